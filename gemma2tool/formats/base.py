@@ -1,0 +1,123 @@
+"""What a format is, and what it hands to the pipeline when it writes.
+
+Reading: ``open(path)`` returns a canonical ``Checkpoint`` after looking at headers only. Writing: ``layout(checkpoint, options)``
+returns an ``Output``: every file with its exact size, every tensor with the place of each of its bytes, and how its rows are
+encoded. The pipeline then moves the bytes; a format never writes a file itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from gemma2tool.model.lazy import LazyTensor
+from gemma2tool.quantizers.base import Encoder
+
+if TYPE_CHECKING:
+    from gemma2tool.model.checkpoint import Checkpoint
+    from gemma2tool.model.config import Gemma2Config
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where the bytes of one part go: ``file`` (name inside the output), absolute ``offset``, ``nbytes``."""
+
+    name: str
+    file: str
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class OutputTensor:
+    """One tensor to write: rows of ``source`` go through ``encoder`` into the places in ``parts`` (by the part's suffix).
+
+    ``canonical`` names the canonical tensors it carries (several where the format fuses them).
+    """
+
+    name: str
+    canonical: tuple[str, ...]
+    source: LazyTensor
+    encoder: Encoder
+    parts: Mapping[str, Placement]
+
+
+@dataclass(frozen=True)
+class OutputFile:
+    """One file with tensors: its final ``size``, the ``fixed`` byte strings known in advance (headers), as (offset, bytes).
+
+    ``finish``, where a container needs checksums of its data (zip), receives the CRC-32 of every part by name and returns further
+    byte strings to write.
+    """
+
+    name: str
+    size: int
+    fixed: Sequence[tuple[int, bytes]]
+    finish: Callable[[Mapping[str, int]], Sequence[tuple[int, bytes]]] | None = None
+
+
+@dataclass(frozen=True)
+class Output:
+    """Everything that will be written.
+
+    ``single_file``: the output is one file (a .gguf, a .ckpt) rather than a folder. ``assets``: small files written whole.
+    ``losses``: (canonical name, largest absolute loss) of tensors that the target's own conventions cannot hold exactly.
+    ``warnings``: what the target cannot say and what its consumer will assume instead.
+    """
+
+    format: str
+    single_file: bool
+    files: list[OutputFile]
+    tensors: list[OutputTensor]
+    assets: dict[str, bytes] = field(default_factory=dict)
+    losses: list[tuple[str, float]] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def nbytes(self) -> int:
+        """Exact size of all files together."""
+        return sum(file.size for file in self.files) + sum(len(data) for data in self.assets.values())
+
+
+@dataclass(frozen=True)
+class WriteOptions:
+    """What the user asked of the output.
+
+    ``dtype``: stored float type ("f32", "f16", "bf16", "auto") or None for the source's; ``type``: quantization type name or None;
+    ``max_shard_size``: bytes; ``name``: the destination's name (GGUF's general.name may need it); ``extra``: options that a single format understands.
+    """
+
+    dtype: str | None = None
+    type: str | None = None
+    max_shard_size: int = 50_000_000_000
+    name: str = "model"
+    extra: Mapping[str, object] = field(default_factory=dict)
+
+
+class Format(Protocol):
+    """One file a format, found by name through ``gemma2tool.formats.registry``."""
+
+    name: str
+
+    def detect(self, path: Path) -> bool:
+        """Whether the files at ``path`` are of this format; looks at their content, never at the name alone. Never raises."""
+
+    def open(self, path: Path, *, config: Gemma2Config | None = None) -> Checkpoint:
+        """Read headers; return the canonical checkpoint, checked against the tensor table."""
+
+    def layout(self, checkpoint: Checkpoint, options: WriteOptions) -> Output:
+        """Plan the output. Reads no weights but those (norms) whose values decide how they can be stored."""
+
+
+def encoded_dtype(encoder: Encoder, shape: tuple[int, ...]) -> str:
+    """The stored type of an encoder's main part."""
+    return encoder.parts(shape)[0].dtype
+
+
+def as_bytes(array: np.ndarray) -> memoryview:
+    """The bytes of a C-contiguous array, without a copy."""
+    return memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8)).cast("B")

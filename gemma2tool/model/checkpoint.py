@@ -1,0 +1,104 @@
+"""A Gemma 2 checkpoint in memory: its config, its lazily loaded tensors in canonical form, and the files that travel with it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from gemma2tool.model.lazy import FLOAT32, LazyTensor
+from gemma2tool.model.tensors import TensorSpec, check_tensors, expand
+
+if TYPE_CHECKING:
+    from gemma2tool.model.config import Gemma2Config
+
+ASSET_NAMES = (
+    "tokenizer.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "generation_config.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+"""Files that belong to a model beside its weights and config, in the spelling of Hugging Face repositories."""
+
+
+class Assets(Mapping[str, bytes]):
+    """Tokenizer, generation config and chat template: names at once, contents read when asked for."""
+
+    def __init__(self, readers: Mapping[str, Callable[[], bytes]] | None = None) -> None:
+        self._readers = dict(readers or {})
+
+    def __getitem__(self, name: str) -> bytes:
+        return self._readers[name]()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._readers)
+
+    def __len__(self) -> int:
+        return len(self._readers)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._readers
+
+
+@dataclass
+class Checkpoint:
+    """What a reader returns.
+
+    ``tensors`` maps canonical names to tensors in canonical layout; ``format`` is the name of the format it came from ("hf",
+    "gguf", ...); ``assets`` are the files that travel along; ``warnings`` are one-line remarks of the reader that the user must
+    see; ``metadata`` is what the format says about the model beyond the config (a GGUF's general.* keys, a model card).
+    """
+
+    path: Path
+    format: str
+    config: Gemma2Config
+    tensors: dict[str, LazyTensor]
+    assets: Assets = field(default_factory=Assets)
+    warnings: list[str] = field(default_factory=list)
+    metadata: dict[str, object] = field(default_factory=dict)
+    files: tuple[Path, ...] = ()
+    """The files whose bytes make up the checkpoint (weights and config), for hashes and for guarding the input."""
+
+    closers: list[Callable[[], None]] = field(default_factory=list)
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the files behind the tensors."""
+        while self.closers:
+            self.closers.pop()()
+
+    def check(self) -> None:
+        """Compare with the tensor table; see ``check_tensors``."""
+        check_tensors(self.config, {name: tensor.shape for name, tensor in self.tensors.items()}, self.path.name)
+
+    @property
+    def specs(self) -> dict[str, TensorSpec]:
+        """The table's rows for the tensors this checkpoint holds, in table order."""
+        return {name: spec for name, spec in expand(self.config).items() if name in self.tensors}
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The floating type most of the model's values are stored in; float32 where they are quantized."""
+        sizes: Counter[np.dtype] = Counter()
+        for name, spec in self.specs.items():
+            tensor = self.tensors[name]
+            if spec.role != "norm":
+                sizes[tensor.dtype] += tensor.size
+        return sizes.most_common(1)[0][0] if sizes else FLOAT32
+
+    @property
+    def is_quantized(self) -> bool:
+        return any(tensor.stored not in ("f32", "f16", "bf16", "f64") for tensor in self.tensors.values())

@@ -1,0 +1,154 @@
+"""The tensor table: the only list of Gemma 2's tensors in the program.
+
+Canonical names and shapes are those of Hugging Face's Gemma2 classes: matrices are (out, in), q, k, v, gate and up are separate,
+a norm weight is stored as w and applied as (1 + w), the embedding is unscaled and unpadded, and a tied ``lm_head`` is absent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from gemma2tool.errors import InputRefused
+
+if TYPE_CHECKING:
+    from gemma2tool.model.config import Gemma2Config
+
+
+@dataclass(frozen=True)
+class TensorRow:
+    """A line of the table: a name with ``{i}`` for the layer, symbolic dimensions, what the tensor is for.
+
+    ``when`` says which models have it: ``always``, ``bias`` (attention_bias), ``untied`` (tie_word_embeddings is false), or
+    ``head`` (a classification head, present where the checkpoint has one).
+    """
+
+    name: str
+    dims: tuple[str, ...]
+    role: str
+    quantizable: bool = False
+    when: str = "always"
+
+
+TENSOR_TABLE: tuple[TensorRow, ...] = (
+    TensorRow("model.embed_tokens.weight", ("V", "D"), "embedding", quantizable=True),
+    TensorRow("model.layers.{i}.input_layernorm.weight", ("D",), "norm"),
+    TensorRow("model.layers.{i}.self_attn.q_proj.weight", ("H*h", "D"), "attention", quantizable=True),
+    TensorRow("model.layers.{i}.self_attn.q_proj.bias", ("H*h",), "attention", when="bias"),
+    TensorRow("model.layers.{i}.self_attn.k_proj.weight", ("K*h", "D"), "attention", quantizable=True),
+    TensorRow("model.layers.{i}.self_attn.k_proj.bias", ("K*h",), "attention", when="bias"),
+    TensorRow("model.layers.{i}.self_attn.v_proj.weight", ("K*h", "D"), "attention", quantizable=True),
+    TensorRow("model.layers.{i}.self_attn.v_proj.bias", ("K*h",), "attention", when="bias"),
+    TensorRow("model.layers.{i}.self_attn.o_proj.weight", ("D", "H*h"), "attention", quantizable=True),
+    TensorRow("model.layers.{i}.self_attn.o_proj.bias", ("D",), "attention", when="bias"),
+    TensorRow("model.layers.{i}.post_attention_layernorm.weight", ("D",), "norm"),
+    TensorRow("model.layers.{i}.pre_feedforward_layernorm.weight", ("D",), "norm"),
+    TensorRow("model.layers.{i}.mlp.gate_proj.weight", ("F", "D"), "mlp", quantizable=True),
+    TensorRow("model.layers.{i}.mlp.up_proj.weight", ("F", "D"), "mlp", quantizable=True),
+    TensorRow("model.layers.{i}.mlp.down_proj.weight", ("D", "F"), "mlp", quantizable=True),
+    TensorRow("model.layers.{i}.post_feedforward_layernorm.weight", ("D",), "norm"),
+    TensorRow("model.norm.weight", ("D",), "norm"),
+    TensorRow("lm_head.weight", ("V", "D"), "head", quantizable=True, when="untied"),
+    TensorRow("score.weight", ("N", "D"), "head", when="head"),
+    TensorRow("score.bias", ("N",), "head", when="head"),
+)
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One tensor that a model of a given config has: canonical ``name``, ``shape``, ``role``, ``layer`` (None outside layers)."""
+
+    name: str
+    shape: tuple[int, ...]
+    role: str
+    layer: int | None
+    quantizable: bool
+    required: bool
+
+
+def _evaluate(dims: Iterable[str], sizes: Mapping[str, int]) -> tuple[int, ...]:
+    shape = []
+    for dim in dims:
+        size = 1
+        for factor in dim.split("*"):
+            size *= sizes[factor]
+        shape.append(size)
+    return tuple(shape)
+
+
+def symbols(config: Gemma2Config) -> dict[str, int]:
+    """The values of the table's symbols: V vocab, D hidden, F feed-forward, H heads, K kv heads, h head_dim, N labels."""
+    return {
+        "V": config.vocab_size,
+        "D": config.hidden_size,
+        "F": config.intermediate_size,
+        "H": config.num_attention_heads,
+        "K": config.num_key_value_heads,
+        "h": config.head_dim,
+        "L": config.num_hidden_layers,
+        "N": config.num_labels,
+    }
+
+
+def expand(config: Gemma2Config) -> dict[str, TensorSpec]:
+    """Every tensor a model of ``config`` has or may have, by canonical name, in the order of the table and of the layers."""
+    sizes = symbols(config)
+    specs: dict[str, TensorSpec] = {}
+
+    def add(row: TensorRow, layer: int | None) -> None:
+        if row.when == "bias" and not config.attention_bias:
+            return
+        if row.when == "untied" and config.tie_word_embeddings:
+            return
+        name = row.name.format(i=layer)
+        required = row.when != "head"
+        specs[name] = TensorSpec(name, _evaluate(row.dims, sizes), row.role, layer, row.quantizable, required)
+
+    layered = [row for row in TENSOR_TABLE if "{i}" in row.name]
+    before = True
+    for row in TENSOR_TABLE:
+        if "{i}" not in row.name:
+            add(row, None)
+        elif before:
+            before = False
+            for layer in range(config.num_hidden_layers):
+                for each in layered:
+                    add(each, layer)
+    return specs
+
+
+def check_tensors(config: Gemma2Config, shapes: Mapping[str, tuple[int, ...]], where: str) -> None:
+    """Compare what a checkpoint holds with the table; raise ``InputRefused`` that names what is missing, unexpected or mis-shaped.
+
+    ``shapes`` maps canonical names to shapes; ``where`` names the file or folder for the message.
+    """
+    specs = expand(config)
+    missing = [name for name, spec in specs.items() if spec.required and name not in shapes]
+    if missing:
+        raise InputRefused(
+            "checkpoint.missing-tensor",
+            f"{where}: {_listed(missing)} missing",
+            hint="the checkpoint is incomplete: fetch it again, or check num_hidden_layers in its config",
+        )
+    unexpected = [name for name in shapes if name not in specs]
+    if unexpected:
+        raise InputRefused(
+            "checkpoint.unexpected-tensor",
+            f"{where}: {_listed(unexpected)} unexpected in a Gemma 2 of {config.num_hidden_layers} layers",
+            hint="the config does not describe these weights, or this is not a plain Gemma 2",
+        )
+    for name, spec in specs.items():
+        if name in shapes and tuple(shapes[name]) != spec.shape:
+            raise InputRefused(
+                "checkpoint.shape",
+                f"{where}: {name} has shape {tuple(shapes[name])}, the config asks for {spec.shape}",
+                hint="the config contradicts the weights: pass the right one with --config",
+            )
+
+
+def _listed(names: list[str]) -> str:
+    shown = ", ".join(names[:3])
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    verb = "is" if len(names) == 1 else "are"
+    return f"{shown}{more} {verb}"

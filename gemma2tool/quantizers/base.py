@@ -1,0 +1,56 @@
+"""What every quantizer is: rows of a matrix in, the stored parts out, and back. Knows nothing of files or of Gemma.
+
+An *encoder* turns ranges of rows into one or several *parts* (codes, scales, ...), each an array whose bytes for consecutive ranges
+simply follow one another. A part whose bytes depend on the whole tensor is ``streamed=False``: it is made once, by ``finish``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Part:
+    """One stored array of an encoded tensor.
+
+    ``suffix`` is appended to the tensor's name ("" for the main part); ``dtype`` is in safetensors' spelling ("BF16", "U8", ...) or
+    a GGUF type name ("Q8_0"); ``shape`` is the stored shape; ``nbytes`` its size in bytes.
+    """
+
+    suffix: str
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+    streamed: bool = True
+
+
+class Encoder(Protocol):
+    """Rows to parts. Instances are immutable and may be called from several threads."""
+
+    name: str
+    """The type's name as the command line spells it ("q8_0", "nf4", "bf16")."""
+
+    lossless: bool
+    """Whether decoding gives back exactly what was encoded, for every input of the encoder's own dtype."""
+
+    def parts(self, shape: tuple[int, ...]) -> tuple[Part, ...]:
+        """The stored arrays of a tensor of this shape, streamed ones first."""
+
+    def row_multiple(self, shape: tuple[int, ...]) -> int:
+        """Ranges of rows must start at multiples of this many rows (blocks may span rows)."""
+
+    def encode(self, rows: np.ndarray) -> Mapping[str, np.ndarray]:
+        """Encode a range of rows ``(n, *shape[1:])`` of any float dtype; returns streamed parts by suffix, C-contiguous.
+
+        May also return arrays under suffixes that ``finish`` collects (see ``collects``).
+        """
+
+    collects: tuple[str, ...]
+    """Suffixes of ``encode``'s result that are not written but handed, concatenated in row order, to ``finish``."""
+
+    def finish(self, shape: tuple[int, ...], collected: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+        """The parts that are not streamed, by suffix."""
