@@ -22,6 +22,17 @@ DTYPE_NAMES = {FLOAT32: "f32", FLOAT16: "f16", BFLOAT16: "bf16", np.dtype(np.flo
 FLOAT_DTYPES = {"f32": FLOAT32, "f16": FLOAT16, "bf16": BFLOAT16}
 
 
+def to_float32(array: np.ndarray) -> np.ndarray:
+    """The values as float32; exact for float16 and bfloat16."""
+    if array.dtype == FLOAT32:
+        return array
+    if array.dtype == BFLOAT16:
+        wide = array.view(np.uint16).astype(np.uint32)
+        np.left_shift(wide, 16, out=wide)
+        return wide.view(FLOAT32)
+    return array.astype(FLOAT32)
+
+
 class LazyTensor(ABC):
     """A tensor whose values stay where they are until rows are asked for.
 
@@ -45,9 +56,7 @@ class LazyTensor(ABC):
 
     def load_rows_f32(self, first: int, last: int) -> np.ndarray:
         """``load_rows`` widened (or, from float64, narrowed) to float32."""
-        from gemma2tool.quantizers.casts import cast
-
-        return cast(self.load_rows(first, last), FLOAT32)
+        return to_float32(self.load_rows(first, last))
 
     @property
     def rows(self) -> int:
