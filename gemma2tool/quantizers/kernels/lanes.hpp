@@ -1,0 +1,164 @@
+// Vector types as wide as this instruction set has, and the few operations the compilers' vector extensions lack.
+//
+// Included only by sources compiled per instruction set: everything lives in namespace KERNELS_ISA and is static inline.
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
+#define INLINE static inline __attribute__((always_inline))
+
+namespace KERNELS_ISA {
+
+#if defined(__AVX512F__)
+constexpr int LANES = 16;
+#elif defined(__AVX2__)
+constexpr int LANES = 8;
+#else
+constexpr int LANES = 4;
+#endif
+
+typedef float F __attribute__((vector_size(4 * LANES)));     // one float a lane
+typedef int32_t I __attribute__((vector_size(4 * LANES)));   // one int a lane; a comparison's -1 or 0
+typedef uint32_t U __attribute__((vector_size(4 * LANES)));
+
+INLINE F splat(float x) { return x - F{}; }  // minus, so that -0.0 stays
+INLINE I splat(int32_t x) { return x + I{}; }
+INLINE I bits(F x) { return (I)x; }
+INLINE F floats(I x) { return (F)x; }
+INLINE F to_float(I x) { return __builtin_convertvector(x, F); }
+
+INLINE F load(const float* p) {
+    F v;
+    __builtin_memcpy(&v, p, sizeof v);
+    return v;
+}
+INLINE void store(float* p, F v) { __builtin_memcpy(p, &v, sizeof v); }
+INLINE I load(const int32_t* p) {
+    I v;
+    __builtin_memcpy(&v, p, sizeof v);
+    return v;
+}
+INLINE void store(int32_t* p, I v) { __builtin_memcpy(p, &v, sizeof v); }
+
+INLINE F abs(F x) { return floats(bits(x) & 0x7fffffff); }
+INLINE float abs(float x) { return __builtin_fabsf(x); }
+
+// a < b ? a : b and a > b ? a : b; both are b where either is NaN, as the x86 instructions.
+INLINE F min(F a, F b) {
+#if defined(__AVX512F__)
+    return (F)_mm512_min_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+    return (F)_mm256_min_ps((__m256)a, (__m256)b);
+#elif defined(__SSE2__)
+    return (F)_mm_min_ps((__m128)a, (__m128)b);
+#else
+    return a < b ? a : b;
+#endif
+}
+INLINE F max(F a, F b) {
+#if defined(__AVX512F__)
+    return (F)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+    return (F)_mm256_max_ps((__m256)a, (__m256)b);
+#elif defined(__SSE2__)
+    return (F)_mm_max_ps((__m128)a, (__m128)b);
+#else
+    return a > b ? a : b;
+#endif
+}
+
+INLINE F sqrt(F x) {
+#if defined(__AVX512F__)
+    return (F)_mm512_sqrt_ps((__m512)x);
+#elif defined(__AVX2__)
+    return (F)_mm256_sqrt_ps((__m256)x);
+#elif defined(__SSE2__)
+    return (F)_mm_sqrt_ps((__m128)x);
+#else
+    F y;
+    for (int i = 0; i < LANES; ++i) y[i] = __builtin_sqrtf(x[i]);
+    return y;
+#endif
+}
+
+INLINE bool any(I mask) {
+#if defined(__AVX512F__)
+    return _mm512_movepi32_mask((__m512i)mask) != 0;
+#elif defined(__AVX2__)
+    return _mm256_movemask_ps((__m256)mask) != 0;
+#elif defined(__SSE2__)
+    return _mm_movemask_ps((__m128)mask) != 0;
+#else
+    int32_t all = 0;
+    for (int i = 0; i < LANES; ++i) all |= mask[i];
+    return all != 0;
+#endif
+}
+
+// Round half to even by adding 1.5 * 2^23. Exact for |x| <= 4194303; ggml's nearest_int takes the low mantissa bits of the
+// sum whatever x is, and so does nearest_int here, which makes it equal for infinities and NaN too.
+constexpr float ROUNDER = 12582912.f;
+INLINE F round_small(F x) { return (x + ROUNDER) - ROUNDER; }
+INLINE I nearest_int(F x) { return (bits(x + ROUNDER) & 0x007fffff) - 0x00400000; }
+INLINE int32_t nearest_int(float x) {
+    const float y = x + ROUNDER;
+    int32_t i;
+    __builtin_memcpy(&i, &y, 4);
+    return (i & 0x007fffff) - 0x00400000;
+}
+INLINE int32_t clip(int32_t x, int32_t low, int32_t high) { return x < low ? low : x > high ? high : x; }
+INLINE I clip(I x, int32_t low, int32_t high) {
+    x = x < low ? splat(low) : x;
+    return x > high ? splat(high) : x;
+}
+
+// IEEE half precision, round to nearest even. A NaN becomes 0x7E00 with its sign, as in ggml; back, a NaN becomes quiet.
+INLINE uint16_t to_half(float x) {
+    uint32_t u;
+    __builtin_memcpy(&u, &x, 4);
+    const uint32_t sign = (u >> 16) & 0x8000, a = u & 0x7fffffff;
+    if (a > 0x7f800000) return (uint16_t)(sign | 0x7e00);
+    if (a >= 0x477ff000) return (uint16_t)(sign | 0x7c00);
+    if (a < 0x38800000) {  // subnormal half: the addition rounds at 2^-24
+        float y;
+        __builtin_memcpy(&y, &a, 4);
+        y += 0.5f;
+        uint32_t v;
+        __builtin_memcpy(&v, &y, 4);
+        return (uint16_t)(sign | (v - 0x3f000000));
+    }
+    return (uint16_t)(sign | ((a - 0x38000000 + 0xfff + ((a >> 13) & 1)) >> 13));
+}
+INLINE float from_half(uint16_t h) {
+    const uint32_t sign = (uint32_t)(h & 0x8000) << 16, a = h & 0x7fff;
+    uint32_t u;
+    float x;
+    if (a >= 0x7c00) {
+        u = 0x7f800000 | (a << 13) | (a > 0x7c00 ? 0x00400000 : 0);
+    } else if (a < 0x0400) {
+        x = (float)(int32_t)a * 0x1p-24f;
+        __builtin_memcpy(&u, &x, 4);
+    } else {
+        u = (a << 13) + 0x38000000;
+    }
+    u |= sign;
+    __builtin_memcpy(&x, &u, 4);
+    return x;
+}
+INLINE float load_half(const uint8_t* p) {
+    uint16_t h;
+    __builtin_memcpy(&h, p, 2);
+    return from_half(h);
+}
+// Stores x as a half and returns what was stored.
+INLINE float store_half(uint8_t* p, float x) {
+    const uint16_t h = to_half(x);
+    __builtin_memcpy(p, &h, 2);
+    return from_half(h);
+}
+
+}  // namespace KERNELS_ISA
