@@ -1,0 +1,417 @@
+"""What a Gemma 2 model is made of: ``Gemma2Config``, the released sizes, and reading a config off tensor shapes."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from gemma2tool.errors import InputRefused, UsageError
+from gemma2tool.model import config_hf
+from gemma2tool.model.config_hf import contradiction
+
+SLIDING = "sliding_attention"
+FULL = "full_attention"
+
+ACTIVATIONS = ("gelu_pytorch_tanh", "gelu", "gelu_new", "silu", "relu")
+PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
+# The parameters that each kind of rotary scaling cannot do without.
+ROPE_TYPES: Mapping[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "yarn": ("factor",),
+    "longrope": ("short_factor", "long_factor"),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+
+_POSITIVE_INTEGERS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+)
+_POSITIVE_NUMBERS = ("rms_norm_eps", "rope_theta", "query_pre_attn_scalar")
+_MAX_LAYERS = 4096  # far beyond any model; keeps a hostile file from asking for a list of a billion layers
+
+
+@dataclass(frozen=True)
+class Gemma2Config:
+    """A Gemma 2 model's configuration: every field of Hugging Face's ``Gemma2Config``, checked when it is made.
+
+    Sizes (defaults are the released 2B, as in transformers 4.47 and later):
+
+    - ``vocab_size`` (256000): rows of the embedding, V.
+    - ``hidden_size`` (2304): width of the residual stream, D.
+    - ``intermediate_size`` (9216): width of gate and up each, F.
+    - ``num_hidden_layers`` (26): decoder layers, L.
+    - ``num_attention_heads`` (8): query heads, H.
+    - ``num_key_value_heads`` (4): key and value heads, K; query head i reads kv head i // (H / K).
+    - ``head_dim`` (256): h; independent of D / H (27B: 128 where D / H is 144).
+    - ``max_position_embeddings`` (8192): the longest sequence the model was made for.
+
+    Arithmetic:
+
+    - ``hidden_activation`` ("gelu_pytorch_tanh"): applied to the gate.
+    - ``rms_norm_eps`` (1e-6): added to the mean square in every norm.
+    - ``query_pre_attn_scalar`` (256): attention scores are scaled by its -1/2 power; not always head_dim (27B: 144).
+    - ``attn_logit_softcapping`` (50.0): c in c * tanh(score / c), before the mask; None: no cap.
+    - ``final_logit_softcapping`` (30.0): the same for the logits; None: no cap.
+    - ``rope_theta`` (10000.0): base of the rotary embedding.
+    - ``rope_scaling`` (None): rotary scaling, ``{"rope_type": ..., "factor": ...}``; ``rope_parameters`` joins it with the base,
+      which is how transformers 5 writes both.
+    - ``sliding_window`` (4096): W; key j is visible to query i of a sliding layer when 0 <= i - j < W.
+    - ``layer_types`` (None: even layers slide): "sliding_attention" or "full_attention" per layer.
+    - ``use_bidirectional_attention`` (None): True drops the causal mask, for encoders made from Gemma 2.
+    - ``attention_bias`` (False): biases in the q, k, v and o projections.
+    - ``attention_dropout`` (0.0): share of attention weights dropped in training; no effect at inference.
+    - ``tie_word_embeddings`` (True): lm_head is the embedding matrix.
+
+    Use and training:
+
+    - ``pad_token_id`` (0), ``bos_token_id`` (2), ``eos_token_id`` (1, or several: instruction-tuned files have 1 and 107).
+    - ``use_cache`` (True): return the key-value cache unless told otherwise.
+    - ``initializer_range`` (0.02): standard deviation of newly initialised weights.
+    - ``dtype`` (None): the type the weights were saved in, such as "bfloat16".
+    - ``architectures`` (None): class names, such as ("Gemma2ForCausalLM",).
+    - ``id2label``, ``label2id`` (None: two labels), ``problem_type`` (None: decided from the labels): classification heads.
+    - ``transformers_version`` (None): the release that wrote the file.
+    - ``extra``: keys of the source file that are none of these, kept for writing.
+    - ``notes``: what reading had to assume; part of ``warnings``.
+
+    Raises ``InputRefused`` with id ``config.value`` for a value that cannot be right alone, ``config.contradiction`` for two
+    fields that cannot be right together. Source of defaults: transformers 5.23 ``configuration_gemma2.py``.
+    """
+
+    vocab_size: int = 256000
+    hidden_size: int = 2304
+    intermediate_size: int = 9216
+    num_hidden_layers: int = 26
+    num_attention_heads: int = 8
+    num_key_value_heads: int = 4
+    head_dim: int = 256
+    hidden_activation: str = "gelu_pytorch_tanh"
+    max_position_embeddings: int = 8192
+    initializer_range: float = 0.02
+    rms_norm_eps: float = 1e-6
+    use_cache: bool = True
+    pad_token_id: int | None = 0
+    eos_token_id: int | tuple[int, ...] | None = 1
+    bos_token_id: int | None = 2
+    tie_word_embeddings: bool = True
+    rope_theta: float = 10000.0
+    rope_scaling: Mapping[str, Any] | None = None
+    attention_bias: bool = False
+    attention_dropout: float = 0.0
+    query_pre_attn_scalar: int | float = 256
+    sliding_window: int | None = 4096
+    layer_types: tuple[str, ...] | None = None
+    final_logit_softcapping: float | None = 30.0
+    attn_logit_softcapping: float | None = 50.0
+    use_bidirectional_attention: bool | None = None
+    dtype: str | None = None
+    architectures: tuple[str, ...] | None = None
+    id2label: Mapping[int, str] | None = None
+    label2id: Mapping[str, int] | None = None
+    problem_type: str | None = None
+    transformers_version: str | None = None
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = field(default=(), compare=False)
+
+    def __post_init__(self) -> None:
+        self._check_values()
+        self._normalize()
+        self._check_agreement()
+
+    # -- reading and writing ---------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_hf(cls, source: Mapping[str, Any]) -> Gemma2Config:
+        """From a parsed config.json of any generation; see ``config_hf`` for the spellings. Raises ``InputRefused``."""
+        return cls(**config_hf.read(source))
+
+    def to_hf(self) -> dict[str, Any]:
+        """The config.json object, every field, as transformers 5 spells it."""
+        return config_hf.write(self)
+
+    # -- what follows from the fields --------------------------------------------------------------------------------------
+
+    @property
+    def query_scale(self) -> float:
+        """What attention scores are multiplied by: query_pre_attn_scalar ** -0.5."""
+        return self.query_pre_attn_scalar**-0.5
+
+    @property
+    def embed_scale(self) -> float:
+        """What embeddings are multiplied by: sqrt(D), to be rounded to the activation type first."""
+        return self.hidden_size**0.5
+
+    @property
+    def num_key_value_groups(self) -> int:
+        """Query heads that share one key-value head."""
+        return self.num_attention_heads // self.num_key_value_heads
+
+    @property
+    def num_labels(self) -> int:
+        """Classes of a classification head; Hugging Face's default is two."""
+        return 2 if self.id2label is None else len(self.id2label)
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """All ids that end a text, as a tuple however the file spells them."""
+        if self.eos_token_id is None:
+            return ()
+        return self.eos_token_id if isinstance(self.eos_token_id, tuple) else (self.eos_token_id,)
+
+    @property
+    def rope_parameters(self) -> dict[str, Any]:
+        """Base and scaling of the rotary embedding in one object, as transformers 5 writes them."""
+        return {"rope_theta": self.rope_theta, "rope_type": "default"} | dict(self.rope_scaling or {})
+
+    def layer_is_sliding(self, layer: int) -> bool:
+        return self.layer_types[layer] == SLIDING
+
+    def layer_window(self, layer: int) -> int | None:
+        """Keys visible to one query of this layer, itself included; None when all are."""
+        return self.sliding_window if self.layer_is_sliding(layer) else None
+
+    @property
+    def size_name(self) -> str | None:
+        """"2b", "9b" or "27b" when the shapes are those of a released model, else None."""
+        return next((name for name, row in SIZES.items() if all(getattr(self, f) == getattr(row, f) for f in _SHAPE)), None)
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What is legal but looks wrong, one line each; for a released size, every departure from the release."""
+        found = list(self.notes)
+        if self.size_name is not None:
+            row = SIZES[self.size_name]
+            for name in _ARITHMETIC:
+                value, released = getattr(self, name), getattr(row, name)
+                if value != released:
+                    found.append(f"{name} is {value!r}; the released {self.size_name} has {released!r}{_why(self, name)}")
+        elif self.query_pre_attn_scalar not in (self.head_dim, self.hidden_size / self.num_attention_heads):
+            found.append(
+                f"query_pre_attn_scalar is {self.query_pre_attn_scalar!r}, neither head_dim ({self.head_dim}) nor"
+                f" hidden_size / num_attention_heads ({self.hidden_size / self.num_attention_heads:g})"
+            )
+        if self.hidden_size % self.num_attention_heads:
+            found.append(
+                f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads};"
+                " transformers 5 refuses such a config"
+            )
+        for name, ids in (("pad", self.pad_token_id), ("bos", self.bos_token_id), ("eos", self.eos_token_ids)):
+            for token in ids if isinstance(ids, tuple) else () if ids is None else (ids,):
+                if not 0 <= token < self.vocab_size:
+                    found.append(f"{name}_token_id {token} lies outside the vocabulary of {self.vocab_size}")
+        return tuple(found)
+
+    # -- checks ------------------------------------------------------------------------------------------------------------
+
+    def _check_values(self) -> None:
+        for name in _POSITIVE_INTEGERS:
+            value = getattr(self, name)
+            _require(_is_integer(value) and value > 0, name, value, "a positive integer")
+        _require(self.num_hidden_layers <= _MAX_LAYERS, "num_hidden_layers", self.num_hidden_layers, f"at most {_MAX_LAYERS}")
+        _require(self.head_dim % 2 == 0, "head_dim", self.head_dim, "even, because the rotary embedding turns pairs")
+        for name in _POSITIVE_NUMBERS:
+            value = getattr(self, name)
+            _require(_is_number(value) and value > 0, name, value, "a positive number")
+        for name in ("attn_logit_softcapping", "final_logit_softcapping"):
+            value = getattr(self, name)
+            _require(value is None or (_is_number(value) and value > 0), name, value, "a positive number or null")
+        _require(_is_number(self.initializer_range), "initializer_range", self.initializer_range, "a number")
+        dropout = self.attention_dropout
+        _require(dropout is None or (_is_number(dropout) and 0 <= dropout < 1), "attention_dropout", dropout, "0 up to 1")
+        for name in ("use_cache", "tie_word_embeddings", "attention_bias"):
+            _require(isinstance(getattr(self, name), bool), name, getattr(self, name), "true or false")
+        both_ways = self.use_bidirectional_attention
+        _require(both_ways is None or isinstance(both_ways, bool), "use_bidirectional_attention", both_ways, "true, false or null")
+        window = self.sliding_window
+        _require(window is None or (_is_integer(window) and window > 0), "sliding_window", window, "a positive integer or null")
+        for name in ("pad_token_id", "bos_token_id"):
+            value = getattr(self, name)
+            _require(value is None or _is_integer(value), name, value, "an integer or null")
+        eos = self.eos_token_id
+        several = isinstance(eos, (list, tuple)) and len(eos) > 0 and all(map(_is_integer, eos))
+        _require(eos is None or _is_integer(eos) or several, "eos_token_id", eos, "an integer, a list of them, or null")
+        _require(self.hidden_activation in ACTIVATIONS, "hidden_activation", self.hidden_activation, f"one of {ACTIVATIONS}")
+        _require(self.problem_type in (None, *PROBLEM_TYPES), "problem_type", self.problem_type, f"one of {PROBLEM_TYPES}")
+        for name in ("dtype", "transformers_version"):
+            value = getattr(self, name)
+            _require(value is None or isinstance(value, str), name, value, "a string")
+        for name in ("layer_types", "architectures"):
+            value = getattr(self, name)
+            strings = isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value)
+            _require(value is None or strings, name, value, "a list of strings")
+
+    def _normalize(self) -> None:
+        """One Python type per field, so that equal configs compare equal and transformers' strict types accept them."""
+        for name in ("attn_logit_softcapping", "final_logit_softcapping", "rms_norm_eps", "rope_theta", "initializer_range"):
+            value = getattr(self, name)
+            self._set(name, None if value is None else float(value))
+        if self.query_pre_attn_scalar == int(self.query_pre_attn_scalar):
+            self._set("query_pre_attn_scalar", int(self.query_pre_attn_scalar))
+        for name in ("layer_types", "architectures", "eos_token_id"):
+            if isinstance(getattr(self, name), list):
+                self._set(name, tuple(getattr(self, name)))
+        if self.attention_dropout is None:
+            self._set("attention_dropout", 0.0)
+        if self.layer_types is None:
+            self._set("layer_types", tuple(FULL if layer % 2 else SLIDING for layer in range(self.num_hidden_layers)))
+
+    def _check_agreement(self) -> None:
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise contradiction(
+                f"num_attention_heads {self.num_attention_heads} is not a multiple of"
+                f" num_key_value_heads {self.num_key_value_heads}"
+            )
+        if len(self.layer_types) != self.num_hidden_layers:
+            raise contradiction(
+                f"layer_types has {len(self.layer_types)} entries but num_hidden_layers is {self.num_hidden_layers}"
+            )
+        for kind in self.layer_types:
+            _require(kind in (SLIDING, FULL), "layer_types", kind, f"{SLIDING!r} or {FULL!r}")
+        if self.sliding_window is None and SLIDING in self.layer_types:
+            raise contradiction("sliding_window is null but layer_types has sliding_attention layers")
+        if self.label2id is not None and self.id2label is not None:
+            if {label: index for index, label in self.id2label.items()} != dict(self.label2id):
+                raise contradiction("label2id is not the inverse of id2label")
+        scaling = self.rope_scaling or {}
+        rope_type = scaling.get("rope_type", "default")
+        _require(rope_type in ROPE_TYPES, "rope_type", rope_type, f"one of {tuple(ROPE_TYPES)}")
+        for name in ROPE_TYPES[rope_type]:
+            if scaling.get(name) is None:
+                raise contradiction(f"rope_type is {rope_type!r} but rope_parameters.{name} is missing")
+        if scaling.get("partial_rotary_factor", 1.0) != 1.0:
+            raise InputRefused("config.value", "config: partial_rotary_factor must be 1: Gemma 2 rotates the whole head")
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _require(holds: bool, name: str, value: Any, expected: str) -> None:
+    if not holds:
+        raise InputRefused("config.value", f"config: {name} is {value!r}; it must be {expected}")
+
+
+# -- the released models -----------------------------------------------------------------------------------------------------
+
+_SHAPE = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
+# Fields that no tensor's shape shows but that change what the model computes.
+_ARITHMETIC = (
+    "vocab_size",
+    "query_pre_attn_scalar",
+    "sliding_window",
+    "layer_types",
+    "rope_theta",
+    "rope_scaling",
+    "rms_norm_eps",
+    "hidden_activation",
+    "attn_logit_softcapping",
+    "final_logit_softcapping",
+    "max_position_embeddings",
+)
+
+
+def _released(**sizes: int) -> Gemma2Config:
+    return Gemma2Config(**sizes, dtype="bfloat16", architectures=("Gemma2ForCausalLM",))
+
+
+# Sources: gemma_pytorch gemma/config.py; keras-hub's preset metadata agrees with the parameter counts they imply.
+SIZES: Mapping[str, Gemma2Config] = {
+    "2b": _released(),
+    "9b": _released(
+        hidden_size=3584,
+        intermediate_size=14336,
+        num_hidden_layers=42,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+        head_dim=256,
+        query_pre_attn_scalar=256,
+    ),
+    "27b": _released(
+        hidden_size=4608,
+        intermediate_size=36864,
+        num_hidden_layers=46,
+        num_attention_heads=32,
+        num_key_value_heads=16,
+        head_dim=128,
+        query_pre_attn_scalar=144,
+    ),
+}
+
+
+def _why(config: Gemma2Config, name: str) -> str:
+    """What is known about a departure from the release."""
+    if name == "query_pre_attn_scalar":
+        if config.size_name == "9b" and config.query_pre_attn_scalar == 224:
+            return " (files written before 2024-07-12 say 224, which was corrected)"
+        if config.size_name == "27b" and config.query_pre_attn_scalar == 128:
+            return " (128 is head_dim: the known mistake of tools that do not store the scalar)"
+    return ""
+
+
+# -- from tensor shapes ------------------------------------------------------------------------------------------------------
+
+
+def infer_from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> Gemma2Config:
+    """The config of a checkpoint that carries none, from its tensors' canonical names and shapes.
+
+    Shapes give V, D, F, L, H * h and K * h, not h alone, nor any of the scalars, so only the widths of a released model (with
+    any number of layers or vocabulary rows) are enough. Raises ``UsageError`` (``config.needed``) for other widths and
+    ``InputRefused`` when a tensor that is needed to tell is missing.
+    """
+    vocab_size, hidden_size = _matrix(shapes, "model.embed_tokens.weight")
+    intermediate_size, _ = _matrix(shapes, "model.layers.0.mlp.gate_proj.weight")
+    query_width, _ = _matrix(shapes, "model.layers.0.self_attn.q_proj.weight")
+    key_width, _ = _matrix(shapes, "model.layers.0.self_attn.k_proj.weight")
+    layers = 1 + max(int(found[1]) for name in shapes if (found := re.match(r"model\.layers\.(\d{1,6})\.", name)))
+    head = _head(shapes)
+    for name, row in SIZES.items():
+        widths = (row.num_attention_heads * row.head_dim, row.num_key_value_heads * row.head_dim)
+        if (row.hidden_size, row.intermediate_size, *widths) != (hidden_size, intermediate_size, query_width, key_width):
+            continue
+        notes = (f"no config came with the weights: that of the released {name} is assumed, because the shapes are its own",)
+        return dataclasses.replace(
+            row, vocab_size=vocab_size, num_hidden_layers=layers, layer_types=None, notes=notes, **head
+        )
+    raise UsageError(
+        "config.needed",
+        f"the weights carry no config and their shapes (hidden {hidden_size}, feed-forward {intermediate_size}, queries"
+        f" {query_width}, keys {key_width}) are no released Gemma 2's: head_dim, query_pre_attn_scalar and the window cannot be"
+        " told from shapes",
+        hint="pass the model's config.json with --config",
+    )
+
+
+def _matrix(shapes: Mapping[str, tuple[int, ...]], name: str) -> tuple[int, int]:
+    shape = tuple(shapes.get(name, ()))
+    if len(shape) != 2:
+        found = f"has shape {shape}" if name in shapes else "is missing"
+        raise InputRefused("config.shape", f"tensor {name!r} {found}; it is needed to tell the model's size")
+    return shape
+
+
+def _head(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """A classification head's fields: Hugging Face gives the token classifier a bias, the sequence classifier none."""
+    if "score.weight" not in shapes:
+        return {"tie_word_embeddings": "lm_head.weight" not in shapes}
+    kind = "Gemma2ForTokenClassification" if "score.bias" in shapes else "Gemma2ForSequenceClassification"
+    count, _ = _matrix(shapes, "score.weight")
+    return {"architectures": (kind,), "id2label": {index: f"LABEL_{index}" for index in range(count)}}

@@ -1,0 +1,234 @@
+"""How Hugging Face's config.json spells a Gemma 2 config, in one place.
+
+Two generations of files exist, and each field's several names are told apart here and nowhere else:
+
+=====================  ==========================================  =========================================
+field                  transformers 4                              transformers 5
+=====================  ==========================================  =========================================
+hidden_activation      ``hidden_act`` beside ``hidden_activation``  ``hidden_activation``
+sliding_window         also ``sliding_window_size`` (27B)           ``sliding_window``
+rotary embedding       ``rope_theta``, ``rope_scaling``             ``rope_parameters``
+dtype                  ``torch_dtype``                              ``dtype``
+layer_types            absent: even layers slide                    written out
+=====================  ==========================================  =========================================
+
+``read`` turns either into the keyword arguments of ``Gemma2Config``; ``write`` gives transformers 5's spelling with every field.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from gemma2tool.errors import InputRefused
+
+# Sizes that a file may leave out, in transformers 4.42 to 4.46 and from 4.47 on (where they became the 2B's).
+_SIZES_UNTIL_4_46 = {
+    "hidden_size": 3072,
+    "intermediate_size": 24576,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "query_pre_attn_scalar": 224,
+}
+_SIZES_SINCE_4_47 = {
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "query_pre_attn_scalar": 256,
+}
+
+# Fields whose name and meaning never changed; read and written as they are.
+_PLAIN = (
+    "architectures",
+    "attention_bias",
+    "attention_dropout",
+    "attn_logit_softcapping",
+    "bos_token_id",
+    "eos_token_id",
+    "final_logit_softcapping",
+    "head_dim",
+    "id2label",
+    "initializer_range",
+    "label2id",
+    "layer_types",
+    "max_position_embeddings",
+    "pad_token_id",
+    "problem_type",
+    "rms_norm_eps",
+    "tie_word_embeddings",
+    "transformers_version",
+    "use_bidirectional_attention",
+    "use_cache",
+    "vocab_size",
+)
+_RESOLVED = (
+    "model_type",
+    "hidden_activation",
+    "hidden_act",
+    "sliding_window",
+    "sliding_window_size",
+    "rope_theta",
+    "rope_parameters",
+    "rope_scaling",
+    "dtype",
+    "torch_dtype",
+    "num_labels",
+)
+_KNOWN = frozenset(_PLAIN) | frozenset(_RESOLVED) | frozenset(_SIZES_SINCE_4_47)
+
+# A null means the same as leaving these out; for the other fields null is a value (no soft cap, no padding token).
+_NULL_IS_ABSENT = ("architectures", "layer_types", "id2label", "label2id", "problem_type", "transformers_version")
+_WRITTEN_ONLY_WHEN_SET = (*_NULL_IS_ABSENT, "dtype")
+
+
+def contradiction(message: str, hint: str = "correct config.json, or pass the right one with --config") -> InputRefused:
+    return InputRefused("config.contradiction", f"config: {message}", hint=hint)
+
+
+def read(source: Mapping[str, Any]) -> dict[str, Any]:
+    """Keyword arguments for ``Gemma2Config`` from a parsed config.json of any generation.
+
+    Raises ``InputRefused`` when the file is not a Gemma 2 config, or when two spellings of one field disagree.
+    """
+    if not isinstance(source, Mapping):
+        raise InputRefused("config.not-an-object", f"config: expected a JSON object, found {type(source).__name__}")
+    model_type = source.get("model_type", "gemma2")
+    if model_type != "gemma2":
+        raise InputRefused("config.not-gemma2", f"config: model_type is {model_type!r}, not 'gemma2'")
+
+    notes: list[str] = []
+    fields = {name: source[name] for name in _PLAIN if name in source}
+    for name in _NULL_IS_ABSENT:
+        if fields.get(name) is None:
+            fields.pop(name, None)
+    fields |= _sizes(source)
+    fields |= _activation(source, notes)
+    fields |= _rope(source)
+    fields |= _labels(source)
+    window = _one_of(source, "sliding_window", "sliding_window_size")
+    if window is not _ABSENT:
+        fields["sliding_window"] = window
+    dtype = _one_of(source, "dtype", "torch_dtype", normalize=_dtype_name)
+    if dtype is not _ABSENT and dtype is not None:
+        fields["dtype"] = dtype
+    if "attn_logit_softcapping" not in source:
+        notes.append(
+            "attn_logit_softcapping is absent (transformers 4.42.0 left it out and ignored it); 50.0 is assumed, as the"
+            " released models were trained"
+        )
+    fields["extra"] = {key: value for key, value in source.items() if key not in _KNOWN}
+    fields["notes"] = tuple(notes)
+    return fields
+
+
+def write(config: Any) -> dict[str, Any]:
+    """The config.json object of a ``Gemma2Config`` as transformers 5 spells it, keys sorted as it sorts them."""
+    out: dict[str, Any] = dict(config.extra)
+    out["model_type"] = "gemma2"
+    for name in (*_PLAIN, *_SIZES_SINCE_4_47, "hidden_activation", "sliding_window", "dtype"):
+        value = getattr(config, name)
+        if value is None and name in _WRITTEN_ONLY_WHEN_SET:
+            continue
+        out[name] = list(value) if isinstance(value, tuple) else value
+    if config.id2label is not None:
+        out["id2label"] = {str(index): label for index, label in config.id2label.items()}
+        out["label2id"] = config.label2id or {label: index for index, label in config.id2label.items()}
+    out["rope_parameters"] = config.rope_parameters
+    return dict(sorted(out.items()))
+
+
+_ABSENT = object()
+
+
+def _one_of(source: Mapping[str, Any], name: str, alias: str, normalize=lambda value: value) -> Any:
+    """The value under either of two names; ``_ABSENT`` when neither is there; refused when they disagree."""
+    if name in source and alias in source:
+        value, other = normalize(source[name]), normalize(source[alias])
+        if value is not None and other is not None and value != other:
+            raise contradiction(f"{name} is {source[name]!r} but {alias} is {source[alias]!r}")
+        return other if value is None else value
+    for key in (name, alias):
+        if key in source:
+            return normalize(source[key])
+    return _ABSENT
+
+
+def _dtype_name(value: Any) -> Any:
+    return value.removeprefix("torch.") if isinstance(value, str) else value
+
+
+def _sizes(source: Mapping[str, Any]) -> dict[str, Any]:
+    given = {name: source[name] for name in _SIZES_SINCE_4_47 if name in source}
+    missing = [name for name in _SIZES_SINCE_4_47 if name not in source]
+    if not missing:
+        return given
+    found = re.match(r"(\d+)\.(\d+)", str(source.get("transformers_version", "")))
+    if found is None:
+        raise InputRefused(
+            "config.size-missing",
+            f"config: {', '.join(missing)} left out, and without transformers_version the default is unknown"
+            f" (transformers changed it in 4.47)",
+            hint="add the missing fields to config.json",
+        )
+    defaults = _SIZES_UNTIL_4_46 if (int(found[1]), int(found[2])) < (4, 47) else _SIZES_SINCE_4_47
+    return given | {name: defaults[name] for name in missing}
+
+
+def _activation(source: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
+    name = _one_of(source, "hidden_activation", "hidden_act")
+    if name is _ABSENT or name is None:
+        return {}
+    if name == "gelu" and source.get("hidden_activation") is None:
+        # The first Gemma files said "gelu" under the old name and meant the tanh form that the models were trained with.
+        notes.append("hidden_act 'gelu' is read as gelu_pytorch_tanh, as transformers does for Gemma")
+        name = "gelu_pytorch_tanh"
+    return {"hidden_activation": name}
+
+
+def _rope(source: Mapping[str, Any]) -> dict[str, Any]:
+    spelled = {key: _rope_object(source[key], key) for key in ("rope_parameters", "rope_scaling") if source.get(key)}
+    theta = source.get("rope_theta")
+    for key, parameters in spelled.items():
+        other = parameters.pop("rope_theta", None)
+        if theta is not None and other is not None and theta != other:
+            raise contradiction(f"rope_theta is {theta!r} but {key}.rope_theta is {other!r}")
+        theta = other if theta is None else theta
+    if len(spelled) == 2 and spelled["rope_parameters"] != spelled["rope_scaling"]:
+        raise contradiction("rope_parameters and rope_scaling disagree")
+    scaling = next(iter(spelled.values()), None)
+    fields: dict[str, Any] = {} if theta is None else {"rope_theta": theta}
+    if scaling and scaling != {"rope_type": "default"}:
+        fields["rope_scaling"] = scaling
+    return fields
+
+
+def _rope_object(value: Any, key: str) -> dict[str, Any]:
+    if not isinstance(value, Mapping) or any(isinstance(item, Mapping) for item in value.values()):
+        raise InputRefused("config.rope", f"config: {key} must be one flat object, found {value!r}")
+    parameters = dict(value)
+    old_name = parameters.pop("type", None)
+    rope_type = parameters.setdefault("rope_type", old_name or "default")
+    if old_name is not None and old_name != rope_type:
+        raise contradiction(f"{key}.type is {old_name!r} but {key}.rope_type is {rope_type!r}")
+    return parameters
+
+
+def _labels(source: Mapping[str, Any]) -> dict[str, Any]:
+    id2label, count = source.get("id2label"), source.get("num_labels")
+    if id2label is not None:
+        try:
+            id2label = {int(index): label for index, label in id2label.items()}
+        except (AttributeError, TypeError, ValueError):
+            raise InputRefused("config.labels", f"config: id2label must map numbers to labels, found {id2label!r}") from None
+        if count is not None and count != len(id2label):
+            raise contradiction(f"num_labels is {count!r} but id2label has {len(id2label)} labels")
+        return {"id2label": id2label}
+    if count is None:
+        return {}
+    if not isinstance(count, int) or isinstance(count, bool) or not 1 <= count <= 1_000_000:
+        raise InputRefused("config.labels", f"config: num_labels must be a positive integer, found {count!r}")
+    return {"id2label": {index: f"LABEL_{index}" for index in range(count)}}
