@@ -1,0 +1,13 @@
+"""Names from untrusted files, made fit for one line of an error message."""
+
+from __future__ import annotations
+
+
+def quoted(text: object, limit: int = 120) -> str:
+    """``repr`` of ``text``, which escapes control characters and newlines, with the middle cut out beyond ``limit`` characters."""
+    if isinstance(text, (str, bytes)) and len(text) > 2 * limit:
+        text = text[:limit] + text[-limit:]
+    shown = ascii(text) if not isinstance(text, str) or not text.isprintable() else repr(text)
+    if len(shown) <= limit:
+        return shown
+    return f"{shown[: limit - 20]}...{shown[-16:]}"

@@ -1,0 +1,84 @@
+"""JSON from untrusted files: bounded before it is parsed, and with one meaning only."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from array import array
+from itertools import accumulate
+from typing import Any, NoReturn
+
+from gemma2tool.errors import InputRefused
+from gemma2tool.storage.quoting import quoted
+from gemma2tool.storage.reading import read_whole
+
+# Gemma's tokenizer.json holds about 2.3 million values.
+DEFAULT_MAX_VALUES = 5_000_000
+
+# Possessive, and an unclosed string runs to the end: linear in time whatever the bytes.
+_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)', re.DOTALL)
+_DEPTH_STEP = bytes.maketrans(b"[{]}", b"\x01\x01\xff\xff")
+_NOT_BRACKETS = bytes(sorted(set(range(256)) - set(b"[]{}")))
+
+
+def load(
+    source: str | os.PathLike[str] | bytes | bytearray,
+    *,
+    what: str,
+    max_bytes: int,
+    max_depth: int = 64,
+    max_values: int = DEFAULT_MAX_VALUES,
+    allow_nonfinite: bool = False,
+) -> Any:
+    """The value of a JSON file, or of the bytes of one.
+
+    ``what`` names it in messages. Raises InputRefused for more than ``max_bytes`` bytes, ``max_depth`` nested brackets or
+    ``max_values`` values, for anything but UTF-8, for duplicate keys (json and most libraries silently keep the last), and for
+    NaN and Infinity, which are not JSON, unless ``allow_nonfinite``.
+    """
+    if isinstance(source, (bytes, bytearray)):
+        data, place = bytes(source), what
+        if len(data) > max_bytes:
+            raise InputRefused("json.too-large", f"{place}: {len(data)} bytes; at most {max_bytes} are accepted")
+    else:
+        data, place = read_whole(source, what=what, max_bytes=max_bytes), str(source)
+    _check_size(data, place, max_depth, max_values)
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputRefused("json.utf8", f"{place}: byte {error.start} is not UTF-8") from error
+
+    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        result = dict(items)
+        if len(result) != len(items):
+            seen: set[str] = set()
+            key = next(key for key, _ in items if key in seen or seen.add(key))
+            raise InputRefused(
+                "json.duplicate-key", f"{place}: the key {quoted(key)} appears twice", hint="remove one of the two"
+            )
+        return result
+
+    def constant(name: str) -> NoReturn:
+        raise InputRefused("json.nonfinite", f"{place}: {name} is not JSON")
+
+    try:
+        return json.loads(text, object_pairs_hook=pairs, parse_constant=None if allow_nonfinite else constant)
+    except json.JSONDecodeError as error:
+        raise InputRefused(
+            "json.syntax", f"{place}: not valid JSON: {error.msg} at line {error.lineno}, column {error.colno}"
+        ) from error
+    except (ValueError, RecursionError) as error:  # an integer of thousands of digits; brackets that never close
+        raise InputRefused("json.syntax", f"{place}: not acceptable JSON: {quoted(str(error))}") from error
+
+
+def _check_size(data: bytes, place: str, max_depth: int, max_values: int) -> None:
+    """Bounds nesting and the number of values in one pass over the bytes, before any Python object is made of them."""
+    skeleton = _STRING.sub(b"", data)
+    steps = skeleton.translate(_DEPTH_STEP, _NOT_BRACKETS)
+    if max(accumulate(array("b", steps)), default=0) > max_depth:
+        raise InputRefused("json.depth", f"{place}: nested more than {max_depth} deep")
+    # Every value but the first of its list or object follows a comma.
+    values = skeleton.count(b",") + steps.count(b"\x01") + 1
+    if values > max_values:
+        raise InputRefused("json.too-many-values", f"{place}: about {values} values; at most {max_values} are accepted")
