@@ -1,0 +1,55 @@
+"""The files that travel with a model: tokenizer, generation config, chat template; and where a config is found."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+
+from gemma2tool.errors import InputRefused
+from gemma2tool.model.checkpoint import ASSET_NAMES, Assets, Checkpoint
+from gemma2tool.model.config import Gemma2Config
+from gemma2tool.storage import strict_json
+from gemma2tool.storage.reading import read_whole
+
+MAX_ASSET_BYTES = 256 << 20
+MAX_CONFIG_BYTES = 4 << 20
+
+
+def folder_assets(folder: Path) -> Assets:
+    """The asset files of a folder, and its model card."""
+    readers = {}
+    for name in (*ASSET_NAMES, "README.md"):
+        path = folder / name
+        if path.is_file():
+            readers[name] = partial(read_whole, path, what=name, max_bytes=MAX_ASSET_BYTES)
+    return Assets(readers)
+
+
+def read_config(path: Path) -> Gemma2Config:
+    """A Hugging Face ``config.json``; refuses other model types."""
+    content = strict_json.load(path, what=path.name, max_bytes=MAX_CONFIG_BYTES)
+    if not isinstance(content, dict):
+        raise InputRefused("config.type", f"{path.name}: not a JSON object", hint="pass the right file with --config")
+    model_type = content.get("model_type", "gemma2")
+    if model_type != "gemma2":
+        raise InputRefused(
+            "config.model-type",
+            f"{path.name}: model_type is {model_type!r}, this tool reads gemma2",
+            hint="only Gemma 2 (2B, 9B, 27B and models of their architecture) can be read",
+        )
+    return Gemma2Config.from_hf(content)
+
+
+def dump_json(content: object) -> bytes:
+    """JSON as transformers writes it: sorted keys, two spaces, a newline at the end."""
+    return (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()
+
+
+def generation_config(checkpoint: Checkpoint) -> bytes:
+    """The source's generation_config.json, or one made from the special ids of its config."""
+    if "generation_config.json" in checkpoint.assets:
+        return checkpoint.assets["generation_config.json"]
+    config = checkpoint.config
+    ids = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id, "pad_token_id": config.pad_token_id}
+    return dump_json({"_from_model_config": True, **{k: v for k, v in ids.items() if v is not None}})

@@ -1,0 +1,43 @@
+"""Which floating type each tensor of an output is stored in, when it is not quantized."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from gemma2tool.formats.base import WriteOptions
+from gemma2tool.model.checkpoint import Checkpoint
+from gemma2tool.model.lazy import FLOAT16, FLOAT_DTYPES, BFLOAT16, LazyTensor
+from gemma2tool.quantizers.floats import narrows_exactly
+
+
+def stored_dtypes(checkpoint: Checkpoint, options: WriteOptions) -> dict[str, np.dtype]:
+    """The stored type by canonical name.
+
+    With ``options.dtype`` f32, f16 or bf16: that one. With ``auto``, llama.cpp's rule: the type of the first matrix that is bfloat16
+    or float16, else float16. Without: the source's own type; a norm that its source widened (GGUF keeps norms in float32) goes back
+    to the type of the matrices where every value survives, so that a round trip gives the original file.
+    """
+    specs = checkpoint.specs
+    if options.dtype in FLOAT_DTYPES:
+        return dict.fromkeys(specs, FLOAT_DTYPES[options.dtype])
+    if options.dtype == "auto":
+        return dict.fromkeys(specs, auto_dtype(checkpoint.tensors))
+    model_dtype = checkpoint.dtype
+    chosen = {}
+    for name, spec in specs.items():
+        tensor = checkpoint.tensors[name]
+        chosen[name] = tensor.dtype
+        narrower = tensor.dtype.itemsize > model_dtype.itemsize
+        if spec.role == "norm" and narrower and narrows_exactly(tensor.load(), model_dtype):
+            chosen[name] = model_dtype
+    return chosen
+
+
+def auto_dtype(tensors: Mapping[str, LazyTensor]) -> np.dtype:
+    """llama.cpp's ``auto``: the type of the first matrix (in order of name) stored in 16 bits decides; float16 where there is none."""
+    for name in sorted(tensors):
+        if len(tensors[name].shape) >= 2 and tensors[name].dtype in (FLOAT16, BFLOAT16):
+            return tensors[name].dtype
+    return FLOAT16

@@ -1,0 +1,48 @@
+"""Plain floating-point storage as an encoder: float32, float16, bfloat16, rounded to nearest even."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from gemma2tool.model.lazy import BFLOAT16, DTYPE_NAMES, FLOAT16, FLOAT32
+from gemma2tool.quantizers.base import Part
+from gemma2tool.quantizers.casts import cast
+
+SAFETENSORS_NAMES = {FLOAT32: "F32", FLOAT16: "F16", BFLOAT16: "BF16", np.dtype(np.float64): "F64"}
+
+
+@dataclass(frozen=True)
+class Float:
+    """Store values as ``dtype`` (float32, float16, bfloat16 or float64)."""
+
+    dtype: np.dtype
+    collects: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        return DTYPE_NAMES[self.dtype]
+
+    @property
+    def lossless(self) -> bool:
+        return True
+
+    def parts(self, shape: tuple[int, ...]) -> tuple[Part, ...]:
+        return (Part("", SAFETENSORS_NAMES[self.dtype], shape, int(np.prod(shape, dtype=np.int64)) * self.dtype.itemsize),)
+
+    def row_multiple(self, shape: tuple[int, ...]) -> int:
+        return 1
+
+    def encode(self, rows: np.ndarray) -> Mapping[str, np.ndarray]:
+        return {"": cast(rows, self.dtype)}
+
+    def finish(self, shape: tuple[int, ...], collected: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+        return {}
+
+
+def narrows_exactly(values: np.ndarray, dtype: np.dtype) -> bool:
+    """Whether every value survives being stored as ``dtype`` (compared as values; NaN never does)."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        return bool(np.array_equal(values.astype(dtype).astype(np.float64), values.astype(np.float64)))
