@@ -116,6 +116,23 @@ INLINE I clip(I x, int32_t low, int32_t high) {
     return x > high ? splat(high) : x;
 }
 
+// Towards zero. What does not fit an int (infinities and NaN too) becomes INT_MIN, as the x86 instructions have it.
+INLINE I truncate(F x) {
+#if defined(__SSE2__)
+    return __builtin_convertvector(x, I);
+#else
+    const I fits = abs(x) < 2147483648.f;
+    return fits ? __builtin_convertvector(fits ? x : F{}, I) : splat(INT32_MIN);
+#endif
+}
+// Half away from zero, as roundf; INT_MIN where it does not fit.
+INLINE I round_away(F x) {
+    const I whole = truncate(x);
+    const F rest = x - to_float(whole), size = abs(rest);
+    const I up = (size >= 0.5f) & (size < 1.f);
+    return whole + (up & (bits(rest) >> 31 | 1));
+}
+
 // IEEE half precision, round to nearest even. A NaN becomes 0x7E00 with its sign, as in ggml; back, a NaN becomes quiet.
 INLINE uint16_t to_half(float x) {
     uint32_t u;

@@ -1,0 +1,147 @@
+"""Every GGUF block type: sizes, quantization and dequantization of rows, byte for byte as llama.cpp's x86-64 builds.
+
+The unit is the row: rows are independent, so cutting a tensor into chunks of rows never changes a byte. One call runs on one
+thread without the GIL; callers run chunks in parallel.
+
+Facts: block layouts and type ids are ggml's (ggml-common.h, ggml.h).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import ml_dtypes
+import numpy as np
+
+from gemma2tool.quantizers.casts import cast
+from gemma2tool.quantizers.kernels import _native
+
+
+@dataclass(frozen=True)
+class GGUFType:
+    """A GGUF tensor type.
+
+    ``id``: ggml's number of the type. ``block_elements`` consecutive elements of a row take ``block_bytes`` bytes.
+    ``takes_importance``: an importance matrix changes the codes. ``needs_importance``: llama.cpp refuses the type without one.
+    """
+
+    name: str
+    id: int
+    block_elements: int
+    block_bytes: int
+    takes_importance: bool = False
+    needs_importance: bool = False
+
+    @property
+    def bits_per_weight(self) -> float:
+        return 8 * self.block_bytes / self.block_elements
+
+
+_ROWS = (
+    GGUFType("F32", 0, 1, 4),
+    GGUFType("F16", 1, 1, 2),
+    GGUFType("Q4_0", 2, 32, 18, takes_importance=True),
+    GGUFType("Q4_1", 3, 32, 20, takes_importance=True),
+    GGUFType("Q5_0", 6, 32, 22, takes_importance=True),
+    GGUFType("Q5_1", 7, 32, 24, takes_importance=True),
+    GGUFType("Q8_0", 8, 32, 34),
+    GGUFType("Q2_K", 10, 256, 84, takes_importance=True),
+    GGUFType("Q3_K", 11, 256, 110, takes_importance=True),
+    GGUFType("Q4_K", 12, 256, 144, takes_importance=True),
+    GGUFType("Q5_K", 13, 256, 176, takes_importance=True),
+    GGUFType("Q6_K", 14, 256, 210, takes_importance=True),
+    GGUFType("IQ2_XXS", 16, 256, 66, takes_importance=True, needs_importance=True),
+    GGUFType("IQ2_XS", 17, 256, 74, takes_importance=True, needs_importance=True),
+    GGUFType("IQ3_XXS", 18, 256, 98, takes_importance=True),
+    GGUFType("IQ1_S", 19, 256, 50, takes_importance=True, needs_importance=True),
+    GGUFType("IQ4_NL", 20, 32, 18, takes_importance=True),
+    GGUFType("IQ3_S", 21, 256, 110, takes_importance=True),
+    GGUFType("IQ2_S", 22, 256, 82, takes_importance=True),
+    GGUFType("IQ4_XS", 23, 256, 136, takes_importance=True),
+    GGUFType("IQ1_M", 29, 256, 56, takes_importance=True),
+    GGUFType("BF16", 30, 1, 2),
+    GGUFType("TQ1_0", 34, 256, 54),
+    GGUFType("TQ2_0", 35, 256, 66),
+    GGUFType("MXFP4", 39, 32, 17),
+)
+
+GGUF_TYPES: Mapping[str, GGUFType] = MappingProxyType({row.name: row for row in _ROWS})
+
+_FLOATS = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+
+
+def row_bytes(type: str, cols: int) -> int:
+    """Bytes of a row of ``cols`` elements.
+
+    Raises:
+        ValueError: for an unknown type, or ``cols`` that is not a positive multiple of the type's block.
+    """
+    row = _type(type)
+    if cols <= 0 or cols % row.block_elements:
+        raise ValueError(f"{type} needs rows of a multiple of {row.block_elements} elements, not {cols}")
+    return cols // row.block_elements * row.block_bytes
+
+
+def quantize(
+    type: str, rows: np.ndarray, importance: np.ndarray | None = None, out: np.ndarray | None = None
+) -> np.ndarray:
+    """Rows of float32 as blocks: (n, cols) float32 to (n, row_bytes) uint8, the bytes of ggml_quantize_chunk.
+
+    ``importance`` (cols,) float32 weighs the columns; types that take none ignore it. Values must be finite.
+
+    Raises:
+        ValueError: for an unknown type, wrong shapes or dtypes, or a type that needs an importance matrix and has none.
+    """
+    row = _type(type)
+    if rows.dtype != np.float32 or rows.ndim != 2:
+        raise ValueError(f"rows must be (n, cols) float32, not {rows.shape} {rows.dtype}")
+    n, cols = rows.shape
+    out = _output(out, (n, row_bytes(type, cols)), np.uint8)
+    if importance is not None and (importance.shape != (cols,) or importance.dtype != np.float32):
+        raise ValueError(f"importance must be ({cols},) float32, not {importance.shape} {importance.dtype}")
+    if row.needs_importance and importance is None:
+        raise ValueError(f"{type} cannot be made without an importance matrix")
+    rows = np.ascontiguousarray(rows)
+    if type in _FLOATS:
+        cast(rows, _FLOATS[type], out=out.view(_FLOATS[type]))
+        return out
+    weights = np.ascontiguousarray(importance) if importance is not None and row.takes_importance else None
+    address = 0 if weights is None else weights.ctypes.data
+    _native.gguf_quantize(type, rows.ctypes.data, address, n, cols, out.ctypes.data)
+    return out
+
+
+def dequantize(type: str, codes: np.ndarray, cols: int, out: np.ndarray | None = None) -> np.ndarray:
+    """Blocks back to float32: (n, row_bytes) uint8 to (n, cols) float32, the values of ggml's ``to_float``.
+
+    Raises:
+        ValueError: for an unknown type or wrong shapes or dtypes.
+    """
+    row = _type(type)
+    if codes.dtype != np.uint8 or codes.ndim != 2 or codes.shape[1] != row_bytes(type, cols):
+        raise ValueError(f"{type} codes must be (n, {row_bytes(type, cols)}) uint8, not {codes.shape} {codes.dtype}")
+    out = _output(out, (codes.shape[0], cols), np.float32)
+    codes = np.ascontiguousarray(codes)
+    if type in _FLOATS:
+        cast(codes.view(_FLOATS[type]), np.float32, out=out)
+        return out
+    blocks = codes.shape[0] * (cols // row.block_elements)
+    _native.gguf_dequantize(type, codes.ctypes.data, blocks, out.ctypes.data)
+    return out
+
+
+def _type(name: str) -> GGUFType:
+    try:
+        return GGUF_TYPES[name]
+    except KeyError:
+        raise ValueError(f"no GGUF type {name!r}; there are {', '.join(GGUF_TYPES)}") from None
+
+
+def _output(out: np.ndarray | None, shape: tuple[int, int], dtype: type) -> np.ndarray:
+    if out is None:
+        return np.empty(shape, dtype)
+    if out.shape != shape or out.dtype != dtype or not out.flags.c_contiguous or not out.flags.writeable:
+        raise ValueError(f"out must be C-contiguous {shape} {np.dtype(dtype)}, not {out.shape} {out.dtype}")
+    return out

@@ -1,0 +1,22 @@
+// The table of GGUF block types: one pair of functions per type and instruction set.
+#pragma once
+
+#include <stdint.h>
+
+#include "instruction_sets.hpp"
+
+struct BlockKernel {
+    // rows x cols floats to blocks, row after row. importance: cols weights of the columns, or null.
+    void (*quantize)(const float* x, const float* importance, int64_t rows, int64_t cols, uint8_t* out);
+    // `blocks` consecutive blocks to floats.
+    void (*dequantize)(const uint8_t* in, int64_t blocks, float* out);
+};
+
+// Every block type: X(identifier, name in GGUF).
+#define GGUF_BLOCK_TYPES(X) \
+    X(q4_0, "Q4_0")         \
+    X(q8_0, "Q8_0")
+
+#define X(type, name) KERNEL_TABLE(BlockKernel, gguf_##type)
+GGUF_BLOCK_TYPES(X)
+#undef X

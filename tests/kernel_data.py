@@ -1,0 +1,63 @@
+"""Rows of floats that are hard on quantizers, and importance weights to go with them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import ml_dtypes
+import numpy as np
+
+Generator = np.random.Generator
+
+
+def _mixed_blocks(rng: Generator, n: int, cols: int) -> np.ndarray:
+    """Blocks of 16 whose scales span forty powers of two, some of one sign, some zero, some of one value."""
+    x = rng.standard_normal((n, cols // 16, 16)) * np.exp2(rng.integers(-20, 20, (n, cols // 16, 1)))
+    kind = rng.integers(0, 8, (n, cols // 16, 1))
+    x = np.where(kind == 0, 0, x)
+    x = np.where(kind == 1, np.abs(x), x)
+    x = np.where(kind == 2, -np.abs(x), x)
+    x = np.where(kind == 3, x[:, :, :1], x)
+    return x.reshape(n, cols)
+
+
+def _one_huge(rng: Generator, n: int, cols: int) -> np.ndarray:
+    """A value 1e4 times the others in each block of 256."""
+    x = rng.standard_normal((n, cols // 256, 256))
+    at = rng.integers(0, 256, (n, cols // 256, 1))
+    np.put_along_axis(x, at, np.take_along_axis(x, at, -1) * 1e4, -1)
+    return x.reshape(n, cols)
+
+
+ROWS: dict[str, Callable[[Generator, int, int], np.ndarray]] = {
+    "normal": lambda rng, n, cols: rng.standard_normal((n, cols)) * 0.02,
+    "heavy-tailed": lambda rng, n, cols: rng.standard_t(3, (n, cols)),
+    "bf16-rounded": lambda rng, n, cols: (rng.standard_t(4, (n, cols)) * 0.03).astype(ml_dtypes.bfloat16),
+    "f16-rounded": lambda rng, n, cols: (rng.standard_normal((n, cols)) * 0.03).astype(np.float16),
+    "constant": lambda rng, n, cols: np.repeat(rng.standard_normal((n, cols // 32)), 32, axis=1),
+    "zero": lambda rng, n, cols: np.where(rng.random((n, 1)) < 0.5, 0.0, -0.0) * np.ones((n, cols)),
+    "few-values": lambda rng, n, cols: rng.integers(-3, 4, (n, cols)) * 0.25,
+    "grid": lambda rng, n, cols: rng.integers(-127, 128, (n, cols)) / 64,
+    "mixed-blocks": _mixed_blocks,
+    "one-huge": _one_huge,
+    "sparse": lambda rng, n, cols: rng.standard_normal((n, cols)) * (rng.random((n, cols)) < 0.05),
+    "tiny": lambda rng, n, cols: rng.standard_normal((n, cols)) * np.exp2(rng.integers(-60, -20, (n, 1))),
+    "denormal": lambda rng, n, cols: rng.standard_normal((n, cols)) * np.exp2(rng.integers(-150, -120, (n, 1))),
+    "large": lambda rng, n, cols: rng.standard_normal((n, cols)) * np.exp2(rng.integers(8, 18, (n, 1))),
+}
+
+
+def rows(kind: str, seed: int, n: int, cols: int) -> np.ndarray:
+    """(n, cols) float32 of one of ROWS."""
+    with np.errstate(under="ignore"):
+        return np.ascontiguousarray(ROWS[kind](np.random.default_rng(seed), n, cols), dtype=np.float32)
+
+
+def importance(kind: str, seed: int, cols: int) -> np.ndarray | None:
+    """(cols,) float32 weights: ``none``, ``squares`` (as collected from activations), or ``wild`` (twelve decades)."""
+    rng = np.random.default_rng(seed + 1)
+    if kind == "none":
+        return None
+    if kind == "squares":
+        return (rng.standard_normal(cols) ** 2 + 1e-3).astype(np.float32)
+    return np.exp(rng.uniform(-14, 14, cols)).astype(np.float32)

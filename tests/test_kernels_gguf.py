@@ -1,0 +1,128 @@
+"""GGUF block types against ggml itself: the same bytes out, the same floats back, for every instruction set."""
+
+from __future__ import annotations
+
+import kernel_data
+import llama_peer
+import numpy as np
+import pytest
+
+from gemma2tool.quantizers import kernels
+from gemma2tool.quantizers.gguf_types import GGUF_TYPES, dequantize, quantize, row_bytes
+
+needs_peer = pytest.mark.skipif(not llama_peer.available(), reason="xllamacpp is not installed")
+BLOCK_TYPES = [name for name, row in GGUF_TYPES.items() if row.block_elements > 1]
+ROWS, COLS = 11, 768  # 33 superblocks: full batches and a rest, for every lane width
+
+
+@pytest.fixture(params=kernels.available_instruction_sets())
+def instruction_set(request):
+    before = kernels.current_instruction_set()
+    kernels.use_instruction_set(request.param)
+    yield request.param
+    kernels.use_instruction_set(before)
+
+
+def cases(type: str):
+    """(name, rows, importance) of every kind of rows, with every kind of importance the type has."""
+    row = GGUF_TYPES[type]
+    weights = ("squares", "wild") if row.needs_importance else ("none", "squares", "wild") if row.takes_importance else ("none",)
+    for seed, kind in enumerate(kernel_data.ROWS):
+        x = kernel_data.rows(kind, seed, ROWS, COLS)
+        for weight in weights:
+            yield f"{kind}, importance {weight}", x, kernel_data.importance(weight, seed, COLS)
+
+
+def assert_same_blocks(type: str, case: str, got: np.ndarray, want: np.ndarray) -> None:
+    if np.array_equal(got, want):
+        return
+    blocks = GGUF_TYPES[type].block_bytes
+    wrong = (got.reshape(-1, blocks) != want.reshape(-1, blocks)).any(axis=1)
+    first = int(np.argmax(wrong))
+    pytest.fail(
+        f"{type}, {case}: {wrong.sum()} of {wrong.size} blocks differ; block {first}:\n"
+        f"  ours {got.reshape(-1, blocks)[first].tobytes().hex()}\n  ggml {want.reshape(-1, blocks)[first].tobytes().hex()}"
+    )
+
+
+@needs_peer
+@pytest.mark.parametrize("type", BLOCK_TYPES)
+def test_sizes_are_ggmls(type):
+    assert (GGUF_TYPES[type].block_elements, GGUF_TYPES[type].block_bytes) == llama_peer.sizes(type)
+
+
+@needs_peer
+@pytest.mark.parametrize("type", BLOCK_TYPES)
+def test_codes_are_ggmls(type, instruction_set):
+    for case, x, weights in cases(type):
+        assert_same_blocks(type, case, quantize(type, x, weights), llama_peer.quantize(type, x, weights))
+
+
+@needs_peer
+@pytest.mark.parametrize("type", [*BLOCK_TYPES, "F16", "BF16"])
+def test_floats_are_ggmls(type, instruction_set):
+    for seed, kind in enumerate(kernel_data.ROWS):
+        x = kernel_data.rows(kind, seed, 3, COLS)
+        codes = llama_peer.quantize(type, x, np.ones(COLS, np.float32))
+        got, want = dequantize(type, codes, COLS), llama_peer.dequantize(type, codes, COLS)
+        assert np.array_equal(got.view(np.uint32), want.view(np.uint32)), (type, kind)
+
+
+@pytest.mark.parametrize("type", BLOCK_TYPES)
+def test_floats_of_any_codes_are_those_of_the_gguf_package(type, instruction_set):
+    """Random bytes reach codes no quantizer writes; scales are kept finite."""
+    import gguf
+
+    row = GGUF_TYPES[type]
+    codes = np.random.default_rng(5).integers(0, 256, (7, row_bytes(type, COLS)), dtype=np.uint8)
+    want = gguf.quants.dequantize(codes, gguf.GGMLQuantizationType(row.id))
+    got = dequantize(type, codes, COLS)
+    same = (got.view(np.uint32) == want.view(np.uint32)) | (np.isnan(got) & np.isnan(want))
+    assert same.all(), (type, np.argwhere(~same)[:3])
+
+
+@pytest.mark.parametrize("type", BLOCK_TYPES)
+def test_rows_are_independent_and_instruction_sets_agree(type):
+    x = kernel_data.rows("heavy-tailed", 3, 19, 512)
+    weights = kernel_data.importance("squares", 3, 512)
+    before = kernels.current_instruction_set()
+    try:
+        every = []
+        for isa in kernels.available_instruction_sets():
+            kernels.use_instruction_set(isa)
+            every.append(quantize(type, x, weights))
+            one_by_one = np.concatenate([quantize(type, x[i : i + 1], weights) for i in range(19)])
+            assert np.array_equal(every[-1], one_by_one)
+        assert all(np.array_equal(codes, every[0]) for codes in every)
+    finally:
+        kernels.use_instruction_set(before)
+
+
+@pytest.mark.parametrize("type", BLOCK_TYPES)
+def test_quantization_is_near(type):
+    """Needs no peer: the error of normal weights is what the type's bits allow."""
+    x = kernel_data.rows("normal", 8, 8, 2048)
+    weights = np.ones(2048, np.float32)
+    error = dequantize(type, quantize(type, x, weights), 2048) - x
+    relative = float(np.sqrt((error**2).mean() / (x**2).mean()))
+    bits = GGUF_TYPES[type].bits_per_weight
+    assert relative < (1.0 if bits < 2.1 else 2.2 * 2.0 ** -(bits - 0.3)), relative
+
+
+def test_out_is_filled_and_refusals():
+    x = kernel_data.rows("normal", 1, 2, 256)
+    out = np.zeros((2, row_bytes("Q4_0", 256)), np.uint8)
+    assert quantize("Q4_0", x, out=out) is out and np.array_equal(out, quantize("Q4_0", x))
+    for call, message in [
+        (lambda: quantize("Q9_9", x), "no GGUF type"),
+        (lambda: quantize("Q4_K", x[:, :128]), "multiple of 256"),
+        (lambda: quantize("Q4_0", x.astype(np.float64)), "float32"),
+        (lambda: quantize("Q4_0", x[0]), "rows must be"),
+        (lambda: quantize("Q4_0", x, np.ones(255, np.float32)), "importance must be"),
+        (lambda: quantize("IQ2_XXS", x), "importance matrix"),
+        (lambda: quantize("Q4_0", x, out=out[:1]), "out must be"),
+        (lambda: dequantize("Q4_0", out, 288), "codes must be"),
+        (lambda: dequantize("Q4_0", out.view(np.int8), 256), "codes must be"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            call()
