@@ -1,0 +1,274 @@
+"""The number formats of bitsandbytes: nf4 and fp4 (with or without double quantization) and LLM.int8().
+
+Every byte equals what bitsandbytes' CPU library writes (checked against 0.50). Its 4-bit types cut the flat, row-major tensor
+into blocks of 64; a block keeps its largest magnitude (*absmax*) and, for each value, the index of the nearest of 16 numbers
+times absmax. Double quantization stores the absmax values themselves in 8 bits, in blocks of 256, around their mean.
+LLM.int8() scales each row of the float16-rounded matrix by 127 / absmax.
+
+Values mean what the library's own dequantization gives: absmax * number in float32, rounded to the type the weight had when it
+was quantized (see ``FourBit.dtype``).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import ml_dtypes
+import numpy as np
+
+from gemma2tool.model.lazy import FLOAT16, FLOAT32, LazyTensor, row_ranges, to_float32
+from gemma2tool.quantizers.base import Part
+from gemma2tool.quantizers.bnb_tables import ASCENDING, CODES, MIDPOINTS, dynamic_bins, dynamic_map
+
+BLOCKSIZE = 64
+NESTED_BLOCKSIZE = 256
+BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+"""The block sizes that the library accepts; it writes 64 unless told otherwise."""
+
+QUANT_DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": FLOAT16, "float32": FLOAT32}
+"""Types a weight may have when it is quantized, in torch's spelling."""
+
+_SMALLEST_ABSMAX = np.float32(1e-38)  # the library's guard against division by zero
+
+
+def quantize_4bit(values: np.ndarray, quant_type: str) -> tuple[np.ndarray, np.ndarray]:
+    """Quantize a flat array, of which only the last block may be shorter than 64.
+
+    Returns the codes, two in a byte with the first in the high half, uint8 ``(ceil(n / 2),)``, and absmax, float32
+    ``(ceil(n / 64),)``. The library divides in a short last block where it otherwise multiplies by the reciprocal.
+    """
+    values = to_float32(values)
+    full = len(values) - len(values) % BLOCKSIZE
+    blocks = values[:full].reshape(-1, BLOCKSIZE)
+    absmax = np.abs(blocks).max(axis=1, initial=0)
+    with np.errstate(over="ignore", invalid="ignore"):
+        scaled = (blocks * (np.float32(1) / np.maximum(absmax, _SMALLEST_ABSMAX))[:, None]).reshape(-1)
+        if full < len(values):
+            last = np.maximum(np.abs(values[full:]).max(), _SMALLEST_ABSMAX)
+            absmax = np.append(absmax, last)
+            scaled = np.append(scaled, values[full:] / last)
+    if len(scaled) % 2:
+        scaled = np.append(scaled, np.float32(0))
+    codes = ASCENDING[quant_type][np.searchsorted(MIDPOINTS[quant_type], scaled)]
+    return codes[0::2] << 4 | codes[1::2], absmax
+
+
+def dequantize_4bit(
+    packed: np.ndarray, absmax: np.ndarray, quant_type: str, count: int, dtype: np.dtype, blocksize: int = BLOCKSIZE
+) -> np.ndarray:
+    """The first ``count`` values of whole blocks: number * absmax in float32, rounded to ``dtype``. Flat arrays."""
+    codes = np.empty((len(packed), 2), np.uint8)
+    codes[:, 0], codes[:, 1] = packed >> 4, packed & 15
+    scales = np.repeat(absmax, blocksize)[:count]
+    return (CODES[quant_type][codes.reshape(-1)[:count]] * scales).astype(dtype)
+
+
+def quantize_8bit(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Quantize flat float32 values in blocks of 256 with ``dynamic_map``: codes uint8 ``(n,)``, absmax float32 ``(ceil(n / 256),)``."""
+    padded = np.zeros(-(-len(values) // NESTED_BLOCKSIZE) * NESTED_BLOCKSIZE, np.float32)
+    padded[: len(values)] = values
+    blocks = padded.reshape(-1, NESTED_BLOCKSIZE)
+    absmax = np.abs(blocks).max(axis=1)
+    zero = absmax == 0
+    with np.errstate(over="ignore", invalid="ignore"):
+        scaled = blocks * (np.float32(1) / np.where(zero, np.float32(1), absmax))[:, None]
+    half = (np.clip(scaled, -1, 1) + np.float32(1)) * np.float32(0.5)
+    # The library's compiler fuses this multiply-add: float64 holds it exactly, and one rounding to float32 follows.
+    bins = (half.astype(np.float64) * 65535 + 0.5).astype(np.float32)
+    codes = dynamic_bins()[np.where(np.isnan(bins), 0, bins).astype(np.int32)]
+    codes[zero] = 0
+    return codes.reshape(-1)[: len(values)], absmax
+
+
+def dequantize_8bit(
+    codes: np.ndarray, absmax: np.ndarray, numbers: np.ndarray, blocksize: int = NESTED_BLOCKSIZE
+) -> np.ndarray:
+    """``numbers[code] * absmax`` in float32, of whole blocks but for the last. Flat arrays."""
+    return numbers[codes] * np.repeat(absmax, blocksize)[: len(codes)]
+
+
+def mean_float32(values: np.ndarray) -> np.float32:
+    """The mean of a flat float32 array in the order in which torch adds on one thread.
+
+    Rows of 32 values are added column by column, in up to four levels so that no running sum grows long; then the columns,
+    four vectors of eight apart, are folded. (torch on several threads splits 32,768 values or more between them, and its last
+    bit then depends on how many there are. Ours does not.)
+    """
+    lanes = 8 if len(values) >= 8 else 1
+    vectors = len(values) // lanes
+    tail = _sum_rows(values[vectors * lanes :])
+    folded = _sum_vectors(values[: vectors * lanes].reshape(vectors, lanes))
+    total = _sum_rows(np.concatenate([[tail], folded]).astype(np.float32))
+    return np.float32(total) / np.float32(len(values))
+
+
+def _sum_vectors(vectors: np.ndarray) -> np.ndarray:
+    """The sum of (n, lanes) over n: four vectors to a row, rows added in levels, the four columns folded last."""
+    rows, lanes = len(vectors) // 4, vectors.shape[1]
+    power = max(4, (rows - 1).bit_length() // 4 if rows > 1 else 0)
+    level, carried = vectors[: rows * 4].reshape(rows, 4, lanes), []
+    for depth in range(4):
+        groups = len(level) >> power if depth < 3 else 0
+        carried.append(_sum_rows(level[groups << power :]))
+        level = _sum_rows(level[: groups << power].reshape(groups, 1 << power, 4, lanes).swapaxes(0, 1))
+    columns = _sum_rows(np.stack(carried))
+    columns[0] = _sum_rows(np.concatenate([columns[:1], vectors[rows * 4 :]]))
+    return _sum_rows(columns)
+
+
+def _sum_rows(rows: np.ndarray) -> np.ndarray:
+    """The sum over the first axis, one after the other from zero: numpy's own sum may pair them up."""
+    total = np.zeros(rows.shape[1:], np.float32)
+    for row in rows:
+        total = total + row
+    return total
+
+
+@dataclass(frozen=True)
+class FourBit:
+    """nf4 or fp4.
+
+    ``dtype``: the type the weight is taken to have (rows of another type are cast to it first); the file records it, and the
+    library dequantizes to it. ``nested_offset``: the mean of the tensor's absmax values, which double quantization writes out in
+    decimal; ``surveyed`` finds it, and ``parts`` and ``finish`` need it.
+    """
+
+    quant_type: str = "nf4"
+    double_quant: bool = False
+    dtype: np.dtype = QUANT_DTYPES["bfloat16"]
+    nested_offset: float | None = None
+
+    lossless: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if self.quant_type not in CODES:
+            raise ValueError(f"no 4-bit type {self.quant_type!r}")
+        if self.dtype not in QUANT_DTYPES.values():
+            raise ValueError(f"weights of {self.dtype} cannot be quantized to {self.quant_type}")
+
+    @property
+    def name(self) -> str:
+        return self.quant_type + ("-dq" if self.double_quant else "")
+
+    @property
+    def collects(self) -> tuple[str, ...]:
+        return (".absmax",) if self.double_quant else ()
+
+    def surveyed(self, source: LazyTensor, chunk_bytes: int = 16 << 20) -> FourBit:
+        """This encoder for one tensor: with double quantization the tensor is read once, for the mean of its absmax values."""
+        if not self.double_quant:
+            return self
+        row_bytes = source.row_size * source.dtype.itemsize
+        ranges = row_ranges(source.rows, row_bytes, chunk_bytes, self.row_multiple(source.shape))
+        absmax = np.concatenate([self.encode(source.load_rows(first, last))[".absmax"] for first, last in ranges])
+        return replace(self, nested_offset=float(mean_float32(absmax)))
+
+    def parts(self, shape: tuple[int, ...]) -> tuple[Part, ...]:
+        count = math.prod(shape)
+        blocks = -(-count // BLOCKSIZE)
+        packed = -(-count // 2)
+        state = (self._state_suffix, "U8", len(self._state(shape)))
+        if self.double_quant:
+            rest = [
+                (".absmax", "U8", blocks),
+                (".nested_absmax", "F32", -(-blocks // NESTED_BLOCKSIZE)),
+                (".nested_quant_map", "F32", 256),
+                (".quant_map", "F32", 16),
+                state,
+            ]
+            streamed = ()
+        else:
+            rest = [(".quant_map", "F32", 16), state]
+            streamed = (Part(".absmax", "F32", (blocks,), 4 * blocks),)
+        fixed = (Part(name, dtype, (n,), n * (4 if dtype == "F32" else 1), streamed=False) for name, dtype, n in rest)
+        return (Part("", "U8", (packed, 1), packed), *streamed, *fixed)
+
+    def row_multiple(self, shape: tuple[int, ...]) -> int:
+        return BLOCKSIZE // math.gcd(math.prod(shape[1:]), BLOCKSIZE)
+
+    def encode(self, rows: np.ndarray) -> Mapping[str, np.ndarray]:
+        packed, absmax = quantize_4bit(rows.astype(self.dtype, copy=False).reshape(-1), self.quant_type)
+        return {"": packed.reshape(-1, 1), ".absmax": absmax}
+
+    def finish(self, shape: tuple[int, ...], collected: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+        parts = {
+            ".quant_map": CODES[self.quant_type],
+            self._state_suffix: np.frombuffer(self._state(shape), np.uint8),
+        }
+        if self.double_quant:
+            absmax = collected[".absmax"]
+            if float(mean_float32(absmax)) != self.nested_offset:
+                raise ValueError("this encoder was surveyed on another tensor")
+            codes, nested_absmax = quantize_8bit(absmax - np.float32(self.nested_offset))
+            parts |= {".absmax": codes, ".nested_absmax": nested_absmax, ".nested_quant_map": dynamic_map()}
+        return parts
+
+    @property
+    def _state_suffix(self) -> str:
+        return f".quant_state.bitsandbytes__{self.quant_type}"
+
+    def _state(self, shape: tuple[int, ...]) -> bytes:
+        """The JSON that the library keeps beside the arrays, in its spelling."""
+        state = {
+            "quant_type": self.quant_type,
+            "blocksize": BLOCKSIZE,
+            "dtype": next(name for name, dtype in QUANT_DTYPES.items() if dtype == self.dtype),
+            "shape": list(shape),
+        }
+        if self.double_quant:
+            if self.nested_offset is None:
+                raise ValueError("double quantization needs a survey of the tensor first: see FourBit.surveyed")
+            state |= {
+                "nested_blocksize": NESTED_BLOCKSIZE,
+                "nested_dtype": "float32",
+                "nested_offset": self.nested_offset,
+            }
+        return json.dumps(state).encode()
+
+
+def quantize_int8(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """LLM.int8() of a matrix (O, I): codes int8 (O, I) and the row absmax, float32 (O,). Values are rounded to float16 first.
+
+    A magnitude over 65504 is infinite in float16: its row becomes zero, its absmax infinite.
+    """
+    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+        values = to_float32(rows.astype(np.float16))
+        absmax = np.abs(values).max(axis=1)
+        scaled = np.rint(values * (np.float32(1) / absmax * np.float32(127))[:, None])
+        return np.where(np.isnan(scaled), 0, scaled).astype(np.int8), absmax
+
+
+def dequantize_int8(codes: np.ndarray, absmax: np.ndarray) -> np.ndarray:
+    """code * absmax / 127 in float32, with the library's constant for 1 / 127. (O, I), (O,) -> (O, I)."""
+    return codes.astype(np.float32) * absmax[:, None] * np.float32(7.874015718698502e-3)
+
+
+@dataclass(frozen=True)
+class Int8:
+    """LLM.int8(): a scale a row, stored as the row's absmax under the name SCB beside the weight."""
+
+    name: ClassVar[str] = "int8"
+    lossless: ClassVar[bool] = False
+    collects: ClassVar[tuple[str, ...]] = ()
+
+    def parts(self, shape: tuple[int, ...]) -> tuple[Part, ...]:
+        rows, columns = shape
+        return (
+            Part("", "I8", shape, rows * columns),
+            Part("SCB", "F32", (rows,), 4 * rows),
+            Part("weight_format", "U8", (), 1, streamed=False),
+        )
+
+    def row_multiple(self, shape: tuple[int, ...]) -> int:
+        return 1
+
+    def encode(self, rows: np.ndarray) -> Mapping[str, np.ndarray]:
+        codes, absmax = quantize_int8(rows)
+        return {"": codes, "SCB": absmax}
+
+    def finish(self, shape: tuple[int, ...], collected: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+        return {"weight_format": np.zeros((), np.uint8)}  # 0: row-major
