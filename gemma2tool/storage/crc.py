@@ -1,0 +1,83 @@
+"""CRC-32 of data that arrives in pieces and in any order."""
+
+from __future__ import annotations
+
+import zlib
+from functools import lru_cache
+from threading import Lock
+
+_POLYNOMIAL = 0xEDB88320  # zip's CRC-32, lowest bit = highest power
+
+
+def crc32_combine(crc1: int, crc2: int, len2: int) -> int:
+    """The CRC-32 of a followed by b, from those of a and of b and the length of b in bytes.
+
+    Appending len2 bytes multiplies a's remainder by x^(8 len2) modulo the CRC's polynomial (M. Adler, zlib's crc32_combine).
+    """
+    return _times(_power(len2), crc1) ^ crc2
+
+
+def _times(a: int, b: int) -> int:
+    """The product of two polynomials modulo the CRC's, bits reflected."""
+    product = 0
+    for bit in range(31, -1, -1):
+        if a >> bit & 1:
+            product ^= b
+        b = b >> 1 ^ (_POLYNOMIAL if b & 1 else 0)
+    return product
+
+
+@lru_cache(maxsize=256)
+def _power(nbytes: int) -> int:
+    """x^(8 nbytes) modulo the CRC's polynomial."""
+    result, square = 1 << 31, 1 << 23  # x^0 and x^8
+    while nbytes:
+        if nbytes & 1:
+            result = _times(square, result)
+        square = _times(square, square)
+        nbytes >>= 1
+    return result
+
+
+class Crc:
+    """The CRC-32 of ``nbytes`` bytes whose pieces several threads add in any order, each byte once."""
+
+    def __init__(self, nbytes: int) -> None:
+        self.nbytes = nbytes
+        self._runs: dict[int, tuple[int, int]] = {}  # begin -> (end, crc); runs never touch each other
+        self._begins: dict[int, int] = {}  # end -> begin
+        self._lock = Lock()
+
+    def update(self, offset: int, data: object) -> None:
+        """Adds the bytes of ``data`` (any contiguous buffer), which begin ``offset`` bytes into the whole."""
+        view = memoryview(data).cast("B")
+        begin, end, crc = offset, offset + len(view), zlib.crc32(view)
+        if begin < 0 or end > self.nbytes:
+            raise ValueError(f"bytes {begin} to {end} of {self.nbytes}")
+        if begin == end:
+            return
+        with self._lock:
+            if begin in self._begins:  # something ends where this begins
+                left = self._begins.pop(begin)
+                _, left_crc = self._runs.pop(left)
+                crc = crc32_combine(left_crc, crc, end - begin)
+                begin = left
+            if end in self._runs:  # something begins where this ends
+                right_end, right_crc = self._runs.pop(end)
+                del self._begins[right_end]
+                crc = crc32_combine(crc, right_crc, right_end - end)
+                end = right_end
+            self._runs[begin] = end, crc
+            self._begins[end] = begin
+
+    @property
+    def complete(self) -> bool:
+        """Whether every byte has been added."""
+        return self.nbytes == 0 or (len(self._runs) == 1 and self._runs.get(0, (0, 0))[0] == self.nbytes)
+
+    @property
+    def value(self) -> int:
+        """The CRC-32 of the whole. Raises ValueError while bytes are missing."""
+        if not self.complete:
+            raise ValueError("not every byte has been added")
+        return self._runs[0][1] if self.nbytes else 0
