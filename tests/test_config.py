@@ -130,7 +130,10 @@ def test_missing_attention_softcap_is_assumed_and_said():
         ({"num_key_value_heads": 3}, ("num_attention_heads", "num_key_value_heads")),
         ({"layer_types": [SLIDING, FULL]}, ("layer_types", "num_hidden_layers")),
         ({"hidden_act": "silu"}, ("hidden_activation", "hidden_act")),
-        ({"rope_parameters": {"rope_theta": 1e6, "rope_type": "default"}}, ("rope_theta", "rope_parameters.rope_theta")),
+        (
+            {"rope_parameters": {"rope_theta": 1e6, "rope_type": "default"}},
+            ("rope_theta", "rope_parameters.rope_theta"),
+        ),
         ({"sliding_window_size": 2048}, ("sliding_window", "sliding_window_size")),
         ({"dtype": "float32"}, ("dtype", "torch_dtype")),
         ({"sliding_window": None}, ("sliding_window", "layer_types")),
@@ -139,7 +142,10 @@ def test_missing_attention_softcap_is_assumed_and_said():
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, ("rope_type", "low_freq_factor")),
         ({"rope_scaling": {"rope_type": "linear", "type": "yarn", "factor": 2.0}}, ("rope_type", "type")),
         (
-            {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": {"rope_type": "linear", "factor": 4.0}},
+            {
+                "rope_scaling": {"type": "linear", "factor": 2.0},
+                "rope_parameters": {"rope_type": "linear", "factor": 4.0},
+            },
             ("rope_parameters", "rope_scaling"),
         ),
     ],
@@ -233,11 +239,13 @@ def test_released_sizes():
 
 
 def test_shapes_of_a_released_width_are_enough():
-    shapes = canonical_shapes(dataclasses.replace(SIZES["27b"], num_hidden_layers=5, layer_types=None, vocab_size=256002))
+    shapes = canonical_shapes(
+        dataclasses.replace(SIZES["27b"], num_hidden_layers=5, layer_types=None, vocab_size=256002)
+    )
     config = infer_from_shapes(shapes)
     assert (config.num_hidden_layers, config.vocab_size, config.query_pre_attn_scalar) == (5, 256002, 144)
     assert len(config.layer_types) == 5
-    assert any("27b is assumed" in line for line in config.warnings)
+    assert any("the released 27b's is assumed" in line for line in config.warnings)
 
 
 def test_shapes_of_a_classifier():

@@ -39,6 +39,7 @@ _POSITIVE_INTEGERS = (
     "max_position_embeddings",
 )
 _POSITIVE_NUMBERS = ("rms_norm_eps", "rope_theta", "query_pre_attn_scalar")
+_FLOATS = ("attn_logit_softcapping", "final_logit_softcapping", "rms_norm_eps", "rope_theta", "initializer_range")
 _MAX_LAYERS = 4096  # far beyond any model; keeps a hostile file from asking for a list of a billion layers
 
 
@@ -65,8 +66,8 @@ class Gemma2Config:
     - ``attn_logit_softcapping`` (50.0): c in c * tanh(score / c), before the mask; None: no cap.
     - ``final_logit_softcapping`` (30.0): the same for the logits; None: no cap.
     - ``rope_theta`` (10000.0): base of the rotary embedding.
-    - ``rope_scaling`` (None): rotary scaling, ``{"rope_type": ..., "factor": ...}``; ``rope_parameters`` joins it with the base,
-      which is how transformers 5 writes both.
+    - ``rope_scaling`` (None): rotary scaling, ``{"rope_type": ..., "factor": ...}``; ``rope_parameters`` joins it with
+      the base, which is how transformers 5 writes both.
     - ``sliding_window`` (4096): W; key j is visible to query i of a sliding layer when 0 <= i - j < W.
     - ``layer_types`` (None: even layers slide): "sliding_attention" or "full_attention" per layer.
     - ``use_bidirectional_attention`` (None): True drops the causal mask, for encoders made from Gemma 2.
@@ -76,18 +77,19 @@ class Gemma2Config:
 
     Use and training:
 
-    - ``pad_token_id`` (0), ``bos_token_id`` (2), ``eos_token_id`` (1, or several: instruction-tuned files have 1 and 107).
+    - ``pad_token_id`` (0), ``bos_token_id`` (2), ``eos_token_id`` (1; instruction-tuned files: 1 and 107).
     - ``use_cache`` (True): return the key-value cache unless told otherwise.
     - ``initializer_range`` (0.02): standard deviation of newly initialised weights.
     - ``dtype`` (None): the type the weights were saved in, such as "bfloat16".
     - ``architectures`` (None): class names, such as ("Gemma2ForCausalLM",).
-    - ``id2label``, ``label2id`` (None: two labels), ``problem_type`` (None: decided from the labels): classification heads.
+    - ``id2label``, ``label2id`` (None: two labels), ``problem_type`` (None: told from the labels): classification
+      heads.
     - ``transformers_version`` (None): the release that wrote the file.
     - ``extra``: keys of the source file that are none of these, kept for writing.
     - ``notes``: what reading had to assume; part of ``warnings``.
 
-    Raises ``InputRefused`` with id ``config.value`` for a value that cannot be right alone, ``config.contradiction`` for two
-    fields that cannot be right together. Source of defaults: transformers 5.23 ``configuration_gemma2.py``.
+    Raises ``InputRefused`` with id ``config.value`` for a value that cannot be right alone, ``config.contradiction``
+    for two fields that cannot be right together. Source of defaults: transformers 5.23 ``configuration_gemma2.py``.
     """
 
     vocab_size: int = 256000
@@ -130,7 +132,7 @@ class Gemma2Config:
         self._normalize()
         self._check_agreement()
 
-    # -- reading and writing ---------------------------------------------------------------------------------------------
+    # -- reading and writing ------------------------------------------------------------------------------------------
 
     @classmethod
     def from_hf(cls, source: Mapping[str, Any]) -> Gemma2Config:
@@ -141,7 +143,7 @@ class Gemma2Config:
         """The config.json object, every field, as transformers 5 spells it."""
         return config_hf.write(self)
 
-    # -- what follows from the fields --------------------------------------------------------------------------------------
+    # -- what follows from the fields ---------------------------------------------------------------------------------
 
     @property
     def query_scale(self) -> float:
@@ -184,8 +186,11 @@ class Gemma2Config:
 
     @property
     def size_name(self) -> str | None:
-        """"2b", "9b" or "27b" when the shapes are those of a released model, else None."""
-        return next((name for name, row in SIZES.items() if all(getattr(self, f) == getattr(row, f) for f in _SHAPE)), None)
+        """ "2b", "9b" or "27b" when the shapes are those of a released model, else None."""
+        for name, row in SIZES.items():
+            if all(getattr(self, field) == getattr(row, field) for field in _SHAPE):
+                return name
+        return None
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -196,7 +201,8 @@ class Gemma2Config:
             for name in _ARITHMETIC:
                 value, released = getattr(self, name), getattr(row, name)
                 if value != released:
-                    found.append(f"{name} is {value!r}; the released {self.size_name} has {released!r}{_why(self, name)}")
+                    why = _why(self, name)
+                    found.append(f"{name} is {value!r}; the released {self.size_name} has {released!r}{why}")
         elif self.query_pre_attn_scalar not in (self.head_dim, self.hidden_size / self.num_attention_heads):
             found.append(
                 f"query_pre_attn_scalar is {self.query_pre_attn_scalar!r}, neither head_dim ({self.head_dim}) nor"
@@ -213,13 +219,14 @@ class Gemma2Config:
                     found.append(f"{name}_token_id {token} lies outside the vocabulary of {self.vocab_size}")
         return tuple(found)
 
-    # -- checks ------------------------------------------------------------------------------------------------------------
+    # -- checks -------------------------------------------------------------------------------------------------------
 
     def _check_values(self) -> None:
         for name in _POSITIVE_INTEGERS:
             value = getattr(self, name)
             _require(_is_integer(value) and value > 0, name, value, "a positive integer")
-        _require(self.num_hidden_layers <= _MAX_LAYERS, "num_hidden_layers", self.num_hidden_layers, f"at most {_MAX_LAYERS}")
+        layers = self.num_hidden_layers
+        _require(layers <= _MAX_LAYERS, "num_hidden_layers", layers, f"at most {_MAX_LAYERS}")
         _require(self.head_dim % 2 == 0, "head_dim", self.head_dim, "even, because the rotary embedding turns pairs")
         for name in _POSITIVE_NUMBERS:
             value = getattr(self, name)
@@ -229,21 +236,25 @@ class Gemma2Config:
             _require(value is None or (_is_number(value) and value > 0), name, value, "a positive number or null")
         _require(_is_number(self.initializer_range), "initializer_range", self.initializer_range, "a number")
         dropout = self.attention_dropout
-        _require(dropout is None or (_is_number(dropout) and 0 <= dropout < 1), "attention_dropout", dropout, "0 up to 1")
+        share = dropout is None or (_is_number(dropout) and 0 <= dropout < 1)
+        _require(share, "attention_dropout", dropout, "from 0 up to 1")
         for name in ("use_cache", "tie_word_embeddings", "attention_bias"):
             _require(isinstance(getattr(self, name), bool), name, getattr(self, name), "true or false")
-        both_ways = self.use_bidirectional_attention
-        _require(both_ways is None or isinstance(both_ways, bool), "use_bidirectional_attention", both_ways, "true, false or null")
+        value = self.use_bidirectional_attention
+        known = value is None or isinstance(value, bool)
+        _require(known, "use_bidirectional_attention", value, "true, false or null")
         window = self.sliding_window
-        _require(window is None or (_is_integer(window) and window > 0), "sliding_window", window, "a positive integer or null")
+        whole = window is None or (_is_integer(window) and window > 0)
+        _require(whole, "sliding_window", window, "a positive integer or null")
         for name in ("pad_token_id", "bos_token_id"):
             value = getattr(self, name)
             _require(value is None or _is_integer(value), name, value, "an integer or null")
         eos = self.eos_token_id
         several = isinstance(eos, (list, tuple)) and len(eos) > 0 and all(map(_is_integer, eos))
         _require(eos is None or _is_integer(eos) or several, "eos_token_id", eos, "an integer, a list of them, or null")
-        _require(self.hidden_activation in ACTIVATIONS, "hidden_activation", self.hidden_activation, f"one of {ACTIVATIONS}")
-        _require(self.problem_type in (None, *PROBLEM_TYPES), "problem_type", self.problem_type, f"one of {PROBLEM_TYPES}")
+        activation, problem = self.hidden_activation, self.problem_type
+        _require(activation in ACTIVATIONS, "hidden_activation", activation, f"one of {ACTIVATIONS}")
+        _require(problem in (None, *PROBLEM_TYPES), "problem_type", problem, f"one of {PROBLEM_TYPES}")
         for name in ("dtype", "transformers_version"):
             value = getattr(self, name)
             _require(value is None or isinstance(value, str), name, value, "a string")
@@ -254,7 +265,7 @@ class Gemma2Config:
 
     def _normalize(self) -> None:
         """One Python type per field, so that equal configs compare equal and transformers' strict types accept them."""
-        for name in ("attn_logit_softcapping", "final_logit_softcapping", "rms_norm_eps", "rope_theta", "initializer_range"):
+        for name in _FLOATS:
             value = getattr(self, name)
             self._set(name, None if value is None else float(value))
         if self.query_pre_attn_scalar == int(self.query_pre_attn_scalar):
@@ -291,7 +302,7 @@ class Gemma2Config:
             if scaling.get(name) is None:
                 raise contradiction(f"rope_type is {rope_type!r} but rope_parameters.{name} is missing")
         if scaling.get("partial_rotary_factor", 1.0) != 1.0:
-            raise InputRefused("config.value", "config: partial_rotary_factor must be 1: Gemma 2 rotates the whole head")
+            raise InputRefused("config.value", "config: partial_rotary_factor must be 1; Gemma 2 turns the whole head")
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
@@ -310,9 +321,9 @@ def _require(holds: bool, name: str, value: Any, expected: str) -> None:
         raise InputRefused("config.value", f"config: {name} is {value!r}; it must be {expected}")
 
 
-# -- the released models -----------------------------------------------------------------------------------------------------
+# -- the released models ----------------------------------------------------------------------------------------------
 
-_SHAPE = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
+_SHAPE = tuple(name for name in _POSITIVE_INTEGERS if name not in ("vocab_size", "max_position_embeddings"))
 # Fields that no tensor's shape shows but that change what the model computes.
 _ARITHMETIC = (
     "vocab_size",
@@ -367,15 +378,15 @@ def _why(config: Gemma2Config, name: str) -> str:
     return ""
 
 
-# -- from tensor shapes ------------------------------------------------------------------------------------------------------
+# -- from tensor shapes -----------------------------------------------------------------------------------------------
 
 
 def infer_from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> Gemma2Config:
     """The config of a checkpoint that carries none, from its tensors' canonical names and shapes.
 
-    Shapes give V, D, F, L, H * h and K * h, not h alone, nor any of the scalars, so only the widths of a released model (with
-    any number of layers or vocabulary rows) are enough. Raises ``UsageError`` (``config.needed``) for other widths and
-    ``InputRefused`` when a tensor that is needed to tell is missing.
+    Shapes give V, D, F, L, H * h and K * h, not h alone, nor any of the scalars, so only the widths of a released model
+    (with any number of layers or vocabulary rows) are enough. Raises ``UsageError`` (``config.needed``) for other
+    widths and ``InputRefused`` when a tensor that is needed to tell is missing.
     """
     vocab_size, hidden_size = _matrix(shapes, "model.embed_tokens.weight")
     intermediate_size, _ = _matrix(shapes, "model.layers.0.mlp.gate_proj.weight")
@@ -384,18 +395,23 @@ def infer_from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> Gemma2Config:
     layers = 1 + max(int(found[1]) for name in shapes if (found := re.match(r"model\.layers\.(\d{1,6})\.", name)))
     head = _head(shapes)
     for name, row in SIZES.items():
-        widths = (row.num_attention_heads * row.head_dim, row.num_key_value_heads * row.head_dim)
-        if (row.hidden_size, row.intermediate_size, *widths) != (hidden_size, intermediate_size, query_width, key_width):
+        of_row = (row.num_attention_heads * row.head_dim, row.num_key_value_heads * row.head_dim)
+        if (row.hidden_size, row.intermediate_size, *of_row) != (
+            hidden_size,
+            intermediate_size,
+            query_width,
+            key_width,
+        ):
             continue
-        notes = (f"no config came with the weights: that of the released {name} is assumed, because the shapes are its own",)
+        notes = (f"no config came with the weights; the released {name}'s is assumed, because the widths are its own",)
         return dataclasses.replace(
             row, vocab_size=vocab_size, num_hidden_layers=layers, layer_types=None, notes=notes, **head
         )
     raise UsageError(
         "config.needed",
         f"the weights carry no config and their shapes (hidden {hidden_size}, feed-forward {intermediate_size}, queries"
-        f" {query_width}, keys {key_width}) are no released Gemma 2's: head_dim, query_pre_attn_scalar and the window cannot be"
-        " told from shapes",
+        f" {query_width}, keys {key_width}) are no released Gemma 2's: head_dim, query_pre_attn_scalar and the window"
+        " cannot be told from shapes",
         hint="pass the model's config.json with --config",
     )
 

@@ -12,7 +12,8 @@ dtype                  ``torch_dtype``                              ``dtype``
 layer_types            absent: even layers slide                    written out
 =====================  ==========================================  =========================================
 
-``read`` turns either into the keyword arguments of ``Gemma2Config``; ``write`` gives transformers 5's spelling with every field.
+``read`` turns either into the keyword arguments of ``Gemma2Config``; ``write`` gives transformers 5's spelling with
+every field.
 """
 
 from __future__ import annotations
@@ -183,7 +184,7 @@ def _activation(source: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
     if name is _ABSENT or name is None:
         return {}
     if name == "gelu" and source.get("hidden_activation") is None:
-        # The first Gemma files said "gelu" under the old name and meant the tanh form that the models were trained with.
+        # The first Gemma files said "gelu" under the old name and meant the tanh form they were trained with.
         notes.append("hidden_act 'gelu' is read as gelu_pytorch_tanh, as transformers does for Gemma")
         name = "gelu_pytorch_tanh"
     return {"hidden_activation": name}
@@ -223,7 +224,8 @@ def _labels(source: Mapping[str, Any]) -> dict[str, Any]:
         try:
             id2label = {int(index): label for index, label in id2label.items()}
         except (AttributeError, TypeError, ValueError):
-            raise InputRefused("config.labels", f"config: id2label must map numbers to labels, found {id2label!r}") from None
+            message = f"config: id2label must map numbers to labels, found {id2label!r}"
+            raise InputRefused("config.labels", message) from None
         if count is not None and count != len(id2label):
             raise contradiction(f"num_labels is {count!r} but id2label has {len(id2label)} labels")
         return {"id2label": id2label}

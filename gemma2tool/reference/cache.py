@@ -1,0 +1,43 @@
+"""The key-value cache: what earlier tokens left for later ones to attend to."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gemma2tool.model.config import Gemma2Config
+
+
+class KeyValueCache:
+    """Keys and values per layer, each (B, K, S, h), after the rotary embedding.
+
+    A global layer keeps every slot; a sliding layer keeps the last W - 1, which with the token at hand make its window.
+    A *slot* is a token's index in the padded sequence, counted from the first token the cache saw.
+    """
+
+    def __init__(self, config: Gemma2Config) -> None:
+        self.windows = [config.layer_window(layer) for layer in range(config.num_hidden_layers)]
+        self.layers: list[tuple[Tensor, Tensor] | None] = [None] * config.num_hidden_layers
+        self.seen = [0] * config.num_hidden_layers
+
+    def get_seq_length(self) -> int:
+        """Slots seen, whether or not they are still kept."""
+        return self.seen[0]
+
+    def update(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, int]:
+        """Add T new slots; returns the keys and values to attend to, (B, K, S, h), and the slot of the first of
+        them."""
+        if self.layers[layer] is not None:
+            old_keys, old_values = self.layers[layer]
+            keys, values = torch.cat((old_keys, keys), dim=2), torch.cat((old_values, values), dim=2)
+            self.seen[layer] += keys.shape[2] - old_keys.shape[2]
+        else:
+            self.seen[layer] = keys.shape[2]
+        window = self.windows[layer]
+        kept = keys.shape[2] if window is None else min(window - 1, keys.shape[2])
+        start = keys.shape[2] - kept
+        # A copy where slots are dropped, so that the dropped ones' memory is given back.
+        self.layers[layer] = (
+            (keys, values) if start == 0 else (keys[:, :, start:].clone(), values[:, :, start:].clone())
+        )
+        return keys, values, self.seen[layer] - keys.shape[2]

@@ -1,0 +1,253 @@
+"""``Gemma2Model`` and its three heads, with the inputs and outputs of Hugging Face's classes.
+
+Weights carry canonical names, so ``load_state_dict`` takes a Hugging Face state dict as it is. All forward passes take
+
+- ``input_ids`` int (B, T), or ``inputs_embeds`` (B, T, D) in their place (already scaled, as in transformers 5);
+- ``attention_mask`` (B, tokens in the cache + T): 0 for padding, on either side;
+- ``position_ids`` (B, T) or (T,): by default counted on from the cache, padding included;
+- ``past_key_values``: the ``KeyValueCache`` of an earlier call; ``use_cache``: return one (default: the config's);
+- ``output_hidden_states``, ``output_attentions``; ``return_dict``: False for a plain tuple;
+- ``cache_position`` (T,): documented until transformers 4, where it had to be the slots that follow the cache.
+
+Wrong inputs raise ``UsageError`` with an id ``forward.*``.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gemma2tool.errors import UsageError
+from gemma2tool.model.checkpoint import Checkpoint
+from gemma2tool.model.config import Gemma2Config
+from gemma2tool.reference.cache import KeyValueCache
+from gemma2tool.reference.inputs import check_embeds, check_ids, check_mask, check_positions
+from gemma2tool.reference.layers import DecoderLayer, Linear, RMSNorm, soft_cap
+from gemma2tool.reference.losses import causal_lm_loss, sequence_loss, token_loss
+from gemma2tool.reference.outputs import CausalLMOutput, ModelOutput, SequenceClassifierOutput, TokenClassifierOutput
+from gemma2tool.reference.rotary import cos_sin
+from gemma2tool.reference.tensors import load_tensor
+
+
+def scale_embeddings(x: Tensor, config: Gemma2Config) -> Tensor:
+    """x (..., D) times sqrt(D), which is rounded to the type of x first (2B: 48; 9B in bfloat16: 59.75; 27B: 68)."""
+    return x * torch.tensor(config.embed_scale, dtype=x.dtype, device=x.device)
+
+
+class Embedding(nn.Module):
+    """Rows of ``weight`` (V, D), unscaled."""
+
+    def __init__(self, config: Gemma2Config) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return F.embedding(input_ids, self.weight)
+
+
+class Gemma2PreTrainedModel(nn.Module):
+    """What the four classes share: construction from a config (randomly initialised) or from a checkpoint."""
+
+    def __init__(self, config: Gemma2Config) -> None:
+        super().__init__()
+        self.config = config
+
+    @classmethod
+    def from_checkpoint(
+        cls, checkpoint: Checkpoint, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+    ) -> Gemma2PreTrainedModel:
+        """The whole model in memory, its weights converted to ``dtype`` a few rows at a time; gradients off, eval
+        mode."""
+        with torch.device("meta"):
+            model = cls(checkpoint.config)
+        missing = [name for name in model.state_dict() if model.canonical(name) not in checkpoint.tensors]
+        if missing:
+            raise UsageError("forward.missing-tensor", f"{cls.__name__} needs {missing[0]}, which the checkpoint lacks")
+        tensors = {name: checkpoint.tensors[model.canonical(name)] for name in model.state_dict()}
+        state = {name: load_tensor(tensor, dtype, device) for name, tensor in tensors.items()}
+        model.load_state_dict(state, assign=True)
+        return model.requires_grad_(False).eval()
+
+    @staticmethod
+    def canonical(name: str) -> str:
+        """A checkpoint's name for a weight of this class."""
+        return name
+
+    @torch.no_grad()
+    def initialize(self, seed: int = 0) -> Gemma2PreTrainedModel:
+        """Fresh weights: matrices normal with the config's initializer_range, norms and biases zero, padding's row
+        zero."""
+        generator = torch.Generator().manual_seed(seed)
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 1:
+                parameter.zero_()
+            else:
+                parameter.normal_(0.0, self.config.initializer_range, generator=generator)
+            if name.endswith("embed_tokens.weight") and self.config.pad_token_id in range(len(parameter)):
+                parameter[self.config.pad_token_id] = 0
+        return self
+
+
+class Gemma2Model(Gemma2PreTrainedModel):
+    """Embedding, decoder layers and final norm, without a head."""
+
+    def __init__(self, config: Gemma2Config) -> None:
+        super().__init__(config)
+        self.embed_tokens = Embedding(config)
+        self.layers = nn.ModuleList(DecoderLayer(config, layer) for layer in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    @staticmethod
+    def canonical(name: str) -> str:
+        return f"model.{name}"
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: KeyValueCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool = False,
+        output_hidden_states: bool = False,
+        return_dict: bool = True,
+        cache_position: Tensor | None = None,
+    ) -> ModelOutput | tuple:
+        config = self.config
+        if (input_ids is None) == (inputs_embeds is None):
+            raise UsageError("forward.inputs", "give exactly one of input_ids and inputs_embeds")
+        if inputs_embeds is None:
+            x = scale_embeddings(self.embed_tokens(check_ids(input_ids, config)), config)
+        else:
+            x = check_embeds(inputs_embeds, config)
+        batch, length = x.shape[:2]
+        cache = self._cache(past_key_values, use_cache)
+        past = cache.get_seq_length() if cache is not None else 0
+        mask = check_mask(attention_mask, batch, past + length, x.device)
+        positions = check_positions(position_ids, cache_position, past, batch, length, config, x.device)
+        cos, sin = cos_sin(config, positions, x.dtype)
+
+        hidden_states, attentions = [x], []
+        for layer in self.layers:
+            x, weights = layer(x, cos, sin, mask, cache, output_attentions)
+            if output_hidden_states:
+                hidden_states.append(x)
+            if output_attentions:
+                attentions.append(weights)
+        x = self.norm(x)
+        output = ModelOutput(
+            last_hidden_state=x,
+            past_key_values=cache,
+            hidden_states=(*hidden_states[:-1], x) if output_hidden_states else None,
+            attentions=tuple(attentions) if output_attentions else None,
+        )
+        return output if return_dict else output.to_tuple()
+
+    def _cache(self, given: KeyValueCache | None, use_cache: bool | None) -> KeyValueCache | None:
+        if self.config.use_bidirectional_attention:
+            if given is not None or use_cache:
+                raise UsageError(
+                    "forward.bidirectional-cache",
+                    "a model with use_bidirectional_attention cannot use a cache: earlier tokens attend to later ones",
+                )
+            return None
+        if given is None and (self.config.use_cache if use_cache is None else use_cache):
+            return KeyValueCache(self.config)
+        return given
+
+
+class Gemma2ForCausalLM(Gemma2PreTrainedModel):
+    """Logits for the next token at each position."""
+
+    def __init__(self, config: Gemma2Config) -> None:
+        super().__init__(config)
+        self.model = Gemma2Model(config)
+        if not config.tie_word_embeddings:
+            self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        *args,
+        labels: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        return_dict: bool = True,
+        **kwargs,
+    ) -> CausalLMOutput | tuple:
+        """``labels`` (B, T): token ids, -100 ignored; position t is judged by label t + 1.
+
+        ``logits_to_keep``: the last n positions (0: all), or a tensor of positions (n,) or (B, n), or a bool mask (B, T),
+        whose logits then come as (chosen, V).
+        """
+        base = self.model(input_ids, *args, **kwargs)
+        hidden = keep_positions(base.last_hidden_state, logits_to_keep)
+        tied = self.config.tie_word_embeddings
+        head = self.model.embed_tokens.weight if tied else self.lm_head.weight
+        logits = soft_cap(F.linear(hidden, head), self.config.final_logit_softcapping)
+        loss = None if labels is None else causal_lm_loss(logits, labels)
+        output = CausalLMOutput(loss, logits, base.past_key_values, base.hidden_states, base.attentions)
+        return output if return_dict else output.to_tuple()
+
+
+class Gemma2ForSequenceClassification(Gemma2PreTrainedModel):
+    """One label, several, or numbers per sequence, read off its last token that is no padding."""
+
+    def __init__(self, config: Gemma2Config) -> None:
+        super().__init__(config)
+        self.model = Gemma2Model(config)
+        self.score = Linear(config.hidden_size, config.num_labels, bias=False)
+
+    def forward(
+        self, input_ids: Tensor | None = None, *args, labels: Tensor | None = None, return_dict: bool = True, **kwargs
+    ) -> SequenceClassifierOutput | tuple:
+        """``labels``: (B,) class numbers, (B, num_labels) floats for several labels, or (B,) or (B, num_labels) targets
+        of a regression; the config's problem_type decides, else the number of labels and the type of ``labels``.
+
+        The last token is found by ``pad_token_id``, as in transformers, not by the mask; with ``inputs_embeds`` it is
+        the last position.
+        """
+        base = self.model(input_ids, *args, **kwargs)
+        batch = base.last_hidden_state.shape[0]
+        pad = self.config.pad_token_id
+        if pad is None and batch > 1:
+            raise UsageError("forward.no-padding-token", "several sequences at once need a pad_token_id in the config")
+        last = base.last_hidden_state.new_full((batch,), base.last_hidden_state.shape[1] - 1, dtype=torch.long)
+        if pad is not None and input_ids is not None:
+            slots = torch.arange(input_ids.shape[1], device=input_ids.device)
+            last = torch.where(input_ids != pad, slots, 0).max(dim=1).values
+        logits = self.score(base.last_hidden_state[torch.arange(batch, device=last.device), last])
+        loss = None if labels is None else sequence_loss(logits, labels, self.config)
+        output = SequenceClassifierOutput(loss, logits, base.past_key_values, base.hidden_states, base.attentions)
+        return output if return_dict else output.to_tuple()
+
+
+class Gemma2ForTokenClassification(Gemma2PreTrainedModel):
+    """A label per token."""
+
+    def __init__(self, config: Gemma2Config) -> None:
+        super().__init__(config)
+        self.model = Gemma2Model(config)
+        self.score = Linear(config.hidden_size, config.num_labels, bias=True)
+
+    def forward(
+        self, input_ids: Tensor | None = None, *args, labels: Tensor | None = None, return_dict: bool = True, **kwargs
+    ) -> TokenClassifierOutput | tuple:
+        """``labels`` (B, T): class numbers, -100 ignored."""
+        base = self.model(input_ids, *args, **kwargs)
+        logits = self.score(base.last_hidden_state)
+        loss = None if labels is None else token_loss(logits, labels)
+        output = TokenClassifierOutput(loss, logits, base.hidden_states, base.attentions)
+        return output if return_dict else output.to_tuple()
+
+
+def keep_positions(hidden: Tensor, positions: int | Tensor) -> Tensor:
+    """The rows of ``hidden`` (B, T, D) whose logits are wanted; see ``Gemma2ForCausalLM.forward``."""
+    if isinstance(positions, int):
+        return hidden[:, -positions:] if positions else hidden
+    if positions.dim() == 2:
+        if positions.dtype == torch.bool:
+            return hidden[positions]
+        return torch.take_along_dim(hidden, positions[..., None], dim=1)
+    return hidden[:, positions]

@@ -1,0 +1,232 @@
+"""The reference forward pass over a checkpoint that need not fit in memory.
+
+The layers are those of ``layers``; only their projections differ: each multiplies by a block of rows of its weight at a
+time, while a thread reads (and, in quantized formats, dequantizes) the blocks that follow. Peak memory is the
+activations, the logits that are asked for, and a few hundred MiB, whatever the size of the model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gemma2tool.model.checkpoint import Checkpoint
+from gemma2tool.model.config import Gemma2Config
+from gemma2tool.model.lazy import LazyTensor
+from gemma2tool.model.tensors import expand
+from gemma2tool.reference.inputs import check_ids, check_mask, check_positions
+from gemma2tool.reference.layers import DecoderLayer, RMSNorm, soft_cap
+from gemma2tool.reference.model import scale_embeddings
+from gemma2tool.reference.readahead import ReadAhead
+from gemma2tool.reference.rotary import cos_sin
+from gemma2tool.reference.tensors import BLOCK_BYTES, load_tensor, to_torch
+
+OnInput = Callable[[str, Tensor], None]
+"""Called with a weight's canonical name and what it is about to be multiplied with, (B, T, in); for calibration."""
+
+
+class StreamedForward:
+    """One forward pass of a checkpoint over ``input_ids``, int (B, T).
+
+    ``dtype``: of activations and products. ``sliding_window``: in place of the config's, to exercise the window with a
+    short prompt. ``attention_mask`` (B, T): 0 for padding. Raises ``UsageError`` for ids outside the vocabulary, a mask
+    of another shape, or a prompt beyond max_position_embeddings.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        input_ids: np.ndarray | Tensor,
+        *,
+        dtype: torch.dtype = torch.float32,
+        sliding_window: int | None = None,
+        attention_mask: np.ndarray | Tensor | None = None,
+        device: str | torch.device = "cpu",
+        on_input: OnInput | None = None,
+    ) -> None:
+        config = checkpoint.config
+        if sliding_window is not None:
+            config = dataclasses.replace(config, sliding_window=sliding_window)
+        self.config: Gemma2Config = config
+        self.tensors, self.dtype, self.device, self.on_input = checkpoint.tensors, dtype, torch.device(device), on_input
+        self.input_ids = check_ids(torch.as_tensor(input_ids), config)
+        batch, length = self.input_ids.shape
+        mask = None if attention_mask is None else torch.as_tensor(attention_mask)
+        self.attention_mask = check_mask(mask, batch, length, self.device)
+        self.positions = check_positions(None, None, 0, batch, length, config, self.device)
+        self._scratch = torch.empty(0, dtype=dtype, device=self.device)
+        self._last: Tensor | None = None
+
+    @torch.no_grad()
+    def hidden_states(self) -> Iterator[Tensor]:
+        """The residual stream (B, T, D): the scaled embeddings, then after each layer; L + 1 in all, before the final
+        norm."""
+        config = self.config
+        x = scale_embeddings(self._embed(), config)
+        yield x
+        cos, sin = cos_sin(config, self.positions, self.dtype)
+        with ReadAhead(self._matrices(), BLOCK_BYTES) as weights:
+            for index in range(config.num_hidden_layers):
+                layer = self._layer(index, weights)
+                x, _ = layer(x, cos, sin, self.attention_mask)
+                yield x
+        self._last = self._norm("model.norm.weight")(x)
+
+    def last_hidden_state(self) -> Tensor:
+        """(B, T, D) after the final norm; runs the layers unless ``hidden_states`` has."""
+        if self._last is None:
+            for _ in self.hidden_states():
+                pass
+        return self._last
+
+    @torch.no_grad()
+    def vocabulary_slices(self, first: int = 0, last: int | None = None) -> Iterator[tuple[int, int, Tensor]]:
+        """Logits of positions ``first`` to ``last``, a slice of the vocabulary at a time: its bounds and (B, positions,
+        slice)."""
+        hidden = self.last_hidden_state()[:, first:last]
+        name = "model.embed_tokens.weight" if self.config.tie_word_embeddings else "lm_head.weight"
+        if self.on_input is not None:
+            self.on_input(name, hidden)
+        with ReadAhead({name: self.tensors[name]}, BLOCK_BYTES) as weights:
+            for start, end, block in weights.blocks(name):
+                logits = F.linear(hidden, self.widen(block))
+                yield start, end, soft_cap(logits, self.config.final_logit_softcapping)
+
+    def logits(self, first: int = 0, last: int | None = None) -> np.ndarray:
+        """Float32 logits of positions ``first`` to ``last``: (B, positions, V)."""
+        batch, positions = self.last_hidden_state()[:, first:last].shape[:2]
+        out = np.empty((batch, positions, self.config.vocab_size), dtype=np.float32)
+        for start, end, logits in self.vocabulary_slices(first, last):
+            out[:, :, start:end] = logits.float().cpu().numpy()
+        return out
+
+    def position_chunks(self, positions: int) -> Iterator[tuple[int, int, np.ndarray]]:
+        """Float32 logits of a few ``positions`` at a time: their bounds and (B, positions, V). Each chunk reads the
+        vocabulary projection anew, so let a chunk be as large as memory allows."""
+        length = self.input_ids.shape[1]
+        for first in range(0, length, positions):
+            last = min(first + positions, length)
+            yield first, last, self.logits(first, last)
+
+    def widen(self, block: np.ndarray) -> Tensor:
+        """A block of rows as ``dtype`` on the device, in memory that the next call uses again."""
+        rows = to_torch(block).to(self.device)
+        if rows.dtype == self.dtype:
+            return rows
+        if self._scratch.numel() < rows.numel():
+            self._scratch = torch.empty(rows.numel(), dtype=self.dtype, device=self.device)
+        return self._scratch[: rows.numel()].view(rows.shape).copy_(rows)
+
+    def _embed(self) -> Tensor:
+        """Embeddings (B, T, D): of each distinct token, only its row is read."""
+        table = self.tensors["model.embed_tokens.weight"]
+        tokens, where = self.input_ids.unique(return_inverse=True)
+        rows = torch.cat([to_torch(table.load_rows(token, token + 1)) for token in tokens.tolist()])
+        return rows.to(self.device, self.dtype)[where]
+
+    def _layer(self, index: int, weights: ReadAhead) -> DecoderLayer:
+        prefix = f"model.layers.{index}."
+
+        def linear(in_features: int, out_features: int, bias: bool, name: str) -> nn.Module:
+            return StreamedLinear(self, weights, f"{prefix}{name}", out_features, bias)
+
+        with torch.device("meta"):
+            layer = DecoderLayer(self.config, index, linear)
+        for name, module in layer.named_modules():
+            if isinstance(module, RMSNorm):
+                layer.set_submodule(name, self._norm(f"{prefix}{name}.weight"))
+        return layer.eval()
+
+    def _norm(self, name: str) -> RMSNorm:
+        with torch.device("meta"):
+            norm = RMSNorm(self.config.hidden_size, self.config.rms_norm_eps)
+        norm.weight = nn.Parameter(load_tensor(self.tensors[name], self.dtype, self.device), requires_grad=False)
+        return norm
+
+    def _matrices(self) -> dict[str, LazyTensor]:
+        """The layers' projections (and their biases) in the order in which the layers use them."""
+        specs = expand(self.config).values()
+        return {spec.name: self.tensors[spec.name] for spec in specs if spec.layer is not None and spec.role != "norm"}
+
+
+class StreamedLinear(nn.Module):
+    """A projection whose weight passes by in blocks of rows, each giving as many columns of the product."""
+
+    def __init__(self, run: StreamedForward, weights: ReadAhead, name: str, out_features: int, bias: bool) -> None:
+        super().__init__()
+        self.run, self.weights, self.name, self.out_features, self.has_bias = run, weights, name, out_features, bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.run.on_input is not None:
+            self.run.on_input(f"{self.name}.weight", x)
+        out = x.new_empty(*x.shape[:-1], self.out_features)
+        for first, last, block in self.weights.blocks(f"{self.name}.weight"):
+            out[..., first:last] = F.linear(x, self.run.widen(block))
+        if self.has_bias:
+            for first, last, block in self.weights.blocks(f"{self.name}.bias"):
+                out[..., first:last] += self.run.widen(block)
+        return out
+
+
+def logits(
+    checkpoint: Checkpoint,
+    input_ids: np.ndarray | Tensor,
+    *,
+    on_layer: Callable[[int, Tensor], None] | None = None,
+    threads: int | None = None,
+    **options,
+) -> np.ndarray:
+    """Float32 logits (B, T, V) of ``input_ids`` (B, T), a layer's blocks at a time.
+
+    ``on_layer(i, x)`` sees the residual stream (B, T, D) after i layers. ``threads``: torch's, for this call. The rest
+    are ``StreamedForward``'s options. Runs with the same number of threads give the same bits; others differ in the
+    last ones, because sums are split differently.
+    """
+    with use_threads(threads):
+        run = StreamedForward(checkpoint, input_ids, **options)
+        for done, x in enumerate(run.hidden_states()):
+            if on_layer is not None:
+                on_layer(done, x)
+        return run.logits()
+
+
+@dataclass(frozen=True)
+class HiddenDifference:
+    """How far two residual streams are apart after ``layers`` layers (0: the embeddings).
+
+    ``largest``: the largest absolute difference; ``rms``: root mean square difference; ``relative``: that over the root
+    mean square of the reference.
+    """
+
+    layers: int
+    largest: float
+    rms: float
+    relative: float
+
+
+def side_by_side(reference: StreamedForward, candidate: StreamedForward) -> Iterator[HiddenDifference]:
+    """Run two forward passes in step and compare them after each layer; both can then give their logits."""
+    for done, (x, y) in enumerate(zip(reference.hidden_states(), candidate.hidden_states(), strict=True)):
+        difference = (y.double() - x.double()).abs()
+        rms = difference.pow(2).mean().sqrt().item()
+        scale = x.double().pow(2).mean().sqrt().item()
+        yield HiddenDifference(done, difference.max().item(), rms, rms / scale if scale else float(rms > 0))
+
+
+@contextlib.contextmanager
+def use_threads(count: int | None) -> Iterator[None]:
+    """Torch with ``count`` threads inside the block; None leaves it as it is."""
+    before = torch.get_num_threads()
+    if count is not None:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,30 @@
+"""From lazily loaded numpy tensors to torch."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gemma2tool.model.lazy import BFLOAT16, LazyTensor, row_ranges
+
+BLOCK_BYTES = 16 << 20
+"""Raw bytes of a weight that are held at once while it is converted or multiplied."""
+
+
+def to_torch(array: np.ndarray) -> Tensor:
+    """A torch tensor on the same memory; numpy's bfloat16 becomes torch's."""
+    array = np.ascontiguousarray(array)
+    if array.dtype == BFLOAT16:
+        return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
+
+
+def load_tensor(tensor: LazyTensor, dtype: torch.dtype, device: str | torch.device) -> Tensor:
+    """The whole tensor as ``dtype`` on ``device``, read and converted a block of rows at a time."""
+    if not tensor.shape:
+        return to_torch(tensor.load()).to(device, dtype)
+    out = torch.empty(tensor.shape, dtype=dtype, device=device)
+    for first, last in row_ranges(tensor.rows, tensor.row_size * tensor.dtype.itemsize, BLOCK_BYTES):
+        out[first:last] = to_torch(tensor.load_rows(first, last)).to(device)
+    return out
