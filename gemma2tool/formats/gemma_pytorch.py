@@ -155,12 +155,12 @@ class GemmaPytorch:
         for entry, source in to_disk(TABLE, checkpoint.tensors, checkpoint.config):
             planned.append((entry.disk, entry.canonical, source, Float(dtypes[entry.canonical[0]])))
         freqs = ArrayTensor(_freqs_cis(checkpoint.config), stored="c64", origin="freqs_cis")
-        planned.insert(0, ("freqs_cis", (), freqs, Verbatim("C64")))
+        planned.insert(0, ("freqs_cis", (), freqs, Float(freqs.dtype)))
         single = bool(options.extra.get("single_file", True))
         file = options.name if single else SINGLE
         specs = {name: (encoder.parts(source.shape)[0].dtype, source.shape) for name, _, source, encoder in planned}
         config_json = json.dumps(checkpoint.config.to_hf(), sort_keys=True)
-        zipped = torch_zip.TorchZipLayout({STATE_DICT: specs, CONFIG_KEY: config_json}, archive_name="model")
+        zipped = torch_zip.TorchZipLayout({STATE_DICT: specs, CONFIG_KEY: config_json})
         tensors = []
         for name, canonical, source, encoder in planned:
             part = encoder.parts(source.shape)[0]
@@ -177,32 +177,6 @@ class GemmaPytorch:
             small = {name: data for name, data in checkpoint.assets.items() if name != "README.md"}
             small["config.json"] = assets.dump_json(checkpoint.config.to_hf())
         return Output(self.name, single, [output_file], tensors, small)
-
-
-class Verbatim:
-    """An encoder that stores an array's own bytes, for buffers that are not weights."""
-
-    lossless = True
-    collects: tuple[str, ...] = ()
-
-    def __init__(self, dtype: str) -> None:
-        self.name = dtype.lower()
-        self.dtype = dtype
-
-    def parts(self, shape: tuple[int, ...]) -> tuple:
-        from gemma2tool.quantizers.base import Part
-
-        nbytes = int(np.prod(shape, dtype=np.int64)) * raw.NUMPY_DTYPES[self.dtype].itemsize
-        return (Part("", self.dtype, shape, nbytes),)
-
-    def row_multiple(self, shape: tuple[int, ...]) -> int:
-        return 1
-
-    def encode(self, rows: np.ndarray) -> Mapping[str, np.ndarray]:
-        return {"": rows}
-
-    def finish(self, shape: tuple[int, ...], collected: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
-        return {}
 
 
 def _dequantized(disk: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:

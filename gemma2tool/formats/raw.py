@@ -79,7 +79,7 @@ def open_torch(tree: Mapping[str, object], path: Path, closers: list[Callable[[]
     for name, entry in tree.items():
         if not isinstance(entry, torch_zip.TorchTensor):
             continue
-        if not _is_contiguous(entry.shape, entry.stride):
+        if not entry.contiguous:
             raise InputRefused(
                 "torch.strides",
                 f"{path.name}: {name} is stored with strides {entry.stride}, not row after row",
@@ -144,12 +144,3 @@ def _numpy_dtype(name: str, tensor: str, path: Path) -> np.dtype:
         raise InputRefused(
             "checkpoint.dtype", f"{path.name}: {tensor} has the type {name}, which no Gemma 2 file uses"
         ) from None
-
-
-def _is_contiguous(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
-    expected = 1
-    for dim, step in zip(reversed(shape), reversed(stride), strict=True):
-        if dim != 1 and step != expected:
-            return False
-        expected *= dim
-    return True

@@ -1,4 +1,4 @@
-"""Plain floating-point storage as an encoder: float32, float16, bfloat16, rounded to nearest even."""
+"""Plain floating-point storage as an encoder: float32, float16, bfloat16, rounded to nearest even; other types as they are."""
 
 from __future__ import annotations
 
@@ -11,19 +11,25 @@ from gemma2tool.model.lazy import BFLOAT16, DTYPE_NAMES, FLOAT16, FLOAT32
 from gemma2tool.quantizers.base import Part
 from gemma2tool.quantizers.casts import cast
 
-SAFETENSORS_NAMES = {FLOAT32: "F32", FLOAT16: "F16", BFLOAT16: "BF16", np.dtype(np.float64): "F64"}
+SAFETENSORS_NAMES = {
+    FLOAT32: "F32",
+    FLOAT16: "F16",
+    BFLOAT16: "BF16",
+    np.dtype(np.float64): "F64",
+    np.dtype(np.complex64): "C64",
+}
 
 
 @dataclass(frozen=True)
 class Float:
-    """Store values as ``dtype`` (float32, float16, bfloat16 or float64)."""
+    """Store values as ``dtype``: float32, float16 or bfloat16 from any of the three, any other type from itself alone."""
 
     dtype: np.dtype
     collects: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
-        return DTYPE_NAMES[self.dtype]
+        return DTYPE_NAMES.get(self.dtype, self.dtype.name)
 
     @property
     def lossless(self) -> bool:
@@ -36,7 +42,7 @@ class Float:
         return 1
 
     def encode(self, rows: np.ndarray) -> Mapping[str, np.ndarray]:
-        return {"": cast(rows, self.dtype)}
+        return {"": rows if rows.dtype == self.dtype else cast(rows, self.dtype)}
 
     def finish(self, shape: tuple[int, ...], collected: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
         return {}

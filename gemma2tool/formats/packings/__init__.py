@@ -1,68 +1,73 @@
-"""Quantized schemes on top of the Hugging Face format, each in a module of its own, found by name.
+"""Packings: quantized checkpoints on top of the Hugging Face format.
 
-A packing module has ``METHOD`` (``quant_method`` in the config), ``TYPES`` (its names on the command line),
-``quantization_config``, ``encoder_for`` and ``unpack``.
+A packing stores some weights as other tensors beside each other (codes, scales, ...) and says so in ``quantization_config``. Each is
+a module here with ``METHOD`` (the config's ``quant_method``), ``TYPES`` (names of the types it writes) and the three functions below.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from importlib import import_module
-from types import ModuleType
-from typing import TYPE_CHECKING
 
 from gemma2tool.errors import InputRefused, UsageError
+from gemma2tool.formats.packings import bnb
 from gemma2tool.model.lazy import LazyTensor
+from gemma2tool.model.tensors import TensorSpec
 from gemma2tool.quantizers.base import Encoder
 
-if TYPE_CHECKING:
-    from gemma2tool.model.tensors import TensorSpec
+_PACKINGS = (bnb,)
+_BY_METHOD = {packing.METHOD: packing for packing in _PACKINGS}
+_BY_TYPE = {type_name: packing for packing in _PACKINGS for type_name in packing.TYPES}
 
-_MODULES: dict[str, tuple[str, tuple[str, ...]]] = {"bitsandbytes": ("bnb", ("nf4", "fp4", "int8"))}
-"""``quant_method`` to module and type names."""
-
-TYPES: tuple[str, ...] = tuple(name for _, names in _MODULES.values() for name in names)
-
-
-def _module(file: str) -> ModuleType:
-    return import_module(f"gemma2tool.formats.packings.{file}")
+TYPES = tuple(_BY_TYPE)
+"""Names of the quantization types that a Hugging Face folder can be written in."""
 
 
-def _of_type(type_name: str) -> ModuleType:
-    for file, names in _MODULES.values():
-        if type_name in names:
-            return _module(file)
-    raise UsageError(
-        "type.unknown",
-        f"a Hugging Face folder cannot hold the type {type_name!r}",
-        hint=f"choose one of {', '.join(TYPES)}; GGUF types need a .gguf destination",
-    )
+def part_name(name: str, suffix: str) -> str:
+    """The name under which a part of the tensor ``name`` is stored.
 
-
-def part_name(tensor: str, suffix: str) -> str:
-    """The stored name of a part of ``tensor`` ("P.weight"): "" and ".absmax" follow the name, "SCB" stands beside it ("P.SCB")."""
+    "" is the tensor itself, a suffix with a leading dot continues its name (``P.weight.absmax``), any other is its sibling in the
+    same module (``P.SCB``).
+    """
     if not suffix or suffix.startswith("."):
-        return tensor + suffix
-    return tensor.rpartition(".")[0] + "." + suffix
+        return name + suffix
+    return f"{name.rpartition('.')[0]}.{suffix}"
 
 
-def quantization_config(type_name: str, *, double_quant: bool, compute_dtype: str = "bfloat16") -> dict[str, object]:
-    """The ``quantization_config`` of config.json."""
-    return _of_type(type_name).quantization_config(type_name, double_quant=double_quant, compute_dtype=compute_dtype)
+def unpack(raw: Mapping[str, LazyTensor], quantization_config: Mapping[str, object]) -> dict[str, LazyTensor]:
+    """The canonical tensors of a quantized checkpoint, which dequantize the rows they are asked for.
+
+    ``raw``: the tensors as the files name them. Unquantized ones are passed through. Raises InputRefused where a tensor's parts
+    are missing, contradict one another, or carry a known fault.
+    """
+    method = quantization_config.get("quant_method") if isinstance(quantization_config, Mapping) else None
+    packing = _BY_METHOD.get(method) if isinstance(method, str) else None
+    if packing is None:
+        raise InputRefused(
+            "packing.unknown",
+            f"config.json: quantization_config has the quant_method {method!r:.60}",
+            hint=f"known are: {', '.join(_BY_METHOD)}",
+        )
+    return packing.unpack(raw, quantization_config)
 
 
 def encoder_for(spec: TensorSpec, type_name: str, *, double_quant: bool, source: LazyTensor) -> Encoder | None:
-    """How ``type_name`` stores the tensor, or None where it stays in the model's own type."""
-    return _of_type(type_name).encoder_for(spec, type_name, double_quant=double_quant, source=source)
+    """What stores the tensor in this type; None where it keeps the model's own type.
+
+    ``source`` has the type the weight is quantized from. With ``double_quant`` it is read once here: how long the stored parts
+    are depends on its values.
+    """
+    return _packing(type_name).encoder_for(spec, type_name, double_quant=double_quant, source=source)
 
 
-def unpack(raw: Mapping[str, LazyTensor], quantization: object) -> dict[str, LazyTensor]:
-    """Canonical tensors, dequantizing as rows are read, of a quantized checkpoint's raw ones."""
-    method = quantization.get("quant_method") if isinstance(quantization, Mapping) else None
-    if method not in _MODULES:
-        raise InputRefused(
-            "quantization.method",
-            f"config.json: quant_method {method!r} cannot be read",
-            hint=f"methods that can be read: {', '.join(sorted(_MODULES))}",
-        )
-    return _module(_MODULES[method][0]).unpack(raw, quantization)
+def quantization_config(type_name: str, *, double_quant: bool, compute_dtype: str = "bfloat16") -> dict[str, object]:
+    """The ``quantization_config`` that transformers 5.23 writes for this type. ``compute_dtype`` in torch's spelling."""
+    return _packing(type_name).quantization_config(type_name, double_quant=double_quant, compute_dtype=compute_dtype)
+
+
+def _packing(type_name: str):
+    try:
+        return _BY_TYPE[type_name]
+    except KeyError:
+        raise UsageError(
+            "quantize.type", f"a Hugging Face folder has no type {type_name!r}", hint=f"one of: {', '.join(TYPES)}"
+        ) from None

@@ -1,0 +1,5 @@
+"""``python -m gemma2tool``."""
+
+from gemma2tool.cli.main import main
+
+main()

@@ -1,0 +1,84 @@
+"""``gemma2tool quantize``: the same model in fewer bits, straight from any format."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from gemma2tool.cli import options as o
+from gemma2tool.cli.produce import produce
+
+
+def quantize(
+    src: o.Source,
+    dst: o.Destination,
+    type: Annotated[
+        str, typer.Option("--type", metavar="TYPE", help="For GGUF: q8_0, q4_0, q4_k_m, ... For a folder: nf4, fp4, int8. 'gemma2tool formats' lists all.")
+    ],
+    to: o.To = None,
+    dtype: Annotated[
+        str | None, typer.Option("--dtype", metavar="TYPE", help="Stored type of what is not quantized: f32, bf16, f16; default: the source's.")
+    ] = None,
+    double_quant: Annotated[bool, typer.Option("--double-quant", help="nf4 and fp4: quantize the scales too.")] = False,
+    imatrix: Annotated[o.Path | None, typer.Option("--imatrix", metavar="FILE", help="GGUF: importance matrix (GGUF or legacy .dat).")] = None,
+    pure: Annotated[bool, typer.Option("--pure", help="GGUF: every tensor in the default type.")] = False,
+    token_embedding_type: Annotated[str | None, typer.Option("--token-embedding-type", metavar="TYPE", help="GGUF: type of the embedding.")] = None,
+    output_tensor_type: Annotated[str | None, typer.Option("--output-tensor-type", metavar="TYPE", help="GGUF: type of the output matrix (the embedding, if tied).")] = None,
+    tensor_type: Annotated[list[str] | None, typer.Option("--tensor-type", metavar="REGEX=TYPE", help="GGUF: type of the tensors that match; the first match wins. Repeatable.")] = None,
+    include_weights: Annotated[list[str] | None, typer.Option("--include-weights", metavar="NAME", help="GGUF: use the importance matrix for these tensors only.")] = None,
+    exclude_weights: Annotated[list[str] | None, typer.Option("--exclude-weights", metavar="NAME", help="GGUF: don't use the importance matrix for these tensors.")] = None,
+    override_kv: Annotated[list[str] | None, typer.Option("--override-kv", metavar="KEY=TYPE:VALUE", help="GGUF: set a key-value. Repeatable.")] = None,
+    allow_requantize: Annotated[bool, typer.Option("--allow-requantize", help="Accept a source that is quantized already.")] = False,
+    config: o.ConfigFile = None,
+    force: o.Force = False,
+    no_verify: o.NoVerify = False,
+    tokens: o.Tokens = None,
+    gate: o.Gate = None,
+    max_shard_size: o.MaxShardSize = "50GB",
+    split_max_size: o.SplitMaxSize = None,
+    split_max_tensors: o.SplitMaxTensors = None,
+    allow_nonfinite: o.AllowNonfinite = False,
+    allow_mismatch: o.AllowMismatch = False,
+    threads: o.Threads = None,
+    memory: o.Memory = "256MiB",
+    dry_run: o.DryRun = False,
+    quiet: o.Quiet = False,
+    json_output: o.Json = False,
+) -> None:
+    """Quantize a checkpoint, straight from its original format, and verify the result."""
+    extra = {
+        "double_quant": double_quant,
+        "imatrix": imatrix,
+        "pure": pure,
+        "token_embedding_type": token_embedding_type,
+        "output_tensor_type": output_tensor_type,
+        "tensor_types": [o.parse_pair(text, "--tensor-type", "REGEX=TYPE") for text in tensor_type or ()],
+        "include_weights": include_weights,
+        "exclude_weights": exclude_weights,
+        "override_kv": override_kv,
+        "allow_requantize": allow_requantize,
+        "split_max_size": o.optional_size(split_max_size),
+        "split_max_tensors": split_max_tensors,
+    }
+    produce(
+        src,
+        dst,
+        to=to,
+        dtype=dtype,
+        type=type.lower(),
+        extra=extra,
+        config=config,
+        force=force,
+        no_verify=no_verify,
+        tokens=tokens,
+        gate=gate,
+        max_shard_size=max_shard_size,
+        allow_nonfinite=allow_nonfinite,
+        allow_mismatch=allow_mismatch,
+        threads=threads,
+        memory=memory,
+        dry_run=dry_run,
+        quiet=quiet,
+        json_output=json_output,
+    )

@@ -1,0 +1,118 @@
+"""Carries out a plan: stage, write, reopen with our own reader, verify, rename."""
+
+from __future__ import annotations
+
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gemma2tool.formats import registry
+from gemma2tool.pipeline.plan import Plan
+from gemma2tool.pipeline.write import write_output
+from gemma2tool.storage.staging import Staging
+
+if TYPE_CHECKING:
+    from gemma2tool.console import Console
+    from gemma2tool.verify.result import Verification
+
+
+@dataclass(frozen=True)
+class Checks:
+    """How the output is verified: token ids (a .npy file) or None for the built-in ones, and gates to override."""
+
+    tokens: Path | None = None
+    gates: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run did; ``verification`` is None where it was not asked for, and then nothing is claimed."""
+
+    plan: Plan
+    seconds: float
+    verification: Verification | None
+
+    @property
+    def written(self) -> bool:
+        return self.verification is None or self.verification.passed
+
+    def sentence(self) -> str:
+        """One line for a person."""
+        output, destination = self.plan.output, self.plan.destination
+        if not self.written:
+            return f"{destination}: NOT written, the verification failed"
+        rate = self.plan.source_bytes / max(self.seconds, 1e-9) / 1e6
+        verdict = "not verified (--no-verify)" if self.verification is None else "verified"
+        return f"{destination}: {output.nbytes:,} bytes in {self.seconds:.1f} s ({rate:,.0f} MB/s of source), {verdict}"
+
+    def to_json(self) -> dict[str, object]:
+        return {
+            "destination": str(self.plan.destination),
+            "format": self.plan.output.format,
+            "bytes": self.plan.output.nbytes,
+            "written": self.written,
+            "verified": self.verification is not None and self.verification.passed,
+            "write_seconds": round(self.seconds, 3),
+            "losses": [{"tensor": name, "max_abs": loss} for name, loss in self.plan.output.losses],
+            "verification": None if self.verification is None else self.verification.to_json(),
+        }
+
+
+def run(
+    plan: Plan,
+    checks: Checks | None,
+    *,
+    force: bool,
+    threads: int,
+    memory: int,
+    allow_nonfinite: bool,
+    console: Console,
+) -> RunResult:
+    """Write the planned output beside its destination, verify it there, and only then rename it.
+
+    Where a gate fails, or anything else goes wrong, the destination is left as it was.
+    """
+    output = plan.output
+    started = time.monotonic()
+    with Staging(plan.destination, force=force, expected_bytes=output.nbytes, folder=not output.single_file) as staging:
+        sinks = {file.name: staging.file(file.name, file.size) for file in output.files}
+        with console.progress(plan.source_bytes, plan.destination.name) as progress:
+            write_output(
+                output,
+                sinks,
+                threads=threads,
+                memory=memory,
+                allow_nonfinite=allow_nonfinite,
+                advance=progress.advance,
+            )
+        for name, data in output.assets.items():
+            staging.file(name, len(data)).pwrite(0, data)
+        staging.sync()
+        seconds = time.monotonic() - started
+        verification = None
+        if checks is not None:
+            verification = _verify(plan, staging.path, checks, threads, console)
+            if not verification.passed:
+                return RunResult(plan, seconds, verification)
+        staging.commit()
+    return RunResult(plan, seconds, verification)
+
+
+def _verify(plan: Plan, staged: Path, checks: Checks, threads: int, console: Console) -> Verification:
+    from gemma2tool.pipeline.evaluate import judge, read_tokens
+
+    source = plan.source
+    ids = read_tokens(checks.tokens, source.config) if checks.tokens else None
+    with ExitStack() as stack:
+        candidate = stack.enter_context(registry.by_name(plan.output.format).open(staged))
+        return judge(
+            source,
+            candidate,
+            ids=ids,
+            gates=checks.gates,
+            threads=threads,
+            console=console,
+            losses=dict(plan.output.losses),
+        )
