@@ -13,6 +13,7 @@ from gemma2tool.formats.packings import bnb
 from gemma2tool.model.lazy import LazyTensor
 from gemma2tool.model.tensors import TensorSpec
 from gemma2tool.quantizers.base import Encoder
+from gemma2tool.storage.quoting import quoted
 
 _PACKINGS = (bnb,)
 _BY_METHOD = {packing.METHOD: packing for packing in _PACKINGS}
@@ -44,7 +45,7 @@ def unpack(raw: Mapping[str, LazyTensor], quantization_config: Mapping[str, obje
     if packing is None:
         raise InputRefused(
             "packing.unknown",
-            f"config.json: quantization_config has the quant_method {method!r:.60}",
+            f"config.json: quantization_config has the quant_method {quoted(method)}",
             hint=f"known are: {', '.join(_BY_METHOD)}",
         )
     return packing.unpack(raw, quantization_config)
@@ -69,5 +70,7 @@ def _packing(type_name: str):
         return _BY_TYPE[type_name]
     except KeyError:
         raise UsageError(
-            "quantize.type", f"a Hugging Face folder has no type {type_name!r}", hint=f"one of: {', '.join(TYPES)}"
+            "quantize.type",
+            f"a Hugging Face folder has no type {quoted(type_name)}",
+            hint=f"one of: {', '.join(TYPES)}",
         ) from None

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gemma2tool.errors import InputRefused
+from gemma2tool.errors import InputRefused, UsageError
 from gemma2tool.formats.packings.parts import FLOATS, HINT, part, plain
 from gemma2tool.model.lazy import BFLOAT16, FLOAT32, LazyTensor, to_float32
 from gemma2tool.model.tensors import TensorSpec
@@ -21,6 +21,7 @@ from gemma2tool.quantizers import bnb
 from gemma2tool.quantizers.base import Encoder
 from gemma2tool.quantizers.bnb_tables import CODES
 from gemma2tool.storage import strict_json
+from gemma2tool.storage.quoting import quoted
 
 METHOD = "bitsandbytes"
 TYPES = ("nf4", "fp4", "int8")
@@ -37,6 +38,10 @@ def quantization_config(type_name: str, *, double_quant: bool, compute_dtype: st
     ``compute_dtype`` is written although transformers' default is float32: that default makes a bfloat16 model slow and large.
     """
     four_bit = type_name != "int8"
+    if double_quant and not four_bit:
+        raise UsageError(
+            "quantize.double-quant", "int8 has no double quantization", hint="use nf4 or fp4, or leave it out"
+        )
     return {
         "_load_in_4bit": four_bit,
         "_load_in_8bit": not four_bit,
@@ -69,16 +74,18 @@ def unpack(raw: Mapping[str, LazyTensor], quantization_config: Mapping[str, obje
     quantized: dict[str, LazyTensor] = {}
     taken: set[str] = set()
     for name in raw:
-        base, found, _ = name.partition(STATE_PREFIX)
-        if found:
-            if base in quantized:
-                raise InputRefused("bnb.state", f"{raw[name].origin}: a second quant_state of {base}", hint=HINT)
-            quantized[base], parts = _four_bit(raw, base, name)
-            taken.update(parts)
+        if STATE_PREFIX in name:
+            base = name.partition(STATE_PREFIX)[0]
+            tensor, parts = _four_bit(raw, base, name)
         elif name.endswith(".SCB"):
             base = name.removesuffix("SCB") + "weight"
-            quantized[base], parts = _int8(raw, base, name)
-            taken.update(parts)
+            tensor, parts = _int8(raw, base, name)
+        else:
+            continue
+        if base in quantized:
+            raise InputRefused("bnb.state", f"{raw[name].origin}: says again how its weight is quantized", hint=HINT)
+        quantized[base] = tensor
+        taken |= parts
     return {**plain(raw, taken, "bitsandbytes"), **quantized}
 
 
@@ -113,25 +120,25 @@ def read_state(tensor: LazyTensor, quant_type: str) -> QuantState:
     check(isinstance(content, dict), "not a JSON object")
     keys = {"quant_type", "blocksize", "dtype", "shape"}
     nested = {"nested_blocksize", "nested_dtype", "nested_offset"}
-    check(set(content) in (keys, keys | nested), f"its keys are {', '.join(sorted(content))[:200]}")
-    check(content["quant_type"] == quant_type and quant_type in CODES, f"its type is {content['quant_type']!r:.40}")
-    check(_is_blocksize(content["blocksize"]), f"its blocksize is {content['blocksize']!r:.40}")
+    check(set(content) in (keys, keys | nested), f"its keys are {quoted(sorted(content))}")
+    check(content["quant_type"] == quant_type and quant_type in CODES, f"its type is {quoted(content['quant_type'])}")
+    check(_is_blocksize(content["blocksize"]), f"its blocksize is {quoted(content['blocksize'])}")
     check(
         isinstance(content["dtype"], str) and content["dtype"] in bnb.QUANT_DTYPES,
-        f"its dtype is {content['dtype']!r:.40}",
+        f"its dtype is {quoted(content['dtype'])}",
     )
     shape = content["shape"]
     check(
         isinstance(shape, list) and len(shape) == 2 and all(type(n) is int and 0 < n < 1 << 31 for n in shape),
-        f"its shape is {shape!r:.40}",
+        f"its shape is {quoted(shape)}",
     )
     state = QuantState(quant_type, content["blocksize"], bnb.QUANT_DTYPES[content["dtype"]], tuple(shape))
     if nested.isdisjoint(content):
         return state
-    check(_is_blocksize(content["nested_blocksize"]), f"its nested_blocksize is {content['nested_blocksize']!r:.40}")
-    check(content["nested_dtype"] == "float32", f"its nested_dtype is {content['nested_dtype']!r:.40}")
+    check(_is_blocksize(content["nested_blocksize"]), f"its nested_blocksize is {quoted(content['nested_blocksize'])}")
+    check(content["nested_dtype"] == "float32", f"its nested_dtype is {quoted(content['nested_dtype'])}")
     offset = content["nested_offset"]
-    check(type(offset) in (int, float) and abs(offset) < 3e38, f"its nested_offset is {offset!r:.40}")
+    check(type(offset) in (int, float) and abs(offset) < 3e38, f"its nested_offset is {quoted(offset)}")
     return QuantState(
         state.quant_type, state.blocksize, state.dtype, state.shape, content["nested_blocksize"], np.float32(offset)
     )
@@ -145,12 +152,12 @@ def _four_bit(raw: Mapping[str, LazyTensor], base: str, state_name: str) -> tupl
     state = read_state(raw[state_name], state_name.removeprefix(base + STATE_PREFIX))
     parts = {base, base + ".absmax", base + ".quant_map", state_name}
     count = math.prod(state.shape)
-    # Codes may be stored under a wider type, whose bytes they are (bnb_4bit_quant_storage).
     codes = part(raw, base, (UINT8, *FLOATS), None)
-    if codes.shape != (-(-count // 2) // codes.dtype.itemsize, 1):
+    # Codes may be stored under a wider type, whose bytes they are (bnb_4bit_quant_storage).
+    if codes.shape != (codes.rows, 1) or codes.nbytes != -(-count // 2):
         raise InputRefused(
             "packing.part-shape",
-            f"{codes.origin}: has the shape {codes.shape}, too many or too few codes for {state.shape}",
+            f"{codes.origin}: {codes.shape} {codes.dtype.name} does not hold the codes of a weight {state.shape}",
             hint=HINT,
         )
     _check_map(part(raw, base + ".quant_map", (FLOAT32,), (16,)), CODES[state.quant_type])

@@ -8,6 +8,7 @@ import numpy as np
 
 from gemma2tool.errors import InputRefused
 from gemma2tool.model.lazy import FLOAT_DTYPES, LazyTensor
+from gemma2tool.storage.quoting import quoted
 
 HINT = "the file is damaged or was not written by the library it names: fetch it again, or quantize the original again"
 FLOATS = tuple(FLOAT_DTYPES.values())
@@ -21,7 +22,7 @@ def part(
         tensor = raw[name]
     except KeyError:
         raise InputRefused(
-            "packing.missing-part", f"{name} is missing beside the other parts of its weight", hint=HINT
+            "packing.missing-part", f"{quoted(name)} is missing beside the other parts of its weight", hint=HINT
         ) from None
     if tensor.dtype not in dtypes:
         expected = " or ".join(np.dtype(dtype).name for dtype in dtypes)
