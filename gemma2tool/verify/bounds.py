@@ -1,0 +1,132 @@
+"""How far a quantized tensor may be from its source: one row per stored type.
+
+Errors are measured in blocks, the runs of consecutive values that share a scale, as fractions of the block's largest magnitude.
+
+Rounding types (scale from the largest magnitude or from the range, each value to the nearest code) have bounds that follow from
+their definition, and an *anchor*: the value that sets the scale is stored by the outermost code, so it comes back to within the
+rounding of the scale itself. A wrong scale, however slightly wrong, moves the anchor first.
+
+Search types (K-quants, IQ) trade the error of one value against another's; nothing but a ceiling is true of them. Those ceilings
+are the largest error seen over normal, Student-t, Laplace, uniform, one-sided, outlier-ridden and tiny-valued blocks, quantized by
+ggml itself, and a quarter or more on top; tests/test_verify_bounds.py measures them again. (Weights that are nine tenths zeros are
+left out: IQ3_S returns those with errors as large as the weights, which is worth an alarm.)
+
+An importance matrix makes any ggml type but Q8_0 and the ternary ones a search type, in which a value that the matrix calls
+unimportant may lose most of itself: ``weighted`` is the ceiling there, and ``WEIGHTED_RMSE`` times the RMSE's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+_F16 = 2.0**-11  # largest relative error of rounding to float16
+_F16_STEP = 2.0**-25  # largest absolute error of rounding to float16 below its normal range
+
+
+def _half_gap(codes: tuple[float, ...]) -> float:
+    """Largest distance of any value in [-1, 1] from its nearest code."""
+    ordered = sorted(codes)
+    return max(b - a for a, b in zip(ordered, ordered[1:], strict=False)) / 2
+
+
+# The sixteen values of bitsandbytes' 4-bit types, as stored in every checkpoint's quant_map.
+NF4_CODES = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+_FP4_MAGNITUDES = (0.0, 0.0052083333, 0.16666667, 0.25, 0.33333333, 0.5, 0.66666667, 1.0)
+FP4_CODES = tuple(sign * value for value in _FP4_MAGNITUDES for sign in (1, -1))
+_NF4 = _half_gap(NF4_CODES)
+_FP4 = _half_gap(FP4_CODES)
+
+# bitsandbytes' 8-bit "dynamic" map of block scales: neighbouring codes are at most this far apart, as a fraction of the largest.
+DYNAMIC_MAP_GAP = 0.9 / 64
+
+
+# An importance matrix trades RMSE for what matters; Q6_K loses the most, from 0.031 to 0.097 on outliers.
+WEIGHTED_RMSE = 2.5
+
+
+@dataclass(frozen=True)
+class Bound:
+    """Limits on the error of one stored type.
+
+    ``block``: values that share a scale (0: a row of the matrix). ``worst``: largest |error| of any value, and ``anchor``: of the
+    value of largest magnitude, both as a fraction of the block's largest magnitude; infinite where the type promises nothing.
+    ``floor``: absolute error that is always allowed, because the scale itself has a smallest step. ``relative_rmse``: ceiling of
+    RMSE / RMS over a whole tensor. ``weighted``: ``worst`` where an importance matrix steered the codes (None: the type ignores
+    it). ``nested``: block scales are themselves quantized, 256 at a time (bitsandbytes' double quantization).
+    """
+
+    block: int
+    worst: float
+    relative_rmse: float
+    anchor: float = math.inf
+    floor: float = 0.0
+    weighted: float | None = None
+    nested: bool = False
+
+    def steered(self) -> Bound:
+        """The limits where an importance matrix steered the codes."""
+        if self.weighted is None:
+            return self
+        return replace(self, worst=self.weighted, anchor=math.inf, relative_rmse=WEIGHTED_RMSE * self.relative_rmse)
+
+    def rounded(self, unit: float) -> Bound:
+        """The limits where decoded values were rounded once more, each by up to ``unit`` of itself."""
+        return replace(self, worst=self.worst + 2 * unit, anchor=self.anchor + 2 * unit) if unit else self
+
+
+def _rounding(block: int, worst: float, rmse: float, *, codes: int, anchor: float = 0.0, weighted: float | None = None) -> Bound:
+    """A ggml type with one float16 scale: rounding it costs ``_F16`` of the value, or ``codes`` steps below the normal range."""
+    return Bound(block, worst + _F16, rmse, anchor + _F16, codes * _F16_STEP, weighted)
+
+
+def _search(block: int, worst: float, rmse: float, *, codes: int, weighted: float) -> Bound:
+    return Bound(block, worst, rmse, math.inf, codes * _F16_STEP, weighted)
+
+
+BOUNDS: Mapping[str, Bound] = {
+    # d = absmax / 127, nearest: half a step.
+    "q8_0": _rounding(32, 1 / 254, 0.02, codes=127),
+    # d = value of largest magnitude / -8; nearest of -8..7: half a step (1/16), but one step where the other sign is as large.
+    "q4_0": _rounding(32, 1 / 8, 0.18, codes=8, weighted=0.60),
+    "q5_0": _rounding(32, 1 / 16, 0.11, codes=16, weighted=0.60),
+    # Range over 15 (31) steps from a float16 minimum: the range is at most twice the largest magnitude; both ends come back.
+    "q4_1": _rounding(32, 1 / 15 + 2 * _F16, 0.16, codes=16, anchor=2 * _F16, weighted=0.80),
+    "q5_1": _rounding(32, 1 / 31 + 2 * _F16, 0.10, codes=32, anchor=2 * _F16, weighted=0.75),
+    # Signs times the mean magnitude; ternary and its four-valued sister: d = absmax, nearest of -1, 0, 1 (2).
+    "q1_0": _rounding(128, 1.0, 0.95, codes=1, anchor=1.0),
+    "q2_0": _rounding(64, 1 / 2, 0.95, codes=2),
+    "tq1_0": _rounding(256, 1 / 2, 0.95, codes=1),
+    "tq2_0": _rounding(256, 1 / 2, 0.95, codes=1),
+    # Power-of-two scale that puts absmax in [4, 8) over codes that end at 6, with steps of 2 above 4.
+    "mxfp4": Bound(32, 1 / 4, 0.28, 1 / 4),
+    # Scale absmax / 6 in an 8-bit float of 3 mantissa bits (1/16, at least 2^-10); codes end at 6 with steps of 2 above 4.
+    "nvfp4": Bound(16, 1 / 6 + 1 / 16, 0.20, 1 / 16 + 1e-6, 6 * 2.0**-10),
+    "q2_k": _search(256, 0.65, 0.50, codes=60, weighted=1.30),
+    "q3_k": _search(256, 0.33, 0.26, codes=128, weighted=0.75),
+    "q4_k": _search(256, 0.20, 0.20, codes=1008, weighted=1.00),
+    "q5_k": _search(256, 0.11, 0.11, codes=2016, weighted=0.50),
+    "q6_k": _search(256, 0.05, 0.05, codes=4096, weighted=0.60),
+    "iq4_nl": _search(32, 0.20, 0.18, codes=127, weighted=1.20),
+    "iq4_xs": _search(256, 0.20, 0.16, codes=4064, weighted=1.00),
+    "iq3_s": _search(256, 1.00, 0.50, codes=465, weighted=1.50),
+    "iq3_xxs": _search(256, 1.50, 0.60, codes=480, weighted=1.80),
+    "iq2_s": _search(256, 0.85, 0.90, codes=170, weighted=math.inf),
+    "iq2_xs": _search(256, math.inf, 0.90, codes=170, weighted=math.inf),
+    "iq2_xxs": _search(256, math.inf, 0.95, codes=170, weighted=math.inf),
+    "iq1_s": _search(256, math.inf, 0.95, codes=17, weighted=math.inf),
+    "iq1_m": _search(256, math.inf, 0.95, codes=17, weighted=math.inf),
+    # bitsandbytes: nearest of sixteen values times a float32 absmax; +-absmax are codes of their own.
+    "nf4": Bound(64, _NF4 + 1e-6, 0.16, 1e-6),
+    "fp4": Bound(64, _FP4 + 1e-6, 0.20, 1e-6),
+    "nf4-dq": Bound(64, _NF4 + 1e-6, 0.16, 1e-6, nested=True),
+    "fp4-dq": Bound(64, _FP4 + 1e-6, 0.20, 1e-6, nested=True),
+    # LLM.int8(): cast to float16 first, then the row's absmax / 127, nearest.
+    "int8": Bound(0, 1 / 254 + _F16, 0.05, _F16 + 1e-6, _F16_STEP),
+}
+"""Stored type -> its limits. Definitions: ggml's quantize_row_*_ref and bitsandbytes' functional.py."""

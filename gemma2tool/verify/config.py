@@ -1,0 +1,147 @@
+"""Are two configs the same model? Field by field: what changes the arithmetic, what changes use, what is only informative."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from gemma2tool.model.config import Gemma2Config
+from gemma2tool.verify.result import Finding, GateResult, Severity
+
+GATE = "config"
+
+# Fields that change some logit of some prompt: they must be equal.
+ARITHMETIC: Mapping[str, str] = {
+    "vocab_size": "rows of the embedding",
+    "hidden_size": "width of the residual stream",
+    "intermediate_size": "width of the feed-forward layer",
+    "num_hidden_layers": "decoder layers",
+    "num_attention_heads": "query heads",
+    "num_key_value_heads": "key-value heads",
+    "head_dim": "width of a head",
+    "hidden_activation": "activation of the gate",
+    "rms_norm_eps": "added to the mean square in every norm",
+    "query_pre_attn_scalar": "attention scores are divided by its square root",
+    "attn_logit_softcapping": "cap of the attention scores",
+    "final_logit_softcapping": "cap of the logits",
+    "rope_theta": "base of the rotary embedding",
+    "rope_scaling": "scaling of the rotary embedding",
+    "sliding_window": "keys that a sliding layer sees",
+    "layer_types": "which layers slide",
+    "use_bidirectional_attention": "whether later tokens are seen",
+    "attention_bias": "biases in the attention projections",
+    "tie_word_embeddings": "whether the embedding is the output matrix",
+}
+
+# Fields that change how the model is fed, stopped or sampled, not what it computes. A file that does not say (None) only earns a note.
+USE: Mapping[str, str] = {
+    "bos_token_id": "every text starts with it",
+    "eos_token_id": "generation stops at it",
+    "pad_token_id": "fills short sequences of a batch",
+    "max_position_embeddings": "the longest sequence the model was made for",
+}
+
+# Fields that describe the file, its training, or labels; differences are noted, never judged.
+INFORMATIVE = (
+    "dtype",
+    "architectures",
+    "transformers_version",
+    "initializer_range",
+    "attention_dropout",
+    "use_cache",
+    "id2label",
+    "label2id",
+    "problem_type",
+    "extra",
+)
+
+# Numbers that some formats keep in float32 (GGUF); equal means equal there.
+_FLOAT32 = frozenset({"rms_norm_eps", "rope_theta", "attn_logit_softcapping", "final_logit_softcapping"})
+
+
+def compare_configs(source: Gemma2Config, candidate: Gemma2Config) -> GateResult:
+    """The config gate: ``failed`` when a field of the arithmetic differs, or when bos or all of eos do."""
+    findings = []
+    for name, meaning in ARITHMETIC.items():
+        ours, theirs = getattr(source, name), getattr(candidate, name)
+        if not _same(name, ours, theirs):
+            said = _layers(ours, theirs) if name == "layer_types" else _versus(ours, theirs)
+            findings.append(Finding(GATE, "error", name, f"{name} ({meaning}): {said}"))
+    for name, meaning in USE.items():
+        ours, theirs = getattr(source, name), getattr(candidate, name)
+        if name == "eos_token_id":
+            ours, theirs = source.eos_token_ids or None, candidate.eos_token_ids or None
+        if ours != theirs:
+            findings.append(Finding(GATE, _severity(name, ours, theirs), name, f"{name} ({meaning}): {_versus(ours, theirs)}"))
+    for name in INFORMATIVE:
+        ours, theirs = getattr(source, name), getattr(candidate, name)
+        if ours != theirs and ours is not None and theirs is not None:
+            findings.append(Finding(GATE, "note", name, f"{name}: {_versus(ours, theirs)}"))
+    wrong = [finding for finding in findings if finding.severity == "error"]
+    warned = sum(finding.severity == "warning" for finding in findings)
+    if wrong:
+        summary = f"{len(wrong)} field{'s' * (len(wrong) != 1)} differ{'s' * (len(wrong) == 1)}: {wrong[0].message}"
+    else:
+        summary = f"{len(ARITHMETIC)} fields that the arithmetic depends on are equal"
+        summary += f"; {warned} other{'s' * (warned != 1)} differ{'s' * (warned == 1)}" if warned else ""
+    metrics = {"fields": len(ARITHMETIC) + len(USE) + len(INFORMATIVE), "different": len(findings)}
+    return GateResult(GATE, "failed" if wrong else "passed", summary, metrics, tuple(findings))
+
+
+def _same(name: str, ours: Any, theirs: Any) -> bool:
+    if name in _FLOAT32 and ours is not None and theirs is not None:
+        return np.float32(ours) == np.float32(theirs)
+    if name == "use_bidirectional_attention":
+        return bool(ours) == bool(theirs)
+    if name == "rope_scaling":
+        return _scaling(ours) == _scaling(theirs)
+    return ours == theirs
+
+
+def _scaling(value: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Without what "no scaling" may also be spelled as."""
+    parameters = dict(value or {})
+    return {} if parameters.get("rope_type", "default") == "default" else parameters
+
+
+def _severity(name: str, ours: Any, theirs: Any) -> Severity:
+    if ours is None or theirs is None:
+        return "note"
+    if name == "bos_token_id":
+        return "error"
+    if name == "eos_token_id" and not set(ours) & set(theirs):
+        return "error"
+    return "warning"
+
+
+def _versus(ours: Any, theirs: Any) -> str:
+    return f"source {_shown(ours)}, candidate {_shown(theirs)}"
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "not given"
+    if isinstance(value, tuple):
+        return ", ".join(map(str, value))
+    text = repr(value) if not isinstance(value, str) else value
+    return text if len(text) <= 120 else text[:117] + "..."
+
+
+def _layers(ours: tuple[str, ...], theirs: tuple[str, ...]) -> str:
+    if len(ours) != len(theirs):
+        return f"source {len(ours)} layers, candidate {len(theirs)}"
+    differing = [index for index, pair in enumerate(zip(ours, theirs, strict=True)) if pair[0] != pair[1]]
+    shown = ", ".join(map(str, differing[:4])) + (", ..." if len(differing) > 4 else "")
+    return f"layers {shown} differ (layer {differing[0]}: source {ours[differing[0]]}, candidate {theirs[differing[0]]})"
+
+
+def judged_fields() -> frozenset[str]:
+    """Every field this gate looks at; with ``notes`` these are all of ``Gemma2Config`` (a test holds it to that)."""
+    return frozenset((*ARITHMETIC, *USE, *INFORMATIVE))
+
+
+def all_fields() -> frozenset[str]:
+    return frozenset(each.name for each in dataclasses.fields(Gemma2Config))

@@ -1,0 +1,138 @@
+"""What a verification says: findings, gates, and all of it as one JSON object.
+
+The JSON object is deterministic: for the same two checkpoints, gates and token ids it is the same byte for byte, whatever the
+number of threads. Times live beside it, never in it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+SCHEMA_VERSION = 1
+
+Severity = Literal["error", "warning", "note"]
+Status = Literal["passed", "failed", "skipped", "reported"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was seen, in a sentence.
+
+    ``severity``: "error" (the models differ where they may not), "warning" (differs where it may matter), "note" (a difference that
+    the conversion itself required). ``subject``: the canonical tensor name or the config field it is about, or None for the whole.
+    """
+
+    gate: str
+    severity: Severity
+    subject: str | None
+    message: str
+
+    def to_json(self) -> dict[str, Any]:
+        return {"gate": self.gate, "severity": self.severity, "subject": self.subject, "message": self.message}
+
+
+@dataclass(frozen=True)
+class GateResult:
+    """The outcome of one gate.
+
+    ``status``: "reported" means that it measured and had no limit to hold the measurement to; "skipped" means that it did not
+    run, and the summary says why. ``metrics``: names of the field to numbers, strings, or nested maps of these.
+    """
+
+    name: str
+    status: Status
+    summary: str
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+    findings: tuple[Finding, ...] = ()
+
+    @property
+    def failed(self) -> bool:
+        return self.status == "failed"
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "status": self.status,
+            "summary": self.summary,
+            "metrics": plain(self.metrics),
+            "findings": [finding.to_json() for finding in self.findings],
+        }
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of the two checkpoints compared: where it is, its format, what it stores (bytes by stored type)."""
+
+    path: str
+    format: str
+    stored: Mapping[str, int] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"path": self.path, "format": self.format, "stored": plain(self.stored)}
+
+
+@dataclass(frozen=True)
+class Verification:
+    """All gates' results for a candidate against its source.
+
+    ``kind``: what was asked of the candidate, a row of ``gates.GATES`` ("lossless", "bf16", "q4_0", ...). ``seconds``: wall time per
+    level; not part of ``to_json``.
+    """
+
+    source: Side
+    candidate: Side
+    kind: str
+    gates: tuple[GateResult, ...]
+    seconds: Mapping[str, float] = field(default_factory=dict, compare=False)
+
+    @property
+    def passed(self) -> bool:
+        """No gate failed. Skipped gates do not fail; ``skipped`` names them."""
+        return not any(gate.failed for gate in self.gates)
+
+    @property
+    def failures(self) -> tuple[Finding, ...]:
+        """Every finding of severity "error", in the order of the gates."""
+        return tuple(finding for finding in self.findings if finding.severity == "error")
+
+    @property
+    def findings(self) -> Iterator[Finding]:
+        return (finding for gate in self.gates for finding in gate.findings)
+
+    @property
+    def skipped(self) -> tuple[str, ...]:
+        return tuple(gate.name for gate in self.gates if gate.status == "skipped")
+
+    def gate(self, name: str) -> GateResult:
+        """The result of the gate called ``name``; KeyError when it was not asked for."""
+        for each in self.gates:
+            if each.name == name:
+                return each
+        raise KeyError(name)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "passed": self.passed,
+            "kind": self.kind,
+            "source": self.source.to_json(),
+            "candidate": self.candidate.to_json(),
+            "gates": [gate.to_json() for gate in self.gates],
+        }
+
+
+def plain(value: Any) -> Any:
+    """``value`` in JSON's own types with sorted keys; infinities and NaN, which JSON cannot say, become null."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(value[key]) for key in sorted(value, key=str)}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if isinstance(value, bool) or value is None or isinstance(value, (str, int)):
+        return value
+    number = float(value)
+    if not math.isfinite(number):
+        return None
+    return int(number) if number.is_integer() and abs(number) < 2**53 and not isinstance(value, float) else number

@@ -1,0 +1,271 @@
+"""Every tensor of a candidate against its source, streamed: bit for bit where that can be asked, else within the type's bound.
+
+Which question is asked of a tensor follows from how the candidate stores it:
+
+- ``exact``: a float type that holds every value of the source. The bits must be equal.
+- ``cast``: a narrower float type. The bits must be those of the source rounded to it, nearest or even.
+- ``expected``: the caller knows what the target's own convention makes of the tensor (GGUF's w + 1 in float32). The bits must be
+  those, and what they lose against the source is reported.
+- ``bound``: a quantized type. Every block's error must lie within ``bounds.BOUNDS``.
+- ``reported``: a type without a known bound. Measured, not judged.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from gemma2tool.model.lazy import BFLOAT16, FLOAT16, FLOAT32, FLOAT_DTYPES, LazyTensor, row_ranges, to_float32
+from gemma2tool.verify.bounds import BOUNDS, Bound
+from gemma2tool.verify.measure import BlockJudge, Piece, measure_bits, measure_blocks
+
+GATE = "tensors"
+
+Advance = Callable[[int, str], None]
+"""Told of every piece that was compared: bytes of the candidate's values, the tensor's name."""
+
+# Values compared at a time by one thread: 2 MiB as float32, so that the handful of arrays they need stay near the caches.
+_CHUNK_VALUES = 512 * 1024
+
+_HOLDS = {FLOAT32: {FLOAT32, FLOAT16, BFLOAT16}, FLOAT16: {FLOAT16}, BFLOAT16: {BFLOAT16}}
+_ROUNDING_UNIT = {FLOAT16: 2.0**-11, BFLOAT16: 2.0**-8}
+
+
+@dataclass(frozen=True)
+class TensorComparison:
+    """What was found of one tensor. Errors are candidate minus source in float32.
+
+    ``rule``: which question was asked (see the module). ``ok``: whether the answer was yes. ``differing``: values whose bits are not
+    what they must be (``exact``, ``cast``, ``expected``); ``bad_blocks``: blocks beyond the bound (``bound``). ``first``: flat index
+    of the first such value.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    source_type: str
+    candidate_type: str
+    rule: str
+    ok: bool
+    values: int
+    rms: float
+    rmse: float
+    max_abs_error: float
+    differing: int = 0
+    bad_blocks: int = 0
+    nonfinite: int = 0
+    source_nonfinite: int = 0
+    message: str = ""
+
+    @property
+    def relative_rmse(self) -> float:
+        """RMSE / RMS of the source; 0 where both are 0."""
+        return self.rmse / self.rms if self.rms else (math.inf if self.rmse else 0.0)
+
+    @property
+    def snr_db(self) -> float:
+        """Signal to noise in dB; infinite where nothing was lost."""
+        ratio = self.relative_rmse
+        return math.inf if ratio == 0 else -math.inf if math.isinf(ratio) else -20 * math.log10(ratio)
+
+    def to_json(self) -> dict[str, Any]:
+        found = {
+            "rule": self.rule,
+            "ok": self.ok,
+            "shape": list(self.shape),
+            "source_type": self.source_type,
+            "candidate_type": self.candidate_type,
+            "rmse": significant(self.rmse),
+            "relative_rmse": significant(self.relative_rmse),
+            "snr_db": significant(self.snr_db),
+            "max_abs_error": significant(self.max_abs_error),
+        }
+        counts = ("differing", "bad_blocks", "nonfinite", "source_nonfinite")
+        return found | {name: getattr(self, name) for name in counts if getattr(self, name)}
+
+
+def significant(value: float, digits: int = 6) -> float:
+    """``value`` to six digits, so that the order in which a machine adds does not show in a report."""
+    return float(f"{value:.{digits}g}") if math.isfinite(value) else value
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One tensor's comparison: how its rows are cut, measured and, at the end, judged."""
+
+    name: str
+    source: LazyTensor
+    candidate: LazyTensor
+    rule: str
+    wanted: LazyTensor
+    bound: Bound | None
+
+    @property
+    def block(self) -> int:
+        """Values that share a scale."""
+        if self.bound is None:
+            return 1
+        return self.bound.block or self.candidate.row_size
+
+    def ranges(self) -> Iterable[tuple[int, int]]:
+        row = max(self.candidate.row_size, 1)
+        multiple = self.block // math.gcd(self.block, row)
+        return row_ranges(self.candidate.rows, row, _CHUNK_VALUES, multiple)
+
+    def piece(self, first: int, last: int) -> Piece:
+        got = self.candidate.load_rows(first, last)
+        if self.rule in ("bound", "reported"):
+            source = self.source.load_rows_f32(first, last)
+            return measure_blocks(source, to_float32(got), self.block, self.bound)
+        wanted = cast(self.wanted.load_rows(first, last), self.candidate.stored, got.dtype)
+        source = None if self.rule == "exact" else (lambda: self.source.load_rows_f32(first, last))
+        return measure_bits(wanted, got, source)
+
+
+def cast(rows: np.ndarray, stored: str, dtype: np.dtype) -> np.ndarray:
+    """``rows`` as a candidate that stores ``stored`` and hands out ``dtype`` must return them: rounded once, nearest or even."""
+    target = FLOAT_DTYPES.get(stored, dtype)
+    if rows.dtype != target:
+        with np.errstate(over="ignore"):  # a value too large becomes infinite, and is then reported as such
+            rows = to_float32(rows).astype(target)
+    return rows if rows.dtype == dtype else to_float32(rows).astype(dtype)
+
+
+def compare_tensors(
+    source: Mapping[str, LazyTensor],
+    candidate: Mapping[str, LazyTensor],
+    *,
+    expected: Mapping[str, LazyTensor] | None = None,
+    weighted: bool = False,
+    threads: int = 1,
+    advance: Advance | None = None,
+) -> list[TensorComparison]:
+    """Compare the tensors that both have, in the source's order; shapes must already be equal.
+
+    ``expected``: what the candidate must hold, bit for bit, where the target's convention changes a value. ``weighted``: whether an
+    importance matrix steered the candidate's codes. The result does not depend on ``threads``.
+    """
+    jobs = [_job(name, source[name], candidate[name], (expected or {}).get(name), weighted) for name in source if name in candidate]
+    tasks = [(job, first, last) for job in jobs for first, last in job.ranges()]
+
+    def run(task: tuple[_Job, int, int]) -> Piece:
+        job, first, last = task
+        return job.piece(first, last)
+
+    found: list[TensorComparison] = []
+    judge: BlockJudge | None = None
+    current: _Job | None = None
+    with _mapped(run, tasks, threads) as pieces:
+        for (job, first, last), piece in zip(tasks, pieces, strict=True):
+            if job is not current:
+                if current is not None and judge is not None:
+                    found.append(_conclude(current, judge))
+                current, judge = job, BlockJudge(job.bound, job.block)
+            judge.add(piece)
+            if advance is not None:
+                advance((last - first) * job.candidate.row_size * job.candidate.dtype.itemsize, job.name)
+    if current is not None and judge is not None:
+        found.append(_conclude(current, judge))
+    return found
+
+
+class _mapped:
+    """``map`` over threads that gives results in order and, when left early, drops what has not begun."""
+
+    def __init__(self, function: Callable[[Any], Any], tasks: list[Any], threads: int) -> None:
+        self.function, self.tasks, self.threads, self.pool = function, tasks, threads, None
+
+    def __enter__(self) -> Iterable[Any]:
+        if self.threads <= 1:
+            return map(self.function, self.tasks)
+        self.pool = ThreadPoolExecutor(self.threads, thread_name_prefix="verify")
+        return self.pool.map(self.function, self.tasks)
+
+    def __exit__(self, *exc: object) -> None:
+        if self.pool is not None:
+            self.pool.shutdown(cancel_futures=True)
+
+
+def _job(name: str, source: LazyTensor, candidate: LazyTensor, expected: LazyTensor | None, weighted: bool) -> _Job:
+    if expected is not None:
+        return _Job(name, source, candidate, "expected", expected, None)
+    stored = FLOAT_DTYPES.get(candidate.stored)
+    if stored is not None:
+        rule = "exact" if source.dtype in _HOLDS[stored] else "cast"
+        return _Job(name, source, candidate, rule, source, None)
+    bound = BOUNDS.get(candidate.stored)
+    if bound is None:
+        return _Job(name, source, candidate, "reported", source, None)
+    bound = (bound.steered() if weighted else bound).rounded(_ROUNDING_UNIT.get(candidate.dtype, 0.0))
+    return _Job(name, source, candidate, "bound", source, bound)
+
+
+def _conclude(job: _Job, judge: BlockJudge) -> TensorComparison:
+    total = judge.total
+    bad_blocks = judge.finish()
+    rms, rmse = math.sqrt(total.signal / total.values), math.sqrt(total.noise / total.values)
+    message = ""
+    if total.nonfinite > total.source_nonfinite:
+        at = _where(total.first_nonfinite, job.candidate.shape)
+        message = f"holds {total.nonfinite} NaN or infinite values where the source holds {total.source_nonfinite}; the first at {at}"
+    elif total.differing:
+        message = _bits_message(job, total)
+    elif bad_blocks:
+        message = _block_message(job, judge, bad_blocks)
+    elif job.bound is not None and rmse > job.bound.relative_rmse * rms + job.bound.floor:
+        message = (
+            f"error is {rmse / rms if rms else math.inf:.3g} of the tensor's size (RMSE / RMS);"
+            f" {job.candidate.stored} stays below {job.bound.relative_rmse:.3g}"
+        )
+    return TensorComparison(
+        name=job.name,
+        shape=job.candidate.shape,
+        source_type=job.source.stored,
+        candidate_type=job.candidate.stored,
+        rule=job.rule,
+        ok=not message,
+        values=total.values,
+        rms=rms,
+        rmse=rmse,
+        max_abs_error=total.max_abs_error,
+        differing=total.differing,
+        bad_blocks=bad_blocks,
+        nonfinite=total.nonfinite,
+        source_nonfinite=total.source_nonfinite,
+        message=message,
+    )
+
+
+_MUST_BE = {
+    "exact": "the source's ({stored} holds them exactly)",
+    "cast": "the source's rounded to {stored}",
+    "expected": "what the target's convention makes of the source's",
+}
+
+
+def _bits_message(job: _Job, total: Piece) -> str:
+    must = _MUST_BE[job.rule].format(stored=job.candidate.stored)
+    index, wanted, got = total.first_difference
+    share = f"{total.differing} of {total.values} values" if total.values > 1 else "its value"
+    at = _where(index, job.candidate.shape)
+    return f"{share} {'is' if total.differing == 1 else 'are'} not {must}; the first at {at}: {got:.9g}, must be {wanted:.9g}"
+
+
+def _block_message(job: _Job, judge: BlockJudge, bad_blocks: int) -> str:
+    worst = judge.worst
+    at = _where(worst.index, job.candidate.shape)
+    where = f"the worst begins at {at}" if bad_blocks > 1 else f"it begins at {at}"
+    kind = "its largest value is off by" if worst.anchor else "a value is off by"
+    blocks = f"{bad_blocks} of {math.ceil(job.candidate.size / job.block)} blocks"
+    return (
+        f"{blocks} of {job.block} values {'is' if bad_blocks == 1 else 'are'} farther from the source than {job.candidate.stored} can be;"
+        f" {where}: {kind} {worst.error:.4g}, at most {worst.allowed:.4g} is possible"
+    )
+
+
+def _where(index: int, shape: tuple[int, ...]) -> str:
+    return "[" + ", ".join(str(int(each)) for each in np.unravel_index(index, shape or (1,))) + "]"
