@@ -1,0 +1,93 @@
+"""System calls that change files, with their failures told as errors a user can act on."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from gemma2tool.errors import ResourceError, UsageError
+
+_RENAME_EXCHANGE = 2  # linux/fs.h
+_NOT_SUPPORTED = {errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.ENODEV, errno.ENOTTY}
+_DENIED = {errno.EACCES, errno.EPERM, errno.EROFS}
+
+
+@contextmanager
+def told(path: Path, doing: str, nbytes: int = 0) -> Iterator[None]:
+    """Turns an OSError of the block into a ToolError that names ``path``, what was being done, and how many bytes."""
+    try:
+        yield
+    except OSError as error:
+        amount = f" ({nbytes} bytes)" if nbytes else ""
+        failure = f"{path}: {doing}{amount} failed: {error.strerror or error}"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise ResourceError("disk.full", failure, hint="free space on this disk or write to another one") from error
+        if error.errno == errno.EFBIG:
+            hint = "the file system or a limit (ulimit -f) does not allow files this large; write to another disk"
+            raise ResourceError("disk.file-too-large", failure, hint=hint) from error
+        if error.errno == errno.EIO:
+            raise ResourceError("disk.io", failure, hint="the disk reported an error; write to another one") from error
+        if error.errno in _DENIED:
+            raise ResourceError("output.not-writable", failure, hint="choose a folder you may write to") from error
+        if error.errno == errno.ENAMETOOLONG:
+            raise UsageError("output.name-too-long", failure, hint="choose a shorter name") from error
+        raise ResourceError("disk.error", failure) from error
+
+
+def retrying(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """``call(...)`` again for as long as a signal interrupts it."""
+    while True:
+        try:
+            return call(*args, **kwargs)
+        except InterruptedError:
+            continue
+
+
+def write_at(fd: int, data: memoryview, offset: int) -> None:
+    """Writes all of ``data`` at ``offset``, in as many calls as the system wants."""
+    done = 0
+    while done < len(data):
+        written = retrying(os.pwrite, fd, data[done:], offset + done)
+        if written <= 0:
+            raise OSError(errno.EIO, "nothing was written")
+        done += written
+
+
+def preallocate(fd: int, size: int) -> None:
+    """Gives the file its size, and its blocks where the file system can, so that a full disk shows before the work."""
+    if size and hasattr(os, "posix_fallocate"):
+        try:
+            return retrying(os.posix_fallocate, fd, 0, size)
+        except OSError as error:
+            if error.errno not in _NOT_SUPPORTED:
+                raise
+    retrying(os.ftruncate, fd, size)
+
+
+def sync_folder(fd: int) -> None:
+    """fsync of an open folder, where the file system has it: makes the names in it durable."""
+    try:
+        retrying(os.fsync, fd)
+    except OSError as error:
+        if error.errno not in _NOT_SUPPORTED:
+            raise
+
+
+def exchange(src: str, src_fd: int, dst: str, dst_fd: int) -> bool:
+    """Swaps two names in one step, in which neither is ever absent. False where the system cannot; nothing was changed then."""
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if sys.platform == "linux" else None
+    if renameat2 is None:
+        return False
+    while renameat2(src_fd, os.fsencode(src), dst_fd, os.fsencode(dst), ctypes.c_uint(_RENAME_EXCHANGE)) != 0:
+        code = ctypes.get_errno()
+        if code in _NOT_SUPPORTED:
+            return False
+        if code != errno.EINTR:
+            raise OSError(code, os.strerror(code))
+    return True
