@@ -14,11 +14,16 @@ struct BlockKernel {
 
 // Every block type: X(identifier, name in GGUF).
 #define GGUF_BLOCK_TYPES(X) \
-    X(q4_0, "Q4_0")         \
-    X(q4_1, "Q4_1")         \
-    X(q5_0, "Q5_0")         \
-    X(q5_1, "Q5_1")         \
-    X(q8_0, "Q8_0")
+    X(q4_0, "Q4_0") \
+    X(q4_1, "Q4_1") \
+    X(q5_0, "Q5_0") \
+    X(q5_1, "Q5_1") \
+    X(q8_0, "Q8_0") \
+    X(q2_k, "Q2_K") \
+    X(q3_k, "Q3_K") \
+    X(q4_k, "Q4_K") \
+    X(q5_k, "Q5_K") \
+    X(q6_k, "Q6_K")
 
 #define X(type, name) KERNEL_TABLE(BlockKernel, gguf_##type)
 GGUF_BLOCK_TYPES(X)

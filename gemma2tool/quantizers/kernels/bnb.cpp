@@ -1,0 +1,209 @@
+// bitsandbytes' types, one block or row after the other; within one, every value stands alone but for the largest magnitude, which
+// comes out the same in any order, so plain loops in vectors give the library's bytes.
+#include "bnb.hpp"
+
+#include "lanes.hpp"
+
+namespace KERNELS_ISA {
+namespace {
+
+constexpr int BLOCK = 64;
+constexpr size_t NESTED_BLOCK = 256;
+
+INLINE float float_of(uint32_t u) {
+    float x;
+    __builtin_memcpy(&x, &u, 4);
+    return x;
+}
+INLINE uint32_t bits_of(float x) {
+    uint32_t u;
+    __builtin_memcpy(&u, &x, 4);
+    return u;
+}
+INLINE uint32_t bits_at(const uint32_t* x, size_t i) { return x[i]; }
+INLINE uint32_t bits_at(const uint16_t* x, size_t i) { return (uint32_t)x[i] << 16; }
+
+// The largest magnitude; NaN where there is one. Without their sign, floats are ordered as integers are.
+INLINE float largest(const uint32_t* x, size_t n) {
+    uint32_t most = 0;
+    for (size_t i = 0; i < n; ++i) {
+        const uint32_t a = x[i] & 0x7fffffff;
+        most = a > most ? a : most;
+    }
+    return float_of(most);
+}
+INLINE float largest(const uint16_t* x, size_t n) {
+    uint16_t most = 0;
+    for (size_t i = 0; i < n; ++i) {
+        const uint16_t a = x[i] & 0x7fff;
+        most = a > most ? a : most;
+    }
+    return float_of((uint32_t)most << 16);
+}
+
+// The codes of 64 scaled values. A value's code is found by walking up the numbers: each midpoint that lies below it adds the step
+// to the next code. NaN passes every midpoint.
+INLINE void codes_of(const FourBitTable& t, const float* scaled, uint8_t* codes) {
+    for (int i = 0; i < BLOCK; i += LANES) {
+        const F x = load(scaled + i);
+        I code = splat((int32_t)t.ascending[0]);
+        for (int k = 0; k < 15; ++k) code += ~(splat(t.midpoints[k]) >= x) & (t.ascending[k + 1] - t.ascending[k]);
+        int32_t c[LANES];
+        store(c, code);
+        for (int j = 0; j < LANES; ++j) codes[i + j] = (uint8_t)c[j];
+    }
+}
+
+template <class Bits>
+INLINE void quantize_4bit_of(const FourBitTable& t, const Bits* x, size_t n, uint8_t* packed, float* absmax) {
+    constexpr float SMALLEST = 1e-38f;  // the library's guard against division by zero
+    float scaled[BLOCK];
+    uint8_t codes[BLOCK];
+    for (; n >= BLOCK; n -= BLOCK, x += BLOCK) {
+        const float most = largest(x, BLOCK);
+        *absmax++ = most;
+        if (!packed) continue;
+        const float scale = 1.f / (most < SMALLEST ? SMALLEST : most);
+        for (int i = 0; i < BLOCK; ++i) scaled[i] = float_of(bits_at(x, i)) * scale;
+        codes_of(t, scaled, codes);
+        for (int i = 0; i < BLOCK / 2; ++i) packed[i] = (uint8_t)(codes[2 * i] << 4 | codes[2 * i + 1]);
+        packed += BLOCK / 2;
+    }
+    if (n == 0) return;
+    // In a short last block the library stores the guarded absmax, and divides by it. A missing last value counts as zero.
+    float most = largest(x, n);
+    most = most < SMALLEST ? SMALLEST : most;
+    *absmax = most;
+    if (!packed) return;
+    for (size_t i = 0; i < BLOCK; ++i) scaled[i] = i < n ? float_of(bits_at(x, i)) / most : 0.f;
+    codes_of(t, scaled, codes);
+    for (size_t i = 0; i < (n + 1) / 2; ++i) packed[i] = (uint8_t)(codes[2 * i] << 4 | codes[2 * i + 1]);
+}
+
+void quantize_4bit(const FourBitTable& t, const void* x, bool bf16, size_t n, uint8_t* packed, float* absmax) {
+    if (bf16)
+        quantize_4bit_of(t, (const uint16_t*)x, n, packed, absmax);
+    else
+        quantize_4bit_of(t, (const uint32_t*)x, n, packed, absmax);
+}
+
+// The numbers of LANES codes.
+INLINE F number_of(const float* numbers, const uint8_t* codes) {
+#if defined(__AVX512F__)
+    const __m512i code = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)codes));
+    return (F)_mm512_permutexvar_ps(code, _mm512_loadu_ps(numbers));
+#elif defined(__AVX2__)
+    const __m256i code = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)codes));
+    const __m256 low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(numbers), code);
+    const __m256 high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(numbers + 8), code);
+    return (F)_mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(code, 28)));
+#else
+    F x;
+    for (int i = 0; i < LANES; ++i) x[i] = numbers[codes[i]];
+    return x;
+#endif
+}
+
+INLINE void put(float* out, F x) { store(out, x); }
+INLINE void put(uint16_t* out, F x) {
+    const U u = (U)x;
+    const U rounded = (u + 0x7fff + (u >> 16 & 1)) >> 16;
+    const U kept = x == x ? rounded : (u >> 16 | 64);
+    uint32_t r[LANES];
+    __builtin_memcpy(r, &kept, sizeof r);
+    for (int i = 0; i < LANES; ++i) out[i] = (uint16_t)r[i];
+}
+
+template <class Out>
+INLINE void dequantize_4bit_of(const float* numbers, const uint8_t* packed, const float* absmax, size_t blocksize, size_t n,
+                               Out* out) {
+    constexpr size_t STEP = 32;
+    uint8_t codes[STEP];
+    for (size_t start = 0; start < n; start += STEP, packed += STEP / 2) {
+        const size_t count = n - start < STEP ? n - start : STEP;
+        for (size_t i = 0; i < (count + 1) / 2; ++i) {
+            codes[2 * i] = packed[i] >> 4;
+            codes[2 * i + 1] = packed[i] & 15;
+        }
+        const float scale = absmax[start / blocksize];
+        if (count == STEP) {
+            for (size_t i = 0; i < STEP; i += LANES) put(out + start + i, number_of(numbers, codes + i) * scale);
+            continue;
+        }
+        Out rest[STEP];
+        for (size_t i = count; i < STEP; ++i) codes[i] = 0;
+        for (size_t i = 0; i < STEP; i += LANES) put(rest + i, number_of(numbers, codes + i) * scale);
+        __builtin_memcpy(out + start, rest, count * sizeof(Out));
+    }
+}
+
+void dequantize_4bit(const float* numbers, const uint8_t* packed, const float* absmax, size_t blocksize, size_t n, void* out,
+                     bool bf16) {
+    if (bf16)
+        dequantize_4bit_of(numbers, packed, absmax, blocksize, n, (uint16_t*)out);
+    else
+        dequantize_4bit_of(numbers, packed, absmax, blocksize, n, (float*)out);
+}
+
+void quantize_8bit(const float* x, size_t n, const uint8_t* bins, uint8_t* codes, float* absmax) {
+    for (size_t start = 0; start < n; start += NESTED_BLOCK) {
+        const size_t end = n - start < NESTED_BLOCK ? n : start + NESTED_BLOCK;
+        const float most = largest((const uint32_t*)x + start, end - start);
+        *absmax++ = most;
+        const float scale = 1.f / most;
+        for (size_t i = start; i < end; ++i) {
+            float v = x[i] * scale;
+            v = v < -1.f ? -1.f : v > 1.f ? 1.f : v;
+            // The library's compiler fuses this multiply-add: float64 holds it exactly, and one rounding to float32 follows.
+            const float bin = (float)((double)((v + 1.f) * 0.5f) * 65535. + 0.5);
+            codes[i] = most == 0.f ? 0 : bins[bin == bin ? (int32_t)bin : 0];
+        }
+    }
+}
+
+// The value as float16 would hold it: 11 bits, a grid of 2^-24 below 2^-14, infinite from 65520.
+INLINE float through_half(uint32_t u) {
+    const uint32_t a = u & 0x7fffffff;
+    const uint32_t normal = (a + 0xfff + (a >> 13 & 1)) & 0xffffe000;
+    const uint32_t subnormal = bits_of((float_of(a) + 0.5f) - 0.5f);
+    uint32_t r = a < 0x38800000 ? subnormal : normal;
+    r = r >= 0x47800000 ? 0x7f800000 : r;
+    r = a > 0x7f800000 ? 0x7fc00000 : r;
+    return float_of(r | (u & 0x80000000));
+}
+
+template <class Bits>
+INLINE void quantize_int8_of(const Bits* x, size_t rows, size_t columns, int8_t* codes, float* absmax) {
+    for (size_t row = 0; row < rows; ++row, x += columns, codes += columns) {
+        const float most = through_half(bits_of(largest(x, columns)));  // rounding keeps the order of values
+        absmax[row] = most;
+        const float scale = 1.f / most * 127.f;
+        for (size_t i = 0; i < columns; ++i) {
+            // Round half to even in the low bits of the sum; a NaN (0 * inf) comes out as 0.
+            const uint32_t sum = bits_of(through_half(bits_at(x, i)) * scale + ROUNDER);
+            codes[i] = (int8_t)((int32_t)(sum & 0x007fffff) - 0x00400000);
+        }
+    }
+}
+
+void quantize_int8(const void* x, bool bf16, size_t rows, size_t columns, int8_t* codes, float* absmax) {
+    if (bf16)
+        quantize_int8_of((const uint16_t*)x, rows, columns, codes, absmax);
+    else
+        quantize_int8_of((const uint32_t*)x, rows, columns, codes, absmax);
+}
+
+void dequantize_int8(const int8_t* codes, const float* absmax, size_t rows, size_t columns, float* out) {
+    for (size_t row = 0; row < rows; ++row, codes += columns, out += columns) {
+        const float scale = absmax[row];
+        for (size_t i = 0; i < columns; ++i) out[i] = (float)codes[i] * scale * 7.874015718698502e-3f;
+    }
+}
+
+}  // namespace
+}  // namespace KERNELS_ISA
+
+KERNEL_TABLE_HERE(BnbKernels, bnb_kernels) = {
+    KERNELS_ISA::quantize_4bit, KERNELS_ISA::dequantize_4bit, KERNELS_ISA::quantize_8bit,
+    KERNELS_ISA::quantize_int8, KERNELS_ISA::dequantize_int8,
+};
