@@ -69,7 +69,7 @@ def write(checkpoint: Checkpoint, destination: Path, *, dtype: str | None = None
         else:
             write_output(output, sinks, threads=2)
         for asset, data in output.assets.items():
-            staging.file(asset, len(data)).pwrite(0, data)
+            staging.write_bytes(asset, data)
         staging.commit()
 
 

@@ -24,12 +24,11 @@ def logits(
     from gemma2tool.console import Console
     from gemma2tool.formats import registry
     from gemma2tool.pipeline.evaluate import read_tokens, write_logits
-    from gemma2tool.storage.paths import refuse_same_file
+    from gemma2tool.storage.paths import refuse_same
 
     console = Console(quiet=quiet, json=json_output)
     with registry.open_checkpoint(src, config=o.load_config(config)) as checkpoint:
-        for file in (*checkpoint.files, tokens):
-            refuse_same_file(file, out)
+        refuse_same((*checkpoint.files, tokens), out)
         for warning in (*checkpoint.warnings, *checkpoint.config.warnings):
             console.warn(warning)
         ids = read_tokens(tokens, checkpoint.config)

@@ -10,6 +10,7 @@ from gemma2tool.errors import InputRefused
 from gemma2tool.model.checkpoint import ASSET_NAMES, Assets, Checkpoint
 from gemma2tool.model.config import Gemma2Config
 from gemma2tool.storage import strict_json
+from gemma2tool.storage.paths import confined
 from gemma2tool.storage.reading import read_whole
 
 MAX_ASSET_BYTES = 256 << 20
@@ -20,8 +21,8 @@ def folder_assets(folder: Path) -> Assets:
     """The asset files of a folder, and its model card."""
     readers = {}
     for name in (*ASSET_NAMES, "README.md"):
-        path = folder / name
-        if path.is_file():
+        if (folder / name).is_file():
+            path = confined(folder, name)
             readers[name] = partial(read_whole, path, what=name, max_bytes=MAX_ASSET_BYTES)
     return Assets(readers)
 

@@ -11,7 +11,7 @@ import numpy as np
 from gemma2tool.errors import InputRefused
 from gemma2tool.model.lazy import DTYPE_NAMES, LazyTensor
 from gemma2tool.storage import safetensors, strict_json, torch_zip
-from gemma2tool.storage.paths import confined_shard
+from gemma2tool.storage.paths import confined
 from gemma2tool.storage.reading import FileReader, open_for_reading
 
 NUMPY_DTYPES: dict[str, np.dtype] = {
@@ -98,7 +98,7 @@ def indexed_files(index: Path) -> tuple[list[Path], dict[str, str]]:
         raise InputRefused(
             "index.weight-map", f"{index.name}: no weight_map from tensor names to files", hint="fetch the index again"
         )
-    files = [confined_shard(index.parent, shard) for shard in sorted(set(weight_map.values()))]
+    files = [confined(index.parent, shard, what="shard") for shard in sorted(set(weight_map.values()))]
     return files, weight_map
 
 

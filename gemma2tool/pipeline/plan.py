@@ -10,11 +10,10 @@ from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
-from gemma2tool.errors import UsageError
 from gemma2tool.formats import registry
 from gemma2tool.formats.base import Output, WriteOptions
 from gemma2tool.model.checkpoint import Checkpoint
-from gemma2tool.storage.paths import refuse_same_file
+from gemma2tool.storage.paths import refuse_same
 
 
 @dataclass(frozen=True)
@@ -66,12 +65,5 @@ class Plan:
 def make_plan(source: Checkpoint, destination: Path, *, to: str | None, options: WriteOptions) -> Plan:
     """Lay out ``source`` for ``destination``; refuses a destination that is, under any name, one of the source's own files."""
     name = registry.for_destination(destination, to)
-    for file in (*source.files, source.path):
-        refuse_same_file(file, destination)
-    if destination.is_dir() and source.path.is_dir() and destination.resolve() in source.path.resolve().parents:
-        raise UsageError(
-            "output.contains-input",
-            f"{destination}: contains the source {source.path}",
-            hint="choose another destination",
-        )
+    refuse_same((source.path, *source.files), destination)
     return Plan(source, destination, registry.by_name(name).layout(source, options), options)

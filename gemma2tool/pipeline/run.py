@@ -88,8 +88,7 @@ def run(
                 advance=progress.advance,
             )
         for name, data in output.assets.items():
-            staging.file(name, len(data)).pwrite(0, data)
-        staging.sync()
+            staging.write_bytes(name, data)
         seconds = time.monotonic() - started
         verification = None
         if checks is not None:

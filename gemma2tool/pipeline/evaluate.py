@@ -1,0 +1,111 @@
+"""Token ids in, logits or a judgement out: what ``logits``, ``verify`` and the pipeline's last step share."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from gemma2tool.errors import InputRefused, UsageError
+from gemma2tool.model.checkpoint import Checkpoint
+from gemma2tool.storage.reading import read_whole
+from gemma2tool.storage.staging import Staging
+
+if TYPE_CHECKING:
+    from gemma2tool.console import Console
+    from gemma2tool.model.config import Gemma2Config
+    from gemma2tool.verify.result import Verification
+
+MAX_TOKEN_FILE = 256 << 20
+
+
+def read_tokens(path: Path, config: Gemma2Config) -> np.ndarray:
+    """Token ids of a ``.npy`` file: integers of shape (T,) or (B, T); returns int64 (B, T).
+
+    Raises ``InputRefused`` for anything else, and for ids outside the vocabulary or more positions than the model has.
+    """
+    data = read_whole(path, what="token ids", max_bytes=MAX_TOKEN_FILE)
+    try:
+        ids = np.load(io.BytesIO(data), allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:
+        raise InputRefused(
+            "tokens.npy", f"{path}: not a .npy file of numbers ({error})", hint="numpy.save('ids.npy', integer_array)"
+        ) from None
+    if not isinstance(ids, np.ndarray) or ids.ndim not in (1, 2) or not np.issubdtype(ids.dtype, np.integer) or not ids.size:
+        found = f"{ids.dtype} of shape {ids.shape}" if isinstance(ids, np.ndarray) else "an archive"
+        raise InputRefused(
+            "tokens.shape", f"{path}: holds {found}", hint="token ids are integers of shape (T,) or (B, T), at least one"
+        )
+    ids = np.atleast_2d(ids).astype(np.int64)
+    low, high = int(ids.min()), int(ids.max())
+    if low < 0 or high >= config.vocab_size:
+        raise InputRefused(
+            "tokens.range",
+            f"{path}: id {low if low < 0 else high} is outside the vocabulary of {config.vocab_size}",
+            hint="the ids were made with another tokenizer",
+        )
+    if ids.shape[1] > config.max_position_embeddings:
+        raise InputRefused(
+            "tokens.length",
+            f"{path}: {ids.shape[1]} positions; the model has {config.max_position_embeddings}",
+            hint="cut the prompt, or give it as several rows (B, T)",
+        )
+    return ids
+
+
+def write_logits(checkpoint: Checkpoint, ids: np.ndarray, out: Path, *, force: bool, threads: int) -> tuple[int, int, int]:
+    """Write the float32 logits (B, T, V) of ``ids`` (B, T) to a ``.npy`` file, a slice of the vocabulary at a time; returns the shape."""
+    from gemma2tool.reference.streaming import StreamedForward, use_threads
+
+    batch, length = ids.shape
+    shape = (batch, length, checkpoint.config.vocab_size)
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "<f4", "fortran_order": False, "shape": shape})
+    start, row = len(header.getvalue()), 4 * shape[2]
+    size = start + batch * length * row
+    with Staging(out, force=force, expected_bytes=size, folder=False) as staging, use_threads(threads):
+        file = staging.file(out.name, size)
+        file.pwrite(0, header.getvalue())
+        for first, _, block in StreamedForward(checkpoint, ids).vocabulary_slices():
+            values = block.float().cpu().numpy().reshape(batch * length, -1)
+            for position in range(batch * length):
+                file.pwrite(start + position * row + 4 * first, np.ascontiguousarray(values[position]).data.cast("B"))
+        staging.commit()
+    return shape
+
+
+def judge(
+    source: Checkpoint,
+    candidate: Checkpoint,
+    *,
+    ids: np.ndarray | None,
+    gates: Sequence[str],
+    threads: int,
+    console: Console,
+    losses: Mapping[str, float] | None = None,
+) -> Verification:
+    """Verify ``candidate`` against ``source``; ``gates`` are "name=limit" texts from the command line."""
+    from gemma2tool.verify.gates import Gates
+    from gemma2tool.verify.run import verify
+
+    limits = {}
+    for text in gates:
+        name, equals, limit = text.partition("=")
+        try:
+            limits[name] = float(limit)
+        except ValueError:
+            raise UsageError("option.gate", f"--gate {text!r} is not NAME=LIMIT", hint="for example --gate kl=0.05") from None
+    total = 2 * sum(tensor.nbytes for tensor in source.tensors.values())
+    with console.progress(total, f"verifying {candidate.path.name}") as progress:
+        return verify(
+            source,
+            candidate,
+            ids=ids,
+            gates=Gates.overridden(**limits),
+            threads=threads,
+            progress=progress.advance,
+            expected=losses or {},
+        )

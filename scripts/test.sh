@@ -1,0 +1,6 @@
+#!/usr/bin/env bash
+# Install the package with its test extra into .venv and run the tests.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+bash scripts/setup.sh test
+exec .venv/bin/python -m pytest -q "$@"

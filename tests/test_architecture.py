@@ -1,0 +1,98 @@
+"""The house keeps its plan: imports go downwards, heavy ones stay inside the commands, no pickle is executed."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parent.parent / "gemma2tool"
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+MAY_IMPORT = {
+    "errors": set(),
+    "storage": {"errors"},
+    "model": {"errors", "storage"},
+    "quantizers": {"errors", "storage", "model"},
+    "reference": {"errors", "model"},
+    "verify": {"errors", "storage", "model", "reference", "quantizers"},
+    "formats": {"errors", "storage", "model", "quantizers"},
+    "console": {"errors", "verify"},
+    "pipeline": {"errors", "storage", "model", "quantizers", "reference", "verify", "formats", "console"},
+    "cli": {"errors", "storage", "model", "quantizers", "reference", "verify", "formats", "console", "pipeline"},
+}
+"""A room and the rooms below it."""
+
+HEAVY = ("torch", "bitsandbytes", "transformers", "sentencepiece", "gguf", "safetensors", "numpy", "ml_dtypes")
+
+
+def room(module: str) -> str | None:
+    """"formats" for gemma2tool.formats.hf; None for the package itself."""
+    parts = module.split(".")
+    return parts[1] if len(parts) > 1 else None
+
+
+def imports(path: Path) -> list[str]:
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.append(node.module)
+            found += [f"{node.module}.{alias.name}" for alias in node.names]
+    return found
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_go_downwards(path: Path) -> None:
+    here = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    if here in ("__init__", "__main__"):
+        return
+    for module in imports(path):
+        there = room(module) if module.split(".")[0] == "gemma2tool" else None
+        if there and there != "__version__" and there != here:
+            assert there in MAY_IMPORT[here], f"{path.name} imports {module}"
+
+
+def test_formats_do_not_import_each_other() -> None:
+    formats = {"hf", "gemma_pytorch", "gguf"}
+    for name in formats:
+        for module in imports(PACKAGE / "formats" / f"{name}.py"):
+            other = module.removeprefix("gemma2tool.formats.").split(".")[0]
+            assert other == name or other not in formats, f"{name} imports {module}"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_no_reader_executes_what_it_reads(path: Path) -> None:
+    """No unpickling, no eval, no remote code, no sockets, in any module."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call):
+            name = ast.unparse(node.func)
+            assert name not in ("eval", "exec", "torch.load", "pickle.load", "pickle.loads", "pickle.Unpickler", "os.system"), name
+            for keyword in node.keywords:
+                assert keyword.arg not in ("trust_remote_code", "weights_only"), name
+                assert not (keyword.arg == "allow_pickle" and ast.unparse(keyword.value) != "False"), name
+    for module in imports(path):
+        assert module.split(".")[0] not in ("socket", "urllib", "requests", "http", "subprocess", "huggingface_hub"), module
+
+
+def test_help_is_quick_and_light() -> None:
+    """``gemma2tool --help`` imports nothing heavy. Its time is the best of five, because machines are noisy."""
+    code = (
+        "import sys\n"
+        "from gemma2tool.cli.main import app\n"
+        "try:\n    app(['--help'])\nexcept SystemExit as stop:\n    assert stop.code == 0, stop.code\n"
+        f"assert not set(sys.modules) & set({HEAVY!r}), set(sys.modules) & set({HEAVY!r})\n"
+    )
+    best = float("inf")
+    for _ in range(5):
+        started = time.perf_counter()
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        best = min(best, time.perf_counter() - started)
+        assert done.returncode == 0, done.stderr
+        assert "convert" in done.stdout and "verify" in done.stdout
+    assert best < 0.5

@@ -1,0 +1,55 @@
+"""Small random Gemma 2 checkpoints, and the shortest way from one to a file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from gemma2tool.formats import registry
+from gemma2tool.formats.base import WriteOptions
+from gemma2tool.model.checkpoint import Checkpoint
+from gemma2tool.model.config import Gemma2Config
+from gemma2tool.model.lazy import ArrayTensor
+from gemma2tool.model.tensors import expand
+from gemma2tool.pipeline.write import write_output
+from gemma2tool.storage.staging import Staging
+
+SMALL = Gemma2Config(
+    vocab_size=160,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=32,
+    query_pre_attn_scalar=32,
+    max_position_embeddings=64,
+    sliding_window=8,
+)
+
+
+def random_checkpoint(dtype: np.dtype, config: Gemma2Config = SMALL, seed: int = 0) -> Checkpoint:
+    """Random weights, large enough for the soft caps to matter; norms scattered around 0."""
+    generator = np.random.default_rng(seed)
+    tensors = {}
+    for name, spec in expand(config).items():
+        if not spec.required:
+            continue
+        spread = 0.3 if spec.role == "norm" else 1.0 if spec.role == "embedding" else 1.5 / np.sqrt(spec.shape[-1])
+        tensors[name] = ArrayTensor((generator.standard_normal(spec.shape) * spread).astype(dtype), origin=name)
+    return Checkpoint(Path("random"), "memory", config, tensors)
+
+
+def write_checkpoint(checkpoint: Checkpoint, path: Path, *, threads: int = 2, memory: int = 1 << 20, **options: object) -> Path:
+    """Write ``checkpoint`` in the format of ``path``'s name through the pipeline's own writer; returns ``path``."""
+    known = {key: options.pop(key) for key in ("dtype", "type", "max_shard_size") if key in options}
+    name = registry.for_destination(path, None)
+    output = registry.by_name(name).layout(checkpoint, WriteOptions(name=path.name, extra=options, **known))
+    with Staging(path, force=False, expected_bytes=output.nbytes, folder=not output.single_file) as staging:
+        sinks = {file.name: staging.file(file.name, file.size) for file in output.files}
+        write_output(output, sinks, threads=threads, memory=memory)
+        for asset, data in output.assets.items():
+            staging.write_bytes(asset, data)
+        staging.commit()
+    return path
