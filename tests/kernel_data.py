@@ -29,6 +29,12 @@ def _one_huge(rng: Generator, n: int, cols: int) -> np.ndarray:
     return x.reshape(n, cols)
 
 
+def _around_powers_of_two(rng: Generator, n: int, cols: int) -> np.ndarray:
+    """Values within 100 units in the last place of powers of two, where logarithms round across integers."""
+    bits = (rng.integers(1, 254, (n, cols // 32, 1)) << 23) + rng.integers(-100, 100, (n, cols // 32, 32))
+    return (bits.astype(np.uint32).view(np.float32) * np.where(rng.random(bits.shape) < 0.5, -1, 1)).reshape(n, cols)
+
+
 ROWS: dict[str, Callable[[Generator, int, int], np.ndarray]] = {
     "normal": lambda rng, n, cols: rng.standard_normal((n, cols)) * 0.02,
     "heavy-tailed": lambda rng, n, cols: rng.standard_t(3, (n, cols)),
@@ -43,6 +49,7 @@ ROWS: dict[str, Callable[[Generator, int, int], np.ndarray]] = {
     "sparse": lambda rng, n, cols: rng.standard_normal((n, cols)) * (rng.random((n, cols)) < 0.05),
     "tiny": lambda rng, n, cols: rng.standard_normal((n, cols)) * np.exp2(rng.integers(-60, -20, (n, 1))),
     "denormal": lambda rng, n, cols: rng.standard_normal((n, cols)) * np.exp2(rng.integers(-150, -120, (n, 1))),
+    "powers-of-two": lambda rng, n, cols: np.clip(_around_powers_of_two(rng, n, cols), -6e4, 6e4),
     "large": lambda rng, n, cols: rng.standard_normal((n, cols)) * np.exp2(rng.integers(8, 18, (n, 1))),
 }
 

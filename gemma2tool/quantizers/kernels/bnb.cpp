@@ -43,11 +43,11 @@ INLINE float largest(const uint16_t* x, size_t n) {
 
 // The codes of 64 scaled values. A value's code is found by walking up the numbers: each midpoint that lies below it adds the step
 // to the next code. NaN passes every midpoint.
-INLINE void codes_of(const FourBitTable& t, const float* scaled, uint8_t* codes) {
+INLINE void codes_of(const FourBitSteps& steps, const float* scaled, uint8_t* codes) {
     for (int i = 0; i < BLOCK; i += LANES) {
         const F x = load(scaled + i);
-        I code = splat((int32_t)t.ascending[0]);
-        for (int k = 0; k < 15; ++k) code += ~(splat(t.midpoints[k]) >= x) & (t.ascending[k + 1] - t.ascending[k]);
+        I code = splat((int32_t)steps.ascending[0]);
+        for (int k = 0; k < 15; ++k) code += ~(splat(steps.midpoints[k]) >= x) & (steps.ascending[k + 1] - steps.ascending[k]);
         int32_t c[LANES];
         store(c, code);
         for (int j = 0; j < LANES; ++j) codes[i + j] = (uint8_t)c[j];
@@ -55,7 +55,7 @@ INLINE void codes_of(const FourBitTable& t, const float* scaled, uint8_t* codes)
 }
 
 template <class Bits>
-INLINE void quantize_4bit_of(const FourBitTable& t, const Bits* x, size_t n, uint8_t* packed, float* absmax) {
+INLINE void quantize_4bit_of(const FourBitSteps& steps, const Bits* x, size_t n, uint8_t* packed, float* absmax) {
     constexpr float SMALLEST = 1e-38f;  // the library's guard against division by zero
     float scaled[BLOCK];
     uint8_t codes[BLOCK];
@@ -65,7 +65,7 @@ INLINE void quantize_4bit_of(const FourBitTable& t, const Bits* x, size_t n, uin
         if (!packed) continue;
         const float scale = 1.f / (most < SMALLEST ? SMALLEST : most);
         for (int i = 0; i < BLOCK; ++i) scaled[i] = float_of(bits_at(x, i)) * scale;
-        codes_of(t, scaled, codes);
+        codes_of(steps, scaled, codes);
         for (int i = 0; i < BLOCK / 2; ++i) packed[i] = (uint8_t)(codes[2 * i] << 4 | codes[2 * i + 1]);
         packed += BLOCK / 2;
     }
@@ -76,22 +76,23 @@ INLINE void quantize_4bit_of(const FourBitTable& t, const Bits* x, size_t n, uin
     *absmax = most;
     if (!packed) return;
     for (size_t i = 0; i < BLOCK; ++i) scaled[i] = i < n ? float_of(bits_at(x, i)) / most : 0.f;
-    codes_of(t, scaled, codes);
+    codes_of(steps, scaled, codes);
     for (size_t i = 0; i < (n + 1) / 2; ++i) packed[i] = (uint8_t)(codes[2 * i] << 4 | codes[2 * i + 1]);
 }
 
-void quantize_4bit(const FourBitTable& t, const void* x, bool bf16, size_t n, uint8_t* packed, float* absmax) {
+void quantize_4bit(const FourBitSteps& steps, const void* x, bool bf16, size_t n, uint8_t* packed, float* absmax) {
     if (bf16)
-        quantize_4bit_of(t, (const uint16_t*)x, n, packed, absmax);
+        quantize_4bit_of(steps, (const uint16_t*)x, n, packed, absmax);
     else
-        quantize_4bit_of(t, (const uint32_t*)x, n, packed, absmax);
+        quantize_4bit_of(steps, (const uint32_t*)x, n, packed, absmax);
 }
 
 // The numbers of LANES codes.
 INLINE F number_of(const float* numbers, const uint8_t* codes) {
 #if defined(__AVX512F__)
-    const __m512i code = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)codes));
-    return (F)_mm512_permutexvar_ps(code, _mm512_loadu_ps(numbers));
+    constexpr __mmask16 ALL = 0xffff;  // GCC 12 warns of its own header's unmasked forms
+    const __m512i code = _mm512_maskz_cvtepu8_epi32(ALL, _mm_loadu_si128((const __m128i*)codes));
+    return (F)_mm512_maskz_permutexvar_ps(ALL, code, _mm512_loadu_ps(numbers));
 #elif defined(__AVX2__)
     const __m256i code = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)codes));
     const __m256 low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(numbers), code);

@@ -6,9 +6,8 @@
 
 #include "instruction_sets.hpp"
 
-// A 4-bit type: its numbers by code, its codes from the smallest number up, and the midpoints between neighbours.
-struct FourBitTable {
-    float numbers[16];
+// A 4-bit type on the number line: its codes from the smallest number up, and the midpoints between neighbouring numbers.
+struct FourBitSteps {
     float midpoints[15];
     uint8_t ascending[16];
 };
@@ -16,7 +15,7 @@ struct FourBitTable {
 // Floats arrive as float32 or bfloat16 and leave so too (`bf16`).
 struct BnbKernels {
     // n values in blocks of 64, of which the last may be shorter: absmax[ceil(n/64)]; packed[ceil(n/2)], unless it is null.
-    void (*quantize_4bit)(const FourBitTable& table, const void* x, bool bf16, size_t n, uint8_t* packed, float* absmax);
+    void (*quantize_4bit)(const FourBitSteps& steps, const void* x, bool bf16, size_t n, uint8_t* packed, float* absmax);
     // n values of blocks of `blocksize`, a multiple of 32; n may end within a block.
     void (*dequantize_4bit)(const float* numbers, const uint8_t* packed, const float* absmax, size_t blocksize, size_t n,
                             void* out, bool bf16);

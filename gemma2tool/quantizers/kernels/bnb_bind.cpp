@@ -10,15 +10,14 @@ void register_bnb(nb::module_& m) {
     using NoGil = nb::call_guard<nb::gil_scoped_release>;
     m.def(
         "bnb_quantize_4bit",
-        [](Address numbers, Address midpoints, Address ascending, Address x, bool bf16, size_t n, Address packed, Address absmax) {
-            FourBitTable table;
-            for (int i = 0; i < 16; ++i) table.numbers[i] = ((const float*)numbers)[i];
-            for (int i = 0; i < 15; ++i) table.midpoints[i] = ((const float*)midpoints)[i];
-            for (int i = 0; i < 16; ++i) table.ascending[i] = ((const uint8_t*)ascending)[i];
-            bnb_kernels::chosen().quantize_4bit(table, (const void*)x, bf16, n, (uint8_t*)packed, (float*)absmax);
+        [](Address midpoints, Address ascending, Address x, bool bf16, size_t n, Address packed, Address absmax) {
+            FourBitSteps steps;
+            for (int i = 0; i < 15; ++i) steps.midpoints[i] = ((const float*)midpoints)[i];
+            for (int i = 0; i < 16; ++i) steps.ascending[i] = ((const uint8_t*)ascending)[i];
+            bnb_kernels::chosen().quantize_4bit(steps, (const void*)x, bf16, n, (uint8_t*)packed, (float*)absmax);
         },
-        nb::arg("numbers"), nb::arg("midpoints"), nb::arg("ascending"), nb::arg("x"), nb::arg("bf16"), nb::arg("n"),
-        nb::arg("packed"), nb::arg("absmax"), NoGil());
+        nb::arg("midpoints"), nb::arg("ascending"), nb::arg("x"), nb::arg("bf16"), nb::arg("n"), nb::arg("packed"),
+        nb::arg("absmax"), NoGil());
     m.def(
         "bnb_dequantize_4bit",
         [](Address numbers, Address packed, Address absmax, size_t blocksize, size_t n, Address out, bool bf16) {

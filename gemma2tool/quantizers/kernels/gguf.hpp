@@ -23,7 +23,12 @@ struct BlockKernel {
     X(q3_k, "Q3_K") \
     X(q4_k, "Q4_K") \
     X(q5_k, "Q5_K") \
-    X(q6_k, "Q6_K")
+    X(q6_k, "Q6_K") \
+    X(iq4_nl, "IQ4_NL") \
+    X(iq4_xs, "IQ4_XS") \
+    X(tq1_0, "TQ1_0") \
+    X(tq2_0, "TQ2_0") \
+    X(mxfp4, "MXFP4")
 
 #define X(type, name) KERNEL_TABLE(BlockKernel, gguf_##type)
 GGUF_BLOCK_TYPES(X)
