@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from gemma2tool.formats.tokenizer_files import TokenizerFiles, added_tokens_of
 from gemma2tool.model.config import Gemma2Config
-
-if TYPE_CHECKING:
-    from gemma2tool.formats.gguf_vocab import TokenizerFiles
 
 KINDS = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 GEMMA_TOKENS = {"bos": "<bos>", "eos": "<eos>", "unk": "<unk>", "pad": "<pad>"}
@@ -75,25 +73,6 @@ class SpecialTokens:
             self.add["eos"] = False
 
 
-def added_tokens_of(config: Mapping[str, Any] | None, tokenizer: Mapping[str, Any] | None) -> dict[int, tuple[str, bool]] | None:
-    """Id to (text, special) of the added tokens: from tokenizer_config.json's ``added_tokens_decoder``, else tokenizer.json's list."""
-    decoder = (config or {}).get("added_tokens_decoder")
-    found: dict[int, tuple[str, bool]] = {}
-    if isinstance(decoder, Mapping):
-        for token, entry in decoder.items():
-            if str(token).isdecimal() and isinstance(entry, Mapping) and isinstance(entry.get("content"), str):
-                found[int(token)] = (entry["content"], bool(entry.get("special")))
-        return found
-    listed = (tokenizer or {}).get("added_tokens")
-    if not isinstance(listed, list):
-        return None
-    for entry in listed:
-        if isinstance(entry, Mapping) and isinstance(entry.get("id"), int) and isinstance(entry.get("content"), str):
-            if entry["id"] >= 0:
-                found[entry["id"]] = (entry["content"], bool(entry.get("special")))
-    return found
-
-
 def _texts(source: Mapping[str, Any] | None) -> dict[str, str]:
     """The special tokens' texts by kind; an entry is a text or an object with its ``content``."""
     result = {}
@@ -145,6 +124,6 @@ def _items(template: object) -> list[tuple[str | None, str | None]]:
     for item in template if isinstance(template, list) else ():
         if isinstance(item, Mapping):
             token, sequence = item.get("SpecialToken"), item.get("Sequence")
-            items.append((token.get("id") if isinstance(token, Mapping) else None,
-                          sequence.get("id") if isinstance(sequence, Mapping) else None))
+            token = token.get("id") if isinstance(token, Mapping) else None
+            items.append((token, sequence.get("id") if isinstance(sequence, Mapping) else None))
     return items

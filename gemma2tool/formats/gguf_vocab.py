@@ -14,13 +14,12 @@ from typing import Any
 
 from gemma2tool.errors import InputRefused
 from gemma2tool.formats import sentencepiece
-from gemma2tool.formats.gguf_special_tokens import SpecialTokens, added_tokens_of
+from gemma2tool.formats.gguf_special_tokens import SpecialTokens
 from gemma2tool.formats.gguf_values import KeyValue, boolean, floats, integers, string, strings, u32
 from gemma2tool.formats.sentencepiece import BYTE, CONTROL, NORMAL, SPACE, UNKNOWN, UNUSED, USER_DEFINED
+from gemma2tool.formats.tokenizer_files import TokenizerFiles, added_tokens_of
 from gemma2tool.model.config import Gemma2Config
-from gemma2tool.storage import strict_json
 
-MAX_JSON_BYTES = 256 << 20
 ADDED_SCORE = -1000.0
 PADDING_SCORE = -10000.0
 
@@ -53,44 +52,6 @@ class Vocabulary:
     def put(self, token: int, text: str, score: float, kind: int) -> None:
         if token < len(self.tokens):
             self.tokens[token], self.scores[token], self.types[token] = text, score, kind
-
-
-@dataclass
-class TokenizerFiles:
-    """The parsed tokenizer files of a checkpoint; None where it has no such file."""
-
-    model: sentencepiece.SentencePieceModel | None
-    json: Mapping[str, Any] | None
-    config: Mapping[str, Any] | None
-    added: Mapping[str, Any] | None
-    special_map: Mapping[str, Any] | None
-    template: object = None
-    """The chat template from its own file: a text, or a list of {name, template}."""
-
-    @classmethod
-    def of(cls, assets: Mapping[str, bytes]) -> TokenizerFiles:
-        def parsed(name: str) -> Mapping[str, Any] | None:
-            if name not in assets:
-                return None
-            content = strict_json.load(assets[name], what=name, max_bytes=MAX_JSON_BYTES)
-            if not isinstance(content, dict):
-                raise InputRefused("tokenizer.json-type", f"{name}: not a JSON object", hint="fetch the tokenizer again")
-            return content
-
-        model = sentencepiece.parse(assets["tokenizer.model"]) if "tokenizer.model" in assets else None
-        template: object = None
-        if "chat_template.jinja" in assets:
-            template = assets["chat_template.jinja"].decode("utf-8", "replace")
-        elif (content := parsed("chat_template.json")) is not None:
-            template = content.get("chat_template")
-        return cls(
-            model,
-            parsed("tokenizer.json"),
-            parsed("tokenizer_config.json"),
-            parsed("added_tokens.json"),
-            parsed("special_tokens_map.json"),
-            template,
-        )
 
 
 @dataclass

@@ -1,0 +1,130 @@
+"""A Gemma 2 config as ``gemma2.*`` key-values, back, and what llama.cpp would compute whatever the config says."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from gemma2tool.formats.gguf_values import KeyValue, Reading, f32, u32
+from gemma2tool.model.config import FULL, SLIDING, Gemma2Config
+
+ARCHITECTURE = "gemma2"
+LAYERS_OF_27B = 46
+"""llama.cpp takes a Gemma 2 of this many layers for the 27B, and scales its queries by D / H instead of head_dim."""
+
+ROPE_THETA = 10000.0
+WINDOW = 4096
+ATTENTION_SOFTCAP = 50.0
+FINAL_SOFTCAP = 30.0
+
+
+def shape_keys(config: Gemma2Config) -> list[KeyValue]:
+    """The keys before ``general.file_type`` in the converter's order."""
+    keys = [
+        ("gemma2.context_length", u32(config.max_position_embeddings)),
+        ("gemma2.embedding_length", u32(config.hidden_size)),
+        ("gemma2.block_count", u32(config.num_hidden_layers)),
+        ("gemma2.feed_forward_length", u32(config.intermediate_size)),
+        ("gemma2.attention.head_count", u32(config.num_attention_heads)),
+        ("gemma2.attention.head_count_kv", u32(config.num_key_value_heads)),
+        ("gemma2.attention.layer_norm_rms_epsilon", f32(config.rms_norm_eps)),
+        ("gemma2.attention.key_length", u32(config.head_dim)),
+        ("gemma2.attention.value_length", u32(config.head_dim)),
+    ]
+    if config.rope_theta != ROPE_THETA:
+        keys.append(("gemma2.rope.freq_base", f32(config.rope_theta)))
+    return keys
+
+
+def cap_keys(config: Gemma2Config) -> list[KeyValue]:
+    """The keys behind ``general.file_type``. A cap that the config has not is left out; llama.cpp then applies its default."""
+    keys = []
+    if config.attn_logit_softcapping is not None:
+        keys.append(("gemma2.attn_logit_softcapping", f32(config.attn_logit_softcapping)))
+    if config.final_logit_softcapping is not None:
+        keys.append(("gemma2.final_logit_softcapping", f32(config.final_logit_softcapping)))
+    if config.sliding_window is not None:
+        keys.append(("gemma2.attention.sliding_window", u32(config.sliding_window)))
+    return keys
+
+
+def read_config(keys: Reading, embedding_rows: int, dtype: str) -> Gemma2Config:
+    """The config as llama.cpp will run the file: what GGUF does not store is what llama.cpp assumes.
+
+    ``embedding_rows`` is the vocabulary's size where the file has no tokens; ``dtype`` is Hugging Face's name of the type most weights
+    are stored in. Raises ``InputRefused`` for missing or impossible keys.
+    """
+    layers = keys.integer("gemma2.block_count")
+    hidden = keys.integer("gemma2.embedding_length")
+    heads = keys.integer("gemma2.attention.head_count")
+    head_dim = keys.integer("gemma2.attention.key_length", hidden // heads if heads > 0 else 0)
+    tokens = keys.texts("tokenizer.ggml.tokens", None)
+    fields = {
+        "bos_token_id": keys.integer("tokenizer.ggml.bos_token_id", 2),
+        "eos_token_id": keys.integer("tokenizer.ggml.eos_token_id", 1),
+        "pad_token_id": keys.integer("tokenizer.ggml.padding_token_id", 0),
+    }
+    return Gemma2Config(
+        vocab_size=embedding_rows if tokens is None else len(tokens),
+        hidden_size=hidden,
+        intermediate_size=keys.integer("gemma2.feed_forward_length"),
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=keys.integer("gemma2.attention.head_count_kv", heads),
+        head_dim=head_dim,
+        max_position_embeddings=keys.integer("gemma2.context_length", 8192),
+        rms_norm_eps=_decimal(keys.number("gemma2.attention.layer_norm_rms_epsilon")),
+        query_pre_attn_scalar=_query_scalar(layers, hidden, heads, head_dim),
+        rope_theta=_decimal(keys.number("gemma2.rope.freq_base", ROPE_THETA)),
+        attn_logit_softcapping=_decimal(keys.number("gemma2.attn_logit_softcapping", ATTENTION_SOFTCAP)),
+        final_logit_softcapping=_decimal(keys.number("gemma2.final_logit_softcapping", FINAL_SOFTCAP)),
+        sliding_window=keys.integer("gemma2.attention.sliding_window", WINDOW),
+        dtype=dtype,
+        architectures=("Gemma2ForCausalLM",),
+        **fields,
+    )
+
+
+def _query_scalar(layers: int, hidden: int, heads: int, head_dim: int) -> int | float:
+    """query_pre_attn_scalar as llama.cpp will use it."""
+    if layers != LAYERS_OF_27B or heads <= 0:
+        return head_dim
+    return hidden // heads if hidden % heads == 0 else hidden / heads
+
+
+def _decimal(value: float) -> float:
+    """The shortest decimal that a float32 stands for: 1e-06 where the file has 9.99999997e-07."""
+    for digits in range(1, 9):
+        short = float(f"{value:.{digits}g}")
+        if f32(short).value == value:
+            return short
+    return value
+
+
+def cannot_say(config: Gemma2Config, tensors: Iterable[str]) -> list[str]:
+    """What the config or the tensors say that a GGUF cannot, each with what llama.cpp would compute instead."""
+    found = []
+    scalar = _query_scalar(config.num_hidden_layers, config.hidden_size, config.num_attention_heads, config.head_dim)
+    if config.query_pre_attn_scalar != scalar:
+        found.append(f"query_pre_attn_scalar is {config.query_pre_attn_scalar}; llama.cpp would use {scalar}")
+    if config.rope_theta != ROPE_THETA:
+        found.append(f"rope_theta is {config.rope_theta:g}; a Gemma 2 GGUF has no place for it and its readers assume 10000")
+    if (config.rope_scaling or {}).get("rope_type", "default") != "default":
+        found.append(f"rope scaling is {config.rope_scaling['rope_type']!r}; llama.cpp would not scale")
+    pattern = tuple(FULL if layer % 2 else SLIDING for layer in range(config.num_hidden_layers))
+    if config.layer_types != pattern:
+        found.append("layer_types is another pattern than alternate; llama.cpp would let every even layer slide, odd layers not")
+    for name, default in (("attn_logit_softcapping", ATTENTION_SOFTCAP), ("final_logit_softcapping", FINAL_SOFTCAP)):
+        if getattr(config, name) is None:
+            found.append(f"{name} is null; llama.cpp would cap at {default:g}")
+    if config.hidden_activation not in ("gelu_pytorch_tanh", "gelu_new"):
+        found.append(f"hidden_activation is {config.hidden_activation!r}; llama.cpp would use gelu_pytorch_tanh")
+    if config.use_bidirectional_attention:
+        found.append("use_bidirectional_attention is true; llama.cpp would mask what lies ahead")
+    names = set(tensors)
+    if "lm_head.weight" in names:
+        found.append("lm_head.weight is not tied; llama.cpp would use the embedding in its place")
+    if "score.weight" in names:
+        found.append("score.weight is a classification head; a Gemma 2 GGUF has none")
+    if config.attention_bias:
+        found.append("attention_bias is true; llama.cpp would leave the biases out")
+    return found

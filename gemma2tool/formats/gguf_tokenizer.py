@@ -1,0 +1,147 @@
+"""A GGUF's tokenizer as the files Hugging Face repositories carry: tokenizer.model, tokenizer_config.json, generation_config.json."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+from gemma2tool.errors import InputRefused
+from gemma2tool.formats import sentencepiece
+from gemma2tool.formats.assets import dump_json
+from gemma2tool.formats.gguf_values import Reading
+from gemma2tool.formats.gguf_vocab import looks_special
+from gemma2tool.formats.sentencepiece import BYTE, CONTROL, NORMAL, SPACE, UNKNOWN, UNUSED, USER_DEFINED, Piece
+from gemma2tool.model.checkpoint import Assets
+
+SPECIAL_KEYS = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+END_OF_TURN = "<end_of_turn>"
+_SAMPLING = {
+    "top_k": ("general.sampling.top_k", Reading.integer),
+    "top_p": ("general.sampling.top_p", Reading.number),
+    "min_p": ("general.sampling.min_p", Reading.number),
+    "temperature": ("general.sampling.temp", Reading.number),
+    "repetition_penalty": ("general.sampling.penalty_repeat", Reading.number),
+}
+
+
+def tokenizer_assets(keys: Reading) -> Assets:
+    """The asset files that the key-values tell, built when they are asked for; none where the file has no tokenizer.
+
+    Raises ``InputRefused`` for a tokenizer of another kind than Gemma's, or lists of different lengths.
+    """
+    tokens = keys.texts("tokenizer.ggml.tokens", None)
+    if tokens is None:
+        return Assets()
+    kind = keys.text("tokenizer.ggml.model", "llama")
+    if kind != "llama":
+        raise InputRefused(
+            "gguf.tokenizer", f"{keys.where}: its tokenizer is of the kind {kind!r}, Gemma's is 'llama'", hint="is it a Gemma 2?"
+        )
+    tokenizer = cache(lambda: _Tokenizer(keys))
+    return Assets(
+        {
+            "tokenizer.model": lambda: tokenizer().model(),
+            "tokenizer_config.json": lambda: dump_json(tokenizer().config()),
+            "generation_config.json": lambda: dump_json(tokenizer().generation_config()),
+        }
+    )
+
+
+class _Tokenizer:
+    def __init__(self, keys: Reading) -> None:
+        self.keys = keys
+        self.tokens = list(keys.texts("tokenizer.ggml.tokens"))
+        count = len(self.tokens)
+        self.scores = list(keys.numbers("tokenizer.ggml.scores", [0.0] * count))
+        self.types = list(keys.numbers("tokenizer.ggml.token_type", [NORMAL] * count))
+        if len(self.scores) != count or len(self.types) != count:
+            raise InputRefused(
+                "gguf.tokenizer",
+                f"{keys.where}: {count} tokens but {len(self.scores)} scores and {len(self.types)} token types",
+                hint="the file is damaged; fetch it again",
+            )
+        self.special: dict[str, int] = {}
+        for kind, name in SPECIAL_KEYS.items():
+            token = keys.integer(f"tokenizer.ggml.{name}_token_id", None)
+            if token is None and f"<{kind}>" in self.tokens:
+                token = self.tokens.index(f"<{kind}>")
+            if token is not None and 0 <= token < count:
+                self.special[kind] = token
+        while count and self.types[count - 1] == UNUSED and self.tokens[count - 1] == f"[PAD{count - 1}]":
+            count -= 1  # ids that the converter made up to fill the vocabulary
+        self.count = count
+
+    def model(self) -> bytes:
+        pieces = []
+        for token in range(self.count):
+            text, score, kind = self.tokens[token], self.scores[token], self.types[token]
+            if token == self.special.get("unk"):
+                kind = UNKNOWN
+            elif kind == CONTROL and token not in self.special.values():
+                kind = USER_DEFINED  # SentencePiece must find them in a text, as Gemma's own model file lets it
+            elif kind not in (NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE):
+                kind = NORMAL
+            if kind == USER_DEFINED:
+                text = text.replace(" ", SPACE)
+            pieces.append(Piece(text, score if kind == NORMAL else 0.0, kind))
+        return sentencepiece.gemma_model(tuple(pieces), self.special)
+
+    def config(self) -> dict[str, Any]:
+        """tokenizer_config.json, as transformers 4 wrote Gemma's."""
+        decoder = {}
+        for token in range(self.count):
+            if self.types[token] not in (CONTROL, USER_DEFINED):
+                continue
+            text = self.tokens[token]
+            named = token in self.special.values()
+            decoder[str(token)] = {
+                "content": text if self.types[token] == CONTROL else text.replace(" ", SPACE),
+                "lstrip": False,
+                "normalized": False,
+                "rstrip": False,
+                "single_word": False,
+                "special": self.types[token] == CONTROL and (named or not looks_special(text)),
+            }
+        config: dict[str, Any] = {
+            "add_bos_token": self.keys.flag("tokenizer.ggml.add_bos_token", True),
+            "add_eos_token": self.keys.flag("tokenizer.ggml.add_eos_token", False),
+            "added_tokens_decoder": decoder,
+            "clean_up_tokenization_spaces": False,
+            "model_max_length": int(1e30),
+            "spaces_between_special_tokens": False,
+            "tokenizer_class": "GemmaTokenizer",
+        }
+        for kind, token in self.special.items():
+            config[f"{kind}_token"] = self.tokens[token]
+        turns = [entry["content"] for entry in decoder.values() if entry["special"] and entry["content"].endswith("_of_turn>")]
+        if turns:
+            config["additional_special_tokens"] = turns
+        template = self._template()
+        if template is not None:
+            config["chat_template"] = template
+        return config
+
+    def _template(self) -> str | list[dict[str, str]] | None:
+        default = self.keys.text("tokenizer.chat_template", None)
+        names = self.keys.texts("tokenizer.chat_templates", ())
+        if not names:
+            return default
+        choices = [{"name": "default", "template": default}] if default is not None else []
+        for name in names:
+            choices.append({"name": name, "template": self.keys.text(f"tokenizer.chat_template.{name}", "")})
+        return choices
+
+    def generation_config(self) -> dict[str, Any]:
+        """Ids and sampling; a chat model also ends at <end_of_turn>, which llama.cpp finds by its text."""
+        config: dict[str, Any] = {}
+        for kind in ("bos", "eos", "pad"):
+            if kind in self.special:
+                config[f"{kind}_token_id"] = self.special[kind]
+        template = self._template()
+        if "eos" in self.special and isinstance(template, str) and END_OF_TURN in template and END_OF_TURN in self.tokens:
+            config["eos_token_id"] = [self.special["eos"], self.tokens.index(END_OF_TURN)]
+        for name, (key, read) in _SAMPLING.items():
+            value = read(self.keys, key, None)
+            if value is not None:
+                config[name] = value
+        return config

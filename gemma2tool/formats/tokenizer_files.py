@@ -1,0 +1,70 @@
+"""The tokenizer files of a checkpoint, parsed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from gemma2tool.errors import InputRefused
+from gemma2tool.formats import sentencepiece
+from gemma2tool.storage import strict_json
+
+MAX_JSON_BYTES = 256 << 20
+
+
+@dataclass
+class TokenizerFiles:
+    """The parsed tokenizer files of a checkpoint; None where it has no such file."""
+
+    model: sentencepiece.SentencePieceModel | None
+    json: Mapping[str, Any] | None
+    config: Mapping[str, Any] | None
+    added: Mapping[str, Any] | None
+    special_map: Mapping[str, Any] | None
+    template: object = None
+    """The chat template from its own file: a text, or a list of {name, template}."""
+
+    @classmethod
+    def of(cls, assets: Mapping[str, bytes]) -> TokenizerFiles:
+        def parsed(name: str) -> Mapping[str, Any] | None:
+            if name not in assets:
+                return None
+            content = strict_json.load(assets[name], what=name, max_bytes=MAX_JSON_BYTES)
+            if not isinstance(content, dict):
+                raise InputRefused("tokenizer.json-type", f"{name}: not a JSON object", hint="fetch the tokenizer again")
+            return content
+
+        model = sentencepiece.parse(assets["tokenizer.model"]) if "tokenizer.model" in assets else None
+        template: object = None
+        if "chat_template.jinja" in assets:
+            template = assets["chat_template.jinja"].decode("utf-8", "replace")
+        elif (content := parsed("chat_template.json")) is not None:
+            template = content.get("chat_template")
+        return cls(
+            model,
+            parsed("tokenizer.json"),
+            parsed("tokenizer_config.json"),
+            parsed("added_tokens.json"),
+            parsed("special_tokens_map.json"),
+            template,
+        )
+
+
+def added_tokens_of(config: Mapping[str, Any] | None, tokenizer: Mapping[str, Any] | None) -> dict[int, tuple[str, bool]] | None:
+    """Id to (text, special) of the added tokens: from tokenizer_config.json's ``added_tokens_decoder``, else tokenizer.json's list."""
+    decoder = (config or {}).get("added_tokens_decoder")
+    found: dict[int, tuple[str, bool]] = {}
+    if isinstance(decoder, Mapping):
+        for token, entry in decoder.items():
+            if str(token).isdecimal() and isinstance(entry, Mapping) and isinstance(entry.get("content"), str):
+                found[int(token)] = (entry["content"], bool(entry.get("special")))
+        return found
+    listed = (tokenizer or {}).get("added_tokens")
+    if not isinstance(listed, list):
+        return None
+    for entry in listed:
+        if isinstance(entry, Mapping) and isinstance(entry.get("id"), int) and isinstance(entry.get("content"), str):
+            if entry["id"] >= 0:
+                found[entry["id"]] = (entry["content"], bool(entry.get("special")))
+    return found

@@ -1,0 +1,88 @@
+"""GGUF's types as encoders: rows of any float type to blocks, or rows of blocks passed through as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from gemma2tool.model.lazy import FLOAT32
+from gemma2tool.quantizers.base import Part
+from gemma2tool.quantizers.casts import cast
+from gemma2tool.quantizers.gguf_types import GGUF_TYPES, quantize, row_bytes
+
+FLOAT_TYPES = ("F32", "F16", "BF16")
+
+
+def _part(type: str, shape: tuple[int, ...]) -> Part:
+    rows, cols = (1, shape[0]) if len(shape) == 1 else shape
+    return Part("", type, shape, rows * row_bytes(type, cols))
+
+
+@dataclass(frozen=True, eq=False)
+class Blocks:
+    """Quantize rows to a block type, weighed by ``importance`` (cols,) float32 where there is one.
+
+    ``encode`` raises ``ValueError`` for a type that cannot be made without importance.
+    """
+
+    type: str
+    importance: np.ndarray | None = None
+    collects: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        return self.type.lower()
+
+    @property
+    def lossless(self) -> bool:
+        return False
+
+    def parts(self, shape: tuple[int, ...]) -> tuple[Part, ...]:
+        return (_part(self.type, shape),)
+
+    def row_multiple(self, shape: tuple[int, ...]) -> int:
+        return 1
+
+    def encode(self, rows: np.ndarray) -> Mapping[str, np.ndarray]:
+        return {"": quantize(self.type, cast(rows, FLOAT32), self.importance)}
+
+    def finish(self, shape: tuple[int, ...], collected: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+        return {}
+
+
+@dataclass(frozen=True)
+class Copied:
+    """Rows that are stored blocks of ``type`` already, (n, row bytes) uint8, ``cols`` values each, written as they are."""
+
+    type: str
+    cols: int
+    collects: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        return self.type.lower()
+
+    @property
+    def lossless(self) -> bool:
+        return True
+
+    def parts(self, shape: tuple[int, ...]) -> tuple[Part, ...]:
+        """``shape`` is that of the blocks' bytes, (rows, row bytes); the stored shape is (rows, cols)."""
+        stored = (shape[0], self.cols)
+        return (_part(self.type, stored),)
+
+    def row_multiple(self, shape: tuple[int, ...]) -> int:
+        return 1
+
+    def encode(self, rows: np.ndarray) -> Mapping[str, np.ndarray]:
+        return {"": rows}
+
+    def finish(self, shape: tuple[int, ...], collected: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+        return {}
+
+
+def block_elements() -> Mapping[str, int]:
+    """Elements in a block of each type."""
+    return {name: row.block_elements for name, row in GGUF_TYPES.items()}
