@@ -17,71 +17,96 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-import ml_dtypes
 import numpy as np
 
-from gemma2tool.model.lazy import FLOAT16, FLOAT32, LazyTensor, row_ranges, to_float32
+from gemma2tool.errors import InputRefused
+from gemma2tool.model.lazy import BFLOAT16, FLOAT16, FLOAT32, LazyTensor, row_ranges, to_float32
 from gemma2tool.quantizers.base import Part
 from gemma2tool.quantizers.bnb_tables import ASCENDING, CODES, MIDPOINTS, dynamic_bins, dynamic_map
+from gemma2tool.quantizers.casts import cast
+from gemma2tool.quantizers.kernels import _native
 
 BLOCKSIZE = 64
 NESTED_BLOCKSIZE = 256
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 """The block sizes that the library accepts; it writes 64 unless told otherwise."""
 
-QUANT_DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": FLOAT16, "float32": FLOAT32}
+QUANT_DTYPES = {"bfloat16": BFLOAT16, "float16": FLOAT16, "float32": FLOAT32}
 """Types a weight may have when it is quantized, in torch's spelling."""
-
-_SMALLEST_ABSMAX = np.float32(1e-38)  # the library's guard against division by zero
 
 
 def quantize_4bit(values: np.ndarray, quant_type: str) -> tuple[np.ndarray, np.ndarray]:
-    """Quantize a flat array, of which only the last block may be shorter than 64.
+    """Quantize a flat array of floats, of which only the last block may be shorter than 64.
 
     Returns the codes, two in a byte with the first in the high half, uint8 ``(ceil(n / 2),)``, and absmax, float32
     ``(ceil(n / 64),)``. The library divides in a short last block where it otherwise multiplies by the reciprocal.
     """
-    values = to_float32(values)
-    full = len(values) - len(values) % BLOCKSIZE
-    blocks = values[:full].reshape(-1, BLOCKSIZE)
-    absmax = np.abs(blocks).max(axis=1, initial=0)
-    with np.errstate(over="ignore", invalid="ignore"):
-        scaled = (blocks * (np.float32(1) / np.maximum(absmax, _SMALLEST_ABSMAX))[:, None]).reshape(-1)
-        if full < len(values):
-            last = np.maximum(np.abs(values[full:]).max(), _SMALLEST_ABSMAX)
-            absmax = np.append(absmax, last)
-            scaled = np.append(scaled, values[full:] / last)
-    if len(scaled) % 2:
-        scaled = np.append(scaled, np.float32(0))
-    codes = ASCENDING[quant_type][np.searchsorted(MIDPOINTS[quant_type], scaled)]
-    return codes[0::2] << 4 | codes[1::2], absmax
+    packed = np.empty(-(-len(values) // 2), np.uint8)
+    return packed, _quantize_4bit(values, quant_type, packed)
+
+
+def absmax_4bit(values: np.ndarray) -> np.ndarray:
+    """The second result of ``quantize_4bit`` alone."""
+    return _quantize_4bit(values, "nf4", None)
+
+
+def _quantize_4bit(values: np.ndarray, quant_type: str, packed: np.ndarray | None) -> np.ndarray:
+    values = _kernel_floats(values)
+    midpoints, ascending = MIDPOINTS[quant_type], ASCENDING[quant_type]
+    absmax = np.empty(-(-values.size // BLOCKSIZE), np.float32)
+    _native.bnb_quantize_4bit(
+        midpoints.ctypes.data,
+        ascending.ctypes.data,
+        values.ctypes.data,
+        values.dtype == BFLOAT16,
+        values.size,
+        0 if packed is None else packed.ctypes.data,
+        absmax.ctypes.data,
+    )
+    return absmax
+
+
+def _kernel_floats(values: np.ndarray) -> np.ndarray:
+    """The kernels take float32 and bfloat16."""
+    if values.dtype not in (FLOAT32, BFLOAT16):
+        values = to_float32(values)
+    return np.ascontiguousarray(values)
 
 
 def dequantize_4bit(
     packed: np.ndarray, absmax: np.ndarray, quant_type: str, count: int, dtype: np.dtype, blocksize: int = BLOCKSIZE
 ) -> np.ndarray:
-    """The first ``count`` values of whole blocks: number * absmax in float32, rounded to ``dtype``. Flat arrays."""
-    codes = np.empty((len(packed), 2), np.uint8)
-    codes[:, 0], codes[:, 1] = packed >> 4, packed & 15
-    scales = np.repeat(absmax, blocksize)[:count]
-    return (CODES[quant_type][codes.reshape(-1)[:count]] * scales).astype(dtype)
+    """The first ``count`` values of whole blocks: number * absmax in float32, rounded to ``dtype``. Flat arrays.
+
+    Raises ValueError where there are too few codes or scales.
+    """
+    if len(packed) * 2 < count or len(absmax) * blocksize < count or blocksize not in BLOCKSIZES:
+        raise ValueError(f"{len(packed)} bytes and {len(absmax)} blocks of {blocksize} do not hold {count} values")
+    packed = np.ascontiguousarray(packed, np.uint8)
+    absmax = np.ascontiguousarray(absmax, np.float32)
+    numbers = CODES[quant_type]
+    values = np.empty(count, BFLOAT16 if dtype == BFLOAT16 else FLOAT32)
+    _native.bnb_dequantize_4bit(
+        numbers.ctypes.data,
+        packed.ctypes.data,
+        absmax.ctypes.data,
+        blocksize,
+        count,
+        values.ctypes.data,
+        values.dtype == BFLOAT16,
+    )
+    return cast(values, dtype)
 
 
 def quantize_8bit(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Quantize flat float32 values in blocks of 256 with ``dynamic_map``: codes uint8 ``(n,)``, absmax float32 ``(ceil(n / 256),)``."""
-    padded = np.zeros(-(-len(values) // NESTED_BLOCKSIZE) * NESTED_BLOCKSIZE, np.float32)
-    padded[: len(values)] = values
-    blocks = padded.reshape(-1, NESTED_BLOCKSIZE)
-    absmax = np.abs(blocks).max(axis=1)
-    zero = absmax == 0
-    with np.errstate(over="ignore", invalid="ignore"):
-        scaled = blocks * (np.float32(1) / np.where(zero, np.float32(1), absmax))[:, None]
-    half = (np.clip(scaled, -1, 1) + np.float32(1)) * np.float32(0.5)
-    # The library's compiler fuses this multiply-add: float64 holds it exactly, and one rounding to float32 follows.
-    bins = (half.astype(np.float64) * 65535 + 0.5).astype(np.float32)
-    codes = dynamic_bins()[np.where(np.isnan(bins), 0, bins).astype(np.int32)]
-    codes[zero] = 0
-    return codes.reshape(-1)[: len(values)], absmax
+    """Flat float32 values in blocks of 256 of the dynamic type: codes uint8 ``(n,)``, absmax float32 ``(ceil(n / 256),)``."""
+    values = np.ascontiguousarray(values, np.float32)
+    codes = np.empty(len(values), np.uint8)
+    absmax = np.empty(-(-len(values) // NESTED_BLOCKSIZE), np.float32)
+    _native.bnb_quantize_8bit(
+        values.ctypes.data, len(values), dynamic_bins().ctypes.data, codes.ctypes.data, absmax.ctypes.data
+    )
+    return codes, absmax
 
 
 def dequantize_8bit(
@@ -164,8 +189,15 @@ class FourBit:
             return self
         row_bytes = source.row_size * source.dtype.itemsize
         ranges = row_ranges(source.rows, row_bytes, chunk_bytes, self.row_multiple(source.shape))
-        absmax = np.concatenate([self.encode(source.load_rows(first, last))[".absmax"] for first, last in ranges])
-        return replace(self, nested_offset=float(mean_float32(absmax)))
+        absmax = np.concatenate([absmax_4bit(self._loaded(source.load_rows(first, last))) for first, last in ranges])
+        offset = float(mean_float32(absmax))
+        if not math.isfinite(offset):
+            raise InputRefused("quantize.nonfinite", f"{source.origin}: NaN or infinite weights cannot be quantized")
+        return replace(self, nested_offset=offset)
+
+    def _loaded(self, rows: np.ndarray) -> np.ndarray:
+        """The rows as a flat array of the type that the weight is taken to have."""
+        return cast(rows if rows.dtype != np.float64 else to_float32(rows), self.dtype).reshape(-1)
 
     def parts(self, shape: tuple[int, ...]) -> tuple[Part, ...]:
         count = math.prod(shape)
@@ -191,7 +223,7 @@ class FourBit:
         return BLOCKSIZE // math.gcd(math.prod(shape[1:]), BLOCKSIZE)
 
     def encode(self, rows: np.ndarray) -> Mapping[str, np.ndarray]:
-        packed, absmax = quantize_4bit(rows.astype(self.dtype, copy=False).reshape(-1), self.quant_type)
+        packed, absmax = quantize_4bit(self._loaded(rows), self.quant_type)
         return {"": packed.reshape(-1, 1), ".absmax": absmax}
 
     def finish(self, shape: tuple[int, ...], collected: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
@@ -235,16 +267,22 @@ def quantize_int8(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
     A magnitude over 65504 is infinite in float16: its row becomes zero, its absmax infinite.
     """
-    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-        values = to_float32(rows.astype(np.float16))
-        absmax = np.abs(values).max(axis=1)
-        scaled = np.rint(values * (np.float32(1) / absmax * np.float32(127))[:, None])
-        return np.where(np.isnan(scaled), 0, scaled).astype(np.int8), absmax
+    rows = _kernel_floats(rows)
+    codes, absmax = np.empty(rows.shape, np.int8), np.empty(rows.shape[0], np.float32)
+    _native.bnb_quantize_int8(
+        rows.ctypes.data, rows.dtype == BFLOAT16, *rows.shape, codes.ctypes.data, absmax.ctypes.data
+    )
+    return codes, absmax
 
 
 def dequantize_int8(codes: np.ndarray, absmax: np.ndarray) -> np.ndarray:
     """code * absmax / 127 in float32, with the library's constant for 1 / 127. (O, I), (O,) -> (O, I)."""
-    return codes.astype(np.float32) * absmax[:, None] * np.float32(7.874015718698502e-3)
+    codes, absmax = np.ascontiguousarray(codes, np.int8), np.ascontiguousarray(absmax, np.float32)
+    if absmax.shape != codes.shape[:1]:
+        raise ValueError(f"{absmax.shape} scales for codes {codes.shape}")
+    values = np.empty(codes.shape, np.float32)
+    _native.bnb_dequantize_int8(codes.ctypes.data, absmax.ctypes.data, *codes.shape, values.ctypes.data)
+    return values
 
 
 @dataclass(frozen=True)
