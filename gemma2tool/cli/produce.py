@@ -45,8 +45,10 @@ def produce(
     from gemma2tool.console import Console
     from gemma2tool.formats import registry
     from gemma2tool.formats.base import WriteOptions
+    from gemma2tool.pipeline.evaluate import read_tokens
     from gemma2tool.pipeline.plan import make_plan
     from gemma2tool.pipeline.run import Checks, run
+    from gemma2tool.verify.gates import parse_gates
 
     console = Console(quiet=quiet, json=json_output)
     target = registry.for_destination(dst, to)
@@ -59,13 +61,16 @@ def produce(
         extra={**extra, "allow_mismatch": allow_mismatch, "single_file": dst.suffix.lower() in (".ckpt", ".gguf")},
     )
     budget = o.parse_size(memory)
+    gates = parse_gates(gate or ())
     with registry.open_checkpoint(src, config=o.load_config(config)) as source:
         plan = make_plan(source, dst, to=to, options=options)
         _remarks(plan, console)
         if dry_run:
             _show_plan(plan, console, json_output)
             return
-        checks = None if no_verify else Checks(tokens=tokens, gates=tuple(gate or ()))
+        checks = None
+        if not no_verify:
+            checks = Checks(read_tokens(tokens, source.config) if tokens else None, gates)
         result = run(
             plan,
             checks,

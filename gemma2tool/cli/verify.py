@@ -25,6 +25,7 @@ def verify(
     from gemma2tool.console import Console
     from gemma2tool.formats import registry
     from gemma2tool.pipeline.evaluate import judge, read_tokens
+    from gemma2tool.verify.gates import parse_gates
 
     console = Console(quiet=quiet, json=json_output)
     given = o.load_config(config)
@@ -33,7 +34,7 @@ def verify(
             for warning in (*checkpoint.warnings, *checkpoint.config.warnings):
                 console.warn(f"{checkpoint.path.name}: {warning}")
         ids = read_tokens(tokens, source.config) if tokens else None
-        result = judge(source, made, ids=ids, gates=gate or (), threads=threads or o.default_threads(), console=console)
+        result = judge(source, made, ids=ids, gates=parse_gates(gate or ()), threads=threads or o.default_threads(), console=console)
     if json_output:
         console.emit_json(result.to_json())
     else:

@@ -112,6 +112,12 @@ class Format(Protocol):
     def layout(self, checkpoint: Checkpoint, options: WriteOptions) -> Output:
         """Plan the output. Reads no weights but those (norms) whose values decide how they can be stored."""
 
+    def kept(self, checkpoint: Checkpoint) -> dict[str, LazyTensor]:
+        """The canonical tensors of a source that this format's own conventions change, as they come back from it.
+
+        A verification holds a file of this format to these instead of to the source's: what they lose is the format's doing.
+        """
+
 
 def encoded_dtype(encoder: Encoder, shape: tuple[int, ...]) -> str:
     """The stored type of an encoder's main part."""

@@ -136,6 +136,9 @@ class GemmaPytorch:
             )
         return raw.open_torch(state, file, closers), [file], _embedded_config(tree, file)
 
+    def kept(self, checkpoint: Checkpoint) -> dict[str, LazyTensor]:
+        return {}
+
     def layout(self, checkpoint: Checkpoint, options: WriteOptions) -> Output:
         if options.type is not None:
             raise InputRefused(

@@ -28,7 +28,7 @@ from gemma2tool.formats.gguf_table import TABLE
 from gemma2tool.formats.gguf_tensors import FLOATS, GGUFTensor
 from gemma2tool.formats.gguf_tokenizer import tokenizer_assets
 from gemma2tool.formats.gguf_values import KeyValue, Reading
-from gemma2tool.formats.steps import entries, losses, to_canonical
+from gemma2tool.formats.steps import entries, kept, losses, to_canonical
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.config import Gemma2Config
 from gemma2tool.model.lazy import DTYPE_NAMES, LazyTensor, MappedRows
@@ -100,6 +100,10 @@ class GGUF:
             checkpoint.close()
             raise
         return checkpoint
+
+    def kept(self, checkpoint: Checkpoint) -> dict[str, LazyTensor]:
+        """Norms whose low bits w + 1 in float32 cannot hold; none of a checkpoint that was a GGUF itself."""
+        return {} if self.name in checkpoint.metadata else kept(TABLE, checkpoint.tensors, checkpoint.config)
 
     def layout(self, checkpoint: Checkpoint, options: WriteOptions) -> Output:
         """See the module's docstring. ``options.extra``: what ``gguf_quantize.EXTRA`` lists, and ``allow_mismatch`` to write a file

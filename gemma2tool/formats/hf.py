@@ -102,6 +102,9 @@ class HuggingFace:
             files = [*files, index]
         return tensors, {}, files
 
+    def kept(self, checkpoint: Checkpoint) -> dict[str, LazyTensor]:
+        return {}
+
     def layout(self, checkpoint: Checkpoint, options: WriteOptions) -> Output:
         dtypes = stored_dtypes(checkpoint, options)
         double_quant = bool(options.extra.get("double_quant"))

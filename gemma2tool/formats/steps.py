@@ -14,7 +14,7 @@ from typing import Protocol
 import numpy as np
 
 from gemma2tool.model.config import Gemma2Config
-from gemma2tool.model.lazy import FLOAT16, FLOAT32, LazyTensor, MappedRows, RowRange, StackedRows
+from gemma2tool.model.lazy import FLOAT16, FLOAT32, LazyTensor, MappedRows, RowRange, StackedRows, to_float32
 from gemma2tool.model.tensors import expand
 
 
@@ -125,23 +125,31 @@ def to_disk(
     return result
 
 
-def losses(table: Sequence[Row], tensors: Mapping[str, LazyTensor], config: Gemma2Config) -> list[tuple[str, float]]:
-    """Canonical tensors that the table's inexact steps cannot hold, with the largest absolute loss of each.
+def kept(table: Sequence[Row], tensors: Mapping[str, LazyTensor], config: Gemma2Config) -> dict[str, LazyTensor]:
+    """The canonical tensors that the table's inexact steps change, as they are after the way to disk and back, in float32.
 
-    Only tensors with an inexact step (norms, which are small) are read. The loss is measured against the values the tensor has
-    after the round trip, both in float32.
+    Only tensors with an inexact step (norms, which are small) are read.
     """
-    found = []
+    found: dict[str, LazyTensor] = {}
     for entry in entries(table, config):
-        if all(step.exact for step in entry.steps) or not all(name in tensors for name in entry.canonical):
+        if all(step.exact for step in entry.steps):
             continue
         for name in entry.canonical:
-            tensor = there = tensors[name]
+            if name not in tensors:
+                continue
+            there = tensors[name]
             for step in entry.steps:
                 there = step.apply(there, config)
             for step in reversed(entry.steps):
                 there = step.invert(there, config)
-            loss = float(np.abs(there.load().astype(FLOAT32) - tensor.load().astype(FLOAT32)).max(initial=0.0))
-            if loss:
-                found.append((name, loss))
+            if not np.array_equal(to_float32(there.load()), to_float32(tensors[name].load())):
+                found[name] = there
     return found
+
+
+def losses(table: Sequence[Row], tensors: Mapping[str, LazyTensor], config: Gemma2Config) -> list[tuple[str, float]]:
+    """Canonical tensors that the table's inexact steps cannot hold, with the largest absolute loss of each."""
+    return [
+        (name, float(np.abs(to_float32(there.load()) - to_float32(tensors[name].load())).max()))
+        for name, there in kept(table, tensors, config).items()
+    ]

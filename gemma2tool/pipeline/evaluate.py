@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from gemma2tool.errors import InputRefused, UsageError
+from gemma2tool.errors import InputRefused
+from gemma2tool.formats import registry
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.storage.reading import read_whole
 from gemma2tool.storage.staging import Staging
@@ -82,30 +83,22 @@ def judge(
     candidate: Checkpoint,
     *,
     ids: np.ndarray | None,
-    gates: Sequence[str],
+    gates: Mapping[str, float],
     threads: int,
     console: Console,
-    losses: Mapping[str, float] | None = None,
+    weighted: bool = False,
 ) -> Verification:
-    """Verify ``candidate`` against ``source``; ``gates`` are "name=limit" texts from the command line."""
-    from gemma2tool.verify.gates import Gates
+    """Verify ``candidate`` against ``source``; ``gates`` replaces default limits, ``weighted`` says that an importance matrix steered
+    the quantization. What the candidate's format itself cannot hold of the source is reported, not held against it."""
     from gemma2tool.verify.run import verify
 
-    limits = {}
-    for text in gates:
-        name, equals, limit = text.partition("=")
-        try:
-            limits[name] = float(limit)
-        except ValueError:
-            raise UsageError("option.gate", f"--gate {text!r} is not NAME=LIMIT", hint="for example --gate kl=0.05") from None
-    total = 2 * sum(tensor.nbytes for tensor in source.tensors.values())
-    with console.progress(total, f"verifying {candidate.path.name}") as progress:
-        return verify(
-            source,
-            candidate,
-            ids=ids,
-            gates=Gates.overridden(**limits),
-            threads=threads,
-            progress=progress.advance,
-            expected=losses or {},
-        )
+    return verify(
+        source,
+        candidate,
+        ids=ids,
+        gates=gates or None,
+        threads=threads,
+        progress=console.progress,
+        expected=registry.by_name(candidate.format).kept(source),
+        weighted=weighted,
+    )

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
-from contextlib import ExitStack
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from gemma2tool.formats import registry
 from gemma2tool.pipeline.plan import Plan
@@ -20,10 +22,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Checks:
-    """How the output is verified: token ids (a .npy file) or None for the built-in ones, and gates to override."""
+    """How the output is verified: token ids (B, T) or None for the built-in ones, and the limits to override."""
 
-    tokens: Path | None = None
-    gates: tuple[str, ...] = ()
+    ids: np.ndarray | None = None
+    gates: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -100,18 +102,15 @@ def run(
 
 
 def _verify(plan: Plan, staged: Path, checks: Checks, threads: int, console: Console) -> Verification:
-    from gemma2tool.pipeline.evaluate import judge, read_tokens
+    from gemma2tool.pipeline.evaluate import judge
 
-    source = plan.source
-    ids = read_tokens(checks.tokens, source.config) if checks.tokens else None
-    with ExitStack() as stack:
-        candidate = stack.enter_context(registry.by_name(plan.output.format).open(staged))
+    with registry.by_name(plan.output.format).open(staged) as candidate:
         return judge(
-            source,
+            plan.source,
             candidate,
-            ids=ids,
+            ids=checks.ids,
             gates=checks.gates,
             threads=threads,
             console=console,
-            losses=dict(plan.output.losses),
+            weighted=plan.options.extra.get("imatrix") is not None,
         )

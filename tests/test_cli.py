@@ -1,0 +1,290 @@
+"""The commands as a user runs them: results, exit codes, one line for every failure, nothing left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+from tests_support import random_checkpoint, write_checkpoint
+from typer.testing import CliRunner, Result
+
+from gemma2tool.cli.main import app
+from gemma2tool.formats import registry
+
+runner = CliRunner()
+
+
+def run(*words: object) -> Result:
+    return runner.invoke(app, [str(word) for word in words])
+
+
+def listing(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder, hidden ones too."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("source") / "hf"
+    return write_checkpoint(random_checkpoint(np.dtype(ml_dtypes.bfloat16)), folder)
+
+
+@pytest.fixture
+def place(tmp_path: Path, source: Path) -> Path:
+    shutil.copytree(source, tmp_path / "src")
+    return tmp_path
+
+
+def assert_refused(result: Result, code: int, *words: str) -> None:
+    """The documented exit code, and on standard error one line of error and at most one of hint, naming the words."""
+    assert result.exit_code == code, result.output
+    lines = [line for line in result.stderr.splitlines() if line.startswith(("error", "hint"))]
+    assert 1 <= len(lines) <= 2 and lines[0].startswith("error"), result.stderr
+    assert "Traceback" not in result.stderr
+    for word in words:
+        assert word in " ".join(lines), result.stderr
+
+
+def test_convert_verifies_and_reports(place: Path) -> None:
+    result = run("convert", place / "src", place / "out.ckpt")
+    assert result.exit_code == 0, result.output
+    assert "verified" in result.output
+    back = run("convert", place / "out.ckpt", place / "back", "--quiet")
+    assert back.exit_code == 0, back.output
+    assert (place / "back" / "model.safetensors").read_bytes() == (place / "src" / "model.safetensors").read_bytes()
+    assert sorted(p.name for p in place.iterdir()) == ["back", "out.ckpt", "src"]
+
+
+def test_no_verify_says_so(place: Path) -> None:
+    result = run("convert", place / "src", place / "out", "--no-verify")
+    assert result.exit_code == 0 and "not verified" in result.output
+
+
+def test_json_is_one_object_on_stdout(place: Path) -> None:
+    result = run("quantize", place / "src", place / "out.gguf", "--type", "q8_0", "--json")
+    assert result.exit_code == 0, result.output
+    content = json.loads(result.stdout)
+    assert content["written"] and content["verified"]
+    assert content["bytes"] == (place / "out.gguf").stat().st_size
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4", "int8"])
+def test_quantize_to_a_folder(place: Path, kind: str) -> None:
+    result = run("quantize", place / "src", place / "out", "--type", kind)
+    assert result.exit_code == 0, result.output
+    assert json.loads((place / "out" / "config.json").read_text())["quantization_config"]["quant_method"] == "bitsandbytes"
+
+
+def test_verify_command(place: Path) -> None:
+    assert run("convert", place / "src", place / "out.gguf", "--quiet").exit_code == 0
+    result = run("verify", place / "out.gguf", "--reference", place / "src")
+    assert result.exit_code == 0, result.output
+    with open(place / "out.gguf", "r+b") as file:
+        file.seek(-40_000, os.SEEK_END)
+        byte = file.read(1)
+        file.seek(-40_000, os.SEEK_END)
+        file.write(bytes([byte[0] ^ 0x40]))
+    result = run("verify", place / "out.gguf", "--reference", place / "src", "--json")
+    assert result.exit_code == 1
+    assert not json.loads(result.stdout)["passed"]
+
+
+def test_logits_of_one_and_two_dimensions(place: Path) -> None:
+    from gemma2tool.reference.streaming import logits
+
+    ids = np.random.default_rng(1).integers(0, 160, (2, 12))
+    expected = logits(registry.open_checkpoint(place / "src"), ids)
+    for name, array in {"one": ids[0], "two": ids.astype(np.int32)}.items():
+        np.save(place / f"{name}.npy", array)
+        result = run("logits", place / "src", "--tokens", place / f"{name}.npy", "--out", place / f"{name}-logits.npy")
+        assert result.exit_code == 0, result.output
+        found = np.load(place / f"{name}-logits.npy")
+        assert found.dtype == np.float32
+        reference = expected[:1] if name == "one" else expected
+        assert found.shape == reference.shape
+        assert np.abs(found - reference).max() <= 5e-5
+
+
+def test_output_does_not_depend_on_threads_or_memory(place: Path) -> None:
+    made = []
+    for number, (threads, memory) in enumerate([(1, "1MiB"), (2, "64KiB"), (4, "2MiB")]):
+        path = place / f"{number}" / "out.gguf"
+        path.parent.mkdir()
+        options = ["--threads", threads, "--memory", memory, "--no-verify"]
+        assert run("quantize", place / "src", path, "--type", "q8_0", *options).exit_code == 0
+        made.append(path.read_bytes())
+    assert made[0] == made[1] == made[2]
+
+
+def test_dry_run_writes_nothing_and_predicts_the_size(place: Path) -> None:
+    before = listing(place)
+    result = run("quantize", place / "src", place / "out.gguf", "--type", "q4_0", "--dry-run", "--json")
+    assert result.exit_code == 0, result.output
+    assert listing(place) == before
+    predicted = json.loads(result.stdout)["bytes"]
+    assert run("quantize", place / "src", place / "out.gguf", "--type", "q4_0").exit_code == 0
+    assert (place / "out.gguf").stat().st_size == predicted
+
+
+def test_inspect_and_formats(place: Path) -> None:
+    result = run("inspect", place / "src", "--tensors", "--json")
+    assert result.exit_code == 0, result.output
+    content = json.loads(result.stdout)
+    assert content["format"] == "hf" and len(content["tensors"]) == 2 + 11 * 3
+    assert run("inspect", place / "src").exit_code == 0
+    result = run("formats")
+    assert result.exit_code == 0 and "nf4" in result.output and "q8_0" in result.output
+
+
+# -- failures ----------------------------------------------------------------------------------------------------------
+
+
+def test_existing_destination_needs_force(place: Path) -> None:
+    (place / "out.gguf").write_bytes(b"mine")
+    assert_refused(run("convert", place / "src", place / "out.gguf"), 2, "out.gguf", "--force")
+    assert (place / "out.gguf").read_bytes() == b"mine"
+    assert run("convert", place / "src", place / "out.gguf", "--force").exit_code == 0
+    assert (place / "out.gguf").read_bytes()[:4] == b"GGUF"
+
+
+def test_failing_verification_leaves_the_old_output(place: Path) -> None:
+    (place / "out.gguf").write_bytes(b"mine")
+    words = ["quantize", place / "src", place / "out.gguf", "--type", "q4_0", "--force", "--gate", "kl=0"]
+    result = run(*words)
+    assert result.exit_code == 1, result.output
+    assert "NOT written" in result.output
+    assert (place / "out.gguf").read_bytes() == b"mine"
+    assert sorted(p.name for p in place.iterdir()) == ["out.gguf", "src"]
+
+
+@pytest.mark.parametrize("link", [False, True])
+def test_destination_that_is_the_source(place: Path, link: bool) -> None:
+    target = place / "src"
+    if link:
+        target = place / "link"
+        target.symlink_to(place / "src")
+    before = listing(place / "src")
+    result = run("convert", place / "src", target, "--force")
+    assert_refused(result, 2, str(target))
+    assert listing(place / "src") == before
+
+
+def test_hard_link_to_the_source(place: Path) -> None:
+    assert run("convert", place / "src", place / "a.gguf", "--no-verify").exit_code == 0
+    os.link(place / "a.gguf", place / "b.gguf")
+    before = (place / "a.gguf").read_bytes()
+    assert_refused(run("convert", place / "a.gguf", place / "b.gguf", "--force"), 2, "b.gguf")
+    assert (place / "a.gguf").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "named"),
+    [
+        (["--type", "q9_z"], 2, "q9_z"),
+        (["--type", "nf4"], 2, "nf4"),
+    ],
+)
+def test_unknown_types(place: Path, words: list[str], code: int, named: str) -> None:
+    assert_refused(run("quantize", place / "src", place / "out.gguf", *words), code, named)
+    assert not (place / "out.gguf").exists()
+
+
+def test_gguf_type_for_a_folder(place: Path) -> None:
+    assert_refused(run("quantize", place / "src", place / "out", "--type", "q8_0"), 2, "q8_0")
+
+
+@pytest.mark.parametrize("words", [["--dtype", "f8"], ["--to", "onnx"], ["--memory", "lots"], ["--gate", "kl"], ["--gate", "nonsense=1"]])
+def test_options_that_make_no_sense(place: Path, words: list[str]) -> None:
+    assert_refused(run("convert", place / "src", place / "out", *words), 2, words[1].split("=")[0])
+    assert sorted(p.name for p in place.iterdir()) == ["src"]
+
+
+def test_truncated_weights(place: Path) -> None:
+    path = place / "src" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    assert_refused(run("convert", place / "src", place / "out.gguf"), 3, "model.safetensors")
+    assert sorted(p.name for p in place.iterdir()) == ["src"]
+
+
+def test_nonfinite_weights(place: Path) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    path = place / "src" / "model.safetensors"
+    tensors = {name: np.array(tensor) for name, tensor in load_file(path).items()}
+    tensors["model.layers.0.mlp.up_proj.weight"][3, 5] = np.nan
+    save_file(tensors, path, {"format": "pt"})
+    before = listing(place)
+    result = run("quantize", place / "src", place / "out.gguf", "--type", "q8_0")
+    assert_refused(result, 3, "model.layers.0.mlp.up_proj.weight", "NaN")
+    assert listing(place) == before
+
+
+def test_f16_overflow_is_refused(place: Path) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    path = place / "src" / "model.safetensors"
+    tensors = {name: np.array(tensor) for name, tensor in load_file(path).items()}
+    tensors["model.layers.2.self_attn.q_proj.weight"][0, 0] = 1e6
+    save_file(tensors, path, {"format": "pt"})
+    result = run("convert", place / "src", place / "out", "--dtype", "f16")
+    assert_refused(result, 3, "model.layers.2.self_attn.q_proj.weight", "float16")
+    assert not (place / "out").exists()
+
+
+def test_missing_source(place: Path) -> None:
+    assert_refused(run("convert", place / "nowhere", place / "out"), 3, "nowhere")
+
+
+def test_missing_parent_of_the_destination(place: Path) -> None:
+    result = run("convert", place / "src", place / "no" / "such" / "out.gguf")
+    assert_refused(result, result.exit_code, "no/such")
+    assert result.exit_code in (2, 4)
+
+
+def test_usage_errors_exit_with_2() -> None:
+    assert run("convert").exit_code == 2
+    assert run("nonsense").exit_code == 2
+
+
+def limited(limit: int):
+    def apply() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    return apply
+
+
+def test_disk_that_takes_no_more(place: Path) -> None:
+    """A file size limit stands in for a full disk: the write fails half way."""
+    before = listing(place)
+    words = [sys.executable, "-m", "gemma2tool", "convert", place / "src", place / "out.gguf", "--no-verify"]
+    done = subprocess.run(words, capture_output=True, text=True, preexec_fn=limited(50_000))
+    assert done.returncode == 4, done.stderr
+    assert "out.gguf" in done.stderr and "Traceback" not in done.stderr
+    assert listing(place) == before
+    assert sorted(p.name for p in place.iterdir()) == ["src"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupt_leaves_nothing(place: Path, number: int) -> None:
+    words = [sys.executable, "-m", "gemma2tool", "convert", place / "src", place / "out.gguf"]
+    process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 30
+    while len(list(place.iterdir())) < 2 and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)  # until the staging place appears
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    if process.returncode != 0:  # it may have been quicker than the signal
+        assert process.returncode == 130, errors
+        assert "Traceback" not in errors
+        assert sorted(p.name for p in place.iterdir()) == ["src"]
