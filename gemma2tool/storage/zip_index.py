@@ -203,8 +203,6 @@ def _widened(reader: FileReader, name: str, extra: bytes, values: tuple[int, ...
 def _data_offset(reader: FileReader, record: _Record) -> int:
     """Where the member's data begin, once its local header has confirmed what the central directory says."""
     head_size = LOCAL.size + len(record.raw_name)
-    if record.header_offset + head_size > reader.size:
-        _refuse(reader, "past-end", f"the member {quoted(record.name)} begins beyond the file")
     raw = reader.pread(record.header_offset, head_size)
     signature, _, flags, method, _, _, crc, packed, size, name_len, extra_len = LOCAL.unpack_from(raw)
     where = f"the local header of the member {quoted(record.name)}"
