@@ -64,7 +64,7 @@ class GateResult:
 
 @dataclass(frozen=True)
 class Side:
-    """One of the two checkpoints compared: where it is, its format, what it stores (bytes by stored type)."""
+    """One of the two checkpoints compared: where it is, its format, how many values it stores as which type."""
 
     path: str
     format: str

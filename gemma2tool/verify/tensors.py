@@ -13,15 +13,16 @@ Which question is asked of a tensor follows from how the candidate stores it:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from gemma2tool.model.lazy import BFLOAT16, FLOAT16, FLOAT32, FLOAT_DTYPES, LazyTensor, row_ranges, to_float32
 from gemma2tool.verify.bounds import BOUNDS, Bound
+from gemma2tool.verify.gates import loosest
 from gemma2tool.verify.measure import BlockJudge, Piece, measure_bits, measure_blocks
 
 GATE = "tensors"
@@ -141,15 +142,19 @@ def compare_tensors(
     *,
     expected: Mapping[str, LazyTensor] | None = None,
     weighted: bool = False,
+    rmse: float | None = None,
     threads: int = 1,
     advance: Advance | None = None,
 ) -> list[TensorComparison]:
     """Compare the tensors that both have, in the source's order; shapes must already be equal.
 
     ``expected``: what the candidate must hold, bit for bit, where the target's convention changes a value. ``weighted``: whether an
-    importance matrix steered the candidate's codes. The result does not depend on ``threads``.
+    importance matrix steered the candidate's codes. ``rmse``: ceiling on RMSE / RMS in place of each type's own. The result does not depend on ``threads``.
     """
-    jobs = [_job(name, source[name], candidate[name], (expected or {}).get(name), weighted) for name in source if name in candidate]
+    expected = expected or {}
+    jobs = [
+        _job(name, source[name], candidate[name], expected.get(name), weighted, rmse) for name in source if name in candidate
+    ]
     tasks = [(job, first, last) for job in jobs for first, last in job.ranges()]
 
     def run(task: tuple[_Job, int, int]) -> Piece:
@@ -190,18 +195,44 @@ class _mapped:
             self.pool.shutdown(cancel_futures=True)
 
 
-def _job(name: str, source: LazyTensor, candidate: LazyTensor, expected: LazyTensor | None, weighted: bool) -> _Job:
-    if expected is not None:
-        return _Job(name, source, candidate, "expected", expected, None)
+def _job(name: str, source: LazyTensor, candidate: LazyTensor, expected: LazyTensor | None, weighted: bool, rmse: float | None) -> _Job:
+    rule = _rule(source, candidate, expected is not None)
+    bound = BOUNDS[candidate.stored] if rule == "bound" else None
+    if bound is not None:
+        bound = (bound.steered() if weighted else bound).rounded(_ROUNDING_UNIT.get(candidate.dtype, 0.0))
+        bound = bound if rmse is None else replace(bound, relative_rmse=rmse)
+    return _Job(name, source, candidate, rule, source if expected is None else expected, bound)
+
+
+def _rule(source: LazyTensor, candidate: LazyTensor, expected: bool) -> str:
+    """Which question a tensor is asked; see the module."""
+    if expected:
+        return "expected"
     stored = FLOAT_DTYPES.get(candidate.stored)
     if stored is not None:
-        rule = "exact" if source.dtype in _HOLDS[stored] else "cast"
-        return _Job(name, source, candidate, rule, source, None)
-    bound = BOUNDS.get(candidate.stored)
-    if bound is None:
-        return _Job(name, source, candidate, "reported", source, None)
-    bound = (bound.steered() if weighted else bound).rounded(_ROUNDING_UNIT.get(candidate.dtype, 0.0))
-    return _Job(name, source, candidate, "bound", source, bound)
+        return "exact" if source.dtype in _HOLDS[stored] else "cast"
+    return "bound" if candidate.stored in BOUNDS else "reported"
+
+
+def kind_of(
+    source: Mapping[str, LazyTensor],
+    candidate: Mapping[str, LazyTensor],
+    expected: Collection[str],
+    comparisons: Iterable[TensorComparison] | None,
+) -> str:
+    """What the candidate is to its source, a row of ``gates.GATES``: "lossless", or the loosest type it stores lossy tensors in.
+
+    Follows from the stored types alone; where ``comparisons`` are there, tensors that came back whole do not count.
+    """
+    whole = {each.name for each in comparisons or () if each.ok and not each.max_abs_error}
+    kinds = set()
+    for name in source.keys() - whole:
+        rule = _rule(source[name], candidate[name], name in expected)
+        if rule == "expected" and candidate[name].stored in FLOAT_DTYPES:
+            kinds.add("convention")
+        elif rule != "exact":
+            kinds.add(candidate[name].stored)
+    return loosest(kinds)
 
 
 def _conclude(job: _Job, judge: BlockJudge) -> TensorComparison:

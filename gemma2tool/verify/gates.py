@@ -1,0 +1,116 @@
+"""The limits on logits and distributions, one row per kind of candidate, and how a caller overrides them.
+
+The tensor bounds say whether a candidate is what it claims to be; these say whether it still speaks like its source. They hold on
+trained models, for prompts of random tokens as for text. On untrained weights, whose logits answer any change chaotically, no
+fixed limit is honest: there ``verify`` falls back on noise of the same size in the source's own weights (see ``run``).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from gemma2tool.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Gates:
+    """Limits; None: not held to any.
+
+    ``logits``, ``logits_rtol``: |difference| of every logit at most ``logits + logits_rtol * |source|``. ``kl``, ``kl_p99``,
+    ``kl_max``: KL(source || candidate) in nats per position: mean, 99th percentile, maximum. ``top1``: share of positions whose
+    likeliest token is the same, at least. ``ppl_ratio``: perplexity of the candidate over the source's, where the prompt is text.
+    ``rmse``: RMSE / RMS of every quantized tensor, in place of its type's own.
+    """
+
+    logits: float | None = None
+    logits_rtol: float | None = None
+    kl: float | None = None
+    kl_p99: float | None = None
+    kl_max: float | None = None
+    top1: float | None = None
+    ppl_ratio: float | None = None
+    rmse: float | None = None
+
+    def overridden(self, limits: Mapping[str, float] | None) -> Gates:
+        """These limits with some replaced; names with "-" or "_". Raises ``UsageError`` for a name that is no limit."""
+        names = {field.name for field in dataclasses.fields(self)}
+        given = {name.replace("-", "_"): value for name, value in (limits or {}).items()}
+        for name in given:
+            if name not in names:
+                raise UsageError(
+                    "gate.unknown",
+                    f"{name!r} is no gate",
+                    hint="gates are " + ", ".join(sorted(each.replace("_", "-") for each in names)),
+                )
+        return dataclasses.replace(self, **given)
+
+
+def parse_gates(pairs: Iterable[str]) -> dict[str, float]:
+    """Limits from the command line's ``name=value`` pairs. Raises ``UsageError`` naming the pair."""
+    limits: dict[str, float] = {}
+    for pair in pairs:
+        name, equals, text = pair.partition("=")
+        try:
+            limits[name.strip()] = float(text) if equals else float("nan")
+        except ValueError:
+            limits[name.strip()] = float("nan")
+        if not limits[name.strip()] >= 0:
+            raise UsageError("gate.value", f"{pair!r} is not name=number", hint="write for example --gate kl=0.05")
+    Gates().overridden(limits)
+    return limits
+
+
+# Float32 forward passes of equal weights differ by the order of additions only: measured, up to 3.2e-5 between implementations
+# on logits up to 28; the mildest mistake (epsilon 1e-5 for 1e-6) moves them by 9e-5.
+_EQUAL = Gates(logits=5e-5, logits_rtol=1e-5, kl=1e-6)
+
+GATES: Mapping[str, Gates] = {
+    "lossless": _EQUAL,
+    # What a target's own convention forces (GGUF's w + 1): 6e-8 of a norm from float32, 5e-4 from float16.
+    "convention": Gates(kl=1e-3, top1=0.98),
+    "f16": Gates(kl=1e-3, top1=0.98),
+    "bf16": Gates(kl=0.01, top1=0.95),
+    "q8_0": Gates(kl=0.01, top1=0.95),
+    "int8": Gates(kl=0.05, top1=0.90),
+    "q6_k": Gates(kl=0.03, top1=0.92),
+    "q5_k": Gates(kl=0.06, top1=0.88),
+    "q5_1": Gates(kl=0.06, top1=0.88),
+    "q5_0": Gates(kl=0.08, top1=0.87),
+    "q4_k": Gates(kl=0.15, top1=0.80),
+    "iq4_xs": Gates(kl=0.15, top1=0.80),
+    "iq4_nl": Gates(kl=0.15, top1=0.80),
+    "q4_1": Gates(kl=0.20, top1=0.80),
+    "nf4": Gates(kl=0.20, top1=0.78),
+    "nf4-dq": Gates(kl=0.20, top1=0.78),
+    "q4_0": Gates(kl=0.25, top1=0.76),
+    "nvfp4": Gates(kl=0.30, top1=0.75),
+    "fp4": Gates(kl=0.40, top1=0.70),
+    "fp4-dq": Gates(kl=0.40, top1=0.70),
+    "mxfp4": Gates(kl=0.40, top1=0.70),
+    "q3_k": Gates(kl=0.50, top1=0.68),
+    "iq3_s": Gates(kl=0.50, top1=0.68),
+    "iq3_xxs": Gates(kl=0.80, top1=0.60),
+    "q2_k": Gates(kl=1.5, top1=0.45),
+    "iq2_s": Gates(kl=1.5, top1=0.45),
+    "iq2_xs": Gates(kl=2.0, top1=0.40),
+    "iq2_xxs": Gates(kl=2.5, top1=0.35),
+    "q2_0": Gates(kl=6.0, top1=0.05),
+    "iq1_m": Gates(kl=4.0, top1=0.20),
+    "iq1_s": Gates(kl=5.0, top1=0.15),
+    "tq1_0": Gates(kl=8.0, top1=0.0),
+    "tq2_0": Gates(kl=8.0, top1=0.0),
+    "q1_0": Gates(kl=8.0, top1=0.0),
+    "unknown": Gates(),
+}
+"""Kind -> default limits: from llama.cpp's published KL of Llama 3 8B per type with room for smaller models, in the order of the
+types' loss. A kind is the loosest type among those that a candidate's lossy tensors are stored in."""
+
+
+def loosest(kinds: Iterable[str]) -> str:
+    """The kind whose KL limit is the largest; types without a row count as "unknown", "lossless" when there is none."""
+    rows = {kind if kind in GATES else "unknown" for kind in kinds}
+    if not rows:
+        return "lossless"
+    return max(rows, key=lambda kind: (GATES[kind].kl is None, GATES[kind].kl or 0.0, kind))

@@ -1,0 +1,124 @@
+"""Both checkpoints' float32 logits on the same token ids, layer by layer side by side.
+
+The prompt must be longer than the sliding window, or a wrong window cannot show: where it is not, both sides run with a smaller
+window, and the candidate's stays as much larger or smaller than the source's as its config has it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from gemma2tool.errors import UsageError
+from gemma2tool.model.checkpoint import Checkpoint
+from gemma2tool.model.config import SLIDING, Gemma2Config
+from gemma2tool.reference.streaming import OnInput, StreamedForward, side_by_side, use_threads
+from gemma2tool.verify.metrics import LogitComparison, LogitMetrics
+from gemma2tool.verify.tensors import Advance
+
+DEFAULT_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class LogitRun:
+    """What was run and what came out.
+
+    ``windows``: the sliding windows that source and candidate ran with; None where no layer slides. ``drift``: per depth (the
+    embeddings, then after each layer) the RMS of the hidden states' difference over the RMS of the source's.
+    """
+
+    metrics: LogitMetrics
+    shape: tuple[int, int]
+    windows: tuple[int, int] | None
+    shrunk: bool
+    drift: tuple[float, ...]
+
+
+def default_ids(config: Gemma2Config, tokens: int = DEFAULT_TOKENS) -> np.ndarray:
+    """A prompt that is the same everywhere: bos, then pseudo-random tokens (splitmix64) of the whole vocabulary; int (1, tokens)."""
+    tokens = min(tokens, config.max_position_embeddings)
+    mask, ids = 2**64 - 1, []
+    for index in range(1, tokens + 1):
+        state = index * 0x9E3779B97F4A7C15 & mask
+        state = (state ^ state >> 30) * 0xBF58476D1CE4E5B9 & mask
+        state = (state ^ state >> 27) * 0x94D049BB133111EB & mask
+        ids.append((state ^ state >> 31) % config.vocab_size)
+    if config.bos_token_id is not None and ids:
+        ids[0] = config.bos_token_id
+    return np.array([ids], np.int64)
+
+
+def windows_for(source: Gemma2Config, candidate: Gemma2Config, tokens: int) -> tuple[int, int] | None:
+    """The sliding windows to run both with, so that ``tokens`` go past them; None where the source has no sliding layer."""
+    if source.sliding_window is None or candidate.sliding_window is None or SLIDING not in source.layer_types:
+        return None
+    if source.sliding_window < tokens:
+        return source.sliding_window, candidate.sliding_window
+    small = max(tokens // 4, 1)
+    return small, max(small + candidate.sliding_window - source.sliding_window, 1)
+
+
+def compare_logits(
+    source: Checkpoint,
+    candidate: Checkpoint,
+    ids: np.ndarray,
+    *,
+    atol: float = 0.0,
+    rtol: float = 0.0,
+    threads: int | None = None,
+    advance: Advance | None = None,
+) -> LogitRun:
+    """Run both checkpoints on ``ids``, int (T,) or (B, T), in float32, and compare all positions' logits.
+
+    Peak memory: both sides' activations and a slice of the vocabulary projection, whatever the size of the models. Raises
+    ``UsageError`` for ids that the models cannot take.
+    """
+    ids = np.asarray(ids)
+    if ids.ndim == 1:
+        ids = ids[None]
+    if ids.ndim != 2 or not ids.size or ids.dtype.kind not in "iu":
+        raise UsageError("ids.shape", f"token ids are {ids.dtype} of shape {ids.shape}; integers of shape (T,) or (B, T) are needed")
+    ids = ids.astype(np.int64)
+    batch, tokens = ids.shape
+    windows = windows_for(source.config, candidate.config, tokens)
+    ours_window, theirs_window = windows or (None, None)
+    with use_threads(threads):
+        ours = StreamedForward(source, ids, sliding_window=ours_window, on_input=_counting(source, advance))
+        theirs = StreamedForward(candidate, ids, sliding_window=theirs_window, on_input=_counting(candidate, advance))
+        drift = tuple(depth.relative for depth in side_by_side(ours, theirs))
+        following = np.concatenate([ids[:, 1:], np.full((batch, 1), -1)], axis=1).reshape(-1)
+        comparison = LogitComparison(ids.size, following, atol=atol, rtol=rtol)
+        for first, left, right in _aligned(ours.vocabulary_slices(), theirs.vocabulary_slices()):
+            comparison.add(first, left, right)
+    shrunk = windows is not None and windows[0] != source.config.sliding_window
+    return LogitRun(comparison.finish(), (batch, tokens), windows, shrunk, drift)
+
+
+def _counting(checkpoint: Checkpoint, advance: Advance | None) -> OnInput | None:
+    """Tell ``advance`` of every weight as the forward pass comes to it."""
+    if advance is None:
+        return None
+    return lambda name, _: advance(checkpoint.tensors[name].nbytes, name)
+
+
+Slices = Iterator[tuple[int, int, torch.Tensor]]
+
+
+def _aligned(ours: Slices, theirs: Slices) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """Cut two runs of vocabulary slices (first, end, logits (B, T, n)) at common bounds: first, and (B * T, n) of each."""
+    right_end = 0
+    for left_first, left_end, left in ours:
+        at = left_first
+        while at < left_end:
+            if at == right_end:
+                right_first, right_end, right = next(theirs)
+            end = min(left_end, right_end)
+            yield at, _flat(left[..., at - left_first : end - left_first]), _flat(right[..., at - right_first : end - right_first])
+            at = end
+
+
+def _flat(logits: torch.Tensor) -> np.ndarray:
+    return logits.flatten(0, 1).cpu().numpy()

@@ -1,0 +1,145 @@
+"""``verify``: a candidate against its source, from the cheap questions to the dear ones."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Protocol
+
+import numpy as np
+
+from gemma2tool.model.checkpoint import Checkpoint
+from gemma2tool.model.lazy import LazyTensor
+from gemma2tool.verify import judge
+from gemma2tool.verify.completeness import comparable, compare_names
+from gemma2tool.verify.config import compare_configs
+from gemma2tool.verify.gates import GATES, Gates
+from gemma2tool.verify.result import GateResult, Side, Verification
+from gemma2tool.verify.tensors import TensorComparison, compare_tensors, kind_of
+from gemma2tool.verify.tokenizer import compare_tokenizers
+
+LEVELS = ("completeness", "config", "tokenizer", "tensors", "logits")
+
+
+class Bar(Protocol):
+    def advance(self, nbytes: int, name: str = "") -> None: ...
+
+
+Progress = Callable[[int, str], AbstractContextManager[Bar]]
+"""Called with the bytes to come and what they are for; ``console.Console.progress`` is one."""
+
+
+class _NoBar:
+    def advance(self, nbytes: int, name: str = "") -> None:
+        pass
+
+
+def verify(
+    source: Checkpoint,
+    candidate: Checkpoint,
+    *,
+    ids: np.ndarray | None = None,
+    text: bool | None = None,
+    gates: Mapping[str, float] | None = None,
+    levels: Sequence[str] = LEVELS,
+    threads: int = 1,
+    progress: Progress | None = None,
+    expected: Mapping[str, LazyTensor] | None = None,
+    weighted: bool = False,
+) -> Verification:
+    """Compare ``candidate`` with ``source``; never raises for a difference, only for what cannot be read or run.
+
+    ``ids``: token ids, int (T,) or (B, T), for the logits; default: 64 pseudo-random ones. ``text``: whether they are running text,
+    so that perplexity means something (default: when the caller gives them). ``gates``: limits that replace the defaults, by the
+    names of ``gates.Gates``. ``levels``: which questions to ask, of ``LEVELS``. ``expected``: canonical tensors as the target's own
+    convention makes them, bit for bit (GGUF's w + 1 and back); what they lose is reported, not judged. ``weighted``: an importance
+    matrix steered the quantization, so single values may be far off. ``threads``: for reading, comparing and the forward passes; the
+    tensors' part of the result does not depend on it.
+    """
+    unknown = [level for level in levels if level not in LEVELS]
+    if unknown:
+        raise ValueError(f"no such level: {unknown}; levels are {LEVELS}")
+    expected = expected or {}
+    results: list[GateResult] = []
+    seconds: dict[str, float] = {}
+    comparisons: list[TensorComparison] | None = None
+
+    @contextmanager
+    def timed(level: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        seconds[level] = time.perf_counter() - start
+
+    if "completeness" in levels:
+        with timed("completeness"):
+            results.append(compare_names(source, candidate))
+    if "config" in levels:
+        with timed("config"):
+            results.append(compare_configs(source.config, candidate.config))
+    if "tokenizer" in levels:
+        with timed("tokenizer"):
+            results.append(compare_tokenizers(source, candidate))
+    common = {name: tensor for name, tensor in source.tensors.items() if _same_shape(name, tensor, candidate)}
+    rmse = None if gates is None else gates.get("rmse")
+    if "tensors" in levels:
+        with timed("tensors"), _bar(progress, sum(candidate.tensors[name].nbytes for name in common), "tensors") as bar:
+            comparisons = compare_tensors(
+                common, candidate.tensors, expected=expected, weighted=weighted, rmse=rmse, threads=threads, advance=bar.advance
+            )
+        results.append(judge.tensors(comparisons))
+    kind = kind_of(common, candidate.tensors, expected, comparisons)
+    limits = GATES[kind].overridden(gates)
+    if "logits" in levels:
+        with timed("logits"):
+            results += _logits(source, candidate, ids, text, kind, limits, bool(gates), comparisons, threads, progress)
+    return Verification(_side(source), _side(candidate), kind, tuple(results), seconds)
+
+
+def _logits(
+    source: Checkpoint,
+    candidate: Checkpoint,
+    ids: np.ndarray | None,
+    text: bool | None,
+    kind: str,
+    limits: Gates,
+    overridden: bool,
+    comparisons: list[TensorComparison] | None,
+    threads: int,
+    progress: Progress | None,
+) -> list[GateResult]:
+    from gemma2tool.verify.logits import compare_logits, default_ids
+
+    if not comparable(source, candidate):
+        why = "the two do not hold the same tensors, so no forward pass can be compared"
+        return [GateResult("logits", "skipped", why), GateResult("distribution", "skipped", why)]
+    is_text = ids is not None if text is None else text
+    if ids is None:
+        ids = default_ids(source.config if source.config.max_position_embeddings <= candidate.config.max_position_embeddings else candidate.config)
+    nbytes = sum(each.nbytes for side in (source, candidate) for each in side.tensors.values())
+    with _bar(progress, nbytes, "forward passes") as bar:
+        run = compare_logits(
+            source, candidate, ids, atol=limits.logits or 0.0, rtol=limits.logits_rtol or 0.0, threads=threads, advance=bar.advance
+        )
+    envelope = None
+    if comparisons and not overridden and judge.wants_envelope(run.metrics, limits, comparisons):
+        from gemma2tool.verify.noise import with_noise
+
+        envelope = compare_logits(source, with_noise(source, comparisons), ids, threads=threads).metrics
+    return judge.logits(run, kind, limits, is_text, envelope)
+
+
+def _same_shape(name: str, tensor: LazyTensor, candidate: Checkpoint) -> bool:
+    return name in candidate.tensors and tuple(candidate.tensors[name].shape) == tuple(tensor.shape)
+
+
+def _side(checkpoint: Checkpoint) -> Side:
+    stored: Counter[str] = Counter()
+    for tensor in checkpoint.tensors.values():
+        stored[tensor.stored] += tensor.size
+    return Side(str(checkpoint.path), checkpoint.format, dict(stored))
+
+
+def _bar(progress: Progress | None, total: int, label: str) -> AbstractContextManager[Bar]:
+    return nullcontext(_NoBar()) if progress is None else progress(total, label)
