@@ -87,54 +87,79 @@ void quantize_4bit(const FourBitSteps& steps, const void* x, bool bf16, size_t n
         quantize_4bit_of(steps, (const uint32_t*)x, n, packed, absmax);
 }
 
-// The numbers of LANES codes.
-INLINE F number_of(const float* numbers, const uint8_t* codes) {
+constexpr size_t STEP = 32;  // values dequantized at once; divides every block size
+
 #if defined(__AVX512F__)
-    constexpr __mmask16 ALL = 0xffff;  // GCC 12 warns of its own header's unmasked forms
-    const __m512i code = _mm512_maskz_cvtepu8_epi32(ALL, _mm_loadu_si128((const __m128i*)codes));
-    return (F)_mm512_maskz_permutexvar_ps(ALL, code, _mm512_loadu_ps(numbers));
+constexpr __mmask16 ALL = 0xffff;  // GCC 12 warns of its own header's unmasked forms
+#endif
+
+// The two codes of each byte, the first in its high half.
+INLINE void split(const uint8_t* packed, uint8_t* codes) {
+    uint16_t pairs[STEP / 2];
+    for (size_t i = 0; i < STEP / 2; ++i) pairs[i] = (uint16_t)(packed[i] >> 4 | (packed[i] & 15) << 8);
+    __builtin_memcpy(codes, pairs, STEP);
+}
+
+// out[i] = table[codes[i]]
+INLINE void look_up(const float* table, const uint8_t* codes, float* out) {
+    for (size_t i = 0; i < STEP; i += LANES) {
+#if defined(__AVX512F__)
+        const __m512i code = _mm512_maskz_cvtepu8_epi32(ALL, _mm_loadu_si128((const __m128i*)(codes + i)));
+        _mm512_storeu_ps(out + i, _mm512_maskz_permutexvar_ps(ALL, code, _mm512_loadu_ps(table)));
 #elif defined(__AVX2__)
-    const __m256i code = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)codes));
-    const __m256 low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(numbers), code);
-    const __m256 high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(numbers + 8), code);
-    return (F)_mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(code, 28)));
+        const __m256i code = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)(codes + i)));
+        const __m256 low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table), code);
+        const __m256 high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table + 8), code);
+        _mm256_storeu_ps(out + i, _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(code, 28))));
 #else
-    F x;
-    for (int i = 0; i < LANES; ++i) x[i] = numbers[codes[i]];
-    return x;
+        for (int j = 0; j < LANES; ++j) out[i + j] = table[codes[i + j]];
+#endif
+    }
+}
+INLINE void look_up(const uint16_t* table, const uint8_t* codes, uint16_t* out) {
+#if defined(__AVX512F__)
+    const __m512i code = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)codes));
+    const __m512i entries = _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i*)table));
+    _mm512_storeu_si512(out, _mm512_permutexvar_epi16(code, entries));
+#elif defined(__AVX2__)
+    // Low and high bytes of the entries are looked up apart, then interleaved.
+    const __m256i both = _mm256_loadu_si256((const __m256i*)table);
+    const __m256i bytes = _mm256_packus_epi16(_mm256_and_si256(both, _mm256_set1_epi16(0xff)), _mm256_srli_epi16(both, 8));
+    const __m256i low_table = _mm256_permute4x64_epi64(bytes, 0x88), high_table = _mm256_permute4x64_epi64(bytes, 0xdd);
+    const __m256i code = _mm256_loadu_si256((const __m256i*)codes);
+    const __m256i low = _mm256_shuffle_epi8(low_table, code), high = _mm256_shuffle_epi8(high_table, code);
+    const __m256i first = _mm256_unpacklo_epi8(low, high), second = _mm256_unpackhi_epi8(low, high);
+    _mm256_storeu_si256((__m256i*)out, _mm256_permute2x128_si256(first, second, 0x20));
+    _mm256_storeu_si256((__m256i*)(out + 16), _mm256_permute2x128_si256(first, second, 0x31));
+#else
+    for (size_t i = 0; i < STEP; ++i) out[i] = table[codes[i]];
 #endif
 }
 
-INLINE void put(float* out, F x) { store(out, x); }
-INLINE void put(uint16_t* out, F x) {
-    const U u = (U)x;
-    const U rounded = (u + 0x7fff + (u >> 16 & 1)) >> 16;
-    const U kept = x == x ? rounded : (u >> 16 | 64);
-    uint32_t r[LANES];
-    __builtin_memcpy(r, &kept, sizeof r);
-    for (int i = 0; i < LANES; ++i) out[i] = (uint16_t)r[i];
+// The 16 values that a block of this absmax can hold.
+INLINE void values_of(const float* numbers, float absmax, float* values) {
+    for (int i = 0; i < 16; ++i) values[i] = numbers[i] * absmax;
+}
+INLINE void values_of(const float* numbers, float absmax, uint16_t* values) {
+    for (int i = 0; i < 16; ++i) {
+        const uint32_t u = bits_of(numbers[i] * absmax);
+        const uint32_t rounded = (u + 0x7fff + (u >> 16 & 1)) >> 16, quiet = u >> 16 | 64;
+        values[i] = (uint16_t)((u & 0x7fffffff) > 0x7f800000 ? quiet : rounded);
+    }
 }
 
 template <class Out>
 INLINE void dequantize_4bit_of(const float* numbers, const uint8_t* packed, const float* absmax, size_t blocksize, size_t n,
                                Out* out) {
-    constexpr size_t STEP = 32;
-    uint8_t codes[STEP];
+    Out values[16], rest[STEP];
     for (size_t start = 0; start < n; start += STEP, packed += STEP / 2) {
+        if (start % blocksize == 0) values_of(numbers, *absmax++, values);
         const size_t count = n - start < STEP ? n - start : STEP;
-        for (size_t i = 0; i < (count + 1) / 2; ++i) {
-            codes[2 * i] = packed[i] >> 4;
-            codes[2 * i + 1] = packed[i] & 15;
-        }
-        const float scale = absmax[start / blocksize];
-        if (count == STEP) {
-            for (size_t i = 0; i < STEP; i += LANES) put(out + start + i, number_of(numbers, codes + i) * scale);
-            continue;
-        }
-        Out rest[STEP];
-        for (size_t i = count; i < STEP; ++i) codes[i] = 0;
-        for (size_t i = 0; i < STEP; i += LANES) put(rest + i, number_of(numbers, codes + i) * scale);
-        __builtin_memcpy(out + start, rest, count * sizeof(Out));
+        uint8_t last[STEP / 2] = {}, codes[STEP];
+        if (count < STEP) __builtin_memcpy(last, packed, (count + 1) / 2);
+        split(count < STEP ? last : packed, codes);
+        look_up(values, codes, count < STEP ? rest : out + start);
+        if (count < STEP) __builtin_memcpy(out + start, rest, count * sizeof(Out));
     }
 }
 
