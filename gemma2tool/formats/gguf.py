@@ -13,7 +13,7 @@ from pathlib import Path
 
 from gemma2tool.errors import InputRefused, UsageError
 from gemma2tool.formats.base import Output, WriteOptions
-from gemma2tool.formats.gguf_config import ARCHITECTURE, cannot_say, read_config
+from gemma2tool.formats.gguf_config import ARCHITECTURE, cannot_say, read_config, unusual
 from gemma2tool.formats.gguf_convert import (
     FILE_TYPES,
     converter_keys,
@@ -219,6 +219,7 @@ def _refuse_unsayable(checkpoint: Checkpoint, allow: bool, warnings: list[str]) 
             hint="write a Hugging Face folder instead, or pass --allow-mismatch to get a GGUF that computes something else",
         )
     warnings += [f"a GGUF cannot say this, the file will compute something else: {each}" for each in found]
+    warnings += unusual(checkpoint.config)
 
 
 def _refuse_without_type(options: WriteOptions, request: Request) -> None:

@@ -1,8 +1,9 @@
-"""GGUF's tensors: read row by row, dequantized or as the blocks they are; and a guard for what is about to be written."""
+"""GGUF's tensors: read row by row, dequantized or as the blocks they are; and a guard for what is about to be quantized."""
 
 from __future__ import annotations
 
-import ml_dtypes
+from typing import NoReturn
+
 import numpy as np
 
 from gemma2tool.errors import InputRefused
@@ -74,42 +75,38 @@ class StoredBlocks(LazyTensor):
         return self.tensor.load_blocks(first, last)
 
 
-class Guarded(LazyTensor):
-    """``source``, refusing NaN, infinities, and values beyond ``limit`` where the stored type ends there (float16: 65504).
+class WithinFloat16(LazyTensor):
+    """``source``, refusing NaN, infinities and magnitudes from 65520 on: a block type keeps its scales in float16, where those become
+    infinite and turn the whole block into NaN. (llama-quantize finds them afterwards, in the blocks.)
 
-    The check compares the bits of the values as integers, which is what a float's order is: two passes in cache, nothing allocated.
+    Compares the values' bits as integers, whose order is that of floats: two passes in cache, nothing allocated.
     """
 
-    def __init__(self, source: LazyTensor, target: str, limited: bool) -> None:
-        self.source, self.target = source, target
+    BOUND = 65520.0  # the first value that rounds to a float16 infinity
+
+    def __init__(self, source: LazyTensor, type: str) -> None:
+        self.source, self.type = source, type
         self.shape, self.dtype, self.stored, self.origin = source.shape, source.dtype, source.stored, source.origin
-        self.bits = np.dtype(f"i{self.dtype.itemsize}")
-        self.unsigned = np.dtype(f"u{self.dtype.itemsize}")
-        # 65520 is the first value that rounds to a float16 infinity.
-        bound = 65520.0 if limited and self.dtype != FLOAT16 else np.inf
-        self.bound = int(np.array(bound, ml_dtypes.bfloat16 if self.dtype == BFLOAT16 else self.dtype).view(self.unsigned))
+        self.signed, self.unsigned = np.dtype(f"i{self.dtype.itemsize}"), np.dtype(f"u{self.dtype.itemsize}")
+        bound = np.inf if self.dtype == FLOAT16 else self.BOUND
+        self.bound = int(np.array(bound, self.dtype).view(self.unsigned))
         self.sign = 1 << (8 * self.dtype.itemsize - 1)
 
     def load_rows(self, first: int, last: int) -> np.ndarray:
         rows = self.source.load_rows(first, last)
         flat = rows.reshape(-1)
-        if flat.size and (flat.view(self.bits).max() >= self.bound or flat.view(self.unsigned).max() >= self.sign + self.bound):
-            self._refuse(rows, first)
+        if flat.size and (flat.view(self.signed).max() >= self.bound or flat.view(self.unsigned).max() >= self.sign + self.bound):
+            self._refuse(rows.astype(np.float64), first)
         return rows
 
-    def _refuse(self, rows: np.ndarray, first: int) -> None:
-        values = rows.astype(np.float64)
-        broken = ~np.isfinite(values)
-        at = tuple(int(i) for i in np.argwhere(broken if broken.any() else np.abs(values) >= 65520.0)[0])
-        place = (at[0] + first, *at[1:])
-        if broken.any():
-            raise InputRefused(
-                "weights.not-finite",
-                f"{self.origin}: value {rows[at]} at {place}",
-                hint="the checkpoint is broken: fetch it again, or find out where its training diverged",
-            )
+    def _refuse(self, values: np.ndarray, first: int) -> NoReturn:
+        finite = np.isfinite(values)
+        place = np.argwhere(np.abs(values) >= self.BOUND if finite.all() else ~finite)[0]
+        where = f"{self.origin}: the value at {(int(place[0]) + first, *map(int, place[1:]))} is {values[tuple(place)]:g}"
+        if not finite.all():
+            raise InputRefused("weights.nonfinite", where, hint="the checkpoint is damaged: fetch it again")
         raise InputRefused(
-            "weights.overflow",
-            f"{self.origin}: value {float(values[at]):g} at {place} is beyond float16, in which {self.target} keeps numbers",
-            hint="store it as bf16 or f32",
+            "weights.f16-overflow",
+            f"{where}, beyond float16, in which {self.type} keeps its scales",
+            hint="use --dtype bf16 or f32",
         )
