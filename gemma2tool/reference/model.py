@@ -178,8 +178,8 @@ class Gemma2ForCausalLM(Gemma2PreTrainedModel):
     ) -> CausalLMOutput | tuple:
         """``labels`` (B, T): token ids, -100 ignored; position t is judged by label t + 1.
 
-        ``logits_to_keep``: the last n positions (0: all), or a tensor of positions (n,) or (B, n), or a bool mask (B, T),
-        whose logits then come as (chosen, V).
+        ``logits_to_keep``: the last n positions (0: all), or a tensor of positions (n,) or (B, n), or a bool mask
+        (B, T), whose logits then come as (chosen, V).
         """
         base = self.model(input_ids, *args, **kwargs)
         hidden = keep_positions(base.last_hidden_state, logits_to_keep)
