@@ -8,6 +8,8 @@ Facts: block layouts and type ids are ggml's (ggml-common.h, ggml.h).
 
 from __future__ import annotations
 
+import functools
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -104,6 +106,7 @@ def quantize(
     if row.needs_importance and importance is None:
         raise ValueError(f"{type} cannot be made without an importance matrix")
     rows = np.ascontiguousarray(rows)
+    _load_grid(type)
     if type in _FLOATS:
         cast(rows, _FLOATS[type], out=out.view(_FLOATS[type]))
         return out
@@ -124,12 +127,34 @@ def dequantize(type: str, codes: np.ndarray, cols: int, out: np.ndarray | None =
         raise ValueError(f"{type} codes must be (n, {row_bytes(type, cols)}) uint8, not {codes.shape} {codes.dtype}")
     out = _output(out, (codes.shape[0], cols), np.float32)
     codes = np.ascontiguousarray(codes)
+    _load_grid(type)
     if type in _FLOATS:
         cast(codes.view(_FLOATS[type]), np.float32, out=out)
         return out
     blocks = codes.shape[0] * (cols // row.block_elements)
     _native.gguf_dequantize(type, codes.ctypes.data, blocks, out.ctypes.data)
     return out
+
+
+_GRIDS = {name: name for name in ("IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S")} | {"IQ1_S": "IQ1", "IQ1_M": "IQ1"}
+_grid_lock = threading.Lock()
+
+
+def _load_grid(type: str) -> None:
+    """Hands the kernels the type's grid, data of the GGUF format which the gguf package holds."""
+    if type in _GRIDS:
+        with _grid_lock:
+            _set_grid(_GRIDS[type])
+
+
+@functools.cache
+def _set_grid(grid: str) -> None:
+    from gguf import quants
+
+    holder = quants.IQ1_S if grid == "IQ1" else getattr(quants, grid)
+    holder.init_grid()
+    coordinates = np.searchsorted(holder.grid_map, holder.grid.reshape(holder.grid_shape)).astype(np.uint8)
+    _native.gguf_set_grid(grid, coordinates.tobytes())
 
 
 def _type(name: str) -> GGUFType:

@@ -28,7 +28,14 @@ struct BlockKernel {
     X(iq4_xs, "IQ4_XS") \
     X(tq1_0, "TQ1_0") \
     X(tq2_0, "TQ2_0") \
-    X(mxfp4, "MXFP4")
+    X(mxfp4, "MXFP4") \
+    X(iq3_xxs, "IQ3_XXS") \
+    X(iq3_s, "IQ3_S") \
+    X(iq2_xxs, "IQ2_XXS") \
+    X(iq2_xs, "IQ2_XS") \
+    X(iq2_s, "IQ2_S") \
+    X(iq1_s, "IQ1_S") \
+    X(iq1_m, "IQ1_M")
 
 #define X(type, name) KERNEL_TABLE(BlockKernel, gguf_##type)
 GGUF_BLOCK_TYPES(X)

@@ -5,6 +5,7 @@
 #include <string>
 
 #include "gguf.hpp"
+#include "gguf_grids.hpp"
 
 namespace nb = nanobind;
 
@@ -30,9 +31,25 @@ void dequantize(const std::string& type, uintptr_t codes, int64_t blocks, uintpt
     k.dequantize((const uint8_t*)codes, blocks, (float*)out);
 }
 
+void set_grid(const std::string& name, nb::bytes coordinates) {
+    const std::string names[GRIDS] = {"IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ1", "IQ3_XXS", "IQ3_S"};
+    const int sizes[GRIDS] = {256, 512, 1024, 2048, 256, 512}, dims[GRIDS] = {8, 8, 8, 8, 4, 4};
+    for (int g = 0; g < GRIDS; ++g) {
+        if (name != names[g]) continue;
+        const uint8_t* c = (const uint8_t*)coordinates.c_str();
+        if (coordinates.size() != (size_t)sizes[g] * dims[g]) throw nb::value_error(("grid of the wrong size: " + name).c_str());
+        for (size_t i = 0; i < coordinates.size(); ++i)
+            if (c[i] >= (dims[g] == 8 ? 3 : 8)) throw nb::value_error(("grid with a coordinate out of range: " + name).c_str());
+        set_gguf_grid((GridName)g, c, sizes[g]);
+        return;
+    }
+    throw nb::value_error(("no grid " + name).c_str());
+}
+
 }  // namespace
 
 void register_gguf(nb::module_& m) {
+    m.def("gguf_set_grid", &set_grid, nb::arg("name"), nb::arg("coordinates"));
     m.def("gguf_quantize", &quantize, nb::arg("type"), nb::arg("rows_of_floats"), nb::arg("importance"), nb::arg("rows"),
           nb::arg("cols"), nb::arg("codes"));
     m.def("gguf_dequantize", &dequantize, nb::arg("type"), nb::arg("codes"), nb::arg("blocks"), nb::arg("floats"));

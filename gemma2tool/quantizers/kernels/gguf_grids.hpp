@@ -1,0 +1,22 @@
+// The grids of the IQ1, IQ2 and IQ3 types: sets of points, and for every point that is not in one, which are near it.
+//
+// The points are data of the GGUF format and come from Python; the lists of neighbours are ggml's, computed once.
+#pragma once
+
+#include <stdint.h>
+
+struct Grid {
+    int size, dims, bits;     // points, coordinates a point, bits a coordinate in a code
+    uint8_t (*points)[8];     // the coordinates, 0..2 or 0..7
+    int32_t* index;           // of a code, the coordinates in `bits` each, the first lowest: its point; or -1 - the number of its list
+    uint32_t* list_start;     // list n is entries list_start[n] .. list_start[n + 1], a multiple of 16; the rest repeats the first
+    uint16_t* list_points;    // the point of an entry
+    uint8_t* list_coordinates;  // of entries s..e: coordinate i of entry j at s * dims + i * (e - s) + (j - s)
+};
+
+enum GridName { GRID_IQ2_XXS, GRID_IQ2_XS, GRID_IQ2_S, GRID_IQ1, GRID_IQ3_XXS, GRID_IQ3_S, GRIDS };
+
+extern Grid gguf_grids[GRIDS];
+
+// points: size x dims coordinates. Not for use while kernels of the grid's types run.
+void set_gguf_grid(GridName name, const uint8_t* points, int size);
