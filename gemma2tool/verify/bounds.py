@@ -20,6 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 _F16 = 2.0**-11  # largest relative error of rounding to float16
 _F16_STEP = 2.0**-25  # largest absolute error of rounding to float16 below its normal range
@@ -28,7 +29,7 @@ _F16_STEP = 2.0**-25  # largest absolute error of rounding to float16 below its 
 def _half_gap(codes: tuple[float, ...]) -> float:
     """Largest distance of any value in [-1, 1] from its nearest code."""
     ordered = sorted(codes)
-    return max(b - a for a, b in zip(ordered, ordered[1:], strict=False)) / 2
+    return max(b - a for a, b in pairwise(ordered)) / 2
 
 
 # The sixteen values of bitsandbytes' 4-bit types, as stored in every checkpoint's quant_map.
@@ -80,7 +81,9 @@ class Bound:
         return replace(self, worst=self.worst + 2 * unit, anchor=self.anchor + 2 * unit) if unit else self
 
 
-def _rounding(block: int, worst: float, rmse: float, *, codes: int, anchor: float = 0.0, weighted: float | None = None) -> Bound:
+def _rounding(
+    block: int, worst: float, rmse: float, *, codes: int, anchor: float = 0.0, weighted: float | None = None
+) -> Bound:
     """A ggml type with one float16 scale: rounding it costs ``_F16`` of the value, or ``codes`` steps below the normal range."""
     return Bound(block, worst + _F16, rmse, anchor + _F16, codes * _F16_STEP, weighted)
 

@@ -20,7 +20,10 @@ def compare_names(source: Checkpoint, candidate: Checkpoint) -> GateResult:
         if name not in candidate.tensors:
             error(name, "missing from the candidate")
         elif tuple(candidate.tensors[name].shape) != tuple(tensor.shape):
-            error(name, f"has shape {_shape(tensor.shape)} in the source, {_shape(candidate.tensors[name].shape)} in the candidate")
+            error(
+                name,
+                f"has shape {_shape(tensor.shape)} in the source, {_shape(candidate.tensors[name].shape)} in the candidate",
+            )
     for name in candidate.tensors:
         if name not in source.tensors:
             error(name, "in the candidate, but not in the source")
@@ -29,10 +32,15 @@ def compare_names(source: Checkpoint, candidate: Checkpoint) -> GateResult:
         if spec.required and name not in candidate.tensors and name not in source.tensors:
             error(name, "missing from both sides, though the candidate's config asks for it")
         elif name in candidate.tensors and tuple(candidate.tensors[name].shape) != spec.shape:
-            error(name, f"has shape {_shape(candidate.tensors[name].shape)}, the candidate's config asks for {_shape(spec.shape)}")
+            error(
+                name,
+                f"has shape {_shape(candidate.tensors[name].shape)}, the candidate's config asks for {_shape(spec.shape)}",
+            )
     metrics = {"source_tensors": len(source.tensors), "candidate_tensors": len(candidate.tensors)}
     if not findings:
-        return GateResult(GATE, "passed", f"all {len(source.tensors)} tensors, each in its shape, and none besides", metrics)
+        return GateResult(
+            GATE, "passed", f"all {len(source.tensors)} tensors, each in its shape, and none besides", metrics
+        )
     first = findings[0]
     more = f" (and {len(findings) - 1} more)" if len(findings) > 1 else ""
     return GateResult(GATE, "failed", f"{first.subject}: {first.message}{more}", metrics, tuple(findings))

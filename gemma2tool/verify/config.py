@@ -44,7 +44,7 @@ USE: Mapping[str, str] = {
     "max_position_embeddings": "the longest sequence the model was made for",
 }
 
-# Fields that describe the file, its training, or labels; differences are noted, never judged.
+# Fields that describe the file, its training, or labels; where both sides say something, differences are noted, never judged.
 INFORMATIVE = (
     "dtype",
     "architectures",
@@ -75,15 +75,21 @@ def compare_configs(source: Gemma2Config, candidate: Gemma2Config) -> GateResult
         if name == "eos_token_id":
             ours, theirs = source.eos_token_ids or None, candidate.eos_token_ids or None
         if ours != theirs:
-            findings.append(Finding(GATE, _severity(name, ours, theirs), name, f"{name} ({meaning}): {_versus(ours, theirs)}"))
+            findings.append(
+                Finding(GATE, _severity(name, ours, theirs), name, f"{name} ({meaning}): {_versus(ours, theirs)}")
+            )
     for name in INFORMATIVE:
         ours, theirs = getattr(source, name), getattr(candidate, name)
-        if ours != theirs and ours is not None and theirs is not None:
+        if ours != theirs and ours not in (None, {}) and theirs not in (None, {}):
             findings.append(Finding(GATE, "note", name, f"{name}: {_versus(ours, theirs)}"))
     wrong = [finding for finding in findings if finding.severity == "error"]
     warned = sum(finding.severity == "warning" for finding in findings)
     if wrong:
-        summary = f"{len(wrong)} field{'s' * (len(wrong) != 1)} differ{'s' * (len(wrong) == 1)}: {wrong[0].message}"
+        summary = (
+            wrong[0].message
+            if len(wrong) == 1
+            else f"{len(wrong)} fields differ: " + ", ".join(str(each.subject) for each in wrong)
+        )
     else:
         summary = f"{len(ARITHMETIC)} fields that the arithmetic depends on are equal"
         summary += f"; {warned} other{'s' * (warned != 1)} differ{'s' * (warned == 1)}" if warned else ""
@@ -135,7 +141,9 @@ def _layers(ours: tuple[str, ...], theirs: tuple[str, ...]) -> str:
         return f"source {len(ours)} layers, candidate {len(theirs)}"
     differing = [index for index, pair in enumerate(zip(ours, theirs, strict=True)) if pair[0] != pair[1]]
     shown = ", ".join(map(str, differing[:4])) + (", ..." if len(differing) > 4 else "")
-    return f"layers {shown} differ (layer {differing[0]}: source {ours[differing[0]]}, candidate {theirs[differing[0]]})"
+    return (
+        f"layers {shown} differ (layer {differing[0]}: source {ours[differing[0]]}, candidate {theirs[differing[0]]})"
+    )
 
 
 def judged_fields() -> frozenset[str]:

@@ -50,7 +50,11 @@ def _summary(comparisons: Sequence[TensorComparison]) -> str:
     equal = sum(not each.rmse and not each.max_abs_error for each in comparisons)
     if equal:
         said.append(f"{equal} bit for bit")
-    for rule, words in (("cast", "rounded to {}"), ("expected", "as the target's convention makes them"), ("bound", "within {}")):
+    for rule, words in (
+        ("cast", "rounded to {}"),
+        ("expected", "as the target's convention makes them"),
+        ("bound", "within {}"),
+    ):
         types = Counter(each.candidate_type for each in comparisons if each.rule == rule and each.max_abs_error)
         if types:
             said.append(f"{sum(types.values())} {words.format(', '.join(sorted(types)))}")
@@ -84,7 +88,12 @@ def wants_envelope(metrics: LogitMetrics, limits: Gates, comparisons: Sequence[T
     """Whether a divergence beyond the limits might be no more than what noise of that size does to this model: only where every
     tensor is within its bound, and some are not exact."""
     beyond = any(limit not in ("logits", "ppl_ratio") for limit, _ in _exceeded(metrics, limits, text=False))
-    return beyond and not any(metrics.nonfinite) and all(each.ok for each in comparisons) and any(each.rmse for each in comparisons)
+    return (
+        beyond
+        and not any(metrics.nonfinite)
+        and all(each.ok for each in comparisons)
+        and any(each.rmse for each in comparisons)
+    )
 
 
 def logits(run: LogitRun, kind: str, limits: Gates, text: bool, envelope: LogitMetrics | None) -> list[GateResult]:
@@ -112,7 +121,9 @@ def _logits(run: LogitRun, limits: Gates) -> GateResult:
     }
     where = f"{metrics.positions} positions"
     if run.shrunk:
-        where += f", sliding window set to {run.windows[0]}" + ("" if run.windows[0] == run.windows[1] else f" and {run.windows[1]}")
+        where += f", sliding window set to {run.windows[0]}" + (
+            "" if run.windows[0] == run.windows[1] else f" and {run.windows[1]}"
+        )
     summary = f"largest difference {metrics.max_abs_difference:.3g}, mean {metrics.mean_abs_difference:.3g} ({where})"
     if limits.logits is None:
         return GateResult(gate, "reported", summary, report)
@@ -129,7 +140,9 @@ def _logits(run: LogitRun, limits: Gates) -> GateResult:
     return GateResult(gate, "failed", said, report, (Finding(gate, "error", None, said),))
 
 
-def _distribution(metrics: LogitMetrics, kind: str, limits: Gates, text: bool, envelope: LogitMetrics | None) -> GateResult:
+def _distribution(
+    metrics: LogitMetrics, kind: str, limits: Gates, text: bool, envelope: LogitMetrics | None
+) -> GateResult:
     gate = "distribution"
     if any(metrics.nonfinite):
         return GateResult(gate, "skipped", "logits are not finite")
@@ -158,7 +171,12 @@ def _distribution(metrics: LogitMetrics, kind: str, limits: Gates, text: bool, e
 
 def _exceeded(metrics: LogitMetrics, limits: Gates, text: bool) -> list[tuple[str, str]]:
     measured = {"kl": metrics.mean_kl, "kl_p99": metrics.kl_percentile(99), "kl_max": float(metrics.kl.max())}
-    words = {"kl": "mean KL", "kl_p99": "99th percentile of KL", "kl_max": "largest KL", "ppl_ratio": "perplexity ratio"}
+    words = {
+        "kl": "mean KL",
+        "kl_p99": "99th percentile of KL",
+        "kl_max": "largest KL",
+        "ppl_ratio": "perplexity ratio",
+    }
     if text:
         measured["ppl_ratio"] = metrics.prediction().get("perplexity_ratio", 1.0)
     found = []

@@ -80,7 +80,9 @@ def compare_logits(
     if ids.ndim == 1:
         ids = ids[None]
     if ids.ndim != 2 or not ids.size or ids.dtype.kind not in "iu":
-        raise UsageError("ids.shape", f"token ids are {ids.dtype} of shape {ids.shape}; integers of shape (T,) or (B, T) are needed")
+        raise UsageError(
+            "ids.shape", f"token ids are {ids.dtype} of shape {ids.shape}; integers of shape (T,) or (B, T) are needed"
+        )
     ids = ids.astype(np.int64)
     batch, tokens = ids.shape
     windows = windows_for(source.config, candidate.config, tokens)
@@ -116,7 +118,11 @@ def _aligned(ours: Slices, theirs: Slices) -> Iterator[tuple[int, np.ndarray, np
             if at == right_end:
                 right_first, right_end, right = next(theirs)
             end = min(left_end, right_end)
-            yield at, _flat(left[..., at - left_first : end - left_first]), _flat(right[..., at - right_first : end - right_first])
+            yield (
+                at,
+                _flat(left[..., at - left_first : end - left_first]),
+                _flat(right[..., at - right_first : end - right_first]),
+            )
             at = end
 
 

@@ -173,10 +173,15 @@ class BlockJudge:
 
     def _judge(self, first: int, piece: Piece, scale_error: np.ndarray) -> None:
         beyond = np.zeros(piece.absmax.size, bool)
-        for errors, fraction, anchor in ((piece.anchor, self.bound.anchor, True), (piece.worst, self.bound.worst, False)):
+        for errors, fraction, anchor in (
+            (piece.anchor, self.bound.anchor, True),
+            (piece.worst, self.bound.worst, False),
+        ):
             if not np.isfinite(fraction):
                 continue
-            allowed = (np.float32(fraction) * piece.absmax + np.float32(self.bound.floor) + scale_error) * np.float32(_SLACK)
+            allowed = (np.float32(fraction) * piece.absmax + np.float32(self.bound.floor) + scale_error) * np.float32(
+                _SLACK
+            )
             excess = errors - allowed
             beyond |= excess > 0
             at = int(excess.argmax())

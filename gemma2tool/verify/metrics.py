@@ -137,7 +137,9 @@ class LogitMetrics:
         nothing, none = np.full(positions, np.nan), np.zeros(positions, bool)
         tops = np.full(positions, -1)
         lost = math.nan
-        return cls(positions, lost, (0, 0), lost, 0, 0, nothing, none, tops, tops, np.empty((2, 0)), (source, candidate))
+        return cls(
+            positions, lost, (0, 0), lost, 0, 0, nothing, none, tops, tops, np.empty((2, 0)), (source, candidate)
+        )
 
     @property
     def mean_kl(self) -> float:

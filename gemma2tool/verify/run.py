@@ -86,7 +86,13 @@ def verify(
     if "tensors" in levels:
         with timed("tensors"), _bar(progress, sum(candidate.tensors[name].nbytes for name in common), "tensors") as bar:
             comparisons = compare_tensors(
-                common, candidate.tensors, expected=expected, weighted=weighted, rmse=rmse, threads=threads, advance=bar.advance
+                common,
+                candidate.tensors,
+                expected=expected,
+                weighted=weighted,
+                rmse=rmse,
+                threads=threads,
+                advance=bar.advance,
             )
         results.append(judge.tensors(comparisons))
     kind = kind_of(common, candidate.tensors, expected, comparisons)
@@ -116,11 +122,17 @@ def _logits(
         return [GateResult("logits", "skipped", why), GateResult("distribution", "skipped", why)]
     is_text = ids is not None if text is None else text
     if ids is None:
-        ids = default_ids(source.config if source.config.max_position_embeddings <= candidate.config.max_position_embeddings else candidate.config)
+        ids = default_ids(min(source.config, candidate.config, key=lambda config: config.max_position_embeddings))
     nbytes = sum(each.nbytes for side in (source, candidate) for each in side.tensors.values())
     with _bar(progress, nbytes, "forward passes") as bar:
         run = compare_logits(
-            source, candidate, ids, atol=limits.logits or 0.0, rtol=limits.logits_rtol or 0.0, threads=threads, advance=bar.advance
+            source,
+            candidate,
+            ids,
+            atol=limits.logits or 0.0,
+            rtol=limits.logits_rtol or 0.0,
+            threads=threads,
+            advance=bar.advance,
         )
     envelope = None
     if comparisons and not overridden and judge.wants_envelope(run.metrics, limits, comparisons):

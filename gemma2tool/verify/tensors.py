@@ -153,7 +153,9 @@ def compare_tensors(
     """
     expected = expected or {}
     jobs = [
-        _job(name, source[name], candidate[name], expected.get(name), weighted, rmse) for name in source if name in candidate
+        _job(name, source[name], candidate[name], expected.get(name), weighted, rmse)
+        for name in source
+        if name in candidate
     ]
     tasks = [(job, first, last) for job in jobs for first, last in job.ranges()]
 
@@ -195,7 +197,14 @@ class _mapped:
             self.pool.shutdown(cancel_futures=True)
 
 
-def _job(name: str, source: LazyTensor, candidate: LazyTensor, expected: LazyTensor | None, weighted: bool, rmse: float | None) -> _Job:
+def _job(
+    name: str,
+    source: LazyTensor,
+    candidate: LazyTensor,
+    expected: LazyTensor | None,
+    weighted: bool,
+    rmse: float | None,
+) -> _Job:
     rule = _rule(source, candidate, expected is not None)
     bound = BOUNDS[candidate.stored] if rule == "bound" else None
     if bound is not None:

@@ -67,10 +67,16 @@ def _compare_models(ours: bytes, theirs: bytes) -> tuple[list[Finding], dict[str
         findings.append(Finding(GATE, "error", "pieces", f"source has {count} pieces, candidate {other}"))
     ids = list(range(min(count, other)))
     pieces, others = left.id_to_piece(ids), right.id_to_piece(ids)
-    texts = [i for i in ids if pieces[i] != others[i] and pieces[i].replace("\u2581", " ") != others[i].replace("\u2581", " ")]
+    texts = [
+        i
+        for i in ids
+        if pieces[i] != others[i] and pieces[i].replace("\u2581", " ") != others[i].replace("\u2581", " ")
+    ]
     if texts:
         first = texts[0]
-        said = f"{len(texts)} pieces differ, the first is {first}: {pieces[first]!r}, in the candidate {others[first]!r}"
+        said = (
+            f"{len(texts)} pieces differ, the first is {first}: {pieces[first]!r}, in the candidate {others[first]!r}"
+        )
         findings.append(Finding(GATE, "error", "pieces", said))
     scores, others = left.get_score(ids), right.get_score(ids)
     differing = [i for i in ids if scores[i] != others[i] and _ADDED not in (scores[i], others[i])]
@@ -82,7 +88,9 @@ def _compare_models(ours: bytes, theirs: bytes) -> tuple[list[Finding], dict[str
         mine, its = getattr(left, f"{what}_id")(), getattr(right, f"{what}_id")()
         if mine != its:
             severity: Severity = "warning" if -1 in (mine, its) else "error"
-            findings.append(Finding(GATE, severity, f"{what}_id", f"tokenizer.model's {what} is {mine}, in the candidate {its}"))
+            findings.append(
+                Finding(GATE, severity, f"{what}_id", f"tokenizer.model's {what} is {mine}, in the candidate {its}")
+            )
     for text in TRICKY:
         if left.encode(text) != right.encode(text):
             findings.append(Finding(GATE, "error", "encoding", f"{text!r} is encoded otherwise"))
