@@ -1,7 +1,8 @@
 """The only place that prints. Results go to stdout; progress, notes, warnings and errors to stderr.
 
-Names of tensors, paths, config values and error messages come from files that nobody vouches for. Here they meet the terminal, so
-here whatever could move the cursor, forge a line, hide text or be taken for markup is shown as an escape instead (``safe``).
+Names of tensors, paths, config values and error messages come from files that nobody vouches for. Here they meet the
+terminal, so here whatever could move the cursor, forge a line, hide text or be taken for markup is shown as an escape
+instead (``safe``).
 """
 
 from __future__ import annotations
@@ -40,8 +41,8 @@ _MAX_FINDINGS = 12  # of one gate on the screen; JSON has them all
 def safe(text: object) -> str:
     """``text`` on one line with every character that does not simply show itself written as an escape.
 
-    Control characters (so ANSI sequences and line breaks), right-to-left overrides and other invisible characters, and lone
-    surrogates become ``\\x1b``, ``\\n``, ``\\u202e`` and so on.
+    Control characters (so ANSI sequences and line breaks), right-to-left overrides and other invisible characters, and
+    lone surrogates become ``\\x1b``, ``\\n``, ``\\u202e`` and so on.
     """
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in str(text))
 
@@ -73,8 +74,8 @@ class Bar(Protocol):
 class Console:
     """Where everything is shown.
 
-    ``quiet``: no progress, no notes; warnings, errors and results stay. ``json``: stdout carries only what ``emit_json`` is given;
-    tables and other results for people are dropped. ``debug``: errors come with a traceback.
+    ``quiet``: no progress, no notes; warnings, errors and results stay. ``json``: stdout carries only what
+    ``emit_json`` is given; tables and other results for people are dropped. ``debug``: errors come with a traceback.
     """
 
     def __init__(
@@ -90,7 +91,7 @@ class Console:
         self._stdout, self._stderr = stdout, stderr
         self._rich: dict[bool, rich.console.Console] = {}
 
-    # -- messages --------------------------------------------------------------------------------------------------------
+    # -- messages ------------------------------------------------------------------------------------------------------
 
     def print(self, message: object = "") -> None:
         """A line of the result, to stdout."""
@@ -118,7 +119,7 @@ class Console:
     def bug(self, error: BaseException) -> None:
         """What no one foresaw: one line, and the traceback when debugging."""
         message = f"{type(error).__name__}: {error}"
-        hint = "this is a bug in gemma2tool; run again with --debug and report what it prints"
+        hint = "this is a bug in gemma2tool; run again with GEMMA2TOOL_DEBUG=1 set and report what it prints"
         if self.debug:
             self._traceback(error)
         self._line(True, ("error[bug]: ", "bold red"), (safe(message), ""))
@@ -132,10 +133,10 @@ class Console:
         stream.write(text + "\n")
         stream.flush()
 
-    # -- tables ----------------------------------------------------------------------------------------------------------
+    # -- tables --------------------------------------------------------------------------------------------------------
 
     def table(self, columns: Sequence[str], rows: Iterable[Sequence[object]], *, title: str = "") -> None:
-        """A table to stdout. A column whose name ends in "#" is numbers and is set flush right; the mark is not shown."""
+        """A table to stdout. Columns whose names end in "#" hold numbers, set flush right; the mark is not shown."""
         if self.json:
             return
         from rich.box import SIMPLE_HEAD
@@ -225,11 +226,11 @@ class Console:
                 rows.append(("chosen token's probability", f"{100 * mean:+.3g} points on average, {100 * rms:.3g} RMS"))
             self.table(("logits", ""), rows)
 
-    # -- progress --------------------------------------------------------------------------------------------------------
+    # -- progress ------------------------------------------------------------------------------------------------------
 
     @contextmanager
     def progress(self, total_bytes: int, label: str) -> Iterator[Bar]:
-        """A bar in bytes with rate, time left and the tensor at hand; plain lines every few seconds where stderr is no terminal."""
+        """A bar in bytes with rate, time left and the tensor at hand; where stderr is no terminal, a line now and then."""
         if self.quiet:
             yield _NoBar()
         elif self._console(True).is_terminal:
@@ -240,7 +241,7 @@ class Console:
             yield plain
             plain.finish()
 
-    # -- rich ------------------------------------------------------------------------------------------------------------
+    # -- rich ----------------------------------------------------------------------------------------------------------
 
     def _console(self, err: bool) -> rich.console.Console:
         if err not in self._rich:
@@ -351,9 +352,8 @@ def _rich_bar(console: rich.console.Console, total: int, label: str) -> Iterator
         def render(self, task: Any) -> Text:
             return Text(task.fields[self.field], style=self.style, no_wrap=True, overflow="ellipsis")
 
-    columns = (
-        Name("label", "bold"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(), Name("at", "dim")
-    )  # fmt: skip
+    sizes = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    columns = (Name("label", "bold"), *sizes, Name("at", "dim"))
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("", total=total or None, label=safe(label), at="")
 

@@ -1,18 +1,20 @@
 """How far a quantized tensor may be from its source: one row per stored type.
 
-Errors are measured in blocks, the runs of consecutive values that share a scale, as fractions of the block's largest magnitude.
+Errors are measured in blocks, the runs of consecutive values that share a scale, as fractions of the block's largest
+magnitude.
 
-Rounding types (scale from the largest magnitude or from the range, each value to the nearest code) have bounds that follow from
-their definition, and an *anchor*: the value that sets the scale is stored by the outermost code, so it comes back to within the
-rounding of the scale itself. A wrong scale, however slightly wrong, moves the anchor first.
+Rounding types (scale from the largest magnitude or from the range, each value to the nearest code) have bounds that
+follow from their definition, and an *anchor*: the value that sets the scale is stored by the outermost code, so it
+comes back to within the rounding of the scale itself. A wrong scale, however slightly wrong, moves the anchor first.
 
-Search types (K-quants, IQ) trade the error of one value against another's; nothing but a ceiling is true of them. Those ceilings
-are the largest error seen over normal, Student-t, Laplace, uniform, one-sided, outlier-ridden and tiny-valued blocks, quantized by
-ggml itself, and a quarter or more on top; tests/test_verify_bounds.py measures them again. (Weights that are nine tenths zeros are
-left out: IQ3_S returns those with errors as large as the weights, which is worth an alarm.)
+Search types (K-quants, IQ) trade the error of one value against another's; nothing but a ceiling is true of them. Those
+ceilings are the largest error seen over normal, Student-t, Laplace, uniform, one-sided, outlier-ridden and tiny-valued
+blocks, quantized by ggml itself, and a quarter or more on top; tests/test_verify_bounds.py measures them again.
+(Weights that are nine tenths zeros are left out: IQ3_S returns those with errors as large as the weights, which is
+worth an alarm.)
 
-An importance matrix makes any ggml type but Q8_0 and the ternary ones a search type, in which a value that the matrix calls
-unimportant may lose most of itself: ``weighted`` is the ceiling there, and ``WEIGHTED_RMSE`` times the RMSE's.
+An importance matrix makes any ggml type but Q8_0 and the ternary ones a search type, in which a value that the matrix
+calls unimportant may lose most of itself: ``weighted`` is the ceiling there, and ``WEIGHTED_RMSE`` times the RMSE's.
 """
 
 from __future__ import annotations
@@ -43,7 +45,8 @@ FP4_CODES = tuple(sign * value for value in _FP4_MAGNITUDES for sign in (1, -1))
 _NF4 = _half_gap(NF4_CODES)
 _FP4 = _half_gap(FP4_CODES)
 
-# bitsandbytes' 8-bit "dynamic" map of block scales: neighbouring codes are at most this far apart, as a fraction of the largest.
+# bitsandbytes' 8-bit "dynamic" map of block scales: neighbouring codes are at most this far apart, as a fraction of the
+# largest.
 DYNAMIC_MAP_GAP = 0.9 / 64
 
 
@@ -55,11 +58,12 @@ WEIGHTED_RMSE = 2.5
 class Bound:
     """Limits on the error of one stored type.
 
-    ``block``: values that share a scale (0: a row of the matrix). ``worst``: largest |error| of any value, and ``anchor``: of the
-    value of largest magnitude, both as a fraction of the block's largest magnitude; infinite where the type promises nothing.
-    ``floor``: absolute error that is always allowed, because the scale itself has a smallest step. ``relative_rmse``: ceiling of
-    RMSE / RMS over a whole tensor. ``weighted``: ``worst`` where an importance matrix steered the codes (None: the type ignores
-    it). ``nested``: block scales are themselves quantized, 256 at a time (bitsandbytes' double quantization).
+    ``block``: values that share a scale (0: a row of the matrix). ``worst``: largest |error| of any value, and
+    ``anchor``: of the value of largest magnitude, both as a fraction of the block's largest magnitude; infinite where
+    the type promises nothing. ``floor``: absolute error that is always allowed, because the scale itself has a smallest
+    step. ``relative_rmse``: ceiling of RMSE / RMS over a whole tensor. ``weighted``: ``worst`` where an importance
+    matrix steered the codes (None: the type ignores it). ``nested``: block scales are themselves quantized, 256 at a
+    time (bitsandbytes' double quantization).
     """
 
     block: int
@@ -84,7 +88,8 @@ class Bound:
 def _rounding(
     block: int, worst: float, rmse: float, *, codes: int, anchor: float = 0.0, weighted: float | None = None
 ) -> Bound:
-    """A ggml type with one float16 scale: rounding it costs ``_F16`` of the value, or ``codes`` steps below the normal range."""
+    """A ggml type with one float16 scale: rounding it costs ``_F16`` of the value, or ``codes`` steps below the normal
+    range."""
     return Bound(block, worst + _F16, rmse, anchor + _F16, codes * _F16_STEP, weighted)
 
 
@@ -95,10 +100,12 @@ def _search(block: int, worst: float, rmse: float, *, codes: int, weighted: floa
 BOUNDS: Mapping[str, Bound] = {
     # d = absmax / 127, nearest: half a step.
     "q8_0": _rounding(32, 1 / 254, 0.02, codes=127),
-    # d = value of largest magnitude / -8; nearest of -8..7: half a step (1/16), but one step where the other sign is as large.
+    # d = value of largest magnitude / -8; nearest of -8..7: half a step (1/16), but one step where the other sign is as
+    # large.
     "q4_0": _rounding(32, 1 / 8, 0.18, codes=8, weighted=0.60),
     "q5_0": _rounding(32, 1 / 16, 0.11, codes=16, weighted=0.60),
-    # Range over 15 (31) steps from a float16 minimum: the range is at most twice the largest magnitude; both ends come back.
+    # Range over 15 (31) steps from a float16 minimum: the range is at most twice the largest magnitude; both ends come
+    # back.
     "q4_1": _rounding(32, 1 / 15 + 2 * _F16, 0.16, codes=16, anchor=2 * _F16, weighted=0.80),
     "q5_1": _rounding(32, 1 / 31 + 2 * _F16, 0.10, codes=32, anchor=2 * _F16, weighted=0.75),
     # Signs times the mean magnitude; ternary and its four-valued sister: d = absmax, nearest of -1, 0, 1 (2).
@@ -108,7 +115,8 @@ BOUNDS: Mapping[str, Bound] = {
     "tq2_0": _rounding(256, 1 / 2, 0.95, codes=1),
     # Power-of-two scale that puts absmax in [4, 8) over codes that end at 6, with steps of 2 above 4.
     "mxfp4": Bound(32, 1 / 4, 0.28, 1 / 4),
-    # Scale absmax / 6 in an 8-bit float of 3 mantissa bits (1/16, at least 2^-10); codes end at 6 with steps of 2 above 4.
+    # Scale absmax / 6 in an 8-bit float of 3 mantissa bits (1/16, at least 2^-10); codes end at 6 with steps of 2 above
+    # 4.
     "nvfp4": Bound(16, 1 / 6 + 1 / 16, 0.20, 1 / 16 + 1e-6, 6 * 2.0**-10),
     "q2_k": _search(256, 0.65, 0.50, codes=60, weighted=1.30),
     "q3_k": _search(256, 0.33, 0.26, codes=128, weighted=0.75),

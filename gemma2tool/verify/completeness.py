@@ -19,23 +19,15 @@ def compare_names(source: Checkpoint, candidate: Checkpoint) -> GateResult:
     for name, tensor in source.tensors.items():
         if name not in candidate.tensors:
             error(name, "missing from the candidate")
-        elif tuple(candidate.tensors[name].shape) != tuple(tensor.shape):
-            error(
-                name,
-                f"has shape {_shape(tensor.shape)} in the source, {_shape(candidate.tensors[name].shape)} in the candidate",
-            )
-    for name in candidate.tensors:
-        if name not in source.tensors:
-            error(name, "in the candidate, but not in the source")
-    table = expand(candidate.config)
-    for name, spec in table.items():
-        if spec.required and name not in candidate.tensors and name not in source.tensors:
+        elif (shape := candidate.tensors[name].shape) != tensor.shape:
+            error(name, f"has shape {_shape(tensor.shape)} in the source, {_shape(shape)} in the candidate")
+    for name in sorted(candidate.tensors.keys() - source.tensors.keys()):
+        error(name, "in the candidate, but not in the source")
+    for name, spec in expand(candidate.config).items():
+        if name in candidate.tensors and (shape := candidate.tensors[name].shape) != spec.shape:
+            error(name, f"has shape {_shape(shape)}, the candidate's config asks for {_shape(spec.shape)}")
+        elif spec.required and name not in candidate.tensors and name not in source.tensors:
             error(name, "missing from both sides, though the candidate's config asks for it")
-        elif name in candidate.tensors and tuple(candidate.tensors[name].shape) != spec.shape:
-            error(
-                name,
-                f"has shape {_shape(candidate.tensors[name].shape)}, the candidate's config asks for {_shape(spec.shape)}",
-            )
     metrics = {"source_tensors": len(source.tensors), "candidate_tensors": len(candidate.tensors)}
     if not findings:
         return GateResult(
@@ -48,8 +40,8 @@ def compare_names(source: Checkpoint, candidate: Checkpoint) -> GateResult:
 
 def comparable(source: Checkpoint, candidate: Checkpoint) -> bool:
     """Whether both hold the same names in the same shapes, so that a forward pass can be compared."""
-    ours = {name: tuple(tensor.shape) for name, tensor in source.tensors.items()}
-    return ours == {name: tuple(tensor.shape) for name, tensor in candidate.tensors.items()}
+    ours = {name: tensor.shape for name, tensor in source.tensors.items()}
+    return ours == {name: tensor.shape for name, tensor in candidate.tensors.items()}
 
 
 def _shape(shape: tuple[int, ...]) -> str:

@@ -1,4 +1,5 @@
-"""Are two configs the same model? Field by field: what changes the arithmetic, what changes use, what is only informative."""
+"""Are two configs the same model? Field by field: what changes the arithmetic, what changes use, what is only
+informative."""
 
 from __future__ import annotations
 
@@ -36,7 +37,8 @@ ARITHMETIC: Mapping[str, str] = {
     "tie_word_embeddings": "whether the embedding is the output matrix",
 }
 
-# Fields that change how the model is fed, stopped or sampled, not what it computes. A file that does not say (None) only earns a note.
+# Fields that change how the model is fed, stopped or sampled, not what it computes. A file that does not say (None)
+# only earns a note.
 USE: Mapping[str, str] = {
     "bos_token_id": "every text starts with it",
     "eos_token_id": "generation stops at it",
@@ -44,7 +46,8 @@ USE: Mapping[str, str] = {
     "max_position_embeddings": "the longest sequence the model was made for",
 }
 
-# Fields that describe the file, its training, or labels; where both sides say something, differences are noted, never judged.
+# Fields that describe the file, its training, or labels; where both sides say something, differences are noted, never
+# judged.
 INFORMATIVE = (
     "dtype",
     "architectures",

@@ -1,8 +1,9 @@
 """The limits on logits and distributions, one row per kind of candidate, and how a caller overrides them.
 
-The tensor bounds say whether a candidate is what it claims to be; these say whether it still speaks like its source. They hold on
-trained models, for prompts of random tokens as for text. On untrained weights, whose logits answer any change chaotically, no
-fixed limit is honest: there ``verify`` falls back on noise of the same size in the source's own weights (see ``run``).
+The tensor bounds say whether a candidate is what it claims to be; these say whether it still speaks like its source.
+They hold on trained models, for prompts of random tokens as for text. On untrained weights, whose logits answer any
+change chaotically, no fixed limit is honest: there ``verify`` falls back on noise of the same size in the source's own
+weights (see ``run``).
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ from gemma2tool.errors import UsageError
 class Gates:
     """Limits; None: not held to any.
 
-    ``logits``, ``logits_rtol``: |difference| of every logit at most ``logits + logits_rtol * |source|``. ``kl``, ``kl_p99``,
-    ``kl_max``: KL(source || candidate) in nats per position: mean, 99th percentile, maximum. ``top1``: share of positions whose
-    likeliest token is the same, at least. ``ppl_ratio``: perplexity of the candidate over the source's, where the prompt is text.
-    ``rmse``: RMSE / RMS of every quantized tensor, in place of its type's own.
+    ``logits``, ``logits_rtol``: |difference| of every logit at most ``logits + logits_rtol * |source|``. ``kl``,
+    ``kl_p99``, ``kl_max``: KL(source || candidate) in nats per position: mean, 99th percentile, maximum. ``top1``:
+    share of positions whose likeliest token is the same, at least. ``ppl_ratio``: perplexity of the candidate over the
+    source's, where the prompt is text. ``rmse``: RMSE / RMS of every quantized tensor, in place of its type's own.
     """
 
     logits: float | None = None
@@ -62,8 +63,8 @@ def parse_gates(pairs: Iterable[str]) -> dict[str, float]:
     return limits
 
 
-# Float32 forward passes of equal weights differ by the order of additions only: measured, up to 3.2e-5 between implementations
-# on logits up to 28; the mildest mistake (epsilon 1e-5 for 1e-6) moves them by 9e-5.
+# Float32 forward passes of equal weights differ by the order of additions only: measured, up to 3.2e-5 between
+# implementations on logits up to 28; the mildest mistake (epsilon 1e-5 for 1e-6) moves them by 9e-5.
 _EQUAL = Gates(logits=5e-5, logits_rtol=1e-5, kl=1e-6)
 
 GATES: Mapping[str, Gates] = {
@@ -104,8 +105,8 @@ GATES: Mapping[str, Gates] = {
     "q1_0": Gates(kl=8.0, top1=0.0),
     "unknown": Gates(),
 }
-"""Kind -> default limits: from llama.cpp's published KL of Llama 3 8B per type with room for smaller models, in the order of the
-types' loss. A kind is the loosest type among those that a candidate's lossy tensors are stored in."""
+"""Kind -> default limits: from llama.cpp's published KL of Llama 3 8B per type with room for smaller models, in the
+order of the types' loss. A kind is the loosest type among those that a candidate's lossy tensors are stored in."""
 
 
 def loosest(kinds: Iterable[str]) -> str:

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from gemma2tool.verify.logits import LogitRun
     from gemma2tool.verify.metrics import LogitMetrics
 
-# A candidate whose KL stays within this many times that of equally large noise behaves like noise: rounding errors of one scale
-# go together, so they cost somewhat more than independent ones.
+# A candidate whose KL stays within this many times that of equally large noise behaves like noise: rounding errors of
+# one scale go together, so they cost somewhat more than independent ones.
 ENVELOPE = 3.0
 
 
@@ -66,7 +66,8 @@ def _summary(comparisons: Sequence[TensorComparison]) -> str:
 
 
 def by_type(comparisons: Sequence[TensorComparison]) -> dict[str, dict[str, Any]]:
-    """Errors over all tensors of one stored type: number of tensors and values, RMSE, RMSE / RMS, SNR in dB, largest error."""
+    """Errors over all tensors of one stored type: number of tensors and values, RMSE, RMSE / RMS, SNR in dB, largest
+    error."""
     rows = {}
     for stored in sorted({each.candidate_type for each in comparisons}):
         group = [each for each in comparisons if each.candidate_type == stored]
@@ -85,8 +86,8 @@ def by_type(comparisons: Sequence[TensorComparison]) -> dict[str, dict[str, Any]
 
 
 def wants_envelope(metrics: LogitMetrics, limits: Gates, comparisons: Sequence[TensorComparison]) -> bool:
-    """Whether a divergence beyond the limits might be no more than what noise of that size does to this model: only where every
-    tensor is within its bound, and some are not exact."""
+    """Whether a divergence beyond the limits might be no more than what noise of that size does to this model: only
+    where every tensor is within its bound, and some are not exact."""
     beyond = any(limit not in ("logits", "ppl_ratio") for limit, _ in _exceeded(metrics, limits, text=False))
     return (
         beyond
@@ -112,7 +113,8 @@ def _logits(run: LogitRun, limits: Gates) -> GateResult:
         "limits": _given(limits, "logits", "logits_rtol"),
     }
     if any(metrics.nonfinite):
-        said = f"{metrics.nonfinite[0]} logits of the source and {metrics.nonfinite[1]} of the candidate are NaN or infinite"
+        broken, theirs = metrics.nonfinite
+        said = f"{broken} logits of the source and {theirs} of the candidate are NaN or infinite"
         return GateResult(gate, "failed", said, report, (Finding(gate, "error", None, said),))
     report |= {
         "max_abs_difference": significant(metrics.max_abs_difference),
@@ -131,8 +133,9 @@ def _logits(run: LogitRun, limits: Gates) -> GateResult:
         return GateResult(gate, "passed", summary, report)
     position, token = metrics.max_at
     said = (
-        f"{metrics.beyond} of {metrics.logits} logits differ by more than {limits.logits:g} + {limits.logits_rtol or 0:g} x |logit|;"
-        f" the largest difference, {metrics.max_abs_difference:.4g}, at position {position % tokens} for token {token}"
+        f"{metrics.beyond} of {metrics.logits} logits differ by more than {limits.logits:g} +"
+        f" {limits.logits_rtol or 0:g} x |logit|; the largest difference, {metrics.max_abs_difference:.4g}, at position"
+        f" {position % tokens} for token {token}"
     )
     parting = next((depth for depth, drift in enumerate(run.drift) if drift > 1e-4), None)
     if parting is not None:

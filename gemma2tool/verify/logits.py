@@ -1,7 +1,7 @@
 """Both checkpoints' float32 logits on the same token ids, layer by layer side by side.
 
-The prompt must be longer than the sliding window, or a wrong window cannot show: where it is not, both sides run with a smaller
-window, and the candidate's stays as much larger or smaller than the source's as its config has it.
+The prompt must be longer than the sliding window, or a wrong window cannot show: where it is not, both sides run with a
+smaller window, and the candidate's stays as much larger or smaller than the source's as its config has it.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ DEFAULT_TOKENS = 64
 class LogitRun:
     """What was run and what came out.
 
-    ``windows``: the sliding windows that source and candidate ran with; None where no layer slides. ``drift``: per depth (the
-    embeddings, then after each layer) the RMS of the hidden states' difference over the RMS of the source's.
+    ``windows``: the sliding windows that source and candidate ran with; None where no layer slides. ``drift``: per
+    depth (the embeddings, then after each layer) the RMS of the hidden states' difference over the RMS of the source's.
     """
 
     metrics: LogitMetrics
@@ -38,7 +38,8 @@ class LogitRun:
 
 
 def default_ids(config: Gemma2Config, tokens: int = DEFAULT_TOKENS) -> np.ndarray:
-    """A prompt that is the same everywhere: bos, then pseudo-random tokens (splitmix64) of the whole vocabulary; int (1, tokens)."""
+    """A prompt that is the same everywhere: bos, then pseudo-random tokens (splitmix64) of the whole vocabulary; int
+    (1, tokens)."""
     tokens = min(tokens, config.max_position_embeddings)
     mask, ids = 2**64 - 1, []
     for index in range(1, tokens + 1):
@@ -52,7 +53,8 @@ def default_ids(config: Gemma2Config, tokens: int = DEFAULT_TOKENS) -> np.ndarra
 
 
 def windows_for(source: Gemma2Config, candidate: Gemma2Config, tokens: int) -> tuple[int, int] | None:
-    """The sliding windows to run both with, so that ``tokens`` go past them; None where the source has no sliding layer."""
+    """The sliding windows to run both with, so that ``tokens`` go past them; None where the source has no sliding
+    layer."""
     if source.sliding_window is None or candidate.sliding_window is None or SLIDING not in source.layer_types:
         return None
     if source.sliding_window < tokens:
@@ -73,8 +75,8 @@ def compare_logits(
 ) -> LogitRun:
     """Run both checkpoints on ``ids``, int (T,) or (B, T), in float32, and compare all positions' logits.
 
-    Peak memory: both sides' activations and a slice of the vocabulary projection, whatever the size of the models. Raises
-    ``UsageError`` for ids that the models cannot take.
+    Peak memory: both sides' activations and a slice of the vocabulary projection, whatever the size of the models.
+    Raises ``UsageError`` for ids that the models cannot take.
     """
     ids = np.asarray(ids)
     if ids.ndim == 1:
@@ -110,7 +112,8 @@ Slices = Iterator[tuple[int, int, torch.Tensor]]
 
 
 def _aligned(ours: Slices, theirs: Slices) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    """Cut two runs of vocabulary slices (first, end, logits (B, T, n)) at common bounds: first, and (B * T, n) of each."""
+    """Cut two runs of vocabulary slices (first, end, logits (B, T, n)) at common bounds: first, and (B * T, n) of
+    each."""
     right_end = 0
     for left_first, left_end, left in ours:
         at = left_first

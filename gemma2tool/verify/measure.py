@@ -46,8 +46,8 @@ class Piece:
 def measure_bits(wanted: np.ndarray, got: np.ndarray, source: Callable[[], np.ndarray] | None) -> Piece:
     """Compare two arrays of one dtype bit for bit.
 
-    ``source``: gives the float32 values that errors are measured against; None where they are ``wanted``, and then nothing is
-    measured while the bits agree.
+    ``source``: gives the float32 values that errors are measured against; None where they are ``wanted``, and then
+    nothing is measured while the bits agree.
     """
     piece = Piece(got.size)
     unsigned = _UNSIGNED[got.dtype.itemsize]
@@ -70,7 +70,8 @@ def measure_bits(wanted: np.ndarray, got: np.ndarray, source: Callable[[], np.nd
 
 
 def measure_blocks(source: np.ndarray, got: np.ndarray, block: int, bound: Bound | None) -> Piece:
-    """Errors of float32 ``got`` against float32 ``source``, and, where there is a bound, per block of ``block`` values."""
+    """Errors of float32 ``got`` against float32 ``source``, and, where there is a bound, per block of ``block``
+    values."""
     source, got = source.reshape(-1), got.reshape(-1)
     piece = Piece(got.size)
     errors = _measure_errors(piece, source, got)
@@ -133,8 +134,8 @@ class WorstBlock:
 class BlockJudge:
     """Adds up a tensor's pieces in order and counts the blocks beyond the bound.
 
-    Blocks are judged as they come, except where their scales were quantized together (``bound.nested``): how far such a scale may
-    be off depends on its neighbours and on the mean over the tensor, so those wait for ``finish``.
+    Blocks are judged as they come, except where their scales were quantized together (``bound.nested``): how far such a
+    scale may be off depends on its neighbours and on the mean over the tensor, so those wait for ``finish``.
     """
 
     bound: Bound | None
@@ -193,8 +194,9 @@ class BlockJudge:
 def nested_scale_error(absmax: np.ndarray) -> np.ndarray:
     """How far each block scale may be off after bitsandbytes' double quantization, shape (blocks,).
 
-    Scales minus their mean over the tensor are quantized 256 at a time to the 8-bit dynamic map, relative to the largest of them.
-    The CPU library finds the code through a table that may be one code off, hence a whole gap and not half of one.
+    Scales minus their mean over the tensor are quantized 256 at a time to the 8-bit dynamic map, relative to the
+    largest of them. The CPU library finds the code through a table that may be one code off, hence a whole gap and not
+    half of one.
     """
     centred = np.abs(absmax - absmax.mean(dtype=np.float64).astype(np.float32))
     largest = _blocks(centred, 256).max(axis=1)

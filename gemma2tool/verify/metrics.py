@@ -1,7 +1,7 @@
 """Two models' logits at the same positions, compared in one pass over slices of the vocabulary.
 
-With V = 256000 the logits of a hundred positions are 100 MB a side; nothing here holds more than a slice of them. Sums run online:
-a running maximum and the sums relative to it, in double precision.
+With V = 256000 the logits of a hundred positions are 100 MB a side; nothing here holds more than a slice of them. Sums
+run online: a running maximum and the sums relative to it, in double precision.
 """
 
 from __future__ import annotations
@@ -15,11 +15,14 @@ import numpy as np
 from gemma2tool.verify.tensors import significant
 
 
+_AT_ONCE = 1 << 18  # logits whose arithmetic is done at once: 2 MiB in double precision
+
+
 class LogitComparison:
     """Feed with ``add`` every slice of the vocabulary once, in order; then ``finish``.
 
-    ``positions``: N, all positions of all prompts. ``following``: int (N,), the token that follows each position, or -1 where none
-    does. ``atol``, ``rtol``: a logit counts as beyond the limit when |difference| > atol + rtol * |source|.
+    ``positions``: N, all positions of all prompts. ``following``: int (N,), the token that follows each position, or -1
+    where none does. ``atol``, ``rtol``: a logit counts as beyond the limit when |difference| > atol + rtol * |source|.
     """
 
     def __init__(self, positions: int, following: np.ndarray, *, atol: float = 0.0, rtol: float = 0.0) -> None:
@@ -42,24 +45,29 @@ class LogitComparison:
         if any(self._nonfinite):
             self._count += source.size
             return
-        s, c = source.astype(np.float64), candidate.astype(np.float64)
+        step = max(_AT_ONCE // source.shape[1], 1)
+        for start in range(0, source.shape[0], step):
+            rows = slice(start, start + step)
+            self._add(first, rows, source[rows].astype(np.float64), candidate[rows].astype(np.float64))
+
+    def _add(self, first: int, rows: slice, s: np.ndarray, c: np.ndarray) -> None:
         difference = s - c
         magnitude = np.abs(difference)
         at = np.unravel_index(int(magnitude.argmax()), magnitude.shape)
         if magnitude[at] > self._max_abs:
-            self._max_abs, self._max_at = float(magnitude[at]), (int(at[0]), first + int(at[1]))
+            self._max_abs, self._max_at = float(magnitude[at]), (rows.start + int(at[0]), first + int(at[1]))
         self._sum_abs += float(magnitude.sum())
         self._beyond += int(np.count_nonzero(magnitude > self.atol + self.rtol * np.abs(s)))
         self._count += s.size
 
         ours, theirs = self._sides
-        weights, rescale = ours.add(first, s)
-        self._cross = self._cross * rescale + (weights * difference).sum(axis=1)
-        theirs.add(first, c)
-        here = (self.following >= first) & (self.following < first + s.shape[1])
-        rows = np.flatnonzero(here)
+        weights, rescale = ours.add(first, rows, s)
+        self._cross[rows] = self._cross[rows] * rescale + (weights * difference).sum(axis=1)
+        theirs.add(first, rows, c)
+        following = self.following[rows] - first
+        here = np.flatnonzero((following >= 0) & (following < s.shape[1]))
         for side, logits in enumerate((s, c)):
-            self._chosen[side, rows] = logits[rows, self.following[rows] - first]
+            self._chosen[side, rows.start + here] = logits[here, following[here]]
 
     def finish(self) -> LogitMetrics:
         ours, theirs = self._sides
@@ -92,17 +100,18 @@ class _Side:
         self.total = np.zeros(positions)
         self.top = np.zeros(positions, np.int64)
 
-    def add(self, first: int, logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def add(self, first: int, rows: slice, logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Returns exp(logits - maximum) and what earlier sums are to be multiplied by."""
         at = logits.argmax(axis=1)
-        largest = logits[np.arange(self.positions), at]
-        higher = largest > self.max
-        self.top[higher] = first + at[higher]
-        maximum = np.where(higher, largest, self.max)
-        rescale = np.exp(self.max - maximum)
+        largest = logits[np.arange(at.size), at]
+        before = self.max[rows]
+        higher = largest > before
+        self.top[rows] = np.where(higher, first + at, self.top[rows])
+        maximum = np.where(higher, largest, before)
+        rescale = np.exp(before - maximum)
         weights = np.exp(logits - maximum[:, None])
-        self.total = self.total * rescale + weights.sum(axis=1)
-        self.max = maximum
+        self.total[rows] = self.total[rows] * rescale + weights.sum(axis=1)
+        self.max[rows] = maximum
         return weights, rescale
 
     @property
@@ -114,9 +123,10 @@ class _Side:
 class LogitMetrics:
     """What two models' logits say of each other.
 
-    Arrays are per position: ``kl`` (N,) = KL(source || candidate) in nats, ``same_top``, ``source_top`` and ``candidate_top`` (N,), and
-    ``log_p`` (2, M): both sides' log-probabilities of the token that follows, for the M positions where one does. ``beyond``: logits
-    farther apart than the limit. ``nonfinite``: NaN or infinite logits of source and candidate; all else is then empty.
+    Arrays are per position: ``kl`` (N,) = KL(source || candidate) in nats, ``same_top``, ``source_top`` and
+    ``candidate_top`` (N,), and ``log_p`` (2, M): both sides' log-probabilities of the token that follows, for the M
+    positions where one does. ``beyond``: logits farther apart than the limit. ``nonfinite``: NaN or infinite logits of
+    source and candidate; all else is then empty.
     """
 
     positions: int
@@ -167,8 +177,8 @@ class LogitMetrics:
         return {name: significant(value) for name, value in found.items()} | {"positions": self.positions}
 
     def prediction(self) -> dict[str, Any]:
-        """Perplexities over the tokens that follow, their ratio with its standard error, and the change of those tokens'
-        probability. Means something only where the prompt is text."""
+        """Perplexities over the tokens that follow, their ratio with its standard error, and the change of those
+        tokens' probability. Means something only where the prompt is text."""
         ours, theirs = -self.log_p
         count = ours.size
         if not count:

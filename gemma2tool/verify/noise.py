@@ -1,8 +1,8 @@
 """How much a model minds noise: the source with random errors of the candidate's size in its own weights.
 
-A quantized candidate's errors are, to the model, noise. On trained models a type's noise costs a known amount; on untrained or
-unusual ones it may cost any. Running the source with uniform noise of the same RMSE per tensor tells what this model makes of
-it, and so whether a large divergence is the type's doing or a fault.
+A quantized candidate's errors are, to the model, noise. On trained models a type's noise costs a known amount; on
+untrained or unusual ones it may cost any. Running the source with uniform noise of the same RMSE per tensor tells what
+this model makes of it, and so whether a large divergence is the type's doing or a fault.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ class NoisyTensor(LazyTensor):
 
 
 def with_noise(source: Checkpoint, comparisons: Iterable[TensorComparison]) -> Checkpoint:
-    """The source with noise in every tensor that the candidate does not hold exactly. Borrows the source's files: do not close it."""
+    """The source with noise in every tensor that the candidate does not hold exactly. Borrows the source's files: do
+    not close it."""
     tensors = dict(source.tensors)
     for each in comparisons:
         if each.rmse:

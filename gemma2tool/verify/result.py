@@ -1,7 +1,7 @@
 """What a verification says: findings, gates, and all of it as one JSON object.
 
-The JSON object is deterministic: for the same two checkpoints, gates and token ids it is the same byte for byte, whatever the
-number of threads. Times live beside it, never in it.
+The JSON object is deterministic: for the same two checkpoints, gates and token ids it is the same byte for byte,
+whatever the number of threads. Times live beside it, never in it.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ Status = Literal["passed", "failed", "skipped", "reported"]
 class Finding:
     """One thing that was seen, in a sentence.
 
-    ``severity``: "error" (the models differ where they may not), "warning" (differs where it may matter), "note" (a difference that
-    the conversion itself required). ``subject``: the canonical tensor name or the config field it is about, or None for the whole.
+    ``severity``: "error" (the models differ where they may not), "warning" (differs where it may matter), "note" (a
+    difference that the conversion itself required). ``subject``: the canonical tensor name or the config field it is
+    about, or None for the whole.
     """
 
     gate: str
@@ -38,8 +39,8 @@ class Finding:
 class GateResult:
     """The outcome of one gate.
 
-    ``status``: "reported" means that it measured and had no limit to hold the measurement to; "skipped" means that it did not
-    run, and the summary says why. ``metrics``: names of the field to numbers, strings, or nested maps of these.
+    ``status``: "reported" means that it measured and had no limit to hold the measurement to; "skipped" means that it
+    did not run, and the summary says why. ``metrics``: names of the field to numbers, strings, or nested maps of these.
     """
 
     name: str
@@ -78,8 +79,8 @@ class Side:
 class Verification:
     """All gates' results for a candidate against its source.
 
-    ``kind``: what was asked of the candidate, a row of ``gates.GATES`` ("lossless", "bf16", "q4_0", ...). ``seconds``: wall time per
-    level; not part of ``to_json``.
+    ``kind``: what was asked of the candidate, a row of ``gates.GATES`` ("lossless", "bf16", "q4_0", ...). ``seconds``:
+    wall time per level; not part of ``to_json``.
     """
 
     source: Side

@@ -51,12 +51,13 @@ def verify(
 ) -> Verification:
     """Compare ``candidate`` with ``source``; never raises for a difference, only for what cannot be read or run.
 
-    ``ids``: token ids, int (T,) or (B, T), for the logits; default: 64 pseudo-random ones. ``text``: whether they are running text,
-    so that perplexity means something (default: when the caller gives them). ``gates``: limits that replace the defaults, by the
-    names of ``gates.Gates``. ``levels``: which questions to ask, of ``LEVELS``. ``expected``: canonical tensors as the target's own
-    convention makes them, bit for bit (GGUF's w + 1 and back); what they lose is reported, not judged. ``weighted``: an importance
-    matrix steered the quantization, so single values may be far off. ``threads``: for reading, comparing and the forward passes; the
-    tensors' part of the result does not depend on it.
+    ``ids``: token ids, int (T,) or (B, T), for the logits; default: 64 pseudo-random ones. ``text``: whether they are
+    running text, so that perplexity means something (default: when the caller gives them). ``gates``: limits that
+    replace the defaults, by the names of ``gates.Gates``. ``levels``: which questions to ask, of ``LEVELS``.
+    ``expected``: canonical tensors as the target's own convention makes them, bit for bit (GGUF's w + 1 and back); what
+    they lose is reported, not judged. ``weighted``: an importance matrix steered the quantization, so single values may
+    be far off. ``threads``: for reading, comparing and the forward passes; the tensors' part of the result does not
+    depend on it.
     """
     unknown = [level for level in levels if level not in LEVELS]
     if unknown:

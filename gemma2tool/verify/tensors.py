@@ -1,10 +1,12 @@
-"""Every tensor of a candidate against its source, streamed: bit for bit where that can be asked, else within the type's bound.
+"""Every tensor of a candidate against its source, streamed: bit for bit where that can be asked, else within the type's
+bound.
 
 Which question is asked of a tensor follows from how the candidate stores it:
 
 - ``exact``: a float type that holds every value of the source. The bits must be equal.
 - ``cast``: a narrower float type. The bits must be those of the source rounded to it, nearest or even.
-- ``expected``: the caller knows what the target's own convention makes of the tensor (GGUF's w + 1 in float32). The bits must be
+- ``expected``: the caller knows what the target's own convention makes of the tensor (GGUF's w + 1 in float32). The
+  bits must be
   those, and what they lose against the source is reported.
 - ``bound``: a quantized type. Every block's error must lie within ``bounds.BOUNDS``.
 - ``reported``: a type without a known bound. Measured, not judged.
@@ -30,7 +32,8 @@ GATE = "tensors"
 Advance = Callable[[int, str], None]
 """Told of every piece that was compared: bytes of the candidate's values, the tensor's name."""
 
-# Values compared at a time by one thread: 2 MiB as float32, so that the handful of arrays they need stay near the caches.
+# Values compared at a time by one thread: 2 MiB as float32, so that the handful of arrays they need stay near the
+# caches.
 _CHUNK_VALUES = 512 * 1024
 
 _HOLDS = {FLOAT32: {FLOAT32, FLOAT16, BFLOAT16}, FLOAT16: {FLOAT16}, BFLOAT16: {BFLOAT16}}
@@ -41,9 +44,9 @@ _ROUNDING_UNIT = {FLOAT16: 2.0**-11, BFLOAT16: 2.0**-8}
 class TensorComparison:
     """What was found of one tensor. Errors are candidate minus source in float32.
 
-    ``rule``: which question was asked (see the module). ``ok``: whether the answer was yes. ``differing``: values whose bits are not
-    what they must be (``exact``, ``cast``, ``expected``); ``bad_blocks``: blocks beyond the bound (``bound``). ``first``: flat index
-    of the first such value.
+    ``rule``: which question was asked (see the module). ``ok``: whether the answer was yes. ``differing``: values whose
+    bits are not what they must be (``exact``, ``cast``, ``expected``); ``bad_blocks``: blocks beyond the bound
+    (``bound``). ``first``: flat index of the first such value.
     """
 
     name: str
@@ -128,7 +131,8 @@ class _Job:
 
 
 def cast(rows: np.ndarray, stored: str, dtype: np.dtype) -> np.ndarray:
-    """``rows`` as a candidate that stores ``stored`` and hands out ``dtype`` must return them: rounded once, nearest or even."""
+    """``rows`` as a candidate that stores ``stored`` and hands out ``dtype`` must return them: rounded once, nearest or
+    even."""
     target = FLOAT_DTYPES.get(stored, dtype)
     if rows.dtype != target:
         with np.errstate(over="ignore"):  # a value too large becomes infinite, and is then reported as such
@@ -148,8 +152,9 @@ def compare_tensors(
 ) -> list[TensorComparison]:
     """Compare the tensors that both have, in the source's order; shapes must already be equal.
 
-    ``expected``: what the candidate must hold, bit for bit, where the target's convention changes a value. ``weighted``: whether an
-    importance matrix steered the candidate's codes. ``rmse``: ceiling on RMSE / RMS in place of each type's own. The result does not depend on ``threads``.
+    ``expected``: what the candidate must hold, bit for bit, where the target's convention changes a value.
+    ``weighted``: whether an importance matrix steered the candidate's codes. ``rmse``: ceiling on RMSE / RMS in place
+    of each type's own. The result does not depend on ``threads``.
     """
     expected = expected or {}
     jobs = [
@@ -229,7 +234,8 @@ def kind_of(
     expected: Collection[str],
     comparisons: Iterable[TensorComparison] | None,
 ) -> str:
-    """What the candidate is to its source, a row of ``gates.GATES``: "lossless", or the loosest type it stores lossy tensors in.
+    """What the candidate is to its source, a row of ``gates.GATES``: "lossless", or the loosest type it stores lossy
+    tensors in.
 
     Follows from the stored types alone; where ``comparisons`` are there, tensors that came back whole do not count.
     """
@@ -251,7 +257,10 @@ def _conclude(job: _Job, judge: BlockJudge) -> TensorComparison:
     message = ""
     if total.nonfinite > total.source_nonfinite:
         at = _where(total.first_nonfinite, job.candidate.shape)
-        message = f"holds {total.nonfinite} NaN or infinite values where the source holds {total.source_nonfinite}; the first at {at}"
+        message = (
+            f"holds {total.nonfinite} NaN or infinite values where the source holds {total.source_nonfinite};"
+            f" the first at {at}"
+        )
     elif total.differing:
         message = _bits_message(job, total)
     elif bad_blocks:
@@ -290,9 +299,12 @@ _MUST_BE = {
 def _bits_message(job: _Job, total: Piece) -> str:
     must = _MUST_BE[job.rule].format(stored=job.candidate.stored)
     index, wanted, got = total.first_difference
-    share = f"{total.differing} of {total.values} values" if total.values > 1 else "its value"
+    verb = "is" if total.differing == 1 else "are"
     at = _where(index, job.candidate.shape)
-    return f"{share} {'is' if total.differing == 1 else 'are'} not {must}; the first at {at}: {got:.9g}, must be {wanted:.9g}"
+    return (
+        f"{total.differing} of {total.values} values {verb} not {must};"
+        f" the first at {at}: {got:.9g}, must be {wanted:.9g}"
+    )
 
 
 def _block_message(job: _Job, judge: BlockJudge, bad_blocks: int) -> str:
@@ -300,10 +312,11 @@ def _block_message(job: _Job, judge: BlockJudge, bad_blocks: int) -> str:
     at = _where(worst.index, job.candidate.shape)
     where = f"the worst begins at {at}" if bad_blocks > 1 else f"it begins at {at}"
     kind = "its largest value is off by" if worst.anchor else "a value is off by"
-    blocks = f"{bad_blocks} of {math.ceil(job.candidate.size / job.block)} blocks"
+    verb = "is" if bad_blocks == 1 else "are"
     return (
-        f"{blocks} of {job.block} values {'is' if bad_blocks == 1 else 'are'} farther from the source than {job.candidate.stored} can be;"
-        f" {where}: {kind} {worst.error:.4g}, at most {worst.allowed:.4g} is possible"
+        f"{bad_blocks} of {math.ceil(job.candidate.size / job.block)} blocks of {job.block} values {verb} farther from"
+        f" the source than {job.candidate.stored} can be; {where}: {kind} {worst.error:.4g}, at most"
+        f" {worst.allowed:.4g} is possible"
     )
 
 

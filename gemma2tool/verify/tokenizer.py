@@ -1,4 +1,5 @@
-"""Do two checkpoints turn text into the same ids? Pieces, scores, special ids, chat template, and a few tricky strings."""
+"""Do two checkpoints turn text into the same ids? Pieces, scores, special ids, chat template, and a few tricky
+strings."""
 
 from __future__ import annotations
 
@@ -13,8 +14,9 @@ if TYPE_CHECKING:
 
 GATE = "tokenizer"
 
-# Each goes another way through Gemma's tokenizer: leading, repeated and trailing spaces, runs of newlines and tabs, digits, accents
-# composed and not, scripts without spaces, emoji joined, bytes without a piece, markup, a space that is not U+0020.
+# Each goes another way through Gemma's tokenizer: leading, repeated and trailing spaces, runs of newlines and tabs,
+# digits, accents composed and not, scripts without spaces, emoji joined, bytes without a piece, markup, a space that is
+# not U+0020.
 TRICKY = (
     "Hello, world!",
     " leading and  double   spaces ",
@@ -82,7 +84,10 @@ def _compare_models(ours: bytes, theirs: bytes) -> tuple[list[Finding], dict[str
     differing = [i for i in ids if scores[i] != others[i] and _ADDED not in (scores[i], others[i])]
     if differing:
         first = differing[0]
-        said = f"{len(differing)} scores differ, the first is that of {first}: {scores[first]:g}, in the candidate {others[first]:g}"
+        said = (
+            f"{len(differing)} scores differ, the first is that of {first}:"
+            f" {scores[first]:g}, in the candidate {others[first]:g}"
+        )
         findings.append(Finding(GATE, "error", "scores", said))
     for what in ("bos", "eos", "unk", "pad"):
         mine, its = getattr(left, f"{what}_id")(), getattr(right, f"{what}_id")()
