@@ -15,21 +15,19 @@ import numpy as np
 
 from gemma2tool.errors import InputRefused
 from gemma2tool.formats import assets, packings, raw
-from gemma2tool.formats.base import Output, OutputFile, OutputTensor, Placement, WriteOptions
+from gemma2tool.formats.base import Output, WriteOptions
 from gemma2tool.formats.dtypes import stored_dtypes
+from gemma2tool.formats.plain import drop_equal_head
+from gemma2tool.formats.safetensors_output import INDEX, SINGLE, config_content, other_assets, shards
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.config import Gemma2Config
-from gemma2tool.model.lazy import DTYPE_NAMES, LazyTensor, MappedRows, row_ranges
+from gemma2tool.model.lazy import DTYPE_NAMES, LazyTensor, MappedRows
 from gemma2tool.quantizers.base import Encoder
 from gemma2tool.quantizers.floats import Float
-from gemma2tool.storage import safetensors, torch_zip
+from gemma2tool.storage import torch_zip
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 BIN_INDEX = "pytorch_model.bin.index.json"
 BIN_SINGLE = "pytorch_model.bin"
-CONFIG_DTYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
-COMPARE_BYTES = 16 << 20
 
 
 class HuggingFace:
@@ -119,41 +117,23 @@ class HuggingFace:
                 encoder = packings.encoder_for(spec, options.type, double_quant=double_quant, source=cast)
                 source = cast if encoder else source
             planned.append((name, source, encoder or Float(dtypes[name])))
-        files, tensors, index = _shards(planned, options.max_shard_size)
-        small = {"config.json": _config_json(checkpoint, dtypes, quantization)}
-        small["generation_config.json"] = assets.generation_config(checkpoint)
-        for name in checkpoint.assets:
-            if name not in small and name != "README.md":
-                small[name] = checkpoint.assets[name]
-        if index:
-            small[INDEX] = index
+        files, tensors, index = shards(planned, options.max_shard_size, "pt")
+        content = config_content(checkpoint, dtypes)
+        if quantization is not None:
+            content["quantization_config"] = quantization
+        small = other_assets(checkpoint) | {"config.json": assets.dump_json(content)}
+        if len(files) > 1:
+            small[INDEX] = assets.dump_json(index)
         return Output(self.name, False, files, tensors, small)
 
 
 def _plain(tensors: Mapping[str, LazyTensor], checkpoint: Checkpoint) -> dict[str, LazyTensor]:
     """Drop what Hugging Face files may carry beyond the table: rotary buffers, and an lm_head equal to the embedding."""
     result = {name: tensor for name, tensor in tensors.items() if not name.endswith(".rotary_emb.inv_freq")}
-    head = result.get("lm_head.weight")
-    embedding = result.get("model.embed_tokens.weight")
-    if head is None or embedding is None or not checkpoint.config.tie_word_embeddings:
-        return result
-    if not _equal(head, embedding):
-        raise InputRefused(
-            "checkpoint.untied-head",
-            f"{head.origin}: differs from the embedding, but the config says tie_word_embeddings",
-            hint="set tie_word_embeddings to false in the config if the head was trained on its own, else remove it",
-        )
-    checkpoint.warnings.append("lm_head.weight is a copy of the tied embedding: dropped")
-    return {name: tensor for name, tensor in result.items() if name != "lm_head.weight"}
-
-
-def _equal(a: LazyTensor, b: LazyTensor) -> bool:
-    if a.shape != b.shape or a.dtype != b.dtype:
-        return False
-    for first, last in row_ranges(a.rows, a.row_size * a.dtype.itemsize, COMPARE_BYTES):
-        if a.load_rows(first, last).tobytes() != b.load_rows(first, last).tobytes():
-            return False
-    return True
+    plain = drop_equal_head(result, checkpoint.config)
+    if len(plain) < len(result):
+        checkpoint.warnings.append("lm_head.weight is a copy of the tied embedding: dropped")
+    return plain
 
 
 def _as_dtype(source: LazyTensor, dtype: np.dtype) -> LazyTensor:
@@ -165,68 +145,6 @@ def _as_dtype(source: LazyTensor, dtype: np.dtype) -> LazyTensor:
     tensor = MappedRows(source, lambda rows: cast(rows, dtype), dtype)
     tensor.stored = DTYPE_NAMES[dtype]
     return tensor
-
-
-def _config_json(checkpoint: Checkpoint, dtypes: Mapping[str, np.dtype], quantization: dict | None) -> bytes:
-    config = checkpoint.config
-    kinds = {dtypes[name] for name, spec in checkpoint.specs.items() if spec.role != "norm"}
-    dtype = DTYPE_NAMES[kinds.pop()] if len(kinds) == 1 else DTYPE_NAMES[checkpoint.dtype]
-    content = replace(config, dtype=CONFIG_DTYPES.get(dtype, config.dtype)).to_hf()
-    content.setdefault("architectures", ["Gemma2ForCausalLM"])
-    if quantization is not None:
-        content["quantization_config"] = quantization
-    return assets.dump_json(content)
-
-
-def natural_key(name: str) -> list[tuple[int, int | str]]:
-    """The order of transformers' state dicts: by the segments between dots, numbers as numbers."""
-    return [(0, int(part)) if part.isdigit() else (1, part) for part in name.split(".")]
-
-
-def _shards(
-    planned: list[tuple[str, LazyTensor, Encoder]], limit: int
-) -> tuple[list[OutputFile], list[OutputTensor], bytes | None]:
-    """Spread the stored parts over files as transformers does: in natural order, a new file where the limit would be passed."""
-    stored = []
-    for name, source, encoder in planned:
-        for part in encoder.parts(source.shape):
-            stored.append((packings.part_name(name, part.suffix), part, name))
-    stored.sort(key=lambda item: natural_key(item[0]))
-    shards: list[list] = []
-    current, size = [], 0
-    for item in stored:
-        nbytes = item[1].nbytes
-        if nbytes > limit:
-            shards.append([item])
-            continue
-        if size + nbytes > limit:
-            shards.append(current)
-            current, size = [], 0
-        current.append(item)
-        size += nbytes
-    if current:
-        shards.append(current)
-
-    files: list[OutputFile] = []
-    places: dict[str, dict[str, Placement]] = {name: {} for name, _, _ in planned}
-    weight_map: dict[str, str] = {}
-    for number, shard in enumerate(shards, 1):
-        file = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        header, offsets, total = safetensors.layout(
-            [(name, part.dtype, part.shape) for name, part, _ in shard], {"format": "pt"}
-        )
-        files.append(OutputFile(file, total, [(0, header)]))
-        for name, part, owner in shard:
-            places[owner][part.suffix] = Placement(name, file, offsets[name], part.nbytes)
-            weight_map[name] = file
-    tensors = [OutputTensor(name, (name,), source, encoder, places[name]) for name, source, encoder in planned]
-    if len(shards) == 1:
-        return files, tensors, None
-    metadata = {
-        "total_parameters": sum(source.size for _, source, _ in planned),
-        "total_size": sum(part.nbytes for _, part, _ in stored),
-    }
-    return files, tensors, assets.dump_json({"metadata": metadata, "weight_map": weight_map})
 
 
 def _places(tensors: Mapping[str, LazyTensor]) -> dict[str, str]:
@@ -248,5 +166,3 @@ def _is_fused(folder: Path) -> bool:
         return any(".qkv_proj." in name for name in torch_zip.read_index(folder / BIN_SINGLE))
     except InputRefused:
         return False
-
-

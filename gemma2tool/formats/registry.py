@@ -14,6 +14,9 @@ from gemma2tool.model.config import Gemma2Config
 _FORMATS: dict[str, str] = {
     "gguf": "gemma2tool.formats.gguf:GGUF",
     "gemma-pytorch": "gemma2tool.formats.gemma_pytorch:GemmaPytorch",
+    "torchtune": "gemma2tool.formats.torchtune:Torchtune",
+    "litgpt": "gemma2tool.formats.litgpt:LitGPT",
+    "mlx": "gemma2tool.formats.mlx:MLX",
     "hf": "gemma2tool.formats.hf:HuggingFace",
 }
 """Name to class, in the order of detection: the most telling first. Imported when asked for."""

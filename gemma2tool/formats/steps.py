@@ -13,6 +13,7 @@ from typing import Protocol
 
 import numpy as np
 
+from gemma2tool.errors import InputRefused
 from gemma2tool.model.config import Gemma2Config
 from gemma2tool.model.lazy import FLOAT16, FLOAT32, LazyTensor, MappedRows, RowRange, StackedRows, to_float32
 from gemma2tool.model.tensors import expand
@@ -100,8 +101,11 @@ def to_canonical(table: Sequence[Row], disk: Mapping[str, LazyTensor], config: G
         first = 0
         counts = [specs[name].shape[0] for name in entry.canonical]
         if sum(counts) != tensor.shape[0]:
-            result[entry.disk] = tensor
-            continue
+            raise InputRefused(
+                "checkpoint.shape",
+                f"{tensor.origin}: has {tensor.shape[0]} rows, the config asks for {' + '.join(map(str, counts))}",
+                hint="the config contradicts the weights: pass the right one with --config",
+            )
         for name, count in zip(entry.canonical, counts, strict=True):
             result[name] = RowRange(tensor, first, first + count)
             first += count

@@ -1,0 +1,99 @@
+"""Apple's MLX format, as mlx-lm saves it: Hugging Face's names and layout in safetensors marked ``format: mlx``, always with an index."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from gemma2tool.errors import InputRefused
+from gemma2tool.formats import assets, raw
+from gemma2tool.formats.base import Output, WriteOptions
+from gemma2tool.formats.dtypes import stored_dtypes
+from gemma2tool.formats.plain import drop_equal_head, refuse_homeless, refuse_type
+from gemma2tool.formats.safetensors_output import INDEX, SINGLE, config_content, other_assets, shards
+from gemma2tool.model.checkpoint import Checkpoint
+from gemma2tool.model.config import Gemma2Config
+from gemma2tool.model.lazy import LazyTensor
+from gemma2tool.model.tensors import expand
+from gemma2tool.quantizers.floats import Float
+from gemma2tool.storage import safetensors
+from gemma2tool.storage.paths import confined
+
+TAG = "mlx"
+
+
+class MLX:
+    """A folder with config.json and safetensors that mlx-lm saved."""
+
+    name = "mlx"
+
+    def detect(self, path: Path) -> bool:
+        try:
+            return path.is_dir() and safetensors.read_header(_files(path)[0][0]).metadata.get("format") == TAG
+        except (InputRefused, OSError):
+            return False
+
+    def open(self, path: Path, *, config: Gemma2Config | None = None) -> Checkpoint:
+        config_path = path / "config.json"
+        given = config is not None
+        config = config or assets.read_config(config_path)
+        checkpoint = Checkpoint(path, self.name, config, {}, assets.folder_assets(path))
+        try:
+            files, weight_map = _files(path)
+            tensors, metadata = raw.open_safetensors(files, checkpoint.closers)
+            if weight_map is not None:
+                raw.check_index(path / INDEX, weight_map, {n: t.origin.split(":", 1)[0] for n, t in tensors.items()})
+                files = [*files, path / INDEX]
+            checkpoint.files = (*files, *([] if given else [config_path]))
+            checkpoint.metadata = {"safetensors": metadata}
+            checkpoint.tensors = drop_equal_head(tensors, config)
+            checkpoint.check()
+        except BaseException:
+            checkpoint.close()
+            raise
+        return checkpoint
+
+    def kept(self, checkpoint: Checkpoint) -> dict[str, LazyTensor]:
+        return {}
+
+    def layout(self, checkpoint: Checkpoint, options: WriteOptions) -> Output:
+        refuse_type(options, self.name)
+        config = checkpoint.config
+        refuse_homeless(checkpoint.tensors, {name for name, spec in expand(config).items() if spec.required}, self.name)
+        dtypes = stored_dtypes(checkpoint, options)
+        planned = [(name, checkpoint.tensors[name], Float(dtypes[name])) for name in checkpoint.specs]
+        files, tensors, index = shards(planned, options.max_shard_size, TAG)
+        content = config_content(checkpoint, dtypes)
+        # mlx-lm reads rope_theta alone, which transformers 5 writes inside rope_parameters.
+        content["rope_theta"] = config.rope_theta
+        small = other_assets(checkpoint) | {"config.json": _dump(content), INDEX: _dump(index)}
+        output = Output(self.name, False, files, tensors, small)
+        output.warnings.extend(_unlike_mlx(config))
+        return output
+
+
+def _unlike_mlx(config: Gemma2Config) -> list[str]:
+    """What mlx-lm's gemma2 model would compute otherwise (mlx_lm/models/gemma2.py, 0.32)."""
+    found = []
+    if config.sliding_window is not None and config.sliding_window < config.max_position_embeddings:
+        found.append(
+            f"mlx-lm has no sliding window: its logits are right up to position {config.sliding_window} and differ after it"
+        )
+    if not config.tie_word_embeddings:
+        found.append("mlx-lm ties Gemma 2's head to the embedding and does not load an lm_head of its own")
+    if config.rope_scaling:
+        found.append("mlx-lm ignores the rotary scaling of Gemma 2")
+    return found
+
+
+def _files(folder: Path) -> tuple[list[Path], Mapping[str, str] | None]:
+    """The safetensors, and the index's weight_map where there is one."""
+    if (folder / INDEX).is_file():
+        return raw.indexed_files(folder / INDEX)
+    return [confined(folder, SINGLE)], None
+
+
+def _dump(content: object) -> bytes:
+    """JSON as mlx-lm writes it: sorted keys, four spaces, no newline at the end."""
+    return json.dumps(content, indent=4, sort_keys=True).encode()
