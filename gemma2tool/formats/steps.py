@@ -146,14 +146,15 @@ def kept(table: Sequence[Row], tensors: Mapping[str, LazyTensor], config: Gemma2
                 there = step.apply(there, config)
             for step in reversed(entry.steps):
                 there = step.invert(there, config)
-            if not np.array_equal(to_float32(there.load()), to_float32(tensors[name].load())):
+            if to_float32(there.load()).tobytes() != to_float32(tensors[name].load()).tobytes():  # -0.0 counts
                 found[name] = there
     return found
 
 
 def losses(table: Sequence[Row], tensors: Mapping[str, LazyTensor], config: Gemma2Config) -> list[tuple[str, float]]:
     """Canonical tensors that the table's inexact steps cannot hold, with the largest absolute loss of each."""
-    return [
+    found = [
         (name, float(np.abs(to_float32(there.load()) - to_float32(tensors[name].load())).max()))
         for name, there in kept(table, tensors, config).items()
     ]
+    return [(name, loss) for name, loss in found if loss]
