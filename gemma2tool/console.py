@@ -230,7 +230,7 @@ class Console:
 
     @contextmanager
     def progress(self, total_bytes: int, label: str) -> Iterator[Bar]:
-        """A bar in bytes with rate, time left and the tensor at hand; where stderr is no terminal, a line now and then."""
+        """A bar in bytes: rate, time left, the tensor at hand; now and then a line where stderr is no terminal."""
         if self.quiet:
             yield _NoBar()
         elif self._console(True).is_terminal:

@@ -14,7 +14,6 @@ import numpy as np
 
 from gemma2tool.verify.tensors import significant
 
-
 _AT_ONCE = 1 << 18  # logits whose arithmetic is done at once: 2 MiB in double precision
 
 
