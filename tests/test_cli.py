@@ -224,9 +224,10 @@ def test_nonfinite_weights(place: Path) -> None:
     tensors["model.layers.0.mlp.up_proj.weight"][3, 5] = np.nan
     save_file(tensors, path, {"format": "pt"})
     before = listing(place)
-    result = run("quantize", place / "src", place / "out.gguf", "--type", "q8_0")
-    assert_refused(result, 3, "model.layers.0.mlp.up_proj.weight", "NaN")
-    assert listing(place) == before
+    for words in (["quantize", place / "src", place / "out.gguf", "--type", "q8_0"], ["convert", place / "src", place / "out"]):
+        assert_refused(run(*words), 3, "model.layers.0.mlp.up_proj.weight", "weights.nonfinite")
+        assert listing(place) == before
+    assert run("convert", place / "src", place / "out", "--allow-nonfinite", "--no-verify").exit_code == 0
 
 
 def test_f16_overflow_is_refused(place: Path) -> None:

@@ -44,16 +44,14 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
         from gemma2tool.console import Console
 
         debug = os.environ.get("GEMMA2TOOL_DEBUG") == "1"
-        console = Console(quiet=bool(kwargs.get("quiet")), json=bool(kwargs.get("json_output")))
+        console = Console(quiet=bool(kwargs.get("quiet")), json=bool(kwargs.get("json_output")), debug=debug)
         try:
             command(*args, **kwargs)
         except ToolError as error:
-            if debug:
-                raise
             console.error(error)
             raise typer.Exit(error.exit_code) from None
         except (KeyboardInterrupt, _Terminated):
-            console.interrupted()
+            console.warn("interrupted; nothing was written at the destination")
             raise typer.Exit(EXIT_INTERRUPTED) from None
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -61,8 +59,6 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
         except (typer.Exit, typer.Abort):
             raise
         except Exception as error:  # a bug of ours: say so, in one line
-            if debug:
-                raise
             console.bug(error)
             raise typer.Exit(EXIT_BUG) from None
 

@@ -85,7 +85,7 @@ def produce(
     else:
         if result.verification is not None:
             console.verification(result.verification)
-        console.result(result.sentence())
+        console.print(result.sentence())
     if result.verification is not None and not result.verification.passed:
         raise typer.Exit(EXIT_VERIFICATION_FAILED)
 

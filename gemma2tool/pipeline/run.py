@@ -105,6 +105,7 @@ def _verify(plan: Plan, staged: Path, checks: Checks, threads: int, console: Con
     from gemma2tool.pipeline.evaluate import judge
 
     with registry.by_name(plan.output.format).open(staged) as candidate:
+        candidate.path = plan.destination  # what the user knows it by
         return judge(
             plan.source,
             candidate,

@@ -1,0 +1,89 @@
+"""What each type costs in quality on the trained fixture: a Markdown table of size, KL divergence, top-1 agreement and perplexity.
+
+    python benchmarks/quality.py                        # the types the README quotes
+    python benchmarks/quality.py --types all            # every type that needs no importance matrix
+    python benchmarks/quality.py --types q4_k_m,iq4_xs
+
+Every type is made by the tool from fixtures/tiny-gemma2/model.ckpt, read back from its file and run, dequantized, by the built-in
+float32 forward pass over the held-out tokens. KL is KL(source || type) in nats, mean over positions; perplexity with its standard error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from gemma2tool.formats import registry
+from gemma2tool.formats.base import WriteOptions
+from gemma2tool.model.checkpoint import Checkpoint
+from gemma2tool.pipeline.write import write_output
+from gemma2tool.storage.staging import Staging
+from gemma2tool.verify.logits import compare_logits
+
+FIXTURE = Path(__file__).resolve().parent.parent / "fixtures" / "tiny-gemma2"
+FOLDER_TYPES = ("nf4", "nf4 double", "fp4", "fp4 double", "int8")
+QUOTED = ("q8_0", "q4_0", "nf4", "int8")
+
+
+def make(source: Checkpoint, folder: Path, kind: str) -> Path:
+    """Write the fixture in ``kind``; returns the path."""
+    name, _, double = kind.partition(" ")
+    path = folder / (kind.replace(" ", "-") + ("" if kind in FOLDER_TYPES else ".gguf"))
+    options = WriteOptions(type=name, name=path.name, extra={"double_quant": bool(double)})
+    output = registry.by_name(registry.for_destination(path, None)).layout(source, options)
+    with Staging(path, expected_bytes=output.nbytes, folder=not output.single_file) as staging:
+        sinks = {file.name: staging.file(file.name, file.size) for file in output.files}
+        write_output(output, sinks, threads=2)
+        for name, data in output.assets.items():
+            staging.write_bytes(name, data)
+        staging.commit()
+    return path
+
+
+def weights_bytes(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else sum(file.stat().st_size for file in path.glob("*.safetensors"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--types", default=",".join(QUOTED))
+    parser.add_argument("--tokens", type=Path, default=FIXTURE / "heldout.npy")
+    arguments = parser.parse_args()
+    kinds = list(FOLDER_TYPES) + gguf_types() if arguments.types == "all" else arguments.types.split(",")
+    ids = np.atleast_2d(np.load(arguments.tokens))
+    with registry.open_checkpoint(FIXTURE / "model.ckpt") as source, tempfile.TemporaryDirectory() as folder:
+        parameters = sum(tensor.size for tensor in source.tensors.values())
+        scored = ids.shape[0] * (ids.shape[1] - 1)
+        print(f"{scored:,} predicted tokens in {ids.shape[0]} windows of {ids.shape[1]}\n")
+        print("| type | bits per weight | MB | mean KL | p99 KL | same top-1 | perplexity |")
+        print("|---|---:|---:|---:|---:|---:|---:|")
+        size = (FIXTURE / "model.ckpt").stat().st_size
+        for number, kind in enumerate(kinds):
+            path = make(source, Path(folder), kind)
+            with registry.open_checkpoint(path) as candidate:
+                metrics = compare_logits(source, candidate, ids).metrics
+            said = metrics.prediction()
+            if number == 0:
+                value, error = said["perplexity_source"], said["perplexity_source_se"]
+                print(f"| bf16 (source) | 16.00 | {size / 1e6:.2f} | 0 | 0 | 100 % | {value:.3f} ± {error:.3f} |")
+            value, error = said["perplexity_candidate"], said["perplexity_candidate_se"]
+            size = weights_bytes(path)
+            print(
+                f"| {kind} | {8 * size / parameters:.2f} | {size / 1e6:.2f} | {metrics.mean_kl:.5f} |"
+                f" {metrics.kl_percentile(99):.4f} | {100 * metrics.top1:.2f} % | {value:.3f} ± {error:.3f} |",
+                flush=True,
+            )
+
+
+def gguf_types() -> list[str]:
+    from gemma2tool.quantizers.mixtures import FILE_TYPES
+
+    needs_matrix = {"iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "iq3_xs", "iq3_xxs", "q2_k_s"}
+    return [name for name in FILE_TYPES if name not in needs_matrix]
+
+
+if __name__ == "__main__":
+    main()
