@@ -8,13 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from gguf_support import described, differences, expected, options, write
 
 from gemma2tool.formats.base import Output
 from gemma2tool.formats.gguf import GGUF
 from gemma2tool.formats.hf import HuggingFace
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.quantizers.gguf_types import GGUF_TYPES, quantize
-from gguf_support import described, differences, expected, options, write
 
 CONVERTED = ["tiny_gqa4-auto", "tiny_gqa4-f32", "tiny_gqa4-bf16", "tiny_gqa4-q8_0", "tiny_odd-auto", "tiny_odd-f32", "tiny_odd-q8_0"]
 FILE_TYPES = [

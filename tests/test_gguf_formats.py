@@ -10,6 +10,8 @@ import gguf
 import ml_dtypes
 import numpy as np
 import pytest
+from gguf_support import options, write
+from tests_support import SMALL, random_checkpoint, write_checkpoint
 
 from gemma2tool.errors import InputRefused, UsageError
 from gemma2tool.formats.gguf import GGUF
@@ -17,10 +19,8 @@ from gemma2tool.formats.gguf_table import TABLE
 from gemma2tool.formats.hf import HuggingFace
 from gemma2tool.formats.steps import entries
 from gemma2tool.model.checkpoint import Checkpoint
-from gemma2tool.model.config import FULL, SLIDING, SIZES
+from gemma2tool.model.config import FULL, SIZES, SLIDING
 from gemma2tool.model.lazy import ArrayTensor
-from gguf_support import options, write
-from tests_support import SMALL, random_checkpoint, write_checkpoint
 
 F32, F16, BF16 = np.dtype(np.float32), np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)
 

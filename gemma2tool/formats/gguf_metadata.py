@@ -10,10 +10,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from gemma2tool.errors import InputRefused
 from gemma2tool.formats.gguf_values import KeyValue, f32, i32, string, strings, u32
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.storage import strict_json
-from gemma2tool.errors import InputRefused
 
 MAX_CARD_BYTES = 1 << 20
 GENERIC_NAMES = ("model", "pytorch_model", "consolidated", "checkpoint", "ckpt")

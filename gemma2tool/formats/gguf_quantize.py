@@ -18,11 +18,10 @@ from gemma2tool.formats.gguf_values import KeyValue, u32
 from gemma2tool.formats.imatrix import ImportanceMatrix, read_imatrix
 from gemma2tool.model.config import Gemma2Config
 from gemma2tool.model.lazy import DTYPE_NAMES, LazyTensor
-from gemma2tool.quantizers.floats import Float
 from gemma2tool.quantizers.gguf_encoders import Copied, block_elements
 from gemma2tool.quantizers.gguf_types import GGUF_TYPES
-from gemma2tool.quantizers.mixtures import COPY, FLOATS as FLOAT_FILES, FileType, Matrix, Model, Overrides
-from gemma2tool.quantizers.mixtures import choose, file_type, needs_imatrix
+from gemma2tool.quantizers.mixtures import COPY, FileType, Matrix, Model, Overrides, choose, file_type, needs_imatrix
+from gemma2tool.quantizers.mixtures import FLOATS as FLOAT_FILES
 
 Named = tuple[str, tuple[str, ...], LazyTensor]
 """A tensor as GGUF holds it: its GGUF name, the canonical names, the tensor."""

@@ -1,8 +1,8 @@
-"""A GGUF's tokenizer as the files Hugging Face repositories carry: tokenizer.model, tokenizer_config.json, generation_config.json."""
+"""A GGUF's tokenizer as the files Hugging Face repositories carry: tokenizer.model, tokenizer.json and their configs."""
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 from gemma2tool.errors import InputRefused
@@ -11,6 +11,7 @@ from gemma2tool.formats.assets import dump_json
 from gemma2tool.formats.gguf_values import Reading
 from gemma2tool.formats.gguf_vocab import looks_special
 from gemma2tool.formats.sentencepiece import BYTE, CONTROL, NORMAL, SPACE, UNKNOWN, UNUSED, USER_DEFINED, Piece
+from gemma2tool.formats.tokenizer_json import tokenizer_json
 from gemma2tool.model.checkpoint import Assets
 
 SPECIAL_KEYS = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
@@ -41,6 +42,7 @@ def tokenizer_assets(keys: Reading) -> Assets:
     return Assets(
         {
             "tokenizer.model": lambda: tokenizer().model(),
+            "tokenizer.json": lambda: tokenizer().json(),
             "tokenizer_config.json": lambda: dump_json(tokenizer().config()),
             "generation_config.json": lambda: dump_json(tokenizer().generation_config()),
         }
@@ -71,7 +73,8 @@ class _Tokenizer:
             count -= 1  # ids that the converter made up to fill the vocabulary
         self.count = count
 
-    def model(self) -> bytes:
+    @cached_property
+    def pieces(self) -> tuple[Piece, ...]:
         pieces = []
         for token in range(self.count):
             text, score, kind = self.tokens[token], self.scores[token], self.types[token]
@@ -84,28 +87,35 @@ class _Tokenizer:
             if kind == USER_DEFINED:
                 text = text.replace(" ", SPACE)
             pieces.append(Piece(text, score if kind == NORMAL else 0.0, kind))
-        return sentencepiece.gemma_model(tuple(pieces), self.special)
+        return tuple(pieces)
+
+    @cached_property
+    def added(self) -> dict[int, tuple[str, bool]]:
+        """Id to (text, special) of the tokens that are found in a text before it is cut into pieces."""
+        found = {}
+        for token in range(self.count):
+            kind, text = self.types[token], self.tokens[token]
+            if kind == CONTROL:
+                found[token] = (text, token in self.special.values() or not looks_special(text))
+            elif kind == USER_DEFINED:
+                found[token] = (text.replace(" ", SPACE), False)
+        return found
+
+    def model(self) -> bytes:
+        return sentencepiece.gemma_model(self.pieces, self.special)
+
+    def json(self) -> bytes:
+        return tokenizer_json(self.pieces, self.added, self.special.get("bos") if self._adds("bos", True) else None)
 
     def config(self) -> dict[str, Any]:
         """tokenizer_config.json, as transformers 4 wrote Gemma's."""
-        decoder = {}
-        for token in range(self.count):
-            if self.types[token] not in (CONTROL, USER_DEFINED):
-                continue
-            text = self.tokens[token]
-            named = token in self.special.values()
-            decoder[str(token)] = {
-                "content": text if self.types[token] == CONTROL else text.replace(" ", SPACE),
-                "lstrip": False,
-                "normalized": False,
-                "rstrip": False,
-                "single_word": False,
-                "special": self.types[token] == CONTROL and (named or not looks_special(text)),
-            }
+        flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
         config: dict[str, Any] = {
-            "add_bos_token": self.keys.flag("tokenizer.ggml.add_bos_token", True),
-            "add_eos_token": self.keys.flag("tokenizer.ggml.add_eos_token", False),
-            "added_tokens_decoder": decoder,
+            "add_bos_token": self._adds("bos", True),
+            "add_eos_token": self._adds("eos", False),
+            "added_tokens_decoder": {
+                str(token): {"content": text, **flags, "special": special} for token, (text, special) in self.added.items()
+            },
             "clean_up_tokenization_spaces": False,
             "model_max_length": int(1e30),
             "spaces_between_special_tokens": False,
@@ -113,13 +123,16 @@ class _Tokenizer:
         }
         for kind, token in self.special.items():
             config[f"{kind}_token"] = self.tokens[token]
-        turns = [entry["content"] for entry in decoder.values() if entry["special"] and entry["content"].endswith("_of_turn>")]
+        turns = [text for text, special in self.added.values() if special and text.endswith("_of_turn>")]
         if turns:
             config["additional_special_tokens"] = turns
         template = self._template()
         if template is not None:
             config["chat_template"] = template
         return config
+
+    def _adds(self, kind: str, default: bool) -> bool:
+        return self.keys.flag(f"tokenizer.ggml.add_{kind}_token", default)
 
     def _template(self) -> str | list[dict[str, str]] | None:
         default = self.keys.text("tokenizer.chat_template", None)
