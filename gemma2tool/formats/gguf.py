@@ -92,7 +92,8 @@ class GGUF:
             if config is None:
                 checkpoint.config = read_config(keys, _embedding_rows(tensors, file), _config_dtype(tensors))
             checkpoint.files = tuple(header.path for header in headers)
-            checkpoint.metadata = {self.name: Source(kv, tensors)}
+            weighted = any(key.startswith("quantize.imatrix.") for key in kv)
+            checkpoint.metadata = {self.name: Source(kv, tensors), "importance_matrix": weighted}
             checkpoint.assets = tokenizer_assets(keys)
             checkpoint.tensors = to_canonical(TABLE, tensors, checkpoint.config)
             checkpoint.check()

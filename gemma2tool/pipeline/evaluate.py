@@ -86,10 +86,10 @@ def judge(
     gates: Mapping[str, float],
     threads: int,
     console: Console,
-    weighted: bool = False,
+    weighted: bool | None = None,
 ) -> Verification:
-    """Verify ``candidate`` against ``source``; ``gates`` replaces default limits, ``weighted`` says that an importance matrix steered
-    the quantization. What the candidate's format itself cannot hold of the source is reported, not held against it."""
+    """Verify ``candidate`` against ``source``; ``gates`` replaces default limits, ``weighted`` says whether an importance matrix steered
+    the quantization (None: as the candidate says). What the candidate's format itself cannot hold of the source is reported, not held against it."""
     from gemma2tool.verify.run import verify
 
     return verify(

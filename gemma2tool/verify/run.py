@@ -47,7 +47,7 @@ def verify(
     threads: int = 1,
     progress: Progress | None = None,
     expected: Mapping[str, LazyTensor] | None = None,
-    weighted: bool = False,
+    weighted: bool | None = None,
 ) -> Verification:
     """Compare ``candidate`` with ``source``; never raises for a difference, only for what cannot be read or run.
 
@@ -55,14 +55,15 @@ def verify(
     running text, so that perplexity means something (default: when the caller gives them). ``gates``: limits that
     replace the defaults, by the names of ``gates.Gates``. ``levels``: which questions to ask, of ``LEVELS``.
     ``expected``: canonical tensors as the target's own convention makes them, bit for bit (GGUF's w + 1 and back); what
-    they lose is reported, not judged. ``weighted``: an importance matrix steered the quantization, so single values may
-    be far off. ``threads``: for reading, comparing and the forward passes; the tensors' part of the result does not
+    they lose is reported, not judged. ``weighted``: whether an importance matrix steered the quantization, so that
+    single values may be far off (default: what the candidate's metadata say under "importance_matrix"). ``threads``: for reading, comparing and the forward passes; the tensors' part of the result does not
     depend on it.
     """
     unknown = [level for level in levels if level not in LEVELS]
     if unknown:
         raise ValueError(f"no such level: {unknown}; levels are {LEVELS}")
     expected = expected or {}
+    weighted = bool(candidate.metadata.get("importance_matrix")) if weighted is None else weighted
     results: list[GateResult] = []
     seconds: dict[str, float] = {}
     comparisons: list[TensorComparison] | None = None
