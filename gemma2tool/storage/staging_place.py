@@ -11,10 +11,11 @@ import fcntl
 import os
 import shutil
 import stat
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from gemma2tool.errors import ResourceError, UsageError
+from gemma2tool.errors import ResourceError, ToolError, UsageError
 from gemma2tool.storage.syscalls import retrying, told
 
 PREFIX, SUFFIX = ".", ".gemma2tool-staging"
@@ -31,9 +32,15 @@ class StagingPlace:
         self.folder_name = f"{PREFIX}{self.name}{SUFFIX}"
         self.path = self.parent / self.folder_name
         self.parent_fd = self.fd = self._lock_fd = -1
+        self._locked = False
         try:
             self._open(create)
         except BaseException:
+            if self._locked:
+                self.remove()
+            elif self.parent_fd >= 0:
+                with suppress(OSError):  # only an empty one goes
+                    os.rmdir(self.folder_name, dir_fd=self.parent_fd)
             self.close()
             raise
 
@@ -54,10 +61,8 @@ class StagingPlace:
     def _enter(self, create: bool) -> bool:
         with told(self.path, "creating the staging folder"):
             if create:
-                try:
+                with suppress(FileExistsError):
                     os.mkdir(self.folder_name, 0o700, dir_fd=self.parent_fd)
-                except FileExistsError:
-                    pass
             status = os.stat(self.folder_name, dir_fd=self.parent_fd, follow_symlinks=False)
             if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
                 raise ResourceError(
@@ -86,6 +91,7 @@ class StagingPlace:
             raise ResourceError(
                 "output.locked", f"{self.parent / self.name}: {who} is writing this output", hint="wait for it, or end it"
             ) from error
+        self._locked = True
         with told(self.path, "locking"):
             os.ftruncate(self._lock_fd, 0)
             retrying(os.write, self._lock_fd, str(os.getpid()).encode())
@@ -107,7 +113,8 @@ class StagingPlace:
         return False
 
     def discard(self) -> None:
-        """Removes all that is staged, keeping the lock."""
+        """Removes all that is staged, keeping the lock, but never the only copy of an old destination."""
+        self.recover()
         with told(self.path, "removing staged files"):
             for name in os.listdir(self.fd):
                 if name != LOCK:
@@ -115,15 +122,14 @@ class StagingPlace:
 
     def remove(self) -> None:
         """Removes the place, as far as it is possible: what is left is found by ``clean``."""
-        try:
+        with suppress(OSError, ToolError):
             self.discard()
             os.unlink(LOCK, dir_fd=self.fd)
             os.rmdir(self.folder_name, dir_fd=self.parent_fd)
-        except (OSError, ResourceError):
-            pass
 
     def _leave(self) -> None:
         """Closes the place and its lock, which frees it."""
+        self._locked = False
         self.fd, fd = -1, self.fd
         self._lock_fd, lock = -1, self._lock_fd
         for number in (lock, fd):
@@ -199,7 +205,6 @@ def _clean_one(destination: Path, dry_run: bool) -> Leftover | None:
         restored = False
         if not dry_run:
             restored = place.recover()
-            place.discard()
             place.remove()
         return Leftover(staged, destination, in_use=False, restored=restored)
     finally:
