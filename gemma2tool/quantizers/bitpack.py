@@ -1,0 +1,40 @@
+"""Small unsigned integers packed into 32-bit words, little end first: element i of a word starts at its bit i * bits."""
+
+from __future__ import annotations
+
+import sys
+
+import numpy as np
+
+WORD_BITS = 32
+
+
+def pack_words(codes: np.ndarray, bits: int) -> np.ndarray:
+    """(..., n) uint8 values below 2**bits to (..., n * bits / 32) uint32. ``bits`` is 4 or 8, n a multiple of 32 / bits."""
+    per_word = _per_word(bits)
+    if codes.shape[-1] % per_word:
+        raise ValueError(f"{codes.shape[-1]} codes of {bits} bits do not fill whole words")
+    if bits == 4:
+        codes = codes[..., 0::2] | codes[..., 1::2] << 4
+    return np.ascontiguousarray(codes).view("<u4").astype(np.uint32, copy=False)
+
+
+def unpack_words(words: np.ndarray, bits: int) -> np.ndarray:
+    """(..., n) 32-bit words to (..., n * 32 / bits) uint8; the inverse of ``pack_words``."""
+    _per_word(bits)
+    values = np.ascontiguousarray(words)
+    if sys.byteorder != "little":
+        values = values.byteswap()
+    values = values.view(np.uint8)
+    if bits == 8:
+        return values
+    codes = np.empty((*values.shape[:-1], values.shape[-1] * 2), np.uint8)
+    codes[..., 0::2] = values & 15
+    codes[..., 1::2] = values >> 4
+    return codes
+
+
+def _per_word(bits: int) -> int:
+    if bits not in (4, 8):
+        raise ValueError(f"codes of {bits} bits")
+    return WORD_BITS // bits

@@ -1,0 +1,182 @@
+"""The round-to-nearest schemes of compressed-tensors, as vLLM serves them.
+
+All arithmetic happens in the type of the weight (bfloat16 for Gemma), each operation rounded to it, because the library computes so:
+scale = largest / half the range, code = round(clamp(weight / scale)). Division, not the reciprocal; clamped before it is rounded.
+Checked against compressed-tensors 0.20.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import ml_dtypes
+import numpy as np
+
+from gemma2tool.model.lazy import BFLOAT16, to_float32
+from gemma2tool.quantizers.base import Part
+from gemma2tool.quantizers.bitpack import pack_words, unpack_words
+from gemma2tool.quantizers.casts import cast
+
+FP8 = np.dtype(ml_dtypes.float8_e4m3fn)
+FP8_MAX = 448.0
+FLOAT_NAMES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """A weight scheme: ``bits`` and ``kind`` ("int" or "float") of the codes, what shares a scale, whether codes are packed.
+
+    ``group``: how many columns share a scale, None for a whole row; ``block_rows``: how many rows share it.
+    """
+
+    bits: int
+    kind: str
+    group: int | None
+    block_rows: int = 1
+    symmetric: bool = True
+    packed: bool = False
+
+    @property
+    def low(self) -> float:
+        return -FP8_MAX if self.kind == "float" else -(2.0 ** (self.bits - 1))
+
+    @property
+    def high(self) -> float:
+        return FP8_MAX if self.kind == "float" else 2.0 ** (self.bits - 1) - 1
+
+    def groups(self, columns: int) -> int:
+        """How many scales a row of this many columns has. Raises ValueError where the library could not store it."""
+        if self.group is None:
+            return 1
+        if columns % self.group and self.block_rows == 1:
+            raise ValueError(f"{columns} columns are not a multiple of the group size {self.group}")
+        return -(-columns // self.group)
+
+
+SCHEMES = {
+    "w8a8-int8": Scheme(8, "int", None),
+    "w8a16": Scheme(8, "int", 128, packed=True),
+    "w4a16": Scheme(4, "int", 128, packed=True),
+    "w4a16-asym": Scheme(4, "int", 128, symmetric=False, packed=True),
+    "fp8-dynamic": Scheme(8, "float", None),
+    "fp8-block": Scheme(8, "float", 128, block_rows=128),
+}
+
+
+def _in(dtype: np.dtype, values: np.ndarray) -> np.ndarray:
+    """float32 values rounded to ``dtype``, as float32."""
+    return values if dtype == np.float32 else to_float32(cast(values, dtype))
+
+
+def quantize(rows: np.ndarray, scheme: Scheme) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """Quantize (n, I) of any float dtype, whose arithmetic is used.
+
+    Returns codes (n, I), int8 or float8_e4m3fn; scales in the dtype of ``rows`` (ceil(n / block_rows), groups); and, where the
+    scheme is not symmetric, zero points int8 of the same shape.
+    """
+    dtype, (n, columns) = rows.dtype, rows.shape
+    groups, height = scheme.groups(columns), scheme.block_rows
+    width = scheme.group or columns
+    padded = to_float32(rows)
+    if columns % width or n % height:
+        padded = np.pad(padded, ((0, -n % height), (0, -columns % width)))
+    blocks = padded.reshape(len(padded) // height, height, groups, width)
+    low, high = blocks.min(axis=(1, 3)), blocks.max(axis=(1, 3))
+    low, high = np.minimum(low, 0), np.maximum(high, 0)
+    levels = np.float32(scheme.high - scheme.low)
+    zero_points = None
+    with np.errstate(invalid="ignore", divide="ignore"):
+        if scheme.symmetric:
+            scales = _in(dtype, np.maximum(-low, high) / (levels / 2))
+        else:
+            scales = _in(dtype, _in(dtype, high - low) / levels)
+            zeros = np.clip(_in(dtype, np.float32(scheme.low) - _in(dtype, low / scales)), scheme.low, scheme.high)
+            zero_points = np.where(np.isnan(zeros), 0, np.rint(zeros)).astype(np.int8)
+    scales[scales == 0] = np.float32(ml_dtypes.finfo(dtype).eps)
+    scaled = _in(dtype, blocks / scales[:, None, :, None])
+    # Without zero points the library adds zeros, which turns -0 into 0: float8 would tell the difference.
+    scaled = _in(dtype, scaled + (0 if zero_points is None else zero_points[:, None, :, None]))
+    scaled = np.clip(scaled, np.float32(scheme.low), np.float32(scheme.high)).reshape(padded.shape)[:n, :columns]
+    codes = scaled.astype(FP8) if scheme.kind == "float" else np.rint(scaled).astype(np.int8)
+    return np.ascontiguousarray(codes), cast(scales, dtype), zero_points
+
+
+def dequantize(codes: np.ndarray, scales: np.ndarray, zero_points: np.ndarray | None, scheme: Scheme) -> np.ndarray:
+    """(code - zero point) * scale in the dtype of the scales. Row ranges must start at multiples of ``block_rows``."""
+    n, columns = codes.shape
+    height, width = scheme.block_rows, scheme.group or columns
+    wide = np.repeat(to_float32(scales), height, axis=0)[:n]
+    values = codes.astype(np.float32)
+    if zero_points is not None:
+        values = values - np.repeat(np.repeat(zero_points.astype(np.float32), height, axis=0)[:n], width, axis=1)[:, :columns]
+    return cast(values * np.repeat(wide, width, axis=1)[:, :columns], scales.dtype)
+
+
+def pack(codes: np.ndarray, bits: int) -> np.ndarray:
+    """(n, m) int8 to int32 words along the last axis, each code offset to be unsigned."""
+    return pack_words((codes.view(np.uint8) + np.uint8(1 << (bits - 1))) & np.uint8((1 << bits) - 1), bits).view(np.int32)
+
+
+def unpack(words: np.ndarray, bits: int) -> np.ndarray:
+    """The inverse of ``pack``: int8."""
+    return (unpack_words(words, bits) - np.uint8(1 << (bits - 1))).view(np.int8)
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """Encoder for one of SCHEMES. ``dtype``: the type the weight is taken to have; rows of another are cast to it first."""
+
+    name: str
+    dtype: np.dtype = BFLOAT16
+
+    lossless: ClassVar[bool] = False
+
+    @property
+    def scheme(self) -> Scheme:
+        return SCHEMES[self.name]
+
+    @property
+    def collects(self) -> tuple[str, ...]:
+        return () if self.scheme.symmetric else ("weight_zero_point",)
+
+    def row_multiple(self, shape: tuple[int, ...]) -> int:
+        return self.scheme.block_rows
+
+    def parts(self, shape: tuple[int, ...]) -> tuple[Part, ...]:
+        scheme, (rows, columns) = self.scheme, shape
+        scales = (-(-rows // scheme.block_rows), scheme.groups(columns))
+        scale = Part(
+            "weight_scale", FLOAT_NAMES[self.dtype.name], scales, scales[0] * scales[1] * self.dtype.itemsize
+        )
+        if not scheme.packed:
+            return Part("", "F8_E4M3" if scheme.kind == "float" else "I8", shape, rows * columns), scale
+        words = columns * scheme.bits // 32
+        parts = [Part("weight_packed", "I32", (rows, words), rows * words * 4), scale]
+        if not scheme.symmetric:
+            zero_rows = -(-rows * scheme.bits // 32)
+            size = zero_rows * scales[1] * 4
+            parts.append(Part("weight_zero_point", "I32", (zero_rows, scales[1]), size, streamed=False))
+        return (*parts, Part("weight_shape", "I64", (2,), 16, streamed=False))
+
+    def encode(self, rows: np.ndarray) -> Mapping[str, np.ndarray]:
+        scheme = self.scheme
+        codes, scales, zero_points = quantize(cast(rows, self.dtype), scheme)
+        main = {"weight_packed": pack(codes, scheme.bits)} if scheme.packed else {"": codes}
+        main["weight_scale"] = scales
+        if zero_points is not None:
+            main["weight_zero_point"] = zero_points
+        return main
+
+    def finish(self, shape: tuple[int, ...], collected: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+        scheme = self.scheme
+        if not scheme.packed:
+            return {}
+        parts = {"weight_shape": np.array(shape, np.int64)}
+        if not scheme.symmetric:
+            zero_points = collected["weight_zero_point"].T  # packed along the rows of the weight
+            missing = -zero_points.shape[1] % (32 // scheme.bits)
+            filled = np.pad(zero_points, ((0, 0), (0, missing)), constant_values=int(scheme.low))
+            parts["weight_zero_point"] = np.ascontiguousarray(pack(np.ascontiguousarray(filled), scheme.bits).T)
+        return parts

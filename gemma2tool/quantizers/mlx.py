@@ -1,0 +1,88 @@
+"""MLX's affine types: groups of columns with a scale and a bias each, weight = code * scale + bias.
+
+The end of a group's range that lies farther from zero is hit exactly, and zero is a multiple of the scale away from it. Arithmetic in
+float32; scales and biases are stored in the model's type, but the codes come from the unrounded ones. Checked against mlx 0.32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from gemma2tool.model.lazy import BFLOAT16, to_float32
+from gemma2tool.quantizers.base import Part
+from gemma2tool.quantizers.bitpack import pack_words, unpack_words
+from gemma2tool.quantizers.casts import cast
+from gemma2tool.quantizers.compressed import FLOAT_NAMES
+
+GROUP_SIZE = 64
+_SMALLEST_SCALE = np.float32(1e-7)
+
+
+def quantize(rows: np.ndarray, bits: int, group_size: int = GROUP_SIZE) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(n, I) to codes uint8 (n, I), scales and biases in the dtype of ``rows`` (n, I / group_size)."""
+    n, columns = rows.shape
+    groups = to_float32(rows).reshape(n, columns // group_size, group_size)
+    low, high = groups.min(axis=2), groups.max(axis=2)
+    top = np.float32(2**bits - 1)
+    scales = np.maximum((high - low) / top, _SMALLEST_SCALE)
+    from_low = np.abs(low) > np.abs(high)
+    scales = np.where(from_low, scales, -scales)
+    edge = np.where(from_low, low, high)
+    steps = np.rint(edge / scales)
+    zero = steps == 0
+    scales = np.where(zero, scales, edge / np.where(zero, np.float32(1), steps))
+    biases = np.where(zero, np.float32(0), edge)
+    codes = np.clip(np.rint((groups - biases[..., None]) / scales[..., None]), 0, top).astype(np.uint8)
+    return codes.reshape(n, columns), cast(scales, rows.dtype), cast(biases, rows.dtype)
+
+
+def dequantize(codes: np.ndarray, scales: np.ndarray, biases: np.ndarray) -> np.ndarray:
+    """code * scale + bias, each operation rounded to the dtype of the scales. (n, I), (n, G), (n, G) -> (n, I) of that dtype."""
+    groups = codes.reshape(*scales.shape, -1).astype(np.float32)
+    products = to_float32(cast(groups * to_float32(scales)[..., None], scales.dtype))
+    return cast((products + to_float32(biases)[..., None]).reshape(codes.shape), scales.dtype)
+
+
+def unpack(words: np.ndarray, bits: int) -> np.ndarray:
+    """(n, I * bits / 32) stored words to codes (n, I)."""
+    return unpack_words(words, bits)
+
+
+@dataclass(frozen=True)
+class Affine:
+    """``mlx-4`` and ``mlx-8``. ``dtype``: the type the weight is taken to have; rows of another are cast to it first."""
+
+    bits: int
+    dtype: np.dtype = BFLOAT16
+    group_size: int = GROUP_SIZE
+
+    lossless: ClassVar[bool] = False
+    collects: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def name(self) -> str:
+        return f"mlx-{self.bits}"
+
+    def parts(self, shape: tuple[int, ...]) -> tuple[Part, ...]:
+        rows, columns = shape
+        words, groups = columns * self.bits // 32, columns // self.group_size
+        dtype, size = FLOAT_NAMES[self.dtype.name], rows * groups * self.dtype.itemsize
+        return (
+            Part("", "U32", (rows, words), rows * words * 4),
+            Part("scales", dtype, (rows, groups), size),
+            Part("biases", dtype, (rows, groups), size),
+        )
+
+    def row_multiple(self, shape: tuple[int, ...]) -> int:
+        return 1
+
+    def encode(self, rows: np.ndarray) -> Mapping[str, np.ndarray]:
+        codes, scales, biases = quantize(cast(rows, self.dtype), self.bits, self.group_size)
+        return {"": pack_words(codes, self.bits), "scales": scales, "biases": biases}
+
+    def finish(self, shape: tuple[int, ...], collected: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+        return {}

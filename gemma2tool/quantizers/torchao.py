@@ -1,0 +1,66 @@
+"""torchao's int8 weight-only type (``Int8WeightOnlyConfig`` version 2): a float32 scale a row, symmetric.
+
+The scale is computed in the type of the weight and kept in float32; the codes come from the reciprocal of it, in float32. Checked
+against torchao 0.18.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from gemma2tool.model.lazy import BFLOAT16, to_float32
+from gemma2tool.quantizers.base import Part
+from gemma2tool.quantizers.casts import cast
+
+_SMALLEST_SCALE = np.float32(2**-23)
+
+
+def quantize(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(n, I) to codes int8 (n, I) and scales float32 (n, 1)."""
+    values = to_float32(rows)
+    largest = np.maximum(-values.min(axis=1, keepdims=True), values.max(axis=1, keepdims=True))
+    scales = np.maximum(to_float32(cast(np.abs(largest) / np.float32(127.5), rows.dtype)), _SMALLEST_SCALE)
+    scaled = np.rint(values * (np.float32(1) / scales))
+    return np.clip(scaled, -128, 127).astype(np.int8), scales
+
+
+def dequantize(codes: np.ndarray, scales: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """code * scale in float32, rounded to ``dtype``. (n, I), (n, 1) -> (n, I)."""
+    return cast(codes.astype(np.float32) * scales, dtype)
+
+
+@dataclass(frozen=True)
+class Int8WeightOnly:
+    """``dtype``: the type the weight is taken to have; rows of another are cast to it first."""
+
+    dtype: np.dtype = BFLOAT16
+
+    name: ClassVar[str] = "torchao-int8"
+    lossless: ClassVar[bool] = False
+    collects: ClassVar[tuple[str, ...]] = ()
+
+    def parts(self, shape: tuple[int, ...]) -> tuple[Part, ...]:
+        rows, columns = shape
+        return (
+            Part("_weight_qdata", "I8", shape, rows * columns),
+            Part("_weight_scale", "F32", (rows, 1), rows * 4),
+            Part("_weight_zero_point", "I8", (rows, 1), rows),
+        )
+
+    def row_multiple(self, shape: tuple[int, ...]) -> int:
+        return 1
+
+    def encode(self, rows: np.ndarray) -> Mapping[str, np.ndarray]:
+        codes, scales = quantize(cast(rows, self.dtype))
+        return {
+            "_weight_qdata": codes,
+            "_weight_scale": scales,
+            "_weight_zero_point": np.zeros(scales.shape, np.int8),
+        }
+
+    def finish(self, shape: tuple[int, ...], collected: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+        return {}
