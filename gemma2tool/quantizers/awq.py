@@ -1,0 +1,86 @@
+"""AWQ's "gemm" layout with codes rounded to nearest: weight = (code - zero) * scale, float16 scales, four bits, packed along the output.
+
+The stored arrays are transposed against the weight (O, I): qweight (I, O / 8), qzeros (I / group, O / 8), scales (I / group, O).
+A word holds eight outputs in the order 0 2 4 6 1 3 5 7, which suits the unpacking of its GPU kernel. Zeros are stored as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from gemma2tool.model.lazy import to_float32
+from gemma2tool.quantizers.base import Part
+from gemma2tool.quantizers.bitpack import pack_words, unpack_words
+from gemma2tool.quantizers.casts import cast
+
+BITS = 4
+PER_WORD = 8
+_ORDER = np.array([0, 2, 4, 6, 1, 3, 5, 7])
+_TOP = np.float32(15)
+_SMALLEST_RANGE = np.float32(1e-5)  # as AutoAWQ: a group of zeros still has a scale
+
+
+def quantize(rows: np.ndarray, group_size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(n, I) to codes uint8 (n, I), zeros uint8 and scales float16 (n, I / group_size); zero is within every group's range."""
+    n, columns = rows.shape
+    groups = to_float32(rows).reshape(n, columns // group_size, group_size)
+    low, high = np.minimum(groups.min(axis=2), 0), np.maximum(groups.max(axis=2), 0)
+    scales = cast(np.maximum(high - low, _SMALLEST_RANGE) / _TOP, np.float16)
+    wide = to_float32(scales)
+    zeros = np.clip(np.rint(-low / wide), 0, _TOP)
+    codes = np.clip(np.rint(groups / wide[..., None]) + zeros[..., None], 0, _TOP)
+    return codes.astype(np.uint8).reshape(n, columns), zeros.astype(np.uint8), scales
+
+
+def dequantize(codes: np.ndarray, zeros: np.ndarray, scales: np.ndarray, group_size: int) -> np.ndarray:
+    """(code - zero) * scale, float32 and exact for float16 scales. (n, I), (n, G), (n, G) -> (n, I)."""
+    groups = codes.reshape(*zeros.shape, group_size).astype(np.float32)
+    return ((groups - zeros[..., None]) * to_float32(scales)[..., None]).reshape(codes.shape)
+
+
+def pack(codes: np.ndarray) -> np.ndarray:
+    """(O, m) codes to words (O / 8, m): eight rows to a word. O is a multiple of 8."""
+    rows, columns = codes.shape
+    eights = codes.reshape(rows // PER_WORD, PER_WORD, columns)[:, _ORDER]
+    return pack_words(np.ascontiguousarray(eights.swapaxes(1, 2)), BITS)[..., 0].view(np.int32)
+
+
+def unpack(words: np.ndarray) -> np.ndarray:
+    """The inverse of ``pack``."""
+    eights = np.empty((words.shape[0], PER_WORD, words.shape[1]), np.uint8)
+    eights[:, _ORDER] = unpack_words(np.ascontiguousarray(words)[..., None], BITS).swapaxes(1, 2)
+    return eights.reshape(-1, words.shape[1])
+
+
+@dataclass(frozen=True)
+class Awq:
+    """``awq-4``, rounded to nearest."""
+
+    group_size: int = 128
+
+    name: ClassVar[str] = "awq-4"
+    lossless: ClassVar[bool] = False
+    collects: ClassVar[tuple[str, ...]] = ("qweight", "qzeros", "scales")
+
+    def parts(self, shape: tuple[int, ...]) -> tuple[Part, ...]:
+        rows, columns = shape
+        groups, words = columns // self.group_size, rows // PER_WORD
+        return (
+            Part("qweight", "I32", (columns, words), columns * words * 4, streamed=False),
+            Part("qzeros", "I32", (groups, words), groups * words * 4, streamed=False),
+            Part("scales", "F16", (groups, rows), groups * rows * 2, streamed=False),
+        )
+
+    def row_multiple(self, shape: tuple[int, ...]) -> int:
+        return PER_WORD
+
+    def encode(self, rows: np.ndarray) -> Mapping[str, np.ndarray]:
+        codes, zeros, scales = quantize(rows, self.group_size)
+        return {"qweight": pack(codes), "qzeros": pack(zeros), "scales": scales}
+
+    def finish(self, shape: tuple[int, ...], collected: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+        return {suffix: np.ascontiguousarray(array.T) for suffix, array in collected.items()}

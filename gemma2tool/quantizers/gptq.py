@@ -1,0 +1,100 @@
+"""GPTQ's layout with codes rounded to nearest: weight = (code - zero) * scale, float16 scales, packed along the input.
+
+The stored arrays are transposed against the weight (O, I): qweight (I * bits / 32, O), qzeros (I / group, O * bits / 32), scales
+(I / group, O), g_idx (I,). Checkpoints of the format ``gptq`` store zero - 1, those of ``gptq_v2`` zero itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from gemma2tool.model.lazy import to_float32
+from gemma2tool.quantizers.base import Part
+from gemma2tool.quantizers.bitpack import pack_words, unpack_words
+from gemma2tool.quantizers.casts import cast
+
+GROUP_SIZES = (32, 64, 128)
+CHECKPOINT_FORMATS = ("gptq", "gptq_v2")
+
+
+def quantize(
+    rows: np.ndarray, bits: int, group_size: int, symmetric: bool
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(n, I) to codes uint8 (n, I), zeros uint8 and scales float16 (n, I / group_size).
+
+    The scale is rounded to float16 before zero and codes are derived from it: they then are the nearest to what is stored.
+    """
+    n, columns = rows.shape
+    groups = to_float32(rows).reshape(n, columns // group_size, group_size)
+    low, high = np.minimum(groups.min(axis=2), 0), np.maximum(groups.max(axis=2), 0)
+    if symmetric:
+        high = np.maximum(-low, high)
+        low = -high
+    top = np.float32(2**bits - 1)
+    scales = cast((high - low) / top, np.float16)
+    scales[scales == 0] = 1
+    wide = to_float32(scales)
+    zeros = np.full_like(wide, 2 ** (bits - 1)) if symmetric else np.clip(np.rint(-low / wide), 0, top)
+    codes = np.clip(np.rint(groups / wide[..., None]) + zeros[..., None], 0, top)
+    return codes.astype(np.uint8).reshape(n, columns), zeros.astype(np.uint8), scales
+
+
+def dequantize(codes: np.ndarray, zeros: np.ndarray, scales: np.ndarray, g_idx: np.ndarray) -> np.ndarray:
+    """(code - zero) * scale, float32 and exact for float16 scales. (n, I), (n, G), (n, G), (I,) -> (n, I)."""
+    values = codes.astype(np.float32) - zeros.astype(np.float32)[:, g_idx]
+    return values * to_float32(scales)[:, g_idx]
+
+
+def unpack_zeros(words: np.ndarray, bits: int, checkpoint_format: str) -> np.ndarray:
+    """qzeros (G, O * bits / 32) to zeros uint8 (G, O)."""
+    zeros = unpack_words(words, bits)
+    return (zeros + np.uint8(1)) & np.uint8(2**bits - 1) if checkpoint_format == "gptq" else zeros
+
+
+@dataclass(frozen=True)
+class Gptq:
+    """``gptq-4`` and ``gptq-8``, rounded to nearest."""
+
+    bits: int
+    group_size: int = 128
+    symmetric: bool = True
+    checkpoint_format: str = "gptq"
+
+    lossless: ClassVar[bool] = False
+    collects: ClassVar[tuple[str, ...]] = ("qweight", "qzeros", "scales")
+
+    @property
+    def name(self) -> str:
+        return f"gptq-{self.bits}"
+
+    def parts(self, shape: tuple[int, ...]) -> tuple[Part, ...]:
+        rows, columns = shape
+        groups, words, zero_words = columns // self.group_size, columns * self.bits // 32, rows * self.bits // 32
+        return (
+            Part("qweight", "I32", (words, rows), words * rows * 4, streamed=False),
+            Part("qzeros", "I32", (groups, zero_words), groups * zero_words * 4, streamed=False),
+            Part("scales", "F16", (groups, rows), groups * rows * 2, streamed=False),
+            Part("g_idx", "I32", (columns,), columns * 4, streamed=False),
+        )
+
+    def row_multiple(self, shape: tuple[int, ...]) -> int:
+        return 1
+
+    def encode(self, rows: np.ndarray) -> Mapping[str, np.ndarray]:
+        codes, zeros, scales = quantize(rows, self.bits, self.group_size, self.symmetric)
+        return {"qweight": pack_words(codes, self.bits), "qzeros": zeros, "scales": scales}
+
+    def finish(self, shape: tuple[int, ...], collected: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+        zeros = collected["qzeros"]
+        if self.checkpoint_format == "gptq":
+            zeros = (zeros - np.uint8(1)) & np.uint8(2**self.bits - 1)
+        return {
+            "qweight": np.ascontiguousarray(collected["qweight"].T).view(np.int32),
+            "qzeros": pack_words(np.ascontiguousarray(zeros.T), self.bits).view(np.int32),
+            "scales": np.ascontiguousarray(collected["scales"].T),
+            "g_idx": np.arange(shape[1], dtype=np.int32) // np.int32(self.group_size),
+        }
