@@ -23,13 +23,6 @@ INLINE F look_up(const float* table, I i) {
 #endif
 }
 
-INLINE I load_bytes(const uint8_t* p) {
-    typedef uint8_t B __attribute__((vector_size(LANES)));
-    B b;
-    __builtin_memcpy(&b, p, LANES);
-    return __builtin_convertvector(b, I);
-}
-
 // The smallest position among the lanes with the least value.
 INLINE int position_of_least(F value, I position) {
 #if defined(__AVX512F__)
@@ -57,9 +50,7 @@ INLINE int code_of_point(const uint8_t* coordinates) {
 // those of the coordinates.
 template <int DIMS, int LEVELS>
 INLINE int nearest_neighbour(const Grid& grid, int u, const float* x, const float* w, float scale, const float* values) {
-    const int list = -1 - grid.index[u];
-    const uint32_t start = grid.list_start[list];
-    const int count = (int)(grid.list_start[list + 1] - start);
+    const int list = -1 - grid.index[u], start = grid.list_start[list], count = grid.list_start[list + 1] - start;
     const uint8_t* coordinates = grid.list_coordinates + (size_t)start * DIMS;
 
     float terms[DIMS][8];
@@ -69,8 +60,7 @@ INLINE int nearest_neighbour(const Grid& grid, int u, const float* x, const floa
             terms[i][v] = w[i] * diff * diff;
         }
     F least = splat(3.40282347e+38f);
-    I best = {}, position;
-    for (int l = 0; l < LANES; ++l) position[l] = l;
+    I best = {}, position = iota();
     for (int j = 0; j < count; j += LANES, position += LANES) {
         F distance = look_up(terms[0], load_bytes(coordinates + j));
         for (int i = 1; i < DIMS; ++i) distance += look_up(terms[i], load_bytes(coordinates + i * count + j));
@@ -79,6 +69,27 @@ INLINE int nearest_neighbour(const Grid& grid, int u, const float* x, const floa
         best = better ? position : best;
     }
     return grid.list_points[start + position_of_least(least, best)];
+}
+
+// The same for 4-dimensional grids, whose lists are short: lane t is try t, with its code, which is not on the grid where `off`, and its
+// scale. Returns the coordinates, one a byte, the first lowest.
+INLINE I nearest_neighbours(const Grid& grid, I entry, I off, const float* x, const float* w, F scale) {
+    const I list = off ? -1 - entry : I{};
+    const I start = gather(grid.list_start, list), last = gather(grid.list_sizes, list) - 1;
+    F least = splat(3.40282347e+38f);
+    I best = {};
+    for (int j = 0;; ++j) {
+        const I packed = gather(grid.list_packed, start + (last < j ? last : splat(j)));
+        F distance = {};
+        for (int i = 0; i < 4; ++i) {
+            const F diff = scale * to_float(((packed >> (8 * i)) & 7) * 2 + 1) - x[i];
+            distance += w[i] * diff * diff;
+        }
+        const I better = distance < least;
+        least = better ? distance : least;
+        best = better ? packed : best;
+        if (!any(off & (last > j))) return best;
+    }
 }
 
 // Twice the coordinate plus one: the values of the IQ2 and IQ3 grids while they are searched.
@@ -115,17 +126,22 @@ struct GridFit {
             int32_t packed[VECTORS * LANES];
             for (int v = 0; v < VECTORS; ++v) {
                 const F inverse = load(inverses + v * LANES);
-                I u = {};
+                I u = {}, l[DIMS];
                 for (int i = 0; i < DIMS; ++i) {
-                    const I l = clip(nearest_int(0.5f * (inverse * x[DIMS * p + i] - 1.f)), 0, LEVELS - 1);
-                    codes[DIMS * p + i][v] = l;
-                    u |= l << (BITS * i);
+                    l[i] = clip(nearest_int(0.5f * (inverse * x[DIMS * p + i] - 1.f)), 0, LEVELS - 1);
+                    u |= l[i] << (BITS * i);
                 }
+                const I entry = gather(grid.index, u), is_off = entry < 0;
+                off[p] |= lane_bits(is_off) << (v * LANES);
+                if (DIMS == 4 && any(is_off)) {
+                    const I near = nearest_neighbours(grid, entry, is_off, x + DIMS * p, root + DIMS * p, load(scales + v * LANES));
+                    for (int i = 0; i < DIMS; ++i) l[i] = is_off ? (near >> (8 * i)) & 7 : l[i];
+                }
+                for (int i = 0; i < DIMS; ++i) codes[DIMS * p + i][v] = l[i];
                 store(packed + v * LANES, u);
             }
-            for (int t = 0; t < TRIES; ++t) {
-                if (grid.index[packed[t]] >= 0) continue;
-                off[p] |= 1u << t;
+            for (int t = 0; DIMS != 4 && t < TRIES; ++t) {
+                if (!((off[p] >> t) & 1)) continue;
                 const int n = nearest_neighbour<DIMS, LEVELS>(grid, packed[t], x + DIMS * p, root + DIMS * p, scales[t], ODD);
                 for (int i = 0; i < DIMS; ++i) codes[DIMS * p + i][t / LANES][t % LANES] = grid.points[n][i];
             }

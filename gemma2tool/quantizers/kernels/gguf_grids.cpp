@@ -56,7 +56,7 @@ void set_gguf_grid(GridName name, const uint8_t* points, int size) {
     for (int j = 0; j < size; ++j) std::memcpy(g.points[j], points + j * g.dims, g.dims);
 
     std::vector<int32_t> index(1 << (g.bits * g.dims), 0);
-    std::vector<uint32_t> starts{0};
+    std::vector<int32_t> starts{0}, sizes, packed;
     std::vector<uint16_t> list_points;
     std::vector<uint8_t> list_coordinates;
     std::vector<bool> on(index.size(), false);
@@ -76,15 +76,22 @@ void set_gguf_grid(GridName name, const uint8_t* points, int size) {
         }
         if (on[u]) continue;
         std::vector<int> near = neighbours(g, from, distances);
+        sizes.push_back((int32_t)near.size());
         near.resize((near.size() + 15) / 16 * 16, near[0]);
         index[u] = -(int32_t)starts.size();
         for (int i = 0; i < g.dims; ++i)
             for (int j : near) list_coordinates.push_back(g.points[j][i]);
-        for (int j : near) list_points.push_back((uint16_t)j);
-        starts.push_back((uint32_t)list_points.size());
+        for (int j : near) {
+            const uint8_t* c = g.points[j];
+            list_points.push_back((uint16_t)j);
+            packed.push_back(c[0] | (c[1] << 8) | (c[2] << 16) | (c[3] << 24));
+        }
+        starts.push_back((int32_t)list_points.size());
     }
     g.index = keep(index);
     g.list_start = keep(starts);
+    g.list_sizes = keep(sizes);
+    g.list_packed = keep(packed);
     g.list_points = keep(list_points);
     g.list_coordinates = keep(list_coordinates);
     grid = g;

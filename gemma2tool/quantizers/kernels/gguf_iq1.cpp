@@ -25,10 +25,12 @@ INLINE float largest_magnitude(const float* x, int n) {
 // order[r] = the element of rank r; equal elements keep their order (ggml calls qsort, which does so in glibc).
 template <int N>
 INLINE void sort(const float* x, int* order) {
-    for (int j = 0; j < N; ++j) {
-        int rank = 0;
-        for (int k = 0; k < N; ++k) rank += x[k] < x[j] || (x[k] == x[j] && k < j);
-        order[rank] = j;
+    for (int j = 0; j < N; j += LANES) {
+        const F at = load(x + j);
+        const I number = iota() + j;
+        I rank = {};
+        for (int k = 0; k < N; ++k) rank -= (x[k] < at) | ((x[k] == at) & (k < number));
+        for (int l = 0; l < LANES; ++l) order[rank[l]] = j + l;
     }
 }
 
@@ -52,10 +54,11 @@ template <int K>
 INLINE void offer(Split& best, const F* qx, const F* q2, int i1, int i2, int lanes) {
     I better = {};
     for (int k = 0; k < K; ++k) better |= (q2[k] > 0.f) & (qx[k] * qx[k] > best.score * q2[k]);
-    if (!any(better)) return;
-    for (int l = 0; l < lanes; ++l)
+    for (uint32_t of = lane_bits(better) & ((1u << lanes) - 1); of; of &= of - 1) {
+        const int l = __builtin_ctz(of);
         for (int k = 0; k < K; ++k)
             if (Split::beaten_by(best, qx[k][l], q2[k][l])) best.take(qx[k][l], q2[k][l], i1, i2 + l, k);
+    }
 }
 
 // Codes of the split; with a negative scale everything is turned round. Returns whether it was.

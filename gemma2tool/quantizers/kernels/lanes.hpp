@@ -85,17 +85,52 @@ INLINE F sqrt(F x) {
 #endif
 }
 
-INLINE bool any(I mask) {
+// Bit l is set where lane l of a comparison is.
+INLINE uint32_t lane_bits(I mask) {
 #if defined(__AVX512F__)
-    return _mm512_movepi32_mask((__m512i)mask) != 0;
+    return _mm512_movepi32_mask((__m512i)mask);
 #elif defined(__AVX2__)
-    return _mm256_movemask_ps((__m256)mask) != 0;
+    return (uint32_t)_mm256_movemask_ps((__m256)mask);
 #elif defined(__SSE2__)
-    return _mm_movemask_ps((__m128)mask) != 0;
+    return (uint32_t)_mm_movemask_ps((__m128)mask);
 #else
-    int32_t all = 0;
-    for (int i = 0; i < LANES; ++i) all |= mask[i];
-    return all != 0;
+    uint32_t b = 0;
+    for (int i = 0; i < LANES; ++i) b |= (uint32_t)(mask[i] & 1) << i;
+    return b;
+#endif
+}
+INLINE bool any(I mask) { return lane_bits(mask) != 0; }
+
+// table[i] for the i of each lane.
+INLINE I gather(const int32_t* table, I i) {
+#if defined(__AVX512F__)
+    return (I)_mm512_i32gather_epi32((__m512i)i, table, 4);
+#elif defined(__AVX2__)
+    return (I)_mm256_i32gather_epi32(table, (__m256i)i, 4);
+#else
+    I y;
+    for (int l = 0; l < LANES; ++l) y[l] = table[i[l]];
+    return y;
+#endif
+}
+
+// 0, 1, 2, ...
+INLINE I iota() {
+    I i;
+    for (int l = 0; l < LANES; ++l) i[l] = l;
+    return i;
+}
+
+// LANES unsigned bytes as ints.
+INLINE I load_bytes(const uint8_t* p) {
+#if defined(__AVX512F__)
+    return (I)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));
+#elif defined(__AVX2__)
+    return (I)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p));
+#else
+    I y;
+    for (int l = 0; l < LANES; ++l) y[l] = p[l];
+    return y;
 #endif
 }
 
