@@ -1,0 +1,18 @@
+"""Libraries that only some formats need, installed as extras of the package."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from types import ModuleType
+
+from gemma2tool.errors import UsageError
+
+
+def require(module: str, extra: str, purpose: str) -> ModuleType:
+    """The library ``module``; ``UsageError`` with the command that installs it where it is missing."""
+    try:
+        return import_module(module)
+    except ImportError:
+        raise UsageError(
+            "extra.missing", f"{purpose} needs {module}, which is not installed", hint=f"pip install 'gemma2tool[{extra}]'"
+        ) from None
