@@ -6,10 +6,11 @@ import functools
 import gzip
 import hashlib
 import json
+import os
 from pathlib import Path
 
-from gemma2tool.formats.base import Output, WriteOptions, as_bytes
-from gemma2tool.model.lazy import row_ranges
+from gemma2tool.formats.base import Output, WriteOptions
+from gemma2tool.pipeline.write import write_output
 from gemma2tool.storage import gguf
 
 VALUE_TYPES = ["UINT8", "INT8", "UINT16", "INT16", "UINT32", "INT32", "FLOAT32", "BOOL", "STRING", "ARRAY", "UINT64", "INT64", "FLOAT64"]
@@ -26,27 +27,24 @@ def expected(oracles: Path) -> dict:
     return json.loads(gzip.decompress((oracles / "gguf" / "expected.json.gz").read_bytes()))
 
 
-def write(output: Output, folder: Path, chunk_bytes: int = 1 << 20) -> list[Path]:
-    """Every byte of the output where it says; files that were not written completely would show as zeros."""
-    paths = []
-    for file in output.files:
-        path = folder / file.name
-        paths.append(path)
-        with path.open("wb") as out:
-            out.truncate(file.size)
-            for offset, data in file.fixed:
-                out.seek(offset)
-                out.write(data)
-            for tensor in output.tensors:
-                place = tensor.parts[""]
-                if place.file != file.name:
-                    continue
-                out.seek(place.offset)
-                source = tensor.source
-                for first, last in row_ranges(source.rows, source.row_size * source.dtype.itemsize, chunk_bytes):
-                    out.write(as_bytes(tensor.encoder.encode(source.load_rows(first, last))[""]))
-                assert out.tell() == place.offset + place.nbytes, tensor.name
-    return paths
+class _File:
+    def __init__(self, path: Path, size: int) -> None:
+        self.fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+        os.truncate(self.fd, size)
+
+    def pwrite(self, offset: int, buffer: object) -> None:
+        assert os.pwrite(self.fd, buffer, offset) == len(memoryview(buffer))
+
+
+def write(output: Output, folder: Path, *, memory: int = 64 << 20) -> list[Path]:
+    """The output through the pipeline's writer, on two threads. What it leaves out would show as zeros."""
+    sinks = {file.name: _File(folder / file.name, file.size) for file in output.files}
+    try:
+        write_output(output, sinks, threads=2, memory=memory)
+    finally:
+        for sink in sinks.values():
+            os.close(sink.fd)
+    return [folder / file.name for file in output.files]
 
 
 def described(path: Path) -> dict:

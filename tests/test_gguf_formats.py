@@ -236,7 +236,7 @@ def test_bad_weights_name_the_tensor(tmp_path: Path) -> None:
             bad.array[5, 3] = value
             output = GGUF().layout(source, options(type="q8_0"))
             with pytest.raises(InputRefused, match=r"model.layers.1.mlp.up_proj.weight.*\(5, 3\)") as refused:
-                write(output, tmp_path, chunk_bytes=1000)
+                write(output, tmp_path, memory=32_000)
             assert refused.value.id == id
 
 

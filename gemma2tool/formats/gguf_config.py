@@ -132,10 +132,11 @@ def unusual(config: Gemma2Config) -> list[str]:
     """What a GGUF can say and llama.cpp heeds, though its converter leaves it out: other readers may not look for it."""
     if config.rope_theta == ROPE_THETA:
         return []
-    return [
+    base = (
         f"rope_theta is {config.rope_theta:g}: stored as gemma2.rope.freq_base, which llama.cpp heeds; a reader that does not would"
         " compute with 10000, and llama.cpp's own converter leaves it out"
-    ]
+    )
+    return [base]
 
 
 def cannot_say(config: Gemma2Config, tensors: Iterable[str]) -> list[str]:

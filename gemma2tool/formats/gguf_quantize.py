@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -47,10 +47,10 @@ class Request:
     """The options of a quantization, parsed."""
 
     imatrix: ImportanceMatrix | None = None
-    overrides: Overrides = Overrides()
+    overrides: Overrides = field(default_factory=Overrides)
     allow_requantize: bool = False
     keys: Sequence[KeyValue] = ()
-    split: Split = Split()
+    split: Split = field(default_factory=Split)
 
     @classmethod
     def of(cls, extra: Mapping[str, Any]) -> Request:

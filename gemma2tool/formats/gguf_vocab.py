@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 from gemma2tool.errors import InputRefused
@@ -176,7 +177,7 @@ def _ranks(normal: list[int], vocab: Mapping[str, int], merges: object) -> dict[
         if token is not None:
             made.setdefault(token, rank)
     order = [token for token in normal if token in made]
-    if all(made[a] < made[b] for a, b in zip(order, order[1:], strict=False)):
+    if all(made[a] < made[b] for a, b in pairwise(order)):
         return {token: token - normal[0] for token in normal}
     ranked = sorted(normal, key=lambda token: (made.get(token, len(made) + len(vocab)), token))
     return {token: rank for rank, token in enumerate(ranked)}

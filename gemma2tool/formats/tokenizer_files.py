@@ -64,7 +64,7 @@ def added_tokens_of(config: Mapping[str, Any] | None, tokenizer: Mapping[str, An
     if not isinstance(listed, list):
         return None
     for entry in listed:
-        if isinstance(entry, Mapping) and isinstance(entry.get("id"), int) and isinstance(entry.get("content"), str):
-            if entry["id"] >= 0:
-                found[entry["id"]] = (entry["content"], bool(entry.get("special")))
+        token, text = (entry.get("id"), entry.get("content")) if isinstance(entry, Mapping) else (None, None)
+        if isinstance(token, int) and token >= 0 and isinstance(text, str):
+            found[token] = (text, bool(entry.get("special")))
     return found
