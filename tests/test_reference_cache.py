@@ -38,7 +38,7 @@ def stepwise(model, ids, mask, pieces):
     return torch.cat(logits, dim=1), cache
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(
     config=CONFIGS,
     side=st.sampled_from(["none", "left"]),
@@ -162,7 +162,7 @@ def test_cache_faults_are_noticed(name, monkeypatch):
         assert_agree(stepwise(model, ids, None, [6] + [1] * 11)[0], whole)
 
 
-# -- generation ----------------------------------------------------------------------------------------------------------
+# -- generation -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("side", ["none", "left"])

@@ -1,7 +1,8 @@
 """Would the suite notice? Each known single mistake, planted in the forward pass, must break its agreement with peers.
 
-The mistakes are those that converters and ports of Gemma 2 have made. Each is compared by the same function and bound as the
-real thing, with transformers' logits and hidden states on one small model, and with the logits that gemma_pytorch stored.
+The mistakes are those that converters and ports of Gemma 2 have made. Each is compared by the same function and bound
+as the real thing: with transformers' logits and hidden states on one small model, and with the logits gemma_pytorch
+stored.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ FAULTS = {}
 
 
 def fault(function):
-    """Register a mistake: it may patch the code, and returns the config and weights that the mistaken program would use."""
+    """Register a mistake: it may patch the code, and returns the config and weights the mistaken program would use."""
     FAULTS[function.__name__] = function
     return function
 
@@ -261,7 +262,6 @@ def padded_embedding_row_off_by_one(patch, config, state):
 @pytest.fixture(scope="module")
 def peers():
     """Ids, weights, and what transformers makes of them."""
-    torch.set_num_threads(1)
     state, ids = trained_like_state(CONFIG), prompts((2, 20), CONFIG.vocab_size, 9)
     output = their_model(CONFIG, CAUSAL, state)(ids, output_hidden_states=True)
     return ids, state, output

@@ -37,7 +37,7 @@ from gemma2tool.reference.streaming import StreamedForward
 CAUSAL = "Gemma2ForCausalLM"
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30, deadline=None, derandomize=True)
 @given(
     config=CONFIGS,
     block=st.sampled_from([1, 200, 1000, 1 << 20]),
@@ -187,7 +187,7 @@ def test_wrong_inputs_get_clear_errors():
         Gemma2ForCausalLM.from_checkpoint(checkpoint)
 
 
-# -- reading ahead -------------------------------------------------------------------------------------------------------
+# -- reading ahead ----------------------------------------------------------------------------------------------------
 
 
 class Counted(ArrayTensor):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,36 +10,9 @@ from typing import Any
 
 from gemma2tool.errors import InputRefused, UsageError
 from gemma2tool.model import config_hf
-from gemma2tool.model.config_hf import contradiction
+from gemma2tool.model.config_checks import FULL, POSITIVE_INTEGERS, SLIDING, check_agreement, check_values
 
-SLIDING = "sliding_attention"
-FULL = "full_attention"
-
-ACTIVATIONS = ("gelu_pytorch_tanh", "gelu", "gelu_new", "silu", "relu")
-PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
-# The parameters that each kind of rotary scaling cannot do without.
-ROPE_TYPES: Mapping[str, tuple[str, ...]] = {
-    "default": (),
-    "linear": ("factor",),
-    "dynamic": ("factor",),
-    "yarn": ("factor",),
-    "longrope": ("short_factor", "long_factor"),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-}
-
-_POSITIVE_INTEGERS = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "max_position_embeddings",
-)
-_POSITIVE_NUMBERS = ("rms_norm_eps", "rope_theta", "query_pre_attn_scalar")
 _FLOATS = ("attn_logit_softcapping", "final_logit_softcapping", "rms_norm_eps", "rope_theta", "initializer_range")
-_MAX_LAYERS = 4096  # far beyond any model; keeps a hostile file from asking for a list of a billion layers
 
 
 @dataclass(frozen=True)
@@ -128,9 +100,9 @@ class Gemma2Config:
     notes: tuple[str, ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
-        self._check_values()
+        check_values(self)
         self._normalize()
-        self._check_agreement()
+        check_agreement(self)
 
     # -- reading and writing ------------------------------------------------------------------------------------------
 
@@ -219,50 +191,6 @@ class Gemma2Config:
                     found.append(f"{name}_token_id {token} lies outside the vocabulary of {self.vocab_size}")
         return tuple(found)
 
-    # -- checks -------------------------------------------------------------------------------------------------------
-
-    def _check_values(self) -> None:
-        for name in _POSITIVE_INTEGERS:
-            value = getattr(self, name)
-            _require(_is_integer(value) and value > 0, name, value, "a positive integer")
-        layers = self.num_hidden_layers
-        _require(layers <= _MAX_LAYERS, "num_hidden_layers", layers, f"at most {_MAX_LAYERS}")
-        _require(self.head_dim % 2 == 0, "head_dim", self.head_dim, "even, because the rotary embedding turns pairs")
-        for name in _POSITIVE_NUMBERS:
-            value = getattr(self, name)
-            _require(_is_number(value) and value > 0, name, value, "a positive number")
-        for name in ("attn_logit_softcapping", "final_logit_softcapping"):
-            value = getattr(self, name)
-            _require(value is None or (_is_number(value) and value > 0), name, value, "a positive number or null")
-        _require(_is_number(self.initializer_range), "initializer_range", self.initializer_range, "a number")
-        dropout = self.attention_dropout
-        share = dropout is None or (_is_number(dropout) and 0 <= dropout < 1)
-        _require(share, "attention_dropout", dropout, "from 0 up to 1")
-        for name in ("use_cache", "tie_word_embeddings", "attention_bias"):
-            _require(isinstance(getattr(self, name), bool), name, getattr(self, name), "true or false")
-        value = self.use_bidirectional_attention
-        known = value is None or isinstance(value, bool)
-        _require(known, "use_bidirectional_attention", value, "true, false or null")
-        window = self.sliding_window
-        whole = window is None or (_is_integer(window) and window > 0)
-        _require(whole, "sliding_window", window, "a positive integer or null")
-        for name in ("pad_token_id", "bos_token_id"):
-            value = getattr(self, name)
-            _require(value is None or _is_integer(value), name, value, "an integer or null")
-        eos = self.eos_token_id
-        several = isinstance(eos, (list, tuple)) and len(eos) > 0 and all(map(_is_integer, eos))
-        _require(eos is None or _is_integer(eos) or several, "eos_token_id", eos, "an integer, a list of them, or null")
-        activation, problem = self.hidden_activation, self.problem_type
-        _require(activation in ACTIVATIONS, "hidden_activation", activation, f"one of {ACTIVATIONS}")
-        _require(problem in (None, *PROBLEM_TYPES), "problem_type", problem, f"one of {PROBLEM_TYPES}")
-        for name in ("dtype", "transformers_version"):
-            value = getattr(self, name)
-            _require(value is None or isinstance(value, str), name, value, "a string")
-        for name in ("layer_types", "architectures"):
-            value = getattr(self, name)
-            strings = isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value)
-            _require(value is None or strings, name, value, "a list of strings")
-
     def _normalize(self) -> None:
         """One Python type per field, so that equal configs compare equal and transformers' strict types accept them."""
         for name in _FLOATS:
@@ -278,52 +206,13 @@ class Gemma2Config:
         if self.layer_types is None:
             self._set("layer_types", tuple(FULL if layer % 2 else SLIDING for layer in range(self.num_hidden_layers)))
 
-    def _check_agreement(self) -> None:
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise contradiction(
-                f"num_attention_heads {self.num_attention_heads} is not a multiple of"
-                f" num_key_value_heads {self.num_key_value_heads}"
-            )
-        if len(self.layer_types) != self.num_hidden_layers:
-            raise contradiction(
-                f"layer_types has {len(self.layer_types)} entries but num_hidden_layers is {self.num_hidden_layers}"
-            )
-        for kind in self.layer_types:
-            _require(kind in (SLIDING, FULL), "layer_types", kind, f"{SLIDING!r} or {FULL!r}")
-        if self.sliding_window is None and SLIDING in self.layer_types:
-            raise contradiction("sliding_window is null but layer_types has sliding_attention layers")
-        if self.label2id is not None and self.id2label is not None:
-            if {label: index for index, label in self.id2label.items()} != dict(self.label2id):
-                raise contradiction("label2id is not the inverse of id2label")
-        scaling = self.rope_scaling or {}
-        rope_type = scaling.get("rope_type", "default")
-        _require(rope_type in ROPE_TYPES, "rope_type", rope_type, f"one of {tuple(ROPE_TYPES)}")
-        for name in ROPE_TYPES[rope_type]:
-            if scaling.get(name) is None:
-                raise contradiction(f"rope_type is {rope_type!r} but rope_parameters.{name} is missing")
-        if scaling.get("partial_rotary_factor", 1.0) != 1.0:
-            raise InputRefused("config.value", "config: partial_rotary_factor must be 1; Gemma 2 turns the whole head")
-
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
 
 
-def _is_integer(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _require(holds: bool, name: str, value: Any, expected: str) -> None:
-    if not holds:
-        raise InputRefused("config.value", f"config: {name} is {value!r}; it must be {expected}")
-
-
 # -- the released models ----------------------------------------------------------------------------------------------
 
-_SHAPE = tuple(name for name in _POSITIVE_INTEGERS if name not in ("vocab_size", "max_position_embeddings"))
+_SHAPE = tuple(name for name in POSITIVE_INTEGERS if name not in ("vocab_size", "max_position_embeddings"))
 # Fields that no tensor's shape shows but that change what the model computes.
 _ARITHMETIC = (
     "vocab_size",

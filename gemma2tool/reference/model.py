@@ -234,7 +234,7 @@ class Gemma2ForTokenClassification(Gemma2PreTrainedModel):
     def forward(
         self, input_ids: Tensor | None = None, *args, labels: Tensor | None = None, return_dict: bool = True, **kwargs
     ) -> TokenClassifierOutput | tuple:
-        """``labels`` (B, T): class numbers, -100 ignored."""
+        """``labels`` (B, T): class numbers, -100 ignored. Dropout before the head (for training) is left out."""
         base = self.model(input_ids, *args, **kwargs)
         logits = self.score(base.last_hidden_state)
         loss = None if labels is None else token_loss(logits, labels)
