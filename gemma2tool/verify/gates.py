@@ -86,7 +86,6 @@ GATES: Mapping[str, Gates] = {
     "nf4": Gates(kl=0.20, top1=0.78),
     "nf4-dq": Gates(kl=0.20, top1=0.78),
     "q4_0": Gates(kl=0.25, top1=0.76),
-    "nvfp4": Gates(kl=0.30, top1=0.75),
     "fp4": Gates(kl=0.40, top1=0.70),
     "fp4-dq": Gates(kl=0.40, top1=0.70),
     "mxfp4": Gates(kl=0.40, top1=0.70),
@@ -97,12 +96,10 @@ GATES: Mapping[str, Gates] = {
     "iq2_s": Gates(kl=1.5, top1=0.45),
     "iq2_xs": Gates(kl=2.0, top1=0.40),
     "iq2_xxs": Gates(kl=2.5, top1=0.35),
-    "q2_0": Gates(kl=6.0, top1=0.05),
     "iq1_m": Gates(kl=4.0, top1=0.20),
     "iq1_s": Gates(kl=5.0, top1=0.15),
     "tq1_0": Gates(kl=8.0, top1=0.0),
     "tq2_0": Gates(kl=8.0, top1=0.0),
-    "q1_0": Gates(kl=8.0, top1=0.0),
     "unknown": Gates(),
 }
 """Kind -> default limits: from llama.cpp's published KL of Llama 3 8B per type with room for smaller models, in the

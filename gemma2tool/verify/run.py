@@ -56,8 +56,8 @@ def verify(
     replace the defaults, by the names of ``gates.Gates``. ``levels``: which questions to ask, of ``LEVELS``.
     ``expected``: canonical tensors as the target's own convention makes them, bit for bit (GGUF's w + 1 and back); what
     they lose is reported, not judged. ``weighted``: whether an importance matrix steered the quantization, so that
-    single values may be far off (default: what the candidate's metadata say under "importance_matrix"). ``threads``: for reading, comparing and the forward passes; the tensors' part of the result does not
-    depend on it.
+    single values may be far off (default: what the candidate's metadata say under "importance_matrix"). ``threads``:
+    for reading, comparing and the forward passes; the tensors' part of the result does not depend on it.
     """
     unknown = [level for level in levels if level not in LEVELS]
     if unknown:

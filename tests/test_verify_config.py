@@ -1,0 +1,70 @@
+"""Config fields: what must be equal, what may differ, what a format cannot say."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from gemma2tool.model.config import Gemma2Config
+from gemma2tool.verify.config import ARITHMETIC, INFORMATIVE, USE, compare_configs
+from gemma2tool.verify.result import GateResult
+
+BASE = Gemma2Config()
+
+
+def compare(**changes: object) -> GateResult:
+    return compare_configs(BASE, dataclasses.replace(BASE, **changes))
+
+
+def test_every_field_is_looked_at_once() -> None:
+    fields = {field.name for field in dataclasses.fields(Gemma2Config)} - {"notes"}
+    judged = [*ARITHMETIC, *USE, *INFORMATIVE]
+    assert sorted(judged) == sorted(fields)
+
+
+def test_equal_configs_pass_without_a_word() -> None:
+    found = compare()
+    assert found.status == "passed" and not found.findings
+
+
+@pytest.mark.parametrize("changes", [
+    {"query_pre_attn_scalar": 224}, {"attn_logit_softcapping": None}, {"attn_logit_softcapping": 30.0},
+    {"final_logit_softcapping": 50.0}, {"final_logit_softcapping": None}, {"sliding_window": 4095},
+    {"rope_theta": 160000.0}, {"rms_norm_eps": 1e-5}, {"hidden_activation": "gelu"}, {"vocab_size": 255999},
+    {"layer_types": tuple("full_attention" if i % 2 == 0 else "sliding_attention" for i in range(26))},
+    {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, {"tie_word_embeddings": False}, {"attention_bias": True},
+    {"use_bidirectional_attention": True}, {"num_key_value_heads": 8}, {"head_dim": 128}, {"intermediate_size": 9215},
+    {"bos_token_id": 1}, {"eos_token_id": 107},
+])  # fmt: skip
+def test_what_changes_the_model_fails_and_is_named(changes: dict[str, object]) -> None:
+    found = compare(**changes)
+    (name,) = changes
+    assert found.status == "failed"
+    assert [finding.subject for finding in found.findings if finding.severity == "error"] == [name]
+    assert name in found.summary
+
+
+@pytest.mark.parametrize(("changes", "severity"), [
+    ({"eos_token_id": (1, 107)}, "warning"), ({"max_position_embeddings": 4096}, "warning"), ({"pad_token_id": 1}, "warning"),
+    ({"pad_token_id": None}, "note"), ({"dtype": "float32"}, None), ({"initializer_range": 0.01}, "note"),
+    ({"use_cache": False}, "note"), ({"attention_dropout": 0.1}, "note"), ({"transformers_version": "5"}, None),
+])  # fmt: skip
+def test_what_does_not_change_it_passes(changes: dict[str, object], severity: str | None) -> None:
+    found = compare(**changes)
+    assert found.status == "passed"
+    assert [finding.severity for finding in found.findings] == ([severity] if severity else [])
+
+
+def test_spellings_of_the_same_are_the_same() -> None:
+    assert compare(rms_norm_eps=9.999999974752427e-07).status == "passed", "GGUF keeps it in float32"
+    assert compare(rope_scaling={"rope_type": "default"}).status == "passed"
+    assert compare(use_bidirectional_attention=False).status == "passed"
+    assert compare(eos_token_id=(1,)).findings == ()
+
+
+def test_layers_that_differ_are_listed() -> None:
+    types = list(BASE.layer_types)
+    types[3] = "sliding_attention"
+    found = compare(layer_types=tuple(types))
+    assert "layers 3 differ (layer 3: source full_attention, candidate sliding_attention)" in found.summary
