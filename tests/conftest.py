@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -31,3 +33,13 @@ def oracles() -> Path:
 def fixture_dir() -> Path:
     """The small trained Gemma 2 that the repository carries."""
     return ROOT / "fixtures" / "tiny-gemma2"
+
+
+@pytest.fixture(scope="session")
+def llama(oracles: Path) -> ModuleType:
+    """llama.cpp itself, from its wheel: ``logits(path, tokens or text) -> (ids, float32 logits)``."""
+    pytest.importorskip("xllamacpp")
+    spec = importlib.util.spec_from_file_location("llama_cpp_peer", oracles / "llama_cpp.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

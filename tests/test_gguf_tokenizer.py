@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import json
 from array import array
@@ -258,15 +257,6 @@ def test_transformers_reads_the_rebuilt_files(trained: bytes, tmp_path: Path) ->
 
 
 # -- llama.cpp ------------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def llama(oracles: Path):
-    pytest.importorskip("xllamacpp")
-    spec = importlib.util.spec_from_file_location("llama_cpp_peer", oracles / "llama_cpp.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.mark.parametrize("folder", ["gguf/tiny_gqa4"])
