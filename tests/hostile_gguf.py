@@ -98,6 +98,7 @@ CASES = [
     _kv("truncated", "a text of an array past the end", arr("k", STR, 2, text("a") + struct.pack("<Q", 1 << 40))),
     _kv("truncated", "the last text's length cut off", arr("k", STR, 8, text(b"a" * 100))),
     Hostile("5,000,000 empty texts", file([arr("k", STR, 5_000_000, bytes(40_000_000))]), "gguf.array-length"),
+    Hostile("1,000,000 texts twice", file([arr(k, STR, 1_000_000, bytes(8_000_000)) for k in "ab"]), "gguf.array-length"),
     _alignment("alignment 0", U32, struct.pack("<I", 0)),
     _alignment("alignment 13", U32, struct.pack("<I", 13)),
     _alignment("alignment 2^31", U32, struct.pack("<I", 1 << 31)),

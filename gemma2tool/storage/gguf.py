@@ -27,7 +27,7 @@ MAX_KV = 10_000
 MAX_TENSORS = 20_000
 MAX_DIMS = 4  # ggml's GGML_MAX_DIMS
 MAX_NAME_BYTES = (1 << 16) - 1
-MAX_ARRAY_STRINGS = 4_000_000
+MAX_STRINGS = 1_500_000  # in all arrays; a vocabulary and its merges have under a million
 MAX_ALIGNMENT = 1 << 16
 DEFAULT_ALIGNMENT = 32
 ALIGNMENT_KEY = "general.alignment"
@@ -151,6 +151,7 @@ class _Cursor:
         self.reader = reader
         self.data = bytearray()
         self.position = 0
+        self.strings = 0  # in arrays so far
 
     def refuse(self, kind: str, message: str) -> NoReturn:
         raise InputRefused(f"gguf.{kind}", f"{self.reader.path}: {message}", hint=_HINT)
@@ -240,8 +241,9 @@ def _elements(cursor: _Cursor, key: str, kind: int, count: int) -> Any:
     if count * size > cursor.reader.size - cursor.position:
         cursor.refuse("array-length", f"the key {quoted(key)} is an array of {count} elements, more than the file can hold")
     if kind == STRING:
-        if count > MAX_ARRAY_STRINGS:
-            cursor.refuse("array-length", f"the key {quoted(key)} holds {count} texts; at most {MAX_ARRAY_STRINGS} are accepted")
+        cursor.strings += count
+        if cursor.strings > MAX_STRINGS:
+            cursor.refuse("array-length", f"its arrays hold {cursor.strings} texts or more; at most {MAX_STRINGS} are accepted")
         return cursor.texts(count)
     if kind == BOOL:
         return _bools(cursor, key, count)

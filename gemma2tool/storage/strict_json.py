@@ -6,6 +6,7 @@ import json
 import os
 import re
 from array import array
+from collections.abc import Iterator
 from itertools import accumulate
 from typing import Any, NoReturn
 
@@ -14,10 +15,11 @@ from gemma2tool.storage.quoting import quoted
 from gemma2tool.storage.reading import read_whole
 
 # Gemma's tokenizer.json holds about 2.3 million values.
-DEFAULT_MAX_VALUES = 5_000_000
+DEFAULT_MAX_VALUES = 4_000_000
 
 # Possessive, and an unclosed string runs to the end: linear in time whatever the bytes.
 _STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)', re.DOTALL)
+_STRINGS = re.compile(rb'(?:[^"]*+"[^"\\]*+(?:\\.[^"\\]*+)*+"){1,4096}+', re.DOTALL)
 _DEPTH_STEP = bytes.maketrans(b"[{]}", b"\x01\x01\xff\xff")
 _NOT_BRACKETS = bytes(sorted(set(range(256)) - set(b"[]{}")))
 
@@ -74,11 +76,23 @@ def load(
 
 def _check_size(data: bytes, place: str, max_depth: int, max_values: int) -> None:
     """Bounds nesting and the number of values in one pass over the bytes, before any Python object is made of them."""
-    skeleton = _STRING.sub(b"", data)
-    steps = skeleton.translate(_DEPTH_STEP, _NOT_BRACKETS)
-    if max(accumulate(array("b", steps)), default=0) > max_depth:
-        raise InputRefused("json.depth", f"{place}: nested more than {max_depth} deep")
-    # Every value but the first of its list or object follows a comma.
-    values = skeleton.count(b",") + steps.count(b"\x01") + 1
-    if values > max_values:
-        raise InputRefused("json.too-many-values", f"{place}: about {values} values; at most {max_values} are accepted")
+    depth, values = 0, 1
+    for skeleton in _skeletons(data):
+        steps = array("b", skeleton.translate(_DEPTH_STEP, _NOT_BRACKETS))
+        if max(accumulate(steps, initial=depth)) > max_depth:
+            raise InputRefused("json.depth", f"{place}: nested more than {max_depth} deep")
+        depth += sum(steps)
+        # Every value but the first of its list or object follows a comma.
+        values += skeleton.count(b",") + steps.count(1)
+        if values > max_values:
+            raise InputRefused("json.too-many-values", f"{place}: more than {max_values} values")
+
+
+def _skeletons(data: bytes) -> Iterator[bytes]:
+    """What lies between the strings, a few thousand of them at a time so that the pieces need no memory to speak of."""
+    at = 0
+    while at < len(data):
+        run = _STRINGS.match(data, at)
+        end = run.end() if run else len(data)
+        yield _STRING.sub(b"", data[at:end])
+        at = end
