@@ -106,9 +106,6 @@ class HuggingFace:
     def layout(self, checkpoint: Checkpoint, options: WriteOptions) -> Output:
         dtypes = stored_dtypes(checkpoint, options)
         double_quant = bool(options.extra.get("double_quant"))
-        quantization = None
-        if options.type is not None:
-            quantization = packings.quantization_config(options.type, double_quant=double_quant)
         planned: list[tuple[str, LazyTensor, Encoder]] = []
         for name, spec in checkpoint.specs.items():
             source, encoder = checkpoint.tensors[name], None
@@ -117,10 +114,13 @@ class HuggingFace:
                 encoder = packings.encoder_for(spec, options.type, double_quant=double_quant, source=cast)
                 source = cast if encoder else source
             planned.append((name, source, encoder or Float(dtypes[name])))
-        files, tensors, index = shards(planned, options.max_shard_size, "pt")
-        content = config_content(checkpoint, dtypes)
-        if quantization is not None:
-            content["quantization_config"] = quantization
+        content, metadata = config_content(checkpoint, dtypes), {"format": "pt"}
+        if options.type is not None:
+            content |= packings.config_entries(options.type, double_quant=double_quant)
+            metadata = packings.metadata(
+                options.type, [(name, source.shape, encoder) for name, source, encoder in planned]
+            )
+        files, tensors, index = shards(planned, options.max_shard_size, metadata)
         small = other_assets(checkpoint) | {"config.json": assets.dump_json(content)}
         if len(files) > 1:
             small[INDEX] = assets.dump_json(index)

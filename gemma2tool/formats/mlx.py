@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from gemma2tool.errors import InputRefused
-from gemma2tool.formats import assets, raw
+from gemma2tool.formats import assets, packings, raw
 from gemma2tool.formats.base import Output, WriteOptions
 from gemma2tool.formats.dtypes import stored_dtypes
 from gemma2tool.formats.plain import drop_equal_head, refuse_homeless, refuse_type
@@ -47,6 +48,12 @@ class MLX:
                 files = [*files, path / INDEX]
             checkpoint.files = (*files, *([] if given else [config_path]))
             checkpoint.metadata = {"safetensors": metadata}
+            quantization = config.extra.get("quantization_config", config.extra.get("quantization"))
+            if quantization is not None:
+                tensors = packings.unpack(tensors, quantization)
+                extra = {key: value for key, value in config.extra.items() if not key.startswith("quantization")}
+                checkpoint.metadata["quantization_config"] = quantization
+                checkpoint.config = replace(config, extra=extra)
             checkpoint.tensors = drop_equal_head(tensors, config)
             checkpoint.check()
         except BaseException:
@@ -63,7 +70,7 @@ class MLX:
         refuse_homeless(checkpoint.tensors, {name for name, spec in expand(config).items() if spec.required}, self.name)
         dtypes = stored_dtypes(checkpoint, options)
         planned = [(name, checkpoint.tensors[name], Float(dtypes[name])) for name in checkpoint.specs]
-        files, tensors, index = shards(planned, options.max_shard_size, TAG)
+        files, tensors, index = shards(planned, options.max_shard_size, {"format": TAG})
         content = config_content(checkpoint, dtypes)
         # mlx-lm reads rope_theta alone, which transformers 5 writes inside rope_parameters.
         content["rope_theta"] = config.rope_theta

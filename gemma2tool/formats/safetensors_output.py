@@ -41,11 +41,11 @@ def natural_key(name: str) -> list[tuple[int, int | str]]:
 
 
 def shards(
-    planned: list[tuple[str, LazyTensor, Encoder]], limit: int, tag: str
+    planned: list[tuple[str, LazyTensor, Encoder]], limit: int, metadata: Mapping[str, str]
 ) -> tuple[list[OutputFile], list[OutputTensor], dict[str, object]]:
     """Spread the stored parts over files as transformers does: in natural order, a new file where the limit would be passed.
 
-    ``tag``: the files' ``format``. Returns the files, the tensors and the content of an index.
+    ``metadata``: what every file's header says, ``format`` at least. Returns the files, the tensors and the content of an index.
     """
     stored = []
     for name, source, encoder in planned:
@@ -73,15 +73,15 @@ def shards(
     for number, shard in enumerate(shards, 1):
         file = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         header, offsets, total = safetensors.layout(
-            [(name, part.dtype, part.shape) for name, part, _ in shard], {"format": tag}
+            [(name, part.dtype, part.shape) for name, part, _ in shard], metadata
         )
         files.append(OutputFile(file, total, [(0, header)]))
         for name, part, owner in shard:
             places[owner][part.suffix] = Placement(name, file, offsets[name], part.nbytes)
             weight_map[name] = file
     tensors = [OutputTensor(name, (name,), source, encoder, places[name]) for name, source, encoder in planned]
-    metadata = {
+    totals = {
         "total_parameters": sum(source.size for _, source, _ in planned),
         "total_size": sum(part.nbytes for _, part, _ in stored),
     }
-    return files, tensors, {"metadata": metadata, "weight_map": weight_map}
+    return files, tensors, {"metadata": totals, "weight_map": weight_map}

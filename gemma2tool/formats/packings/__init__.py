@@ -6,16 +6,16 @@ a module here with ``METHOD`` (the config's ``quant_method``), ``TYPES`` (names 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from gemma2tool.errors import InputRefused, UsageError
-from gemma2tool.formats.packings import bnb
+from gemma2tool.formats.packings import awq, bnb, compressed_tensors, gptq, mlx, torchao
 from gemma2tool.model.lazy import LazyTensor
 from gemma2tool.model.tensors import TensorSpec
 from gemma2tool.quantizers.base import Encoder
 from gemma2tool.storage.quoting import quoted
 
-_PACKINGS = (bnb,)
+_PACKINGS = (bnb, compressed_tensors, gptq, awq, torchao, mlx)
 _BY_METHOD = {packing.METHOD: packing for packing in _PACKINGS}
 _BY_TYPE = {type_name: packing for packing in _PACKINGS for type_name in packing.TYPES}
 
@@ -41,6 +41,8 @@ def unpack(raw: Mapping[str, LazyTensor], quantization_config: Mapping[str, obje
     are missing, contradict one another, or carry a known fault.
     """
     method = quantization_config.get("quant_method") if isinstance(quantization_config, Mapping) else None
+    if isinstance(quantization_config, Mapping) and mlx.recognizes(quantization_config):
+        method = mlx.METHOD
     packing = _BY_METHOD.get(method) if isinstance(method, str) else None
     if packing is None:
         raise InputRefused(
@@ -63,6 +65,22 @@ def encoder_for(spec: TensorSpec, type_name: str, *, double_quant: bool, source:
 def quantization_config(type_name: str, *, double_quant: bool, compute_dtype: str = "bfloat16") -> dict[str, object]:
     """The ``quantization_config`` that transformers 5.23 writes for this type. ``compute_dtype`` in torch's spelling."""
     return _packing(type_name).quantization_config(type_name, double_quant=double_quant, compute_dtype=compute_dtype)
+
+
+def config_entries(type_name: str, *, double_quant: bool) -> dict[str, object]:
+    """What config.json says about the quantization: ``quantization_config``, and MLX's second name for it."""
+    config = quantization_config(type_name, double_quant=double_quant)
+    if _packing(type_name) is mlx:
+        return {"quantization": config, "quantization_config": config}
+    return {"quantization_config": config}
+
+
+def metadata(type_name: str, tensors: Iterable[tuple[str, tuple[int, ...], Encoder]]) -> dict[str, str]:
+    """The metadata of the safetensors files, from every tensor's name, shape and encoder."""
+    packing = _packing(type_name)
+    if packing is torchao:
+        return torchao.metadata(tensors)
+    return {"format": "mlx" if packing is mlx else "pt"}
 
 
 def _packing(type_name: str):

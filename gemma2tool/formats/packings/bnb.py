@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gemma2tool.errors import InputRefused, UsageError
-from gemma2tool.formats.packings.parts import FLOATS, HINT, part, plain
+from gemma2tool.errors import InputRefused
+from gemma2tool.formats.packings.parts import FLOATS, HINT, linear_weight, no_double_quant, part, plain
 from gemma2tool.model.lazy import BFLOAT16, FLOAT32, LazyTensor, to_float32
 from gemma2tool.model.tensors import TensorSpec
 from gemma2tool.quantizers import bnb
@@ -38,10 +38,7 @@ def quantization_config(type_name: str, *, double_quant: bool, compute_dtype: st
     ``compute_dtype`` is written although transformers' default is float32: that default makes a bfloat16 model slow and large.
     """
     four_bit = type_name != "int8"
-    if double_quant and not four_bit:
-        raise UsageError(
-            "quantize.double-quant", "int8 has no double quantization", hint="use nf4 or fp4, or leave it out"
-        )
+    no_double_quant(type_name, double_quant and not four_bit)
     return {
         "_load_in_4bit": four_bit,
         "_load_in_8bit": not four_bit,
@@ -61,7 +58,8 @@ def quantization_config(type_name: str, *, double_quant: bool, compute_dtype: st
 
 def encoder_for(spec: TensorSpec, type_name: str, *, double_quant: bool, source: LazyTensor) -> Encoder | None:
     """The library quantizes every linear layer but the output head, and never the embedding."""
-    if not spec.quantizable or spec.layer is None:
+    no_double_quant(type_name, double_quant and type_name == "int8")
+    if not linear_weight(spec):
         return None
     if type_name == "int8":
         return bnb.Int8()

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+from collections import Counter
 from collections.abc import Collection, Mapping
 
 import numpy as np
 
-from gemma2tool.errors import InputRefused
-from gemma2tool.model.lazy import FLOAT_DTYPES, LazyTensor
+from gemma2tool.errors import InputRefused, UsageError
+from gemma2tool.model.lazy import FLOAT32, FLOAT_DTYPES, LazyTensor
+from gemma2tool.model.tensors import TensorSpec
 from gemma2tool.storage.quoting import quoted
 
 HINT = "the file is damaged or was not written by the library it names: fetch it again, or quantize the original again"
@@ -47,3 +50,44 @@ def plain(raw: Mapping[str, LazyTensor], taken: Collection[str], scheme: str) ->
                 hint=HINT,
             )
     return rest
+
+
+def model_dtype(raw: Mapping[str, LazyTensor]) -> np.dtype:
+    """The floating type that most tensors of at least two dimensions have, else most of all; scales aside, what was not quantized."""
+    for least in (2, 1):
+        counts = Counter(
+            t.dtype for t in raw.values() if t.dtype in FLOATS and len(t.shape) >= least and t.shape[-1] > 1
+        )
+        if counts:
+            return counts.most_common(1)[0][0]
+    return FLOAT32
+
+
+@functools.lru_cache(maxsize=2)
+def whole(tensor: LazyTensor) -> np.ndarray:
+    """All of a tensor whose columns are asked for a few at a time; the last two are kept."""
+    array = tensor.load()
+    array.flags.writeable = False
+    return array
+
+
+def linear_weight(spec: TensorSpec) -> bool:
+    """Whether the tensor is a weight of a linear layer: what every scheme quantizes, without the output head and the embedding."""
+    return spec.quantizable and spec.layer is not None
+
+
+def check_groups(spec: TensorSpec, group_size: int) -> None:
+    """Raise UsageError where the columns do not divide into groups."""
+    if spec.shape[1] % group_size:
+        raise UsageError(
+            "quantize.group-size",
+            f"{spec.name}: {spec.shape[1]} columns are not a multiple of the group size {group_size}",
+            hint="choose a type with another group size, or without groups",
+        )
+
+
+def no_double_quant(type_name: str, double_quant: bool) -> None:
+    if double_quant:
+        raise UsageError(
+            "quantize.double-quant", f"{type_name} has no double quantization", hint="use nf4 or fp4, or leave it out"
+        )
