@@ -9,13 +9,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference_peers import CONFIGS, assert_agree, our_model, padding, prompts, random_state, their_model
+from reference_peers import CONFIGS, assert_agree, checkpoint_of, our_model, padding, prompts, random_state, their_model
 from test_reference_model import SMALL
 
 from gemma2tool.errors import UsageError
 from gemma2tool.reference import cache as cache_module
 from gemma2tool.reference import layers
 from gemma2tool.reference.generate import generate, pick, restrict
+from gemma2tool.reference.streaming import StreamedForCausalLM
 
 CAUSAL = "Gemma2ForCausalLM"
 
@@ -189,6 +190,17 @@ def test_generation_ends_at_any_end_and_at_the_context():
     fifth = int(endless[4])
     first = next(index for index, token in enumerate(endless) if int(token) == fifth)
     assert len(list(generate(model, ids, max_new_tokens=1000, eos_token_ids=(39 - fifth, fifth)))) <= first + 1
+
+
+def test_a_streamed_model_generates_the_same():
+    state = random_state(SMALL, CAUSAL, 2)
+    ids, mask = prompts((2, 9), SMALL.vocab_size, 2), padding("left", 2, 9)
+    model, streamed = our_model(SMALL, CAUSAL, state), StreamedForCausalLM(checkpoint_of(SMALL, state))
+    found, expected = (
+        list(generate(each, ids, attention_mask=mask, max_new_tokens=12, eos_token_ids=()))
+        for each in (streamed, model)
+    )
+    assert len(found) == 12 and torch.equal(torch.stack(found), torch.stack(expected))
 
 
 def test_sampling_restricts_as_transformers_does():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from gemma2tool.errors import UsageError
 from gemma2tool.model.config import Gemma2Config
 
 
@@ -41,3 +42,20 @@ class KeyValueCache:
             (keys, values) if start == 0 else (keys[:, :, start:].clone(), values[:, :, start:].clone())
         )
         return keys, values, self.seen[layer] - keys.shape[2]
+
+
+def choose_cache(config: Gemma2Config, given: KeyValueCache | None, use_cache: bool | None) -> KeyValueCache | None:
+    """The cache of a forward pass: the one given, a new one if wanted (None: if the config says so), or none.
+
+    Raises ``UsageError`` for a cache with bidirectional attention, as earlier tokens attend to later ones.
+    """
+    if config.use_bidirectional_attention:
+        if given is not None or use_cache:
+            raise UsageError(
+                "forward.bidirectional-cache",
+                "a model with use_bidirectional_attention cannot use a cache: earlier tokens attend to later ones",
+            )
+        return None
+    if given is None and (config.use_cache if use_cache is None else use_cache):
+        return KeyValueCache(config)
+    return given

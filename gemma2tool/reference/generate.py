@@ -9,11 +9,12 @@ from torch import Tensor
 
 from gemma2tool.errors import UsageError
 from gemma2tool.reference.model import Gemma2ForCausalLM
+from gemma2tool.reference.streaming import StreamedForCausalLM
 
 
 @torch.no_grad()
 def generate(
-    model: Gemma2ForCausalLM,
+    model: Gemma2ForCausalLM | StreamedForCausalLM,
     input_ids: Tensor,
     *,
     attention_mask: Tensor | None = None,

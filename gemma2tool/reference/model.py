@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from gemma2tool.errors import UsageError
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.config import Gemma2Config
-from gemma2tool.reference.cache import KeyValueCache
+from gemma2tool.reference.cache import KeyValueCache, choose_cache
 from gemma2tool.reference.inputs import check_embeds, check_ids, check_mask, check_positions
 from gemma2tool.reference.layers import DecoderLayer, Linear, RMSNorm, soft_cap
 from gemma2tool.reference.losses import causal_lm_loss, sequence_loss, token_loss
@@ -123,7 +123,7 @@ class Gemma2Model(Gemma2PreTrainedModel):
         else:
             x = check_embeds(inputs_embeds, config)
         batch, length = x.shape[:2]
-        cache = self._cache(past_key_values, use_cache)
+        cache = choose_cache(config, past_key_values, use_cache)
         past = cache.get_seq_length() if cache is not None else 0
         mask = check_mask(attention_mask, batch, past + length, x.device)
         positions = check_positions(position_ids, cache_position, past, batch, length, config, x.device)
@@ -144,18 +144,6 @@ class Gemma2Model(Gemma2PreTrainedModel):
             attentions=tuple(attentions) if output_attentions else None,
         )
         return output if return_dict else output.to_tuple()
-
-    def _cache(self, given: KeyValueCache | None, use_cache: bool | None) -> KeyValueCache | None:
-        if self.config.use_bidirectional_attention:
-            if given is not None or use_cache:
-                raise UsageError(
-                    "forward.bidirectional-cache",
-                    "a model with use_bidirectional_attention cannot use a cache: earlier tokens attend to later ones",
-                )
-            return None
-        if given is None and (self.config.use_cache if use_cache is None else use_cache):
-            return KeyValueCache(self.config)
-        return given
 
 
 class Gemma2ForCausalLM(Gemma2PreTrainedModel):

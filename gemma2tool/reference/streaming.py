@@ -21,9 +21,11 @@ from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.config import Gemma2Config
 from gemma2tool.model.lazy import LazyTensor
 from gemma2tool.model.tensors import expand
+from gemma2tool.reference.cache import KeyValueCache, choose_cache
 from gemma2tool.reference.inputs import check_ids, check_mask, check_positions
 from gemma2tool.reference.layers import DecoderLayer, RMSNorm, soft_cap
 from gemma2tool.reference.model import scale_embeddings
+from gemma2tool.reference.outputs import CausalLMOutput
 from gemma2tool.reference.readahead import ReadAhead
 from gemma2tool.reference.rotary import cos_sin
 from gemma2tool.reference.tensors import BLOCK_BYTES, load_tensor, to_torch
@@ -36,8 +38,9 @@ class StreamedForward:
     """One forward pass of a checkpoint over ``input_ids``, int (B, T).
 
     ``dtype``: of activations and products. ``sliding_window``: in place of the config's, to exercise the window with a
-    short prompt. ``attention_mask`` (B, T): 0 for padding. Raises ``UsageError`` for ids outside the vocabulary, a mask
-    of another shape, or a prompt beyond max_position_embeddings.
+    short prompt. ``attention_mask`` (B, tokens in the cache + T): 0 for padding. ``position_ids`` and
+    ``past_key_values`` are ``Gemma2Model``'s; the cache is added to. Raises ``UsageError`` for ids outside the
+    vocabulary, a mask of another shape, or a prompt beyond max_position_embeddings.
     """
 
     def __init__(
@@ -48,6 +51,8 @@ class StreamedForward:
         dtype: torch.dtype = torch.float32,
         sliding_window: int | None = None,
         attention_mask: np.ndarray | Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: KeyValueCache | None = None,
         device: str | torch.device = "cpu",
         on_input: OnInput | None = None,
     ) -> None:
@@ -59,8 +64,10 @@ class StreamedForward:
         self.input_ids = check_ids(torch.as_tensor(input_ids), config)
         batch, length = self.input_ids.shape
         mask = None if attention_mask is None else torch.as_tensor(attention_mask)
-        self.attention_mask = check_mask(mask, batch, length, self.device)
-        self.positions = check_positions(None, None, 0, batch, length, config, self.device)
+        self.cache = past_key_values
+        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        self.attention_mask = check_mask(mask, batch, past + length, self.device)
+        self.positions = check_positions(position_ids, None, past, batch, length, config, self.device)
         self._scratch = torch.empty(0, dtype=dtype, device=self.device)
         self._last: Tensor | None = None
 
@@ -75,7 +82,7 @@ class StreamedForward:
         with ReadAhead(self._matrices(), BLOCK_BYTES) as weights:
             for index in range(config.num_hidden_layers):
                 layer = self._layer(index, weights)
-                x, _ = layer(x, cos, sin, self.attention_mask)
+                x, _ = layer(x, cos, sin, self.attention_mask, self.cache)
                 yield x
         self._last = self._norm("model.norm.weight")(x)
 
@@ -173,6 +180,38 @@ class StreamedLinear(nn.Module):
             for first, last, block in self.weights.blocks(f"{self.name}.bias"):
                 out[..., first:last] += self.run.widen(block)
         return out
+
+
+class StreamedForCausalLM:
+    """``Gemma2ForCausalLM`` for ``generate`` where the weights do not fit in memory: every call reads all of them."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+    ) -> None:
+        self.checkpoint, self.config, self.dtype, self.device = checkpoint, checkpoint.config, dtype, device
+
+    def __call__(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: KeyValueCache | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int = 0,
+    ) -> CausalLMOutput:
+        """Float32 logits (B, kept, V) of the last ``logits_to_keep`` positions (0: all), and the cache."""
+        cache = choose_cache(self.config, past_key_values, use_cache)
+        run = StreamedForward(
+            self.checkpoint,
+            input_ids,
+            dtype=self.dtype,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=cache,
+            device=self.device,
+        )
+        first = input_ids.shape[1] - logits_to_keep if logits_to_keep else 0
+        return CausalLMOutput(logits=torch.from_numpy(run.logits(first)).to(input_ids.device), past_key_values=cache)
 
 
 def logits(
