@@ -31,7 +31,7 @@ HEAVY = ("torch", "bitsandbytes", "transformers", "sentencepiece", "gguf", "safe
 
 
 def room(module: str) -> str | None:
-    """"formats" for gemma2tool.formats.hf; None for the package itself."""
+    """ "formats" for gemma2tool.formats.hf; None for the package itself."""
     parts = module.split(".")
     return parts[1] if len(parts) > 1 else None
 
@@ -72,12 +72,22 @@ def test_no_reader_executes_what_it_reads(path: Path) -> None:
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Call):
             name = ast.unparse(node.func)
-            assert name not in ("eval", "exec", "torch.load", "pickle.load", "pickle.loads", "pickle.Unpickler", "os.system"), name
+            assert name not in (
+                "eval",
+                "exec",
+                "torch.load",
+                "pickle.load",
+                "pickle.loads",
+                "pickle.Unpickler",
+                "os.system",
+            ), name
             for keyword in node.keywords:
                 assert keyword.arg not in ("trust_remote_code", "weights_only"), name
                 assert not (keyword.arg == "allow_pickle" and ast.unparse(keyword.value) != "False"), name
     for module in imports(path):
-        assert module.split(".")[0] not in ("socket", "urllib", "requests", "http", "subprocess", "huggingface_hub"), module
+        assert module.split(".")[0] not in ("socket", "urllib", "requests", "http", "subprocess", "huggingface_hub"), (
+            module
+        )
 
 
 def test_help_is_quick_and_light() -> None:

@@ -82,7 +82,9 @@ def test_json_is_one_object_on_stdout(place: Path) -> None:
 def test_quantize_to_a_folder(place: Path, kind: str) -> None:
     result = run("quantize", place / "src", place / "out", "--type", kind)
     assert result.exit_code == 0, result.output
-    assert json.loads((place / "out" / "config.json").read_text())["quantization_config"]["quant_method"] == "bitsandbytes"
+    assert (
+        json.loads((place / "out" / "config.json").read_text())["quantization_config"]["quant_method"] == "bitsandbytes"
+    )
 
 
 def test_verify_command(place: Path) -> None:
@@ -203,7 +205,9 @@ def test_gguf_type_for_a_folder(place: Path) -> None:
     assert_refused(run("quantize", place / "src", place / "out", "--type", "q8_0"), 2, "q8_0")
 
 
-@pytest.mark.parametrize("words", [["--dtype", "f8"], ["--to", "onnx"], ["--memory", "lots"], ["--gate", "kl"], ["--gate", "nonsense=1"]])
+@pytest.mark.parametrize(
+    "words", [["--dtype", "f8"], ["--to", "onnx"], ["--memory", "lots"], ["--gate", "kl"], ["--gate", "nonsense=1"]]
+)
 def test_options_that_make_no_sense(place: Path, words: list[str]) -> None:
     assert_refused(run("convert", place / "src", place / "out", *words), 2, words[1].split("=")[0])
     assert sorted(p.name for p in place.iterdir()) == ["src"]
@@ -224,7 +228,10 @@ def test_nonfinite_weights(place: Path) -> None:
     tensors["model.layers.0.mlp.up_proj.weight"][3, 5] = np.nan
     save_file(tensors, path, {"format": "pt"})
     before = listing(place)
-    for words in (["quantize", place / "src", place / "out.gguf", "--type", "q8_0"], ["convert", place / "src", place / "out"]):
+    for words in (
+        ["quantize", place / "src", place / "out.gguf", "--type", "q8_0"],
+        ["convert", place / "src", place / "out"],
+    ):
         assert_refused(run(*words), 3, "model.layers.0.mlp.up_proj.weight", "weights.nonfinite")
         assert listing(place) == before
     assert run("convert", place / "src", place / "out", "--allow-nonfinite", "--no-verify").exit_code == 0

@@ -8,6 +8,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
+from tests_support import random_checkpoint, write_checkpoint
 
 from gemma2tool.errors import InputRefused, UsageError
 from gemma2tool.formats import registry
@@ -15,7 +16,6 @@ from gemma2tool.formats.gemma_pytorch import GemmaPytorch
 from gemma2tool.formats.hf import HuggingFace
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.tensors import expand
-from tests_support import random_checkpoint, write_checkpoint
 
 GEMMA_PYTORCH = ["hd", "27b", "hd_bf16", "27b_bf16", "hd_sharded", "27b_sharded", "hd_int8", "27b_int8"]
 
@@ -51,7 +51,9 @@ def test_logits_of_gemma_pytorch_oracles(oracles: Path, variant: str) -> None:
     folder = oracles / "checkpoints" / "gemma_pytorch"
     ids = np.load(oracles / "checkpoints" / "ids.npy")
     found = logits(registry.open_checkpoint(folder / variant), ids)
-    twin = variant.removesuffix("_bf16")  # the bfloat16 file holds the same values; its own logits were made in bfloat16
+    twin = variant.removesuffix(
+        "_bf16"
+    )  # the bfloat16 file holds the same values; its own logits were made in bfloat16
     truth = np.load(folder / twin / "logits.npy")
     assert (np.abs(found - truth) <= 5e-5 + 1e-5 * np.abs(truth)).all()
 
@@ -107,7 +109,9 @@ def test_hf_folder_is_byte_identical_to_save_pretrained(tmp_path: Path, limit: i
     mine = write_checkpoint(source, tmp_path / "mine", max_shard_size=limit)
     plain = tmp_path / "plain"
     plain.mkdir()
-    save_file({name: tensor.load() for name, tensor in source.tensors.items()}, plain / "model.safetensors", {"format": "pt"})
+    save_file(
+        {name: tensor.load() for name, tensor in source.tensors.items()}, plain / "model.safetensors", {"format": "pt"}
+    )
     (plain / "config.json").write_bytes((mine / "config.json").read_bytes())
     Gemma2ForCausalLM.from_pretrained(plain, dtype="auto").save_pretrained(tmp_path / "theirs", max_shard_size=limit)
     weights = sorted(path.name for path in (tmp_path / "theirs").glob("model*"))
@@ -234,7 +238,9 @@ def test_released_shapes_need_no_config() -> None:
 
     for config in SIZES.values():
         hollow = {
-            name: ArrayTensor(np.broadcast_to(np.float32(0), spec.shape)) for name, spec in expand(config).items() if spec.required
+            name: ArrayTensor(np.broadcast_to(np.float32(0), spec.shape))
+            for name, spec in expand(config).items()
+            if spec.required
         }
         disk = {entry.disk: tensor for entry, tensor in to_disk(TABLE, hollow, config)}
         inferred = infer_from_shapes(_canonical_shapes(disk))

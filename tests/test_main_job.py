@@ -100,7 +100,9 @@ def test_lossless_paths_return_every_bit(source, tmp_path: Path, steps: list[str
         options = {"dtype": "f32"} if step.startswith("f32") else {}
         here = registry.open_checkpoint(write_checkpoint(here, tmp_path / step, **options))
     if steps[-2:-1] == ["f32.gguf"]:  # bfloat16 values, widened
-        assert all(np.array_equal(here.tensors[n].load(), t.load().astype(np.float32)) for n, t in source.tensors.items())
+        assert all(
+            np.array_equal(here.tensors[n].load(), t.load().astype(np.float32)) for n, t in source.tensors.items()
+        )
     else:
         back = registry.open_checkpoint(write_checkpoint(here, tmp_path / "last"))
         for name, tensor in source.tensors.items():
@@ -189,7 +191,9 @@ def test_gguf_outputs_run_in_llama_cpp(made, llama, fixture_dir: Path, kind: str
 
     options = {"dtype": kind} if kind in ("f32", "f16", "bf16") else {"type": kind}
     path = made(f"{kind}.gguf", **options)
-    text = (fixture_dir / "heldout.txt").read_text()[:600] + "\n\n\n  \t caf\u00e9 \u4e2d <start_of_turn>user\nhi<end_of_turn>\n"
+    text = (fixture_dir / "heldout.txt").read_text()[
+        :600
+    ] + "\n\n\n  \t caf\u00e9 \u4e2d <start_of_turn>user\nhi<end_of_turn>\n"
     ids, theirs = llama.logits(path, text)
     tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(fixture_dir / "tokenizer.model"))
     assert ids.tolist() == [2, *tokenizer.encode(text)]
@@ -220,7 +224,9 @@ def test_quality_of_types_is_ordered(source, made, heldout: np.ndarray) -> None:
     ids = heldout[:8]
     kl = {}
     for kind in ("q8_0", "q4_0"):
-        kl[kind] = compare_logits(source, registry.open_checkpoint(made(f"{kind}.gguf", type=kind)), ids).metrics.mean_kl
+        kl[kind] = compare_logits(
+            source, registry.open_checkpoint(made(f"{kind}.gguf", type=kind)), ids
+        ).metrics.mean_kl
     for kind in ("nf4", "int8"):
         kl[kind] = compare_logits(source, registry.open_checkpoint(made(kind, type=kind)), ids).metrics.mean_kl
     assert kl["q8_0"] < kl["q4_0"] / 10

@@ -41,7 +41,9 @@ def random_checkpoint(dtype: np.dtype, config: Gemma2Config = SMALL, seed: int =
     return Checkpoint(Path("random"), "memory", config, tensors)
 
 
-def write_checkpoint(checkpoint: Checkpoint, path: Path, *, threads: int = 2, memory: int = 1 << 20, **options: object) -> Path:
+def write_checkpoint(
+    checkpoint: Checkpoint, path: Path, *, threads: int = 2, memory: int = 1 << 20, **options: object
+) -> Path:
     """Write ``checkpoint`` in the format of ``path``'s name through the pipeline's own writer; returns ``path``."""
     known = {key: options.pop(key) for key in ("dtype", "type", "max_shard_size") if key in options}
     name = registry.for_destination(path, None)

@@ -16,7 +16,11 @@ def convert(
     to: o.To = None,
     dtype: Annotated[
         str | None,
-        typer.Option("--dtype", metavar="TYPE", help="Stored type: f32, bf16, f16; default: the source's. For GGUF also auto (llama.cpp's rule), q8_0, tq1_0, tq2_0."),
+        typer.Option(
+            "--dtype",
+            metavar="TYPE",
+            help="Stored type: f32, bf16, f16; default: the source's. For GGUF also auto (llama.cpp's rule), q8_0, tq1_0, tq2_0.",
+        ),
     ] = None,
     config: o.ConfigFile = None,
     force: o.Force = False,

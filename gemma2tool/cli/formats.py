@@ -6,7 +6,11 @@ from gemma2tool.cli import options as o
 
 FORMATS = (
     ("gguf", "NAME.gguf", "llama.cpp; split files too"),
-    ("gemma-pytorch", "NAME.ckpt, or a folder of pytorch_model-*.bin with their index", "Google's original; int8 variant read"),
+    (
+        "gemma-pytorch",
+        "NAME.ckpt, or a folder of pytorch_model-*.bin with their index",
+        "Google's original; int8 variant read",
+    ),
     ("hf", "a folder with config.json and .safetensors or .bin", "Hugging Face; plain or bitsandbytes"),
 )
 
@@ -18,9 +22,18 @@ def formats(quiet: o.Quiet = False, json_output: o.Json = False) -> None:
     from gemma2tool.quantizers.mixtures import FILE_TYPES
 
     console = Console(quiet=quiet, json=json_output)
-    types = {"gguf": ["f32", "f16", "bf16", *sorted(FILE_TYPES)], "hf": ["f32", "f16", "bf16", *packings.TYPES], "gemma-pytorch": ["f32", "f16", "bf16"]}
+    types = {
+        "gguf": ["f32", "f16", "bf16", *sorted(FILE_TYPES)],
+        "hf": ["f32", "f16", "bf16", *packings.TYPES],
+        "gemma-pytorch": ["f32", "f16", "bf16"],
+    }
     if json_output:
-        console.emit_json([{"format": name, "files": files, "remarks": remarks, "types": types[name]} for name, files, remarks in FORMATS])
+        console.emit_json(
+            [
+                {"format": name, "files": files, "remarks": remarks, "types": types[name]}
+                for name, files, remarks in FORMATS
+            ]
+        )
         return
     console.table(
         ("format", "files", "remarks", "types written"),

@@ -37,7 +37,9 @@ def inspect(
             "warnings": [*checkpoint.warnings, *checkpoint.config.warnings],
             "config": checkpoint.config.to_hf(),
         }
-        listed = [(name, list(checkpoint.tensors[name].shape), checkpoint.tensors[name].stored) for name in checkpoint.specs]
+        listed = [
+            (name, list(checkpoint.tensors[name].shape), checkpoint.tensors[name].stored) for name in checkpoint.specs
+        ]
     if json_output:
         if tensors:
             summary["tensors"] = [{"name": name, "shape": shape, "stored": kind} for name, shape, kind in listed]
@@ -50,12 +52,21 @@ def inspect(
             ("path", str(src)),
             ("format", checkpoint.format),
             ("parameters", f"{summary['parameters']:,}{released}"),
-            *((f"stored as {name}", f"{count} tensors, {size:,} values") for name, (count, size) in sorted(stored.items())),
+            *(
+                (f"stored as {name}", f"{count} tensors, {size:,} values")
+                for name, (count, size) in sorted(stored.items())
+            ),
             ("travels along", ", ".join(sorted(checkpoint.assets)) or "nothing"),
-            *((key, str(value)) for key, value in sorted(summary["config"].items()) if key not in ("id2label", "label2id")),
+            *(
+                (key, str(value))
+                for key, value in sorted(summary["config"].items())
+                if key not in ("id2label", "label2id")
+            ),
         ],
     )
     for warning in summary["warnings"]:
         console.warn(warning)
     if tensors:
-        console.table(("tensor", "shape", "stored"), [(name, "x".join(map(str, shape)), kind) for name, shape, kind in listed])
+        console.table(
+            ("tensor", "shape", "stored"), [(name, "x".join(map(str, shape)), kind) for name, shape, kind in listed]
+        )

@@ -12,8 +12,13 @@ from gemma2tool.cli import options as o
 
 def logits(
     src: o.Source,
-    tokens: Annotated[Path, typer.Option("--tokens", metavar="FILE", help="Token ids: .npy, integers of shape (T,) or (B, T).")],
-    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="Where the float32 logits (B, T, V) of all positions go (.npy).")],
+    tokens: Annotated[
+        Path, typer.Option("--tokens", metavar="FILE", help="Token ids: .npy, integers of shape (T,) or (B, T).")
+    ],
+    out: Annotated[
+        Path,
+        typer.Option("--out", metavar="FILE", help="Where the float32 logits (B, T, V) of all positions go (.npy)."),
+    ],
     config: o.ConfigFile = None,
     threads: o.Threads = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing output file.")] = False,

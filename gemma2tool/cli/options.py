@@ -44,28 +44,56 @@ def load_config(path: Path | None) -> Gemma2Config | None:
     return read_config(path)
 
 
-Source = Annotated[Path, typer.Argument(metavar="SRC", help="Checkpoint: a file or a folder, in any format that can be read.")]
-Destination = Annotated[Path, typer.Argument(metavar="DST", help="What to write: NAME.gguf, NAME.ckpt, or a folder.")]
-To = Annotated[str | None, typer.Option("--to", metavar="FORMAT", help="Format to write: hf, gemma-pytorch or gguf. Default: by the name of DST.")]
-ConfigFile = Annotated[
-    Path | None, typer.Option("--config", metavar="FILE", help="The model's config.json, or 2b, 9b or 27b, where the weights come without.")
+Source = Annotated[
+    Path, typer.Argument(metavar="SRC", help="Checkpoint: a file or a folder, in any format that can be read.")
 ]
-Force = Annotated[bool, typer.Option("--force", help="Replace an existing destination, once its replacement is complete and verified.")]
+Destination = Annotated[Path, typer.Argument(metavar="DST", help="What to write: NAME.gguf, NAME.ckpt, or a folder.")]
+To = Annotated[
+    str | None,
+    typer.Option(
+        "--to", metavar="FORMAT", help="Format to write: hf, gemma-pytorch or gguf. Default: by the name of DST."
+    ),
+]
+ConfigFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--config", metavar="FILE", help="The model's config.json, or 2b, 9b or 27b, where the weights come without."
+    ),
+]
+Force = Annotated[
+    bool,
+    typer.Option("--force", help="Replace an existing destination, once its replacement is complete and verified."),
+]
 NoVerify = Annotated[bool, typer.Option("--no-verify", help="Don't verify the output; the result says so.")]
 Threads = Annotated[int | None, typer.Option("--threads", min=1, help="Threads. Default: one for each processor.")]
 Memory = Annotated[str, typer.Option("--memory", metavar="SIZE", help="Byte budget for data in flight.")]
-MaxShardSize = Annotated[str, typer.Option("--max-shard-size", metavar="SIZE", help="Largest file of a sharded output.")]
+MaxShardSize = Annotated[
+    str, typer.Option("--max-shard-size", metavar="SIZE", help="Largest file of a sharded output.")
+]
 AllowNonfinite = Annotated[bool, typer.Option("--allow-nonfinite", help="Accept NaN and infinities in the source.")]
 AllowMismatch = Annotated[
-    bool, typer.Option("--allow-mismatch", help="Write even what the target's consumer will compute differently; warn instead.")
+    bool,
+    typer.Option(
+        "--allow-mismatch", help="Write even what the target's consumer will compute differently; warn instead."
+    ),
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would be written, and write nothing.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no remarks; results and errors only.")]
 Json = Annotated[bool, typer.Option("--json", help="Results as JSON on standard output.")]
-Tokens = Annotated[Path | None, typer.Option("--tokens", metavar="FILE", help="Token ids (.npy, integers, (T,) or (B, T)) for the logits gates.")]
-Gate = Annotated[list[str] | None, typer.Option("--gate", metavar="NAME=LIMIT", help="Override a gate of the verification, e.g. kl=0.05. Repeatable.")]
-SplitMaxSize = Annotated[str | None, typer.Option("--split-max-size", metavar="SIZE", help="GGUF: split into files of at most this size.")]
-SplitMaxTensors = Annotated[int | None, typer.Option("--split-max-tensors", min=1, help="GGUF: split into files of at most this many tensors.")]
+Tokens = Annotated[
+    Path | None,
+    typer.Option("--tokens", metavar="FILE", help="Token ids (.npy, integers, (T,) or (B, T)) for the logits gates."),
+]
+Gate = Annotated[
+    list[str] | None,
+    typer.Option("--gate", metavar="NAME=LIMIT", help="Override a gate of the verification, e.g. kl=0.05. Repeatable."),
+]
+SplitMaxSize = Annotated[
+    str | None, typer.Option("--split-max-size", metavar="SIZE", help="GGUF: split into files of at most this size.")
+]
+SplitMaxTensors = Annotated[
+    int | None, typer.Option("--split-max-tensors", min=1, help="GGUF: split into files of at most this many tensors.")
+]
 
 
 def optional_size(text: str | None) -> int | None:
@@ -74,7 +102,7 @@ def optional_size(text: str | None) -> int | None:
 
 
 def parse_pair(text: str, option: str, form: str) -> tuple[str, str]:
-    """"left=right", split at the last equals sign."""
+    """ "left=right", split at the last equals sign."""
     left, equals, right = text.rpartition("=")
     if not equals or not left or not right:
         raise UsageError("option.pair", f"{option} {text!r} is not of the form {form}", hint=f"write {option} {form}")

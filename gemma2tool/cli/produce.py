@@ -94,7 +94,9 @@ def _check_dtype(dtype: str | None, target: str) -> None:
     allowed = GGUF_DTYPES if target == "gguf" else FLOAT_DTYPES + ("auto",)
     if dtype is not None and dtype not in allowed:
         raise UsageError(
-            "option.dtype", f"--dtype {dtype} is not a stored type of {target}", hint=f"choose one of {', '.join(allowed)}"
+            "option.dtype",
+            f"--dtype {dtype} is not a stored type of {target}",
+            hint=f"choose one of {', '.join(allowed)}",
         )
 
 
@@ -110,11 +112,12 @@ def _show_plan(plan: Plan, console: Console, json_output: bool) -> None:
     if json_output:
         console.emit_json(plan.to_json())
         return
-    rows = [(item.name, "x".join(map(str, item.source.shape)), item.source.stored, item.encoder.name) for item in plan.output.tensors]
+    rows = [
+        (item.name, "x".join(map(str, item.source.shape)), item.source.stored, item.encoder.name)
+        for item in plan.output.tensors
+    ]
     console.table(("tensor", "shape", "from", "to"), rows)
-    console.table(
-        ("type", "tensors", "bytes"), [(name, str(count), f"{size:,}") for name, count, size in plan.types()]
-    )
+    console.table(("type", "tensors", "bytes"), [(name, str(count), f"{size:,}") for name, count, size in plan.types()])
     files = [(file.name, f"{file.size:,}") for file in plan.output.files]
     files += [(name, f"{len(data):,}") for name, data in sorted(plan.output.assets.items())]
     console.table(("file", "bytes"), files)

@@ -14,22 +14,63 @@ def quantize(
     src: o.Source,
     dst: o.Destination,
     type: Annotated[
-        str, typer.Option("--type", metavar="TYPE", help="For GGUF: q8_0, q4_0, q4_k_m, ... For a folder: nf4, fp4, int8. 'gemma2tool formats' lists all.")
+        str,
+        typer.Option(
+            "--type",
+            metavar="TYPE",
+            help="For GGUF: q8_0, q4_0, q4_k_m, ... For a folder: nf4, fp4, int8. 'gemma2tool formats' lists all.",
+        ),
     ],
     to: o.To = None,
     dtype: Annotated[
-        str | None, typer.Option("--dtype", metavar="TYPE", help="Stored type of what is not quantized: f32, bf16, f16; default: the source's.")
+        str | None,
+        typer.Option(
+            "--dtype",
+            metavar="TYPE",
+            help="Stored type of what is not quantized: f32, bf16, f16; default: the source's.",
+        ),
     ] = None,
     double_quant: Annotated[bool, typer.Option("--double-quant", help="nf4 and fp4: quantize the scales too.")] = False,
-    imatrix: Annotated[o.Path | None, typer.Option("--imatrix", metavar="FILE", help="GGUF: importance matrix (GGUF or legacy .dat).")] = None,
+    imatrix: Annotated[
+        o.Path | None, typer.Option("--imatrix", metavar="FILE", help="GGUF: importance matrix (GGUF or legacy .dat).")
+    ] = None,
     pure: Annotated[bool, typer.Option("--pure", help="GGUF: every tensor in the default type.")] = False,
-    token_embedding_type: Annotated[str | None, typer.Option("--token-embedding-type", metavar="TYPE", help="GGUF: type of the embedding.")] = None,
-    output_tensor_type: Annotated[str | None, typer.Option("--output-tensor-type", metavar="TYPE", help="GGUF: type of the output matrix (the embedding, if tied).")] = None,
-    tensor_type: Annotated[list[str] | None, typer.Option("--tensor-type", metavar="REGEX=TYPE", help="GGUF: type of the tensors that match; the first match wins. Repeatable.")] = None,
-    include_weights: Annotated[list[str] | None, typer.Option("--include-weights", metavar="NAME", help="GGUF: use the importance matrix for these tensors only.")] = None,
-    exclude_weights: Annotated[list[str] | None, typer.Option("--exclude-weights", metavar="NAME", help="GGUF: don't use the importance matrix for these tensors.")] = None,
-    override_kv: Annotated[list[str] | None, typer.Option("--override-kv", metavar="KEY=TYPE:VALUE", help="GGUF: set a key-value. Repeatable.")] = None,
-    allow_requantize: Annotated[bool, typer.Option("--allow-requantize", help="Accept a source that is quantized already.")] = False,
+    token_embedding_type: Annotated[
+        str | None, typer.Option("--token-embedding-type", metavar="TYPE", help="GGUF: type of the embedding.")
+    ] = None,
+    output_tensor_type: Annotated[
+        str | None,
+        typer.Option(
+            "--output-tensor-type", metavar="TYPE", help="GGUF: type of the output matrix (the embedding, if tied)."
+        ),
+    ] = None,
+    tensor_type: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--tensor-type",
+            metavar="REGEX=TYPE",
+            help="GGUF: type of the tensors that match; the first match wins. Repeatable.",
+        ),
+    ] = None,
+    include_weights: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--include-weights", metavar="NAME", help="GGUF: use the importance matrix for these tensors only."
+        ),
+    ] = None,
+    exclude_weights: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--exclude-weights", metavar="NAME", help="GGUF: don't use the importance matrix for these tensors."
+        ),
+    ] = None,
+    override_kv: Annotated[
+        list[str] | None,
+        typer.Option("--override-kv", metavar="KEY=TYPE:VALUE", help="GGUF: set a key-value. Repeatable."),
+    ] = None,
+    allow_requantize: Annotated[
+        bool, typer.Option("--allow-requantize", help="Accept a source that is quantized already.")
+    ] = False,
     config: o.ConfigFile = None,
     force: o.Force = False,
     no_verify: o.NoVerify = False,

@@ -29,12 +29,22 @@ def verify(
 
     console = Console(quiet=quiet, json=json_output)
     given = o.load_config(config)
-    with registry.open_checkpoint(reference, config=given) as source, registry.open_checkpoint(candidate, config=_fitting(candidate, given)) as made:
+    with (
+        registry.open_checkpoint(reference, config=given) as source,
+        registry.open_checkpoint(candidate, config=_fitting(candidate, given)) as made,
+    ):
         for checkpoint in (source, made):
             for warning in (*checkpoint.warnings, *checkpoint.config.warnings):
                 console.warn(f"{checkpoint.path.name}: {warning}")
         ids = read_tokens(tokens, source.config) if tokens else None
-        result = judge(source, made, ids=ids, gates=parse_gates(gate or ()), threads=threads or o.default_threads(), console=console)
+        result = judge(
+            source,
+            made,
+            ids=ids,
+            gates=parse_gates(gate or ()),
+            threads=threads or o.default_threads(),
+            console=console,
+        )
     if json_output:
         console.emit_json(result.to_json())
     else:

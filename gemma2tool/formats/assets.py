@@ -52,5 +52,9 @@ def generation_config(checkpoint: Checkpoint) -> bytes:
     if "generation_config.json" in checkpoint.assets:
         return checkpoint.assets["generation_config.json"]
     config = checkpoint.config
-    ids = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id, "pad_token_id": config.pad_token_id}
+    ids = {
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": config.eos_token_id,
+        "pad_token_id": config.pad_token_id,
+    }
     return dump_json({"_from_model_config": True, **{k: v for k, v in ids.items() if v is not None}})

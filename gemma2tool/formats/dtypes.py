@@ -8,7 +8,7 @@ import numpy as np
 
 from gemma2tool.formats.base import WriteOptions
 from gemma2tool.model.checkpoint import Checkpoint
-from gemma2tool.model.lazy import FLOAT16, FLOAT_DTYPES, BFLOAT16, LazyTensor
+from gemma2tool.model.lazy import BFLOAT16, FLOAT16, FLOAT_DTYPES, LazyTensor
 from gemma2tool.quantizers.floats import narrows_exactly
 
 

@@ -35,10 +35,17 @@ def read_tokens(path: Path, config: Gemma2Config) -> np.ndarray:
         raise InputRefused(
             "tokens.npy", f"{path}: not a .npy file of numbers ({error})", hint="numpy.save('ids.npy', integer_array)"
         ) from None
-    if not isinstance(ids, np.ndarray) or ids.ndim not in (1, 2) or not np.issubdtype(ids.dtype, np.integer) or not ids.size:
+    if (
+        not isinstance(ids, np.ndarray)
+        or ids.ndim not in (1, 2)
+        or not np.issubdtype(ids.dtype, np.integer)
+        or not ids.size
+    ):
         found = f"{ids.dtype} of shape {ids.shape}" if isinstance(ids, np.ndarray) else "an archive"
         raise InputRefused(
-            "tokens.shape", f"{path}: holds {found}", hint="token ids are integers of shape (T,) or (B, T), at least one"
+            "tokens.shape",
+            f"{path}: holds {found}",
+            hint="token ids are integers of shape (T,) or (B, T), at least one",
         )
     ids = np.atleast_2d(ids).astype(np.int64)
     low, high = int(ids.min()), int(ids.max())
@@ -57,7 +64,9 @@ def read_tokens(path: Path, config: Gemma2Config) -> np.ndarray:
     return ids
 
 
-def write_logits(checkpoint: Checkpoint, ids: np.ndarray, out: Path, *, force: bool, threads: int) -> tuple[int, int, int]:
+def write_logits(
+    checkpoint: Checkpoint, ids: np.ndarray, out: Path, *, force: bool, threads: int
+) -> tuple[int, int, int]:
     """Write the float32 logits (B, T, V) of ``ids`` (B, T) to a ``.npy`` file, a slice of the vocabulary at a time; returns the shape."""
     from gemma2tool.reference.streaming import StreamedForward, use_threads
 

@@ -36,7 +36,9 @@ class Float:
         return True
 
     def parts(self, shape: tuple[int, ...]) -> tuple[Part, ...]:
-        return (Part("", SAFETENSORS_NAMES[self.dtype], shape, int(np.prod(shape, dtype=np.int64)) * self.dtype.itemsize),)
+        return (
+            Part("", SAFETENSORS_NAMES[self.dtype], shape, int(np.prod(shape, dtype=np.int64)) * self.dtype.itemsize),
+        )
 
     def row_multiple(self, shape: tuple[int, ...]) -> int:
         return 1
