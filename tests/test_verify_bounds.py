@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import llama_peer
 import ml_dtypes
 import numpy as np
@@ -19,6 +21,7 @@ TYPES = sorted(set(BOUNDS) & {
     "iq2_s", "iq3_xxs", "iq3_s", "iq4_nl", "iq4_xs", "tq1_0", "tq2_0", "mxfp4",
 })  # fmt: skip
 SLOW = {"iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "iq3_xxs", "iq3_s", "iq4_nl", "iq4_xs"}
+LARGE_GRIDS = {"iq1_s", "iq1_m", "iq2_s", "iq2_xs"}
 QUICK = ("normal", "student", "uniform", "outliers", "uneven")
 COLS = 512
 
@@ -48,6 +51,11 @@ def distributions(rows: int) -> dict[str, np.ndarray]:
     return {name: values.astype(np.float32) for name, values in found.items()}
 
 
+def skip_unless_quick(kind: str) -> None:
+    if kind in LARGE_GRIDS and os.environ.get("GEMMA2TOOL_LARGE_GRIDS") != "1":
+        pytest.skip("ggml takes many seconds to set up this type's grid; GEMMA2TOOL_LARGE_GRIDS=1 runs it")
+
+
 def compare(kind: str, rows: np.ndarray, codes: np.ndarray, weighted: bool) -> TensorComparison:
     theirs = ArrayTensor(llama_peer.dequantize(kind.upper(), codes, COLS), stored=kind)
     return compare_tensors({"t": ArrayTensor(rows)}, {"t": theirs}, weighted=weighted)[0]
@@ -55,6 +63,7 @@ def compare(kind: str, rows: np.ndarray, codes: np.ndarray, weighted: bool) -> T
 
 @pytest.mark.parametrize("kind", TYPES)
 def test_ggmls_own_quantization_is_within(kind: str) -> None:
+    skip_unless_quick(kind)
     importance = np.random.default_rng(5).chisquare(1, COLS).astype(np.float32)
     chosen = distributions(8 if kind in SLOW else 96)
     for name, rows in chosen.items() if kind not in SLOW else [(name, chosen[name]) for name in QUICK]:
@@ -67,12 +76,15 @@ def test_ggmls_own_quantization_is_within(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", TYPES)
 def test_blocks_in_the_wrong_place_are_not(kind: str) -> None:
+    skip_unless_quick(kind)
     rows = distributions(16)["normal"]
     codes = llama_peer.quantize(kind.upper(), rows, np.ones(COLS, np.float32) if kind in NEEDS_IMPORTANCE else None)
     assert not compare(kind, rows, np.roll(codes, 1, axis=0), False).ok
 
 
-@pytest.mark.parametrize("kind", [kind for kind in TYPES if np.isfinite(BOUNDS[kind].worst) and BOUNDS[kind].worst < 0.7])
+@pytest.mark.parametrize(
+    "kind", [kind for kind in TYPES if np.isfinite(BOUNDS[kind].worst) and BOUNDS[kind].worst < 0.7]
+)
 def test_one_block_in_the_wrong_place_is_not(kind: str) -> None:
     """For the types of three bits and more, and the ternary ones, a single wrong block is enough."""
     rows = distributions(16)["normal"]

@@ -11,7 +11,9 @@ from gemma2tool.verify import metrics as subject
 from gemma2tool.verify.metrics import LogitComparison, LogitMetrics
 
 
-def run(source: np.ndarray, candidate: np.ndarray, following: np.ndarray, cuts: list[int], **limits: float) -> LogitMetrics:
+def run(
+    source: np.ndarray, candidate: np.ndarray, following: np.ndarray, cuts: list[int], **limits: float
+) -> LogitMetrics:
     comparison = LogitComparison(source.shape[0], following, **limits)
     bounds = [0, *sorted(set(cuts)), source.shape[1]]
     for first, last in zip(bounds, bounds[1:], strict=False):

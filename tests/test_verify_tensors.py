@@ -159,14 +159,18 @@ def test_bitsandbytes_four_bit(kind: str, double: bool, spread: str) -> None:
     found = compare(ours, ArrayTensor(theirs, stored=stored))
     assert found.ok, found.message
     blocks = np.abs(np.append(ours, np.zeros(-ours.size % 64, np.float32)).reshape(-1, 64)).max(1)
-    first = 64 * int(blocks.argmax())  # the scales of small blocks are coarse where they are quantized beside large ones
+    first = 64 * int(
+        blocks.argmax()
+    )  # the scales of small blocks are coarse where they are quantized beside large ones
     damaged = theirs.copy()
     damaged.reshape(-1)[first : first + 64] *= 1.25
     assert compare(ours, ArrayTensor(damaged, stored=stored)).bad_blocks == 1
     if not double:
         damaged = theirs.copy()
         damaged.reshape(-1)[first : first + 64] *= 1.001
-        assert compare(ours, ArrayTensor(damaged, stored=stored)).bad_blocks == 1, "the largest value comes back exactly"
+        assert compare(ours, ArrayTensor(damaged, stored=stored)).bad_blocks == 1, (
+            "the largest value comes back exactly"
+        )
 
 
 def test_int8_by_rows() -> None:
@@ -262,7 +266,9 @@ def test_kind_is_the_loosest_type_that_loses_anything() -> None:
     ours = {name: ArrayTensor(weights(seed=i)) for i, name in enumerate("abc")}
 
     def kind(**stored: str) -> str:
-        theirs = dict(ours) | {name: ArrayTensor(weights().astype(np.float32), stored=each) for name, each in stored.items()}
+        theirs = dict(ours) | {
+            name: ArrayTensor(weights().astype(np.float32), stored=each) for name, each in stored.items()
+        }
         return kind_of(ours, theirs, (), None)
 
     assert kind() == "lossless"
