@@ -92,6 +92,14 @@ def test_low_precision_streams_the_same_bits():
     assert np.array_equal(streamed, whole(ids).logits.float().numpy())
 
 
+@pytest.mark.parametrize("stored", [np.uint8, np.uint16, np.int32, np.uint32, np.uint64])
+def test_ids_of_any_integer_type(stored):
+    checkpoint, ids = checkpoint_of(SMALL, random_state(SMALL, CAUSAL)), prompts((2, 6), 40, 1).numpy()
+    assert np.array_equal(streaming.logits(checkpoint, ids.astype(stored)), streaming.logits(checkpoint, ids))
+    with pytest.raises(UsageError, match="token id 200"):
+        streaming.logits(checkpoint, np.full((1, 2), 200, stored))
+
+
 def test_a_shorter_window_may_be_set():
     state = random_state(SMALL, CAUSAL)
     ids = prompts((1, 12), SMALL.vocab_size, 2)

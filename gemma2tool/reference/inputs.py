@@ -12,11 +12,13 @@ from gemma2tool.model.config import Gemma2Config
 def check_ids(input_ids: Tensor, config: Gemma2Config) -> Tensor:
     """``input_ids`` as int64 (B, T); raises ``UsageError`` for another shape, no tokens, or ids outside the
     vocabulary."""
-    if input_ids.dim() != 2 or input_ids.numel() == 0 or input_ids.is_floating_point() or input_ids.dtype == torch.bool:
+    integers = not (input_ids.is_floating_point() or input_ids.is_complex() or input_ids.dtype == torch.bool)
+    if input_ids.dim() != 2 or input_ids.numel() == 0 or not integers:
         raise UsageError(
             "forward.ids",
             f"input_ids must be integers of shape (B, T), found {input_ids.dtype} {tuple(input_ids.shape)}",
         )
+    input_ids = input_ids.long()
     outside = (input_ids < 0) | (input_ids >= config.vocab_size)
     if bool(outside.any()):
         row, column = outside.nonzero()[0].tolist()
@@ -26,7 +28,7 @@ def check_ids(input_ids: Tensor, config: Gemma2Config) -> Tensor:
             f" vocabulary of {config.vocab_size}",
             hint="use the tokenizer that belongs to this checkpoint",
         )
-    return input_ids.long()
+    return input_ids
 
 
 def check_embeds(inputs_embeds: Tensor, config: Gemma2Config) -> Tensor:
