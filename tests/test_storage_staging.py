@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import signal
 import subprocess
@@ -335,6 +336,21 @@ class TestResources:
         monkeypatch.setattr(os, "posix_fallocate", unsupported)
         _write(tmp_path / "out", folder=True)
         assert _tree(tmp_path / "out") == NEW
+
+    def test_a_file_system_that_tells_nothing_of_its_space(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        silent = os.statvfs_result((4096, 4096, 0, 0, 0, 0, 0, 0, 0, 255))
+        monkeypatch.setattr(os, "statvfs", lambda _: silent)
+        _write(tmp_path / "out", folder=False)
+        assert _tree(tmp_path / "out") == _whole(folder=False)
+
+    def test_a_file_system_without_locks(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def unsupported(*_: object) -> None:
+            raise OSError(errno.ENOSYS, "not implemented")
+
+        monkeypatch.setattr(fcntl, "flock", unsupported)
+        with pytest.raises(ResourceError) as caught, Staging(tmp_path / "out"):
+            raise AssertionError
+        assert caught.value.id == "output.no-locks"
 
     def test_missing_parent(self, tmp_path: Path) -> None:
         with pytest.raises(UsageError) as caught, Staging(tmp_path / "none" / "out"):

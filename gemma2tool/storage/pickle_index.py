@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 from gemma2tool.errors import InputRefused
 from gemma2tool.storage.quoting import quoted
 
-MAX_STEPS = 1_500_000  # 20,000 tensors take about 800,000
+MAX_STEPS = 1_000_000  # 20,000 tensors take about 750,000
 MAX_STACK = 200_000
 MAX_INT_BYTES = 16
 

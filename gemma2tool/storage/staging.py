@@ -113,7 +113,7 @@ class Staging:
         with told(self.destination.parent, "asking for the free space"):
             disk = os.statvfs(self._staging.parent_fd)
         free = disk.f_bavail * disk.f_frsize
-        if self.expected_bytes > free:
+        if disk.f_blocks and self.expected_bytes > free:  # some network file systems report nothing at all
             raise ResourceError(
                 "disk.full",
                 f"{self.destination}: needs {self.expected_bytes} bytes, {free} are free on its disk",

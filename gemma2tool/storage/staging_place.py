@@ -84,12 +84,18 @@ class StagingPlace:
 
     def _lock(self) -> None:
         try:
-            fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            retrying(fcntl.flock, self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             holder = os.pread(self._lock_fd, 20, 0).decode("ascii", "replace").strip()
             who = f"process {holder}" if holder.isdigit() else "another process"
             raise ResourceError(
                 "output.locked", f"{self.parent / self.name}: {who} is writing this output", hint="wait for it, or end it"
+            ) from error
+        except OSError as error:
+            raise ResourceError(
+                "output.no-locks",
+                f"{self.path}: this file system cannot lock files: {error.strerror}",
+                hint="write to another disk and move the output",
             ) from error
         self._locked = True
         with told(self.path, "locking"):
