@@ -230,6 +230,17 @@ def test_sampling_follows_the_probabilities_and_the_seed():
     assert runs[0].shape != runs[2].shape or not torch.equal(runs[0], runs[2])
 
 
+def test_generation_refuses_what_the_model_cannot_do():
+    state = random_state(SMALL, CAUSAL)
+    with pytest.raises(UsageError, match="max_position_embeddings 64"):
+        next(generate(our_model(SMALL, CAUSAL, state), prompts((1, 65), 40, 1)))
+    with pytest.raises(UsageError, match="vocabulary of 40"):
+        next(generate(our_model(SMALL, CAUSAL, state), torch.tensor([[40]])))
+    both_ways = dataclasses.replace(SMALL, use_bidirectional_attention=True)
+    with pytest.raises(UsageError, match="bidirectional"):
+        next(generate(our_model(both_ways, CAUSAL, state), prompts((1, 5), 40, 1)))
+
+
 @pytest.mark.parametrize("wrong", [{"temperature": -1.0}, {"temperature": float("nan")}, {"top_k": 0}, {"top_p": 0.0}])
 def test_wrong_sampling_is_refused(wrong):
     model = our_model(SMALL, CAUSAL, random_state(SMALL, CAUSAL))

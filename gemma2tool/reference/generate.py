@@ -31,6 +31,7 @@ def generate(
     most likely token; else tokens are drawn from the ``top_k`` most likely, and of those from the smallest set that
     holds ``top_p`` of the probability. ``eos_token_ids``: by default the config's, all of them; the one that ends a row
     is yielded, and pad_token_id after it. Stops before max_position_embeddings would be passed. Same seed, same tokens.
+    Raises ``UsageError`` for wrong sampling, ids outside the vocabulary, a prompt too long, or a bidirectional model.
     """
     config = model.config
     check_sampling(temperature, top_k, top_p)
@@ -43,13 +44,13 @@ def generate(
     filler = 0 if config.pad_token_id is None else config.pad_token_id
     room = config.max_position_embeddings - int(positions.max())
     tokens, cache = input_ids, None
-    for _ in range(min(max_new_tokens, room)):
+    for _ in range(min(max_new_tokens, max(room, 1))):  # a prompt without room is the model's to refuse
         output = model(
             tokens,
             attention_mask=mask,
             position_ids=positions,
             past_key_values=cache,
-            use_cache=not config.use_bidirectional_attention,
+            use_cache=True,
             logits_to_keep=1,
         )
         cache = output.past_key_values
