@@ -144,15 +144,17 @@ class Console:
 
         table = Table(
             box=SIMPLE_HEAD,
-            title=self._text((safe(title), "bold")) if title else None,
+            title=self._text(False, (safe(title), "bold")) if title else None,
             title_justify="left",
             pad_edge=False,
         )
         for column in columns:
             justify = "right" if column.endswith("#") else "left"
-            table.add_column(self._text((safe(column.removesuffix("#")), "bold")), justify=justify, overflow="fold")
+            table.add_column(
+                self._text(False, (safe(column.removesuffix("#")), "bold")), justify=justify, overflow="fold"
+            )
         for row in rows:
-            table.add_row(*(self._text((safe(cell), "")) for cell in row))
+            table.add_row(*(self._text(False, (safe(cell), "")) for cell in row))
         self._console(False).print(table, markup=False, highlight=False)
 
     def verification(self, result: Verification, *, findings: int = _MAX_FINDINGS) -> None:
@@ -256,32 +258,33 @@ class Console:
             self._rich[err] = console
         return self._rich[err]
 
-    def _text(self, *spans: tuple[str, str]) -> Text:
+    def _text(self, err: bool, *spans: tuple[str, str]) -> Text:
+        """Styled text, with escapes for what the stream's encoding cannot write."""
         from rich.text import Text
 
-        return Text.assemble(*spans)
+        encoding = self._encoding(err)
+        return Text.assemble(
+            *((text.encode(encoding, "backslashreplace").decode(encoding), style) for text, style in spans)
+        )
 
     def _line(self, err: bool, *spans: tuple[str, str]) -> None:
-        console = self._console(err)
-        try:
-            console.print(self._text(*spans), soft_wrap=True, markup=False, highlight=False)
-        except UnicodeEncodeError:  # a terminal that cannot show the name; show what it can
-            encoding = getattr(console.file, "encoding", None) or "ascii"
-            text = "".join(text for text, _ in spans).encode(encoding, "backslashreplace").decode(encoding)
-            console.print(self._text((text, "")), soft_wrap=True, markup=False, highlight=False)
+        self._console(err).print(self._text(err, *spans), soft_wrap=True, markup=False, highlight=False)
+
+    def _encoding(self, err: bool) -> str:
+        return getattr(self._console(err).file, "encoding", None) or "utf-8"
 
     def _can_show(self, mark: str) -> bool:
-        encoding = getattr(self._console(False).file, "encoding", None) or "utf-8"
         try:
-            mark.encode(encoding)
-        except (UnicodeEncodeError, LookupError):
+            mark.encode(self._encoding(False))
+        except UnicodeEncodeError:
             return False
         return True
 
     def _traceback(self, error: BaseException) -> None:
+        """Every line behind a bar, so that no message can pass for a line of ours."""
         for block in traceback.format_exception(error):
             for line in block.splitlines():
-                self._line(True, (safe(line), "dim"))
+                self._line(True, (f"| {safe(line)}", "dim"))
 
     def _emit_error(self, id: str, message: str, hint: str, exit_code: int) -> None:
         if self.json:

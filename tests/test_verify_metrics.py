@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -16,7 +18,7 @@ def run(
 ) -> LogitMetrics:
     comparison = LogitComparison(source.shape[0], following, **limits)
     bounds = [0, *sorted(set(cuts)), source.shape[1]]
-    for first, last in zip(bounds, bounds[1:], strict=False):
+    for first, last in pairwise(bounds):
         if first < last:
             comparison.add(first, source[:, first:last], candidate[:, first:last])
     return comparison.finish()

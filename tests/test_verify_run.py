@@ -7,6 +7,7 @@ import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Self
 
 import ml_dtypes
 import numpy as np
@@ -321,7 +322,7 @@ def test_progress_is_told_of_both_levels(source: Checkpoint) -> None:
         def __init__(self, total: int, label: str) -> None:
             self.done = labels.setdefault(label, [total, 0])
 
-        def __enter__(self) -> Bar:
+        def __enter__(self) -> Self:
             return self
 
         def __exit__(self, *exc: object) -> None:

@@ -1,0 +1,269 @@
+"""What reaches the terminal: results and messages apart, nothing from a file taken for more than text."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from gemma2tool import console as subject
+from gemma2tool.console import Console, human_bytes, human_seconds, safe
+from gemma2tool.errors import InputRefused
+from gemma2tool.verify.result import Finding, GateResult, Side, Verification
+
+HOSTILE = [
+    "\x1b[2Jcleared", "\x1b]8;;https://evil\x1b\\link\x1b]8;;\x1b\\", "x\nOK: verified", "x\r\nPASSED", "a\x00b", "bell\x07\x08\x7f",
+    "\u202egnp.exe", "\u2066hidden\u2069", "zero\u200bwidth\ufeff", "line\u2028separator", "\x9b31mC1", "lone \udcff surrogate",
+    "[red]markup[/red]", "[/x]", "[link=https://evil]x[/link]", "[bold", "\\[x]", ":smiley:", "tab\there",
+]  # fmt: skip
+FORBIDDEN = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def console(**options: bool) -> tuple[Console, io.StringIO, io.StringIO]:
+    out, err = io.StringIO(), io.StringIO()
+    return Console(stdout=out, stderr=err, **options), out, err
+
+
+def verification(name: str = "model.norm.weight", status: str = "failed") -> Verification:
+    error = Finding("tensors", "error", name, "1 of 9 values is not the source's")
+    row = {"tensors": 1, "values": 9, "rmse": 0.1, "relative_rmse": 0.1, "snr_db": 20.0, "max_abs_error": 0.2}
+    row |= {"candidate_type": name}
+    gates = (
+        GateResult("completeness", "passed", f"all there: {name}"),
+        GateResult("tokenizer", "skipped", "none there"),
+        GateResult("tensors", status, f"{name}: wrong", {"by_type": {name: row}, "tensors": {name: row}}, (error,) * 20),
+        GateResult("logits", "reported", "largest difference 1"),
+        GateResult("distribution", "passed", "fine", {
+            "kl_mean": 0.1, "kl_median": 0.1, "kl_p99": 0.1, "kl_max": 0.1, "top1_agreement": 0.9, "positions": 64,
+        }),
+    )  # fmt: skip
+    return Verification(Side(name, "hf", {"f32": 1}), Side(f"{name}.gguf", "gguf", {name: 1}), "q8_0", gates)
+
+
+# -- untrusted text ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_hostile_text_is_shown_and_does_nothing(text: str) -> None:
+    assert not FORBIDDEN.search(safe(text)) and "\n" not in safe(text)
+    shown, out, err = console(debug=True)
+    shown.print(text)
+    shown.note(text)
+    shown.warn(text)
+    shown.error(InputRefused(text, text, hint=text))
+    shown.bug(RuntimeError(text))
+    shown.table((text, "n#"), [(text, text)], title=text)
+    shown.verification(verification(text))
+    for stream in (out, err):
+        assert not FORBIDDEN.search(stream.getvalue())
+    lines = (out.getvalue() + err.getvalue()).splitlines()
+    assert not any(line.startswith(("OK", "PASSED")) for line in lines)
+    assert safe(text) in out.getvalue(), "shown whole, markup and all"
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_hostile_text_on_a_terminal_brings_no_control_of_its_own(text: str) -> None:
+    out, err = Terminal(), Terminal()
+    shown = Console(stdout=out, stderr=err)
+    shown.verification(verification(text))
+    shown.error(InputRefused("id", text))
+    with shown.progress(100, text) as bar:
+        bar.advance(100, text)
+    ours = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\r")  # colours, and the bar redrawing itself
+    written = ours.sub("", out.getvalue() + err.getvalue())
+    assert not FORBIDDEN.search(written) and "evil\x1b" not in written
+    assert "\x1b]8" not in out.getvalue() + err.getvalue(), "no hyperlinks"
+    assert "\x1b[2J" not in out.getvalue() + err.getvalue(), "no clearing"
+
+
+def test_ordinary_names_stay_as_they_are() -> None:
+    for name in (
+        "model.layers.0.mlp.up_proj.weight",
+        "/home/j\u00f6rg/mod\u00e8les/\u6a21\u578b.gguf",
+        "a b",
+        "C:\\models",
+    ):
+        assert safe(name) == name
+
+
+def test_json_cannot_steer_a_terminal_either() -> None:
+    shown, out, _ = console(json=True)
+    shown.emit_json({"names": HOSTILE})
+    assert re.fullmatch("[\n -~]*", out.getvalue())
+    assert json.loads(out.getvalue())["names"] == HOSTILE
+
+
+def test_a_terminal_without_the_letters_gets_escapes() -> None:
+    raw = io.BytesIO()
+    latin = io.TextIOWrapper(raw, encoding="ascii", errors="strict")
+    shown = Console(stdout=latin, stderr=latin)
+    shown.print("mod\u00e8le")
+    shown.verification(verification("mod\u00e8le"))
+    latin.flush()
+    assert b"mod\\xe8le" in raw.getvalue() and b"FAIL" in raw.getvalue()
+
+
+# -- where what goes ---------------------------------------------------------------------------------------------------
+
+
+def test_results_to_stdout_messages_to_stderr() -> None:
+    shown, out, err = console()
+    shown.print("result")
+    shown.table(("a",), [("row",)])
+    shown.note("note")
+    shown.warn("careful")
+    assert "result" in out.getvalue() and "row" in out.getvalue()
+    assert err.getvalue().splitlines() == ["note", "warning: careful"]
+
+
+def test_errors_are_two_lines_and_long_ones_are_not_broken() -> None:
+    shown, out, err = console()
+    shown.error(InputRefused("a.b", "long " * 100, hint="do " * 100))
+    lines = err.getvalue().splitlines()
+    assert len(lines) == 2 and lines[0].startswith("error[a.b]: long") and lines[1].startswith("hint: do")
+    assert out.getvalue() == ""
+    shown.error(InputRefused("a.b", "short"))
+    assert err.getvalue().splitlines()[2:] == ["error[a.b]: short"]
+
+
+def test_quiet_keeps_warnings_errors_and_results() -> None:
+    shown, out, err = console(quiet=True)
+    shown.note("note")
+    with shown.progress(10, "work") as bar:
+        bar.advance(10, "t")
+    shown.warn("careful")
+    shown.print("result")
+    assert err.getvalue() == "warning: careful\n" and out.getvalue() == "result\n"
+
+
+def test_json_mode_keeps_stdout_for_one_object() -> None:
+    shown, out, err = console(json=True)
+    shown.print("result")
+    shown.table(("a",), [("row",)])
+    shown.verification(verification())
+    assert out.getvalue() == ""
+    shown.error(InputRefused("a.b", "broken", hint="mend it"))
+    assert json.loads(out.getvalue()) == {
+        "error": {"id": "a.b", "message": "broken", "hint": "mend it", "exit_code": 3}
+    }
+    assert "error[a.b]: broken" in err.getvalue()
+
+
+def test_debug_adds_the_traceback() -> None:
+    def fail(shown: Console) -> None:
+        try:
+            raise ValueError("inner")
+        except ValueError as cause:
+            try:
+                raise InputRefused("a.b", "outer") from cause
+            except InputRefused as error:
+                shown.error(error)
+
+    plain, _, quiet = console()
+    fail(plain)
+    assert "Traceback" not in quiet.getvalue()
+    shown, _, err = console(debug=True)
+    fail(shown)
+    assert "Traceback" in err.getvalue() and "ValueError: inner" in err.getvalue()
+
+
+def test_a_bug_says_that_it_is_one() -> None:
+    shown, out, err = console(json=True)
+    shown.bug(ZeroDivisionError("x"))
+    assert "error[bug]: ZeroDivisionError: x" in err.getvalue() and "this is a bug" in err.getvalue()
+    assert json.loads(out.getvalue())["error"]["exit_code"] == 70
+
+
+# -- a verification ----------------------------------------------------------------------------------------------------
+
+
+def test_verification_names_every_gate_and_the_verdict() -> None:
+    shown, out, _ = console()
+    shown.verification(verification())
+    lines = out.getvalue().splitlines()
+    for gate in ("completeness", "tokenizer", "tensors", "logits", "distribution"):
+        assert sum(bool(re.match(rf"\S+ {gate} ", line)) for line in lines) == 1
+    assert "and 8 more" in out.getvalue(), "findings beyond the limit are counted"
+    assert lines[-1] == "FAILED: 20 findings (not looked at: tokenizer)"
+    shown, out, _ = console()
+    shown.verification(verification(status="passed"))
+    assert out.getvalue().splitlines()[-1].startswith("PASSED: the same model, as near as q8_0 comes")
+
+
+# -- progress ----------------------------------------------------------------------------------------------------------
+
+
+def test_plain_progress_speaks_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    shown, out, err = console()
+    with shown.progress(1_000_000_000, "tensors") as bar:
+        for step in range(100):
+            clock[0] += 0.2
+            bar.advance(10_000_000, f"model.layers.{step}\x1b[2J")
+    lines = err.getvalue().splitlines()
+    assert out.getvalue() == "" and 4 <= len(lines) <= 6
+    assert re.fullmatch(r"tensors: 250 MB of 1 GB \(25%\), 50 MB/s, 15 s left: model\.layers\.24\\x1b\[2J", lines[0]), (
+        lines[0]
+    )
+    assert lines[-1] == "tensors: 1 GB in 20 s (50 MB/s)"
+
+
+def test_short_work_is_not_talked_about() -> None:
+    shown, _, err = console()
+    with shown.progress(0, "nothing") as bar:
+        bar.advance(0)
+    assert err.getvalue() == ""
+
+
+@pytest.mark.parametrize("stream", [io.StringIO, Terminal])
+def test_any_thread_may_advance(stream: type[io.StringIO], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(subject, "_PLAIN_SECONDS", 0.0)
+    err = stream()
+    shown = Console(stdout=io.StringIO(), stderr=err)
+    with shown.progress(800, "work") as bar:
+        threads = [threading.Thread(target=lambda: [bar.advance(1, "t") for _ in range(100)]) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert "800" in err.getvalue()
+
+
+def test_a_failure_inside_passes_through_and_leaves_the_terminal_whole() -> None:
+    err = Terminal()
+    with pytest.raises(KeyError), Console(stderr=err).progress(10, "work") as bar:
+        bar.advance(5, "t")
+        raise KeyError
+    assert err.getvalue().count("\x1b[?25l") == err.getvalue().count("\x1b[?25h"), "the cursor is shown again"
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(0, "0 B"), (999, "999 B"), (5_230_000_000, "5.23 GB"), (1e13, "10 TB"), (1536, "1.54 kB")]
+)
+def test_bytes(count: float, text: str) -> None:
+    assert human_bytes(count) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.4, "0 s"), (59.6, "1 min 0 s"), (200, "3 min 20 s"), (7500, "2 h 05 min")]
+)
+def test_seconds(seconds: float, text: str) -> None:
+    assert human_seconds(seconds) == text
+
+
+def test_importing_it_brings_in_nothing_heavy() -> None:
+    code = "import sys, gemma2tool.console; print([m for m in ('rich', 'numpy', 'torch') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
