@@ -75,7 +75,7 @@ def place_of_a_piece(model: bytes) -> tuple[int, str]:
     """Where a merged piece lies in the file (its text, then a byte 0x15 and the score), and its text."""
     processor = sentencepiece.SentencePieceProcessor()
     processor.LoadFromSerializedProto(model)
-    text = next(each for each in map(processor.id_to_piece, range(262, 330)) if each.isascii() and len(each) > 1)
+    text = next(each for each in map(processor.id_to_piece, range(262, 330)) if each.isascii() and each.isalpha() and len(each) > 1)
     return model.index(bytes([0x0A, len(text)]) + text.encode() + b"\x15") + 2, text
 
 
