@@ -229,13 +229,42 @@ def test_a_shared_storage_must_fit_every_tensor(tmp_path: Path) -> None:
     assert {keys[0]: t.dtype for keys, t in tensors_of(read_index(path))} == {"a": "F32", "b": "F16"}
 
 
-def test_check_crc_names_the_tensor(tmp_path: Path) -> None:
-    path = tmp_path / "model.ckpt"
-    torch.save({"weight": torch.ones(3)}, path)
-    entry = read_index(path)["weight"]
-    torch_zip.check_crc(path, entry, zlib.crc32(_raw(torch.ones(3))))
-    error = assert_refused(lambda: torch_zip.check_crc(path, entry, 0), "torch.crc")
-    assert "'weight'" in error.message
+class TestMemberCheck:
+    """One flipped byte of a tensor is found while the tensor is read, in whatever pieces, by whatever threads."""
+
+    @pytest.fixture
+    def saved(self, tmp_path: Path) -> tuple[Path, TorchTensor]:
+        path = tmp_path / "model.ckpt"
+        torch.save({"weight": torch.arange(10_000.0)}, path)
+        return path, read_index(path)["weight"]
+
+    def _stream(self, path: Path, entry: TorchTensor, sizes: list[int]) -> None:
+        """Reads the tensor in pieces of these sizes, last piece first, then once more in one piece."""
+        data, check = path.read_bytes(), torch_zip.MemberCheck(path, entry)
+        cuts = [entry.offset, *itertools.accumulate(sizes, initial=entry.offset), entry.offset + entry.nbytes]
+        for begin, end in reversed(list(itertools.pairwise(cuts))):
+            check.update(begin, data[begin:end])
+        check.update(entry.offset, data[entry.offset : entry.offset + entry.nbytes])
+
+    @pytest.mark.parametrize("sizes", [[], [1], [7, 20_000, 3], [4096] * 9])
+    def test_honest_and_damaged(self, saved: tuple[Path, TorchTensor], sizes: list[int]) -> None:
+        path, entry = saved
+        self._stream(path, entry, sizes)
+        damaged = bytearray(path.read_bytes())
+        damaged[entry.offset + 12_345] ^= 4
+        path.write_bytes(damaged)
+        assert "'weight'" in assert_refused(lambda: self._stream(path, entry, sizes), "torch.crc").message
+
+    def test_tensors_that_share_a_storage_are_checked_together(self, tmp_path: Path) -> None:
+        path, base = tmp_path / "model.ckpt", torch.arange(100.0)
+        torch.save({"head": base[:30], "tail": base[30:]}, path)
+        index, data = read_index(path), bytearray(path.read_bytes())
+        head, tail = index["head"], index["tail"]
+        assert head.member == tail.member
+        data[tail.offset] ^= 1
+        check = torch_zip.MemberCheck(path, head)
+        check.update(head.offset, data[head.offset : head.offset + head.nbytes])
+        assert_refused(lambda: check.update(tail.offset, data[tail.offset : tail.offset + tail.nbytes]), "torch.crc")
 
 
 def test_crcs_combine() -> None:
@@ -258,6 +287,7 @@ def test_crc_of_pieces_in_any_order() -> None:
             with pytest.raises(ValueError, match="not every byte"):
                 _ = crc.value
             crc.update(begin, memoryview(data)[begin:end])
+            crc.update(begin, data[begin:end])  # again
         assert crc.complete
         assert crc.value == zlib.crc32(data)
     assert Crc(0).value == 0

@@ -40,7 +40,10 @@ def _power(nbytes: int) -> int:
 
 
 class Crc:
-    """The CRC-32 of ``nbytes`` bytes whose pieces several threads add in any order, each byte once."""
+    """The CRC-32 of ``nbytes`` bytes whose pieces several threads add in any order.
+
+    A piece that overlaps one added before is ignored, so that reading something twice does no harm.
+    """
 
     def __init__(self, nbytes: int) -> None:
         self.nbytes = nbytes
@@ -51,12 +54,15 @@ class Crc:
     def update(self, offset: int, data: object) -> None:
         """Adds the bytes of ``data`` (any contiguous buffer), which begin ``offset`` bytes into the whole."""
         view = memoryview(data).cast("B")
-        begin, end, crc = offset, offset + len(view), zlib.crc32(view)
+        begin, end = offset, offset + len(view)
         if begin < 0 or end > self.nbytes:
             raise ValueError(f"bytes {begin} to {end} of {self.nbytes}")
-        if begin == end:
+        if begin == end or self.complete:
             return
+        crc = zlib.crc32(view)
         with self._lock:
+            if any(begin < other_end and other < end for other, (other_end, _) in self._runs.items()):
+                return
             if begin in self._begins:  # something ends where this begins
                 left = self._begins.pop(begin)
                 _, left_crc = self._runs.pop(left)
@@ -73,7 +79,7 @@ class Crc:
     @property
     def complete(self) -> bool:
         """Whether every byte has been added."""
-        return self.nbytes == 0 or (len(self._runs) == 1 and self._runs.get(0, (0, 0))[0] == self.nbytes)
+        return self.nbytes == 0 or self._runs.get(0, (0, 0))[0] == self.nbytes
 
     @property
     def value(self) -> int:

@@ -23,7 +23,7 @@ from gemma2tool.storage.reading import FileReader, open_for_reading
 from gemma2tool.storage.torch_zip_layout import DTYPE_BYTES, TorchZipLayout
 from gemma2tool.storage.zip_index import Member
 
-__all__ = ["Crc", "TorchTensor", "TorchZipLayout", "check_crc", "crc32_combine", "read_index", "tensors_of"]
+__all__ = ["Crc", "MemberCheck", "TorchTensor", "TorchZipLayout", "crc32_combine", "read_index", "tensors_of"]
 
 MAX_PICKLE_BYTES = 32 << 20
 MAX_TENSORS = 20_000
@@ -95,10 +95,33 @@ def tensors_of(tree: Mapping[str, Any], prefix: tuple[str, ...] = ()) -> Iterato
             yield from tensors_of(value, (*prefix, key))
 
 
-def check_crc(path: str | os.PathLike[str], tensor: TorchTensor, crc: int) -> None:
-    """Raises InputRefused ``torch.crc`` unless ``crc``, of the bytes of the tensor's whole member, is the stored one."""
-    if crc != tensor.crc32:
-        _refuse(Path(path), "crc", f"the bytes of tensor {quoted(tensor.name)} are damaged: CRC-32 {crc:08x}, stored {tensor.crc32:08x}")
+class MemberCheck:
+    """Checks a storage's CRC-32 while its bytes stream past on their way elsewhere, in any order and from any thread.
+
+    One for each ``TorchTensor.member``, shared by the tensors that lie in it. A storage of which some bytes are never read is not
+    checked: nothing of them was used.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], tensor: TorchTensor) -> None:
+        self.path = Path(path)
+        self.tensor = tensor
+        self._crc = Crc(tensor.storage_nbytes)
+
+    def update(self, offset: int, data: object) -> None:
+        """Takes note of ``data``, read at the absolute byte ``offset``.
+
+        Raises InputRefused ``torch.crc`` when these were the last bytes missing and the whole is not what was saved.
+        """
+        if self._crc.complete:
+            return
+        self._crc.update(offset - self.tensor.storage_offset, data)
+        if self._crc.complete and self._crc.value != self.tensor.crc32:
+            found, stored = self._crc.value, self.tensor.crc32
+            _refuse(
+                self.path,
+                "crc",
+                f"the bytes of tensor {quoted(self.tensor.name)} are damaged: their CRC-32 is {found:08x}, it was {stored:08x}",
+            )
 
 
 def _refuse(path: Path, kind: str, message: str, hint: str = "the file is damaged or hostile; download it again") -> NoReturn:
