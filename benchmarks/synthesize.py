@@ -38,7 +38,7 @@ class PoolTensor(LazyTensor):
 
     def load_rows(self, first: int, last: int) -> np.ndarray:
         size = (last - first) * self.row_size
-        start = (self.start + first * self.row_size * 3) % len(self.pool)
+        start = (self.start + first * self.row_size) % len(self.pool)
         pieces = []
         while size:
             piece = self.pool[start : start + size]
