@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import json
 import os
 import signal
 import subprocess
@@ -503,6 +504,38 @@ class TestTwoProcesses:
         assert second.returncode == 0
         assert (tmp_path / "out").read_bytes() == b"second"
         assert os.listdir(tmp_path) == ["out"]
+
+
+def test_many_that_come_and_go(tmp_path: Path) -> None:
+    """Processes that take and leave one place as fast as they can: each writes a whole output or is told that it is locked."""
+    code = """
+        import collections, json, sys, time
+        from gemma2tool.errors import ToolError
+        from gemma2tool.storage.staging import Staging
+        said, end = collections.Counter(), time.monotonic() + 1
+        while time.monotonic() < end:
+            try:
+                with Staging(sys.argv[1], force=True) as staging:
+                    staging.write_bytes("out", sys.argv[2].encode() * 5000)
+                    staging.commit()
+                said["done"] += 1
+            except ToolError as error:
+                said[error.id] += 1
+        print(json.dumps(said))
+    """
+    root = Path(__file__).resolve().parent.parent
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", textwrap.dedent(code), str(tmp_path / "out"), str(number)], stdout=subprocess.PIPE, text=True,
+            env=os.environ | {"PYTHONPATH": str(root)},
+        )
+        for number in range(3)
+    ]  # fmt: skip
+    said = [json.loads(process.communicate(timeout=60)[0]) for process in processes]
+    assert set().union(*said) <= {"done", "output.locked"}
+    assert sum(words.get("done", 0) for words in said) > 0
+    assert len(set((tmp_path / "out").read_text())) == 1
+    assert os.listdir(tmp_path) == ["out"]
 
 
 class TestAfterACrash:

@@ -59,28 +59,33 @@ class StagingPlace:
             self._leave()
 
     def _enter(self, create: bool) -> bool:
+        """Opens and locks the place; False when it vanished meanwhile and must be made again."""
         with told(self.path, "creating the staging folder"):
             if create:
                 with suppress(FileExistsError):
                     os.mkdir(self.folder_name, 0o700, dir_fd=self.parent_fd)
-            status = os.stat(self.folder_name, dir_fd=self.parent_fd, follow_symlinks=False)
-            if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
-                raise ResourceError(
-                    "output.staging", f"{self.path}: exists and is not a folder of yours", hint="remove it, then run again"
-                )
-            self.fd = os.open(self.folder_name, _FOLDER | os.O_NOFOLLOW, dir_fd=self.parent_fd)
-            os.fchmod(self.fd, 0o700)
             try:
+                status = os.stat(self.folder_name, dir_fd=self.parent_fd, follow_symlinks=False)
+                if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
+                    raise ResourceError(
+                        "output.staging", f"{self.path}: exists and is not a folder of yours", hint="remove it, then run again"
+                    )
+                self.fd = os.open(self.folder_name, _FOLDER | os.O_NOFOLLOW, dir_fd=self.parent_fd)
+                os.fchmod(self.fd, 0o700)
                 self._lock_fd = os.open(LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=self.fd)
+                self._lock()
+                # The lock counts only while it is the one that others find.
+                lock = self.identity(LOCK, self.fd), self.identity(self.folder_name, self.parent_fd)
             except FileNotFoundError:
+                if not create:
+                    raise
                 return False
-        self._lock()
-        try:
-            mine, there = os.fstat(self._lock_fd), os.stat(LOCK, dir_fd=self.fd, follow_symlinks=False)
-            here = os.stat(self.folder_name, dir_fd=self.parent_fd, follow_symlinks=False)
-        except FileNotFoundError:
-            return False
-        return os.path.samestat(mine, there) and os.path.samestat(os.fstat(self.fd), here)
+            if lock != (_identity(os.fstat(self._lock_fd)), _identity(os.fstat(self.fd))):
+                return False
+            self._locked = True
+            os.ftruncate(self._lock_fd, 0)
+            retrying(os.write, self._lock_fd, str(os.getpid()).encode())
+        return True
 
     def _lock(self) -> None:
         try:
@@ -97,18 +102,13 @@ class StagingPlace:
                 f"{self.path}: this file system cannot lock files: {error.strerror}",
                 hint="write to another disk and move the output",
             ) from error
-        self._locked = True
-        with told(self.path, "locking"):
-            os.ftruncate(self._lock_fd, 0)
-            retrying(os.write, self._lock_fd, str(os.getpid()).encode())
 
     def identity(self, name: str, fd: int) -> tuple[int, int] | None:
         """(device, inode) of a name in an open folder; None when there is none. Links are not followed."""
         try:
-            status = os.stat(name, dir_fd=fd, follow_symlinks=False)
-        except (FileNotFoundError, NotADirectoryError):
+            return _identity(os.stat(name, dir_fd=fd, follow_symlinks=False))
+        except FileNotFoundError:
             return None
-        return status.st_dev, status.st_ino
 
     def recover(self) -> bool:
         """After a crash: puts an old destination back where it was if nothing took its place. Says whether it did."""
@@ -147,6 +147,10 @@ class StagingPlace:
         fd, self.parent_fd = self.parent_fd, -1
         if fd >= 0:
             os.close(fd)
+
+
+def _identity(status: os.stat_result) -> tuple[int, int]:
+    return status.st_dev, status.st_ino
 
 
 def remove_tree(name: str, folder_fd: int) -> None:
@@ -206,6 +210,8 @@ def _clean_one(destination: Path, dry_run: bool) -> Leftover | None:
     except ResourceError as error:
         if error.id == "output.locked":
             return Leftover(staged, destination, in_use=True, restored=False)
+        if isinstance(error.__cause__, FileNotFoundError):  # its owner has just finished
+            return None
         raise
     try:
         restored = False
