@@ -42,7 +42,7 @@ def quantize(rows: np.ndarray, bits: int, group_size: int = GROUP_SIZE) -> tuple
 
 def dequantize(codes: np.ndarray, scales: np.ndarray, biases: np.ndarray) -> np.ndarray:
     """code * scale + bias, each operation rounded to the dtype of the scales. (n, I), (n, G), (n, G) -> (n, I) of that dtype."""
-    groups = codes.reshape(*scales.shape, -1).astype(np.float32)
+    groups = codes.reshape(*scales.shape, codes.shape[1] // scales.shape[1]).astype(np.float32)
     products = to_float32(cast(groups * to_float32(scales)[..., None], scales.dtype))
     return cast((products + to_float32(biases)[..., None]).reshape(codes.shape), scales.dtype)
 

@@ -11,6 +11,7 @@ from gemma2tool.formats.packings.parts import (
     FLOATS,
     HINT,
     check_groups,
+    group_count,
     linear_weight,
     no_double_quant,
     part,
@@ -68,12 +69,10 @@ def unpack(raw: Mapping[str, LazyTensor], quantization_config: Mapping[str, obje
             continue
         module = name.removesuffix(CODES)
         words = part(raw, name, (INT32,), None)
-        scales = part(raw, module + ".scales", FLOATS, None)
-        matrices = len(words.shape) == 2 and len(scales.shape) == 2
-        if not matrices or scales.shape[1] != words.shape[1] * awq.PER_WORD or words.rows % max(scales.rows, 1):
-            raise InputRefused(
-                "packing.part-shape", f"{scales.origin}: {scales.shape} scales for {words.shape} words", hint=HINT
-            )
+        if len(words.shape) != 2:
+            raise InputRefused("packing.part-shape", f"{words.origin}: has the shape {words.shape}", hint=HINT)
+        columns, rows = words.rows, words.shape[1] * awq.PER_WORD
+        scales = part(raw, module + ".scales", FLOATS, (group_count(quantization_config, columns), rows))
         zeros = part(raw, module + ".qzeros", (INT32,), (scales.rows, words.shape[1]))
         quantized[module + ".weight"] = AwqTensor(words, zeros, scales)
         taken |= {name, module + ".scales", module + ".qzeros"}

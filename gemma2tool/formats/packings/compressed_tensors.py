@@ -252,7 +252,7 @@ class CompressedTensor(LazyTensor):
     def _scale_rows(self, first: int, last: int) -> np.ndarray:
         if self.scales.size == 1:
             return np.repeat(self.scales.load().reshape(1, 1), last - first, axis=0)
-        return self.scales.load_rows(first, last).reshape(last - first, -1)
+        return self.scales.load_rows(first, last).reshape(last - first, self.scales.row_size)
 
     def _zero_rows(self, first: int, last: int) -> np.ndarray | None:
         if self.zero_points is None or not self.scheme.packed:

@@ -15,6 +15,7 @@ from gemma2tool.formats.packings.parts import (
     FLOATS,
     HINT,
     check_groups,
+    group_count,
     linear_weight,
     no_double_quant,
     part,
@@ -87,11 +88,7 @@ def unpack(raw: Mapping[str, LazyTensor], quantization_config: Mapping[str, obje
         if len(words.shape) != 2:
             raise InputRefused("packing.part-shape", f"{words.origin}: has the shape {words.shape}", hint=HINT)
         columns, rows = words.shape[0] * WORD_BITS // bits, words.shape[1]
-        scales = part(raw, module + ".scales", FLOATS, None)
-        if len(scales.shape) != 2 or scales.shape[1] != rows or columns % max(scales.shape[0], 1):
-            raise InputRefused(
-                "packing.part-shape", f"{scales.origin}: {scales.shape} scales for {(rows, columns)}", hint=HINT
-            )
+        scales = part(raw, module + ".scales", FLOATS, (group_count(quantization_config, columns), rows))
         zeros = part(raw, module + ".qzeros", (INT32,), (scales.shape[0], rows * bits // WORD_BITS))
         _check_label(zeros, bits, label)
         quantized[module + ".weight"] = GptqTensor(

@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping
 import numpy as np
 
 from gemma2tool.errors import InputRefused, UsageError
-from gemma2tool.model.lazy import FLOAT32, FLOAT_DTYPES, LazyTensor
+from gemma2tool.model.lazy import DTYPE_NAMES, FLOAT32, FLOAT_DTYPES, LazyTensor
 from gemma2tool.model.tensors import TensorSpec
 from gemma2tool.storage.quoting import quoted
 
@@ -43,7 +43,7 @@ def plain(raw: Mapping[str, LazyTensor], taken: Collection[str], scheme: str) ->
     """The tensors that are not parts of a quantized weight; refused where one holds codes without what would give them a meaning."""
     rest = {name: tensor for name, tensor in raw.items() if name not in taken}
     for tensor in rest.values():
-        if tensor.dtype.kind in "iu":
+        if tensor.dtype not in DTYPE_NAMES:
             raise InputRefused(
                 "packing.stray-part",
                 f"{tensor.origin}: {tensor.dtype.name} codes that belong to no {scheme} weight",
@@ -74,6 +74,18 @@ def whole(tensor: LazyTensor) -> np.ndarray:
 def linear_weight(spec: TensorSpec) -> bool:
     """Whether the tensor is a weight of a linear layer: what every scheme quantizes, without the output head and the embedding."""
     return spec.quantizable and spec.layer is not None
+
+
+def group_count(config: Mapping[str, object], columns: int) -> int:
+    """How many groups a row has by the ``group_size`` of a GPTQ or AWQ config, where -1 means one; InputRefused if that cannot be."""
+    size = config.get("group_size")
+    if type(size) is not int or size == 0 or size < -1 or columns % size:
+        raise InputRefused(
+            "packing.group-size",
+            f"config.json: a group_size of {quoted(size)} for {columns} columns",
+            hint="the config does not belong to these weights: fetch it again",
+        )
+    return 1 if size == -1 else columns // size
 
 
 def check_groups(spec: TensorSpec, group_size: int) -> None:
