@@ -77,9 +77,9 @@ def oracle_config(oracles: Path, flavour: str):
 
 @contextmanager
 def refused(match: str):
-    """A ``ToolError`` that says ``match``, in less than a second."""
-    started = time.monotonic()
+    """A ``ToolError`` that says ``match``, in less than a second of work."""
+    started = time.process_time()
     with pytest.raises(ToolError, match=match) as caught:
         yield caught
-    assert time.monotonic() - started < 1
+    assert time.process_time() - started < 1
     assert "\n" not in caught.value.message

@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from abc import abstractmethod
 from collections import OrderedDict
+from typing import Protocol
 
 import numpy as np
 
@@ -19,10 +20,20 @@ KEPT_BLOCKS = 2
 """Kept whatever their size: the block that is read now and the one after it."""
 
 
+class Rows(Protocol):
+    """What a block must be able to do: an array, or a handle that gives out slices of one."""
+
+    nbytes: int
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, rows: slice) -> np.ndarray: ...
+
+
 class _Block:
     def __init__(self) -> None:
         self.lock = threading.Lock()
-        self.rows: np.ndarray | None = None
+        self.rows: Rows | None = None
         self.given = 0
 
 
@@ -68,7 +79,7 @@ class BlockwiseTensor(LazyTensor):
     block_rows: int
 
     @abstractmethod
-    def load_block(self, index: int) -> np.ndarray:
+    def load_block(self, index: int) -> Rows:
         """Block ``index`` whole, (rows of the block, ...), in any memory order."""
 
     def load_rows(self, first: int, last: int) -> np.ndarray:

@@ -18,7 +18,7 @@ from gemma2tool.errors import InputRefused
 from gemma2tool.formats import assets, hdf5, keras_config, raw
 from gemma2tool.formats.base import Output, OutputFile, OutputTensor, Placement, WriteOptions
 from gemma2tool.formats.layout_steps import TransposeBlocks, size
-from gemma2tool.formats.plain import Planned, plan_floats
+from gemma2tool.formats.plain import Planned, expect_shape, plan_floats
 from gemma2tool.formats.steps import Row, entries, to_canonical
 from gemma2tool.model.checkpoint import Assets, Checkpoint
 from gemma2tool.model.config import Gemma2Config
@@ -129,13 +129,8 @@ def _matrices(disk: Mapping[str, LazyTensor], config: Gemma2Config) -> dict[str,
         name = names.get(path, path)
         dims = SHAPES.get(name.rpartition("/")[2])
         expected = None if dims is None else tuple(size(dim, config) for dim in dims)
-        if expected is not None and tensor.shape != expected:
-            raise InputRefused(
-                "checkpoint.shape",
-                f"{tensor.origin}: has shape {tensor.shape}, the config asks for {expected}",
-                hint="the config contradicts the weights: fetch the preset again",
-            )
         if expected is not None:
+            expect_shape(tensor.origin, tensor.shape, expected)
             shape = (expected[0] * expected[1], expected[2])
             tensor = raw.FileTensor(tensor.reader, tensor.offset, tensor.dtype, shape, tensor.origin)
         result[name] = tensor

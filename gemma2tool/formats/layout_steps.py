@@ -130,18 +130,24 @@ class GroupByKeyValueHead(PermuteRows):
 
 
 @dataclass(frozen=True)
-class PadRows:
-    """Zero rows below the matrix, up to ``rows``; reading cuts them off (whatever they hold)."""
+class PadVocabulary:
+    """Zero rows below the embedding, up to the next multiple of 128 beyond the vocabulary: 256128 for the released models.
 
-    rows: int
+    Reading cuts off up to 128 rows, whatever they hold.
+    """
+
     exact: bool = True
 
     def apply(self, tensor: LazyTensor, config: Gemma2Config) -> LazyTensor:
-        return PaddedRows(tensor, self.rows)
+        return PaddedRows(tensor, padded_vocabulary(config.vocab_size))
 
     def invert(self, tensor: LazyTensor, config: Gemma2Config) -> LazyTensor:
         rows = config.vocab_size
-        return RowRange(tensor, 0, rows) if tensor.rows > rows else tensor
+        return RowRange(tensor, 0, rows) if rows < tensor.rows <= padded_vocabulary(rows) else tensor
+
+
+def padded_vocabulary(rows: int) -> int:
+    return (rows // 128 + 1) * 128
 
 
 class PaddedRows(LazyTensor):

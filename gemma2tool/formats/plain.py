@@ -46,6 +46,16 @@ def plan_floats(table: Sequence[Row], checkpoint: Checkpoint, options: WriteOpti
     ]
 
 
+def expect_shape(origin: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    """``InputRefused`` where an array does not have the shape that the config asks for."""
+    if tuple(shape) != tuple(expected):
+        raise InputRefused(
+            "checkpoint.shape",
+            f"{origin}: has shape {tuple(shape)}, the config asks for {tuple(expected)}",
+            hint="the config contradicts the weights: pass the right one with --config",
+        )
+
+
 def refuse_type(options: WriteOptions, name: str) -> None:
     """``UsageError`` where a quantization type is asked of a format that has none."""
     if options.type is not None:

@@ -14,6 +14,7 @@ from gemma2tool.model.config import Gemma2Config
 _FORMATS: dict[str, str] = {
     "gguf": "gemma2tool.formats.gguf:GGUF",
     "gemma-pytorch": "gemma2tool.formats.gemma_pytorch:GemmaPytorch",
+    "flax": "gemma2tool.formats.flax:Flax",
     "keras": "gemma2tool.formats.keras:Keras",
     "torchtune": "gemma2tool.formats.torchtune:Torchtune",
     "litgpt": "gemma2tool.formats.litgpt:LitGPT",
