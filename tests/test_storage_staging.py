@@ -9,9 +9,10 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -258,20 +259,29 @@ def _sweep(tmp_path: Path, folder: bool, with_old: bool, kind: str, *, sticky: b
 
 @pytest.mark.parametrize("with_old", [False, True], ids=["new", "replacing"])
 class TestEveryCallFails:
+    @pytest.fixture
+    def place(self, tmp_path: Path) -> Iterator[Path]:
+        """A folder in memory where there is one: thousands of conversions would wait for the disk."""
+        if not os.access("/dev/shm", os.W_OK):
+            yield tmp_path
+            return
+        with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+            yield Path(folder)
+
     @pytest.fixture(autouse=True)
     def _no_waiting_for_the_disk(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(os, "fsync", lambda fd: None)
 
     # EINTR is the kernel's word for "again" only where we loop; Python itself loops in open and mkdir before we see it.
     @pytest.mark.parametrize("kind", ["ENOSPC", "EIO", "short", "interrupt", "interrupt after"])
-    def test_once(self, tmp_path: Path, folder: bool, swaps: bool, with_old: bool, kind: str) -> None:
-        seen = _sweep(tmp_path, folder, with_old, kind)
+    def test_once(self, place: Path, folder: bool, swaps: bool, with_old: bool, kind: str) -> None:
+        seen = _sweep(place, folder, with_old, kind)
         assert {"pwrite", "fsync", "posix_fallocate", "open", "mkdir"} <= seen
         assert ("exchange" in seen) == with_old
         assert ("rename" in seen) == (not with_old or not swaps)
 
-    def test_from_then_on(self, tmp_path: Path, folder: bool, swaps: bool, with_old: bool) -> None:
-        assert "pwrite" in _sweep(tmp_path, folder, with_old, "EIO", sticky=True)
+    def test_from_then_on(self, place: Path, folder: bool, swaps: bool, with_old: bool) -> None:
+        assert "pwrite" in _sweep(place, folder, with_old, "EIO", sticky=True)
 
 
 def test_interrupted_calls_are_repeated(tmp_path: Path, folder: bool, monkeypatch: pytest.MonkeyPatch) -> None:
