@@ -148,6 +148,27 @@ def test_inspect_and_formats(place: Path) -> None:
     assert result.exit_code == 0 and "nf4" in result.output and "q8_0" in result.output
 
 
+def test_losses_are_named_by_kind_and_layer(place: Path) -> None:
+    from gemma2tool.cli.produce import loss_lines
+
+    names = [f"model.layers.{i}.input_layernorm.weight" for i in (0, 1, 2, 5)]
+    lines = loss_lines([*((name, 1e-8) for name in names), ("model.norm.weight", 2e-8)])
+    assert lines == [
+        "model.layers.{0-2,5}.input_layernorm.weight loses up to 1e-08",
+        "model.norm.weight loses up to 2e-08",
+    ]
+    assert run("convert", place / "src", place / "f32", "--dtype", "f32", "--no-verify").exit_code == 0
+    path = place / "f32" / "model.safetensors"
+    from safetensors.numpy import load_file, save_file
+
+    tensors = {name: np.array(tensor) for name, tensor in load_file(path).items()}
+    tensors["model.layers.1.input_layernorm.weight"] += np.float32(1e-9)
+    save_file(tensors, path, {"format": "pt"})
+    result = run("convert", place / "f32", place / "out.gguf")
+    assert result.exit_code == 0, result.output
+    assert "model.layers.{1}.input_layernorm.weight loses up to" in result.stderr
+
+
 # -- failures ----------------------------------------------------------------------------------------------------------
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -104,8 +105,33 @@ def _remarks(plan: Plan, console: Console) -> None:
     source = plan.source
     for warning in (*source.warnings, *source.config.warnings, *plan.output.warnings):
         console.warn(warning)
-    for name, loss in plan.output.losses:
-        console.warn(f"{name}: {plan.output.format} stores w + 1, which loses up to {loss:.3g} of this norm")
+    for line in loss_lines(plan.output.losses):
+        console.warn(f"{plan.output.format} stores w + 1 of a norm w: {line}")
+
+
+def loss_lines(losses: Sequence[tuple[str, float]]) -> list[str]:
+    """The tensors that lose low bits, a line for each kind: ``model.layers.{0-3,7}.input_layernorm.weight loses up to 3e-08``."""
+    layers: dict[str, list[int]] = {}
+    largest: dict[str, float] = {}
+    for name, loss in losses:
+        pattern = re.sub(r"(?<=\.layers\.)\d+", "{}", name)
+        layers.setdefault(pattern, []).extend(int(number) for number in re.findall(r"\.layers\.(\d+)\.", name))
+        largest[pattern] = max(loss, largest.get(pattern, 0.0))
+    return [
+        f"{pattern.replace('{}', '{' + _ranges(sorted(layers[pattern])) + '}')} loses up to {loss:.3g}"
+        for pattern, loss in largest.items()
+    ]
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """0, 1, 2, 5 as "0-2,5"."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
 
 
 def _show_plan(plan: Plan, console: Console, json_output: bool) -> None:
