@@ -244,6 +244,17 @@ def test_files_rebuilt_from_the_keys(trained: bytes) -> None:
         assert again[f"tokenizer.ggml.{key}"] == first[f"tokenizer.ggml.{key}"], key
 
 
+def test_tokens_that_are_no_pieces(trained: bytes) -> None:
+    """Empty, repeated and non-UTF-8 tokens keep their ids, as pieces that no text leads to."""
+    kv = dict(tokenizer_keys(assets_of(trained, *FILES), config_of()).kv)
+    tokens = kv["tokenizer.ggml.tokens"].value
+    tokens[490:493] = ["", tokens[480], "\udcff\udc80"]
+    model = tokenizer_assets(Reading(kv, "file"))["tokenizer.model"]
+    rebuilt = spm.SentencePieceProcessor(model_proto=model)
+    assert rebuilt.vocab_size() == 500 and rebuilt.is_unused(490) and rebuilt.is_unused(491) and rebuilt.is_unused(492)
+    assert rebuilt.piece_to_id(tokens[480]) == 480
+
+
 def test_transformers_reads_the_rebuilt_files(trained: bytes, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     kv = dict(tokenizer_keys(assets_of(trained, *FILES), config_of()).kv)

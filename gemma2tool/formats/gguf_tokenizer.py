@@ -75,7 +75,9 @@ class _Tokenizer:
 
     @cached_property
     def pieces(self) -> tuple[Piece, ...]:
+        """SentencePiece's vocabulary. It takes no empty, repeated or non-UTF-8 pieces; no text leads to those either."""
         pieces = []
+        seen: set[str] = set()
         for token in range(self.count):
             text, score, kind = self.tokens[token], self.scores[token], self.types[token]
             if token == self.special.get("unk"):
@@ -86,6 +88,9 @@ class _Tokenizer:
                 kind = NORMAL
             if kind == USER_DEFINED:
                 text = text.replace(" ", SPACE)
+            if not text or text in seen or not _is_text(text):
+                text, kind = f"[PAD{token}]", UNUSED
+            seen.add(text)
             pieces.append(Piece(text, score if kind == NORMAL else 0.0, kind))
         return tuple(pieces)
 
@@ -158,3 +163,8 @@ class _Tokenizer:
             if value is not None:
                 config[name] = value
         return config
+
+
+def _is_text(text: str) -> bool:
+    """Whether a token is UTF-8 (its bytes that are not were kept as surrogates)."""
+    return text.isascii() or not any("\ud800" <= char <= "\udfff" for char in text)

@@ -113,7 +113,8 @@ def _read_gguf(path: Path) -> ImportanceMatrix:
             if counts.size != 1:
                 raise _damaged(path, f"{quoted(base)} has {counts.size} counts; a dense model's has one")
             # An entry that saw no token says nothing: every column counts the same.
-            weights[base] = sums / counts[0] if counts[0] > 0 else np.ones_like(sums)
+            with np.errstate(over="ignore", invalid="ignore"):
+                weights[base] = sums / counts[0] if counts[0] > 0 else np.ones_like(sums)
     return ImportanceMatrix(path, weights, datasets[0] if datasets else None, keys.integer("imatrix.chunk_count", 0))
 
 
@@ -155,7 +156,8 @@ def _read_dat(path: Path) -> ImportanceMatrix:
             raise _damaged(path, "a tensor's name is not UTF-8") from None
         calls = number(lambda n: True)
         values = np.frombuffer(take(4 * number(lambda n: n > 0)), "<f4")
-        weights[name] = values / np.float32(calls) if calls > 0 else values.copy()
+        with np.errstate(over="ignore", invalid="ignore"):
+            weights[name] = values / np.float32(calls) if calls > 0 else values.copy()
     chunks, dataset = 0, None
     if at < len(data):
         chunks = max(number(lambda n: True), 0)
