@@ -52,12 +52,15 @@ def sizes(type: str) -> tuple[int, int]:
     return traits.block_elements, traits.block_bytes
 
 
-def quantize(type: str, rows: np.ndarray, importance: np.ndarray | None = None) -> np.ndarray:
+def quantize(
+    type: str, rows: np.ndarray, importance: np.ndarray | None = None, out: np.ndarray | None = None
+) -> np.ndarray:
     """``ggml_quantize_chunk``: (n, cols) float32 to (n, bytes) uint8."""
     rows = np.ascontiguousarray(rows, np.float32)
     n, cols = rows.shape
     elements, block = sizes(type)
-    out = np.zeros((n, cols // elements * block), np.uint8)
+    if out is None:
+        out = np.zeros((n, cols // elements * block), np.uint8)
     weights = None if importance is None else np.ascontiguousarray(importance, np.float32)
     address = None if weights is None else weights.ctypes.data
     size = _ggml().ggml_quantize_chunk(GGUF_TYPES[type].id, rows.ctypes.data, out.ctypes.data, 0, n, cols, address)
@@ -65,9 +68,10 @@ def quantize(type: str, rows: np.ndarray, importance: np.ndarray | None = None) 
     return out
 
 
-def dequantize(type: str, codes: np.ndarray, cols: int) -> np.ndarray:
+def dequantize(type: str, codes: np.ndarray, cols: int, out: np.ndarray | None = None) -> np.ndarray:
     """ggml's ``to_float``: (n, bytes) uint8 to (n, cols) float32."""
     codes = np.ascontiguousarray(codes)
-    out = np.zeros((codes.shape[0], cols), np.float32)
+    if out is None:
+        out = np.zeros((codes.shape[0], cols), np.float32)
     _ggml().ggml_get_type_traits(GGUF_TYPES[type].id).contents.to_float(codes.ctypes.data, out.ctypes.data, out.size)
     return out

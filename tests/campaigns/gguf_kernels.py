@@ -18,11 +18,11 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import kernel_data  # noqa: E402
-import llama_peer  # noqa: E402
+import kernel_data
+import llama_peer
 
-from gemma2tool.quantizers import kernels  # noqa: E402
-from gemma2tool.quantizers.gguf_types import GGUF_TYPES, dequantize, quantize  # noqa: E402
+from gemma2tool.quantizers import kernels
+from gemma2tool.quantizers.gguf_types import GGUF_TYPES, dequantize, quantize
 
 COLS = 2048
 

@@ -2,26 +2,13 @@
 // comes out the same in any order, so plain loops in vectors give the library's bytes.
 #include "bnb.hpp"
 
-#include "lanes.hpp"
+#include "rounding.hpp"
 
 namespace KERNELS_ISA {
 namespace {
 
 constexpr int BLOCK = 64;
 constexpr size_t NESTED_BLOCK = 256;
-
-INLINE float float_of(uint32_t u) {
-    float x;
-    __builtin_memcpy(&x, &u, 4);
-    return x;
-}
-INLINE uint32_t bits_of(float x) {
-    uint32_t u;
-    __builtin_memcpy(&u, &x, 4);
-    return u;
-}
-INLINE uint32_t bits_at(const uint32_t* x, size_t i) { return x[i]; }
-INLINE uint32_t bits_at(const uint16_t* x, size_t i) { return (uint32_t)x[i] << 16; }
 
 // The largest magnitude; NaN where there is one. Without their sign, floats are ordered as integers are.
 INLINE float largest(const uint32_t* x, size_t n) {
@@ -185,17 +172,6 @@ void quantize_8bit(const float* x, size_t n, const uint8_t* bins, uint8_t* codes
             codes[i] = most == 0.f ? 0 : bins[bin == bin ? (int32_t)bin : 0];
         }
     }
-}
-
-// The value as float16 would hold it: 11 bits, a grid of 2^-24 below 2^-14, infinite from 65520.
-INLINE float through_half(uint32_t u) {
-    const uint32_t a = u & 0x7fffffff;
-    const uint32_t normal = (a + 0xfff + (a >> 13 & 1)) & 0xffffe000;
-    const uint32_t subnormal = bits_of((float_of(a) + 0.5f) - 0.5f);
-    uint32_t r = a < 0x38800000 ? subnormal : normal;
-    r = r >= 0x47800000 ? 0x7f800000 : r;
-    r = a > 0x7f800000 ? 0x7fc00000 : r;
-    return float_of(r | (u & 0x80000000));
 }
 
 template <class Bits>

@@ -16,11 +16,12 @@ constexpr int BLOCK = 16;
 
 INLINE void halves_from(const float* x, uint16_t* out) {
 #if defined(__F16C__)
-    for (int i = 0; i < BLOCK; i += 8)
-        _mm_storeu_si128((__m128i*)(out + i), _mm256_cvtps_ph(_mm256_loadu_ps(x + i), _MM_FROUND_TO_NEAREST_INT));
-    for (int i = 0; i < BLOCK; ++i) {  // the instruction keeps a NaN's payload
-        const uint16_t h = out[i];
-        out[i] = (uint16_t)(h & 0x7fff) > 0x7c00 ? (uint16_t)((h & 0x8000) | 0x7e00) : h;
+    for (int i = 0; i < BLOCK; i += 8) {
+        const __m128i h = _mm256_cvtps_ph(_mm256_loadu_ps(x + i), _MM_FROUND_TO_NEAREST_INT);
+        // the instruction keeps a NaN's payload
+        const __m128i nan = _mm_cmpgt_epi16(_mm_and_si128(h, _mm_set1_epi16(0x7fff)), _mm_set1_epi16(0x7c00));
+        const __m128i plain = _mm_or_si128(_mm_and_si128(h, _mm_set1_epi16((short)0x8000)), _mm_set1_epi16(0x7e00));
+        _mm_storeu_si128((__m128i*)(out + i), _mm_or_si128(_mm_andnot_si128(nan, h), _mm_and_si128(nan, plain)));
     }
 #else
     for (int i = 0; i < BLOCK; ++i) {

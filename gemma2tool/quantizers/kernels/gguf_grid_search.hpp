@@ -217,6 +217,17 @@ INLINE int take_signs(const float* x, const float* w, float* magnitudes) {
     }
     return signs & 127;
 }
+// d times the values of a point of DIMS coordinates, negative where a bit of `signs` is set.
+template <int DIMS>
+INLINE void unpack_signed(const Grid& grid, int point, float d, int signs, float* out) {
+    for (int i = 0; i < DIMS; ++i) {
+        const float v = d * (float)grid.values[point][i];
+        uint32_t u;
+        __builtin_memcpy(&u, &v, 4);
+        u ^= signs & (1 << i) ? 0x80000000u : 0;
+        __builtin_memcpy(out + i, &u, 4);
+    }
+}
 // The eight signs of seven.
 INLINE int with_parity(int signs) { return signs | (__builtin_parity((unsigned)signs) << 7); }
 

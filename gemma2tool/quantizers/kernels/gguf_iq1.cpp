@@ -245,7 +245,7 @@ void iq1_m(const float* x, const float* importance, int64_t rows, int64_t cols, 
 }
 
 INLINE void unpack(const Grid& grid, int point, float d, float shift, float* out) {
-    for (int i = 0; i < 8; ++i) out[i] = d * ((float)(grid.points[point][i] - 1) + shift);
+    for (int i = 0; i < 8; ++i) out[i] = d * ((float)grid.values[point][i] + shift);
 }
 
 void from_iq1_s(const uint8_t* in, int64_t blocks, float* out) {

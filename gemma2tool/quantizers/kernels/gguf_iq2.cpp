@@ -10,8 +10,6 @@
 namespace KERNELS_ISA {
 namespace {
 
-constexpr float VALUES[3] = {8, 25, 43};
-
 INLINE float largest(const float* x, int n) {
     float m = x[0];
     for (int i = 1; i < n; ++i) m = m > x[i] ? m : x[i];
@@ -138,13 +136,6 @@ void iq2_s(const float* x, const float* importance, int64_t rows, int64_t cols, 
     for_superblocks<82>(x, importance, rows, cols, out, quantize_iq2<true>);
 }
 
-INLINE void unpack(const Grid& grid, int point, float d, int signs, float* out) {
-    for (int i = 0; i < 8; ++i) {
-        const float v = d * VALUES[grid.points[point][i]];
-        out[i] = (signs >> i) & 1 ? -v : v;
-    }
-}
-
 void from_iq2_xxs(const uint8_t* in, int64_t blocks, float* out) {
     const Grid& grid = gguf_grids[GRID_IQ2_XXS];
     for (; blocks > 0; --blocks, in += 66)
@@ -152,7 +143,7 @@ void from_iq2_xxs(const uint8_t* in, int64_t blocks, float* out) {
             uint32_t u;
             __builtin_memcpy(&u, in + 6 + 8 * g, 4);
             const float d = load_half(in) * (0.5f + (float)(u >> 28)) * 0.25f;
-            for (int k = 0; k < 4; ++k, out += 8) unpack(grid, in[2 + 8 * g + k], d, with_parity((u >> (7 * k)) & 127), out);
+            for (int k = 0; k < 4; ++k, out += 8) unpack_signed<8>(grid, in[2 + 8 * g + k], d, with_parity((u >> (7 * k)) & 127), out);
         }
 }
 
@@ -162,7 +153,7 @@ void from_iq2_xs(const uint8_t* in, int64_t blocks, float* out) {
         for (int k = 0; k < 32; ++k, out += 8) {
             const int code = in[2 + 2 * k] | (in[3 + 2 * k] << 8);
             const float d = load_half(in) * (0.5f + (float)((in[66 + k / 4] >> (4 * (k % 4 / 2))) & 15)) * 0.25f;
-            unpack(grid, code & 511, d, with_parity(code >> 9), out);
+            unpack_signed<8>(grid, code & 511, d, with_parity(code >> 9), out);
         }
 }
 
@@ -172,7 +163,7 @@ void from_iq2_s(const uint8_t* in, int64_t blocks, float* out) {
         for (int k = 0; k < 32; ++k, out += 8) {
             const int point = in[2 + k] | (((in[66 + k / 4] >> (2 * (k % 4))) & 3) << 8);
             const float d = load_half(in) * (0.5f + (float)((in[74 + k / 4] >> (4 * (k % 4 / 2))) & 15)) * 0.25f;
-            unpack(grid, point, d, in[34 + k], out);
+            unpack_signed<8>(grid, point, d, in[34 + k], out);
         }
 }
 

@@ -8,8 +8,6 @@
 namespace KERNELS_ISA {
 namespace {
 
-constexpr float VALUES_XXS[8] = {4, 12, 20, 28, 36, 44, 52, 62};
-
 template <bool S>
 INLINE void quantize_iq3(const float* x, const float* importance, uint8_t* out) {
     constexpr int BYTES = S ? 110 : 98;
@@ -74,13 +72,6 @@ void iq3(const float* x, const float* importance, int64_t rows, int64_t cols, ui
     for_superblocks<S ? 110 : 98>(x, importance, rows, cols, out, quantize_iq3<S>);
 }
 
-INLINE void unpack(const Grid& grid, int point, const float* values, float d, int signs, float* out) {
-    for (int i = 0; i < 4; ++i) {
-        const float v = d * values[grid.points[point][i]];
-        out[i] = (signs >> i) & 1 ? -v : v;
-    }
-}
-
 void from_iq3_xxs(const uint8_t* in, int64_t blocks, float* out) {
     const Grid& grid = gguf_grids[GRID_IQ3_XXS];
     for (; blocks > 0; --blocks, in += 98)
@@ -89,7 +80,7 @@ void from_iq3_xxs(const uint8_t* in, int64_t blocks, float* out) {
             __builtin_memcpy(&u, in + 66 + 4 * g, 4);
             const float d = load_half(in) * (0.5f + (float)(u >> 28)) * 0.5f;
             for (int k = 0; k < 8; ++k, out += 4)
-                unpack(grid, in[2 + 8 * g + k], VALUES_XXS, d, with_parity((u >> (7 * (k / 2))) & 127) >> (4 * (k % 2)), out);
+                unpack_signed<4>(grid, in[2 + 8 * g + k], d, with_parity((u >> (7 * (k / 2))) & 127) >> (4 * (k % 2)), out);
         }
 }
 
@@ -99,7 +90,7 @@ void from_iq3_s(const uint8_t* in, int64_t blocks, float* out) {
         for (int g = 0; g < 8; ++g) {
             const float d = load_half(in) * (float)(1 + 2 * ((in[106 + g / 2] >> (4 * (g % 2))) & 15));
             for (int k = 0; k < 8; ++k, out += 4)
-                unpack(grid, in[2 + 8 * g + k] | (((in[66 + g] >> k) & 1) << 8), ODD, d, in[74 + 4 * g + k / 2] >> (4 * (k % 2)), out);
+                unpack_signed<4>(grid, in[2 + 8 * g + k] | (((in[66 + g] >> k) & 1) << 8), d, in[74 + 4 * g + k / 2] >> (4 * (k % 2)), out);
         }
 }
 

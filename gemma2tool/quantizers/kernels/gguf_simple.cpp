@@ -65,7 +65,7 @@ void tq2_0(const float* x, const float*, int64_t rows, int64_t cols, uint8_t* ou
 constexpr float TWICE[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
 
 // Half of 2^(e - 127) for a byte e: the scale of TWICE.
-INLINE F half_power(I e) { return floats(e < 2 ? 0x00200000 << e : (e - 1) << 23); }
+INLINE F half_power(I e) { return floats(e < 2 ? splat(0x00200000) << e : (e - 1) << 23); }
 
 // The code of the nearest value, the first of equals: of two magnitudes the smaller, of the two zeros the positive.
 INLINE I nearest_float4(F x, F d) {
