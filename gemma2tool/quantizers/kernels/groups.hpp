@@ -1,0 +1,40 @@
+// Integer and float8 codes of matrices whose columns share scales in groups: the work on every value. What is done once a group
+// (scales and zero points, by each library's own rule) is in the Python modules.
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+
+#include "instruction_sets.hpp"
+
+// How a value x becomes a code, given its group's scale s and offset z.
+enum class CodeRule : int {
+    divide,      // round(clamp(x / s + z)), every operation in `arithmetic`      compressed-tensors
+    float8,      // float8_e4m3fn(clamp(x / s + 0)), every operation in `arithmetic`  compressed-tensors
+    reciprocal,  // clamp(round(x * (1 / s)))                                     torchao
+    from_bias,   // clamp(round((x - z) / s))                                     MLX
+    add_zero,    // clamp(round(x / s) + z)                                       GPTQ, AWQ
+};
+enum class Arithmetic : int { float32, bfloat16, float16 };
+
+// Rows of `columns` values, float32 or bfloat16, in groups of `width` of which a row's last may be shorter.
+struct Grouped {
+    const void* x;
+    bool bf16;
+    size_t rows, columns, width;
+};
+
+struct GroupKernels {
+    // The smallest and the largest value of each group.
+    void (*ranges)(const Grouped& in, float* low, float* high);
+    // A byte a value. Codes are clamped to low..high, which are integers (but for float8).
+    void (*codes)(const Grouped& in, CodeRule rule, Arithmetic arithmetic, const float* scales, const float* offsets, float low,
+                  float high, uint8_t* out);
+    // (code - z) * s in float32; codes are signed or unsigned bytes. Of `in`, only the shape is used.
+    void (*values)(const Grouped& in, const uint8_t* codes, bool is_signed, const float* scales, const float* offsets, float* out);
+    // Two codes of four bits to a byte, the first in its low half, and back.
+    void (*pack_nibbles)(const uint8_t* codes, size_t bytes, uint8_t* out);
+    void (*unpack_nibbles)(const uint8_t* packed, size_t bytes, uint8_t* out);
+};
+
+KERNEL_TABLE(GroupKernels, group_kernels)
