@@ -40,14 +40,16 @@ def _zoo() -> dict[str, torch.Tensor]:
 
 def _described(tree: Mapping[str, Any]) -> Mapping[str, Any]:
     return type(tree)(
-        (key, _described(value) if isinstance(value, Mapping) else (DTYPES[value.dtype], value.shape)) for key, value in tree.items()
+        (key, _described(value) if isinstance(value, Mapping) else value if isinstance(value, str) else (DTYPES[value.dtype], value.shape))
+        for key, value in tree.items()
     )
 
 
 def _flat(tree: Mapping[str, Any], prefix: tuple[str, ...] = ()) -> dict[tuple[str, ...], torch.Tensor]:
     flat = {}
     for key, value in tree.items():
-        flat |= _flat(value, (*prefix, key)) if isinstance(value, Mapping) else {(*prefix, key): value}
+        if not isinstance(value, str):
+            flat |= _flat(value, (*prefix, key)) if isinstance(value, Mapping) else {(*prefix, key): value}
     return flat
 
 
@@ -80,6 +82,7 @@ def _without_id(data: bytes, path: Path) -> bytes:
 
 TREES = {
     "gemma_pytorch": lambda: {"model_state_dict": _zoo()},
+    "with texts": lambda: {"config": '{"é": 1}', "model_state_dict": {"w": torch.ones(3)}, "note": ""},
     "state dict": lambda: OrderedDict(_zoo()),
     "nested": lambda: {"a": {"b": {"u": torch.ones(3)}, "empty": {}}, "c": OrderedDict(v=torch.zeros(2)), "w": torch.ones(1)},
     **{

@@ -49,8 +49,8 @@ Key = tuple[str, ...]
 class TorchZipLayout:
     """Where everything goes in a torch.save file of nested dicts of tensors.
 
-    ``tree`` maps names to (dtype, shape), to strings or to further mappings; an OrderedDict stays one. dtypes are spelled as in safetensors,
-    and C64. A tensor is known by its path of keys. ``offsets`` and ``sizes`` give each tensor's absolute place in bytes and
+    ``tree`` maps names to (dtype, shape), to strings or to further mappings; an OrderedDict stays one. dtypes are spelled as in
+    safetensors, and C64. A tensor is known by its path of keys. ``offsets`` and ``sizes`` give each tensor's absolute place in bytes and
     ``total_size`` the file's size. Write the tensors there in any order, then all that ``finish`` returns.
     """
 
