@@ -192,7 +192,8 @@ def test_tokenizer_json_gives_sentencepieces_ids(processor, tokenizer, fixture_d
     for text in [*TRICKY, (fixture_dir / "heldout.txt").read_text("utf-8")]:
         assert tokenizer.encode(text, add_special_tokens=False) == processor.encode(text), text[:80]
     assert tokenizer.encode("self") == [2, *processor.encode("self")]
-    assert (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.unk_token_id) == (0, 1, 2, 3)
+    ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.unk_token_id)
+    assert ids == (0, 1, 2, 3)
 
 
 CHATS = [
