@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from gemma2tool.errors import InputRefused
 from gemma2tool.formats.gguf_values import KeyValue, Reading, f32, u32
 from gemma2tool.model.config import FULL, SLIDING, Gemma2Config
+from gemma2tool.storage.gguf import GGUFValue
 
 ARCHITECTURE = "gemma2"
 LAYERS_OF_27B = 46
@@ -26,18 +27,18 @@ def shape_keys(config: Gemma2Config) -> list[KeyValue]:
     forward pass, with the key left out 4.6 off).
     """
     keys = [
-        ("gemma2.context_length", u32(config.max_position_embeddings)),
-        ("gemma2.embedding_length", u32(config.hidden_size)),
-        ("gemma2.block_count", u32(config.num_hidden_layers)),
-        ("gemma2.feed_forward_length", u32(config.intermediate_size)),
-        ("gemma2.attention.head_count", u32(config.num_attention_heads)),
-        ("gemma2.attention.head_count_kv", u32(config.num_key_value_heads)),
-        ("gemma2.attention.layer_norm_rms_epsilon", f32(config.rms_norm_eps)),
-        ("gemma2.attention.key_length", u32(config.head_dim)),
-        ("gemma2.attention.value_length", u32(config.head_dim)),
+        _key("context_length", u32, config.max_position_embeddings),
+        _key("embedding_length", u32, config.hidden_size),
+        _key("block_count", u32, config.num_hidden_layers),
+        _key("feed_forward_length", u32, config.intermediate_size),
+        _key("attention.head_count", u32, config.num_attention_heads),
+        _key("attention.head_count_kv", u32, config.num_key_value_heads),
+        _key("attention.layer_norm_rms_epsilon", f32, config.rms_norm_eps),
+        _key("attention.key_length", u32, config.head_dim),
+        _key("attention.value_length", u32, config.head_dim),
     ]
     if config.rope_theta != ROPE_THETA:
-        keys.append(("gemma2.rope.freq_base", f32(config.rope_theta)))
+        keys.append(_key("rope.freq_base", f32, config.rope_theta))
     return keys
 
 
@@ -45,12 +46,19 @@ def cap_keys(config: Gemma2Config) -> list[KeyValue]:
     """The keys behind ``general.file_type``. A cap that the config has not is left out; llama.cpp then applies its default."""
     keys = []
     if config.attn_logit_softcapping is not None:
-        keys.append(("gemma2.attn_logit_softcapping", f32(config.attn_logit_softcapping)))
+        keys.append(_key("attn_logit_softcapping", f32, config.attn_logit_softcapping))
     if config.final_logit_softcapping is not None:
-        keys.append(("gemma2.final_logit_softcapping", f32(config.final_logit_softcapping)))
+        keys.append(_key("final_logit_softcapping", f32, config.final_logit_softcapping))
     if config.sliding_window is not None:
-        keys.append(("gemma2.attention.sliding_window", u32(config.sliding_window)))
+        keys.append(_key("attention.sliding_window", u32, config.sliding_window))
     return keys
+
+
+def _key(name: str, make: Callable[[float], GGUFValue], value: float) -> KeyValue:
+    try:
+        return f"{ARCHITECTURE}.{name}", make(value)
+    except OverflowError:
+        raise InputRefused("gguf.range", f"config: a GGUF cannot hold {name} {value}", hint="correct the config") from None
 
 
 def read_config(keys: Reading, embedding_rows: int, dtype: str) -> Gemma2Config:

@@ -56,11 +56,12 @@ def _sampling_keys(checkpoint: Checkpoint, warnings: list[str]) -> list[KeyValue
         value = next((content[name] for name in names if content.get(name) is not None), None)
         if value is None:
             continue
-        fits = isinstance(value, str) if make is string else isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not fits:
+        try:
+            if isinstance(value, str) != (make is string) or isinstance(value, (bool, list, dict)):
+                raise ValueError
+            keys.append((f"general.sampling.{key}", make(int(value) if make is i32 else value)))
+        except (ValueError, OverflowError):
             warnings.append(f"generation_config.json: {names[0]} is {value!r}: left out")
-            continue
-        keys.append((f"general.sampling.{key}", make(int(value) if make is i32 else value)))
     return keys
 
 

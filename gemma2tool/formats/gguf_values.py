@@ -20,20 +20,28 @@ _FLOATS = (gguf.FLOAT32, gguf.FLOAT64)
 
 
 def u16(value: int) -> GGUFValue:
-    return GGUFValue(gguf.UINT16, None, value)
+    return _number(gguf.UINT16, "<H", value)
 
 
 def u32(value: int) -> GGUFValue:
-    return GGUFValue(gguf.UINT32, None, value)
+    return _number(gguf.UINT32, "<I", value)
 
 
 def i32(value: int) -> GGUFValue:
-    return GGUFValue(gguf.INT32, None, value)
+    return _number(gguf.INT32, "<i", value)
 
 
 def f32(value: float) -> GGUFValue:
     """As the file holds it: rounded to float32, so that equal values compare equal before and after writing."""
-    return GGUFValue(gguf.FLOAT32, None, struct.unpack("<f", struct.pack("<f", value))[0])
+    return _number(gguf.FLOAT32, "<f", value)
+
+
+def _number(kind: int, code: str, value: float) -> GGUFValue:
+    """Raises ``OverflowError`` for what the type cannot hold."""
+    try:
+        return GGUFValue(kind, None, struct.unpack(code, struct.pack(code, value))[0])
+    except struct.error as error:
+        raise OverflowError(f"{value} does not fit: {error}") from None
 
 
 def boolean(value: bool) -> GGUFValue:
