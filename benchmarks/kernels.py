@@ -62,14 +62,22 @@ def measure(type: str, with_importance: bool, values: int = 2_000_000, repeats: 
     want = llama_peer.quantize(type, x, importance)
     floats = np.empty_like(x)
     ours, theirs = _by_turns(
-        lambda: quantize(type, x, importance, out=codes), lambda: llama_peer.quantize(type, x, importance, want), repeats
+        lambda: quantize(type, x, importance, out=codes),
+        lambda: llama_peer.quantize(type, x, importance, want),
+        repeats,
     )
     back_ours, back_theirs = _by_turns(
         lambda: dequantize(type, codes, COLS, floats), lambda: llama_peer.dequantize(type, codes, COLS, floats), repeats
     )
     mega = x.size / 1e6
     return Rate(
-        type, with_importance, mega / ours, mega / theirs, mega / back_ours, mega / back_theirs, np.array_equal(codes, want)
+        type,
+        with_importance,
+        mega / ours,
+        mega / theirs,
+        mega / back_ours,
+        mega / back_theirs,
+        np.array_equal(codes, want),
     )
 
 
@@ -133,7 +141,9 @@ def main() -> int:
             )
     searched = [r for r in rates if r.type in SEARCHED]
     if searched:
-        print(f"K-quants and IQ4: geometric mean {geometric_mean(searched):.2f}x, least {min(r.ratio for r in searched):.2f}x")
+        print(
+            f"K-quants and IQ4: geometric mean {geometric_mean(searched):.2f}x, least {min(r.ratio for r in searched):.2f}x"
+        )
     if arguments.json:
         arguments.json.write_text(json.dumps([asdict(r) | {"ratio": r.ratio} for r in rates], indent=1))
     missed = missed_goals(rates)

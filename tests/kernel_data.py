@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Iterator
 
 import ml_dtypes
 import numpy as np
+
+from gemma2tool.quantizers.gguf_types import GGUFType
 
 Generator = np.random.Generator
 
@@ -68,3 +71,27 @@ def importance(kind: str, seed: int, cols: int) -> np.ndarray | None:
     if kind == "squares":
         return (rng.standard_normal(cols) ** 2 + 1e-3).astype(np.float32)
     return np.exp(rng.uniform(-14, 14, cols)).astype(np.float32)
+
+
+COUNT, COLS = 11, 768  # rows of a case: 33 superblocks, which is full batches and a rest for every lane width
+
+
+def weight_kinds(type: GGUFType) -> tuple[str, ...]:
+    """The kinds of importance a type is tried with."""
+    return ("none",) * (not type.needs_importance) + ("squares", "wild") * type.takes_importance
+
+
+def cases(type: GGUFType) -> Iterator[tuple[str, np.ndarray, np.ndarray | None]]:
+    """(name, rows (COUNT, COLS), importance (COLS,) or None) of every kind of rows with every kind of importance."""
+    for seed, kind in enumerate(ROWS):
+        x = rows(kind, seed, COUNT, COLS)
+        for weights in weight_kinds(type):
+            yield f"{kind}, importance {weights}", x, importance(weights, seed, COLS)
+
+
+def digest(*arrays: np.ndarray | None) -> str:
+    """A short SHA-256 of the bytes of arrays."""
+    sha = hashlib.sha256()
+    for array in arrays:
+        sha.update(b"none" if array is None else np.ascontiguousarray(array).tobytes())
+    return sha.hexdigest()[:20]

@@ -49,16 +49,34 @@ def test_between_the_16_bit_formats():
     b = np.arange(0x10000, dtype=np.uint16).view(BF16)
     b = b[~np.isnan(b.astype(np.float32))]
     with np.errstate(over="ignore"):
-        assert np.array_equal(cast(b, np.float16).view(np.uint16), b.astype(np.float32).astype(np.float16).view(np.uint16))
+        assert np.array_equal(
+            cast(b, np.float16).view(np.uint16), b.astype(np.float32).astype(np.float16).view(np.uint16)
+        )
     h = np.arange(0x10000, dtype=np.uint16).view(np.float16)
     h = h[~np.isnan(h)]
     assert np.array_equal(cast(h, BF16).view(np.uint16), h.astype(np.float32).astype(BF16).view(np.uint16))
 
 
 def test_nan_bits_are_those_ggml_writes():
-    x = np.array([0x7FC00000, 0xFFC00000, 0x7F800001, 0xFF800001, 0x7FFFFFFF, 0x7F812345] * 5, np.uint32).view(np.float32)
-    assert [hex(v) for v in cast(x, np.float16).view(np.uint16)[:6]] == ["0x7e00", "0xfe00", "0x7e00", "0xfe00", "0x7e00", "0x7e00"]
-    assert [hex(v) for v in cast(x, BF16).view(np.uint16)[:6]] == ["0x7fc0", "0xffc0", "0x7fc0", "0xffc0", "0x7fff", "0x7fc1"]
+    x = np.array([0x7FC00000, 0xFFC00000, 0x7F800001, 0xFF800001, 0x7FFFFFFF, 0x7F812345] * 5, np.uint32).view(
+        np.float32
+    )
+    assert [hex(v) for v in cast(x, np.float16).view(np.uint16)[:6]] == [
+        "0x7e00",
+        "0xfe00",
+        "0x7e00",
+        "0xfe00",
+        "0x7e00",
+        "0x7e00",
+    ]
+    assert [hex(v) for v in cast(x, BF16).view(np.uint16)[:6]] == [
+        "0x7fc0",
+        "0xffc0",
+        "0x7fc0",
+        "0xffc0",
+        "0x7fff",
+        "0x7fc1",
+    ]
 
 
 @pytest.mark.parametrize("n", [0, 1, 7, 15, 16, 17, 31, 1000])

@@ -53,9 +53,7 @@ def main() -> int:
     print(f"instruction sets: {', '.join(kernels.available_instruction_sets())}")
     failures = 0
     for type in arguments.types.split(","):
-        row = GGUF_TYPES[type]
-        kinds = (() if row.needs_importance else ("none",)) + (("squares", "wild") if row.takes_importance else ())
-        for weights in kinds:
+        for weights in kernel_data.weight_kinds(GGUF_TYPES[type]):
             start = time.perf_counter()
             total, wrong_bytes, wrong_floats = compare(type, weights, int(arguments.values), arguments.seed)
             failures += wrong_bytes + wrong_floats
