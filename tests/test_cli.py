@@ -241,6 +241,23 @@ def test_truncated_weights(place: Path) -> None:
     assert sorted(p.name for p in place.iterdir()) == ["src"]
 
 
+def test_flipped_bit_in_a_torch_file(place: Path) -> None:
+    """The container's own checksum is checked while the bytes stream past: torch.load would not notice."""
+    assert run("convert", place / "src", place / "a.ckpt", "--no-verify").exit_code == 0
+    content = bytearray((place / "a.ckpt").read_bytes())
+    at = content.find((place / "src" / "model.safetensors").read_bytes()[-128:])  # the last tensor of the safetensors file, model.norm
+    assert at > 0
+    content[at + 100] ^= 1
+    (place / "a.ckpt").write_bytes(content)
+    assert_refused(run("convert", place / "a.ckpt", place / "out.gguf"), 3, "a.ckpt", "torch.crc")
+    assert sorted(p.name for p in place.iterdir()) == ["a.ckpt", "src"]
+
+
+def test_git_repository_is_not_replaced(place: Path) -> None:
+    (place / "repo" / ".git").mkdir(parents=True)
+    assert_refused(run("convert", place / "src", place / "repo", "--force"), 2, "git")
+
+
 def test_nonfinite_weights(place: Path) -> None:
     from safetensors.numpy import load_file, save_file
 

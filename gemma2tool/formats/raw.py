@@ -38,10 +38,21 @@ MAX_INDEX_BYTES = 64 << 20
 
 
 class FileTensor(LazyTensor):
-    """A C-contiguous tensor at a known place of an open file."""
+    """A C-contiguous tensor at a known place of an open file.
 
-    def __init__(self, reader: FileReader, offset: int, dtype: np.dtype, shape: tuple[int, ...], origin: str) -> None:
-        self.reader, self.offset = reader, offset
+    ``check``: the checksum of the container's member it lies in, completed as its bytes stream past.
+    """
+
+    def __init__(
+        self,
+        reader: FileReader,
+        offset: int,
+        dtype: np.dtype,
+        shape: tuple[int, ...],
+        origin: str,
+        check: torch_zip.MemberCheck | None = None,
+    ) -> None:
+        self.reader, self.offset, self.check = reader, offset, check
         self.dtype, self.shape, self.origin = dtype, shape, origin
         self.stored = DTYPE_NAMES.get(dtype, dtype.name)
 
@@ -49,7 +60,10 @@ class FileTensor(LazyTensor):
         rows = np.empty((last - first, *self.shape[1:]), self.dtype)
         if rows.nbytes:
             start = self.offset + first * self.row_size * self.dtype.itemsize
-            self.reader.pread_into(start, memoryview(rows.reshape(-1).view(np.uint8)))
+            data = memoryview(rows.reshape(-1).view(np.uint8))
+            self.reader.pread_into(start, data)
+            if self.check is not None:
+                self.check.update(start, data)
         return rows
 
 
@@ -76,6 +90,7 @@ def open_torch(tree: Mapping[str, object], path: Path, closers: list[Callable[[]
     reader = open_for_reading(path)
     closers.append(reader.close)
     tensors: dict[str, LazyTensor] = {}
+    checks: dict[str, torch_zip.MemberCheck] = {}
     for name, entry in tree.items():
         if not isinstance(entry, torch_zip.TorchTensor):
             continue
@@ -86,7 +101,8 @@ def open_torch(tree: Mapping[str, object], path: Path, closers: list[Callable[[]
                 hint="save the state dict again with contiguous tensors",
             )
         dtype = _numpy_dtype(entry.dtype, name, path)
-        tensors[name] = FileTensor(reader, entry.offset, dtype, tuple(entry.shape), f"{path.name}: {name}")
+        check = checks.setdefault(entry.member, torch_zip.MemberCheck(path, entry))
+        tensors[name] = FileTensor(reader, entry.offset, dtype, tuple(entry.shape), f"{path.name}: {name}", check)
     return tensors
 
 

@@ -75,7 +75,8 @@ def refuse_same(sources: Iterable[str | os.PathLike[str]], destination: str | os
 def refuse_existing(destination: str | os.PathLike[str], *, force: bool, folder: bool) -> None:
     """Raises UsageError when ``destination`` exists, unless ``force`` may replace it: a file by a file, a folder by a folder.
 
-    Even with ``force``, neither a link (is it the link or its target that should go?) nor the folder one works in is replaced.
+    Even with ``force``, neither a link (is it the link or its target that should go?) nor the folder one works in nor a git
+    repository is replaced.
     """
     path = Path(destination)
     try:
@@ -93,3 +94,5 @@ def refuse_existing(destination: str | os.PathLike[str], *, force: bool, folder:
     precious = (os.getcwd(), *Path.cwd().parents, os.path.expanduser("~"))
     if folder and any(same_file(place, path) for place in precious):
         raise UsageError("output.kind", f"{path}: is the folder you are in, or your home", hint="choose another name")
+    if folder and os.path.lexists(path / ".git"):
+        raise UsageError("output.kind", f"{path}: is a git repository", hint="choose another name, then move the files there")
