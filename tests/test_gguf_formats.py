@@ -18,7 +18,7 @@ from gemma2tool.formats.gguf import GGUF
 from gemma2tool.formats.gguf_table import TABLE
 from gemma2tool.formats.hf import HuggingFace
 from gemma2tool.formats.steps import entries
-from gemma2tool.model.checkpoint import Checkpoint
+from gemma2tool.model.checkpoint import Assets, Checkpoint
 from gemma2tool.model.config import FULL, SIZES, SLIDING
 from gemma2tool.model.lazy import ArrayTensor
 
@@ -346,3 +346,24 @@ def test_metadata_of_a_model_card(tmp_path: Path) -> None:
     assert any("top_p is 'high'" in warning for warning in output.warnings)
     keys = list(values)
     assert keys.index("general.sampling.top_k") < keys.index("general.name") < keys.index("general.size_label")
+
+
+def test_numbers_beyond_their_keys(tmp_path: Path) -> None:
+    source = random_checkpoint(BF16)
+    source.config = dataclasses.replace(source.config, max_position_embeddings=1 << 40)
+    with pytest.raises(InputRefused, match="context_length"):
+        GGUF().layout(source, options())
+    source = random_checkpoint(BF16)
+    source.assets = Assets({"generation_config.json": lambda: b'{"top_k": 1e30, "temperature": 1e300, "top_p": 0.5}'})
+    output = GGUF().layout(source, options())
+    assert sum("left out" in warning for warning in output.warnings) == 2
+
+
+def test_a_chat_model_ends_at_the_turn_as_well(tmp_path: Path) -> None:
+    from gemma2tool.formats.gguf_config import stop_ids
+    from gemma2tool.formats.gguf_values import Reading, string, strings, u32
+
+    kv = {"tokenizer.ggml.eos_token_id": u32(1), "tokenizer.ggml.tokens": strings(["<pad>", "<eos>", "<end_of_turn>"])}
+    assert stop_ids(Reading(kv, "file")) == 1
+    kv["tokenizer.chat_template"] = string("{{ x }}<end_of_turn>")
+    assert stop_ids(Reading(kv, "file")) == (1, 2)

@@ -18,6 +18,7 @@ WINDOW = 4096
 ATTENTION_SOFTCAP = 50.0
 FINAL_SOFTCAP = 30.0
 MAX_LAYERS = 4096
+END_OF_TURN = "<end_of_turn>"
 
 
 def shape_keys(config: Gemma2Config) -> list[KeyValue]:
@@ -74,7 +75,7 @@ def read_config(keys: Reading, embedding_rows: int, dtype: str) -> Gemma2Config:
     tokens = keys.texts("tokenizer.ggml.tokens", None)
     fields = {
         "bos_token_id": keys.integer("tokenizer.ggml.bos_token_id", 2),
-        "eos_token_id": keys.integer("tokenizer.ggml.eos_token_id", 1),
+        "eos_token_id": stop_ids(keys),
         "pad_token_id": keys.integer("tokenizer.ggml.padding_token_id", 0),
     }
     return Gemma2Config(
@@ -98,6 +99,15 @@ def read_config(keys: Reading, embedding_rows: int, dtype: str) -> Gemma2Config:
         architectures=("Gemma2ForCausalLM",),
         **fields,
     )
+
+
+def stop_ids(keys: Reading) -> int | tuple[int, ...]:
+    """The ids that end a text: eos, and for a chat model <end_of_turn>, which no key names; llama.cpp finds it by its text."""
+    eos = keys.integer("tokenizer.ggml.eos_token_id", 1)
+    tokens = keys.texts("tokenizer.ggml.tokens", ())
+    if END_OF_TURN in keys.text("tokenizer.chat_template", "") and END_OF_TURN in tokens:
+        return (eos, tokens.index(END_OF_TURN))
+    return eos
 
 
 def _layer_types(keys: Reading, layers: int) -> tuple[str, ...] | None:

@@ -8,6 +8,7 @@ from typing import Any
 from gemma2tool.errors import InputRefused
 from gemma2tool.formats import sentencepiece
 from gemma2tool.formats.assets import dump_json
+from gemma2tool.formats.gguf_config import stop_ids
 from gemma2tool.formats.gguf_values import Reading
 from gemma2tool.formats.gguf_vocab import looks_special
 from gemma2tool.formats.sentencepiece import BYTE, CONTROL, NORMAL, SPACE, UNKNOWN, UNUSED, USER_DEFINED, Piece
@@ -15,7 +16,6 @@ from gemma2tool.formats.tokenizer_json import tokenizer_json
 from gemma2tool.model.checkpoint import Assets
 
 SPECIAL_KEYS = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
-END_OF_TURN = "<end_of_turn>"
 _SAMPLING = {
     "top_k": ("general.sampling.top_k", Reading.integer),
     "top_p": ("general.sampling.top_p", Reading.number),
@@ -150,14 +150,14 @@ class _Tokenizer:
         return choices
 
     def generation_config(self) -> dict[str, Any]:
-        """Ids and sampling; a chat model also ends at <end_of_turn>, which llama.cpp finds by its text."""
+        """Ids and sampling."""
         config: dict[str, Any] = {}
         for kind in ("bos", "eos", "pad"):
             if kind in self.special:
                 config[f"{kind}_token_id"] = self.special[kind]
-        template = self._template()
-        if "eos" in self.special and isinstance(template, str) and END_OF_TURN in template and END_OF_TURN in self.tokens:
-            config["eos_token_id"] = [self.special["eos"], self.tokens.index(END_OF_TURN)]
+        stops = stop_ids(self.keys)
+        if isinstance(stops, tuple):
+            config["eos_token_id"] = list(stops)
         for name, (key, read) in _SAMPLING.items():
             value = read(self.keys, key, None)
             if value is not None:
