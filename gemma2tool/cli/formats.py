@@ -4,38 +4,39 @@ from __future__ import annotations
 
 from gemma2tool.cli import options as o
 
-FORMATS = (
-    ("gguf", "NAME.gguf", "llama.cpp; split files too"),
-    (
-        "gemma-pytorch",
-        "NAME.ckpt, or a folder of pytorch_model-*.bin with their index",
-        "Google's original; int8 variant read",
-    ),
-    ("hf", "a folder with config.json and .safetensors or .bin", "Hugging Face; plain or bitsandbytes"),
-)
+FLOATS = ("f32", "f16", "bf16")
 
 
 def formats(quiet: o.Quiet = False, json_output: o.Json = False) -> None:
     """List the formats and the types that can be read and written."""
     from gemma2tool.console import Console
-    from gemma2tool.formats import packings
+    from gemma2tool.formats import packings, registry
+    from gemma2tool.formats.mlx import TYPES as MLX_TYPES
     from gemma2tool.quantizers.mixtures import FILE_TYPES
 
     console = Console(quiet=quiet, json=json_output)
-    types = {
-        "gguf": ["f32", "f16", "bf16", *sorted(FILE_TYPES)],
-        "hf": ["f32", "f16", "bf16", *packings.TYPES],
-        "gemma-pytorch": ["f32", "f16", "bf16"],
-    }
+    more = {"gguf": sorted(FILE_TYPES), "hf": packings.TYPES, "mlx": MLX_TYPES}
+    types = {each.name: list(dict.fromkeys((*FLOATS, *more.get(each.name, ())))) if each.writable else [] for each in registry.LISTINGS}
     if json_output:
         console.emit_json(
             [
-                {"format": name, "files": files, "remarks": remarks, "types": types[name]}
-                for name, files, remarks in FORMATS
+                {
+                    "format": each.name,
+                    "files": each.files,
+                    "remarks": each.remarks,
+                    "install": _command(each.extra),
+                    "types": types[each.name],
+                }
+                for each in registry.LISTINGS
             ]
         )
         return
     console.table(
-        ("format", "files", "remarks", "types written"),
-        [(name, files, remarks, " ".join(types[name])) for name, files, remarks in FORMATS],
+        ("format", "files", "remarks", "needs", "types written"),
+        [(each.name, each.files, each.remarks, _command(each.extra) or "", " ".join(types[each.name])) for each in registry.LISTINGS],
     )
+
+
+def _command(extra: str | None) -> str | None:
+    """What installs the library that a format needs."""
+    return None if extra is None else f"pip install 'gemma2tool[{extra}]'"

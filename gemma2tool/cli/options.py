@@ -51,7 +51,7 @@ Destination = Annotated[Path, typer.Argument(metavar="DST", help="What to write:
 To = Annotated[
     str | None,
     typer.Option(
-        "--to", metavar="FORMAT", help="Format to write: hf, gemma-pytorch or gguf. Default: by the name of DST."
+        "--to", metavar="FORMAT", help="Format to write; 'gemma2tool formats' lists them. Default: by the name of DST."
     ),
 ]
 ConfigFile = Annotated[

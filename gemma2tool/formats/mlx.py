@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+
 from gemma2tool.errors import InputRefused, UsageError
 from gemma2tool.formats import assets, packings, raw
 from gemma2tool.formats.base import Output, WriteOptions

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 
@@ -11,25 +12,67 @@ from gemma2tool.formats.base import Format
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.config import Gemma2Config
 
-_FORMATS: dict[str, str] = {
-    "gguf": "gemma2tool.formats.gguf:GGUF",
-    "gemma-pytorch": "gemma2tool.formats.gemma_pytorch:GemmaPytorch",
-    "flax": "gemma2tool.formats.flax:Flax",
-    "keras": "gemma2tool.formats.keras:Keras",
-    "torchtune": "gemma2tool.formats.torchtune:Torchtune",
-    "litgpt": "gemma2tool.formats.litgpt:LitGPT",
-    "mlx": "gemma2tool.formats.mlx:MLX",
-    "hf": "gemma2tool.formats.hf:HuggingFace",
-}
-"""Name to class, in the order of detection: the most telling first. Imported when asked for."""
 
-NAMES = tuple(_FORMATS)
+@dataclass(frozen=True)
+class Listing:
+    """A line of the list of formats: its class as ``module:class``, imported when asked for, and what a person wants to know.
+
+    ``suffix``: of the destinations that are written in this format unless told otherwise; ``extra``: of the package, where a library is
+    needed that it does not bring; ``writable``: whether it can be written as well as read.
+    """
+
+    name: str
+    where: str
+    files: str
+    remarks: str
+    suffix: str | None = None
+    extra: str | None = None
+    writable: bool = True
+
+
+LISTINGS: tuple[Listing, ...] = (
+    Listing("gguf", "gemma2tool.formats.gguf:GGUF", "NAME.gguf", "llama.cpp; split files too", suffix=".gguf"),
+    Listing(
+        "gemma-pytorch",
+        "gemma2tool.formats.gemma_pytorch:GemmaPytorch",
+        "NAME.ckpt, or a folder of pytorch_model-*.bin with their index",
+        "Google's original; int8 variant read",
+        suffix=".ckpt",
+    ),
+    Listing(
+        "flax",
+        "gemma2tool.formats.flax:Flax",
+        "a folder of Orbax's, beside tokenizer.model",
+        "Google's JAX release; --config for other shapes than the released",
+        extra="flax",
+    ),
+    Listing(
+        "keras",
+        "gemma2tool.formats.keras:Keras",
+        "a folder with config.json and model.weights.h5, or shards",
+        "keras-hub preset",
+        extra="keras",
+    ),
+    Listing("torchtune", "gemma2tool.formats.torchtune:Torchtune", "a folder with tune_state_dict.pt", "torchtune's own state dict"),
+    Listing("litgpt", "gemma2tool.formats.litgpt:LitGPT", "a folder with lit_model.pth", "litgpt; files from before 2025 read"),
+    Listing("mlx", "gemma2tool.formats.mlx:MLX", "a folder with config.json and .safetensors of mlx-lm", "plain or affine-quantized"),
+    Listing(
+        "hf",
+        "gemma2tool.formats.hf:HuggingFace",
+        "a folder with config.json and .safetensors or .bin",
+        "Hugging Face; plain or quantized",
+    ),
+)
+"""In the order of detection: the most telling first."""
+
+_BY_NAME = {listing.name: listing for listing in LISTINGS}
+NAMES = tuple(_BY_NAME)
 
 
 def by_name(name: str) -> Format:
     """The format of that name; ``UsageError`` that lists them for another."""
     try:
-        module, _, kind = _FORMATS[name].partition(":")
+        module, _, kind = _BY_NAME[name].where.partition(":")
     except KeyError:
         raise UsageError(
             "format.unknown", f"there is no format {name!r}", hint=f"choose one of {', '.join(sorted(NAMES))}"
@@ -62,4 +105,4 @@ def for_destination(path: Path, to: str | None) -> str:
     """The format to write: ``to`` if given, else from the destination's name."""
     if to is not None:
         return by_name(to).name
-    return {".gguf": "gguf", ".ckpt": "gemma-pytorch"}.get(path.suffix.lower(), "hf")
+    return next((each.name for each in LISTINGS if each.suffix and each.suffix == path.suffix.lower()), "hf")
