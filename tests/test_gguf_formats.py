@@ -21,6 +21,7 @@ from gemma2tool.formats.steps import entries
 from gemma2tool.model.checkpoint import Assets, Checkpoint
 from gemma2tool.model.config import FULL, SIZES, SLIDING
 from gemma2tool.model.lazy import ArrayTensor
+from gemma2tool.storage.gguf import read_header
 
 F32, F16, BF16 = np.dtype(np.float32), np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)
 
@@ -321,8 +322,6 @@ def test_a_given_config_counts(tmp_path: Path) -> None:
 
 
 def test_metadata_of_a_model_card(tmp_path: Path) -> None:
-    from gemma2tool.storage.gguf import read_header
-
     folder = write_checkpoint(random_checkpoint(BF16), tmp_path / "gemma-2-2b-it-Tuned")
     (folder / "README.md").write_text(
         "---\nlicense: gemma\nbase_model: google/gemma-2-2b-it\nlanguage:\n- en\n- no\ntags: [a, b]\npipeline_tag: text-generation\n"
@@ -367,3 +366,22 @@ def test_a_chat_model_ends_at_the_turn_as_well(tmp_path: Path) -> None:
     assert stop_ids(Reading(kv, "file")) == 1
     kv["tokenizer.chat_template"] = string("{{ x }}<end_of_turn>")
     assert stop_ids(Reading(kv, "file")) == (1, 2)
+
+
+def test_a_gguf_beside_the_weights_is_not_the_model(tmp_path: Path) -> None:
+    folder = write_checkpoint(random_checkpoint(BF16), tmp_path / "model")
+    library_file(folder / "model.gguf")
+    assert not GGUF().detect(folder) and GGUF().detect(folder / "model.gguf")
+    (folder / "model.safetensors").unlink()
+    assert GGUF().detect(folder)
+    library_file(folder / "other.gguf")
+    assert not GGUF().detect(folder)
+
+
+def test_one_source_written_twice_keeps_its_keys(tmp_path: Path) -> None:
+    source = random_checkpoint(BF16)
+    first, second = (GGUF().layout(source, options(type=type)) for type in ("q8_0", "q8_0"))
+    assert first.files[0].fixed == second.files[0].fixed and first.warnings == second.warnings
+    source.config = dataclasses.replace(source.config, vocab_size=161)
+    (path,) = write(GGUF().layout(source, options()), tmp_path)
+    assert read_header(path).kv["gemma2.vocab_size"].value == 161

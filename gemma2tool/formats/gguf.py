@@ -39,6 +39,7 @@ from gemma2tool.storage.paths import confined
 from gemma2tool.storage.reading import open_for_reading
 
 CONFIG_DTYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
+OTHER_WEIGHTS = ("*.safetensors", "*.bin", "*.ckpt", "*.h5", "*.pth")
 _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 
 
@@ -58,7 +59,9 @@ class GGUF:
     def detect(self, path: Path) -> bool:
         try:
             if path.is_dir():
-                return _only_model(path) is not None
+                # Repositories put a GGUF beside the weights it was made from: those are the model then.
+                others = any(next(path.glob(pattern), None) for pattern in OTHER_WEIGHTS)
+                return not others and _only_model(path) is not None
             with path.open("rb") as file:
                 return file.read(len(gguf.MAGIC)) == gguf.MAGIC
         except OSError:

@@ -14,7 +14,7 @@ from gemma2tool.formats.gguf_output import QUANTIZATION_VERSION, Planned
 from gemma2tool.formats.gguf_table import TABLE
 from gemma2tool.formats.gguf_tensors import FLOATS, WithinFloat16
 from gemma2tool.formats.gguf_values import KeyValue, string, u32
-from gemma2tool.formats.gguf_vocab import tokenizer_keys
+from gemma2tool.formats.gguf_vocab import TokenizerKeys, tokenizer_keys
 from gemma2tool.formats.steps import to_disk
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.lazy import BFLOAT16, DTYPE_NAMES, FLOAT16, FLOAT32, LazyTensor, MappedRows
@@ -24,6 +24,7 @@ from gemma2tool.quantizers.gguf_encoders import Blocks, block_elements
 FILE_TYPES = {"f32": 0, "f16": 1, "bf16": 32, "q8_0": 7, "tq1_0": 36, "tq2_0": 37}
 """The converter's --outtype names to general.file_type."""
 
+_TOKENIZER = "gguf tokenizer keys"
 TERNARY = ("tq1_0", "tq2_0")
 
 
@@ -84,7 +85,7 @@ def planned_as(name: str, canonical: tuple[str, ...], tensor: LazyTensor, type: 
 
 def converter_keys(checkpoint: Checkpoint, file_type: int, warnings: list[str]) -> list[KeyValue]:
     """All key-values in the converter's order."""
-    tokenizer = tokenizer_keys(checkpoint.assets, checkpoint.config)
+    tokenizer = _tokenizer_keys(checkpoint)
     warnings += tokenizer.warnings
     return [
         ("general.architecture", string(ARCHITECTURE)),
@@ -96,6 +97,15 @@ def converter_keys(checkpoint: Checkpoint, file_type: int, warnings: list[str]) 
         QUANTIZATION_VERSION,
         *tokenizer.kv,
     ]
+
+
+def _tokenizer_keys(checkpoint: Checkpoint) -> TokenizerKeys:
+    """Made once a checkpoint: a vocabulary of 256,000 takes a second, and one source may be written many times."""
+    known = checkpoint.metadata.get(_TOKENIZER)
+    if known is None or known[0] is not checkpoint.assets or known[1] != checkpoint.config:
+        known = checkpoint.assets, checkpoint.config, tokenizer_keys(checkpoint.assets, checkpoint.config)
+        checkpoint.metadata[_TOKENIZER] = known
+    return known[2]
 
 
 def listed(names: list[str]) -> str:
