@@ -13,9 +13,11 @@ from typing import ClassVar
 import numpy as np
 
 from gemma2tool.model.lazy import to_float32
+from gemma2tool.quantizers import groups
 from gemma2tool.quantizers.base import Part
 from gemma2tool.quantizers.bitpack import pack_words, unpack_words
 from gemma2tool.quantizers.casts import cast
+from gemma2tool.quantizers.groups import Rule
 
 BITS = 4
 PER_WORD = 8
@@ -26,20 +28,18 @@ _SMALLEST_RANGE = np.float32(1e-5)  # as AutoAWQ: a group of zeros still has a s
 
 def quantize(rows: np.ndarray, group_size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(n, I) to codes uint8 (n, I), zeros uint8 and scales float16 (n, I / group_size); zero is within every group's range."""
-    n, columns = rows.shape
-    groups = to_float32(rows).reshape(n, columns // group_size, group_size)
-    low, high = np.minimum(groups.min(axis=2), 0), np.maximum(groups.max(axis=2), 0)
+    low, high = groups.ranges(rows, group_size)
+    low, high = np.minimum(low, 0), np.maximum(high, 0)
     scales = cast(np.maximum(high - low, _SMALLEST_RANGE) / _TOP, np.float16)
     wide = to_float32(scales)
     zeros = np.clip(np.rint(-low / wide), 0, _TOP)
-    codes = np.clip(np.rint(groups / wide[..., None]) + zeros[..., None], 0, _TOP)
-    return codes.astype(np.uint8).reshape(n, columns), zeros.astype(np.uint8), scales
+    codes = groups.codes(rows, group_size, Rule.ADD_ZERO, wide, zeros, 0, _TOP)
+    return codes, zeros.astype(np.uint8), scales
 
 
 def dequantize(codes: np.ndarray, zeros: np.ndarray, scales: np.ndarray, group_size: int) -> np.ndarray:
     """(code - zero) * scale, float32 and exact for float16 scales. (n, I), (n, G), (n, G) -> (n, I)."""
-    groups = codes.reshape(*zeros.shape, group_size).astype(np.float32)
-    return ((groups - zeros[..., None]) * to_float32(scales)[..., None]).reshape(codes.shape)
+    return groups.values(codes, group_size, scales, zeros)
 
 
 def pack(codes: np.ndarray) -> np.ndarray:

@@ -6,6 +6,8 @@ import sys
 
 import numpy as np
 
+from gemma2tool.quantizers.kernels import _native
+
 WORD_BITS = 32
 
 
@@ -14,9 +16,12 @@ def pack_words(codes: np.ndarray, bits: int) -> np.ndarray:
     per_word = _per_word(bits)
     if codes.shape[-1] % per_word:
         raise ValueError(f"{codes.shape[-1]} codes of {bits} bits do not fill whole words")
+    codes = np.ascontiguousarray(codes, np.uint8)
     if bits == 4:
-        codes = codes[..., 0::2] | codes[..., 1::2] << 4
-    return np.ascontiguousarray(codes).view("<u4").astype(np.uint32, copy=False)
+        packed = np.empty((*codes.shape[:-1], codes.shape[-1] // 2), np.uint8)
+        _native.pack_nibbles(codes.ctypes.data, packed.size, packed.ctypes.data)
+        codes = packed
+    return codes.view("<u4").astype(np.uint32, copy=False)
 
 
 def unpack_words(words: np.ndarray, bits: int) -> np.ndarray:
@@ -29,8 +34,7 @@ def unpack_words(words: np.ndarray, bits: int) -> np.ndarray:
     if bits == 8:
         return values
     codes = np.empty((*values.shape[:-1], values.shape[-1] * 2), np.uint8)
-    codes[..., 0::2] = values & 15
-    codes[..., 1::2] = values >> 4
+    _native.unpack_nibbles(values.ctypes.data, values.size, codes.ctypes.data)
     return codes
 
 

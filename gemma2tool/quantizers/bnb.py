@@ -24,6 +24,7 @@ from gemma2tool.model.lazy import BFLOAT16, FLOAT16, FLOAT32, LazyTensor, row_ra
 from gemma2tool.quantizers.base import Part
 from gemma2tool.quantizers.bnb_tables import ASCENDING, CODES, MIDPOINTS, dynamic_bins, dynamic_map
 from gemma2tool.quantizers.casts import cast
+from gemma2tool.quantizers.groups import kernel_floats
 from gemma2tool.quantizers.kernels import _native
 
 BLOCKSIZE = 64
@@ -51,7 +52,7 @@ def absmax_4bit(values: np.ndarray) -> np.ndarray:
 
 
 def _quantize_4bit(values: np.ndarray, quant_type: str, packed: np.ndarray | None) -> np.ndarray:
-    values = _kernel_floats(values)
+    values = kernel_floats(values)
     midpoints, ascending = MIDPOINTS[quant_type], ASCENDING[quant_type]
     absmax = np.empty(-(-values.size // BLOCKSIZE), np.float32)
     _native.bnb_quantize_4bit(
@@ -64,13 +65,6 @@ def _quantize_4bit(values: np.ndarray, quant_type: str, packed: np.ndarray | Non
         absmax.ctypes.data,
     )
     return absmax
-
-
-def _kernel_floats(values: np.ndarray) -> np.ndarray:
-    """The kernels take float32 and bfloat16."""
-    if values.dtype not in (FLOAT32, BFLOAT16):
-        values = to_float32(values)
-    return np.ascontiguousarray(values)
 
 
 def dequantize_4bit(
@@ -267,7 +261,7 @@ def quantize_int8(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
     A magnitude over 65504 is infinite in float16: its row becomes zero, its absmax infinite.
     """
-    rows = _kernel_floats(rows)
+    rows = kernel_floats(rows)
     codes, absmax = np.empty(rows.shape, np.int8), np.empty(rows.shape[0], np.float32)
     _native.bnb_quantize_int8(
         rows.ctypes.data, rows.dtype == BFLOAT16, *rows.shape, codes.ctypes.data, absmax.ctypes.data

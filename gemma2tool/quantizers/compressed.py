@@ -15,12 +15,15 @@ import ml_dtypes
 import numpy as np
 
 from gemma2tool.model.lazy import BFLOAT16, to_float32
+from gemma2tool.quantizers import groups
 from gemma2tool.quantizers.base import Part
 from gemma2tool.quantizers.bitpack import pack_words, unpack_words
 from gemma2tool.quantizers.casts import cast
+from gemma2tool.quantizers.groups import Rule
 
 FP8 = np.dtype(ml_dtypes.float8_e4m3fn)
 FP8_MAX = 448.0
+_FP8_VALUES = np.arange(256, dtype=np.uint8).view(FP8).astype(np.float32)
 FLOAT_NAMES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
 
@@ -77,13 +80,12 @@ def quantize(rows: np.ndarray, scheme: Scheme) -> tuple[np.ndarray, np.ndarray, 
     scheme is not symmetric, zero points int8 of the same shape.
     """
     dtype, (n, columns) = rows.dtype, rows.shape
-    groups, height = scheme.groups(columns), scheme.block_rows
-    width = scheme.group or columns
-    padded = to_float32(rows)
-    if columns % width or n % height:
-        padded = np.pad(padded, ((0, -n % height), (0, -columns % width)))
-    blocks = padded.reshape(len(padded) // height, height, groups, width)
-    low, high = blocks.min(axis=(1, 3)), blocks.max(axis=(1, 3))
+    width, height = scheme.group or columns, scheme.block_rows
+    scheme.groups(columns)
+    low, high = groups.ranges(rows, width)
+    if height > 1:
+        starts = np.arange(0, n, height)
+        low, high = np.minimum.reduceat(low, starts), np.maximum.reduceat(high, starts)
     low, high = np.minimum(low, 0), np.maximum(high, 0)
     levels = np.float32(scheme.high - scheme.low)
     zero_points = None
@@ -95,28 +97,33 @@ def quantize(rows: np.ndarray, scheme: Scheme) -> tuple[np.ndarray, np.ndarray, 
             zeros = np.clip(_in(dtype, np.float32(scheme.low) - _in(dtype, low / scales)), scheme.low, scheme.high)
             zero_points = np.where(np.isnan(zeros), 0, np.rint(zeros)).astype(np.int8)
     scales[scales == 0] = np.float32(ml_dtypes.finfo(dtype).eps)
-    scaled = _in(dtype, blocks / scales[:, None, :, None])
-    # Without zero points the library adds zeros, which turns -0 into 0: float8 would tell the difference.
-    scaled = _in(dtype, scaled + (0 if zero_points is None else zero_points[:, None, :, None]))
-    scaled = np.clip(scaled, np.float32(scheme.low), np.float32(scheme.high)).reshape(padded.shape)[:n, :columns]
-    codes = scaled.astype(FP8) if scheme.kind == "float" else np.rint(scaled).astype(np.int8)
-    return np.ascontiguousarray(codes), cast(scales, dtype), zero_points
+    rule = Rule.FLOAT8 if scheme.kind == "float" else Rule.DIVIDE
+    by_row, zeros_by_row = _rows_of(scales, height, n), _rows_of(zero_points, height, n)
+    codes = groups.codes(rows, width, rule, by_row, zeros_by_row, scheme.low, scheme.high, dtype)
+    return codes.view(FP8 if scheme.kind == "float" else np.int8), cast(scales, dtype), zero_points
 
 
 def dequantize(codes: np.ndarray, scales: np.ndarray, zero_points: np.ndarray | None, scheme: Scheme) -> np.ndarray:
     """(code - zero point) * scale in the dtype of the scales. Row ranges must start at multiples of ``block_rows``."""
     n, columns = codes.shape
     height, width = scheme.block_rows, scheme.group or columns
-    wide = np.repeat(to_float32(scales), height, axis=0)[:n]
-    values = codes.astype(np.float32)
-    if zero_points is not None:
-        values = values - np.repeat(np.repeat(zero_points.astype(np.float32), height, axis=0)[:n], width, axis=1)[:, :columns]
-    return cast(values * np.repeat(wide, width, axis=1)[:, :columns], scales.dtype)
+    by_row, zeros_by_row = _rows_of(scales, height, n), _rows_of(zero_points, height, n)
+    if codes.dtype == FP8:
+        wide = np.repeat(to_float32(by_row), width, axis=1)[:, :columns]
+        return cast(_FP8_VALUES[codes.view(np.uint8)] * wide, scales.dtype)
+    return cast(groups.values(codes, width, by_row, zeros_by_row), scales.dtype)
+
+
+def _rows_of(by_block: np.ndarray | None, height: int, rows: int) -> np.ndarray | None:
+    """What holds for blocks of rows, for each row: (ceil(rows / height), G) to (rows, G)."""
+    return by_block if by_block is None or height == 1 else np.repeat(by_block, height, axis=0)[:rows]
 
 
 def pack(codes: np.ndarray, bits: int) -> np.ndarray:
     """(n, m) int8 to int32 words along the last axis, each code offset to be unsigned."""
-    return pack_words((codes.view(np.uint8) + np.uint8(1 << (bits - 1))) & np.uint8((1 << bits) - 1), bits).view(np.int32)
+    return pack_words((codes.view(np.uint8) + np.uint8(1 << (bits - 1))) & np.uint8((1 << bits) - 1), bits).view(
+        np.int32
+    )
 
 
 def unpack(words: np.ndarray, bits: int) -> np.ndarray:
@@ -147,9 +154,7 @@ class Compressed:
     def parts(self, shape: tuple[int, ...]) -> tuple[Part, ...]:
         scheme, (rows, columns) = self.scheme, shape
         scales = (-(-rows // scheme.block_rows), scheme.groups(columns))
-        scale = Part(
-            "weight_scale", FLOAT_NAMES[self.dtype.name], scales, scales[0] * scales[1] * self.dtype.itemsize
-        )
+        scale = Part("weight_scale", FLOAT_NAMES[self.dtype.name], scales, scales[0] * scales[1] * self.dtype.itemsize)
         if not scheme.packed:
             return Part("", "F8_E4M3" if scheme.kind == "float" else "I8", shape, rows * columns), scale
         words = columns * scheme.bits // 32

@@ -13,9 +13,11 @@ from typing import ClassVar
 import numpy as np
 
 from gemma2tool.model.lazy import to_float32
+from gemma2tool.quantizers import groups
 from gemma2tool.quantizers.base import Part
 from gemma2tool.quantizers.bitpack import pack_words, unpack_words
 from gemma2tool.quantizers.casts import cast
+from gemma2tool.quantizers.groups import Rule
 
 GROUP_SIZES = (32, 64, 128)
 CHECKPOINT_FORMATS = ("gptq", "gptq_v2")
@@ -28,9 +30,8 @@ def quantize(
 
     The scale is rounded to float16 before zero and codes are derived from it: they then are the nearest to what is stored.
     """
-    n, columns = rows.shape
-    groups = to_float32(rows).reshape(n, columns // group_size, group_size)
-    low, high = np.minimum(groups.min(axis=2), 0), np.maximum(groups.max(axis=2), 0)
+    low, high = groups.ranges(rows, group_size)
+    low, high = np.minimum(low, 0), np.maximum(high, 0)
     if symmetric:
         high = np.maximum(-low, high)
         low = -high
@@ -39,14 +40,16 @@ def quantize(
     scales[scales == 0] = 1
     wide = to_float32(scales)
     zeros = np.full_like(wide, 2 ** (bits - 1)) if symmetric else np.clip(np.rint(-low / wide), 0, top)
-    codes = np.clip(np.rint(groups / wide[..., None]) + zeros[..., None], 0, top)
-    return codes.astype(np.uint8).reshape(n, columns), zeros.astype(np.uint8), scales
+    codes = groups.codes(rows, group_size, Rule.ADD_ZERO, wide, zeros, 0, top)
+    return codes, zeros.astype(np.uint8), scales
 
 
 def dequantize(codes: np.ndarray, zeros: np.ndarray, scales: np.ndarray, g_idx: np.ndarray) -> np.ndarray:
     """(code - zero) * scale, float32 and exact for float16 scales. (n, I), (n, G), (n, G), (I,) -> (n, I)."""
-    values = codes.astype(np.float32) - zeros.astype(np.float32)[:, g_idx]
-    return values * to_float32(scales)[:, g_idx]
+    width = codes.shape[1] // zeros.shape[1]
+    if np.array_equal(g_idx, np.arange(codes.shape[1]) // width):
+        return groups.values(codes, width, scales, zeros)
+    return (codes.astype(np.float32) - zeros.astype(np.float32)[:, g_idx]) * to_float32(scales)[:, g_idx]
 
 
 def unpack_zeros(words: np.ndarray, bits: int, checkpoint_format: str) -> np.ndarray:

@@ -13,10 +13,12 @@ from typing import ClassVar
 import numpy as np
 
 from gemma2tool.model.lazy import BFLOAT16, to_float32
+from gemma2tool.quantizers import groups
 from gemma2tool.quantizers.base import Part
 from gemma2tool.quantizers.bitpack import pack_words, unpack_words
 from gemma2tool.quantizers.casts import cast
 from gemma2tool.quantizers.compressed import FLOAT_NAMES
+from gemma2tool.quantizers.groups import Rule
 
 GROUP_SIZE = 64
 _SMALLEST_SCALE = np.float32(1e-7)
@@ -24,9 +26,7 @@ _SMALLEST_SCALE = np.float32(1e-7)
 
 def quantize(rows: np.ndarray, bits: int, group_size: int = GROUP_SIZE) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(n, I) to codes uint8 (n, I), scales and biases in the dtype of ``rows`` (n, I / group_size)."""
-    n, columns = rows.shape
-    groups = to_float32(rows).reshape(n, columns // group_size, group_size)
-    low, high = groups.min(axis=2), groups.max(axis=2)
+    low, high = groups.ranges(rows, group_size)
     top = np.float32(2**bits - 1)
     scales = np.maximum((high - low) / top, _SMALLEST_SCALE)
     from_low = np.abs(low) > np.abs(high)
@@ -36,15 +36,16 @@ def quantize(rows: np.ndarray, bits: int, group_size: int = GROUP_SIZE) -> tuple
     zero = steps == 0
     scales = np.where(zero, scales, edge / np.where(zero, np.float32(1), steps))
     biases = np.where(zero, np.float32(0), edge)
-    codes = np.clip(np.rint((groups - biases[..., None]) / scales[..., None]), 0, top).astype(np.uint8)
-    return codes.reshape(n, columns), cast(scales, rows.dtype), cast(biases, rows.dtype)
+    codes = groups.codes(rows, group_size, Rule.FROM_BIAS, scales, biases, 0, top)
+    return codes, cast(scales, rows.dtype), cast(biases, rows.dtype)
 
 
 def dequantize(codes: np.ndarray, scales: np.ndarray, biases: np.ndarray) -> np.ndarray:
     """code * scale + bias, each operation rounded to the dtype of the scales. (n, I), (n, G), (n, G) -> (n, I) of that dtype."""
-    groups = codes.reshape(*scales.shape, codes.shape[1] // scales.shape[1]).astype(np.float32)
-    products = to_float32(cast(groups * to_float32(scales)[..., None], scales.dtype))
-    return cast((products + to_float32(biases)[..., None]).reshape(codes.shape), scales.dtype)
+    width = codes.shape[1] // scales.shape[1]
+    products = to_float32(cast(groups.values(codes, width, scales), scales.dtype))
+    sums = products.reshape(*scales.shape, width) + to_float32(biases)[..., None]
+    return cast(sums.reshape(codes.shape), scales.dtype)
 
 
 def unpack(words: np.ndarray, bits: int) -> np.ndarray:

@@ -13,24 +13,28 @@ from typing import ClassVar
 import numpy as np
 
 from gemma2tool.model.lazy import BFLOAT16, to_float32
+from gemma2tool.quantizers import groups
 from gemma2tool.quantizers.base import Part
 from gemma2tool.quantizers.casts import cast
+from gemma2tool.quantizers.groups import Rule
 
 _SMALLEST_SCALE = np.float32(2**-23)
 
 
 def quantize(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(n, I) to codes int8 (n, I) and scales float32 (n, 1)."""
-    values = to_float32(rows)
-    largest = np.maximum(-values.min(axis=1, keepdims=True), values.max(axis=1, keepdims=True))
-    scales = np.maximum(to_float32(cast(np.abs(largest) / np.float32(127.5), rows.dtype)), _SMALLEST_SCALE)
-    scaled = np.rint(values * (np.float32(1) / scales))
-    return np.clip(scaled, -128, 127).astype(np.int8), scales
+    low, high = groups.ranges(rows, rows.shape[1])
+    scales = to_float32(cast(np.maximum(-low, high) / np.float32(127.5), rows.dtype))
+    scales = np.maximum(scales, _SMALLEST_SCALE)
+    codes = groups.codes(rows, rows.shape[1], Rule.RECIPROCAL, scales, None, -128, 127)
+    return codes.view(np.int8), scales
 
 
-def dequantize(codes: np.ndarray, scales: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """code * scale in float32, rounded to ``dtype``. (n, I), (n, 1) -> (n, I)."""
-    return cast(codes.astype(np.float32) * scales, dtype)
+def dequantize(
+    codes: np.ndarray, scales: np.ndarray, dtype: np.dtype, zero_points: np.ndarray | None = None
+) -> np.ndarray:
+    """(code - zero point) * scale in float32, rounded to ``dtype``. (n, I), (n, 1) -> (n, I)."""
+    return cast(groups.values(codes, codes.shape[1], scales, zero_points), dtype)
 
 
 @dataclass(frozen=True)

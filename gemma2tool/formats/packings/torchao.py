@@ -88,7 +88,6 @@ class Int8Tensor(LazyTensor):
         self.shape, self.dtype, self.stored, self.origin = codes.shape, dtype, "torchao-int8", codes.origin
 
     def load_rows(self, first: int, last: int) -> np.ndarray:
-        codes: np.ndarray = self.codes.load_rows(first, last)
-        if self.zero_points is not None:
-            codes = codes.astype(np.float32) - self.zero_points.load_rows(first, last)
-        return torchao.dequantize(codes, self.scales.load_rows(first, last), self.dtype)
+        zero_points = None if self.zero_points is None else self.zero_points.load_rows(first, last)
+        codes, scales = self.codes.load_rows(first, last), self.scales.load_rows(first, last)
+        return torchao.dequantize(codes, scales, self.dtype, zero_points)
