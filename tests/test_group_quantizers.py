@@ -13,7 +13,15 @@ from kernel_data import ROWS, rows
 from packing_support import BF16, DTYPES, bits, encoded, to_torch
 
 from gemma2tool.model.lazy import ArrayTensor
-from gemma2tool.quantizers import awq, bitpack, compressed, gptq, mlx, torchao
+from gemma2tool.quantizers import awq, bitpack, compressed, gptq, groups, kernels, mlx, torchao
+
+
+@pytest.fixture(params=kernels.available_instruction_sets())
+def instruction_set(request):
+    before = kernels.current_instruction_set()
+    kernels.use_instruction_set(request.param)
+    yield request.param
+    kernels.use_instruction_set(before)
 
 
 def every_kind(height: int = 12):
@@ -46,7 +54,7 @@ def compressed_tensors(weight: torch.Tensor, scheme: compressed.Scheme):
 
 
 @pytest.mark.parametrize("name", compressed.SCHEMES)
-def test_compressed_tensors(name):
+def test_compressed_tensors(instruction_set, name):
     scheme = compressed.SCHEMES[name]
     for array in every_kind(max(scheme.block_rows, 12)):
         codes, scales, zero_points = compressed.quantize(array, scheme)
@@ -77,7 +85,7 @@ def test_compressed_tensors_refuses_groups_that_do_not_fit():
         compressed.quantize(np.zeros((2, 100), np.float32), compressed.SCHEMES["w4a16"])
 
 
-def test_torchao():
+def test_torchao(instruction_set):
     for array in every_kind():
         weight = to_torch(array)
         scales = (torch.max(-weight.amin(1, True), weight.amax(1, True)) / 127.5).clamp(min=2**-23).float()
@@ -140,7 +148,7 @@ def test_gptq_layout(n_bits, checkpoint_format):
     assert np.array_equal(gptq.unpack_zeros(parts["qzeros"], n_bits, checkpoint_format), zeros.T)
 
 
-def test_awq_layout():
+def test_awq_layout(instruction_set):
     array = rows("normal", 6, 64, 256)
     parts = encoded(awq.Awq(128), ArrayTensor(array), 1)
     codes, zeros, scales = awq.quantize(array, 128)
@@ -155,7 +163,7 @@ def test_awq_layout():
     assert np.abs(awq.dequantize(codes, zeros, scales, 128) - array).max() <= scales.max()
 
 
-def test_words_hold_codes_little_end_first():
+def test_words_hold_codes_little_end_first(instruction_set):
     assert bitpack.pack_words(np.arange(8, dtype=np.uint8), 4).tolist() == [0x76543210]
     assert bitpack.pack_words(np.array([1, 2, 3, 255], np.uint8), 8).tolist() == [0xFF030201]
     codes = np.random.default_rng(0).integers(0, 16, (3, 5, 64), np.uint8)
@@ -164,3 +172,62 @@ def test_words_hold_codes_little_end_first():
         bitpack.pack_words(codes[..., :63], 4)
     with pytest.raises(ValueError, match="3 bits"):
         bitpack.unpack_words(codes, 3)
+
+
+def by_definition(rule: groups.Rule, x: np.ndarray, s: np.ndarray, z: np.ndarray, low: int, high: int) -> np.ndarray:
+    """The codes of ``x`` in numpy, one operation after the other."""
+    if rule == groups.Rule.DIVIDE:
+        return np.rint(np.clip(x / s + z, low, high))
+    if rule == groups.Rule.FLOAT8:
+        return np.clip(x / s + z, low, high).astype(compressed.FP8)
+    if rule == groups.Rule.RECIPROCAL:
+        return np.clip(np.rint(x * (np.float32(1) / s)), low, high)
+    if rule == groups.Rule.FROM_BIAS:
+        return np.clip(np.rint((x - z) / s), low, high)
+    return np.clip(np.rint(x / s) + z, low, high)
+
+
+@pytest.mark.parametrize("rule", groups.Rule)
+@pytest.mark.parametrize("shape", [(5, 64), (3, 37), (2, 1)])
+def test_group_kernels_are_their_definition(instruction_set, rule, shape):
+    """Every rule, any width, a short last group."""
+    for seed, width in enumerate((1, 7, 16, 32, 64)):
+        array = rows("heavy-tailed", seed, *shape)
+        count = -(-shape[1] // width)
+        rng = np.random.default_rng(seed)
+        scales, offsets = (
+            rng.uniform(0.05, 2, (shape[0], count)).astype(np.float32),
+            rng.integers(-3, 4, (shape[0], count)),
+        )
+        offsets = offsets.astype(np.float32)
+        s, z = (np.repeat(each, width, axis=1)[:, : shape[1]] for each in (scales, offsets))
+        low, high = (-448, 448) if rule == groups.Rule.FLOAT8 else (-8, 7)
+        wanted = by_definition(rule, array, s, z, low, high)
+        codes = groups.codes(array, width, rule, scales, offsets, low, high)
+        if rule == groups.Rule.FLOAT8:
+            assert bits(codes) == bits(wanted)
+            continue
+        assert np.array_equal(codes.view(np.int8), wanted)
+        assert np.array_equal(groups.values(codes.view(np.int8), width, scales, offsets), (wanted - z) * s)
+        padded = np.pad(array, ((0, 0), (0, count * width - shape[1])), mode="edge").reshape(shape[0], count, width)
+        least, most = groups.ranges(array, width)
+        assert np.array_equal(least, padded.min(2)) and np.array_equal(most, padded.max(2))
+
+
+def test_float8_of_every_rounding(instruction_set):
+    tops = (np.arange(65536, dtype=np.uint32) << 16)[:, None]
+    low = np.array([0, 1, 0x7FFF, 0x8000, 0xFFFF], np.uint32)
+    values = (tops | low).view(np.float32).reshape(-1, 80)
+    values = np.where(np.abs(values) <= 448, values, 1)
+    ones = np.ones((len(values), 1), np.float32)
+    codes = groups.codes(values, 80, groups.Rule.FLOAT8, ones, None, -448, 448)
+    wanted = (values + np.float32(0)).astype(compressed.FP8)
+    assert bits(codes) == bits(wanted)
+
+
+def test_shapes_are_checked():
+    array = np.zeros((4, 64), np.float32)
+    with pytest.raises(ValueError, match="groups of 32"):
+        groups.codes(array, 32, groups.Rule.DIVIDE, np.ones((4, 1), np.float32), None, -8, 7)
+    with pytest.raises(ValueError, match="codes of float32"):
+        groups.values(array, 64, np.ones((4, 1), np.float32))
