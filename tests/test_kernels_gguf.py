@@ -71,6 +71,12 @@ def test_codes_are_those_recorded_from_ggml(type, instruction_set):
         pytest.skip("this numpy makes other random numbers than those recorded")
 
 
+def test_a_better_split_may_score_lower(instruction_set):
+    """A block in which rounding lowers the best score on the way, so that a candidate refused before would be taken after."""
+    block = np.load(Path(__file__).with_name("iq1_m_lower_score.npz"))
+    assert_same_blocks("IQ1_M", "recorded", quantize("IQ1_M", block["x"], block["importance"]), block["codes"])
+
+
 @needs_peer
 @pytest.mark.parametrize("type", [*(type for type in BLOCK_TYPES if type not in SLOW_PEERS), "F16", "BF16"])
 def test_floats_are_ggmls(type, instruction_set):

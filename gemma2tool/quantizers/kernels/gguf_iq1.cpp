@@ -54,10 +54,16 @@ template <int K>
 INLINE void offer(Split& best, const F* qx, const F* q2, int i1, int i2, int lanes) {
     I better = {};
     for (int k = 0; k < K; ++k) better |= (q2[k] > 0.f) & (qx[k] * qx[k] > best.score * q2[k]);
-    for (uint32_t of = lane_bits(better) & ((1u << lanes) - 1); of; of &= of - 1) {
+    const uint32_t all = (1u << lanes) - 1;
+    for (uint32_t of = lane_bits(better) & all; of; of &= of - 1) {
         const int l = __builtin_ctz(of);
-        for (int k = 0; k < K; ++k)
-            if (Split::beaten_by(best, qx[k][l], q2[k][l])) best.take(qx[k][l], q2[k][l], i1, i2 + l, k);
+        for (int k = 0; k < K; ++k) {
+            if (!Split::beaten_by(best, qx[k][l], q2[k][l])) continue;
+            const float before = best.score;
+            best.take(qx[k][l], q2[k][l], i1, i2 + l, k);
+            // rounding can make a better split's score the lower one; then every later lane has to be asked again
+            if (best.score < before) of = all & -(1u << l);
+        }
     }
 }
 
