@@ -1,0 +1,177 @@
+"""Adapters merged while rows are read, against peft's own merge_and_unload."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+from format_support import assert_ranges_agree, assert_same_tensors, refused, write_as
+from tests_support import SMALL, random_checkpoint
+
+from gemma2tool.formats import lora, registry
+
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    return write_as("hf", random_checkpoint(np.dtype(np.float32)), tmp_path_factory.mktemp("base") / "hf")
+
+
+def _adapter(base: Path, folder: Path, kind: str = "CausalLM", **settings: object) -> tuple[Path, dict[str, np.ndarray]]:
+    """An adapter that peft saved, every part of it random, and the weights that peft merges it into."""
+    torch = pytest.importorskip("torch")
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    import transformers
+
+    torch.manual_seed(1)
+    model = getattr(transformers, f"Gemma2For{kind}").from_pretrained(base)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = peft.get_peft_model(model, peft.LoraConfig(**settings))
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_" in name or "modules_to_save" in name:
+                    parameter.normal_(0, 0.2)
+                    if "magnitude" in name:
+                        parameter.abs_().add_(0.5)
+        model.save_pretrained(folder)
+        merged = model.merge_and_unload()
+    return folder, {name: tensor.float().numpy() for name, tensor in merged.state_dict().items()}
+
+
+def _assert_merged(base: Path, adapter: Path, truth: dict[str, np.ndarray], scale: float = 1.0) -> None:
+    source = registry.open_checkpoint(base)
+    merged = lora.merge(source, adapter, scale)
+    changed = 0
+    for name, tensor in merged.tensors.items():
+        mine = tensor.load().astype(np.float32)
+        assert np.abs(mine - truth[name]).max() <= 2e-6 * max(np.abs(truth[name]).max(), 1), name
+        changed += name not in source.tensors or not np.array_equal(mine, source.tensors[name].load())
+    assert changed
+    assert_ranges_agree(merged)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"r": 4, "lora_alpha": 8, "target_modules": ATTENTION},
+        {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "use_rslora": True},
+        {
+            "r": 4,
+            "lora_alpha": 8,
+            "target_modules": ["q_proj", "down_proj"],
+            "rank_pattern": {"down_proj": 6, "layers.1.self_attn.q_proj": 2},
+            "alpha_pattern": {"q_proj": 3},
+        },
+        {"r": 4, "lora_alpha": 4, "target_modules": ["gate_proj", "o_proj"], "use_dora": True},
+        {"r": 4, "lora_alpha": 4, "target_modules": ["gate_proj"], "fan_in_fan_out": True},
+        {"r": 4, "lora_alpha": 4, "target_modules": r".*layers\.[02]\.mlp\.up_proj"},
+        {"r": 4, "lora_alpha": 4, "target_modules": ["embed_tokens", "q_proj"]},
+    ],
+    ids=["plain", "rslora", "patterns", "dora", "fan-in-fan-out", "regex", "embedding"],
+)
+def test_equals_peft(base: Path, tmp_path: Path, settings: dict) -> None:
+    adapter, truth = _adapter(base, tmp_path / "adapter", **settings)
+    _assert_merged(base, adapter, truth)
+
+
+def test_a_classifiers_head_comes_with_the_adapter(base: Path, tmp_path: Path) -> None:
+    settings = {"r": 2, "lora_alpha": 2, "target_modules": ["v_proj"], "task_type": "SEQ_CLS"}
+    adapter, truth = _adapter(base, tmp_path / "adapter", kind="SequenceClassification", **settings)
+    _assert_merged(base, adapter, truth)
+    merged = lora.merge(registry.open_checkpoint(base), adapter)
+    assert merged.config.architectures == ("Gemma2ForSequenceClassification",)
+    back = registry.open_checkpoint(write_as("hf", merged, tmp_path / "out"))
+    assert_same_tensors(merged, back)
+
+
+def _handmade(folder: Path, tensors: dict[str, np.ndarray], **settings: object) -> Path:
+    """An adapter written without peft."""
+    from safetensors.numpy import save_file
+
+    folder.mkdir()
+    save_file({lora.PREFIX + name: array for name, array in tensors.items()}, folder / "adapter_model.safetensors")
+    content = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]} | settings
+    (folder / "adapter_config.json").write_text(json.dumps(content))
+    return folder
+
+
+Q = "model.layers.0.self_attn.q_proj"
+A, B = (np.random.default_rng(n).standard_normal(s).astype(np.float32) for n, s in enumerate([(2, 64), (128, 2)]))
+
+
+def test_formula_scale_and_several_adapters(tmp_path: Path) -> None:
+    source = random_checkpoint(np.dtype(ml_dtypes.bfloat16))
+    adapter = _handmade(tmp_path / "a", {f"{Q}.lora_A.weight": A, f"{Q}.lora_B.weight": B})
+    merged = lora.merge(lora.merge(source, adapter, 0.25), adapter, -0.5)
+    weight = source.tensors[f"{Q}.weight"].load().astype(np.float64)
+    exact = weight + (0.25 - 0.5) * 2 * (B.astype(np.float64) @ A)
+    mine = merged.tensors[f"{Q}.weight"].load()
+    assert mine.dtype == ml_dtypes.bfloat16
+    # Rounded once: no further from the exact value than half a unit of bfloat16, but for float32's own rounding.
+    assert (np.abs(mine.astype(np.float64) - exact) <= np.abs(exact) * 2**-8 + 1e-5).all()
+    untouched = "model.layers.1.self_attn.q_proj.weight"
+    assert merged.tensors[untouched] is source.tensors[untouched]
+
+
+def test_rows_do_not_depend_on_how_they_are_asked_for(tmp_path: Path) -> None:
+    config = replace(SMALL, hidden_size=200, intermediate_size=333)
+    source = random_checkpoint(np.dtype(np.float32), config)
+    name = "model.layers.0.mlp.gate_proj"
+    rng = np.random.default_rng(3)
+    parts = {f"{name}.lora_A.weight": rng.standard_normal((16, 200)), f"{name}.lora_B.weight": rng.standard_normal((333, 16))}
+    adapter = _handmade(
+        tmp_path / "a", {key: value.astype(np.float32) for key, value in parts.items()}, r=16, target_modules=["gate_proj"]
+    )
+    tensor = lora.merge(source, adapter).tensors[f"{name}.weight"]
+    whole = tensor.load()
+    for step in (1, 7, 64, 100):
+        rows = [tensor.load_rows(first, min(first + step, 333)) for first in range(0, 333, step)]
+        assert np.concatenate(rows).tobytes() == whole.tobytes()
+
+
+def test_a_head_of_its_own_unties_the_model(tmp_path: Path) -> None:
+    source = random_checkpoint(np.dtype(np.float32))
+    head = np.ones((SMALL.vocab_size, SMALL.hidden_size), np.float32)
+    adapter = _handmade(tmp_path / "a", {"lm_head.weight": head}, target_modules=[], modules_to_save=["lm_head"])
+    merged = lora.merge(source, adapter)
+    assert not merged.config.tie_word_embeddings and np.array_equal(merged.tensors["lm_head.weight"].load(), head)
+    assert any("no longer tied" in line for line in merged.warnings)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "settings", "match"),
+    [
+        ({"x.lora_A.weight": A, "x.lora_B.weight": B}, {"target_modules": ["x"]}, "'x' is no weight of this model"),
+        ({f"{Q}.lora_A.weight": A, f"{Q}.lora_B.weight": B}, {"target_modules": ["q_proj", "foo"]}, "names 'foo'"),
+        ({f"{Q}.lora_A.weight": A}, {}, "lora_A or lora_B is missing"),
+        ({f"{Q}.lora_A.weight": A, f"{Q}.lora_B.weight": B[:64]}, {}, r"is for \(64, 64\), the model has \(128, 64\)"),
+        ({f"{Q}.lora_A.weight": A, f"{Q}.lora_B.weight": B}, {"r": 4}, "the rank is 4"),
+        ({f"{Q}.lora_A.weight": A, f"{Q}.lora_B.weight": B}, {"peft_type": "IA3"}, "not LoRA"),
+        ({f"{Q}.lora_A.weight": A, f"{Q}.lora_B.weight": B}, {"use_dora": True}, "use_dora is True"),
+        ({f"{Q}.lora_A.weight": A, f"{Q}.lora_B.weight": B}, {"lora_bias": True}, "uses lora_bias"),
+        ({f"{Q}.lora_A.weight": A, f"{Q}.lora_B.weight": B}, {"lora_alpha": "many"}, "lora_alpha is 'many'"),
+        ({"model.norm.bias": A[0]}, {"target_modules": []}, "'model.norm.bias' is no weight"),
+        ({"model.norm.weight": A[0, :5]}, {"target_modules": []}, "the adapter's is"),
+    ],
+)
+def test_what_is_refused(tmp_path: Path, tensors: dict, settings: dict, match: str) -> None:
+    adapter = _handmade(tmp_path / "a", {key: np.ascontiguousarray(value) for key, value in tensors.items()}, **settings)
+    with refused(match):
+        lora.merge(random_checkpoint(np.dtype(np.float32)), adapter)
+
+
+def test_missing_files(tmp_path: Path) -> None:
+    source = random_checkpoint(np.dtype(np.float32))
+    with refused("no such folder"):
+        lora.merge(source, tmp_path / "absent")
+    adapter = _handmade(tmp_path / "a", {f"{Q}.lora_A.weight": A, f"{Q}.lora_B.weight": B})
+    (adapter / "adapter_model.safetensors").unlink()
+    with refused("holds none of"):
+        lora.merge(source, adapter)
