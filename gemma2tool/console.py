@@ -185,7 +185,9 @@ class Console:
         mark = mark if self._can_show(mark) else ascii_mark
         self._line(False, (f"{mark} ", style), (f"{gate.name:<{width}}  ", "bold"), (safe(gate.summary), ""))
         news = [each for each in gate.findings if each.message != gate.summary]
-        shown = [each for each in news if each.severity != "note" or len(news) <= 3]
+        notes = [each for each in news if each.severity == "note"]
+        few = notes if len(notes) <= 3 else notes[:1]
+        shown = [each for each in news if each.severity != "note" or each in few]
         for finding in shown[:limit]:
             about = (
                 f"{finding.subject}: " if finding.subject and not finding.message.startswith(finding.subject) else ""
