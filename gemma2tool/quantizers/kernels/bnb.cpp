@@ -139,14 +139,21 @@ template <class Out>
 INLINE void dequantize_4bit_of(const float* numbers, const uint8_t* packed, const float* absmax, size_t blocksize, size_t n,
                                Out* out) {
     Out values[16], rest[STEP];
-    for (size_t start = 0; start < n; start += STEP, packed += STEP / 2) {
-        if (start % blocksize == 0) values_of(numbers, *absmax++, values);
-        const size_t count = n - start < STEP ? n - start : STEP;
-        uint8_t last[STEP / 2] = {}, codes[STEP];
-        if (count < STEP) __builtin_memcpy(last, packed, (count + 1) / 2);
-        split(count < STEP ? last : packed, codes);
-        look_up(values, codes, count < STEP ? rest : out + start);
-        if (count < STEP) __builtin_memcpy(out + start, rest, count * sizeof(Out));
+    uint8_t last[STEP / 2] = {}, codes[STEP];
+    for (size_t block = 0; block < n; block += blocksize) {
+        values_of(numbers, *absmax++, values);
+        const size_t end = n - block < blocksize ? n : block + blocksize;
+        size_t start = block;
+        for (; start + STEP <= end; start += STEP) {
+            split(packed + start / 2, codes);
+            look_up(values, codes, out + start);
+        }
+        if (start < end) {
+            __builtin_memcpy(last, packed + start / 2, (end - start + 1) / 2);
+            split(last, codes);
+            look_up(values, codes, rest);
+            __builtin_memcpy(out + start, rest, (end - start) * sizeof(Out));
+        }
     }
 }
 
