@@ -64,12 +64,16 @@ def rows(kind: str, seed: int, n: int, cols: int) -> np.ndarray:
 
 
 def importance(kind: str, seed: int, cols: int) -> np.ndarray | None:
-    """(cols,) float32 weights: ``none``, ``squares`` (as collected from activations), or ``wild`` (twelve decades)."""
+    """(cols,) float32 weights: ``none``, ``squares`` (as of activations), ``holes`` (many zero), ``wild`` (twelve decades)."""
     rng = np.random.default_rng(seed + 1)
     if kind == "none":
         return None
-    if kind == "squares":
-        return (rng.standard_normal(cols) ** 2 + 1e-3).astype(np.float32)
+    if kind in ("squares", "holes"):
+        weights = (rng.standard_normal(cols) ** 2 + 1e-3).astype(np.float32)
+        if kind == "holes":
+            weights[rng.random(cols) < 0.5] = 0
+            weights[: cols // 3] = 0
+        return weights
     return np.exp(rng.uniform(-14, 14, cols)).astype(np.float32)
 
 
@@ -78,7 +82,7 @@ COUNT, COLS = 11, 768  # rows of a case: 33 superblocks, which is full batches a
 
 def weight_kinds(type: GGUFType) -> tuple[str, ...]:
     """The kinds of importance a type is tried with."""
-    return ("none",) * (not type.needs_importance) + ("squares", "wild") * type.takes_importance
+    return ("none",) * (not type.needs_importance) + ("squares", "holes", "wild") * type.takes_importance
 
 
 def cases(type: GGUFType) -> Iterator[tuple[str, np.ndarray, np.ndarray | None]]:

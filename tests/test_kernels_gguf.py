@@ -129,6 +129,22 @@ def test_quantization_is_near(type):
     assert relative < (1.0 if bits < 2.1 else 2.2 * 2.0 ** -(bits - 0.3)), relative
 
 
+@pytest.mark.parametrize("type", BLOCK_TYPES)
+def test_nonsense_is_survived(type, instruction_set):
+    """Values must be finite, but NaN, infinities and weights of any bits crash nothing and touch nothing beyond the output."""
+    rng = np.random.default_rng(1)
+    x = rng.integers(0, 2**32, (5, 512), dtype=np.uint32).view(np.float32)
+    x[1], x[2], x[3, ::2] = np.inf, -3e38, np.nan
+    weights = rng.integers(0, 2**32, 512, dtype=np.uint32).view(np.float32)
+    weights[::7], weights[::5] = np.inf, np.nan
+    room = np.full((7, row_bytes(type, 512)), 0xA5, np.uint8)
+    quantize(type, x, weights, out=room[1:6])
+    assert (room[[0, 6]] == 0xA5).all()
+    back = np.full((7, 512), 1.5, np.float32)
+    dequantize(type, room[1:6], 512, out=back[1:6])
+    assert (back[[0, 6]] == 1.5).all()
+
+
 def test_out_is_filled_and_refusals():
     x = kernel_data.rows("normal", 1, 2, 256)
     out = np.zeros((2, row_bytes("Q4_0", 256)), np.uint8)

@@ -134,8 +134,8 @@ void quantize_iq1_s(const float* x, const float* importance, uint8_t* out) {
     for (int g = 0; g < 8; ++g) {
         const float *xg = x + 32 * g, *wg = w + 32 * g;
         if (largest_magnitude(xg, 32) < 1e-12f) continue;
-        int order[32], points[4];
-        uint8_t codes[32];
+        int order[32] = {}, points[4];
+        uint8_t codes[32] = {};
         sort<32>(xg, order);
         Split split = split_s(xg, wg, order);
         if (split.shift < 0) continue;
@@ -205,8 +205,8 @@ void quantize_iq1_m(const float* x, const float* importance, uint8_t* out) {
     for (int g = 0; g < 16; ++g) {
         const float *xg = x + 16 * g, *wg = w + 16 * g;
         if (largest_magnitude(xg, 16) < 1e-7f) continue;
-        int order[16];
-        uint8_t codes[16];
+        int order[16] = {};
+        uint8_t codes[16] = {};
         sort<16>(xg, order);
         Split split = split_m(xg, wg, order);
         if (split.shift < 0) continue;
