@@ -148,6 +148,32 @@ def test_inspect_and_formats(place: Path) -> None:
     assert result.exit_code == 0 and "nf4" in result.output and "q8_0" in result.output
 
 
+def test_many_outputs_in_one_pass_are_the_same_files(place: Path) -> None:
+    kinds = ["q8_0", "q4_0", "nf4", "f16"]
+    result = run("quantize", place / "src", place / "many", "--type", ",".join(kinds))
+    assert result.exit_code == 0, result.output
+    for kind in kinds:
+        alone = place / ("alone" if kind == "nf4" else f"alone-{kind}.gguf")
+        assert run("quantize", place / "src", alone, "--type", kind, "--no-verify").exit_code == 0
+        together = place / "many" / ("many-nf4" if kind == "nf4" else f"many-{kind}.gguf")
+        if kind == "nf4":
+            assert listing(together) == listing(alone)
+        else:
+            assert together.read_bytes() == alone.read_bytes()
+    assert len(list((place / "many").iterdir())) == len(kinds)
+    assert_refused(
+        run("quantize", place / "src", place / "many", "--type", "q8_0,q6_k"), 2, "many-q8_0.gguf", "--force"
+    )
+
+
+def test_split_output_is_a_folder_of_shards(place: Path) -> None:
+    result = run("quantize", place / "src", place / "out.gguf", "--type", "q8_0", "--split-max-tensors", 15)
+    assert result.exit_code == 0, result.output
+    names = sorted(path.name for path in (place / "out").iterdir())
+    assert names == [f"out-{i:05d}-of-00003.gguf" for i in (1, 2, 3)]
+    assert run("verify", place / "out" / names[1], "--reference", place / "src").exit_code == 0
+
+
 def test_losses_are_named_by_kind_and_layer(place: Path) -> None:
     from gemma2tool.cli.produce import loss_lines
 
@@ -245,7 +271,9 @@ def test_flipped_bit_in_a_torch_file(place: Path) -> None:
     """The container's own checksum is checked while the bytes stream past: torch.load would not notice."""
     assert run("convert", place / "src", place / "a.ckpt", "--no-verify").exit_code == 0
     content = bytearray((place / "a.ckpt").read_bytes())
-    at = content.find((place / "src" / "model.safetensors").read_bytes()[-128:])  # the last tensor of the safetensors file, model.norm
+    at = content.find(
+        (place / "src" / "model.safetensors").read_bytes()[-128:]
+    )  # the last tensor of the safetensors file, model.norm
     assert at > 0
     content[at + 100] ^= 1
     (place / "a.ckpt").write_bytes(content)

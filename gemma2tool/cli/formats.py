@@ -12,11 +12,15 @@ def formats(quiet: o.Quiet = False, json_output: o.Json = False) -> None:
     from gemma2tool.console import Console
     from gemma2tool.formats import packings, registry
     from gemma2tool.formats.mlx import TYPES as MLX_TYPES
+    from gemma2tool.formats.sbs import TYPES as SBS_TYPES
     from gemma2tool.quantizers.mixtures import FILE_TYPES
 
     console = Console(quiet=quiet, json=json_output)
-    more = {"gguf": sorted(FILE_TYPES), "hf": packings.TYPES, "mlx": MLX_TYPES}
-    types = {each.name: list(dict.fromkeys((*FLOATS, *more.get(each.name, ())))) if each.writable else [] for each in registry.LISTINGS}
+    more = {"gguf": sorted(FILE_TYPES), "hf": packings.TYPES, "mlx": MLX_TYPES, "gemma-cpp": SBS_TYPES}
+    types = {
+        each.name: list(dict.fromkeys((*FLOATS, *more.get(each.name, ())))) if each.writable else []
+        for each in registry.LISTINGS
+    }
     if json_output:
         console.emit_json(
             [
@@ -33,7 +37,10 @@ def formats(quiet: o.Quiet = False, json_output: o.Json = False) -> None:
         return
     console.table(
         ("format", "files", "remarks", "needs", "types written"),
-        [(each.name, each.files, each.remarks, _command(each.extra) or "", " ".join(types[each.name])) for each in registry.LISTINGS],
+        [
+            (each.name, each.files, each.remarks, _command(each.extra) or "", " ".join(types[each.name]))
+            for each in registry.LISTINGS
+        ],
     )
 
 

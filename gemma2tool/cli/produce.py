@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from gemma2tool.console import Console
     from gemma2tool.pipeline.plan import Plan
 
+FILE_SUFFIXES = (".ckpt", ".gguf")
 FLOAT_DTYPES = ("f32", "f16", "bf16")
 GGUF_DTYPES = (*FLOAT_DTYPES, "auto", "q8_0", "tq1_0", "tq2_0")
 
@@ -47,33 +49,46 @@ def produce(
     from gemma2tool.formats import registry
     from gemma2tool.formats.base import WriteOptions
     from gemma2tool.pipeline.evaluate import read_tokens
-    from gemma2tool.pipeline.plan import make_plan
+    from gemma2tool.pipeline.plan import make_plan, shared
     from gemma2tool.pipeline.run import Checks, run
+    from gemma2tool.storage.paths import refuse_existing
     from gemma2tool.verify.gates import parse_gates
 
     console = Console(quiet=quiet, json=json_output)
-    target = registry.for_destination(dst, to)
-    _check_dtype(dtype, target)
-    options = WriteOptions(
-        dtype=dtype,
-        type=type,
-        max_shard_size=o.parse_size(max_shard_size),
-        name=dst.name,
-        extra={**extra, "allow_mismatch": allow_mismatch, "single_file": dst.suffix.lower() in (".ckpt", ".gguf")},
-    )
+    if dst.suffix.lower() == ".gguf" and (extra.get("split_max_size") or extra.get("split_max_tensors")):
+        dst, to = dst.with_suffix(""), "gguf"
+        console.note(f"{dst}: a folder for the files of the split")
+    wanted = _destinations(dst, to, type)
+    for path, format_name, _ in wanted:
+        _check_dtype(dtype, format_name)
+        refuse_existing(path, force=force, folder=path.suffix.lower() not in FILE_SUFFIXES)
+    shard_size = o.parse_size(max_shard_size)
     budget = o.parse_size(memory)
     gates = parse_gates(gate or ())
     with registry.open_checkpoint(src, config=o.load_config(config)) as source:
-        plan = make_plan(source, dst, to=to, options=options)
-        _remarks(plan, console)
+        read = source if len(wanted) == 1 else shared(source)
+        plans = []
+        for path, format_name, name in wanted:
+            single = path.suffix.lower() in FILE_SUFFIXES
+            options = WriteOptions(
+                dtype=dtype,
+                type=name,
+                max_shard_size=shard_size,
+                name=path.name,
+                extra={**extra, "allow_mismatch": allow_mismatch, "single_file": single},
+            )
+            plans.append(replace(make_plan(read, path, to=format_name, options=options), source=source))
+        _remarks(plans, console)
         if dry_run:
-            _show_plan(plan, console, json_output)
+            _show_plans(plans, console, json_output)
             return
+        if len(wanted) > 1:
+            dst.mkdir(exist_ok=True)
         checks = None
         if not no_verify:
             checks = Checks(read_tokens(tokens, source.config) if tokens else None, gates)
-        result = run(
-            plan,
+        results = run(
+            plans,
             checks,
             force=force,
             threads=threads or o.default_threads(),
@@ -82,13 +97,33 @@ def produce(
             console=console,
         )
     if json_output:
-        console.emit_json(result.to_json())
-    else:
+        content = [result.to_json() for result in results]
+        console.emit_json(content[0] if len(content) == 1 else {"outputs": content})
+    for result in results:
         if result.verification is not None:
             console.verification(result.verification)
         console.print(result.sentence())
-    if result.verification is not None and not result.verification.passed:
+    if not all(result.written for result in results):
         raise typer.Exit(EXIT_VERIFICATION_FAILED)
+
+
+def _destinations(dst: Path, to: str | None, types: str | None) -> list[tuple[Path, str, str | None]]:
+    """(path, format, type) of each output: DST itself, or, for several types, ``DST/NAME-TYPE.gguf`` and folders ``DST/NAME-TYPE``."""
+    from gemma2tool.formats import packings, registry
+
+    names = list(dict.fromkeys((types or "").split(",")))
+    if len(names) == 1:
+        return [(dst, registry.for_destination(dst, to), types)]
+    if dst.suffix.lower() in FILE_SUFFIXES or (dst.exists() and not dst.is_dir()):
+        raise UsageError(
+            "output.kind", f"{dst}: several types need a folder to put their files into", hint="name a folder as DST"
+        )
+    found = []
+    for name in names:
+        format_name = to or ("hf" if name in packings.TYPES else "gguf")
+        suffix = ".gguf" if format_name == "gguf" else ""
+        found.append((dst / f"{dst.resolve().name}-{name}{suffix}", format_name, name))
+    return found
 
 
 def _check_dtype(dtype: str | None, target: str) -> None:
@@ -101,12 +136,14 @@ def _check_dtype(dtype: str | None, target: str) -> None:
         )
 
 
-def _remarks(plan: Plan, console: Console) -> None:
-    source = plan.source
-    for warning in (*source.warnings, *source.config.warnings, *plan.output.warnings):
-        console.warn(warning)
-    for line in loss_lines(plan.output.losses):
-        console.warn(f"{plan.output.format} stores w + 1 of a norm w: {line}")
+def _remarks(plans: Sequence[Plan], console: Console) -> None:
+    source = plans[0].source
+    remarks = [*source.warnings, *source.config.warnings]
+    for plan in plans:
+        remarks += plan.output.warnings
+        remarks += [f"{plan.output.format} stores w + 1 of a norm w: {line}" for line in loss_lines(plan.output.losses)]
+    for remark in dict.fromkeys(remarks):
+        console.warn(remark)
 
 
 def loss_lines(losses: Sequence[tuple[str, float]]) -> list[str]:
@@ -134,10 +171,16 @@ def _ranges(numbers: Sequence[int]) -> str:
     return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
 
 
-def _show_plan(plan: Plan, console: Console, json_output: bool) -> None:
+def _show_plans(plans: Sequence[Plan], console: Console, json_output: bool) -> None:
     if json_output:
-        console.emit_json(plan.to_json())
-        return
+        content = [plan.to_json() for plan in plans]
+        console.emit_json(content[0] if len(content) == 1 else {"outputs": content})
+    for plan in plans:
+        _show_plan(plan, console)
+
+
+def _show_plan(plan: Plan, console: Console) -> None:
+    console.print(f"{plan.destination} ({plan.output.format}), {plan.output.nbytes:,} bytes")
     rows = [
         (item.name, "x".join(map(str, item.source.shape)), item.source.stored, item.encoder.name)
         for item in plan.output.tensors

@@ -18,7 +18,8 @@ def quantize(
         typer.Option(
             "--type",
             metavar="TYPE",
-            help="For GGUF: q8_0, q4_0, q4_k_m, ... For a folder: nf4, fp4, int8. 'gemma2tool formats' lists all.",
+            help="For GGUF: q8_0, q4_0, q4_k_m, ... For a folder: nf4, fp4, int8, ... 'gemma2tool formats' lists all. "
+            "Several, with commas, go into the folder DST in one pass over SRC.",
         ),
     ],
     to: o.To = None,

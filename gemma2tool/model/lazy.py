@@ -6,6 +6,7 @@ nothing here may read more than the rows it was asked for.
 
 from __future__ import annotations
 
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 
@@ -140,6 +141,27 @@ class StackedRows(LazyTensor):
                 pieces.append(source.load_rows(a, b))
             start += source.shape[0]
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+
+class SharedRows(LazyTensor):
+    """A tensor that several readers go through in step: the range that a thread read last, of any tensor, is kept for its next reader.
+
+    The arrays are read-only, because others will see them, too.
+    """
+
+    _last = threading.local()
+
+    def __init__(self, source: LazyTensor) -> None:
+        self.source = source
+        self.shape, self.dtype, self.stored, self.origin = source.shape, source.dtype, source.stored, source.origin
+
+    def load_rows(self, first: int, last: int) -> np.ndarray:
+        asked = (self.source, first, last)
+        if getattr(self._last, "asked", None) != asked:
+            rows = self.source.load_rows(first, last)
+            rows.flags.writeable = False
+            self._last.asked, self._last.rows = asked, rows
+        return self._last.rows
 
 
 def row_ranges(rows: int, row_bytes: int, chunk_bytes: int, multiple: int = 1) -> Iterator[tuple[int, int]]:

@@ -7,12 +7,13 @@ file, what the target cannot hold, and what will be checked.
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from gemma2tool.formats import registry
 from gemma2tool.formats.base import Output, WriteOptions
 from gemma2tool.model.checkpoint import Checkpoint
+from gemma2tool.model.lazy import SharedRows
 from gemma2tool.storage.paths import refuse_same
 
 
@@ -60,6 +61,11 @@ class Plan:
             "losses": [{"tensor": name, "max_abs": loss} for name, loss in self.output.losses],
             "warnings": [*self.source.warnings, *self.source.config.warnings, *self.output.warnings],
         }
+
+
+def shared(source: Checkpoint) -> Checkpoint:
+    """``source`` with tensors that several outputs can go through in one pass."""
+    return replace(source, tensors={name: SharedRows(tensor) for name, tensor in source.tensors.items()}, closers=[])
 
 
 def make_plan(source: Checkpoint, destination: Path, *, to: str | None, options: WriteOptions) -> Plan:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,7 +13,7 @@ import numpy as np
 
 from gemma2tool.formats import registry
 from gemma2tool.pipeline.plan import Plan
-from gemma2tool.pipeline.write import write_output
+from gemma2tool.pipeline.write import write_outputs
 from gemma2tool.storage.staging import Staging
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ class RunResult:
 
 
 def run(
-    plan: Plan,
+    plans: Sequence[Plan],
     checks: Checks | None,
     *,
     force: bool,
@@ -71,34 +72,38 @@ def run(
     memory: int,
     allow_nonfinite: bool,
     console: Console,
-) -> RunResult:
-    """Write the planned output beside its destination, verify it there, and only then rename it.
+) -> list[RunResult]:
+    """Write the planned outputs of one source, in one pass over it, beside their destinations; verify each there; only then rename it.
 
-    Where a gate fails, or anything else goes wrong, the destination is left as it was.
+    An output whose verification fails is discarded, and its destination left as it was; where anything else goes wrong, all are.
     """
-    output = plan.output
     started = time.monotonic()
-    with Staging(plan.destination, force=force, expected_bytes=output.nbytes, folder=not output.single_file) as staging:
-        sinks = {file.name: staging.file(file.name, file.size) for file in output.files}
-        with console.progress(plan.source_bytes, plan.destination.name) as progress:
-            write_output(
-                output,
-                sinks,
-                threads=threads,
-                memory=memory,
-                allow_nonfinite=allow_nonfinite,
-                advance=progress.advance,
+    with ExitStack() as stack:
+        stagings, outputs = [], []
+        for plan in plans:
+            output = plan.output
+            staging = stack.enter_context(
+                Staging(plan.destination, force=force, expected_bytes=output.nbytes, folder=not output.single_file)
             )
-        for name, data in output.assets.items():
-            staging.write_bytes(name, data)
+            stagings.append(staging)
+            outputs.append((output, {file.name: staging.file(file.name, file.size) for file in output.files}))
+        label = plans[0].destination.name if len(plans) == 1 else f"{len(plans)} outputs"
+        with console.progress(max(plan.source_bytes for plan in plans), label) as progress:
+            write_outputs(
+                outputs, threads=threads, memory=memory, allow_nonfinite=allow_nonfinite, advance=progress.advance
+            )
+        for plan, staging in zip(plans, stagings, strict=True):
+            for name, data in plan.output.assets.items():
+                staging.write_bytes(name, data)
         seconds = time.monotonic() - started
-        verification = None
-        if checks is not None:
-            verification = _verify(plan, staging.path, checks, threads, console)
-            if not verification.passed:
-                return RunResult(plan, seconds, verification)
-        staging.commit()
-    return RunResult(plan, seconds, verification)
+        results = []
+        for plan, staging in zip(plans, stagings, strict=True):
+            verification = None if checks is None else _verify(plan, staging.path, checks, threads, console)
+            results.append(RunResult(plan, seconds, verification))
+        for result, staging in zip(results, stagings, strict=True):
+            if result.written:
+                staging.commit()
+    return results
 
 
 def _verify(plan: Plan, staged: Path, checks: Checks, threads: int, console: Console) -> Verification:
