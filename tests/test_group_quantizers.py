@@ -6,6 +6,8 @@ the oracles, which they wrote, check it again in test_packings.py.
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import pytest
 import torch
@@ -24,13 +26,16 @@ def instruction_set(request):
     kernels.use_instruction_set(before)
 
 
-def every_kind(height: int = 12):
+@functools.cache
+def every_kind(height: int = 12) -> list[np.ndarray]:
+    arrays = []
     for kind in ROWS:
         for dtype in DTYPES:
             with np.errstate(over="ignore"):
                 array = rows(kind, 3, height, 256).astype(dtype)
             if np.isfinite(array.astype(np.float32)).all():
-                yield array
+                arrays.append(array)
+    return arrays
 
 
 def compressed_tensors(weight: torch.Tensor, scheme: compressed.Scheme):
