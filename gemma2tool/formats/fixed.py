@@ -21,17 +21,19 @@ GEMMA2 = {
 _SAME = {"hidden_activation": ("gelu_pytorch_tanh", "gelu_new"), "use_bidirectional_attention": (None, False)}
 
 
-def refuse_or_warn(config: Gemma2Config, consumer: str, fixed: Mapping[str, object], options: WriteOptions) -> list[str]:
+def refuse_or_warn(
+    config: Gemma2Config, consumer: str, fixed: Mapping[str, object], options: WriteOptions, *, any_layers: bool = False
+) -> list[str]:
     """One line for each field of ``config`` that ``consumer`` would compute with another value, or with other layers sliding.
 
-    Raises ``InputRefused`` instead, unless the options allow a mismatch.
+    ``any_layers``: the consumer is told which layers slide. Raises ``InputRefused`` instead, unless the options allow a mismatch.
     """
     found = []
     for name, value in fixed.items():
         mine = getattr(config, name)
         if mine != value and mine not in _SAME.get(name, ()):
             found.append(f"{name} is {mine!r}; {consumer} would use {value!r}")
-    if config.layer_types != tuple(FULL if layer % 2 else SLIDING for layer in range(config.num_hidden_layers)):
+    if not any_layers and config.layer_types != tuple(FULL if layer % 2 else SLIDING for layer in range(config.num_hidden_layers)):
         found.append(f"layer_types do not alternate; {consumer} would let every even layer slide, odd layers not")
     if found and not options.extra.get("allow_mismatch"):
         raise InputRefused(

@@ -39,6 +39,7 @@ LISTINGS: tuple[Listing, ...] = (
         "Google's original; int8 variant read",
         suffix=".ckpt",
     ),
+    Listing("gemma-cpp", "gemma2tool.formats.sbs:GemmaCpp", "NAME.sbs", "gemma.cpp; 8-bit SFP, 4-bit NUQ read", suffix=".sbs"),
     Listing(
         "flax",
         "gemma2tool.formats.flax:Flax",

@@ -1,0 +1,178 @@
+"""gemma.cpp's ``.sbs`` container: named blobs, each at a multiple of 256 bytes. Source: gemma.cpp ``io/blob_store.cc``, ``io/fields.cc``.
+
+Until July 2025 the directory followed the header at the front of the file; since then it lies with the true header at its end.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from gemma2tool.errors import InputRefused
+from gemma2tool.storage.quoting import quoted
+from gemma2tool.storage.reading import FileReader
+
+MAGIC = 0x0A534253  # "SBS\n"
+ALIGN, END_ALIGN = 256, 64 << 10
+MAX_BLOBS = 16 << 10
+MAX_LIST = 64 << 10
+MAX_TEXT_WORDS = 64
+_HEADER = struct.Struct("<IIQ")
+_HINT = "the file is damaged or incomplete: fetch it again"
+
+
+@dataclass(frozen=True)
+class Blob:
+    """``nbytes`` bytes from the absolute ``offset`` on."""
+
+    offset: int
+    nbytes: int
+
+
+def read_directory(reader: FileReader) -> dict[str, Blob]:
+    """The blobs by key, in file order. Raises InputRefused (``sbs.*``) unless they cover the file back to back."""
+    if reader.size < _HEADER.size:
+        raise refused("truncated", reader.path, "is too short for a header")
+    magic, count, size = _HEADER.unpack(reader.pread(0, _HEADER.size))
+    if magic != MAGIC:
+        raise refused("magic", reader.path, "does not begin with SBS")
+    at_end = count == 0
+    if at_end:
+        magic, count, size = _HEADER.unpack(reader.pread(reader.size - _HEADER.size, _HEADER.size))
+        if magic != MAGIC or count == 0:
+            raise refused("truncated", reader.path, "has no directory at its end: it was cut or not finished")
+    if size != reader.size:
+        raise refused("truncated", reader.path, f"has {reader.size} bytes, its header says {size}")
+    if count > MAX_BLOBS:
+        raise refused("too-many-blobs", reader.path, f"says it holds {count} blobs; at most {MAX_BLOBS} are accepted")
+    nbytes = 32 * count
+    start = reader.size - _HEADER.size - nbytes if at_end else _HEADER.size
+    if start < _HEADER.size:
+        raise refused("truncated", reader.path, f"is too short for a directory of {count} blobs")
+    raw = bytes(reader.pread(start, nbytes))
+    blobs: dict[str, Blob] = {}
+    expected = ALIGN if at_end else _aligned(_HEADER.size + nbytes)
+    limit = start if at_end else reader.size
+    for index in range(count):
+        key = _key(reader.path, raw[16 * index : 16 * index + 16])
+        offset, length = struct.unpack_from("<QQ", raw, 16 * (count + index))
+        if key in blobs:
+            raise refused("duplicate-key", reader.path, f"the blob {quoted(key)} appears twice")
+        if offset != expected or length == 0 or offset + length > limit:
+            raise refused("extent", reader.path, f"the blob {quoted(key)} does not lie where the one before it ends")
+        blobs[key] = Blob(offset, length)
+        expected = _aligned(offset + length)
+    return blobs
+
+
+def _key(path: Path, raw: bytes) -> str:
+    text, _, rest = raw.partition(b"\0")
+    if not text or rest.strip(b"\0") or not text.isascii() or not text.decode().isprintable():
+        raise refused("key", path, f"has the blob name {quoted(raw)}")
+    return text.decode()
+
+
+def _aligned(offset: int) -> int:
+    return -(-offset // ALIGN) * ALIGN
+
+
+def layout(blobs: Sequence[tuple[str, int]]) -> tuple[list[tuple[int, bytes]], dict[str, int], int]:
+    """The bytes around the blobs (name, size), each one's offset, and the file's size, as gemma.cpp writes since July 2025."""
+    offsets: dict[str, int] = {}
+    offset = ALIGN
+    for name, nbytes in blobs:
+        offsets[name] = offset
+        offset = _aligned(offset + nbytes)
+    directory = b"".join(name.encode().ljust(16, b"\0") for name, _ in blobs)
+    directory += b"".join(struct.pack("<QQ", offsets[name], nbytes) for name, nbytes in blobs)
+    total = -(-(offset + _aligned(_HEADER.size + len(directory))) // END_ALIGN) * END_ALIGN
+    tail = directory + _HEADER.pack(MAGIC, len(blobs), total)
+    front = _HEADER.pack(MAGIC, 0, END_ALIGN).ljust(ALIGN, b"\0")
+    return [(0, front), (total - len(tail), tail)], offsets, total
+
+
+# -- records of 32-bit words -------------------------------------------------------------------------------------------
+
+Schema = Mapping[str, object]
+"""Field name to kind: "u32", "bool", "i32", "f32", "text", a schema (a nested record), or a list of one of them."""
+
+
+class Words:
+    """Reads records: a count of words, then fields in the schema's order; a record of an older writer ends early."""
+
+    def __init__(self, data: bytes, path: Path, what: str) -> None:
+        if len(data) % 4:
+            raise refused("record", path, f"the blob {what!r} is no whole number of words")
+        self.words = struct.unpack(f"<{len(data) // 4}I", data)
+        self.path, self.what, self.at = path, what, 0
+
+    @property
+    def done(self) -> bool:
+        return self.at >= len(self.words)
+
+    def record(self, schema: Schema, limit: int | None = None) -> dict[str, object]:
+        count = self._word(len(self.words) if limit is None else limit)
+        end = self.at + count
+        if end > (len(self.words) if limit is None else limit):
+            raise self._broken("goes on beyond its end")
+        result: dict[str, object] = {}
+        for name, kind in schema.items():
+            if self.at >= end:
+                break
+            result[name] = self._value(kind, end)
+        self.at = end
+        return result
+
+    def _value(self, kind: object, end: int) -> object:
+        if isinstance(kind, Mapping):
+            return self.record(kind, end)
+        if isinstance(kind, list):
+            count = self._word(end)
+            if count > min(MAX_LIST, end - self.at):
+                raise self._broken(f"says it lists {count} values")
+            return [self._value(kind[0], end) for _ in range(count)]
+        if kind == "text":
+            count = self._word(end)
+            if count > min(MAX_TEXT_WORDS, end - self.at):
+                raise self._broken(f"has a text of {count} words")
+            raw = b"".join(struct.pack("<I", self._word(end)) for _ in range(count)).rstrip(b"\0")
+            if not raw.isascii() or b"\0" in raw:
+                raise self._broken("has a text that is not ASCII")
+            return raw.decode()
+        word = self._word(end)
+        if kind == "bool" and word > 1:
+            raise self._broken(f"has the truth value {word}")
+        return struct.unpack("<f" if kind == "f32" else "<i" if kind == "i32" else "<I", struct.pack("<I", word))[0]
+
+    def _word(self, end: int) -> int:
+        if self.at >= end:
+            raise self._broken("ends too early")
+        self.at += 1
+        return self.words[self.at - 1]
+
+    def _broken(self, message: str) -> InputRefused:
+        return refused("record", self.path, f"the blob {self.what!r} {message}")
+
+
+def pack(schema: Schema, values: Mapping[str, object]) -> bytes:
+    """A record: its number of words, then its fields."""
+    body = b"".join(_packed(kind, values[name]) for name, kind in schema.items())
+    return struct.pack("<I", len(body) // 4) + body
+
+
+def _packed(kind: object, value: object) -> bytes:
+    if isinstance(kind, Mapping):
+        return pack(kind, value)
+    if isinstance(kind, list):
+        return struct.pack("<I", len(value)) + b"".join(_packed(kind[0], item) for item in value)
+    if kind == "text":
+        raw = value.encode("ascii")
+        raw += b"\0" * (-len(raw) % 4)
+        return struct.pack("<I", len(raw) // 4) + raw
+    return struct.pack("<f" if kind == "f32" else "<i" if kind == "i32" else "<I", value)
+
+
+def refused(kind: str, path: Path, message: str) -> InputRefused:
+    return InputRefused(f"sbs.{kind}", f"{path.name}: {message}", hint=_HINT)

@@ -1,0 +1,100 @@
+"""gemma.cpp's 8-bit "switching floating point", and the 4-bit clusters whose centres it stores. Source: gemma.cpp ``compression/``.
+
+A code is a sign, then an exponent with three mantissa bits for magnitudes from 2^-7, with two below; 0x80 is not used. The largest
+magnitude is 1.875: tensors with larger values are stored divided by a scale of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import ClassVar
+
+import numpy as np
+
+from gemma2tool.model.lazy import FLOAT32, to_float32
+from gemma2tool.quantizers.base import Part
+
+MAX = 1.875
+GROUP, CLUSTERS = 256, 16
+
+
+@lru_cache(maxsize=1)
+def decoding() -> np.ndarray:
+    """The value of every code, float32 (256,)."""
+    codes = np.arange(128)
+    large = codes >= 64
+    bits = np.where(large, 3, 2)
+    exponent = (codes >> bits) - np.where(large, 15, 23)
+    values = (1 + (codes & ((1 << bits) - 1)) / (1 << bits)) * 2.0**exponent
+    values[0] = 0
+    return np.concatenate([values, -values]).astype(FLOAT32)
+
+
+@lru_cache(maxsize=1)
+def encoding() -> np.ndarray:
+    """The code of every bfloat16 by its bits, uint8 (65536,): nearest, ties to even mantissa; magnitudes above 1.875 saturate.
+
+    As ``SfpCodec::EncBytes``: magnitudes from 1.111b * 2^-8 on round to 2^-7, those that round to 2^-23 become 1.01b * 2^-23, for its
+    own code is zero's.
+    """
+    bits = np.arange(1 << 16, dtype=np.uint32) << 16
+    magnitude = np.minimum(bits & 0x7FFFFFFF, np.float32(MAX).view(np.uint32))
+    large_before = magnitude >= np.float32(0.007568359375).view(np.uint32)
+    shift = np.where(large_before, 20, 21).astype(np.uint32)
+    rounded = magnitude + ((magnitude >> shift) & 1) + (np.uint32(1) << (shift - 1)) - 1
+    large = magnitude >= np.float32(0.00732421875).view(np.uint32)
+    mantissa = (rounded & 0x7FFFFF) >> np.where(large, 20, 21).astype(np.uint32)
+    exponent = (rounded >> 23).astype(np.int64) - 127
+    mantissa = np.where((exponent == -23) & (mantissa == 0), 1, mantissa)
+    code = (exponent + np.where(large, 15, 23)) << np.where(large, 3, 2) | mantissa
+    code = np.where(exponent < -23, 0, code | (bits >> 24 & 0x80))
+    return code.astype(np.uint8)
+
+
+def encode(values: np.ndarray, scale: float) -> np.ndarray:
+    """Codes, uint8, of values divided by ``scale``. Low bits of float32 are cut to bfloat16, as gemma.cpp does before it rounds."""
+    wide = to_float32(values)
+    if scale != 1:
+        wide = np.clip(wide * np.float32(1 / np.float64(scale)), -MAX, MAX)
+    return encoding()[np.ascontiguousarray(wide, FLOAT32).view(np.uint32) >> 16]
+
+
+def scale_for(largest: float) -> float:
+    """The scale of a tensor whose largest magnitude is this: 1 where it fits (``ScaleWeights``)."""
+    return 1.0 if largest <= MAX else float(np.float32(np.float32(largest) / np.float32(MAX)))
+
+
+@dataclass(frozen=True)
+class Sfp:
+    """Rows as SFP codes of values divided by ``scale``."""
+
+    scale: float = 1.0
+
+    name: ClassVar[str] = "sfp"
+    lossless: ClassVar[bool] = False
+    collects: ClassVar[tuple[str, ...]] = ()
+
+    def parts(self, shape: tuple[int, ...]) -> tuple[Part, ...]:
+        return (Part("", "U8", shape, int(np.prod(shape, dtype=np.int64))),)
+
+    def row_multiple(self, shape: tuple[int, ...]) -> int:
+        return 1
+
+    def encode(self, rows: np.ndarray) -> Mapping[str, np.ndarray]:
+        return {"": encode(rows, self.scale)}
+
+    def finish(self, shape: tuple[int, ...], collected: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+        return {}
+
+
+def nuq_bytes(values: int) -> int:
+    """Bytes of a NUQ stream: sixteen centres for each group of 256 values, then half a byte a value."""
+    return CLUSTERS * -(-values // GROUP) + -(-values // 2)
+
+
+def nuq_decode(centres: np.ndarray, nibbles: np.ndarray) -> np.ndarray:
+    """Values (groups, 256) of centres (groups, 16), SFP codes, and packed indices (groups, 128), the low half of a byte first."""
+    indices = np.stack([nibbles & 15, nibbles >> 4], axis=-1).reshape(len(nibbles), GROUP)
+    return np.take_along_axis(decoding()[centres], indices.astype(np.intp), axis=1)
