@@ -242,6 +242,7 @@ def test_the_model_is_trained(fixture_dir, state, heldout):
     model = peer(fixture_dir, state)
     scores = logits(model, windows)
     assert perplexity(scores, windows) < unigram / 10
+    assert perplexity(scores, windows) == pytest.approx(12.672, rel=1e-4)  # the figure in fixtures/README.md
 
     # Training reached every rule of the architecture: a model without one of them is another model.
     assert windows.shape[1] > model.config.sliding_window
