@@ -44,7 +44,8 @@ INLINE void halves_from(const float* x, uint16_t* out) {
 
 INLINE void floats_from(const uint16_t* h, float* out) {
 #if defined(__F16C__)
-    for (int i = 0; i < BLOCK; i += 8) _mm256_storeu_ps(out + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(h + i))));
+    for (int i = 0; i < BLOCK; i += 8)
+        _mm256_storeu_ps(out + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(h + i))));
 #else
     for (int i = 0; i < BLOCK; ++i) {
         const uint32_t a = h[i] & 0x7fff;
@@ -78,11 +79,13 @@ INLINE void by_blocks(const void* in, void* out, size_t n, Function f) {
 }
 
 void f32_to_f16(const void* in, void* out, size_t n) {
-    by_blocks<float, uint16_t>(in, out, n, [](const float* x, uint16_t* y) __attribute__((always_inline)) { halves_from(x, y); });
+    by_blocks<float, uint16_t>(in, out, n,
+                               [](const float* x, uint16_t* y) __attribute__((always_inline)) { halves_from(x, y); });
 }
 
 void f16_to_f32(const void* in, void* out, size_t n) {
-    by_blocks<uint16_t, float>(in, out, n, [](const uint16_t* x, float* y) __attribute__((always_inline)) { floats_from(x, y); });
+    by_blocks<uint16_t, float>(in, out, n,
+                               [](const uint16_t* x, float* y) __attribute__((always_inline)) { floats_from(x, y); });
 }
 
 void f32_to_bf16(const void* in, void* out, size_t n) {

@@ -37,9 +37,11 @@ void set_grid(const std::string& name, nb::bytes coordinates) {
     for (int g = 0; g < GRIDS; ++g) {
         if (name != names[g]) continue;
         const uint8_t* c = (const uint8_t*)coordinates.c_str();
-        if (coordinates.size() != (size_t)sizes[g] * dims[g]) throw nb::value_error(("grid of the wrong size: " + name).c_str());
+        if (coordinates.size() != (size_t)sizes[g] * dims[g])
+            throw nb::value_error(("grid of the wrong size: " + name).c_str());
         for (size_t i = 0; i < coordinates.size(); ++i)
-            if (c[i] >= (dims[g] == 8 ? 3 : 8)) throw nb::value_error(("grid with a coordinate out of range: " + name).c_str());
+            if (c[i] >= (dims[g] == 8 ? 3 : 8))
+                throw nb::value_error(("grid with a coordinate out of range: " + name).c_str());
         set_gguf_grid((GridName)g, c, sizes[g]);
         return;
     }
@@ -50,7 +52,7 @@ void set_grid(const std::string& name, nb::bytes coordinates) {
 
 void register_gguf(nb::module_& m) {
     m.def("gguf_set_grid", &set_grid, nb::arg("name"), nb::arg("coordinates"));
-    m.def("gguf_quantize", &quantize, nb::arg("type"), nb::arg("rows_of_floats"), nb::arg("importance"), nb::arg("rows"),
-          nb::arg("cols"), nb::arg("codes"));
+    m.def("gguf_quantize", &quantize, nb::arg("type"), nb::arg("rows_of_floats"), nb::arg("importance"),
+          nb::arg("rows"), nb::arg("cols"), nb::arg("codes"));
     m.def("gguf_dequantize", &dequantize, nb::arg("type"), nb::arg("codes"), nb::arg("blocks"), nb::arg("floats"));
 }

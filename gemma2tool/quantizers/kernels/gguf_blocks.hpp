@@ -1,7 +1,8 @@
 // How blocks meet lanes: lane l of every vector belongs to block l of a batch of LANES consecutive blocks.
 //
-// A batch of blocks of B floats is transposed into B vectors. From there on a kernel reads like scalar code for one block, keeps
-// ggml's order of operations within each block, and works on LANES blocks at a time. Codes leave as 32-bit words, transposed back.
+// A batch of blocks of B floats is transposed into B vectors. From there on a kernel reads like scalar code for one
+// block, keeps ggml's order of operations within each block, and works on LANES blocks at a time. Codes leave as 32-bit
+// words, transposed back.
 #pragma once
 
 #include "lanes.hpp"
@@ -23,8 +24,10 @@ INLINE void transpose(F* r) {
             u[g + 2 * h + 1] = (__m512)_mm512_unpackhi_pd(a, b);
         }
     for (int c = 0; c < 4; ++c) {
-        const __m512 a = _mm512_shuffle_f32x4(u[c], u[4 + c], 0x88), b = _mm512_shuffle_f32x4(u[8 + c], u[12 + c], 0x88);
-        const __m512 d = _mm512_shuffle_f32x4(u[c], u[4 + c], 0xdd), e = _mm512_shuffle_f32x4(u[8 + c], u[12 + c], 0xdd);
+        const __m512 a = _mm512_shuffle_f32x4(u[c], u[4 + c], 0x88),
+                     b = _mm512_shuffle_f32x4(u[8 + c], u[12 + c], 0x88);
+        const __m512 d = _mm512_shuffle_f32x4(u[c], u[4 + c], 0xdd),
+                     e = _mm512_shuffle_f32x4(u[8 + c], u[12 + c], 0xdd);
         r[c] = (F)_mm512_shuffle_f32x4(a, b, 0x88);
         r[8 + c] = (F)_mm512_shuffle_f32x4(a, b, 0xdd);
         r[4 + c] = (F)_mm512_shuffle_f32x4(d, e, 0x88);
@@ -128,10 +131,11 @@ INLINE F mean_square(const float* const* rows, int64_t cols) {
 
 // Runs `kernel` over all blocks of (rows, cols) floats, LANES at a time:
 //     kernel(const F* x, const F* importance or null, F mean_square_of_row, uint8_t* out)
-// x and importance are BLOCK vectors; out takes LANES blocks of BYTES bytes. ROW_MEAN: the mean square of the block's whole row
-// is wanted (computed only with importance). cols is a multiple of BLOCK, BLOCK of 16.
+// x and importance are BLOCK vectors; out takes LANES blocks of BYTES bytes. ROW_MEAN: the mean square of the block's
+// whole row is wanted (computed only with importance). cols is a multiple of BLOCK, BLOCK of 16.
 template <int BLOCK, int BYTES, bool ROW_MEAN, class Kernel>
-INLINE void for_blocks(const float* x, const float* importance, int64_t rows, int64_t cols, uint8_t* out, Kernel kernel) {
+INLINE void for_blocks(const float* x, const float* importance, int64_t rows, int64_t cols, uint8_t* out,
+                       Kernel kernel) {
     const int64_t per_row = cols / BLOCK;
     for (int64_t row = 0; row < rows; row += LANES, x += LANES * cols) {
         const int64_t here = rows - row < LANES ? rows - row : LANES, blocks = here * per_row;

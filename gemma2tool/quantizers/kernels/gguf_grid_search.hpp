@@ -1,8 +1,8 @@
 // Searches on the grids of the IQ1, IQ2 and IQ3 types.
 //
-// A group is one block's here: lanes are the tries of a scale, or the neighbours of a point. A distance to a point is a sum over its
-// coordinates, and a coordinate has only 3 or 8 values: the terms are tabulated once, then every neighbour is a few look-ups and adds,
-// in the order of the coordinates as ggml adds them.
+// A group is one block's here: lanes are the tries of a scale, or the neighbours of a point. A distance to a point is a
+// sum over its coordinates, and a coordinate has only 3 or 8 values: the terms are tabulated once, then every neighbour
+// is a few look-ups and adds, in the order of the coordinates as ggml adds them.
 #pragma once
 
 #include "gguf_grids.hpp"
@@ -46,10 +46,11 @@ INLINE int code_of_point(const uint8_t* coordinates) {
     return u;
 }
 
-// Of the neighbours of the code `u`, which is not on the grid, the point with the least sum of w (scale value - x)^2; `values` are
-// those of the coordinates.
+// Of the neighbours of the code `u`, which is not on the grid, the point with the least sum of w (scale value - x)^2;
+// `values` are those of the coordinates.
 template <int DIMS, int LEVELS>
-INLINE int nearest_neighbour(const Grid& grid, int u, const float* x, const float* w, float scale, const float* values) {
+INLINE int nearest_neighbour(const Grid& grid, int u, const float* x, const float* w, float scale,
+                             const float* values) {
     const int list = -1 - grid.index[u], start = grid.list_start[list], count = grid.list_start[list + 1] - start;
     const uint8_t* coordinates = grid.list_coordinates + (size_t)start * DIMS;
 
@@ -71,8 +72,8 @@ INLINE int nearest_neighbour(const Grid& grid, int u, const float* x, const floa
     return grid.list_points[start + position_of_least(least, best)];
 }
 
-// The same for 4-dimensional grids, whose lists are short: lane t is try t, with its code, which is not on the grid where `off`, and its
-// scale. Returns the coordinates, one a byte, the first lowest.
+// The same for 4-dimensional grids, whose lists are short: lane t is try t, with its code, which is not on the grid
+// where `off`, and its scale. Returns the coordinates, one a byte, the first lowest.
 INLINE I nearest_neighbours(const Grid& grid, I entry, I off, const float* x, const float* w, F scale) {
     const I list = off ? -1 - entry : I{};
     const I start = gather(grid.list_start, list), last = gather(grid.list_sizes, list) - 1;
@@ -97,9 +98,9 @@ constexpr float ODD[8] = {1, 3, 5, 7, 9, 11, 13, 15};
 
 // How the final codes of a group come from its final scale.
 enum class Refit {
-    ALL,           // every point again
-    OFF_GRID,      // the points that were not on the grid
-    ALL_IF_OFF,    // every point again if any was not on the grid
+    ALL,         // every point again
+    OFF_GRID,    // the points that were not on the grid
+    ALL_IF_OFF,  // every point again if any was not on the grid
 };
 
 // A group of N magnitudes as points of DIMS coordinates on a grid, and its scale.
@@ -110,10 +111,12 @@ struct GridFit {
     float scale;
     int points[POINTS];  // numbers on the grid
 
-    // x magnitudes (one a point may be negative), w weights, root their square roots. Tries the scales range / (top + step k) for
-    // k = -TRIES / 2 .. TRIES / 2, top = 2 LEVELS - 1; `scale` must be set to what it is when none is better than nothing.
-    static inline __attribute__((always_inline)) void fit(GridFit& out, const Grid& grid, const float* x, const float* w, const float* root, float range, float step,
-                    Refit refit, bool on_grid_at_first) {
+    // x magnitudes (one a point may be negative), w weights, root their square roots. Tries the scales range / (top +
+    // step k) for k = -TRIES / 2 .. TRIES / 2, top = 2 LEVELS - 1; `scale` must be set to what it is when none is
+    // better than nothing.
+    static inline __attribute__((always_inline)) void fit(GridFit& out, const Grid& grid, const float* x,
+                                                          const float* w, const float* root, float range, float step,
+                                                          Refit refit, bool on_grid_at_first) {
         float inverses[VECTORS * LANES], scales[VECTORS * LANES];
         for (int t = 0; t < VECTORS * LANES; ++t) {
             const int k = (t < TRIES ? t : TRIES - 1) - TRIES / 2;
@@ -134,7 +137,8 @@ struct GridFit {
                 const I entry = gather(grid.index, u), is_off = entry < 0;
                 off[p] |= lane_bits(is_off) << (v * LANES);
                 if (DIMS == 4 && any(is_off)) {
-                    const I near = nearest_neighbours(grid, entry, is_off, x + DIMS * p, root + DIMS * p, load(scales + v * LANES));
+                    const I near = nearest_neighbours(grid, entry, is_off, x + DIMS * p, root + DIMS * p,
+                                                      load(scales + v * LANES));
                     for (int i = 0; i < DIMS; ++i) l[i] = is_off ? (near >> (8 * i)) & 7 : l[i];
                 }
                 for (int i = 0; i < DIMS; ++i) codes[DIMS * p + i][v] = l[i];
@@ -142,7 +146,8 @@ struct GridFit {
             }
             for (int t = 0; DIMS != 4 && t < TRIES; ++t) {
                 if (!((off[p] >> t) & 1)) continue;
-                const int n = nearest_neighbour<DIMS, LEVELS>(grid, packed[t], x + DIMS * p, root + DIMS * p, scales[t], ODD);
+                const int n =
+                    nearest_neighbour<DIMS, LEVELS>(grid, packed[t], x + DIMS * p, root + DIMS * p, scales[t], ODD);
                 for (int i = 0; i < DIMS; ++i) codes[DIMS * p + i][t / LANES][t % LANES] = grid.points[n][i];
             }
         }
@@ -178,9 +183,9 @@ struct GridFit {
                 int u = 0;
                 for (int i = 0; i < DIMS; ++i)
                     u |= clip(nearest_int(0.5f * (inverse * x[DIMS * p + i] - 1.f)), 0, LEVELS - 1) << (BITS * i);
-                const int n = grid.index[u] >= 0
-                                  ? grid.index[u]
-                                  : nearest_neighbour<DIMS, LEVELS>(grid, u, x + DIMS * p, root + DIMS * p, out.scale, ODD);
+                const int n = grid.index[u] >= 0 ? grid.index[u]
+                                                 : nearest_neighbour<DIMS, LEVELS>(grid, u, x + DIMS * p,
+                                                                                   root + DIMS * p, out.scale, ODD);
                 for (int i = 0; i < DIMS; ++i) levels[DIMS * p + i] = grid.points[n][i];
             }
             float sum_qx = 0, sum_q2 = 0;
@@ -195,8 +200,9 @@ struct GridFit {
     }
 };
 
-// Magnitudes and signs of 8 values; bit i of the result is set where x[i] is negative. PARITY: the number of signs is made even by
-// turning the value with the least w x^2, whose magnitude becomes negative, and the eighth sign, now known, is dropped.
+// Magnitudes and signs of 8 values; bit i of the result is set where x[i] is negative. PARITY: the number of signs is
+// made even by turning the value with the least w x^2, whose magnitude becomes negative, and the eighth sign, now
+// known, is dropped.
 template <bool PARITY>
 INLINE int take_signs(const float* x, const float* w, float* magnitudes) {
     int signs = 0;
@@ -239,9 +245,11 @@ INLINE float ordered_sum_of_squares(const float* x, int n) {
 
 // Runs kernel(x, importance or null, out) for each superblock of 256.
 template <int BYTES, class Kernel>
-INLINE void for_superblocks(const float* x, const float* importance, int64_t rows, int64_t cols, uint8_t* out, Kernel kernel) {
+INLINE void for_superblocks(const float* x, const float* importance, int64_t rows, int64_t cols, uint8_t* out,
+                            Kernel kernel) {
     for (int64_t row = 0; row < rows; ++row)
-        for (int64_t c = 0; c < cols; c += 256, x += 256, out += BYTES) kernel(x, importance ? importance + c : nullptr, out);
+        for (int64_t c = 0; c < cols; c += 256, x += 256, out += BYTES)
+            kernel(x, importance ? importance + c : nullptr, out);
 }
 
 }  // namespace KERNELS_ISA

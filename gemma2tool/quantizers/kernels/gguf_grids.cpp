@@ -10,8 +10,8 @@ Grid gguf_grids[GRIDS];
 namespace {
 
 // What the coordinates of each grid stand for.
-constexpr int8_t VALUES[GRIDS][8] = {{8, 25, 43}, {8, 25, 43}, {8, 25, 43}, {-1, 0, 1}, {4, 12, 20, 28, 36, 44, 52, 62},
-                                     {1, 3, 5, 7, 9, 11, 13, 15}};
+constexpr int8_t VALUES[GRIDS][8] = {
+    {8, 25, 43}, {8, 25, 43}, {8, 25, 43}, {-1, 0, 1}, {4, 12, 20, 28, 36, 44, 52, 62}, {1, 3, 5, 7, 9, 11, 13, 15}};
 
 template <class T>
 T* keep(const std::vector<T>& v) {
@@ -55,7 +55,9 @@ void set_gguf_grid(GridName name, const uint8_t* points, int size) {
     g.size = size;
     g.dims = three ? 4 : 8;
     g.bits = three ? 3 : 2;
-    const int levels = three ? 8 : 3, distances = name == GRID_IQ1 || name == GRID_IQ3_S ? 3 : name == GRID_IQ2_S ? 1 : 2;
+    const int levels = three ? 8 : 3, distances = name == GRID_IQ1 || name == GRID_IQ3_S ? 3
+                                                  : name == GRID_IQ2_S                   ? 1
+                                                                                         : 2;
     g.points = new uint8_t[size][8]();
     g.values = new int8_t[size][8]();
     for (int j = 0; j < size; ++j) {

@@ -6,14 +6,16 @@
 #include <stdint.h>
 
 struct Grid {
-    int size, dims, bits;     // points, coordinates a point, bits a coordinate in a code
-    uint8_t (*points)[8];     // the coordinates, 0..2 or 0..7
-    int8_t (*values)[8];      // what they stand for in a file
-    int32_t* index;           // of a code, the coordinates in `bits` each, the first lowest: its point; or -1 - the number of its list
-    int32_t* list_start;        // list n is entries list_start[n] .. list_start[n + 1], a multiple of 16; the rest repeats the first
-    int32_t* list_sizes;        // entries of list n without the rest
-    uint16_t* list_points;      // the point of an entry
-    int32_t* list_packed;       // its first four coordinates, one a byte, the first lowest
+    int size, dims, bits;  // points, coordinates a point, bits a coordinate in a code
+    uint8_t (*points)[8];  // the coordinates, 0..2 or 0..7
+    int8_t (*values)[8];   // what they stand for in a file
+    int32_t* index;  // of a code, the coordinates in `bits` each, the first lowest: its point; or -1 - the number of
+                     // its list
+    int32_t* list_start;    // list n is entries list_start[n] .. list_start[n + 1], a multiple of 16; the rest repeats
+                            // the first
+    int32_t* list_sizes;    // entries of list n without the rest
+    uint16_t* list_points;  // the point of an entry
+    int32_t* list_packed;   // its first four coordinates, one a byte, the first lowest
     uint8_t* list_coordinates;  // of entries s..e: coordinate i of entry j at s * dims + i * (e - s) + (j - s)
 };
 

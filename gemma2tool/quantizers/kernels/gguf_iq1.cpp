@@ -1,7 +1,9 @@
-// IQ1_S, IQ1_M: points of eight trits on a grid, each value shifted by +-1/8; groups of 32 (S) or 16 (M) with a three-bit scale.
+// IQ1_S, IQ1_M: points of eight trits on a grid, each value shifted by +-1/8; groups of 32 (S) or 16 (M) with a
+// three-bit scale.
 //
-// Layouts (bytes): IQ1_S: half d, 32 of points, 8 times 16 bits: four times three high bits, scale, sign of the shift. IQ1_M: 32 of
-// points, 16 of twice three high bits and the sign of the shift, 4 times 16 bits: four scales, a quarter of the half d.
+// Layouts (bytes): IQ1_S: half d, 32 of points, 8 times 16 bits: four times three high bits, scale, sign of the shift.
+// IQ1_M: 32 of points, 16 of twice three high bits and the sign of the shift, 4 times 16 bits: four scales, a quarter
+// of the half d.
 #include "gguf.hpp"
 #include "gguf_grid_search.hpp"
 
@@ -13,7 +15,8 @@ constexpr float SHIFT = 0.125f;
 constexpr float UP[8] = {-1 + SHIFT, SHIFT, 1 + SHIFT}, DOWN[8] = {-1 - SHIFT, -SHIFT, 1 - SHIFT};
 
 INLINE void weigh(const float* x, const float* importance, float variance, float* w) {
-    for (int i = 0; i < 256; ++i) w[i] = importance ? importance[i] * __builtin_sqrtf(variance + x[i] * x[i]) : x[i] * x[i];
+    for (int i = 0; i < 256; ++i)
+        w[i] = importance ? importance[i] * __builtin_sqrtf(variance + x[i] * x[i]) : x[i] * x[i];
 }
 
 INLINE float largest_magnitude(const float* x, int n) {
@@ -39,7 +42,9 @@ struct Split {
     float score = -3.40282347e+38f, scale = 0;
     int first = -1, second = -1, shift = -1;  // shift: which combination of shifts
 
-    static inline __attribute__((always_inline)) bool beaten_by(const Split& s, float qx, float q2) { return q2 > 0 && qx * qx > s.score * q2; }
+    static inline __attribute__((always_inline)) bool beaten_by(const Split& s, float qx, float q2) {
+        return q2 > 0 && qx * qx > s.score * q2;
+    }
     void take(float qx, float q2, int i1, int i2, int k) {
         scale = qx / q2;
         score = scale * qx;
@@ -49,7 +54,8 @@ struct Split {
     }
 };
 
-// Offers one vector of candidates for each of K shifts: lane l is second = i2 + l. In order of lanes, then shifts, as ggml's loops.
+// Offers one vector of candidates for each of K shifts: lane l is second = i2 + l. In order of lanes, then shifts, as
+// ggml's loops.
 template <int K>
 INLINE void offer(Split& best, const F* qx, const F* q2, int i1, int i2, int lanes) {
     I better = {};
@@ -77,11 +83,11 @@ INLINE bool codes_of(Split& split, const int* order, uint8_t* codes) {
     return true;
 }
 
-// The points of the codes, the nearest where they are not on the grid, and then the scale that fits them. values[p] are those of the
-// three codes for point p.
+// The points of the codes, the nearest where they are not on the grid, and then the scale that fits them. values[p] are
+// those of the three codes for point p.
 template <int POINTS>
-INLINE void to_grid(const Grid& grid, const float* x, const float* w, const uint8_t* codes, const float* const* values, float& scale,
-                    int* points) {
+INLINE void to_grid(const Grid& grid, const float* x, const float* w, const uint8_t* codes, const float* const* values,
+                    float& scale, int* points) {
     bool all = true;
     for (int p = 0; p < POINTS; ++p) {
         const int u = code_of_point<8>(codes + 8 * p);
@@ -117,7 +123,8 @@ INLINE Split split_s(const float* x, const float* w, const int* order) {
             for (int k = 0; k < 2; ++k) {
                 const float* v = k ? DOWN : UP;
                 qx[k] = ((sum_x[i1] - sum_x[0]) * v[0] + (x2 - sum_x[i1]) * v[1]) + (sum_x[32] - x2) * v[2];
-                q2[k] = ((sum_w[i1] - sum_w[0]) * v[0] * v[0] + (w2 - sum_w[i1]) * v[1] * v[1]) + (sum_w[32] - w2) * v[2] * v[2];
+                q2[k] = ((sum_w[i1] - sum_w[0]) * v[0] * v[0] + (w2 - sum_w[i1]) * v[1] * v[1]) +
+                        (sum_w[32] - w2) * v[2] * v[2];
             }
             offer<2>(best, qx, q2, i1, i2, 33 - i2 < LANES ? 33 - i2 : LANES);
         }
@@ -232,7 +239,8 @@ void quantize_iq1_m(const float* x, const float* importance, uint8_t* out) {
         for (int p = 0; p < 2; ++p)
             for (int i = 0; i < 8; ++i) {
                 const int at = 16 * g + 8 * p + i;
-                const float q = values_m(shifts[g], p)[grid.points[points[g][p]][i]] * (float)(2 * l + 1), wq = w[at] * q;
+                const float q = values_m(shifts[g], p)[grid.points[points[g][p]][i]] * (float)(2 * l + 1),
+                            wq = w[at] * q;
                 qx += wq * x[at];
                 q2 += wq * q;
             }
@@ -261,7 +269,8 @@ void from_iq1_s(const uint8_t* in, int64_t blocks, float* out) {
             const int high = in[34 + 2 * g] | (in[35 + 2 * g] << 8);
             const float d = load_half(in) * (float)(2 * ((high >> 12) & 7) + 1);
             for (int k = 0; k < 4; ++k, out += 8)
-                unpack(grid, in[2 + 4 * g + k] | (((high >> (3 * k)) & 7) << 8), d, high & 0x8000 ? -SHIFT : SHIFT, out);
+                unpack(grid, in[2 + 4 * g + k] | (((high >> (3 * k)) & 7) << 8), d, high & 0x8000 ? -SHIFT : SHIFT,
+                       out);
         }
 }
 

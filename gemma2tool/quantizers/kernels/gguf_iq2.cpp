@@ -1,7 +1,9 @@
-// IQ2_XXS, IQ2_XS, IQ2_S: points of eight magnitudes on a grid, signs apart, groups of 32 (XXS) or 16 with a four-bit scale.
+// IQ2_XXS, IQ2_XS, IQ2_S: points of eight magnitudes on a grid, signs apart, groups of 32 (XXS) or 16 with a four-bit
+// scale.
 //
-// Layouts (bytes): IQ2_XXS: half d, 8 times: 4 of points, a word of four times seven signs and a scale. IQ2_XS: half d, 32 times 16
-// bits: point, seven signs; 8 of scales. IQ2_S: half d, 32 of points, 32 of signs, 8 of the points' high bits, 8 of scales.
+// Layouts (bytes): IQ2_XXS: half d, 8 times: 4 of points, a word of four times seven signs and a scale. IQ2_XS: half d,
+// 32 times 16 bits: point, seven signs; 8 of scales. IQ2_S: half d, 32 of points, 32 of signs, 8 of the points' high
+// bits, 8 of scales.
 #include "gguf.hpp"
 #include "gguf_blocks.hpp"
 #include "gguf_grid_search.hpp"
@@ -122,7 +124,8 @@ void quantize_iq2(const float* x, const float* importance, uint8_t* out) {
     const float d = top / 31, inverse = 1 / d;
     store_half(out, S ? d * 0.9875f : d);
     for (int g = 0; g < 16; ++g)
-        out[BYTES - 8 + g / 2] |= (uint8_t)(clip(nearest_int(0.5f * (inverse * scales[g] - 1)), 0, 15) << (4 * (g % 2)));
+        out[BYTES - 8 + g / 2] |=
+            (uint8_t)(clip(nearest_int(0.5f * (inverse * scales[g] - 1)), 0, 15) << (4 * (g % 2)));
     if (!S) __builtin_memcpy(out + 2, codes, 64);
 }
 
@@ -143,7 +146,8 @@ void from_iq2_xxs(const uint8_t* in, int64_t blocks, float* out) {
             uint32_t u;
             __builtin_memcpy(&u, in + 6 + 8 * g, 4);
             const float d = load_half(in) * (0.5f + (float)(u >> 28)) * 0.25f;
-            for (int k = 0; k < 4; ++k, out += 8) unpack_signed<8>(grid, in[2 + 8 * g + k], d, with_parity((u >> (7 * k)) & 127), out);
+            for (int k = 0; k < 4; ++k, out += 8)
+                unpack_signed<8>(grid, in[2 + 8 * g + k], d, with_parity((u >> (7 * k)) & 127), out);
         }
 }
 

@@ -1,7 +1,7 @@
 // IQ3_XXS, IQ3_S: points of four magnitudes on a grid, signs apart, 8 groups of 32 with a four-bit scale.
 //
-// Layouts (bytes): IQ3_XXS: half d, 64 of points, 8 words of four times seven signs and a scale. IQ3_S: half d, 64 of points, 8 of
-// their ninth bits, 32 of signs, 4 of scales.
+// Layouts (bytes): IQ3_XXS: half d, 64 of points, 8 words of four times seven signs and a scale. IQ3_S: half d, 64 of
+// points, 8 of their ninth bits, 32 of signs, 4 of scales.
 #include "gguf.hpp"
 #include "gguf_grid_search.hpp"
 
@@ -16,7 +16,8 @@ INLINE void quantize_iq3(const float* x, const float* importance, uint8_t* out) 
     const float variance = 2 * ordered_sum_of_squares(x, 256) / 256;
     float w[256], root[256], magnitudes[256], scales[8], top = 0;
     uint32_t signs_and_scale[8] = {};
-    for (int i = 0; i < 256; ++i) w[i] = importance ? importance[i] * __builtin_sqrtf(variance + x[i] * x[i]) : x[i] * x[i];
+    for (int i = 0; i < 256; ++i)
+        w[i] = importance ? importance[i] * __builtin_sqrtf(variance + x[i] * x[i]) : x[i] * x[i];
     for (int i = 0; i < 256; ++i) root[i] = __builtin_sqrtf(w[i]);
     uint8_t *points = out + 2, *signs_out = out + 74;
     for (int g = 0; g < 8; ++g) {
@@ -80,7 +81,8 @@ void from_iq3_xxs(const uint8_t* in, int64_t blocks, float* out) {
             __builtin_memcpy(&u, in + 66 + 4 * g, 4);
             const float d = load_half(in) * (0.5f + (float)(u >> 28)) * 0.5f;
             for (int k = 0; k < 8; ++k, out += 4)
-                unpack_signed<4>(grid, in[2 + 8 * g + k], d, with_parity((u >> (7 * (k / 2))) & 127) >> (4 * (k % 2)), out);
+                unpack_signed<4>(grid, in[2 + 8 * g + k], d, with_parity((u >> (7 * (k / 2))) & 127) >> (4 * (k % 2)),
+                                 out);
         }
 }
 
@@ -90,7 +92,8 @@ void from_iq3_s(const uint8_t* in, int64_t blocks, float* out) {
         for (int g = 0; g < 8; ++g) {
             const float d = load_half(in) * (float)(1 + 2 * ((in[106 + g / 2] >> (4 * (g % 2))) & 15));
             for (int k = 0; k < 8; ++k, out += 4)
-                unpack_signed<4>(grid, in[2 + 8 * g + k] | (((in[66 + g] >> k) & 1) << 8), d, in[74 + 4 * g + k / 2] >> (4 * (k % 2)), out);
+                unpack_signed<4>(grid, in[2 + 8 * g + k] | (((in[66 + g] >> k) & 1) << 8), d,
+                                 in[74 + 4 * g + k / 2] >> (4 * (k % 2)), out);
         }
 }
 

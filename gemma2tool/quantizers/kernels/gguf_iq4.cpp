@@ -1,7 +1,7 @@
 // IQ4_NL, IQ4_XS: four-bit codes into a table of 16 unevenly spaced values.
 //
-// Layouts (bytes): IQ4_NL: half d, 16 of codes (element j low, j + 16 high). IQ4_XS: half d, 16 bits with the high two bits of 8
-// group scales, 4 with their low nibbles, 128 of codes, 16 a group as in IQ4_NL.
+// Layouts (bytes): IQ4_NL: half d, 16 of codes (element j low, j + 16 high). IQ4_XS: half d, 16 bits with the high two
+// bits of 8 group scales, 4 with their low nibbles, 128 of codes, 16 a group as in IQ4_NL.
 #include "gguf.hpp"
 #include "gguf_blocks.hpp"
 #include "gguf_search.hpp"

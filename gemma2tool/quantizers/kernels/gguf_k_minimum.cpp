@@ -62,7 +62,8 @@ INLINE void quantize_q2_k(const F* x, const F* importance, F, uint8_t* out) {
         } else {
             for (int i = 0; i < 16; ++i) w[i] = abs(x[16 * g + i]);
         }
-        fits[g] = fit_scale_and_min<16, 3, STEPS, !MATRIX, MATRIX>(x + 16 * g, w, MATRIX ? -0.9f : -0.5f, MATRIX ? 0.05f : 0.1f);
+        fits[g] = fit_scale_and_min<16, 3, STEPS, !MATRIX, MATRIX>(x + 16 * g, w, MATRIX ? -0.9f : -0.5f,
+                                                                   MATRIX ? 0.05f : 0.1f);
         scales[g] = fits[g].scale;
         minima[g] = fits[g].minus_min;
     }
@@ -95,7 +96,8 @@ INLINE void quantize_q2_k(const F* x, const F* importance, F, uint8_t* out) {
         I codes[128];
         for (int g = 0; g < 8; ++g) {
             const int j = 8 * half + g;
-            final_codes<16, 3, MATRIX>(x + 16 * j, fits[j], d * to_float(bytes[j] & 15), dmin * to_float(bytes[j] >> 4), codes + 16 * g);
+            final_codes<16, 3, MATRIX>(x + 16 * j, fits[j], d * to_float(bytes[j] & 15), dmin * to_float(bytes[j] >> 4),
+                                       codes + 16 * g);
         }
         pack_2_bits(codes, words + 4 + 8 * half);
     }
@@ -118,7 +120,10 @@ INLINE void quantize_q45_k(const F* x, const F* importance, F, uint8_t* out) {
         } else {
             magnitude_weights<32>(x + 32 * g, w);
         }
-        fits[g] = fit_scale_and_min<32, MAX, STEPS, false, MATRIX>(x + 32 * g, w, MATRIX ? -0.9f : BITS == 4 ? -1.f : -0.5f,
+        fits[g] = fit_scale_and_min<32, MAX, STEPS, false, MATRIX>(x + 32 * g, w,
+                                                                   MATRIX      ? -0.9f
+                                                                   : BITS == 4 ? -1.f
+                                                                               : -0.5f,
                                                                    MATRIX ? 0.05f : 0.1f);
         scales[g] = fits[g].scale;
         minima[g] = fits[g].minus_min;

@@ -53,7 +53,8 @@ INLINE void quantize_q3_k(const F* x, const F* importance, F, uint8_t* out) {
         words[24 + w] = word(bytes);
     }
     I tops[4];
-    for (int j = 0; j < 4; ++j) tops[j] = (ls[j] >> 4) | ((ls[j + 4] >> 4) << 2) | ((ls[j + 8] >> 4) << 4) | ((ls[j + 12] >> 4) << 6);
+    for (int j = 0; j < 4; ++j)
+        tops[j] = (ls[j] >> 4) | ((ls[j + 4] >> 4) << 2) | ((ls[j + 8] >> 4) << 4) | ((ls[j + 12] >> 4) << 6);
     words[26] = word(tops);
 
     I high[32] = {};
@@ -114,7 +115,8 @@ INLINE void quantize_q6_k(const F* x, const F* importance, F, uint8_t* out) {
             const I none = scale == 0.f;
             for (int i = 0; i < 16; ++i) codes[16 * g + i] = clip(nearest_int(x[16 * j + i] / scale), -32, 31) + 32;
             if (any(none))
-                for (int i = 0; i < 16; ++i) codes[16 * g + i] = none ? code_of<32>(fits[j], x[16 * j + i]) : codes[16 * g + i];
+                for (int i = 0; i < 16; ++i)
+                    codes[16 * g + i] = none ? code_of<32>(fits[j], x[16 * j + i]) : codes[16 * g + i];
         }
         for (int w = 0; w < 8; ++w) {
             I first[4], second[4], tops[4];

@@ -1,7 +1,7 @@
 // Q4_0, Q4_1, Q5_0, Q5_1, Q8_0: blocks of 32 with one scale, and in the _1 types a minimum.
 //
-// Layouts (bytes): half scale, half minimum (_1), 32 high bits (Q5), then the codes; of two codes in a byte the low one is element j,
-// the high one element j + 16.
+// Layouts (bytes): half scale, half minimum (_1), 32 high bits (Q5), then the codes; of two codes in a byte the low one
+// is element j, the high one element j + 16.
 #include "gguf.hpp"
 #include "gguf_blocks.hpp"
 #include "gguf_search.hpp"
@@ -13,8 +13,8 @@ namespace {
 template <int BITS, bool MIN>
 struct Layout {
     static constexpr int MAX = (1 << BITS) - 1;
-    static constexpr int HALF = 1 << (BITS - 1);                     // the code of 0 in the _0 types
-    static constexpr int WORDS = BITS == 5 ? 5 : 4;                  // high bits and codes
+    static constexpr int HALF = 1 << (BITS - 1);     // the code of 0 in the _0 types
+    static constexpr int WORDS = BITS == 5 ? 5 : 4;  // high bits and codes
     static constexpr int HEADER = MIN ? 4 : 2, BYTES = HEADER + 4 * WORDS;
 };
 
@@ -88,9 +88,9 @@ template <int BITS, bool MIN>
 void quantize(const float* x, const float* importance, int64_t rows, int64_t cols, uint8_t* out) {
     constexpr int BYTES = Layout<BITS, MIN>::BYTES;
     if (importance)
-        for_blocks<32, BYTES, true>(x, importance, rows, cols, out, [](const F* x, const F* w, F row_mean, uint8_t* out) {
-            search_block<BITS, MIN>(x, w, row_mean, out);
-        });
+        for_blocks<32, BYTES, true>(
+            x, importance, rows, cols, out,
+            [](const F* x, const F* w, F row_mean, uint8_t* out) { search_block<BITS, MIN>(x, w, row_mean, out); });
     else
         for_blocks<32, BYTES, false>(x, nullptr, rows, cols, out,
                                      [](const F* x, const F*, F, uint8_t* out) { round_block<BITS, MIN>(x, out); });

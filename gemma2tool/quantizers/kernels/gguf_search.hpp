@@ -1,8 +1,8 @@
 // ggml's searches for scales, in lanes: each lane follows the scalar algorithm's operations in their order.
 //
-// N elements of a group are N vectors; lane l of each is the group of block l. Sums run in index order. Where ggml keeps the best
-// codes, these keep the numbers the best codes come from and compute the codes again when they are wanted: the same arithmetic
-// gives the same codes, and most callers never want them.
+// N elements of a group are N vectors; lane l of each is the group of block l. Sums run in index order. Where ggml
+// keeps the best codes, these keep the numbers the best codes come from and compute the codes again when they are
+// wanted: the same arithmetic gives the same codes, and most callers never want them.
 #pragma once
 
 #include "lanes.hpp"
@@ -39,8 +39,9 @@ INLINE F sum_of_squares(const F* x) {
     return total;
 }
 
-// ---------------------------------------------------------------------------------------------------------------------------
-// A scale and a minimum: make_qkx2_quants and make_qkx3_quants. x is about scale * l + minimum, l in 0..MAX, minimum <= 0.
+// ---------------------------------------------------------------------------------------------------------------
+// A scale and a minimum: make_qkx2_quants and make_qkx3_quants. x is about scale * l + minimum, l in 0..MAX, minimum <=
+// 0.
 
 struct ScaleAndMin {
     F scale, minus_min;
@@ -49,7 +50,8 @@ struct ScaleAndMin {
     I first_guess;  // the best codes are those before the search
 };
 
-// The code of v = inverse scale * (x - minimum), as a float. Exact for every v within nearest_int's range; NaN gives 0, +inf MAX.
+// The code of v = inverse scale * (x - minimum), as a float. Exact for every v within nearest_int's range; NaN gives 0,
+// +inf MAX.
 template <int MAX>
 INLINE F clamped_code(F v) {
     return round_small(max(min(splat((float)MAX), v), F{}));
@@ -65,8 +67,9 @@ INLINE F error_of(F diff) {
     return ABSOLUTE ? abs(diff) : diff * diff;
 }
 
-// MATRIX: the variant with an importance matrix (qkx3), which clamps before it rounds; without it (qkx2) codes wrap when the minimum
-// found comes so near the maximum that v leaves nearest_int's range, so that such steps take the slow road.
+// MATRIX: the variant with an importance matrix (qkx3), which clamps before it rounds; without it (qkx2) codes wrap
+// when the minimum found comes so near the maximum that v leaves nearest_int's range, so that such steps take the slow
+// road.
 template <int N, int MAX, int STEPS, bool ABSOLUTE, bool MATRIX>
 INLINE ScaleAndMin fit_scale_and_min(const F* x, const F* w, float first, float delta) {
     F low = x[0], high = x[0], sum_w = w[0], sum_x = w[0] * x[0];
@@ -140,8 +143,9 @@ INLINE I code_of(const ScaleAndMin& fit, F x) {
     return MATRIX ? (fit.first_guess ? wrapping : truncate(clamped_code<MAX>(v))) : wrapping;
 }
 
-// ---------------------------------------------------------------------------------------------------------------------------
-// A scale alone, for codes of both signs: make_qx_quants with rmse_type 1. x is about scale * (l - MAX), l in 0..2 MAX - 1.
+// ---------------------------------------------------------------------------------------------------------------
+// A scale alone, for codes of both signs: make_qx_quants with rmse_type 1. x is about scale * (l - MAX), l in 0..2 MAX
+// - 1.
 
 struct Scale {
     F scale;
@@ -192,9 +196,9 @@ INLINE I code_of(const Scale& fit, F x) {
     return fit.dead ? I{} : l;
 }
 
-// ---------------------------------------------------------------------------------------------------------------------------
-// A scale alone by coordinate descent: make_q3_quants with do_rmse. GROUPS groups of N at once, x[g * N + i], so that their long
-// chains of dependent operations overlap. Codes are l + MAX, as floats.
+// ---------------------------------------------------------------------------------------------------------------
+// A scale alone by coordinate descent: make_q3_quants with do_rmse. GROUPS groups of N at once, x[g * N + i], so that
+// their long chains of dependent operations overlap. Codes are l + MAX, as floats.
 
 template <int N, int MAX, int GROUPS>
 INLINE void descend_scales(const F* x, F* scales, F* codes) {
@@ -223,7 +227,8 @@ INLINE void descend_scales(const F* x, F* scales, F* codes) {
                 const F next = to_float(clip(nearest_int(xi * l2 / lx), -MAX, MAX - 1));
                 lx += wx * next;
                 l2 += w * next * next;
-                const I better = possible & (next != l) & (l2 > 0.f) & (lx * lx * sum_l2[g] > sum_lx[g] * sum_lx[g] * l2);
+                const I better =
+                    possible & (next != l) & (l2 > 0.f) & (lx * lx * sum_l2[g] > sum_lx[g] * sum_lx[g] * l2);
                 codes[g * N + i] = better ? next : l;
                 sum_lx[g] = better ? lx : sum_lx[g];
                 sum_l2[g] = better ? l2 : sum_l2[g];
@@ -237,9 +242,9 @@ INLINE void descend_scales(const F* x, F* scales, F* codes) {
     }
 }
 
-// ---------------------------------------------------------------------------------------------------------------------------
-// A scale for scales, which are positive but for rare accidents: make_qp_quants. codes[i] in 0..MAX (or, after an accident, the low
-// byte of a negative number, which is what ggml stores). Returns the scale.
+// ---------------------------------------------------------------------------------------------------------------
+// A scale for scales, which are positive but for rare accidents: make_qp_quants. codes[i] in 0..MAX (or, after an
+// accident, the low byte of a negative number, which is what ggml stores). Returns the scale.
 
 template <int N, int MAX>
 INLINE F fit_positive(const F* x, const F* w, I* codes) {

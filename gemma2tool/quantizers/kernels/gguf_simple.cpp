@@ -1,7 +1,7 @@
 // TQ1_0, TQ2_0, MXFP4: types that only round, whatever the importance.
 //
-// Layouts (bytes): TQ1_0: 48 of five trits, 4 of four trits, half d. TQ2_0: 64 of four 2-bit codes, half d. MXFP4: exponent, 16 of
-// four-bit floats (element j low, j + 16 high).
+// Layouts (bytes): TQ1_0: 48 of five trits, 4 of four trits, half d. TQ2_0: 64 of four 2-bit codes, half d. MXFP4:
+// exponent, 16 of four-bit floats (element j low, j + 16 high).
 #include "gguf.hpp"
 #include "gguf_blocks.hpp"
 #include "gguf_search.hpp"
@@ -81,7 +81,8 @@ INLINE I nearest_float4(F x, F d) {
     return best | ((best != 0) & (x < 0.f) & 8);
 }
 
-// floor(log2f(x)) of positive x. Just below a power of two log2f rounds up to it: there, and only there, the library is asked.
+// floor(log2f(x)) of positive x. Just below a power of two log2f rounds up to it: there, and only there, the library is
+// asked.
 INLINE I floor_log2(F x) {
     const I subnormal = x < 0x1p-126f;
     const I u = bits(subnormal ? x * 0x1p24f : x);
@@ -101,7 +102,8 @@ void mxfp4(const float* x, const float*, int64_t rows, int64_t cols, uint8_t* ou
         I words[4];
         for (int w = 0; w < 4; ++w) {
             I bytes[4];
-            for (int j = 0; j < 4; ++j) bytes[j] = nearest_float4(x[4 * w + j], d) | (nearest_float4(x[4 * w + j + 16], d) << 4);
+            for (int j = 0; j < 4; ++j)
+                bytes[j] = nearest_float4(x[4 * w + j], d) | (nearest_float4(x[4 * w + j + 16], d) << 4);
             words[w] = word(bytes);
         }
         for (int l = 0; l < LANES; ++l) out[17 * l] = (uint8_t)e[l];

@@ -1,22 +1,23 @@
 // Which build of the kernels runs: chosen by what the processor has, or by the caller.
 #pragma once
 
-// A family declares its table of function pointers with KERNEL_TABLE(Type, name): one extern constant per instruction set,
-// `name::baseline`, `name::avx2`..., each defined by the sources compiled for it as KERNEL_TABLE_HERE(Type, name) = {...};
+// A family declares its table of function pointers with KERNEL_TABLE(Type, name): one extern constant per instruction
+// set, `name::baseline`, `name::avx2`..., each defined by the sources compiled for it as KERNEL_TABLE_HERE(Type, name)
+// = {...};
 #if defined(KERNELS_X86)
-#define KERNEL_TABLE(Type, name)                                                                  \
-    namespace name {                                                                              \
-    extern const Type baseline, avx2, avx512;                                                     \
-    inline const Type& chosen() {                                                                 \
-        const int isa = kernels::current_instruction_set();                                       \
-        return isa == 2 ? avx512 : isa == 1 ? avx2 : baseline;                                    \
-    }                                                                                             \
+#define KERNEL_TABLE(Type, name)                               \
+    namespace name {                                           \
+    extern const Type baseline, avx2, avx512;                  \
+    inline const Type& chosen() {                              \
+        const int isa = kernels::current_instruction_set();    \
+        return isa == 2 ? avx512 : isa == 1 ? avx2 : baseline; \
+    }                                                          \
     }
 #else
-#define KERNEL_TABLE(Type, name)                                                                  \
-    namespace name {                                                                              \
-    extern const Type baseline;                                                                   \
-    inline const Type& chosen() { return baseline; }                                              \
+#define KERNEL_TABLE(Type, name)                     \
+    namespace name {                                 \
+    extern const Type baseline;                      \
+    inline const Type& chosen() { return baseline; } \
     }
 #endif
 #define KERNEL_TABLE_HERE(Type, name) extern const Type name::KERNELS_ISA

@@ -1,6 +1,7 @@
 // Vector types as wide as this instruction set has, and the few operations the compilers' vector extensions lack.
 //
-// Included only by sources compiled per instruction set: everything lives in namespace KERNELS_ISA and is static inline.
+// Included only by sources compiled per instruction set: everything lives in namespace KERNELS_ISA and is static
+// inline.
 #pragma once
 
 #include <stddef.h>
@@ -21,8 +22,8 @@ constexpr int LANES = 8;
 constexpr int LANES = 4;
 #endif
 
-typedef float F __attribute__((vector_size(4 * LANES)));     // one float a lane
-typedef int32_t I __attribute__((vector_size(4 * LANES)));   // one int a lane; a comparison's -1 or 0
+typedef float F __attribute__((vector_size(4 * LANES)));    // one float a lane
+typedef int32_t I __attribute__((vector_size(4 * LANES)));  // one int a lane; a comparison's -1 or 0
 typedef uint32_t U __attribute__((vector_size(4 * LANES)));
 
 INLINE F splat(float x) { return x - F{}; }  // minus, so that -0.0 stays
@@ -134,8 +135,8 @@ INLINE I load_bytes(const uint8_t* p) {
 #endif
 }
 
-// Round half to even by adding 1.5 * 2^23. Exact for |x| <= 4194303; ggml's nearest_int takes the low mantissa bits of the
-// sum whatever x is, and so does nearest_int here, which makes it equal for infinities and NaN too.
+// Round half to even by adding 1.5 * 2^23. Exact for |x| <= 4194303; ggml's nearest_int takes the low mantissa bits of
+// the sum whatever x is, and so does nearest_int here, which makes it equal for infinities and NaN too.
 constexpr float ROUNDER = 12582912.f;
 INLINE F round_small(F x) { return (x + ROUNDER) - ROUNDER; }
 INLINE I nearest_int(F x) { return (bits(x + ROUNDER) & 0x007fffff) - 0x00400000; }
@@ -168,7 +169,8 @@ INLINE I round_away(F x) {
     return whole + (up & (bits(rest) >> 31 | 1));
 }
 
-// IEEE half precision, round to nearest even. A NaN becomes 0x7E00 with its sign, as in ggml; back, a NaN becomes quiet.
+// IEEE half precision, round to nearest even. A NaN becomes 0x7E00 with its sign, as in ggml; back, a NaN becomes
+// quiet.
 INLINE uint16_t to_half(float x) {
     uint32_t u;
     __builtin_memcpy(&u, &x, 4);

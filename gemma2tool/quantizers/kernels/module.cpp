@@ -22,10 +22,13 @@ NB_MODULE(_native, m) {
     });
     m.def("current_instruction_set",
           [] { return std::string(kernels::instruction_set_name(kernels::current_instruction_set())); });
-    m.def("use_instruction_set", [](const std::string& name) {
-        if (!kernels::use_instruction_set(name.c_str()))
-            throw nb::value_error(("this machine has no instruction set '" + name + "'").c_str());
-    }, nb::arg("name"));
+    m.def(
+        "use_instruction_set",
+        [](const std::string& name) {
+            if (!kernels::use_instruction_set(name.c_str()))
+                throw nb::value_error(("this machine has no instruction set '" + name + "'").c_str());
+        },
+        nb::arg("name"));
 #define F(family) register_##family(m);
     KERNEL_FAMILIES
 #undef F
