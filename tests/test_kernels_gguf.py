@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import kernel_data
@@ -116,6 +117,15 @@ def test_rows_are_independent_and_instruction_sets_agree(type):
         assert all(np.array_equal(codes, every[0]) for codes in every)
     finally:
         kernels.use_instruction_set(before)
+
+
+def test_threads_share_the_kernels():
+    x = kernel_data.rows("normal", 4, 64, 1024)
+    weights = kernel_data.importance("squares", 4, 1024)
+    with ThreadPoolExecutor(4) as threads:
+        for type in ("Q4_K", "IQ3_XXS", "Q8_0"):
+            parts = threads.map(lambda i, type=type: quantize(type, x[i : i + 8], weights), range(0, 64, 8))
+            assert np.array_equal(np.concatenate(list(parts)), quantize(type, x, weights))
 
 
 @pytest.mark.parametrize("type", BLOCK_TYPES)

@@ -91,7 +91,9 @@ def quantize(
 ) -> np.ndarray:
     """Rows of float32 as blocks: (n, cols) float32 to (n, row_bytes) uint8, the bytes of ggml_quantize_chunk.
 
-    ``importance`` (cols,) float32 weighs the columns; types that take none ignore it. Values must be finite.
+    ``importance`` (cols,) float32 weighs the columns; types that take none ignore it. Values must be finite, weights too and not
+    negative; neither is checked here. What ggml gets wrong is kept: weights that are all zero make a block zero, and an IQ3_S
+    group of 32 zeros spoils the groups after it in its block of 256.
 
     Raises:
         ValueError: for an unknown type, wrong shapes or dtypes, or a type that needs an importance matrix and has none.
