@@ -6,15 +6,14 @@ smaller window, and the candidate's stays as much larger or smaller than the sou
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from gemma2tool.errors import UsageError
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.config import SLIDING, Gemma2Config
+from gemma2tool.model.lazy import FLOAT32, LazyTensor, MappedRows, to_float32
 from gemma2tool.reference.streaming import OnInput, StreamedForward, side_by_side, use_threads
 from gemma2tool.verify.metrics import LogitComparison, LogitMetrics
 from gemma2tool.verify.tensors import Advance
@@ -89,16 +88,32 @@ def compare_logits(
     batch, tokens = ids.shape
     windows = windows_for(source.config, candidate.config, tokens)
     ours_window, theirs_window = windows or (None, None)
+    ours_read, theirs_read = (_counting(each, advance) for each in (source, candidate))
+    left, right = _cut_alike(source, candidate)
     with use_threads(threads):
-        ours = StreamedForward(source, ids, sliding_window=ours_window, on_input=_counting(source, advance))
-        theirs = StreamedForward(candidate, ids, sliding_window=theirs_window, on_input=_counting(candidate, advance))
+        ours = StreamedForward(left, ids, sliding_window=ours_window, on_input=ours_read)
+        theirs = StreamedForward(right, ids, sliding_window=theirs_window, on_input=theirs_read)
         drift = tuple(depth.relative for depth in side_by_side(ours, theirs))
         following = np.concatenate([ids[:, 1:], np.full((batch, 1), -1)], axis=1).reshape(-1)
         comparison = LogitComparison(ids.size, following, atol=atol, rtol=rtol)
-        for first, left, right in _aligned(ours.vocabulary_slices(), theirs.vocabulary_slices()):
-            comparison.add(first, left, right)
+        for (first, _, a), (_, _, b) in zip(ours.vocabulary_slices(), theirs.vocabulary_slices(), strict=True):
+            comparison.add(first, *(logits.flatten(0, 1).cpu().numpy() for logits in (a, b)))
     shrunk = windows is not None and windows[0] != source.config.sliding_window
     return LogitRun(comparison.finish(), (batch, tokens), windows, shrunk, drift)
+
+
+def _cut_alike(source: Checkpoint, candidate: Checkpoint) -> tuple[Checkpoint, Checkpoint]:
+    """Both with each tensor in one type, so that the forward passes cut it into the same blocks of rows: equal weights
+    then give equal bits, whatever type they are stored in."""
+    sides: tuple[dict[str, LazyTensor], dict[str, LazyTensor]] = ({}, {})
+    for name, ours in source.tensors.items():
+        theirs = candidate.tensors[name]
+        if ours.dtype != theirs.dtype:
+            ours, theirs = (MappedRows(each, to_float32, FLOAT32) for each in (ours, theirs))
+        sides[0][name], sides[1][name] = ours, theirs
+    pairs = zip((source, candidate), sides, strict=True)
+    ours, theirs = (Checkpoint(each.path, each.format, each.config, side) for each, side in pairs)
+    return ours, theirs
 
 
 def _counting(checkpoint: Checkpoint, advance: Advance | None) -> OnInput | None:
@@ -106,28 +121,3 @@ def _counting(checkpoint: Checkpoint, advance: Advance | None) -> OnInput | None
     if advance is None:
         return None
     return lambda name, _: advance(checkpoint.tensors[name].nbytes, name)
-
-
-Slices = Iterator[tuple[int, int, torch.Tensor]]
-
-
-def _aligned(ours: Slices, theirs: Slices) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    """Cut two runs of vocabulary slices (first, end, logits (B, T, n)) at common bounds: first, and (B * T, n) of
-    each."""
-    right_end = 0
-    for left_first, left_end, left in ours:
-        at = left_first
-        while at < left_end:
-            if at == right_end:
-                right_first, right_end, right = next(theirs)
-            end = min(left_end, right_end)
-            yield (
-                at,
-                _flat(left[..., at - left_first : end - left_first]),
-                _flat(right[..., at - right_first : end - right_first]),
-            )
-            at = end
-
-
-def _flat(logits: torch.Tensor) -> np.ndarray:
-    return logits.flatten(0, 1).cpu().numpy()
