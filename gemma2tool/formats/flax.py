@@ -113,7 +113,7 @@ class Flax:
         for planned in plan_floats(table(config, gating_transposed=transposed), checkpoint, options, self.name):
             dims = _dims(planned.disk, gating_transposed=transposed)
             shape = planned.source.shape if dims is None else tuple(size(dim, config) for dim in dims)
-            parameters.append(orbax_output.Parameter(_keys(planned.disk), shape, planned))
+            parameters.append(orbax_output.Parameter(_keys(planned.disk), shape, (planned,)))
         files, tensors, small = orbax_output.layout(FOLDER, parameters)
         small |= {name: data for name, data in checkpoint.assets.items() if name != "README.md"}
         small[CONFIG] = assets.dump_json(config.to_hf())

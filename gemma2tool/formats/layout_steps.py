@@ -166,3 +166,15 @@ class PaddedRows(LazyTensor):
         if first < end:
             rows[: end - first] = self.source.load_rows(first, end)
         return rows
+
+
+class WideRows(LazyTensor):
+    """The matrix with the same values whose rows are ``count`` rows of ``source``, one behind the other."""
+
+    def __init__(self, source: LazyTensor, count: int) -> None:
+        self.source, self.count = source, count
+        self.shape = (source.rows // count, count * source.row_size)
+        self.dtype, self.stored, self.origin = source.dtype, source.stored, source.origin
+
+    def load_rows(self, first: int, last: int) -> np.ndarray:
+        return self.source.load_rows(first * self.count, last * self.count).reshape(last - first, -1)

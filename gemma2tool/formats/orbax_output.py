@@ -28,11 +28,23 @@ _VALUE_TYPE = "np.ndarray"
 
 @dataclass(frozen=True)
 class Parameter:
-    """A parameter to write: the keys that lead to it in the tree, its axes, and its rows as a matrix of the last axis."""
+    """A parameter to write: the keys that lead to it in the tree, its axes, and its values in C order as a matrix.
+
+    With ``stacked``, that axis has one index for each of ``layers``, and ``shape`` is one layer's, without it.
+    """
 
     keys: tuple[str, ...]
     shape: tuple[int, ...]
-    planned: Planned
+    layers: tuple[Planned, ...]
+    stacked: int | None = None
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.layers[0].encoder.dtype
+
+    def whole(self, shape: Sequence[int], count: int) -> tuple[int, ...]:
+        """A layer's axes with the stacked one put in."""
+        return tuple(shape) if self.stacked is None else (*shape[: self.stacked], count, *shape[self.stacked :])
 
     @property
     def name(self) -> str:
@@ -46,20 +58,21 @@ def layout(folder: str, parameters: Sequence[Parameter]) -> tuple[list[OutputFil
     tensors: list[OutputTensor] = []
     small: dict[str, bytes] = {}
     for parameter in parameters:
-        planned, dtype = parameter.planned, parameter.planned.encoder.dtype
-        chunks = chunk_shape(parameter.shape, dtype.itemsize)
-        grid = [range(dim // chunk) for dim, chunk in zip(parameter.shape, chunks, strict=True)]
-        rows = prod(chunks[:-1]) if len(chunks) > 1 else chunks[0]
-        places = list(product(*grid))
-        for number, place in enumerate(places):
-            key = ".".join(map(str, place))
-            file = f"{folder}/{parameter.name}/{key}"
-            nbytes = prod(chunks) * dtype.itemsize
-            source = planned.source if len(places) == 1 else RowRange(planned.source, number * rows, (number + 1) * rows)
-            name = parameter.name if len(places) == 1 else f"{parameter.name}/{key}"
-            files.append(OutputFile(file, nbytes, ()))
-            tensors.append(OutputTensor(name, planned.canonical, source, planned.encoder, {"": Placement(name, file, 0, nbytes)}))
-        small[f"{folder}/{parameter.name}/.zarray"] = _zarray(parameter.shape, chunks, dtype)
+        chunks = chunk_shape(parameter.shape, parameter.dtype.itemsize)
+        nbytes = prod(chunks) * parameter.dtype.itemsize
+        places = list(product(*(range(dim // chunk) for dim, chunk in zip(parameter.shape, chunks, strict=True))))
+        for index, planned in enumerate(parameter.layers):
+            rows = planned.source.rows // len(places)
+            for number, place in enumerate(places):
+                key = ".".join(map(str, parameter.whole(place, index)))
+                file = f"{folder}/{parameter.name}/{key}"
+                source = planned.source if len(places) == 1 else RowRange(planned.source, number * rows, (number + 1) * rows)
+                name = f"{parameter.name}/{key}"
+                files.append(OutputFile(file, nbytes, ()))
+                part = {"": Placement(name, file, 0, nbytes)}
+                tensors.append(OutputTensor(name, planned.canonical, source, planned.encoder, part))
+        shape = parameter.whole(parameter.shape, len(parameter.layers))
+        small[f"{folder}/{parameter.name}/.zarray"] = _zarray(shape, parameter.whole(chunks, 1), parameter.dtype)
     small[f"{folder}/_METADATA"] = _metadata(parameters)
     small[f"{folder}/checkpoint"] = _placeholders(parameters)
     return files, tensors, small
@@ -99,7 +112,7 @@ def _metadata(parameters: Sequence[Parameter]) -> bytes:
             "value_metadata": {
                 "value_type": _VALUE_TYPE,
                 "skip_deserialize": False,
-                "write_shape": parameter.shape,
+                "write_shape": parameter.whole(parameter.shape, len(parameter.layers)),
             },
         }
         for parameter in parameters

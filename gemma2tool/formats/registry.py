@@ -41,6 +41,13 @@ LISTINGS: tuple[Listing, ...] = (
     ),
     Listing("gemma-cpp", "gemma2tool.formats.sbs:GemmaCpp", "NAME.sbs", "gemma.cpp; 8-bit SFP, 4-bit NUQ read", suffix=".sbs"),
     Listing(
+        "maxtext",
+        "gemma2tool.formats.maxtext:MaxText",
+        "a folder of Orbax's with MaxText's names",
+        "not exact: it stores scaled embeddings and queries; needs --config",
+        extra="flax",
+    ),
+    Listing(
         "flax",
         "gemma2tool.formats.flax:Flax",
         "a folder of Orbax's, beside tokenizer.model",
