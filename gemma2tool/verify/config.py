@@ -3,7 +3,6 @@ informative."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -147,12 +146,3 @@ def _layers(ours: tuple[str, ...], theirs: tuple[str, ...]) -> str:
     return (
         f"layers {shown} differ (layer {differing[0]}: source {ours[differing[0]]}, candidate {theirs[differing[0]]})"
     )
-
-
-def judged_fields() -> frozenset[str]:
-    """Every field this gate looks at; with ``notes`` these are all of ``Gemma2Config`` (a test holds it to that)."""
-    return frozenset((*ARITHMETIC, *USE, *INFORMATIVE))
-
-
-def all_fields() -> frozenset[str]:
-    return frozenset(each.name for each in dataclasses.fields(Gemma2Config))
