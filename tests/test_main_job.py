@@ -234,6 +234,27 @@ def test_quality_of_types_is_ordered(source, made, heldout: np.ndarray) -> None:
     assert kl["q8_0"] < 2e-3 and kl["q4_0"] < 0.1 and kl["nf4"] < 0.1 and kl["int8"] < 0.01
 
 
+def test_a_lone_tokenizer_model_becomes_one_that_transformers_loads(source, fixture_dir: Path, tmp_path: Path) -> None:
+    """Google's archives hold weights and tokenizer.model alone."""
+    import dataclasses
+
+    import sentencepiece
+    from transformers import AutoTokenizer
+
+    from gemma2tool.model.checkpoint import Assets
+
+    bare = dataclasses.replace(source, assets=Assets({"tokenizer.model": (fixture_dir / "tokenizer.model").read_bytes}))
+    path = write_checkpoint(bare, tmp_path / "out")
+    ours, theirs = (AutoTokenizer.from_pretrained(folder) for folder in (path, fixture_dir))
+    text = (fixture_dir / "heldout.txt").read_text()[:5000] + "<start_of_turn>user\nhi<end_of_turn>\n"
+    assert ours(text).input_ids == theirs(text).input_ids
+    tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(fixture_dir / "tokenizer.model"))
+    assert ours(text).input_ids == [2, *tokenizer.encode(text)]
+    assert ours.eos_token_id == 1 and ours.pad_token_id == 0 and ours.unk_token_id == 3
+    special = [token for token in theirs.added_tokens_decoder if theirs.added_tokens_decoder[token].special]
+    assert [token for token in ours.added_tokens_decoder if ours.added_tokens_decoder[token].special] == special
+
+
 def test_what_travels_along(made, fixture_dir: Path) -> None:
     """What travels along is carried byte for byte."""
     for name in ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json"):

@@ -12,6 +12,7 @@ from gemma2tool.formats.gguf_config import stop_ids
 from gemma2tool.formats.gguf_values import Reading
 from gemma2tool.formats.gguf_vocab import looks_special
 from gemma2tool.formats.sentencepiece import BYTE, CONTROL, NORMAL, SPACE, UNKNOWN, UNUSED, USER_DEFINED, Piece
+from gemma2tool.formats.tokenizer_files import tokenizer_config
 from gemma2tool.formats.tokenizer_json import tokenizer_json
 from gemma2tool.model.checkpoint import Assets
 
@@ -114,23 +115,8 @@ class _Tokenizer:
 
     def config(self) -> dict[str, Any]:
         """tokenizer_config.json, as transformers 4 wrote Gemma's."""
-        flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
-        config: dict[str, Any] = {
-            "add_bos_token": self._adds("bos", True),
-            "add_eos_token": self._adds("eos", False),
-            "added_tokens_decoder": {
-                str(token): {"content": text, **flags, "special": special} for token, (text, special) in self.added.items()
-            },
-            "clean_up_tokenization_spaces": False,
-            "model_max_length": int(1e30),
-            "spaces_between_special_tokens": False,
-            "tokenizer_class": "GemmaTokenizer",
-        }
-        for kind, token in self.special.items():
-            config[f"{kind}_token"] = self.tokens[token]
-        turns = [text for text, special in self.added.values() if special and text.endswith("_of_turn>")]
-        if turns:
-            config["additional_special_tokens"] = turns
+        special = {kind: self.tokens[token] for kind, token in self.special.items()}
+        config = tokenizer_config(self.added, special, bos=self._adds("bos", True), eos=self._adds("eos", False))
         template = self._template()
         if template is not None:
             config["chat_template"] = template

@@ -17,6 +17,7 @@ from gemma2tool.errors import InputRefused
 from gemma2tool.formats import assets, packings, raw
 from gemma2tool.formats.base import Output, WriteOptions
 from gemma2tool.formats.dtypes import stored_dtypes
+from gemma2tool.formats.hf_tokenizer import completed
 from gemma2tool.formats.plain import drop_equal_head
 from gemma2tool.formats.safetensors_output import INDEX, SINGLE, config_content, other_assets, shards
 from gemma2tool.model.checkpoint import Checkpoint
@@ -121,10 +122,11 @@ class HuggingFace:
                 options.type, [(name, source.shape, encoder) for name, source, encoder in planned]
             )
         files, tensors, index = shards(planned, options.max_shard_size, metadata)
-        small = other_assets(checkpoint) | {"config.json": assets.dump_json(content)}
+        tokenizer, remarks = completed(checkpoint.assets)
+        small = other_assets(checkpoint) | tokenizer | {"config.json": assets.dump_json(content)}
         if len(files) > 1:
             small[INDEX] = assets.dump_json(index)
-        return Output(self.name, False, files, tensors, small)
+        return Output(self.name, False, files, tensors, small, warnings=remarks)
 
 
 def _plain(tensors: Mapping[str, LazyTensor], checkpoint: Checkpoint) -> dict[str, LazyTensor]:

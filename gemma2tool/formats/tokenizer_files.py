@@ -68,3 +68,31 @@ def added_tokens_of(config: Mapping[str, Any] | None, tokenizer: Mapping[str, An
         if isinstance(token, int) and token >= 0 and isinstance(text, str):
             found[token] = (text, bool(entry.get("special")))
     return found
+
+
+def tokenizer_config(
+    added: Mapping[int, tuple[str, bool]], special: Mapping[str, str], *, bos: bool, eos: bool
+) -> dict[str, Any]:
+    """tokenizer_config.json as transformers 4 wrote Gemma's, without a chat template.
+
+    ``added``: id to (text, special) of the added tokens; ``special``: "bos", "eos", "unk", "pad" to their texts; ``bos``, ``eos``:
+    whether they are put around every text.
+    """
+    flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
+    config: dict[str, Any] = {
+        "add_bos_token": bos,
+        "add_eos_token": eos,
+        "added_tokens_decoder": {
+            str(token): {"content": text, **flags, "special": is_special} for token, (text, is_special) in added.items()
+        },
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": int(1e30),
+        "spaces_between_special_tokens": False,
+        "tokenizer_class": "GemmaTokenizer",
+    }
+    for kind, text in special.items():
+        config[f"{kind}_token"] = text
+    turns = [text for text, is_special in added.values() if is_special and text.endswith("_of_turn>")]
+    if turns:
+        config["additional_special_tokens"] = turns
+    return config
