@@ -223,6 +223,31 @@ def test_tokenizer_beside_the_folder_is_found(oracles: Path, tmp_path: Path, tre
         assert _read(path, source).assets["tokenizer.model"] == vocabulary
 
 
+@pytest.mark.parametrize("chunks", [1, 3, 7])
+def test_both_ways_to_decompress_agree(tmp_path: Path, chunks: int, monkeypatch) -> None:
+    """zstandard streams a chunk; without it tensorstore decodes it whole. The last chunk may not be full."""
+    import sys
+
+    from gemma2tool.formats import zarr_arrays
+
+    array = np.random.default_rng(0).standard_normal((20, 4, 6)).astype(ml_dtypes.bfloat16)
+    (tmp_path / "x").mkdir()
+    metadata = {"compressor": {"id": "zstd", "level": 1}, "chunks": [-(-20 // chunks), 4, 6], "dtype": "bfloat16", "shape": [20, 4, 6]}
+    spec = {"driver": "zarr", "kvstore": {"driver": "ocdbt", "base": f"file://{tmp_path}/x/", "path": "a/"}, "metadata": metadata}
+    tensorstore.open(spec, create=True).result().write(array).result()
+    monkeypatch.setattr(zarr_arrays, "WINDOW", 100)
+    for library in ("there", None):
+        if library is None:
+            monkeypatch.setitem(sys.modules, "zstandard", None)
+        stored = zarr_arrays.read_arrays(tmp_path / "x")["a"]
+        matrix = stored.matrix()
+        assert isinstance(matrix.load_block(0), np.ndarray) == (library is not None)
+        assert matrix.load().tobytes() == array.tobytes()
+        assert matrix.load_rows(30, 50).tobytes() == array.reshape(80, 6)[30:50].tobytes()
+        for index in (0, 7, 19):
+            assert stored.matrix((0, index)).load().tobytes() == array[index].tobytes()
+
+
 # -- what is refused ---------------------------------------------------------------------------------------------------
 
 

@@ -1,11 +1,13 @@
 """Folders of zarr arrays, plain or inside an OCDBT database, read with tensorstore: what Orbax makes of a tree of parameters.
 
 The arrays' metadata are read and bounded here, before tensorstore opens one. Chunks may be as large as an array. A chunk is decoded
-once: each tensor's handle has a cache that holds the chunks beside each other that its rows come from, and is dropped with it.
+once, and goes when its rows have been given out: those that zstandard compressed (Orbax's choice) piece by piece into the memory that
+holds them, others by tensorstore into a cache of that size, which needs the compressed chunk beside it.
 """
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from gemma2tool.errors import InputRefused
-from gemma2tool.formats.blockwise import BlockwiseTensor
+from gemma2tool.formats.blockwise import BlockwiseTensor, Rows
 from gemma2tool.formats.extras import require
 from gemma2tool.model.lazy import BFLOAT16, DTYPE_NAMES, FLOAT16, FLOAT32
 from gemma2tool.storage import strict_json
@@ -28,6 +30,8 @@ MAX_FILES = 200_000
 MAX_ARRAYS = 20_000
 MAX_METADATA_BYTES = 1 << 16
 MAX_DIMS = 8
+WINDOW = 8 << 20
+"""Bytes read and decompressed at once."""
 _DTYPES = {"<f4": FLOAT32, "<f2": FLOAT16, "<f8": np.dtype(np.float64), "bfloat16": BFLOAT16}
 _HINT = "the checkpoint is damaged or incomplete: fetch it again"
 
@@ -42,6 +46,8 @@ class StoredArray:
     chunks: tuple[int, ...]
     dtype: np.dtype
     ocdbt: bool
+    compressor: str | None = None
+    separator: str = "."
 
     @property
     def origin(self) -> str:
@@ -80,12 +86,11 @@ def _check_chunks(array: StoredArray, meta: Mapping[str, object], present: set[s
     """Every chunk must be there, or the array say what a missing one holds: tensorstore would read zeros without a word."""
     if meta.get("fill_value") is not None:
         return
-    separator = "/" if meta.get("dimension_separator") == "/" else "."
     grid = [range(-(-dim // chunk)) for dim, chunk in zip(array.shape, array.chunks, strict=True)]
     if prod(map(len, grid)) > MAX_FILES:
         raise _refused("too-many-chunks", array.folder, f"{quoted(array.name)} has {prod(map(len, grid))} chunks")
     for place in product(*grid):
-        if f"{array.name}/{separator.join(map(str, place))}" not in present:
+        if f"{array.name}/{array.separator.join(map(str, place))}" not in present:
             raise _refused("missing-chunk", array.folder, f"a part of {quoted(array.name)} is missing: chunk {place}")
 
 
@@ -118,7 +123,12 @@ def _array(folder: Path, name: str, meta: object, ocdbt: bool) -> StoredArray:
     dtype = _DTYPES.get(meta["dtype"]) if isinstance(meta.get("dtype"), str) else None
     if dtype is None:
         raise _refused("dtype", folder, f"{quoted(name)} holds {quoted(meta.get('dtype'))}, not floating-point values")
-    return StoredArray(folder, name, tuple(shape), tuple(chunks), dtype, ocdbt)
+    compressor = meta.get("compressor")
+    kind = str(compressor.get("id")) if isinstance(compressor, dict) else None
+    # Arrays in another order of axes, or with values for missing chunks, are left to tensorstore.
+    plain = meta.get("order") == "C" and meta.get("fill_value") is None
+    separator = "/" if meta.get("dimension_separator") == "/" else "."
+    return StoredArray(folder, name, tuple(shape), tuple(chunks), dtype, ocdbt, kind if plain else "other", separator)
 
 
 def _are_sizes(values: object) -> bool:
@@ -135,7 +145,46 @@ class ZarrMatrix(BlockwiseTensor):
         self.dtype, self.stored, self.origin = array.dtype, DTYPE_NAMES[array.dtype], array.origin
         self.block_rows = self.shape[0]
 
-    def load_block(self, index: int) -> _Handle:
+    def load_block(self, index: int) -> Rows:
+        array = self.array
+        if array.compressor == "zstd" and array.chunks[1:] == array.shape[1:] and set(self.fixed) <= {0}:
+            decoded = self._streamed()
+            if decoded is not None:
+                return decoded
+        return self._handle()
+
+    def _streamed(self) -> np.ndarray | None:
+        """The whole matrix, decompressed chunk by chunk; None where the zstandard library is missing."""
+        try:
+            from zstandard import ZstdDecompressor, ZstdError
+        except ImportError:
+            return None
+        tensorstore = require("tensorstore", "flax", "reading Orbax checkpoints")
+        array = self.array
+        depth = array.chunks[0]
+        only = self.fixed.get(0)
+        numbers = range(-(-array.shape[0] // depth)) if only is None else (only // depth,)
+        one = prod(array.shape[1:])
+        result = np.empty(self.shape, array.dtype)
+        target = memoryview(result.reshape(-1).view(np.uint8))
+        try:
+            store = tensorstore.KvStore.open(_kvstore(array.folder, array.ocdbt)).result()
+            for number in numbers:
+                key = f"{array.name}/{array.separator.join(map(str, (number, *(0 for _ in array.shape[1:]))))}"
+                source = ZstdDecompressor().stream_reader(_Value(store, key))
+                skip = 0 if only is None else (only % depth) * one * array.dtype.itemsize
+                wanted = (min(depth, array.shape[0] - number * depth) if only is None else 1) * one * array.dtype.itemsize
+                _skip(source, skip)
+                _fill(source, target[:wanted])
+                target = target[wanted:]
+                _skip(source, depth * one * array.dtype.itemsize - skip - wanted)
+                if source.read(1):
+                    raise ValueError("a chunk is longer than its shape")
+        except (ValueError, OSError, RuntimeError, EOFError, ZstdError) as error:
+            raise _refused("broken", array.folder, f"{quoted(array.name)}: {_first_line(error)}") from error
+        return result
+
+    def _handle(self) -> _Handle:
         tensorstore = require("tensorstore", "flax", "reading Orbax checkpoints")
         array = self.array
         slab = [min(chunk, dim) if axis == 0 else dim for axis, (chunk, dim) in enumerate(zip(array.chunks, array.shape, strict=True))]
@@ -189,6 +238,47 @@ class _Handle:
             array = matrix.array
             raise _refused("broken", array.folder, f"{quoted(array.name)}: {_first_line(error)}") from error
         return result
+
+
+class _Value(io.RawIOBase):
+    """A value of a key-value store, read piece by piece; its size need not be known."""
+
+    def __init__(self, store, key: str) -> None:
+        self.store, self.key, self.at, self.step = store, key, 0, WINDOW
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        view = memoryview(buffer).cast("B")
+        while self.step:
+            count = min(self.step, len(view))
+            try:
+                piece = self.store.read(self.key, byte_range=slice(self.at, self.at + count)).result().value
+            except ValueError as error:
+                if "OUT_OF_RANGE" not in str(error):
+                    raise
+                self.step = count // 2  # less than that is left
+                continue
+            view[: len(piece)] = piece
+            self.at += len(piece)
+            return len(piece)
+        return 0
+
+
+def _fill(source: io.RawIOBase, target: memoryview) -> None:
+    while target:
+        got = source.readinto(target[:WINDOW])
+        if not got:
+            raise EOFError("a chunk ends early")
+        target = target[got:]
+
+
+def _skip(source: io.RawIOBase, count: int) -> None:
+    scratch = memoryview(bytearray(min(count, WINDOW)))
+    while count:
+        _fill(source, scratch[:count])
+        count -= min(count, len(scratch))
 
 
 def _first_line(error: Exception) -> str:
