@@ -204,12 +204,15 @@ void q45_k(const float* x, const float* importance, int64_t rows, int64_t cols, 
 void from_q2_k(const uint8_t* in, int64_t blocks, float* out) {
     for (; blocks > 0; --blocks, in += 84, out += 256) {
         const float d = load_half(in + 80), dmin = load_half(in + 82);
-        for (int g = 0; g < 16; ++g) {
-            const float scale = d * (float)(in[g] & 15), minimum = dmin * (float)(in[g] >> 4);
-            const uint8_t* q = in + 16 + 32 * (g / 8) + 16 * (g % 2);
-            const int shift = 2 * (g % 8 / 2);
-            for (int i = 0; i < 16; ++i) out[16 * g + i] = scale * (float)((q[i] >> shift) & 3) - minimum;
-        }
+        for (int half = 0; half < 2; ++half)
+#pragma GCC unroll 4
+            for (int k = 0; k < 4; ++k)
+                for (int side = 0; side < 2; ++side) {
+                    const int g = 8 * half + 2 * k + side;
+                    const float scale = d * (float)(in[g] & 15), minimum = dmin * (float)(in[g] >> 4);
+                    const uint8_t* q = in + 16 + 32 * half + 16 * side;
+                    for (int i = 0; i < 16; ++i) out[16 * g + i] = scale * (float)((q[i] >> (2 * k)) & 3) - minimum;
+                }
     }
 }
 

@@ -103,12 +103,14 @@ void dequantize(const uint8_t* in, int64_t blocks, float* out) {
         const float d = load_half(in), m = MIN ? load_half(in + 2) : 0.f;
         uint32_t high = 0;
         if (BITS == 5) __builtin_memcpy(&high, in + L::HEADER, 4);
-        const uint8_t* codes = in + L::BYTES - 16;
-        for (int j = 0; j < 32; ++j) {
-            int c = j < 16 ? codes[j] & 15 : codes[j - 16] >> 4;
-            if (BITS == 5) c |= ((high >> j) & 1) << 4;
-            out[j] = MIN ? (float)c * d + m : (float)(c - L::HALF) * d;
-        }
+        uint8_t codes[16];  // a copy, which `out` cannot alias
+        __builtin_memcpy(codes, in + L::BYTES - 16, 16);
+        for (int half = 0; half < 2; ++half)
+            for (int j = 0; j < 16; ++j) {
+                int c = (codes[j] >> (4 * half)) & 15;
+                if (BITS == 5) c |= (int)((high >> (j + 16 * half)) & 1) << 4;
+                out[j + 16 * half] = MIN ? (float)c * d + m : (float)(c - L::HALF) * d;
+            }
     }
 }
 
