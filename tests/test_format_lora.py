@@ -167,6 +167,36 @@ def test_what_is_refused(tmp_path: Path, tensors: dict, settings: dict, match: s
         lora.merge(random_checkpoint(np.dtype(np.float32)), adapter)
 
 
+def test_adapters_reach_a_gguf_made_from_a_gguf(tmp_path: Path) -> None:
+    """That way copies stored tensors where it can; it must not copy those an adapter changed."""
+    first = write_as("gguf", random_checkpoint(np.dtype(np.float32)), tmp_path / "first.gguf")
+    adapter = _handmade(tmp_path / "a", {f"{Q}.lora_A.weight": A, f"{Q}.lora_B.weight": B})
+    merged = lora.merge(registry.open_checkpoint(first), adapter)
+    back = registry.open_checkpoint(write_as("gguf", merged, tmp_path / "second.gguf"))
+    name = f"{Q}.weight"
+    assert np.array_equal(back.tensors[name].load(), merged.tensors[name].load())
+    assert not np.array_equal(back.tensors[name].load(), registry.open_checkpoint(first).tensors[name].load())
+
+
+def test_command_line(base: Path, tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    from gemma2tool.cli.main import app
+    from gemma2tool.cli.options import parse_lora
+    from gemma2tool.errors import UsageError
+
+    adapter = _handmade(tmp_path / "a", {f"{Q}.lora_A.weight": A, f"{Q}.lora_B.weight": B})
+    arguments = ["convert", str(base), str(tmp_path / "out"), "--lora", str(adapter), "--lora", f"{adapter}=-0.5", "--quiet"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    source = registry.open_checkpoint(base)
+    expected = lora.merge(lora.merge(source, adapter), adapter, -0.5)
+    assert_same_tensors(expected, registry.open_checkpoint(tmp_path / "out"))
+    assert parse_lora("x/y=0.5") == (Path("x/y"), 0.5) and parse_lora("x") == (Path("x"), 1.0)
+    with pytest.raises(UsageError, match="is no number"):
+        parse_lora("x=y")
+
+
 def test_missing_files(tmp_path: Path) -> None:
     source = random_checkpoint(np.dtype(np.float32))
     with refused("no such folder"):

@@ -88,6 +88,10 @@ Gate = Annotated[
     list[str] | None,
     typer.Option("--gate", metavar="NAME=LIMIT", help="Override a gate of the verification, e.g. kl=0.05. Repeatable."),
 ]
+Lora = Annotated[
+    list[str] | None,
+    typer.Option("--lora", metavar="DIR[=SCALE]", help="Merge a PEFT LoRA adapter, its strength times SCALE. Repeatable, in order."),
+]
 SplitMaxSize = Annotated[
     str | None, typer.Option("--split-max-size", metavar="SIZE", help="GGUF: split into files of at most this size.")
 ]
@@ -107,3 +111,14 @@ def parse_pair(text: str, option: str, form: str) -> tuple[str, str]:
     if not equals or not left or not right:
         raise UsageError("option.pair", f"{option} {text!r} is not of the form {form}", hint=f"write {option} {form}")
     return left, right
+
+
+def parse_lora(text: str) -> tuple[Path, float]:
+    """An adapter's folder and its scale from "DIR" or "DIR=SCALE"; a folder of that whole name comes first."""
+    folder, equals, scale = text.rpartition("=")
+    if not equals or Path(text).exists():
+        return Path(text), 1.0
+    try:
+        return Path(folder), float(scale)
+    except ValueError:
+        raise UsageError("option.lora", f"--lora {text!r}: {scale!r} is no number", hint="write --lora DIR=0.5") from None

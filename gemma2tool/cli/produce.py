@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from gemma2tool.console import Console
     from gemma2tool.pipeline.plan import Plan
 
-FILE_SUFFIXES = (".ckpt", ".gguf")
+FILE_SUFFIXES = (".ckpt", ".gguf", ".sbs")
 FLOAT_DTYPES = ("f32", "f16", "bf16")
 GGUF_DTYPES = (*FLOAT_DTYPES, "auto", "q8_0", "tq1_0", "tq2_0")
 
@@ -31,6 +31,7 @@ def produce(
     type: str | None,
     extra: Mapping[str, object],
     config: Path | None,
+    lora: Sequence[str] | None,
     force: bool,
     no_verify: bool,
     tokens: Path | None,
@@ -48,6 +49,7 @@ def produce(
     from gemma2tool.console import Console
     from gemma2tool.formats import registry
     from gemma2tool.formats.base import WriteOptions
+    from gemma2tool.formats.lora import merge
     from gemma2tool.pipeline.evaluate import read_tokens
     from gemma2tool.pipeline.plan import make_plan, shared
     from gemma2tool.pipeline.run import Checks, run
@@ -65,7 +67,10 @@ def produce(
     shard_size = o.parse_size(max_shard_size)
     budget = o.parse_size(memory)
     gates = parse_gates(gate or ())
+    adapters = [o.parse_lora(text) for text in lora or ()]
     with registry.open_checkpoint(src, config=o.load_config(config)) as source:
+        for adapter, scale in adapters:
+            source = merge(source, adapter, scale)
         read = source if len(wanted) == 1 else shared(source)
         plans = []
         for path, format_name, name in wanted:

@@ -73,6 +73,7 @@ def quantize(
         bool, typer.Option("--allow-requantize", help="Accept a source that is quantized already.")
     ] = False,
     config: o.ConfigFile = None,
+    lora: o.Lora = None,
     force: o.Force = False,
     no_verify: o.NoVerify = False,
     tokens: o.Tokens = None,
@@ -111,6 +112,7 @@ def quantize(
         type=type.lower(),
         extra=extra,
         config=config,
+        lora=lora,
         force=force,
         no_verify=no_verify,
         tokens=tokens,

@@ -118,6 +118,7 @@ def merge(checkpoint: Checkpoint, adapter: Path, scale: float = 1.0) -> Checkpoi
         checkpoint,
         config=config,
         tensors=tensors,
+        metadata={},  # what the source's own format keeps, its stored tensors among it, is no longer this model
         files=(*checkpoint.files, path, adapter / CONFIG),
         warnings=[*checkpoint.warnings, *_warnings(whole, scale, checkpoint.config, config)],
     )
