@@ -98,6 +98,15 @@ class Console:
         if not self.json:
             self._line(False, (safe(message), ""))
 
+    def stream(self, text: str) -> None:
+        """A piece of running text to stdout as it comes: line breaks and tabs as they are, other control characters escaped."""
+        if self.json:
+            return
+        shown = "".join(c if c in "\n\t" else safe(c) for c in text)
+        stream = self._stdout or sys.stdout
+        stream.write(shown.encode(getattr(stream, "encoding", None) or "utf-8", "replace").decode(stream.encoding or "utf-8"))
+        stream.flush()
+
     def note(self, message: object) -> None:
         """Something to know, to stderr."""
         if not self.quiet:
