@@ -223,12 +223,13 @@ INLINE void descend_scales(const F* x, F* scales, F* codes) {
             for (int g = 0; g < GROUPS; ++g) {
                 const F xi = x[g * N + i], l = codes[g * N + i], w = xi * xi, wx = w * xi;
                 F lx = sum_lx[g] - wx * l, l2 = sum_l2[g] - w * l * l;
-                const I possible = lx > 0.f;
                 const F next = to_float(clip(nearest_int(xi * l2 / lx), -MAX, MAX - 1));
+                const I possible = (lx > 0.f) & (next != l);
+                if (!any(possible)) continue;  // most, once the first sweep is over
                 lx += wx * next;
                 l2 += w * next * next;
                 const I better =
-                    possible & (next != l) & (l2 > 0.f) & (lx * lx * sum_l2[g] > sum_lx[g] * sum_lx[g] * l2);
+                    possible & (l2 > 0.f) & (lx * lx * sum_l2[g] > sum_lx[g] * sum_lx[g] * l2);
                 codes[g * N + i] = better ? next : l;
                 sum_lx[g] = better ? lx : sum_lx[g];
                 sum_l2[g] = better ? l2 : sum_l2[g];
