@@ -19,8 +19,7 @@ import numpy as np
 from gemma2tool.formats import registry
 from gemma2tool.formats.base import WriteOptions
 from gemma2tool.model.checkpoint import Checkpoint
-from gemma2tool.pipeline.write import write_output
-from gemma2tool.storage.staging import Staging
+from gemma2tool.pipeline.save import save
 from gemma2tool.verify.logits import compare_logits
 
 FIXTURE = Path(__file__).resolve().parent.parent / "fixtures" / "tiny-gemma2"
@@ -32,14 +31,7 @@ def make(source: Checkpoint, folder: Path, kind: str) -> Path:
     """Write the fixture in ``kind``; returns the path."""
     name, _, double = kind.partition(" ")
     path = folder / (kind.replace(" ", "-") + ("" if kind in FOLDER_TYPES else ".gguf"))
-    options = WriteOptions(type=name, name=path.name, extra={"double_quant": bool(double)})
-    output = registry.by_name(registry.for_destination(path, None)).layout(source, options)
-    with Staging(path, expected_bytes=output.nbytes, folder=not output.single_file) as staging:
-        sinks = {file.name: staging.file(file.name, file.size) for file in output.files}
-        write_output(output, sinks, threads=2)
-        for name, data in output.assets.items():
-            staging.write_bytes(name, data)
-        staging.commit()
+    save(source, path, WriteOptions(type=name, extra={"double_quant": bool(double)}))
     return path
 
 

@@ -23,8 +23,8 @@ from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.config import SIZES
 from gemma2tool.model.lazy import BFLOAT16, LazyTensor
 from gemma2tool.model.tensors import expand
-from gemma2tool.pipeline.write import write_output
-from gemma2tool.storage.staging import Staging
+from gemma2tool.pipeline.save import save
+from gemma2tool.storage.crc import crc32_combine
 
 POOL = 1 << 24
 
@@ -56,21 +56,31 @@ def random_checkpoint(size: str, seed: int = 0) -> Checkpoint:
     return Checkpoint(Path(f"random-{size}"), "random", config, tensors)
 
 
-def write(checkpoint: Checkpoint, destination: Path, *, dtype: str | None = None, sparse: bool = False) -> None:
-    """Write ``checkpoint`` in the format that the destination's name asks for."""
+def write_sparse(checkpoint: Checkpoint, destination: Path, dtype: str | None) -> None:
+    """Headers and holes: every file at its size, with no tensor's bytes."""
     name = registry.for_destination(destination, None)
     output = registry.by_name(name).layout(checkpoint, WriteOptions(dtype=dtype, name=destination.name))
-    with Staging(destination, force=True, expected_bytes=0, folder=not output.single_file) as staging:
-        sinks = {file.name: staging.file(file.name, file.size) for file in output.files}
-        if sparse:
-            for file in output.files:
-                for offset, data in file.fixed:
-                    sinks[file.name].pwrite(offset, data)
-        else:
-            write_output(output, sinks, threads=2)
-        for asset, data in output.assets.items():
-            staging.write_bytes(asset, data)
-        staging.commit()
+    for file in output.files:
+        path = destination if output.single_file else destination / file.name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("wb") as sparse:
+            sparse.truncate(file.size)
+            empty = {place.name: zeros_crc(place.nbytes) for item in output.tensors for place in item.parts.values()}
+            for offset, data in (*file.fixed, *(file.finish(empty) if file.finish else ())):
+                sparse.seek(offset)
+                sparse.write(data)
+    for asset, data in output.assets.items():
+        (destination / asset).write_bytes(data)
+
+
+def zeros_crc(nbytes: int) -> int:
+    """CRC-32 of as many zeros, without going through them: the one of a piece, doubled and added up."""
+    total, piece, length = 0, zlib.crc32(b"\0"), 1
+    while nbytes:
+        if nbytes & 1:
+            total = crc32_combine(total, piece, length)
+        piece, length, nbytes = crc32_combine(piece, piece, length), 2 * length, nbytes >> 1
+    return total
 
 
 def main() -> None:
@@ -80,7 +90,11 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("f32", "f16", "bf16"))
     parser.add_argument("--sparse", action="store_true")
     arguments = parser.parse_args()
-    write(random_checkpoint(arguments.size), arguments.destination, dtype=arguments.dtype, sparse=arguments.sparse)
+    checkpoint = random_checkpoint(arguments.size)
+    if arguments.sparse:
+        write_sparse(checkpoint, arguments.destination, arguments.dtype)
+    else:
+        save(checkpoint, arguments.destination, WriteOptions(dtype=arguments.dtype), force=True)
 
 
 if __name__ == "__main__":

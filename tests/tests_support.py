@@ -6,14 +6,12 @@ from pathlib import Path
 
 import numpy as np
 
-from gemma2tool.formats import registry
 from gemma2tool.formats.base import WriteOptions
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.config import Gemma2Config
 from gemma2tool.model.lazy import ArrayTensor
 from gemma2tool.model.tensors import expand
-from gemma2tool.pipeline.write import write_output
-from gemma2tool.storage.staging import Staging
+from gemma2tool.pipeline.save import save
 
 SMALL = Gemma2Config(
     vocab_size=160,
@@ -46,12 +44,5 @@ def write_checkpoint(
 ) -> Path:
     """Write ``checkpoint`` in the format of ``path``'s name through the pipeline's own writer; returns ``path``."""
     known = {key: options.pop(key) for key in ("dtype", "type", "max_shard_size") if key in options}
-    name = registry.for_destination(path, None)
-    output = registry.by_name(name).layout(checkpoint, WriteOptions(name=path.name, extra=options, **known))
-    with Staging(path, force=False, expected_bytes=output.nbytes, folder=not output.single_file) as staging:
-        sinks = {file.name: staging.file(file.name, file.size) for file in output.files}
-        write_output(output, sinks, threads=threads, memory=memory)
-        for asset, data in output.assets.items():
-            staging.write_bytes(asset, data)
-        staging.commit()
+    save(checkpoint, path, WriteOptions(extra=options, **known), threads=threads, memory=memory)
     return path
