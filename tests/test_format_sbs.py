@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import struct
 from dataclasses import replace
 from pathlib import Path
@@ -14,8 +15,10 @@ from tests_support import SMALL, random_checkpoint
 
 from gemma2tool.formats import registry
 from gemma2tool.formats.base import WriteOptions
+from gemma2tool.formats.sbs_tensors import NuqTensor, interleaved
 from gemma2tool.model.checkpoint import Assets
 from gemma2tool.model.config import SIZES
+from gemma2tool.model.lazy import ArrayTensor
 from gemma2tool.quantizers import sfp
 
 GOLDEN = [
@@ -49,16 +52,50 @@ def test_sfp_codes_decode_by_the_formula_and_back() -> None:
 
 
 def test_sfp_rounds_to_the_nearest() -> None:
-    """Of every bfloat16 in its range; ties may go either way here. Low bits of float32 are cut off first."""
-    bits = np.arange(1 << 15, dtype=np.uint32)
-    values = (bits << 16).view(np.float32)
+    """Of every bfloat16 in its range, without its last bit, which gemma.cpp cuts off as it does float32's lower half."""
+    bits = np.arange(1 << 15, dtype=np.uint32) << 16
+    values = bits.view(np.float32)
     values = values[(values <= sfp.MAX) & (values >= 2.0**-22)]
+    cut = (values.view(np.uint32) & 0xFFFE0000).view(np.float32)
     known = np.unique(np.abs(sfp.decoding()))
     chosen = sfp.decoding()[sfp.encode(values, 1.0)]
-    # Between 1.75 * 2^-8 and 2^-7 gemma.cpp rounds up from 1.875 * 2^-8, the middle, on.
-    nearest = np.abs(known[None] - values[:, None]).min(axis=1)
-    assert (np.abs(chosen - values) <= nearest * (1 + 1e-6)).all()
+    nearest = np.abs(known[None] - cut[:, None]).min(axis=1)
+    assert (np.abs(chosen - cut) <= nearest * (1 + 1e-6)).all()
     assert np.array_equal(sfp.encode(np.array([0.53125 + 1e-4], np.float32), 1.0), sfp.encode(np.array([0.53125], np.float32), 1.0))
+
+
+def test_every_bfloat16_is_encoded_as_gemma_cpp_does() -> None:
+    """The digest is that of gemma.cpp's own codes: SfpCodec::Enc (3ed403e, AVX2) over all bfloat16 of its range, by their bits."""
+    values = (np.arange(1 << 16, dtype=np.uint32) << 16).view(np.float32)
+    values = values[np.isfinite(values) & (np.abs(values) <= sfp.MAX)]
+    assert len(values) == 32738
+    digest = hashlib.sha256(sfp.encode(values, 1.0).tobytes()).hexdigest()
+    assert digest == "7ee782688f471630653bd1f73baa726493d047b8312513ce36d69d1aad4f3ffb"
+
+
+NUQ_OF_GEMMA_CPP = bytes.fromhex(
+    "dfdcdad8d4d0cac12b434c52565a5c5e4087980c7488c95087981c7588c95187a82d8688da6288a82d8688ea6388a83e8698fb7388b94f8798fb7488b9408798"
+    "0c7588c95187981c7588da5288a82d8688da6288a83e8688ea6388b93e8798fb7488b94f87980b7488c95087981c7588c95187a81d8588da6288a82d8688ea63"
+    "88a83e8688eb6388b94f8798fb7488b9e0dfdedcdad3d1cdbe31454a5558595a5098a91c8599ca6298a93d8699db7398b94e8799fb74"
+)
+"""What gemma.cpp's NuqCodec::Enc (3ed403e) makes of ((37 k mod 256 - 128) / 256) ** 3 for k up to 300."""
+
+
+def test_nuq_stream_of_gemma_cpp_decodes_as_there() -> None:
+    codes = ArrayTensor(np.frombuffer(NUQ_OF_GEMMA_CPP, np.uint8))
+    assert codes.rows == sfp.nuq_bytes(300) and interleaved(codes, 300)
+    values = NuqTensor(codes, (300,), 1.0, together=True).load().astype(np.float32)
+    assert hashlib.sha256(values.tobytes()).hexdigest() == "bb80b8dde85c36e22a3284829182f44c14fb7f2b0f8672900d5ee193fd4a3100"
+    exact = ((np.arange(300) * 37 % 256 - 128) / 256) ** 3
+    assert np.abs(values - exact).max() < 0.02
+
+
+def test_config_equals_gemma_cpps() -> None:
+    """The digest is that of ModelConfig(GEMMA2_9B, kSFP, GEMMA_IT).Write() of gemma.cpp 3ed403e."""
+    from gemma2tool.formats import sbs_config
+
+    data = sbs_config.write(replace(SIZES["9b"], eos_token_id=(1, 107)), 3)
+    assert hashlib.sha256(data).hexdigest() == "89e06c3a19a20cc3ff0b2b48d1d52a9823029f2a500625e3b2fd63c9ba274385"
 
 
 def test_large_tensors_are_scaled() -> None:

@@ -34,13 +34,13 @@ def decoding() -> np.ndarray:
 
 @lru_cache(maxsize=1)
 def encoding() -> np.ndarray:
-    """The code of every bfloat16 by its bits, uint8 (65536,): nearest, ties to even mantissa; magnitudes above 1.875 saturate.
+    """The code of every bfloat16 by its bits, uint8 (65536,), equal to ``SfpCodec::EncBytes``; magnitudes above 1.875 saturate.
 
-    As ``SfpCodec::EncBytes``: magnitudes from 1.111b * 2^-8 on round to 2^-7, those that round to 2^-23 become 1.01b * 2^-23, for its
-    own code is zero's.
+    The mantissa's last bit is cut off, the rest rounded to the nearest, ties to even. Magnitudes from 1.111b * 2^-8 on round to 2^-7;
+    those that round to 2^-23 become 1.01b * 2^-23, for its own code is zero's.
     """
     bits = np.arange(1 << 16, dtype=np.uint32) << 16
-    magnitude = np.minimum(bits & 0x7FFFFFFF, np.float32(MAX).view(np.uint32))
+    magnitude = np.minimum(bits & 0x7FFE0000, np.float32(MAX).view(np.uint32))
     large_before = magnitude >= np.float32(0.007568359375).view(np.uint32)
     shift = np.where(large_before, 20, 21).astype(np.uint32)
     rounded = magnitude + ((magnitude >> shift) & 1) + (np.uint32(1) << (shift - 1)) - 1
