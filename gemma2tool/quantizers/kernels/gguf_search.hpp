@@ -228,8 +228,7 @@ INLINE void descend_scales(const F* x, F* scales, F* codes) {
                 if (!any(possible)) continue;  // most, once the first sweep is over
                 lx += wx * next;
                 l2 += w * next * next;
-                const I better =
-                    possible & (l2 > 0.f) & (lx * lx * sum_l2[g] > sum_lx[g] * sum_lx[g] * l2);
+                const I better = possible & (l2 > 0.f) & (lx * lx * sum_l2[g] > sum_lx[g] * sum_lx[g] * l2);
                 codes[g * N + i] = better ? next : l;
                 sum_lx[g] = better ? lx : sum_lx[g];
                 sum_l2[g] = better ? l2 : sum_l2[g];
