@@ -50,7 +50,7 @@ def test_streamed_equals_whole_equals_transformers(config, block, side, seed):
     ids = prompts((3, 13), config.vocab_size, seed)
     real = torch.ones(3, 13, dtype=torch.bool) if mask is None else mask.bool()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(streaming, "BLOCK_BYTES", block)
+        patch.setattr(readahead, "BLOCK_BYTES", block)
         seen = {}
         found = streaming.logits(
             checkpoint_of(config, state), ids.numpy(), attention_mask=mask, on_layer=seen.__setitem__, threads=1
@@ -111,7 +111,7 @@ def test_a_shorter_window_may_be_set():
 
 
 def test_logits_by_vocabulary_and_by_position(monkeypatch):
-    monkeypatch.setattr(streaming, "BLOCK_BYTES", 600)
+    monkeypatch.setattr(readahead, "BLOCK_BYTES", 600)
     state, ids = random_state(SMALL, CAUSAL), prompts((2, 11), SMALL.vocab_size, 2)
     checkpoint = checkpoint_of(SMALL, state)
     whole = streaming.logits(checkpoint, ids)
@@ -169,14 +169,32 @@ def test_inputs_of_every_projection_are_shown():
         assert_agree(seen[name], x, name)
 
 
-def test_same_threads_same_bits():
+@pytest.mark.parametrize("few", [1, 256])
+def test_same_bits_from_run_to_run(few, monkeypatch):
+    """And, while only the projections are shared among threads, with any number of them."""
+    monkeypatch.setattr(readahead, "BLOCK_BYTES", 600)
+    monkeypatch.setattr(streaming, "FEW_TOKENS", few)
     state, ids = random_state(SMALL, CAUSAL), prompts((2, 30), SMALL.vocab_size, 2)
     checkpoint = checkpoint_of(SMALL, state)
     before = torch.get_num_threads()
-    runs = [streaming.logits(checkpoint, ids, threads=2) for _ in range(3)]
-    assert np.array_equal(runs[0], runs[1]) and np.array_equal(runs[0], runs[2])
-    assert_agree(torch.from_numpy(streaming.logits(checkpoint, ids, threads=1)), torch.from_numpy(runs[0]))
+    runs = [streaming.logits(checkpoint, ids, threads=3) for _ in range(4)]
+    assert all(np.array_equal(runs[0], run) for run in runs[1:])
+    alone = streaming.logits(checkpoint, ids, threads=1)
+    assert_agree(torch.from_numpy(alone), torch.from_numpy(runs[0]))
+    assert few == 1 or np.array_equal(alone, runs[0])
     assert torch.get_num_threads() == before
+
+
+def test_equal_weights_give_equal_bits_whatever_they_are_stored_as(monkeypatch):
+    monkeypatch.setattr(readahead, "BLOCK_BYTES", 600)
+    state, ids = random_state(SMALL, CAUSAL), prompts((2, 12), SMALL.vocab_size, 2)
+    narrow = {name: tensor.numpy().astype(ml_dtypes.bfloat16) for name, tensor in state.items()}
+    results = []
+    for stored in (ml_dtypes.bfloat16, np.float32):
+        checkpoint = checkpoint_of(SMALL, state)
+        checkpoint.tensors = {name: ArrayTensor(array.astype(stored)) for name, array in narrow.items()}
+        results.append(streaming.logits(checkpoint, ids))
+    assert np.array_equal(*results)
 
 
 def test_wrong_inputs_get_clear_errors():
@@ -213,36 +231,79 @@ class Counted(ArrayTensor):
         return rows
 
 
-def test_blocks_come_in_order_and_no_more_than_the_budget_ahead(monkeypatch):
+@pytest.mark.parametrize("threads", [1, 3])
+def test_blocks_come_in_order_and_no_more_than_the_budget_ahead(threads, monkeypatch):
     monkeypatch.setattr(readahead, "AHEAD_BYTES", 4000)
+    monkeypatch.setattr(readahead, "BLOCK_BYTES", 1200)
     tensors = {
         name: Counted(np.arange(20000, dtype=np.float32).reshape(200, 100) * k) for name, k in [("a", 1), ("b", 2)]
     }
-    used, got = 0, {"a": [], "b": []}
-    with ReadAhead(tensors, block_bytes=1200) as ahead:
-        for name in tensors:
-            for first, last, values in ahead.blocks(name):
-                got[name].append(values)
-                assert last - first <= 3
-                used += values.nbytes
-                read = sum(tensor.read for tensor in tensors.values())
-                assert read - used <= 4000 + 3 * 1200
-    for name, tensor in tensors.items():
-        assert np.array_equal(np.concatenate(got[name]), tensor.array)
+    used, by = 0, set()
+
+    def copy(first, last, rows):
+        assert last - first <= 3
+        by.add(threading.get_ident())
+        return rows.copy()
+
+    with ReadAhead(tensors, threads) as ahead:
+        for name, tensor in tensors.items():
+            got = []
+            for first, last, rows in ahead.map(name, copy):
+                assert first == sum(map(len, got)) and last == first + len(rows)
+                got.append(rows)
+                used += rows.nbytes
+                read = sum(each.read for each in tensors.values())
+                # read and unused, at most a block more for each thread; and as many results as may wait to be taken
+                assert read - used <= 4000 + 1200 * threads + 1200 * 2 * threads
+            assert np.array_equal(np.concatenate(got), tensor.array)
+    assert threading.get_ident() not in by and len(by) <= threads
 
 
-def test_a_failing_read_is_raised_where_the_block_is_used():
+def test_one_product_is_shared_among_threads(monkeypatch):
+    """Two blocks are in use at the same moment: each waits for the other."""
+    monkeypatch.setattr(readahead, "BLOCK_BYTES", 16)
+    together = threading.Barrier(2, timeout=20)
+    with ReadAhead({"a": ArrayTensor(np.zeros((2, 4), np.float32))}, 2) as ahead:
+        assert len(list(ahead.map("a", lambda *_: together.wait()))) == 2
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_failing_read_is_raised_where_the_block_is_used(threads, monkeypatch):
+    monkeypatch.setattr(readahead, "BLOCK_BYTES", 32)
     tensors = {"a": Counted(np.zeros((10, 4), np.float32)), "b": Counted(np.zeros((10, 4), np.float32), fails_at=7)}
-    with ReadAhead(tensors, block_bytes=32) as ahead:
-        assert len(list(ahead.blocks("a"))) == 5
-        blocks = ahead.blocks("b")
+    with ReadAhead(tensors, threads) as ahead:
+        assert len(list(ahead.map("a", lambda *_: None))) == 5
+        blocks = ahead.map("b", lambda *_: None)
         assert [next(blocks)[0] for _ in range(3)] == [0, 2, 4]
         with pytest.raises(OSError, match="disk gone"):
             next(blocks)
 
 
+def test_a_failing_use_is_raised_too():
+    with ReadAhead({"a": ArrayTensor(np.zeros((2, 4), np.float32))}, 2) as ahead:
+        with pytest.raises(ZeroDivisionError):
+            list(ahead.map("a", lambda *_: 1 // 0))
+    with ReadAhead({"a": ArrayTensor(np.zeros((2, 4), np.float32))}, 2) as ahead:
+        with pytest.raises(KeyError):
+            next(ahead.map("b", lambda *_: None))
+
+
+def test_the_thread_setting_comes_back_when_the_last_is_done():
+    tensor = ArrayTensor(np.zeros((2, 4), np.float32))
+    with streaming.use_threads(2):
+        with ReadAhead({"a": tensor}, 1) as one, ReadAhead({"a": tensor}, 1) as other:
+            left, right = one.map("a", lambda *_: None), other.map("a", lambda *_: None)
+            next(left), next(right)
+            assert torch.get_num_threads() == 1
+            left.close()
+            assert torch.get_num_threads() == 1
+            right.close()
+            assert torch.get_num_threads() == 2
+
+
 def test_a_run_given_up_halfway_leaves_no_thread(monkeypatch):
     monkeypatch.setattr(readahead, "AHEAD_BYTES", 100)
+    monkeypatch.setattr(readahead, "BLOCK_BYTES", 600)
     run = StreamedForward(checkpoint_of(SMALL, random_state(SMALL, CAUSAL)), prompts((1, 5), 40, 1))
     states = run.hidden_states()
     next(states), next(states)

@@ -1,35 +1,58 @@
-"""Weights read ahead of their use: a thread reads the next blocks of rows while this one multiplies."""
+"""Blocks of weights, read ahead of their use and used by several threads.
+
+Each thread takes a whole block: reads it (dequantizes it), and later multiplies by it alone. No thread waits for
+another within a product, which on a busy machine costs more than the product; and since a block's arithmetic is one
+thread's, the result does not depend on how many there are.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from typing import TypeVar
 
 import numpy as np
+import torch
 
-from gemma2tool.model.lazy import LazyTensor, row_ranges
+from gemma2tool.model.lazy import FLOAT32, LazyTensor, row_ranges
 
 AHEAD_BYTES = 128 << 20
 """How much may have been read and not yet been used."""
 
+BLOCK_BYTES = 8 << 20
+"""A block's size as float32, whatever it is stored as, so that equal weights are cut alike and give equal bits; small
+enough that the widened rows stay in cache."""
+
+Result = TypeVar("Result")
+
 
 class ReadAhead:
-    """Blocks of rows of ``tensors``, in that order, read on a background thread.
+    """Blocks of rows of ``tensors``, read in that order on ``threads`` threads.
 
-    The caller takes them in the same order with ``blocks(name)``. Memory: at most ``AHEAD_BYTES`` and one block. What
-    reading raises is raised where the block is asked for. Use as a context manager, or ``close`` it: that ends the
-    thread.
+    The caller uses the tensors in the same order, each with ``map``. Memory: ``AHEAD_BYTES``, and for each
+    thread a block and two results. Use as a context manager, or ``close`` it: that ends the threads.
     """
 
-    def __init__(self, tensors: Mapping[str, LazyTensor], block_bytes: int) -> None:
-        self._tensors, self._block_bytes = tensors, block_bytes
+    def __init__(self, tensors: Mapping[str, LazyTensor], threads: int) -> None:
+        self._tensors = tensors
+        self._blocks: list[tuple[str, int, int]] = []
+        self._span: dict[str, range] = {}
+        for name, tensor in tensors.items():
+            start = len(self._blocks)
+            ranges = row_ranges(tensor.rows, tensor.row_size * FLOAT32.itemsize, BLOCK_BYTES)
+            self._blocks += [(name, first, last) for first, last in ranges]
+            self._span[name] = range(start, len(self._blocks))
         self._changed = threading.Condition()
-        self._ready: deque[tuple[str, int, int, np.ndarray | BaseException]] = deque()
-        self._held = 0
         self._closed = False
-        self._thread = threading.Thread(target=self._read, name="read-ahead", daemon=True)
-        self._thread.start()
+        self._loaded: dict[int, np.ndarray | BaseException] = {}
+        self._results: dict[int, object] = {}
+        self._held = 0
+        self._next_load = self._next_use = self._last_use = self._taken = 0
+        self._function: Callable[[int, int, np.ndarray], object] | None = None
+        self._threads = [threading.Thread(target=self._work, name="read-ahead", daemon=True) for _ in range(threads)]
+        for thread in self._threads:
+            thread.start()
 
     def __enter__(self) -> ReadAhead:
         return self
@@ -40,39 +63,106 @@ class ReadAhead:
     def close(self) -> None:
         with self._changed:
             self._closed = True
-            self._ready.clear()
             self._changed.notify_all()
-        self._thread.join()
+        for thread in self._threads:
+            thread.join()
 
-    def blocks(self, name: str) -> Iterator[tuple[int, int, np.ndarray]]:
-        """First row, end and values of each block of the tensor ``name``, which must be the next in order."""
-        last = 0
-        while last < self._tensors[name].rows:
+    def map(self, name: str, function: Callable[[int, int, np.ndarray], Result]) -> Iterator[tuple[int, int, Result]]:
+        """``function(first, last, rows)`` of every block of the tensor ``name``, the next in order, on the threads.
+
+        Yields first, last and result in the order of the rows. What reading or the function raises is raised here.
+        """
+        span = self._span[name]
+        if span.start != self._last_use:
+            raise RuntimeError(f"{name} is not the next tensor in order")
+        with one_thread_each():
             with self._changed:
-                self._changed.wait_for(lambda: self._ready)
-                found, first, last, values = self._ready.popleft()
-                if isinstance(values, BaseException):
-                    raise values
-                if found != name:
-                    raise RuntimeError(f"read ahead {found}, asked for {name}")
-                self._held -= values.nbytes
+                self._function, self._next_use, self._last_use, self._taken = (
+                    function,
+                    span.start,
+                    span.stop,
+                    span.start,
+                )
                 self._changed.notify_all()
-            yield first, last, values
+            for index in span:
+                with self._changed:
+                    self._changed.wait_for(lambda index=index: index in self._results)
+                    result = self._results.pop(index)
+                    self._taken = index + 1
+                    self._changed.notify_all()
+                if isinstance(result, BaseException):
+                    raise result
+                _, first, last = self._blocks[index]
+                yield first, last, result
 
-    def _read(self) -> None:
-        name, first, last = "", 0, 0
+    def _may_use(self) -> bool:
+        near = self._next_use < self._taken + 2 * len(self._threads)
+        return near and self._next_use < self._last_use and self._next_use in self._loaded
+
+    def _may_load(self) -> bool:
+        return self._next_load < len(self._blocks) and self._held < AHEAD_BYTES
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._closed or self._may_use() or self._may_load())
+                if self._closed:
+                    return
+                if use := self._may_use():
+                    index, self._next_use = self._next_use, self._next_use + 1
+                    values, function = self._loaded.pop(index), self._function
+                else:
+                    index, self._next_load = self._next_load, self._next_load + 1
+                    self._held += self._size(index)
+            if use:
+                self._use(index, values, function)
+            else:
+                self._load(index)
+
+    def _size(self, index: int) -> int:
+        name, first, last = self._blocks[index]
+        return (last - first) * self._tensors[name].row_size * self._tensors[name].dtype.itemsize
+
+    def _load(self, index: int) -> None:
+        name, first, last = self._blocks[index]
         try:
-            for name, tensor in self._tensors.items():
-                for first, last in row_ranges(tensor.rows, tensor.row_size * tensor.dtype.itemsize, self._block_bytes):
-                    values = tensor.load_rows(first, last)
-                    with self._changed:
-                        self._changed.wait_for(lambda: self._closed or self._held < AHEAD_BYTES)
-                        if self._closed:
-                            return
-                        self._ready.append((name, first, last, values))
-                        self._held += values.nbytes
-                        self._changed.notify_all()
-        except BaseException as error:  # raised again in the thread that asks for this block
-            with self._changed:
-                self._ready.append((name, first, last, error))
-                self._changed.notify_all()
+            values = self._tensors[name].load_rows(first, last)
+        except BaseException as error:  # raised again where the block is asked for
+            values = error
+        with self._changed:
+            self._loaded[index] = values
+            self._changed.notify_all()
+
+    def _use(self, index: int, values: np.ndarray | BaseException, function: Callable) -> None:
+        _, first, last = self._blocks[index]
+        try:
+            result = values if isinstance(values, BaseException) else function(first, last, values)
+        except BaseException as error:  # raised again where the result is asked for
+            result = error
+        with self._changed:
+            self._held -= self._size(index)
+            self._results[index] = result
+            self._changed.notify_all()
+
+
+_users = 0
+_threads_before = 1
+_users_lock = threading.Lock()
+
+
+@contextlib.contextmanager
+def one_thread_each() -> Iterator[None]:
+    """Torch's operations on one thread each, until the last who asked for it is done: the setting is global."""
+    global _users, _threads_before
+    with _users_lock:
+        if _users == 0:
+            _threads_before = torch.get_num_threads()
+            torch.set_num_threads(1)
+        _users += 1
+    try:
+        yield
+    finally:
+        with _users_lock:
+            _users -= 1
+            if _users == 0:
+                torch.set_num_threads(_threads_before)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -26,9 +27,12 @@ from gemma2tool.reference.inputs import check_ids, check_mask, check_positions
 from gemma2tool.reference.layers import DecoderLayer, RMSNorm, soft_cap
 from gemma2tool.reference.model import scale_embeddings
 from gemma2tool.reference.outputs import CausalLMOutput
-from gemma2tool.reference.readahead import ReadAhead
+from gemma2tool.reference.readahead import ReadAhead, one_thread_each
 from gemma2tool.reference.rotary import cos_sin
-from gemma2tool.reference.tensors import BLOCK_BYTES, load_tensor, to_torch
+from gemma2tool.reference.tensors import load_tensor, to_torch
+
+FEW_TOKENS = 256
+"""Up to here, what is not a projection is too little work for threads to share: they would wait more than they gain."""
 
 OnInput = Callable[[str, Tensor], None]
 """Called with a weight's canonical name and what it is about to be multiplied with, (B, T, in); for calibration."""
@@ -68,7 +72,7 @@ class StreamedForward:
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
         self.attention_mask = check_mask(mask, batch, past + length, self.device)
         self.positions = check_positions(position_ids, None, past, batch, length, config, self.device)
-        self._scratch = torch.empty(0, dtype=dtype, device=self.device)
+        self._scratch = threading.local()
         self._last: Tensor | None = None
 
     @torch.no_grad()
@@ -79,10 +83,12 @@ class StreamedForward:
         x = scale_embeddings(self._embed(), config)
         yield x
         cos, sin = cos_sin(config, self.positions, self.dtype)
-        with ReadAhead(self._matrices(), BLOCK_BYTES) as weights:
+        few = x.shape[0] * x.shape[1] <= FEW_TOKENS
+        with ReadAhead(self._matrices(), torch.get_num_threads()) as weights:
             for index in range(config.num_hidden_layers):
                 layer = self._layer(index, weights)
-                x, _ = layer(x, cos, sin, self.attention_mask, self.cache)
+                with one_thread_each() if few else contextlib.nullcontext():
+                    x, _ = layer(x, cos, sin, self.attention_mask, self.cache)
                 yield x
         self._last = self._norm("model.norm.weight")(x)
 
@@ -101,10 +107,9 @@ class StreamedForward:
         name = "model.embed_tokens.weight" if self.config.tie_word_embeddings else "lm_head.weight"
         if self.on_input is not None:
             self.on_input(name, hidden)
-        with ReadAhead({name: self.tensors[name]}, BLOCK_BYTES) as weights:
-            for start, end, block in weights.blocks(name):
-                logits = F.linear(hidden, self.widen(block))
-                yield start, end, soft_cap(logits, self.config.final_logit_softcapping)
+        cap = self.config.final_logit_softcapping
+        with ReadAhead({name: self.tensors[name]}, torch.get_num_threads()) as weights:
+            yield from weights.map(name, lambda start, end, rows: soft_cap(F.linear(hidden, self.widen(rows)), cap))
 
     def logits(self, first: int = 0, last: int | None = None) -> np.ndarray:
         """Float32 logits of positions ``first`` to ``last``: (B, positions, V)."""
@@ -123,13 +128,14 @@ class StreamedForward:
             yield first, last, self.logits(first, last)
 
     def widen(self, block: np.ndarray) -> Tensor:
-        """A block of rows as ``dtype`` on the device, in memory that the next call uses again."""
+        """A block of rows as ``dtype`` on the device, in memory that the thread's next call uses again."""
         rows = to_torch(block).to(self.device)
         if rows.dtype == self.dtype:
             return rows
-        if self._scratch.numel() < rows.numel():
-            self._scratch = torch.empty(rows.numel(), dtype=self.dtype, device=self.device)
-        return self._scratch[: rows.numel()].view(rows.shape).copy_(rows)
+        scratch = getattr(self._scratch, "tensor", None)
+        if scratch is None or scratch.numel() < rows.numel():
+            scratch = self._scratch.tensor = torch.empty(rows.numel(), dtype=self.dtype, device=self.device)
+        return scratch[: rows.numel()].view(rows.shape).copy_(rows)
 
     def _embed(self) -> Tensor:
         """Embeddings (B, T, D): of each distinct token, only its row is read."""
@@ -158,9 +164,9 @@ class StreamedForward:
         return norm
 
     def _matrices(self) -> dict[str, LazyTensor]:
-        """The layers' projections (and their biases) in the order in which the layers use them."""
+        """The layers' projections in the order in which the layers use them."""
         specs = expand(self.config).values()
-        return {spec.name: self.tensors[spec.name] for spec in specs if spec.layer is not None and spec.role != "norm"}
+        return {spec.name: self.tensors[spec.name] for spec in specs if spec.layer is not None and len(spec.shape) == 2}
 
 
 class StreamedLinear(nn.Module):
@@ -174,11 +180,14 @@ class StreamedLinear(nn.Module):
         if self.run.on_input is not None:
             self.run.on_input(f"{self.name}.weight", x)
         out = x.new_empty(*x.shape[:-1], self.out_features)
-        for first, last, block in self.weights.blocks(f"{self.name}.weight"):
-            out[..., first:last] = F.linear(x, self.run.widen(block))
+
+        def columns(first: int, last: int, rows: np.ndarray) -> None:
+            out[..., first:last] = F.linear(x, self.run.widen(rows))
+
+        for _ in self.weights.map(f"{self.name}.weight", columns):
+            pass
         if self.has_bias:
-            for first, last, block in self.weights.blocks(f"{self.name}.bias"):
-                out[..., first:last] += self.run.widen(block)
+            out += load_tensor(self.run.tensors[f"{self.name}.bias"], self.run.dtype, self.run.device)
         return out
 
 
@@ -225,8 +234,9 @@ def logits(
     """Float32 logits (B, T, V) of ``input_ids`` (B, T), a layer's blocks at a time.
 
     ``on_layer(i, x)`` sees the residual stream (B, T, D) after i layers. ``threads``: torch's, for this call. The rest
-    are ``StreamedForward``'s options. Runs with the same number of threads give the same bits. With another number,
-    or on another machine, sums are split differently: float32 logits then agree within 5e-5 plus 1e-5 of the value.
+    are ``StreamedForward``'s options. Runs with the same number of threads give the same bits, and so do those with
+    another number up to FEW_TOKENS tokens. Beyond, or on another machine, sums are split differently: float32 logits
+    then agree within 5e-5 plus 1e-5 of the value.
     """
     with use_threads(threads):
         run = StreamedForward(checkpoint, input_ids, **options)

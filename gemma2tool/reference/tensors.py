@@ -8,8 +8,7 @@ from torch import Tensor
 
 from gemma2tool.model.lazy import BFLOAT16, LazyTensor, row_ranges
 
-BLOCK_BYTES = 4 << 20
-"""Raw bytes of a weight that are converted and multiplied at once: few enough that the widened rows stay in cache."""
+_BLOCK_BYTES = 16 << 20  # read at once while a whole tensor is converted
 
 
 def to_torch(array: np.ndarray) -> Tensor:
@@ -25,6 +24,6 @@ def load_tensor(tensor: LazyTensor, dtype: torch.dtype, device: str | torch.devi
     if not tensor.shape:
         return to_torch(tensor.load()).to(device, dtype)
     out = torch.empty(tensor.shape, dtype=dtype, device=device)
-    for first, last in row_ranges(tensor.rows, tensor.row_size * tensor.dtype.itemsize, BLOCK_BYTES):
+    for first, last in row_ranges(tensor.rows, tensor.row_size * tensor.dtype.itemsize, _BLOCK_BYTES):
         out[first:last] = to_torch(tensor.load_rows(first, last)).to(device)
     return out
