@@ -136,5 +136,26 @@ BOUNDS: Mapping[str, Bound] = {
     "fp4-dq": Bound(64, _FP4 + 1e-6, 0.20, 1e-6, nested=True),
     # LLM.int8(): cast to float16 first, then the row's absmax / 127, nearest.
     "int8": Bound(0, 1 / 254 + _F16, 0.05, _F16 + 1e-6, _F16_STEP),
+    # Serving libraries. Groups have the size that the user chose, so a whole row, which is never narrower, stands for them.
+    # compressed-tensors divides by a bfloat16 scale in bfloat16, which has 8 bits: up to a step and a half of absmax / 127.5
+    # (8 bits), a step of absmax / 7.5 or of the range over 15 (4 bits).
+    "w8a8-int8": Bound(0, 1.5 / 127.5, 0.05),
+    "w8a16": Bound(0, 1.5 / 127.5, 0.05),
+    "w4a16": Bound(0, 1 / 7.5, 0.35),
+    "w4a16-asym": Bound(0, 2 / 15, 0.35),
+    # float8 e4m3 under a scale of absmax / 448: 3 bits of mantissa, and a bfloat16 scale.
+    "fp8-dynamic": Bound(0, 2.0**-4 + 2.0**-8, 0.05),
+    "fp8-block": Bound(0, 2.0**-4 + 2.0**-8, 0.05),
+    "torchao-int8": Bound(0, 1.5 / 127.5, 0.05),
+    # Range over 15 (255) steps from a stored bias, both in the model's type: a step, and bfloat16's rounding of both ends.
+    "mlx-4": Bound(0, 2 / 15 + 2.0**-7, 0.35),
+    "mlx-8": Bound(0, 2 / 255 + 2.0**-7, 0.05),
+    "awq-4": Bound(0, 2 / 15 + _F16, 0.35),
+    # Calibrated codes make up for the errors of others: nothing is promised of a single value.
+    "gptq-4": Bound(0, math.inf, 0.35),
+    "gptq-8": Bound(0, math.inf, 0.05),
+    # gemma.cpp's 8-bit floats: 3 bits of mantissa, 2 for small values, truncated to 4 before they are rounded.
+    "sfp": Bound(0, 2.0**-3, 0.06),
 }
-"""Stored type -> its limits. Definitions: ggml's quantize_row_*_ref and bitsandbytes' functional.py."""
+"""Stored type -> its limits. Definitions: ggml's quantize_row_*_ref, bitsandbytes' functional.py, and what each library's own
+quantizer was seen to do."""
