@@ -76,13 +76,14 @@ def _terminate(signum: int, frame: object) -> None:
 
 
 def _register() -> None:
-    from gemma2tool.cli import convert, formats, generate, inspect, logits, quantize, verify
+    from gemma2tool.cli import convert, formats, generate, imatrix, inspect, logits, quantize, verify
 
     app.command("convert")(guarded(convert.convert))
     app.command("quantize")(guarded(quantize.quantize))
     app.command("verify")(guarded(verify.verify))
     app.command("logits")(guarded(logits.logits))
     app.command("generate")(guarded(generate.generate))
+    app.command("imatrix")(guarded(imatrix.imatrix))
     app.command("inspect")(guarded(inspect.inspect))
     app.command("formats")(guarded(formats.formats))
 

@@ -90,7 +90,11 @@ Gate = Annotated[
 ]
 Lora = Annotated[
     list[str] | None,
-    typer.Option("--lora", metavar="DIR[=SCALE]", help="Merge a PEFT LoRA adapter, its strength times SCALE. Repeatable, in order."),
+    typer.Option(
+        "--lora",
+        metavar="DIR[=SCALE]",
+        help="Merge a PEFT LoRA adapter, its strength times SCALE. Repeatable, in order.",
+    ),
 ]
 SplitMaxSize = Annotated[
     str | None, typer.Option("--split-max-size", metavar="SIZE", help="GGUF: split into files of at most this size.")
@@ -121,4 +125,6 @@ def parse_lora(text: str) -> tuple[Path, float]:
     try:
         return Path(folder), float(scale)
     except ValueError:
-        raise UsageError("option.lora", f"--lora {text!r}: {scale!r} is no number", hint="write --lora DIR=0.5") from None
+        raise UsageError(
+            "option.lora", f"--lora {text!r}: {scale!r} is no number", hint="write --lora DIR=0.5"
+        ) from None
