@@ -1,7 +1,7 @@
 """What each type costs in quality on the trained fixture: a Markdown table of size, KL divergence, top-1 agreement and perplexity.
 
     python benchmarks/quality.py                        # the types the README quotes
-    python benchmarks/quality.py --types all            # every type that needs no importance matrix
+    python benchmarks/quality.py --types all            # every type; those that need an importance matrix get one
     python benchmarks/quality.py --types q4_k_m,iq4_xs
 
 Every type is made by the tool from fixtures/tiny-gemma2/model.ckpt, read back from its file and run, dequantized, by the built-in
@@ -11,6 +11,7 @@ float32 forward pass over the held-out tokens. KL is KL(source || type) in nats,
 from __future__ import annotations
 
 import argparse
+import sys
 import tempfile
 from pathlib import Path
 
@@ -28,10 +29,13 @@ QUOTED = ("q8_0", "q4_0", "nf4", "int8")
 
 
 def make(source: Checkpoint, folder: Path, kind: str) -> Path:
-    """Write the fixture in ``kind``; returns the path."""
-    name, _, double = kind.partition(" ")
+    """Write the fixture in ``kind``; returns the path. "q4_k_m im": with an importance matrix, "nf4 double": double quantization."""
+    name, _, how = kind.partition(" ")
     path = folder / (kind.replace(" ", "-") + ("" if kind in FOLDER_TYPES else ".gguf"))
-    save(source, path, WriteOptions(type=name, extra={"double_quant": bool(double)}))
+    extra = {"double_quant": True} if how == "double" else {}
+    if how == "im":
+        extra["imatrix"] = calibrate(source, folder)
+    save(source, path, WriteOptions(type=name, extra=extra))
     return path
 
 
@@ -73,8 +77,29 @@ def main() -> None:
 def gguf_types() -> list[str]:
     from gemma2tool.quantizers.mixtures import FILE_TYPES
 
-    needs_matrix = {"iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "iq3_xs", "iq3_xxs", "q2_k_s"}
-    return [name for name in FILE_TYPES if name not in needs_matrix]
+    needs_matrix = {"iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "iq2_m", "iq3_xs", "iq3_xxs", "q2_k_s"}
+    return [f"{name} im" if name in needs_matrix else name for name in FILE_TYPES]
+
+
+def calibrate(source: Checkpoint, folder: Path) -> Path:
+    """An importance matrix from 64 chunks of 256 tokens: Python's language topics, without those of the held-out text."""
+    from pydoc_data.topics import topics
+
+    sys.path.insert(0, str(FIXTURE.parent))
+    from corpus import split_of
+
+    from gemma2tool.pipeline import importance
+    from gemma2tool.pipeline.prompt import Tokenizer
+
+    path = folder / "importance.gguf"
+    if not path.exists():
+        ids = Tokenizer(source).encode(
+            "\n\n".join(topics[name] for name in sorted(topics) if split_of(f"topics/{name}") == "train")
+        )
+        chunks = importance.chunks_of(ids, 256, source.config.bos_token_id, 64)
+        sums = importance.collect(source, chunks, threads=2)
+        importance.write(path, source, sums, dataset="pydoc topics", chunks=chunks, force=False)
+    return path
 
 
 if __name__ == "__main__":
