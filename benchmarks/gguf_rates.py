@@ -1,7 +1,7 @@
 """GGUF against its peers: kernels against ggml's, and the whole way from a 2B-shaped Hugging Face folder to q4_k_m and bf16.
 
-    python benchmarks/gguf.py                         # kernels alone: benchmarks/kernels.py, every type, one core
-    python benchmarks/gguf.py --end-to-end /tmp/bench # and the whole way; needs about 20 GB of disk
+    python benchmarks/gguf_rates.py                         # kernels alone: benchmarks/kernels.py, every type, one core
+    python benchmarks/gguf_rates.py --end-to-end /tmp/bench # and the whole way; needs about 20 GB of disk
 
 The whole way is measured against copying the source file (cp, then sync) plus the kernels' own time on as many cores, both in the same
 run: goals are 1.5 times their sum for q4_k_m and cp / 0.7 for bf16, and 1 GiB of memory.
