@@ -258,7 +258,11 @@ class Console:
 
     def _console(self, err: bool) -> rich.console.Console:
         if err not in self._rich:
-            from rich.console import Console as RichConsole
+            from rich.console import Console as _Console
+
+            class RichConsole(_Console):
+                def on_broken_pipe(self) -> None:
+                    raise BrokenPipeError  # the command line decides what that means, not rich
 
             stream = self._stderr if err else self._stdout
             console = RichConsole(

@@ -362,3 +362,92 @@ def test_interrupt_leaves_nothing(place: Path, number: int) -> None:
         assert process.returncode == 130, errors
         assert "Traceback" not in errors
         assert sorted(p.name for p in place.iterdir()) == ["src"]
+
+
+# -- found by a user who tried ----------------------------------------------------------------------------------------
+
+
+def test_a_reader_that_has_seen_enough(place: Path) -> None:
+    words = [sys.executable, "-m", "gemma2tool", "inspect", str(place / "src"), "--tensors"]
+    first = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    first.stdout.close()
+    _, errors = first.communicate(timeout=60)
+    assert first.returncode == 0 and not errors, errors
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_standard_output_that_takes_nothing(place: Path) -> None:
+    with open("/dev/full", "w") as full:
+        words = [sys.executable, "-m", "gemma2tool", "inspect", str(place / "src")]
+        done = subprocess.run(words, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 4 and "output.unwritable" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no FIFOs")
+def test_a_pipe_is_no_checkpoint(place: Path) -> None:
+    os.mkfifo(place / "pipe")
+    assert_refused(run("inspect", place / "pipe"), 3, "pipe", "input.kind")
+
+
+@pytest.mark.parametrize("name", ["x.gguf", "x.ckpt", "x.safetensors", "x.sbs"])
+def test_empty_files_are_said_to_be_empty(place: Path, name: str) -> None:
+    (place / name).write_bytes(b"")
+    assert_refused(run("inspect", place / name), 3, name, "is empty")
+
+
+@pytest.mark.parametrize("value", [2**63, -(2**63), 2**31])
+def test_ids_beyond_32_bits(place: Path, value: int) -> None:
+    path = place / "src" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"bos_token_id": value}))
+    assert_refused(run("convert", place / "src", place / "out.gguf"), 3, "bos_token_id")
+
+
+def test_token_files_that_lie(place: Path) -> None:
+    header = b"{'descr': '<i8', 'fortran_order': False, 'shape': (9999999999999,), }"
+    bomb = b"\x93NUMPY\x01\x00" + (len(header) + 1).to_bytes(2, "little") + header + b"\n"
+    huge = place / "huge.npy"
+    np.save(huge, np.array([2**63], np.uint64))
+    (place / "bomb.npy").write_bytes(bomb)
+    (place / "text.npy").write_text("1 2 3")
+    for name, word in (("bomb", "whole .npy"), ("text", "whole .npy"), ("huge", str(2**63))):
+        result = run("logits", place / "src", "--tokens", place / f"{name}.npy", "--out", place / "l.npy")
+        assert_refused(result, 3, f"{name}.npy", word)
+        assert "pickle" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--type", "nf4", "--pure"],
+        ["--type", "nf4", "--imatrix", "nowhere"],
+        ["--type", "int8", "--double-quant"],
+        ["--type", "f32"],
+        ["--type", "Q8_0"],
+    ],
+)
+def test_options_and_types_that_the_target_would_ignore(place: Path, words: list[str]) -> None:
+    assert_refused(run("quantize", place / "src", place / "out", *words), 2)
+    assert sorted(p.name for p in place.iterdir()) == ["src"]
+
+
+def test_several_types_may_be_written_with_spaces(place: Path) -> None:
+    result = run("quantize", place / "src", place / "out", "--type", "q8_0, q4_0,", "--no-verify")
+    assert result.exit_code == 0, result.output
+    assert sorted(p.name for p in (place / "out").iterdir()) == ["out-q4_0.gguf", "out-q8_0.gguf"]
+
+
+@pytest.mark.parametrize("first", ["nf4", "int8"])
+def test_quantizing_what_is_quantized_needs_leave(place: Path, first: str) -> None:
+    assert run("quantize", place / "src", place / "once", "--type", first, "--no-verify").exit_code == 0
+    words = ["quantize", place / "once", place / "twice.gguf", "--type", "q4_0"]
+    assert_refused(run(*words), 2, first, "--allow-requantize")
+    assert run(*words, "--allow-requantize").exit_code == 0
+
+
+def test_too_many_threads(place: Path) -> None:
+    assert run("convert", place / "src", place / "out", "--threads", 100_000).exit_code == 2
+
+
+def test_a_lost_tokenizer_is_warned_of(place: Path) -> None:
+    result = run("convert", place / "src", place / "out")
+    assert result.exit_code == 0 and "no tokenizer" in result.stderr

@@ -115,9 +115,32 @@ def test_a_broken_file_is_a_finding_not_an_exception(model: bytes) -> None:
 
 
 def test_a_side_without_a_tokenizer_is_said(model: bytes) -> None:
-    found = compare_tokenizers(side(tokenizer__model=model), side())
-    assert found.status == "skipped" and "the candidate carries no tokenizer.model" in found.summary
+    lost = compare_tokenizers(side(tokenizer__model=model), side())
+    assert lost.status == "failed" and "the source's tokenizer is not in the candidate" in lost.summary
+    found = compare_tokenizers(side(), side(tokenizer__model=model))
+    assert found.status == "skipped" and "the source carries no tokenizer.model" in found.summary
     assert "neither side" in compare_tokenizers(side(), side()).summary
+
+
+def tokenizer_json(vocab: dict[str, int], merges: list[object]) -> bytes:
+    return json.dumps({"model": {"vocab": vocab, "merges": merges}}).encode()
+
+
+@pytest.mark.parametrize(
+    ("theirs", "status"),
+    [
+        (tokenizer_json({"a": 0, "b": 1}, ["a b"]), "passed"),
+        (tokenizer_json({"b": 1, "a": 0}, [["a", "b"]]), "passed"),
+        (tokenizer_json({"a": 1, "b": 0}, ["a b"]), "failed"),
+        (tokenizer_json({"a": 0, "b": 1}, ["b a"]), "failed"),
+        (b"{", "failed"),
+    ],
+)
+def test_tokenizer_json_counts_too(model: bytes, theirs: bytes, status: str) -> None:
+    """It is what transformers loads, whatever tokenizer.model says."""
+    ours = tokenizer_json({"a": 0, "b": 1}, ["a b"])
+    source = side(tokenizer__model=model, tokenizer__json=ours)
+    assert compare_tokenizers(source, side(tokenizer__model=model, tokenizer__json=theirs)).status == status
 
 
 @pytest.mark.parametrize(("ours", "theirs", "status", "severity"), [

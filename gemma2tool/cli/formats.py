@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import textwrap
+
 from gemma2tool.cli import options as o
 
 FLOATS = ("f32", "f16", "bf16")
@@ -35,13 +37,13 @@ def formats(quiet: o.Quiet = False, json_output: o.Json = False) -> None:
             ]
         )
         return
-    console.table(
-        ("format", "files", "remarks", "needs", "types written"),
-        [
-            (each.name, each.files, each.remarks, _command(each.extra) or "", " ".join(types[each.name]))
-            for each in registry.LISTINGS
-        ],
-    )
+    for each in registry.LISTINGS:
+        console.print(f"{each.name}: {each.files}")
+        console.print(f"    {each.remarks}")
+        if each.extra:
+            console.print(f"    needs: {_command(each.extra)}")
+        for line in textwrap.wrap("writes: " + " ".join(types[each.name] or ["nothing"]), 76):
+            console.print(f"    {line}")
 
 
 def _command(extra: str | None) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
 from typing import Annotated
 
@@ -46,24 +47,15 @@ def inspect(
         console.emit_json(summary)
         return
     released = f", released size {summary['size']}" if summary["size"] else ""
-    console.table(
-        ("", ""),
-        [
-            ("path", str(src)),
-            ("format", checkpoint.format),
-            ("parameters", f"{summary['parameters']:,}{released}"),
-            *(
-                (f"stored as {name}", f"{count} tensors, {size:,} values")
-                for name, (count, size) in sorted(stored.items())
-            ),
-            ("travels along", ", ".join(sorted(checkpoint.assets)) or "nothing"),
-            *(
-                (key, str(value))
-                for key, value in sorted(summary["config"].items())
-                if key not in ("id2label", "label2id")
-            ),
-        ],
-    )
+    rows = [("path", str(src)), ("format", checkpoint.format), ("parameters", f"{summary['parameters']:,}{released}")]
+    rows += [
+        (f"stored as {name}", f"{count} tensors, {size:,} values") for name, (count, size) in sorted(stored.items())
+    ]
+    rows.append(("travels along", ", ".join(sorted(checkpoint.assets)) or "nothing"))
+    hidden = ("id2label", "label2id")
+    rows += [(key, json.dumps(value)) for key, value in sorted(summary["config"].items()) if key not in hidden]
+    for key, value in rows:
+        console.print(f"{key:<30} {value}")
     for warning in summary["warnings"]:
         console.warn(warning)
     if tensors:

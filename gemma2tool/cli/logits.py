@@ -41,4 +41,4 @@ def logits(
     if json_output:
         console.emit_json({"out": str(out), "shape": list(shape), "dtype": "float32"})
     else:
-        console.note(f"{out}: float32 logits {shape}")
+        console.print(f"{out}: float32 logits {shape}")

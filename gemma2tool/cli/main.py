@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import functools
 import os
 import signal
@@ -12,7 +14,7 @@ from typing import Annotated
 import typer
 
 from gemma2tool import __version__
-from gemma2tool.errors import EXIT_BUG, EXIT_INTERRUPTED, ToolError
+from gemma2tool.errors import EXIT_BUG, EXIT_INTERRUPTED, ResourceError, ToolError
 
 app = typer.Typer(
     name="gemma2tool",
@@ -55,16 +57,43 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
         except (KeyboardInterrupt, _Terminated):
             console.warn("interrupted; nothing was written at the destination")
             raise typer.Exit(EXIT_INTERRUPTED) from None
-        except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        except BrokenPipeError:  # whoever read our output has seen enough
+            _silence_stdout()
             raise typer.Exit(0) from None
         except (typer.Exit, typer.Abort):
             raise
-        except Exception as error:  # a bug of ours: say so, in one line
+        except Exception as error:
+            known = _resources(error)
+            if known is not None:
+                console.error(known)
+                _silence_stdout()
+                raise typer.Exit(known.exit_code) from None
             console.bug(error)
             raise typer.Exit(EXIT_BUG) from None
 
     return run
+
+
+def _silence_stdout() -> None:
+    """Nothing more can be written there; the interpreter must not try when it ends."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _resources(error: Exception) -> ToolError | None:
+    """What the machine would not give, where an error of the system says so."""
+    if isinstance(error, MemoryError) or (isinstance(error, ImportError) and "failed to map" in str(error)):
+        return ResourceError(
+            "memory.exhausted", "not enough memory", hint="close other programs, or lower --memory and --threads"
+        )
+    if isinstance(error, RuntimeError) and "start new thread" in str(error):
+        return ResourceError("threads.exhausted", "the system gives no more threads", hint="lower --threads")
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EIO, errno.EDQUOT):
+        place = error.filename or "standard output"
+        return ResourceError(
+            "output.unwritable", f"{place}: {error.strerror}", hint="free some space, or write elsewhere"
+        )
+    return None
 
 
 class _Terminated(BaseException):
@@ -94,6 +123,8 @@ _register()
 def main() -> None:
     """Entry point of the ``gemma2tool`` command."""
     signal.signal(signal.SIGTERM, _terminate)
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup stays nohup
+        signal.signal(signal.SIGHUP, _terminate)
     app()
 
 

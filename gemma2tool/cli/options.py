@@ -65,7 +65,9 @@ Force = Annotated[
     typer.Option("--force", help="Replace an existing destination, once its replacement is complete and verified."),
 ]
 NoVerify = Annotated[bool, typer.Option("--no-verify", help="Don't verify the output; the result says so.")]
-Threads = Annotated[int | None, typer.Option("--threads", min=1, help="Threads. Default: one for each processor.")]
+Threads = Annotated[
+    int | None, typer.Option("--threads", min=1, max=256, help="Threads. Default: one for each processor.")
+]
 Memory = Annotated[str, typer.Option("--memory", metavar="SIZE", help="Byte budget for data in flight.")]
 MaxShardSize = Annotated[
     str, typer.Option("--max-shard-size", metavar="SIZE", help="Largest file of a sharded output.")

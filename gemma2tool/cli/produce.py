@@ -61,8 +61,9 @@ def produce(
         dst, to = dst.with_suffix(""), "gguf"
         console.note(f"{dst}: a folder for the files of the split")
     wanted = _destinations(dst, to, type)
-    for path, format_name, _ in wanted:
+    for path, format_name, name in wanted:
         _check_dtype(dtype, format_name)
+        _check_type(name, format_name, extra)
         refuse_existing(path, force=force, folder=path.suffix.lower() not in FILE_SUFFIXES)
     shard_size = o.parse_size(max_shard_size)
     budget = o.parse_size(memory)
@@ -116,9 +117,9 @@ def _destinations(dst: Path, to: str | None, types: str | None) -> list[tuple[Pa
     """(path, format, type) of each output: DST itself, or, for several types, ``DST/NAME-TYPE.gguf`` and folders ``DST/NAME-TYPE``."""
     from gemma2tool.formats import packings, registry
 
-    names = list(dict.fromkeys((types or "").split(",")))
-    if len(names) == 1:
-        return [(dst, registry.for_destination(dst, to), types)]
+    names = list(dict.fromkeys(name.strip() for name in (types or "").split(",") if name.strip()))
+    if len(names) <= 1:
+        return [(dst, registry.for_destination(dst, to), names[0] if names else None)]
     if dst.suffix.lower() in FILE_SUFFIXES or (dst.exists() and not dst.is_dir()):
         raise UsageError(
             "output.kind", f"{dst}: several types need a folder to put their files into", hint="name a folder as DST"
@@ -139,6 +140,39 @@ def _check_dtype(dtype: str | None, target: str) -> None:
             f"--dtype {dtype} is not a stored type of {target}",
             hint=f"choose one of {', '.join(allowed)}",
         )
+
+
+GGUF_OPTIONS = (
+    "imatrix",
+    "pure",
+    "token_embedding_type",
+    "output_tensor_type",
+    "tensor_types",
+    "include_weights",
+    "exclude_weights",
+    "override_kv",
+    "split_max_size",
+    "split_max_tensors",
+)
+
+
+def _check_type(name: str | None, target: str, extra: Mapping[str, object]) -> None:
+    """Refuse a type that belongs elsewhere, and options that the target would ignore."""
+    from gemma2tool.quantizers.mixtures import FILE_TYPES
+
+    if target != "gguf" and name in FLOAT_DTYPES:
+        raise UsageError(
+            "type.unknown", f"{name} is no quantization of {target}", hint=f"use 'gemma2tool convert --dtype {name}'"
+        )
+    if target != "gguf" and name in FILE_TYPES:
+        raise UsageError("type.unknown", f"{name} is a type of GGUF, the output is {target}", hint="name it NAME.gguf")
+    if target != "gguf":
+        for option in GGUF_OPTIONS:
+            if extra.get(option):
+                flag = "--" + option.replace("_", "-").removesuffix("s" if option == "tensor_types" else "")
+                raise UsageError("option.ignored", f"{flag} means nothing for {target}", hint="it is for GGUF outputs")
+    if extra.get("double_quant") and name not in ("nf4", "fp4"):
+        raise UsageError("option.ignored", "--double-quant means nothing here", hint="it is for --type nf4 and fp4")
 
 
 def _remarks(plans: Sequence[Plan], console: Console) -> None:

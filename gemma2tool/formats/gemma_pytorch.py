@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gemma2tool.errors import InputRefused
+from gemma2tool.errors import InputRefused, UsageError
 from gemma2tool.formats import assets, raw
 from gemma2tool.formats.base import Output, OutputFile, OutputTensor, Placement, WriteOptions
 from gemma2tool.formats.dtypes import stored_dtypes
@@ -141,7 +141,7 @@ class GemmaPytorch:
 
     def layout(self, checkpoint: Checkpoint, options: WriteOptions) -> Output:
         if options.type is not None:
-            raise InputRefused(
+            raise UsageError(
                 "gemma-pytorch.type",
                 f"the gemma-pytorch format cannot hold {options.type}",
                 hint="choose a .gguf destination or a Hugging Face folder",

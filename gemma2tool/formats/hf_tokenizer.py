@@ -19,6 +19,8 @@ def completed(assets: Mapping[str, bytes]) -> tuple[dict[str, bytes], list[str]]
     ``tokenizer.json`` and ``tokenizer_config.json`` are made from ``tokenizer.model`` where they are absent. A chat template is in
     neither, so a folder without one gets a remark.
     """
+    if "tokenizer.model" not in assets and "tokenizer.json" not in assets:
+        return {}, ["no tokenizer beside the weights: the folder has none, and text cannot be given to the model"]
     if "tokenizer.model" not in assets or ("tokenizer.json" in assets and "tokenizer_config.json" in assets):
         return {}, []
     files = TokenizerFiles.of(assets)

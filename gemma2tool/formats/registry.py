@@ -93,6 +93,10 @@ def detect(path: Path) -> Format:
     """The format of the files at ``path``; ``InputRefused`` where none knows them."""
     if not path.exists():
         raise InputRefused("input.missing", f"{path}: no such file or folder", hint="check the path of the checkpoint")
+    if not path.is_file() and not path.is_dir():
+        raise InputRefused("input.kind", f"{path}: neither a file nor a folder", hint="give the path of a checkpoint")
+    if path.is_file() and path.stat().st_size == 0:
+        raise InputRefused("input.empty", f"{path}: is empty", hint="fetch the file again")
     for name in NAMES:
         candidate = by_name(name)
         if candidate.detect(path):

@@ -81,10 +81,10 @@ def check_values(config: Gemma2Config) -> None:
     _require(whole, "sliding_window", window, "a positive integer or null")
     for name in ("pad_token_id", "bos_token_id"):
         value = getattr(config, name)
-        _require(value is None or _is_integer(value), name, value, "an integer or null")
+        _require(value is None or _is_id(value), name, value, "a 32-bit integer or null")
     eos = config.eos_token_id
-    several = isinstance(eos, (list, tuple)) and len(eos) > 0 and all(map(_is_integer, eos))
-    _require(eos is None or _is_integer(eos) or several, "eos_token_id", eos, "an integer, a list of them, or null")
+    several = isinstance(eos, (list, tuple)) and len(eos) > 0 and all(map(_is_id, eos))
+    _require(eos is None or _is_id(eos) or several, "eos_token_id", eos, "a 32-bit integer, a list of them, or null")
     activation, problem = config.hidden_activation, config.problem_type
     _require(activation in ACTIVATIONS, "hidden_activation", activation, f"one of {ACTIVATIONS}")
     _require(problem in (None, *PROBLEM_TYPES), "problem_type", problem, f"one of {PROBLEM_TYPES}")
@@ -129,6 +129,10 @@ def check_agreement(config: Gemma2Config) -> None:
             _require(_is_number(value) and value > 0, f"rope_parameters.{name}", value, "a positive number")
     if scaling.get("partial_rotary_factor", 1.0) != 1.0:
         raise InputRefused("config.value", "config: partial_rotary_factor must be 1; Gemma 2 turns the whole head")
+
+
+def _is_id(value: Any) -> bool:
+    return _is_integer(value) and -(2**31) <= value < 2**31
 
 
 def _is_integer(value: Any) -> bool:

@@ -31,9 +31,11 @@ def read_tokens(path: Path, config: Gemma2Config) -> np.ndarray:
     data = read_whole(path, what="token ids", max_bytes=MAX_TOKEN_FILE)
     try:
         ids = np.load(io.BytesIO(data), allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
+    except (ValueError, EOFError, OSError, MemoryError, OverflowError, SyntaxError):
         raise InputRefused(
-            "tokens.npy", f"{path}: not a .npy file of numbers ({error})", hint="numpy.save('ids.npy', integer_array)"
+            "tokens.npy",
+            f"{path}: not a whole .npy file of numbers",
+            hint="make it with numpy.save('ids.npy', integer_array)",
         ) from None
     if (
         not isinstance(ids, np.ndarray)
@@ -47,7 +49,7 @@ def read_tokens(path: Path, config: Gemma2Config) -> np.ndarray:
             f"{path}: holds {found}",
             hint="token ids are integers of shape (T,) or (B, T), at least one",
         )
-    ids = np.atleast_2d(ids).astype(np.int64)
+    ids = np.atleast_2d(ids)
     low, high = int(ids.min()), int(ids.max())
     if low < 0 or high >= config.vocab_size:
         raise InputRefused(
@@ -61,7 +63,7 @@ def read_tokens(path: Path, config: Gemma2Config) -> np.ndarray:
             f"{path}: {ids.shape[1]} positions; the model has {config.max_position_embeddings}",
             hint="cut the prompt, or give it as several rows (B, T)",
         )
-    return ids
+    return ids.astype(np.int64)
 
 
 def write_logits(

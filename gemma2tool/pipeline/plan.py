@@ -10,6 +10,7 @@ from collections import defaultdict
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from gemma2tool.errors import UsageError
 from gemma2tool.formats import registry
 from gemma2tool.formats.base import Output, WriteOptions
 from gemma2tool.model.checkpoint import Checkpoint
@@ -72,4 +73,11 @@ def make_plan(source: Checkpoint, destination: Path, *, to: str | None, options:
     """Lay out ``source`` for ``destination``; refuses a destination that is, under any name, one of the source's own files."""
     name = registry.for_destination(destination, to)
     refuse_same((source.path, *source.files), destination)
+    if options.type not in (None, "copy") and source.is_quantized and not options.extra.get("allow_requantize"):
+        stored = sorted({tensor.stored for tensor in source.tensors.values()} - {"f32", "f16", "bf16", "f64"})
+        raise UsageError(
+            "quantize.requantize",
+            f"{source.path}: is quantized already ({', '.join(stored)})",
+            hint="quantize the original, or lose more with --allow-requantize",
+        )
     return Plan(source, destination, registry.by_name(name).layout(source, options), options)

@@ -47,8 +47,10 @@ class RunResult:
         if not self.written:
             return f"{destination}: NOT written, the verification failed"
         rate = self.plan.source_bytes / max(self.seconds, 1e-9) / 1e6
-        verdict = "not verified (--no-verify)" if self.verification is None else "verified"
-        return f"{destination}: {output.nbytes:,} bytes in {self.seconds:.1f} s ({rate:,.0f} MB/s of source), {verdict}"
+        verdict = "not verified (--no-verify)"
+        if self.verification is not None:
+            verdict = f"verified in {sum(self.verification.seconds.values()):.1f} s"
+        return f"{destination}: {output.nbytes:,} bytes written in {self.seconds:.1f} s ({rate:,.0f} MB/s of source), {verdict}"
 
     def to_json(self) -> dict[str, object]:
         return {

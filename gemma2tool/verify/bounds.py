@@ -151,9 +151,9 @@ BOUNDS: Mapping[str, Bound] = {
     "mlx-4": Bound(0, 2 / 15 + 2.0**-7, 0.35),
     "mlx-8": Bound(0, 2 / 255 + 2.0**-7, 0.05),
     "awq-4": Bound(0, 2 / 15 + _F16, 0.35),
-    # Calibrated codes make up for the errors of others: nothing is promised of a single value.
-    "gptq-4": Bound(0, math.inf, 0.35),
-    "gptq-8": Bound(0, math.inf, 0.05),
+    # Calibrated codes make up for the errors of others, by some steps of absmax / 7.5 (127.5) at most.
+    "gptq-4": Bound(0, 0.6, 0.35),
+    "gptq-8": Bound(0, 0.05, 0.05),
     # gemma.cpp's 8-bit floats: 3 bits of mantissa, 2 for small values, truncated to 4 before they are rounded.
     "sfp": Bound(0, 2.0**-3, 0.06),
 }

@@ -35,8 +35,11 @@ _ADDED = -1000.0  # the score that GGUF files give to added tokens, whatever the
 
 def compare_tokenizers(source: Checkpoint, candidate: Checkpoint) -> GateResult:
     """The tokenizer gate; "skipped" where a side carries no tokenizer.model."""
-    findings = _template_findings(source.assets, candidate.assets)
+    findings = _template_findings(source.assets, candidate.assets) + _json_findings(source.assets, candidate.assets)
     name = "tokenizer.model"
+    if name in source.assets and name not in candidate.assets and "tokenizer.json" not in candidate.assets:
+        lost = Finding(GATE, "error", name, "the source's tokenizer is not in the candidate")
+        return _result([*findings, lost], "", {}, compared=False)
     lacking = [side for side, each in (("source", source), ("candidate", candidate)) if name not in each.assets]
     if lacking:
         who = "neither side carries" if len(lacking) == 2 else f"the {lacking[0]} carries no"
@@ -125,6 +128,40 @@ def _template_findings(ours: Assets, theirs: Assets) -> list[Finding]:
         if left.get(name) is not None and right.get(name) is not None and left[name] != right[name]:
             findings.append(Finding(GATE, "error", name, f"{name} is {left[name]}, in the candidate {right[name]}"))
     return findings
+
+
+def _json_findings(ours: Assets, theirs: Assets) -> list[Finding]:
+    """tokenizer.json, which transformers loads: the same vocabulary, merges and added tokens, where both sides carry it and neither
+    made it of a tokenizer.model. And the ids at which generation stops."""
+    findings = []
+    name = "tokenizer.json"
+    if name in ours and name in theirs and ours[name] != theirs[name]:
+        left, right = _json(ours, name), _json(theirs, name)
+        for side, content in (("source", left), ("candidate", right)):
+            if not content:
+                findings.append(Finding(GATE, "error", name, f"the {side}'s {name} is not a JSON object"))
+        model, other = (
+            content.get("model") if isinstance(content.get("model"), dict) else {} for content in (left, right)
+        )
+        if left and right and model.get("vocab") != other.get("vocab"):
+            findings.append(Finding(GATE, "error", name, f"the vocabularies of {name} differ"))
+        if left and right and _merges(model) != _merges(other):
+            findings.append(Finding(GATE, "error", name, f"the merges of {name} differ"))
+    elif name in theirs and not _json(theirs, name):
+        findings.append(Finding(GATE, "error", name, f"the candidate's {name} is not a JSON object"))
+    stops = [_json(assets, "generation_config.json").get("eos_token_id") for assets in (ours, theirs)]
+    if None not in stops and stops[0] != stops[1]:
+        said = f"generation_config.json stops at {stops[0]}, in the candidate at {stops[1]}"
+        findings.append(Finding(GATE, "warning", "eos_token_id", said))
+    return findings
+
+
+def _merges(model: dict[str, Any]) -> list[tuple[str, ...]]:
+    """Merges as pairs, whether written "a b" or ["a", "b"]."""
+    merges = model.get("merges")
+    if not isinstance(merges, list):
+        return []
+    return [tuple(each.split(" ", 1)) if isinstance(each, str) else tuple(each) for each in merges]
 
 
 def chat_template(assets: Assets) -> str | None:
