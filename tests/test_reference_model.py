@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -272,6 +274,28 @@ def test_query_blocks_change_nothing(monkeypatch):
     assert_agree(blocks.logits[real], whole.logits[real])
     for x, y in zip(blocks.attentions, whole.attentions, strict=True):
         assert_agree(x.transpose(1, 2)[real], y.transpose(1, 2)[real])
+
+
+SETTLED = """
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+class Record(TorchDispatchMode):
+    seen = set()
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.seen.add((function.overloadpacket.__name__, args[0].dtype) if args and torch.is_tensor(args[0]) else None)
+        return function(*args, **(kwargs or {}))
+
+with Record() as record:
+    import gemma2tool.reference.layers
+missing = {(name, dtype) for name in ("cos", "sin", "tanh") for dtype in (torch.float32, torch.float64)} - record.seen
+assert not missing, missing
+"""
+
+
+def test_math_kernels_are_chosen_before_threads_can_race_for_them():
+    """Every function of ours that oneMKL computes is called once when the forward pass is imported."""
+    subprocess.run([sys.executable, "-c", SETTLED], check=True, timeout=120)
 
 
 def test_initialize_follows_the_config():
