@@ -1,4 +1,4 @@
-"""The reference forward pass: Gemma 2 in plain torch, whole (``model``) or streamed from a checkpoint (``streaming``)."""
+"""The reference forward pass: Gemma 2 in plain torch, whole (``model``) or streamed from a checkpoint."""
 
 import torch as _torch
 
