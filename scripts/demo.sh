@@ -13,6 +13,6 @@ step convert  out/hf out/model-bf16.gguf
 step quantize "$source" out/model-q8_0.gguf --type q8_0
 step quantize "$source" out/nf4 --type nf4
 step quantize "$source" out/int8 --type int8
-step verify   out/model-q8_0.gguf --reference "$source" --tokens fixtures/tiny-gemma2/heldout.npy
 step inspect  out/nf4
-ls -l out out/*
+ls -l out
+step verify   out/model-q8_0.gguf --reference "$source" --tokens fixtures/tiny-gemma2/heldout.npy
