@@ -71,3 +71,28 @@ def test_a_hostile_template_stays_in_its_sandbox(fixture_dir: Path) -> None:
         checkpoint.assets = Assets({"tokenizer.model": lambda: model, "tokenizer_config.json": lambda: config})
         with pytest.raises(InputRefused, match="template"):
             Tokenizer(checkpoint).chat("hi")
+
+
+def test_devices_that_are_none_or_not_there(fixture_dir: Path, tmp_path: Path) -> None:
+    import numpy as np
+    import torch
+
+    np.save(tmp_path / "ids.npy", np.arange(3, 9))
+    words = ["logits", fixture_dir, "--tokens", tmp_path / "ids.npy", "--out", tmp_path / "l.npy", "--device"]
+    result = CliRunner().invoke(app, [str(word) for word in (*words, "abacus")])
+    assert result.exit_code == 2 and "option.device" in result.stderr
+    result = CliRunner().invoke(app, [str(word) for word in (*words, "cuda")])
+    assert result.exit_code == (0 if torch.cuda.is_available() else 4)
+    assert (tmp_path / "l.npy").exists() == torch.cuda.is_available()
+
+
+@pytest.mark.skipif("not __import__('torch').cuda.is_available()", reason="no GPU")
+def test_cuda_gives_the_logits_of_the_cpu(fixture_dir: Path, tmp_path: Path) -> None:
+    import numpy as np
+
+    from gemma2tool.reference.streaming import logits
+
+    with registry.open_checkpoint(fixture_dir) as checkpoint:
+        ids = np.load(fixture_dir / "heldout.npy")[:1, :100]
+        ours, theirs = logits(checkpoint, ids), logits(checkpoint, ids, device="cuda")
+    assert np.abs(ours - theirs).max() < 1e-3

@@ -26,6 +26,7 @@ def generate(
         bool, typer.Option("--stream-weights", help="Read the weights anew for every token instead of holding them.")
     ] = False,
     dtype: Annotated[str, typer.Option("--dtype", help="Computation: f32, bf16 or f16.")] = "f32",
+    device: o.Device = "cpu",
     config: o.ConfigFile = None,
     threads: o.Threads = None,
     quiet: o.Quiet = False,
@@ -55,13 +56,17 @@ def generate(
 
         torch.set_num_threads(threads or o.default_threads())
         kind = StreamedForCausalLM if stream_weights else Gemma2ForCausalLM.from_checkpoint
-        model = kind(checkpoint, dtype={"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}[dtype])
+        model = kind(
+            checkpoint,
+            dtype={"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}[dtype],
+            device=o.check_device(device),
+        )
         stops = tokenizer.stop_ids()
         produced: list[int] = []
         shown = ""
         for token in steps(
             model,
-            torch.tensor([ids]),
+            torch.tensor([ids], device=device),
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             top_k=top_k,

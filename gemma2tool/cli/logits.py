@@ -20,6 +20,7 @@ def logits(
         typer.Option("--out", metavar="FILE", help="Where the float32 logits (B, T, V) of all positions go (.npy)."),
     ],
     config: o.ConfigFile = None,
+    device: o.Device = "cpu",
     threads: o.Threads = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing output file.")] = False,
     quiet: o.Quiet = False,
@@ -37,7 +38,9 @@ def logits(
         for warning in (*checkpoint.warnings, *checkpoint.config.warnings):
             console.warn(warning)
         ids = read_tokens(tokens, checkpoint.config)
-        shape = write_logits(checkpoint, ids, out, force=force, threads=threads or o.default_threads())
+        shape = write_logits(
+            checkpoint, ids, out, force=force, threads=threads or o.default_threads(), device=o.check_device(device)
+        )
     if json_output:
         console.emit_json({"out": str(out), "shape": list(shape), "dtype": "float32"})
     else:

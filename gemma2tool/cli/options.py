@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gemma2tool.errors import UsageError
+from gemma2tool.errors import ResourceError, UsageError
 
 if TYPE_CHECKING:
     from gemma2tool.model.config import Gemma2Config
@@ -104,6 +104,20 @@ SplitMaxSize = Annotated[
 SplitMaxTensors = Annotated[
     int | None, typer.Option("--split-max-tensors", min=1, help="GGUF: split into files of at most this many tensors.")
 ]
+
+
+Device = Annotated[str, typer.Option("--device", metavar="DEVICE", help="Where to compute: cpu, or cuda.")]
+
+
+def check_device(name: str) -> str:
+    """``name`` as torch takes it. Raises ``UsageError`` for no device, ``ResourceError`` for one that is not there."""
+    import torch
+
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise UsageError("option.device", f"--device {name} is no device", hint="choose cpu, cuda or cuda:1")
+    if name != "cpu" and not torch.cuda.is_available():
+        raise ResourceError("device.missing", f"--device {name}: no GPU that torch can use", hint="use --device cpu")
+    return name
 
 
 def optional_size(text: str | None) -> int | None:

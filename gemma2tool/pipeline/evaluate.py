@@ -67,7 +67,7 @@ def read_tokens(path: Path, config: Gemma2Config) -> np.ndarray:
 
 
 def write_logits(
-    checkpoint: Checkpoint, ids: np.ndarray, out: Path, *, force: bool, threads: int
+    checkpoint: Checkpoint, ids: np.ndarray, out: Path, *, force: bool, threads: int, device: str = "cpu"
 ) -> tuple[int, int, int]:
     """Write the float32 logits (B, T, V) of ``ids`` (B, T) to a ``.npy`` file, a slice of the vocabulary at a time; returns the shape."""
     from gemma2tool.reference.streaming import StreamedForward, use_threads
@@ -81,7 +81,7 @@ def write_logits(
     with Staging(out, force=force, expected_bytes=size, folder=False) as staging, use_threads(threads):
         file = staging.file(out.name, size)
         file.pwrite(0, header.getvalue())
-        for first, _, block in StreamedForward(checkpoint, ids).vocabulary_slices():
+        for first, _, block in StreamedForward(checkpoint, ids, device=device).vocabulary_slices():
             values = block.float().cpu().numpy().reshape(batch * length, -1)
             for position in range(batch * length):
                 file.pwrite(start + position * row + 4 * first, np.ascontiguousarray(values[position]).data.cast("B"))
