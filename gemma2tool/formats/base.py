@@ -119,11 +119,6 @@ class Format(Protocol):
         """
 
 
-def encoded_dtype(encoder: Encoder, shape: tuple[int, ...]) -> str:
-    """The stored type of an encoder's main part."""
-    return encoder.parts(shape)[0].dtype
-
-
 def as_bytes(array: np.ndarray) -> memoryview:
     """The bytes of a C-contiguous array, without a copy."""
     return memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8)).cast("B")
