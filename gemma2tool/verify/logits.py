@@ -13,7 +13,6 @@ import numpy as np
 from gemma2tool.errors import UsageError
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.config import SLIDING, Gemma2Config
-from gemma2tool.model.lazy import FLOAT32, LazyTensor, MappedRows, to_float32
 from gemma2tool.reference.streaming import OnInput, StreamedForward, side_by_side, use_threads
 from gemma2tool.verify.metrics import LogitComparison, LogitMetrics
 from gemma2tool.verify.tensors import Advance
@@ -89,10 +88,9 @@ def compare_logits(
     windows = windows_for(source.config, candidate.config, tokens)
     ours_window, theirs_window = windows or (None, None)
     ours_read, theirs_read = (_counting(each, advance) for each in (source, candidate))
-    left, right = _cut_alike(source, candidate)
     with use_threads(threads):
-        ours = StreamedForward(left, ids, sliding_window=ours_window, on_input=ours_read)
-        theirs = StreamedForward(right, ids, sliding_window=theirs_window, on_input=theirs_read)
+        ours = StreamedForward(source, ids, sliding_window=ours_window, on_input=ours_read)
+        theirs = StreamedForward(candidate, ids, sliding_window=theirs_window, on_input=theirs_read)
         drift = tuple(depth.relative for depth in side_by_side(ours, theirs))
         following = np.concatenate([ids[:, 1:], np.full((batch, 1), -1)], axis=1).reshape(-1)
         comparison = LogitComparison(ids.size, following, atol=atol, rtol=rtol)
@@ -100,20 +98,6 @@ def compare_logits(
             comparison.add(first, *(logits.flatten(0, 1).cpu().numpy() for logits in (a, b)))
     shrunk = windows is not None and windows[0] != source.config.sliding_window
     return LogitRun(comparison.finish(), (batch, tokens), windows, shrunk, drift)
-
-
-def _cut_alike(source: Checkpoint, candidate: Checkpoint) -> tuple[Checkpoint, Checkpoint]:
-    """Both with each tensor in one type, so that the forward passes cut it into the same blocks of rows: equal weights
-    then give equal bits, whatever type they are stored in."""
-    sides: tuple[dict[str, LazyTensor], dict[str, LazyTensor]] = ({}, {})
-    for name, ours in source.tensors.items():
-        theirs = candidate.tensors[name]
-        if ours.dtype != theirs.dtype:
-            ours, theirs = (MappedRows(each, to_float32, FLOAT32) for each in (ours, theirs))
-        sides[0][name], sides[1][name] = ours, theirs
-    pairs = zip((source, candidate), sides, strict=True)
-    ours, theirs = (Checkpoint(each.path, each.format, each.config, side) for each, side in pairs)
-    return ours, theirs
 
 
 def _counting(checkpoint: Checkpoint, advance: Advance | None) -> OnInput | None:
