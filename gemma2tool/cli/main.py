@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 
 from gemma2tool import __version__
+from gemma2tool.cli.groups import expanded
 from gemma2tool.errors import EXIT_BUG, EXIT_INTERRUPTED, ResourceError, ToolError
 
 app = typer.Typer(
@@ -107,8 +108,8 @@ def _terminate(signum: int, frame: object) -> None:
 def _register() -> None:
     from gemma2tool.cli import convert, formats, generate, imatrix, inspect, logits, quantize, verify
 
-    app.command("convert")(guarded(convert.convert))
-    app.command("quantize")(guarded(quantize.quantize))
+    app.command("convert")(guarded(expanded(convert.convert)))
+    app.command("quantize")(guarded(expanded(quantize.quantize)))
     app.command("verify")(guarded(verify.verify))
     app.command("logits")(guarded(logits.logits))
     app.command("generate")(guarded(generate.generate))

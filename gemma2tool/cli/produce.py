@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import typer
@@ -22,28 +23,37 @@ FLOAT_DTYPES = ("f32", "f16", "bf16")
 GGUF_DTYPES = (*FLOAT_DTYPES, "auto", "q8_0", "tq1_0", "tq2_0")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Shared:
+    """What a user may ask of ``convert`` and ``quantize`` alike; the fields are the options, see ``groups``."""
+
+    to: o.To = None
+    config: o.ConfigFile = None
+    lora: o.Lora = None
+    force: o.Force = False
+    no_verify: o.NoVerify = False
+    tokens: o.Tokens = None
+    gate: o.Gate = None
+    max_shard_size: o.MaxShardSize = "50GB"
+    split_max_size: o.SplitMaxSize = None
+    split_max_tensors: o.SplitMaxTensors = None
+    allow_nonfinite: o.AllowNonfinite = False
+    allow_mismatch: o.AllowMismatch = False
+    threads: o.Threads = None
+    memory: o.Memory = "256MiB"
+    dry_run: o.DryRun = False
+    quiet: o.Quiet = False
+    json_output: o.Json = False
+
+
 def produce(
     src: Path,
     dst: Path,
+    shared: Shared,
     *,
-    to: str | None,
     dtype: str | None,
-    type: str | None,
-    extra: Mapping[str, object],
-    config: Path | None,
-    lora: Sequence[str] | None,
-    force: bool,
-    no_verify: bool,
-    tokens: Path | None,
-    gate: Sequence[str] | None,
-    max_shard_size: str,
-    allow_nonfinite: bool,
-    allow_mismatch: bool,
-    threads: int | None,
-    memory: str,
-    dry_run: bool,
-    quiet: bool,
-    json_output: bool,
+    type: str | None = None,
+    extra: Mapping[str, object] = MappingProxyType({}),
 ) -> None:
     """Carry out one conversion or quantization from the command line."""
     from gemma2tool.console import Console
@@ -51,28 +61,35 @@ def produce(
     from gemma2tool.formats.base import WriteOptions
     from gemma2tool.formats.lora import merge
     from gemma2tool.pipeline.evaluate import read_tokens
-    from gemma2tool.pipeline.plan import make_plan, shared
+    from gemma2tool.pipeline.plan import make_plan
+    from gemma2tool.pipeline.plan import shared as one_pass
     from gemma2tool.pipeline.run import Checks, run
     from gemma2tool.storage.paths import refuse_existing
     from gemma2tool.verify.gates import parse_gates
 
-    console = Console(quiet=quiet, json=json_output)
-    if dst.suffix.lower() == ".gguf" and (extra.get("split_max_size") or extra.get("split_max_tensors")):
+    console = Console(quiet=shared.quiet, json=shared.json_output)
+    splits = {
+        "split_max_size": o.optional_size(shared.split_max_size),
+        "split_max_tensors": shared.split_max_tensors,
+    }
+    extra = {**extra, **splits, "allow_mismatch": shared.allow_mismatch}
+    to = shared.to
+    if dst.suffix.lower() == ".gguf" and any(splits.values()):
         dst, to = dst.with_suffix(""), "gguf"
         console.note(f"{dst}: a folder for the files of the split")
     wanted = _destinations(dst, to, type)
     for path, format_name, name in wanted:
         _check_dtype(dtype, format_name)
         _check_type(name, format_name, extra)
-        refuse_existing(path, force=force, folder=path.suffix.lower() not in FILE_SUFFIXES)
-    shard_size = o.parse_size(max_shard_size)
-    budget = o.parse_size(memory)
-    gates = parse_gates(gate or ())
-    adapters = [o.parse_lora(text) for text in lora or ()]
-    with registry.open_checkpoint(src, config=o.load_config(config)) as source:
+        refuse_existing(path, force=shared.force, folder=path.suffix.lower() not in FILE_SUFFIXES)
+    shard_size = o.parse_size(shared.max_shard_size)
+    budget = o.parse_size(shared.memory)
+    gates = parse_gates(shared.gate or ())
+    adapters = [o.parse_lora(text) for text in shared.lora or ()]
+    with registry.open_checkpoint(src, config=o.load_config(shared.config)) as source:
         for adapter, scale in adapters:
             source = merge(source, adapter, scale)
-        read = source if len(wanted) == 1 else shared(source)
+        read = source if len(wanted) == 1 else one_pass(source)
         plans = []
         for path, format_name, name in wanted:
             single = path.suffix.lower() in FILE_SUFFIXES
@@ -81,28 +98,28 @@ def produce(
                 type=name,
                 max_shard_size=shard_size,
                 name=path.name,
-                extra={**extra, "allow_mismatch": allow_mismatch, "single_file": single},
+                extra={**extra, "single_file": single},
             )
             plans.append(replace(make_plan(read, path, to=format_name, options=options), source=source))
         _remarks(plans, console)
-        if dry_run:
-            _show_plans(plans, console, json_output)
+        if shared.dry_run:
+            _show_plans(plans, console, shared.json_output)
             return
         if len(wanted) > 1:
             dst.mkdir(exist_ok=True)
         checks = None
-        if not no_verify:
-            checks = Checks(read_tokens(tokens, source.config) if tokens else None, gates)
+        if not shared.no_verify:
+            checks = Checks(read_tokens(shared.tokens, source.config) if shared.tokens else None, gates)
         results = run(
             plans,
             checks,
-            force=force,
-            threads=threads or o.default_threads(),
+            force=shared.force,
+            threads=shared.threads or o.default_threads(),
             memory=budget,
-            allow_nonfinite=allow_nonfinite,
+            allow_nonfinite=shared.allow_nonfinite,
             console=console,
         )
-    if json_output:
+    if shared.json_output:
         content = [result.to_json() for result in results]
         console.emit_json(content[0] if len(content) == 1 else {"outputs": content})
     for result in results:

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from gemma2tool.cli import options as o
-from gemma2tool.cli.produce import produce
+from gemma2tool.cli.produce import Shared, produce
 
 
 def quantize(
@@ -22,7 +22,6 @@ def quantize(
             "Several, with commas, go into the folder DST in one pass over SRC.",
         ),
     ],
-    to: o.To = None,
     dtype: Annotated[
         str | None,
         typer.Option(
@@ -72,22 +71,8 @@ def quantize(
     allow_requantize: Annotated[
         bool, typer.Option("--allow-requantize", help="Accept a source that is quantized already.")
     ] = False,
-    config: o.ConfigFile = None,
-    lora: o.Lora = None,
-    force: o.Force = False,
-    no_verify: o.NoVerify = False,
-    tokens: o.Tokens = None,
-    gate: o.Gate = None,
-    max_shard_size: o.MaxShardSize = "50GB",
-    split_max_size: o.SplitMaxSize = None,
-    split_max_tensors: o.SplitMaxTensors = None,
-    allow_nonfinite: o.AllowNonfinite = False,
-    allow_mismatch: o.AllowMismatch = False,
-    threads: o.Threads = None,
-    memory: o.Memory = "256MiB",
-    dry_run: o.DryRun = False,
-    quiet: o.Quiet = False,
-    json_output: o.Json = False,
+    *,
+    shared: Shared,
 ) -> None:
     """Quantize a checkpoint, straight from its original format, and verify the result."""
     extra = {
@@ -101,28 +86,5 @@ def quantize(
         "exclude_weights": exclude_weights,
         "override_kv": override_kv,
         "allow_requantize": allow_requantize,
-        "split_max_size": o.optional_size(split_max_size),
-        "split_max_tensors": split_max_tensors,
     }
-    produce(
-        src,
-        dst,
-        to=to,
-        dtype=dtype,
-        type=type.lower(),
-        extra=extra,
-        config=config,
-        lora=lora,
-        force=force,
-        no_verify=no_verify,
-        tokens=tokens,
-        gate=gate,
-        max_shard_size=max_shard_size,
-        allow_nonfinite=allow_nonfinite,
-        allow_mismatch=allow_mismatch,
-        threads=threads,
-        memory=memory,
-        dry_run=dry_run,
-        quiet=quiet,
-        json_output=json_output,
-    )
+    produce(src, dst, shared, dtype=dtype, type=type.lower(), extra=extra)
