@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import rich.console
     from rich.text import Text
 
+    from gemma2tool.verify.diagnosis.cause import Cause
     from gemma2tool.verify.result import GateResult, Verification
 
 _PLAIN_WIDTH = 160  # of tables where the output is no terminal and so has no width
@@ -35,6 +36,7 @@ _MARKS = {
 }
 _SEVERITY_STYLES = {"error": "red", "warning": "yellow", "note": "dim"}
 _KL_PARTS = (("mean", "kl_mean"), ("median", "kl_median"), ("99 %", "kl_p99"), ("max", "kl_max"))
+_MAX_NAMES = 6  # of the tensors that a cause explains
 _MAX_FINDINGS = 12  # of one gate on the screen; JSON has them all
 
 
@@ -178,6 +180,8 @@ class Console:
         width = max((len(gate.name) for gate in result.gates), default=0)
         for gate in result.gates:
             self._gate(gate, width, findings)
+        for cause in result.causes:
+            self._cause(cause)
         self._measures(result)
         skipped = f" (not looked at: {', '.join(result.skipped)})" if result.skipped else ""
         verdict = ("PASSED", "bold green") if result.passed else ("FAILED", "bold red")
@@ -209,6 +213,14 @@ class Console:
         hidden = len(news) - len(shown[:limit])
         if hidden:
             self._line(False, (f"    and {hidden} more (--json lists them all)", "dim"))
+
+    def _cause(self, cause: Cause) -> None:
+        """What went wrong, and the tensors or fields it explains."""
+        self._line(False, ("cause: ", "bold red"), (safe(cause.message), "bold"), (f" [{safe(cause.id)}]", "dim"))
+        about = (*cause.fields, *cause.tensors)
+        if about:
+            more = f" and {len(about) - _MAX_NAMES} more" if len(about) > _MAX_NAMES else ""
+            self._line(False, (f"    {safe(', '.join(about[:_MAX_NAMES]))}{more}", "dim"))
 
     def _measures(self, result: Verification) -> None:
         metrics = {gate.name: gate.metrics for gate in result.gates}

@@ -251,22 +251,24 @@ class HiddenDifference:
     """How far two residual streams are apart after ``layers`` layers (0: the embeddings).
 
     ``largest``: the largest absolute difference; ``rms``: root mean square difference; ``relative``: that over the root
-    mean square of the reference.
+    mean square of the reference, ``reference_rms``; ``candidate_rms``: that of the candidate.
     """
 
     layers: int
     largest: float
     rms: float
     relative: float
+    reference_rms: float
+    candidate_rms: float
 
 
 def side_by_side(reference: StreamedForward, candidate: StreamedForward) -> Iterator[HiddenDifference]:
     """Run two forward passes in step and compare them after each layer; both can then give their logits."""
     for done, (x, y) in enumerate(zip(reference.hidden_states(), candidate.hidden_states(), strict=True)):
         difference = (y.double() - x.double()).abs()
-        rms = difference.pow(2).mean().sqrt().item()
-        scale = x.double().pow(2).mean().sqrt().item()
-        yield HiddenDifference(done, difference.max().item(), rms, rms / scale if scale else float(rms > 0))
+        rms, ours, theirs = (each.double().pow(2).mean().sqrt().item() for each in (difference, x, y))
+        relative = rms / ours if ours else float(rms > 0)
+        yield HiddenDifference(done, difference.max().item(), rms, relative, ours, theirs)
 
 
 @contextlib.contextmanager

@@ -104,12 +104,11 @@ def logits(run: LogitRun, kind: str, limits: Gates, text: bool, envelope: LogitM
 
 def _logits(run: LogitRun, limits: Gates) -> GateResult:
     gate, metrics = "logits", run.metrics
-    batch, tokens = run.shape
+    batch, tokens = run.ids.shape
     report: dict[str, Any] = {
         "shape": [batch, tokens],
         "sliding_window": None if run.windows is None else list(run.windows),
         "sliding_window_reduced": run.shrunk,
-        "hidden_state_drift": [significant(value) for value in run.drift],
         "limits": _given(limits, "logits", "logits_rtol"),
     }
     if any(metrics.nonfinite):
@@ -137,7 +136,7 @@ def _logits(run: LogitRun, limits: Gates) -> GateResult:
         f" {limits.logits_rtol or 0:g} x |logit|; the largest difference, {metrics.max_abs_difference:.4g}, at position"
         f" {position % tokens} for token {token}"
     )
-    parting = next((depth for depth, drift in enumerate(run.drift) if drift > 1e-4), None)
+    parting = run.drift.parting()
     if parting is not None:
         said += "; hidden states part " + ("at the embeddings" if parting == 0 else f"in layer {parting - 1}")
     return GateResult(gate, "failed", said, report, (Finding(gate, "error", None, said),))

@@ -14,6 +14,7 @@ from gemma2tool.errors import UsageError
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.config import SLIDING, Gemma2Config
 from gemma2tool.reference.streaming import OnInput, StreamedForward, side_by_side, use_threads
+from gemma2tool.verify.measurements import Drift
 from gemma2tool.verify.metrics import LogitComparison, LogitMetrics
 from gemma2tool.verify.tensors import Advance
 
@@ -24,15 +25,15 @@ DEFAULT_TOKENS = 64
 class LogitRun:
     """What was run and what came out.
 
-    ``windows``: the sliding windows that source and candidate ran with; None where no layer slides. ``drift``: per
-    depth (the embeddings, then after each layer) the RMS of the hidden states' difference over the RMS of the source's.
+    ``ids``: the prompts, int64 (B, T). ``windows``: the sliding windows that source and candidate ran with; None where
+    no layer slides.
     """
 
     metrics: LogitMetrics
-    shape: tuple[int, int]
+    ids: np.ndarray
     windows: tuple[int, int] | None
     shrunk: bool
-    drift: tuple[float, ...]
+    drift: Drift
 
 
 def default_ids(config: Gemma2Config, tokens: int = DEFAULT_TOKENS) -> np.ndarray:
@@ -91,13 +92,15 @@ def compare_logits(
     with use_threads(threads):
         ours = StreamedForward(source, ids, sliding_window=ours_window, on_input=ours_read)
         theirs = StreamedForward(candidate, ids, sliding_window=theirs_window, on_input=theirs_read)
-        drift = tuple(depth.relative for depth in side_by_side(ours, theirs))
+        depths = list(side_by_side(ours, theirs))
         following = np.concatenate([ids[:, 1:], np.full((batch, 1), -1)], axis=1).reshape(-1)
         comparison = LogitComparison(ids.size, following, atol=atol, rtol=rtol)
         for (first, _, a), (_, _, b) in zip(ours.vocabulary_slices(), theirs.vocabulary_slices(), strict=True):
             comparison.add(first, *(logits.flatten(0, 1).cpu().numpy() for logits in (a, b)))
     shrunk = windows is not None and windows[0] != source.config.sliding_window
-    return LogitRun(comparison.finish(), (batch, tokens), windows, shrunk, drift)
+    columns = ("relative", "reference_rms", "candidate_rms", "largest")
+    drift = Drift(*(tuple(getattr(depth, name) for depth in depths) for name in columns))
+    return LogitRun(comparison.finish(), ids, windows, shrunk, drift)
 
 
 def _counting(checkpoint: Checkpoint, advance: Advance | None) -> OnInput | None:

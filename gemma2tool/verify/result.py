@@ -9,7 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+from gemma2tool.verify.diagnosis.cause import Cause
+
+if TYPE_CHECKING:
+    from gemma2tool.verify.measurements import Measurements
 
 SCHEMA_VERSION = 1
 
@@ -79,8 +84,9 @@ class Side:
 class Verification:
     """All gates' results for a candidate against its source.
 
-    ``kind``: what was asked of the candidate, a row of ``gates.GATES`` ("lossless", "bf16", "q4_0", ...). ``seconds``:
-    wall time per level; not part of ``to_json``.
+    ``kind``: what was asked of the candidate, a row of ``gates.GATES`` ("lossless", "bf16", "q4_0", ...). ``causes``:
+    what explains the failures, likeliest first. ``seconds``: wall time per level; not part of ``to_json``.
+    ``measurements``: not a judgement but the data of reports; of it ``to_json`` has the drift.
     """
 
     source: Side
@@ -88,6 +94,8 @@ class Verification:
     kind: str
     gates: tuple[GateResult, ...]
     seconds: Mapping[str, float] = field(default_factory=dict, compare=False)
+    causes: tuple[Cause, ...] = ()
+    measurements: Measurements | None = field(default=None, compare=False, repr=False)
 
     @property
     def passed(self) -> bool:
@@ -115,6 +123,7 @@ class Verification:
         raise KeyError(name)
 
     def to_json(self) -> dict[str, Any]:
+        drift = None if self.measurements is None else self.measurements.drift
         return {
             "schema_version": SCHEMA_VERSION,
             "passed": self.passed,
@@ -122,6 +131,8 @@ class Verification:
             "source": self.source.to_json(),
             "candidate": self.candidate.to_json(),
             "gates": [gate.to_json() for gate in self.gates],
+            "causes": [plain(cause.to_json()) for cause in self.causes],
+            "drift": plain(drift.to_json()) if drift is not None else None,
         }
 
 

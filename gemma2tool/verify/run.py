@@ -16,9 +16,10 @@ from gemma2tool.verify import judge
 from gemma2tool.verify.completeness import comparable, compare_names
 from gemma2tool.verify.config import compare_configs
 from gemma2tool.verify.gates import GATES, Gates
+from gemma2tool.verify.measurements import Drift, Measurements, Tokens, tensor_errors
 from gemma2tool.verify.result import GateResult, Side, Verification
 from gemma2tool.verify.tensors import TensorComparison, compare_tensors, kind_of
-from gemma2tool.verify.tokenizer import compare_tokenizers
+from gemma2tool.verify.tokenizer import compare_tokenizers, text_pieces
 
 LEVELS = ("completeness", "config", "tokenizer", "tensors", "logits")
 
@@ -99,10 +100,15 @@ def verify(
         results.append(judge.tensors(comparisons))
     kind = kind_of(common, candidate.tensors, expected, comparisons)
     limits = GATES[kind].overridden(gates)
+    drift = tokens = None
     if "logits" in levels:
         with timed("logits"):
-            results += _logits(source, candidate, ids, text, kind, limits, bool(gates), comparisons, threads, progress)
-    return Verification(_side(source), _side(candidate), kind, tuple(results), seconds)
+            found, drift, tokens = _logits(
+                source, candidate, ids, text, kind, limits, bool(gates), comparisons, threads, progress
+            )
+            results += found
+    measured = Measurements(None if comparisons is None else tensor_errors(comparisons), drift, tokens)
+    return Verification(_side(source), _side(candidate), kind, tuple(results), seconds, measurements=measured)
 
 
 def _logits(
@@ -116,12 +122,12 @@ def _logits(
     comparisons: list[TensorComparison] | None,
     threads: int,
     progress: Progress | None,
-) -> list[GateResult]:
+) -> tuple[list[GateResult], Drift | None, Tokens | None]:
     from gemma2tool.verify.logits import compare_logits, default_ids
 
     if not comparable(source, candidate):
         why = "the two do not hold the same tensors, so no forward pass can be compared"
-        return [GateResult("logits", "skipped", why), GateResult("distribution", "skipped", why)]
+        return [GateResult("logits", "skipped", why), GateResult("distribution", "skipped", why)], None, None
     is_text = ids is not None if text is None else text
     if ids is None:
         ids = default_ids(min(source.config, candidate.config, key=lambda config: config.max_position_embeddings))
@@ -141,7 +147,8 @@ def _logits(
         from gemma2tool.verify.noise import with_noise
 
         envelope = compare_logits(source, with_noise(source, comparisons), ids, threads=threads).metrics
-    return judge.logits(run, kind, limits, is_text, envelope)
+    pieces = text_pieces(source.assets, run.ids)
+    return judge.logits(run, kind, limits, is_text, envelope), run.drift, Tokens.of(run.ids, run.metrics, is_text, pieces)
 
 
 def _same_shape(name: str, tensor: LazyTensor, candidate: Checkpoint) -> bool:

@@ -6,6 +6,8 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from gemma2tool.model.checkpoint import Assets, Checkpoint
 from gemma2tool.verify.result import Finding, GateResult, Severity
 
@@ -103,6 +105,19 @@ def _compare_models(ours: bytes, theirs: bytes) -> tuple[list[Finding], dict[str
         if left.encode(text) != right.encode(text):
             findings.append(Finding(GATE, "error", "encoding", f"{text!r} is encoded otherwise"))
     return findings, metrics
+
+
+def text_pieces(assets: Assets, ids: np.ndarray) -> tuple[tuple[str, ...], ...] | None:
+    """The tokens ``ids``, int (B, T), as text: B tuples of T strings, a space where sentencepiece writes U+2581. None where there
+    is no tokenizer.model, or it cannot be loaded."""
+    model = _load(assets["tokenizer.model"]) if "tokenizer.model" in assets else None
+    if model is None:
+        return None
+    known = model.get_piece_size()
+    return tuple(
+        tuple(model.id_to_piece(token).replace("\u2581", " ") if token < known else f"<{token}>" for token in row)
+        for row in ids.tolist()
+    )
 
 
 def _load(data: bytes) -> SentencePieceProcessor | None:

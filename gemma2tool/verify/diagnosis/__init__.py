@@ -1,0 +1,1 @@
+"""What is wrong with a candidate, in plain words: a catalogue of known mistakes and the search for unknown ones."""
