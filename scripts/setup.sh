@@ -8,3 +8,7 @@ python="${PYTHON:-python3}"
 [ -x .venv/bin/python ] || "$python" -m venv .venv
 extras="${1:+[$1]}"
 .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".${extras}"
+# keras-hub asks for tensorflow; the tests run it on torch, which is there.
+case ",${1:-}," in
+  *,test,*) .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps keras-hub ;;
+esac

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tracemalloc
 from importlib.util import find_spec
 from pathlib import Path
@@ -62,8 +63,7 @@ class Disk:
     def pwrite(self, offset: int, buffer: object) -> None:
         data = memoryview(buffer).cast("B")
         if data.nbytes < 1 << 16 or any(data[:: 1 << 12]):
-            self.file.seek(offset)
-            self.file.write(data)
+            os.pwrite(self.file.fileno(), data, offset)  # from several threads
 
 
 def _write(output: Output, path: Path) -> None:
