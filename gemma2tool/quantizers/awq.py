@@ -28,13 +28,16 @@ _SMALLEST_RANGE = np.float32(1e-5)  # as AutoAWQ: a group of zeros still has a s
 
 def quantize(rows: np.ndarray, group_size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(n, I) to codes uint8 (n, I), zeros uint8 and scales float16 (n, I / group_size); zero is within every group's range."""
-    low, high = groups.ranges(rows, group_size)
+    zeros, scales = grid(*groups.ranges(rows, group_size))
+    codes = groups.codes(rows, group_size, Rule.ADD_ZERO, to_float32(scales), zeros, 0, _TOP)
+    return codes, zeros, scales
+
+
+def grid(low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Zeros uint8 and scales float16 of groups from their smallest and largest values, float32, any one shape."""
     low, high = np.minimum(low, 0), np.maximum(high, 0)
     scales = cast(np.maximum(high - low, _SMALLEST_RANGE) / _TOP, np.float16)
-    wide = to_float32(scales)
-    zeros = np.clip(np.rint(-low / wide), 0, _TOP)
-    codes = groups.codes(rows, group_size, Rule.ADD_ZERO, wide, zeros, 0, _TOP)
-    return codes, zeros.astype(np.uint8), scales
+    return np.clip(np.rint(-low / to_float32(scales)), 0, _TOP).astype(np.uint8), scales
 
 
 def dequantize(codes: np.ndarray, zeros: np.ndarray, scales: np.ndarray, group_size: int) -> np.ndarray:
@@ -79,7 +82,10 @@ class Awq:
         return PER_WORD
 
     def encode(self, rows: np.ndarray) -> Mapping[str, np.ndarray]:
-        codes, zeros, scales = quantize(rows, self.group_size)
+        return self.pack(*quantize(rows, self.group_size))
+
+    def pack(self, codes: np.ndarray, zeros: np.ndarray, scales: np.ndarray) -> Mapping[str, np.ndarray]:
+        """``encode``'s result for rows that are quantized already."""
         return {"qweight": pack(codes), "qzeros": pack(zeros), "scales": scales}
 
     def finish(self, shape: tuple[int, ...], collected: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:

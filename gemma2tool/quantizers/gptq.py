@@ -26,11 +26,17 @@ CHECKPOINT_FORMATS = ("gptq", "gptq_v2")
 def quantize(
     rows: np.ndarray, bits: int, group_size: int, symmetric: bool
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(n, I) to codes uint8 (n, I), zeros uint8 and scales float16 (n, I / group_size).
+    """(n, I) to codes uint8 (n, I), zeros uint8 and scales float16 (n, I / group_size)."""
+    zeros, scales = grid(*groups.ranges(rows, group_size), bits, symmetric)
+    codes = groups.codes(rows, group_size, Rule.ADD_ZERO, to_float32(scales), zeros, 0, 2**bits - 1)
+    return codes, zeros, scales
 
-    The scale is rounded to float16 before zero and codes are derived from it: they then are the nearest to what is stored.
+
+def grid(low: np.ndarray, high: np.ndarray, bits: int, symmetric: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Zeros uint8 and scales float16 of groups from their smallest and largest values, float32, any one shape.
+
+    The scale is rounded to float16 before the zero is derived from it, which then is the nearest to what is stored.
     """
-    low, high = groups.ranges(rows, group_size)
     low, high = np.minimum(low, 0), np.maximum(high, 0)
     if symmetric:
         high = np.maximum(-low, high)
@@ -38,10 +44,8 @@ def quantize(
     top = np.float32(2**bits - 1)
     scales = cast((high - low) / top, np.float16)
     scales[scales == 0] = 1
-    wide = to_float32(scales)
-    zeros = np.full_like(wide, 2 ** (bits - 1)) if symmetric else np.clip(np.rint(-low / wide), 0, top)
-    codes = groups.codes(rows, group_size, Rule.ADD_ZERO, wide, zeros, 0, top)
-    return codes, zeros.astype(np.uint8), scales
+    zeros = np.full(low.shape, 2 ** (bits - 1)) if symmetric else np.clip(np.rint(-low / to_float32(scales)), 0, top)
+    return zeros.astype(np.uint8), scales
 
 
 def dequantize(codes: np.ndarray, zeros: np.ndarray, scales: np.ndarray, g_idx: np.ndarray) -> np.ndarray:
@@ -88,7 +92,10 @@ class Gptq:
         return 1
 
     def encode(self, rows: np.ndarray) -> Mapping[str, np.ndarray]:
-        codes, zeros, scales = quantize(rows, self.bits, self.group_size, self.symmetric)
+        return self.pack(*quantize(rows, self.bits, self.group_size, self.symmetric))
+
+    def pack(self, codes: np.ndarray, zeros: np.ndarray, scales: np.ndarray) -> Mapping[str, np.ndarray]:
+        """``encode``'s result for rows that are quantized already."""
         return {"qweight": pack_words(codes, self.bits), "qzeros": zeros, "scales": scales}
 
     def finish(self, shape: tuple[int, ...], collected: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
