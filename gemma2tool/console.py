@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from typing import IO, TYPE_CHECKING, Any, Protocol
 
 from gemma2tool.errors import EXIT_BUG, ToolError
+from gemma2tool.storage.quoting import safe
 
 if TYPE_CHECKING:
     import rich.console
@@ -38,15 +39,6 @@ _SEVERITY_STYLES = {"error": "red", "warning": "yellow", "note": "dim"}
 _KL_PARTS = (("mean", "kl_mean"), ("median", "kl_median"), ("99 %", "kl_p99"), ("max", "kl_max"))
 _MAX_NAMES = 6  # of the tensors that a cause explains
 _MAX_FINDINGS = 12  # of one gate on the screen; JSON has them all
-
-
-def safe(text: object) -> str:
-    """``text`` on one line with every character that does not simply show itself written as an escape.
-
-    Control characters (so ANSI sequences and line breaks), right-to-left overrides and other invisible characters, and
-    lone surrogates become ``\\x1b``, ``\\n``, ``\\u202e`` and so on.
-    """
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in str(text))
 
 
 def human_bytes(count: float) -> str:

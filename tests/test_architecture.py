@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "reference": {"errors", "model"},
     "verify": {"errors", "storage", "model", "reference", "quantizers"},
     "formats": {"errors", "storage", "model", "quantizers"},
-    "console": {"errors", "verify"},
+    "console": {"errors", "storage", "verify"},
     "pipeline": {"errors", "storage", "model", "quantizers", "reference", "verify", "formats", "console"},
     "cli": {"errors", "storage", "model", "quantizers", "reference", "verify", "formats", "console", "pipeline"},
 }

@@ -1,4 +1,4 @@
-"""Names from untrusted files, made fit for one line of an error message."""
+"""Text from untrusted files, made fit for one line of a message."""
 
 from __future__ import annotations
 
@@ -11,3 +11,12 @@ def quoted(text: object, limit: int = 120) -> str:
     if len(shown) <= limit:
         return shown
     return f"{shown[: limit - 20]}...{shown[-16:]}"
+
+
+def safe(text: object) -> str:
+    """``text`` on one line with every character that does not simply show itself written as an escape.
+
+    Control characters (so ANSI sequences and line breaks), right-to-left overrides and other invisible characters, and
+    lone surrogates become ``\\x1b``, ``\\n``, ``\\u202e`` and so on.
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in str(text))

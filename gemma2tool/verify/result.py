@@ -70,14 +70,16 @@ class GateResult:
 
 @dataclass(frozen=True)
 class Side:
-    """One of the two checkpoints compared: where it is, its format, how many values it stores as which type."""
+    """One of the two checkpoints compared: where it is, its format, how many values it stores as which type, and the bytes of its
+    files."""
 
     path: str
     format: str
     stored: Mapping[str, int] = field(default_factory=dict)
+    nbytes: int = 0
 
     def to_json(self) -> dict[str, Any]:
-        return {"path": self.path, "format": self.format, "stored": plain(self.stored)}
+        return {"path": self.path, "format": self.format, "stored": plain(self.stored), "bytes": self.nbytes}
 
 
 @dataclass(frozen=True)

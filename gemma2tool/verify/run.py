@@ -159,7 +159,8 @@ def _side(checkpoint: Checkpoint) -> Side:
     stored: Counter[str] = Counter()
     for tensor in checkpoint.tensors.values():
         stored[tensor.stored] += tensor.size
-    return Side(str(checkpoint.path), checkpoint.format, dict(stored))
+    nbytes = sum(path.stat().st_size for path in checkpoint.files)
+    return Side(str(checkpoint.path), checkpoint.format, dict(stored), nbytes)
 
 
 def _bar(progress: Progress | None, total: int, label: str) -> AbstractContextManager[Bar]:

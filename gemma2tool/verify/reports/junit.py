@@ -1,0 +1,65 @@
+"""JUnit XML as CI servers read it: a suite for each verification, a case for each gate, causes and findings in the failure's text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from xml.etree import ElementTree
+
+from gemma2tool.storage.quoting import safe
+from gemma2tool.verify.result import GateResult, Verification
+
+MAX_FINDINGS = 100
+
+
+def junit(verifications: Sequence[Verification]) -> str:
+    """The document. Without times, so that equal results give equal bytes."""
+    root = ElementTree.Element("testsuites", name="gemma2tool")
+    for verification in verifications:
+        root.append(_suite(verification))
+    for count in ("tests", "failures", "skipped"):
+        root.set(count, str(sum(int(suite.get(count, "0")) for suite in root)))
+    ElementTree.indent(root)
+    return f'<?xml version="1.0" encoding="UTF-8"?>\n{ElementTree.tostring(root, encoding="unicode")}\n'
+
+
+def _suite(verification: Verification) -> ElementTree.Element:
+    gates = verification.gates
+    suite = ElementTree.Element(
+        "testsuite",
+        name=safe(verification.candidate.path),
+        tests=str(len(gates)),
+        failures=str(sum(gate.status == "failed" for gate in gates)),
+        errors="0",
+        skipped=str(sum(gate.status == "skipped" for gate in gates)),
+    )
+    properties = ElementTree.SubElement(suite, "properties")
+    for name, value in (
+        ("source", verification.source.path),
+        ("source.format", verification.source.format),
+        ("candidate.format", verification.candidate.format),
+        ("kind", verification.kind),
+    ):
+        ElementTree.SubElement(properties, "property", name=name, value=safe(value))
+    for gate in gates:
+        case = ElementTree.SubElement(suite, "testcase", classname="gemma2tool.verify", name=gate.name)
+        if gate.status == "failed":
+            failure = ElementTree.SubElement(case, "failure", message=safe(gate.summary), type=gate.name)
+            failure.text = "\n".join(_lines(gate, verification))
+        elif gate.status == "skipped":
+            ElementTree.SubElement(case, "skipped", message=safe(gate.summary))
+        else:
+            ElementTree.SubElement(case, "system-out").text = safe(gate.summary)
+    return suite
+
+
+def _lines(gate: GateResult, verification: Verification) -> list[str]:
+    """The causes come with the first gate that failed, which is where a reader looks."""
+    lines = []
+    if gate is next(each for each in verification.gates if each.failed):
+        lines += [f"cause [{cause.id}]: {safe(cause.message)}" for cause in verification.causes]
+    for finding in gate.findings[:MAX_FINDINGS]:
+        about = f"{safe(finding.subject)}: " if finding.subject else ""
+        lines.append(f"{finding.severity}: {about}{safe(finding.message)}")
+    if len(gate.findings) > MAX_FINDINGS:
+        lines.append(f"and {len(gate.findings) - MAX_FINDINGS} more")
+    return lines
