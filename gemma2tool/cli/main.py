@@ -106,7 +106,7 @@ def _terminate(signum: int, frame: object) -> None:
 
 
 def _register() -> None:
-    from gemma2tool.cli import convert, formats, generate, imatrix, inspect, logits, quantize, verify
+    from gemma2tool.cli import convert, formats, generate, hash, imatrix, inspect, logits, quantize, verify
 
     app.command("convert")(guarded(expanded(convert.convert)))
     app.command("quantize")(guarded(expanded(quantize.quantize)))
@@ -115,6 +115,7 @@ def _register() -> None:
     app.command("generate")(guarded(generate.generate))
     app.command("imatrix")(guarded(imatrix.imatrix))
     app.command("inspect")(guarded(inspect.inspect))
+    app.command("hash")(guarded(hash.hash))
     app.command("formats")(guarded(formats.formats))
 
 

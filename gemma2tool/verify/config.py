@@ -69,7 +69,7 @@ def compare_configs(source: Gemma2Config, candidate: Gemma2Config) -> GateResult
     findings = []
     for name, meaning in ARITHMETIC.items():
         ours, theirs = getattr(source, name), getattr(candidate, name)
-        if not _same(name, ours, theirs):
+        if normal(name, ours) != normal(name, theirs):
             said = _layers(ours, theirs) if name == "layer_types" else _versus(ours, theirs)
             findings.append(Finding(GATE, "error", name, f"{name} ({meaning}): {said}"))
     for name, meaning in USE.items():
@@ -99,20 +99,16 @@ def compare_configs(source: Gemma2Config, candidate: Gemma2Config) -> GateResult
     return GateResult(GATE, "failed" if wrong else "passed", summary, metrics, tuple(findings))
 
 
-def _same(name: str, ours: Any, theirs: Any) -> bool:
-    if name in _FLOAT32 and ours is not None and theirs is not None:
-        return np.float32(ours) == np.float32(theirs)
+def normal(name: str, value: Any) -> Any:
+    """A field's value as it counts for the arithmetic, however a format spells it: equal values mean the same."""
+    if name in _FLOAT32 and value is not None:
+        return float(np.float32(value))
     if name == "use_bidirectional_attention":
-        return bool(ours) == bool(theirs)
-    if name == "rope_scaling":
-        return _scaling(ours) == _scaling(theirs)
-    return ours == theirs
-
-
-def _scaling(value: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Without what "no scaling" may also be spelled as."""
-    parameters = dict(value or {})
-    return {} if parameters.get("rope_type", "default") == "default" else parameters
+        return bool(value)
+    if name == "rope_scaling":  # "no scaling" has several spellings
+        parameters = dict(value or {})
+        return {} if parameters.get("rope_type", "default") == "default" else parameters
+    return value
 
 
 def _severity(name: str, ours: Any, theirs: Any) -> Severity:

@@ -63,7 +63,7 @@ def _result(findings: list[Finding], good: str, metrics: dict[str, Any], compare
 
 
 def _compare_models(ours: bytes, theirs: bytes) -> tuple[list[Finding], dict[str, Any]]:
-    left, right = _load(ours), _load(theirs)
+    left, right = load_model(ours), load_model(theirs)
     for side, model in (("source", left), ("candidate", right)):
         if model is None:
             return [Finding(GATE, "error", "tokenizer.model", f"the {side}'s tokenizer.model cannot be loaded")], {}
@@ -110,7 +110,7 @@ def _compare_models(ours: bytes, theirs: bytes) -> tuple[list[Finding], dict[str
 def text_pieces(assets: Assets, ids: np.ndarray) -> tuple[tuple[str, ...], ...] | None:
     """The tokens ``ids``, int (B, T), as text: B tuples of T strings, a space where sentencepiece writes U+2581. None where there
     is no tokenizer.model, or it cannot be loaded."""
-    model = _load(assets["tokenizer.model"]) if "tokenizer.model" in assets else None
+    model = load_model(assets["tokenizer.model"]) if "tokenizer.model" in assets else None
     if model is None:
         return None
     known = model.get_piece_size()
@@ -120,7 +120,8 @@ def text_pieces(assets: Assets, ids: np.ndarray) -> tuple[tuple[str, ...], ...] 
     )
 
 
-def _load(data: bytes) -> SentencePieceProcessor | None:
+def load_model(data: bytes) -> SentencePieceProcessor | None:
+    """A tokenizer.model ready to run; None where sentencepiece cannot load it."""
     from sentencepiece import SentencePieceProcessor
 
     try:
