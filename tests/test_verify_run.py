@@ -270,7 +270,7 @@ def test_nan_is_named_on_the_side_that_has_it(source: Checkpoint) -> None:
     tensors["model.norm.weight"][5] = np.nan
     result = verify(source, candidate(tensors))
     assert blamed(result, "tensors") == {"model.norm.weight"} and "NaN" in result.gate("tensors").summary
-    assert failed(result) == {"tensors", "logits"} and "distribution" in result.skipped
+    assert failed(result) == {"tensors", "logits", "probe"} and "distribution" in result.skipped
     json.dumps(result.to_json(), allow_nan=False)
 
 
@@ -280,7 +280,7 @@ def test_nan_is_named_on_the_side_that_has_it(source: Checkpoint) -> None:
 def test_levels_are_those_asked_for(source: Checkpoint) -> None:
     for level in LEVELS:
         names = [gate.name for gate in verify(source, source, levels=(level,)).gates]
-        assert names == (["logits", "distribution"] if level == "logits" else [level])
+        assert names == (["logits", "probe", "distribution"] if level == "logits" else [level])
     with pytest.raises(ValueError, match="no such level"):
         verify(source, source, levels=("vibes",))
 

@@ -72,8 +72,9 @@ def soft_cap(x: Tensor, cap: float | None) -> Tensor:
     return x if cap is None else torch.tanh(x / cap) * cap
 
 
-def visible(queries: Tensor, keys: Tensor, window: int | None, causal: bool) -> Tensor:
-    """Which slots ``keys`` (S,) each of the slots ``queries`` (T,) may see: bool (T, S)."""
+def visible(queries: Tensor, keys: Tensor, window: int | Tensor | None, causal: bool) -> Tensor:
+    """Which slots ``keys`` (S,) each of the slots ``queries`` (T,) may see: bool (T, S); (B, 1, T, S) for a window of each row,
+    (B, 1, 1, 1)."""
     distance = queries[:, None] - keys[None, :]
     seen = distance >= 0 if causal else torch.ones_like(distance, dtype=torch.bool)
     return seen if window is None else seen & (distance.abs() < window)
@@ -85,11 +86,15 @@ def key_value_head(query_head: int, config: Gemma2Config) -> int:
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with soft-capped scores, over a window in sliding layers."""
+    """Grouped-query attention with soft-capped scores, over a window in sliding layers.
+
+    ``window``: keys that a query sees, None for all; (B, 1, 1, 1) gives each row of a batch its own.
+    """
 
     def __init__(self, config: Gemma2Config, layer: int, linear: LinearFactory = Linear) -> None:
         super().__init__()
-        self.config, self.layer, self.window = config, layer, config.layer_window(layer)
+        self.config, self.layer = config, layer
+        self.window: int | Tensor | None = config.layer_window(layer)
         queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
         bias = config.attention_bias
         self.q_proj = linear(config.hidden_size, queries, bias, "self_attn.q_proj")
@@ -132,11 +137,12 @@ class Attention(nn.Module):
         query_slots = key_slots[-length:]
         mixed = torch.empty_like(query)
         kept = query.new_zeros(batch, heads, length, total) if keep_weights else None
+        widest = None if self.window is None else int(torch.as_tensor(self.window).max())
         step = max(1, SCORE_BYTES // (batch * heads * total * 4))
         for start in range(0, length, step):
             end = min(start + step, length)
             # Keys that no query of this block can see are left out of the product.
-            near = max(0, total - length + start - self.window + 1) if self.window is not None and causal else 0
+            near = max(0, total - length + start - widest + 1) if widest is not None and causal else 0
             seen = visible(query_slots[start:end], key_slots[near:], self.window, causal)
             if attention_mask is not None:
                 seen = seen & attention_mask[:, None, None, first + near : first + total]

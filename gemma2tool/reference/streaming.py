@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,6 +22,7 @@ from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.config import Gemma2Config
 from gemma2tool.model.lazy import LazyTensor
 from gemma2tool.model.tensors import expand
+from gemma2tool.reference.amplify import Amplifier
 from gemma2tool.reference.cache import KeyValueCache, choose_cache
 from gemma2tool.reference.inputs import check_ids, check_mask, check_positions
 from gemma2tool.reference.layers import DecoderLayer, RMSNorm, soft_cap
@@ -42,7 +43,8 @@ class StreamedForward:
     """One forward pass of a checkpoint over ``input_ids``, int (B, T).
 
     ``dtype``: of activations and products. ``sliding_window``: in place of the config's, to exercise the window with a
-    short prompt. ``attention_mask`` (B, tokens in the cache + T): 0 for padding. ``position_ids`` and
+    short prompt; one number, or one for each prompt. ``amplifier``: makes the attention scores of some prompts large.
+    ``attention_mask`` (B, tokens in the cache + T): 0 for padding. ``position_ids`` and
     ``past_key_values`` are ``Gemma2Model``'s; the cache is added to. Raises ``UsageError`` for ids outside the
     vocabulary, a mask of another shape, or a prompt beyond max_position_embeddings.
     """
@@ -53,7 +55,8 @@ class StreamedForward:
         input_ids: np.ndarray | Tensor,
         *,
         dtype: torch.dtype = torch.float32,
-        sliding_window: int | None = None,
+        sliding_window: int | Sequence[int] | None = None,
+        amplifier: Amplifier | None = None,
         attention_mask: np.ndarray | Tensor | None = None,
         position_ids: Tensor | None = None,
         past_key_values: KeyValueCache | None = None,
@@ -61,9 +64,12 @@ class StreamedForward:
         on_input: OnInput | None = None,
     ) -> None:
         config = checkpoint.config
-        if sliding_window is not None:
+        if isinstance(sliding_window, int):
             config = dataclasses.replace(config, sliding_window=sliding_window)
         self.config: Gemma2Config = config
+        each = sliding_window is not None and not isinstance(sliding_window, int)
+        self.windows = torch.tensor(sliding_window, device=device).view(-1, 1, 1, 1) if each else None
+        self.amplifier = amplifier
         self.tensors, self.dtype, self.device, self.on_input = checkpoint.tensors, dtype, torch.device(device), on_input
         self.input_ids = check_ids(torch.as_tensor(input_ids), config)
         batch, length = self.input_ids.shape
@@ -155,6 +161,10 @@ class StreamedForward:
         for name, module in layer.named_modules():
             if isinstance(module, RMSNorm):
                 layer.set_submodule(name, self._norm(f"{prefix}{name}.weight"))
+        if self.windows is not None and layer.self_attn.window is not None:
+            layer.self_attn.window = self.windows
+        if self.amplifier is not None:
+            self.amplifier.attach(layer, index)
         return layer.eval()
 
     def _norm(self, name: str) -> RMSNorm:
@@ -262,9 +272,13 @@ class HiddenDifference:
     candidate_rms: float
 
 
-def side_by_side(reference: StreamedForward, candidate: StreamedForward) -> Iterator[HiddenDifference]:
-    """Run two forward passes in step and compare them after each layer; both can then give their logits."""
-    for done, (x, y) in enumerate(zip(reference.hidden_states(), candidate.hidden_states(), strict=True)):
+def side_by_side(
+    reference: StreamedForward, candidate: StreamedForward, prompts: int | None = None
+) -> Iterator[HiddenDifference]:
+    """Run two forward passes in step and compare the first ``prompts`` (None: all) after each layer; both can then give
+    their logits."""
+    for done, pair in enumerate(zip(reference.hidden_states(), candidate.hidden_states(), strict=True)):
+        x, y = (each[:prompts] for each in pair)
         difference = (y.double() - x.double()).abs()
         rms, ours, theirs = (each.double().pow(2).mean().sqrt().item() for each in (difference, x, y))
         relative = rms / ours if ours else float(rms > 0)

@@ -13,7 +13,7 @@ from gemma2tool.verify.result import Finding, GateResult
 from gemma2tool.verify.tensors import TensorComparison, significant
 
 if TYPE_CHECKING:
-    from gemma2tool.verify.logits import LogitRun
+    from gemma2tool.verify.logits import LogitRun, Probe
     from gemma2tool.verify.metrics import LogitMetrics
 
 # A candidate whose KL stays within this many times that of equally large noise behaves like noise: rounding errors of
@@ -98,19 +98,52 @@ def wants_envelope(metrics: LogitMetrics, limits: Gates, comparisons: Sequence[T
 
 
 def logits(run: LogitRun, kind: str, limits: Gates, text: bool, envelope: LogitMetrics | None) -> list[GateResult]:
-    """The logits and the distribution gate."""
-    return [_logits(run, limits), _distribution(run.metrics, kind, limits, text, envelope)]
+    """The logits gate, the probe gate and the distribution gate."""
+    return [_logits(run, limits), _probe(run.probe, limits), _distribution(run.metrics, kind, limits, text, envelope)]
 
 
 def _logits(run: LogitRun, limits: Gates) -> GateResult:
-    gate, metrics = "logits", run.metrics
     batch, tokens = run.ids.shape
     report: dict[str, Any] = {
         "shape": [batch, tokens],
         "sliding_window": None if run.windows is None else list(run.windows),
         "sliding_window_reduced": run.shrunk,
-        "limits": _given(limits, "logits", "logits_rtol"),
     }
+    where = f"{run.metrics.positions} positions"
+    if run.shrunk:
+        where += f", {_windows(run.windows)}"
+    parting = run.drift.parting()
+    parted = "" if parting is None else "; hidden states part " + _depth(parting)
+    return _agreement("logits", run.metrics, limits, report, where, parted, tokens)
+
+
+def _probe(probe: Probe | None, limits: Gates) -> GateResult:
+    """Same limits as the logits: of equal weights all is equal, however large the scores."""
+    if probe is None:
+        return GateResult("probe", "skipped", "not asked for")
+    low, high = min(probe.gains), max(probe.gains)
+    times = f"{low:g}" if low == high else f"{low:g} to {high:g}"
+    report: dict[str, Any] = {
+        "shape": [1, probe.metrics.positions],
+        "sliding_window": None if probe.windows is None else list(probe.windows),
+        "last_position": probe.last_position,
+        "amplified_to": probe.cap,
+        "amplification": list(probe.gains),
+    }
+    where = f"attention scores times {times} to reach {probe.cap:g}, positions up to {probe.last_position}"
+    if probe.windows is not None:
+        where += f", {_windows(probe.windows)}"
+    if not any(probe.metrics.nonfinite):
+        report |= {"kl_mean": significant(probe.metrics.mean_kl), "top1_agreement": significant(probe.metrics.top1)}
+    return _agreement("probe", probe.metrics, limits, report, where, "", probe.metrics.positions)
+
+
+def _agreement(
+    gate: str, metrics: LogitMetrics, limits: Gates, report: dict[str, Any], where: str, more: str, tokens: int
+) -> GateResult:
+    """Both sides' logits held to ``limits``; ``where`` says what was run, ``more`` what else is known of a difference, ``tokens`` how
+    many there are to a prompt."""
+    report["limits"] = _given(limits, "logits", "logits_rtol")
     if any(metrics.nonfinite):
         broken, theirs = metrics.nonfinite
         said = f"{broken} logits of the source and {theirs} of the candidate are NaN or infinite"
@@ -120,11 +153,6 @@ def _logits(run: LogitRun, limits: Gates) -> GateResult:
         "mean_abs_difference": significant(metrics.mean_abs_difference),
         "beyond_limit": metrics.beyond if limits.logits is not None else None,
     }
-    where = f"{metrics.positions} positions"
-    if run.shrunk:
-        where += f", sliding window set to {run.windows[0]}" + (
-            "" if run.windows[0] == run.windows[1] else f" and {run.windows[1]}"
-        )
     summary = f"largest difference {metrics.max_abs_difference:.3g}, mean {metrics.mean_abs_difference:.3g} ({where})"
     if limits.logits is None:
         return GateResult(gate, "reported", summary, report)
@@ -134,12 +162,18 @@ def _logits(run: LogitRun, limits: Gates) -> GateResult:
     said = (
         f"{metrics.beyond} of {metrics.logits} logits differ by more than {limits.logits:g} +"
         f" {limits.logits_rtol or 0:g} x |logit|; the largest difference, {metrics.max_abs_difference:.4g}, at position"
-        f" {position % tokens} for token {token}"
+        f" {position % tokens} for token {token}{more}"
     )
-    parting = run.drift.parting()
-    if parting is not None:
-        said += "; hidden states part " + ("at the embeddings" if parting == 0 else f"in layer {parting - 1}")
     return GateResult(gate, "failed", said, report, (Finding(gate, "error", None, said),))
+
+
+def _windows(windows: tuple[int, int]) -> str:
+    ours, theirs = windows
+    return f"sliding window set to {ours}" + ("" if ours == theirs else f" and {theirs}")
+
+
+def _depth(depth: int) -> str:
+    return "at the embeddings" if depth == 0 else f"in layer {depth - 1}"
 
 
 def _distribution(

@@ -7,6 +7,7 @@ run online: a running maximum and the sums relative to it, in double precision.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -148,6 +149,32 @@ class LogitMetrics:
         lost = math.nan
         return cls(
             positions, lost, (0, 0), lost, 0, 0, nothing, none, tops, tops, np.empty((2, 0)), (source, candidate)
+        )
+
+    @classmethod
+    def joined(cls, parts: Sequence[LogitMetrics]) -> LogitMetrics:
+        """What several comparisons say together, positions in their order."""
+        if len(parts) == 1:
+            return parts[0]
+        positions = sum(part.positions for part in parts)
+        nonfinite = tuple(sum(part.nonfinite[side] for part in parts) for side in (0, 1))
+        if any(nonfinite):
+            return cls.broken(positions, *nonfinite)
+        worst = max(range(len(parts)), key=lambda i: parts[i].max_abs_difference)
+        before = sum(part.positions for part in parts[:worst])
+        logits = sum(part.logits for part in parts)
+        arrays = {
+            name: np.concatenate([getattr(part, name) for part in parts], axis=-1)
+            for name in ("kl", "same_top", "source_top", "candidate_top", "log_p")
+        }
+        return cls(
+            positions=positions,
+            max_abs_difference=parts[worst].max_abs_difference,
+            max_at=(before + parts[worst].max_at[0], parts[worst].max_at[1]),
+            mean_abs_difference=sum(part.mean_abs_difference * part.logits for part in parts) / logits,
+            beyond=sum(part.beyond for part in parts),
+            logits=logits,
+            **arrays,
         )
 
     @property

@@ -123,20 +123,21 @@ def _logits(
     threads: int,
     progress: Progress | None,
 ) -> tuple[list[GateResult], Drift | None, Tokens | None]:
-    from gemma2tool.verify.logits import compare_logits, default_ids
+    from gemma2tool.verify.logits import compare_logits, default_ids, passes
 
     if not comparable(source, candidate):
         why = "the two do not hold the same tensors, so no forward pass can be compared"
-        return [GateResult("logits", "skipped", why), GateResult("distribution", "skipped", why)], None, None
+        return [GateResult(gate, "skipped", why) for gate in ("logits", "probe", "distribution")], None, None
     is_text = ids is not None if text is None else text
     if ids is None:
         ids = default_ids(min(source.config, candidate.config, key=lambda config: config.max_position_embeddings))
     nbytes = sum(each.nbytes for side in (source, candidate) for each in side.tensors.values())
-    with _bar(progress, nbytes, "forward passes") as bar:
+    with _bar(progress, nbytes * passes(ids), "forward passes") as bar:
         run = compare_logits(
             source,
             candidate,
             ids,
+            text=is_text,
             atol=limits.logits or 0.0,
             rtol=limits.logits_rtol or 0.0,
             threads=threads,
@@ -146,7 +147,8 @@ def _logits(
     if comparisons and not overridden and judge.wants_envelope(run.metrics, limits, comparisons):
         from gemma2tool.verify.noise import with_noise
 
-        envelope = compare_logits(source, with_noise(source, comparisons), ids, threads=threads).metrics
+        noisy = with_noise(source, comparisons)
+        envelope = compare_logits(source, noisy, ids, text=is_text, probe=False, threads=threads).metrics
     pieces = text_pieces(source.assets, run.ids)
     return judge.logits(run, kind, limits, is_text, envelope), run.drift, Tokens.of(run.ids, run.metrics, is_text, pieces)
 
