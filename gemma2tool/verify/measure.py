@@ -41,6 +41,9 @@ class Piece:
     """Per block: the largest error."""
     anchor: np.ndarray | None = None
     """Per block: the error of the value of largest magnitude."""
+    source_leaves: bytes = b""
+    candidate_leaves: bytes = b""
+    """What ``hashing.leaves`` says of each side's rows."""
 
 
 def measure_bits(wanted: np.ndarray, got: np.ndarray, source: Callable[[], np.ndarray] | None) -> Piece:
@@ -142,6 +145,8 @@ class BlockJudge:
     block: int
     total: Piece = field(default_factory=lambda: Piece(0))
     worst: WorstBlock | None = None
+    source_leaves: list[bytes] = field(default_factory=list)
+    candidate_leaves: list[bytes] = field(default_factory=list)
     _bad: int = 0
     _waiting: list[Piece] = field(default_factory=list)
 
@@ -155,6 +160,8 @@ class BlockJudge:
         for name in ("signal", "noise", "nonfinite", "source_nonfinite", "differing"):
             setattr(total, name, getattr(total, name) + getattr(piece, name))
         total.max_abs_error = max(total.max_abs_error, piece.max_abs_error)
+        self.source_leaves.append(piece.source_leaves)
+        self.candidate_leaves.append(piece.candidate_leaves)
         if self.bound is not None:
             if self.bound.nested:
                 self._waiting.append(piece)

@@ -25,6 +25,7 @@ import numpy as np
 from gemma2tool.model.lazy import BFLOAT16, FLOAT16, FLOAT32, FLOAT_DTYPES, LazyTensor, row_ranges, to_float32
 from gemma2tool.verify.bounds import BOUNDS, Bound
 from gemma2tool.verify.gates import loosest
+from gemma2tool.verify.hashing import leaf_rows, leaves, tensor_digest
 from gemma2tool.verify.measure import BlockJudge, Piece, measure_bits, measure_blocks
 
 GATE = "tensors"
@@ -46,7 +47,8 @@ class TensorComparison:
 
     ``rule``: which question was asked (see the module). ``ok``: whether the answer was yes. ``differing``: values whose
     bits are not what they must be (``exact``, ``cast``, ``expected``); ``bad_blocks``: blocks beyond the bound
-    (``bound``). ``first``: flat index of the first such value.
+    (``bound``). ``first``: flat index of the first such value. ``source_digest``, ``candidate_digest``: what
+    ``hashing`` says of each side's values.
     """
 
     name: str
@@ -64,6 +66,8 @@ class TensorComparison:
     nonfinite: int = 0
     source_nonfinite: int = 0
     message: str = ""
+    source_digest: str = ""
+    candidate_digest: str = ""
 
     @property
     def relative_rmse(self) -> float:
@@ -87,6 +91,8 @@ class TensorComparison:
             "relative_rmse": significant(self.relative_rmse),
             "snr_db": significant(self.snr_db),
             "max_abs_error": significant(self.max_abs_error),
+            "source_digest": self.source_digest,
+            "candidate_digest": self.candidate_digest,
         }
         counts = ("differing", "bad_blocks", "nonfinite", "source_nonfinite")
         return found | {name: getattr(self, name) for name in counts if getattr(self, name)}
@@ -117,17 +123,21 @@ class _Job:
 
     def ranges(self) -> Iterable[tuple[int, int]]:
         row = max(self.candidate.row_size, 1)
-        multiple = self.block // math.gcd(self.block, row)
+        multiple = math.lcm(self.block // math.gcd(self.block, row), leaf_rows(row))
         return row_ranges(self.candidate.rows, row, _CHUNK_VALUES, multiple)
 
     def piece(self, first: int, last: int) -> Piece:
-        got = self.candidate.load_rows(first, last)
+        got, source = self.candidate.load_rows(first, last), self.source.load_rows(first, last)
         if self.rule in ("bound", "reported"):
-            source = self.source.load_rows_f32(first, last)
-            return measure_blocks(source, to_float32(got), self.block, self.bound)
-        wanted = cast(self.wanted.load_rows(first, last), self.candidate.stored, got.dtype)
-        source = None if self.rule == "exact" else (lambda: self.source.load_rows_f32(first, last))
-        return measure_bits(wanted, got, source)
+            piece = measure_blocks(to_float32(source), to_float32(got), self.block, self.bound)
+        else:
+            must = source if self.wanted is self.source else self.wanted.load_rows(first, last)
+            errors_against = None if self.rule == "exact" else (lambda: to_float32(source))
+            piece = measure_bits(cast(must, self.candidate.stored, got.dtype), got, errors_against)
+        piece.candidate_leaves = leaves(got)
+        same = self.rule == "exact" and not piece.differing
+        piece.source_leaves = piece.candidate_leaves if same else leaves(source)
+        return piece
 
 
 def cast(rows: np.ndarray, stored: str, dtype: np.dtype) -> np.ndarray:
@@ -286,6 +296,8 @@ def _conclude(job: _Job, judge: BlockJudge) -> TensorComparison:
         nonfinite=total.nonfinite,
         source_nonfinite=total.source_nonfinite,
         message=message,
+        source_digest=tensor_digest(job.candidate.shape, b"".join(judge.source_leaves)),
+        candidate_digest=tensor_digest(job.candidate.shape, b"".join(judge.candidate_leaves)),
     )
 
 
