@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from gemma2tool.formats import packings
+from gemma2tool.formats.packings import Settings
 from gemma2tool.formats.raw import NUMPY_DTYPES
 from gemma2tool.model.lazy import ArrayTensor, LazyTensor
 from gemma2tool.model.tensors import TensorSpec
@@ -39,10 +40,11 @@ def encoded(encoder: Encoder, source: LazyTensor, rows_at_once: int = 3) -> dict
 
 
 def stored_parts(
-    name: str, source: LazyTensor, type_name: str, double_quant: bool = False, rows_at_once: int = 3
+    name: str, source: LazyTensor, settings: Settings | str, rows_at_once: int = 3
 ) -> dict[str, np.ndarray]:
     """What a folder of this type holds for one canonical tensor, by stored name."""
-    encoder = packings.encoder_for(spec(name, source.shape), type_name, double_quant=double_quant, source=source)
+    settings = Settings(settings) if isinstance(settings, str) else settings
+    encoder = packings.encoder_for(spec(name, source.shape), settings, source)
     if encoder is None:
         return {name: source.load()}
     parts = encoded(encoder, source, rows_at_once)

@@ -12,6 +12,7 @@ import torch
 
 from gemma2tool.errors import InputRefused, UsageError
 from gemma2tool.formats import packings
+from gemma2tool.formats.packings import Settings
 from gemma2tool.formats.packings import bnb as packing
 from gemma2tool.formats.raw import NUMPY_DTYPES, open_safetensors
 from gemma2tool.model.lazy import ArrayTensor, LazyTensor
@@ -31,7 +32,7 @@ def spec(name: str, shape: tuple[int, ...]) -> TensorSpec:
 
 def stored_parts(name: str, source: LazyTensor, type_name: str, double_quant: bool) -> dict[str, np.ndarray]:
     """What a folder of this type holds for one canonical tensor, encoded a few rows at a time."""
-    encoder = packings.encoder_for(spec(name, source.shape), type_name, double_quant=double_quant, source=source)
+    encoder = packings.encoder_for(spec(name, source.shape), Settings(type_name, double_quant), source)
     if encoder is None:
         return {name: source.load()}
     step = 3 * encoder.row_multiple(source.shape)
@@ -52,7 +53,7 @@ def raw_weight(type_name: str, double_quant: bool = False, shape=(48, 128), dtyp
 
 
 def unpacked(raw: dict[str, LazyTensor]) -> dict[str, LazyTensor]:
-    return packings.unpack(raw, packings.quantization_config("nf4", double_quant=False))
+    return packings.unpack(raw, packings.quantization_config(Settings("nf4")))
 
 
 @pytest.mark.parametrize(("folder", "type_name", "double_quant"), SAVED)
@@ -68,13 +69,13 @@ def test_every_tensor_and_the_config_equal_what_transformers_saved(oracles, fold
         assert (ours[name].shape, ours[name].dtype) == (theirs.shape, theirs.dtype), name
         assert ours[name].tobytes() == theirs.tobytes(), name
     config = json.loads((oracles / "quantized" / folder / "config.json").read_text())["quantization_config"]
-    assert packings.quantization_config(type_name, double_quant=double_quant) == config
+    assert packings.quantization_config(Settings(type_name, double_quant)) == config
 
 
 @pytest.mark.parametrize(("folder", "type_name", "double_quant"), SAVED)
 def test_reading_gives_the_values_the_library_computes_with(oracles, folder, type_name, double_quant):
     saved, _ = open_safetensors([oracles / "quantized" / folder / "model.safetensors"], [])
-    tensors = packings.unpack(saved, packings.quantization_config(type_name, double_quant=double_quant))
+    tensors = packings.unpack(saved, packings.quantization_config(Settings(type_name, double_quant)))
     source, _ = open_safetensors([oracles / "quantized/source/model.safetensors"], [])
     assert {name: tensor.shape for name, tensor in tensors.items()} == {name: t.shape for name, t in source.items()}
     for name in ("model.layers.1.mlp.down_proj.weight", "model.layers.3.self_attn.k_proj.weight"):
@@ -128,14 +129,14 @@ def test_codes_stored_under_a_wider_type():
 def test_what_is_quantized():
     source = ArrayTensor(np.zeros((64, 64), np.float32))
     for name in ("model.embed_tokens.weight", "lm_head.weight", "score.weight"):
-        assert packings.encoder_for(spec(name, (64, 64)), "nf4", double_quant=False, source=source) is None
+        assert packings.encoder_for(spec(name, (64, 64)), Settings("nf4"), source) is None
     norm = spec("model.layers.0.input_layernorm.weight", (64,))
-    assert packings.encoder_for(norm, "int8", double_quant=False, source=source) is None
-    assert packings.encoder_for(spec(NAME, (64, 64)), "int8", double_quant=False, source=source).name == "int8"
+    assert packings.encoder_for(norm, Settings("int8"), source) is None
+    assert packings.encoder_for(spec(NAME, (64, 64)), Settings("int8"), source).name == "int8"
     with pytest.raises(UsageError, match="no double quantization"):
-        packings.quantization_config("int8", double_quant=True)
+        Settings("int8", double_quant=True)
     with pytest.raises(UsageError, match="no type 'q4_0'"):
-        packings.quantization_config("q4_0", double_quant=False)
+        packings.quantization_config(Settings("q4_0"))
 
 
 def test_saved_after_a_forward_pass_is_named():

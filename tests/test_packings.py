@@ -11,6 +11,7 @@ from packing_support import BF16, NAME, lazy, spec, stored_parts
 
 from gemma2tool.errors import InputRefused, UsageError
 from gemma2tool.formats import packings
+from gemma2tool.formats.packings import Settings
 from gemma2tool.formats.raw import open_safetensors
 from gemma2tool.model.lazy import ArrayTensor
 from gemma2tool.quantizers import gptq
@@ -46,7 +47,7 @@ def test_every_tensor_and_the_config_equal_what_the_library_wrote(oracles, folde
         theirs = tensor.load()
         assert (ours[name].shape, ours[name].dtype) == (theirs.shape, theirs.dtype), name
         assert ours[name].tobytes() == theirs.tobytes(), name
-    assert packings.quantization_config(type_name, double_quant=False) == saved_config(oracles / "quantized" / folder)
+    assert packings.quantization_config(Settings(type_name)) == saved_config(oracles / "quantized" / folder)
 
 
 @pytest.mark.parametrize("folder", [*WRITTEN, *CALIBRATED])
@@ -79,7 +80,7 @@ def test_gptq_files_hold_what_our_encoder_would_name(oracles):
 
 
 def config(type_name: str) -> dict:
-    return packings.quantization_config(type_name, double_quant=False)
+    return packings.quantization_config(Settings(type_name))
 
 
 def raw_weight(type_name: str, shape=(48, 256), dtype=BF16) -> dict:
@@ -123,25 +124,24 @@ def test_each_part_is_needed_and_checked(type_name, change):
 
 @pytest.mark.parametrize("type_name", OTHERS)
 def test_double_quantization_is_refused(type_name):
-    source = ArrayTensor(np.zeros((64, 256), np.float32))
     with pytest.raises(UsageError, match="no double quantization"):
-        packings.encoder_for(spec(NAME, (64, 256)), type_name, double_quant=True, source=source)
+        Settings(type_name, double_quant=True)
 
 
 @pytest.mark.parametrize("type_name", OTHERS)
 def test_what_is_quantized(type_name):
     source = ArrayTensor(np.zeros((64, 256), np.float32))
     for name in ("model.embed_tokens.weight", "lm_head.weight", "score.weight"):
-        encoder = packings.encoder_for(spec(name, (64, 256)), type_name, double_quant=False, source=source)
+        encoder = packings.encoder_for(spec(name, (64, 256)), Settings(type_name), source)
         assert (encoder is not None) is type_name.startswith("mlx")
-    assert packings.encoder_for(spec(NAME, (64, 256)), type_name, double_quant=False, source=source).name == type_name
+    assert packings.encoder_for(spec(NAME, (64, 256)), Settings(type_name), source).name == type_name
 
 
-@pytest.mark.parametrize("type_name", ["w4a16", "w8a16", "gptq-4", "awq-4", "mlx-4"])
+@pytest.mark.parametrize("type_name", ["w4a16", "w8a16", "gptq-4", "awq-4"])
 def test_groups_must_fit(type_name):
     source = ArrayTensor(np.zeros((64, 96), np.float32))
     with pytest.raises(UsageError, match="multiple of the group size"):
-        packings.encoder_for(spec(NAME, (64, 96)), type_name, double_quant=False, source=source)
+        packings.encoder_for(spec(NAME, (64, 96)), Settings(type_name), source)
 
 
 @pytest.mark.parametrize(
@@ -246,7 +246,7 @@ def test_torchao_metadata(oracles):
     tensors = []
     for name, tensor in source.items():
         shape = tensor.shape
-        encoder = packings.encoder_for(spec(name, shape), "torchao-int8", double_quant=False, source=tensor)
+        encoder = packings.encoder_for(spec(name, shape), Settings("torchao-int8"), tensor)
         tensors.append((name, shape, encoder))
     ours = packings.metadata("torchao-int8", tensors)
     # The library also names the tied head, whose tensor is not in the file.
@@ -256,8 +256,7 @@ def test_torchao_metadata(oracles):
 
 
 def test_config_entries_and_metadata_of_the_others():
-    assert packings.config_entries("nf4", double_quant=True) == {
-        "quantization_config": packings.quantization_config("nf4", double_quant=True)
-    }
-    assert set(packings.config_entries("mlx-4", double_quant=False)) == {"quantization", "quantization_config"}
+    settings = Settings("nf4", double_quant=True)
+    assert packings.config_entries(settings) == {"quantization_config": packings.quantization_config(settings)}
+    assert set(packings.config_entries(Settings("mlx-4"))) == {"quantization", "quantization_config"}
     assert packings.metadata("mlx-4", []) == {"format": "mlx"} and packings.metadata("nf4", []) == {"format": "pt"}

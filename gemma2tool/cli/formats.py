@@ -12,13 +12,14 @@ FLOATS = ("f32", "f16", "bf16")
 def formats(quiet: o.Quiet = False, json_output: o.Json = False) -> None:
     """List the formats and the types that can be read and written."""
     from gemma2tool.console import Console
-    from gemma2tool.formats import packings, registry
+    from gemma2tool.formats import registry
+    from gemma2tool.formats.hf import TYPES as HF_TYPES
     from gemma2tool.formats.mlx import TYPES as MLX_TYPES
     from gemma2tool.formats.sbs import TYPES as SBS_TYPES
     from gemma2tool.quantizers.mixtures import FILE_TYPES
 
     console = Console(quiet=quiet, json=json_output)
-    more = {"gguf": sorted(FILE_TYPES), "hf": packings.TYPES, "mlx": MLX_TYPES, "gemma-cpp": SBS_TYPES}
+    more = {"gguf": sorted(FILE_TYPES), "hf": HF_TYPES, "mlx": MLX_TYPES, "gemma-cpp": SBS_TYPES}
     types = {
         each.name: list(dict.fromkeys((*FLOATS, *more.get(each.name, ())))) if each.writable else []
         for each in registry.LISTINGS

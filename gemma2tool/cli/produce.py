@@ -136,14 +136,15 @@ def _destinations(dst: Path, to: str | None, types: str | None) -> list[tuple[Pa
 
     names = list(dict.fromkeys(name.strip() for name in (types or "").split(",") if name.strip()))
     if len(names) <= 1:
-        return [(dst, registry.for_destination(dst, to), names[0] if names else None)]
+        name = names[0] if names else None
+        return [(dst, registry.for_destination(dst, to, name), name)]
     if dst.suffix.lower() in FILE_SUFFIXES or (dst.exists() and not dst.is_dir()):
         raise UsageError(
             "output.kind", f"{dst}: several types need a folder to put their files into", hint="name a folder as DST"
         )
     found = []
     for name in names:
-        format_name = to or ("hf" if name in packings.TYPES else "gguf")
+        format_name = registry.for_destination(dst, to, name) if to or name in packings.TYPES else "gguf"
         suffix = ".gguf" if format_name == "gguf" else ""
         found.append((dst / f"{dst.resolve().name}-{name}{suffix}", format_name, name))
     return found
@@ -171,10 +172,13 @@ GGUF_OPTIONS = (
     "split_max_size",
     "split_max_tensors",
 )
+FOLDERS = ("hf", "mlx")
+FOLDER_OPTIONS = ("double_quant", "group_size", "symmetric", "gptq_format", "skip", "only")
 
 
 def _check_type(name: str | None, target: str, extra: Mapping[str, object]) -> None:
     """Refuse a type that belongs elsewhere, and options that the target would ignore."""
+    from gemma2tool.formats import packings
     from gemma2tool.quantizers.mixtures import FILE_TYPES
 
     if target != "gguf" and name in FLOAT_DTYPES:
@@ -188,8 +192,16 @@ def _check_type(name: str | None, target: str, extra: Mapping[str, object]) -> N
             if extra.get(option):
                 flag = "--" + option.replace("_", "-").removesuffix("s" if option == "tensor_types" else "")
                 raise UsageError("option.ignored", f"{flag} means nothing for {target}", hint="it is for GGUF outputs")
-    if extra.get("double_quant") and name not in ("nf4", "fp4"):
-        raise UsageError("option.ignored", "--double-quant means nothing here", hint="it is for --type nf4 and fp4")
+    if target in FOLDERS and name is not None:
+        packings.Settings.of(name, extra)
+        return
+    for option in FOLDER_OPTIONS:
+        given = extra.get(option)
+        if given or (option == "symmetric" and given is not None):
+            flag = "--sym/--asym" if option == "symmetric" else "--" + option.replace("_", "-")
+            raise UsageError(
+                "option.ignored", f"{flag} means nothing for {target}", hint="it is for types of quantized folders, such as nf4"
+            )
 
 
 def _remarks(plans: Sequence[Plan], console: Console) -> None:

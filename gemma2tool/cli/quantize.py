@@ -31,6 +31,35 @@ def quantize(
         ),
     ] = None,
     double_quant: Annotated[bool, typer.Option("--double-quant", help="nf4 and fp4: quantize the scales too.")] = False,
+    group_size: Annotated[
+        int | None,
+        typer.Option(
+            "--group-size",
+            metavar="N",
+            help="GPTQ, AWQ, MLX, w4a16, w8a16: columns that share a scale: 32, 64, 128, or -1 for a whole row.",
+        ),
+    ] = None,
+    symmetric: Annotated[
+        bool | None, typer.Option("--sym/--asym", help="GPTQ: zero points in the middle, or chosen by group. Default: --sym.")
+    ] = None,
+    gptq_format: Annotated[
+        str | None,
+        typer.Option(
+            "--gptq-format", metavar="FORMAT", help="GPTQ: how zero points are stored: gptq (default) or gptq_v2."
+        ),
+    ] = None,
+    skip: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--skip",
+            metavar="REGEX",
+            help="Folders: leave the tensors whose names match as they are. Repeatable.",
+        ),
+    ] = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option("--only", metavar="REGEX", help="Folders: quantize no tensors but those that match. Repeatable."),
+    ] = None,
     imatrix: Annotated[
         o.Path | None, typer.Option("--imatrix", metavar="FILE", help="GGUF: importance matrix (GGUF or legacy .dat).")
     ] = None,
@@ -77,6 +106,11 @@ def quantize(
     """Quantize a checkpoint, straight from its original format, and verify the result."""
     extra = {
         "double_quant": double_quant,
+        "group_size": group_size,
+        "symmetric": symmetric,
+        "gptq_format": gptq_format,
+        "skip": skip,
+        "only": only,
         "imatrix": imatrix,
         "pure": pure,
         "token_embedding_type": token_embedding_type,

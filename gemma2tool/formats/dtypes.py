@@ -8,8 +8,8 @@ import numpy as np
 
 from gemma2tool.formats.base import WriteOptions
 from gemma2tool.model.checkpoint import Checkpoint
-from gemma2tool.model.lazy import BFLOAT16, FLOAT16, FLOAT_DTYPES, LazyTensor
-from gemma2tool.quantizers.floats import narrows_exactly
+from gemma2tool.model.lazy import BFLOAT16, DTYPE_NAMES, FLOAT16, FLOAT_DTYPES, LazyTensor, MappedRows
+from gemma2tool.quantizers.floats import Float, narrows_exactly
 
 
 def stored_dtypes(checkpoint: Checkpoint, options: WriteOptions) -> dict[str, np.dtype]:
@@ -33,6 +33,15 @@ def stored_dtypes(checkpoint: Checkpoint, options: WriteOptions) -> dict[str, np
         if spec.role == "norm" and narrower and narrows_exactly(tensor.load(), model_dtype):
             chosen[name] = model_dtype
     return chosen
+
+
+def as_dtype(source: LazyTensor, dtype: np.dtype) -> LazyTensor:
+    """``source`` rounded to ``dtype`` first, as a library does that loads the model in that type and then quantizes it."""
+    if source.dtype == dtype:
+        return source
+    tensor = MappedRows(source, lambda rows: Float(dtype).encode(rows)[""], dtype)
+    tensor.stored = DTYPE_NAMES[dtype]
+    return tensor
 
 
 def auto_dtype(tensors: Mapping[str, LazyTensor]) -> np.dtype:

@@ -11,24 +11,24 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-
-from gemma2tool.errors import InputRefused
+from gemma2tool.errors import InputRefused, UsageError
 from gemma2tool.formats import assets, packings, raw
 from gemma2tool.formats.base import Output, WriteOptions
-from gemma2tool.formats.dtypes import stored_dtypes
+from gemma2tool.formats.dtypes import as_dtype, stored_dtypes
 from gemma2tool.formats.hf_tokenizer import completed
 from gemma2tool.formats.plain import drop_equal_head
 from gemma2tool.formats.safetensors_output import INDEX, SINGLE, config_content, other_assets, shards
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.config import Gemma2Config
-from gemma2tool.model.lazy import DTYPE_NAMES, LazyTensor, MappedRows
-from gemma2tool.quantizers.base import Encoder
+from gemma2tool.model.lazy import LazyTensor
 from gemma2tool.quantizers.floats import Float
 from gemma2tool.storage import torch_zip
+from gemma2tool.storage.quoting import quoted
 
 BIN_INDEX = "pytorch_model.bin.index.json"
 BIN_SINGLE = "pytorch_model.bin"
+TYPES = tuple(name for name in packings.TYPES if not name.startswith("mlx-"))
+"""What a folder can be quantized to; MLX's types are files of its own format."""
 
 
 class HuggingFace:
@@ -106,27 +106,34 @@ class HuggingFace:
 
     def layout(self, checkpoint: Checkpoint, options: WriteOptions) -> Output:
         dtypes = stored_dtypes(checkpoint, options)
-        double_quant = bool(options.extra.get("double_quant"))
-        planned: list[tuple[str, LazyTensor, Encoder]] = []
-        for name, spec in checkpoint.specs.items():
-            source, encoder = checkpoint.tensors[name], None
-            if options.type is not None:
-                cast = _as_dtype(source, dtypes[name])
-                encoder = packings.encoder_for(spec, options.type, double_quant=double_quant, source=cast)
-                source = cast if encoder else source
-            planned.append((name, source, encoder or Float(dtypes[name])))
-        content, metadata = config_content(checkpoint, dtypes), {"format": "pt"}
+        sources, encoders = dict(checkpoint.tensors), {}
+        content = config_content(checkpoint, dtypes)
+        small, warnings = other_assets(checkpoint), []
         if options.type is not None:
-            content |= packings.config_entries(options.type, double_quant=double_quant)
-            metadata = packings.metadata(
-                options.type, [(name, source.shape, encoder) for name, source, encoder in planned]
-            )
+            if options.type not in TYPES:
+                raise UsageError(
+                    "format.type",
+                    f"the hf format cannot hold {quoted(options.type)}",
+                    hint=f"choose one of {', '.join(TYPES)}, or another format",
+                )
+            settings = packings.Settings.of(options.type, options.extra)
+            cast = {name: as_dtype(sources[name], dtypes[name]) for name in checkpoint.specs}
+            encoders, warnings = packings.encoders(checkpoint.specs, cast, settings)
+            sources |= {name: cast[name] for name in encoders}
+            modules = packings.quantized_modules(checkpoint.specs, encoders)
+            content |= packings.config_entries(settings, modules, dtype=content.get("dtype") or "bfloat16")
+            small |= {name: assets.dump_json(file) for name, file in packings.more_files(settings, modules).items()}
+        planned = [(name, sources[name], encoders.get(name) or Float(dtypes[name])) for name in checkpoint.specs]
+        metadata = {"format": "pt"}
+        if options.type is not None:
+            shapes = [(name, source.shape, encoder) for name, source, encoder in planned]
+            metadata = packings.metadata(options.type, shapes)
         files, tensors, index = shards(planned, options.max_shard_size, metadata)
         tokenizer, remarks = completed(checkpoint.assets)
-        small = other_assets(checkpoint) | tokenizer | {"config.json": assets.dump_json(content)}
+        small |= tokenizer | {"config.json": assets.dump_json(content)}
         if len(files) > 1:
             small[INDEX] = assets.dump_json(index)
-        return Output(self.name, False, files, tensors, small, warnings=remarks)
+        return Output(self.name, False, files, tensors, small, warnings=[*warnings, *remarks])
 
 
 def _plain(tensors: Mapping[str, LazyTensor], checkpoint: Checkpoint) -> dict[str, LazyTensor]:
@@ -136,17 +143,6 @@ def _plain(tensors: Mapping[str, LazyTensor], checkpoint: Checkpoint) -> dict[st
     if len(plain) < len(result):
         checkpoint.warnings.append("lm_head.weight is a copy of the tied embedding: dropped")
     return plain
-
-
-def _as_dtype(source: LazyTensor, dtype: np.dtype) -> LazyTensor:
-    """``source`` rounded to ``dtype`` first, as a library does that loads the model in that type and then quantizes it."""
-    if source.dtype == dtype:
-        return source
-    from gemma2tool.quantizers.casts import cast
-
-    tensor = MappedRows(source, lambda rows: cast(rows, dtype), dtype)
-    tensor.stored = DTYPE_NAMES[dtype]
-    return tensor
 
 
 def _places(tensors: Mapping[str, LazyTensor]) -> dict[str, str]:

@@ -10,27 +10,22 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-
 from gemma2tool.errors import InputRefused, UsageError
 from gemma2tool.formats import assets, packings, raw
 from gemma2tool.formats.base import Output, WriteOptions
-from gemma2tool.formats.dtypes import stored_dtypes
+from gemma2tool.formats.dtypes import as_dtype, stored_dtypes
 from gemma2tool.formats.packings.mlx import TYPES
 from gemma2tool.formats.plain import drop_equal_head, refuse_homeless
 from gemma2tool.formats.safetensors_output import INDEX, SINGLE, config_content, other_assets, shards
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.config import Gemma2Config
 from gemma2tool.model.lazy import LazyTensor
-from gemma2tool.model.tensors import TensorSpec, expand
-from gemma2tool.quantizers.base import Encoder
+from gemma2tool.model.tensors import expand
 from gemma2tool.quantizers.floats import Float
-from gemma2tool.quantizers.mlx import GROUP_SIZE, Affine
 from gemma2tool.storage import safetensors
 from gemma2tool.storage.paths import confined
 
 TAG = "mlx"
-GROUP_SIZES = (32, 64, 128)
 _QUANTIZATION = ("quantization", "quantization_config")
 """mlx-lm writes the same object under both names."""
 
@@ -59,12 +54,6 @@ class MLX:
                 files = [*files, path / INDEX]
             checkpoint.files = (*files, *([] if given else [config_path]))
             checkpoint.metadata = {"safetensors": metadata}
-            quantization = config.extra.get("quantization_config", config.extra.get("quantization"))
-            if quantization is not None:
-                tensors = packings.unpack(tensors, quantization)
-                extra = {key: value for key, value in config.extra.items() if not key.startswith("quantization")}
-                checkpoint.metadata["quantization_config"] = quantization
-                checkpoint.config = replace(config, extra=extra)
             quantization = next((config.extra[name] for name in _QUANTIZATION if name in config.extra), None)
             if quantization is not None:
                 tensors = packings.unpack(tensors, quantization)
@@ -82,47 +71,36 @@ class MLX:
         return {}
 
     def layout(self, checkpoint: Checkpoint, options: WriteOptions) -> Output:
-        """``options.type``: mlx-4, mlx-8 or None; ``options.extra["group_size"]``: columns that share a scale, 64 unless told."""
+        """``options.type``: mlx-4, mlx-8 or None; ``options.extra``: see ``packings.Settings``."""
         config = checkpoint.config
         refuse_homeless(checkpoint.tensors, {name for name, spec in expand(config).items() if spec.required}, self.name)
         dtypes = stored_dtypes(checkpoint, options)
-        settings = _settings(options)
-        planned = [
-            (name, checkpoint.tensors[name], _encoder(spec, dtypes[name], settings)) for name, spec in checkpoint.specs.items()
-        ]
+        sources = {name: as_dtype(checkpoint.tensors[name], dtypes[name]) for name in checkpoint.specs}
+        settings, encoders, remarks = _settings(options), {}, []
+        if settings is not None:
+            encoders, remarks = packings.encoders(checkpoint.specs, sources, settings)
+        planned = [(name, sources[name], encoders.get(name) or Float(dtypes[name])) for name in checkpoint.specs]
         files, tensors, index = shards(planned, options.max_shard_size, {"format": TAG})
         content = config_content(checkpoint, dtypes)
         # mlx-lm reads rope_theta alone, which transformers 5 writes inside rope_parameters.
         content["rope_theta"] = config.rope_theta
         if settings is not None:
-            content |= dict.fromkeys(_QUANTIZATION, settings)
+            content |= packings.config_entries(settings)
         small = other_assets(checkpoint) | {"config.json": _dump(content), INDEX: _dump(index)}
         output = Output(self.name, False, files, tensors, small)
-        output.warnings.extend(_unlike_mlx(config))
+        output.warnings.extend([*remarks, *_unlike_mlx(config)])
         return output
 
 
-def _settings(options: WriteOptions) -> dict[str, object] | None:
-    """The quantization that config.json describes; None for a plain output."""
+def _settings(options: WriteOptions) -> packings.Settings | None:
+    """The quantization that was asked for; None for a plain output."""
     if options.type is None:
         return None
     if options.type not in TYPES:
         raise UsageError(
             "format.type", f"the mlx format cannot hold {options.type}", hint=f"choose one of {', '.join(TYPES)}, or another format"
         )
-    group_size = options.extra.get("group_size") or GROUP_SIZE
-    if group_size not in GROUP_SIZES:
-        raise UsageError(
-            "quantize.group-size", f"mlx has no groups of {group_size}", hint=f"choose one of {', '.join(map(str, GROUP_SIZES))}"
-        )
-    return {"group_size": group_size, "bits": int(options.type.removeprefix("mlx-")), "mode": "affine"}
-
-
-def _encoder(spec: TensorSpec, dtype: np.dtype, settings: Mapping | None) -> Encoder:
-    """As mlx-lm chooses: a matrix whose columns do not divide into groups stays as it is."""
-    if settings is None or not spec.quantizable or spec.shape[1] % settings["group_size"]:
-        return Float(dtype)
-    return Affine(settings["bits"], dtype, settings["group_size"])
+    return packings.Settings.of(options.type, options.extra)
 
 
 def _unlike_mlx(config: Gemma2Config) -> list[str]:

@@ -113,8 +113,9 @@ def open_checkpoint(path: Path, *, config: Gemma2Config | None = None, format: s
     return (by_name(format) if format else detect(path)).open(path, config=config)
 
 
-def for_destination(path: Path, to: str | None) -> str:
-    """The format to write: ``to`` if given, else from the destination's name."""
+def for_destination(path: Path, to: str | None, type: str | None = None) -> str:
+    """The format to write: ``to`` if given, else from the destination's name and, for a folder, the quantization type."""
     if to is not None:
         return by_name(to).name
-    return next((each.name for each in LISTINGS if each.suffix and each.suffix == path.suffix.lower()), "hf")
+    folder = "mlx" if type is not None and type.startswith("mlx-") else "hf"
+    return next((each.name for each in LISTINGS if each.suffix and each.suffix == path.suffix.lower()), folder)

@@ -71,7 +71,7 @@ def shared(source: Checkpoint) -> Checkpoint:
 
 def make_plan(source: Checkpoint, destination: Path, *, to: str | None, options: WriteOptions) -> Plan:
     """Lay out ``source`` for ``destination``; refuses a destination that is, under any name, one of the source's own files."""
-    name = registry.for_destination(destination, to)
+    name = registry.for_destination(destination, to, options.type)
     refuse_same((source.path, *source.files), destination)
     if options.type not in (None, "copy") and source.is_quantized and not options.extra.get("allow_requantize"):
         stored = sorted({tensor.stored for tensor in source.tensors.values()} - {"f32", "f16", "bf16", "f64"})

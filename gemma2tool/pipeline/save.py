@@ -27,7 +27,7 @@ def save(
     Raises what laying out, writing and staging raise; then the destination is as it was.
     """
     options = replace(options or WriteOptions(), name=destination.name)
-    output = registry.by_name(registry.for_destination(destination, to)).layout(checkpoint, options)
+    output = registry.by_name(registry.for_destination(destination, to, options.type)).layout(checkpoint, options)
     folder = not output.single_file
     with Staging(destination, force=force, expected_bytes=output.nbytes, folder=folder) as staging:
         sinks = {file.name: staging.file(file.name, file.size) for file in output.files}

@@ -61,7 +61,7 @@ def unpack(words: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Awq:
-    """``awq-4``, rounded to nearest."""
+    """``awq-4``, rounded to nearest. ``group_size``: -1 for a whole row."""
 
     group_size: int = 128
 
@@ -69,9 +69,13 @@ class Awq:
     lossless: ClassVar[bool] = False
     collects: ClassVar[tuple[str, ...]] = ("qweight", "qzeros", "scales")
 
+    def width(self, columns: int) -> int:
+        """Columns that share a scale in rows of this many."""
+        return columns if self.group_size < 0 else self.group_size
+
     def parts(self, shape: tuple[int, ...]) -> tuple[Part, ...]:
         rows, columns = shape
-        groups, words = columns // self.group_size, rows // PER_WORD
+        groups, words = columns // self.width(columns), rows // PER_WORD
         return (
             Part("qweight", "I32", (columns, words), columns * words * 4, streamed=False),
             Part("qzeros", "I32", (groups, words), groups * words * 4, streamed=False),
@@ -82,7 +86,7 @@ class Awq:
         return PER_WORD
 
     def encode(self, rows: np.ndarray) -> Mapping[str, np.ndarray]:
-        return self.pack(*quantize(rows, self.group_size))
+        return self.pack(*quantize(rows, self.width(rows.shape[1])))
 
     def pack(self, codes: np.ndarray, zeros: np.ndarray, scales: np.ndarray) -> Mapping[str, np.ndarray]:
         """``encode``'s result for rows that are quantized already."""

@@ -133,16 +133,20 @@ def unpack(words: np.ndarray, bits: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Compressed:
-    """Encoder for one of SCHEMES. ``dtype``: the type the weight is taken to have; rows of another are cast to it first."""
+    """Encoder for one of SCHEMES. ``dtype``: the type the weight is taken to have; rows of another are cast to it first.
+
+    ``variant``: the type's scheme with another group size, None for its own.
+    """
 
     name: str
     dtype: np.dtype = BFLOAT16
+    variant: Scheme | None = None
 
     lossless: ClassVar[bool] = False
 
     @property
     def scheme(self) -> Scheme:
-        return SCHEMES[self.name]
+        return self.variant or SCHEMES[self.name]
 
     @property
     def collects(self) -> tuple[str, ...]:

@@ -19,7 +19,6 @@ from gemma2tool.quantizers.bitpack import pack_words, unpack_words
 from gemma2tool.quantizers.casts import cast
 from gemma2tool.quantizers.groups import Rule
 
-GROUP_SIZES = (32, 64, 128)
 CHECKPOINT_FORMATS = ("gptq", "gptq_v2")
 
 
@@ -35,16 +34,19 @@ def quantize(
 def grid(low: np.ndarray, high: np.ndarray, bits: int, symmetric: bool) -> tuple[np.ndarray, np.ndarray]:
     """Zeros uint8 and scales float16 of groups from their smallest and largest values, float32, any one shape.
 
-    The scale is rounded to float16 before the zero is derived from it, which then is the nearest to what is stored.
+    The scale is rounded to float16 before the zero is derived from it, which then is the nearest to what is stored. No zero is 0: as
+    ``gptq`` stores it, minus one, it would carry into its neighbour where libraries add one to whole words.
     """
     low, high = np.minimum(low, 0), np.maximum(high, 0)
+    top = np.float32(2**bits - 1)
     if symmetric:
         high = np.maximum(-low, high)
         low = -high
-    top = np.float32(2**bits - 1)
+    else:
+        low = np.minimum(low, -high / (top - 1))
     scales = cast((high - low) / top, np.float16)
     scales[scales == 0] = 1
-    zeros = np.full(low.shape, 2 ** (bits - 1)) if symmetric else np.clip(np.rint(-low / to_float32(scales)), 0, top)
+    zeros = np.full(low.shape, 2 ** (bits - 1)) if symmetric else np.clip(np.rint(-low / to_float32(scales)), 1, top)
     return zeros.astype(np.uint8), scales
 
 
@@ -64,7 +66,7 @@ def unpack_zeros(words: np.ndarray, bits: int, checkpoint_format: str) -> np.nda
 
 @dataclass(frozen=True)
 class Gptq:
-    """``gptq-4`` and ``gptq-8``, rounded to nearest."""
+    """``gptq-4`` and ``gptq-8``, rounded to nearest. ``group_size``: -1 for a whole row."""
 
     bits: int
     group_size: int = 128
@@ -78,9 +80,13 @@ class Gptq:
     def name(self) -> str:
         return f"gptq-{self.bits}"
 
+    def width(self, columns: int) -> int:
+        """Columns that share a scale in rows of this many."""
+        return columns if self.group_size < 0 else self.group_size
+
     def parts(self, shape: tuple[int, ...]) -> tuple[Part, ...]:
         rows, columns = shape
-        groups, words, zero_words = columns // self.group_size, columns * self.bits // 32, rows * self.bits // 32
+        groups, words, zero_words = columns // self.width(columns), columns * self.bits // 32, rows * self.bits // 32
         return (
             Part("qweight", "I32", (words, rows), words * rows * 4, streamed=False),
             Part("qzeros", "I32", (groups, zero_words), groups * zero_words * 4, streamed=False),
@@ -92,7 +98,7 @@ class Gptq:
         return 1
 
     def encode(self, rows: np.ndarray) -> Mapping[str, np.ndarray]:
-        return self.pack(*quantize(rows, self.bits, self.group_size, self.symmetric))
+        return self.pack(*quantize(rows, self.bits, self.width(rows.shape[1]), self.symmetric))
 
     def pack(self, codes: np.ndarray, zeros: np.ndarray, scales: np.ndarray) -> Mapping[str, np.ndarray]:
         """``encode``'s result for rows that are quantized already."""
@@ -106,5 +112,5 @@ class Gptq:
             "qweight": np.ascontiguousarray(collected["qweight"].T).view(np.int32),
             "qzeros": pack_words(np.ascontiguousarray(zeros.T), self.bits).view(np.int32),
             "scales": np.ascontiguousarray(collected["scales"].T),
-            "g_idx": np.arange(shape[1], dtype=np.int32) // np.int32(self.group_size),
+            "g_idx": np.arange(shape[1], dtype=np.int32) // np.int32(self.width(shape[1])),
         }

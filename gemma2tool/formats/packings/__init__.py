@@ -6,10 +6,12 @@ a module here with ``METHOD`` (the config's ``quant_method``), ``TYPES`` (names 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
+from types import MappingProxyType
 
 from gemma2tool.errors import InputRefused, UsageError
 from gemma2tool.formats.packings import awq, bnb, compressed_tensors, gptq, mlx, torchao
+from gemma2tool.formats.packings.settings import Settings, asked_for, kept_by_choice, split_fusions
 from gemma2tool.model.lazy import LazyTensor
 from gemma2tool.model.tensors import TensorSpec
 from gemma2tool.quantizers.base import Encoder
@@ -53,26 +55,83 @@ def unpack(raw: Mapping[str, LazyTensor], quantization_config: Mapping[str, obje
     return packing.unpack(raw, quantization_config)
 
 
-def encoder_for(spec: TensorSpec, type_name: str, *, double_quant: bool, source: LazyTensor) -> Encoder | None:
-    """What stores the tensor in this type; None where it keeps the model's own type.
+def encoder_for(spec: TensorSpec, settings: Settings, source: LazyTensor) -> Encoder | None:
+    """What stores the tensor in this type; None where it keeps the model's own type, whatever the user asked for.
 
-    ``source`` has the type the weight is quantized from. With ``double_quant`` it is read once here: how long the stored parts
+    ``source`` has the type the weight is quantized from. With double quantization it is read once here: how long the stored parts
     are depends on its values.
     """
-    return _packing(type_name).encoder_for(spec, type_name, double_quant=double_quant, source=source)
+    return _packing(settings.type).encoder_for(spec, settings, source)
 
 
-def quantization_config(type_name: str, *, double_quant: bool, compute_dtype: str = "bfloat16") -> dict[str, object]:
-    """The ``quantization_config`` that transformers 5.23 writes for this type. ``compute_dtype`` in torch's spelling."""
-    return _packing(type_name).quantization_config(type_name, double_quant=double_quant, compute_dtype=compute_dtype)
+def encoders(
+    specs: Mapping[str, TensorSpec], sources: Mapping[str, LazyTensor], settings: Settings
+) -> tuple[dict[str, Encoder], list[str]]:
+    """The encoders of all tensors that are to be quantized, by name, and remarks on the choice.
+
+    Raises UsageError for patterns that match nothing, and where nothing would be quantized.
+    """
+    kept = kept_by_choice(specs, settings)
+    found = {
+        name: encoder
+        for name, spec in specs.items()
+        if name not in kept and (encoder := encoder_for(spec, settings, sources[name])) is not None
+    }
+    if not found:
+        raise UsageError(
+            "quantize.nothing",
+            f"nothing would be quantized to {settings.type}",
+            hint="--skip and --only leave no weight that the type can hold",
+        )
+    remarks = []
+    for name, spec in specs.items():
+        if spec.quantizable and name not in found and asked_for(name, settings):
+            remarks.append(f"{name} stays as it is: what loads {settings.type} cannot load it quantized")
+    modules = quantized_modules(specs, found)
+    partial = split_fusions((m for m, on in modules.items() if on), (m for m, on in modules.items() if not on))
+    if partial and _packing(settings.type) is not mlx:
+        remarks.append(
+            f"{', '.join(partial[:3])}{' ...' if len(partial) > 3 else ''}: left as they are while others of q, k and v, or of gate and up,"
+            " are quantized; transformers loads that, vLLM, which fuses them, does not"
+        )
+    return found, remarks
 
 
-def config_entries(type_name: str, *, double_quant: bool) -> dict[str, object]:
+def quantized_modules(specs: Mapping[str, TensorSpec], quantized: Container[str]) -> dict[str, bool]:
+    """The model's linear layers by module name, and whether each is quantized."""
+    return {
+        name.removesuffix(".weight"): name in quantized
+        for name, spec in specs.items()
+        if spec.quantizable and spec.layer is not None
+    }
+
+
+def quantization_config(
+    settings: Settings, modules: Mapping[str, bool] = MappingProxyType({}), *, dtype: str = "bfloat16"
+) -> dict[str, object]:
+    """The ``quantization_config`` that the type's library writes.
+
+    ``modules``: see ``quantized_modules``; those that are not quantized are listed where the consumer looks for them. ``dtype``: the
+    model's, in torch's spelling.
+    """
+    return _packing(settings.type).quantization_config(settings, modules, dtype)
+
+
+def config_entries(
+    settings: Settings, modules: Mapping[str, bool] = MappingProxyType({}), *, dtype: str = "bfloat16"
+) -> dict[str, object]:
     """What config.json says about the quantization: ``quantization_config``, and MLX's second name for it."""
-    config = quantization_config(type_name, double_quant=double_quant)
-    if _packing(type_name) is mlx:
+    config = quantization_config(settings, modules, dtype=dtype)
+    if _packing(settings.type) is mlx:
         return {"quantization": config, "quantization_config": config}
     return {"quantization_config": config}
+
+
+def more_files(settings: Settings, modules: Mapping[str, bool]) -> dict[str, object]:
+    """Further JSON files beside config.json, by name: GPTQ's libraries look for quantize_config.json first."""
+    if _packing(settings.type) is gptq:
+        return {gptq.CONFIG_FILE: gptq.quantization_config(settings, modules, "bfloat16")}
+    return {}
 
 
 def metadata(type_name: str, tensors: Iterable[tuple[str, tuple[int, ...], Encoder]]) -> dict[str, str]:

@@ -13,11 +13,12 @@ from gemma2tool.formats.packings.parts import (
     check_groups,
     group_count,
     linear_weight,
-    no_double_quant,
     part,
     plain,
+    skip_list,
     whole,
 )
+from gemma2tool.formats.packings.settings import Settings
 from gemma2tool.model.lazy import FLOAT32, LazyTensor
 from gemma2tool.model.tensors import TensorSpec
 from gemma2tool.quantizers import awq
@@ -32,26 +33,24 @@ CODES = ".qweight"
 INT32 = np.dtype(np.int32)
 
 
-def quantization_config(type_name: str, *, double_quant: bool, compute_dtype: str = "bfloat16") -> dict[str, object]:
-    no_double_quant(type_name, double_quant)
+def quantization_config(settings: Settings, modules: Mapping[str, bool], dtype: str) -> dict[str, object]:
     return {
         "bits": awq.BITS,
-        "group_size": GROUP_SIZE,
-        "modules_to_not_convert": None,
+        "group_size": settings.groups(GROUP_SIZE),
+        "modules_to_not_convert": skip_list(modules),
         "quant_method": METHOD,
         "version": "gemm",
         "zero_point": True,
     }
 
 
-def encoder_for(spec: TensorSpec, type_name: str, *, double_quant: bool, source: LazyTensor) -> Encoder | None:
-    no_double_quant(type_name, double_quant)
+def encoder_for(spec: TensorSpec, settings: Settings, source: LazyTensor) -> Encoder | None:
     if not linear_weight(spec):
         return None
-    check_groups(spec, GROUP_SIZE)
+    check_groups(spec, settings.groups(GROUP_SIZE))
     if spec.shape[0] % awq.PER_WORD:
         raise UsageError("quantize.shape", f"{spec.name}: {spec.shape[0]} rows are not a multiple of {awq.PER_WORD}")
-    return awq.Awq(GROUP_SIZE)
+    return awq.Awq(settings.groups(GROUP_SIZE))
 
 
 def unpack(raw: Mapping[str, LazyTensor], quantization_config: Mapping[str, object]) -> dict[str, LazyTensor]:

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from gemma2tool.errors import InputRefused
-from gemma2tool.formats.packings.parts import FLOATS, HINT, linear_weight, no_double_quant, part, plain
+from gemma2tool.formats.packings.parts import FLOATS, HINT, linear_weight, part, plain, skip_list
+from gemma2tool.formats.packings.settings import Settings
 from gemma2tool.model.lazy import BFLOAT16, FLOAT32, LazyTensor, to_float32
 from gemma2tool.model.tensors import TensorSpec
 from gemma2tool.quantizers import bnb
@@ -32,23 +33,22 @@ STATE_PREFIX = ".quant_state.bitsandbytes__"
 MAX_STATE_BYTES = 4096
 
 
-def quantization_config(type_name: str, *, double_quant: bool, compute_dtype: str = "bfloat16") -> dict[str, object]:
+def quantization_config(settings: Settings, modules: Mapping[str, bool], dtype: str) -> dict[str, object]:
     """As transformers' BitsAndBytesConfig is saved. The fields that a type does not use keep the class's defaults.
 
-    ``compute_dtype`` is written although transformers' default is float32: that default makes a bfloat16 model slow and large.
+    ``bnb_4bit_compute_dtype`` is the model's own although transformers' default is float32: that makes a bfloat16 model slow and large.
     """
-    four_bit = type_name != "int8"
-    no_double_quant(type_name, double_quant and not four_bit)
+    four_bit = settings.type != "int8"
     return {
         "_load_in_4bit": four_bit,
         "_load_in_8bit": not four_bit,
-        "bnb_4bit_compute_dtype": compute_dtype if four_bit else "float32",
+        "bnb_4bit_compute_dtype": dtype if four_bit else "float32",
         "bnb_4bit_quant_storage": "uint8",
-        "bnb_4bit_quant_type": type_name if four_bit else "fp4",
-        "bnb_4bit_use_double_quant": four_bit and double_quant,
+        "bnb_4bit_quant_type": settings.type if four_bit else "fp4",
+        "bnb_4bit_use_double_quant": settings.double_quant,
         "llm_int8_enable_fp32_cpu_offload": False,
         "llm_int8_has_fp16_weight": False,
-        "llm_int8_skip_modules": None,
+        "llm_int8_skip_modules": skip_list(modules),
         "llm_int8_threshold": 6.0,
         "load_in_4bit": four_bit,
         "load_in_8bit": not four_bit,
@@ -56,15 +56,14 @@ def quantization_config(type_name: str, *, double_quant: bool, compute_dtype: st
     }
 
 
-def encoder_for(spec: TensorSpec, type_name: str, *, double_quant: bool, source: LazyTensor) -> Encoder | None:
+def encoder_for(spec: TensorSpec, settings: Settings, source: LazyTensor) -> Encoder | None:
     """The library quantizes every linear layer but the output head, and never the embedding."""
-    no_double_quant(type_name, double_quant and type_name == "int8")
     if not linear_weight(spec):
         return None
-    if type_name == "int8":
+    if settings.type == "int8":
         return bnb.Int8()
     dtype = source.dtype if source.dtype in bnb.QUANT_DTYPES.values() else FLOAT32
-    return bnb.FourBit(type_name, double_quant, dtype).surveyed(source)
+    return bnb.FourBit(settings.type, settings.double_quant, dtype).surveyed(source)
 
 
 def unpack(raw: Mapping[str, LazyTensor], quantization_config: Mapping[str, object]) -> dict[str, LazyTensor]:

@@ -7,11 +7,13 @@ P.weight_g_idx (act-order), P.input_scale (static activations). Checked against 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 
 from gemma2tool.errors import InputRefused
-from gemma2tool.formats.packings.parts import FLOATS, HINT, check_groups, linear_weight, no_double_quant, part, plain
+from gemma2tool.formats.packings.parts import FLOATS, HINT, check_groups, linear_weight, part, plain
+from gemma2tool.formats.packings.settings import WHOLE_ROW, Settings
 from gemma2tool.model.lazy import LazyTensor, to_float32
 from gemma2tool.model.tensors import TensorSpec
 from gemma2tool.quantizers import compressed
@@ -30,10 +32,9 @@ SCALE = ".weight_scale"
 INT8, INT32, INT64 = np.dtype(np.int8), np.dtype(np.int32), np.dtype(np.int64)
 
 
-def quantization_config(type_name: str, *, double_quant: bool, compute_dtype: str = "bfloat16") -> dict[str, object]:
+def quantization_config(settings: Settings, modules: Mapping[str, bool], dtype: str) -> dict[str, object]:
     """As llm-compressor writes it. Activations of the 8-bit types are quantized while the model runs."""
-    no_double_quant(type_name, double_quant)
-    scheme = SCHEMES[type_name]
+    type_name, scheme = settings.type, _scheme_of(settings)
     kind = "pack-quantized" if scheme.packed else f"{scheme.kind}-quantized"
     strategy = "block" if scheme.block_rows > 1 else "group" if scheme.group else "channel"
     weights: dict[str, object] = {
@@ -67,7 +68,7 @@ def quantization_config(type_name: str, *, double_quant: bool, compute_dtype: st
         "config_groups": {PRESETS.get(type_name, type_name.upper().replace("-", "_")): group},
         "format": kind,
         "global_compression_ratio": None,
-        "ignore": ["lm_head", "model.embed_tokens"],
+        "ignore": ["lm_head", "model.embed_tokens", *(name for name, quantized in modules.items() if not quantized)],
         "kv_cache_scheme": None,
         "moe_sparsity_config": None,
         "quant_method": METHOD,
@@ -77,14 +78,20 @@ def quantization_config(type_name: str, *, double_quant: bool, compute_dtype: st
     }
 
 
-def encoder_for(spec: TensorSpec, type_name: str, *, double_quant: bool, source: LazyTensor) -> Encoder | None:
-    no_double_quant(type_name, double_quant)
+def encoder_for(spec: TensorSpec, settings: Settings, source: LazyTensor) -> Encoder | None:
     if not linear_weight(spec):
         return None
-    scheme = SCHEMES[type_name]
+    scheme = _scheme_of(settings)
     if scheme.block_rows == 1 and scheme.group:
         check_groups(spec, scheme.group)
-    return Compressed(type_name, source.dtype if source.dtype in FLOATS else np.dtype(np.float32))
+    dtype = source.dtype if source.dtype in FLOATS else np.dtype(np.float32)
+    return Compressed(settings.type, dtype, None if scheme == SCHEMES[settings.type] else scheme)
+
+
+def _scheme_of(settings: Settings) -> Scheme:
+    if settings.group_size is None:
+        return SCHEMES[settings.type]
+    return replace(SCHEMES[settings.type], group=None if settings.group_size == WHOLE_ROW else settings.group_size)
 
 
 def unpack(raw: Mapping[str, LazyTensor], quantization_config: Mapping[str, object]) -> dict[str, LazyTensor]:

@@ -6,6 +6,7 @@ themselves tell, as they do for every symmetric checkpoint, the label is checked
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 import numpy as np
@@ -17,11 +18,11 @@ from gemma2tool.formats.packings.parts import (
     check_groups,
     group_count,
     linear_weight,
-    no_double_quant,
     part,
     plain,
     whole,
 )
+from gemma2tool.formats.packings.settings import Settings
 from gemma2tool.model.lazy import FLOAT32, LazyTensor
 from gemma2tool.model.tensors import TensorSpec
 from gemma2tool.quantizers import gptq
@@ -32,37 +33,48 @@ from gemma2tool.storage.quoting import quoted
 METHOD = "gptq"
 TYPES = ("gptq-4", "gptq-8")
 GROUP_SIZE = 128
+CONFIG_FILE = "quantize_config.json"
 
 CODES = ".qweight"
 INT32 = np.dtype(np.int32)
 
 
-def quantization_config(type_name: str, *, double_quant: bool, compute_dtype: str = "bfloat16") -> dict[str, object]:
-    """vLLM's fast kernels ask for bits, group_size, sym and desc_act; GPTQModel for the rest."""
-    no_double_quant(type_name, double_quant)
-    return {
-        "bits": _bits(type_name),
-        "checkpoint_format": "gptq",
+def quantization_config(settings: Settings, modules: Mapping[str, bool], dtype: str) -> dict[str, object]:
+    """vLLM's fast kernels ask for bits, group_size, sym and desc_act; GPTQModel for the rest.
+
+    Layers that are not quantized are told twice: ``dynamic`` to GPTQModel and vLLM, ``modules_in_block_to_quantize``, which lists the
+    others, to transformers.
+    """
+    checkpoint_format = settings.checkpoint_format or "gptq"
+    config: dict[str, object] = {
+        "bits": _bits(settings.type),
+        "checkpoint_format": checkpoint_format,
         "desc_act": False,
-        "format": "gptq",
-        "group_size": GROUP_SIZE,
+        "format": checkpoint_format,
+        "group_size": settings.groups(GROUP_SIZE),
         "lm_head": False,
         "method": "gptq",
         "pack_dtype": "int32",
         "quant_method": METHOD,
-        "sym": True,
+        "sym": settings.symmetric is not False,
     }
+    kept = [name for name, quantized in modules.items() if not quantized]
+    if kept:
+        config["dynamic"] = {f"-:^{re.escape(name)}$": {} for name in kept}
+        config["modules_in_block_to_quantize"] = [[name for name, quantized in modules.items() if quantized]]
+    return config
 
 
-def encoder_for(spec: TensorSpec, type_name: str, *, double_quant: bool, source: LazyTensor) -> Encoder | None:
-    no_double_quant(type_name, double_quant)
+def encoder_for(spec: TensorSpec, settings: Settings, source: LazyTensor) -> Encoder | None:
     if not linear_weight(spec):
         return None
-    check_groups(spec, GROUP_SIZE)
-    per_word = WORD_BITS // _bits(type_name)
-    if spec.shape[0] % per_word:
-        raise UsageError("quantize.shape", f"{spec.name}: {spec.shape[0]} rows are not a multiple of {per_word}")
-    return gptq.Gptq(_bits(type_name), GROUP_SIZE)
+    bits, group_size = _bits(settings.type), settings.groups(GROUP_SIZE)
+    check_groups(spec, group_size)
+    per_word = WORD_BITS // bits
+    for size, what in zip(spec.shape, ("rows", "columns"), strict=True):
+        if size % per_word:
+            raise UsageError("quantize.shape", f"{spec.name}: {size} {what} are not a multiple of {per_word}")
+    return gptq.Gptq(bits, group_size, settings.symmetric is not False, settings.checkpoint_format or "gptq")
 
 
 def _bits(type_name: str) -> int:

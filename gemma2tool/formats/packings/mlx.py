@@ -11,7 +11,8 @@ from collections.abc import Mapping
 import numpy as np
 
 from gemma2tool.errors import InputRefused
-from gemma2tool.formats.packings.parts import FLOATS, HINT, check_groups, no_double_quant, part, plain
+from gemma2tool.formats.packings.parts import FLOATS, HINT, part, plain
+from gemma2tool.formats.packings.settings import Settings
 from gemma2tool.model.lazy import FLOAT32, LazyTensor
 from gemma2tool.model.tensors import TensorSpec
 from gemma2tool.quantizers import mlx
@@ -24,18 +25,20 @@ TYPES = ("mlx-4", "mlx-8")
 UINT32 = np.dtype(np.uint32)
 
 
-def quantization_config(type_name: str, *, double_quant: bool, compute_dtype: str = "bfloat16") -> dict[str, object]:
-    """Written twice into config.json, as ``quantization`` and as ``quantization_config``."""
-    no_double_quant(type_name, double_quant)
-    return {"group_size": mlx.GROUP_SIZE, "bits": _bits(type_name), "mode": "affine"}
+def quantization_config(settings: Settings, modules: Mapping[str, bool], dtype: str) -> dict[str, object]:
+    """Written twice into config.json, as ``quantization`` and as ``quantization_config``.
+
+    Which modules are quantized, mlx-lm sees from their scales.
+    """
+    return {"group_size": settings.groups(mlx.GROUP_SIZE), "bits": _bits(settings.type), "mode": "affine"}
 
 
-def encoder_for(spec: TensorSpec, type_name: str, *, double_quant: bool, source: LazyTensor) -> Encoder | None:
-    no_double_quant(type_name, double_quant)
-    if not spec.quantizable:
+def encoder_for(spec: TensorSpec, settings: Settings, source: LazyTensor) -> Encoder | None:
+    """As mlx-lm chooses: a matrix whose columns do not divide into groups stays as it is."""
+    group_size = settings.groups(mlx.GROUP_SIZE)
+    if not spec.quantizable or spec.shape[1] % group_size:
         return None
-    check_groups(spec, mlx.GROUP_SIZE)
-    return mlx.Affine(_bits(type_name), source.dtype if source.dtype in FLOATS else FLOAT32)
+    return mlx.Affine(_bits(settings.type), source.dtype if source.dtype in FLOATS else FLOAT32, group_size)
 
 
 def _bits(type_name: str) -> int:

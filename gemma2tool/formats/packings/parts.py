@@ -9,6 +9,7 @@ from collections.abc import Collection, Mapping
 import numpy as np
 
 from gemma2tool.errors import InputRefused, UsageError
+from gemma2tool.formats.packings.settings import WHOLE_ROW
 from gemma2tool.model.lazy import DTYPE_NAMES, FLOAT32, FLOAT_DTYPES, LazyTensor
 from gemma2tool.model.tensors import TensorSpec
 from gemma2tool.storage.quoting import quoted
@@ -90,16 +91,18 @@ def group_count(config: Mapping[str, object], columns: int) -> int:
 
 def check_groups(spec: TensorSpec, group_size: int) -> None:
     """Raise UsageError where the columns do not divide into groups."""
-    if spec.shape[1] % group_size:
+    if group_size != WHOLE_ROW and spec.shape[1] % group_size:
         raise UsageError(
             "quantize.group-size",
             f"{spec.name}: {spec.shape[1]} columns are not a multiple of the group size {group_size}",
-            hint="choose a type with another group size, or without groups",
+            hint="choose another --group-size, or a type without groups",
         )
 
 
-def no_double_quant(type_name: str, double_quant: bool) -> None:
-    if double_quant:
-        raise UsageError(
-            "quantize.double-quant", f"{type_name} has no double quantization", hint="use nf4 or fp4, or leave it out"
-        )
+def skip_list(modules: Mapping[str, bool]) -> list[str] | None:
+    """The modules that transformers must not convert; None, for its own default, where all linear layers are quantized.
+
+    A list replaces that default, so it has to name the head, which would otherwise be taken for a quantized layer.
+    """
+    kept = [name for name, quantized in modules.items() if not quantized]
+    return ["lm_head", *kept] if kept else None

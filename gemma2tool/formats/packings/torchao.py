@@ -11,7 +11,8 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-from gemma2tool.formats.packings.parts import FLOATS, linear_weight, model_dtype, no_double_quant, part, plain
+from gemma2tool.formats.packings.parts import FLOATS, linear_weight, model_dtype, part, plain, skip_list
+from gemma2tool.formats.packings.settings import Settings
 from gemma2tool.model.lazy import FLOAT32, LazyTensor
 from gemma2tool.model.tensors import TensorSpec
 from gemma2tool.quantizers import torchao
@@ -24,21 +25,19 @@ CODES = "._weight_qdata"
 INT8 = np.dtype(np.int8)
 
 
-def quantization_config(type_name: str, *, double_quant: bool, compute_dtype: str = "bfloat16") -> dict[str, object]:
-    no_double_quant(type_name, double_quant)
+def quantization_config(settings: Settings, modules: Mapping[str, bool], dtype: str) -> dict[str, object]:
     granularity = {"_data": {"dim": -1}, "_type": "PerRow", "_version": 1}
     data = {"granularity": granularity, "group_size": None, "set_inductor_config": True}
     return {
         "include_input_output_embeddings": False,
-        "modules_to_not_convert": None,
+        "modules_to_not_convert": skip_list(modules),
         "quant_method": METHOD,
         "quant_type": {"default": {"_data": data, "_type": "Int8WeightOnlyConfig", "_version": 2}},
         "untie_embedding_weights": False,
     }
 
 
-def encoder_for(spec: TensorSpec, type_name: str, *, double_quant: bool, source: LazyTensor) -> Encoder | None:
-    no_double_quant(type_name, double_quant)
+def encoder_for(spec: TensorSpec, settings: Settings, source: LazyTensor) -> Encoder | None:
     if not linear_weight(spec):
         return None
     return torchao.Int8WeightOnly(source.dtype if source.dtype in FLOATS else FLOAT32)
