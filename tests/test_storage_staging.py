@@ -21,7 +21,7 @@ import pytest
 from gemma2tool.errors import ResourceError, UsageError
 from gemma2tool.storage import syscalls
 from gemma2tool.storage.staging import Staging
-from gemma2tool.storage.staging_place import clean
+from gemma2tool.storage.staging_clean import clean
 
 NEW = {"config.json": b"{}\n", "model.safetensors": bytes(range(256)) * 40, "sub/deep/tokenizer.model": b"tok"}
 OLD = {"config.json": b"old", "unrelated.txt": b"mine"}
@@ -375,9 +375,19 @@ class TestResources:
             raise AssertionError
 
     def test_too_long_a_name(self, tmp_path: Path) -> None:
-        with pytest.raises(UsageError) as caught, Staging(tmp_path / ("n" * 250)):
+        with pytest.raises(UsageError) as caught, Staging(tmp_path / ("n" * 256)):
             raise AssertionError
         assert caught.value.id == "output.name-too-long"
+
+    @pytest.mark.parametrize("name", ["n" * 255, "\u00e4" * 127, "\u1234" * 85])
+    def test_names_as_long_as_the_file_system_takes(self, tmp_path: Path, name: str) -> None:
+        _write(tmp_path / name, folder=False)
+        assert os.listdir(tmp_path) == [name]
+        process = _killed_while_staging(tmp_path / name)
+        assert [found.destination for found in clean(tmp_path, dry_run=True)] == [tmp_path / name], process
+        assert len(os.listdir(tmp_path)) == 2
+        assert [found.destination for found in clean(tmp_path)] == [tmp_path / name]
+        assert os.listdir(tmp_path) == [name]
 
     def test_names_inside_stay_inside(self, tmp_path: Path) -> None:
         with Staging(tmp_path / "out", folder=True) as staging:
@@ -405,6 +415,18 @@ class TestResources:
         assert caught.value.id == "output.exists"
         assert (tmp_path / "out").read_bytes() == b"somebody else's"
         assert os.listdir(tmp_path) == ["out"]
+
+
+def _killed_while_staging(path: Path) -> int:
+    """A process that dies with ``path`` half staged."""
+    code = """
+        import os, sys
+        from gemma2tool.storage.staging import Staging
+        with Staging(sys.argv[1], force=True) as staging:
+            staging.file(os.path.basename(sys.argv[1]), 10)
+            os.kill(os.getpid(), 9)
+    """
+    return _python(code, str(path)).returncode
 
 
 class TestPlanted:

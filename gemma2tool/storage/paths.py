@@ -10,6 +10,7 @@ from pathlib import Path
 
 from gemma2tool.errors import InputRefused, UsageError
 from gemma2tool.storage.quoting import quoted
+from gemma2tool.storage.syscalls import told
 
 _SEGMENT = re.compile(r"[A-Za-z0-9._-]{1,255}")
 _BLOB = re.compile(r"[0-9a-f]{40,64}")
@@ -79,10 +80,11 @@ def refuse_existing(destination: str | os.PathLike[str], *, force: bool, folder:
     repository is replaced.
     """
     path = Path(destination)
-    try:
-        mode = os.lstat(path).st_mode
-    except (FileNotFoundError, NotADirectoryError):
-        return
+    with told(path, "looking for it"):
+        try:
+            mode = os.lstat(path).st_mode
+        except (FileNotFoundError, NotADirectoryError):
+            return
     if not force:
         raise UsageError("output.exists", f"{path}: already exists", hint="choose another name, or replace it with --force")
     if stat.S_ISLNK(mode):

@@ -1,26 +1,45 @@
 """The place beside a destination where its replacement grows.
 
-``.NAME.gemma2tool-staging/`` holds ``lock`` (held by the process that works here), ``new/NAME`` (the output so far) and, for the
-instant of a replacement on systems that cannot swap two names, ``old`` (what the destination held). Only its owner may enter it.
-Whoever takes the lock next puts things right after a crash: an ``old`` whose destination is gone goes back, the rest is discarded.
+``.NAME.gemma2tool-staging/`` holds ``lock`` (held by the process that works here; inside it, which process and which NAME),
+``new/NAME`` (the output so far), ``journal`` (what of it is complete, where the work can be continued) and, for the instant of a
+replacement on systems that cannot swap two names, ``old`` (what the destination held). Only its owner may enter it. Whoever takes
+the lock next puts things right after a crash: an ``old`` whose destination is gone goes back; the rest is continued or discarded.
 """
 
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import os
 import shutil
 import stat
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 from gemma2tool.errors import ResourceError, ToolError, UsageError
+from gemma2tool.storage import staging_journal
 from gemma2tool.storage.syscalls import retrying, told
 
 PREFIX, SUFFIX = ".", ".gemma2tool-staging"
 LOCK, NEW, OLD = "lock", "new", "old"
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+_NAME_MAX = 255
+"""Bytes of a file's name on the usual file systems."""
+
+
+def folder_name(name: str) -> str:
+    """The staging place's name for a destination's; where the file system would not take it, the name is cut and a digest added."""
+    whole = f"{PREFIX}{name}{SUFFIX}"
+    if len(os.fsencode(whole)) <= _NAME_MAX:
+        return whole
+    head = os.fsencode(name)[: _NAME_MAX // 2].decode("utf-8", "ignore")
+    return f"{PREFIX}{head}~{hashlib.sha256(os.fsencode(name)).hexdigest()[:16]}{SUFFIX}"
+
+
+def exists(destination: str | os.PathLike[str]) -> bool:
+    """Whether something is, or may be, staged for this destination."""
+    destination = Path(destination)
+    return destination.name not in ("", "..") and os.path.lexists(destination.with_name(folder_name(destination.name)))
 
 
 class StagingPlace:
@@ -29,18 +48,14 @@ class StagingPlace:
     def __init__(self, destination: Path, *, create: bool = True) -> None:
         self.name = destination.name
         self.parent = destination.parent
-        self.folder_name = f"{PREFIX}{self.name}{SUFFIX}"
+        self.folder_name = folder_name(self.name)
         self.path = self.parent / self.folder_name
         self.parent_fd = self.fd = self._lock_fd = -1
         self._locked = False
         try:
             self._open(create)
         except BaseException:
-            if self._locked:
-                self.remove()
-            elif self.parent_fd >= 0:
-                with suppress(OSError):  # only an empty one goes
-                    os.rmdir(self.folder_name, dir_fd=self.parent_fd)
+            self.remove_if_empty()
             self.close()
             raise
 
@@ -84,14 +99,14 @@ class StagingPlace:
                 return False
             self._locked = True
             os.ftruncate(self._lock_fd, 0)
-            retrying(os.write, self._lock_fd, str(os.getpid()).encode())
+            retrying(os.write, self._lock_fd, b"%d\n%s" % (os.getpid(), os.fsencode(self.name)))
         return True
 
     def _lock(self) -> None:
         try:
             retrying(fcntl.flock, self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            holder = os.pread(self._lock_fd, 20, 0).decode("ascii", "replace").strip()
+            holder = os.pread(self._lock_fd, 20, 0).decode("ascii", "replace").partition("\n")[0]
             who = f"process {holder}" if holder.isdigit() else "another process"
             raise ResourceError(
                 "output.locked", f"{self.parent / self.name}: {who} is writing this output", hint="wait for it, or end it"
@@ -119,12 +134,23 @@ class StagingPlace:
         return False
 
     def discard(self) -> None:
-        """Removes all that is staged, keeping the lock, but never the only copy of an old destination."""
+        """Removes all that is staged, keeping the lock, but never the only copy of an old destination.
+
+        The journal goes last: as long as it is there, it says what the rest is.
+        """
         self.recover()
         with told(self.path, "removing staged files"):
-            for name in os.listdir(self.fd):
+            for name in sorted(os.listdir(self.fd), key=lambda name: name == staging_journal.NAME):
                 if name != LOCK:
                     remove_tree(name, self.fd)
+
+    def allocated(self) -> int:
+        """Bytes that what is staged takes on the disk already."""
+        total = 0
+        with told(self.path, "measuring staged files"):
+            for _, _, names, fd in os.fwalk(dir_fd=self.fd, follow_symlinks=False):
+                total += sum(os.stat(name, dir_fd=fd, follow_symlinks=False).st_blocks * 512 for name in names)
+        return total
 
     def remove(self) -> None:
         """Removes the place, as far as it is possible: what is left is found by ``clean``."""
@@ -132,6 +158,14 @@ class StagingPlace:
             self.discard()
             os.unlink(LOCK, dir_fd=self.fd)
             os.rmdir(self.folder_name, dir_fd=self.parent_fd)
+
+    def remove_if_empty(self) -> None:
+        """Removes the place where nothing is staged in it."""
+        with suppress(OSError):
+            if self._locked and os.listdir(self.fd) == [LOCK]:
+                os.unlink(LOCK, dir_fd=self.fd)
+            if self.parent_fd >= 0:
+                os.rmdir(self.folder_name, dir_fd=self.parent_fd)
 
     def _leave(self) -> None:
         """Closes the place and its lock, which frees it."""
@@ -160,64 +194,3 @@ def remove_tree(name: str, folder_fd: int) -> None:
         shutil.rmtree(name, dir_fd=folder_fd)
     else:
         os.unlink(name, dir_fd=folder_fd)
-
-
-@dataclass(frozen=True, slots=True)
-class Leftover:
-    """What a run that did not finish left: its staging place and the destination it was for.
-
-    ``in_use``: a process is working there, so it was left alone. ``restored``: the old destination was put back.
-    """
-
-    path: Path
-    destination: Path
-    in_use: bool
-    restored: bool
-
-
-def clean(path: str | os.PathLike[str], *, dry_run: bool = False) -> list[Leftover]:
-    """Removes what interrupted runs staged beside the destination ``path`` and, when it is a folder, directly inside it.
-
-    Nothing but staging places of this user is touched, and none that is in use. ``dry_run`` only lists them.
-    """
-    path = Path(path)
-    destinations = [path] if path.name not in ("", "..") else []
-    if path.is_dir():
-        names = sorted(os.listdir(path))
-        destinations += [
-            path / name[len(PREFIX) : -len(SUFFIX)]
-            for name in names
-            if name.startswith(PREFIX) and name.endswith(SUFFIX) and len(name) > len(PREFIX + SUFFIX)
-        ]
-    found = []
-    for destination in destinations:
-        leftover = _clean_one(destination, dry_run)
-        if leftover:
-            found.append(leftover)
-    return found
-
-
-def _clean_one(destination: Path, dry_run: bool) -> Leftover | None:
-    staged = destination.with_name(f"{PREFIX}{destination.name}{SUFFIX}")
-    try:
-        status = os.lstat(staged)
-    except OSError:
-        return None
-    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
-        return None
-    try:
-        place = StagingPlace(destination, create=False)
-    except ResourceError as error:
-        if error.id == "output.locked":
-            return Leftover(staged, destination, in_use=True, restored=False)
-        if isinstance(error.__cause__, FileNotFoundError):  # its owner has just finished
-            return None
-        raise
-    try:
-        restored = False
-        if not dry_run:
-            restored = place.recover()
-            place.remove()
-        return Leftover(staged, destination, in_use=False, restored=restored)
-    finally:
-        place.close()
