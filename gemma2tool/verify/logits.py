@@ -94,7 +94,7 @@ def windows_for(source: Gemma2Config, candidate: Gemma2Config, tokens: int) -> t
 
 def passes(ids: np.ndarray, probe: bool = True) -> int:
     """How often ``compare_logits`` goes over all weights of both for ``ids`` (B, T)."""
-    batch, tokens = np.atleast_2d(ids).shape
+    batch, tokens = ids.shape
     return -(-batch // max(PASS_TOKENS // tokens, 1)) + (probe and tokens > PROBE_BESIDE)
 
 
@@ -116,7 +116,7 @@ def compare_logits(
     in ``LogitComparison``. Peak memory: both sides' activations of ``PASS_TOKENS`` tokens and a slice of the vocabulary
     projection, whatever the size of the models. Raises ``UsageError`` for ids that the models cannot take.
     """
-    ids = _checked(ids)
+    ids = as_prompts(ids)
     batch, tokens = ids.shape
     both = _Both(source, candidate, atol, rtol, advance)
     windows = windows_for(source.config, candidate.config, tokens)
@@ -186,7 +186,8 @@ class _Both:
         return LogitComparison(ids.size, following, atol=self.atol, rtol=self.rtol)
 
 
-def _checked(ids: np.ndarray) -> np.ndarray:
+def as_prompts(ids: np.ndarray) -> np.ndarray:
+    """Token ids (T,) or (B, T) as int64 (B, T); ``UsageError`` for anything else."""
     ids = np.asarray(ids)
     if ids.ndim == 1:
         ids = ids[None]

@@ -17,6 +17,7 @@ from gemma2tool.verify.completeness import comparable, compare_names
 from gemma2tool.verify.config import compare_configs
 from gemma2tool.verify.gates import GATES, Gates
 from gemma2tool.verify.measurements import Drift, Measurements, Tokens, tensor_errors
+from gemma2tool.verify.prompts import built_in_prompt
 from gemma2tool.verify.result import GateResult, Side, Verification
 from gemma2tool.verify.tensors import TensorComparison, compare_tensors, kind_of
 from gemma2tool.verify.tokenizer import compare_tokenizers, text_pieces
@@ -52,8 +53,9 @@ def verify(
 ) -> Verification:
     """Compare ``candidate`` with ``source``; never raises for a difference, only for what cannot be read or run.
 
-    ``ids``: token ids, int (T,) or (B, T), for the logits; default: 64 pseudo-random ones. ``text``: whether they are
-    running text, so that perplexity means something (default: when the caller gives them). ``gates``: limits that
+    ``ids``: token ids, int (T,) or (B, T), for the logits; default: a short text of ours where the source has a
+    tokenizer.model, else 64 pseudo-random ids. ``text``: whether the caller's ids are running text (default: yes), so that
+    perplexity means something; what is not text runs with a sliding window that ends within the prompt. ``gates``: limits that
     replace the defaults, by the names of ``gates.Gates``. ``levels``: which questions to ask, of ``LEVELS``.
     ``expected``: canonical tensors as the target's own convention makes them, bit for bit (GGUF's w + 1 and back); what
     they lose is reported, not judged. ``weighted``: whether an importance matrix steered the quantization, so that
@@ -123,14 +125,18 @@ def _logits(
     threads: int,
     progress: Progress | None,
 ) -> tuple[list[GateResult], Drift | None, Tokens | None]:
-    from gemma2tool.verify.logits import compare_logits, default_ids, passes
+    from gemma2tool.verify.logits import as_prompts, compare_logits, default_ids, passes
 
     if not comparable(source, candidate):
         why = "the two do not hold the same tensors, so no forward pass can be compared"
         return [GateResult(gate, "skipped", why) for gate in ("logits", "probe", "distribution")], None, None
-    is_text = ids is not None if text is None else text
+    is_text = True if text is None else text
     if ids is None:
-        ids = default_ids(min(source.config, candidate.config, key=lambda config: config.max_position_embeddings))
+        shorter = min(source.config, candidate.config, key=lambda config: config.max_position_embeddings)
+        ids = built_in_prompt(shorter, source.assets)
+        is_text = ids is not None
+        ids = default_ids(shorter) if ids is None else ids
+    ids = as_prompts(ids)
     nbytes = sum(each.nbytes for side in (source, candidate) for each in side.tensors.values())
     with _bar(progress, nbytes * passes(ids), "forward passes") as bar:
         run = compare_logits(
