@@ -23,6 +23,7 @@ from gemma2tool.reference.amplify import Amplifier
 from gemma2tool.reference.streaming import HiddenDifference, OnInput, StreamedForward, side_by_side, use_threads
 from gemma2tool.verify.measurements import Drift
 from gemma2tool.verify.metrics import LogitComparison, LogitMetrics
+from gemma2tool.verify.receipt_logits import Collector, Reference
 from gemma2tool.verify.tensors import Advance
 
 DEFAULT_TOKENS = 64
@@ -56,6 +57,7 @@ class LogitRun:
 
     ``ids``: the prompts, int64 (B, T). ``windows``: the sliding windows that source and candidate ran with; None where no
     layer slides. ``shrunk``: whether those are smaller than the source's own. ``probe``: None where it was not asked for.
+    ``reference``: a few logits of the first prompt, of source and candidate.
     """
 
     metrics: LogitMetrics
@@ -64,6 +66,7 @@ class LogitRun:
     shrunk: bool
     drift: Drift
     probe: Probe | None = None
+    reference: Reference | None = None
 
 
 def default_ids(config: Gemma2Config, tokens: int = DEFAULT_TOKENS) -> np.ndarray:
@@ -122,6 +125,7 @@ def compare_logits(
     windows = windows_for(source.config, candidate.config, tokens)
     if text and windows is not None:
         windows = source.config.sliding_window, candidate.config.sliding_window
+    collector = Collector(ids, (source.config, candidate.config), windows)
     together = probe and tokens <= PROBE_BESIDE
     step = max(PASS_TOKENS // tokens, 1)
     found, depths, probed = [], [], None
@@ -129,14 +133,14 @@ def compare_logits(
         for first in range(0, batch, step):
             rows = ids[first : first + step]
             extra = ids[:1] if together and first == 0 else None
-            metrics, apart, beside = both.run(rows, windows, extra)
+            metrics, apart, beside = both.run(rows, windows, extra, collector if first == 0 else None)
             found.append(metrics)
             depths.append((rows.size, apart))
             probed = beside or probed
         if probe and not together:
             _, _, probed = both.run(ids[:0, :DEFAULT_TOKENS], windows, ids[:1, :DEFAULT_TOKENS])
     shrunk = windows is not None and windows[0] != source.config.sliding_window
-    return LogitRun(LogitMetrics.joined(found), ids, windows, shrunk, _drift(depths), probed)
+    return LogitRun(LogitMetrics.joined(found), ids, windows, shrunk, _drift(depths), probed, collector.finish())
 
 
 @dataclass(frozen=True)
@@ -150,9 +154,13 @@ class _Both:
     advance: Advance | None
 
     def run(
-        self, ids: np.ndarray, windows: tuple[int, int] | None, extra: np.ndarray | None
+        self,
+        ids: np.ndarray,
+        windows: tuple[int, int] | None,
+        extra: np.ndarray | None,
+        collector: Collector | None = None,
     ) -> tuple[LogitMetrics | None, list[HiddenDifference], Probe | None]:
-        """``ids`` (B, T) with ``windows``, and ``extra`` (1, T) as the probe."""
+        """``ids`` (B, T) with ``windows``, and ``extra`` (1, T) as the probe; ``collector`` sees the logits of the former."""
         batch, tokens = ids.shape
         rows, positions, amplifier = ids, torch.arange(tokens).expand(batch, -1), None
         cap = self.source.config.attn_logit_softcapping or self.candidate.config.attn_logit_softcapping or _DEFAULT_CAP
@@ -170,6 +178,8 @@ class _Both:
         depths = list(side_by_side(*sides, prompts=batch)) if batch else _run_through(*sides)
         plain, probe = self._comparison(ids), self._comparison(extra)
         for (first, _, a), (_, _, b) in zip(*(each.vocabulary_slices() for each in sides), strict=True):
+            if collector is not None:
+                collector.add(first, a.cpu().numpy(), b.cpu().numpy())
             for comparison, of in ((plain, slice(0, batch)), (probe, slice(batch, None))):
                 if comparison is not None:
                     comparison.add(first, *(logits[of].flatten(0, 1).cpu().numpy() for logits in (a, b)))

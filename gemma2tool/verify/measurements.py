@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from gemma2tool.verify.receipt_logits import Reference
 from gemma2tool.verify.tensors import TensorComparison, significant
 
 if TYPE_CHECKING:
@@ -99,12 +100,13 @@ class TensorError:
 
 @dataclass(frozen=True)
 class Measurements:
-    """All of it. ``tensors``: None where the tensors were not compared; ``drift`` and ``tokens``: where no forward pass
-    ran."""
+    """All of it. ``tensors``: None where the tensors were not compared; ``drift``, ``tokens`` and ``reference``: where no forward
+    pass ran."""
 
     tensors: tuple[TensorError, ...] | None = None
     drift: Drift | None = None
     tokens: Tokens | None = None
+    reference: Reference | None = None
 
     def grid(self) -> dict[tuple[int | None, str], TensorError]:
         """The tensors by (layer, kind)."""

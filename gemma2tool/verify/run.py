@@ -17,6 +17,7 @@ from gemma2tool.verify.completeness import comparable, compare_names
 from gemma2tool.verify.config import compare_configs
 from gemma2tool.verify.gates import GATES, Gates
 from gemma2tool.verify.measurements import Drift, Measurements, Tokens, tensor_errors
+from gemma2tool.verify.receipt_logits import Reference
 from gemma2tool.verify.prompts import built_in_prompt
 from gemma2tool.verify.result import GateResult, Side, Verification
 from gemma2tool.verify.tensors import TensorComparison, compare_tensors, kind_of
@@ -102,14 +103,14 @@ def verify(
         results.append(judge.tensors(comparisons))
     kind = kind_of(common, candidate.tensors, expected, comparisons)
     limits = GATES[kind].overridden(gates)
-    drift = tokens = None
+    drift = tokens = reference = None
     if "logits" in levels:
         with timed("logits"):
-            found, drift, tokens = _logits(
+            found, drift, tokens, reference = _logits(
                 source, candidate, ids, text, kind, limits, bool(gates), comparisons, threads, progress
             )
             results += found
-    measured = Measurements(None if comparisons is None else tensor_errors(comparisons), drift, tokens)
+    measured = Measurements(None if comparisons is None else tensor_errors(comparisons), drift, tokens, reference)
     return Verification(_side(source), _side(candidate), kind, tuple(results), seconds, measurements=measured)
 
 
@@ -124,12 +125,12 @@ def _logits(
     comparisons: list[TensorComparison] | None,
     threads: int,
     progress: Progress | None,
-) -> tuple[list[GateResult], Drift | None, Tokens | None]:
+) -> tuple[list[GateResult], Drift | None, Tokens | None, Reference | None]:
     from gemma2tool.verify.logits import as_prompts, compare_logits, default_ids, passes
 
     if not comparable(source, candidate):
         why = "the two do not hold the same tensors, so no forward pass can be compared"
-        return [GateResult(gate, "skipped", why) for gate in ("logits", "probe", "distribution")], None, None
+        return [GateResult(gate, "skipped", why) for gate in ("logits", "probe", "distribution")], None, None, None
     is_text = True if text is None else text
     if ids is None:
         shorter = min(source.config, candidate.config, key=lambda config: config.max_position_embeddings)
@@ -156,7 +157,8 @@ def _logits(
         noisy = with_noise(source, comparisons)
         envelope = compare_logits(source, noisy, ids, text=is_text, probe=False, threads=threads).metrics
     pieces = text_pieces(source.assets, run.ids)
-    return judge.logits(run, kind, limits, is_text, envelope), run.drift, Tokens.of(run.ids, run.metrics, is_text, pieces)
+    results = judge.logits(run, kind, limits, is_text, envelope)
+    return results, run.drift, Tokens.of(run.ids, run.metrics, is_text, pieces), run.reference
 
 
 def _same_shape(name: str, tensor: LazyTensor, candidate: Checkpoint) -> bool:
