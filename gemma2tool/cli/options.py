@@ -86,6 +86,10 @@ Tokens = Annotated[
     Path | None,
     typer.Option("--tokens", metavar="FILE", help="Token ids (.npy, integers, (T,) or (B, T)) for the logits gates."),
 ]
+Text = Annotated[
+    Path | None,
+    typer.Option("--text", metavar="FILE", help="Text (UTF-8) for the logits gates, in place of a short one of ours."),
+]
 Gate = Annotated[
     list[str] | None,
     typer.Option("--gate", metavar="NAME=LIMIT", help="Override a gate of the verification, e.g. kl=0.05. Repeatable."),

@@ -15,6 +15,7 @@ def verify(
     candidate: Annotated[Path, typer.Argument(metavar="CANDIDATE", help="The checkpoint to judge, in any format.")],
     reference: Annotated[Path, typer.Option("--reference", metavar="SRC", help="The checkpoint it was made from.")],
     tokens: o.Tokens = None,
+    text: o.Text = None,
     gate: o.Gate = None,
     config: o.ConfigFile = None,
     threads: o.Threads = None,
@@ -24,7 +25,7 @@ def verify(
     """Compare a checkpoint with the one it was made from: tensors, config, tokenizer, logits. Exit code 1 if a gate fails."""
     from gemma2tool.console import Console
     from gemma2tool.formats import registry
-    from gemma2tool.pipeline.evaluate import judge, read_tokens
+    from gemma2tool.pipeline.evaluate import judge, read_prompts
     from gemma2tool.verify.gates import parse_gates
 
     console = Console(quiet=quiet, json=json_output)
@@ -36,11 +37,10 @@ def verify(
         for checkpoint in (source, made):
             for warning in (*checkpoint.warnings, *checkpoint.config.warnings):
                 console.warn(f"{checkpoint.path.name}: {warning}")
-        ids = read_tokens(tokens, source.config) if tokens else None
         result = judge(
             source,
             made,
-            ids=ids,
+            ids=read_prompts(tokens, text, source),
             gates=parse_gates(gate or ()),
             threads=threads or o.default_threads(),
             console=console,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from gemma2tool.errors import InputRefused
+from gemma2tool.errors import InputRefused, UsageError
 from gemma2tool.formats import registry
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.storage.reading import read_whole
@@ -64,6 +64,26 @@ def read_tokens(path: Path, config: Gemma2Config) -> np.ndarray:
             hint="cut the prompt, or give it as several rows (B, T)",
         )
     return ids.astype(np.int64)
+
+
+def read_prompts(tokens: Path | None, text: Path | None, checkpoint: Checkpoint) -> np.ndarray | None:
+    """What ``--tokens`` or ``--text`` names, as token ids int64 (B, T); None where neither is given. Text is encoded with the
+    checkpoint's tokenizer, in rows of 512 tokens."""
+    from gemma2tool.verify.prompts import text_prompts
+
+    if tokens is not None and text is not None:
+        raise UsageError("option.prompts", "both --tokens and --text are given", hint="choose one of them")
+    if tokens is not None:
+        return read_tokens(tokens, checkpoint.config)
+    if text is None:
+        return None
+    data = read_whole(text, what="text", max_bytes=MAX_TOKEN_FILE)
+    try:
+        return text_prompts(checkpoint, data.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise InputRefused(
+            "text.encoding", f"{text}: not UTF-8 text (byte {error.start})", hint="save it as UTF-8"
+        ) from None
 
 
 def write_logits(
