@@ -14,21 +14,41 @@ EXIT_RESOURCES = 4
 EXIT_BUG = 70
 EXIT_INTERRUPTED = 130
 
+_MAX_MESSAGE = 2000
+
+
+def escaped(text: str) -> str:
+    """``text`` on one line with every character that does not simply show itself written as an escape.
+
+    Control characters (so ANSI sequences and line breaks), right-to-left overrides and other invisible characters, and
+    lone surrogates become ``\\x1b``, ``\\n``, ``\\u202e`` and so on.
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text)
+
+
+def _bounded(text: str) -> str:
+    """A message may quote what a file says, which may be megabytes."""
+    return text if len(text) <= _MAX_MESSAGE else f"{text[: _MAX_MESSAGE // 2]} ... {text[-_MAX_MESSAGE // 4 :]}"
+
 
 class ToolError(Exception):
     """A foreseen failure.
 
     ``id`` is a dotted, stable name such as ``safetensors.overlap``; ``message`` is one line that names the thing and the place;
-    ``hint`` is one line that says what to do about it (may be empty).
+    ``hint`` is one line that says what to do about it (may be empty). Whatever they quote from files is escaped and cut to a
+    bearable length here, so that no output needs to remember it.
     """
 
     exit_code = EXIT_BUG
 
     def __init__(self, id: str, message: str, *, hint: str = "") -> None:
+        message = escaped(_bounded(message))
         super().__init__(message)
         self.id = id
         self.message = message
-        self.hint = hint
+        self.hint = escaped(_bounded(hint))
 
     def __reduce__(self):
         return _rebuild, (type(self), self.id, self.message, self.hint)

@@ -81,7 +81,8 @@ def read(folder: Path) -> Gemma2Config:
 
 def _dtype(fields: dict) -> str | None:
     policy = fields.get("dtype")
-    name = policy.get("config", {}).get("name") if isinstance(policy, dict) else policy
+    content = policy.get("config") if isinstance(policy, dict) else None
+    name = content.get("name") if isinstance(content, dict) else policy
     return name if name in ("float32", "bfloat16", "float16") else None
 
 

@@ -36,6 +36,7 @@ TILE = 64
 _PART = re.compile(r"(.+)\.lora_(A|B|embedding_A|embedding_B|magnitude_vector)(?:\.weight)?")
 _UNSUPPORTED = ("lora_bias", "target_parameters", "trainable_token_indices", "alora_invocation_tokens", "use_qalora", "use_bdlora")
 _HEADS = ("classifier", "score")
+_MAX_PATTERN, _MAX_CHOICES = 512, 3
 _HINT = "check that the adapter was trained on this model"
 
 
@@ -209,8 +210,8 @@ def _delta(module: str, found: Mapping[str, LazyTensor], settings: Mapping[str, 
     a, b = (found.get(f"{'embedding_' if embedding else ''}{side}") for side in "AB")
     if a is None or b is None or len(a.shape) != 2 or len(b.shape) != 2:
         raise _refused("part", path, f"{module}: lora_A or lora_B is missing or no matrix")
-    rank = _by_pattern(settings, "rank_pattern", module, settings.get("r"))
-    alpha = _by_pattern(settings, "alpha_pattern", module, settings.get("lora_alpha"))
+    rank = _by_pattern(settings, "rank_pattern", module, settings.get("r"), path)
+    alpha = _by_pattern(settings, "alpha_pattern", module, settings.get("lora_alpha"), path)
     for name, value in (("r", rank), ("lora_alpha", alpha)):
         if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
             raise _refused("config", path, f"{module}: {name} is {quoted(value)}")
@@ -225,21 +226,26 @@ def _delta(module: str, found: Mapping[str, LazyTensor], settings: Mapping[str, 
     return Delta(a, b, scaling * scale, magnitude, transposed=embedding)
 
 
-def _by_pattern(settings: Mapping[str, object], field: str, module: str, default: object) -> object:
+def _by_pattern(settings: Mapping[str, object], field: str, module: str, default: object, path: Path) -> object:
     """The value of the first pattern that the end of the module's name matches (peft's ``get_pattern_key``)."""
     for pattern, value in (settings.get(field) or {}).items():
-        if _matches(pattern, module):
-            return value
+        if not _is_bounded(pattern):
+            raise _refused("pattern", path, f"{field} has the pattern {quoted(pattern)}, which could take for ever to match")
+        try:
+            if re.match(rf"(.*\.)?({pattern})$", module) is not None:
+                return value
+        except (re.error, RecursionError, OverflowError):
+            raise _refused("pattern", path, f"{field} has the pattern {quoted(pattern)}, which is none") from None
     return default
 
 
-def _matches(pattern: str, module: str) -> bool:
-    if len(pattern) > 512:
+def _is_bounded(pattern: str) -> bool:
+    """Whether a stranger's regular expression has few ways to match: no repeated group, no look-around, no back-reference, and at most
+    three repetitions and groups of alternatives."""
+    if len(pattern) > _MAX_PATTERN or re.search(r"\(\?|\)[*+?{]|\\\d", pattern):
         return False
-    try:
-        return re.match(rf"(.*\.)?({pattern})$", module) is not None
-    except re.error:
-        return False
+    choices = re.findall(r"[*+?{]|\([^()]*\|", re.sub(r"\\.", "", pattern))
+    return len(choices) <= _MAX_CHOICES
 
 
 def _warnings(whole: Mapping[str, LazyTensor], scale: float, before: Gemma2Config, after: Gemma2Config) -> list[str]:

@@ -113,11 +113,12 @@ def check_agreement(config: Gemma2Config) -> None:
     if config.sliding_window is None and SLIDING in config.layer_types:
         raise contradiction("sliding_window is null but layer_types has sliding_attention layers")
     if config.label2id is not None and config.id2label is not None:
+        _require(isinstance(config.label2id, Mapping), "label2id", config.label2id, "an object from labels to numbers")
         if {label: index for index, label in config.id2label.items()} != dict(config.label2id):
             raise contradiction("label2id is not the inverse of id2label")
     scaling = config.rope_scaling or {}
     rope_type = scaling.get("rope_type", "default")
-    _require(rope_type in ROPE_TYPES, "rope_type", rope_type, f"one of {tuple(ROPE_TYPES)}")
+    _require(isinstance(rope_type, str) and rope_type in ROPE_TYPES, "rope_type", rope_type, f"one of {tuple(ROPE_TYPES)}")
     for name in ROPE_TYPES[rope_type]:
         if scaling.get(name) is None:
             raise contradiction(f"rope_type is {rope_type!r} but rope_parameters.{name} is missing")

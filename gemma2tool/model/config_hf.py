@@ -223,9 +223,12 @@ def _labels(source: Mapping[str, Any]) -> dict[str, Any]:
     if id2label is not None:
         try:
             id2label = {int(index): label for index, label in id2label.items()}
+            named = all(isinstance(label, str) for label in id2label.values())
         except (AttributeError, TypeError, ValueError):
+            named = False
+        if not named:
             message = f"config: id2label must map numbers to labels, found {id2label!r}"
-            raise InputRefused("config.labels", message) from None
+            raise InputRefused("config.labels", message)
         if count is not None and count != len(id2label):
             raise contradiction(f"num_labels is {count!r} but id2label has {len(id2label)} labels")
         return {"id2label": id2label}

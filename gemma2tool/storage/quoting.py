@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from gemma2tool.errors import escaped
+
 
 def quoted(text: object, limit: int = 120) -> str:
     """``repr`` of ``text``, which escapes control characters and newlines, with the middle cut out beyond ``limit`` characters."""
@@ -14,9 +16,5 @@ def quoted(text: object, limit: int = 120) -> str:
 
 
 def safe(text: object) -> str:
-    """``text`` on one line with every character that does not simply show itself written as an escape.
-
-    Control characters (so ANSI sequences and line breaks), right-to-left overrides and other invisible characters, and
-    lone surrogates become ``\\x1b``, ``\\n``, ``\\u202e`` and so on.
-    """
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in str(text))
+    """``text`` on one line, as ``errors.escaped`` makes it."""
+    return escaped(str(text))

@@ -1,0 +1,164 @@
+"""Makes the valid tiny files of the corpus, by our own writers; findings are added beside them by hand."""
+
+from __future__ import annotations
+
+import json
+import struct
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from tests_support import random_checkpoint, write_checkpoint
+
+from fuzz.targets import CORPUS
+from gemma2tool.formats import sbs_config, sentencepiece
+from gemma2tool.formats.sentencepiece import Piece
+from gemma2tool.model.checkpoint import Assets
+from gemma2tool.model.config import Gemma2Config
+from gemma2tool.storage import gguf, safetensors
+from gemma2tool.storage.gguf import GGUFValue
+
+TINY = Gemma2Config(
+    vocab_size=12, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, head_dim=4,
+    query_pre_attn_scalar=4, max_position_embeddings=16, sliding_window=4,
+)  # fmt: skip
+WIDE = Gemma2Config(
+    vocab_size=64, hidden_size=128, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, head_dim=64,
+    query_pre_attn_scalar=64, max_position_embeddings=16, sliding_window=4,
+)  # fmt: skip
+PIECES = (
+    Piece("<pad>", 0, 3), Piece("<eos>", 0, 3), Piece("<bos>", 0, 3), Piece("<unk>", 0, 2), Piece("<start_of_turn>", 0, 4), Piece("<0x00>", 0, 6),
+    Piece("\u2581", -1), Piece("a", -2), Piece("b", -3), Piece("ab", -4), Piece("\u2581a", -5), Piece("[unused]", 0, 5),
+)  # fmt: skip
+_SBS_HEADER = struct.Struct("<IIQ")
+PACKED = ("nf4", "fp4", "int8", "w8a8-int8", "w8a16", "w4a16", "w4a16-asym", "fp8-dynamic", "fp8-block", "gptq-4", "awq-4", "torchao-int8", "mlx-4")
+
+
+def model() -> bytes:
+    return sentencepiece.gemma_model(PIECES, {"pad": 0, "eos": 1, "bos": 2, "unk": 3})
+
+
+def tiny_files() -> dict[str, bytes]:
+    """Name under the corpus to content."""
+    made = {"json/object": b'{"a":[1,2.5e3,true,null,"\\u00e9\\n"],"b":{"c":{}}}', "json/lists": b"[[],[[]],{}]", "json/text": b'"\\\\\\""'}
+    made["sentencepiece/tiny"] = model()
+    header, _, size = safetensors.layout([("w", "BF16", (2, 3)), ("b", "F32", ()), ("codes", "U8", (0, 4))], {"format": "pt"})
+    made["safetensors/three"] = header + bytes(size - len(header))
+    made["gguf/tiny"] = _gguf()
+    made["imatrix/gguf"] = _imatrix_gguf()
+    made["imatrix/dat"] = _imatrix_dat()
+    made["sbs-config/tiny"] = sbs_config.write(TINY, 1)
+    made["hf-config/tiny"] = json.dumps(TINY.to_hf()).encode()
+    rope = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 8}
+    made["hf-config/yarn"] = json.dumps(TINY.to_hf() | {"rope_parameters": rope, "id2label": {"0": "a", "1": "b"}}).encode()
+    weight_map = {"x": "a.safetensors", "y": "b.safetensors"}
+    made["hf-index/two"] = json.dumps({"metadata": {"total_size": 8}, "weight_map": weight_map}).encode()
+    adapter = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": ["q_proj"], "rank_pattern": {"q_proj": 8}, "alpha_pattern": {}}
+    made["lora-config/plain"] = json.dumps(adapter).encode()
+    made["lora-config/rslora"] = json.dumps(adapter | {"use_rslora": True, "alpha_pattern": {r"^model\.layers\.0\.": 4}}).encode()
+    made["tokenizer/json"] = json.dumps({"tokenizer.json": _tokenizer_json(), "tokenizer_config.json": _tokenizer_config()}).encode()
+    made["tokenizer/model"] = json.dumps({"model": True, "tokenizer_config.json": _tokenizer_config(), "added_tokens.json": {"<x>": 30}}).encode()
+    return made
+
+
+def _gguf() -> bytes:
+    kv = [
+        ("general.architecture", GGUFValue(gguf.STRING, None, "gemma2")),
+        ("tokens", GGUFValue(gguf.ARRAY, gguf.STRING, ["<pad>", "a", "\u2581b"])),
+        ("scores", GGUFValue(gguf.ARRAY, gguf.FLOAT32, [0.0, -1.0, 2.0])),
+        ("flags", GGUFValue(gguf.ARRAY, gguf.BOOL, [True, False])),
+        ("general.alignment", GGUFValue(gguf.UINT32, None, 64)),
+    ]
+    header, _, size = gguf.encode_header(kv, [("w", (32, 2), 8, 68), ("b", (3,), 0, 12)], 64)
+    return header + bytes(size - len(header))
+
+
+def _imatrix_gguf() -> bytes:
+    kv = [
+        ("general.type", GGUFValue(gguf.STRING, None, "imatrix")),
+        ("imatrix.datasets", GGUFValue(gguf.ARRAY, gguf.STRING, ["text"])),
+        ("imatrix.chunk_count", GGUFValue(gguf.UINT32, None, 2)),
+    ]
+    header, offsets, size = gguf.encode_header(kv, [("w.in_sum2", (4,), 0, 16), ("w.counts", (1,), 0, 4)])
+    out = bytearray(header) + bytes(size - len(header))
+    for name, values in (("w.in_sum2", [1, 2, 3, 4]), ("w.counts", [2])):
+        raw = np.array(values, np.float32).tobytes()
+        out[offsets[name] : offsets[name] + len(raw)] = raw
+    return bytes(out)
+
+
+def _imatrix_dat() -> bytes:
+    def number(value: int) -> bytes:
+        return value.to_bytes(4, "little")
+
+    values = np.array([1, 2, 3, 4], "<f4").tobytes()
+    return number(1) + number(1) + b"w" + number(2) + number(4) + values + number(2) + number(4) + b"text"
+
+
+def _tokenizer_json() -> dict:
+    from gemma2tool.formats.tokenizer_json import tokenizer_json
+
+    return json.loads(tokenizer_json(PIECES, {2: ("<bos>", True), 4: ("<start_of_turn>", True)}, 2))
+
+
+def _tokenizer_config() -> dict:
+    from gemma2tool.formats.tokenizer_files import tokenizer_config
+
+    return tokenizer_config({2: ("<bos>", True), 4: ("<start_of_turn>", True)}, {"bos": "<bos>"}, bos=True, eos=False) | {"chat_template": "{{ x }}"}
+
+
+def model_files(folder: Path) -> dict[str, bytes]:
+    """Whole tiny models in formats of one file, and what packings make of one weight."""
+    made: dict[str, bytes] = {}
+    checkpoint = random_checkpoint(np.dtype(np.float32), TINY)
+    checkpoint.assets = Assets({"tokenizer.model": model})
+    made["gguf-model/tiny"] = write_checkpoint(checkpoint, folder / "m.gguf").read_bytes()
+    made["sbs/tiny"] = _without_padding(write_checkpoint(checkpoint, folder / "m.sbs").read_bytes())
+    wide = random_checkpoint(np.dtype(np.float32), WIDE)
+    for kind in PACKED:
+        content = _packed(write_checkpoint(wide, folder / kind, type=kind))
+        made[f"packing/{kind}"] = json.dumps(content).encode()
+    made["keras-config/tiny"] = _keras_config()
+    return made
+
+
+def _without_padding(data: bytes) -> bytes:
+    """A .sbs file whose end is not padded to 64 KiB: seeds should be small."""
+    magic, count, _ = _SBS_HEADER.unpack(data[-16:])
+    body = data[: data.rindex(b"\0\0\0\0", 0, len(data) - 16 - 32 * count) + 4].rstrip(b"\0")
+    body += bytes(-len(body) % 256)
+    total = len(body) + 32 * count + 16
+    return body + data[len(data) - 16 - 32 * count : -16] + _SBS_HEADER.pack(magic, count, total)
+
+
+def _packed(path: Path) -> dict:
+    header = safetensors.read_header(path / "model.safetensors")
+    raw = (path / "model.safetensors").read_bytes()
+    tensors = {}
+    for name, entry in header.tensors.items():
+        if ".q_proj." not in name and not name.endswith("model.norm.weight"):
+            continue
+        tensors[name] = [entry.dtype, list(entry.shape)]
+        if entry.nbytes <= 512:
+            tensors[name].append(raw[entry.offset : entry.offset + entry.nbytes].decode("latin1"))
+    config = json.loads((path / "config.json").read_bytes())
+    return {"quantization_config": config["quantization_config"], "tensors": tensors}
+
+
+def _keras_config() -> bytes:
+    from gemma2tool.formats.keras_config import small_files
+
+    return small_files(TINY, "float32", 1, None)["config.json"]
+
+
+def write() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        made = tiny_files() | model_files(Path(folder))
+    for name, data in made.items():
+        path = CORPUS / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+
+
+if __name__ == "__main__":
+    write()
