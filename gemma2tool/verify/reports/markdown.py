@@ -41,7 +41,9 @@ def _section(verification: Verification) -> str:
     if verification.causes:
         lines[-1] = ""
     lines += ["| | gate | result |", "|---|---|---|"]
-    lines += [f"| {MARKS[gate.status]} | {escaped(gate.name)} | {escaped(gate.summary)} |" for gate in verification.gates]
+    lines += [
+        f"| {MARKS[gate.status]} | {escaped(gate.name)} | {escaped(gate.summary)} |" for gate in verification.gates
+    ]
     lines.append("")
     for gate in verification.gates:
         lines += _findings(gate)
@@ -67,13 +69,17 @@ def card(verifications: Sequence[Verification]) -> str:
     if not rows:
         return ""
     count = {spread["positions"] for _, spread in rows}
+    over = " and ".join(f"{each:,}" for each in sorted(count))
+    about = (
+        f"KL divergence from the source's float32 logits in nats, over {over} positions; perplexities with their standard error."
+        " Measured by gemma2tool's own forward pass on the files themselves."
+    )
     said = [
         "| file | stored as | bits per weight | mean KL | 99 % KL | same top-1 | perplexity | ratio to the source |",
         "|---|---|---:|---:|---:|---:|---:|---:|",
         *(_cells(verification, spread) for verification, spread in rows),
         "",
-        f"KL divergence from the source's float32 logits in nats, over {' and '.join(f'{each:,}' for each in sorted(count))} positions;"
-        " perplexities with their standard error. Measured by gemma2tool's own forward pass on the files themselves.",
+        about,
         "",
     ]
     return "\n".join(said)

@@ -6,7 +6,7 @@ import html
 
 from gemma2tool.storage.quoting import safe
 
-VOID = frozenset({"meta", "br", "col"})
+VOID = frozenset({"meta", "br", "col", "link"})
 
 
 class Markup(str):
@@ -20,11 +20,13 @@ def escaped(content: object) -> Markup:
     return content if isinstance(content, Markup) else Markup(html.escape(safe(content), quote=True))
 
 
-def tag(name: str, *children: object, **attributes: object) -> Markup:
+def tag(name: str, /, *children: object, **attributes: object) -> Markup:
     """``<name attribute="...">children</name>``. An underscore at the end of an attribute is dropped (``class_``), others become
     hyphens; attributes that are None are left out, and so are children."""
     written = "".join(
-        f' {key.rstrip("_").replace("_", "-")}="{escaped(value)}"' for key, value in attributes.items() if value is not None
+        f' {key.rstrip("_").replace("_", "-")}="{escaped(value)}"'
+        for key, value in attributes.items()
+        if value is not None
     )
     if name in VOID:
         return Markup(f"<{name}{written}>")
