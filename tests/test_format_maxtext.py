@@ -61,7 +61,7 @@ def test_there_and_back_but_for_rounding(tmp_path: Path, dtype: str) -> None:
     back = registry.open_checkpoint(path)
     assert_ranges_agree(back)
     assert back.config == source.config and "rounding" in back.warnings[0]
-    kept = maxtext.kept(source)
+    kept = maxtext.kept(source, back)
     unit = 2.0 ** (-23 if dtype == "float32" else -7)
     for name, tensor in source.tensors.items():
         mine, original = back.tensors[name].load(), tensor.load()
@@ -76,6 +76,44 @@ def test_there_and_back_but_for_rounding(tmp_path: Path, dtype: str) -> None:
             assert mine.tobytes() == original.tobytes(), name
     told = maxtext.layout(source, WriteOptions()).warnings
     assert any("not exact" in line and "q_proj" in line for line in told)
+
+
+@pytest.mark.parametrize("dtype", [None, "f32", "bf16", "f16"])
+@pytest.mark.parametrize("origin", ["float32", "bfloat16", "gguf"])
+def test_it_passes_its_own_verification_and_faults_do_not(tmp_path: Path, origin: str, dtype: str | None) -> None:
+    """What the convention rounds, in whatever type it is stored, is no fault; the next float beside it is one."""
+    from gemma2tool.model.lazy import ArrayTensor
+    from gemma2tool.verify.run import LEVELS, verify
+
+    config = replace(CONFIG, hidden_size=72)  # sqrt(72) is no power of two
+    source = random_checkpoint(np.dtype(getattr(ml_dtypes, origin, "float32")), config)
+    if origin == "gguf":
+        source = registry.open_checkpoint(write_as("gguf", source, tmp_path / "source.gguf", dtype="bf16"))
+
+    def verdict(*levels: str):
+        expected = registry.by_name("maxtext").kept(source, candidate)
+        return verify(source, candidate, ids=np.arange(12), expected=expected, levels=levels)
+
+    candidate = registry.open_checkpoint(write_as("maxtext", source, tmp_path / "out", dtype=dtype))
+    found = verdict(*LEVELS)
+    assert found.passed and found.gate("tensors").status == "passed", found.to_json()
+    for name in ("model.embed_tokens.weight", "model.layers.1.self_attn.q_proj.weight", "model.layers.2.input_layernorm.weight"):
+        whole = candidate.tensors[name]
+        values = whole.load()
+        values.reshape(-1)[7:8].view(f"u{values.dtype.itemsize}")[:] += 1
+        candidate.tensors[name] = ArrayTensor(values)
+        found = verdict("tensors")
+        assert not found.passed and name in found.gate("tensors").summary
+        candidate.tensors[name] = whole
+
+
+def test_a_power_of_two_loses_nothing_and_is_not_told(tmp_path: Path) -> None:
+    source = random_checkpoint(np.dtype(ml_dtypes.bfloat16), replace(CONFIG, head_dim=16, query_pre_attn_scalar=16))
+    (told,) = registry.by_name("maxtext").layout(source, WriteOptions()).warnings
+    assert told.startswith("all norms (plus one): rounded")  # sqrt(64) and 16 ** -0.5 are powers of two
+    back = registry.open_checkpoint(write_as("maxtext", source, tmp_path / "out"))
+    for name, tensor in source.tensors.items():
+        assert "norm" in name or tensor.load().tobytes() == back.tensors[name].load().tobytes(), name
 
 
 def test_pairs_that_are_not_stacked(tmp_path: Path) -> None:

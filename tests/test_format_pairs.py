@@ -78,15 +78,3 @@ def test_an_untied_head_travels_where_there_is_a_place(tmp_path: Path, name: str
     source = random_checkpoint(np.dtype(np.float32), replace(SMALL, tie_word_embeddings=False))
     assert "lm_head.weight" in source.tensors
     assert_same_tensors(source, registry.open_checkpoint(write_as(name, source, tmp_path / "out")))
-
-
-@pytest.mark.parametrize("name", [name for name in LOSSLESS if name != "hf"])
-def test_a_classifiers_head_is_refused_where_there_is_none(tmp_path: Path, name: str) -> None:
-    from format_support import refused
-
-    from gemma2tool.model.lazy import ArrayTensor
-
-    source = random_checkpoint(np.dtype(np.float32))
-    source.tensors["score.weight"] = ArrayTensor(np.zeros((2, 64), np.float32))
-    with refused(f"the {name} format has no place for score.weight"):
-        write_as(name, source, tmp_path / NAME.get(name, "out"))

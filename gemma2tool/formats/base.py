@@ -112,10 +112,11 @@ class Format(Protocol):
     def layout(self, checkpoint: Checkpoint, options: WriteOptions) -> Output:
         """Plan the output. Reads no weights but those (norms) whose values decide how they can be stored."""
 
-    def kept(self, checkpoint: Checkpoint) -> dict[str, LazyTensor]:
-        """The canonical tensors of a source that this format's own conventions change, as they come back from it.
+    def kept(self, source: Checkpoint, candidate: Checkpoint) -> dict[str, LazyTensor]:
+        """The canonical tensors of ``source`` that this format's own conventions change, as they come back from ``candidate``, a
+        file of this format (opened; its stored types count, its values do not).
 
-        A verification holds a file of this format to these instead of to the source's: what they lose is the format's doing.
+        A verification holds the candidate to these instead of to the source's: what they lose is the format's doing.
         """
 
 

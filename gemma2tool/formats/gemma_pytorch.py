@@ -21,6 +21,7 @@ from gemma2tool.formats.steps import Row, to_canonical, to_disk
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.config import Gemma2Config, infer_from_shapes
 from gemma2tool.model.lazy import FLOAT32, ArrayTensor, LazyTensor, to_float32
+from gemma2tool.model.tensors import HEADS
 from gemma2tool.quantizers.floats import Float
 from gemma2tool.storage import strict_json, torch_zip
 
@@ -50,6 +51,7 @@ TABLE: tuple[Row, ...] = (
         )
     ),
     Row("model.norm.weight", ("model.norm.weight",)),
+    *(Row(name, (name,)) for name in HEADS),
 )
 
 
@@ -136,7 +138,7 @@ class GemmaPytorch:
             )
         return raw.open_torch(state, file, closers), [file], _embedded_config(tree, file)
 
-    def kept(self, checkpoint: Checkpoint) -> dict[str, LazyTensor]:
+    def kept(self, source: Checkpoint, candidate: Checkpoint) -> dict[str, LazyTensor]:
         return {}
 
     def layout(self, checkpoint: Checkpoint, options: WriteOptions) -> Output:
@@ -179,7 +181,9 @@ class GemmaPytorch:
         if not single:
             small = {name: data for name, data in checkpoint.assets.items() if name != "README.md"}
             small["config.json"] = assets.dump_json(checkpoint.config.to_hf())
-        return Output(self.name, single, [output_file], tensors, small)
+        heads = [name for name in HEADS if name in checkpoint.tensors]
+        told = [f"gemma_pytorch has no classification head: it leaves {', '.join(heads)} of the file alone"] if heads else []
+        return Output(self.name, single, [output_file], tensors, small, warnings=told)
 
 
 def _dequantized(disk: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:

@@ -105,9 +105,9 @@ class GGUF:
             raise
         return checkpoint
 
-    def kept(self, checkpoint: Checkpoint) -> dict[str, LazyTensor]:
+    def kept(self, source: Checkpoint, candidate: Checkpoint) -> dict[str, LazyTensor]:
         """Norms whose low bits w + 1 in float32 cannot hold; none of a checkpoint that was a GGUF itself."""
-        return {} if self.name in checkpoint.metadata else kept(TABLE, checkpoint.tensors, checkpoint.config)
+        return {} if self.name in source.metadata else kept(TABLE, source.tensors, source.config)
 
     def layout(self, checkpoint: Checkpoint, options: WriteOptions) -> Output:
         """See the module's docstring. ``options.extra``: what ``gguf_quantize.EXTRA`` lists, and ``allow_mismatch`` to write a file

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from gemma2tool.errors import InputRefused
 from gemma2tool.formats.gguf_values import KeyValue, Reading, f32, u32
 from gemma2tool.model.config import FULL, SLIDING, Gemma2Config
+from gemma2tool.model.tensors import HEADS
 from gemma2tool.storage.gguf import GGUFValue
 
 ARCHITECTURE = "gemma2"
@@ -178,8 +179,9 @@ def cannot_say(config: Gemma2Config, tensors: Iterable[str]) -> list[str]:
     names = set(tensors)
     if "lm_head.weight" in names:
         found.append("lm_head.weight is not tied; llama.cpp would use the embedding in its place")
-    if "score.weight" in names:
-        found.append("score.weight is a classification head; a Gemma 2 GGUF has none")
+    heads = [name for name in HEADS if name in names]
+    if heads:
+        found.append(f"{heads[0]} is a classification head; a Gemma 2 GGUF has none")
     if config.attention_bias:
         found.append("attention_bias is true; llama.cpp would leave the biases out")
     return found

@@ -101,7 +101,7 @@ class HuggingFace:
             files = [*files, index]
         return tensors, {}, files
 
-    def kept(self, checkpoint: Checkpoint) -> dict[str, LazyTensor]:
+    def kept(self, source: Checkpoint, candidate: Checkpoint) -> dict[str, LazyTensor]:
         return {}
 
     def layout(self, checkpoint: Checkpoint, options: WriteOptions) -> Output:

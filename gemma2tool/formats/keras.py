@@ -29,7 +29,7 @@ from gemma2tool.storage.reading import read_whole
 SINGLE = "model.weights.h5"
 INDEX = "model.weights.json"
 VOCABULARY = ("assets", "tokenizer", "vocabulary.spm")
-DTYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
+DTYPES = {"f64": "float64", "f32": "float32", "f16": "float16", "bf16": "bfloat16"}
 
 _HF, _KERAS = "model.layers.{i}.", "layers/gemma_decoder_block_{i}/"
 TABLE: tuple[Row, ...] = (
@@ -82,7 +82,7 @@ class Keras:
             raise
         return checkpoint
 
-    def kept(self, checkpoint: Checkpoint) -> dict[str, LazyTensor]:
+    def kept(self, source: Checkpoint, candidate: Checkpoint) -> dict[str, LazyTensor]:
         return {}
 
     def layout(self, checkpoint: Checkpoint, options: WriteOptions) -> Output:

@@ -60,7 +60,7 @@ class LitGPT:
             raise
         return checkpoint
 
-    def kept(self, checkpoint: Checkpoint) -> dict[str, LazyTensor]:
+    def kept(self, source: Checkpoint, candidate: Checkpoint) -> dict[str, LazyTensor]:
         return {}
 
     def layout(self, checkpoint: Checkpoint, options: WriteOptions) -> Output:

@@ -1,15 +1,16 @@
 """MaxText's parameters in Orbax: layers in pairs (local, global), stacked on axis 1; embedding, queries and norms in its own units.
 
-The embedding is stored times sqrt(D), queries times query_pre_attn_scalar ** -0.5, norms as w + 1, each in the stored type, whose
-rounding stays: the inverse is not exact. Names and arithmetic: MaxText ``convert_gemma2_chkpt.py`` and its parameter mapping. Pairs that
-are not stacked (``layers_0``, ...) are read too.
+The embedding is stored times sqrt(D), queries times query_pre_attn_scalar ** -0.5, norms as w + 1: values and factors rounded to the
+stored type first, results once more, so that the inverse is not exact. Names and arithmetic: MaxText ``convert_gemma2_chkpt.py``. Pairs
+that are not stacked (``layers_0``, ...) are read too.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ import numpy as np
 from gemma2tool.errors import InputRefused, UsageError
 from gemma2tool.formats import assets, orbax_output, zarr_arrays
 from gemma2tool.formats.base import Output, WriteOptions
+from gemma2tool.formats.dtypes import as_dtype, stored_dtypes
 from gemma2tool.formats.fixed import GEMMA2, refuse_or_warn
 from gemma2tool.formats.layout_steps import PadVocabulary, TransposeBlocks, WideRows, size
 from gemma2tool.formats.plain import expect_shape, plan_floats
@@ -65,16 +67,18 @@ class PlusOne:
         return _mapped(tensor, lambda values: values - np.float32(1))
 
 
+def _width(dtype: np.dtype) -> int:
+    return dtype.itemsize
+
+
 def _rounded(factor: float, dtype: np.dtype) -> np.float32:
     return np.float32(np.array(factor, FLOAT32).astype(dtype))
 
 
 def _mapped(tensor: LazyTensor, function: Callable[[np.ndarray], np.ndarray]) -> LazyTensor:
-    def rows(values: np.ndarray) -> np.ndarray:
-        result = function(to_float32(values))
-        return result if tensor.dtype == FLOAT32 else cast(result, tensor.dtype)
-
-    return MappedRows(tensor, rows, tensor.dtype)
+    """``function`` of float32 values, rounded to the tensor's own type, float32 at most."""
+    dtype = min(tensor.dtype, FLOAT32, key=_width)
+    return MappedRows(tensor, lambda values: cast(function(to_float32(values)), dtype), dtype)
 
 
 _HF, _MAX = "model.layers.{i}.", "layer_{i}/"
@@ -144,12 +148,15 @@ class MaxText:
         checkpoint.check()
         return checkpoint
 
-    def kept(self, checkpoint: Checkpoint) -> dict[str, LazyTensor]:
+    def kept(self, source: Checkpoint, candidate: Checkpoint) -> dict[str, LazyTensor]:
+        """The embedding, the queries and the norms after their arithmetic in the candidate's stored types."""
         found: dict[str, LazyTensor] = {}
-        for entry in entries(TABLE, checkpoint.config):
+        for entry in entries(TABLE, source.config):
+            (name,) = entry.canonical
             inexact = [step for step in entry.steps if not step.exact]
-            if inexact and entry.canonical[0] in checkpoint.tensors:
-                found[entry.canonical[0]] = _there_and_back(checkpoint.tensors[entry.canonical[0]], inexact, checkpoint.config)
+            if inexact and name in source.tensors and name in candidate.tensors:
+                tensor = as_dtype(source.tensors[name], candidate.tensors[name].dtype)
+                found[name] = _there_and_back(tensor, inexact, source.config)
         return found
 
     def layout(self, checkpoint: Checkpoint, options: WriteOptions) -> Output:
@@ -159,7 +166,10 @@ class MaxText:
             raise InputRefused(
                 "maxtext.layers", f"MaxText stores Gemma 2's layers in pairs; this model has {config.num_hidden_layers}"
             )
-        planned = {item.disk: item for item in plan_floats(TABLE, checkpoint, options, self.name)}
+        dtypes = {name: min(dtype, FLOAT32, key=_width) for name, dtype in stored_dtypes(checkpoint, options).items()}
+        stored = {name: as_dtype(tensor, dtypes[name]) for name, tensor in checkpoint.tensors.items()}
+        plain = replace(options, dtype=None)  # it is in the tensors now
+        planned = {item.disk: item for item in plan_floats(TABLE, replace(checkpoint, tensors=stored), plain, self.name)}
         parameters = [
             orbax_output.Parameter(("params", "params", *name.split("/")), planned[name].source.shape, (planned[name],))
             for name in (EMBEDDING, "decoder/decoder_norm/scale")
@@ -175,11 +185,18 @@ class MaxText:
         files, tensors, small = orbax_output.layout(FOLDER, parameters)
         small |= {name: data for name, data in checkpoint.assets.items() if name != "README.md"}
         small[CONFIG] = assets.dump_json(config.to_hf())
-        warnings.append(
-            "the embedding (times sqrt(D)), all q_proj (times the query scale) and all norms (plus one) are rounded to their stored"
-            " type after that, as MaxText has them: the way back is not exact"
-        )
+        warnings.append(_what_is_lost(config))
         return Output(self.name, False, files, tensors, small, warnings=warnings)
+
+
+def _what_is_lost(config: Gemma2Config) -> str:
+    """Which tensors do not come back bit for bit, and why. A factor that is a power of two loses nothing."""
+    scaled = {
+        f"the embedding (times sqrt(D), {config.embed_scale:g})": config.embed_scale,
+        f"all q_proj (times the query scale, {config.query_scale:g})": config.query_scale,
+    }
+    lossy = [what for what, factor in scaled.items() if math.frexp(factor)[0] != 0.5]
+    return f"{', '.join([*lossy, 'all norms (plus one)'])}: rounded to their stored type after that, so the way back is not exact"
 
 
 def _there_and_back(tensor: LazyTensor, steps: list, config: Gemma2Config) -> LazyTensor:

@@ -15,12 +15,12 @@ from gemma2tool.formats import assets, packings, raw
 from gemma2tool.formats.base import Output, WriteOptions
 from gemma2tool.formats.dtypes import as_dtype, stored_dtypes
 from gemma2tool.formats.packings.mlx import TYPES
-from gemma2tool.formats.plain import drop_equal_head, refuse_homeless
+from gemma2tool.formats.plain import drop_equal_head
 from gemma2tool.formats.safetensors_output import INDEX, SINGLE, config_content, other_assets, shards
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.config import Gemma2Config
 from gemma2tool.model.lazy import LazyTensor
-from gemma2tool.model.tensors import expand
+from gemma2tool.model.tensors import HEADS
 from gemma2tool.quantizers.floats import Float
 from gemma2tool.storage import safetensors
 from gemma2tool.storage.paths import confined
@@ -67,13 +67,12 @@ class MLX:
             raise
         return checkpoint
 
-    def kept(self, checkpoint: Checkpoint) -> dict[str, LazyTensor]:
+    def kept(self, source: Checkpoint, candidate: Checkpoint) -> dict[str, LazyTensor]:
         return {}
 
     def layout(self, checkpoint: Checkpoint, options: WriteOptions) -> Output:
         """``options.type``: mlx-4, mlx-8 or None; ``options.extra``: see ``packings.Settings``."""
         config = checkpoint.config
-        refuse_homeless(checkpoint.tensors, {name for name, spec in expand(config).items() if spec.required}, self.name)
         dtypes = stored_dtypes(checkpoint, options)
         sources = {name: as_dtype(checkpoint.tensors[name], dtypes[name]) for name in checkpoint.specs}
         settings, encoders, remarks = _settings(options), {}, []
@@ -88,7 +87,7 @@ class MLX:
             content |= packings.config_entries(settings)
         small = other_assets(checkpoint) | {"config.json": _dump(content), INDEX: _dump(index)}
         output = Output(self.name, False, files, tensors, small)
-        output.warnings.extend([*remarks, *_unlike_mlx(config)])
+        output.warnings.extend([*remarks, *_unlike_mlx(checkpoint)])
         return output
 
 
@@ -103,15 +102,18 @@ def _settings(options: WriteOptions) -> packings.Settings | None:
     return packings.Settings.of(options.type, options.extra)
 
 
-def _unlike_mlx(config: Gemma2Config) -> list[str]:
-    """What mlx-lm's gemma2 model would compute otherwise (mlx_lm/models/gemma2.py, 0.32)."""
-    found = []
+def _unlike_mlx(checkpoint: Checkpoint) -> list[str]:
+    """What mlx-lm's gemma2 model would compute otherwise, or has no place for (mlx_lm/models/gemma2.py, 0.32)."""
+    config, found = checkpoint.config, []
     if config.sliding_window is not None and config.sliding_window < config.max_position_embeddings:
         found.append(
             f"mlx-lm has no sliding window: its logits are right up to position {config.sliding_window} and differ after it"
         )
     if not config.tie_word_embeddings:
         found.append("mlx-lm ties Gemma 2's head to the embedding and does not load an lm_head of its own")
+    foreign = [name for name in checkpoint.tensors if name in HEADS or name.endswith("_proj.bias")]
+    if foreign:
+        found.append(f"mlx-lm's gemma2 has no {foreign[0]}: it loads the folder only with strict=False, and then without it")
     if config.rope_scaling:
         found.append("mlx-lm ignores the rotary scaling of Gemma 2")
     return found

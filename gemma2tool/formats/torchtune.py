@@ -55,7 +55,7 @@ class Torchtune:
             raise
         return checkpoint
 
-    def kept(self, checkpoint: Checkpoint) -> dict[str, LazyTensor]:
+    def kept(self, source: Checkpoint, candidate: Checkpoint) -> dict[str, LazyTensor]:
         return {}
 
     def layout(self, checkpoint: Checkpoint, options: WriteOptions) -> Output:

@@ -52,7 +52,12 @@ TENSOR_TABLE: tuple[TensorRow, ...] = (
     TensorRow("lm_head.weight", ("V", "D"), "head", quantizable=True, when="untied"),
     TensorRow("score.weight", ("N", "D"), "head", when="head"),
     TensorRow("score.bias", ("N",), "head", when="head"),
+    TensorRow("classifier.weight", ("N", "D"), "head", when="head"),
+    TensorRow("classifier.bias", ("N",), "head", when="head"),
 )
+
+HEADS = tuple(row.name for row in TENSOR_TABLE if row.when == "head")
+"""Classification heads: ``score`` of Hugging Face's classes, ``classifier`` of others."""
 
 
 @dataclass(frozen=True)

@@ -130,6 +130,6 @@ def judge(
         gates=gates or None,
         threads=threads,
         progress=console.progress,
-        expected=registry.by_name(candidate.format).kept(source),
+        expected=registry.by_name(candidate.format).kept(source, candidate),
         weighted=weighted,
     )

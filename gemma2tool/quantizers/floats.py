@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gemma2tool.model.lazy import BFLOAT16, DTYPE_NAMES, FLOAT16, FLOAT32
+from gemma2tool.model.lazy import BFLOAT16, DTYPE_NAMES, FLOAT16, FLOAT32, to_float32
 from gemma2tool.quantizers.base import Part
 from gemma2tool.quantizers.casts import cast
 
@@ -22,7 +22,7 @@ SAFETENSORS_NAMES = {
 
 @dataclass(frozen=True)
 class Float:
-    """Store values as ``dtype``: float32, float16 or bfloat16 from any of the three, any other type from itself alone."""
+    """Store values as ``dtype``: float32, float16 or bfloat16 from any of the three or from float64, any other type from itself alone."""
 
     dtype: np.dtype
     collects: tuple[str, ...] = ()
@@ -44,7 +44,9 @@ class Float:
         return 1
 
     def encode(self, rows: np.ndarray) -> Mapping[str, np.ndarray]:
-        return {"": rows if rows.dtype == self.dtype else cast(rows, self.dtype)}
+        if rows.dtype == self.dtype:
+            return {"": rows}
+        return {"": cast(to_float32(rows) if rows.dtype == np.float64 else rows, self.dtype)}
 
     def finish(self, shape: tuple[int, ...], collected: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
         return {}
