@@ -90,7 +90,7 @@ def verify(
     common = {name: tensor for name, tensor in source.tensors.items() if _same_shape(name, tensor, candidate)}
     rmse = None if gates is None else gates.get("rmse")
     if "tensors" in levels:
-        with timed("tensors"), _bar(progress, sum(candidate.tensors[name].nbytes for name in common), "tensors") as bar:
+        with timed("tensors"), shown(progress, sum(candidate.tensors[name].nbytes for name in common), "tensors") as bar:
             comparisons = compare_tensors(
                 common,
                 candidate.tensors,
@@ -111,7 +111,7 @@ def verify(
             )
             results += found
     measured = Measurements(None if comparisons is None else tensor_errors(comparisons), drift, tokens, reference)
-    return Verification(_side(source), _side(candidate), kind, tuple(results), seconds, measurements=measured)
+    return Verification(side_of(source), side_of(candidate), kind, tuple(results), seconds, measurements=measured)
 
 
 def _logits(
@@ -139,7 +139,7 @@ def _logits(
         ids = default_ids(shorter) if ids is None else ids
     ids = as_prompts(ids)
     nbytes = sum(each.nbytes for side in (source, candidate) for each in side.tensors.values())
-    with _bar(progress, nbytes * passes(ids), "forward passes") as bar:
+    with shown(progress, nbytes * passes(ids), "forward passes") as bar:
         run = compare_logits(
             source,
             candidate,
@@ -165,7 +165,8 @@ def _same_shape(name: str, tensor: LazyTensor, candidate: Checkpoint) -> bool:
     return name in candidate.tensors and tuple(candidate.tensors[name].shape) == tuple(tensor.shape)
 
 
-def _side(checkpoint: Checkpoint) -> Side:
+def side_of(checkpoint: Checkpoint) -> Side:
+    """A checkpoint as a result names it."""
     stored: Counter[str] = Counter()
     for tensor in checkpoint.tensors.values():
         stored[tensor.stored] += tensor.size
@@ -173,5 +174,6 @@ def _side(checkpoint: Checkpoint) -> Side:
     return Side(str(checkpoint.path), checkpoint.format, dict(stored), nbytes)
 
 
-def _bar(progress: Progress | None, total: int, label: str) -> AbstractContextManager[Bar]:
+def shown(progress: Progress | None, total: int, label: str) -> AbstractContextManager[Bar]:
+    """A bar of ``progress``, or none."""
     return nullcontext(_NoBar()) if progress is None else progress(total, label)
