@@ -1,0 +1,173 @@
+"""One decoder layer over all calibration sequences: what reaches its projections, their codes, and what the layer then gives.
+
+The layer is walked through in four stages, as its data flow: the input of attention, of its output projection, of the feed-forward
+and of its down projection. At each, the inputs of the projections that come next are collected over all sequences and a method (GPTQ,
+AWQ) decides; what follows runs on the decided weights. All that is kept between stages is the residual stream.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from typing import Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gemma2tool.errors import InputRefused
+from gemma2tool.model.config import Gemma2Config
+from gemma2tool.model.lazy import FLOAT32, LazyTensor, row_ranges
+from gemma2tool.quantizers.calibration import Map
+from gemma2tool.quantizers.calibration.grid import Codes
+from gemma2tool.quantizers.calibration.hessian import Hessian
+from gemma2tool.reference.layers import DecoderLayer, RMSNorm
+from gemma2tool.reference.tensors import load_tensor
+
+QUERY, KEY, VALUE, OUTPUT = (f"self_attn.{name}_proj" for name in "qkvo")
+GATE, UP, DOWN = (f"mlp.{name}_proj" for name in ("gate", "up", "down"))
+
+SEQUENCES = 4
+"""Sequences whose activations are held, and added to a Hessian, at once."""
+
+BLOCK_BYTES = 8 << 20
+"""Rows of a weight that are multiplied with at once, as float32."""
+
+
+class Method(Protocol):
+    """Decides on weights, stage by stage; each call may quantize or rescale projections of the layer through its methods."""
+
+    def attention_input(self, layer: CalibratedLayer, hessian: Hessian) -> None: ...
+
+    def attention_output(self, layer: CalibratedLayer, hessian: Hessian) -> None: ...
+
+    def mlp_input(self, layer: CalibratedLayer, hessian: Hessian) -> None: ...
+
+    def mlp_output(self, layer: CalibratedLayer, hessian: Hessian) -> None: ...
+
+
+class Projection(nn.Module):
+    """x times a weight that is read, or decoded, a block of rows at a time."""
+
+    def __init__(self, weight: LazyTensor, bias: LazyTensor | None) -> None:
+        super().__init__()
+        self.weight = weight
+        self.bias = None if bias is None else load_tensor(bias, torch.float32, "cpu")
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = x.new_empty(*x.shape[:-1], self.weight.rows)
+        for first, last in row_ranges(self.weight.rows, self.weight.row_size * FLOAT32.itemsize, BLOCK_BYTES):
+            out[..., first:last] = F.linear(x, torch.from_numpy(self.weight.load_rows_f32(first, last)))
+        return out if self.bias is None else out.add_(self.bias)
+
+
+class CalibratedLayer:
+    """A layer in the making.
+
+    ``tensors``: the checkpoint's, by canonical name; ``wanted``: canonical names of the weights to be quantized. ``hessian_block``: see
+    ``Hessian``. ``run``: what pieces of work are run with.
+    """
+
+    def __init__(
+        self,
+        config: Gemma2Config,
+        index: int,
+        tensors: Mapping[str, LazyTensor],
+        wanted: Collection[str],
+        *,
+        hessian_block: int | None,
+        run: Map,
+    ) -> None:
+        self.config, self.prefix, self.tensors, self.wanted = config, f"model.layers.{index}.", tensors, wanted
+        self.hessian_block, self.run = hessian_block, run
+        self.results: dict[str, Codes | np.ndarray] = {}
+        """By canonical name: weights in codes, and norms whose values changed, as they are to be stored."""
+
+        def projection(in_features: int, out_features: int, bias: bool, name: str) -> nn.Module:
+            return Projection(tensors[f"{self.prefix}{name}.weight"], tensors[f"{self.prefix}{name}.bias"] if bias else None)
+
+        with torch.device("meta"):
+            self.module = DecoderLayer(config, index, projection).eval()
+        for name, norm in self.module.named_modules():
+            if isinstance(norm, RMSNorm):
+                self._set_norm(norm, load_tensor(tensors[f"{self.prefix}{name}.weight"], torch.float32, "cpu"))
+
+    def calibrate(self, method: Method, residual: list[Tensor], cos: Tensor, sin: Tensor) -> None:
+        """Go through the stages with ``method``; ``residual``, a (1, T, D) for each sequence, becomes what the layer gives."""
+        layer, attention, mlp = self.module, self.module.self_attn, self.module.mlp
+
+        def attend(x: Tensor) -> Tensor:
+            return attention(layer.input_layernorm(x), cos, sin, None, None, False)[0]
+
+        method.attention_input(self, self._collect(layer.input_layernorm, residual))
+        with _without(attention, "o_proj"):
+            hessian = self._collect(attend, residual)
+        method.attention_output(self, hessian)
+        del hessian
+        self._replace(lambda x: x + layer.post_attention_layernorm(attend(x)), residual)
+        method.mlp_input(self, self._collect(layer.pre_feedforward_layernorm, residual))
+        with _without(mlp, "down_proj"):
+            hessian = self._collect(lambda x: mlp(layer.pre_feedforward_layernorm(x)), residual)
+        method.mlp_output(self, hessian)
+        del hessian
+        self._replace(
+            lambda x: x + layer.post_feedforward_layernorm(mlp(layer.pre_feedforward_layernorm(x))), residual
+        )
+
+    def wants(self, *names: str) -> bool:
+        """Whether all these projections are to be quantized."""
+        return all(f"{self.prefix}{name}.weight" in self.wanted for name in names)
+
+    def projection(self, name: str) -> Projection:
+        return self.module.get_submodule(name)
+
+    def rows(self, name: str, first: int, last: int) -> np.ndarray:
+        """Rows of a projection's weight as it is now, float32; InputRefused where they are not finite."""
+        weight = self.projection(name).weight
+        rows = weight.load_rows_f32(first, last)
+        if not np.isfinite(rows).all():
+            raise InputRefused(
+                "weights.nonfinite",
+                f"{weight.origin}: holds NaN or infinite values",
+                hint="the checkpoint is damaged, and cannot be calibrated",
+            )
+        return rows
+
+    def set_codes(self, name: str, codes: Codes) -> None:
+        """From here on the projection is what its codes stand for."""
+        self.results[f"{self.prefix}{name}.weight"] = codes
+        self.projection(name).weight = codes
+
+    def set_norm(self, name: str, stored: np.ndarray) -> None:
+        """From here on the norm has these values, (D,), which are how it will be stored."""
+        self.results[f"{self.prefix}{name}.weight"] = stored
+        self._set_norm(self.module.get_submodule(name), torch.from_numpy(stored.astype(np.float32)))
+
+    def _set_norm(self, norm: RMSNorm, values: Tensor) -> None:
+        norm.weight = nn.Parameter(values, requires_grad=False)
+
+    def _collect(self, inputs: Callable[[Tensor], Tensor], residual: list[Tensor]) -> Hessian:
+        hessian = None
+        for first in range(0, len(residual), SEQUENCES):
+            found = torch.cat([each.flatten(0, 1) for each in self.run(inputs, residual[first : first + SEQUENCES])])
+            if hessian is None:
+                hessian = Hessian(found.shape[1], self.hessian_block)
+            hessian.add(found, self.run)
+        return hessian
+
+    def _replace(self, step: Callable[[Tensor], Tensor], residual: list[Tensor]) -> None:
+        for position, after in enumerate(self.run(step, list(residual))):
+            residual[position] = after
+
+
+class _without:
+    """Inside, the module's projection ``name`` is the identity, so that the module returns what the projection is given."""
+
+    def __init__(self, module: nn.Module, name: str) -> None:
+        self.module, self.name, self.projection = module, name, getattr(module, name)
+
+    def __enter__(self) -> None:
+        setattr(self.module, self.name, nn.Identity())
+
+    def __exit__(self, *exc: object) -> None:
+        setattr(self.module, self.name, self.projection)

@@ -1,0 +1,167 @@
+"""What GPTQ and AWQ do at each stage of a Gemma 2 layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from gemma2tool.model.lazy import FLOAT32, LazyTensor, row_ranges, to_float32
+from gemma2tool.pipeline.calibrated_layer import DOWN, GATE, KEY, OUTPUT, QUERY, UP, VALUE, CalibratedLayer
+from gemma2tool.quantizers.calibration import rounding, scales
+from gemma2tool.quantizers.calibration.grid import Codes, Grid, to_nearest
+from gemma2tool.quantizers.calibration.hessian import Hessian, factors
+from gemma2tool.quantizers.casts import cast
+
+NEAREST_BYTES = 8 << 20
+"""Rows rounded to nearest at once, as float32."""
+
+
+class ByHessian:
+    """GPTQ: each projection's errors are made up for within its rows, by the inputs that the quantized layers before it give.
+
+    ``grids``: by canonical name. ``damping``, ``act_order``: see ``hessian.factors``.
+    """
+
+    def __init__(self, grids: Mapping[str, Grid], *, damping: float, act_order: bool) -> None:
+        self.grids, self.damping, self.act_order = grids, damping, act_order
+
+    def attention_input(self, layer: CalibratedLayer, hessian: Hessian) -> None:
+        self._round(layer, hessian, QUERY, KEY, VALUE)
+
+    def attention_output(self, layer: CalibratedLayer, hessian: Hessian) -> None:
+        self._round(layer, hessian, OUTPUT)
+
+    def mlp_input(self, layer: CalibratedLayer, hessian: Hessian) -> None:
+        self._round(layer, hessian, GATE, UP)
+
+    def mlp_output(self, layer: CalibratedLayer, hessian: Hessian) -> None:
+        self._round(layer, hessian, DOWN)
+
+    def _round(self, layer: CalibratedLayer, hessian: Hessian, *names: str) -> None:
+        names = [name for name in names if layer.wants(name)]
+        if not names:
+            return
+        columns, found = hessian.columns, factors(hessian, self.damping, self.act_order)
+        for name in names:
+            weight, grid = layer.projection(name).weight, self.grids[f"{layer.prefix}{name}.weight"]
+            ranges = list(row_ranges(weight.rows, 1, rounding.ROWS))
+            pieces = layer.run(
+                lambda span, name=name, grid=grid: rounding.round_rows(layer.rows(name, *span), found, grid), ranges
+            )
+            codes, zeros, steps = (np.concatenate(arrays) for arrays in zip(*pieces, strict=True))
+            groups = rounding.group_of_column(found, columns, grid.width)
+            layer.set_codes(name, Codes(codes, zeros, steps, groups, weight.origin))
+
+
+class ByScale:
+    """AWQ: columns are scaled before they are rounded to nearest, and what feeds them is scaled back.
+
+    What feeds q, k and v, and gate and up, is a norm applied as 1 + w: its weight becomes (1 + w) / s - 1. What feeds down is up, and o
+    is fed by v, whose heads several query heads read: those share their scales. The norms after attention and feed-forward feed the
+    residual stream and no projection; they are never touched. A scale is only folded where every projection it meets is quantized.
+
+    ``norms``: the types that norms are stored in, by canonical name.
+    """
+
+    def __init__(self, grids: Mapping[str, Grid], norms: Mapping[str, np.dtype]) -> None:
+        self.grids, self.norms = grids, norms
+
+    def attention_input(self, layer: CalibratedLayer, hessian: Hessian) -> None:
+        if layer.wants(QUERY, KEY, VALUE):
+            self._fold_into_norm(layer, "input_layernorm", hessian, QUERY, KEY, VALUE)
+
+    def attention_output(self, layer: CalibratedLayer, hessian: Hessian) -> None:
+        config = layer.config
+        if layer.wants(VALUE, OUTPUT) and not config.attention_bias:
+            heads = (config.num_key_value_heads, config.num_key_value_groups, config.head_dim)
+            shared = hessian.mean_magnitude.view(heads).mean(1, keepdim=True).expand(heads).flatten()
+            found = self._search(layer, hessian, shared, OUTPUT)
+            self._fold_into_rows(layer, VALUE, found.reshape(heads)[:, 0].reshape(-1))
+            _scale(layer, OUTPUT, columns=found)
+        self._round(layer, QUERY, KEY, VALUE, OUTPUT)
+
+    def mlp_input(self, layer: CalibratedLayer, hessian: Hessian) -> None:
+        if layer.wants(GATE, UP):
+            self._fold_into_norm(layer, "pre_feedforward_layernorm", hessian, GATE, UP)
+        self._round(layer, GATE)
+
+    def mlp_output(self, layer: CalibratedLayer, hessian: Hessian) -> None:
+        if layer.wants(UP, DOWN):
+            found = self._search(layer, hessian, hessian.mean_magnitude, DOWN)
+            self._fold_into_rows(layer, UP, found)
+            _scale(layer, DOWN, columns=found)
+        self._round(layer, UP, DOWN)
+
+    def _search(self, layer: CalibratedLayer, hessian: Hessian, magnitude, *names: str) -> np.ndarray:
+        hessian.fill()
+        weights = []
+        for name in names:
+            picked = scales.sample(layer.projection(name).weight.rows)
+            weights.append(np.concatenate([layer.rows(name, row, row + 1) for row in picked]))
+        return scales.search(weights, hessian, magnitude, self._grid(layer, names[0]), layer.run)
+
+    def _fold_into_norm(self, layer: CalibratedLayer, norm: str, hessian: Hessian, *names: str) -> None:
+        wanted = self._search(layer, hessian, hessian.mean_magnitude, *names)
+        weight = to_float32(layer.tensors[f"{layer.prefix}{norm}.weight"].load())
+        stored, found = folded_norm(weight, wanted, self.norms[f"{layer.prefix}{norm}.weight"])
+        layer.set_norm(norm, stored)
+        for name in names:
+            _scale(layer, name, columns=found)
+
+    def _fold_into_rows(self, layer: CalibratedLayer, name: str, found: np.ndarray) -> None:
+        _scale(layer, name, rows=np.float32(1) / found)
+
+    def _round(self, layer: CalibratedLayer, *names: str) -> None:
+        for name in names:
+            if not layer.wants(name):
+                continue
+            weight, grid = layer.projection(name).weight, self._grid(layer, name)
+            ranges = list(row_ranges(weight.rows, weight.row_size * FLOAT32.itemsize, NEAREST_BYTES))
+            pieces = layer.run(
+                lambda span, name=name, grid=grid: to_nearest(layer.rows(name, *span), grid), ranges
+            )
+            codes, zeros, steps = (np.concatenate(arrays) for arrays in zip(*pieces, strict=True))
+            groups = np.arange(weight.row_size, dtype=np.int32) // grid.width
+            layer.set_codes(name, Codes(codes, zeros, steps, groups, weight.origin))
+
+    def _grid(self, layer: CalibratedLayer, name: str) -> Grid:
+        return self.grids[f"{layer.prefix}{name}.weight"]
+
+
+def folded_norm(weight: np.ndarray, wanted: np.ndarray, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
+    """A norm (D,) with the inverse of the ``wanted`` scales in it, as stored in ``dtype``, and the scales that this leaves, float32.
+
+    Stored values of about 0 are coarse where 1 + w is what counts, so the scales follow from what was stored: (1 + w) / (1 + w').
+    Channels for which that is no positive number keep their weight.
+    """
+    one = np.float32(1)
+    stored = cast((one + weight) / wanted - one, dtype)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        found = (one + weight) / (one + to_float32(stored))
+    kept = ~(np.isfinite(found) & (found > 0))
+    stored[kept], found[kept] = cast(weight, dtype)[kept], one
+    return stored, found
+
+
+def _scale(
+    layer: CalibratedLayer, name: str, *, rows: np.ndarray | None = None, columns: np.ndarray | None = None
+) -> None:
+    projection = layer.projection(name)
+    projection.weight = _Scaled(projection.weight, rows, columns)
+
+
+class _Scaled(LazyTensor):
+    """A weight (O, I) with its rows (O,) or columns (I,) multiplied."""
+
+    dtype = FLOAT32
+
+    def __init__(self, source: LazyTensor, rows: np.ndarray | None, columns: np.ndarray | None) -> None:
+        self.source, self.by_row, self.by_column = source, rows, columns
+        self.shape, self.stored, self.origin = source.shape, source.stored, source.origin
+
+    def load_rows(self, first: int, last: int) -> np.ndarray:
+        rows = self.source.load_rows_f32(first, last)
+        if self.by_row is not None:
+            rows = rows * self.by_row[first:last, None]
+        return rows if self.by_column is None else rows * self.by_column

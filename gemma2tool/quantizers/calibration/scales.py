@@ -1,0 +1,56 @@
+"""AWQ (https://arxiv.org/abs/2306.00978): columns that meet large inputs are scaled up before they are rounded to nearest.
+
+The inverse scale goes into whatever produces the inputs. Scales are powers of the inputs' mean magnitude; the power that costs the
+output least is found by trying.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gemma2tool.model.lazy import to_float32
+from gemma2tool.quantizers import groups
+from gemma2tool.quantizers.calibration import Map
+from gemma2tool.quantizers.calibration.grid import Grid, to_nearest
+from gemma2tool.quantizers.calibration.hessian import Hessian
+
+POWERS = tuple(step / 20 for step in range(20))
+SMALLEST = 1e-4
+ROWS = 1024
+"""Rows of a matrix that are looked at, evenly spread: a scale belongs to a column, and so many rows tell what it costs."""
+
+
+def search(weights: Sequence[np.ndarray], hessian: Hessian, magnitude: Tensor, grid: Grid, run: Map = map) -> np.ndarray:
+    """The scales (I,) float32 under which the matrices (n, I) that share these inputs lose least, rounded to nearest.
+
+    ``magnitude`` (I,): mean |x| per column. ``hessian``: of the inputs, filled. A scale of 1 everywhere is among those tried.
+    """
+    tried = [candidate(magnitude, power) for power in POWERS]
+    losses = list(run(lambda scales: sum(loss(rows, scales, hessian, grid) for rows in weights), tried))
+    return tried[int(np.argmin(losses))]
+
+
+def candidate(magnitude: Tensor, power: float) -> np.ndarray:
+    """magnitude ** power, over the geometric mean of its largest and smallest."""
+    scales = magnitude.double().clamp(min=SMALLEST) ** power
+    return (scales / (scales.max() * scales.min()).sqrt()).float().numpy()
+
+
+def loss(rows: np.ndarray, scales: np.ndarray, hessian: Hessian, grid: Grid) -> float:
+    """The squared error of the outputs, summed over the text, of float32 rows (n, I) rounded under ``scales``."""
+    codes, zeros, steps = to_nearest(rows * scales, grid)
+    error = torch.from_numpy(groups.values(codes, grid.width, to_float32(steps), zeros) / scales - rows)
+    total = 0.0
+    for square, span in zip(hessian.squares, hessian.spans, strict=True):
+        part = error[:, span]
+        total += float((part @ square * part).sum(dtype=torch.float64))
+    return total
+
+
+def sample(rows: int) -> np.ndarray:
+    """Which rows of a matrix of so many are looked at."""
+    return np.unique(np.linspace(0, rows - 1, min(rows, ROWS)).astype(np.int64))
