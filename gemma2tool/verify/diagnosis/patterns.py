@@ -1,0 +1,2 @@
+def causes_of_patterns(case, names):
+    return []
