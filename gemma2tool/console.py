@@ -101,6 +101,12 @@ class Console:
         stream.write(shown.encode(getattr(stream, "encoding", None) or "utf-8", "replace").decode(stream.encoding or "utf-8"))
         stream.flush()
 
+    def markdown(self, text: str) -> None:
+        """Markdown that somebody asked for, to stdout as it is: its writer has escaped what came from files."""
+        if not self.json:
+            for line in text.splitlines():
+                self._line(False, (safe(line), ""))
+
     def note(self, message: object) -> None:
         """Something to know, to stderr."""
         if not self.quiet:

@@ -8,6 +8,7 @@ import typer
 
 from gemma2tool.cli import options as o
 from gemma2tool.cli.produce import Shared, produce
+from gemma2tool.cli.reports import Reports
 
 
 def convert(
@@ -23,9 +24,10 @@ def convert(
     ] = None,
     *,
     shared: Shared,
+    reports: Reports,
 ) -> None:
     """Convert a checkpoint to another format, and verify the result.
 
     The target follows from the name of DST (.gguf: GGUF; .ckpt: gemma_pytorch; else a Hugging Face folder) or from --to.
     """
-    produce(src, dst, shared, dtype=dtype)
+    produce(src, dst, shared, reports, dtype=dtype)

@@ -110,7 +110,7 @@ def _register() -> None:
 
     app.command("convert")(guarded(expanded(convert.convert)))
     app.command("quantize")(guarded(expanded(quantize.quantize)))
-    app.command("verify")(guarded(verify.verify))
+    app.command("verify")(guarded(expanded(verify.verify)))
     app.command("logits")(guarded(logits.logits))
     app.command("generate")(guarded(generate.generate))
     app.command("imatrix")(guarded(imatrix.imatrix))

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from gemma2tool.cli import options as o
+from gemma2tool.cli.reports import Reports
 from gemma2tool.errors import EXIT_VERIFICATION_FAILED, UsageError
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ def produce(
     src: Path,
     dst: Path,
     shared: Shared,
+    reports: Reports,
     *,
     dtype: str | None,
     type: str | None = None,
@@ -101,6 +103,7 @@ def produce(
                 extra={**extra, "single_file": single},
             )
             plans.append(replace(make_plan(read, path, to=format_name, options=options), source=source))
+        reports.check((*source.files, *(path for plan in plans for path in (plan.destination, *_inside(plan)))))
         _remarks(plans, console)
         if shared.dry_run:
             _show_plans(plans, console, shared.json_output)
@@ -126,8 +129,16 @@ def produce(
         if result.verification is not None:
             console.verification(result.verification)
         console.print(result.sentence())
+    reports.write([result.verification for result in results if result.verification is not None], console)
     if not all(result.written for result in results):
         raise typer.Exit(EXIT_VERIFICATION_FAILED)
+
+
+def _inside(plan: Plan) -> list[Path]:
+    """The files that a folder will have."""
+    if plan.output.single_file:
+        return []
+    return [plan.destination / name for name in (*(file.name for file in plan.output.files), *plan.output.assets)]
 
 
 def _destinations(dst: Path, to: str | None, types: str | None) -> list[tuple[Path, str, str | None]]:
@@ -200,7 +211,9 @@ def _check_type(name: str | None, target: str, extra: Mapping[str, object]) -> N
         if given or (option == "symmetric" and given is not None):
             flag = "--sym/--asym" if option == "symmetric" else "--" + option.replace("_", "-")
             raise UsageError(
-                "option.ignored", f"{flag} means nothing for {target}", hint="it is for types of quantized folders, such as nf4"
+                "option.ignored",
+                f"{flag} means nothing for {target}",
+                hint="it is for types of quantized folders, such as nf4",
             )
 
 

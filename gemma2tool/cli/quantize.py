@@ -8,6 +8,7 @@ import typer
 
 from gemma2tool.cli import options as o
 from gemma2tool.cli.produce import Shared, produce
+from gemma2tool.cli.reports import Reports
 
 
 def quantize(
@@ -102,6 +103,7 @@ def quantize(
     ] = False,
     *,
     shared: Shared,
+    reports: Reports,
 ) -> None:
     """Quantize a checkpoint, straight from its original format, and verify the result."""
     extra = {
@@ -121,4 +123,4 @@ def quantize(
         "override_kv": override_kv,
         "allow_requantize": allow_requantize,
     }
-    produce(src, dst, shared, dtype=dtype, type=type.lower(), extra=extra)
+    produce(src, dst, shared, reports, dtype=dtype, type=type.lower(), extra=extra)

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from gemma2tool.cli import options as o
+from gemma2tool.cli.reports import Reports
 from gemma2tool.errors import EXIT_VERIFICATION_FAILED
 
 
@@ -21,6 +22,8 @@ def verify(
     threads: o.Threads = None,
     quiet: o.Quiet = False,
     json_output: o.Json = False,
+    *,
+    reports: Reports,
 ) -> None:
     """Compare a checkpoint with the one it was made from: tensors, config, tokenizer, logits. Exit code 1 if a gate fails."""
     from gemma2tool.console import Console
@@ -34,6 +37,7 @@ def verify(
         registry.open_checkpoint(reference, config=given) as source,
         registry.open_checkpoint(candidate, config=_fitting(candidate, given)) as made,
     ):
+        reports.check((*source.files, *made.files))
         for checkpoint in (source, made):
             for warning in (*checkpoint.warnings, *checkpoint.config.warnings):
                 console.warn(f"{checkpoint.path.name}: {warning}")
@@ -49,6 +53,7 @@ def verify(
         console.emit_json(result.to_json())
     else:
         console.verification(result)
+    reports.write([result], console)
     if not result.passed:
         raise typer.Exit(EXIT_VERIFICATION_FAILED)
 
