@@ -4,30 +4,32 @@ from __future__ import annotations
 
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.tensors import expand
-from gemma2tool.verify.result import Finding, GateResult
+from gemma2tool.verify.result import Finding, GateResult, Sides
 
 GATE = "completeness"
+SIDES: Sides = ("the source", "the candidate")
 
 
-def compare_names(source: Checkpoint, candidate: Checkpoint) -> GateResult:
+def compare_names(source: Checkpoint, candidate: Checkpoint, *, sides: Sides = SIDES) -> GateResult:
     """The completeness gate: the candidate against the source, and against the tensor table of its own config."""
     findings = []
+    ours, theirs = sides
 
     def error(name: str, message: str) -> None:
         findings.append(Finding(GATE, "error", name, message))
 
     for name, tensor in source.tensors.items():
         if name not in candidate.tensors:
-            error(name, "missing from the candidate")
+            error(name, f"in {ours}, but not in {theirs}")
         elif (shape := candidate.tensors[name].shape) != tensor.shape:
-            error(name, f"has shape {_shape(tensor.shape)} in the source, {_shape(shape)} in the candidate")
+            error(name, f"has shape {_shape(tensor.shape)} in {ours}, {_shape(shape)} in {theirs}")
     for name in sorted(candidate.tensors.keys() - source.tensors.keys()):
-        error(name, "in the candidate, but not in the source")
+        error(name, f"in {theirs}, but not in {ours}")
     for name, spec in expand(candidate.config).items():
         if name in candidate.tensors and (shape := candidate.tensors[name].shape) != spec.shape:
-            error(name, f"has shape {_shape(shape)}, the candidate's config asks for {_shape(spec.shape)}")
+            error(name, f"has shape {_shape(shape)}, the config of {theirs} asks for {_shape(spec.shape)}")
         elif spec.required and name not in candidate.tensors and name not in source.tensors:
-            error(name, "missing from both sides, though the candidate's config asks for it")
+            error(name, f"missing from both, though the config of {theirs} asks for it")
     metrics = {"source_tensors": len(source.tensors), "candidate_tensors": len(candidate.tensors)}
     if not findings:
         return GateResult(

@@ -3,13 +3,13 @@ informative."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
 from gemma2tool.model.config import Gemma2Config
-from gemma2tool.verify.result import Finding, GateResult, Severity
+from gemma2tool.verify.result import SIDES, Finding, GateResult, Severity, Sides
 
 GATE = "config"
 
@@ -64,26 +64,38 @@ INFORMATIVE = (
 _FLOAT32 = frozenset({"rms_norm_eps", "rope_theta", "attn_logit_softcapping", "final_logit_softcapping"})
 
 
-def compare_configs(source: Gemma2Config, candidate: Gemma2Config) -> GateResult:
-    """The config gate: ``failed`` when a field of the arithmetic differs, or when bos or all of eos do."""
+def compare_configs(
+    source: Gemma2Config,
+    candidate: Gemma2Config,
+    *,
+    sides: Sides = SIDES,
+    unsaid: Mapping[str, str] | None = None,
+    assumed: Iterable[tuple[str, str]] = (),
+) -> GateResult:
+    """The config gate: ``failed`` when a field of the arithmetic differs, or what stops and starts a text.
+
+    ``unsaid``: field -> why the candidate's format could not say the source's value. ``assumed``: fields and sentences, what
+    the candidate's consumer computes whatever the file says; warnings.
+    """
     findings = []
     for name, meaning in ARITHMETIC.items():
         ours, theirs = getattr(source, name), getattr(candidate, name)
         if normal(name, ours) != normal(name, theirs):
-            said = _layers(ours, theirs) if name == "layer_types" else _versus(ours, theirs)
-            findings.append(Finding(GATE, "error", name, f"{name} ({meaning}): {said}"))
+            said = _layers(ours, theirs, sides) if name == "layer_types" else _versus(ours, theirs, sides)
+            why = f"; {unsaid[name]}" if name in (unsaid or {}) else ""
+            findings.append(Finding(GATE, "error", name, f"{name} ({meaning}): {said}{why}"))
     for name, meaning in USE.items():
         ours, theirs = getattr(source, name), getattr(candidate, name)
         if name == "eos_token_id":
             ours, theirs = source.eos_token_ids or None, candidate.eos_token_ids or None
         if ours != theirs:
-            findings.append(
-                Finding(GATE, _severity(name, ours, theirs), name, f"{name} ({meaning}): {_versus(ours, theirs)}")
-            )
+            said = f"{name} ({meaning}): {_versus(ours, theirs, sides)}"
+            findings.append(Finding(GATE, _severity(name, source, candidate), name, said))
     for name in INFORMATIVE:
         ours, theirs = getattr(source, name), getattr(candidate, name)
         if ours != theirs and ours not in (None, {}) and theirs not in (None, {}):
-            findings.append(Finding(GATE, "note", name, f"{name}: {_versus(ours, theirs)}"))
+            findings.append(Finding(GATE, "note", name, f"{name}: {_versus(ours, theirs, sides)}"))
+    findings += [Finding(GATE, "warning", name, f"{name}: {said}") for name, said in assumed]
     wrong = [finding for finding in findings if finding.severity == "error"]
     warned = sum(finding.severity == "warning" for finding in findings)
     if wrong:
@@ -94,7 +106,7 @@ def compare_configs(source: Gemma2Config, candidate: Gemma2Config) -> GateResult
         )
     else:
         summary = f"{len(ARITHMETIC)} fields that the arithmetic depends on are equal"
-        summary += f"; {warned} other{'s' * (warned != 1)} differ{'s' * (warned == 1)}" if warned else ""
+        summary += f"; {warned} warning{'s' * (warned != 1)}" if warned else ""
     metrics = {"fields": len(ARITHMETIC) + len(USE) + len(INFORMATIVE), "different": len(findings)}
     return GateResult(GATE, "failed" if wrong else "passed", summary, metrics, tuple(findings))
 
@@ -111,18 +123,25 @@ def normal(name: str, value: Any) -> Any:
     return value
 
 
-def _severity(name: str, ours: Any, theirs: Any) -> Severity:
+def _severity(name: str, source: Gemma2Config, candidate: Gemma2Config) -> Severity:
+    """Of a difference in a field of ``USE``: an error where it changes what the model is given or gives."""
+    ours, theirs = getattr(source, name), getattr(candidate, name)
     if ours is None or theirs is None:
         return "note"
     if name == "bos_token_id":
         return "error"
-    if name == "eos_token_id" and not set(ours) & set(theirs):
-        return "error"
-    return "warning"
+    if name == "eos_token_id":  # a stop that is lost lets a chat run on; one more can only end it
+        return "error" if set(source.eos_token_ids) - set(candidate.eos_token_ids) else "warning"
+    if name == "max_position_embeddings":  # prompts that the source takes are refused, or turned by other angles
+        stretched = source.rope_parameters["rope_type"] in ("dynamic", "longrope", "yarn")
+        return "error" if theirs < ours or stretched else "warning"
+    # A sequence classifier finds a text's last token by what is not padding.
+    classifies = any("SequenceClassification" in each for each in source.architectures or ())
+    return "error" if name == "pad_token_id" and classifies else "warning"
 
 
-def _versus(ours: Any, theirs: Any) -> str:
-    return f"source {_shown(ours)}, candidate {_shown(theirs)}"
+def _versus(ours: Any, theirs: Any, sides: Sides) -> str:
+    return f"{sides[0]} {_shown(ours)}, {sides[1]} {_shown(theirs)}"
 
 
 def _shown(value: Any) -> str:
@@ -134,11 +153,10 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 120 else text[:117] + "..."
 
 
-def _layers(ours: tuple[str, ...], theirs: tuple[str, ...]) -> str:
+def _layers(ours: tuple[str, ...], theirs: tuple[str, ...], sides: Sides) -> str:
     if len(ours) != len(theirs):
-        return f"source {len(ours)} layers, candidate {len(theirs)}"
+        return f"{sides[0]} {len(ours)} layers, {sides[1]} {len(theirs)}"
     differing = [index for index, pair in enumerate(zip(ours, theirs, strict=True)) if pair[0] != pair[1]]
     shown = ", ".join(map(str, differing[:4])) + (", ..." if len(differing) > 4 else "")
-    return (
-        f"layers {shown} differ (layer {differing[0]}: source {ours[differing[0]]}, candidate {theirs[differing[0]]})"
-    )
+    first = differing[0]
+    return f"layers {shown} differ (layer {first}: {sides[0]} {ours[first]}, {sides[1]} {theirs[first]})"

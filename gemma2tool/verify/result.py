@@ -19,6 +19,10 @@ if TYPE_CHECKING:
 SCHEMA_VERSION = 1
 
 Severity = Literal["error", "warning", "note"]
+Sides = tuple[str, str]
+"""What the two checkpoints are called in sentences."""
+SIDES: Sides = ("source", "candidate")
+
 Status = Literal["passed", "failed", "skipped", "reported"]
 
 

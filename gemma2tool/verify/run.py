@@ -15,10 +15,11 @@ from gemma2tool.model.lazy import LazyTensor
 from gemma2tool.verify import judge
 from gemma2tool.verify.completeness import comparable, compare_names
 from gemma2tool.verify.config import compare_configs
+from gemma2tool.verify.consumers import UNSAID, assumptions
 from gemma2tool.verify.gates import GATES, Gates
 from gemma2tool.verify.measurements import Drift, Measurements, Tokens, tensor_errors
-from gemma2tool.verify.receipt_logits import Reference
 from gemma2tool.verify.prompts import built_in_prompt
+from gemma2tool.verify.receipt_logits import Reference
 from gemma2tool.verify.result import GateResult, Side, Verification
 from gemma2tool.verify.tensors import TensorComparison, compare_tensors, kind_of
 from gemma2tool.verify.tokenizer import compare_tokenizers, text_pieces
@@ -83,7 +84,8 @@ def verify(
             results.append(compare_names(source, candidate))
     if "config" in levels:
         with timed("config"):
-            results.append(compare_configs(source.config, candidate.config))
+            unsaid, assumed = UNSAID.get(candidate.format), assumptions(candidate)
+            results.append(compare_configs(source.config, candidate.config, unsaid=unsaid, assumed=assumed))
     if "tokenizer" in levels:
         with timed("tokenizer"):
             results.append(compare_tokenizers(source, candidate))
