@@ -1,20 +1,32 @@
-"""``gemma2tool verify``: is this file the same model as that one?"""
+"""``gemma2tool verify``: is this file the same model as that one, or as the one its receipt describes?"""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from gemma2tool.cli import options as o
 from gemma2tool.cli.reports import Reports
-from gemma2tool.errors import EXIT_VERIFICATION_FAILED
+from gemma2tool.errors import EXIT_VERIFICATION_FAILED, UsageError
+
+if TYPE_CHECKING:
+    from gemma2tool.console import Console
+    from gemma2tool.model.checkpoint import Checkpoint
+    from gemma2tool.verify.receipt import Receipt
+    from gemma2tool.verify.result import Verification
 
 
 def verify(
     candidate: Annotated[Path, typer.Argument(metavar="CANDIDATE", help="The checkpoint to judge, in any format.")],
-    reference: Annotated[Path, typer.Option("--reference", metavar="SRC", help="The checkpoint it was made from.")],
+    reference: Annotated[
+        Path | None, typer.Option("--reference", metavar="SRC", help="The checkpoint it was made from.")
+    ] = None,
+    against: Annotated[
+        Path | None,
+        typer.Option("--against", metavar="RECEIPT", help="Its receipt. Default: CANDIDATE.receipt.json, beside it."),
+    ] = None,
     tokens: o.Tokens = None,
     text: o.Text = None,
     gate: o.Gate = None,
@@ -25,30 +37,27 @@ def verify(
     *,
     reports: Reports,
 ) -> None:
-    """Compare a checkpoint with the one it was made from: tensors, config, tokenizer, logits. Exit code 1 if a gate fails."""
+    """Compare a checkpoint with the one it was made from, or, without that one, with its receipt. Exit code 1 if a gate fails.
+
+    With --reference: tensors, config, tokenizer, logits. With a receipt: whether files, values, config, tokenizer and logits
+    are those that were verified when it was written.
+    """
     from gemma2tool.console import Console
-    from gemma2tool.formats import registry
-    from gemma2tool.pipeline.evaluate import judge, read_prompts
-    from gemma2tool.verify.gates import parse_gates
 
     console = Console(quiet=quiet, json=json_output)
-    given = o.load_config(config)
-    with (
-        registry.open_checkpoint(reference, config=given) as source,
-        registry.open_checkpoint(candidate, config=_fitting(candidate, given)) as made,
-    ):
-        reports.check((*source.files, *made.files))
-        for checkpoint in (source, made):
-            for warning in (*checkpoint.warnings, *checkpoint.config.warnings):
-                console.warn(f"{checkpoint.path.name}: {warning}")
-        result = judge(
-            source,
-            made,
-            ids=read_prompts(tokens, text, source),
-            gates=parse_gates(gate or ()),
-            threads=threads or o.default_threads(),
-            console=console,
-        )
+    count = threads or o.default_threads()
+    if reference is not None:
+        if against is not None:
+            raise UsageError("option.pair", "--reference and --against are two ways to verify", hint="choose one")
+        result = _with_source(candidate, reference, tokens, text, gate, config, count, console, reports)
+    else:
+        if tokens or text or gate:
+            raise UsageError(
+                "option.ignored",
+                "--tokens, --text and --gate mean nothing with a receipt, which has its own prompt and limits",
+                hint="they are for --reference",
+            )
+        result = _with_receipt(candidate, against, config, count, console, reports)
     if json_output:
         console.emit_json(result.to_json())
     else:
@@ -56,6 +65,64 @@ def verify(
     reports.write([result], console)
     if not result.passed:
         raise typer.Exit(EXIT_VERIFICATION_FAILED)
+
+
+def _with_source(
+    candidate: Path,
+    reference: Path,
+    tokens: Path | None,
+    text: Path | None,
+    gate: list[str] | None,
+    config: Path | None,
+    threads: int,
+    console: Console,
+    reports: Reports,
+) -> Verification:
+    from gemma2tool.formats import registry
+    from gemma2tool.pipeline.evaluate import judge, read_prompts
+    from gemma2tool.verify.gates import parse_gates
+
+    given = o.load_config(config)
+    with (
+        registry.open_checkpoint(reference, config=given) as source,
+        registry.open_checkpoint(candidate, config=_fitting(candidate, given)) as made,
+    ):
+        reports.check((*source.files, *made.files))
+        _warn((source, made), console)
+        ids = read_prompts(tokens, text, source)
+        return judge(source, made, ids=ids, gates=parse_gates(gate or ()), threads=threads, console=console)
+
+
+def _with_receipt(
+    candidate: Path, against: Path | None, config: Path | None, threads: int, console: Console, reports: Reports
+) -> Verification:
+    from gemma2tool.formats import registry
+    from gemma2tool.verify.receipt_check import check
+
+    with registry.open_checkpoint(candidate, config=_fitting(candidate, o.load_config(config))) as made:
+        receipt = _receipt(candidate, against)
+        reports.check((receipt.path, *made.files))
+        _warn((made,), console)
+        return check(made, receipt, threads=threads, progress=console.progress)
+
+
+def _receipt(candidate: Path, against: Path | None) -> Receipt:
+    from gemma2tool.verify.receipt import read, receipt_path
+
+    beside = receipt_path(candidate)
+    if against is None and not beside.exists():
+        raise UsageError(
+            "receipt.missing",
+            f"{candidate}: nothing to verify it against: there is no {beside.name} beside it",
+            hint="name the checkpoint it was made from with --reference, or a receipt with --against",
+        )
+    return read(against or beside)
+
+
+def _warn(checkpoints: tuple[Checkpoint, ...], console: Console) -> None:
+    for checkpoint in checkpoints:
+        for warning in (*checkpoint.warnings, *checkpoint.config.warnings):
+            console.warn(f"{checkpoint.path.name}: {warning}")
 
 
 def _fitting(candidate: Path, given: object) -> object:

@@ -1,0 +1,124 @@
+"""Receipts beside outputs: what goes into one, and the order in which both come into place.
+
+At no instant does a receipt lie beside an output that it does not describe: an old receipt goes before its output does, and
+the new one comes after the new output. Whoever is killed in between leaves an output without a receipt.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from gemma2tool.errors import ToolError, UsageError
+from gemma2tool.formats.base import WriteOptions
+from gemma2tool.model.checkpoint import Checkpoint
+from gemma2tool.pipeline.plan import Plan
+from gemma2tool.storage.reading import read_whole
+from gemma2tool.storage.staging import Staging
+from gemma2tool.storage.syscalls import retrying, sync_folder, told
+from gemma2tool.verify import receipt
+from gemma2tool.verify.receipt import receipt_path
+from gemma2tool.verify.receipt_files import digest_file, digest_files, names_in
+from gemma2tool.verify.result import Verification
+
+_OWN = ("allow_mismatch", "allow_requantize", "single_file")
+"""Options that say what may be done, not what was."""
+
+
+def check_place(destination: Path) -> None:
+    """Raises ``UsageError`` where something that is no receipt has the name that the receipt of ``destination`` will need."""
+    place = receipt_path(destination)
+    if os.path.lexists(place) and (place.is_symlink() or not place.is_file() or not receipt.looks_like_one(place)):
+        raise UsageError(
+            "receipt.exists",
+            f"{place}: is in the way of the receipt, and is none",
+            hint="move it, choose another name for the output, or write no receipt with --no-receipt",
+        )
+
+
+def make(plan: Plan, staged: Path, candidate: Checkpoint, verification: Verification, *, threads: int) -> bytes:
+    """The receipt of a verified output that still lies at ``staged``, as the bytes of its file."""
+    files = digest_files(staged, names_in(staged), threads=threads)
+    what = {
+        "options": options(plan.options),
+        "types": [{"type": name, "tensors": count, "bytes": size} for name, count, size in plan.types()],
+        "losses": [{"tensor": name, "max_abs": loss} for name, loss in plan.output.losses],
+    }
+    return receipt.encode(receipt.build(plan.source, candidate, files, what, verification))
+
+
+def options(asked: WriteOptions) -> dict[str, Any]:
+    """What was asked for beyond the defaults; a file (an importance matrix) by its name and SHA-256."""
+    given = {"dtype": asked.dtype, "type": asked.type, "max_shard_size": asked.max_shard_size, **asked.extra}
+    default = {"max_shard_size": WriteOptions.max_shard_size}
+    return {
+        name: _plain(value)
+        for name, value in sorted(given.items())
+        if value not in (None, False, [], (), {}, default.get(name)) and name not in _OWN
+    }
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Path):
+        found = digest_file(value, value.name)
+        return {"file": value.name, "sha256": found.sha256}
+    if isinstance(value, (list, tuple)):
+        return [_plain(each) for each in value]
+    return value if isinstance(value, (str, int, float, bool)) else str(value)
+
+
+def commit(outputs: Sequence[tuple[Staging, Staging | None]]) -> None:
+    """Puts staged outputs in place, each with its receipt, or without one; all are durable before the first replaces anything.
+
+    Raises ResourceError when the disk fails; what was not replaced by then is as it was, its receipt included.
+    """
+    everything = [staging for pair in outputs for staging in pair if staging is not None]
+    for staging in everything:
+        staging.make_durable()
+    for output, its_receipt in outputs:
+        with _withdrawn(output.destination):
+            output.put_in_place()
+        if its_receipt is not None:
+            its_receipt.put_in_place()
+    for staging in everything:
+        staging.finish()
+
+
+@contextmanager
+def _withdrawn(destination: Path) -> Iterator[None]:
+    """Removes the receipt of what lies at ``destination`` now; if that stays, because the block fails, puts it back."""
+    place = receipt_path(destination)
+    if not receipt.looks_like_one(place):
+        yield
+        return
+    before, old = _identity(destination), read_whole(place, what="receipt", max_bytes=receipt.MAX_BYTES)
+    with told(place, "removing the old receipt"):
+        retrying(os.unlink, place)
+        _sync(place.parent)
+    try:
+        yield
+    except BaseException:
+        if before is not None and _identity(destination) == before:
+            with suppress(OSError, ToolError), Staging(place, expected_bytes=len(old)) as staging:
+                staging.write_bytes(place.name, old)
+                staging.commit()
+        raise
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    try:
+        status = os.lstat(path)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+def _sync(folder: Path) -> None:
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        sync_folder(fd)
+    finally:
+        os.close(fd)
