@@ -12,7 +12,7 @@ from gemma2tool.formats.gguf_config import ARCHITECTURE, cap_keys, shape_keys
 from gemma2tool.formats.gguf_metadata import metadata_keys
 from gemma2tool.formats.gguf_output import QUANTIZATION_VERSION, Planned
 from gemma2tool.formats.gguf_table import TABLE
-from gemma2tool.formats.gguf_tensors import FLOATS, WithinFloat16
+from gemma2tool.formats.gguf_tensors import FLOATS
 from gemma2tool.formats.gguf_values import KeyValue, string, u32
 from gemma2tool.formats.gguf_vocab import TokenizerKeys, tokenizer_keys
 from gemma2tool.formats.steps import to_disk
@@ -77,10 +77,9 @@ def converter_types(tensors: Iterable[tuple[str, tuple[int, ...]]], outtype: str
 
 
 def planned_as(name: str, canonical: tuple[str, ...], tensor: LazyTensor, type: str, importance: np.ndarray | None) -> Planned:
-    """The tensor with the encoder for its GGUF type; on its way into blocks it is watched for what float16 scales cannot hold."""
-    if type in FLOATS:
-        return Planned(name, canonical, tensor.shape, tensor, Float(FLOATS[type]))
-    return Planned(name, canonical, tensor.shape, WithinFloat16(tensor, type), Blocks(type, importance))
+    """The tensor with the encoder for its GGUF type."""
+    encoder = Float(FLOATS[type]) if type in FLOATS else Blocks(type, importance)
+    return Planned(name, canonical, tensor.shape, tensor, encoder)
 
 
 def converter_keys(checkpoint: Checkpoint, file_type: int, warnings: list[str]) -> list[KeyValue]:

@@ -1,8 +1,6 @@
-"""GGUF's tensors: read row by row, dequantized or as the blocks they are; and a guard for what is about to be quantized."""
+"""GGUF's tensors: read row by row, dequantized or as the blocks they are."""
 
 from __future__ import annotations
-
-from typing import NoReturn
 
 import numpy as np
 
@@ -73,40 +71,3 @@ class StoredBlocks(LazyTensor):
 
     def load_rows(self, first: int, last: int) -> np.ndarray:
         return self.tensor.load_blocks(first, last)
-
-
-class WithinFloat16(LazyTensor):
-    """``source``, refusing NaN, infinities and magnitudes from 65520 on: a block type keeps its scales in float16, where those become
-    infinite and turn the whole block into NaN. (llama-quantize finds them afterwards, in the blocks.)
-
-    Compares the values' bits as integers, whose order is that of floats: two passes in cache, nothing allocated.
-    """
-
-    BOUND = 65520.0  # the first value that rounds to a float16 infinity
-
-    def __init__(self, source: LazyTensor, type: str) -> None:
-        self.source, self.type = source, type
-        self.shape, self.dtype, self.stored, self.origin = source.shape, source.dtype, source.stored, source.origin
-        self.signed, self.unsigned = np.dtype(f"i{self.dtype.itemsize}"), np.dtype(f"u{self.dtype.itemsize}")
-        bound = np.inf if self.dtype == FLOAT16 else self.BOUND
-        self.bound = int(np.array(bound, self.dtype).view(self.unsigned))
-        self.sign = 1 << (8 * self.dtype.itemsize - 1)
-
-    def load_rows(self, first: int, last: int) -> np.ndarray:
-        rows = self.source.load_rows(first, last)
-        flat = rows.reshape(-1)
-        if flat.size and (flat.view(self.signed).max() >= self.bound or flat.view(self.unsigned).max() >= self.sign + self.bound):
-            self._refuse(rows.astype(np.float64), first)
-        return rows
-
-    def _refuse(self, values: np.ndarray, first: int) -> NoReturn:
-        finite = np.isfinite(values)
-        place = np.argwhere(np.abs(values) >= self.BOUND if finite.all() else ~finite)[0]
-        where = f"{self.origin}: the value at {(int(place[0]) + first, *map(int, place[1:]))} is {values[tuple(place)]:g}"
-        if not finite.all():
-            raise InputRefused("weights.nonfinite", where, hint="the checkpoint is damaged: fetch it again")
-        raise InputRefused(
-            "weights.f16-overflow",
-            f"{where}, beyond float16, in which {self.type} keeps its scales",
-            hint="use --dtype bf16 or f32",
-        )

@@ -1,20 +1,23 @@
-"""Carries out a plan: stage, write, reopen with our own reader, verify, rename."""
+"""Carries out a plan: stage, write, reopen with our own reader, verify, rename; or goes on where a run that was killed had come to."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from gemma2tool.formats import registry
+from gemma2tool.model.checkpoint import Checkpoint
+from gemma2tool.pipeline.fingerprint import fingerprint
 from gemma2tool.pipeline.plan import Plan
-from gemma2tool.pipeline.write import write_outputs
-from gemma2tool.storage.staging import Staging
+from gemma2tool.pipeline.values import ValueCheck, clipped_tensor
+from gemma2tool.pipeline.write import Target, write_outputs
+from gemma2tool.storage.staging import Staging, commit
 
 if TYPE_CHECKING:
     from gemma2tool.console import Console
@@ -31,11 +34,16 @@ class Checks:
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a run did; ``verification`` is None where it was not asked for, and then nothing is claimed."""
+    """What a run did; ``verification`` is None where it was not asked for, and then nothing is claimed.
+
+    ``resumed``: tensors that an earlier run had completed. ``clipped``: values clipped to the largest float16, by tensor.
+    """
 
     plan: Plan
     seconds: float
     verification: Verification | None
+    resumed: Mapping[str, object] = field(default_factory=dict)
+    clipped: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def written(self) -> bool:
@@ -46,11 +54,14 @@ class RunResult:
         output, destination = self.plan.output, self.plan.destination
         if not self.written:
             return f"{destination}: NOT written, the verification failed"
-        rate = self.plan.source_bytes / max(self.seconds, 1e-9) / 1e6
+        rate = _bytes_to_read(self.plan, self.resumed) / max(self.seconds, 1e-9) / 1e6
         verdict = "not verified (--no-verify)"
         if self.verification is not None:
             verdict = f"verified in {sum(self.verification.seconds.values()):.1f} s"
-        return f"{destination}: {output.nbytes:,} bytes written in {self.seconds:.1f} s ({rate:,.0f} MB/s of source), {verdict}"
+        resumed = f", {len(self.resumed)} of {len(output.tensors)} tensors by an earlier run" if self.resumed else ""
+        return (
+            f"{destination}: {output.nbytes:,} bytes written in {self.seconds:.1f} s ({rate:,.0f} MB/s of source){resumed}, {verdict}"
+        )
 
     def to_json(self) -> dict[str, object]:
         return {
@@ -60,6 +71,8 @@ class RunResult:
             "written": self.written,
             "verified": self.verification is not None and self.verification.passed,
             "write_seconds": round(self.seconds, 3),
+            "resumed_tensors": len(self.resumed),
+            "clipped": [{"tensor": name, "values": count} for name, count in self.clipped.items()],
             "losses": [{"tensor": name, "max_abs": loss} for name, loss in self.plan.output.losses],
             "verification": None if self.verification is None else self.verification.to_json(),
         }
@@ -74,47 +87,96 @@ def run(
     memory: int,
     allow_nonfinite: bool,
     console: Console,
+    clip_float16: bool = False,
+    restart: bool = False,
 ) -> list[RunResult]:
     """Write the planned outputs of one source, in one pass over it, beside their destinations; verify each there; only then rename it.
 
-    An output whose verification fails is discarded, and its destination left as it was; where anything else goes wrong, all are.
+    An output whose verification fails is discarded, and its destination left as it was; where an input is refused, all are. Where the
+    process is killed, interrupted, or the machine fails it, what was complete stays beside the destination, and the next run of equal
+    plans and options goes on with it, unless ``restart``; one of other plans refuses.
     """
     started = time.monotonic()
+    asked = {"allow_nonfinite": allow_nonfinite, "clip_f16": clip_float16}
+    check = ValueCheck(allow_nonfinite=allow_nonfinite, clip=clip_float16)
     with ExitStack() as stack:
-        stagings, outputs = [], []
+        stagings, targets = [], []
         for plan in plans:
             output = plan.output
             staging = stack.enter_context(
-                Staging(plan.destination, force=force, expected_bytes=output.nbytes, folder=not output.single_file)
+                Staging(
+                    plan.destination,
+                    force=force,
+                    expected_bytes=output.nbytes,
+                    folder=not output.single_file,
+                    fingerprint=fingerprint(plan, asked),
+                    restart=restart,
+                )
             )
+            sinks = {} if staging.finished else {file.name: staging.file(file.name, file.size) for file in output.files}
             stagings.append(staging)
-            outputs.append((output, {file.name: staging.file(file.name, file.size) for file in output.files}))
+            targets.append(Target(output, sinks, staging.completed, staging.complete))
+            _tell_resumed(plan, staging, console)
+        resumed = [dict(target.records) for target in targets]
         label = plans[0].destination.name if len(plans) == 1 else f"{len(plans)} outputs"
-        with console.progress(max(plan.source_bytes for plan in plans), label) as progress:
-            write_outputs(
-                outputs, threads=threads, memory=memory, allow_nonfinite=allow_nonfinite, advance=progress.advance
-            )
+        left = max(_bytes_to_read(plan, done) for plan, done in zip(plans, resumed, strict=True))
+        with console.progress(left, label) as progress:
+            unfinished = [target for target, staging in zip(targets, stagings, strict=True) if not staging.finished]
+            write_outputs(unfinished, threads=threads, memory=memory, check=check, advance=progress.advance)
         for plan, staging in zip(plans, stagings, strict=True):
-            for name, data in plan.output.assets.items():
-                staging.write_bytes(name, data)
+            if not staging.finished:
+                for name, data in plan.output.assets.items():
+                    staging.write_bytes(name, data)
         seconds = time.monotonic() - started
         results = []
-        for plan, staging in zip(plans, stagings, strict=True):
-            verification = None if checks is None else _verify(plan, staging.path, checks, threads, console)
-            results.append(RunResult(plan, seconds, verification))
-        for result, staging in zip(results, stagings, strict=True):
-            if result.written:
-                staging.commit()
+        for plan, staging, target, done in zip(plans, stagings, targets, resumed, strict=True):
+            counts = target.clipped()
+            _tell_clipped(plan, counts, console)
+            verification = None if checks is None else _verify(plan, staging.path, counts, checks, threads, console)
+            results.append(RunResult(plan, seconds, verification, done, counts))
+        commit([staging for result, staging in zip(results, stagings, strict=True) if result.written])
     return results
 
 
-def _verify(plan: Plan, staged: Path, checks: Checks, threads: int, console: Console) -> Verification:
+def _bytes_to_read(plan: Plan, done: Mapping[str, object]) -> int:
+    return sum(item.source.nbytes for item in plan.output.tensors if item.name not in done)
+
+
+def _tell_resumed(plan: Plan, staging: Staging, console: Console) -> None:
+    if staging.finished:
+        console.note(f"{plan.destination}: an earlier run was ended when this was in place already")
+    elif staging.completed:
+        console.note(
+            f"{plan.destination}: resumed: {len(staging.completed)} of {len(plan.output.tensors)} tensors were complete"
+        )
+
+
+def _tell_clipped(plan: Plan, counts: Mapping[str, int], console: Console) -> None:
+    if counts:
+        named = [f"{name} ({count})" for name, count in counts.items()]
+        more = f" and {len(named) - 5} more" if len(named) > 5 else ""
+        console.warn(
+            f"{plan.destination}: {sum(counts.values())} values beyond float16 were clipped to its largest, 65504, in {len(named)}"
+            f" tensors: {', '.join(named[:5])}{more}"
+        )
+
+
+def _clipped_source(plan: Plan, counts: Mapping[str, int]) -> Checkpoint:
+    """The source as the output can hold it: what was asked to be clipped is no fault of the output."""
+    names = {name for item in plan.output.tensors if item.name in counts for name in item.canonical}
+    tensors = {name: clipped_tensor(tensor) if name in names else tensor for name, tensor in plan.source.tensors.items()}
+    return replace(plan.source, tensors=tensors)
+
+
+def _verify(
+    plan: Plan, staged: Path, clipped: Mapping[str, int], checks: Checks, threads: int, console: Console
+) -> Verification:
     from gemma2tool.pipeline.evaluate import judge
 
     with registry.by_name(plan.output.format).open(staged) as candidate:
         candidate.path = plan.destination  # what the user knows it by
         return judge(
-            plan.source,
+            _clipped_source(plan, clipped),
             candidate,
             ids=checks.ids,
             gates=checks.gates,

@@ -11,14 +11,14 @@ import threading
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from typing import Protocol
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import numpy as np
 
-from gemma2tool.errors import InputRefused
 from gemma2tool.formats.base import Output, OutputTensor, as_bytes
-from gemma2tool.model.lazy import BFLOAT16, FLOAT16, FLOAT32, row_ranges
-from gemma2tool.quantizers.casts import count_nonfinite
+from gemma2tool.model.lazy import row_ranges
+from gemma2tool.pipeline.values import ValueCheck
 from gemma2tool.storage.crc import crc32_combine
 
 DEFAULT_MEMORY = 256 << 20
@@ -26,7 +26,6 @@ BYTES_PER_VALUE = 16
 """Of one value in flight: at its source, widened to float32, the encoder's working space, and encoded."""
 MAX_CHUNK_VALUES = 128 << 10
 """Ranges stay in the caches and their buffers in the allocator's hands: 4M values cost three times the system time of copying."""
-FLOATS = (FLOAT32, FLOAT16, BFLOAT16)
 
 Advance = Callable[[int, str], None]
 
@@ -38,6 +37,27 @@ class Sink(Protocol):
 
 
 Sinks = Mapping[str, Sink]
+Complete = Callable[[str, Sequence[str], object, int], None]
+
+
+@dataclass(frozen=True)
+class Target:
+    """An output and where it goes: a sink for each of its files, by name.
+
+    ``records``: by name, what is to be remembered of the tensors that are complete. Those that are in it from the beginning, because
+    an earlier run wrote them into the same sinks, are left as they are; the others join it as they are written, and
+    ``complete(name, files, record, nbytes)`` is told, from any thread, once all of a tensor has been handed to the sinks.
+    """
+
+    output: Output
+    sinks: Sinks
+    records: dict[str, Any] = field(default_factory=dict)
+    complete: Complete = lambda name, files, record, nbytes: None
+
+    def clipped(self) -> dict[str, int]:
+        """How many values were clipped, by the names of the tensors concerned."""
+        counts = {item.name: self.records.get(item.name, {}).get("clipped", 0) for item in self.output.tensors}
+        return {name: count for name, count in counts.items() if count}
 
 
 def write_output(
@@ -46,37 +66,39 @@ def write_output(
     *,
     threads: int = 1,
     memory: int = DEFAULT_MEMORY,
-    allow_nonfinite: bool = False,
+    check: ValueCheck | None = None,
     advance: Advance = lambda nbytes, name: None,
 ) -> None:
     """``write_outputs`` of one."""
-    write_outputs([(output, sinks)], threads=threads, memory=memory, allow_nonfinite=allow_nonfinite, advance=advance)
+    write_outputs([Target(output, sinks)], threads=threads, memory=memory, check=check, advance=advance)
 
 
 def write_outputs(
-    outputs: Sequence[tuple[Output, Sinks]],
+    targets: Sequence[Target],
     *,
     threads: int = 1,
     memory: int = DEFAULT_MEMORY,
-    allow_nonfinite: bool = False,
+    check: ValueCheck | None = None,
     advance: Advance = lambda nbytes, name: None,
 ) -> None:
-    """Write every tensor of each output into its sinks (by file name), then what the containers add at the end.
+    """Write every tensor of each output into its sinks, then what the containers add at the end.
 
-    ``memory``: bytes that all ranges in flight may take together (a single row is always allowed). ``advance(nbytes, name)`` is
-    called, from any thread, as bytes of the source are done. Raises ``InputRefused`` at a NaN or an infinity in the source unless
-    ``allow_nonfinite``, and where float16 cannot hold a finite value.
+    ``memory``: bytes that all ranges in flight may take together (a single row is always allowed). ``check``: what becomes of values
+    that an output cannot hold; by default they are refused. ``advance(nbytes, name)`` is called, from any thread, as bytes of the
+    source are done. Raises ``InputRefused`` for values that cannot be held, after all of the source has been looked through.
     """
-    files = [_Files(output, sinks) for output, sinks in outputs]
+    check = check or ValueCheck()
+    files = [_Files(target) for target in targets]
 
     def one_range(group: Sequence[_Tensor], first: int, last: int) -> None:
         for number, tensor in enumerate(group):
             rows = tensor.item.source.load_rows(first, last)
-            if not allow_nonfinite:
-                _refuse_nonfinite(tensor.item, rows)
-            tensor.write(rows, first)
+            nbytes = rows.nbytes
+            rows, clipped = check.admit(tensor.item, rows, first)
+            if rows is not None:
+                tensor.write(rows, first, clipped)
             if number == 0:
-                advance(rows.nbytes, tensor.item.name)
+                advance(nbytes, tensor.item.name)
 
     with ThreadPoolExecutor(threads, thread_name_prefix="gemma2tool") as pool:
         running: set[Future] = set()
@@ -95,24 +117,41 @@ def write_outputs(
             for future in running:
                 future.cancel()
             raise
+    check.raise_refusal()
     for each in files:
         each.finish()
 
 
 class _Files:
-    """The files of one output, and the checksums of what went into them."""
+    """The files of one output while they are being written."""
 
-    def __init__(self, output: Output, sinks: Sinks) -> None:
-        self.output, self.sinks = output, sinks
-        self.crcs: dict[str, dict[str, int]] = {file.name: {} for file in output.files if file.finish is not None}
-        for file in output.files:
+    def __init__(self, target: Target) -> None:
+        self.target, self.output, self.sinks = target, target.output, target.sinks
+        self.checked = {file.name for file in self.output.files if file.finish is not None}
+        """Files whose container needs checksums."""
+        for file in self.output.files:
             for offset, data in file.fixed:
-                sinks[file.name].pwrite(offset, data)
+                self.sinks[file.name].pwrite(offset, data)
+
+    def left(self) -> list[OutputTensor]:
+        """The tensors that are not complete yet."""
+        return [item for item in self.output.tensors if item.name not in self.target.records]
+
+    def complete(self, item: OutputTensor, record: Mapping[str, Any]) -> None:
+        self.target.records[item.name] = record
+        places = item.parts.values()
+        names = list(dict.fromkeys(place.file for place in places))
+        self.target.complete(item.name, names, record, sum(place.nbytes for place in places))
 
     def finish(self) -> None:
+        crcs: dict[str, dict[str, int]] = {name: {} for name in self.checked}
+        for item in self.output.tensors:
+            for suffix, crc in self.target.records[item.name].get("crcs", {}).items():
+                place = item.parts[suffix]
+                crcs[place.file][place.name] = crc
         for file in self.output.files:
             if file.finish is not None:
-                for offset, data in file.finish(self.crcs[file.name]):
+                for offset, data in file.finish(crcs[file.name]):
                     self.sinks[file.name].pwrite(offset, data)
 
 
@@ -122,21 +161,21 @@ class _Tensor:
     def __init__(self, item: OutputTensor, files: _Files) -> None:
         self.item, self.files = item, files
         self.left = 0
+        self.clipped = 0
         self.lock = threading.Lock()
         self.crcs: dict[str, list[tuple[int, int, int]]] = {suffix: [] for suffix in item.parts}
         self.collected: dict[str, list[tuple[int, np.ndarray]]] = {name: [] for name in item.encoder.collects}
 
-    def write(self, rows: np.ndarray, first: int) -> None:
+    def write(self, rows: np.ndarray, first: int, clipped: int) -> None:
         """Encode a range that starts at row ``first`` and put it in its places; after the last one, what depends on all."""
-        encoded = self.item.encoder.encode(rows)
-        _refuse_overflow(self.item, rows, encoded)
-        for suffix, array in encoded.items():
+        for suffix, array in self.item.encoder.encode(rows).items():
             if suffix in self.collected:
                 with self.lock:
                     self.collected[suffix].append((first, array))
             else:
                 self._put(suffix, array, first)
         with self.lock:
+            self.clipped += clipped
             self.left -= 1
             is_last = self.left == 0
         if is_last:
@@ -146,7 +185,7 @@ class _Tensor:
         place = self.item.parts[suffix]
         data = as_bytes(array)
         self.files.sinks[place.file].pwrite(place.offset + _stream_offset(self.item, suffix, first), data)
-        if place.file in self.files.crcs:
+        if place.file in self.files.checked:
             with self.lock:
                 self.crcs[suffix].append((first, zlib.crc32(data), len(data)))
 
@@ -157,20 +196,26 @@ class _Tensor:
         }
         for suffix, array in self.item.encoder.finish(self.item.source.shape, collected).items():
             self._put(suffix, array, 0)
-        for suffix, pieces in self.crcs.items():
-            crc = 0
-            for _, piece, length in sorted(pieces):
-                crc = crc32_combine(crc, piece, length)
-            place = self.item.parts[suffix]
-            if place.file in self.files.crcs:
-                self.files.crcs[place.file][place.name] = crc
+        record: dict[str, Any] = {"clipped": self.clipped} if self.clipped else {}
+        places = self.item.parts
+        if crcs := {suffix: _combined(self.crcs[suffix]) for suffix in places if places[suffix].file in self.files.checked}:
+            record["crcs"] = crcs
+        self.files.complete(self.item, record)
+
+
+def _combined(pieces: Sequence[tuple[int, int, int]]) -> int:
+    """The CRC of pieces (row, CRC, length) that follow one another."""
+    crc = 0
+    for _, piece, length in sorted(pieces):
+        crc = crc32_combine(crc, piece, length)
+    return crc
 
 
 def _groups(files: Sequence[_Files]) -> Iterator[list[_Tensor]]:
     """The tensors of all outputs, those of the same canonical names together, in the order of the first output that has them."""
     groups: dict[object, list[_Tensor]] = {}
     for number, each in enumerate(files):
-        for item in each.output.tensors:
+        for item in each.left():
             groups.setdefault(item.canonical or (number, item.name), []).append(_Tensor(item, each))
     yield from groups.values()
 
@@ -196,26 +241,3 @@ def _stream_offset(item: OutputTensor, suffix: str, first: int) -> int:
         return 0
     before = item.encoder.parts((first, *item.source.shape[1:]))
     return next(part.nbytes for part in before if part.suffix == suffix)
-
-
-def _refuse_nonfinite(item: OutputTensor, rows: np.ndarray) -> None:
-    if rows.dtype in FLOATS and (bad := count_nonfinite(rows)):
-        raise InputRefused(
-            "weights.nonfinite",
-            f"{item.source.origin}: {bad} values are NaN or infinite",
-            hint="the checkpoint is damaged; --allow-nonfinite converts it as it is",
-        )
-
-
-def _refuse_overflow(item: OutputTensor, rows: np.ndarray, encoded: Mapping[str, np.ndarray]) -> None:
-    """float16 has no room above 65504: a finite weight that would become infinite is refused."""
-    main = encoded.get("")
-    if main is None or main.dtype != FLOAT16 or rows.dtype == FLOAT16 or rows.dtype not in FLOATS:
-        return
-    bad = count_nonfinite(main) - count_nonfinite(rows)
-    if bad > 0:
-        raise InputRefused(
-            "weights.f16-overflow",
-            f"{item.source.origin}: {bad} values do not fit float16 (largest 65504)",
-            hint="use --dtype bf16 or f32",
-        )

@@ -6,6 +6,7 @@ simply follow one another. A part whose bytes depend on the whole tensor is ``st
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
@@ -54,3 +55,13 @@ class Encoder(Protocol):
 
     def finish(self, shape: tuple[int, ...], collected: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
         """The parts that are not streamed, by suffix."""
+
+
+def limit_of(encoder: Encoder) -> float:
+    """The magnitude from which on what ``encoder`` stores would be infinite, or decode to NaN: its attribute ``limit``; infinity where
+    it has none, because every finite value of the source can be stored."""
+    return getattr(encoder, "limit", math.inf)
+
+
+FLOAT16_LIMIT = 65520.0
+"""The first magnitude that rounds to a float16 infinity."""

@@ -21,7 +21,7 @@ import numpy as np
 
 from gemma2tool.errors import InputRefused
 from gemma2tool.model.lazy import BFLOAT16, FLOAT16, FLOAT32, LazyTensor, row_ranges, to_float32
-from gemma2tool.quantizers.base import Part
+from gemma2tool.quantizers.base import FLOAT16_LIMIT, Part
 from gemma2tool.quantizers.bnb_tables import ASCENDING, CODES, MIDPOINTS, dynamic_bins, dynamic_map
 from gemma2tool.quantizers.casts import cast
 from gemma2tool.quantizers.groups import kernel_floats
@@ -286,6 +286,7 @@ class Int8:
     name: ClassVar[str] = "int8"
     lossless: ClassVar[bool] = False
     collects: ClassVar[tuple[str, ...]] = ()
+    limit: ClassVar[float] = FLOAT16_LIMIT
 
     def parts(self, shape: tuple[int, ...]) -> tuple[Part, ...]:
         rows, columns = shape

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import ml_dtypes
 import numpy as np
 
@@ -38,6 +40,23 @@ def count_nonfinite(array: np.ndarray) -> int:
     """How many elements of a float32, float16 or bfloat16 array are NaN or infinite."""
     array = np.ascontiguousarray(array)
     return _native.count_nonfinite(_name(array.dtype), array.ctypes.data, array.size)
+
+
+def any_beyond(array: np.ndarray, limit: float = math.inf) -> bool:
+    """Whether any value is NaN or infinite, or of a magnitude from ``limit`` on. float32, float16, bfloat16 or float64.
+
+    A finite limit compares the values' bits as integers, whose order is that of floats: two passes in cache, nothing allocated.
+    """
+    if not array.size:
+        return False
+    if array.dtype in _NAMES and math.isinf(limit):
+        return count_nonfinite(array) > 0
+    width = 8 * array.dtype.itemsize
+    flat = np.ascontiguousarray(array).reshape(-1)
+    with np.errstate(over="ignore"):
+        bound = int(np.array(limit, array.dtype).view(f"u{width // 8}"))  # infinity where the type does not reach the limit
+    positive, negative = flat.view(f"i{width // 8}").max(), flat.view(f"u{width // 8}").max()
+    return bool(positive >= bound or int(negative) >= (1 << (width - 1)) + bound)
 
 
 def _name(dtype: np.dtype) -> str:

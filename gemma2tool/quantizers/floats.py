@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
 from gemma2tool.model.lazy import BFLOAT16, DTYPE_NAMES, FLOAT16, FLOAT32, to_float32
-from gemma2tool.quantizers.base import Part
+from gemma2tool.quantizers.base import FLOAT16_LIMIT, Part
 from gemma2tool.quantizers.casts import cast
 
 SAFETENSORS_NAMES = {
@@ -34,6 +35,11 @@ class Float:
     @property
     def lossless(self) -> bool:
         return True
+
+    @property
+    def limit(self) -> float:
+        """See ``base.limit_of``."""
+        return FLOAT16_LIMIT if self.dtype == FLOAT16 else math.inf
 
     def parts(self, shape: tuple[int, ...]) -> tuple[Part, ...]:
         return (

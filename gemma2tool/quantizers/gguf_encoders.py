@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
 from gemma2tool.model.lazy import FLOAT32
-from gemma2tool.quantizers.base import Part
+from gemma2tool.quantizers.base import FLOAT16_LIMIT, Part
 from gemma2tool.quantizers.casts import cast
 from gemma2tool.quantizers.gguf_types import GGUF_TYPES, quantize, row_bytes
 
@@ -30,6 +31,9 @@ class Blocks:
     type: str
     importance: np.ndarray | None = None
     collects: tuple[str, ...] = ()
+
+    limit: ClassVar[float] = FLOAT16_LIMIT
+    """Scales are float16: infinite ones turn the whole block into NaN. (llama-quantize finds those afterwards, in the blocks.)"""
 
     @property
     def name(self) -> str:

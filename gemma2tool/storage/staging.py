@@ -76,9 +76,10 @@ class Staging:
     removes what was staged and leaves the destination as it was.
 
     With a ``fingerprint`` (what must be the same for the bytes to be the same) the work can be continued: pieces reported with
-    ``complete`` are journaled once they are durable, and when the process is killed or interrupted they stay. The next ``Staging``
-    with that fingerprint says in ``completed`` which pieces it found. One with another refuses, unless ``restart``. ``finished``:
-    an earlier run was killed after its output was in place; there is nothing left to do but ``commit``.
+    ``complete`` are journaled once they are durable; they stay when the process is killed or interrupted, or the machine fails it
+    (ResourceError, UsageError, MemoryError). The next ``Staging`` with that fingerprint says in ``completed`` which pieces it found.
+    One with another refuses, unless ``restart``. ``finished``: an earlier run was killed after its output was in place; there is
+    nothing left to do but ``commit``.
 
     Raises UsageError when the destination exists and not ``force``, and for staged work of another fingerprint; ResourceError for
     a lock, a full disk, a denied folder.
@@ -120,7 +121,9 @@ class Staging:
     def completed(self) -> dict[str, Any]:
         """What earlier runs completed, by name, with its record; of pieces all of whose files have been asked for with ``file``."""
         pieces = {} if self._found is None else self._found.pieces
-        return {name: piece.record for name, piece in pieces.items() if self._reopened.issuperset(piece.files)}
+        return {
+            name: piece.record for name, piece in pieces.items() if self.finished or self._reopened.issuperset(piece.files)
+        }
 
     @property
     def _staging(self) -> StagingPlace:
@@ -159,11 +162,11 @@ class Staging:
         self._keep = False
         if state is State.USELESS:
             place.discard()
-        elif state is State.USEFUL:
-            self._found = found
-            if place.identity(OLD, place.fd):
-                with told(place.path, "removing staged files"):
-                    remove_tree(OLD, place.fd)
+            return
+        self._found = found
+        if state is State.USEFUL and place.identity(OLD, place.fd):
+            with told(place.path, "removing staged files"):
+                remove_tree(OLD, place.fd)
 
     def _prepare(self) -> None:
         place = self._staging
@@ -336,12 +339,13 @@ class Staging:
     def _roll_back(self, error: BaseException | None) -> None:
         if self._recorder is not None:
             self._recorder.abandon()
-        if not self._placed and self._has_progress and error is not None and not isinstance(error, Exception):
+        if not self._placed and self._has_progress and error is not None and _may_be_repeated(error):
             self._keep = True
-            error.add_note(
-                f"{self.destination}: what is complete is kept beside it; the same command continues, "
-                f"'gemma2tool clean {self.destination}' removes it"
-            )
+            if not self.finished:
+                error.add_note(
+                    f"{self.destination}: what is complete is kept beside it; the same command continues, "
+                    f"'gemma2tool clean {self.destination}' removes it"
+                )
         for staged in self._files:
             staged.abandon()
         self._close()
@@ -355,7 +359,7 @@ class Staging:
 
     @property
     def _has_progress(self) -> bool:
-        return self.finished or self._found is not None or (self._recorder is not None and self._recorder.recorded > 0)
+        return self._found is not None or (self._recorder is not None and self._recorder.recorded > 0)
 
     def _close(self) -> None:
         self._files.clear()
@@ -368,6 +372,11 @@ class Staging:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._place is not None:
             self._roll_back(error)
+
+
+def _may_be_repeated(error: BaseException) -> bool:
+    """Whether the same work may well succeed later: it was interrupted, or the machine or the circumstances did not let it finish."""
+    return not isinstance(error, Exception) or isinstance(error, (ResourceError, UsageError, MemoryError))
 
 
 def commit(stagings: Sequence[Staging]) -> None:

@@ -1,0 +1,122 @@
+"""What must be the same for two runs to write the same bytes, so that one may continue the other's work.
+
+The source's files by name, size, time of change and their first and last bytes; the tool and what it computes with; the options by
+their names, so that a refusal can say which one differs; and the laid-out plan, whole: every header, every place, every encoder.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+
+from gemma2tool import __version__
+from gemma2tool.pipeline.plan import Plan
+from gemma2tool.quantizers.kernels import _native
+from gemma2tool.storage.reading import open_for_reading
+from gemma2tool.storage.staging_journal import Fingerprint
+
+_ENDS = 1 << 16
+_DIGITS = 16
+
+
+def fingerprint(plan: Plan, options: Mapping[str, object]) -> Fingerprint | None:
+    """The fingerprint of a plan carried out with ``options`` (those of the run that change bytes, by name).
+
+    None where an encoder's work depends on more than its own settings (calibrated codes follow from all layers before): such a run
+    cannot be continued.
+    """
+    plan_digest = hashlib.sha256()
+    try:
+        _feed_plan(plan_digest, plan)
+    except TypeError:
+        return None
+    asked = {"dtype": plan.options.dtype, "type": plan.options.type, **plan.options.extra, **options}
+    found = {
+        "tool": f"gemma2tool {__version__}, numpy {np.__version__}, kernels {_kernels()}",
+        "format": plan.output.format,
+        **{name.replace("_", "-"): _shown(value) for name, value in sorted(asked.items()) if value},
+        **{f"source {name}": said for name, said in _files(plan).items()},
+    }
+    return {**found, "plan": plan_digest.hexdigest()[:_DIGITS]}
+
+
+@cache
+def _kernels() -> str:
+    """A digest of the compiled kernels."""
+    return hashlib.sha256(Path(_native.__file__).read_bytes()).hexdigest()[:_DIGITS]
+
+
+def _files(plan: Plan) -> dict[str, str]:
+    """Every file of the source, by its name (in its folder, where files of one name lie in several)."""
+    files = sorted(set(plan.source.files))
+    folder = Path(os.path.commonpath([path.absolute().parent for path in files])) if files else Path()
+    return {str(path.absolute().relative_to(folder)): _identity(path) for path in files}
+
+
+def _identity(path: Path) -> str:
+    status = path.stat()
+    with open_for_reading(path) as reader:
+        ends = reader.pread(0, min(_ENDS, reader.size)), reader.pread(max(reader.size - _ENDS, 0), min(_ENDS, reader.size))
+    digest = hashlib.sha256(b"".join(ends)).hexdigest()[:_DIGITS]
+    return f"{status.st_size} bytes changed at {status.st_mtime_ns} ns with digest {digest}"
+
+
+def _shown(value: object) -> str:
+    """An option as a person wrote it, about."""
+    if isinstance(value, Mapping):
+        return ",".join(f"{key}={_shown(each)}" for key, each in value.items())
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return ",".join(map(_shown, sorted(value) if isinstance(value, (set, frozenset)) else value))
+    if isinstance(value, (str, int, float, bool, Path)):
+        return str(value)
+    return _digest(value)
+
+
+def _digest(value: object) -> str:
+    digest = hashlib.sha256()
+    try:
+        _feed(digest, value)
+    except TypeError:
+        return type(value).__name__  # what it does to the bytes is in the plan
+    return digest.hexdigest()[:_DIGITS]
+
+
+def _feed_plan(digest: hashlib._Hash, plan: Plan) -> None:
+    output = plan.output
+    _feed(digest, [(file.name, file.size, list(file.fixed)) for file in output.files])
+    _feed(digest, output.assets)
+    for item in output.tensors:
+        source = item.source
+        _feed(digest, [item.name, item.canonical, source.shape, source.dtype, source.stored, source.origin])
+        _feed(digest, [item.encoder, {suffix: dataclasses.astuple(place) for suffix, place in item.parts.items()}])
+
+
+def _feed(digest: hashlib._Hash, value: object) -> None:
+    """Feeds settings: unambiguous, and TypeError for anything that is none."""
+    if isinstance(value, Mapping):
+        value = sorted(value.items())
+    if isinstance(value, np.ndarray):
+        value = [value.dtype, value.shape, np.ascontiguousarray(value).tobytes()]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = [type(value).__qualname__, *(getattr(value, field.name) for field in dataclasses.fields(value))]
+    if isinstance(value, (list, tuple)):
+        digest.update(b"[%d;" % len(value))
+        for each in value:
+            _feed(digest, each)
+    elif isinstance(value, (bytes, memoryview)):
+        digest.update(b"b%d;" % len(value))
+        digest.update(value)
+    elif value is None or isinstance(value, (str, int, float, bool, np.generic, np.dtype, Path)):
+        text = f"{type(value).__name__}:{value!s}".encode("utf-8", "surrogateescape")
+        digest.update(b"t%d;" % len(text))
+        digest.update(text)
+    elif isinstance(value, Sequence):
+        _feed(digest, list(value))
+    else:
+        raise TypeError(f"{type(value).__name__} is no setting")
