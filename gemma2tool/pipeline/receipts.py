@@ -7,7 +7,7 @@ the new one comes after the new output. Whoever is killed in between leaves an o
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -39,13 +39,17 @@ def check_place(destination: Path) -> None:
         )
 
 
-def make(plan: Plan, staged: Path, candidate: Checkpoint, verification: Verification, *, threads: int) -> bytes:
-    """The receipt of a verified output that still lies at ``staged``, as the bytes of its file."""
+def make(
+    plan: Plan, staged: Path, candidate: Checkpoint, verification: Verification, clipped: Mapping[str, int], *, threads: int
+) -> bytes:
+    """The receipt of a verified output that still lies at ``staged``, as the bytes of its file. ``clipped``: how many values of which
+    tensor were clipped to the largest float16 before they were compared."""
     files = digest_files(staged, names_in(staged), threads=threads)
     what = {
         "options": options(plan.options),
         "types": [{"type": name, "tensors": count, "bytes": size} for name, count, size in plan.types()],
         "losses": [{"tensor": name, "max_abs": loss} for name, loss in plan.output.losses],
+        "clipped": [{"tensor": name, "values": count} for name, count in clipped.items()],
     }
     return receipt.encode(receipt.build(plan.source, candidate, files, what, verification))
 
@@ -68,6 +72,15 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_plain(each) for each in value]
     return value if isinstance(value, (str, int, float, bool)) else str(value)
+
+
+@contextmanager
+def stage(destination: Path, data: bytes) -> Iterator[Staging]:
+    """The receipt of ``destination``, staged; for ``commit``."""
+    place = receipt_path(destination)
+    with Staging(place, force=True, expected_bytes=len(data)) as staging:
+        staging.write_bytes(place.name, data)
+        yield staging
 
 
 def commit(outputs: Sequence[tuple[Staging, Staging | None]]) -> None:
