@@ -65,6 +65,7 @@ Force = Annotated[
     typer.Option("--force", help="Replace an existing destination, once its replacement is complete and verified."),
 ]
 NoVerify = Annotated[bool, typer.Option("--no-verify", help="Don't verify the output; the result says so.")]
+NoReceipt = Annotated[bool, typer.Option("--no-receipt", help="Write no DST.receipt.json beside the output.")]
 Threads = Annotated[
     int | None, typer.Option("--threads", min=1, max=256, help="Threads. Default: one for each processor.")
 ]

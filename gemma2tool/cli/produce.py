@@ -33,6 +33,7 @@ class Shared:
     lora: o.Lora = None
     force: o.Force = False
     no_verify: o.NoVerify = False
+    no_receipt: o.NoReceipt = False
     tokens: o.Tokens = None
     gate: o.Gate = None
     max_shard_size: o.MaxShardSize = "50GB"
@@ -120,6 +121,7 @@ def produce(
             threads=shared.threads or o.default_threads(),
             memory=budget,
             allow_nonfinite=shared.allow_nonfinite,
+            receipt=not shared.no_receipt,
             console=console,
         )
     if shared.json_output:

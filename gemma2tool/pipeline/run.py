@@ -14,10 +14,11 @@ import numpy as np
 from gemma2tool.formats import registry
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.pipeline.fingerprint import fingerprint
+from gemma2tool.pipeline import receipts
 from gemma2tool.pipeline.plan import Plan
 from gemma2tool.pipeline.values import ValueCheck, clipped_tensor
 from gemma2tool.pipeline.write import Target, write_outputs
-from gemma2tool.storage.staging import Staging, commit
+from gemma2tool.storage.staging import Staging
 
 if TYPE_CHECKING:
     from gemma2tool.console import Console
@@ -36,12 +37,14 @@ class Checks:
 class RunResult:
     """What a run did; ``verification`` is None where it was not asked for, and then nothing is claimed.
 
-    ``resumed``: tensors that an earlier run had completed. ``clipped``: values clipped to the largest float16, by tensor.
+    ``receipt``: where it was written, if it was. ``resumed``: tensors that an earlier run had completed. ``clipped``: values clipped
+    to the largest float16, by tensor.
     """
 
     plan: Plan
     seconds: float
     verification: Verification | None
+    receipt: Path | None = None
     resumed: Mapping[str, object] = field(default_factory=dict)
     clipped: Mapping[str, int] = field(default_factory=dict)
 
@@ -58,6 +61,8 @@ class RunResult:
         verdict = "not verified (--no-verify)"
         if self.verification is not None:
             verdict = f"verified in {sum(self.verification.seconds.values()):.1f} s"
+        if self.receipt is not None:
+            verdict += f", receipt {self.receipt.name}"
         resumed = f", {len(self.resumed)} of {len(output.tensors)} tensors by an earlier run" if self.resumed else ""
         return (
             f"{destination}: {output.nbytes:,} bytes written in {self.seconds:.1f} s ({rate:,.0f} MB/s of source){resumed}, {verdict}"
@@ -66,6 +71,7 @@ class RunResult:
     def to_json(self) -> dict[str, object]:
         return {
             "destination": str(self.plan.destination),
+            "receipt": None if self.receipt is None else str(self.receipt),
             "format": self.plan.output.format,
             "bytes": self.plan.output.nbytes,
             "written": self.written,
@@ -89,14 +95,18 @@ def run(
     console: Console,
     clip_float16: bool = False,
     restart: bool = False,
+    receipt: bool = True,
 ) -> list[RunResult]:
     """Write the planned outputs of one source, in one pass over it, beside their destinations; verify each there; only then rename it.
 
     An output whose verification fails is discarded, and its destination left as it was; where an input is refused, all are. Where the
     process is killed, interrupted, or the machine fails it, what was complete stays beside the destination, and the next run of equal
-    plans and options goes on with it, unless ``restart``; one of other plans refuses.
+    plans and options goes on with it, unless ``restart``; one of other plans refuses. ``receipt``: write one beside each output that
+    was verified.
     """
     started = time.monotonic()
+    for plan in plans if receipt and checks is not None else ():
+        receipts.check_place(plan.destination)
     asked = {"allow_nonfinite": allow_nonfinite, "clip_f16": clip_float16}
     check = ValueCheck(allow_nonfinite=allow_nonfinite, clip=clip_float16)
     with ExitStack() as stack:
@@ -128,13 +138,18 @@ def run(
                 for name, data in plan.output.assets.items():
                     staging.write_bytes(name, data)
         seconds = time.monotonic() - started
-        results = []
+        results, made = [], []
         for plan, staging, target, done in zip(plans, stagings, targets, resumed, strict=True):
             counts = target.clipped()
             _tell_clipped(plan, counts, console)
-            verification = None if checks is None else _verify(plan, staging.path, counts, checks, threads, console)
-            results.append(RunResult(plan, seconds, verification, done, counts))
-        commit([staging for result, staging in zip(results, stagings, strict=True) if result.written])
+            verification, data = None, None
+            if checks is not None:
+                verification, data = _verify(plan, staging.path, counts, checks, threads, console, receipt)
+            beside = None if data is None else stack.enter_context(receipts.stage(plan.destination, data))
+            where = None if beside is None else beside.destination
+            results.append(RunResult(plan, seconds, verification, where, done, counts))
+            made.append((staging, beside))
+        receipts.commit([pair for result, pair in zip(results, made, strict=True) if result.written])
     return results
 
 
@@ -169,13 +184,14 @@ def _clipped_source(plan: Plan, counts: Mapping[str, int]) -> Checkpoint:
 
 
 def _verify(
-    plan: Plan, staged: Path, clipped: Mapping[str, int], checks: Checks, threads: int, console: Console
-) -> Verification:
+    plan: Plan, staged: Path, clipped: Mapping[str, int], checks: Checks, threads: int, console: Console, receipt: bool
+) -> tuple[Verification, bytes | None]:
+    """The verification of what is staged and, where it passed and one is wanted, its receipt."""
     from gemma2tool.pipeline.evaluate import judge
 
     with registry.by_name(plan.output.format).open(staged) as candidate:
         candidate.path = plan.destination  # what the user knows it by
-        return judge(
+        found = judge(
             _clipped_source(plan, clipped),
             candidate,
             ids=checks.ids,
@@ -184,3 +200,5 @@ def _verify(
             console=console,
             weighted=plan.options.extra.get("imatrix") is not None,
         )
+        wanted = receipt and found.passed
+        return found, receipts.make(plan, staged, candidate, found, clipped, threads=threads) if wanted else None

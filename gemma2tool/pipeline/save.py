@@ -8,6 +8,7 @@ from pathlib import Path
 from gemma2tool.formats import registry
 from gemma2tool.formats.base import Output, WriteOptions
 from gemma2tool.model.checkpoint import Checkpoint
+from gemma2tool.pipeline.receipts import commit
 from gemma2tool.pipeline.write import DEFAULT_MEMORY, write_output
 from gemma2tool.storage.staging import Staging
 
@@ -34,5 +35,5 @@ def save(
         write_output(output, sinks, threads=threads, memory=memory)
         for name, data in output.assets.items():
             staging.write_bytes(name, data)
-        staging.commit()
+        commit([(staging, None)])
     return output
