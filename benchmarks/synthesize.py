@@ -3,6 +3,7 @@
     python benchmarks/synthesize.py 2b /tmp/2b.ckpt
     python benchmarks/synthesize.py 2b /tmp/2b-hf --dtype bf16
     python benchmarks/synthesize.py 27b /tmp/27b-hf --sparse
+    python benchmarks/synthesize.py 9b /tmp/9b-keras --to keras --sparse
 
 The weights are dense: slices, at places that depend on the tensor, of one pool of bfloat16 normal values with the spread of a real
 model. Nothing about quality can be learned from them; rates and memory can. ``--sparse`` lays out the same files with holes for
@@ -56,21 +57,25 @@ def random_checkpoint(size: str, seed: int = 0) -> Checkpoint:
     return Checkpoint(Path(f"random-{size}"), "random", config, tensors)
 
 
-def write_sparse(checkpoint: Checkpoint, destination: Path, dtype: str | None) -> None:
+def write_sparse(checkpoint: Checkpoint, destination: Path, dtype: str | None, to: str | None) -> None:
     """Headers and holes: every file at its size, with no tensor's bytes."""
-    name = registry.for_destination(destination, None)
+    name = registry.for_destination(destination, to)
     output = registry.by_name(name).layout(checkpoint, WriteOptions(dtype=dtype, name=destination.name))
     for file in output.files:
         path = destination if output.single_file else destination / file.name
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("wb") as sparse:
             sparse.truncate(file.size)
-            empty = {place.name: zeros_crc(place.nbytes) for item in output.tensors for place in item.parts.values()}
+            empty = {}
+            if file.finish:
+                empty = {place.name: zeros_crc(place.nbytes) for item in output.tensors for place in item.parts.values()}
             for offset, data in (*file.fixed, *(file.finish(empty) if file.finish else ())):
                 sparse.seek(offset)
                 sparse.write(data)
     for asset, data in output.assets.items():
-        (destination / asset).write_bytes(data)
+        path = destination / asset
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
 
 
 def zeros_crc(nbytes: int) -> int:
@@ -87,14 +92,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("size", choices=sorted(SIZES))
     parser.add_argument("destination", type=Path)
+    parser.add_argument("--to", choices=sorted(registry.NAMES), help="format; default: by the destination's name")
     parser.add_argument("--dtype", choices=("f32", "f16", "bf16"))
     parser.add_argument("--sparse", action="store_true")
     arguments = parser.parse_args()
     checkpoint = random_checkpoint(arguments.size)
     if arguments.sparse:
-        write_sparse(checkpoint, arguments.destination, arguments.dtype)
+        write_sparse(checkpoint, arguments.destination, arguments.dtype, arguments.to)
     else:
-        save(checkpoint, arguments.destination, WriteOptions(dtype=arguments.dtype), force=True)
+        save(checkpoint, arguments.destination, WriteOptions(dtype=arguments.dtype), to=arguments.to, force=True)
 
 
 if __name__ == "__main__":
