@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -9,6 +10,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+
+from gemma2tool.cli import precommit
+from gemma2tool.cli.main import app
 
 ROOT = Path(__file__).resolve().parent.parent
 ACTION = yaml.safe_load((ROOT / "action.yml").read_text())
@@ -39,8 +43,6 @@ def run_action(
 
 
 def called(tmp_path: Path) -> list[str]:
-    import json
-
     return json.loads((tmp_path / "called").read_text())
 
 
@@ -101,3 +103,31 @@ def test_the_action_verifies_for_real(tmp_path: Path, fixture_dir: Path) -> None
     assert done.returncode == 0, done.stderr
     assert summary.read_text().startswith("### ✅ verified: ")
     assert "<svg" in (tmp_path / "report.html").read_text()
+
+
+def test_the_hook_verifies_what_has_a_receipt(tmp_path: Path, fixture_dir: Path, monkeypatch, capfd) -> None:
+    monkeypatch.chdir(tmp_path)
+    for arguments in (["convert", str(fixture_dir / "model.ckpt"), "weights/hf"], ["convert", "weights/hf", "b.gguf"]):
+        Path("weights").mkdir(exist_ok=True)
+        assert app([*arguments, "-q"], standalone_mode=False) in (0, None)
+    Path("notes.txt").write_text("nothing of ours")
+    changed = ["notes.txt", "weights/hf/model.safetensors", "weights/hf/config.json", "b.gguf.receipt.json"]
+    assert precommit.outputs(changed) == [Path("weights/hf"), Path("b.gguf")]
+    assert precommit.main(["notes.txt"]) == 0
+    capfd.readouterr()
+    assert precommit.main(changed) == 0
+    assert capfd.readouterr().out.count("PASSED") == 2
+
+    with open("b.gguf", "r+b") as file:
+        file.seek(-1000, os.SEEK_END)
+        byte = file.read(1)
+        file.seek(-1000, os.SEEK_END)
+        file.write(bytes([byte[0] ^ 1]))
+    assert precommit.main(["b.gguf"]) == 1
+    assert "FAILED" in capfd.readouterr().out
+
+
+def test_the_hook_says_how_it_is_run() -> None:
+    (hook,) = yaml.safe_load((ROOT / ".pre-commit-hooks.yaml").read_text())
+    done = subprocess.run([sys.executable, *hook["entry"].split()[1:], "README.md"], cwd=ROOT, check=False, timeout=60)
+    assert done.returncode == 0
