@@ -13,8 +13,8 @@ import numpy as np
 
 from gemma2tool.formats import registry
 from gemma2tool.model.checkpoint import Checkpoint
-from gemma2tool.pipeline.fingerprint import fingerprint
 from gemma2tool.pipeline import receipts
+from gemma2tool.pipeline.fingerprint import fingerprint
 from gemma2tool.pipeline.plan import Plan
 from gemma2tool.pipeline.values import ValueCheck, clipped_tensor
 from gemma2tool.pipeline.write import Target, write_outputs
