@@ -9,13 +9,16 @@ import os
 import signal
 import sys
 from collections.abc import Callable
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from gemma2tool import __version__
 from gemma2tool.cli.groups import expanded
 from gemma2tool.errors import EXIT_BUG, EXIT_INTERRUPTED, ResourceError, ToolError
+
+if TYPE_CHECKING:
+    from gemma2tool.console import Console
 
 app = typer.Typer(
     name="gemma2tool",
@@ -54,9 +57,10 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
             command(*args, **kwargs)
         except ToolError as error:
             console.error(error)
+            _notes(error, console)
             raise typer.Exit(error.exit_code) from None
-        except (KeyboardInterrupt, _Terminated):
-            console.warn("interrupted; nothing was written at the destination")
+        except (KeyboardInterrupt, _Terminated) as stop:
+            console.warn("interrupted; nothing was written at the destination" if not _notes(stop, console) else "interrupted")
             raise typer.Exit(EXIT_INTERRUPTED) from None
         except BrokenPipeError:  # whoever read our output has seen enough
             _silence_stdout()
@@ -73,6 +77,14 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
             raise typer.Exit(EXIT_BUG) from None
 
     return run
+
+
+def _notes(error: BaseException, console: Console) -> list[str]:
+    """Shows, and returns, what was noted on the way out: where staged output is, and what to do with it."""
+    notes = getattr(error, "__notes__", [])
+    for note in notes:
+        console.warn(note)
+    return notes
 
 
 def _silence_stdout() -> None:
@@ -106,7 +118,7 @@ def _terminate(signum: int, frame: object) -> None:
 
 
 def _register() -> None:
-    from gemma2tool.cli import convert, formats, generate, hash, imatrix, inspect, logits, quantize, verify
+    from gemma2tool.cli import clean, convert, formats, generate, hash, imatrix, inspect, logits, quantize, verify
 
     app.command("convert")(guarded(expanded(convert.convert)))
     app.command("quantize")(guarded(expanded(quantize.quantize)))
@@ -116,6 +128,7 @@ def _register() -> None:
     app.command("imatrix")(guarded(imatrix.imatrix))
     app.command("inspect")(guarded(inspect.inspect))
     app.command("hash")(guarded(hash.hash))
+    app.command("clean")(guarded(clean.clean))
     app.command("formats")(guarded(formats.formats))
 
 

@@ -73,6 +73,13 @@ Memory = Annotated[str, typer.Option("--memory", metavar="SIZE", help="Byte budg
 MaxShardSize = Annotated[
     str, typer.Option("--max-shard-size", metavar="SIZE", help="Largest file of a sharded output.")
 ]
+Restart = Annotated[
+    bool, typer.Option("--restart", help="Begin anew; discard what an interrupted run left beside the destination.")
+]
+ClipFloat16 = Annotated[
+    bool,
+    typer.Option("--clip-f16", help="Store the largest float16 instead of refusing values beyond it; the result says how many."),
+]
 AllowNonfinite = Annotated[bool, typer.Option("--allow-nonfinite", help="Accept NaN and infinities in the source.")]
 AllowMismatch = Annotated[
     bool,

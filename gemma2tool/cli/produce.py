@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -40,7 +41,9 @@ class Shared:
     split_max_size: o.SplitMaxSize = None
     split_max_tensors: o.SplitMaxTensors = None
     allow_nonfinite: o.AllowNonfinite = False
+    clip_f16: o.ClipFloat16 = False
     allow_mismatch: o.AllowMismatch = False
+    restart: o.Restart = False
     threads: o.Threads = None
     memory: o.Memory = "256MiB"
     dry_run: o.DryRun = False
@@ -67,7 +70,8 @@ def produce(
     from gemma2tool.pipeline.plan import make_plan
     from gemma2tool.pipeline.plan import shared as one_pass
     from gemma2tool.pipeline.run import Checks, run
-    from gemma2tool.storage.paths import refuse_existing
+    from gemma2tool.storage import staging_place
+    from gemma2tool.storage.paths import refuse_existing, refuse_same
     from gemma2tool.verify.gates import parse_gates
 
     console = Console(quiet=shared.quiet, json=shared.json_output)
@@ -75,7 +79,7 @@ def produce(
         "split_max_size": o.optional_size(shared.split_max_size),
         "split_max_tensors": shared.split_max_tensors,
     }
-    extra = {**extra, **splits, "allow_mismatch": shared.allow_mismatch}
+    extra = {**extra, **splits, "allow_mismatch": shared.allow_mismatch, "lora": tuple(shared.lora or ())}
     to = shared.to
     if dst.suffix.lower() == ".gguf" and any(splits.values()):
         dst, to = dst.with_suffix(""), "gguf"
@@ -84,7 +88,9 @@ def produce(
     for path, format_name, name in wanted:
         _check_dtype(dtype, format_name)
         _check_type(name, format_name, extra)
-        refuse_existing(path, force=shared.force, folder=path.suffix.lower() not in FILE_SUFFIXES)
+        if not staging_place.exists(path):  # else what is staged decides
+            refuse_existing(path, force=shared.force, folder=path.suffix.lower() not in FILE_SUFFIXES)
+        refuse_same([each for each in (shared.config, shared.tokens, *extra.values()) if _is_file(each)], path)
     shard_size = o.parse_size(shared.max_shard_size)
     budget = o.parse_size(shared.memory)
     gates = parse_gates(shared.gate or ())
@@ -109,21 +115,22 @@ def produce(
         if shared.dry_run:
             _show_plans(plans, console, shared.json_output)
             return
-        if len(wanted) > 1:
-            dst.mkdir(exist_ok=True)
         checks = None
         if not shared.no_verify:
             checks = Checks(read_tokens(shared.tokens, source.config) if shared.tokens else None, gates)
-        results = run(
-            plans,
-            checks,
-            force=shared.force,
-            threads=shared.threads or o.default_threads(),
-            memory=budget,
-            allow_nonfinite=shared.allow_nonfinite,
-            receipt=not shared.no_receipt,
-            console=console,
-        )
+        with _folder_of_several([path for path, _, _ in wanted]):
+            results = run(
+                plans,
+                checks,
+                force=shared.force,
+                threads=shared.threads or o.default_threads(),
+                memory=budget,
+                allow_nonfinite=shared.allow_nonfinite,
+                clip_float16=shared.clip_f16,
+                restart=shared.restart,
+                receipt=not shared.no_receipt,
+                console=console,
+            )
     if shared.json_output:
         content = [result.to_json() for result in results]
         console.emit_json(content[0] if len(content) == 1 else {"outputs": content})
@@ -134,6 +141,36 @@ def produce(
     reports.write([result.verification for result in results if result.verification is not None], console)
     if not all(result.written for result in results):
         raise typer.Exit(EXIT_VERIFICATION_FAILED)
+
+
+def _is_file(value: object) -> bool:
+    return isinstance(value, Path) and value.exists()
+
+
+@contextmanager
+def _folder_of_several(destinations: Sequence[Path]) -> Iterator[None]:
+    """The folder that several outputs go into; one that was made for them goes again where nothing came of it."""
+    from gemma2tool.storage import staging_place
+    from gemma2tool.storage.syscalls import told
+
+    if len(destinations) == 1:
+        yield
+        return
+    folder = destinations[0].parent
+    ours = not folder.exists() or any(staging_place.exists(path) for path in destinations)
+    with told(folder, "creating the folder"):
+        try:
+            folder.mkdir(exist_ok=True)
+        except FileNotFoundError:
+            raise UsageError(
+                "output.no-parent", f"{folder.parent}: no such folder", hint=f"create it first: mkdir -p {folder.parent}"
+            ) from None
+    try:
+        yield
+    finally:
+        if ours:
+            with suppress(OSError):  # only an empty one goes
+                folder.rmdir()
 
 
 def _inside(plan: Plan) -> list[Path]:

@@ -339,7 +339,9 @@ class Staging:
     def _roll_back(self, error: BaseException | None) -> None:
         if self._recorder is not None:
             self._recorder.abandon()
-        if not self._placed and self._has_progress and error is not None and _may_be_repeated(error):
+        if self._placed and error is not None:
+            error.add_note(f"{self.destination}: is in place, complete")
+        elif self._has_progress and error is not None and _may_be_repeated(error):
             self._keep = True
             if not self.finished:
                 error.add_note(

@@ -16,7 +16,7 @@ class Leftover:
     """What a run that did not finish left: its staging place and the destination it was for.
 
     ``nbytes``: what it takes on the disk. ``in_use``: a process is working there, so it was left alone. ``restored``: the old
-    destination was put back.
+    destination was put back. ``removed``: it is gone.
     """
 
     path: Path
@@ -24,6 +24,7 @@ class Leftover:
     nbytes: int
     in_use: bool
     restored: bool
+    removed: bool
 
 
 def clean(path: str | os.PathLike[str], *, dry_run: bool = False) -> list[Leftover]:
@@ -75,7 +76,7 @@ def _clean_one(destination: Path, dry_run: bool) -> Leftover | None:
         place = StagingPlace(destination, create=False)
     except ResourceError as error:
         if error.id == "output.locked":
-            return Leftover(staged, destination, nbytes, in_use=True, restored=False)
+            return Leftover(staged, destination, nbytes, in_use=True, restored=False, removed=False)
         if isinstance(error.__cause__, FileNotFoundError):  # its owner has just finished
             return None
         raise
@@ -84,7 +85,7 @@ def _clean_one(destination: Path, dry_run: bool) -> Leftover | None:
         if not dry_run:
             restored = place.recover()
             place.remove()
-        return Leftover(staged, destination, nbytes, in_use=False, restored=restored)
+        return Leftover(staged, destination, nbytes, in_use=False, restored=restored, removed=not os.path.lexists(staged))
     finally:
         place.close()
 
