@@ -86,7 +86,7 @@ class StreamedForward:
         """The residual stream (B, T, D): the scaled embeddings, then after each layer; L + 1 in all, before the final
         norm."""
         config = self.config
-        x = scale_embeddings(self._embed(), config)
+        x = self.embedded()
         yield x
         cos, sin = cos_sin(config, self.positions, self.dtype)
         few = x.shape[0] * x.shape[1] <= FEW_TOKENS
@@ -97,6 +97,26 @@ class StreamedForward:
                     x, _ = layer(x, cos, sin, self.attention_mask, self.cache)
                 yield x
         self._last = self._norm("model.norm.weight")(x)
+
+    @torch.no_grad()
+    def embedded(self) -> Tensor:
+        """The scaled embeddings (B, T, D)."""
+        return scale_embeddings(self._embed(), self.config)
+
+    @torch.no_grad()
+    def one_layer(self, index: int, x: Tensor) -> Tensor:
+        """What layer ``index`` makes of the residual stream ``x`` (B, T, D); reads that layer alone."""
+        prefix = f"model.layers.{index}."
+        matrices = {name: tensor for name, tensor in self._matrices().items() if name.startswith(prefix)}
+        cos, sin = cos_sin(self.config, self.positions, self.dtype)
+        with ReadAhead(matrices, torch.get_num_threads()) as weights:
+            return self._layer(index, weights)(x, cos, sin, self.attention_mask)[0]
+
+    @torch.no_grad()
+    def head(self, x: Tensor, last: int = 1) -> Tensor:
+        """Logits (B, ``last``, V) of the residual stream ``x`` (B, T, D) after the last layer, at its last positions."""
+        self._last = self._norm("model.norm.weight")(x[:, -last:])
+        return torch.cat([logits for _, _, logits in self.vocabulary_slices()], dim=-1)
 
     def last_hidden_state(self) -> Tensor:
         """(B, T, D) after the final norm; runs the layers unless ``hidden_states`` has."""

@@ -16,6 +16,7 @@ from gemma2tool.verify import judge
 from gemma2tool.verify.completeness import comparable, compare_names
 from gemma2tool.verify.config import compare_configs
 from gemma2tool.verify.consumers import UNSAID, assumptions
+from gemma2tool.verify.diagnosis.cause import Cause
 from gemma2tool.verify.gates import GATES, Gates
 from gemma2tool.verify.measurements import Drift, Measurements, Tokens, tensor_errors
 from gemma2tool.verify.prompts import built_in_prompt
@@ -112,8 +113,41 @@ def verify(
                 source, candidate, ids, text, kind, limits, bool(gates), comparisons, threads, progress
             )
             results += found
+    causes: tuple[Cause, ...] = ()
+    if any(gate.failed for gate in results):
+        with timed("diagnosis"):
+            run_ids = None if tokens is None else tokens.ids
+            causes = _causes(source, candidate, results, comparisons, expected, weighted, kind, run_ids, threads)
     measured = Measurements(None if comparisons is None else tensor_errors(comparisons), drift, tokens, reference)
-    return Verification(side_of(source), side_of(candidate), kind, tuple(results), seconds, measurements=measured)
+    return Verification(side_of(source), side_of(candidate), kind, tuple(results), seconds, causes, measured)
+
+
+def _causes(
+    source: Checkpoint,
+    candidate: Checkpoint,
+    results: Sequence[GateResult],
+    comparisons: list[TensorComparison] | None,
+    expected: Mapping[str, LazyTensor],
+    weighted: bool,
+    kind: str,
+    ids: np.ndarray | None,
+    threads: int,
+) -> tuple[Cause, ...]:
+    """The catalogue's answer; where it leaves something open and there was a forward pass, the place where the models part."""
+    from gemma2tool.verify.diagnosis.diagnose import diagnose
+
+    causes = diagnose(source, candidate, results, comparisons, expected=expected, weighted=weighted, threads=threads)
+    told = {name for cause in causes for name in cause.tensors}
+    open_questions = [each.name for each in comparisons or () if not each.ok and each.name not in told]
+    if ids is not None and (open_questions or not causes) and comparable(source, candidate):
+        from gemma2tool.verify.parting import find_parting
+
+        parting = find_parting(
+            source, candidate, ids, exact=kind == "lossless", suspects=open_questions, threads=threads
+        )
+        if parting is not None and not told.issuperset(parting.tensors or ("",)):
+            causes = (*causes, parting)
+    return causes
 
 
 def _logits(
