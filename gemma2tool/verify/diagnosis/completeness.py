@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.verify.diagnosis.cause import Cause
+from gemma2tool.verify.diagnosis.fit import is_float
 from gemma2tool.verify.diagnosis.names import described, listed, place, runs
 from gemma2tool.verify.diagnosis.search import Case
 
@@ -38,6 +39,16 @@ def causes_of_names(case: Case, candidate: Checkpoint) -> list[Cause]:
         said = f"{listed(extra[:4])}{' and more' if len(extra) > 4 else ''} {verb} in the candidate and not in the source"
         causes.append(Cause("tensor.extra", said, tuple(extra)))
     return causes
+
+
+def causes_of_types(candidate: Checkpoint) -> list[Cause]:
+    """Tensors stored in a quantized type that are never quantized."""
+    names = [name for name, spec in candidate.specs.items() if not spec.quantizable and not is_float(candidate.tensors[name])]
+    if not names:
+        return []
+    types = listed(sorted({candidate.tensors[name].stored for name in names}))
+    said = f"{described(names, candidate.config)} {'are' if len(names) > 1 else 'is'} quantized ({types}), which Gemma 2's norms never are"
+    return [Cause("quant.not-quantizable", said, tuple(names), evidence={"types": types})]
 
 
 def _head(case: Case, missing: list[str], extra: list[str]) -> list[Cause]:

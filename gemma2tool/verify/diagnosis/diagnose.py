@@ -9,7 +9,7 @@ from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.config import Gemma2Config
 from gemma2tool.model.lazy import LazyTensor
 from gemma2tool.verify.diagnosis.cause import Cause
-from gemma2tool.verify.diagnosis.completeness import causes_of_names
+from gemma2tool.verify.diagnosis.completeness import causes_of_names, causes_of_types
 from gemma2tool.verify.diagnosis.config import causes_of_config
 from gemma2tool.verify.diagnosis.layers import causes_of_moves
 from gemma2tool.verify.diagnosis.names import described
@@ -19,6 +19,15 @@ from gemma2tool.verify.diagnosis.signature import Move, Signature, Weights
 from gemma2tool.verify.diagnosis.tokenizer import causes_of_tokenizer
 from gemma2tool.verify.result import GateResult
 from gemma2tool.verify.tensors import TensorComparison, compare_tensors
+
+
+# Config fields that have to follow where tensors are as these causes say.
+_IMPLIED = {
+    "layer.dropped": ("layer_types",),
+    "layer.added": ("layer_types",),
+    "embedding.padded": ("vocab_size",),
+    "embedding.truncated": ("vocab_size",),
+}
 
 
 def diagnose(
@@ -49,9 +58,14 @@ def diagnose(
     wrong = [name for name in candidate.tensors if name not in claimed and not (name in found and found[name].ok)]
     explained = search(case, wrong)
     patterns = causes_of_patterns(case, [name for name in wrong if name not in explained])
-    causes = [*names, *_aggregated(explained, source.config), *patterns]
+    causes = [*names, *_aggregated(explained, source.config), *patterns, *causes_of_types(candidate)]
     causes.sort(key=lambda cause: -len(cause.tensors))
-    return (*causes, *causes_of_config(source, candidate), *causes_of_tokenizer(source, candidate, results))
+    told = [field for cause in causes for field in (*cause.fields, *_IMPLIED.get(cause.id, ()))]
+    causes += causes_of_config(source.config, candidate.config, format=candidate.format, told=told)
+    causes += causes_of_tokenizer(results)
+    if not causes:
+        causes = causes_of_patterns(case, [name for name, each in found.items() if each.rule in ("bound", "reported")])
+    return tuple(causes)
 
 
 def _same_shapes(source: Checkpoint, candidate: Checkpoint) -> dict[str, LazyTensor]:

@@ -1,2 +1,73 @@
-def causes_of_patterns(case, names):
-    return []
+"""Mistakes that must be measured before they can be named, in the tensors that no known function of the source reproduces."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+
+import numpy as np
+
+from gemma2tool.verify.diagnosis import damage, losses, scales
+from gemma2tool.verify.diagnosis.cause import Cause
+from gemma2tool.verify.diagnosis.names import described
+from gemma2tool.verify.diagnosis.portion import Portion, portion
+from gemma2tool.verify.diagnosis.search import Case
+from gemma2tool.verify.diagnosis.smoothing import causes_of_smoothing, column_factors
+
+_NUMBER = re.compile(r"-?\d[\d.e+-]*")
+
+
+def causes_of_patterns(case: Case, names: Sequence[str]) -> list[Cause]:
+    """Causes of what differs in ``names``, one for all tensors with the same pattern and the same numbers."""
+    columns: dict[str, np.ndarray] = {}
+    found: dict[str, scales.Pattern] = {}
+    left: list[str] = []
+    for name in names:
+        here = portion(case, name)
+        pattern = _pattern(case, name, here)
+        if pattern is not None:
+            found[name] = pattern
+        elif here is not None and (factors := column_factors(here)) is not None:
+            columns[name] = factors
+        else:
+            left.append(name)
+    causes = causes_of_smoothing(case, columns, [*left, *(name for name in found if name.endswith("layernorm.weight"))])
+    told = {name for cause in causes for name in cause.tensors}
+    for name in left:
+        here = None if name in told else portion(case, name)
+        pattern = here and (losses.unrelated(here) or losses.lossy(here, case.candidate[name].stored))
+        if pattern is not None:
+            found[name] = pattern
+    return causes + _aggregated(case, {name: each for name, each in found.items() if name not in told})
+
+
+def _pattern(case: Case, name: str, here: Portion | None) -> scales.Pattern | None:
+    """The first that fits. Damage in a place first where bits can be compared; in quantized tensors last, because there it is whatever
+    is left over in a few blocks."""
+    if here is None:
+        return damage.local(case, name)
+    if np.ptp(here.candidate) == 0:
+        return losses.unrelated(here)
+    config, stored = case.weights.config, case.candidate[name].stored
+    if not here.quantized:
+        return damage.local(case, name) or scales.factors_and_offsets(here, config) or losses.twice(here, stored)
+    within = here.error <= here.limit
+    return (None if within else scales.factors_and_offsets(here, config)) or losses.twice(here, stored) or damage.local(case, name)
+
+
+def _aggregated(case: Case, found: dict[str, scales.Pattern]) -> list[Cause]:
+    """Patterns whose sentences differ in numbers alone become one cause, told with the first one's numbers."""
+    groups: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for name, pattern in found.items():
+        groups[pattern.id, _NUMBER.sub("#", pattern.says)].append(name)
+    causes = []
+    for names in groups.values():
+        pattern = found[names[0]]
+        several = len(names) > 1
+        what = described(names, case.weights.config)
+        said = pattern.says.format(what=what, are="are" if several else "is", have="have" if several else "has")
+        if several and len({found[name].says for name in names}) > 1:
+            said += f" (numbers of {names[0]}; the others' differ)"
+        causes.append(Cause(pattern.id, said, tuple(names), evidence=dict(pattern.evidence) | {"tensors": len(names)}))
+    return causes

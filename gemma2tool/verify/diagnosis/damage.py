@@ -1,0 +1,129 @@
+"""Damage in a place: flipped bits, holes, broken blocks, in a tensor that is otherwise the source's."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from gemma2tool.model.lazy import LazyTensor, row_ranges, to_float32
+from gemma2tool.verify.bounds import BOUNDS
+from gemma2tool.verify.diagnosis.fit import is_float
+from gemma2tool.verify.diagnosis.scales import Pattern
+from gemma2tool.verify.diagnosis.search import Case
+from gemma2tool.verify.tensors import cast
+
+_UNSIGNED = {2: np.uint16, 4: np.uint32, 8: np.uint64}
+_CHUNK_VALUES = 1 << 20
+_FEW = 1e-3  # share of the values up to which damage is damage in a place
+_FEW_BLOCKS = 0.3
+
+
+def local(case: Case, name: str) -> Pattern | None:
+    """Where the tensor is damaged, if all the rest of it is the source's."""
+    source, candidate = case.weights.get(name), case.candidate[name]
+    if source is None or source.shape != candidate.shape or not candidate.size:
+        return None
+    return _values(source, candidate) if is_float(candidate) else _blocks(source, candidate)
+
+
+@dataclass
+class _Differing:
+    """What a walk through both tensors adds up."""
+
+    count: int = 0
+    bits: int = 0
+    """Of the differing values, those that differ in one bit."""
+    zero: int = 0
+    nonfinite: int = 0
+    first: int = -1
+    last: int = -1
+
+
+def _values(source: LazyTensor, candidate: LazyTensor) -> Pattern | None:
+    found = _Differing()
+    width = max(candidate.row_size, 1)
+    for first, last in row_ranges(candidate.rows, width, _CHUNK_VALUES):
+        got = candidate.load_rows(first, last)
+        wanted = cast(source.load_rows(first, last), candidate.stored, got.dtype)
+        kind = _UNSIGNED[got.dtype.itemsize]
+        left = np.ascontiguousarray(wanted).reshape(-1).view(kind)
+        right = np.ascontiguousarray(got).reshape(-1).view(kind)
+        where = np.flatnonzero(left != right)
+        if not len(where):
+            continue
+        values = to_float32(np.ascontiguousarray(got).reshape(-1)[where])
+        apart = left[where] ^ right[where]
+        found.bits += int(np.count_nonzero((apart & (apart - kind(1))) == 0))
+        found.zero += int(np.count_nonzero(values == 0))
+        found.nonfinite += int(np.count_nonzero(~np.isfinite(values)))
+        found.count += len(where)
+        found.first = first * width + int(where[0]) if found.first < 0 else found.first
+        found.last = first * width + int(where[-1])
+    return _judged(found, candidate)
+
+
+def _judged(found: _Differing, candidate: LazyTensor) -> Pattern | None:
+    span = found.last - found.first + 1
+    evidence = {"values": found.count, "first": found.first, "last": found.last}
+    at, to = _where(found.first, candidate.shape), _where(found.last, candidate.shape)
+    few = found.count <= max(_FEW * candidate.size, 8)
+    if found.count and found.bits == found.count and few:
+        said = (
+            f"in {{what}} one bit is flipped at {at}: the file is damaged"
+            if found.count == 1
+            else f"in {{what}} {found.count} values differ in one bit each, the first at {at}: the file is damaged"
+        )
+        return Pattern("damage.bit-flip", said, evidence)
+    compact = found.count and span <= 1.5 * found.count and span < 0.95 * candidate.size
+    if compact and found.zero == found.count and found.count > 1:
+        said = f"in {{what}} {found.count} values from {at} to {to} are zero: a hole in the file, as an interrupted write leaves"
+        return Pattern("damage.hole", said, evidence)
+    if compact or few and found.count:
+        said = f"in {{what}} {found.count} values from {at} to {to} are not the source's, and the rest is: the file is damaged there"
+        return Pattern("damage.region", said, evidence)
+    if found.nonfinite:
+        said = f"in {{what}} {found.nonfinite} values are NaN or infinite"
+        return Pattern("damage.nonfinite", said, evidence)
+    return None
+
+
+def _blocks(source: LazyTensor, candidate: LazyTensor) -> Pattern | None:
+    bound = BOUNDS.get(candidate.stored)
+    size = bound.block if bound is not None and bound.block else candidate.row_size
+    width = max(candidate.row_size, 1)
+    total = bad = scaled = nonfinite = 0
+    worst, factors = -1, []
+    limit = 1.5 * bound.relative_rmse if bound is not None else 0.9
+    for first, last in row_ranges(candidate.rows, width, _CHUNK_VALUES, size // math.gcd(size, width)):
+        ours, theirs = (each.load_rows_f32(first, last).reshape(-1) for each in (source, candidate))
+        if len(ours) % size:
+            return None
+        ours, theirs = ours.reshape(-1, size).astype(np.float64), theirs.reshape(-1, size).astype(np.float64)
+        broken = ~np.isfinite(theirs).all(1)
+        nonfinite += int(broken.sum())
+        theirs[broken] = 0
+        square = np.maximum((ours**2).sum(1), 1e-300)
+        error = np.sqrt(((theirs - ours) ** 2).sum(1) / square)
+        factor = (ours * theirs).sum(1) / square
+        rest = np.sqrt(((theirs - factor[:, None] * ours) ** 2).sum(1) / square) / np.maximum(np.abs(factor), 1e-30)
+        off = (error > limit) | (np.abs(factor - 1) > max(limit, 8 * limit / math.sqrt(size))) | broken
+        total, bad = total + len(off), bad + int(off.sum())
+        scaled += int((off & (rest <= limit) & (np.abs(factor) > 1e-6)).sum())
+        if off.any():
+            worst = first * width // size + int(off.argmax()) if worst < 0 else worst
+            factors += [float(factor[off].min()), float(factor[off].max())]
+    if not bad or bad > _FEW_BLOCKS * total:
+        return None
+    at = _where(worst * size, candidate.shape)
+    evidence = {"blocks": bad, "of": total, "block": size, "first": worst, "nonfinite": nonfinite}
+    here = f"in {{what}} {bad} of {total} blocks of {size} values, the first at {at},"
+    if scaled >= 0.8 * bad:
+        said = f"{here} {'are' if bad > 1 else 'is'} off by a factor ({min(factors):.4g} to {max(factors):.4g}): absmax, or scale, is damaged"
+        return Pattern("quant.absmax-damaged", said, evidence)
+    return Pattern("quant.blocks-damaged", f"{here} {'are' if bad > 1 else 'is'} not the source's: the file is damaged there", evidence)
+
+
+def _where(index: int, shape: tuple[int, ...]) -> str:
+    return "[" + ", ".join(str(int(each)) for each in np.unravel_index(index, shape or (1,))) + "]"

@@ -1,0 +1,94 @@
+"""Values that lost too much, without any order in it: quantized before, or never loaded at all."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from gemma2tool.verify.bounds import BOUNDS
+from gemma2tool.verify.diagnosis.honest import quantized_once
+from gemma2tool.verify.diagnosis.portion import Portion, rms
+from gemma2tool.verify.diagnosis.scales import Pattern
+
+_BLOCK = 32
+_MORE = 1.2  # times the error of quantizing once; two roundings to like steps give 1.4
+_ON, _OFF = 0.1, 0.2  # RMS distance from a grid, in steps; 0.29 by chance
+_FINE = 0.06  # RMSE / RMS up to which a type has so many levels that 16 of them must be another's
+
+
+def twice(here: Portion, stored: str) -> Pattern | None:
+    """The values went through a coarser type before, or through this one's error twice."""
+    if here.correlation < 0.5:
+        return None
+    bound = BOUNDS.get(stored)
+    if not here.quantized or bound is not None and bound.relative_rmse <= _FINE:
+        return _on_grid(here) or _more(here, stored)
+    return _more(here, stored)
+
+
+def _on_grid(here: Portion) -> Pattern | None:
+    """The values lie on a grid that their own type does not ask for."""
+    columns = here.source.shape[1]
+    for size in (64, 32):
+        if columns % size:
+            continue
+        ours, theirs = (_distinct(each.reshape(-1, size)) for each in (here.source, here.candidate))
+        if theirs <= 17 and theirs < 0.7 * ours:
+            said = f"{{what}} {{have}} no more than {theirs:.0f} different values in {size}: they were quantized to 4 bits or less before"
+            return Pattern("quant.twice", said, {"distinct": theirs, "group": size})
+    for size in (columns, 128, 64, 32):
+        if columns % size == 0 and _from_levels(here.candidate, size) < _ON and _from_levels(here.source, size) > _OFF:
+            each = "row" if size == columns else f"{size} values"
+            said = f"{{what}} {{are}} whole multiples of 1/127 of the largest of each {each}: they were quantized to 8 bits before"
+            return Pattern("quant.twice", said, {"levels": 127, "group": size})
+    return None
+
+
+def _distinct(blocks: np.ndarray) -> float:
+    ordered = np.sort(blocks, axis=1)
+    return float(np.percentile(1 + (np.diff(ordered, axis=1) != 0).sum(1), 90))
+
+
+def _from_levels(rows: np.ndarray, size: int) -> float:
+    """RMS distance from the nearest of 255 levels, in steps."""
+    blocks = rows.reshape(-1, size).astype(np.float64)
+    largest = np.abs(blocks).max(1, keepdims=True)
+    codes = (127 * blocks / np.maximum(largest, 1e-300))[largest[:, 0] > 0]
+    return rms(codes - np.round(codes)) if codes.size else 1.0
+
+
+def _more(here: Portion, stored: str) -> Pattern | None:
+    """Most blocks are farther off than quantizing the source once puts them."""
+    once = quantized_once(stored, here.source) if here.quantized else None
+    if once is None or here.source.shape[1] % _BLOCK:
+        return None
+    lost, must = (
+        np.median(np.sqrt(np.square(each - here.source).reshape(-1, _BLOCK).mean(1))) for each in (here.candidate, once)
+    )
+    if not must or lost < _MORE * must:
+        return None
+    said = f"{{what}} {{have}} lost {lost / must:.3g} times what rounding to {stored} once loses: quantized twice"
+    return Pattern("quant.twice", said, {"times": float(lost / must)})
+
+
+def unrelated(here: Portion) -> Pattern | None:
+    """Nothing of the source is in it."""
+    if np.ptp(here.candidate) == 0:
+        value = float(here.candidate.flat[0])
+        said = f"{{what}} {{are}} {value:g} everywhere: nothing was ever loaded there"
+        return Pattern("damage.constant", said, {"value": value})
+    if abs(here.correlation) < 0.1 and here.source.size >= 256:
+        size = rms(here.candidate)
+        said = (
+            f"{{what}} {{have}} nothing in common with any tensor of the source: random values (RMS {size:.3g}), as of weights that were"
+            " initialised and never loaded"
+        )
+        return Pattern("damage.random", said, {"correlation": here.correlation, "rms": size})
+    return None
+
+
+def lossy(here: Portion, stored: str) -> Pattern | None:
+    """More was lost than the type may lose, and there is no order in it."""
+    if here.quantized and here.correlation > 0.5:
+        said = f"{{what}} {{have}} lost more than {stored} may lose: an error of {here.error:.3g} of the size, without a pattern in it"
+        return Pattern("quant.lossy", said, {"error": here.error, "limit": here.limit})
+    return None
