@@ -62,7 +62,8 @@ def test_convert_verifies_and_reports(place: Path) -> None:
     back = run("convert", place / "out.ckpt", place / "back", "--quiet")
     assert back.exit_code == 0, back.output
     assert (place / "back" / "model.safetensors").read_bytes() == (place / "src" / "model.safetensors").read_bytes()
-    assert sorted(p.name for p in place.iterdir()) == ["back", "out.ckpt", "src"]
+    receipts = ["back.receipt.json", "out.ckpt.receipt.json"]
+    assert sorted(p.name for p in place.iterdir()) == sorted(["back", "out.ckpt", "src", *receipts])
 
 
 def test_no_verify_says_so(place: Path) -> None:
@@ -160,7 +161,7 @@ def test_many_outputs_in_one_pass_are_the_same_files(place: Path) -> None:
             assert listing(together) == listing(alone)
         else:
             assert together.read_bytes() == alone.read_bytes()
-    assert len(list((place / "many").iterdir())) == len(kinds)
+    assert len(list((place / "many").iterdir())) == 2 * len(kinds)  # each with its receipt
     assert_refused(
         run("quantize", place / "src", place / "many", "--type", "q8_0,q6_k"), 2, "many-q8_0.gguf", "--force"
     )
