@@ -225,9 +225,7 @@ def test_tokenizer_beside_the_folder_is_found(oracles: Path, tmp_path: Path, tre
 
 @pytest.mark.parametrize("chunks", [1, 3, 7])
 def test_both_ways_to_decompress_agree(tmp_path: Path, chunks: int, monkeypatch) -> None:
-    """zstandard streams a chunk; without it tensorstore decodes it whole. The last chunk may not be full."""
-    import sys
-
+    """zstandard streams a chunk; tensorstore, left to other compressors, decodes it whole. The last chunk may not be full."""
     from gemma2tool.formats import zarr_arrays
 
     array = np.random.default_rng(0).standard_normal((20, 4, 6)).astype(ml_dtypes.bfloat16)
@@ -236,12 +234,10 @@ def test_both_ways_to_decompress_agree(tmp_path: Path, chunks: int, monkeypatch)
     spec = {"driver": "zarr", "kvstore": {"driver": "ocdbt", "base": f"file://{tmp_path}/x/", "path": "a/"}, "metadata": metadata}
     tensorstore.open(spec, create=True).result().write(array).result()
     monkeypatch.setattr(zarr_arrays, "WINDOW", 100)
-    for library in ("there", None):
-        if library is None:
-            monkeypatch.setitem(sys.modules, "zstandard", None)
-        stored = zarr_arrays.read_arrays(tmp_path / "x")["a"]
+    for compressor in ("zstd", "other"):
+        stored = replace(zarr_arrays.read_arrays(tmp_path / "x")["a"], compressor=compressor)
         matrix = stored.matrix()
-        assert isinstance(matrix.load_block(0), np.ndarray) == (library is not None)
+        assert isinstance(matrix.load_block(0), np.ndarray) == (compressor == "zstd")
         assert matrix.load().tobytes() == array.tobytes()
         assert matrix.load_rows(30, 50).tobytes() == array.reshape(80, 6)[30:50].tobytes()
         for index in (0, 7, 19):
@@ -299,7 +295,7 @@ def test_broken_databases(oracles: Path, tmp_path: Path) -> None:
         for path in (folder, *folder.rglob("*")):
             path.chmod(0o755)
         break_(folder)
-        with refused("cannot be read|input_embedding"):
+        with refused("not one of OCDBT's|its header says|no such file"):
             for tensor in registry.by_name("flax").open(folder, config=config).tensors.values():
                 tensor.load()
 
@@ -307,7 +303,7 @@ def test_broken_databases(oracles: Path, tmp_path: Path) -> None:
 def test_missing_library_is_told(oracles: Path, monkeypatch) -> None:
     import sys
 
-    monkeypatch.setitem(sys.modules, "tensorstore", None)
-    with refused("needs tensorstore") as caught:
+    monkeypatch.setitem(sys.modules, "zstandard", None)
+    with refused("needs zstandard") as caught:
         registry.open_checkpoint(oracles / "checkpoints" / "flax" / "orbax-0.12-hd_N", config=SIZES["2b"])
     assert caught.value.hint == "pip install 'gemma2tool[flax]'"

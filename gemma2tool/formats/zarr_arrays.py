@@ -1,16 +1,17 @@
-"""Folders of zarr arrays, plain or inside an OCDBT database, read with tensorstore: what Orbax makes of a tree of parameters.
+"""Folders of zarr arrays, plain or inside an OCDBT database: what Orbax makes of a tree of parameters.
 
-The arrays' metadata are read and bounded here, before tensorstore opens one. Chunks may be as large as an array. A chunk is decoded
+Where every value lies is found and bounded here and in ``storage.ocdbt``. Chunks may be as large as an array. A chunk is decoded
 once, and goes when its rows have been given out: those that zstandard compressed (Orbax's choice) piece by piece into the memory that
-holds them, others by tensorstore into a cache of that size, which needs the compressed chunk beside it.
+holds them. Other compressors, and chunks that divide more than the first axis, are left to tensorstore, which then opens a database
+that has been checked; its cache has the chunk's size, and the compressed chunk lies beside it.
 """
 
 from __future__ import annotations
 
 import io
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import product
 from math import prod
 from pathlib import Path
@@ -21,15 +22,21 @@ from gemma2tool.errors import InputRefused
 from gemma2tool.formats.blockwise import BlockwiseTensor, Rows
 from gemma2tool.formats.extras import require
 from gemma2tool.model.lazy import BFLOAT16, DTYPE_NAMES, FLOAT16, FLOAT32
-from gemma2tool.storage import strict_json
+from gemma2tool.storage import ocdbt, strict_json
+from gemma2tool.storage.ocdbt import Value
 from gemma2tool.storage.quoting import quoted
+from gemma2tool.storage.reading import open_for_reading
 
-OCDBT_MANIFEST = "manifest.ocdbt"
+OCDBT_MANIFEST = ocdbt.MANIFEST
 ARRAY = ".zarray"
 MAX_FILES = 200_000
 MAX_ARRAYS = 20_000
 MAX_METADATA_BYTES = 1 << 16
 MAX_DIMS = 8
+MAX_WINDOW = 128 << 20
+"""Of zstandard: what a frame may ask to be kept in memory."""
+MAX_EXPANDED_BYTES, MAX_RATIO = 64 << 20, 1000
+"""An array of more bytes than these may not be so many times as large as what is stored of it."""
 WINDOW = 8 << 20
 """Bytes read and decompressed at once."""
 _DTYPES = {"<f4": FLOAT32, "<f2": FLOAT16, "<f8": np.dtype(np.float64), "bfloat16": BFLOAT16}
@@ -38,16 +45,21 @@ _HINT = "the checkpoint is damaged or incomplete: fetch it again"
 
 @dataclass(frozen=True)
 class StoredArray:
-    """An array of a checkpoint folder: ``shape`` and ``chunks`` as stored."""
+    """An array of a checkpoint folder: ``shape`` and ``chunks`` as stored; ``values`` are all of the folder's, by key."""
 
     folder: Path
     name: str
     shape: tuple[int, ...]
     chunks: tuple[int, ...]
     dtype: np.dtype
-    ocdbt: bool
+    values: Mapping[str, Value] = field(repr=False)
+    ocdbt: bool = False
     compressor: str | None = None
     separator: str = "."
+
+    def key(self, place: Sequence[int]) -> str:
+        """The key of a chunk's value, by the chunk's place in the grid."""
+        return f"{self.name}/{self.separator.join(map(str, place))}"
 
     @property
     def origin(self) -> str:
@@ -59,49 +71,70 @@ class StoredArray:
 
 
 def read_arrays(folder: Path) -> dict[str, StoredArray]:
-    """The arrays of a folder by name. Raises InputRefused (``orbax.*``) for links, and for metadata that cannot be."""
-    tensorstore = require("tensorstore", "flax", "reading Orbax checkpoints")
-    files = _files(folder)
-    ocdbt = OCDBT_MANIFEST in files
-    try:
-        store = tensorstore.KvStore.open(_kvstore(folder, ocdbt)).result()
-        keys = [key.decode() for key in store.list().result()] if ocdbt else files
-        names = [key.removesuffix("/" + ARRAY) for key in keys if key.endswith("/" + ARRAY)]
-        if len(names) > MAX_ARRAYS:
-            raise _refused("too-many-arrays", folder, f"holds {len(names)} arrays; at most {MAX_ARRAYS} are accepted")
-        raw = {name: store.read(f"{name}/{ARRAY}") for name in sorted(names)}
-        contents = {name: future.result().value for name, future in raw.items()}
-    except (ValueError, OSError, RuntimeError, UnicodeError, KeyError) as error:
-        raise _refused("broken", folder, f"cannot be read: {_first_line(error)}") from error
-    present = set(keys)
+    """The arrays of a folder by name. Raises InputRefused (``orbax.*``, ``ocdbt.*``) for links, and for metadata that cannot be."""
+    sizes = _files(folder)
+    in_database = OCDBT_MANIFEST in sizes
+    values = ocdbt.read_entries(folder, _unpack) if in_database else {name: Value(folder / name, 0, n) for name, n in sizes.items()}
+    names = sorted(key.removesuffix("/" + ARRAY) for key in values if key.endswith("/" + ARRAY))
+    if len(names) > MAX_ARRAYS:
+        raise _refused("too-many-arrays", folder, f"holds {len(names)} arrays; at most {MAX_ARRAYS} are accepted")
     arrays = {}
-    for name, content in contents.items():
-        meta = strict_json.load(content, what=f"{folder.name}: {quoted(name)}: {ARRAY}", max_bytes=MAX_METADATA_BYTES)
-        arrays[name] = _array(folder, name, meta, ocdbt)
-        _check_chunks(arrays[name], meta, present)
+    for name in names:
+        what = f"{folder.name}: {quoted(name)}: {ARRAY}"
+        value = values[f"{name}/{ARRAY}"]
+        if value.nbytes > MAX_METADATA_BYTES:
+            raise _refused("metadata", folder, f"{quoted(name)} has metadata of {value.nbytes} bytes")
+        meta = strict_json.load(_whole(value), what=what, max_bytes=MAX_METADATA_BYTES)
+        arrays[name] = _array(folder, name, meta, values, in_database)
+        _check_chunks(arrays[name], meta)
     return arrays
 
 
-def _check_chunks(array: StoredArray, meta: Mapping[str, object], present: set[str]) -> None:
+def _unpack(data: bytes, limit: int) -> bytes:
+    """One zstandard frame; ValueError where it is none or holds more than ``limit`` bytes."""
+    zstandard = require("zstandard", "flax", "reading Orbax checkpoints")
+    try:
+        decoded = zstandard.ZstdDecompressor(max_window_size=limit).stream_reader(data).read(limit + 1)
+    except zstandard.ZstdError as error:
+        raise ValueError(str(error)) from None
+    if len(decoded) > limit:
+        raise ValueError(f"holds more than {limit} bytes")
+    return decoded
+
+
+def _whole(value: Value) -> bytes:
+    if value.path is None:
+        return value.inline
+    with open_for_reading(value.path) as reader:
+        return bytes(reader.pread(value.offset, value.nbytes))
+
+
+def _check_chunks(array: StoredArray, meta: Mapping[str, object]) -> None:
     """Every chunk must be there, or the array say what a missing one holds: tensorstore would read zeros without a word."""
-    if meta.get("fill_value") is not None:
-        return
     grid = [range(-(-dim // chunk)) for dim, chunk in zip(array.shape, array.chunks, strict=True)]
     if prod(map(len, grid)) > MAX_FILES:
         raise _refused("too-many-chunks", array.folder, f"{quoted(array.name)} has {prod(map(len, grid))} chunks")
+    stored = 0
     for place in product(*grid):
-        if f"{array.name}/{array.separator.join(map(str, place))}" not in present:
+        value = array.values.get(array.key(place))
+        if value is None and meta.get("fill_value") is None:
             raise _refused("missing-chunk", array.folder, f"a part of {quoted(array.name)} is missing: chunk {place}")
+        stored += 0 if value is None else value.nbytes
+    nbytes = prod(array.shape) * array.dtype.itemsize
+    if nbytes > max(MAX_EXPANDED_BYTES, MAX_RATIO * stored):
+        raise _refused("expands", array.folder, f"{quoted(array.name)} would make {nbytes} bytes of {stored}; no weights are like that")
 
 
-def _files(folder: Path) -> list[str]:
-    """Names of all files below ``folder``, with forward slashes; links are refused, because they could lead anywhere."""
-    found: list[str] = []
+def _files(folder: Path) -> dict[str, int]:
+    """Sizes of all files below ``folder`` by name, with forward slashes; links are refused, because they could lead anywhere."""
+    found: dict[str, int] = {}
     for place, folders, names in os.walk(folder, followlinks=False):
         for name in (*folders, *names):
             if os.path.islink(os.path.join(place, name)):
                 raise _refused("link", folder, f"{quoted(name)} inside it is a symbolic link")
-        found += [os.path.relpath(os.path.join(place, name), folder).replace(os.sep, "/") for name in names]
+        for name in names:
+            path = os.path.join(place, name)
+            found[os.path.relpath(path, folder).replace(os.sep, "/")] = os.stat(path, follow_symlinks=False).st_size
         if len(found) > MAX_FILES:
             raise _refused("too-many-files", folder, f"holds more than {MAX_FILES} files")
     return found
@@ -112,7 +145,7 @@ def _kvstore(folder: Path, ocdbt: bool) -> dict[str, object]:
     return {"driver": "ocdbt", "base": base} if ocdbt else base
 
 
-def _array(folder: Path, name: str, meta: object, ocdbt: bool) -> StoredArray:
+def _array(folder: Path, name: str, meta: object, values: Mapping[str, Value], in_database: bool) -> StoredArray:
     if not isinstance(meta, dict) or meta.get("zarr_format") != 2 or meta.get("filters") is not None:
         raise _refused("metadata", folder, f"{quoted(name)} is not a plain zarr array")
     shape, chunks = meta.get("shape"), meta.get("chunks")
@@ -128,7 +161,8 @@ def _array(folder: Path, name: str, meta: object, ocdbt: bool) -> StoredArray:
     # Arrays in another order of axes, or with values for missing chunks, are left to tensorstore.
     plain = meta.get("order") == "C" and meta.get("fill_value") is None
     separator = "/" if meta.get("dimension_separator") == "/" else "."
-    return StoredArray(folder, name, tuple(shape), tuple(chunks), dtype, ocdbt, kind if plain else "other", separator)
+    kind = kind if plain else "other"
+    return StoredArray(folder, name, tuple(shape), tuple(chunks), dtype, values, in_database, kind, separator)
 
 
 def _are_sizes(values: object) -> bool:
@@ -147,42 +181,40 @@ class ZarrMatrix(BlockwiseTensor):
 
     def load_block(self, index: int) -> Rows:
         array = self.array
-        if array.compressor == "zstd" and array.chunks[1:] == array.shape[1:] and set(self.fixed) <= {0}:
-            decoded = self._streamed()
-            if decoded is not None:
-                return decoded
+        if array.chunks[1:] == array.shape[1:] and set(self.fixed) <= {0}:
+            if array.compressor == "zstd":
+                return self._streamed()
+            if array.compressor is None:
+                return _Stored(self)
         return self._handle()
 
-    def _streamed(self) -> np.ndarray | None:
-        """The whole matrix, decompressed chunk by chunk; None where the zstandard library is missing."""
-        try:
-            from zstandard import ZstdDecompressor, ZstdError
-        except ImportError:
-            return None
-        tensorstore = require("tensorstore", "flax", "reading Orbax checkpoints")
-        array = self.array
-        depth = array.chunks[0]
-        only = self.fixed.get(0)
-        numbers = range(-(-array.shape[0] // depth)) if only is None else (only // depth,)
-        one = prod(array.shape[1:])
+    def _streamed(self) -> np.ndarray:
+        """The whole matrix, decompressed chunk by chunk."""
+        zstandard = require("zstandard", "flax", "reading Orbax checkpoints")
+        array, one, depth = self.array, prod(self.array.shape[1:]) * self.dtype.itemsize, self.array.chunks[0]
         result = np.empty(self.shape, array.dtype)
         target = memoryview(result.reshape(-1).view(np.uint8))
         try:
-            store = tensorstore.KvStore.open(_kvstore(array.folder, array.ocdbt)).result()
-            for number in numbers:
-                key = f"{array.name}/{array.separator.join(map(str, (number, *(0 for _ in array.shape[1:]))))}"
-                source = ZstdDecompressor().stream_reader(_Value(store, key))
-                skip = 0 if only is None else (only % depth) * one * array.dtype.itemsize
-                wanted = (min(depth, array.shape[0] - number * depth) if only is None else 1) * one * array.dtype.itemsize
-                _skip(source, skip)
-                _fill(source, target[:wanted])
-                target = target[wanted:]
-                _skip(source, depth * one * array.dtype.itemsize - skip - wanted)
-                if source.read(1):
-                    raise ValueError("a chunk is longer than its shape")
-        except (ValueError, OSError, RuntimeError, EOFError, ZstdError) as error:
+            for key, first, count in self._parts():
+                with _ValueReader(array.values[key]) as raw:
+                    source = zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW).stream_reader(raw)
+                    _skip(source, first * one)
+                    _fill(source, target[: count * one])
+                    target = target[count * one :]
+                    _skip(source, (depth - first - count) * one)
+                    if source.read(1):
+                        raise ValueError("a chunk is longer than its shape")
+        except (ValueError, OSError, RuntimeError, EOFError, zstandard.ZstdError) as error:
             raise _refused("broken", array.folder, f"{quoted(array.name)}: {_first_line(error)}") from error
         return result
+
+    def _parts(self) -> Iterator[tuple[str, int, int]]:
+        """(key, first index, count) along the first axis, of the chunks that the matrix' values are in, which are whole otherwise."""
+        array, only = self.array, self.fixed.get(0)
+        depth = array.chunks[0]
+        for number in range(-(-array.shape[0] // depth)) if only is None else (only // depth,):
+            key = array.key((number, *(0 for _ in array.shape[1:])))
+            yield key, *((0, min(depth, array.shape[0] - number * depth)) if only is None else (only % depth, 1))
 
     def _handle(self) -> _Handle:
         tensorstore = require("tensorstore", "flax", "reading Orbax checkpoints")
@@ -210,6 +242,46 @@ class ZarrMatrix(BlockwiseTensor):
     def _path(self) -> str:
         """Relative to the database, or, among plain files, the folder itself."""
         return f"{self.array.name}/" if self.array.ocdbt else f"{self.array.folder.resolve()}/{self.array.name}/"
+
+
+class _Stored:
+    """The rows of an array whose chunks are stored as they are; nothing of them is held."""
+
+    nbytes = 0
+
+    def __init__(self, matrix: ZarrMatrix) -> None:
+        array, self.matrix = matrix.array, matrix
+        one = prod(array.shape[1:]) * array.dtype.itemsize
+        self.pieces: list[tuple[int, int, Value]] = []
+        """(first byte of the matrix, one past the last, where)"""
+        at = 0
+        for key, first, count in matrix._parts():
+            value = array.values[key]
+            if value.nbytes != array.chunks[0] * one:
+                raise _refused("broken", array.folder, f"{quoted(array.name)}: the chunk {quoted(key)} has {value.nbytes} bytes")
+            part = value.inline[first * one : (first + count) * one]
+            self.pieces.append((at, at + count * one, Value(value.path, value.offset + first * one, count * one, part)))
+            at += count * one
+
+    def __len__(self) -> int:
+        return self.matrix.shape[0]
+
+    def __getitem__(self, rows: slice) -> np.ndarray:
+        matrix = self.matrix
+        result = np.empty((rows.stop - rows.start, *matrix.shape[1:]), matrix.dtype)
+        width = matrix.row_size * matrix.dtype.itemsize
+        begin, target = rows.start * width, memoryview(result.reshape(-1).view(np.uint8))
+        for first, last, value in self.pieces:
+            start, stop = max(begin, first), min(begin + len(target), last)
+            if start >= stop:
+                continue
+            part = target[start - begin : stop - begin]
+            if value.path is None:
+                part[:] = value.inline[start - first : stop - first]
+            else:
+                with open_for_reading(value.path) as file:
+                    file.pread_into(value.offset + start - first, part)
+        return result
 
 
 class _Handle:
@@ -240,30 +312,30 @@ class _Handle:
         return result
 
 
-class _Value(io.RawIOBase):
-    """A value of a key-value store, read piece by piece; its size need not be known."""
+class _ValueReader(io.RawIOBase):
+    """A value of a database, read piece by piece."""
 
-    def __init__(self, store, key: str) -> None:
-        self.store, self.key, self.at, self.step = store, key, 0, WINDOW
+    def __init__(self, value: Value) -> None:
+        self.value, self.at = value, 0
+        self.file = None if value.path is None else open_for_reading(value.path)
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer) -> int:
         view = memoryview(buffer).cast("B")
-        while self.step:
-            count = min(self.step, len(view))
-            try:
-                piece = self.store.read(self.key, byte_range=slice(self.at, self.at + count)).result().value
-            except ValueError as error:
-                if "OUT_OF_RANGE" not in str(error):
-                    raise
-                self.step = count // 2  # less than that is left
-                continue
-            view[: len(piece)] = piece
-            self.at += len(piece)
-            return len(piece)
-        return 0
+        count = min(len(view), self.value.nbytes - self.at)
+        if self.file is None:
+            view[:count] = self.value.inline[self.at : self.at + count]
+        else:
+            self.file.pread_into(self.value.offset + self.at, view[:count])
+        self.at += count
+        return count
+
+    def close(self) -> None:
+        if self.file is not None:
+            self.file.close()
+        super().close()
 
 
 def _fill(source: io.RawIOBase, target: memoryview) -> None:
