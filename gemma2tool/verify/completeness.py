@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from gemma2tool.model.checkpoint import Checkpoint
+from gemma2tool.model.lazy import DTYPE_NAMES
 from gemma2tool.model.tensors import expand
 from gemma2tool.verify.result import Finding, GateResult, Sides
 
@@ -30,6 +31,10 @@ def compare_names(source: Checkpoint, candidate: Checkpoint, *, sides: Sides = S
             error(name, f"has shape {_shape(shape)}, the config of {theirs} asks for {_shape(spec.shape)}")
         elif spec.required and name not in candidate.tensors and name not in source.tensors:
             error(name, f"missing from both, though the config of {theirs} asks for it")
+    for name, spec in candidate.specs.items():
+        stored = candidate.tensors[name].stored
+        if not spec.quantizable and stored not in DTYPE_NAMES.values() and name in source.tensors:
+            error(name, f"quantized to {stored} in {theirs}, which tensors of its kind never are")
     metrics = {"source_tensors": len(source.tensors), "candidate_tensors": len(candidate.tensors)}
     if not findings:
         return GateResult(

@@ -20,7 +20,6 @@ from gemma2tool.verify.diagnosis.tokenizer import causes_of_tokenizer
 from gemma2tool.verify.result import GateResult
 from gemma2tool.verify.tensors import TensorComparison, compare_tensors
 
-
 # Config fields that have to follow where tensors are as these causes say.
 _IMPLIED = {
     "layer.dropped": ("layer_types",),

@@ -76,7 +76,7 @@ def unrelated(here: Portion) -> Pattern | None:
         value = float(here.candidate.flat[0])
         said = f"{{what}} {{are}} {value:g} everywhere: nothing was ever loaded there"
         return Pattern("damage.constant", said, {"value": value})
-    if abs(here.correlation) < 0.1 and here.source.size >= 256:
+    if here.source.size >= 64 and abs(here.correlation) < max(0.1, 4 / here.source.size**0.5):
         size = rms(here.candidate)
         said = (
             f"{{what}} {{have}} nothing in common with any tensor of the source: random values (RMS {size:.3g}), as of weights that were"
