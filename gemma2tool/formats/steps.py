@@ -45,7 +45,9 @@ class AddOne:
         return MappedRows(tensor, lambda w: w.astype(FLOAT32) + np.float32(1), FLOAT32)
 
     def invert(self, tensor: LazyTensor, config: Gemma2Config) -> LazyTensor:
-        return MappedRows(tensor, lambda w: w.astype(FLOAT32) - np.float32(1), FLOAT32)
+        # Below 0.5, float32 can have bits that w loses; honest files have none there, damaged ones may.
+        exact = lambda w: w.astype(np.float64) - 1.0  # noqa: E731
+        return MappedRows(tensor, lambda w: w.astype(FLOAT32) - np.float32(1), FLOAT32, exact)
 
 
 @dataclass(frozen=True)

@@ -51,6 +51,10 @@ class LazyTensor(ABC):
     def load_rows(self, first: int, last: int) -> np.ndarray:
         """Rows ``first`` up to but not including ``last``: shape ``(last - first, *shape[1:])``, a fresh array."""
 
+    def load_rows_exact(self, first: int, last: int) -> np.ndarray:
+        """``load_rows``, in float64 where ``dtype`` does not hold what is stored. For comparing bits, and for digests."""
+        return self.load_rows(first, last)
+
     def load(self) -> np.ndarray:
         """All of it; only for tensors known to be small."""
         return self.load_rows(0, self.shape[0]) if self.shape else self.load_rows(0, 1).reshape(())
@@ -100,14 +104,24 @@ class ArrayTensor(LazyTensor):
 
 
 class MappedRows(LazyTensor):
-    """``source`` with a function applied to each range of its rows; the function keeps the number of rows."""
+    """``source`` with a function applied to each range of its rows; the function keeps the number of rows. ``exact``: the same in
+    float64, where ``function`` rounds."""
 
-    def __init__(self, source: LazyTensor, function: Callable[[np.ndarray], np.ndarray], dtype: np.dtype) -> None:
-        self.source, self.function = source, function
+    def __init__(
+        self,
+        source: LazyTensor,
+        function: Callable[[np.ndarray], np.ndarray],
+        dtype: np.dtype,
+        exact: Callable[[np.ndarray], np.ndarray] | None = None,
+    ) -> None:
+        self.source, self.function, self.exact = source, function, exact or function
         self.shape, self.dtype, self.stored, self.origin = source.shape, np.dtype(dtype), source.stored, source.origin
 
     def load_rows(self, first: int, last: int) -> np.ndarray:
         return self.function(self.source.load_rows(first, last))
+
+    def load_rows_exact(self, first: int, last: int) -> np.ndarray:
+        return self.exact(self.source.load_rows_exact(first, last))
 
 
 class RowRange(LazyTensor):

@@ -170,7 +170,7 @@ def hash_tensors(
 
     def one(task: tuple[LazyTensor, int, int]) -> bytes:
         tensor, first, last = task
-        return leaves(tensor.load_rows(first, last))
+        return leaves(tensor.load_rows_exact(first, last))
 
     tasks = [(name, tensor, *rows) for name, tensor in tensors.items() for rows in leaf_ranges(tensor)]
     found: dict[str, list[bytes]] = {name: [] for name in tensors}

@@ -127,15 +127,15 @@ class _Job:
         return row_ranges(self.candidate.rows, row, _CHUNK_VALUES, multiple)
 
     def piece(self, first: int, last: int) -> Piece:
-        got, source = self.candidate.load_rows(first, last), self.source.load_rows(first, last)
+        got, source = self.candidate.load_rows_exact(first, last), self.source.load_rows_exact(first, last)
         if self.rule in ("bound", "reported"):
             piece = measure_blocks(to_float32(source), to_float32(got), self.block, self.bound)
         else:
-            must = source if self.wanted is self.source else self.wanted.load_rows(first, last)
+            must = source if self.wanted is self.source else self.wanted.load_rows_exact(first, last)
             errors_against = None if self.rule == "exact" else (lambda: to_float32(source))
             piece = measure_bits(cast(must, self.candidate.stored, got.dtype), got, errors_against)
         piece.candidate_leaves = leaves(got)
-        same = self.rule == "exact" and not piece.differing
+        same = self.rule == "exact" and not piece.differing and source.dtype != np.float64
         piece.source_leaves = piece.candidate_leaves if same else leaves(source)
         return piece
 
@@ -143,7 +143,7 @@ class _Job:
 def cast(rows: np.ndarray, stored: str, dtype: np.dtype) -> np.ndarray:
     """``rows`` as a candidate that stores ``stored`` and hands out ``dtype`` must return them: rounded once, nearest or
     even."""
-    target = FLOAT_DTYPES.get(stored, dtype)
+    target = dtype if dtype == rows.dtype == np.float64 else FLOAT_DTYPES.get(stored, dtype)
     if rows.dtype != target:
         with np.errstate(over="ignore"):  # a value too large becomes infinite, and is then reported as such
             rows = to_float32(rows).astype(target)
