@@ -24,7 +24,7 @@ sys.path.insert(1, str(TESTS.parent))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from fuzz import worker
-from fuzz.targets import Target, all_targets
+from fuzz.targets import Target, all_targets, remove_folders
 
 SLICE = 20.0
 MAX_FINDINGS = 25  # of one reader in a run: then it is not fuzzed any more until they are fixed
@@ -49,7 +49,10 @@ def main() -> int:
     asked.state.mkdir(parents=True, exist_ok=True)
     state = State(asked.state / "state.json")
     if not asked.report:
-        run(asked, {name: each for name, each in targets.items() if not asked.readers or name in asked.readers}, state)
+        try:
+            run(asked, {name: each for name, each in targets.items() if not asked.readers or name in asked.readers}, state)
+        finally:
+            remove_folders()
     print(state.table())
     return 0
 

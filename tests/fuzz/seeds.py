@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import struct
 import tempfile
@@ -45,6 +46,13 @@ def tiny_files() -> dict[str, bytes]:
     header, _, size = safetensors.layout([("w", "BF16", (2, 3)), ("b", "F32", ()), ("codes", "U8", (0, 4))], {"format": "pt"})
     made["safetensors/three"] = header + bytes(size - len(header))
     made["gguf/tiny"] = _gguf()
+    made["hdf5/old"] = _hdf5()
+    made["hdf5/ordered"] = _hdf5(track_order=True)
+    made["hdf5/new"] = _hdf5(libver="latest")
+    made["ocdbt/leaf"] = _ocdbt(tree=False)
+    made["ocdbt/tree"] = _ocdbt(tree=True)
+    made["zarr/plain"] = _zarray()
+    made["zarr/zstd"] = _zarray(shape=[4, 4], dimension_separator="/", compressor={"id": "zstd", "level": 1})
     made["imatrix/gguf"] = _imatrix_gguf()
     made["imatrix/dat"] = _imatrix_dat()
     made["sbs-config/tiny"] = sbs_config.write(TINY, 1)
@@ -59,6 +67,64 @@ def tiny_files() -> dict[str, bytes]:
     made["tokenizer/json"] = json.dumps({"tokenizer.json": _tokenizer_json(), "tokenizer_config.json": _tokenizer_config()}).encode()
     made["tokenizer/model"] = json.dumps({"model": True, "tokenizer_config.json": _tokenizer_config(), "added_tokens.json": {"<x>": 30}}).encode()
     return made
+
+
+def _hdf5(**options: object) -> bytes:
+    """Two groups of plain arrays; the checksums of the newer kind are zero, see the target."""
+    import h5py
+
+    from gemma2tool.storage import hdf5, hdf5_messages
+
+    buffer = io.BytesIO()
+    with h5py.File(buffer, "w", **options) as file:
+        for name in ("layers/a/vars", "layers/b/vars"):
+            group = file.create_group(name)
+            group.create_dataset("0", data=np.zeros((2, 3), np.float32))
+            group.create_dataset("1", data=np.zeros(3, "V2")).attrs["dtype"] = "bfloat16"
+        file.create_dataset("half", data=np.zeros(2, np.float16)).attrs["dtype"] = np.bytes_("float16")
+    raw, sums, whole = buffer.getvalue(), [], hdf5_messages.lookup3
+
+    def recorded(data: bytes) -> int:
+        sums.append(whole(data))
+        return sums[-1]
+
+    hdf5_messages.lookup3 = recorded
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(raw)
+        file.flush()
+        hdf5.read_arrays(file.name)
+    hdf5_messages.lookup3 = whole
+    for each in sums:
+        raw = raw.replace(struct.pack("<I", each), bytes(4))
+    return raw
+
+
+def _varint(*values: int) -> bytes:
+    return b"".join(value.to_bytes(1, "little") if value < 128 else bytes([value & 127 | 128, value >> 7]) for value in values)
+
+
+def _framed(magic: str, body: bytes, compression: int = 0) -> bytes:
+    return bytes.fromhex(magic) + (len(body) + 18).to_bytes(8, "little") + bytes([0, compression]) + body + bytes(4)
+
+
+def _ocdbt(tree: bool) -> bytes:
+    """A database of two keys, one inline; with ``tree`` its only leaf lies below a node."""
+    table = _varint(1, 3, 0) + b"d/x"
+    leaf = b"\0" + table + _varint(2) + _varint(1) + _varint(3, 2) + b"a/x" + b"/y" + _varint(2, 4) + b"\0\1" + _varint(0) + _varint(0) + b"hi"
+    data = _framed("0cdb20de", leaf, compression=1)
+    root, height = (0, len(data)), 0
+    if tree:
+        node = b"\1" + table + _varint(1) + _varint(1) + _varint(1) + b"a" + _varint(0) + _varint(0) + _varint(len(data)) + _varint(2, 50, 4)
+        root, height = (len(data), len(_framed("0cdb20de", node))), 1
+        data += _framed("0cdb20de", node)
+    config = bytes(16) + _varint(0, 100, 1000) + b"\4" + _varint(1) + struct.pack("<i", 1)
+    version = _varint(1, 1) + bytes([height]) + _varint(0, *root) + _varint(2, 50, 4) + bytes(8) + _varint(0)
+    return _framed("0cdb3a2a", config + table + version) + b"\n--data--\n" + data
+
+
+def _zarray(**changed: object) -> bytes:
+    content = {"zarr_format": 2, "shape": [2, 4], "chunks": [2, 4], "dtype": "<f4", "compressor": None, "fill_value": None, "filters": None}
+    return json.dumps(content | {"order": "C", "dimension_separator": "."} | changed).encode()
 
 
 def _gguf() -> bytes:

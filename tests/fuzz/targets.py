@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import struct
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -34,17 +35,26 @@ class MemoryFile:
 
 
 class MemoryFolder:
-    """A folder of files in memory, rewritten only where they change."""
+    """A folder of files in memory, the same for every worker of one process, which removes it with ``remove_folders``."""
 
-    def __init__(self) -> None:
-        base = Path("/dev/shm") if os.path.isdir("/dev/shm") else Path("/tmp")
-        self.path = base / f"gemma2tool-fuzz-{os.getpid()}"
-        self.path.mkdir(exist_ok=True)
+    def __init__(self, name: str) -> None:
+        self.path = _folders(os.getppid()) / name
+        self.path.mkdir(parents=True, exist_ok=True)
 
     def put(self, name: str, data: bytes) -> Path:
         with open(self.path / name, "wb") as file:
             file.write(data)
         return self.path / name
+
+
+def _folders(pid: int) -> Path:
+    base = Path("/dev/shm") if os.path.isdir("/dev/shm") else Path("/tmp")
+    return base / f"gemma2tool-fuzz-{pid}"
+
+
+def remove_folders() -> None:
+    """What the workers of this process left."""
+    shutil.rmtree(_folders(os.getpid()), ignore_errors=True)
 
 
 class Target:
@@ -263,6 +273,107 @@ class SbsConfig(Target):
         return len(config.to_hf()), config.num_hidden_layers
 
 
+class HDF5(FileTarget):
+    """Checksums are taken for right: what they protect against is chance, and a stranger computes them."""
+
+    name = "hdf5"
+    tokens = (
+        b"TREE", b"SNOD", b"HEAP", b"GCOL", b"OHDR", b"OCHK", b"\xff" * 8, b"vars\0", b"0\0", b"dtype", b"bfloat16",
+        *(struct.pack("<H", kind) for kind in (1, 2, 3, 6, 7, 8, 10, 11, 12, 16, 17)), bytes.fromhex("11201f0004000000"), b"\3\1", b"\3\2",
+    )  # fmt: skip
+
+    def prepare(self) -> None:
+        from gemma2tool.storage import hdf5, hdf5_messages
+
+        self.read, self.file = hdf5.read_arrays, MemoryFile()
+        hdf5_messages.lookup3 = lambda data: 0
+
+    def run(self, path: Path) -> object:
+        arrays, size = self.read(path), path.stat().st_size
+        if any(not 0 <= a.offset <= a.offset + a.nbytes <= size for a in arrays.values()):
+            raise AssertionError("an array lies outside the file")
+        return len(arrays), tuple(sorted({a.dtype for a in arrays.values()}))
+
+
+class OCDBT(Target):
+    """A manifest and a data file, told apart by a mark; node by node, checksums taken for right."""
+
+    name = "ocdbt"
+    mark = b"\n--data--\n"
+    tokens = (
+        bytes.fromhex("0cdb3a2a"), bytes.fromhex("0cdb20de"), b"d/x", b"../d", b"/etc/passwd", b"\xff" * 9 + b"\1", b"\x80\1", b"\0\0\0", b"\1", b"a/.zarray",
+    )  # fmt: skip
+
+    def prepare(self) -> None:
+        from gemma2tool.storage import ocdbt
+
+        self.read, self.folder = ocdbt.read_entries, MemoryFolder(self.name)
+        (self.folder.path / "d").mkdir(exist_ok=True)
+        ocdbt.crc32c = lambda data: 0
+
+        def unpack(data: bytes, limit: int) -> bytes:
+            if len(data) > limit:
+                raise ValueError("too long")
+            return data
+
+        self.unpack = unpack
+
+    def mutate(self, rng: Random, data: bytes, pool: Sequence[bytes]) -> bytes:
+        """After it, most often, lengths and checksums are those that belong there."""
+        manifest, _, file = mutate(rng, data, pool, self.tokens).partition(self.mark)
+        if rng.random() < 0.8 and len(manifest) >= 18:
+            manifest = manifest[:4] + len(manifest).to_bytes(8, "little") + manifest[12:-4] + bytes(4)
+        if rng.random() < 0.8 and len(file) >= 18:
+            file = file[:4] + len(file).to_bytes(8, "little") + file[12:-4] + bytes(4)
+        return manifest + self.mark + file
+
+    def place(self, data: bytes) -> Path:
+        manifest, _, file = data.partition(self.mark)
+        self.folder.put("manifest.ocdbt", manifest)
+        self.folder.put("d/x", file)
+        return self.folder.path
+
+    def run(self, folder: Path) -> object:
+        values = self.read(folder, self.unpack)
+        for value in values.values():
+            inside = value.path is None or (value.path.parent.parent == folder and value.offset + value.nbytes <= value.path.stat().st_size)
+            if not inside:
+                raise AssertionError("a value outside the folder")
+        return len(values)
+
+
+class Zarr(JsonTarget):
+    """An array's metadata with two chunks beside it, decompressed where it says so."""
+
+    name = "zarr"
+    imports = True
+    names = (
+        "zarr_format", "shape", "chunks", "dtype", "<f4", "<f2", "bfloat16", "compressor", "zstd", "blosc", "id", "level", "fill_value", "order", "C", "F",
+        "filters", "dimension_separator", "/", ".",
+    )  # fmt: skip
+
+    def prepare(self) -> None:
+        import zstandard
+
+        from gemma2tool.formats import zarr_arrays
+
+        self.zarr, self.folder = zarr_arrays, MemoryFolder(self.name)
+        for name in ("0", "1"):
+            (self.folder.path / "a" / name).mkdir(parents=True, exist_ok=True)
+            self.folder.put(f"a/{name}.0", bytes(32))
+            self.folder.put(f"a/{name}/0", zstandard.ZstdCompressor().compress(bytes(32)))
+
+    def place(self, data: bytes) -> Path:
+        return self.folder.put("a/.zarray", data).parent.parent
+
+    def run(self, folder: Path) -> object:
+        array = self.zarr.read_arrays(folder)["a"]
+        matrix = array.matrix()
+        if array.compressor in (None, "zstd") and array.chunks[1:] == array.shape[1:]:
+            matrix.load_rows(0, 1)
+        return array.dtype.name, len(array.shape), array.compressor
+
+
 # -- configs and indexes -----------------------------------------------------------------------------------------------
 
 
@@ -304,7 +415,7 @@ class HFIndex(JsonTarget):
     def prepare(self) -> None:
         from gemma2tool.formats import raw
 
-        self.raw, folder = raw, MemoryFolder()
+        self.raw, folder = raw, MemoryFolder(self.name)
         self.folder = folder
         folder.put("a.safetensors", b"")
         folder.put("b.safetensors", b"")
@@ -331,7 +442,7 @@ class KerasConfig(JsonTarget):
     def prepare(self) -> None:
         from gemma2tool.formats import keras_config
 
-        self.read, self.folder = keras_config.read, MemoryFolder()
+        self.read, self.folder = keras_config.read, MemoryFolder(self.name)
 
     def place(self, data: bytes) -> Path:
         return self.folder.put("config.json", data).parent
@@ -356,7 +467,7 @@ class LoraConfig(JsonTarget):
         from gemma2tool.formats import lora
         from gemma2tool.model.lazy import ArrayTensor
 
-        self.lora, self.folder, self.path = lora, MemoryFolder(), Path("adapter_model.safetensors")
+        self.lora, self.folder, self.path = lora, MemoryFolder(self.name), Path("adapter_model.safetensors")
         module = "model.layers.0.self_attn.q_proj"
         self.parts = {side: ArrayTensor(np.zeros((8, 8), np.float32), origin=side) for side in "AB"}
         self.module = module
@@ -516,7 +627,7 @@ class Imatrix(FileTarget):
 
 
 KINDS: tuple[Callable[[], Target], ...] = (
-    Json, Safetensors, GGUF, Pickle, TorchZip, SbsDirectory, SbsConfig, HFConfig, HFIndex, KerasConfig, LoraConfig, Packing, SentencePiece, Tokenizer,
+    Json, Safetensors, GGUF, Pickle, TorchZip, HDF5, OCDBT, Zarr, SbsDirectory, SbsConfig, HFConfig, HFIndex, KerasConfig, LoraConfig, Packing, SentencePiece, Tokenizer,
     GGUFModel, Imatrix,
 )  # fmt: skip
 
