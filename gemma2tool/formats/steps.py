@@ -46,8 +46,12 @@ class AddOne:
 
     def invert(self, tensor: LazyTensor, config: Gemma2Config) -> LazyTensor:
         # Below 0.5, float32 can have bits that w loses; honest files have none there, damaged ones may.
-        exact = lambda w: w.astype(np.float64) - 1.0  # noqa: E731
-        return MappedRows(tensor, lambda w: w.astype(FLOAT32) - np.float32(1), FLOAT32, exact)
+        return MappedRows(
+            tensor,
+            lambda w: w.astype(FLOAT32) - np.float32(1),
+            FLOAT32,
+            exact=lambda w: w.astype(np.float64) - 1,
+        )
 
 
 @dataclass(frozen=True)

@@ -114,14 +114,14 @@ class MappedRows(LazyTensor):
         dtype: np.dtype,
         exact: Callable[[np.ndarray], np.ndarray] | None = None,
     ) -> None:
-        self.source, self.function, self.exact = source, function, exact or function
+        self.source, self.function, self.exact = source, function, exact
         self.shape, self.dtype, self.stored, self.origin = source.shape, np.dtype(dtype), source.stored, source.origin
 
     def load_rows(self, first: int, last: int) -> np.ndarray:
         return self.function(self.source.load_rows(first, last))
 
     def load_rows_exact(self, first: int, last: int) -> np.ndarray:
-        return self.exact(self.source.load_rows_exact(first, last))
+        return self.load_rows(first, last) if self.exact is None else self.exact(self.source.load_rows_exact(first, last))
 
 
 class RowRange(LazyTensor):
