@@ -76,7 +76,9 @@ class Session:
             threads,
         )
         self._scales = all(isinstance(items[name].encoder, Awq) for name in grids)
-        self._sources = {name: items[name].source if name in grids else tensor for name, tensor in checkpoint.tensors.items()}
+        self._sources = {
+            name: items[name].source if name in grids else tensor for name, tensor in checkpoint.tensors.items()
+        }
         self._lock = threading.Lock()
         self._done = 0
         self._residual: list | None = None
@@ -88,7 +90,11 @@ class Session:
             source = CalibratedMatrix(self, item)
             return replace(item, source=source, encoder=PackCodes(item.encoder, source))
         layer = self.checkpoint.specs[item.name].layer
-        if self._scales and layer is not None and item.name.endswith(("input_layernorm.weight", "pre_feedforward_layernorm.weight")):
+        if (
+            self._scales
+            and layer is not None
+            and item.name.endswith(("input_layernorm.weight", "pre_feedforward_layernorm.weight"))
+        ):
             return replace(item, source=CalibratedNorm(self, item))
         return item
 
@@ -140,9 +146,7 @@ class Session:
     def _embeddings(self) -> list:
         from gemma2tool.reference.streaming import StreamedForward
 
-        return [
-            next(StreamedForward(self.checkpoint, row[None]).hidden_states()) for row in self.calibration.ids
-        ]
+        return [next(StreamedForward(self.checkpoint, row[None]).hidden_states()) for row in self.calibration.ids]
 
 
 def _positions(length: int):
@@ -160,7 +164,7 @@ class CalibratedMatrix(LazyTensor):
         grid, (rows, columns) = session.grids[item.name], item.source.shape
         scale = grid.parameters(np.zeros(1, FLOAT32), np.ones(1, FLOAT32))[1].dtype
         self.dtype = row_record(columns, columns // grid.width, scale)
-        self.groups = np.arange(columns, dtype=np.int32) // np.int32(grid.width)
+        self.group_of_column = np.arange(columns, dtype=np.int32) // np.int32(grid.width)
         self._left, self._lock = rows, threading.Lock()
 
     @property
@@ -171,7 +175,7 @@ class CalibratedMatrix(LazyTensor):
         codes = self.session.result(self.name)
         if codes is None:
             raise RuntimeError(f"{self.name} has been given out already")
-        rows, self.groups = codes.records(first, last), codes.groups
+        rows, self.group_of_column = codes.records(first, last), codes.group_of_column
         with self._lock:
             self._left -= last - first
             if self._left <= 0:
@@ -222,4 +226,4 @@ class PackCodes:
 
     def finish(self, shape: tuple[int, ...], collected: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
         parts = dict(self.encoder.finish(shape, collected))
-        return {name: self.source.groups if name == "g_idx" else part for name, part in parts.items()}
+        return {name: self.source.group_of_column if name == "g_idx" else part for name, part in parts.items()}

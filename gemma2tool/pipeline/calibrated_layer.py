@@ -84,7 +84,9 @@ class CalibratedLayer:
         """By canonical name: weights in codes, and norms whose values changed, as they are to be stored."""
 
         def projection(in_features: int, out_features: int, bias: bool, name: str) -> nn.Module:
-            return Projection(tensors[f"{self.prefix}{name}.weight"], tensors[f"{self.prefix}{name}.bias"] if bias else None)
+            return Projection(
+                tensors[f"{self.prefix}{name}.weight"], tensors[f"{self.prefix}{name}.bias"] if bias else None
+            )
 
         with torch.device("meta"):
             self.module = DecoderLayer(config, index, projection).eval()
@@ -110,9 +112,7 @@ class CalibratedLayer:
             hessian = self._collect(lambda x: mlp(layer.pre_feedforward_layernorm(x)), residual)
         method.mlp_output(self, hessian)
         del hessian
-        self._replace(
-            lambda x: x + layer.post_feedforward_layernorm(mlp(layer.pre_feedforward_layernorm(x))), residual
-        )
+        self._replace(lambda x: x + layer.post_feedforward_layernorm(mlp(layer.pre_feedforward_layernorm(x))), residual)
 
     def wants(self, *names: str) -> bool:
         """Whether all these projections are to be quantized."""

@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import numpy as np
+from torch import Tensor
 
 from gemma2tool.model.lazy import FLOAT32, LazyTensor, row_ranges, to_float32
 from gemma2tool.pipeline.calibrated_layer import DOWN, GATE, KEY, OUTPUT, QUERY, UP, VALUE, CalibratedLayer
 from gemma2tool.quantizers.calibration import rounding, scales
-from gemma2tool.quantizers.calibration.grid import Codes, Grid, to_nearest
+from gemma2tool.quantizers.calibration.clipping import Block, blocks, round_clipped
+from gemma2tool.quantizers.calibration.grid import Codes, Grid
 from gemma2tool.quantizers.calibration.hessian import Hessian, factors
 from gemma2tool.quantizers.casts import cast
 
-NEAREST_BYTES = 8 << 20
-"""Rows rounded to nearest at once, as float32."""
+ROUNDED_BYTES = 4 << 20
+"""Rows rounded at once, as float32."""
 
 
 class ByHessian:
@@ -46,83 +48,93 @@ class ByHessian:
         for name in names:
             weight, grid = layer.projection(name).weight, self.grids[f"{layer.prefix}{name}.weight"]
             ranges = list(row_ranges(weight.rows, 1, rounding.ROWS))
-            pieces = layer.run(
-                lambda span, name=name, grid=grid: rounding.round_rows(layer.rows(name, *span), found, grid), ranges
-            )
-            codes, zeros, steps = (np.concatenate(arrays) for arrays in zip(*pieces, strict=True))
+
+            def piece(span: tuple[int, int], name: str = name, grid: Grid = grid):
+                return rounding.round_rows(layer.rows(name, *span), found, grid)
+
+            codes, zeros, steps = (np.concatenate(arrays) for arrays in zip(*layer.run(piece, ranges), strict=True))
             groups = rounding.group_of_column(found, columns, grid.width)
             layer.set_codes(name, Codes(codes, zeros, steps, groups, weight.origin))
 
 
 class ByScale:
-    """AWQ: columns are scaled before they are rounded to nearest, and what feeds them is scaled back.
+    """AWQ: columns are scaled before they are rounded to nearest, and what feeds them is scaled back; then ranges may be clipped.
 
     What feeds q, k and v, and gate and up, is a norm applied as 1 + w: its weight becomes (1 + w) / s - 1. What feeds down is up, and o
     is fed by v, whose heads several query heads read: those share their scales. The norms after attention and feed-forward feed the
     residual stream and no projection; they are never touched. A scale is only folded where every projection it meets is quantized.
 
-    ``norms``: the types that norms are stored in, by canonical name.
+    ``grids`` and ``norms`` (the types that norms are stored in): by canonical name. One instance serves one layer.
     """
 
     def __init__(self, grids: Mapping[str, Grid], norms: Mapping[str, np.dtype]) -> None:
         self.grids, self.norms = grids, norms
+        self._blocks: dict[str, list[Block]] = {}
 
     def attention_input(self, layer: CalibratedLayer, hessian: Hessian) -> None:
-        if layer.wants(QUERY, KEY, VALUE):
-            self._fold_into_norm(layer, "input_layernorm", hessian, QUERY, KEY, VALUE)
+        self._norm_fed(layer, "input_layernorm", hessian, QUERY, KEY, VALUE)
 
     def attention_output(self, layer: CalibratedLayer, hessian: Hessian) -> None:
-        config = layer.config
+        config, found = layer.config, None
+        hessian.fill()
         if layer.wants(VALUE, OUTPUT) and not config.attention_bias:
             heads = (config.num_key_value_heads, config.num_key_value_groups, config.head_dim)
             shared = hessian.mean_magnitude.view(heads).mean(1, keepdim=True).expand(heads).flatten()
             found = self._search(layer, hessian, shared, OUTPUT)
-            self._fold_into_rows(layer, VALUE, found.reshape(heads)[:, 0].reshape(-1))
-            _scale(layer, OUTPUT, columns=found)
+            _scale(layer, VALUE, rows=1 / found.reshape(heads)[:, 0].reshape(-1))
+        self._fed(layer, hessian, found, OUTPUT)
         self._round(layer, QUERY, KEY, VALUE, OUTPUT)
 
     def mlp_input(self, layer: CalibratedLayer, hessian: Hessian) -> None:
-        if layer.wants(GATE, UP):
-            self._fold_into_norm(layer, "pre_feedforward_layernorm", hessian, GATE, UP)
+        self._norm_fed(layer, "pre_feedforward_layernorm", hessian, GATE, UP)
         self._round(layer, GATE)
 
     def mlp_output(self, layer: CalibratedLayer, hessian: Hessian) -> None:
+        found = None
+        hessian.fill()
         if layer.wants(UP, DOWN):
             found = self._search(layer, hessian, hessian.mean_magnitude, DOWN)
-            self._fold_into_rows(layer, UP, found)
-            _scale(layer, DOWN, columns=found)
+            _scale(layer, UP, rows=1 / found)
+        self._fed(layer, hessian, found, DOWN)
         self._round(layer, UP, DOWN)
 
-    def _search(self, layer: CalibratedLayer, hessian: Hessian, magnitude, *names: str) -> np.ndarray:
+    def _norm_fed(self, layer: CalibratedLayer, norm: str, hessian: Hessian, *names: str) -> None:
+        found = None
         hessian.fill()
+        if layer.wants(*names):
+            wanted = self._search(layer, hessian, hessian.mean_magnitude, *names)
+            weight = to_float32(layer.tensors[f"{layer.prefix}{norm}.weight"].load())
+            stored, found = folded_norm(weight, wanted, self.norms[f"{layer.prefix}{norm}.weight"])
+            layer.set_norm(norm, stored)
+        self._fed(layer, hessian, found, *names)
+
+    def _fed(self, layer: CalibratedLayer, hessian: Hessian, found: np.ndarray | None, *names: str) -> None:
+        """Scale the columns of the projections that have these inputs, and keep what their groups' errors will cost."""
+        for name in names:
+            if layer.wants(name):
+                if found is not None:
+                    _scale(layer, name, columns=found)
+                self._blocks[name] = blocks(hessian, self._grid(layer, name).width, found)
+
+    def _search(self, layer: CalibratedLayer, hessian: Hessian, magnitude: Tensor, *names: str) -> np.ndarray:
         weights = []
         for name in names:
             picked = scales.sample(layer.projection(name).weight.rows)
             weights.append(np.concatenate([layer.rows(name, row, row + 1) for row in picked]))
         return scales.search(weights, hessian, magnitude, self._grid(layer, names[0]), layer.run)
 
-    def _fold_into_norm(self, layer: CalibratedLayer, norm: str, hessian: Hessian, *names: str) -> None:
-        wanted = self._search(layer, hessian, hessian.mean_magnitude, *names)
-        weight = to_float32(layer.tensors[f"{layer.prefix}{norm}.weight"].load())
-        stored, found = folded_norm(weight, wanted, self.norms[f"{layer.prefix}{norm}.weight"])
-        layer.set_norm(norm, stored)
-        for name in names:
-            _scale(layer, name, columns=found)
-
-    def _fold_into_rows(self, layer: CalibratedLayer, name: str, found: np.ndarray) -> None:
-        _scale(layer, name, rows=np.float32(1) / found)
-
     def _round(self, layer: CalibratedLayer, *names: str) -> None:
         for name in names:
             if not layer.wants(name):
                 continue
-            weight, grid = layer.projection(name).weight, self._grid(layer, name)
-            ranges = list(row_ranges(weight.rows, weight.row_size * FLOAT32.itemsize, NEAREST_BYTES))
-            pieces = layer.run(
-                lambda span, name=name, grid=grid: to_nearest(layer.rows(name, *span), grid), ranges
-            )
-            codes, zeros, steps = (np.concatenate(arrays) for arrays in zip(*pieces, strict=True))
-            groups = np.arange(weight.row_size, dtype=np.int32) // grid.width
+            weight, grid, costs = layer.projection(name).weight, self._grid(layer, name), self._blocks.pop(name)
+            ranges = list(row_ranges(weight.rows, weight.row_size * FLOAT32.itemsize, ROUNDED_BYTES))
+
+            def piece(span: tuple[int, int], name: str = name, grid: Grid = grid, costs: list[Block] = costs):
+                return round_clipped(layer.rows(name, *span), grid, costs)
+
+            codes, zeros, steps = (np.concatenate(arrays) for arrays in zip(*layer.run(piece, ranges), strict=True))
+            groups = np.arange(weight.row_size, dtype=np.int32) // np.int32(grid.width)
             layer.set_codes(name, Codes(codes, zeros, steps, groups, weight.origin))
 
     def _grid(self, layer: CalibratedLayer, name: str) -> Grid:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from gemma2tool.model.lazy import FLOAT32, LazyTensor, to_float32
-from gemma2tool.quantizers import awq, gptq
+from gemma2tool.quantizers import awq, gptq, groups
 from gemma2tool.quantizers.awq import Awq
 from gemma2tool.quantizers.base import Encoder
 from gemma2tool.quantizers.gptq import Gptq
@@ -38,19 +38,21 @@ def grid_of(encoder: Encoder, columns: int) -> Grid | None:
 
 
 class Codes(LazyTensor):
-    """A matrix (O, I) in codes: ``codes`` uint8 (O, I), ``zeros`` uint8 and ``scales`` (O, G), ``groups`` (I,): each column's group."""
+    """A matrix (O, I) in codes: ``codes`` uint8 (O, I), ``zeros`` uint8 and ``scales`` (O, G), ``group_of_column`` (I,)."""
 
     dtype = FLOAT32
     stored = "codes"
 
-    def __init__(self, codes: np.ndarray, zeros: np.ndarray, scales: np.ndarray, groups: np.ndarray, origin: str) -> None:
-        self.codes, self.zeros, self.scales, self.groups = codes, zeros, scales, groups
+    def __init__(
+        self, codes: np.ndarray, zeros: np.ndarray, scales: np.ndarray, group_of_column: np.ndarray, origin: str
+    ) -> None:
+        self.codes, self.zeros, self.scales, self.group_of_column = codes, zeros, scales, group_of_column
         self.shape, self.origin = codes.shape, origin
 
     def load_rows(self, first: int, last: int) -> np.ndarray:
         """What the codes of these rows stand for, float32."""
         rows = slice(first, last)
-        return gptq.dequantize(self.codes[rows], self.zeros[rows], self.scales[rows], self.groups)
+        return gptq.dequantize(self.codes[rows], self.zeros[rows], self.scales[rows], self.group_of_column)
 
     @property
     def record(self) -> np.dtype:
@@ -72,8 +74,6 @@ def row_record(columns: int, groups: int, scale: np.dtype) -> np.dtype:
 
 def to_nearest(rows: np.ndarray, grid: Grid) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Codes, zeros and scales of float32 rows (n, I) without looking at any input."""
-    from gemma2tool.quantizers import groups
-
     zeros, scales = grid.parameters(*groups.ranges(rows, grid.width))
     codes = groups.codes(rows, grid.width, groups.Rule.ADD_ZERO, to_float32(scales), zeros, 0, grid.top)
     return codes, zeros, scales

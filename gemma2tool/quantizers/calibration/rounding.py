@@ -71,4 +71,9 @@ def _parameters(columns: Tensor, grid: Grid) -> tuple[np.ndarray, np.ndarray, Te
     """Zeros and scales of one group (width, n) as stored, and as the arithmetic takes them."""
     low, high = torch.aminmax(columns, dim=0)
     zeros, scales = grid.parameters(low.float().numpy(), high.float().numpy())
-    return zeros, scales, torch.from_numpy(zeros).to(columns.dtype), torch.from_numpy(to_float32(scales)).to(columns.dtype)
+    return (
+        zeros,
+        scales,
+        torch.from_numpy(zeros).to(columns.dtype),
+        torch.from_numpy(to_float32(scales)).to(columns.dtype),
+    )

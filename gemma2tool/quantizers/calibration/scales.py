@@ -24,7 +24,9 @@ ROWS = 1024
 """Rows of a matrix that are looked at, evenly spread: a scale belongs to a column, and so many rows tell what it costs."""
 
 
-def search(weights: Sequence[np.ndarray], hessian: Hessian, magnitude: Tensor, grid: Grid, run: Map = map) -> np.ndarray:
+def search(
+    weights: Sequence[np.ndarray], hessian: Hessian, magnitude: Tensor, grid: Grid, run: Map = map
+) -> np.ndarray:
     """The scales (I,) float32 under which the matrices (n, I) that share these inputs lose least, rounded to nearest.
 
     ``magnitude`` (I,): mean |x| per column. ``hessian``: of the inputs, filled. A scale of 1 everywhere is among those tried.
