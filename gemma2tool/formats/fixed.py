@@ -13,10 +13,8 @@ GEMMA2 = {
     "rope_theta": 10000.0,
     "rope_scaling": None,
     "use_bidirectional_attention": None,
-    "attention_bias": False,
-    "tie_word_embeddings": True,
 }
-"""Constants in the code of most libraries that run Gemma 2."""
+"""Constants in the code of most libraries that run Gemma 2. (Biases and a head of its own are tensors, refused by name.)"""
 
 _SAME = {"hidden_activation": ("gelu_pytorch_tanh", "gelu_new"), "use_bidirectional_attention": (None, False)}
 

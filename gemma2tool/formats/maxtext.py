@@ -26,7 +26,7 @@ from gemma2tool.formats.steps import Row, entries, to_canonical
 from gemma2tool.formats.zarr_arrays import StoredArray
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.config import Gemma2Config
-from gemma2tool.model.lazy import FLOAT32, LazyTensor, MappedRows, to_float32
+from gemma2tool.model.lazy import FLOAT16, FLOAT32, LazyTensor, MappedRows, to_float32
 from gemma2tool.quantizers.casts import cast
 from gemma2tool.storage.paths import confined
 from gemma2tool.storage.reading import read_whole
@@ -185,17 +185,18 @@ class MaxText:
         files, tensors, small = orbax_output.layout(FOLDER, parameters)
         small |= {name: data for name, data in checkpoint.assets.items() if name != "README.md"}
         small[CONFIG] = assets.dump_json(config.to_hf())
-        warnings.append(_what_is_lost(config))
+        warnings.append(_what_is_lost(config, dtypes))
         return Output(self.name, False, files, tensors, small, warnings=warnings)
 
 
-def _what_is_lost(config: Gemma2Config) -> str:
-    """Which tensors do not come back bit for bit, and why. A factor that is a power of two loses nothing."""
+def _what_is_lost(config: Gemma2Config, dtypes: Mapping[str, np.dtype]) -> str:
+    """Which tensors do not come back bit for bit, and why. A power of two loses nothing, but for small values of float16 made smaller."""
     scaled = {
         f"the embedding (times sqrt(D), {config.embed_scale:g})": config.embed_scale,
         f"all q_proj (times the query scale, {config.query_scale:g})": config.query_scale,
     }
-    lossy = [what for what, factor in scaled.items() if math.frexp(factor)[0] != 0.5]
+    halves = FLOAT16 in dtypes.values()
+    lossy = [what for what, factor in scaled.items() if math.frexp(factor)[0] != 0.5 or (halves and factor < 1)]
     return f"{', '.join([*lossy, 'all norms (plus one)'])}: rounded to their stored type after that, so the way back is not exact"
 
 
