@@ -1,0 +1,229 @@
+"""kill -9 at random moments of the real commands, run again until they finish: the same bytes as undisturbed, every time.
+
+    python tests/campaigns/kill.py [--kills 200] [--seed 0] [--folder DIR]
+
+Every trial runs one of the commands below in a process of its own and kills it after a random time: half of the times anywhere between
+start and end, half of them after it has begun to write. After each kill every output must be the old one, the new one or absent, and the
+same command is run again; after at most four kills it is left alone, must exit with 0, and must have left the bytes of an undisturbed
+run and nothing staged. Prints a line per trial, then the totals as JSON; exits with 1 if anything was otherwise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import ml_dtypes
+import numpy as np
+from tests_support import SMALL, random_checkpoint, write_checkpoint
+
+from gemma2tool.model.config import Gemma2Config
+from gemma2tool.storage.staging_journal import read as read_journal
+
+MOST_KILLS_OF_A_TRIAL = 4
+STAGED = ".gemma2tool-staging"
+
+
+@dataclass(frozen=True)
+class Command:
+    """Words of a command with SRC and DST, the names of its outputs, and whether old ones lie there."""
+
+    words: tuple[str, ...]
+    outputs: tuple[str, ...]
+    old: bool = False
+
+
+COMMANDS = (
+    Command(("quantize", "SRC", "out.gguf", "--type", "q4_k_m", "--no-verify"), ("out.gguf",)),
+    Command(("quantize", "SRC", "out.gguf", "--type", "iq4_xs", "--force", "--no-verify"), ("out.gguf",), old=True),
+    Command(("convert", "SRC", "out.ckpt", "--no-verify"), ("out.ckpt",)),
+    Command(("quantize", "SRC", "out", "--type", "nf4", "--double-quant", "--max-shard-size", "4MB", "--no-verify"), ("out",)),
+    Command(("quantize", "SRC", "many", "--type", "q4_k_m,q8_0,nf4", "--no-verify"), ("many/many-q4_k_m.gguf", "many/many-q8_0.gguf", "many/many-nf4")),
+    Command(("quantize", "SRC", "out.gguf", "--type", "q4_0", "--force"), ("out.gguf",), old=True),
+    Command(("convert", "SRC", "out", "--force", "--max-shard-size", "20MB"), ("out",), old=True),
+)  # fmt: skip
+"""The last two verify what they wrote."""
+
+
+def make_source(folder: Path, *, layers: int = 12) -> Path:
+    """A checkpoint of random weights, large enough for writing it to take a while."""
+    config = Gemma2Config(
+        vocab_size=8192,
+        hidden_size=512,
+        intermediate_size=2048,
+        num_hidden_layers=layers,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=64,
+        query_pre_attn_scalar=64,
+        max_position_embeddings=SMALL.max_position_embeddings,
+        sliding_window=SMALL.sliding_window,
+    )
+    return write_checkpoint(random_checkpoint(np.dtype(ml_dtypes.bfloat16), config), folder / "src")
+
+
+def digest(path: Path) -> str:
+    """Of a file, or of the names and bytes of all files in a folder; "absent" where there is nothing."""
+    if not path.exists():
+        return "absent"
+    found = hashlib.sha256()
+    for file in sorted(each for each in path.rglob("*") if each.is_file()) if path.is_dir() else [path]:
+        found.update(str(file.relative_to(path)).encode() + b"\0" + hashlib.sha256(file.read_bytes()).digest())
+    return found.hexdigest()
+
+
+class Trials:
+    """The commands, what they write undisturbed and how long that takes, and the count of what happened."""
+
+    def __init__(self, folder: Path, source: Path, commands: Sequence[Command], seed: int, say: Callable[[str], None]) -> None:
+        self.folder, self.source, self.commands, self.say = folder, source, commands, say
+        self.random = random.Random(seed)
+        self.counts: Counter[str] = Counter()
+        self.phases: Counter[str] = Counter()
+        self.faults: list[str] = []
+        self.expected: dict[Command, tuple[list[str], float]] = {}
+        for command in commands:
+            place = self._place("undisturbed", command, old=False)
+            started = time.monotonic()
+            assert self._start(command, place).wait() == 0
+            self.expected[command] = self._digests(command, place), time.monotonic() - started
+            shutil.rmtree(place)
+
+    def _place(self, name: str, command: Command, *, old: bool) -> Path:
+        place = self.folder / name
+        place.mkdir()
+        for output in command.outputs if old else ():
+            path = place / output
+            if path.suffix:
+                path.write_bytes(b"old")
+            else:
+                path.mkdir()
+                (path / "file").write_bytes(b"old")
+        return place
+
+    def _start(self, command: Command, place: Path) -> subprocess.Popen:
+        words = [str(self.source) if word == "SRC" else word for word in command.words]
+        with open(place.with_suffix(".log"), "ab") as log:
+            return subprocess.Popen(
+                [sys.executable, "-m", "gemma2tool", *words, "--threads", "2"],
+                cwd=place,
+                stdout=log,
+                stderr=log,
+                env=os.environ | {"OMP_NUM_THREADS": "1"},
+            )
+
+    def _digests(self, command: Command, place: Path) -> list[str]:
+        return [digest(place / output) for output in command.outputs]
+
+    def trial(self, number: int, kills: int) -> int:
+        """One command until it finishes, killed at most ``kills`` times on the way; returns how often it was."""
+        command = self.commands[number % len(self.commands)]
+        place = self._place(f"trial-{number}", command, old=command.old)
+        old = self._digests(command, place)
+        new, seconds = self.expected[command]
+        killed = 0
+        while True:
+            process = self._start(command, place)
+            if killed < kills and self._killed(process, place, seconds):
+                killed += 1
+                for output, was, found, whole in zip(command.outputs, old, self._digests(command, place), new, strict=True):
+                    if found not in (was, whole, "absent"):
+                        self.faults.append(f"trial {number}: {output} is neither old nor new after kill {killed}")
+                continue
+            process.wait()
+            break
+        log = place.with_suffix(".log").read_text()
+        whole = self._digests(command, place) == new
+        # Killed when everything but the journal was done, it cannot be told from a finished run, and is refused without --force.
+        complete = process.returncode == 0 or (process.returncode == 2 and "output.exists" in log and killed > 0)
+        left = [path.name for path in place.rglob(f".*{STAGED}")]
+        if not (whole and complete) or left:
+            self.faults.append(f"trial {number}: exit {process.returncode}, as undisturbed: {whole}, left: {left}, log: {log}")
+        resumed = [(int(part), int(all)) for part, all in re.findall(r"resumed: (\d+) of (\d+)", log)]
+        self.counts.update(
+            trials=1,
+            kills=killed,
+            identical=int(whole),
+            resumed_outputs=len(resumed),
+            resumed_partly=sum(part < all for part, all in resumed),
+            finished_by_the_killed=log.count("in place already"),
+            refused_as_existing=int(process.returncode == 2),
+        )
+        self.say(f"trial {number}: {' '.join(command.words[2:5])}: killed {killed} times, same bytes: {whole}, resumed: {resumed}")
+        shutil.rmtree(place)
+        place.with_suffix(".log").unlink()
+        return killed
+
+    def _killed(self, process: subprocess.Popen, place: Path, seconds: float) -> bool:
+        """Waits a random time, then kills; False where the process was done before."""
+        delay = self.random.uniform(0, seconds)
+        if self.random.random() < 0.5:  # from when it has begun to write
+            delay *= 0.5
+            while process.poll() is None and not any(place.rglob(f".*{STAGED}")):
+                time.sleep(0.002)
+        try:
+            process.wait(delay)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            self.phases[self._phase(place)] += 1
+            return True
+        return False
+
+    def _phase(self, place: Path) -> str:
+        """How far the killed process had come."""
+        staged = list(place.rglob(f".*{STAGED}"))
+        journals = []
+        for path in staged:
+            fd = os.open(path, os.O_RDONLY)
+            journals.append(read_journal(fd))
+            os.close(fd)
+        if not staged:
+            return "before staging, or after the end"
+        if any(journal is not None and journal.placed for journal in journals):
+            return "putting in place"
+        if any(journal is not None and journal.pieces for journal in journals):
+            return "tensors journaled"
+        return "staging begun"
+
+
+def campaign(folder: Path, kills: int, seed: int, *, commands: Sequence[Command] = COMMANDS, layers: int = 12,
+             say: Callable[[str], None] = print) -> dict[str, object]:  # fmt: skip
+    """Trials until ``kills`` kills have happened; their totals. Everything lies in ``folder``."""
+    trials = Trials(folder, make_source(folder, layers=layers), commands, seed, say)
+    number = done = 0
+    while done < kills:
+        done += trials.trial(number, min(kills - done, MOST_KILLS_OF_A_TRIAL))
+        number += 1
+    return {**trials.counts, "phases": dict(trials.phases), "faults": trials.faults}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--folder", type=Path, help="where to work (default: a temporary folder)")
+    asked = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=asked.folder) as folder:
+        totals = campaign(Path(folder), asked.kills, asked.seed, say=lambda line: print(line, flush=True))
+    print(json.dumps(totals, indent=2))
+    return 1 if totals["faults"] or totals["identical"] != totals["trials"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
