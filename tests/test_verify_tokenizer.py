@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 from pathlib import Path
@@ -120,6 +121,55 @@ def test_a_side_without_a_tokenizer_is_said(model: bytes) -> None:
     found = compare_tokenizers(side(), side(tokenizer__model=model))
     assert found.status == "skipped" and "the source carries no tokenizer.model" in found.summary
     assert "neither side" in compare_tokenizers(side(), side()).summary
+
+
+def test_a_file_of_weights_alone_has_no_tokenizer_to_lose(model: bytes, tmp_path: Path) -> None:
+    file = tmp_path / "model.ckpt"
+    file.touch()
+    weights = dataclasses.replace(side(), path=file, format="gemma-pytorch")
+    found = compare_tokenizers(side(tokenizer__model=model), weights)
+    assert found.status == "skipped" and "weights alone" in found.summary
+
+
+def test_special_tokens_in_the_midst_of_text(model: bytes) -> None:
+    """A token that is found in text on one side and spelled out on the other: the vocabulary is the same."""
+    ours, theirs = trained(user_defined_symbols=["<turn>"]), trained(control_symbols=["<turn>"])
+    found = compare(ours, theirs)
+    subjects = {finding.subject for finding in found.findings if finding.severity == "error"}
+    assert found.status == "failed" and "encoding" in subjects
+    assert any("<turn>" in finding.message for finding in found.findings)
+
+
+@pytest.mark.parametrize(("ours", "theirs", "status"), [
+    ({"added_tokens_decoder": {"5": {"content": "<a>"}}}, {"added_tokens_decoder": {"5": {"content": "<b>"}}}, "failed"),
+    ({"added_tokens_decoder": {"5": {"content": "<a>"}}}, {"added_tokens_decoder": {"6": {"content": "<b>"}}}, "passed"),
+    ({"bos_token": "<bos>"}, {"bos_token": {"content": "<bos>", "special": True}}, "passed"),
+    ({"bos_token": "<bos>"}, {"bos_token": "<s>"}, "failed"),
+    ({"pad_token": "<pad>"}, {"pad_token": "<eos>"}, "passed"),
+    ({"added_tokens_decoder": [1], "bos_token": 3}, {"added_tokens_decoder": {"x": 1}, "bos_token": []}, "passed"),
+])  # fmt: skip
+def test_special_tokens_of_the_config(model: bytes, ours: dict, theirs: dict, status: str) -> None:
+    sides = (side(tokenizer__model=model, tokenizer_config__json=each) for each in (ours, theirs))
+    assert compare_tokenizers(*sides).status == status
+
+
+@pytest.mark.parametrize(("ours", "theirs", "status"), [
+    ([1, 107], 1, "failed"), (1, [107, 1], "passed"), ([1, 107], [107, 1], "passed"), ("x", 1, "passed"), ([[]], 1, "passed"),
+])  # fmt: skip
+def test_a_stop_that_generation_config_loses_fails(model: bytes, ours: object, theirs: object, status: str) -> None:
+    sides = (
+        side(tokenizer__model=model, generation_config__json={"eos_token_id": each}) for each in (ours, theirs)
+    )
+    assert compare_tokenizers(*sides).status == status
+
+
+@pytest.mark.parametrize("step", ["normalizer", "pre_tokenizer", "post_processor", "decoder"])
+def test_steps_of_tokenizer_json(step: str) -> None:
+    ours, theirs = (side(tokenizer__json={"model": {"vocab": {"a": 0}}, step: {"type": kind}}) for kind in "xy")
+    found = compare_tokenizers(ours, theirs)
+    assert found.status == "failed" and step in found.summary
+    hostile = side(tokenizer__json={"model": {"vocab": 3, "merges": [3]}, "added_tokens": [{"id": []}, 7]})
+    compare_tokenizers(ours, hostile)
 
 
 def tokenizer_json(vocab: dict[str, int], merges: list[object]) -> bytes:

@@ -33,6 +33,9 @@ UNSAID: Mapping[str, Mapping[str, str]] = {
 }
 """Format -> field -> why a file of that format may say otherwise than its source."""
 
+WEIGHTS_ALONE = frozenset({"gemma-pytorch"})
+"""Formats whose single files hold weights and have no place for a tokenizer."""
+
 # Constants in the code of libraries that do not look for these fields.
 _CONSTANT: Mapping[str, tuple[object, ...]] = {
     "hidden_activation": ("gelu_pytorch_tanh", "gelu_new"),

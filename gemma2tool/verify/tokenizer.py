@@ -1,24 +1,26 @@
-"""Do two checkpoints turn text into the same ids? Pieces, scores, special ids, chat template, and a few tricky
-strings."""
+"""Do two checkpoints turn text into the same ids? Pieces, scores, special ids, and what becomes of some tricky strings; and the
+files beside (``tokenizer_files``)."""
 
 from __future__ import annotations
 
-import json
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from gemma2tool.model.checkpoint import Assets, Checkpoint
-from gemma2tool.verify.result import Finding, GateResult, Severity
+from gemma2tool.verify.consumers import WEIGHTS_ALONE
+from gemma2tool.verify.result import SIDES, Finding, GateResult, Severity, Sides
+from gemma2tool.verify.tokenizer_files import GATE, chat_template, compare_files
+
+__all__ = ["GATE", "TRICKY", "chat_template", "compare_tokenizers", "load_model", "text_pieces"]
 
 if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
 
-GATE = "tokenizer"
-
 # Each goes another way through Gemma's tokenizer: leading, repeated and trailing spaces, runs of newlines and tabs,
 # digits, accents composed and not, scripts without spaces, emoji joined, bytes without a piece, markup, a space that is
-# not U+0020.
+# not U+0020, special tokens in the midst of text.
 TRICKY = (
     "Hello, world!",
     " leading and  double   spaces ",
@@ -30,19 +32,32 @@ TRICKY = (
     "\U000e0041\u2603\ufffd\u0001",
     "<b>bold</b> &amp; <not_a_token>",
     "no\u00a0break\u3000wide",
+    "",
+    " ",
+    "\n",
+    "\r\n \t",
+    "<bos><start_of_turn>user\nWhy?<end_of_turn>\n<start_of_turn>model\n",
+    "a<eos>b <pad><unk> <mask> [multimodal]<unused0><2mass>",
+    "\u2581 \u2581\u2581",
+    "0123456789 \u0661\u0662\u0663 \u00bd \u2460",
+    "\u0e2a\u0e27\u0e31\u0e2a\u0e14\u0e35 \u0928\u092e\u0938\u094d\u0924\u0947 \uc548\ub155 \u05e9\u05dc\u05d5\u05dd",
+    "\U0001f3f4\U000e0067\U000e0062\U000e007f \U0001f44d\U0001f3fd \u2764\ufe0f",
 )
 
+_MOST_SPECIAL = 512  # pieces like <this> that are encoded; Gemma 2 has some 250
 _ADDED = -1000.0  # the score that GGUF files give to added tokens, whatever theirs was
 
 
-def compare_tokenizers(source: Checkpoint, candidate: Checkpoint) -> GateResult:
+def compare_tokenizers(source: Checkpoint, candidate: Checkpoint, *, sides: Sides = SIDES) -> GateResult:
     """The tokenizer gate; "skipped" where a side carries no tokenizer.model."""
-    findings = _template_findings(source.assets, candidate.assets) + _json_findings(source.assets, candidate.assets)
+    findings = compare_files(source.assets, candidate.assets, sides)
     name = "tokenizer.model"
     if name in source.assets and name not in candidate.assets and "tokenizer.json" not in candidate.assets:
-        lost = Finding(GATE, "error", name, "the source's tokenizer is not in the candidate")
+        if candidate.format in WEIGHTS_ALONE and candidate.path.is_file():
+            return _result(findings, f"the {sides[1]} is a file of weights alone: vocabularies not compared", {}, compared=False)
+        lost = Finding(GATE, "error", name, f"the {sides[0]}'s tokenizer is not in the {sides[1]}")
         return _result([*findings, lost], "", {}, compared=False)
-    lacking = [side for side, each in (("source", source), ("candidate", candidate)) if name not in each.assets]
+    lacking = [side for side, each in zip(sides, (source, candidate), strict=True) if name not in each.assets]
     if lacking:
         who = "neither side carries" if len(lacking) == 2 else f"the {lacking[0]} carries no"
         reason = f"{who} {'a ' if len(lacking) == 2 else ''}{name}: vocabularies not compared"
@@ -50,29 +65,52 @@ def compare_tokenizers(source: Checkpoint, candidate: Checkpoint) -> GateResult:
     ours, theirs = source.assets[name], candidate.assets[name]
     if ours == theirs:
         return _result(findings, "tokenizer.model is the same byte for byte", {"identical": True})
-    found, metrics = _compare_models(ours, theirs)
-    return _result(findings + found, f"{metrics.get('pieces', 0)} pieces, {len(TRICKY)} strings encoded alike", metrics)
+    found, metrics = _compare_models(ours, theirs, sides)
+    good = f"{metrics.get('pieces', 0)} pieces, {metrics.get('strings', 0)} strings encoded alike"
+    return _result(findings + found, good, metrics)
 
 
 def _result(findings: list[Finding], good: str, metrics: dict[str, Any], compared: bool = True) -> GateResult:
     wrong = [finding for finding in findings if finding.severity == "error"]
     if wrong:
-        return GateResult(GATE, "failed", wrong[0].message, metrics, tuple(findings))
+        more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+        return GateResult(GATE, "failed", wrong[0].message + more, metrics, tuple(findings))
     warned = "".join(f"; {finding.message}" for finding in findings if finding.severity == "warning")
     return GateResult(GATE, "passed" if compared else "skipped", good + warned, metrics, tuple(findings))
 
 
-def _compare_models(ours: bytes, theirs: bytes) -> tuple[list[Finding], dict[str, Any]]:
+def _compare_models(ours: bytes, theirs: bytes, sides: Sides) -> tuple[list[Finding], dict[str, Any]]:
     left, right = load_model(ours), load_model(theirs)
-    for side, model in (("source", left), ("candidate", right)):
+    for side, model in zip(sides, (left, right), strict=True):
         if model is None:
             return [Finding(GATE, "error", "tokenizer.model", f"the {side}'s tokenizer.model cannot be loaded")], {}
     findings: list[Finding] = []
     count, other = left.get_piece_size(), right.get_piece_size()
-    metrics: dict[str, Any] = {"identical": False, "pieces": count}
+    strings = [*TRICKY, *_special_pieces(left), *_special_pieces(right)]
+    metrics: dict[str, Any] = {"identical": False, "pieces": count, "strings": len(strings)}
     if count != other:
-        findings.append(Finding(GATE, "error", "pieces", f"source has {count} pieces, candidate {other}"))
-    ids = list(range(min(count, other)))
+        findings.append(Finding(GATE, "error", "pieces", f"{sides[0]} has {count} pieces, {sides[1]} {other}"))
+    findings += _piece_findings(left, right, min(count, other), sides)
+    for what in ("bos", "eos", "unk", "pad"):
+        mine, its = getattr(left, f"{what}_id")(), getattr(right, f"{what}_id")()
+        if mine != its:
+            severity: Severity = "warning" if -1 in (mine, its) else "error"
+            said = f"tokenizer.model's {what} is {mine}, in the {sides[1]} {its}"
+            findings.append(Finding(GATE, severity, f"{what}_id", said))
+    for text in strings:
+        ids = left.encode(text)
+        if ids != right.encode(text):
+            findings.append(Finding(GATE, "error", "encoding", f"{text!r} is encoded otherwise"))
+        elif left.decode(ids) != right.decode(ids):
+            findings.append(Finding(GATE, "error", "decoding", f"the tokens of {text!r} are decoded otherwise"))
+    return findings, metrics
+
+
+def _piece_findings(
+    left: SentencePieceProcessor, right: SentencePieceProcessor, count: int, sides: Sides
+) -> Iterator[Finding]:
+    """The first ``count`` pieces' texts and scores, all differences of a kind in one finding."""
+    ids = list(range(count))
     pieces, others = left.id_to_piece(ids), right.id_to_piece(ids)
     texts = [
         i
@@ -82,29 +120,27 @@ def _compare_models(ours: bytes, theirs: bytes) -> tuple[list[Finding], dict[str
     if texts:
         first = texts[0]
         said = (
-            f"{len(texts)} pieces differ, the first is {first}: {pieces[first]!r}, in the candidate {others[first]!r}"
+            f"{len(texts)} pieces differ, the first is {first}: {pieces[first]!r}, in the {sides[1]} {others[first]!r}"
         )
-        findings.append(Finding(GATE, "error", "pieces", said))
+        yield Finding(GATE, "error", "pieces", said)
     scores, others = left.get_score(ids), right.get_score(ids)
     differing = [i for i in ids if scores[i] != others[i] and _ADDED not in (scores[i], others[i])]
     if differing:
         first = differing[0]
         said = (
             f"{len(differing)} scores differ, the first is that of {first}:"
-            f" {scores[first]:g}, in the candidate {others[first]:g}"
+            f" {scores[first]:g}, in the {sides[1]} {others[first]:g}"
         )
-        findings.append(Finding(GATE, "error", "scores", said))
-    for what in ("bos", "eos", "unk", "pad"):
-        mine, its = getattr(left, f"{what}_id")(), getattr(right, f"{what}_id")()
-        if mine != its:
-            severity: Severity = "warning" if -1 in (mine, its) else "error"
-            findings.append(
-                Finding(GATE, severity, f"{what}_id", f"tokenizer.model's {what} is {mine}, in the candidate {its}")
-            )
-    for text in TRICKY:
-        if left.encode(text) != right.encode(text):
-            findings.append(Finding(GATE, "error", "encoding", f"{text!r} is encoded otherwise"))
-    return findings, metrics
+        yield Finding(GATE, "error", "scores", said)
+
+
+def _special_pieces(model: SentencePieceProcessor) -> list[str]:
+    """The texts of pieces that are not ordinary text: control pieces, and what looks like <this>."""
+    ids = list(range(model.get_piece_size()))
+    marked = [i for i, (c, u) in enumerate(zip(model.is_control(ids), model.is_unknown(ids), strict=True)) if c or u]
+    pieces = model.id_to_piece(ids)
+    marked += [i for i in ids if pieces[i][:1] == "<" and pieces[i][-1:] == ">"][:_MOST_SPECIAL]
+    return [pieces[i] for i in sorted(set(marked))]
 
 
 def text_pieces(assets: Assets, ids: np.ndarray) -> tuple[tuple[str, ...], ...] | None:
@@ -130,75 +166,3 @@ def load_model(data: bytes) -> SentencePieceProcessor | None:
     except RuntimeError:
         return None
     return model
-
-
-def _template_findings(ours: Assets, theirs: Assets) -> list[Finding]:
-    findings = []
-    mine, its = chat_template(ours), chat_template(theirs)
-    if mine is not None and mine != its:
-        severity: Severity = "error" if its is not None else "warning"
-        said = "the chat templates differ" if its is not None else "the source's chat template is not in the candidate"
-        findings.append(Finding(GATE, severity, "chat_template", said))
-    left, right = (_json(assets, "tokenizer_config.json") for assets in (ours, theirs))
-    for name in ("add_bos_token", "add_eos_token"):
-        if left.get(name) is not None and right.get(name) is not None and left[name] != right[name]:
-            findings.append(Finding(GATE, "error", name, f"{name} is {left[name]}, in the candidate {right[name]}"))
-    return findings
-
-
-def _json_findings(ours: Assets, theirs: Assets) -> list[Finding]:
-    """tokenizer.json, which transformers loads: the same vocabulary, merges and added tokens, where both sides carry it and neither
-    made it of a tokenizer.model. And the ids at which generation stops."""
-    findings = []
-    name = "tokenizer.json"
-    if name in ours and name in theirs and ours[name] != theirs[name]:
-        left, right = _json(ours, name), _json(theirs, name)
-        for side, content in (("source", left), ("candidate", right)):
-            if not content:
-                findings.append(Finding(GATE, "error", name, f"the {side}'s {name} is not a JSON object"))
-        model, other = (
-            content.get("model") if isinstance(content.get("model"), dict) else {} for content in (left, right)
-        )
-        if left and right and model.get("vocab") != other.get("vocab"):
-            findings.append(Finding(GATE, "error", name, f"the vocabularies of {name} differ"))
-        if left and right and _merges(model) != _merges(other):
-            findings.append(Finding(GATE, "error", name, f"the merges of {name} differ"))
-    elif name in theirs and not _json(theirs, name):
-        findings.append(Finding(GATE, "error", name, f"the candidate's {name} is not a JSON object"))
-    stops = [_json(assets, "generation_config.json").get("eos_token_id") for assets in (ours, theirs)]
-    if None not in stops and stops[0] != stops[1]:
-        said = f"generation_config.json stops at {stops[0]}, in the candidate at {stops[1]}"
-        findings.append(Finding(GATE, "warning", "eos_token_id", said))
-    return findings
-
-
-def _merges(model: dict[str, Any]) -> list[tuple[str, ...]]:
-    """Merges as pairs, whether written "a b" or ["a", "b"]."""
-    merges = model.get("merges")
-    if not isinstance(merges, list):
-        return []
-    return [tuple(each.split(" ", 1)) if isinstance(each, str) else tuple(each) for each in merges]
-
-
-def chat_template(assets: Assets) -> str | None:
-    """The default chat template, from whichever file has it; transformers' order of preference."""
-    if "chat_template.jinja" in assets:
-        return assets["chat_template.jinja"].decode("utf-8", "replace")
-    for name in ("chat_template.json", "tokenizer_config.json"):
-        template = _json(assets, name).get("chat_template")
-        if isinstance(template, list):
-            named = {each.get("name"): each.get("template") for each in template if isinstance(each, dict)}
-            template = named.get("default")
-        if isinstance(template, str):
-            return template
-    return None
-
-
-def _json(assets: Assets, name: str) -> dict[str, Any]:
-    if name not in assets:
-        return {}
-    try:
-        content = json.loads(assets[name])
-    except ValueError:
-        return {}
-    return content if isinstance(content, dict) else {}
