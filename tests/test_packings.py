@@ -167,10 +167,13 @@ def test_act_order():
     codes = gptq.unpack_words(np.ascontiguousarray(raw[prefix + "qweight"].array.T), 4)[:, order]
     raw[prefix + "qweight"] = ArrayTensor(np.ascontiguousarray(gptq.pack_words(codes, 4).T).view(np.int32))
     raw[prefix + "g_idx"] = ArrayTensor((order // 128).astype(np.int32))
-    assert np.array_equal(packings.unpack(raw, config("gptq-4"))[NAME].load_rows(7, 33), whole[7:33][:, order])
+    with pytest.raises(InputRefused, match="desc_act false"):
+        packings.unpack(raw, config("gptq-4"))
+    ordered = config("gptq-4") | {"desc_act": True}
+    assert np.array_equal(packings.unpack(raw, ordered)[NAME].load_rows(7, 33), whole[7:33][:, order])
     raw[prefix + "g_idx"] = ArrayTensor(np.full(256, 2, np.int32))
     with pytest.raises(InputRefused, match="a group that does not exist"):
-        packings.unpack(raw, config("gptq-4"))
+        packings.unpack(raw, ordered)
 
 
 def test_compressed_tensors_act_order():

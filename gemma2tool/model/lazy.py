@@ -39,6 +39,7 @@ class LazyTensor(ABC):
 
     ``shape``: the logical shape; ``dtype``: of the arrays that ``load_rows`` returns; ``stored``: how the values are kept at their
     source ("bf16", "q8_0", "nf4", ...); ``origin``: where they are, for messages ("model.ckpt: embedder.weight").
+    ``group``: how many neighbouring columns share a quantization scale, None where that is the type's own affair or a whole row.
     Loading is thread-safe.
     """
 
@@ -46,6 +47,7 @@ class LazyTensor(ABC):
     dtype: np.dtype
     stored: str
     origin: str
+    group: int | None = None
 
     @abstractmethod
     def load_rows(self, first: int, last: int) -> np.ndarray:

@@ -63,7 +63,8 @@ class Bound:
     ``anchor``: of the value of largest magnitude, both as a fraction of the block's largest magnitude; infinite where
     the type promises nothing. ``floor``: absolute error that is always allowed, because the scale itself has a smallest
     step. ``relative_rmse``: ceiling of RMSE / RMS over a whole tensor. ``weighted``: ``worst`` where an importance
-    matrix steered the codes (None: the type ignores it). ``nested``: block scales are themselves quantized, 256 at a
+    matrix steered the codes (None: the type ignores it). ``nearest``: ``worst`` where every code is the nearest one, for
+    types whose codes may also be calibrated against inputs and then make up for each other's errors. ``nested``: block scales are themselves quantized, 256 at a
     time (bitsandbytes' double quantization).
     """
 
@@ -73,6 +74,7 @@ class Bound:
     anchor: float = math.inf
     floor: float = 0.0
     weighted: float | None = None
+    nearest: float = math.inf
     nested: bool = False
 
     def steered(self) -> Bound:
@@ -84,7 +86,11 @@ class Bound:
 
     def rounded(self, unit: float) -> Bound:
         """The limits where decoded values were rounded once more, each by up to ``unit`` of itself."""
-        return replace(self, worst=self.worst + 2 * unit, anchor=self.anchor + 2 * unit) if unit else self
+        if not unit:
+            return self
+        return replace(
+            self, worst=self.worst + 2 * unit, anchor=self.anchor + 2 * unit, nearest=self.nearest + 2 * unit
+        )
 
 
 def _rounding(
@@ -136,13 +142,14 @@ BOUNDS: Mapping[str, Bound] = {
     "fp4-dq": Bound(64, _FP4 + 1e-6, 0.20, 1e-6, nested=True),
     # LLM.int8(): cast to float16 first, then the row's absmax / 127, nearest.
     "int8": Bound(0, 1 / 254 + _F16, 0.05, _F16 + 1e-6, _F16_STEP),
-    # Serving libraries. Groups have the size that the user chose, so a whole row, which is never narrower, stands for them.
+    # Serving libraries. A block is a group of the size that the user chose. ``worst`` is for calibrated codes (and clipped
+    # ranges), which are off by some steps; ``nearest`` follows from the definition.
     # compressed-tensors divides by a bfloat16 scale in bfloat16, which has 8 bits: up to a step and a half of absmax / 127.5
-    # (8 bits), a step of absmax / 7.5 or of the range over 15 (4 bits).
-    "w8a8-int8": Bound(0, 1.5 / 127.5, 0.05),
-    "w8a16": Bound(0, 1.5 / 127.5, 0.05),
-    "w4a16": Bound(0, 1 / 7.5, 0.35),
-    "w4a16-asym": Bound(0, 2 / 15, 0.35),
+    # (8 bits), half a step of absmax / 7.5, or of the range over 15 with its zero point, and that rounding (4 bits).
+    "w8a8-int8": Bound(0, 0.05, 0.05, nearest=1.5 / 127.5),
+    "w8a16": Bound(0, 0.05, 0.05, nearest=1.5 / 127.5),
+    "w4a16": Bound(0, 0.6, 0.35, nearest=1 / 15 + 2.0**-8),
+    "w4a16-asym": Bound(0, 0.6, 0.35, nearest=1.2 / 15 + 2.0**-7),
     # float8 e4m3 under a scale of absmax / 448: 3 bits of mantissa, and a bfloat16 scale.
     "fp8-dynamic": Bound(0, 2.0**-4 + 2.0**-8, 0.05),
     "fp8-block": Bound(0, 2.0**-4 + 2.0**-8, 0.05),
@@ -150,10 +157,11 @@ BOUNDS: Mapping[str, Bound] = {
     # Range over 15 (255) steps from a stored bias, both in the model's type: a step, and bfloat16's rounding of both ends.
     "mlx-4": Bound(0, 2 / 15 + 2.0**-7, 0.35),
     "mlx-8": Bound(0, 2 / 255 + 2.0**-7, 0.05),
-    "awq-4": Bound(0, 2 / 15 + _F16, 0.35),
-    # Calibrated codes make up for the errors of others, by some steps of absmax / 7.5 (127.5) at most.
-    "gptq-4": Bound(0, 0.6, 0.35),
-    "gptq-8": Bound(0, 0.05, 0.05),
+    # Half a step of the range, at most twice the largest, over 15 (255); the scale is rounded to float16, which the
+    # outermost code multiplies by as many. AWQ's smallest range is 1e-5.
+    "awq-4": Bound(0, 0.6, 0.35, floor=1e-5, nearest=1 / 15 + 3 * _F16),
+    "gptq-4": Bound(0, 0.6, 0.35, floor=15 * _F16_STEP, nearest=1 / 15 + 3 * _F16),
+    "gptq-8": Bound(0, 0.05, 0.05, floor=255 * _F16_STEP, nearest=1 / 255 + 3 * _F16),
     # gemma.cpp's 8-bit floats: 3 bits of mantissa, 2 for small values, truncated to 4 before they are rounded.
     "sfp": Bound(0, 2.0**-3, 0.06),
 }

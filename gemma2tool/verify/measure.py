@@ -16,6 +16,10 @@ from gemma2tool.verify.bounds import DYNAMIC_MAP_GAP, Bound
 # Decoding and comparing round in float32; no bound is meant to be that sharp.
 _SLACK = 1.0 + 1e-5
 
+# Calibration (GPTQ and its kin) moves codes in nearly every group of a tensor. Where no more than this share of the blocks is farther
+# from the source than rounding to nearest puts them, the tensor was rounded to nearest, and those blocks are damaged.
+NEAREST_SHARE = 0.25
+
 _UNSIGNED = {2: np.uint16, 4: np.uint32, 8: np.uint64}
 
 
@@ -137,8 +141,9 @@ class WorstBlock:
 class BlockJudge:
     """Adds up a tensor's pieces in order and counts the blocks beyond the bound.
 
-    Blocks are judged as they come, except where their scales were quantized together (``bound.nested``): how far such a
-    scale may be off depends on its neighbours and on the mean over the tensor, so those wait for ``finish``.
+    A tensor that was rounded to nearest, but for some blocks, is held to ``bound.nearest`` in all. Blocks are judged as
+    they come, except where their scales were quantized together (``bound.nested``): how far such a scale may be off
+    depends on its neighbours and on the mean over the tensor, so those wait for ``finish``.
     """
 
     bound: Bound | None
@@ -148,6 +153,9 @@ class BlockJudge:
     source_leaves: list[bytes] = field(default_factory=list)
     candidate_leaves: list[bytes] = field(default_factory=list)
     _bad: int = 0
+    _blocks: int = 0
+    _missed: int = 0
+    _worst_missed: WorstBlock | None = None
     _waiting: list[Piece] = field(default_factory=list)
 
     def add(self, piece: Piece) -> None:
@@ -177,6 +185,9 @@ class BlockJudge:
                 setattr(joined, name, np.concatenate([getattr(piece, name) for piece in self._waiting]))
             self._waiting = []
             self._judge(0, joined, nested_scale_error(joined.absmax))
+        if not self._bad and self._missed <= NEAREST_SHARE * self._blocks:
+            self.worst = self._worst_missed
+            return self._missed
         return self._bad
 
     def _judge(self, first: int, piece: Piece, scale_error: np.ndarray) -> None:
@@ -185,17 +196,34 @@ class BlockJudge:
             (piece.anchor, self.bound.anchor, True),
             (piece.worst, self.bound.worst, False),
         ):
-            if not np.isfinite(fraction):
-                continue
-            allowed = (np.float32(fraction) * piece.absmax + np.float32(self.bound.floor) + scale_error) * np.float32(
-                _SLACK
-            )
-            excess = errors - allowed
-            beyond |= excess > 0
-            at = int(excess.argmax())
-            if excess[at] > 0 and (self.worst is None or excess[at] > self.worst.error - self.worst.allowed):
-                self.worst = WorstBlock(first + at * self.block, float(errors[at]), float(allowed[at]), anchor)
+            here, self.worst = self._beyond(first, piece, errors, fraction, anchor, scale_error, self.worst)
+            beyond |= here
         self._bad += int(np.count_nonzero(beyond))
+        self._blocks += piece.absmax.size
+        here, self._worst_missed = self._beyond(
+            first, piece, piece.worst, self.bound.nearest, False, scale_error, self._worst_missed
+        )
+        self._missed += int(np.count_nonzero(here))
+
+    def _beyond(
+        self,
+        first: int,
+        piece: Piece,
+        errors: np.ndarray,
+        fraction: float,
+        anchor: bool,
+        scale_error: np.ndarray,
+        worst: WorstBlock | None,
+    ) -> tuple[np.ndarray, WorstBlock | None]:
+        """Which blocks are beyond a limit, and the worst of them and of those before."""
+        if not np.isfinite(fraction):
+            return np.zeros(errors.size, bool), worst
+        allowed = (np.float32(fraction) * piece.absmax + np.float32(self.bound.floor) + scale_error) * np.float32(_SLACK)
+        excess = errors - allowed
+        at = int(excess.argmax())
+        if excess[at] > 0 and (worst is None or excess[at] > worst.error - worst.allowed):
+            worst = WorstBlock(first + at * self.block, float(errors[at]), float(allowed[at]), anchor)
+        return excess > 0, worst
 
 
 def nested_scale_error(absmax: np.ndarray) -> np.ndarray:

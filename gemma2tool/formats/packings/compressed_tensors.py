@@ -225,6 +225,7 @@ class CompressedTensor(LazyTensor):
     ) -> None:
         self.codes, self.scales, self.zero_points, self.order, self.scheme = codes, scales, zero_points, order, scheme
         self.shape, self.dtype, self.origin = shape, scales.dtype, codes.origin
+        self.group = scheme.group if scheme.block_rows == 1 and order is None else None
         known = (name for name, each in SCHEMES.items() if each.bits == scheme.bits and each.kind == scheme.kind)
         same = (
             name

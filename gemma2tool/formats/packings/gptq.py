@@ -1,7 +1,7 @@
 """GPTQ checkpoints (AutoGPTQ, GPTQModel, AutoRound): P.qweight, P.qzeros, P.scales and P.g_idx, all transposed against the weight.
 
-Two conventions for stored zero points exist, and a label (``checkpoint_format``) that many tools get wrong; where the zero points
-themselves tell, as they do for every symmetric checkpoint, the label is checked. Checked against GPTQModel 7.6.
+Two conventions for stored zero points exist, and a label (``checkpoint_format``) that many tools get wrong: ``gptq_labels`` holds it
+against the content. Checked against GPTQModel 7.6.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from gemma2tool.errors import InputRefused, UsageError
+from gemma2tool.formats.packings import gptq_labels
 from gemma2tool.formats.packings.parts import (
     FLOATS,
     HINT,
@@ -90,7 +91,7 @@ def unpack(raw: Mapping[str, LazyTensor], quantization_config: Mapping[str, obje
             f"config.json: {quoted(bits)} bits in the checkpoint_format {quoted(label)}",
             hint=f"4 and 8 bits in {' and '.join(gptq.CHECKPOINT_FORMATS)} are supported",
         )
-    quantized: dict[str, LazyTensor] = {}
+    quantized: dict[str, GptqTensor] = {}
     taken: set[str] = set()
     for name in raw:
         if not name.endswith(CODES):
@@ -102,11 +103,10 @@ def unpack(raw: Mapping[str, LazyTensor], quantization_config: Mapping[str, obje
         columns, rows = words.shape[0] * WORD_BITS // bits, words.shape[1]
         scales = part(raw, module + ".scales", FLOATS, (group_count(quantization_config, columns), rows))
         zeros = part(raw, module + ".qzeros", (INT32,), (scales.shape[0], rows * bits // WORD_BITS))
-        _check_label(zeros, bits, label)
-        quantized[module + ".weight"] = GptqTensor(
-            words, zeros, scales, _groups(raw, module, columns, scales), bits, label
-        )
+        groups = _groups(raw, module, columns, scales)
+        quantized[module + ".weight"] = GptqTensor(words, zeros, scales, groups, bits, label)
         taken |= {name, module + ".scales", module + ".qzeros", module + ".g_idx"}
+    gptq_labels.check(quantized, quantization_config)
     return {**plain(raw, taken, "GPTQ"), **quantized}
 
 
@@ -119,18 +119,6 @@ def _groups(raw: Mapping[str, LazyTensor], module: str, columns: int, scales: La
     if groups.min() < 0 or groups.max() >= scales.rows:
         raise InputRefused("gptq.g-idx", f"{stored.origin}: names a group that does not exist", hint=HINT)
     return groups
-
-
-def _check_label(zeros: LazyTensor, bits: int, label: str) -> None:
-    middle = 2 ** (bits - 1)
-    stored = np.unique(unpack_words(zeros.load(), bits))
-    actual = {middle - 1: "gptq", middle: "gptq_v2"}.get(int(stored[0])) if len(stored) == 1 else None
-    if actual not in (None, label):
-        raise InputRefused(
-            "gptq.mislabelled",
-            f"{zeros.origin}: zero points are stored as {actual} does, but the config says {label}",
-            hint=f'libraries load this without an error and compute nonsense: set checkpoint_format to "{actual}" in config.json',
-        )
 
 
 class GptqTensor(LazyTensor):
@@ -149,6 +137,8 @@ class GptqTensor(LazyTensor):
         self.bits, self.checkpoint_format = bits, checkpoint_format
         self.shape, self.dtype = (words.shape[1], len(groups)), FLOAT32
         self.stored, self.origin = f"gptq-{bits}", words.origin
+        width = len(groups) // scales.rows
+        self.group = width if np.array_equal(groups, np.arange(len(groups)) // width) else None
 
     def load_rows(self, first: int, last: int) -> np.ndarray:
         codes = unpack_words(np.ascontiguousarray(whole(self.words)[:, first:last].T), self.bits)
