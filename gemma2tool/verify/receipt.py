@@ -136,6 +136,11 @@ class Receipt:
     source_logits: ReferenceLogits | None
     logits: ReferenceLogits | None
 
+    @property
+    def nbytes(self) -> int:
+        """Of all files together."""
+        return sum(file.nbytes for file in self.files)
+
 
 def read(path: Path) -> Receipt:
     """Read a receipt, which may come from anyone.

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,31 +22,39 @@ from gemma2tool.verify.tensors import significant
 _AGAIN = "what was verified when the receipt was written"
 
 
-def check(candidate: Checkpoint, receipt: Receipt, *, threads: int = 1, progress: Progress | None = None) -> Verification:
+LEVELS = ("completeness", "config", "tokenizer", "files", "tensors", "logits")
+
+
+def check(
+    candidate: Checkpoint,
+    receipt: Receipt,
+    *,
+    levels: Sequence[str] = LEVELS,
+    threads: int = 1,
+    progress: Progress | None = None,
+) -> Verification:
     """``candidate`` against the output that ``receipt`` describes: its files' bytes (where it is of the same format), tensors,
-    config, tokenizer and reference logits. Never raises for a difference, only for what cannot be read or run."""
+    config, tokenizer and reference logits. Never raises for a difference, only for what cannot be read or run.
+
+    ``levels``: which questions to ask, of ``LEVELS``.
+    """
     results: list[GateResult] = []
     seconds: dict[str, float] = {}
 
-    @contextmanager
-    def timed(gate: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        seconds[gate] = time.perf_counter() - start
+    def ask(level: str, nbytes: int, question: Callable[[Advance], GateResult]) -> None:
+        if level in levels:
+            start = time.perf_counter()
+            with shown(progress if nbytes else None, nbytes, level) as bar:
+                results.append(question(bar.advance))
+            seconds[level] = time.perf_counter() - start
 
-    with timed("completeness"):
-        results.append(_names(candidate, receipt))
-    with timed("config"):
-        results.append(compare_configs(receipt.config, candidate.config))
-    with timed("tokenizer"):
-        results.append(_tokenizer(candidate, receipt))
-    with timed("files"), shown(progress, sum(file.nbytes for file in receipt.files), "files") as bar:
-        results.append(_files(candidate, receipt, threads, bar.advance))
-    total = sum(tensor.nbytes for tensor in candidate.tensors.values())
-    with timed("tensors"), shown(progress, total, "tensors") as bar:
-        results.append(_tensors(candidate, receipt, threads, bar.advance))
-    with timed("logits"), shown(progress, total, "forward pass") as bar:
-        results.append(_logits(candidate, receipt, threads, bar.advance))
+    values = sum(tensor.nbytes for tensor in candidate.tensors.values())
+    ask("completeness", 0, lambda _: _names(candidate, receipt))
+    ask("config", 0, lambda _: compare_configs(receipt.config, candidate.config))
+    ask("tokenizer", 0, lambda _: _tokenizer(candidate, receipt))
+    ask("files", receipt.nbytes, lambda advance: _files(candidate, receipt, threads, advance))
+    ask("tensors", values, lambda advance: _tensors(candidate, receipt, threads, advance))
+    ask("logits", values, lambda advance: _logits(candidate, receipt, threads, advance))
     source = Side(str(receipt.path), "receipt")
     return Verification(source, side_of(candidate), receipt.kind, tuple(results), seconds)
 
