@@ -93,6 +93,7 @@ def produce(
         refuse_same([each for each in (shared.config, shared.tokens, *extra.values()) if _is_file(each)], path)
     shard_size = o.parse_size(shared.max_shard_size)
     budget = o.parse_size(shared.memory)
+    threads = shared.threads or o.default_threads()
     gates = parse_gates(shared.gate or ())
     adapters = [o.parse_lora(text) for text in shared.lora or ()]
     with registry.open_checkpoint(src, config=o.load_config(shared.config)) as source:
@@ -109,12 +110,16 @@ def produce(
                 name=path.name,
                 extra={**extra, "single_file": single},
             )
-            plans.append(replace(make_plan(read, path, to=format_name, options=options), source=source))
+            plan = make_plan(read, path, to=format_name, options=options, threads=threads)
+            plans.append(replace(plan, source=source))
         reports.check((*source.files, *(path for plan in plans for path in (plan.destination, *_inside(plan)))))
         _remarks(plans, console)
         if shared.dry_run:
             _show_plans(plans, console, shared.json_output)
             return
+        for plan in plans:
+            if plan.cost is not None:
+                console.note(plan.cost.sentence())
         checks = None
         if not shared.no_verify:
             checks = Checks(read_tokens(shared.tokens, source.config) if shared.tokens else None, gates)
@@ -123,7 +128,7 @@ def produce(
                 plans,
                 checks,
                 force=shared.force,
-                threads=shared.threads or o.default_threads(),
+                threads=threads,
                 memory=budget,
                 allow_nonfinite=shared.allow_nonfinite,
                 clip_float16=shared.clip_f16,
@@ -261,6 +266,7 @@ def _remarks(plans: Sequence[Plan], console: Console) -> None:
     remarks = [*source.warnings, *source.config.warnings]
     for plan in plans:
         remarks += plan.output.warnings
+        remarks += [] if plan.cost is None else plan.cost.remarks()
         remarks += [f"{plan.output.format} stores w + 1 of a norm w: {line}" for line in loss_lines(plan.output.losses)]
     for remark in dict.fromkeys(remarks):
         console.warn(remark)
@@ -310,3 +316,5 @@ def _show_plan(plan: Plan, console: Console) -> None:
     files = [(file.name, f"{file.size:,}") for file in plan.output.files]
     files += [(name, f"{len(data):,}") for name, data in sorted(plan.output.assets.items())]
     console.table(("file", "bytes"), files)
+    if plan.cost is not None:
+        console.print(plan.cost.sentence())

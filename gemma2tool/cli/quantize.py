@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from gemma2tool.cli import options as o
+from gemma2tool.cli.calibration import CalibrationOptions
 from gemma2tool.cli.produce import Shared, produce
 from gemma2tool.cli.reports import Reports
 
@@ -102,6 +103,7 @@ def quantize(
         bool, typer.Option("--allow-requantize", help="Accept a source that is quantized already.")
     ] = False,
     *,
+    calibration: CalibrationOptions,
     shared: Shared,
     reports: Reports,
 ) -> None:
@@ -122,5 +124,6 @@ def quantize(
         "exclude_weights": exclude_weights,
         "override_kv": override_kv,
         "allow_requantize": allow_requantize,
+        **calibration.extra(type),
     }
     produce(src, dst, shared, reports, dtype=dtype, type=type.lower(), extra=extra)

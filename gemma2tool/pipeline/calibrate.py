@@ -26,8 +26,10 @@ from gemma2tool.quantizers.calibration.grid import Codes, Grid, grid_of, row_rec
 
 if TYPE_CHECKING:
     from gemma2tool.pipeline.calibrated_layer import Method
+    from gemma2tool.pipeline.calibration_cost import Cost
 
 TYPES = ("gptq-4", "gptq-8", "awq-4")
+DAMPING = 0.01
 
 
 @dataclass(frozen=True)
@@ -38,23 +40,60 @@ class Calibration:
     """
 
     ids: np.ndarray
-    damping: float = 0.01
+    damping: float = DAMPING
     act_order: bool = False
     hessian_block: int | None = None
 
 
-def calibrated(output: Output, checkpoint: Checkpoint, calibration: Calibration, *, threads: int) -> Output:
-    """``output`` with the codes of its weights chosen by ``calibration``; UsageError where none of them can be."""
+def calibration_of(extra: Mapping[str, object], checkpoint: Checkpoint) -> Calibration | None:
+    """What the options of ``WriteOptions.extra`` ask for: calibration (a file), calibration_samples, calibration_length, act_order,
+    damping, hessian_block. None without a file."""
+    path = extra.get("calibration")
+    if path is None:
+        return None
+    from gemma2tool.pipeline.calibration_text import read_sequences
+
+    ids = read_sequences(
+        path, checkpoint, samples=extra.get("calibration_samples"), length=extra.get("calibration_length")
+    )
+    damping = extra.get("damping")
+    return Calibration(
+        ids,
+        DAMPING if damping is None else damping,
+        bool(extra.get("act_order")),
+        extra.get("hessian_block"),
+    )
+
+
+def calibrated(
+    output: Output, checkpoint: Checkpoint, calibration: Calibration, *, threads: int
+) -> tuple[Output, Cost]:
+    """``output`` with the codes of its weights chosen by ``calibration``, and what that will cost.
+
+    Raises UsageError where none of them can be, and for Hessian blocks that groups do not fit into.
+    """
     items = {item.name: item for item in output.tensors}
-    grids = {name: grid for name, item in items.items() if (grid := grid_of(item.encoder, item.source.row_size))}
+    grids = {
+        name: grid
+        for name, item in items.items()
+        if len(item.source.shape) == 2 and (grid := grid_of(item.encoder, item.source.row_size))
+    }
     if not grids:
         raise UsageError(
             "calibration.type",
             f"there is no calibration for {', '.join(sorted({item.encoder.name for item in items.values()}))}",
             hint=f"types that can be calibrated: {', '.join(TYPES)}",
         )
+    block = calibration.hessian_block
+    for name, grid in grids.items():
+        if block is not None and grid.width < items[name].source.row_size and block % grid.width:
+            raise UsageError(
+                "calibration.hessian-block",
+                f"Hessian blocks of {block} columns cut groups of {grid.width} in two",
+                hint="use a multiple of the group size",
+            )
     session = Session(checkpoint, items, grids, calibration, threads)
-    return replace(output, tensors=[session.output_tensor(item) for item in output.tensors])
+    return replace(output, tensors=[session.output_tensor(item) for item in output.tensors]), session.cost()
 
 
 class Session:
@@ -83,6 +122,21 @@ class Session:
         self._done = 0
         self._residual: list | None = None
         self._results: dict[str, Codes | np.ndarray] = {}
+
+    def cost(self) -> Cost:
+        """What all layers together will take."""
+        from gemma2tool.pipeline.calibration_cost import estimate
+
+        config = self.checkpoint.config
+        matrices = sum(spec.layer is not None and spec.quantizable for spec in self.checkpoint.specs.values())
+        return estimate(
+            config,
+            config.num_hidden_layers * len(self.grids) / matrices,
+            self.calibration.ids.shape,
+            scales=self._scales,
+            hessian_block=self.calibration.hessian_block,
+            threads=self.threads,
+        )
 
     def output_tensor(self, item: OutputTensor) -> OutputTensor:
         """``item``, from this session where calibration decides on its values."""

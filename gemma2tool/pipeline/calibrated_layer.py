@@ -57,7 +57,8 @@ class Projection(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         out = x.new_empty(*x.shape[:-1], self.weight.rows)
         for first, last in row_ranges(self.weight.rows, self.weight.row_size * FLOAT32.itemsize, BLOCK_BYTES):
-            out[..., first:last] = F.linear(x, torch.from_numpy(self.weight.load_rows_f32(first, last)))
+            rows = self.weight.load_rows_f32(first, last)
+            out[..., first:last] = F.linear(x, torch.from_numpy(rows if rows.flags.writeable else rows.copy()))
         return out if self.bias is None else out.add_(self.bias)
 
 
@@ -156,8 +157,9 @@ class CalibratedLayer:
         return hessian
 
     def _replace(self, step: Callable[[Tensor], Tensor], residual: list[Tensor]) -> None:
-        for position, after in enumerate(self.run(step, list(residual))):
-            residual[position] = after
+        for first in range(0, len(residual), SEQUENCES):
+            some = slice(first, first + SEQUENCES)
+            residual[some] = list(self.run(step, residual[some]))
 
 
 class _without:

@@ -24,9 +24,21 @@ MAX_TOKEN_FILE = 256 << 20
 
 
 def read_tokens(path: Path, config: Gemma2Config) -> np.ndarray:
+    """``read_ids`` that the model can take as they are: ``InputRefused`` for more positions than it has."""
+    ids = read_ids(path, config.vocab_size)
+    if ids.shape[1] > config.max_position_embeddings:
+        raise InputRefused(
+            "tokens.length",
+            f"{path}: {ids.shape[1]} positions; the model has {config.max_position_embeddings}",
+            hint="cut the prompt, or give it as several rows (B, T)",
+        )
+    return ids
+
+
+def read_ids(path: Path, vocab_size: int) -> np.ndarray:
     """Token ids of a ``.npy`` file: integers of shape (T,) or (B, T); returns int64 (B, T).
 
-    Raises ``InputRefused`` for anything else, and for ids outside the vocabulary or more positions than the model has.
+    Raises ``InputRefused`` for anything else, and for ids outside the vocabulary.
     """
     data = read_whole(path, what="token ids", max_bytes=MAX_TOKEN_FILE)
     try:
@@ -51,17 +63,11 @@ def read_tokens(path: Path, config: Gemma2Config) -> np.ndarray:
         )
     ids = np.atleast_2d(ids)
     low, high = int(ids.min()), int(ids.max())
-    if low < 0 or high >= config.vocab_size:
+    if low < 0 or high >= vocab_size:
         raise InputRefused(
             "tokens.range",
-            f"{path}: id {low if low < 0 else high} is outside the vocabulary of {config.vocab_size}",
+            f"{path}: id {low if low < 0 else high} is outside the vocabulary of {vocab_size}",
             hint="the ids were made with another tokenizer",
-        )
-    if ids.shape[1] > config.max_position_embeddings:
-        raise InputRefused(
-            "tokens.length",
-            f"{path}: {ids.shape[1]} positions; the model has {config.max_position_embeddings}",
-            hint="cut the prompt, or give it as several rows (B, T)",
         )
     return ids.astype(np.int64)
 

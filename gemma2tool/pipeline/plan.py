@@ -9,23 +9,32 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from gemma2tool.errors import UsageError
 from gemma2tool.formats import registry
 from gemma2tool.formats.base import Output, WriteOptions
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.lazy import SharedRows
+from gemma2tool.pipeline.calibrate import calibrated, calibration_of
 from gemma2tool.storage.paths import refuse_same
+
+if TYPE_CHECKING:
+    from gemma2tool.pipeline.calibration_cost import Cost
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A checked request: ``source`` is open, ``output`` is laid out, the destination is not one of the source's files."""
+    """A checked request: ``source`` is open, ``output`` is laid out, the destination is not one of the source's files.
+
+    ``cost``: of the calibration that will happen while it is written, if any will.
+    """
 
     source: Checkpoint
     destination: Path
     output: Output
     options: WriteOptions
+    cost: Cost | None = None
 
     @property
     def source_bytes(self) -> int:
@@ -61,6 +70,7 @@ class Plan:
             ],
             "losses": [{"tensor": name, "max_abs": loss} for name, loss in self.output.losses],
             "warnings": [*self.source.warnings, *self.source.config.warnings, *self.output.warnings],
+            **({} if self.cost is None else {"calibration": self.cost.to_json()}),
         }
 
 
@@ -69,8 +79,13 @@ def shared(source: Checkpoint) -> Checkpoint:
     return replace(source, tensors={name: SharedRows(tensor) for name, tensor in source.tensors.items()}, closers=[])
 
 
-def make_plan(source: Checkpoint, destination: Path, *, to: str | None, options: WriteOptions) -> Plan:
-    """Lay out ``source`` for ``destination``; refuses a destination that is, under any name, one of the source's own files."""
+def make_plan(
+    source: Checkpoint, destination: Path, *, to: str | None, options: WriteOptions, threads: int = 1
+) -> Plan:
+    """Lay out ``source`` for ``destination``; refuses a destination that is, under any name, one of the source's own files.
+
+    ``threads``: what a calibration may use.
+    """
     name = registry.for_destination(destination, to, options.type)
     refuse_same((source.path, *source.files), destination)
     if options.type not in (None, "copy") and source.is_quantized and not options.extra.get("allow_requantize"):
@@ -80,4 +95,7 @@ def make_plan(source: Checkpoint, destination: Path, *, to: str | None, options:
             f"{source.path}: is quantized already ({', '.join(stored)})",
             hint="quantize the original, or lose more with --allow-requantize",
         )
-    return Plan(source, destination, registry.by_name(name).layout(source, options), options)
+    output, cost = registry.by_name(name).layout(source, options), None
+    if (calibration := calibration_of(options.extra, source)) is not None:
+        output, cost = calibrated(output, source, calibration, threads=threads)
+    return Plan(source, destination, output, options, cost)

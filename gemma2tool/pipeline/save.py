@@ -8,6 +8,7 @@ from pathlib import Path
 from gemma2tool.formats import registry
 from gemma2tool.formats.base import Output, WriteOptions
 from gemma2tool.model.checkpoint import Checkpoint
+from gemma2tool.pipeline.calibrate import calibrated, calibration_of
 from gemma2tool.pipeline.receipts import commit
 from gemma2tool.pipeline.write import DEFAULT_MEMORY, write_output
 from gemma2tool.storage.staging import Staging
@@ -29,6 +30,8 @@ def save(
     """
     options = replace(options or WriteOptions(), name=destination.name)
     output = registry.by_name(registry.for_destination(destination, to, options.type)).layout(checkpoint, options)
+    if (calibration := calibration_of(options.extra, checkpoint)) is not None:
+        output, _ = calibrated(output, checkpoint, calibration, threads=threads)
     folder = not output.single_file
     with Staging(destination, force=force, expected_bytes=output.nbytes, folder=folder) as staging:
         sinks = {file.name: staging.file(file.name, file.size) for file in output.files}

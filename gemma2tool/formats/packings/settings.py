@@ -37,7 +37,8 @@ class Settings:
     """What a user asked of a quantized folder.
 
     ``type``: one of ``packings.TYPES``. ``group_size``: columns that share a scale, -1 for a whole row, None for the type's own.
-    ``symmetric`` and ``checkpoint_format`` ("gptq" or "gptq_v2"): of GPTQ, None for symmetric and "gptq". ``skip``, ``only``: regular
+    ``symmetric`` and ``checkpoint_format`` ("gptq" or "gptq_v2"): of GPTQ, None for symmetric and "gptq"; ``act_order``: its groups
+    follow the order in which calibration rounds columns. ``skip``, ``only``: regular
     expressions searched in tensor names: what matches is left as it is; what does not match is.
 
     Raises UsageError for a choice that the type does not offer.
@@ -48,6 +49,7 @@ class Settings:
     group_size: int | None = None
     symmetric: bool | None = None
     checkpoint_format: str | None = None
+    act_order: bool = False
     skip: tuple[str, ...] = ()
     only: tuple[str, ...] = ()
 
@@ -77,13 +79,14 @@ class Settings:
 
     @classmethod
     def of(cls, type_name: str, extra: Mapping[str, object]) -> Settings:
-        """From the options of ``WriteOptions.extra``: group_size, symmetric, gptq_format, skip, only, double_quant."""
+        """From the options of ``WriteOptions.extra``: group_size, symmetric, gptq_format, act_order, skip, only, double_quant."""
         return cls(
             type_name,
             double_quant=bool(extra.get("double_quant")),
             group_size=extra.get("group_size"),
             symmetric=extra.get("symmetric"),
             checkpoint_format=extra.get("gptq_format"),
+            act_order=bool(extra.get("act_order")),
             skip=tuple(extra.get("skip") or ()),
             only=tuple(extra.get("only") or ()),
         )

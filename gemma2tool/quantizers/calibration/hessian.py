@@ -88,28 +88,27 @@ def factors(hessian: Hessian, damping: float, act_order: bool) -> list[Factor]:
         if act_order:
             order = torch.argsort(diagonal, descending=True, stable=True)
             square, columns = square[order][:, order], columns[order]
+        square = square.flip(0, 1)
         found.append(Factor(columns, inverse_factor(square, damping)))
-        del square
     return found
 
 
-def inverse_factor(h: Tensor, damping: float) -> Tensor:
-    """Upper triangular U with U^T U = (h + damping * mean(diag h))^-1.
+def inverse_factor(reverse: Tensor, damping: float) -> Tensor:
+    """Upper triangular U with U^T U = (h + damping * mean(diag h))^-1, of an h given with its rows and columns in reverse order.
 
-    With rows and columns in reverse order h is L L^T with L lower triangular; in their own order that is R R^T with R upper
-    triangular, and U is R^-1: one factorization and one triangular inverse, where the usual way takes two and two. Raises
+    In that order h is L L^T with L lower triangular; in its own, that is R R^T with R upper triangular, and U is R^-1: one
+    factorization and one triangular inverse, where the usual way takes two and two. ``reverse`` is used up. Raises
     ``torch.linalg.LinAlgError`` if h is so far from positive definite that no damping up to its mean diagonal helps.
     """
-    mean = h.diagonal().mean()
-    reverse = h.flip(0, 1)
+    mean, added = reverse.diagonal().mean(), 0.0
     while True:
-        lower, failed = torch.linalg.cholesky_ex(reverse + torch.diag(damping * mean.expand(len(h))))
+        reverse.diagonal().add_((damping - added) * mean)
+        lower, failed = torch.linalg.cholesky_ex(reverse)
         if not failed:
             break
-        damping *= 10
+        damping, added = 10 * damping, damping
         if damping > 1:
             raise torch.linalg.LinAlgError("the Hessian has no Cholesky factor, whatever the damping")
-    del reverse
     invert_lower_(lower)
     return lower.flip(0, 1)
 

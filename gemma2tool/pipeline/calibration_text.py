@@ -1,0 +1,64 @@
+"""The sequences that a calibration runs: a text, or token ids, cut to one length and spread over the whole of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from gemma2tool.errors import UsageError
+from gemma2tool.model.checkpoint import Checkpoint
+from gemma2tool.pipeline.evaluate import read_ids
+from gemma2tool.pipeline.prompt import Tokenizer
+from gemma2tool.storage.reading import read_whole
+
+SAMPLES, LENGTH = 128, 512
+MAX_TEXT = 1 << 30
+
+
+def read_sequences(path: Path, checkpoint: Checkpoint, *, samples: int | None, length: int | None) -> np.ndarray:
+    """Token ids int64 (N, T): up to ``samples`` (SAMPLES) sequences, evenly spaced, of ``length`` (LENGTH, or what the model can take).
+
+    A ``.npy`` file holds ids, a row (B, T) to a sequence or one long row; any other file is a text in UTF-8. One long row, and a text,
+    are cut into sequences that each begin with bos. Raises UsageError where there is not enough for one, InputRefused for ids that
+    are none of this vocabulary.
+    """
+    config = checkpoint.config
+    if path.suffix.lower() == ".npy":
+        ids = read_ids(path, config.vocab_size)
+        if len(ids) > 1:
+            _check_length(ids.shape[1], config.max_position_embeddings)
+            return _spread(ids, samples or SAMPLES)
+        row = ids[0].tolist()
+    else:
+        row = Tokenizer(checkpoint).encode(
+            read_whole(path, what="calibration text", max_bytes=MAX_TEXT).decode("utf-8", "replace")
+        )
+    length = length or min(LENGTH, config.max_position_embeddings)
+    _check_length(length, config.max_position_embeddings)
+    count = len(row) // length
+    if count == 0:
+        raise UsageError(
+            "calibration.short",
+            f"{path}: {len(row)} tokens do not fill one sequence of {length}",
+            hint="give a longer text, or a smaller --calibration-length",
+        )
+    ids = np.array(row[: count * length], np.int64).reshape(count, length)
+    if config.bos_token_id is not None:
+        ids[:, 0] = config.bos_token_id
+    return _spread(ids, samples or SAMPLES)
+
+
+def _check_length(length: int, most: int) -> None:
+    if length > most:
+        raise UsageError(
+            "calibration.length",
+            f"sequences of {length} tokens; the model has {most} positions",
+            hint="use shorter ones",
+        )
+
+
+def _spread(ids: np.ndarray, samples: int) -> np.ndarray:
+    if len(ids) <= samples:
+        return ids
+    return ids[np.linspace(0, len(ids) - 1, samples).astype(np.int64)]
