@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 import planted_quantized  # noqa: F401  (registers its faults)
 from planted_faults import BF16, FAULTS, Fault, Victim
-from tests_support import SMALL, random_checkpoint, write_checkpoint
+from tests_support import SMALL as NARROW
+from tests_support import random_checkpoint, write_checkpoint
 
 from gemma2tool.errors import InputRefused
 from gemma2tool.formats import registry
@@ -19,10 +20,12 @@ from gemma2tool.verify.run import verify
 
 LEVELS = ("completeness", "config", "tokenizer", "tensors")
 
+SMALL = replace(NARROW, intermediate_size=128)  # blocks of 64 and 32 fill every row
+
 DEEP = Gemma2Config(
     vocab_size=160,
     hidden_size=64,
-    intermediate_size=96,
+    intermediate_size=128,
     num_hidden_layers=12,
     num_attention_heads=4,
     num_key_value_heads=2,
@@ -88,7 +91,7 @@ def trial(faults: Sequence[Fault], source: Victim, name: str, form: str, folder:
     write_checkpoint(victim.checkpoint(), path)
     try:
         with registry.open_checkpoint(path) as candidate:
-            kept = registry.by_name(candidate.format).kept(truth)
+            kept = registry.by_name(candidate.format).kept(truth, candidate)
             result = verify(truth, candidate, levels=LEVELS, expected=kept)
     except InputRefused as refused:
         return Outcome(names, name, form, True, (refused.id,), wanted)

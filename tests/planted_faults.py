@@ -510,7 +510,7 @@ def not_half(v: Victim) -> bool:
     return all(array.dtype != np.float16 for array in v.arrays.values())
 
 
-@fault("numbers.fp16-overflow", prepare=with_large_values, needs=not_half)
+@fault("numbers.fp16-overflow", prepare=with_large_values, needs=not_half, forms=("memory",))  # our writers refuse infinities
 def overflow_in_float16(v: Victim) -> None:
     v.everywhere("up_proj", lambda w: w.astype(np.float16).astype(np.float32))
 
@@ -639,7 +639,7 @@ def rope_theta_of_another_model(v: Victim) -> None:
     v.configure(rope_theta=1000000.0)
 
 
-@fault("config.rope-scaling")
+@fault("config.rope-scaling", forms=("memory", "hf"))
 def rope_scaled(v: Victim) -> None:
     v.configure(rope_scaling={"rope_type": "linear", "factor": 2.0})
 

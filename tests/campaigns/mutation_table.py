@@ -18,7 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
-from mutation_trials import Outcome, pairs, singles, sources, trial  # noqa: E402
+from mutation_trials import Outcome, pairs, singles, sources, trial
 
 SOURCES = ("fixture", "fixture-f16", "small-bf16", "small-f32", "small-f16", "deep")
 FORMS = ("memory", "hf", "gguf")

@@ -118,8 +118,6 @@ def _order(whole: dict[int, int], count: int) -> tuple[str, str]:
     offsets = {(origin - layer) % count for layer, origin in whole.items()}
     if full == sorted(range(count), key=str):
         return "layer.sorted-as-text", "the layers are in the order of their numbers as text: 0, 1, 10, 11, ..., 2"
-    if len(whole) > 1 and full == list(range(count))[::-1]:
-        return "layer.permuted", f"all {count} layers are in reverse order"
     if sorted(full) == list(range(count)):
         if len(whole) == 2:
             one, other = sorted(whole)
@@ -127,6 +125,8 @@ def _order(whole: dict[int, int], count: int) -> tuple[str, str]:
         if len(offsets) == 1 and len(whole) == count:
             by = min(offsets)
             return "layer.shifted", f"all layers are shifted: layer i holds the source's layer (i + {by}) % {count}"
+        if full == list(range(count))[::-1]:
+            return "layer.permuted", f"all {count} layers are in reverse order"
         return "layer.permuted", "the layers are in another order: " + _held(whole)
     plain = {origin - layer for layer, origin in whole.items()}
     if len(plain) == 1 and len(whole) > 1:

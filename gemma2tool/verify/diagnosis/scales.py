@@ -15,6 +15,7 @@ from gemma2tool.verify.diagnosis.portion import Portion
 _GROUPS = (256, 128, 64, 32)
 _SAME_SIGN = 0.95  # share of groups that an offset of the zero point moves the same way
 _FINER = 0.85  # of the error, what a factor for each row or group may leave to be preferred to one for all
+_LOCAL = 0.7  # share of groups that are right, from which on the others are damage in a place
 _STEADY, _UNSTEADY = 0.12, 0.5  # relative spread of what should be constant; of an offset in steps, which rounding blurs
 
 
@@ -119,6 +120,8 @@ def _factors(here: Portion, size: int) -> Pattern | None:
     square = (source**2).sum(1, keepdims=True)
     factor = (source * candidate).sum(1, keepdims=True) / np.maximum(square, 1e-300)
     if not here.explains((factor * source).reshape(here.source.shape)):
+        return None
+    if np.mean(np.abs(factor - 1) < max(here.limit, 0.02)) > _LOCAL:
         return None
     largest = np.abs(source).max(1)
     scale, factor = np.abs(factor[:, 0]) * largest, factor[:, 0]
