@@ -14,6 +14,7 @@ import time
 import traceback
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import IO, TYPE_CHECKING, Any, Protocol
 
 from gemma2tool.errors import EXIT_BUG, ToolError
@@ -24,17 +25,20 @@ if TYPE_CHECKING:
     from rich.text import Text
 
     from gemma2tool.verify.diagnosis.cause import Cause
+    from gemma2tool.verify.difference import Difference
     from gemma2tool.verify.result import GateResult, Verification
 
 _PLAIN_WIDTH = 160  # of tables where the output is no terminal and so has no width
 _PLAIN_SECONDS = 5.0  # between two lines of progress where the output is no terminal
 
-_MARKS = {
+Marks = Mapping[str, tuple[str, str, str]]
+_MARKS: Marks = {
     "passed": ("\u2713", "ok", "green"),
     "failed": ("\u2717", "FAIL", "bold red"),
     "skipped": ("\u2013", "skip", "yellow"),
     "reported": ("\u00b7", "--", "cyan"),
 }
+_DIFFERENCE_MARKS: Marks = {**_MARKS, "passed": ("=", "=", "green"), "failed": ("\u2260", "!=", "bold yellow")}
 _SEVERITY_STYLES = {"error": "red", "warning": "yellow", "note": "dim"}
 _KL_PARTS = (("mean", "kl_mean"), ("median", "kl_median"), ("99 %", "kl_p99"), ("max", "kl_max"))
 _MAX_NAMES = 6  # of the tensors that a cause explains
@@ -191,8 +195,48 @@ class Console:
         said = what if result.passed else f"{len(result.failures)} finding{'s' * (len(result.failures) != 1)}"
         self._line(False, verdict, (f": {said}{skipped}", ""))
 
-    def _gate(self, gate: GateResult, width: int, limit: int) -> None:
-        mark, ascii_mark, style = _MARKS[gate.status]
+    def difference(self, result: Difference, *, findings: int = 4) -> None:
+        """Two checkpoints beside each other for people: a line per part, the tensors farthest apart, and the verdict."""
+        if self.json:
+            return
+        for name, side in (("A  ", result.a), ("B  ", result.b)):
+            stored = ", ".join(sorted(side.stored))
+            self._line(False, (name, "bold"), (safe(f"{side.path} ({side.format}: {stored})"), ""))
+        width = max(len(part.name) for part in result.parts)
+        for part in result.parts:
+            self._gate(part, width, findings, _DIFFERENCE_MARKS, {"error": "differs"})
+        if result.causes:
+            self._line(False, ("if B was made of A:", "bold"))
+        for cause in result.causes:
+            self._cause(cause)
+        apart = sorted((each for each in result.tensors if each.differing), key=lambda each: -each.relative)[:8]
+        if apart:
+            self.table(
+                ("tensors farthest apart", "A", "B", "values#", "differing#", "RMS#", "largest#"),
+                [
+                    (
+                        each.name,
+                        *each.types,
+                        f"{each.values:,}",
+                        f"{each.differing:,}",
+                        f"{each.relative:.3g}",
+                        f"{each.max_abs_difference:.3g}",
+                    )
+                    for each in apart
+                ],
+            )
+        word = ("SAME", "bold green") if result.same else ("DIFFERENT", "bold yellow")
+        self._line(False, word, (f": {result.verdict}", ""))
+
+    def _gate(
+        self,
+        gate: GateResult,
+        width: int,
+        limit: int,
+        marks: Marks = _MARKS,
+        words: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
+        mark, ascii_mark, style = marks[gate.status]
         mark = mark if self._can_show(mark) else ascii_mark
         self._line(False, (f"{mark} ", style), (f"{gate.name:<{width}}  ", "bold"), (safe(gate.summary), ""))
         news = [each for each in gate.findings if each.message != gate.summary]
@@ -205,7 +249,7 @@ class Console:
             )
             self._line(
                 False,
-                (f"    {finding.severity}: ", _SEVERITY_STYLES[finding.severity]),
+                (f"    {words.get(finding.severity, finding.severity)}: ", _SEVERITY_STYLES[finding.severity]),
                 (safe(about + finding.message), ""),
             )
         hidden = len(news) - len(shown[:limit])

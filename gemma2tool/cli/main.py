@@ -118,11 +118,12 @@ def _terminate(signum: int, frame: object) -> None:
 
 
 def _register() -> None:
-    from gemma2tool.cli import clean, convert, formats, generate, hash, imatrix, inspect, logits, quantize, verify
+    from gemma2tool.cli import clean, convert, diff, formats, generate, hash, imatrix, inspect, logits, quantize, verify
 
     app.command("convert")(guarded(expanded(convert.convert)))
     app.command("quantize")(guarded(expanded(quantize.quantize)))
     app.command("verify")(guarded(expanded(verify.verify)))
+    app.command("diff")(guarded(diff.diff))
     app.command("logits")(guarded(logits.logits))
     app.command("generate")(guarded(generate.generate))
     app.command("imatrix")(guarded(imatrix.imatrix))

@@ -29,6 +29,7 @@ class LogitComparison:
         self.following, self.atol, self.rtol = np.asarray(following), atol, rtol
         self._sides = (_Side(positions), _Side(positions))
         self._cross = np.zeros(positions)  # sum of exp(s - max s) * (s - c)
+        self._back = np.zeros(positions)  # sum of exp(c - max c) * (c - s)
         self._chosen = np.full((2, positions), -np.inf)
         self._count = 0
         self._sum_abs = 0.0
@@ -63,7 +64,8 @@ class LogitComparison:
         ours, theirs = self._sides
         weights, rescale = ours.add(first, rows, s)
         self._cross[rows] = self._cross[rows] * rescale + (weights * difference).sum(axis=1)
-        theirs.add(first, rows, c)
+        weights, rescale = theirs.add(first, rows, c)
+        self._back[rows] = self._back[rows] * rescale - (weights * difference).sum(axis=1)
         following = self.following[rows] - first
         here = np.flatnonzero((following >= 0) & (following < s.shape[1]))
         for side, logits in enumerate((s, c)):
@@ -74,6 +76,7 @@ class LogitComparison:
         if any(self._nonfinite):
             return LogitMetrics.broken(ours.positions, *self._nonfinite)
         kl = np.maximum(self._cross / ours.total - (ours.log_sum - theirs.log_sum), 0.0)
+        back = np.maximum(self._back / theirs.total - (theirs.log_sum - ours.log_sum), 0.0)
         known = self.following >= 0
         log_p = np.stack([self._chosen[0] - ours.log_sum, self._chosen[1] - theirs.log_sum])[:, known]
         return LogitMetrics(
@@ -84,6 +87,7 @@ class LogitComparison:
             beyond=self._beyond,
             logits=self._count,
             kl=kl,
+            kl_back=back,
             same_top=ours.top == theirs.top,
             source_top=ours.top,
             candidate_top=theirs.top,
@@ -123,7 +127,7 @@ class _Side:
 class LogitMetrics:
     """What two models' logits say of each other.
 
-    Arrays are per position: ``kl`` (N,) = KL(source || candidate) in nats, ``same_top``, ``source_top`` and
+    Arrays are per position: ``kl`` (N,) = KL(source || candidate) in nats, ``kl_back`` the other way round, ``same_top``, ``source_top`` and
     ``candidate_top`` (N,), and ``log_p`` (2, M): both sides' log-probabilities of the token that follows, for the M
     positions where one does. ``beyond``: logits farther apart than the limit. ``nonfinite``: NaN or infinite logits of
     source and candidate; all else is then empty.
@@ -136,6 +140,7 @@ class LogitMetrics:
     beyond: int
     logits: int
     kl: np.ndarray
+    kl_back: np.ndarray
     same_top: np.ndarray
     source_top: np.ndarray
     candidate_top: np.ndarray
@@ -148,7 +153,7 @@ class LogitMetrics:
         tops = np.full(positions, -1)
         lost = math.nan
         return cls(
-            positions, lost, (0, 0), lost, 0, 0, nothing, none, tops, tops, np.empty((2, 0)), (source, candidate)
+            positions, lost, (0, 0), lost, 0, 0, nothing, nothing, none, tops, tops, np.empty((2, 0)), (source, candidate)
         )
 
     @classmethod
@@ -165,7 +170,7 @@ class LogitMetrics:
         logits = sum(part.logits for part in parts)
         arrays = {
             name: np.concatenate([getattr(part, name) for part in parts], axis=-1)
-            for name in ("kl", "same_top", "source_top", "candidate_top", "log_p")
+            for name in ("kl", "kl_back", "same_top", "source_top", "candidate_top", "log_p")
         }
         return cls(
             positions=positions,
@@ -180,6 +185,10 @@ class LogitMetrics:
     @property
     def mean_kl(self) -> float:
         return float(self.kl.mean())
+
+    @property
+    def mean_kl_back(self) -> float:
+        return float(self.kl_back.mean())
 
     @property
     def top1(self) -> float:

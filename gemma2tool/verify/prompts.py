@@ -55,6 +55,15 @@ def built_in_prompt(config: Gemma2Config, assets: Assets) -> np.ndarray | None:
     return _rows(config, ids, BUILT_IN_TOKENS)[:1]
 
 
+def prompt_for(source: Checkpoint, candidate: Checkpoint) -> tuple[np.ndarray, bool]:
+    """What both are given to read unless the caller says: token ids (1, T), and whether they are text."""
+    from gemma2tool.verify.logits import default_ids
+
+    shorter = min(source.config, candidate.config, key=lambda config: config.max_position_embeddings)
+    ids = built_in_prompt(shorter, source.assets)
+    return (default_ids(shorter), False) if ids is None else (ids, True)
+
+
 def text_prompts(checkpoint: Checkpoint, text: str) -> np.ndarray:
     """``text`` as rows of token ids, int64 (B, T), each beginning with bos; T is ``ROW_TOKENS`` or as many as the model takes.
 

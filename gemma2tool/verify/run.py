@@ -19,7 +19,7 @@ from gemma2tool.verify.consumers import UNSAID, assumptions
 from gemma2tool.verify.diagnosis.cause import Cause
 from gemma2tool.verify.gates import GATES, Gates
 from gemma2tool.verify.measurements import Drift, Measurements, Tokens, tensor_errors
-from gemma2tool.verify.prompts import built_in_prompt
+from gemma2tool.verify.prompts import prompt_for
 from gemma2tool.verify.receipt_logits import Reference
 from gemma2tool.verify.result import GateResult, Side, Verification
 from gemma2tool.verify.tensors import TensorComparison, compare_tensors, kind_of
@@ -162,17 +162,14 @@ def _logits(
     threads: int,
     progress: Progress | None,
 ) -> tuple[list[GateResult], Drift | None, Tokens | None, Reference | None]:
-    from gemma2tool.verify.logits import as_prompts, compare_logits, default_ids, passes
+    from gemma2tool.verify.logits import as_prompts, compare_logits, passes
 
     if not comparable(source, candidate):
         why = "the two do not hold the same tensors, so no forward pass can be compared"
         return [GateResult(gate, "skipped", why) for gate in ("logits", "probe", "distribution")], None, None, None
     is_text = True if text is None else text
     if ids is None:
-        shorter = min(source.config, candidate.config, key=lambda config: config.max_position_embeddings)
-        ids = built_in_prompt(shorter, source.assets)
-        is_text = ids is not None
-        ids = default_ids(shorter) if ids is None else ids
+        ids, is_text = prompt_for(source, candidate)
     ids = as_prompts(ids)
     nbytes = sum(each.nbytes for side in (source, candidate) for each in side.tensors.values())
     with shown(progress, nbytes * passes(ids), "forward passes") as bar:
