@@ -24,6 +24,7 @@ from gemma2tool.model.lazy import FLOAT32, ArrayTensor, LazyTensor, to_float32
 from gemma2tool.model.tensors import HEADS
 from gemma2tool.quantizers.floats import Float
 from gemma2tool.storage import strict_json, torch_zip
+from gemma2tool.storage.paths import staying
 
 STATE_DICT = "model_state_dict"
 CONFIG_KEY = "config"
@@ -107,7 +108,7 @@ class GemmaPytorch:
             if config is None and embedded is not None:
                 config = Gemma2Config.from_hf(embedded)
             elif config is None and config_path.is_file():
-                config = assets.read_config(config_path)
+                config = assets.read_config(staying(config_path))
                 files = [*files, config_path]
             elif config is None:
                 config = infer_from_shapes(_canonical_shapes(disk))
@@ -129,7 +130,7 @@ class GemmaPytorch:
                 raw.merge(tensors, raw.open_torch(torch_zip.read_index(file), file, closers), file)
             raw.check_index(index, weight_map, {name: t.origin.split(":", 1)[0] for name, t in tensors.items()})
             return tensors, [*files, index], None
-        file = path if path.is_file() else next(path.glob("*.ckpt"))
+        file = path if path.is_file() else staying(next(path.glob("*.ckpt")))
         tree = torch_zip.read_index(file)
         state = tree.get(STATE_DICT, tree)
         if not isinstance(state, Mapping):

@@ -35,7 +35,7 @@ from gemma2tool.model.lazy import DTYPE_NAMES, LazyTensor, MappedRows
 from gemma2tool.quantizers.casts import cast
 from gemma2tool.storage import gguf
 from gemma2tool.storage.gguf import GGUFHeader, GGUFValue
-from gemma2tool.storage.paths import confined
+from gemma2tool.storage.paths import confined, staying
 from gemma2tool.storage.reading import open_for_reading
 
 CONFIG_DTYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
@@ -72,7 +72,7 @@ class GGUF:
         file = path if not path.is_dir() else _only_model(path)
         if file is None:
             raise InputRefused("gguf.several", f"{path}: not one GGUF but several or none", hint="name the file")
-        headers = _headers(file)
+        headers = _headers(file if file == path else staying(file))
         kv = {key: value for key, value in headers[0].kv.items() if not key.startswith("split.")}
         keys = Reading(kv, file.name)
         architecture = keys.text("general.architecture", None)

@@ -23,6 +23,7 @@ from gemma2tool.model.config import Gemma2Config
 from gemma2tool.model.lazy import LazyTensor
 from gemma2tool.quantizers.floats import Float
 from gemma2tool.storage import torch_zip
+from gemma2tool.storage.paths import staying
 from gemma2tool.storage.quoting import quoted
 
 BIN_INDEX = "pytorch_model.bin.index.json"
@@ -52,7 +53,7 @@ class HuggingFace:
                 raise InputRefused(
                     "config.missing", f"{path.name}: no config.json beside the weights", hint="pass one with --config"
                 )
-            config = assets.read_config(config_path)
+            config = assets.read_config(staying(config_path))
         checkpoint = Checkpoint(path, self.name, config, {}, assets.folder_assets(folder))
         try:
             tensors, metadata, files = self._open_weights(path, folder, checkpoint.closers)
@@ -76,14 +77,14 @@ class HuggingFace:
             tensors, metadata = raw.open_safetensors([path], closers)
             return tensors, metadata, [path]
         if (folder / SINGLE).is_file():
-            files, index = [folder / SINGLE], None
+            files, index = [staying(folder / SINGLE)], None
         elif (folder / INDEX).is_file():
             index = folder / INDEX
             files, weight_map = raw.indexed_files(index)
         elif (folder / BIN_SINGLE).is_file() or (folder / BIN_INDEX).is_file():
             return self._open_bins(folder, closers)
         else:
-            files, index = [_lone_safetensors(folder)], None
+            files, index = [staying(_lone_safetensors(folder))], None
         tensors, metadata = raw.open_safetensors(files, closers)
         if index:
             raw.check_index(index, weight_map, _places(tensors))
@@ -92,7 +93,7 @@ class HuggingFace:
 
     def _open_bins(self, folder: Path, closers: list) -> tuple[dict, dict, list[Path]]:
         index = folder / BIN_INDEX
-        files, weight_map = raw.indexed_files(index) if index.is_file() else ([folder / BIN_SINGLE], None)
+        files, weight_map = raw.indexed_files(index) if index.is_file() else ([staying(folder / BIN_SINGLE)], None)
         tensors: dict[str, LazyTensor] = {}
         for file in files:
             raw.merge(tensors, raw.open_torch(torch_zip.read_index(file), file, closers), file)

@@ -44,7 +44,7 @@ class MLX:
     def open(self, path: Path, *, config: Gemma2Config | None = None) -> Checkpoint:
         config_path = path / "config.json"
         given = config is not None
-        config = config or assets.read_config(config_path)
+        config = config or assets.read_config(confined(path, "config.json"))
         checkpoint = Checkpoint(path, self.name, config, {}, assets.folder_assets(path))
         try:
             files, weight_map = _files(path)

@@ -11,7 +11,7 @@ import numpy as np
 from gemma2tool.errors import InputRefused
 from gemma2tool.model.lazy import DTYPE_NAMES, LazyTensor
 from gemma2tool.storage import safetensors, strict_json, torch_zip
-from gemma2tool.storage.paths import confined
+from gemma2tool.storage.paths import confined, staying
 from gemma2tool.storage.reading import FileReader, open_for_reading
 
 NUMPY_DTYPES: dict[str, np.dtype] = {
@@ -108,7 +108,7 @@ def open_torch(tree: Mapping[str, object], path: Path, closers: list[Callable[[]
 
 def indexed_files(index: Path) -> tuple[list[Path], dict[str, str]]:
     """The shards that a ``*.index.json`` names, in the order of their names, and its weight_map."""
-    content = strict_json.load(index, what=index.name, max_bytes=MAX_INDEX_BYTES)
+    content = strict_json.load(staying(index), what=index.name, max_bytes=MAX_INDEX_BYTES)
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
         raise InputRefused(

@@ -16,7 +16,7 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 """Types of pieces; GGUF's token types have the same numbers."""
 
 SPACE = "\u2581"
-MAX_PIECES = 4_000_000
+MAX_PIECES = 1_000_000
 
 _VARINT, _FIXED64, _LENGTH, _FIXED32 = 0, 1, 2, 5
 
@@ -45,6 +45,9 @@ def parse(data: bytes, where: str = "tokenizer.model") -> SentencePieceModel:
     trainer: dict[int, int | bytes] = {}
     normalizer: dict[int, int | bytes] = {}
     try:
+        # A piece begins with a newline, its text with another: that many of them can be seen at a glance.
+        if data.count(b"\n") > 4 * MAX_PIECES:
+            raise ValueError(f"more than {MAX_PIECES} pieces")
         for number, value in _fields(data):
             if number == 1 and isinstance(value, bytes):
                 if len(pieces) == MAX_PIECES:

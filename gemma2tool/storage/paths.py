@@ -34,7 +34,12 @@ def confined(folder: str | os.PathLike[str], name: str, *, what: str = "file", f
     path = folder / name
     if not os.path.lexists(path):
         raise InputRefused("file.missing", f"{path}: no such file", hint=f"the {what} is part of the checkpoint; download it")
-    if path.is_symlink() and not follow_links and not _may_follow(path, folder):
+    return path if follow_links else staying(path)
+
+
+def staying(path: Path) -> Path:
+    """``path``, found in a checkpoint's folder; InputRefused (``index.link``) where it is a link that ``confined`` would not follow."""
+    if path.is_symlink() and not _may_follow(path, path.parent):
         raise InputRefused(
             "index.link",
             f"{path}: is a link that leaves its folder",
