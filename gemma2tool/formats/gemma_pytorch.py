@@ -74,6 +74,10 @@ class ScaledRows(LazyTensor):
         return self.codes.load_rows(first, last).astype(FLOAT32) * scale[:, None]
 
 
+BUFFER = "freqs_cis"
+"""The rotary table, which gemma_pytorch computes and saves, and loads again where it is saved."""
+
+
 class GemmaPytorch:
     """A ``.ckpt`` file, a folder with one, or a folder of ``.bin`` shards with their index."""
 
@@ -103,6 +107,7 @@ class GemmaPytorch:
         checkpoint = Checkpoint(path, self.name, config, {}, assets.folder_assets(folder))  # type: ignore[arg-type]
         try:
             disk, files, embedded = self._open_weights(path, checkpoint.closers)
+            checkpoint.buffers = {name: tensor for name, tensor in disk.items() if name == BUFFER}
             disk = _dequantized(disk)
             config_path = folder / "config.json"
             if config is None and embedded is not None:
@@ -160,8 +165,8 @@ class GemmaPytorch:
         planned = []
         for entry, source in to_disk(TABLE, checkpoint.tensors, checkpoint.config):
             planned.append((entry.disk, entry.canonical, source, Float(dtypes[entry.canonical[0]])))
-        freqs = ArrayTensor(_freqs_cis(checkpoint.config), stored="c64", origin="freqs_cis")
-        planned.insert(0, ("freqs_cis", (), freqs, Float(freqs.dtype)))
+        freqs = ArrayTensor(_freqs_cis(checkpoint.config), stored="c64", origin=BUFFER)
+        planned.insert(0, (BUFFER, (), freqs, Float(freqs.dtype)))
         single = bool(options.extra.get("single_file", True))
         file = options.name if single else SINGLE
         specs = {name: (encoder.parts(source.shape)[0].dtype, source.shape) for name, _, source, encoder in planned}
@@ -191,7 +196,7 @@ def _dequantized(disk: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
     """Weights with their scalers applied. A scaler beside a float weight is unused (early releases carry some) and dropped."""
     result: dict[str, LazyTensor] = {}
     for name, tensor in disk.items():
-        if name == "freqs_cis" or name.endswith(".weight_scaler"):
+        if name == BUFFER or name.endswith(".weight_scaler"):
             continue
         if tensor.dtype == np.int8:
             scaler = disk.get(name + "_scaler")

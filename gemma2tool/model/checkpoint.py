@@ -67,6 +67,9 @@ class Checkpoint:
     files: tuple[Path, ...] = ()
     """The files whose bytes make up the checkpoint (weights and config), for hashes and for guarding the input."""
 
+    buffers: dict[str, LazyTensor] = field(default_factory=dict)
+    """What the format stores beside the model's tensors though the config determines it (a rotary table), by the file's names."""
+
     closers: list[Callable[[], None]] = field(default_factory=list)
 
     def __enter__(self) -> Checkpoint:

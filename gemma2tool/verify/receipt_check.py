@@ -17,7 +17,7 @@ from gemma2tool.verify.receipt_files import digest_files, names_in, place
 from gemma2tool.verify.receipt_logits import ReferenceLogits, recompute
 from gemma2tool.verify.result import Finding, GateResult, Side, Verification
 from gemma2tool.verify.run import Progress, shown, side_of
-from gemma2tool.verify.tensors import significant
+from gemma2tool.verify.tensors import read_through, significant
 
 _AGAIN = "what was verified when the receipt was written"
 
@@ -113,6 +113,7 @@ def _files(candidate: Checkpoint, receipt: Receipt, threads: int, advance: Advan
 def _tensors(candidate: Checkpoint, receipt: Receipt, threads: int, advance: Advance) -> GateResult:
     gate = "tensors"
     each = hash_tensors(candidate.tensors, threads=threads, advance=advance)
+    read_through(candidate.buffers.values())
     findings = [
         Finding(gate, "error", name, f"its values are not {_AGAIN} (digest {digest[:16]}... then, {each[name][:16]}... now)")
         for name, digest in receipt.digests.items()

@@ -22,7 +22,7 @@ from gemma2tool.verify.measurements import Drift, Measurements, Tokens, tensor_e
 from gemma2tool.verify.prompts import prompt_for
 from gemma2tool.verify.receipt_logits import Reference
 from gemma2tool.verify.result import GateResult, Side, Verification
-from gemma2tool.verify.tensors import TensorComparison, compare_tensors, kind_of
+from gemma2tool.verify.tensors import TensorComparison, compare_tensors, kind_of, read_through
 from gemma2tool.verify.tokenizer import compare_tokenizers, text_pieces
 
 LEVELS = ("completeness", "config", "tokenizer", "tensors", "logits")
@@ -103,6 +103,7 @@ def verify(
                 threads=threads,
                 advance=bar.advance,
             )
+            read_through(candidate.buffers.values())
         results.append(judge.tensors(comparisons))
     kind = kind_of(common, candidate.tensors, expected, comparisons)
     limits = GATES[kind].overridden(gates)

@@ -195,6 +195,13 @@ def compare_tensors(
     return found
 
 
+def read_through(tensors: Iterable[LazyTensor]) -> None:
+    """Read tensors that have nothing to be compared with: a container with sums of its own refuses what is damaged."""
+    for tensor in tensors:
+        for first, last in row_ranges(tensor.rows, tensor.row_size, _CHUNK_VALUES):
+            tensor.load_rows(first, last)
+
+
 class _mapped:
     """``map`` over threads that gives results in order and, when left early, drops what has not begun."""
 
