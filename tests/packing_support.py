@@ -58,6 +58,8 @@ def lazy(arrays: Mapping[str, np.ndarray]) -> dict[str, LazyTensor]:
 def to_torch(array: np.ndarray) -> torch.Tensor:
     if array.dtype == BF16:
         return torch.from_numpy(array.view(np.int16).copy()).view(torch.bfloat16)
+    if array.dtype == ml_dtypes.float8_e4m3fn:
+        return torch.from_numpy(array.view(np.uint8).copy()).view(torch.float8_e4m3fn)
     return torch.from_numpy(array.copy())
 
 
