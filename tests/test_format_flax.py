@@ -244,6 +244,98 @@ def test_both_ways_to_decompress_agree(tmp_path: Path, chunks: int, monkeypatch)
             assert stored.matrix((0, index)).load().tobytes() == array[index].tobytes()
 
 
+# -- what Orbax writes -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("zarr3", [False, True])
+@pytest.mark.parametrize("ocdbt", [True, False])
+def test_orbax_with_each_of_its_drivers(tmp_path: Path, tree: tuple, ocdbt: bool, zarr3: bool) -> None:
+    ocp = pytest.importorskip("orbax.checkpoint", reason="orbax is not installed")
+    import jax.numpy as jnp
+
+    source, flat = tree
+    nested: dict = {}
+    for name, array in flat.items():
+        outer, _, leaf = name.rpartition(".")
+        nested.setdefault(outer, {})[leaf] = jnp.asarray(array)
+    zeros = np.zeros(SMALL.hidden_size, np.float32)
+    nested["transformer/layer_1/pre_ffw_norm"]["scale"] = jnp.asarray(zeros)
+    handler = ocp.PyTreeCheckpointHandler(use_ocdbt=ocdbt, use_zarr3=zarr3)
+    ocp.Checkpointer(handler).save(tmp_path / "saved", nested)
+    name = "zarr.json" if zarr3 else ".zarray"
+    assert ocdbt or list((tmp_path / "saved").rglob(name))
+    checkpoint = _read(tmp_path / "saved", source)
+    norm = checkpoint.tensors["model.layers.1.pre_feedforward_layernorm.weight"]
+    assert np.array_equal(norm.load(), zeros)
+    source.tensors["model.layers.1.pre_feedforward_layernorm.weight"].array[:] = 0
+    assert_same_tensors(source, checkpoint)
+    assert_ranges_agree(checkpoint)
+
+
+BYTES, ZSTD = {"name": "bytes", "configuration": {"endian": "little"}}, {"name": "zstd", "configuration": {"level": 1}}
+GZIP, CRC = {"name": "gzip", "configuration": {"level": 1}}, {"name": "crc32c"}
+
+
+def _shard(chunk: list[int], codecs: list, **more: object) -> dict:
+    index = {"index_codecs": [BYTES, CRC]}
+    return {"name": "sharding_indexed", "configuration": {"chunk_shape": chunk, "codecs": codecs} | index | more}
+
+
+def _zarr3(folder: Path, array: np.ndarray, codecs: list, **more: object) -> Path:
+    """One array, as Orbax says that all its chunks are stored; returns the array's folder."""
+    metadata = {"shape": list(array.shape), "data_type": array.dtype.name, "codecs": codecs} | more
+    metadata["chunk_grid"] = {"name": "regular", "configuration": {"chunk_shape": [10, *array.shape[1:]]}}
+    spec = {"driver": "zarr3", "kvstore": f"file://{folder}/a/", "metadata": metadata, "store_data_equal_to_fill_value": True}
+    tensorstore.open(spec, create=True).result().write(array).result()
+    (folder / "_METADATA").write_text(json.dumps({"store_array_data_equal_to_fill_value": True}))
+    return folder / "a"
+
+
+@pytest.mark.parametrize(
+    "codecs",
+    [
+        [BYTES], [BYTES, ZSTD], [BYTES, GZIP], [_shard([10, 6], [BYTES, ZSTD])], [_shard([10, 6], [BYTES])], [_shard([5, 3], [BYTES, ZSTD])],
+        [_shard([10, 6], [BYTES, ZSTD], index_location="start")], [_shard([10, 6], [BYTES, GZIP, CRC])],
+        [{"name": "transpose", "configuration": {"order": [1, 0]}}, BYTES, ZSTD],
+    ],
+    ids=["plain", "zstd", "gzip", "shard", "plain-shard", "small-inner", "index-first", "checked", "transposed"],
+)  # fmt: skip
+def test_zarr3_however_it_is_packed(tmp_path: Path, codecs: list) -> None:
+    from gemma2tool.formats import zarr_arrays
+
+    for dtype in (np.float32, ml_dtypes.bfloat16):
+        array = np.random.default_rng(0).standard_normal((20, 6)).astype(dtype)
+        folder = tmp_path / np.dtype(dtype).name
+        _zarr3(folder, array, codecs)
+        found = zarr_arrays.read_arrays(folder)["a"].matrix()
+        assert found.load().tobytes() == array.tobytes()
+        assert found.load_rows(7, 13).tobytes() == array[7:13].tobytes()
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "match"),
+    [
+        ("c/0/0", lambda data: data[:-21] + data[-20:], "damaged index|zstd"),
+        ("c/0/0", lambda data: data[:-20] + bytes(20), "damaged index"),
+        ("c/1/0", lambda data: data[:5], "without an index"),
+        ("c/1/0", lambda data: None, "a part of 'a' is missing"),
+        ("zarr.json", lambda data: data.replace(b"regular", b"random"), "of the kind 'random'"),
+        ("zarr.json", lambda data: data.replace(b'"zarr_format":3', b'"zarr_format":4'), "is no zarr array"),
+        ("zarr.json", lambda data: data.replace(b"float32", b"string"), "not floating-point"),
+        ("zarr.json", lambda data: data.replace(b"[20,6]", b"[20,900000000000]"), "has the shape"),
+        ("zarr.json", lambda data: data.replace(b"zstd", b"exec"), "packed with 'exec'"),
+    ],
+)
+def test_broken_zarr3(tmp_path: Path, file: str, change, match: str) -> None:
+    from gemma2tool.formats import zarr_arrays
+
+    folder = _zarr3(tmp_path / "x", np.ones((20, 6), np.float32), [_shard([10, 6], [BYTES, ZSTD])])
+    data = change((folder / file).read_bytes())
+    (folder / file).unlink() if data is None else (folder / file).write_bytes(data)
+    with refused(match):
+        zarr_arrays.read_arrays(tmp_path / "x")["a"].matrix().load()
+
+
 # -- what is refused ---------------------------------------------------------------------------------------------------
 
 

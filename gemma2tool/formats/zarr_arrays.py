@@ -1,4 +1,4 @@
-"""Folders of zarr arrays, plain or inside an OCDBT database: what Orbax makes of a tree of parameters.
+"""Folders of zarr arrays (version 2, or 3 by way of ``zarr3``), plain or inside an OCDBT database: what Orbax makes of a tree of parameters.
 
 Where every value lies is found and bounded here and in ``storage.ocdbt``. Chunks may be as large as an array. A chunk is decoded
 once, and goes when its rows have been given out: those that zstandard compressed (Orbax's choice) piece by piece into the memory that
@@ -11,7 +11,7 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 from math import prod
 from pathlib import Path
@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from gemma2tool.errors import InputRefused
+from gemma2tool.formats import zarr3
 from gemma2tool.formats.blockwise import BlockwiseTensor, Rows
 from gemma2tool.formats.extras import require
 from gemma2tool.model.lazy import BFLOAT16, DTYPE_NAMES, FLOAT16, FLOAT32
@@ -29,6 +30,8 @@ from gemma2tool.storage.reading import open_for_reading
 
 OCDBT_MANIFEST = ocdbt.MANIFEST
 ARRAY = ".zarray"
+TREE = "_METADATA"
+MAX_TREE_BYTES = 64 << 20
 MAX_FILES = 200_000
 MAX_ARRAYS = 20_000
 MAX_METADATA_BYTES = 1 << 16
@@ -56,10 +59,12 @@ class StoredArray:
     ocdbt: bool = False
     compressor: str | None = None
     separator: str = "."
+    prefix: str = ""
+    driver: str = "zarr"
 
     def key(self, place: Sequence[int]) -> str:
         """The key of a chunk's value, by the chunk's place in the grid."""
-        return f"{self.name}/{self.separator.join(map(str, place))}"
+        return f"{self.name}/{self.prefix}{self.separator.join(map(str, place))}"
 
     @property
     def origin(self) -> str:
@@ -75,19 +80,62 @@ def read_arrays(folder: Path) -> dict[str, StoredArray]:
     sizes = _files(folder)
     in_database = OCDBT_MANIFEST in sizes
     values = ocdbt.read_entries(folder, _unpack) if in_database else {name: Value(folder / name, 0, n) for name, n in sizes.items()}
-    names = sorted(key.removesuffix("/" + ARRAY) for key in values if key.endswith("/" + ARRAY))
-    if len(names) > MAX_ARRAYS:
-        raise _refused("too-many-arrays", folder, f"holds {len(names)} arrays; at most {MAX_ARRAYS} are accepted")
+    described = sorted(key.rpartition("/")[::2] for key in values if key.endswith(("/" + ARRAY, "/" + zarr3.METADATA)))
+    if len(described) > MAX_ARRAYS:
+        raise _refused("too-many-arrays", folder, f"holds {len(described)} arrays; at most {MAX_ARRAYS} are accepted")
+    stores_all = any(file == zarr3.METADATA for _, file in described) and _stores_all(folder)
     arrays = {}
-    for name in names:
-        what = f"{folder.name}: {quoted(name)}: {ARRAY}"
-        value = values[f"{name}/{ARRAY}"]
+    for name, file in described:
+        value = values[f"{name}/{file}"]
         if value.nbytes > MAX_METADATA_BYTES:
             raise _refused("metadata", folder, f"{quoted(name)} has metadata of {value.nbytes} bytes")
-        meta = strict_json.load(_whole(value), what=what, max_bytes=MAX_METADATA_BYTES)
+        meta = strict_json.load(_whole(value), what=f"{folder.name}: {quoted(name)}: {file}", max_bytes=MAX_METADATA_BYTES)
+        if file == zarr3.METADATA:
+            try:
+                meta = zarr3.as_zarr2(meta, stores_all=stores_all)
+            except ValueError as error:
+                raise _refused("metadata", folder, f"{quoted(name)} {error}") from None
+        if name in arrays:
+            raise _refused("metadata", folder, f"{quoted(name)} is described twice")
         arrays[name] = _array(folder, name, meta, values, in_database)
         _check_chunks(arrays[name], meta)
+        if meta.get("sharded") and arrays[name].compressor != zarr3.OTHER:
+            arrays[name] = replace(arrays[name], values=_inner_chunks(arrays[name]))
     return arrays
+
+
+def _inner_chunks(array: StoredArray) -> dict[str, Value]:
+    """The only inner chunk of each of an array's shards, by the shard's key."""
+    found = {}
+    for place in product(*_grid(array)):
+        key = array.key(place)
+        shard = array.values[key]
+        try:
+            if shard.nbytes < zarr3.INDEX_BYTES:
+                raise ValueError("has a shard without an index")
+            index = _whole(_part(shard, shard.nbytes - zarr3.INDEX_BYTES, zarr3.INDEX_BYTES))
+            found[key] = _part(shard, *zarr3.inner_chunk(index, shard.nbytes))
+        except ValueError as error:
+            raise _refused("broken", array.folder, f"{quoted(array.name)} {error}") from None
+    return found
+
+
+def _part(value: Value, first: int, nbytes: int) -> Value:
+    return Value(value.path, value.offset + first, nbytes, value.inline[first : first + nbytes])
+
+
+def _grid(array: StoredArray) -> list[range]:
+    """Places of the array's chunks along each axis."""
+    return [range(-(-dim // chunk)) for dim, chunk in zip(array.shape, array.chunks, strict=True)]
+
+
+def _stores_all(folder: Path) -> bool:
+    """Whether Orbax says that it stored chunks of nothing but zeros, too."""
+    path = folder / TREE
+    if not path.is_file():
+        return False
+    content = strict_json.load(path, what=TREE, max_bytes=MAX_TREE_BYTES)
+    return isinstance(content, dict) and content.get("store_array_data_equal_to_fill_value") is True
 
 
 def _unpack(data: bytes, limit: int) -> bytes:
@@ -111,7 +159,7 @@ def _whole(value: Value) -> bytes:
 
 def _check_chunks(array: StoredArray, meta: Mapping[str, object]) -> None:
     """Every chunk must be there, or the array say what a missing one holds: tensorstore would read zeros without a word."""
-    grid = [range(-(-dim // chunk)) for dim, chunk in zip(array.shape, array.chunks, strict=True)]
+    grid = _grid(array)
     if prod(map(len, grid)) > MAX_FILES:
         raise _refused("too-many-chunks", array.folder, f"{quoted(array.name)} has {prod(map(len, grid))} chunks")
     stored = 0
@@ -161,8 +209,10 @@ def _array(folder: Path, name: str, meta: object, values: Mapping[str, Value], i
     # Arrays in another order of axes, or with values for missing chunks, are left to tensorstore.
     plain = meta.get("order") == "C" and meta.get("fill_value") is None
     separator = "/" if meta.get("dimension_separator") == "/" else "."
-    kind = kind if plain else "other"
-    return StoredArray(folder, name, tuple(shape), tuple(chunks), dtype, values, in_database, kind, separator)
+    kind = kind if plain else zarr3.OTHER
+    prefix = meta.get("prefix")  # of zarr 3 alone
+    driver = "zarr" if prefix is None else "zarr3"
+    return StoredArray(folder, name, tuple(shape), tuple(chunks), dtype, values, in_database, kind, separator, prefix or "", driver)
 
 
 def _are_sizes(values: object) -> bool:
@@ -224,7 +274,7 @@ class ZarrMatrix(BlockwiseTensor):
             slab[axis] = array.chunks[axis]
         nbytes = prod(slab) * array.dtype.itemsize
         spec = {
-            "driver": "zarr",
+            "driver": array.driver,
             "kvstore": _kvstore(array.folder, array.ocdbt) | {"path": self._path()},
             "recheck_cached_data": "open",
             "recheck_cached_metadata": "open",
@@ -259,8 +309,7 @@ class _Stored:
             value = array.values[key]
             if value.nbytes != array.chunks[0] * one:
                 raise _refused("broken", array.folder, f"{quoted(array.name)}: the chunk {quoted(key)} has {value.nbytes} bytes")
-            part = value.inline[first * one : (first + count) * one]
-            self.pieces.append((at, at + count * one, Value(value.path, value.offset + first * one, count * one, part)))
+            self.pieces.append((at, at + count * one, _part(value, first * one, count * one)))
             at += count * one
 
     def __len__(self) -> int:
