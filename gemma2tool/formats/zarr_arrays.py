@@ -1,6 +1,6 @@
-"""Folders of zarr arrays (version 2, or 3 by way of ``zarr3``), plain or inside an OCDBT database: what Orbax makes of a tree of parameters.
+"""Folders of zarr arrays, plain or inside an OCDBT database: what Orbax makes of a tree of parameters.
 
-Where every value lies is found and bounded here and in ``storage.ocdbt``. Chunks may be as large as an array. A chunk is decoded
+Arrays are of zarr 2, or of zarr 3 by way of ``zarr3``. Where every value lies is found and bounded here and in ``storage.ocdbt``. Chunks may be as large as an array. A chunk is decoded
 once, and goes when its rows have been given out: those that zstandard compressed (Orbax's choice) piece by piece into the memory that
 holds them. Other compressors, and chunks that divide more than the first axis, are left to tensorstore, which then opens a database
 that has been checked; its cache has the chunk's size, and the compressed chunk lies beside it.
