@@ -12,11 +12,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from gemma2tool.errors import ToolError, UsageError
+from gemma2tool.errors import UsageError
 from gemma2tool.formats.base import WriteOptions
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.pipeline.plan import Plan
-from gemma2tool.storage.reading import read_whole
 from gemma2tool.storage.staging import Staging
 from gemma2tool.storage.syscalls import retrying, sync_folder, told
 from gemma2tool.verify import receipt
@@ -26,6 +25,7 @@ from gemma2tool.verify.result import Verification
 
 _OWN = ("allow_mismatch", "allow_requantize", "single_file")
 """Options that say what may be done, not what was."""
+_ASIDE = ".gemma2tool-old"
 
 
 def check_place(destination: Path) -> None:
@@ -102,23 +102,24 @@ def commit(outputs: Sequence[tuple[Staging, Staging | None]]) -> None:
 
 @contextmanager
 def _withdrawn(destination: Path) -> Iterator[None]:
-    """Removes the receipt of what lies at ``destination`` now; if that stays, because the block fails, puts it back."""
+    """Takes away the receipt of what lies at ``destination`` now; puts it back if that stays, because the block fails."""
     place = receipt_path(destination)
     if not receipt.looks_like_one(place):
         yield
         return
-    before, old = _identity(destination), read_whole(place, what="receipt", max_bytes=receipt.MAX_BYTES)
+    aside, before = place.with_name(f".{place.name}{_ASIDE}"), _identity(destination)
     with told(place, "removing the old receipt"):
-        retrying(os.unlink, place)
+        retrying(os.replace, place, aside)
         _sync(place.parent)
     try:
         yield
     except BaseException:
         if before is not None and _identity(destination) == before:
-            with suppress(OSError, ToolError), Staging(place, expected_bytes=len(old)) as staging:
-                staging.write_bytes(place.name, old)
-                staging.commit()
+            os.replace(aside, place)
         raise
+    finally:
+        with suppress(OSError):
+            os.unlink(aside)
 
 
 def _identity(path: Path) -> tuple[int, int] | None:

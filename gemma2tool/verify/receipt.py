@@ -166,7 +166,7 @@ def read(path: Path) -> Receipt:
         content=content,
         format=output["format"],
         hashes=output["hashes"],
-        config=Gemma2Config.from_hf(output["config"]),
+        config=_config(output["config"], path),
         files=tuple(FileDigest(each["name"], each["bytes"], each["sha256"]) for each in output["files"]),
         shapes={name: tuple(each["shape"]) for name, each in tensors.items()},
         digests={name: each["output_digest"] for name, each in tensors.items()},
@@ -176,6 +176,13 @@ def read(path: Path) -> Receipt:
     )
     _check(receipt)
     return receipt
+
+
+def _config(content: Mapping[str, Any], path: Path) -> Gemma2Config:
+    try:
+        return Gemma2Config.from_hf(content)
+    except InputRefused as refused:
+        raise InputRefused(refused.id, f"{path}: output.{refused.message}", hint="write the receipt again") from refused
 
 
 def _reference(logits: Mapping[str, Any] | None, side: str, path: Path) -> ReferenceLogits | None:
