@@ -12,10 +12,10 @@ from gemma2tool.errors import InputRefused
 from gemma2tool.formats import registry
 from gemma2tool.formats.base import Output, OutputTensor
 from gemma2tool.model.checkpoint import Checkpoint
-from gemma2tool.verify import receipt_check
+from gemma2tool.verify import judge, receipt_check
 from gemma2tool.verify.receipt import Receipt
-from gemma2tool.verify.result import Verification
-from gemma2tool.verify.run import verify
+from gemma2tool.verify.result import GateResult
+from gemma2tool.verify.tensors import compare_tensors, read_through
 
 
 @dataclass(frozen=True)
@@ -67,24 +67,26 @@ def flipped(flip: Flip) -> Iterator[None]:
         turn()
 
 
-def with_source(source: Checkpoint, path: Path, *, threads: int = 1) -> Verification:
-    """``verify --reference``, as far as the tensors."""
+def with_source(source: Checkpoint, path: Path) -> GateResult:
+    """The tensors gate of ``verify --reference``, without the diagnosis that follows."""
     with registry.open_checkpoint(path) as candidate:
         kept = registry.by_name(candidate.format).kept(source, candidate)
-        return verify(source, candidate, levels=("tensors",), expected=kept, threads=threads)
+        compared = compare_tensors(source.tensors, candidate.tensors, expected=kept)
+        read_through(candidate.buffers.values())
+        return judge.tensors(compared)
 
 
-def with_receipt(receipt: Receipt, path: Path, *, threads: int = 1) -> Verification:
-    """``verify`` with the receipt alone, as far as the tensors."""
+def with_receipt(receipt: Receipt, path: Path) -> GateResult:
+    """The tensors gate of ``verify`` with the receipt alone."""
     with registry.open_checkpoint(path) as candidate:
-        return receipt_check.check(candidate, receipt, levels=("files", "tensors"), threads=threads)
+        return receipt_check.check(candidate, receipt, levels=("tensors",)).gate("tensors")
 
 
-def found(flip: Flip, look: Callable[[], Verification]) -> bool:
+def found(flip: Flip, look: Callable[[], GateResult]) -> bool:
     """Whether ``look`` fails while the bit is flipped, naming that tensor and no other."""
     with flipped(flip):
         try:
             result = look()
         except InputRefused as refused:  # a container that checks its own sums
             return flip.name in refused.message
-    return {finding.subject for finding in result.gate("tensors").findings if finding.severity == "error"} == {flip.tensor}
+    return {finding.subject for finding in result.findings if finding.severity == "error"} == {flip.tensor}
