@@ -139,7 +139,9 @@ NORM = "model.norm.weight"
 HF = [
     _config("2^31 layers", "config.value", num_hidden_layers=1 << 31),
     _config("layers are text", "config.value", num_hidden_layers="26"),
-    _config("a width of 10^30", "checkpoint.shape", hidden_size=10**30),
+    _config("a width of 10^30", "config.value", hidden_size=10**30),
+    _config("a thousand heads of 65,536", "config.value", num_attention_heads=1024, head_dim=65536),
+    _config("a width of 4,000,000", "checkpoint.shape", hidden_size=4_000_000),
     _config("a vocabulary of -1", "config.value", vocab_size=-1),
     _config("2^40 labels", "config.labels", num_labels=1 << 40),
     _config("labels that are a list", "config.labels", id2label=[1, 2]),

@@ -50,7 +50,18 @@ POSITIVE_INTEGERS = (
     "max_position_embeddings",
 )
 _POSITIVE_NUMBERS = ("rms_norm_eps", "rope_theta", "query_pre_attn_scalar")
-_MAX_LAYERS = 4096  # far beyond any model; keeps a hostile file from asking for a list of a billion layers
+# Far beyond any model; they keep a hostile file from asking for a list of a billion layers, or of as many heads.
+_LARGEST = {
+    "vocab_size": 1 << 26,
+    "hidden_size": 1 << 22,
+    "intermediate_size": 1 << 24,
+    "num_hidden_layers": 4096,
+    "num_attention_heads": 1 << 16,
+    "num_key_value_heads": 1 << 16,
+    "head_dim": 1 << 16,
+    "max_position_embeddings": 1 << 53,
+}
+_MAX_ATTENTION_WIDTH = 1 << 22
 
 
 def check_values(config: Gemma2Config) -> None:
@@ -58,8 +69,9 @@ def check_values(config: Gemma2Config) -> None:
     for name in POSITIVE_INTEGERS:
         value = getattr(config, name)
         _require(_is_integer(value) and value > 0, name, value, "a positive integer")
-    layers = config.num_hidden_layers
-    _require(layers <= _MAX_LAYERS, "num_hidden_layers", layers, f"at most {_MAX_LAYERS}")
+        _require(value <= _LARGEST[name], name, value, f"at most {_LARGEST[name]}")
+    width = config.num_attention_heads * config.head_dim
+    _require(width <= _MAX_ATTENTION_WIDTH, "num_attention_heads * head_dim", width, f"at most {_MAX_ATTENTION_WIDTH}")
     _require(config.head_dim % 2 == 0, "head_dim", config.head_dim, "even, because the rotary embedding turns pairs")
     for name in _POSITIVE_NUMBERS:
         value = getattr(config, name)

@@ -84,7 +84,7 @@ def _parse(data: bytes) -> Found | None:
             else:
                 for name, files, record in content["done"]:
                     found.pieces[str(name)] = Piece(tuple(map(str, files)), record)
-        except (KeyError, TypeError, ValueError, AttributeError):
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
             break
         length += len(line)
     if found is not None:
@@ -97,7 +97,7 @@ def _content(line: bytes) -> Any:
     if not line.endswith(b"\n") or crc != b"%08x" % zlib.crc32(text):
         return None
     try:
-        return json.loads(text)
+        return json.loads(text.decode())
     except (ValueError, RecursionError):
         return None
 

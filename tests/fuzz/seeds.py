@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import struct
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -66,6 +68,8 @@ def tiny_files() -> dict[str, bytes]:
     made["lora-config/rslora"] = json.dumps(adapter | {"use_rslora": True, "alpha_pattern": {r"^model\.layers\.0\.": 4}}).encode()
     made["tokenizer/json"] = json.dumps({"tokenizer.json": _tokenizer_json(), "tokenizer_config.json": _tokenizer_config()}).encode()
     made["tokenizer/model"] = json.dumps({"model": True, "tokenizer_config.json": _tokenizer_config(), "added_tokens.json": {"<x>": 30}}).encode()
+    lines = [{"fingerprint": {"tool": "0.1.0", "type": "q8_0"}}, {"done": [["w", ["m.gguf"], None], ["b", ["m.gguf"], {"x": 1}]]}, {"placing": 7}]
+    made["journal/tiny"] = b"\n".join(json.dumps(line).encode() for line in lines)
     return made
 
 
@@ -185,6 +189,7 @@ def model_files(folder: Path) -> dict[str, bytes]:
         content = _packed(write_checkpoint(wide, folder / kind, type=kind))
         made[f"packing/{kind}"] = json.dumps(content).encode()
     made["keras-config/tiny"] = _keras_config()
+    made["receipt/tiny"] = _receipt(folder)
     return made
 
 
@@ -209,6 +214,14 @@ def _packed(path: Path) -> dict:
             tensors[name].append(raw[entry.offset : entry.offset + entry.nbytes].decode("latin1"))
     config = json.loads((path / "config.json").read_bytes())
     return {"quantization_config": config["quantization_config"], "tensors": tensors}
+
+
+def _receipt(folder: Path) -> bytes:
+    """As a conversion writes it."""
+    source = write_checkpoint(random_checkpoint(np.dtype(np.float32), TINY), folder / "source")
+    command = [sys.executable, "-m", "gemma2tool", "convert", str(source), str(folder / "r.gguf"), "--quiet"]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    return (folder / "r.gguf.receipt.json").read_bytes()
 
 
 def _keras_config() -> bytes:

@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import struct
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from random import Random
@@ -626,9 +627,60 @@ class Imatrix(FileTarget):
         return len(matrix.weights), matrix.dataset is None, min(matrix.chunks, 2)
 
 
+# -- what the tool itself leaves on disk, where others may change it ----------------------------------------------------
+
+
+class Receipt(JsonTarget):
+    name = "receipt"
+    names = (
+        "gemma2tool.receipt", "schema_version", "hashes", "model", "tensors", "config", "files", "sha256", "bytes", "name", "output", "source", "logits",
+        "ids", "window", "verification", "kind", "lossless", "shape", "passed", "gates", "../x", "a" * 64,
+    )  # fmt: skip
+
+    def prepare(self) -> None:
+        from gemma2tool.verify import receipt
+
+        self.read, self.file = receipt.read, MemoryFile()
+
+    def place(self, data: bytes) -> Path:
+        return Path(self.file.hold(data))
+
+    def run(self, path: Path) -> object:
+        found = self.read(path)
+        return found.kind, found.logits is None, len(found.files)
+
+
+class Journal(JsonTarget):
+    """A line of JSON each; the checksums are made to fit."""
+
+    name = "journal"
+    names = ("fingerprint", "done", "placing", "tool", "model.safetensors", "../x")
+
+    def prepare(self) -> None:
+        from gemma2tool.storage import staging_journal
+
+        self.parse = staging_journal._parse
+
+    def mutate(self, rng: Random, data: bytes, pool: Sequence[bytes]) -> bytes:
+        lines = data.splitlines() or [b""]
+        at = rng.randrange(len(lines))
+        lines[at] = super().mutate(rng, lines[at], pool)
+        if rng.random() < 0.1:
+            lines.insert(at, lines[rng.randrange(len(lines))])
+        return b"\n".join(lines)
+
+    def place(self, data: bytes) -> bytes:
+        texts = [line + b"\n" for line in data.splitlines()]
+        return b"".join(b"%08x %s" % (zlib.crc32(text), text) for text in texts)
+
+    def run(self, data: bytes) -> object:
+        found = self.parse(data)
+        return found and (len(found.pieces), found.placed is None, len(found.fingerprint), found.length == len(data))
+
+
 KINDS: tuple[Callable[[], Target], ...] = (
     Json, Safetensors, GGUF, Pickle, TorchZip, HDF5, OCDBT, Zarr, SbsDirectory, SbsConfig, HFConfig, HFIndex, KerasConfig, LoraConfig, Packing, SentencePiece, Tokenizer,
-    GGUFModel, Imatrix,
+    GGUFModel, Imatrix, Receipt, Journal,
 )  # fmt: skip
 
 
