@@ -6,8 +6,6 @@ import textwrap
 
 from gemma2tool.cli import options as o
 
-FLOATS = ("f32", "f16", "bf16")
-
 
 def formats(quiet: o.Quiet = False, json_output: o.Json = False) -> None:
     """List the formats and the types that can be read and written."""
@@ -20,10 +18,7 @@ def formats(quiet: o.Quiet = False, json_output: o.Json = False) -> None:
 
     console = Console(quiet=quiet, json=json_output)
     more = {"gguf": sorted(FILE_TYPES), "hf": HF_TYPES, "mlx": MLX_TYPES, "gemma-cpp": SBS_TYPES}
-    types = {
-        each.name: list(dict.fromkeys((*FLOATS, *more.get(each.name, ())))) if each.writable else []
-        for each in registry.LISTINGS
-    }
+    types = {each.name: list(dict.fromkeys((*each.floats, *more.get(each.name, ())))) for each in registry.LISTINGS}
     if json_output:
         console.emit_json(
             [
@@ -32,6 +27,7 @@ def formats(quiet: o.Quiet = False, json_output: o.Json = False) -> None:
                     "files": each.files,
                     "remarks": each.remarks,
                     "install": _command(each.extra),
+                    "install_to": each.extra_to or None,
                     "types": types[each.name],
                 }
                 for each in registry.LISTINGS
@@ -42,8 +38,8 @@ def formats(quiet: o.Quiet = False, json_output: o.Json = False) -> None:
         console.print(f"{each.name}: {each.files}")
         console.print(f"    {each.remarks}")
         if each.extra:
-            console.print(f"    needs: {_command(each.extra)}")
-        for line in textwrap.wrap("writes: " + " ".join(types[each.name] or ["nothing"]), 76):
+            console.print(f"    to {each.extra_to} it: {_command(each.extra)}")
+        for line in textwrap.wrap("writes: " + " ".join(types[each.name]), 76):
             console.print(f"    {line}")
 
 

@@ -18,7 +18,7 @@ class Listing:
     """A line of the list of formats: its class as ``module:class``, imported when asked for, and what a person wants to know.
 
     ``suffix``: of the destinations that are written in this format unless told otherwise; ``extra``: of the package, where a library is
-    needed that it does not bring; ``writable``: whether it can be written as well as read.
+    needed that it does not bring, and ``extra_to``: what that needs it; ``floats``: the types that plain values are written in.
     """
 
     name: str
@@ -27,7 +27,8 @@ class Listing:
     remarks: str
     suffix: str | None = None
     extra: str | None = None
-    writable: bool = True
+    extra_to: str = ""
+    floats: tuple[str, ...] = ("f32", "f16", "bf16")
 
 
 LISTINGS: tuple[Listing, ...] = (
@@ -39,13 +40,21 @@ LISTINGS: tuple[Listing, ...] = (
         "Google's original; int8 variant read",
         suffix=".ckpt",
     ),
-    Listing("gemma-cpp", "gemma2tool.formats.sbs:GemmaCpp", "NAME.sbs", "gemma.cpp; 8-bit SFP, 4-bit NUQ read", suffix=".sbs"),
+    Listing(
+        "gemma-cpp",
+        "gemma2tool.formats.sbs:GemmaCpp",
+        "NAME.sbs",
+        "gemma.cpp; 8-bit SFP, 4-bit NUQ read",
+        suffix=".sbs",
+        floats=("f32", "bf16"),
+    ),
     Listing(
         "maxtext",
         "gemma2tool.formats.maxtext:MaxText",
         "a folder of Orbax's with MaxText's names",
-        "not exact: it stores scaled embeddings and queries; needs --config",
+        "not exact: it stores scaled embeddings and queries; --config where no config.json lies beside it",
         extra="flax",
+        extra_to="read",
     ),
     Listing(
         "flax",
@@ -53,6 +62,7 @@ LISTINGS: tuple[Listing, ...] = (
         "a folder of Orbax's, beside tokenizer.model",
         "Google's JAX release; --config for other shapes than the released",
         extra="flax",
+        extra_to="read",
     ),
     Listing(
         "keras",
@@ -60,6 +70,7 @@ LISTINGS: tuple[Listing, ...] = (
         "a folder with config.json and model.weights.h5, or shards",
         "keras-hub preset",
         extra="keras",
+        extra_to="write",
     ),
     Listing("torchtune", "gemma2tool.formats.torchtune:Torchtune", "a folder with tune_state_dict.pt", "torchtune's own state dict"),
     Listing("litgpt", "gemma2tool.formats.litgpt:LitGPT", "a folder with lit_model.pth", "litgpt; files from before 2025 read"),
