@@ -35,6 +35,7 @@ def main() -> int:
     parser.add_argument("--state", type=Path, default=Path("build/fuzz"))
     parser.add_argument("--seconds", type=float, default=600)
     parser.add_argument("--executions", type=int, default=10**12, help="stop when all readers together have had so many")
+    parser.add_argument("--each", type=int, default=10**12, help="give every reader one turn of so many executions, and stop")
     parser.add_argument("--readers", nargs="*", help="only these")
     parser.add_argument("--slice", type=float, default=SLICE, help="seconds a reader before the next one's turn")
     parser.add_argument("--report", action="store_true", help="print the table and stop")
@@ -96,7 +97,7 @@ def run(asked: argparse.Namespace, targets: dict[str, Target], state: State) -> 
                 return
             if fresh[name] < MAX_FINDINGS:
                 fresh[name] += one_slice(name, target, state, asked, min(asked.slice, end - time.monotonic()), interrupted)
-        if all(count >= MAX_FINDINGS for count in fresh.values()):
+        if asked.each < 10**12 or all(count >= MAX_FINDINGS for count in fresh.values()):
             return
 
 
@@ -105,7 +106,7 @@ def one_slice(name: str, target: Target, state: State, asked: argparse.Namespace
     log.unlink(missing_ok=True)
     seed = int.from_bytes(hashlib.sha256(f"{name} {row['slices']}".encode()).digest()[:4])
     began = time.monotonic()
-    pid = worker.spawn(target, shared, seed, max(seconds, 1.0), 10**12, asked.state / "pool" / name, log)
+    pid = worker.spawn(target, shared, seed, max(seconds, 1.0), asked.each, asked.state / "pool" / name, log)
     count, finding = worker.watch(pid, shared, log, interrupted)
     row["executions"] += count
     row["seconds"] = round(row["seconds"] + time.monotonic() - began, 1)

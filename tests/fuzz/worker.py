@@ -21,6 +21,8 @@ from fuzz.targets import Target
 from gemma2tool.errors import ToolError
 
 MAX_SECONDS = 2.0
+MAX_START_SECONDS = 60.0
+"""For imports and the corpus."""
 MAX_BYTES_RESIDENT = 512 << 20
 _HEAD = struct.Struct("<QQ")  # executions, length of the input
 _WATCHED = ("exec", "compile", "import", "os.system", "os.exec", "os.fork", "os.posix_spawn", "subprocess.", "socket.", "pickle.", "ctypes.dlopen")
@@ -168,7 +170,7 @@ def watch(pid: int, shared: Shared, log: Path, interrupted: list[bool]) -> tuple
         seconds, resident = _usage(pid)
         if shared.count != count:
             count, began, waited = shared.count, seconds, time.monotonic()
-        elif count and (seconds - began > MAX_SECONDS or time.monotonic() - waited > 30):
+        elif seconds - began > (MAX_SECONDS if count else MAX_START_SECONDS) or time.monotonic() - waited > 120:
             return count, _killed(pid, shared, "hang")
         if resident > MAX_BYTES_RESIDENT:
             return count, _killed(pid, shared, "memory")
