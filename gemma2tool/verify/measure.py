@@ -5,6 +5,7 @@ Nothing here knows names, types or messages. Arrays are never larger than the ra
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -16,9 +17,13 @@ from gemma2tool.verify.bounds import DYNAMIC_MAP_GAP, Bound
 # Decoding and comparing round in float32; no bound is meant to be that sharp.
 _SLACK = 1.0 + 1e-5
 
-# Calibration (GPTQ and its kin) moves codes in nearly every group of a tensor. Where no more than this share of the blocks is farther
-# from the source than rounding to nearest puts them, the tensor was rounded to nearest, and those blocks are damaged.
-NEAREST_SHARE = 0.25
+# Calibration moves codes in nearly every group of a tensor (GPTQ), or in those whose range it cuts (AWQ: a fifth of groups of 32 in
+# the narrowest tensor seen). Where no more than this share of the blocks is farther from the source than rounding to nearest puts them,
+# the tensor was rounded to nearest, and those blocks are damaged.
+NEAREST_SHARE = 0.1
+
+# Of half a step, as rounding to nearest leaves: a mean error larger than that is no rounding.
+LEANING = 0.75
 
 _UNSIGNED = {2: np.uint16, 4: np.uint32, 8: np.uint64}
 
@@ -32,6 +37,8 @@ class Piece:
     """Sum of the squares of the source's values."""
     noise: float = 0.0
     """Sum of the squares of the errors."""
+    bias: float = 0.0
+    """Sum of the errors, with their signs."""
     max_abs_error: float = 0.0
     nonfinite: int = 0
     source_nonfinite: int = 0
@@ -95,7 +102,9 @@ def measure_blocks(source: np.ndarray, got: np.ndarray, block: int, bound: Bound
 def _measure_errors(piece: Piece, source: np.ndarray, got: np.ndarray) -> np.ndarray:
     """Fill in the sums; returns the absolute errors, with zeros where a side is not finite."""
     with np.errstate(invalid="ignore", over="ignore"):
-        errors = np.abs(got - source)
+        errors = got - source
+        piece.bias = float(errors.sum())
+        np.abs(errors, out=errors)
         piece.signal, piece.noise = _squares(source), _squares(errors)
         if not (np.isfinite(piece.signal) and np.isfinite(piece.noise)):
             _count_nonfinite(piece, source, got)
@@ -154,6 +163,7 @@ class BlockJudge:
     candidate_leaves: list[bytes] = field(default_factory=list)
     _bad: int = 0
     _blocks: int = 0
+    _absmax: float = 0.0
     _missed: int = 0
     _worst_missed: WorstBlock | None = None
     _waiting: list[Piece] = field(default_factory=list)
@@ -165,7 +175,7 @@ class BlockJudge:
             total.first_difference = (total.values + index, wanted, got)
         if piece.nonfinite and not total.nonfinite:
             total.first_nonfinite = total.values + piece.first_nonfinite
-        for name in ("signal", "noise", "nonfinite", "source_nonfinite", "differing"):
+        for name in ("signal", "noise", "bias", "nonfinite", "source_nonfinite", "differing"):
             setattr(total, name, getattr(total, name) + getattr(piece, name))
         total.max_abs_error = max(total.max_abs_error, piece.max_abs_error)
         self.source_leaves.append(piece.source_leaves)
@@ -176,6 +186,17 @@ class BlockJudge:
             else:
                 self._judge(total.values, piece, np.float32(0))
         total.values += piece.values
+
+    def leans(self) -> float:
+        """What the values are off by on average, if that is more than rounding to nearest could ever add up to; else 0.
+
+        Errors of rounding cancel out, those of a zero point read by another convention do not. Only for types with ``nearest``.
+        """
+        mean = self.total.bias / max(self.total.values, 1)
+        if self.bound is None or not self._blocks or not math.isfinite(mean):
+            return 0.0
+        limit = LEANING * self.bound.nearest * self._absmax / self._blocks
+        return mean if abs(mean) > limit and mean**2 > LEANING**2 / 2 * self.total.noise / self.total.values else 0.0
 
     def finish(self) -> int:
         """Blocks beyond the bound in the whole tensor."""
@@ -200,6 +221,7 @@ class BlockJudge:
             beyond |= here
         self._bad += int(np.count_nonzero(beyond))
         self._blocks += piece.absmax.size
+        self._absmax += float(piece.absmax.sum(dtype=np.float64))
         here, self._worst_missed = self._beyond(
             first, piece, piece.worst, self.bound.nearest, False, scale_error, self._worst_missed
         )

@@ -51,7 +51,9 @@ def _pattern(case: Case, name: str, here: Portion | None) -> scales.Pattern | No
         return losses.unrelated(here)
     config, stored = case.weights.config, case.candidate[name].stored
     if not here.quantized:
-        return damage.local(case, name) or scales.factors_and_offsets(here, config) or losses.twice(here, stored)
+        return damage.local(case, name) or scales.zero_point(here) or scales.factors_and_offsets(here, config) or losses.twice(here, stored)
+    if pattern := scales.zero_point(here):
+        return pattern
     within = here.error <= here.limit
     return (None if within else scales.factors_and_offsets(here, config)) or losses.twice(here, stored) or damage.local(case, name)
 

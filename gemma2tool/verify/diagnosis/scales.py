@@ -76,20 +76,26 @@ def _scaled(here: Portion, factor: float, config: Gemma2Config) -> Pattern:
     return Pattern("tensor.scaled", f"{{what}} {{are}} {factor:.6g} times the source's", evidence)
 
 
+def zero_point(here: Portion) -> Pattern | None:
+    """Each quantization group, or each row, is off by one step."""
+    found = [pattern for size in _sizes(here) if (pattern := _offset(here, size))]
+    return min(found, key=lambda each: each.evidence["spread"], default=None)
+
+
 def _groups(here: Portion) -> Pattern | None:
-    """Each quantization group, or each row, is off by a number of its own."""
-    columns = here.source.shape[1]
-    sizes = [columns] if len(here.source) > 1 else []
-    sizes += [size for size in _GROUPS if size < columns and not columns % size]
-    found = [pattern for size in sizes if (pattern := _offset(here, size))]
-    if found:
-        return min(found, key=lambda each: each.evidence["spread"])
+    """Each group, or each row, is multiplied by a number of its own."""
     best: Pattern | None = None
-    for size in sizes:
+    for size in _sizes(here):
         pattern = _factors(here, size)
         if pattern and (best is None or pattern.evidence["error"] < _FINER * best.evidence["error"]):
             best = pattern
     return best
+
+
+def _sizes(here: Portion) -> list[int]:
+    """Values that may share a scale: those of a row, or of one of the usual groups."""
+    columns = here.source.shape[1]
+    return ([columns] if len(here.source) > 1 else []) + [size for size in _GROUPS if size < columns and not columns % size]
 
 
 def _offset(here: Portion, size: int) -> Pattern | None:
