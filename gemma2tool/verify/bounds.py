@@ -160,8 +160,9 @@ BOUNDS: Mapping[str, Bound] = {
     # Half a step of the range, at most twice the largest, over 15 (255); the scale is rounded to float16, which the
     # outermost code multiplies by as many. AWQ's smallest range is 1e-5.
     "awq-4": Bound(0, 0.6, 0.35, floor=1e-5, nearest=1 / 15 + 3 * _F16),
-    "gptq-4": Bound(0, 0.6, 0.35, floor=15 * _F16_STEP, nearest=1 / 15 + 3 * _F16),
-    "gptq-8": Bound(0, 0.05, 0.05, floor=255 * _F16_STEP, nearest=1 / 255 + 3 * _F16),
+    # GPTQ's codes make up for the errors of earlier columns, by up to 8 steps of absmax / 7.5 (127.5) seen with few inputs.
+    "gptq-4": Bound(0, 2.0, 0.35, floor=15 * _F16_STEP, nearest=1 / 15 + 3 * _F16),
+    "gptq-8": Bound(0, 0.12, 0.05, floor=255 * _F16_STEP, nearest=1 / 255 + 3 * _F16),
     # gemma.cpp's 8-bit floats: 3 bits of mantissa, 2 for small values, truncated to 4 before they are rounded.
     "sfp": Bound(0, 2.0**-3, 0.06),
 }

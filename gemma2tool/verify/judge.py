@@ -34,6 +34,9 @@ def tensors(comparisons: Sequence[TensorComparison]) -> GateResult:
         elif each.rule == "reported":
             said = f"stored as {each.candidate_type}, whose bound is not known: RMSE / RMS {each.relative_rmse:.3g}"
             findings.append(Finding(gate, "warning", each.name, said))
+        elif each.rule == "folded":
+            said = "carries scales of the weights it feeds; what they compute together is compared with theirs"
+            findings.append(Finding(gate, "note", each.name, said))
         elif each.rule == "expected" and each.max_abs_error:
             said = f"the target's own convention loses up to {each.max_abs_error:.3g} of it, and no more is lost"
             findings.append(Finding(gate, "note", each.name, said))
@@ -47,9 +50,12 @@ def tensors(comparisons: Sequence[TensorComparison]) -> GateResult:
 
 def _summary(comparisons: Sequence[TensorComparison]) -> str:
     said = []
-    equal = sum(not each.rmse and not each.max_abs_error for each in comparisons)
+    folded = sum(each.rule == "folded" for each in comparisons)
+    equal = sum(not each.rmse and not each.max_abs_error for each in comparisons) - folded
     if equal:
         said.append(f"{equal} bit for bit")
+    if folded:
+        said.append(f"{folded} with scales of the weights they feed")
     for rule, words in (
         ("cast", "rounded to {}"),
         ("expected", "as the target's convention makes them"),

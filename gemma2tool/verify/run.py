@@ -17,6 +17,7 @@ from gemma2tool.verify.completeness import comparable, compare_names
 from gemma2tool.verify.config import compare_configs
 from gemma2tool.verify.consumers import UNSAID, assumptions
 from gemma2tool.verify.diagnosis.cause import Cause
+from gemma2tool.verify.folding import folded_source
 from gemma2tool.verify.gates import GATES, Gates
 from gemma2tool.verify.measurements import Drift, Measurements, Tokens, tensor_errors
 from gemma2tool.verify.prompts import prompt_for
@@ -98,6 +99,7 @@ def verify(
                 common,
                 candidate.tensors,
                 expected=expected,
+                folded=folded_source(source, candidate),
                 weighted=weighted,
                 rmse=rmse,
                 threads=threads,
