@@ -14,9 +14,9 @@ import pytest
 
 from gemma2tool.storage import syscalls
 
-CALLS = ("pwrite", "write", "fsync", "fdatasync", "rename", "unlink", "posix_fallocate", "ftruncate", "open", "mkdir", "rmdir")
-RESTARTED = ("pwrite", "fsync", "fdatasync", "rename", "posix_fallocate", "exchange")
-"""Calls that can come back with EINTR and are ours to repeat; in the others Python repeats before we see it."""
+CALLS = ("pwrite", "write", "fsync", "fdatasync", "rename", "replace", "unlink", "posix_fallocate", "ftruncate", "open", "mkdir", "rmdir")
+RESTARTED = ("pwrite", "fsync", "fdatasync", "rename", "replace", "posix_fallocate")
+"""Calls that may come back with EINTR and are repeated where they are made; elsewhere Python, or ``exchange``, repeats inside."""
 
 
 @dataclass(frozen=True)
