@@ -8,7 +8,9 @@ Which question is asked of a tensor follows from how the candidate stores it:
 - ``expected``: the caller knows what the target's own convention makes of the tensor (GGUF's w + 1 in float32). The
   bits must be
   those, and what they lose against the source is reported.
-- ``bound``: a quantized type. Every block's error must lie within ``bounds.BOUNDS``.
+- ``bound``: a quantized type. Every block's error must lie within ``bounds.BOUNDS``; where scales were folded (see
+  ``folding``), against the source under those scales.
+- ``folded``: a norm with the scales of such weights in it. What it computes is compared with theirs, in their place.
 - ``reported``: a type without a known bound. Measured, not judged.
 """
 
@@ -129,10 +131,11 @@ class _Job:
     def piece(self, first: int, last: int) -> Piece:
         got, source = self.candidate.load_rows_exact(first, last), self.source.load_rows_exact(first, last)
         if self.rule in ("bound", "reported"):
-            piece = measure_blocks(to_float32(source), to_float32(got), self.block, self.bound)
+            true = source if self.wanted is self.source else self.wanted.load_rows_exact(first, last)
+            piece = measure_blocks(to_float32(true), to_float32(got), self.block, self.bound)
         else:
             must = source if self.wanted is self.source else self.wanted.load_rows_exact(first, last)
-            errors_against = None if self.rule == "exact" else (lambda: to_float32(source))
+            errors_against = None if self.rule in ("exact", "folded") else (lambda: to_float32(source))
             piece = measure_bits(cast(must, self.candidate.stored, got.dtype), got, errors_against)
         piece.candidate_leaves = leaves(got)
         same = self.rule == "exact" and not piece.differing and source.dtype != np.float64
@@ -155,6 +158,7 @@ def compare_tensors(
     candidate: Mapping[str, LazyTensor],
     *,
     expected: Mapping[str, LazyTensor] | None = None,
+    folded: Mapping[str, LazyTensor] | None = None,
     weighted: bool = False,
     rmse: float | None = None,
     threads: int = 1,
@@ -162,13 +166,14 @@ def compare_tensors(
 ) -> list[TensorComparison]:
     """Compare the tensors that both have, in the source's order; shapes must already be equal.
 
-    ``expected``: what the candidate must hold, bit for bit, where the target's convention changes a value.
+    ``expected``: what the candidate must hold, bit for bit, where the target's convention changes a value. ``folded``:
+    the source's tensors under the scales that the candidate folded, see ``folding``.
     ``weighted``: whether an importance matrix steered the candidate's codes. ``rmse``: ceiling on RMSE / RMS in place
     of each type's own. The result does not depend on ``threads``.
     """
-    expected = expected or {}
+    expected, folded = expected or {}, folded or {}
     jobs = [
-        _job(name, source[name], candidate[name], expected.get(name), weighted, rmse)
+        _job(name, source[name], candidate[name], expected.get(name), folded.get(name), weighted, rmse)
         for name in source
         if name in candidate
     ]
@@ -224,15 +229,21 @@ def _job(
     source: LazyTensor,
     candidate: LazyTensor,
     expected: LazyTensor | None,
+    folded: LazyTensor | None,
     weighted: bool,
     rmse: float | None,
 ) -> _Job:
     rule = _rule(source, candidate, expected is not None)
+    if folded is not None and rule != "bound":
+        return _Job(name, source, candidate, "folded", folded, None)
     bound = BOUNDS[candidate.stored] if rule == "bound" else None
     if bound is not None:
         bound = (bound.steered() if weighted else bound).rounded(_ROUNDING_UNIT.get(candidate.dtype, 0.0))
         bound = bound if rmse is None else replace(bound, relative_rmse=rmse)
-    return _Job(name, source, candidate, rule, source if expected is None else expected, bound)
+        # Folded scales are known within the rounding of what carries them: too little for the sharpest limit.
+        bound = bound if folded is None else replace(bound, nearest=math.inf)
+    wanted = next((each for each in (expected, folded) if each is not None), source)
+    return _Job(name, source, candidate, rule, wanted, bound)
 
 
 def _rule(source: LazyTensor, candidate: LazyTensor, expected: bool) -> str:
@@ -283,6 +294,11 @@ def _conclude(job: _Job, judge: BlockJudge) -> TensorComparison:
         message = _bits_message(job, total)
     elif bad_blocks:
         message = _block_message(job, judge, bad_blocks)
+    elif mean := judge.leans():
+        message = (
+            f"values are {'larger' if mean > 0 else 'smaller'} by {abs(mean):.4g} on average, RMS {rmse:.4g}: errors of rounding to"
+            f" {job.candidate.stored} cancel out"
+        )
     elif job.bound is not None and rmse > job.bound.relative_rmse * rms + job.bound.floor:
         message = (
             f"error is {rmse / rms if rms else math.inf:.3g} of the tensor's size (RMSE / RMS);"
