@@ -73,8 +73,18 @@ def _assert_merged(base: Path, adapter: Path, truth: dict[str, np.ndarray], scal
         {"r": 4, "lora_alpha": 4, "target_modules": ["gate_proj"], "fan_in_fan_out": True},
         {"r": 4, "lora_alpha": 4, "target_modules": r".*layers\.[02]\.mlp\.up_proj"},
         {"r": 4, "lora_alpha": 4, "target_modules": ["embed_tokens", "q_proj"]},
+        {"r": 4, "lora_alpha": 4, "target_modules": ["q_proj"], "modules_to_save": ["input_layernorm", "norm"]},
+        {
+            "r": 4,
+            "lora_alpha": 6,
+            "target_modules": ["q_proj", "v_proj", "down_proj"],
+            "use_dora": True,
+            "use_rslora": True,
+            "rank_pattern": {r"layers\.[12]\.mlp\.down_proj": 3, "v_proj": 5},
+            "alpha_pattern": {"layers.0.self_attn.q_proj": 1, "^model.layers.1.self_attn.v_proj": 9},
+        },
     ],
-    ids=["plain", "rslora", "patterns", "dora", "fan-in-fan-out", "regex", "embedding"],
+    ids=["plain", "rslora", "patterns", "dora", "fan-in-fan-out", "regex", "embedding", "modules-to-save", "all-together"],
 )
 def test_equals_peft(base: Path, tmp_path: Path, settings: dict) -> None:
     adapter, truth = _adapter(base, tmp_path / "adapter", **settings)
@@ -89,6 +99,39 @@ def test_a_classifiers_head_comes_with_the_adapter(base: Path, tmp_path: Path) -
     assert merged.config.architectures == ("Gemma2ForSequenceClassification",)
     back = registry.open_checkpoint(write_as("hf", merged, tmp_path / "out"))
     assert_same_tensors(merged, back)
+
+
+def test_a_token_classifiers_head_with_its_bias(base: Path, tmp_path: Path) -> None:
+    settings = {"r": 2, "lora_alpha": 2, "target_modules": ["v_proj"], "task_type": "TOKEN_CLS"}
+    adapter, truth = _adapter(base, tmp_path / "adapter", kind="TokenClassification", **settings)
+    _assert_merged(base, adapter, truth)
+    merged = lora.merge(registry.open_checkpoint(base), adapter)
+    assert merged.config.architectures == ("Gemma2ForTokenClassification",) and "score.bias" in merged.tensors
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"target_modules": ["embed_tokens"], "use_dora": True}, "embed_tokens: DoRA of an embedding"),
+        ({"target_modules": ["q_proj"], "trainable_token_indices": [1, 2]}, "uses trainable_token_indices"),
+    ],
+    ids=["dora-embedding", "tokens"],
+)
+def test_adapters_of_peft_that_cannot_be_merged(base: Path, tmp_path: Path, settings: dict, match: str) -> None:
+    adapter, _ = _adapter(base, tmp_path / "adapter", r=2, lora_alpha=2, **settings)
+    with refused(match):
+        lora.merge(registry.open_checkpoint(base), adapter)
+
+
+def test_an_adapter_in_a_bin_file(base: Path, tmp_path: Path) -> None:
+    """As peft saved them by default until 2023."""
+    import torch
+    from safetensors.torch import load_file
+
+    adapter, truth = _adapter(base, tmp_path / "adapter", r=2, lora_alpha=2, target_modules=ATTENTION)
+    torch.save(load_file(adapter / "adapter_model.safetensors"), adapter / "adapter_model.bin")
+    (adapter / "adapter_model.safetensors").unlink()
+    _assert_merged(base, adapter, truth)
 
 
 def _handmade(folder: Path, tensors: dict[str, np.ndarray], **settings: object) -> Path:

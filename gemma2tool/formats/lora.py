@@ -220,8 +220,10 @@ def _delta(module: str, found: Mapping[str, LazyTensor], settings: Mapping[str, 
     magnitude = found.get("magnitude_vector")
     if bool(settings.get("use_dora")) != (magnitude is not None):
         raise _refused("dora", path, f"{module}: use_dora is {bool(settings.get('use_dora'))}, which its weights contradict")
-    if magnitude is not None and (embedding or magnitude.shape != b.shape[:1]):
-        raise _refused("dora", path, f"{module}: DoRA here has a magnitude of shape {magnitude.shape}", hint="merge it with peft first")
+    if magnitude is not None and embedding:
+        raise _refused("dora", path, f"{module}: DoRA of an embedding", hint="merge it with peft first")
+    if magnitude is not None and magnitude.shape != b.shape[:1]:
+        raise _refused("dora", path, f"{module}: the magnitude has shape {magnitude.shape}, lora_B {b.shape}")
     scaling = alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
     return Delta(a, b, scaling * scale, magnitude, transposed=embedding)
 
