@@ -15,6 +15,9 @@ from gemma2tool.quantizers.calibration.grid import Codes, Grid
 from gemma2tool.quantizers.calibration.hessian import Hessian, factors
 from gemma2tool.quantizers.casts import cast
 
+LEAST_SPREAD = 0.02
+"""Standard deviation of the scales' logarithms below which nothing is worth folding."""
+
 ROUNDED_BYTES = 4 << 20
 """Rows rounded at once, as float32."""
 
@@ -81,7 +84,8 @@ class ByScale:
             heads = (config.num_key_value_heads, config.num_key_value_groups, config.head_dim)
             shared = hessian.mean_magnitude.view(heads).mean(1, keepdim=True).expand(heads).flatten()
             found = self._search(layer, hessian, shared, OUTPUT)
-            _scale(layer, VALUE, rows=1 / found.reshape(heads)[:, 0].reshape(-1))
+            if found is not None:
+                _scale(layer, VALUE, rows=1 / found.reshape(heads)[:, 0].reshape(-1))
         self._fed(layer, hessian, found, OUTPUT)
         self._round(layer, QUERY, KEY, VALUE, OUTPUT)
 
@@ -94,15 +98,17 @@ class ByScale:
         hessian.fill()
         if layer.wants(UP, DOWN):
             found = self._search(layer, hessian, hessian.mean_magnitude, DOWN)
-            _scale(layer, UP, rows=1 / found)
+            if found is not None:
+                _scale(layer, UP, rows=1 / found)
         self._fed(layer, hessian, found, DOWN)
         self._round(layer, UP, DOWN)
 
     def _norm_fed(self, layer: CalibratedLayer, norm: str, hessian: Hessian, *names: str) -> None:
-        found = None
+        found = wanted = None
         hessian.fill()
         if layer.wants(*names):
             wanted = self._search(layer, hessian, hessian.mean_magnitude, *names)
+        if wanted is not None:
             weight = to_float32(layer.tensors[f"{layer.prefix}{norm}.weight"].load())
             stored, found = folded_norm(weight, wanted, self.norms[f"{layer.prefix}{norm}.weight"])
             layer.set_norm(norm, stored)
@@ -116,12 +122,14 @@ class ByScale:
                     _scale(layer, name, columns=found)
                 self._blocks[name] = blocks(hessian, self._grid(layer, name).width, found)
 
-    def _search(self, layer: CalibratedLayer, hessian: Hessian, magnitude: Tensor, *names: str) -> np.ndarray:
+    def _search(self, layer: CalibratedLayer, hessian: Hessian, magnitude: Tensor, *names: str) -> np.ndarray | None:
+        """The best scales, None where they would be hardly any."""
         weights = []
         for name in names:
             picked = scales.sample(layer.projection(name).weight.rows)
             weights.append(np.concatenate([layer.rows(name, row, row + 1) for row in picked]))
-        return scales.search(weights, hessian, magnitude, self._grid(layer, names[0]), layer.run)
+        found = scales.search(weights, hessian, magnitude, self._grid(layer, names[0]), layer.run)
+        return found if np.log(found).std() >= LEAST_SPREAD else None
 
     def _round(self, layer: CalibratedLayer, *names: str) -> None:
         for name in names:

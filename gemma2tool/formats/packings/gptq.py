@@ -50,7 +50,7 @@ def quantization_config(settings: Settings, modules: Mapping[str, bool], dtype: 
     config: dict[str, object] = {
         "bits": _bits(settings.type),
         "checkpoint_format": checkpoint_format,
-        "desc_act": False,
+        "desc_act": settings.act_order,
         "format": checkpoint_format,
         "group_size": settings.groups(GROUP_SIZE),
         "lm_head": False,
