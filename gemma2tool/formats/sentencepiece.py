@@ -7,18 +7,16 @@ sentencepiece_model.proto.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from gemma2tool.errors import InputRefused
+from gemma2tool.storage.tokenizer_model import NORMALIZER, PIECES, TRAINER, damaged, fields, messages
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 """Types of pieces; GGUF's token types have the same numbers."""
 
 SPACE = "\u2581"
-MAX_PIECES = 1_000_000
-
-_VARINT, _FIXED64, _LENGTH, _FIXED32 = 0, 1, 2, 5
+_VARINT, _LENGTH, _FIXED32 = 0, 2, 5
 
 
 @dataclass(frozen=True)
@@ -45,36 +43,23 @@ def parse(data: bytes, where: str = "tokenizer.model") -> SentencePieceModel:
     trainer: dict[int, int | bytes] = {}
     normalizer: dict[int, int | bytes] = {}
     try:
-        # A piece begins with a newline, its text with another: that many of them can be seen at a glance.
-        if data.count(b"\n") > 4 * MAX_PIECES:
-            raise ValueError(f"more than {MAX_PIECES} pieces")
-        for number, value in _fields(data):
-            if number == 1 and isinstance(value, bytes):
-                if len(pieces) == MAX_PIECES:
-                    raise ValueError(f"more than {MAX_PIECES} pieces")
+        for number, value in messages(data):
+            if number == PIECES:
                 pieces.append(_piece(value))
-            elif number == 2 and isinstance(value, bytes):
-                trainer.update(_fields(value))
-            elif number == 3 and isinstance(value, bytes):
-                normalizer.update(_fields(value))
+            elif number == TRAINER:
+                trainer.update(fields(value))
+            elif number == NORMALIZER:
+                normalizer.update(fields(value))
     except (ValueError, struct.error) as error:
-        raise _damaged(where, str(error)) from error
+        raise damaged(where, str(error)) from error
     if not pieces:
-        raise _damaged(where, "no pieces in it")
+        raise damaged(where, "no pieces in it")
     return SentencePieceModel(tuple(pieces), trainer, normalizer)
-
-
-def _damaged(where: str, what: str) -> InputRefused:
-    return InputRefused(
-        "sentencepiece.damaged",
-        f"{where}: not a SentencePiece model: {what}",
-        hint="fetch the tokenizer again (a Git LFS pointer is a common cause)",
-    )
 
 
 def _piece(data: bytes) -> Piece:
     text, score, kind = "", 0.0, NORMAL
-    for number, value in _fields(data):
+    for number, value in fields(data):
         if number == 1 and isinstance(value, bytes):
             text = value.decode("utf-8")
         elif number == 2 and isinstance(value, bytes):
@@ -82,41 +67,6 @@ def _piece(data: bytes) -> Piece:
         elif number == 3 and isinstance(value, int):
             kind = value
     return Piece(text, score, kind)
-
-
-def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
-    """(field number, value) of a message: an int for varints, bytes for the other kinds."""
-    at, end = 0, len(data)
-    while at < end:
-        tag, at = _varint(data, at)
-        number, kind = tag >> 3, tag & 7
-        if kind == _VARINT:
-            value, at = _varint(data, at)
-            yield number, value
-            continue
-        if kind == _LENGTH:
-            size, at = _varint(data, at)
-        elif kind in (_FIXED32, _FIXED64):
-            size = 4 if kind == _FIXED32 else 8
-        else:
-            raise ValueError(f"wire type {kind} at byte {at}")
-        if size > end - at:
-            raise ValueError(f"a field of {size} bytes at byte {at} of {end}")
-        yield number, data[at : at + size]
-        at += size
-
-
-def _varint(data: bytes, at: int) -> tuple[int, int]:
-    result = shift = 0
-    while True:
-        if at >= len(data) or shift > 63:
-            raise ValueError(f"a number is cut at byte {at}")
-        byte = data[at]
-        at += 1
-        result |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            return result, at
-        shift += 7
 
 
 # -- writing ---------------------------------------------------------------------------------------------------------------

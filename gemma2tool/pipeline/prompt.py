@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from gemma2tool.errors import InputRefused, UsageError
 from gemma2tool.formats.assets import MAX_CONFIG_BYTES
 from gemma2tool.model.checkpoint import Checkpoint
-from gemma2tool.storage import strict_json
+from gemma2tool.storage import strict_json, tokenizer_model
 
 if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
@@ -32,10 +32,10 @@ class Tokenizer:
                 hint="put the model's tokenizer.model into its folder",
             )
         self.checkpoint = checkpoint
+        data = checkpoint.assets["tokenizer.model"]
+        tokenizer_model.check(data, f"{checkpoint.path.name}: tokenizer.model")
         try:
-            self.model: SentencePieceProcessor = sentencepiece.SentencePieceProcessor(
-                model_proto=checkpoint.assets["tokenizer.model"]
-            )
+            self.model: SentencePieceProcessor = sentencepiece.SentencePieceProcessor(model_proto=data)
         except (RuntimeError, OSError):
             raise InputRefused(
                 "tokenizer.damaged",

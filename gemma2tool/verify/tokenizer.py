@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from gemma2tool.errors import InputRefused
 from gemma2tool.model.checkpoint import Assets, Checkpoint
+from gemma2tool.storage import tokenizer_model
 from gemma2tool.verify.consumers import WEIGHTS_ALONE
 from gemma2tool.verify.result import SIDES, Finding, GateResult, Severity, Sides
 from gemma2tool.verify.tokenizer_files import GATE, chat_template, compare_files
@@ -157,12 +159,13 @@ def text_pieces(assets: Assets, ids: np.ndarray) -> tuple[tuple[str, ...], ...] 
 
 
 def load_model(data: bytes) -> SentencePieceProcessor | None:
-    """A tokenizer.model ready to run; None where sentencepiece cannot load it."""
+    """A tokenizer.model ready to run; None where sentencepiece cannot load it, or should not even see it."""
     from sentencepiece import SentencePieceProcessor
 
     try:
+        tokenizer_model.check(data)
         model = SentencePieceProcessor()
         model.LoadFromSerializedProto(data)
-    except RuntimeError:
+    except (InputRefused, RuntimeError):
         return None
     return model

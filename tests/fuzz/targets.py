@@ -541,12 +541,37 @@ class SentencePiece(Target):
 
     def prepare(self) -> None:
         from gemma2tool.formats import sentencepiece
+        from gemma2tool.storage import tokenizer_model
 
-        self.parse = sentencepiece.parse
+        self.parse, self.check = sentencepiece.parse, tokenizer_model.check
 
     def run(self, data: bytes) -> object:
         model = self.parse(data)
+        self.check(data)
         return min(len(model.pieces), 8), len(model.trainer), len(model.normalizer)
+
+
+class SentencePieceLibrary(SentencePiece):
+    """The library itself, on what passes the guard before it."""
+
+    name = "sentencepiece-library"
+
+    def prepare(self) -> None:
+        super().prepare()
+        from gemma2tool.verify.tokenizer import load_model
+
+        self.load = load_model
+        load_model(self.seeds()[0])
+
+    def seeds(self) -> list[bytes]:
+        return SentencePiece().seeds()
+
+    def run(self, data: bytes) -> object:
+        model = self.load(data)
+        if model is None:
+            return None
+        model.decode(model.encode("Hello, ab a  world!"))
+        return min(model.get_piece_size(), 8)
 
 
 class Tokenizer(JsonTarget):
@@ -679,7 +704,7 @@ class Journal(JsonTarget):
 
 
 KINDS: tuple[Callable[[], Target], ...] = (
-    Json, Safetensors, GGUF, Pickle, TorchZip, HDF5, OCDBT, Zarr, SbsDirectory, SbsConfig, HFConfig, HFIndex, KerasConfig, LoraConfig, Packing, SentencePiece, Tokenizer,
+    Json, Safetensors, GGUF, Pickle, TorchZip, HDF5, OCDBT, Zarr, SbsDirectory, SbsConfig, HFConfig, HFIndex, KerasConfig, LoraConfig, Packing, SentencePiece, SentencePieceLibrary, Tokenizer,
     GGUFModel, Imatrix, Receipt, Journal,
 )  # fmt: skip
 
