@@ -70,8 +70,8 @@ class Outcome:
         return all(set(ids) & set(self.ids) for ids in self.wanted) and set(self.ids) <= right
 
 
-def trial(faults: Sequence[Fault], source: Victim, name: str, form: str, folder: Path) -> Outcome:
-    """Plant ``faults`` in turn, write the victim as ``form`` says, read it back and verify it."""
+def planted(faults: Sequence[Fault], source: Victim) -> tuple[Victim, Victim] | None:
+    """The source as the faults need it, and the victim; None where one of them changes nothing, and so is no mistake."""
     base = source.copy()
     for each in faults:
         if each.prepare:
@@ -80,7 +80,16 @@ def trial(faults: Sequence[Fault], source: Victim, name: str, form: str, folder:
     for each in faults:
         before = victim.copy()
         each.plant(victim)
-        assert changed(before, victim), f"{each.name} is no mistake in {name}"
+        if not changed(before, victim):
+            return None
+    return base, victim
+
+
+def trial(faults: Sequence[Fault], source: Victim, name: str, form: str, folder: Path) -> Outcome:
+    """Plant ``faults`` in turn, write the victim as ``form`` says, read it back and verify it."""
+    both = planted(faults, source)
+    assert both is not None, f"{' + '.join(each.name for each in faults)} is no mistake in {name}"
+    base, victim = both
     wanted = tuple(each.ids for each in faults)
     names = tuple(each.name for each in faults)
     truth = base.checkpoint()
@@ -116,8 +125,11 @@ def pairs(source: Victim, count: int, seed: int) -> list[tuple[Fault, Fault]]:
     """Two faults at a time that can be planted in the same checkpoint, whichever comes first."""
     able = [each for each in FAULTS if each.needs(source)]
     chosen = [(one, other) for one, other in combinations(able, 2) if one.ids != other.ids and not _clash(one, other)]
-    order = np.random.default_rng(seed).permutation(len(chosen))[:count]
-    return [chosen[index] for index in order]
+    found: list[tuple[Fault, Fault]] = []
+    for index in np.random.default_rng(seed).permutation(len(chosen)):
+        if len(found) < count and planted(chosen[index], source) is not None:
+            found.append(chosen[index])
+    return found
 
 
 def _clash(one: Fault, other: Fault) -> bool:

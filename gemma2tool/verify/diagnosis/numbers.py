@@ -27,8 +27,12 @@ def _truncated(rows: np.ndarray) -> np.ndarray:
     return (np.ascontiguousarray(rows).view(np.uint32) & np.uint32(0xFFFF0000)).view(np.float32)
 
 
+def _clipped(rows: np.ndarray) -> np.ndarray:
+    return np.clip(rows, -_LARGEST, _LARGEST)
+
+
 def _saturated(rows: np.ndarray) -> np.ndarray:
-    return to_float32(np.clip(rows, -_LARGEST, _LARGEST).astype(np.float16))
+    return to_float32(_clipped(rows).astype(np.float16))
 
 
 def _flushed(rows: np.ndarray) -> np.ndarray:
@@ -77,6 +81,13 @@ SIGNATURES = (
         (),
         "{what} {have} values cut off at 65504: they went through float16",
         values(_saturated),
+        exact=True,
+    ),
+    Signature(
+        "numbers.fp16-overflow",
+        (),
+        "{what} {have} values cut off at 65504, where float16 ends",
+        values(_clipped),
         exact=True,
     ),
     Signature(

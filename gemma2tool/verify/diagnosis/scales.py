@@ -127,11 +127,11 @@ def _factors(here: Portion, size: int) -> Pattern | None:
     factor = (source * candidate).sum(1, keepdims=True) / np.maximum(square, 1e-300)
     if not here.explains((factor * source).reshape(here.source.shape)):
         return None
-    if np.mean(np.abs(factor - 1) < max(here.limit, 0.02)) > _LOCAL:
+    error = here.off((factor * source).reshape(here.source.shape))
+    largest, factor = np.abs(source).max(1), factor[:, 0]
+    if np.mean(np.abs(factor - 1) < max(4 * error / math.sqrt(size), 0.01)) > _LOCAL:
         return None
-    largest = np.abs(source).max(1)
-    scale, factor = np.abs(factor[:, 0]) * largest, factor[:, 0]
-    error = here.off((factor[:, None] * source).reshape(here.source.shape))
+    scale = np.abs(factor) * largest
     evidence = {"group": size, "factor_least": float(factor.min()), "factor_most": float(factor.max()), "error": error}
     each = "row" if size == here.source.shape[1] else f"group of {size}"
     if _spread(scale) < _STEADY and _spread(scale) < 0.5 * _spread(largest):

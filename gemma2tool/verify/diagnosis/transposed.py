@@ -24,12 +24,12 @@ def written_as_transposed(weights: Weights, name: str) -> LazyTensor:
 
 
 SIGNATURES = tuple(
-    Signature(f"{family}-transposed", kinds, sentence, transform, costly=True)
-    for family, kinds in (
-        ("attention.qkv", QKV),
-        ("attention.o", ("o_proj",)),
-        ("mlp.gating", ("gate_proj", "up_proj")),
-        ("mlp.down", ("down_proj",)),
+    Signature(id, kinds, sentence, transform, costly=True)
+    for id, kinds in (
+        ("attention.qkv-transposed", QKV),
+        ("attention.o-transposed", ("o_proj",)),
+        ("mlp.gating-transposed", ("gate_proj", "up_proj")),
+        ("mlp.down-transposed", ("down_proj",)),
     )
     for sentence, transform in (
         ("{what} {are} transposed: stored (in, out), not (out, in)", transposed),
