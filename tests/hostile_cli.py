@@ -388,7 +388,7 @@ def _framed(magic: str, body: bytes, compression: int = 0) -> bytes:
     return raw + struct.pack("<I", crc32c(raw))
 
 
-def _database(path: bytes = b"d/x", *, nbytes: int | None = None, offset: int = 0, node: bytes | None = None, height: int = 0, files: int = 1):
+def database(path: bytes = b"d/x", *, nbytes: int | None = None, offset: int = 0, node: bytes | None = None, height: int = 0, files: int = 1):
     """A folder whose only tree node, or what is said of it, lies."""
     table = _varint(files) + _varint(len(path)) + _varint(0) + path
     leaf = _framed("0cdb20de", b"\0" + table + _varint(0)) if node is None else node
@@ -409,7 +409,7 @@ def _itself() -> Callable[[Path], None]:
     """A node that has itself for a child: as deep as it says, and then no longer itself."""
     table = _varint(1) + _varint(3) + _varint(0) + b"d/x"
     body = b"\3" + table + _varint(1) + _varint(1) + _varint(1) + b"a" + _varint(0) + _varint(0) + _varint(50) + bytes(3)
-    return _database(node=_framed("0cdb20de", body), height=3)
+    return database(node=_framed("0cdb20de", body), height=3)
 
 
 def _bomb() -> bytes:
@@ -434,19 +434,19 @@ ORBAX = [
     _orbax("a missing chunk", "orbax.missing-chunk", lambda f: next(p for p in f.rglob("*") if p.is_file() and p.name[0].isdigit()).unlink()),
     _orbax("a manifest of nothing", "ocdbt.magic", lambda folder: (folder / "manifest.ocdbt").write_bytes(b"")),
     _orbax("a manifest of 2 MB", "file.too-large", lambda folder: (folder / "manifest.ocdbt").write_bytes(bytes(2 << 20))),
-    _orbax("a data file one folder up", "ocdbt.path", _database(b"../../secret")),
-    _orbax("an absolute data file", "ocdbt.path", _database(b"/etc/passwd")),
-    _orbax("a data file with a NUL", "ocdbt.path", _database(b"d/x\0")),
-    _orbax("a data file that is not there", "file.missing", _database(b"d/y")),
-    _orbax("2^40 data files", "ocdbt.truncated", _database(files=1 << 40)),
-    _orbax("a node beyond the end", "ocdbt.extent", _database(offset=1 << 62)),
-    _orbax("a node of 2^63 bytes", "ocdbt.extent", _database(nbytes=1 << 63)),
-    _orbax("a tree 200 nodes high", "ocdbt.tree", _database(height=200)),
-    _orbax("a node with another checksum", "ocdbt.checksum", _database(node=_framed("0cdb20de", b"\0\0\0")[:-1] + b"x")),
-    _orbax("a node that is a manifest", "ocdbt.magic", _database(node=_framed("0cdb3a2a", b"\0\0\0"))),
-    _orbax("a node of 2^60 keys", "ocdbt.truncated", _database(node=_framed("0cdb20de", b"\0\0" + _varint(1 << 60)))),
-    _orbax("a node that decompresses to a gigabyte", "ocdbt.compression", _database(node=_framed("0cdb20de", _bomb(), compression=1))),
-    _orbax("a node that is no zstandard frame", "ocdbt.compression", _database(node=_framed("0cdb20de", b"evil", compression=1))),
+    _orbax("a data file one folder up", "ocdbt.path", database(b"../../secret")),
+    _orbax("an absolute data file", "ocdbt.path", database(b"/etc/passwd")),
+    _orbax("a data file with a NUL", "ocdbt.path", database(b"d/x\0")),
+    _orbax("a data file that is not there", "file.missing", database(b"d/y")),
+    _orbax("2^40 data files", "ocdbt.truncated", database(files=1 << 40)),
+    _orbax("a node beyond the end", "ocdbt.extent", database(offset=1 << 62)),
+    _orbax("a node of 2^63 bytes", "ocdbt.extent", database(nbytes=1 << 63)),
+    _orbax("a tree 200 nodes high", "ocdbt.tree", database(height=200)),
+    _orbax("a node with another checksum", "ocdbt.checksum", database(node=_framed("0cdb20de", b"\0\0\0")[:-1] + b"x")),
+    _orbax("a node that is a manifest", "ocdbt.magic", database(node=_framed("0cdb3a2a", b"\0\0\0"))),
+    _orbax("a node of 2^60 keys", "ocdbt.truncated", database(node=_framed("0cdb20de", b"\0\0" + _varint(1 << 60)))),
+    _orbax("a node that decompresses to a gigabyte", "ocdbt.compression", database(node=_framed("0cdb20de", _bomb(), compression=1))),
+    _orbax("a node that is no zstandard frame", "ocdbt.compression", database(node=_framed("0cdb20de", b"evil", compression=1))),
     _orbax("a node in itself", "ocdbt.tree", _itself()),
 ]
 
