@@ -193,6 +193,24 @@ def test_one_changed_tensor_is_named(place: Path) -> None:
     assert "files         f32.gguf: its bytes are not those that were written" in result.stdout
 
 
+def test_tensors_in_each_others_place_are_named_so(made: Path) -> None:
+    """Digests say whose values they are."""
+    first, second = (f"model.layers.{layer}.self_attn.o_proj.weight" for layer in (0, 2))
+    with registry.open_checkpoint(made / "hf") as candidate:
+        tensors = candidate.tensors
+        tensors[first], tensors[second] = tensors[second], tensors[first]
+        result = check(candidate, read(receipt_path(made / "hf")), levels=("tensors",))
+    assert [finding.subject for finding in result.failures] == [first, second]
+    assert f"they are those of {second}" in result.failures[0].message
+
+
+def test_every_report_takes_it(place: Path) -> None:
+    reports = ("--junit", place / "r.xml", "--html", place / "r.html", "--summary", place / "r.md", "--card")
+    assert run("verify", place / "hf", "--quiet", *reports).exit_code == 0
+    assert "digests of the receipt" in (place / "r.md").read_text() and (place / "r.html").stat().st_size > 1000
+    assert run("convert", place / "src", place / "new", "--quiet", "--html", place / "new.receipt.json").exit_code == 2
+
+
 def test_a_strangers_file_in_the_folder_is_noted(place: Path) -> None:
     (place / "hf" / "modeling.py").write_text("import this\n")
     result = run("verify", place / "hf", "--json", "--quiet")

@@ -112,7 +112,7 @@ def produce(
             )
             plan = make_plan(read, path, to=format_name, options=options, threads=threads)
             plans.append(replace(plan, source=source))
-        reports.check((*source.files, *(path for plan in plans for path in (plan.destination, *_inside(plan)))))
+        reports.check((*source.files, *(path for plan in plans for path in _written(plan))))
         _remarks(plans, console)
         if shared.dry_run:
             _show_plans(plans, console, shared.json_output)
@@ -178,11 +178,12 @@ def _folder_of_several(destinations: Sequence[Path]) -> Iterator[None]:
                 folder.rmdir()
 
 
-def _inside(plan: Plan) -> list[Path]:
-    """The files that a folder will have."""
-    if plan.output.single_file:
-        return []
-    return [plan.destination / name for name in (*(file.name for file in plan.output.files), *plan.output.assets)]
+def _written(plan: Plan) -> list[Path]:
+    """The output, the files that a folder will have, and the receipt."""
+    from gemma2tool.verify.receipt import receipt_path
+
+    inside = () if plan.output.single_file else (*(file.name for file in plan.output.files), *plan.output.assets)
+    return [plan.destination, receipt_path(plan.destination), *(plan.destination / name for name in inside)]
 
 
 def _destinations(dst: Path, to: str | None, types: str | None) -> list[tuple[Path, str, str | None]]:

@@ -114,13 +114,17 @@ def _tensors(candidate: Checkpoint, receipt: Receipt, threads: int, advance: Adv
     gate = "tensors"
     each = hash_tensors(candidate.tensors, threads=threads, advance=advance)
     read_through(candidate.buffers.values())
-    findings = [
-        Finding(gate, "error", name, f"its values are not {_AGAIN} (digest {digest[:16]}... then, {each[name][:16]}... now)")
-        for name, digest in receipt.digests.items()
-        if name in each and each[name] != digest
-    ]
+    owners: dict[str, str] = {}
+    for name, digest in receipt.digests.items():
+        owners.setdefault(digest, name)
+    findings = []
+    for name, digest in receipt.digests.items():
+        if name in each and each[name] != digest:
+            now = f"they are those of {owners[each[name]]}" if each[name] in owners else f"digest {each[name][:16]}... now"
+            said = f"its values are not {_AGAIN} (digest {digest[:16]}... then, {now})"
+            findings.append(Finding(gate, "error", name, said))
     hashes = Hashes.of(each, candidate.config, candidate.assets).to_json()
-    metrics: dict[str, Any] = {"tensors": len(each), "hashes": hashes}
+    metrics: dict[str, Any] = {"count": len(each), "hashes": hashes}
     return _result(gate, f"the values of {len(each)} tensors have the digests of the receipt ({ALGORITHM})", metrics, findings)
 
 
