@@ -80,6 +80,60 @@ constexpr size_t STEP = 32;  // values dequantized at once; divides every block 
 constexpr __mmask16 ALL = 0xffff;  // GCC 12 warns of its own header's unmasked forms
 #endif
 
+// The 16 values that a block of one absmax can hold, ready to be looked up, and STEP of them by the codes in STEP / 2 bytes, of which
+// the first is in the high half.
+#if defined(__AVX512F__)
+struct FloatTable {
+    __m512 values;
+};
+INLINE FloatTable table_of(const float* numbers, float absmax, float*) {
+    return {_mm512_maskz_mul_ps(ALL, _mm512_loadu_ps(numbers), _mm512_set1_ps(absmax))};
+}
+// Looks up even and odd values apart, then interleaves them. Only the low four bits of an index count.
+INLINE void look_up(const FloatTable& table, const uint8_t* packed, float* out) {
+    const __m512i first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    const __m512i second = _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+    const __m512i byte = _mm512_maskz_cvtepu8_epi32(ALL, _mm_loadu_si128((const __m128i*)packed));
+    const __m512 even = _mm512_maskz_permutexvar_ps(ALL, _mm512_maskz_srli_epi32(ALL, byte, 4), table.values);
+    const __m512 odd = _mm512_maskz_permutexvar_ps(ALL, byte, table.values);
+    _mm512_storeu_ps(out, _mm512_permutex2var_ps(even, first, odd));
+    _mm512_storeu_ps(out + 16, _mm512_permutex2var_ps(even, second, odd));
+}
+
+struct HalfTable {
+    __m512i values;  // twice
+};
+INLINE HalfTable table_of(const float* numbers, float absmax, uint16_t*) {
+    const I u = (I)table_of(numbers, absmax, (float*)nullptr).values;
+    const U rounded = ((U)u + 0x7fff + ((U)u >> 16 & 1)) >> 16, quiet = (U)u >> 16 | 64;
+    const I nan = (u & 0x7fffffff) > 0x7f800000;
+    const __m256i half = _mm512_maskz_cvtepi32_epi16(ALL, (__m512i)(((I)rounded & ~nan) | ((I)quiet & nan)));
+    return {_mm512_inserti64x4(_mm512_castsi256_si512(half), half, 1)};
+}
+INLINE void look_up(const HalfTable& table, const uint8_t* packed, uint16_t* out) {
+    const __m512i byte = _mm512_maskz_cvtepu8_epi32(ALL, _mm_loadu_si128((const __m128i*)packed));
+    const U code = (U)byte >> 4 | (U)byte << 16;  // a pair; bit 4 of the second one's index is idle
+    _mm512_storeu_si512(out, _mm512_permutexvar_epi16((__m512i)code, table.values));
+}
+#else
+template <class Out>
+struct Table {
+    Out values[16];
+};
+INLINE Table<float> table_of(const float* numbers, float absmax, float*) {
+    Table<float> table;
+    for (int i = 0; i < 16; ++i) table.values[i] = numbers[i] * absmax;
+    return table;
+}
+INLINE Table<uint16_t> table_of(const float* numbers, float absmax, uint16_t*) {
+    Table<uint16_t> table;
+    for (int i = 0; i < 16; ++i) {
+        const uint32_t u = bits_of(numbers[i] * absmax);
+        const uint32_t rounded = (u + 0x7fff + (u >> 16 & 1)) >> 16, quiet = u >> 16 | 64;
+        table.values[i] = (uint16_t)((u & 0x7fffffff) > 0x7f800000 ? quiet : rounded);
+    }
+    return table;
+}
 // The two codes of each byte, the first in its high half.
 INLINE void split(const uint8_t* packed, uint8_t* codes) {
     uint16_t pairs[STEP / 2];
@@ -87,13 +141,12 @@ INLINE void split(const uint8_t* packed, uint8_t* codes) {
     __builtin_memcpy(codes, pairs, STEP);
 }
 
-// out[i] = table[codes[i]]
-INLINE void look_up(const float* table, const uint8_t* codes, float* out) {
+INLINE void look_up(const Table<float>& numbers, const uint8_t* packed, float* out) {
+    const float* table = numbers.values;
+    uint8_t codes[STEP];
+    split(packed, codes);
     for (size_t i = 0; i < STEP; i += LANES) {
-#if defined(__AVX512F__)
-        const __m512i code = _mm512_maskz_cvtepu8_epi32(ALL, _mm_loadu_si128((const __m128i*)(codes + i)));
-        _mm512_storeu_ps(out + i, _mm512_maskz_permutexvar_ps(ALL, code, _mm512_loadu_ps(table)));
-#elif defined(__AVX2__)
+#if defined(__AVX2__)
         const __m256i code = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)(codes + i)));
         const __m256 low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table), code);
         const __m256 high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table + 8), code);
@@ -103,12 +156,11 @@ INLINE void look_up(const float* table, const uint8_t* codes, float* out) {
 #endif
     }
 }
-INLINE void look_up(const uint16_t* table, const uint8_t* codes, uint16_t* out) {
-#if defined(__AVX512F__)
-    const __m512i code = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)codes));
-    const __m512i entries = _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i*)table));
-    _mm512_storeu_si512(out, _mm512_permutexvar_epi16(code, entries));
-#elif defined(__AVX2__)
+INLINE void look_up(const Table<uint16_t>& numbers, const uint8_t* packed, uint16_t* out) {
+    const uint16_t* table = numbers.values;
+    uint8_t codes[STEP];
+    split(packed, codes);
+#if defined(__AVX2__)
     // Low and high bytes of the entries are looked up apart, then interleaved.
     const __m256i both = _mm256_loadu_si256((const __m256i*)table);
     const __m256i bytes = _mm256_packus_epi16(_mm256_and_si256(both, _mm256_set1_epi16(0xff)), _mm256_srli_epi16(both, 8));
@@ -122,36 +174,21 @@ INLINE void look_up(const uint16_t* table, const uint8_t* codes, uint16_t* out) 
     for (size_t i = 0; i < STEP; ++i) out[i] = table[codes[i]];
 #endif
 }
-
-// The 16 values that a block of this absmax can hold.
-INLINE void values_of(const float* numbers, float absmax, float* values) {
-    for (int i = 0; i < 16; ++i) values[i] = numbers[i] * absmax;
-}
-INLINE void values_of(const float* numbers, float absmax, uint16_t* values) {
-    for (int i = 0; i < 16; ++i) {
-        const uint32_t u = bits_of(numbers[i] * absmax);
-        const uint32_t rounded = (u + 0x7fff + (u >> 16 & 1)) >> 16, quiet = u >> 16 | 64;
-        values[i] = (uint16_t)((u & 0x7fffffff) > 0x7f800000 ? quiet : rounded);
-    }
-}
+#endif
 
 template <class Out>
 INLINE void dequantize_4bit_of(const float* numbers, const uint8_t* packed, const float* absmax, size_t blocksize, size_t n,
                                Out* out) {
-    Out values[16], rest[STEP];
-    uint8_t last[STEP / 2] = {}, codes[STEP];
+    Out rest[STEP];
+    uint8_t last[STEP / 2] = {};
     for (size_t block = 0; block < n; block += blocksize) {
-        values_of(numbers, *absmax++, values);
+        const auto table = table_of(numbers, *absmax++, out);
         const size_t end = n - block < blocksize ? n : block + blocksize;
         size_t start = block;
-        for (; start + STEP <= end; start += STEP) {
-            split(packed + start / 2, codes);
-            look_up(values, codes, out + start);
-        }
+        for (; start + STEP <= end; start += STEP) look_up(table, packed + start / 2, out + start);
         if (start < end) {
             __builtin_memcpy(last, packed + start / 2, (end - start + 1) / 2);
-            split(last, codes);
-            look_up(values, codes, rest);
+            look_up(table, last, rest);
             __builtin_memcpy(out + start, rest, (end - start) * sizeof(Out));
         }
     }
