@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+from contextlib import ExitStack
 from pathlib import Path
 
 import ml_dtypes
@@ -23,6 +24,7 @@ from gemma2tool.formats.base import WriteOptions
 from gemma2tool.pipeline import receipts
 from gemma2tool.pipeline.plan import make_plan
 from gemma2tool.pipeline.save import save
+from gemma2tool.storage import syscalls
 from gemma2tool.storage.staging import Staging
 from gemma2tool.verify import receipt_files
 from gemma2tool.verify.hashing import hash_checkpoint
@@ -395,6 +397,53 @@ def test_a_commit_that_fails_leaves_both_or_neither(place: Path, monkeypatch: py
     assert output.read_bytes() == before[0]
     assert receipt_path(output).read_bytes() == before[1]
     assert not [path for path in place.iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.parametrize("new", [True, False])
+@pytest.mark.parametrize("old", [True, False])
+def test_killed_anywhere_a_receipt_describes_what_it_lies_beside(tmp_path: Path, old: bool, new: bool) -> None:
+    """The process ends before its n-th rename, exchange or removal, for every n; what it leaves is then put right by the next."""
+
+    def receipt_of(data: bytes) -> bytes:
+        return b'{"schema": "gemma2tool.receipt", "sha256": "%s"}' % hashlib.sha256(data).hexdigest().encode()
+
+    def replace_with(output: Path, data: bytes, receipt: bool) -> None:
+        with ExitStack() as stack:
+            staging = stack.enter_context(Staging(output, force=True))
+            staging.write_bytes(output.name, data)
+            beside = stack.enter_context(receipts.stage(output, receipt_of(data))) if receipt else None
+            receipts.commit([(staging, beside)])
+
+    def killed_before(nth: int, output: Path) -> bool:
+        child = os.fork()
+        if child == 0:
+            count = iter(range(1, 1000))
+
+            def counted(function):
+                return lambda *args, **kwargs: os._exit(9) if next(count) == nth else function(*args, **kwargs)
+
+            for module, name in ((os, "rename"), (os, "replace"), (os, "unlink"), (syscalls, "exchange")):
+                setattr(module, name, counted(getattr(module, name)))
+            replace_with(output, b"new", new)
+            os._exit(0)
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+
+    states = set()
+    for nth in range(1, 100):
+        output = tmp_path / f"{nth}.gguf"
+        replace_with(output, b"old", old)
+        killed = killed_before(nth, output)
+        place = receipt_path(output)
+        data, receipt = output.read_bytes(), place.read_bytes() if place.exists() else None
+        assert receipt in (None, receipt_of(data)), nth
+        states.add((data, receipt is not None))
+        replace_with(output, b"third", True)
+        assert place.read_bytes() == receipt_of(b"third")
+        assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+        if not killed:
+            break
+    assert (data, receipt is not None) == (b"new", new) and nth >= 4
+    assert {(b"old", old), (b"new", new)} <= states
 
 
 def test_what_is_no_receipt_is_not_replaced(place: Path) -> None:

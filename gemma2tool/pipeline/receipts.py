@@ -104,21 +104,20 @@ def commit(outputs: Sequence[tuple[Staging, Staging | None]]) -> None:
 def _withdrawn(destination: Path) -> Iterator[None]:
     """Takes away the receipt of what lies at ``destination`` now; puts it back if that stays, because the block fails."""
     place = receipt_path(destination)
-    if not receipt.looks_like_one(place):
-        yield
-        return
     aside, before = place.with_name(f".{place.name}{_ASIDE}"), _identity(destination)
-    with told(place, "removing the old receipt"):
-        retrying(os.replace, place, aside)
-        _sync(place.parent)
+    there = receipt.looks_like_one(place)
+    if there:
+        with told(place, "removing the old receipt"):
+            retrying(os.replace, place, aside)
+            _sync(place.parent)
     try:
         yield
     except BaseException:
-        if before is not None and _identity(destination) == before:
+        if there and before is not None and _identity(destination) == before:
             os.replace(aside, place)
         raise
     finally:
-        with suppress(OSError):
+        with suppress(OSError):  # also what a killed run left
             os.unlink(aside)
 
 
