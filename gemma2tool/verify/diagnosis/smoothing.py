@@ -50,7 +50,7 @@ def causes_of_smoothing(case: Case, factors: dict[str, np.ndarray], unexplained:
     spans: dict[_Fold, list[float]] = defaultdict(list)
     fed: dict[tuple[int | None, str | None], list[str]] = defaultdict(list)
     for name in factors:
-        fed[place(name).layer, FEEDS.get(place(name).kind)].append(name)
+        fed[place(name).layer, FEEDS.get(place(name).kind, place(name).kind)].append(name)
     for (layer, _), names in fed.items():
         scale = np.mean([factors[name] for name in names], axis=0)
         norm, into = _folded(case, changed, layer, scale)
