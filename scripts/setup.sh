@@ -8,7 +8,7 @@ python="${PYTHON:-python3}"
 [ -x .venv/bin/python ] || "$python" -m venv .venv
 extras="${1:+[$1]}"
 .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".${extras}"
-# keras-hub asks for tensorflow; the tests run it on torch, which is there.
+# keras-hub and Google DeepMind's gemma ask for tensorflow, which the tests need of neither: one runs on torch, of the other its model alone.
 case ",${1:-}," in
-  *,test,*) .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps keras-hub ;;
+  *,test,*) .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps keras-hub gemma ;;
 esac

@@ -132,6 +132,49 @@ def test_orbax_restores_it(tmp_path: Path) -> None:
     assert len(jax.tree.leaves(restored)) == 2 + 9 * 3
 
 
+@pytest.mark.parametrize(("like_2b", "scalar"), [(True, 32), (False, 16)], ids=["as in 2B", "as in 27B"])
+def test_google_deepmind_gemma_loads_it_and_computes_the_same(tmp_path: Path, like_2b: bool, scalar: int, monkeypatch) -> None:
+    """Both orders of gating_einsum, both query scales, past the sliding window."""
+    pytest.importorskip("gemma.transformer", reason="Google DeepMind's gemma 2.0 is not installed")
+    import jax
+    import jax.numpy as jnp
+    from gemma import modules, params
+    from gemma.transformer import QueryPreAttentionNormalisation, Transformer, TransformerConfig
+
+    from gemma2tool.reference.streaming import logits
+
+    monkeypatch.setattr("gemma2tool.formats.flax._shaped_like", lambda *_: like_2b)
+    source = random_checkpoint(np.dtype(np.float32), replace(SMALL, query_pre_attn_scalar=scalar))
+    folder = (write_as("flax", source, tmp_path / "out") / "ckpt").absolute()
+    loaded = params.load_and_format_params(str(folder))
+    kinds, scales = modules.AttentionType, QueryPreAttentionNormalisation
+    config = TransformerConfig(
+        num_layers=3,
+        num_embed=256,
+        embed_dim=SMALL.hidden_size,
+        hidden_dim=SMALL.intermediate_size,
+        num_heads=SMALL.num_attention_heads,
+        head_dim=SMALL.head_dim,
+        num_kv_heads=SMALL.num_key_value_heads,
+        final_logit_softcap=SMALL.final_logit_softcapping,
+        attn_logits_soft_cap=SMALL.attn_logit_softcapping,
+        use_post_attn_norm=True,
+        use_post_ffw_norm=True,
+        attention_types=(kinds.LOCAL_SLIDING, kinds.GLOBAL, kinds.LOCAL_SLIDING),
+        sliding_window_size=SMALL.sliding_window,
+        transpose_gating_einsum=not like_2b,
+        query_pre_attn_norm=scales.BY_ONE_OVER_SQRT_HEAD_DIM if scalar == 32 else scales.BY_ONE_OVER_SQRT_EMBED_DIM_DIV_NUM_HEADS,
+    )
+    ids = np.random.default_rng(0).integers(3, SMALL.vocab_size, (2, 24))
+    positions = jnp.broadcast_to(jnp.arange(24), ids.shape)
+    mask = jnp.broadcast_to(jnp.tril(jnp.ones((24, 24), bool)), (2, 24, 24))
+    with jax.default_matmul_precision("highest"):
+        theirs, _ = Transformer(config).apply({"params": loaded["transformer"]}, jnp.asarray(ids), positions, None, mask)
+    ours = logits(registry.open_checkpoint(folder.parent), ids)
+    theirs = np.asarray(theirs)[..., : SMALL.vocab_size]
+    assert (np.abs(ours - theirs) <= 5e-5 + 1e-5 * np.abs(ours)).all(), np.abs(ours - theirs).max()
+
+
 # -- other forms of the tree -------------------------------------------------------------------------------------------
 
 
