@@ -59,7 +59,7 @@ def digest(array: np.ndarray) -> str:
     return hash_tensors({"t": ArrayTensor(array)})["t"]
 
 
-@pytest.mark.parametrize("shape", [(), (1,), (7,), (3, 5), (300, 700), (2, 140_000), (5, 3, 2)])
+@pytest.mark.parametrize("shape", [(), (1,), (7,), (3, 5), (300, 500), (2, 135_000), (5, 3, 2)])
 def test_the_definition_computed_another_way(shape: tuple[int, ...]) -> None:
     values = np.random.default_rng(3).standard_normal(shape)
     single, half = values.astype(np.float32), values.astype(BF16)
@@ -185,8 +185,9 @@ def fixture_hashes(fixture_dir: Path) -> Hashes:
         return hash_checkpoint(fixture, threads=2)
 
 
-@pytest.mark.parametrize("name", EXACT)
-@pytest.mark.parametrize("dtype", [None, "f32"])
+@pytest.mark.parametrize(
+    ("name", "dtype"), [*((name, None) for name in EXACT), *((name, "f32") for name in ("hf", "gguf", "gemma-pytorch"))]
+)
 def test_every_format_and_stored_type_has_the_fixtures_digest(
     tmp_path: Path, fixture_dir: Path, fixture_hashes: Hashes, name: str, dtype: str | None
 ) -> None:
