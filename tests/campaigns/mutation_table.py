@@ -1,6 +1,6 @@
 """The mutation test at full length: every fault in every source and form, pairs of faults, and honest files of every type.
 
-    python tests/campaigns/mutation_table.py [--pairs 300] [--honest] [--only NAME]
+    python tests/campaigns/mutation_table.py [--pairs 300] [--no-honest] [--only NAME] [--sources ...] [--forms ...]
 
 Prints a table with a line per fault and the totals; exit code 1 where something was not detected, fewer than 95 % of single faults
 are named right, or an honest file was refused.
@@ -20,6 +20,13 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 from mutation_trials import Outcome, pairs, singles, sources, trial
 
+from gemma2tool.errors import ToolError
+from gemma2tool.formats import packings, registry
+from gemma2tool.formats.base import WriteOptions
+from gemma2tool.pipeline.save import save
+from gemma2tool.quantizers.mixtures import FILE_TYPES
+from gemma2tool.verify.run import verify
+
 SOURCES = ("fixture", "fixture-f16", "small-bf16", "small-f32", "small-f16", "deep")
 FORMS = ("memory", "hf", "gguf")
 
@@ -30,6 +37,7 @@ def main() -> int:
     parser.add_argument("--sources", nargs="*", default=SOURCES)
     parser.add_argument("--forms", nargs="*", default=FORMS)
     parser.add_argument("--only", default="")
+    parser.add_argument("--no-honest", action="store_true")
     asked = parser.parse_args()
     start = time.time()
     made = sources(asked.sources, ROOT / "fixtures" / "tiny-gemma2")
@@ -38,18 +46,48 @@ def main() -> int:
         for index, (faults, name, form) in enumerate(singles(made, asked.forms)):
             if asked.only in faults[0].name:
                 single.append(trial(faults, made[name], name, form, fresh(folder, f"s{index}")))
+        table(single)
+        right = share(single)
+        print(f"single faults: {len(single)}, detected {detected(single)}, named right {right:.1%}", flush=True)
         for name, source in made.items():
             for index, both in enumerate(pairs(source, asked.pairs // len(made), seed=7)):
                 double.append(trial(both, source, name, "memory", fresh(folder, f"{name}{index}")))
-    table(single)
-    for outcome in double:
-        if not (outcome.detected and outcome.named):
-            print(f"  pair {' + '.join(outcome.faults)} in {outcome.source}: {', '.join(outcome.ids) or 'no cause'}")
-    right, both = share(single), share(double)
-    print(f"single faults: {len(single)}, detected {detected(single)}, named right {right:.1%}")
-    print(f"pairs: {len(double)}, detected {detected(double)}, both named right {both:.1%}")
+        for outcome in double:
+            if not (outcome.detected and outcome.named):
+                print(f"  {' + '.join(outcome.faults)} in {outcome.source}: {', '.join(outcome.ids) or 'no cause'}")
+        print(f"pairs: {len(double)}, detected {detected(double)}, both named right {share(double):.1%}", flush=True)
+        alarms = 0 if asked.no_honest else honest(Path(folder))
     print(f"{time.time() - start:.0f} s")
-    return int(detected(single) < len(single) or detected(double) < len(double) or right < 0.95)
+    return int(detected(single) < len(single) or detected(double) < len(double) or right < 0.95 or alarms > 0)
+
+
+def honest(folder: Path) -> int:
+    """False alarms on the fixture in bfloat16 and float16, in every format and type that needs no calibration; all gates."""
+    plain = [(listing.name, {"dtype": dtype}) for listing in registry.LISTINGS for dtype in listing.floats]
+    ggml = [("gguf", {"type": name}) for name in FILE_TYPES if name not in ("f32", "f16", "bf16")]
+    packed = [("hf", {"type": name}) for name in packings.TYPES if not name.startswith("mlx")]
+    packed += [("mlx", {"type": name}) for name in packings.TYPES if name.startswith("mlx")]
+    alarms = tried = 0
+    for source, victim in sources(("fixture", "fixture-f16"), ROOT / "fixtures" / "tiny-gemma2").items():
+        truth = victim.checkpoint()
+        for format, options in (*plain, *ggml, *packed):
+            label = f"{source} as {format} {' '.join(options.values())}"
+            suffix = next(each.suffix or "" for each in registry.LISTINGS if each.name == format)
+            path = fresh(str(folder), label.replace(" ", "-")) / f"made{suffix}"
+            try:
+                save(truth, path, WriteOptions(**options), to=format)
+            except ToolError as refused:
+                print(f"  {label}: cannot be written so ({refused.id})")
+                continue
+            with registry.open_checkpoint(path, config=truth.config if format == "maxtext" else None) as made:
+                found = verify(truth, made, expected=registry.by_name(made.format).kept(truth, made))
+            tried += 1
+            if not found.passed or found.causes:
+                alarms += 1
+                failed = "; ".join(f"{gate.name}: {gate.summary}" for gate in found.gates if gate.failed)
+                print(f"  FALSE ALARM {label}: {failed} {[each.id for each in found.causes]}", flush=True)
+    print(f"honest files: {tried}, false alarms {alarms}")
+    return alarms
 
 
 def fresh(folder: str, name: str) -> Path:

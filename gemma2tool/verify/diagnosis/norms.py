@@ -40,13 +40,13 @@ SIGNATURES = (
     Signature(
         "norm.doubled",
         NORMS,
-        "{what} {are} {exactly}twice what {are} stored in the source",
+        "{what} {are} {exactly}twice the source's",
         values(lambda w: w + w),
     ),
     Signature(
         "norm.scale-doubled",
         NORMS,
-        "{what} scale {exactly}twice as much: 1 + w was doubled, not w",
+        "{what} {have} 1 + w {exactly}twice the source's: it was doubled, not w",
         values(lambda w: w + w + ONE),
     ),
     Signature(

@@ -79,15 +79,15 @@ SIGNATURES = (
     Signature(
         "numbers.fp16-overflow",
         (),
-        "{what} {have} values cut off at 65504: they went through float16",
-        values(_saturated),
+        "{what} {have} values cut off at 65504, where float16 ends",
+        values(_clipped),
         exact=True,
     ),
     Signature(
         "numbers.fp16-overflow",
         (),
-        "{what} {have} values cut off at 65504, where float16 ends",
-        values(_clipped),
+        "{what} {have} values cut off at 65504: they went through float16",
+        values(_saturated),
         exact=True,
     ),
     Signature(

@@ -54,7 +54,7 @@ def _uniform(here: Portion, config: Gemma2Config) -> Pattern | None:
         one = source + 1
         factor = float(np.mean(one * (candidate + 1)) / np.mean(one**2))
         if here.explains(factor * one - 1):
-            said = f"{{what}} scale {factor:.6g} times as much: 1 + w was multiplied, not w"
+            said = f"{{what}} {{have}} 1 + w {factor:.6g} times the source's: it was multiplied, not w"
             return Pattern("norm.rescaled", said, {"factor": factor})
     return None
 
