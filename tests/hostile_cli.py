@@ -431,6 +431,7 @@ ORBAX = [
     _orbax("a shape that is text", "orbax.shape", _zarray(shape="8")),
     _orbax("objects", "orbax.dtype", _zarray(dtype="|O")),
     _orbax("a filter", "orbax.metadata", _zarray(filters=[{"id": "pickle"}])),
+    _orbax("a compressor that runs what it unpacks", "orbax.compressor", _zarray(compressor={"id": "pickle"})),
     _orbax("a missing chunk", "orbax.missing-chunk", lambda f: next(p for p in f.rglob("*") if p.is_file() and p.name[0].isdigit()).unlink()),
     _orbax("a manifest of nothing", "ocdbt.magic", lambda folder: (folder / "manifest.ocdbt").write_bytes(b"")),
     _orbax("a manifest of 2 MB", "file.too-large", lambda folder: (folder / "manifest.ocdbt").write_bytes(bytes(2 << 20))),

@@ -43,6 +43,7 @@ MAX_EXPANDED_BYTES, MAX_RATIO = 64 << 20, 1000
 WINDOW = 8 << 20
 """Bytes read and decompressed at once."""
 _DTYPES = {"<f4": FLOAT32, "<f2": FLOAT16, "<f8": np.dtype(np.float64), "bfloat16": BFLOAT16}
+_COMPRESSORS = (None, "zstd", "gzip", "zlib", "bz2", "blosc", zarr3.OTHER)
 _HINT = "the checkpoint is damaged or incomplete: fetch it again"
 
 
@@ -84,7 +85,7 @@ def read_arrays(folder: Path) -> dict[str, StoredArray]:
     if len(described) > MAX_ARRAYS:
         raise _refused("too-many-arrays", folder, f"holds {len(described)} arrays; at most {MAX_ARRAYS} are accepted")
     stores_all = any(file == zarr3.METADATA for _, file in described) and _stores_all(folder)
-    arrays = {}
+    arrays, chunks = {}, 0
     for name, file in described:
         value = values[f"{name}/{file}"]
         if value.nbytes > MAX_METADATA_BYTES:
@@ -98,6 +99,9 @@ def read_arrays(folder: Path) -> dict[str, StoredArray]:
         if name in arrays:
             raise _refused("metadata", folder, f"{quoted(name)} is described twice")
         arrays[name] = _array(folder, name, meta, values, in_database)
+        chunks += prod(map(len, _grid(arrays[name])))
+        if chunks > MAX_FILES:
+            raise _refused("too-many-chunks", folder, f"its arrays have {chunks} chunks or more; at most {MAX_FILES} are accepted")
         _check_chunks(arrays[name], meta)
         if meta.get("sharded") and arrays[name].compressor != zarr3.OTHER:
             arrays[name] = replace(arrays[name], values=_inner_chunks(arrays[name]))
@@ -159,11 +163,8 @@ def _whole(value: Value) -> bytes:
 
 def _check_chunks(array: StoredArray, meta: Mapping[str, object]) -> None:
     """Every chunk must be there, or the array say what a missing one holds: tensorstore would read zeros without a word."""
-    grid = _grid(array)
-    if prod(map(len, grid)) > MAX_FILES:
-        raise _refused("too-many-chunks", array.folder, f"{quoted(array.name)} has {prod(map(len, grid))} chunks")
     stored = 0
-    for place in product(*grid):
+    for place in product(*_grid(array)):
         value = array.values.get(array.key(place))
         if value is None and meta.get("fill_value") is None:
             raise _refused("missing-chunk", array.folder, f"a part of {quoted(array.name)} is missing: chunk {place}")
@@ -206,6 +207,8 @@ def _array(folder: Path, name: str, meta: object, values: Mapping[str, Value], i
         raise _refused("dtype", folder, f"{quoted(name)} holds {quoted(meta.get('dtype'))}, not floating-point values")
     compressor = meta.get("compressor")
     kind = str(compressor.get("id")) if isinstance(compressor, dict) else None
+    if kind not in _COMPRESSORS:
+        raise _refused("compressor", folder, f"{quoted(name)} is compressed with {quoted(kind)}, which is not read")
     # Arrays in another order of axes, or with values for missing chunks, are left to tensorstore.
     plain = meta.get("order") == "C" and meta.get("fill_value") is None
     separator = "/" if meta.get("dimension_separator") == "/" else "."

@@ -55,6 +55,7 @@ def tiny_files() -> dict[str, bytes]:
     made["ocdbt/tree"] = _ocdbt(tree=True)
     made["zarr/plain"] = _zarray()
     made["zarr/zstd"] = _zarray(shape=[4, 4], dimension_separator="/", compressor={"id": "zstd", "level": 1})
+    made["zarr/three"] = json.dumps(ZARR3).encode()
     made["imatrix/gguf"] = _imatrix_gguf()
     made["imatrix/dat"] = _imatrix_dat()
     made["sbs-config/tiny"] = sbs_config.write(TINY, 1)
@@ -129,6 +130,17 @@ def _ocdbt(tree: bool) -> bytes:
 def _zarray(**changed: object) -> bytes:
     content = {"zarr_format": 2, "shape": [2, 4], "chunks": [2, 4], "dtype": "<f4", "compressor": None, "fill_value": None, "filters": None}
     return json.dumps(content | {"order": "C", "dimension_separator": "."} | changed).encode()
+
+
+ZARR3 = {
+    "zarr_format": 3, "node_type": "array", "shape": [2, 4], "data_type": "float32", "fill_value": 0.0,
+    "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [2, 4]}},
+    "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
+    "codecs": [{"name": "sharding_indexed", "configuration": {
+        "chunk_shape": [2, 4], "index_location": "end", "index_codecs": [{"name": "bytes"}, {"name": "crc32c"}],
+        "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "zstd"}],
+    }}],
+}  # fmt: skip
 
 
 def _gguf() -> bytes:

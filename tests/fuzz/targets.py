@@ -350,22 +350,31 @@ class Zarr(JsonTarget):
     imports = True
     names = (
         "zarr_format", "shape", "chunks", "dtype", "<f4", "<f2", "bfloat16", "compressor", "zstd", "blosc", "id", "level", "fill_value", "order", "C", "F",
-        "filters", "dimension_separator", "/", ".",
+        "filters", "dimension_separator", "/", ".", "chunk_grid", "chunk_key_encoding", "codecs", "sharding_indexed", "bytes", "crc32c", "configuration",
+        "name", "data_type", "float32", "regular", "default", "v2", "chunk_shape", "index_codecs", "index_location", "node_type", "array",
     )  # fmt: skip
 
     def prepare(self) -> None:
         import zstandard
 
         from gemma2tool.formats import zarr_arrays
+        from gemma2tool.storage.crc import crc32c
 
         self.zarr, self.folder = zarr_arrays, MemoryFolder(self.name)
         for name in ("0", "1"):
             (self.folder.path / "a" / name).mkdir(parents=True, exist_ok=True)
             self.folder.put(f"a/{name}.0", bytes(32))
             self.folder.put(f"a/{name}/0", zstandard.ZstdCompressor().compress(bytes(32)))
+        self.folder.put("_METADATA", b'{"store_array_data_equal_to_fill_value": true}')
+        shard = zstandard.ZstdCompressor().compress(bytes(32))
+        shard += struct.pack("<QQ", 0, len(shard))
+        (self.folder.path / "a" / "c" / "0").mkdir(parents=True, exist_ok=True)
+        self.folder.put("a/c/0/0", shard + struct.pack("<I", crc32c(shard[-16:])))
 
     def place(self, data: bytes) -> Path:
-        return self.folder.put("a/.zarray", data).parent.parent
+        name, other = (".zarray", "zarr.json") if b'"zarr_format": 2' in data else ("zarr.json", ".zarray")
+        (self.folder.path / "a" / other).unlink(missing_ok=True)
+        return self.folder.put(f"a/{name}", data).parent.parent
 
     def run(self, folder: Path) -> object:
         array = self.zarr.read_arrays(folder)["a"]
