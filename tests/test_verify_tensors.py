@@ -276,5 +276,7 @@ def test_kind_is_the_loosest_type_that_loses_anything() -> None:
     assert kind(a="f16") == "f16"
     assert kind(a="q8_0", b="q4_0", c="q6_k") == "q4_0"
     assert kind(a="q8_0", b="mystery") == "unknown"
-    assert kind_of(ours, ours, ("a",), None) == "convention"
+    wide = ours | {"a": ArrayTensor(weights().astype(np.float32))}
+    assert kind_of(ours, wide, ("a",), None) == "convention"
+    assert kind_of(ours, ours, ("a",), None) == "bf16", "arithmetic in a narrow type costs what the type does"
     assert kind_of(ours, ours, ("a",), compare_tensors(ours, ours, expected={"a": ours["a"]})) == "lossless"

@@ -64,8 +64,10 @@ class Bound:
     the type promises nothing. ``floor``: absolute error that is always allowed, because the scale itself has a smallest
     step. ``relative_rmse``: ceiling of RMSE / RMS over a whole tensor. ``weighted``: ``worst`` where an importance
     matrix steered the codes (None: the type ignores it). ``nearest``: ``worst`` where every code is the nearest one, for
-    types whose codes may also be calibrated against inputs and then make up for each other's errors. ``nested``: block scales are themselves quantized, 256 at a
-    time (bitsandbytes' double quantization).
+    types whose codes may also be calibrated against inputs and then make up for each other's errors. ``codes``: the outermost code,
+    where the scale that it multiplies is of the model's type (whose smallest step then counts as often). ``nested``: block scales are
+    themselves quantized, 256 at a time (bitsandbytes' double quantization). ``tile``: rows that share a scale; values too small for it
+    are off by up to ``tile_floor`` of the tile's largest.
     """
 
     block: int
@@ -75,7 +77,10 @@ class Bound:
     floor: float = 0.0
     weighted: float | None = None
     nearest: float = math.inf
+    codes: int = 0
     nested: bool = False
+    tile: int = 0
+    tile_floor: float = 0.0
 
     def steered(self) -> Bound:
         """The limits where an importance matrix steered the codes."""
@@ -84,12 +89,14 @@ class Bound:
         rmse = min(WEIGHTED_RMSE * self.relative_rmse, WEIGHTED_RMSE_END)
         return replace(self, worst=self.weighted, anchor=math.inf, relative_rmse=rmse)
 
-    def rounded(self, unit: float) -> Bound:
-        """The limits where decoded values were rounded once more, each by up to ``unit`` of itself."""
-        if not unit:
-            return self
+    def rounded(self, unit: float, step: float = 0.0) -> Bound:
+        """The limits where scales and decoded values are of a type that rounds by up to ``unit`` of a value, or by ``step``."""
         return replace(
-            self, worst=self.worst + 2 * unit, anchor=self.anchor + 2 * unit, nearest=self.nearest + 2 * unit
+            self,
+            worst=self.worst + 2 * unit,
+            anchor=self.anchor + 2 * unit,
+            nearest=self.nearest + 2 * unit,
+            floor=self.floor + (self.codes + 1) * step,
         )
 
 
@@ -137,34 +144,37 @@ BOUNDS: Mapping[str, Bound] = {
     "iq1_m": _search(256, math.inf, 0.95, codes=17, weighted=math.inf),
     # bitsandbytes: nearest of sixteen values times a float32 absmax; +-absmax are codes of their own.
     "nf4": Bound(64, _NF4 + 1e-6, 0.16, 1e-6),
-    "fp4": Bound(64, _FP4 + 1e-6, 0.20, 1e-6),
+    "fp4": Bound(64, _FP4 + 1e-6, 0.25, 1e-6),
     "nf4-dq": Bound(64, _NF4 + 1e-6, 0.16, 1e-6, nested=True),
-    "fp4-dq": Bound(64, _FP4 + 1e-6, 0.20, 1e-6, nested=True),
-    # LLM.int8(): cast to float16 first, then the row's absmax / 127, nearest.
-    "int8": Bound(0, 1 / 254 + _F16, 0.05, _F16 + 1e-6, _F16_STEP),
+    "fp4-dq": Bound(64, _FP4 + 1e-6, 0.25, 1e-6, nested=True),
+    # LLM.int8(): cast to float16 first, the row's absmax too, then the row's absmax / 127, nearest.
+    "int8": Bound(0, 1 / 254 + _F16, 0.05, _F16 + 1e-6, (1 + 1 / 254) * _F16_STEP),
     # Serving libraries. A block is a group of the size that the user chose. ``worst`` is for calibrated codes (and clipped
     # ranges), which are off by some steps; ``nearest`` follows from the definition.
     # compressed-tensors divides by a bfloat16 scale in bfloat16, which has 8 bits: up to a step and a half of absmax / 127.5
     # (8 bits), half a step of absmax / 7.5, or of the range over 15 with its zero point, and that rounding (4 bits).
-    "w8a8-int8": Bound(0, 0.05, 0.05, nearest=1.5 / 127.5),
-    "w8a16": Bound(0, 0.05, 0.05, nearest=1.5 / 127.5),
-    "w4a16": Bound(0, 0.6, 0.35, nearest=1 / 15 + 2.0**-8),
-    "w4a16-asym": Bound(0, 0.6, 0.35, nearest=1.2 / 15 + 2.0**-7),
-    # float8 e4m3 under a scale of absmax / 448: 3 bits of mantissa, and a bfloat16 scale.
-    "fp8-dynamic": Bound(0, 2.0**-4 + 2.0**-8, 0.05),
-    "fp8-block": Bound(0, 2.0**-4 + 2.0**-8, 0.05),
-    "torchao-int8": Bound(0, 1.5 / 127.5, 0.05),
-    # Range over 15 (255) steps from a stored bias, both in the model's type: a step, and bfloat16's rounding of both ends.
-    "mlx-4": Bound(0, 2 / 15 + 2.0**-7, 0.35),
-    "mlx-8": Bound(0, 2 / 255 + 2.0**-7, 0.05),
+    "w8a8-int8": Bound(0, 0.05, 0.05, nearest=1.5 / 127.5, codes=128),
+    "w8a16": Bound(0, 0.05, 0.05, nearest=1.5 / 127.5, codes=128),
+    "w4a16": Bound(0, 0.6, 0.35, nearest=1 / 15 + 2.0**-8, codes=8),
+    "w4a16-asym": Bound(0, 0.6, 0.35, nearest=1.2 / 15 + 2.0**-7, codes=15),
+    # float8 e4m3 under a scale of absmax / 448: 3 bits of mantissa, a smallest step of 2^-9, and a scale of the model's type; one for
+    # a row, or for 128 by 128 values.
+    "fp8-dynamic": Bound(0, 2.0**-4 + 2.0**-8, 0.05, codes=448),
+    "fp8-block": Bound(0, 2.0**-4 + 2.0**-8, 0.05, codes=448, tile=128, tile_floor=1.01 * 2.0**-10 / 448),
+    # torchao's scales are at least float32's epsilon, 2^-23.
+    "torchao-int8": Bound(0, 1.5 / 127.5, 0.05, floor=2.0**-24, codes=128),
+    # Range over 15 (255) steps from a stored bias, both in the model's type: a step, and bfloat16's rounding of both ends. A step is
+    # at least 1e-7.
+    "mlx-4": Bound(0, 2 / 15 + 2.0**-7, 0.35, floor=1e-7, codes=16),
+    "mlx-8": Bound(0, 2 / 255 + 2.0**-7, 0.05, floor=1e-7, codes=256),
     # Half a step of the range, at most twice the largest, over 15 (255); the scale is rounded to float16, which the
     # outermost code multiplies by as many. AWQ's smallest range is 1e-5.
     "awq-4": Bound(0, 0.6, 0.35, floor=1e-5, nearest=1 / 15 + 3 * _F16),
     # GPTQ's codes make up for the errors of earlier columns, by up to 8 steps of absmax / 7.5 (127.5) seen with few inputs.
     "gptq-4": Bound(0, 2.0, 0.35, floor=15 * _F16_STEP, nearest=1 / 15 + 3 * _F16),
     "gptq-8": Bound(0, 0.12, 0.05, floor=255 * _F16_STEP, nearest=1 / 255 + 3 * _F16),
-    # gemma.cpp's 8-bit floats: 3 bits of mantissa, 2 for small values, truncated to 4 before they are rounded.
-    "sfp": Bound(0, 2.0**-3, 0.06),
+    # gemma.cpp's 8-bit floats: 3 bits of mantissa, 2 for small values, truncated to 4 before they are rounded; the smallest is 2^-23.
+    "sfp": Bound(0, 2.0**-3, 0.06, floor=2.0**-23),
 }
 """Stored type -> its limits. Definitions: ggml's quantize_row_*_ref, bitsandbytes' functional.py, and what each library's own
 quantizer was seen to do."""

@@ -151,8 +151,8 @@ class BlockJudge:
     """Adds up a tensor's pieces in order and counts the blocks beyond the bound.
 
     A tensor that was rounded to nearest, but for some blocks, is held to ``bound.nearest`` in all. Blocks are judged as
-    they come, except where their scales were quantized together (``bound.nested``): how far such a scale may be off
-    depends on its neighbours and on the mean over the tensor, so those wait for ``finish``.
+    they come, except where their scales were quantized together (``bound.nested``) or are shared (``bound.tile``): what
+    is allowed there depends on neighbours, so those wait for ``finish``.
     """
 
     bound: Bound | None
@@ -181,7 +181,7 @@ class BlockJudge:
         self.source_leaves.append(piece.source_leaves)
         self.candidate_leaves.append(piece.candidate_leaves)
         if self.bound is not None:
-            if self.bound.nested:
+            if self.bound.nested or self.bound.tile:
                 self._waiting.append(piece)
             else:
                 self._judge(total.values, piece, np.float32(0))
@@ -190,10 +190,11 @@ class BlockJudge:
     def leans(self) -> float:
         """What the values are off by on average, if that is more than rounding to nearest could ever add up to; else 0.
 
-        Errors of rounding cancel out, those of a zero point read by another convention do not. Only for types with ``nearest``.
+        Errors of rounding cancel out, those of a zero point read by another convention do not. Only for types with ``nearest``, and
+        not where the blocks keep to it: few distinct values may all round the same way.
         """
         mean = self.total.bias / max(self.total.values, 1)
-        if self.bound is None or not self._blocks or not math.isfinite(mean):
+        if self.bound is None or self._missed <= NEAREST_SHARE * self._blocks or not math.isfinite(mean):
             return 0.0
         limit = LEANING * self.bound.nearest * self._absmax / self._blocks
         return mean if abs(mean) > limit and mean**2 > LEANING**2 / 2 * self.total.noise / self.total.values else 0.0
@@ -205,7 +206,8 @@ class BlockJudge:
             for name in ("absmax", "worst", "anchor"):
                 setattr(joined, name, np.concatenate([getattr(piece, name) for piece in self._waiting]))
             self._waiting = []
-            self._judge(0, joined, nested_scale_error(joined.absmax))
+            shared = tile_error(joined.absmax, self.bound) if self.bound.tile else nested_scale_error(joined.absmax)
+            self._judge(0, joined, shared)
         if not self._bad and self._missed <= NEAREST_SHARE * self._blocks:
             self.worst = self._worst_missed
             return self._missed
@@ -258,3 +260,9 @@ def nested_scale_error(absmax: np.ndarray) -> np.ndarray:
     centred = np.abs(absmax - absmax.mean(dtype=np.float64).astype(np.float32))
     largest = _blocks(centred, 256).max(axis=1)
     return np.repeat(largest * np.float32(DYNAMIC_MAP_GAP), 256)[: absmax.size]
+
+
+def tile_error(absmax: np.ndarray, bound: Bound) -> np.ndarray:
+    """How far values of each row may be off because rows with larger values share their scale; ``absmax`` (rows,) is theirs."""
+    largest = _blocks(absmax, bound.tile).max(axis=1)
+    return np.repeat(largest * np.float32(bound.tile_floor), bound.tile)[: absmax.size]

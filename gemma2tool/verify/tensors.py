@@ -40,7 +40,8 @@ Advance = Callable[[int, str], None]
 _CHUNK_VALUES = 128 * 1024
 
 _HOLDS = {FLOAT32: {FLOAT32, FLOAT16, BFLOAT16}, FLOAT16: {FLOAT16}, BFLOAT16: {BFLOAT16}}
-_ROUNDING_UNIT = {FLOAT16: 2.0**-11, BFLOAT16: 2.0**-8}
+# How far rounding to a type moves a value: by a share of it, or by half of the type's smallest step.
+_ROUNDING = {FLOAT16: (2.0**-11, 2.0**-25), BFLOAT16: (2.0**-8, 0.0)}
 
 
 @dataclass(frozen=True)
@@ -238,7 +239,7 @@ def _job(
         return _Job(name, source, candidate, "folded", folded, None)
     bound = BOUNDS[candidate.stored] if rule == "bound" else None
     if bound is not None:
-        bound = (bound.steered() if weighted else bound).rounded(_ROUNDING_UNIT.get(candidate.dtype, 0.0))
+        bound = (bound.steered() if weighted else bound).rounded(*_ROUNDING.get(candidate.dtype, (0.0, 0.0)))
         bound = bound if rmse is None else replace(bound, relative_rmse=rmse)
         # Folded scales are known within the rounding of what carries them: too little for the sharpest limit.
         bound = bound if folded is None else replace(bound, nearest=math.inf)
