@@ -33,6 +33,19 @@ def test_state_dicts_equal_those_of_googles_code(oracles: Path, tmp_path: Path, 
         assert mine[name].dtype == tensor.dtype and torch.equal(mine[name], tensor), name
 
 
+def test_a_ckpt_has_no_tokenizer_and_passes_its_verification(fixture_dir: Path, tmp_path: Path) -> None:
+    """The source's lies beside its weights; a file of weights alone has nowhere to put it, a folder has."""
+    from typer.testing import CliRunner
+
+    from gemma2tool.cli.main import app
+
+    for name, words in (("new.ckpt", "weights alone"), ("folder", "same byte for byte")):
+        arguments = ["convert", str(fixture_dir / "model.ckpt"), str(tmp_path / name), "--to", "gemma-pytorch"]
+        result = CliRunner().invoke(app, arguments)
+        assert result.exit_code == 0 and words in result.output, result.output
+    assert (tmp_path / "folder" / "tokenizer.model").is_file()
+
+
 @pytest.mark.skipif(PEER is None, reason="no checkout of gemma_pytorch: set GEMMA2TOOL_GEMMA_PYTORCH")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_gemma_pytorch_loads_it_and_computes_the_same(oracles: Path, tmp_path: Path, dtype: str, monkeypatch) -> None:

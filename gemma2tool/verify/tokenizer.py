@@ -55,7 +55,9 @@ def compare_tokenizers(source: Checkpoint, candidate: Checkpoint, *, sides: Side
     findings = compare_files(source.assets, candidate.assets, sides)
     name = "tokenizer.model"
     if name in source.assets and name not in candidate.assets and "tokenizer.json" not in candidate.assets:
-        if candidate.format in WEIGHTS_ALONE and candidate.path.is_file():
+        # An output that is being verified has no file at its destination yet, but a name.
+        alone = candidate.path.is_file() or candidate.path.suffix == ".ckpt"
+        if candidate.format in WEIGHTS_ALONE and alone:
             return _result(findings, f"the {sides[1]} is a file of weights alone: vocabularies not compared", {}, compared=False)
         lost = Finding(GATE, "error", name, f"the {sides[0]}'s tokenizer is not in the {sides[1]}")
         return _result([*findings, lost], "", {}, compared=False)
