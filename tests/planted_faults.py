@@ -541,6 +541,18 @@ def truncated_to_bfloat16(v: Victim) -> None:
     v.everywhere("down_proj", lambda w: (w.view(np.uint32) >> 16 << 16).view(np.float32))
 
 
+def with_ties(v: Victim) -> None:
+    """Values of float16, which often lie half way between two of bfloat16."""
+    v.change(list(v.arrays), lambda w: w.astype(np.float16).astype(np.float32))
+
+
+@fault("numbers.other-rounding", needs=wide, prepare=with_ties)
+def ties_rounded_away_from_zero(v: Victim) -> None:
+    """The whole file in bfloat16, as half a unit added and the rest cut off makes it."""
+    for name, array in v.arrays.items():
+        v.arrays[name] = ((array.view(np.uint32) + 0x8000) >> 16).astype(np.uint16).view(BF16)
+
+
 @fault("damage.bit-flip")
 def one_bit_flipped(v: Victim) -> None:
     array = v.arrays[v.name("v_proj", 1)]

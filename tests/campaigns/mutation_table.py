@@ -19,7 +19,9 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
 from mutation_trials import Outcome, pairs, singles, sources, trial
+from typer.testing import CliRunner
 
+from gemma2tool.cli.main import app
 from gemma2tool.errors import ToolError
 from gemma2tool.formats import packings, registry
 from gemma2tool.formats.base import WriteOptions
@@ -62,20 +64,26 @@ def main() -> int:
 
 
 def honest(folder: Path) -> int:
-    """False alarms on the fixture in bfloat16 and float16, in every format and type that needs no calibration; all gates."""
+    """False alarms on the fixture in bfloat16 and float16, in every format and type, with an importance matrix where
+    one is needed; all gates."""
     plain = [(listing.name, {"dtype": dtype}) for listing in registry.LISTINGS for dtype in listing.floats]
     ggml = [("gguf", {"type": name}) for name in FILE_TYPES if name not in ("f32", "f16", "bf16")]
     packed = [("hf", {"type": name}) for name in packings.TYPES if not name.startswith("mlx")]
     packed += [("mlx", {"type": name}) for name in packings.TYPES if name.startswith("mlx")]
+    matrix = folder / "importance.gguf"
+    fixture = ROOT / "fixtures" / "tiny-gemma2"
+    words = ["imatrix", fixture, matrix, "--text", fixture / "heldout.txt", "--chunk", 128, "--chunks", 4]
+    assert CliRunner().invoke(app, [str(word) for word in words]).exit_code == 0
     alarms = tried = 0
-    for source, victim in sources(("fixture", "fixture-f16"), ROOT / "fixtures" / "tiny-gemma2").items():
+    for source, victim in sources(("fixture", "fixture-f16"), fixture).items():
         truth = victim.checkpoint()
         for format, options in (*plain, *ggml, *packed):
             label = f"{source} as {format} {' '.join(options.values())}"
             suffix = next(each.suffix or "" for each in registry.LISTINGS if each.name == format)
             path = fresh(str(folder), label.replace(" ", "-")) / f"made{suffix}"
             try:
-                save(truth, path, WriteOptions(**options), to=format)
+                steered = {"imatrix": str(matrix)} if options.get("type", "").startswith(("iq1", "iq2", "iq3_x", "q2_k_s")) else {}
+                save(truth, path, WriteOptions(**options, extra=steered), to=format)
             except ToolError as refused:
                 print(f"  {label}: cannot be written so ({refused.id})")
                 continue

@@ -64,6 +64,7 @@ CATALOGUE: Mapping[str, str] = {
     "numbers.fp16-flushed": "values below 2^-14 flushed to zero",
     "numbers.bf16-rounding": "float32 rounded to bfloat16",
     "numbers.bf16-truncation": "float32 cut off to bfloat16, not rounded",
+    "numbers.other-rounding": "rounded by another rule: ties away from zero, or twice",
     "numbers.negated": "the wrong sign",
     # Quantization
     "quant.zero-point": "zero points read by another convention (GPTQ version 1 and 2)",

@@ -18,6 +18,7 @@ _UNSIGNED = {2: np.uint16, 4: np.uint32, 8: np.uint64}
 _CHUNK_VALUES = 1 << 20
 _FEW = 1e-3  # share of the values up to which damage is damage in a place
 _FEW_BLOCKS = 0.3
+_FLIPS = 4  # values that may differ in the last bit alone and still count as flipped, not as rounded otherwise
 
 
 def local(case: Case, name: str) -> Pattern | None:
@@ -35,6 +36,8 @@ class _Differing:
     count: int = 0
     bits: int = 0
     """Of the differing values, those that differ in one bit."""
+    neighbours: int = 0
+    """Those that are the next number of their type."""
     zero: int = 0
     nonfinite: int = 0
     first: int = -1
@@ -56,6 +59,7 @@ def _values(source: LazyTensor, candidate: LazyTensor) -> Pattern | None:
         values = to_float32(np.ascontiguousarray(got).reshape(-1)[where])
         apart = left[where] ^ right[where]
         found.bits += int(np.count_nonzero((apart & (apart - kind(1))) == 0))
+        found.neighbours += int(np.count_nonzero(_apart(left[where], right[where]) == 1))
         found.zero += int(np.count_nonzero(values == 0))
         found.nonfinite += int(np.count_nonzero(~np.isfinite(values)))
         found.count += len(where)
@@ -64,18 +68,29 @@ def _values(source: LazyTensor, candidate: LazyTensor) -> Pattern | None:
     return _judged(found, candidate)
 
 
+def _apart(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """How many numbers of the type lie between, for numbers of the same sign."""
+    return np.maximum(left, right) - np.minimum(left, right)
+
+
 def _judged(found: _Differing, candidate: LazyTensor) -> Pattern | None:
     span = found.last - found.first + 1
     evidence = {"values": found.count, "first": found.first, "last": found.last}
     at, to = _where(found.first, candidate.shape), _where(found.last, candidate.shape)
     few = found.count <= max(_FEW * candidate.size, 8)
-    if found.count and found.bits == found.count and few:
+    rounding = None
+    if found.count and found.neighbours == found.count:
+        said = "{what} {are} rounded by another rule: values are the next number of the type to those that must be there"
+        rounding = Pattern("numbers.other-rounding", said, evidence)
+    if found.count and found.bits == found.count and few and (rounding is None or found.count <= _FLIPS):
         said = (
             f"in {{what}} one bit is flipped at {at}: the file is damaged"
             if found.count == 1
             else f"in {{what}} {found.count} values differ in one bit each, the first at {at}: the file is damaged"
         )
-        return Pattern("damage.bit-flip", said, evidence)
+        return Pattern("damage.bit-flip", said, evidence, rounding)
+    if rounding is not None:
+        return rounding
     compact = found.count and span <= 1.5 * found.count and span < 0.95 * candidate.size
     if compact and found.zero == found.count and found.count > 1:
         said = f"in {{what}} {found.count} values from {at} to {to} are zero: a hole in the file, as an interrupted write leaves"

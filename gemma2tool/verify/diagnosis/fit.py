@@ -88,11 +88,20 @@ def sampled(tensor: LazyTensor, shape: tuple[int, ...]) -> list[np.ndarray]:
     return [tensor.load_rows(first, last) for first, last in sample_ranges(shape)]
 
 
-def fit_sample(supposed: LazyTensor, candidate: LazyTensor, rows: Iterable[np.ndarray]) -> Fit:
-    """``supposed`` against the candidate's sampled ``rows``."""
+def signal_of(rows: Iterable[np.ndarray]) -> float:
+    """Sum of the squares of finite values."""
+    return sum(_square(each) for each in rows)
+
+
+def fit_sample(
+    supposed: LazyTensor, candidate: LazyTensor, rows: Iterable[np.ndarray], most: float = math.inf
+) -> Fit:
+    """``supposed`` against the candidate's sampled ``rows``; stops where the squared error adds up to more than ``most``."""
     sums = _Sums()
     for (first, last), got in zip(sample_ranges(candidate.shape), rows, strict=True):
         sums.add(supposed.load_rows(first, last), got, candidate.stored)
+        if not sums.noise <= most:
+            return Fit(math.inf, False, sums.values)
     return sums.fit()
 
 

@@ -60,6 +60,10 @@ def _pattern(case: Case, name: str, here: Portion | None) -> scales.Pattern | No
 
 def _aggregated(case: Case, found: dict[str, scales.Pattern]) -> list[Cause]:
     """Patterns whose sentences differ in numbers alone become one cause, told with the first one's numbers."""
+    ids = {pattern.id for pattern in found.values()}
+    found = {
+        name: each.otherwise if each.otherwise is not None and each.otherwise.id in ids else each for name, each in found.items()
+    }
     groups: dict[tuple[str, str], list[str]] = defaultdict(list)
     for name, pattern in found.items():
         groups[pattern.id, _NUMBER.sub("#", pattern.says)].append(name)

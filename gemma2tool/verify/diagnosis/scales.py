@@ -21,11 +21,15 @@ _STEADY, _UNSTEADY = 0.12, 0.5  # relative spread of what should be constant; of
 
 @dataclass(frozen=True)
 class Pattern:
-    """What was found in one tensor: the catalogue's name, a sentence with ``{what}`` (and ``{are}``, ``{have}``), numbers."""
+    """What was found in one tensor: the catalogue's name, a sentence with ``{what}`` (and ``{are}``, ``{have}``), numbers.
+
+    ``otherwise``: what it is instead, if that is what other tensors show.
+    """
 
     id: str
     says: str
     evidence: Mapping[str, float | str] = field(default_factory=dict)
+    otherwise: Pattern | None = None
 
 
 def factors_and_offsets(here: Portion, config: Gemma2Config) -> Pattern | None:

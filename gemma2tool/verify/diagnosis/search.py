@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import permutations
@@ -10,7 +11,7 @@ import numpy as np
 
 from gemma2tool.model.lazy import LazyTensor
 from gemma2tool.verify.diagnosis import attention, embedding, mlp, norms, numbers, transposed
-from gemma2tool.verify.diagnosis.fit import Fit, allowed, explains, fit_sample, fit_whole, sampled
+from gemma2tool.verify.diagnosis.fit import Fit, allowed, explains, fit_sample, fit_whole, sampled, signal_of
 from gemma2tool.verify.diagnosis.names import EMBEDDINGS, name_of, place
 from gemma2tool.verify.diagnosis.signature import Move, Signature, Step, Weights
 from gemma2tool.verify.tensors import TensorComparison
@@ -26,6 +27,7 @@ SIGNATURES: tuple[Signature, ...] = (
 """The mistakes that are a function of tensors. What happens to be the same by symmetry goes to the first."""
 
 _CONFIRMED = 3  # of the suppositions that fit a sample, how many are held against the whole tensor
+_COSTLY_VALUES = 1 << 26  # of a tensor, up to which mistakes that need all of it are tried in twos
 _PATIENCE = 6  # tensors in a row that no two mistakes explain, after which two are not looked for any more
 
 
@@ -64,12 +66,14 @@ class Case:
             self._errors[name] = self.fit(source, name).error if fits else float("inf")
         return self._errors[name]
 
-    def fit(self, supposed: LazyTensor, name: str) -> Fit:
-        return fit_sample(supposed, self.candidate[name], self.sample(name))
+    def fit(self, supposed: LazyTensor, name: str, most: float = math.inf) -> Fit:
+        return fit_sample(supposed, self.candidate[name], self.sample(name), most)
+
+    def limit(self, supposed: LazyTensor, name: str) -> float:
+        return allowed(self.weights.get(name, supposed), self.candidate[name], self.weighted)
 
     def holds(self, fit: Fit, supposed: LazyTensor, name: str) -> bool:
-        candidate = self.candidate[name]
-        return explains(fit, self.unexplained(name), allowed(self.weights.get(name, supposed), candidate, self.weighted), candidate)
+        return explains(fit, self.unexplained(name), self.limit(supposed, name), self.candidate[name])
 
     def confirmed(self, supposed: LazyTensor, name: str) -> Fit | None:
         """The fit to the whole tensor; None where it does not hold there."""
@@ -79,11 +83,12 @@ class Case:
     def best(self, name: str, suppositions: Iterable[tuple[Step, ...]]) -> Explanation | None:
         """The first supposition that reproduces every bit, else the one that comes nearest within rounding."""
         near: list[tuple[float, int, tuple[Step, ...], LazyTensor]] = []
+        signal = signal_of(self.sample(name))
         for order, steps in enumerate(suppositions):
             supposed = self.build(steps, name)
             if supposed is None or supposed.shape != self.candidate[name].shape:
                 continue
-            fit = self.fit(supposed, name)
+            fit = self.fit(supposed, name, self.limit(supposed, name) ** 2 * signal)
             if not self.holds(fit, supposed, name) or (_exact(steps) and not fit.exact):
                 continue
             if not fit.exact:
@@ -140,12 +145,13 @@ def _single(case: Case, name: str) -> Iterator[tuple[Step, ...]]:
 
 def _double(case: Case, name: str) -> Iterator[tuple[Step, ...]]:
     """Two mistakes in turn: in the same tensor, or in one that then took another's place."""
-    signatures = _signatures(case, name)
+    small = case.candidate[name].size <= _COSTLY_VALUES
+    signatures = [each for each in _signatures(case, name) if small or not each.costly]
     for first, second in permutations(signatures, 2):
         if first.id != second.id:
             yield first, second
     for move in _moves(case, name):
-        yield from ((first, move) for first in _signatures(case, move.origin))
+        yield from ((first, move) for first in _signatures(case, move.origin) if small or not first.costly)
         yield from ((move, second) for second in signatures)
 
 
