@@ -276,6 +276,21 @@ class TestOrder:
         first = [event[:2] for event in events[: lines[0]]]
         assert ("fsync", "new") in first  # the file's name too
 
+    def test_files_may_be_closed_while_others_are_made_durable(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        sync = os.fdatasync
+
+        def slowly(fd: int) -> None:
+            time.sleep(0.001)
+            sync(fd)
+
+        monkeypatch.setattr(os, "fdatasync", slowly)
+        with Staging(tmp_path / "out", fingerprint=PRINT, folder=True) as staging:
+            for number in range(200):
+                staging.write_bytes(f"{number}", b"x" * 100)
+                staging.complete(f"{number}", [f"{number}"])
+            staging.commit()
+        assert len(os.listdir(tmp_path / "out")) == 200
+
     def test_a_disk_that_fails_in_the_background_fails_the_run(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         def fail(fd: int) -> None:
             if os.readlink(f"/proc/self/fd/{fd}").endswith("/out"):

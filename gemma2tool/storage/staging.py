@@ -8,6 +8,7 @@ the staged output survives a kill, and the next run with the same fingerprint go
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from types import TracebackType
@@ -35,6 +36,8 @@ class StagedFile:
         self.size = size
         self._fd = fd
         self._dirty = True  # its size and blocks are not on the disk yet
+        self._open = threading.Lock()
+        """Held by whoever needs the descriptor to stay: one thread may make durable what another is done with."""
 
     def pwrite(self, offset: int, buffer: object) -> None:
         """Writes ``buffer`` (any contiguous buffer) at byte ``offset``. Raises ResourceError when the disk does not take it."""
@@ -49,10 +52,11 @@ class StagedFile:
 
     def sync(self) -> None:
         """Makes what has been written so far durable; writing may go on meanwhile."""
-        if self._dirty and self._fd >= 0:
-            self._dirty = False
-            with told(self.path, "making it durable", self.size):
-                retrying(os.fdatasync, self._fd)
+        with self._open:
+            if self._dirty and self._fd >= 0:
+                self._dirty = False
+                with told(self.path, "making it durable", self.size):
+                    retrying(os.fdatasync, self._fd)
 
     def close(self) -> None:
         """Makes the bytes durable and closes the file."""
@@ -63,9 +67,10 @@ class StagedFile:
 
     def abandon(self) -> None:
         """Closes the file without waiting for the disk."""
-        fd, self._fd = self._fd, -1
-        if fd >= 0:
-            os.close(fd)
+        with self._open:
+            fd, self._fd = self._fd, -1
+            if fd >= 0:
+                os.close(fd)
 
 
 class Staging:
@@ -233,13 +238,13 @@ class Staging:
         return -1
 
     def _create(self, parts: Sequence[str], size: int) -> int:
-        self._names_dirty = True
         for depth in range(2, len(parts)):
             try:
                 os.mkdir("/".join(parts[:depth]), 0o777, dir_fd=self._new_fd)
             except FileExistsError:
                 pass
         fd = os.open("/".join(parts), _CREATE, 0o666, dir_fd=self._new_fd)
+        self._names_dirty = True
         try:
             preallocate(fd, size)
         except BaseException:
