@@ -121,8 +121,14 @@ def test_the_same_work_gives_the_same_receipt_anywhere(tmp_path: Path, made: Pat
 def test_options_are_recorded_files_by_their_sum(tmp_path: Path) -> None:
     matrix = tmp_path / "imatrix.gguf"
     matrix.write_bytes(b"importance")
-    asked = WriteOptions(type="q4_0", extra={"imatrix": matrix, "pure": False, "tensor_types": [("a", "b")], "allow_mismatch": True})
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_bytes(b"{}")
+    extra = {"imatrix": matrix, "pure": False, "tensor_types": [("a", "b")], "allow_mismatch": True, "calibration": tmp_path / "gone"}
+    asked = WriteOptions(type="q4_0", extra={**extra, "lora": (f"{tmp_path}/adapter=0.5",)})
+    config = {"name": "adapter_config.json", "bytes": 2, "sha256": hashlib.sha256(b"{}").hexdigest()}
     assert receipts.options(asked) == {
+        "calibration": {"file": "gone"},
+        "lora": [{"folder": "adapter", "scale": 0.5, "files": [config]}],
         "type": "q4_0",
         "imatrix": {"file": "imatrix.gguf", "sha256": hashlib.sha256(b"importance").hexdigest()},
         "tensor_types": [["a", "b"]],
@@ -153,6 +159,16 @@ def test_a_renamed_file_agrees_with_its_receipt(place: Path) -> None:
     (place / "bf16.gguf").rename(place / "model.gguf")
     assert run("verify", place / "model.gguf", "--quiet").exit_code == 2
     assert run("verify", place / "model.gguf", "--against", place / "bf16.gguf.receipt.json", "--quiet").exit_code == 0
+
+
+def test_any_shard_stands_for_the_folder(place: Path) -> None:
+    assert run("convert", place / "src", place / "split", "--to", "gguf", "--split-max-tensors", 9, "--quiet").exit_code == 0
+    assert run("verify", place / "split", "--quiet").exit_code == 0
+    shard = sorted((place / "split").iterdir())[1]
+    assert run("verify", shard, "--against", place / "split.receipt.json", "--quiet").exit_code == 0
+    with shard.open("ab") as file:
+        file.write(b"more")
+    assert run("verify", place / "split", "--quiet").exit_code in (1, 3)
 
 
 @pytest.mark.parametrize(

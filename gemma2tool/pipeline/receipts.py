@@ -55,23 +55,31 @@ def make(
 
 
 def options(asked: WriteOptions) -> dict[str, Any]:
-    """What was asked for beyond the defaults; a file (an importance matrix) by its name and SHA-256."""
+    """What was asked for beyond the defaults; files (an importance matrix, an adapter) by their names and SHA-256."""
     given = {"dtype": asked.dtype, "type": asked.type, "max_shard_size": asked.max_shard_size, **asked.extra}
     default = {"max_shard_size": WriteOptions.max_shard_size}
-    return {
-        name: _plain(value)
+    wanted = {
+        name: value
         for name, value in sorted(given.items())
         if value not in (None, False, [], (), {}, default.get(name)) and name not in _OWN
     }
+    return {name: [_adapter(text) for text in value] if name == "lora" else _plain(value) for name, value in wanted.items()}
 
 
 def _plain(value: Any) -> Any:
     if isinstance(value, Path):
-        found = digest_file(value, value.name)
-        return {"file": value.name, "sha256": found.sha256}
+        return {"file": value.name, **({"sha256": digest_file(value, value.name).sha256} if value.is_file() else {})}
     if isinstance(value, (list, tuple)):
         return [_plain(each) for each in value]
-    return value if isinstance(value, (str, int, float, bool)) else str(value)
+    return value if isinstance(value, (str, int, float, bool)) else type(value).__name__
+
+
+def _adapter(text: str) -> dict[str, Any]:
+    """A ``DIR`` or ``DIR=SCALE`` of --lora, without where it lies."""
+    folder, _, scale = (text, "", "1") if Path(text).exists() else text.rpartition("=")
+    names = [name for name in names_in(Path(folder)) if name.startswith("adapter_")] if Path(folder).is_dir() else []
+    files = digest_files(Path(folder), names)
+    return {"folder": Path(folder).name, "scale": float(scale), "files": [file.to_json() for file in files]}
 
 
 @contextmanager

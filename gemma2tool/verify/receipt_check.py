@@ -94,6 +94,8 @@ def _files(candidate: Checkpoint, receipt: Receipt, threads: int, advance: Advan
     recorded = {file.name: file for file in receipt.files}
     if not path.is_dir() and len(recorded) == 1:  # a single file may be called otherwise
         recorded = {path.name: next(iter(recorded.values()))}
+    elif not path.is_dir():  # one file of a folder, such as a shard
+        path = path.parent
     there = [name for name in recorded if (file := place(path, name)) is not None and file.is_file()]
     for name in recorded.keys() - set(there):
         findings.append(Finding(gate, "error", name, "is in the receipt, but missing"))
@@ -104,7 +106,7 @@ def _files(candidate: Checkpoint, receipt: Receipt, threads: int, advance: Advan
             said = f"its bytes are not those that were written (SHA-256 {was.sha256[:16]}... then, {file.sha256[:16]}... now{size})"
             findings.append(Finding(gate, "error", file.name, said))
     findings.sort(key=lambda finding: str(finding.subject))
-    strangers = [name for name in names_in(path) if name not in recorded and not name.startswith(".")]
+    strangers = [name for name in names_in(path) if name not in recorded and not name.startswith(".")] if path == candidate.path else []
     findings += [Finding(gate, "note", name, "was not there when the receipt was written") for name in strangers]
     metrics = {"files": len(recorded), "bytes": sum(file.nbytes for file in recorded.values())}
     return _result(gate, f"the bytes of {len(recorded)} file{'s' * (len(recorded) != 1)} are those that were written", metrics, findings)
