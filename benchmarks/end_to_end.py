@@ -21,8 +21,8 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 
 
-def measure(command: list[str]) -> tuple[float, int, int]:
-    """(seconds, peak resident bytes, exit code) of a command in a process of its own.
+def measure(command: list[str]) -> tuple[float, float, int, int]:
+    """(seconds, processor seconds, peak resident bytes, exit code) of a command in a process of its own.
 
     A child's peak starts at what its parent has at the fork, so this process imports nothing large.
     """
@@ -31,7 +31,8 @@ def measure(command: list[str]) -> tuple[float, int, int]:
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
-    return time.monotonic() - started, usage.ru_maxrss * 1024, process.returncode
+    seconds = time.monotonic() - started
+    return seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024, process.returncode
 
 
 def size_of(path: Path) -> int:
@@ -77,23 +78,28 @@ def main() -> None:
     ):
         options = ["--type", kind.split()[-1]] if kind.startswith("quantize") else []
         line(kind + ", --no-verify", [*words, *options, "--no-verify", "--quiet", "--force"], output)
-        line(kind + ", verified", [*words, *options, "--quiet", "--force", "--tokens", str(tokens)], output)
+        checked = [*words, *options, "--quiet", "--force", "--tokens", str(tokens)]
+        line(kind + ", verified, no receipt", [*checked, "--no-receipt"], output)
+        line(kind + ", verified", checked, output)
     for output in ("out-hf", "out-q8_0.gguf"):
         words = [*tool, "verify", "--reference", str(source), "--tokens", str(tokens), "--quiet"]
         line(f"verify {output}", words, output)
+        line(f"verify {output} by its receipt", [*tool, "verify", "--quiet"], output)
+        line(f"hash {output}", [*tool, "hash", "--quiet"], output)
 
     with source.open("rb") as file:
         while file.read(1 << 20):
             pass
     copied = None
     print(f"source: {source.name}, {size_of(source):,} bytes; {arguments.tokens} tokens")
-    print(f"{'command':34} {'seconds':>8} {'x cp':>6} {'peak MiB':>9} {'exit':>5}")
+    print(f"{'command':42} {'seconds':>8} {'x cp':>6} {'CPU s':>7} {'peak MiB':>9} {'exit':>5}")
     for name, words, output in lines:
         if arguments.only and arguments.only not in name and not name.startswith("cp"):
             continue
-        seconds, peak, code = measure([*words, str(output)])
+        seconds, processor, peak, code = measure([*words, str(output)])
         copied = seconds if name == "cp" else copied
-        print(f"{name:34} {seconds:8.1f} {seconds / copied:6.2f} {peak / 2**20:9.0f} {code:5d}", flush=True)
+        columns = f"{seconds:8.1f} {seconds / copied:6.2f} {processor:7.1f} {peak / 2**20:9.0f} {code:5d}"
+        print(f"{name:42} {columns}", flush=True)
         if name.startswith("cp"):
             remove(output)
 
