@@ -277,11 +277,11 @@ class TestOrder:
         assert ("fsync", "new") in first  # the file's name too
 
     def test_a_file_may_be_closed_while_it_is_made_durable(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        sync, begun = os.fdatasync, threading.Event()
+        sync, begun, closed = os.fdatasync, threading.Event(), threading.Event()
 
         def slowly(fd: int) -> None:
             begun.set()
-            time.sleep(0.02)
+            closed.wait(0.3)  # it must wait for us, not we for it
             sync(fd)
 
         with Staging(tmp_path / "out", fingerprint=PRINT, folder=True) as staging:
@@ -291,6 +291,7 @@ class TestOrder:
             staging.complete("file", ["file"])
             assert begun.wait(10)
             file.close()
+            closed.set()
             staging.commit()
 
     def test_a_disk_that_fails_in_the_background_fails_the_run(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
