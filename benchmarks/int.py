@@ -1,18 +1,17 @@
 """Our quantization rate over the libraries', for the integer and 4-bit types of Hugging Face checkpoints, on one core in one run.
 
-    python benchmarks/int.py [--values 2e6] [--repeats 5] [--instruction-set avx2] [--json FILE]
+    python benchmarks/int.py [--values 2e6] [--repeats 9] [--instruction-set avx2] [--json FILE]
 
 Both sides take the same bfloat16 matrix from memory and leave codes and scales in memory, by turns, on one thread; rates are of the
-median processor time. bitsandbytes is always there; compressed-tensors, torchao and mlx take part when they can
-be imported. Exits with 1 when a goal is missed (nf4 and fp4 10 times bitsandbytes, int8 3 times, compressed-tensors 5 times) or
-when the two sides' codes differ.
+least processor time. bitsandbytes is always there; compressed-tensors, GPTQModel (tests/gptqmodel.txt), torchao and mlx take part when
+they can be imported. GPTQModel packs codes whose scales it is given; ours are found, too. Exits with 1 when a goal is missed (nf4 and
+fp4 10 times bitsandbytes, int8 3 times, compressed-tensors and GPTQ 5 times) or when the two sides' codes differ.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -22,7 +21,7 @@ import ml_dtypes
 import numpy as np
 import torch
 
-from gemma2tool.quantizers import bnb, compressed, kernels, mlx, torchao
+from gemma2tool.quantizers import bnb, compressed, gptq, kernels, mlx, torchao
 
 COLUMNS = 2304  # a row of the 2B model
 
@@ -55,7 +54,7 @@ def by_turns(ours: Callable, theirs: Callable, values: int, repeats: int) -> tup
             function()
             if turn:
                 times[side].append(time.process_time() - started)
-    return tuple(values / statistics.median(each) / 1e6 for each in times)
+    return tuple(values / min(each) / 1e6 for each in times)
 
 
 def equal(ours: np.ndarray, theirs: torch.Tensor) -> bool:
@@ -142,6 +141,29 @@ def compressed_tensors_lines(x: np.ndarray, weight: torch.Tensor, repeats: int) 
     return [line(name) for name, scheme in compressed.SCHEMES.items() if scheme.block_rows == 1]
 
 
+def gptqmodel_lines(x: np.ndarray, weight: torch.Tensor, repeats: int) -> list[Line]:
+    from gptqmodel.nn_modules.qlinear.torch import TorchLinear
+
+    rows, columns = x.shape
+    linear = torch.nn.Linear(columns, rows, bias=False)
+    linear.weight.data = weight.float()
+    g_idx = torch.arange(columns, dtype=torch.int32) // gptq.Gptq.group_size
+
+    def line(bits: int) -> Line:
+        encoder = gptq.Gptq(bits)
+        zeros, scales = gptq.quantize(x, bits, encoder.group_size, symmetric=True)[1:]
+        zeros, scales = torch.from_numpy(zeros.astype(np.int32)), torch.from_numpy(scales.astype(np.float32))
+        theirs = TorchLinear(bits, encoder.group_size, True, False, columns, rows)
+
+        def ours() -> np.ndarray:
+            return encoder.finish(x.shape, encoder.encode(x))["qweight"]
+
+        rates = by_turns(ours, lambda: theirs.pack(linear, scales, zeros, g_idx), x.size, repeats)
+        return Line(f"gptq-{bits}", *rates, equal(ours(), theirs.qweight), 5)
+
+    return [line(4), line(8)]
+
+
 def torchao_lines(x: np.ndarray, weight: torch.Tensor, repeats: int) -> list[Line]:
     from torchao.quantization.granularity import PerRow
     from torchao.quantization.quantize_.workflows.int8.int8_tensor import Int8Tensor
@@ -175,7 +197,7 @@ def mlx_lines(x: np.ndarray, weight: torch.Tensor, repeats: int) -> list[Line]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--values", type=float, default=2e6)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--instruction-set", choices=kernels.available_instruction_sets())
     parser.add_argument("--json", help="write the lines there")
     arguments = parser.parse_args()
@@ -183,12 +205,12 @@ def main() -> int:
         kernels.use_instruction_set(arguments.instruction_set)
     torch.set_num_threads(1)
     rng = np.random.default_rng(0)
-    shape = (max(1, int(arguments.values) // COLUMNS), COLUMNS)
+    shape = (max(32, int(arguments.values) // COLUMNS // 32 * 32), COLUMNS)
     x = (rng.standard_normal(shape, np.float32) * np.float32(0.02)).astype(ml_dtypes.bfloat16)
     weight = torch.from_numpy(x.view(np.int16)).view(torch.bfloat16)
 
     lines: list[Line] = []
-    for library in (bitsandbytes_lines, compressed_tensors_lines, torchao_lines, mlx_lines):
+    for library in (bitsandbytes_lines, compressed_tensors_lines, gptqmodel_lines, torchao_lines, mlx_lines):
         try:
             lines += library(x, weight, arguments.repeats)
         except ImportError as error:

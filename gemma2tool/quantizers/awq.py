@@ -15,7 +15,7 @@ import numpy as np
 from gemma2tool.model.lazy import to_float32
 from gemma2tool.quantizers import groups
 from gemma2tool.quantizers.base import Part
-from gemma2tool.quantizers.bitpack import pack_words, unpack_words
+from gemma2tool.quantizers.bitpack import pack_words, transposed, unpack_words
 from gemma2tool.quantizers.casts import cast
 from gemma2tool.quantizers.groups import Rule
 
@@ -93,4 +93,4 @@ class Awq:
         return {"qweight": pack(codes), "qzeros": pack(zeros), "scales": scales}
 
     def finish(self, shape: tuple[int, ...], collected: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
-        return {suffix: np.ascontiguousarray(array.T) for suffix, array in collected.items()}
+        return {suffix: transposed(array) for suffix, array in collected.items()}

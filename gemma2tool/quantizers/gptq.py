@@ -15,7 +15,7 @@ import numpy as np
 from gemma2tool.model.lazy import to_float32
 from gemma2tool.quantizers import groups
 from gemma2tool.quantizers.base import Part
-from gemma2tool.quantizers.bitpack import pack_words, unpack_words
+from gemma2tool.quantizers.bitpack import pack_words, transposed, unpack_words
 from gemma2tool.quantizers.casts import cast
 from gemma2tool.quantizers.groups import Rule
 
@@ -109,8 +109,8 @@ class Gptq:
         if self.checkpoint_format == "gptq":
             zeros = (zeros - np.uint8(1)) & np.uint8(2**self.bits - 1)
         return {
-            "qweight": np.ascontiguousarray(collected["qweight"].T).view(np.int32),
-            "qzeros": pack_words(np.ascontiguousarray(zeros.T), self.bits).view(np.int32),
-            "scales": np.ascontiguousarray(collected["scales"].T),
+            "qweight": transposed(collected["qweight"]).view(np.int32),
+            "qzeros": pack_words(transposed(zeros), self.bits).view(np.int32),
+            "scales": transposed(collected["scales"]),
             "g_idx": np.arange(shape[1], dtype=np.int32) // np.int32(self.width(shape[1])),
         }

@@ -28,7 +28,7 @@ from gemma2tool.model.lazy import FLOAT32, LazyTensor
 from gemma2tool.model.tensors import TensorSpec
 from gemma2tool.quantizers import gptq
 from gemma2tool.quantizers.base import Encoder
-from gemma2tool.quantizers.bitpack import WORD_BITS, unpack_words
+from gemma2tool.quantizers.bitpack import WORD_BITS, transposed, unpack_words
 from gemma2tool.storage.quoting import quoted
 
 METHOD = "gptq"
@@ -141,6 +141,6 @@ class GptqTensor(LazyTensor):
         self.group = width if np.array_equal(groups, np.arange(len(groups)) // width) else None
 
     def load_rows(self, first: int, last: int) -> np.ndarray:
-        codes = unpack_words(np.ascontiguousarray(whole(self.words)[:, first:last].T), self.bits)
+        codes = unpack_words(transposed(whole(self.words)[:, first:last]), self.bits)
         zeros = gptq.unpack_zeros(self.zeros.load(), self.bits, self.checkpoint_format)[:, first:last].T
         return gptq.dequantize(codes, zeros, self.scales.load()[:, first:last].T, self.groups)
