@@ -10,7 +10,8 @@ import typer
 
 from gemma2tool.errors import UsageError
 
-GPTQ_ONLY = ("act_order", "damping")
+_NOT_FOR = {"act_order": ("awq-", "w4a16", "w8a16"), "damping": ("awq-",)}
+"""How the names of types begin that an option does nothing for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +23,8 @@ class CalibrationOptions:
         typer.Option(
             "--calibration",
             metavar="FILE",
-            help="gptq-4, gptq-8 (GPTQ), awq-4 (AWQ): choose codes by what the model does with this text (UTF-8), or token ids (.npy).",
+            help="gptq-4, gptq-8, w4a16, w8a16 (GPTQ), awq-4 (AWQ): choose codes by what the model does with this text (UTF-8), "
+            "or token ids (.npy).",
         ),
     ] = None
     calibration_samples: Annotated[
@@ -61,10 +63,11 @@ class CalibrationOptions:
         for name in given:
             if "calibration" not in given:
                 raise UsageError("option.ignored", f"{_flag(name)} means nothing without --calibration")
-            if name in GPTQ_ONLY and not all(each.strip().startswith("gptq-") for each in types.split(",")):
-                raise UsageError(
-                    "option.ignored", f"{_flag(name)} means nothing for {types}", hint="it is for gptq-4 and gptq-8"
-                )
+            for each in types.split(","):
+                if each.strip().startswith(_NOT_FOR.get(name, ())):
+                    raise UsageError(
+                        "option.ignored", f"{_flag(name)} means nothing for {each}", hint="it is for gptq-4 and gptq-8"
+                    )
         return given
 
 

@@ -86,6 +86,16 @@ def quantize(rows: np.ndarray, scheme: Scheme) -> tuple[np.ndarray, np.ndarray, 
     if height > 1:
         starts = np.arange(0, n, height)
         low, high = np.minimum.reduceat(low, starts), np.maximum.reduceat(high, starts)
+    zero_points, scales = grid(low, high, scheme, dtype)
+    rule = Rule.FLOAT8 if scheme.kind == "float" else Rule.DIVIDE
+    by_row, zeros_by_row = _rows_of(scales, height, n), _rows_of(zero_points, height, n)
+    codes = groups.codes(rows, width, rule, by_row, zeros_by_row, scheme.low, scheme.high, dtype)
+    return codes.view(FP8 if scheme.kind == "float" else np.int8), cast(scales, dtype), zero_points
+
+
+def grid(low: np.ndarray, high: np.ndarray, scheme: Scheme, dtype: np.dtype) -> tuple[np.ndarray | None, np.ndarray]:
+    """Zero points int8 (None where the scheme is symmetric) and scales, float32 values of ``dtype``, of groups from their smallest and
+    largest values."""
     low, high = np.minimum(low, 0), np.maximum(high, 0)
     levels = np.float32(scheme.high - scheme.low)
     zero_points = None
@@ -97,10 +107,7 @@ def quantize(rows: np.ndarray, scheme: Scheme) -> tuple[np.ndarray, np.ndarray, 
             zeros = np.clip(_in(dtype, np.float32(scheme.low) - _in(dtype, low / scales)), scheme.low, scheme.high)
             zero_points = np.where(np.isnan(zeros), 0, np.rint(zeros)).astype(np.int8)
     scales[scales == 0] = np.float32(ml_dtypes.finfo(dtype).eps)
-    rule = Rule.FLOAT8 if scheme.kind == "float" else Rule.DIVIDE
-    by_row, zeros_by_row = _rows_of(scales, height, n), _rows_of(zero_points, height, n)
-    codes = groups.codes(rows, width, rule, by_row, zeros_by_row, scheme.low, scheme.high, dtype)
-    return codes.view(FP8 if scheme.kind == "float" else np.int8), cast(scales, dtype), zero_points
+    return zero_points, scales
 
 
 def dequantize(codes: np.ndarray, scales: np.ndarray, zero_points: np.ndarray | None, scheme: Scheme) -> np.ndarray:
@@ -177,6 +184,12 @@ class Compressed:
         if zero_points is not None:
             main["weight_zero_point"] = zero_points
         return main
+
+    def pack(self, codes: np.ndarray, zeros: np.ndarray, scales: np.ndarray) -> Mapping[str, np.ndarray]:
+        """``encode``'s result for rows that are quantized already, to codes and zeros counted from the lowest (uint8). Of packed schemes."""
+        lowest = np.uint8(1 << (self.scheme.bits - 1))
+        main = {"weight_packed": pack((codes - lowest).view(np.int8), self.scheme.bits), "weight_scale": scales}
+        return main if self.scheme.symmetric else main | {"weight_zero_point": (zeros - lowest).view(np.int8)}
 
     def finish(self, shape: tuple[int, ...], collected: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
         scheme = self.scheme

@@ -9,9 +9,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from gemma2tool.model.lazy import FLOAT32, LazyTensor, to_float32
-from gemma2tool.quantizers import awq, gptq, groups
+from gemma2tool.quantizers import awq, compressed, gptq, groups
 from gemma2tool.quantizers.awq import Awq
 from gemma2tool.quantizers.base import Encoder
+from gemma2tool.quantizers.casts import cast
+from gemma2tool.quantizers.compressed import Compressed, Scheme
 from gemma2tool.quantizers.gptq import Gptq
 
 Parameters = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
@@ -34,7 +36,17 @@ def grid_of(encoder: Encoder, columns: int) -> Grid | None:
         return Grid(2**encoder.bits - 1, encoder.width(columns), rule)
     if isinstance(encoder, Awq):
         return Grid(2**awq.BITS - 1, encoder.width(columns), awq.grid)
+    if isinstance(encoder, Compressed) and encoder.scheme.packed:
+        scheme = encoder.scheme
+        rule = functools.partial(_compressed, scheme=scheme, dtype=encoder.dtype)
+        return Grid(2**scheme.bits - 1, scheme.group or columns, rule)
     return None
+
+
+def _compressed(low: np.ndarray, high: np.ndarray, scheme: Scheme, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
+    zeros, scales = compressed.grid(low, high, scheme, dtype)
+    lowest = np.uint8(1 << (scheme.bits - 1))
+    return np.full(low.shape, lowest) if zeros is None else zeros.view(np.uint8) + lowest, cast(scales, dtype)
 
 
 class Codes(LazyTensor):
