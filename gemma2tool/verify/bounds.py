@@ -150,13 +150,14 @@ BOUNDS: Mapping[str, Bound] = {
     # LLM.int8(): cast to float16 first, the row's absmax too, then the row's absmax / 127, nearest.
     "int8": Bound(0, 1 / 254 + _F16, 0.05, _F16 + 1e-6, (1 + 1 / 254) * _F16_STEP),
     # Serving libraries. A block is a group of the size that the user chose. ``worst`` is for calibrated codes (and clipped
-    # ranges), which are off by some steps; ``nearest`` follows from the definition.
+    # ranges): GPTQ's make up for the errors of earlier columns, by up to 8 steps of absmax / 7.5 (127.5) seen with few inputs.
+    # ``nearest`` follows from the definition.
     # compressed-tensors divides by a bfloat16 scale in bfloat16, which has 8 bits: up to a step and a half of absmax / 127.5
     # (8 bits), half a step of absmax / 7.5, or of the range over 15 with its zero point, and that rounding (4 bits).
-    "w8a8-int8": Bound(0, 0.05, 0.05, nearest=1.5 / 127.5, codes=128),
-    "w8a16": Bound(0, 0.05, 0.05, nearest=1.5 / 127.5, codes=128),
-    "w4a16": Bound(0, 0.6, 0.35, nearest=1 / 15 + 2.0**-8, codes=8),
-    "w4a16-asym": Bound(0, 0.6, 0.35, nearest=1.2 / 15 + 2.0**-7, codes=15),
+    "w8a8-int8": Bound(0, 0.12, 0.05, nearest=1.5 / 127.5, codes=128),
+    "w8a16": Bound(0, 0.12, 0.05, nearest=1.5 / 127.5, codes=128),
+    "w4a16": Bound(0, 2.0, 0.35, nearest=1 / 15 + 2.0**-8, codes=8),
+    "w4a16-asym": Bound(0, 2.0, 0.35, nearest=1.2 / 15 + 2.0**-7, codes=15),
     # float8 e4m3 under a scale of absmax / 448: 3 bits of mantissa, a smallest step of 2^-9, and a scale of the model's type; one for
     # a row, or for 128 by 128 values.
     "fp8-dynamic": Bound(0, 2.0**-4 + 2.0**-8, 0.05, codes=448),
@@ -170,7 +171,6 @@ BOUNDS: Mapping[str, Bound] = {
     # Half a step of the range, at most twice the largest, over 15 (255); the scale is rounded to float16, which the
     # outermost code multiplies by as many. AWQ's smallest range is 1e-5.
     "awq-4": Bound(0, 0.6, 0.35, floor=1e-5, nearest=1 / 15 + 3 * _F16),
-    # GPTQ's codes make up for the errors of earlier columns, by up to 8 steps of absmax / 7.5 (127.5) seen with few inputs.
     "gptq-4": Bound(0, 2.0, 0.35, floor=15 * _F16_STEP, nearest=1 / 15 + 3 * _F16),
     "gptq-8": Bound(0, 0.12, 0.05, floor=255 * _F16_STEP, nearest=1 / 255 + 3 * _F16),
     # gemma.cpp's 8-bit floats: 3 bits of mantissa, 2 for small values, truncated to 4 before they are rounded; the smallest is 2^-23.
