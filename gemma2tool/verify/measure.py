@@ -51,7 +51,7 @@ class Piece:
     worst: np.ndarray | None = None
     """Per block: the largest error."""
     anchor: np.ndarray | None = None
-    """Per block: the error of the value of largest magnitude."""
+    """Per block: the error of the value of largest magnitude; None where the type promises nothing of it."""
     source_leaves: bytes = b""
     candidate_leaves: bytes = b""
     """What ``hashing.leaves`` says of each side's rows."""
@@ -92,10 +92,11 @@ def measure_blocks(source: np.ndarray, got: np.ndarray, block: int, bound: Bound
     if bound is not None:
         magnitudes = _blocks(np.abs(source), block)
         errors = _blocks(errors, block)
-        at = magnitudes.argmax(axis=1)[:, None]
-        piece.absmax = np.take_along_axis(magnitudes, at, 1)[:, 0]
-        piece.anchor = np.take_along_axis(errors, at, 1)[:, 0]
-        piece.worst = np.take_along_axis(errors, errors.argmax(axis=1)[:, None], 1)[:, 0]
+        piece.absmax, piece.worst = _largest(magnitudes), _largest(errors)
+        if math.isfinite(bound.anchor):
+            # Of equal magnitudes the first; numpy finds the first True of a row several times faster than its largest float.
+            at = (magnitudes == piece.absmax[:, None]).argmax(axis=1)
+            piece.anchor = errors[np.arange(at.size), at]
     return piece
 
 
@@ -134,6 +135,17 @@ def _blocks(values: np.ndarray, block: int) -> np.ndarray:
     if missing:
         values = np.concatenate([values, np.zeros(missing, values.dtype)])
     return values.reshape(-1, block)
+
+
+def _largest(blocks: np.ndarray) -> np.ndarray:
+    """The maximum of each row (n, block). Halving all rows at once is ten times as fast as numpy's maximum over short rows."""
+    width = blocks.shape[1]
+    if width > 256 or width & (width - 1):
+        return blocks.max(axis=1)
+    values = blocks.reshape(-1)
+    while width > 1:
+        values, width = np.maximum(values[0::2], values[1::2]), width // 2
+    return values
 
 
 @dataclass(frozen=True)
@@ -203,7 +215,7 @@ class BlockJudge:
         """Blocks beyond the bound in the whole tensor."""
         if self._waiting:
             joined = Piece(self.total.values)
-            for name in ("absmax", "worst", "anchor"):
+            for name in ("absmax", "worst", *(["anchor"] if math.isfinite(self.bound.anchor) else [])):
                 setattr(joined, name, np.concatenate([getattr(piece, name) for piece in self._waiting]))
             self._waiting = []
             shared = tile_error(joined.absmax, self.bound) if self.bound.tile else nested_scale_error(joined.absmax)
@@ -233,7 +245,7 @@ class BlockJudge:
         self,
         first: int,
         piece: Piece,
-        errors: np.ndarray,
+        errors: np.ndarray | None,
         fraction: float,
         anchor: bool,
         scale_error: np.ndarray,
@@ -241,7 +253,7 @@ class BlockJudge:
     ) -> tuple[np.ndarray, WorstBlock | None]:
         """Which blocks are beyond a limit, and the worst of them and of those before."""
         if not np.isfinite(fraction):
-            return np.zeros(errors.size, bool), worst
+            return np.zeros(piece.absmax.size, bool), worst
         allowed = (np.float32(fraction) * piece.absmax + np.float32(self.bound.floor) + scale_error) * np.float32(_SLACK)
         excess = errors - allowed
         at = int(excess.argmax())
