@@ -53,10 +53,13 @@ def main() -> int:
         print(f"single faults: {len(single)}, detected {detected(single)}, named right {right:.1%}", flush=True)
         for name, source in made.items():
             for index, both in enumerate(pairs(source, asked.pairs // len(made), seed=7)):
-                double.append(trial(both, source, name, "memory", fresh(folder, f"{name}{index}")))
+                forms = [form for form in asked.forms if all(form in each.forms for each in both)]
+                if forms:
+                    form = forms[index % len(forms)]
+                    double.append(trial(both, source, name, form, fresh(folder, f"{name}{index}")))
         for outcome in double:
             if not (outcome.detected and outcome.named):
-                print(f"  {' + '.join(outcome.faults)} in {outcome.source}: {', '.join(outcome.ids) or 'no cause'}")
+                print(f"  {' + '.join(outcome.faults)} in {outcome.source} as {outcome.form}: {', '.join(outcome.ids) or 'no cause'}")
         print(f"pairs: {len(double)}, detected {detected(double)}, both named right {share(double):.1%}", flush=True)
         alarms = 0 if asked.no_honest else honest(Path(folder))
     print(f"{time.time() - start:.0f} s")
