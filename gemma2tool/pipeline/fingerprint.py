@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
+import secrets
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -25,17 +26,16 @@ _ENDS = 1 << 16
 _DIGITS = 16
 
 
-def fingerprint(plan: Plan, options: Mapping[str, object]) -> Fingerprint | None:
+def can_continue(plan: Plan) -> bool:
+    """Whether each tensor of the plan depends on its own values and settings alone; calibrated codes follow from all layers before."""
+    return plan.cost is None
+
+
+def fingerprint(plan: Plan, options: Mapping[str, object]) -> Fingerprint:
     """The fingerprint of a plan carried out with ``options`` (those of the run that change bytes, by name).
 
-    None where an encoder's work depends on more than its own settings (calibrated codes follow from all layers before): such a run
-    cannot be continued.
+    That of a plan that cannot be continued is like no other.
     """
-    plan_digest = hashlib.sha256()
-    try:
-        _feed_plan(plan_digest, plan)
-    except TypeError:
-        return None
     asked = {"dtype": plan.options.dtype, "type": plan.options.type, **plan.options.extra, **options}
     found = {
         "tool": f"gemma2tool {__version__}, numpy {np.__version__}, kernels {_kernels()}",
@@ -43,7 +43,7 @@ def fingerprint(plan: Plan, options: Mapping[str, object]) -> Fingerprint | None
         **{name.replace("_", "-"): _shown(value) for name, value in sorted(asked.items()) if value},
         **{f"source {name}": said for name, said in _files(plan).items()},
     }
-    return {**found, "plan": plan_digest.hexdigest()[:_DIGITS]}
+    return {**found, "plan": _plan(plan) if can_continue(plan) else f"one that cannot be continued ({secrets.token_hex(4)})"}
 
 
 @cache
@@ -87,14 +87,15 @@ def _digest(value: object) -> str:
     return digest.hexdigest()[:_DIGITS]
 
 
-def _feed_plan(digest: hashlib._Hash, plan: Plan) -> None:
-    output = plan.output
+def _plan(plan: Plan) -> str:
+    digest, output = hashlib.sha256(), plan.output
     _feed(digest, [(file.name, file.size, list(file.fixed)) for file in output.files])
     _feed(digest, output.assets)
     for item in output.tensors:
         source = item.source
         _feed(digest, [item.name, item.canonical, source.shape, source.dtype, source.stored, source.origin])
         _feed(digest, [item.encoder, {suffix: dataclasses.astuple(place) for suffix, place in item.parts.items()}])
+    return digest.hexdigest()[:_DIGITS]
 
 
 def _feed(digest: hashlib._Hash, value: object) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 from gemma2tool.formats import registry
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.pipeline import receipts
-from gemma2tool.pipeline.fingerprint import fingerprint
+from gemma2tool.pipeline.fingerprint import can_continue, fingerprint
 from gemma2tool.pipeline.plan import Plan
 from gemma2tool.pipeline.values import ValueCheck, clipped_tensor
 from gemma2tool.pipeline.write import Target, write_outputs
@@ -108,7 +108,7 @@ def run(
     for plan in plans if receipt and checks is not None else ():
         receipts.check_place(plan.destination)
     asked = {"allow_nonfinite": allow_nonfinite, "clip_f16": clip_float16}
-    check = ValueCheck(allow_nonfinite=allow_nonfinite, clip=clip_float16)
+    check = ValueCheck(allow_nonfinite=allow_nonfinite, clip=clip_float16, thorough=all(map(can_continue, plans)))
     with ExitStack() as stack:
         stagings, targets = [], []
         for plan in plans:
@@ -125,7 +125,8 @@ def run(
             )
             sinks = {} if staging.finished else {file.name: staging.file(file.name, file.size) for file in output.files}
             stagings.append(staging)
-            targets.append(Target(output, sinks, staging.completed, staging.complete))
+            told = {"complete": staging.complete} if can_continue(plan) else {}
+            targets.append(Target(output, sinks, staging.completed, **told))
             _tell_resumed(plan, staging, console)
         resumed = [dict(target.records) for target in targets]
         label = plans[0].destination.name if len(plans) == 1 else f"{len(plans)} outputs"

@@ -39,10 +39,11 @@ class _Count:
 
 
 class ValueCheck:
-    """``allow_nonfinite``: float types take NaN and infinities as they are. ``clip``: finite magnitudes beyond float16 become its largest."""
+    """``allow_nonfinite``: float types take NaN and infinities as they are. ``clip``: finite magnitudes beyond float16 become its largest.
+    ``thorough``: whether the rest is looked through after the first refusal; not where to read a tensor is to calibrate it."""
 
-    def __init__(self, *, allow_nonfinite: bool = False, clip: bool = False) -> None:
-        self.allow_nonfinite, self.clip = allow_nonfinite, clip
+    def __init__(self, *, allow_nonfinite: bool = False, clip: bool = False, thorough: bool = True) -> None:
+        self.allow_nonfinite, self.clip, self.thorough = allow_nonfinite, clip, thorough
         self._lock = threading.Lock()
         self._nonfinite: dict[int, _Count] = {}
         self._overflow: dict[int, _Count] = {}
@@ -58,6 +59,8 @@ class ValueCheck:
         clipped = 0
         if rows.dtype in _FLOATS and any_beyond(rows, limit):
             rows, clipped = self._look(item, rows, first, limit)
+            if not self.thorough:
+                self.raise_refusal()
         return (None if self.refused else rows), clipped
 
     def _look(self, item: OutputTensor, rows: np.ndarray, first: int, limit: float) -> tuple[np.ndarray, int]:
