@@ -213,6 +213,10 @@ class TestInterrupted:
             assert busy.path.exists()
 
 
+def _interrupt(self: object) -> None:
+    raise KeyboardInterrupt
+
+
 def run_clean(*words: str) -> Result:
     return runner.invoke(app, ["clean", *words])
 
@@ -272,6 +276,22 @@ class TestRefusedToContinue:
         result = run("quantize", "src", "out.gguf", "--type", "q8_0", "--no-verify", "--restart")
         assert result.exit_code == 0 and "resumed" not in result.stderr
         assert names(left) == ["out.gguf"]
+
+    def test_calibrated_codes(self, place: Path) -> None:
+        """They depend on all layers before: such a run neither continues another nor can be continued."""
+        words = ("quantize", "src", "out", "--type", "gptq-4", "--group-size", "32", "--no-verify")
+        killed_after(5, *words)
+        np.save("ids.npy", np.arange(64).reshape(2, 32))
+        calibrated = (*words, "--calibration", "ids.npy", "--calibration-length", "32")
+        refused = run(*calibrated)
+        assert refused.exit_code == 2 and "resume.mismatch" in refused.stderr, refused.output
+        assert run(*calibrated, "--restart").exit_code == 0
+        shutil.rmtree("out")
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(staging.Staging, "commit", None)
+            patched.setattr(staging.Staging, "make_durable", _interrupt)
+            assert run(*calibrated).exit_code == 130
+        assert "out" not in names(place) and ".out.gemma2tool-staging" not in names(place)
 
     def test_a_source_that_was_only_moved_is_the_same(self, left: Path) -> None:
         (left / "elsewhere").mkdir()
