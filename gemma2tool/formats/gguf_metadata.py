@@ -13,9 +13,10 @@ from typing import Any
 from gemma2tool.errors import InputRefused
 from gemma2tool.formats.gguf_values import KeyValue, f32, i32, string, strings, u32
 from gemma2tool.model.checkpoint import Checkpoint
-from gemma2tool.storage import strict_json
+from gemma2tool.storage import strict_json, strict_yaml
 
 MAX_CARD_BYTES = 1 << 20
+MAX_FRONT_MATTER = 1 << 16
 GENERIC_NAMES = ("model", "pytorch_model", "consolidated", "checkpoint", "ckpt")
 """Names of weights files that say nothing about the model; their folder's does."""
 
@@ -131,14 +132,12 @@ def _model_card(checkpoint: Checkpoint, warnings: list[str]) -> dict[str, Any]:
     lines = checkpoint.assets["README.md"][:MAX_CARD_BYTES].decode("utf-8", "replace").splitlines()
     if not lines or lines[0] != "---" or "---" not in lines[1:]:
         return {}
-    import yaml
-
     text = "\n".join(lines[1 : lines.index("---", 1)]) + "\n"
     # YAML 1.1 reads the language code "no" as false; tabs are not YAML.
     text = text.replace("- no\n", '- "no"\n').replace("\t", "  ")
     try:
-        content = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError):
-        warnings.append("README.md: its front matter is not YAML: nothing of it is kept")
+        content = strict_yaml.load(text, what="README.md's front matter", max_chars=MAX_FRONT_MATTER)
+    except InputRefused as error:
+        warnings.append(f"{error.message}: nothing of it is kept")
         return {}
     return content if isinstance(content, dict) else {}

@@ -56,6 +56,7 @@ def tiny_files() -> dict[str, bytes]:
     made["zarr/plain"] = _zarray()
     made["zarr/zstd"] = _zarray(shape=[4, 4], dimension_separator="/", compressor={"id": "zstd", "level": 1})
     made["zarr/three"] = json.dumps(ZARR3).encode()
+    made["model-card/plain"] = CARD
     made["imatrix/gguf"] = _imatrix_gguf()
     made["imatrix/dat"] = _imatrix_dat()
     made["sbs-config/tiny"] = sbs_config.write(TINY, 1)
@@ -141,6 +142,22 @@ ZARR3 = {
         "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "zstd"}],
     }}],
 }  # fmt: skip
+
+
+CARD = b"""---
+license: gemma
+base_model: google/gemma-2-2b
+language:
+- en
+- no
+tags: [conversational, "x"]
+datasets:
+- a/b
+model-index:
+- name: gemma
+---
+# Gemma
+"""
 
 
 def _gguf() -> bytes:

@@ -624,6 +624,30 @@ class Tokenizer(JsonTarget):
         return len(found.kv), len(found.warnings), len(self.completed(assets)[0])
 
 
+class ModelCard(Target):
+    """README.md's YAML and the heuristics of gguf-py on what it says."""
+
+    name = "model-card"
+    imports = True
+    tokens = (
+        b"---\n", b"license: gemma\n", b"base_model: google/gemma-2-2b\n", b"- a\n", b"&a ", b"*a ", b"<<: *a\n", b"? ", b": ", b"[", b"]", b"{", b"}", b"!!python/object:",
+        b"!!binary ", b"!!timestamp ", b"1:1:1", b"0x", b"2001-01-01", b"|\n", b">-\n", b"'", b'"', b"tags:\n", b"datasets:\n", b"language:\n", b"- no\n", b"\t", b"v1.2", b"7B",
+    )  # fmt: skip
+
+    def prepare(self) -> None:
+        from gemma2tool.formats.gguf_metadata import metadata_keys
+        from gemma2tool.model.checkpoint import Assets, Checkpoint
+        from gemma2tool.model.config import Gemma2Config
+
+        self.keys, self.assets = metadata_keys, Assets
+        self.checkpoint = Checkpoint(Path("gemma-2-2b-it"), "hf", Gemma2Config(), {})
+
+    def run(self, data: bytes) -> object:
+        warnings: list[str] = []
+        self.checkpoint.assets = self.assets({"README.md": lambda: data})
+        return len(self.keys(self.checkpoint, warnings)), len(warnings)
+
+
 class GGUFModel(GGUF):
     """A GGUF as a model: config, tokenizer and tensor table."""
 
@@ -714,7 +738,7 @@ class Journal(JsonTarget):
 
 KINDS: tuple[Callable[[], Target], ...] = (
     Json, Safetensors, GGUF, Pickle, TorchZip, HDF5, OCDBT, Zarr, SbsDirectory, SbsConfig, HFConfig, HFIndex, KerasConfig, LoraConfig, Packing, SentencePiece, SentencePieceLibrary, Tokenizer,
-    GGUFModel, Imatrix, Receipt, Journal,
+    ModelCard, GGUFModel, Imatrix, Receipt, Journal,
 )  # fmt: skip
 
 
