@@ -449,9 +449,10 @@ def embedding_shifted_up_by_two(v: Victim) -> None:
     v.arrays[name] = np.roll(v.arrays[name], -2, axis=0)
 
 
-def without_tokenizer(v: Victim) -> bool:
-    """A GGUF with a tokenizer has as many rows as tokens, or is refused."""
-    return not v.assets
+@fault("tensor.rows-permuted")
+def tokens_in_alphabetical_order(v: Victim) -> None:
+    name = v.name("embed")
+    v.arrays[name] = v.arrays[name][np.random.default_rng(2).permutation(len(v.arrays[name]))]
 
 
 @fault("embedding.padded", forms=("memory", "hf"))

@@ -48,6 +48,7 @@ CATALOGUE: Mapping[str, str] = {
     "tensor.missing": "a tensor that only the source has",
     "tensor.extra": "a tensor that only the candidate has",
     "tensor.scaled": "a tensor times a factor",
+    "tensor.rows-permuted": "all rows of a tensor in another order, none of the known ones",
     "tensor.offset": "a vector plus an offset",
     # Embedding and head
     "embedding.scaled": "the embedding times sqrt(D), which is done again when the model runs",
@@ -113,4 +114,4 @@ CATALOGUE: Mapping[str, str] = {
     "tokenizer.eos-added": "eos put behind every text",
     "tokenizer.chat-template": "another chat template",
 }
-"""Name -> mistake. ``Cause.id`` is one of these names."""
+"""Name -> mistake. ``Cause.id`` is one of these names, or one of ``unknown.*`` where the place was found, and no mistake."""

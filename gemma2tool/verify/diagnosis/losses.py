@@ -1,15 +1,22 @@
-"""Values that lost too much, without any order in it: quantized before, or never loaded at all."""
+"""Values that lost too much, or all: quantized before, in an order that no one knows, or never loaded."""
 
 from __future__ import annotations
 
+from hashlib import blake2b
+
 import numpy as np
 
+from gemma2tool.model.lazy import row_ranges
 from gemma2tool.verify.bounds import BOUNDS
+from gemma2tool.verify.diagnosis.fit import is_float
 from gemma2tool.verify.diagnosis.honest import quantized_once
+from gemma2tool.verify.diagnosis.names import EMBEDDINGS, place
 from gemma2tool.verify.diagnosis.portion import Portion, rms
 from gemma2tool.verify.diagnosis.scales import Pattern
+from gemma2tool.verify.diagnosis.search import Case
 
 _BLOCK = 32
+_READ_BYTES = 8 << 20
 _MORE = 1.2  # times the error of quantizing once; two roundings to like steps give 1.4
 _ON, _OFF = 0.1, 0.2  # RMS distance from a grid, in steps; 0.29 by chance
 _FINE = 0.06  # RMSE / RMS up to which a type has so many levels that 16 of them must be another's
@@ -68,6 +75,27 @@ def _more(here: Portion, stored: str) -> Pattern | None:
         return None
     said = f"{{what}} {{have}} lost {lost / must:.3g} times what rounding to {stored} once loses: quantized twice"
     return Pattern("quant.twice", said, {"times": float(lost / must)})
+
+
+def permuted(case: Case, name: str) -> Pattern | None:
+    """All rows of the source are there, in an order that is none of the known ones."""
+    source, candidate = case.weights.get(name), case.candidate[name]
+    if source is None or source.shape != candidate.shape or source.dtype != candidate.dtype or not is_float(candidate):
+        return None
+    known: set[bytes] = set()
+    for first, last in row_ranges(source.rows, source.row_size * source.dtype.itemsize, _READ_BYTES):
+        known.update(_digest(row) for row in source.load_rows(first, last))
+    rows = [row for piece in case.sample(name) for row in piece]
+    if len(known) < 2 or not all(_digest(row) in known for row in rows):
+        return None
+    what = "every token means another" if place(name).kind in EMBEDDINGS else "what they multiply is another's"
+    unit = "rows" if len(source.shape) > 1 else "values"
+    said = f"{{what}} {{have}} the source's {unit} in another order: {what}"
+    return Pattern("tensor.rows-permuted", said, {"rows": source.rows})
+
+
+def _digest(row: np.ndarray) -> bytes:
+    return blake2b(np.ascontiguousarray(row).tobytes(), digest_size=16).digest()
 
 
 def unrelated(here: Portion) -> Pattern | None:

@@ -36,7 +36,7 @@ def causes_of_patterns(case: Case, names: Sequence[str]) -> list[Cause]:
     told = {name for cause in causes for name in cause.tensors}
     for name in left:
         here = None if name in told else portion(case, name)
-        pattern = here and (losses.unrelated(here) or losses.lossy(here, case.candidate[name].stored))
+        pattern = here and (losses.permuted(case, name) or losses.unrelated(here) or losses.lossy(here, case.candidate[name].stored))
         if pattern is not None:
             found[name] = pattern
     return causes + _aggregated(case, {name: each for name, each in found.items() if name not in told})

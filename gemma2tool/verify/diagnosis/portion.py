@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,8 +30,10 @@ class Portion:
 
     @property
     def correlation(self) -> float:
-        product = rms(self.source) * rms(self.candidate)
-        return float(np.mean(self.source.astype(np.float64) * self.candidate)) / product if product else 0.0
+        """Pearson's, of the two sides' values."""
+        ours, theirs = (each.astype(np.float64) - each.mean(dtype=np.float64) for each in (self.source, self.candidate))
+        size = math.sqrt(float(np.mean(ours**2)) * float(np.mean(theirs**2)))
+        return float(np.mean(ours * theirs)) / size if size else 0.0
 
     def off(self, supposed: np.ndarray) -> float:
         """RMS of (candidate - supposed) over the RMS of the candidate."""

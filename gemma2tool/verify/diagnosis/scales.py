@@ -49,10 +49,8 @@ def _uniform(here: Portion, config: Gemma2Config) -> Pattern | None:
     factor = float(np.mean(source * candidate)) / square if square else 0.0
     if factor and here.explains(factor * source):
         return _scaled(here, factor, config)
-    if len(source) > 1:
-        return None
     offset = float(np.mean(candidate - source))
-    if here.explains(source + offset):
+    if len(source) == 1 and here.explains(source + offset):
         return Pattern("tensor.offset", f"{{what}} {{are}} larger by {offset:.6g} everywhere", {"offset": offset})
     if place(here.name).kind in NORMS:
         one = source + 1
@@ -60,7 +58,20 @@ def _uniform(here: Portion, config: Gemma2Config) -> Pattern | None:
         if here.explains(factor * one - 1):
             said = f"{{what}} {{have}} 1 + w {factor:.6g} times the source's: it was multiplied, not w"
             return Pattern("norm.rescaled", said, {"factor": factor})
-    return None
+    return _affine(here)
+
+
+def _affine(here: Portion) -> Pattern | None:
+    """candidate = factor * source + offset."""
+    source, candidate = here.source.astype(np.float64), here.candidate.astype(np.float64)
+    around = source - source.mean()
+    spread = float(np.mean(around**2))
+    factor = float(np.mean(around * candidate)) / spread if spread else 0.0
+    offset = float(candidate.mean() - factor * source.mean())
+    if not factor or not here.explains(factor * source + offset):
+        return None
+    evidence = {"factor": factor, "offset": offset, "error": here.off(factor * source + offset)}
+    return Pattern("tensor.scaled", f"{{what}} {{are}} {factor:.6g} times the source's plus {offset:.6g}", evidence)
 
 
 def _scaled(here: Portion, factor: float, config: Gemma2Config) -> Pattern:
