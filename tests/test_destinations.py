@@ -183,3 +183,10 @@ def test_names_as_long_as_they_may_be(place: Path, name: str) -> None:
 
 def test_a_name_that_is_too_long(place: Path) -> None:
     assert_refused(run("quantize", "src", "n" * 251 + ".gguf", "--type", "q8_0"), 2, "output.name-too-long")
+
+
+def test_a_receipt_whose_name_would_be_too_long_is_refused_before_the_work(place: Path) -> None:
+    name = "n" * 245 + ".gguf"
+    assert_refused(run("quantize", "src", name, "--type", "q8_0"), 2, "output.name-too-long", "receipt.json")
+    assert names(place) == []
+    assert run("quantize", "src", name, "--type", "q8_0", "--no-receipt").exit_code == 0

@@ -29,9 +29,15 @@ _ASIDE = ".gemma2tool-old"
 
 
 def check_place(destination: Path) -> None:
-    """Raises ``UsageError`` where something that is no receipt has the name that the receipt of ``destination`` will need."""
+    """Raises ``UsageError`` where something that is no receipt has the name that the receipt of ``destination`` will need, or where
+    that name is longer than the file system takes."""
     place = receipt_path(destination)
-    if os.path.lexists(place) and (place.is_symlink() or not place.is_file() or not receipt.looks_like_one(place)):
+    with told(place, "looking for the receipt"):
+        try:
+            os.lstat(place)
+        except (FileNotFoundError, NotADirectoryError):
+            return
+    if place.is_symlink() or not place.is_file() or not receipt.looks_like_one(place):
         raise UsageError(
             "receipt.exists",
             f"{place}: is in the way of the receipt, and is none",
