@@ -58,7 +58,7 @@ def test_imports_go_downwards(path: Path) -> None:
 
 
 def test_formats_do_not_import_each_other() -> None:
-    formats = {"hf", "gemma_pytorch", "gguf", "flax", "keras", "torchtune", "litgpt", "mlx", "maxtext", "sbs"}
+    formats = {"hf", "hf_bin", "gemma_pytorch", "gguf", "flax", "keras", "torchtune", "litgpt", "mlx", "maxtext", "sbs"}
     for name in formats:
         for module in imports(PACKAGE / "formats" / f"{name}.py"):
             other = module.removeprefix("gemma2tool.formats.").split(".")[0]

@@ -26,8 +26,8 @@ from gemma2tool.formats import registry
 NEEDS = {"flax": "tensorstore", "maxtext": "tensorstore", "keras": "h5py"}
 FORMATS = [name for name in registry.NAMES if name not in NEEDS or find_spec(NEEDS[name])]
 NAMES = {"gguf": "model.gguf", "gemma-cpp": "model.sbs", "gemma-pytorch": "model.ckpt"}
-SHARDED = ("hf", "mlx", "keras")
-ZIPS = ("gemma-pytorch", "torchtune", "litgpt")
+SHARDED = ("hf", "hf-bin", "mlx", "keras")
+ZIPS = ("hf-bin", "gemma-pytorch", "torchtune", "litgpt")
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +128,7 @@ def test_weights_that_are_a_link_out_of_the_folder(copied, tmp_path: Path, name:
 @pytest.mark.parametrize("name", [f"{name} sharded" for name in SHARDED if name in FORMATS])
 def test_an_index_that_points_elsewhere(copied, tmp_path: Path, name: str, lie: str) -> None:
     path = copied(name)
-    (index,) = (each for each in path.glob("model*.json"))
+    (index,) = (each for each in path.glob("*model*.json"))
     content = json.loads(index.read_text())
     first = next(iter(content["weight_map"]))
     shutil.copy(path / content["weight_map"][first], tmp_path / "outside")
@@ -141,7 +141,7 @@ def test_an_index_that_points_elsewhere(copied, tmp_path: Path, name: str, lie: 
 @pytest.mark.parametrize("name", [f"{name} sharded" for name in SHARDED if name in FORMATS])
 def test_a_shard_that_is_gone_or_was_swapped(copied, tmp_path: Path, name: str) -> None:
     path = copied(name)
-    shards = sorted(each for each in path.iterdir() if each.suffix in (".safetensors", ".h5"))
+    shards = sorted(each for each in path.iterdir() if each.suffix in (".safetensors", ".bin", ".h5"))
     shutil.copy(shards[0], shards[1])
     _refused(path, tmp_path / "out", name)
     shards[1].unlink()

@@ -15,7 +15,7 @@ from gemma2tool.cli.main import app
 from gemma2tool.formats import registry
 
 KINDS = {"Gemma2ForSequenceClassification": 3, "Gemma2ForTokenClassification": 5}
-HOLDERS = {"hf": "out", "mlx": "out", "gemma-pytorch": "out.ckpt"}
+HOLDERS = {"hf": "out", "hf-bin": "out", "mlx": "out", "gemma-pytorch": "out.ckpt"}
 NEEDS = {"flax": "tensorstore", "maxtext": "tensorstore", "keras": "h5py"}
 OTHERS = [name for name in registry.NAMES if name not in HOLDERS and (name not in NEEDS or find_spec(NEEDS[name]))]
 NAMES = {"gguf": "out.gguf", "gemma-cpp": "out.sbs"}

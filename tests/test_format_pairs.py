@@ -30,7 +30,7 @@ NEEDS = {"flax": "tensorstore", "maxtext": "tensorstore", "keras": "h5py"}
 FORMATS = [name for name in registry.NAMES if name not in NEEDS or find_spec(NEEDS[name])]
 ROUNDING = {"gguf", "maxtext"}
 """Formats that store w + 1 of a norm, or more, of which low bits can be lost. The others are lossless."""
-OWN_HEAD = {"hf", "mlx", "litgpt"}
+OWN_HEAD = {"hf", "hf-bin", "mlx", "litgpt"}
 """Formats with a place for a head that is not the embedding."""
 NAME = {"gemma-pytorch": "model.ckpt", "gguf": "model.gguf", "gemma-cpp": "model.sbs"}
 RAM = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None

@@ -49,7 +49,7 @@ def disk_tensors(checkpoint: Checkpoint) -> list[tuple[str, tuple[str, ...], Laz
 
     def order(item: tuple) -> tuple[str, bytes]:
         name = item[0].canonical[0]
-        shard = checkpoint.tensors[name].origin.split(":", 1)[0] if checkpoint.format == "hf" else ""
+        shard = checkpoint.tensors[name].origin.split(":", 1)[0] if checkpoint.format in ("hf", "hf-bin") else ""
         return shard, name.encode()
 
     return [(entry.disk, entry.canonical, _as_float(tensor)) for entry, tensor in sorted(found, key=order)]

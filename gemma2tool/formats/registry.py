@@ -76,9 +76,15 @@ LISTINGS: tuple[Listing, ...] = (
     Listing("litgpt", "gemma2tool.formats.litgpt:LitGPT", "a folder with lit_model.pth", "litgpt; files from before 2025 read"),
     Listing("mlx", "gemma2tool.formats.mlx:MLX", "a folder with config.json and .safetensors of mlx-lm", "plain or affine-quantized"),
     Listing(
+        "hf-bin",
+        "gemma2tool.formats.hf_bin:HuggingFaceBin",
+        "a folder with config.json and pytorch_model.bin, or shards",
+        "Hugging Face before safetensors",
+    ),
+    Listing(
         "hf",
         "gemma2tool.formats.hf:HuggingFace",
-        "a folder with config.json and .safetensors or .bin",
+        "a folder with config.json and .safetensors",
         "Hugging Face; plain or quantized",
     ),
 )

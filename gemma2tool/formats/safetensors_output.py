@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -40,10 +40,27 @@ def natural_key(name: str) -> list[tuple[int, int | str]]:
     return [(0, int(part)) if part.isdigit() else (1, part) for part in name.split(".")]
 
 
+def spread(sizes: Sequence[tuple[str, int]], limit: int) -> list[list[str]]:
+    """Names by file, from (name, bytes), as transformers does: in order, a new file where the limit would be passed."""
+    groups: list[list[str]] = []
+    current: list[str] = []
+    size = 0
+    for name, nbytes in sizes:
+        if nbytes > limit:
+            groups.append([name])
+            continue
+        if size + nbytes > limit:
+            groups.append(current)
+            current, size = [], 0
+        current.append(name)
+        size += nbytes
+    return [*groups, current] if current else groups
+
+
 def shards(
     planned: list[tuple[str, LazyTensor, Encoder]], limit: int, metadata: Mapping[str, str]
 ) -> tuple[list[OutputFile], list[OutputTensor], dict[str, object]]:
-    """Spread the stored parts over files as transformers does: in natural order, a new file where the limit would be passed.
+    """Spread the stored parts over files, in natural order; see ``spread``.
 
     ``metadata``: what every file's header says, ``format`` at least. Returns the files, the tensors and the content of an index.
     """
@@ -52,20 +69,9 @@ def shards(
         for part in encoder.parts(source.shape):
             stored.append((packings.part_name(name, part.suffix), part, name))
     stored.sort(key=lambda item: natural_key(item[0]))
-    shards: list[list] = []
-    current, size = [], 0
-    for item in stored:
-        nbytes = item[1].nbytes
-        if nbytes > limit:
-            shards.append([item])
-            continue
-        if size + nbytes > limit:
-            shards.append(current)
-            current, size = [], 0
-        current.append(item)
-        size += nbytes
-    if current:
-        shards.append(current)
+    by_name = {item[0]: item for item in stored}
+    groups = spread([(name, part.nbytes) for name, part, _ in stored], limit)
+    shards = [[by_name[name] for name in group] for group in groups]
 
     files: list[OutputFile] = []
     places: dict[str, dict[str, Placement]] = {name: {} for name, _, _ in planned}
