@@ -168,6 +168,26 @@ class TestKilled:
         assert again.exit_code == 1, again.output
         assert names(place) == []
 
+    @pytest.mark.parametrize("words", [WORDS["gguf"], WORDS["sharded"], ("quantize", "src", "many", "--type", "q8_0,nf4")])
+    def test_between_the_last_rename_and_the_end(self, place: Path, words: tuple[str, ...]) -> None:
+        """The output is in place and whole: the next run says so, verifies it, and tidies up, without --force."""
+
+        def work() -> None:
+            staging.Staging.finish = lambda self: os.kill(os.getpid(), signal.SIGKILL)
+            run(*words, "--no-verify")
+
+        assert in_a_child(work) == signal.SIGKILL
+        out = place / words[2]
+        outputs = [path for path in out.iterdir() if not path.name.startswith(".")] if words[2] == "many" else [out]
+        whole = [digest(path) for path in outputs]
+        assert len(whole) == words[-1].count(",") + 1 and "absent" not in whole
+        again = run(*words)
+        assert again.exit_code == 0, again.output
+        assert "in place already" in again.stderr and "PASSED" in again.stdout
+        assert [digest(path) for path in outputs] == whole
+        left = [path.name for path in place.rglob("*") if "gemma2tool-staging" in path.name]
+        assert left == []
+
     def test_at_random(self, tmp_path: Path) -> None:
         """A dozen kills of the long campaign (tests/campaigns/kill.py)."""
         (tmp_path / "kill").mkdir()
