@@ -351,7 +351,7 @@ def test_disk_that_takes_no_more(place: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_interrupt_leaves_nothing(place: Path, number: int) -> None:
+def test_interrupt_leaves_nothing_at_the_destination(place: Path, number: int) -> None:
     words = [sys.executable, "-m", "gemma2tool", "convert", place / "src", place / "out.gguf"]
     process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 30
@@ -362,7 +362,9 @@ def test_interrupt_leaves_nothing(place: Path, number: int) -> None:
     if process.returncode != 0:  # it may have been quicker than the signal
         assert process.returncode == 130, errors
         assert "Traceback" not in errors
-        assert sorted(p.name for p in place.iterdir()) == ["src"]
+        left = sorted(p.name for p in place.iterdir())
+        # On a slow machine tensors may have been journaled by then: they are kept, and the user is told.
+        assert left == ["src"] or (left == [".out.gguf.gemma2tool-staging", "src"] and "gemma2tool clean" in errors)
 
 
 # -- found by a user who tried ----------------------------------------------------------------------------------------
