@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import resource
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -182,6 +183,18 @@ class TestResources:
         assert (done.returncode, done.stdout) == (4, "disk.file-too-large\n")
         assert tree(tmp_path / "out") == b"old"
         assert os.listdir(tmp_path) == ["out"]
+
+    def test_more_files_than_may_be_open(self, tmp_path: Path) -> None:
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 20, hard))
+        try:
+            with pytest.raises(ResourceError) as caught, Staging(tmp_path / "out", folder=True) as staging:
+                for number in range(40):
+                    staging.file(f"{number}", 1)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        assert caught.value.id == "files.too-many" and "ulimit -n" in caught.value.hint
+        assert os.listdir(tmp_path) == []
 
     def test_without_posix_fallocate(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         def unsupported(*_: object) -> None:

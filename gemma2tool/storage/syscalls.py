@@ -37,6 +37,9 @@ def told(path: Path, doing: str, nbytes: int = 0) -> Iterator[None]:
             raise ResourceError("output.not-writable", failure, hint="choose a folder you may write to") from error
         if error.errno == errno.ENAMETOOLONG:
             raise UsageError("output.name-too-long", failure, hint="choose a shorter name") from error
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            hint = "raise the limit on open files (ulimit -n), or write larger shards"
+            raise ResourceError("files.too-many", failure, hint=hint) from error
         raise ResourceError("disk.error", failure) from error
 
 
