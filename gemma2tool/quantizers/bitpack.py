@@ -9,7 +9,7 @@ import numpy as np
 from gemma2tool.quantizers.kernels import _native
 
 WORD_BITS = 32
-_STRIP = 64
+_STRIP = 128
 
 
 def pack_words(codes: np.ndarray, bits: int) -> np.ndarray:
