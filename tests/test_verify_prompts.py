@@ -103,6 +103,14 @@ def test_the_option(folder: Path, tmp_path: Path) -> None:
     assert told["logits"]["metrics"]["shape"][1] == 256 and "perplexity_ratio" in told["distribution"]["metrics"]
 
 
+def test_a_conversion_is_verified_on_it(folder: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps. " * 60, encoding="utf-8")
+    result = CliRunner().invoke(app, ["convert", str(folder), str(tmp_path / "out.gguf"), "--text", str(text), "-q"])
+    assert result.exit_code == 0, result.output
+    assert "positions)" in result.output and "(128 positions)" not in result.output and "perplexity" in result.output
+
+
 @pytest.mark.parametrize(("content", "more", "code"), [(b"\xff\xfe\x00", [], 3), (b"words", ["--tokens", "x.npy"], 2), (b"", [], 2)])
 def test_what_is_no_text_is_refused(folder: Path, tmp_path: Path, content: bytes, more: list[str], code: int) -> None:
     text = tmp_path / "text.txt"

@@ -36,6 +36,7 @@ class Shared:
     no_verify: o.NoVerify = False
     no_receipt: o.NoReceipt = False
     tokens: o.Tokens = None
+    text: o.Text = None
     gate: o.Gate = None
     max_shard_size: o.MaxShardSize = "50GB"
     split_max_size: o.SplitMaxSize = None
@@ -66,7 +67,7 @@ def produce(
     from gemma2tool.formats import registry
     from gemma2tool.formats.base import WriteOptions
     from gemma2tool.formats.lora import merge
-    from gemma2tool.pipeline.evaluate import read_tokens
+    from gemma2tool.pipeline.evaluate import read_prompts
     from gemma2tool.pipeline.plan import make_plan
     from gemma2tool.pipeline.plan import shared as one_pass
     from gemma2tool.pipeline.run import Checks, run
@@ -90,7 +91,7 @@ def produce(
         _check_type(name, format_name, extra)
         if not staging_place.exists(path):  # else what is staged decides
             refuse_existing(path, force=shared.force, folder=path.suffix.lower() not in FILE_SUFFIXES)
-        refuse_same([each for each in (shared.config, shared.tokens, *extra.values()) if _is_file(each)], path)
+        refuse_same([each for each in (shared.config, shared.tokens, shared.text, *extra.values()) if _is_file(each)], path)
     shard_size = o.parse_size(shared.max_shard_size)
     budget = o.parse_size(shared.memory)
     threads = shared.threads or o.default_threads()
@@ -122,7 +123,7 @@ def produce(
                 console.note(plan.cost.sentence())
         checks = None
         if not shared.no_verify:
-            checks = Checks(read_tokens(shared.tokens, source.config) if shared.tokens else None, gates)
+            checks = Checks(read_prompts(shared.tokens, shared.text, source), gates)
         with _folder_of_several([path for path, _, _ in wanted]):
             results = run(
                 plans,

@@ -14,8 +14,8 @@ GATE = "tokenizer"
 _RULES = ("add_bos_token", "add_eos_token")
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
 _JSON = "tokenizer.json"
-_STEPS = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
-"""Parts of tokenizer.json that decide what text becomes, beside the vocabulary and the merges."""
+_STEPS = ("normalizer", "pre_tokenizer", "decoder")
+"""Parts of tokenizer.json that may be spelled in several ways and mean the same."""
 
 
 def compare_files(ours: Assets, theirs: Assets, sides: Sides) -> list[Finding]:
@@ -92,8 +92,26 @@ def _json_files(ours: Assets, theirs: Assets, sides: Sides) -> list[Finding]:
     )
     if any(mine[token] != its[token] for token in mine.keys() & its.keys()):
         findings.append(f"the added tokens of {_JSON} differ")
-    findings += [f"the {step} of {_JSON} differs" for step in _STEPS if step in left and step in right and left[step] != right[step]]
-    return [Finding(GATE, "error", _JSON, said) for said in findings]
+    mine, its = _put_around(left), _put_around(right)
+    wrong = [Finding(GATE, "error", _JSON, said) for said in findings]
+    if mine != its and mine:
+        said = f"{_JSON} puts {' and '.join(mine)} around a text, in the {sides[1]} {' and '.join(its) or 'nothing'}"
+        wrong.append(Finding(GATE, "error", "add_bos_token" if mine[0] not in its else _JSON, said))
+    if mine != its and not mine:
+        wrong.append(Finding(GATE, "warning", _JSON, f"in the {sides[1]}, {_JSON} puts {' and '.join(its)} around a text"))
+    steps = [step for step in _STEPS if step in left and step in right and left[step] != right[step]]
+    return wrong + [Finding(GATE, "warning", _JSON, f"the {step} of {_JSON} is written otherwise") for step in steps]
+
+
+def _put_around(content: dict[str, Any]) -> tuple[str, ...]:
+    """The special tokens that tokenizer.json puts before and behind a text."""
+    processor = content.get("post_processor")
+    found = _list(processor, "processors") if isinstance(processor, dict) else []
+    for each in [processor, *found] if isinstance(processor, dict) else []:
+        tokens = [part["SpecialToken"].get("id") for part in _list(each, "single") if isinstance(part.get("SpecialToken"), dict)]
+        if tokens:
+            return tuple(map(str, tokens))
+    return ()
 
 
 def _stops(ours: Assets, theirs: Assets, sides: Sides) -> list[Finding]:
