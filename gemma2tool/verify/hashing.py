@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -147,19 +148,24 @@ def model_digest(tensors: str, config: str) -> str:
 def tokenizer_digest(assets: Assets) -> str | None:
     """Of tokenizer.model: each piece's text (a space where sentencepiece writes U+2581), float32 score and kind. None without one,
     or where sentencepiece cannot load it."""
+    return _pieces_digest(assets["tokenizer.model"]) if "tokenizer.model" in assets else None
+
+
+@lru_cache(maxsize=2)
+def _pieces_digest(tokenizer: bytes) -> str | None:
     from gemma2tool.verify.tokenizer import load_model
 
-    model = load_model(assets["tokenizer.model"]) if "tokenizer.model" in assets else None
+    model = load_model(tokenizer)
     if model is None:
         return None
     ids = list(range(model.get_piece_size()))
-    kinds = zip(model.is_unknown(ids), model.is_control(ids), model.is_unused(ids), model.is_byte(ids), strict=True)
-    rows = zip(model.id_to_piece(ids), model.get_score(ids), kinds, strict=True)
-    digest = hashlib.sha256(b"gemma2tool tokenizer 1\n")
-    for piece, score, kind in rows:
-        text = piece.replace("\u2581", " ").encode("utf-8", "surrogateescape")
-        digest.update(len(text).to_bytes(4, "little") + text)
-        digest.update(np.float32(score).astype("<f4").tobytes() + bytes(kind))
+    texts = [piece.replace("\u2581", " ").encode("utf-8", "surrogateescape") for piece in model.id_to_piece(ids)]
+    kinds = [model.is_unknown(ids), model.is_control(ids), model.is_unused(ids), model.is_byte(ids)]
+    digest = hashlib.sha256(f"gemma2tool tokenizer 1\n{len(ids)}\n".encode())
+    digest.update(np.array([len(text) for text in texts], "<u4").tobytes())
+    digest.update(b"".join(texts))
+    digest.update(np.array(model.get_score(ids), "<f4").tobytes())
+    digest.update(np.array(kinds, np.uint8).tobytes())
     return digest.hexdigest()
 
 

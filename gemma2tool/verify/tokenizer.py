@@ -4,6 +4,7 @@ files beside (``tokenizer_files``)."""
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -160,6 +161,7 @@ def text_pieces(assets: Assets, ids: np.ndarray) -> tuple[tuple[str, ...], ...] 
     )
 
 
+@lru_cache(maxsize=2)
 def load_model(data: bytes) -> SentencePieceProcessor | None:
     """A tokenizer.model ready to run; None where sentencepiece cannot load it, or should not even see it."""
     from sentencepiece import SentencePieceProcessor
