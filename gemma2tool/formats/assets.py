@@ -13,7 +13,7 @@ from gemma2tool.storage import strict_json
 from gemma2tool.storage.paths import confined
 from gemma2tool.storage.reading import read_whole
 
-MAX_ASSET_BYTES = 256 << 20
+MAX_ASSET_BYTES = 64 << 20
 MAX_CONFIG_BYTES = 4 << 20
 
 

@@ -15,7 +15,7 @@ from gemma2tool.storage import gguf
 from gemma2tool.storage.quoting import quoted
 from gemma2tool.storage.reading import FileReader, open_for_reading
 
-MAX_DAT_BYTES = 1 << 30
+MAX_DAT_BYTES = 128 << 20
 MAX_NAME_BYTES = 1 << 12
 
 _SUMS, _COUNTS = ".in_sum2", ".counts"
@@ -132,7 +132,7 @@ def _read_dat(path: Path) -> ImportanceMatrix:
     with open_for_reading(path) as reader:
         if reader.size > MAX_DAT_BYTES:
             raise _damaged(path, f"{reader.size} bytes; at most {MAX_DAT_BYTES} are accepted")
-        data = bytes(reader.pread(0, reader.size))
+        data = memoryview(reader.pread(0, reader.size))
     at = 0
 
     def take(count: int) -> bytes:
@@ -140,7 +140,7 @@ def _read_dat(path: Path) -> ImportanceMatrix:
         if count < 0 or count > len(data) - at:
             raise _damaged(path, f"it ends at byte {len(data)}, in the middle of an entry")
         at += count
-        return data[at - count : at]
+        return bytes(data[at - count : at])
 
     def number(check: Callable[[int], bool]) -> int:
         (value,) = struct.unpack("<i", take(4))

@@ -51,7 +51,8 @@ _RECORD: sbs_container.Schema = {
     "scale": "f32",
     "stride": "u32",
 }
-_MAX_BLOB = 256 << 20
+_MAX_RECORDS = 4 << 20
+"""Bytes of a config or a table of contents; 27B has twenty thousand."""
 _READ_BYTES = 16 << 20
 
 
@@ -164,8 +165,8 @@ def _config(reader: FileReader, blobs: Mapping[str, Blob]) -> Gemma2Config:
     return sbs_config.deduced(len(layers), reader.path)
 
 
-def _blob(reader: FileReader, blob: Blob) -> bytes:
-    if blob.nbytes > _MAX_BLOB:
+def _blob(reader: FileReader, blob: Blob, limit: int = _MAX_RECORDS) -> bytes:
+    if blob.nbytes > limit:
         raise refused("too-large", reader.path, f"has a blob of {blob.nbytes} bytes where a small one belongs")
     return bytes(reader.pread(blob.offset, blob.nbytes))
 
@@ -174,7 +175,7 @@ def _assets(path: Path, reader: FileReader, blobs: Mapping[str, Blob]) -> Assets
     """The tokenizer inside the file, else the one beside it."""
     if TOKENIZER in blobs:
         start = bytes(reader.pread(blobs[TOKENIZER].offset, min(blobs[TOKENIZER].nbytes, len(NO_TOKENIZER))))
-        return Assets({} if start == NO_TOKENIZER else {"tokenizer.model": partial(_blob, reader, blobs[TOKENIZER])})
+        return Assets({} if start == NO_TOKENIZER else {"tokenizer.model": partial(_blob, reader, blobs[TOKENIZER], assets.MAX_ASSET_BYTES)})
     for name in ("tokenizer.spm", "tokenizer.model"):
         if (path.parent / name).is_file():
             beside = confined(path.parent, name)

@@ -10,7 +10,7 @@ from gemma2tool.errors import InputRefused
 from gemma2tool.formats import sentencepiece
 from gemma2tool.storage import strict_json
 
-MAX_JSON_BYTES = 256 << 20
+MAX_JSON_BYTES = 64 << 20
 
 
 @dataclass
