@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
+from collections.abc import Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,8 +20,8 @@ from tests_support import SMALL, random_checkpoint, write_checkpoint
 from typer.testing import CliRunner
 
 from gemma2tool.cli.main import app
-from gemma2tool.formats import registry
-from gemma2tool.model.checkpoint import Checkpoint
+from gemma2tool.formats import registry, sentencepiece
+from gemma2tool.model.checkpoint import Assets, Checkpoint
 from gemma2tool.model.lazy import ArrayTensor, LazyTensor
 from gemma2tool.verify import hashing
 from gemma2tool.verify.hashing import Hashes, hash_checkpoint, hash_tensors, leaf_rows, leaves, tensor_digest
@@ -256,6 +257,32 @@ def test_the_model_digest_holds_tensors_and_config() -> None:
     assert first.tensors == second.tensors and first.model != second.model
     lines = "".join(f"{first.each[name]}  {name}\n" for name in sorted(first.each))
     assert hashlib.sha256(lines.encode()).hexdigest() == first.tensors
+
+
+def test_the_tokenizer_counts_as_what_it_encodes_with(fixture_dir: Path) -> None:
+    """The definition from the parsed protocol buffer; a changed text, score or kind changes it, the trainer's remarks don't."""
+    data = (fixture_dir / "tokenizer.model").read_bytes()
+    pieces = sentencepiece.parse(data).pieces
+
+    def plainly(pieces: Sequence[sentencepiece.Piece]) -> str:
+        texts = [piece.text.replace("\u2581", " ").encode() for piece in pieces]
+        found = f"gemma2tool tokenizer 1\n{len(pieces)}\n".encode()
+        found += b"".join(struct.pack("<I", len(text)) for text in texts) + b"".join(texts)
+        found += b"".join(struct.pack("<f", piece.score) for piece in pieces)
+        return hashlib.sha256(found + bytes(piece.type == kind for kind in (2, 3, 5, 6) for piece in pieces)).hexdigest()
+
+    def digest_of(data: bytes) -> str:
+        return hashing.tokenizer_digest(Assets({"tokenizer.model": lambda: data}))
+
+    found = digest_of(data)
+    assert found == plainly(pieces)
+    text = pieces[1500].text.encode()
+    renamed = data.replace(b"\n%c%s\x15" % (len(text), text), b"\n%c%s\x15" % (len(text), b"x" * len(text)))
+    assert digest_of(renamed) not in (found, None)
+    score = struct.pack("<f", pieces[1500].score)
+    rescored = data.replace(b"\x15" + score, b"\x15" + struct.pack("<f", pieces[1500].score - 0.5))
+    assert digest_of(rescored) not in (found, None)
+    assert digest_of(b"no tokenizer") is None
 
 
 def test_the_command(tmp_path: Path, fixture_dir: Path, fixture_hashes: Hashes) -> None:
