@@ -8,7 +8,10 @@ from itertools import combinations
 from pathlib import Path
 
 import numpy as np
-import planted_quantized  # noqa: F401  (registers its faults)
+import planted_config  # noqa: F401  (these register their faults)
+import planted_quantized  # noqa: F401
+import planted_tensors  # noqa: F401
+import planted_weights  # noqa: F401
 from planted_faults import BF16, FAULTS, Fault, Victim
 from tests_support import SMALL as NARROW
 from tests_support import random_checkpoint, write_checkpoint

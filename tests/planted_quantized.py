@@ -6,7 +6,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
+import planted_weights as p
 from planted_faults import Victim, fault
+from planted_tensors import layers_shifted
 
 from gemma2tool.quantizers import bnb
 from gemma2tool.quantizers.gguf_types import dequantize, quantize
@@ -149,12 +151,10 @@ def quantized_after(ids: str, stored: str, change: Callable[[Victim], None], nam
 
 
 def _register() -> None:
-    import planted_faults as p
-
     for stored in ("Q8_0", "Q4_0"):
         quantized_after("rope.interleaved", stored, p.q_and_k_interleaved, f"q_and_k_interleaved_then_{stored.lower()}")
         quantized_after("mlp.gate-up-swapped", stored, p.gate_and_up_swapped, f"gate_and_up_swapped_then_{stored.lower()}")
-        quantized_after("layer.shifted", stored, p.layers_shifted, f"layers_shifted_then_{stored.lower()}")
+        quantized_after("layer.shifted", stored, layers_shifted, f"layers_shifted_then_{stored.lower()}")
         quantized_after(
             "mlp.gating-transposed", stored, p.gating_reshaped_not_transposed, f"gating_transposed_then_{stored.lower()}"
         )
