@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from hostile import Hostile, as_params, assert_refused
+from hostile import Hostile, as_params, assert_refused, assert_refused_somehow
 
 from gemma2tool.storage import strict_json
 
@@ -28,6 +28,8 @@ CASES = [
     Hostile("NaN", b'{"a": NaN}', "json.nonfinite"),
     Hostile("Infinity", b"[Infinity]", "json.nonfinite"),
     Hostile("-Infinity", b"-Infinity", "json.nonfinite"),
+    Hostile("a number that overflows", b'{"a": 1e999}', "json.nonfinite"),
+    Hostile("a negative one", b"[-2.5E+400]", "json.nonfinite"),
     Hostile("not UTF-8", b'"\xff"', "json.utf8"),
     Hostile("a lone surrogate in UTF-8", b'"\xed\xa0\x80"', "json.utf8"),
     Hostile("65 lists deep", b"[" * 65 + b"]" * 65, "json.depth"),
@@ -50,6 +52,13 @@ def test_hostile_json_is_refused(case: Hostile, from_file: bool, tmp_path: Path)
     id = "file.too-large" if from_file and case.id == "json.too-large" else case.id
     error = assert_refused(lambda: strict_json.load(source, what="the config", max_bytes=MAX, max_values=100_000), id)
     assert (str(path) if from_file else "the config") in error.message
+
+
+@pytest.mark.parametrize("piece", [b"]", b"[", b"[]", b'"', b'{"":', b'"",', b"1,"])
+def test_tens_of_megabytes_are_refused_as_quickly(piece: bytes) -> None:
+    data = piece * (32_000_000 // len(piece))
+    error = assert_refused_somehow(lambda: strict_json.load(data, what="x", max_bytes=64 << 20))
+    assert error.id in ("json.too-many-values", "json.depth", "json.syntax")
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import re
 from array import array
 from collections.abc import Iterator
 from itertools import accumulate
+from math import isfinite
 from typing import Any, NoReturn
 
 from gemma2tool.errors import InputRefused
@@ -16,6 +17,7 @@ from gemma2tool.storage.reading import read_whole
 
 # Gemma's tokenizer.json holds about 2.3 million values.
 DEFAULT_MAX_VALUES = 4_000_000
+_QUICK = 1 << 20  # brackets or quotes that take no time to speak of
 
 # Possessive, and an unclosed string runs to the end: linear in time whatever the bytes.
 _STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)', re.DOTALL)
@@ -37,7 +39,7 @@ def load(
 
     ``what`` names it in messages. Raises InputRefused for more than ``max_bytes`` bytes, ``max_depth`` nested brackets or
     ``max_values`` values, for anything but UTF-8, for duplicate keys (json and most libraries silently keep the last), and for
-    NaN and Infinity, which are not JSON, unless ``allow_nonfinite``.
+    NaN, Infinity and numbers too large to be anything else, unless ``allow_nonfinite``.
     """
     if isinstance(source, (bytes, bytearray)):
         data, place = bytes(source), what
@@ -62,10 +64,15 @@ def load(
         return result
 
     def constant(name: str) -> NoReturn:
-        raise InputRefused("json.nonfinite", f"{place}: {name} is not JSON")
+        raise InputRefused("json.nonfinite", f"{place}: {name} is no number")
 
+    def number(digits: str) -> float:
+        value = float(digits)
+        return value if isfinite(value) else constant(quoted(digits))
+
+    hooks = {} if allow_nonfinite else {"parse_constant": constant, "parse_float": number}
     try:
-        return json.loads(text, object_pairs_hook=pairs, parse_constant=None if allow_nonfinite else constant)
+        return json.loads(text, object_pairs_hook=pairs, **hooks)
     except json.JSONDecodeError as error:
         raise InputRefused(
             "json.syntax", f"{place}: not valid JSON: {error.msg} at line {error.lineno}, column {error.colno}"
@@ -78,11 +85,11 @@ def _check_size(data: bytes, place: str, max_depth: int, max_values: int) -> Non
     """Bounds nesting and the number of values in one pass over the bytes, before any Python object is made of them."""
     depth, values = 0, 1
     # At a glance: a value has two brackets or two texts at most, its key's and its own. What follows takes time for each of them.
-    if data.count(b'"') - data.count(b'\\"') > 4 * max_values:
+    if data.count(b'"') - data.count(b'\\"') > max(4 * max_values, _QUICK):
         raise InputRefused("json.too-many-values", f"{place}: more than {max_values} values")
     for skeleton in _skeletons(data):
         brackets = skeleton.translate(_DEPTH_STEP, _NOT_BRACKETS)
-        if len(brackets) > 2 * max_values:
+        if len(brackets) > max(2 * max_values, _QUICK):
             raise InputRefused("json.too-many-values", f"{place}: more than {max_values} values")
         steps = array("b", brackets)
         if max(accumulate(steps, initial=depth)) > max_depth:
