@@ -129,6 +129,18 @@ def test_hf_folder_loads_in_transformers(tmp_path: Path) -> None:
     assert (np.abs(ours - theirs) <= 5e-5 + 1e-5 * np.abs(theirs)).all()
 
 
+def test_a_model_without_a_head_is_read(tmp_path: Path) -> None:
+    """Embedding models are saved from transformers' Gemma2Model, whose names lack the prefix."""
+    from safetensors import safe_open
+    from transformers import Gemma2Model
+
+    source = random_checkpoint(np.dtype(np.float32))
+    Gemma2Model.from_pretrained(write_checkpoint(source, tmp_path / "whole")).save_pretrained(tmp_path / "base")
+    with safe_open(tmp_path / "base" / "model.safetensors", "np") as file:
+        assert "embed_tokens.weight" in file.keys()  # noqa: SIM118
+    same_tensors(source, registry.open_checkpoint(tmp_path / "base"))
+
+
 def test_source_config_survives(oracles: Path, tmp_path: Path) -> None:
     """A config that transformers wrote comes out as it went in, unknown keys and all."""
     folder = oracles / "quantized" / "source"

@@ -30,6 +30,7 @@ def open_folder(path: Path, name: str, config: Gemma2Config | None, open_weights
     checkpoint = Checkpoint(path, name, config, {}, assets.folder_assets(folder))
     try:
         tensors, metadata, files = open_weights(checkpoint.closers)
+        tensors = _prefixed(tensors)
         checkpoint.files = (*files, *([config_path] if given is None else []))
         checkpoint.metadata = {"safetensors": metadata}
         quantization = config.extra.get("quantization_config")
@@ -44,6 +45,13 @@ def open_folder(path: Path, name: str, config: Gemma2Config | None, open_weights
         checkpoint.close()
         raise
     return checkpoint
+
+
+def _prefixed(tensors: Mapping[str, LazyTensor]) -> Mapping[str, LazyTensor]:
+    """With the names of a whole model: transformers' ``Gemma2Model``, which has no head, is saved without ``model.`` before them."""
+    if "embed_tokens.weight" not in tensors or any(name.startswith("model.") for name in tensors):
+        return tensors
+    return {f"model.{name}": tensor for name, tensor in tensors.items()}
 
 
 def _plain(tensors: Mapping[str, LazyTensor], checkpoint: Checkpoint) -> dict[str, LazyTensor]:

@@ -36,8 +36,8 @@ LISTINGS: tuple[Listing, ...] = (
     Listing(
         "gemma-pytorch",
         "gemma2tool.formats.gemma_pytorch:GemmaPytorch",
-        "NAME.ckpt, or a folder of pytorch_model-*.bin with their index",
-        "Google's original; int8 variant read",
+        "NAME.ckpt, or a folder with one",
+        "Google's original; shards with an index and the int8 variant read",
         suffix=".ckpt",
     ),
     Listing(
