@@ -150,7 +150,20 @@ def quantized_after(ids: str, stored: str, change: Callable[[Victim], None], nam
     fault(ids, forms=MEMORY)(plant)
 
 
+def four_bits_after(id: str, change: Callable[[Victim], None], name: str) -> None:
+    def plant(v: Victim) -> None:
+        change(v)
+        store(v, "awq-4", four_bits)
+
+    plant.__name__ = name
+    fault(id, forms=MEMORY)(plant)
+
+
 def _register() -> None:
+    four_bits_after("smoothing.wrong-norm", p.smoothing_in_post_attention_norm, "awq_scales_in_a_wrong_norm")
+    four_bits_after("smoothing.offset-forgotten", p.smoothing_divides_w, "awq_scales_divide_w")
+    four_bits_after("smoothing.unfolded", p.smoothing_without_norm, "awq_scales_in_no_norm")
+    quantized_after("smoothing.wrong-norm", "Q8_0", p.smoothing_in_post_attention_norm, "smoothing_in_a_wrong_norm_then_q8_0")
     for stored in ("Q8_0", "Q4_0"):
         quantized_after("rope.interleaved", stored, p.q_and_k_interleaved, f"q_and_k_interleaved_then_{stored.lower()}")
         quantized_after("mlp.gate-up-swapped", stored, p.gate_and_up_swapped, f"gate_and_up_swapped_then_{stored.lower()}")

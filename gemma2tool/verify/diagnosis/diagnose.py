@@ -51,7 +51,7 @@ def diagnose(
             _same_shapes(source, candidate), candidate.tensors, expected=expected, weighted=weighted, threads=threads
         )
     found = {each.name: each for each in comparisons}
-    case = Case(base, candidate.tensors, found, weighted, threads)
+    case = Case(base, Weights(source.tensors, source.config), candidate.tensors, found, weighted, threads)
     names = causes_of_names(case, candidate)
     claimed = {name for cause in names for name in cause.tensors}
     wrong = [name for name in candidate.tensors if name not in claimed and not (name in found and found[name].ok)]

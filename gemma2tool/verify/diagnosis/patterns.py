@@ -15,6 +15,7 @@ from gemma2tool.verify.diagnosis.portion import Portion, portion
 from gemma2tool.verify.diagnosis.search import Case
 from gemma2tool.verify.diagnosis.smoothing import causes_of_smoothing, column_factors
 
+_UNEVEN = 0.02  # relative spread of the columns' factors
 _NUMBER = re.compile(r"-?\d[\d.e+-]*")
 
 
@@ -25,11 +26,11 @@ def causes_of_patterns(case: Case, names: Sequence[str]) -> list[Cause]:
     left: list[str] = []
     for name in names:
         here = portion(case, name)
-        pattern = _pattern(case, name, here)
-        if pattern is not None:
+        scaled = None if here is None else column_factors(here)
+        if scaled is not None and _by_column(here, scaled):
+            columns[name] = scaled
+        elif pattern := _pattern(case, name, here):
             found[name] = pattern
-        elif here is not None and (factors := column_factors(here)) is not None:
-            columns[name] = factors
         else:
             left.append(name)
     causes = causes_of_smoothing(case, columns, [*left, *(name for name in found if name.endswith("layernorm.weight"))])
@@ -40,6 +41,11 @@ def causes_of_patterns(case: Case, names: Sequence[str]) -> list[Cause]:
         if pattern is not None:
             found[name] = pattern
     return causes + _aggregated(case, {name: each for name, each in found.items() if name not in told})
+
+
+def _by_column(here: Portion, scales_of_columns: np.ndarray) -> bool:
+    """Whether columns are scaled by more than one number, which would be the tensor's."""
+    return bool(np.std(scales_of_columns) > max(_UNEVEN, here.limit / 2) * np.mean(scales_of_columns))
 
 
 def _pattern(case: Case, name: str, here: Portion | None) -> scales.Pattern | None:

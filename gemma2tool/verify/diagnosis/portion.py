@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gemma2tool.verify.diagnosis.fit import allowed, is_float
+from gemma2tool.verify.diagnosis.fit import is_float
 from gemma2tool.verify.diagnosis.search import Case
 
 _ROWS = 48
@@ -63,5 +63,5 @@ def portion(case: Case, name: str) -> Portion | None:
         )
     if not (np.isfinite(ours).all() and np.isfinite(theirs).all()):
         return None
-    limit = allowed(source, candidate, case.weighted)
+    limit = case.limit(source, name)
     return Portion(name, ours, theirs, limit, not is_float(candidate))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import permutations
+from itertools import permutations, product
 
 import numpy as np
 
@@ -41,9 +41,11 @@ class Explanation:
 
 @dataclass
 class Case:
-    """The source's tensors (as the target's own conventions leave them), the candidate's, and what comparing them has found."""
+    """``weights``: the source's tensors as the target's own conventions leave them, ``originals``: as they are; the candidate's, and
+    what comparing them has found."""
 
     weights: Weights
+    originals: Weights
     candidate: Mapping[str, LazyTensor]
     comparisons: Mapping[str, TensorComparison] = field(default_factory=dict)
     weighted: bool = False
@@ -70,7 +72,7 @@ class Case:
         return fit_sample(supposed, self.candidate[name], self.sample(name), most)
 
     def limit(self, supposed: LazyTensor, name: str) -> float:
-        return allowed(self.weights.get(name, supposed), self.candidate[name], self.weighted)
+        return allowed(self.originals.get(name, supposed), self.candidate[name], self.weighted)
 
     def holds(self, fit: Fit, supposed: LazyTensor, name: str) -> bool:
         return explains(fit, self.unexplained(name), self.limit(supposed, name), self.candidate[name])
@@ -84,8 +86,11 @@ class Case:
         """The first supposition that reproduces every bit, else the one that comes nearest within rounding."""
         near: list[tuple[float, int, tuple[Step, ...], LazyTensor]] = []
         signal = signal_of(self.sample(name))
-        for order, steps in enumerate(suppositions):
-            supposed = self.build(steps, name)
+        bases = (self.weights,)
+        if self.weights.get(name) is not self.originals.get(name):  # a convention that came after the mistake
+            bases = (self.weights, self.originals)
+        for order, (steps, weights) in enumerate(product(suppositions, bases)):
+            supposed = self.build(steps, name, weights)
             if supposed is None or supposed.shape != self.candidate[name].shape:
                 continue
             fit = self.fit(supposed, name, self.limit(supposed, name) ** 2 * signal)
@@ -100,13 +105,12 @@ class Case:
                 return Explanation(steps, whole)
         return None
 
-    def build(self, steps: tuple[Step, ...], name: str) -> LazyTensor | None:
+    def build(self, steps: tuple[Step, ...], name: str, weights: Weights) -> LazyTensor | None:
         """The tensor called ``name`` after the mistakes ``steps``; None where they cannot be made."""
         found = self.comparisons.get(name)
         for step in steps:
             if isinstance(step, Signature) and step.needs and (found is None or not step.needs(found)):
                 return None
-        weights = self.weights
         for step in steps[:-1]:
             weights = weights.after(step, name)
         return steps[-1].of(weights, name)
