@@ -268,6 +268,24 @@ def test_every_bit_of_a_small_norm_in_gguf_counts(tmp_path: Path, bit: int) -> N
     assert not kept and found(flip, lambda: with_source(source, path))
 
 
+@pytest.mark.parametrize(("output", "same"), [("again.gguf", True), ("hf", False)])
+def test_a_gguf_whose_norms_no_w_makes_is_converted_without_alarm(tmp_path: Path, output: str, same: bool) -> None:
+    """Trained as w + 1, say: such a norm is kept in GGUF, and in other formats rounded, which its digest shows."""
+    path = write_as("gguf", random_checkpoint(BF16), tmp_path / "in.gguf", dtype="f32")
+    with registry.open_checkpoint(path) as made:
+        norm = made.tensors["model.norm.weight"].source
+        reader, offset = norm.reader.path, norm.offset
+    with open(reader, "r+b") as file:
+        file.seek(offset)
+        file.write(np.float32(0.1).tobytes())
+    result = run("convert", path, tmp_path / output, "--quiet", *(() if same else ("--dtype", "f32")))
+    assert result.exit_code == 0, result.output
+    assert run("verify", tmp_path / output, "--quiet").exit_code == 0
+    content = content_of(tmp_path / output)
+    different = [name for name, each in content["tensors"].items() if each["source_digest"] != each["output_digest"]]
+    assert different == ([] if same else ["model.norm.weight"])
+
+
 # -- receipts from strangers -------------------------------------------------------------------------------------------
 
 
