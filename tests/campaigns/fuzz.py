@@ -10,6 +10,7 @@ finding with the input beside its traceback. A finding stays in the way of nothi
 from __future__ import annotations
 
 import argparse
+import fcntl
 import hashlib
 import json
 import os
@@ -48,6 +49,12 @@ def main() -> int:
         print(worker.outcome(target, Path(asked.replay[1]).read_bytes()))
         return 0
     asked.state.mkdir(parents=True, exist_ok=True)
+    lock = (asked.state / "lock").open("w")
+    if not asked.report:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            parser.error(f"a campaign is running with the state {asked.state}")
     state = State(asked.state / "state.json")
     if not asked.report:
         try:
