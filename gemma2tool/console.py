@@ -40,7 +40,7 @@ _MARKS: Marks = {
 }
 _DIFFERENCE_MARKS: Marks = {**_MARKS, "passed": ("=", "=", "green"), "failed": ("\u2260", "!=", "bold yellow")}
 _SEVERITY_STYLES = {"error": "red", "warning": "yellow", "note": "dim"}
-_KL_PARTS = (("mean", "kl_mean"), ("median", "kl_median"), ("99 %", "kl_p99"), ("max", "kl_max"))
+_KL_PARTS = (("mean", "kl_mean"), ("median", "kl_median"), ("99 %", "kl_p99"), ("99.9 %", "kl_p99_9"), ("max", "kl_max"))
 _MAX_NAMES = 6  # of the tensors that a cause explains
 _MAX_FINDINGS = 12  # of one gate on the screen; JSON has them all
 
@@ -282,7 +282,7 @@ class Console:
             )
         spread = metrics.get("distribution", {})
         if spread.get("kl_mean"):
-            parts = (f"{word} {spread[name]:.3g}" for word, name in _KL_PARTS)
+            parts = (f"{word} {spread[name]:.3g}" for word, name in _KL_PARTS if name in spread)
             rows = [("KL divergence, nats", "  ".join(parts))]
             rows.append(("same likeliest token", f"{spread['top1_agreement']:.2%} of {spread['positions']} positions"))
             if "perplexity_ratio" in spread:

@@ -98,24 +98,34 @@ _Piece = tuple[int, int, float, float, float, float, int, tuple[float, float]]
 
 def _piece(a: LazyTensor, b: LazyTensor, first: int, last: int) -> _Piece:
     """Values, differing ones, squares of a, of b and of their difference, the largest difference, where the first is and both values."""
-    raw, other = a.load_rows(first, last), b.load_rows(first, last)
-    x = to_float32(raw).reshape(-1)
-    squares = float(np.dot(x, x))
-    if raw.dtype == other.dtype and math.isfinite(squares) and np.array_equal(raw, other):
-        return x.size, 0, squares, squares, 0.0, 0.0, -1, (0.0, 0.0)
-    y = to_float32(other).reshape(-1)
+    x, y = (to_float32(each.load_rows(first, last)).reshape(-1) for each in (a, b))
+    ours = float(np.dot(x, x))
+    if math.isfinite(ours) and np.array_equal(x, y):
+        return x.size, 0, ours, ours, 0.0, 0.0, -1, (0.0, 0.0)
+    with np.errstate(invalid="ignore", over="ignore"):
+        apart = np.abs(x - y)
+        theirs, between = float(np.dot(y, y)), float(np.dot(apart, apart))
+    if not (math.isfinite(ours) and math.isfinite(theirs) and math.isfinite(between)):
+        return _odd_piece(x, y)
+    unequal = apart != 0
+    at = int(unequal.argmax())
+    return x.size, int(np.count_nonzero(unequal)), ours, theirs, between, float(apart.max()), at, (float(x[at]), float(y[at]))
+
+
+def _odd_piece(x: np.ndarray, y: np.ndarray) -> _Piece:
+    """The same where values, or their squares, are not finite in float32: NaN equals NaN, and is infinitely far from all else."""
     unequal = (x != y) & ~(np.isnan(x) & np.isnan(y))
     count = int(np.count_nonzero(unequal))
-    with np.errstate(invalid="ignore", over="ignore"):
+    with np.errstate(invalid="ignore"):
         apart = np.where(unequal, np.abs(x.astype(np.float64) - y), 0.0)
-    sound = np.nan_to_num(apart, nan=math.inf, posinf=math.inf)
+    apart = np.nan_to_num(apart, nan=math.inf, posinf=math.inf)
     at = int(unequal.argmax()) if count else -1
     there = (float(x[at]), float(y[at])) if count else (0.0, 0.0)
-    ours, theirs = (_squares(each) for each in (x, y))
-    return x.size, count, ours, theirs, float(np.dot(sound, sound)), float(sound.max(initial=0.0)), at, there
+    return x.size, count, _squares(x), _squares(y), float(np.dot(apart, apart)), float(apart.max(initial=0.0)), at, there
 
 
 def _squares(values: np.ndarray) -> float:
+    """Of the finite ones."""
     wide = np.nan_to_num(values.astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)
     return float(np.dot(wide, wide))
 
