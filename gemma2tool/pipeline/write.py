@@ -194,6 +194,7 @@ class _Tensor:
             suffix: np.concatenate([array for _, array in sorted(pieces, key=lambda piece: piece[0])])
             for suffix, pieces in self.collected.items()
         }
+        self.collected.clear()  # the pieces of one tensor must not wait for the last one
         for suffix, array in self.item.encoder.finish(self.item.source.shape, collected).items():
             self._put(suffix, array, 0)
         record: dict[str, Any] = {"clipped": self.clipped} if self.clipped else {}
