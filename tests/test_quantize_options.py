@@ -171,6 +171,10 @@ def test_remarks(source: Path, tmp_path: Path) -> None:
     assert "vLLM, which fuses them" in result.stderr
     result = run("quantize", source, tmp_path / "more", "--type", "gptq-4", "--skip", "layers.0.mlp", "--skip", "lm_head", "--no-verify")
     assert result.exit_code == 0 and "vLLM" not in result.stderr
+    result = run("quantize", source, tmp_path / "asym", "--type", "w4a16-asym", "--no-verify")
+    assert result.exit_code == 0 and "dequantize=True" in result.stderr
+    result = run("quantize", source, tmp_path / "rows", "--type", "gptq-4", "--group-size", -1, "--no-verify")
+    assert result.exit_code == 0 and "whole row" in result.stderr
 
 
 def test_settings_of_an_unknown_type_are_refused() -> None:
@@ -184,3 +188,29 @@ def test_compute_dtype_is_the_models(source: Path, tmp_path: Path) -> None:
         run("quantize", source, tmp_path / dtype, "--type", "nf4", "--dtype", dtype, "--no-verify", "--quiet")
         config = json.loads((tmp_path / dtype / "config.json").read_text())
         assert config["quantization_config"]["bnb_4bit_compute_dtype"] == config["dtype"] == name
+
+
+def test_what_is_collected_of_a_tensor_does_not_wait_for_the_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """GPTQ's words lie across the rows, so they are collected; a whole model's would be as large as its output."""
+    import weakref
+
+    from gemma2tool.quantizers.gptq import Gptq
+
+    pieces: list[weakref.ref] = []
+    most = 0
+    encode, finish = Gptq.encode, Gptq.finish
+
+    def noting(self: Gptq, rows: np.ndarray) -> dict:
+        result = encode(self, rows)
+        pieces.append(weakref.ref(result["qweight"]))
+        return result
+
+    def counting(self: Gptq, shape: tuple, collected: dict) -> dict:
+        nonlocal most
+        most = max(most, sum(each() is not None for each in pieces))
+        return finish(self, shape, collected)
+
+    monkeypatch.setattr(Gptq, "encode", noting)
+    monkeypatch.setattr(Gptq, "finish", counting)
+    write_checkpoint(random_checkpoint(np.dtype(ml_dtypes.bfloat16), CONFIG), tmp_path / "out", type="gptq-4", threads=1)
+    assert len(pieces) >= LINEAR and most <= 2

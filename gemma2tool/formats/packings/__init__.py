@@ -11,7 +11,7 @@ from types import MappingProxyType
 
 from gemma2tool.errors import InputRefused, UsageError
 from gemma2tool.formats.packings import awq, bnb, compressed_tensors, gptq, mlx, torchao
-from gemma2tool.formats.packings.settings import Settings, asked_for, kept_by_choice, split_fusions
+from gemma2tool.formats.packings.settings import Settings, asked_for, consumer_remarks, kept_by_choice, split_fusions
 from gemma2tool.model.lazy import LazyTensor
 from gemma2tool.model.tensors import TensorSpec
 from gemma2tool.quantizers.base import Encoder
@@ -83,7 +83,7 @@ def encoders(
             f"nothing would be quantized to {settings.type}",
             hint="--skip and --only leave no weight that the type can hold",
         )
-    remarks = []
+    remarks = consumer_remarks(settings)
     for name, spec in specs.items():
         if spec.quantizable and name not in found and asked_for(name, settings):
             remarks.append(f"{name} stays as it is: what loads {settings.type} cannot load it quantized")

@@ -129,6 +129,19 @@ def split_fusions(quantized: Iterable[str], kept: Iterable[str]) -> list[str]:
     return found
 
 
+def consumer_remarks(settings: Settings) -> list[str]:
+    """What a consumer of the type cannot load of it, as far as it is known."""
+    found = []
+    if settings.type == "w4a16-asym":
+        found.append(
+            "w4a16-asym: vLLM loads it; transformers (5.23) expects other zero points, and loads it only with"
+            " CompressedTensorsConfig(dequantize=True)"
+        )
+    if settings.type in ("gptq-4", "awq-4") and settings.group_size == WHOLE_ROW:
+        found.append(f"{settings.type} with a scale for a whole row: GPTQModel's kernel for CPUs (7.6) does not run it, those for GPUs do")
+    return found
+
+
 def _compiled(patterns: Sequence[str]) -> list[re.Pattern[str]]:
     found = []
     for text in patterns:
