@@ -81,3 +81,12 @@ def test_a_verification_tells_it_where_no_known_mistake_fits(source: Checkpoint,
     assert [cause.tensors for cause in result.causes] == [(name,)]
     assert result.to_json()["causes"][0]["tensors"] == [name]
     assert not verify(source, candidate(arrays(source))).causes
+
+
+def test_values_that_are_not_finite_do_not_stop_the_search(source: Checkpoint) -> None:
+    name = LAYER + "mlp.up_proj.weight"
+    broken = arrays(source)
+    broken[name] = broken[name].copy()
+    broken[name][0, 0] = np.nan
+    assert find_parting(source, candidate(broken), IDS).tensors == (name,)
+    assert find_parting(candidate(broken), source, IDS) is None

@@ -43,14 +43,16 @@ def find_parting(
     """The first place where ``candidate`` parts from ``source`` on ``ids`` (B, T), and what of the source's brings it back.
 
     ``exact``: whether sound tensors of the candidate hold the source's values; else a layer stands out by differing more than
-    others do. ``suspects``: tensors known to be wrong; the first layer of theirs is looked at where no layer stands out. None where nothing
-    does. Both must hold the same tensors in the same shapes. Reads each side once, and the layer in question about a dozen
-    times more.
+    others do. ``suspects``: tensors known to be wrong; the first layer of theirs is looked at where no layer stands out. None
+    where nothing does, or where the source's own states are not finite. Both must hold the same tensors in the same shapes.
+    Reads each side once, and the layer in question about a dozen times more.
     """
     ids = ids[:1, :TOKENS]
     with use_threads(threads):
         ours, theirs = (StreamedForward(each, ids) for each in (source, candidate))
         states = list(ours.hidden_states())
+        if not all(bool(torch.isfinite(state).all()) for state in states):
+            return None
         embedded = _apart(theirs.embedded(), states[0], states[0])
         errors = [_layer_error(theirs, layer, states) for layer in range(len(states) - 1)]
         usual = 0.0 if exact else median(errors)
