@@ -18,7 +18,13 @@ def causes_of_moves(moved: Mapping[str, str], config: Gemma2Config) -> list[Caus
     """``moved``: the candidate's tensors, and which tensor of the source each of them is."""
     within = {name: origin for name, origin in moved.items() if place(name).layer == place(origin).layer}
     across = {name: origin for name, origin in moved.items() if name not in within}
-    return _within(within, config) + _across(across, config)
+    whole = _whole(across)
+    for name, origin in list(across.items()):
+        here, there = place(name), place(origin)
+        if here.kind != there.kind and here.layer is not None and whole.get(here.layer) == there.layer:
+            within[name] = name_of(there.kind, here.layer)  # exchanged in its layer, which then moved
+            across[name] = name_of(here.kind, there.layer)
+    return _within(within, config) + _across(across, whole, config)
 
 
 # -- within a layer ------------------------------------------------------------------------------------------------------
@@ -80,28 +86,35 @@ def _in_layers(layers: list[int], config: Gemma2Config) -> str:
 # -- between layers ------------------------------------------------------------------------------------------------------
 
 
-def _across(moved: Mapping[str, str], config: Gemma2Config) -> list[Cause]:
-    by_layer: dict[int, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
-    strays: dict[str, str] = {}
+def _whole(moved: Mapping[str, str]) -> dict[int, int]:
+    """Layers most of whose tensors are another layer's: that layer."""
+    by_layer: dict[int, dict[int, int]] = defaultdict(lambda: defaultdict(int))
+    kinds = {place(name).kind for name in moved if place(name).layer is not None}
     for name, origin in moved.items():
         here, there = place(name), place(origin)
         if here.kind == there.kind and None not in (here.layer, there.layer):
-            by_layer[here.layer][there.layer].append(name)
-        else:
-            strays[name] = origin
-    kinds = len({place(name).kind for name in moved if place(name).layer is not None})
-    whole: dict[int, int] = {}
+            by_layer[here.layer][there.layer] += 1
+    whole = {}
     for layer, origins in by_layer.items():
-        origin, names = max(origins.items(), key=lambda each: len(each[1]))
-        if len(names) >= max(len(LAYER_NORMS) + 1, _MOST * kinds):
+        origin, count = max(origins.items(), key=lambda each: each[1])
+        if count >= max(len(LAYER_NORMS) + 1, _MOST * len(kinds)):
             whole[layer] = origin
-    causes = []
-    if whole:
-        tensors = [name for layer, origin in whole.items() for name in by_layer[layer].pop(origin)]
-        causes.append(_layers(whole, tuple(tensors), config))
-    single = {
-        name: moved[name] for origins in by_layer.values() for names in origins.values() for name in names
-    }
+    return whole
+
+
+def _across(moved: Mapping[str, str], whole: dict[int, int], config: Gemma2Config) -> list[Cause]:
+    together: list[str] = []
+    single: dict[str, str] = {}
+    strays: dict[str, str] = {}
+    for name, origin in moved.items():
+        here, there = place(name), place(origin)
+        if here.kind != there.kind or None in (here.layer, there.layer):
+            strays[name] = origin
+        elif whole.get(here.layer) == there.layer:
+            together.append(name)
+        else:
+            single[name] = origin
+    causes = [_layers(whole, tuple(together), config)] if whole else []
     return causes + _one_kind(single, config) + _strays(strays, config)
 
 

@@ -58,10 +58,8 @@ def _pattern(case: Case, name: str, here: Portion | None) -> scales.Pattern | No
     config, stored = case.weights.config, case.candidate[name].stored
     if not here.quantized:
         return damage.local(case, name) or scales.zero_point(here) or scales.factors_and_offsets(here, config) or losses.twice(here, stored)
-    if pattern := scales.zero_point(here):
-        return pattern
-    within = here.error <= here.limit
-    return (None if within else scales.factors_and_offsets(here, config)) or losses.twice(here, stored) or damage.local(case, name)
+    known = scales.zero_point(here) or scales.factors_and_offsets(here, config)
+    return known or losses.twice(here, stored) or damage.local(case, name)
 
 
 def _aggregated(case: Case, found: dict[str, scales.Pattern]) -> list[Cause]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from gemma2tool.verify.diagnosis import norms
 from gemma2tool.verify.diagnosis.cause import Cause
 from gemma2tool.verify.diagnosis.names import LAYER_NORMS, QKV, described, name_of, place
 from gemma2tool.verify.diagnosis.portion import Portion, rms
@@ -46,7 +47,7 @@ def causes_of_smoothing(case: Case, factors: dict[str, np.ndarray], unexplained:
     """``factors``: tensors whose columns are scaled, with what; ``unexplained``: what else differs."""
     changed = {name for name in unexplained if place(name).kind in LAYER_NORMS}
     groups: dict[_Fold, list[str]] = defaultdict(list)
-    norms: dict[_Fold, list[str]] = defaultdict(list)
+    folded: dict[_Fold, list[str]] = defaultdict(list)
     spans: dict[_Fold, list[float]] = defaultdict(list)
     fed: dict[tuple[int | None, str | None], list[str]] = defaultdict(list)
     for name in factors:
@@ -56,31 +57,32 @@ def causes_of_smoothing(case: Case, factors: dict[str, np.ndarray], unexplained:
         norm, into = _folded(case, changed, layer, scale)
         fold = _Fold(tuple(sorted({place(name).kind for name in names})), norm and place(norm).kind, into)
         groups[fold] += names
-        norms[fold] += [norm] if norm else []
+        folded[fold] += [norm] if norm else []
         spans[fold] += [float(scale.min()), float(scale.max())]
-    return [_cause(case, fold, names, norms[fold], spans[fold]) for fold, names in groups.items()]
+    return [_cause(case, fold, names, folded[fold], spans[fold]) for fold, names in groups.items()]
 
 
 def _folded(case: Case, changed: set[str], layer: int | None, scale: np.ndarray) -> tuple[str | None, str]:
-    """The changed norm of the layer that takes the scales back, and how."""
-    for kind in LAYER_NORMS:
-        name = name_of(kind, layer)
-        if name not in changed or case.weights[name].size != scale.size:
-            continue
-        ours, theirs = (each[name].load_rows_f32(0, scale.size).astype(np.float64) for each in (case.weights, case.candidate))
-        for into, one in (("1 + w", 1.0), ("w", 0.0)):
-            before, after = rms(theirs - ours), rms((one + theirs) * scale - (one + ours))
-            if after <= _CLOSE * max(rms(one + ours), 1e-30) and after <= _BETTER * before:
-                return name, into
+    """The changed norm of the layer that takes the scales back, and how; as it is in the source, or after another mistake."""
+    names = [name_of(kind, layer) for kind in LAYER_NORMS]
+    names = [name for name in names if name in changed and case.weights[name].size == scale.size]
+    for signature in (None, *norms.SIGNATURES):
+        for name in names:
+            before = case.weights[name] if signature is None else signature.of(case.weights, name)
+            ours, theirs = (each.load_rows_f32(0, scale.size).astype(np.float64) for each in (before, case.candidate[name]))
+            for into, one in (("1 + w", 1.0), ("w", 0.0)):
+                plain, folded = rms(theirs - ours), rms((one + theirs) * scale - (one + ours))
+                if folded <= _CLOSE * max(rms(one + ours), 1e-30) and folded <= _BETTER * plain:
+                    return name, into
     return None, ""
 
 
-def _cause(case: Case, fold: _Fold, names: list[str], norms: list[str], spans: list[float]) -> Cause:
+def _cause(case: Case, fold: _Fold, names: list[str], folded: list[str], spans: list[float]) -> Cause:
     config = case.weights.config
     what = f"the columns of {described(names, config)} are multiplied by scales of {min(spans):.3g} to {max(spans):.3g}"
     right = {FEEDS.get(kind) for kind in fold.kinds}
     evidence = {"scale_least": min(spans), "scale_most": max(spans), "norm": fold.norm or "none"}
-    tensors = (*names, *norms)
+    tensors = (*names, *folded)
     if fold.norm is None:
         said = f"{what} that no norm takes back: smoothing was left half done"
         return Cause("smoothing.unfolded", said, tensors, evidence=evidence)
