@@ -55,11 +55,10 @@ def _pattern(case: Case, name: str, here: Portion | None) -> scales.Pattern | No
         return damage.local(case, name)
     if np.ptp(here.candidate) == 0:
         return losses.unrelated(here)
-    config, stored = case.weights.config, case.candidate[name].stored
-    if not here.quantized:
-        return damage.local(case, name) or scales.zero_point(here) or scales.factors_and_offsets(here, config) or losses.twice(here, stored)
-    known = scales.zero_point(here) or scales.factors_and_offsets(here, config)
-    return known or losses.twice(here, stored) or damage.local(case, name)
+    damaged = None if here.quantized else damage.local(case, name)
+    known = damaged or scales.zero_point(here) or scales.factors_and_offsets(here, case.weights.config)
+    known = known or losses.twice(here, case.candidate[name].stored)
+    return known or (damage.local(case, name) if here.quantized else None)
 
 
 def _aggregated(case: Case, found: dict[str, scales.Pattern]) -> list[Cause]:
