@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import pickle
 import struct
+import zipfile
 import zlib
 from dataclasses import dataclass, replace
 from typing import Any
@@ -34,6 +36,12 @@ class Member:
     signature: bytes = b"PK\1\2"
     header_offset: int | None = None
     disk: int = 0
+
+
+def zip_members(data: bytes) -> list[Member]:
+    """The members of an honest archive, to be put together anew."""
+    with zipfile.ZipFile(io.BytesIO(data)) as file:
+        return [Member(name, file.read(name)) for name in file.namelist()]
 
 
 def _first(*values: Any) -> Any:

@@ -13,7 +13,7 @@ from fuzz.targets import all_targets
 
 ROOT = Path(__file__).resolve().parent.parent
 NEEDS = {"zarr": "zstandard"}
-EACH = 1500
+EACH = 1000
 
 
 def _campaign(state: Path, *arguments: str) -> tuple[dict, str]:

@@ -212,6 +212,7 @@ def model_files(folder: Path) -> dict[str, bytes]:
     checkpoint = random_checkpoint(np.dtype(np.float32), TINY)
     checkpoint.assets = Assets({"tokenizer.model": model})
     made["gguf-model/tiny"] = write_checkpoint(checkpoint, folder / "m.gguf").read_bytes()
+    made["torch-model/tiny"] = write_checkpoint(checkpoint, folder / "m.ckpt").read_bytes()
     made["sbs/tiny"] = _without_padding(write_checkpoint(checkpoint, folder / "m.sbs").read_bytes())
     wide = random_checkpoint(np.dtype(np.float32), WIDE)
     for kind in PACKED:

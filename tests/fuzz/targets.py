@@ -12,6 +12,7 @@ import shutil
 import struct
 import zlib
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -272,6 +273,37 @@ class SbsConfig(Target):
     def run(self, data: bytes) -> object:
         config = self.read(data, Path("here.sbs"), None)
         return len(config.to_hf()), config.num_hidden_layers
+
+
+class TorchModel(TorchZip):
+    """A .ckpt as a model: other programs in its pickle, so that what it says of a model is something else."""
+
+    name = "torch-model"
+
+    def prepare(self) -> None:
+        super().prepare()
+        from gemma2tool.formats.gemma_pytorch import GemmaPytorch
+
+        self.format, self.members = GemmaPytorch(), self.h.zip_members((CORPUS / self.name / "tiny").read_bytes())
+        self.programs.tokens = (*self.programs.tokens, b"X\x05\0\0\0model", b"X\x06\0\0\0config", b"X\x10\0\0\0model_state_dict", b"}", b"N", b"]", b")")
+
+    def seeds(self) -> list[bytes]:
+        return Target.seeds(self)
+
+    def mutate(self, rng: Random, data: bytes, pool: Sequence[bytes]) -> bytes:
+        """Another pickle among the honest members, or bytes anywhere."""
+        begin, end = data.find(b"\x80\x02"), data.find(b".PK", data.find(b"\x80\x02")) + 1
+        if rng.random() < 0.2 or not 0 <= begin < end:
+            return mutate(rng, data, pool, self.tokens)
+        program = self.programs.mutate(rng, data[begin:end], pool)
+        return self.h.archive([replace(each, data=program) if each.name.endswith("data.pkl") else each for each in self.members])
+
+    def run(self, path: Path) -> object:
+        self.format.detect(path)
+        with self.format.open(path) as checkpoint:
+            for tensor in checkpoint.tensors.values():
+                tensor.load_rows(0, 1)
+            return len(checkpoint.tensors), len(checkpoint.warnings)
 
 
 class HDF5(FileTarget):
@@ -737,7 +769,7 @@ class Journal(JsonTarget):
 
 
 KINDS: tuple[Callable[[], Target], ...] = (
-    Json, Safetensors, GGUF, Pickle, TorchZip, HDF5, OCDBT, Zarr, SbsDirectory, SbsConfig, HFConfig, HFIndex, KerasConfig, LoraConfig, Packing, SentencePiece, SentencePieceLibrary, Tokenizer,
+    Json, Safetensors, GGUF, Pickle, TorchZip, TorchModel, HDF5, OCDBT, Zarr, SbsDirectory, SbsConfig, HFConfig, HFIndex, KerasConfig, LoraConfig, Packing, SentencePiece, SentencePieceLibrary, Tokenizer,
     ModelCard, GGUFModel, Imatrix, Receipt, Journal,
 )  # fmt: skip
 
