@@ -116,8 +116,8 @@ def test_many_prompts_take_several_passes_and_add_up(source: Checkpoint, monkeyp
     ids = rng.integers(0, SMALL.vocab_size, (5, 20))
     other = candidate(block_quantized(arrays(source), 32, 8), stored="q4_0")
     whole = compare_logits(source, other, ids)
-    monkeypatch.setattr(logits_module, "PASS_TOKENS", 40)
-    assert passes(ids) == 3
+    monkeypatch.setattr(logits_module, "PASS_BYTES", 4 * SMALL.intermediate_size * 40)
+    assert passes(ids, SMALL) == 3
     parts = compare_logits(source, other, ids)
     assert np.allclose(whole.metrics.kl, parts.metrics.kl, atol=1e-6) and parts.metrics.positions == 100
     assert whole.metrics.log_p.shape == parts.metrics.log_p.shape == (2, 95)
@@ -129,7 +129,7 @@ def test_many_prompts_take_several_passes_and_add_up(source: Checkpoint, monkeyp
 
 def test_a_long_prompt_has_a_short_probe(source: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(logits_module, "PROBE_BESIDE", 16)
-    assert passes(IDS) == 2 and passes(IDS, probe=False) == 1
+    assert passes(IDS, SMALL) == 2 and passes(IDS, SMALL, probe=False) == 1
     run = compare_logits(source, source, IDS)
     assert run.probe.metrics.positions == 24 and run.metrics.positions == 24
     result = verify(source, candidate(arrays(source), attn_logit_softcapping=None), ids=IDS, levels=("logits",))

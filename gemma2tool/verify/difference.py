@@ -191,7 +191,7 @@ def _logits(
         ids, is_text = prompt_for(a, b)
     ids = as_prompts(ids)
     nbytes = sum(each.nbytes for side in (a, b) for each in side.tensors.values())
-    with shown(progress, nbytes * passes(ids), "forward passes") as bar:
+    with shown(progress, nbytes * passes(ids, a.config), "forward passes") as bar:
         run = compare_logits(a, b, ids, text=is_text, threads=threads, advance=bar.advance)
     metrics = run.metrics
     if any(metrics.nonfinite):

@@ -27,8 +27,8 @@ from gemma2tool.verify.receipt_logits import Collector, Reference
 from gemma2tool.verify.tensors import Advance
 
 DEFAULT_TOKENS = 64
-PASS_TOKENS = 4096
-"""At most so many tokens in one pass over the weights (a prompt of more has its own): their activations bound the memory."""
+PASS_BYTES = 128 << 20
+"""Prompts go through the weights together as long as their feed-forward activations, (B, T, F) in float32, fit here; longer ones alone."""
 PROBE_BESIDE = 256
 """The probe is the whole first prompt, up to this length; of a longer one it is the first ``DEFAULT_TOKENS``, in a pass of its
 own."""
@@ -95,10 +95,15 @@ def windows_for(source: Gemma2Config, candidate: Gemma2Config, tokens: int) -> t
     return small, max(small + candidate.sliding_window - source.sliding_window, 1)
 
 
-def passes(ids: np.ndarray, probe: bool = True) -> int:
+def prompts_per_pass(config: Gemma2Config, tokens: int) -> int:
+    """How many prompts of ``tokens`` go through the weights together."""
+    return max(PASS_BYTES // (4 * config.intermediate_size * tokens), 1)
+
+
+def passes(ids: np.ndarray, config: Gemma2Config, probe: bool = True) -> int:
     """How often ``compare_logits`` goes over all weights of both for ``ids`` (B, T)."""
     batch, tokens = ids.shape
-    return -(-batch // max(PASS_TOKENS // tokens, 1)) + (probe and tokens > PROBE_BESIDE)
+    return -(-batch // prompts_per_pass(config, tokens)) + (probe and tokens > PROBE_BESIDE)
 
 
 def compare_logits(
@@ -116,7 +121,7 @@ def compare_logits(
     """Run both checkpoints on ``ids``, int (T,) or (B, T), in float32, and compare all positions' logits.
 
     ``text``: the ids are running text, and run with the models' own windows. ``probe``: run that too. ``atol``, ``rtol``: as
-    in ``LogitComparison``. Peak memory: both sides' activations of ``PASS_TOKENS`` tokens and a slice of the vocabulary
+    in ``LogitComparison``. Peak memory: both sides' activations (see ``PASS_BYTES``) and a slice of the vocabulary
     projection, whatever the size of the models. Raises ``UsageError`` for ids that the models cannot take.
     """
     ids = as_prompts(ids)
@@ -127,7 +132,7 @@ def compare_logits(
         windows = source.config.sliding_window, candidate.config.sliding_window
     collector = Collector(ids, (source.config, candidate.config), windows)
     together = probe and tokens <= PROBE_BESIDE
-    step = max(PASS_TOKENS // tokens, 1)
+    step = prompts_per_pass(source.config, tokens)
     found, depths, probed = [], [], None
     with use_threads(threads):
         for first in range(0, batch, step):

@@ -175,7 +175,7 @@ def _logits(
         ids, is_text = prompt_for(source, candidate)
     ids = as_prompts(ids)
     nbytes = sum(each.nbytes for side in (source, candidate) for each in side.tensors.values())
-    with shown(progress, nbytes * passes(ids), "forward passes") as bar:
+    with shown(progress, nbytes * passes(ids, source.config), "forward passes") as bar:
         run = compare_logits(
             source,
             candidate,
