@@ -3,16 +3,20 @@
     python benchmarks/quality.py                        # the types the README quotes
     python benchmarks/quality.py --types all            # every type; those that need an importance matrix get one
     python benchmarks/quality.py --types q4_k_m,iq4_xs
+    python benchmarks/quality.py --calibrated           # GPTQ and AWQ beside the same types rounded to nearest
 
 Every type is made by the tool from fixtures/tiny-gemma2/model.ckpt, read back from its file and run, dequantized, by the built-in
 float32 forward pass over the held-out tokens. KL is KL(source || type) in nats, mean over positions; perplexity with its standard error.
+Calibration text is Python's language topics, without those of the held-out text.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,11 +25,30 @@ from gemma2tool.formats import registry
 from gemma2tool.formats.base import WriteOptions
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.pipeline.save import save
+from gemma2tool.reference.streaming import StreamedForward
 from gemma2tool.verify.logits import compare_logits
+from gemma2tool.verify.metrics import LogitComparison, LogitMetrics
 
 FIXTURE = Path(__file__).resolve().parent.parent / "fixtures" / "tiny-gemma2"
 FOLDER_TYPES = ("nf4", "nf4 double", "fp4", "fp4 double", "int8")
 QUOTED = ("q8_0", "q4_0", "nf4", "int8")
+
+CALIBRATED: tuple[tuple[str, str, dict[str, object]], ...] = (
+    ("gptq-4", "groups of 32", {"group_size": 32}),
+    ("gptq-4", "groups of 128", {"group_size": 128}),
+    ("gptq-4", "groups of 128, act-order", {"group_size": 128, "act_order": True}),
+    ("gptq-4", "groups of 128, asymmetric", {"group_size": 128, "symmetric": False}),
+    ("gptq-4", "groups of 128, Hessian blocks of 256", {"group_size": 128, "hessian_block": 256}),
+    ("gptq-4", "whole rows", {"group_size": -1}),
+    ("gptq-8", "groups of 128", {"group_size": 128}),
+    ("w4a16", "groups of 128", {"group_size": 128}),
+    ("w4a16-asym", "groups of 128", {"group_size": 128}),
+    ("awq-4", "groups of 32", {"group_size": 32}),
+    ("awq-4", "groups of 64", {"group_size": 64}),
+    ("awq-4", "groups of 128", {"group_size": 128}),
+)
+CALIBRATION_ONLY = ("act_order", "hessian_block")
+DRAWS = 4000
 
 
 def make(source: Checkpoint, folder: Path, kind: str) -> Path:
@@ -46,6 +69,7 @@ def weights_bytes(path: Path) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--types", default=",".join(QUOTED))
+    parser.add_argument("--calibrated", nargs="?", const="", metavar="TYPES", help="all of them, or these")
     parser.add_argument("--tokens", type=Path, default=FIXTURE / "heldout.npy")
     arguments = parser.parse_args()
     kinds = list(FOLDER_TYPES) + gguf_types() if arguments.types == "all" else arguments.types.split(",")
@@ -54,6 +78,10 @@ def main() -> None:
         parameters = sum(tensor.size for tensor in source.tensors.values())
         scored = ids.shape[0] * (ids.shape[1] - 1)
         print(f"{scored:,} predicted tokens in {ids.shape[0]} windows of {ids.shape[1]}\n")
+        if arguments.calibrated is not None:
+            wanted = arguments.calibrated.split(",") if arguments.calibrated else [kind for kind, _, _ in CALIBRATED]
+            beside_nearest(source, Path(folder), ids, parameters, wanted)
+            return
         print("| type | bits per weight | MB | mean KL | p99 KL | same top-1 | perplexity |")
         print("|---|---:|---:|---:|---:|---:|---:|")
         size = (FIXTURE / "model.ckpt").stat().st_size
@@ -74,6 +102,47 @@ def main() -> None:
             )
 
 
+def beside_nearest(source: Checkpoint, folder: Path, ids: np.ndarray, parameters: int, wanted: Sequence[str]) -> None:
+    """The table of calibrated types: each figure rounded to nearest, then calibrated; the difference of KL with its 95 % interval."""
+    chosen = {"calibration": text(folder), "calibration_length": ids.shape[1], "calibration_samples": 64}
+    true = StreamedForward(source, ids).logits().reshape(ids.size, -1)
+
+    @functools.cache
+    def measured(kind: str, options: tuple[tuple[str, object], ...]) -> tuple[LogitMetrics, int]:
+        path = folder / "out"
+        save(source, path, WriteOptions(type=kind, extra=dict(options)), force=True)
+        with registry.open_checkpoint(path) as candidate:
+            logits = StreamedForward(candidate, ids).logits().reshape(ids.size, -1)
+        compared = LogitComparison(ids.size, np.append(ids[:, 1:], np.full((len(ids), 1), -1), 1).reshape(-1))
+        compared.add(0, true, logits)
+        return compared.finish(), weights_bytes(path)
+
+    print("| type | | bits per weight | KL nearest | calibrated | difference, 95 % interval | same top-1 | perplexity |")
+    print("|---|---|---:|---:|---:|---|---:|---:|")
+    for kind, words, extra in CALIBRATED:
+        if kind not in wanted:
+            continue
+        plain = {name: value for name, value in extra.items() if name not in CALIBRATION_ONLY}
+        nearest, _ = measured(kind, tuple(plain.items()))
+        better, size = measured(kind, tuple((extra | chosen).items()))
+        kl = [side.kl.reshape(ids.shape).mean(1) for side in (nearest, better)]
+        low, high = interval(kl[1] - kl[0])
+        perplexity = [side.prediction()["perplexity_candidate"] for side in (nearest, better)]
+        print(
+            f"| {kind} | {words} | {8 * size / parameters:.2f} | {kl[0].mean():.5f} | {kl[1].mean():.5f} |"
+            f" {(kl[1] - kl[0]).mean():+.5f} ({low:+.5f} to {high:+.5f}) | {nearest.top1:.2%}, {better.top1:.2%} |"
+            f" {perplexity[0]:.3f}, {perplexity[1]:.3f} |",
+            flush=True,
+        )
+
+
+def interval(difference: np.ndarray) -> tuple[float, float]:
+    """95 % of the mean of ``difference`` (windows,), by drawing windows with replacement: both sides see the same windows."""
+    drawn = np.random.default_rng(0).integers(0, len(difference), (DRAWS, len(difference)))
+    low, high = np.quantile(difference[drawn].mean(1), [0.025, 0.975])
+    return float(low), float(high)
+
+
 def gguf_types() -> list[str]:
     from gemma2tool.quantizers.mixtures import FILE_TYPES
 
@@ -82,23 +151,28 @@ def gguf_types() -> list[str]:
 
 
 def calibrate(source: Checkpoint, folder: Path) -> Path:
-    """An importance matrix from 64 chunks of 256 tokens: Python's language topics, without those of the held-out text."""
-    from pydoc_data.topics import topics
-
-    sys.path.insert(0, str(FIXTURE.parent))
-    from corpus import split_of
-
+    """An importance matrix from 64 chunks of 256 tokens of ``text``."""
     from gemma2tool.pipeline import importance
     from gemma2tool.pipeline.prompt import Tokenizer
 
     path = folder / "importance.gguf"
     if not path.exists():
-        ids = Tokenizer(source).encode(
-            "\n\n".join(topics[name] for name in sorted(topics) if split_of(f"topics/{name}") == "train")
-        )
+        ids = Tokenizer(source).encode(text(folder).read_text())
         chunks = importance.chunks_of(ids, 256, source.config.bos_token_id, 64)
         sums = importance.collect(source, chunks, threads=2)
         importance.write(path, source, sums, dataset="pydoc topics", chunks=chunks, force=False)
+    return path
+
+
+def text(folder: Path) -> Path:
+    """A file of Python's language topics, without those of the held-out text."""
+    from pydoc_data.topics import topics
+
+    sys.path.insert(0, str(FIXTURE.parent))
+    from corpus import split_of
+
+    path = folder / "topics.txt"
+    path.write_text("\n\n".join(topics[name] for name in sorted(topics) if split_of(f"topics/{name}") == "train"))
     return path
 
 
