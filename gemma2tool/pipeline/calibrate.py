@@ -107,19 +107,15 @@ class Session:
         calibration: Calibration,
         threads: int,
     ) -> None:
-        self.checkpoint, self.items, self.grids, self.calibration, self.threads = (
-            checkpoint,
-            items,
-            grids,
-            calibration,
-            threads,
-        )
+        self.checkpoint, self.items, self.grids = checkpoint, items, grids
+        self.calibration, self.threads = calibration, threads
         self._scales = all(isinstance(items[name].encoder, Awq) for name in grids)
         self._sources = {
             name: items[name].source if name in grids else tensor for name, tensor in checkpoint.tensors.items()
         }
         self._lock = threading.Lock()
         self._done = 0
+        self._failure: BaseException | None = None
         self._residual: list | None = None
         self._results: dict[str, Codes | np.ndarray] = {}
 
@@ -157,7 +153,13 @@ class Session:
         layer = self.checkpoint.specs[name].layer
         with self._lock:
             while self._done <= layer:
-                self._next_layer()
+                if self._failure is not None:  # others have been waiting for the layer that failed
+                    raise self._failure
+                try:
+                    self._next_layer()
+                except BaseException as failure:
+                    self._failure = failure
+                    raise
             return self._results.get(name)
 
     def release(self, name: str) -> None:
