@@ -85,7 +85,7 @@ def _bits(type_name: str) -> int:
 def unpack(raw: Mapping[str, LazyTensor], quantization_config: Mapping[str, object]) -> dict[str, LazyTensor]:
     bits = quantization_config.get("bits")
     label = quantization_config.get("checkpoint_format", "gptq")
-    if bits not in (4, 8) or label not in gptq.CHECKPOINT_FORMATS:
+    if type(bits) is not int or bits not in (4, 8) or label not in gptq.CHECKPOINT_FORMATS:
         raise InputRefused(
             "gptq.config",
             f"config.json: {quoted(bits)} bits in the checkpoint_format {quoted(label)}",
