@@ -62,6 +62,7 @@ def unpack(raw: Mapping[str, LazyTensor], quantization_config: Mapping[str, obje
         bits, group_size = settings.get("bits"), settings.get("group_size")
         if (
             settings.get("mode", "affine") != "affine"
+            or type(bits) is not int
             or bits not in (4, 8)
             or type(group_size) is not int
             or group_size < 1
