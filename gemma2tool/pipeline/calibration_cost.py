@@ -18,10 +18,10 @@ from gemma2tool.reference.layers import SCORE_BYTES
 from gemma2tool.reference.readahead import one_thread_each
 
 FLOAT = 4
-LIBRARIES = 400 << 20
+LIBRARIES = 640 << 20
 """Bytes that torch, numpy and the program take by themselves, with the blocks of weights in flight."""
 
-EFFICIENCY = 0.5
+EFFICIENCY = 0.7
 """Of the speed of one large product, what the whole reaches: there are smaller products, and passes that compute little."""
 
 STEPS = 400.0
