@@ -21,7 +21,7 @@ from gemma2tool.storage.staging_journal import Fingerprint, Found, Journal
 from gemma2tool.storage.staging_place import NEW, OLD, StagingPlace, remove_tree
 from gemma2tool.storage.staging_recorder import Recorder
 from gemma2tool.storage.staging_resume import State
-from gemma2tool.storage.syscalls import preallocate, retrying, sync_folder, told, write_at
+from gemma2tool.storage.syscalls import preallocate, retrying, sync_data, sync_folder, told, write_at
 
 _CREATE = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _REOPEN = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
@@ -56,7 +56,7 @@ class StagedFile:
             if self._dirty and self._fd >= 0:
                 self._dirty = False
                 with told(self.path, "making it durable", self.size):
-                    retrying(os.fdatasync, self._fd)
+                    sync_data(self._fd)
 
     def close(self) -> None:
         """Makes the bytes durable and closes the file."""

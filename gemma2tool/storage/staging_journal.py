@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gemma2tool.storage.syscalls import retrying, sync_folder, told
+from gemma2tool.storage.syscalls import retrying, sync_data, sync_folder, told
 
 NAME = "journal"
 MAX_BYTES = 64 << 20
@@ -140,7 +140,7 @@ class Journal:
             done = 0
             while done < len(line):  # a torn line is written over by the next attempt
                 done += retrying(os.pwrite, self._fd, line[done:], self._length + done)
-            retrying(os.fdatasync, self._fd)
+            sync_data(self._fd)
         self._length += len(line)
 
     def close(self) -> None:

@@ -73,6 +73,11 @@ def preallocate(fd: int, size: int) -> None:
     retrying(os.ftruncate, fd, size)
 
 
+def sync_data(fd: int) -> None:
+    """Makes a file's bytes durable, and of what is known about it only what is needed to find them."""
+    retrying(getattr(os, "fdatasync", os.fsync), fd)  # macOS has none
+
+
 def sync_folder(fd: int) -> None:
     """fsync of an open folder, where the file system has it: makes the names in it durable."""
     try:
