@@ -137,3 +137,48 @@ def bos_not_added(v: Victim) -> None:
 def tokenizer_left_behind(v: Victim) -> None:
     v.assets.pop("tokenizer.model")
     v.assets.pop("tokenizer.json", None)
+
+
+@fault("config.softcap-wrong")
+def attention_cap_of_another_value(v: Victim) -> None:
+    v.configure(attn_logit_softcapping=20.0)
+
+
+@fault("config.window-wrong")
+def window_halved(v: Victim) -> None:
+    v.configure(sliding_window=v.config.sliding_window // 2)
+
+
+@fault("config.context-shorter")
+def context_halved(v: Victim) -> None:
+    v.configure(max_position_embeddings=v.config.max_position_embeddings // 2)
+
+
+@fault("config.field", forms=("memory", "hf"))
+def attention_in_both_directions(v: Victim) -> None:
+    v.configure(use_bidirectional_attention=True)
+
+
+def change_json(v: Victim, **entries: object) -> None:
+    content = json.loads(v.assets["tokenizer_config.json"]) | entries
+    v.assets["tokenizer_config.json"] = json.dumps(content).encode()
+
+
+@fault("tokenizer.chat-template", forms=("memory",), needs=has_tokenizer)
+def another_chat_template(v: Victim) -> None:
+    change_json(v, chat_template="{% for each in messages %}[INST] {{ each['content'] }} [/INST]{% endfor %}")
+
+
+@fault("tokenizer.eos-added", forms=("memory",), needs=has_tokenizer)
+def eos_behind_every_text(v: Victim) -> None:
+    change_json(v, add_eos_token=True)
+
+
+@fault("tokenizer.special-ids", forms=("memory",), needs=has_tokenizer)
+def bos_and_eos_exchanged_in_the_tokenizer(v: Victim) -> None:
+    from sentencepiece import sentencepiece_model_pb2 as proto
+
+    model = proto.ModelProto.FromString(v.assets["tokenizer.model"])
+    spec = model.trainer_spec
+    spec.bos_piece, spec.eos_piece = "<eos>", "<bos>"
+    v.assets["tokenizer.model"] = model.SerializeToString()

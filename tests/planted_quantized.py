@@ -130,6 +130,27 @@ def dequantized_int8_passed_off_as_the_original(v: Victim) -> None:
         v.arrays[name] = bnb.dequantize_int8(*bnb.quantize_int8(array.astype(np.float32))).astype(array.dtype)
 
 
+@fault("quant.scales-wrong", forms=MEMORY)
+def absmax_off_by_factors(v: Victim) -> None:
+    def damage(packed: np.ndarray, absmax: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return packed, absmax * np.exp(np.random.default_rng(10).normal(size=absmax.shape)).astype(np.float32)
+
+    store(v, "nf4", lambda w: nf4(w, damage))
+
+
+@fault("quant.blocks-damaged", forms=MEMORY)
+def codes_of_a_block_overwritten(v: Victim) -> None:
+    store(v, "q8_0", ggml("Q8_0"))
+    array = v.arrays[v.name("down_proj", 1)]
+    array[3, 32:64] = array[3, 32:64][::-1]
+
+
+@fault("quant.lossy", forms=MEMORY)
+def noise_on_top(v: Victim) -> None:
+    generator = np.random.default_rng(11)
+    store(v, "w4a16", lambda w: w + generator.standard_normal(w.shape) * 0.5 * w.std())
+
+
 @fault("quant.not-quantizable", forms=MEMORY)
 def norms_quantized(v: Victim) -> None:
     store(v, "q8_0", lambda w: ggml("Q8_0")(w[None])[0], v.norms())

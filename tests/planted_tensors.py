@@ -211,3 +211,48 @@ def projections_never_loaded(v: Victim) -> None:
 @fault("damage.constant")
 def norms_never_loaded(v: Victim) -> None:
     v.everywhere("input_layernorm", np.zeros_like)
+
+
+@fault("damage.region")
+def rows_of_something_else(v: Victim) -> None:
+    array = v.arrays[v.name("up_proj", 1)]
+    array[5:9] = np.random.default_rng(12).standard_normal(array[5:9].shape).astype(array.dtype)
+
+
+@fault("damage.nonfinite", forms=("memory",))  # our writers refuse them
+def nan_here_and_there(v: Victim) -> None:
+    array = v.arrays[v.name("k_proj", 0)]
+    array[np.random.default_rng(13).random(array.shape) < 0.05] = np.nan
+
+
+@fault("layer.added")
+def a_layer_too_many(v: Victim) -> None:
+    last = v.config.num_hidden_layers
+    for name in [name for name in v.arrays if name.startswith(LAYER.format(0))]:
+        v.arrays[name.replace(LAYER.format(0), LAYER.format(last))] = v.arrays[name].copy()
+    v.configure(num_hidden_layers=last + 1, layer_types=(*v.config.layer_types, v.config.layer_types[last % 2]))
+
+
+@fault("layer.permuted", needs=lambda v: v.config.num_hidden_layers > 3)
+def three_layers_in_a_circle(v: Victim) -> None:
+    reorder(v, [1, 2, 0, *range(3, v.config.num_hidden_layers)])
+
+
+@fault("numbers.fp16-flushed", prepare=with_small_values, needs=not_half)
+def subnormal_numbers_flushed(v: Victim) -> None:
+    v.everywhere("gate_proj", lambda w: np.where(abs(w) < 2.0**-14, 0, w.astype(np.float16).astype(np.float32)))
+
+
+@fault("numbers.negated")
+def down_negated(v: Victim) -> None:
+    v.everywhere("down_proj", lambda w: -w)
+
+
+@fault("tensor.missing", forms=("memory",))
+def a_projection_left_out(v: Victim) -> None:
+    del v.arrays[v.name("v_proj", 1)]
+
+
+@fault("tensor.extra", forms=("memory",))
+def a_tensor_that_no_one_knows(v: Victim) -> None:
+    v.arrays["model.layers.0.self_attn.rotary.weight"] = v.arrays[v.name("norm")].copy()

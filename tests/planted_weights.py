@@ -277,3 +277,35 @@ def gate_and_up_interleaved(v: Victim) -> None:
         both = np.stack([v.arrays[a], v.arrays[b]], axis=1).reshape(-1, v.config.hidden_size)
         half = len(both) // 2
         v.arrays[a], v.arrays[b] = both[:half].copy(), both[half:].copy()
+
+
+@fault("norm.rescaled")
+def norm_scales_times_one_and_a_half(v: Victim) -> None:
+    v.change(v.norms(), lambda w: 1.5 * (1 + w) - 1)
+
+
+@fault("tensor.offset")
+def a_quarter_added_to_norms(v: Victim) -> None:
+    v.everywhere("post_attention_layernorm", lambda w: w + 0.25)
+
+
+@fault("smoothing.folded")
+def smoothing_folded_in_place(v: Victim) -> None:
+    smooth(v, ("gate_proj", "up_proj"), "pre_feedforward_layernorm", 1.0)
+
+
+@fault("attention.qkv-transposed")
+def values_reshaped_not_transposed(v: Victim) -> None:
+    v.everywhere("v_proj", lambda w: np.ascontiguousarray(w.T).reshape(w.shape))
+
+
+@fault("tensor.scaled")
+def up_scaled(v: Victim) -> None:
+    v.everywhere("up_proj", lambda w: w * np.float32(1.37))
+
+
+@fault("tensor.misplaced", needs=lambda v: v.arrays[v.name("q_proj", 0)].shape == v.arrays[v.name("o_proj", 0)].shape)
+def queries_and_output_swapped(v: Victim) -> None:
+    for i in v.layers:
+        a, b = v.name("q_proj", i), v.name("o_proj", i)
+        v.arrays[a], v.arrays[b] = v.arrays[b], v.arrays[a]

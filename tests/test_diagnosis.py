@@ -137,7 +137,7 @@ def test_the_catalogue_has_every_name_that_is_given() -> None:
     assert given - set(CATALOGUE) == set()
     assert len(CATALOGUE) >= 35
     planted = {id for fault in FAULTS for id in fault.ids}
-    assert len(planted) >= 50 and planted <= set(CATALOGUE)
+    assert planted == set(CATALOGUE) - {"tokenizer.bos-doubled"}, "that one shows in logits alone"
 
 
 def test_names_and_places() -> None:

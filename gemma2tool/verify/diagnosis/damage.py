@@ -18,6 +18,7 @@ _UNSIGNED = {2: np.uint16, 4: np.uint32, 8: np.uint64}
 _CHUNK_VALUES = 1 << 20
 _FEW = 1e-3  # share of the values up to which damage is damage in a place
 _FEW_BLOCKS = 0.3
+_STANDS_OUT = 2.0  # times the mean error of sound blocks: that of damaged ones, at least
 _FLIPS = 4  # values that may differ in the last bit alone and still count as flipped, not as rounded otherwise
 
 
@@ -110,6 +111,7 @@ def _blocks(source: LazyTensor, candidate: LazyTensor) -> Pattern | None:
     width = max(candidate.row_size, 1)
     total = bad = scaled = nonfinite = 0
     worst, factors = -1, []
+    errors = {True: 0.0, False: 0.0}
     limit = 1.5 * bound.relative_rmse if bound is not None else 0.9
     for first, last in row_ranges(candidate.rows, width, _CHUNK_VALUES, size // math.gcd(size, width)):
         ours, theirs = (each.load_rows_f32(first, last).reshape(-1) for each in (source, candidate))
@@ -124,12 +126,14 @@ def _blocks(source: LazyTensor, candidate: LazyTensor) -> Pattern | None:
         factor = (ours * theirs).sum(1) / square
         rest = np.sqrt(((theirs - factor[:, None] * ours) ** 2).sum(1) / square) / np.maximum(np.abs(factor), 1e-30)
         off = (error > limit) | (np.abs(factor - 1) > max(limit, 8 * limit / math.sqrt(size))) | broken
+        for side in errors:
+            errors[side] += float(error[off == side].sum())
         total, bad = total + len(off), bad + int(off.sum())
         scaled += int((off & (rest <= limit) & (np.abs(factor) > 1e-6)).sum())
         if off.any():
             worst = first * width // size + int(off.argmax()) if worst < 0 else worst
             factors += [float(factor[off].min()), float(factor[off].max())]
-    if not bad or bad > _FEW_BLOCKS * total:
+    if not bad or bad > _FEW_BLOCKS * total or errors[True] / bad < _STANDS_OUT * errors[False] / (total - bad):
         return None
     at = _where(worst * size, candidate.shape)
     evidence = {"blocks": bad, "of": total, "block": size, "first": worst, "nonfinite": nonfinite}

@@ -26,14 +26,15 @@ def twice(here: Portion, stored: str) -> Pattern | None:
     """The values went through a coarser type before, or through this one's error twice."""
     if here.correlation < 0.5:
         return None
+    if not here.quantized:
+        return _few_values(here) or _on_grid(here)
     bound = BOUNDS.get(stored)
-    if not here.quantized or bound is not None and bound.relative_rmse <= _FINE:
-        return _on_grid(here) or _more(here, stored)
-    return _more(here, stored)
+    fine = bound is not None and bound.relative_rmse <= _FINE
+    return (_few_values(here) if fine else None) or _more(here, stored)
 
 
-def _on_grid(here: Portion) -> Pattern | None:
-    """The values lie on a grid that their own type does not ask for."""
+def _few_values(here: Portion) -> Pattern | None:
+    """Fewer different values than the stored type has."""
     columns = here.source.shape[1]
     for size in (64, 32):
         if columns % size:
@@ -42,6 +43,12 @@ def _on_grid(here: Portion) -> Pattern | None:
         if theirs <= 17 and theirs < 0.7 * ours:
             said = f"{{what}} {{have}} no more than {theirs:.0f} different values in {size}: they were quantized to 4 bits or less before"
             return Pattern("quant.twice", said, {"distinct": theirs, "group": size})
+    return None
+
+
+def _on_grid(here: Portion) -> Pattern | None:
+    """Floating values that lie on an integer type's grid."""
+    columns = here.source.shape[1]
     for size in (columns, 128, 64, 32):
         if columns % size == 0 and _from_levels(here.candidate, size) < _ON and _from_levels(here.source, size) > _OFF:
             each = "row" if size == columns else f"{size} values"

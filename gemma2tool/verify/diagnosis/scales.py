@@ -92,7 +92,9 @@ def _scaled(here: Portion, factor: float, config: Gemma2Config) -> Pattern:
 
 
 def zero_point(here: Portion) -> Pattern | None:
-    """Each quantization group, or each row, is off by one step."""
+    """Each quantization group, or each row, of a matrix is off by one step."""
+    if len(here.source) == 1:
+        return None
     found = [pattern for size in _sizes(here) if (pattern := _offset(here, size))]
     return min(found, key=lambda each: each.evidence["spread"], default=None)
 
