@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 
 from gemma2tool.formats.sentencepiece import NORMAL, SPACE, UNKNOWN, USER_DEFINED, Piece
 
+MAX_MERGED = 256
+
 
 def tokenizer_json(pieces: Sequence[Piece], added: Mapping[int, tuple[str, bool]], bos: int | None) -> bytes:
     """The file's bytes. ``added``: id to (text, special) of the added tokens; ``bos``: the id put before every text, if any."""
@@ -51,9 +53,12 @@ def tokenizer_json(pieces: Sequence[Piece], added: Mapping[int, tuple[str, bool]
 
 
 def merges(pieces: Sequence[Piece]) -> list[tuple[str, str]]:
-    """Every way to make a piece of two others; pieces of the best score first, as SentencePiece would merge them."""
+    """Every way to make a piece of two others; pieces of the best score first, as SentencePiece would merge them.
+
+    None for pieces of more than ``MAX_MERGED`` characters, which no training makes: the ways to cut one grow with the square.
+    """
     vocab = {piece.text for piece in pieces}
-    made = [piece for piece in pieces if piece.type in (NORMAL, USER_DEFINED)]
+    made = [piece for piece in pieces if piece.type in (NORMAL, USER_DEFINED) and len(piece.text) <= MAX_MERGED]
     made.sort(key=lambda piece: -piece.score)
     return [
         (piece.text[:at], piece.text[at:])
