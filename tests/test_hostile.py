@@ -142,3 +142,14 @@ def test_the_honest_ones_are_read(tmp_path: Path, honest: dict[str, Path]) -> No
     for result in _run(plan, tmp_path):
         assert result["code"] in (0, "returned"), result
         assert not result["events"] and not result["heavy"]
+
+
+def test_the_hook_sees_what_is_done(tmp_path: Path, honest: dict[str, Path]) -> None:
+    """A conversion writes, and verifying loads torch: where neither may be, both must be seen."""
+    (tmp_path / "allowed").mkdir()
+    argv = ["convert", str(honest["hf"]), str(tmp_path / "x.gguf"), "--quiet"]
+    (result,) = _run([{"argv": argv, "folder": str(tmp_path), "may_write": [str(tmp_path / "allowed")]}], tmp_path)
+    assert result["code"] in (0, "returned"), result
+    assert any(event.startswith("open: ") for event in result["events"]) and any(event.startswith("os.rename: ") for event in result["events"])
+    assert "torch" in result["heavy"]
+    assert (tmp_path / "x.gguf").exists()
