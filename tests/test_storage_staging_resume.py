@@ -8,12 +8,14 @@ import time
 from pathlib import Path
 
 import pytest
+from fault_support import Faults
 from staging_support import python, tree
 
 from gemma2tool.errors import InputRefused, ResourceError, UsageError
-from gemma2tool.storage import staging_journal, staging_recorder, syscalls
+from gemma2tool.storage import staging_journal, staging_recorder, staging_resume, syscalls
 from gemma2tool.storage.staging import Staging
 from gemma2tool.storage.staging_clean import clean
+from gemma2tool.storage.staging_place import StagingPlace
 
 PIECES = {f"tensor {i}": (i * 1000, bytes([65 + i]) * 1000) for i in range(10)}
 WHOLE = b"".join(data for _, data in PIECES.values())
@@ -125,6 +127,37 @@ class TestContinued:
         _work(tmp_path / "out")
         with pytest.raises(ResourceError, match="0 are free"):
             _work(tmp_path / "other")
+
+    def test_an_interruption_before_anything_is_decided_costs_nothing(self, tmp_path: Path) -> None:
+        """At each of the first calls of the next run."""
+        for number in range(1, 40):
+            _stopped(tmp_path / "out", 4)
+            with pytest.MonkeyPatch.context() as monkeypatch:
+                faults = Faults(monkeypatch, tmp_path, "interrupt", lambda call, number=number: call.total == number)
+                try:
+                    _work(tmp_path / "out")
+                except KeyboardInterrupt:
+                    pass
+            if faults.fired and faults.fired[0].name in ("pwrite", "fdatasync") and "journal" not in faults.fired[0].target:
+                assert number > 5
+                clean(tmp_path / "out")
+                return
+            (left,) = tmp_path.iterdir()
+            assert left.name == PLACE
+            assert _work(tmp_path / "out") == list(PIECES)[4:], faults.fired
+            (tmp_path / "out").unlink()
+        raise AssertionError("never came to the writing")
+
+    @pytest.mark.parametrize("where", [(StagingPlace, "recover"), (staging_resume, "judge")])
+    def test_nor_does_one_between_the_calls(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: tuple) -> None:
+        def interrupt(*_: object) -> None:
+            raise KeyboardInterrupt
+
+        _stopped(tmp_path / "out", 4)
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            patched.setattr(*where, interrupt)
+            _work(tmp_path / "out")
+        assert _work(tmp_path / "out") == list(PIECES)[4:]
 
     def test_a_place_in_use_is_left_alone(self, tmp_path: Path) -> None:
         with Staging(tmp_path / "out", fingerprint=PRINT) as staging:

@@ -39,8 +39,9 @@ class _Count:
 
 
 class ValueCheck:
-    """``allow_nonfinite``: float types take NaN and infinities as they are. ``clip``: finite magnitudes beyond float16 become its largest.
-    ``thorough``: whether the rest is looked through after the first refusal; not where to read a tensor is to calibrate it."""
+    """``allow_nonfinite``: float types take NaN and infinities as they are. ``clip``: finite magnitudes beyond float16 become
+    its largest. ``thorough``: whether the rest is looked through after the first refusal; not where to read a tensor is to
+    calibrate it."""
 
     def __init__(self, *, allow_nonfinite: bool = False, clip: bool = False, thorough: bool = True) -> None:
         self.allow_nonfinite, self.clip, self.thorough = allow_nonfinite, clip, thorough

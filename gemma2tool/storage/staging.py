@@ -140,6 +140,7 @@ class Staging:
         if not staging_place.exists(self.destination):
             self._check_destination()
         self._place = StagingPlace(self.destination)
+        self._keep = True  # what is here stays as long as it is not known to be of no use
         try:
             self._place.recover()
             self._take_over()
@@ -154,7 +155,6 @@ class Staging:
     def _take_over(self) -> None:
         """Decides what becomes of what an earlier run left."""
         place = self._staging
-        self._keep = True  # what is here stays as long as it is not known to be of no use
         found = staging_journal.read(place.fd)
         state = State.USELESS
         if found is not None and self.fingerprint is not None and not self.restart:
