@@ -96,3 +96,16 @@ def test_gemma_pytorch_loads_it_and_computes_the_same(oracles: Path, tmp_path: P
         theirs.append(found.numpy())
     ours = logits(registry.open_checkpoint(path), ids)
     assert (np.abs(ours - np.stack(theirs, axis=1)) <= 5e-5 + 1e-5 * np.abs(ours)).all(), np.abs(ours - np.stack(theirs, 1)).max()
+
+
+def test_a_ckpt_alone_keeps_its_special_ids_in_a_gguf(tmp_path: Path, llama) -> None:
+    """Without a vocabulary to find <end_of_turn> in, its id is written; llama.cpp loads the file and is given ids."""
+    from dataclasses import replace
+
+    config = replace(SMALL, eos_token_id=(1, 107), bos_token_id=2, pad_token_id=0)
+    source = registry.open_checkpoint(write_as("gemma-pytorch", random_checkpoint(np.dtype(np.float32), config), tmp_path / "it.ckpt"))
+    path = write_as("gguf", source, tmp_path / "it.gguf")
+    back = registry.open_checkpoint(path)
+    assert (back.config.eos_token_id, back.config.bos_token_id, back.config.pad_token_id) == ((1, 107), 2, 0)
+    _, found = llama.logits(path, [2, 5, 9, 100])
+    assert np.isfinite(found).all() and found.shape[-1] == config.vocab_size

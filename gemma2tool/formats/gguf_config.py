@@ -103,8 +103,12 @@ def read_config(keys: Reading, embedding_rows: int, dtype: str) -> Gemma2Config:
 
 
 def stop_ids(keys: Reading) -> int | tuple[int, ...]:
-    """The ids that end a text: eos, and for a chat model <end_of_turn>, which no key names; llama.cpp finds it by its text."""
+    """The ids that end a text: eos, and for a chat model <end_of_turn>, which no key of a Gemma 2 with a vocabulary names; llama.cpp
+    finds it by its text."""
     eos = keys.integer("tokenizer.ggml.eos_token_id", 1)
+    turn = keys.integer("tokenizer.ggml.eot_token_id", None)
+    if turn is not None:
+        return (eos, turn)
     tokens = keys.texts("tokenizer.ggml.tokens", ())
     if END_OF_TURN in keys.text("tokenizer.chat_template", "") and END_OF_TURN in tokens:
         return (eos, tokens.index(END_OF_TURN))

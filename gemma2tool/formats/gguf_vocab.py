@@ -69,6 +69,7 @@ def tokenizer_keys(assets: Mapping[str, bytes], config: Gemma2Config) -> Tokeniz
     result = TokenizerKeys()
     if files.model is None and files.json is None:
         result.kv = [("gemma2.vocab_size", u32(config.vocab_size)), ("tokenizer.ggml.model", string("no_vocab"))]
+        result.kv += _ids_alone(config)
         result.warnings.append(
             "no tokenizer.model or tokenizer.json beside the weights: the GGUF has no tokenizer, and llama.cpp can be given"
             " token ids only"
@@ -88,6 +89,13 @@ def tokenizer_keys(assets: Mapping[str, bytes], config: Gemma2Config) -> Tokeniz
     result.kv += _template_keys(files, result.warnings)
     result.kv.append(("tokenizer.ggml.add_space_prefix", boolean(False)))
     return result
+
+
+def _ids_alone(config: Gemma2Config) -> list[KeyValue]:
+    """The config's special ids, for whoever brings a vocabulary: llama.cpp ignores them where the file has none."""
+    eos, *more = config.eos_token_ids or (None,)
+    ids = {"bos": config.bos_token_id, "eos": eos, "eot": more[0] if more else None, "padding": config.pad_token_id}
+    return [(f"tokenizer.ggml.{kind}_token_id", u32(token)) for kind, token in ids.items() if token is not None and token >= 0]
 
 
 def looks_special(text: str) -> bool:
