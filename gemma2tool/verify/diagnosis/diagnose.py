@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.config import Gemma2Config
@@ -11,8 +12,8 @@ from gemma2tool.model.lazy import LazyTensor
 from gemma2tool.verify.diagnosis.cause import Cause
 from gemma2tool.verify.diagnosis.completeness import causes_of_names, causes_of_types
 from gemma2tool.verify.diagnosis.config import causes_of_config
-from gemma2tool.verify.diagnosis.layers import causes_of_moves
-from gemma2tool.verify.diagnosis.names import described
+from gemma2tool.verify.diagnosis.layers import causes_of_moves, moved_layers
+from gemma2tool.verify.diagnosis.names import described, name_of, place
 from gemma2tool.verify.diagnosis.patterns import causes_of_patterns
 from gemma2tool.verify.diagnosis.search import Case, Explanation, search
 from gemma2tool.verify.diagnosis.signature import Move, Signature, Weights
@@ -56,7 +57,8 @@ def diagnose(
     claimed = {name for cause in names for name in cause.tensors}
     wrong = [name for name in candidate.tensors if name not in claimed and not (name in found and found[name].ok)]
     explained = search(case, wrong)
-    patterns = causes_of_patterns(case, [name for name in wrong if name not in explained])
+    rest = [name for name in wrong if name not in explained]
+    patterns = causes_of_patterns(replace(case, weights=_in_place(base, explained)), rest)
     causes = [*names, *_aggregated(explained, source.config), *patterns, *causes_of_types(candidate)]
     causes.sort(key=lambda cause: -len(cause.tensors))
     told = [field for cause in causes for field in (*cause.fields, *_IMPLIED.get(cause.id, ()))]
@@ -65,6 +67,18 @@ def diagnose(
     if not causes:
         causes = causes_of_patterns(case, [name for name, each in found.items() if each.rule in ("bound", "reported")])
     return tuple(causes)
+
+
+def _in_place(weights: Weights, explained: Mapping[str, Explanation]) -> Weights:
+    """The source's tensors with layers that moved where they are now, for what else was done to some of their tensors."""
+    moves = {name: step.origin for name, each in explained.items() for step in each.steps if isinstance(step, Move)}
+    whole = moved_layers(moves)
+    tensors = dict(weights)
+    for name in weights:
+        kind, layer = place(name)
+        if layer in whole:
+            tensors[name] = weights[name_of(kind, whole[layer])]
+    return Weights(tensors, weights.config)
 
 
 def _same_shapes(source: Checkpoint, candidate: Checkpoint) -> dict[str, LazyTensor]:

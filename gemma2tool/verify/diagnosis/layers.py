@@ -18,7 +18,7 @@ def causes_of_moves(moved: Mapping[str, str], config: Gemma2Config) -> list[Caus
     """``moved``: the candidate's tensors, and which tensor of the source each of them is."""
     within = {name: origin for name, origin in moved.items() if place(name).layer == place(origin).layer}
     across = {name: origin for name, origin in moved.items() if name not in within}
-    whole = _whole(across)
+    whole = moved_layers(across)
     for name, origin in list(across.items()):
         here, there = place(name), place(origin)
         if here.kind != there.kind and here.layer is not None and whole.get(here.layer) == there.layer:
@@ -86,7 +86,7 @@ def _in_layers(layers: list[int], config: Gemma2Config) -> str:
 # -- between layers ------------------------------------------------------------------------------------------------------
 
 
-def _whole(moved: Mapping[str, str]) -> dict[int, int]:
+def moved_layers(moved: Mapping[str, str]) -> dict[int, int]:
     """Layers most of whose tensors are another layer's: that layer."""
     by_layer: dict[int, dict[int, int]] = defaultdict(lambda: defaultdict(int))
     kinds = {place(name).kind for name in moved if place(name).layer is not None}

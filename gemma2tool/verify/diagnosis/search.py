@@ -11,7 +11,7 @@ import numpy as np
 
 from gemma2tool.model.lazy import LazyTensor
 from gemma2tool.verify.diagnosis import attention, embedding, mlp, norms, numbers, transposed
-from gemma2tool.verify.diagnosis.fit import Fit, allowed, explains, fit_sample, fit_whole, sampled, signal_of
+from gemma2tool.verify.diagnosis.fit import Fit, allowed, explains, fit_sample, fit_whole, is_float, sampled, signal_of
 from gemma2tool.verify.diagnosis.names import EMBEDDINGS, name_of, place
 from gemma2tool.verify.diagnosis.signature import Move, Signature, Step, Weights
 from gemma2tool.verify.tensors import TensorComparison
@@ -132,9 +132,18 @@ def search(case: Case, names: Iterable[str]) -> dict[str, Explanation]:
                 explanation = case.best(name, suppositions(case, name))
                 patience = patience - 1 if explanation is None else max(patience, _PATIENCE)
             if explanation is not None:
-                found[name] = explanation
-                recent.setdefault(_remembered(explanation.steps, name))
+                found[name] = _refined(case, name, explanation)
+                recent.setdefault(_remembered(found[name].steps, name))
     return found
+
+
+def _refined(case: Case, name: str, explanation: Explanation) -> Explanation:
+    """With a rounding after it, where that makes a mistake that comes near reproduce every bit."""
+    if explanation.fit.exact or not is_float(case.candidate[name]) or _exact(explanation.steps):
+        return explanation
+    rounded = ((*explanation.steps, each) for each in _signatures(case, name) if each.exact)
+    exact = case.best(name, rounded)
+    return exact if exact is not None and exact.fit.exact else explanation
 
 
 # -- what may have been done ---------------------------------------------------------------------------------------------
