@@ -27,7 +27,7 @@ from gemma2tool.verify.receipt_logits import Collector, Reference
 from gemma2tool.verify.tensors import Advance
 
 DEFAULT_TOKENS = 64
-PASS_BYTES = 128 << 20
+PASS_BYTES = 64 << 20
 """Prompts go through the weights together as long as their feed-forward activations, (B, T, F) in float32, fit here; longer ones alone."""
 PROBE_BESIDE = 256
 """The probe is the whole first prompt, up to this length; of a longer one it is the first ``DEFAULT_TOKENS``, in a pass of its
