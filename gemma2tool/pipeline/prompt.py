@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from gemma2tool.errors import InputRefused, UsageError
 from gemma2tool.formats.assets import MAX_CONFIG_BYTES
 from gemma2tool.model.checkpoint import Checkpoint
+from gemma2tool.pipeline.template import render
 from gemma2tool.storage import strict_json, tokenizer_model
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ BOS = "<bos>"
 
 
 class Tokenizer:
-    """A checkpoint's ``tokenizer.model``, run by sentencepiece, and its chat template, run in jinja2's sandbox.
+    """A checkpoint's ``tokenizer.model``, run by sentencepiece, and its chat template, see ``template``.
 
     Raises ``UsageError`` where there is no tokenizer.model, ``InputRefused`` for one that sentencepiece cannot load.
     """
@@ -57,24 +58,13 @@ class Tokenizer:
         template = self._template()
         if template is None:
             return None
-        from jinja2.exceptions import TemplateError
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        environment.globals["raise_exception"] = _raise
-        try:
-            return environment.from_string(template).render(
-                messages=[{"role": "user", "content": prompt}],
-                add_generation_prompt=True,
-                bos_token=BOS,
-                eos_token="<eos>",
-            )
-        except TemplateError as error:
-            raise InputRefused(
-                "template.broken",
-                f"{self.checkpoint.path.name}: the chat template cannot be rendered ({error})",
-                hint="use --raw to give the prompt as it is",
-            ) from None
+        values = {
+            "messages": [{"role": "user", "content": prompt}],
+            "add_generation_prompt": True,
+            "bos_token": BOS,
+            "eos_token": "<eos>",
+        }
+        return render(template, values, self.checkpoint.path.name)
 
     def stop_ids(self) -> tuple[int, ...]:
         """Ids that end an answer: generation_config.json's list, else the config's."""
@@ -99,9 +89,3 @@ class Tokenizer:
             return {}
         content = strict_json.load(self.checkpoint.assets[name], what=name, max_bytes=64 * MAX_CONFIG_BYTES)
         return content if isinstance(content, dict) else {}
-
-
-def _raise(message: str) -> None:
-    from jinja2.exceptions import TemplateError
-
-    raise TemplateError(message)
