@@ -73,7 +73,7 @@ def test_what_counts_as_a_finding(tmp_path: Path, name: str, run: str, kind: str
         from pathlib import Path
         sys.path[:0] = [{str(ROOT / "tests")!r}, {str(ROOT)!r}]
         from fuzz import worker
-        from fuzz.targets import Target
+        from fuzz.base import Target
 
         class Faulty(Target):
             name = "faulty"

@@ -25,7 +25,8 @@ sys.path.insert(1, str(TESTS.parent))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from fuzz import worker
-from fuzz.targets import Target, all_targets, remove_folders
+from fuzz.base import Target, remove_folders
+from fuzz.targets import all_targets
 
 SLICE = 20.0
 MAX_FINDINGS = 25  # of one reader in a run: then it is not fuzzed any more until they are fixed

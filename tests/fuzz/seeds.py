@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from tests_support import random_checkpoint, write_checkpoint
 
-from fuzz.targets import CORPUS
+from fuzz.base import CORPUS
 from gemma2tool.formats import sbs_config, sentencepiece
 from gemma2tool.formats.sentencepiece import Piece
 from gemma2tool.model.checkpoint import Assets

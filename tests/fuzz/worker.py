@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
+from fuzz.base import Target
 from fuzz.mutator import MAX_BYTES
-from fuzz.targets import Target
 from gemma2tool.errors import ToolError
 
 MAX_SECONDS = 2.0

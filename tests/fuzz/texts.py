@@ -1,0 +1,152 @@
+"""Targets: tokenizers, model cards, importance matrices, and GGUF files as models."""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+from fuzz.base import CORPUS, FileTarget, JsonTarget, MemoryFile, Target, parsed
+from fuzz.containers import GGUF
+
+
+class SentencePiece(Target):
+    name = "sentencepiece"
+    tokens = (b"\x0a\x03\x0a\x01a", b"\x0a\x00", b"\x12\x00", b"\x1a\x00", b"\x15\0\0\xc0\x7f", b"\x18\x06", b"\xff" * 9 + b"\x01", b"\x80" * 10, b"\x0b")
+
+    def prepare(self) -> None:
+        from gemma2tool.formats import sentencepiece
+        from gemma2tool.storage import tokenizer_model
+
+        self.parse, self.check = sentencepiece.parse, tokenizer_model.check
+
+    def run(self, data: bytes) -> object:
+        model = self.parse(data)
+        self.check(data)
+        return min(len(model.pieces), 8), len(model.trainer), len(model.normalizer)
+
+
+class SentencePieceLibrary(SentencePiece):
+    """The library itself, on what passes the guard before it."""
+
+    name = "sentencepiece-library"
+
+    def prepare(self) -> None:
+        super().prepare()
+        from gemma2tool.verify.tokenizer import load_model
+
+        self.load = load_model
+        load_model(self.seeds()[0])
+
+    def seeds(self) -> list[bytes]:
+        return SentencePiece().seeds()
+
+    def run(self, data: bytes) -> object:
+        model = self.load(data)
+        if model is None:
+            return None
+        model.decode(model.encode("Hello, ab a  world!"))
+        return min(model.get_piece_size(), 8)
+
+
+class Tokenizer(JsonTarget):
+    """tokenizer.json, tokenizer_config.json and their likes, through all that is made of them for a GGUF."""
+
+    name = "tokenizer"
+    names = (
+        "tokenizer.json", "tokenizer_config.json", "added_tokens.json", "special_tokens_map.json", "chat_template.json", "generation_config.json", "model",
+        "vocab", "merges", "added_tokens", "added_tokens_decoder", "content", "special", "id", "BPE", "type", "chat_template", "bos_token", "eos_token",
+        "add_bos_token", "post_processor", "TemplateProcessing", "single", "SpecialToken", "<bos>", "<eos>", "<unk>", "<pad>", "eos_token_id",
+    )  # fmt: skip
+
+    def prepare(self) -> None:
+        from gemma2tool.formats.gguf_vocab import tokenizer_keys
+        from gemma2tool.formats.hf_tokenizer import completed
+        from gemma2tool.model.config import Gemma2Config
+        from gemma2tool.verify.tokenizer import chat_template
+
+        self.keys, self.completed, self.template = tokenizer_keys, completed, chat_template
+        self.config = Gemma2Config(vocab_size=40)
+        folder = CORPUS / "sentencepiece"
+        self.model = next((path.read_bytes() for path in sorted(folder.glob("tiny*"))), b"")
+
+    def place(self, data: bytes) -> Any:
+        from gemma2tool.model.checkpoint import Assets
+
+        content = parsed(data)
+        if not isinstance(content, dict):
+            return None
+        files = {}
+        for name, value in content.items():
+            if name in self.names[:6]:
+                files[name] = (value if isinstance(value, str) else json.dumps(value)).encode("utf-8", "surrogatepass")
+        if content.get("model"):
+            files["tokenizer.model"] = self.model
+        return Assets({name: lambda raw=raw: raw for name, raw in files.items()})
+
+    def run(self, assets: Any) -> object:
+        found = self.keys(assets, self.config)
+        self.template(assets)
+        return len(found.kv), len(found.warnings), len(self.completed(assets)[0])
+
+
+class ModelCard(Target):
+    """README.md's YAML and the heuristics of gguf-py on what it says."""
+
+    name = "model-card"
+    imports = True
+    tokens = (
+        b"---\n", b"license: gemma\n", b"base_model: google/gemma-2-2b\n", b"- a\n", b"&a ", b"*a ", b"<<: *a\n", b"? ", b": ", b"[", b"]", b"{", b"}", b"!!python/object:",
+        b"!!binary ", b"!!timestamp ", b"1:1:1", b"0x", b"2001-01-01", b"|\n", b">-\n", b"'", b'"', b"tags:\n", b"datasets:\n", b"language:\n", b"- no\n", b"\t", b"v1.2", b"7B",
+    )  # fmt: skip
+
+    def prepare(self) -> None:
+        from gemma2tool.formats.gguf_metadata import metadata_keys
+        from gemma2tool.model.checkpoint import Assets, Checkpoint
+        from gemma2tool.model.config import Gemma2Config
+
+        self.keys, self.assets = metadata_keys, Assets
+        self.checkpoint = Checkpoint(Path("gemma-2-2b-it"), "hf", Gemma2Config(), {})
+
+    def run(self, data: bytes) -> object:
+        warnings: list[str] = []
+        self.checkpoint.assets = self.assets({"README.md": lambda: data})
+        return len(self.keys(self.checkpoint, warnings)), len(warnings)
+
+
+class GGUFModel(GGUF):
+    """A GGUF as a model: config, tokenizer and tensor table."""
+
+    name = "gguf-model"
+    tokens = (
+        *GGUF.tokens, b"tokenizer.ggml.tokens", b"gemma2.block_count", b"gemma2.embedding_length", b"gemma2.attention.sliding_window",
+        b"tokenizer.chat_template", b"split.no", b"token_embd.weight", b"tokenizer.ggml.eos_token_id", struct.pack("<f", float("nan")),
+        b"gemma2.rope.scaling.type", b"gemma2.rope.scaling.factor", b"tokenizer.chat_templates",
+    )  # fmt: skip
+
+    def prepare(self) -> None:
+        from gemma2tool.formats.gguf import GGUF as Format
+
+        self.format, self.file = Format(), MemoryFile()
+
+    def run(self, path: Path) -> object:
+        with self.format.open(path) as checkpoint:
+            sizes = [len(checkpoint.assets[name]) for name in checkpoint.assets]
+            for tensor in checkpoint.tensors.values():
+                tensor.load_rows(0, 1)
+            return len(sizes), len(checkpoint.tensors), len(checkpoint.config.warnings)
+
+
+class Imatrix(FileTarget):
+    name = "imatrix"
+    tokens = (*GGUF.tokens, b"general.type", b"imatrix", b".in_sum2", b".counts", b"imatrix.datasets", struct.pack("<f", float("nan")))
+
+    def prepare(self) -> None:
+        from gemma2tool.formats.imatrix import read_imatrix
+
+        self.read, self.file = read_imatrix, MemoryFile()
+
+    def run(self, path: Path) -> object:
+        matrix = self.read(path)
+        return len(matrix.weights), matrix.dataset is None, min(matrix.chunks, 2)
