@@ -119,6 +119,8 @@ def small_ids(tmp_path: Path, count: int = 6) -> Path:
         ("gptq-8", {"group_size": -1, "symmetric": False, "hessian_block": 64}),
         ("awq-4", {"group_size": 32}),
         ("awq-4", {"group_size": 64, "hessian_block": 64}),
+        ("w4a16", {"group_size": -1}),
+        ("w4a16-asym", {"group_size": 32}),
     ],
 )
 def test_same_bytes_for_any_number_of_threads(tmp_path: Path, kind: str, extra: dict) -> None:
@@ -128,6 +130,11 @@ def test_same_bytes_for_any_number_of_threads(tmp_path: Path, kind: str, extra: 
         for threads in (1, 2, 5)
     ]
     assert len({file.read_bytes() for file in files}) == 1
+    with registry.open_checkpoint(files[0].parent) as candidate:
+        found = verify(source, candidate, levels=("completeness", "tensors"))
+    assert found.passed, [finding.message for finding in found.failures]
+    nearest = {name: value for name, value in extra.items() if name not in ("act_order", "hessian_block")}
+    assert files[0].read_bytes() != (written(source, tmp_path / "nearest", kind, **nearest) / files[0].name).read_bytes()
 
 
 @pytest.mark.parametrize("kind", ["gptq-4", "awq-4"])
@@ -230,6 +237,7 @@ def test_a_damaged_source_is_refused(tmp_path: Path) -> None:
     ("kind", "extra", "expected"),
     [
         ("nf4", {}, "calibration.type"),
+        ("w8a16", {"group_size": 32}, "calibration.type"),
         ("gptq-4", {"group_size": 64, "hessian_block": 96}, "calibration.hessian-block"),
         ("gptq-4", {"group_size": 32, "calibration_length": 4096}, "calibration.length"),
     ],

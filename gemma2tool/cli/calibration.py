@@ -10,7 +10,7 @@ import typer
 
 from gemma2tool.errors import UsageError
 
-_NOT_FOR = {"act_order": ("awq-", "w4a16", "w8a16"), "damping": ("awq-",)}
+_NOT_FOR = {"act_order": ("awq-", "w4a16"), "damping": ("awq-",)}
 """How the names of types begin that an option does nothing for."""
 
 
@@ -23,7 +23,7 @@ class CalibrationOptions:
         typer.Option(
             "--calibration",
             metavar="FILE",
-            help="gptq-4, gptq-8, w4a16, w8a16 (GPTQ), awq-4 (AWQ): choose codes by what the model does with this text (UTF-8), "
+            help="gptq-4, gptq-8, w4a16 (GPTQ), awq-4 (AWQ): choose codes by what the model does with this text (UTF-8), "
             "or token ids (.npy).",
         ),
     ] = None

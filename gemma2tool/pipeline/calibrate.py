@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from gemma2tool.pipeline.calibrated_layer import Method
     from gemma2tool.pipeline.calibration_cost import Cost
 
-TYPES = ("gptq-4", "gptq-8", "w4a16", "w4a16-asym", "w8a16", "awq-4")
+TYPES = ("gptq-4", "gptq-8", "w4a16", "w4a16-asym", "awq-4")
 DAMPING = 0.01
 
 

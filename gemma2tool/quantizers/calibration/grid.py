@@ -36,7 +36,7 @@ def grid_of(encoder: Encoder, columns: int) -> Grid | None:
         return Grid(2**encoder.bits - 1, encoder.width(columns), rule)
     if isinstance(encoder, Awq):
         return Grid(2**awq.BITS - 1, encoder.width(columns), awq.grid)
-    if isinstance(encoder, Compressed) and encoder.scheme.packed:
+    if isinstance(encoder, Compressed) and encoder.scheme.packed and encoder.scheme.bits == 4:
         scheme = encoder.scheme
         rule = functools.partial(_compressed, scheme=scheme, dtype=encoder.dtype)
         return Grid(2**scheme.bits - 1, scheme.group or columns, rule)
