@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -23,6 +25,21 @@ class Hostile(NamedTuple):
     name: str
     data: bytes
     id: str
+
+
+Honest = Mapping[str, Path]
+"""Honest tiny checkpoints by format, to copy and spoil."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A hostile checkpoint as a user meets it. ``build`` makes it in an empty folder and returns its path; ``id`` begins the id of the
+    error that must come of it; ``options`` are of convert and quantize alone, and "@" stands for the case's folder."""
+
+    name: str
+    build: Callable[[Path, Honest], Path]
+    id: str
+    options: tuple[str, ...] = ()
 
 
 def as_params(cases: list[Hostile]) -> Any:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from hostile import assert_refused
-from hostile_cli import database
+from hostile_binaries import database
 
 from gemma2tool.formats.zarr_arrays import _unpack, _whole
 from gemma2tool.storage import ocdbt
