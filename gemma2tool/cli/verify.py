@@ -27,6 +27,14 @@ def verify(
         Path | None,
         typer.Option("--against", metavar="RECEIPT", help="Its receipt. Default: CANDIDATE.receipt.json, beside it."),
     ] = None,
+    logits: Annotated[
+        Path | None,
+        typer.Option(
+            "--logits",
+            metavar="FILE",
+            help="What another program computed from CANDIDATE and --tokens: float logits (.npy) of the last positions.",
+        ),
+    ] = None,
     tokens: o.Tokens = None,
     text: o.Text = None,
     gate: o.Gate = None,
@@ -40,15 +48,19 @@ def verify(
     """Compare a checkpoint with the one it was made from, or, without that one, with its receipt. Exit code 1 if a gate fails.
 
     With --reference: tensors, config, tokenizer, logits. With a receipt: whether files, values, config, tokenizer and logits
-    are those that were verified when it was written.
+    are those that were verified when it was written. With --logits: whether an engine runs it right, and if not, its mistake.
     """
     from gemma2tool.console import Console
 
     console = Console(quiet=quiet, json=json_output)
     count = threads or o.default_threads()
-    if reference is not None:
-        if against is not None:
-            raise UsageError("option.pair", "--reference and --against are two ways to verify", hint="choose one")
+    ways = {"--reference": reference, "--against": against, "--logits": logits}
+    chosen = [option for option, value in ways.items() if value is not None]
+    if len(chosen) > 1:
+        raise UsageError("option.pair", f"{' and '.join(chosen)} are different ways to verify", hint="choose one")
+    if logits is not None:
+        result = _with_logits(candidate, logits, tokens, text, gate, config, count, console, reports)
+    elif reference is not None:
         result = _with_source(candidate, reference, tokens, text, gate, config, count, console, reports)
     else:
         if tokens or text or gate:
@@ -91,6 +103,40 @@ def _with_source(
         _warn((source, made), console)
         ids = read_prompts(tokens, text, source)
         return judge(source, made, ids=ids, gates=parse_gates(gate or ()), threads=threads, console=console)
+
+
+def _with_logits(
+    candidate: Path,
+    logits: Path,
+    tokens: Path | None,
+    text: Path | None,
+    gate: list[str] | None,
+    config: Path | None,
+    threads: int,
+    console: Console,
+    reports: Reports,
+) -> Verification:
+    from gemma2tool.formats import registry
+    from gemma2tool.pipeline.evaluate import read_logits, read_tokens
+    from gemma2tool.verify.engine import judge_logits
+    from gemma2tool.verify.gates import parse_gates
+
+    if tokens is None or text is not None:
+        raise UsageError(
+            "option.pair", "--logits needs the token ids that they were computed from", hint="add --tokens ids.npy"
+        )
+    with registry.open_checkpoint(candidate, config=_fitting(candidate, o.load_config(config))) as made:
+        reports.check((logits, tokens, *made.files))
+        _warn((made,), console)
+        return judge_logits(
+            made,
+            read_tokens(tokens, made.config),
+            read_logits(logits),
+            name=str(logits),
+            gates=parse_gates(gate or ()),
+            threads=threads,
+            progress=console.progress,
+        )
 
 
 def _with_receipt(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,7 +13,7 @@ import numpy as np
 from gemma2tool.errors import InputRefused, UsageError
 from gemma2tool.formats import registry
 from gemma2tool.model.checkpoint import Checkpoint
-from gemma2tool.storage.reading import read_whole
+from gemma2tool.storage.reading import open_for_reading, read_whole
 from gemma2tool.storage.staging import Staging
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from gemma2tool.verify.result import Verification
 
 MAX_TOKEN_FILE = 256 << 20
+MAX_NPY_HEADER = 1 << 16
 
 
 def read_tokens(path: Path, config: Gemma2Config) -> np.ndarray:
@@ -70,6 +72,27 @@ def read_ids(path: Path, vocab_size: int) -> np.ndarray:
             hint="the ids were made with another tokenizer",
         )
     return ids.astype(np.int64)
+
+
+def read_logits(path: Path) -> np.ndarray:
+    """Another program's logits from a ``.npy`` file of floats, whole in memory. Raises ``InputRefused`` for anything else."""
+    said = InputRefused(
+        "logits.npy", f"{path}: not a whole .npy file of float logits", hint="make it with numpy.save('logits.npy', float_array)"
+    )
+    with open_for_reading(path) as reader:
+        head = io.BytesIO(reader.pread(0, min(reader.size, MAX_NPY_HEADER)))
+        try:
+            version = np.lib.format.read_magic(head)
+            header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            shape, by_columns, dtype = header(head)
+        except (ValueError, EOFError, OSError, OverflowError, SyntaxError):
+            raise said from None
+        start, count = head.tell(), math.prod(shape)
+        if dtype.kind != "f" or by_columns or not count or count * dtype.itemsize != reader.size - start:
+            raise said
+        logits = np.empty(shape, dtype)
+        reader.pread_into(start, logits)
+        return logits
 
 
 def read_prompts(tokens: Path | None, text: Path | None, checkpoint: Checkpoint) -> np.ndarray | None:

@@ -108,6 +108,14 @@ def logits(run: LogitRun, kind: str, limits: Gates, text: bool, envelope: LogitM
     return [_logits(run, limits), _probe(run.probe, limits), _distribution(run.metrics, kind, limits, text, envelope)]
 
 
+def engine(metrics: LogitMetrics, kind: str, limits: Gates) -> list[GateResult]:
+    """The logits gate and the distribution gate for one prompt that another program ran."""
+    where = f"{metrics.positions} positions"
+    report: dict[str, Any] = {"shape": [1, metrics.positions]}
+    logits = _agreement("logits", metrics, limits, report, where, "", metrics.positions)
+    return [logits, _distribution(metrics, kind, limits, False, None)]
+
+
 def _logits(run: LogitRun, limits: Gates) -> GateResult:
     batch, tokens = run.ids.shape
     report: dict[str, Any] = {

@@ -1,0 +1,86 @@
+"""Another program's logits against our own forward pass over the same checkpoint: does an engine run the model right?
+
+The file may be flawless and the engine that serves it still drop a soft cap. Where its logits are off, our forward pass is run again with
+one known mistake at a time, until one of them says what the engine said.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from gemma2tool.errors import UsageError
+from gemma2tool.model.checkpoint import Checkpoint
+from gemma2tool.verify import judge
+from gemma2tool.verify.diagnosis.cause import Cause
+from gemma2tool.verify.gates import GATES
+from gemma2tool.verify.metrics import LogitComparison
+from gemma2tool.verify.result import Finding, GateResult, Side, Verification
+from gemma2tool.verify.run import Progress, shown, side_of
+
+KIND = "bf16"
+"""Engines compute in half precision: the limits of weights that were rounded to it hold for their logits."""
+
+_SLICE = 1 << 14
+
+
+def judge_logits(
+    checkpoint: Checkpoint,
+    ids: np.ndarray,
+    logits: np.ndarray,
+    *,
+    name: str,
+    gates: Mapping[str, float] | None = None,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> Verification:
+    """Hold ``logits`` to what ``checkpoint`` computes from ``ids``.
+
+    ``ids``: int (T,) or (1, T). ``logits``: float (V,), (T', V) or (1, T', V), of the last T' positions. ``name``: what the logits are
+    called in the result. Fails where a limit of ``gates.GATES["bf16"]`` (or of ``gates``) is passed, and where a known mistake
+    explains a difference, however small. Raises ``UsageError`` for shapes that don't belong together.
+    """
+    from gemma2tool.reference.streaming import StreamedForward, use_threads
+    from gemma2tool.verify.diagnosis.counterfactual import counterfactual
+
+    ids = np.atleast_2d(np.asarray(ids)).astype(np.int64)
+    given = np.asarray(logits)
+    given = np.atleast_2d(given[0] if given.ndim == 3 and given.shape[0] == 1 else given)
+    count, vocabulary = ids.shape[1], checkpoint.config.vocab_size
+    if len(ids) != 1 or given.ndim != 2 or given.shape[1] != vocabulary or not 1 <= len(given) <= count:
+        raise UsageError(
+            "logits.shape",
+            f"{name}: logits of shape {np.shape(logits)} for token ids of shape {ids.shape}",
+            hint=f"give one prompt, and the logits of its last T positions: (T, {vocabulary})",
+        )
+    limits = GATES[KIND].overridden(gates)
+    first = count - len(given)
+    following = np.concatenate([ids[0, first + 1 :], [-1]])
+    comparison = LogitComparison(len(given), following, atol=limits.logits or 0.0, rtol=limits.logits_rtol or 0.0)
+    nbytes = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
+    with use_threads(threads), shown(progress, nbytes, "forward pass") as bar:
+        run = StreamedForward(
+            checkpoint, ids, on_input=lambda tensor, _: bar.advance(checkpoint.tensors[tensor].nbytes, tensor)
+        )
+        ours = run.logits(first)[0]
+    for start in range(0, vocabulary, _SLICE):
+        part = slice(start, start + _SLICE)
+        comparison.add(start, ours[:, part], given[:, part].astype(np.float32))
+    metrics = comparison.finish()
+    results = judge.engine(metrics, KIND, limits)
+    cause = None
+    if not any(metrics.nonfinite) and metrics.max_abs_difference:
+        with shown(progress, 0, "known mistakes"):
+            cause = counterfactual(checkpoint, ids, given, threads=threads)
+    results.append(_mistakes(cause))
+    theirs = Side(name, "logits", {str(given.dtype): given.size})
+    return Verification(side_of(checkpoint), theirs, KIND, tuple(results), causes=(cause,) if cause else ())
+
+
+def _mistakes(cause: Cause | None) -> GateResult:
+    gate = "mistakes"
+    if cause is None:
+        return GateResult(gate, "passed", "no known mistake of an engine explains what differs")
+    said = f"a known mistake explains the difference: {cause.message}"
+    return GateResult(gate, "failed", said, {}, (Finding(gate, "error", None, said),))

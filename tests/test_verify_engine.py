@@ -1,0 +1,101 @@
+"""``verify --logits``: an engine's logits are held to our forward pass over the same file, and its mistake is named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gemma2tool.cli.main import app
+from gemma2tool.errors import InputRefused, UsageError
+from gemma2tool.formats import registry
+from gemma2tool.pipeline.evaluate import read_logits
+from gemma2tool.verify.engine import judge_logits
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+TOKENS = 80
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, fixture_dir: Path) -> Path:
+    """The fixture as transformers loads it, and a prompt past its window of 64."""
+    place = tmp_path_factory.mktemp("engine")
+    app(["convert", str(fixture_dir / "model.ckpt"), str(place / "hf"), "--no-verify", "-q"], standalone_mode=False)
+    np.save(place / "ids.npy", np.load(fixture_dir / "heldout.npy")[0, :TOKENS])
+    return place
+
+
+def engine(folder: Path, dtype: torch.dtype = torch.float32, **mistakes: object) -> np.ndarray:
+    """What transformers says, with fields of its config changed; float32 (1, T, V)."""
+    model = transformers.Gemma2ForCausalLM.from_pretrained(
+        folder / "hf", dtype=dtype, attn_implementation="eager", **mistakes
+    ).eval()
+    with torch.no_grad():
+        return model(torch.tensor(np.load(folder / "ids.npy")[None])).logits.float().numpy()
+
+
+@pytest.mark.parametrize(
+    ("mistakes", "cause"),
+    [
+        ({}, None),
+        ({"dtype": torch.bfloat16}, None),
+        ({"attn_logit_softcapping": None}, "config.attention-softcap-missing"),
+        ({"sliding_window": 65}, "config.window-off-by-one"),
+        ({"query_pre_attn_scalar": 144}, "config.query-scale"),
+    ],
+    ids=str,
+)
+def test_an_engines_mistake_is_named_and_its_precision_is_none(folder: Path, mistakes: dict, cause: str | None) -> None:
+    logits = engine(folder, **mistakes)
+    with registry.open_checkpoint(folder / "hf") as checkpoint:
+        result = judge_logits(checkpoint, np.load(folder / "ids.npy"), logits, name="engine", threads=1)
+    assert [each.id for each in result.causes] == ([cause] if cause else [])
+    assert result.passed is (cause is None)
+
+
+def test_the_last_positions_are_enough(folder: Path) -> None:
+    logits = engine(folder)[0, -3:]
+    with registry.open_checkpoint(folder / "hf") as checkpoint:
+        result = judge_logits(checkpoint, np.load(folder / "ids.npy"), logits, name="engine", threads=1)
+        assert result.passed and result.gate("logits").metrics["max_abs_difference"] < 5e-5
+        with pytest.raises(UsageError):
+            judge_logits(checkpoint, np.load(folder / "ids.npy"), logits[:, 1:], name="engine")
+        with pytest.raises(UsageError):
+            judge_logits(checkpoint, np.load(folder / "ids.npy")[:2], logits, name="engine")
+
+
+def test_the_command(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    np.save(folder / "logits.npy", engine(folder, final_logit_softcapping=None))
+    command = ["verify", str(folder / "hf"), "--logits", str(folder / "logits.npy")]
+    assert app([*command, "--tokens", str(folder / "ids.npy"), "-q"], standalone_mode=False) == 1
+    assert "[config.final-softcap-missing]" in capfd.readouterr().out
+    assert app(command, standalone_mode=False) == 2
+    assert app([*command, "--reference", str(folder / "hf")], standalone_mode=False) == 2
+
+
+@pytest.mark.parametrize("broken", ["empty", "cut", "integers", "objects", "huge", "columns", "text"])
+def test_what_is_no_file_of_logits_is_refused(tmp_path: Path, broken: str) -> None:
+    file = tmp_path / "logits.npy"
+    array = np.zeros((3, 4), np.float32)
+    if broken == "integers":
+        array = array.astype(np.int32)
+    elif broken == "objects":
+        array = array.astype(object)
+    elif broken == "columns":
+        array = np.asfortranarray(array)
+    np.save(file, array)
+    data = file.read_bytes()
+    if broken == "cut":
+        data = data[:-1]
+    elif broken == "empty":
+        data = b""
+    elif broken == "text":
+        data = b"hello"
+    elif broken == "huge":
+        data = data.replace(b"(3, 4)", b"(3000000000, 4)", 1).replace(b" " * 9, b"", 1)
+    file.write_bytes(data)
+    with pytest.raises(InputRefused):
+        read_logits(file)
