@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -18,15 +19,17 @@ if TYPE_CHECKING:
     from gemma2tool.verify.result import Verification
 
 
-def verify(
-    candidate: Annotated[Path, typer.Argument(metavar="CANDIDATE", help="The checkpoint to judge, in any format.")],
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What ``verify`` may be asked; the fields are the options, see ``groups``."""
+
     reference: Annotated[
         Path | None, typer.Option("--reference", metavar="SRC", help="The checkpoint it was made from.")
-    ] = None,
+    ] = None
     against: Annotated[
         Path | None,
         typer.Option("--against", metavar="RECEIPT", help="Its receipt. Default: CANDIDATE.receipt.json, beside it."),
-    ] = None,
+    ] = None
     logits: Annotated[
         Path | None,
         typer.Option(
@@ -34,15 +37,23 @@ def verify(
             metavar="FILE",
             help="What another program computed from CANDIDATE and --tokens: float logits (.npy) of the last positions.",
         ),
-    ] = None,
-    tokens: o.Tokens = None,
-    text: o.Text = None,
-    gate: o.Gate = None,
-    config: o.ConfigFile = None,
-    threads: o.Threads = None,
-    quiet: o.Quiet = False,
-    json_output: o.Json = False,
-    *,
+    ] = None
+    tokens: o.Tokens = None
+    text: o.Text = None
+    gate: o.Gate = None
+    config: o.ConfigFile = None
+    threads: o.Threads = None
+    quiet: o.Quiet = False
+    json_output: o.Json = False
+
+    @property
+    def cores(self) -> int:
+        return self.threads or o.default_threads()
+
+
+def verify(
+    candidate: Annotated[Path, typer.Argument(metavar="CANDIDATE", help="The checkpoint to judge, in any format.")],
+    options: Options,
     reports: Reports,
 ) -> None:
     """Compare a checkpoint with the one it was made from, or, without that one, with its receipt. Exit code 1 if a gate fails.
@@ -52,25 +63,14 @@ def verify(
     """
     from gemma2tool.console import Console
 
-    console = Console(quiet=quiet, json=json_output)
-    count = threads or o.default_threads()
-    ways = {"--reference": reference, "--against": against, "--logits": logits}
+    console = Console(quiet=options.quiet, json=options.json_output)
+    ways = {"--reference": options.reference, "--against": options.against, "--logits": options.logits}
     chosen = [option for option, value in ways.items() if value is not None]
     if len(chosen) > 1:
         raise UsageError("option.pair", f"{' and '.join(chosen)} are different ways to verify", hint="choose one")
-    if logits is not None:
-        result = _with_logits(candidate, logits, tokens, text, gate, config, count, console, reports)
-    elif reference is not None:
-        result = _with_source(candidate, reference, tokens, text, gate, config, count, console, reports)
-    else:
-        if tokens or text or gate:
-            raise UsageError(
-                "option.ignored",
-                "--tokens, --text and --gate mean nothing with a receipt, which has its own prompt and limits",
-                hint="they are for --reference",
-            )
-        result = _with_receipt(candidate, against, config, count, console, reports)
-    if json_output:
+    way = _with_source if options.reference else _with_logits if options.logits else _with_receipt
+    result = way(candidate, options, console, reports)
+    if options.json_output:
         console.emit_json(result.to_json())
     else:
         console.verification(result)
@@ -79,77 +79,64 @@ def verify(
         raise typer.Exit(EXIT_VERIFICATION_FAILED)
 
 
-def _with_source(
-    candidate: Path,
-    reference: Path,
-    tokens: Path | None,
-    text: Path | None,
-    gate: list[str] | None,
-    config: Path | None,
-    threads: int,
-    console: Console,
-    reports: Reports,
-) -> Verification:
+def _with_source(candidate: Path, options: Options, console: Console, reports: Reports) -> Verification:
     from gemma2tool.formats import registry
     from gemma2tool.pipeline.evaluate import judge, read_prompts
     from gemma2tool.verify.gates import parse_gates
 
-    given = o.load_config(config)
+    assert options.reference is not None
+    given = o.load_config(options.config)
     with (
-        registry.open_checkpoint(reference, config=given) as source,
+        registry.open_checkpoint(options.reference, config=given) as source,
         registry.open_checkpoint(candidate, config=_fitting(candidate, given)) as made,
     ):
         reports.check((*source.files, *made.files))
         _warn((source, made), console)
-        ids = read_prompts(tokens, text, source)
-        return judge(source, made, ids=ids, gates=parse_gates(gate or ()), threads=threads, console=console)
+        ids = read_prompts(options.tokens, options.text, source)
+        gates = parse_gates(options.gate or ())
+        return judge(source, made, ids=ids, gates=gates, threads=options.cores, console=console)
 
 
-def _with_logits(
-    candidate: Path,
-    logits: Path,
-    tokens: Path | None,
-    text: Path | None,
-    gate: list[str] | None,
-    config: Path | None,
-    threads: int,
-    console: Console,
-    reports: Reports,
-) -> Verification:
+def _with_logits(candidate: Path, options: Options, console: Console, reports: Reports) -> Verification:
     from gemma2tool.formats import registry
     from gemma2tool.pipeline.evaluate import read_logits, read_tokens
     from gemma2tool.verify.engine import judge_logits
     from gemma2tool.verify.gates import parse_gates
 
-    if tokens is None or text is not None:
+    assert options.logits is not None
+    if options.tokens is None or options.text is not None:
         raise UsageError(
             "option.pair", "--logits needs the token ids that they were computed from", hint="add --tokens ids.npy"
         )
-    with registry.open_checkpoint(candidate, config=_fitting(candidate, o.load_config(config))) as made:
-        reports.check((logits, tokens, *made.files))
+    with registry.open_checkpoint(candidate, config=_fitting(candidate, o.load_config(options.config))) as made:
+        reports.check((options.logits, options.tokens, *made.files))
         _warn((made,), console)
         return judge_logits(
             made,
-            read_tokens(tokens, made.config),
-            read_logits(logits),
-            name=str(logits),
-            gates=parse_gates(gate or ()),
-            threads=threads,
+            read_tokens(options.tokens, made.config),
+            read_logits(options.logits),
+            name=str(options.logits),
+            gates=parse_gates(options.gate or ()),
+            threads=options.cores,
             progress=console.progress,
         )
 
 
-def _with_receipt(
-    candidate: Path, against: Path | None, config: Path | None, threads: int, console: Console, reports: Reports
-) -> Verification:
+def _with_receipt(candidate: Path, options: Options, console: Console, reports: Reports) -> Verification:
     from gemma2tool.formats import registry
     from gemma2tool.verify.receipt_check import check
 
-    with registry.open_checkpoint(candidate, config=_fitting(candidate, o.load_config(config))) as made:
-        receipt = _receipt(candidate, against)
+    if options.tokens or options.text or options.gate:
+        raise UsageError(
+            "option.ignored",
+            "--tokens, --text and --gate mean nothing with a receipt, which has its own prompt and limits",
+            hint="they are for --reference",
+        )
+    with registry.open_checkpoint(candidate, config=_fitting(candidate, o.load_config(options.config))) as made:
+        receipt = _receipt(candidate, options.against)
         reports.check((receipt.path, *made.files))
         _warn((made,), console)
-        return check(made, receipt, threads=threads, progress=console.progress)
+        return check(made, receipt, threads=options.cores, progress=console.progress)
 
 
 def _receipt(candidate: Path, against: Path | None) -> Receipt:
