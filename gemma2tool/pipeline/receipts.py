@@ -111,6 +111,8 @@ def commit(outputs: Sequence[tuple[Staging, Staging | None]]) -> None:
         if its_receipt is not None:
             its_receipt.put_in_place()
     for staging in everything:
+        staging.clear()
+    for staging in everything:
         staging.finish()
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import Any, Self
@@ -312,6 +313,13 @@ class Staging:
             self._put_back(new, error)
             raise
 
+    def clear(self) -> None:
+        """The third part: removes what was staged and the old output, as far as it is possible. The journal still says that the output
+        is in place, so that of several outputs none looks foreign to a repeated run while others are tidied up."""
+        self._close()
+        with suppress(OSError, ToolError):
+            self._staging.discard(keep_journal=True)
+
     def finish(self) -> None:
         """The last part: removes the staging place and frees the lock."""
         self._close()
@@ -392,5 +400,7 @@ def commit(stagings: Sequence[Staging]) -> None:
         staging.make_durable()
     for staging in stagings:
         staging.put_in_place()
+    for staging in stagings:
+        staging.clear()
     for staging in stagings:
         staging.finish()

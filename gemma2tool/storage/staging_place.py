@@ -133,15 +133,15 @@ class StagingPlace:
                 return True
         return False
 
-    def discard(self) -> None:
+    def discard(self, *, keep_journal: bool = False) -> None:
         """Removes all that is staged, keeping the lock, but never the only copy of an old destination.
 
-        The journal goes last: as long as it is there, it says what the rest is.
+        The journal goes last, or stays: as long as it is there, it says what the rest is.
         """
         self.recover()
         with told(self.path, "removing staged files"):
             for name in sorted(os.listdir(self.fd), key=lambda name: name == staging_journal.NAME):
-                if name != LOCK:
+                if name != LOCK and not (keep_journal and name == staging_journal.NAME):
                     remove_tree(name, self.fd)
 
     def allocated(self) -> int:
