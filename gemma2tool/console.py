@@ -43,6 +43,7 @@ _SEVERITY_STYLES = {"error": "red", "warning": "yellow", "note": "dim"}
 _KL_PARTS = (("mean", "kl_mean"), ("median", "kl_median"), ("99 %", "kl_p99"), ("99.9 %", "kl_p99_9"), ("max", "kl_max"))
 _MAX_NAMES = 6  # of the tensors that a cause explains
 _MAX_FINDINGS = 12  # of one gate on the screen; JSON has them all
+_MAX_EXPLAINED = 3  # the same where causes say what is behind them
 
 
 def human_bytes(count: float) -> str:
@@ -181,10 +182,10 @@ class Console:
         )
         width = max((len(gate.name) for gate in result.gates), default=0)
         for gate in result.gates:
-            self._gate(gate, width, findings)
+            self._gate(gate, width, min(findings, _MAX_EXPLAINED) if result.causes else findings)
+        self._measures(result)
         for cause in result.causes:
             self._cause(cause)
-        self._measures(result)
         skipped = f" (not looked at: {', '.join(result.skipped)})" if result.skipped else ""
         verdict = ("PASSED", "bold green") if result.passed else ("FAILED", "bold red")
         what = (
