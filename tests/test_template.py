@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 
 from gemma2tool.errors import InputRefused
@@ -32,8 +34,48 @@ def test_rendered() -> None:
     ],
 )
 def test_refused(template: str, id: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gemma2tool.pipeline.template.SECONDS", 0.5)
+    monkeypatch.setattr("gemma2tool.pipeline.template.SECONDS", 1)
     with pytest.raises(InputRefused) as caught:
         render(template, VALUES, "here")
     assert caught.value.id.startswith(id) and caught.value.message.isprintable()
     assert "--raw" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ '%999999999d' | format(1) }}",
+        "{{ '{:999999999}'.format(1) }}",
+        "{{ 'a' | center(9999999999) }}",
+        "{% set ns = namespace(x='a' * 1000) %}{% for i in range(40) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}{{ ns.x }}",
+        "{% for a in range(99999) %}{{ 'a' * 100 }}{% endfor %}",
+        "{{ range(99999) | batch(1) | list | length }}{% set x = 'a,' * 40000000 %}{{ x.split(',') | length }}",
+    ],
+)
+def test_one_step_cannot_take_all_time_or_memory(template: str) -> None:
+    used = children()
+    with pytest.raises(InputRefused) as caught:
+        render(template, VALUES, "here")
+    seconds, peak = children()
+    assert caught.value.id == "template.limits"
+    assert seconds - used[0] < 3 and peak <= max(used[1], 512 << 20)
+
+
+def children() -> tuple[float, int]:
+    """Processor seconds of the processes that ended, and the largest one's bytes."""
+    resource = pytest.importorskip("resource")
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def test_without_fork(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr("os.fork")
+    monkeypatch.setattr("gemma2tool.pipeline.template.SECONDS", 0.2)
+    assert render("{{ bos_token }}", VALUES, "here") == "<bos>"
+    with pytest.raises(InputRefused, match=r"is not done"):
+        render("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", VALUES, "here")
+
+
+def test_text_comes_over_whole() -> None:
+    text = "\n\0\ud800\u00e9\U0001f600\n" * 100_000
+    assert render("{{ text }}\n\n", {"text": text}, "here") == text + "\n"

@@ -1,7 +1,8 @@
 """A chat template rendered: it is a program, and comes with the checkpoint.
 
-jinja2's sandbox keeps it from the machine, but lets it loop for ever, and Python's own errors out. Here it has a few seconds, and
-whatever it raises is a refusal.
+jinja2's sandbox keeps it from the machine, but lets it loop for ever, take all memory, and Python's own errors out. Here it is
+compiled and run in a fork with bounds of its own, and whatever it raises is a refusal. Where a system cannot fork, only the time
+between two lines of Python is bounded.
 """
 
 from __future__ import annotations
@@ -13,10 +14,15 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from gemma2tool.errors import InputRefused
+from gemma2tool.pipeline import bounded
 from gemma2tool.storage.quoting import quoted
 
 MAX_TEMPLATE_CHARS = 1 << 18
-SECONDS = 5.0
+MAX_TEXT_CHARS = 1 << 20
+SECONDS = 2
+"""Of processor time; a template of Gemma's takes some thousandths of one."""
+MEMORY = 256 << 20
+_ROOM = 1 << 10
 
 
 class _TooLong(Exception):
@@ -25,6 +31,32 @@ class _TooLong(Exception):
 
 def render(template: str, values: Mapping[str, Any], where: str) -> str:
     """The text of ``template`` for ``values``. Raises InputRefused (``template.*``), naming ``where``, if it cannot be had."""
+    import jinja2.sandbox  # noqa: F401 - before the fork, so that it is loaded once
+
+    def refused(kind: str, what: str) -> InputRefused:
+        return InputRefused(f"template.{kind}", f"{where}: the chat template {what}", hint="use --raw to give the prompt as it is")
+
+    if len(template) > MAX_TEMPLATE_CHARS:
+        raise refused("too-large", f"has {len(template)} characters; at most {MAX_TEMPLATE_CHARS} are accepted")
+    try:
+        if bounded.available():
+            answer = bounded.compute(
+                lambda: _outcome(template, values), seconds=SECONDS, memory=MEMORY, answer=4 * MAX_TEXT_CHARS + _ROOM
+            )
+        else:
+            with _Deadline(SECONDS):
+                answer = _outcome(template, values)
+    except (bounded.OutOfBounds, _TooLong):
+        limits = f"{SECONDS} seconds, {MEMORY >> 20} MiB of memory and {MAX_TEXT_CHARS} characters"
+        raise refused("limits", f"is not done within {limits}") from None
+    problem, _, text = answer.partition("\n")
+    if problem:
+        raise refused("broken", f"cannot be rendered ({problem})")
+    return text
+
+
+def _outcome(template: str, values: Mapping[str, Any]) -> str:
+    """An empty line and the text, or a line that says what is wrong. Raises MemoryError and ``OutOfBounds`` beyond the limits."""
     from jinja2.exceptions import TemplateError
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -34,24 +66,23 @@ def render(template: str, values: Mapping[str, Any], where: str) -> str:
         def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> NoReturn:
             raise TemplateError(f"{operator} is not calculated")
 
-    def refused(kind: str, what: str) -> InputRefused:
-        return InputRefused(f"template.{kind}", f"{where}: the chat template {what}", hint="use --raw to give the prompt as it is")
-
     def raise_exception(message: str) -> NoReturn:
         raise TemplateError(message)
 
-    if len(template) > MAX_TEMPLATE_CHARS:
-        raise refused("too-large", f"has {len(template)} characters; at most {MAX_TEMPLATE_CHARS} are accepted")
     environment = Environment(trim_blocks=True, lstrip_blocks=True)
     environment.globals["raise_exception"] = raise_exception
+    pieces, size = ["\n"], 0
     try:
-        compiled = environment.from_string(template)
-        with _Deadline(SECONDS):
-            return compiled.render(**values)
-    except _TooLong:
-        raise refused("limits", f"is not done after {SECONDS:g} seconds") from None
-    except (TemplateError, ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, SyntaxError, TypeError, ValueError) as error:
-        raise refused("broken", f"cannot be rendered ({type(error).__name__}: {quoted(str(error))})") from None
+        for piece in environment.from_string(template).generate(**values):
+            size += len(piece)
+            if size > MAX_TEXT_CHARS:
+                raise bounded.OutOfBounds
+            pieces.append(piece)
+    except MemoryError:
+        raise bounded.OutOfBounds from None
+    except (TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError, SyntaxError, TypeError, ValueError) as error:
+        return f"{type(error).__name__}: {quoted(str(error))}\n"
+    return "".join(pieces)
 
 
 class _Deadline:
