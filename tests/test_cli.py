@@ -454,3 +454,31 @@ def test_too_many_threads(place: Path) -> None:
 def test_a_lost_tokenizer_is_warned_of(place: Path) -> None:
     result = run("convert", place / "src", place / "out")
     assert result.exit_code == 0 and "no tokenizer" in result.stderr
+
+
+def test_force_does_not_replace_a_folder_that_holds_no_checkpoint(place: Path) -> None:
+    own = place / "own"
+    own.mkdir()
+    (own / "thesis.txt").write_text("years of work")
+    assert_refused(run("convert", place / "src", own, "--force"), 2, "own", "output.not-a-checkpoint")
+    assert (own / "thesis.txt").read_text() == "years of work"
+    (own / "thesis.txt").unlink()
+    assert run("convert", place / "src", own, "--force", "--no-verify").exit_code == 0
+    assert run("convert", place / "src", own, "--force", "--no-verify").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    "option", [("--html", "x.html"), ("--junit", "x.xml"), ("--card",), ("--gate", "kl=1"), ("--text", "t.txt")], ids=str
+)
+def test_what_no_verify_would_ignore_is_refused(place: Path, option: tuple[str, ...]) -> None:
+    assert_refused(run("convert", place / "src", place / "out", "--no-verify", *option), 2, option[0], "option.ignored")
+
+
+def test_no_type_is_no_quantization(place: Path) -> None:
+    for nothing in ("", ","):
+        assert_refused(run("quantize", place / "src", place / "out", "--type", nothing), 2, "--type", "type.missing")
+
+
+def test_a_plan_needs_the_folder_that_the_run_needs(place: Path) -> None:
+    command = ("convert", place / "src", place / "nowhere" / "out", "--dry-run")
+    assert_refused(run(*command), 2, "nowhere", "output.no-parent")

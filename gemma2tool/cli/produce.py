@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -14,7 +15,7 @@ import typer
 
 from gemma2tool.cli import options as o
 from gemma2tool.cli.reports import Reports
-from gemma2tool.errors import EXIT_VERIFICATION_FAILED, UsageError
+from gemma2tool.errors import EXIT_VERIFICATION_FAILED, InputRefused, UsageError
 
 if TYPE_CHECKING:
     from gemma2tool.console import Console
@@ -86,12 +87,15 @@ def produce(
         dst, to = dst.with_suffix(""), "gguf"
         console.note(f"{dst}: a folder for the files of the split")
     wanted = _destinations(dst, to, type)
+    _check_parent(dst)
+    _check_unused(shared, reports)
     for path, format_name, name in wanted:
         _check_dtype(dtype, format_name)
         _check_type(name, format_name, extra)
         if not staging_place.exists(path):  # else what is staged decides
             refuse_existing(path, force=shared.force, folder=path.suffix.lower() not in FILE_SUFFIXES)
         refuse_same([each for each in (shared.config, shared.tokens, shared.text, *extra.values()) if _is_file(each)], path)
+        _refuse_strangers(path)
     shard_size = o.parse_size(shared.max_shard_size)
     budget = o.parse_size(shared.memory)
     threads = shared.threads or o.default_threads()
@@ -149,6 +153,40 @@ def produce(
         raise typer.Exit(EXIT_VERIFICATION_FAILED)
 
 
+def _check_parent(dst: Path) -> None:
+    if not dst.absolute().parent.is_dir():
+        hint = f"create it first: mkdir -p {shlex.quote(str(dst.parent))}"
+        raise UsageError("output.no-parent", f"{dst.parent}: no such folder", hint=hint)
+
+
+def _check_unused(shared: Shared, reports: Reports) -> None:
+    """Refuse what would change nothing: it is a mistake, or a name misremembered."""
+    if not shared.no_verify:
+        return
+    given = {"--gate": shared.gate, "--tokens": shared.tokens, "--text": shared.text, **reports.asked}
+    for option, value in given.items():
+        if value:
+            raise UsageError(
+                "option.ignored", f"{option} means nothing with --no-verify", hint="leave out one of the two"
+            )
+
+
+def _refuse_strangers(destination: Path) -> None:
+    """``--force`` replaces checkpoints; a folder of anything else is somebody's, and not to be lost by a slip."""
+    from gemma2tool.formats import registry
+
+    if not destination.is_dir() or not any(destination.iterdir()):
+        return
+    try:
+        registry.detect(destination)
+    except InputRefused:
+        raise UsageError(
+            "output.not-a-checkpoint",
+            f"{destination}: a folder that holds no checkpoint is not replaced, even with --force",
+            hint="choose another name, or remove it yourself",
+        ) from None
+
+
 def _is_file(value: object) -> bool:
     return isinstance(value, Path) and value.exists()
 
@@ -168,9 +206,8 @@ def _folder_of_several(destinations: Sequence[Path]) -> Iterator[None]:
         try:
             folder.mkdir(exist_ok=True)
         except FileNotFoundError:
-            raise UsageError(
-                "output.no-parent", f"{folder.parent}: no such folder", hint=f"create it first: mkdir -p {folder.parent}"
-            ) from None
+            _check_parent(folder)
+            raise
     try:
         yield
     finally:
@@ -192,6 +229,8 @@ def _destinations(dst: Path, to: str | None, types: str | None) -> list[tuple[Pa
     from gemma2tool.formats import packings, registry
 
     names = list(dict.fromkeys(name.strip() for name in (types or "").split(",") if name.strip()))
+    if types is not None and not names:
+        raise UsageError("type.missing", "--type names no type", hint="'gemma2tool formats' lists them")
     if len(names) <= 1:
         name = names[0] if names else None
         return [(dst, registry.for_destination(dst, to, name), name)]

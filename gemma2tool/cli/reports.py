@@ -38,6 +38,11 @@ class Reports:
         named = {"--junit": self.junit, "--summary": self.summary, "--html": self.html}
         return {option: path for option, path in named.items() if path is not None}
 
+    @property
+    def asked(self) -> dict[str, object]:
+        """The options that were given."""
+        return {**self._files, **({"--card": True} if self.card else {})}
+
     def check(self, kept: Iterable[Path]) -> None:
         """Refuse, before any work, a report that cannot be written or would lie on one of the files ``kept``."""
         from gemma2tool.storage.paths import refuse_same
