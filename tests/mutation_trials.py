@@ -126,7 +126,7 @@ def singles(made: dict[str, Victim], forms: Sequence[str]) -> Iterator[tuple[tup
 
 def pairs(source: Victim, count: int, seed: int) -> list[tuple[Fault, Fault]]:
     """Two faults at a time that can be planted in the same checkpoint, whichever comes first."""
-    able = [each for each in FAULTS if each.needs(source)]
+    able = [each for each in FAULTS if each.paired and each.needs(source)]
     chosen = [(one, other) for one, other in combinations(able, 2) if one.ids != other.ids and not _clash(one, other)]
     found: list[tuple[Fault, Fault]] = []
     for index in np.random.default_rng(seed).permutation(len(chosen)):

@@ -88,16 +88,20 @@ class Fault:
     forms: tuple[str, ...] = ("memory", "hf", "gguf")
     needs: Callable[[Victim], bool] = lambda victim: True
     prepare: Callable[[Victim], None] | None = None
+    paired: bool = True
+    """Whether it is tried together with a second fault; False where it is recognised only in tensors that are otherwise right."""
 
 
 FAULTS: list[Fault] = []
 
 
-def fault(*ids: str, forms: tuple[str, ...] = ("memory", "hf", "gguf"), needs=lambda victim: True, prepare=None):
+def fault(
+    *ids: str, forms: tuple[str, ...] = ("memory", "hf", "gguf"), needs=lambda victim: True, prepare=None, paired=True
+):
     """Register a function that plants a mistake; its name is the fault's."""
 
     def register(plant: Callable[[Victim], None]) -> Callable[[Victim], None]:
-        FAULTS.append(Fault(plant.__name__, ids, plant, forms, needs, prepare))
+        FAULTS.append(Fault(plant.__name__, ids, plant, forms, needs, prepare, paired))
         return plant
 
     return register

@@ -18,8 +18,9 @@ def reorder(v: Victim, order: list[int]) -> None:
     old = dict(v.arrays)
     for i, origin in enumerate(order):
         for name in old:
-            if name.startswith(LAYER.format(i)):
-                v.arrays[name] = old[name.replace(LAYER.format(i), LAYER.format(origin))].copy()
+            there = name.replace(LAYER.format(i), LAYER.format(origin))
+            if name.startswith(LAYER.format(i)) and there in old:
+                v.arrays[name] = old[there].copy()
 
 
 @fault("layer.shifted", needs=lambda v: v.config.num_hidden_layers > 2)
@@ -256,3 +257,33 @@ def a_projection_left_out(v: Victim) -> None:
 @fault("tensor.extra", forms=("memory",))
 def a_tensor_that_no_one_knows(v: Victim) -> None:
     v.arrays["model.layers.0.self_attn.rotary.weight"] = v.arrays[v.name("norm")].copy()
+
+
+@fault("tensor.rows-exchanged", paired=False)
+def two_tokens_exchanged(v: Victim) -> None:
+    array = v.arrays[v.name("embed")]
+    array[[50, 90]] = array[[90, 50]]
+
+
+@fault("tensor.rows-exchanged", paired=False)
+def three_rows_in_a_circle(v: Victim) -> None:
+    array = v.arrays[v.name("gate_proj", 1)]
+    array[[3, 40, 41]] = array[[40, 41, 3]]
+
+
+@fault("tensor.same-region", paired=False)
+def the_same_rows_of_all_layers_overwritten(v: Victim) -> None:
+    generator = np.random.default_rng(14)
+    for i in v.layers:
+        array = v.arrays[v.name("up_proj", i)]
+        array[5:9] = generator.standard_normal(array[5:9].shape).astype(array.dtype)
+
+
+@fault("damage.nonfinite", forms=("memory",), paired=False)
+def one_value_is_nan(v: Victim) -> None:
+    v.arrays[v.name("down_proj", 1)][17, 33] = np.nan
+
+
+@fault("damage.nonfinite", forms=("memory",), paired=False)
+def one_value_is_infinite(v: Victim) -> None:
+    v.arrays[v.name("embed")][17, 3] = -np.inf

@@ -309,3 +309,29 @@ def queries_and_output_swapped(v: Victim) -> None:
     for i in v.layers:
         a, b = v.name("q_proj", i), v.name("o_proj", i)
         v.arrays[a], v.arrays[b] = v.arrays[b], v.arrays[a]
+
+
+# -- heads in no known order -----------------------------------------------------------------------------------------------
+
+
+def by_heads(v: Victim, order: list[int]) -> None:
+    """Query head i takes head order[i]'s place, in the rows of q_proj and the columns of o_proj."""
+    width = v.config.head_dim
+    for i in v.layers:
+        q, o = v.arrays[v.name("q_proj", i)], v.arrays[v.name("o_proj", i)]
+        new_q, new_o = q.copy(), o.copy()
+        for head, origin in enumerate(order):
+            here, there = slice(head * width, (head + 1) * width), slice(origin * width, (origin + 1) * width)
+            new_q[here], new_o[:, here] = q[there], o[:, there]
+        v.arrays[v.name("q_proj", i)], v.arrays[v.name("o_proj", i)] = new_q, new_o
+
+
+@fault("attention.heads-permuted", paired=False)
+def two_query_heads_exchanged(v: Victim) -> None:
+    by_heads(v, [1, 0, *range(2, v.config.num_attention_heads)])
+
+
+@fault("attention.heads-permuted", paired=False)
+def query_heads_rolled(v: Victim) -> None:
+    count = v.config.num_attention_heads
+    by_heads(v, [*range(1, count), 0])

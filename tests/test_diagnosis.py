@@ -100,6 +100,29 @@ def test_one_sentence_for_all_tensors(made: dict[str, Victim]) -> None:
     assert "one bit is flipped at [" in cause.message and cause.tensors == ("model.layers.1.self_attn.v_proj.weight",)
 
 
+def test_what_is_in_another_place_is_no_damage(made: dict[str, Victim]) -> None:
+    (cause,) = causes(made, "two_query_heads_exchanged")
+    assert cause.message.startswith("in q_proj and o_proj of all 3 layers heads 0 and 1 are in each other's place")
+    (cause,) = causes(made, "query_heads_rolled")
+    assert "heads are shifted in a circle: head i holds the source's head (i + 1) % 4" in cause.message
+    (cause,) = causes(made, "two_tokens_exchanged")
+    assert cause.message == "in embed_tokens rows 50 and 90 are in each other's place: these tokens mean each other"
+    (cause,) = causes(made, "the_same_rows_of_all_layers_overwritten")
+    assert "in up_proj of all 3 layers the same 256 values, from [5, 0] to [8, 63], are not the source's" in cause.message
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        ("one_value_is_nan", "in down_proj of layer 1 one value at [17, 33] is NaN"),
+        ("one_value_is_infinite", "in embed_tokens one value at [17, 3] is infinite"),
+    ],
+)
+def test_one_broken_number_is_said_in_the_singular(made: dict[str, Victim], fault: str, said: str) -> None:
+    (cause,) = causes(made, fault)
+    assert cause.message == said
+
+
 def test_two_mistakes_in_one_tensor_are_both_named(made: dict[str, Victim]) -> None:
     found = {cause.id: cause for cause in causes(made, "q_and_k_interleaved", "layers_shifted")}
     assert set(found) == {"rope.interleaved", "layer.shifted"}

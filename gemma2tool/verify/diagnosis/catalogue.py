@@ -25,6 +25,7 @@ CATALOGUE: Mapping[str, str] = {
     "attention.qkv-swapped": "q, k and v in each other's place",
     "attention.missplit": "a fused q, k, v split in another order than it was fused in",
     "attention.heads-interleaved": "the head index taken for the fast axis, or the other way round",
+    "attention.heads-permuted": "heads in each other's place",
     "attention.heads-regrouped": "query heads that read other key-value heads than their own",
     "attention.unturned": "(heads, D, h) flattened without turning its last axes",
     "attention.qkv-transposed": "q, k or v stored (in, out)",
@@ -49,6 +50,8 @@ CATALOGUE: Mapping[str, str] = {
     "tensor.extra": "a tensor that only the candidate has",
     "tensor.scaled": "a tensor times a factor",
     "tensor.rows-permuted": "all rows of a tensor in another order, none of the known ones",
+    "tensor.rows-exchanged": "a few rows in each other's place",
+    "tensor.same-region": "the same place of several layers changed, in no known way",
     "tensor.offset": "a vector plus an offset",
     # Embedding and head
     "embedding.scaled": "the embedding times sqrt(D), which is done again when the model runs",

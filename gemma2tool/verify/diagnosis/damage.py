@@ -41,6 +41,9 @@ class _Differing:
     """Those that are the next number of their type."""
     zero: int = 0
     nonfinite: int = 0
+    nan: int = 0
+    broken: int = -1
+    """The first that is not finite."""
     first: int = -1
     last: int = -1
 
@@ -62,7 +65,11 @@ def _values(source: LazyTensor, candidate: LazyTensor) -> Pattern | None:
         found.bits += int(np.count_nonzero((apart & (apart - kind(1))) == 0))
         found.neighbours += int(np.count_nonzero(_apart(left[where], right[where]) == 1))
         found.zero += int(np.count_nonzero(values == 0))
-        found.nonfinite += int(np.count_nonzero(~np.isfinite(values)))
+        broken = ~np.isfinite(values)
+        if broken.any() and found.broken < 0:
+            found.broken = first * width + int(where[broken.argmax()])
+        found.nonfinite += int(np.count_nonzero(broken))
+        found.nan += int(np.count_nonzero(np.isnan(values)))
         found.count += len(where)
         found.first = first * width + int(where[0]) if found.first < 0 else found.first
         found.last = first * width + int(where[-1])
@@ -76,8 +83,11 @@ def _apart(left: np.ndarray, right: np.ndarray) -> np.ndarray:
 
 def _judged(found: _Differing, candidate: LazyTensor) -> Pattern | None:
     span = found.last - found.first + 1
-    evidence = {"values": found.count, "first": found.first, "last": found.last}
     at, to = _where(found.first, candidate.shape), _where(found.last, candidate.shape)
+    evidence = {"values": found.count, "first": found.first, "last": found.last, "from": at, "to": to}
+    nonfinite = _nonfinite(found, candidate)
+    if nonfinite is not None and found.nonfinite >= found.count / 2:
+        return nonfinite
     few = found.count <= max(_FEW * candidate.size, 8)
     rounding = None
     if found.count and found.neighbours == found.count:
@@ -96,13 +106,26 @@ def _judged(found: _Differing, candidate: LazyTensor) -> Pattern | None:
     if compact and found.zero == found.count and found.count > 1:
         said = f"in {{what}} {found.count} values from {at} to {to} are zero: a hole in the file, as an interrupted write leaves"
         return Pattern("damage.hole", said, evidence)
+    if found.count == 1:
+        said = f"in {{what}} one value, at {at}, is not the source's, and the rest is: the file is damaged there"
+        return Pattern("damage.region", said, evidence)
     if compact or few and found.count:
         said = f"in {{what}} {found.count} values from {at} to {to} are not the source's, and the rest is: the file is damaged there"
         return Pattern("damage.region", said, evidence)
-    if found.nonfinite:
-        said = f"in {{what}} {found.nonfinite} values are NaN or infinite"
-        return Pattern("damage.nonfinite", said, evidence)
-    return None
+    return nonfinite
+
+
+def _nonfinite(found: _Differing, candidate: LazyTensor) -> Pattern | None:
+    if not found.nonfinite:
+        return None
+    what = "NaN" if found.nan == found.nonfinite else "NaN or infinite" if found.nan else "infinite"
+    at = _where(found.broken, candidate.shape)
+    if found.nonfinite == 1:
+        said = f"in {{what}} one value at {at} is {what}"
+    else:
+        said = f"in {{what}} {found.nonfinite} values are {what}, the first at {at}"
+    evidence = {"values": found.count, "nonfinite": found.nonfinite, "nan": found.nan, "first": found.broken}
+    return Pattern("damage.nonfinite", said, evidence)
 
 
 def _blocks(source: LazyTensor, candidate: LazyTensor) -> Pattern | None:

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from gemma2tool.verify.diagnosis import damage, losses, scales
+from gemma2tool.verify.diagnosis import damage, losses, rearranged, scales
 from gemma2tool.verify.diagnosis.cause import Cause
-from gemma2tool.verify.diagnosis.names import described
+from gemma2tool.verify.diagnosis.names import described, place
 from gemma2tool.verify.diagnosis.portion import Portion, portion
 from gemma2tool.verify.diagnosis.search import Case
 from gemma2tool.verify.diagnosis.smoothing import causes_of_smoothing, column_factors
@@ -49,16 +49,36 @@ def _by_column(here: Portion, scales_of_columns: np.ndarray) -> bool:
 
 
 def _pattern(case: Case, name: str, here: Portion | None) -> scales.Pattern | None:
-    """The first that fits. Damage in a place first where bits can be compared; in quantized tensors last, because there it is whatever
+    """The first that fits. What is the source's in another place is no damage. Damage in a place first where bits can be compared; in quantized tensors last, because there it is whatever
     is left over in a few blocks."""
     if here is None:
         return damage.local(case, name)
     if np.ptp(here.candidate) == 0:
         return losses.unrelated(here)
+    if elsewhere := rearranged.heads(case, here) or rearranged.rows(case, name):
+        return elsewhere
     damaged = None if here.quantized else damage.local(case, name)
     known = damaged or scales.zero_point(here) or scales.factors_and_offsets(here, case.weights.config)
     known = known or losses.twice(here, case.candidate[name].stored)
     return known or (damage.local(case, name) if here.quantized else None)
+
+
+def _systematic(found: dict[str, scales.Pattern]) -> dict[str, scales.Pattern]:
+    """The same region of several layers is nothing that damage does."""
+    alike: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for name, pattern in found.items():
+        if pattern.id == "damage.region":
+            alike[place(name).kind, pattern.says].append(name)
+    changed = dict(found)
+    for names in alike.values():
+        for name in names if len(names) > 1 else ():
+            evidence = found[name].evidence
+            said = (
+                f"in {{what}} the same {evidence['values']} values, from {evidence['from']} to {evidence['to']}, are not the source's:"
+                " a program changed them, damage does not repeat itself"
+            )
+            changed[name] = scales.Pattern("tensor.same-region", said, evidence)
+    return changed
 
 
 def _aggregated(case: Case, found: dict[str, scales.Pattern]) -> list[Cause]:
@@ -67,6 +87,7 @@ def _aggregated(case: Case, found: dict[str, scales.Pattern]) -> list[Cause]:
     found = {
         name: each.otherwise if each.otherwise is not None and each.otherwise.id in ids else each for name, each in found.items()
     }
+    found = _systematic(found)
     groups: dict[tuple[str, str], list[str]] = defaultdict(list)
     for name, pattern in found.items():
         groups[pattern.id, _NUMBER.sub("#", pattern.says)].append(name)
