@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -200,6 +201,21 @@ def test_a_head_of_its_own_unties_the_model(tmp_path: Path) -> None:
         ({f"{Q}.lora_A.weight": A, f"{Q}.lora_B.weight": B}, {"use_dora": True}, "use_dora is True"),
         ({f"{Q}.lora_A.weight": A, f"{Q}.lora_B.weight": B}, {"lora_bias": True}, "uses lora_bias"),
         ({f"{Q}.lora_A.weight": A, f"{Q}.lora_B.weight": B}, {"lora_alpha": "many"}, "lora_alpha is 'many'"),
+        ({f"{Q}.lora_A.weight": A, f"{Q}.lora_B.weight": B}, {"lora_alpha": 10**400}, "lora_alpha is 1000"),
+        ({f"{Q}.lora_A.weight": A, f"{Q}.lora_B.weight": B}, {"alpha_pattern": {"q_proj": 10**400}}, "lora_alpha is 1000"),
+        ({f"{Q}.lora_A.weight": A, f"{Q}.lora_B.weight": B}, {"r": 10**400}, "r is 1000"),
+        ({f"{Q}.lora_A.weight": A, f"{Q}.lora_B.weight": B}, {"lora_alpha": 1e39}, "lora_alpha is 1e"),
+        ({f"{Q}.lora_A.weight": A, f"{Q}.lora_B.weight": B}, {"lora_alpha": 3e38, "use_rslora": "yes"}, "use_rslora is 'yes'"),
+        ({f"{Q}.lora_A.weight": A, f"{Q}.lora_B.weight": B}, {"target_modules": 5}, "target_modules is 5"),
+        ({f"{Q}.lora_A.weight": A, f"{Q}.lora_B.weight": B}, {"target_modules": [5]}, "target_modules is "),
+        ({f"{Q}.lora_A.weight": A, f"{Q}.lora_B.weight": B}, {"modules_to_save": {"a": 1}}, "modules_to_save is "),
+        ({f"{Q}.lora_A.weight": A, f"{Q}.lora_B.weight": B}, {"layers_to_transform": [[1]]}, "layers_to_transform is "),
+        ({f"{Q}.lora_A.weight": A, f"{Q}.lora_B.weight": B}, {"layers_to_transform": [True]}, "layers_to_transform is "),
+        ({f"{Q}.lora_A.weight": A, f"{Q}.lora_B.weight": B}, {"layers_pattern": 1.5}, "layers_pattern is "),
+        ({f"{Q}.lora_A.weight": A, f"{Q}.lora_B.weight": B}, {"target_modules": r".*k_proj"}, "for which there are no weights"),
+        ({f"{Q}.lora_A.weight": A, f"{Q}.lora_B.weight": B}, {"target_modules": r"(?:.*)k_proj"}, "for which there are no weights"),
+        ({f"{Q}.lora_A.weight": A, f"{Q}.lora_B.weight": B}, {"target_modules": "("}, "which is no regular expression"),
+        ({f"{Q}.lora_A.weight": A, f"{Q}.lora_B.weight": B}, {"target_modules": "(?"}, "which is no regular expression"),
         ({"model.norm.bias": A[0]}, {"target_modules": []}, "'model.norm.bias' is no weight"),
         ({"model.norm.weight": A[0, :5]}, {"target_modules": []}, "the adapter's is"),
     ],
@@ -208,6 +224,21 @@ def test_what_is_refused(tmp_path: Path, tensors: dict, settings: dict, match: s
     adapter = _handmade(tmp_path / "a", {key: np.ascontiguousarray(value) for key, value in tensors.items()}, **settings)
     with refused(match):
         lora.merge(random_checkpoint(np.dtype(np.float32)), adapter)
+
+
+@pytest.mark.parametrize("pattern", ["(.*)*(.*)*(.*)*(.*)*x", "(a|.|b)*(.*)*(.*)*" * 9 + "(?=x)x"])
+def test_a_pattern_that_could_match_for_ever(tmp_path: Path, pattern: str) -> None:
+    adapter = _handmade(tmp_path / "a", {f"{Q}.lora_A.weight": A, f"{Q}.lora_B.weight": B}, target_modules=pattern)
+    before = time.perf_counter()
+    with refused("for which there are no weights|could take for ever"):
+        lora.merge(random_checkpoint(np.dtype(np.float32)), adapter)
+    assert time.perf_counter() - before < 15
+
+
+@pytest.mark.parametrize("pattern", ["(?:.*)q_proj", r"^(?!.*mlp).*(?:q_proj|v_proj)$", "ALL-LINEAR"])
+def test_a_pattern_that_names_the_weights(tmp_path: Path, pattern: str) -> None:
+    adapter = _handmade(tmp_path / "a", {f"{Q}.lora_A.weight": A, f"{Q}.lora_B.weight": B}, target_modules=pattern)
+    assert isinstance(lora.merge(random_checkpoint(np.dtype(np.float32)), adapter).tensors[f"{Q}.weight"], lora.MergedTensor)
 
 
 def test_adapters_reach_a_gguf_made_from_a_gguf(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.config import Gemma2Config
 from gemma2tool.model.lazy import FLOAT32, LazyTensor, to_float32
 from gemma2tool.quantizers.casts import cast
-from gemma2tool.storage import strict_json, torch_zip
+from gemma2tool.storage import bounded, strict_json, torch_zip
 from gemma2tool.storage.paths import confined
 from gemma2tool.storage.quoting import quoted
 
@@ -37,6 +37,19 @@ _PART = re.compile(r"(.+)\.lora_(A|B|embedding_A|embedding_B|magnitude_vector)(?
 _UNSUPPORTED = ("lora_bias", "target_parameters", "trainable_token_indices", "alora_invocation_tokens", "use_qalora", "use_bdlora")
 _HEADS = ("classifier", "score")
 _MAX_PATTERN, _MAX_CHOICES = 512, 3
+_MATCHING_SECONDS, _MATCHING_MEMORY = 1, 64 << 20
+_FLOAT32_MAX = float(np.finfo(np.float32).max)
+_KINDS: Mapping[str, tuple[tuple[type, ...], type | None]] = {
+    "target_modules": ((str,), str),
+    "exclude_modules": ((str,), str),
+    "modules_to_save": ((), str),
+    "layers_to_transform": ((int,), int),
+    "layers_pattern": ((str,), str),
+    "use_dora": ((bool,), None),
+    "use_rslora": ((bool,), None),
+    "fan_in_fan_out": ((bool,), None),
+}
+"""What peft's LoraConfig lets a field be beside null: one of these types, or a list of this one."""
 _HINT = "check that the adapter was trained on this model"
 
 
@@ -141,6 +154,11 @@ def _settings(adapter: Path) -> Mapping[str, object]:
     for name in ("rank_pattern", "alpha_pattern"):
         if not isinstance(settings.get(name) or {}, dict):
             raise _refused("config", path, f"{name} is no object")
+    for name, (kinds, items) in _KINDS.items():
+        value = settings.get(name)
+        listed = items is not None and type(value) is list and all(type(each) is items for each in value)
+        if value is not None and type(value) not in kinds and not listed:
+            raise _refused("config", path, f"{name} is {quoted(value)}, which peft does not write")
     return settings
 
 
@@ -182,6 +200,33 @@ def _check_targets(settings: Mapping[str, object], modules: Sequence[str], path:
             aliases = _HEADS if name in _HEADS else (name,)
             if not any(module == each or module.endswith(f".{each}") for module in modules for each in aliases):
                 raise _refused("target", path, f"{field} names {quoted(name)}, for which there are no weights")
+    pattern = settings.get("target_modules")
+    if isinstance(pattern, str) and pattern.lower() != "all-linear" and not _any_matches(pattern, modules, path):
+        raise _refused("target", path, f"target_modules is {quoted(pattern)}, for which there are no weights")
+
+
+def _any_matches(pattern: str, modules: Sequence[str], path: Path) -> bool:
+    """Whether the regular expression, a stranger's, matches a whole name. One that could take for ever is matched in a fork; where
+    the system has none it passes unmatched, as what is merged follows from the weights alone."""
+
+    def found() -> str:
+        try:
+            return "yes" if any(re.fullmatch(pattern, module) for module in modules) else "no"
+        except (re.error, RecursionError, OverflowError):
+            return "none"
+
+    try:
+        if _is_bounded(pattern):
+            answer = found()
+        elif bounded.available():
+            answer = bounded.compute(found, seconds=_MATCHING_SECONDS, memory=_MATCHING_MEMORY, answer=8)
+        else:
+            return True
+    except bounded.OutOfBounds:
+        raise _refused("pattern", path, f"target_modules is {quoted(pattern)}, which could take for ever to match") from None
+    if answer == "none":
+        raise _refused("pattern", path, f"target_modules is {quoted(pattern)}, which is no regular expression")
+    return answer == "yes"
 
 
 def _replace_whole(
@@ -213,9 +258,9 @@ def _delta(module: str, found: Mapping[str, LazyTensor], settings: Mapping[str, 
     rank = _by_pattern(settings, "rank_pattern", module, settings.get("r"), path)
     alpha = _by_pattern(settings, "alpha_pattern", module, settings.get("lora_alpha"), path)
     for name, value in (("r", rank), ("lora_alpha", alpha)):
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not abs(value) <= _FLOAT32_MAX:
             raise _refused("config", path, f"{module}: {name} is {quoted(value)}")
-    if not a.shape[0] == b.shape[1] == rank:
+    if not a.shape[0] == b.shape[1] == rank > 0:
         raise _refused("rank", path, f"{module}: the rank is {rank} by {CONFIG}, {a.shape[0]} and {b.shape[1]} by its matrices")
     magnitude = found.get("magnitude_vector")
     if bool(settings.get("use_dora")) != (magnitude is not None):
@@ -225,6 +270,8 @@ def _delta(module: str, found: Mapping[str, LazyTensor], settings: Mapping[str, 
     if magnitude is not None and magnitude.shape != b.shape[:1]:
         raise _refused("dora", path, f"{module}: the magnitude has shape {magnitude.shape}, lora_B {b.shape}")
     scaling = alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
+    if not abs(scaling * scale) <= _FLOAT32_MAX:
+        raise _refused("config", path, f"{module}: scaled by {scaling * scale:g}, which float32 cannot hold")
     return Delta(a, b, scaling * scale, magnitude, transposed=embedding)
 
 

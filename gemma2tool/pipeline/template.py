@@ -14,7 +14,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from gemma2tool.errors import InputRefused
-from gemma2tool.pipeline import bounded
+from gemma2tool.storage import bounded
 from gemma2tool.storage.quoting import quoted
 
 MAX_TEMPLATE_CHARS = 1 << 18
