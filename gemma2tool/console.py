@@ -188,12 +188,7 @@ class Console:
             self._cause(cause)
         skipped = f" (not looked at: {', '.join(result.skipped)})" if result.skipped else ""
         verdict = ("PASSED", "bold green") if result.passed else ("FAILED", "bold red")
-        what = (
-            "the same model, bit for bit"
-            if result.kind == "lossless"
-            else f"the same model, as near as {result.kind} comes"
-        )
-        said = what if result.passed else f"{len(result.failures)} finding{'s' * (len(result.failures) != 1)}"
+        said = safe(result.verdict) if result.passed else f"{len(result.failures)} finding{'s' * (len(result.failures) != 1)}"
         self._line(False, verdict, (f": {said}{skipped}", ""))
 
     def difference(self, result: Difference, *, findings: int = 4) -> None:
@@ -245,13 +240,10 @@ class Console:
         few = notes if len(notes) <= 3 else notes[:1]
         shown = [each for each in news if each.severity != "note" or each in few]
         for finding in shown[:limit]:
-            about = (
-                f"{finding.subject}: " if finding.subject and not finding.message.startswith(finding.subject) else ""
-            )
             self._line(
                 False,
                 (f"    {words.get(finding.severity, finding.severity)}: ", _SEVERITY_STYLES[finding.severity]),
-                (safe(about + finding.message), ""),
+                (safe(finding.sentence), ""),
             )
         hidden = len(news) - len(shown[:limit])
         if hidden:

@@ -201,6 +201,14 @@ def test_verification_names_every_gate_and_the_verdict() -> None:
     assert out.getvalue().splitlines()[-1].startswith("PASSED: the same model, as near as q8_0 comes")
 
 
+def test_a_receipts_verdict_is_not_that_of_a_comparison() -> None:
+    for kind in ("lossless", "q4_k"):
+        shown, out, _ = console()
+        gate = GateResult("tensors", "passed", "digests are equal")
+        shown.verification(Verification(Side("r.json", "receipt"), Side("m.gguf", "gguf", {"q4_k": 1}), kind, (gate,)))
+        assert out.getvalue().splitlines()[-1] == f"PASSED: what its receipt says (verified then as {kind})"
+
+
 # -- progress ----------------------------------------------------------------------------------------------------------
 
 

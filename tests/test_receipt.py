@@ -28,7 +28,7 @@ from gemma2tool.storage import syscalls
 from gemma2tool.storage.staging import Staging
 from gemma2tool.verify import receipt_files
 from gemma2tool.verify.hashing import hash_checkpoint
-from gemma2tool.verify.receipt import read, receipt_path
+from gemma2tool.verify.receipt import MAX_BYTES, read, receipt_path
 from gemma2tool.verify.receipt_check import check
 from gemma2tool.verify.receipt_logits import POSITIONS, TOKENS, TopLogits
 from gemma2tool.verify.receipt_schema import fault, schema
@@ -141,6 +141,9 @@ def test_options_are_recorded_files_by_their_sum(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", OUTPUTS)
 def test_an_output_is_verified_without_its_source(place: Path, name: str) -> None:
     shutil.rmtree(place / "src")
+    kind = content_of(place / name)["verification"]["kind"]
+    said = run("verify", place / name, "--quiet").stdout.splitlines()[-1]
+    assert said == f"PASSED: what its receipt says (verified then as {kind}) (not looked at: tokenizer)"
     result = run("verify", place / name, "--json", "--quiet")
     assert result.exit_code == 0, result.output
     gates = {gate["name"]: gate["status"] for gate in json.loads(result.stdout)["gates"]}
@@ -224,8 +227,13 @@ def test_tensors_in_each_others_place_are_named_so(made: Path) -> None:
 
 def test_every_report_takes_it(place: Path) -> None:
     reports = ("--junit", place / "r.xml", "--html", place / "r.html", "--summary", place / "r.md", "--card")
-    assert run("verify", place / "hf", "--quiet", *reports).exit_code == 0
-    assert "digests of the receipt" in (place / "r.md").read_text() and (place / "r.html").stat().st_size > 1000
+    result = run("verify", place / "hf", "--quiet", *reports)
+    assert result.exit_code == 0
+    assert "name the source with --reference" in result.stdout and "No logits were compared" not in result.stdout
+    assert "digests of the receipt" in (place / "r.md").read_text() and "verified then as lossless" in (place / "r.md").read_text()
+    assert "what its receipt says (verified then as lossless)" in (place / "r.html").read_text()
+    assert 'name="verdict" value="what its receipt says (verified then as lossless)"' in (place / "r.xml").read_text()
+    assert not any("bit for bit" in (place / name).read_text() for name in ("r.md", "r.html", "r.xml"))
     assert run("convert", place / "src", place / "new", "--quiet", "--html", place / "new.receipt.json").exit_code == 2
 
 
@@ -323,6 +331,10 @@ def test_a_receipt_may_come_from_anyone(tmp_path: Path, made: Path) -> None:
         (lambda c: c["output"]["config"].update(sliding_window=9), "receipt.contradiction"),
         (lambda c: c["output"]["config"].update(hidden_size="wide"), "config.value"),
         (lambda c: c["verification"].update(passed=False), "receipt.contradiction"),
+        (lambda c: c["verification"]["gates"][2].update(status="failed"), "receipt.contradiction"),
+        (lambda c: c["verification"].update(kind="q8_0"), "receipt.contradiction"),
+        (lambda c: c["tensors"][first].pop("rule"), "receipt.schema"),
+        (lambda c: c["tensors"][first].pop("max_abs_error"), "receipt.schema"),
         (lambda c: c["logits"]["output"]["tokens"][0].pop(), "receipt.schema"),
         (lambda c: c["logits"]["output"]["log_sum"].pop(), "receipt.schema"),
         (lambda c: c["logits"]["output"]["tokens"][0].__setitem__(0, 10**6), "receipt.contradiction"),
@@ -340,9 +352,65 @@ def test_a_receipt_may_come_from_anyone(tmp_path: Path, made: Path) -> None:
         (json.dumps(good).replace('"losses": []', '"losses": ' + "[" * 100 + "]" * 100), "json.depth"),
         (json.dumps(good).replace('"losses": []', '"losses": [' + "0," * 1_100_000 + "0]"), "json.too-many-values"),
     ):
-        assert refused(path, text).id == id_, id_
+        error = refused(path, text)
+        assert error.id == id_ and error.hint, id_
     path.write_text(json.dumps(good))
     assert read(path).hashes == good["output"]["hashes"]
+
+
+def test_a_receipt_too_large_is_refused_with_a_hint(tmp_path: Path) -> None:
+    with (tmp_path / "r.json").open("wb") as file:
+        file.truncate(MAX_BYTES + 1)
+    with pytest.raises(InputRefused) as caught:
+        read(tmp_path / "r.json")
+    assert caught.value.id == "file.too-large" and caught.value.hint
+
+
+@pytest.mark.parametrize("name", ["q8_0.gguf", "nf4"])
+def test_a_lossy_output_cannot_be_called_lossless(place: Path, name: str) -> None:
+    content = content_of(place / name)
+    content["verification"]["kind"] = "lossless"
+    (place / "edited.json").write_text(json.dumps(content))
+    result = run("verify", place / name, "--against", place / "edited.json")
+    assert result.exit_code == 3 and "receipt.contradiction" in result.stderr and "PASSED" not in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "kind"),
+    [
+        (("a.gguf",), "convention"),  # w + 1 in float32 rounds such norms
+        (("b.gguf", "--dtype", "f16"), "f16"),
+        (("c", "--dtype", "f16"), "f16"),
+        (("d",), "lossless"),
+    ],
+)
+def test_the_kind_of_what_was_only_rounded_follows_from_its_tensors(tmp_path: Path, words: tuple[str, ...], kind: str) -> None:
+    source = random_checkpoint(BF16)
+    for each in source.tensors.values():
+        each.array[...] = (each.array.astype(np.float32) * np.float32(1e-6)).astype(BF16)  # subnormal in float16
+    write_checkpoint(source, tmp_path / "src")
+    result = run("convert", tmp_path / "src", tmp_path / words[0], *words[1:], "--quiet")
+    assert result.exit_code == 0, result.output
+    assert read(receipt_path(tmp_path / words[0])).kind == kind
+
+
+@pytest.mark.parametrize(
+    "name", ["../../etc/passwd", "/etc/passwd", "a/../b", "..", ".", "", "a//b", "a/", "./a", "a/.", "a\0b"]
+)
+@pytest.mark.parametrize("output", ["hf", "bf16.gguf"])
+def test_names_that_lead_elsewhere_are_refused(tmp_path: Path, made: Path, output: str, name: str) -> None:
+    content = content_of(made / output)
+    content["output"]["files"][0]["name"] = name
+    assert refused(tmp_path / "r.json", content).id == "receipt.schema"
+
+
+@pytest.mark.parametrize("name", ["other.gguf", ".hidden", "..a", "a..", "a b\u00e9", "sub/dir/x"])
+def test_plain_names_are_not(tmp_path: Path, made: Path, name: str) -> None:
+    content = content_of(made / "bf16.gguf")
+    content["output"]["files"][0]["name"] = name
+    (tmp_path / "r.json").write_text(json.dumps(content))
+    with registry.open_checkpoint(made / "bf16.gguf") as candidate:
+        assert check(candidate, read(tmp_path / "r.json"), levels=("files",)).passed
 
 
 @pytest.mark.parametrize("name", ["../../etc/passwd", "/etc/passwd", "a/../../b", "", "a\0b", "..\\b"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -154,6 +155,38 @@ def test_the_card_says_what_was_measured() -> None:
     assert markdown.card([replace(made(), gates=())]) == ""
 
 
+def test_a_subject_is_said_once_and_findings_are_counted_alike() -> None:
+    found = (
+        Finding("config", "warning", "query_scalar", "query_scalar: transformers takes 256"),
+        Finding("config", "note", "dtype", "source bfloat16, candidate float32"),
+        Finding("config", "error", "hidden_size", "is 3"),
+    )
+    whole = replace(made(), gates=(GateResult("config", "failed", "3 differ", {}, found),))
+    for report in (markdown.summary([whole]).replace("\\_", "_"), junit.junit([whole]), page.html([whole])):
+        assert report.count("query_scalar") == 1
+        assert "query_scalar: transformers takes 256" in report and "hidden_size: is 3" in report
+    assert "<summary>1 error, 1 warning of config</summary>" in markdown.summary([whole])
+    assert "<summary>1 error, 1 warning, 1 note</summary>" in page.html([whole])
+    few = replace(made(), gates=(GateResult("config", "passed", "1 warning", {}, found[:2]),))
+    assert "<summary>1 warning of config</summary>" in markdown.summary([few])
+
+
+@pytest.mark.parametrize("places", [(1.0, 1.3, 1.35), (1.0, 1.35, 1.65), (0.001, 0.001, 0.001), (90, 95, 100), (1.0, 1.8, 2.6)])
+def test_labels_of_a_histogram_do_not_lie_on_each_other(places: tuple[float, float, float]) -> None:
+    values = np.geomspace(0.1, 100, 50)
+    drawn = plots.histogram(values, list(zip(("median", "mean", "99 %"), places, strict=True)), x_label="x", about="y")
+    root = ElementTree.fromstring(str(drawn))
+    labels = [
+        (float(text.get("x", "")), float(text.get("y", "")), len(text.text or ""))
+        for text in root.iter("{http://www.w3.org/2000/svg}text")
+        if "note" in text.get("class", "")
+    ]
+    assert len(labels) == 3 and all(y >= 8 for _, y, _ in labels)
+    for number, (x, y, size) in enumerate(labels):
+        for other_x, other_y, other_size in labels[number + 1 :]:
+            assert abs(y - other_y) >= 12 or abs(x - other_x) >= 3 * (size + other_size)  # letters of 10 px are about 6 wide
+
+
 def test_markup_escapes_what_is_not_markup() -> None:
     assert tag("p", "<b>", Markup("<i></i>"), title='"') == '<p title="&quot;">&lt;b&gt;<i></i></p>'
 
@@ -197,6 +230,13 @@ def test_a_browser_shows_the_page(browser, tmp_path: Path, width: int, passed: b
     colours = {cells.nth(i).evaluate("e => getComputedStyle(e).fill") for i in range(0, 330, 30)}
     assert len(colours) > 3
     assert view.evaluate("document.documentElement.scrollWidth") <= width
+    boxes = [view.locator(".plots figure").nth(number).bounding_box() for number in range(4)]
+    columns = {round(box["x"]) for box in boxes}
+    assert len(columns) == (2 if width > 1000 else 1)
+    for column in columns:
+        stack = sorted((box["y"], box["y"] + box["height"]) for box in boxes if round(box["x"]) == column)
+        assert all(below - bottom < 24 for (_, bottom), (below, _) in pairwise(stack)), "no holes between figures"
+    assert len({round(min(box["y"] for box in boxes if round(box["x"]) == column)) for column in columns}) == 1
     assert view.locator("h1").inner_text().startswith("Verified" if passed else "Failed")
     smallest = view.evaluate(
         "Math.min(...[...document.querySelectorAll('figure svg text')].map(e => e.getBoundingClientRect().height))"

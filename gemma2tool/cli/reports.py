@@ -71,7 +71,13 @@ class Reports:
         if self.summary is not None:
             _append(self.summary, markdown.summary(verifications))
         if self.card:
-            console.markdown(markdown.card(verifications) or "No logits were compared, so there is no table.\n")
+            console.markdown(markdown.card(verifications) or _no_card(verifications))
+
+
+def _no_card(verifications: Sequence[Verification]) -> str:
+    if all(each.against_receipt for each in verifications):
+        return "A check against a receipt measures no quality, so there is no table: name the source with --reference.\n"
+    return "No logits were compared, so there is no table.\n"
 
 
 def _replace(path: Path, text: str) -> None:

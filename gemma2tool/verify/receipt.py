@@ -20,7 +20,10 @@ from gemma2tool import __version__
 from gemma2tool.errors import InputRefused
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.config import Gemma2Config
+from gemma2tool.model.lazy import FLOAT_DTYPES
 from gemma2tool.storage import strict_json
+from gemma2tool.storage.quoting import quoted
+from gemma2tool.verify.gates import loosest
 from gemma2tool.verify.hashing import Hashes, config_digest, model_digest, tensors_digest
 from gemma2tool.verify.receipt_files import FileDigest
 from gemma2tool.verify.receipt_logits import ReferenceLogits
@@ -148,7 +151,7 @@ def read(path: Path) -> Receipt:
     Raises ``InputRefused``: ``receipt.version`` for one of another version, ``receipt.schema`` for what is none, and
     ``receipt.contradiction`` for one whose own parts disagree or whose output failed its verification.
     """
-    content = strict_json.load(path, what="receipt", max_bytes=MAX_BYTES, max_depth=MAX_DEPTH, max_values=MAX_VALUES)
+    content = _content(path)
     if not isinstance(content, dict) or content.get("schema") != "gemma2tool.receipt":
         raise InputRefused("receipt.schema", f"{path}: not a receipt", hint="give the file that gemma2tool wrote beside the output")
     if content.get("schema_version") != SCHEMA_VERSION:
@@ -178,6 +181,14 @@ def read(path: Path) -> Receipt:
     return receipt
 
 
+def _content(path: Path) -> Any:
+    try:
+        return strict_json.load(path, what="receipt", max_bytes=MAX_BYTES, max_depth=MAX_DEPTH, max_values=MAX_VALUES)
+    except InputRefused as refused:
+        hint = refused.hint or "give the file that gemma2tool wrote beside the output, whole and as it was"
+        raise InputRefused(refused.id, refused.message, hint=hint) from refused
+
+
 def _config(content: Mapping[str, Any], path: Path) -> Gemma2Config:
     try:
         return Gemma2Config.from_hf(content)
@@ -197,6 +208,18 @@ def _reference(logits: Mapping[str, Any] | None, side: str, path: Path) -> Refer
     return ReferenceLogits.from_json(logits["ids"], content["window"], content)
 
 
+def _kind(tensors: Mapping[str, Mapping[str, Any]]) -> str:
+    """The kind that follows from the tensors' entries, as ``tensors.kind_of`` has it from the tensors."""
+    kinds = set()
+    for each in tensors.values():
+        stored, lost = each["output_type"], each["max_abs_error"] != 0
+        if lost and each["rule"] == "expected" and stored in FLOAT_DTYPES:
+            kinds.add("convention" if stored == "f32" else stored)
+        elif lost and each["rule"] != "exact":
+            kinds.add(stored)
+    return loosest(kinds)
+
+
 def _check(receipt: Receipt) -> None:
     """A receipt that was edited, or damaged in transit, contradicts itself."""
     hashes, content = receipt.hashes, receipt.content
@@ -207,6 +230,10 @@ def _check(receipt: Receipt) -> None:
 
     if not content["verification"]["passed"]:
         refuse("the output failed its verification")
+    if failed := [gate["name"] for gate in content["verification"]["gates"] if gate["status"] == "failed"]:
+        refuse(f"verification.passed is true, but its gate {quoted(failed[0])} failed")
+    if (kind := _kind(content["tensors"])) != receipt.kind:
+        refuse(f"verification.kind is {quoted(receipt.kind)}, but what it says of its tensors is {kind}")
     if config_digest(receipt.config) != hashes["config"]:
         refuse("output.config is not what output.hashes.config is the digest of")
     for side, digests in (

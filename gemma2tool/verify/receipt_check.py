@@ -173,5 +173,4 @@ def _result(gate: str, good: str, metrics: dict[str, Any], findings: list[Findin
     if not wrong:
         return GateResult(gate, "passed", good, metrics, tuple(findings))
     more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
-    about = f"{wrong[0].subject}: " if wrong[0].subject else ""
-    return GateResult(gate, "failed", f"{about}{wrong[0].message}{more}", metrics, tuple(findings))
+    return GateResult(gate, "failed", f"{wrong[0].sentence}{more}", metrics, tuple(findings))

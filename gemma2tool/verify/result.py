@@ -7,7 +7,8 @@ whatever the number of threads. Times live beside it, never in it.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -40,8 +41,19 @@ class Finding:
     subject: str | None
     message: str
 
+    @property
+    def sentence(self) -> str:
+        """The message with its subject before it, unless it begins with that."""
+        return self.message if not self.subject or self.message.startswith(self.subject) else f"{self.subject}: {self.message}"
+
     def to_json(self) -> dict[str, Any]:
         return {"gate": self.gate, "severity": self.severity, "subject": self.subject, "message": self.message}
+
+
+def counted(findings: Iterable[Finding]) -> str:
+    """How many there are of each severity, in words: "2 errors, 1 note"."""
+    number = Counter(finding.severity for finding in findings)
+    return ", ".join(f"{number[each]} {each}{'s' * (number[each] != 1)}" for each in ("error", "warning", "note") if number[each])
 
 
 @dataclass(frozen=True)
@@ -107,6 +119,20 @@ class Verification:
     def passed(self) -> bool:
         """No gate failed. Skipped gates do not fail; ``skipped`` names them."""
         return not any(gate.failed for gate in self.gates)
+
+    @property
+    def against_receipt(self) -> bool:
+        """The source was not at hand, only what a receipt says of the output; ``kind`` is then what was asked when it was written."""
+        return self.source.format == "receipt"
+
+    @property
+    def verdict(self) -> str:
+        """What the gates together prove, or refute, in words that finish "verified: ..." or "failed: ..."."""
+        if self.against_receipt:
+            return f"what its receipt says (verified then as {self.kind})" if self.passed else "not what its receipt says"
+        if not self.passed:
+            return "not the same model"
+        return "the same model, bit for bit" if self.kind == "lossless" else f"the same model, as near as {self.kind} comes"
 
     @property
     def failures(self) -> tuple[Finding, ...]:

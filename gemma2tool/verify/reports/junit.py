@@ -38,6 +38,7 @@ def _suite(verification: Verification) -> ElementTree.Element:
         ("source.format", verification.source.format),
         ("candidate.format", verification.candidate.format),
         ("kind", verification.kind),
+        ("verdict", verification.verdict),
     ):
         ElementTree.SubElement(properties, "property", name=name, value=safe(value))
     for gate in gates:
@@ -58,8 +59,7 @@ def _lines(gate: GateResult, verification: Verification) -> list[str]:
     if gate is next(each for each in verification.gates if each.failed):
         lines += [f"cause [{cause.id}]: {safe(cause.message)}" for cause in verification.causes]
     for finding in gate.findings[:MAX_FINDINGS]:
-        about = f"{safe(finding.subject)}: " if finding.subject else ""
-        lines.append(f"{finding.severity}: {about}{safe(finding.message)}")
+        lines.append(f"{finding.severity}: {safe(finding.sentence)}")
     if len(gate.findings) > MAX_FINDINGS:
         lines.append(f"and {len(gate.findings) - MAX_FINDINGS} more")
     return lines

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 
 from gemma2tool.storage.quoting import safe
-from gemma2tool.verify.result import GateResult, Verification
+from gemma2tool.verify.result import GateResult, Verification, counted
 
 MARKS = {"passed": "✅", "failed": "❌", "skipped": "➖", "reported": "ℹ️"}
 MAX_FINDINGS = 10
@@ -30,10 +30,11 @@ def summary(verifications: Sequence[Verification]) -> str:
 def _section(verification: Verification) -> str:
     verdict = "✅ verified" if verification.passed else "❌ verification failed"
     candidate, source = verification.candidate, verification.source
+    judged = "verified then as" if verification.against_receipt else "judged as"
     lines = [
         f"### {verdict}: {escaped(candidate.path)}",
         "",
-        f"{escaped(candidate.format)} against {escaped(source.path)} ({escaped(source.format)}), judged as {escaped(verification.kind)}.",
+        f"{escaped(candidate.format)} against {escaped(source.path)} ({escaped(source.format)}), {judged} {escaped(verification.kind)}.",
         "",
     ]
     for cause in verification.causes:
@@ -54,10 +55,9 @@ def _findings(gate: GateResult) -> list[str]:
     found = [finding for finding in gate.findings if finding.severity != "note" and finding.message != gate.summary]
     if not found:
         return []
-    lines = [f"<details><summary>{len(found)} findings of {escaped(gate.name)}</summary>", ""]
+    lines = [f"<details><summary>{counted(found)} of {escaped(gate.name)}</summary>", ""]
     for finding in found[:MAX_FINDINGS]:
-        about = f"{escaped(finding.subject)}: " if finding.subject else ""
-        lines.append(f"- {finding.severity}: {about}{escaped(finding.message)}")
+        lines.append(f"- {finding.severity}: {escaped(finding.sentence)}")
     if len(found) > MAX_FINDINGS:
         lines.append(f"- and {len(found) - MAX_FINDINGS} more")
     return [*lines, "", "</details>", ""]

@@ -13,7 +13,7 @@ import numpy as np
 from gemma2tool import __version__
 from gemma2tool.verify.reports import plots, texts
 from gemma2tool.verify.reports.markup import Markup, tag
-from gemma2tool.verify.result import GateResult, Verification
+from gemma2tool.verify.result import GateResult, Verification, counted
 
 MARKS = {"passed": "✓", "failed": "✗", "skipped": "–", "reported": "·"}
 MAX_FINDINGS = 200
@@ -43,20 +43,16 @@ def html(verifications: Sequence[Verification]) -> str:
 def _part(verification: Verification) -> list[Markup]:
     status = "passed" if verification.passed else "failed"
     source, candidate = verification.source, verification.candidate
-    verdict = (
-        ("Verified: ", "the same model, bit for bit") if verification.passed else ("Failed: ", "not the same model")
-    )
-    if verification.passed and verification.kind != "lossless":
-        verdict = ("Verified: ", f"the same model, as near as {verification.kind} comes")
+    verdict = "Verified: " if verification.passed else "Failed: "
     header = tag(
         "header",
         tag(
             "div",
-            tag("h1", tag("b", verdict[0]), verdict[1]),
+            tag("h1", tag("b", verdict), verification.verdict),
             tag("p", tag("span", candidate.path, class_="path"), " ", tag("span", _about(candidate), class_="soft")),
             tag(
                 "p",
-                tag("span", "made from ", class_="soft"),
+                tag("span", "against " if verification.against_receipt else "made from ", class_="soft"),
                 tag("span", source.path, class_="path"),
                 " ",
                 tag("span", _about(source), class_="soft"),
@@ -79,7 +75,7 @@ def _part(verification: Verification) -> list[Markup]:
 
 def _about(side: Any) -> str:
     stored = ", ".join(sorted(side.stored, key=lambda name: (-side.stored[name], name)))
-    return f"{side.format}: {stored}" + (f"; {side.nbytes / 1e6:,.1f} MB" if side.nbytes else "")
+    return side.format + (f": {stored}" if stored else "") + (f"; {side.nbytes / 1e6:,.1f} MB" if side.nbytes else "")
 
 
 def _tiles(verification: Verification) -> Markup:
@@ -135,12 +131,10 @@ def _gate(gate: GateResult) -> Markup:
     found = [finding for finding in gate.findings if finding.message != gate.summary]
     items = []
     for finding in found[:MAX_FINDINGS]:
-        about = f"{finding.subject}: " if finding.subject and not finding.message.startswith(finding.subject) else ""
-        items.append(tag("li", f"{about}{finding.message}", class_=finding.severity))
+        items.append(tag("li", finding.sentence, class_=finding.severity))
     more = [tag("li", f"and {len(found) - MAX_FINDINGS} more")] if len(found) > MAX_FINDINGS else []
-    title = f"{len(found)} finding{'s' * (len(found) != 1)}"
     details = (
-        tag("details", tag("summary", title), tag("ul", *items, *more), open="open" if gate.failed else None)
+        tag("details", tag("summary", counted(found)), tag("ul", *items, *more), open="open" if gate.failed else None)
         if found
         else None
     )

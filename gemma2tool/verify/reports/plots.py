@@ -167,13 +167,15 @@ def histogram(values: np.ndarray, marks: Sequence[tuple[str, float]], *, x_label
             )
     parts += [_text(x, floor + 15, label, "tick middle") for x, label in scale.ticks]
     parts.append(_text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 6, x_label, "label middle"))
-    taken: list[float] = []
+    taken: list[tuple[float, int]] = []
     for name, value in sorted((mark for mark in marks if mark[1] > 0), key=lambda mark: mark[1]):
         x = scale.at(value)
         parts.append(_line(x, TOP + 22, x, floor, "mark"))
-        row = sum(abs(x - other) < 46 for other in taken)
-        taken.append(x)
-        parts.append(_text(min(max(x, LEFT + 20), WIDTH - RIGHT - 20), TOP + 18 - 12 * row, name, "note middle"))
+        middle = min(max(x, LEFT + 20), WIDTH - RIGHT - 20)
+        beside = {row for other, row in taken if abs(middle - other) < 46}
+        row = next(row for row in range(len(marks)) if row not in beside)
+        taken.append((middle, row))
+        parts.append(_text(middle, TOP + 18 - 12 * row, name, "note middle"))
     return _svg(WIDTH, HEIGHT, about, *parts)
 
 
