@@ -15,7 +15,11 @@ from format_support import assert_ranges_agree, assert_same_tensors, refused, wr
 from tests_support import SMALL, random_checkpoint
 
 from gemma2tool.formats import lora, registry
+from gemma2tool.model.lazy import FLOAT_DTYPES, ArrayTensor
+from gemma2tool.pipeline.plan import shared
+from gemma2tool.verify.tensors import compare_tensors
 
+OUT = {"gguf": "out.gguf", "gemma-pytorch": "out.ckpt", "gemma-cpp": "out.sbs"}
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 
 
@@ -157,9 +161,8 @@ def test_formula_scale_and_several_adapters(tmp_path: Path) -> None:
     weight = source.tensors[f"{Q}.weight"].load().astype(np.float64)
     exact = weight + (0.25 - 0.5) * 2 * (B.astype(np.float64) @ A)
     mine = merged.tensors[f"{Q}.weight"].load()
-    assert mine.dtype == ml_dtypes.bfloat16
-    # Rounded once: no further from the exact value than half a unit of bfloat16, but for float32's own rounding.
-    assert (np.abs(mine.astype(np.float64) - exact) <= np.abs(exact) * 2**-8 + 1e-5).all()
+    assert mine.dtype == np.float32  # no more rounded than float32's own sums are: the output rounds, once
+    assert (np.abs(mine - exact) <= 1e-5).all()
     untouched = "model.layers.1.self_attn.q_proj.weight"
     assert merged.tensors[untouched] is source.tensors[untouched]
 
@@ -252,6 +255,42 @@ def test_adapters_reach_a_gguf_made_from_a_gguf(tmp_path: Path) -> None:
     assert not np.array_equal(back.tensors[name].load(), registry.open_checkpoint(first).tensors[name].load())
 
 
+@pytest.mark.parametrize("format_name", ["hf", "gguf", "gemma-pytorch", "litgpt", "keras", "flax", "torchtune"])
+@pytest.mark.parametrize("dtype", [None, "f32", "f16"])
+def test_what_is_merged_is_rounded_once_to_what_the_output_stores(tmp_path: Path, format_name: str, dtype: str | None) -> None:
+    """Without a type the base's, here bfloat16; with f32, what was merged in float32 stays. The verification sees a rounding."""
+    source = random_checkpoint(np.dtype(ml_dtypes.bfloat16))
+    adapter = _handmade(tmp_path / "a", {f"{Q}.lora_A.weight": A, f"{Q}.lora_B.weight": B})
+    merged = lora.merge(source, adapter)
+    back = registry.open_checkpoint(write_as(format_name, merged, tmp_path / OUT.get(format_name, "out"), dtype=dtype))
+    wanted = merged.tensors[f"{Q}.weight"].load().astype(FLOAT_DTYPES[dtype or "bf16"])
+    stored = back.tensors[f"{Q}.weight"].load()
+    assert stored.dtype == wanted.dtype and np.array_equal(stored, wanted)
+    untouched = "model.layers.1.self_attn.q_proj.weight"
+    assert back.tensors[untouched].dtype == wanted.dtype
+    compared = {each.name: each for each in compare_tensors(merged.tensors, back.tensors)}
+    assert compared[f"{Q}.weight"].ok
+    assert compared[f"{Q}.weight"].rule == ("exact" if dtype == "f32" else "cast")
+
+
+@pytest.mark.parametrize("type_name", ["q8_0", "gptq-8", "sfp"])
+@pytest.mark.parametrize("in_one_pass", [False, True])
+def test_quantizers_get_what_was_merged_unrounded(tmp_path: Path, type_name: str, in_one_pass: bool) -> None:
+    """The same codes as from a float32 source, whose own values the base and the sum are."""
+    adapter = _handmade(tmp_path / "a", {f"{Q}.lora_A.weight": A, f"{Q}.lora_B.weight": B})
+    source = random_checkpoint(np.dtype(ml_dtypes.bfloat16))
+    wide = replace(source, tensors={name: ArrayTensor(each.load().astype(np.float32)) for name, each in source.tensors.items()})
+    format_name = {"q8_0": "gguf", "gptq-8": "hf", "sfp": "gemma-cpp"}[type_name]
+    made = []
+    for number, each in enumerate((source, wide)):
+        merged = lora.merge(each, adapter)
+        merged = shared(merged) if in_one_pass else merged
+        groups = {"group_size": 32} if type_name == "gptq-8" else {}
+        out = write_as(format_name, merged, tmp_path / f"{number}{OUT.get(format_name, '')}", type=type_name, **groups)
+        made.append(registry.open_checkpoint(out).tensors[f"{Q}.weight"].load())
+    assert np.array_equal(*made)
+
+
 def test_command_line(base: Path, tmp_path: Path) -> None:
     from typer.testing import CliRunner
 
@@ -269,6 +308,23 @@ def test_command_line(base: Path, tmp_path: Path) -> None:
     assert parse_lora("x/y=0.5") == (Path("x/y"), 0.5) and parse_lora("x") == (Path("x"), 1.0)
     with pytest.raises(UsageError, match="is no number"):
         parse_lora("x=y")
+
+
+@pytest.mark.parametrize("options", [[], ["--dtype", "f32"]])
+def test_the_command_verifies_what_it_merged_into_a_narrow_base(tmp_path: Path, options: list[str]) -> None:
+    from typer.testing import CliRunner
+
+    from gemma2tool.cli.main import app
+
+    narrow = write_as("hf", random_checkpoint(np.dtype(ml_dtypes.bfloat16)), tmp_path / "base")
+    adapter = _handmade(tmp_path / "a", {f"{Q}.lora_A.weight": A, f"{Q}.lora_B.weight": B})
+    result = CliRunner().invoke(app, ["convert", str(narrow), str(tmp_path / "out"), "--lora", str(adapter), "--json", *options])
+    assert result.exit_code == 0, result.output
+    verification = json.loads(result.stdout)["verification"]
+    assert verification["passed"] and verification["kind"] == ("lossless" if options else "bf16")
+    stored = registry.open_checkpoint(tmp_path / "out").tensors[f"{Q}.weight"].load()
+    merged = lora.merge(registry.open_checkpoint(narrow), adapter).tensors[f"{Q}.weight"].load()
+    assert np.array_equal(stored, merged.astype(stored.dtype)) and np.array_equal(stored, merged) == bool(options)
 
 
 def test_missing_files(tmp_path: Path) -> None:

@@ -28,8 +28,8 @@ def stored_dtypes(checkpoint: Checkpoint, options: WriteOptions) -> dict[str, np
     chosen = {}
     for name, spec in specs.items():
         tensor = checkpoint.tensors[name]
-        chosen[name] = tensor.dtype
-        narrower = tensor.dtype.itemsize > model_dtype.itemsize
+        chosen[name] = tensor.stored_dtype
+        narrower = tensor.stored_dtype.itemsize > model_dtype.itemsize
         if spec.role == "norm" and narrower and narrows_exactly(tensor.load(), model_dtype):
             chosen[name] = model_dtype
     return chosen
@@ -47,6 +47,6 @@ def as_dtype(source: LazyTensor, dtype: np.dtype) -> LazyTensor:
 def auto_dtype(tensors: Mapping[str, LazyTensor]) -> np.dtype:
     """llama.cpp's ``auto``: the type of the first matrix (in order of name) stored in 16 bits decides; float16 where there is none."""
     for name in sorted(tensors):
-        if len(tensors[name].shape) >= 2 and tensors[name].dtype in (FLOAT16, BFLOAT16):
-            return tensors[name].dtype
+        if len(tensors[name].shape) >= 2 and tensors[name].stored_dtype in (FLOAT16, BFLOAT16):
+            return tensors[name].stored_dtype
     return FLOAT16

@@ -16,8 +16,8 @@ import numpy as np
 from gemma2tool.errors import InputRefused, UsageError
 from gemma2tool.formats import assets, raw
 from gemma2tool.formats.base import Output, OutputFile, OutputTensor, Placement, WriteOptions
-from gemma2tool.formats.dtypes import stored_dtypes
-from gemma2tool.formats.steps import Row, to_canonical, to_disk
+from gemma2tool.formats.plain import plan_floats
+from gemma2tool.formats.steps import Row, to_canonical
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.config import Gemma2Config, infer_from_shapes
 from gemma2tool.model.lazy import FLOAT32, ArrayTensor, LazyTensor, to_float32
@@ -154,7 +154,6 @@ class GemmaPytorch:
                 f"the gemma-pytorch format cannot hold {options.type}",
                 hint="choose a .gguf destination or a Hugging Face folder",
             )
-        dtypes = stored_dtypes(checkpoint, options)
         outside = [name for name in checkpoint.tensors if not _has_place(name)]
         if outside:
             raise InputRefused(
@@ -162,9 +161,8 @@ class GemmaPytorch:
                 f"the gemma-pytorch format has no place for {outside[0]}",
                 hint="write a Hugging Face folder instead",
             )
-        planned = []
-        for entry, source in to_disk(TABLE, checkpoint.tensors, checkpoint.config):
-            planned.append((entry.disk, entry.canonical, source, Float(dtypes[entry.canonical[0]])))
+        floats = plan_floats(TABLE, checkpoint, options, self.name)
+        planned = [(item.disk, item.canonical, item.source, item.encoder) for item in floats]
         freqs = ArrayTensor(_freqs_cis(checkpoint.config), stored="c64", origin=BUFFER)
         planned.insert(0, (BUFFER, (), freqs, Float(freqs.dtype)))
         single = bool(options.extra.get("single_file", True))

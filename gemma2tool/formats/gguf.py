@@ -16,6 +16,7 @@ from gemma2tool.formats.base import Output, WriteOptions
 from gemma2tool.formats.gguf_config import ARCHITECTURE, cannot_say, read_config, unusual
 from gemma2tool.formats.gguf_convert import (
     FILE_TYPES,
+    common_type,
     converter_keys,
     converter_types,
     disk_tensors,
@@ -33,6 +34,7 @@ from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.config import Gemma2Config
 from gemma2tool.model.lazy import DTYPE_NAMES, LazyTensor, MappedRows
 from gemma2tool.quantizers.casts import cast
+from gemma2tool.quantizers.mixtures import COPY
 from gemma2tool.storage import gguf
 from gemma2tool.storage.gguf import GGUFHeader, GGUFValue
 from gemma2tool.storage.paths import confined, staying
@@ -235,7 +237,10 @@ def _refuse_without_type(options: WriteOptions, request: Request) -> None:
 
 
 def _intermediate(checkpoint: Checkpoint, options: WriteOptions) -> str:
-    """The float type of the file between converter and llama-quantize; without ``dtype`` one that loses nothing."""
+    """The float type of the file between converter and llama-quantize; without ``dtype`` one that loses nothing. A copy
+    is no quantization: it keeps what the source's own type is."""
+    if options.dtype is None and options.type.lower() != COPY:
+        return common_type(tensor.dtype for tensor in checkpoint.tensors.values() if len(tensor.shape) >= 2)
     middle = out_type(checkpoint, options.dtype)
     if middle.upper() not in FLOATS:
         raise UsageError("gguf.dtype-and-type", f"{options.type} cannot be made from {middle}", hint="leave out --dtype")

@@ -29,18 +29,23 @@ TERNARY = ("tq1_0", "tq2_0")
 
 
 def out_type(checkpoint: Checkpoint, dtype: str | None) -> str:
-    """The converter's output type for --dtype: ``auto`` by llama.cpp's rule; None: the narrowest float type that loses nothing."""
+    """The converter's output type for --dtype: ``auto`` by llama.cpp's rule; None: the source's own, see ``common_type``."""
     if dtype == "auto":
         return DTYPE_NAMES[auto_dtype(checkpoint.tensors)]
     if dtype is None:
-        matrices = {tensor.dtype for tensor in checkpoint.tensors.values() if len(tensor.shape) >= 2}
-        kept = matrices.pop() if len(matrices) == 1 else FLOAT32
-        return DTYPE_NAMES[kept] if kept in (FLOAT32, FLOAT16, BFLOAT16) else "f32"
+        return common_type(tensor.stored_dtype for tensor in checkpoint.tensors.values() if len(tensor.shape) >= 2)
     if dtype not in FILE_TYPES:
         raise UsageError(
             "gguf.dtype", f"a GGUF cannot be converted to {dtype!r}", hint=f"choose one of auto, {', '.join(FILE_TYPES)}"
         )
     return dtype
+
+
+def common_type(dtypes: Iterable[np.dtype]) -> str:
+    """The narrowest float type of a GGUF that holds matrices of all these types."""
+    found = set(dtypes)
+    kept = found.pop() if len(found) == 1 else FLOAT32
+    return DTYPE_NAMES[kept] if kept in (FLOAT32, FLOAT16, BFLOAT16) else "f32"
 
 
 def disk_tensors(checkpoint: Checkpoint) -> list[tuple[str, tuple[str, ...], LazyTensor]]:

@@ -58,7 +58,8 @@ class HuggingFace:
             settings = packings.Settings.of(options.type, options.extra)
             cast = {name: as_dtype(sources[name], dtypes[name]) for name in checkpoint.specs}
             encoders, warnings = packings.encoders(checkpoint.specs, cast, settings)
-            sources |= {name: cast[name] for name in encoders}
+            if options.dtype is not None:  # else only merged weights differ, which are quantized as they are
+                sources |= {name: cast[name] for name in encoders}
             modules = packings.quantized_modules(checkpoint.specs, encoders)
             content |= packings.config_entries(settings, modules, dtype=content.get("dtype") or "bfloat16")
             small |= {name: assets.dump_json(file) for name, file in packings.more_files(settings, modules).items()}

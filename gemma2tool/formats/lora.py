@@ -1,7 +1,7 @@
 """PEFT LoRA adapters merged into a checkpoint while its rows are read.
 
-A merged row is ``W + s * B A`` in float32, rounded once to the type of W: with s = alpha / r (rsLoRA: alpha / sqrt(r)) times the
-user's scale. DoRA then gives each row the length of its magnitude. Names and rules: peft 0.21 ``tuners/lora`` and
+A merged row is ``W + s * B A`` in float32, which only the output rounds, to the type it stores: with s = alpha / r (rsLoRA:
+alpha / sqrt(r)) times the user's scale. DoRA then gives each row the length of its magnitude. Names and rules: peft 0.21 ``tuners/lora`` and
 ``utils/save_and_load.py``. ``fan_in_fan_out`` tells how the base keeps its weight; in canonical layout the difference is B A either way.
 """
 
@@ -21,7 +21,6 @@ from gemma2tool.formats.plain import EMBEDDING, HEAD
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.config import Gemma2Config
 from gemma2tool.model.lazy import FLOAT32, LazyTensor, to_float32
-from gemma2tool.quantizers.casts import cast
 from gemma2tool.storage import bounded, strict_json, torch_zip
 from gemma2tool.storage.paths import confined
 from gemma2tool.storage.quoting import quoted
@@ -71,13 +70,19 @@ class Delta:
 
 
 class MergedTensor(LazyTensor):
-    """A weight with adapters merged in, rounded to the weight's own type."""
+    """A weight with adapters merged in, float32; an output keeps it in the weight's own type unless another is asked for."""
+
+    dtype = FLOAT32
 
     def __init__(self, base: LazyTensor, deltas: tuple[Delta, ...]) -> None:
         self.base, self.deltas = base, deltas
-        self.shape, self.dtype, self.stored = base.shape, base.dtype, base.stored
+        self.shape, self.stored = base.shape, base.stored
         self.origin = f"{base.origin} with {len(deltas)} adapter{'s' if len(deltas) > 1 else ''}"
         self._factors = [_factors(delta) for delta in deltas]
+
+    @property
+    def stored_dtype(self) -> np.dtype:
+        return min(self.base.stored_dtype, FLOAT32, key=lambda dtype: dtype.itemsize)
 
     def load_rows(self, first: int, last: int) -> np.ndarray:
         start, end = first // TILE * TILE, min(-(-last // TILE) * TILE, self.rows)
@@ -93,7 +98,7 @@ class MergedTensor(LazyTensor):
             if delta.magnitude is not None:
                 lengths = np.sqrt(np.einsum("ij,ij->i", rows, rows))
                 rows *= (delta.magnitude.load_rows_f32(first, last) / lengths)[:, None]
-        return rows if self.dtype == FLOAT32 else cast(rows, self.dtype)
+        return rows
 
 
 def _factors(delta: Delta) -> tuple[np.ndarray, np.ndarray]:

@@ -39,9 +39,11 @@ def plan_floats(table: Sequence[Row], checkpoint: Checkpoint, options: WriteOpti
     refuse_homeless(tensors, {each for entry in table_entries for each in entry.canonical}, name)
     dtypes = stored_dtypes(checkpoint, options)
     for entry in table_entries:
-        if len({dtypes[each] for each in entry.canonical if each in tensors}) > 1:
-            for each in entry.canonical:
-                tensors[each], dtypes[each] = MappedRows(tensors[each], to_float32, FLOAT32), FLOAT32
+        fused = [each for each in entry.canonical if each in tensors]
+        if len({tensors[each].dtype for each in fused}) > 1:  # what lies in one array has one type
+            tensors |= {each: MappedRows(tensors[each], to_float32, FLOAT32) for each in fused}
+        if len({dtypes[each] for each in fused}) > 1:
+            dtypes |= dict.fromkeys(fused, FLOAT32)
     return [
         Planned(entry.disk, entry.canonical, source, Float(dtypes[entry.canonical[0]]))
         for entry, source in to_disk(table, tensors, config)

@@ -99,7 +99,7 @@ class Checkpoint:
         for name, spec in self.specs.items():
             tensor = self.tensors[name]
             if spec.role != "norm":
-                sizes[tensor.dtype] += tensor.size
+                sizes[tensor.stored_dtype] += tensor.size
         return sizes.most_common(1)[0][0] if sizes else FLOAT32
 
     @property

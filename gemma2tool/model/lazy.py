@@ -57,6 +57,12 @@ class LazyTensor(ABC):
         """``load_rows``, in float64 where ``dtype`` does not hold what is stored. For comparing bits, and for digests."""
         return self.load_rows(first, last)
 
+    @property
+    def stored_dtype(self) -> np.dtype:
+        """The float type that an output keeps the values in unless another is asked for: ``dtype``, but for values that were computed
+        in a wider one."""
+        return self.dtype
+
     def load(self) -> np.ndarray:
         """All of it; only for tensors known to be small."""
         return self.load_rows(0, self.shape[0]) if self.shape else self.load_rows(0, 1).reshape(())
@@ -170,6 +176,10 @@ class SharedRows(LazyTensor):
     def __init__(self, source: LazyTensor) -> None:
         self.source = source
         self.shape, self.dtype, self.stored, self.origin = source.shape, source.dtype, source.stored, source.origin
+
+    @property
+    def stored_dtype(self) -> np.dtype:
+        return self.source.stored_dtype
 
     def load_rows(self, first: int, last: int) -> np.ndarray:
         asked = (self.source, first, last)
