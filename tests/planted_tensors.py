@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ml_dtypes
 import numpy as np
 from planted_faults import BF16, LAYER, Victim, fault
 
@@ -187,6 +188,16 @@ def ties_rounded_away_from_zero(v: Victim) -> None:
     """The whole file in bfloat16, as half a unit added and the rest cut off makes it."""
     for name, array in v.arrays.items():
         v.arrays[name] = ((array.view(np.uint32) + 0x8000) >> 16).astype(np.uint16).view(BF16)
+
+
+@fault("numbers.fp8-rounding", paired=False)
+def rounded_through_e4m3(v: Victim) -> None:
+    v.change([name for name in v.arrays if "proj" in name], lambda w: w.astype(ml_dtypes.float8_e4m3fn).astype(np.float32))
+
+
+@fault("numbers.fp8-rounding", paired=False)
+def rounded_through_e5m2(v: Victim) -> None:
+    v.change(list(v.arrays), lambda w: w.astype(ml_dtypes.float8_e5m2).astype(np.float32))
 
 
 @fault("damage.bit-flip")

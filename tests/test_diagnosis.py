@@ -157,10 +157,12 @@ def test_the_catalogue_has_every_name_that_is_given() -> None:
     for path in Path(diagnosis.__file__).parent.glob("*.py"):
         if path.name != "catalogue.py":
             given |= set(pattern.findall(path.read_text()))
-    assert given - set(CATALOGUE) == set()
+    assert given - set(CATALOGUE) == {"logits.shape"}, "that one is an error's"
     assert len(CATALOGUE) >= 35
     planted = {id for fault in FAULTS for id in fault.ids}
-    assert planted == set(CATALOGUE) - {"tokenizer.bos-doubled"}, "that one shows in logits alone"
+    assert planted == set(CATALOGUE) - {"tokenizer.bos-doubled", "logits.shifted-by-one", "logits.vocabulary-permuted"}, (
+        "those show in logits alone"
+    )
 
 
 def test_names_and_places() -> None:

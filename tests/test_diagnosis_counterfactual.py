@@ -100,6 +100,31 @@ def test_bos_left_out_or_put_twice(source) -> None:
     assert counterfactual(source, IDS, theirs(twice), threads=1).id == "tokenizer.bos-doubled"
 
 
+ORDER = np.random.default_rng(3).permutation(CONFIG.vocab_size)
+
+
+@pytest.mark.parametrize(
+    ("id", "moved"),
+    [
+        ("logits.shifted-by-one", lambda logits: np.roll(logits, 1, axis=0)),
+        ("logits.shifted-by-one", lambda logits: np.roll(logits, -1, axis=0)),
+        ("logits.shifted-by-one", lambda logits: logits[:-1]),
+        ("logits.shifted-by-one", lambda logits: logits[-2:-1]),
+        ("logits.vocabulary-permuted", lambda logits: logits[:, ::-1]),
+        ("logits.vocabulary-permuted", lambda logits: logits[:, ORDER]),
+    ],
+)
+def test_right_logits_in_the_wrong_place(source, id: str, moved: Callable[[np.ndarray], np.ndarray]) -> None:
+    passes = []
+
+    def once(checkpoint, ids: np.ndarray) -> np.ndarray:
+        passes.append(ids)
+        return theirs()[None]
+
+    cause = counterfactual(source, IDS, moved(theirs()), run=once)
+    assert cause is not None and cause.id == id and len(passes) == 1
+
+
 def test_the_last_position_is_enough(source) -> None:
     assert counterfactual(source, IDS, theirs(final_logit_softcapping=None)[-1], threads=1).id == "config.final-softcap-missing"
 

@@ -67,6 +67,18 @@ def test_the_last_positions_are_enough(folder: Path) -> None:
             judge_logits(checkpoint, np.load(folder / "ids.npy")[:2], logits, name="engine")
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_what_is_no_number_is_said_of_the_file(folder: Path, value: float) -> None:
+    logits = engine(folder)
+    logits[0, 3, :5] = value
+    with registry.open_checkpoint(folder / "hf") as checkpoint:
+        result = judge_logits(checkpoint, np.load(folder / "ids.npy"), logits, name="theirs.npy", threads=1)
+    gate = result.gate("logits")
+    assert gate.summary == f"5 of {logits.size} logits of theirs.npy are NaN or infinite"
+    assert gate.failed and gate.findings[0].message == gate.summary
+    assert "no known mistake" not in result.gate("mistakes").summary and result.gate("mistakes").status == "skipped"
+
+
 def test_the_command(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     np.save(folder / "logits.npy", engine(folder, final_logit_softcapping=None))
     command = ["verify", str(folder / "hf"), "--logits", str(folder / "logits.npy")]

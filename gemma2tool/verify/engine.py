@@ -6,6 +6,7 @@ one known mistake at a time, until one of them says what the engine said.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 
 import numpy as np
@@ -70,12 +71,26 @@ def judge_logits(
     metrics = comparison.finish()
     results = judge.engine(metrics, KIND, limits)
     cause = None
-    if not any(metrics.nonfinite) and metrics.max_abs_difference:
+    if any(metrics.nonfinite):
+        results[0] = _nonfinite(results[0], name, given.size, metrics.nonfinite)
+    elif metrics.max_abs_difference:
         with shown(progress, 0, "known mistakes"):
             cause = counterfactual(checkpoint, ids, given, threads=threads)
-    results.append(_mistakes(cause))
+    if any(metrics.nonfinite):
+        results.append(GateResult("mistakes", "skipped", "logits are not finite"))
+    else:
+        results.append(_mistakes(cause))
     theirs = Side(name, "logits", {str(given.dtype): given.size})
     return Verification(side_of(checkpoint), theirs, KIND, tuple(results), causes=(cause,) if cause else ())
+
+
+def _nonfinite(result: GateResult, name: str, count: int, nonfinite: tuple[int, int]) -> GateResult:
+    """The logits gate's result, saying whose logits are not numbers."""
+    ours, theirs = nonfinite
+    said = f"{theirs} of {count} logits of {name} are NaN or infinite" if theirs else f"all logits of {name} are finite"
+    if ours:
+        said += f"; {ours} of our own forward pass over the checkpoint are NaN or infinite"
+    return dataclasses.replace(result, summary=said, findings=(Finding(result.name, "error", None, said),))
 
 
 def _mistakes(cause: Cause | None) -> GateResult:

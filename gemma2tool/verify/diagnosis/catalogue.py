@@ -66,6 +66,7 @@ CATALOGUE: Mapping[str, str] = {
     "numbers.fp16-overflow": "values beyond 65504 infinite, or cut off there",
     "numbers.fp16-rounding": "small values rounded by float16",
     "numbers.fp16-flushed": "values below 2^-14 flushed to zero",
+    "numbers.fp8-rounding": "rounded through an 8-bit float and stored in a wider type",
     "numbers.bf16-rounding": "float32 rounded to bfloat16",
     "numbers.bf16-truncation": "float32 cut off to bfloat16, not rounded",
     "numbers.other-rounding": "rounded by another rule: ties away from zero, or twice",
@@ -106,6 +107,9 @@ CATALOGUE: Mapping[str, str] = {
     "config.activation": "another activation, such as the exact gelu",
     "config.context-shorter": "a shorter context",
     "config.field": "another field that the arithmetic depends on",
+    # Logits of another program
+    "logits.shifted-by-one": "right logits, one position off",
+    "logits.vocabulary-permuted": "right logits, with the vocabulary in another order",
     # Tokenizer and use
     "tokenizer.wrong": "another tokenizer",
     "tokenizer.lost": "the tokenizer left behind",

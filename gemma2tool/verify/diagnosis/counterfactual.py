@@ -53,9 +53,12 @@ def counterfactual(
     """
     ids, given = _checked(source, ids, logits)
     run = run or _reference(threads)
-    plain = _off(run(source, ids), given)
+    ours = run(source, ids)
+    plain = _off(ours, given)
     if plain <= SAME:
         return None
+    if (cause := rearranged(ours[0], given, plain)) is not None:
+        return cause
     best: tuple[float, Supposition] | None = None
     for supposition in suppositions(source, ids):
         off = _off(run(supposition.checkpoint, supposition.ids), given)
@@ -103,6 +106,35 @@ def _off(ours: np.ndarray, given: np.ndarray) -> float:
     size = math.sqrt(float(np.mean(np.square(given[-count:], dtype=np.float64))))
     off = math.sqrt(float(np.mean(apart**2))) / size if size else math.inf
     return off if math.isfinite(off) else math.inf
+
+
+# -- right logits in the wrong place -------------------------------------------------------------------------------------
+
+
+def rearranged(ours: np.ndarray, given: np.ndarray, plain: float) -> Cause | None:
+    """Our own logits (T, V) in another order; ``given``: (T', V), ``plain``: how far off they are as they stand."""
+    for id, said, mine, theirs in _orders(ours, given):
+        off = _off(mine[None], theirs) if theirs.size else math.inf
+        if off <= _BETTER * plain:
+            said += f": otherwise they are our own forward pass's (difference {off:.2g}, without {plain:.2g})"
+            return Cause(id, said, evidence={"difference_with": off, "difference_without": plain})
+    return None
+
+
+def _orders(ours: np.ndarray, given: np.ndarray) -> Iterator[tuple[str, str, np.ndarray, np.ndarray]]:
+    """The mistake, and what is equal where it was made: ours and theirs."""
+    count, shifted = len(given), "logits.shifted-by-one"
+    if count <= len(ours):
+        aligned = ours[-count:]
+        # The row that a shift leaves, or brings in from the other end, makes no claim.
+        yield shifted, "the logits are one position too early: position t holds those of t + 1", aligned[1:], given[:-1]
+        late = (ours[-2:-1], given) if count == 1 else (aligned[:-1], given[1:])
+        yield shifted, "the logits are one position too late: position t holds those of t - 1", *late
+        yield "logits.vocabulary-permuted", "the vocabulary is in reverse order", aligned, given[:, ::-1]
+        if count > 1:
+            # One position says in which order, the others whether it is one.
+            mine, theirs = (each[1:, np.argsort(each[0], kind="stable")] for each in (aligned, given))
+            yield "logits.vocabulary-permuted", "the vocabulary is in another order", mine, theirs
 
 
 # -- what may have gone wrong --------------------------------------------------------------------------------------------

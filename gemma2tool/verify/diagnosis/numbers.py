@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ml_dtypes
 import numpy as np
 
 from gemma2tool.model.lazy import BFLOAT16, FLOAT16, LazyTensor, to_float32
@@ -110,6 +111,19 @@ SIGNATURES = (
         "{what} {are} cut off to bfloat16, not rounded: every value is nearer to zero than it should be",
         values(_truncated),
         exact=True,
+    ),
+    *(
+        Signature(
+            "numbers.fp8-rounding",
+            (),
+            f"{{what}} {{have}} been rounded through {name}, an 8-bit float, and stored in a wider type: most bits of each value are lost",
+            values(_through(np.dtype(dtype))),
+            exact=True,
+        )
+        for name, dtype in (
+            ("float8_e4m3", ml_dtypes.float8_e4m3fn),
+            ("float8_e5m2", ml_dtypes.float8_e5m2),
+        )
     ),
     Signature("numbers.negated", (), "{what} {have} the wrong sign", values(np.negative)),
     Signature(
