@@ -21,6 +21,7 @@ from gemma2tool.formats.base import WriteOptions
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.lazy import ArrayTensor, to_float32
 from gemma2tool.pipeline.calibrate import CalibratedMatrix, Calibration, calibrated
+from gemma2tool.pipeline.calibration_text import read_sequences
 from gemma2tool.pipeline.save import save
 from gemma2tool.pipeline.write import write_output
 from gemma2tool.reference.streaming import StreamedForward
@@ -248,6 +249,30 @@ def test_what_cannot_be_calibrated_is_refused(tmp_path: Path, kind: str, extra: 
     with pytest.raises(UsageError) as caught:
         written(small(), tmp_path / "out", kind, calibration=ids, **extra)
     assert caught.value.id == expected
+
+
+@pytest.mark.parametrize(
+    ("content", "code"),
+    [(b"GGUF\3\0\0\0" * 9999, "text.binary"), (bytes(range(1, 256)) * 99, "text.encoding"), (b"", "text.empty")],
+)
+def test_what_is_no_calibration_text_is_refused(fixture_dir: Path, tmp_path: Path, content: bytes, code: str) -> None:
+    text = tmp_path / "calibration.txt"
+    text.write_bytes(content)
+    words = ["quantize", fixture_dir / "model.ckpt", tmp_path / "out", "--type", "gptq-4", "--group-size", "32", "--calibration", text]
+    status, told = command(*words)
+    assert status == (2 if code == "text.empty" else 3) and code in told and "hint" in told
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_length_of_sequences_that_are_given_whole(tmp_path: Path) -> None:
+    """Rows have the length they have: another would be ignored. How many of them is the caller's choice."""
+    ids = tmp_path / "ids.npy"
+    np.save(ids, np.random.default_rng(0).integers(3, SMALL.vocab_size, (6, 32)))
+    with pytest.raises(UsageError, match="have 32 tokens") as caught:
+        read_sequences(ids, small(), samples=None, length=48)
+    assert caught.value.id == "option.ignored"
+    assert read_sequences(ids, small(), samples=4, length=32).shape == (4, 32)
+    assert read_sequences(ids, small(), samples=None, length=None).shape == (6, 32)
 
 
 def command(*words: object) -> tuple[int, str]:

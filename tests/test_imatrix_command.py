@@ -40,6 +40,18 @@ def test_steers_a_quantization(fixture_dir: Path, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
 
 
+@pytest.mark.parametrize(
+    ("content", "code", "told"),
+    [(b"GGUF\3\0\0\0" * 9999, 3, "byte 5 is NUL"), (b"import os\n" * 999 + b"\xff", 3, "not UTF-8"), (b"", 2, "is empty")],
+)
+def test_what_is_no_text_is_refused(fixture_dir: Path, tmp_path: Path, content: bytes, code: int, told: str) -> None:
+    text = tmp_path / "t.txt"
+    text.write_bytes(content)
+    result = run(fixture_dir, tmp_path / "m.gguf", "--text", text)
+    assert result.exit_code == code and told in result.output
+    assert not (tmp_path / "m.gguf").exists()
+
+
 @pytest.mark.parametrize(("words", "code"), [(["--chunk", "100000"], 2), ([], 0)])
 def test_short_texts_are_refused(fixture_dir: Path, tmp_path: Path, words: list[str], code: int) -> None:
     text = tmp_path / "t.txt"

@@ -111,7 +111,7 @@ def test_a_conversion_is_verified_on_it(folder: Path, tmp_path: Path) -> None:
     assert "positions)" in result.output and "(128 positions)" not in result.output and "perplexity" in result.output
 
 
-@pytest.mark.parametrize(("content", "more", "code"), [(b"\xff\xfe\x00", [], 3), (b"words", ["--tokens", "x.npy"], 2), (b"", [], 2)])
+@pytest.mark.parametrize(("content", "more", "code"), [(b"\xff\xfe\x00", [], 3), (b"wo\0rds", [], 3), (b"words", ["--tokens", "x.npy"], 2), (b"", [], 2)])
 def test_what_is_no_text_is_refused(folder: Path, tmp_path: Path, content: bytes, more: list[str], code: int) -> None:
     text = tmp_path / "text.txt"
     text.write_bytes(content)

@@ -32,11 +32,11 @@ def imatrix(
     from gemma2tool.pipeline import importance
     from gemma2tool.pipeline.prompt import Tokenizer
     from gemma2tool.storage.paths import refuse_existing, refuse_same
-    from gemma2tool.storage.reading import read_whole
+    from gemma2tool.storage.text import read_text
 
     console = Console(quiet=quiet, json=json_output)
     refuse_existing(out, force=force, folder=False)
-    words = read_whole(text, what="text", max_bytes=1 << 30).decode("utf-8", "replace")
+    words = read_text(text, what="text")
     with registry.open_checkpoint(src, config=o.load_config(config)) as checkpoint:
         refuse_same((*checkpoint.files, text), out)
         for warning in (*checkpoint.warnings, *checkpoint.config.warnings):

@@ -10,30 +10,33 @@ from gemma2tool.errors import UsageError
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.pipeline.evaluate import read_ids
 from gemma2tool.pipeline.prompt import Tokenizer
-from gemma2tool.storage.reading import read_whole
+from gemma2tool.storage.text import read_text
 
 SAMPLES, LENGTH = 128, 512
-MAX_TEXT = 1 << 30
 
 
 def read_sequences(path: Path, checkpoint: Checkpoint, *, samples: int | None, length: int | None) -> np.ndarray:
     """Token ids int64 (N, T): up to ``samples`` (SAMPLES) sequences, evenly spaced, of ``length`` (LENGTH, or what the model can take).
 
-    A ``.npy`` file holds ids, a row (B, T) to a sequence or one long row; any other file is a text in UTF-8. One long row, and a text,
+    A ``.npy`` file holds ids, a row (B, T) to a sequence (``length`` may then be no other than T) or one long row; any other file is a text in UTF-8. One long row, and a text,
     are cut into sequences that each begin with bos. Raises UsageError where there is not enough for one, InputRefused for ids that
-    are none of this vocabulary.
+    are none of this vocabulary and for what is no text.
     """
     config = checkpoint.config
     if path.suffix.lower() == ".npy":
         ids = read_ids(path, config.vocab_size)
         if len(ids) > 1:
+            if length not in (None, ids.shape[1]):
+                raise UsageError(
+                    "option.ignored",
+                    f"--calibration-length {length}: the rows of {path} have {ids.shape[1]} tokens",
+                    hint="leave it out, or give the ids as one long row, which is cut",
+                )
             _check_length(ids.shape[1], config.max_position_embeddings)
             return _spread(ids, samples or SAMPLES)
         row = ids[0].tolist()
     else:
-        row = Tokenizer(checkpoint).encode(
-            read_whole(path, what="calibration text", max_bytes=MAX_TEXT).decode("utf-8", "replace")
-        )
+        row = Tokenizer(checkpoint).encode(read_text(path, what="calibration text"))
     length = length or min(LENGTH, config.max_position_embeddings)
     _check_length(length, config.max_position_embeddings)
     count = len(row) // length

@@ -15,6 +15,7 @@ from gemma2tool.formats import registry
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.storage.reading import open_for_reading, read_whole
 from gemma2tool.storage.staging import Staging
+from gemma2tool.storage.text import read_text
 
 if TYPE_CHECKING:
     from gemma2tool.console import Console
@@ -106,13 +107,7 @@ def read_prompts(tokens: Path | None, text: Path | None, checkpoint: Checkpoint)
         return read_tokens(tokens, checkpoint.config)
     if text is None:
         return None
-    data = read_whole(text, what="text", max_bytes=MAX_TOKEN_FILE)
-    try:
-        return text_prompts(checkpoint, data.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise InputRefused(
-            "text.encoding", f"{text}: not UTF-8 text (byte {error.start})", hint="save it as UTF-8"
-        ) from None
+    return text_prompts(checkpoint, read_text(text, what="text"))
 
 
 def write_logits(
