@@ -14,6 +14,7 @@ import pytest
 from staging_support import start_python, tree, write
 
 from gemma2tool.errors import ResourceError, UsageError
+from gemma2tool.storage import staging_lock
 from gemma2tool.storage.staging import Staging
 from gemma2tool.storage.staging_clean import clean
 
@@ -43,6 +44,7 @@ class TestPlanted:
         (victim / "precious").write_bytes(b"x")
         place = tmp_path / ".out.gemma2tool-staging"
         place.mkdir()
+        (place / "lock").write_bytes(staging_lock.content("out"))
         (place / name).symlink_to(victim)
         (tmp_path / "out").write_bytes(b"")
         write(tmp_path / "out", folder=False)
@@ -143,7 +145,7 @@ class TestAfterACrash:
     def _place(self, tmp_path: Path, *names: str) -> Path:
         place = tmp_path / ".out.gemma2tool-staging"
         place.mkdir()
-        (place / "lock").touch()
+        (place / "lock").write_bytes(staging_lock.content("out"))
         for name in names:
             (place / name).mkdir()
         return place
@@ -176,10 +178,11 @@ class TestAfterACrash:
 
         with monkeypatch.context() as broken:
             broken.setattr(os, "rename", fail)
-            for again in (lambda: write(tmp_path / "out", folder=False), lambda: clean(tmp_path)):
-                with pytest.raises(ResourceError):
-                    again()
-                assert (place / "old").read_bytes() == b"old"
+            with pytest.raises(ResourceError):
+                write(tmp_path / "out", folder=False)
+            assert (place / "old").read_bytes() == b"old"
+            assert clean(tmp_path)[0].problem.id == "disk.io"
+            assert (place / "old").read_bytes() == b"old"
         assert clean(tmp_path)[0].restored
         assert tree(tmp_path / "out") == b"old"
 

@@ -350,17 +350,18 @@ class TestInPlaceButNotSaid:
         staging_recorder.SYNC_SECONDS = 0.0
         if sys.argv[3] == "moves":
             syscalls.exchange = lambda *_: False
-        staging.Staging.finish = lambda self: os.kill(os.getpid(), signal.SIGKILL)
+        setattr(staging.Staging, sys.argv[4], lambda self: os.kill(os.getpid(), signal.SIGKILL))
         tests._work(tests.Path(sys.argv[1]), force=True)
     """
 
+    @pytest.mark.parametrize("before", ["clear", "finish"])
     @pytest.mark.parametrize("how", ["swaps", "moves"])
     @pytest.mark.parametrize("old", [False, True])
-    def test_is_finished(self, tmp_path: Path, how: str, old: bool) -> None:
+    def test_is_finished(self, tmp_path: Path, how: str, old: bool, before: str) -> None:
         path = tmp_path / "out"
         if old:
             path.write_bytes(b"o" * len(WHOLE))
-        assert python(self.CODE, str(path), str(Path(__file__).parent), how).returncode == -9
+        assert python(self.CODE, str(path), str(Path(__file__).parent), how, before).returncode == -9
         assert path.read_bytes() == WHOLE
         assert (tmp_path / PLACE).exists()
         with pytest.raises(Stop), Staging(path, fingerprint=PRINT) as staging:
@@ -374,7 +375,7 @@ class TestInPlaceButNotSaid:
     def test_other_work_begins_anew(self, tmp_path: Path) -> None:
         path = tmp_path / "out"
         path.write_bytes(b"o" * len(WHOLE))
-        python(self.CODE, str(path), str(Path(__file__).parent), "swaps")
+        python(self.CODE, str(path), str(Path(__file__).parent), "swaps", "clear")
         other = PRINT | {"type": "q4_0"}
         with pytest.raises(UsageError, match="already exists"):
             _work(path, fingerprint=other)
@@ -384,7 +385,7 @@ class TestInPlaceButNotSaid:
         """Swapped, and then the new one was taken away: what is staged now is the old one."""
         path = tmp_path / "out"
         path.write_bytes(b"o" * len(WHOLE))
-        python(self.CODE, str(path), str(Path(__file__).parent), "swaps")
+        python(self.CODE, str(path), str(Path(__file__).parent), "swaps", "clear")
         assert (tmp_path / PLACE / "new" / "out").read_bytes() == b"o" * len(WHOLE)
         path.unlink()
         assert _work(path) == list(PIECES)

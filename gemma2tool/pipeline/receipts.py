@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from gemma2tool.errors import UsageError
+from gemma2tool.errors import ToolError, UsageError
 from gemma2tool.formats.base import WriteOptions
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.pipeline.plan import Plan
 from gemma2tool.storage.staging import Staging
-from gemma2tool.storage.syscalls import retrying, sync_folder, told
+from gemma2tool.storage.syscalls import told
 from gemma2tool.verify import receipt
 from gemma2tool.verify.receipt import receipt_path
 from gemma2tool.verify.receipt_files import digest_file, digest_files, names_in
@@ -25,7 +25,6 @@ from gemma2tool.verify.result import Verification
 
 _OWN = ("allow_mismatch", "allow_requantize", "single_file")
 """Options that say what may be done, not what was."""
-_ASIDE = ".gemma2tool-old"
 
 
 def check_place(destination: Path) -> None:
@@ -106,7 +105,7 @@ def commit(outputs: Sequence[tuple[Staging, Staging | None]]) -> None:
     for staging in everything:
         staging.make_durable()
     for output, its_receipt in outputs:
-        with _withdrawn(output.destination):
+        with _withdrawn(output):
             output.put_in_place()
         if its_receipt is not None:
             its_receipt.put_in_place()
@@ -117,24 +116,21 @@ def commit(outputs: Sequence[tuple[Staging, Staging | None]]) -> None:
 
 
 @contextmanager
-def _withdrawn(destination: Path) -> Iterator[None]:
-    """Takes away the receipt of what lies at ``destination`` now; puts it back if that stays, because the block fails."""
-    place = receipt_path(destination)
-    aside, before = place.with_name(f".{place.name}{_ASIDE}"), _identity(destination)
+def _withdrawn(output: Staging) -> Iterator[None]:
+    """Takes away the receipt of what lies at the destination now; puts it back if that stays, because the block fails."""
+    place, before = receipt_path(output.destination), _identity(output.destination)
     there = receipt.looks_like_one(place)
-    if there:
-        with told(place, "removing the old receipt"):
-            retrying(os.replace, place, aside)
-            _sync(place.parent)
     try:
+        if there:
+            output.set_aside(place)
         yield
-    except BaseException:
-        if there and before is not None and _identity(destination) == before:
-            os.replace(aside, place)
+    except BaseException as error:
+        if there and before is not None and _identity(output.destination) == before:
+            try:
+                output.bring_back(place)
+            except ToolError as failure:
+                error.add_note(f"{place}: is lost: {failure.message}")
         raise
-    finally:
-        with suppress(OSError):  # also what a killed run left
-            os.unlink(aside)
 
 
 def _identity(path: Path) -> tuple[int, int] | None:
@@ -143,11 +139,3 @@ def _identity(path: Path) -> tuple[int, int] | None:
     except OSError:
         return None
     return status.st_dev, status.st_ino
-
-
-def _sync(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        sync_folder(fd)
-    finally:
-        os.close(fd)

@@ -19,7 +19,8 @@ from gemma2tool.errors import ResourceError, ToolError, UsageError
 from gemma2tool.storage import staging_journal, staging_place, staging_resume, syscalls
 from gemma2tool.storage.paths import refuse_existing
 from gemma2tool.storage.staging_journal import Fingerprint, Found, Journal
-from gemma2tool.storage.staging_place import NEW, OLD, StagingPlace, remove_tree
+from gemma2tool.storage.staging_lock import ASIDE, NEW, OLD
+from gemma2tool.storage.staging_place import StagingPlace, remove_tree
 from gemma2tool.storage.staging_recorder import Recorder
 from gemma2tool.storage.staging_resume import State
 from gemma2tool.storage.syscalls import preallocate, retrying, sync_data, sync_folder, told, write_at
@@ -313,18 +314,35 @@ class Staging:
             self._put_back(new, error)
             raise
 
+    def set_aside(self, neighbour: Path) -> None:
+        """Takes a file beside the destination away because it goes with what that held: into the staging place, to go with it.
+
+        Raises ResourceError when the disk fails; the file is then where it was.
+        """
+        place = self._staging
+        with told(neighbour, "taking it away"):
+            retrying(os.rename, neighbour.name, ASIDE, src_dir_fd=place.parent_fd, dst_dir_fd=place.fd)
+            sync_folder(place.parent_fd)
+
+    def bring_back(self, neighbour: Path) -> None:
+        """Undoes ``set_aside``, if something was; never over what lies there by now. Raises ResourceError when the disk fails."""
+        place = self._staging
+        with told(neighbour, "putting it back"):
+            if place.identity(ASIDE, place.fd) and not place.identity(neighbour.name, place.parent_fd):
+                retrying(os.rename, ASIDE, neighbour.name, src_dir_fd=place.fd, dst_dir_fd=place.parent_fd)
+
     def clear(self) -> None:
         """The third part: removes what was staged and the old output, as far as it is possible. The journal still says that the output
         is in place, so that of several outputs none looks foreign to a repeated run while others are tidied up."""
-        self._close()
-        with suppress(OSError, ToolError):
+        with suppress(Exception):  # the output is in place: what cannot be tidied up is left for `clean`, and is no failure
+            self._close()
             self._staging.discard(keep_journal=True)
 
     def finish(self) -> None:
-        """The last part: removes the staging place and frees the lock."""
-        self._close()
-        self._staging.remove()
-        self._staging.close()
+        """The last part: removes the staging place and frees the lock, as far as it is possible."""
+        for step in (self._close, self._staging.remove, self._staging.close):
+            with suppress(Exception):
+                step()
         self._place = None
 
     def _sync_folders(self) -> None:

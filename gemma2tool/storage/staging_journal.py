@@ -17,9 +17,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from gemma2tool.storage.staging_lock import JOURNAL as NAME
 from gemma2tool.storage.syscalls import retrying, sync_data, sync_folder, told
 
-NAME = "journal"
 MAX_BYTES = 64 << 20
 
 Fingerprint = Mapping[str, str]
@@ -58,7 +58,7 @@ class Found:
 def read(place_fd: int) -> Found | None:
     """The journal of a staging place; None where there is none that says what it is of."""
     try:
-        fd = os.open(NAME, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=place_fd)
+        fd = os.open(NAME, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=place_fd)
     except OSError:
         return None
     try:
@@ -107,7 +107,7 @@ class Journal:
 
     def __init__(self, place_fd: int, path: Path, fingerprint: Fingerprint, continued: Found | None) -> None:
         self.path = path / NAME
-        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | (0 if continued else os.O_EXCL)
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC | (0 if continued else os.O_EXCL)
         with told(self.path, "opening the journal"):
             self._fd = os.open(NAME, flags, 0o600, dir_fd=place_fd)
         self._length = 0

@@ -1,13 +1,15 @@
 """The place beside a destination where its replacement grows.
 
 ``.NAME.gemma2tool-staging/`` holds ``lock`` (held by the process that works here; inside it, which process and which NAME),
-``new/NAME`` (the output so far), ``journal`` (what of it is complete, where the work can be continued) and, for the instant of a
-replacement on systems that cannot swap two names, ``old`` (what the destination held). Only its owner may enter it. Whoever takes
-the lock next puts things right after a crash: an ``old`` whose destination is gone goes back; the rest is continued or discarded.
+``new/NAME`` (the output so far), ``journal`` (what of it is complete, where the work can be continued), for the instant of a
+replacement on systems that cannot swap two names ``old`` (what the destination held), and ``aside`` (a file beside the destination
+that goes with what it held). Only its owner may enter it. Whoever takes the lock next puts things right after a crash: an ``old``
+whose destination is gone goes back; the rest is continued or discarded. A folder that holds anything else is refused as it is.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import os
@@ -17,11 +19,11 @@ from contextlib import suppress
 from pathlib import Path
 
 from gemma2tool.errors import ResourceError, ToolError, UsageError
-from gemma2tool.storage import staging_journal
-from gemma2tool.storage.syscalls import retrying, told
+from gemma2tool.storage import staging_lock
+from gemma2tool.storage.staging_lock import ASIDE, JOURNAL, LOCK, NEW, OLD
+from gemma2tool.storage.syscalls import retrying, sync_data, told
 
 PREFIX, SUFFIX = ".", ".gemma2tool-staging"
-LOCK, NEW, OLD = "lock", "new", "old"
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 _NAME_MAX = 255
 """Bytes of a file's name on the usual file systems."""
@@ -46,12 +48,17 @@ class StagingPlace:
     """The locked staging place of one destination. All access goes through open folders, so no link planted later is followed."""
 
     def __init__(self, destination: Path, *, create: bool = True) -> None:
+        """Makes, or with ``create`` off only takes, the place; nothing in one that is there is changed then, not even its lock's text.
+
+        Raises ResourceError where another process works there, and where it holds anything that is not ours.
+        """
         self.name = destination.name
         self.parent = destination.parent
         self.folder_name = folder_name(self.name)
         self.path = self.parent / self.folder_name
         self.parent_fd = self.fd = self._lock_fd = -1
         self._locked = False
+        self._foreign = False
         try:
             self._open(create)
         except BaseException:
@@ -75,19 +82,20 @@ class StagingPlace:
 
     def _enter(self, create: bool) -> bool:
         """Opens and locks the place; False when it vanished meanwhile and must be made again."""
-        with told(self.path, "creating the staging folder"):
+        with told(self.path, f"{'creating' if create else 'opening'} the staging folder"):
             if create:
                 with suppress(FileExistsError):
                     os.mkdir(self.folder_name, 0o700, dir_fd=self.parent_fd)
             try:
                 status = os.stat(self.folder_name, dir_fd=self.parent_fd, follow_symlinks=False)
                 if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
+                    self._foreign = True
                     raise ResourceError(
                         "output.staging", f"{self.path}: exists and is not a folder of yours", hint="remove it, then run again"
                     )
                 self.fd = os.open(self.folder_name, _FOLDER | os.O_NOFOLLOW, dir_fd=self.parent_fd)
-                os.fchmod(self.fd, 0o700)
-                self._lock_fd = os.open(LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=self.fd)
+                if not self._open_lock(create):
+                    return True
                 self._lock()
                 # The lock counts only while it is the one that others find.
                 lock = self.identity(LOCK, self.fd), self.identity(self.folder_name, self.parent_fd)
@@ -97,17 +105,51 @@ class StagingPlace:
                 return False
             if lock != (_identity(os.fstat(self._lock_fd)), _identity(os.fstat(self.fd))):
                 return False
+            self._refuse(staging_lock.stray(self.fd, self._lock_fd, self.name))
             self._locked = True
-            os.ftruncate(self._lock_fd, 0)
-            retrying(os.write, self._lock_fd, b"%d\n%s" % (os.getpid(), os.fsencode(self.name)))
+            if create:
+                os.fchmod(self.fd, 0o700)  # also where the umask took what we need ourselves
+                self._sign()
         return True
+
+    def _open_lock(self, create: bool) -> bool:
+        """Opens the lock, or makes it where the folder is empty; False where it is, and nothing is to be made."""
+        names = os.listdir(self.fd)
+        if LOCK not in names:
+            self._refuse(min(names, default=None))  # whoever works here makes the lock first and removes it last
+            if not create:
+                return False
+        elif not staging_lock.is_sound(os.stat(LOCK, dir_fd=self.fd, follow_symlinks=False)):
+            self._refuse(LOCK)
+        self._lock_fd = os.open(LOCK, staging_lock.OPEN_LOCK | (os.O_CREAT if create else 0), 0o600, dir_fd=self.fd)
+        if not staging_lock.is_sound(os.fstat(self._lock_fd)):
+            self._refuse(LOCK)
+        return True
+
+    def _refuse(self, stray: str | None) -> None:
+        if stray is not None:
+            self._foreign = True
+            raise ResourceError(
+                "output.staging",
+                f"{self.path}: gemma2tool did not put {stray!r} there, so the folder is left as it is",
+                hint="move it, or choose another name for the output",
+            )
+
+    def _sign(self) -> None:
+        """Writes into the lock who holds it. Durable the first time: without it, work that outlives a power failure would look foreign."""
+        new = os.fstat(self._lock_fd).st_size == 0
+        data = staging_lock.content(self.name)
+        if retrying(os.write, self._lock_fd, data) != len(data):
+            raise OSError(errno.EIO, "the lock was not written whole")
+        if new:
+            sync_data(self._lock_fd)
 
     def _lock(self) -> None:
         try:
             retrying(fcntl.flock, self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            holder = os.pread(self._lock_fd, 20, 0).decode("ascii", "replace").partition("\n")[0]
-            who = f"process {holder}" if holder.isdigit() else "another process"
+            said = staging_lock.read(self._lock_fd)
+            who = f"process {said[0]}" if said is not None and said[0] else "another process"
             raise ResourceError(
                 "output.locked", f"{self.parent / self.name}: {who} is writing this output", hint="wait for it, or end it"
             ) from error
@@ -120,10 +162,8 @@ class StagingPlace:
 
     def identity(self, name: str, fd: int) -> tuple[int, int] | None:
         """(device, inode) of a name in an open folder; None when there is none. Links are not followed."""
-        try:
-            return _identity(os.stat(name, dir_fd=fd, follow_symlinks=False))
-        except FileNotFoundError:
-            return None
+        status = _status(name, fd)
+        return None if status is None else _identity(status)
 
     def recover(self) -> bool:
         """After a crash: puts an old destination back where it was if nothing took its place. Says whether it did."""
@@ -134,14 +174,14 @@ class StagingPlace:
         return False
 
     def discard(self, *, keep_journal: bool = False) -> None:
-        """Removes all that is staged, keeping the lock, but never the only copy of an old destination.
+        """Removes all that runs staged, keeping the lock, but never the only copy of an old destination.
 
         The journal goes last, or stays: as long as it is there, it says what the rest is.
         """
         self.recover()
         with told(self.path, "removing staged files"):
-            for name in sorted(os.listdir(self.fd), key=lambda name: name == staging_journal.NAME):
-                if name != LOCK and not (keep_journal and name == staging_journal.NAME):
+            for name in (ASIDE, NEW, OLD, *(() if keep_journal else (JOURNAL,))):
+                if self.identity(name, self.fd):
                     remove_tree(name, self.fd)
 
     def allocated(self) -> int:
@@ -155,12 +195,14 @@ class StagingPlace:
     def remove(self) -> None:
         """Removes the place, as far as it is possible: what is left is found by ``clean``."""
         with suppress(OSError, ToolError):
-            self.discard()
-            os.unlink(LOCK, dir_fd=self.fd)
-            os.rmdir(self.folder_name, dir_fd=self.parent_fd)
+            if self._locked:
+                self.discard()
+        self.remove_if_empty()
 
     def remove_if_empty(self) -> None:
         """Removes the place where nothing is staged in it."""
+        if self._foreign:
+            return
         with suppress(OSError):
             if self._locked and os.listdir(self.fd) == [LOCK]:
                 os.unlink(LOCK, dir_fd=self.fd)
@@ -183,6 +225,13 @@ class StagingPlace:
             os.close(fd)
 
 
+def _status(name: str, fd: int) -> os.stat_result | None:
+    try:
+        return os.stat(name, dir_fd=fd, follow_symlinks=False)
+    except FileNotFoundError:
+        return None
+
+
 def _identity(status: os.stat_result) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
@@ -191,6 +240,9 @@ def remove_tree(name: str, folder_fd: int) -> None:
     """Removes a file, link or folder by its name in an open folder; links inside are removed, not followed."""
     status = os.stat(name, dir_fd=folder_fd, follow_symlinks=False)
     if stat.S_ISDIR(status.st_mode):
-        shutil.rmtree(name, dir_fd=folder_fd)
+        try:
+            shutil.rmtree(name, dir_fd=folder_fd)
+        except RecursionError as error:
+            raise OSError(errno.ELOOP, "its folders are nested too deeply") from error
     else:
         os.unlink(name, dir_fd=folder_fd)
