@@ -110,3 +110,14 @@ def test_layers_that_differ_are_listed() -> None:
     types[3] = "sliding_attention"
     found = compare(layer_types=tuple(types))
     assert "layers 3 differ (layer 3: source full_attention, candidate sliding_attention)" in found.summary
+
+
+@pytest.mark.parametrize(("name", "value"), [("attn_logit_softcapping", "50.0"), ("final_logit_softcapping", "30.0")])
+def test_a_cap_that_a_file_leaves_out_is_a_warning(name: str, value: str) -> None:
+    """transformers assumes it; other programs compute without a cap."""
+    said = BASE.to_hf()
+    silent = Gemma2Config.from_hf({key: each for key, each in said.items() if key != name})
+    found = compare_configs(Gemma2Config.from_hf(said), silent)
+    assert found.status == "passed" and [(each.severity, each.subject) for each in found.findings] == [("warning", name)]
+    assert f"transformers assumes {value}" in found.findings[0].message and "1 warning" in found.summary
+    assert not compare_configs(silent, silent).findings, "its source leaves it out too"

@@ -121,6 +121,8 @@ def read(source: Mapping[str, Any]) -> dict[str, Any]:
             "attn_logit_softcapping is absent (transformers 4.42.0 left it out and ignored it); 50.0 is assumed, as the"
             " released models were trained"
         )
+    if "final_logit_softcapping" not in source:
+        notes.append("final_logit_softcapping is absent; 30.0 is assumed, as the released models were trained")
     fields["extra"] = {key: value for key, value in source.items() if key not in _KNOWN}
     fields["notes"] = tuple(notes)
     return fields

@@ -3,7 +3,7 @@ informative."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -96,6 +96,7 @@ def compare_configs(
         if ours != theirs and ours not in (None, {}) and theirs not in (None, {}):
             findings.append(Finding(GATE, "note", name, f"{name}: {_versus(ours, theirs, sides)}"))
     findings += [Finding(GATE, "warning", name, f"{name}: {said}") for name, said in assumed]
+    findings += _left_out(source, candidate, sides)
     wrong = [finding for finding in findings if finding.severity == "error"]
     warned = sum(finding.severity == "warning" for finding in findings)
     if wrong:
@@ -109,6 +110,18 @@ def compare_configs(
         summary += f"; {warned} warning{'s' * (warned != 1)}" if warned else ""
     metrics = {"fields": len(ARITHMETIC) + len(USE) + len(INFORMATIVE), "different": len(findings)}
     return GateResult(GATE, "failed" if wrong else "passed", summary, metrics, tuple(findings))
+
+
+def _left_out(source: Gemma2Config, candidate: Gemma2Config, sides: Sides) -> Iterator[Finding]:
+    """Fields of the arithmetic that one file leaves out and the other does not: equal by what transformers assumes, which others may not.
+
+    A config's notes that begin with a field's name are its reader's word on what was assumed for it.
+    """
+    for note in candidate.notes:
+        name = note.partition(" ")[0]
+        if name in ARITHMETIC and note not in source.notes:
+            said = f"{name} is absent from the {sides[1]}'s config: transformers assumes {_shown(getattr(candidate, name))}, other programs none"
+            yield Finding(GATE, "warning", name, said)
 
 
 def normal(name: str, value: Any) -> Any:

@@ -36,6 +36,9 @@ UNSAID: Mapping[str, Mapping[str, str]] = {
 WEIGHTS_ALONE = frozenset({"gemma-pytorch"})
 """Formats whose single files hold weights and have no place for a tokenizer."""
 
+WITH_TOKENIZER = frozenset({"hf", "hf-bin", "mlx", "gguf"})
+"""Formats whose consumers take tokenizer and chat template from what lies with the weights."""
+
 # Constants in the code of libraries that do not look for these fields.
 _CONSTANT: Mapping[str, tuple[object, ...]] = {
     "hidden_activation": ("gelu_pytorch_tanh", "gelu_new"),
@@ -43,6 +46,16 @@ _CONSTANT: Mapping[str, tuple[object, ...]] = {
     "attention_bias": (False,),
 }
 _ACTIVATIONS = {"w8a8-int8": "int8", "fp8-dynamic": "float8", "fp8-block": "float8", "int8": "float16, outliers aside int8"}
+
+
+def holds_tokenizer(checkpoint: Checkpoint) -> bool:
+    """Whether the checkpoint has a place for a tokenizer and a chat template: a folder, or a GGUF, and not a file of weights alone.
+
+    An output that is being verified has no file at its destination yet, but a name.
+    """
+    alone = checkpoint.path.is_file() or checkpoint.path.suffix in (".safetensors", ".bin", ".pt", ".pth")
+    return checkpoint.format in WITH_TOKENIZER and (checkpoint.format == "gguf" or not alone)
+
 
 Said = Iterator[tuple[str, str]]
 """Fields and sentences."""

@@ -53,7 +53,7 @@ _ADDED = -1000.0  # the score that GGUF files give to added tokens, whatever the
 
 def compare_tokenizers(source: Checkpoint, candidate: Checkpoint, *, sides: Sides = SIDES) -> GateResult:
     """The tokenizer gate; "skipped" where a side carries no tokenizer.model."""
-    findings = compare_files(source.assets, candidate.assets, sides)
+    findings = compare_files(source, candidate, sides)
     name = "tokenizer.model"
     if name in source.assets and name not in candidate.assets and "tokenizer.json" not in candidate.assets:
         # An output that is being verified has no file at its destination yet, but a name.

@@ -6,21 +6,26 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from gemma2tool.model.checkpoint import Assets
+from gemma2tool.model.checkpoint import Assets, Checkpoint
+from gemma2tool.verify.consumers import holds_tokenizer
 from gemma2tool.verify.result import Finding, Severity, Sides
-
-GATE = "tokenizer"
+from gemma2tool.verify.tokenizer_json import GATE, NAME, compare_json
 
 _RULES = ("add_bos_token", "add_eos_token")
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
-_JSON = "tokenizer.json"
-_STEPS = ("normalizer", "pre_tokenizer", "decoder")
-"""Parts of tokenizer.json that may be spelled in several ways and mean the same."""
+_JSON = NAME
 
 
-def compare_files(ours: Assets, theirs: Assets, sides: Sides) -> list[Finding]:
-    """What the two sides' files say otherwise. Of a file that only one side has, nothing is said: many formats have no place for it."""
-    return [*_template(ours, theirs, sides), *_rules(ours, theirs, sides), *_json_files(ours, theirs, sides), *_stops(ours, theirs, sides)]
+def compare_files(source: Checkpoint, candidate: Checkpoint, sides: Sides) -> list[Finding]:
+    """What the two sides' files say otherwise, and what the candidate lost that its format has a place for."""
+    ours, theirs = source.assets, candidate.assets
+    return [
+        *_template(source, candidate, sides),
+        *_rules(ours, theirs, sides),
+        *_lost_json(source, candidate, sides),
+        *_json_files(ours, theirs, sides, "gguf" in (source.format, candidate.format)),
+        *_stops(ours, theirs, sides),
+    ]
 
 
 def chat_template(assets: Assets) -> str | None:
@@ -37,13 +42,31 @@ def chat_template(assets: Assets) -> str | None:
     return None
 
 
-def _template(ours: Assets, theirs: Assets, sides: Sides) -> list[Finding]:
-    mine, its = chat_template(ours), chat_template(theirs)
+def _template(source: Checkpoint, candidate: Checkpoint, sides: Sides) -> list[Finding]:
+    mine, its = chat_template(source.assets), chat_template(candidate.assets)
     if mine is None or mine == its:
         return []
     if its is None:
-        return [Finding(GATE, "warning", "chat_template", f"the {sides[0]}'s chat template is not in the {sides[1]}")]
+        severity: Severity = "error" if holds_tokenizer(candidate) and _has_tokenizer(candidate) else "warning"
+        return [Finding(GATE, severity, "chat_template", f"the {sides[0]}'s chat template is not in the {sides[1]}")]
     return [Finding(GATE, "error", "chat_template", "the chat templates differ")]
+
+
+def _has_tokenizer(checkpoint: Checkpoint) -> bool:
+    return "tokenizer.model" in checkpoint.assets or _JSON in checkpoint.assets
+
+
+def _lost_json(source: Checkpoint, candidate: Checkpoint, sides: Sides) -> list[Finding]:
+    """tokenizer.json that transformers would load, gone from a folder that has a place for it."""
+    if _JSON not in source.assets or _JSON in candidate.assets or not holds_tokenizer(candidate):
+        return []
+    if "tokenizer.model" in candidate.assets:
+        said = f"the {sides[0]}'s {_JSON} is not in the {sides[1]}: transformers must make it of tokenizer.model, for which it needs protobuf"
+    elif "tokenizer.model" not in source.assets:
+        said = f"the {sides[0]}'s {_JSON}, its only tokenizer, is not in the {sides[1]}"
+    else:
+        return []  # the whole tokenizer is lost: the gate's own finding
+    return [Finding(GATE, "warning", _JSON, said)]
 
 
 def _rules(ours: Assets, theirs: Assets, sides: Sides) -> list[Finding]:
@@ -67,8 +90,8 @@ def _rules(ours: Assets, theirs: Assets, sides: Sides) -> list[Finding]:
     return findings
 
 
-def _json_files(ours: Assets, theirs: Assets, sides: Sides) -> list[Finding]:
-    """tokenizer.json where both sides carry it: the same vocabulary, merges, added tokens and steps."""
+def _json_files(ours: Assets, theirs: Assets, sides: Sides, derived: bool) -> list[Finding]:
+    """tokenizer.json where both sides carry it."""
     if _JSON not in theirs:
         return []
     right = _object(theirs, _JSON)
@@ -80,38 +103,8 @@ def _json_files(ours: Assets, theirs: Assets, sides: Sides) -> list[Finding]:
         return [Finding(GATE, "error", _JSON, f"the {sides[0]}'s {_JSON} is not a JSON object")]
     if not right:
         return broken
-    model, other = (each.get("model") if isinstance(each.get("model"), dict) else {} for each in (left, right))
-    findings = []
-    if model.get("vocab") != other.get("vocab"):
-        findings.append(f"the vocabularies of {_JSON} differ")
-    if _merges(model) != _merges(other):
-        findings.append(f"the merges of {_JSON} differ")
-    mine, its = (
-        {each["id"]: each.get("content") for each in _list(side, "added_tokens") if isinstance(each.get("id"), int)}
-        for side in (left, right)
-    )
-    if any(mine[token] != its[token] for token in mine.keys() & its.keys()):
-        findings.append(f"the added tokens of {_JSON} differ")
-    mine, its = _put_around(left), _put_around(right)
-    wrong = [Finding(GATE, "error", _JSON, said) for said in findings]
-    if mine != its and mine:
-        said = f"{_JSON} puts {' and '.join(mine)} around a text, in the {sides[1]} {' and '.join(its) or 'nothing'}"
-        wrong.append(Finding(GATE, "error", "add_bos_token" if mine[0] not in its else _JSON, said))
-    if mine != its and not mine:
-        wrong.append(Finding(GATE, "warning", _JSON, f"in the {sides[1]}, {_JSON} puts {' and '.join(its)} around a text"))
-    steps = [step for step in _STEPS if step in left and step in right and left[step] != right[step]]
-    return wrong + [Finding(GATE, "warning", _JSON, f"the {step} of {_JSON} is written otherwise") for step in steps]
-
-
-def _put_around(content: dict[str, Any]) -> tuple[str, ...]:
-    """The special tokens that tokenizer.json puts before and behind a text."""
-    processor = content.get("post_processor")
-    found = _list(processor, "processors") if isinstance(processor, dict) else []
-    for each in [processor, *found] if isinstance(processor, dict) else []:
-        tokens = [part["SpecialToken"].get("id") for part in _list(each, "single") if isinstance(part.get("SpecialToken"), dict)]
-        if tokens:
-            return tuple(map(str, tokens))
-    return ()
+    adds_bos = _object(ours, "tokenizer_config.json").get("add_bos_token") is True
+    return compare_json(left, right, sides, adds_bos=adds_bos, derived=derived)
 
 
 def _stops(ours: Assets, theirs: Assets, sides: Sides) -> list[Finding]:
@@ -140,19 +133,6 @@ def _added(content: dict[str, Any]) -> dict[int, str | None]:
     if not isinstance(added, dict):
         return {}
     return {int(token): _text(entry) for token, entry in added.items() if token.isascii() and token.isdigit() and len(token) < 10}
-
-
-def _merges(model: dict[str, Any]) -> list[tuple[Any, ...]]:
-    """Merges as pairs, whether written "a b" or ["a", "b"]."""
-    merges = model.get("merges")
-    if not isinstance(merges, list):
-        return []
-    return [tuple(each.split(" ", 1)) if isinstance(each, str) else tuple(each) if isinstance(each, list) else (each,) for each in merges]
-
-
-def _list(content: dict[str, Any], name: str) -> list[dict[str, Any]]:
-    found = content.get(name)
-    return [each for each in found if isinstance(each, dict)] if isinstance(found, list) else []
 
 
 def _object(assets: Assets, name: str) -> dict[str, Any]:
