@@ -298,3 +298,21 @@ def one_value_is_nan(v: Victim) -> None:
 @fault("damage.nonfinite", forms=("memory",), paired=False)
 def one_value_is_infinite(v: Victim) -> None:
     v.arrays[v.name("embed")][17, 3] = -np.inf
+
+
+@fault("weights.all-differ", paired=False)
+def trained_further(v: Victim) -> None:
+    generator = np.random.default_rng(15)
+    v.change(
+        [name for name in v.arrays if "proj" in name],
+        lambda w: w + np.float32(0.02 * w.std()) * generator.standard_normal(w.shape).astype(np.float32),
+    )
+
+
+@fault("weights.all-differ", paired=False)
+def each_weight_a_little_off(v: Victim) -> None:
+    generator = np.random.default_rng(16)
+    v.change(
+        [name for name in v.arrays if "proj" in name],
+        lambda w: w * (1 + np.float32(0.02) * generator.standard_normal(w.shape).astype(np.float32)),
+    )

@@ -83,6 +83,8 @@ CATALOGUE: Mapping[str, str] = {
     "quant.twice": "quantized before it was quantized, or before it was called the original",
     "quant.lossy": "more lost than the type loses",
     "quant.not-quantizable": "a quantized norm",
+    # Another model
+    "weights.all-differ": "all matrices a little off without a pattern, as after further training",
     # Damage
     "damage.bit-flip": "flipped bits",
     "damage.hole": "a run of zeros that the source has not",

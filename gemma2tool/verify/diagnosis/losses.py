@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from hashlib import blake2b
 
 import numpy as np
@@ -10,8 +11,8 @@ from gemma2tool.model.lazy import row_ranges
 from gemma2tool.verify.bounds import BOUNDS
 from gemma2tool.verify.diagnosis.fit import is_float
 from gemma2tool.verify.diagnosis.honest import quantized_once
-from gemma2tool.verify.diagnosis.names import EMBEDDINGS, place
-from gemma2tool.verify.diagnosis.portion import Portion, rms
+from gemma2tool.verify.diagnosis.names import EMBEDDINGS, MATRICES, place
+from gemma2tool.verify.diagnosis.portion import Portion, portion, rms
 from gemma2tool.verify.diagnosis.scales import Pattern
 from gemma2tool.verify.diagnosis.search import Case
 
@@ -19,6 +20,10 @@ _BLOCK = 32
 _READ_BYTES = 8 << 20
 _MORE = 1.2  # times the error of quantizing once; two roundings to like steps give 1.4
 _ON, _OFF = 0.1, 0.2  # RMS distance from a grid, in steps; 0.29 by chance
+_MOST = 0.8  # of all matrices, from which on it is the model that is another
+_LITTLE, _ALIKE = 0.3, 4.0  # RMSE / RMS of weights trained further, at most; and how far apart those of two matrices may be
+_APART = 0.15  # correlation of what was added with what was there
+_CHANGED = 0.5  # share of values that training moves, in steps of half precision
 _FINE = 0.06  # RMSE / RMS up to which a type has so many levels that 16 of them must be another's
 
 
@@ -119,6 +124,33 @@ def unrelated(here: Portion) -> Pattern | None:
         )
         return Pattern("damage.random", said, {"correlation": here.correlation, "rms": size})
     return None
+
+
+def all_differ(case: Case, names: Sequence[str]) -> dict[str, Pattern]:
+    """Of matrices that nothing explains, and that are nearly all there are: whether they are a little off, each about as much, in
+    no way that has to do with the values. Only float types; what quantized ones lose looks alike."""
+    matrices = [name for name in case.candidate if place(name).kind in MATRICES and is_float(case.candidate[name])]
+    asked = [name for name in names if name in matrices]
+    if len(asked) < max(_MOST * len(matrices), 2):
+        return {}
+    off: dict[str, float] = {}
+    for name in asked:
+        here = portion(case, name)
+        if here is None or not here.limit < here.error <= _LITTLE:
+            continue
+        apart = (here.candidate - here.source).astype(np.float64)
+        along = float(np.mean(apart * here.source)) / max(rms(apart) * rms(here.source), 1e-300)
+        if abs(along) < _APART and np.count_nonzero(apart) > _CHANGED * apart.size:
+            off[name] = here.error
+    if len(off) < max(_MOST * len(matrices), 2) or max(off.values()) > _ALIKE * min(off.values()):
+        return {}
+    middle = float(np.median(list(off.values())))
+    said = (
+        f"{{what}} {{have}} other weights: each of these {len(off)} matrices differs by about {100 * middle:.2g} % of its size, without a"
+        " pattern, as after further training (or a rounding through a coarser type); converting alone does not do that"
+    )
+    pattern = Pattern("weights.all-differ", said, {"matrices": len(off), "median": middle, "largest": max(off.values())})
+    return dict.fromkeys(off, pattern)
 
 
 def lossy(here: Portion, stored: str) -> Pattern | None:

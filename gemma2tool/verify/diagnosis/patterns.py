@@ -40,6 +40,7 @@ def causes_of_patterns(case: Case, names: Sequence[str]) -> list[Cause]:
         pattern = here and (losses.permuted(case, name) or losses.unrelated(here) or losses.lossy(here, case.candidate[name].stored))
         if pattern is not None:
             found[name] = pattern
+    found |= losses.all_differ(case, [name for name in left if name not in found and name not in told])
     return causes + _aggregated(case, {name: each for name, each in found.items() if name not in told})
 
 
