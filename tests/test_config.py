@@ -179,6 +179,7 @@ def test_contradictions_name_both_fields(changes, named):
         ("layer_types", "sliding_attention"),
         ("eos_token_id", [1, "107"]),
         ("eos_token_id", []),
+        ("eos_token_id", list(range(65))),
         ("pad_token_id", 0.5),
         ("attention_dropout", 1.5),
         ("tie_word_embeddings", "yes"),
@@ -222,6 +223,7 @@ def test_a_list_is_not_a_config():
         ("27b", {"rope_theta": 160000.0}, "rope_theta is 160000.0; the released 27b has 10000.0"),
         ("2b", {"sliding_window": 32768}, "sliding_window"),
         ("2b", {"eos_token_id": (1, 300000)}, "300000 lies outside"),
+        ("2b", {"eos_token_id": (1, 300000, 300001)}, "300000, 300001 lie outside"),
         ("2b", {"num_attention_heads": 10, "num_key_value_heads": 5}, "query_pre_attn_scalar|not a multiple"),
     ],
 )
@@ -316,3 +318,9 @@ def test_agrees_with_transformers_both_ways(fields, extra):
     back = transformers.Gemma2Config(**Gemma2Config(**fields).to_hf())
     for name in fields:
         assert getattr(back, name) == getattr(transformers.Gemma2Config(**fields), name)
+
+
+def test_a_list_of_many_ids_is_refused_in_one_short_line():
+    with pytest.raises(InputRefused) as caught:
+        Gemma2Config(eos_token_id=list(range(100_000)))
+    assert caught.value.id == "config.value" and "at most 64" in caught.value.message and len(caught.value.message) < 300

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 
 import pytest
@@ -10,6 +11,7 @@ from hostile import assert_refused
 
 from gemma2tool.formats import sentencepiece
 from gemma2tool.formats.sentencepiece import Piece
+from gemma2tool.formats.tokenizer_files import MAX_ADDED, TokenizerFiles
 from gemma2tool.formats.tokenizer_json import MAX_MERGED, merges
 from gemma2tool.storage import tokenizer_model
 
@@ -44,3 +46,19 @@ def test_long_pieces_are_not_cut_in_every_way() -> None:
     long = [Piece("ab" * 100_000), Piece("a" * (MAX_MERGED + 1)), Piece("a" * MAX_MERGED), Piece("a" * (MAX_MERGED - 1)), Piece("a")]
     assert merges(long) == [("a" * (MAX_MERGED - 1), "a"), ("a", "a" * (MAX_MERGED - 1))][::-1]
     assert time.process_time() - began < 1
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "added"),
+    [
+        ("tokenizer.json", "added_tokens", [{"id": id, "content": str(id)} for id in range(MAX_ADDED + 1)]),
+        ("tokenizer_config.json", "added_tokens_decoder", {str(id): {"content": str(id)} for id in range(MAX_ADDED + 1)}),
+        ("added_tokens.json", None, {str(id): id for id in range(MAX_ADDED + 1)}),
+    ],
+)
+def test_added_tokens_are_few(name: str, field: str | None, added: list | dict) -> None:
+    def files(added: list | dict) -> TokenizerFiles:
+        return TokenizerFiles.of({name: json.dumps(added if field is None else {field: added}).encode()})
+
+    assert_refused(lambda: files(added), "tokenizer.too-many-added")
+    files(added[1:] if isinstance(added, list) else dict(list(added.items())[1:]))

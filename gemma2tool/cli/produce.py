@@ -247,13 +247,16 @@ def _destinations(dst: Path, to: str | None, types: str | None) -> list[tuple[Pa
 
 
 def _check_dtype(dtype: str | None, target: str) -> None:
-    allowed = GGUF_DTYPES if target == "gguf" else FLOAT_DTYPES + ("auto",)
-    if dtype is not None and dtype not in allowed:
-        raise UsageError(
-            "option.dtype",
-            f"--dtype {dtype} is not a stored type of {target}",
-            hint=f"choose one of {', '.join(allowed)}",
-        )
+    from gemma2tool.formats import registry
+
+    floats = next(each.floats for each in registry.LISTINGS if each.name == target)
+    allowed = GGUF_DTYPES if target == "gguf" else (*floats, "auto")
+    if dtype is None or dtype in allowed:
+        return
+    hint = f"choose one of {', '.join(allowed)}"
+    if target == "gemma-cpp" and dtype == "sfp":
+        hint += "; sfp is a quantization: 'gemma2tool quantize --type sfp'"
+    raise UsageError("option.dtype", f"--dtype {dtype} is not a stored type of {target}", hint=hint)
 
 
 GGUF_OPTIONS = (

@@ -35,6 +35,7 @@ NUMPY_DTYPES: dict[str, np.dtype] = {
 """safetensors' names of types to numpy's."""
 
 MAX_INDEX_BYTES = 64 << 20
+MAX_INDEXED = 20_000
 
 
 class FileTensor(LazyTensor):
@@ -108,11 +109,17 @@ def open_torch(tree: Mapping[str, object], path: Path, closers: list[Callable[[]
 
 def indexed_files(index: Path) -> tuple[list[Path], dict[str, str]]:
     """The shards that a ``*.index.json`` names, in the order of their names, and its weight_map."""
-    content = strict_json.load(staying(index), what=index.name, max_bytes=MAX_INDEX_BYTES)
+    content = strict_json.load(staying(index), what=index.name, max_bytes=MAX_INDEX_BYTES, max_values=2 * MAX_INDEXED)
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
         raise InputRefused(
             "index.weight-map", f"{index.name}: no weight_map from tensor names to files", hint="fetch the index again"
+        )
+    if len(weight_map) > MAX_INDEXED:
+        raise InputRefused(
+            "index.too-many-tensors",
+            f"{index.name}: names {len(weight_map)} tensors; at most {MAX_INDEXED} are accepted",
+            hint="fetch the index again",
         )
     files = [confined(index.parent, shard, what="shard") for shard in sorted(set(weight_map.values()))]
     return files, weight_map

@@ -11,6 +11,8 @@ from gemma2tool.formats import sentencepiece
 from gemma2tool.storage import strict_json
 
 MAX_JSON_BYTES = 64 << 20
+MAX_ADDED = 1 << 14
+"""Tokens beside the vocabulary's own; Gemma has some two hundred."""
 
 
 @dataclass
@@ -41,13 +43,26 @@ class TokenizerFiles:
             template = assets["chat_template.jinja"].decode("utf-8", "replace")
         elif (content := parsed("chat_template.json")) is not None:
             template = content.get("chat_template")
-        return cls(
+        files = cls(
             model,
             parsed("tokenizer.json"),
             parsed("tokenizer_config.json"),
             parsed("added_tokens.json"),
             parsed("special_tokens_map.json"),
             template,
+        )
+        _check_added("tokenizer.json", (files.json or {}).get("added_tokens"))
+        _check_added("tokenizer_config.json", (files.config or {}).get("added_tokens_decoder"))
+        _check_added("added_tokens.json", files.added)
+        return files
+
+
+def _check_added(name: str, added: object) -> None:
+    if isinstance(added, (list, Mapping)) and len(added) > MAX_ADDED:
+        raise InputRefused(
+            "tokenizer.too-many-added",
+            f"{name}: {len(added)} added tokens; at most {MAX_ADDED} are accepted",
+            hint="fetch the tokenizer again",
         )
 
 

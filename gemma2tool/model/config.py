@@ -186,9 +186,11 @@ class Gemma2Config:
                 " transformers 5 refuses such a config"
             )
         for name, ids in (("pad", self.pad_token_id), ("bos", self.bos_token_id), ("eos", self.eos_token_ids)):
-            for token in ids if isinstance(ids, tuple) else () if ids is None else (ids,):
-                if not 0 <= token < self.vocab_size:
-                    found.append(f"{name}_token_id {token} lies outside the vocabulary of {self.vocab_size}")
+            ids = ids if isinstance(ids, tuple) else () if ids is None else (ids,)
+            outside = [str(token) for token in ids if not 0 <= token < self.vocab_size]
+            if outside:
+                lie = "lies" if len(outside) == 1 else "lie"
+                found.append(f"{name}_token_id {', '.join(outside)} {lie} outside the vocabulary of {self.vocab_size}")
         return tuple(found)
 
     def _normalize(self) -> None:

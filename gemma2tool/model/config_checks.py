@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from gemma2tool.errors import InputRefused
 from gemma2tool.model.config_hf import contradiction
+from gemma2tool.storage.quoting import quoted
 
 if TYPE_CHECKING:
     from gemma2tool.model.config import Gemma2Config
@@ -62,6 +63,7 @@ _LARGEST = {
     "max_position_embeddings": 1 << 53,
 }
 _MAX_ATTENTION_WIDTH = 1 << 22
+_MAX_EOS = 64
 
 
 def check_values(config: Gemma2Config) -> None:
@@ -95,8 +97,9 @@ def check_values(config: Gemma2Config) -> None:
         value = getattr(config, name)
         _require(value is None or _is_id(value), name, value, "a 32-bit integer or null")
     eos = config.eos_token_id
-    several = isinstance(eos, (list, tuple)) and len(eos) > 0 and all(map(_is_id, eos))
-    _require(eos is None or _is_id(eos) or several, "eos_token_id", eos, "a 32-bit integer, a list of them, or null")
+    several = isinstance(eos, (list, tuple)) and 0 < len(eos) <= _MAX_EOS and all(map(_is_id, eos))
+    expected = f"a 32-bit integer, a list of at most {_MAX_EOS} of them, or null"
+    _require(eos is None or _is_id(eos) or several, "eos_token_id", eos, expected)
     activation, problem = config.hidden_activation, config.problem_type
     _require(activation in ACTIVATIONS, "hidden_activation", activation, f"one of {ACTIVATIONS}")
     _require(problem in (None, *PROBLEM_TYPES), "problem_type", problem, f"one of {PROBLEM_TYPES}")
@@ -158,4 +161,4 @@ def _is_number(value: Any) -> bool:
 
 def _require(holds: bool, name: str, value: Any, expected: str) -> None:
     if not holds:
-        raise InputRefused("config.value", f"config: {name} is {value!r}; it must be {expected}")
+        raise InputRefused("config.value", f"config: {name} is {quoted(value)}; it must be {expected}")

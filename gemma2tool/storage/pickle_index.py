@@ -16,6 +16,8 @@ from gemma2tool.errors import InputRefused
 from gemma2tool.storage.quoting import quoted
 
 MAX_STEPS = 1_000_000  # 20,000 tensors take about 750,000
+FREE_STEPS = 150_000  # for what is no tensor
+STEPS_PER_TENSOR = 60
 MAX_STACK = 200_000
 MAX_INT_BYTES = 16
 
@@ -79,6 +81,7 @@ class _Interpreter:
         self.at = 0
         self.stack: list[Any] = []
         self.memo: dict[int, Any] = {}
+        self.steps = FREE_STEPS  # that are allowed
 
     def refuse(self, kind: str, message: str) -> NoReturn:
         raise InputRefused(
@@ -91,8 +94,9 @@ class _Interpreter:
         if self.data[:2] != b"\x80\x02":
             self.refuse("protocol", "is not a pickle of protocol 2, which torch.save writes")
         self.at = 2
-        actions, data = _ACTIONS, self.data
-        for _ in range(MAX_STEPS):
+        actions, data, done = _ACTIONS, self.data, 0
+        while done < self.steps:
+            done += 1
             if self.at >= len(data):
                 self.refuse("truncated", "the pickle ends early")
             opcode = data[self.at]
@@ -107,7 +111,7 @@ class _Interpreter:
             action(self)
             if len(self.stack) > MAX_STACK:
                 self.refuse("too-large", f"the pickle stacks more than {MAX_STACK} objects")
-        self.refuse("too-large", f"the pickle takes more than {MAX_STEPS} steps")
+        self.refuse("too-large", f"the pickle takes more than {self.steps} steps, too many for its tensors")
 
     def take(self, count: int) -> bytes:
         end = self.at + count
@@ -245,6 +249,7 @@ def _tensor(
         self.refuse("tensor", f"a tensor has the shape {quoted(shape)}, stride {quoted(stride)} and offset {quoted(offset)}")
     if hooks or any(rest):
         self.refuse("tensor", "a tensor carries hooks or flags (conjugate, negative)")
+    self.steps = min(self.steps + STEPS_PER_TENSOR, MAX_STEPS)
     return TensorRef(storage, dtype, offset, shape, stride)
 
 

@@ -9,7 +9,10 @@ def quoted(text: object, limit: int = 120) -> str:
     """``repr`` of ``text``, which escapes control characters and newlines, with the middle cut out beyond ``limit`` characters."""
     if isinstance(text, (str, bytes)) and len(text) > 2 * limit:
         text = text[:limit] + text[-limit:]
-    shown = ascii(text) if not isinstance(text, str) or not text.isprintable() else repr(text)
+    try:
+        shown = repr(text) if isinstance(text, str) and text.isprintable() else ascii(text)
+    except RecursionError:
+        shown = f"a {type(text).__name__} that nests too deeply to be shown"
     if len(shown) <= limit:
         return shown
     return f"{shown[: limit - 20]}...{shown[-16:]}"
