@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
+import typing
 from pathlib import Path
 
 import ml_dtypes
@@ -13,6 +15,7 @@ from packing_support import NAME, encoded, spec
 from test_cli import assert_refused, run
 from tests_support import SMALL, random_checkpoint, write_checkpoint
 
+from gemma2tool.cli.quantize import quantize
 from gemma2tool.errors import UsageError
 from gemma2tool.formats import packings, registry
 from gemma2tool.formats.packings import Settings
@@ -111,7 +114,11 @@ def test_types_without_groups_say_so(source: Path, tmp_path: Path, kind: str) ->
         (("--type", "w4a16", "--double-quant"), "double quantization"),
         (("--type", "nf4", "--skip", "layers.7"), "layers.7"),
         (("--type", "nf4", "--only", "mlp.*gate", "--only", "experts"), "experts"),
-        (("--type", "nf4", "--skip", "("), "regular expression"),
+        (("--type", "nf4", "--skip", "("), "put a backslash"),
+        (("--type", "nf4", "--skip", ""), "--skip '' matches every tensor"),
+        (("--type", "nf4", "--only", "mlp", "--only", ""), "--only '' matches every tensor"),
+        (("--type", "nf4", "--gptq-format", "gptq"), "--gptq-format means nothing for nf4"),
+        (("--type", "nf4", "--gptq-format", "gptq"), "it is for gptq-4 and gptq-8"),
         (("--type", "nf4", "--only", "embed_tokens"), "nothing would be quantized"),
         (("--type", "nf4", "--skip", "proj"), "nothing would be quantized"),
         (("--type", "mlx-4", "--to", "hf"), "mlx-4"),
@@ -123,9 +130,42 @@ def test_what_is_refused(source: Path, tmp_path: Path, words: tuple, said: str) 
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("words", [("--group-size", 64), ("--asym",), ("--sym",), ("--skip", "mlp"), ("--only", "mlp"), ("--gptq-format", "gptq")])
-def test_gguf_has_options_of_its_own(source: Path, tmp_path: Path, words: tuple) -> None:
-    assert_refused(run("quantize", source, tmp_path / "x.gguf", "--type", "q8_0", *words), 2, "means nothing for gguf")
+@pytest.mark.parametrize(
+    ("words", "types"),
+    [
+        (("--group-size", 64), "awq-4, gptq-4, gptq-8, mlx-4, mlx-8, w4a16, w4a16-asym and w8a16"),
+        (("--asym",), "gptq-4 and gptq-8"),
+        (("--sym",), "gptq-4 and gptq-8"),
+        (("--gptq-format", "gptq"), "gptq-4 and gptq-8"),
+        (("--double-quant",), "nf4 and fp4"),
+        (("--skip", "mlp"), "all types"),
+        (("--only", "mlp"), "all types"),
+    ],
+)
+def test_gguf_has_options_of_its_own(source: Path, tmp_path: Path, words: tuple, types: str) -> None:
+    """The hint names the types that take the option, and they do take it."""
+    result = run("quantize", source, tmp_path / "x.gguf", "--type", "q8_0", *words)
+    assert_refused(result, 2, "means nothing for gguf", f"it is for {types} of quantized folders")
+    if types != "all types":
+        for kind in types.replace(" and ", ", ").split(", "):
+            assert run("quantize", source, tmp_path / "out", "--type", kind, *words, "--dry-run", "--quiet").exit_code == 0
+
+
+def test_a_pattern_for_tensors_of_a_gguf_that_is_none(source: Path, tmp_path: Path) -> None:
+    result = run("quantize", source, tmp_path / "x.gguf", "--type", "q8_0", "--tensor-type", "(=q4_0", "--dry-run")
+    assert_refused(result, 2, "'(' is not a regular expression", "put a backslash")
+
+
+def test_help_names_the_types_that_take_an_option() -> None:
+    from gemma2tool.cli.calibration import CalibrationOptions
+    from gemma2tool.pipeline import calibrate
+
+    told = typing.get_type_hints(CalibrationOptions, include_extras=True)["calibration"].__metadata__[0].help
+    assert all(re.search(rf"(?<![\w-]){kind}(?![\w-])", told) for kind in calibrate.TYPES)
+    told = typing.get_type_hints(quantize, include_extras=True)["group_size"].__metadata__[0].help
+    assert all(kind in told for kind in GROUP_SIZES if kind.startswith("w"))
+    whole = {kind for kind, sizes in GROUP_SIZES.items() if -1 in sizes}
+    assert "all but MLX also -1" in told and whole == {kind for kind in GROUP_SIZES if not kind.startswith("mlx-")}
 
 
 @pytest.mark.parametrize("kind", packings.TYPES)

@@ -12,6 +12,7 @@ from gemma2tool.errors import UsageError
 
 _NOT_FOR = {"act_order": ("awq-", "w4a16"), "damping": ("awq-",)}
 """How the names of types begin that an option does nothing for."""
+_FOR = {"act_order": "gptq-4 and gptq-8", "damping": "gptq-4, gptq-8, w4a16 and w4a16-asym"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +24,7 @@ class CalibrationOptions:
         typer.Option(
             "--calibration",
             metavar="FILE",
-            help="gptq-4, gptq-8, w4a16 (GPTQ), awq-4 (AWQ): choose codes by what the model does with this text (UTF-8), "
+            help="gptq-4, gptq-8, w4a16, w4a16-asym (by GPTQ), awq-4 (by AWQ): choose codes by what the model does with this text (UTF-8), "
             "or token ids (.npy).",
         ),
     ] = None
@@ -62,11 +63,11 @@ class CalibrationOptions:
         given = {name: value for name, value in asdict(self).items() if value not in (None, False)}
         for name in given:
             if "calibration" not in given:
-                raise UsageError("option.ignored", f"{_flag(name)} means nothing without --calibration")
+                raise UsageError("option.ignored", f"{_flag(name)} means nothing without --calibration", hint="give a text with --calibration")
             for each in types.split(","):
                 if each.strip().startswith(_NOT_FOR.get(name, ())):
                     raise UsageError(
-                        "option.ignored", f"{_flag(name)} means nothing for {each}", hint="it is for gptq-4 and gptq-8"
+                        "option.ignored", f"{_flag(name)} means nothing for {each}", hint=f"it is for {_FOR[name]}"
                     )
         return given
 

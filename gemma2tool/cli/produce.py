@@ -278,6 +278,7 @@ FOLDER_OPTIONS = ("double_quant", "group_size", "symmetric", "gptq_format", "ski
 def _check_type(name: str | None, target: str, extra: Mapping[str, object]) -> None:
     """Refuse a type that belongs elsewhere, and options that the target would ignore."""
     from gemma2tool.formats import packings
+    from gemma2tool.formats.packings.settings import TYPES_WITH, listed_types
     from gemma2tool.quantizers.mixtures import FILE_TYPES
 
     if target != "gguf" and name in FLOAT_DTYPES:
@@ -298,10 +299,9 @@ def _check_type(name: str | None, target: str, extra: Mapping[str, object]) -> N
         given = extra.get(option)
         if given or (option == "symmetric" and given is not None):
             flag = "--sym/--asym" if option == "symmetric" else "--" + option.replace("_", "-")
+            takers = listed_types(option) if option in TYPES_WITH else "all types"
             raise UsageError(
-                "option.ignored",
-                f"{flag} means nothing for {target}",
-                hint="it is for types of quantized folders, such as nf4",
+                "option.ignored", f"{flag} means nothing for {target}", hint=f"it is for {takers} of quantized folders"
             )
 
 

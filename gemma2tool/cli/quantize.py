@@ -38,7 +38,8 @@ def quantize(
         typer.Option(
             "--group-size",
             metavar="N",
-            help="GPTQ, AWQ, MLX, w4a16, w8a16: columns that share a scale: 32, 64, 128, or -1 for a whole row.",
+            help="GPTQ, AWQ, MLX, w4a16, w4a16-asym, w8a16: columns that share a scale: 32, 64 or 128; "
+            "for all but MLX also -1, a whole row.",
         ),
     ] = None,
     symmetric: Annotated[

@@ -186,6 +186,7 @@ _ROWS = (
 
 FILE_TYPES: Mapping[str, FileType] = {row.name: row for row in _ROWS}
 ALIASES = {"q3_k": "q3_k_m", "q4_k": "q4_k_m", "q5_k": "q5_k_m"}
+REGEX_HINT = r"put a backslash before (, [, * and other characters that mean something in one: '\('"
 COPY = "copy"
 FLOATS = ("f32", "f16", "bf16")
 
@@ -320,7 +321,7 @@ def _compiled(patterns: Sequence[tuple[str, str]], blocks: Mapping[str, int]) ->
         try:
             result.append((re.compile(text), type))
         except re.error as error:
-            raise UsageError("quantize.pattern", f"{text!r} is not a regular expression: {error}") from None
+            raise UsageError("quantize.pattern", f"{text!r} is not a regular expression: {error}", hint=REGEX_HINT) from None
     return result
 
 

@@ -10,6 +10,7 @@ from types import MappingProxyType
 from gemma2tool.errors import UsageError
 from gemma2tool.model.tensors import TensorSpec
 from gemma2tool.quantizers.gptq import CHECKPOINT_FORMATS
+from gemma2tool.quantizers.mixtures import REGEX_HINT
 from gemma2tool.storage.quoting import quoted
 
 WHOLE_ROW = -1
@@ -23,6 +24,16 @@ GROUP_SIZES: Mapping[str, tuple[int, ...]] = MappingProxyType(
     }
 )
 """The group sizes that each type's consumers have kernels for; types that are not listed have no groups to choose."""
+
+TYPES_WITH: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "double_quant": ("nf4", "fp4"),
+        "group_size": tuple(sorted(GROUP_SIZES)),
+        "symmetric": ("gptq-4", "gptq-8"),
+        "gptq_format": ("gptq-4", "gptq-8"),
+    }
+)
+"""The types that take an option of ``Settings.of``; the others, ``skip`` and ``only``, are for all."""
 
 TIED_HEAD = "lm_head.weight"
 # Serving engines run these as one matrix, which is quantized whole or not at all.
@@ -54,7 +65,7 @@ class Settings:
     only: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.double_quant and self.type not in ("nf4", "fp4"):
+        if self.double_quant and self.type not in TYPES_WITH["double_quant"]:
             raise UsageError(
                 "quantize.double-quant", f"{self.type} has no double quantization", hint="use nf4 or fp4, or leave it out"
             )
@@ -64,18 +75,29 @@ class Settings:
             raise UsageError(
                 "quantize.group-size",
                 f"{self.type} has no groups of {self.group_size} columns" if allowed else f"{self.type} has no group size",
-                hint=f"choose one of {listed}" if allowed else f"types with one are {', '.join(sorted(GROUP_SIZES))}",
+                hint=f"choose one of {listed}" if allowed else f"types with one are {listed_types('group_size')}",
             )
-        if not self.type.startswith("gptq-"):
-            for value, what in ((self.symmetric, "--sym and --asym"), (self.checkpoint_format, "--gptq-format")):
-                if value is not None:
-                    raise UsageError("option.ignored", f"{what} mean nothing for {self.type}", hint="they are for gptq-4 and gptq-8")
+        for option, value, said, hint in (
+            ("symmetric", self.symmetric, "--sym and --asym mean", "they are"),
+            ("gptq_format", self.checkpoint_format, "--gptq-format means", "it is"),
+        ):
+            if value is not None and self.type not in TYPES_WITH[option]:
+                raise UsageError(
+                    "option.ignored", f"{said} nothing for {self.type}", hint=f"{hint} for {listed_types(option)}"
+                )
         if self.checkpoint_format not in (None, *CHECKPOINT_FORMATS):
             raise UsageError(
                 "quantize.gptq-format",
                 f"GPTQ has no checkpoint format {quoted(self.checkpoint_format)}",
                 hint=f"choose one of {', '.join(CHECKPOINT_FORMATS)}",
             )
+        for option, patterns in (("--skip", self.skip), ("--only", self.only)):
+            if "" in patterns:
+                raise UsageError(
+                    "quantize.pattern",
+                    f"{option} '' matches every tensor",
+                    hint=f"was a variable meant that is not set? leave {option} out, or name tensors: mlp, layers.0",
+                )
 
     @classmethod
     def of(cls, type_name: str, extra: Mapping[str, object]) -> Settings:
@@ -94,6 +116,12 @@ class Settings:
     def groups(self, default: int) -> int:
         """The group size, ``default`` where the user chose none; -1 for a whole row."""
         return default if self.group_size is None else self.group_size
+
+
+def listed_types(option: str) -> str:
+    """The types that take an option of ``TYPES_WITH``, for a hint: "gptq-4 and gptq-8"."""
+    *others, last = TYPES_WITH[option]
+    return f"{', '.join(others)} and {last}"
 
 
 def kept_by_choice(specs: Mapping[str, TensorSpec], settings: Settings) -> set[str]:
@@ -148,7 +176,7 @@ def _compiled(patterns: Sequence[str]) -> list[re.Pattern[str]]:
         try:
             found.append(re.compile(text))
         except re.error as error:
-            raise UsageError("quantize.pattern", f"{text!r} is not a regular expression: {error}") from None
+            raise UsageError("quantize.pattern", f"{text!r} is not a regular expression: {error}", hint=REGEX_HINT) from None
     return found
 
 
