@@ -158,21 +158,17 @@ def _others(tokens: list[int]) -> str:
 
 
 def _steps(left: dict[str, Any], right: dict[str, Any], sides: Sides) -> Iterator[Finding]:
-    mine, its = _normal_steps(left), _normal_steps(right)
+    mine, its = ({part: _flat(each.get(part), inner) for part, inner in _PARTS.items()} for each in (left, right))
+    if _leaves_no_space(mine["normalizer"]) and _leaves_no_space(its["normalizer"]):
+        for steps in (mine, its):  # nothing is left that a cut at spaces could find
+            steps["pre_tokenizer"] = [
+                step for step in steps["pre_tokenizer"] if (step.get("type"), step.get("pattern")) != ("Split", {"String": " "})
+            ]
     for part in _PARTS:
         if mine[part] != its[part]:
             ours, theirs = (" then ".join(str(step.get("type")) for step in each[part]) or "none" for each in (mine, its))
             told = f"{ours}, in the {sides[1]} {theirs}" if ours != theirs else f"{ours}, with other settings"
             yield _error(f"the {part} of {NAME} differs: {told}", part)
-
-
-def _normal_steps(content: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    steps = {part: _flat(content.get(part), inner) for part, inner in _PARTS.items()}
-    if _leaves_no_space(steps["normalizer"]):  # nothing is left that a cut at spaces could find
-        steps["pre_tokenizer"] = [
-            step for step in steps["pre_tokenizer"] if (step.get("type"), step.get("pattern")) != ("Split", {"String": " "})
-        ]
-    return steps
 
 
 def _flat(step: Any, inner: str) -> list[dict[str, Any]]:
