@@ -101,6 +101,14 @@ class TestNotOurs:
         assert stranger
 
 
+def test_a_stranger_where_the_receipt_would_be_staged_is_told_before_the_work(tmp_path: Path) -> None:
+    _put(tmp_path / ".out.receipt.json.gemma2tool-staging" / "thesis")
+    before = _state(tmp_path)
+    with pytest.raises(ResourceError, match="thesis"):
+        receipts.check_place(tmp_path / "out")
+    assert _state(tmp_path) == before
+
+
 class TestOurs:
     @pytest.mark.parametrize("state", ["empty", "empty lock", "lock", "pipe as journal", "all"])
     def test_what_a_kill_leaves_is_cleaned_and_taken(self, tmp_path: Path, state: str) -> None:

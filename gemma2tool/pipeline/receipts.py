@@ -16,6 +16,7 @@ from gemma2tool.errors import ToolError, UsageError
 from gemma2tool.formats.base import WriteOptions
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.pipeline.plan import Plan
+from gemma2tool.storage import staging_place
 from gemma2tool.storage.staging import Staging
 from gemma2tool.storage.syscalls import told
 from gemma2tool.verify import receipt
@@ -29,8 +30,10 @@ _OWN = ("allow_mismatch", "allow_requantize", "single_file")
 
 def check_place(destination: Path) -> None:
     """Raises ``UsageError`` where something that is no receipt has the name that the receipt of ``destination`` will need, or where
-    that name is longer than the file system takes."""
+    that name is longer than the file system takes; ``ResourceError`` where the receipt could not be staged, before the long work."""
     place = receipt_path(destination)
+    if staging_place.exists(place):
+        staging_place.StagingPlace(place, create=False).close()
     with told(place, "looking for the receipt"):
         try:
             os.lstat(place)
