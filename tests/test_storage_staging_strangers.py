@@ -18,6 +18,7 @@ from gemma2tool.pipeline import receipts
 from gemma2tool.storage import staging_lock
 from gemma2tool.storage.staging import Staging
 from gemma2tool.storage.staging_clean import clean
+from gemma2tool.storage.staging_place import StagingPlace
 from gemma2tool.verify.receipt import receipt_path
 
 PLACE = ".out.gemma2tool-staging"
@@ -228,3 +229,21 @@ class TestAfterItIsInPlace:
             assert [found.problem is None or isinstance(found.problem, ResourceError) for found in clean(tmp_path)] == [True]
         finally:  # pytest's own tidying up cannot
             subprocess.run(["rm", "-rf", *tmp_path.iterdir()], check=True)
+
+
+@pytest.mark.parametrize("step", ["_open_lock", "_lock", "_refuse"])
+@pytest.mark.parametrize("before", [True, False])
+def test_an_interruption_while_the_place_is_made_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, before: bool
+) -> None:
+    original = getattr(StagingPlace, step)
+
+    def interrupted(self: StagingPlace, *arguments: object) -> object:
+        if not before:
+            original(self, *arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(StagingPlace, step, interrupted)
+    with pytest.raises(KeyboardInterrupt), Staging(tmp_path / "out"):
+        raise AssertionError
+    assert os.listdir(tmp_path) == []

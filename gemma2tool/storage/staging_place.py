@@ -204,10 +204,23 @@ class StagingPlace:
         if self._foreign:
             return
         with suppress(OSError):
-            if self._locked and os.listdir(self.fd) == [LOCK]:
+            if (self._locked or self._was_interrupted()) and os.listdir(self.fd) == [LOCK]:
                 os.unlink(LOCK, dir_fd=self.fd)
+        with suppress(OSError):
             if self.parent_fd >= 0:
                 os.rmdir(self.folder_name, dir_fd=self.parent_fd)
+
+    def _was_interrupted(self) -> bool:
+        """Whether we were stopped between making the lock and holding it: it is empty, and nobody else holds it."""
+        if self.fd < 0:
+            return False
+        if self._lock_fd < 0:
+            self._lock_fd = os.open(LOCK, staging_lock.OPEN_LOCK, dir_fd=self.fd)
+        status = os.fstat(self._lock_fd)
+        if not staging_lock.is_sound(status) or status.st_size or self.identity(LOCK, self.fd) != _identity(status):
+            return False
+        fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
 
     def _leave(self) -> None:
         """Closes the place and its lock, which frees it."""

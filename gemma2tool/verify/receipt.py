@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from gemma2tool import __version__
-from gemma2tool.errors import InputRefused
+from gemma2tool.errors import InputRefused, ToolError
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.config import Gemma2Config
 from gemma2tool.model.lazy import FLOAT_DTYPES
 from gemma2tool.storage import strict_json
 from gemma2tool.storage.quoting import quoted
+from gemma2tool.storage.reading import open_for_reading
 from gemma2tool.verify.gates import loosest
 from gemma2tool.verify.hashing import Hashes, config_digest, model_digest, tensors_digest
 from gemma2tool.verify.receipt_files import FileDigest
@@ -47,9 +48,9 @@ def receipt_path(output: Path) -> Path:
 def looks_like_one(path: Path) -> bool:
     """Whether a file begins as our receipts do."""
     try:
-        with path.open("rb") as file:
-            return _BEGINS.match(file.read(256)) is not None
-    except OSError:
+        with open_for_reading(path) as reader:
+            return _BEGINS.match(reader.pread(0, min(reader.size, 256))) is not None
+    except ToolError:
         return False
 
 
