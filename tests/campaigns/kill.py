@@ -113,7 +113,7 @@ class Trials:
                 path.write_bytes(b"old")
             else:
                 path.mkdir()
-                (path / "file").write_bytes(b"old")
+                (path / "model.safetensors").write_bytes(b"old")
         return place
 
     def _start(self, command: Command, place: Path) -> subprocess.Popen:
