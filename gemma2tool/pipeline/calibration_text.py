@@ -9,7 +9,7 @@ import numpy as np
 from gemma2tool.errors import UsageError
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.pipeline.evaluate import read_ids
-from gemma2tool.pipeline.prompt import Tokenizer
+from gemma2tool.pipeline.prompt import Tokenizer, rows_of
 from gemma2tool.storage.text import read_text
 
 SAMPLES, LENGTH = 128, 512
@@ -39,16 +39,13 @@ def read_sequences(path: Path, checkpoint: Checkpoint, *, samples: int | None, l
         row = Tokenizer(checkpoint).encode(read_text(path, what="calibration text"))
     length = length or min(LENGTH, config.max_position_embeddings)
     _check_length(length, config.max_position_embeddings)
-    count = len(row) // length
-    if count == 0:
+    ids = rows_of(row, length, config.bos_token_id)
+    if not len(ids):
         raise UsageError(
             "calibration.short",
             f"{path}: {len(row)} tokens do not fill one sequence of {length}",
             hint="give a longer text, or a smaller --calibration-length",
         )
-    ids = np.array(row[: count * length], np.int64).reshape(count, length)
-    if config.bos_token_id is not None:
-        ids[:, 0] = config.bos_token_id
     return _spread(ids, samples or SAMPLES)
 
 

@@ -15,6 +15,7 @@ from gemma2tool.errors import UsageError
 from gemma2tool.formats.gguf_table import TABLE
 from gemma2tool.formats.steps import entries
 from gemma2tool.model.checkpoint import Checkpoint
+from gemma2tool.pipeline.prompt import rows_of
 from gemma2tool.storage import gguf
 from gemma2tool.storage.gguf import GGUFValue
 from gemma2tool.storage.staging import Staging
@@ -25,16 +26,13 @@ F32 = 0
 
 def chunks_of(ids: list[int], size: int, bos: int | None, limit: int | None) -> np.ndarray:
     """Whole chunks (N, size) of ``ids``, bos first in each; ``UsageError`` where the text is shorter than one."""
-    count = len(ids) // size if limit is None else min(len(ids) // size, limit)
-    if count == 0:
+    chunks = rows_of(ids, size, bos)[:limit]
+    if not len(chunks):
         raise UsageError(
             "imatrix.short",
             f"the text has {len(ids)} tokens, a chunk {size}",
             hint="give a longer text, or a smaller --chunk",
         )
-    chunks = np.array(ids[: count * size], np.int64).reshape(count, size)
-    if bos is not None:
-        chunks[:, 0] = bos
     return chunks
 
 

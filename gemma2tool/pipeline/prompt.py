@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from gemma2tool.errors import InputRefused, UsageError
 from gemma2tool.formats.assets import MAX_CONFIG_BYTES
 from gemma2tool.model.checkpoint import Checkpoint
@@ -15,6 +17,15 @@ if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
 
 BOS = "<bos>"
+
+
+def rows_of(ids: Sequence[int], length: int, bos: int | None) -> np.ndarray:
+    """``ids`` cut into whole rows, int64 (N, length), bos in place of each one's first token; what does not fill a row is left out."""
+    count = len(ids) // length
+    rows = np.array(ids[: count * length], np.int64).reshape(count, length)
+    if bos is not None:
+        rows[:, 0] = bos
+    return rows
 
 
 class Tokenizer:
