@@ -23,7 +23,17 @@ from gemma2tool.formats import packings
 
 def peak(source: Path, destination: Path, *words: str) -> float:
     """MiB that the command had resident at most."""
-    command = [sys.executable, "-m", "gemma2tool", "quantize", str(source), str(destination), "--no-verify", "--quiet", *words]
+    command = [
+        sys.executable,
+        "-m",
+        "gemma2tool",
+        "quantize",
+        str(source),
+        str(destination),
+        "--no-verify",
+        "--quiet",
+        *words,
+    ]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)

@@ -23,10 +23,9 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
-import llama_peer
-
 from gemma2tool.quantizers import kernels
 from gemma2tool.quantizers.gguf_types import GGUF_TYPES, dequantize, quantize
+from tests.support import llama_peer
 
 COLS = 2304  # a row of the 2B model
 SEARCHED = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS")

@@ -21,7 +21,12 @@ from end_to_end import measure
 
 HERE = Path(__file__).resolve().parent
 LIMIT = 1 << 30
-LINES = (("hf", "9b-hf", "gemma-pytorch"), ("gemma-pytorch", "9b.ckpt", "hf"), ("keras", "9b-keras", "hf"), ("flax", "9b-flax", "hf"))
+LINES = (
+    ("hf", "9b-hf", "gemma-pytorch"),
+    ("gemma-pytorch", "9b.ckpt", "hf"),
+    ("keras", "9b-keras", "hf"),
+    ("flax", "9b-flax", "hf"),
+)
 """(source's format, its name for 9B, target's format)"""
 
 
@@ -48,7 +53,9 @@ def write_orbax(size: str, folder: Path) -> None:
         flat[:count] = np.resize(pool, count)
         metadata = {"shape": shape, "chunks": shape, "dtype": "bfloat16", "compressor": {"id": "zstd", "level": 1}}
         kvstore = {"driver": "ocdbt", "base": f"file://{folder.absolute()}/", "path": f"{name}/"}
-        tensorstore.open({"driver": "zarr", "kvstore": kvstore, "metadata": metadata}, create=True).result().write(values).result()
+        tensorstore.open({"driver": "zarr", "kvstore": kvstore, "metadata": metadata}, create=True).result().write(
+            values
+        ).result()
 
 
 def largest_chunk(size: str) -> int:
@@ -89,7 +96,18 @@ def main() -> int:
             make = [HERE / "synthesize.py", arguments.size, source, "--to", source_format, "--sparse"]
         try:
             subprocess.run([sys.executable, *map(str, make)], check=True)
-            words = [sys.executable, "-m", "gemma2tool", "convert", str(source), str(output), "--to", target, "--no-verify", "--quiet"]
+            words = [
+                sys.executable,
+                "-m",
+                "gemma2tool",
+                "convert",
+                str(source),
+                str(output),
+                "--to",
+                target,
+                "--no-verify",
+                "--quiet",
+            ]
             _, peak, code = measure(words)
         finally:
             remove(source)

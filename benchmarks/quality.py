@@ -26,8 +26,8 @@ from gemma2tool.formats.base import WriteOptions
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.pipeline.save import save
 from gemma2tool.reference.streaming import StreamedForward
-from gemma2tool.verify.logits import compare_logits
-from gemma2tool.verify.metrics import LogitComparison, LogitMetrics
+from gemma2tool.verify.compare.logits import compare_logits
+from gemma2tool.verify.compare.metrics import LogitComparison, LogitMetrics
 
 FIXTURE = Path(__file__).resolve().parent.parent / "fixtures" / "tiny-gemma2"
 FOLDER_TYPES = ("nf4", "nf4 double", "fp4", "fp4 double", "int8")
@@ -117,7 +117,9 @@ def beside_nearest(source: Checkpoint, folder: Path, ids: np.ndarray, parameters
         compared.add(0, true, logits)
         return compared.finish(), weights_bytes(path)
 
-    print("| type | | bits per weight | KL nearest | calibrated | difference, 95 % interval | same top-1 | perplexity |")
+    print(
+        "| type | | bits per weight | KL nearest | calibrated | difference, 95 % interval | same top-1 | perplexity |"
+    )
     print("|---|---|---:|---:|---:|---|---:|---:|")
     for kind, words, extra in CALIBRATED:
         if kind not in wanted:

@@ -68,7 +68,9 @@ def write_sparse(checkpoint: Checkpoint, destination: Path, dtype: str | None, t
             sparse.truncate(file.size)
             empty = {}
             if file.finish:
-                empty = {place.name: zeros_crc(place.nbytes) for item in output.tensors for place in item.parts.values()}
+                empty = {
+                    place.name: zeros_crc(place.nbytes) for item in output.tensors for place in item.parts.values()
+                }
             for offset, data in (*file.fixed, *(file.finish(empty) if file.finish else ())):
                 sparse.seek(offset)
                 sparse.write(data)

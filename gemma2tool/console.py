@@ -40,7 +40,13 @@ _MARKS: Marks = {
 }
 _DIFFERENCE_MARKS: Marks = {**_MARKS, "passed": ("=", "=", "green"), "failed": ("\u2260", "!=", "bold yellow")}
 _SEVERITY_STYLES = {"error": "red", "warning": "yellow", "note": "dim"}
-_KL_PARTS = (("mean", "kl_mean"), ("median", "kl_median"), ("99 %", "kl_p99"), ("99.9 %", "kl_p99_9"), ("max", "kl_max"))
+_KL_PARTS = (
+    ("mean", "kl_mean"),
+    ("median", "kl_median"),
+    ("99 %", "kl_p99"),
+    ("99.9 %", "kl_p99_9"),
+    ("max", "kl_max"),
+)
 _MAX_NAMES = 6  # of the tensors that a cause explains
 _MAX_FINDINGS = 12  # of one gate on the screen; JSON has them all
 _MAX_EXPLAINED = 3  # the same where causes say what is behind them
@@ -103,7 +109,9 @@ class Console:
             return
         shown = "".join(c if c in "\n\t" else safe(c) for c in text)
         stream = self._stdout or sys.stdout
-        stream.write(shown.encode(getattr(stream, "encoding", None) or "utf-8", "replace").decode(stream.encoding or "utf-8"))
+        stream.write(
+            shown.encode(getattr(stream, "encoding", None) or "utf-8", "replace").decode(stream.encoding or "utf-8")
+        )
         stream.flush()
 
     def markdown(self, text: str) -> None:
@@ -188,7 +196,11 @@ class Console:
             self._cause(cause)
         skipped = f" (not looked at: {', '.join(result.skipped)})" if result.skipped else ""
         verdict = ("PASSED", "bold green") if result.passed else ("FAILED", "bold red")
-        said = safe(result.verdict) if result.passed else f"{len(result.failures)} finding{'s' * (len(result.failures) != 1)}"
+        said = (
+            safe(result.verdict)
+            if result.passed
+            else f"{len(result.failures)} finding{'s' * (len(result.failures) != 1)}"
+        )
         self._line(False, verdict, (f": {said}{skipped}", ""))
 
     def difference(self, result: Difference, *, findings: int = 4) -> None:

@@ -1,4 +1,4 @@
-"""Where the tests find files written by other people's code."""
+"""Fixtures that every room's tests may ask for."""
 
 from __future__ import annotations
 
@@ -10,18 +10,8 @@ from types import ModuleType
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-ORACLES = Path(os.environ.get("GEMMA2TOOL_ORACLES", ROOT.parent / "shared" / "oracles"))
-
-
-def oracles_or_skip() -> Path:
-    """The folder of oracle files; skips the test when it is absent, or fails it where GEMMA2TOOL_REQUIRE_ORACLES=1."""
-    if not ORACLES.is_dir():
-        message = f"no oracle files at {ORACLES} (set GEMMA2TOOL_ORACLES)"
-        if os.environ.get("GEMMA2TOOL_REQUIRE_ORACLES") == "1":
-            pytest.fail(message)
-        pytest.skip(message)
-    return ORACLES
+from tests.support.oracles import oracles_or_skip
+from tests.support.paths import TINY
 
 
 @pytest.fixture(scope="session")
@@ -33,7 +23,7 @@ def oracles() -> Path:
 @pytest.fixture(scope="session")
 def fixture_dir() -> Path:
     """The small trained Gemma 2 that the repository carries."""
-    return ROOT / "fixtures" / "tiny-gemma2"
+    return TINY
 
 
 @pytest.fixture(scope="session")

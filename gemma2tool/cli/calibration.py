@@ -63,7 +63,11 @@ class CalibrationOptions:
         given = {name: value for name, value in asdict(self).items() if value not in (None, False)}
         for name in given:
             if "calibration" not in given:
-                raise UsageError("option.ignored", f"{_flag(name)} means nothing without --calibration", hint="give a text with --calibration")
+                raise UsageError(
+                    "option.ignored",
+                    f"{_flag(name)} means nothing without --calibration",
+                    hint="give a text with --calibration",
+                )
             for each in types.split(","):
                 if each.strip().startswith(_NOT_FOR.get(name, ())):
                     raise UsageError(

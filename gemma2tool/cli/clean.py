@@ -26,8 +26,8 @@ def clean(
     code 4).
     """
     from gemma2tool.console import Console, human_bytes
-    from gemma2tool.storage import staging_clean
-    from gemma2tool.verify.receipt import receipt_path
+    from gemma2tool.receipt.document import receipt_path
+    from gemma2tool.storage.staging import clean as staging_clean
 
     console = Console(quiet=quiet, json=json_output)
     found = staging_clean.clean(path, dry_run=dry_run)

@@ -11,9 +11,9 @@ def formats(quiet: o.Quiet = False, json_output: o.Json = False) -> None:
     """List the formats and the types that can be read and written."""
     from gemma2tool.console import Console
     from gemma2tool.formats import registry
-    from gemma2tool.formats.hf import TYPES as HF_TYPES
+    from gemma2tool.formats.gemma_cpp.format import TYPES as SBS_TYPES
+    from gemma2tool.formats.hf.format import TYPES as HF_TYPES
     from gemma2tool.formats.mlx import TYPES as MLX_TYPES
-    from gemma2tool.formats.sbs import TYPES as SBS_TYPES
     from gemma2tool.quantizers.mixtures import FILE_TYPES
 
     console = Console(quiet=quiet, json=json_output)

@@ -23,7 +23,7 @@ def hash(
     """
     from gemma2tool.console import Console
     from gemma2tool.formats import registry
-    from gemma2tool.verify.hashing import hash_checkpoint
+    from gemma2tool.verify.digest import hash_checkpoint
 
     console = Console(quiet=quiet, json=json_output)
     with registry.open_checkpoint(checkpoint, config=o.load_config(config)) as opened:

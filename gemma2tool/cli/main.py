@@ -60,7 +60,9 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
             _notes(error, console)
             raise typer.Exit(error.exit_code) from None
         except (KeyboardInterrupt, _Terminated) as stop:
-            console.warn("interrupted; nothing was written at the destination" if not _notes(stop, console) else "interrupted")
+            console.warn(
+                "interrupted; nothing was written at the destination" if not _notes(stop, console) else "interrupted"
+            )
             raise typer.Exit(EXIT_INTERRUPTED) from None
         except BrokenPipeError:  # whoever read our output has seen enough
             _silence_stdout()

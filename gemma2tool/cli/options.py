@@ -78,7 +78,9 @@ Restart = Annotated[
 ]
 ClipFloat16 = Annotated[
     bool,
-    typer.Option("--clip-f16", help="Store the largest float16 instead of refusing values beyond it; the result says how many."),
+    typer.Option(
+        "--clip-f16", help="Store the largest float16 instead of refusing values beyond it; the result says how many."
+    ),
 ]
 AllowNonfinite = Annotated[bool, typer.Option("--allow-nonfinite", help="Accept NaN and infinities in the source.")]
 AllowMismatch = Annotated[

@@ -12,7 +12,7 @@ from pathlib import Path
 
 def outputs(files: Iterable[str]) -> list[Path]:
     """The checkpoints that ``files`` are, belong to, or are receipts of; each once, only those that have a receipt."""
-    from gemma2tool.verify.receipt import SUFFIX, receipt_path
+    from gemma2tool.receipt.document import SUFFIX, receipt_path
 
     found: dict[Path, None] = {}
     for name in files:

@@ -72,8 +72,8 @@ def produce(
     from gemma2tool.pipeline.plan import make_plan
     from gemma2tool.pipeline.plan import shared as one_pass
     from gemma2tool.pipeline.run import Checks, run
-    from gemma2tool.storage import staging_place
     from gemma2tool.storage.paths import refuse_existing, refuse_same
+    from gemma2tool.storage.staging import place as staging_place
     from gemma2tool.verify.gates import parse_gates
 
     console = Console(quiet=shared.quiet, json=shared.json_output)
@@ -94,7 +94,9 @@ def produce(
         _check_type(name, format_name, extra)
         if not staging_place.exists(path):  # else what is staged decides
             refuse_existing(path, force=shared.force, folder=path.suffix.lower() not in FILE_SUFFIXES)
-        refuse_same([each for each in (shared.config, shared.tokens, shared.text, *extra.values()) if _is_file(each)], path)
+        refuse_same(
+            [each for each in (shared.config, shared.tokens, shared.text, *extra.values()) if _is_file(each)], path
+        )
         _refuse_strangers(path)
     shard_size = o.parse_size(shared.max_shard_size)
     budget = o.parse_size(shared.memory)
@@ -194,7 +196,7 @@ def _is_file(value: object) -> bool:
 @contextmanager
 def _folder_of_several(destinations: Sequence[Path]) -> Iterator[None]:
     """The folder that several outputs go into; one that was made for them goes again where nothing came of it."""
-    from gemma2tool.storage import staging_place
+    from gemma2tool.storage.staging import place as staging_place
     from gemma2tool.storage.syscalls import told
 
     if len(destinations) == 1:
@@ -218,7 +220,7 @@ def _folder_of_several(destinations: Sequence[Path]) -> Iterator[None]:
 
 def _written(plan: Plan) -> list[Path]:
     """The output, the files that a folder will have, and the receipt."""
-    from gemma2tool.verify.receipt import receipt_path
+    from gemma2tool.receipt.document import receipt_path
 
     inside = () if plan.output.single_file else (*(file.name for file in plan.output.files), *plan.output.assets)
     return [plan.destination, receipt_path(plan.destination), *(plan.destination / name for name in inside)]

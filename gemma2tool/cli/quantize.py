@@ -43,7 +43,8 @@ def quantize(
         ),
     ] = None,
     symmetric: Annotated[
-        bool | None, typer.Option("--sym/--asym", help="GPTQ: zero points in the middle, or chosen by group. Default: --sym.")
+        bool | None,
+        typer.Option("--sym/--asym", help="GPTQ: zero points in the middle, or chosen by group. Default: --sym."),
     ] = None,
     gptq_format: Annotated[
         str | None,

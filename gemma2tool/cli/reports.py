@@ -76,12 +76,14 @@ class Reports:
 
 def _no_card(verifications: Sequence[Verification]) -> str:
     if all(each.against_receipt for each in verifications):
-        return "A check against a receipt measures no quality, so there is no table: name the source with --reference.\n"
+        return (
+            "A check against a receipt measures no quality, so there is no table: name the source with --reference.\n"
+        )
     return "No logits were compared, so there is no table.\n"
 
 
 def _replace(path: Path, text: str) -> None:
-    from gemma2tool.storage.staging import Staging
+    from gemma2tool.storage.staging.staged_output import Staging
 
     data = text.encode()
     with Staging(path, force=True, expected_bytes=len(data), folder=False) as staging:

@@ -15,7 +15,7 @@ from gemma2tool.errors import EXIT_VERIFICATION_FAILED, UsageError
 if TYPE_CHECKING:
     from gemma2tool.console import Console
     from gemma2tool.model.checkpoint import Checkpoint
-    from gemma2tool.verify.receipt import Receipt
+    from gemma2tool.receipt.document import Receipt
     from gemma2tool.verify.result import Verification
 
 
@@ -124,7 +124,7 @@ def _with_logits(candidate: Path, options: Options, console: Console, reports: R
 
 def _with_receipt(candidate: Path, options: Options, console: Console, reports: Reports) -> Verification:
     from gemma2tool.formats import registry
-    from gemma2tool.verify.receipt_check import check
+    from gemma2tool.receipt.check import check
 
     if options.tokens or options.text or options.gate:
         raise UsageError(
@@ -140,7 +140,7 @@ def _with_receipt(candidate: Path, options: Options, console: Console, reports: 
 
 
 def _receipt(candidate: Path, against: Path | None) -> Receipt:
-    from gemma2tool.verify.receipt import read, receipt_path
+    from gemma2tool.receipt.document import read, receipt_path
 
     beside = receipt_path(candidate)
     if against is None and not beside.exists():

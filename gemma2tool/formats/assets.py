@@ -6,10 +6,10 @@ import json
 from functools import partial
 from pathlib import Path
 
+from gemma2tool.containers import strict_json
 from gemma2tool.errors import InputRefused
 from gemma2tool.model.checkpoint import ASSET_NAMES, Assets, Checkpoint
 from gemma2tool.model.config import Gemma2Config
-from gemma2tool.storage import strict_json
 from gemma2tool.storage.paths import confined
 from gemma2tool.storage.reading import read_whole
 

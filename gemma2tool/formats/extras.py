@@ -14,5 +14,7 @@ def require(module: str, extra: str, purpose: str) -> ModuleType:
         return import_module(module)
     except ImportError:
         raise UsageError(
-            "extra.missing", f"{purpose} needs {module}, which is not installed", hint=f"pip install 'gemma2tool[{extra}]'"
+            "extra.missing",
+            f"{purpose} needs {module}, which is not installed",
+            hint=f"pip install 'gemma2tool[{extra}]'",
         ) from None

@@ -15,13 +15,15 @@ from pathlib import Path
 
 import numpy as np
 
+from gemma2tool.containers import strict_json
+from gemma2tool.containers.torch_zip import reader as torch_zip
 from gemma2tool.errors import InputRefused, UsageError
-from gemma2tool.formats import raw
-from gemma2tool.formats.plain import EMBEDDING, HEAD
+from gemma2tool.formats.mapping import container_tensors
+from gemma2tool.formats.mapping.float_layout import EMBEDDING, HEAD
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.config import Gemma2Config
 from gemma2tool.model.lazy import FLOAT32, LazyTensor, to_float32
-from gemma2tool.storage import bounded, strict_json, torch_zip
+from gemma2tool.storage import bounded
 from gemma2tool.storage.paths import confined
 from gemma2tool.storage.quoting import quoted
 
@@ -33,7 +35,14 @@ TILE = 64
 """Rows multiplied at once, at multiples of it: a product's last bits may depend on its shape, and must not on how rows are asked for."""
 
 _PART = re.compile(r"(.+)\.lora_(A|B|embedding_A|embedding_B|magnitude_vector)(?:\.weight)?")
-_UNSUPPORTED = ("lora_bias", "target_parameters", "trainable_token_indices", "alora_invocation_tokens", "use_qalora", "use_bdlora")
+_UNSUPPORTED = (
+    "lora_bias",
+    "target_parameters",
+    "trainable_token_indices",
+    "alora_invocation_tokens",
+    "use_qalora",
+    "use_bdlora",
+)
 _HEADS = ("classifier", "score")
 _MAX_PATTERN, _MAX_CHOICES = 512, 3
 _MATCHING_SECONDS, _MATCHING_MEMORY = 1, 64 << 20
@@ -172,8 +181,8 @@ def _weights(adapter: Path, closers: list[Callable[[], None]]) -> tuple[dict[str
         if (adapter / name).is_file():
             path = confined(adapter, name)
             if name.endswith(".safetensors"):
-                return raw.open_safetensors([path], closers)[0], path
-            return raw.open_torch(torch_zip.read_index(path), path, closers), path
+                return container_tensors.open_safetensors([path], closers)[0], path
+            return container_tensors.open_torch(torch_zip.read_index(path), path, closers), path
     raise InputRefused("lora.missing", f"{adapter}: holds none of {', '.join(WEIGHTS)}", hint="fetch the adapter again")
 
 
@@ -228,7 +237,9 @@ def _any_matches(pattern: str, modules: Sequence[str], path: Path) -> bool:
         else:
             return True
     except bounded.OutOfBounds:
-        raise _refused("pattern", path, f"target_modules is {quoted(pattern)}, which could take for ever to match") from None
+        raise _refused(
+            "pattern", path, f"target_modules is {quoted(pattern)}, which could take for ever to match"
+        ) from None
     if answer == "none":
         raise _refused("pattern", path, f"target_modules is {quoted(pattern)}, which is no regular expression")
     return answer == "yes"
@@ -255,7 +266,9 @@ def _replace_whole(
     return config
 
 
-def _delta(module: str, found: Mapping[str, LazyTensor], settings: Mapping[str, object], scale: float, path: Path) -> Delta:
+def _delta(
+    module: str, found: Mapping[str, LazyTensor], settings: Mapping[str, object], scale: float, path: Path
+) -> Delta:
     embedding = "embedding_A" in found or "embedding_B" in found
     a, b = (found.get(f"{'embedding_' if embedding else ''}{side}") for side in "AB")
     if a is None or b is None or len(a.shape) != 2 or len(b.shape) != 2:
@@ -266,10 +279,14 @@ def _delta(module: str, found: Mapping[str, LazyTensor], settings: Mapping[str, 
         if not isinstance(value, (int, float)) or isinstance(value, bool) or not abs(value) <= _FLOAT32_MAX:
             raise _refused("config", path, f"{module}: {name} is {quoted(value)}")
     if not a.shape[0] == b.shape[1] == rank > 0:
-        raise _refused("rank", path, f"{module}: the rank is {rank} by {CONFIG}, {a.shape[0]} and {b.shape[1]} by its matrices")
+        raise _refused(
+            "rank", path, f"{module}: the rank is {rank} by {CONFIG}, {a.shape[0]} and {b.shape[1]} by its matrices"
+        )
     magnitude = found.get("magnitude_vector")
     if bool(settings.get("use_dora")) != (magnitude is not None):
-        raise _refused("dora", path, f"{module}: use_dora is {bool(settings.get('use_dora'))}, which its weights contradict")
+        raise _refused(
+            "dora", path, f"{module}: use_dora is {bool(settings.get('use_dora'))}, which its weights contradict"
+        )
     if magnitude is not None and embedding:
         raise _refused("dora", path, f"{module}: DoRA of an embedding", hint="merge it with peft first")
     if magnitude is not None and magnitude.shape != b.shape[:1]:
@@ -284,7 +301,9 @@ def _by_pattern(settings: Mapping[str, object], field: str, module: str, default
     """The value of the first pattern that the end of the module's name matches (peft's ``get_pattern_key``)."""
     for pattern, value in (settings.get(field) or {}).items():
         if not _is_bounded(pattern):
-            raise _refused("pattern", path, f"{field} has the pattern {quoted(pattern)}, which could take for ever to match")
+            raise _refused(
+                "pattern", path, f"{field} has the pattern {quoted(pattern)}, which could take for ever to match"
+            )
         try:
             if re.match(rf"(.*\.)?({pattern})$", module) is not None:
                 return value

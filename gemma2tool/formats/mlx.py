@@ -10,19 +10,20 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from gemma2tool.containers import safetensors
 from gemma2tool.errors import InputRefused, UsageError
-from gemma2tool.formats import assets, packings, raw
+from gemma2tool.formats import assets, packings
 from gemma2tool.formats.base import Output, WriteOptions
-from gemma2tool.formats.dtypes import as_dtype, stored_dtypes
+from gemma2tool.formats.mapping import container_tensors
+from gemma2tool.formats.mapping.float_dtypes import as_dtype, stored_dtypes
+from gemma2tool.formats.mapping.float_layout import drop_equal_head
 from gemma2tool.formats.packings.mlx import TYPES
-from gemma2tool.formats.plain import drop_equal_head
 from gemma2tool.formats.safetensors_output import INDEX, SINGLE, config_content, other_assets, shards
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.config import Gemma2Config
 from gemma2tool.model.lazy import LazyTensor
 from gemma2tool.model.tensors import HEADS
 from gemma2tool.quantizers.floats import Float
-from gemma2tool.storage import safetensors
 from gemma2tool.storage.paths import confined
 
 TAG = "mlx"
@@ -48,9 +49,11 @@ class MLX:
         checkpoint = Checkpoint(path, self.name, config, {}, assets.folder_assets(path))
         try:
             files, weight_map = _files(path)
-            tensors, metadata = raw.open_safetensors(files, checkpoint.closers)
+            tensors, metadata = container_tensors.open_safetensors(files, checkpoint.closers)
             if weight_map is not None:
-                raw.check_index(path / INDEX, weight_map, {n: t.origin.split(":", 1)[0] for n, t in tensors.items()})
+                container_tensors.check_index(
+                    path / INDEX, weight_map, {n: t.origin.split(":", 1)[0] for n, t in tensors.items()}
+                )
                 files = [*files, path / INDEX]
             checkpoint.files = (*files, *([] if given else [config_path]))
             checkpoint.metadata = {"safetensors": metadata}
@@ -97,7 +100,9 @@ def _settings(options: WriteOptions) -> packings.Settings | None:
         return None
     if options.type not in TYPES:
         raise UsageError(
-            "format.type", f"the mlx format cannot hold {options.type}", hint=f"choose one of {', '.join(TYPES)}, or another format"
+            "format.type",
+            f"the mlx format cannot hold {options.type}",
+            hint=f"choose one of {', '.join(TYPES)}, or another format",
         )
     return packings.Settings.of(options.type, options.extra)
 
@@ -113,7 +118,9 @@ def _unlike_mlx(checkpoint: Checkpoint) -> list[str]:
         found.append("mlx-lm ties Gemma 2's head to the embedding and does not load an lm_head of its own")
     foreign = [name for name in checkpoint.tensors if name in HEADS or name.endswith("_proj.bias")]
     if foreign:
-        found.append(f"mlx-lm's gemma2 has no {foreign[0]}: it loads the folder only with strict=False, and then without it")
+        found.append(
+            f"mlx-lm's gemma2 has no {foreign[0]}: it loads the folder only with strict=False, and then without it"
+        )
     if config.rope_scaling:
         found.append("mlx-lm ignores the rotary scaling of Gemma 2")
     return found
@@ -122,7 +129,7 @@ def _unlike_mlx(checkpoint: Checkpoint) -> list[str]:
 def _files(folder: Path) -> tuple[list[Path], Mapping[str, str] | None]:
     """The safetensors, and the index's weight_map where there is one."""
     if (folder / INDEX).is_file():
-        return raw.indexed_files(folder / INDEX)
+        return container_tensors.indexed_files(folder / INDEX)
     return [confined(folder, SINGLE)], None
 
 

@@ -32,17 +32,17 @@ class Listing:
 
 
 LISTINGS: tuple[Listing, ...] = (
-    Listing("gguf", "gemma2tool.formats.gguf:GGUF", "NAME.gguf", "llama.cpp; split files too", suffix=".gguf"),
+    Listing("gguf", "gemma2tool.formats.gguf.format:GGUF", "NAME.gguf", "llama.cpp; split files too", suffix=".gguf"),
     Listing(
         "gemma-pytorch",
-        "gemma2tool.formats.gemma_pytorch:GemmaPytorch",
+        "gemma2tool.formats.torch.gemma_pytorch:GemmaPytorch",
         "NAME.ckpt, or a folder with one",
         "Google's original; shards with an index and the int8 variant read",
         suffix=".ckpt",
     ),
     Listing(
         "gemma-cpp",
-        "gemma2tool.formats.sbs:GemmaCpp",
+        "gemma2tool.formats.gemma_cpp.format:GemmaCpp",
         "NAME.sbs",
         "gemma.cpp; 8-bit SFP, 4-bit NUQ read",
         suffix=".sbs",
@@ -50,7 +50,7 @@ LISTINGS: tuple[Listing, ...] = (
     ),
     Listing(
         "maxtext",
-        "gemma2tool.formats.maxtext:MaxText",
+        "gemma2tool.formats.orbax.maxtext:MaxText",
         "a folder of Orbax's with MaxText's names",
         "not exact: it stores scaled embeddings and queries; --config where no config.json lies beside it",
         extra="flax",
@@ -58,7 +58,7 @@ LISTINGS: tuple[Listing, ...] = (
     ),
     Listing(
         "flax",
-        "gemma2tool.formats.flax:Flax",
+        "gemma2tool.formats.orbax.flax:Flax",
         "a folder of Orbax's, beside tokenizer.model",
         "Google's JAX release; --config for other shapes than the released",
         extra="flax",
@@ -66,24 +66,39 @@ LISTINGS: tuple[Listing, ...] = (
     ),
     Listing(
         "keras",
-        "gemma2tool.formats.keras:Keras",
+        "gemma2tool.formats.keras.format:Keras",
         "a folder with config.json and model.weights.h5, or shards",
         "keras-hub preset",
         extra="keras",
         extra_to="write",
     ),
-    Listing("torchtune", "gemma2tool.formats.torchtune:Torchtune", "a folder with tune_state_dict.pt", "torchtune's own state dict"),
-    Listing("litgpt", "gemma2tool.formats.litgpt:LitGPT", "a folder with lit_model.pth", "litgpt; files from before 2025 read"),
-    Listing("mlx", "gemma2tool.formats.mlx:MLX", "a folder with config.json and .safetensors of mlx-lm", "plain or affine-quantized"),
+    Listing(
+        "torchtune",
+        "gemma2tool.formats.torch.torchtune:Torchtune",
+        "a folder with tune_state_dict.pt",
+        "torchtune's own state dict",
+    ),
+    Listing(
+        "litgpt",
+        "gemma2tool.formats.torch.litgpt:LitGPT",
+        "a folder with lit_model.pth",
+        "litgpt; files from before 2025 read",
+    ),
+    Listing(
+        "mlx",
+        "gemma2tool.formats.mlx:MLX",
+        "a folder with config.json and .safetensors of mlx-lm",
+        "plain or affine-quantized",
+    ),
     Listing(
         "hf-bin",
-        "gemma2tool.formats.hf_bin:HuggingFaceBin",
+        "gemma2tool.formats.hf.bin:HuggingFaceBin",
         "a folder with config.json and pytorch_model.bin, or shards",
         "Hugging Face before safetensors",
     ),
     Listing(
         "hf",
-        "gemma2tool.formats.hf:HuggingFace",
+        "gemma2tool.formats.hf.format:HuggingFace",
         "a folder with config.json and .safetensors",
         "Hugging Face; plain or quantized",
     ),

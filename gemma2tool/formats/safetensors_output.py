@@ -7,12 +7,12 @@ from dataclasses import replace
 
 import numpy as np
 
+from gemma2tool.containers import safetensors
 from gemma2tool.formats import assets, packings
 from gemma2tool.formats.base import OutputFile, OutputTensor, Placement
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.lazy import DTYPE_NAMES, LazyTensor
 from gemma2tool.quantizers.base import Encoder
-from gemma2tool.storage import safetensors
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

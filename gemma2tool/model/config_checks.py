@@ -133,7 +133,9 @@ def check_agreement(config: Gemma2Config) -> None:
             raise contradiction("label2id is not the inverse of id2label")
     scaling = config.rope_scaling or {}
     rope_type = scaling.get("rope_type", "default")
-    _require(isinstance(rope_type, str) and rope_type in ROPE_TYPES, "rope_type", rope_type, f"one of {tuple(ROPE_TYPES)}")
+    _require(
+        isinstance(rope_type, str) and rope_type in ROPE_TYPES, "rope_type", rope_type, f"one of {tuple(ROPE_TYPES)}"
+    )
     for name in ROPE_TYPES[rope_type]:
         if scaling.get(name) is None:
             raise contradiction(f"rope_type is {rope_type!r} but rope_parameters.{name} is missing")

@@ -129,7 +129,9 @@ class MappedRows(LazyTensor):
         return self.function(self.source.load_rows(first, last))
 
     def load_rows_exact(self, first: int, last: int) -> np.ndarray:
-        return self.load_rows(first, last) if self.exact is None else self.exact(self.source.load_rows_exact(first, last))
+        return (
+            self.load_rows(first, last) if self.exact is None else self.exact(self.source.load_rows_exact(first, last))
+        )
 
 
 class RowRange(LazyTensor):

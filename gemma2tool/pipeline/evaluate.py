@@ -14,7 +14,7 @@ from gemma2tool.errors import InputRefused, UsageError
 from gemma2tool.formats import registry
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.storage.reading import open_for_reading, read_whole
-from gemma2tool.storage.staging import Staging
+from gemma2tool.storage.staging.staged_output import Staging
 from gemma2tool.storage.text import read_text
 
 if TYPE_CHECKING:
@@ -78,7 +78,9 @@ def read_ids(path: Path, vocab_size: int) -> np.ndarray:
 def read_logits(path: Path) -> np.ndarray:
     """Another program's logits from a ``.npy`` file of floats, whole in memory. Raises ``InputRefused`` for anything else."""
     said = InputRefused(
-        "logits.npy", f"{path}: not a whole .npy file of float logits", hint="make it with numpy.save('logits.npy', float_array)"
+        "logits.npy",
+        f"{path}: not a whole .npy file of float logits",
+        hint="make it with numpy.save('logits.npy', float_array)",
     )
     with open_for_reading(path) as reader:
         head = io.BytesIO(reader.pread(0, min(reader.size, MAX_NPY_HEADER)))

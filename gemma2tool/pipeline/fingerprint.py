@@ -20,7 +20,7 @@ from gemma2tool import __version__
 from gemma2tool.pipeline.plan import Plan
 from gemma2tool.quantizers.kernels import _native
 from gemma2tool.storage.reading import open_for_reading
-from gemma2tool.storage.staging_journal import Fingerprint
+from gemma2tool.storage.staging.journal import Fingerprint
 
 _ENDS = 1 << 16
 _DIGITS = 16
@@ -43,7 +43,10 @@ def fingerprint(plan: Plan, options: Mapping[str, object]) -> Fingerprint:
         **{name.replace("_", "-"): _shown(value) for name, value in sorted(asked.items()) if value},
         **{f"source {name}": said for name, said in _files(plan).items()},
     }
-    return {**found, "plan": _plan(plan) if can_continue(plan) else f"one that cannot be continued ({secrets.token_hex(4)})"}
+    return {
+        **found,
+        "plan": _plan(plan) if can_continue(plan) else f"one that cannot be continued ({secrets.token_hex(4)})",
+    }
 
 
 @cache
@@ -62,7 +65,10 @@ def _files(plan: Plan) -> dict[str, str]:
 def _identity(path: Path) -> str:
     status = path.stat()
     with open_for_reading(path) as reader:
-        ends = reader.pread(0, min(_ENDS, reader.size)), reader.pread(max(reader.size - _ENDS, 0), min(_ENDS, reader.size))
+        ends = (
+            reader.pread(0, min(_ENDS, reader.size)),
+            reader.pread(max(reader.size - _ENDS, 0), min(_ENDS, reader.size)),
+        )
     digest = hashlib.sha256(b"".join(ends)).hexdigest()[:_DIGITS]
     return f"{status.st_size} bytes changed at {status.st_mtime_ns} ns with digest {digest}"
 

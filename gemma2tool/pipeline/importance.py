@@ -11,14 +11,14 @@ from pathlib import Path
 
 import numpy as np
 
+from gemma2tool.containers import gguf
+from gemma2tool.containers.gguf import GGUFValue
 from gemma2tool.errors import UsageError
-from gemma2tool.formats.gguf_table import TABLE
-from gemma2tool.formats.steps import entries
+from gemma2tool.formats.gguf.table import TABLE
+from gemma2tool.formats.mapping.transforms import entries
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.pipeline.prompt import rows_of
-from gemma2tool.storage import gguf
-from gemma2tool.storage.gguf import GGUFValue
-from gemma2tool.storage.staging import Staging
+from gemma2tool.storage.staging.staged_output import Staging
 
 BATCH = 4
 F32 = 0

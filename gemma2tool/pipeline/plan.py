@@ -16,11 +16,11 @@ from gemma2tool.formats import registry
 from gemma2tool.formats.base import Output, WriteOptions
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.lazy import SharedRows
-from gemma2tool.pipeline.calibrate import calibrated, calibration_of
+from gemma2tool.pipeline.calibration.output import calibrated, calibration_of
 from gemma2tool.storage.paths import refuse_same
 
 if TYPE_CHECKING:
-    from gemma2tool.pipeline.calibration_cost import Cost
+    from gemma2tool.pipeline.calibration.cost import Cost
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from gemma2tool.containers import strict_json, tokenizer_model
 from gemma2tool.errors import InputRefused, UsageError
 from gemma2tool.formats.assets import MAX_CONFIG_BYTES
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.pipeline.template import render
-from gemma2tool.storage import strict_json, tokenizer_model
 
 if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor

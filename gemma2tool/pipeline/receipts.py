@@ -16,12 +16,12 @@ from gemma2tool.errors import ToolError, UsageError
 from gemma2tool.formats.base import WriteOptions
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.pipeline.plan import Plan
-from gemma2tool.storage import staging_place
-from gemma2tool.storage.staging import Staging
+from gemma2tool.receipt import document as receipt
+from gemma2tool.receipt.document import receipt_path
+from gemma2tool.receipt.files import digest_file, digest_files, names_in
+from gemma2tool.storage.staging import place as staging_place
+from gemma2tool.storage.staging.staged_output import Staging
 from gemma2tool.storage.syscalls import told
-from gemma2tool.verify import receipt
-from gemma2tool.verify.receipt import receipt_path
-from gemma2tool.verify.receipt_files import digest_file, digest_files, names_in
 from gemma2tool.verify.result import Verification
 
 _OWN = ("allow_mismatch", "allow_requantize", "single_file")
@@ -48,7 +48,13 @@ def check_place(destination: Path) -> None:
 
 
 def make(
-    plan: Plan, staged: Path, candidate: Checkpoint, verification: Verification, clipped: Mapping[str, int], *, threads: int
+    plan: Plan,
+    staged: Path,
+    candidate: Checkpoint,
+    verification: Verification,
+    clipped: Mapping[str, int],
+    *,
+    threads: int,
 ) -> bytes:
     """The receipt of a verified output that still lies at ``staged``, as the bytes of its file. ``clipped``: how many values of which
     tensor were clipped to the largest float16 before they were compared."""
@@ -71,7 +77,9 @@ def options(asked: WriteOptions) -> dict[str, Any]:
         for name, value in sorted(given.items())
         if value not in (None, False, [], (), {}, default.get(name)) and name not in _OWN
     }
-    return {name: [_adapter(text) for text in value] if name == "lora" else _plain(value) for name, value in wanted.items()}
+    return {
+        name: [_adapter(text) for text in value] if name == "lora" else _plain(value) for name, value in wanted.items()
+    }
 
 
 def _plain(value: Any) -> Any:

@@ -16,9 +16,9 @@ from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.pipeline import receipts
 from gemma2tool.pipeline.fingerprint import can_continue, fingerprint
 from gemma2tool.pipeline.plan import Plan
-from gemma2tool.pipeline.values import ValueCheck, clipped_tensor
+from gemma2tool.pipeline.value_check import ValueCheck, clipped_tensor
 from gemma2tool.pipeline.write import Target, write_outputs
-from gemma2tool.storage.staging import Staging
+from gemma2tool.storage.staging.staged_output import Staging
 
 if TYPE_CHECKING:
     from gemma2tool.console import Console
@@ -64,9 +64,7 @@ class RunResult:
         if self.receipt is not None:
             verdict += f", receipt {self.receipt.name}"
         resumed = f", {len(self.resumed)} of {len(output.tensors)} tensors by an earlier run" if self.resumed else ""
-        return (
-            f"{destination}: {output.nbytes:,} bytes written in {self.seconds:.1f} s ({rate:,.0f} MB/s of source){resumed}, {verdict}"
-        )
+        return f"{destination}: {output.nbytes:,} bytes written in {self.seconds:.1f} s ({rate:,.0f} MB/s of source){resumed}, {verdict}"
 
     def to_json(self) -> dict[str, object]:
         return {
@@ -180,7 +178,9 @@ def _tell_clipped(plan: Plan, counts: Mapping[str, int], console: Console) -> No
 def _clipped_source(plan: Plan, counts: Mapping[str, int]) -> Checkpoint:
     """The source as the output can hold it: what was asked to be clipped is no fault of the output."""
     names = {name for item in plan.output.tensors if item.name in counts for name in item.canonical}
-    tensors = {name: clipped_tensor(tensor) if name in names else tensor for name, tensor in plan.source.tensors.items()}
+    tensors = {
+        name: clipped_tensor(tensor) if name in names else tensor for name, tensor in plan.source.tensors.items()
+    }
     return replace(plan.source, tensors=tensors)
 
 

@@ -8,10 +8,10 @@ from pathlib import Path
 from gemma2tool.formats import registry
 from gemma2tool.formats.base import Output, WriteOptions
 from gemma2tool.model.checkpoint import Checkpoint
-from gemma2tool.pipeline.calibrate import calibrated, calibration_of
+from gemma2tool.pipeline.calibration.output import calibrated, calibration_of
 from gemma2tool.pipeline.receipts import commit
 from gemma2tool.pipeline.write import DEFAULT_MEMORY, write_output
-from gemma2tool.storage.staging import Staging
+from gemma2tool.storage.staging.staged_output import Staging
 
 
 def save(

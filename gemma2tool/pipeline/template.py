@@ -34,7 +34,9 @@ def render(template: str, values: Mapping[str, Any], where: str) -> str:
     import jinja2.sandbox  # noqa: F401 - before the fork, so that it is loaded once
 
     def refused(kind: str, what: str) -> InputRefused:
-        return InputRefused(f"template.{kind}", f"{where}: the chat template {what}", hint="use --raw to give the prompt as it is")
+        return InputRefused(
+            f"template.{kind}", f"{where}: the chat template {what}", hint="use --raw to give the prompt as it is"
+        )
 
     if len(template) > MAX_TEMPLATE_CHARS:
         raise refused("too-large", f"has {len(template)} characters; at most {MAX_TEMPLATE_CHARS} are accepted")
@@ -80,7 +82,16 @@ def _outcome(template: str, values: Mapping[str, Any]) -> str:
             pieces.append(piece)
     except MemoryError:
         raise bounded.OutOfBounds from None
-    except (TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError, SyntaxError, TypeError, ValueError) as error:
+    except (
+        TemplateError,
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        RecursionError,
+        SyntaxError,
+        TypeError,
+        ValueError,
+    ) as error:
         return f"{type(error).__name__}: {quoted(str(error))}\n"
     return "".join(pieces)
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from gemma2tool.formats.base import Output, OutputTensor, as_bytes
 from gemma2tool.model.lazy import row_ranges
-from gemma2tool.pipeline.values import ValueCheck
+from gemma2tool.pipeline.value_check import ValueCheck
 from gemma2tool.storage.crc import crc32_combine
 
 DEFAULT_MEMORY = 256 << 20
@@ -199,7 +199,9 @@ class _Tensor:
             self._put(suffix, array, 0)
         record: dict[str, Any] = {"clipped": self.clipped} if self.clipped else {}
         places = self.item.parts
-        if crcs := {suffix: _combined(self.crcs[suffix]) for suffix in places if places[suffix].file in self.files.checked}:
+        if crcs := {
+            suffix: _combined(self.crcs[suffix]) for suffix in places if places[suffix].file in self.files.checked
+        }:
             record["crcs"] = crcs
         self.files.complete(self.item, record)
 

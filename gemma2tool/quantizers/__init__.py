@@ -1,0 +1,1 @@
+"""Pure functions: rows in, codes and scales out, and back."""

@@ -54,7 +54,9 @@ def any_beyond(array: np.ndarray, limit: float = math.inf) -> bool:
     width = 8 * array.dtype.itemsize
     flat = np.ascontiguousarray(array).reshape(-1)
     with np.errstate(over="ignore"):
-        bound = int(np.array(limit, array.dtype).view(f"u{width // 8}"))  # infinity where the type does not reach the limit
+        bound = int(
+            np.array(limit, array.dtype).view(f"u{width // 8}")
+        )  # infinity where the type does not reach the limit
     positive, negative = flat.view(f"i{width // 8}").max(), flat.view(f"u{width // 8}").max()
     return bool(positive >= bound or int(negative) >= (1 << (width - 1)) + bound)
 

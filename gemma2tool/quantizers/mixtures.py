@@ -231,7 +231,9 @@ def file_type(name: str) -> FileType:
         return FILE_TYPES[ALIASES.get(name, name)]
     except KeyError:
         known = ", ".join((*FILE_TYPES, *ALIASES, COPY))
-        raise UsageError("quantize.unknown-type", f"there is no GGUF file type {name!r}", hint=f"choose one of {known}") from None
+        raise UsageError(
+            "quantize.unknown-type", f"there is no GGUF file type {name!r}", hint=f"choose one of {known}"
+        ) from None
 
 
 def choose(
@@ -321,12 +323,16 @@ def _compiled(patterns: Sequence[tuple[str, str]], blocks: Mapping[str, int]) ->
         try:
             result.append((re.compile(text), type))
         except re.error as error:
-            raise UsageError("quantize.pattern", f"{text!r} is not a regular expression: {error}", hint=REGEX_HINT) from None
+            raise UsageError(
+                "quantize.pattern", f"{text!r} is not a regular expression: {error}", hint=REGEX_HINT
+            ) from None
     return result
 
 
 def _check_type(type: str | None, blocks: Mapping[str, int]) -> None:
     if type is not None and type not in blocks:
         raise UsageError(
-            "quantize.unknown-type", f"there is no tensor type {type!r}", hint=f"choose one of {', '.join(blocks).lower()}"
+            "quantize.unknown-type",
+            f"there is no tensor type {type!r}",
+            hint=f"choose one of {', '.join(blocks).lower()}",
         )

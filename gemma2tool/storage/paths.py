@@ -29,11 +29,15 @@ def confined(folder: str | os.PathLike[str], name: str, *, what: str = "file", f
     folder = Path(folder)
     if not _SEGMENT.fullmatch(name) or name in (".", ".."):
         raise InputRefused(
-            "index.name", f"{folder}: the {what} name {quoted(name)} is not a plain file name", hint="correct the index file"
+            "index.name",
+            f"{folder}: the {what} name {quoted(name)} is not a plain file name",
+            hint="correct the index file",
         )
     path = folder / name
     if not os.path.lexists(path):
-        raise InputRefused("file.missing", f"{path}: no such file", hint=f"the {what} is part of the checkpoint; download it")
+        raise InputRefused(
+            "file.missing", f"{path}: no such file", hint=f"the {what} is part of the checkpoint; download it"
+        )
     return path if follow_links else staying(path)
 
 
@@ -71,10 +75,14 @@ def refuse_same(sources: Iterable[str | os.PathLike[str]], destination: str | os
     """Raises UsageError when writing ``destination`` would replace one of the ``sources``, or a folder that holds one."""
     target = os.path.realpath(destination)
     for source in sources:
-        inside = os.path.isdir(target) and any(same_file(parent, target) for parent in Path(os.path.realpath(source)).parents)
+        inside = os.path.isdir(target) and any(
+            same_file(parent, target) for parent in Path(os.path.realpath(source)).parents
+        )
         if inside or same_file(source, destination):
             raise UsageError(
-                "output.is-input", f"{destination}: is the input {source}, or holds it", hint="choose another destination"
+                "output.is-input",
+                f"{destination}: is the input {source}, or holds it",
+                hint="choose another destination",
             )
 
 
@@ -91,7 +99,9 @@ def refuse_existing(destination: str | os.PathLike[str], *, force: bool, folder:
         except (FileNotFoundError, NotADirectoryError):
             return
     if not force:
-        raise UsageError("output.exists", f"{path}: already exists", hint="choose another name, or replace it with --force")
+        raise UsageError(
+            "output.exists", f"{path}: already exists", hint="choose another name, or replace it with --force"
+        )
     if stat.S_ISLNK(mode):
         raise UsageError("output.link", f"{path}: is a symbolic link", hint="remove it, or name the file it points to")
     if folder != stat.S_ISDIR(mode) or not (folder or stat.S_ISREG(mode)):
@@ -102,4 +112,6 @@ def refuse_existing(destination: str | os.PathLike[str], *, force: bool, folder:
     if folder and any(same_file(place, path) for place in precious):
         raise UsageError("output.kind", f"{path}: is the folder you are in, or your home", hint="choose another name")
     if folder and os.path.lexists(path / ".git"):
-        raise UsageError("output.kind", f"{path}: is a git repository", hint="choose another name, then move the files there")
+        raise UsageError(
+            "output.kind", f"{path}: is a git repository", hint="choose another name, then move the files there"
+        )

@@ -82,7 +82,9 @@ class FileReader:
         status = os.fstat(self._descriptor())
         if (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns) != self.identity:
             raise InputRefused(
-                "file.changed", f"{self.path}: changed while it was being read", hint="wait until it is complete, then run again"
+                "file.changed",
+                f"{self.path}: changed while it was being read",
+                hint="wait until it is complete, then run again",
             )
 
     def close(self) -> None:

@@ -16,15 +16,15 @@ import numpy as np
 
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.lazy import LazyTensor
-from gemma2tool.verify.completeness import comparable, compare_names
-from gemma2tool.verify.config import compare_configs
+from gemma2tool.verify.compare.completeness import comparable, compare_names
+from gemma2tool.verify.compare.config import compare_configs
+from gemma2tool.verify.compare.measurements import Drift, layer_and_kind
+from gemma2tool.verify.compare.tensor_diff import TensorDifference, compare_values
+from gemma2tool.verify.compare.tensors import significant
+from gemma2tool.verify.compare.tokenizer import compare_tokenizers
 from gemma2tool.verify.diagnosis.cause import Cause
-from gemma2tool.verify.measurements import Drift, layer_and_kind
 from gemma2tool.verify.result import Finding, GateResult, Side, Sides, plain
 from gemma2tool.verify.run import Progress, shown, side_of
-from gemma2tool.verify.tensors import significant
-from gemma2tool.verify.tokenizer import compare_tokenizers
-from gemma2tool.verify.values import TensorDifference, compare_values
 
 SCHEMA_VERSION = 1
 A_AND_B = ("A", "B")
@@ -102,18 +102,24 @@ def diff(
         _either_way(compare_configs, a.config, b.config),
         _either_way(_tokenizers, a, b),
     ]
-    common = [name for name in a.tensors if name in b.tensors and tuple(a.tensors[name].shape) == tuple(b.tensors[name].shape)]
+    common = [
+        name for name in a.tensors if name in b.tensors and tuple(a.tensors[name].shape) == tuple(b.tensors[name].shape)
+    ]
     with shown(progress, sum(b.tensors[name].nbytes for name in common), "tensors") as bar:
         found = tuple(compare_values(a.tensors, b.tensors, common, kept=kept, threads=threads, advance=bar.advance))
     parts.append(_tensors(found))
     drift = None
     computes = parts[0], parts[1], parts[3]
     if not any(part.failed for part in computes) and not any(each.differing for each in found):
-        parts.append(GateResult("logits", "skipped", "equal values in equal configs: no forward pass can tell them apart"))
+        parts.append(
+            GateResult("logits", "skipped", "equal values in equal configs: no forward pass can tell them apart")
+        )
     elif not logits:
         parts.append(GateResult("logits", "skipped", "not asked for"))
     elif not comparable(a, b):
-        parts.append(GateResult("logits", "skipped", "the two do not hold the same tensors, so no forward pass can be compared"))
+        parts.append(
+            GateResult("logits", "skipped", "the two do not hold the same tensors, so no forward pass can be compared")
+        )
     else:
         told, drift = _logits(a, b, ids, threads, progress)
         parts.append(told)
@@ -162,7 +168,12 @@ def _tensors(found: Sequence[TensorDifference]) -> GateResult:
         for each in differ
     ]
     findings += [
-        Finding(gate, "note", each.name, f"differs by up to {each.max_abs_difference:.3g}, which one side's format makes of it")
+        Finding(
+            gate,
+            "note",
+            each.name,
+            f"differs by up to {each.max_abs_difference:.3g}, which one side's format makes of it",
+        )
         for each in kept
     ]
     equal = len(found) - len(differ) - len(kept)
@@ -183,7 +194,7 @@ def _tensors(found: Sequence[TensorDifference]) -> GateResult:
 def _logits(
     a: Checkpoint, b: Checkpoint, ids: np.ndarray | None, threads: int, progress: Progress | None
 ) -> tuple[GateResult, Drift]:
-    from gemma2tool.verify.logits import as_prompts, compare_logits, passes
+    from gemma2tool.verify.compare.logits import as_prompts, compare_logits, passes
     from gemma2tool.verify.prompts import prompt_for
 
     is_text = True

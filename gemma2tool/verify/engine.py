@@ -13,10 +13,10 @@ import numpy as np
 
 from gemma2tool.errors import UsageError
 from gemma2tool.model.checkpoint import Checkpoint
-from gemma2tool.verify import judge
+from gemma2tool.verify import gate_results
+from gemma2tool.verify.compare.metrics import LogitComparison
 from gemma2tool.verify.diagnosis.cause import Cause
 from gemma2tool.verify.gates import GATES
-from gemma2tool.verify.metrics import LogitComparison
 from gemma2tool.verify.result import Finding, GateResult, Side, Verification
 from gemma2tool.verify.run import Progress, shown, side_of
 
@@ -69,7 +69,7 @@ def judge_logits(
         part = slice(start, start + _SLICE)
         comparison.add(start, ours[:, part], given[:, part].astype(np.float32))
     metrics = comparison.finish()
-    results = judge.engine(metrics, KIND, limits)
+    results = gate_results.engine(metrics, KIND, limits)
     cause = None
     if any(metrics.nonfinite):
         results[0] = _nonfinite(results[0], name, given.size, metrics.nonfinite)

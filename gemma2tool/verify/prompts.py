@@ -7,7 +7,7 @@ import numpy as np
 from gemma2tool.errors import InputRefused, UsageError
 from gemma2tool.model.checkpoint import Assets, Checkpoint
 from gemma2tool.model.config import Gemma2Config
-from gemma2tool.verify.tokenizer import load_model
+from gemma2tool.verify.compare.tokenizer import load_model
 
 BUILT_IN_TOKENS = 128
 """Tokens of the built-in text that are read unless more is asked for."""
@@ -57,7 +57,7 @@ def built_in_prompt(config: Gemma2Config, assets: Assets) -> np.ndarray | None:
 
 def prompt_for(source: Checkpoint, candidate: Checkpoint) -> tuple[np.ndarray, bool]:
     """What both are given to read unless the caller says: token ids (1, T), and whether they are text."""
-    from gemma2tool.verify.logits import default_ids
+    from gemma2tool.verify.compare.logits import default_ids
 
     shorter = min(source.config, candidate.config, key=lambda config: config.max_position_embeddings)
     ids = built_in_prompt(shorter, source.assets)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from gemma2tool.verify.diagnosis.cause import Cause
 
 if TYPE_CHECKING:
-    from gemma2tool.verify.measurements import Measurements
+    from gemma2tool.verify.compare.measurements import Measurements
 
 SCHEMA_VERSION = 1
 
@@ -44,7 +44,11 @@ class Finding:
     @property
     def sentence(self) -> str:
         """The message with its subject before it, unless it begins with that."""
-        return self.message if not self.subject or self.message.startswith(self.subject) else f"{self.subject}: {self.message}"
+        return (
+            self.message
+            if not self.subject or self.message.startswith(self.subject)
+            else f"{self.subject}: {self.message}"
+        )
 
     def to_json(self) -> dict[str, Any]:
         return {"gate": self.gate, "severity": self.severity, "subject": self.subject, "message": self.message}
@@ -53,7 +57,9 @@ class Finding:
 def counted(findings: Iterable[Finding]) -> str:
     """How many there are of each severity, in words: "2 errors, 1 note"."""
     number = Counter(finding.severity for finding in findings)
-    return ", ".join(f"{number[each]} {each}{'s' * (number[each] != 1)}" for each in ("error", "warning", "note") if number[each])
+    return ", ".join(
+        f"{number[each]} {each}{'s' * (number[each] != 1)}" for each in ("error", "warning", "note") if number[each]
+    )
 
 
 @dataclass(frozen=True)
@@ -129,10 +135,16 @@ class Verification:
     def verdict(self) -> str:
         """What the gates together prove, or refute, in words that finish "verified: ..." or "failed: ..."."""
         if self.against_receipt:
-            return f"what its receipt says (verified then as {self.kind})" if self.passed else "not what its receipt says"
+            return (
+                f"what its receipt says (verified then as {self.kind})" if self.passed else "not what its receipt says"
+            )
         if not self.passed:
             return "not the same model"
-        return "the same model, bit for bit" if self.kind == "lossless" else f"the same model, as near as {self.kind} comes"
+        return (
+            "the same model, bit for bit"
+            if self.kind == "lossless"
+            else f"the same model, as near as {self.kind} comes"
+        )
 
     @property
     def failures(self) -> tuple[Finding, ...]:

@@ -12,19 +12,19 @@ import numpy as np
 
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.lazy import LazyTensor
-from gemma2tool.verify import judge
-from gemma2tool.verify.completeness import comparable, compare_names
-from gemma2tool.verify.config import compare_configs
-from gemma2tool.verify.consumers import UNSAID, assumptions
+from gemma2tool.verify import gate_results
+from gemma2tool.verify.compare.completeness import comparable, compare_names
+from gemma2tool.verify.compare.config import compare_configs
+from gemma2tool.verify.compare.consumers import UNSAID, assumptions
+from gemma2tool.verify.compare.folding import folded_source
+from gemma2tool.verify.compare.measurements import Drift, Measurements, Tokens, tensor_errors
+from gemma2tool.verify.compare.reference_logits import Reference
+from gemma2tool.verify.compare.tensors import TensorComparison, compare_tensors, kind_of, read_through
+from gemma2tool.verify.compare.tokenizer import compare_tokenizers, text_pieces
 from gemma2tool.verify.diagnosis.cause import Cause
-from gemma2tool.verify.folding import folded_source
 from gemma2tool.verify.gates import GATES, Gates
-from gemma2tool.verify.measurements import Drift, Measurements, Tokens, tensor_errors
 from gemma2tool.verify.prompts import prompt_for
-from gemma2tool.verify.receipt_logits import Reference
 from gemma2tool.verify.result import GateResult, Side, Verification
-from gemma2tool.verify.tensors import TensorComparison, compare_tensors, kind_of, read_through
-from gemma2tool.verify.tokenizer import compare_tokenizers, text_pieces
 
 LEVELS = ("completeness", "config", "tokenizer", "tensors", "logits")
 
@@ -94,7 +94,10 @@ def verify(
     common = {name: tensor for name, tensor in source.tensors.items() if _same_shape(name, tensor, candidate)}
     rmse = None if gates is None else gates.get("rmse")
     if "tensors" in levels:
-        with timed("tensors"), shown(progress, sum(candidate.tensors[name].nbytes for name in common), "tensors") as bar:
+        with (
+            timed("tensors"),
+            shown(progress, sum(candidate.tensors[name].nbytes for name in common), "tensors") as bar,
+        ):
             comparisons = compare_tensors(
                 common,
                 candidate.tensors,
@@ -106,7 +109,7 @@ def verify(
                 advance=bar.advance,
             )
             read_through(candidate.buffers.values())
-        results.append(judge.tensors(comparisons))
+        results.append(gate_results.tensors(comparisons))
     kind = kind_of(common, candidate.tensors, expected, comparisons)
     limits = GATES[kind].overridden(gates)
     drift = tokens = reference = None
@@ -143,7 +146,7 @@ def _causes(
     told = {name for cause in causes for name in cause.tensors}
     open_questions = [each.name for each in comparisons or () if not each.ok and each.name not in told]
     if ids is not None and (open_questions or not causes) and comparable(source, candidate):
-        from gemma2tool.verify.parting import find_parting
+        from gemma2tool.verify.diagnosis.first_divergence import find_parting
 
         parting = find_parting(
             source, candidate, ids, exact=kind == "lossless", suspects=open_questions, threads=threads
@@ -165,7 +168,7 @@ def _logits(
     threads: int,
     progress: Progress | None,
 ) -> tuple[list[GateResult], Drift | None, Tokens | None, Reference | None]:
-    from gemma2tool.verify.logits import as_prompts, compare_logits, passes
+    from gemma2tool.verify.compare.logits import as_prompts, compare_logits, passes
 
     if not comparable(source, candidate):
         why = "the two do not hold the same tensors, so no forward pass can be compared"
@@ -187,13 +190,13 @@ def _logits(
             advance=bar.advance,
         )
     envelope = None
-    if comparisons and not overridden and judge.wants_envelope(run.metrics, limits, comparisons):
-        from gemma2tool.verify.noise import with_noise
+    if comparisons and not overridden and gate_results.wants_envelope(run.metrics, limits, comparisons):
+        from gemma2tool.verify.compare.noise import with_noise
 
         noisy = with_noise(source, comparisons)
         envelope = compare_logits(source, noisy, ids, text=is_text, probe=False, threads=threads).metrics
     pieces = text_pieces(source.assets, run.ids)
-    results = judge.logits(run, kind, limits, is_text, envelope)
+    results = gate_results.logits(run, kind, limits, is_text, envelope)
     return results, run.drift, Tokens.of(run.ids, run.metrics, is_text, pieces), run.reference
 
 

@@ -13,9 +13,9 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from false_alarms import DTYPES, RANGES, judged, source, targets, told
+from tests.support.false_alarms import DTYPES, RANGES, judged, source, targets, told
 
 
 def main() -> int:

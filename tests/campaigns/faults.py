@@ -12,14 +12,14 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import ml_dtypes
 import numpy as np
-from test_faults import CONVERT, OLDER, QUANTIZE, SMALLER, Sweep
-from tests_support import random_checkpoint, write_checkpoint
 
-from gemma2tool.storage import staging_recorder
+from gemma2tool.storage.staging import recorder as staging_recorder
+from tests.end_to_end.test_faults import CONVERT, OLDER, QUANTIZE, SMALLER, Sweep
+from tests.support.checkpoints import random_checkpoint, write_checkpoint
 
 COMMANDS = (
     (QUANTIZE, OLDER),
@@ -37,7 +37,9 @@ def main() -> int:
         for kind in ("EIO", "ENOSPC", "short", "EINTR"):
             with tempfile.TemporaryDirectory(dir=memory) as folder:
                 started = time.monotonic()
-                source = write_checkpoint(random_checkpoint(np.dtype(ml_dtypes.bfloat16), SMALLER), Path(folder) / "src")
+                source = write_checkpoint(
+                    random_checkpoint(np.dtype(ml_dtypes.bfloat16), SMALLER), Path(folder) / "src"
+                )
                 place = Path(folder) / "place"
                 place.mkdir()
                 with Sweep(words, source, place, old_words=older) as sweep:

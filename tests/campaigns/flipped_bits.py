@@ -16,16 +16,15 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "tests"))
-
-from flipping import flips, found, with_receipt, with_source
+sys.path.insert(0, str(ROOT))
 
 from gemma2tool.console import Console
 from gemma2tool.formats import registry
 from gemma2tool.formats.base import WriteOptions
 from gemma2tool.pipeline.plan import make_plan
 from gemma2tool.pipeline.run import Checks, run
-from gemma2tool.verify.receipt import read, receipt_path
+from gemma2tool.receipt.document import read, receipt_path
+from tests.support.flipping import flips, found, with_receipt, with_source
 
 OUTPUTS = {
     "hf": ("out", None),
@@ -54,10 +53,15 @@ def main() -> None:
                 options=WriteOptions(dtype=dtype, name=path.name, extra={"single_file": path.suffix == ".gguf"}),
             )
             quiet = Console(quiet=True)
-            [result] = run([plan], Checks(), force=False, threads=2, memory=1 << 28, allow_nonfinite=False, console=quiet)
+            [result] = run(
+                [plan], Checks(), force=False, threads=2, memory=1 << 28, allow_nonfinite=False, console=quiet
+            )
             assert result.written, result.verification.failures
             receipt = read(receipt_path(path))
-            ways = {"source": lambda at=path: with_source(source, at), "receipt": lambda at=path, by=receipt: with_receipt(by, at)}
+            ways = {
+                "source": lambda at=path: with_source(source, at),
+                "receipt": lambda at=path, by=receipt: with_receipt(by, at),
+            }
             assert all(look().status == "passed" for look in ways.values())
             for way, look in ways.items():
                 started = time.monotonic()

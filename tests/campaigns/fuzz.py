@@ -20,13 +20,12 @@ import time
 from pathlib import Path
 
 TESTS = Path(__file__).resolve().parent.parent
-sys.path[0] = str(TESTS)  # not this file's folder, where "fuzz" is this file
-sys.path.insert(1, str(TESTS.parent))
+sys.path[0] = str(TESTS.parent)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from fuzz import worker
-from fuzz.base import Target, remove_folders
-from fuzz.targets import all_targets
+from tests.fuzz import worker
+from tests.fuzz.base import Target, remove_folders
+from tests.fuzz.targets import all_targets
 
 SLICE = 20.0
 MAX_FINDINGS = 25  # of one reader in a run: then it is not fuzzed any more until they are fixed
@@ -36,8 +35,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--state", type=Path, default=Path("build/fuzz"))
     parser.add_argument("--seconds", type=float, default=600)
-    parser.add_argument("--executions", type=int, default=10**12, help="stop when all readers together have had so many")
-    parser.add_argument("--each", type=int, default=10**12, help="give every reader one turn of so many executions, and stop")
+    parser.add_argument(
+        "--executions", type=int, default=10**12, help="stop when all readers together have had so many"
+    )
+    parser.add_argument(
+        "--each", type=int, default=10**12, help="give every reader one turn of so many executions, and stop"
+    )
     parser.add_argument("--readers", nargs="*", help="only these")
     parser.add_argument("--slice", type=float, default=SLICE, help="seconds a reader before the next one's turn")
     parser.add_argument("--report", action="store_true", help="print the table and stop")
@@ -59,7 +62,11 @@ def main() -> int:
     state = State(asked.state / "state.json")
     if not asked.report:
         try:
-            run(asked, {name: each for name, each in targets.items() if not asked.readers or name in asked.readers}, state)
+            run(
+                asked,
+                {name: each for name, each in targets.items() if not asked.readers or name in asked.readers},
+                state,
+            )
         finally:
             remove_folders()
     print(state.table())
@@ -87,9 +94,15 @@ class State:
 
     def table(self) -> str:
         lines = ["| reader | executions | seconds | a second | findings |", "|---|--:|--:|--:|--:|"]
-        rows = [(name, each["executions"], each["seconds"], len(each["findings"])) for name, each in sorted(self.readers.items())]
+        rows = [
+            (name, each["executions"], each["seconds"], len(each["findings"]))
+            for name, each in sorted(self.readers.items())
+        ]
         rows.append(("all", self.executions, sum(row[2] for row in rows), sum(row[3] for row in rows)))
-        lines += [f"| {name} | {n:,} | {seconds:,.0f} | {n / max(seconds, 1e-9):,.0f} | {found} |" for name, n, seconds, found in rows]
+        lines += [
+            f"| {name} | {n:,} | {seconds:,.0f} | {n / max(seconds, 1e-9):,.0f} | {found} |"
+            for name, n, seconds, found in rows
+        ]
         return "\n".join(lines)
 
 
@@ -104,12 +117,16 @@ def run(asked: argparse.Namespace, targets: dict[str, Target], state: State) -> 
             if interrupted or time.monotonic() >= end or state.executions >= asked.executions:
                 return
             if fresh[name] < MAX_FINDINGS:
-                fresh[name] += one_slice(name, target, state, asked, min(asked.slice, end - time.monotonic()), interrupted)
+                fresh[name] += one_slice(
+                    name, target, state, asked, min(asked.slice, end - time.monotonic()), interrupted
+                )
         if asked.each < 10**12 or all(count >= MAX_FINDINGS for count in fresh.values()):
             return
 
 
-def one_slice(name: str, target: Target, state: State, asked: argparse.Namespace, seconds: float, interrupted: list[bool]) -> int:
+def one_slice(
+    name: str, target: Target, state: State, asked: argparse.Namespace, seconds: float, interrupted: list[bool]
+) -> int:
     row, shared, log = state.of(name), worker.Shared(), asked.state / f"{name}.log"
     log.unlink(missing_ok=True)
     seed = int.from_bytes(hashlib.sha256(f"{name} {row['slices']}".encode()).digest()[:4])
@@ -119,7 +136,9 @@ def one_slice(name: str, target: Target, state: State, asked: argparse.Namespace
     row["executions"] += count
     row["seconds"] = round(row["seconds"] + time.monotonic() - began, 1)
     row["slices"] += 1
-    if finding is not None and not count:  # it could not even read its seeds: the tree is being edited, or a library is missing
+    if (
+        finding is not None and not count
+    ):  # it could not even read its seeds: the tree is being edited, or a library is missing
         print(f"{name}: did not start: {finding.kind}", flush=True)
         return 0
     if finding is not None:

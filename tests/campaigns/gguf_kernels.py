@@ -16,13 +16,11 @@ from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-import kernel_data
-import llama_peer
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from gemma2tool.quantizers import kernels
 from gemma2tool.quantizers.gguf_types import GGUF_TYPES, dequantize, quantize
+from tests.support import kernel_data, llama_peer
 
 COLS = 2048
 

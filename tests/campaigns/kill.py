@@ -26,14 +26,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import ml_dtypes
 import numpy as np
-from tests_support import SMALL, random_checkpoint, write_checkpoint
 
 from gemma2tool.model.config import Gemma2Config
-from gemma2tool.storage.staging_journal import read as read_journal
+from gemma2tool.storage.staging.journal import read as read_journal
+from tests.support.checkpoints import SMALL, random_checkpoint, write_checkpoint
 
 MOST_KILLS_OF_A_TRIAL = 4
 STAGED = ".gemma2tool-staging"
@@ -90,7 +90,9 @@ def digest(path: Path) -> str:
 class Trials:
     """The commands, what they write undisturbed and how long that takes, and the count of what happened."""
 
-    def __init__(self, folder: Path, source: Path, commands: Sequence[Command], seed: int, say: Callable[[str], None]) -> None:
+    def __init__(
+        self, folder: Path, source: Path, commands: Sequence[Command], seed: int, say: Callable[[str], None]
+    ) -> None:
         self.folder, self.source, self.commands, self.say = folder, source, commands, say
         self.random = random.Random(seed)
         self.counts: Counter[str] = Counter()
@@ -141,7 +143,9 @@ class Trials:
             process = self._start(command, place)
             if killed < kills and self._killed(process, place, seconds):
                 killed += 1
-                for output, was, found, whole in zip(command.outputs, old, self._digests(command, place), new, strict=True):
+                for output, was, found, whole in zip(
+                    command.outputs, old, self._digests(command, place), new, strict=True
+                ):
                     if found not in (was, whole, "absent"):
                         self.faults.append(f"trial {number}: {output} is neither old nor new after kill {killed}")
                 continue
@@ -153,7 +157,9 @@ class Trials:
         complete = process.returncode == 0 or (process.returncode == 2 and "output.exists" in log and killed > 0)
         left = [path.name for path in place.rglob(f".*{STAGED}")]
         if not (whole and complete) or left:
-            self.faults.append(f"trial {number}: exit {process.returncode}, as undisturbed: {whole}, left: {left}, log: {log}")
+            self.faults.append(
+                f"trial {number}: exit {process.returncode}, as undisturbed: {whole}, left: {left}, log: {log}"
+            )
         resumed = [(int(part), int(all)) for part, all in re.findall(r"resumed: (\d+) of (\d+)", log)]
         self.counts.update(
             trials=1,
@@ -164,7 +170,9 @@ class Trials:
             finished_by_the_killed=log.count("in place already"),
             refused_as_existing=int(process.returncode == 2),
         )
-        self.say(f"trial {number}: {' '.join(command.words[2:5])}: killed {killed} times, same bytes: {whole}, resumed: {resumed}")
+        self.say(
+            f"trial {number}: {' '.join(command.words[2:5])}: killed {killed} times, same bytes: {whole}, resumed: {resumed}"
+        )
         shutil.rmtree(place)
         place.with_suffix(".log").unlink()
         return killed

@@ -16,9 +16,8 @@ from collections import defaultdict
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(ROOT))
 
-from mutation_trials import Outcome, pairs, singles, sources, trial
 from typer.testing import CliRunner
 
 from gemma2tool.cli.main import app
@@ -28,6 +27,7 @@ from gemma2tool.formats.base import WriteOptions
 from gemma2tool.pipeline.save import save
 from gemma2tool.quantizers.mixtures import FILE_TYPES
 from gemma2tool.verify.run import verify
+from tests.support.planted.trials import Outcome, pairs, singles, sources, trial
 
 SOURCES = ("fixture", "fixture-f16", "small-bf16", "small-f32", "small-f16", "deep")
 FORMS = ("memory", "hf", "gguf")
@@ -59,7 +59,9 @@ def main() -> int:
                     double.append(trial(both, source, name, form, fresh(folder, f"{name}{index}")))
         for outcome in double:
             if not (outcome.detected and outcome.named):
-                print(f"  {' + '.join(outcome.faults)} in {outcome.source} as {outcome.form}: {', '.join(outcome.ids) or 'no cause'}")
+                print(
+                    f"  {' + '.join(outcome.faults)} in {outcome.source} as {outcome.form}: {', '.join(outcome.ids) or 'no cause'}"
+                )
         print(f"pairs: {len(double)}, detected {detected(double)}, both named right {share(double):.1%}", flush=True)
         alarms = 0 if asked.no_honest else honest(Path(folder))
     print(f"{time.time() - start:.0f} s")
@@ -85,7 +87,11 @@ def honest(folder: Path) -> int:
             suffix = next(each.suffix or "" for each in registry.LISTINGS if each.name == format)
             path = fresh(str(folder), label.replace(" ", "-")) / f"made{suffix}"
             try:
-                steered = {"imatrix": str(matrix)} if options.get("type", "").startswith(("iq1", "iq2", "iq3_x", "q2_k_s")) else {}
+                steered = (
+                    {"imatrix": str(matrix)}
+                    if options.get("type", "").startswith(("iq1", "iq2", "iq3_x", "q2_k_s"))
+                    else {}
+                )
                 save(truth, path, WriteOptions(**options, extra=steered), to=format)
             except ToolError as refused:
                 print(f"  {label}: cannot be written so ({refused.id})")

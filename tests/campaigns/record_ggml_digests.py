@@ -12,12 +12,10 @@ import sys
 from pathlib import Path
 
 TESTS = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(TESTS))
-
-import kernel_data
-import llama_peer
+sys.path.insert(0, str(TESTS.parent))
 
 from gemma2tool.quantizers.gguf_types import GGUF_TYPES
+from tests.support import kernel_data, llama_peer
 
 if __name__ == "__main__":
     digests = {

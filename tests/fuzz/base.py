@@ -14,7 +14,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from fuzz.mutator import mutate, mutate_json
+from tests.fuzz.mutator import mutate, mutate_json
 
 CORPUS = Path(__file__).resolve().parent / "corpus"
 
@@ -106,9 +106,9 @@ class JsonTarget(Target):
     def mutate(self, rng: Random, data: bytes, pool: Sequence[bytes]) -> bytes:
         if rng.random() < 0.75:
             try:
-                return json.dumps(mutate_json(rng, json.loads(data), self.names), ensure_ascii=rng.random() < 0.5).encode(
-                    "utf-8", "surrogatepass"
-                )
+                return json.dumps(
+                    mutate_json(rng, json.loads(data), self.names), ensure_ascii=rng.random() < 0.5
+                ).encode("utf-8", "surrogatepass")
             except (ValueError, RecursionError):
                 pass
         return mutate(rng, data, pool, self.tokens)

@@ -9,18 +9,34 @@ from dataclasses import replace
 from pathlib import Path
 from random import Random
 
-import hostile_torch as h  # once for all workers: its largest files take a while to make
-
-from fuzz.base import CORPUS, FileTarget, JsonTarget, MemoryFile, MemoryFolder, Target
-from fuzz.mutator import mutate, mutate_json
+from tests.fuzz.base import CORPUS, FileTarget, JsonTarget, MemoryFile, MemoryFolder, Target
+from tests.fuzz.mutator import mutate, mutate_json
+from tests.support.hostile import torch as h  # once for all workers: its largest files take a while to make
 
 
 class Json(Target):
     name = "json"
-    tokens = (b"{", b"}", b"[", b"]", b",", b":", b'"', b"\\", b'"a":', b"1e999", b"NaN", b"-0", b"null", b"\\ud800", b"\xed\xa0\x80", b"[" * 70)
+    tokens = (
+        b"{",
+        b"}",
+        b"[",
+        b"]",
+        b",",
+        b":",
+        b'"',
+        b"\\",
+        b'"a":',
+        b"1e999",
+        b"NaN",
+        b"-0",
+        b"null",
+        b"\\ud800",
+        b"\xed\xa0\x80",
+        b"[" * 70,
+    )
 
     def prepare(self) -> None:
-        from gemma2tool.storage import strict_json
+        from gemma2tool.containers import strict_json
 
         self.load = strict_json.load
 
@@ -36,7 +52,7 @@ class Safetensors(FileTarget):
     )  # fmt: skip
 
     def prepare(self) -> None:
-        from gemma2tool.storage import safetensors
+        from gemma2tool.containers import safetensors
 
         self.read, self.file = safetensors.read_header, MemoryFile()
 
@@ -47,7 +63,11 @@ class Safetensors(FileTarget):
         text, rest = data[8 : 8 + size], data[8 + size :]
         if rng.random() < 0.5:
             try:
-                text = json.dumps(mutate_json(rng, json.loads(text), ("dtype", "shape", "data_offsets", "F32", "BF16", "__metadata__"))).encode()
+                text = json.dumps(
+                    mutate_json(
+                        rng, json.loads(text), ("dtype", "shape", "data_offsets", "F32", "BF16", "__metadata__")
+                    )
+                ).encode()
             except (ValueError, RecursionError):
                 text = mutate(rng, text, pool, self.tokens)
         else:
@@ -69,13 +89,16 @@ class GGUF(FileTarget):
     )  # fmt: skip
 
     def prepare(self) -> None:
-        from gemma2tool.storage import gguf
+        from gemma2tool.containers import gguf
 
         self.read, self.file = gguf.read_header, MemoryFile()
 
     def run(self, path: Path) -> object:
         header = self.read(path)
-        if any(not header.data_start <= t.offset <= t.offset + t.nbytes <= header.file_size for t in header.tensors.values()):
+        if any(
+            not header.data_start <= t.offset <= t.offset + t.nbytes <= header.file_size
+            for t in header.tensors.values()
+        ):
             raise AssertionError("a tensor lies outside the file")
         return len(header.tensors), len(header.kv), header.alignment
 
@@ -84,7 +107,7 @@ class Pickle(Target):
     name = "pickle"
 
     def prepare(self) -> None:
-        from gemma2tool.storage import pickle_index
+        from gemma2tool.containers.torch_zip import pickle_index
 
         self.interpret = pickle_index.interpret
         self.tokens = (
@@ -94,7 +117,10 @@ class Pickle(Target):
         )  # fmt: skip
 
     def seeds(self) -> list[bytes]:
-        bodies = [h.body(b"}X\1\0\0\0w" + h.tensor() + b"s"), h.body(b"}(X\1\0\0\0a" + h.tensor(shape=(2, 2), stride=(2, 1)) + b"q\0X\1\0\0\0bh\0u")]
+        bodies = [
+            h.body(b"}X\1\0\0\0w" + h.tensor() + b"s"),
+            h.body(b"}(X\1\0\0\0a" + h.tensor(shape=(2, 2), stride=(2, 1)) + b"q\0X\1\0\0\0bh\0u"),
+        ]
         return [*super().seeds(), *bodies]
 
     def run(self, data: bytes) -> object:
@@ -103,10 +129,22 @@ class Pickle(Target):
 
 class TorchZip(FileTarget):
     name = "torch-zip"
-    tokens = (b"PK\1\2", b"PK\3\4", b"PK\5\6", b"PK\6\6", b"PK\6\7", b"PK\7\x08", b"\xff\xff\xff\xff", b"\xff\xff", b"\1\0", b"a/data/0", b"a/data.pkl")
+    tokens = (
+        b"PK\1\2",
+        b"PK\3\4",
+        b"PK\5\6",
+        b"PK\6\6",
+        b"PK\6\7",
+        b"PK\7\x08",
+        b"\xff\xff\xff\xff",
+        b"\xff\xff",
+        b"\1\0",
+        b"a/data/0",
+        b"a/data.pkl",
+    )
 
     def prepare(self) -> None:
-        from gemma2tool.storage import torch_zip
+        from gemma2tool.containers.torch_zip import reader as torch_zip
 
         self.read, self.tensors_of, self.file = torch_zip.read_index, torch_zip.tensors_of, MemoryFile()
         self.programs = Pickle()
@@ -128,17 +166,30 @@ class TorchZip(FileTarget):
         count, size = 0, path.stat().st_size
         for _, t in self.tensors_of(self.read(path)):
             count += 1
-            if not 0 <= t.storage_offset <= t.offset <= t.storage_offset + t.storage_nbytes <= size or t.nbytes > t.storage_nbytes:
+            if (
+                not 0 <= t.storage_offset <= t.offset <= t.storage_offset + t.storage_nbytes <= size
+                or t.nbytes > t.storage_nbytes
+            ):
                 raise AssertionError("a tensor lies outside its storage")
         return count
 
 
 class SbsDirectory(FileTarget):
     name = "sbs"
-    tokens = (b"SBS\n", b"config", b"tokenizer", b"toc", b"hf_config", b"c_embedding", b"\0" * 16, struct.pack("<Q", 256), struct.pack("<I", 1))
+    tokens = (
+        b"SBS\n",
+        b"config",
+        b"tokenizer",
+        b"toc",
+        b"hf_config",
+        b"c_embedding",
+        b"\0" * 16,
+        struct.pack("<Q", 256),
+        struct.pack("<I", 1),
+    )
 
     def prepare(self) -> None:
-        from gemma2tool.formats import sbs
+        from gemma2tool.formats.gemma_cpp import format as sbs
 
         self.format, self.file = sbs.GemmaCpp(), MemoryFile()
 
@@ -153,7 +204,7 @@ class SbsConfig(Target):
     tokens = tuple(struct.pack("<I", value) for value in (0, 1, 2, 4, 15, 23, 64, 65, 1 << 16, (1 << 32) - 1))
 
     def prepare(self) -> None:
-        from gemma2tool.formats import sbs_config
+        from gemma2tool.formats.gemma_cpp import config as sbs_config
 
         self.read = sbs_config.read
 
@@ -169,10 +220,19 @@ class TorchModel(TorchZip):
 
     def prepare(self) -> None:
         super().prepare()
-        from gemma2tool.formats.gemma_pytorch import GemmaPytorch
+        from gemma2tool.formats.torch.gemma_pytorch import GemmaPytorch
 
         self.format, self.members = GemmaPytorch(), h.zip_members((CORPUS / self.name / "tiny").read_bytes())
-        self.programs.tokens = (*self.programs.tokens, b"X\x05\0\0\0model", b"X\x06\0\0\0config", b"X\x10\0\0\0model_state_dict", b"}", b"N", b"]", b")")
+        self.programs.tokens = (
+            *self.programs.tokens,
+            b"X\x05\0\0\0model",
+            b"X\x06\0\0\0config",
+            b"X\x10\0\0\0model_state_dict",
+            b"}",
+            b"N",
+            b"]",
+            b")",
+        )
 
     def seeds(self) -> list[bytes]:
         return Target.seeds(self)
@@ -183,7 +243,9 @@ class TorchModel(TorchZip):
         if rng.random() < 0.2 or not 0 <= begin < end:
             return mutate(rng, data, pool, self.tokens)
         program = self.programs.mutate(rng, data[begin:end], pool)
-        return h.archive([replace(each, data=program) if each.name.endswith("data.pkl") else each for each in self.members])
+        return h.archive(
+            [replace(each, data=program) if each.name.endswith("data.pkl") else each for each in self.members]
+        )
 
     def run(self, path: Path) -> object:
         self.format.detect(path)
@@ -203,10 +265,11 @@ class HDF5(FileTarget):
     )  # fmt: skip
 
     def prepare(self) -> None:
-        from gemma2tool.storage import hdf5, hdf5_messages
+        from gemma2tool.containers.hdf5 import messages
+        from gemma2tool.containers.hdf5 import reader as hdf5
 
         self.read, self.file = hdf5.read_arrays, MemoryFile()
-        hdf5_messages.lookup3 = lambda data: 0
+        messages.lookup3 = lambda data: 0
 
     def run(self, path: Path) -> object:
         arrays, size = self.read(path), path.stat().st_size
@@ -225,7 +288,7 @@ class OCDBT(Target):
     )  # fmt: skip
 
     def prepare(self) -> None:
-        from gemma2tool.storage import ocdbt
+        from gemma2tool.containers.orbax import ocdbt
 
         self.read, self.folder = ocdbt.read_entries, MemoryFolder(self.name)
         (self.folder.path / "d").mkdir(exist_ok=True)
@@ -256,7 +319,9 @@ class OCDBT(Target):
     def run(self, folder: Path) -> object:
         values = self.read(folder, self.unpack)
         for value in values.values():
-            inside = value.path is None or (value.path.parent.parent == folder and value.offset + value.nbytes <= value.path.stat().st_size)
+            inside = value.path is None or (
+                value.path.parent.parent == folder and value.offset + value.nbytes <= value.path.stat().st_size
+            )
             if not inside:
                 raise AssertionError("a value outside the folder")
         return len(values)
@@ -276,7 +341,7 @@ class Zarr(JsonTarget):
     def prepare(self) -> None:
         import zstandard
 
-        from gemma2tool.formats import zarr_arrays
+        from gemma2tool.formats.orbax import zarr_arrays
         from gemma2tool.storage.crc import crc32c
 
         self.zarr, self.folder = zarr_arrays, MemoryFolder(self.name)

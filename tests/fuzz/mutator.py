@@ -86,7 +86,9 @@ def _step(rng: Random, root: Any, names: Sequence[str]) -> Any:
     if kind == 0:
         del place[key]
     elif kind == 1 and isinstance(place, dict):
-        place[rng.choice(names) if names and draw() < 0.7 else rng.choice(("a", "", "\0", "x" * 300, str(key) + "x"))] = at
+        place[
+            rng.choice(names) if names and draw() < 0.7 else rng.choice(("a", "", "\0", "x" * 300, str(key) + "x"))
+        ] = at
     elif kind == 1:
         place.insert(int(key), at)
     elif kind == 2 and isinstance(place, dict) and len(place) > 1:

@@ -11,15 +11,16 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-from tests_support import random_checkpoint, write_checkpoint
 
-from fuzz.base import CORPUS
-from gemma2tool.formats import sbs_config, sentencepiece
-from gemma2tool.formats.sentencepiece import Piece
+from gemma2tool.containers import gguf, safetensors
+from gemma2tool.containers.gguf import GGUFValue
+from gemma2tool.formats.gemma_cpp import config as sbs_config
+from gemma2tool.formats.tokenizers import sentencepiece
+from gemma2tool.formats.tokenizers.sentencepiece import Piece
 from gemma2tool.model.checkpoint import Assets
 from gemma2tool.model.config import Gemma2Config
-from gemma2tool.storage import gguf, safetensors
-from gemma2tool.storage.gguf import GGUFValue
+from tests.fuzz.base import CORPUS
+from tests.support.checkpoints import random_checkpoint, write_checkpoint
 
 TINY = Gemma2Config(
     vocab_size=12, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, head_dim=4,
@@ -34,7 +35,21 @@ PIECES = (
     Piece("\u2581", -1), Piece("a", -2), Piece("b", -3), Piece("ab", -4), Piece("\u2581a", -5), Piece("[unused]", 0, 5),
 )  # fmt: skip
 _SBS_HEADER = struct.Struct("<IIQ")
-PACKED = ("nf4", "fp4", "int8", "w8a8-int8", "w8a16", "w4a16", "w4a16-asym", "fp8-dynamic", "fp8-block", "gptq-4", "awq-4", "torchao-int8", "mlx-4")
+PACKED = (
+    "nf4",
+    "fp4",
+    "int8",
+    "w8a8-int8",
+    "w8a16",
+    "w4a16",
+    "w4a16-asym",
+    "fp8-dynamic",
+    "fp8-block",
+    "gptq-4",
+    "awq-4",
+    "torchao-int8",
+    "mlx-4",
+)
 
 
 def model() -> bytes:
@@ -43,9 +58,15 @@ def model() -> bytes:
 
 def tiny_files() -> dict[str, bytes]:
     """Name under the corpus to content."""
-    made = {"json/object": b'{"a":[1,2.5e3,true,null,"\\u00e9\\n"],"b":{"c":{}}}', "json/lists": b"[[],[[]],{}]", "json/text": b'"\\\\\\""'}
+    made = {
+        "json/object": b'{"a":[1,2.5e3,true,null,"\\u00e9\\n"],"b":{"c":{}}}',
+        "json/lists": b"[[],[[]],{}]",
+        "json/text": b'"\\\\\\""',
+    }
     made["sentencepiece/tiny"] = model()
-    header, _, size = safetensors.layout([("w", "BF16", (2, 3)), ("b", "F32", ()), ("codes", "U8", (0, 4))], {"format": "pt"})
+    header, _, size = safetensors.layout(
+        [("w", "BF16", (2, 3)), ("b", "F32", ()), ("codes", "U8", (0, 4))], {"format": "pt"}
+    )
     made["safetensors/three"] = header + bytes(size - len(header))
     made["gguf/tiny"] = _gguf()
     made["hdf5/old"] = _hdf5()
@@ -62,15 +83,34 @@ def tiny_files() -> dict[str, bytes]:
     made["sbs-config/tiny"] = sbs_config.write(TINY, 1)
     made["hf-config/tiny"] = json.dumps(TINY.to_hf()).encode()
     rope = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 8}
-    made["hf-config/yarn"] = json.dumps(TINY.to_hf() | {"rope_parameters": rope, "id2label": {"0": "a", "1": "b"}}).encode()
+    made["hf-config/yarn"] = json.dumps(
+        TINY.to_hf() | {"rope_parameters": rope, "id2label": {"0": "a", "1": "b"}}
+    ).encode()
     weight_map = {"x": "a.safetensors", "y": "b.safetensors"}
     made["hf-index/two"] = json.dumps({"metadata": {"total_size": 8}, "weight_map": weight_map}).encode()
-    adapter = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": ["q_proj"], "rank_pattern": {"q_proj": 8}, "alpha_pattern": {}}
+    adapter = {
+        "peft_type": "LORA",
+        "r": 8,
+        "lora_alpha": 16,
+        "target_modules": ["q_proj"],
+        "rank_pattern": {"q_proj": 8},
+        "alpha_pattern": {},
+    }
     made["lora-config/plain"] = json.dumps(adapter).encode()
-    made["lora-config/rslora"] = json.dumps(adapter | {"use_rslora": True, "alpha_pattern": {r"^model\.layers\.0\.": 4}}).encode()
-    made["tokenizer/json"] = json.dumps({"tokenizer.json": _tokenizer_json(), "tokenizer_config.json": _tokenizer_config()}).encode()
-    made["tokenizer/model"] = json.dumps({"model": True, "tokenizer_config.json": _tokenizer_config(), "added_tokens.json": {"<x>": 30}}).encode()
-    lines = [{"fingerprint": {"tool": "0.1.0", "type": "q8_0"}}, {"done": [["w", ["m.gguf"], None], ["b", ["m.gguf"], {"x": 1}]]}, {"placing": 7}]
+    made["lora-config/rslora"] = json.dumps(
+        adapter | {"use_rslora": True, "alpha_pattern": {r"^model\.layers\.0\.": 4}}
+    ).encode()
+    made["tokenizer/json"] = json.dumps(
+        {"tokenizer.json": _tokenizer_json(), "tokenizer_config.json": _tokenizer_config()}
+    ).encode()
+    made["tokenizer/model"] = json.dumps(
+        {"model": True, "tokenizer_config.json": _tokenizer_config(), "added_tokens.json": {"<x>": 30}}
+    ).encode()
+    lines = [
+        {"fingerprint": {"tool": "0.1.0", "type": "q8_0"}},
+        {"done": [["w", ["m.gguf"], None], ["b", ["m.gguf"], {"x": 1}]]},
+        {"placing": 7},
+    ]
     made["journal/tiny"] = b"\n".join(json.dumps(line).encode() for line in lines)
     return made
 
@@ -79,7 +119,8 @@ def _hdf5(**options: object) -> bytes:
     """Two groups of plain arrays; the checksums of the newer kind are zero, see the target."""
     import h5py
 
-    from gemma2tool.storage import hdf5, hdf5_messages
+    from gemma2tool.containers.hdf5 import messages
+    from gemma2tool.containers.hdf5 import reader as hdf5
 
     buffer = io.BytesIO()
     with h5py.File(buffer, "w", **options) as file:
@@ -88,25 +129,27 @@ def _hdf5(**options: object) -> bytes:
             group.create_dataset("0", data=np.zeros((2, 3), np.float32))
             group.create_dataset("1", data=np.zeros(3, "V2")).attrs["dtype"] = "bfloat16"
         file.create_dataset("half", data=np.zeros(2, np.float16)).attrs["dtype"] = np.bytes_("float16")
-    raw, sums, whole = buffer.getvalue(), [], hdf5_messages.lookup3
+    raw, sums, whole = buffer.getvalue(), [], messages.lookup3
 
     def recorded(data: bytes) -> int:
         sums.append(whole(data))
         return sums[-1]
 
-    hdf5_messages.lookup3 = recorded
+    messages.lookup3 = recorded
     with tempfile.NamedTemporaryFile() as file:
         file.write(raw)
         file.flush()
         hdf5.read_arrays(file.name)
-    hdf5_messages.lookup3 = whole
+    messages.lookup3 = whole
     for each in sums:
         raw = raw.replace(struct.pack("<I", each), bytes(4))
     return raw
 
 
 def _varint(*values: int) -> bytes:
-    return b"".join(value.to_bytes(1, "little") if value < 128 else bytes([value & 127 | 128, value >> 7]) for value in values)
+    return b"".join(
+        value.to_bytes(1, "little") if value < 128 else bytes([value & 127 | 128, value >> 7]) for value in values
+    )
 
 
 def _framed(magic: str, body: bytes, compression: int = 0) -> bytes:
@@ -116,11 +159,35 @@ def _framed(magic: str, body: bytes, compression: int = 0) -> bytes:
 def _ocdbt(tree: bool) -> bytes:
     """A database of two keys, one inline; with ``tree`` its only leaf lies below a node."""
     table = _varint(1, 3, 0) + b"d/x"
-    leaf = b"\0" + table + _varint(2) + _varint(1) + _varint(3, 2) + b"a/x" + b"/y" + _varint(2, 4) + b"\0\1" + _varint(0) + _varint(0) + b"hi"
+    leaf = (
+        b"\0"
+        + table
+        + _varint(2)
+        + _varint(1)
+        + _varint(3, 2)
+        + b"a/x"
+        + b"/y"
+        + _varint(2, 4)
+        + b"\0\1"
+        + _varint(0)
+        + _varint(0)
+        + b"hi"
+    )
     data = _framed("0cdb20de", leaf, compression=1)
     root, height = (0, len(data)), 0
     if tree:
-        node = b"\1" + table + _varint(1) + _varint(1) + _varint(1) + b"a" + _varint(0) + _varint(0) + _varint(len(data)) + _varint(2, 50, 4)
+        node = (
+            b"\1"
+            + table
+            + _varint(1)
+            + _varint(1)
+            + _varint(1)
+            + b"a"
+            + _varint(0)
+            + _varint(0)
+            + _varint(len(data))
+            + _varint(2, 50, 4)
+        )
         root, height = (len(data), len(_framed("0cdb20de", node))), 1
         data += _framed("0cdb20de", node)
     config = bytes(16) + _varint(0, 100, 1000) + b"\4" + _varint(1) + struct.pack("<i", 1)
@@ -129,7 +196,15 @@ def _ocdbt(tree: bool) -> bytes:
 
 
 def _zarray(**changed: object) -> bytes:
-    content = {"zarr_format": 2, "shape": [2, 4], "chunks": [2, 4], "dtype": "<f4", "compressor": None, "fill_value": None, "filters": None}
+    content = {
+        "zarr_format": 2,
+        "shape": [2, 4],
+        "chunks": [2, 4],
+        "dtype": "<f4",
+        "compressor": None,
+        "fill_value": None,
+        "filters": None,
+    }
     return json.dumps(content | {"order": "C", "dimension_separator": "."} | changed).encode()
 
 
@@ -195,15 +270,17 @@ def _imatrix_dat() -> bytes:
 
 
 def _tokenizer_json() -> dict:
-    from gemma2tool.formats.tokenizer_json import tokenizer_json
+    from gemma2tool.formats.tokenizers.tokenizer_json import tokenizer_json
 
     return json.loads(tokenizer_json(PIECES, {2: ("<bos>", True), 4: ("<start_of_turn>", True)}, 2))
 
 
 def _tokenizer_config() -> dict:
-    from gemma2tool.formats.tokenizer_files import tokenizer_config
+    from gemma2tool.formats.tokenizers.files import tokenizer_config
 
-    return tokenizer_config({2: ("<bos>", True), 4: ("<start_of_turn>", True)}, {"bos": "<bos>"}, bos=True, eos=False) | {"chat_template": "{{ x }}"}
+    return tokenizer_config(
+        {2: ("<bos>", True), 4: ("<start_of_turn>", True)}, {"bos": "<bos>"}, bos=True, eos=False
+    ) | {"chat_template": "{{ x }}"}
 
 
 def model_files(folder: Path) -> dict[str, bytes]:
@@ -255,7 +332,7 @@ def _receipt(folder: Path) -> bytes:
 
 
 def _keras_config() -> bytes:
-    from gemma2tool.formats.keras_config import small_files
+    from gemma2tool.formats.keras.config import small_files
 
     return small_files(TINY, "float32", 1, None)["config.json"]
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from random import Random
 
-from fuzz.base import JsonTarget, MemoryFile, MemoryFolder, parsed
+from tests.fuzz.base import JsonTarget, MemoryFile, MemoryFolder, parsed
 
 
 class HFConfig(JsonTarget):
@@ -44,12 +44,25 @@ class HFConfig(JsonTarget):
 
 class HFIndex(JsonTarget):
     name = "hf-index"
-    names = ("weight_map", "metadata", "total_size", "a.safetensors", "b.safetensors", "c.safetensors", "..", ".", "../a", "link", "out", "a\0")
+    names = (
+        "weight_map",
+        "metadata",
+        "total_size",
+        "a.safetensors",
+        "b.safetensors",
+        "c.safetensors",
+        "..",
+        ".",
+        "../a",
+        "link",
+        "out",
+        "a\0",
+    )
 
     def prepare(self) -> None:
-        from gemma2tool.formats import raw
+        from gemma2tool.formats.mapping import container_tensors
 
-        self.raw, folder = raw, MemoryFolder(self.name)
+        self.raw, folder = container_tensors, MemoryFolder(self.name)
         self.folder = folder
         folder.put("a.safetensors", b"")
         folder.put("b.safetensors", b"")
@@ -71,10 +84,19 @@ class HFIndex(JsonTarget):
 
 class KerasConfig(JsonTarget):
     name = "keras-config"
-    names = ("GemmaBackbone", "class_name", "config", "dtype", "bfloat16", "use_post_ffw_norm", "query_head_dim_normalize", "intermediate_dim")
+    names = (
+        "GemmaBackbone",
+        "class_name",
+        "config",
+        "dtype",
+        "bfloat16",
+        "use_post_ffw_norm",
+        "query_head_dim_normalize",
+        "intermediate_dim",
+    )
 
     def prepare(self) -> None:
-        from gemma2tool.formats import keras_config
+        from gemma2tool.formats.keras import config as keras_config
 
         self.read, self.folder = keras_config.read, MemoryFolder(self.name)
 
@@ -132,10 +154,11 @@ class Packing(JsonTarget):
     def prepare(self) -> None:
         import numpy as np
 
-        from gemma2tool.formats import packings, raw
+        from gemma2tool.formats import packings
+        from gemma2tool.formats.mapping import container_tensors
         from gemma2tool.model.lazy import ArrayTensor
 
-        self.np, self.packings, self.dtypes, self.array = np, packings, raw.NUMPY_DTYPES, ArrayTensor
+        self.np, self.packings, self.dtypes, self.array = np, packings, container_tensors.NUMPY_DTYPES, ArrayTensor
 
     def place(self, data: bytes) -> tuple[dict, object] | None:
         content = parsed(data)
@@ -144,15 +167,28 @@ class Packing(JsonTarget):
             return None
         stored = {}
         for name, entry in tensors.items():
-            if not isinstance(entry, list) or len(entry) < 2 or not isinstance(entry[0], str) or entry[0] not in self.dtypes:
+            if (
+                not isinstance(entry, list)
+                or len(entry) < 2
+                or not isinstance(entry[0], str)
+                or entry[0] not in self.dtypes
+            ):
                 return None
             shape = entry[1]
-            if not isinstance(shape, list) or len(shape) > 8 or not all(type(n) is int and 0 <= n <= 4096 for n in shape):
+            if (
+                not isinstance(shape, list)
+                or len(shape) > 8
+                or not all(type(n) is int and 0 <= n <= 4096 for n in shape)
+            ):
                 return None
             if self.np.prod(shape, dtype=self.np.int64) > 1 << 16:
                 return None
             values = self.np.zeros(shape, self.np.uint8)
-            if len(entry) > 2 and isinstance(entry[2], str) and len(entry[2]) == values.nbytes * self.dtypes[entry[0]].itemsize:
+            if (
+                len(entry) > 2
+                and isinstance(entry[2], str)
+                and len(entry[2]) == values.nbytes * self.dtypes[entry[0]].itemsize
+            ):
                 values = self.np.frombuffer(entry[2].encode("latin1", "replace"), self.dtypes[entry[0]]).reshape(shape)
             stored[name] = self.array(values.astype(self.dtypes[entry[0]]), origin=name)
         return stored, content.get("quantization_config")
@@ -173,7 +209,7 @@ class Receipt(JsonTarget):
     )  # fmt: skip
 
     def prepare(self) -> None:
-        from gemma2tool.verify import receipt
+        from gemma2tool.receipt import document as receipt
 
         self.read, self.file = receipt.read, MemoryFile()
 
@@ -192,7 +228,7 @@ class Journal(JsonTarget):
     names = ("fingerprint", "done", "placing", "tool", "model.safetensors", "../x")
 
     def prepare(self) -> None:
-        from gemma2tool.storage import staging_journal
+        from gemma2tool.storage.staging import journal as staging_journal
 
         self.parse = staging_journal._parse
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from fuzz import containers as c
-from fuzz import settings as s
-from fuzz import texts as t
-from fuzz.base import Target
+from tests.fuzz import containers as c
+from tests.fuzz import settings as s
+from tests.fuzz import texts as t
+from tests.fuzz.base import Target
 
 KINDS: tuple[type[Target], ...] = (
     c.Json, c.Safetensors, c.GGUF, c.Pickle, c.TorchZip, c.TorchModel, c.HDF5, c.OCDBT, c.Zarr, c.SbsDirectory, c.SbsConfig,

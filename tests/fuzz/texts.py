@@ -7,17 +7,27 @@ import struct
 from pathlib import Path
 from typing import Any
 
-from fuzz.base import CORPUS, FileTarget, JsonTarget, MemoryFile, Target, parsed
-from fuzz.containers import GGUF
+from tests.fuzz.base import CORPUS, FileTarget, JsonTarget, MemoryFile, Target, parsed
+from tests.fuzz.containers import GGUF
 
 
 class SentencePiece(Target):
     name = "sentencepiece"
-    tokens = (b"\x0a\x03\x0a\x01a", b"\x0a\x00", b"\x12\x00", b"\x1a\x00", b"\x15\0\0\xc0\x7f", b"\x18\x06", b"\xff" * 9 + b"\x01", b"\x80" * 10, b"\x0b")
+    tokens = (
+        b"\x0a\x03\x0a\x01a",
+        b"\x0a\x00",
+        b"\x12\x00",
+        b"\x1a\x00",
+        b"\x15\0\0\xc0\x7f",
+        b"\x18\x06",
+        b"\xff" * 9 + b"\x01",
+        b"\x80" * 10,
+        b"\x0b",
+    )
 
     def prepare(self) -> None:
-        from gemma2tool.formats import sentencepiece
-        from gemma2tool.storage import tokenizer_model
+        from gemma2tool.containers import tokenizer_model
+        from gemma2tool.formats.tokenizers import sentencepiece
 
         self.parse, self.check = sentencepiece.parse, tokenizer_model.check
 
@@ -34,7 +44,7 @@ class SentencePieceLibrary(SentencePiece):
 
     def prepare(self) -> None:
         super().prepare()
-        from gemma2tool.verify.tokenizer import load_model
+        from gemma2tool.verify.compare.tokenizer import load_model
 
         self.load = load_model
         load_model(self.seeds()[0])
@@ -61,10 +71,10 @@ class Tokenizer(JsonTarget):
     )  # fmt: skip
 
     def prepare(self) -> None:
-        from gemma2tool.formats.gguf_vocab import tokenizer_keys
-        from gemma2tool.formats.hf_tokenizer import completed
+        from gemma2tool.formats.gguf.vocab import tokenizer_keys
+        from gemma2tool.formats.hf.tokenizer import completed
         from gemma2tool.model.config import Gemma2Config
-        from gemma2tool.verify.tokenizer import chat_template
+        from gemma2tool.verify.compare.tokenizer import chat_template
 
         self.keys, self.completed, self.template = tokenizer_keys, completed, chat_template
         self.config = Gemma2Config(vocab_size=40)
@@ -102,7 +112,7 @@ class ModelCard(Target):
     )  # fmt: skip
 
     def prepare(self) -> None:
-        from gemma2tool.formats.gguf_metadata import metadata_keys
+        from gemma2tool.formats.gguf.metadata import metadata_keys
         from gemma2tool.model.checkpoint import Assets, Checkpoint
         from gemma2tool.model.config import Gemma2Config
 
@@ -126,7 +136,7 @@ class GGUFModel(GGUF):
     )  # fmt: skip
 
     def prepare(self) -> None:
-        from gemma2tool.formats.gguf import GGUF as Format
+        from gemma2tool.formats.gguf.format import GGUF as Format
 
         self.format, self.file = Format(), MemoryFile()
 
@@ -140,10 +150,18 @@ class GGUFModel(GGUF):
 
 class Imatrix(FileTarget):
     name = "imatrix"
-    tokens = (*GGUF.tokens, b"general.type", b"imatrix", b".in_sum2", b".counts", b"imatrix.datasets", struct.pack("<f", float("nan")))
+    tokens = (
+        *GGUF.tokens,
+        b"general.type",
+        b"imatrix",
+        b".in_sum2",
+        b".counts",
+        b"imatrix.datasets",
+        struct.pack("<f", float("nan")),
+    )
 
     def prepare(self) -> None:
-        from gemma2tool.formats.imatrix import read_imatrix
+        from gemma2tool.formats.gguf.imatrix import read_imatrix
 
         self.read, self.file = read_imatrix, MemoryFile()
 

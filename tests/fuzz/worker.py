@@ -16,16 +16,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
-from fuzz.base import Target
-from fuzz.mutator import MAX_BYTES
 from gemma2tool.errors import ToolError
+from tests.fuzz.base import Target
+from tests.fuzz.mutator import MAX_BYTES
 
 MAX_SECONDS = 2.0
 MAX_START_SECONDS = 60.0
 """For imports and the corpus."""
 MAX_BYTES_RESIDENT = 512 << 20
 _HEAD = struct.Struct("<QQ")  # executions, length of the input
-_WATCHED = ("exec", "compile", "import", "os.system", "os.exec", "os.fork", "os.posix_spawn", "subprocess.", "socket.", "pickle.", "ctypes.dlopen")
+_WATCHED = (
+    "exec",
+    "compile",
+    "import",
+    "os.system",
+    "os.exec",
+    "os.fork",
+    "os.posix_spawn",
+    "subprocess.",
+    "socket.",
+    "pickle.",
+    "ctypes.dlopen",
+)
 _watching = False
 _imports = False
 
@@ -89,7 +101,16 @@ def outcome(target: Target, data: bytes, *, watched: bool = True) -> object:
         _watching = False
 
 
-def work(target: Target, shared: Shared, seed: int, seconds: float, executions: int, kept: Path | None, *, limit_memory: bool = True) -> None:
+def work(
+    target: Target,
+    shared: Shared,
+    seed: int,
+    seconds: float,
+    executions: int,
+    kept: Path | None,
+    *,
+    limit_memory: bool = True,
+) -> None:
     """Runs until the time or the number of executions is over; raises what a reader raised. ``kept``: a folder for inputs of new outcomes."""
     global _imports
     _imports = target.imports
@@ -118,7 +139,9 @@ def work(target: Target, shared: Shared, seed: int, seconds: float, executions: 
             break
         # half of the time from what was found lately, for that is where new things are
         recent = draw() < 0.5
-        data = target.mutate(rng, pool[-1 - int(draw() * min(len(pool), 40))] if recent else pool[int(draw() * len(pool))], pool)
+        data = target.mutate(
+            rng, pool[-1 - int(draw() * min(len(pool), 40))] if recent else pool[int(draw() * len(pool))], pool
+        )
         if len(data) > MAX_BYTES:
             continue
         count += 1
@@ -137,7 +160,9 @@ def _data_bytes() -> int:
         return int(file.read().split()[5]) * mmap.PAGESIZE
 
 
-def spawn(target: Target, shared: Shared, seed: int, seconds: float, executions: int, kept: Path | None, log: Path) -> int:
+def spawn(
+    target: Target, shared: Shared, seed: int, seconds: float, executions: int, kept: Path | None, log: Path
+) -> int:
     """Forks a worker; returns its process id. It exits with 0 when its time is over, with 1 after writing what was raised to ``log``."""
     pid = os.fork()
     if pid:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from gemma2tool.containers import strict_json
 from gemma2tool.errors import InputRefused
 from gemma2tool.formats.packings.parts import FLOATS, HINT, linear_weight, part, plain, skip_list
 from gemma2tool.formats.packings.settings import Settings
@@ -21,7 +22,6 @@ from gemma2tool.model.tensors import TensorSpec
 from gemma2tool.quantizers import bnb
 from gemma2tool.quantizers.base import Encoder
 from gemma2tool.quantizers.bnb_tables import CODES
-from gemma2tool.storage import strict_json
 from gemma2tool.storage.quoting import quoted
 
 METHOD = "bitsandbytes"

@@ -122,7 +122,11 @@ def _weight_arguments(config: Mapping[str, object]) -> Mapping[str, object]:
             hint="one weight scheme for the whole model is supported",
         )
     weights = found[0]
-    if type(weights.get("num_bits")) is not int or weights["num_bits"] not in (4, 8) or weights.get("type") not in ("int", "float"):
+    if (
+        type(weights.get("num_bits")) is not int
+        or weights["num_bits"] not in (4, 8)
+        or weights.get("type") not in ("int", "float")
+    ):
         raise InputRefused(
             "compressed.config",
             f"config.json: weights of {quoted(weights.get('num_bits'))} bits of type {quoted(weights.get('type'))}",

@@ -67,14 +67,18 @@ class Settings:
     def __post_init__(self) -> None:
         if self.double_quant and self.type not in TYPES_WITH["double_quant"]:
             raise UsageError(
-                "quantize.double-quant", f"{self.type} has no double quantization", hint="use nf4 or fp4, or leave it out"
+                "quantize.double-quant",
+                f"{self.type} has no double quantization",
+                hint="use nf4 or fp4, or leave it out",
             )
         allowed = GROUP_SIZES.get(self.type, ())
         if self.group_size is not None and self.group_size not in allowed:
             listed = ", ".join(map(str, allowed)) + (" (-1: a whole row)" if WHOLE_ROW in allowed else "")
             raise UsageError(
                 "quantize.group-size",
-                f"{self.type} has no groups of {self.group_size} columns" if allowed else f"{self.type} has no group size",
+                f"{self.type} has no groups of {self.group_size} columns"
+                if allowed
+                else f"{self.type} has no group size",
                 hint=f"choose one of {listed}" if allowed else f"types with one are {listed_types('group_size')}",
             )
         for option, value, said, hint in (
@@ -166,7 +170,9 @@ def consumer_remarks(settings: Settings) -> list[str]:
             " CompressedTensorsConfig(dequantize=True)"
         )
     if settings.type in ("gptq-4", "awq-4") and settings.group_size == WHOLE_ROW:
-        found.append(f"{settings.type} with a scale for a whole row: GPTQModel's kernel for CPUs (7.6) does not run it, those for GPUs do")
+        found.append(
+            f"{settings.type} with a scale for a whole row: GPTQModel's kernel for CPUs (7.6) does not run it, those for GPUs do"
+        )
     return found
 
 
@@ -176,7 +182,9 @@ def _compiled(patterns: Sequence[str]) -> list[re.Pattern[str]]:
         try:
             found.append(re.compile(text))
         except re.error as error:
-            raise UsageError("quantize.pattern", f"{text!r} is not a regular expression: {error}", hint=REGEX_HINT) from None
+            raise UsageError(
+                "quantize.pattern", f"{text!r} is not a regular expression: {error}", hint=REGEX_HINT
+            ) from None
     return found
 
 

@@ -36,14 +36,18 @@ def causes_of_names(case: Case, candidate: Checkpoint) -> list[Cause]:
         causes.append(Cause("tensor.missing", said, tuple(missing)))
     if extra:
         verb = "are" if len(extra) > 1 else "is"
-        said = f"{listed(extra[:4])}{' and more' if len(extra) > 4 else ''} {verb} in the candidate and not in the source"
+        said = (
+            f"{listed(extra[:4])}{' and more' if len(extra) > 4 else ''} {verb} in the candidate and not in the source"
+        )
         causes.append(Cause("tensor.extra", said, tuple(extra)))
     return causes
 
 
 def causes_of_types(candidate: Checkpoint) -> list[Cause]:
     """Tensors stored in a quantized type that are never quantized."""
-    names = [name for name, spec in candidate.specs.items() if not spec.quantizable and not is_float(candidate.tensors[name])]
+    names = [
+        name for name, spec in candidate.specs.items() if not spec.quantizable and not is_float(candidate.tensors[name])
+    ]
     if not names:
         return []
     types = listed(sorted({candidate.tensors[name].stored for name in names}))
@@ -61,9 +65,7 @@ def _head(case: Case, missing: list[str], extra: list[str]) -> list[Cause]:
     for name, tensors in (("source", case.weights), ("candidate", case.candidate)):
         table = tensors.get(_EMBEDDING)
         if table is not None and table.shape == head.shape and _equal(case, table):
-            said = (
-                f"lm_head.weight is a copy of the {name}'s embedding, to which the source ties it: {head.size} values are stored twice"
-            )
+            said = f"lm_head.weight is a copy of the {name}'s embedding, to which the source ties it: {head.size} values are stored twice"
             return [Cause("head.duplicated", said, (_HEAD,), ("tie_word_embeddings",), {"values": head.size})]
     said = "lm_head.weight is stored and differs from the embedding, to which the source ties it: the output matrix is another one"
     return [Cause("head.untied", said, (_HEAD,), ("tie_word_embeddings",))]

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from gemma2tool.model.config import FULL, SLIDING, Gemma2Config
-from gemma2tool.verify.config import ARITHMETIC, normal
-from gemma2tool.verify.consumers import UNSAID
+from gemma2tool.verify.compare.config import ARITHMETIC, normal
+from gemma2tool.verify.compare.consumers import UNSAID
 from gemma2tool.verify.diagnosis.cause import Cause
 from gemma2tool.verify.diagnosis.names import runs
 
@@ -40,7 +40,10 @@ def differs(source: Gemma2Config, candidate: Gemma2Config, name: str) -> bool:
 def _cause(id: str, said: str, source: Gemma2Config, candidate: Gemma2Config, *fields: str) -> Cause:
     evidence = {}
     for name in fields:
-        evidence |= {f"{name}.source": _plain(getattr(source, name)), f"{name}.candidate": _plain(getattr(candidate, name))}
+        evidence |= {
+            f"{name}.source": _plain(getattr(source, name)),
+            f"{name}.candidate": _plain(getattr(candidate, name)),
+        }
     return Cause(id, said, (), fields, evidence)
 
 
@@ -61,7 +64,10 @@ def _softcaps(source: Gemma2Config, candidate: Gemma2Config) -> Iterator[Cause]:
     attention, final = _CAPS
     if not any(differs(source, candidate, name) for name in _CAPS):
         return
-    if (getattr(source, attention), getattr(source, final)) == (getattr(candidate, final), getattr(candidate, attention)):
+    if (getattr(source, attention), getattr(source, final)) == (
+        getattr(candidate, final),
+        getattr(candidate, attention),
+    ):
         said = "the two soft caps are in each other's place: attention scores are capped where logits should be, and the other way round"
         yield _cause("config.softcaps-swapped", said, source, candidate, *_CAPS)
     for name, word in _CAPS.items():
@@ -97,7 +103,9 @@ def _window(source: Gemma2Config, candidate: Gemma2Config) -> Iterator[Cause]:
     ours, theirs = source.layer_types, candidate.layer_types
     if len(ours) == len(theirs) and ours != theirs:
         if all(one != other for one, other in zip(ours, theirs, strict=True)):
-            said = f"the sliding window is on the wrong layers: {_sliding(theirs)}, where in the source {_sliding(ours)}"
+            said = (
+                f"the sliding window is on the wrong layers: {_sliding(theirs)}, where in the source {_sliding(ours)}"
+            )
             yield _cause("config.window-parity", said, source, candidate, "layer_types")
         elif SLIDING not in theirs:
             said = f"no layer slides, where in the source {_sliding(ours)}: every layer sees all of the text"

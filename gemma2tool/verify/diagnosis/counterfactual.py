@@ -148,7 +148,10 @@ def suppositions(source: Checkpoint, ids: np.ndarray) -> Iterator[Supposition]:
             yield Supposition(causes[0], dataclasses.replace(source, config=config, closers=[]), ids)
     for signature, said in _WEIGHTS:
         yield from _made_by(source, ids, signature, said)
-    for id, one, other in (("mlp.gate-up-swapped", "gate_proj", "up_proj"), ("attention.qkv-swapped", "k_proj", "v_proj")):
+    for id, one, other in (
+        ("mlp.gate-up-swapped", "gate_proj", "up_proj"),
+        ("attention.qkv-swapped", "k_proj", "v_proj"),
+    ):
         yield _exchanged(source, ids, id, one, other)
     if source.config.tie_word_embeddings:
         yield _unscaled(source, ids)
@@ -161,7 +164,10 @@ def mistaken_configs(config: Gemma2Config) -> Iterator[Gemma2Config]:
     fields: list[dict[str, object]] = [
         {"attn_logit_softcapping": None},
         {"final_logit_softcapping": None},
-        {"attn_logit_softcapping": config.final_logit_softcapping, "final_logit_softcapping": config.attn_logit_softcapping},
+        {
+            "attn_logit_softcapping": config.final_logit_softcapping,
+            "final_logit_softcapping": config.attn_logit_softcapping,
+        },
         *({"query_pre_attn_scalar": value} for value in _query_scalars(config)),
         {"layer_types": tuple(FULL if kind == SLIDING else SLIDING for kind in config.layer_types)},
         {"layer_types": (FULL,) * layers},
@@ -180,7 +186,11 @@ def mistaken_configs(config: Gemma2Config) -> Iterator[Gemma2Config]:
 
 
 def _query_scalars(config: Gemma2Config) -> list[float]:
-    return list(dict.fromkeys((config.head_dim, config.hidden_size / config.num_attention_heads, 224, 144, 256, config.hidden_size, 1)))
+    return list(
+        dict.fromkeys(
+            (config.head_dim, config.hidden_size / config.num_attention_heads, 224, 144, 256, config.hidden_size, 1)
+        )
+    )
 
 
 def _made_by(source: Checkpoint, ids: np.ndarray, signature: Signature, said: str) -> Iterator[Supposition]:
@@ -228,7 +238,9 @@ def _prompts(source: Checkpoint, ids: np.ndarray) -> Iterator[Supposition]:
         said = "the first token, bos, was left out: every Gemma text begins with it"
         yield Supposition(Cause("tokenizer.bos-missing", said, (), ("bos_token_id",)), source, ids[:, 1:])
     if ids.shape[1] < source.config.max_position_embeddings:
-        said = "bos was put before the prompt" + (" a second time" if ids[0, 0] == bos else ", which was given without it")
+        said = "bos was put before the prompt" + (
+            " a second time" if ids[0, 0] == bos else ", which was given without it"
+        )
         longer = np.concatenate([np.array([[bos]]), ids], axis=1)
         yield Supposition(Cause("tokenizer.bos-doubled", said, (), ("bos_token_id",)), source, longer)
 
@@ -240,13 +252,19 @@ def _signature(table: tuple[Signature, ...], id: str, kind: str | None = None) -
 
 _WEIGHTS: tuple[tuple[Signature, str], ...] = (
     (_signature(norms.SIGNATURES, "norm.minus-one"), "norms multiply by w in place of 1 + w"),
-    (_signature(norms.SIGNATURES, "norm.plus-one"), "norms multiply by 2 + w: the offset was added in the file and by the program"),
+    (
+        _signature(norms.SIGNATURES, "norm.plus-one"),
+        "norms multiply by 2 + w: the offset was added in the file and by the program",
+    ),
     (_signature(norms.SIGNATURES, "norm.rounded-with-one"), "norms multiply by 1 + w rounded to bfloat16"),
     (_signature(attention.SIGNATURES, "rope.interleaved"), "q and k are taken for interleaved rotary pairs"),
     (_signature(attention.SIGNATURES, "rope.halved"), "q and k are turned to halves, which they are already in"),
     (_signature(attention.SIGNATURES, "rope.interleaved", "q_proj"), "q alone is taken for interleaved rotary pairs"),
     (_signature(attention.SIGNATURES, "rope.interleaved", "k_proj"), "k alone is taken for interleaved rotary pairs"),
-    (_signature(attention.SIGNATURES, "attention.heads-regrouped"), "query heads read other key-value heads than their own"),
+    (
+        _signature(attention.SIGNATURES, "attention.heads-regrouped"),
+        "query heads read other key-value heads than their own",
+    ),
     (_signature(embedding.SIGNATURES, "embedding.scaled"), "embeddings are sqrt(D) times too large"),
     *(
         (each, f"{each.kinds[0] if len(each.kinds) == 1 else ' and '.join(each.kinds)} transposed")

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from gemma2tool.model.lazy import LazyTensor, row_ranges, to_float32
-from gemma2tool.verify.bounds import BOUNDS
+from gemma2tool.verify.compare.bounds import BOUNDS
+from gemma2tool.verify.compare.tensors import cast
 from gemma2tool.verify.diagnosis.fit import is_float
 from gemma2tool.verify.diagnosis.scales import Pattern
 from gemma2tool.verify.diagnosis.search import Case
-from gemma2tool.verify.tensors import cast
 
 _UNSIGNED = {2: np.uint16, 4: np.uint32, 8: np.uint64}
 _CHUNK_VALUES = 1 << 20
@@ -91,7 +91,9 @@ def _judged(found: _Differing, candidate: LazyTensor) -> Pattern | None:
     few = found.count <= max(_FEW * candidate.size, 8)
     rounding = None
     if found.count and found.neighbours == found.count:
-        said = "{what} {are} rounded by another rule: values are the next number of the type to those that must be there"
+        said = (
+            "{what} {are} rounded by another rule: values are the next number of the type to those that must be there"
+        )
         rounding = Pattern("numbers.other-rounding", said, evidence)
     if found.count and found.bits == found.count and few and (rounding is None or found.count <= _FLIPS):
         said = (
@@ -164,7 +166,11 @@ def _blocks(source: LazyTensor, candidate: LazyTensor) -> Pattern | None:
     if scaled >= 0.8 * bad:
         said = f"{here} {'are' if bad > 1 else 'is'} off by a factor ({min(factors):.4g} to {max(factors):.4g}): absmax, or scale, is damaged"
         return Pattern("quant.absmax-damaged", said, evidence)
-    return Pattern("quant.blocks-damaged", f"{here} {'are' if bad > 1 else 'is'} not the source's: the file is damaged there", evidence)
+    return Pattern(
+        "quant.blocks-damaged",
+        f"{here} {'are' if bad > 1 else 'is'} not the source's: the file is damaged there",
+        evidence,
+    )
 
 
 def _where(index: int, shape: tuple[int, ...]) -> str:

@@ -9,6 +9,7 @@ from dataclasses import replace
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.config import Gemma2Config
 from gemma2tool.model.lazy import LazyTensor
+from gemma2tool.verify.compare.tensors import TensorComparison, compare_tensors
 from gemma2tool.verify.diagnosis.cause import Cause
 from gemma2tool.verify.diagnosis.completeness import causes_of_names, causes_of_types
 from gemma2tool.verify.diagnosis.config import causes_of_config
@@ -19,7 +20,6 @@ from gemma2tool.verify.diagnosis.search import Case, Explanation, search
 from gemma2tool.verify.diagnosis.signature import Move, Signature, Weights
 from gemma2tool.verify.diagnosis.tokenizer import causes_of_tokenizer
 from gemma2tool.verify.result import GateResult
-from gemma2tool.verify.tensors import TensorComparison, compare_tensors
 
 # Config fields that have to follow where tensors are as these causes say.
 _IMPLIED = {
@@ -112,5 +112,3 @@ def _aggregated(explained: Mapping[str, Explanation], config: Gemma2Config) -> l
         }
         causes.append(Cause(key[0], said, tuple(names), evidence=evidence))
     return causes
-
-

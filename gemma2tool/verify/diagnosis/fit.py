@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from gemma2tool.model.lazy import FLOAT_DTYPES, LazyTensor, row_ranges, to_float32
-from gemma2tool.verify.bounds import BOUNDS
-from gemma2tool.verify.tensors import cast
+from gemma2tool.verify.compare.bounds import BOUNDS
+from gemma2tool.verify.compare.tensors import cast
 
 _UNITS = {"f32": 2.0**-23, "f16": 2.0**-11, "bf16": 2.0**-8, "f64": 2.0**-52}
 _UNSIGNED = {2: np.uint16, 4: np.uint32, 8: np.uint64}
@@ -93,9 +93,7 @@ def signal_of(rows: Iterable[np.ndarray]) -> float:
     return sum(_square(each) for each in rows)
 
 
-def fit_sample(
-    supposed: LazyTensor, candidate: LazyTensor, rows: Iterable[np.ndarray], most: float = math.inf
-) -> Fit:
+def fit_sample(supposed: LazyTensor, candidate: LazyTensor, rows: Iterable[np.ndarray], most: float = math.inf) -> Fit:
     """``supposed`` against the candidate's sampled ``rows``; stops where the squared error adds up to more than ``most``."""
     sums = _Sums()
     for (first, last), got in zip(sample_ranges(candidate.shape), rows, strict=True):

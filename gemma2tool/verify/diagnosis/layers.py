@@ -156,7 +156,11 @@ def _order(whole: dict[int, int], count: int) -> tuple[str, str]:
 
 
 def _relative(by: int) -> str:
-    return ("after" if by > 0 else "before") + " it" if abs(by) == 1 else f"{abs(by)} {'further on' if by > 0 else 'before'}"
+    return (
+        ("after" if by > 0 else "before") + " it"
+        if abs(by) == 1
+        else f"{abs(by)} {'further on' if by > 0 else 'before'}"
+    )
 
 
 def _held(whole: Mapping[int, int]) -> str:

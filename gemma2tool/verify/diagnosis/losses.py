@@ -8,11 +8,11 @@ from hashlib import blake2b
 import numpy as np
 
 from gemma2tool.model.lazy import row_ranges
-from gemma2tool.verify.bounds import BOUNDS
+from gemma2tool.verify.compare.bounds import BOUNDS
 from gemma2tool.verify.diagnosis.fit import is_float
-from gemma2tool.verify.diagnosis.honest import quantized_once
 from gemma2tool.verify.diagnosis.names import EMBEDDINGS, MATRICES, place
-from gemma2tool.verify.diagnosis.portion import Portion, portion, rms
+from gemma2tool.verify.diagnosis.quantize_dequantize import quantized_once
+from gemma2tool.verify.diagnosis.row_sample import Portion, portion, rms
 from gemma2tool.verify.diagnosis.scales import Pattern
 from gemma2tool.verify.diagnosis.search import Case
 
@@ -21,7 +21,10 @@ _READ_BYTES = 8 << 20
 _MORE = 1.2  # times the error of quantizing once; two roundings to like steps give 1.4
 _ON, _OFF = 0.1, 0.2  # RMS distance from a grid, in steps; 0.29 by chance
 _MOST = 0.8  # of all matrices, from which on it is the model that is another
-_LITTLE, _ALIKE = 0.3, 4.0  # RMSE / RMS of weights trained further, at most; and how far apart those of two matrices may be
+_LITTLE, _ALIKE = (
+    0.3,
+    4.0,
+)  # RMSE / RMS of weights trained further, at most; and how far apart those of two matrices may be
 _APART = 0.15  # correlation of what was added with what was there
 _CHANGED = 0.5  # share of values that training moves, in steps of half precision
 _FINE = 0.06  # RMSE / RMS up to which a type has so many levels that 16 of them must be another's
@@ -149,7 +152,9 @@ def all_differ(case: Case, names: Sequence[str]) -> dict[str, Pattern]:
         f"{{what}} {{have}} other weights: each of these {len(off)} matrices differs by about {100 * middle:.2g} % of its size, without a"
         " pattern, as after further training (or a rounding through a coarser type); converting alone does not do that"
     )
-    pattern = Pattern("weights.all-differ", said, {"matrices": len(off), "median": middle, "largest": max(off.values())})
+    pattern = Pattern(
+        "weights.all-differ", said, {"matrices": len(off), "median": middle, "largest": max(off.values())}
+    )
     return dict.fromkeys(off, pattern)
 
 

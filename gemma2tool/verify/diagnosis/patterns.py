@@ -11,7 +11,7 @@ import numpy as np
 from gemma2tool.verify.diagnosis import damage, losses, rearranged, scales
 from gemma2tool.verify.diagnosis.cause import Cause
 from gemma2tool.verify.diagnosis.names import described, place
-from gemma2tool.verify.diagnosis.portion import Portion, portion
+from gemma2tool.verify.diagnosis.row_sample import Portion, portion
 from gemma2tool.verify.diagnosis.search import Case
 from gemma2tool.verify.diagnosis.smoothing import causes_of_smoothing, column_factors
 
@@ -37,7 +37,9 @@ def causes_of_patterns(case: Case, names: Sequence[str]) -> list[Cause]:
     told = {name for cause in causes for name in cause.tensors}
     for name in left:
         here = None if name in told else portion(case, name)
-        pattern = here and (losses.permuted(case, name) or losses.unrelated(here) or losses.lossy(here, case.candidate[name].stored))
+        pattern = here and (
+            losses.permuted(case, name) or losses.unrelated(here) or losses.lossy(here, case.candidate[name].stored)
+        )
         if pattern is not None:
             found[name] = pattern
     found |= losses.all_differ(case, [name for name in left if name not in found and name not in told])
@@ -86,7 +88,8 @@ def _aggregated(case: Case, found: dict[str, scales.Pattern]) -> list[Cause]:
     """Patterns whose sentences differ in numbers alone become one cause, told with the first one's numbers."""
     ids = {pattern.id for pattern in found.values()}
     found = {
-        name: each.otherwise if each.otherwise is not None and each.otherwise.id in ids else each for name, each in found.items()
+        name: each.otherwise if each.otherwise is not None and each.otherwise.id in ids else each
+        for name, each in found.items()
     }
     found = _systematic(found)
     groups: dict[tuple[str, str], list[str]] = defaultdict(list)

@@ -7,7 +7,7 @@ import numpy as np
 from gemma2tool.model.lazy import LazyTensor, row_ranges
 from gemma2tool.verify.diagnosis.fit import fit_whole
 from gemma2tool.verify.diagnosis.names import EMBEDDINGS, QKV, listed, place
-from gemma2tool.verify.diagnosis.portion import Portion
+from gemma2tool.verify.diagnosis.row_sample import Portion
 from gemma2tool.verify.diagnosis.scales import Pattern
 from gemma2tool.verify.diagnosis.search import Case
 from gemma2tool.verify.diagnosis.views import Columns, Rows
@@ -34,7 +34,8 @@ def heads(case: Case, here: Portion) -> Pattern | None:
         if here.candidate.shape[1] != count * config.head_dim:
             return None
         ours, theirs = (
-            each.reshape(len(each), count, -1).swapaxes(0, 1).reshape(count, -1) for each in (here.source, here.candidate)
+            each.reshape(len(each), count, -1).swapaxes(0, 1).reshape(count, -1)
+            for each in (here.source, here.candidate)
         )
     else:
         return None
@@ -66,7 +67,9 @@ def rows(case: Case, name: str) -> Pattern | None:
         return None
     what = ": these tokens mean each other" if place(name).kind in EMBEDDINGS else ", and the rest is where it belongs"
     said = f"in {{what}} {_said(order, 'row')}{what}"
-    return Pattern("tensor.rows-exchanged", said, {"rows": len(where), "holds": {str(row): int(order[row]) for row in where}})
+    return Pattern(
+        "tensor.rows-exchanged", said, {"rows": len(where), "holds": {str(row): int(order[row]) for row in where}}
+    )
 
 
 def _first_rows(tensor: LazyTensor, count: int, width: int) -> np.ndarray:

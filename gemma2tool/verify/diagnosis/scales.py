@@ -10,13 +10,16 @@ import numpy as np
 
 from gemma2tool.model.config import Gemma2Config
 from gemma2tool.verify.diagnosis.names import NORMS, place
-from gemma2tool.verify.diagnosis.portion import Portion
+from gemma2tool.verify.diagnosis.row_sample import Portion
 
 _GROUPS = (256, 128, 64, 32)
 _SAME_SIGN = 0.95  # share of groups that an offset of the zero point moves the same way
 _FINER = 0.85  # of the error, what a factor for each row or group may leave to be preferred to one for all
 _LOCAL = 0.7  # share of groups that are right, from which on the others are damage in a place
-_STEADY, _UNSTEADY = 0.12, 0.5  # relative spread of what should be constant; of an offset in steps, which rounding blurs
+_STEADY, _UNSTEADY = (
+    0.12,
+    0.5,
+)  # relative spread of what should be constant; of an offset in steps, which rounding blurs
 
 
 @dataclass(frozen=True)
@@ -112,7 +115,9 @@ def _groups(here: Portion) -> Pattern | None:
 def _sizes(here: Portion) -> list[int]:
     """Values that may share a scale: those of a row, or of one of the usual groups."""
     columns = here.source.shape[1]
-    return ([columns] if len(here.source) > 1 else []) + [size for size in _GROUPS if size < columns and not columns % size]
+    return ([columns] if len(here.source) > 1 else []) + [
+        size for size in _GROUPS if size < columns and not columns % size
+    ]
 
 
 def _offset(here: Portion, size: int) -> Pattern | None:

@@ -15,10 +15,12 @@ import numpy as np
 from gemma2tool.verify.diagnosis import norms
 from gemma2tool.verify.diagnosis.cause import Cause
 from gemma2tool.verify.diagnosis.names import LAYER_NORMS, QKV, described, name_of, place
-from gemma2tool.verify.diagnosis.portion import Portion, rms
+from gemma2tool.verify.diagnosis.row_sample import Portion, rms
 from gemma2tool.verify.diagnosis.search import Case
 
-FEEDS = {kind: "input_layernorm" for kind in QKV} | {kind: "pre_feedforward_layernorm" for kind in ("gate_proj", "up_proj")}
+FEEDS = {kind: "input_layernorm" for kind in QKV} | {
+    kind: "pre_feedforward_layernorm" for kind in ("gate_proj", "up_proj")
+}
 _CLOSE, _BETTER = 0.06, 0.4
 
 
@@ -69,7 +71,9 @@ def _folded(case: Case, changed: set[str], layer: int | None, scale: np.ndarray)
     for signature in (None, *norms.SIGNATURES):
         for name in names:
             before = case.weights[name] if signature is None else signature.of(case.weights, name)
-            ours, theirs = (each.load_rows_f32(0, scale.size).astype(np.float64) for each in (before, case.candidate[name]))
+            ours, theirs = (
+                each.load_rows_f32(0, scale.size).astype(np.float64) for each in (before, case.candidate[name])
+            )
             for into, one in (("1 + w", 1.0), ("w", 0.0)):
                 plain, folded = rms(theirs - ours), rms((one + theirs) * scale - (one + ours))
                 if folded <= _CLOSE * max(rms(one + ours), 1e-30) and folded <= _BETTER * plain:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from gemma2tool.verify.compare.tokenizer import GATE
 from gemma2tool.verify.diagnosis.cause import Cause
 from gemma2tool.verify.result import Finding, GateResult
-from gemma2tool.verify.tokenizer import GATE
 
 _LOST = "is not in the candidate"
 
@@ -16,9 +16,17 @@ def causes_of_tokenizer(results: Sequence[GateResult]) -> list[Cause]:
     errors = [each for gate in results if gate.name == GATE for each in gate.findings if each.severity == "error"]
     causes = []
     for id, subjects, sentence in (
-        ("tokenizer.bos-missing", ("add_bos_token",), "texts do not begin with the token that every Gemma text begins with"),
+        (
+            "tokenizer.bos-missing",
+            ("add_bos_token",),
+            "texts do not begin with the token that every Gemma text begins with",
+        ),
         ("tokenizer.eos-added", ("add_eos_token",), "texts end with a token that the source does not put there"),
-        ("tokenizer.chat-template", ("chat_template",), "a conversation is put in another form than the model was trained on"),
+        (
+            "tokenizer.chat-template",
+            ("chat_template",),
+            "a conversation is put in another form than the model was trained on",
+        ),
     ):
         found = [each for each in errors if each.subject in subjects]
         if found:
@@ -30,7 +38,9 @@ def causes_of_tokenizer(results: Sequence[GateResult]) -> list[Cause]:
     special = [each for each in errors if str(each.subject).endswith("_id")]
     other = [each for each in errors if each not in lost and each not in special]
     if other:
-        causes.append(_cause("tokenizer.wrong", "the tokenizer is another one: the same text gives other tokens", other + special))
+        causes.append(
+            _cause("tokenizer.wrong", "the tokenizer is another one: the same text gives other tokens", other + special)
+        )
     elif special:
         causes.append(_cause("tokenizer.special-ids", "special tokens have other ids", special))
     return causes

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gemma2tool.verify.measurements import TensorError
+from gemma2tool.verify.compare.measurements import TensorError
 from gemma2tool.verify.reports.markup import Markup, join, tag
 
 WIDTH, HEIGHT = 420, 250

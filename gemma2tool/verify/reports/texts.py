@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from gemma2tool.verify.measurements import Tokens
+from gemma2tool.verify.compare.measurements import Tokens
 from gemma2tool.verify.reports.markup import Markup, join, tag
 from gemma2tool.verify.reports.plots import level
 

@@ -1,0 +1,1 @@
+"""The key-value database that Orbax keeps its arrays in."""

@@ -1,0 +1,1 @@
+"""What torch.save writes: a zip archive of stored members around one pickle."""

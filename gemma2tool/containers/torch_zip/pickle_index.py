@@ -1,0 +1,368 @@
+"""What a torch.save pickle says, without unpickling it.
+
+A pickle is a program. This interpreter knows only the opcodes that torch.save emits (protocol 2, as torch's own weights_only
+unpickler) and only names from a short list; each name builds an inert record here and nothing is ever imported or called. Steps,
+stack, memo and text are bounded.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from gemma2tool.errors import InputRefused
+from gemma2tool.storage.quoting import quoted
+
+MAX_STEPS = 1_000_000  # 20,000 tensors take about 750,000
+FREE_STEPS = 150_000  # for what is no tensor
+STEPS_PER_TENSOR = 60
+MAX_STACK = 200_000
+MAX_INT_BYTES = 16
+
+# dtype names as torch spells them -> as safetensors spells them (and C64, C128 beyond)
+TORCH_DTYPES = {
+    "bool": "BOOL", "uint8": "U8", "int8": "I8", "int16": "I16", "uint16": "U16", "float16": "F16", "bfloat16": "BF16",
+    "int32": "I32", "uint32": "U32", "float32": "F32", "complex64": "C64", "float64": "F64", "int64": "I64", "uint64": "U64",
+    "complex128": "C128", "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2", "float8_e8m0fnu": "F8_E8M0",
+    "float8_e4m3fnuz": "F8_E4M3FNUZ", "float8_e5m2fnuz": "F8_E5M2FNUZ",
+}  # fmt: skip
+STORAGE_DTYPES = {
+    "BoolStorage": "BOOL", "ByteStorage": "U8", "CharStorage": "I8", "ShortStorage": "I16", "HalfStorage": "F16",
+    "BFloat16Storage": "BF16", "IntStorage": "I32", "FloatStorage": "F32", "ComplexFloatStorage": "C64",
+    "DoubleStorage": "F64", "LongStorage": "I64", "ComplexDoubleStorage": "C128",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class StorageRef:
+    """A storage: ``dtype`` None means untyped bytes; ``count`` is in elements of the dtype, or bytes."""
+
+    dtype: str | None
+    key: str
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class TensorRef:
+    """A tensor as a view of a storage; ``storage_offset`` and ``stride`` in elements. Nothing here has been checked."""
+
+    storage: StorageRef
+    dtype: str
+    storage_offset: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Global:
+    """A name from the list of those that are known."""
+
+    name: str
+
+
+class _Mark:
+    """The stack's mark."""
+
+
+def interpret(data: bytes, place: str) -> Any:
+    """The object that ``data`` describes, of dict, list, tuple, int, float, str, bool, None, bytes and TensorRef.
+
+    Raises InputRefused (``pickle.*``) for any opcode, name or argument that torch.save would not have written for those.
+    """
+    return _Interpreter(data, place).run()
+
+
+class _Interpreter:
+    def __init__(self, data: bytes, place: str) -> None:
+        self.data = data
+        self.place = place
+        self.at = 0
+        self.stack: list[Any] = []
+        self.memo: dict[int, Any] = {}
+        self.steps = FREE_STEPS  # that are allowed
+
+    def refuse(self, kind: str, message: str) -> NoReturn:
+        raise InputRefused(
+            f"pickle.{kind}",
+            f"{self.place}: {message} (byte {self.at} of the pickle)",
+            hint="only checkpoints of plain tensors are read; nothing of this file was run",
+        )
+
+    def run(self) -> Any:
+        if self.data[:2] != b"\x80\x02":
+            self.refuse("protocol", "is not a pickle of protocol 2, which torch.save writes")
+        self.at = 2
+        actions, data, done = _ACTIONS, self.data, 0
+        while done < self.steps:
+            done += 1
+            if self.at >= len(data):
+                self.refuse("truncated", "the pickle ends early")
+            opcode = data[self.at]
+            self.at += 1
+            if opcode == 0x2E:  # STOP
+                if len(self.stack) != 1 or self.at != len(data):
+                    self.refuse("stop", "the pickle stops with objects or bytes left over")
+                return self.pop()
+            action = actions.get(opcode)
+            if action is None:
+                self.refuse(
+                    "opcode", f"the opcode {quoted(bytes([opcode]))} is not one that torch.save writes for tensors"
+                )
+            action(self)
+            if len(self.stack) > MAX_STACK:
+                self.refuse("too-large", f"the pickle stacks more than {MAX_STACK} objects")
+        self.refuse("too-large", f"the pickle takes more than {self.steps} steps, too many for its tensors")
+
+    def take(self, count: int) -> bytes:
+        end = self.at + count
+        if end > len(self.data):
+            self.refuse("truncated", "the pickle ends early")
+        begin, self.at = self.at, end
+        return self.data[begin:end]
+
+    def number(self, kind: struct.Struct) -> Any:
+        return kind.unpack(self.take(kind.size))[0]
+
+    def line(self) -> str:
+        end = self.data.find(b"\n", self.at, self.at + 256)
+        if end < 0:
+            self.refuse("global", "a global name does not end")
+        raw = self.take(end + 1 - self.at)[:-1]
+        return raw.decode("ascii", "backslashreplace")
+
+    def pop(self) -> Any:
+        if not self.stack:
+            self.refuse("stack", "the pickle takes from an empty stack")
+        value = self.stack.pop()
+        if value is _Mark:
+            self.refuse("stack", "the pickle uses a mark as a value")
+        return value
+
+    def top(self, kind: type, what: str) -> Any:
+        if not self.stack or type(self.stack[-1]) is not kind:
+            self.refuse("type", f"the pickle {what} something that is not a {kind.__name__}")
+        return self.stack[-1]
+
+    def pop_to_mark(self) -> list[Any]:
+        for depth in range(len(self.stack) - 1, -1, -1):
+            if self.stack[depth] is _Mark:
+                values = self.stack[depth + 1 :]
+                del self.stack[depth:]
+                return values
+        self.refuse("stack", "the pickle looks for a mark that is not there")
+
+    def remember(self, index: int) -> None:
+        value = self.pop()
+        self.stack.append(value)
+        self.memo[index] = value
+
+    def recall(self, index: int) -> None:
+        if index not in self.memo:
+            self.refuse("memo", f"the pickle recalls an object {index} that it never remembered")
+        self.stack.append(self.memo[index])
+
+    def set_items(self, items: list[Any]) -> None:
+        target = self.top(dict, "sets items of")
+        if len(items) % 2:
+            self.refuse("type", "the pickle sets an item without a value")
+        for key, value in zip(items[::2], items[1::2], strict=True):
+            if type(key) is int:
+                key = str(key)  # optimizer states count their parameters
+            if type(key) is not str:
+                self.refuse("key", f"a key {quoted(key)} is not text")
+            if key in target:
+                self.refuse("duplicate-key", f"the key {quoted(key)} appears twice")
+            target[key] = value
+
+    def reduce(self) -> None:
+        arguments, function = self.pop(), self.pop()
+        if type(function) is not _Global or type(arguments) is not tuple:
+            self.refuse("reduce", "the pickle calls something that is not a known name")
+        self.stack.append(_BUILDERS[function.name](self, arguments))
+
+    def global_(self) -> None:
+        name = f"{self.line()}.{self.line()}"
+        if name not in _KNOWN:
+            self.refuse("global", f"asks for {quoted(name)}, which is not needed to store tensors")
+        self.stack.append(_Global(name))
+
+    def persistent(self) -> None:
+        """('storage', storage class, key, device, number of elements)"""
+        match self.pop():
+            case ("storage", _Global(name), str(key), str(_), int(count)) if name in _STORAGES and count >= 0:
+                self.stack.append(StorageRef(_STORAGES[name], key, count))
+            case _:
+                self.refuse("storage", "the pickle refers to something that is not a storage")
+
+    def build(self) -> None:
+        """OrderedDict's attributes: a state dict carries its modules' versions in ``_metadata``, which say nothing of weights."""
+        state = self.pop()
+        self.top(dict, "sets attributes of")
+        if type(state) is not dict:
+            self.refuse("type", "the pickle sets attributes that are not a dict")
+
+    def long(self) -> None:
+        length = self.take(1)[0]
+        if length > MAX_INT_BYTES:
+            self.refuse("too-large", f"an integer of {length} bytes")
+        self.stack.append(int.from_bytes(self.take(length), "little", signed=True))
+
+    def text(self) -> None:
+        raw = self.take(self.number(_U32))
+        try:
+            self.stack.append(raw.decode("utf-8", "surrogatepass"))
+        except UnicodeDecodeError:
+            self.refuse("utf8", "a text of the pickle is not UTF-8")
+
+    def append(self, values: list[Any]) -> None:
+        self.top(list, "appends to").extend(values)
+
+    def tuple_of(self, count: int) -> None:
+        values = [self.pop() for _ in range(count)]
+        self.stack.append(tuple(reversed(values)))
+
+
+def _rebuild_tensor(self: _Interpreter, arguments: tuple) -> TensorRef:
+    """_rebuild_tensor_v2(storage, storage_offset, size, stride, requires_grad, backward_hooks, metadata=None)"""
+    match arguments:
+        case (
+            StorageRef(dtype=str(dtype)) as storage,
+            int(offset),
+            tuple(shape),
+            tuple(stride),
+            bool(),
+            dict(hooks),
+            *rest,
+        ):
+            return _tensor(self, storage, dtype, offset, shape, stride, hooks, rest)
+    self.refuse("tensor", "a tensor is described in an unknown way")
+
+
+def _rebuild_tensor_v3(self: _Interpreter, arguments: tuple) -> TensorRef:
+    """_rebuild_tensor_v3(storage, storage_offset, size, stride, requires_grad, backward_hooks, dtype, metadata=None)"""
+    match arguments:
+        case (
+            StorageRef(dtype=None) as storage, int(offset), tuple(shape), tuple(stride), bool(), dict(hooks), _Global(name), *rest
+        ) if name.removeprefix("torch.") in TORCH_DTYPES:  # fmt: skip
+            dtype = TORCH_DTYPES[name.removeprefix("torch.")]
+            return _tensor(self, storage, dtype, offset, shape, stride, hooks, rest)
+    self.refuse("tensor", "a tensor is described in an unknown way")
+
+
+def _tensor(
+    self: _Interpreter,
+    storage: StorageRef,
+    dtype: str,
+    offset: int,
+    shape: tuple,
+    stride: tuple,
+    hooks: dict,
+    rest: list,
+) -> TensorRef:
+    sizes = (offset, *shape, *stride)
+    if (
+        not all(type(size) is int and 0 <= size < 1 << 63 for size in sizes)
+        or len(shape) != len(stride)
+        or len(shape) > 8
+    ):
+        self.refuse(
+            "tensor", f"a tensor has the shape {quoted(shape)}, stride {quoted(stride)} and offset {quoted(offset)}"
+        )
+    if hooks or any(rest):
+        self.refuse("tensor", "a tensor carries hooks or flags (conjugate, negative)")
+    self.steps = min(self.steps + STEPS_PER_TENSOR, MAX_STEPS)
+    return TensorRef(storage, dtype, offset, shape, stride)
+
+
+def _parameter(self: _Interpreter, arguments: tuple) -> TensorRef:
+    """_rebuild_parameter(data, requires_grad, backward_hooks) and _rebuild_parameter_with_state(..., state)"""
+    if not 3 <= len(arguments) <= 4 or type(arguments[0]) is not TensorRef:
+        self.refuse("tensor", "a parameter is described in an unknown way")
+    return arguments[0]
+
+
+def _ordered_dict(self: _Interpreter, arguments: tuple) -> dict:
+    if arguments:
+        self.refuse("reduce", "an OrderedDict is described in an unknown way")
+    return {}
+
+
+def _size(self: _Interpreter, arguments: tuple) -> tuple:
+    if len(arguments) != 1 or type(arguments[0]) is not tuple:
+        self.refuse("reduce", "a torch.Size is described in an unknown way")
+    return arguments[0]
+
+
+def _device(self: _Interpreter, arguments: tuple) -> str:
+    if not 1 <= len(arguments) <= 2 or type(arguments[0]) is not str:
+        self.refuse("reduce", "a torch.device is described in an unknown way")
+    return ":".join(str(part) for part in arguments)
+
+
+def _encoded(self: _Interpreter, arguments: tuple) -> bytes:
+    """_codecs.encode(text, 'latin1'): how protocol 2 spells bytes."""
+    match arguments:
+        case (str(text), "latin1"):
+            return text.encode("latin1", "replace")
+    self.refuse("reduce", "bytes are described in an unknown way")
+
+
+def _no_call(self: _Interpreter, arguments: tuple) -> NoReturn:
+    self.refuse("reduce", "the pickle calls a name that only stands for itself")
+
+
+_STORAGES: dict[str, str | None] = {f"torch.{name}": dtype for name, dtype in STORAGE_DTYPES.items()}
+_STORAGES["torch.storage.UntypedStorage"] = None
+_BUILDERS: dict[str, Callable[[_Interpreter, tuple], Any]] = {
+    "collections.OrderedDict": _ordered_dict,
+    "torch._utils._rebuild_tensor_v2": _rebuild_tensor,
+    "torch._utils._rebuild_tensor_v3": _rebuild_tensor_v3,
+    "torch._utils._rebuild_parameter": _parameter,
+    "torch._utils._rebuild_parameter_with_state": _parameter,
+    "torch.Size": _size,
+    "torch.device": _device,
+    "_codecs.encode": _encoded,
+}
+_BUILDERS |= dict.fromkeys([*_STORAGES, *(f"torch.{name}" for name in TORCH_DTYPES)], _no_call)
+_KNOWN = frozenset(_BUILDERS)
+
+_U8, _U16, _U32, _I32, _F64 = (struct.Struct(code) for code in ("<B", "<H", "<I", "<i", ">d"))
+
+
+def _pushes(value: Callable[[_Interpreter], Any]) -> Callable[[_Interpreter], None]:
+    return lambda self: self.stack.append(value(self))
+
+
+_ACTIONS: dict[int, Callable[[_Interpreter], None]] = {
+    ord("N"): _pushes(lambda self: None),
+    0x88: _pushes(lambda self: True),
+    0x89: _pushes(lambda self: False),
+    ord("K"): _pushes(lambda self: self.number(_U8)),
+    ord("M"): _pushes(lambda self: self.number(_U16)),
+    ord("J"): _pushes(lambda self: self.number(_I32)),
+    0x8A: _Interpreter.long,
+    ord("G"): _pushes(lambda self: self.number(_F64)),
+    ord("X"): _Interpreter.text,
+    ord("("): _pushes(lambda self: _Mark),
+    ord("}"): _pushes(lambda self: {}),
+    ord("]"): _pushes(lambda self: []),
+    ord(")"): _pushes(lambda self: ()),
+    0x85: lambda self: self.tuple_of(1),
+    0x86: lambda self: self.tuple_of(2),
+    0x87: lambda self: self.tuple_of(3),
+    ord("t"): lambda self: self.stack.append(tuple(self.pop_to_mark())),
+    ord("a"): lambda self: self.append([self.pop()]),
+    ord("e"): lambda self: self.append(self.pop_to_mark()),
+    ord("s"): lambda self: self.set_items([self.pop(), self.pop()][::-1]),
+    ord("u"): lambda self: self.set_items(self.pop_to_mark()),
+    ord("q"): lambda self: self.remember(self.number(_U8)),
+    ord("r"): lambda self: self.remember(self.number(_U32)),
+    ord("h"): lambda self: self.recall(self.number(_U8)),
+    ord("j"): lambda self: self.recall(self.number(_U32)),
+    ord("c"): _Interpreter.global_,
+    ord("R"): _Interpreter.reduce,
+    ord("b"): _Interpreter.build,
+    ord("Q"): _Interpreter.persistent,
+}

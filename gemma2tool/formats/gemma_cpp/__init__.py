@@ -1,0 +1,1 @@
+"""gemma.cpp's .sbs files."""

@@ -1,0 +1,254 @@
+"""gemma.cpp's ``.sbs`` files: float32, bfloat16, SFP (8 bits) and NUQ (4 bits) read; float32, bfloat16 and SFP written.
+
+Tensor names and shapes: gemma.cpp ``gemma/tensor_info.cc``. Files from before 2025 mark each tensor's type with a letter before its name
+and hold neither config nor tokenizer; later ones are whole, with a table of contents. They are told apart by their blobs.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from math import prod
+from pathlib import Path
+
+import numpy as np
+
+from gemma2tool.containers import sbs, strict_json
+from gemma2tool.containers.sbs import Blob, Words, refused
+from gemma2tool.errors import UsageError
+from gemma2tool.formats import assets
+from gemma2tool.formats.base import Output, OutputFile, OutputTensor, Placement, WriteOptions
+from gemma2tool.formats.gemma_cpp import config as sbs_config
+from gemma2tool.formats.gemma_cpp.table import ALTERNATIVES, TABLE, disk_shapes, stored_shape
+from gemma2tool.formats.gemma_cpp.tensors import NuqTensor, SfpTensor, interleaved, scaled
+from gemma2tool.formats.mapping.container_tensors import FileTensor
+from gemma2tool.formats.mapping.float_layout import plan_floats
+from gemma2tool.formats.mapping.transforms import to_canonical
+from gemma2tool.model.checkpoint import Assets, Checkpoint
+from gemma2tool.model.config import Gemma2Config
+from gemma2tool.model.lazy import BFLOAT16, FLOAT32, LazyTensor, row_ranges, to_float32
+from gemma2tool.quantizers.floats import Float
+from gemma2tool.quantizers.sfp import Sfp, nuq_bytes, scale_for
+from gemma2tool.storage.paths import confined
+from gemma2tool.storage.reading import FileReader, open_for_reading, read_whole
+
+CONFIG, TOKENIZER, CONTENTS, HF_CONFIG, SCALES = "config", "tokenizer", "toc", "hf_config", "Fscales"
+NO_TOKENIZER = b"unavailable"
+"""What gemma.cpp writes where it has no tokenizer."""
+TYPES = ("sfp",)
+F32, BF16, SFP, NUQ = 1, 2, 3, 4
+"""gemma.cpp's numbers of types."""
+PREFIXES = {"F": F32, "B": BF16, "$": SFP, "2": NUQ}
+_BITS = {F32: 32, BF16: 16, SFP: 8}
+_RECORD: sbs.Schema = {
+    "name": "text",
+    "type": "u32",
+    "element_bytes": "u32",
+    "num_elements": "u32",
+    "rows": "u32",
+    "cols": "u32",
+    "scale": "f32",
+    "stride": "u32",
+}
+_MAX_RECORDS = 4 << 20
+"""Bytes of a config or a table of contents; 27B has twenty thousand."""
+_READ_BYTES = 16 << 20
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor as a file holds it: its type's number, (rows, columns), and what its values are multiplied by."""
+
+    blob: Blob
+    type: int
+    shape: tuple[int, int]
+    scale: float
+
+
+class GemmaCpp:
+    """One .sbs file."""
+
+    name = "gemma-cpp"
+
+    def detect(self, path: Path) -> bool:
+        try:
+            with path.open("rb") as file:
+                return file.read(4) == sbs.MAGIC.to_bytes(4, "little")
+        except OSError:
+            return False
+
+    def open(self, path: Path, *, config: Gemma2Config | None = None) -> Checkpoint:
+        reader = open_for_reading(path)
+        checkpoint = Checkpoint(path, self.name, config, {}, files=(path,), closers=[reader.close])  # type: ignore[arg-type]
+        try:
+            blobs = sbs.read_directory(reader)
+            whole = CONTENTS in blobs
+            config = config or _config(reader, blobs)
+            checkpoint.config = config
+            checkpoint.assets = _assets(path, reader, blobs)
+            stored = _contents(reader, blobs) if whole else _prefixed(reader, blobs, config)
+            disk = {name: _tensor(reader, name, each, path, whole) for name, each in stored.items()}
+            checkpoint.tensors = to_canonical((*TABLE, *ALTERNATIVES), disk, config)
+            checkpoint.check()
+        except BaseException:
+            checkpoint.close()
+            raise
+        return checkpoint
+
+    def kept(self, source: Checkpoint, candidate: Checkpoint) -> dict[str, LazyTensor]:
+        return {}
+
+    def layout(self, checkpoint: Checkpoint, options: WriteOptions) -> Output:
+        """``options.type``: sfp or None. SFP reads every matrix once here: a tensor with magnitudes above 1.875 is scaled as a whole."""
+        config = checkpoint.config
+        if options.type not in (None, *TYPES):
+            raise UsageError("format.type", f"the gemma-cpp format cannot hold {options.type}", hint="choose sfp")
+        warnings = sbs_config.warnings(config, options)
+        plain = WriteOptions(options.dtype, None, options.max_shard_size, options.name, options.extra)
+        planned = plan_floats(TABLE, checkpoint, plain, self.name)
+        encoders, records, types = {}, [], set()
+        for item in planned:
+            encoder, kind, scale = _encoder(item, options.type)
+            rows, columns = stored_shape(item.source.shape)
+            encoders[item.disk] = encoder
+            types.add(kind)
+            values = {
+                "name": item.disk,
+                "type": kind,
+                "element_bytes": _BITS[kind] // 8,
+                "num_elements": rows * columns,
+            }
+            values |= {"rows": rows, "cols": columns, "scale": scale, "stride": columns}
+            records.append(sbs.pack(_RECORD, values))
+        tokenizer = checkpoint.assets.get("tokenizer.model")
+        if tokenizer is None:
+            warnings.append("the source has no tokenizer.model: gemma.cpp will ask for one with --tokenizer")
+        small = {
+            CONFIG: sbs_config.write(config, max(types)),
+            TOKENIZER: tokenizer or NO_TOKENIZER,
+            CONTENTS: b"".join(records),
+            HF_CONFIG: json.dumps(config.to_hf(), sort_keys=True).encode(),
+        }
+        sizes = [(item.disk, encoders[item.disk].parts(item.source.shape)[0].nbytes) for item in planned]
+        fixed, offsets, total = sbs.layout([*sizes, *((name, len(data)) for name, data in small.items())])
+        fixed += [(offsets[name], data) for name, data in small.items()]
+        tensors = []
+        for item, (name, nbytes) in zip(planned, sizes, strict=True):
+            place = Placement(name, options.name, offsets[name], nbytes)
+            tensors.append(OutputTensor(name, item.canonical, item.source, encoders[name], {"": place}))
+        return Output(self.name, True, [OutputFile(options.name, total, fixed)], tensors, warnings=warnings)
+
+
+def _encoder(item, type_name: str | None) -> tuple[Float | Sfp, int, float]:
+    """The encoder, its type's number and its scale. The embedding and the norms keep at least bfloat16, as gemma.cpp demands."""
+    matrix = item.disk != "c_embedding" and len(item.source.shape) == 2
+    if type_name == "sfp" and matrix:
+        scale = scale_for(_largest(item.source))
+        return Sfp(scale), SFP, scale
+    dtype = item.encoder.dtype
+    if dtype not in (FLOAT32, BFLOAT16):
+        raise UsageError("option.dtype", "gemma.cpp has no float16 weights", hint="use --dtype bf16 or f32")
+    return Float(dtype), F32 if dtype == FLOAT32 else BF16, 1.0
+
+
+def _largest(source: LazyTensor) -> float:
+    largest = 0.0
+    for first, last in row_ranges(source.rows, source.row_size * 4, _READ_BYTES):
+        largest = max(largest, float(np.abs(to_float32(source.load_rows(first, last))).max(initial=0)))
+    return largest
+
+
+def _config(reader: FileReader, blobs: Mapping[str, Blob]) -> Gemma2Config:
+    base = None
+    if HF_CONFIG in blobs:
+        content = strict_json.load(_blob(reader, blobs[HF_CONFIG]), what=HF_CONFIG, max_bytes=assets.MAX_CONFIG_BYTES)
+        base = Gemma2Config.from_hf(content) if isinstance(content, dict) else None
+    if CONFIG in blobs:
+        return sbs_config.read(_blob(reader, blobs[CONFIG]), reader.path, base)
+    layers = {name.rpartition("_")[2] for name in blobs if name[1:].startswith("pre_att_ns_")}
+    return sbs_config.deduced(len(layers), reader.path)
+
+
+def _blob(reader: FileReader, blob: Blob, limit: int = _MAX_RECORDS) -> bytes:
+    if blob.nbytes > limit:
+        raise refused("too-large", reader.path, f"has a blob of {blob.nbytes} bytes where a small one belongs")
+    return bytes(reader.pread(blob.offset, blob.nbytes))
+
+
+def _assets(path: Path, reader: FileReader, blobs: Mapping[str, Blob]) -> Assets:
+    """The tokenizer inside the file, else the one beside it."""
+    if TOKENIZER in blobs:
+        start = bytes(reader.pread(blobs[TOKENIZER].offset, min(blobs[TOKENIZER].nbytes, len(NO_TOKENIZER))))
+        return Assets(
+            {}
+            if start == NO_TOKENIZER
+            else {"tokenizer.model": partial(_blob, reader, blobs[TOKENIZER], assets.MAX_ASSET_BYTES)}
+        )
+    for name in ("tokenizer.spm", "tokenizer.model"):
+        if (path.parent / name).is_file():
+            beside = confined(path.parent, name)
+            return Assets({"tokenizer.model": partial(read_whole, beside, what=name, max_bytes=assets.MAX_ASSET_BYTES)})
+    return Assets({})
+
+
+def _contents(reader: FileReader, blobs: Mapping[str, Blob]) -> dict[str, Stored]:
+    """The tensors that the table of contents describes."""
+    words = Words(_blob(reader, blobs[CONTENTS]), reader.path, CONTENTS)
+    found: dict[str, Stored] = {}
+    while not words.done:
+        record = words.record(_RECORD)
+        if record.keys() != _RECORD.keys():
+            raise refused("contents", reader.path, "its table of contents has an incomplete record")
+        name = str(record["name"])
+        if name in found or name not in blobs:
+            raise refused("contents", reader.path, f"its table of contents names {name!r} twice or without a blob")
+        if record["stride"] != record["cols"]:
+            raise refused("contents", reader.path, f"{name}: its rows are padded")
+        found[name] = Stored(blobs[name], record["type"], (record["rows"], record["cols"]), record["scale"])
+    return found
+
+
+def _prefixed(reader: FileReader, blobs: Mapping[str, Blob], config: Gemma2Config) -> dict[str, Stored]:
+    """The tensors of a file from before 2025: types by letter, shapes by config, scales in a blob of their own."""
+    shapes = {name: stored_shape(shape) for name, shape in disk_shapes(config).items()}
+    scales: list[float] = []
+    if SCALES in blobs:
+        scales = np.frombuffer(_blob(reader, blobs[SCALES])[: blobs[SCALES].nbytes // 4 * 4], "<f4").tolist()
+    found: dict[str, Stored] = {}
+    for key, blob in blobs.items():
+        if key == SCALES or key in (CONFIG, TOKENIZER):
+            continue
+        name = key[1:]
+        if key[0] not in PREFIXES or name not in shapes:
+            raise refused("tensor", reader.path, f"has the unknown blob {key!r}")
+        if name in found:
+            raise refused("tensor", reader.path, f"holds {name} in two types")
+        found[name] = Stored(blob, PREFIXES[key[0]], shapes[name], 1.0)
+    order = [f"{base}_{layer}" for layer in range(config.num_hidden_layers) for base in sbs_config.SCALED]
+    for name, scale in zip([name for name in order if name in found], scales, strict=False):
+        found[name] = Stored(found[name].blob, found[name].type, found[name].shape, scale)
+    return found
+
+
+def _tensor(reader: FileReader, name: str, stored: Stored, path: Path, whole: bool) -> LazyTensor:
+    rows, columns = stored.shape
+    size = rows * columns
+    if not 0 < size < 1 << 40 or not np.isfinite(stored.scale) or stored.scale <= 0:
+        raise refused("tensor", path, f"{name} has the shape {stored.shape} and the scale {stored.scale}")
+    if stored.type not in (*_BITS, NUQ):
+        raise refused("type", path, f"{name} has gemma.cpp's type {stored.type}, which is not read")
+    expected = {nuq_bytes(size)} if stored.type == NUQ else {size * _BITS[stored.type] // 8}
+    if stored.blob.nbytes not in expected:
+        raise refused(
+            "tensor", path, f"{name} of shape {stored.shape} takes {expected.pop()} bytes, has {stored.blob.nbytes}"
+        )
+    shape = (columns,) if rows == 1 and name not in ("c_embedding",) else (rows, columns)
+    origin, at = f"{path.name}: {name}", stored.blob.offset
+    if stored.type == SFP:
+        return SfpTensor(FileTensor(reader, at, np.dtype(np.uint8), shape, origin), stored.scale)
+    if stored.type == NUQ:
+        codes = FileTensor(reader, at, np.dtype(np.uint8), (stored.blob.nbytes,), origin)
+        return NuqTensor(codes, shape, stored.scale, together=whole or interleaved(codes, prod(shape)))
+    return scaled(FileTensor(reader, at, FLOAT32 if stored.type == F32 else BFLOAT16, shape, origin), stored.scale)

@@ -1,0 +1,129 @@
+"""What llama.cpp's converter (convert_hf_to_gguf.py) writes: its types, its tensor order, its key-values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+
+from gemma2tool.errors import UsageError
+from gemma2tool.formats.gguf.config import ARCHITECTURE, cap_keys, shape_keys
+from gemma2tool.formats.gguf.key_values import KeyValue, string, u32
+from gemma2tool.formats.gguf.metadata import metadata_keys
+from gemma2tool.formats.gguf.output import QUANTIZATION_VERSION, Planned
+from gemma2tool.formats.gguf.table import TABLE
+from gemma2tool.formats.gguf.tensors import FLOATS
+from gemma2tool.formats.gguf.vocab import TokenizerKeys, tokenizer_keys
+from gemma2tool.formats.mapping.float_dtypes import auto_dtype
+from gemma2tool.formats.mapping.transforms import to_disk
+from gemma2tool.model.checkpoint import Checkpoint
+from gemma2tool.model.lazy import BFLOAT16, DTYPE_NAMES, FLOAT16, FLOAT32, LazyTensor, MappedRows
+from gemma2tool.quantizers.floats import Float
+from gemma2tool.quantizers.gguf_encoders import Blocks, block_elements
+
+FILE_TYPES = {"f32": 0, "f16": 1, "bf16": 32, "q8_0": 7, "tq1_0": 36, "tq2_0": 37}
+"""The converter's --outtype names to general.file_type."""
+
+_TOKENIZER = "gguf tokenizer keys"
+TERNARY = ("tq1_0", "tq2_0")
+
+
+def out_type(checkpoint: Checkpoint, dtype: str | None) -> str:
+    """The converter's output type for --dtype: ``auto`` by llama.cpp's rule; None: the source's own, see ``common_type``."""
+    if dtype == "auto":
+        return DTYPE_NAMES[auto_dtype(checkpoint.tensors)]
+    if dtype is None:
+        return common_type(tensor.stored_dtype for tensor in checkpoint.tensors.values() if len(tensor.shape) >= 2)
+    if dtype not in FILE_TYPES:
+        raise UsageError(
+            "gguf.dtype",
+            f"a GGUF cannot be converted to {dtype!r}",
+            hint=f"choose one of auto, {', '.join(FILE_TYPES)}",
+        )
+    return dtype
+
+
+def common_type(dtypes: Iterable[np.dtype]) -> str:
+    """The narrowest float type of a GGUF that holds matrices of all these types."""
+    found = set(dtypes)
+    kept = found.pop() if len(found) == 1 else FLOAT32
+    return DTYPE_NAMES[kept] if kept in (FLOAT32, FLOAT16, BFLOAT16) else "f32"
+
+
+def disk_tensors(checkpoint: Checkpoint) -> list[tuple[str, tuple[str, ...], LazyTensor]]:
+    """(GGUF name, canonical names, tensor as GGUF holds it) in the converter's order: shard by shard, by canonical name within."""
+    found = to_disk(TABLE, checkpoint.tensors, checkpoint.config)
+
+    def order(item: tuple) -> tuple[str, bytes]:
+        name = item[0].canonical[0]
+        shard = checkpoint.tensors[name].origin.split(":", 1)[0] if checkpoint.format in ("hf", "hf-bin") else ""
+        return shard, name.encode()
+
+    return [(entry.disk, entry.canonical, _as_float(tensor)) for entry, tensor in sorted(found, key=order)]
+
+
+def converter_types(
+    tensors: Iterable[tuple[str, tuple[int, ...]]], outtype: str, warnings: list[str]
+) -> dict[str, str]:
+    """GGUF type by name, from (name, shape): vectors are F32; rows that do not divide into the type's blocks stay F16."""
+    blocks = block_elements()
+    types, undivided = {}, []
+    for name, shape in tensors:
+        type = outtype.upper()
+        if len(shape) < 2:
+            type = "F32"
+        elif outtype in TERNARY and name == "token_embd.weight":
+            type = "F16"
+        elif shape[-1] % blocks[type]:
+            type = "F16"
+            undivided.append(name)
+        types[name] = type
+    if undivided:
+        warnings.append(
+            f"{len(undivided)} tensors have rows that do not divide into {outtype}'s blocks and stay f16: {listed(undivided)}"
+        )
+    return types
+
+
+def planned_as(
+    name: str, canonical: tuple[str, ...], tensor: LazyTensor, type: str, importance: np.ndarray | None
+) -> Planned:
+    """The tensor with the encoder for its GGUF type."""
+    encoder = Float(FLOATS[type]) if type in FLOATS else Blocks(type, importance)
+    return Planned(name, canonical, tensor.shape, tensor, encoder)
+
+
+def converter_keys(checkpoint: Checkpoint, file_type: int, warnings: list[str]) -> list[KeyValue]:
+    """All key-values in the converter's order."""
+    tokenizer = _tokenizer_keys(checkpoint)
+    warnings += tokenizer.warnings
+    return [
+        ("general.architecture", string(ARCHITECTURE)),
+        ("general.type", string("model")),
+        *metadata_keys(checkpoint, warnings),
+        *shape_keys(checkpoint.config),
+        ("general.file_type", u32(file_type)),
+        *cap_keys(checkpoint.config),
+        QUANTIZATION_VERSION,
+        *tokenizer.kv,
+    ]
+
+
+def _tokenizer_keys(checkpoint: Checkpoint) -> TokenizerKeys:
+    """Made once a checkpoint: a vocabulary of 256,000 takes a second, and one source may be written many times."""
+    known = checkpoint.metadata.get(_TOKENIZER)
+    if known is None or known[0] is not checkpoint.assets or known[1] != checkpoint.config:
+        known = checkpoint.assets, checkpoint.config, tokenizer_keys(checkpoint.assets, checkpoint.config)
+        checkpoint.metadata[_TOKENIZER] = known
+    return known[2]
+
+
+def listed(names: list[str]) -> str:
+    """The first names and how many more there are."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _as_float(tensor: LazyTensor) -> LazyTensor:
+    if tensor.dtype in (FLOAT32, FLOAT16, BFLOAT16):
+        return tensor
+    return MappedRows(tensor, lambda rows: rows.astype(FLOAT32), FLOAT32)

@@ -1,0 +1,143 @@
+"""The ``general.*`` keys that say what a model is and whose: from its model card, config, generation config and folder name.
+
+The heuristics on names are gguf-py's own (``gguf.metadata``), which llama.cpp's converter runs too.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from gemma2tool.containers import strict_json, strict_yaml
+from gemma2tool.errors import InputRefused
+from gemma2tool.formats.gguf.key_values import KeyValue, f32, i32, string, strings, u32
+from gemma2tool.model.checkpoint import Checkpoint
+
+MAX_CARD_BYTES = 1 << 20
+MAX_FRONT_MATTER = 1 << 16
+GENERIC_NAMES = ("model", "pytorch_model", "consolidated", "checkpoint", "ckpt")
+"""Names of weights files that say nothing about the model; their folder's does."""
+
+_SAMPLING = (
+    ("sequence", ("sequence",), string),
+    ("top_k", ("top_k",), i32),
+    ("top_p", ("top_p",), f32),
+    ("min_p", ("min_p",), f32),
+    ("xtc_probability", ("xtc_probability",), f32),
+    ("xtc_threshold", ("xtc_threshold",), f32),
+    ("temp", ("temperature",), f32),
+    ("penalty_last_n", ("penalty_last_n",), i32),
+    ("penalty_repeat", ("repetition_penalty", "penalty_repeat"), f32),
+    ("mirostat", ("mirostat",), i32),
+    ("mirostat_tau", ("mirostat_tau",), f32),
+    ("mirostat_eta", ("mirostat_eta",), f32),
+)
+"""general.sampling key, the names in generation_config.json, how it is written."""
+
+
+def model_name(path: Path) -> str:
+    """What the model is called: its folder, or its file where that has a name of its own."""
+    path = path.absolute()
+    if path.is_dir():
+        return path.name
+    return path.parent.name if path.stem in GENERIC_NAMES else path.stem
+
+
+def metadata_keys(checkpoint: Checkpoint, warnings: list[str]) -> list[KeyValue]:
+    """``general.sampling.*`` and then authorship, in the converter's order."""
+    return [*_sampling_keys(checkpoint, warnings), *_authorship_keys(checkpoint, warnings)]
+
+
+def _sampling_keys(checkpoint: Checkpoint, warnings: list[str]) -> list[KeyValue]:
+    content = _json_asset(checkpoint, "generation_config.json", warnings)
+    keys = []
+    for key, names, make in _SAMPLING:
+        value = next((content[name] for name in names if content.get(name) is not None), None)
+        if value is None:
+            continue
+        try:
+            if isinstance(value, str) != (make is string) or isinstance(value, (bool, list, dict)):
+                raise ValueError
+            keys.append((f"general.sampling.{key}", make(int(value) if make is i32 else value)))
+        except (ValueError, OverflowError):
+            warnings.append(f"generation_config.json: {names[0]} is {value!r}: left out")
+    return keys
+
+
+def _authorship_keys(checkpoint: Checkpoint, warnings: list[str]) -> list[KeyValue]:
+    import gguf
+    from gguf.metadata import Metadata
+
+    total = sum(tensor.size for tensor in checkpoint.tensors.values())
+    name = model_name(checkpoint.path)
+    card = _model_card(checkpoint, warnings)
+    logging.getLogger("metadata").setLevel(logging.CRITICAL)
+    try:
+        found = Metadata.apply_metadata_heuristic(Metadata(), card, dict(checkpoint.config.extra), Path(name), total)
+    except (TypeError, ValueError, AttributeError, KeyError):
+        warnings.append("README.md: its front matter is not what a model card's is: nothing of it is kept")
+        found = Metadata.apply_metadata_heuristic(Metadata(), {}, dict(checkpoint.config.extra), Path(name), total)
+    keys: list[KeyValue] = []
+    _add(keys, "name", found.name or name)
+    for field in ("author", "version", "organization", "finetune", "basename", "description", "quantized_by"):
+        _add(keys, field, getattr(found, field))
+    _add(keys, "size_label", found.size_label or gguf.size_label(total, total, 0, 0))
+    _add(keys, "license", ",".join(map(str, found.license)) if isinstance(found.license, list) else found.license)
+    _add(keys, "license.name", found.license_name)
+    _add(keys, "license.link", found.license_link)
+    for field in ("url", "doi", "uuid", "repo_url"):
+        _add(keys, field, getattr(found, field))
+    for field in ("url", "doi", "uuid", "repo_url"):
+        _add(keys, f"source.{field}", getattr(found, f"source_{field}"))
+    _add_entries(keys, "base_model", found.base_models)
+    _add_entries(keys, "dataset", found.datasets)
+    for field, values in (("tags", found.tags), ("languages", found.languages)):
+        if values:
+            keys.append((f"general.{field}", strings(str(value) for value in values)))
+    return keys
+
+
+def _add(keys: list[KeyValue], name: str, value: Any) -> None:
+    if value is not None and str(value):
+        keys.append((f"general.{name}", string(str(value))))
+
+
+def _add_entries(keys: list[KeyValue], name: str, entries: list[Any] | None) -> None:
+    if entries is None:
+        return
+    entries = [entry for entry in entries if isinstance(entry, Mapping)]
+    keys.append((f"general.{name}.count", u32(len(entries))))
+    for number, entry in enumerate(entries):
+        for field in ("name", "author", "version", "organization", "description", "url", "doi", "uuid", "repo_url"):
+            _add(keys, f"{name}.{number}.{field}", entry.get(field))
+
+
+def _json_asset(checkpoint: Checkpoint, name: str, warnings: list[str]) -> Mapping[str, Any]:
+    if name not in checkpoint.assets:
+        return {}
+    try:
+        content = strict_json.load(checkpoint.assets[name], what=name, max_bytes=MAX_CARD_BYTES)
+    except InputRefused as error:
+        warnings.append(f"{error.message}: nothing of it is kept")
+        return {}
+    return content if isinstance(content, Mapping) else {}
+
+
+def _model_card(checkpoint: Checkpoint, warnings: list[str]) -> dict[str, Any]:
+    """The YAML between the first two ``---`` lines of README.md."""
+    if "README.md" not in checkpoint.assets:
+        return {}
+    lines = checkpoint.assets["README.md"][:MAX_CARD_BYTES].decode("utf-8", "replace").splitlines()
+    if not lines or lines[0] != "---" or "---" not in lines[1:]:
+        return {}
+    text = "\n".join(lines[1 : lines.index("---", 1)]) + "\n"
+    # YAML 1.1 reads the language code "no" as false; tabs are not YAML.
+    text = text.replace("- no\n", '- "no"\n').replace("\t", "  ")
+    try:
+        content = strict_yaml.load(text, what="README.md's front matter", max_chars=MAX_FRONT_MATTER)
+    except InputRefused as error:
+        warnings.append(f"{error.message}: nothing of it is kept")
+        return {}
+    return content if isinstance(content, dict) else {}

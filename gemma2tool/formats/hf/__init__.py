@@ -1,0 +1,1 @@
+"""Hugging Face's formats: config.json beside safetensors or pytorch_model.bin."""

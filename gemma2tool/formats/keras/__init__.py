@@ -1,0 +1,1 @@
+"""Keras presets of keras-hub."""

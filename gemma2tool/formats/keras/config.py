@@ -1,0 +1,156 @@
+"""A GemmaBackbone's config.json, and the other small files of a Keras preset.
+
+Names and defaults: keras-hub 0.32 ``models/gemma/gemma_backbone.py``. Its ``intermediate_dim`` counts gate and up together. Fields that
+the backbone has not (special tokens, longest sequence) are kept in ``hf_config.json``, which Keras ignores.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+from gemma2tool.containers import strict_json
+from gemma2tool.errors import InputRefused
+from gemma2tool.formats import assets
+from gemma2tool.formats.base import WriteOptions
+from gemma2tool.formats.mapping.consumer_defaults import GEMMA2, refuse_or_warn
+from gemma2tool.model.config import FULL, Gemma2Config
+from gemma2tool.storage.paths import confined
+from gemma2tool.storage.quoting import quoted
+
+CLASS = "GemmaBackbone"
+CONFIG = "config.json"
+HF_CONFIG = "hf_config.json"
+VERSIONS = {"keras_version": "3.15.1", "keras_hub_version": "0.32.0"}
+"""Written into metadata.json: the versions whose layout is followed."""
+
+_FIELDS = {
+    "vocabulary_size": "vocab_size",
+    "num_layers": "num_hidden_layers",
+    "num_query_heads": "num_attention_heads",
+    "num_key_value_heads": "num_key_value_heads",
+    "hidden_dim": "hidden_size",
+    "head_dim": "head_dim",
+    "layer_norm_epsilon": "rms_norm_eps",
+    "final_logit_soft_cap": "final_logit_softcapping",
+    "attention_logit_soft_cap": "attn_logit_softcapping",
+}
+
+
+def backbone_class(folder: Path) -> object:
+    """The class that a preset's config.json names; None where it names none."""
+    content = strict_json.load(folder / CONFIG, what=CONFIG, max_bytes=assets.MAX_CONFIG_BYTES)
+    return content.get("class_name") if isinstance(content, dict) else None
+
+
+def read(folder: Path) -> Gemma2Config:
+    """The config of a preset. Raises ``InputRefused`` for another backbone, and for a Gemma without Gemma 2's norms."""
+    content = strict_json.load(confined(folder, CONFIG), what=CONFIG, max_bytes=assets.MAX_CONFIG_BYTES)
+    fields = content.get("config") if isinstance(content, dict) else None
+    if not isinstance(fields, dict) or content.get("class_name") != CLASS:
+        raise _refused(f"describes no {CLASS}")
+    missing = [name for name in (*_FIELDS, "intermediate_dim") if name not in fields]
+    if missing:
+        raise _refused(f"lacks {missing[0]}")
+    if not (fields.get("use_post_ffw_norm") and fields.get("use_post_attention_norm")):
+        raise _refused("has no norms after attention and feed-forward: it is a Gemma of the first generation")
+    both = fields["intermediate_dim"]
+    if not isinstance(both, int) or isinstance(both, bool) or both % 2:
+        raise _refused(f"intermediate_dim is {quoted(both)}; it must be even, for gate and up together")
+    values = {name: fields[theirs] for theirs, name in _FIELDS.items()}
+    for name in ("hidden_size", "num_attention_heads", "num_hidden_layers", "head_dim"):
+        if type(values[name]) is not int or not 0 < values[name] < 1 << 31:
+            raise _refused(f"{name} is {quoted(values[name])}")
+    by_head = fields.get("query_head_dim_normalize", True)
+    scalar = values["head_dim"] if by_head else values["hidden_size"] / values["num_attention_heads"]
+    slides = fields.get("use_sliding_window_attention", False)
+    if (folder / HF_CONFIG).is_file():
+        base = assets.read_config(confined(folder, HF_CONFIG))
+        layers = base.layer_types if len(base.layer_types) == values["num_hidden_layers"] else None
+    else:
+        base, layers = Gemma2Config(dtype=_dtype(fields)), None
+    return replace(
+        base,
+        **values,
+        intermediate_size=both // 2,
+        query_pre_attn_scalar=scalar,
+        sliding_window=fields.get("sliding_window_size", 4096) if slides else base.sliding_window,
+        layer_types=layers if slides else (FULL,) * values["num_hidden_layers"],
+    )
+
+
+def _dtype(fields: dict) -> str | None:
+    policy = fields.get("dtype")
+    content = policy.get("config") if isinstance(policy, dict) else None
+    name = content.get("name") if isinstance(content, dict) else policy
+    return name if name in ("float32", "bfloat16", "float16") else None
+
+
+def _refused(message: str) -> InputRefused:
+    return InputRefused("keras.config", f"{CONFIG}: {message}", hint="only presets of Gemma 2 backbones can be read")
+
+
+def warnings(config: Gemma2Config, options: WriteOptions) -> list[str]:
+    """What keras-hub would compute otherwise; refused where no preset can say it."""
+    by_width = config.hidden_size / config.num_attention_heads
+    found = []
+    if config.query_pre_attn_scalar not in (config.head_dim, by_width):
+        fixed = GEMMA2 | {"query_pre_attn_scalar": config.head_dim}
+    else:
+        fixed = GEMMA2
+        if config.query_pre_attn_scalar != config.head_dim:
+            found.append(
+                "keras-hub 0.32 scales queries by head_dim whatever the preset says"
+                f" ({config.head_dim}, not {config.query_pre_attn_scalar:g}): its logits will differ"
+            )
+    return [*refuse_or_warn(config, "keras-hub", fixed, options), *found]
+
+
+def small_files(config: Gemma2Config, dtype: str, parameters: int, tokenizer: bytes | None) -> dict[str, bytes]:
+    """config.json, metadata.json and hf_config.json; the tokenizer's files where there is a sentencepiece model."""
+    window = config.sliding_window
+    backbone = {
+        "name": "gemma_backbone",
+        "trainable": True,
+        "dtype": _policy(dtype),
+        **{theirs: getattr(config, name) for theirs, name in _FIELDS.items()},
+        "intermediate_dim": 2 * config.intermediate_size,
+        "dropout": 0,
+        "query_head_dim_normalize": config.query_pre_attn_scalar == config.head_dim,
+        "use_post_ffw_norm": True,
+        "use_post_attention_norm": True,
+        "sliding_window_size": 4096 if window is None else window,
+        "use_sliding_window_attention": window is not None,
+    }
+    files = {
+        CONFIG: _object("keras_hub.src.models.gemma.gemma_backbone", CLASS, backbone),
+        "metadata.json": _dump({**VERSIONS, "parameter_count": parameters, "tasks": ["CausalLM"]}),
+        HF_CONFIG: assets.dump_json(config.to_hf()),
+    }
+    if tokenizer is not None:
+        vocabulary = {
+            "name": "gemma_tokenizer",
+            "trainable": True,
+            "dtype": _policy("int32"),
+            "config_file": "tokenizer.json",
+            "proto": None,
+            "sequence_length": None,
+            "add_bos": False,
+            "add_eos": False,
+        }
+        files["tokenizer.json"] = _object("keras_hub.src.models.gemma.gemma_tokenizer", "GemmaTokenizer", vocabulary)
+        files["assets/tokenizer/vocabulary.spm"] = tokenizer
+    return files
+
+
+def _policy(name: str) -> dict[str, object]:
+    return {"module": "keras", "class_name": "DTypePolicy", "config": {"name": name}, "registered_name": None}
+
+
+def _object(module: str, kind: str, config: dict[str, object]) -> bytes:
+    return _dump({"module": module, "class_name": kind, "config": config, "registered_name": f"keras_hub>{kind}"})
+
+
+def _dump(content: object) -> bytes:
+    return json.dumps(content, indent=4).encode()

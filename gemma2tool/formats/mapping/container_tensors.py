@@ -1,0 +1,170 @@
+"""Tensors as containers hold them, before any format gives them a meaning."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+from gemma2tool.containers import safetensors, strict_json
+from gemma2tool.containers.torch_zip import reader as torch_zip
+from gemma2tool.errors import InputRefused
+from gemma2tool.model.lazy import DTYPE_NAMES, LazyTensor
+from gemma2tool.storage.paths import confined, staying
+from gemma2tool.storage.reading import FileReader, open_for_reading
+
+NUMPY_DTYPES: dict[str, np.dtype] = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "I16": np.dtype(np.int16),
+    "I8": np.dtype(np.int8),
+    "U64": np.dtype(np.uint64),
+    "U32": np.dtype(np.uint32),
+    "U16": np.dtype(np.uint16),
+    "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(np.bool_),
+    "C64": np.dtype(np.complex64),
+}
+"""safetensors' names of types to numpy's."""
+
+MAX_INDEX_BYTES = 64 << 20
+MAX_INDEXED = 20_000
+
+
+class FileTensor(LazyTensor):
+    """A C-contiguous tensor at a known place of an open file.
+
+    ``check``: the checksum of the container's member it lies in, completed as its bytes stream past.
+    """
+
+    def __init__(
+        self,
+        reader: FileReader,
+        offset: int,
+        dtype: np.dtype,
+        shape: tuple[int, ...],
+        origin: str,
+        check: torch_zip.MemberCheck | None = None,
+    ) -> None:
+        self.reader, self.offset, self.check = reader, offset, check
+        self.dtype, self.shape, self.origin = dtype, shape, origin
+        self.stored = DTYPE_NAMES.get(dtype, dtype.name)
+
+    def load_rows(self, first: int, last: int) -> np.ndarray:
+        rows = np.empty((last - first, *self.shape[1:]), self.dtype)
+        if rows.nbytes:
+            start = self.offset + first * self.row_size * self.dtype.itemsize
+            data = memoryview(rows.reshape(-1).view(np.uint8))
+            self.reader.pread_into(start, data)
+            if self.check is not None:
+                self.check.update(start, data)
+        return rows
+
+
+def open_safetensors(
+    paths: Iterable[Path], closers: list[Callable[[], None]]
+) -> tuple[dict[str, LazyTensor], dict[str, str]]:
+    """The tensors and the metadata of safetensors files together; a name in two files is refused."""
+    tensors: dict[str, LazyTensor] = {}
+    metadata: dict[str, str] = {}
+    for path in paths:
+        header = safetensors.read_header(path)
+        reader = open_for_reading(path)
+        closers.append(reader.close)
+        metadata.update(header.metadata)
+        for name, entry in header.tensors.items():
+            _refuse_repeated(name, tensors, path)
+            dtype = _numpy_dtype(entry.dtype, name, path)
+            tensors[name] = FileTensor(reader, entry.offset, dtype, entry.shape, f"{path.name}: {name}")
+    return tensors, metadata
+
+
+def open_torch(tree: Mapping[str, object], path: Path, closers: list[Callable[[], None]]) -> dict[str, LazyTensor]:
+    """The tensors of a flat state dict found in a torch zip file (see ``torch_zip.read_index``); other values are left out."""
+    reader = open_for_reading(path)
+    closers.append(reader.close)
+    tensors: dict[str, LazyTensor] = {}
+    checks: dict[str, torch_zip.MemberCheck] = {}
+    for name, entry in tree.items():
+        if not isinstance(entry, torch_zip.TorchTensor):
+            continue
+        if not entry.contiguous:
+            raise InputRefused(
+                "torch.strides",
+                f"{path.name}: {name} is stored with strides {entry.stride}, not row after row",
+                hint="save the state dict again with contiguous tensors",
+            )
+        dtype = _numpy_dtype(entry.dtype, name, path)
+        check = checks.setdefault(entry.member, torch_zip.MemberCheck(path, entry))
+        tensors[name] = FileTensor(reader, entry.offset, dtype, tuple(entry.shape), f"{path.name}: {name}", check)
+    return tensors
+
+
+def indexed_files(index: Path) -> tuple[list[Path], dict[str, str]]:
+    """The shards that a ``*.index.json`` names, in the order of their names, and its weight_map."""
+    content = strict_json.load(staying(index), what=index.name, max_bytes=MAX_INDEX_BYTES, max_values=2 * MAX_INDEXED)
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
+        raise InputRefused(
+            "index.weight-map", f"{index.name}: no weight_map from tensor names to files", hint="fetch the index again"
+        )
+    if len(weight_map) > MAX_INDEXED:
+        raise InputRefused(
+            "index.too-many-tensors",
+            f"{index.name}: names {len(weight_map)} tensors; at most {MAX_INDEXED} are accepted",
+            hint="fetch the index again",
+        )
+    files = [confined(index.parent, shard, what="shard") for shard in sorted(set(weight_map.values()))]
+    return files, weight_map
+
+
+def check_index(index: Path, weight_map: Mapping[str, str], found: Mapping[str, str]) -> None:
+    """Refuse an index that names other tensors, or other places, than the shards hold (``found``: name to file name)."""
+    for name, file in weight_map.items():
+        if found.get(name) != file:
+            place = f"is in {found[name]}" if name in found else "is in none of its files"
+            raise InputRefused(
+                "index.mismatch",
+                f"{index.name}: {name} should be in {file} but {place}",
+                hint="the index and the shards do not belong together: fetch them again",
+            )
+    for name, file in found.items():
+        if name not in weight_map:
+            raise InputRefused(
+                "index.mismatch",
+                f"{index.name}: {file} holds {name}, which the index does not name",
+                hint="the index and the shards do not belong together: fetch them again",
+            )
+
+
+def _refuse_repeated(name: str, tensors: Mapping[str, LazyTensor], path: Path) -> None:
+    if name in tensors:
+        raise InputRefused(
+            "checkpoint.repeated-tensor",
+            f"{path.name}: {name} is also in {tensors[name].origin.split(':')[0]}",
+            hint="remove the file that does not belong to the checkpoint",
+        )
+
+
+def merge(into: dict[str, LazyTensor], more: Mapping[str, LazyTensor], path: Path) -> None:
+    """Add the tensors of another shard; a name that is there already is refused."""
+    for name, tensor in more.items():
+        _refuse_repeated(name, into, path)
+        into[name] = tensor
+
+
+def _numpy_dtype(name: str, tensor: str, path: Path) -> np.dtype:
+    try:
+        return NUMPY_DTYPES[name]
+    except KeyError:
+        raise InputRefused(
+            "checkpoint.dtype", f"{path.name}: {tensor} has the type {name}, which no Gemma 2 file uses"
+        ) from None

@@ -1,0 +1,1 @@
+"""Formats whose container is an Orbax checkpoint."""

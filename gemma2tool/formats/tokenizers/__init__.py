@@ -1,0 +1,1 @@
+"""Tokenizer files: SentencePiece models, tokenizer.json, and what lies beside them."""

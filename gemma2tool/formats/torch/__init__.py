@@ -1,0 +1,1 @@
+"""Formats whose container is a file that torch.save wrote."""

@@ -1,0 +1,264 @@
+"""Google's own PyTorch format: ``model.ckpt`` (``{'model_state_dict': ...}``), or ``pytorch_model-*.bin`` shards with an index.
+
+q, k and v are fused by rows, the names have no prefix for the embedding, and a complex ``freqs_cis`` buffer may be present. The
+int8 variant stores ``X.weight`` as int8 with ``X.weight_scaler``, one float a row. The config comes from a ``config.json`` beside
+the weights, from the ``config`` that this tool stores in the ``.ckpt`` files it writes, or else from the shapes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from gemma2tool.containers import strict_json
+from gemma2tool.containers.torch_zip import reader as torch_zip
+from gemma2tool.errors import InputRefused, UsageError
+from gemma2tool.formats import assets
+from gemma2tool.formats.base import Output, OutputFile, OutputTensor, Placement, WriteOptions
+from gemma2tool.formats.mapping import container_tensors
+from gemma2tool.formats.mapping.float_layout import plan_floats
+from gemma2tool.formats.mapping.transforms import Row, to_canonical
+from gemma2tool.model.checkpoint import Checkpoint
+from gemma2tool.model.config import Gemma2Config, infer_from_shapes
+from gemma2tool.model.lazy import FLOAT32, ArrayTensor, LazyTensor, to_float32
+from gemma2tool.model.tensors import HEADS
+from gemma2tool.quantizers.floats import Float
+from gemma2tool.storage.paths import staying
+
+STATE_DICT = "model_state_dict"
+CONFIG_KEY = "config"
+INDEX = "pytorch_model.bin.index.json"
+SINGLE = "model.ckpt"
+
+_LAYER = "model.layers.{i}."
+TABLE: tuple[Row, ...] = (
+    Row("embedder.weight", ("model.embed_tokens.weight",)),
+    Row(
+        _LAYER + "self_attn.qkv_proj.weight",
+        tuple(_LAYER + f"self_attn.{x}_proj.weight" for x in "qkv"),
+    ),
+    *(
+        Row(_LAYER + name, (_LAYER + name,))
+        for name in (
+            "self_attn.o_proj.weight",
+            "mlp.gate_proj.weight",
+            "mlp.up_proj.weight",
+            "mlp.down_proj.weight",
+            "input_layernorm.weight",
+            "post_attention_layernorm.weight",
+            "pre_feedforward_layernorm.weight",
+            "post_feedforward_layernorm.weight",
+        )
+    ),
+    Row("model.norm.weight", ("model.norm.weight",)),
+    *(Row(name, (name,)) for name in HEADS),
+)
+
+
+class ScaledRows(LazyTensor):
+    """int8 codes (out, in) times one float a row: the weight of gemma_pytorch's int8 variant, in float32."""
+
+    def __init__(self, codes: LazyTensor, scaler: LazyTensor) -> None:
+        if scaler.shape != codes.shape[:1]:
+            raise InputRefused(
+                "gemma-pytorch.scaler",
+                f"{scaler.origin}: shape {scaler.shape} does not fit codes of shape {codes.shape}",
+                hint="the int8 checkpoint is damaged: fetch it again",
+            )
+        self.codes, self.scaler = codes, scaler
+        self.shape, self.dtype, self.stored, self.origin = codes.shape, FLOAT32, "int8-rows", codes.origin
+
+    def load_rows(self, first: int, last: int) -> np.ndarray:
+        scale = to_float32(self.scaler.load_rows(first, last))
+        return self.codes.load_rows(first, last).astype(FLOAT32) * scale[:, None]
+
+
+BUFFER = "freqs_cis"
+"""The rotary table, which gemma_pytorch computes and saves, and loads again where it is saved."""
+
+
+class GemmaPytorch:
+    """A ``.ckpt`` file, a folder with one, or a folder of ``.bin`` shards with their index."""
+
+    name = "gemma-pytorch"
+
+    def detect(self, path: Path) -> bool:
+        try:
+            if path.is_dir():
+                index = path / INDEX
+                if index.is_file():
+                    return any(".qkv_proj." in name for name in container_tensors.indexed_files(index)[1])
+                return len(list(path.glob("*.ckpt"))) == 1
+            if not path.is_file() or path.stat().st_size < 4:
+                return False
+            with path.open("rb") as file:
+                if file.read(4) != b"PK\x03\x04":
+                    return path.suffix == ".ckpt"
+            tree = torch_zip.read_index(path)
+            return STATE_DICT in tree or "embedder.weight" in tree
+        except InputRefused:
+            return path.suffix == ".ckpt"
+        except OSError:
+            return False
+
+    def open(self, path: Path, *, config: Gemma2Config | None = None) -> Checkpoint:
+        folder = path if path.is_dir() else path.parent
+        checkpoint = Checkpoint(path, self.name, config, {}, assets.folder_assets(folder))  # type: ignore[arg-type]
+        try:
+            disk, files, embedded = self._open_weights(path, checkpoint.closers)
+            checkpoint.buffers = {name: tensor for name, tensor in disk.items() if name == BUFFER}
+            disk = _dequantized(disk)
+            config_path = folder / "config.json"
+            if config is None and embedded is not None:
+                config = Gemma2Config.from_hf(embedded)
+            elif config is None and config_path.is_file():
+                config = assets.read_config(staying(config_path))
+                files = [*files, config_path]
+            elif config is None:
+                config = infer_from_shapes(_canonical_shapes(disk))
+            checkpoint.config = config
+            checkpoint.files = tuple(files)
+            checkpoint.tensors = to_canonical(TABLE, disk, config)
+            checkpoint.check()
+        except BaseException:
+            checkpoint.close()
+            raise
+        return checkpoint
+
+    def _open_weights(self, path: Path, closers: list) -> tuple[dict[str, LazyTensor], list[Path], dict | None]:
+        if path.is_dir() and (path / INDEX).is_file():
+            index = path / INDEX
+            files, weight_map = container_tensors.indexed_files(index)
+            tensors: dict[str, LazyTensor] = {}
+            for file in files:
+                container_tensors.merge(
+                    tensors, container_tensors.open_torch(torch_zip.read_index(file), file, closers), file
+                )
+            container_tensors.check_index(
+                index, weight_map, {name: t.origin.split(":", 1)[0] for name, t in tensors.items()}
+            )
+            return tensors, [*files, index], None
+        file = path if path.is_file() else staying(next(path.glob("*.ckpt")))
+        tree = torch_zip.read_index(file)
+        state = tree.get(STATE_DICT, tree)
+        if not isinstance(state, Mapping):
+            raise InputRefused(
+                "gemma-pytorch.state-dict", f"{file.name}: {STATE_DICT} holds no tensors", hint="is it a Gemma 2 .ckpt?"
+            )
+        return container_tensors.open_torch(state, file, closers), [file], _embedded_config(tree, file)
+
+    def kept(self, source: Checkpoint, candidate: Checkpoint) -> dict[str, LazyTensor]:
+        return {}
+
+    def layout(self, checkpoint: Checkpoint, options: WriteOptions) -> Output:
+        if options.type is not None:
+            raise UsageError(
+                "gemma-pytorch.type",
+                f"the gemma-pytorch format cannot hold {options.type}",
+                hint="choose a .gguf destination or a Hugging Face folder",
+            )
+        outside = [name for name in checkpoint.tensors if not _has_place(name)]
+        if outside:
+            raise InputRefused(
+                "gemma-pytorch.no-place",
+                f"the gemma-pytorch format has no place for {outside[0]}",
+                hint="write a Hugging Face folder instead",
+            )
+        floats = plan_floats(TABLE, checkpoint, options, self.name)
+        planned = [(item.disk, item.canonical, item.source, item.encoder) for item in floats]
+        freqs = ArrayTensor(_freqs_cis(checkpoint.config), stored="c64", origin=BUFFER)
+        planned.insert(0, (BUFFER, (), freqs, Float(freqs.dtype)))
+        single = bool(options.extra.get("single_file", True))
+        file = options.name if single else SINGLE
+        specs = {name: (encoder.parts(source.shape)[0].dtype, source.shape) for name, _, source, encoder in planned}
+        config_json = json.dumps(checkpoint.config.to_hf(), sort_keys=True)
+        zipped = torch_zip.TorchZipLayout({STATE_DICT: specs, CONFIG_KEY: config_json})
+        tensors = []
+        for name, canonical, source, encoder in planned:
+            part = encoder.parts(source.shape)[0]
+            place = Placement(name, file, zipped.offsets[(STATE_DICT, name)], part.nbytes)
+            tensors.append(OutputTensor(name, canonical, source, encoder, {"": place}))
+        output_file = OutputFile(
+            file,
+            zipped.total_size,
+            (),
+            lambda crcs: zipped.finish({(STATE_DICT, name): crc for name, crc in crcs.items()}),
+        )
+        small = {}
+        if not single:
+            small = {name: data for name, data in checkpoint.assets.items() if name != "README.md"}
+            small["config.json"] = assets.dump_json(checkpoint.config.to_hf())
+        heads = [name for name in HEADS if name in checkpoint.tensors]
+        told = (
+            [f"gemma_pytorch has no classification head: it leaves {', '.join(heads)} of the file alone"]
+            if heads
+            else []
+        )
+        return Output(self.name, single, [output_file], tensors, small, warnings=told)
+
+
+def _dequantized(disk: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
+    """Weights with their scalers applied. A scaler beside a float weight is unused (early releases carry some) and dropped."""
+    result: dict[str, LazyTensor] = {}
+    for name, tensor in disk.items():
+        if name == BUFFER or name.endswith(".weight_scaler"):
+            continue
+        if tensor.dtype == np.int8:
+            scaler = disk.get(name + "_scaler")
+            if scaler is None:
+                raise InputRefused(
+                    "gemma-pytorch.scaler",
+                    f"{tensor.origin}: int8 codes without {name}_scaler",
+                    hint="the int8 checkpoint is incomplete: fetch it again",
+                )
+            tensor = ScaledRows(tensor, scaler)
+        result[name] = tensor
+    return result
+
+
+def _embedded_config(tree: Mapping[str, object], file: Path) -> dict | None:
+    text = tree.get(CONFIG_KEY)
+    if not isinstance(text, str):
+        return None
+    content = strict_json.load(text.encode(), what=f"{file.name}: {CONFIG_KEY}", max_bytes=assets.MAX_CONFIG_BYTES)
+    return content if isinstance(content, dict) else None
+
+
+def _canonical_shapes(disk: Mapping[str, LazyTensor]) -> dict[str, tuple[int, ...]]:
+    """Shapes by canonical name without a config: o_proj tells how many rows of the fused matrix are queries."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, tensor in disk.items():
+        if name == "embedder.weight":
+            shapes["model.embed_tokens.weight"] = tensor.shape
+        elif name.endswith(".qkv_proj.weight"):
+            prefix = name.removesuffix("qkv_proj.weight")
+            output = disk.get(prefix + "o_proj.weight")
+            if output is None or len(output.shape) != 2 or len(tensor.shape) != 2:
+                continue
+            queries, width = output.shape[1], tensor.shape[1]
+            keys = (tensor.shape[0] - queries) // 2
+            shapes[prefix + "q_proj.weight"] = (queries, width)
+            shapes[prefix + "k_proj.weight"] = shapes[prefix + "v_proj.weight"] = (keys, width)
+        else:
+            shapes[name] = tensor.shape
+    return shapes
+
+
+def _has_place(name: str) -> bool:
+    parts = name.split(".")
+    if len(parts) > 2 and parts[1] == "layers":
+        name = ".".join([*parts[:2], "{i}", *parts[3:]])
+    return any(name in row.canonical for row in TABLE)
+
+
+def _freqs_cis(config: Gemma2Config) -> np.ndarray:
+    """The rotary buffer of gemma_pytorch's model class, (2 * max positions, head_dim / 2) complex64, in torch's own arithmetic."""
+    import torch
+
+    dim = config.head_dim
+    freqs = 1.0 / (config.rope_theta ** (torch.arange(0, dim, 2)[: dim // 2].float() / dim))
+    angles = torch.outer(torch.arange(config.max_position_embeddings * 2), freqs).float()
+    return torch.polar(torch.ones_like(angles), angles).numpy()

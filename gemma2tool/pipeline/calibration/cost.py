@@ -1,0 +1,139 @@
+"""What a calibration will take, told before it starts: memory from the shapes, time from the arithmetic and this machine's speed at it."""
+
+from __future__ import annotations
+
+import functools
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from gemma2tool.model.config import Gemma2Config
+from gemma2tool.pipeline.calibration.layer import SEQUENCES
+from gemma2tool.quantizers.calibration.clipping import SHRINKS
+from gemma2tool.quantizers.calibration.rounding import ROWS
+from gemma2tool.quantizers.calibration.scales import POWERS
+from gemma2tool.reference.layers import SCORE_BYTES
+from gemma2tool.reference.readahead import one_thread_each
+
+FLOAT = 4
+LIBRARIES = 640 << 20
+"""Bytes that torch, numpy and the program take by themselves, with the blocks of weights in flight."""
+
+EFFICIENCY = 0.7
+"""Of the speed of one large product, what the whole reaches: there are smaller products, and passes that compute little."""
+
+STEPS = 400.0
+"""Of rounding one value to the next code, as many operations of a large product take as long."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """``memory``: peak bytes; ``seconds`` with ``threads`` on this machine, roughly; ``shape``: sequences, tokens of each."""
+
+    memory: int
+    seconds: float
+    threads: int
+    shape: tuple[int, int]
+
+    def sentence(self) -> str:
+        """One line for a person."""
+        sequences, length = self.shape
+        return (
+            f"calibration on {sequences} sequences of {length} tokens: about {_duration(self.seconds)} with {self.threads}"
+            f" thread{'s' if self.threads > 1 else ''}, and {_size(self.memory)} of memory at its peak"
+        )
+
+    def remarks(self) -> list[str]:
+        """What the user must know before it starts: that it may not fit."""
+        free = available_memory()
+        if free is None or self.memory <= free:
+            return []
+        wants = f"calibration needs about {_size(self.memory)} of memory, and {_size(free)} are free"
+        return [f"{wants}: --hessian-block 1024, and fewer or shorter samples, take less"]
+
+    def to_json(self) -> dict[str, object]:
+        sequences, length = self.shape
+        return {
+            "sequences": sequences,
+            "length": length,
+            "estimated_peak_bytes": self.memory,
+            "estimated_seconds": round(self.seconds, 1),
+        }
+
+
+def _size(nbytes: int) -> str:
+    return f"{nbytes / 2**30:.1f} GiB"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{max(seconds, 1):.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def available_memory() -> int | None:
+    """Bytes that can be used without swapping; None where the system does not say."""
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except (OSError, ValueError):
+        pass
+    return None
+
+
+def estimate(
+    config: Gemma2Config,
+    layers: float,
+    shape: tuple[int, int],
+    *,
+    scales: bool,
+    hessian_block: int | None,
+    threads: int,
+) -> Cost:
+    """What ``layers`` layers (a fraction where not all of their projections are quantized) cost over ``shape`` (sequences, tokens).
+
+    ``scales``: AWQ, else GPTQ. ``hessian_block``: see ``Hessian``.
+    """
+    sequences, length = shape
+    tokens, width, inner = sequences * length, config.hidden_size, config.intermediate_size
+    heads, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    stages = [(width, heads + 2 * keys), (heads, width), (width, 2 * inner), (inner, width)]  # inputs and outputs
+    weights = sum(columns * rows for columns, rows in stages)
+    # Each projection runs twice, but down once; scores and what they mix run twice.
+    operations = 2.0 * tokens * (2 * weights - inner * width) + 8.0 * tokens * length * heads
+    peaks = []
+    for columns, rows in stages:
+        square = min(hessian_block or columns, columns)
+        hessian, activations = columns * square * FLOAT, SEQUENCES * length * columns * FLOAT
+        running = min(threads, SEQUENCES) * (3 * length * inner * FLOAT + SCORE_BYTES)
+        operations += tokens * columns * square
+        if scales:
+            operations += (
+                (len(POWERS) * min(rows, 2 * ROWS) * square + len(SHRINKS) * rows * 128 + STEPS * rows) * 2 * columns
+            )
+            deciding = (
+                width * min(hessian_block or width, width) * FLOAT
+            )  # the Hessian of q, k and v outlives its stage
+        else:
+            operations += (square**2 * 2 / 3 + rows * square + STEPS * rows) * columns
+            deciding = 3 * square**2 * FLOAT
+        deciding += threads * min(rows, ROWS) * columns * FLOAT * 4
+        peaks.append(hessian + max(2 * activations + running, deciding))
+    memory = LIBRARIES + tokens * width * FLOAT + max(peaks) + 2 * weights
+    return Cost(int(memory), operations * layers / (product_rate() * threads * EFFICIENCY), threads, shape)
+
+
+@functools.cache
+def product_rate() -> float:
+    """Floating-point operations per second of one thread of this machine, multiplying matrices of a thousand."""
+    size, best = 1024, float("inf")
+    a, b = torch.ones(size, size), torch.ones(size, size)
+    with one_thread_each():
+        for _ in range(4):
+            start = time.perf_counter()
+            torch.mm(a, b)
+            best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best

@@ -1,0 +1,285 @@
+"""Calibrated outputs: codes chosen by what the model does with a text, layer by layer, while the output is being written.
+
+A planned output keeps its files and places; the weights that can be calibrated get another source and encoder, whose rows come in
+codes already. The first row that is asked of a layer makes the layer's codes: all sequences go through it, see ``calibrated_layer``,
+and what it then gives (with its quantized weights) goes into the next. So memory holds the residual streams and the codes of the layers
+that are being written, however many layers there are; and the codes do not depend on the number of threads, nor on when they were asked for.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from gemma2tool.errors import UsageError
+from gemma2tool.formats.base import Output, OutputTensor
+from gemma2tool.model.checkpoint import Checkpoint
+from gemma2tool.model.lazy import FLOAT32, LazyTensor
+from gemma2tool.quantizers.awq import Awq
+from gemma2tool.quantizers.base import Encoder, Part
+from gemma2tool.quantizers.calibration.grid import Codes, Grid, grid_of, row_record
+
+if TYPE_CHECKING:
+    from gemma2tool.pipeline.calibration.cost import Cost
+    from gemma2tool.pipeline.calibration.layer import Method
+
+TYPES = ("gptq-4", "gptq-8", "w4a16", "w4a16-asym", "awq-4")
+DAMPING = 0.01
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """How an output is calibrated: token ids (N, T), each row on its own, and GPTQ's settings (see ``hessian.factors``).
+
+    ``hessian_block``: columns of a square of the block-diagonal Hessian, None for the whole.
+    """
+
+    ids: np.ndarray
+    damping: float = DAMPING
+    act_order: bool = False
+    hessian_block: int | None = None
+
+
+def calibration_of(extra: Mapping[str, object], checkpoint: Checkpoint) -> Calibration | None:
+    """What the options of ``WriteOptions.extra`` ask for: calibration (a file), calibration_samples, calibration_length, act_order,
+    damping, hessian_block. None without a file."""
+    path = extra.get("calibration")
+    if path is None:
+        return None
+    from gemma2tool.pipeline.calibration.text import read_sequences
+
+    ids = read_sequences(
+        path, checkpoint, samples=extra.get("calibration_samples"), length=extra.get("calibration_length")
+    )
+    damping = extra.get("damping")
+    return Calibration(
+        ids,
+        DAMPING if damping is None else damping,
+        bool(extra.get("act_order")),
+        extra.get("hessian_block"),
+    )
+
+
+def calibrated(
+    output: Output, checkpoint: Checkpoint, calibration: Calibration, *, threads: int
+) -> tuple[Output, Cost]:
+    """``output`` with the codes of its weights chosen by ``calibration``, and what that will cost.
+
+    Raises UsageError where none of them can be, and for Hessian blocks that groups do not fit into.
+    """
+    items = {item.name: item for item in output.tensors}
+    grids = {
+        name: grid
+        for name, item in items.items()
+        if len(item.source.shape) == 2 and (grid := grid_of(item.encoder, item.source.row_size))
+    }
+    if not grids:
+        raise UsageError(
+            "calibration.type",
+            f"there is no calibration for {', '.join(sorted({item.encoder.name for item in items.values()}))}",
+            hint=f"types that can be calibrated: {', '.join(TYPES)}",
+        )
+    block = calibration.hessian_block
+    for name, grid in grids.items():
+        if block is not None and grid.width < items[name].source.row_size and block % grid.width:
+            raise UsageError(
+                "calibration.hessian-block",
+                f"Hessian blocks of {block} columns cut groups of {grid.width} in two",
+                hint="use a multiple of the group size",
+            )
+    session = Session(checkpoint, items, grids, calibration, threads)
+    return replace(output, tensors=[session.output_tensor(item) for item in output.tensors]), session.cost()
+
+
+class Session:
+    """Runs the layers in order, as far as they are asked for, and keeps what they gave until it has been handed out."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        items: Mapping[str, OutputTensor],
+        grids: Mapping[str, Grid],
+        calibration: Calibration,
+        threads: int,
+    ) -> None:
+        self.checkpoint, self.items, self.grids = checkpoint, items, grids
+        self.calibration, self.threads = calibration, threads
+        self._scales = all(isinstance(items[name].encoder, Awq) for name in grids)
+        self._sources = {
+            name: items[name].source if name in grids else tensor for name, tensor in checkpoint.tensors.items()
+        }
+        self._lock = threading.Lock()
+        self._done = 0
+        self._failure: BaseException | None = None
+        self._residual: list | None = None
+        self._results: dict[str, Codes | np.ndarray] = {}
+
+    def cost(self) -> Cost:
+        """What all layers together will take."""
+        from gemma2tool.pipeline.calibration.cost import estimate
+
+        config = self.checkpoint.config
+        matrices = sum(spec.layer is not None and spec.quantizable for spec in self.checkpoint.specs.values())
+        return estimate(
+            config,
+            config.num_hidden_layers * len(self.grids) / matrices,
+            self.calibration.ids.shape,
+            scales=self._scales,
+            hessian_block=self.calibration.hessian_block,
+            threads=self.threads,
+        )
+
+    def output_tensor(self, item: OutputTensor) -> OutputTensor:
+        """``item``, from this session where calibration decides on its values."""
+        if item.name in self.grids:
+            source = CalibratedMatrix(self, item)
+            return replace(item, source=source, encoder=PackCodes(item.encoder, source))
+        layer = self.checkpoint.specs[item.name].layer
+        if (
+            self._scales
+            and layer is not None
+            and item.name.endswith(("input_layernorm.weight", "pre_feedforward_layernorm.weight"))
+        ):
+            return replace(item, source=CalibratedNorm(self, item))
+        return item
+
+    def result(self, name: str) -> Codes | np.ndarray | None:
+        """What calibration makes of a tensor; None for a norm that it leaves alone. May take as long as all layers up to its own."""
+        layer = self.checkpoint.specs[name].layer
+        with self._lock:
+            while self._done <= layer:
+                if self._failure is not None:  # others have been waiting for the layer that failed
+                    raise self._failure
+                try:
+                    self._next_layer()
+                except BaseException as failure:
+                    self._failure = failure
+                    raise
+            return self._results.get(name)
+
+    def release(self, name: str) -> None:
+        """The result will not be asked for again."""
+        with self._lock:
+            self._results.pop(name, None)
+
+    def _next_layer(self) -> None:
+        from gemma2tool.pipeline.calibration.layer import CalibratedLayer
+        from gemma2tool.reference.readahead import one_thread_each
+        from gemma2tool.reference.rotary import cos_sin
+
+        config = self.checkpoint.config
+        with one_thread_each(), ThreadPoolExecutor(self.threads, thread_name_prefix="calibrate") as pool:
+            if self._residual is None:
+                self._residual = self._embeddings()
+            layer = CalibratedLayer(
+                config,
+                self._done,
+                self._sources,
+                self.grids.keys(),
+                hessian_block=self.calibration.hessian_block,
+                run=pool.map,
+            )
+            cos, sin = cos_sin(config, _positions(self.calibration.ids.shape[1]), self._residual[0].dtype)
+            layer.calibrate(self._method(), self._residual, cos, sin)
+        self._results |= layer.results
+        self._done += 1
+        if self._done == config.num_hidden_layers:
+            self._residual = []
+
+    def _method(self) -> Method:
+        from gemma2tool.pipeline.calibration.methods import ByHessian, ByScale
+
+        if self._scales:
+            norms = {name: item.encoder.dtype for name, item in self.items.items() if name.endswith("norm.weight")}
+            return ByScale(self.grids, norms)
+        return ByHessian(self.grids, damping=self.calibration.damping, act_order=self.calibration.act_order)
+
+    def _embeddings(self) -> list:
+        from gemma2tool.reference.streaming import StreamedForward
+
+        return [next(StreamedForward(self.checkpoint, row[None]).hidden_states()) for row in self.calibration.ids]
+
+
+def _positions(length: int):
+    import torch
+
+    return torch.arange(length)[None]
+
+
+class CalibratedMatrix(LazyTensor):
+    """A weight (O, I) whose rows come as they will be stored: records of codes, zeros and scales (``grid.Codes.records``)."""
+
+    def __init__(self, session: Session, item: OutputTensor) -> None:
+        self.session, self.name = session, item.name
+        self.shape, self.stored, self.origin = item.source.shape, item.source.stored, item.source.origin
+        grid, (rows, columns) = session.grids[item.name], item.source.shape
+        scale = grid.parameters(np.zeros(1, FLOAT32), np.ones(1, FLOAT32))[1].dtype
+        self.dtype = row_record(columns, columns // grid.width, scale)
+        self.group_of_column = np.arange(columns, dtype=np.int32) // np.int32(grid.width)
+        self._left, self._lock = rows, threading.Lock()
+
+    @property
+    def nbytes(self) -> int:
+        return self.rows * self.dtype.itemsize
+
+    def load_rows(self, first: int, last: int) -> np.ndarray:
+        codes = self.session.result(self.name)
+        if codes is None:
+            raise RuntimeError(f"{self.name} has been given out already")
+        rows, self.group_of_column = codes.records(first, last), codes.group_of_column
+        with self._lock:
+            self._left -= last - first
+            if self._left <= 0:
+                self.session.release(self.name)
+        return rows
+
+
+class CalibratedNorm(LazyTensor):
+    """A norm (D,) that the scales of the projections it feeds may have been folded into."""
+
+    def __init__(self, session: Session, item: OutputTensor) -> None:
+        self.session, self.name, self.source = session, item.name, item.source
+        self.shape, self.stored, self.origin = item.source.shape, item.source.stored, item.source.origin
+        self.dtype = item.encoder.dtype
+
+    def load_rows(self, first: int, last: int) -> np.ndarray:
+        values = self.session.result(self.name)
+        if values is None:
+            return self.source.load_rows(first, last)
+        return values[first:last].copy()
+
+
+@dataclass(frozen=True)
+class PackCodes:
+    """Stores rows that are in codes already as ``encoder`` stores those that it quantizes itself."""
+
+    encoder: Encoder
+    source: CalibratedMatrix
+
+    lossless = False
+
+    @property
+    def name(self) -> str:
+        return self.encoder.name
+
+    @property
+    def collects(self) -> tuple[str, ...]:
+        return self.encoder.collects
+
+    def parts(self, shape: tuple[int, ...]) -> tuple[Part, ...]:
+        return self.encoder.parts(shape)
+
+    def row_multiple(self, shape: tuple[int, ...]) -> int:
+        return self.encoder.row_multiple(shape)
+
+    def encode(self, rows: np.ndarray) -> Mapping[str, np.ndarray]:
+        return self.encoder.pack(*(np.ascontiguousarray(rows[field]) for field in ("codes", "zeros", "scales")))
+
+    def finish(self, shape: tuple[int, ...], collected: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+        parts = dict(self.encoder.finish(shape, collected))
+        return {name: self.source.group_of_column if name == "g_idx" else part for name, part in parts.items()}

@@ -1,0 +1,1 @@
+"""Measuring: completeness, config, tokenizer, tensors, logits."""

@@ -1,0 +1,65 @@
+"""``gemma2tool imatrix`` against the file that llama-imatrix made of the same model and text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from gemma2tool.cli.main import app
+from gemma2tool.containers import gguf
+from gemma2tool.formats.gguf.imatrix import read_imatrix
+
+
+def run(*words: object):
+    return CliRunner().invoke(app, ["imatrix", *map(str, words)])
+
+
+def test_equals_llama_imatrix(oracles: Path, tmp_path: Path) -> None:
+    folder = oracles / "gguf"
+    out = tmp_path / "ours.gguf"
+    result = run(folder / "tiny_gqa4", out, "--text", folder / "cal.txt", "--chunk", 256, "--chunks", 16)
+    assert result.exit_code == 0, result.output
+    ours, theirs = read_imatrix(out), read_imatrix(folder / "imatrix" / "tiny_gqa4.gguf")
+    assert ours.weights.keys() == theirs.weights.keys()
+    for name, weights in theirs.weights.items():  # llama.cpp's GELU is a float16 table, and it adds in float32
+        assert np.abs(ours.weights[name] - weights).max() <= 5e-3 * weights.max(), name
+    mine, header = gguf.read_header(out), gguf.read_header(folder / "imatrix" / "tiny_gqa4.gguf")
+    assert list(mine.tensors) == list(header.tensors)
+    assert list(mine.kv) == list(header.kv)
+    assert mine.kv["imatrix.chunk_count"] == header.kv["imatrix.chunk_count"]
+
+
+def test_steers_a_quantization(fixture_dir: Path, tmp_path: Path) -> None:
+    out = tmp_path / "m.gguf"
+    assert run(fixture_dir, out, "--text", fixture_dir / "heldout.txt", "--chunk", 128, "--chunks", 4).exit_code == 0
+    words = ["quantize", fixture_dir, tmp_path / "iq2.gguf", "--type", "iq2_s", "--imatrix", out, "--quiet"]
+    result = CliRunner().invoke(app, [str(word) for word in words])
+    assert result.exit_code == 0, result.output
+
+
+@pytest.mark.parametrize(
+    ("content", "code", "told"),
+    [
+        (b"GGUF\3\0\0\0" * 9999, 3, "byte 5 is NUL"),
+        (b"import os\n" * 999 + b"\xff", 3, "not UTF-8"),
+        (b"", 2, "is empty"),
+    ],
+)
+def test_what_is_no_text_is_refused(fixture_dir: Path, tmp_path: Path, content: bytes, code: int, told: str) -> None:
+    text = tmp_path / "t.txt"
+    text.write_bytes(content)
+    result = run(fixture_dir, tmp_path / "m.gguf", "--text", text)
+    assert result.exit_code == code and told in result.output
+    assert not (tmp_path / "m.gguf").exists()
+
+
+@pytest.mark.parametrize(("words", "code"), [(["--chunk", "100000"], 2), ([], 0)])
+def test_short_texts_are_refused(fixture_dir: Path, tmp_path: Path, words: list[str], code: int) -> None:
+    text = tmp_path / "t.txt"
+    text.write_text("import os\n" * 300)
+    result = run(fixture_dir, tmp_path / "m.gguf", "--text", text, *words)
+    assert result.exit_code == code, result.output
+    assert (tmp_path / "m.gguf").exists() == (code == 0)

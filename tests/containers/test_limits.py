@@ -1,0 +1,56 @@
+"""All hostile files in one fresh process: little memory, nothing heavy imported, nothing written."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+from tests.support.hostile import gguf as hostile_gguf
+from tests.support.hostile import safetensors as hostile_safetensors
+from tests.support.hostile import torch as hostile_torch
+
+SUITES = {"safetensors": hostile_safetensors.CASES, "gguf": hostile_gguf.CASES, "torch_zip": hostile_torch.CASES}
+
+
+def test_refusals_cost_little(tmp_path: Path) -> None:
+    plan = []
+    for module, cases in SUITES.items():
+        for index, case in enumerate(cases):
+            path = tmp_path / f"{module}-{index}"
+            path.write_bytes(case.data)
+            plan.append((module, str(path), case.id))
+    assert len(plan) >= 250
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    before = sorted(os.listdir(tmp_path))
+    code = """
+        import json, re, sys
+        from gemma2tool.errors import InputRefused
+        from gemma2tool.storage import gguf, safetensors, torch_zip
+        readers = {"safetensors": safetensors.read_header, "gguf": gguf.read_header, "torch_zip": torch_zip.read_index}
+        wrong = []
+        for module, path, id in json.load(open("plan.json")):
+            try:
+                readers[module](path)
+                wrong.append((path, id, None))
+            except InputRefused as error:
+                if error.id != id:
+                    wrong.append((path, id, error.id))
+        heavy = [name for name in ("torch", "numpy", "gguf", "safetensors", "pickle", "hypothesis") if name in sys.modules]
+        # ru_maxrss would count the parent's memory at the time of the fork
+        peak = re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())
+        print(json.dumps([wrong, heavy, int(peak[1])]))
+    """
+    root = ROOT
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=True,
+        env=os.environ | {"PYTHONPATH": str(root)},
+    )  # fmt: skip
+    wrong, heavy, peak_kib = json.loads(done.stdout)
+    assert wrong == []
+    assert heavy == []
+    assert peak_kib < 200 << 10
+    assert sorted(os.listdir(tmp_path)) == before

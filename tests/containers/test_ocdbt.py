@@ -1,0 +1,98 @@
+"""The own reader of OCDBT databases beside tensorstore, whose databases of every form it must find alike."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gemma2tool.containers.orbax import ocdbt
+from gemma2tool.formats.orbax.zarr_arrays import _unpack, _whole
+from gemma2tool.storage.crc import crc32c
+from tests.support.hostile.binaries import database
+from tests.support.hostile.refusal import assert_refused
+
+tensorstore = pytest.importorskip("tensorstore", reason="the peer")
+pytest.importorskip("zstandard")
+
+
+def _store(folder: Path, **config: object):
+    spec = {"driver": "ocdbt", "base": f"file://{folder}/", "config": config}
+    return tensorstore.KvStore.open(spec).result()
+
+
+def _ours(folder: Path) -> dict[str, bytes]:
+    return {key: _whole(value) for key, value in ocdbt.read_entries(folder, _unpack).items()}
+
+
+def _theirs(store) -> dict[str, bytes]:
+    return {key.decode(): store.read(key).result().value for key in store.list().result()}
+
+
+@pytest.mark.parametrize("compression", [None, {"id": "zstd", "level": 3}])
+@pytest.mark.parametrize("inline", [0, 20, 1000])
+@pytest.mark.parametrize("node_bytes", [500, 8_000_000])
+def test_finds_what_tensorstore_finds(tmp_path: Path, node_bytes: int, inline: int, compression: object) -> None:
+    """Trees of one node and of several levels, values inline and not, several versions of which the last counts."""
+    generator = np.random.default_rng(0)
+    store = _store(tmp_path, max_decoded_node_bytes=node_bytes, max_inline_value_bytes=inline, compression=compression)
+    for version in range(3):
+        for number in generator.choice(120, 40 if version else 120, replace=False):
+            store.write(
+                f"layer_{number}/{'w' * int(number % 7)}/.zarray", generator.bytes(int(generator.integers(0, 60)))
+            ).result()
+    store.delete_range(tensorstore.KvStore.KeyRange("layer_5", "layer_6")).result()
+    mine = _ours(tmp_path)
+    assert mine == _theirs(store) and 100 < len(mine) < 120
+
+
+def test_an_empty_database(tmp_path: Path) -> None:
+    store = _store(tmp_path)
+    store.write("a", b"b").result()
+    store.delete_range(tensorstore.KvStore.KeyRange()).result()
+    assert _ours(tmp_path) == _theirs(store) == {}
+
+
+def test_databases_of_orbax(oracles: Path) -> None:
+    folders = sorted((oracles / "checkpoints" / "flax").glob("*/ckpt"))
+    assert len(folders) >= 8
+    for folder in folders:
+        store = tensorstore.KvStore.open({"driver": "ocdbt", "base": f"file://{folder}/"}).result()
+        assert _ours(folder) == _theirs(store)
+
+
+def test_checksum() -> None:
+    """The check value of CRC-32C, and one of RFC 3720, B.4."""
+    assert crc32c(b"123456789") == 0xE3069283
+    assert crc32c(bytes(32)) == 0x8A9136AA
+
+
+@pytest.mark.parametrize("byte", [0, 5, 12, 13, 20, -1])
+def test_damaged_manifests(tmp_path: Path, byte: int) -> None:
+    (tmp_path / "x").mkdir()
+    database()(tmp_path / "x")
+    manifest = tmp_path / "x" / "manifest.ocdbt"
+    assert ocdbt.read_entries(tmp_path / "x", _unpack) == {}
+    raw = bytearray(manifest.read_bytes())
+    raw[byte] ^= 1
+    manifest.write_bytes(raw)
+    with pytest.raises(Exception, match="not one of OCDBT's|its header says|is damaged") as caught:
+        ocdbt.read_entries(tmp_path / "x", _unpack)
+    assert caught.value.id.startswith("ocdbt.")
+
+
+def test_data_files_that_are_links(tmp_path: Path) -> None:
+    """Even inside the database: nothing that writes one makes them."""
+    (tmp_path / "x").mkdir()
+    database()(tmp_path / "x")
+    secret = tmp_path / "secret"
+    (tmp_path / "x" / "d" / "x").rename(secret)
+    (tmp_path / "x" / "d" / "x").symlink_to(secret)
+    assert_refused(lambda: ocdbt.read_entries(tmp_path / "x", _unpack), "ocdbt.link")
+    (tmp_path / "x" / "d" / "x").unlink()
+    (tmp_path / "x" / "d").rmdir()
+    (tmp_path / "elsewhere").mkdir()
+    secret.rename(tmp_path / "elsewhere" / "x")
+    (tmp_path / "x" / "d").symlink_to(tmp_path / "elsewhere")
+    assert_refused(lambda: ocdbt.read_entries(tmp_path / "x", _unpack), "ocdbt.link")

@@ -1,0 +1,84 @@
+"""tokenizer.model of a stranger: bounded before the library sees it, and before much is made of it."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import pytest
+
+from gemma2tool.containers import tokenizer_model
+from gemma2tool.formats.tokenizers import sentencepiece
+from gemma2tool.formats.tokenizers.files import MAX_ADDED, TokenizerFiles
+from gemma2tool.formats.tokenizers.sentencepiece import Piece
+from gemma2tool.formats.tokenizers.tokenizer_json import MAX_MERGED, merges
+from tests.fuzz.seeds import PIECES, model
+from tests.support.hostile.refusal import assert_refused
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"\xff" * 20,
+        b"\x0a\x05ab",
+        b"\x0b",
+        b"\x0a\x80\x80\x80\x80\x80\x80\x80\x80\x80\x80\x01",
+        b"\x0a\0" * 5_000_000,
+        b"\x0a\x03\x0a\x01\xff",
+        b"\x0a\xf4\x03\x0a\xf0\x03" + b"a" * 3,
+        b"\x0a" + bytes([0x80, 0x80, 0x08]) + b"\x0a" + bytes(1 << 17),
+        bytes(65 << 20),
+    ],
+    ids=[
+        "no message",
+        "a cut piece",
+        "a group",
+        "a number that does not end",
+        "five million pieces",
+        "not UTF-8",
+        "lies inside",
+        "128 KiB piece",
+        "65 MiB",
+    ],
+)
+def test_refused_before_the_library(data: bytes) -> None:
+    assert_refused(lambda: tokenizer_model.check(data), "sentencepiece.damaged")
+
+
+def test_honest_ones_pass() -> None:
+    tokenizer_model.check(model())
+    assert sentencepiece.parse(model()).pieces == PIECES
+
+
+def test_long_pieces_are_not_cut_in_every_way() -> None:
+    """Vocabularies of GGUF files, too, come this way, with tokens of any length."""
+    began = time.process_time()
+    long = [
+        Piece("ab" * 100_000),
+        Piece("a" * (MAX_MERGED + 1)),
+        Piece("a" * MAX_MERGED),
+        Piece("a" * (MAX_MERGED - 1)),
+        Piece("a"),
+    ]
+    assert merges(long) == [("a" * (MAX_MERGED - 1), "a"), ("a", "a" * (MAX_MERGED - 1))][::-1]
+    assert time.process_time() - began < 1
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "added"),
+    [
+        ("tokenizer.json", "added_tokens", [{"id": id, "content": str(id)} for id in range(MAX_ADDED + 1)]),
+        (
+            "tokenizer_config.json",
+            "added_tokens_decoder",
+            {str(id): {"content": str(id)} for id in range(MAX_ADDED + 1)},
+        ),
+        ("added_tokens.json", None, {str(id): id for id in range(MAX_ADDED + 1)}),
+    ],
+)
+def test_added_tokens_are_few(name: str, field: str | None, added: list | dict) -> None:
+    def files(added: list | dict) -> TokenizerFiles:
+        return TokenizerFiles.of({name: json.dumps(added if field is None else {field: added}).encode()})
+
+    assert_refused(lambda: files(added), "tokenizer.too-many-added")
+    files(added[1:] if isinstance(added, list) else dict(list(added.items())[1:]))

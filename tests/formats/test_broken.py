@@ -1,0 +1,229 @@
+"""Every format's files, each broken in the ways that files break and liars break them: refused in under a second, with the reason,
+and nothing is written. (What single containers can lie about is tested with their readers.)"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+import zipfile
+from collections.abc import Callable
+from dataclasses import replace
+from importlib.util import find_spec
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from gemma2tool.cli.main import app
+from gemma2tool.formats import registry
+from tests.support.checkpoints import SMALL, random_checkpoint
+from tests.support.formats import write_as
+
+NEEDS = {"flax": "tensorstore", "maxtext": "tensorstore", "keras": "h5py"}
+FORMATS = [name for name in registry.NAMES if name not in NEEDS or find_spec(NEEDS[name])]
+NAMES = {"gguf": "model.gguf", "gemma-cpp": "model.sbs", "gemma-pytorch": "model.ckpt"}
+SHARDED = ("hf", "hf-bin", "mlx", "keras")
+ZIPS = ("hf-bin", "gemma-pytorch", "torchtune", "litgpt")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> dict[str, Path]:
+    """One checkpoint in every format, and sharded where the format knows shards; to be copied and broken."""
+    place = tmp_path_factory.mktemp("whole")
+    source = random_checkpoint(np.dtype(np.float32), replace(SMALL, num_hidden_layers=2, layer_types=None))
+    made = {name: write_as(name, source, place / f"{name}-{NAMES.get(name, 'model')}") for name in FORMATS}
+    sharded = {
+        f"{name} sharded": write_as(name, source, place / f"{name}-s", max_shard_size=60_000)
+        for name in SHARDED
+        if name in FORMATS
+    }
+    for path in (made | sharded).values():
+        assert registry.open_checkpoint(path).tensors
+    return made | sharded
+
+
+@pytest.fixture
+def copied(whole: dict[str, Path], tmp_path: Path) -> Callable[[str], Path]:
+    def copy(name: str) -> Path:
+        source = whole[name]
+        target = tmp_path / "in" / NAMES.get(name, "model")
+        target.parent.mkdir()
+        shutil.copytree(source, target) if source.is_dir() else shutil.copy(source, target)
+        return target
+
+    return copy
+
+
+def _weights(path: Path) -> Path:
+    """The largest file: weights, whatever the format."""
+    files = [each for each in path.rglob("*") if each.is_file()] if path.is_dir() else [path]
+    return max(files, key=lambda each: (each.stat().st_size, str(each)))
+
+
+def _refused(path: Path, out: Path, name: str) -> str:
+    """What the command says of it."""
+    started = time.process_time()
+    result = CliRunner().invoke(app, ["convert", str(path), str(out), "--no-verify", "--quiet"])
+    seconds = time.process_time() - started
+    assert result.exit_code == 3, f"{name}: exit {result.exit_code}: {result.output}"
+    errors = [line for line in result.output.splitlines() if line.startswith("error[")]
+    assert len(errors) == 1, result.output
+    assert seconds < 1 and not out.exists(), (seconds, list(out.parent.iterdir()))
+    return errors[0]
+
+
+def _cut(share: float) -> Callable[[Path], None]:
+    return lambda path: path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
+
+
+def _overwritten(path: Path) -> None:
+    with path.open("r+b") as file:
+        file.write(b"\x7fELF\2\1\1\0")
+
+
+def _folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def _pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+DAMAGE: dict[str, Callable[[Path], None]] = {
+    "half": _cut(0.5),
+    "one byte short": lambda path: path.write_bytes(path.read_bytes()[:-1]),
+    "one byte more": lambda path: path.write_bytes(path.read_bytes() + b"\0"),
+    "empty": _cut(0),
+    "wrong magic": _overwritten,
+    "a page": lambda path: path.write_bytes(b"<!DOCTYPE html><html>Sign in to download</html>" * 99),
+    "a pointer": lambda path: path.write_bytes(
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 5\n"
+    ),
+    "a folder": _folder,
+    "a pipe": _pipe,
+}
+
+
+HARMLESS = {("flax", "wrong magic"), ("maxtext", "wrong magic"), ("keras", "one byte more")}
+"""An uncompressed chunk of zarr is values alone; HDF5 says where it ends, and what lies behind is never read."""
+
+
+@pytest.mark.parametrize(("name", "damage"), [each for each in product(FORMATS, DAMAGE) if each not in HARMLESS])
+def test_damaged_weights(copied, tmp_path: Path, name: str, damage: str) -> None:
+    path = copied(name)
+    DAMAGE[damage](_weights(path))
+    _refused(path, tmp_path / "out", name)
+
+
+@pytest.mark.parametrize("name", [name for name in FORMATS if name not in NAMES])
+def test_weights_that_are_a_link_out_of_the_folder(copied, tmp_path: Path, name: str) -> None:
+    path = copied(name)
+    weights = _weights(path)
+    shutil.move(weights, tmp_path / "outside")
+    weights.symlink_to(tmp_path / "outside")
+    assert "link" in _refused(path, tmp_path / "out", name)
+
+
+@pytest.mark.parametrize("lie", ["../../outside", "/etc/passwd", "..", "", "a\0b", "absent"])
+@pytest.mark.parametrize("name", [f"{name} sharded" for name in SHARDED if name in FORMATS])
+def test_an_index_that_points_elsewhere(copied, tmp_path: Path, name: str, lie: str) -> None:
+    path = copied(name)
+    (index,) = (each for each in path.glob("*model*.json"))
+    content = json.loads(index.read_text())
+    first = next(iter(content["weight_map"]))
+    shutil.copy(path / content["weight_map"][first], tmp_path / "outside")
+    content["weight_map"][first] = lie
+    index.write_text(json.dumps(content))
+    error = _refused(path, tmp_path / "out", name)
+    assert (
+        "not a plain file name" in error or "is not there" in error or "no such file" in error or "missing" in error
+    ), error
+
+
+@pytest.mark.parametrize("name", [f"{name} sharded" for name in SHARDED if name in FORMATS])
+def test_a_shard_that_is_gone_or_was_swapped(copied, tmp_path: Path, name: str) -> None:
+    path = copied(name)
+    shards = sorted(each for each in path.iterdir() if each.suffix in (".safetensors", ".bin", ".h5"))
+    shutil.copy(shards[0], shards[1])
+    _refused(path, tmp_path / "out", name)
+    shards[1].unlink()
+    _refused(path, tmp_path / "out", name)
+
+
+@pytest.mark.parametrize("name", [name for name in ZIPS if name in FORMATS])
+def test_a_zip_with_a_member_twice(copied, tmp_path: Path, name: str) -> None:
+    path = copied(name)
+    weights = _weights(path)
+    with zipfile.ZipFile(weights, "a") as archive:
+        member = archive.namelist()[0]
+        again = archive.read(member)
+        with pytest.warns(UserWarning, match="Duplicate name"):
+            archive.writestr(member, again)
+    assert "twice" in _refused(path, tmp_path / "out", name)
+
+
+def _config_of(path: Path) -> Path | None:
+    return (
+        next((each for file in ("hf_config.json", "config.json") if (each := path / file).is_file()), None)
+        if path.is_dir()
+        else None
+    )
+
+
+CONFIGS = [name for name in FORMATS if name not in NAMES]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda text: text[: len(text) // 2],
+        lambda text: "[]",
+        lambda text: text.replace('"gemma2"', '"llama"').replace('"GemmaBackbone"', '"LlamaBackbone"'),
+        lambda text: json.dumps(json.loads(text) | {"num_attention_heads": "many"}),
+        lambda text: json.dumps(json.loads(text) | {"num_hidden_layers": 10**12}),
+        lambda text: json.dumps(json.loads(text) | {"vocab_size": 10**15}),
+        lambda text: json.dumps(json.loads(text) | {"layer_types": ["sliding_attention"] * 7}),
+    ],
+    ids=["cut", "a list", "another model", "text for a number", "10^12 layers", "10^15 rows", "seven layer types"],
+)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_config_that_cannot_be(copied, tmp_path: Path, name: str, change: Callable[[str], str]) -> None:
+    path = copied(name)
+    config = _config_of(path)
+    assert config is not None
+    config.write_text(change(config.read_text()))
+    _refused(path, tmp_path / "out", name)
+
+
+CONTRADICTIONS = [
+    ("hidden_size", 128),
+    ("intermediate_size", 97),
+    ("num_hidden_layers", 1),
+    ("num_hidden_layers", 3),
+    ("vocab_size", 300),
+    ("num_key_value_heads", 4),
+]
+
+
+@pytest.mark.parametrize(("field", "value"), CONTRADICTIONS)
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_config_that_contradicts_the_weights(copied, tmp_path: Path, name: str, field: str, value: int) -> None:
+    """Given with --config, which every format takes. (Of a vocabulary padded to 256 rows, 160 and 161 look alike.)"""
+    path = copied(name)
+    content = replace(SMALL, num_hidden_layers=2, layer_types=None).to_hf() | {field: value}
+    content["layer_types"] = ["sliding_attention", "full_attention", "sliding_attention"][
+        : content["num_hidden_layers"]
+    ]
+    (tmp_path / "wrong.json").write_text(json.dumps(content))
+    started = time.process_time()
+    result = CliRunner().invoke(
+        app, ["convert", str(path), str(tmp_path / "out"), "--config", str(tmp_path / "wrong.json"), "--no-verify"]
+    )
+    assert result.exit_code == 3 and time.process_time() - started < 1, result.output
+    assert not (tmp_path / "out").exists()

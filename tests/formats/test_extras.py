@@ -1,0 +1,112 @@
+"""The list of formats says what is true, and a library that is missing is told with the command that installs it."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import tomllib
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from gemma2tool.cli.main import app
+from gemma2tool.formats import registry
+from tests.support.checkpoints import SMALL, random_checkpoint, write_checkpoint
+from tests.support.formats import write_as
+from tests.support.paths import ROOT
+
+EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+
+
+def _listed() -> list[dict]:
+    result = CliRunner().invoke(app, ["formats", "--json"])
+    assert result.exit_code == 0
+    return json.loads(result.stdout)
+
+
+def test_every_format_is_listed_with_its_extra() -> None:
+    listed = {each["format"]: each for each in _listed()}
+    assert tuple(listed) == registry.NAMES
+    for each in listed.values():
+        extra = re.search(r"\[(\w+)\]", each["install"] or "")
+        assert (extra is None) == (each["install_to"] is None)
+        assert extra is None or EXTRAS[extra[1]]
+    words = " ".join(CliRunner().invoke(app, ["formats"]).stdout.split())
+    for each in listed.values():
+        assert f"{each['format']}: {each['files']} {each['remarks']}" in words
+        assert each["install"] is None or f"to {each['install_to']} it: {each['install']}" in words
+
+
+def test_libraries_asked_for_are_in_their_extras() -> None:
+    """Each ``require(module, extra, ...)`` in the formats names an extra that brings the module."""
+    asked = set()
+    for path in (ROOT / "gemma2tool" / "formats").rglob("*.py"):
+        asked |= set(re.findall(r'\brequire\("(\w+)", "(\w+)"', path.read_text()))
+    assert {"keras", "flax"} <= {extra for _, extra in asked}
+    for module, extra in asked:
+        assert any(re.match(rf"{module}\b", requirement) for requirement in EXTRAS[extra]), (module, extra)
+
+
+@pytest.mark.parametrize("name", registry.NAMES)
+def test_plain_types_are_written_or_refused_as_listed(tmp_path: Path, name: str) -> None:
+    source = random_checkpoint(np.dtype(ml_dtypes.bfloat16), SMALL if name != "maxtext" else _even())
+    folder = write_checkpoint(source, tmp_path / "hf")
+    ending = {"gguf": ".gguf", "gemma-pytorch": ".ckpt", "gemma-cpp": ".sbs"}.get(name, "")
+    types = next(each["types"] for each in _listed() if each["format"] == name)
+    for dtype in ("f32", "f16", "bf16"):
+        arguments = [
+            "convert",
+            folder,
+            tmp_path / f"{dtype}{ending}",
+            "--to",
+            name,
+            "--dtype",
+            dtype,
+            "--no-verify",
+            "--quiet",
+        ]
+        result = CliRunner().invoke(app, list(map(str, arguments)))
+        assert result.exit_code == (0 if dtype in types else 2), result.output
+
+
+def _even():
+    from dataclasses import replace
+
+    return replace(SMALL, num_hidden_layers=2, layer_types=None)
+
+
+def _flax(path: Path) -> Path:
+    """A checkpoint that zstandard compressed, as released ones are."""
+    tensorstore = pytest.importorskip("tensorstore", reason="the flax extra is not installed")
+    path = write_as("flax", random_checkpoint(np.dtype(np.float32)), path)
+    for described in path.rglob(".zarray"):
+        store = {"driver": "zarr", "kvstore": f"file://{described.parent}/"}
+        array = tensorstore.open(store, open=True).result().read().result()
+        metadata = json.loads(described.read_text()) | {"compressor": {"id": "zstd", "level": 1}}
+        metadata["chunks"] = list(array.shape)
+        tensorstore.open(store | {"metadata": metadata}, create=True, delete_existing=True).result().write(
+            array
+        ).result()
+    return path
+
+
+@pytest.mark.parametrize(("module", "extra"), [("h5py", "keras"), ("zstandard", "flax"), ("tensorstore", "flax")])
+def test_a_missing_library_is_one_line_and_a_command(tmp_path: Path, monkeypatch, module: str, extra: str) -> None:
+    source = write_checkpoint(random_checkpoint(np.dtype(np.float32)), tmp_path / "hf")
+    arguments = [source, tmp_path / "out", "--to", "keras"]
+    if extra == "flax":
+        source = _flax(tmp_path / "flax")
+        if module == "tensorstore":  # needed for compressors that Orbax does not choose
+            for described in source.rglob(".zarray"):
+                described.write_text(described.read_text().replace('"zstd"', '"blosc"'))
+        arguments = [source, tmp_path / "out"]
+    monkeypatch.setitem(sys.modules, module, None)
+    result = CliRunner().invoke(app, ["convert", *map(str, arguments), "--no-verify"])
+    assert result.exit_code == 2
+    error, hint = result.output.strip().splitlines()[-2:]
+    assert f"needs {module}, which is not installed" in error and f"pip install 'gemma2tool[{extra}]'" in hint
+    assert not (tmp_path / "out").exists()

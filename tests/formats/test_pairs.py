@@ -1,0 +1,148 @@
+"""Through any two formats and back, for configs of every shape that the formats must tell apart: every tensor bit for bit, but for
+those that a format's own convention rounds, which are named before anything is written and come back exactly as the convention says."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from unittest import mock
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+from gemma2tool.formats import registry
+from gemma2tool.formats.base import Output, WriteOptions
+from gemma2tool.model.checkpoint import Checkpoint
+from gemma2tool.model.config import Gemma2Config
+from tests.support.checkpoints import SMALL, random_checkpoint
+from tests.support.formats import assert_ranges_agree, assert_same_tensors, refused, write_as
+
+NEEDS = {"flax": "tensorstore", "maxtext": "tensorstore", "keras": "h5py"}
+FORMATS = [name for name in registry.NAMES if name not in NEEDS or find_spec(NEEDS[name])]
+ROUNDING = {"gguf", "maxtext"}
+"""Formats that store w + 1 of a norm, or more, of which low bits can be lost. The others are lossless."""
+OWN_HEAD = {"hf", "hf-bin", "mlx", "litgpt"}
+"""Formats with a place for a head that is not the embedding."""
+NAME = {"gemma-pytorch": "model.ckpt", "gguf": "model.gguf", "gemma-cpp": "model.sbs"}
+RAM = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+"""Hundreds of small files are synced here, which a disk takes its time for."""
+F32, F16, BF16 = np.dtype(np.float32), np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)
+
+
+@st.composite
+def configs(draw, pair: set[str]) -> Gemma2Config:
+    """Small models: 1 to 8 kv heads, head_dim times heads equal to D or not, F more or less than D or equal to it, a head of its own
+    where both formats have one. What one of the formats cannot say at all is left out: its refusal has tests of its own."""
+    kv = draw(st.sampled_from((1, 2, 4, 8)))
+    head_dim = draw(st.sampled_from((2, 4, 6)))
+    heads = kv * draw(st.sampled_from((1, 2, 3)))
+    hidden = draw(st.sampled_from((heads * head_dim, 24, 40)))
+    layers = draw(st.sampled_from((2, 4) if "maxtext" in pair else (1, 2, 3)))
+    return Gemma2Config(
+        vocab_size=draw(st.sampled_from((5, 128, 130))),
+        hidden_size=hidden,
+        intermediate_size=draw(st.sampled_from((20, 40, 52))),
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv,
+        head_dim=head_dim,
+        query_pre_attn_scalar=head_dim if "gguf" in pair else draw(st.sampled_from((head_dim, hidden / heads))),
+        max_position_embeddings=32,
+        sliding_window=8,
+        tie_word_embeddings=not (pair <= OWN_HEAD and draw(st.booleans())),
+    )
+
+
+@pytest.mark.parametrize(("first", "second"), list(itertools.product(FORMATS, FORMATS)))
+@settings(
+    max_examples=3, deadline=None, derandomize=True, phases=[Phase.generate], suppress_health_check=list(HealthCheck)
+)
+@given(data=st.data())
+def test_there_and_back(first: str, second: str, data: st.DataObject) -> None:
+    pair = {first, second}
+    config = data.draw(configs(pair))
+    dtype = data.draw(st.sampled_from((F32, BF16) if "gemma-cpp" in pair else (F32, BF16, F16)))
+    like_2b = config.hidden_size != config.intermediate_size and data.draw(st.booleans())
+    source = random_checkpoint(dtype, config)
+    expected: Mapping = source.tensors
+    place = Path(tempfile.mkdtemp(dir=RAM))
+    try:
+        checkpoint = source
+        for number, name in enumerate((first, second)):
+            folder = place / str(number)
+            folder.mkdir()
+            written = folder / NAME.get(name, "model")
+            with mock.patch(
+                "gemma2tool.formats.orbax.flax._shaped_like", lambda *_: like_2b
+            ):  # the order of gating_einsum
+                output = registry.by_name(name).layout(checkpoint, WriteOptions(name=written.name))
+                write_as(name, checkpoint, written, memory=1 << 16)
+            assert registry.detect(written).name == name
+            back = registry.open_checkpoint(written)
+            kept = registry.by_name(name).kept(checkpoint, back)
+            assert name in ROUNDING or not kept
+            _assert_named(name, output, checkpoint, kept)
+            expected = {**expected, **kept}
+            checkpoint = back
+        assert_same_tensors(replace(source, tensors=dict(expected)), checkpoint, dtypes=not pair & ROUNDING)
+        assert_ranges_agree(checkpoint)
+        for field in (
+            "hidden_size", "intermediate_size", "num_key_value_heads", "head_dim", "query_pre_attn_scalar", "sliding_window", "tie_word_embeddings",
+        ):  # fmt: skip
+            assert getattr(checkpoint.config, field) == getattr(config, field), field
+    finally:
+        shutil.rmtree(place)
+
+
+def _assert_named(name: str, output: Output, source: Checkpoint, kept: Mapping) -> None:
+    """Each tensor that changes was named when the output was laid out, and no GGUF tensor that does not."""
+    changed = {
+        each
+        for each, tensor in kept.items()
+        if not np.array_equal(tensor.load().astype(np.float32), source.tensors[each].load().astype(np.float32))
+    }
+    if name == "gguf":
+        assert {each for each, _ in output.losses} == changed
+    words = {"norm": "all norms", "q_proj": "all q_proj", "embed_tokens": "the embedding"}
+    for each in changed if name == "maxtext" else ():
+        told = next(said for part, said in words.items() if part in each)
+        assert any(told in line for line in output.warnings), each
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_norms_of_bfloat16_lose_nothing_in_float32(tmp_path: Path, name: str) -> None:
+    """What released models have: no format, GGUF and MaxText included, changes a bit of them."""
+    config = replace(
+        SMALL, num_hidden_layers=2, layer_types=None, head_dim=16, query_pre_attn_scalar=16
+    )  # scales are powers of two
+    source = random_checkpoint(BF16, config)
+    for each, tensor in source.tensors.items():
+        if "norm" in each:  # of 2 ** -16 at least, or zero
+            tensor.array[np.abs(tensor.array.astype(np.float32)) < 2**-16] = 0
+    output = registry.by_name(name).layout(source, WriteOptions(name=NAME.get(name, "x"), dtype="f32"))
+    assert not output.losses
+    back = registry.open_checkpoint(write_as(name, source, tmp_path / NAME.get(name, "out"), dtype="f32"))
+    assert_same_tensors(source, back, dtypes=False)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_head_of_its_own_travels_or_is_refused_by_name(tmp_path: Path, name: str) -> None:
+    config = replace(SMALL, num_hidden_layers=2, layer_types=None, tie_word_embeddings=False)
+    source = random_checkpoint(F32, config)
+    assert "lm_head.weight" in source.tensors
+    path = tmp_path / NAME.get(name, "out")
+    if name in OWN_HEAD:
+        assert_same_tensors(source, registry.open_checkpoint(write_as(name, source, path)))
+        return
+    with refused("lm_head.weight"):
+        write_as(name, source, path)
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,133 @@
+"""torchtune and litgpt, against state dicts that their own converters made."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from gemma2tool.formats import registry
+from tests.support.checkpoints import SMALL, random_checkpoint
+from tests.support.formats import (
+    assert_ranges_agree,
+    assert_same_tensors,
+    assert_true_logits,
+    oracle_config,
+    refused,
+    truth_of,
+    write_as,
+)
+
+ORACLES = [("torchtune", "tune_state_dict.pt"), ("litgpt", "lit_model.pth")]
+
+
+@pytest.mark.parametrize(("name", "file"), ORACLES)
+def test_oracles(oracles: Path, name: str, file: str) -> None:
+    path = oracles / "checkpoints" / name / "27b"
+    config = oracle_config(oracles, "27b")
+    for each in (path, path / file):
+        assert registry.detect(each).name == name
+        checkpoint = registry.open_checkpoint(each, config=config)
+        assert_same_tensors(truth_of(oracles, "27b"), checkpoint)
+    assert_ranges_agree(checkpoint)
+    assert_true_logits(oracles, checkpoint, "27b")
+
+
+@pytest.mark.parametrize(("name", "file"), ORACLES)
+def test_state_dicts_equal_their_converters(oracles: Path, tmp_path: Path, name: str, file: str) -> None:
+    """What we write of the same weights is, tensor by tensor, what the library's own converter made."""
+    import torch
+
+    mine = torch.load(write_as(name, truth_of(oracles, "27b"), tmp_path / "out") / file, weights_only=True)
+    theirs = torch.load(oracles / "checkpoints" / name / "27b" / file, weights_only=True)
+    assert mine.keys() == theirs.keys()
+    for key, tensor in theirs.items():
+        assert mine[key].dtype == tensor.dtype and torch.equal(mine[key], tensor), key
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["torchtune", "litgpt"])
+def test_round_trip(tmp_path: Path, name: str, dtype: str) -> None:
+    source = random_checkpoint(np.dtype(getattr(ml_dtypes, dtype, dtype)))
+    folder = write_as(name, source, tmp_path / "out")
+    assert registry.detect(folder).name == name
+    back = registry.open_checkpoint(folder)
+    assert_same_tensors(source, back)
+    assert back.config.to_hf() == source.config.to_hf()
+
+
+def test_interleaved_fused_matrix_of_old_litgpt(tmp_path: Path) -> None:
+    """Per kv head its queries, its key, its value: the order that litgpt's qkv_reassemble takes apart."""
+    import torch
+
+    source = random_checkpoint(np.dtype(np.float32))
+    folder = write_as("litgpt", source, tmp_path / "new")
+    state = torch.load(folder / "lit_model.pth", weights_only=True)
+    heads, kv, dim, width = 4, 2, SMALL.head_dim, SMALL.hidden_size
+    for i in range(SMALL.num_hidden_layers):
+        q, k, v = state.pop(f"transformer.h.{i}.attn.qkv.weight").split([heads * dim, kv * dim, kv * dim])
+        per_group = zip(q.view(kv, -1, width), k.view(kv, -1, width), v.view(kv, -1, width), strict=True)
+        state[f"transformer.h.{i}.attn.attn.weight"] = torch.cat([row for group in per_group for row in group])
+    old = tmp_path / "old"
+    old.mkdir()
+    torch.save({"model": state}, old / "lit_model.pth")
+    (old / "config.json").write_bytes((folder / "config.json").read_bytes())
+    checkpoint = registry.open_checkpoint(old)
+    assert_same_tensors(source, checkpoint)
+    assert_ranges_agree(checkpoint)
+
+
+def test_litgpt_stores_the_tied_head_again_and_refuses_another(tmp_path: Path) -> None:
+    import torch
+
+    folder = write_as("litgpt", random_checkpoint(np.dtype(np.float32)), tmp_path / "out")
+    state = torch.load(folder / "lit_model.pth", weights_only=True)
+    assert torch.equal(state["lm_head.weight"], state["transformer.wte.weight"])
+    state["lm_head.weight"][3, 3] += 1
+    torch.save(state, folder / "lit_model.pth")
+    with refused("differs from the embedding"):
+        registry.open_checkpoint(folder)
+
+
+def test_litgpt_config_is_yaml(tmp_path: Path) -> None:
+    yaml = pytest.importorskip("yaml")
+    folder = write_as("litgpt", random_checkpoint(np.dtype(np.float32)), tmp_path / "out")
+    content = yaml.safe_load((folder / "model_config.yaml").read_text())
+    assert content["norm_eps"] == 1e-6 and isinstance(content["norm_eps"], float)
+    assert content["n_embd"] == SMALL.hidden_size and content["sliding_window_indices"] == [1, 0, 1]
+    assert content["attention_scores_scalar"] == 32 and content["final_logit_softcapping"] == 30.0
+
+
+def test_untied_head_travels_through_litgpt_and_is_refused_by_torchtune(tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    source = random_checkpoint(np.dtype(np.float32), replace(SMALL, tie_word_embeddings=False))
+    folder = write_as("litgpt", source, tmp_path / "out")
+    assert_same_tensors(source, registry.open_checkpoint(folder))
+    with refused("torchtune format has no place for lm_head.weight"):
+        write_as("torchtune", source, tmp_path / "other")
+
+
+@pytest.mark.parametrize("name", ["torchtune", "litgpt"])
+def test_what_is_refused(tmp_path: Path, name: str) -> None:
+    source = random_checkpoint(np.dtype(np.float32))
+    with refused("written as a folder"):
+        write_as(name, source, tmp_path / "weights.pth")
+    with refused("cannot hold q4_k"):
+        write_as(name, source, tmp_path / "x", type="q4_k")
+    folder = write_as(name, source, tmp_path / "out")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").unlink()
+    with refused("no config.json beside the weights"):
+        registry.open_checkpoint(folder)
+    config["num_attention_heads"], config["head_dim"] = 8, 16
+    (folder / "config.json").write_text(json.dumps(config | {"num_key_value_heads": 8}))
+    with refused("has shape|has 256 rows, the config asks for 128 \\+ 128"):
+        registry.open_checkpoint(folder)
+    weights = next(folder.glob("*.pt*"))
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with refused("does not end with the end record"):
+        registry.by_name(name).open(folder)

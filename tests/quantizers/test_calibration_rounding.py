@@ -1,0 +1,232 @@
+"""GPTQ against the paper's own equations, AWQ's searches against the outputs they are meant to save; any number of threads alike."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+
+from gemma2tool.model.lazy import BFLOAT16, FLOAT32, to_float32
+from gemma2tool.pipeline.calibration.methods import folded_norm
+from gemma2tool.quantizers import awq, gptq
+from gemma2tool.quantizers.awq import Awq
+from gemma2tool.quantizers.calibration import clipping, rounding, scales
+from gemma2tool.quantizers.calibration.grid import Codes, grid_of, to_nearest
+from gemma2tool.quantizers.calibration.hessian import Hessian, factors, inverse_factor, invert_lower_
+from gemma2tool.quantizers.gptq import Gptq
+from gemma2tool.reference.readahead import one_thread_each
+from tests.support.calibration import correlated_inputs, decoded, textbook_gptq
+
+COLUMNS, ROWS, TOKENS = 256, 48, 1500
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    with one_thread_each():
+        yield
+
+
+def hessian_of(x: np.ndarray, block: int | None = None, dtype: torch.dtype = torch.float64) -> Hessian:
+    found = Hessian(x.shape[1], block, dtype=dtype)
+    for part in np.array_split(x, 3):
+        found.add(torch.from_numpy(part).to(dtype))
+    return found
+
+
+def weights(seed: int = 1, rows: int = ROWS, columns: int = COLUMNS) -> np.ndarray:
+    return (np.random.default_rng(seed).standard_normal((rows, columns)) * 0.05).astype(np.float32)
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("group_size", [32, 128, -1])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_codes_are_the_textbooks(bits: int, group_size: int, symmetric: bool, act_order: bool) -> None:
+    x, w = correlated_inputs(TOKENS, COLUMNS), weights()
+    grid = grid_of(Gptq(bits, group_size, symmetric), COLUMNS)
+    found = factors(hessian_of(x), 0.01, act_order)
+    codes, zeros, steps = rounding.round_rows(w, found, grid)
+    groups = rounding.group_of_column(found, COLUMNS, grid.width)
+    expected = textbook_gptq(w, x.T @ x, grid, 0.01, act_order)
+    assert np.array_equal(codes, expected[0])
+    assert np.array_equal(zeros, expected[1])
+    assert np.array_equal(steps, expected[2])
+    assert np.array_equal(groups, expected[3])
+
+
+def test_float32_finds_nearly_the_same_codes_and_as_small_an_error() -> None:
+    x, w = correlated_inputs(TOKENS, COLUMNS), weights()
+    grid = grid_of(Gptq(4, 32), COLUMNS)
+    expected = textbook_gptq(w, x.T @ x, grid, 0.01, False)
+    codes, zeros, steps = rounding.round_rows(w, factors(hessian_of(x, dtype=torch.float32), 0.01, False), grid)
+    assert (codes != expected[0]).mean() < 0.002
+    ours, theirs = (
+        np.linalg.norm(x @ (w - decoded(*each, expected[3])).T) for each in ((codes, zeros, steps), expected[:3])
+    )
+    assert ours == pytest.approx(theirs, rel=1e-3)
+
+
+def test_outputs_lose_less_than_rounded_to_nearest() -> None:
+    x, w = correlated_inputs(TOKENS, COLUMNS), weights()
+    grid, groups = grid_of(Gptq(4, 32), COLUMNS), np.arange(COLUMNS) // 32
+    lost = [
+        np.linalg.norm(x @ (w - decoded(*each, groups)).T)
+        for each in (rounding.round_rows(w, factors(hessian_of(x), 0.01, False), grid), gptq.quantize(w, 4, 32, True))
+    ]
+    assert lost[0] < 0.85 * lost[1]
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+def test_blocks_of_the_hessian_are_matrices_of_their_own(act_order: bool) -> None:
+    x, w = correlated_inputs(TOKENS, COLUMNS), weights()
+    grid = grid_of(Gptq(4, 32, False), COLUMNS)
+    found = factors(hessian_of(x, 96), 0.02, act_order)
+    assert [len(factor.upper) for factor in found] == [96, 96, 64]
+    codes, zeros, steps = rounding.round_rows(w, found, grid)
+    groups = rounding.group_of_column(found, COLUMNS, grid.width)
+    for first, last in ((0, 96), (96, 192), (192, 256)):
+        part = x[:, first:last]
+        expected = textbook_gptq(w[:, first:last], part.T @ part, grid, 0.02, act_order)
+        assert np.array_equal(codes[:, first:last], expected[0])
+        assert np.array_equal(zeros[:, first // 32 : last // 32], expected[1])
+        assert np.array_equal(steps[:, first // 32 : last // 32], expected[2])
+        assert np.array_equal(groups[first:last], expected[3] + first // 32)
+
+
+def test_columns_that_no_input_reaches_are_rounded_to_nearest() -> None:
+    x, w = correlated_inputs(TOKENS, COLUMNS), weights()
+    x[:, 32:64] = 0
+    grid = grid_of(Gptq(4, 32), COLUMNS)
+    codes, _, steps = rounding.round_rows(w, factors(hessian_of(x), 0.01, False), grid)
+    nearest, _, nearest_steps = gptq.quantize(w, 4, 32, True)
+    assert np.array_equal(codes[:, 32:64], nearest[:, 32:64])
+    assert np.array_equal(steps[:, 1], nearest_steps[:, 1])
+
+
+def test_the_factor_is_of_the_damped_inverse() -> None:
+    x = correlated_inputs(TOKENS, 300)
+    h = torch.from_numpy(x.T @ x)
+    upper = inverse_factor(h.flip(0, 1), 0.01)
+    damped = h + 0.01 * h.diagonal().mean() * torch.eye(300, dtype=h.dtype)
+    assert torch.equal(upper, upper.triu())
+    assert torch.allclose(upper.T @ upper @ damped, torch.eye(300, dtype=h.dtype), atol=1e-8)
+
+
+def test_more_damping_where_the_hessian_is_singular() -> None:
+    x = np.ones((8, 64)) + 1e-9 * correlated_inputs(8, 64)
+    upper = inverse_factor(torch.from_numpy(x.T @ x).float().flip(0, 1), 0.0 + 1e-9)
+    assert torch.isfinite(upper).all()
+    with pytest.raises(torch.linalg.LinAlgError):
+        inverse_factor(-torch.eye(8), 0.01)
+
+
+def test_triangular_inverse_by_halves() -> None:
+    lower = torch.from_numpy(np.tril(np.random.default_rng(0).standard_normal((700, 700))) * 0.02) + torch.eye(700)
+    inverse = lower.clone()
+    invert_lower_(inverse)
+    assert torch.allclose(inverse @ lower, torch.eye(700, dtype=lower.dtype), atol=1e-10)
+    assert torch.equal(inverse, inverse.tril())
+
+
+def test_hessian_is_the_sum_of_products_and_magnitudes() -> None:
+    x = correlated_inputs(400, 700)
+    found = hessian_of(x)
+    found.fill()
+    assert torch.allclose(found.squares[0], torch.from_numpy(x.T @ x), rtol=1e-12)
+    assert torch.equal(found.squares[0], found.squares[0].T)
+    assert np.allclose(found.mean_magnitude.numpy(), np.abs(x).mean(0), rtol=1e-12)
+
+
+@pytest.mark.parametrize("threads", [2, 3, 7])
+def test_any_number_of_threads_gives_the_same_bits(threads: int) -> None:
+    x = torch.from_numpy(correlated_inputs(300, 1100)).float()
+    w = weights(rows=40, columns=1100 // 32 * 32)
+    one, several = Hessian(1100), Hessian(1100)
+    one.add(x)
+    with ThreadPoolExecutor(threads) as pool:
+        several.add(x, pool.map)
+    assert torch.equal(one.squares[0], several.squares[0])
+    small, grid = hessian_of(x[:, : w.shape[1]].numpy(), dtype=torch.float32), grid_of(Awq(32), w.shape[1])
+    small.fill()
+    found = [scales.search([w], small, small.mean_magnitude, grid)]
+    with ThreadPoolExecutor(threads) as pool:
+        found.append(scales.search([w], small, small.mean_magnitude, grid, pool.map))
+    assert np.array_equal(*found)
+
+
+@pytest.mark.parametrize("block", [None, 64])
+def test_scale_search_takes_the_scales_whose_outputs_lose_least(block: int | None) -> None:
+    """The loss that is minimised is that of the outputs themselves, for the whole Hessian; and the search finds its minimum."""
+    x, w = correlated_inputs(TOKENS, COLUMNS), weights()
+    grid, hessian = grid_of(Awq(32), COLUMNS), hessian_of(x, block, torch.float32)
+    hessian.fill()
+    magnitude = torch.from_numpy(np.abs(x).mean(0))
+
+    def lost(s: np.ndarray) -> float:
+        codes, zeros, steps = awq.quantize(w * s, 32)
+        error = awq.dequantize(codes, zeros, steps, 32) / s - w
+        parts = [slice(None)] if block is None else [slice(first, first + block) for first in range(0, COLUMNS, block)]
+        return sum(float(((x[:, part] @ error[:, part].T) ** 2).sum()) for part in parts)
+
+    tried = [scales.candidate(magnitude, power) for power in scales.POWERS]
+    assert np.array_equal(tried[0], np.ones(COLUMNS, np.float32))
+    for s in tried[::6]:
+        assert scales.loss(w, s, hessian, grid) == pytest.approx(lost(s), rel=1e-3)
+    found = scales.search([w], hessian, magnitude, grid)
+    assert lost(found) == pytest.approx(min(map(lost, tried)), rel=1e-3)
+    assert lost(found) < 0.9 * lost(tried[0])
+
+
+@pytest.mark.parametrize("width", [32, 128, COLUMNS])
+@pytest.mark.parametrize("block", [None, 128])
+def test_clipping_never_costs_a_group_more(width: int, block: int | None) -> None:
+    x, w = correlated_inputs(TOKENS, COLUMNS), weights()
+    w[np.random.default_rng(2).random(w.shape) < 0.01] *= 5
+    grid, hessian = grid_of(Awq(width if width < COLUMNS else -1), COLUMNS), hessian_of(x, block, torch.float32)
+    hessian.fill()
+    s = scales.candidate(hessian.mean_magnitude, 0.3)
+    clipped = clipping.round_clipped(w * s, grid, clipping.blocks(hessian, grid.width, s))
+    nearest = to_nearest(w * s, grid)
+    groups = np.arange(COLUMNS) // grid.width
+
+    def lost(each: tuple[np.ndarray, ...]) -> np.ndarray:
+        """(rows, groups): what each group's own errors do to the outputs."""
+        error = decoded(*each, groups) / s - w
+        spans = range(0, COLUMNS, min(width, block or COLUMNS))
+        step = min(width, block or COLUMNS)
+        found = np.zeros((ROWS, COLUMNS // width))
+        for first in spans:
+            found[:, first // width] += ((x[:, first : first + step] @ error[:, first : first + step].T) ** 2).sum(0)
+        return found
+
+    assert (lost(clipped) <= lost(nearest) * (1 + 1e-3)).all()
+    assert lost(clipped).sum() < 0.9 * lost(nearest).sum()
+    assert (clipped[2] < nearest[2]).any()
+
+
+@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16])
+def test_a_norm_and_its_columns_compute_what_they_did(dtype: np.dtype) -> None:
+    generator = np.random.default_rng(0)
+    w = to_float32(generator.standard_normal(500).astype(dtype))
+    w[:3] = -1, -2.5, -1 + 2**-9
+    wanted = np.exp(generator.standard_normal(500)).astype(np.float32)
+    stored, found = folded_norm(w, wanted, dtype)
+    assert stored.dtype == dtype
+    assert np.isfinite(found).all()
+    assert (found > 0).all()
+    assert np.allclose((1 + to_float32(stored)) * found, 1 + w, rtol=1e-6, atol=1e-7)
+    assert np.median(np.abs(found / wanted - 1)) < 0.01
+
+
+def test_records_hold_what_the_codes_stand_for() -> None:
+    w = weights()
+    codes = Codes(*gptq.quantize(w, 4, 64, False), np.arange(COLUMNS) // 64, "w")
+    rows = codes.records(5, 9)
+    assert rows.shape == (4,)
+    assert np.array_equal(rows["codes"], codes.codes[5:9])
+    expected = (rows["codes"].astype(np.float32) - np.repeat(rows["zeros"], 64, 1)) * np.repeat(
+        to_float32(rows["scales"]), 64, 1
+    )
+    assert np.array_equal(codes.load_rows(5, 9), expected)

@@ -1,0 +1,10 @@
+"""Where things lie in this repository."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+FIXTURES = ROOT / "fixtures"
+TINY = FIXTURES / "tiny-gemma2"
+"""The small trained Gemma 2."""

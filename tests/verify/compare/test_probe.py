@@ -1,0 +1,162 @@
+"""The probe: what short prompts never reach is reached, and computed as the model computes it."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from gemma2tool.model.checkpoint import Checkpoint
+from gemma2tool.model.lazy import ArrayTensor
+from gemma2tool.reference.amplify import Amplifier
+from gemma2tool.reference.streaming import StreamedForward
+from gemma2tool.verify.compare import logits as logits_module
+from gemma2tool.verify.compare.logits import compare_logits, default_ids, passes
+from gemma2tool.verify.run import verify
+from tests.support.checkpoints import SMALL
+from tests.verify.test_run import BF16, arrays, block_quantized, candidate, failed, telling_checkpoint
+
+IDS = default_ids(SMALL, 24)
+
+
+def shy(factor: float = 0.02, **config: object) -> Checkpoint:
+    """A model whose attention scores are tiny: no cap bends them."""
+    made = telling_checkpoint(BF16, dataclasses.replace(SMALL, **config))
+    tensors = {
+        name: ArrayTensor((each.load().astype(np.float32) * (factor if "q_proj" in name else 1)).astype(BF16))
+        for name, each in made.tensors.items()
+    }
+    return dataclasses.replace(made, tensors=tensors)
+
+
+@pytest.fixture(scope="module")
+def source() -> Checkpoint:
+    return shy()
+
+
+@pytest.mark.parametrize("cap", [None, 30.0, 49.0])
+def test_a_cap_that_no_prompt_reaches_is_missed_by_the_logits_and_seen_by_the_probe(
+    source: Checkpoint, cap: float | None
+) -> None:
+    result = verify(source, candidate(arrays(source), attn_logit_softcapping=cap), levels=("logits",))
+    assert failed(result) == {"probe"}
+    both_uncapped = verify(*(shy(attn_logit_softcapping=None) for _ in range(2)), levels=("logits",))
+    assert both_uncapped.passed and both_uncapped.gate("probe").metrics["amplified_to"] == 50
+
+
+@pytest.mark.parametrize("changes", [
+    {"sliding_window": 7}, {"rope_theta": 10001.0}, {"query_pre_attn_scalar": 31}, {"layer_types": ("full_attention",) * 3},
+])  # fmt: skip
+def test_the_probe_sees_what_moves_attention(source: Checkpoint, changes: dict[str, object]) -> None:
+    assert "probe" in failed(verify(source, candidate(arrays(source), **changes), levels=("logits",)))
+
+
+def test_amplified_scores_are_those_of_longer_queries(source: Checkpoint) -> None:
+    """Multiplying keys by the layer's gain is the same as a model whose q_proj is that many times larger, bit for bit."""
+    amplifier = Amplifier(slice(0, None), 50.0)
+    found = StreamedForward(source, IDS, amplifier=amplifier).logits()
+    assert sorted(amplifier.gains) == [0, 1, 2] and all(np.log2(gain) % 1 == 0 for gain in amplifier.gains.values())
+    assert min(amplifier.gains.values()) > 16
+    longer = {
+        name: ArrayTensor(each.load().astype(np.float32) * np.float32(amplifier.gains[int(name.split(".")[2])]))
+        if "q_proj" in name
+        else each
+        for name, each in source.tensors.items()
+    }
+    wanted = StreamedForward(dataclasses.replace(source, tensors=longer), IDS).logits()
+    assert np.array_equal(found, wanted)
+    plain = StreamedForward(source, IDS).logits()
+    assert np.abs(found - plain).max() > 0.1
+
+
+def test_scores_reach_the_cap(source: Checkpoint) -> None:
+    """Amplified RMS lies within a factor sqrt(2) of the target, by scores before the rotary embedding."""
+    amplifier = Amplifier(slice(0, None), 50.0)
+    StreamedForward(source, IDS, amplifier=amplifier).logits()
+    x = StreamedForward(source, IDS).embedded()
+    x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + SMALL.rms_norm_eps)
+    x = x * (1 + torch.from_numpy(source.tensors["model.layers.0.input_layernorm.weight"].load().astype(np.float32)))
+    q, k = (
+        (x @ torch.from_numpy(source.tensors[f"model.layers.0.self_attn.{name}.weight"].load().astype(np.float32)).T)
+        .unflatten(-1, (-1, SMALL.head_dim))
+        .transpose(1, 2)
+        for name in ("q_proj", "k_proj")
+    )
+    scores = (
+        q @ k.repeat_interleave(SMALL.num_key_value_groups, 1).transpose(2, 3) * SMALL.query_scale * amplifier.gains[0]
+    )
+    assert 50 / 2**0.51 < scores.pow(2).mean().sqrt().item() < 50 * 2**0.51
+
+
+def test_rows_have_windows_of_their_own(source: Checkpoint) -> None:
+    ids = np.concatenate([IDS, IDS[:, ::-1].copy()])
+    together = StreamedForward(source, ids, sliding_window=[3, 11]).logits()
+    for row, window in enumerate((3, 11)):
+        alone = StreamedForward(source, ids[row : row + 1], sliding_window=window).logits()
+        assert np.abs(together[row] - alone[0]).max() < 2e-5
+    assert np.abs(together[0] - StreamedForward(source, ids[:1], sliding_window=11).logits()[0]).max() > 1e-3
+
+
+def test_the_probe_leaves_the_prompts_alone(source: Checkpoint) -> None:
+    other = candidate(block_quantized(arrays(source), 32, 8), stored="q4_0")
+    beside, alone = (compare_logits(source, other, IDS, probe=probe) for probe in (True, False))
+    assert beside.probe is not None and alone.probe is None
+    assert np.allclose(beside.metrics.kl, alone.metrics.kl, atol=1e-6)
+    assert np.allclose(beside.drift.relative, alone.drift.relative, rtol=1e-4)
+
+
+def test_text_runs_with_the_models_own_window_and_the_probe_past_a_small_one() -> None:
+    wide = shy(sliding_window=4096, max_position_embeddings=8192)
+    run = compare_logits(wide, wide, IDS, text=True)
+    assert run.windows == (4096, 4096) and not run.shrunk
+    assert run.probe.windows == (6, 6) and run.probe.last_position == 8191
+    assert compare_logits(wide, wide, IDS).windows == (6, 6)
+
+
+def test_many_prompts_take_several_passes_and_add_up(source: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(3)
+    ids = rng.integers(0, SMALL.vocab_size, (5, 20))
+    other = candidate(block_quantized(arrays(source), 32, 8), stored="q4_0")
+    whole = compare_logits(source, other, ids)
+    monkeypatch.setattr(logits_module, "PASS_BYTES", 4 * SMALL.intermediate_size * 40)
+    assert passes(ids, SMALL) == 3
+    parts = compare_logits(source, other, ids)
+    assert np.allclose(whole.metrics.kl, parts.metrics.kl, atol=1e-6) and parts.metrics.positions == 100
+    assert whole.metrics.log_p.shape == parts.metrics.log_p.shape == (2, 95)
+    assert np.allclose(whole.metrics.log_p, parts.metrics.log_p, atol=1e-4)
+    assert parts.metrics.max_at == whole.metrics.max_at and parts.metrics.logits == whole.metrics.logits
+    for name in ("relative", "source_rms", "candidate_rms", "largest"):
+        assert np.allclose(getattr(whole.drift, name), getattr(parts.drift, name), rtol=1e-4)
+
+
+def test_a_long_prompt_has_a_short_probe(source: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logits_module, "PROBE_BESIDE", 16)
+    assert passes(IDS, SMALL) == 2 and passes(IDS, SMALL, probe=False) == 1
+    run = compare_logits(source, source, IDS)
+    assert run.probe.metrics.positions == 24 and run.metrics.positions == 24
+    result = verify(source, candidate(arrays(source), attn_logit_softcapping=None), ids=IDS, levels=("logits",))
+    assert failed(result) == {"probe"}
+
+
+def test_measurements_are_there_for_reports(source: Checkpoint) -> None:
+    other = candidate(block_quantized(arrays(source), 32, 8), stored="q4_0")
+    result = verify(source, other, ids=IDS)
+    told = result.measurements
+    layers = SMALL.num_hidden_layers
+    assert len(told.drift.relative) == layers + 1 == len(told.drift.source_rms) == len(told.drift.candidate_rms)
+    assert told.drift.relative[-1] > 0 and result.to_json()["drift"]["relative"][-1] > 0
+    hidden = list(StreamedForward(source, IDS).hidden_states())
+    assert told.drift.source_rms == pytest.approx(
+        [each.double().pow(2).mean().sqrt().item() for each in hidden], rel=1e-4
+    )
+    tokens = told.tokens
+    assert tokens.ids.shape == tokens.kl.shape == tokens.source_log_p.shape == IDS.shape and tokens.text
+    assert tokens.kl.mean() == pytest.approx(result.gate("distribution").metrics["kl_mean"], rel=1e-5)
+    assert np.isnan(tokens.chosen_change[:, -1]).all() and np.isfinite(tokens.chosen_change[:, :-1]).all()
+    wanted = torch.from_numpy(StreamedForward(source, IDS).logits()).double().log_softmax(-1)
+    assert tokens.source_log_p[0, 4] == pytest.approx(wanted[0, 4, IDS[0, 5]].item(), abs=1e-4)
+    grid = told.grid()
+    assert grid[1, "q_proj"].comparison.name == "model.layers.1.self_attn.q_proj.weight"
+    assert (None, "embed_tokens") in grid and (None, "norm") in grid and len(grid) == len(source.tensors)

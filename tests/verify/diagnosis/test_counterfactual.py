@@ -1,0 +1,137 @@
+"""Logits of another program alone: the mistake behind them is found by making it. The other program is transformers."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+
+from gemma2tool.errors import UsageError
+from gemma2tool.model.config import FULL, SLIDING
+from gemma2tool.verify.diagnosis.counterfactual import counterfactual
+from tests.reference.test_faults import CONFIG, trained_like_state
+from tests.support.reference_peers import checkpoint_of, their_model
+
+CAUSAL = "Gemma2ForCausalLM"
+IDS = np.concatenate([[CONFIG.bos_token_id], np.random.default_rng(1).integers(3, CONFIG.vocab_size, 23)])
+STATE = trained_like_state(CONFIG)
+State = dict[str, torch.Tensor]
+
+
+def theirs(ids: np.ndarray = IDS, state: State | None = None, **fields: object) -> np.ndarray:
+    """transformers' logits (T, V), float32, of a config with other ``fields`` and perhaps another ``state``."""
+    model = their_model(dataclasses.replace(CONFIG, **fields), CAUSAL, STATE if state is None else state)
+    with torch.no_grad():
+        return model(torch.from_numpy(ids)[None]).logits[0].numpy()
+
+
+@pytest.fixture(scope="module")
+def source():
+    return checkpoint_of(CONFIG, STATE)
+
+
+def test_no_mistake_no_cause(source) -> None:
+    assert counterfactual(source, IDS, theirs(), threads=1) is None
+
+
+def test_noise_is_no_mistake(source) -> None:
+    noisy = theirs() * (1 + 0.01 * np.random.default_rng(2).standard_normal(theirs().shape))
+    assert counterfactual(source, IDS, noisy, threads=1) is None
+
+
+@pytest.mark.parametrize(
+    ("id", "fields"),
+    [
+        ("config.attention-softcap-missing", {"attn_logit_softcapping": None}),
+        ("config.final-softcap-missing", {"final_logit_softcapping": None}),
+        ("config.softcaps-swapped", {"attn_logit_softcapping": 30.0, "final_logit_softcapping": 50.0}),
+        ("config.query-scale", {"query_pre_attn_scalar": 16}),
+        ("config.query-scale", {"query_pre_attn_scalar": 224}),
+        ("config.window-off-by-one", {"sliding_window": 7}),
+        ("config.window-missing", {"layer_types": (FULL,) * 4}),
+        ("config.window-parity", {"layer_types": (FULL, SLIDING) * 2}),
+        ("config.rope-theta", {"rope_theta": 1000000.0}),
+        ("config.eps", {"rms_norm_eps": 1e-5}),
+        ("config.activation", {"hidden_activation": "gelu"}),
+    ],
+)
+def test_configs(source, id: str, fields: dict[str, object]) -> None:
+    cause = counterfactual(source, IDS, theirs(**fields), threads=1)
+    assert cause is not None and cause.id == id
+    assert set(cause.fields) <= set(fields) or id == "config.window-missing"
+    assert cause.evidence["difference_with"] < 0.2 * cause.evidence["difference_without"]
+
+
+def changed(kinds: tuple[str, ...], function: Callable[[torch.Tensor], torch.Tensor]) -> State:
+    return {name: function(w) if any(kind in name for kind in kinds) else w for name, w in STATE.items()}
+
+
+def permuted(w: torch.Tensor) -> torch.Tensor:
+    """The permutation of transformers' conversion scripts for Llama, the other way."""
+    return w.view(-1, 2, CONFIG.head_dim // 2, w.shape[1]).transpose(1, 2).reshape(w.shape)
+
+
+def swapped(one: str, other: str) -> State:
+    return {name: STATE[name.replace(one, "#").replace(other, one).replace("#", other)] for name in STATE}
+
+
+@pytest.mark.parametrize(
+    ("id", "state"),
+    [
+        ("norm.minus-one", changed(("norm",), lambda w: w - 1)),
+        ("norm.plus-one", changed(("norm",), lambda w: w + 1)),
+        ("rope.interleaved", changed(("q_proj", "k_proj"), permuted)),
+        ("rope.interleaved", changed(("q_proj",), permuted)),
+        ("mlp.gate-up-swapped", swapped("gate_proj", "up_proj")),
+        ("attention.qkv-swapped", swapped("k_proj", "v_proj")),
+    ],
+)
+def test_weights(source, id: str, state: State) -> None:
+    cause = counterfactual(source, IDS, theirs(state=state), threads=1)
+    assert cause is not None and cause.id == id and cause.tensors
+
+
+def test_bos_left_out_or_put_twice(source) -> None:
+    assert counterfactual(source, IDS, theirs(IDS[1:]), threads=1).id == "tokenizer.bos-missing"
+    twice = np.concatenate([IDS[:1], IDS])
+    assert counterfactual(source, IDS, theirs(twice), threads=1).id == "tokenizer.bos-doubled"
+
+
+ORDER = np.random.default_rng(3).permutation(CONFIG.vocab_size)
+
+
+@pytest.mark.parametrize(
+    ("id", "moved"),
+    [
+        ("logits.shifted-by-one", lambda logits: np.roll(logits, 1, axis=0)),
+        ("logits.shifted-by-one", lambda logits: np.roll(logits, -1, axis=0)),
+        ("logits.shifted-by-one", lambda logits: logits[:-1]),
+        ("logits.shifted-by-one", lambda logits: logits[-2:-1]),
+        ("logits.vocabulary-permuted", lambda logits: logits[:, ::-1]),
+        ("logits.vocabulary-permuted", lambda logits: logits[:, ORDER]),
+    ],
+)
+def test_right_logits_in_the_wrong_place(source, id: str, moved: Callable[[np.ndarray], np.ndarray]) -> None:
+    passes = []
+
+    def once(checkpoint, ids: np.ndarray) -> np.ndarray:
+        passes.append(ids)
+        return theirs()[None]
+
+    cause = counterfactual(source, IDS, moved(theirs()), run=once)
+    assert cause is not None and cause.id == id and len(passes) == 1
+
+
+def test_the_last_position_is_enough(source) -> None:
+    assert (
+        counterfactual(source, IDS, theirs(final_logit_softcapping=None)[-1], threads=1).id
+        == "config.final-softcap-missing"
+    )
+
+
+def test_other_shapes_are_refused(source) -> None:
+    with pytest.raises(UsageError):
+        counterfactual(source, IDS, np.zeros((3, 5), np.float32))

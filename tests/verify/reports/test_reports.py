@@ -1,0 +1,249 @@
+"""Reports: what a CI server, a model card and a browser are given, and that nothing from a checkpoint can act in them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from html.parser import HTMLParser
+from itertools import pairwise
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+
+from gemma2tool.verify.compare.measurements import Drift, Measurements, TensorError, Tokens
+from gemma2tool.verify.compare.tensors import TensorComparison
+from gemma2tool.verify.diagnosis.cause import Cause
+from gemma2tool.verify.reports import junit, markdown, page, plots
+from gemma2tool.verify.reports.markup import Markup, tag
+from gemma2tool.verify.result import Finding, GateResult, Side, Verification
+
+HOSTILE = (
+    "<script>alert(1)</script>",
+    '"><img src=x onerror=alert(1)>',
+    "\x1b[31mred\x1b[0m",
+    "line\nbreak\r",
+    "a|b|c",
+    "[link](https://example.org) ![image](http://example.org/x.png)",
+    "`code` **bold** @team $x$",
+    "right\u202eleft",
+    "\ud800lone",
+    "]]>&amp;",
+    "\x00\x01\ufffe",
+)
+
+
+def comparison(name: str, kind: str, error: float, ok: bool = True) -> TensorComparison:
+    return TensorComparison(
+        name=name,
+        shape=(4, 4),
+        source_type="bf16",
+        candidate_type=kind,
+        rule="bound" if error else "exact",
+        ok=ok,
+        values=16,
+        rms=1.0,
+        rmse=error,
+        max_abs_error=3 * error,
+        differing=0,
+        bad_blocks=0,
+        nonfinite=0,
+        source_nonfinite=0,
+        message="" if ok else "too far",
+    )
+
+
+def made(text: str = "model", *, passed: bool = False, layers: int = 26) -> Verification:
+    """A verification of a made-up model in which every text that could come from a file is ``text``."""
+    errors = [TensorError(None, "embed_tokens", comparison("model.embed_tokens.weight", "q6_k", 0.02))]
+    for layer in range(layers):
+        for number, kind in enumerate(plots.KINDS):
+            error = 0.0 if "norm" in kind else 0.01 * (1 + number) * (1 + layer)
+            each = comparison(
+                f"model.layers.{layer}.{kind}.weight", text, error, ok=passed or (layer, kind) != (3, "q_proj")
+            )
+            errors.append(TensorError(layer, kind, each))
+    errors.append(TensorError(None, text, comparison(text, "f32", 0.0)))
+    rows = {each.comparison.name: each.comparison.to_json() for each in errors}
+    depth = layers + 1
+    drift = Drift(*(tuple(scale * (1 + i) for i in range(depth)) for scale in (1e-3, 1.0, 1.01, 0.1)))
+    kl = np.linspace(0, 1, 60).reshape(2, 30) ** 4
+    log_p = np.log(np.full((2, 30), 0.25))
+    top = np.arange(60).reshape(2, 30)
+    tokens = Tokens(top, kl, top, top + 1, log_p, log_p - 0.1, text=True, pieces=tuple((text,) * 30 for _ in range(2)))
+    by_type = {
+        text: {"tensors": 3, "values": 48, "rmse": 0.1, "relative_rmse": 0.1, "snr_db": 20.0, "max_abs_error": 0.3}
+    }
+    spread = {"kl_mean": 0.2, "kl_median": 0.1, "kl_p99": 0.9, "kl_max": 1.0, "top1_agreement": 0.5, "positions": 60}
+    spread |= {f"perplexity_{which}{se}": 2.0 for which in ("source", "candidate", "ratio") for se in ("", "_se")}
+    spread |= {"chosen_probability_change_mean": 0.0, "chosen_probability_change_rms": 0.1}
+    found = (Finding("tensors", "error", text, f"differs {text}"), Finding("tensors", "note", None, text))
+    gates = (
+        GateResult("completeness", "passed", text),
+        GateResult("config", "skipped", text),
+        GateResult("tensors", "passed" if passed else "failed", text, {"tensors": rows, "by_type": by_type}, found),
+        GateResult("distribution", "reported", text, spread),
+    )
+    side = Side(text, text, {text: 100}, 50)
+    causes = () if passed else (Cause("norm.plus-one", text, (text, "b"), (text,)),)
+    return Verification(side, side, text, gates, causes=causes, measurements=Measurements(tuple(errors), drift, tokens))
+
+
+class Seen(HTMLParser):
+    """The elements and attributes of a page, and its text."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.elements: set[str] = set()
+        self.attributes: set[str] = set()
+        self.words: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.elements.add(tag)
+        self.attributes |= {name for name, _ in attributes}
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data)
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_nothing_from_a_file_becomes_markup_in_the_page(text: str) -> None:
+    harmless, hostile = Seen(page.html([made()])), Seen(page.html([made(text)]))
+    assert hostile.elements == harmless.elements
+    assert hostile.attributes == harmless.attributes
+    assert not any(ord(c) < 32 and c != "\n" for c in "".join(hostile.words))
+    assert "\u202e" not in "".join(hostile.words)
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_junit_is_xml_whatever_a_file_says(text: str) -> None:
+    root = ElementTree.fromstring(junit.junit([made(text), made(passed=True)]))
+    assert (root.get("tests"), root.get("failures"), root.get("skipped")) == ("8", "1", "2")
+    assert [case.get("name") for case in root[0].iter("testcase")] == [
+        "completeness",
+        "config",
+        "tensors",
+        "distribution",
+    ]
+    failure = next(root.iter("failure"))
+    assert failure.text is not None and failure.text.startswith("cause [norm.plus-one]: ")
+    assert {element.tag for element in root.iter()} == {
+        *("testsuites", "testsuite", "properties", "property", "testcase", "failure", "skipped", "system-out")
+    }
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_nothing_from_a_file_becomes_markdown(text: str) -> None:
+    parser = pytest.importorskip("markdown_it").MarkdownIt("gfm-like", {"linkify": False})
+    harmless, hostile = (Seen(parser.render(markdown.summary([made(said)]))) for said in ("model", text))
+    assert hostile.elements == harmless.elements
+    shown = " ".join(hostile.words)
+    assert "https://" not in markdown.summary([made(text)])
+    if "|" in text or "`" in text:
+        assert text in shown
+
+
+def test_equal_verifications_give_equal_bytes() -> None:
+    assert page.html([made()]) == page.html([made()])
+    assert junit.junit([made()]) == junit.junit([made()])
+
+
+def test_the_card_says_what_was_measured() -> None:
+    table = markdown.card([made()]).splitlines()
+    assert table[2] == "| model | model | 4.00 | 0.2 | 0.9 | 50.00% | 2 ± 2 | 2 ± 2 |"
+    assert markdown.card([replace(made(), gates=())]) == ""
+
+
+def test_a_subject_is_said_once_and_findings_are_counted_alike() -> None:
+    found = (
+        Finding("config", "warning", "query_scalar", "query_scalar: transformers takes 256"),
+        Finding("config", "note", "dtype", "source bfloat16, candidate float32"),
+        Finding("config", "error", "hidden_size", "is 3"),
+    )
+    whole = replace(made(), gates=(GateResult("config", "failed", "3 differ", {}, found),))
+    for report in (markdown.summary([whole]).replace("\\_", "_"), junit.junit([whole]), page.html([whole])):
+        assert report.count("query_scalar") == 1
+        assert "query_scalar: transformers takes 256" in report and "hidden_size: is 3" in report
+    assert "<summary>1 error, 1 warning of config</summary>" in markdown.summary([whole])
+    assert "<summary>1 error, 1 warning, 1 note</summary>" in page.html([whole])
+    few = replace(made(), gates=(GateResult("config", "passed", "1 warning", {}, found[:2]),))
+    assert "<summary>1 warning of config</summary>" in markdown.summary([few])
+
+
+@pytest.mark.parametrize(
+    "places", [(1.0, 1.3, 1.35), (1.0, 1.35, 1.65), (0.001, 0.001, 0.001), (90, 95, 100), (1.0, 1.8, 2.6)]
+)
+def test_labels_of_a_histogram_do_not_lie_on_each_other(places: tuple[float, float, float]) -> None:
+    values = np.geomspace(0.1, 100, 50)
+    drawn = plots.histogram(values, list(zip(("median", "mean", "99 %"), places, strict=True)), x_label="x", about="y")
+    root = ElementTree.fromstring(str(drawn))
+    labels = [
+        (float(text.get("x", "")), float(text.get("y", "")), len(text.text or ""))
+        for text in root.iter("{http://www.w3.org/2000/svg}text")
+        if "note" in text.get("class", "")
+    ]
+    assert len(labels) == 3 and all(y >= 8 for _, y, _ in labels)
+    for number, (x, y, size) in enumerate(labels):
+        for other_x, other_y, other_size in labels[number + 1 :]:
+            assert abs(y - other_y) >= 12 or abs(x - other_x) >= 3 * (
+                size + other_size
+            )  # letters of 10 px are about 6 wide
+
+
+def test_markup_escapes_what_is_not_markup() -> None:
+    assert tag("p", "<b>", Markup("<i></i>"), title='"') == '<p title="&quot;">&lt;b&gt;<i></i></p>'
+
+
+@pytest.mark.parametrize("values", [(1e-9,), (0.5, 0.5), (1e-12, 1e6), (3e-4, 2e-3), (9.99, 10.0)])
+def test_a_scale_holds_its_values_and_has_ticks(values: tuple[float, ...]) -> None:
+    scale = plots.LogScale.around(values, 0, 100)
+    assert scale is not None and scale.low <= min(values) and max(values) <= scale.high
+    assert 2 <= len(scale.ticks) <= 9
+    assert all(0 <= scale.at(value) <= 100 for value in values)
+
+
+def test_nothing_above_zero_draws_nothing() -> None:
+    assert plots.lines([plots.Line("a", "source", (0.0, 0.0))], x_label="x", about="y") is None
+    assert plots.histogram(np.zeros(3), [], x_label="x", about="y") is None
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize("passed", [True, False])
+def test_a_browser_shows_the_page(browser, tmp_path: Path, width: int, passed: bool) -> None:
+    """No message on the console, no request, every plot visible and inside the page, nothing to scroll sideways on a phone."""
+    file = tmp_path / "report.html"
+    file.write_text(page.html([made(passed=passed, layers=46)]), encoding="utf-8")
+    view = browser.new_page(viewport={"width": width, "height": 800})
+    said, asked = [], []
+    view.on("console", lambda message: said.append(message.text))
+    view.on("pageerror", lambda error: said.append(str(error)))
+    view.on("request", lambda request: asked.append(request.url))
+    view.goto(file.as_uri())
+    assert said == []
+    assert [url for url in asked if not url.startswith("data:")] == [file.as_uri()]
+    drawn = view.locator("figure > svg")
+    assert drawn.count() == 5
+    for number in range(drawn.count()):
+        box = drawn.nth(number).bounding_box()
+        assert box is not None and box["width"] > 200 and box["height"] > 15
+        assert box["x"] >= 0 and box["x"] + box["width"] <= width
+    cells = view.locator("figure rect[class^=h]")
+    assert cells.count() > 46 * 7
+    assert view.locator("rect.refused").count() == (0 if passed else 1)
+    colours = {cells.nth(i).evaluate("e => getComputedStyle(e).fill") for i in range(0, 330, 30)}
+    assert len(colours) > 3
+    assert view.evaluate("document.documentElement.scrollWidth") <= width
+    boxes = [view.locator(".plots figure").nth(number).bounding_box() for number in range(4)]
+    columns = {round(box["x"]) for box in boxes}
+    assert len(columns) == (2 if width > 1000 else 1)
+    for column in columns:
+        stack = sorted((box["y"], box["y"] + box["height"]) for box in boxes if round(box["x"]) == column)
+        assert all(below - bottom < 24 for (_, bottom), (below, _) in pairwise(stack)), "no holes between figures"
+    assert len({round(min(box["y"] for box in boxes if round(box["x"]) == column)) for column in columns}) == 1
+    assert view.locator("h1").inner_text().startswith("Verified" if passed else "Failed")
+    smallest = view.evaluate(
+        "Math.min(...[...document.querySelectorAll('figure svg text')].map(e => e.getBoundingClientRect().height))"
+    )
+    assert smallest > 7
+    view.close()

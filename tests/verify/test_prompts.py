@@ -1,0 +1,136 @@
+"""What the models are given to read."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from gemma2tool.cli.main import app
+from gemma2tool.errors import InputRefused, UsageError
+from gemma2tool.model.checkpoint import Assets, Checkpoint
+from gemma2tool.pipeline.save import save
+from gemma2tool.verify.prompts import BUILT_IN, BUILT_IN_TOKENS, built_in_prompt, prompt_for, text_prompts
+from gemma2tool.verify.run import verify
+from tests.support.checkpoints import SMALL
+from tests.verify.compare.test_tokenizer import trained
+from tests.verify.test_run import telling_checkpoint
+
+CONFIG = dataclasses.replace(SMALL, vocab_size=330, max_position_embeddings=256)
+
+
+def reader(model: bytes | None, **config: object) -> Checkpoint:
+    assets = Assets({} if model is None else {"tokenizer.model": lambda: model})
+    return dataclasses.replace(telling_checkpoint(config=dataclasses.replace(CONFIG, **config)), assets=assets)
+
+
+@pytest.fixture(scope="module")
+def model() -> bytes:
+    return trained()
+
+
+def test_the_built_in_text_is_of_several_kinds() -> None:
+    assert 1500 < len(BUILT_IN) < 4000 and "```python" in BUILT_IN and any(ord(each) > 0x3000 for each in BUILT_IN)
+
+
+def test_built_in_prompt(model: bytes) -> None:
+    checkpoint = reader(model)
+    ids = built_in_prompt(checkpoint.config, checkpoint.assets)
+    assert ids.shape == (1, BUILT_IN_TOKENS) and ids[0, 0] == CONFIG.bos_token_id
+    short = dataclasses.replace(CONFIG, max_position_embeddings=9)
+    assert built_in_prompt(short, checkpoint.assets).shape == (1, 9)
+    without = dataclasses.replace(CONFIG, bos_token_id=None)
+    assert built_in_prompt(without, checkpoint.assets).tolist()[0][:100] == ids.tolist()[0][1:101]
+
+
+@pytest.mark.parametrize("broken", [None, b"", b"\x00" * 40])
+def test_without_a_tokenizer_the_ids_are_random_and_no_text(broken: bytes | None) -> None:
+    checkpoint = reader(broken)
+    ids, text = prompt_for(checkpoint, checkpoint)
+    assert ids.shape == (1, 64) and not text
+    result = verify(checkpoint, checkpoint, levels=("logits",))
+    assert "perplexity_ratio" not in result.gate("distribution").metrics and result.measurements.tokens.pieces is None
+
+
+def test_a_tokenizer_too_large_for_the_model_is_not_used(model: bytes) -> None:
+    checkpoint = reader(model, vocab_size=64)
+    assert not prompt_for(checkpoint, checkpoint)[1]
+    with pytest.raises(InputRefused, match="outside the vocabulary"):
+        text_prompts(checkpoint, "zebra crossings 123")
+
+
+def test_text_is_cut_into_rows_that_each_begin_with_bos(model: bytes) -> None:
+    checkpoint = reader(model)
+    ids = text_prompts(checkpoint, "the quick brown fox " * 200)
+    assert ids.shape[1] == 256 and ids.shape[0] > 1 and set(ids[:, 0]) == {CONFIG.bos_token_id}
+    joined = ids[:, 1:].reshape(-1).tolist()
+    wanted = text_prompts(reader(model, max_position_embeddings=8192), "the quick brown fox " * 20)[0, 1:].tolist()
+    assert joined[: len(wanted) - 2] == wanted[:-2]
+    for text, kind in (("", UsageError),):
+        with pytest.raises(kind):
+            text_prompts(checkpoint, text)
+    with pytest.raises(UsageError, match=r"no tokenizer\.model"):
+        text_prompts(reader(None), "text")
+
+
+def test_default_verification_reads_text_and_tells_its_tokens(model: bytes) -> None:
+    checkpoint = reader(model)
+    result = verify(checkpoint, checkpoint, levels=("logits",))
+    spread = result.gate("distribution").metrics
+    assert (
+        spread["positions"] == BUILT_IN_TOKENS
+        and spread["perplexity_ratio"] == 1
+        and spread["perplexity_ratio_se"] == 0
+    )
+    pieces = result.measurements.tokens.pieces
+    assert len(pieces) == 1 and len(pieces[0]) == BUILT_IN_TOKENS
+    assert BUILT_IN.startswith("".join(pieces[0][1:20]).split("<0x")[0][:8])
+
+
+@pytest.fixture(scope="module")
+def folder(model: bytes, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("prompts") / "model"
+    save(reader(model), path)
+    return path
+
+
+def test_the_option(folder: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("\ufeffpack my box with five dozen liquor jugs. " * 60, encoding="utf-8")
+    result = CliRunner().invoke(
+        app, ["verify", str(folder), "--reference", str(folder), "--text", str(text), "--json", "-q"]
+    )
+    assert result.exit_code == 0, result.output
+    told = {gate["name"]: gate for gate in json.loads(result.stdout)["gates"]}
+    assert told["logits"]["metrics"]["shape"][1] == 256 and "perplexity_ratio" in told["distribution"]["metrics"]
+
+
+def test_a_conversion_is_verified_on_it(folder: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps. " * 60, encoding="utf-8")
+    result = CliRunner().invoke(app, ["convert", str(folder), str(tmp_path / "out.gguf"), "--text", str(text), "-q"])
+    assert result.exit_code == 0, result.output
+    assert "positions)" in result.output and "(128 positions)" not in result.output and "perplexity" in result.output
+
+
+@pytest.mark.parametrize(
+    ("content", "more", "code"),
+    [(b"\xff\xfe\x00", [], 3), (b"wo\0rds", [], 3), (b"words", ["--tokens", "x.npy"], 2), (b"", [], 2)],
+)
+def test_what_is_no_text_is_refused(folder: Path, tmp_path: Path, content: bytes, more: list[str], code: int) -> None:
+    text = tmp_path / "text.txt"
+    text.write_bytes(content)
+    given = ["verify", str(folder), "--reference", str(folder), "--text", str(text), "-q", *more]
+    assert CliRunner().invoke(app, given).exit_code == code
+
+
+def test_ids_of_the_caller_are_text_unless_told(model: bytes) -> None:
+    checkpoint = reader(model)
+    ids = np.arange(2, 40)
+    for text in (True, False):
+        spread = verify(checkpoint, checkpoint, ids=ids, text=text, levels=("logits",)).gate("distribution").metrics
+        assert ("perplexity_ratio" in spread) == text
