@@ -12,6 +12,7 @@ from pathlib import Path
 from tests.support.hostile import gguf as hostile_gguf
 from tests.support.hostile import safetensors as hostile_safetensors
 from tests.support.hostile import torch as hostile_torch
+from tests.support.paths import ROOT
 
 SUITES = {"safetensors": hostile_safetensors.CASES, "gguf": hostile_gguf.CASES, "torch_zip": hostile_torch.CASES}
 

@@ -17,7 +17,6 @@ import pytest
 
 from tests.campaigns.kill import digest
 from tests.support.checkpoints import SMALL, random_checkpoint, write_checkpoint
-from tests.support.paths import ROOT
 
 SOURCE = replace(SMALL, vocab_size=160, hidden_size=128, intermediate_size=256, num_hidden_layers=2, layer_types=None)
 COMMANDS: dict[str, list[str]] = {

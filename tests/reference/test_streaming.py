@@ -6,7 +6,6 @@ import dataclasses
 import subprocess
 import sys
 import threading
-from pathlib import Path
 
 import ml_dtypes
 import numpy as np

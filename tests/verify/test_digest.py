@@ -22,7 +22,7 @@ from gemma2tool.formats import registry
 from gemma2tool.formats.tokenizers import sentencepiece
 from gemma2tool.model.checkpoint import Assets, Checkpoint
 from gemma2tool.model.lazy import ArrayTensor, LazyTensor
-from gemma2tool.verify import digest
+from gemma2tool.verify import digest as digests
 from gemma2tool.verify.compare.tensors import compare_tensors
 from gemma2tool.verify.digest import Hashes, hash_checkpoint, hash_tensors, leaf_rows, leaves, tensor_digest
 from tests.support.checkpoints import SMALL, random_checkpoint, write_checkpoint
@@ -149,7 +149,7 @@ def test_threads_change_nothing_and_no_more_than_a_leaf_is_read_at_once() -> Non
     tensor = Watched(np.random.default_rng(2).standard_normal((2000, 300)).astype(np.float32))
     alone = hash_tensors({"t": tensor}, threads=1)
     assert hash_tensors({"t": tensor}, threads=4) == alone
-    assert tensor.largest <= digest.LEAF_VALUES
+    assert tensor.largest <= digests.LEAF_VALUES
 
 
 def test_ranges_in_any_order_give_the_same_leaves() -> None:
@@ -246,7 +246,7 @@ def _config(name: str, config):
 
 def test_the_config_counts_as_the_arithmetic_sees_it() -> None:
     def of(**changes: object) -> str:
-        return digest.config_digest(replace(SMALL, **changes))
+        return digests.config_digest(replace(SMALL, **changes))
 
     assert of(use_cache=False, dtype="float16", bos_token_id=None, extra={"a": 1}) == of()
     assert of(rms_norm_eps=float(np.float32(1e-6))) == of(rms_norm_eps=1e-6), "GGUF keeps it in float32"
@@ -285,7 +285,7 @@ def test_the_tokenizer_counts_as_what_it_encodes_with(fixture_dir: Path) -> None
         ).hexdigest()
 
     def digest_of(data: bytes) -> str:
-        return digest.tokenizer_digest(Assets({"tokenizer.model": lambda: data}))
+        return digests.tokenizer_digest(Assets({"tokenizer.model": lambda: data}))
 
     found = digest_of(data)
     assert found == plainly(pieces)

@@ -73,7 +73,7 @@ class TestTwoProcesses:
     CODE = """
         import sys, time
         from gemma2tool.errors import ToolError
-        from gemma2tool.storage.staging import Staging
+        from gemma2tool.storage.staging.staged_output import Staging
         try:
             with Staging(sys.argv[1], force=True) as staging:
                 print("in", flush=True)
@@ -119,7 +119,7 @@ def test_many_that_come_and_go(tmp_path: Path) -> None:
     code = """
         import collections, json, sys, time
         from gemma2tool.errors import ToolError
-        from gemma2tool.storage.staging import Staging
+        from gemma2tool.storage.staging.staged_output import Staging
         said, end = collections.Counter(), time.monotonic() + 1
         while time.monotonic() < end:
             try:
@@ -229,7 +229,7 @@ def test_killed_at_any_moment_of_the_replacement(tmp_path: Path) -> None:
     """kill -9 of a process that replaces one output over and over: the name always holds one whole output."""
     code = """
         import sys
-        from gemma2tool.storage.staging import Staging
+        from gemma2tool.storage.staging.staged_output import Staging
         for round in range(10**6):
             with Staging(sys.argv[1], force=True, folder=True) as staging:
                 staging.write_bytes("a", b"%d" % round)

@@ -18,6 +18,7 @@ from gemma2tool.storage.staging.clean import clean
 from gemma2tool.storage.staging.place import StagingPlace
 from gemma2tool.storage.staging.staged_output import Staging
 from tests.support.faults import Faults
+from tests.support.paths import ROOT
 from tests.support.staging import python, tree
 
 PIECES = {f"tensor {i}": (i * 1000, bytes([65 + i]) * 1000) for i in range(10)}

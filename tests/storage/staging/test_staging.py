@@ -143,7 +143,7 @@ def _killed_while_staging(path: Path) -> int:
     """A process that dies with ``path`` half staged."""
     code = """
         import os, sys
-        from gemma2tool.storage.staging import Staging
+        from gemma2tool.storage.staging.staged_output import Staging
         with Staging(sys.argv[1], force=True) as staging:
             staging.file(os.path.basename(sys.argv[1]), 10)
             os.kill(os.getpid(), 9)
@@ -172,7 +172,7 @@ class TestResources:
         code = """
             import resource, signal, sys
             from gemma2tool.errors import ToolError
-            from gemma2tool.storage.staging import Staging
+            from gemma2tool.storage.staging.staged_output import Staging
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
             try:

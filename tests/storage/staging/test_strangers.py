@@ -9,16 +9,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from gemma2tool.storage.staging.clean import clean
-from gemma2tool.storage.staging.place import StagingPlace
-from gemma2tool.storage.staging.staged_output import Staging
 from typer.testing import CliRunner
 
 from gemma2tool.cli.main import app
 from gemma2tool.errors import ResourceError
 from gemma2tool.pipeline import receipts
 from gemma2tool.receipt.document import receipt_path
-from gemma2tool.storage.staging.staged_output import lock as staging_lock
+from gemma2tool.storage.staging import lock as staging_lock
+from gemma2tool.storage.staging.clean import clean
+from gemma2tool.storage.staging.place import StagingPlace
+from gemma2tool.storage.staging.staged_output import Staging
 from tests.support.staging import file_or_folder, python, tree, write
 
 PLACE = ".out.gemma2tool-staging"
