@@ -30,7 +30,8 @@ def test_refusals_cost_little(tmp_path: Path) -> None:
     code = """
         import json, re, sys
         from gemma2tool.errors import InputRefused
-        from gemma2tool.storage import gguf, safetensors, torch_zip
+        from gemma2tool.containers import gguf, safetensors
+        from gemma2tool.containers.torch_zip import reader as torch_zip
         readers = {"safetensors": safetensors.read_header, "gguf": gguf.read_header, "torch_zip": torch_zip.read_index}
         wrong = []
         for module, path, id in json.load(open("plan.json")):
