@@ -9,9 +9,16 @@ from __future__ import annotations
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import ml_dtypes
 import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+"""An array whose dtype is known only when the program runs."""
+
+DType = np.dtype[Any]
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 FLOAT16 = np.dtype(np.float16)
