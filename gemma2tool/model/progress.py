@@ -1,0 +1,31 @@
+"""How long work reports its progress, whoever shows it."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Protocol
+
+
+class ProgressBar(Protocol):
+    """The progress of one step."""
+
+    def advance(self, count: int, name: str = "", /) -> None:
+        """``count`` more units are done; ``name`` is the tensor or chunk at hand. Any thread may call."""
+
+
+class Progress(Protocol):
+    """Opens a bar for a step of ``total`` units (bytes unless ``unit`` says otherwise); it closes with the context."""
+
+    def __call__(self, total: int, label: str, /, unit: str = "bytes") -> AbstractContextManager[ProgressBar]: ...
+
+
+class _NullBar:
+    def advance(self, count: int, name: str = "", /) -> None:
+        pass
+
+
+def progress_or_null(
+    progress: Progress | None, total: int, label: str, /, unit: str = "bytes"
+) -> AbstractContextManager[ProgressBar]:
+    """A bar of ``progress``, or one that shows nothing."""
+    return nullcontext(_NullBar()) if progress is None else progress(total, label, unit=unit)
