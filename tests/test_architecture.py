@@ -24,7 +24,6 @@ MAY_IMPORT = {
     "verify": {"errors", "storage", "containers", "model", "reference", "quantizers"},
     "formats": {"errors", "storage", "containers", "model", "quantizers"},
     "receipt": {"errors", "storage", "containers", "model", "reference", "verify"},
-    "console": {"errors", "storage", "verify"},
 }
 """A room and the rooms below it."""
 MAY_IMPORT["pipeline"] = set(MAY_IMPORT)

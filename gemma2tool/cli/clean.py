@@ -25,9 +25,10 @@ def clean(
     Finished outputs are not touched. What a running process is working on, and what gemma2tool did not make, is left alone (exit
     code 4).
     """
-    from gemma2tool.console import Console, human_bytes
+    from gemma2tool.cli.terminal import Console
     from gemma2tool.receipt.document import receipt_path
     from gemma2tool.storage.staging import clean as staging_clean
+    from gemma2tool.storage.units import human_bytes
 
     console = Console(quiet=quiet, json=json_output)
     found = staging_clean.clean(path, dry_run=dry_run)

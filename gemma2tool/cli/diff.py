@@ -31,10 +31,11 @@ def diff(
 ) -> None:
     """Compare two checkpoints, neither of which is the truth: tensors as values, config, tokenizer, logits. Exit code 0 if they are
     the same model, 1 if not."""
-    from gemma2tool.console import Console
+    from gemma2tool.cli.terminal import Console
     from gemma2tool.formats import registry
     from gemma2tool.pipeline.evaluate import read_prompts
     from gemma2tool.verify.difference import diff as compare
+    from gemma2tool.verify.reports.terminal import render_difference
 
     console = Console(quiet=quiet, json=json_output)
     given = o.load_config(config)
@@ -57,7 +58,7 @@ def diff(
     if json_output:
         console.emit_json(result.to_json())
     else:
-        console.difference(result)
+        render_difference(result, console)
     if not result.same:
         raise typer.Exit(EXIT_VERIFICATION_FAILED)
 

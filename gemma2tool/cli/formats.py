@@ -9,7 +9,7 @@ from gemma2tool.cli import options as o
 
 def formats(quiet: o.Quiet = False, json_output: o.Json = False) -> None:
     """List the formats and the types that can be read and written."""
-    from gemma2tool.console import Console
+    from gemma2tool.cli.terminal import Console
     from gemma2tool.formats import registry
     from gemma2tool.formats.gemma_cpp.format import TYPES as SBS_TYPES
     from gemma2tool.formats.hf.format import TYPES as HF_TYPES

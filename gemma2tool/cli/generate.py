@@ -33,7 +33,7 @@ def generate(
     json_output: o.Json = False,
 ) -> None:
     """Generate text from a prompt, token by token, in the chat template if the checkpoint has one."""
-    from gemma2tool.console import Console
+    from gemma2tool.cli.terminal import Console
     from gemma2tool.errors import UsageError
     from gemma2tool.formats import registry
     from gemma2tool.pipeline.prompt import Tokenizer

@@ -21,7 +21,7 @@ def hash(
 
     Two checkpoints with the same "model" digest give the same logits for the same token ids.
     """
-    from gemma2tool.console import Console
+    from gemma2tool.cli.terminal import Console
     from gemma2tool.formats import registry
     from gemma2tool.verify.digest import hash_checkpoint
 

@@ -27,7 +27,7 @@ def imatrix(
     json_output: o.Json = False,
 ) -> None:
     """Collect an importance matrix with the built-in forward pass, layer by layer, from a checkpoint of any format."""
-    from gemma2tool.console import Console
+    from gemma2tool.cli.terminal import Console
     from gemma2tool.formats import registry
     from gemma2tool.pipeline import importance
     from gemma2tool.pipeline.prompt import Tokenizer

@@ -19,7 +19,7 @@ def inspect(
     json_output: o.Json = False,
 ) -> None:
     """Show format, config and tensors of a checkpoint; reads headers only."""
-    from gemma2tool.console import Console
+    from gemma2tool.cli.terminal import Console
     from gemma2tool.formats import registry
 
     console = Console(quiet=quiet, json=json_output)

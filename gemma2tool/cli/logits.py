@@ -27,7 +27,7 @@ def logits(
     json_output: o.Json = False,
 ) -> None:
     """Write the float32 logits of every position, computed one layer at a time by the built-in forward pass."""
-    from gemma2tool.console import Console
+    from gemma2tool.cli.terminal import Console
     from gemma2tool.formats import registry
     from gemma2tool.pipeline.evaluate import read_tokens, write_logits
     from gemma2tool.storage.paths import refuse_same

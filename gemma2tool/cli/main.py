@@ -18,7 +18,7 @@ from gemma2tool.cli.groups import expanded
 from gemma2tool.errors import EXIT_BUG, EXIT_INTERRUPTED, ResourceError, ToolError
 
 if TYPE_CHECKING:
-    from gemma2tool.console import Console
+    from gemma2tool.cli.terminal import Console
 
 app = typer.Typer(
     name="gemma2tool",
@@ -49,7 +49,7 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(command)
     def run(*args: object, **kwargs: object) -> None:
-        from gemma2tool.console import Console
+        from gemma2tool.cli.terminal import Console
 
         debug = os.environ.get("GEMMA2TOOL_DEBUG") == "1"
         console = Console(quiet=bool(kwargs.get("quiet")), json=bool(kwargs.get("json_output")), debug=debug)

@@ -18,7 +18,7 @@ from gemma2tool.cli.reports import Reports
 from gemma2tool.errors import EXIT_VERIFICATION_FAILED, InputRefused, UsageError
 
 if TYPE_CHECKING:
-    from gemma2tool.console import Console
+    from gemma2tool.cli.terminal import Console
     from gemma2tool.pipeline.plan import Plan
 
 FILE_SUFFIXES = (".ckpt", ".gguf", ".sbs")
@@ -64,7 +64,7 @@ def produce(
     extra: Mapping[str, object] = MappingProxyType({}),
 ) -> None:
     """Carry out one conversion or quantization from the command line."""
-    from gemma2tool.console import Console
+    from gemma2tool.cli.terminal import Console
     from gemma2tool.formats import registry
     from gemma2tool.formats.base import WriteOptions
     from gemma2tool.formats.lora import merge
@@ -75,6 +75,7 @@ def produce(
     from gemma2tool.storage.paths import refuse_existing, refuse_same
     from gemma2tool.storage.staging import place as staging_place
     from gemma2tool.verify.gates import parse_gates
+    from gemma2tool.verify.reports.terminal import render_verification
 
     console = Console(quiet=shared.quiet, json=shared.json_output)
     splits = {
@@ -148,7 +149,7 @@ def produce(
         console.emit_json(content[0] if len(content) == 1 else {"outputs": content})
     for result in results:
         if result.verification is not None:
-            console.verification(result.verification)
+            render_verification(result.verification, console)
         console.print(result.sentence())
     reports.write([result.verification for result in results if result.verification is not None], console)
     if not all(result.written for result in results):

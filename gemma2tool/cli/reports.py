@@ -13,7 +13,7 @@ import typer
 from gemma2tool.errors import ResourceError, UsageError
 
 if TYPE_CHECKING:
-    from gemma2tool.console import Console
+    from gemma2tool.cli.terminal import Console
     from gemma2tool.verify.result import Verification
 
 

@@ -13,7 +13,7 @@ from gemma2tool.cli.reports import Reports
 from gemma2tool.errors import EXIT_VERIFICATION_FAILED, UsageError
 
 if TYPE_CHECKING:
-    from gemma2tool.console import Console
+    from gemma2tool.cli.terminal import Console
     from gemma2tool.model.checkpoint import Checkpoint
     from gemma2tool.receipt.document import Receipt
     from gemma2tool.verify.result import Verification
@@ -61,7 +61,8 @@ def verify(
     With --reference: tensors, config, tokenizer, logits. With a receipt: whether files, values, config, tokenizer and logits
     are those that were verified when it was written. With --logits: whether an engine runs it right, and if not, its mistake.
     """
-    from gemma2tool.console import Console
+    from gemma2tool.cli.terminal import Console
+    from gemma2tool.verify.reports.terminal import render_verification
 
     console = Console(quiet=options.quiet, json=options.json_output)
     ways = {"--reference": options.reference, "--against": options.against, "--logits": options.logits}
@@ -73,7 +74,7 @@ def verify(
     if options.json_output:
         console.emit_json(result.to_json())
     else:
-        console.verification(result)
+        render_verification(result, console)
     reports.write([result], console)
     if not result.passed:
         raise typer.Exit(EXIT_VERIFICATION_FAILED)

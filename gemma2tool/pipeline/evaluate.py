@@ -13,12 +13,12 @@ import numpy as np
 from gemma2tool.errors import InputRefused, UsageError
 from gemma2tool.formats import registry
 from gemma2tool.model.checkpoint import Checkpoint
+from gemma2tool.pipeline.terminal import Terminal
 from gemma2tool.storage.reading import open_for_reading, read_whole
 from gemma2tool.storage.staging.staged_output import Staging
 from gemma2tool.storage.text import read_text
 
 if TYPE_CHECKING:
-    from gemma2tool.console import Console
     from gemma2tool.model.config import Gemma2Config
     from gemma2tool.verify.result import Verification
 
@@ -142,7 +142,7 @@ def judge(
     ids: np.ndarray | None,
     gates: Mapping[str, float],
     threads: int,
-    console: Console,
+    console: Terminal,
     weighted: bool | None = None,
 ) -> Verification:
     """Verify ``candidate`` against ``source``; ``gates`` replaces default limits, ``weighted`` says whether an importance matrix steered

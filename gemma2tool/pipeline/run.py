@@ -16,12 +16,12 @@ from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.pipeline import receipts
 from gemma2tool.pipeline.fingerprint import can_continue, fingerprint
 from gemma2tool.pipeline.plan import Plan
+from gemma2tool.pipeline.terminal import Terminal
 from gemma2tool.pipeline.value_check import ValueCheck, clipped_tensor
 from gemma2tool.pipeline.write import Target, write_outputs
 from gemma2tool.storage.staging.staged_output import Staging
 
 if TYPE_CHECKING:
-    from gemma2tool.console import Console
     from gemma2tool.verify.result import Verification
 
 
@@ -90,7 +90,7 @@ def run(
     threads: int,
     memory: int,
     allow_nonfinite: bool,
-    console: Console,
+    console: Terminal,
     clip_float16: bool = False,
     restart: bool = False,
     receipt: bool = True,
@@ -156,7 +156,7 @@ def _bytes_to_read(plan: Plan, done: Mapping[str, object]) -> int:
     return sum(item.source.nbytes for item in plan.output.tensors if item.name not in done)
 
 
-def _tell_resumed(plan: Plan, staging: Staging, console: Console) -> None:
+def _tell_resumed(plan: Plan, staging: Staging, console: Terminal) -> None:
     if staging.finished:
         console.note(f"{plan.destination}: an earlier run was ended when this was in place already")
     elif staging.completed:
@@ -165,7 +165,7 @@ def _tell_resumed(plan: Plan, staging: Staging, console: Console) -> None:
         )
 
 
-def _tell_clipped(plan: Plan, counts: Mapping[str, int], console: Console) -> None:
+def _tell_clipped(plan: Plan, counts: Mapping[str, int], console: Terminal) -> None:
     if counts:
         named = [f"{name} ({count})" for name, count in counts.items()]
         more = f" and {len(named) - 5} more" if len(named) > 5 else ""
@@ -185,7 +185,7 @@ def _clipped_source(plan: Plan, counts: Mapping[str, int]) -> Checkpoint:
 
 
 def _verify(
-    plan: Plan, staged: Path, clipped: Mapping[str, int], checks: Checks, threads: int, console: Console, receipt: bool
+    plan: Plan, staged: Path, clipped: Mapping[str, int], checks: Checks, threads: int, console: Terminal, receipt: bool
 ) -> tuple[Verification, bytes | None]:
     """The verification of what is staged and, where it passed and one is wanted, its receipt."""
     from gemma2tool.pipeline.evaluate import judge

@@ -34,7 +34,7 @@ class Bar(Protocol):
 
 
 Progress = Callable[[int, str], AbstractContextManager[Bar]]
-"""Called with the bytes to come and what they are for; ``console.Console.progress`` is one."""
+"""Called with the bytes to come and what they are for; ``cli.terminal.Console.progress`` is one."""
 
 
 class _NoBar:

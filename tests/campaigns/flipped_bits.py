@@ -18,7 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from gemma2tool.console import Console
+from gemma2tool.cli.terminal import Console
 from gemma2tool.formats import registry
 from gemma2tool.formats.base import WriteOptions
 from gemma2tool.pipeline.plan import make_plan

@@ -111,7 +111,7 @@ def _judged(found: _Differing, candidate: LazyTensor) -> Pattern | None:
     if found.count == 1:
         said = f"in {{what}} one value, at {at}, is not the source's, and the rest is: the file is damaged there"
         return Pattern("damage.region", said, evidence)
-    if compact or few and found.count:
+    if compact or (few and found.count):
         said = f"in {{what}} {found.count} values from {at} to {to} are not the source's, and the rest is: the file is damaged there"
         return Pattern("damage.region", said, evidence)
     return nonfinite

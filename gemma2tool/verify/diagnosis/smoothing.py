@@ -18,9 +18,7 @@ from gemma2tool.verify.diagnosis.names import LAYER_NORMS, QKV, described, name_
 from gemma2tool.verify.diagnosis.row_sample import Portion, rms
 from gemma2tool.verify.diagnosis.search import Case
 
-FEEDS = {kind: "input_layernorm" for kind in QKV} | {
-    kind: "pre_feedforward_layernorm" for kind in ("gate_proj", "up_proj")
-}
+FEEDS = dict.fromkeys(QKV, "input_layernorm") | dict.fromkeys(("gate_proj", "up_proj"), "pre_feedforward_layernorm")
 _CLOSE, _BETTER = 0.06, 0.4
 
 

@@ -128,7 +128,7 @@ def _forked(case: dict, scratch: Path) -> dict:
 def _warm() -> None:
     """Everything that a command imports before it looks at its input, and every format."""
     import gemma2tool.cli.main
-    import gemma2tool.console
+    import gemma2tool.cli.terminal
     from gemma2tool.formats import registry
 
     for name in registry.NAMES:

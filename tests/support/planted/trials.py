@@ -142,7 +142,7 @@ def _hidden(both: tuple[Fault, Fault], source: Victim) -> bool:
         base, victim = planted((each,), source)
         stored.append(victim.stored != base.stored)
     numbers = [any(id.startswith(("numbers.", "damage.")) for id in each.ids) for each in both]
-    return all(stored) or any(stored) and any(numbers)
+    return all(stored) or (any(stored) and any(numbers))
 
 
 def _clash(one: Fault, other: Fault) -> bool:

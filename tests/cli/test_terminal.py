@@ -12,9 +12,12 @@ import time
 
 import pytest
 
-from gemma2tool import console as subject
-from gemma2tool.console import Console, human_bytes, human_seconds, safe
+from gemma2tool.cli import terminal as subject
+from gemma2tool.cli.terminal import Console
 from gemma2tool.errors import InputRefused
+from gemma2tool.storage.quoting import safe
+from gemma2tool.storage.units import human_bytes, human_seconds
+from gemma2tool.verify.reports.terminal import render_verification
 from gemma2tool.verify.result import Finding, GateResult, Side, Verification
 
 HOSTILE = [
@@ -64,7 +67,7 @@ def test_hostile_text_is_shown_and_does_nothing(text: str) -> None:
     shown.error(InputRefused(text, text, hint=text))
     shown.bug(RuntimeError(text))
     shown.table((text, "n#"), [(text, text)], title=text)
-    shown.verification(verification(text))
+    render_verification(verification(text), shown)
     for stream in (out, err):
         assert not FORBIDDEN.search(stream.getvalue())
     lines = (out.getvalue() + err.getvalue()).splitlines()
@@ -76,7 +79,7 @@ def test_hostile_text_is_shown_and_does_nothing(text: str) -> None:
 def test_hostile_text_on_a_terminal_brings_no_control_of_its_own(text: str) -> None:
     out, err = Terminal(), Terminal()
     shown = Console(stdout=out, stderr=err)
-    shown.verification(verification(text))
+    render_verification(verification(text), shown)
     shown.error(InputRefused("id", text))
     with shown.progress(100, text) as bar:
         bar.advance(100, text)
@@ -109,7 +112,7 @@ def test_a_terminal_without_the_letters_gets_escapes() -> None:
     latin = io.TextIOWrapper(raw, encoding="ascii", errors="strict")
     shown = Console(stdout=latin, stderr=latin)
     shown.print("mod\u00e8le")
-    shown.verification(verification("mod\u00e8le"))
+    render_verification(verification("mod\u00e8le"), shown)
     latin.flush()
     assert b"mod\\xe8le" in raw.getvalue() and b"FAIL" in raw.getvalue()
 
@@ -151,7 +154,7 @@ def test_json_mode_keeps_stdout_for_one_object() -> None:
     shown, out, err = console(json=True)
     shown.print("result")
     shown.table(("a",), [("row",)])
-    shown.verification(verification())
+    render_verification(verification(), shown)
     assert out.getvalue() == ""
     shown.error(InputRefused("a.b", "broken", hint="mend it"))
     assert json.loads(out.getvalue()) == {
@@ -190,14 +193,14 @@ def test_a_bug_says_that_it_is_one() -> None:
 
 def test_verification_names_every_gate_and_the_verdict() -> None:
     shown, out, _ = console()
-    shown.verification(verification())
+    render_verification(verification(), shown)
     lines = out.getvalue().splitlines()
     for gate in ("completeness", "tokenizer", "tensors", "logits", "distribution"):
         assert sum(bool(re.match(rf"\S+ {gate} ", line)) for line in lines) == 1
     assert "and 8 more" in out.getvalue(), "findings beyond the limit are counted"
     assert lines[-1] == "FAILED: 20 findings (not looked at: tokenizer)"
     shown, out, _ = console()
-    shown.verification(verification(status="passed"))
+    render_verification(verification(status="passed"), shown)
     assert out.getvalue().splitlines()[-1].startswith("PASSED: the same model, as near as q8_0 comes")
 
 
@@ -205,7 +208,9 @@ def test_a_receipts_verdict_is_not_that_of_a_comparison() -> None:
     for kind in ("lossless", "q4_k"):
         shown, out, _ = console()
         gate = GateResult("tensors", "passed", "digests are equal")
-        shown.verification(Verification(Side("r.json", "receipt"), Side("m.gguf", "gguf", {"q4_k": 1}), kind, (gate,)))
+        render_verification(
+            Verification(Side("r.json", "receipt"), Side("m.gguf", "gguf", {"q4_k": 1}), kind, (gate,)), shown
+        )
         assert out.getvalue().splitlines()[-1] == f"PASSED: what its receipt says (verified then as {kind})"
 
 
@@ -272,6 +277,6 @@ def test_seconds(seconds: float, text: str) -> None:
 
 
 def test_importing_it_brings_in_nothing_heavy() -> None:
-    code = "import sys, gemma2tool.console; print([m for m in ('rich', 'numpy', 'torch') if m in sys.modules])"
+    code = "import sys, gemma2tool.cli.terminal; print([m for m in ('rich', 'numpy', 'torch') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -1,0 +1,277 @@
+"""The only module that prints. Results go to stdout; progress, notes, warnings and errors go to stderr.
+
+Tensor names, paths, config values and error messages may come from files written by strangers. Every text is therefore
+escaped here (``safe``), so that it cannot move the cursor, forge a line, hide text or be read as markup.
+"""
+
+from __future__ import annotations
+
+import json as json_module
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import IO, TYPE_CHECKING
+
+from gemma2tool.errors import EXIT_BUG, ToolError
+from gemma2tool.model.progress import ProgressBar
+from gemma2tool.storage.quoting import safe
+from gemma2tool.storage.units import human_bytes, human_seconds
+
+if TYPE_CHECKING:
+    import rich.console
+    from rich.progress import Task
+    from rich.text import Text
+
+_PLAIN_WIDTH = 160
+"""Width of tables, in characters, where the output is not a terminal."""
+_PLAIN_SECONDS = 5.0
+"""Time between two lines of progress where the output is not a terminal."""
+
+
+class Console:
+    """Where everything is shown.
+
+    ``quiet``: no progress, no notes; warnings, errors and results stay. ``json``: stdout carries only what
+    ``emit_json`` is given; tables and other results for people are dropped. ``debug``: errors come with a traceback.
+    """
+
+    def __init__(
+        self,
+        quiet: bool = False,
+        json: bool = False,
+        debug: bool = False,
+        *,
+        stdout: IO[str] | None = None,
+        stderr: IO[str] | None = None,
+    ) -> None:
+        self.quiet, self.json, self.debug = quiet, json, debug
+        self._stdout, self._stderr = stdout, stderr
+        self._rich: dict[bool, rich.console.Console] = {}
+
+    # -- results -------------------------------------------------------------------------------------------------------
+
+    def print(self, message: object = "") -> None:
+        """Print one line of the result to stdout."""
+        self.line((str(message), ""))
+
+    def line(self, *spans: tuple[str, str]) -> None:
+        """Print one line of styled spans (text, rich style) to stdout. The texts are escaped."""
+        if not self.json:
+            self._line(False, *((safe(text), style) for text, style in spans))
+
+    def can_show(self, text: str) -> bool:
+        """Whether the encoding of stdout can represent ``text``."""
+        try:
+            text.encode(self._encoding(False))
+        except UnicodeEncodeError:
+            return False
+        return True
+
+    def stream(self, text: str) -> None:
+        """Write a piece of running text to stdout. Line breaks and tabs are kept, other control characters are escaped."""
+        if self.json:
+            return
+        escaped = "".join(c if c in "\n\t" else safe(c) for c in text)
+        stream = self._stdout or sys.stdout
+        encoding = getattr(stream, "encoding", None) or "utf-8"
+        stream.write(escaped.encode(encoding, "replace").decode(encoding))
+        stream.flush()
+
+    def markdown(self, text: str) -> None:
+        """Print Markdown to stdout, line by line. Its writer has escaped the markup in names that come from files."""
+        for line in text.splitlines():
+            self.print(line)
+
+    def emit_json(self, content: object) -> None:
+        """Print ``content`` as JSON to stdout: sorted keys, two spaces, ASCII only, so that no string can control a terminal."""
+        text = json_module.dumps(content, indent=2, sort_keys=True, allow_nan=False).replace("\x7f", "\\u007f")
+        stream = self._stdout or sys.stdout
+        stream.write(text + "\n")
+        stream.flush()
+
+    def table(self, columns: Sequence[str], rows: Iterable[Sequence[object]], *, title: str = "") -> None:
+        """Print a table to stdout. A column whose name ends in "#" is aligned right; the mark is not shown."""
+        if self.json:
+            return
+        from rich.box import SIMPLE_HEAD
+        from rich.table import Table
+
+        table = Table(
+            box=SIMPLE_HEAD,
+            title=self._text(False, (safe(title), "bold")) if title else None,
+            title_justify="left",
+            pad_edge=False,
+        )
+        for column in columns:
+            table.add_column(
+                self._text(False, (safe(column.removesuffix("#")), "bold")),
+                justify="right" if column.endswith("#") else "left",
+                overflow="fold",
+            )
+        for row in rows:
+            table.add_row(*(self._text(False, (safe(cell), "")) for cell in row))
+        self._console(False).print(table, markup=False, highlight=False)
+
+    # -- messages ------------------------------------------------------------------------------------------------------
+
+    def note(self, message: object) -> None:
+        """Print a remark that can be ignored to stderr."""
+        if not self.quiet:
+            self._line(True, (safe(message), "dim"))
+
+    def warn(self, message: object) -> None:
+        """Print a warning to stderr, also when quiet."""
+        self._line(True, ("warning: ", "bold yellow"), (safe(message), ""))
+
+    def error(self, error: ToolError) -> None:
+        """Print ``error[id]: message`` and ``hint: ...`` to stderr; in JSON mode also an object to stdout."""
+        if self.debug:
+            self._traceback(error)
+        self._line(True, (f"error[{safe(error.id)}]: ", "bold red"), (safe(error.message), ""))
+        if error.hint:
+            self._line(True, ("hint: ", "bold cyan"), (safe(error.hint), ""))
+        self._emit_error(error.id, error.message, error.hint, error.exit_code)
+
+    def bug(self, error: BaseException) -> None:
+        """Print an unexpected exception as one line, and its traceback when debugging."""
+        message = f"{type(error).__name__}: {error}"
+        hint = "this is a bug in gemma2tool; run again with GEMMA2TOOL_DEBUG=1 set and report what it prints"
+        if self.debug:
+            self._traceback(error)
+        self._line(True, ("error[bug]: ", "bold red"), (safe(message), ""))
+        self._line(True, ("hint: ", "bold cyan"), (hint, ""))
+        self._emit_error("bug", message, hint, EXIT_BUG)
+
+    # -- progress ------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def progress(self, total: int, label: str, /, unit: str = "bytes") -> Iterator[ProgressBar]:
+        """Show the progress of a step of ``total`` units: a bar on a terminal, a line every few seconds elsewhere."""
+        if self.quiet:
+            yield _NullBar()
+        elif self._console(True).is_terminal:
+            with _rich_bar(self._console(True), total, label, unit) as bar:
+                yield bar
+        else:
+            plain = _PlainBar(self, total, label, unit)
+            yield plain
+            plain.finish()
+
+    # -- rich ----------------------------------------------------------------------------------------------------------
+
+    def _console(self, err: bool) -> rich.console.Console:
+        if err not in self._rich:
+            from rich.console import Console as _Console
+
+            class RichConsole(_Console):
+                def on_broken_pipe(self) -> None:
+                    raise BrokenPipeError  # the command line decides what that means, not rich
+
+            stream = self._stderr if err else self._stdout
+            console = RichConsole(
+                file=stream, stderr=err, markup=False, highlight=False, emoji=False, legacy_windows=False
+            )
+            if not console.is_terminal:
+                console.width = _PLAIN_WIDTH
+            self._rich[err] = console
+        return self._rich[err]
+
+    def _text(self, err: bool, *spans: tuple[str, str]) -> Text:
+        """Styled text; characters that the stream's encoding cannot represent are escaped."""
+        from rich.text import Text
+
+        encoding = self._encoding(err)
+        return Text.assemble(
+            *((text.encode(encoding, "backslashreplace").decode(encoding), style) for text, style in spans)
+        )
+
+    def _line(self, err: bool, *spans: tuple[str, str]) -> None:
+        self._console(err).print(self._text(err, *spans), soft_wrap=True, markup=False, highlight=False)
+
+    def _encoding(self, err: bool) -> str:
+        return getattr(self._console(err).file, "encoding", None) or "utf-8"
+
+    def _traceback(self, error: BaseException) -> None:
+        """Print the traceback with a bar before every line, so that no text in it can pass for a line of gemma2tool."""
+        for block in traceback.format_exception(error):
+            for line in block.splitlines():
+                self._line(True, (f"| {safe(line)}", "dim"))
+
+    def _emit_error(self, id: str, message: str, hint: str, exit_code: int) -> None:
+        if self.json:
+            self.emit_json({"error": {"id": id, "message": message, "hint": hint, "exit_code": exit_code}})
+
+
+class _NullBar:
+    def advance(self, count: int, name: str = "", /) -> None:
+        pass
+
+
+class _PlainBar:
+    """Progress as lines of text, for logs."""
+
+    def __init__(self, console: Console, total: int, label: str, unit: str) -> None:
+        self.console, self.total, self.label, self.unit = console, total, label, unit
+        self.done = 0
+        self.started = self.last_line = time.monotonic()
+        self.lock = threading.Lock()
+
+    def _amount(self, count: float) -> str:
+        return human_bytes(count) if self.unit == "bytes" else f"{count:,.0f} {self.unit}"
+
+    def advance(self, count: int, name: str = "", /) -> None:
+        with self.lock:
+            self.done += count
+            now = time.monotonic()
+            if now - self.last_line < _PLAIN_SECONDS:
+                return
+            self.last_line = now
+            rate = self.done / (now - self.started)
+            share = f" of {self._amount(self.total)} ({min(self.done / self.total, 1):.0%})" if self.total else ""
+            left = f", {human_seconds(max(self.total - self.done, 0) / rate)} left" if rate else ""
+            at = f": {name}" if name else ""
+            self.console.note(f"{self.label}: {self._amount(self.done)}{share}, {self._amount(rate)}/s{left}{at}")
+
+    def finish(self) -> None:
+        seconds = time.monotonic() - self.started
+        if seconds >= _PLAIN_SECONDS:
+            rate = self._amount(self.done / seconds)
+            self.console.note(f"{self.label}: {self._amount(self.done)} in {human_seconds(seconds)} ({rate}/s)")
+
+
+@contextmanager
+def _rich_bar(console: rich.console.Console, total: int, label: str, unit: str) -> Iterator[ProgressBar]:
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        MofNCompleteColumn,
+        Progress,
+        ProgressColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+    from rich.text import Text
+
+    class Name(ProgressColumn):
+        """A field of the task as literal text; rich's own text column would read markup in it."""
+
+        def __init__(self, field: str, style: str) -> None:
+            super().__init__()
+            self.field, self.style = field, style
+
+        def render(self, task: Task) -> Text:
+            return Text(task.fields[self.field], style=self.style, no_wrap=True, overflow="ellipsis")
+
+    amounts = (DownloadColumn(), TransferSpeedColumn()) if unit == "bytes" else (MofNCompleteColumn(),)
+    columns = (Name("label", "bold"), BarColumn(), *amounts, TimeRemainingColumn(), Name("at", "dim"))
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("", total=total or None, label=safe(label), at="")
+
+        class RichBar:
+            def advance(self, count: int, name: str = "", /) -> None:
+                progress.update(task, advance=count, at=safe(name))
+
+        yield RichBar()

@@ -1,0 +1,182 @@
+"""Verifications and differences as lines and tables of a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from gemma2tool.verify.diagnosis.cause import Cause
+from gemma2tool.verify.difference import Difference
+from gemma2tool.verify.result import GateResult, Verification
+
+_MAX_NAMES = 6
+"""Names shown of the tensors and fields that a cause explains."""
+_MAX_FINDINGS = 12
+"""Findings of one gate that are shown; JSON has all of them."""
+_MAX_EXPLAINED = 3
+"""The same where causes explain the failure."""
+_MAX_WORST = 5
+_MAX_FARTHEST = 8
+
+
+class Out(Protocol):
+    """Where the lines go. It escapes every text; styles are rich's."""
+
+    def line(self, *spans: tuple[str, str]) -> None: ...
+
+    def table(self, columns: Sequence[str], rows: Iterable[Sequence[object]], *, title: str = "") -> None: ...
+
+    def can_show(self, text: str) -> bool: ...
+
+
+Marks = Mapping[str, tuple[str, str, str]]
+"""Status -> mark, the same in ASCII, and its style."""
+
+_MARKS: Marks = {
+    "passed": ("\u2713", "ok", "green"),
+    "failed": ("\u2717", "FAIL", "bold red"),
+    "skipped": ("\u2013", "skip", "yellow"),
+    "reported": ("\u00b7", "--", "cyan"),
+}
+_DIFFERENCE_MARKS: Marks = {**_MARKS, "passed": ("=", "=", "green"), "failed": ("\u2260", "!=", "bold yellow")}
+_SEVERITY_STYLES = {"error": "red", "warning": "yellow", "note": "dim"}
+_KL_STATISTICS = (
+    ("mean", "kl_mean"),
+    ("median", "kl_median"),
+    ("99 %", "kl_p99"),
+    ("99.9 %", "kl_p99_9"),
+    ("max", "kl_max"),
+)
+
+
+@dataclass(frozen=True)
+class _GateStyle:
+    """How gates are shown: the width of their names, the number of findings, the marks, and the words for severities."""
+
+    width: int
+    findings: int
+    marks: Marks = field(default_factory=lambda: _MARKS)
+    words: Mapping[str, str] = field(default_factory=dict)
+
+
+def render_verification(result: Verification, out: Out, *, findings: int = _MAX_FINDINGS) -> None:
+    """Show a verification: a line per gate with its findings, the measurements, the causes and the verdict."""
+    stored = ", ".join(sorted(result.candidate.stored))
+    out.line(("source     ", "dim"), (f"{result.source.path} ({result.source.format})", ""))
+    out.line(("candidate  ", "dim"), (f"{result.candidate.path} ({result.candidate.format}: {stored})", ""))
+    width = max((len(gate.name) for gate in result.gates), default=0)
+    style = _GateStyle(width, min(findings, _MAX_EXPLAINED) if result.causes else findings)
+    for gate in result.gates:
+        _render_gate(gate, style, out)
+    _render_measurements(result, out)
+    for cause in result.causes:
+        _render_cause(cause, out)
+    skipped = f" (not looked at: {', '.join(result.skipped)})" if result.skipped else ""
+    failures = len(result.failures)
+    verdict = result.verdict if result.passed else f"{failures} finding{'s' * (failures != 1)}"
+    out.line(("PASSED", "bold green") if result.passed else ("FAILED", "bold red"), (f": {verdict}{skipped}", ""))
+
+
+def render_difference(result: Difference, out: Out, *, findings: int = 4) -> None:
+    """Show two checkpoints side by side: a line per part, the tensors that differ most, the causes and the verdict."""
+    for name, side in (("A  ", result.a), ("B  ", result.b)):
+        out.line((name, "bold"), (f"{side.path} ({side.format}: {', '.join(sorted(side.stored))})", ""))
+    width = max(len(part.name) for part in result.parts)
+    style = _GateStyle(width, findings, _DIFFERENCE_MARKS, {"error": "differs"})
+    for part in result.parts:
+        _render_gate(part, style, out)
+    if result.causes:
+        out.line(("if B was made of A:", "bold"))
+    for cause in result.causes:
+        _render_cause(cause, out)
+    differing = [tensor for tensor in result.tensors if tensor.differing]
+    if differing:
+        farthest = sorted(differing, key=lambda tensor: -tensor.relative)[:_MAX_FARTHEST]
+        out.table(
+            ("tensors farthest apart", "A", "B", "values#", "differing#", "RMS#", "largest#"),
+            [
+                (
+                    tensor.name,
+                    *tensor.types,
+                    f"{tensor.values:,}",
+                    f"{tensor.differing:,}",
+                    f"{tensor.relative:.3g}",
+                    f"{tensor.max_abs_difference:.3g}",
+                )
+                for tensor in farthest
+            ],
+        )
+    out.line(("SAME", "bold green") if result.same else ("DIFFERENT", "bold yellow"), (f": {result.verdict}", ""))
+
+
+def _render_gate(gate: GateResult, style: _GateStyle, out: Out) -> None:
+    mark, ascii_mark, mark_style = style.marks[gate.status]
+    mark = mark if out.can_show(mark) else ascii_mark
+    out.line((f"{mark} ", mark_style), (f"{gate.name:<{style.width}}  ", "bold"), (gate.summary, ""))
+    findings = [finding for finding in gate.findings if finding.message != gate.summary]
+    notes = [finding for finding in findings if finding.severity == "note"]
+    if len(notes) > 3:
+        notes = notes[:1]
+    shown = [finding for finding in findings if finding.severity != "note" or finding in notes][: style.findings]
+    for finding in shown:
+        word = style.words.get(finding.severity, finding.severity)
+        out.line((f"    {word}: ", _SEVERITY_STYLES[finding.severity]), (finding.sentence, ""))
+    hidden = len(findings) - len(shown)
+    if hidden:
+        out.line((f"    and {hidden} more (--json lists them all)", "dim"))
+
+
+def _render_cause(cause: Cause, out: Out) -> None:
+    """Show what went wrong, and the tensors or fields that it explains."""
+    out.line(("cause: ", "bold red"), (cause.message, "bold"), (f" [{cause.id}]", "dim"))
+    names = (*cause.fields, *cause.tensors)
+    if names:
+        more = f" and {len(names) - _MAX_NAMES} more" if len(names) > _MAX_NAMES else ""
+        out.line((f"    {', '.join(names[:_MAX_NAMES])}{more}", "dim"))
+
+
+def _render_measurements(result: Verification, out: Out) -> None:
+    metrics = {gate.name: gate.metrics for gate in result.gates}
+    if any(row["rmse"] for row in metrics.get("tensors", {}).get("by_type", {}).values()):
+        _render_tensor_errors(metrics["tensors"], out)
+    if metrics.get("distribution", {}).get("kl_mean"):
+        _render_distribution(metrics["distribution"], out)
+
+
+def _render_tensor_errors(metrics: Mapping[str, Any], out: Out) -> None:
+    out.table(
+        ("stored as", "tensors#", "values#", "RMSE / RMS#", "SNR dB#", "largest error#"),
+        [(stored, row["tensors"], f"{row['values']:,}", *_errors(row)) for stored, row in metrics["by_type"].items()],
+    )
+    lossy = {name: row for name, row in metrics["tensors"].items() if row["rmse"]}
+    worst = sorted(lossy, key=lambda name: -lossy[name]["relative_rmse"])[:_MAX_WORST]
+    out.table(
+        ("worst tensors", "stored as", "RMSE / RMS#", "SNR dB#"),
+        [(name, lossy[name]["candidate_type"], *_errors(lossy[name])[:2]) for name in worst],
+    )
+
+
+def _render_distribution(metrics: Mapping[str, Any], out: Out) -> None:
+    statistics = (f"{word} {metrics[name]:.3g}" for word, name in _KL_STATISTICS if name in metrics)
+    rows = [
+        ("KL divergence, nats", "  ".join(statistics)),
+        ("same likeliest token", f"{metrics['top1_agreement']:.2%} of {metrics['positions']} positions"),
+    ]
+    if "perplexity_ratio" in metrics:
+        mean, rms = metrics["chosen_probability_change_mean"], metrics["chosen_probability_change_rms"]
+        rows += [
+            ("perplexity of the source", _plus_minus(metrics, "perplexity_source")),
+            ("perplexity of the candidate", _plus_minus(metrics, "perplexity_candidate")),
+            ("their ratio", _plus_minus(metrics, "perplexity_ratio")),
+            ("chosen token's probability", f"{100 * mean:+.3g} points on average, {100 * rms:.3g} RMS"),
+        ]
+    out.table(("logits", ""), rows)
+
+
+def _errors(row: Mapping[str, Any]) -> tuple[str, str, str]:
+    return f"{row['relative_rmse']:.3g}", f"{row['snr_db']:.1f}", f"{row['max_abs_error']:.3g}"
+
+
+def _plus_minus(metrics: Mapping[str, Any], name: str) -> str:
+    return f"{metrics[name]:.5g} \u00b1 {metrics[name + '_se']:.2g}"
