@@ -17,14 +17,15 @@ import functools
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from gemma2tool.formats import registry
-from gemma2tool.formats.base import WriteOptions
+from gemma2tool.formats.options import Calibration, GGUFOptions, PackingOptions, WriteOptions
 from gemma2tool.model.checkpoint import Checkpoint
-from gemma2tool.pipeline.save import save
+from gemma2tool.pipeline.conversion import save
 from gemma2tool.reference.streaming import StreamedForward
 from gemma2tool.verify.compare.logits import compare_logits
 from gemma2tool.verify.compare.metrics import LogitComparison, LogitMetrics
@@ -33,21 +34,20 @@ FIXTURE = Path(__file__).resolve().parent.parent / "fixtures" / "tiny-gemma2"
 FOLDER_TYPES = ("nf4", "nf4 double", "fp4", "fp4 double", "int8")
 QUOTED = ("q8_0", "q4_0", "nf4", "int8")
 
-CALIBRATED: tuple[tuple[str, str, dict[str, object]], ...] = (
-    ("gptq-4", "groups of 32", {"group_size": 32}),
-    ("gptq-4", "groups of 128", {"group_size": 128}),
-    ("gptq-4", "groups of 128, act-order", {"group_size": 128, "act_order": True}),
-    ("gptq-4", "groups of 128, asymmetric", {"group_size": 128, "symmetric": False}),
-    ("gptq-4", "groups of 128, Hessian blocks of 256", {"group_size": 128, "hessian_block": 256}),
-    ("gptq-4", "whole rows", {"group_size": -1}),
-    ("gptq-8", "groups of 128", {"group_size": 128}),
-    ("w4a16", "groups of 128", {"group_size": 128}),
-    ("w4a16-asym", "groups of 128", {"group_size": 128}),
-    ("awq-4", "groups of 32", {"group_size": 32}),
-    ("awq-4", "groups of 64", {"group_size": 64}),
-    ("awq-4", "groups of 128", {"group_size": 128}),
+CALIBRATED: tuple[tuple[str, str, PackingOptions, Calibration], ...] = (
+    ("gptq-4", "groups of 32", PackingOptions(group_size=32), Calibration()),
+    ("gptq-4", "groups of 128", PackingOptions(group_size=128), Calibration()),
+    ("gptq-4", "groups of 128, act-order", PackingOptions(group_size=128), Calibration(act_order=True)),
+    ("gptq-4", "groups of 128, asymmetric", PackingOptions(group_size=128, symmetric=False), Calibration()),
+    ("gptq-4", "groups of 128, Hessian blocks of 256", PackingOptions(group_size=128), Calibration(hessian_block=256)),
+    ("gptq-4", "whole rows", PackingOptions(group_size=-1), Calibration()),
+    ("gptq-8", "groups of 128", PackingOptions(group_size=128), Calibration()),
+    ("w4a16", "groups of 128", PackingOptions(group_size=128), Calibration()),
+    ("w4a16-asym", "groups of 128", PackingOptions(group_size=128), Calibration()),
+    ("awq-4", "groups of 32", PackingOptions(group_size=32), Calibration()),
+    ("awq-4", "groups of 64", PackingOptions(group_size=64), Calibration()),
+    ("awq-4", "groups of 128", PackingOptions(group_size=128), Calibration()),
 )
-CALIBRATION_ONLY = ("act_order", "hessian_block")
 DRAWS = 4000
 
 
@@ -55,10 +55,9 @@ def make(source: Checkpoint, folder: Path, kind: str) -> Path:
     """Write the fixture in ``kind``; returns the path. "q4_k_m im": with an importance matrix, "nf4 double": double quantization."""
     name, _, how = kind.partition(" ")
     path = folder / (kind.replace(" ", "-") + ("" if kind in FOLDER_TYPES else ".gguf"))
-    extra = {"double_quant": True} if how == "double" else {}
-    if how == "im":
-        extra["imatrix"] = calibrate(source, folder)
-    save(source, path, WriteOptions(type=name, extra=extra))
+    gguf = GGUFOptions(imatrix=calibrate(source, folder)) if how == "im" else GGUFOptions()
+    packing = PackingOptions(double_quant=how == "double")
+    save(source, path, WriteOptions(type=name, gguf=gguf, packing=packing))
     return path
 
 
@@ -79,7 +78,7 @@ def main() -> None:
         scored = ids.shape[0] * (ids.shape[1] - 1)
         print(f"{scored:,} predicted tokens in {ids.shape[0]} windows of {ids.shape[1]}\n")
         if arguments.calibrated is not None:
-            wanted = arguments.calibrated.split(",") if arguments.calibrated else [kind for kind, _, _ in CALIBRATED]
+            wanted = arguments.calibrated.split(",") if arguments.calibrated else [kind for kind, *_ in CALIBRATED]
             beside_nearest(source, Path(folder), ids, parameters, wanted)
             return
         print("| type | bits per weight | MB | mean KL | p99 KL | same top-1 | perplexity |")
@@ -104,13 +103,13 @@ def main() -> None:
 
 def beside_nearest(source: Checkpoint, folder: Path, ids: np.ndarray, parameters: int, wanted: Sequence[str]) -> None:
     """The table of calibrated types: each figure rounded to nearest, then calibrated; the difference of KL with its 95 % interval."""
-    chosen = {"calibration": text(folder), "calibration_length": ids.shape[1], "calibration_samples": 64}
+    chosen = {"text": text(folder), "length": ids.shape[1], "samples": 64}
     true = StreamedForward(source, ids).logits().reshape(ids.size, -1)
 
     @functools.cache
-    def measured(kind: str, options: tuple[tuple[str, object], ...]) -> tuple[LogitMetrics, int]:
+    def measured(kind: str, packing: PackingOptions, calibration: Calibration) -> tuple[LogitMetrics, int]:
         path = folder / "out"
-        save(source, path, WriteOptions(type=kind, extra=dict(options)), force=True)
+        save(source, path, WriteOptions(type=kind, packing=packing, calibration=calibration), force=True)
         with registry.open_checkpoint(path) as candidate:
             logits = StreamedForward(candidate, ids).logits().reshape(ids.size, -1)
         compared = LogitComparison(ids.size, np.append(ids[:, 1:], np.full((len(ids), 1), -1), 1).reshape(-1))
@@ -121,12 +120,11 @@ def beside_nearest(source: Checkpoint, folder: Path, ids: np.ndarray, parameters
         "| type | | bits per weight | KL nearest | calibrated | difference, 95 % interval | same top-1 | perplexity |"
     )
     print("|---|---|---:|---:|---:|---|---:|---:|")
-    for kind, words, extra in CALIBRATED:
+    for kind, words, packing, calibration in CALIBRATED:
         if kind not in wanted:
             continue
-        plain = {name: value for name, value in extra.items() if name not in CALIBRATION_ONLY}
-        nearest, _ = measured(kind, tuple(plain.items()))
-        better, size = measured(kind, tuple((extra | chosen).items()))
+        nearest, _ = measured(kind, packing, Calibration())
+        better, size = measured(kind, packing, replace(calibration, **chosen))
         kl = [side.kl.reshape(ids.shape).mean(1) for side in (nearest, better)]
         low, high = interval(kl[1] - kl[0])
         perplexity = [side.prediction()["perplexity_candidate"] for side in (nearest, better)]

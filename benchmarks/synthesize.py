@@ -24,7 +24,7 @@ from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.config import SIZES
 from gemma2tool.model.lazy import BFLOAT16, LazyTensor
 from gemma2tool.model.tensors import expand
-from gemma2tool.pipeline.save import save
+from gemma2tool.pipeline.conversion import save
 from gemma2tool.storage.crc import crc32_combine
 
 POOL = 1 << 24

@@ -1,3 +1,65 @@
-"""gemma2tool: convert, quantize and verify Gemma 2 checkpoints."""
+"""gemma2tool: convert, quantize and verify Gemma 2 checkpoints.
+
+    import gemma2tool
+
+    gemma2tool.convert("model.ckpt", "out-hf/")
+    result = gemma2tool.quantize("model.ckpt", "model.gguf", type="q4_k_m")
+    result.verification.passed
+
+    with gemma2tool.open("model.gguf") as checkpoint:
+        checkpoint.tensors["model.norm.weight"].load()
+
+Functions: ``open``, ``convert``, ``quantize``, ``run``, ``plan``, ``verify``, ``diff``, ``hash``, ``logits``, ``imatrix``, ``generate``,
+``inspect``, ``formats``, ``clean``; see ``help(gemma2tool.api)`` for these and for the classes of requests and results. Errors are
+the exceptions of ``gemma2tool.errors``.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from gemma2tool.api import *  # noqa: F403  (type checkers see what __getattr__ gives)
+
+
+def __getattr__(name: str) -> Any:
+    """Load ``gemma2tool.api`` when one of its names is first used, so that importing the package costs nothing."""
+    if name == "__all__" or not name.startswith("_"):
+        api = import_module("gemma2tool.api")
+        if name == "api":
+            return api
+        if name == "__all__" or name in api.__all__:
+            return getattr(api, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*import_module("gemma2tool.api").__all__, "__version__", "api", "errors"])
+
+
+class _Package(ModuleType):
+    """Two functions have the names of packages inside this one. The import system would put the packages in their place."""
+
+    @property
+    def verify(self) -> Any:
+        return __getattr__("verify")
+
+    @verify.setter
+    def verify(self, package: ModuleType) -> None:
+        pass  # found by its full name, in sys.modules
+
+    @property
+    def formats(self) -> Any:
+        return __getattr__("formats")
+
+    @formats.setter
+    def formats(self, package: ModuleType) -> None:
+        pass
+
+
+sys.modules[__name__].__class__ = _Package

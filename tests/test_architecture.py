@@ -27,6 +27,7 @@ MAY_IMPORT = {
 }
 """A room and the rooms below it."""
 MAY_IMPORT["pipeline"] = set(MAY_IMPORT)
+MAY_IMPORT["api"] = set(MAY_IMPORT)
 MAY_IMPORT["cli"] = set(MAY_IMPORT)
 
 HEAVY = ("torch", "bitsandbytes", "transformers", "sentencepiece", "gguf", "safetensors", "numpy", "ml_dtypes")

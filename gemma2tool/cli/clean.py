@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from gemma2tool.cli import options as o
-from gemma2tool.errors import ResourceError, UsageError
+from gemma2tool.errors import ResourceError
+
+if TYPE_CHECKING:
+    from gemma2tool.api import Leftover
 
 
 def clean(
@@ -25,43 +27,39 @@ def clean(
     Finished outputs are not touched. What a running process is working on, and what gemma2tool did not make, is left alone (exit
     code 4).
     """
+    from gemma2tool import api
     from gemma2tool.cli.terminal import Console
-    from gemma2tool.receipt.document import receipt_path
-    from gemma2tool.storage.staging import clean as staging_clean
     from gemma2tool.storage.units import human_bytes
 
     console = Console(quiet=quiet, json=json_output)
-    found = staging_clean.clean(path, dry_run=dry_run)
-    with suppress(UsageError):  # with a name that leaves no room for a receipt's there is none
-        found += staging_clean.clean(receipt_path(path), dry_run=dry_run)
+    leftovers = api.clean(path, dry_run=dry_run)
     if json_output:
-        console.emit_json(
-            [
-                {
-                    "path": str(each.path),
-                    "destination": str(each.destination),
-                    "bytes": each.nbytes,
-                    "in_use": each.in_use,
-                    "removed": each.removed,
-                    "restored": each.restored,
-                    "problem": None if each.problem is None else each.problem.message,
-                }
-                for each in found
-            ]
-        )
-    for each in found:
-        if each.problem is None:
-            verb = "would remove" if dry_run else "removed" if each.removed else "could not remove"
-            console.print(f"{verb} {each.path}: {human_bytes(each.nbytes)} staged for {each.destination}")
-        if each.restored:
-            console.print(f"{each.destination}: what was there before has been put back")
-    if not found:
+        console.emit_json([_to_json(leftover) for leftover in leftovers])
+    for leftover in leftovers:
+        if leftover.problem is None:
+            verb = "would remove" if dry_run else "removed" if leftover.removed else "could not remove"
+            console.print(f"{verb} {leftover.path}: {human_bytes(leftover.nbytes)} staged for {leftover.destination}")
+        if leftover.restored:
+            console.print(f"{leftover.destination}: what was there before has been put back")
+    if not leftovers:
         console.print(f"{path}: nothing to remove")
-    problems = [each.problem for each in found if each.problem is not None]
+    problems = [leftover.problem for leftover in leftovers if leftover.problem is not None]
     for problem in problems[1:]:
         console.warn(problem.message)
     if problems:
         raise problems[0]
-    failed = [each for each in found if not each.removed and not dry_run]
+    failed = [leftover for leftover in leftovers if not leftover.removed and not dry_run]
     if failed:
         raise ResourceError("output.staging", f"{failed[0].path}: could not be removed", hint="remove it by hand")
+
+
+def _to_json(leftover: Leftover) -> dict[str, object]:
+    return {
+        "path": str(leftover.path),
+        "destination": str(leftover.destination),
+        "bytes": leftover.nbytes,
+        "in_use": leftover.in_use,
+        "removed": leftover.removed,
+        "restored": leftover.restored,
+        "problem": None if leftover.problem is None else leftover.problem.message,
+    }

@@ -7,8 +7,10 @@ from typing import Annotated
 import typer
 
 from gemma2tool.cli import options as o
-from gemma2tool.cli.produce import Shared, produce
+from gemma2tool.cli.conversion import carry_out
+from gemma2tool.cli.groups import completion
 from gemma2tool.cli.reports import Reports
+from gemma2tool.formats.options import SplitOptions, WriteOptions
 
 
 def convert(
@@ -19,15 +21,18 @@ def convert(
         typer.Option(
             "--dtype",
             metavar="TYPE",
-            help="Stored type: f32, bf16, f16; default: the source's. For GGUF also auto (llama.cpp's rule), q8_0, tq1_0, tq2_0.",
+            help="Stored type: f32, bf16, f16; default: the source's. For GGUF also auto (llama.cpp's rule), q8_0, tq1_0,"
+            " tq2_0.",
+            autocompletion=completion((*o.STORED_DTYPES, "auto", "q8_0", "tq1_0", "tq2_0")),
         ),
     ] = None,
     *,
-    shared: Shared,
+    split: SplitOptions,
+    output: o.OutputOptions,
     reports: Reports,
 ) -> None:
     """Convert a checkpoint to another format, and verify the result.
 
     The target follows from the name of DST (.gguf: GGUF; .ckpt: gemma_pytorch; else a Hugging Face folder) or from --to.
     """
-    produce(src, dst, shared, reports, dtype=dtype)
+    carry_out(src, dst, output, reports, WriteOptions(dtype=dtype, split=split))

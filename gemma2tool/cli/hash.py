@@ -21,23 +21,20 @@ def hash(
 
     Two checkpoints with the same "model" digest give the same logits for the same token ids.
     """
+    from gemma2tool import api
+    from gemma2tool.cli.progress import ProgressDisplay
     from gemma2tool.cli.terminal import Console
-    from gemma2tool.formats import registry
-    from gemma2tool.verify.digest import hash_checkpoint
 
     console = Console(quiet=quiet, json=json_output)
-    with registry.open_checkpoint(checkpoint, config=o.load_config(config)) as opened:
-        for warning in (*opened.warnings, *opened.config.warnings):
-            console.warn(warning)
-        total = sum(tensor.nbytes for tensor in opened.tensors.values())
-        with console.progress(total, checkpoint.name) as progress:
-            hashes = hash_checkpoint(opened, threads=threads or o.default_threads(), advance=progress.advance)
-        found = {"path": str(checkpoint), "format": opened.format, **hashes.to_json()}
+    with api.open(checkpoint, config=config) as opened:
+        api.log_warnings(opened)
+        hashes = api.hash(opened, threads=threads, progress=ProgressDisplay(console))
+        content = {"path": str(checkpoint), "format": opened.format, **hashes.to_json()}
     if json_output:
-        console.emit_json(found | ({"each": dict(hashes.each)} if tensors else {}))
+        console.emit_json(content | ({"each": dict(hashes.each)} if tensors else {}))
         return
     for name in ("model", "tensors", "config", "tokenizer"):
-        console.print(f"{name:<9}  {found[name] or 'none'}")
+        console.print(f"{name:<9}  {content[name] or 'none'}")
     if tensors:
         for name in sorted(hashes.each):
             console.print(f"{hashes.each[name]}  {name}")

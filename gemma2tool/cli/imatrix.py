@@ -27,25 +27,15 @@ def imatrix(
     json_output: o.Json = False,
 ) -> None:
     """Collect an importance matrix with the built-in forward pass, layer by layer, from a checkpoint of any format."""
+    from gemma2tool import api
+    from gemma2tool.cli.progress import ProgressDisplay
     from gemma2tool.cli.terminal import Console
-    from gemma2tool.formats import registry
-    from gemma2tool.pipeline import importance
-    from gemma2tool.pipeline.prompt import Tokenizer
-    from gemma2tool.storage.paths import refuse_existing, refuse_same
-    from gemma2tool.storage.text import read_text
 
     console = Console(quiet=quiet, json=json_output)
-    refuse_existing(out, force=force, folder=False)
-    words = read_text(text, what="text")
-    with registry.open_checkpoint(src, config=o.load_config(config)) as checkpoint:
-        refuse_same((*checkpoint.files, text), out)
-        for warning in (*checkpoint.warnings, *checkpoint.config.warnings):
-            console.warn(warning)
-        ids = Tokenizer(checkpoint).encode(words)
-        cut = importance.chunks_of(ids, chunk, checkpoint.config.bos_token_id, chunks)
-        with console.progress(cut.size, "tokens") as progress:
-            sums = importance.collect(checkpoint, cut, threads=threads or o.default_threads(), advance=progress.advance)
-        importance.write(out, checkpoint, sums, dataset=str(text), chunks=cut, force=force)
+    options = api.ImatrixOptions(
+        chunk_size=chunk, max_chunks=chunks, force=force, threads=threads or api.default_threads()
+    )
+    result = api.imatrix(src, out, text=text, config=config, options=options, progress=ProgressDisplay(console))
     if json_output:
-        console.emit_json({"out": str(out), "matrices": len(sums), "chunks": len(cut), "tokens": int(cut.size)})
-    console.print(f"{out}: {len(sums)} matrices, {len(cut)} chunks of {chunk} tokens")
+        console.emit_json(result.to_json())
+    console.print(f"{out}: {result.matrices} matrices, {result.chunks} chunks of {chunk} tokens")

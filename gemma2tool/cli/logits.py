@@ -27,21 +27,12 @@ def logits(
     json_output: o.Json = False,
 ) -> None:
     """Write the float32 logits of every position, computed one layer at a time by the built-in forward pass."""
+    from gemma2tool import api
     from gemma2tool.cli.terminal import Console
-    from gemma2tool.formats import registry
-    from gemma2tool.pipeline.evaluate import read_tokens, write_logits
-    from gemma2tool.storage.paths import refuse_same
 
     console = Console(quiet=quiet, json=json_output)
-    with registry.open_checkpoint(src, config=o.load_config(config)) as checkpoint:
-        refuse_same((*checkpoint.files, tokens), out)
-        for warning in (*checkpoint.warnings, *checkpoint.config.warnings):
-            console.warn(warning)
-        ids = read_tokens(tokens, checkpoint.config)
-        shape = write_logits(
-            checkpoint, ids, out, force=force, threads=threads or o.default_threads(), device=o.check_device(device)
-        )
+    result = api.logits(src, tokens, out=out, config=config, device=device, threads=threads, force=force)
     if json_output:
-        console.emit_json({"out": str(out), "shape": list(shape), "dtype": "float32"})
+        console.emit_json({"out": str(out), "shape": list(result.shape), "dtype": "float32"})
     else:
-        console.print(f"{out}: float32 logits {shape}")
+        console.print(f"{out}: float32 logits {result.shape}")

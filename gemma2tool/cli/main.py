@@ -49,12 +49,14 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(command)
     def run(*args: object, **kwargs: object) -> None:
+        from gemma2tool.cli.log import shown_on
         from gemma2tool.cli.terminal import Console
 
         debug = os.environ.get("GEMMA2TOOL_DEBUG") == "1"
         console = Console(quiet=bool(kwargs.get("quiet")), json=bool(kwargs.get("json_output")), debug=debug)
         try:
-            command(*args, **kwargs)
+            with shown_on(console):
+                command(*args, **kwargs)
         except ToolError as error:
             console.error(error)
             _notes(error, console)
@@ -122,17 +124,21 @@ def _terminate(signum: int, frame: object) -> None:
 def _register() -> None:
     from gemma2tool.cli import clean, convert, diff, formats, generate, hash, imatrix, inspect, logits, quantize, verify
 
-    app.command("convert")(guarded(expanded(convert.convert)))
-    app.command("quantize")(guarded(expanded(quantize.quantize)))
-    app.command("verify")(guarded(expanded(verify.verify)))
-    app.command("diff")(guarded(diff.diff))
-    app.command("logits")(guarded(logits.logits))
-    app.command("generate")(guarded(generate.generate))
-    app.command("imatrix")(guarded(imatrix.imatrix))
-    app.command("inspect")(guarded(inspect.inspect))
-    app.command("hash")(guarded(hash.hash))
-    app.command("clean")(guarded(clean.clean))
-    app.command("formats")(guarded(formats.formats))
+    commands: tuple[Callable[..., None], ...] = (
+        convert.convert,
+        quantize.quantize,
+        verify.verify,
+        diff.diff,
+        logits.logits,
+        generate.generate,
+        imatrix.imatrix,
+        inspect.inspect,
+        hash.hash,
+        clean.clean,
+        formats.formats,
+    )
+    for command in commands:
+        app.command(command.__name__)(guarded(expanded(command)))
 
 
 _register()

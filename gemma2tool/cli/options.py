@@ -2,47 +2,41 @@
 
 from __future__ import annotations
 
-import os
-import re
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from gemma2tool.errors import ResourceError, UsageError
-
-if TYPE_CHECKING:
-    from gemma2tool.model.config import Gemma2Config
-
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+from gemma2tool.cli.groups import completion
+from gemma2tool.errors import UsageError
+from gemma2tool.formats.options import Adapter
 
 
-def parse_size(text: str) -> int:
-    """Bytes from "512MiB", "5GB", "2g" or a plain number; decimal units are powers of 1000, Ki, Mi, Gi powers of 1024."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?\s*", text.lower())
-    size = int(float(match[1]) * _UNITS[match[2] or ""]) if match else 0
-    if size <= 0:
-        raise UsageError("option.size", f"{text!r} is not a size", hint="write it like 512MiB or 5GB")
-    return size
+def format_names() -> Iterable[str]:
+    """For completion: the formats."""
+    from gemma2tool import api
+
+    return [entry.format for entry in api.formats()]
 
 
-def default_threads() -> int:
-    """The processors this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def type_names() -> Iterable[str]:
+    """For completion: the quantization types of all formats."""
+    from gemma2tool import api
+
+    plain = {"f32", "f16", "bf16"}
+    return sorted({name for entry in api.formats() for name in entry.types if name not in plain})
 
 
-def load_config(path: Path | None) -> Gemma2Config | None:
-    """The config that ``--config`` names: a file, or one of the released sizes."""
-    if path is None:
-        return None
-    from gemma2tool.model.config import SIZES
+def gate_names() -> Iterable[str]:
+    """For completion: the gates, each ready for its limit."""
+    from gemma2tool import api
 
-    if str(path) in SIZES and not path.exists():
-        return SIZES[str(path)]
-    from gemma2tool.formats.assets import read_config
+    return [f"{name}=" for name in api.gate_names()]
 
-    return read_config(path)
 
+STORED_DTYPES = ("f32", "bf16", "f16")
 
 Source = Annotated[
     Path, typer.Argument(metavar="SRC", help="Checkpoint: a file or a folder, in any format that can be read.")
@@ -51,13 +45,28 @@ Destination = Annotated[Path, typer.Argument(metavar="DST", help="What to write:
 To = Annotated[
     str | None,
     typer.Option(
-        "--to", metavar="FORMAT", help="Format to write; 'gemma2tool formats' lists them. Default: by the name of DST."
+        "--to",
+        metavar="FORMAT",
+        help="Format to write; 'gemma2tool formats' lists them. Default: by the name of DST.",
+        autocompletion=completion(format_names),
     ),
 ]
 ConfigFile = Annotated[
     Path | None,
     typer.Option(
-        "--config", metavar="FILE", help="The model's config.json, or 2b, 9b or 27b, where the weights come without."
+        "--config",
+        metavar="FILE",
+        help="The model's config.json, or 2b, 9b or 27b, for weights that come without one.",
+        autocompletion=completion(("2b", "9b", "27b")),
+    ),
+]
+Dtype = Annotated[
+    str | None,
+    typer.Option(
+        "--dtype",
+        metavar="TYPE",
+        help="Stored type of what is not quantized: f32, bf16, f16; default: the source's.",
+        autocompletion=completion(STORED_DTYPES),
     ),
 ]
 Force = Annotated[
@@ -74,7 +83,7 @@ MaxShardSize = Annotated[
     str, typer.Option("--max-shard-size", metavar="SIZE", help="Largest file of a sharded output.")
 ]
 Restart = Annotated[
-    bool, typer.Option("--restart", help="Begin anew; discard what an interrupted run left beside the destination.")
+    bool, typer.Option("--restart", help="Start over; discard what an interrupted run left beside the destination.")
 ]
 ClipFloat16 = Annotated[
     bool,
@@ -90,7 +99,7 @@ AllowMismatch = Annotated[
     ),
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would be written, and write nothing.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no remarks; results and errors only.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no notes; results, warnings and errors only.")]
 Json = Annotated[bool, typer.Option("--json", help="Results as JSON on standard output.")]
 Tokens = Annotated[
     Path | None,
@@ -98,11 +107,18 @@ Tokens = Annotated[
 ]
 Text = Annotated[
     Path | None,
-    typer.Option("--text", metavar="FILE", help="Text (UTF-8) for the logits gates, in place of a short one of ours."),
+    typer.Option(
+        "--text", metavar="FILE", help="Text (UTF-8) for the logits gates, instead of the built-in sample text."
+    ),
 ]
 Gate = Annotated[
     list[str] | None,
-    typer.Option("--gate", metavar="NAME=LIMIT", help="Override a gate of the verification, e.g. kl=0.05. Repeatable."),
+    typer.Option(
+        "--gate",
+        metavar="NAME=LIMIT",
+        help="Override a gate of the verification, e.g. kl=0.05. Repeatable.",
+        autocompletion=completion(gate_names),
+    ),
 ]
 Lora = Annotated[
     list[str] | None,
@@ -112,49 +128,50 @@ Lora = Annotated[
         help="Merge a PEFT LoRA adapter, its strength times SCALE. Repeatable, in order.",
     ),
 ]
-SplitMaxSize = Annotated[
-    str | None, typer.Option("--split-max-size", metavar="SIZE", help="GGUF: split into files of at most this size.")
+Device = Annotated[
+    str,
+    typer.Option(
+        "--device",
+        metavar="DEVICE",
+        help="Where to compute: cpu, or cuda.",
+        autocompletion=completion(("cpu", "cuda")),
+    ),
 ]
-SplitMaxTensors = Annotated[
-    int | None, typer.Option("--split-max-tensors", min=1, help="GGUF: split into files of at most this many tensors.")
-]
 
 
-Device = Annotated[str, typer.Option("--device", metavar="DEVICE", help="Where to compute: cpu, or cuda.")]
+@dataclass(frozen=True, kw_only=True)
+class OutputOptions:
+    """What ``convert`` and ``quantize`` both take; the fields are the options, see ``groups``."""
+
+    to: To = None
+    config: ConfigFile = None
+    lora: Lora = None
+    force: Force = False
+    no_verify: NoVerify = False
+    no_receipt: NoReceipt = False
+    tokens: Tokens = None
+    text: Text = None
+    gate: Gate = None
+    max_shard_size: MaxShardSize = "50GB"
+    allow_nonfinite: AllowNonfinite = False
+    clip_f16: ClipFloat16 = False
+    allow_mismatch: AllowMismatch = False
+    restart: Restart = False
+    threads: Threads = None
+    memory: Memory = "256MiB"
+    dry_run: DryRun = False
+    quiet: Quiet = False
+    json_output: Json = False
 
 
-def check_device(name: str) -> str:
-    """``name`` as torch takes it. Raises ``UsageError`` for no device, ``ResourceError`` for one that is not there."""
-    import torch
-
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
-        raise UsageError("option.device", f"--device {name} is no device", hint="choose cpu, cuda or cuda:1")
-    if name != "cpu" and not torch.cuda.is_available():
-        raise ResourceError("device.missing", f"--device {name}: no GPU that torch can use", hint="use --device cpu")
-    return name
-
-
-def optional_size(text: str | None) -> int | None:
-    """``parse_size``, or None for no text."""
-    return None if text is None else parse_size(text)
-
-
-def parse_pair(text: str, option: str, form: str) -> tuple[str, str]:
-    """ "left=right", split at the last equals sign."""
-    left, equals, right = text.rpartition("=")
-    if not equals or not left or not right:
-        raise UsageError("option.pair", f"{option} {text!r} is not of the form {form}", hint=f"write {option} {form}")
-    return left, right
-
-
-def parse_lora(text: str) -> tuple[Path, float]:
-    """An adapter's folder and its scale from "DIR" or "DIR=SCALE"; a folder of that whole name comes first."""
+def parse_lora(text: str) -> Adapter:
+    """An adapter and its scale from "DIR" or "DIR=SCALE"; an existing folder of the whole name takes precedence."""
     folder, equals, scale = text.rpartition("=")
     if not equals or Path(text).exists():
-        return Path(text), 1.0
+        return Adapter(Path(text))
     try:
-        return Path(folder), float(scale)
+        return Adapter(Path(folder), float(scale))
     except ValueError:
         raise UsageError(
-            "option.lora", f"--lora {text!r}: {scale!r} is no number", hint="write --lora DIR=0.5"
+            "option.lora", f"--lora {text!r}: {scale!r} is not a number", hint="write --lora DIR=0.5"
         ) from None

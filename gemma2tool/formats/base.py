@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
+from gemma2tool.formats.options import WriteOptions as WriteOptions
 from gemma2tool.model.lazy import LazyTensor
 from gemma2tool.quantizers.base import Encoder
 
@@ -81,21 +82,6 @@ class Output:
     def nbytes(self) -> int:
         """Exact size of all files together."""
         return sum(file.size for file in self.files) + sum(len(data) for data in self.assets.values())
-
-
-@dataclass(frozen=True)
-class WriteOptions:
-    """What the user asked of the output.
-
-    ``dtype``: stored float type ("f32", "f16", "bf16", "auto") or None for the source's; ``type``: quantization type name or None;
-    ``max_shard_size``: bytes; ``name``: the destination's name (GGUF's general.name may need it); ``extra``: options that a single format understands.
-    """
-
-    dtype: str | None = None
-    type: str | None = None
-    max_shard_size: int = 50_000_000_000
-    name: str = "model"
-    extra: Mapping[str, object] = field(default_factory=dict)
 
 
 class Format(Protocol):

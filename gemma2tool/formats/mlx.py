@@ -74,7 +74,7 @@ class MLX:
         return {}
 
     def layout(self, checkpoint: Checkpoint, options: WriteOptions) -> Output:
-        """``options.type``: mlx-4, mlx-8 or None; ``options.extra``: see ``packings.Settings``."""
+        """``options.type``: mlx-4, mlx-8 or None; ``options.packing``: see ``packings.Settings``."""
         config = checkpoint.config
         dtypes = stored_dtypes(checkpoint, options)
         sources = {name: as_dtype(checkpoint.tensors[name], dtypes[name]) for name in checkpoint.specs}
@@ -104,7 +104,7 @@ def _settings(options: WriteOptions) -> packings.Settings | None:
             f"the mlx format cannot hold {options.type}",
             hint=f"choose one of {', '.join(TYPES)}, or another format",
         )
-    return packings.Settings.of(options.type, options.extra)
+    return packings.Settings.of(options.type, options.packing)
 
 
 def _unlike_mlx(checkpoint: Checkpoint) -> list[str]:

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from gemma2tool import __version__
+from gemma2tool.formats.options import Adapter
 from gemma2tool.pipeline.plan import Plan
 from gemma2tool.quantizers.kernels import _native
 from gemma2tool.storage.reading import open_for_reading
@@ -36,7 +37,8 @@ def fingerprint(plan: Plan, options: Mapping[str, object]) -> Fingerprint:
 
     That of a plan that cannot be continued is like no other.
     """
-    asked = {"dtype": plan.options.dtype, "type": plan.options.type, **plan.options.extra, **options}
+    allowed = {"allow_mismatch": plan.options.allow_mismatch, "allow_requantize": plan.options.allow_requantize}
+    asked = {**plan.options.given(), **allowed, **options}
     found = {
         "tool": f"gemma2tool {__version__}, numpy {np.__version__}, kernels {_kernels()}",
         "format": plan.output.format,
@@ -74,7 +76,9 @@ def _identity(path: Path) -> str:
 
 
 def _shown(value: object) -> str:
-    """An option as a person wrote it, about."""
+    """An option about as a person wrote it."""
+    if isinstance(value, Adapter):
+        return f"{value.path}={value.scale:g}"
     if isinstance(value, Mapping):
         return ",".join(f"{key}={_shown(each)}" for key, each in value.items())
     if isinstance(value, (list, tuple, set, frozenset)):

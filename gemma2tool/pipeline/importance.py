@@ -7,9 +7,12 @@ text is cut into chunks of a fixed number of tokens, each with bos in place of i
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
 from gemma2tool.containers import gguf
 from gemma2tool.containers.gguf import GGUFValue
@@ -17,14 +20,61 @@ from gemma2tool.errors import UsageError
 from gemma2tool.formats.gguf.table import TABLE
 from gemma2tool.formats.mapping.transforms import entries
 from gemma2tool.model.checkpoint import Checkpoint
-from gemma2tool.pipeline.prompt import rows_of
+from gemma2tool.model.progress import Progress, progress_or_null
+from gemma2tool.pipeline.prompt import Tokenizer, rows_of
+from gemma2tool.storage.paths import refuse_same
 from gemma2tool.storage.staging.staged_output import Staging
+from gemma2tool.storage.text import read_text
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 BATCH = 4
 F32 = 0
 
+Sums = dict[str, tuple[NDArray[np.float32], int]]
 
-def chunks_of(ids: list[int], size: int, bos: int | None, limit: int | None) -> np.ndarray:
+
+@dataclass(frozen=True)
+class ImatrixResult:
+    """What was collected: ``matrices`` of the model, over ``chunks`` of ``chunk_size`` tokens."""
+
+    out: Path
+    matrices: int
+    chunks: int
+    chunk_size: int
+
+    def to_json(self) -> dict[str, object]:
+        """The result as ``--json`` prints it."""
+        tokens = self.chunks * self.chunk_size
+        return {"out": str(self.out), "matrices": self.matrices, "chunks": self.chunks, "tokens": tokens}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImatrixOptions:
+    """How a text is run: whole chunks of ``chunk_size`` tokens, at most ``max_chunks`` of them."""
+
+    chunk_size: int = 512
+    max_chunks: int | None = None
+    force: bool = False
+    threads: int = 1
+
+
+def collect_imatrix(
+    checkpoint: Checkpoint, text: Path, out: Path, options: ImatrixOptions, progress: Progress | None = None
+) -> ImatrixResult:
+    """Run the text through the model and write the importance matrix to ``out``."""
+    words = read_text(text, what="text")
+    refuse_same((*checkpoint.files, text), out)
+    ids = Tokenizer(checkpoint).encode(words)
+    chunks = chunks_of(ids, options.chunk_size, checkpoint.config.bos_token_id, options.max_chunks)
+    with progress_or_null(progress, chunks.size, "tokens", unit="tokens") as bar:
+        sums = collect(checkpoint, chunks, threads=options.threads, advance=bar.advance)
+    write(out, checkpoint, sums, dataset=str(text), chunks=chunks, force=options.force)
+    return ImatrixResult(out, len(sums), len(chunks), options.chunk_size)
+
+
+def chunks_of(ids: list[int], size: int, bos: int | None, limit: int | None) -> NDArray[np.int64]:
     """Whole chunks (N, size) of ``ids``, bos first in each; ``UsageError`` where the text is shorter than one."""
     chunks = rows_of(ids, size, bos)[:limit]
     if not len(chunks):
@@ -38,24 +88,24 @@ def chunks_of(ids: list[int], size: int, bos: int | None, limit: int | None) -> 
 
 def collect(
     checkpoint: Checkpoint,
-    chunks: np.ndarray,
+    chunks: NDArray[np.int64],
     *,
     threads: int,
-    advance: Callable[[int, str], None] = lambda n, name: None,
-) -> dict[str, tuple[np.ndarray, int]]:
+    advance: Callable[[int, str], None] = lambda count, name: None,
+) -> Sums:
     """By canonical name of every matrix in the layers: the sums of squares (in,) in float32, and the number of positions."""
     from gemma2tool.reference.streaming import StreamedForward, use_threads
 
-    sums: dict[str, np.ndarray] = {}
+    sums: dict[str, NDArray[np.float64]] = {}
 
-    def note(name: str, x) -> None:
-        squares = x.double().square().sum(dim=(0, 1)).cpu().numpy()
+    def add_squares(name: str, inputs: Tensor) -> None:
+        squares = inputs.double().square().sum(dim=(0, 1)).cpu().numpy()
         sums[name] = squares if name not in sums else sums[name] + squares
 
     with use_threads(threads):
         for first in range(0, len(chunks), BATCH):
             batch = chunks[first : first + BATCH]
-            StreamedForward(checkpoint, batch, on_input=note).last_hidden_state()
+            StreamedForward(checkpoint, batch, on_input=add_squares).last_hidden_state()
             advance(batch.size, f"chunk {first + len(batch)} of {len(chunks)}")
     return {name: (values.astype(np.float32), chunks.size) for name, values in sums.items() if ".layers." in name}
 
@@ -63,15 +113,15 @@ def collect(
 def write(
     path: Path,
     checkpoint: Checkpoint,
-    sums: dict[str, tuple[np.ndarray, int]],
+    sums: Sums,
     *,
     dataset: str,
-    chunks: np.ndarray,
+    chunks: NDArray[np.int64],
     force: bool,
 ) -> None:
     """The GGUF file that llama-imatrix writes: ``NAME.in_sum2`` and ``NAME.counts`` by GGUF's names."""
     disk = {entry.canonical[0]: entry.disk for entry in entries(TABLE, checkpoint.config)}
-    arrays: list[tuple[str, np.ndarray]] = []
+    arrays: list[tuple[str, NDArray[np.float32]]] = []
     for name, (values, count) in sorted(sums.items(), key=lambda item: disk[item[0]]):
         arrays.append((f"{disk[name]}.in_sum2", values))
         arrays.append((f"{disk[name]}.counts", np.array([count], np.float32)))

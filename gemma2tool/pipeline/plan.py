@@ -1,33 +1,46 @@
 """Everything that will happen, computed from headers before anything is written.
 
 The plan is what ``--dry-run`` prints and what a run carries out: the source's tensors, how each is encoded, the exact size of every
-file, what the target cannot hold, and what will be checked.
+file, what the target cannot hold, and what a calibration will cost.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gemma2tool.errors import UsageError
 from gemma2tool.formats import registry
-from gemma2tool.formats.base import Output, WriteOptions
+from gemma2tool.formats.base import Output
+from gemma2tool.formats.options import WriteOptions
 from gemma2tool.model.checkpoint import Checkpoint
-from gemma2tool.model.lazy import SharedRows
-from gemma2tool.pipeline.calibration.output import calibrated, calibration_of
+from gemma2tool.pipeline.calibration.output import calibrated, settings_of
 from gemma2tool.storage.paths import refuse_same
 
 if TYPE_CHECKING:
     from gemma2tool.pipeline.calibration.cost import Cost
+
+_PLAIN_TYPES = frozenset({"f32", "f16", "bf16", "f64"})
+
+
+@dataclass(frozen=True)
+class TensorPlan:
+    """One tensor of an output: its name there, its shape and stored type at the source, its type and size in the output."""
+
+    name: str
+    shape: tuple[int, ...]
+    source_type: str
+    type: str
+    nbytes: int
 
 
 @dataclass(frozen=True)
 class Plan:
     """A checked request: ``source`` is open, ``output`` is laid out, the destination is not one of the source's files.
 
-    ``cost``: of the calibration that will happen while it is written, if any will.
+    ``cost``: of the calibration that happens while it is written, if any.
     """
 
     source: Checkpoint
@@ -37,65 +50,111 @@ class Plan:
     cost: Cost | None = None
 
     @property
-    def source_bytes(self) -> int:
-        """Bytes that will be read, each source row once."""
-        return sum(item.source.nbytes for item in self.output.tensors)
+    def tensors(self) -> list[TensorPlan]:
+        """The tensors of the output, in its order."""
+        return [
+            TensorPlan(
+                item.name,
+                tuple(item.source.shape),
+                item.source.stored,
+                item.encoder.name,
+                sum(place.nbytes for place in item.parts.values()),
+            )
+            for item in self.output.tensors
+        ]
 
     def types(self) -> list[tuple[str, int, int]]:
         """(stored type, tensors, bytes) of the output, largest first."""
         count: dict[str, int] = defaultdict(int)
         size: dict[str, int] = defaultdict(int)
-        for item in self.output.tensors:
-            count[item.encoder.name] += 1
-            size[item.encoder.name] += sum(place.nbytes for place in item.parts.values())
+        for tensor in self.tensors:
+            count[tensor.type] += 1
+            size[tensor.type] += tensor.nbytes
         return sorted(((name, count[name], size[name]) for name in count), key=lambda row: (-row[2], row[0]))
+
+    def summary(self) -> PlanSummary:
+        """The plan without anything that is open."""
+        return PlanSummary(
+            source=self.source.path,
+            source_format=self.source.format,
+            destination=self.destination,
+            format=self.output.format,
+            nbytes=self.output.nbytes,
+            files=tuple((file.name, file.size) for file in self.output.files),
+            assets=tuple((name, len(data)) for name, data in sorted(self.output.assets.items())),
+            tensors=tuple(self.tensors),
+            types=tuple(self.types()),
+            losses=tuple(self.output.losses),
+            warnings=(*self.source.warnings, *self.source.config.warnings, *self.output.warnings),
+            cost=self.cost,
+        )
+
+
+@dataclass(frozen=True)
+class PlanSummary:
+    """What would be written, for people and for scripts.
+
+    ``nbytes``: exact size of all files. ``files``, ``assets``: (name, bytes). ``types``: (stored type, tensors, bytes), largest
+    first. ``losses``: (canonical name, largest absolute loss) of tensors that the target's convention rounds.
+    """
+
+    source: Path
+    source_format: str
+    destination: Path
+    format: str
+    nbytes: int
+    files: tuple[tuple[str, int], ...]
+    assets: tuple[tuple[str, int], ...]
+    tensors: tuple[TensorPlan, ...]
+    types: tuple[tuple[str, int, int], ...]
+    losses: tuple[tuple[str, float], ...]
+    warnings: tuple[str, ...]
+    cost: Cost | None
 
     def to_json(self) -> dict[str, object]:
         """The plan as ``--dry-run --json`` prints it."""
         return {
-            "source": {"path": str(self.source.path), "format": self.source.format},
-            "destination": {"path": str(self.destination), "format": self.output.format},
-            "bytes": self.output.nbytes,
-            "files": [{"name": file.name, "bytes": file.size} for file in self.output.files],
-            "assets": {name: len(data) for name, data in sorted(self.output.assets.items())},
+            "source": {"path": str(self.source), "format": self.source_format},
+            "destination": {"path": str(self.destination), "format": self.format},
+            "bytes": self.nbytes,
+            "files": [{"name": name, "bytes": size} for name, size in self.files],
+            "assets": dict(self.assets),
             "tensors": [
                 {
-                    "name": item.name,
-                    "shape": list(item.source.shape),
-                    "from": item.source.stored,
-                    "type": item.encoder.name,
-                    "bytes": sum(place.nbytes for place in item.parts.values()),
+                    "name": tensor.name,
+                    "shape": list(tensor.shape),
+                    "from": tensor.source_type,
+                    "type": tensor.type,
+                    "bytes": tensor.nbytes,
                 }
-                for item in self.output.tensors
+                for tensor in self.tensors
             ],
-            "losses": [{"tensor": name, "max_abs": loss} for name, loss in self.output.losses],
-            "warnings": [*self.source.warnings, *self.source.config.warnings, *self.output.warnings],
+            "losses": [{"tensor": name, "max_abs": loss} for name, loss in self.losses],
+            "warnings": list(self.warnings),
             **({} if self.cost is None else {"calibration": self.cost.to_json()}),
         }
-
-
-def shared(source: Checkpoint) -> Checkpoint:
-    """``source`` with tensors that several outputs can go through in one pass."""
-    return replace(source, tensors={name: SharedRows(tensor) for name, tensor in source.tensors.items()}, closers=[])
 
 
 def make_plan(
     source: Checkpoint, destination: Path, *, to: str | None, options: WriteOptions, threads: int = 1
 ) -> Plan:
-    """Lay out ``source`` for ``destination``; refuses a destination that is, under any name, one of the source's own files.
+    """Lay out ``source`` for ``destination``. ``threads``: what a calibration may use.
 
-    ``threads``: what a calibration may use.
+    Raises ``UsageError`` for a destination that is, under any name, one of the source's own files, for options that the target
+    would ignore, and for a quantized source that may not be quantized again.
     """
-    name = registry.for_destination(destination, to, options.type)
+    format_name = registry.for_destination(destination, to, options.type)
+    options.check_target(format_name)
     refuse_same((source.path, *source.files), destination)
-    if options.type not in (None, "copy") and source.is_quantized and not options.extra.get("allow_requantize"):
-        stored = sorted({tensor.stored for tensor in source.tensors.values()} - {"f32", "f16", "bf16", "f64"})
+    if options.type not in (None, "copy") and source.is_quantized and not options.allow_requantize:
+        stored = sorted({tensor.stored for tensor in source.tensors.values()} - _PLAIN_TYPES)
         raise UsageError(
             "quantize.requantize",
-            f"{source.path}: is quantized already ({', '.join(stored)})",
-            hint="quantize the original, or lose more with --allow-requantize",
+            f"{source.path}: is already quantized ({', '.join(stored)})",
+            hint="quantize the original, or compound the loss with --allow-requantize",
         )
-    output, cost = registry.by_name(name).layout(source, options), None
-    if (calibration := calibration_of(options.extra, source)) is not None:
-        output, cost = calibrated(output, source, calibration, threads=threads)
+    output, cost = registry.by_name(format_name).layout(source, options), None
+    if options.calibration.is_asked:
+        settings = settings_of(options.calibration, source)
+        output, cost = calibrated(output, source, settings, threads=threads)
     return Plan(source, destination, output, options, cost)

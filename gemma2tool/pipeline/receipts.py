@@ -7,13 +7,13 @@ the new one comes after the new output. Whoever is killed in between leaves an o
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from gemma2tool.errors import ToolError, UsageError
-from gemma2tool.formats.base import WriteOptions
+from gemma2tool.formats.options import Adapter, WriteOptions
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.pipeline.plan import Plan
 from gemma2tool.receipt import document as receipt
@@ -23,9 +23,6 @@ from gemma2tool.storage.staging import place as staging_place
 from gemma2tool.storage.staging.staged_output import Staging
 from gemma2tool.storage.syscalls import told
 from gemma2tool.verify.result import Verification
-
-_OWN = ("allow_mismatch", "allow_requantize", "single_file")
-"""Options that say what may be done, not what was."""
 
 
 def check_place(destination: Path) -> None:
@@ -70,32 +67,38 @@ def make(
 
 def options(asked: WriteOptions) -> dict[str, Any]:
     """What was asked for beyond the defaults; files (an importance matrix, an adapter) by their names and SHA-256."""
-    given = {"dtype": asked.dtype, "type": asked.type, "max_shard_size": asked.max_shard_size, **asked.extra}
-    default = {"max_shard_size": WriteOptions.max_shard_size}
-    wanted = {
-        name: value
-        for name, value in sorted(given.items())
-        if value not in (None, False, [], (), {}, default.get(name)) and name not in _OWN
-    }
-    return {
-        name: [_adapter(text) for text in value] if name == "lora" else _plain(value) for name, value in wanted.items()
-    }
+    return {name: _plain(value) for name, value in sorted(asked.given().items())}
 
 
 def _plain(value: Any) -> Any:
+    if isinstance(value, Adapter):
+        return _adapter(value)
     if isinstance(value, Path):
         return {"file": value.name, **({"sha256": digest_file(value, value.name).sha256} if value.is_file() else {})}
     if isinstance(value, (list, tuple)):
-        return [_plain(each) for each in value]
+        return [_plain(entry) for entry in value]
     return value if isinstance(value, (str, int, float, bool)) else type(value).__name__
 
 
-def _adapter(text: str) -> dict[str, Any]:
-    """A ``DIR`` or ``DIR=SCALE`` of --lora, without where it lies."""
-    folder, _, scale = (text, "", "1") if Path(text).exists() else text.rpartition("=")
-    names = [name for name in names_in(Path(folder)) if name.startswith("adapter_")] if Path(folder).is_dir() else []
-    files = digest_files(Path(folder), names)
-    return {"folder": Path(folder).name, "scale": float(scale), "files": [file.to_json() for file in files]}
+def _adapter(adapter: Adapter) -> dict[str, Any]:
+    """An adapter without where it lies."""
+    names = []
+    if adapter.path.is_dir():
+        names = [name for name in names_in(adapter.path) if name.startswith("adapter_")]
+    files = digest_files(adapter.path, names)
+    return {"folder": adapter.path.name, "scale": adapter.scale, "files": [file.to_json() for file in files]}
+
+
+def outputs_with_receipts(files: Iterable[Path]) -> list[Path]:
+    """The checkpoints that ``files`` are, belong to, or are receipts of; each once, only those that have a receipt."""
+    outputs: dict[Path, None] = {}
+    for path in files:
+        if path.name.endswith(receipt.SUFFIX):
+            outputs[path.with_name(path.name.removesuffix(receipt.SUFFIX))] = None
+        else:
+            places = [path, *path.parents][:-1]  # not the current folder itself
+            outputs.update((place, None) for place in places if receipt_path(place).exists())
+    return list(outputs)
 
 
 @contextmanager

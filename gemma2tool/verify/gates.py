@@ -48,6 +48,11 @@ class Gates:
         return dataclasses.replace(self, **given)
 
 
+def gate_names() -> list[str]:
+    """The names of the limits, as the command line spells them."""
+    return sorted(field.name.replace("_", "-") for field in dataclasses.fields(Gates))
+
+
 def parse_gates(pairs: Iterable[str]) -> dict[str, float]:
     """Limits from the command line's ``name=value`` pairs. Raises ``UsageError`` naming the pair."""
     limits: dict[str, float] = {}

@@ -18,11 +18,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from gemma2tool.cli.terminal import Console
 from gemma2tool.formats import registry
 from gemma2tool.formats.base import WriteOptions
 from gemma2tool.pipeline.plan import make_plan
-from gemma2tool.pipeline.run import Checks, run
+from gemma2tool.pipeline.requests import RunOptions
+from gemma2tool.pipeline.run import ResolvedChecks, run
 from gemma2tool.receipt.document import read, receipt_path
 from tests.support.flipping import flips, found, with_receipt, with_source
 
@@ -50,12 +50,9 @@ def main() -> None:
                 source,
                 path,
                 to="gemma-pytorch" if name == "ckpt" else None,
-                options=WriteOptions(dtype=dtype, name=path.name, extra={"single_file": path.suffix == ".gguf"}),
+                options=WriteOptions(dtype=dtype, name=path.name, single_file=path.suffix == ".gguf"),
             )
-            quiet = Console(quiet=True)
-            [result] = run(
-                [plan], Checks(), force=False, threads=2, memory=1 << 28, allow_nonfinite=False, console=quiet
-            )
+            [result] = run([plan], ResolvedChecks(), RunOptions(threads=2))
             assert result.written, result.verification.failures
             receipt = read(receipt_path(path))
             ways = {

@@ -23,10 +23,10 @@ from typer.testing import CliRunner
 from gemma2tool.cli.main import app
 from gemma2tool.errors import ToolError
 from gemma2tool.formats import packings, registry
-from gemma2tool.formats.base import WriteOptions
-from gemma2tool.pipeline.save import save
+from gemma2tool.pipeline.conversion import save
 from gemma2tool.quantizers.mixtures import FILE_TYPES
 from gemma2tool.verify.run import verify
+from tests.support.options import write_options
 from tests.support.planted.trials import Outcome, pairs, singles, sources, trial
 
 SOURCES = ("fixture", "fixture-f16", "small-bf16", "small-f32", "small-f16", "deep")
@@ -92,7 +92,7 @@ def honest(folder: Path) -> int:
                     if options.get("type", "").startswith(("iq1", "iq2", "iq3_x", "q2_k_s"))
                     else {}
                 )
-                save(truth, path, WriteOptions(**options, extra=steered), to=format)
+                save(truth, path, write_options(**options, **steered), to=format)
             except ToolError as refused:
                 print(f"  {label}: cannot be written so ({refused.id})")
                 continue

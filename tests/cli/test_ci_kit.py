@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from gemma2tool import api
 from gemma2tool.cli import precommit
 from gemma2tool.cli.main import app
 from tests.support.paths import ROOT
@@ -112,7 +113,7 @@ def test_the_hook_verifies_what_has_a_receipt(tmp_path: Path, fixture_dir: Path,
         assert app([*arguments, "-q"], standalone_mode=False) in (0, None)
     Path("notes.txt").write_text("nothing of ours")
     changed = ["notes.txt", "weights/hf/model.safetensors", "weights/hf/config.json", "b.gguf.receipt.json"]
-    assert precommit.outputs(changed) == [Path("weights/hf"), Path("b.gguf")]
+    assert api.outputs_with_receipts(map(Path, changed)) == [Path("weights/hf"), Path("b.gguf")]
     assert precommit.main(["notes.txt"]) == 0
     capfd.readouterr()
     assert precommit.main(changed) == 0

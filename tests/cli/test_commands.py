@@ -176,10 +176,10 @@ def test_split_output_is_a_folder_of_shards(place: Path) -> None:
 
 
 def test_losses_are_named_by_kind_and_layer(place: Path) -> None:
-    from gemma2tool.cli.produce import loss_lines
+    from gemma2tool.pipeline.remarks import rounding_lines
 
     names = [f"model.layers.{i}.input_layernorm.weight" for i in (0, 1, 2, 5)]
-    lines = loss_lines([*((name, 1e-8) for name in names), ("model.norm.weight", 2e-8)])
+    lines = rounding_lines([*((name, 1e-8) for name in names), ("model.norm.weight", 2e-8)])
     assert lines == [
         "model.layers.{0-2,5}.input_layernorm.weight loses up to 1e-08",
         "model.norm.weight loses up to 2e-08",

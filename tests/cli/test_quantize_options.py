@@ -5,18 +5,25 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-import typing
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 import pytest
+import typer
 
-from gemma2tool.cli.quantize import quantize
+from gemma2tool.cli.main import app
 from gemma2tool.errors import UsageError
 from gemma2tool.formats import packings, registry
+from gemma2tool.formats.options import (
+    GROUP_SIZES,
+    Calibration,
+    GGUFOptions,
+    PackingOptions,
+    SplitOptions,
+    option_fields,
+)
 from gemma2tool.formats.packings import Settings
-from gemma2tool.formats.packings.settings import GROUP_SIZES
 from gemma2tool.model.lazy import ArrayTensor
 from tests.cli.test_commands import assert_refused, run
 from tests.support.checkpoints import SMALL, random_checkpoint, write_checkpoint
@@ -104,7 +111,9 @@ def test_both_conventions_hold_the_same_values() -> None:
 @pytest.mark.parametrize("kind", [name for name in packings.TYPES if name not in GROUP_SIZES])
 def test_types_without_groups_say_so(source: Path, tmp_path: Path, kind: str) -> None:
     assert_refused(
-        run("quantize", source, tmp_path / "out", "--type", kind, "--group-size", 64), 2, f"{kind} has no group size"
+        run("quantize", source, tmp_path / "out", "--type", kind, "--group-size", 64),
+        2,
+        f"--group-size has no effect for {kind}",
     )
     assert not (tmp_path / "out").exists()
 
@@ -117,13 +126,13 @@ def test_types_without_groups_say_so(source: Path, tmp_path: Path, kind: str) ->
         (("--type", "gptq-4", "--gptq-format", "gptq_v3"), "gptq_v3"),
         (("--type", "awq-4", "--gptq-format", "gptq_v2"), "--gptq-format"),
         (("--type", "nf4", "--asym"), "--asym"),
-        (("--type", "w4a16", "--double-quant"), "double quantization"),
+        (("--type", "w4a16", "--double-quant"), "--double-quant has no effect for w4a16"),
         (("--type", "nf4", "--skip", "layers.7"), "layers.7"),
         (("--type", "nf4", "--only", "mlp.*gate", "--only", "experts"), "experts"),
         (("--type", "nf4", "--skip", "("), "put a backslash"),
         (("--type", "nf4", "--skip", ""), "--skip '' matches every tensor"),
         (("--type", "nf4", "--only", "mlp", "--only", ""), "--only '' matches every tensor"),
-        (("--type", "nf4", "--gptq-format", "gptq"), "--gptq-format means nothing for nf4"),
+        (("--type", "nf4", "--gptq-format", "gptq"), "--gptq-format has no effect for nf4"),
         (("--type", "nf4", "--gptq-format", "gptq"), "it is for gptq-4 and gptq-8"),
         (("--type", "nf4", "--only", "embed_tokens"), "nothing would be quantized"),
         (("--type", "nf4", "--skip", "proj"), "nothing would be quantized"),
@@ -144,15 +153,15 @@ def test_what_is_refused(source: Path, tmp_path: Path, words: tuple, said: str) 
         (("--sym",), "gptq-4 and gptq-8"),
         (("--gptq-format", "gptq"), "gptq-4 and gptq-8"),
         (("--double-quant",), "nf4 and fp4"),
-        (("--skip", "mlp"), "all types"),
-        (("--only", "mlp"), "all types"),
+        (("--skip", "mlp"), "quantized folders"),
+        (("--only", "mlp"), "quantized folders"),
     ],
 )
 def test_gguf_has_options_of_its_own(source: Path, tmp_path: Path, words: tuple, types: str) -> None:
     """The hint names the types that take the option, and they do take it."""
     result = run("quantize", source, tmp_path / "x.gguf", "--type", "q8_0", *words)
-    assert_refused(result, 2, "means nothing for gguf", f"it is for {types} of quantized folders")
-    if types != "all types":
+    assert_refused(result, 2, "has no effect for gguf", f"it is for {types}")
+    if types != "quantized folders":
         for kind in types.replace(" and ", ", ").split(", "):
             assert (
                 run("quantize", source, tmp_path / "out", "--type", kind, *words, "--dry-run", "--quiet").exit_code == 0
@@ -167,15 +176,20 @@ def test_a_pattern_for_tensors_of_a_gguf_that_is_none(source: Path, tmp_path: Pa
 
 
 def test_help_names_the_types_that_take_an_option() -> None:
-    from gemma2tool.cli.calibration import CalibrationOptions
-    from gemma2tool.pipeline.calibration import output as calibrate
-
-    told = typing.get_type_hints(CalibrationOptions, include_extras=True)["calibration"].__metadata__[0].help
-    assert all(re.search(rf"(?<![\w-]){kind}(?![\w-])", told) for kind in calibrate.TYPES)
-    told = typing.get_type_hints(quantize, include_extras=True)["group_size"].__metadata__[0].help
-    assert all(kind in told for kind in GROUP_SIZES if kind.startswith("w"))
+    """Each option's help begins with the types that take it, and those are the ones that the command accepts."""
+    help_texts = {
+        param.opts[0]: param.help
+        for param in typer.main.get_command(app).commands["quantize"].params
+        if param.param_type_name == "option"
+    }
+    for group in (GGUFOptions, PackingOptions, Calibration, SplitOptions):
+        for _, info in option_fields(group):
+            help_text = help_texts[info.flag.split("/")[0]]
+            assert help_text == info.full_help
+            assert all(re.search(rf"(?<![\w-]){kind}(?![\w-])", help_text) for kind in info.types)
     whole = {kind for kind, sizes in GROUP_SIZES.items() if -1 in sizes}
-    assert "all but MLX also -1" in told and whole == {kind for kind in GROUP_SIZES if not kind.startswith("mlx-")}
+    assert "all but MLX also -1" in help_texts["--group-size"]
+    assert whole == {kind for kind in GROUP_SIZES if not kind.startswith("mlx-")}
 
 
 @pytest.mark.parametrize("kind", packings.TYPES)

@@ -14,7 +14,7 @@ import pytest
 
 from gemma2tool.formats import lora, registry
 from gemma2tool.model.lazy import FLOAT_DTYPES, ArrayTensor
-from gemma2tool.pipeline.plan import shared
+from gemma2tool.pipeline.conversion import shared
 from gemma2tool.verify.compare.tensors import compare_tensors
 from tests.support.checkpoints import SMALL, random_checkpoint
 from tests.support.formats import assert_ranges_agree, assert_same_tensors, refused, write_as
@@ -347,6 +347,7 @@ def test_command_line(base: Path, tmp_path: Path) -> None:
     from gemma2tool.cli.main import app
     from gemma2tool.cli.options import parse_lora
     from gemma2tool.errors import UsageError
+    from gemma2tool.formats.options import Adapter
 
     adapter = _handmade(tmp_path / "a", {f"{Q}.lora_A.weight": A, f"{Q}.lora_B.weight": B})
     arguments = [
@@ -364,8 +365,8 @@ def test_command_line(base: Path, tmp_path: Path) -> None:
     source = registry.open_checkpoint(base)
     expected = lora.merge(lora.merge(source, adapter), adapter, -0.5)
     assert_same_tensors(expected, registry.open_checkpoint(tmp_path / "out"))
-    assert parse_lora("x/y=0.5") == (Path("x/y"), 0.5) and parse_lora("x") == (Path("x"), 1.0)
-    with pytest.raises(UsageError, match="is no number"):
+    assert parse_lora("x/y=0.5") == Adapter(Path("x/y"), 0.5) and parse_lora("x") == Adapter(Path("x"), 1.0)
+    with pytest.raises(UsageError, match="is not a number"):
         parse_lora("x=y")
 
 

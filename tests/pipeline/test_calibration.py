@@ -15,18 +15,18 @@ from typer.testing import CliRunner
 from gemma2tool.cli.main import app
 from gemma2tool.errors import UsageError
 from gemma2tool.formats import registry
-from gemma2tool.formats.base import WriteOptions
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.lazy import ArrayTensor, to_float32
-from gemma2tool.pipeline.calibration.output import CalibratedMatrix, Calibration, calibrated
+from gemma2tool.pipeline.calibration.output import CalibratedMatrix, CalibrationSettings, calibrated
 from gemma2tool.pipeline.calibration.text import read_sequences
-from gemma2tool.pipeline.save import save
+from gemma2tool.pipeline.conversion import save
 from gemma2tool.pipeline.write import write_output
 from gemma2tool.reference.streaming import StreamedForward
 from gemma2tool.verify.compare.metrics import LogitComparison
 from gemma2tool.verify.run import verify
 from tests.support.calibration import calibration_ids, calibration_text, paired_bootstrap
 from tests.support.checkpoints import SMALL, random_checkpoint
+from tests.support.options import write_options
 
 WINDOWS, SEQUENCES, LENGTH = 25, 16, 256
 
@@ -55,7 +55,7 @@ def true_logits(source: Checkpoint, heldout: np.ndarray) -> np.ndarray:
 
 
 def written(source: Checkpoint, path: Path, kind: str, threads: int = 2, **extra: object) -> Path:
-    save(source, path, WriteOptions(type=kind, extra=extra), threads=threads)
+    save(source, path, write_options(type=kind, **extra), threads=threads)
     return path
 
 
@@ -183,7 +183,7 @@ def test_scales_fold_away_exactly(tmp_path: Path) -> None:
     from gemma2tool.pipeline.calibration import methods
 
     source, ids = small(np.float32), np.load(small_ids(tmp_path))
-    output = registry.by_name("hf").layout(source, WriteOptions(type="awq-4", extra={"group_size": 32}))
+    output = registry.by_name("hf").layout(source, write_options(type="awq-4", group_size=32))
 
     class Unrounded(methods.ByScale):
         def _round(self, layer, *names: str) -> None:
@@ -192,7 +192,7 @@ def test_scales_fold_away_exactly(tmp_path: Path) -> None:
                 folded[f"{layer.prefix}{name}.weight"] = weight.load_rows_f32(0, weight.rows)
 
     folded: dict[str, np.ndarray] = {}
-    calibrated_output, _ = calibrated(output, source, Calibration(ids), threads=1)
+    calibrated_output, _ = calibrated(output, source, CalibrationSettings(ids), threads=1)
     session = next(
         item.source.session for item in calibrated_output.tensors if isinstance(item.source, CalibratedMatrix)
     )
@@ -213,8 +213,8 @@ def test_scales_fold_away_exactly(tmp_path: Path) -> None:
 def test_codes_are_let_go_as_they_are_written(tmp_path: Path) -> None:
     """However many layers there are, no more are held than are being written."""
     source, held = small(layers=6), []
-    output = registry.by_name("hf").layout(source, WriteOptions(type="gptq-4", extra={"group_size": 32}))
-    output, _ = calibrated(output, source, Calibration(np.load(small_ids(tmp_path))), threads=2)
+    output = registry.by_name("hf").layout(source, write_options(type="gptq-4", group_size=32))
+    output, _ = calibrated(output, source, CalibrationSettings(np.load(small_ids(tmp_path))), threads=2)
     session = next(item.source.session for item in output.tensors if isinstance(item.source, CalibratedMatrix))
 
     class Nowhere:

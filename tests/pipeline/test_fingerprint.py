@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from gemma2tool.formats import registry
-from gemma2tool.formats.base import WriteOptions
+from gemma2tool.formats.options import Adapter, WriteOptions
 from gemma2tool.model.lazy import BFLOAT16
 from gemma2tool.pipeline.fingerprint import _feed, fingerprint
 from gemma2tool.pipeline.plan import Plan, make_plan
@@ -40,7 +40,7 @@ def test_the_same_plan(plan: Plan) -> None:
 def test_options_by_their_names(plan: Plan) -> None:
     assert differences(plan, plan, allow_nonfinite=True) == {"allow-nonfinite"}
     for scale in ("1", "0.5"):
-        adapted = replace(plan, options=replace(plan.options, extra={"lora": (f"adapter={scale}",)}))
+        adapted = replace(plan, options=replace(plan.options, adapters=(Adapter(Path("adapter"), float(scale)),)))
         assert differences(plan, adapted) == {"lora"}
         assert fingerprint(adapted, {})["lora"] == f"adapter={scale}"
 

@@ -17,10 +17,10 @@ from typer.testing import CliRunner, Result
 from gemma2tool.cli.main import app
 from gemma2tool.errors import InputRefused, ToolError, UsageError
 from gemma2tool.formats import registry
-from gemma2tool.formats.base import WriteOptions
+from gemma2tool.formats.options import Adapter, WriteOptions
 from gemma2tool.pipeline import receipts
+from gemma2tool.pipeline.conversion import save
 from gemma2tool.pipeline.plan import make_plan
-from gemma2tool.pipeline.save import save
 from gemma2tool.receipt import files as receipt_files
 from gemma2tool.receipt.check import check
 from gemma2tool.receipt.document import MAX_BYTES, read, receipt_path
@@ -32,6 +32,7 @@ from gemma2tool.verify.digest import hash_checkpoint
 from tests.support.checkpoints import random_checkpoint, write_checkpoint
 from tests.support.flipping import Flip, flips, found, with_receipt, with_source
 from tests.support.formats import write_as
+from tests.support.options import write_options
 
 runner = CliRunner()
 BF16 = np.dtype(ml_dtypes.bfloat16)
@@ -131,11 +132,11 @@ def test_options_are_recorded_files_by_their_sum(tmp_path: Path) -> None:
     extra = {
         "imatrix": matrix,
         "pure": False,
-        "tensor_types": [("a", "b")],
+        "tensor_types": (("a", "b"),),
         "allow_mismatch": True,
         "calibration": tmp_path / "gone",
     }
-    asked = WriteOptions(type="q4_0", extra={**extra, "lora": (f"{tmp_path}/adapter=0.5",)})
+    asked = write_options(type="q4_0", adapters=(Adapter(tmp_path / "adapter", 0.5),), **extra)
     config = {"name": "adapter_config.json", "bytes": 2, "sha256": hashlib.sha256(b"{}").hexdigest()}
     assert receipts.options(asked) == {
         "calibration": {"file": "gone"},

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import numpy as np
 
-from gemma2tool.formats.base import WriteOptions
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.config import Gemma2Config
 from gemma2tool.model.lazy import ArrayTensor
 from gemma2tool.model.tensors import expand
-from gemma2tool.pipeline.save import save
+from gemma2tool.pipeline.conversion import save
+from tests.support.options import write_options
 
 SMALL = Gemma2Config(
     vocab_size=160,
@@ -43,6 +43,5 @@ def write_checkpoint(
     checkpoint: Checkpoint, path: Path, *, threads: int = 2, memory: int = 1 << 20, **options: object
 ) -> Path:
     """Write ``checkpoint`` in the format of ``path``'s name through the pipeline's own writer; returns ``path``."""
-    known = {key: options.pop(key) for key in ("dtype", "type", "max_shard_size") if key in options}
-    save(checkpoint, path, WriteOptions(extra=options, **known), threads=threads, memory=memory)
+    save(checkpoint, path, write_options(**options), threads=threads, memory=memory)
     return path

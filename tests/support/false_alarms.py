@@ -17,7 +17,7 @@ from gemma2tool.formats.gemma_cpp import format as sbs
 from gemma2tool.formats.hf import format as hf
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.lazy import ArrayTensor
-from gemma2tool.pipeline.save import save
+from gemma2tool.pipeline.conversion import save
 from gemma2tool.quantizers.mixtures import FILE_TYPES
 from gemma2tool.verify.result import Verification
 from gemma2tool.verify.run import verify

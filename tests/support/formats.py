@@ -11,18 +11,17 @@ import pytest
 
 from gemma2tool.errors import ToolError
 from gemma2tool.formats import registry
-from gemma2tool.formats.base import WriteOptions
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.pipeline.write import write_output
 from gemma2tool.storage.staging.staged_output import Staging
+from tests.support.options import write_options
 
 
 def write_as(
     name: str, checkpoint: Checkpoint, path: Path, *, threads: int = 2, memory: int = 1 << 20, **options: object
 ) -> Path:
     """Write ``checkpoint`` in the format ``name`` through the pipeline's writer; returns ``path``."""
-    known = {key: options.pop(key) for key in ("dtype", "type", "max_shard_size") if key in options}
-    output = registry.by_name(name).layout(checkpoint, WriteOptions(name=path.name, extra=options, **known))
+    output = registry.by_name(name).layout(checkpoint, write_options(name=path.name, **options))
     with Staging(path, expected_bytes=output.nbytes, folder=not output.single_file) as staging:
         sinks = {file.name: staging.file(file.name, file.size) for file in output.files}
         write_output(output, sinks, threads=threads, memory=memory)

@@ -12,6 +12,7 @@ from pathlib import Path
 from gemma2tool.containers import gguf
 from gemma2tool.formats.base import Output, WriteOptions
 from gemma2tool.pipeline.write import write_output
+from tests.support.options import write_options
 
 VALUE_TYPES = [
     "UINT8",
@@ -109,4 +110,4 @@ def differences(got: dict, wanted: dict) -> list[str]:
 def options(
     name: str = "out.gguf", *, dtype: str | None = None, type: str | None = None, **extra: object
 ) -> WriteOptions:
-    return WriteOptions(dtype=dtype, type=type, name=name, extra=extra)
+    return write_options(dtype=dtype, type=type, name=name, **extra)

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from gemma2tool.cli.main import app
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.lazy import ArrayTensor, MappedRows
-from gemma2tool.pipeline.save import save
+from gemma2tool.pipeline.conversion import save
 from gemma2tool.verify.difference import Difference, diff
 from tests.verify.test_run import LAYER, arrays, block_quantized, candidate, change, telling_checkpoint
 

@@ -10,7 +10,7 @@ import pytest
 from gemma2tool.cli.main import app
 from gemma2tool.errors import InputRefused, UsageError
 from gemma2tool.formats import registry
-from gemma2tool.pipeline.evaluate import read_logits
+from gemma2tool.pipeline.inputs import read_logits
 from gemma2tool.verify.engine import judge_logits
 
 torch = pytest.importorskip("torch")

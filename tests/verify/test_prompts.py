@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from gemma2tool.cli.main import app
 from gemma2tool.errors import InputRefused, UsageError
 from gemma2tool.model.checkpoint import Assets, Checkpoint
-from gemma2tool.pipeline.save import save
+from gemma2tool.pipeline.conversion import save
 from gemma2tool.verify.prompts import BUILT_IN, BUILT_IN_TOKENS, built_in_prompt, prompt_for, text_prompts
 from gemma2tool.verify.run import verify
 from tests.support.checkpoints import SMALL

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -106,7 +106,7 @@ class GemmaCpp:
         if options.type not in (None, *TYPES):
             raise UsageError("format.type", f"the gemma-cpp format cannot hold {options.type}", hint="choose sfp")
         warnings = sbs_config.warnings(config, options)
-        plain = WriteOptions(options.dtype, None, options.max_shard_size, options.name, options.extra)
+        plain = replace(options, type=None)
         planned = plan_floats(TABLE, checkpoint, plain, self.name)
         encoders, records, types = {}, [], set()
         for item in planned:

@@ -114,13 +114,13 @@ class GGUF:
         return {} if self.name in source.metadata else kept(TABLE, source.tensors, source.config)
 
     def layout(self, checkpoint: Checkpoint, options: WriteOptions) -> Output:
-        """See the module's docstring. ``options.extra``: what ``gguf_quantize.EXTRA`` lists, and ``allow_mismatch`` to write a file
-        that llama.cpp will run as another model than the source (``gguf.cannot-say`` otherwise)."""
-        request = Request.of(options.extra)
+        """See the module's docstring. ``options.allow_mismatch`` writes a file that llama.cpp will run as another
+        model than the source (``gguf.cannot-say`` otherwise)."""
+        request = Request.of(options)
         warnings: list[str] = []
         source = checkpoint.metadata.get(self.name)
         if source is None:
-            _refuse_unsayable(checkpoint, bool(options.extra.get("allow_mismatch")), warnings)
+            _refuse_unsayable(checkpoint, options.allow_mismatch, warnings)
             planned, kv = self._from_canonical(checkpoint, options, request, warnings)
             lost = losses(TABLE, checkpoint.tensors, checkpoint.config)
         else:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -16,6 +14,7 @@ from gemma2tool.formats.gguf.key_values import KeyValue, u32
 from gemma2tool.formats.gguf.output import Planned, Split, clipped, parse_override
 from gemma2tool.formats.gguf.table import kind_and_layer
 from gemma2tool.formats.gguf.tensors import FLOATS, GGUFTensor, StoredBlocks
+from gemma2tool.formats.options import WriteOptions
 from gemma2tool.model.config import Gemma2Config
 from gemma2tool.model.lazy import DTYPE_NAMES, LazyTensor
 from gemma2tool.quantizers.gguf_encoders import Copied, block_elements
@@ -25,21 +24,6 @@ from gemma2tool.quantizers.mixtures import FLOATS as FLOAT_FILES
 
 Named = tuple[str, tuple[str, ...], LazyTensor]
 """A tensor as GGUF holds it: its GGUF name, the canonical names, the tensor."""
-
-EXTRA = (
-    "imatrix",
-    "include_weights",
-    "exclude_weights",
-    "pure",
-    "token_embedding_type",
-    "output_tensor_type",
-    "tensor_types",
-    "allow_requantize",
-    "override_kv",
-    "split_max_size",
-    "split_max_tensors",
-)
-"""Options of ``WriteOptions.extra`` that are read here."""
 
 
 @dataclass(frozen=True)
@@ -53,29 +37,27 @@ class Request:
     split: Split = field(default_factory=Split)
 
     @classmethod
-    def of(cls, extra: Mapping[str, Any]) -> Request:
-        """From ``WriteOptions.extra``: ``imatrix`` a path; ``tensor_types`` pairs of pattern and type; ``override_kv`` texts
-        KEY=TYPE:VALUE; ``include_weights`` and ``exclude_weights`` texts; sizes in bytes. Types in any case."""
-        imatrix = None
-        if extra.get("imatrix"):
-            imatrix = read_imatrix(Path(extra["imatrix"]))
-            imatrix = imatrix.only(tuple(extra.get("include_weights") or ()), tuple(extra.get("exclude_weights") or ()))
-        elif extra.get("include_weights") or extra.get("exclude_weights"):
+    def of(cls, options: WriteOptions) -> Request:
+        """From what a user asked for. Types in any case."""
+        gguf, imatrix = options.gguf, None
+        if gguf.imatrix is not None:
+            imatrix = read_imatrix(gguf.imatrix).only(gguf.include_weights, gguf.exclude_weights)
+        elif gguf.include_weights or gguf.exclude_weights:
             raise UsageError(
                 "imatrix.none",
                 "--include-weights and --exclude-weights choose from an importance matrix",
                 hint="pass one with --imatrix",
             )
         overrides = Overrides(
-            pure=bool(extra.get("pure")),
-            token_embedding=_type_name(extra.get("token_embedding_type")),
-            output=_type_name(extra.get("output_tensor_type")),
+            pure=gguf.pure,
+            token_embedding=_type_name(gguf.token_embedding_type),
+            output=_type_name(gguf.output_tensor_type),
             # llama-quantize searches tensor names, which are lower case, for the pattern in lower case.
-            patterns=tuple((pattern.lower(), type.upper()) for pattern, type in extra.get("tensor_types") or ()),
+            patterns=tuple((pattern.lower(), type_name.upper()) for pattern, type_name in gguf.tensor_types),
         )
-        split = Split(int(extra.get("split_max_tensors") or 0), int(extra.get("split_max_size") or 0))
-        keys = tuple(parse_override(text) for text in extra.get("override_kv") or ())
-        return cls(imatrix, overrides, bool(extra.get("allow_requantize")), keys, split)
+        split = Split(options.split.split_max_tensors or 0, options.split.split_max_size or 0)
+        keys = tuple(parse_override(text) for text in gguf.override_kv)
+        return cls(imatrix, overrides, options.allow_requantize, keys, split)
 
     def imatrix_keys(self) -> list[KeyValue]:
         """The keys that say which importance matrix was used."""

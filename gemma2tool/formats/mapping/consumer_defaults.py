@@ -35,7 +35,7 @@ def refuse_or_warn(
         FULL if layer % 2 else SLIDING for layer in range(config.num_hidden_layers)
     ):
         found.append(f"layer_types do not alternate; {consumer} would let every even layer slide, odd layers not")
-    if found and not options.extra.get("allow_mismatch"):
+    if found and not options.allow_mismatch:
         raise InputRefused(
             "format.mismatch", found[0], hint="choose another format, or write it all the same with --allow-mismatch"
         )

@@ -5,35 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 
 from gemma2tool.errors import UsageError
+from gemma2tool.formats.options import GROUP_SIZES, WHOLE_ROW, PackingOptions, refuse_ignored
 from gemma2tool.model.tensors import TensorSpec
 from gemma2tool.quantizers.gptq import CHECKPOINT_FORMATS
 from gemma2tool.quantizers.mixtures import REGEX_HINT
 from gemma2tool.storage.quoting import quoted
-
-WHOLE_ROW = -1
-_COLUMNS = (32, 64, 128)
-_COLUMNS_OR_ROW = (*_COLUMNS, WHOLE_ROW)
-
-GROUP_SIZES: Mapping[str, tuple[int, ...]] = MappingProxyType(
-    {
-        **dict.fromkeys(("gptq-4", "gptq-8", "awq-4", "w4a16", "w4a16-asym", "w8a16"), _COLUMNS_OR_ROW),
-        **dict.fromkeys(("mlx-4", "mlx-8"), _COLUMNS),
-    }
-)
-"""The group sizes that each type's consumers have kernels for; types that are not listed have no groups to choose."""
-
-TYPES_WITH: Mapping[str, tuple[str, ...]] = MappingProxyType(
-    {
-        "double_quant": ("nf4", "fp4"),
-        "group_size": tuple(sorted(GROUP_SIZES)),
-        "symmetric": ("gptq-4", "gptq-8"),
-        "gptq_format": ("gptq-4", "gptq-8"),
-    }
-)
-"""The types that take an option of ``Settings.of``; the others, ``skip`` and ``only``, are for all."""
 
 TIED_HEAD = "lm_head.weight"
 # Serving engines run these as one matrix, which is quantized whole or not at all.
@@ -65,30 +43,21 @@ class Settings:
     only: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.double_quant and self.type not in TYPES_WITH["double_quant"]:
-            raise UsageError(
-                "quantize.double-quant",
-                f"{self.type} has no double quantization",
-                hint="use nf4 or fp4, or leave it out",
-            )
+        options = PackingOptions(
+            double_quant=self.double_quant,
+            group_size=self.group_size,
+            symmetric=self.symmetric,
+            gptq_format=self.checkpoint_format,
+        )
+        refuse_ignored(options, "hf", self.type)
         allowed = GROUP_SIZES.get(self.type, ())
         if self.group_size is not None and self.group_size not in allowed:
             listed = ", ".join(map(str, allowed)) + (" (-1: a whole row)" if WHOLE_ROW in allowed else "")
             raise UsageError(
                 "quantize.group-size",
-                f"{self.type} has no groups of {self.group_size} columns"
-                if allowed
-                else f"{self.type} has no group size",
-                hint=f"choose one of {listed}" if allowed else f"types with one are {listed_types('group_size')}",
+                f"{self.type} has no groups of {self.group_size} columns",
+                hint=f"choose one of {listed}" if allowed else "leave out --group-size",
             )
-        for option, value, said, hint in (
-            ("symmetric", self.symmetric, "--sym and --asym mean", "they are"),
-            ("gptq_format", self.checkpoint_format, "--gptq-format means", "it is"),
-        ):
-            if value is not None and self.type not in TYPES_WITH[option]:
-                raise UsageError(
-                    "option.ignored", f"{said} nothing for {self.type}", hint=f"{hint} for {listed_types(option)}"
-                )
         if self.checkpoint_format not in (None, *CHECKPOINT_FORMATS):
             raise UsageError(
                 "quantize.gptq-format",
@@ -104,28 +73,22 @@ class Settings:
                 )
 
     @classmethod
-    def of(cls, type_name: str, extra: Mapping[str, object]) -> Settings:
-        """From the options of ``WriteOptions.extra``: group_size, symmetric, gptq_format, act_order, skip, only, double_quant."""
+    def of(cls, type_name: str, options: PackingOptions, *, act_order: bool = False) -> Settings:
+        """From the options that a user gave; ``act_order``: of the calibration."""
         return cls(
             type_name,
-            double_quant=bool(extra.get("double_quant")),
-            group_size=extra.get("group_size"),
-            symmetric=extra.get("symmetric"),
-            checkpoint_format=extra.get("gptq_format"),
-            act_order=bool(extra.get("act_order")),
-            skip=tuple(extra.get("skip") or ()),
-            only=tuple(extra.get("only") or ()),
+            double_quant=options.double_quant,
+            group_size=options.group_size,
+            symmetric=options.symmetric,
+            checkpoint_format=options.gptq_format,
+            act_order=act_order,
+            skip=options.skip,
+            only=options.only,
         )
 
     def groups(self, default: int) -> int:
         """The group size, ``default`` where the user chose none; -1 for a whole row."""
         return default if self.group_size is None else self.group_size
-
-
-def listed_types(option: str) -> str:
-    """The types that take an option of ``TYPES_WITH``, for a hint: "gptq-4 and gptq-8"."""
-    *others, last = TYPES_WITH[option]
-    return f"{', '.join(others)} and {last}"
 
 
 def kept_by_choice(specs: Mapping[str, TensorSpec], settings: Settings) -> set[str]:

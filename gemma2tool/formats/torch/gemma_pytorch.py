@@ -171,7 +171,7 @@ class GemmaPytorch:
         planned = [(item.disk, item.canonical, item.source, item.encoder) for item in floats]
         freqs = ArrayTensor(_freqs_cis(checkpoint.config), stored="c64", origin=BUFFER)
         planned.insert(0, (BUFFER, (), freqs, Float(freqs.dtype)))
-        single = bool(options.extra.get("single_file", True))
+        single = options.single_file
         file = options.name if single else SINGLE
         specs = {name: (encoder.parts(source.shape)[0].dtype, source.shape) for name, _, source, encoder in planned}
         config_json = json.dumps(checkpoint.config.to_hf(), sort_keys=True)

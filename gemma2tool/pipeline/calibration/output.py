@@ -15,9 +15,11 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
 from gemma2tool.errors import UsageError
 from gemma2tool.formats.base import Output, OutputTensor
+from gemma2tool.formats.options import CALIBRATED_TYPES, Calibration
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.lazy import FLOAT32, LazyTensor
 from gemma2tool.quantizers.awq import Awq
@@ -28,45 +30,37 @@ if TYPE_CHECKING:
     from gemma2tool.pipeline.calibration.cost import Cost
     from gemma2tool.pipeline.calibration.layer import Method
 
-TYPES = ("gptq-4", "gptq-8", "w4a16", "w4a16-asym", "awq-4")
 DAMPING = 0.01
 
 
 @dataclass(frozen=True)
-class Calibration:
+class CalibrationSettings:
     """How an output is calibrated: token ids (N, T), each row on its own, and GPTQ's settings (see ``hessian.factors``).
 
     ``hessian_block``: columns of a square of the block-diagonal Hessian, None for the whole.
     """
 
-    ids: np.ndarray
+    ids: NDArray[np.int64]
     damping: float = DAMPING
     act_order: bool = False
     hessian_block: int | None = None
 
 
-def calibration_of(extra: Mapping[str, object], checkpoint: Checkpoint) -> Calibration | None:
-    """What the options of ``WriteOptions.extra`` ask for: calibration (a file), calibration_samples, calibration_length, act_order,
-    damping, hessian_block. None without a file."""
-    path = extra.get("calibration")
-    if path is None:
-        return None
+def settings_of(options: Calibration, checkpoint: Checkpoint) -> CalibrationSettings:
+    """The settings that a user asked for, with the sequences to run."""
     from gemma2tool.pipeline.calibration.text import read_sequences
 
-    ids = read_sequences(
-        path, checkpoint, samples=extra.get("calibration_samples"), length=extra.get("calibration_length")
-    )
-    damping = extra.get("damping")
-    return Calibration(
-        ids,
-        DAMPING if damping is None else damping,
-        bool(extra.get("act_order")),
-        extra.get("hessian_block"),
+    assert options.text is not None
+    return CalibrationSettings(
+        read_sequences(options.text, checkpoint, samples=options.samples, length=options.length),
+        DAMPING if options.damping is None else options.damping,
+        options.act_order,
+        options.hessian_block,
     )
 
 
 def calibrated(
-    output: Output, checkpoint: Checkpoint, calibration: Calibration, *, threads: int
+    output: Output, checkpoint: Checkpoint, calibration: CalibrationSettings, *, threads: int
 ) -> tuple[Output, Cost]:
     """``output`` with the codes of its weights chosen by ``calibration``, and what that will cost.
 
@@ -82,7 +76,7 @@ def calibrated(
         raise UsageError(
             "calibration.type",
             f"there is no calibration for {', '.join(sorted({item.encoder.name for item in items.values()}))}",
-            hint=f"types that can be calibrated: {', '.join(TYPES)}",
+            hint=f"types that can be calibrated: {', '.join(CALIBRATED_TYPES)}",
         )
     block = calibration.hessian_block
     for name, grid in grids.items():
@@ -104,7 +98,7 @@ class Session:
         checkpoint: Checkpoint,
         items: Mapping[str, OutputTensor],
         grids: Mapping[str, Grid],
-        calibration: Calibration,
+        calibration: CalibrationSettings,
         threads: int,
     ) -> None:
         self.checkpoint, self.items, self.grids = checkpoint, items, grids

@@ -8,7 +8,7 @@ import numpy as np
 
 from gemma2tool.errors import UsageError
 from gemma2tool.model.checkpoint import Checkpoint
-from gemma2tool.pipeline.evaluate import read_ids
+from gemma2tool.pipeline.inputs import read_ids
 from gemma2tool.pipeline.prompt import Tokenizer, rows_of
 from gemma2tool.storage.text import read_text
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from gemma2tool.formats import registry
+from gemma2tool.formats.orbax import flax
 from gemma2tool.formats.orbax import output as orbax_output
 from gemma2tool.model.config import SIZES
 from tests.support.checkpoints import SMALL, random_checkpoint
@@ -156,7 +157,7 @@ def test_google_deepmind_gemma_loads_it_and_computes_the_same(
 
     from gemma2tool.reference.streaming import logits
 
-    monkeypatch.setattr("gemma2tool.formats.orbax.flax._shaped_like", lambda *_: like_2b)
+    monkeypatch.setattr(flax, "_shaped_like", lambda *_: like_2b)
     source = random_checkpoint(np.dtype(np.float32), replace(SMALL, query_pre_attn_scalar=scalar))
     folder = (write_as("flax", source, tmp_path / "out") / "ckpt").absolute()
     loaded = params.load_and_format_params(str(folder))
@@ -260,7 +261,7 @@ def test_gating_order_is_told_by_shape(tmp_path: Path, tree: tuple) -> None:
 def test_released_shapes_need_no_config() -> None:
     from gemma2tool.formats.mapping.layout_transforms import size
     from gemma2tool.formats.mapping.transforms import entries
-    from gemma2tool.formats.orbax import flax
+
     from gemma2tool.formats.orbax.zarr_arrays import StoredArray
 
     for name, config in SIZES.items():

@@ -133,7 +133,7 @@ def test_what_is_quantized():
     norm = spec("model.layers.0.input_layernorm.weight", (64,))
     assert packings.encoder_for(norm, Settings("int8"), source) is None
     assert packings.encoder_for(spec(NAME, (64, 64)), Settings("int8"), source).name == "int8"
-    with pytest.raises(UsageError, match="no double quantization"):
+    with pytest.raises(UsageError, match="--double-quant has no effect"):
         Settings("int8", double_quant=True)
     with pytest.raises(UsageError, match="no type 'q4_0'"):
         packings.quantization_config(Settings("q4_0"))

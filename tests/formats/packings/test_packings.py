@@ -124,7 +124,7 @@ def test_each_part_is_needed_and_checked(type_name, change):
 
 @pytest.mark.parametrize("type_name", OTHERS)
 def test_double_quantization_is_refused(type_name):
-    with pytest.raises(UsageError, match="no double quantization"):
+    with pytest.raises(UsageError, match="--double-quant has no effect"):
         Settings(type_name, double_quant=True)
 
 

@@ -14,10 +14,11 @@ from gemma2tool.formats import registry
 from gemma2tool.formats.base import WriteOptions
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.lazy import ArrayTensor, to_float32
-from gemma2tool.pipeline.save import save
+from gemma2tool.pipeline.conversion import save
 from gemma2tool.verify.compare.folding import folded_source
 from gemma2tool.verify.run import verify
 from tests.support.checkpoints import SMALL, random_checkpoint
+from tests.support.options import write_options
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 CONFIG = dataclasses.replace(
@@ -138,7 +139,7 @@ def heads_mixed_up(fold: Fold) -> None:
 
 
 def written(fold: Fold, kind: str, path: Path) -> Path:
-    save(fold.checkpoint, path, WriteOptions(type=kind, extra={"group_size": 32}))
+    save(fold.checkpoint, path, write_options(type=kind, group_size=32))
     return path
 
 

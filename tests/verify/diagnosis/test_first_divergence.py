@@ -8,6 +8,7 @@ import pytest
 
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.verify.compare.logits import default_ids
+from gemma2tool.verify.diagnosis import diagnose
 from gemma2tool.verify.diagnosis.first_divergence import ID, find_parting
 from gemma2tool.verify.run import verify
 from tests.support.checkpoints import SMALL
@@ -78,7 +79,7 @@ def test_a_verification_tells_it_where_no_known_mistake_fits(
     name = LAYER + "self_attn.o_proj.weight"
     wrong = candidate(scramble(arrays(source), name))
     assert all(cause.id != ID for cause in verify(source, wrong).causes), "the catalogue has a word for it"
-    monkeypatch.setattr("gemma2tool.verify.diagnosis.diagnose.diagnose", lambda *given, **options: ())
+    monkeypatch.setattr(diagnose, "diagnose", lambda *given, **options: ())
     result = verify(source, wrong)
     assert [cause.tensors for cause in result.causes] == [(name,)]
     assert result.to_json()["causes"][0]["tensors"] == [name]

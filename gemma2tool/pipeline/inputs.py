@@ -1,32 +1,36 @@
-"""Token ids in, logits or a judgement out: what ``logits``, ``verify`` and the pipeline's last step share."""
+"""Files that a user hands in beside checkpoints: token ids, another program's logits, texts, configs."""
 
 from __future__ import annotations
 
 import io
 import math
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
 from gemma2tool.errors import InputRefused, UsageError
-from gemma2tool.formats import registry
+from gemma2tool.formats.assets import read_config
 from gemma2tool.model.checkpoint import Checkpoint
-from gemma2tool.pipeline.terminal import Terminal
+from gemma2tool.model.config import SIZES, Gemma2Config
+from gemma2tool.model.lazy import Array
 from gemma2tool.storage.reading import open_for_reading, read_whole
-from gemma2tool.storage.staging.staged_output import Staging
 from gemma2tool.storage.text import read_text
-
-if TYPE_CHECKING:
-    from gemma2tool.model.config import Gemma2Config
-    from gemma2tool.verify.result import Verification
 
 MAX_TOKEN_FILE = 256 << 20
 MAX_NPY_HEADER = 1 << 16
 
 
-def read_tokens(path: Path, config: Gemma2Config) -> np.ndarray:
+def resolve_config(config: Gemma2Config | Path | str | None) -> Gemma2Config | None:
+    """A config as it is, of a released size ("2b", "9b", "27b"), or from a config.json."""
+    if config is None or isinstance(config, Gemma2Config):
+        return config
+    if str(config) in SIZES and not Path(config).exists():
+        return SIZES[str(config)]
+    return read_config(Path(config))
+
+
+def read_tokens(path: Path, config: Gemma2Config) -> NDArray[np.int64]:
     """``read_ids`` that the model can take as they are: ``InputRefused`` for more positions than it has."""
     ids = read_ids(path, config.vocab_size)
     if ids.shape[1] > config.max_position_embeddings:
@@ -38,7 +42,7 @@ def read_tokens(path: Path, config: Gemma2Config) -> np.ndarray:
     return ids
 
 
-def read_ids(path: Path, vocab_size: int) -> np.ndarray:
+def read_ids(path: Path, vocab_size: int) -> NDArray[np.int64]:
     """Token ids of a ``.npy`` file: integers of shape (T,) or (B, T); returns int64 (B, T).
 
     Raises ``InputRefused`` for anything else, and for ids outside the vocabulary.
@@ -75,7 +79,7 @@ def read_ids(path: Path, vocab_size: int) -> np.ndarray:
     return ids.astype(np.int64)
 
 
-def read_logits(path: Path) -> np.ndarray:
+def read_logits(path: Path) -> Array:
     """Another program's logits from a ``.npy`` file of floats, whole in memory. Raises ``InputRefused`` for anything else."""
     said = InputRefused(
         "logits.npy",
@@ -98,7 +102,7 @@ def read_logits(path: Path) -> np.ndarray:
         return logits
 
 
-def read_prompts(tokens: Path | None, text: Path | None, checkpoint: Checkpoint) -> np.ndarray | None:
+def read_prompts(tokens: Path | None, text: Path | None, checkpoint: Checkpoint) -> NDArray[np.int64] | None:
     """What ``--tokens`` or ``--text`` names, as token ids int64 (B, T); None where neither is given. Text is encoded with the
     checkpoint's tokenizer, in rows of 512 tokens."""
     from gemma2tool.verify.prompts import text_prompts
@@ -110,52 +114,3 @@ def read_prompts(tokens: Path | None, text: Path | None, checkpoint: Checkpoint)
     if text is None:
         return None
     return text_prompts(checkpoint, read_text(text, what="text"))
-
-
-def write_logits(
-    checkpoint: Checkpoint, ids: np.ndarray, out: Path, *, force: bool, threads: int, device: str = "cpu"
-) -> tuple[int, int, int]:
-    """Write the float32 logits (B, T, V) of ``ids`` (B, T) to a ``.npy`` file, a slice of the vocabulary at a time; returns the shape."""
-    from gemma2tool.reference.streaming import StreamedForward, use_threads
-
-    batch, length = ids.shape
-    shape = (batch, length, checkpoint.config.vocab_size)
-    header = io.BytesIO()
-    np.lib.format.write_array_header_1_0(header, {"descr": "<f4", "fortran_order": False, "shape": shape})
-    start, row = len(header.getvalue()), 4 * shape[2]
-    size = start + batch * length * row
-    with Staging(out, force=force, expected_bytes=size, folder=False) as staging, use_threads(threads):
-        file = staging.file(out.name, size)
-        file.pwrite(0, header.getvalue())
-        for first, _, block in StreamedForward(checkpoint, ids, device=device).vocabulary_slices():
-            values = block.float().cpu().numpy().reshape(batch * length, -1)
-            for position in range(batch * length):
-                file.pwrite(start + position * row + 4 * first, np.ascontiguousarray(values[position]).data.cast("B"))
-        staging.commit()
-    return shape
-
-
-def judge(
-    source: Checkpoint,
-    candidate: Checkpoint,
-    *,
-    ids: np.ndarray | None,
-    gates: Mapping[str, float],
-    threads: int,
-    console: Terminal,
-    weighted: bool | None = None,
-) -> Verification:
-    """Verify ``candidate`` against ``source``; ``gates`` replaces default limits, ``weighted`` says whether an importance matrix steered
-    the quantization (None: as the candidate says). What the candidate's format itself cannot hold of the source is reported, not held against it."""
-    from gemma2tool.verify.run import verify
-
-    return verify(
-        source,
-        candidate,
-        ids=ids,
-        gates=gates or None,
-        threads=threads,
-        progress=console.progress,
-        expected=registry.by_name(candidate.format).kept(source, candidate),
-        weighted=weighted,
-    )

@@ -1,0 +1,422 @@
+"""gemma2tool from Python. Import it as ``gemma2tool``: this module is loaded when one of its names is first used.
+
+    import gemma2tool
+
+    result = gemma2tool.quantize("model.ckpt", "model.gguf", type="q4_k_m")
+    result.verification.passed
+
+Paths are texts or ``pathlib.Path``. A checkpoint may be given by its path or as one that ``open`` returned. Errors are the
+exceptions of ``gemma2tool.errors``. Warnings and notes go to the logger "gemma2tool". ``progress`` is called with a
+``ProgressEvent`` now and then, from any thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gemma2tool.formats import registry
+from gemma2tool.formats.catalogue import FormatEntry, format_entries
+from gemma2tool.formats.options import (
+    Adapter,
+    Calibration,
+    GGUFOptions,
+    PackingOptions,
+    SplitOptions,
+    WriteOptions,
+    parse_size,
+)
+from gemma2tool.model.checkpoint import Checkpoint
+from gemma2tool.model.config import Gemma2Config
+from gemma2tool.pipeline import conversion, inspection, verification
+from gemma2tool.pipeline.events import ProgressCallback, ProgressEvent, as_progress
+from gemma2tool.pipeline.generation import Generation, GenerationOptions
+from gemma2tool.pipeline.importance import ImatrixOptions, ImatrixResult, collect_imatrix
+from gemma2tool.pipeline.inputs import read_tokens, resolve_config
+from gemma2tool.pipeline.inspection import Inspection
+from gemma2tool.pipeline.leftovers import Leftover, remove_leftovers
+from gemma2tool.pipeline.plan import PlanSummary, TensorPlan
+from gemma2tool.pipeline.receipts import outputs_with_receipts
+from gemma2tool.pipeline.report_files import ReportFiles
+from gemma2tool.pipeline.requests import Checks, ConversionRequest, RunOptions, default_threads
+from gemma2tool.pipeline.run import ConversionResult
+from gemma2tool.pipeline.verification import DiffRequest, VerifyRequest, log_warnings
+from gemma2tool.storage.paths import refuse_existing, refuse_same
+from gemma2tool.verify.gates import gate_names, parse_gates
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from gemma2tool.verify.difference import Difference
+    from gemma2tool.verify.digest import Hashes
+    from gemma2tool.verify.result import Verification
+
+PathLike = str | Path
+Source = str | Path | Checkpoint
+Config = Gemma2Config | str | Path
+
+__all__ = [
+    "Adapter",
+    "Calibration",
+    "Checkpoint",
+    "Checks",
+    "ConversionRequest",
+    "ConversionResult",
+    "DiffRequest",
+    "FormatEntry",
+    "GGUFOptions",
+    "Gemma2Config",
+    "Generation",
+    "GenerationOptions",
+    "ImatrixOptions",
+    "ImatrixResult",
+    "Inspection",
+    "Leftover",
+    "PackingOptions",
+    "PlanSummary",
+    "ProgressEvent",
+    "ReportFiles",
+    "RunOptions",
+    "SplitOptions",
+    "TensorPlan",
+    "VerifyRequest",
+    "WriteOptions",
+    "clean",
+    "convert",
+    "default_threads",
+    "diff",
+    "formats",
+    "gate_names",
+    "generate",
+    "hash",
+    "imatrix",
+    "inspect",
+    "log_warnings",
+    "logits",
+    "open",
+    "outputs_with_receipts",
+    "parse_gates",
+    "plan",
+    "quantize",
+    "run",
+    "verify",
+]
+
+
+def open(path: PathLike, *, config: Config | None = None, format: str | None = None) -> Checkpoint:
+    """Open a checkpoint of any format. Headers are read now, tensors when they are asked for.
+
+    ``config``: a ``Gemma2Config``, "2b", "9b", "27b" or the path of a config.json, for weights that come without one.
+    ``format``: skip the detection. The result is a context manager: ``checkpoint.tensors[name].load()`` is an array of shape
+    (out, in), names are Hugging Face's.
+
+    Raises ``InputRefused`` for files that are damaged, incomplete, hostile or not Gemma 2.
+    """
+    return registry.open_checkpoint(Path(path), config=resolve_config(config), format=format)
+
+
+def convert(
+    source: Source,
+    destination: PathLike,
+    *,
+    to: str | None = None,
+    dtype: str | None = None,
+    config: Config | None = None,
+    adapters: Sequence[PathLike | Adapter] = (),
+    split: SplitOptions | None = None,
+    max_shard_size: int | str = WriteOptions.max_shard_size,
+    verify: bool = True,
+    tokens: PathLike | None = None,
+    text: PathLike | None = None,
+    gates: Mapping[str, float] | None = None,
+    allow_mismatch: bool = False,
+    run: RunOptions | None = None,
+    force: bool = False,
+    reports: ReportFiles | None = None,
+    progress: ProgressCallback | None = None,
+) -> ConversionResult:
+    """Write the same values in another format, verify the output, and put it in place.
+
+    ``to``: the target format; default: by the destination's name (.gguf, .ckpt, .sbs, otherwise a Hugging Face folder).
+    ``dtype``: "f32", "f16", "bf16"; default: the source's. ``adapters``: LoRA adapters to merge, in order. ``tokens``, ``text``:
+    what the forward passes of the verification run; ``gates``: limits that replace the defaults, such as ``{"kl": 0.02}``.
+    ``force``: replace an existing destination. ``run``: the rest of how it is carried out.
+
+    If the verification fails, nothing is written at the destination: look at ``result.written`` and ``result.verification``.
+    Raises ``UsageError``, ``InputRefused`` or ``ResourceError``; then the destination is as it was.
+    """
+    request = ConversionRequest(
+        source=_source(source),
+        destination=Path(destination),
+        to=to,
+        options=WriteOptions(
+            dtype=dtype,
+            max_shard_size=_size(max_shard_size),
+            allow_mismatch=allow_mismatch,
+            split=split or SplitOptions(),
+            adapters=_adapters(adapters),
+        ),
+        config=config,
+        checks=_checks(tokens, text, gates) if verify else None,
+        run=replace(run or RunOptions(), force=force or (run is not None and run.force)),
+        reports=reports or ReportFiles(),
+    )
+    return conversion.convert(request, as_progress(progress))[0]
+
+
+def quantize(
+    source: Source,
+    destination: PathLike,
+    *,
+    type: str,
+    to: str | None = None,
+    dtype: str | None = None,
+    config: Config | None = None,
+    adapters: Sequence[PathLike | Adapter] = (),
+    gguf: GGUFOptions | None = None,
+    packing: PackingOptions | None = None,
+    calibration: Calibration | None = None,
+    split: SplitOptions | None = None,
+    verify: bool = True,
+    tokens: PathLike | None = None,
+    text: PathLike | None = None,
+    gates: Mapping[str, float] | None = None,
+    allow_mismatch: bool = False,
+    allow_requantize: bool = False,
+    run: RunOptions | None = None,
+    force: bool = False,
+    reports: ReportFiles | None = None,
+    progress: ProgressCallback | None = None,
+) -> ConversionResult:
+    """Quantize a checkpoint, straight from its original format, verify the output, and put it in place.
+
+    ``type``: "q4_k_m", "nf4", "w4a16", ...; ``formats()`` lists them. ``gguf``, ``packing``: options of llama.cpp's types and of
+    quantized folders. ``calibration``: choose codes by what the model does with a text. ``allow_requantize``: accept a source that
+    is already quantized. The other arguments, the result and the errors are those of ``convert``.
+    """
+    request = ConversionRequest(
+        source=_source(source),
+        destination=Path(destination),
+        types=(type.lower(),),
+        to=to,
+        options=WriteOptions(
+            dtype=dtype,
+            allow_mismatch=allow_mismatch,
+            allow_requantize=allow_requantize,
+            split=split or SplitOptions(),
+            gguf=gguf or GGUFOptions(),
+            packing=packing or PackingOptions(),
+            calibration=calibration or Calibration(),
+            adapters=_adapters(adapters),
+        ),
+        config=config,
+        checks=_checks(tokens, text, gates) if verify else None,
+        run=replace(run or RunOptions(), force=force or (run is not None and run.force)),
+        reports=reports or ReportFiles(),
+    )
+    return conversion.convert(request, as_progress(progress))[0]
+
+
+def run(request: ConversionRequest, *, progress: ProgressCallback | None = None) -> tuple[ConversionResult, ...]:
+    """Carry out a whole request: one source, one output for each type, in one pass over the source.
+
+    ``convert`` and ``quantize`` are this with one output.
+    """
+    return conversion.convert(request, as_progress(progress))
+
+
+def plan(request: ConversionRequest) -> tuple[PlanSummary, ...]:
+    """What a request would write, from headers alone: every file with its exact size, every tensor's type, warnings, costs."""
+    return conversion.summarize(request)
+
+
+def verify(
+    candidate: PathLike,
+    *,
+    reference: PathLike | None = None,
+    receipt: PathLike | None = None,
+    logits: PathLike | None = None,
+    tokens: PathLike | None = None,
+    text: PathLike | None = None,
+    gates: Mapping[str, float] | None = None,
+    config: Config | None = None,
+    reference_config: Config | None = None,
+    threads: int | None = None,
+    reports: ReportFiles | None = None,
+    progress: ProgressCallback | None = None,
+) -> Verification:
+    """Compare a checkpoint with the one it was made from, with its receipt, or with what an engine computes from it.
+
+    ``reference``: the source. ``receipt``: default is the one beside the candidate. ``logits``: an engine's float logits (.npy)
+    for ``tokens``. ``config``: of a candidate whose format may lack one, and of such a reference unless ``reference_config``
+    is given. A difference is a failed gate in the result (``result.passed``, ``result.causes``), not an exception.
+    """
+    request = VerifyRequest(
+        candidate=Path(candidate),
+        reference=_path(reference),
+        receipt=_path(receipt),
+        logits=_path(logits),
+        checks=_checks(tokens, text, gates),
+        config=config,
+        reference_config=reference_config,
+        threads=threads or default_threads(),
+        reports=reports or ReportFiles(),
+    )
+    return verification.verify(request, as_progress(progress))
+
+
+def diff(
+    a: PathLike,
+    b: PathLike,
+    *,
+    tokens: PathLike | None = None,
+    text: PathLike | None = None,
+    with_logits: bool = True,
+    config: Config | None = None,
+    threads: int | None = None,
+    progress: ProgressCallback | None = None,
+) -> Difference:
+    """Compare two checkpoints of any formats, neither of which is the truth: ``result.same`` if they are the same model."""
+    request = DiffRequest(
+        a=Path(a),
+        b=Path(b),
+        checks=_checks(tokens, text, None),
+        with_logits=with_logits,
+        config=config,
+        threads=threads or default_threads(),
+    )
+    return verification.diff(request, as_progress(progress))
+
+
+def hash(
+    source: Source,
+    *,
+    config: Config | None = None,
+    threads: int | None = None,
+    progress: ProgressCallback | None = None,
+) -> Hashes:
+    """Digests of a checkpoint's values: equal for the same model in any format, stored type, layout or number of files."""
+    from gemma2tool.model.progress import progress_or_null
+    from gemma2tool.verify.digest import hash_checkpoint
+
+    with _opened(source, config) as checkpoint:
+        total = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
+        with progress_or_null(as_progress(progress), total, checkpoint.path.name) as bar:
+            return hash_checkpoint(checkpoint, threads=threads or default_threads(), advance=bar.advance)
+
+
+def logits(
+    source: Source,
+    tokens: PathLike | NDArray[np.integer],
+    *,
+    out: PathLike | None = None,
+    config: Config | None = None,
+    device: str = "cpu",
+    threads: int | None = None,
+    force: bool = False,
+) -> NDArray[np.float32]:
+    """Float32 logits (B, T, V) of every position of ``tokens``, ids of shape (T,) or (B, T), one layer in memory at a time.
+
+    ``out``: also write them to this .npy file; the result is then a read-only map of it.
+    """
+    import numpy as np
+
+    from gemma2tool.pipeline.logits import check_device, compute_logits, write_logits
+
+    threads = threads or default_threads()
+    with _opened(source, config) as checkpoint:
+        if out is not None:
+            inputs = [Path(tokens)] if isinstance(tokens, (str, Path)) else []
+            refuse_same((*checkpoint.files, *inputs), Path(out))
+        if isinstance(tokens, (str, Path)):
+            ids = read_tokens(Path(tokens), checkpoint.config)
+        else:
+            ids = np.atleast_2d(np.asarray(tokens, np.int64))
+        if out is None:
+            return compute_logits(checkpoint, ids, threads=threads, device=check_device(device))
+        write_logits(checkpoint, ids, Path(out), force=force, threads=threads, device=check_device(device))
+    mapped: NDArray[np.float32] = np.load(out, mmap_mode="r")
+    return mapped
+
+
+def imatrix(
+    source: Source,
+    out: PathLike,
+    *,
+    text: PathLike,
+    config: Config | None = None,
+    options: ImatrixOptions | None = None,
+    progress: ProgressCallback | None = None,
+) -> ImatrixResult:
+    """Collect an importance matrix from a text, for ``GGUFOptions(imatrix=...)`` and llama-quantize, and write it to ``out``."""
+    options = options or ImatrixOptions(threads=default_threads())
+    refuse_existing(Path(out), force=options.force, folder=False)
+    with _opened(source, config) as checkpoint:
+        return collect_imatrix(checkpoint, Path(text), Path(out), options, as_progress(progress))
+
+
+def generate(
+    source: Source,
+    prompt: str,
+    *,
+    config: Config | None = None,
+    options: GenerationOptions | None = None,
+    on_text: Callable[[str], None] | None = None,
+) -> Generation:
+    """Generate text, in the chat template if the checkpoint has one. ``on_text`` receives each piece of text as it comes."""
+    from gemma2tool.pipeline import generation
+
+    with _opened(source, config) as checkpoint:
+        return generation.generate(checkpoint, prompt, options or GenerationOptions(), on_text)
+
+
+def inspect(source: Source, *, config: Config | None = None) -> Inspection:
+    """Format, config, tensors and types of a checkpoint, from its headers alone."""
+    with _opened(source, config, warn=False) as checkpoint:
+        return inspection.inspect(checkpoint)
+
+
+def formats() -> tuple[FormatEntry, ...]:
+    """The formats that can be read and written, with their types."""
+    return format_entries()
+
+
+def clean(path: PathLike, *, dry_run: bool = False) -> list[Leftover]:
+    """Remove what interrupted runs left beside ``path`` and, if it is a folder, directly inside it."""
+    return remove_leftovers(Path(path), dry_run=dry_run)
+
+
+def _source(source: Source) -> Path | Checkpoint:
+    return source if isinstance(source, Checkpoint) else Path(source)
+
+
+def _path(path: PathLike | None) -> Path | None:
+    return None if path is None else Path(path)
+
+
+def _size(size: int | str) -> int:
+    return parse_size(size) if isinstance(size, str) else size
+
+
+def _adapters(adapters: Sequence[PathLike | Adapter]) -> tuple[Adapter, ...]:
+    return tuple(adapter if isinstance(adapter, Adapter) else Adapter(Path(adapter)) for adapter in adapters)
+
+
+def _checks(tokens: PathLike | None, text: PathLike | None, gates: Mapping[str, float] | None) -> Checks:
+    return Checks(tokens=_path(tokens), text=_path(text), gates=dict(gates or {}))
+
+
+@contextmanager
+def _opened(source: Source, config: Config | None, *, warn: bool = True) -> Iterator[Checkpoint]:
+    """The checkpoint, closed again unless the caller opened it; its warnings in the log."""
+    if isinstance(source, Checkpoint):
+        yield source
+        return
+    with open(source, config=config) as checkpoint:
+        if warn:
+            log_warnings(checkpoint)
+        yield checkpoint

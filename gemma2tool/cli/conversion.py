@@ -1,0 +1,111 @@
+"""What ``convert`` and ``quantize`` share: from options to a request, and from its results to the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from gemma2tool.cli import options as o
+from gemma2tool.cli.progress import ProgressDisplay
+from gemma2tool.cli.reports import Reports
+from gemma2tool.cli.terminal import Console
+from gemma2tool.errors import EXIT_VERIFICATION_FAILED, UsageError
+from gemma2tool.formats.options import WriteOptions, parse_size
+
+if TYPE_CHECKING:
+    from gemma2tool.api import ConversionRequest, PlanSummary
+
+
+def carry_out(
+    src: Path, dst: Path, output: o.OutputOptions, reports: Reports, options: WriteOptions, types: Sequence[str] = ()
+) -> None:
+    """Carry out one conversion or quantization from the command line."""
+    from gemma2tool import api
+    from gemma2tool.verify.reports.terminal import render_verification
+
+    console = Console(quiet=output.quiet, json=output.json_output)
+    _refuse_unused(output, reports)
+    request = _request(src, dst, output, reports, options, types)
+    if output.dry_run:
+        _show_plans(api.plan(request), console)
+        return
+    results = api.run(request, progress=ProgressDisplay(console))
+    if output.json_output:
+        contents = [result.to_json() for result in results]
+        console.emit_json(contents[0] if len(contents) == 1 else {"outputs": contents})
+    for result in results:
+        if result.verification is not None:
+            render_verification(result.verification, console)
+        console.print(result.sentence())
+    reports.print_card([result.verification for result in results if result.verification is not None], console)
+    if not all(result.written for result in results):
+        raise typer.Exit(EXIT_VERIFICATION_FAILED)
+
+
+def _request(
+    src: Path, dst: Path, output: o.OutputOptions, reports: Reports, options: WriteOptions, types: Sequence[str]
+) -> ConversionRequest:
+    from gemma2tool import api
+
+    checks = None
+    if not output.no_verify:
+        checks = api.Checks(tokens=output.tokens, text=output.text, gates=api.parse_gates(output.gate or ()))
+    return api.ConversionRequest(
+        source=src,
+        destination=dst,
+        types=tuple(types),
+        to=output.to,
+        options=replace(
+            options,
+            max_shard_size=parse_size(output.max_shard_size),
+            allow_mismatch=output.allow_mismatch,
+            adapters=tuple(o.parse_lora(text) for text in output.lora or ()),
+        ),
+        config=output.config,
+        checks=checks,
+        run=api.RunOptions(
+            force=output.force,
+            restart=output.restart,
+            allow_nonfinite=output.allow_nonfinite,
+            clip_f16=output.clip_f16,
+            receipt=not output.no_receipt,
+            threads=output.threads or api.default_threads(),
+            memory=parse_size(output.memory),
+        ),
+        reports=reports.files,
+    )
+
+
+def _refuse_unused(output: o.OutputOptions, reports: Reports) -> None:
+    """Refuse options that ``--no-verify`` would ignore: they are a mistake, or a name misremembered."""
+    if not output.no_verify:
+        return
+    given = {"--gate": output.gate, "--tokens": output.tokens, "--text": output.text, **reports.given}
+    for option, value in given.items():
+        if value:
+            raise UsageError(
+                "option.ignored", f"{option} has no effect with --no-verify", hint="leave out one of the two"
+            )
+
+
+def _show_plans(plans: Sequence[PlanSummary], console: Console) -> None:
+    contents = [plan.to_json() for plan in plans]
+    if console.json:
+        console.emit_json(contents[0] if len(contents) == 1 else {"outputs": contents})
+    for plan in plans:
+        console.print(f"{plan.destination} ({plan.format}), {plan.nbytes:,} bytes")
+        rows = [
+            (tensor.name, "x".join(map(str, tensor.shape)), tensor.source_type, tensor.type) for tensor in plan.tensors
+        ]
+        console.table(("tensor", "shape", "from", "to"), rows)
+        console.table(
+            ("type", "tensors", "bytes"), [(name, str(count), f"{size:,}") for name, count, size in plan.types]
+        )
+        files = [(name, f"{size:,}") for name, size in (*plan.files, *plan.assets)]
+        console.table(("file", "bytes"), files)
+        if plan.cost is not None:
+            console.print(plan.cost.sentence())

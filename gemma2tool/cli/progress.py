@@ -1,0 +1,33 @@
+"""Progress events as bars on the terminal."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import TYPE_CHECKING
+
+from gemma2tool.cli.terminal import Console
+
+if TYPE_CHECKING:
+    from gemma2tool.api import ProgressEvent
+    from gemma2tool.model.progress import ProgressBar
+
+
+class ProgressDisplay:
+    """Receives progress events and shows one bar for each step."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._bars: dict[str, tuple[ExitStack, ProgressBar, int]] = {}
+
+    def __call__(self, event: ProgressEvent) -> None:
+        if event.step not in self._bars:
+            stack = ExitStack()
+            bar = stack.enter_context(self._console.progress(event.total, event.step))
+            self._bars[event.step] = (stack, bar, 0)
+        stack, bar, done = self._bars[event.step]
+        if event.ended:
+            del self._bars[event.step]
+            stack.close()
+        elif event.done > done:
+            self._bars[event.step] = (stack, bar, event.done)
+            bar.advance(event.done - done, event.name)

@@ -1,0 +1,398 @@
+"""What a user may ask of an output, as typed options. Each option says once which formats and types take it.
+
+The command line builds its options, help texts, hints and completion from these fields; the pipeline refuses what a target would
+ignore; a receipt records what was given. Nothing heavy is imported here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from gemma2tool.errors import UsageError
+
+WHOLE_ROW = -1
+"""The group size that stands for a whole row."""
+_COLUMNS = (32, 64, 128)
+
+GROUP_SIZES: Mapping[str, tuple[int, ...]] = MappingProxyType(
+    {
+        **dict.fromkeys(("gptq-4", "gptq-8", "awq-4", "w4a16", "w4a16-asym", "w8a16"), (*_COLUMNS, WHOLE_ROW)),
+        **dict.fromkeys(("mlx-4", "mlx-8"), _COLUMNS),
+    }
+)
+"""Quantization type -> the group sizes (columns that share a scale) that its consumers have kernels for."""
+
+CALIBRATED_TYPES = ("gptq-4", "gptq-8", "w4a16", "w4a16-asym", "awq-4")
+_HESSIAN_TYPES = ("gptq-4", "gptq-8", "w4a16", "w4a16-asym")
+_GPTQ_TYPES = ("gptq-4", "gptq-8")
+_GGUF = ("gguf",)
+_QUANTIZED_FOLDERS = ("hf", "mlx")
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+
+
+def parse_size(text: str) -> int:
+    """Bytes from "512MiB", "5GB", "2g" or a plain number; decimal units are powers of 1000, Ki, Mi, Gi powers of 1024."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?\s*", text.lower())
+    size = int(float(match[1]) * _UNITS[match[2] or ""]) if match else 0
+    if size <= 0:
+        raise UsageError("option.size", f"{text!r} is not a size", hint="write it like 512MiB or 5GB")
+    return size
+
+
+def parse_tensor_type(text: str) -> tuple[str, str]:
+    """A pattern and a type from "REGEX=TYPE", split at the last equals sign."""
+    pattern, equals, type_name = text.rpartition("=")
+    if not equals or not pattern or not type_name:
+        raise UsageError(
+            "option.pair",
+            f"--tensor-type {text!r} is not of the form REGEX=TYPE",
+            hint="write --tensor-type REGEX=TYPE",
+        )
+    return pattern, type_name
+
+
+@dataclass(frozen=True)
+class OptionInfo:
+    """An option as users meet it: how it is written, what it does, and who takes it.
+
+    ``flag``: as typed on the command line. ``key``: its name in receipts. ``formats``, ``types``: the formats and quantization
+    types that take it; empty for all. ``choices``: its values, where they can be listed. ``parse``: from the command line's text.
+    ``id``: of the error for a target that does not take it.
+    """
+
+    flag: str
+    help: str
+    key: str = ""
+    metavar: str | None = None
+    formats: tuple[str, ...] = ()
+    types: tuple[str, ...] = ()
+    choices: tuple[str, ...] = ()
+    parse: Callable[[str], Any] | None = None
+    minimum: float | None = None
+    maximum: float | None = None
+    id: str = "option.ignored"
+
+    @property
+    def takers(self) -> str:
+        """Who takes it, for help and hints: "GGUF", "nf4 and fp4", "quantized folders"."""
+        if self.types:
+            *others, last = self.types
+            return f"{', '.join(others)} and {last}" if others else last
+        if self.formats == _QUANTIZED_FOLDERS:
+            return "quantized folders"
+        return ", ".join("GGUF" if name == "gguf" else name for name in self.formats)
+
+    @property
+    def full_help(self) -> str:
+        """The help text, with who takes the option in front."""
+        return f"{self.takers}: {self.help}" if self.takers else self.help
+
+    def is_taken_by(self, format_name: str, type_name: str | None) -> bool:
+        """Whether an output of this format and type heeds the option."""
+        if self.formats and (format_name not in self.formats or (format_name in _QUANTIZED_FOLDERS and not type_name)):
+            return False
+        return not self.types or type_name in self.types
+
+
+def option(default: Any, flag: str, help: str, **more: Any) -> Any:
+    """A dataclass field that is an option, see ``OptionInfo``; ``default`` means that it was not given."""
+    return field(default=default, metadata={"option": OptionInfo(flag, help, **more)})
+
+
+def option_fields(group: type | Any) -> Iterator[tuple[dataclasses.Field[Any], OptionInfo]]:
+    """The fields of a dataclass that are options."""
+    for option_field in fields(group):
+        if "option" in option_field.metadata:
+            yield option_field, option_field.metadata["option"]
+
+
+def _normalize(options: Any) -> None:
+    """Lists become tuples and path texts become paths, so that callers may pass either."""
+    for option_field, info in option_fields(options):
+        value = getattr(options, option_field.name)
+        if isinstance(value, list):
+            object.__setattr__(options, option_field.name, tuple(value))
+        elif info.metavar == "FILE" and isinstance(value, str):
+            object.__setattr__(options, option_field.name, Path(value))
+
+
+def refuse_ignored(group: Any, format_name: str, type_name: str | None) -> None:
+    """Raises ``UsageError`` for an option of ``group`` that was given and that an output of this format and type ignores."""
+    for option_field, info in option_fields(group):
+        if getattr(group, option_field.name) == option_field.default or info.is_taken_by(format_name, type_name):
+            continue
+        fits_format = not info.formats or format_name in info.formats
+        target = type_name if type_name and info.types and fits_format else format_name
+        raise UsageError(info.id, f"{info.flag} has no effect for {target}", hint=f"it is for {info.takers}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitOptions:
+    """How a GGUF is cut into several files."""
+
+    split_max_size: int | None = option(
+        None,
+        "--split-max-size",
+        "split into files of at most this size.",
+        metavar="SIZE",
+        formats=_GGUF,
+        parse=parse_size,
+    )
+    split_max_tensors: int | None = option(
+        None, "--split-max-tensors", "split into files of at most this many tensors.", formats=_GGUF, minimum=1
+    )
+
+    @property
+    def is_asked(self) -> bool:
+        return bool(self.split_max_size or self.split_max_tensors)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GGUFOptions:
+    """Options of llama.cpp's types: importance matrix, types of single tensors, metadata.
+
+    ``tensor_types``: pairs of a regular expression and a type; the first that matches a tensor's GGUF name counts.
+    ``override_kv``: texts KEY=TYPE:VALUE.
+    """
+
+    imatrix: Path | None = option(
+        None, "--imatrix", "importance matrix (GGUF or legacy .dat).", metavar="FILE", formats=_GGUF
+    )
+    pure: bool = option(False, "--pure", "every tensor in the default type.", formats=_GGUF)
+    token_embedding_type: str | None = option(
+        None, "--token-embedding-type", "type of the embedding.", metavar="TYPE", formats=_GGUF
+    )
+    output_tensor_type: str | None = option(
+        None,
+        "--output-tensor-type",
+        "type of the output matrix (the embedding, if tied).",
+        metavar="TYPE",
+        formats=_GGUF,
+    )
+    tensor_types: tuple[tuple[str, str], ...] = option(
+        (),
+        "--tensor-type",
+        "type of the tensors that match; the first match wins. Repeatable.",
+        metavar="REGEX=TYPE",
+        formats=_GGUF,
+        parse=parse_tensor_type,
+    )
+    include_weights: tuple[str, ...] = option(
+        (),
+        "--include-weights",
+        "use the importance matrix for these tensors only. Repeatable.",
+        metavar="NAME",
+        formats=_GGUF,
+    )
+    exclude_weights: tuple[str, ...] = option(
+        (),
+        "--exclude-weights",
+        "don't use the importance matrix for these tensors. Repeatable.",
+        metavar="NAME",
+        formats=_GGUF,
+    )
+    override_kv: tuple[str, ...] = option(
+        (), "--override-kv", "set a key-value. Repeatable.", metavar="KEY=TYPE:VALUE", formats=_GGUF
+    )
+
+    def __post_init__(self) -> None:
+        _normalize(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackingOptions:
+    """Options of quantized folders (Hugging Face and MLX).
+
+    ``group_size``: columns that share a scale, -1 for a whole row, None for the type's own. ``symmetric``: zero points in the
+    middle (the default) or chosen by group. ``skip``, ``only``: regular expressions searched in tensor names; what ``skip``
+    matches, and what ``only`` does not, is left as it is.
+    """
+
+    double_quant: bool = option(
+        False,
+        "--double-quant",
+        "quantize the scales too.",
+        formats=_QUANTIZED_FOLDERS,
+        types=("nf4", "fp4"),
+        id="quantize.double-quant",
+    )
+    group_size: int | None = option(
+        None,
+        "--group-size",
+        "columns that share a scale: 32, 64 or 128; for all but MLX also -1, a whole row.",
+        metavar="N",
+        formats=_QUANTIZED_FOLDERS,
+        types=tuple(sorted(GROUP_SIZES)),
+        choices=("32", "64", "128", "-1"),
+        id="quantize.group-size",
+    )
+    symmetric: bool | None = option(
+        None,
+        "--sym/--asym",
+        "zero points in the middle, or chosen by group. Default: --sym.",
+        formats=_QUANTIZED_FOLDERS,
+        types=_GPTQ_TYPES,
+    )
+    gptq_format: str | None = option(
+        None,
+        "--gptq-format",
+        "how zero points are stored: gptq (default) or gptq_v2.",
+        metavar="FORMAT",
+        formats=_QUANTIZED_FOLDERS,
+        types=_GPTQ_TYPES,
+        choices=("gptq", "gptq_v2"),
+    )
+    skip: tuple[str, ...] = option(
+        (),
+        "--skip",
+        "leave the tensors whose names match as they are. Repeatable.",
+        metavar="REGEX",
+        formats=_QUANTIZED_FOLDERS,
+    )
+    only: tuple[str, ...] = option(
+        (), "--only", "quantize only the tensors that match. Repeatable.", metavar="REGEX", formats=_QUANTIZED_FOLDERS
+    )
+
+    def __post_init__(self) -> None:
+        _normalize(self)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Codes are chosen by what the model does with a text: GPTQ for most types, AWQ for awq-4.
+
+    ``text``: a file of UTF-8 text, or of token ids (.npy); None: no calibration. ``samples``: sequences to run (128), ``length``: tokens of a sequence
+    (512). ``act_order``: columns with large inputs are rounded first. ``damping``: share of its mean that is added to the
+    Hessian's diagonal (0.01). ``hessian_block``: columns of different blocks count as independent; None for the whole.
+    """
+
+    text: Path | None = option(
+        None,
+        "--calibration",
+        "choose codes by what the model does with this text (UTF-8), or with token ids (.npy).",
+        key="calibration",
+        metavar="FILE",
+        types=CALIBRATED_TYPES,
+        id="calibration.type",
+    )
+    samples: int | None = option(
+        None,
+        "--calibration-samples",
+        "sequences to run. Default: 128.",
+        key="calibration_samples",
+        metavar="N",
+        types=CALIBRATED_TYPES,
+        minimum=1,
+    )
+    length: int | None = option(
+        None,
+        "--calibration-length",
+        "tokens of a sequence. Default: 512.",
+        key="calibration_length",
+        metavar="T",
+        types=CALIBRATED_TYPES,
+        minimum=16,
+    )
+    act_order: bool = option(
+        False,
+        "--act-order",
+        "round columns with large inputs first; some kernels run such files more slowly.",
+        types=_GPTQ_TYPES,
+    )
+    damping: float | None = option(
+        None,
+        "--damping",
+        "share of its mean added to the Hessian's diagonal. Default: 0.01.",
+        types=_HESSIAN_TYPES,
+        minimum=0.0,
+        maximum=1.0,
+    )
+    hessian_block: int | None = option(
+        None,
+        "--hessian-block",
+        "treat columns of different blocks of N as independent: less memory and time, slightly worse.",
+        metavar="N",
+        types=CALIBRATED_TYPES,
+        minimum=32,
+    )
+
+    def __post_init__(self) -> None:
+        _normalize(self)
+
+    @property
+    def is_asked(self) -> bool:
+        return self.text is not None
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A LoRA adapter to merge, and what its strength is multiplied by."""
+
+    path: Path
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class WriteOptions:
+    """What a user asked of one output.
+
+    ``dtype``: stored float type ("f32", "f16", "bf16", "auto") or None for the source's. ``type``: quantization type or None.
+    ``max_shard_size``: bytes. ``name``: the destination's name (GGUF's general.name may need it). ``single_file``: whether the
+    destination is a file rather than a folder. ``allow_mismatch``: write even what the target's consumer computes differently.
+    ``allow_requantize``: take a source that is quantized already. ``adapters``: what was merged into the source; recorded only.
+    """
+
+    dtype: str | None = None
+    type: str | None = None
+    max_shard_size: int = 50_000_000_000
+    name: str = "model"
+    single_file: bool = True
+    allow_mismatch: bool = False
+    allow_requantize: bool = False
+    split: SplitOptions = SplitOptions()
+    gguf: GGUFOptions = GGUFOptions()
+    packing: PackingOptions = PackingOptions()
+    calibration: Calibration = Calibration()
+    adapters: tuple[Adapter, ...] = ()
+
+    @property
+    def act_order(self) -> bool:
+        """Whether calibration rounds columns with large inputs first, which the file must then say."""
+        return self.calibration.act_order
+
+    def given(self) -> dict[str, Any]:
+        """The options that differ from their defaults, by their names in receipts."""
+        found = {
+            info.key or option_field.name: getattr(group, option_field.name)
+            for group in self._groups
+            for option_field, info in option_fields(group)
+            if getattr(group, option_field.name) != option_field.default
+        }
+        plain: dict[str, Any] = {"dtype": self.dtype, "type": self.type, "lora": self.adapters}
+        if self.max_shard_size != WriteOptions.max_shard_size:
+            plain["max_shard_size"] = self.max_shard_size
+        return found | {name: value for name, value in plain.items() if value}
+
+    def check_target(self, format_name: str) -> None:
+        """Raises ``UsageError`` for an option that an output of this format and type would ignore."""
+        if not self.calibration.is_asked:
+            for option_field, info in option_fields(Calibration):
+                if getattr(self.calibration, option_field.name) != option_field.default:
+                    raise UsageError(
+                        "option.ignored",
+                        f"{info.flag} has no effect without --calibration",
+                        hint="give a text with --calibration",
+                    )
+        for group in self._groups:
+            refuse_ignored(group, format_name, self.type)
+
+    @property
+    def _groups(self) -> tuple[SplitOptions, GGUFOptions, PackingOptions, Calibration]:
+        return self.split, self.gguf, self.packing, self.calibration

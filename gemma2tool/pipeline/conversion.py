@@ -1,0 +1,131 @@
+"""One conversion or quantization from the request to the result: open, merge adapters, plan, run, report."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from gemma2tool.formats import registry
+from gemma2tool.formats.lora import merge
+from gemma2tool.formats.options import WriteOptions
+from gemma2tool.model.checkpoint import Checkpoint
+from gemma2tool.model.lazy import SharedRows
+from gemma2tool.model.progress import Progress
+from gemma2tool.pipeline.destinations import Destination, destinations, folder_of_several, options_for
+from gemma2tool.pipeline.inputs import read_prompts, resolve_config
+from gemma2tool.pipeline.plan import Plan, PlanSummary, make_plan
+from gemma2tool.pipeline.remarks import plan_remarks
+from gemma2tool.pipeline.requests import DEFAULT_MEMORY, Checks, ConversionRequest, RunOptions
+from gemma2tool.pipeline.run import ConversionResult, ResolvedChecks, run
+from gemma2tool.receipt.document import receipt_path
+
+logger = logging.getLogger("gemma2tool")
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A request whose source is open and whose outputs are planned."""
+
+    request: ConversionRequest
+    source: Checkpoint
+    outputs: Sequence[Destination]
+    plans: Sequence[Plan]
+
+    def carry_out(self, progress: Progress | None = None) -> tuple[ConversionResult, ...]:
+        """Write, verify and put in place every output; write the reports."""
+        request = self.request
+        for plan in self.plans:
+            if plan.cost is not None:
+                logger.info("%s", plan.cost.sentence())
+        checks = None if request.checks is None else _resolved(request.checks, self.source)
+        with folder_of_several(self.outputs):
+            results = run(self.plans, checks, request.run, progress)
+        request.reports.write([result.verification for result in results if result.verification is not None])
+        return results
+
+
+@contextmanager
+def open_conversion(request: ConversionRequest) -> Iterator[Conversion]:
+    """Check the request, open its source and plan its outputs; nothing is written yet. Warnings go to the log.
+
+    Raises ``UsageError`` for a request that cannot be carried out, ``InputRefused`` for a source that cannot be read.
+    """
+    request = _split_into_folder(request)
+    outputs = destinations(request)
+    with ExitStack() as stack:
+        source = _opened(request, stack)
+        for adapter in request.options.adapters:
+            source = merge(source, adapter.path, adapter.scale)
+        read = source if len(outputs) == 1 else shared(source)
+        plans = []
+        for output in outputs:
+            options = options_for(request.options, output)
+            plan = make_plan(read, output.path, to=output.format, options=options, threads=request.run.threads)
+            plans.append(replace(plan, source=source))
+        request.reports.check((*source.files, *(path for plan in plans for path in _written(plan))))
+        for remark in plan_remarks(plans):
+            logger.warning("%s", remark)
+        yield Conversion(request, source, outputs, plans)
+
+
+def convert(request: ConversionRequest, progress: Progress | None = None) -> tuple[ConversionResult, ...]:
+    """Carry out a request; a result for each output, in the order of its types."""
+    with open_conversion(request) as conversion:
+        return conversion.carry_out(progress)
+
+
+def summarize(request: ConversionRequest) -> tuple[PlanSummary, ...]:
+    """What a request would write; nothing is written."""
+    with open_conversion(request) as conversion:
+        return tuple(plan.summary() for plan in conversion.plans)
+
+
+def save(
+    checkpoint: Checkpoint,
+    destination: Path,
+    options: WriteOptions | None = None,
+    *,
+    to: str | None = None,
+    force: bool = False,
+    threads: int = 2,
+    memory: int = DEFAULT_MEMORY,
+) -> ConversionResult:
+    """Write an open checkpoint, without verification, by the same plan and run as a conversion."""
+    options = replace(options or WriteOptions(), name=destination.name)
+    plan = make_plan(checkpoint, destination, to=to, options=options, threads=threads)
+    how = RunOptions(force=force, receipt=False, threads=threads, memory=memory)
+    return run([plan], None, how)[0]
+
+
+def _opened(request: ConversionRequest, stack: ExitStack) -> Checkpoint:
+    if isinstance(request.source, Checkpoint):
+        return request.source
+    config = resolve_config(request.config)
+    return stack.enter_context(registry.open_checkpoint(request.source, config=config))
+
+
+def _split_into_folder(request: ConversionRequest) -> ConversionRequest:
+    """A split GGUF is a folder of files, named for the file that was asked for."""
+    if request.destination.suffix.lower() != ".gguf" or not request.options.split.is_asked:
+        return request
+    folder = request.destination.with_suffix("")
+    logger.info("%s: a folder for the files of the split", folder)
+    return replace(request, destination=folder, to="gguf")
+
+
+def shared(source: Checkpoint) -> Checkpoint:
+    """``source`` with tensors that several outputs go through in one pass."""
+    return replace(source, tensors={name: SharedRows(tensor) for name, tensor in source.tensors.items()}, closers=[])
+
+
+def _resolved(checks: Checks, source: Checkpoint) -> ResolvedChecks:
+    return ResolvedChecks(read_prompts(checks.tokens, checks.text, source), checks.gates)
+
+
+def _written(plan: Plan) -> list[Path]:
+    """The output, the files that a folder will have, and the receipt."""
+    inside = () if plan.output.single_file else (*(file.name for file in plan.output.files), *plan.output.assets)
+    return [plan.destination, receipt_path(plan.destination), *(plan.destination / name for name in inside)]

@@ -1,0 +1,163 @@
+"""Where outputs go, what formats and types they have, and what may not be there: all refused before the source is opened."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from gemma2tool.errors import InputRefused, UsageError
+from gemma2tool.formats import packings, registry
+from gemma2tool.formats.options import WriteOptions
+from gemma2tool.pipeline.requests import ConversionRequest
+from gemma2tool.quantizers.mixtures import FILE_TYPES
+from gemma2tool.storage.paths import refuse_existing, refuse_same
+from gemma2tool.storage.staging import place as staging_place
+from gemma2tool.storage.syscalls import told
+
+FILE_SUFFIXES = (".ckpt", ".gguf", ".sbs")
+FLOAT_DTYPES = ("f32", "f16", "bf16")
+GGUF_DTYPES = (*FLOAT_DTYPES, "auto", "q8_0", "tq1_0", "tq2_0")
+
+
+@dataclass(frozen=True)
+class Destination:
+    """One output's place: ``path``, ``format``, quantization ``type`` or None."""
+
+    path: Path
+    format: str
+    type: str | None
+
+    @property
+    def is_file(self) -> bool:
+        return self.path.suffix.lower() in FILE_SUFFIXES
+
+
+def destinations(request: ConversionRequest) -> list[Destination]:
+    """The outputs of a request, checked. Several types go to ``DST/NAME-TYPE.gguf`` and to folders ``DST/NAME-TYPE``.
+
+    Raises ``UsageError`` for anything that could not be written, or that would overwrite what must stay.
+    """
+    outputs = _outputs(request.destination, request.to, request.types)
+    check_parent(request.destination)
+    options = request.options
+    for output in outputs:
+        _check_dtype(options.dtype, output.format)
+        _check_type(output)
+        options_for(options, output).check_target(output.format)
+        if not staging_place.exists(output.path):  # otherwise what is staged decides
+            refuse_existing(output.path, force=request.run.force, folder=not output.is_file)
+        refuse_same(_input_files(request), output.path)
+        _refuse_foreign_folder(output.path)
+    return outputs
+
+
+def options_for(options: WriteOptions, output: Destination) -> WriteOptions:
+    """A request's options as they are for one of its outputs."""
+    return replace(options, type=output.type, name=output.path.name, single_file=output.is_file)
+
+
+def _outputs(destination: Path, to: str | None, types: Sequence[str]) -> list[Destination]:
+    if len(types) <= 1:
+        type_name = types[0] if types else None
+        return [Destination(destination, registry.for_destination(destination, to, type_name), type_name)]
+    if destination.suffix.lower() in FILE_SUFFIXES or (destination.exists() and not destination.is_dir()):
+        raise UsageError(
+            "output.kind",
+            f"{destination}: several types need a folder to put their files into",
+            hint="name a folder as DST",
+        )
+    outputs = []
+    for type_name in types:
+        is_packing = to is not None or type_name in packings.TYPES
+        format_name = registry.for_destination(destination, to, type_name) if is_packing else "gguf"
+        suffix = ".gguf" if format_name == "gguf" else ""
+        path = destination / f"{destination.resolve().name}-{type_name}{suffix}"
+        outputs.append(Destination(path, format_name, type_name))
+    return outputs
+
+
+def check_parent(destination: Path) -> None:
+    """Raises ``UsageError`` where the folder that ``destination`` goes into does not exist."""
+    if not destination.absolute().parent.is_dir():
+        raise UsageError(
+            "output.no-parent",
+            f"{destination.parent}: no such folder",
+            hint=f"create it first: mkdir -p {shlex.quote(str(destination.parent))}",
+        )
+
+
+def _check_dtype(dtype: str | None, format_name: str) -> None:
+    floats = next(listing.floats for listing in registry.LISTINGS if listing.name == format_name)
+    allowed = GGUF_DTYPES if format_name == "gguf" else (*floats, "auto")
+    if dtype is None or dtype in allowed:
+        return
+    hint = f"choose one of {', '.join(allowed)}"
+    if format_name == "gemma-cpp" and dtype == "sfp":
+        hint += "; sfp is a quantization: 'gemma2tool quantize --type sfp'"
+    raise UsageError("option.dtype", f"--dtype {dtype} is not a stored type of {format_name}", hint=hint)
+
+
+def _check_type(output: Destination) -> None:
+    """Refuse a type that belongs to another format."""
+    if output.format == "gguf":
+        return
+    if output.type in FLOAT_DTYPES:
+        raise UsageError(
+            "type.unknown",
+            f"{output.type} is not a quantization type of {output.format}",
+            hint=f"use 'gemma2tool convert --dtype {output.type}'",
+        )
+    if output.type in FILE_TYPES:
+        raise UsageError(
+            "type.unknown",
+            f"{output.type} is a GGUF type, but the output format is {output.format}",
+            hint="name it NAME.gguf",
+        )
+
+
+def _input_files(request: ConversionRequest) -> list[Path]:
+    """Files that are read beside the source, and must not be overwritten."""
+    options = request.options
+    paths = [Path(request.config)] if isinstance(request.config, (str, Path)) else []
+    paths += [*(request.checks.files if request.checks else ()), *(adapter.path for adapter in options.adapters)]
+    paths += [path for path in (options.gguf.imatrix, options.calibration.text) if path]
+    return [path for path in paths if path.exists()]
+
+
+def _refuse_foreign_folder(destination: Path) -> None:
+    """``--force`` replaces checkpoints only: a folder of anything else could be lost by a typing error."""
+    if not destination.is_dir() or not any(destination.iterdir()):
+        return
+    try:
+        registry.detect(destination)
+    except InputRefused:
+        raise UsageError(
+            "output.not-a-checkpoint",
+            f"{destination}: not replaced, even with --force: the folder contains no checkpoint",
+            hint="choose another name, or remove the folder yourself",
+        ) from None
+
+
+@contextmanager
+def folder_of_several(outputs: Sequence[Destination]) -> Iterator[None]:
+    """The folder that several outputs go into; removed again if it was created here and stays empty."""
+    if len(outputs) == 1:
+        yield
+        return
+    folder = outputs[0].path.parent
+    created_here = not folder.exists() or any(staging_place.exists(output.path) for output in outputs)
+    with told(folder, "creating the folder"):
+        try:
+            folder.mkdir(exist_ok=True)
+        except FileNotFoundError:
+            check_parent(folder)
+            raise
+    try:
+        yield
+    finally:
+        if created_here:
+            with suppress(OSError):  # rmdir refuses a folder that is not empty
+                folder.rmdir()

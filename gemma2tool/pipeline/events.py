@@ -1,0 +1,63 @@
+"""Progress as plain events for a callback, made of the bars that the work opens."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from gemma2tool.model.progress import Progress
+
+
+@dataclass(frozen=True)
+class ProgressEvent:
+    """How far a step has come.
+
+    ``step``: what is being done. ``done`` of ``total`` ``unit``s ("bytes" or "tokens") are finished; ``name`` is the tensor or chunk
+    at hand. ``ended``: the step is over, also where an error ended it early. Events of one step come in order, from any thread.
+    """
+
+    step: str
+    done: int
+    total: int
+    unit: str
+    name: str = ""
+    ended: bool = False
+
+
+ProgressCallback = Callable[[ProgressEvent], None]
+
+
+def as_progress(callback: ProgressCallback | None) -> Progress | None:
+    """The callback as what the work reports to; None for none."""
+    if callback is None:
+        return None
+
+    @contextmanager
+    def progress(total: int, label: str, /, unit: str = "bytes") -> Iterator[_Bar]:
+        bar = _Bar(callback, ProgressEvent(label, 0, total, unit))
+        callback(bar.last)
+        try:
+            yield bar
+        finally:
+            bar.end()
+
+    return progress
+
+
+class _Bar:
+    def __init__(self, callback: ProgressCallback, start: ProgressEvent) -> None:
+        self.last = start
+        self._callback, self._lock = callback, threading.Lock()
+
+    def advance(self, count: int, name: str = "", /) -> None:
+        with self._lock:
+            step = self.last
+            self.last = ProgressEvent(step.step, step.done + count, step.total, step.unit, name)
+            self._callback(self.last)
+
+    def end(self) -> None:
+        with self._lock:
+            step = self.last
+            self._callback(ProgressEvent(step.step, step.done, step.total, step.unit, step.name, ended=True))

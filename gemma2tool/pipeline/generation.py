@@ -1,0 +1,103 @@
+"""Text from a prompt, with the built-in forward pass and the tokenizer that travels with a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from gemma2tool.errors import UsageError
+from gemma2tool.model.checkpoint import Checkpoint
+from gemma2tool.pipeline.logits import check_device
+from gemma2tool.pipeline.prompt import Tokenizer
+from gemma2tool.pipeline.requests import default_threads
+
+COMPUTE_DTYPES = ("f32", "bf16", "f16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationOptions:
+    """How text is generated.
+
+    ``raw``: the prompt as it is, without the chat template. ``temperature``: 0 takes the likeliest token. ``top_k``, ``top_p``:
+    draw from the K likeliest tokens, from the smallest set with this probability. ``stream_weights``: read the weights again for
+    every token instead of holding them in memory. ``dtype``: of the computation, see ``COMPUTE_DTYPES``.
+    """
+
+    raw: bool = False
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int = 0
+    stream_weights: bool = False
+    dtype: str = "f32"
+    device: str = "cpu"
+    threads: int = field(default_factory=default_threads)
+
+    def __post_init__(self) -> None:
+        if self.dtype not in COMPUTE_DTYPES:
+            raise UsageError(
+                "option.dtype", f"--dtype {self.dtype} is not a computation type", hint="choose f32, bf16 or f16"
+            )
+
+
+@dataclass(frozen=True)
+class Generation:
+    """``prompt_tokens``: ids that the model was given. ``tokens``: ids that it produced, a stop token included."""
+
+    prompt_tokens: list[int]
+    tokens: list[int]
+    text: str
+    stopped: bool
+
+    def to_json(self) -> dict[str, object]:
+        """The generation as ``--json`` prints it."""
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "tokens": self.tokens,
+            "text": self.text,
+            "stopped": self.stopped,
+        }
+
+
+def generate(
+    checkpoint: Checkpoint, prompt: str, options: GenerationOptions, on_text: Callable[[str], None] | None = None
+) -> Generation:
+    """Generate token by token, in the chat template if the checkpoint has one. ``on_text`` receives each piece of text as it comes."""
+    tokenizer = Tokenizer(checkpoint)
+    ids = tokenizer.encode(prompt if options.raw else tokenizer.chat(prompt) or prompt)
+
+    import torch
+
+    from gemma2tool.reference.generate import generate as generate_tokens
+    from gemma2tool.reference.model import Gemma2ForCausalLM
+    from gemma2tool.reference.streaming import StreamedForCausalLM
+
+    torch.set_num_threads(options.threads)
+    load = StreamedForCausalLM if options.stream_weights else Gemma2ForCausalLM.from_checkpoint
+    dtype = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}[options.dtype]
+    model = load(checkpoint, dtype=dtype, device=check_device(options.device))
+    stops = tokenizer.stop_ids()
+    produced: list[int] = []
+    emitted = ""
+    for token in generate_tokens(
+        model,
+        torch.tensor([ids], device=options.device),
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        eos_token_ids=stops,
+        seed=options.seed,
+    ):
+        produced.append(int(token))
+        if produced[-1] in stops:
+            break
+        text = tokenizer.decode(produced)
+        if on_text is not None and not text.endswith("\ufffd"):  # the last character may still lack bytes
+            on_text(text[len(emitted) :])
+            emitted = text
+    text = tokenizer.decode([token for token in produced if token not in stops])
+    if on_text is not None:
+        on_text(text[len(emitted) :])
+    return Generation(ids, produced, text, bool(produced) and produced[-1] in stops)

@@ -1,0 +1,64 @@
+"""The reference forward pass over a checkpoint, into a file."""
+
+from __future__ import annotations
+
+import io
+import re
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gemma2tool.errors import ResourceError, UsageError
+from gemma2tool.model.checkpoint import Checkpoint
+from gemma2tool.storage.staging.staged_output import Staging
+
+
+def check_device(name: str) -> str:
+    """``name`` as torch takes it. Raises ``UsageError`` for an unknown device, ``ResourceError`` for one that is not there."""
+    import torch
+
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise UsageError("option.device", f"--device {name} is not a device", hint="choose cpu, cuda or cuda:1")
+    if name != "cpu" and not torch.cuda.is_available():
+        raise ResourceError("device.missing", f"--device {name}: no GPU that torch can use", hint="use --device cpu")
+    return name
+
+
+def compute_logits(
+    checkpoint: Checkpoint, ids: NDArray[np.int64], *, threads: int, device: str = "cpu"
+) -> NDArray[np.float32]:
+    """The float32 logits (B, T, V) of ``ids`` (B, T), whole in memory."""
+    from gemma2tool.reference.streaming import StreamedForward, use_threads
+
+    logits = np.empty((*ids.shape, checkpoint.config.vocab_size), np.float32)
+    with use_threads(threads):
+        for first, last, block in StreamedForward(checkpoint, ids, device=device).vocabulary_slices():
+            logits[..., first:last] = block.float().cpu().numpy()
+    return logits
+
+
+def write_logits(
+    checkpoint: Checkpoint, ids: NDArray[np.int64], out: Path, *, force: bool, threads: int, device: str = "cpu"
+) -> tuple[int, int, int]:
+    """Write the float32 logits (B, T, V) of ``ids`` (B, T) to a ``.npy`` file, a slice of the vocabulary at a time.
+
+    Returns the shape.
+    """
+    from gemma2tool.reference.streaming import StreamedForward, use_threads
+
+    batch, length = ids.shape
+    shape = (batch, length, checkpoint.config.vocab_size)
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "<f4", "fortran_order": False, "shape": shape})
+    start, row = len(header.getvalue()), 4 * shape[2]
+    size = start + batch * length * row
+    with Staging(out, force=force, expected_bytes=size, folder=False) as staging, use_threads(threads):
+        file = staging.file(out.name, size)
+        file.pwrite(0, header.getvalue())
+        for first, _, block in StreamedForward(checkpoint, ids, device=device).vocabulary_slices():
+            values = block.float().cpu().numpy().reshape(batch * length, -1)
+            for position in range(batch * length):
+                file.pwrite(start + position * row + 4 * first, np.ascontiguousarray(values[position]).data.cast("B"))
+        staging.commit()
+    return shape

@@ -1,0 +1,79 @@
+"""The files that a verification is written to for others to read: JUnit XML, a Markdown summary, a page of HTML."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gemma2tool.errors import ResourceError, UsageError
+from gemma2tool.storage.paths import refuse_same
+
+if TYPE_CHECKING:
+    from gemma2tool.verify.result import Verification
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportFiles:
+    """Where reports go: ``junit`` and ``html`` are replaced, to ``summary`` is appended."""
+
+    junit: Path | None = None
+    summary: Path | None = None
+    html: Path | None = None
+
+    @property
+    def by_option(self) -> dict[str, Path]:
+        """The files that were asked for, by the command line's options."""
+        named = {"--junit": self.junit, "--summary": self.summary, "--html": self.html}
+        return {option: path for option, path in named.items() if path is not None}
+
+    def check(self, others: Iterable[Path]) -> None:
+        """Raises ``UsageError``, before any work, for a report that cannot be written or would overwrite one of ``others``."""
+        others = list(others)
+        seen: dict[Path, str] = {}
+        for option, path in self.by_option.items():
+            if path.is_dir():
+                raise UsageError("report.folder", f"{option} {path}: is a folder", hint="name a file")
+            if not path.absolute().parent.is_dir():
+                raise UsageError(
+                    "report.folder", f"{option} {path}: no such folder", hint=f"create it first: mkdir -p {path.parent}"
+                )
+            if (other := seen.setdefault(path.absolute(), option)) != option:
+                raise UsageError("report.same", f"{other} and {option} both name {path}", hint="name two files")
+            refuse_same(others, path)
+
+    def write(self, verifications: Sequence[Verification]) -> None:
+        """Write what was asked for; nothing where nothing was verified."""
+        if not verifications or not self.by_option:
+            return
+        from gemma2tool.verify.reports import junit, markdown, page
+
+        if self.junit is not None:
+            _replace(self.junit, junit.junit(verifications))
+        if self.html is not None:
+            _replace(self.html, page.html(verifications))
+        if self.summary is not None:
+            _append(self.summary, markdown.summary(verifications))
+
+
+def _replace(path: Path, text: str) -> None:
+    from gemma2tool.storage.staging.staged_output import Staging
+
+    data = text.encode()
+    with Staging(path, force=True, expected_bytes=len(data), folder=False) as staging:
+        staging.write_bytes(path.name, data)
+        staging.commit()
+
+
+def _append(path: Path, text: str) -> None:
+    """All commands of a CI step share its summary, so it is never replaced."""
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+        with os.fdopen(descriptor, "ab") as file:
+            file.write(text.encode())
+    except OSError as error:
+        raise ResourceError(
+            "report.unwritable", f"{path}: {error.strerror}", hint="name a file that can be written"
+        ) from None

@@ -1,0 +1,76 @@
+"""What is asked of the pipeline: frozen requests, with paths and sizes already parsed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from gemma2tool.formats.options import WriteOptions
+from gemma2tool.model.checkpoint import Checkpoint
+from gemma2tool.model.config import Gemma2Config
+from gemma2tool.pipeline.report_files import ReportFiles
+
+DEFAULT_MEMORY = 256 << 20
+"""Bytes of data in flight."""
+
+
+def default_threads() -> int:
+    """The processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checks:
+    """How a candidate is verified.
+
+    ``tokens``: token ids (.npy) for the forward passes, or ``text``, a file of UTF-8 text; neither: the built-in sample text.
+    ``gates``: limits that replace the defaults, by name ("kl").
+    """
+
+    tokens: Path | None = None
+    text: Path | None = None
+    gates: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return tuple(path for path in (self.tokens, self.text) if path is not None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """How a plan is carried out.
+
+    ``force``: replace an existing destination once its replacement is complete and verified. ``restart``: discard what an
+    interrupted run left. ``allow_nonfinite``: accept NaN and infinities in the source. ``clip_f16``: store the largest float16
+    instead of refusing values beyond it. ``receipt``: write one beside each verified output. ``memory``: bytes of data in flight.
+    """
+
+    force: bool = False
+    restart: bool = False
+    allow_nonfinite: bool = False
+    clip_f16: bool = False
+    receipt: bool = True
+    threads: int = field(default_factory=default_threads)
+    memory: int = DEFAULT_MEMORY
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConversionRequest:
+    """One source, one or several outputs.
+
+    ``source``: a path, or a checkpoint that is open already. ``types``: quantization types; none converts, several put one output
+    each into the folder ``destination``. ``to``: the target format; None: by the destination's name. ``options``: of the outputs;
+    their ``type``, ``name`` and ``single_file`` are set for each output. ``checks``: None leaves out the verification.
+    """
+
+    source: Path | Checkpoint
+    destination: Path
+    types: tuple[str, ...] = ()
+    to: str | None = None
+    options: WriteOptions = WriteOptions()
+    config: Gemma2Config | Path | str | None = None
+    checks: Checks | None = field(default_factory=Checks)
+    run: RunOptions = field(default_factory=RunOptions)
+    reports: ReportFiles = ReportFiles()

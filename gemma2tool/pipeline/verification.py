@@ -1,0 +1,204 @@
+"""Verifying: an output against its source, a file against its source or its receipt, an engine's logits, two checkpoints."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gemma2tool.errors import UsageError
+from gemma2tool.formats import registry
+from gemma2tool.model.checkpoint import Checkpoint
+from gemma2tool.model.config import Gemma2Config
+from gemma2tool.model.progress import Progress
+from gemma2tool.pipeline.inputs import read_logits, read_prompts, read_tokens, resolve_config
+from gemma2tool.pipeline.report_files import ReportFiles
+from gemma2tool.pipeline.requests import Checks, default_threads
+
+if TYPE_CHECKING:
+    from gemma2tool.receipt.document import Receipt
+    from gemma2tool.verify.difference import Difference
+    from gemma2tool.verify.result import Verification
+
+logger = logging.getLogger("gemma2tool")
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyRequest:
+    """What to hold a candidate to: its source (``reference``), a receipt (default: the one beside it), or an engine's ``logits``.
+
+    ``config``: of a candidate whose format may lack one, and of such a reference unless ``reference_config`` is given.
+    """
+
+    candidate: Path
+    reference: Path | None = None
+    receipt: Path | None = None
+    logits: Path | None = None
+    checks: Checks = field(default_factory=Checks)
+    config: Gemma2Config | Path | str | None = None
+    reference_config: Gemma2Config | Path | str | None = None
+    threads: int = field(default_factory=default_threads)
+    reports: ReportFiles = ReportFiles()
+
+
+def verify(request: VerifyRequest, progress: Progress | None = None) -> Verification:
+    """Carry out a verification and write its reports.
+
+    Raises ``UsageError`` for a request that names several things to compare with, or none that exists.
+    """
+    ways = {"--reference": request.reference, "--against": request.receipt, "--logits": request.logits}
+    chosen = [option for option, value in ways.items() if value is not None]
+    if len(chosen) > 1:
+        raise UsageError(
+            "option.pair", f"{' and '.join(chosen)} are different ways to verify", hint="choose one of them"
+        )
+    if request.reference is not None:
+        result = _with_source(request, request.reference, progress)
+    elif request.logits is not None:
+        result = _with_logits(request, request.logits, progress)
+    else:
+        result = _with_receipt(request, progress)
+    request.reports.write([result])
+    return result
+
+
+def verify_output(
+    source: Checkpoint,
+    candidate: Checkpoint,
+    *,
+    ids: NDArray[np.int64] | None,
+    gates: Mapping[str, float],
+    threads: int,
+    progress: Progress | None,
+    weighted: bool | None = None,
+) -> Verification:
+    """Verify ``candidate`` against ``source``.
+
+    ``gates`` replaces default limits. ``weighted`` says whether an importance matrix steered the quantization (None: as the
+    candidate says). What the candidate's format itself cannot hold of the source is reported, not judged.
+    """
+    from gemma2tool.verify.run import verify as compare
+
+    return compare(
+        source,
+        candidate,
+        ids=ids,
+        gates=gates or None,
+        threads=threads,
+        progress=progress,
+        expected=registry.by_name(candidate.format).kept(source, candidate),
+        weighted=weighted,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiffRequest:
+    """Two checkpoints to compare, neither of which is the truth. ``with_logits``: run both forward passes too."""
+
+    a: Path
+    b: Path
+    checks: Checks = field(default_factory=Checks)
+    with_logits: bool = True
+    config: Gemma2Config | Path | str | None = None
+    threads: int = field(default_factory=default_threads)
+
+
+def diff(request: DiffRequest, progress: Progress | None = None) -> Difference:
+    """What two checkpoints have in common: tensors as values, config, tokenizer, logits."""
+    from gemma2tool.verify.difference import diff as compare
+
+    config = resolve_config(request.config)
+    with _opened(request.a, config) as a, _opened(request.b, config) as b:
+        log_warnings(a, "A")
+        log_warnings(b, "B")
+        return compare(
+            a,
+            b,
+            ids=read_prompts(request.checks.tokens, request.checks.text, a),
+            kept=(registry.by_name(b.format).kept(a, b), registry.by_name(a.format).kept(b, a)),
+            logits=request.with_logits,
+            threads=request.threads,
+            progress=progress,
+        )
+
+
+def _with_source(request: VerifyRequest, reference: Path, progress: Progress | None) -> Verification:
+    config = resolve_config(request.config)
+    reference_config = resolve_config(request.reference_config) or config
+    with _opened(reference, reference_config) as source, _opened(request.candidate, config) as candidate:
+        request.reports.check((*source.files, *candidate.files))
+        log_warnings(source, source.path.name)
+        log_warnings(candidate, candidate.path.name)
+        ids = read_prompts(request.checks.tokens, request.checks.text, source)
+        return verify_output(
+            source, candidate, ids=ids, gates=request.checks.gates, threads=request.threads, progress=progress
+        )
+
+
+def _with_logits(request: VerifyRequest, logits: Path, progress: Progress | None) -> Verification:
+    from gemma2tool.verify.engine import judge_logits
+
+    checks = request.checks
+    if checks.tokens is None or checks.text is not None:
+        raise UsageError(
+            "option.pair", "--logits needs the token ids that they were computed from", hint="add --tokens ids.npy"
+        )
+    with _opened(request.candidate, resolve_config(request.config)) as candidate:
+        request.reports.check((logits, checks.tokens, *candidate.files))
+        log_warnings(candidate, candidate.path.name)
+        return judge_logits(
+            candidate,
+            read_tokens(checks.tokens, candidate.config),
+            read_logits(logits),
+            name=str(logits),
+            gates=checks.gates,
+            threads=request.threads,
+            progress=progress,
+        )
+
+
+def _with_receipt(request: VerifyRequest, progress: Progress | None) -> Verification:
+    from gemma2tool.receipt.check import check
+
+    if request.checks != Checks():
+        raise UsageError(
+            "option.ignored",
+            "--tokens, --text and --gate have no effect with a receipt, which has its own prompt and limits",
+            hint="they are for --reference",
+        )
+    with _opened(request.candidate, resolve_config(request.config)) as candidate:
+        receipt = _receipt(request.candidate, request.receipt)
+        request.reports.check((receipt.path, *candidate.files))
+        log_warnings(candidate, candidate.path.name)
+        return check(candidate, receipt, threads=request.threads, progress=progress)
+
+
+def _receipt(candidate: Path, receipt: Path | None) -> Receipt:
+    from gemma2tool.receipt.document import read, receipt_path
+
+    beside = receipt_path(candidate)
+    if receipt is None and not beside.exists():
+        raise UsageError(
+            "receipt.missing",
+            f"{candidate}: nothing to verify it against: there is no {beside.name} beside it",
+            hint="name the checkpoint it was made from with --reference, or a receipt with --against",
+        )
+    return read(receipt or beside)
+
+
+def log_warnings(checkpoint: Checkpoint, label: str = "") -> None:
+    """What reading the checkpoint noticed, to the log, behind ``label`` where several are read."""
+    for warning in (*checkpoint.warnings, *checkpoint.config.warnings):
+        logger.warning("%s", f"{label}: {warning}" if label else warning)
+
+
+def _opened(path: Path, config: Gemma2Config | None) -> Checkpoint:
+    """Opened with ``config`` if its format may lack one; a checkpoint that carries its own is read with its own."""
+    may_lack_config = ("gemma-pytorch", "flax", "maxtext")
+    is_needed = config is not None and registry.detect(path).name in may_lack_config
+    return registry.open_checkpoint(path, config=config if is_needed else None)
