@@ -6,15 +6,13 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
+from gemma2tool.model.config import Gemma2Config
+from gemma2tool.model.format_facts import FormatFacts
 from gemma2tool.model.lazy import FLOAT32, LazyTensor
 from gemma2tool.model.tensors import TensorSpec, check_tensors, expand
-
-if TYPE_CHECKING:
-    from gemma2tool.model.config import Gemma2Config
 
 ASSET_NAMES = (
     "tokenizer.model",
@@ -69,6 +67,9 @@ class Checkpoint:
 
     buffers: dict[str, LazyTensor] = field(default_factory=dict)
     """What the format stores beside the model's tensors though the config determines it (a rotary table), by the file's names."""
+
+    facts: FormatFacts | None = None
+    """What ``format`` declares about itself and its consumer; None for a checkpoint that no reader made."""
 
     closers: list[Callable[[], None]] = field(default_factory=list)
 

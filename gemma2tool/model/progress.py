@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
+
+Advance = Callable[[int, str], None]
+"""``ProgressBar.advance`` as a function: called with the units done since the last call, and the name at hand."""
 
 
 class ProgressBar(Protocol):

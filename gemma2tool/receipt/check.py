@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from gemma2tool.model.checkpoint import Checkpoint
+from gemma2tool.model.progress import Progress, progress_or_null
 from gemma2tool.receipt.document import Receipt
 from gemma2tool.receipt.files import digest_files, names_in, place
 from gemma2tool.verify.compare.config import compare_configs
@@ -17,7 +18,7 @@ from gemma2tool.verify.compare.tensors import read_through, significant
 from gemma2tool.verify.digest import ALGORITHM, Advance, Hashes, hash_tensors, tokenizer_digest
 from gemma2tool.verify.gates import GATES
 from gemma2tool.verify.result import Finding, GateResult, Side, Verification
-from gemma2tool.verify.run import Progress, shown, side_of
+from gemma2tool.verify.run import side_of
 
 _AGAIN = "what was verified when the receipt was written"
 
@@ -44,7 +45,7 @@ def check(
     def ask(level: str, nbytes: int, question: Callable[[Advance], GateResult]) -> None:
         if level in levels:
             start = time.perf_counter()
-            with shown(progress if nbytes else None, nbytes, level) as bar:
+            with progress_or_null(progress if nbytes else None, nbytes, level) as bar:
                 results.append(question(bar.advance))
             seconds[level] = time.perf_counter() - start
 

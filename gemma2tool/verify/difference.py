@@ -16,6 +16,7 @@ import numpy as np
 
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.lazy import LazyTensor
+from gemma2tool.model.progress import Progress, progress_or_null
 from gemma2tool.verify.compare.completeness import comparable, compare_names
 from gemma2tool.verify.compare.config import compare_configs
 from gemma2tool.verify.compare.measurements import Drift, layer_and_kind
@@ -24,7 +25,7 @@ from gemma2tool.verify.compare.tensors import significant
 from gemma2tool.verify.compare.tokenizer import compare_tokenizers
 from gemma2tool.verify.diagnosis.cause import Cause
 from gemma2tool.verify.result import Finding, GateResult, Side, Sides, plain
-from gemma2tool.verify.run import Progress, shown, side_of
+from gemma2tool.verify.run import side_of
 
 SCHEMA_VERSION = 1
 A_AND_B = ("A", "B")
@@ -105,7 +106,7 @@ def diff(
     common = [
         name for name in a.tensors if name in b.tensors and tuple(a.tensors[name].shape) == tuple(b.tensors[name].shape)
     ]
-    with shown(progress, sum(b.tensors[name].nbytes for name in common), "tensors") as bar:
+    with progress_or_null(progress, sum(b.tensors[name].nbytes for name in common), "tensors") as bar:
         found = tuple(compare_values(a.tensors, b.tensors, common, kept=kept, threads=threads, advance=bar.advance))
     parts.append(_tensors(found))
     drift = None
@@ -202,7 +203,7 @@ def _logits(
         ids, is_text = prompt_for(a, b)
     ids = as_prompts(ids)
     nbytes = sum(each.nbytes for side in (a, b) for each in side.tensors.values())
-    with shown(progress, nbytes * passes(ids, a.config), "forward passes") as bar:
+    with progress_or_null(progress, nbytes * passes(ids, a.config), "forward passes") as bar:
         run = compare_logits(a, b, ids, text=is_text, threads=threads, advance=bar.advance)
     metrics = run.metrics
     if any(metrics.nonfinite):

@@ -13,12 +13,13 @@ import numpy as np
 
 from gemma2tool.errors import UsageError
 from gemma2tool.model.checkpoint import Checkpoint
+from gemma2tool.model.progress import Progress, progress_or_null
 from gemma2tool.verify import gate_results
 from gemma2tool.verify.compare.metrics import LogitComparison
 from gemma2tool.verify.diagnosis.cause import Cause
 from gemma2tool.verify.gates import GATES
 from gemma2tool.verify.result import Finding, GateResult, Side, Verification
-from gemma2tool.verify.run import Progress, shown, side_of
+from gemma2tool.verify.run import side_of
 
 KIND = "bf16"
 """Engines compute in half precision: the limits of weights that were rounded to it hold for their logits."""
@@ -60,7 +61,7 @@ def judge_logits(
     following = np.concatenate([ids[0, first + 1 :], [-1]])
     comparison = LogitComparison(len(given), following, atol=limits.logits or 0.0, rtol=limits.logits_rtol or 0.0)
     nbytes = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
-    with use_threads(threads), shown(progress, nbytes, "forward pass") as bar:
+    with use_threads(threads), progress_or_null(progress, nbytes, "forward pass") as bar:
         run = StreamedForward(
             checkpoint, ids, on_input=lambda tensor, _: bar.advance(checkpoint.tensors[tensor].nbytes, tensor)
         )
@@ -74,7 +75,7 @@ def judge_logits(
     if any(metrics.nonfinite):
         results[0] = _nonfinite(results[0], name, given.size, metrics.nonfinite)
     elif metrics.max_abs_difference:
-        with shown(progress, 0, "known mistakes"):
+        with progress_or_null(progress, 0, "known mistakes"):
             cause = counterfactual(checkpoint, ids, given, threads=threads)
     if any(metrics.nonfinite):
         results.append(GateResult("mistakes", "skipped", "logits are not finite"))

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Protocol
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.lazy import LazyTensor
+from gemma2tool.model.progress import Progress, progress_or_null
 from gemma2tool.verify import gate_results
 from gemma2tool.verify.compare.completeness import comparable, compare_names
 from gemma2tool.verify.compare.config import compare_configs
-from gemma2tool.verify.compare.consumers import UNSAID, assumptions
+from gemma2tool.verify.compare.consumers import assumptions, facts_of
 from gemma2tool.verify.compare.folding import folded_source
 from gemma2tool.verify.compare.measurements import Drift, Measurements, Tokens, tensor_errors
 from gemma2tool.verify.compare.reference_logits import Reference
@@ -27,19 +27,6 @@ from gemma2tool.verify.prompts import prompt_for
 from gemma2tool.verify.result import GateResult, Side, Verification
 
 LEVELS = ("completeness", "config", "tokenizer", "tensors", "logits")
-
-
-class Bar(Protocol):
-    def advance(self, nbytes: int, name: str = "") -> None: ...
-
-
-Progress = Callable[[int, str], AbstractContextManager[Bar]]
-"""Called with the bytes to come and what they are for; ``cli.terminal.Console.progress`` is one."""
-
-
-class _NoBar:
-    def advance(self, nbytes: int, name: str = "") -> None:
-        pass
 
 
 def verify(
@@ -86,8 +73,11 @@ def verify(
             results.append(compare_names(source, candidate))
     if "config" in levels:
         with timed("config"):
-            unsaid, assumed = UNSAID.get(candidate.format), assumptions(candidate)
-            results.append(compare_configs(source.config, candidate.config, unsaid=unsaid, assumed=assumed))
+            cannot_represent, assumed = facts_of(candidate).cannot_represent, assumptions(candidate)
+            config_gate = compare_configs(
+                source.config, candidate.config, cannot_represent=cannot_represent, assumed=assumed
+            )
+            results.append(config_gate)
     if "tokenizer" in levels:
         with timed("tokenizer"):
             results.append(compare_tokenizers(source, candidate))
@@ -96,7 +86,7 @@ def verify(
     if "tensors" in levels:
         with (
             timed("tensors"),
-            shown(progress, sum(candidate.tensors[name].nbytes for name in common), "tensors") as bar,
+            progress_or_null(progress, sum(candidate.tensors[name].nbytes for name in common), "tensors") as bar,
         ):
             comparisons = compare_tensors(
                 common,
@@ -178,7 +168,7 @@ def _logits(
         ids, is_text = prompt_for(source, candidate)
     ids = as_prompts(ids)
     nbytes = sum(each.nbytes for side in (source, candidate) for each in side.tensors.values())
-    with shown(progress, nbytes * passes(ids, source.config), "forward passes") as bar:
+    with progress_or_null(progress, nbytes * passes(ids, source.config), "forward passes") as bar:
         run = compare_logits(
             source,
             candidate,
@@ -211,8 +201,3 @@ def side_of(checkpoint: Checkpoint) -> Side:
         stored[tensor.stored] += tensor.size
     nbytes = sum(path.stat().st_size for path in checkpoint.files)
     return Side(str(checkpoint.path), checkpoint.format, dict(stored), nbytes)
-
-
-def shown(progress: Progress | None, total: int, label: str) -> AbstractContextManager[Bar]:
-    """A bar of ``progress``, or none."""
-    return nullcontext(_NoBar()) if progress is None else progress(total, label)

@@ -319,7 +319,7 @@ def test_progress_is_told_of_both_levels(source: Checkpoint) -> None:
     labels: dict[str, list[int]] = {}
 
     class Bar:
-        def __init__(self, total: int, label: str) -> None:
+        def __init__(self, total: int, label: str, /, unit: str = "bytes") -> None:
             self.done = labels.setdefault(label, [total, 0])
 
         def __enter__(self) -> Self:

@@ -69,12 +69,12 @@ def compare_configs(
     candidate: Gemma2Config,
     *,
     sides: Sides = SIDES,
-    unsaid: Mapping[str, str] | None = None,
+    cannot_represent: Mapping[str, str] | None = None,
     assumed: Iterable[tuple[str, str]] = (),
 ) -> GateResult:
     """The config gate: ``failed`` when a field of the arithmetic differs, or what stops and starts a text.
 
-    ``unsaid``: field -> why the candidate's format could not say the source's value. ``assumed``: fields and sentences, what
+    ``cannot_represent``: field -> why the candidate's format cannot represent the source's value. ``assumed``: fields and sentences, what
     the candidate's consumer computes whatever the file says; warnings.
     """
     findings = []
@@ -82,7 +82,7 @@ def compare_configs(
         ours, theirs = getattr(source, name), getattr(candidate, name)
         if normal(name, ours) != normal(name, theirs):
             said = _layers(ours, theirs, sides) if name == "layer_types" else _versus(ours, theirs, sides)
-            why = f"; {unsaid[name]}" if name in (unsaid or {}) else ""
+            why = f"; {cannot_represent[name]}" if name in (cannot_represent or {}) else ""
             findings.append(Finding(GATE, "error", name, f"{name} ({meaning}): {said}{why}"))
     for name, meaning in USE.items():
         ours, theirs = getattr(source, name), getattr(candidate, name)

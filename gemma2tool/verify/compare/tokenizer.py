@@ -12,7 +12,7 @@ import numpy as np
 from gemma2tool.containers import tokenizer_model
 from gemma2tool.errors import InputRefused
 from gemma2tool.model.checkpoint import Assets, Checkpoint
-from gemma2tool.verify.compare.consumers import WEIGHTS_ALONE
+from gemma2tool.verify.compare.consumers import facts_of, is_weights_file
 from gemma2tool.verify.compare.tokenizer_files import GATE, chat_template, compare_files
 from gemma2tool.verify.result import SIDES, Finding, GateResult, Severity, Sides
 
@@ -56,9 +56,7 @@ def compare_tokenizers(source: Checkpoint, candidate: Checkpoint, *, sides: Side
     findings = compare_files(source, candidate, sides)
     name = "tokenizer.model"
     if name in source.assets and name not in candidate.assets and "tokenizer.json" not in candidate.assets:
-        # An output that is being verified has no file at its destination yet, but a name.
-        alone = candidate.path.is_file() or candidate.path.suffix == ".ckpt"
-        if candidate.format in WEIGHTS_ALONE and alone:
+        if facts_of(candidate).weights_alone and is_weights_file(candidate):
             return _result(
                 findings, f"the {sides[1]} is a file of weights alone: vocabularies not compared", {}, compared=False
             )

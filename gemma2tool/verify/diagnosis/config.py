@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from gemma2tool.model.config import FULL, SLIDING, Gemma2Config
 from gemma2tool.verify.compare.config import ARITHMETIC, normal
-from gemma2tool.verify.compare.consumers import UNSAID
 from gemma2tool.verify.diagnosis.cause import Cause
 from gemma2tool.verify.diagnosis.names import runs
 
@@ -16,20 +15,20 @@ _CAPS = {"attn_logit_softcapping": "attention", "final_logit_softcapping": "fina
 
 
 def causes_of_config(
-    source: Gemma2Config, candidate: Gemma2Config, *, format: str = "", told: Iterable[str] = ()
+    source: Gemma2Config, candidate: Gemma2Config, *, cannot_represent: Mapping[str, str] | None = None, told: Iterable[str] = ()
 ) -> list[Cause]:
-    """One cause per mistake. ``format``: the candidate's, which may not be able to say a field; ``told``: fields that other causes
+    """One cause per mistake. ``cannot_represent``: field -> why the candidate's format cannot represent it; ``told``: fields that other causes
     explain."""
     told, causes = set(told), []
     for rule in RULES:
         for cause in rule(source, candidate):
             if not told.intersection(cause.fields):
                 told.update(cause.fields)
-                causes.append(_unsaid(cause, format))
+                causes.append(_explained(cause, cannot_represent or {}))
     for name, meaning in ARITHMETIC.items():
         if name not in told and differs(source, candidate, name):
             said = f"{name} ({meaning}) is {getattr(candidate, name)} in the candidate, {getattr(source, name)} in the source"
-            causes.append(_unsaid(_cause("config.field", said, source, candidate, name), format))
+            causes.append(_explained(_cause("config.field", said, source, candidate, name), cannot_represent or {}))
     return causes
 
 
@@ -51,9 +50,8 @@ def _plain(value: object) -> float | str:
     return value if isinstance(value, (int, float)) else str(value)
 
 
-def _unsaid(cause: Cause, format: str) -> Cause:
-    known: Mapping[str, str] = UNSAID.get(format, {})
-    why = "; ".join(known[name] for name in cause.fields if name in known)
+def _explained(cause: Cause, cannot_represent: Mapping[str, str]) -> Cause:
+    why = "; ".join(cannot_represent[name] for name in cause.fields if name in cannot_represent)
     return Cause(cause.id, f"{cause.message} ({why})", cause.tensors, cause.fields, cause.evidence) if why else cause
 
 

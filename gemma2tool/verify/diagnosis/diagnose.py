@@ -9,6 +9,7 @@ from dataclasses import replace
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.config import Gemma2Config
 from gemma2tool.model.lazy import LazyTensor
+from gemma2tool.verify.compare.consumers import facts_of
 from gemma2tool.verify.compare.tensors import TensorComparison, compare_tensors
 from gemma2tool.verify.diagnosis.cause import Cause
 from gemma2tool.verify.diagnosis.completeness import causes_of_names, causes_of_types
@@ -62,7 +63,8 @@ def diagnose(
     causes = [*names, *_aggregated(explained, source.config), *patterns, *causes_of_types(candidate)]
     causes.sort(key=lambda cause: -len(cause.tensors))
     told = [field for cause in causes for field in (*cause.fields, *_IMPLIED.get(cause.id, ()))]
-    causes += causes_of_config(source.config, candidate.config, format=candidate.format, told=told)
+    cannot_represent = facts_of(candidate).cannot_represent
+    causes += causes_of_config(source.config, candidate.config, cannot_represent=cannot_represent, told=told)
     causes += causes_of_tokenizer(results)
     if not causes:
         causes = causes_of_patterns(case, [name for name, each in found.items() if each.rule in ("bound", "reported")])

@@ -12,7 +12,7 @@ from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.config import Gemma2Config
 from gemma2tool.model.lazy import ArrayTensor
 from gemma2tool.verify.compare.config import ARITHMETIC, INFORMATIVE, USE, compare_configs
-from gemma2tool.verify.compare.consumers import UNSAID, assumptions
+from gemma2tool.verify.compare.consumers import FACTS, assumptions
 from gemma2tool.verify.result import GateResult
 
 BASE = Gemma2Config()
@@ -74,7 +74,8 @@ def test_padding_decides_for_a_sequence_classifier() -> None:
 
 
 def test_what_a_format_cannot_say_is_explained() -> None:
-    found = compare_configs(BASE, dataclasses.replace(BASE, query_pre_attn_scalar=128), unsaid=UNSAID["gguf"])
+    other = dataclasses.replace(BASE, query_pre_attn_scalar=128)
+    found = compare_configs(BASE, other, cannot_represent=FACTS["gguf"].cannot_represent)
     assert "llama.cpp takes head_dim" in found.summary
 
 
