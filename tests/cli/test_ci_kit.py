@@ -106,6 +106,7 @@ def test_the_action_verifies_for_real(tmp_path: Path, fixture_dir: Path) -> None
     assert "<svg" in (tmp_path / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_the_hook_verifies_what_has_a_receipt(tmp_path: Path, fixture_dir: Path, monkeypatch, capfd) -> None:
     monkeypatch.chdir(tmp_path)
     for arguments in (["convert", str(fixture_dir / "model.ckpt"), "weights/hf"], ["convert", "weights/hf", "b.gguf"]):

@@ -88,6 +88,7 @@ def test_quantize_to_a_folder(place: Path, kind: str) -> None:
     )
 
 
+@pytest.mark.slow
 def test_verify_command(place: Path) -> None:
     assert run("convert", place / "src", place / "out.gguf", "--quiet").exit_code == 0
     result = run("verify", place / "out.gguf", "--reference", place / "src")
@@ -149,6 +150,7 @@ def test_inspect_and_formats(place: Path) -> None:
     assert result.exit_code == 0 and "nf4" in result.output and "q8_0" in result.output
 
 
+@pytest.mark.slow
 def test_many_outputs_in_one_pass_are_the_same_files(place: Path) -> None:
     kinds = ["q8_0", "q4_0", "nf4", "f16"]
     result = run("quantize", place / "src", place / "many", "--type", ",".join(kinds))
@@ -339,6 +341,7 @@ def limited(limit: int):
     return apply
 
 
+@pytest.mark.slow
 def test_disk_that_takes_no_more(place: Path) -> None:
     """A file size limit stands in for a full disk: the write fails half way."""
     before = listing(place)
@@ -350,6 +353,7 @@ def test_disk_that_takes_no_more(place: Path) -> None:
     assert sorted(p.name for p in place.iterdir()) == ["src"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupt_leaves_nothing_at_the_destination(place: Path, number: int) -> None:
     words = [sys.executable, "-m", "gemma2tool", "convert", place / "src", place / "out.gguf"]
@@ -378,6 +382,7 @@ def test_a_reader_that_has_seen_enough(place: Path) -> None:
     assert first.returncode == 0 and not errors, errors
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
 def test_standard_output_that_takes_nothing(place: Path) -> None:
     with open("/dev/full", "w") as full:

@@ -70,6 +70,7 @@ main()
 """The command itself, which waits before its first tensor."""
 
 
+@pytest.mark.slow
 def test_two_commands_on_one_destination(place: Path) -> None:
     words = ["quantize", "src", "out.gguf", "--type", "q8_0", "--no-verify", "--threads", "1"]
     first = subprocess.Popen(

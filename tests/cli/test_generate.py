@@ -31,6 +31,7 @@ def gguf(fixture_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_same_tokens_as_transformers_in_the_chat_template(fixture_dir: Path, tmp_path: Path) -> None:
     import torch
     from transformers import AutoTokenizer, Gemma2ForCausalLM
@@ -49,6 +50,7 @@ def test_same_tokens_as_transformers_in_the_chat_template(fixture_dir: Path, tmp
     assert ours["tokens"] == theirs
 
 
+@pytest.mark.slow
 def test_every_format_says_the_same(fixture_dir: Path, gguf: Path) -> None:
     answers = [run(path, "--prompt", PROMPT, "-n", 12) for path in (fixture_dir / "model.ckpt", gguf)]
     assert answers[0] == answers[1]
@@ -56,6 +58,7 @@ def test_every_format_says_the_same(fixture_dir: Path, gguf: Path) -> None:
     assert streamed["tokens"] == answers[0]["tokens"]
 
 
+@pytest.mark.slow
 def test_raw_prompts_and_seeds(fixture_dir: Path) -> None:
     words = [fixture_dir, "--prompt", "def main(", "--raw", "-n", 10, "--temperature", 1.0, "--top-k", 20]
     first, again, other = (run(*words, "--seed", seed) for seed in (1, 1, 2))

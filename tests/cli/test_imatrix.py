@@ -17,6 +17,7 @@ def run(*words: object):
     return CliRunner().invoke(app, ["imatrix", *map(str, words)])
 
 
+@pytest.mark.slow
 def test_equals_llama_imatrix(oracles: Path, tmp_path: Path) -> None:
     folder = oracles / "gguf"
     out = tmp_path / "ours.gguf"
@@ -32,6 +33,7 @@ def test_equals_llama_imatrix(oracles: Path, tmp_path: Path) -> None:
     assert mine.kv["imatrix.chunk_count"] == header.kv["imatrix.chunk_count"]
 
 
+@pytest.mark.slow
 def test_steers_a_quantization(fixture_dir: Path, tmp_path: Path) -> None:
     out = tmp_path / "m.gguf"
     assert run(fixture_dir, out, "--text", fixture_dir / "heldout.txt", "--chunk", 128, "--chunks", 4).exit_code == 0
@@ -56,6 +58,7 @@ def test_what_is_no_text_is_refused(fixture_dir: Path, tmp_path: Path, content: 
     assert not (tmp_path / "m.gguf").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("words", "code"), [(["--chunk", "100000"], 2), ([], 0)])
 def test_short_texts_are_refused(fixture_dir: Path, tmp_path: Path, words: list[str], code: int) -> None:
     text = tmp_path / "t.txt"

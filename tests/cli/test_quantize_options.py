@@ -48,6 +48,7 @@ def stored(path: Path) -> dict[str, str]:
         return {name: tensor.stored for name, tensor in checkpoint.tensors.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "size"), PAIRS)
 def test_every_group_size(source: Path, tmp_path: Path, kind: str, size: int) -> None:
     """Written, said in the config, read back by it, within the type's bound group by group."""
@@ -78,6 +79,7 @@ def test_smaller_groups_are_closer() -> None:
         assert errors == sorted(errors), kind
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["gptq-4", "gptq-8"])
 @pytest.mark.parametrize("label", ["gptq", "gptq_v2"])
 @pytest.mark.parametrize("symmetry", ["--sym", "--asym"])
@@ -145,6 +147,7 @@ def test_what_is_refused(source: Path, tmp_path: Path, words: tuple, said: str) 
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "types"),
     [
@@ -192,6 +195,7 @@ def test_help_names_the_types_that_take_an_option() -> None:
     assert whole == {kind for kind in GROUP_SIZES if not kind.startswith("mlx-")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", packings.TYPES)
 def test_skip_and_only(source: Path, tmp_path: Path, kind: str) -> None:
     """Left as they are, bit for bit, and listed where the consumer looks; the head with them, which a list would forget."""
@@ -224,6 +228,7 @@ def test_skip_and_only(source: Path, tmp_path: Path, kind: str) -> None:
         assert kind.startswith(("gptq-", "mlx-"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", packings.TYPES)
 def test_heads_and_embeddings_are_never_quantized_but_by_mlx(tmp_path: Path, kind: str) -> None:
     """Whatever is asked for: bitsandbytes' list replaces its default, and the loader then takes the head for a quantized layer."""

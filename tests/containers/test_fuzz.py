@@ -26,6 +26,8 @@ from tests.support.hostile import torch as hostile_torch
 from tests.support.hostile.refusal import nothing_runs
 from tests.support.mutations import Mutation, mutate, mutations
 
+pytestmark = pytest.mark.slow
+
 EXAMPLES = 300
 SMALL = 4096
 

@@ -138,6 +138,7 @@ def test_oracle_files_are_rewritten_byte_for_byte(oracles: Path) -> None:
         assert size == len(data)
 
 
+@pytest.mark.slow
 def test_a_vocabulary_of_256000_is_read_in_two_seconds(tmp_path: Path) -> None:
     tokens = [f"▁token{i}" for i in range(256_000)]
     values = [
@@ -152,6 +153,7 @@ def test_a_vocabulary_of_256000_is_read_in_two_seconds(tmp_path: Path) -> None:
     assert header.kv["tokenizer.ggml.tokens"].value == tokens
 
 
+@pytest.mark.slow
 @as_params(CASES)
 def test_hostile_file_is_refused(case: Hostile, tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"

@@ -59,6 +59,7 @@ def test_finds_what_h5py_finds(tmp_path: Path, version: str, order: bool, groups
     assert _ours(path) == _theirs(path)
 
 
+@pytest.mark.slow
 def test_groups_of_any_size(tmp_path: Path) -> None:
     """The tree of names of a group has several levels."""
     with h5py.File(tmp_path / "x.h5", "w") as file:

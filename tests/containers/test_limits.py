@@ -9,6 +9,8 @@ import sys
 import textwrap
 from pathlib import Path
 
+import pytest
+
 from tests.support.hostile import gguf as hostile_gguf
 from tests.support.hostile import safetensors as hostile_safetensors
 from tests.support.hostile import torch as hostile_torch
@@ -17,6 +19,7 @@ from tests.support.paths import ROOT
 SUITES = {"safetensors": hostile_safetensors.CASES, "gguf": hostile_gguf.CASES, "torch_zip": hostile_torch.CASES}
 
 
+@pytest.mark.slow
 def test_refusals_cost_little(tmp_path: Path) -> None:
     plan = []
     for module, cases in SUITES.items():

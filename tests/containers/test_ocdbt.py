@@ -30,6 +30,7 @@ def _theirs(store) -> dict[str, bytes]:
     return {key.decode(): store.read(key).result().value for key in store.list().result()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compression", [None, {"id": "zstd", "level": 3}])
 @pytest.mark.parametrize("inline", [0, 20, 1000])
 @pytest.mark.parametrize("node_bytes", [500, 8_000_000])

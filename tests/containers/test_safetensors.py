@@ -101,6 +101,7 @@ def test_what_the_library_accepts_and_is_harmless_is_read(data: bytes, tmp_path:
     }
 
 
+@pytest.mark.slow
 def test_library_agrees_on_its_own_error_kinds() -> None:
     """All that the library refuses is refused; what it accepts among our cases is on purpose, and named."""
     stricter = {

@@ -54,6 +54,7 @@ def test_hostile_json_is_refused(case: Hostile, from_file: bool, tmp_path: Path)
     assert (str(path) if from_file else "the config") in error.message
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("piece", [b"]", b"[", b"[]", b'"', b'{"":', b'"",', b"1,"])
 def test_tens_of_megabytes_are_refused_as_quickly(piece: bytes) -> None:
     data = piece * (32_000_000 // len(piece))

@@ -117,6 +117,7 @@ TREES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TREES)
 def test_layout_is_what_torch_writes(name: str, tmp_path: Path) -> None:
     tree = TREES[name]()

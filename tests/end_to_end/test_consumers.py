@@ -21,6 +21,8 @@ from gemma2tool.reference.streaming import logits
 from tests.end_to_end.test_main_job import mean_kl
 from tests.support.checkpoints import write_checkpoint
 
+pytestmark = pytest.mark.slow
+
 LENGTH = 150  # the fixture's window is 64
 SKIPPED = (
     "model.layers.0.mlp.gate_proj",

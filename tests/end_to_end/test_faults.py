@@ -24,6 +24,8 @@ from tests.campaigns.kill import digest
 from tests.support.checkpoints import SMALL, random_checkpoint, write_checkpoint
 from tests.support.faults import RESTARTED, Call, Faults
 
+pytestmark = pytest.mark.slow
+
 runner = CliRunner()
 SMALLER = replace(SMALL, num_hidden_layers=1, layer_types=None)
 TIDYING = ("unlink", "rmdir")

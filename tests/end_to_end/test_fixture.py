@@ -233,6 +233,7 @@ def test_heldout_windows_are_the_text_after_bos(fixture_dir, processor, heldout)
     assert len(tokens) - heldout[:, 1:].size < 255
 
 
+@pytest.mark.slow
 def test_the_model_is_trained(fixture_dir, state, heldout):
     """Far below the best any model of single tokens could do: the entropy of the windows' own frequencies."""
     windows = heldout[:WINDOWS]

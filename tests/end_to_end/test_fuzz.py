@@ -13,6 +13,8 @@ import pytest
 from tests.fuzz.targets import all_targets
 from tests.support.paths import ROOT
 
+pytestmark = pytest.mark.slow
+
 NEEDS = {"zarr": "zstandard"}
 EACH = 1000
 

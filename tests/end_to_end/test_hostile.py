@@ -21,6 +21,8 @@ MAX_SECONDS = 1.0
 MAX_BYTES = 200 << 20
 from tests.support.paths import ROOT
 
+pytestmark = pytest.mark.slow
+
 COMMANDS = (
     ("inspect", "{src}"),
     ("convert", "{src}", "{out}/converted.gguf"),

@@ -15,6 +15,8 @@ from gemma2tool.reference.streaming import logits
 from gemma2tool.verify.run import verify
 from tests.support.checkpoints import write_checkpoint
 
+pytestmark = pytest.mark.slow
+
 BNB = {
     "bnb-nf4": ("nf4", False),
     "bnb-nf4dq": ("nf4", True),

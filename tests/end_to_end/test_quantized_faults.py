@@ -22,6 +22,8 @@ from tests.cli.test_commands import assert_refused, run
 from tests.support.checkpoints import write_checkpoint
 from tests.support.packings import BF16, to_torch
 
+pytestmark = pytest.mark.slow
+
 MODEL = "model.safetensors"
 
 

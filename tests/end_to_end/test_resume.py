@@ -23,6 +23,8 @@ from gemma2tool.storage.staging import staged_output
 from tests.campaigns.kill import COMMANDS, campaign, digest
 from tests.support.checkpoints import SMALL, random_checkpoint, write_checkpoint
 
+pytestmark = pytest.mark.slow
+
 runner = CliRunner()
 SMALLER = replace(SMALL, num_hidden_layers=2, layer_types=None)
 WORDS = {

@@ -14,6 +14,8 @@ from tests.fuzz.seeds import TINY
 from tests.support.checkpoints import random_checkpoint
 from tests.support.formats import write_as
 
+pytestmark = pytest.mark.slow
+
 EVIL = "\x1b[2J\x1b]0;owned\x07\r\nerror[fake]: forged\u202e\u200bok\x9b31m[/x][link=https://evil]<script>&'\""
 UNSEEN = set("\x1b\x07\r\x9b\u202e\u200b\x00\x7f")
 

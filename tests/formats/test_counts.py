@@ -23,6 +23,7 @@ from tests.support.hostile.refusal import assert_refused
 STEPS = {"tuples in tuples": b")" + b"\x85" * 2_000_000, "one object remembered": b"}" + b"q\0" * 2_000_000}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", STEPS)
 def test_a_pickle_without_tensors_takes_few_steps(name: str) -> None:
     before = pickle_index.FREE_STEPS
@@ -41,6 +42,7 @@ def test_a_key_that_nests_deeply_is_refused_in_a_line() -> None:
     assert quoted(deep) == "a list that nests too deeply to be shown"
 
 
+@pytest.mark.slow
 def test_as_many_tensors_as_are_accepted(tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")
     path = tmp_path / "many.pt"
@@ -50,6 +52,7 @@ def test_as_many_tensors_as_are_accepted(tmp_path: Path) -> None:
     assert len(torch_zip.read_index(path)["state"]) == torch_zip.MAX_TENSORS
 
 
+@pytest.mark.slow
 def test_an_index_of_too_many_names(tmp_path: Path) -> None:
     index = tmp_path / "model.safetensors.index.json"
     for count, id in ((300_000, "json.too-many-values"), (container_tensors.MAX_INDEXED + 1, "index.too-many-tensors")):

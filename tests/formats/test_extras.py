@@ -51,6 +51,7 @@ def test_libraries_asked_for_are_in_their_extras() -> None:
         assert any(re.match(rf"{module}\b", requirement) for requirement in EXTRAS[extra]), (module, extra)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", registry.NAMES)
 def test_plain_types_are_written_or_refused_as_listed(tmp_path: Path, name: str) -> None:
     source = random_checkpoint(np.dtype(ml_dtypes.bfloat16), SMALL if name != "maxtext" else _even())
@@ -94,6 +95,7 @@ def _flax(path: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("module", "extra"), [("h5py", "keras"), ("zstandard", "flax"), ("tensorstore", "flax")])
 def test_a_missing_library_is_one_line_and_a_command(tmp_path: Path, monkeypatch, module: str, extra: str) -> None:
     source = write_checkpoint(random_checkpoint(np.dtype(np.float32)), tmp_path / "hf")

@@ -14,6 +14,8 @@ from gemma2tool.cli.main import app
 from gemma2tool.formats import registry
 from tests.support.formats import assert_same_tensors, refused, write_as
 
+pytestmark = pytest.mark.slow
+
 KINDS = {"Gemma2ForSequenceClassification": 3, "Gemma2ForTokenClassification": 5}
 HOLDERS = {"hf": "out", "hf-bin": "out", "mlx": "out", "gemma-pytorch": "out.ckpt"}
 NEEDS = {"flax": "tensorstore", "maxtext": "tensorstore", "keras": "h5py"}

@@ -273,6 +273,7 @@ def test_what_is_refused(tmp_path: Path, tensors: dict, settings: dict, match: s
         lora.merge(random_checkpoint(np.dtype(np.float32)), adapter)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pattern", ["(.*)*(.*)*(.*)*(.*)*x", "(a|.|b)*(.*)*(.*)*" * 9 + "(?=x)x"])
 def test_a_pattern_that_could_match_for_ever(tmp_path: Path, pattern: str) -> None:
     adapter = _handmade(tmp_path / "a", {f"{Q}.lora_A.weight": A, f"{Q}.lora_B.weight": B}, target_modules=pattern)
@@ -301,6 +302,7 @@ def test_adapters_reach_a_gguf_made_from_a_gguf(tmp_path: Path) -> None:
     assert not np.array_equal(back.tensors[name].load(), registry.open_checkpoint(first).tensors[name].load())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format_name", ["hf", "gguf", "gemma-pytorch", "litgpt", "keras", "flax", "torchtune"])
 @pytest.mark.parametrize("dtype", [None, "f32", "f16"])
 def test_what_is_merged_is_rounded_once_to_what_the_output_stores(

@@ -19,6 +19,8 @@ from gemma2tool.model.lazy import LazyTensor
 from gemma2tool.model.tensors import expand
 from gemma2tool.pipeline.write import write_output
 
+pytestmark = pytest.mark.slow
+
 CONFIG = Gemma2Config(
     vocab_size=16000,
     hidden_size=1024,
@@ -83,7 +85,7 @@ def test_peak_is_a_few_matrices_of_one_layer(tmp_path: Path, name: str) -> None:
     source = Checkpoint(Path("zeros"), "memory", CONFIG, tensors)
     path = tmp_path / "model"
     bound = 3 * MATRIX + (16 << 20)
-    assert MODEL > 4 * bound
+    assert 4 * bound < MODEL
     registry.by_name(name).layout(source, WriteOptions(name="warm"))  # imports are no part of what is measured
 
     tracemalloc.start()

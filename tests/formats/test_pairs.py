@@ -26,6 +26,8 @@ from gemma2tool.model.config import Gemma2Config
 from tests.support.checkpoints import SMALL, random_checkpoint
 from tests.support.formats import assert_ranges_agree, assert_same_tensors, refused, write_as
 
+pytestmark = pytest.mark.slow
+
 NEEDS = {"flax": "tensorstore", "maxtext": "tensorstore", "keras": "h5py"}
 FORMATS = [name for name in registry.NAMES if name not in NEEDS or find_spec(NEEDS[name])]
 ROUNDING = {"gguf", "maxtext"}

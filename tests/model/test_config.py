@@ -307,6 +307,7 @@ sizes = st.fixed_dictionaries(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(fields=sizes, extra=st.dictionaries(st.text(min_size=1).map("x_".__add__), st.integers(), max_size=3))
 def test_agrees_with_transformers_both_ways(fields, extra):

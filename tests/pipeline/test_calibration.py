@@ -28,6 +28,8 @@ from tests.support.calibration import calibration_ids, calibration_text, paired_
 from tests.support.checkpoints import SMALL, random_checkpoint
 from tests.support.options import write_options
 
+pytestmark = pytest.mark.slow
+
 WINDOWS, SEQUENCES, LENGTH = 25, 16, 256
 
 

@@ -18,6 +18,7 @@ def test_rendered() -> None:
     assert render(template, VALUES, "here") == "<bos><user>h\u00e9 <b>"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("template", "id"),
     [
@@ -41,6 +42,7 @@ def test_refused(template: str, id: str, monkeypatch: pytest.MonkeyPatch) -> Non
     assert "--raw" in caught.value.hint
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "template",
     [

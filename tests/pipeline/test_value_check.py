@@ -74,6 +74,7 @@ class TestRefused:
         assert "--clip-f16" in result.stderr
         assert names(tmp_path) == []
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
     @pytest.mark.parametrize(
         "words", [("convert", "out"), ("quantize", "out.gguf", "--type", "q4_0"), ("quantize", "out", "--type", "nf4")]

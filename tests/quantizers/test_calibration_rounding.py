@@ -39,6 +39,7 @@ def weights(seed: int = 1, rows: int = ROWS, columns: int = COLUMNS) -> np.ndarr
     return (np.random.default_rng(seed).standard_normal((rows, columns)) * 0.05).astype(np.float32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("act_order", [False, True])
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("group_size", [32, 128, -1])
@@ -156,6 +157,7 @@ def test_any_number_of_threads_gives_the_same_bits(threads: int) -> None:
     assert np.array_equal(*found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", [None, 64])
 def test_scale_search_takes_the_scales_whose_outputs_lose_least(block: int | None) -> None:
     """The loss that is minimised is that of the outputs themselves, for the whole Hessian; and the search finds its minimum."""
@@ -179,6 +181,7 @@ def test_scale_search_takes_the_scales_whose_outputs_lose_least(block: int | Non
     assert lost(found) < 0.9 * lost(tried[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [32, 128, COLUMNS])
 @pytest.mark.parametrize("block", [None, 128])
 def test_clipping_never_costs_a_group_more(width: int, block: int | None) -> None:

@@ -58,6 +58,7 @@ def compressed_tensors(weight: torch.Tensor, scheme: compressed.Scheme):
     return codes, scales, zero_points.to(torch.int8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", compressed.SCHEMES)
 def test_compressed_tensors(instruction_set, name):
     scheme = compressed.SCHEMES[name]

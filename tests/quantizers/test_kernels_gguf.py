@@ -52,6 +52,7 @@ def test_sizes_are_ggmls(type):
     assert (GGUF_TYPES[type].block_elements, GGUF_TYPES[type].block_bytes) == llama_peer.sizes(type)
 
 
+@pytest.mark.slow
 @needs_peer
 @pytest.mark.parametrize("type", [type for type in BLOCK_TYPES if type not in SLOW_PEERS])
 def test_codes_are_ggmls(type, instruction_set):
@@ -77,6 +78,7 @@ def test_a_better_split_may_score_lower(instruction_set):
     assert_same_blocks("IQ1_M", "recorded", quantize("IQ1_M", block["x"], block["importance"]), block["codes"])
 
 
+@pytest.mark.slow
 @needs_peer
 @pytest.mark.parametrize("type", [*(type for type in BLOCK_TYPES if type not in SLOW_PEERS), "F16", "BF16"])
 def test_floats_are_ggmls(type, instruction_set):

@@ -76,6 +76,7 @@ def content_of(output: Path) -> dict:
 # -- what it says ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OUTPUTS)
 def test_it_says_what_lies_beside_it(made: Path, name: str) -> None:
     content, output = content_of(made / name), made / name
@@ -95,6 +96,7 @@ def test_it_says_what_lies_beside_it(made: Path, name: str) -> None:
     assert all(gate["status"] != "failed" for gate in content["verification"]["gates"])
 
 
+@pytest.mark.slow
 def test_its_logits_are_those_of_source_and_output(made: Path) -> None:
     from gemma2tool.reference.streaming import logits
 
@@ -275,6 +277,7 @@ def test_a_strangers_file_in_the_folder_is_noted(place: Path) -> None:
     assert [(each["severity"], each["subject"]) for each in files["findings"]] == [("note", "modeling.py")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["hf", "f32.gguf", "bf16.gguf", "out.ckpt"])
 def test_flipped_bits_are_found_and_named(place: Path, name: str) -> None:
     """tests/campaigns/flipped_bits.py does it a thousand times each, on the trained model."""
@@ -288,6 +291,7 @@ def test_flipped_bits_are_found_and_named(place: Path, name: str) -> None:
     assert not missed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bit", range(32))
 def test_every_bit_of_a_small_norm_in_gguf_counts(tmp_path: Path, bit: int) -> None:
     """w + 1 below 0.5 has bits in float32 that w has not."""
@@ -306,6 +310,7 @@ def test_every_bit_of_a_small_norm_in_gguf_counts(tmp_path: Path, bit: int) -> N
     assert not kept and found(flip, lambda: with_source(source, path))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("output", "same"), [("again.gguf", True), ("hf", False)])
 def test_a_gguf_whose_norms_no_w_makes_is_converted_without_alarm(tmp_path: Path, output: str, same: bool) -> None:
     """Trained as w + 1, say: such a norm is kept in GGUF, and in other formats rounded, which its digest shows."""
@@ -405,6 +410,7 @@ def test_a_lossy_output_cannot_be_called_lossless(place: Path, name: str) -> Non
     assert result.exit_code == 3 and "receipt.contradiction" in result.stderr and "PASSED" not in result.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "kind"),
     [
@@ -486,6 +492,7 @@ def test_without_receipt_or_reference_it_says_what_to_do(place: Path) -> None:
     assert run("verify", place / "hf", "--gate", "kl=1").exit_code == 2
 
 
+@pytest.mark.slow
 def test_an_old_receipt_goes_with_its_output(place: Path) -> None:
     old = content_of(place / "bf16.gguf")
     words = ("convert", place / "src", place / "bf16.gguf", "--dtype", "f16", "--force", "--quiet")
@@ -504,6 +511,7 @@ def test_saving_from_python_removes_an_old_receipt(place: Path) -> None:
     assert not receipt_path(place / "bf16.gguf").exists()
 
 
+@pytest.mark.slow
 def test_a_failed_verification_leaves_old_output_and_receipt(place: Path) -> None:
     before = (place / "bf16.gguf").read_bytes(), receipt_path(place / "bf16.gguf").read_bytes()
     words = (
@@ -547,6 +555,7 @@ def test_a_commit_that_fails_leaves_both_or_neither(place: Path, monkeypatch: py
     assert not [path for path in place.iterdir() if path.name.startswith(".")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("new", [True, False])
 @pytest.mark.parametrize("old", [True, False])
 def test_killed_anywhere_a_receipt_describes_what_it_lies_beside(tmp_path: Path, old: bool, new: bool) -> None:

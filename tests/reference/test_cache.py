@@ -48,6 +48,7 @@ def stepwise(model, ids, mask, pieces):
     return torch.cat(logits, dim=1), cache
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(
     config=CONFIGS,
@@ -162,6 +163,7 @@ def positions_restart(patch):
     patch.setattr(cache_module.KeyValueCache, "get_seq_length", lambda self: 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAULTS)
 def test_cache_faults_are_noticed(name, monkeypatch):
     model, ids = our_model(SMALL, CAUSAL, random_state(SMALL, CAUSAL)), prompts((2, 17), SMALL.vocab_size, 7)
@@ -175,6 +177,7 @@ def test_cache_faults_are_noticed(name, monkeypatch):
 # -- generation -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("side", ["none", "left"])
 def test_greedy_generation_is_that_of_transformers(side):
     config = dataclasses.replace(SMALL, eos_token_id=(5, 11), bos_token_id=2)
@@ -191,6 +194,7 @@ def test_greedy_generation_is_that_of_transformers(side):
         assert torch.equal(found, expected)
 
 
+@pytest.mark.slow
 def test_generation_ends_at_any_end_and_at_the_context():
     state = random_state(SMALL, CAUSAL, 3)
     model, ids = our_model(SMALL, CAUSAL, state), prompts((1, 9), SMALL.vocab_size, 3)
@@ -201,6 +205,7 @@ def test_generation_ends_at_any_end_and_at_the_context():
     assert len(list(generate(model, ids, max_new_tokens=1000, eos_token_ids=(39 - fifth, fifth)))) <= first + 1
 
 
+@pytest.mark.slow
 def test_a_streamed_model_generates_the_same():
     state = random_state(SMALL, CAUSAL, 2)
     ids, mask = prompts((2, 9), SMALL.vocab_size, 2), padding("left", 2, 9)
@@ -227,6 +232,7 @@ def test_sampling_restricts_as_transformers_does():
         assert torch.allclose(found.softmax(-1), expected.softmax(-1))
 
 
+@pytest.mark.slow
 def test_sampling_follows_the_probabilities_and_the_seed():
     logits = torch.log(torch.tensor([[0.5, 0.3, 0.15, 0.05]]))
     generator = torch.Generator().manual_seed(1)

@@ -46,6 +46,7 @@ SMALL = Gemma2Config(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=120, deadline=None, derandomize=True)
 @given(
     config=CONFIGS,
@@ -85,13 +86,14 @@ def test_every_output_agrees(config, kind, batch, length, side, embeds, shifted,
         assert_agree(x.transpose(1, 2)[real], y.transpose(1, 2)[real], f"attention {layer}")
     if kind == "Gemma2Model":
         assert_agree(found.last_hidden_state[real], expected.last_hidden_state[real], "last hidden state")
-    elif kind == "Gemma2ForCausalLM" and keep == "all" or kind == "Gemma2ForTokenClassification":
+    elif (kind == "Gemma2ForCausalLM" and keep == "all") or kind == "Gemma2ForTokenClassification":
         assert_agree(found.logits[real], expected.logits[real], "logits")
     elif side == "none" or kind == "Gemma2ForSequenceClassification":
         if not (embeds and side == "right"):  # then both read a padded position
             assert_agree(found.logits, expected.logits, "logits")
 
 
+@pytest.mark.slow
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(
     config=CONFIGS,
@@ -172,6 +174,7 @@ def test_flax_gave_the_same_logits(oracles):
     assert seen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_rounds_where_transformers_does(dtype, monkeypatch):
     """Two units in the last place at the median are asked for; equal roundings in equal places give none at all."""
@@ -302,6 +305,7 @@ assert not missing, missing
 """
 
 
+@pytest.mark.slow
 def test_math_kernels_are_chosen_before_threads_can_race_for_them():
     """Every function of ours that oneMKL computes is called once when the forward pass is imported."""
     subprocess.run([sys.executable, "-c", SETTLED], check=True, timeout=120)

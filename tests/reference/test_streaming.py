@@ -36,6 +36,7 @@ from tests.support.reference_peers import (
 CAUSAL = "Gemma2ForCausalLM"
 
 
+@pytest.mark.slow
 @settings(max_examples=30, deadline=None, derandomize=True)
 @given(
     config=CONFIGS,
@@ -279,25 +280,22 @@ def test_a_failing_read_is_raised_where_the_block_is_used(threads, monkeypatch):
 
 
 def test_a_failing_use_is_raised_too():
-    with ReadAhead({"a": ArrayTensor(np.zeros((2, 4), np.float32))}, 2) as ahead:
-        with pytest.raises(ZeroDivisionError):
-            list(ahead.map("a", lambda *_: 1 // 0))
-    with ReadAhead({"a": ArrayTensor(np.zeros((2, 4), np.float32))}, 2) as ahead:
-        with pytest.raises(KeyError):
-            next(ahead.map("b", lambda *_: None))
+    with ReadAhead({"a": ArrayTensor(np.zeros((2, 4), np.float32))}, 2) as ahead, pytest.raises(ZeroDivisionError):
+        list(ahead.map("a", lambda *_: 1 // 0))
+    with ReadAhead({"a": ArrayTensor(np.zeros((2, 4), np.float32))}, 2) as ahead, pytest.raises(KeyError):
+        next(ahead.map("b", lambda *_: None))
 
 
 def test_the_thread_setting_comes_back_when_the_last_is_done():
     tensor = ArrayTensor(np.zeros((2, 4), np.float32))
-    with streaming.use_threads(2):
-        with ReadAhead({"a": tensor}, 1) as one, ReadAhead({"a": tensor}, 1) as other:
-            left, right = one.map("a", lambda *_: None), other.map("a", lambda *_: None)
-            next(left), next(right)
-            assert torch.get_num_threads() == 1
-            left.close()
-            assert torch.get_num_threads() == 1
-            right.close()
-            assert torch.get_num_threads() == 2
+    with streaming.use_threads(2), ReadAhead({"a": tensor}, 1) as one, ReadAhead({"a": tensor}, 1) as other:
+        left, right = one.map("a", lambda *_: None), other.map("a", lambda *_: None)
+        next(left), next(right)
+        assert torch.get_num_threads() == 1
+        left.close()
+        assert torch.get_num_threads() == 1
+        right.close()
+        assert torch.get_num_threads() == 2
 
 
 def test_a_run_given_up_halfway_leaves_no_thread(monkeypatch):
@@ -336,6 +334,7 @@ print(peak() - before, sum(tensor.nbytes for tensor in tensors.values()))
 """
 
 
+@pytest.mark.slow
 def test_peak_memory_is_a_fraction_of_the_model():
     """A model of 900 MiB in bfloat16 (1.8 GiB as float32) runs in the budget of what is read ahead and a few blocks."""
     script = MEMORY.format()

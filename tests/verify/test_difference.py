@@ -130,6 +130,7 @@ def test_a_known_relation_is_told(source: Checkpoint) -> None:
     assert any(len(cause.tensors) >= 13 for cause in found.causes), found.causes
 
 
+@pytest.mark.slow
 def test_threads_do_not_show(source: Checkpoint) -> None:
     other = candidate(block_quantized(arrays(source), 32, 8))
     one, many = (diff(source, other, threads=threads, logits=False).to_json() for threads in (1, 3))

@@ -100,6 +100,7 @@ def test_every_float16_and_bfloat16_has_one_digest_in_every_type() -> None:
     assert digest(half) == digest(quiet.view(np.float32))
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None, derandomize=True)
 @given(st.integers(0, 9_999), st.integers(0, 31), st.sampled_from(["f32", "bf16", "f64", "f16"]))
 def test_any_flipped_bit_changes_the_digest(place: int, bit: int, kind: str) -> None:
@@ -191,6 +192,7 @@ def fixture_hashes(fixture_dir: Path) -> Hashes:
         return hash_checkpoint(fixture, threads=2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "dtype"), [*((name, None) for name in EXACT), *((name, "f32") for name in ("hf", "gguf", "gemma-pytorch"))]
 )

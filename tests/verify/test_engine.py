@@ -37,6 +37,7 @@ def engine(folder: Path, dtype: torch.dtype = torch.float32, **mistakes: object)
         return model(torch.tensor(np.load(folder / "ids.npy")[None])).logits.float().numpy()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mistakes", "cause"),
     [

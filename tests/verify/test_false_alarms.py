@@ -11,6 +11,8 @@ import pytest
 
 from tests.support.false_alarms import DTYPES, RANGES, judged, source, targets, told
 
+pytestmark = pytest.mark.slow
+
 TARGETS = list(targets())
 KINDS = [(ranges, dtype) for ranges in RANGES for dtype in DTYPES]
 # What raised an alarm once, or comes nearest to a limit.

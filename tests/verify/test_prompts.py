@@ -98,6 +98,7 @@ def folder(model: bytes, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_the_option(folder: Path, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("\ufeffpack my box with five dozen liquor jugs. " * 60, encoding="utf-8")
@@ -109,6 +110,7 @@ def test_the_option(folder: Path, tmp_path: Path) -> None:
     assert told["logits"]["metrics"]["shape"][1] == 256 and "perplexity_ratio" in told["distribution"]["metrics"]
 
 
+@pytest.mark.slow
 def test_a_conversion_is_verified_on_it(folder: Path, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("the quick brown fox jumps. " * 60, encoding="utf-8")

@@ -192,6 +192,7 @@ FAULTS: dict[str, Callable[[Arrays], set[str]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("stored", [None, "q8_0"])
 def test_a_fault_in_the_weights_is_caught_and_its_tensors_named(
@@ -348,6 +349,7 @@ def test_gates_from_the_command_line() -> None:
             parse_gates([wrong])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "limit"), [
     ("kl", 1e-9), ("kl-p99", 1e-9), ("kl-max", 1e-9), ("top1", 1.1), ("ppl-ratio", 0.5), ("logits", 1e-6), ("rmse", 1e-4),
 ])  # fmt: skip

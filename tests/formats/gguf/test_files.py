@@ -13,6 +13,8 @@ from gemma2tool.formats.hf.format import HuggingFace
 from gemma2tool.model.checkpoint import Checkpoint
 from tests.support.gguf import described, differences, expected, options, write
 
+pytestmark = pytest.mark.slow
+
 CONVERTED = [
     "tiny_gqa4-auto",
     "tiny_gqa4-f32",

@@ -16,6 +16,8 @@ from gemma2tool.formats.hf.format import HuggingFace
 from gemma2tool.model.checkpoint import Checkpoint
 from tests.support.gguf import options, write
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def llama(oracles: Path) -> ModuleType:

@@ -97,6 +97,7 @@ def test_tokenizer_travels(oracles: Path, tmp_path: Path) -> None:
     assert "tokenizer.json" not in back.assets  # it is Keras's own
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", [50_000_000_000, 60_000])
 def test_keras_hub_loads_it_and_computes_the_same(tmp_path: Path, limit: int, monkeypatch) -> None:
     monkeypatch.setenv("KERAS_BACKEND", "torch")

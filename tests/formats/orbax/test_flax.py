@@ -33,6 +33,7 @@ VARIANTS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_oracles(oracles: Path, variant: str) -> None:
     """Both orders of gating_einsum, both releases of Orbax, in float32 and bfloat16."""
@@ -122,6 +123,7 @@ def test_same_arrays_as_google_deepmind_gemma(oracles: Path, tmp_path: Path) -> 
         assert ours["tree_metadata"][key]["value_metadata"]["write_shape"] == entry["value_metadata"]["write_shape"]
 
 
+@pytest.mark.slow
 def test_orbax_restores_it(tmp_path: Path) -> None:
     """As google-deepmind/gemma does: the tree from the metadata, then StandardCheckpointer.restore."""
     ocp = pytest.importorskip("orbax.checkpoint", reason="orbax is not installed")
@@ -144,6 +146,7 @@ def test_orbax_restores_it(tmp_path: Path) -> None:
     assert len(jax.tree.leaves(restored)) == 2 + 9 * 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("like_2b", "scalar"), [(True, 32), (False, 16)], ids=["as in 2B", "as in 27B"])
 def test_google_deepmind_gemma_loads_it_and_computes_the_same(
     tmp_path: Path, like_2b: bool, scalar: int, monkeypatch
@@ -319,6 +322,7 @@ def test_both_ways_to_decompress_agree(tmp_path: Path, chunks: int, monkeypatch)
 # -- what Orbax writes -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("zarr3", [False, True])
 @pytest.mark.parametrize("ocdbt", [True, False])
 def test_orbax_with_each_of_its_drivers(tmp_path: Path, tree: tuple, ocdbt: bool, zarr3: bool) -> None:
@@ -416,6 +420,7 @@ def test_broken_zarr3(tmp_path: Path, file: str, change, match: str) -> None:
 # -- what is refused ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_what_is_refused(oracles: Path, tmp_path: Path, tree: tuple) -> None:
     source, flat = tree
     _save(tmp_path / "bare", flat)

@@ -15,6 +15,8 @@ from gemma2tool.formats.base import WriteOptions
 from tests.support.checkpoints import SMALL, random_checkpoint
 from tests.support.formats import assert_ranges_agree, assert_same_tensors, refused, write_as
 
+pytestmark = pytest.mark.slow
+
 tensorstore = pytest.importorskip("tensorstore", reason="the flax extra is not installed")
 
 CONFIG = replace(SMALL, num_hidden_layers=4, layer_types=None)

@@ -35,6 +35,7 @@ def test_state_dicts_equal_those_of_googles_code(oracles: Path, tmp_path: Path, 
         assert mine[name].dtype == tensor.dtype and torch.equal(mine[name], tensor), name
 
 
+@pytest.mark.slow
 def test_a_ckpt_has_no_tokenizer_and_passes_its_verification(fixture_dir: Path, tmp_path: Path) -> None:
     """The source's lies beside its weights; a file of weights alone has nowhere to put it, a folder has."""
     from typer.testing import CliRunner

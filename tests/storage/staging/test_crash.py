@@ -225,6 +225,7 @@ class TestAfterACrash:
         assert clean(tmp_path / "none") == []
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_of_the_replacement(tmp_path: Path) -> None:
     """kill -9 of a process that replaces one output over and over: the name always holds one whole output."""
     code = """

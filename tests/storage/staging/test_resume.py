@@ -369,6 +369,7 @@ class TestInPlaceButNotSaid:
         tests._work(tests.Path(sys.argv[1]), force=True)
     """
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("before", ["clear", "finish"])
     @pytest.mark.parametrize("how", ["swaps", "moves"])
     @pytest.mark.parametrize("old", [False, True])

@@ -87,6 +87,7 @@ class TestNotOurs:
         assert repr(stranger) in caught.value.message and PLACE in caught.value.message
         assert _state(tmp_path) == before
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("words", [[], ["--dry-run"]])
     def test_clean_leaves_it_and_says_so(self, tmp_path: Path, stranger: str, words: list[str]) -> None:
         before = _state(tmp_path)
@@ -135,6 +136,7 @@ class TestOurs:
             again(tmp_path / "out")
             assert not place.exists()
 
+    @pytest.mark.slow
     def test_the_lock_names_its_place_before_anything_is_put_there(self, tmp_path: Path) -> None:
         """Killed before any of its system calls, a run leaves nothing that the next would take for a stranger's."""
         code = """

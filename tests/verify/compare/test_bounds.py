@@ -61,6 +61,7 @@ def compare(kind: str, rows: np.ndarray, codes: np.ndarray, weighted: bool) -> T
     return compare_tensors({"t": ArrayTensor(rows)}, {"t": theirs}, weighted=weighted)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", TYPES)
 def test_ggmls_own_quantization_is_within(kind: str) -> None:
     skip_unless_quick(kind)
@@ -74,6 +75,7 @@ def test_ggmls_own_quantization_is_within(kind: str) -> None:
         assert found.ok, (name, "with importance", found.message)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", TYPES)
 def test_blocks_in_the_wrong_place_are_not(kind: str) -> None:
     skip_unless_quick(kind)

@@ -157,6 +157,7 @@ def test_scales_folded_where_they_keep_the_model(source: Checkpoint, apply: Call
     assert "with scales of the weights they feed" in tensors.summary
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "apply",
     [

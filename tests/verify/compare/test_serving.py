@@ -51,6 +51,7 @@ def difficult(seed: int, spread: str):
     return source
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spread", ["normal", "tails", "one-sided", "outliers"])
 @pytest.mark.parametrize("kind", sorted(SCALES))
 def test_honest_quantizations_are_within(tmp_path: Path, kind: str, spread: str) -> None:
@@ -61,6 +62,7 @@ def test_honest_quantizations_are_within(tmp_path: Path, kind: str, spread: str)
     assert result.kind == kind
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", sorted(SCALES))
 def test_a_matrix_with_doubled_scales_is_not(tmp_path: Path, kind: str) -> None:
     from safetensors import safe_open

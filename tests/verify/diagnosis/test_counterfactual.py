@@ -37,11 +37,13 @@ def test_no_mistake_no_cause(source) -> None:
     assert counterfactual(source, IDS, theirs(), threads=1) is None
 
 
+@pytest.mark.slow
 def test_noise_is_no_mistake(source) -> None:
     noisy = theirs() * (1 + 0.01 * np.random.default_rng(2).standard_normal(theirs().shape))
     assert counterfactual(source, IDS, noisy, threads=1) is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("id", "fields"),
     [
@@ -78,6 +80,7 @@ def swapped(one: str, other: str) -> State:
     return {name: STATE[name.replace(one, "#").replace(other, one).replace("#", other)] for name in STATE}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("id", "state"),
     [
@@ -94,6 +97,7 @@ def test_weights(source, id: str, state: State) -> None:
     assert cause is not None and cause.id == id and cause.tensors
 
 
+@pytest.mark.slow
 def test_bos_left_out_or_put_twice(source) -> None:
     assert counterfactual(source, IDS, theirs(IDS[1:]), threads=1).id == "tokenizer.bos-missing"
     twice = np.concatenate([IDS[:1], IDS])

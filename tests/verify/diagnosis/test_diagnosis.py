@@ -20,6 +20,8 @@ from tests.support.paths import TINY as FIXTURE
 from tests.support.planted.faults import BF16, FAULTS, Victim
 from tests.support.planted.trials import LEVELS, SMALL, Outcome, pairs, sources, trial
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def made() -> dict[str, Victim]:

@@ -72,6 +72,7 @@ def test_queries_and_keys_of_torchtune_taken_as_they_are(oracles: Path) -> None:
         assert ids(only) == ["rope.interleaved"] and len(only.causes[0].tensors) == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "bits"), [("gq-gptq4", 4), ("gq-gptq4-desc", 4), ("gq-gptq8", 8)])
 @pytest.mark.parametrize("by", [1, -1])
 def test_zero_points_of_gptqmodel_read_by_the_other_convention(oracles: Path, name: str, bits: int, by: int) -> None:
@@ -125,6 +126,7 @@ def test_the_query_scale_of_llama_cpp(oracles: Path) -> None:
         assert "head_dim" in cause.message and cause.evidence["query_pre_attn_scalar.candidate"] == 16
 
 
+@pytest.mark.slow
 def test_sound_logits_have_no_cause(oracles: Path) -> None:
     prompt = np.load(oracles / "checkpoints" / "ids.npy")
     theirs = np.load(oracles / "checkpoints" / "gguf" / "hd.llama_cpp_logits.npy")

@@ -208,6 +208,7 @@ def test_nothing_above_zero_draws_nothing() -> None:
     assert plots.histogram(np.zeros(3), [], x_label="x", about="y") is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [1280, 390])
 @pytest.mark.parametrize("passed", [True, False])
 def test_a_browser_shows_the_page(browser, tmp_path: Path, width: int, passed: bool) -> None:
