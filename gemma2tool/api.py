@@ -5,8 +5,8 @@
     result = gemma2tool.quantize("model.ckpt", "model.gguf", type="q4_k_m")
     result.verification.passed
 
-Paths are texts or ``pathlib.Path``. A checkpoint may be given by its path or as one that ``open`` returned. Errors are the
-exceptions of ``gemma2tool.errors``. Warnings and notes go to the logger "gemma2tool". ``progress`` is called with a
+Paths are texts or ``pathlib.Path``. A checkpoint may be given by its path or as one that ``open`` returned. Errors are
+the exceptions of ``gemma2tool.errors``. Warnings and notes go to the logger "gemma2tool". ``progress`` is called with a
 ``ProgressEvent`` now and then, from any thread.
 """
 
@@ -111,8 +111,8 @@ def open(path: PathLike, *, config: Config | None = None, format: str | None = N
     """Open a checkpoint of any format. Headers are read now, tensors when they are asked for.
 
     ``config``: a ``Gemma2Config``, "2b", "9b", "27b" or the path of a config.json, for weights that come without one.
-    ``format``: skip the detection. The result is a context manager: ``checkpoint.tensors[name].load()`` is an array of shape
-    (out, in), names are Hugging Face's.
+    ``format``: skip the detection. The result is a context manager: ``checkpoint.tensors[name].load()`` is an array of
+    shape (out, in), names are Hugging Face's.
 
     Raises ``InputRefused`` for files that are damaged, incomplete, hostile or not Gemma 2.
     """
@@ -142,12 +142,13 @@ def convert(
     """Write the same values in another format, verify the output, and put it in place.
 
     ``to``: the target format; default: by the destination's name (.gguf, .ckpt, .sbs, otherwise a Hugging Face folder).
-    ``dtype``: "f32", "f16", "bf16"; default: the source's. ``adapters``: LoRA adapters to merge, in order. ``tokens``, ``text``:
-    what the forward passes of the verification run; ``gates``: limits that replace the defaults, such as ``{"kl": 0.02}``.
-    ``force``: replace an existing destination. ``run``: the rest of how it is carried out.
+    ``dtype``: "f32", "f16", "bf16"; default: the source's. ``adapters``: LoRA adapters to merge, in order. ``tokens``,
+    ``text``: what the forward passes of the verification run; ``gates``: limits that replace the defaults, such as
+    ``{"kl": 0.02}``. ``force``: replace an existing destination. ``run``: the rest of how it is carried out.
 
-    If the verification fails, nothing is written at the destination: look at ``result.written`` and ``result.verification``.
-    Raises ``UsageError``, ``InputRefused`` or ``ResourceError``; then the destination is as it was.
+    If the verification fails, nothing is written at the destination: look at ``result.written`` and
+    ``result.verification``. Raises ``UsageError``, ``InputRefused`` or ``ResourceError``; then the destination is as it
+    was.
     """
     request = ConversionRequest(
         source=_source(source),
@@ -194,9 +195,10 @@ def quantize(
 ) -> ConversionResult:
     """Quantize a checkpoint, straight from its original format, verify the output, and put it in place.
 
-    ``type``: "q4_k_m", "nf4", "w4a16", ...; ``formats()`` lists them. ``gguf``, ``packing``: options of llama.cpp's types and of
-    quantized folders. ``calibration``: choose codes by what the model does with a text. ``allow_requantize``: accept a source that
-    is already quantized. The other arguments, the result and the errors are those of ``convert``.
+    ``type``: "q4_k_m", "nf4", "w4a16", ...; ``formats()`` lists them. ``gguf``, ``packing``: options of llama.cpp's
+    types and of quantized folders. ``calibration``: choose codes by what the model does with a text.
+    ``allow_requantize``: accept a source that is already quantized. The other arguments, the result and the errors are
+    those of ``convert``.
     """
     request = ConversionRequest(
         source=_source(source),
@@ -230,7 +232,9 @@ def run(request: ConversionRequest, *, progress: ProgressCallback | None = None)
 
 
 def plan(request: ConversionRequest) -> tuple[PlanSummary, ...]:
-    """What a request would write, from headers alone: every file with its exact size, every tensor's type, warnings, costs."""
+    """What a request would write, from headers alone: every file with its exact size, every tensor's type, warnings,
+    costs.
+    """
     return conversion.summarize(request)
 
 
@@ -251,9 +255,10 @@ def verify(
 ) -> Verification:
     """Compare a checkpoint with the one it was made from, with its receipt, or with what an engine computes from it.
 
-    ``reference``: the source. ``receipt``: default is the one beside the candidate. ``logits``: an engine's float logits (.npy)
-    for ``tokens``. ``config``: of a candidate whose format may lack one, and of such a reference unless ``reference_config``
-    is given. A difference is a failed gate in the result (``result.passed``, ``result.causes``), not an exception.
+    ``reference``: the source. ``receipt``: default is the one beside the candidate. ``logits``: an engine's float
+    logits (.npy) for ``tokens``. ``config``: of a candidate whose format may lack one, and of such a reference unless
+    ``reference_config`` is given. A difference is a failed gate in the result (``result.passed``, ``result.causes``),
+    not an exception.
     """
     request = VerifyRequest(
         candidate=Path(candidate),
@@ -280,7 +285,9 @@ def diff(
     threads: int | None = None,
     progress: ProgressCallback | None = None,
 ) -> Difference:
-    """Compare two checkpoints of any formats, neither of which is the truth: ``result.same`` if they are the same model."""
+    """Compare two checkpoints of any formats, neither of which is the truth: ``result.same`` if they are the same
+    model.
+    """
     request = DiffRequest(
         a=Path(a),
         b=Path(b),
@@ -299,7 +306,9 @@ def hash(
     threads: int | None = None,
     progress: ProgressCallback | None = None,
 ) -> Hashes:
-    """Digests of a checkpoint's values: equal for the same model in any format, stored type, layout or number of files."""
+    """Digests of a checkpoint's values: equal for the same model in any format, stored type, layout or
+    number of files.
+    """
     from gemma2tool.model.progress import progress_or_null
     from gemma2tool.verify.digest import hash_checkpoint
 
@@ -319,7 +328,8 @@ def logits(
     threads: int | None = None,
     force: bool = False,
 ) -> NDArray[np.float32]:
-    """Float32 logits (B, T, V) of every position of ``tokens``, ids of shape (T,) or (B, T), one layer in memory at a time.
+    """Float32 logits (B, T, V) of every position of ``tokens``, ids of shape (T,) or (B, T), one layer in memory at a
+    time.
 
     ``out``: also write them to this .npy file; the result is then a read-only map of it.
     """
@@ -352,7 +362,9 @@ def imatrix(
     options: ImatrixOptions | None = None,
     progress: ProgressCallback | None = None,
 ) -> ImatrixResult:
-    """Collect an importance matrix from a text, for ``GGUFOptions(imatrix=...)`` and llama-quantize, and write it to ``out``."""
+    """Collect an importance matrix from a text, for ``GGUFOptions(imatrix=...)`` and llama-quantize, and write it to
+    ``out``.
+    """
     options = options or ImatrixOptions(threads=default_threads())
     refuse_existing(Path(out), force=options.force, folder=False)
     with _opened(source, config) as checkpoint:
@@ -367,7 +379,9 @@ def generate(
     options: GenerationOptions | None = None,
     on_text: Callable[[str], None] | None = None,
 ) -> Generation:
-    """Generate text, in the chat template if the checkpoint has one. ``on_text`` receives each piece of text as it comes."""
+    """Generate text, in the chat template if the checkpoint has one. ``on_text`` receives each piece of text as it
+    comes.
+    """
     from gemma2tool.pipeline import generation
 
     with _opened(source, config) as checkpoint:

@@ -24,8 +24,8 @@ def clean(
 ) -> None:
     """Remove what interrupted runs staged beside PATH and, if it is a folder, directly inside it.
 
-    Finished outputs are not touched. What a running process is working on, and what gemma2tool did not make, is left alone (exit
-    code 4).
+    Finished outputs are not touched. What a running process is working on, and what gemma2tool did not make, is left
+    alone (exit code 4).
     """
     from gemma2tool import api
     from gemma2tool.cli.terminal import Console

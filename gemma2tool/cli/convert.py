@@ -21,8 +21,8 @@ def convert(
         typer.Option(
             "--dtype",
             metavar="TYPE",
-            help="Stored type: f32, bf16, f16; default: the source's. For GGUF also auto (llama.cpp's rule), q8_0, tq1_0,"
-            " tq2_0.",
+            help="Stored type: f32, bf16, f16; default: the source's. For GGUF also auto (llama.cpp's rule), q8_0, "
+            "tq1_0, tq2_0.",
             autocompletion=completion((*o.STORED_DTYPES, "auto", "q8_0", "tq1_0", "tq2_0")),
         ),
     ] = None,
@@ -33,6 +33,7 @@ def convert(
 ) -> None:
     """Convert a checkpoint to another format, and verify the result.
 
-    The target follows from the name of DST (.gguf: GGUF; .ckpt: gemma_pytorch; else a Hugging Face folder) or from --to.
+    The target follows from the name of DST (.gguf: GGUF; .ckpt: gemma_pytorch; else a Hugging Face folder) or from
+    --to.
     """
     carry_out(src, dst, output, reports, WriteOptions(dtype=dtype, split=split))

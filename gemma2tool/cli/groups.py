@@ -1,8 +1,8 @@
 """Options that several commands share, as one dataclass instead of a list spelled out in each of them.
 
-A parameter annotated with a dataclass is expanded into the dataclass's fields when the command is registered, and collected into an
-instance of it when the command runs. A field is either annotated with a Typer option of its own, or an option of
-``gemma2tool.formats.options``, which says all there is to say about it.
+A parameter annotated with a dataclass is expanded into the dataclass's fields when the command is registered, and
+collected into an instance of it when the command runs. A field is either annotated with a Typer option of its own, or
+an option of ``gemma2tool.formats.options``, which says all there is to say about it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ Command = Callable[..., None]
 
 
 def expanded(command: Command) -> Command:
-    """``command`` with the fields of each dataclass among its parameters in place of that parameter, as Typer expects."""
+    """``command`` with the fields of each dataclass among its parameters in place of that parameter,
+    as Typer expects.
+    """
     hints = get_type_hints(command, include_extras=True)
     parameters: list[inspect.Parameter] = []
     groups: dict[str, type] = {}

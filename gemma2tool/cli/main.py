@@ -45,7 +45,9 @@ def root(
 
 
 def guarded(command: Callable[..., None]) -> Callable[..., None]:
-    """Run a command so that every failure is one line and a documented exit code; ``GEMMA2TOOL_DEBUG=1`` adds the traceback."""
+    """Run a command so that every failure is one line and a documented exit code; ``GEMMA2TOOL_DEBUG=1`` adds the
+    traceback.
+    """
 
     @functools.wraps(command)
     def run(*args: object, **kwargs: object) -> None:

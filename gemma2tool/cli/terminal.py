@@ -71,7 +71,9 @@ class Console:
         return True
 
     def stream(self, text: str) -> None:
-        """Write a piece of running text to stdout. Line breaks and tabs are kept, other control characters are escaped."""
+        """Write a piece of running text to stdout. Line breaks and tabs are kept, other control
+        characters are escaped.
+        """
         if self.json:
             return
         escaped = "".join(c if c in "\n\t" else safe(c) for c in text)
@@ -86,7 +88,9 @@ class Console:
             self.print(line)
 
     def emit_json(self, content: object) -> None:
-        """Print ``content`` as JSON to stdout: sorted keys, two spaces, ASCII only, so that no string can control a terminal."""
+        """Print ``content`` as JSON to stdout: sorted keys, two spaces, ASCII only, so that no string can control a
+        terminal.
+        """
         text = json_module.dumps(content, indent=2, sort_keys=True, allow_nan=False).replace("\x7f", "\\u007f")
         stream = self._stdout or sys.stdout
         stream.write(text + "\n")

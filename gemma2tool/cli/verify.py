@@ -31,7 +31,7 @@ class VerifyOptions:
         typer.Option(
             "--logits",
             metavar="FILE",
-            help="What another program computed from CANDIDATE and --tokens: float logits (.npy) of the last positions.",
+            help="Float logits (.npy) of the last positions that another program computed from CANDIDATE and --tokens.",
         ),
     ] = None
     tokens: o.Tokens = None
@@ -59,10 +59,12 @@ def verify(
     options: VerifyOptions,
     reports: Reports,
 ) -> None:
-    """Compare a checkpoint with the one it was made from, or, without that one, with its receipt. Exit code 1 if a gate fails.
+    """Compare a checkpoint with the one it was made from, or, without that one, with its receipt. Exit code 1 if a gate
+    fails.
 
-    With --reference: tensors, config, tokenizer, logits. With a receipt: whether files, values, config, tokenizer and logits
-    are those that were verified when it was written. With --logits: whether an engine runs it right, and if not, its mistake.
+    With --reference: tensors, config, tokenizer, logits. With a receipt: whether files, values, config, tokenizer and
+    logits are those that were verified when it was written. With --logits: whether an engine runs it right, and if not,
+    its mistake.
     """
     from gemma2tool import api
     from gemma2tool.verify.reports.terminal import render_verification

@@ -9,8 +9,9 @@ from gemma2tool.formats import registry
 
 @dataclass(frozen=True)
 class FormatEntry:
-    """``files``: what it looks like on disk. ``install``: the command that installs a library needed to ``install_to`` ("read",
-    "write") it, or None. ``types``: that it can be written in."""
+    """``files``: what it looks like on disk. ``install``: the command that installs a library needed to ``install_to``
+    ("read", "write") it, or None. ``types``: that it can be written in.
+    """
 
     format: str
     files: str
@@ -35,7 +36,7 @@ def format_entries() -> tuple[FormatEntry, ...]:
     """All formats, in the order of detection."""
     from gemma2tool.formats.gemma_cpp.format import TYPES as SBS_TYPES
     from gemma2tool.formats.hf.format import TYPES as HF_TYPES
-    from gemma2tool.formats.mlx import TYPES as MLX_TYPES
+    from gemma2tool.formats.packings.mlx import TYPES as MLX_TYPES
     from gemma2tool.quantizers.mixtures import FILE_TYPES
 
     quantized = {"gguf": sorted(FILE_TYPES), "hf": HF_TYPES, "mlx": MLX_TYPES, "gemma-cpp": SBS_TYPES}

@@ -1,7 +1,7 @@
 """What a user may ask of an output, as typed options. Each option says once which formats and types take it.
 
-The command line builds its options, help texts, hints and completion from these fields; the pipeline refuses what a target would
-ignore; a receipt records what was given. Nothing heavy is imported here.
+The command line builds its options, help texts, hints and completion from these fields; the pipeline refuses what a
+target would ignore; a receipt records what was given. Nothing heavy is imported here.
 """
 
 from __future__ import annotations
@@ -38,7 +38,9 @@ _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "
 
 
 def parse_size(text: str) -> int:
-    """Bytes from "512MiB", "5GB", "2g" or a plain number; decimal units are powers of 1000, Ki, Mi, Gi powers of 1024."""
+    """Bytes from "512MiB", "5GB", "2g" or a plain number; decimal units are powers of 1000, Ki, Mi, Gi
+    powers of 1024.
+    """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?\s*", text.lower())
     size = int(float(match[1]) * _UNITS[match[2] or ""]) if match else 0
     if size <= 0:
@@ -62,9 +64,9 @@ def parse_tensor_type(text: str) -> tuple[str, str]:
 class OptionInfo:
     """An option as users meet it: how it is written, what it does, and who takes it.
 
-    ``flag``: as typed on the command line. ``key``: its name in receipts. ``formats``, ``types``: the formats and quantization
-    types that take it; empty for all. ``choices``: its values, where they can be listed. ``parse``: from the command line's text.
-    ``id``: of the error for a target that does not take it.
+    ``flag``: as typed on the command line. ``key``: its name in receipts. ``formats``, ``types``: the formats and
+    quantization types that take it; empty for all. ``choices``: its values, where they can be listed. ``parse``: from
+    the command line's text. ``id``: of the error for a target that does not take it.
     """
 
     flag: str
@@ -124,7 +126,9 @@ def _normalize(options: Any) -> None:
 
 
 def refuse_ignored(group: Any, format_name: str, type_name: str | None) -> None:
-    """Raises ``UsageError`` for an option of ``group`` that was given and that an output of this format and type ignores."""
+    """Raises ``UsageError`` for an option of ``group`` that was given and that an output of this format and type
+    ignores.
+    """
     for option_field, info in option_fields(group):
         if getattr(group, option_field.name) == option_field.default or info.is_taken_by(format_name, type_name):
             continue
@@ -210,9 +214,9 @@ class GGUFOptions:
 class PackingOptions:
     """Options of quantized folders (Hugging Face and MLX).
 
-    ``group_size``: columns that share a scale, -1 for a whole row, None for the type's own. ``symmetric``: zero points in the
-    middle (the default) or chosen by group. ``skip``, ``only``: regular expressions searched in tensor names; what ``skip``
-    matches, and what ``only`` does not, is left as it is.
+    ``group_size``: columns that share a scale, -1 for a whole row, None for the type's own. ``symmetric``: zero points
+    in the middle (the default) or chosen by group. ``skip``, ``only``: regular expressions searched in tensor names;
+    what ``skip`` matches, and what ``only`` does not, is left as it is.
     """
 
     double_quant: bool = option(
@@ -268,9 +272,10 @@ class PackingOptions:
 class Calibration:
     """Codes are chosen by what the model does with a text: GPTQ for most types, AWQ for awq-4.
 
-    ``text``: a file of UTF-8 text, or of token ids (.npy); None: no calibration. ``samples``: sequences to run (128), ``length``: tokens of a sequence
-    (512). ``act_order``: columns with large inputs are rounded first. ``damping``: share of its mean that is added to the
-    Hessian's diagonal (0.01). ``hessian_block``: columns of different blocks count as independent; None for the whole.
+    ``text``: a file of UTF-8 text, or of token ids (.npy); None: no calibration. ``samples``: sequences to run (128),
+    ``length``: tokens of a sequence (512). ``act_order``: columns with large inputs are rounded first. ``damping``:
+    share of its mean that is added to the Hessian's diagonal (0.01). ``hessian_block``: columns of different blocks
+    count as independent; None for the whole.
     """
 
     text: Path | None = option(
@@ -343,10 +348,11 @@ class Adapter:
 class WriteOptions:
     """What a user asked of one output.
 
-    ``dtype``: stored float type ("f32", "f16", "bf16", "auto") or None for the source's. ``type``: quantization type or None.
-    ``max_shard_size``: bytes. ``name``: the destination's name (GGUF's general.name may need it). ``single_file``: whether the
-    destination is a file rather than a folder. ``allow_mismatch``: write even what the target's consumer computes differently.
-    ``allow_requantize``: take a source that is quantized already. ``adapters``: what was merged into the source; recorded only.
+    ``dtype``: stored float type ("f32", "f16", "bf16", "auto") or None for the source's. ``type``: quantization type or
+    None. ``max_shard_size``: bytes. ``name``: the destination's name (GGUF's general.name may need it).
+    ``single_file``: whether the destination is a file rather than a folder. ``allow_mismatch``: write even what the
+    target's consumer computes differently. ``allow_requantize``: take a source that is quantized already. ``adapters``:
+    what was merged into the source; recorded only.
     """
 
     dtype: str | None = None

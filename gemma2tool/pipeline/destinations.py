@@ -1,4 +1,6 @@
-"""Where outputs go, what formats and types they have, and what may not be there: all refused before the source is opened."""
+"""Where outputs go, what formats and types they have, and what may not be there: all refused before the source is
+opened.
+"""
 
 from __future__ import annotations
 

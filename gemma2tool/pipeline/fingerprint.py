@@ -1,7 +1,8 @@
-"""What must be the same for two runs to write the same bytes, so that one may continue the other's work.
+"""What must be equal for two runs to write the same bytes, so that one can resume the other.
 
-The source's files by name, size, time of change and their first and last bytes; the tool and what it computes with; the options by
-their names, so that a refusal can say which one differs; and the laid-out plan, whole: every header, every place, every encoder.
+The source's files by name, size, modification time and their first and last bytes; the tool's version and libraries;
+the options by name, so that a refusal can say which one differs; and the whole plan: every header, placement and
+encoder.
 """
 
 from __future__ import annotations
@@ -28,14 +29,16 @@ _DIGITS = 16
 
 
 def can_continue(plan: Plan) -> bool:
-    """Whether each tensor of the plan depends on its own values and settings alone; calibrated codes follow from all layers before."""
+    """Whether each tensor depends only on its own values and settings; calibrated codes depend on all
+    earlier layers.
+    """
     return plan.cost is None
 
 
 def fingerprint(plan: Plan, options: Mapping[str, object]) -> Fingerprint:
     """The fingerprint of a plan carried out with ``options`` (those of the run that change bytes, by name).
 
-    That of a plan that cannot be continued is like no other.
+    The fingerprint of a plan that cannot be resumed is unique.
     """
     allowed = {"allow_mismatch": plan.options.allow_mismatch, "allow_requantize": plan.options.allow_requantize}
     asked = {**plan.options.given(), **allowed, **options}
@@ -47,7 +50,7 @@ def fingerprint(plan: Plan, options: Mapping[str, object]) -> Fingerprint:
     }
     return {
         **found,
-        "plan": _plan(plan) if can_continue(plan) else f"one that cannot be continued ({secrets.token_hex(4)})",
+        "plan": _plan(plan) if can_continue(plan) else f"cannot be resumed ({secrets.token_hex(4)})",
     }
 
 
@@ -58,7 +61,7 @@ def _kernels() -> str:
 
 
 def _files(plan: Plan) -> dict[str, str]:
-    """Every file of the source, by its name (in its folder, where files of one name lie in several)."""
+    """Every file of the source, by its path below their common folder."""
     files = sorted(set(plan.source.files))
     folder = Path(os.path.commonpath([path.absolute().parent for path in files])) if files else Path()
     return {str(path.absolute().relative_to(folder)): _identity(path) for path in files}
@@ -76,11 +79,11 @@ def _identity(path: Path) -> str:
 
 
 def _shown(value: object) -> str:
-    """An option about as a person wrote it."""
+    """An option, roughly as a person wrote it."""
     if isinstance(value, Adapter):
         return f"{value.path}={value.scale:g}"
     if isinstance(value, Mapping):
-        return ",".join(f"{key}={_shown(each)}" for key, each in value.items())
+        return ",".join(f"{key}={_shown(part)}" for key, part in value.items())
     if isinstance(value, (list, tuple, set, frozenset)):
         return ",".join(map(_shown, sorted(value) if isinstance(value, (set, frozenset)) else value))
     if isinstance(value, (str, int, float, bool, Path)):
@@ -93,7 +96,7 @@ def _digest(value: object) -> str:
     try:
         _feed(digest, value)
     except TypeError:
-        return type(value).__name__  # what it does to the bytes is in the plan
+        return type(value).__name__  # its effect on the bytes is in the plan
     return digest.hexdigest()[:_DIGITS]
 
 
@@ -109,7 +112,7 @@ def _plan(plan: Plan) -> str:
 
 
 def _feed(digest: hashlib._Hash, value: object) -> None:
-    """Feeds settings: unambiguous, and TypeError for anything that is none."""
+    """Feed a setting to the digest unambiguously; ``TypeError`` for any other object."""
     if isinstance(value, Mapping):
         value = sorted(value.items())
     if isinstance(value, np.ndarray):
@@ -118,8 +121,8 @@ def _feed(digest: hashlib._Hash, value: object) -> None:
         value = [type(value).__qualname__, *(getattr(value, field.name) for field in dataclasses.fields(value))]
     if isinstance(value, (list, tuple)):
         digest.update(b"[%d;" % len(value))
-        for each in value:
-            _feed(digest, each)
+        for element in value:
+            _feed(digest, element)
     elif isinstance(value, (bytes, memoryview)):
         digest.update(b"b%d;" % len(value))
         digest.update(value)
@@ -130,4 +133,4 @@ def _feed(digest: hashlib._Hash, value: object) -> None:
     elif isinstance(value, Sequence):
         _feed(digest, list(value))
     else:
-        raise TypeError(f"{type(value).__name__} is no setting")
+        raise TypeError(f"{type(value).__name__} is not a setting")

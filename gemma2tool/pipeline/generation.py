@@ -18,9 +18,10 @@ COMPUTE_DTYPES = ("f32", "bf16", "f16")
 class GenerationOptions:
     """How text is generated.
 
-    ``raw``: the prompt as it is, without the chat template. ``temperature``: 0 takes the likeliest token. ``top_k``, ``top_p``:
-    draw from the K likeliest tokens, from the smallest set with this probability. ``stream_weights``: read the weights again for
-    every token instead of holding them in memory. ``dtype``: of the computation, see ``COMPUTE_DTYPES``.
+    ``raw``: the prompt as it is, without the chat template. ``temperature``: 0 takes the likeliest token. ``top_k``,
+    ``top_p``: draw from the K likeliest tokens, from the smallest set with this probability. ``stream_weights``: read
+    the weights again for every token instead of holding them in memory. ``dtype``: of the computation, see
+    ``COMPUTE_DTYPES``.
     """
 
     raw: bool = False
@@ -63,7 +64,9 @@ class Generation:
 def generate(
     checkpoint: Checkpoint, prompt: str, options: GenerationOptions, on_text: Callable[[str], None] | None = None
 ) -> Generation:
-    """Generate token by token, in the chat template if the checkpoint has one. ``on_text`` receives each piece of text as it comes."""
+    """Generate token by token, in the chat template if the checkpoint has one. ``on_text`` receives each piece of text
+    as it comes.
+    """
     tokenizer = Tokenizer(checkpoint)
     ids = tokenizer.encode(prompt if options.raw else tokenizer.chat(prompt) or prompt)
 
@@ -74,9 +77,13 @@ def generate(
     from gemma2tool.reference.streaming import StreamedForCausalLM
 
     torch.set_num_threads(options.threads)
-    load = StreamedForCausalLM if options.stream_weights else Gemma2ForCausalLM.from_checkpoint
     dtype = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}[options.dtype]
-    model = load(checkpoint, dtype=dtype, device=check_device(options.device))
+    device = check_device(options.device)
+    model: Gemma2ForCausalLM | StreamedForCausalLM
+    if options.stream_weights:
+        model = StreamedForCausalLM(checkpoint, dtype=dtype, device=device)
+    else:
+        model = Gemma2ForCausalLM.from_checkpoint(checkpoint, dtype=dtype, device=device)
     stops = tokenizer.stop_ids()
     produced: list[int] = []
     emitted = ""

@@ -1,7 +1,8 @@
 """Importance matrices: how large the inputs of every matrix are on a text, as llama-imatrix collects them.
 
-For each matrix of the layers, the sum over all positions of the squares of its input, per column, and the number of positions. The
-text is cut into chunks of a fixed number of tokens, each with bos in place of its first token, and each run on its own.
+For each matrix of the layers, the sum over all positions of the squares of its input, per column, and the number of
+positions. The text is cut into chunks of a fixed number of tokens, each with bos in place of its first token, and each
+run on its own.
 """
 
 from __future__ import annotations
@@ -93,7 +94,9 @@ def collect(
     threads: int,
     advance: Callable[[int, str], None] = lambda count, name: None,
 ) -> Sums:
-    """By canonical name of every matrix in the layers: the sums of squares (in,) in float32, and the number of positions."""
+    """By canonical name of every matrix in the layers: the sums of squares (in,) in float32, and the number of
+    positions.
+    """
     from gemma2tool.reference.streaming import StreamedForward, use_threads
 
     sums: dict[str, NDArray[np.float64]] = {}

@@ -80,7 +80,9 @@ def read_ids(path: Path, vocab_size: int) -> NDArray[np.int64]:
 
 
 def read_logits(path: Path) -> Array:
-    """Another program's logits from a ``.npy`` file of floats, whole in memory. Raises ``InputRefused`` for anything else."""
+    """Another program's logits from a ``.npy`` file of floats, whole in memory. Raises ``InputRefused`` for anything
+    else.
+    """
     said = InputRefused(
         "logits.npy",
         f"{path}: not a whole .npy file of float logits",
@@ -103,8 +105,9 @@ def read_logits(path: Path) -> Array:
 
 
 def read_prompts(tokens: Path | None, text: Path | None, checkpoint: Checkpoint) -> NDArray[np.int64] | None:
-    """What ``--tokens`` or ``--text`` names, as token ids int64 (B, T); None where neither is given. Text is encoded with the
-    checkpoint's tokenizer, in rows of 512 tokens."""
+    """What ``--tokens`` or ``--text`` names, as token ids int64 (B, T); None where neither is given. Text is encoded
+    with the checkpoint's tokenizer, in rows of 512 tokens.
+    """
     from gemma2tool.verify.prompts import text_prompts
 
     if tokens is not None and text is not None:

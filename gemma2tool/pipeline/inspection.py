@@ -12,8 +12,9 @@ from gemma2tool.model.checkpoint import Checkpoint
 
 @dataclass(frozen=True)
 class Inspection:
-    """``stored``: (stored type, tensors, values). ``tensors``: (name, shape, stored type), in the model's order. ``size``: of a
-    release ("2b"), or None. ``config``: as Hugging Face's config.json spells it."""
+    """``stored``: (stored type, tensors, values). ``tensors``: (name, shape, stored type), in the model's order.
+    ``size``: of a release ("2b"), or None. ``config``: as Hugging Face's config.json spells it.
+    """
 
     path: Path
     format: str

@@ -15,7 +15,9 @@ from gemma2tool.storage.staging.staged_output import Staging
 
 
 def check_device(name: str) -> str:
-    """``name`` as torch takes it. Raises ``UsageError`` for an unknown device, ``ResourceError`` for one that is not there."""
+    """``name`` as torch takes it. Raises ``UsageError`` for an unknown device, ``ResourceError`` for one that is not
+    there.
+    """
     import torch
 
     if not re.fullmatch(r"cpu|cuda(:\d+)?", name):

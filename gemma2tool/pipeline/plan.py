@@ -1,7 +1,7 @@
 """Everything that will happen, computed from headers before anything is written.
 
-The plan is what ``--dry-run`` prints and what a run carries out: the source's tensors, how each is encoded, the exact size of every
-file, what the target cannot hold, and what a calibration will cost.
+The plan is what ``--dry-run`` prints and what a run carries out: the source's tensors, how each is encoded, the exact
+size of every file, what the target cannot hold, and what a calibration will cost.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ _PLAIN_TYPES = frozenset({"f32", "f16", "bf16", "f64"})
 
 @dataclass(frozen=True)
 class TensorPlan:
-    """One tensor of an output: its name there, its shape and stored type at the source, its type and size in the output."""
+    """One tensor of an output: its name there, its shape and stored type at the source, its type and size in the
+    output.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -94,8 +96,8 @@ class Plan:
 class PlanSummary:
     """What would be written, for people and for scripts.
 
-    ``nbytes``: exact size of all files. ``files``, ``assets``: (name, bytes). ``types``: (stored type, tensors, bytes), largest
-    first. ``losses``: (canonical name, largest absolute loss) of tensors that the target's convention rounds.
+    ``nbytes``: exact size of all files. ``files``, ``assets``: (name, bytes). ``types``: (stored type, tensors, bytes),
+    largest first. ``losses``: (canonical name, largest absolute loss) of tensors that the target's convention rounds.
     """
 
     source: Path
@@ -140,8 +142,8 @@ def make_plan(
 ) -> Plan:
     """Lay out ``source`` for ``destination``. ``threads``: what a calibration may use.
 
-    Raises ``UsageError`` for a destination that is, under any name, one of the source's own files, for options that the target
-    would ignore, and for a quantized source that may not be quantized again.
+    Raises ``UsageError`` for a destination that is, under any name, one of the source's own files, for options that the
+    target would ignore, and for a quantized source that may not be quantized again.
     """
     format_name = registry.for_destination(destination, to, options.type)
     options.check_target(format_name)

@@ -20,7 +20,9 @@ BOS = "<bos>"
 
 
 def rows_of(ids: Sequence[int], length: int, bos: int | None) -> np.ndarray:
-    """``ids`` cut into whole rows, int64 (N, length), bos in place of each one's first token; what does not fill a row is left out."""
+    """``ids`` cut into whole rows, int64 (N, length), bos in place of each one's first token; what does not fill a row
+    is left out.
+    """
     count = len(ids) // length
     rows = np.array(ids[: count * length], np.int64).reshape(count, length)
     if bos is not None:

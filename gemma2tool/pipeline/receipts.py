@@ -1,7 +1,7 @@
 """Receipts beside outputs: what goes into one, and the order in which both come into place.
 
-At no instant does a receipt lie beside an output that it does not describe: an old receipt goes before its output does, and
-the new one comes after the new output. Whoever is killed in between leaves an output without a receipt.
+A receipt never lies beside an output that it does not describe: an old receipt is removed before its output, and the
+new one is put in place after the new output. A process killed in between leaves an output without a receipt.
 """
 
 from __future__ import annotations
@@ -26,8 +26,11 @@ from gemma2tool.verify.result import Verification
 
 
 def check_place(destination: Path) -> None:
-    """Raises ``UsageError`` where something that is no receipt has the name that the receipt of ``destination`` will need, or where
-    that name is longer than the file system takes; ``ResourceError`` where the receipt could not be staged, before the long work."""
+    """Check, before the long work, that the receipt of ``destination`` can be written.
+
+    Raises ``UsageError`` if another file has its name, or if the name is too long for the file system;
+    ``ResourceError`` if the receipt could not be staged.
+    """
     place = receipt_path(destination)
     if staging_place.exists(place):
         staging_place.StagingPlace(place, create=False).close()
@@ -39,7 +42,7 @@ def check_place(destination: Path) -> None:
     if place.is_symlink() or not place.is_file() or not receipt.looks_like_one(place):
         raise UsageError(
             "receipt.exists",
-            f"{place}: is in the way of the receipt, and is none",
+            f"{place}: is in the way of the receipt, and is not a receipt",
             hint="move it, choose another name for the output, or write no receipt with --no-receipt",
         )
 
@@ -53,8 +56,10 @@ def make(
     *,
     threads: int,
 ) -> bytes:
-    """The receipt of a verified output that still lies at ``staged``, as the bytes of its file. ``clipped``: how many values of which
-    tensor were clipped to the largest float16 before they were compared."""
+    """The receipt of a verified output that is still at ``staged``, as the bytes of its file.
+
+    ``clipped``: how many values of each tensor were clipped to the largest float16 before they were compared.
+    """
     files = digest_files(staged, names_in(staged), threads=threads)
     what = {
         "options": options(plan.options),
@@ -111,9 +116,10 @@ def stage(destination: Path, data: bytes) -> Iterator[Staging]:
 
 
 def commit(outputs: Sequence[tuple[Staging, Staging | None]]) -> None:
-    """Puts staged outputs in place, each with its receipt, or without one; all are durable before the first replaces anything.
+    """Put staged outputs in place, each with its receipt if it has one; all are durable before the first replaces
+    anything.
 
-    Raises ResourceError when the disk fails; what was not replaced by then is as it was, its receipt included.
+    Raises ``ResourceError`` if the disk fails; what had not been replaced by then is as it was, its receipt included.
     """
     everything = [staging for pair in outputs for staging in pair if staging is not None]
     for staging in everything:
@@ -131,7 +137,7 @@ def commit(outputs: Sequence[tuple[Staging, Staging | None]]) -> None:
 
 @contextmanager
 def _withdrawn(output: Staging) -> Iterator[None]:
-    """Takes away the receipt of what lies at the destination now; puts it back if that stays, because the block fails."""
+    """Remove the receipt of the present output; put it back if that output stays because the block fails."""
     place, before = receipt_path(output.destination), _identity(output.destination)
     there = receipt.looks_like_one(place)
     try:
@@ -143,7 +149,7 @@ def _withdrawn(output: Staging) -> Iterator[None]:
             try:
                 output.bring_back(place)
             except ToolError as failure:
-                error.add_note(f"{place}: is lost: {failure.message}")
+                error.add_note(f"{place}: was lost: {failure.message}")
         raise
 
 

@@ -22,7 +22,9 @@ def plan_remarks(plans: Sequence[Plan]) -> list[str]:
 
 
 def rounding_lines(losses: Sequence[tuple[str, float]]) -> list[str]:
-    """One line for each kind of tensor that loses low bits: ``model.layers.{0-3,7}.input_layernorm.weight loses up to 3e-08``."""
+    """One line for each kind of tensor that loses low bits: ``model.layers.{0-3,7}.input_layernorm.weight loses up to
+    3e-08``.
+    """
     layers: dict[str, list[int]] = {}
     largest: dict[str, float] = {}
     for name, loss in losses:

@@ -30,7 +30,9 @@ class ReportFiles:
         return {option: path for option, path in named.items() if path is not None}
 
     def check(self, others: Iterable[Path]) -> None:
-        """Raises ``UsageError``, before any work, for a report that cannot be written or would overwrite one of ``others``."""
+        """Raises ``UsageError``, before any work, for a report that cannot be written or would overwrite one of
+        ``others``.
+        """
         others = list(others)
         seen: dict[Path, str] = {}
         for option, path in self.by_option.items():

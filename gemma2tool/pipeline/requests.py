@@ -25,8 +25,8 @@ def default_threads() -> int:
 class Checks:
     """How a candidate is verified.
 
-    ``tokens``: token ids (.npy) for the forward passes, or ``text``, a file of UTF-8 text; neither: the built-in sample text.
-    ``gates``: limits that replace the defaults, by name ("kl").
+    ``tokens``: token ids (.npy) for the forward passes, or ``text``, a file of UTF-8 text; neither: the built-in sample
+    text. ``gates``: limits that replace the defaults, by name ("kl").
     """
 
     tokens: Path | None = None
@@ -42,9 +42,10 @@ class Checks:
 class RunOptions:
     """How a plan is carried out.
 
-    ``force``: replace an existing destination once its replacement is complete and verified. ``restart``: discard what an
-    interrupted run left. ``allow_nonfinite``: accept NaN and infinities in the source. ``clip_f16``: store the largest float16
-    instead of refusing values beyond it. ``receipt``: write one beside each verified output. ``memory``: bytes of data in flight.
+    ``force``: replace an existing destination once its replacement is complete and verified. ``restart``: discard what
+    an interrupted run left. ``allow_nonfinite``: accept NaN and infinities in the source. ``clip_f16``: store the
+    largest float16 instead of refusing values beyond it. ``receipt``: write one beside each verified output.
+    ``memory``: bytes of data in flight.
     """
 
     force: bool = False
@@ -60,9 +61,10 @@ class RunOptions:
 class ConversionRequest:
     """One source, one or several outputs.
 
-    ``source``: a path, or a checkpoint that is open already. ``types``: quantization types; none converts, several put one output
-    each into the folder ``destination``. ``to``: the target format; None: by the destination's name. ``options``: of the outputs;
-    their ``type``, ``name`` and ``single_file`` are set for each output. ``checks``: None leaves out the verification.
+    ``source``: a path, or a checkpoint that is open already. ``types``: quantization types; none converts, several put
+    one output each into the folder ``destination``. ``to``: the target format; None: by the destination's name.
+    ``options``: of the outputs; their ``type``, ``name`` and ``single_file`` are set for each output. ``checks``: None
+    leaves out the verification.
     """
 
     source: Path | Checkpoint

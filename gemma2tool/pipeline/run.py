@@ -1,4 +1,6 @@
-"""Carries out plans: stage, write, reopen with the built-in reader, verify, rename; or resumes what a killed run left."""
+"""Carries out plans: stage, write, reopen with the built-in reader, verify, rename; or resumes what a
+killed run left.
+"""
 
 from __future__ import annotations
 
@@ -46,9 +48,10 @@ class ConversionResult:
     """What was written, and what its verification says.
 
     ``nbytes``: size of the output. ``seconds``: to write it. ``source_bytes``: read from the source by this run.
-    ``verification``: None where it was not asked for; then nothing is claimed. ``receipt``: where it was written, if it was.
-    ``tensors``: in the output; ``resumed_tensors``: of these, completed by an earlier run. ``clipped``: values clipped to the
-    largest float16, by tensor. ``losses``: (canonical name, largest absolute loss) of tensors that the target's convention rounds.
+    ``verification``: None where it was not asked for; then nothing is claimed. ``receipt``: where it was written, if it
+    was. ``tensors``: in the output; ``resumed_tensors``: of these, completed by an earlier run. ``clipped``: values
+    clipped to the largest float16, by tensor. ``losses``: (canonical name, largest absolute loss) of tensors that the
+    target's convention rounds.
     """
 
     destination: Path
@@ -121,12 +124,13 @@ class _StagedOutput:
 def run(
     plans: Sequence[Plan], checks: ResolvedChecks | None, options: RunOptions, progress: Progress | None = None
 ) -> tuple[ConversionResult, ...]:
-    """Write the planned outputs of one source in one pass over it, verify each where it is staged, and only then rename it.
+    """Write the planned outputs of one source in one pass over it, verify each where it is staged, and only then rename
+    it.
 
-    An output whose verification fails is discarded, and its destination left as it was. If an input is refused, no output is
-    written. If the process is killed or interrupted, or the machine fails, what is complete stays beside the destination: the next
-    run of equal plans and options resumes it, unless ``options.restart``; a run of other plans refuses. ``checks``: None leaves out
-    the verification, and with it the receipts.
+    An output whose verification fails is discarded, and its destination left as it was. If an input is refused, no
+    output is written. If the process is killed or interrupted, or the machine fails, what is complete stays beside the
+    destination: the next run of equal plans and options resumes it, unless ``options.restart``; a run of other plans
+    refuses. ``checks``: None leaves out the verification, and with it the receipts.
     """
     started = time.monotonic()
     with_receipts = options.receipt and checks is not None
@@ -247,8 +251,8 @@ def _clipped_sentence(destination: Path, counts: Mapping[str, int]) -> str:
     hidden = len(named) - _MAX_CLIPPED_NAMES
     more = f" and {hidden} more" if hidden > 0 else ""
     return (
-        f"{destination}: {sum(counts.values())} values beyond float16 were clipped to its largest, 65504, in {len(named)}"
-        f" tensors: {', '.join(named[:_MAX_CLIPPED_NAMES])}{more}"
+        f"{destination}: {sum(counts.values())} values beyond float16 were clipped to its largest, 65504,"
+        f" in {len(named)} tensors: {', '.join(named[:_MAX_CLIPPED_NAMES])}{more}"
     )
 
 

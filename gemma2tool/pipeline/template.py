@@ -1,8 +1,8 @@
 """A chat template rendered: it is a program, and comes with the checkpoint.
 
-jinja2's sandbox keeps it from the machine, but lets it loop for ever, take all memory, and Python's own errors out. Here it is
-compiled and run in a fork with bounds of its own, and whatever it raises is a refusal. Where a system cannot fork, only the time
-between two lines of Python is bounded.
+jinja2's sandbox keeps it from the machine, but lets it loop for ever, take all memory, and Python's own errors out.
+Here it is compiled and run in a fork with bounds of its own, and whatever it raises is a refusal. Where a system cannot
+fork, only the time between two lines of Python is bounded.
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ class _TooLong(Exception):
 
 
 def render(template: str, values: Mapping[str, Any], where: str) -> str:
-    """The text of ``template`` for ``values``. Raises InputRefused (``template.*``), naming ``where``, if it cannot be had."""
+    """The text of ``template`` for ``values``. Raises InputRefused (``template.*``), naming ``where``, if it cannot be
+    had.
+    """
     import jinja2.sandbox  # noqa: F401 - before the fork, so that it is loaded once
 
     def refused(kind: str, what: str) -> InputRefused:
@@ -58,7 +60,9 @@ def render(template: str, values: Mapping[str, Any], where: str) -> str:
 
 
 def _outcome(template: str, values: Mapping[str, Any]) -> str:
-    """An empty line and the text, or a line that says what is wrong. Raises MemoryError and ``OutOfBounds`` beyond the limits."""
+    """An empty line and the text, or a line that says what is wrong. Raises MemoryError and ``OutOfBounds`` beyond the
+    limits.
+    """
     from jinja2.exceptions import TemplateError
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 

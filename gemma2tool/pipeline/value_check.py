@@ -1,7 +1,8 @@
-"""Values that an output cannot hold: NaN and infinities, and magnitudes beyond float16. Counted tensor by tensor, then refused.
+"""Values that an output cannot hold: NaN and infinities, and magnitudes beyond float16. Counted for each tensor, then
+refused.
 
-Every range of rows passes here on its way to its encoder. After the first that cannot be held nothing more is encoded, but the
-rest is still looked through, so that one refusal names every tensor concerned.
+Every range of rows is checked here on its way to its encoder. After the first refusal nothing more is encoded, but the
+rest is still checked, so that one refusal names every tensor concerned.
 """
 
 from __future__ import annotations
@@ -14,13 +15,13 @@ import numpy as np
 
 from gemma2tool.errors import InputRefused
 from gemma2tool.formats.base import OutputTensor
-from gemma2tool.model.lazy import BFLOAT16, FLOAT16, FLOAT32, LazyTensor, MappedRows, to_float32
+from gemma2tool.model.lazy import BFLOAT16, FLOAT16, FLOAT32, Array, LazyTensor, MappedRows, to_float32
 from gemma2tool.quantizers.base import limit_of
 from gemma2tool.quantizers.casts import any_beyond
 
 LARGEST_FLOAT16 = 65504.0
 _FLOATS = (FLOAT32, FLOAT16, BFLOAT16, np.dtype(np.float64))
-_SHOWN = 5
+_MAX_NAMED = 5
 
 
 @dataclass
@@ -39,9 +40,12 @@ class _Count:
 
 
 class ValueCheck:
-    """``allow_nonfinite``: float types take NaN and infinities as they are. ``clip``: finite magnitudes beyond float16 become
-    its largest. ``thorough``: whether the rest is looked through after the first refusal; not where to read a tensor is to
-    calibrate it."""
+    """Decides which values may be encoded.
+
+    ``allow_nonfinite``: float types store NaN and infinities as they are. ``clip``: finite magnitudes beyond float16
+    become its largest. ``thorough``: keep checking after the first refusal; not where reading a tensor means
+    calibrating it.
+    """
 
     def __init__(self, *, allow_nonfinite: bool = False, clip: bool = False, thorough: bool = True) -> None:
         self.allow_nonfinite, self.clip, self.thorough = allow_nonfinite, clip, thorough
@@ -54,8 +58,10 @@ class ValueCheck:
     def refused(self) -> bool:
         return bool(self._nonfinite or self._overflow)
 
-    def admit(self, item: OutputTensor, rows: np.ndarray, first: int) -> tuple[np.ndarray | None, int]:
-        """Rows from ``first`` on as they may be encoded, and how many were clipped; None once anything has been refused."""
+    def admit(self, item: OutputTensor, rows: Array, first: int) -> tuple[Array | None, int]:
+        """Rows from ``first`` on as they may be encoded (None once anything has been refused), and how many were
+        clipped.
+        """
         limit = limit_of(item.encoder)
         clipped = 0
         if rows.dtype in _FLOATS and any_beyond(rows, limit):
@@ -64,7 +70,7 @@ class ValueCheck:
                 self.raise_refusal()
         return (None if self.refused else rows), clipped
 
-    def _look(self, item: OutputTensor, rows: np.ndarray, first: int, limit: float) -> tuple[np.ndarray, int]:
+    def _look(self, item: OutputTensor, rows: Array, first: int, limit: float) -> tuple[Array, int]:
         values = rows if rows.dtype == np.float64 else to_float32(rows)
         nonfinite = ~np.isfinite(values)
         beyond = (np.abs(values) >= limit) & ~nonfinite
@@ -78,9 +84,7 @@ class ValueCheck:
             return rows, 0
         return clipped(values), int(np.count_nonzero(beyond))
 
-    def _count(
-        self, counts: dict[int, _Count], item: OutputTensor, values: np.ndarray, mask: np.ndarray, first: int
-    ) -> None:
+    def _count(self, counts: dict[int, _Count], item: OutputTensor, values: Array, mask: Array, first: int) -> None:
         place = tuple(map(int, np.argwhere(mask)[0]))
         at = first * item.source.row_size + int(np.flatnonzero(mask)[0])
         with self._lock:
@@ -90,36 +94,36 @@ class ValueCheck:
                 count.first, count.place, count.value = at, (place[0] + first, *place[1:]), float(values[place])
 
     def raise_refusal(self) -> None:
-        """Raises InputRefused that names the tensors, where any was refused."""
+        """Raises ``InputRefused`` that names the tensors, if any value was refused."""
         if self._nonfinite:
-            hint = "the checkpoint is damaged; --allow-nonfinite converts it as it is"
+            hint = "use another copy of the checkpoint, or store the values as they are with --allow-nonfinite"
             if self._quantized:
-                hint = "the checkpoint is damaged: fetch it again; no quantized type can hold them"
+                hint = "use another copy of the checkpoint: no quantized type can hold them"
             raise InputRefused(
-                "weights.nonfinite", _told("NaN or infinite values", self._nonfinite.values()), hint=hint
+                "weights.nonfinite", _counts_sentence("NaN or infinite values", self._nonfinite.values()), hint=hint
             )
         if self._overflow:
             raise InputRefused(
                 "weights.f16-overflow",
-                _told("values beyond float16, whose largest is 65504,", self._overflow.values()),
+                _counts_sentence("values beyond float16, whose largest is 65504,", self._overflow.values()),
                 hint="use --dtype bf16 or f32, another type, or --clip-f16 to store the largest float16 instead",
             )
 
 
-def _told(what: str, counts: Iterable[_Count]) -> str:
+def _counts_sentence(what: str, counts: Iterable[_Count]) -> str:
     by_origin = {count.origin: count for count in counts}  # several outputs may have read the same tensor
-    found = sorted(by_origin.values(), key=lambda count: count.origin)
-    tensors = "1 tensor" if len(found) == 1 else f"{len(found)} tensors"
-    more = f"; and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
-    return f"{what} in {tensors}: " + "; ".join(map(str, found[:_SHOWN])) + more
+    ordered = sorted(by_origin.values(), key=lambda count: count.origin)
+    tensors = "1 tensor" if len(ordered) == 1 else f"{len(ordered)} tensors"
+    more = f"; and {len(ordered) - _MAX_NAMED} more" if len(ordered) > _MAX_NAMED else ""
+    return f"{what} in {tensors}: " + "; ".join(map(str, ordered[:_MAX_NAMED])) + more
 
 
-def clipped(values: np.ndarray) -> np.ndarray:
-    """Finite magnitudes beyond float16 become its largest, 65504; the rest, NaN and infinities too, stays. float32 or float64."""
+def clipped(values: Array) -> Array:
+    """Finite magnitudes beyond float16 become its largest, 65504; everything else stays. float32 or float64."""
     limited = np.clip(values, -LARGEST_FLOAT16, LARGEST_FLOAT16)
     return np.where(np.isfinite(values), limited, values).astype(values.dtype, copy=False)
 
 
 def clipped_tensor(tensor: LazyTensor) -> LazyTensor:
-    """The tensor as an output holds it whose values were clipped, in float32."""
+    """The tensor with its values clipped, in float32."""
     return MappedRows(tensor, lambda rows: clipped(to_float32(rows)), FLOAT32)

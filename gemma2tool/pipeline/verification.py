@@ -1,4 +1,6 @@
-"""Verifying: an output against its source, a file against its source or its receipt, an engine's logits, two checkpoints."""
+"""Verifying: an output against its source, a file against its source or its receipt, an engine's logits, two
+checkpoints.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,8 @@ logger = logging.getLogger("gemma2tool")
 
 @dataclass(frozen=True, kw_only=True)
 class VerifyRequest:
-    """What to hold a candidate to: its source (``reference``), a receipt (default: the one beside it), or an engine's ``logits``.
+    """What to hold a candidate to: its source (``reference``), a receipt (default: the one beside it), or an engine's
+    ``logits``.
 
     ``config``: of a candidate whose format may lack one, and of such a reference unless ``reference_config`` is given.
     """
@@ -79,8 +82,8 @@ def verify_output(
 ) -> Verification:
     """Verify ``candidate`` against ``source``.
 
-    ``gates`` replaces default limits. ``weighted`` says whether an importance matrix steered the quantization (None: as the
-    candidate says). What the candidate's format itself cannot hold of the source is reported, not judged.
+    ``gates`` replaces default limits. ``weighted`` says whether an importance matrix steered the quantization (None: as
+    the candidate says). What the candidate's format itself cannot hold of the source is reported, not judged.
     """
     from gemma2tool.verify.run import verify as compare
 

@@ -1,7 +1,9 @@
-"""Moves the bytes of planned outputs: rows in, encoded, to their places, several ranges at a time under one byte budget.
+"""Moves the bytes of planned outputs: rows in, encoded, to their places, several ranges at a time under one byte
+budget.
 
-Every range of rows has its place before anything is written, so the order in which threads finish cannot change a byte. Several
-outputs of one source are written in one pass: their tensors of the same canonical names go range by range together.
+Every range of rows has its place before anything is written, so the order in which threads finish cannot change a byte.
+Several outputs of one source are written in one pass: their tensors of the same canonical names go range by range
+together.
 """
 
 from __future__ import annotations
@@ -17,15 +19,17 @@ from typing import Any, Protocol
 import numpy as np
 
 from gemma2tool.formats.base import Output, OutputTensor, as_bytes
-from gemma2tool.model.lazy import row_ranges
+from gemma2tool.model.lazy import Array, row_ranges
 from gemma2tool.pipeline.value_check import ValueCheck
 from gemma2tool.storage.crc import crc32_combine
 
 DEFAULT_MEMORY = 256 << 20
 BYTES_PER_VALUE = 16
-"""Of one value in flight: at its source, widened to float32, the encoder's working space, and encoded."""
+"""One value in flight: at its source, widened to float32, the encoder's working space, and encoded."""
 MAX_CHUNK_VALUES = 128 << 10
-"""Ranges stay in the caches and their buffers in the allocator's hands: 4M values cost three times the system time of copying."""
+"""Small enough to stay in the caches and in the allocator's pools: with 4M values the system time is three times that
+of copying.
+"""
 
 Advance = Callable[[int, str], None]
 
@@ -44,9 +48,10 @@ Complete = Callable[[str, Sequence[str], object, int], None]
 class Target:
     """An output and where it goes: a sink for each of its files, by name.
 
-    ``records``: by name, what is to be remembered of the tensors that are complete. Those that are in it from the beginning, because
-    an earlier run wrote them into the same sinks, are left as they are; the others join it as they are written, and
-    ``complete(name, files, record, nbytes)`` is told, from any thread, once all of a tensor has been handed to the sinks.
+    ``records``: by name, what to remember of the tensors that are complete. Tensors in it from the beginning, which an
+    earlier run wrote into the same sinks, are left as they are; the others are added as they are written, and
+    ``complete(name, files, record, nbytes)`` is called, from any thread, once a whole tensor has been handed to the
+    sinks.
     """
 
     output: Output
@@ -55,7 +60,7 @@ class Target:
     complete: Complete = lambda name, files, record, nbytes: None
 
     def clipped(self) -> dict[str, int]:
-        """How many values were clipped, by the names of the tensors concerned."""
+        """How many values were clipped, by tensor name."""
         counts = {item.name: self.records.get(item.name, {}).get("clipped", 0) for item in self.output.tensors}
         return {name: count for name, count in counts.items() if count}
 
@@ -69,7 +74,7 @@ def write_output(
     check: ValueCheck | None = None,
     advance: Advance = lambda nbytes, name: None,
 ) -> None:
-    """``write_outputs`` of one."""
+    """``write_outputs`` of a single output."""
     write_outputs([Target(output, sinks)], threads=threads, memory=memory, check=check, advance=advance)
 
 
@@ -83,9 +88,10 @@ def write_outputs(
 ) -> None:
     """Write every tensor of each output into its sinks, then what the containers add at the end.
 
-    ``memory``: bytes that all ranges in flight may take together (a single row is always allowed). ``check``: what becomes of values
-    that an output cannot hold; by default they are refused. ``advance(nbytes, name)`` is called, from any thread, as bytes of the
-    source are done. Raises ``InputRefused`` for values that cannot be held, after all of the source has been looked through.
+    ``memory``: bytes that all ranges in flight may take together (a single row is always allowed). ``check``: what
+    happens to values that an output cannot hold; by default they are refused. ``advance(nbytes, name)`` is called, from
+    any thread, as bytes of the source are done. Raises ``InputRefused`` for values that cannot be held, after the whole
+    source has been checked.
     """
     check = check or ValueCheck()
     files = [_Files(target) for target in targets]
@@ -93,15 +99,14 @@ def write_outputs(
     def one_range(group: Sequence[_Tensor], first: int, last: int) -> None:
         for number, tensor in enumerate(group):
             rows = tensor.item.source.load_rows(first, last)
-            nbytes = rows.nbytes
-            rows, clipped = check.admit(tensor.item, rows, first)
-            if rows is not None:
-                tensor.write(rows, first, clipped)
+            accepted, clipped = check.admit(tensor.item, rows, first)
+            if accepted is not None:
+                tensor.write(accepted, first, clipped)
             if number == 0:
-                advance(nbytes, tensor.item.name)
+                advance(rows.nbytes, tensor.item.name)
 
     with ThreadPoolExecutor(threads, thread_name_prefix="gemma2tool") as pool:
-        running: set[Future] = set()
+        running: set[Future[None]] = set()
         try:
             for group in _groups(files):
                 ranges = list(_ranges([tensor.item for tensor in group], memory // threads))
@@ -118,8 +123,8 @@ def write_outputs(
                 future.cancel()
             raise
     check.raise_refusal()
-    for each in files:
-        each.finish()
+    for output_files in files:
+        output_files.finish()
 
 
 class _Files:
@@ -164,10 +169,12 @@ class _Tensor:
         self.clipped = 0
         self.lock = threading.Lock()
         self.crcs: dict[str, list[tuple[int, int, int]]] = {suffix: [] for suffix in item.parts}
-        self.collected: dict[str, list[tuple[int, np.ndarray]]] = {name: [] for name in item.encoder.collects}
+        self.collected: dict[str, list[tuple[int, Array]]] = {name: [] for name in item.encoder.collects}
 
-    def write(self, rows: np.ndarray, first: int, clipped: int) -> None:
-        """Encode a range that starts at row ``first`` and put it in its places; after the last one, what depends on all."""
+    def write(self, rows: Array, first: int, clipped: int) -> None:
+        """Encode a range that starts at row ``first`` and put it in its places; after the last one, what depends on
+        all.
+        """
         for suffix, array in self.item.encoder.encode(rows).items():
             if suffix in self.collected:
                 with self.lock:
@@ -181,7 +188,7 @@ class _Tensor:
         if is_last:
             self._finish()
 
-    def _put(self, suffix: str, array: np.ndarray, first: int) -> None:
+    def _put(self, suffix: str, array: Array, first: int) -> None:
         place = self.item.parts[suffix]
         data = as_bytes(array)
         self.files.sinks[place.file].pwrite(place.offset + _stream_offset(self.item, suffix, first), data)
@@ -215,15 +222,17 @@ def _combined(pieces: Sequence[tuple[int, int, int]]) -> int:
 
 
 def _groups(files: Sequence[_Files]) -> Iterator[list[_Tensor]]:
-    """The tensors of all outputs, those of the same canonical names together, in the order of the first output that has them."""
+    """The tensors of all outputs, those of the same canonical names together, in the order of the first output that has
+    them.
+    """
     groups: dict[object, list[_Tensor]] = {}
-    for number, each in enumerate(files):
-        for item in each.left():
-            groups.setdefault(item.canonical or (number, item.name), []).append(_Tensor(item, each))
+    for number, output_files in enumerate(files):
+        for item in output_files.left():
+            groups.setdefault(item.canonical or (number, item.name), []).append(_Tensor(item, output_files))
     yield from groups.values()
 
 
-def _reap(running: set[Future]) -> set[Future]:
+def _reap(running: set[Future[None]]) -> set[Future[None]]:
     done, left = wait(running, return_when=FIRST_COMPLETED)
     for future in done:
         future.result()

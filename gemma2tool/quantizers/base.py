@@ -32,11 +32,17 @@ class Part:
 class Encoder(Protocol):
     """Rows to parts. Instances are immutable and may be called from several threads."""
 
-    name: str
-    """The type's name as the command line spells it ("q8_0", "nf4", "bf16")."""
+    @property
+    def name(self) -> str:
+        """The type's name as the command line spells it ("q8_0", "nf4", "bf16")."""
 
-    lossless: bool
-    """Whether decoding gives back exactly what was encoded, for every input of the encoder's own dtype."""
+    @property
+    def lossless(self) -> bool:
+        """Whether decoding gives back exactly what was encoded, for every input of the encoder's own dtype."""
+
+    @property
+    def collects(self) -> tuple[str, ...]:
+        """Suffixes of ``encode``'s result that are not written but handed, concatenated in row order, to ``finish``."""
 
     def parts(self, shape: tuple[int, ...]) -> tuple[Part, ...]:
         """The stored arrays of a tensor of this shape, streamed ones first."""
@@ -49,9 +55,6 @@ class Encoder(Protocol):
 
         May also return arrays under suffixes that ``finish`` collects (see ``collects``).
         """
-
-    collects: tuple[str, ...]
-    """Suffixes of ``encode``'s result that are not written but handed, concatenated in row order, to ``finish``."""
 
     def finish(self, shape: tuple[int, ...], collected: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
         """The parts that are not streamed, by suffix."""

@@ -1,4 +1,4 @@
-"""What a calibration will take, told before it starts: memory from the shapes, time from the arithmetic and this machine's speed at it."""
+"""The memory and time that a calibration will take: from the shapes, the arithmetic, and this machine's speed."""
 
 from __future__ import annotations
 
@@ -19,18 +19,20 @@ from gemma2tool.reference.readahead import one_thread_each
 
 FLOAT = 4
 LIBRARIES = 640 << 20
-"""Bytes that torch, numpy and the program take by themselves, with the blocks of weights in flight."""
+"""Bytes that torch, numpy and the program take, with the blocks of weights in flight."""
 
 EFFICIENCY = 0.7
-"""Of the speed of one large product, what the whole reaches: there are smaller products, and passes that compute little."""
+"""Fraction of the speed of one large matrix product that the whole calibration reaches."""
 
 STEPS = 400.0
-"""Of rounding one value to the next code, as many operations of a large product take as long."""
+"""Operations of a large matrix product that take as long as rounding one value."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """``memory``: peak bytes; ``seconds`` with ``threads`` on this machine, roughly; ``shape``: sequences, tokens of each."""
+    """``memory``: peak bytes; ``seconds``: roughly, with ``threads`` on this machine; ``shape``: (sequences, tokens of
+    each).
+    """
 
     memory: int
     seconds: float
@@ -40,18 +42,19 @@ class Cost:
     def sentence(self) -> str:
         """One line for a person."""
         sequences, length = self.shape
+        threads = f"{self.threads} thread{'s' if self.threads > 1 else ''}"
         return (
-            f"calibration on {sequences} sequences of {length} tokens: about {_duration(self.seconds)} with {self.threads}"
-            f" thread{'s' if self.threads > 1 else ''}, and {_size(self.memory)} of memory at its peak"
+            f"calibration on {sequences} sequences of {length} tokens: about {_duration(self.seconds)} with {threads},"
+            f" and {_size(self.memory)} of memory at its peak"
         )
 
     def remarks(self) -> list[str]:
-        """What the user must know before it starts: that it may not fit."""
+        """A warning if it may not fit into memory."""
         free = available_memory()
         if free is None or self.memory <= free:
             return []
-        wants = f"calibration needs about {_size(self.memory)} of memory, and {_size(free)} are free"
-        return [f"{wants}: --hessian-block 1024, and fewer or shorter samples, take less"]
+        need = f"calibration needs about {_size(self.memory)} of memory, and {_size(free)} are free"
+        return [f"{need}: --hessian-block 1024 and fewer or shorter samples need less"]
 
     def to_json(self) -> dict[str, object]:
         sequences, length = self.shape
@@ -74,7 +77,7 @@ def _duration(seconds: float) -> str:
 
 
 def available_memory() -> int | None:
-    """Bytes that can be used without swapping; None where the system does not say."""
+    """Bytes that can be used without swapping; None if the system does not report them."""
     try:
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):
@@ -93,7 +96,9 @@ def estimate(
     hessian_block: int | None,
     threads: int,
 ) -> Cost:
-    """What ``layers`` layers (a fraction where not all of their projections are quantized) cost over ``shape`` (sequences, tokens).
+    """The cost of ``layers`` layers over ``shape`` (sequences, tokens).
+
+    ``layers`` is a fraction if not all projections are quantized.
 
     ``scales``: AWQ, else GPTQ. ``hessian_block``: see ``Hessian``.
     """

@@ -1,8 +1,9 @@
-"""One decoder layer over all calibration sequences: what reaches its projections, their codes, and what the layer then gives.
+"""One decoder layer over all calibration sequences: the inputs of its projections, their codes, and the layer's output.
 
-The layer is walked through in four stages, as its data flow: the input of attention, of its output projection, of the feed-forward
-and of its down projection. At each, the inputs of the projections that come next are collected over all sequences and a method (GPTQ,
-AWQ) decides; what follows runs on the decided weights. All that is kept between stages is the residual stream.
+The layer is processed in four stages, in the order of its data flow: the input of attention, of its output projection,
+of the feed-forward network and of its down projection. In each, the inputs of the next projections are collected over
+all sequences and a method (GPTQ, AWQ) chooses their codes; later stages run on the quantized weights. Only the residual
+stream is kept between stages.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from gemma2tool.errors import InputRefused
 from gemma2tool.model.config import Gemma2Config
-from gemma2tool.model.lazy import FLOAT32, LazyTensor, row_ranges
+from gemma2tool.model.lazy import FLOAT32, Array, LazyTensor, row_ranges
 from gemma2tool.quantizers.calibration import Map
 from gemma2tool.quantizers.calibration.grid import Codes
 from gemma2tool.quantizers.calibration.hessian import Hessian
@@ -35,7 +36,7 @@ BLOCK_BYTES = 8 << 20
 
 
 class Method(Protocol):
-    """Decides on weights, stage by stage; each call may quantize or rescale projections of the layer through its methods."""
+    """Chooses codes stage by stage; each call may quantize or rescale projections of the layer through its methods."""
 
     def attention_input(self, layer: CalibratedLayer, hessian: Hessian) -> None: ...
 
@@ -63,10 +64,10 @@ class Projection(nn.Module):
 
 
 class CalibratedLayer:
-    """A layer in the making.
+    """A layer that is being quantized.
 
-    ``tensors``: the checkpoint's, by canonical name; ``wanted``: canonical names of the weights to be quantized. ``hessian_block``: see
-    ``Hessian``. ``run``: what pieces of work are run with.
+    ``tensors``: the checkpoint's, by canonical name; ``quantized``: canonical names of the weights to quantize.
+    ``hessian_block``: see ``Hessian``. ``run``: runs pieces of work, such as ``map`` or a thread pool's.
     """
 
     def __init__(
@@ -74,15 +75,17 @@ class CalibratedLayer:
         config: Gemma2Config,
         index: int,
         tensors: Mapping[str, LazyTensor],
-        wanted: Collection[str],
+        quantized: Collection[str],
         *,
         hessian_block: int | None,
         run: Map,
     ) -> None:
-        self.config, self.prefix, self.tensors, self.wanted = config, f"model.layers.{index}.", tensors, wanted
+        self.config, self.prefix, self.tensors, self.quantized = config, f"model.layers.{index}.", tensors, quantized
         self.hessian_block, self.run = hessian_block, run
-        self.results: dict[str, Codes | np.ndarray] = {}
-        """By canonical name: weights in codes, and norms whose values changed, as they are to be stored."""
+        self.codes: dict[str, Codes] = {}
+        """Weights in codes, by canonical name."""
+        self.norms: dict[str, Array] = {}
+        """Norms whose values changed, as they will be stored, by canonical name."""
 
         def projection(in_features: int, out_features: int, bias: bool, name: str) -> nn.Module:
             return Projection(
@@ -96,74 +99,86 @@ class CalibratedLayer:
                 self._set_norm(norm, load_tensor(tensors[f"{self.prefix}{name}.weight"], torch.float32, "cpu"))
 
     def calibrate(self, method: Method, residual: list[Tensor], cos: Tensor, sin: Tensor) -> None:
-        """Go through the stages with ``method``; ``residual``, a (1, T, D) for each sequence, becomes what the layer gives."""
+        """Run the stages with ``method``; ``residual``, (1, T, D) for each sequence, is replaced by
+        the layer's output.
+        """
         layer, attention, mlp = self.module, self.module.self_attn, self.module.mlp
 
         def attend(x: Tensor) -> Tensor:
-            return attention(layer.input_layernorm(x), cos, sin, None, None, False)[0]
+            output: Tensor = attention(layer.input_layernorm(x), cos, sin, None, None, False)[0]
+            return output
 
         method.attention_input(self, self._collect(layer.input_layernorm, residual))
-        with _without(attention, "o_proj"):
+        with _Without(attention, "o_proj"):
             hessian = self._collect(attend, residual)
         method.attention_output(self, hessian)
         del hessian
         self._replace(lambda x: x + layer.post_attention_layernorm(attend(x)), residual)
         method.mlp_input(self, self._collect(layer.pre_feedforward_layernorm, residual))
-        with _without(mlp, "down_proj"):
+        with _Without(mlp, "down_proj"):
             hessian = self._collect(lambda x: mlp(layer.pre_feedforward_layernorm(x)), residual)
         method.mlp_output(self, hessian)
         del hessian
         self._replace(lambda x: x + layer.post_feedforward_layernorm(mlp(layer.pre_feedforward_layernorm(x))), residual)
 
-    def wants(self, *names: str) -> bool:
+    def quantizes(self, *names: str) -> bool:
         """Whether all these projections are to be quantized."""
-        return all(f"{self.prefix}{name}.weight" in self.wanted for name in names)
+        return all(f"{self.prefix}{name}.weight" in self.quantized for name in names)
 
     def projection(self, name: str) -> Projection:
-        return self.module.get_submodule(name)
+        """The projection of that name, such as "mlp.up_proj"."""
+        module = self.module.get_submodule(name)
+        assert isinstance(module, Projection)
+        return module
 
-    def rows(self, name: str, first: int, last: int) -> np.ndarray:
-        """Rows of a projection's weight as it is now, float32; InputRefused where they are not finite."""
+    def rows(self, name: str, first: int, last: int) -> Array:
+        """Rows of a projection's weight in its present state, float32. Raises ``InputRefused`` if they
+        are not finite.
+        """
         weight = self.projection(name).weight
         rows = weight.load_rows_f32(first, last)
         if not np.isfinite(rows).all():
             raise InputRefused(
                 "weights.nonfinite",
-                f"{weight.origin}: holds NaN or infinite values",
-                hint="the checkpoint is damaged, and cannot be calibrated",
+                f"{weight.origin}: contains NaN or infinite values",
+                hint="such a checkpoint cannot be calibrated; quantize without --calibration, or use another copy",
             )
         return rows
 
     def set_codes(self, name: str, codes: Codes) -> None:
-        """From here on the projection is what its codes stand for."""
-        self.results[f"{self.prefix}{name}.weight"] = codes
+        """Replace the projection's weight by its codes."""
+        self.codes[f"{self.prefix}{name}.weight"] = codes
         self.projection(name).weight = codes
 
-    def set_norm(self, name: str, stored: np.ndarray) -> None:
-        """From here on the norm has these values, (D,), which are how it will be stored."""
-        self.results[f"{self.prefix}{name}.weight"] = stored
-        self._set_norm(self.module.get_submodule(name), torch.from_numpy(stored.astype(np.float32)))
+    def set_norm(self, name: str, stored: Array) -> None:
+        """Replace a norm's weight (D,) by the values that will be stored."""
+        self.norms[f"{self.prefix}{name}.weight"] = stored
+        norm = self.module.get_submodule(name)
+        assert isinstance(norm, RMSNorm)
+        self._set_norm(norm, torch.from_numpy(stored.astype(np.float32)))
 
     def _set_norm(self, norm: RMSNorm, values: Tensor) -> None:
         norm.weight = nn.Parameter(values, requires_grad=False)
 
     def _collect(self, inputs: Callable[[Tensor], Tensor], residual: list[Tensor]) -> Hessian:
-        hessian = None
+        hessian: Hessian | None = None
         for first in range(0, len(residual), SEQUENCES):
-            found = torch.cat([each.flatten(0, 1) for each in self.run(inputs, residual[first : first + SEQUENCES])])
+            batch = self.run(inputs, residual[first : first + SEQUENCES])
+            activations = torch.cat([sequence.flatten(0, 1) for sequence in batch])
             if hessian is None:
-                hessian = Hessian(found.shape[1], self.hessian_block)
-            hessian.add(found, self.run)
+                hessian = Hessian(activations.shape[1], self.hessian_block)
+            hessian.add(activations, self.run)
+        assert hessian is not None
         return hessian
 
     def _replace(self, step: Callable[[Tensor], Tensor], residual: list[Tensor]) -> None:
         for first in range(0, len(residual), SEQUENCES):
-            some = slice(first, first + SEQUENCES)
-            residual[some] = list(self.run(step, residual[some]))
+            batch = slice(first, first + SEQUENCES)
+            residual[batch] = list(self.run(step, residual[batch]))
 
 
-class _without:
-    """Inside, the module's projection ``name`` is the identity, so that the module returns what the projection is given."""
+class _Without:
+    """Within the context the projection ``name`` is the identity, so that the module returns the projection's input."""
 
     def __init__(self, module: nn.Module, name: str) -> None:
         self.module, self.name, self.projection = module, name, getattr(module, name)

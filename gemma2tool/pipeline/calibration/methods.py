@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 from torch import Tensor
 
-from gemma2tool.model.lazy import FLOAT32, LazyTensor, row_ranges, to_float32
+from gemma2tool.model.lazy import FLOAT32, Array, DType, LazyTensor, row_ranges, to_float32
 from gemma2tool.pipeline.calibration.layer import DOWN, GATE, KEY, OUTPUT, QUERY, UP, VALUE, CalibratedLayer
 from gemma2tool.quantizers.calibration import rounding, scales
 from gemma2tool.quantizers.calibration.clipping import Block, blocks, round_clipped
@@ -16,14 +16,15 @@ from gemma2tool.quantizers.calibration.hessian import Hessian, factors
 from gemma2tool.quantizers.casts import cast
 
 LEAST_SPREAD = 0.02
-"""Standard deviation of the scales' logarithms below which nothing is worth folding."""
+"""Standard deviation of the scales' logarithms below which they are not worth folding."""
 
 ROUNDED_BYTES = 4 << 20
 """Rows rounded at once, as float32."""
 
 
 class ByHessian:
-    """GPTQ: each projection's errors are made up for within its rows, by the inputs that the quantized layers before it give.
+    """GPTQ: each column's rounding error is compensated by the later columns of its row, for the inputs of the
+    quantized model.
 
     ``grids``: by canonical name. ``damping``, ``act_order``: see ``hessian.factors``.
     """
@@ -44,101 +45,107 @@ class ByHessian:
         self._round(layer, hessian, DOWN)
 
     def _round(self, layer: CalibratedLayer, hessian: Hessian, *names: str) -> None:
-        names = [name for name in names if layer.wants(name)]
-        if not names:
+        quantized = [name for name in names if layer.quantizes(name)]
+        if not quantized:
             return
-        columns, found = hessian.columns, factors(hessian, self.damping, self.act_order)
-        for name in names:
+        columns, cholesky = hessian.columns, factors(hessian, self.damping, self.act_order)
+        for name in quantized:
             weight, grid = layer.projection(name).weight, self.grids[f"{layer.prefix}{name}.weight"]
             ranges = list(row_ranges(weight.rows, 1, rounding.ROWS))
 
-            def piece(span: tuple[int, int], name: str = name, grid: Grid = grid):
-                return rounding.round_rows(layer.rows(name, *span), found, grid)
+            def piece(span: tuple[int, int], name: str = name, grid: Grid = grid) -> tuple[Array, Array, Array]:
+                return rounding.round_rows(layer.rows(name, *span), cholesky, grid)
 
             codes, zeros, steps = (np.concatenate(arrays) for arrays in zip(*layer.run(piece, ranges), strict=True))
-            groups = rounding.group_of_column(found, columns, grid.width)
+            groups = rounding.group_of_column(cholesky, columns, grid.width)
             layer.set_codes(name, Codes(codes, zeros, steps, groups, weight.origin))
 
 
 class ByScale:
-    """AWQ: columns are scaled before they are rounded to nearest, and what feeds them is scaled back; then ranges may be clipped.
+    """AWQ: columns are scaled before they are rounded to nearest, their inputs are scaled back, and ranges may be
+    clipped.
 
-    What feeds q, k and v, and gate and up, is a norm applied as 1 + w: its weight becomes (1 + w) / s - 1. What feeds down is up, and o
-    is fed by v, whose heads several query heads read: those share their scales. The norms after attention and feed-forward feed the
-    residual stream and no projection; they are never touched. A scale is only folded where every projection it meets is quantized.
+    The input of q, k and v, and of gate and up, is a norm applied as 1 + w: its weight becomes (1 + w) / s - 1. The
+    input of down is up's output, and the input of o is v's, whose heads are shared by several query heads: those share
+    their scales. The norms after attention and feed-forward feed the residual stream and no projection; they stay as
+    they are. A scale is folded only if every projection it affects is quantized.
 
     ``grids`` and ``norms`` (the types that norms are stored in): by canonical name. One instance serves one layer.
     """
 
-    def __init__(self, grids: Mapping[str, Grid], norms: Mapping[str, np.dtype]) -> None:
+    def __init__(self, grids: Mapping[str, Grid], norms: Mapping[str, DType]) -> None:
         self.grids, self.norms = grids, norms
         self._blocks: dict[str, list[Block]] = {}
 
     def attention_input(self, layer: CalibratedLayer, hessian: Hessian) -> None:
-        self._norm_fed(layer, "input_layernorm", hessian, QUERY, KEY, VALUE)
+        self._fold_into_norm(layer, "input_layernorm", hessian, QUERY, KEY, VALUE)
 
     def attention_output(self, layer: CalibratedLayer, hessian: Hessian) -> None:
-        config, found = layer.config, None
+        config, column_scales = layer.config, None
         hessian.fill()
-        if layer.wants(VALUE, OUTPUT) and not config.attention_bias:
+        if layer.quantizes(VALUE, OUTPUT) and not config.attention_bias:
             heads = (config.num_key_value_heads, config.num_key_value_groups, config.head_dim)
             shared = hessian.mean_magnitude.view(heads).mean(1, keepdim=True).expand(heads).flatten()
-            found = self._search(layer, hessian, shared, OUTPUT)
-            if found is not None:
-                _scale(layer, VALUE, rows=1 / found.reshape(heads)[:, 0].reshape(-1))
-        self._fed(layer, hessian, found, OUTPUT)
+            column_scales = self._search(layer, hessian, shared, OUTPUT)
+            if column_scales is not None:
+                _scale(layer, VALUE, rows=1 / column_scales.reshape(heads)[:, 0].reshape(-1))
+        self._scale_columns(layer, hessian, column_scales, OUTPUT)
         self._round(layer, QUERY, KEY, VALUE, OUTPUT)
 
     def mlp_input(self, layer: CalibratedLayer, hessian: Hessian) -> None:
-        self._norm_fed(layer, "pre_feedforward_layernorm", hessian, GATE, UP)
+        self._fold_into_norm(layer, "pre_feedforward_layernorm", hessian, GATE, UP)
         self._round(layer, GATE)
 
     def mlp_output(self, layer: CalibratedLayer, hessian: Hessian) -> None:
-        found = None
+        column_scales = None
         hessian.fill()
-        if layer.wants(UP, DOWN):
-            found = self._search(layer, hessian, hessian.mean_magnitude, DOWN)
-            if found is not None:
-                _scale(layer, UP, rows=1 / found)
-        self._fed(layer, hessian, found, DOWN)
+        if layer.quantizes(UP, DOWN):
+            column_scales = self._search(layer, hessian, hessian.mean_magnitude, DOWN)
+            if column_scales is not None:
+                _scale(layer, UP, rows=1 / column_scales)
+        self._scale_columns(layer, hessian, column_scales, DOWN)
         self._round(layer, UP, DOWN)
 
-    def _norm_fed(self, layer: CalibratedLayer, norm: str, hessian: Hessian, *names: str) -> None:
-        found = wanted = None
+    def _fold_into_norm(self, layer: CalibratedLayer, norm: str, hessian: Hessian, *names: str) -> None:
+        column_scales = best = None
         hessian.fill()
-        if layer.wants(*names):
-            wanted = self._search(layer, hessian, hessian.mean_magnitude, *names)
-        if wanted is not None:
+        if layer.quantizes(*names):
+            best = self._search(layer, hessian, hessian.mean_magnitude, *names)
+        if best is not None:
             weight = to_float32(layer.tensors[f"{layer.prefix}{norm}.weight"].load())
-            stored, found = folded_norm(weight, wanted, self.norms[f"{layer.prefix}{norm}.weight"])
+            stored, column_scales = folded_norm(weight, best, self.norms[f"{layer.prefix}{norm}.weight"])
             layer.set_norm(norm, stored)
-        self._fed(layer, hessian, found, *names)
+        self._scale_columns(layer, hessian, column_scales, *names)
 
-    def _fed(self, layer: CalibratedLayer, hessian: Hessian, found: np.ndarray | None, *names: str) -> None:
-        """Scale the columns of the projections that have these inputs, and keep what their groups' errors will cost."""
+    def _scale_columns(
+        self, layer: CalibratedLayer, hessian: Hessian, column_scales: Array | None, *names: str
+    ) -> None:
+        """Scale the columns of the projections that have these inputs, and keep the weights of their groups' errors."""
         for name in names:
-            if layer.wants(name):
-                if found is not None:
-                    _scale(layer, name, columns=found)
-                self._blocks[name] = blocks(hessian, self._grid(layer, name).width, found)
+            if layer.quantizes(name):
+                if column_scales is not None:
+                    _scale(layer, name, columns=column_scales)
+                self._blocks[name] = blocks(hessian, self._grid(layer, name).width, column_scales)
 
-    def _search(self, layer: CalibratedLayer, hessian: Hessian, magnitude: Tensor, *names: str) -> np.ndarray | None:
-        """The best scales, None where they would be hardly any."""
+    def _search(self, layer: CalibratedLayer, hessian: Hessian, magnitude: Tensor, *names: str) -> Array | None:
+        """The best scales; None if they hardly differ from one another."""
         weights = []
         for name in names:
-            picked = scales.sample(layer.projection(name).weight.rows)
-            weights.append(np.concatenate([layer.rows(name, row, row + 1) for row in picked]))
-        found = scales.search(weights, hessian, magnitude, self._grid(layer, names[0]), layer.run)
-        return found if np.log(found).std() >= LEAST_SPREAD else None
+            sample = scales.sample(layer.projection(name).weight.rows)
+            weights.append(np.concatenate([layer.rows(name, row, row + 1) for row in sample]))
+        best: Array = scales.search(weights, hessian, magnitude, self._grid(layer, names[0]), layer.run)
+        return best if np.log(best).std() >= LEAST_SPREAD else None
 
     def _round(self, layer: CalibratedLayer, *names: str) -> None:
         for name in names:
-            if not layer.wants(name):
+            if not layer.quantizes(name):
                 continue
             weight, grid, costs = layer.projection(name).weight, self._grid(layer, name), self._blocks.pop(name)
             ranges = list(row_ranges(weight.rows, weight.row_size * FLOAT32.itemsize, ROUNDED_BYTES))
 
-            def piece(span: tuple[int, int], name: str = name, grid: Grid = grid, costs: list[Block] = costs):
+            def piece(
+                span: tuple[int, int], name: str = name, grid: Grid = grid, costs: list[Block] = costs
+            ) -> tuple[Array, Array, Array]:
                 return round_clipped(layer.rows(name, *span), grid, costs)
 
             codes, zeros, steps = (np.concatenate(arrays) for arrays in zip(*layer.run(piece, ranges), strict=True))
@@ -149,24 +156,23 @@ class ByScale:
         return self.grids[f"{layer.prefix}{name}.weight"]
 
 
-def folded_norm(weight: np.ndarray, wanted: np.ndarray, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
-    """A norm (D,) with the inverse of the ``wanted`` scales in it, as stored in ``dtype``, and the scales that this leaves, float32.
+def folded_norm(weight: Array, column_scales: Array, dtype: DType) -> tuple[Array, Array]:
+    """A norm (D,) with the inverse of ``column_scales`` folded in, as stored in ``dtype``, and the scales that result,
+    float32.
 
-    Stored values of about 0 are coarse where 1 + w is what counts, so the scales follow from what was stored: (1 + w) / (1 + w').
-    Channels for which that is no positive number keep their weight.
+    The stored w is rounded, but 1 + w is what is applied, so the scales follow from what was stored: (1 + w) / (1 +
+    w'). Channels for which that is not a positive number keep their weight.
     """
     one = np.float32(1)
-    stored = cast((one + weight) / wanted - one, dtype)
+    stored = cast((one + weight) / column_scales - one, dtype)
     with np.errstate(divide="ignore", invalid="ignore"):
-        found = (one + weight) / (one + to_float32(stored))
-    kept = ~(np.isfinite(found) & (found > 0))
-    stored[kept], found[kept] = cast(weight, dtype)[kept], one
-    return stored, found
+        resulting = (one + weight) / (one + to_float32(stored))
+    unusable = ~(np.isfinite(resulting) & (resulting > 0))
+    stored[unusable], resulting[unusable] = cast(weight, dtype)[unusable], one
+    return stored, resulting
 
 
-def _scale(
-    layer: CalibratedLayer, name: str, *, rows: np.ndarray | None = None, columns: np.ndarray | None = None
-) -> None:
+def _scale(layer: CalibratedLayer, name: str, *, rows: Array | None = None, columns: Array | None = None) -> None:
     projection = layer.projection(name)
     projection.weight = _Scaled(projection.weight, rows, columns)
 
@@ -176,12 +182,12 @@ class _Scaled(LazyTensor):
 
     dtype = FLOAT32
 
-    def __init__(self, source: LazyTensor, rows: np.ndarray | None, columns: np.ndarray | None) -> None:
+    def __init__(self, source: LazyTensor, rows: Array | None, columns: Array | None) -> None:
         self.source, self.by_row, self.by_column = source, rows, columns
         self.shape, self.stored, self.origin = source.shape, source.stored, source.origin
 
-    def load_rows(self, first: int, last: int) -> np.ndarray:
-        rows = self.source.load_rows_f32(first, last)
+    def load_rows(self, first: int, last: int) -> Array:
+        rows: Array = self.source.load_rows_f32(first, last)
         if self.by_row is not None:
             rows = rows * self.by_row[first:last, None]
         return rows if self.by_column is None else rows * self.by_column

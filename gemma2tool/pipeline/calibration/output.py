@@ -1,9 +1,11 @@
-"""Calibrated outputs: codes chosen by what the model does with a text, layer by layer, while the output is being written.
+"""Calibrated outputs: codes chosen by what the model does with a text, layer by layer, while the output is being
+written.
 
-A planned output keeps its files and places; the weights that can be calibrated get another source and encoder, whose rows come in
-codes already. The first row that is asked of a layer makes the layer's codes: all sequences go through it, see ``calibrated_layer``,
-and what it then gives (with its quantized weights) goes into the next. So memory holds the residual streams and the codes of the layers
-that are being written, however many layers there are; and the codes do not depend on the number of threads, nor on when they were asked for.
+A planned output keeps its files and placements; the weights that can be calibrated get another source and encoder,
+whose rows are codes. The first row requested of a layer computes the layer's codes: all sequences run through it (see
+``layer``), and the output of the quantized layer is the next one's input. Memory holds the residual streams and the
+codes of the layers being written, however many layers there are; the codes depend neither on the number of threads nor
+on the order of requests.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import threading
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,21 +23,33 @@ from gemma2tool.errors import UsageError
 from gemma2tool.formats.base import Output, OutputTensor
 from gemma2tool.formats.options import CALIBRATED_TYPES, Calibration
 from gemma2tool.model.checkpoint import Checkpoint
-from gemma2tool.model.lazy import FLOAT32, LazyTensor
+from gemma2tool.model.lazy import FLOAT32, Array, DType, LazyTensor
 from gemma2tool.quantizers.awq import Awq
 from gemma2tool.quantizers.base import Encoder, Part
 from gemma2tool.quantizers.calibration.grid import Codes, Grid, grid_of, row_record
+from gemma2tool.quantizers.floats import Float
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from gemma2tool.pipeline.calibration.cost import Cost
     from gemma2tool.pipeline.calibration.layer import Method
 
 DAMPING = 0.01
 
 
+@runtime_checkable
+class CodesEncoder(Encoder, Protocol):
+    """An encoder that can also store rows that are codes already."""
+
+    def pack(self, codes: Array, zeros: Array, scales: Array) -> Mapping[str, Array]:
+        """The parts of rows (n, I) of codes with zeros and scales (n, G)."""
+
+
 @dataclass(frozen=True)
 class CalibrationSettings:
-    """How an output is calibrated: token ids (N, T), each row on its own, and GPTQ's settings (see ``hessian.factors``).
+    """How an output is calibrated: token ids (N, T), each row on its own, and GPTQ's settings (see
+    ``hessian.factors``).
 
     ``hessian_block``: columns of a square of the block-diagonal Hessian, None for the whole.
     """
@@ -64,7 +78,7 @@ def calibrated(
 ) -> tuple[Output, Cost]:
     """``output`` with the codes of its weights chosen by ``calibration``, and what that will cost.
 
-    Raises UsageError where none of them can be, and for Hessian blocks that groups do not fit into.
+    Raises ``UsageError`` if no type of the output can be calibrated, and for Hessian blocks that would split a group.
     """
     items = {item.name: item for item in output.tensors}
     grids = {
@@ -75,7 +89,7 @@ def calibrated(
     if not grids:
         raise UsageError(
             "calibration.type",
-            f"there is no calibration for {', '.join(sorted({item.encoder.name for item in items.values()}))}",
+            f"no calibration exists for {', '.join(sorted({item.encoder.name for item in items.values()}))}",
             hint=f"types that can be calibrated: {', '.join(CALIBRATED_TYPES)}",
         )
     block = calibration.hessian_block
@@ -83,7 +97,7 @@ def calibrated(
         if block is not None and grid.width < items[name].source.row_size and block % grid.width:
             raise UsageError(
                 "calibration.hessian-block",
-                f"Hessian blocks of {block} columns cut groups of {grid.width} in two",
+                f"Hessian blocks of {block} columns would split groups of {grid.width}",
                 hint="use a multiple of the group size",
             )
     session = Session(checkpoint, items, grids, calibration, threads)
@@ -91,7 +105,7 @@ def calibrated(
 
 
 class Session:
-    """Runs the layers in order, as far as they are asked for, and keeps what they gave until it has been handed out."""
+    """Runs the layers in order, as far as they are requested, and keeps their results until they are handed out."""
 
     def __init__(
         self,
@@ -110,8 +124,9 @@ class Session:
         self._lock = threading.Lock()
         self._done = 0
         self._failure: BaseException | None = None
-        self._residual: list | None = None
-        self._results: dict[str, Codes | np.ndarray] = {}
+        self._residual: list[Tensor] | None = None
+        self._codes: dict[str, Codes] = {}
+        self._norms: dict[str, Array] = {}
 
     def cost(self) -> Cost:
         """What all layers together will take."""
@@ -129,8 +144,9 @@ class Session:
         )
 
     def output_tensor(self, item: OutputTensor) -> OutputTensor:
-        """``item``, from this session where calibration decides on its values."""
+        """``item``, taken from this session if calibration determines its values."""
         if item.name in self.grids:
+            assert isinstance(item.encoder, CodesEncoder)
             source = CalibratedMatrix(self, item)
             return replace(item, source=source, encoder=PackCodes(item.encoder, source))
         layer = self.checkpoint.specs[item.name].layer
@@ -142,24 +158,39 @@ class Session:
             return replace(item, source=CalibratedNorm(self, item))
         return item
 
-    def result(self, name: str) -> Codes | np.ndarray | None:
-        """What calibration makes of a tensor; None for a norm that it leaves alone. May take as long as all layers up to its own."""
-        layer = self.checkpoint.specs[name].layer
+    def codes(self, name: str) -> Codes:
+        """The codes of a weight. May take as long as all layers up to its own."""
         with self._lock:
-            while self._done <= layer:
-                if self._failure is not None:  # others have been waiting for the layer that failed
-                    raise self._failure
-                try:
-                    self._next_layer()
-                except BaseException as failure:
-                    self._failure = failure
-                    raise
-            return self._results.get(name)
+            self._run_through(name)
+            if name not in self._codes:
+                raise RuntimeError(f"{name} has already been handed out")
+            return self._codes[name]
+
+    def norm(self, name: str) -> Array | None:
+        """A norm as it will be stored; None if calibration leaves it as it is. May take as long as all layers up to its
+        own.
+        """
+        with self._lock:
+            self._run_through(name)
+            return self._norms.get(name)
 
     def release(self, name: str) -> None:
-        """The result will not be asked for again."""
+        """Drop the codes of a weight that will not be requested again."""
         with self._lock:
-            self._results.pop(name, None)
+            self._codes.pop(name, None)
+
+    def _run_through(self, name: str) -> None:
+        """Run the layers up to that of a tensor. The caller holds the lock."""
+        layer = self.checkpoint.specs[name].layer
+        assert layer is not None
+        while self._done <= layer:
+            if self._failure is not None:  # other threads have been waiting for the layer that failed
+                raise self._failure
+            try:
+                self._next_layer()
+            except BaseException as failure:
+                self._failure = failure
+                raise
 
     def _next_layer(self) -> None:
         from gemma2tool.pipeline.calibration.layer import CalibratedLayer
@@ -180,7 +211,8 @@ class Session:
             )
             cos, sin = cos_sin(config, _positions(self.calibration.ids.shape[1]), self._residual[0].dtype)
             layer.calibrate(self._method(), self._residual, cos, sin)
-        self._results |= layer.results
+        self._codes |= layer.codes
+        self._norms |= layer.norms
         self._done += 1
         if self._done == config.num_hidden_layers:
             self._residual = []
@@ -189,24 +221,32 @@ class Session:
         from gemma2tool.pipeline.calibration.methods import ByHessian, ByScale
 
         if self._scales:
-            norms = {name: item.encoder.dtype for name, item in self.items.items() if name.endswith("norm.weight")}
+            norms = {name: _dtype_of(item) for name, item in self.items.items() if name.endswith("norm.weight")}
             return ByScale(self.grids, norms)
         return ByHessian(self.grids, damping=self.calibration.damping, act_order=self.calibration.act_order)
 
-    def _embeddings(self) -> list:
+    def _embeddings(self) -> list[Tensor]:
         from gemma2tool.reference.streaming import StreamedForward
 
         return [next(StreamedForward(self.checkpoint, row[None]).hidden_states()) for row in self.calibration.ids]
 
 
-def _positions(length: int):
+def _positions(length: int) -> Tensor:
     import torch
 
     return torch.arange(length)[None]
 
 
+def _dtype_of(item: OutputTensor) -> DType:
+    """The dtype that a tensor of plain floats is stored in."""
+    assert isinstance(item.encoder, Float)
+    return item.encoder.dtype
+
+
 class CalibratedMatrix(LazyTensor):
-    """A weight (O, I) whose rows come as they will be stored: records of codes, zeros and scales (``grid.Codes.records``)."""
+    """A weight (O, I) whose rows are as they will be stored: records of codes, zeros and scales
+    (``grid.Codes.records``).
+    """
 
     def __init__(self, session: Session, item: OutputTensor) -> None:
         self.session, self.name = session, item.name
@@ -221,10 +261,8 @@ class CalibratedMatrix(LazyTensor):
     def nbytes(self) -> int:
         return self.rows * self.dtype.itemsize
 
-    def load_rows(self, first: int, last: int) -> np.ndarray:
-        codes = self.session.result(self.name)
-        if codes is None:
-            raise RuntimeError(f"{self.name} has been given out already")
+    def load_rows(self, first: int, last: int) -> Array:
+        codes = self.session.codes(self.name)
         rows, self.group_of_column = codes.records(first, last), codes.group_of_column
         with self._lock:
             self._left -= last - first
@@ -234,15 +272,15 @@ class CalibratedMatrix(LazyTensor):
 
 
 class CalibratedNorm(LazyTensor):
-    """A norm (D,) that the scales of the projections it feeds may have been folded into."""
+    """A norm (D,) into which the scales of the projections that it feeds may be folded."""
 
     def __init__(self, session: Session, item: OutputTensor) -> None:
         self.session, self.name, self.source = session, item.name, item.source
         self.shape, self.stored, self.origin = item.source.shape, item.source.stored, item.source.origin
-        self.dtype = item.encoder.dtype
+        self.dtype = _dtype_of(item)
 
-    def load_rows(self, first: int, last: int) -> np.ndarray:
-        values = self.session.result(self.name)
+    def load_rows(self, first: int, last: int) -> Array:
+        values = self.session.norm(self.name)
         if values is None:
             return self.source.load_rows(first, last)
         return values[first:last].copy()
@@ -250,9 +288,9 @@ class CalibratedNorm(LazyTensor):
 
 @dataclass(frozen=True)
 class PackCodes:
-    """Stores rows that are in codes already as ``encoder`` stores those that it quantizes itself."""
+    """Stores rows that are already codes the way ``encoder`` stores those that it quantizes itself."""
 
-    encoder: Encoder
+    encoder: CodesEncoder
     source: CalibratedMatrix
 
     lossless = False
@@ -271,9 +309,9 @@ class PackCodes:
     def row_multiple(self, shape: tuple[int, ...]) -> int:
         return self.encoder.row_multiple(shape)
 
-    def encode(self, rows: np.ndarray) -> Mapping[str, np.ndarray]:
+    def encode(self, rows: Array) -> Mapping[str, Array]:
         return self.encoder.pack(*(np.ascontiguousarray(rows[field]) for field in ("codes", "zeros", "scales")))
 
-    def finish(self, shape: tuple[int, ...], collected: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+    def finish(self, shape: tuple[int, ...], collected: Mapping[str, Array]) -> Mapping[str, Array]:
         parts = dict(self.encoder.finish(shape, collected))
         return {name: self.source.group_of_column if name == "g_idx" else part for name, part in parts.items()}

@@ -1,10 +1,11 @@
-"""The sequences that a calibration runs: a text, or token ids, cut to one length and spread over the whole of it."""
+"""The sequences that a calibration runs: a text, or token ids, cut to one length and sampled evenly."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from gemma2tool.errors import UsageError
 from gemma2tool.model.checkpoint import Checkpoint
@@ -15,12 +16,14 @@ from gemma2tool.storage.text import read_text
 SAMPLES, LENGTH = 128, 512
 
 
-def read_sequences(path: Path, checkpoint: Checkpoint, *, samples: int | None, length: int | None) -> np.ndarray:
-    """Token ids int64 (N, T): up to ``samples`` (SAMPLES) sequences, evenly spaced, of ``length`` (LENGTH, or what the model can take).
+def read_sequences(path: Path, checkpoint: Checkpoint, *, samples: int | None, length: int | None) -> NDArray[np.int64]:
+    """Token ids int64 (N, T): up to ``samples`` (SAMPLES) sequences, evenly spaced, of ``length`` (LENGTH, or what the
+    model can take).
 
-    A ``.npy`` file holds ids, a row (B, T) to a sequence (``length`` may then be no other than T) or one long row; any other file is a text in UTF-8. One long row, and a text,
-    are cut into sequences that each begin with bos. Raises UsageError where there is not enough for one, InputRefused for ids that
-    are none of this vocabulary and for what is no text.
+    A ``.npy`` file holds ids, one sequence in each row (B, T) (``length`` can then only be T), or one long row; any
+    other file is UTF-8 text. One long row, and text, are cut into sequences that each begin with bos. Raises
+    ``UsageError`` if they do not fill one sequence, ``InputRefused`` for ids outside the vocabulary and for a file that
+    is not text.
     """
     config = checkpoint.config
     if path.suffix.lower() == ".npy":
@@ -30,7 +33,7 @@ def read_sequences(path: Path, checkpoint: Checkpoint, *, samples: int | None, l
                 raise UsageError(
                     "option.ignored",
                     f"--calibration-length {length}: the rows of {path} have {ids.shape[1]} tokens",
-                    hint="leave it out, or give the ids as one long row, which is cut",
+                    hint="leave out --calibration-length, or give the ids as one long row",
                 )
             _check_length(ids.shape[1], config.max_position_embeddings)
             return _spread(ids, samples or SAMPLES)
@@ -49,16 +52,16 @@ def read_sequences(path: Path, checkpoint: Checkpoint, *, samples: int | None, l
     return _spread(ids, samples or SAMPLES)
 
 
-def _check_length(length: int, most: int) -> None:
-    if length > most:
+def _check_length(length: int, maximum: int) -> None:
+    if length > maximum:
         raise UsageError(
             "calibration.length",
-            f"sequences of {length} tokens; the model has {most} positions",
-            hint="use shorter ones",
+            f"sequences of {length} tokens; the model has {maximum} positions",
+            hint="use a smaller --calibration-length",
         )
 
 
-def _spread(ids: np.ndarray, samples: int) -> np.ndarray:
+def _spread(ids: NDArray[np.int64], samples: int) -> NDArray[np.int64]:
     if len(ids) <= samples:
         return ids
     return ids[np.linspace(0, len(ids) - 1, samples).astype(np.int64)]
