@@ -45,15 +45,15 @@ from gemma2tool.pipeline.requests import Checks, ConversionRequest, RunOptions, 
 from gemma2tool.pipeline.run import ConversionResult
 from gemma2tool.pipeline.verification import DiffRequest, VerifyRequest, log_warnings
 from gemma2tool.storage.paths import refuse_existing, refuse_same
+from gemma2tool.verify.diagnosis.cause import Cause
+from gemma2tool.verify.difference import Difference
+from gemma2tool.verify.digest import Hashes, hash_checkpoint
 from gemma2tool.verify.gates import gate_names, parse_gates
+from gemma2tool.verify.result import Finding, GateResult, Verification
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
-
-    from gemma2tool.verify.difference import Difference
-    from gemma2tool.verify.digest import Hashes
-    from gemma2tool.verify.result import Verification
 
 PathLike = str | Path
 Source = str | Path | Checkpoint
@@ -62,16 +62,21 @@ Config = Gemma2Config | str | Path
 __all__ = [
     "Adapter",
     "Calibration",
+    "Cause",
     "Checkpoint",
     "Checks",
     "ConversionRequest",
     "ConversionResult",
     "DiffRequest",
+    "Difference",
+    "Finding",
     "FormatEntry",
     "GGUFOptions",
+    "GateResult",
     "Gemma2Config",
     "Generation",
     "GenerationOptions",
+    "Hashes",
     "ImatrixOptions",
     "ImatrixResult",
     "Inspection",
@@ -83,6 +88,7 @@ __all__ = [
     "RunOptions",
     "SplitOptions",
     "TensorPlan",
+    "Verification",
     "VerifyRequest",
     "WriteOptions",
     "clean",
@@ -310,7 +316,6 @@ def hash(
     number of files.
     """
     from gemma2tool.model.progress import progress_or_null
-    from gemma2tool.verify.digest import hash_checkpoint
 
     with _opened(source, config) as checkpoint:
         total = sum(tensor.nbytes for tensor in checkpoint.tensors.values())

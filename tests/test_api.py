@@ -146,3 +146,8 @@ def test_commands_call_nothing_below_the_face(path: Path) -> None:
         for name in imported:
             is_own = name.startswith("gemma2tool.cli") or name == "gemma2tool.__version__"
             assert is_own or name.startswith((*allowed, *small)), f"{path.name} imports {name}"
+
+
+def test_the_api_page_is_what_the_docstrings_give() -> None:
+    done = subprocess.run([sys.executable, "scripts/api_docs.py", "--check"], cwd=ROOT, check=False)
+    assert done.returncode == 0, "run: python scripts/api_docs.py"

@@ -15,7 +15,11 @@ _CAPS = {"attn_logit_softcapping": "attention", "final_logit_softcapping": "fina
 
 
 def causes_of_config(
-    source: Gemma2Config, candidate: Gemma2Config, *, cannot_represent: Mapping[str, str] | None = None, told: Iterable[str] = ()
+    source: Gemma2Config,
+    candidate: Gemma2Config,
+    *,
+    cannot_represent: Mapping[str, str] | None = None,
+    told: Iterable[str] = (),
 ) -> list[Cause]:
     """One cause per mistake. ``cannot_represent``: field -> why the candidate's format cannot represent it; ``told``: fields that other causes
     explain."""
