@@ -1,88 +1,86 @@
-"""GGUF against its peers: kernels against ggml's, and the whole way from a 2B-shaped Hugging Face folder to q4_k_m and bf16.
+"""GGUF against its peers: kernels against ggml's, and end to end from a Hugging Face folder to q4_k_m and bf16.
 
     python benchmarks/gguf_rates.py                         # kernels alone: benchmarks/kernels.py, every type, one core
-    python benchmarks/gguf_rates.py --end-to-end /tmp/bench # and the whole way; needs about 20 GB of disk
+    python benchmarks/gguf_rates.py --end-to-end /tmp/bench # and end to end on a 2B shape; needs about 20 GB of disk
 
-The whole way is measured against copying the source file (cp, then sync) plus the kernels' own time on as many cores, both in the same
-run: goals are 1.5 times their sum for q4_k_m and cp / 0.7 for bf16, and 1 GiB of memory.
+Other options are those of kernels.py.
+
+End to end is measured against copying the source file (cp, then sync) plus the kernels' own time on as many cores, both
+in the same run. The goals are 1.5 times their sum for q4_k_m, cp / 0.7 for bf16, and 1 GiB of memory.
 """
 
 from __future__ import annotations
 
-import argparse
 import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
 
-import end_to_end
-
-HERE = Path(__file__).resolve().parent
-TOOL = [sys.executable, "-m", "gemma2tool"]
+from processes import HERE, TOOL, argument_parser, fill_page_cache, measure, remove, synthesize
 
 
-def kernel_seconds(source: Path, threads: int) -> float:
-    """Processor time of quantizing every tensor of ``source`` to q4_k_m, over ``threads``, from rates measured now."""
+def kernel_seconds(source: Path, threads: int, values: int) -> float:
+    """Processor time of quantizing every tensor of ``source`` to q4_k_m, divided by ``threads``; each rate is measured
+    on ``values`` weights."""
     import kernels
 
     from gemma2tool.formats import registry
     from gemma2tool.formats.base import WriteOptions
 
-    values: Counter[str] = Counter()
+    weights: Counter[str] = Counter()
     with registry.open_checkpoint(source) as checkpoint:
-        for item in registry.by_name("gguf").layout(checkpoint, WriteOptions(type="q4_k_m")).tensors:
-            values[item.encoder.name.upper()] += item.source.size
-    million = {kind: count / 1e6 for kind, count in values.items() if kind not in ("F32", "F16", "BF16")}
-    return sum(count / kernels.measure(kind, False).ours for kind, count in million.items()) / threads
+        for tensor in registry.by_name("gguf").layout(checkpoint, WriteOptions(type="q4_k_m")).tensors:
+            weights[tensor.encoder.name.upper()] += tensor.source.size
+    millions = {type: count / 1e6 for type, count in weights.items() if type not in ("F32", "F16", "BF16")}
+    return sum(count / kernels.measure(type, False, values).gemma2tool for type, count in millions.items()) / threads
 
 
-def whole_way(folder: Path, threads: int) -> None:
-    """Print the table of the whole way; the numbers are seconds, a ratio and MiB."""
-    source = folder / "2b-hf"
-    if not source.exists():
-        subprocess.run([sys.executable, HERE / "synthesize.py", "2b", source], check=True)
-    weights = source / "model.safetensors"
-    with weights.open("rb") as file:
-        while file.read(1 << 20):
-            pass
-    copy = folder / "copy"
-    copied, _, _ = end_to_end.measure(["sh", "-c", f'cp "{weights}" "{copy}"'])
-    end_to_end.remove(copy)
-    synced, _, _ = end_to_end.measure(["sh", "-c", f'cp "{weights}" "{copy}" && sync "{copy}"'])
-    end_to_end.remove(copy)
-    options = ["--no-verify", "--quiet", "--force", "--threads", str(threads)]
+def end_to_end(folder: Path, size: str, threads: int, values: int) -> int:
+    """Print seconds, ratios and MiB of both conversions; returns the first exit code that is not 0."""
+    source = folder / f"{size}-hf"
+    synthesize(size, source)
+    fill_page_cache(source)
+    weights, copy = source / "model.safetensors", folder / "copy"
+    copied = measure(["cp", weights, copy]).seconds
+    remove(copy)
+    synced = measure(["sh", "-c", 'cp "$0" "$1" && sync "$1"', weights, copy]).seconds
+    remove(copy)
     print(f"\ncp {copied:.1f} s, cp and sync {synced:.1f} s, {threads} threads")
-    results = {}
-    for name, words in {
-        "bf16": ["convert", str(source), str(folder / "out-bf16.gguf")],
-        "q4_k_m": ["quantize", str(source), str(folder / "out-q4_k_m.gguf"), "--type", "q4_k_m"],
-    }.items():
-        results[name] = end_to_end.measure([*TOOL, *words, *options])
-        end_to_end.remove(Path(words[2]))
-    kernel_time = kernel_seconds(source, threads)  # after the measurements: this process must stay small for them
-    seconds, peak, code = results["bf16"]
+    options = ["--no-verify", "--quiet", "--force", "--threads", str(threads)]
+    outputs = folder / "out-bf16.gguf", folder / "out-q4_k_m.gguf"
+    bf16 = measure([*TOOL, "convert", source, outputs[0], *options])
+    q4_k_m = measure([*TOOL, "quantize", source, outputs[1], "--type", "q4_k_m", *options])
+    for output in outputs:
+        remove(output)
+    kernel_time = kernel_seconds(source, threads, values)  # imports much: after everything whose peak is measured
     print(
-        f"bf16:   {seconds:5.1f} s, {copied / seconds:.2f} of cp's rate ({synced / seconds:.2f} of cp and sync's), peak {peak / 2**20:.0f} MiB, exit {code}"
+        f"bf16:   {bf16.seconds:5.1f} s, {copied / bf16.seconds:.2f} of cp's rate"
+        f" ({synced / bf16.seconds:.2f} of cp and sync's),"
+        f" peak {bf16.peak_bytes / 2**20:.0f} MiB, exit {bf16.exit_code}"
     )
-    seconds, peak, code = results["q4_k_m"]
-    ratio = seconds / (copied + kernel_time)
     print(
-        f"q4_k_m: {seconds:5.1f} s, {ratio:.2f} times cp plus {kernel_time:.1f} s of kernels, peak {peak / 2**20:.0f} MiB, exit {code}"
+        f"q4_k_m: {q4_k_m.seconds:5.1f} s, {q4_k_m.seconds / (copied + kernel_time):.2f} times cp plus"
+        f" {kernel_time:.1f} s of kernels, peak {q4_k_m.peak_bytes / 2**20:.0f} MiB, exit {q4_k_m.exit_code}"
     )
+    return bf16.exit_code or q4_k_m.exit_code
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main() -> int:
+    parser = argument_parser(__doc__, size="2b")
     parser.add_argument("--end-to-end", type=Path, metavar="FOLDER")
     parser.add_argument("--only-end-to-end", action="store_true")
     parser.add_argument("--threads", type=int, default=2)
-    arguments = parser.parse_args()
+    parser.add_argument("--values", type=float, default=2e6, help="weights per measurement of a kernel")
+    arguments, for_kernels = parser.parse_known_args()
+    exit_code = 0
     if arguments.end_to_end:
         arguments.end_to_end.mkdir(parents=True, exist_ok=True)
-        whole_way(arguments.end_to_end, arguments.threads)
+        exit_code = end_to_end(arguments.end_to_end, arguments.size, arguments.threads, int(arguments.values))
     if not arguments.only_end_to_end:
-        subprocess.run([sys.executable, HERE / "kernels.py"], check=False)
+        words = [sys.executable, HERE / "kernels.py", "--values", str(arguments.values), *for_kernels]
+        exit_code = exit_code or subprocess.run(words, check=False).returncode
+    return exit_code
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

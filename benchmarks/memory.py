@@ -1,48 +1,58 @@
-"""Peak memory of converting a model of a released size from each format it comes in, and the limit that it is held to.
+"""Peak memory of converting a model of a released size from each format it comes in, with its limit.
 
     python benchmarks/memory.py /tmp/bench              # 9B shape; needs about 22 GB of disk
 
-Sources are files of the right sizes full of holes, so that a line needs room for its output alone. The Orbax one is as Orbax writes
-it, an OCDBT database with one chunk an array that zstandard compressed: its embedding and first layer are random, of the other layers a
-fiftieth, for zeros compress to nothing. Every conversion runs in a process of its own; its peak is the maximum resident set
-that the kernel reports for it. The limit is 1 GiB, and for Orbax its largest chunk more. Nothing can be learned here about rates.
+Sources are sparse files of the right sizes, so that a line needs disk space for its output alone. The Orbax source is
+written by Orbax's own library: an OCDBT database with one zstandard chunk for each array. Its embedding and first layer
+are random, the other layers are 98 % zeros, because zeros alone compress to nothing. Every conversion runs in a process
+of its own; its peak is the maximum resident set that the kernel reports. The limit is 1 GiB, for Orbax plus its largest
+chunk. Rates cannot be measured on these files. Exits with 1 if a conversion failed or exceeded its limit.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
-from end_to_end import measure
+from processes import TOOL, argument_parser, measure, remove, synthesize
 
-HERE = Path(__file__).resolve().parent
 LIMIT = 1 << 30
+
+
+class Line(NamedTuple):
+    """One line of the table: the source's format, the end of its file name, the target's format and its file name."""
+
+    source: str
+    suffix: str
+    target: str
+    output: str
+
+
 LINES = (
-    ("hf", "9b-hf", "gemma-pytorch"),
-    ("gemma-pytorch", "9b.ckpt", "hf"),
-    ("keras", "9b-keras", "hf"),
-    ("flax", "9b-flax", "hf"),
+    Line("hf", "-hf", "gemma-pytorch", "out.ckpt"),
+    Line("gemma-pytorch", ".ckpt", "hf", "out"),
+    Line("keras", "-keras", "hf", "out"),
+    Line("flax", "-flax", "hf", "out"),
 )
-"""(source's format, its name for 9B, target's format)"""
 
 
 def write_orbax(size: str, folder: Path) -> None:
-    """A release's checkpoint: every array one compressed chunk of an OCDBT database."""
+    """Write a checkpoint as it is released: every array one compressed chunk of an OCDBT database."""
     import numpy as np
     import tensorstore
-    from synthesize import POOL, random_checkpoint
+    from synthesize import CONFIGS, random_checkpoint, random_pool
 
     from gemma2tool.formats import registry
     from gemma2tool.formats.base import WriteOptions
     from gemma2tool.model.lazy import BFLOAT16
 
-    pool = (np.random.default_rng(0).standard_normal(POOL, dtype=np.float32) * 0.02).astype(BFLOAT16)
-    described = registry.by_name("flax").layout(random_checkpoint(size), WriteOptions(name=folder.name)).assets
-    for asset, data in described.items():
+    pool = random_pool()
+    assets = registry.by_name("flax").layout(random_checkpoint(size), WriteOptions(name=folder.name)).assets
+    for asset, data in assets.items():
         if not asset.endswith("/.zarray"):
             continue
         shape = json.loads(data)["shape"]
@@ -53,69 +63,63 @@ def write_orbax(size: str, folder: Path) -> None:
         flat[:count] = np.resize(pool, count)
         metadata = {"shape": shape, "chunks": shape, "dtype": "bfloat16", "compressor": {"id": "zstd", "level": 1}}
         kvstore = {"driver": "ocdbt", "base": f"file://{folder.absolute()}/", "path": f"{name}/"}
-        tensorstore.open({"driver": "zarr", "kvstore": kvstore, "metadata": metadata}, create=True).result().write(
-            values
-        ).result()
+        array = tensorstore.open({"driver": "zarr", "kvstore": kvstore, "metadata": metadata}, create=True).result()
+        array.write(values).result()
+    config_path(folder).write_text(json.dumps(CONFIGS[size].to_hf()))
+    print(largest_chunk(size))
+
+
+def config_path(orbax: Path) -> Path:
+    """Where the config of an Orbax checkpoint is, which has none inside."""
+    return orbax.with_name(orbax.name + "-config.json")
 
 
 def largest_chunk(size: str) -> int:
     """Bytes of the padded embedding in bfloat16."""
-    from gemma2tool.model.config import SIZES
+    from synthesize import CONFIGS
 
-    return 2 * (SIZES[size].vocab_size + 128) * SIZES[size].hidden_size
+    return 2 * (CONFIGS[size].vocab_size + 128) * CONFIGS[size].hidden_size
 
 
-def remove(path: Path) -> None:
-    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+def make_source(line: Line, size: str, path: Path) -> int:
+    """Write the source of a line, in a process of its own; returns how many bytes its conversion may use at most."""
+    if line.source != "flax":
+        synthesize(size, path, "--to", line.source, "--sparse")
+        return LIMIT
+    words = [sys.executable, __file__, path.parent, "--size", size, "--write-orbax", path]
+    return LIMIT + int(subprocess.run(words, check=True, capture_output=True).stdout)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="a folder with room")
-    parser.add_argument("--size", default="9b", choices=("2b", "9b", "27b"))
-    parser.add_argument("--only", choices=[name for name, _, _ in LINES])
+    parser = argument_parser(__doc__, size="9b")
+    parser.add_argument("folder", type=Path, help="a folder with enough free space")
+    parser.add_argument("--only", choices=[line.source for line in LINES])
     parser.add_argument("--write-orbax", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.write_orbax:  # in a process of its own: a child's peak starts at what its parent has
+    if arguments.write_orbax:
         write_orbax(arguments.size, arguments.write_orbax)
         return 0
     arguments.folder.mkdir(parents=True, exist_ok=True)
-    beyond = False
+    failed = False
     print(f"{'from':14} {'to':14} {'peak MiB':>9} {'limit MiB':>10}")
-    for source_format, name, target in LINES:
-        if arguments.only not in (None, source_format):
+    for line in LINES:
+        if arguments.only not in (None, line.source):
             continue
-        source = arguments.folder / name.replace("9b", arguments.size)
-        output = arguments.folder / ("out.ckpt" if target == "gemma-pytorch" else "out")
-        limit = LIMIT
-        if source_format == "flax":
-            make = [HERE / "memory.py", arguments.folder, "--size", arguments.size, "--write-orbax", source]
-            code = f"import sys; sys.path.insert(0, {str(HERE)!r}); import memory; print(memory.largest_chunk({arguments.size!r}))"
-            limit += int(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True).stdout)
-        else:
-            make = [HERE / "synthesize.py", arguments.size, source, "--to", source_format, "--sparse"]
+        source, output = arguments.folder / f"{arguments.size}{line.suffix}", arguments.folder / line.output
         try:
-            subprocess.run([sys.executable, *map(str, make)], check=True)
-            words = [
-                sys.executable,
-                "-m",
-                "gemma2tool",
-                "convert",
-                str(source),
-                str(output),
-                "--to",
-                target,
-                "--no-verify",
-                "--quiet",
-            ]
-            _, peak, code = measure(words)
+            limit = make_source(line, arguments.size, source)
+            command = [*TOOL, "convert", source, output, "--to", line.target, "--no-verify", "--quiet"]
+            if line.source == "flax":
+                command += ["--config", config_path(source)]
+            cost = measure(command)
         finally:
-            remove(source)
-            remove(output)
-        beyond |= code != 0 or peak > limit
-        failed = f"   exit {code}" if code else ""
-        print(f"{source_format:14} {target:14} {peak / 2**20:9.0f} {limit / 2**20:10.0f}{failed}", flush=True)
-    return int(beyond)
+            for path in (source, config_path(source), output):
+                remove(path)
+        failed |= cost.exit_code != 0 or cost.peak_bytes > limit
+        exit_code = f"   exit {cost.exit_code}" if cost.exit_code else ""
+        peak = f"{cost.peak_bytes / 2**20:9.0f} {limit / 2**20:10.0f}"
+        print(f"{line.source:14} {line.target:14} {peak}{exit_code}", flush=True)
+    return int(failed)
 
 
 if __name__ == "__main__":

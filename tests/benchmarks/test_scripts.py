@@ -1,0 +1,79 @@
+"""Every benchmark script runs from start to end, on a tiny shape and without goals for rates."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support.paths import ROOT
+
+BENCHMARKS = ROOT / "benchmarks"
+FOLDER = "FOLDER"
+TINY = (FOLDER, "--size", "tiny")
+KERNEL_TYPES = "Q8_0,Q4_K"
+
+RUNS: dict[str, tuple[tuple[str, ...], str]] = {
+    "end_to_end.py": ((*TINY, "--only", "hf", "--tokens", "8"), "verify out-hf by its receipt"),
+    "forward.py": ((*TINY, "--tokens", "8"), "within 5e-5 + 1e-5 of the value: True"),
+    "gguf_rates.py": (("--end-to-end", *TINY, "--only-end-to-end", "--values", "5e3"), "times cp plus"),
+    "int.py": (("--values", "5e3", "--repeats", "1", "--no-goals"), "int8 back"),
+    "int_memory.py": ((*TINY, "--types", "nf4,nf4 --double-quant,gptq-4"), "nf4 --double-quant"),
+    "kernels.py": (("--types", KERNEL_TYPES, "--values", "5e3", "--no-goals"), "K-quants and IQ4"),
+    "memory.py": (TINY, "flax"),
+    "quality.py": (("--types", "q4_0,nf4 double", "--windows", "1"), "| nf4 double |"),
+    "synthesize.py": (("tiny", f"{FOLDER}/tiny-hf", "--dtype", "bf16"), ""),
+}
+"""Script: its arguments, and a part of what it prints."""
+NEEDS = {"gguf_rates.py": "xllamacpp", "kernels.py": "xllamacpp", "memory.py": "tensorstore"}
+
+
+def run(script: str, arguments: tuple[str, ...], folder: Path) -> str:
+    """Run a script; returns what it printed."""
+    words = [argument.replace(FOLDER, str(folder)) for argument in arguments]
+    result = subprocess.run(
+        [sys.executable, BENCHMARKS / script, *words],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+def test_every_script_has_a_run() -> None:
+    scripts = {path.name for path in BENCHMARKS.glob("*.py") if "__main__" in path.read_text()}
+    assert scripts == set(RUNS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", RUNS)
+def test_script_runs(script: str, tmp_path: Path) -> None:
+    if script in NEEDS and importlib.util.find_spec(NEEDS[script]) is None:
+        pytest.skip(f"{NEEDS[script]} is not installed")
+    arguments, expected = RUNS[script]
+    assert expected in run(script, arguments, tmp_path)
+
+
+@pytest.mark.slow
+def test_gguf_rates_runs_the_kernels(tmp_path: Path) -> None:
+    pytest.importorskip("xllamacpp")
+    output = run("gguf_rates.py", ("--types", KERNEL_TYPES, "--values", "5e3", "--no-goals"), tmp_path)
+    assert "K-quants and IQ4" in output
+
+
+@pytest.mark.slow
+def test_quality_of_calibrated_types(tmp_path: Path) -> None:
+    assert "| awq-4 |" in run("quality.py", ("--calibrated", "awq-4", "--windows", "2", "--samples", "2"), tmp_path)
+
+
+@pytest.mark.slow
+def test_sparse_sources(tmp_path: Path) -> None:
+    output = run("forward.py", (*TINY, "--sparse", "--only", "gemma2tool", "--tokens", "8"), tmp_path)
+    assert "GiB" in output
