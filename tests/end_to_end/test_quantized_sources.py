@@ -82,7 +82,7 @@ def test_a_conversion_is_verified_against_the_quantized_source(
 @pytest.mark.parametrize(("kind", "other"), list(zip(packings.TYPES, reversed(packings.TYPES), strict=True)))
 def test_from_one_quantization_to_another(made: dict[str, Path], tmp_path: Path, kind: str, other: str) -> None:
     """Only on request, because both losses add up."""
-    assert_refused(run("quantize", made[kind], tmp_path / "out", "--type", other), 2, "is quantized already")
+    assert_refused(run("quantize", made[kind], tmp_path / "out", "--type", other), 2, "is already quantized")
     words = ("--type", other, "--allow-requantize", "--dtype", "bf16", "--no-verify", "--quiet")
     result = run("quantize", made[kind], tmp_path / "out", *words)
     assert result.exit_code == 0, result.output

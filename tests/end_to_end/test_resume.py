@@ -188,7 +188,7 @@ class TestKilled:
         assert len(whole) == words[-1].count(",") + 1 and "absent" not in whole
         again = run(*words)
         assert again.exit_code == 0, again.output
-        assert "in place already" in again.stderr and "PASSED" in again.stdout
+        assert "already in place" in again.stderr and "PASSED" in again.stdout
         assert [digest(path) for path in outputs] == whole
         left = [path.name for path in place.rglob("*") if "gemma2tool-staging" in path.name]
         assert left == []

@@ -12,7 +12,6 @@ import numpy as np
 
 from gemma2tool.errors import ToolError
 from gemma2tool.formats import mlx, registry
-from gemma2tool.formats.base import WriteOptions
 from gemma2tool.formats.gemma_cpp import format as sbs
 from gemma2tool.formats.hf import format as hf
 from gemma2tool.model.checkpoint import Checkpoint
@@ -22,6 +21,7 @@ from gemma2tool.quantizers.mixtures import FILE_TYPES
 from gemma2tool.verify.result import Verification
 from gemma2tool.verify.run import verify
 from tests.support.checkpoints import SMALL, random_checkpoint
+from tests.support.options import write_options
 
 DTYPES = {"f32": np.dtype(np.float32), "f16": np.dtype(np.float16), "bf16": np.dtype(ml_dtypes.bfloat16)}
 CONFIG = dataclasses.replace(
@@ -90,10 +90,10 @@ def targets() -> Iterator[tuple[str, dict[str, object]]]:
     yield from (("hf", {"type": name}) for name in hf.TYPES)
     yield from (("mlx", {"type": name}) for name in mlx.TYPES)
     yield from (("gemma-cpp", {"type": name}) for name in sbs.TYPES)
-    yield "hf", {"type": "nf4", "extra": {"double_quant": True}}
-    yield "hf", {"type": "fp4", "extra": {"double_quant": True}}
+    yield "hf", {"type": "nf4", "double_quant": True}
+    yield "hf", {"type": "fp4", "double_quant": True}
     for name in ("w4a16", "w8a16", "gptq-4", "gptq-8", "awq-4"):
-        yield "hf", {"type": name, "extra": {"group_size": 32}}
+        yield "hf", {"type": name, "group_size": 32}
     for dtype in DTYPES:
         yield "hf", {"dtype": dtype}
         yield "gguf", {"dtype": dtype}
@@ -105,7 +105,7 @@ def judged(
     """The verification of what ``save`` makes of ``checkpoint``, or why it could not be made."""
     path = folder / ("out.gguf" if to == "gguf" else "out.sbs" if to == "gemma-cpp" else "out")
     try:
-        save(checkpoint, path, WriteOptions(**options), to=to, threads=1)
+        save(checkpoint, path, write_options(**options), to=to, threads=1)
     except ToolError as error:
         return f"{error.id}: {error}"
     try:

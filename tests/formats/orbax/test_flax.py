@@ -264,7 +264,6 @@ def test_gating_order_is_told_by_shape(tmp_path: Path, tree: tuple) -> None:
 def test_released_shapes_need_no_config() -> None:
     from gemma2tool.formats.mapping.layout_transforms import size
     from gemma2tool.formats.mapping.transforms import entries
-
     from gemma2tool.formats.orbax.zarr_arrays import StoredArray
 
     for name, config in SIZES.items():
