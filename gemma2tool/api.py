@@ -44,7 +44,7 @@ from gemma2tool.pipeline.report_files import ReportFiles
 from gemma2tool.pipeline.requests import Checks, ConversionRequest, RunOptions, default_threads
 from gemma2tool.pipeline.run import ConversionResult
 from gemma2tool.pipeline.verification import DiffRequest, VerifyRequest, log_warnings
-from gemma2tool.storage.paths import refuse_existing, refuse_same
+from gemma2tool.storage.paths import refuse_existing, refuse_overwriting_input
 from gemma2tool.verify.diagnosis.cause import Cause
 from gemma2tool.verify.difference import Difference
 from gemma2tool.verify.digest import Hashes, hash_checkpoint
@@ -346,7 +346,7 @@ def logits(
     with _opened(source, config) as checkpoint:
         if out is not None:
             inputs = [Path(tokens)] if isinstance(tokens, (str, Path)) else []
-            refuse_same((*checkpoint.files, *inputs), Path(out))
+            refuse_overwriting_input((*checkpoint.files, *inputs), Path(out))
         if isinstance(tokens, (str, Path)):
             ids = read_tokens(Path(tokens), checkpoint.config)
         else:

@@ -17,7 +17,7 @@ from typing import IO, TYPE_CHECKING
 
 from gemma2tool.errors import EXIT_BUG, ToolError
 from gemma2tool.model.progress import ProgressBar
-from gemma2tool.storage.quoting import safe
+from gemma2tool.storage.quoting import one_line
 from gemma2tool.storage.units import human_bytes, human_seconds
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ class Console:
     def line(self, *spans: tuple[str, str]) -> None:
         """Print one line of styled spans (text, rich style) to stdout. The texts are escaped."""
         if not self.json:
-            self._line(False, *((safe(text), style) for text, style in spans))
+            self._line(False, *((one_line(text), style) for text, style in spans))
 
     def can_show(self, text: str) -> bool:
         """Whether the encoding of stdout can represent ``text``."""
@@ -76,7 +76,7 @@ class Console:
         """
         if self.json:
             return
-        escaped = "".join(c if c in "\n\t" else safe(c) for c in text)
+        escaped = "".join(c if c in "\n\t" else one_line(c) for c in text)
         stream = self._stdout or sys.stdout
         encoding = getattr(stream, "encoding", None) or "utf-8"
         stream.write(escaped.encode(encoding, "replace").decode(encoding))
@@ -105,18 +105,18 @@ class Console:
 
         table = Table(
             box=SIMPLE_HEAD,
-            title=self._text(False, (safe(title), "bold")) if title else None,
+            title=self._text(False, (one_line(title), "bold")) if title else None,
             title_justify="left",
             pad_edge=False,
         )
         for column in columns:
             table.add_column(
-                self._text(False, (safe(column.removesuffix("#")), "bold")),
+                self._text(False, (one_line(column.removesuffix("#")), "bold")),
                 justify="right" if column.endswith("#") else "left",
                 overflow="fold",
             )
         for row in rows:
-            table.add_row(*(self._text(False, (safe(cell), "")) for cell in row))
+            table.add_row(*(self._text(False, (one_line(cell), "")) for cell in row))
         self._console(False).print(table, markup=False, highlight=False)
 
     # -- messages ------------------------------------------------------------------------------------------------------
@@ -124,19 +124,19 @@ class Console:
     def note(self, message: object) -> None:
         """Print a remark that can be ignored to stderr."""
         if not self.quiet:
-            self._line(True, (safe(message), "dim"))
+            self._line(True, (one_line(message), "dim"))
 
     def warn(self, message: object) -> None:
         """Print a warning to stderr, also when quiet."""
-        self._line(True, ("warning: ", "bold yellow"), (safe(message), ""))
+        self._line(True, ("warning: ", "bold yellow"), (one_line(message), ""))
 
     def error(self, error: ToolError) -> None:
         """Print ``error[id]: message`` and ``hint: ...`` to stderr; in JSON mode also an object to stdout."""
         if self.debug:
             self._traceback(error)
-        self._line(True, (f"error[{safe(error.id)}]: ", "bold red"), (safe(error.message), ""))
+        self._line(True, (f"error[{one_line(error.id)}]: ", "bold red"), (one_line(error.message), ""))
         if error.hint:
-            self._line(True, ("hint: ", "bold cyan"), (safe(error.hint), ""))
+            self._line(True, ("hint: ", "bold cyan"), (one_line(error.hint), ""))
         self._emit_error(error.id, error.message, error.hint, error.exit_code)
 
     def bug(self, error: BaseException) -> None:
@@ -145,7 +145,7 @@ class Console:
         hint = "this is a bug in gemma2tool; run again with GEMMA2TOOL_DEBUG=1 set and report what it prints"
         if self.debug:
             self._traceback(error)
-        self._line(True, ("error[bug]: ", "bold red"), (safe(message), ""))
+        self._line(True, ("error[bug]: ", "bold red"), (one_line(message), ""))
         self._line(True, ("hint: ", "bold cyan"), (hint, ""))
         self._emit_error("bug", message, hint, EXIT_BUG)
 
@@ -202,7 +202,7 @@ class Console:
         """Print the traceback with a bar before every line, so that no text in it can pass for a line of gemma2tool."""
         for block in traceback.format_exception(error):
             for line in block.splitlines():
-                self._line(True, (f"| {safe(line)}", "dim"))
+                self._line(True, (f"| {one_line(line)}", "dim"))
 
     def _emit_error(self, id: str, message: str, hint: str, exit_code: int) -> None:
         if self.json:
@@ -272,10 +272,10 @@ def _rich_bar(console: rich.console.Console, total: int, label: str, unit: str) 
     amounts = (DownloadColumn(), TransferSpeedColumn()) if unit == "bytes" else (MofNCompleteColumn(),)
     columns = (Name("label", "bold"), BarColumn(), *amounts, TimeRemainingColumn(), Name("at", "dim"))
     with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("", total=total or None, label=safe(label), at="")
+        task = progress.add_task("", total=total or None, label=one_line(label), at="")
 
         class RichBar:
             def advance(self, count: int, name: str = "", /) -> None:
-                progress.update(task, advance=count, at=safe(name))
+                progress.update(task, advance=count, at=one_line(name))
 
         yield RichBar()

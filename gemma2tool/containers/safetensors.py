@@ -62,24 +62,24 @@ def read_header(path: str | os.PathLike[str]) -> SafetensorsHeader:
     path = Path(path)
     with open_for_reading(path) as reader:
         if reader.size < 8:
-            raise _refused("header-too-small", path, f"{reader.size} bytes are too few for a header")
+            raise _refusal("header-too-small", path, f"{reader.size} bytes are too few for a header")
         length = int.from_bytes(reader.pread(0, 8), "little")
         if length > MAX_HEADER_BYTES:
-            raise _refused(
+            raise _refusal(
                 "header-too-large", path, f"says its header has {length} bytes; at most {MAX_HEADER_BYTES} are accepted"
             )
         if 8 + length > reader.size:
-            raise _refused(
+            raise _refusal(
                 "invalid-header-length", path, f"says its header has {length} bytes, but has {reader.size} bytes in all"
             )
         raw = bytes(reader.pread(8, length))
         size = reader.size
     if not raw.startswith(b"{"):
-        raise _refused("invalid-header-start", path, "its header does not begin with {")
+        raise _refusal("invalid-header-start", path, "its header does not begin with {")
     header = _parse(raw, path)
     metadata = _metadata(header.pop("__metadata__", {}), path)
     if len(header) > MAX_TENSORS:
-        raise _refused("too-many-tensors", path, f"holds {len(header)} tensors; at most {MAX_TENSORS} are accepted")
+        raise _refusal("too-many-tensors", path, f"holds {len(header)} tensors; at most {MAX_TENSORS} are accepted")
     start = 8 + length
     tensors = {name: _entry(name, info, start, path) for name, info in header.items()}
     _check_coverage(tensors, start, size, path)
@@ -102,33 +102,33 @@ def _parse(raw: bytes, path: Path) -> dict[str, Any]:
 
 def _metadata(value: object, path: Path) -> dict[str, str]:
     if not isinstance(value, dict) or not all(isinstance(item, str) for item in value.values()):
-        raise _refused("metadata", path, "__metadata__ is not a map of text to text")
+        raise _refusal("metadata", path, "__metadata__ is not a map of text to text")
     return value
 
 
 def _entry(name: str, info: object, start: int, path: Path) -> TensorEntry:
     where = f"tensor {quoted(name)}"
     if len(name) > MAX_NAME_BYTES:
-        raise _refused("name-too-long", path, f"{where} has a name of {len(name)} characters")
+        raise _refusal("name-too-long", path, f"{where} has a name of {len(name)} characters")
     if not isinstance(info, dict) or info.keys() != _FIELDS:
-        raise _refused("tensor-fields", path, f"{where} must have exactly dtype, shape and data_offsets")
+        raise _refusal("tensor-fields", path, f"{where} must have exactly dtype, shape and data_offsets")
     dtype, shape, offsets = info["dtype"], info["shape"], info["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
-        raise _refused("dtype", path, f"{where} has the unknown dtype {quoted(dtype)}")
+        raise _refusal("dtype", path, f"{where} has the unknown dtype {quoted(dtype)}")
     if not _are_sizes(shape) or len(shape) > MAX_DIMS:
-        raise _refused("shape", path, f"{where} has the shape {quoted(shape)}")
+        raise _refusal("shape", path, f"{where} has the shape {quoted(shape)}")
     if not _are_sizes(offsets) or len(offsets) != 2 or offsets[1] < offsets[0]:
-        raise _refused("invalid-offset", path, f"{where} has the data_offsets {quoted(offsets)}")
+        raise _refusal("invalid-offset", path, f"{where} has the data_offsets {quoted(offsets)}")
     # A dimension of 0 must not hide others whose product overflows.
     bits = prod(dim for dim in shape if dim) * DTYPE_BITS[dtype]
     if bits >= 1 << 63:
-        raise _refused("validation-overflow", path, f"{where}: the product of its shape {quoted(shape)} overflows")
+        raise _refusal("validation-overflow", path, f"{where}: the product of its shape {quoted(shape)} overflows")
     bits = bits if 0 not in shape else 0
     if bits % 8:
-        raise _refused("misaligned-slice", path, f"{where} ends within a byte")
+        raise _refusal("misaligned-slice", path, f"{where} ends within a byte")
     begin, end = offsets
     if end - begin != bits // 8:
-        raise _refused(
+        raise _refusal(
             "tensor-invalid-info",
             path,
             f"{where}: {dtype} {tuple(shape)} takes {bits // 8} bytes, data_offsets give {end - begin}",
@@ -145,19 +145,19 @@ def _check_coverage(tensors: Mapping[str, TensorEntry], start: int, size: int, p
     end, previous = start, ""
     for entry in sorted(tensors.values(), key=lambda entry: (entry.offset, entry.offset + entry.nbytes)):
         if entry.offset < end:
-            raise _refused("overlap", path, f"tensors {quoted(previous)} and {quoted(entry.name)} overlap")
+            raise _refusal("overlap", path, f"tensors {quoted(previous)} and {quoted(entry.name)} overlap")
         if entry.offset > end:
-            raise _refused(
+            raise _refusal(
                 "gap", path, f"{entry.offset - end} bytes before tensor {quoted(entry.name)} belong to no tensor"
             )
         end, previous = entry.offset + entry.nbytes, entry.name
     if size < end:
-        raise _refused("truncated", path, f"has {size} bytes, its tensors end at byte {end}")
+        raise _refusal("truncated", path, f"has {size} bytes, its tensors end at byte {end}")
     if size > end:
-        raise _refused("trailing-bytes", path, f"{size - end} bytes follow its last tensor")
+        raise _refusal("trailing-bytes", path, f"{size - end} bytes follow its last tensor")
 
 
-def _refused(kind: str, path: Path, message: str) -> InputRefused:
+def _refusal(kind: str, path: Path, message: str) -> InputRefused:
     return InputRefused(f"safetensors.{kind}", f"{path}: {message}", hint=_HINT)
 
 

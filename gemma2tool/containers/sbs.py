@@ -34,23 +34,23 @@ class Blob:
 def read_directory(reader: FileReader) -> dict[str, Blob]:
     """The blobs by key, in file order. Raises InputRefused (``sbs.*``) unless they cover the file back to back."""
     if reader.size < _HEADER.size:
-        raise refused("truncated", reader.path, "is too short for a header")
+        raise refusal("truncated", reader.path, "is too short for a header")
     magic, count, size = _HEADER.unpack(reader.pread(0, _HEADER.size))
     if magic != MAGIC:
-        raise refused("magic", reader.path, "does not begin with SBS")
+        raise refusal("magic", reader.path, "does not begin with SBS")
     at_end = count == 0
     if at_end:
         magic, count, size = _HEADER.unpack(reader.pread(reader.size - _HEADER.size, _HEADER.size))
         if magic != MAGIC or count == 0:
-            raise refused("truncated", reader.path, "has no directory at its end: it was cut or not finished")
+            raise refusal("truncated", reader.path, "has no directory at its end: it was cut or not finished")
     if size != reader.size:
-        raise refused("truncated", reader.path, f"has {reader.size} bytes, its header says {size}")
+        raise refusal("truncated", reader.path, f"has {reader.size} bytes, its header says {size}")
     if count > MAX_BLOBS:
-        raise refused("too-many-blobs", reader.path, f"says it holds {count} blobs; at most {MAX_BLOBS} are accepted")
+        raise refusal("too-many-blobs", reader.path, f"says it holds {count} blobs; at most {MAX_BLOBS} are accepted")
     nbytes = 32 * count
     start = reader.size - _HEADER.size - nbytes if at_end else _HEADER.size
     if start < _HEADER.size:
-        raise refused("truncated", reader.path, f"is too short for a directory of {count} blobs")
+        raise refusal("truncated", reader.path, f"is too short for a directory of {count} blobs")
     raw = bytes(reader.pread(start, nbytes))
     blobs: dict[str, Blob] = {}
     expected = ALIGN if at_end else _aligned(_HEADER.size + nbytes)
@@ -59,9 +59,9 @@ def read_directory(reader: FileReader) -> dict[str, Blob]:
         key = _key(reader.path, raw[16 * index : 16 * index + 16])
         offset, length = struct.unpack_from("<QQ", raw, 16 * (count + index))
         if key in blobs:
-            raise refused("duplicate-key", reader.path, f"the blob {quoted(key)} appears twice")
+            raise refusal("duplicate-key", reader.path, f"the blob {quoted(key)} appears twice")
         if offset != expected or length == 0 or offset + length > limit:
-            raise refused("extent", reader.path, f"the blob {quoted(key)} does not lie where the one before it ends")
+            raise refusal("extent", reader.path, f"the blob {quoted(key)} does not lie where the one before it ends")
         blobs[key] = Blob(offset, length)
         expected = _aligned(offset + length)
     return blobs
@@ -70,7 +70,7 @@ def read_directory(reader: FileReader) -> dict[str, Blob]:
 def _key(path: Path, raw: bytes) -> str:
     text, _, rest = raw.partition(b"\0")
     if not text or rest.strip(b"\0") or not text.isascii() or not text.decode().isprintable():
-        raise refused("key", path, f"has the blob name {quoted(raw)}")
+        raise refusal("key", path, f"has the blob name {quoted(raw)}")
     return text.decode()
 
 
@@ -99,12 +99,12 @@ Schema = Mapping[str, object]
 """Field name to kind: "u32", "bool", "i32", "f32", "text", a schema (a nested record), or a list of one of them."""
 
 
-class Words:
+class RecordReader:
     """Reads records: a count of words, then fields in the schema's order; a record of an older writer ends early."""
 
     def __init__(self, data: bytes, path: Path, what: str) -> None:
         if len(data) % 4:
-            raise refused("record", path, f"the blob {what!r} is no whole number of words")
+            raise refusal("record", path, f"the blob {what!r} is no whole number of words")
         self.words = struct.unpack(f"<{len(data) // 4}I", data)
         self.path, self.what, self.at = path, what, 0
 
@@ -153,10 +153,10 @@ class Words:
         return self.words[self.at - 1]
 
     def _broken(self, message: str) -> InputRefused:
-        return refused("record", self.path, f"the blob {self.what!r} {message}")
+        return refusal("record", self.path, f"the blob {self.what!r} {message}")
 
 
-def pack(schema: Schema, values: Mapping[str, object]) -> bytes:
+def pack_record(schema: Schema, values: Mapping[str, object]) -> bytes:
     """A record: its number of words, then its fields."""
     body = b"".join(_packed(kind, values[name]) for name, kind in schema.items())
     return struct.pack("<I", len(body) // 4) + body
@@ -164,7 +164,7 @@ def pack(schema: Schema, values: Mapping[str, object]) -> bytes:
 
 def _packed(kind: object, value: object) -> bytes:
     if isinstance(kind, Mapping):
-        return pack(kind, value)
+        return pack_record(kind, value)
     if isinstance(kind, list):
         return struct.pack("<I", len(value)) + b"".join(_packed(kind[0], item) for item in value)
     if kind == "text":
@@ -174,5 +174,5 @@ def _packed(kind: object, value: object) -> bytes:
     return struct.pack("<f" if kind == "f32" else "<i" if kind == "i32" else "<I", value)
 
 
-def refused(kind: str, path: Path, message: str) -> InputRefused:
+def refusal(kind: str, path: Path, message: str) -> InputRefused:
     return InputRefused(f"sbs.{kind}", f"{path.name}: {message}", hint=_HINT)

@@ -10,7 +10,7 @@ from gemma2tool.containers import strict_json
 from gemma2tool.errors import InputRefused
 from gemma2tool.model.checkpoint import ASSET_NAMES, Assets, Checkpoint
 from gemma2tool.model.config import Gemma2Config
-from gemma2tool.storage.paths import confined
+from gemma2tool.storage.paths import confined_path
 from gemma2tool.storage.reading import read_whole
 
 MAX_ASSET_BYTES = 64 << 20
@@ -22,7 +22,7 @@ def folder_assets(folder: Path) -> Assets:
     readers = {}
     for name in (*ASSET_NAMES, "README.md"):
         if (folder / name).is_file():
-            path = confined(folder, name)
+            path = confined_path(folder, name)
             readers[name] = partial(read_whole, path, what=name, max_bytes=MAX_ASSET_BYTES)
     return Assets(readers)
 

@@ -23,8 +23,8 @@ from gemma2tool.formats.mapping.float_layout import EMBEDDING, HEAD
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.config import Gemma2Config
 from gemma2tool.model.lazy import FLOAT32, LazyTensor, to_float32
-from gemma2tool.storage import bounded
-from gemma2tool.storage.paths import confined
+from gemma2tool.storage import limited_process
+from gemma2tool.storage.paths import confined_path
 from gemma2tool.storage.quoting import quoted
 
 CONFIG = "adapter_config.json"
@@ -157,7 +157,7 @@ def merge(checkpoint: Checkpoint, adapter: Path, scale: float = 1.0) -> Checkpoi
 def _settings(adapter: Path) -> Mapping[str, object]:
     if not adapter.is_dir():
         raise UsageError("lora.missing", f"{adapter}: no such folder", hint=f"give the folder that holds {CONFIG}")
-    settings = strict_json.load(confined(adapter, CONFIG), what=CONFIG, max_bytes=MAX_CONFIG_BYTES)
+    settings = strict_json.load(confined_path(adapter, CONFIG), what=CONFIG, max_bytes=MAX_CONFIG_BYTES)
     path = adapter / CONFIG
     if not isinstance(settings, dict) or settings.get("peft_type", "LORA") != "LORA":
         kind = settings.get("peft_type") if isinstance(settings, dict) else None
@@ -179,7 +179,7 @@ def _settings(adapter: Path) -> Mapping[str, object]:
 def _weights(adapter: Path, closers: list[Callable[[], None]]) -> tuple[dict[str, LazyTensor], Path]:
     for name in WEIGHTS:
         if (adapter / name).is_file():
-            path = confined(adapter, name)
+            path = confined_path(adapter, name)
             if name.endswith(".safetensors"):
                 return container_tensors.open_safetensors([path], closers)[0], path
             return container_tensors.open_torch(torch_zip.read_index(path), path, closers), path
@@ -232,11 +232,13 @@ def _any_matches(pattern: str, modules: Sequence[str], path: Path) -> bool:
     try:
         if _is_bounded(pattern):
             answer = found()
-        elif bounded.available():
-            answer = bounded.compute(found, seconds=_MATCHING_SECONDS, memory=_MATCHING_MEMORY, answer=8)
+        elif limited_process.is_available():
+            answer = limited_process.call(
+                found, cpu_seconds=_MATCHING_SECONDS, memory_bytes=_MATCHING_MEMORY, answer_bytes=8
+            )
         else:
             return True
-    except bounded.OutOfBounds:
+    except limited_process.LimitExceeded:
         raise _refused(
             "pattern", path, f"target_modules is {quoted(pattern)}, which could take for ever to match"
         ) from None

@@ -24,7 +24,7 @@ from gemma2tool.model.config import Gemma2Config
 from gemma2tool.model.lazy import LazyTensor
 from gemma2tool.model.tensors import HEADS
 from gemma2tool.quantizers.floats import Float
-from gemma2tool.storage.paths import confined
+from gemma2tool.storage.paths import confined_path
 
 TAG = "mlx"
 _QUANTIZATION = ("quantization", "quantization_config")
@@ -45,7 +45,7 @@ class MLX:
     def open(self, path: Path, *, config: Gemma2Config | None = None) -> Checkpoint:
         config_path = path / "config.json"
         given = config is not None
-        config = config or assets.read_config(confined(path, "config.json"))
+        config = config or assets.read_config(confined_path(path, "config.json"))
         checkpoint = Checkpoint(path, self.name, config, {}, assets.folder_assets(path))
         try:
             files, weight_map = _files(path)
@@ -130,7 +130,7 @@ def _files(folder: Path) -> tuple[list[Path], Mapping[str, str] | None]:
     """The safetensors, and the index's weight_map where there is one."""
     if (folder / INDEX).is_file():
         return container_tensors.indexed_files(folder / INDEX)
-    return [confined(folder, SINGLE)], None
+    return [confined_path(folder, SINGLE)], None
 
 
 def _dump(content: object) -> bytes:

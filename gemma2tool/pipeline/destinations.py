@@ -15,9 +15,9 @@ from gemma2tool.formats import packings, registry
 from gemma2tool.formats.options import WriteOptions
 from gemma2tool.pipeline.requests import ConversionRequest
 from gemma2tool.quantizers.mixtures import FILE_TYPES
-from gemma2tool.storage.paths import refuse_existing, refuse_same
+from gemma2tool.storage.paths import refuse_existing, refuse_overwriting_input
 from gemma2tool.storage.staging import place as staging_place
-from gemma2tool.storage.syscalls import told
+from gemma2tool.storage.syscalls import translate_os_errors
 
 FILE_SUFFIXES = (".ckpt", ".gguf", ".sbs")
 FLOAT_DTYPES = ("f32", "f16", "bf16")
@@ -51,7 +51,7 @@ def destinations(request: ConversionRequest) -> list[Destination]:
         options_for(options, output).check_target(output.format)
         if not staging_place.exists(output.path):  # otherwise what is staged decides
             refuse_existing(output.path, force=request.run.force, folder=not output.is_file)
-        refuse_same(_input_files(request), output.path)
+        refuse_overwriting_input(_input_files(request), output.path)
         _refuse_foreign_folder(output.path)
     return outputs
 
@@ -151,7 +151,7 @@ def folder_of_several(outputs: Sequence[Destination]) -> Iterator[None]:
         return
     folder = outputs[0].path.parent
     created_here = not folder.exists() or any(staging_place.exists(output.path) for output in outputs)
-    with told(folder, "creating the folder"):
+    with translate_os_errors(folder, "creating the folder"):
         try:
             folder.mkdir(exist_ok=True)
         except FileNotFoundError:

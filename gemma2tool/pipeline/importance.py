@@ -23,9 +23,9 @@ from gemma2tool.formats.mapping.transforms import entries
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.progress import Progress, progress_or_null
 from gemma2tool.pipeline.prompt import Tokenizer, rows_of
-from gemma2tool.storage.paths import refuse_same
+from gemma2tool.storage.paths import refuse_overwriting_input
 from gemma2tool.storage.staging.staged_output import Staging
-from gemma2tool.storage.text import read_text
+from gemma2tool.storage.text_file import read_text
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -66,7 +66,7 @@ def collect_imatrix(
 ) -> ImatrixResult:
     """Run the text through the model and write the importance matrix to ``out``."""
     words = read_text(text, what="text")
-    refuse_same((*checkpoint.files, text), out)
+    refuse_overwriting_input((*checkpoint.files, text), out)
     ids = Tokenizer(checkpoint).encode(words)
     chunks = chunks_of(ids, options.chunk_size, checkpoint.config.bos_token_id, options.max_chunks)
     with progress_or_null(progress, chunks.size, "tokens", unit="tokens") as bar:

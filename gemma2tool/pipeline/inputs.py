@@ -15,7 +15,7 @@ from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.config import SIZES, Gemma2Config
 from gemma2tool.model.lazy import Array
 from gemma2tool.storage.reading import open_for_reading, read_whole
-from gemma2tool.storage.text import read_text
+from gemma2tool.storage.text_file import read_text
 
 MAX_TOKEN_FILE = 256 << 20
 MAX_NPY_HEADER = 1 << 16

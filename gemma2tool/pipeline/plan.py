@@ -17,7 +17,7 @@ from gemma2tool.formats.base import Output
 from gemma2tool.formats.options import WriteOptions
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.pipeline.calibration.output import calibrated, settings_of
-from gemma2tool.storage.paths import refuse_same
+from gemma2tool.storage.paths import refuse_overwriting_input
 
 if TYPE_CHECKING:
     from gemma2tool.pipeline.calibration.cost import Cost
@@ -147,7 +147,7 @@ def make_plan(
     """
     format_name = registry.for_destination(destination, to, options.type)
     options.check_target(format_name)
-    refuse_same((source.path, *source.files), destination)
+    refuse_overwriting_input((source.path, *source.files), destination)
     if options.type not in (None, "copy") and source.is_quantized and not options.allow_requantize:
         stored = sorted({tensor.stored for tensor in source.tensors.values()} - _PLAIN_TYPES)
         raise UsageError(

@@ -21,7 +21,7 @@ from gemma2tool.receipt.document import receipt_path
 from gemma2tool.receipt.files import digest_file, digest_files, names_in
 from gemma2tool.storage.staging import place as staging_place
 from gemma2tool.storage.staging.staged_output import Staging
-from gemma2tool.storage.syscalls import told
+from gemma2tool.storage.syscalls import translate_os_errors
 from gemma2tool.verify.result import Verification
 
 
@@ -34,7 +34,7 @@ def check_place(destination: Path) -> None:
     place = receipt_path(destination)
     if staging_place.exists(place):
         staging_place.StagingPlace(place, create=False).close()
-    with told(place, "looking for the receipt"):
+    with translate_os_errors(place, "looking for the receipt"):
         try:
             os.lstat(place)
         except (FileNotFoundError, NotADirectoryError):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gemma2tool.errors import ResourceError, UsageError
-from gemma2tool.storage.paths import refuse_same
+from gemma2tool.storage.paths import refuse_overwriting_input
 
 if TYPE_CHECKING:
     from gemma2tool.verify.result import Verification
@@ -44,7 +44,7 @@ class ReportFiles:
                 )
             if (other := seen.setdefault(path.absolute(), option)) != option:
                 raise UsageError("report.same", f"{other} and {option} both name {path}", hint="name two files")
-            refuse_same(others, path)
+            refuse_overwriting_input(others, path)
 
     def write(self, verifications: Sequence[Verification]) -> None:
         """Write what was asked for; nothing where nothing was verified."""

@@ -14,7 +14,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from gemma2tool.errors import InputRefused
-from gemma2tool.storage import bounded
+from gemma2tool.storage import limited_process
 from gemma2tool.storage.quoting import quoted
 
 MAX_TEMPLATE_CHARS = 1 << 18
@@ -43,14 +43,17 @@ def render(template: str, values: Mapping[str, Any], where: str) -> str:
     if len(template) > MAX_TEMPLATE_CHARS:
         raise refused("too-large", f"has {len(template)} characters; at most {MAX_TEMPLATE_CHARS} are accepted")
     try:
-        if bounded.available():
-            answer = bounded.compute(
-                lambda: _outcome(template, values), seconds=SECONDS, memory=MEMORY, answer=4 * MAX_TEXT_CHARS + _ROOM
+        if limited_process.is_available():
+            answer = limited_process.call(
+                lambda: _outcome(template, values),
+                cpu_seconds=SECONDS,
+                memory_bytes=MEMORY,
+                answer_bytes=4 * MAX_TEXT_CHARS + _ROOM,
             )
         else:
             with _Deadline(SECONDS):
                 answer = _outcome(template, values)
-    except (bounded.OutOfBounds, _TooLong):
+    except (limited_process.LimitExceeded, _TooLong):
         limits = f"{SECONDS} seconds, {MEMORY >> 20} MiB of memory and {MAX_TEXT_CHARS} characters"
         raise refused("limits", f"is not done within {limits}") from None
     problem, _, text = answer.partition("\n")
@@ -60,7 +63,7 @@ def render(template: str, values: Mapping[str, Any], where: str) -> str:
 
 
 def _outcome(template: str, values: Mapping[str, Any]) -> str:
-    """An empty line and the text, or a line that says what is wrong. Raises MemoryError and ``OutOfBounds`` beyond the
+    """An empty line and the text, or a line that says what is wrong. Raises MemoryError and ``LimitExceeded`` beyond the
     limits.
     """
     from jinja2.exceptions import TemplateError
@@ -82,10 +85,10 @@ def _outcome(template: str, values: Mapping[str, Any]) -> str:
         for piece in environment.from_string(template).generate(**values):
             size += len(piece)
             if size > MAX_TEXT_CHARS:
-                raise bounded.OutOfBounds
+                raise limited_process.LimitExceeded
             pieces.append(piece)
     except MemoryError:
-        raise bounded.OutOfBounds from None
+        raise limited_process.LimitExceeded from None
     except (
         TemplateError,
         ArithmeticError,

@@ -10,13 +10,13 @@ from pathlib import Path
 
 from gemma2tool.errors import InputRefused, UsageError
 from gemma2tool.storage.quoting import quoted
-from gemma2tool.storage.syscalls import told
+from gemma2tool.storage.syscalls import translate_os_errors
 
 _SEGMENT = re.compile(r"[A-Za-z0-9._-]{1,255}")
 _BLOB = re.compile(r"[0-9a-f]{40,64}")
 
 
-def confined(folder: str | os.PathLike[str], name: str, *, what: str = "file", follow_links: bool = False) -> Path:
+def confined_path(folder: str | os.PathLike[str], name: str, *, what: str = "file", follow_links: bool = False) -> Path:
     """The path of the file ``name`` of a checkpoint ``folder``; ``name`` may come from an untrusted index.
 
     A name is one plain segment. A link inside the folder is followed only to a file of the same folder, or to a blob of the
@@ -38,11 +38,11 @@ def confined(folder: str | os.PathLike[str], name: str, *, what: str = "file", f
         raise InputRefused(
             "file.missing", f"{path}: no such file", hint=f"the {what} is part of the checkpoint; download it"
         )
-    return path if follow_links else staying(path)
+    return path if follow_links else path_within_folder(path)
 
 
-def staying(path: Path) -> Path:
-    """``path``, found in a checkpoint's folder; InputRefused (``index.link``) where it is a link that ``confined`` would not follow."""
+def path_within_folder(path: Path) -> Path:
+    """``path``, found in a checkpoint's folder; InputRefused (``index.link``) where it is a link that ``confined_path`` would not follow."""
     if path.is_symlink() and not _may_follow(path, path.parent):
         raise InputRefused(
             "index.link",
@@ -71,7 +71,7 @@ def same_file(a: str | os.PathLike[str], b: str | os.PathLike[str]) -> bool:
         return os.path.realpath(a) == os.path.realpath(b)
 
 
-def refuse_same(sources: Iterable[str | os.PathLike[str]], destination: str | os.PathLike[str]) -> None:
+def refuse_overwriting_input(sources: Iterable[str | os.PathLike[str]], destination: str | os.PathLike[str]) -> None:
     """Raises UsageError when writing ``destination`` would replace one of the ``sources``, or a folder that holds one."""
     target = os.path.realpath(destination)
     for source in sources:
@@ -93,7 +93,7 @@ def refuse_existing(destination: str | os.PathLike[str], *, force: bool, folder:
     repository is replaced.
     """
     path = Path(destination)
-    with told(path, "looking for it"):
+    with translate_os_errors(path, "looking for it"):
         try:
             mode = os.lstat(path).st_mode
         except (FileNotFoundError, NotADirectoryError):

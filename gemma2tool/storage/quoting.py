@@ -1,23 +1,25 @@
-"""Text from untrusted files, made fit for one line of a message."""
+"""Making text from untrusted files safe to show in a one-line message."""
 
 from __future__ import annotations
 
 from gemma2tool.errors import escaped
 
 
-def quoted(text: object, limit: int = 120) -> str:
-    """``repr`` of ``text``, which escapes control characters and newlines, with the middle cut out beyond ``limit`` characters."""
-    if isinstance(text, (str, bytes)) and len(text) > 2 * limit:
-        text = text[:limit] + text[-limit:]
+def quoted(value: object, limit: int = 120) -> str:
+    """Returns ``repr(value)`` with control characters and newlines escaped, and the middle cut out beyond ``limit`` characters."""
+    if isinstance(value, str) and len(value) > 2 * limit:
+        value = value[:limit] + value[-limit:]
+    elif isinstance(value, bytes) and len(value) > 2 * limit:
+        value = value[:limit] + value[-limit:]
     try:
-        shown = repr(text) if isinstance(text, str) and text.isprintable() else ascii(text)
+        text = repr(value) if isinstance(value, str) and value.isprintable() else ascii(value)
     except RecursionError:
-        shown = f"a {type(text).__name__} that nests too deeply to be shown"
-    if len(shown) <= limit:
-        return shown
-    return f"{shown[: limit - 20]}...{shown[-16:]}"
+        text = f"a {type(value).__name__} nested too deeply to be shown"
+    if len(text) <= limit:
+        return text
+    return f"{text[: limit - 20]}...{text[-16:]}"
 
 
-def safe(text: object) -> str:
-    """``text`` on one line, as ``errors.escaped`` makes it."""
+def one_line(text: object) -> str:
+    """Returns ``str(text)`` on one line, escaped by ``errors.escaped``."""
     return escaped(str(text))

@@ -19,7 +19,7 @@ _DENIED = {errno.EACCES, errno.EPERM, errno.EROFS}
 
 
 @contextmanager
-def told(path: Path, doing: str, nbytes: int = 0) -> Iterator[None]:
+def translate_os_errors(path: Path, doing: str, nbytes: int = 0) -> Iterator[None]:
     """Turns an OSError of the block into a ToolError that names ``path``, what was being done, and how many bytes."""
     try:
         yield

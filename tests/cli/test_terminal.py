@@ -15,7 +15,7 @@ import pytest
 from gemma2tool.cli import terminal as subject
 from gemma2tool.cli.terminal import Console
 from gemma2tool.errors import InputRefused
-from gemma2tool.storage.quoting import safe
+from gemma2tool.storage.quoting import one_line
 from gemma2tool.storage.units import human_bytes, human_seconds
 from gemma2tool.verify.reports.terminal import render_verification
 from gemma2tool.verify.result import Finding, GateResult, Side, Verification
@@ -59,7 +59,7 @@ def verification(name: str = "model.norm.weight", status: str = "failed") -> Ver
 
 @pytest.mark.parametrize("text", HOSTILE)
 def test_hostile_text_is_shown_and_does_nothing(text: str) -> None:
-    assert not FORBIDDEN.search(safe(text)) and "\n" not in safe(text)
+    assert not FORBIDDEN.search(one_line(text)) and "\n" not in one_line(text)
     shown, out, err = console(debug=True)
     shown.print(text)
     shown.note(text)
@@ -72,7 +72,7 @@ def test_hostile_text_is_shown_and_does_nothing(text: str) -> None:
         assert not FORBIDDEN.search(stream.getvalue())
     lines = (out.getvalue() + err.getvalue()).splitlines()
     assert not any(line.startswith(("OK", "PASSED")) for line in lines)
-    assert safe(text) in out.getvalue(), "shown whole, markup and all"
+    assert one_line(text) in out.getvalue(), "shown whole, markup and all"
 
 
 @pytest.mark.parametrize("text", HOSTILE)
@@ -97,7 +97,7 @@ def test_ordinary_names_stay_as_they_are() -> None:
         "a b",
         "C:\\models",
     ):
-        assert safe(name) == name
+        assert one_line(name) == name
 
 
 def test_json_cannot_steer_a_terminal_either() -> None:

@@ -39,7 +39,7 @@ def test_a_key_that_nests_deeply_is_refused_in_a_line() -> None:
     deep: list = []
     for _ in range(100_000):
         deep = [deep]
-    assert quoted(deep) == "a list that nests too deeply to be shown"
+    assert quoted(deep) == "a list nested too deeply to be shown"
 
 
 @pytest.mark.slow

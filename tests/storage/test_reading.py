@@ -13,7 +13,7 @@ import pytest
 from gemma2tool.containers import gguf, safetensors
 from gemma2tool.containers.torch_zip import reader as torch_zip
 from gemma2tool.errors import InputRefused, ResourceError, UsageError
-from gemma2tool.storage.paths import confined, refuse_existing, refuse_same, same_file
+from gemma2tool.storage.paths import confined_path, refuse_existing, refuse_overwriting_input, same_file
 from gemma2tool.storage.quoting import quoted
 from gemma2tool.storage.reading import open_for_reading, read_whole
 from tests.support.hostile.refusal import assert_refused
@@ -133,7 +133,7 @@ NAMES = [
 
 @pytest.mark.parametrize("name", NAMES)
 def test_index_names_that_wander_are_refused(name: str, tmp_path: Path) -> None:
-    assert_refused(lambda: confined(tmp_path, name, what="shard"), "index.name")
+    assert_refused(lambda: confined_path(tmp_path, name, what="shard"), "index.name")
 
 
 class TestLinks:
@@ -146,28 +146,28 @@ class TestLinks:
         return folder
 
     def test_plain_file(self, folder: Path) -> None:
-        assert confined(folder, "real.safetensors") == folder / "real.safetensors"
+        assert confined_path(folder, "real.safetensors") == folder / "real.safetensors"
 
     def test_link_inside(self, folder: Path) -> None:
         (folder / "alias").symlink_to("real.safetensors")
-        assert confined(folder, "alias") == folder / "alias"
+        assert confined_path(folder, "alias") == folder / "alias"
 
     @pytest.mark.parametrize("target", ["../secret", "/etc/passwd", "nowhere", "alias", "../model/../secret"])
     def test_link_outside(self, folder: Path, target: str) -> None:
         (folder / "alias").symlink_to(target)
-        error = assert_refused(lambda: confined(folder, "alias"), "index.link")
+        error = assert_refused(lambda: confined_path(folder, "alias"), "index.link")
         assert "hard link" in error.hint
-        assert confined(folder, "alias", follow_links=True) == folder / "alias"
+        assert confined_path(folder, "alias", follow_links=True) == folder / "alias"
 
     def test_link_through_a_link(self, folder: Path) -> None:
         (folder / "one").symlink_to("two")
         (folder / "two").symlink_to("../secret")
-        assert_refused(lambda: confined(folder, "one"), "index.link")
+        assert_refused(lambda: confined_path(folder, "one"), "index.link")
 
     def test_folder_reached_through_a_link(self, folder: Path, tmp_path: Path) -> None:
         (tmp_path / "latest").symlink_to("model")
         (folder / "alias").symlink_to("real.safetensors")
-        assert confined(tmp_path / "latest", "alias") == tmp_path / "latest" / "alias"
+        assert confined_path(tmp_path / "latest", "alias") == tmp_path / "latest" / "alias"
 
     def test_hub_cache(self, tmp_path: Path) -> None:
         repository = tmp_path / "hub" / "models--google--gemma-2-2b"
@@ -179,15 +179,15 @@ class TestLinks:
         (blobs / "notes").write_bytes(b"not a blob")
         (snapshot / "model.safetensors").symlink_to(f"../../blobs/{'a' * 64}")
         (snapshot / "bad.safetensors").symlink_to("../../blobs/notes")
-        assert confined(snapshot, "model.safetensors").read_bytes() == b"weights"
-        assert_refused(lambda: confined(snapshot, "bad.safetensors"), "index.link")
+        assert confined_path(snapshot, "model.safetensors").read_bytes() == b"weights"
+        assert_refused(lambda: confined_path(snapshot, "bad.safetensors"), "index.link")
         local = tmp_path / "local"  # older `huggingface-cli download --local-dir`
         local.mkdir()
         (local / "model.safetensors").symlink_to(blobs / ("a" * 64))
-        assert confined(local, "model.safetensors").read_bytes() == b"weights"
+        assert confined_path(local, "model.safetensors").read_bytes() == b"weights"
 
     def test_missing(self, folder: Path) -> None:
-        assert_refused(lambda: confined(folder, "model-00002-of-00003.safetensors", what="shard"), "file.missing")
+        assert_refused(lambda: confined_path(folder, "model-00002-of-00003.safetensors", what="shard"), "file.missing")
 
 
 class TestSameFile:
@@ -206,14 +206,14 @@ class TestSameFile:
         for name in ("model.ckpt", "symbolic", "hard", "sub/../model.ckpt", "around/model.ckpt", str(source)):
             assert same_file(source, name)
             with pytest.raises(UsageError) as caught:
-                refuse_same([source], name)
+                refuse_overwriting_input([source], name)
             assert (caught.value.id, caught.value.exit_code) == ("output.is-input", 2)
 
     def test_another_file(self, source: Path, tmp_path: Path) -> None:
         (tmp_path / "other").write_bytes(b"weights")
         assert not same_file(source, tmp_path / "other")
         assert not same_file(source, tmp_path / "new")
-        refuse_same([source, tmp_path / "other"], tmp_path / "new")
+        refuse_overwriting_input([source, tmp_path / "other"], tmp_path / "new")
 
     def test_case_where_it_does_not_count(self, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """On a file system that folds case, both spellings have one inode, which is what is compared."""
@@ -223,8 +223,10 @@ class TestSameFile:
 
     def test_output_that_holds_the_input(self, source: Path, tmp_path: Path) -> None:
         with pytest.raises(UsageError, match="holds it"):
-            refuse_same([source], tmp_path)
-        refuse_same([tmp_path], tmp_path / "model.gguf")  # into the source's folder: nothing there is replaced
+            refuse_overwriting_input([source], tmp_path)
+        refuse_overwriting_input(
+            [tmp_path], tmp_path / "model.gguf"
+        )  # into the source's folder: nothing there is replaced
 
     def test_dangling_link_to_the_input_s_name(self, tmp_path: Path) -> None:
         (tmp_path / "link").symlink_to("future")

@@ -36,7 +36,7 @@ _U64 = struct.Struct("<Q")
 
 
 @dataclass(frozen=True, slots=True)
-class Array:
+class HDF5Array:
     """``nbytes`` bytes from the absolute ``offset`` on; ``dtype`` spelled as in safetensors: F64, F32, F16 or BF16."""
 
     name: str
@@ -46,7 +46,7 @@ class Array:
     nbytes: int
 
 
-def read_arrays(path: str | os.PathLike[str]) -> dict[str, Array]:
+def read_arrays(path: str | os.PathLike[str]) -> dict[str, HDF5Array]:
     """The arrays of a file by their full names ("layers/.../vars/0"). Raises InputRefused (``hdf5.*``).
 
     Every array lies inside the file, and no two overlap.
@@ -67,7 +67,7 @@ class _File:
         self.base = 0
 
     def refuse(self, kind: str, message: str) -> NoReturn:
-        raise refused(kind, self.reader.path, message)
+        raise refusal(kind, self.reader.path, message)
 
     def block(self, address: int, nbytes: int) -> bytes:
         """``nbytes`` bytes from an address, which counts from the superblock's base."""
@@ -119,7 +119,7 @@ class _File:
 
     # -- groups --------------------------------------------------------------------------------------------------------
 
-    def walk(self, root: int) -> Iterator[Array]:
+    def walk(self, root: int) -> Iterator[HDF5Array]:
         """Every array below the root, each object once."""
         pending, seen = [("", root, 0)], {root}
         while pending:
@@ -242,7 +242,7 @@ class _File:
 
     # -- arrays --------------------------------------------------------------------------------------------------------
 
-    def array(self, name: str, found: list[Message]) -> Array:
+    def array(self, name: str, found: list[Message]) -> HDF5Array:
         where = quoted(name)
         by_kind = {message.kind: message for message in found}
         if messages.EXTERNAL in by_kind:
@@ -264,7 +264,7 @@ class _File:
             self.refuse("empty", f"{where} has no values")
         if size != nbytes or self.base + offset + nbytes > self.reader.size:
             self.refuse("extent", f"the values of {where} do not lie inside the file")
-        return Array(name, dtype, shape, self.base + offset, nbytes)
+        return HDF5Array(name, dtype, shape, self.base + offset, nbytes)
 
     def attribute(self, found: list[Message], name: str) -> bytes | None:
         """The text of an attribute, kept in its message or in a global heap."""
@@ -293,7 +293,7 @@ class _File:
             at += 16 + -(-nbytes // 8) * 8
         self.refuse("broken", f"the heap at byte {address} has not the text it should")
 
-    def check_apart(self, arrays: dict[str, Array]) -> None:
+    def check_apart(self, arrays: dict[str, HDF5Array]) -> None:
         end, previous = 0, ""
         for array in sorted(arrays.values(), key=lambda each: each.offset):
             if array.offset < end:
@@ -301,5 +301,5 @@ class _File:
             end, previous = array.offset + array.nbytes, array.name
 
 
-def refused(kind: str, path: Path, message: str) -> InputRefused:
+def refusal(kind: str, path: Path, message: str) -> InputRefused:
     return InputRefused(f"hdf5.{kind}", f"{path.name}: {message}", hint=_HINT)

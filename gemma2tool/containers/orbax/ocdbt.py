@@ -33,12 +33,12 @@ MAX_PATH_BYTES = 1024
 _MANIFEST_MAGIC, _NODE_MAGIC = bytes.fromhex("0cdb3a2a"), bytes.fromhex("0cdb20de")
 _HINT = "the checkpoint is damaged or incomplete: fetch it again"
 
-Unpack = Callable[[bytes, int], bytes]
+Decompress = Callable[[bytes, int], bytes]
 """(a zstandard frame, the most bytes that may come of it) to those bytes; raises ValueError for anything else."""
 
 
 @dataclass(frozen=True, slots=True)
-class Value:
+class StoredValue:
     """A key's value: ``nbytes`` bytes of a file from ``offset`` on, or, where ``path`` is None, the bytes ``inline``."""
 
     path: Path | None
@@ -57,24 +57,24 @@ class _Node:
     prefix: bytes
 
 
-def read_entries(folder: Path, unpack: Unpack) -> dict[str, Value]:
+def read_entries(folder: Path, decompress: Decompress) -> dict[str, StoredValue]:
     """The newest values of a database by key. Raises InputRefused (``ocdbt.*``)."""
-    return _Database(folder, unpack).entries()
+    return _Database(folder, decompress).entries()
 
 
 class _Database:
-    def __init__(self, folder: Path, unpack: Unpack) -> None:
-        self.folder, self.unpack = folder, unpack
+    def __init__(self, folder: Path, decompress: Decompress) -> None:
+        self.folder, self.decompress = folder, decompress
         self.stored = self.decoded = 0
         self.sizes: dict[str, int] = {}
 
     def refuse(self, kind: str, message: str) -> NoReturn:
         raise InputRefused(f"ocdbt.{kind}", f"{self.folder.name}: {message}", hint=_HINT)
 
-    def entries(self) -> dict[str, Value]:
+    def entries(self) -> dict[str, StoredValue]:
         raw = read_whole(self.folder / MANIFEST, what=MANIFEST, max_bytes=MAX_MANIFEST_BYTES)
         root = self.newest(_Reader(self.body(raw, _MANIFEST_MAGIC, MANIFEST), self.refuse))
-        values: dict[str, Value] = {}
+        values: dict[str, StoredValue] = {}
         pending, seen = [root] if root else [], set()
         while pending:
             node = pending.pop()
@@ -104,7 +104,7 @@ class _Database:
         body = raw[14:-4]
         if compression:
             try:
-                body = self.unpack(body, MAX_NODE_BYTES)
+                body = self.decompress(body, MAX_NODE_BYTES)
             except ValueError as error:
                 self.refuse("compression", f"{where} cannot be decompressed: {error}")
         self.decoded += len(body)
@@ -193,7 +193,7 @@ class _Database:
 
     # -- the tree ------------------------------------------------------------------------------------------------------
 
-    def node(self, node: _Node, values: dict[str, Value]) -> list[_Node]:
+    def node(self, node: _Node, values: dict[str, StoredValue]) -> list[_Node]:
         """Reads a node: the values of a leaf are added to ``values``, the children of another returned."""
         self.inside(node.path, node.offset, node.nbytes)
         self.stored += node.nbytes
@@ -236,20 +236,22 @@ class _Database:
             found.append(_Node(path, offset, nbytes, node.height - 1, base, node.prefix + key[:shared]))
         return found
 
-    def leaf(self, node: _Node, reader: _Reader, files: list, keys: list[bytes], values: dict[str, Value]) -> None:
+    def leaf(
+        self, node: _Node, reader: _Reader, files: list, keys: list[bytes], values: dict[str, StoredValue]
+    ) -> None:
         lengths, kinds = reader.varints(len(keys)), reader.take(len(keys))
         if kinds.strip(b"\0\1"):
             self.refuse("tree", "a value is kept in an unknown way")
         elsewhere = [index for index, kind in enumerate(kinds) if kind]
         numbers, offsets = reader.varints(len(elsewhere)), reader.varints(len(elsewhere))
-        found: dict[int, Value] = {}
+        found: dict[int, StoredValue] = {}
         for index, number, offset in zip(elsewhere, numbers, offsets, strict=True):
             path, _ = self.file(files, number)
             self.inside(path, offset, lengths[index])
-            found[index] = Value(self.folder / path, offset, lengths[index])
+            found[index] = StoredValue(self.folder / path, offset, lengths[index])
         for index, key in enumerate(keys):
             if index not in found:
-                found[index] = Value(None, 0, lengths[index], reader.take(lengths[index]))
+                found[index] = StoredValue(None, 0, lengths[index], reader.take(lengths[index]))
             try:
                 name = (node.prefix + key).decode("utf-8")
             except UnicodeDecodeError:

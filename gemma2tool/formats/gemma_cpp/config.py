@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from gemma2tool.containers.sbs import Schema, Words, pack
+from gemma2tool.containers.sbs import RecordReader, Schema, pack_record
 from gemma2tool.errors import InputRefused
 from gemma2tool.formats.base import WriteOptions
 from gemma2tool.formats.mapping.consumer_defaults import GEMMA2, refuse_or_warn
@@ -72,7 +72,7 @@ SCALED = ("att_ein", "qkv_ein", "gating_ein", "linear_w")
 
 def read(data: bytes, path: Path, base: Gemma2Config | None) -> Gemma2Config:
     """The config of a file; ``base`` has the fields that gemma.cpp does not keep."""
-    found = Words(data, path, "config").record(MODEL)
+    found = RecordReader(data, path, "config").record(MODEL)
     missing = [
         name for name in ("num_layers", "model_dim", "vocab_size", "layer_configs", "query_scale") if name not in found
     ]
@@ -178,7 +178,7 @@ def write(config: Gemma2Config, weight: int) -> bytes:
             "linear_w",
         ],
     }
-    return pack(MODEL, values)
+    return pack_record(MODEL, values)
 
 
 def warnings(config: Gemma2Config, options: WriteOptions) -> list[str]:

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from gemma2tool.containers import sbs, strict_json
-from gemma2tool.containers.sbs import Blob, Words, refused
+from gemma2tool.containers.sbs import Blob, RecordReader, refusal
 from gemma2tool.errors import UsageError
 from gemma2tool.formats import assets
 from gemma2tool.formats.base import Output, OutputFile, OutputTensor, Placement, WriteOptions
@@ -31,7 +31,7 @@ from gemma2tool.model.config import Gemma2Config
 from gemma2tool.model.lazy import BFLOAT16, FLOAT32, LazyTensor, row_ranges, to_float32
 from gemma2tool.quantizers.floats import Float
 from gemma2tool.quantizers.sfp import Sfp, nuq_bytes, scale_for
-from gemma2tool.storage.paths import confined
+from gemma2tool.storage.paths import confined_path
 from gemma2tool.storage.reading import FileReader, open_for_reading, read_whole
 
 CONFIG, TOKENIZER, CONTENTS, HF_CONFIG, SCALES = "config", "tokenizer", "toc", "hf_config", "Fscales"
@@ -121,7 +121,7 @@ class GemmaCpp:
                 "num_elements": rows * columns,
             }
             values |= {"rows": rows, "cols": columns, "scale": scale, "stride": columns}
-            records.append(sbs.pack(_RECORD, values))
+            records.append(sbs.pack_record(_RECORD, values))
         tokenizer = checkpoint.assets.get("tokenizer.model")
         if tokenizer is None:
             warnings.append("the source has no tokenizer.model: gemma.cpp will ask for one with --tokenizer")
@@ -173,7 +173,7 @@ def _config(reader: FileReader, blobs: Mapping[str, Blob]) -> Gemma2Config:
 
 def _blob(reader: FileReader, blob: Blob, limit: int = _MAX_RECORDS) -> bytes:
     if blob.nbytes > limit:
-        raise refused("too-large", reader.path, f"has a blob of {blob.nbytes} bytes where a small one belongs")
+        raise refusal("too-large", reader.path, f"has a blob of {blob.nbytes} bytes where a small one belongs")
     return bytes(reader.pread(blob.offset, blob.nbytes))
 
 
@@ -188,24 +188,24 @@ def _assets(path: Path, reader: FileReader, blobs: Mapping[str, Blob]) -> Assets
         )
     for name in ("tokenizer.spm", "tokenizer.model"):
         if (path.parent / name).is_file():
-            beside = confined(path.parent, name)
+            beside = confined_path(path.parent, name)
             return Assets({"tokenizer.model": partial(read_whole, beside, what=name, max_bytes=assets.MAX_ASSET_BYTES)})
     return Assets({})
 
 
 def _contents(reader: FileReader, blobs: Mapping[str, Blob]) -> dict[str, Stored]:
     """The tensors that the table of contents describes."""
-    words = Words(_blob(reader, blobs[CONTENTS]), reader.path, CONTENTS)
+    words = RecordReader(_blob(reader, blobs[CONTENTS]), reader.path, CONTENTS)
     found: dict[str, Stored] = {}
     while not words.done:
         record = words.record(_RECORD)
         if record.keys() != _RECORD.keys():
-            raise refused("contents", reader.path, "its table of contents has an incomplete record")
+            raise refusal("contents", reader.path, "its table of contents has an incomplete record")
         name = str(record["name"])
         if name in found or name not in blobs:
-            raise refused("contents", reader.path, f"its table of contents names {name!r} twice or without a blob")
+            raise refusal("contents", reader.path, f"its table of contents names {name!r} twice or without a blob")
         if record["stride"] != record["cols"]:
-            raise refused("contents", reader.path, f"{name}: its rows are padded")
+            raise refusal("contents", reader.path, f"{name}: its rows are padded")
         found[name] = Stored(blobs[name], record["type"], (record["rows"], record["cols"]), record["scale"])
     return found
 
@@ -222,9 +222,9 @@ def _prefixed(reader: FileReader, blobs: Mapping[str, Blob], config: Gemma2Confi
             continue
         name = key[1:]
         if key[0] not in PREFIXES or name not in shapes:
-            raise refused("tensor", reader.path, f"has the unknown blob {key!r}")
+            raise refusal("tensor", reader.path, f"has the unknown blob {key!r}")
         if name in found:
-            raise refused("tensor", reader.path, f"holds {name} in two types")
+            raise refusal("tensor", reader.path, f"holds {name} in two types")
         found[name] = Stored(blob, PREFIXES[key[0]], shapes[name], 1.0)
     order = [f"{base}_{layer}" for layer in range(config.num_hidden_layers) for base in sbs_config.SCALED]
     for name, scale in zip([name for name in order if name in found], scales, strict=False):
@@ -236,12 +236,12 @@ def _tensor(reader: FileReader, name: str, stored: Stored, path: Path, whole: bo
     rows, columns = stored.shape
     size = rows * columns
     if not 0 < size < 1 << 40 or not np.isfinite(stored.scale) or stored.scale <= 0:
-        raise refused("tensor", path, f"{name} has the shape {stored.shape} and the scale {stored.scale}")
+        raise refusal("tensor", path, f"{name} has the shape {stored.shape} and the scale {stored.scale}")
     if stored.type not in (*_BITS, NUQ):
-        raise refused("type", path, f"{name} has gemma.cpp's type {stored.type}, which is not read")
+        raise refusal("type", path, f"{name} has gemma.cpp's type {stored.type}, which is not read")
     expected = {nuq_bytes(size)} if stored.type == NUQ else {size * _BITS[stored.type] // 8}
     if stored.blob.nbytes not in expected:
-        raise refused(
+        raise refusal(
             "tensor", path, f"{name} of shape {stored.shape} takes {expected.pop()} bytes, has {stored.blob.nbytes}"
         )
     shape = (columns,) if rows == 1 and name not in ("c_embedding",) else (rows, columns)

@@ -37,7 +37,7 @@ from gemma2tool.model.config import Gemma2Config
 from gemma2tool.model.lazy import DTYPE_NAMES, LazyTensor, MappedRows
 from gemma2tool.quantizers.casts import cast
 from gemma2tool.quantizers.mixtures import COPY
-from gemma2tool.storage.paths import confined, staying
+from gemma2tool.storage.paths import confined_path, path_within_folder
 from gemma2tool.storage.reading import open_for_reading
 
 CONFIG_DTYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
@@ -74,7 +74,7 @@ class GGUF:
         file = path if not path.is_dir() else _only_model(path)
         if file is None:
             raise InputRefused("gguf.several", f"{path}: not one GGUF but several or none", hint="name the file")
-        headers = _headers(file if file == path else staying(file))
+        headers = _headers(file if file == path else path_within_folder(file))
         kv = {key: value for key, value in headers[0].kv.items() if not key.startswith("split.")}
         keys = Reading(kv, file.name)
         architecture = keys.text("general.architecture", None)
@@ -182,7 +182,7 @@ def _headers(file: Path) -> list[GGUFHeader]:
         )
     headers = []
     for number in range(1, count + 1):
-        path = confined(file.parent, f"{named[1]}-{number:05d}-of-{count:05d}.gguf", what="shard")
+        path = confined_path(file.parent, f"{named[1]}-{number:05d}-of-{count:05d}.gguf", what="shard")
         header = gguf.read_header(path)
         keys = Reading(header.kv, path.name)
         if keys.integer("split.no") != number - 1 or keys.integer("split.count") != count:

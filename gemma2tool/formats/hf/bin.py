@@ -24,7 +24,7 @@ from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.config import Gemma2Config
 from gemma2tool.model.lazy import LazyTensor
 from gemma2tool.quantizers.floats import Float
-from gemma2tool.storage.paths import staying
+from gemma2tool.storage.paths import path_within_folder
 
 INDEX = "pytorch_model.bin.index.json"
 SINGLE = "pytorch_model.bin"
@@ -81,7 +81,7 @@ def _finish(zipped: torch_zip.TorchZipLayout, checksums: dict[str, int]) -> list
 def _open_weights(folder: Path, closers: list) -> tuple[dict, dict, list[Path]]:
     index = folder / INDEX
     files, weight_map = (
-        container_tensors.indexed_files(index) if index.is_file() else ([staying(folder / SINGLE)], None)
+        container_tensors.indexed_files(index) if index.is_file() else ([path_within_folder(folder / SINGLE)], None)
     )
     tensors: dict[str, LazyTensor] = {}
     for file in files:

@@ -12,7 +12,7 @@ from gemma2tool.formats.mapping.float_layout import drop_equal_head
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.config import Gemma2Config
 from gemma2tool.model.lazy import LazyTensor
-from gemma2tool.storage.paths import staying
+from gemma2tool.storage.paths import path_within_folder
 
 Opener = Callable[[list], tuple[dict, dict, list[Path]]]
 """Given the list of closers: the stored tensors by name, the container's metadata, the files."""
@@ -28,7 +28,7 @@ def open_folder(path: Path, name: str, config: Gemma2Config | None, open_weights
             raise InputRefused(
                 "config.missing", f"{path.name}: no config.json beside the weights", hint="pass one with --config"
             )
-        config = assets.read_config(staying(config_path))
+        config = assets.read_config(path_within_folder(config_path))
     checkpoint = Checkpoint(path, name, config, {}, assets.folder_assets(folder))
     try:
         tensors, metadata, files = open_weights(checkpoint.closers)

@@ -22,7 +22,7 @@ from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.config import Gemma2Config
 from gemma2tool.model.lazy import LazyTensor
 from gemma2tool.quantizers.floats import Float
-from gemma2tool.storage.paths import staying
+from gemma2tool.storage.paths import path_within_folder
 from gemma2tool.storage.quoting import quoted
 
 TYPES = tuple(name for name in packings.TYPES if not name.startswith("mlx-"))
@@ -83,7 +83,7 @@ def _open_weights(path: Path, closers: list) -> tuple[dict, dict, list[Path]]:
     if path.is_file():
         files = [path]
     elif (path / SINGLE).is_file():
-        files = [staying(path / SINGLE)]
+        files = [path_within_folder(path / SINGLE)]
     elif (path / INDEX).is_file():
         index = path / INDEX
         files, weight_map = container_tensors.indexed_files(index)
@@ -91,7 +91,7 @@ def _open_weights(path: Path, closers: list) -> tuple[dict, dict, list[Path]]:
         lone = _lone_safetensors(path)
         if lone is None:
             raise InputRefused("hf.no-weights", f"{path}: holds no safetensors", hint="fetch the weights, too")
-        files = [staying(lone)]
+        files = [path_within_folder(lone)]
     tensors, metadata = container_tensors.open_safetensors(files, closers)
     if index is not None:
         container_tensors.check_index(index, weight_map, hf_folder.places(tensors))

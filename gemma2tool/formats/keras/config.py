@@ -16,7 +16,7 @@ from gemma2tool.formats import assets
 from gemma2tool.formats.base import WriteOptions
 from gemma2tool.formats.mapping.consumer_defaults import GEMMA2, refuse_or_warn
 from gemma2tool.model.config import FULL, Gemma2Config
-from gemma2tool.storage.paths import confined
+from gemma2tool.storage.paths import confined_path
 from gemma2tool.storage.quoting import quoted
 
 CLASS = "GemmaBackbone"
@@ -46,7 +46,7 @@ def backbone_class(folder: Path) -> object:
 
 def read(folder: Path) -> Gemma2Config:
     """The config of a preset. Raises ``InputRefused`` for another backbone, and for a Gemma without Gemma 2's norms."""
-    content = strict_json.load(confined(folder, CONFIG), what=CONFIG, max_bytes=assets.MAX_CONFIG_BYTES)
+    content = strict_json.load(confined_path(folder, CONFIG), what=CONFIG, max_bytes=assets.MAX_CONFIG_BYTES)
     fields = content.get("config") if isinstance(content, dict) else None
     if not isinstance(fields, dict) or content.get("class_name") != CLASS:
         raise _refused(f"describes no {CLASS}")
@@ -66,7 +66,7 @@ def read(folder: Path) -> Gemma2Config:
     scalar = values["head_dim"] if by_head else values["hidden_size"] / values["num_attention_heads"]
     slides = fields.get("use_sliding_window_attention", False)
     if (folder / HF_CONFIG).is_file():
-        base = assets.read_config(confined(folder, HF_CONFIG))
+        base = assets.read_config(confined_path(folder, HF_CONFIG))
         layers = base.layer_types if len(base.layer_types) == values["num_hidden_layers"] else None
     else:
         base, layers = Gemma2Config(dtype=_dtype(fields)), None

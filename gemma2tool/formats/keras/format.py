@@ -26,7 +26,7 @@ from gemma2tool.formats.mapping.transforms import Row, entries, to_canonical
 from gemma2tool.model.checkpoint import Assets, Checkpoint
 from gemma2tool.model.config import Gemma2Config
 from gemma2tool.model.lazy import DTYPE_NAMES, LazyTensor
-from gemma2tool.storage.paths import confined
+from gemma2tool.storage.paths import confined_path
 from gemma2tool.storage.reading import read_whole
 
 SINGLE = "model.weights.h5"
@@ -112,7 +112,7 @@ def _path(disk: str) -> str:
 
 def _open_weights(folder: Path, closers: list) -> tuple[dict[str, LazyTensor], list[Path]]:
     if (folder / SINGLE).is_file():
-        path = confined(folder, SINGLE)
+        path = confined_path(folder, SINGLE)
         return dict(hdf5.read_datasets(path, closers)), [path]
     index = folder / INDEX
     files, weight_map = container_tensors.indexed_files(index)
@@ -184,9 +184,9 @@ def _assets(folder: Path) -> Assets:
         if holder.is_symlink():
             raise InputRefused("index.link", f"{holder}: is a link", hint="put the folder itself into the preset")
     if (holder / VOCABULARY[-1]).is_file():
-        path = confined(holder, VOCABULARY[-1])
+        path = confined_path(holder, VOCABULARY[-1])
         readers["tokenizer.model"] = partial(read_whole, path, what=path.name, max_bytes=assets.MAX_ASSET_BYTES)
     if (folder / "generation_config.json").is_file():
-        path = confined(folder, "generation_config.json")
+        path = confined_path(folder, "generation_config.json")
         readers[path.name] = partial(read_whole, path, what=path.name, max_bytes=assets.MAX_CONFIG_BYTES)
     return Assets(readers)

@@ -12,7 +12,7 @@ from gemma2tool.containers import safetensors, strict_json
 from gemma2tool.containers.torch_zip import reader as torch_zip
 from gemma2tool.errors import InputRefused
 from gemma2tool.model.lazy import DTYPE_NAMES, LazyTensor
-from gemma2tool.storage.paths import confined, staying
+from gemma2tool.storage.paths import confined_path, path_within_folder
 from gemma2tool.storage.reading import FileReader, open_for_reading
 
 NUMPY_DTYPES: dict[str, np.dtype] = {
@@ -110,7 +110,9 @@ def open_torch(tree: Mapping[str, object], path: Path, closers: list[Callable[[]
 
 def indexed_files(index: Path) -> tuple[list[Path], dict[str, str]]:
     """The shards that a ``*.index.json`` names, in the order of their names, and its weight_map."""
-    content = strict_json.load(staying(index), what=index.name, max_bytes=MAX_INDEX_BYTES, max_values=2 * MAX_INDEXED)
+    content = strict_json.load(
+        path_within_folder(index), what=index.name, max_bytes=MAX_INDEX_BYTES, max_values=2 * MAX_INDEXED
+    )
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
         raise InputRefused(
@@ -122,7 +124,7 @@ def indexed_files(index: Path) -> tuple[list[Path], dict[str, str]]:
             f"{index.name}: names {len(weight_map)} tensors; at most {MAX_INDEXED} are accepted",
             hint="fetch the index again",
         )
-    files = [confined(index.parent, shard, what="shard") for shard in sorted(set(weight_map.values()))]
+    files = [confined_path(index.parent, shard, what="shard") for shard in sorted(set(weight_map.values()))]
     return files, weight_map
 
 

@@ -25,7 +25,7 @@ from gemma2tool.formats.tokenizers import sentencepiece
 from gemma2tool.model.checkpoint import Assets, Checkpoint
 from gemma2tool.model.config import SIZES, Gemma2Config, infer_from_shapes
 from gemma2tool.model.lazy import LazyTensor
-from gemma2tool.storage.paths import confined
+from gemma2tool.storage.paths import confined_path
 from gemma2tool.storage.reading import read_whole
 
 FOLDER = "ckpt"
@@ -219,7 +219,7 @@ def _beside(path: Path, folder: Path, name: str) -> Path | None:
     """A file of the given folder, or of the one that holds the checkpoint's."""
     for place in dict.fromkeys((path, folder.absolute().parent)):
         if (place / name).is_file():
-            return confined(place, name)
+            return confined_path(place, name)
     return None
 
 

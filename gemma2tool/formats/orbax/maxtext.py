@@ -30,7 +30,7 @@ from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.config import Gemma2Config
 from gemma2tool.model.lazy import FLOAT16, FLOAT32, LazyTensor, MappedRows, to_float32
 from gemma2tool.quantizers.casts import cast
-from gemma2tool.storage.paths import confined
+from gemma2tool.storage.paths import confined_path
 from gemma2tool.storage.reading import read_whole
 
 FOLDER = "0/items"
@@ -140,7 +140,7 @@ class MaxText:
                     f"{path.name}: no config.json beside MaxText's parameters",
                     hint="pass the model's config.json, or 2b, 9b or 27b, with --config",
                 )
-            config = assets.read_config(confined(path, CONFIG))
+            config = assets.read_config(confined_path(path, CONFIG))
             files.append(path / CONFIG)
         checkpoint = Checkpoint(path, self.name, config, {}, assets.folder_assets(path), files=tuple(files))
         disk = _matrices(zarr_arrays.read_arrays(folder), config)

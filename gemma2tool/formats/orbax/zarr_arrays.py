@@ -20,7 +20,7 @@ import numpy as np
 
 from gemma2tool.containers import strict_json
 from gemma2tool.containers.orbax import ocdbt
-from gemma2tool.containers.orbax.ocdbt import Value
+from gemma2tool.containers.orbax.ocdbt import StoredValue
 from gemma2tool.errors import InputRefused
 from gemma2tool.formats.extras import require
 from gemma2tool.formats.mapping.blockwise import BlockwiseTensor, Rows
@@ -57,7 +57,7 @@ class StoredArray:
     shape: tuple[int, ...]
     chunks: tuple[int, ...]
     dtype: np.dtype
-    values: Mapping[str, Value] = field(repr=False)
+    values: Mapping[str, StoredValue] = field(repr=False)
     ocdbt: bool = False
     compressor: str | None = None
     separator: str = "."
@@ -84,7 +84,7 @@ def read_arrays(folder: Path) -> dict[str, StoredArray]:
     values = (
         ocdbt.read_entries(folder, _unpack)
         if in_database
-        else {name: Value(folder / name, 0, n) for name, n in sizes.items()}
+        else {name: StoredValue(folder / name, 0, n) for name, n in sizes.items()}
     )
     described = sorted(key.rpartition("/")[::2] for key in values if key.endswith(("/" + ARRAY, "/" + zarr3.METADATA)))
     if len(described) > MAX_ARRAYS:
@@ -117,7 +117,7 @@ def read_arrays(folder: Path) -> dict[str, StoredArray]:
     return arrays
 
 
-def _inner_chunks(array: StoredArray) -> dict[str, Value]:
+def _inner_chunks(array: StoredArray) -> dict[str, StoredValue]:
     """The only inner chunk of each of an array's shards, by the shard's key."""
     found = {}
     for place in product(*_grid(array)):
@@ -133,8 +133,8 @@ def _inner_chunks(array: StoredArray) -> dict[str, Value]:
     return found
 
 
-def _part(value: Value, first: int, nbytes: int) -> Value:
-    return Value(value.path, value.offset + first, nbytes, value.inline[first : first + nbytes])
+def _part(value: StoredValue, first: int, nbytes: int) -> StoredValue:
+    return StoredValue(value.path, value.offset + first, nbytes, value.inline[first : first + nbytes])
 
 
 def _grid(array: StoredArray) -> list[range]:
@@ -163,7 +163,7 @@ def _unpack(data: bytes, limit: int) -> bytes:
     return decoded
 
 
-def _whole(value: Value) -> bytes:
+def _whole(value: StoredValue) -> bytes:
     if value.path is None:
         return value.inline
     with open_for_reading(value.path) as reader:
@@ -207,7 +207,7 @@ def _kvstore(folder: Path, ocdbt: bool) -> dict[str, object]:
     return {"driver": "ocdbt", "base": base} if ocdbt else base
 
 
-def _array(folder: Path, name: str, meta: object, values: Mapping[str, Value], in_database: bool) -> StoredArray:
+def _array(folder: Path, name: str, meta: object, values: Mapping[str, StoredValue], in_database: bool) -> StoredArray:
     if not isinstance(meta, dict) or meta.get("zarr_format") != 2 or meta.get("filters") is not None:
         raise _refused("metadata", folder, f"{quoted(name)} is not a plain zarr array")
     shape, chunks = meta.get("shape"), meta.get("chunks")
@@ -323,7 +323,7 @@ class _Stored:
     def __init__(self, matrix: ZarrMatrix) -> None:
         array, self.matrix = matrix.array, matrix
         one = prod(array.shape[1:]) * array.dtype.itemsize
-        self.pieces: list[tuple[int, int, Value]] = []
+        self.pieces: list[tuple[int, int, StoredValue]] = []
         """(first byte of the matrix, one past the last, where)"""
         at = 0
         for key, first, count in matrix._parts():
@@ -387,7 +387,7 @@ class _Handle:
 class _ValueReader(io.RawIOBase):
     """A value of a database, read piece by piece."""
 
-    def __init__(self, value: Value) -> None:
+    def __init__(self, value: StoredValue) -> None:
         self.value, self.at = value, 0
         self.file = None if value.path is None else open_for_reading(value.path)
 

@@ -13,7 +13,7 @@ from gemma2tool.formats.mapping import container_tensors
 from gemma2tool.formats.mapping.float_layout import Planned
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.config import Gemma2Config
-from gemma2tool.storage.paths import staying
+from gemma2tool.storage.paths import path_within_folder
 
 CONFIG = "config.json"
 
@@ -55,7 +55,7 @@ def open_folder(
 ) -> tuple[Checkpoint, dict]:
     """A checkpoint with its config, assets and files, and the tensors as the file names them, still to be made canonical."""
     folder = weights.parent
-    files = [weights if weights == path else staying(weights)]
+    files = [weights if weights == path else path_within_folder(weights)]
     if config is None:
         config_path = folder / CONFIG
         if not config_path.is_file():
@@ -64,7 +64,7 @@ def open_folder(
                 f"{weights.name}: no config.json beside the weights",
                 hint="pass the model's config.json, or 2b, 9b or 27b, with --config",
             )
-        config = assets.read_config(staying(config_path))
+        config = assets.read_config(path_within_folder(config_path))
         files.append(config_path)
     checkpoint = Checkpoint(path, name, config, {}, assets.folder_assets(folder), files=tuple(files))
     state = state_dict(torch_zip.read_index(weights), containers)

@@ -26,7 +26,7 @@ from gemma2tool.model.config import Gemma2Config, infer_from_shapes
 from gemma2tool.model.lazy import FLOAT32, ArrayTensor, LazyTensor, to_float32
 from gemma2tool.model.tensors import HEADS
 from gemma2tool.quantizers.floats import Float
-from gemma2tool.storage.paths import staying
+from gemma2tool.storage.paths import path_within_folder
 
 STATE_DICT = "model_state_dict"
 CONFIG_KEY = "config"
@@ -115,7 +115,7 @@ class GemmaPytorch:
             if config is None and embedded is not None:
                 config = Gemma2Config.from_hf(embedded)
             elif config is None and config_path.is_file():
-                config = assets.read_config(staying(config_path))
+                config = assets.read_config(path_within_folder(config_path))
                 files = [*files, config_path]
             elif config is None:
                 config = infer_from_shapes(_canonical_shapes(disk))
@@ -141,7 +141,7 @@ class GemmaPytorch:
                 index, weight_map, {name: t.origin.split(":", 1)[0] for name, t in tensors.items()}
             )
             return tensors, [*files, index], None
-        file = path if path.is_file() else staying(next(path.glob("*.ckpt")))
+        file = path if path.is_file() else path_within_folder(next(path.glob("*.ckpt")))
         tree = torch_zip.read_index(file)
         state = tree.get(STATE_DICT, tree)
         if not isinstance(state, Mapping):

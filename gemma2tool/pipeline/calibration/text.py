@@ -11,7 +11,7 @@ from gemma2tool.errors import UsageError
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.pipeline.inputs import read_ids
 from gemma2tool.pipeline.prompt import Tokenizer, rows_of
-from gemma2tool.storage.text import read_text
+from gemma2tool.storage.text_file import read_text
 
 SAMPLES, LENGTH = 128, 512
 

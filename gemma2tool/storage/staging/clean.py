@@ -12,7 +12,7 @@ from gemma2tool.errors import ResourceError, ToolError, UsageError
 from gemma2tool.storage.staging import lock as staging_lock
 from gemma2tool.storage.staging.lock import LOCK
 from gemma2tool.storage.staging.place import PREFIX, SUFFIX, StagingPlace, folder_name
-from gemma2tool.storage.syscalls import told
+from gemma2tool.storage.syscalls import translate_os_errors
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,7 @@ def clean(path: str | os.PathLike[str], *, dry_run: bool = False) -> list[Leftov
             "clean.path", f"{path}: cannot be an output", hint="name the output, or the folder that it is in"
         )
     destinations = [path] if path.name not in ("", "..") else []
-    with told(path, "looking for it"):
+    with translate_os_errors(path, "looking for it"):
         is_folder = path.is_dir()
         names = sorted(os.listdir(path)) if is_folder else []
     if is_folder:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from gemma2tool.storage.staging.lock import JOURNAL as NAME
-from gemma2tool.storage.syscalls import retrying, sync_data, sync_folder, told
+from gemma2tool.storage.syscalls import retrying, sync_data, sync_folder, translate_os_errors
 
 MAX_BYTES = 64 << 20
 
@@ -108,17 +108,17 @@ class Journal:
     def __init__(self, place_fd: int, path: Path, fingerprint: Fingerprint, continued: Found | None) -> None:
         self.path = path / NAME
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC | (0 if continued else os.O_EXCL)
-        with told(self.path, "opening the journal"):
+        with translate_os_errors(self.path, "opening the journal"):
             self._fd = os.open(NAME, flags, 0o600, dir_fd=place_fd)
         self._length = 0
         try:
             if continued is not None:
                 self._length = continued.length
-                with told(self.path, "opening the journal"):
+                with translate_os_errors(self.path, "opening the journal"):
                     retrying(os.ftruncate, self._fd, continued.length)
             else:
                 self._append({"fingerprint": dict(fingerprint)})
-                with told(self.path, "making the folder durable"):
+                with translate_os_errors(self.path, "making the folder durable"):
                     sync_folder(place_fd)
         except BaseException:
             self.close()
@@ -136,7 +136,7 @@ class Journal:
     def _append(self, content: object) -> None:
         text = json.dumps(content, separators=(",", ":")).encode() + b"\n"
         line = b"%08x %s" % (zlib.crc32(text), text)
-        with told(self.path, "writing the journal", len(line)):
+        with translate_os_errors(self.path, "writing the journal", len(line)):
             done = 0
             while done < len(line):  # a torn line is written over by the next attempt
                 done += retrying(os.pwrite, self._fd, line[done:], self._length + done)

@@ -21,7 +21,7 @@ from pathlib import Path
 from gemma2tool.errors import ResourceError, ToolError, UsageError
 from gemma2tool.storage.staging import lock as staging_lock
 from gemma2tool.storage.staging.lock import ASIDE, JOURNAL, LOCK, NEW, OLD
-from gemma2tool.storage.syscalls import retrying, sync_data, told
+from gemma2tool.storage.syscalls import retrying, sync_data, translate_os_errors
 
 PREFIX, SUFFIX = ".", ".gemma2tool-staging"
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
@@ -74,7 +74,7 @@ class StagingPlace:
                 "output.no-parent", f"{self.parent}: no such folder", hint=f"create it first: mkdir -p {self.parent}"
             ) from error
         except OSError:
-            with told(self.parent, "opening the folder"):
+            with translate_os_errors(self.parent, "opening the folder"):
                 raise
         # Another process may remove the place between our steps when it finishes; then we begin again.
         while not self._enter(create):
@@ -82,7 +82,7 @@ class StagingPlace:
 
     def _enter(self, create: bool) -> bool:
         """Opens and locks the place; False when it vanished meanwhile and must be made again."""
-        with told(self.path, f"{'creating' if create else 'opening'} the staging folder"):
+        with translate_os_errors(self.path, f"{'creating' if create else 'opening'} the staging folder"):
             if create:
                 with suppress(FileExistsError):
                     os.mkdir(self.folder_name, 0o700, dir_fd=self.parent_fd)
@@ -171,7 +171,7 @@ class StagingPlace:
 
     def recover(self) -> bool:
         """After a crash: puts an old destination back where it was if nothing took its place. Says whether it did."""
-        with told(self.path, "recovering"):
+        with translate_os_errors(self.path, "recovering"):
             if self.identity(OLD, self.fd) and not self.identity(self.name, self.parent_fd):
                 retrying(os.rename, OLD, self.name, src_dir_fd=self.fd, dst_dir_fd=self.parent_fd)
                 return True
@@ -183,7 +183,7 @@ class StagingPlace:
         The journal goes last, or stays: as long as it is there, it says what the rest is.
         """
         self.recover()
-        with told(self.path, "removing staged files"):
+        with translate_os_errors(self.path, "removing staged files"):
             for name in (ASIDE, NEW, OLD, *(() if keep_journal else (JOURNAL,))):
                 if self.identity(name, self.fd):
                     remove_tree(name, self.fd)
@@ -191,7 +191,7 @@ class StagingPlace:
     def allocated(self) -> int:
         """Bytes that what is staged takes on the disk already."""
         total = 0
-        with told(self.path, "measuring staged files"):
+        with translate_os_errors(self.path, "measuring staged files"):
             for _, _, names, fd in os.fwalk(dir_fd=self.fd, follow_symlinks=False):
                 total += sum(os.stat(name, dir_fd=fd, follow_symlinks=False).st_blocks * 512 for name in names)
         return total

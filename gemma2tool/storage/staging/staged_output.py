@@ -26,7 +26,7 @@ from gemma2tool.storage.staging.lock import ASIDE, NEW, OLD
 from gemma2tool.storage.staging.place import StagingPlace, remove_tree
 from gemma2tool.storage.staging.recorder import Recorder
 from gemma2tool.storage.staging.resume import State
-from gemma2tool.storage.syscalls import preallocate, retrying, sync_data, sync_folder, told, write_at
+from gemma2tool.storage.syscalls import preallocate, retrying, sync_data, sync_folder, translate_os_errors, write_at
 
 _CREATE = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _REOPEN = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
@@ -51,7 +51,7 @@ class StagedFile:
             raise ValueError(f"{self.path}: bytes {offset} to {offset + len(view)} of {self.size}")
         if self._fd < 0:
             raise ValueError(f"{self.path}: written after close")
-        with told(self.path, "writing", len(view)):
+        with translate_os_errors(self.path, "writing", len(view)):
             write_at(self._fd, view, offset)
         self._dirty = True  # only now: whoever makes it durable between sets it back, and would miss this write
 
@@ -60,13 +60,13 @@ class StagedFile:
         with self._open:
             if self._dirty and self._fd >= 0:
                 self._dirty = False
-                with told(self.path, "making it durable", self.size):
+                with translate_os_errors(self.path, "making it durable", self.size):
                     sync_data(self._fd)
 
     def close(self) -> None:
         """Makes the bytes durable and closes the file."""
         if self._fd >= 0:
-            with told(self.path, "making it durable", self.size):
+            with translate_os_errors(self.path, "making it durable", self.size):
                 retrying(os.fsync, self._fd)
             self.abandon()
 
@@ -177,12 +177,12 @@ class Staging:
             return
         self._found = found
         if state is State.USEFUL and place.identity(OLD, place.fd):
-            with told(place.path, "removing staged files"):
+            with translate_os_errors(place.path, "removing staged files"):
                 remove_tree(OLD, place.fd)
 
     def _prepare(self) -> None:
         place = self._staging
-        with told(place.path, "creating the staging folder"):
+        with translate_os_errors(place.path, "creating the staging folder"):
             if self._found is None:
                 os.mkdir(NEW, 0o777, dir_fd=place.fd)
             self._new_fd = os.open(NEW, _FOLDER, dir_fd=place.fd)
@@ -200,7 +200,7 @@ class Staging:
         refuse_existing(self.destination, force=self.force, folder=self.folder)
 
     def _check_space(self) -> None:
-        with told(self.destination.parent, "asking for the free space"):
+        with translate_os_errors(self.destination.parent, "asking for the free space"):
             disk = os.statvfs(self._staging.parent_fd)
         free = disk.f_bavail * disk.f_frsize
         needed = self.expected_bytes - (0 if self._found is None else self._staging.allocated())
@@ -222,7 +222,7 @@ class Staging:
         if self.folder:
             parts = (self.destination.name, *parts)
         path = self._staging.path.joinpath(NEW, *parts)
-        with told(path, "creating the file", size):
+        with translate_os_errors(path, "creating the file", size):
             fd = self._reopen("/".join(parts), size)
             if fd >= 0:
                 self._reopened.add(relative_name)
@@ -309,7 +309,7 @@ class Staging:
             self._journal.placing(new[1])
         try:
             self._check_destination()
-            with told(self.destination, "moving the finished output into place"):
+            with translate_os_errors(self.destination, "moving the finished output into place"):
                 if place.identity(name, place.parent_fd) is None:
                     retrying(os.rename, name, name, src_dir_fd=self._new_fd, dst_dir_fd=place.parent_fd)
                 elif not syscalls.exchange(name, self._new_fd, name, place.parent_fd):
@@ -327,14 +327,14 @@ class Staging:
         Raises ResourceError when the disk fails; the file is then where it was.
         """
         place = self._staging
-        with told(neighbour, "taking it away"):
+        with translate_os_errors(neighbour, "taking it away"):
             retrying(os.rename, neighbour.name, ASIDE, src_dir_fd=place.parent_fd, dst_dir_fd=place.fd)
             sync_folder(place.parent_fd)
 
     def bring_back(self, neighbour: Path) -> None:
         """Undoes ``set_aside``, if something was; never over what lies there by now. Raises ResourceError when the disk fails."""
         place = self._staging
-        with told(neighbour, "putting it back"):
+        with translate_os_errors(neighbour, "putting it back"):
             if place.identity(ASIDE, place.fd) and not place.identity(neighbour.name, place.parent_fd):
                 retrying(os.rename, ASIDE, neighbour.name, src_dir_fd=place.fd, dst_dir_fd=place.parent_fd)
 
@@ -355,7 +355,7 @@ class Staging:
         self._place = None
 
     def _sync_folders(self) -> None:
-        with told(self._staging.path, "making the folder durable"):
+        with translate_os_errors(self._staging.path, "making the folder durable"):
             if self.folder:
                 for _, _, _, fd in os.fwalk(self.destination.name, dir_fd=self._new_fd, follow_symlinks=False):
                     sync_folder(fd)

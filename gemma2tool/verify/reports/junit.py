@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from xml.etree import ElementTree
 
-from gemma2tool.storage.quoting import safe
+from gemma2tool.storage.quoting import one_line
 from gemma2tool.verify.result import GateResult, Verification
 
 MAX_FINDINGS = 100
@@ -26,7 +26,7 @@ def _suite(verification: Verification) -> ElementTree.Element:
     gates = verification.gates
     suite = ElementTree.Element(
         "testsuite",
-        name=safe(verification.candidate.path),
+        name=one_line(verification.candidate.path),
         tests=str(len(gates)),
         failures=str(sum(gate.status == "failed" for gate in gates)),
         errors="0",
@@ -40,16 +40,16 @@ def _suite(verification: Verification) -> ElementTree.Element:
         ("kind", verification.kind),
         ("verdict", verification.verdict),
     ):
-        ElementTree.SubElement(properties, "property", name=name, value=safe(value))
+        ElementTree.SubElement(properties, "property", name=name, value=one_line(value))
     for gate in gates:
         case = ElementTree.SubElement(suite, "testcase", classname="gemma2tool.verify", name=gate.name)
         if gate.status == "failed":
-            failure = ElementTree.SubElement(case, "failure", message=safe(gate.summary), type=gate.name)
+            failure = ElementTree.SubElement(case, "failure", message=one_line(gate.summary), type=gate.name)
             failure.text = "\n".join(_lines(gate, verification))
         elif gate.status == "skipped":
-            ElementTree.SubElement(case, "skipped", message=safe(gate.summary))
+            ElementTree.SubElement(case, "skipped", message=one_line(gate.summary))
         else:
-            ElementTree.SubElement(case, "system-out").text = safe(gate.summary)
+            ElementTree.SubElement(case, "system-out").text = one_line(gate.summary)
     return suite
 
 
@@ -57,9 +57,9 @@ def _lines(gate: GateResult, verification: Verification) -> list[str]:
     """The causes come with the first gate that failed, which is where a reader looks."""
     lines = []
     if gate is next(each for each in verification.gates if each.failed):
-        lines += [f"cause [{cause.id}]: {safe(cause.message)}" for cause in verification.causes]
+        lines += [f"cause [{cause.id}]: {one_line(cause.message)}" for cause in verification.causes]
     for finding in gate.findings[:MAX_FINDINGS]:
-        lines.append(f"{finding.severity}: {safe(finding.sentence)}")
+        lines.append(f"{finding.severity}: {one_line(finding.sentence)}")
     if len(gate.findings) > MAX_FINDINGS:
         lines.append(f"and {len(gate.findings) - MAX_FINDINGS} more")
     return lines

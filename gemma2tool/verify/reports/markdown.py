@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from gemma2tool.storage.quoting import safe
+from gemma2tool.storage.quoting import one_line
 from gemma2tool.verify.result import GateResult, Verification, counted
 
 MARKS = {"passed": "✅", "failed": "❌", "skipped": "➖", "reported": "ℹ️"}
@@ -16,7 +16,7 @@ _SPECIAL = re.compile(r"([\\`*_{}\[\]<>|~&@$])")
 
 def escaped(text: object) -> str:
     """``text`` so that Markdown shows it as it is: no markup, no HTML, no link, no mention, on one line."""
-    return _SPECIAL.sub(r"\\\1", safe(text)).replace("://", ":&#47;/").replace("www.", "www&#46;")
+    return _SPECIAL.sub(r"\\\1", one_line(text)).replace("://", ":&#47;/").replace("www.", "www&#46;")
 
 
 def summary(verifications: Sequence[Verification]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 
-from gemma2tool.storage.quoting import safe
+from gemma2tool.storage.quoting import one_line
 
 VOID = frozenset({"meta", "br", "col", "link"})
 
@@ -17,7 +17,7 @@ class Markup(str):
 
 def escaped(content: object) -> Markup:
     """``content`` as text of an element or an attribute: markup as it is, all else with what could act or hide shown as an escape."""
-    return content if isinstance(content, Markup) else Markup(html.escape(safe(content), quote=True))
+    return content if isinstance(content, Markup) else Markup(html.escape(one_line(content), quote=True))
 
 
 def tag(name: str, /, *children: object, **attributes: object) -> Markup:
