@@ -1,6 +1,6 @@
 """Honest files of every type from float32, float16 and bfloat16 sources of every kind of weights: none may be called a fault.
 
-    python tests/campaigns/false_alarms.py [--logits] [--only TEXT]
+    python tests/campaigns/false_alarms.py [--logits] [--only TEXT] [--dtypes bf16] [--weights "as drawn"]
 
 Prints every alarm, every file that could not be made, and the totals; exit code 1 where there was an alarm.
 """
@@ -22,12 +22,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--logits", action="store_true", help="run the forward passes too")
     parser.add_argument("--only", default="", help="targets whose description holds this")
+    parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=list(DTYPES), help="of the sources")
+    parser.add_argument("--weights", nargs="+", default=list(RANGES), choices=list(RANGES), help="kinds of weights")
     asked = parser.parse_args()
     levels = ("completeness", "config", "tensors") + (("logits",) if asked.logits else ())
     start, tried, alarms, refused = time.time(), 0, 0, 0
     with tempfile.TemporaryDirectory() as folder:
-        for dtype in DTYPES:
-            for ranges in RANGES:
+        for dtype in asked.dtypes:
+            for ranges in asked.weights:
                 made = source(ranges, dtype)
                 for to, options in targets():
                     what = told(to, options)

@@ -1,12 +1,14 @@
 """Every write, fsync and rename of whole commands fails in turn, in every way, with verification and receipts.
 
-    python tests/campaigns/faults.py
+    python tests/campaigns/faults.py [--kinds EIO,short] [--commands 0,2] [--every 50]
 
-The suite runs a part of this (tests/test_faults.py). Prints a line per command and kind of fault; an assertion ends it.
+The suite runs a part of this (tests/end_to_end/test_faults.py). Prints a line per command and kind of fault; an
+assertion ends it. Exits with 0 if every fault was handled.
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
 import tempfile
 import time
@@ -30,11 +32,19 @@ COMMANDS = (
 )
 
 
+KINDS = ("EIO", "ENOSPC", "short", "EINTR")
+
+
 def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kinds", default=",".join(KINDS))
+    parser.add_argument("--commands", default=",".join(map(str, range(len(COMMANDS)))), help="their numbers, from 0")
+    parser.add_argument("--every", type=int, default=1, help="fail only every Nth call")
+    arguments = parser.parse_args()
     staging_recorder.SYNC_SECONDS = 0.0
     memory = "/dev/shm" if Path("/dev/shm").is_dir() else None
-    for words, older in COMMANDS:
-        for kind in ("EIO", "ENOSPC", "short", "EINTR"):
+    for words, older in (COMMANDS[int(number)] for number in arguments.commands.split(",")):
+        for kind in arguments.kinds.split(","):
             with tempfile.TemporaryDirectory(dir=memory) as folder:
                 started = time.monotonic()
                 source = write_checkpoint(
@@ -43,7 +53,7 @@ def main() -> int:
                 place = Path(folder) / "place"
                 place.mkdir()
                 with Sweep(words, source, place, old_words=older) as sweep:
-                    count = sweep.all(kind)
+                    count = sweep.all(kind, every=arguments.every)
                 seconds = time.monotonic() - started
                 print(f"{' '.join(words)}: {count} calls failed with {kind} in turn, {seconds:.0f} s", flush=True)
     return 0

@@ -1,6 +1,6 @@
 """kill -9 at random moments of the real commands, run again until they finish: the same bytes as undisturbed, every time.
 
-    python tests/campaigns/kill.py [--kills 200] [--seed 0] [--folder DIR]
+    python tests/campaigns/kill.py [--kills 200] [--seed 0] [--layers 12] [--folder DIR]
 
 Every trial runs one of the commands below in a process of its own and kills it after a random time: half of the times anywhere between
 start and end, half of them after it has begun to write. After each kill every output must be the old one, the new one or absent, and the
@@ -225,10 +225,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--layers", type=int, default=12, help="of the source: more layers, longer runs")
     parser.add_argument("--folder", type=Path, help="where to work (default: a temporary folder)")
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=asked.folder) as folder:
-        totals = campaign(Path(folder), asked.kills, asked.seed, say=lambda line: print(line, flush=True))
+        totals = campaign(
+            Path(folder), asked.kills, asked.seed, layers=asked.layers, say=lambda line: print(line, flush=True)
+        )
     print(json.dumps(totals, indent=2))
     return 1 if totals["faults"] or totals["identical"] != totals["trials"] else 0
 
