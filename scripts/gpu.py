@@ -107,7 +107,7 @@ def command_line(table: Table, folder: Path) -> None:
     for device in ("cpu", "cuda"):
         out = folder / f"{device}.npy"
         words = ["logits", str(TINY), "--tokens", str(ids), "--out", str(out), "--device", device, "--quiet"]
-        subprocess.run([sys.executable, "-m", "gemma2tool", *words], check=True)
+        subprocess.run([sys.executable, "-m", "gemma2tool", *words], check=True, cwd=folder)
         outputs.append(np.load(out))
     difference = np.abs(outputs[0] - outputs[1]).max()
     table.row("command line: logits --device cuda", 0.0, float(difference), 0.0, passed=difference <= ATOL)
