@@ -132,13 +132,13 @@ def compressed_tensors_lines(x: Array, weight: torch.Tensor, repeats: int) -> li
 
     def line(name: str) -> Line:
         scheme = compressed.SCHEMES[name]
-        strategy = "group" if scheme.group else "channel"
+        strategy = "group" if scheme.group_size else "channel"
         arguments = QuantizationArgs(
             num_bits=scheme.bits,
             type=scheme.kind,
             symmetric=scheme.symmetric,
             strategy=strategy,
-            group_size=scheme.group,
+            group_size=scheme.group_size,
         )
 
         def gemma2tool() -> Array:
@@ -146,7 +146,7 @@ def compressed_tensors_lines(x: Array, weight: torch.Tensor, repeats: int) -> li
             return compressed.pack(codes, scheme.bits) if scheme.packed else codes
 
         def library() -> torch.Tensor:
-            grouped = weight.unflatten(-1, (-1, scheme.group or COLUMNS))
+            grouped = weight.unflatten(-1, (-1, scheme.group_size or COLUMNS))
             scales, zeros = calculate_qparams(grouped.amin(-1), grouped.amax(-1), arguments)
             if scheme.packed:
                 state = {"weight": weight, "weight_scale": scales, "weight_zero_point": zeros}
@@ -178,7 +178,9 @@ def gptqmodel_lines(x: Array, weight: torch.Tensor, repeats: int) -> list[Line]:
         packer = TorchLinear(bits, encoder.group_size, True, False, columns, rows)
 
         def gemma2tool() -> Array:
-            codes = groups.codes(x, encoder.group_size, groups.Rule.ADD_ZERO, wide, zeros, 0, 2**bits - 1)
+            codes = groups.quantize_groups(
+                x, groups.GroupScales(encoder.group_size, wide, zeros), groups.Rule.ADD_ZERO, 0, 2**bits - 1
+            )
             return encoder.finish(x.shape, encoder.pack(codes, zeros, scales))["qweight"]
 
         rates = alternating_rates(gemma2tool, lambda: packer.pack(linear, *given, g_idx), x.size, repeats)

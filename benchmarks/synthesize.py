@@ -29,7 +29,7 @@ from gemma2tool.model import config
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.config import Gemma2Config
 from gemma2tool.model.lazy import BFLOAT16, Array, LazyTensor
-from gemma2tool.model.tensors import expand
+from gemma2tool.model.tensors import tensor_specs
 from gemma2tool.pipeline.conversion import save
 from gemma2tool.storage.crc import crc32_combine
 
@@ -77,7 +77,7 @@ def random_pool(seed: int = 0) -> Array:
 def random_checkpoint(size: str) -> Checkpoint:
     """A bfloat16 checkpoint of a size; its norms are spread around 0, its matrices as Gemma's are."""
     pool = random_pool()
-    specs = expand(CONFIGS[size]).items()
+    specs = tensor_specs(CONFIGS[size]).items()
     tensors = {name: PoolTensor(name, spec.shape, pool) for name, spec in specs if spec.required}
     return Checkpoint(Path(f"random-{size}"), "random", CONFIGS[size], tensors)
 

@@ -1,4 +1,4 @@
-"""A Gemma 2 checkpoint in memory: its config, its lazily loaded tensors in canonical form, and the files that travel with it."""
+"""An opened Gemma 2 checkpoint: its config, its lazily loaded tensors in canonical form, and the files that belong to it."""
 
 from __future__ import annotations
 
@@ -7,12 +7,10 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-
 from gemma2tool.model.config import Gemma2Config
 from gemma2tool.model.format_facts import FormatFacts
-from gemma2tool.model.lazy import FLOAT32, LazyTensor
-from gemma2tool.model.tensors import TensorSpec, check_tensors, expand
+from gemma2tool.model.lazy import FLOAT32, DType, LazyTensor
+from gemma2tool.model.tensors import TensorSpec, check_tensors, tensor_specs
 
 ASSET_NAMES = (
     "tokenizer.model",
@@ -24,11 +22,11 @@ ASSET_NAMES = (
     "chat_template.jinja",
     "chat_template.json",
 )
-"""Files that belong to a model beside its weights and config, in the spelling of Hugging Face repositories."""
+"""Files that belong to a model besides its weights and config, as Hugging Face repositories name them."""
 
 
 class Assets(Mapping[str, bytes]):
-    """Tokenizer, generation config and chat template: names at once, contents read when asked for."""
+    """Tokenizer, generation config and chat template: the names are known at once, the contents are read on access."""
 
     def __init__(self, readers: Mapping[str, Callable[[], bytes]] | None = None) -> None:
         self._readers = dict(readers or {})
@@ -50,9 +48,9 @@ class Assets(Mapping[str, bytes]):
 class Checkpoint:
     """What a reader returns.
 
-    ``tensors`` maps canonical names to tensors in canonical layout; ``format`` is the name of the format it came from ("hf",
-    "gguf", ...); ``assets`` are the files that travel along; ``warnings`` are one-line remarks of the reader that the user must
-    see; ``metadata`` is what the format says about the model beyond the config (a GGUF's general.* keys, a model card).
+    ``tensors``: tensors in canonical layout, by canonical name. ``format``: the name of the format ("hf", "gguf", ...).
+    ``assets``: the tokenizer and other files of the model. ``warnings``: one-line remarks of the reader that the user must see.
+    ``metadata``: what the format records about the model besides the config (a GGUF's general.* keys, a model card).
     """
 
     path: Path
@@ -63,10 +61,10 @@ class Checkpoint:
     warnings: list[str] = field(default_factory=list)
     metadata: dict[str, object] = field(default_factory=dict)
     files: tuple[Path, ...] = ()
-    """The files whose bytes make up the checkpoint (weights and config), for hashes and for guarding the input."""
+    """The files that make up the checkpoint (weights and config), for hashes and to protect the input from being overwritten."""
 
     buffers: dict[str, LazyTensor] = field(default_factory=dict)
-    """What the format stores beside the model's tensors though the config determines it (a rotary table), by the file's names."""
+    """Tensors that the format stores although the config determines them (a rotary table), by the file's names."""
 
     facts: FormatFacts | None = None
     """What ``format`` declares about itself and its consumer; None for a checkpoint that no reader made."""
@@ -85,18 +83,18 @@ class Checkpoint:
             self.closers.pop()()
 
     def check(self) -> None:
-        """Compare with the tensor table; see ``check_tensors``."""
+        """Compare the tensors with the table; see ``check_tensors``."""
         check_tensors(self.config, {name: tensor.shape for name, tensor in self.tensors.items()}, self.path.name)
 
     @property
     def specs(self) -> dict[str, TensorSpec]:
-        """The table's rows for the tensors this checkpoint holds, in table order."""
-        return {name: spec for name, spec in expand(self.config).items() if name in self.tensors}
+        """The specs of the tensors that this checkpoint has, in table order."""
+        return {name: spec for name, spec in tensor_specs(self.config).items() if name in self.tensors}
 
     @property
-    def dtype(self) -> np.dtype:
-        """The floating type most of the model's values are stored in; float32 where they are quantized."""
-        sizes: Counter[np.dtype] = Counter()
+    def dtype(self) -> DType:
+        """The float type that most of the model's values are stored in; float32 where they are quantized."""
+        sizes: Counter[DType] = Counter()
         for name, spec in self.specs.items():
             tensor = self.tensors[name]
             if spec.role != "norm":

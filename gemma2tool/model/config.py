@@ -1,4 +1,4 @@
-"""What a Gemma 2 model is made of: ``Gemma2Config``, the released sizes, and reading a config off tensor shapes."""
+"""A Gemma 2 model's configuration: ``Gemma2Config``, the released sizes, and a config inferred from tensor shapes."""
 
 from __future__ import annotations
 
@@ -10,39 +10,40 @@ from typing import Any
 
 from gemma2tool.errors import InputRefused, UsageError
 from gemma2tool.model import config_hf
-from gemma2tool.model.config_checks import FULL, POSITIVE_INTEGERS, SLIDING, check_agreement, check_values
+from gemma2tool.model.config_checks import check_agreement, check_values
+from gemma2tool.model.config_fields import FULL, IDENTIFYING_FIELDS, RELEASE_COMPARED_FIELDS, SLIDING
 
 _FLOATS = ("attn_logit_softcapping", "final_logit_softcapping", "rms_norm_eps", "rope_theta", "initializer_range")
 
 
 @dataclass(frozen=True)
 class Gemma2Config:
-    """A Gemma 2 model's configuration: every field of Hugging Face's ``Gemma2Config``, checked when it is made.
+    """A Gemma 2 model's configuration: every field of Hugging Face's ``Gemma2Config``, checked when it is created.
 
-    Sizes (defaults are the released 2B, as in transformers 4.47 and later):
+    Sizes (the defaults are those of the released 2B, as in transformers 4.47 and later):
 
     - ``vocab_size`` (256000): rows of the embedding, V.
     - ``hidden_size`` (2304): width of the residual stream, D.
-    - ``intermediate_size`` (9216): width of gate and up each, F.
+    - ``intermediate_size`` (9216): width of gate and of up, F.
     - ``num_hidden_layers`` (26): decoder layers, L.
     - ``num_attention_heads`` (8): query heads, H.
-    - ``num_key_value_heads`` (4): key and value heads, K; query head i reads kv head i // (H / K).
-    - ``head_dim`` (256): h; independent of D / H (27B: 128 where D / H is 144).
-    - ``max_position_embeddings`` (8192): the longest sequence the model was made for.
+    - ``num_key_value_heads`` (4): key and value heads, K; query head i reads key-value head i // (H / K).
+    - ``head_dim`` (256): h; independent of D / H (27B: 128, where D / H is 144).
+    - ``max_position_embeddings`` (8192): the longest sequence the model was trained for.
 
     Arithmetic:
 
     - ``hidden_activation`` ("gelu_pytorch_tanh"): applied to the gate.
     - ``rms_norm_eps`` (1e-6): added to the mean square in every norm.
     - ``query_pre_attn_scalar`` (256): attention scores are scaled by its -1/2 power; not always head_dim (27B: 144).
-    - ``attn_logit_softcapping`` (50.0): c in c * tanh(score / c), before the mask; None: no cap.
+    - ``attn_logit_softcapping`` (50.0): c in c * tanh(score / c), applied before the mask; None: no cap.
     - ``final_logit_softcapping`` (30.0): the same for the logits; None: no cap.
     - ``rope_theta`` (10000.0): base of the rotary embedding.
-    - ``rope_scaling`` (None): rotary scaling, ``{"rope_type": ..., "factor": ...}``; ``rope_parameters`` joins it with
+    - ``rope_scaling`` (None): rotary scaling, ``{"rope_type": ..., "factor": ...}``; ``rope_parameters`` combines it with
       the base, which is how transformers 5 writes both.
     - ``sliding_window`` (4096): W; key j is visible to query i of a sliding layer when 0 <= i - j < W.
-    - ``layer_types`` (None: even layers slide): "sliding_attention" or "full_attention" per layer.
-    - ``use_bidirectional_attention`` (None): True drops the causal mask, for encoders made from Gemma 2.
+    - ``layer_types``: "sliding_attention" or "full_attention" for each layer; (): even layers slide.
+    - ``use_bidirectional_attention`` (None): True drops the causal mask, for encoders derived from Gemma 2.
     - ``attention_bias`` (False): biases in the q, k, v and o projections.
     - ``attention_dropout`` (0.0): share of attention weights dropped in training; no effect at inference.
     - ``tie_word_embeddings`` (True): lm_head is the embedding matrix.
@@ -50,18 +51,19 @@ class Gemma2Config:
     Use and training:
 
     - ``pad_token_id`` (0), ``bos_token_id`` (2), ``eos_token_id`` (1; instruction-tuned files: 1 and 107).
-    - ``use_cache`` (True): return the key-value cache unless told otherwise.
+    - ``use_cache`` (True): return the key-value cache by default.
     - ``initializer_range`` (0.02): standard deviation of newly initialised weights.
     - ``dtype`` (None): the type the weights were saved in, such as "bfloat16".
     - ``architectures`` (None): class names, such as ("Gemma2ForCausalLM",).
-    - ``id2label``, ``label2id`` (None: two labels), ``problem_type`` (None: told from the labels): classification
+    - ``id2label``, ``label2id`` (None: two labels), ``problem_type`` (None: derived from the labels): classification
       heads.
     - ``transformers_version`` (None): the release that wrote the file.
-    - ``extra``: keys of the source file that are none of these, kept for writing.
-    - ``notes``: what reading had to assume; part of ``warnings``.
+    - ``extra``: other keys of the source file, kept for writing.
+    - ``notes``: what the reader had to assume; part of ``warnings``.
 
-    Raises ``InputRefused`` with id ``config.value`` for a value that cannot be right alone, ``config.contradiction``
-    for two fields that cannot be right together. Source of defaults: transformers 5.23 ``configuration_gemma2.py``.
+    ``config_fields`` says what a different value of each field changes. Raises ``InputRefused`` with id ``config.value`` for a
+    value that is never valid, ``config.contradiction`` for two fields that contradict each other. Source of the defaults:
+    transformers 5.23 ``configuration_gemma2.py``.
     """
 
     vocab_size: int = 256000
@@ -86,7 +88,7 @@ class Gemma2Config:
     attention_dropout: float = 0.0
     query_pre_attn_scalar: int | float = 256
     sliding_window: int | None = 4096
-    layer_types: tuple[str, ...] | None = None
+    layer_types: tuple[str, ...] = ()
     final_logit_softcapping: float | None = 30.0
     attn_logit_softcapping: float | None = 50.0
     use_bidirectional_attention: bool | None = None
@@ -100,46 +102,46 @@ class Gemma2Config:
     notes: tuple[str, ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
-        check_values(self)
+        check_values(vars(self))
         self._normalize()
-        check_agreement(self)
+        check_agreement(vars(self))
 
     # -- reading and writing ------------------------------------------------------------------------------------------
 
     @classmethod
     def from_hf(cls, source: Mapping[str, Any]) -> Gemma2Config:
-        """From a parsed config.json of any generation; see ``config_hf`` for the spellings. Raises ``InputRefused``."""
+        """The config in a parsed config.json of any generation; see ``config_hf`` for the spellings. Raises ``InputRefused``."""
         return cls(**config_hf.read(source))
 
     def to_hf(self) -> dict[str, Any]:
-        """The config.json object, every field, as transformers 5 spells it."""
-        return config_hf.write(self)
+        """The config.json object with every field, as transformers 5 spells it."""
+        return config_hf.write(vars(self))
 
-    # -- what follows from the fields ---------------------------------------------------------------------------------
+    # -- derived from the fields -------------------------------------------------------------------------------------
 
     @property
     def query_scale(self) -> float:
-        """What attention scores are multiplied by: query_pre_attn_scalar ** -0.5."""
-        return self.query_pre_attn_scalar**-0.5
+        """The factor of the attention scores: query_pre_attn_scalar ** -0.5."""
+        return float(self.query_pre_attn_scalar**-0.5)
 
     @property
     def embed_scale(self) -> float:
-        """What embeddings are multiplied by: sqrt(D), to be rounded to the activation type first."""
-        return self.hidden_size**0.5
+        """The factor of the embeddings: sqrt(D), to be rounded to the activation type first."""
+        return float(self.hidden_size**0.5)
 
     @property
     def num_key_value_groups(self) -> int:
-        """Query heads that share one key-value head."""
+        """How many query heads share a key-value head."""
         return self.num_attention_heads // self.num_key_value_heads
 
     @property
     def num_labels(self) -> int:
-        """Classes of a classification head; Hugging Face's default is two."""
+        """How many classes a classification head has; Hugging Face's default is two."""
         return 2 if self.id2label is None else len(self.id2label)
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
-        """All ids that end a text, as a tuple however the file spells them."""
+        """The ids that end a text, as a tuple however the file spells them."""
         if self.eos_token_id is None:
             return ()
         return self.eos_token_id if isinstance(self.eos_token_id, tuple) else (self.eos_token_id,)
@@ -147,54 +149,57 @@ class Gemma2Config:
     @property
     def rope_parameters(self) -> dict[str, Any]:
         """Base and scaling of the rotary embedding in one object, as transformers 5 writes them."""
-        return {"rope_theta": self.rope_theta, "rope_type": "default"} | dict(self.rope_scaling or {})
+        return config_hf.rope_parameters(self.rope_theta, self.rope_scaling)
 
     def layer_is_sliding(self, layer: int) -> bool:
         return self.layer_types[layer] == SLIDING
 
     def layer_window(self, layer: int) -> int | None:
-        """Keys visible to one query of this layer, itself included; None when all are."""
+        """How many keys one query of this layer sees, its own included; None where it sees all."""
         return self.sliding_window if self.layer_is_sliding(layer) else None
 
     @property
     def size_name(self) -> str | None:
-        """ "2b", "9b" or "27b" when the shapes are those of a released model, else None."""
-        for name, row in SIZES.items():
-            if all(getattr(self, field) == getattr(row, field) for field in _SHAPE):
+        """ "2b", "9b" or "27b" where the sizes are those of a released model, else None."""
+        for name, released in SIZES.items():
+            if all(getattr(self, field) == getattr(released, field) for field in IDENTIFYING_FIELDS):
                 return name
         return None
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """What is legal but looks wrong, one line each; for a released size, every departure from the release."""
-        found = list(self.notes)
+        """What is valid but looks wrong, one line each; for a released size, every departure from the release."""
+        warnings = list(self.notes)
         if self.size_name is not None:
-            row = SIZES[self.size_name]
-            for name in _ARITHMETIC:
-                value, released = getattr(self, name), getattr(row, name)
-                if value != released:
-                    why = _why(self, name)
-                    found.append(f"{name} is {value!r}; the released {self.size_name} has {released!r}{why}")
+            released = SIZES[self.size_name]
+            for name in RELEASE_COMPARED_FIELDS:
+                value, expected = getattr(self, name), getattr(released, name)
+                if value != expected:
+                    explanation = _known_departure(self, name)
+                    warnings.append(f"{name} is {value!r}; the released {self.size_name} has {expected!r}{explanation}")
         elif self.query_pre_attn_scalar not in (self.head_dim, self.hidden_size / self.num_attention_heads):
-            found.append(
+            warnings.append(
                 f"query_pre_attn_scalar is {self.query_pre_attn_scalar!r}, neither head_dim ({self.head_dim}) nor"
                 f" hidden_size / num_attention_heads ({self.hidden_size / self.num_attention_heads:g})"
             )
         if self.hidden_size % self.num_attention_heads:
-            found.append(
+            warnings.append(
                 f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads};"
                 " transformers 5 refuses such a config"
             )
-        for name, ids in (("pad", self.pad_token_id), ("bos", self.bos_token_id), ("eos", self.eos_token_ids)):
-            ids = ids if isinstance(ids, tuple) else () if ids is None else (ids,)
+        pad = () if self.pad_token_id is None else (self.pad_token_id,)
+        bos = () if self.bos_token_id is None else (self.bos_token_id,)
+        for name, ids in (("pad", pad), ("bos", bos), ("eos", self.eos_token_ids)):
             outside = [str(token) for token in ids if not 0 <= token < self.vocab_size]
             if outside:
-                lie = "lies" if len(outside) == 1 else "lie"
-                found.append(f"{name}_token_id {', '.join(outside)} {lie} outside the vocabulary of {self.vocab_size}")
-        return tuple(found)
+                verb = "is" if len(outside) == 1 else "are"
+                warnings.append(
+                    f"{name}_token_id {', '.join(outside)} {verb} outside the vocabulary of {self.vocab_size}"
+                )
+        return tuple(warnings)
 
     def _normalize(self) -> None:
-        """One Python type per field, so that equal configs compare equal and transformers' strict types accept them."""
+        """Give each field one Python type, so that equal configs compare equal and transformers' strict types accept them."""
         for name in _FLOATS:
             value = getattr(self, name)
             self._set(name, None if value is None else float(value))
@@ -203,9 +208,7 @@ class Gemma2Config:
         for name in ("layer_types", "architectures", "eos_token_id"):
             if isinstance(getattr(self, name), list):
                 self._set(name, tuple(getattr(self, name)))
-        if self.attention_dropout is None:
-            self._set("attention_dropout", 0.0)
-        if self.layer_types is None:
+        if not self.layer_types:
             self._set("layer_types", tuple(FULL if layer % 2 else SLIDING for layer in range(self.num_hidden_layers)))
 
     def _set(self, name: str, value: Any) -> None:
@@ -214,43 +217,28 @@ class Gemma2Config:
 
 # -- the released models ----------------------------------------------------------------------------------------------
 
-_SHAPE = tuple(name for name in POSITIVE_INTEGERS if name not in ("vocab_size", "max_position_embeddings"))
-# Fields that no tensor's shape shows but that change what the model computes.
-_ARITHMETIC = (
-    "vocab_size",
-    "query_pre_attn_scalar",
-    "sliding_window",
-    "layer_types",
-    "rope_theta",
-    "rope_scaling",
-    "rms_norm_eps",
-    "hidden_activation",
-    "attn_logit_softcapping",
-    "final_logit_softcapping",
-    "max_position_embeddings",
-)
-
-
-def _released(**sizes: int) -> Gemma2Config:
-    return Gemma2Config(**sizes, dtype="bfloat16", architectures=("Gemma2ForCausalLM",))
-
+_2B = Gemma2Config(dtype="bfloat16", architectures=("Gemma2ForCausalLM",))
 
 # Sources: gemma_pytorch gemma/config.py; keras-hub's preset metadata agrees with the parameter counts they imply.
 SIZES: Mapping[str, Gemma2Config] = {
-    "2b": _released(),
-    "9b": _released(
+    "2b": _2B,
+    "9b": dataclasses.replace(
+        _2B,
         hidden_size=3584,
         intermediate_size=14336,
         num_hidden_layers=42,
+        layer_types=(),
         num_attention_heads=16,
         num_key_value_heads=8,
         head_dim=256,
         query_pre_attn_scalar=256,
     ),
-    "27b": _released(
+    "27b": dataclasses.replace(
+        _2B,
         hidden_size=4608,
         intermediate_size=36864,
         num_hidden_layers=46,
+        layer_types=(),
         num_attention_heads=32,
         num_key_value_heads=16,
         head_dim=128,
@@ -259,13 +247,13 @@ SIZES: Mapping[str, Gemma2Config] = {
 }
 
 
-def _why(config: Gemma2Config, name: str) -> str:
-    """What is known about a departure from the release."""
+def _known_departure(config: Gemma2Config, name: str) -> str:
+    """What is known about this departure from the release, in parentheses; empty where nothing is."""
     if name == "query_pre_attn_scalar":
         if config.size_name == "9b" and config.query_pre_attn_scalar == 224:
             return " (files written before 2024-07-12 say 224, which was corrected)"
         if config.size_name == "27b" and config.query_pre_attn_scalar == 128:
-            return " (128 is head_dim: the known mistake of tools that do not store the scalar)"
+            return " (128 is head_dim: a known error of tools that do not store the scalar)"
     return ""
 
 
@@ -273,52 +261,57 @@ def _why(config: Gemma2Config, name: str) -> str:
 
 
 def infer_from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> Gemma2Config:
-    """The config of a checkpoint that carries none, from its tensors' canonical names and shapes.
+    """Infer the config of a checkpoint that has none from the canonical names and shapes of its tensors.
 
-    Shapes give V, D, F, L, H * h and K * h, not h alone, nor any of the scalars, so only the widths of a released model
+    Shapes give V, D, F, L, H * h and K * h, but not h alone and none of the scalars, so only the widths of a released model
     (with any number of layers or vocabulary rows) are enough. Raises ``UsageError`` (``config.needed``) for other
-    widths and ``InputRefused`` when a tensor that is needed to tell is missing.
+    widths and ``InputRefused`` where a tensor that shows a size is missing.
     """
-    vocab_size, hidden_size = _matrix(shapes, "model.embed_tokens.weight")
-    intermediate_size, _ = _matrix(shapes, "model.layers.0.mlp.gate_proj.weight")
-    query_width, _ = _matrix(shapes, "model.layers.0.self_attn.q_proj.weight")
-    key_width, _ = _matrix(shapes, "model.layers.0.self_attn.k_proj.weight")
-    layers = 1 + max(int(found[1]) for name in shapes if (found := re.match(r"model\.layers\.(\d{1,6})\.", name)))
-    head = _head(shapes)
-    for name, row in SIZES.items():
-        of_row = (row.num_attention_heads * row.head_dim, row.num_key_value_heads * row.head_dim)
-        if (row.hidden_size, row.intermediate_size, *of_row) != (
-            hidden_size,
-            intermediate_size,
-            query_width,
-            key_width,
-        ):
-            continue
-        notes = (f"no config came with the weights; the released {name}'s is assumed, because the widths are its own",)
-        return dataclasses.replace(
-            row, vocab_size=vocab_size, num_hidden_layers=layers, layer_types=None, notes=notes, **head
+    vocab_size, hidden_size = _matrix_shape(shapes, "model.embed_tokens.weight")
+    intermediate_size, _ = _matrix_shape(shapes, "model.layers.0.mlp.gate_proj.weight")
+    query_width, _ = _matrix_shape(shapes, "model.layers.0.self_attn.q_proj.weight")
+    key_width, _ = _matrix_shape(shapes, "model.layers.0.self_attn.k_proj.weight")
+    layers = 1 + max(int(match[1]) for name in shapes if (match := re.match(r"model\.layers\.(\d{1,6})\.", name)))
+    widths = (hidden_size, intermediate_size, query_width, key_width)
+    for name, released in SIZES.items():
+        released_widths = (
+            released.hidden_size,
+            released.intermediate_size,
+            released.num_attention_heads * released.head_dim,
+            released.num_key_value_heads * released.head_dim,
         )
+        if widths == released_widths:
+            note = f"the weights have no config; that of the released {name} is assumed, because the widths match"
+            return dataclasses.replace(
+                released,
+                vocab_size=vocab_size,
+                num_hidden_layers=layers,
+                layer_types=(),
+                notes=(note,),
+                **_head_fields(shapes),
+            )
     raise UsageError(
         "config.needed",
-        f"the weights carry no config and their shapes (hidden {hidden_size}, feed-forward {intermediate_size}, queries"
-        f" {query_width}, keys {key_width}) are no released Gemma 2's: head_dim, query_pre_attn_scalar and the window"
-        " cannot be told from shapes",
+        f"the weights have no config, and no released Gemma 2 has their shapes (hidden {hidden_size}, feed-forward"
+        f" {intermediate_size}, queries {query_width}, keys {key_width}): head_dim, query_pre_attn_scalar and the window"
+        " do not follow from shapes",
         hint="pass the model's config.json with --config",
     )
 
 
-def _matrix(shapes: Mapping[str, tuple[int, ...]], name: str) -> tuple[int, int]:
-    shape = tuple(shapes.get(name, ()))
+def _matrix_shape(shapes: Mapping[str, tuple[int, ...]], name: str) -> tuple[int, int]:
+    shape = shapes.get(name, ())
     if len(shape) != 2:
-        found = f"has shape {shape}" if name in shapes else "is missing"
-        raise InputRefused("config.shape", f"tensor {name!r} {found}; it is needed to tell the model's size")
-    return shape
+        problem = f"has shape {tuple(shape)}" if name in shapes else "is missing"
+        raise InputRefused("config.shape", f"tensor {name!r} {problem}; it is needed to determine the model's size")
+    rows, columns = shape
+    return rows, columns
 
 
-def _head(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+def _head_fields(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     """A classification head's fields: Hugging Face gives the token classifier a bias, the sequence classifier none."""
     if "score.weight" not in shapes:
         return {"tie_word_embeddings": "lm_head.weight" not in shapes}
     kind = "Gemma2ForTokenClassification" if "score.bias" in shapes else "Gemma2ForSequenceClassification"
-    count, _ = _matrix(shapes, "score.weight")
+    count, _ = _matrix_shape(shapes, "score.weight")
     return {"architectures": (kind,), "id2label": {index: f"LABEL_{index}" for index in range(count)}}

@@ -1,6 +1,6 @@
 """How Hugging Face's config.json spells a Gemma 2 config, in one place.
 
-Two generations of files exist, and each field's several names are told apart here and nowhere else:
+Two generations of files exist. The several names of a field are known here and nowhere else:
 
 =====================  ==========================================  =========================================
 field                  transformers 4                              transformers 5
@@ -12,19 +12,19 @@ dtype                  ``torch_dtype``                              ``dtype``
 layer_types            absent: even layers slide                    written out
 =====================  ==========================================  =========================================
 
-``read`` turns either into the keyword arguments of ``Gemma2Config``; ``write`` gives transformers 5's spelling with
-every field.
+``read`` returns the keyword arguments of ``Gemma2Config`` for either; ``write`` returns transformers 5's spelling with every
+field.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from gemma2tool.errors import InputRefused
 
-# Sizes that a file may leave out, in transformers 4.42 to 4.46 and from 4.47 on (where they became the 2B's).
+# Defaults of the sizes that a file may omit, in transformers 4.42 to 4.46 and from 4.47 on (where they became the 2B's).
 _SIZES_UNTIL_4_46 = {
     "hidden_size": 3072,
     "intermediate_size": 24576,
@@ -42,7 +42,7 @@ _SIZES_SINCE_4_47 = {
     "query_pre_attn_scalar": 256,
 }
 
-# Fields whose name and meaning never changed; read and written as they are.
+# Fields whose name and meaning never changed; read and written unchanged.
 _PLAIN = (
     "architectures",
     "attention_bias",
@@ -81,8 +81,16 @@ _RESOLVED = (
 )
 _KNOWN = frozenset(_PLAIN) | frozenset(_RESOLVED) | frozenset(_SIZES_SINCE_4_47)
 
-# A null means the same as leaving these out; for the other fields null is a value (no soft cap, no padding token).
-_NULL_IS_ABSENT = ("architectures", "layer_types", "id2label", "label2id", "problem_type", "transformers_version")
+# For these fields null means the same as absent; for the others null is a value (no soft cap, no padding token).
+_NULL_IS_ABSENT = (
+    "architectures",
+    "attention_dropout",
+    "layer_types",
+    "id2label",
+    "label2id",
+    "problem_type",
+    "transformers_version",
+)
 _WRITTEN_ONLY_WHEN_SET = (*_NULL_IS_ABSENT, "dtype")
 
 
@@ -91,9 +99,9 @@ def contradiction(message: str, hint: str = "correct config.json, or pass the ri
 
 
 def read(source: Mapping[str, Any]) -> dict[str, Any]:
-    """Keyword arguments for ``Gemma2Config`` from a parsed config.json of any generation.
+    """Return the keyword arguments of ``Gemma2Config`` for a parsed config.json of any generation.
 
-    Raises ``InputRefused`` when the file is not a Gemma 2 config, or when two spellings of one field disagree.
+    Raises ``InputRefused`` where the file is not a Gemma 2 config, or two spellings of one field disagree.
     """
     if not isinstance(source, Mapping):
         raise InputRefused("config.not-an-object", f"config: expected a JSON object, found {type(source).__name__}")
@@ -107,6 +115,8 @@ def read(source: Mapping[str, Any]) -> dict[str, Any]:
         if fields.get(name) is None:
             fields.pop(name, None)
     fields |= _sizes(source)
+    if isinstance(fields.get("layer_types"), list) and not fields["layer_types"]:
+        raise contradiction(f"layer_types has 0 entries but num_hidden_layers is {fields['num_hidden_layers']}")
     fields |= _activation(source, notes)
     fields |= _rope(source)
     fields |= _labels(source)
@@ -118,37 +128,47 @@ def read(source: Mapping[str, Any]) -> dict[str, Any]:
         fields["dtype"] = dtype
     if "attn_logit_softcapping" not in source:
         notes.append(
-            "attn_logit_softcapping is absent (transformers 4.42.0 left it out and ignored it); 50.0 is assumed, as the"
+            "attn_logit_softcapping is absent (transformers 4.42.0 omitted and ignored it); 50.0 is assumed, with which the"
             " released models were trained"
         )
     if "final_logit_softcapping" not in source:
-        notes.append("final_logit_softcapping is absent; 30.0 is assumed, as the released models were trained")
+        notes.append("final_logit_softcapping is absent; 30.0 is assumed, with which the released models were trained")
     fields["extra"] = {key: value for key, value in source.items() if key not in _KNOWN}
     fields["notes"] = tuple(notes)
     return fields
 
 
-def write(config: Any) -> dict[str, Any]:
-    """The config.json object of a ``Gemma2Config`` as transformers 5 spells it, keys sorted as it sorts them."""
-    out: dict[str, Any] = dict(config.extra)
+def write(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the config.json object for the fields of a ``Gemma2Config``: transformers 5's spelling and order of keys."""
+    out: dict[str, Any] = dict(fields["extra"])
     out["model_type"] = "gemma2"
     for name in (*_PLAIN, *_SIZES_SINCE_4_47, "hidden_activation", "sliding_window", "dtype"):
-        value = getattr(config, name)
+        value = fields[name]
         if value is None and name in _WRITTEN_ONLY_WHEN_SET:
             continue
         out[name] = list(value) if isinstance(value, tuple) else value
-    if config.id2label is not None:
-        out["id2label"] = {str(index): label for index, label in config.id2label.items()}
-        out["label2id"] = config.label2id or {label: index for index, label in config.id2label.items()}
-    out["rope_parameters"] = config.rope_parameters
+    id2label = fields["id2label"]
+    if id2label is not None:
+        out["id2label"] = {str(index): label for index, label in id2label.items()}
+        out["label2id"] = fields["label2id"] or {label: index for index, label in id2label.items()}
+    out["rope_parameters"] = rope_parameters(fields["rope_theta"], fields["rope_scaling"])
     return dict(sorted(out.items()))
+
+
+def rope_parameters(rope_theta: float, rope_scaling: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Base and scaling of the rotary embedding in one object, as transformers 5 writes them."""
+    return {"rope_theta": rope_theta, "rope_type": "default"} | dict(rope_scaling or {})
 
 
 _ABSENT = object()
 
 
-def _one_of(source: Mapping[str, Any], name: str, alias: str, normalize=lambda value: value) -> Any:
-    """The value under either of two names; ``_ABSENT`` when neither is there; refused when they disagree."""
+def _unchanged(value: Any) -> Any:
+    return value
+
+
+def _one_of(source: Mapping[str, Any], name: str, alias: str, normalize: Callable[[Any], Any] = _unchanged) -> Any:
+    """The value under either of two names; ``_ABSENT`` where neither is present; refused where they disagree."""
     if name in source and alias in source:
         value, other = normalize(source[name]), normalize(source[alias])
         if value is not None and other is not None and value != other:
@@ -169,15 +189,15 @@ def _sizes(source: Mapping[str, Any]) -> dict[str, Any]:
     missing = [name for name in _SIZES_SINCE_4_47 if name not in source]
     if not missing:
         return given
-    found = re.match(r"(\d+)\.(\d+)", str(source.get("transformers_version", "")))
-    if found is None:
+    version = re.match(r"(\d+)\.(\d+)", str(source.get("transformers_version", "")))
+    if version is None:
         raise InputRefused(
             "config.size-missing",
-            f"config: {', '.join(missing)} left out, and without transformers_version the default is unknown"
+            f"config: {', '.join(missing)} missing, and without transformers_version the default is unknown"
             f" (transformers changed it in 4.47)",
             hint="add the missing fields to config.json",
         )
-    defaults = _SIZES_UNTIL_4_46 if (int(found[1]), int(found[2])) < (4, 47) else _SIZES_SINCE_4_47
+    defaults = _SIZES_UNTIL_4_46 if (int(version[1]), int(version[2])) < (4, 47) else _SIZES_SINCE_4_47
     return given | {name: defaults[name] for name in missing}
 
 
@@ -186,7 +206,7 @@ def _activation(source: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
     if name is _ABSENT or name is None:
         return {}
     if name == "gelu" and source.get("hidden_activation") is None:
-        # The first Gemma files said "gelu" under the old name and meant the tanh form they were trained with.
+        # The first Gemma files have "gelu" under the old name for the tanh form they were trained with.
         notes.append("hidden_act 'gelu' is read as gelu_pytorch_tanh, as transformers does for Gemma")
         name = "gelu_pytorch_tanh"
     return {"hidden_activation": name}
@@ -211,7 +231,7 @@ def _rope(source: Mapping[str, Any]) -> dict[str, Any]:
 
 def _rope_object(value: Any, key: str) -> dict[str, Any]:
     if not isinstance(value, Mapping) or any(isinstance(item, Mapping) for item in value.values()):
-        raise InputRefused("config.rope", f"config: {key} must be one flat object, found {value!r}")
+        raise InputRefused("config.rope", f"config: {key} must be a flat object, found {value!r}")
     parameters = dict(value)
     old_name = parameters.pop("type", None)
     rope_type = parameters.setdefault("rope_type", old_name or "default")

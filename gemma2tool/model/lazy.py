@@ -1,7 +1,7 @@
-"""Lazily loaded tensors: shape and type are known at once, values are read a range of rows at a time.
+"""Lazily loaded tensors: shape and dtype are known at once, values are read a range of rows at a time.
 
-A *row* is an index of the first axis. Peak memory of everything that streams is set by how many rows are asked for at once, so
-nothing here may read more than the rows it was asked for.
+A *row* is an index of the first axis. The number of rows requested at once sets the peak memory of everything that streams, so
+nothing here may read more than the requested rows.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ FLOAT16 = np.dtype(np.float16)
 FLOAT32 = np.dtype(np.float32)
 
 DTYPE_NAMES = {FLOAT32: "f32", FLOAT16: "f16", BFLOAT16: "bf16", np.dtype(np.float64): "f64"}
-"""Names of the floating types as the command line spells them."""
+"""Names of the float types, as the command line spells them."""
 
 FLOAT_DTYPES = {"f32": FLOAT32, "f16": FLOAT16, "bf16": BFLOAT16}
 
 
-def to_float32(array: np.ndarray) -> np.ndarray:
+def to_float32(array: Array) -> Array:
     """The values as float32; exact for float16 and bfloat16."""
     if array.dtype == FLOAT32:
         return array
@@ -42,39 +42,39 @@ def to_float32(array: np.ndarray) -> np.ndarray:
 
 
 class LazyTensor(ABC):
-    """A tensor whose values stay where they are until rows are asked for.
+    """A tensor whose values are read when rows are requested.
 
-    ``shape``: the logical shape; ``dtype``: of the arrays that ``load_rows`` returns; ``stored``: how the values are kept at their
-    source ("bf16", "q8_0", "nf4", ...); ``origin``: where they are, for messages ("model.ckpt: embedder.weight").
-    ``group``: how many neighbouring columns share a quantization scale, None where that is the type's own affair or a whole row.
+    ``shape``: the logical shape. ``dtype``: of the arrays that ``load_rows`` returns. ``stored``: the type that the values are
+    stored in ("bf16", "q8_0", "nf4", ...). ``origin``: where they are, for messages ("model.ckpt: embedder.weight").
+    ``group_size``: how many neighbouring columns share a quantization scale; None where the type determines it, or for a whole row.
     Loading is thread-safe.
     """
 
     shape: tuple[int, ...]
-    dtype: np.dtype
+    dtype: DType
     stored: str
     origin: str
-    group: int | None = None
+    group_size: int | None = None
 
     @abstractmethod
-    def load_rows(self, first: int, last: int) -> np.ndarray:
-        """Rows ``first`` up to but not including ``last``: shape ``(last - first, *shape[1:])``, a fresh array."""
+    def load_rows(self, first: int, last: int) -> Array:
+        """Rows ``first`` up to but not including ``last``: a new array of shape ``(last - first, *shape[1:])``."""
 
-    def load_rows_exact(self, first: int, last: int) -> np.ndarray:
-        """``load_rows``, in float64 where ``dtype`` does not hold what is stored. For comparing bits, and for digests."""
+    def load_rows_exact(self, first: int, last: int) -> Array:
+        """``load_rows``, in float64 where ``dtype`` cannot represent the stored values. For comparing bits, and for digests."""
         return self.load_rows(first, last)
 
     @property
-    def stored_dtype(self) -> np.dtype:
-        """The float type that an output keeps the values in unless another is asked for: ``dtype``, but for values that were computed
-        in a wider one."""
+    def stored_dtype(self) -> DType:
+        """The float type of the values in an output for which no other is requested: ``dtype``, except for values that were computed
+        in a wider type."""
         return self.dtype
 
-    def load(self) -> np.ndarray:
-        """All of it; only for tensors known to be small."""
+    def load(self) -> Array:
+        """The whole tensor; only for tensors known to be small."""
         return self.load_rows(0, self.shape[0]) if self.shape else self.load_rows(0, 1).reshape(())
 
-    def load_rows_f32(self, first: int, last: int) -> np.ndarray:
+    def load_rows_f32(self, first: int, last: int) -> Array:
         """``load_rows`` widened (or, from float64, narrowed) to float32."""
         return to_float32(self.load_rows(first, last))
 
@@ -84,7 +84,7 @@ class LazyTensor(ABC):
 
     @property
     def row_size(self) -> int:
-        """Values in a row."""
+        """How many values a row has."""
         size = 1
         for dim in self.shape[1:]:
             size *= dim
@@ -104,103 +104,108 @@ class LazyTensor(ABC):
 
 
 class ArrayTensor(LazyTensor):
-    """A tensor that is already in memory (small ones, and those of tests)."""
+    """A tensor that is already in memory."""
 
-    def __init__(self, array: np.ndarray, *, stored: str | None = None, origin: str = "memory") -> None:
+    def __init__(self, array: Array, *, stored: str | None = None, origin: str = "memory") -> None:
         self.array = array
         self.shape = tuple(array.shape)
         self.dtype = array.dtype
         self.stored = stored or DTYPE_NAMES.get(array.dtype, array.dtype.name)
         self.origin = origin
 
-    def load_rows(self, first: int, last: int) -> np.ndarray:
+    def load_rows(self, first: int, last: int) -> Array:
         rows = self.array if self.array.ndim else self.array.reshape(1)
         return np.array(rows[first:last])
 
 
 class MappedRows(LazyTensor):
-    """``source`` with a function applied to each range of its rows; the function keeps the number of rows. ``exact``: the same in
-    float64, where ``function`` rounds."""
+    """``source`` with a function applied to each range of its rows; the function keeps the number of rows. ``exact``: the same
+    function in float64, where ``function`` rounds."""
 
     def __init__(
         self,
         source: LazyTensor,
-        function: Callable[[np.ndarray], np.ndarray],
-        dtype: np.dtype,
-        exact: Callable[[np.ndarray], np.ndarray] | None = None,
+        function: Callable[[Array], Array],
+        dtype: DType,
+        exact: Callable[[Array], Array] | None = None,
     ) -> None:
         self.source, self.function, self.exact = source, function, exact
         self.shape, self.dtype, self.stored, self.origin = source.shape, np.dtype(dtype), source.stored, source.origin
 
-    def load_rows(self, first: int, last: int) -> np.ndarray:
+    def load_rows(self, first: int, last: int) -> Array:
         return self.function(self.source.load_rows(first, last))
 
-    def load_rows_exact(self, first: int, last: int) -> np.ndarray:
+    def load_rows_exact(self, first: int, last: int) -> Array:
         return (
             self.load_rows(first, last) if self.exact is None else self.exact(self.source.load_rows_exact(first, last))
         )
 
 
 class RowRange(LazyTensor):
-    """Rows ``first`` to ``last`` of another tensor, as a tensor of its own."""
+    """Rows ``first`` to ``last`` of another tensor, as a tensor."""
 
     def __init__(self, source: LazyTensor, first: int, last: int) -> None:
         self.source, self.first = source, first
         self.shape = (last - first, *source.shape[1:])
         self.dtype, self.stored, self.origin = source.dtype, source.stored, source.origin
 
-    def load_rows(self, first: int, last: int) -> np.ndarray:
+    def load_rows(self, first: int, last: int) -> Array:
         return self.source.load_rows(self.first + first, self.first + last)
 
 
 class StackedRows(LazyTensor):
-    """Tensors of equal row shape and type, one under the other."""
+    """Tensors of equal row shape and dtype, concatenated along the rows."""
 
     def __init__(self, sources: Sequence[LazyTensor]) -> None:
         self.sources = tuple(sources)
         head = self.sources[0]
-        if any(each.shape[1:] != head.shape[1:] or each.dtype != head.dtype for each in self.sources):
+        if any(source.shape[1:] != head.shape[1:] or source.dtype != head.dtype for source in self.sources):
             raise ValueError(f"cannot stack {self.sources}")
-        self.shape = (sum(each.shape[0] for each in self.sources), *head.shape[1:])
+        self.shape = (sum(source.shape[0] for source in self.sources), *head.shape[1:])
         self.dtype, self.stored, self.origin = head.dtype, head.stored, head.origin
 
-    def load_rows(self, first: int, last: int) -> np.ndarray:
+    def load_rows(self, first: int, last: int) -> Array:
         pieces, start = [], 0
         for source in self.sources:
-            a, b = max(first - start, 0), min(last - start, source.shape[0])
-            if a < b:
-                pieces.append(source.load_rows(a, b))
+            begin, end = max(first - start, 0), min(last - start, source.shape[0])
+            if begin < end:
+                pieces.append(source.load_rows(begin, end))
             start += source.shape[0]
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
 
-class SharedRows(LazyTensor):
-    """A tensor that several readers go through in step: the range that a thread read last, of any tensor, is kept for its next reader.
+class _LastRange(threading.local):
+    request: tuple[LazyTensor, int, int] | None = None
+    rows: Array
 
-    The arrays are read-only, because others will see them, too.
+
+class SharedRows(LazyTensor):
+    """A tensor that several readers read in step: each thread keeps the range that it read last, of any tensor, for the next reader.
+
+    The arrays are read-only, because several readers get them.
     """
 
-    _last = threading.local()
+    _last = _LastRange()
 
     def __init__(self, source: LazyTensor) -> None:
         self.source = source
         self.shape, self.dtype, self.stored, self.origin = source.shape, source.dtype, source.stored, source.origin
 
     @property
-    def stored_dtype(self) -> np.dtype:
+    def stored_dtype(self) -> DType:
         return self.source.stored_dtype
 
-    def load_rows(self, first: int, last: int) -> np.ndarray:
-        asked = (self.source, first, last)
-        if getattr(self._last, "asked", None) != asked:
+    def load_rows(self, first: int, last: int) -> Array:
+        request = (self.source, first, last)
+        if self._last.request != request:
             rows = self.source.load_rows(first, last)
             rows.flags.writeable = False
-            self._last.asked, self._last.rows = asked, rows
+            self._last.request, self._last.rows = request, rows
         return self._last.rows
 
 
 def row_ranges(rows: int, row_bytes: int, chunk_bytes: int, multiple: int = 1) -> Iterator[tuple[int, int]]:
-    """Cut ``rows`` into ranges of about ``chunk_bytes``, each but the last a multiple of ``multiple`` rows long."""
+    """Split ``rows`` into ranges of about ``chunk_bytes``. Every range but the last is a multiple of ``multiple`` rows long."""
     step = max(chunk_bytes // max(row_bytes, 1) // multiple, 1) * multiple
     for first in range(0, rows, step):
         yield first, min(first + step, rows)

@@ -8,20 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from gemma2tool.errors import InputRefused
-
-if TYPE_CHECKING:
-    from gemma2tool.model.config import Gemma2Config
+from gemma2tool.model.config import Gemma2Config
 
 
 @dataclass(frozen=True)
 class TensorRow:
-    """A line of the table: a name with ``{i}`` for the layer, symbolic dimensions, what the tensor is for.
+    """A row of the table: a name with ``{i}`` for the layer, symbolic dimensions, and the tensor's role.
 
-    ``when`` says which models have it: ``always``, ``bias`` (attention_bias), ``untied`` (tie_word_embeddings is false), or
-    ``head`` (a classification head, present where the checkpoint has one).
+    ``when`` says which models have the tensor: ``always``, ``bias`` (attention_bias), ``untied`` (tie_word_embeddings is false),
+    or ``head`` (a classification head, present where the checkpoint has one).
     """
 
     name: str
@@ -57,12 +54,12 @@ TENSOR_TABLE: tuple[TensorRow, ...] = (
 )
 
 HEADS = tuple(row.name for row in TENSOR_TABLE if row.when == "head")
-"""Classification heads: ``score`` of Hugging Face's classes, ``classifier`` of others."""
+"""Tensors of classification heads: ``score`` in Hugging Face's classes, ``classifier`` in others."""
 
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """One tensor that a model of a given config has: canonical ``name``, ``shape``, ``role``, ``layer`` (None outside layers)."""
+    """A tensor that a model of a given config has: canonical ``name``, ``shape``, ``role``, ``layer`` (None outside the layers)."""
 
     name: str
     shape: tuple[int, ...]
@@ -72,7 +69,7 @@ class TensorSpec:
     required: bool
 
 
-def _evaluate(dims: Iterable[str], sizes: Mapping[str, int]) -> tuple[int, ...]:
+def _evaluate_shape(dims: Iterable[str], sizes: Mapping[str, int]) -> tuple[int, ...]:
     shape = []
     for dim in dims:
         size = 1
@@ -82,8 +79,8 @@ def _evaluate(dims: Iterable[str], sizes: Mapping[str, int]) -> tuple[int, ...]:
     return tuple(shape)
 
 
-def symbols(config: Gemma2Config) -> dict[str, int]:
-    """The values of the table's symbols: V vocab, D hidden, F feed-forward, H heads, K kv heads, h head_dim, N labels."""
+def dimension_sizes(config: Gemma2Config) -> dict[str, int]:
+    """The sizes that the table's symbols stand for: V vocab, D hidden, F feed-forward, H heads, K kv heads, h head_dim, N labels."""
     return {
         "V": config.vocab_size,
         "D": config.hidden_size,
@@ -96,9 +93,9 @@ def symbols(config: Gemma2Config) -> dict[str, int]:
     }
 
 
-def expand(config: Gemma2Config) -> dict[str, TensorSpec]:
-    """Every tensor a model of ``config`` has or may have, by canonical name, in the order of the table and of the layers."""
-    sizes = symbols(config)
+def tensor_specs(config: Gemma2Config) -> dict[str, TensorSpec]:
+    """Every tensor that a model of ``config`` has or may have, by canonical name, in the order of the table and of the layers."""
+    sizes = dimension_sizes(config)
     specs: dict[str, TensorSpec] = {}
 
     def add(row: TensorRow, layer: int | None) -> None:
@@ -108,51 +105,49 @@ def expand(config: Gemma2Config) -> dict[str, TensorSpec]:
             return
         name = row.name.format(i=layer)
         required = row.when != "head"
-        specs[name] = TensorSpec(name, _evaluate(row.dims, sizes), row.role, layer, row.quantizable, required)
+        specs[name] = TensorSpec(name, _evaluate_shape(row.dims, sizes), row.role, layer, row.quantizable, required)
 
-    layered = [row for row in TENSOR_TABLE if "{i}" in row.name]
-    before = True
+    layer_rows = [row for row in TENSOR_TABLE if "{i}" in row.name]
     for row in TENSOR_TABLE:
-        if "{i}" not in row.name:
+        if row not in layer_rows:
             add(row, None)
-        elif before:
-            before = False
+        elif row is layer_rows[0]:
             for layer in range(config.num_hidden_layers):
-                for each in layered:
-                    add(each, layer)
+                for layer_row in layer_rows:
+                    add(layer_row, layer)
     return specs
 
 
 def check_tensors(config: Gemma2Config, shapes: Mapping[str, tuple[int, ...]], where: str) -> None:
-    """Compare what a checkpoint holds with the table; raise ``InputRefused`` that names what is missing, unexpected or mis-shaped.
+    """Compare the tensors of a checkpoint with the table; raises ``InputRefused`` with the missing, unexpected or misshapen tensors.
 
-    ``shapes`` maps canonical names to shapes; ``where`` names the file or folder for the message.
+    ``shapes``: by canonical name. ``where``: the file or folder, for the message.
     """
-    specs = expand(config)
+    specs = tensor_specs(config)
     missing = [name for name, spec in specs.items() if spec.required and name not in shapes]
     if missing:
         raise InputRefused(
             "checkpoint.missing-tensor",
-            f"{where}: {_listed(missing)} missing",
-            hint="the checkpoint is incomplete: fetch it again, or check num_hidden_layers in its config",
+            f"{where}: {_enumerate(missing)} missing",
+            hint="download the checkpoint again, or check num_hidden_layers in its config",
         )
     unexpected = [name for name in shapes if name not in specs]
     if unexpected:
         raise InputRefused(
             "checkpoint.unexpected-tensor",
-            f"{where}: {_listed(unexpected)} unexpected in a Gemma 2 of {config.num_hidden_layers} layers",
-            hint="the config does not describe these weights, or this is not a plain Gemma 2",
+            f"{where}: {_enumerate(unexpected)} unexpected in a Gemma 2 of {config.num_hidden_layers} layers",
+            hint="pass the config of these weights with --config, unless the model is not a plain Gemma 2",
         )
     for name, spec in specs.items():
         if name in shapes and tuple(shapes[name]) != spec.shape:
             raise InputRefused(
                 "checkpoint.shape",
-                f"{where}: {name} has shape {tuple(shapes[name])}, the config asks for {spec.shape}",
-                hint="the config contradicts the weights: pass the right one with --config",
+                f"{where}: {name} has shape {tuple(shapes[name])}, the config requires {spec.shape}",
+                hint="pass the config of these weights with --config",
             )
 
 
-def _listed(names: list[str]) -> str:
+def _enumerate(names: list[str]) -> str:
     shown = ", ".join(names[:3])
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     verb = "is" if len(names) == 1 else "are"

@@ -12,47 +12,46 @@ from typing import ClassVar
 
 import numpy as np
 
-from gemma2tool.model.lazy import to_float32
-from gemma2tool.quantizers import groups
+from gemma2tool.model.lazy import Array, to_float32
 from gemma2tool.quantizers.base import Part
 from gemma2tool.quantizers.bitpack import pack_words, transposed, unpack_words
 from gemma2tool.quantizers.casts import cast
-from gemma2tool.quantizers.groups import Rule
+from gemma2tool.quantizers.groups import GroupScales, Rule, dequantize_groups, group_ranges, quantize_groups
 
 BITS = 4
 PER_WORD = 8
 _ORDER = np.array([0, 2, 4, 6, 1, 3, 5, 7])
-_TOP = np.float32(15)
+_TOP = 2**BITS - 1
 _SMALLEST_RANGE = np.float32(1e-5)  # as AutoAWQ: a group of zeros still has a scale
 
 
-def quantize(rows: np.ndarray, group_size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def quantize(rows: Array, group_size: int) -> tuple[Array, Array, Array]:
     """(n, I) to codes uint8 (n, I), zeros uint8 and scales float16 (n, I / group_size); zero is within every group's range."""
-    zeros, scales = grid(*groups.ranges(rows, group_size))
-    codes = groups.codes(rows, group_size, Rule.ADD_ZERO, to_float32(scales), zeros, 0, _TOP)
+    zeros, scales = grid(*group_ranges(rows, group_size))
+    codes = quantize_groups(rows, GroupScales(group_size, scales, zeros), Rule.ADD_ZERO, 0, _TOP)
     return codes, zeros, scales
 
 
-def grid(low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def grid(low: Array, high: Array) -> tuple[Array, Array]:
     """Zeros uint8 and scales float16 of groups from their smallest and largest values, float32, any one shape."""
     low, high = np.minimum(low, 0), np.maximum(high, 0)
-    scales = cast(np.maximum(high - low, _SMALLEST_RANGE) / _TOP, np.float16)
+    scales = cast(np.maximum(high - low, _SMALLEST_RANGE) / np.float32(_TOP), np.float16)
     return np.clip(np.rint(-low / to_float32(scales)), 0, _TOP).astype(np.uint8), scales
 
 
-def dequantize(codes: np.ndarray, zeros: np.ndarray, scales: np.ndarray, group_size: int) -> np.ndarray:
+def dequantize(codes: Array, zeros: Array, scales: Array, group_size: int) -> Array:
     """(code - zero) * scale, float32 and exact for float16 scales. (n, I), (n, G), (n, G) -> (n, I)."""
-    return groups.values(codes, group_size, scales, zeros)
+    return dequantize_groups(codes, GroupScales(group_size, scales, zeros))
 
 
-def pack(codes: np.ndarray) -> np.ndarray:
+def pack(codes: Array) -> Array:
     """(O, m) codes to words (O / 8, m): eight rows to a word. O is a multiple of 8."""
     rows, columns = codes.shape
     eights = codes.reshape(rows // PER_WORD, PER_WORD, columns)[:, _ORDER]
     return pack_words(np.ascontiguousarray(eights.swapaxes(1, 2)), BITS)[..., 0].view(np.int32)
 
 
-def unpack(words: np.ndarray) -> np.ndarray:
+def unpack(words: Array) -> Array:
     """The inverse of ``pack``."""
     eights = np.empty((words.shape[0], PER_WORD, words.shape[1]), np.uint8)
     eights[:, _ORDER] = unpack_words(np.ascontiguousarray(words)[..., None], BITS).swapaxes(1, 2)
@@ -85,12 +84,12 @@ class Awq:
     def row_multiple(self, shape: tuple[int, ...]) -> int:
         return PER_WORD
 
-    def encode(self, rows: np.ndarray) -> Mapping[str, np.ndarray]:
+    def encode(self, rows: Array) -> Mapping[str, Array]:
         return self.pack(*quantize(rows, self.width(rows.shape[1])))
 
-    def pack(self, codes: np.ndarray, zeros: np.ndarray, scales: np.ndarray) -> Mapping[str, np.ndarray]:
+    def pack(self, codes: Array, zeros: Array, scales: Array) -> Mapping[str, Array]:
         """``encode``'s result for rows that are quantized already."""
         return {"qweight": pack(codes), "qzeros": pack(zeros), "scales": scales}
 
-    def finish(self, shape: tuple[int, ...], collected: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+    def finish(self, shape: tuple[int, ...], collected: Mapping[str, Array]) -> Mapping[str, Array]:
         return {suffix: transposed(array) for suffix, array in collected.items()}

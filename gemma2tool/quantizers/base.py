@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-import numpy as np
+from gemma2tool.model.lazy import Array
 
 
 @dataclass(frozen=True)
@@ -50,13 +50,13 @@ class Encoder(Protocol):
     def row_multiple(self, shape: tuple[int, ...]) -> int:
         """Ranges of rows must start at multiples of this many rows (blocks may span rows)."""
 
-    def encode(self, rows: np.ndarray) -> Mapping[str, np.ndarray]:
+    def encode(self, rows: Array) -> Mapping[str, Array]:
         """Encode a range of rows ``(n, *shape[1:])`` of any float dtype; returns streamed parts by suffix, C-contiguous.
 
         May also return arrays under suffixes that ``finish`` collects (see ``collects``).
         """
 
-    def finish(self, shape: tuple[int, ...], collected: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+    def finish(self, shape: tuple[int, ...], collected: Mapping[str, Array]) -> Mapping[str, Array]:
         """The parts that are not streamed, by suffix."""
 
 

@@ -6,13 +6,14 @@ import sys
 
 import numpy as np
 
+from gemma2tool.model.lazy import Array
 from gemma2tool.quantizers.kernels import _native
 
 WORD_BITS = 32
 _STRIP = 128
 
 
-def pack_words(codes: np.ndarray, bits: int) -> np.ndarray:
+def pack_words(codes: Array, bits: int) -> Array:
     """(..., n) uint8 values below 2**bits to (..., n * bits / 32) uint32. ``bits`` is 4 or 8, n a multiple of 32 / bits."""
     per_word = _per_word(bits)
     if codes.shape[-1] % per_word:
@@ -25,7 +26,7 @@ def pack_words(codes: np.ndarray, bits: int) -> np.ndarray:
     return codes.view("<u4").astype(np.uint32, copy=False)
 
 
-def unpack_words(words: np.ndarray, bits: int) -> np.ndarray:
+def unpack_words(words: Array, bits: int) -> Array:
     """(..., n) 32-bit words to (..., n * 32 / bits) uint8; the inverse of ``pack_words``."""
     _per_word(bits)
     values = np.ascontiguousarray(words)
@@ -39,7 +40,7 @@ def unpack_words(words: np.ndarray, bits: int) -> np.ndarray:
     return codes
 
 
-def transposed(matrix: np.ndarray) -> np.ndarray:
+def transposed(matrix: Array) -> Array:
     """(n, m) to a C-contiguous (m, n), strip by strip: what one strip writes stays in the caches, which is three times as fast."""
     result = np.empty(matrix.shape[::-1], matrix.dtype)
     for first in range(0, len(matrix), _STRIP):

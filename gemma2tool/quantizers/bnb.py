@@ -20,7 +20,7 @@ from typing import ClassVar
 import numpy as np
 
 from gemma2tool.errors import InputRefused
-from gemma2tool.model.lazy import BFLOAT16, FLOAT16, FLOAT32, LazyTensor, row_ranges, to_float32
+from gemma2tool.model.lazy import BFLOAT16, FLOAT16, FLOAT32, Array, DType, LazyTensor, row_ranges, to_float32
 from gemma2tool.quantizers.base import FLOAT16_LIMIT, Part
 from gemma2tool.quantizers.bnb_tables import ASCENDING, CODES, MIDPOINTS, dynamic_bins, dynamic_map
 from gemma2tool.quantizers.casts import cast
@@ -36,7 +36,7 @@ QUANT_DTYPES = {"bfloat16": BFLOAT16, "float16": FLOAT16, "float32": FLOAT32}
 """Types a weight may have when it is quantized, in torch's spelling."""
 
 
-def quantize_4bit(values: np.ndarray, quant_type: str) -> tuple[np.ndarray, np.ndarray]:
+def quantize_4bit(values: Array, quant_type: str) -> tuple[Array, Array]:
     """Quantize a flat array of floats, of which only the last block may be shorter than 64.
 
     Returns the codes, two in a byte with the first in the high half, uint8 ``(ceil(n / 2),)``, and absmax, float32
@@ -46,12 +46,12 @@ def quantize_4bit(values: np.ndarray, quant_type: str) -> tuple[np.ndarray, np.n
     return packed, _quantize_4bit(values, quant_type, packed)
 
 
-def absmax_4bit(values: np.ndarray) -> np.ndarray:
+def absmax_4bit(values: Array) -> Array:
     """The second result of ``quantize_4bit`` alone."""
     return _quantize_4bit(values, "nf4", None)
 
 
-def _quantize_4bit(values: np.ndarray, quant_type: str, packed: np.ndarray | None) -> np.ndarray:
+def _quantize_4bit(values: Array, quant_type: str, packed: Array | None) -> Array:
     values = kernel_floats(values)
     midpoints, ascending = MIDPOINTS[quant_type], ASCENDING[quant_type]
     absmax = np.empty(-(-values.size // BLOCKSIZE), np.float32)
@@ -68,8 +68,8 @@ def _quantize_4bit(values: np.ndarray, quant_type: str, packed: np.ndarray | Non
 
 
 def dequantize_4bit(
-    packed: np.ndarray, absmax: np.ndarray, quant_type: str, count: int, dtype: np.dtype, blocksize: int = BLOCKSIZE
-) -> np.ndarray:
+    packed: Array, absmax: Array, quant_type: str, count: int, dtype: DType, blocksize: int = BLOCKSIZE
+) -> Array:
     """The first ``count`` values of whole blocks: number * absmax in float32, rounded to ``dtype``. Flat arrays.
 
     Raises ValueError where there are too few codes or scales.
@@ -92,7 +92,7 @@ def dequantize_4bit(
     return cast(values, dtype)
 
 
-def quantize_8bit(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def quantize_8bit(values: Array) -> tuple[Array, Array]:
     """Flat float32 values in blocks of 256 of the dynamic type: codes uint8 ``(n,)``, absmax float32 ``(ceil(n / 256),)``."""
     values = np.ascontiguousarray(values, np.float32)
     codes = np.empty(len(values), np.uint8)
@@ -103,14 +103,12 @@ def quantize_8bit(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return codes, absmax
 
 
-def dequantize_8bit(
-    codes: np.ndarray, absmax: np.ndarray, numbers: np.ndarray, blocksize: int = NESTED_BLOCKSIZE
-) -> np.ndarray:
+def dequantize_8bit(codes: Array, absmax: Array, numbers: Array, blocksize: int = NESTED_BLOCKSIZE) -> Array:
     """``numbers[code] * absmax`` in float32, of whole blocks but for the last. Flat arrays."""
     return numbers[codes] * np.repeat(absmax, blocksize)[: len(codes)]
 
 
-def mean_float32(values: np.ndarray) -> np.float32:
+def mean_float32(values: Array) -> np.float32:
     """The mean of a flat float32 array in the order in which torch adds on one thread.
 
     Rows of 32 values are added column by column, in up to four levels so that no running sum grows long; then the columns,
@@ -125,7 +123,7 @@ def mean_float32(values: np.ndarray) -> np.float32:
     return np.float32(total) / np.float32(len(values))
 
 
-def _sum_vectors(vectors: np.ndarray) -> np.ndarray:
+def _sum_vectors(vectors: Array) -> Array:
     """The sum of (n, lanes) over n: four vectors to a row, rows added in levels, the four columns folded last."""
     rows, lanes = len(vectors) // 4, vectors.shape[1]
     power = max(4, (rows - 1).bit_length() // 4 if rows > 1 else 0)
@@ -139,7 +137,7 @@ def _sum_vectors(vectors: np.ndarray) -> np.ndarray:
     return _sum_rows(columns)
 
 
-def _sum_rows(rows: np.ndarray) -> np.ndarray:
+def _sum_rows(rows: Array) -> Array:
     """The sum over the first axis, one after the other from zero: numpy's own sum may pair them up."""
     total = np.zeros(rows.shape[1:], np.float32)
     for row in rows:
@@ -158,7 +156,7 @@ class FourBit:
 
     quant_type: str = "nf4"
     double_quant: bool = False
-    dtype: np.dtype = QUANT_DTYPES["bfloat16"]
+    dtype: DType = QUANT_DTYPES["bfloat16"]
     nested_offset: float | None = None
 
     lossless: ClassVar[bool] = False
@@ -189,7 +187,7 @@ class FourBit:
             raise InputRefused("quantize.nonfinite", f"{source.origin}: NaN or infinite weights cannot be quantized")
         return replace(self, nested_offset=offset)
 
-    def _loaded(self, rows: np.ndarray) -> np.ndarray:
+    def _loaded(self, rows: Array) -> Array:
         """The rows as a flat array of the type that the weight is taken to have."""
         return cast(rows if rows.dtype != np.float64 else to_float32(rows), self.dtype).reshape(-1)
 
@@ -216,11 +214,11 @@ class FourBit:
     def row_multiple(self, shape: tuple[int, ...]) -> int:
         return BLOCKSIZE // math.gcd(math.prod(shape[1:]), BLOCKSIZE)
 
-    def encode(self, rows: np.ndarray) -> Mapping[str, np.ndarray]:
+    def encode(self, rows: Array) -> Mapping[str, Array]:
         packed, absmax = quantize_4bit(self._loaded(rows), self.quant_type)
         return {"": packed.reshape(-1, 1), ".absmax": absmax}
 
-    def finish(self, shape: tuple[int, ...], collected: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+    def finish(self, shape: tuple[int, ...], collected: Mapping[str, Array]) -> Mapping[str, Array]:
         parts = {
             ".quant_map": CODES[self.quant_type],
             self._state_suffix: np.frombuffer(self._state(shape), np.uint8),
@@ -256,7 +254,7 @@ class FourBit:
         return json.dumps(state).encode()
 
 
-def quantize_int8(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def quantize_int8(rows: Array) -> tuple[Array, Array]:
     """LLM.int8() of a matrix (O, I): codes int8 (O, I) and the row absmax, float32 (O,). Values are rounded to float16 first.
 
     A magnitude over 65504 is infinite in float16: its row becomes zero, its absmax infinite.
@@ -269,7 +267,7 @@ def quantize_int8(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return codes, absmax
 
 
-def dequantize_int8(codes: np.ndarray, absmax: np.ndarray) -> np.ndarray:
+def dequantize_int8(codes: Array, absmax: Array) -> Array:
     """code * absmax / 127 in float32, with the library's constant for 1 / 127. (O, I), (O,) -> (O, I)."""
     codes, absmax = np.ascontiguousarray(codes, np.int8), np.ascontiguousarray(absmax, np.float32)
     if absmax.shape != codes.shape[:1]:
@@ -299,9 +297,9 @@ class Int8:
     def row_multiple(self, shape: tuple[int, ...]) -> int:
         return 1
 
-    def encode(self, rows: np.ndarray) -> Mapping[str, np.ndarray]:
+    def encode(self, rows: Array) -> Mapping[str, Array]:
         codes, absmax = quantize_int8(rows)
         return {"": codes, "SCB": absmax}
 
-    def finish(self, shape: tuple[int, ...], collected: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+    def finish(self, shape: tuple[int, ...], collected: Mapping[str, Array]) -> Mapping[str, Array]:
         return {"weight_format": np.zeros((), np.uint8)}  # 0: row-major

@@ -10,6 +10,8 @@ import functools
 
 import numpy as np
 
+from gemma2tool.model.lazy import Array
+
 CODES = {
     # Quantiles of the normal distribution, as the library's table spells them.
     "nf4": np.array(
@@ -29,7 +31,7 @@ ASCENDING = {
 """The codes from the smallest number to the largest. fp4 has zero twice; just below zero is code 0, just above it code 8."""
 
 
-def _midpoints(quant_type: str) -> np.ndarray:
+def _midpoints(quant_type: str) -> Array:
     numbers = CODES[quant_type][ASCENDING[quant_type]]
     return (numbers[:-1] + numbers[1:]) / np.float32(2)
 
@@ -61,7 +63,7 @@ _DYNAMIC_MAGNITUDES = np.array([
 
 
 @functools.cache
-def dynamic_map() -> np.ndarray:
+def dynamic_map() -> Array:
     """The 256 numbers of the signed dynamic type, ascending: float32, within [-0.993, 1].
 
     Seven decades, each with twice as many evenly spaced numbers as the one below, and both signs of each; 0; and 1, which has no
@@ -75,7 +77,7 @@ def dynamic_map() -> np.ndarray:
 
 
 @functools.cache
-def dynamic_bins() -> np.ndarray:
+def dynamic_bins() -> Array:
     """The nearest code of ``dynamic_map`` for each of 65536 steps from -1 to 1, uint8: the CPU library looks values up here."""
     numbers = dynamic_map()
     midpoints = np.float32(0.5) * (numbers[:-1] + numbers[1:])

@@ -7,12 +7,13 @@ import math
 import ml_dtypes
 import numpy as np
 
+from gemma2tool.model.lazy import Array, DType
 from gemma2tool.quantizers.kernels import _native
 
 _NAMES = {np.dtype(np.float32): "f32", np.dtype(np.float16): "f16", np.dtype(ml_dtypes.bfloat16): "bf16"}
 
 
-def cast(array: np.ndarray, dtype: np.dtype | type, out: np.ndarray | None = None) -> np.ndarray:
+def cast(array: Array, dtype: DType | type, out: Array | None = None) -> Array:
     """``array`` in ``dtype``: float32, float16 or ``ml_dtypes.bfloat16`` to any of the three, same shape.
 
     Rounds to nearest even; float16 overflow gives infinities. NaN stays NaN with its sign, with the bits ggml writes: 0x7E00 in
@@ -36,13 +37,13 @@ def cast(array: np.ndarray, dtype: np.dtype | type, out: np.ndarray | None = Non
     return out
 
 
-def count_nonfinite(array: np.ndarray) -> int:
+def count_nonfinite(array: Array) -> int:
     """How many elements of a float32, float16 or bfloat16 array are NaN or infinite."""
     array = np.ascontiguousarray(array)
     return _native.count_nonfinite(_name(array.dtype), array.ctypes.data, array.size)
 
 
-def any_beyond(array: np.ndarray, limit: float = math.inf) -> bool:
+def any_beyond(array: Array, limit: float = math.inf) -> bool:
     """Whether any value is NaN or infinite, or of a magnitude from ``limit`` on. float32, float16, bfloat16 or float64.
 
     A finite limit compares the values' bits as integers, whose order is that of floats: two passes in cache, nothing allocated.
@@ -61,7 +62,7 @@ def any_beyond(array: np.ndarray, limit: float = math.inf) -> bool:
     return bool(positive >= bound or int(negative) >= (1 << (width - 1)) + bound)
 
 
-def _name(dtype: np.dtype) -> str:
+def _name(dtype: DType) -> str:
     try:
         return _NAMES[dtype]
     except KeyError:

@@ -14,12 +14,11 @@ from typing import ClassVar
 import ml_dtypes
 import numpy as np
 
-from gemma2tool.model.lazy import BFLOAT16, to_float32
-from gemma2tool.quantizers import groups
+from gemma2tool.model.lazy import BFLOAT16, Array, DType, to_float32
 from gemma2tool.quantizers.base import Part
 from gemma2tool.quantizers.bitpack import pack_words, unpack_words
 from gemma2tool.quantizers.casts import cast
-from gemma2tool.quantizers.groups import Rule
+from gemma2tool.quantizers.groups import GroupScales, Rule, dequantize_groups, group_ranges, quantize_groups
 
 FP8 = np.dtype(ml_dtypes.float8_e4m3fn)
 FP8_MAX = 448.0
@@ -31,12 +30,12 @@ FLOAT_NAMES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 class Scheme:
     """A weight scheme: ``bits`` and ``kind`` ("int" or "float") of the codes, what shares a scale, whether codes are packed.
 
-    ``group``: how many columns share a scale, None for a whole row; ``block_rows``: how many rows share it.
+    ``group_size``: how many columns share a scale, None for a whole row; ``block_rows``: how many rows share it.
     """
 
     bits: int
     kind: str
-    group: int | None
+    group_size: int | None
     block_rows: int = 1
     symmetric: bool = True
     packed: bool = False
@@ -49,13 +48,13 @@ class Scheme:
     def high(self) -> float:
         return FP8_MAX if self.kind == "float" else 2.0 ** (self.bits - 1) - 1
 
-    def groups(self, columns: int) -> int:
+    def group_count(self, columns: int) -> int:
         """How many scales a row of this many columns has. Raises ValueError where the library could not store it."""
-        if self.group is None:
+        if self.group_size is None:
             return 1
-        if columns % self.group and self.block_rows == 1:
-            raise ValueError(f"{columns} columns are not a multiple of the group size {self.group}")
-        return -(-columns // self.group)
+        if columns % self.group_size and self.block_rows == 1:
+            raise ValueError(f"{columns} columns are not a multiple of the group size {self.group_size}")
+        return -(-columns // self.group_size)
 
 
 SCHEMES = {
@@ -68,32 +67,32 @@ SCHEMES = {
 }
 
 
-def _in(dtype: np.dtype, values: np.ndarray) -> np.ndarray:
+def _in(dtype: DType, values: Array) -> Array:
     """float32 values rounded to ``dtype``, as float32."""
     return values if dtype == np.float32 else to_float32(cast(values, dtype))
 
 
-def quantize(rows: np.ndarray, scheme: Scheme) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+def quantize(rows: Array, scheme: Scheme) -> tuple[Array, Array, Array | None]:
     """Quantize (n, I) of any float dtype, whose arithmetic is used.
 
     Returns codes (n, I), int8 or float8_e4m3fn; scales in the dtype of ``rows`` (ceil(n / block_rows), groups); and, where the
     scheme is not symmetric, zero points int8 of the same shape.
     """
     dtype, (n, columns) = rows.dtype, rows.shape
-    width, height = scheme.group or columns, scheme.block_rows
-    scheme.groups(columns)
-    low, high = groups.ranges(rows, width)
+    width, height = scheme.group_size or columns, scheme.block_rows
+    scheme.group_count(columns)
+    low, high = group_ranges(rows, width)
     if height > 1:
         starts = np.arange(0, n, height)
         low, high = np.minimum.reduceat(low, starts), np.maximum.reduceat(high, starts)
     zero_points, scales = grid(low, high, scheme, dtype)
     rule = Rule.FLOAT8 if scheme.kind == "float" else Rule.DIVIDE
-    by_row, zeros_by_row = _rows_of(scales, height, n), _rows_of(zero_points, height, n)
-    codes = groups.codes(rows, width, rule, by_row, zeros_by_row, scheme.low, scheme.high, dtype)
+    groups = _groups_of_rows(scheme, columns, scales, zero_points, n)
+    codes = quantize_groups(rows, groups, rule, scheme.low, scheme.high, dtype)
     return codes.view(FP8 if scheme.kind == "float" else np.int8), cast(scales, dtype), zero_points
 
 
-def grid(low: np.ndarray, high: np.ndarray, scheme: Scheme, dtype: np.dtype) -> tuple[np.ndarray | None, np.ndarray]:
+def grid(low: Array, high: Array, scheme: Scheme, dtype: DType) -> tuple[Array | None, Array]:
     """Zero points int8 (None where the scheme is symmetric) and scales, float32 values of ``dtype``, of groups from their smallest and
     largest values."""
     low, high = np.minimum(low, 0), np.maximum(high, 0)
@@ -110,30 +109,34 @@ def grid(low: np.ndarray, high: np.ndarray, scheme: Scheme, dtype: np.dtype) -> 
     return zero_points, scales
 
 
-def dequantize(codes: np.ndarray, scales: np.ndarray, zero_points: np.ndarray | None, scheme: Scheme) -> np.ndarray:
+def dequantize(codes: Array, scales: Array, zero_points: Array | None, scheme: Scheme) -> Array:
     """(code - zero point) * scale in the dtype of the scales. Row ranges must start at multiples of ``block_rows``."""
     n, columns = codes.shape
-    height, width = scheme.block_rows, scheme.group or columns
-    by_row, zeros_by_row = _rows_of(scales, height, n), _rows_of(zero_points, height, n)
+    groups = _groups_of_rows(scheme, columns, scales, zero_points, n)
     if codes.dtype == FP8:
-        wide = np.repeat(to_float32(by_row), width, axis=1)[:, :columns]
+        wide = np.repeat(to_float32(groups.scales), groups.group_size, axis=1)[:, :columns]
         return cast(_FP8_VALUES[codes.view(np.uint8)] * wide, scales.dtype)
-    return cast(groups.values(codes, width, by_row, zeros_by_row), scales.dtype)
+    return cast(dequantize_groups(codes, groups), scales.dtype)
 
 
-def _rows_of(by_block: np.ndarray | None, height: int, rows: int) -> np.ndarray | None:
-    """What holds for blocks of rows, for each row: (ceil(rows / height), G) to (rows, G)."""
-    return by_block if by_block is None or height == 1 else np.repeat(by_block, height, axis=0)[:rows]
+def _groups_of_rows(scheme: Scheme, columns: int, scales: Array, zero_points: Array | None, rows: int) -> GroupScales:
+    """The scales and zero points of blocks of rows, (ceil(rows / block_rows), G), repeated for each row: (rows, G)."""
+
+    def of_rows(by_block: Array) -> Array:
+        return by_block if scheme.block_rows == 1 else np.repeat(by_block, scheme.block_rows, axis=0)[:rows]
+
+    offsets = None if zero_points is None else of_rows(zero_points)
+    return GroupScales(scheme.group_size or columns, of_rows(scales), offsets)
 
 
-def pack(codes: np.ndarray, bits: int) -> np.ndarray:
+def pack(codes: Array, bits: int) -> Array:
     """(n, m) int8 to int32 words along the last axis, each code offset to be unsigned."""
     return pack_words((codes.view(np.uint8) + np.uint8(1 << (bits - 1))) & np.uint8((1 << bits) - 1), bits).view(
         np.int32
     )
 
 
-def unpack(words: np.ndarray, bits: int) -> np.ndarray:
+def unpack(words: Array, bits: int) -> Array:
     """The inverse of ``pack``: int8."""
     return (unpack_words(words, bits) - np.uint8(1 << (bits - 1))).view(np.int8)
 
@@ -146,7 +149,7 @@ class Compressed:
     """
 
     name: str
-    dtype: np.dtype = BFLOAT16
+    dtype: DType = BFLOAT16
     variant: Scheme | None = None
 
     lossless: ClassVar[bool] = False
@@ -164,7 +167,7 @@ class Compressed:
 
     def parts(self, shape: tuple[int, ...]) -> tuple[Part, ...]:
         scheme, (rows, columns) = self.scheme, shape
-        scales = (-(-rows // scheme.block_rows), scheme.groups(columns))
+        scales = (-(-rows // scheme.block_rows), scheme.group_count(columns))
         scale = Part("weight_scale", FLOAT_NAMES[self.dtype.name], scales, scales[0] * scales[1] * self.dtype.itemsize)
         if not scheme.packed:
             return Part("", "F8_E4M3" if scheme.kind == "float" else "I8", shape, rows * columns), scale
@@ -176,7 +179,7 @@ class Compressed:
             parts.append(Part("weight_zero_point", "I32", (zero_rows, scales[1]), size, streamed=False))
         return (*parts, Part("weight_shape", "I64", (2,), 16, streamed=False))
 
-    def encode(self, rows: np.ndarray) -> Mapping[str, np.ndarray]:
+    def encode(self, rows: Array) -> Mapping[str, Array]:
         scheme = self.scheme
         codes, scales, zero_points = quantize(cast(rows, self.dtype), scheme)
         main = {"weight_packed": pack(codes, scheme.bits)} if scheme.packed else {"": codes}
@@ -185,13 +188,13 @@ class Compressed:
             main["weight_zero_point"] = zero_points
         return main
 
-    def pack(self, codes: np.ndarray, zeros: np.ndarray, scales: np.ndarray) -> Mapping[str, np.ndarray]:
+    def pack(self, codes: Array, zeros: Array, scales: Array) -> Mapping[str, Array]:
         """``encode``'s result for rows that are quantized already, to codes and zeros counted from the lowest (uint8). Of packed schemes."""
         lowest = np.uint8(1 << (self.scheme.bits - 1))
         main = {"weight_packed": pack((codes - lowest).view(np.int8), self.scheme.bits), "weight_scale": scales}
         return main if self.scheme.symmetric else main | {"weight_zero_point": (zeros - lowest).view(np.int8)}
 
-    def finish(self, shape: tuple[int, ...], collected: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+    def finish(self, shape: tuple[int, ...], collected: Mapping[str, Array]) -> Mapping[str, Array]:
         scheme = self.scheme
         if not scheme.packed:
             return {}

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gemma2tool.model.lazy import BFLOAT16, DTYPE_NAMES, FLOAT16, FLOAT32, to_float32
+from gemma2tool.model.lazy import BFLOAT16, DTYPE_NAMES, FLOAT16, FLOAT32, Array, DType, to_float32
 from gemma2tool.quantizers.base import FLOAT16_LIMIT, Part
 from gemma2tool.quantizers.casts import cast
 
@@ -25,7 +25,7 @@ SAFETENSORS_NAMES = {
 class Float:
     """Store values as ``dtype``: float32, float16 or bfloat16 from any of the three or from float64, any other type from itself alone."""
 
-    dtype: np.dtype
+    dtype: DType
     collects: tuple[str, ...] = ()
 
     @property
@@ -49,16 +49,16 @@ class Float:
     def row_multiple(self, shape: tuple[int, ...]) -> int:
         return 1
 
-    def encode(self, rows: np.ndarray) -> Mapping[str, np.ndarray]:
+    def encode(self, rows: Array) -> Mapping[str, Array]:
         if rows.dtype == self.dtype:
             return {"": rows}
         return {"": cast(to_float32(rows) if rows.dtype == np.float64 else rows, self.dtype)}
 
-    def finish(self, shape: tuple[int, ...], collected: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+    def finish(self, shape: tuple[int, ...], collected: Mapping[str, Array]) -> Mapping[str, Array]:
         return {}
 
 
-def narrows_exactly(values: np.ndarray, dtype: np.dtype) -> bool:
+def narrows_exactly(values: Array, dtype: DType) -> bool:
     """Whether every value survives being stored as ``dtype`` (compared as values; NaN never does)."""
     with np.errstate(over="ignore", invalid="ignore"):
         return bool(np.array_equal(values.astype(dtype).astype(np.float64), values.astype(np.float64)))

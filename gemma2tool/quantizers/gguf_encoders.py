@@ -6,9 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
-
-from gemma2tool.model.lazy import FLOAT32
+from gemma2tool.model.lazy import FLOAT32, Array
 from gemma2tool.quantizers.base import FLOAT16_LIMIT, Part
 from gemma2tool.quantizers.casts import cast
 from gemma2tool.quantizers.gguf_types import GGUF_TYPES, quantize, row_bytes
@@ -29,7 +27,7 @@ class Blocks:
     """
 
     type: str
-    importance: np.ndarray | None = None
+    importance: Array | None = None
     collects: tuple[str, ...] = ()
 
     limit: ClassVar[float] = FLOAT16_LIMIT
@@ -49,10 +47,10 @@ class Blocks:
     def row_multiple(self, shape: tuple[int, ...]) -> int:
         return 1
 
-    def encode(self, rows: np.ndarray) -> Mapping[str, np.ndarray]:
+    def encode(self, rows: Array) -> Mapping[str, Array]:
         return {"": quantize(self.type, cast(rows, FLOAT32), self.importance)}
 
-    def finish(self, shape: tuple[int, ...], collected: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+    def finish(self, shape: tuple[int, ...], collected: Mapping[str, Array]) -> Mapping[str, Array]:
         return {}
 
 
@@ -80,10 +78,10 @@ class Copied:
     def row_multiple(self, shape: tuple[int, ...]) -> int:
         return 1
 
-    def encode(self, rows: np.ndarray) -> Mapping[str, np.ndarray]:
+    def encode(self, rows: Array) -> Mapping[str, Array]:
         return {"": rows}
 
-    def finish(self, shape: tuple[int, ...], collected: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+    def finish(self, shape: tuple[int, ...], collected: Mapping[str, Array]) -> Mapping[str, Array]:
         return {}
 
 

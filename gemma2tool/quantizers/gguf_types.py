@@ -17,6 +17,7 @@ from types import MappingProxyType
 import ml_dtypes
 import numpy as np
 
+from gemma2tool.model.lazy import Array
 from gemma2tool.quantizers.casts import cast
 from gemma2tool.quantizers.kernels import _native
 
@@ -86,9 +87,7 @@ def row_bytes(type: str, cols: int) -> int:
     return cols // row.block_elements * row.block_bytes
 
 
-def quantize(
-    type: str, rows: np.ndarray, importance: np.ndarray | None = None, out: np.ndarray | None = None
-) -> np.ndarray:
+def quantize(type: str, rows: Array, importance: Array | None = None, out: Array | None = None) -> Array:
     """Rows of float32 as blocks: (n, cols) float32 to (n, row_bytes) uint8, the bytes of ggml_quantize_chunk.
 
     ``importance`` (cols,) float32 weighs the columns; types that take none ignore it. Values must be finite, weights too and not
@@ -118,7 +117,7 @@ def quantize(
     return out
 
 
-def dequantize(type: str, codes: np.ndarray, cols: int, out: np.ndarray | None = None) -> np.ndarray:
+def dequantize(type: str, codes: Array, cols: int, out: Array | None = None) -> Array:
     """Blocks back to float32: (n, row_bytes) uint8 to (n, cols) float32, the values of ggml's ``to_float``.
 
     Raises:
@@ -166,7 +165,7 @@ def _type(name: str) -> GGUFType:
         raise ValueError(f"no GGUF type {name!r}; there are {', '.join(GGUF_TYPES)}") from None
 
 
-def _output(out: np.ndarray | None, shape: tuple[int, int], dtype: type) -> np.ndarray:
+def _output(out: Array | None, shape: tuple[int, int], dtype: type) -> Array:
     if out is None:
         return np.empty(shape, dtype)
     if out.shape != shape or out.dtype != dtype or not out.flags.c_contiguous or not out.flags.writeable:

@@ -12,26 +12,23 @@ from typing import ClassVar
 
 import numpy as np
 
-from gemma2tool.model.lazy import to_float32
-from gemma2tool.quantizers import groups
+from gemma2tool.model.lazy import Array, to_float32
 from gemma2tool.quantizers.base import Part
 from gemma2tool.quantizers.bitpack import pack_words, transposed, unpack_words
 from gemma2tool.quantizers.casts import cast
-from gemma2tool.quantizers.groups import Rule
+from gemma2tool.quantizers.groups import GroupScales, Rule, dequantize_groups, group_ranges, quantize_groups
 
 CHECKPOINT_FORMATS = ("gptq", "gptq_v2")
 
 
-def quantize(
-    rows: np.ndarray, bits: int, group_size: int, symmetric: bool
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def quantize(rows: Array, bits: int, group_size: int, symmetric: bool) -> tuple[Array, Array, Array]:
     """(n, I) to codes uint8 (n, I), zeros uint8 and scales float16 (n, I / group_size)."""
-    zeros, scales = grid(*groups.ranges(rows, group_size), bits, symmetric)
-    codes = groups.codes(rows, group_size, Rule.ADD_ZERO, to_float32(scales), zeros, 0, 2**bits - 1)
+    zeros, scales = grid(*group_ranges(rows, group_size), bits, symmetric)
+    codes = quantize_groups(rows, GroupScales(group_size, scales, zeros), Rule.ADD_ZERO, 0, 2**bits - 1)
     return codes, zeros, scales
 
 
-def grid(low: np.ndarray, high: np.ndarray, bits: int, symmetric: bool) -> tuple[np.ndarray, np.ndarray]:
+def grid(low: Array, high: Array, bits: int, symmetric: bool) -> tuple[Array, Array]:
     """Zeros uint8 and scales float16 of groups from their smallest and largest values, float32, any one shape.
 
     The scale is rounded to float16 before the zero is derived from it, which then is the nearest to what is stored. No zero is 0: as
@@ -50,15 +47,15 @@ def grid(low: np.ndarray, high: np.ndarray, bits: int, symmetric: bool) -> tuple
     return zeros.astype(np.uint8), scales
 
 
-def dequantize(codes: np.ndarray, zeros: np.ndarray, scales: np.ndarray, g_idx: np.ndarray) -> np.ndarray:
+def dequantize(codes: Array, zeros: Array, scales: Array, g_idx: Array) -> Array:
     """(code - zero) * scale, float32 and exact for float16 scales. (n, I), (n, G), (n, G), (I,) -> (n, I)."""
     width = codes.shape[1] // zeros.shape[1]
     if np.array_equal(g_idx, np.arange(codes.shape[1]) // width):
-        return groups.values(codes, width, scales, zeros)
+        return dequantize_groups(codes, GroupScales(width, scales, zeros))
     return (codes.astype(np.float32) - zeros.astype(np.float32)[:, g_idx]) * to_float32(scales)[:, g_idx]
 
 
-def unpack_zeros(words: np.ndarray, bits: int, checkpoint_format: str) -> np.ndarray:
+def unpack_zeros(words: Array, bits: int, checkpoint_format: str) -> Array:
     """qzeros (G, O * bits / 32) to zeros uint8 (G, O)."""
     zeros = unpack_words(words, bits)
     return (zeros + np.uint8(1)) & np.uint8(2**bits - 1) if checkpoint_format == "gptq" else zeros
@@ -97,14 +94,14 @@ class Gptq:
     def row_multiple(self, shape: tuple[int, ...]) -> int:
         return 1
 
-    def encode(self, rows: np.ndarray) -> Mapping[str, np.ndarray]:
+    def encode(self, rows: Array) -> Mapping[str, Array]:
         return self.pack(*quantize(rows, self.bits, self.width(rows.shape[1]), self.symmetric))
 
-    def pack(self, codes: np.ndarray, zeros: np.ndarray, scales: np.ndarray) -> Mapping[str, np.ndarray]:
+    def pack(self, codes: Array, zeros: Array, scales: Array) -> Mapping[str, Array]:
         """``encode``'s result for rows that are quantized already."""
         return {"qweight": pack_words(codes, self.bits), "qzeros": zeros, "scales": scales}
 
-    def finish(self, shape: tuple[int, ...], collected: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+    def finish(self, shape: tuple[int, ...], collected: Mapping[str, Array]) -> Mapping[str, Array]:
         zeros = collected["qzeros"]
         if self.checkpoint_format == "gptq":
             zeros = (zeros - np.uint8(1)) & np.uint8(2**self.bits - 1)

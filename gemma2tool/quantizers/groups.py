@@ -1,28 +1,30 @@
 """Matrices whose columns share scales in groups: the passes over every value that the round-to-nearest types have in common.
 
-Scales and zero points, one a group, are made by each library's own rule in its module; the kernels here find the ranges they follow
-from and apply them.
+Each library's module derives the scales and zero points, one per group, by that library's own rule. The kernels here find the
+ranges of the groups and apply the scales.
 """
 
 from __future__ import annotations
 
 import enum
+from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
-from gemma2tool.model.lazy import BFLOAT16, FLOAT16, FLOAT32, to_float32
+from gemma2tool.model.lazy import BFLOAT16, FLOAT16, FLOAT32, Array, DType, to_float32
 from gemma2tool.quantizers.kernels import _native
 
 _ARITHMETIC = {FLOAT32: 0, BFLOAT16: 1, FLOAT16: 2}
 
 
 class Rule(enum.IntEnum):
-    """How a value x becomes a code, given its group's scale s and offset z; rounding is half to even."""
+    """How a value x becomes a code, given its group's scale s and offset z. Rounding is half to even."""
 
     DIVIDE = 0
-    """round(clamp(x / s + z)), every operation rounded to ``arithmetic``"""
+    """round(clamp(x / s + z)), each operation rounded to ``arithmetic``"""
     FLOAT8 = 1
-    """float8_e4m3fn(clamp(x / s + z)), likewise"""
+    """float8_e4m3fn(clamp(x / s + z)), each operation rounded to ``arithmetic``"""
     RECIPROCAL = 2
     """clamp(round(x * (1 / s)))"""
     FROM_BIAS = 3
@@ -31,77 +33,80 @@ class Rule(enum.IntEnum):
     """clamp(round(x / s) + z)"""
 
 
-def kernel_floats(values: np.ndarray) -> np.ndarray:
+@dataclass(frozen=True)
+class GroupScales:
+    """The scales of a matrix (n, I) in groups of ``group_size`` columns, the last of which may be shorter.
+
+    ``scales`` and ``offsets`` (None: zero): (n, ceil(I / group_size)), of any dtype; the kernels use them in float32.
+    """
+
+    group_size: int
+    scales: Array
+    offsets: Array | None = None
+
+    def contiguous(self, shape: tuple[int, ...]) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
+        """Scales and offsets as the kernels take them; raises ValueError where they do not fit a matrix of ``shape``."""
+        expected = (shape[0], -(-shape[1] // self.group_size))
+        for array in (self.scales, self.offsets):
+            if array is not None and array.shape != expected:
+                raise ValueError(f"{array.shape} does not fit {expected} groups of {self.group_size} columns")
+        scales = np.ascontiguousarray(to_float32(self.scales))
+        return scales, None if self.offsets is None else np.ascontiguousarray(to_float32(self.offsets))
+
+
+def kernel_floats(values: Array) -> Array:
     """The array as the kernels take it: C-contiguous, float32 or bfloat16."""
     if values.dtype not in (FLOAT32, BFLOAT16):
         values = to_float32(values)
     return np.ascontiguousarray(values)
 
 
-def ranges(rows: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """The smallest and the largest value of each group of ``width`` columns: (n, I) to float32 (n, ceil(I / width)) each."""
+def group_ranges(rows: Array, group_size: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """The smallest and the largest value of each group: (n, I) to float32 (n, ceil(I / group_size)) each."""
     rows = kernel_floats(rows)
-    shape = (rows.shape[0], -(-rows.shape[1] // width))
+    shape = (rows.shape[0], -(-rows.shape[1] // group_size))
     low, high = np.empty(shape, np.float32), np.empty(shape, np.float32)
     _native.group_ranges(
-        rows.ctypes.data, rows.dtype == BFLOAT16, *rows.shape, width, low.ctypes.data, high.ctypes.data
+        rows.ctypes.data, rows.dtype == BFLOAT16, *rows.shape, group_size, low.ctypes.data, high.ctypes.data
     )
     return low, high
 
 
-def codes(
-    rows: np.ndarray,
-    width: int,
-    rule: Rule,
-    scales: np.ndarray,
-    offsets: np.ndarray | None,
-    low: float,
-    high: float,
-    arithmetic: np.dtype = FLOAT32,
-) -> np.ndarray:
-    """A byte a value, clamped to ``low`` .. ``high``: (n, I) with scales and offsets (n, ceil(I / width)) to uint8 (n, I)."""
-    rows, scales, offsets = kernel_floats(rows), *_by_group(rows.shape, width, scales, offsets)
-    result = np.empty(rows.shape, np.uint8)
+def quantize_groups(
+    rows: Array, groups: GroupScales, rule: Rule, low: float, high: float, arithmetic: DType = FLOAT32
+) -> NDArray[np.uint8]:
+    """Quantize (n, I) to codes of one byte, uint8 (n, I), clamped to ``low`` .. ``high``."""
+    rows, (scales, offsets) = kernel_floats(rows), groups.contiguous(rows.shape)
+    codes = np.empty(rows.shape, np.uint8)
     _native.group_codes(
         rows.ctypes.data,
         rows.dtype == BFLOAT16,
         *rows.shape,
-        width,
+        groups.group_size,
         int(rule),
         _ARITHMETIC[arithmetic],
         scales.ctypes.data,
         0 if offsets is None else offsets.ctypes.data,
         low,
         high,
-        result.ctypes.data,
+        codes.ctypes.data,
     )
-    return result
+    return codes
 
 
-def values(codes: np.ndarray, width: int, scales: np.ndarray, offsets: np.ndarray | None = None) -> np.ndarray:
-    """(code - offset) * scale in float32: int8 or uint8 (n, I) with scales and offsets (n, ceil(I / width)) to (n, I)."""
+def dequantize_groups(codes: Array, groups: GroupScales) -> NDArray[np.float32]:
+    """(code - offset) * scale in float32, of codes int8 or uint8 (n, I)."""
     if codes.dtype not in (np.int8, np.uint8):
-        raise ValueError(f"codes of {codes.dtype}")
-    codes, (scales, offsets) = np.ascontiguousarray(codes), _by_group(codes.shape, width, scales, offsets)
-    result = np.empty(codes.shape, np.float32)
+        raise ValueError(f"codes must be int8 or uint8, not {codes.dtype}")
+    codes, (scales, offsets) = np.ascontiguousarray(codes), groups.contiguous(codes.shape)
+    values = np.empty(codes.shape, np.float32)
     _native.group_values(
         codes.ctypes.data,
         codes.dtype == np.int8,
         *codes.shape,
-        width,
+        groups.group_size,
         scales.ctypes.data,
         0 if offsets is None else offsets.ctypes.data,
-        result.ctypes.data,
+        values.ctypes.data,
     )
-    return result
-
-
-def _by_group(
-    shape: tuple[int, ...], width: int, scales: np.ndarray, offsets: np.ndarray | None
-) -> tuple[np.ndarray, np.ndarray | None]:
-    expected = (shape[0], -(-shape[1] // width))
-    for array in (scales, offsets):
-        if array is not None and array.shape != expected:
-            raise ValueError(f"{array.shape} where {expected} groups of {width} columns are")
-    as_floats = (None if array is None else np.ascontiguousarray(to_float32(array)) for array in (scales, offsets))
-    return tuple(as_floats)
+    return values

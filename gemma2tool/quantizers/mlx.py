@@ -12,21 +12,20 @@ from typing import ClassVar
 
 import numpy as np
 
-from gemma2tool.model.lazy import BFLOAT16, to_float32
-from gemma2tool.quantizers import groups
+from gemma2tool.model.lazy import BFLOAT16, Array, DType, to_float32
 from gemma2tool.quantizers.base import Part
 from gemma2tool.quantizers.bitpack import pack_words, unpack_words
 from gemma2tool.quantizers.casts import cast
 from gemma2tool.quantizers.compressed import FLOAT_NAMES
-from gemma2tool.quantizers.groups import Rule
+from gemma2tool.quantizers.groups import GroupScales, Rule, dequantize_groups, group_ranges, quantize_groups
 
 GROUP_SIZE = 64
 _SMALLEST_SCALE = np.float32(1e-7)
 
 
-def quantize(rows: np.ndarray, bits: int, group_size: int = GROUP_SIZE) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def quantize(rows: Array, bits: int, group_size: int = GROUP_SIZE) -> tuple[Array, Array, Array]:
     """(n, I) to codes uint8 (n, I), scales and biases in the dtype of ``rows`` (n, I / group_size)."""
-    low, high = groups.ranges(rows, group_size)
+    low, high = group_ranges(rows, group_size)
     top = np.float32(2**bits - 1)
     scales = np.maximum((high - low) / top, _SMALLEST_SCALE)
     from_low = np.abs(low) > np.abs(high)
@@ -36,19 +35,19 @@ def quantize(rows: np.ndarray, bits: int, group_size: int = GROUP_SIZE) -> tuple
     zero = steps == 0
     scales = np.where(zero, scales, edge / np.where(zero, np.float32(1), steps))
     biases = np.where(zero, np.float32(0), edge)
-    codes = groups.codes(rows, group_size, Rule.FROM_BIAS, scales, biases, 0, top)
+    codes = quantize_groups(rows, GroupScales(group_size, scales, biases), Rule.FROM_BIAS, 0, 2**bits - 1)
     return codes, cast(scales, rows.dtype), cast(biases, rows.dtype)
 
 
-def dequantize(codes: np.ndarray, scales: np.ndarray, biases: np.ndarray) -> np.ndarray:
+def dequantize(codes: Array, scales: Array, biases: Array) -> Array:
     """code * scale + bias, each operation rounded to the dtype of the scales. (n, I), (n, G), (n, G) -> (n, I) of that dtype."""
     width = codes.shape[1] // scales.shape[1]
-    products = to_float32(cast(groups.values(codes, width, scales), scales.dtype))
+    products = to_float32(cast(dequantize_groups(codes, GroupScales(width, scales)), scales.dtype))
     sums = products.reshape(*scales.shape, width) + to_float32(biases)[..., None]
     return cast(sums.reshape(codes.shape), scales.dtype)
 
 
-def unpack(words: np.ndarray, bits: int) -> np.ndarray:
+def unpack(words: Array, bits: int) -> Array:
     """(n, I * bits / 32) stored words to codes (n, I)."""
     return unpack_words(words, bits)
 
@@ -58,7 +57,7 @@ class Affine:
     """``mlx-4`` and ``mlx-8``. ``dtype``: the type the weight is taken to have; rows of another are cast to it first."""
 
     bits: int
-    dtype: np.dtype = BFLOAT16
+    dtype: DType = BFLOAT16
     group_size: int = GROUP_SIZE
 
     lossless: ClassVar[bool] = False
@@ -81,9 +80,9 @@ class Affine:
     def row_multiple(self, shape: tuple[int, ...]) -> int:
         return 1
 
-    def encode(self, rows: np.ndarray) -> Mapping[str, np.ndarray]:
+    def encode(self, rows: Array) -> Mapping[str, Array]:
         codes, scales, biases = quantize(cast(rows, self.dtype), self.bits, self.group_size)
         return {"": pack_words(codes, self.bits), "scales": scales, "biases": biases}
 
-    def finish(self, shape: tuple[int, ...], collected: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+    def finish(self, shape: tuple[int, ...], collected: Mapping[str, Array]) -> Mapping[str, Array]:
         return {}

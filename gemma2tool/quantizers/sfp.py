@@ -13,7 +13,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from gemma2tool.model.lazy import FLOAT32, to_float32
+from gemma2tool.model.lazy import FLOAT32, Array, to_float32
 from gemma2tool.quantizers.base import Part
 
 MAX = 1.875
@@ -21,7 +21,7 @@ GROUP, CLUSTERS = 256, 16
 
 
 @lru_cache(maxsize=1)
-def decoding() -> np.ndarray:
+def decoding() -> Array:
     """The value of every code, float32 (256,)."""
     codes = np.arange(128)
     large = codes >= 64
@@ -33,7 +33,7 @@ def decoding() -> np.ndarray:
 
 
 @lru_cache(maxsize=1)
-def encoding() -> np.ndarray:
+def encoding() -> Array:
     """The code of every bfloat16 by its bits, uint8 (65536,), equal to ``SfpCodec::EncBytes``; magnitudes above 1.875 saturate.
 
     The mantissa's last bit is cut off, the rest rounded to the nearest, ties to even. Magnitudes from 1.111b * 2^-8 on round to 2^-7;
@@ -53,7 +53,7 @@ def encoding() -> np.ndarray:
     return code.astype(np.uint8)
 
 
-def encode(values: np.ndarray, scale: float) -> np.ndarray:
+def encode(values: Array, scale: float) -> Array:
     """Codes, uint8, of values divided by ``scale``. Low bits of float32 are cut to bfloat16, as gemma.cpp does before it rounds."""
     wide = to_float32(values)
     if scale != 1:
@@ -82,10 +82,10 @@ class Sfp:
     def row_multiple(self, shape: tuple[int, ...]) -> int:
         return 1
 
-    def encode(self, rows: np.ndarray) -> Mapping[str, np.ndarray]:
+    def encode(self, rows: Array) -> Mapping[str, Array]:
         return {"": encode(rows, self.scale)}
 
-    def finish(self, shape: tuple[int, ...], collected: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+    def finish(self, shape: tuple[int, ...], collected: Mapping[str, Array]) -> Mapping[str, Array]:
         return {}
 
 
@@ -94,7 +94,7 @@ def nuq_bytes(values: int) -> int:
     return CLUSTERS * -(-values // GROUP) + -(-values // 2)
 
 
-def nuq_decode(centres: np.ndarray, nibbles: np.ndarray) -> np.ndarray:
+def nuq_decode(centres: Array, nibbles: Array) -> Array:
     """Values (groups, 256) of centres (groups, 16), SFP codes, and packed indices (groups, 128), the low half of a byte first."""
     indices = np.stack([nibbles & 15, nibbles >> 4], axis=-1).reshape(len(nibbles), GROUP)
     return np.take_along_axis(decoding()[centres], indices.astype(np.intp), axis=1)

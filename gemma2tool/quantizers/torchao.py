@@ -12,36 +12,33 @@ from typing import ClassVar
 
 import numpy as np
 
-from gemma2tool.model.lazy import BFLOAT16, to_float32
-from gemma2tool.quantizers import groups
+from gemma2tool.model.lazy import BFLOAT16, Array, DType, to_float32
 from gemma2tool.quantizers.base import Part
 from gemma2tool.quantizers.casts import cast
-from gemma2tool.quantizers.groups import Rule
+from gemma2tool.quantizers.groups import GroupScales, Rule, dequantize_groups, group_ranges, quantize_groups
 
 _SMALLEST_SCALE = np.float32(2**-23)
 
 
-def quantize(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def quantize(rows: Array) -> tuple[Array, Array]:
     """(n, I) to codes int8 (n, I) and scales float32 (n, 1)."""
-    low, high = groups.ranges(rows, rows.shape[1])
+    low, high = group_ranges(rows, rows.shape[1])
     scales = to_float32(cast(np.maximum(-low, high) / np.float32(127.5), rows.dtype))
     scales = np.maximum(scales, _SMALLEST_SCALE)
-    codes = groups.codes(rows, rows.shape[1], Rule.RECIPROCAL, scales, None, -128, 127)
+    codes = quantize_groups(rows, GroupScales(rows.shape[1], scales), Rule.RECIPROCAL, -128, 127)
     return codes.view(np.int8), scales
 
 
-def dequantize(
-    codes: np.ndarray, scales: np.ndarray, dtype: np.dtype, zero_points: np.ndarray | None = None
-) -> np.ndarray:
+def dequantize(codes: Array, scales: Array, dtype: DType, zero_points: Array | None = None) -> Array:
     """(code - zero point) * scale in float32, rounded to ``dtype``. (n, I), (n, 1) -> (n, I)."""
-    return cast(groups.values(codes, codes.shape[1], scales, zero_points), dtype)
+    return cast(dequantize_groups(codes, GroupScales(codes.shape[1], scales, zero_points)), dtype)
 
 
 @dataclass(frozen=True)
 class Int8WeightOnly:
     """``dtype``: the type the weight is taken to have; rows of another are cast to it first."""
 
-    dtype: np.dtype = BFLOAT16
+    dtype: DType = BFLOAT16
 
     name: ClassVar[str] = "torchao-int8"
     lossless: ClassVar[bool] = False
@@ -58,7 +55,7 @@ class Int8WeightOnly:
     def row_multiple(self, shape: tuple[int, ...]) -> int:
         return 1
 
-    def encode(self, rows: np.ndarray) -> Mapping[str, np.ndarray]:
+    def encode(self, rows: Array) -> Mapping[str, Array]:
         codes, scales = quantize(cast(rows, self.dtype))
         return {
             "_weight_qdata": codes,
@@ -66,5 +63,5 @@ class Int8WeightOnly:
             "_weight_zero_point": np.zeros(scales.shape, np.int8),
         }
 
-    def finish(self, shape: tuple[int, ...], collected: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+    def finish(self, shape: tuple[int, ...], collected: Mapping[str, Array]) -> Mapping[str, Array]:
         return {}

@@ -24,7 +24,7 @@ from gemma2tool.model.config import Gemma2Config
 from gemma2tool.reference.cache import KeyValueCache, choose_cache
 from gemma2tool.reference.inputs import check_embeds, check_ids, check_mask, check_positions
 from gemma2tool.reference.layers import DecoderLayer, Linear, RMSNorm, soft_cap
-from gemma2tool.reference.losses import causal_lm_loss, sequence_loss, token_loss
+from gemma2tool.reference.loss_functions import causal_lm_loss, sequence_loss, token_loss
 from gemma2tool.reference.outputs import CausalLMOutput, ModelOutput, SequenceClassifierOutput, TokenClassifierOutput
 from gemma2tool.reference.rotary import cos_sin
 from gemma2tool.reference.tensors import load_tensor

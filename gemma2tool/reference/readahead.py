@@ -12,10 +12,9 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import TypeVar
 
-import numpy as np
 import torch
 
-from gemma2tool.model.lazy import FLOAT32, LazyTensor, row_ranges
+from gemma2tool.model.lazy import FLOAT32, Array, LazyTensor, row_ranges
 
 AHEAD_BYTES = 128 << 20
 """How much may have been read and not yet been used."""
@@ -45,11 +44,11 @@ class ReadAhead:
             self._span[name] = range(start, len(self._blocks))
         self._changed = threading.Condition()
         self._closed = False
-        self._loaded: dict[int, np.ndarray | BaseException] = {}
+        self._loaded: dict[int, Array | BaseException] = {}
         self._results: dict[int, object] = {}
         self._held = 0
         self._next_load = self._next_use = self._last_use = self._taken = 0
-        self._function: Callable[[int, int, np.ndarray], object] | None = None
+        self._function: Callable[[int, int, Array], object] | None = None
         self._threads = [threading.Thread(target=self._work, name="read-ahead", daemon=True) for _ in range(threads)]
         for thread in self._threads:
             thread.start()
@@ -67,7 +66,7 @@ class ReadAhead:
         for thread in self._threads:
             thread.join()
 
-    def map(self, name: str, function: Callable[[int, int, np.ndarray], Result]) -> Iterator[tuple[int, int, Result]]:
+    def map(self, name: str, function: Callable[[int, int, Array], Result]) -> Iterator[tuple[int, int, Result]]:
         """``function(first, last, rows)`` of every block of the tensor ``name``, the next in order, on the threads.
 
         Yields first, last and result in the order of the rows. What reading or the function raises is raised here.
@@ -133,7 +132,7 @@ class ReadAhead:
             self._loaded[index] = values
             self._changed.notify_all()
 
-    def _use(self, index: int, values: np.ndarray | BaseException, function: Callable) -> None:
+    def _use(self, index: int, values: Array | BaseException, function: Callable) -> None:
         _, first, last = self._blocks[index]
         try:
             result = values if isinstance(values, BaseException) else function(first, last, values)

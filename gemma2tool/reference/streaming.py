@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.config import Gemma2Config
-from gemma2tool.model.lazy import LazyTensor
-from gemma2tool.model.tensors import expand
+from gemma2tool.model.lazy import Array, LazyTensor
+from gemma2tool.model.tensors import tensor_specs
 from gemma2tool.reference.amplify import Amplifier
 from gemma2tool.reference.cache import KeyValueCache, choose_cache
 from gemma2tool.reference.inputs import check_ids, check_mask, check_positions
@@ -52,12 +52,12 @@ class StreamedForward:
     def __init__(
         self,
         checkpoint: Checkpoint,
-        input_ids: np.ndarray | Tensor,
+        input_ids: Array | Tensor,
         *,
         dtype: torch.dtype = torch.float32,
         sliding_window: int | Sequence[int] | None = None,
         amplifier: Amplifier | None = None,
-        attention_mask: np.ndarray | Tensor | None = None,
+        attention_mask: Array | Tensor | None = None,
         position_ids: Tensor | None = None,
         past_key_values: KeyValueCache | None = None,
         device: str | torch.device = "cpu",
@@ -86,7 +86,7 @@ class StreamedForward:
         """The residual stream (B, T, D): the scaled embeddings, then after each layer; L + 1 in all, before the final
         norm."""
         config = self.config
-        x = self.embedded()
+        x = self.embeddings()
         yield x
         cos, sin = cos_sin(config, self.positions, self.dtype)
         few = x.shape[0] * x.shape[1] <= FEW_TOKENS
@@ -99,12 +99,12 @@ class StreamedForward:
         self._last = self._norm("model.norm.weight")(x)
 
     @torch.no_grad()
-    def embedded(self) -> Tensor:
+    def embeddings(self) -> Tensor:
         """The scaled embeddings (B, T, D)."""
         return scale_embeddings(self._embed(), self.config)
 
     @torch.no_grad()
-    def one_layer(self, index: int, x: Tensor) -> Tensor:
+    def run_layer(self, index: int, x: Tensor) -> Tensor:
         """What layer ``index`` makes of the residual stream ``x`` (B, T, D); reads that layer alone."""
         prefix = f"model.layers.{index}."
         matrices = {name: tensor for name, tensor in self._matrices().items() if name.startswith(prefix)}
@@ -113,7 +113,7 @@ class StreamedForward:
             return self._layer(index, weights)(x, cos, sin, self.attention_mask)[0]
 
     @torch.no_grad()
-    def head(self, x: Tensor, last: int = 1) -> Tensor:
+    def head_logits(self, x: Tensor, last: int = 1) -> Tensor:
         """Logits (B, ``last``, V) of the residual stream ``x`` (B, T, D) after the last layer, at its last positions."""
         self._last = self._norm("model.norm.weight")(x[:, -last:])
         return torch.cat([logits for _, _, logits in self.vocabulary_slices()], dim=-1)
@@ -137,7 +137,7 @@ class StreamedForward:
         with ReadAhead({name: self.tensors[name]}, torch.get_num_threads()) as weights:
             yield from weights.map(name, lambda start, end, rows: soft_cap(F.linear(hidden, self.widen(rows)), cap))
 
-    def logits(self, first: int = 0, last: int | None = None) -> np.ndarray:
+    def logits(self, first: int = 0, last: int | None = None) -> Array:
         """Float32 logits of positions ``first`` to ``last``: (B, positions, V)."""
         batch, positions = self.last_hidden_state()[:, first:last].shape[:2]
         out = np.empty((batch, positions, self.config.vocab_size), dtype=np.float32)
@@ -145,7 +145,7 @@ class StreamedForward:
             out[:, :, start:end] = logits.float().cpu().numpy()
         return out
 
-    def position_chunks(self, positions: int) -> Iterator[tuple[int, int, np.ndarray]]:
+    def position_chunks(self, positions: int) -> Iterator[tuple[int, int, Array]]:
         """Float32 logits of a few ``positions`` at a time: their bounds and (B, positions, V). Each chunk reads the
         vocabulary projection anew, so let a chunk be as large as memory allows."""
         length = self.input_ids.shape[1]
@@ -153,7 +153,7 @@ class StreamedForward:
             last = min(first + positions, length)
             yield first, last, self.logits(first, last)
 
-    def widen(self, block: np.ndarray) -> Tensor:
+    def widen(self, block: Array) -> Tensor:
         """A block of rows as ``dtype`` on the device, in memory that the thread's next call uses again."""
         rows = to_torch(block).to(self.device)
         if rows.dtype == self.dtype:
@@ -195,7 +195,7 @@ class StreamedForward:
 
     def _matrices(self) -> dict[str, LazyTensor]:
         """The layers' projections in the order in which the layers use them."""
-        specs = expand(self.config).values()
+        specs = tensor_specs(self.config).values()
         return {spec.name: self.tensors[spec.name] for spec in specs if spec.layer is not None and len(spec.shape) == 2}
 
 
@@ -211,7 +211,7 @@ class StreamedLinear(nn.Module):
             self.run.on_input(f"{self.name}.weight", x)
         out = x.new_empty(*x.shape[:-1], self.out_features)
 
-        def columns(first: int, last: int, rows: np.ndarray) -> None:
+        def columns(first: int, last: int, rows: Array) -> None:
             out[..., first:last] = F.linear(x, self.run.widen(rows))
 
         for _ in self.weights.map(f"{self.name}.weight", columns):
@@ -255,12 +255,12 @@ class StreamedForCausalLM:
 
 def logits(
     checkpoint: Checkpoint,
-    input_ids: np.ndarray | Tensor,
+    input_ids: Array | Tensor,
     *,
     on_layer: Callable[[int, Tensor], None] | None = None,
     threads: int | None = None,
     **options,
-) -> np.ndarray:
+) -> Array:
     """Float32 logits (B, T, V) of ``input_ids`` (B, T), a layer's blocks at a time.
 
     ``on_layer(i, x)`` sees the residual stream (B, T, D) after i layers. ``threads``: torch's, for this call. The rest
@@ -292,7 +292,7 @@ class HiddenDifference:
     candidate_rms: float
 
 
-def side_by_side(
+def compare_hidden_states(
     reference: StreamedForward, candidate: StreamedForward, prompts: int | None = None
 ) -> Iterator[HiddenDifference]:
     """Run two forward passes in step and compare the first ``prompts`` (None: all) after each layer; both can then give

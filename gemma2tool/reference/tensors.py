@@ -6,12 +6,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gemma2tool.model.lazy import BFLOAT16, LazyTensor, row_ranges
+from gemma2tool.model.lazy import BFLOAT16, Array, LazyTensor, row_ranges
 
 _BLOCK_BYTES = 16 << 20  # read at once while a whole tensor is converted
 
 
-def to_torch(array: np.ndarray) -> Tensor:
+def to_torch(array: Array) -> Tensor:
     """A torch tensor on the same memory; numpy's bfloat16 becomes torch's."""
     array = np.ascontiguousarray(array)
     if array.dtype == BFLOAT16:

@@ -30,8 +30,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from gemma2tool.model.config_fields import ARITHMETIC_FIELDS, comparable_value
 from gemma2tool.model.lazy import BFLOAT16, FLOAT16, FLOAT32, LazyTensor, row_ranges
-from gemma2tool.verify.compare.config import ARITHMETIC, normal
 
 if TYPE_CHECKING:
     from gemma2tool.model.checkpoint import Assets, Checkpoint
@@ -136,7 +136,7 @@ def tensors_digest(each: Mapping[str, str]) -> str:
 
 
 def config_digest(config: Gemma2Config) -> str:
-    fields = {name: normal(name, getattr(config, name)) for name in ARITHMETIC}
+    fields = {field.name: comparable_value(field.name, getattr(config, field.name)) for field in ARITHMETIC_FIELDS}
     text = json.dumps(fields, sort_keys=True, separators=(",", ":"), default=list)
     return hashlib.sha256(b"gemma2tool config 1\n" + text.encode()).hexdigest()
 

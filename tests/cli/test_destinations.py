@@ -21,7 +21,7 @@ from gemma2tool.storage import paths
 from tests.support.checkpoints import SMALL, random_checkpoint, write_checkpoint
 
 runner = CliRunner()
-SMALLER = replace(SMALL, num_hidden_layers=1, layer_types=None)
+SMALLER = replace(SMALL, num_hidden_layers=1, layer_types=())
 
 
 @pytest.fixture(scope="module")

@@ -56,7 +56,7 @@ def test_every_group_size(source: Path, tmp_path: Path, kind: str, size: int) ->
     assert result.exit_code == 0, result.output
     with registry.open_checkpoint(tmp_path / "out") as made:
         tensor = made.tensors["model.layers.0.mlp.down_proj.weight"]
-        assert tensor.stored == kind and (tensor.group or 384) == (384 if size == -1 else size)
+        assert tensor.stored == kind and (tensor.group_size or 384) == (384 if size == -1 else size)
         config = made.metadata["quantization_config"]
     if "config_groups" in config:
         weights = next(iter(config["config_groups"].values()))["weights"]

@@ -27,7 +27,7 @@ from tests.support.faults import RESTARTED, Call, Faults
 pytestmark = pytest.mark.slow
 
 runner = CliRunner()
-SMALLER = replace(SMALL, num_hidden_layers=1, layer_types=None)
+SMALLER = replace(SMALL, num_hidden_layers=1, layer_types=())
 TIDYING = ("unlink", "rmdir")
 """Calls that may fail without anybody's loss; what they leave is found by ``clean`` and by the next run."""
 

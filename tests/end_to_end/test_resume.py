@@ -26,7 +26,7 @@ from tests.support.checkpoints import SMALL, random_checkpoint, write_checkpoint
 pytestmark = pytest.mark.slow
 
 runner = CliRunner()
-SMALLER = replace(SMALL, num_hidden_layers=2, layer_types=None)
+SMALLER = replace(SMALL, num_hidden_layers=2, layer_types=())
 WORDS = {
     "gguf": ("quantize", "src", "out.gguf", "--type", "q4_0"),
     "ckpt": ("convert", "src", "out.ckpt"),

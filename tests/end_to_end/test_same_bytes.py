@@ -20,7 +20,7 @@ from tests.support.checkpoints import SMALL, random_checkpoint, write_checkpoint
 
 pytestmark = pytest.mark.slow
 
-SOURCE = replace(SMALL, vocab_size=160, hidden_size=128, intermediate_size=256, num_hidden_layers=2, layer_types=None)
+SOURCE = replace(SMALL, vocab_size=160, hidden_size=128, intermediate_size=256, num_hidden_layers=2, layer_types=())
 COMMANDS: dict[str, list[str]] = {
     **{name: ["quantize", "SRC", f"{name}.gguf", "--type", name] for name in ("q8_0", "q4_0", "q5_1", "iq4_nl", "f16")},
     "bf16": ["convert", "SRC", "bf16.gguf"],

@@ -34,7 +34,7 @@ ZIPS = ("hf-bin", "gemma-pytorch", "torchtune", "litgpt")
 def whole(tmp_path_factory) -> dict[str, Path]:
     """One checkpoint in every format, and sharded where the format knows shards; to be copied and broken."""
     place = tmp_path_factory.mktemp("whole")
-    source = random_checkpoint(np.dtype(np.float32), replace(SMALL, num_hidden_layers=2, layer_types=None))
+    source = random_checkpoint(np.dtype(np.float32), replace(SMALL, num_hidden_layers=2, layer_types=()))
     made = {name: write_as(name, source, place / f"{name}-{NAMES.get(name, 'model')}") for name in FORMATS}
     sharded = {
         f"{name} sharded": write_as(name, source, place / f"{name}-s", max_shard_size=60_000)
@@ -216,7 +216,7 @@ CONTRADICTIONS = [
 def test_a_config_that_contradicts_the_weights(copied, tmp_path: Path, name: str, field: str, value: int) -> None:
     """Given with --config, which every format takes. (Of a vocabulary padded to 256 rows, 160 and 161 look alike.)"""
     path = copied(name)
-    content = replace(SMALL, num_hidden_layers=2, layer_types=None).to_hf() | {field: value}
+    content = replace(SMALL, num_hidden_layers=2, layer_types=()).to_hf() | {field: value}
     content["layer_types"] = ["sliding_attention", "full_attention", "sliding_attention"][
         : content["num_hidden_layers"]
     ]

@@ -77,7 +77,7 @@ def test_plain_types_are_written_or_refused_as_listed(tmp_path: Path, name: str)
 def _even():
     from dataclasses import replace
 
-    return replace(SMALL, num_hidden_layers=2, layer_types=None)
+    return replace(SMALL, num_hidden_layers=2, layer_types=())
 
 
 def _flax(path: Path) -> Path:

@@ -14,7 +14,7 @@ from gemma2tool.formats import registry
 from gemma2tool.formats.hf.format import HuggingFace
 from gemma2tool.formats.torch.gemma_pytorch import GemmaPytorch
 from gemma2tool.model.checkpoint import Checkpoint
-from gemma2tool.model.tensors import expand
+from gemma2tool.model.tensors import tensor_specs
 from tests.support.checkpoints import random_checkpoint, write_checkpoint
 
 GEMMA_PYTORCH = ["hd", "27b", "hd_bf16", "27b_bf16", "hd_sharded", "27b_sharded", "hd_int8", "27b_int8"]
@@ -237,13 +237,13 @@ def test_released_shapes_need_no_config() -> None:
     for config in SIZES.values():
         hollow = {
             name: ArrayTensor(np.broadcast_to(np.float32(0), spec.shape))
-            for name, spec in expand(config).items()
+            for name, spec in tensor_specs(config).items()
             if spec.required
         }
         disk = {entry.disk: tensor for entry, tensor in to_disk(TABLE, hollow, config)}
         inferred = infer_from_shapes(_canonical_shapes(disk))
         assert inferred.query_pre_attn_scalar == config.query_pre_attn_scalar
-        assert expand(inferred).keys() == expand(config).keys()
+        assert tensor_specs(inferred).keys() == tensor_specs(config).keys()
 
 
 def test_not_a_checkpoint(tmp_path: Path) -> None:

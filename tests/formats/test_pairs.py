@@ -124,7 +124,7 @@ def _assert_named(name: str, output: Output, source: Checkpoint, kept: Mapping) 
 def test_norms_of_bfloat16_lose_nothing_in_float32(tmp_path: Path, name: str) -> None:
     """What released models have: no format, GGUF and MaxText included, changes a bit of them."""
     config = replace(
-        SMALL, num_hidden_layers=2, layer_types=None, head_dim=16, query_pre_attn_scalar=16
+        SMALL, num_hidden_layers=2, layer_types=(), head_dim=16, query_pre_attn_scalar=16
     )  # scales are powers of two
     source = random_checkpoint(BF16, config)
     for each, tensor in source.tensors.items():
@@ -138,7 +138,7 @@ def test_norms_of_bfloat16_lose_nothing_in_float32(tmp_path: Path, name: str) ->
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_head_of_its_own_travels_or_is_refused_by_name(tmp_path: Path, name: str) -> None:
-    config = replace(SMALL, num_hidden_layers=2, layer_types=None, tie_word_embeddings=False)
+    config = replace(SMALL, num_hidden_layers=2, layer_types=(), tie_word_embeddings=False)
     source = random_checkpoint(F32, config)
     assert "lm_head.weight" in source.tensors
     path = tmp_path / NAME.get(name, "out")

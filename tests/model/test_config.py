@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gemma2tool.errors import InputRefused, UsageError
-from gemma2tool.model.config import FULL, SIZES, SLIDING, Gemma2Config, infer_from_shapes
-from gemma2tool.model.tensors import expand
+from gemma2tool.model.config import SIZES, Gemma2Config, infer_from_shapes
+from gemma2tool.model.config_fields import FULL, SLIDING
+from gemma2tool.model.tensors import tensor_specs
 
 # What a public fine-tune of the 2B carries: transformers 4.46's spelling.
 OLD = {
@@ -54,7 +55,7 @@ def old(**changes):
 
 
 def canonical_shapes(config):
-    return {name: spec.shape for name, spec in expand(config).items() if spec.required}
+    return {name: spec.shape for name, spec in tensor_specs(config).items() if spec.required}
 
 
 def test_old_spelling_is_the_released_2b():
@@ -113,7 +114,7 @@ def test_sizes_left_out_mean_what_the_writing_release_meant(version, expected):
 
 
 def test_sizes_left_out_without_a_version_are_refused():
-    with pytest.raises(InputRefused, match="num_key_value_heads left out.*transformers_version"):
+    with pytest.raises(InputRefused, match="num_key_value_heads missing.*transformers_version"):
         Gemma2Config.from_hf(old(num_key_value_heads=..., transformers_version=...))
 
 
@@ -222,8 +223,8 @@ def test_a_list_is_not_a_config():
         ("27b", {"query_pre_attn_scalar": 128}, "head_dim"),
         ("27b", {"rope_theta": 160000.0}, "rope_theta is 160000.0; the released 27b has 10000.0"),
         ("2b", {"sliding_window": 32768}, "sliding_window"),
-        ("2b", {"eos_token_id": (1, 300000)}, "300000 lies outside"),
-        ("2b", {"eos_token_id": (1, 300000, 300001)}, "300000, 300001 lie outside"),
+        ("2b", {"eos_token_id": (1, 300000)}, "300000 is outside"),
+        ("2b", {"eos_token_id": (1, 300000, 300001)}, "300000, 300001 are outside"),
         ("2b", {"num_attention_heads": 10, "num_key_value_heads": 5}, "query_pre_attn_scalar|not a multiple"),
     ],
 )
@@ -246,13 +247,11 @@ def test_released_sizes():
 
 
 def test_shapes_of_a_released_width_are_enough():
-    shapes = canonical_shapes(
-        dataclasses.replace(SIZES["27b"], num_hidden_layers=5, layer_types=None, vocab_size=256002)
-    )
+    shapes = canonical_shapes(dataclasses.replace(SIZES["27b"], num_hidden_layers=5, layer_types=(), vocab_size=256002))
     config = infer_from_shapes(shapes)
     assert (config.num_hidden_layers, config.vocab_size, config.query_pre_attn_scalar) == (5, 256002, 144)
     assert len(config.layer_types) == 5
-    assert any("the released 27b's is assumed" in line for line in config.warnings)
+    assert any("that of the released 27b is assumed" in line for line in config.warnings)
 
 
 def test_shapes_of_a_classifier():

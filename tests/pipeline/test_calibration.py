@@ -102,7 +102,7 @@ def test_calibrated_beats_rounded_to_nearest_on_unseen_text(
 
 def small(dtype: type = ml_dtypes.bfloat16, layers: int = 2) -> Checkpoint:
     config = dataclasses.replace(
-        SMALL, hidden_size=128, intermediate_size=192, num_hidden_layers=layers, head_dim=32, layer_types=None
+        SMALL, hidden_size=128, intermediate_size=192, num_hidden_layers=layers, head_dim=32, layer_types=()
     )
     return random_checkpoint(np.dtype(dtype), config)
 

@@ -21,7 +21,7 @@ from tests.support.checkpoints import SMALL, random_checkpoint, write_checkpoint
 
 @pytest.fixture(scope="module")
 def plan(tmp_path_factory: pytest.TempPathFactory) -> Plan:
-    config = replace(SMALL, num_hidden_layers=1, layer_types=None)
+    config = replace(SMALL, num_hidden_layers=1, layer_types=())
     path = write_checkpoint(random_checkpoint(np.dtype(BFLOAT16), config), tmp_path_factory.mktemp("s") / "src")
     source = registry.open_checkpoint(path)
     return make_plan(source, path.parent / "out.gguf", to=None, options=WriteOptions(type="q4_0", name="out.gguf"))

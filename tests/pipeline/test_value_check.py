@@ -22,7 +22,7 @@ from gemma2tool.quantizers.floats import Float
 from tests.support.checkpoints import SMALL, random_checkpoint, write_checkpoint
 
 runner = CliRunner()
-SMALLER = replace(SMALL, num_hidden_layers=2, layer_types=None)
+SMALLER = replace(SMALL, num_hidden_layers=2, layer_types=())
 UP = "model.layers.{}.mlp.up_proj.weight"
 HUGE = {
     UP.format(0): [((3, 5), 1e6), ((0, 1), -70000.0)],

@@ -13,8 +13,8 @@ from gemma2tool.pipeline.calibration.methods import folded_norm
 from gemma2tool.quantizers import awq, gptq
 from gemma2tool.quantizers.awq import Awq
 from gemma2tool.quantizers.calibration import clipping, rounding, scales
-from gemma2tool.quantizers.calibration.grid import Codes, grid_of, to_nearest
-from gemma2tool.quantizers.calibration.hessian import Hessian, factors, inverse_factor, invert_lower_
+from gemma2tool.quantizers.calibration.grid import QuantizedMatrix, grid_of, quantize_to_nearest
+from gemma2tool.quantizers.calibration.hessian import Hessian, inverse_factor, inverse_factors, invert_lower_
 from gemma2tool.quantizers.gptq import Gptq
 from gemma2tool.reference.readahead import one_thread_each
 from tests.support.calibration import correlated_inputs, decoded, textbook_gptq
@@ -47,9 +47,9 @@ def weights(seed: int = 1, rows: int = ROWS, columns: int = COLUMNS) -> np.ndarr
 def test_codes_are_the_textbooks(bits: int, group_size: int, symmetric: bool, act_order: bool) -> None:
     x, w = correlated_inputs(TOKENS, COLUMNS), weights()
     grid = grid_of(Gptq(bits, group_size, symmetric), COLUMNS)
-    found = factors(hessian_of(x), 0.01, act_order)
+    found = inverse_factors(hessian_of(x), 0.01, act_order)
     codes, zeros, steps = rounding.round_rows(w, found, grid)
-    groups = rounding.group_of_column(found, COLUMNS, grid.width)
+    groups = rounding.group_of_column(found, COLUMNS, grid.group_size)
     expected = textbook_gptq(w, x.T @ x, grid, 0.01, act_order)
     assert np.array_equal(codes, expected[0])
     assert np.array_equal(zeros, expected[1])
@@ -61,7 +61,7 @@ def test_float32_finds_nearly_the_same_codes_and_as_small_an_error() -> None:
     x, w = correlated_inputs(TOKENS, COLUMNS), weights()
     grid = grid_of(Gptq(4, 32), COLUMNS)
     expected = textbook_gptq(w, x.T @ x, grid, 0.01, False)
-    codes, zeros, steps = rounding.round_rows(w, factors(hessian_of(x, dtype=torch.float32), 0.01, False), grid)
+    codes, zeros, steps = rounding.round_rows(w, inverse_factors(hessian_of(x, dtype=torch.float32), 0.01, False), grid)
     assert (codes != expected[0]).mean() < 0.002
     ours, theirs = (
         np.linalg.norm(x @ (w - decoded(*each, expected[3])).T) for each in ((codes, zeros, steps), expected[:3])
@@ -74,7 +74,10 @@ def test_outputs_lose_less_than_rounded_to_nearest() -> None:
     grid, groups = grid_of(Gptq(4, 32), COLUMNS), np.arange(COLUMNS) // 32
     lost = [
         np.linalg.norm(x @ (w - decoded(*each, groups)).T)
-        for each in (rounding.round_rows(w, factors(hessian_of(x), 0.01, False), grid), gptq.quantize(w, 4, 32, True))
+        for each in (
+            rounding.round_rows(w, inverse_factors(hessian_of(x), 0.01, False), grid),
+            gptq.quantize(w, 4, 32, True),
+        )
     ]
     assert lost[0] < 0.85 * lost[1]
 
@@ -83,10 +86,10 @@ def test_outputs_lose_less_than_rounded_to_nearest() -> None:
 def test_blocks_of_the_hessian_are_matrices_of_their_own(act_order: bool) -> None:
     x, w = correlated_inputs(TOKENS, COLUMNS), weights()
     grid = grid_of(Gptq(4, 32, False), COLUMNS)
-    found = factors(hessian_of(x, 96), 0.02, act_order)
+    found = inverse_factors(hessian_of(x, 96), 0.02, act_order)
     assert [len(factor.upper) for factor in found] == [96, 96, 64]
     codes, zeros, steps = rounding.round_rows(w, found, grid)
-    groups = rounding.group_of_column(found, COLUMNS, grid.width)
+    groups = rounding.group_of_column(found, COLUMNS, grid.group_size)
     for first, last in ((0, 96), (96, 192), (192, 256)):
         part = x[:, first:last]
         expected = textbook_gptq(w[:, first:last], part.T @ part, grid, 0.02, act_order)
@@ -100,7 +103,7 @@ def test_columns_that_no_input_reaches_are_rounded_to_nearest() -> None:
     x, w = correlated_inputs(TOKENS, COLUMNS), weights()
     x[:, 32:64] = 0
     grid = grid_of(Gptq(4, 32), COLUMNS)
-    codes, _, steps = rounding.round_rows(w, factors(hessian_of(x), 0.01, False), grid)
+    codes, _, steps = rounding.round_rows(w, inverse_factors(hessian_of(x), 0.01, False), grid)
     nearest, _, nearest_steps = gptq.quantize(w, 4, 32, True)
     assert np.array_equal(codes[:, 32:64], nearest[:, 32:64])
     assert np.array_equal(steps[:, 1], nearest_steps[:, 1])
@@ -134,7 +137,7 @@ def test_triangular_inverse_by_halves() -> None:
 def test_hessian_is_the_sum_of_products_and_magnitudes() -> None:
     x = correlated_inputs(400, 700)
     found = hessian_of(x)
-    found.fill()
+    found.symmetrize()
     assert torch.allclose(found.squares[0], torch.from_numpy(x.T @ x), rtol=1e-12)
     assert torch.equal(found.squares[0], found.squares[0].T)
     assert np.allclose(found.mean_magnitude.numpy(), np.abs(x).mean(0), rtol=1e-12)
@@ -150,10 +153,10 @@ def test_any_number_of_threads_gives_the_same_bits(threads: int) -> None:
         several.add(x, pool.map)
     assert torch.equal(one.squares[0], several.squares[0])
     small, grid = hessian_of(x[:, : w.shape[1]].numpy(), dtype=torch.float32), grid_of(Awq(32), w.shape[1])
-    small.fill()
-    found = [scales.search([w], small, small.mean_magnitude, grid)]
+    small.symmetrize()
+    found = [scales.search_scales([w], small, small.mean_magnitude, grid)]
     with ThreadPoolExecutor(threads) as pool:
-        found.append(scales.search([w], small, small.mean_magnitude, grid, pool.map))
+        found.append(scales.search_scales([w], small, small.mean_magnitude, grid, pool.map))
     assert np.array_equal(*found)
 
 
@@ -163,7 +166,7 @@ def test_scale_search_takes_the_scales_whose_outputs_lose_least(block: int | Non
     """The loss that is minimised is that of the outputs themselves, for the whole Hessian; and the search finds its minimum."""
     x, w = correlated_inputs(TOKENS, COLUMNS), weights()
     grid, hessian = grid_of(Awq(32), COLUMNS), hessian_of(x, block, torch.float32)
-    hessian.fill()
+    hessian.symmetrize()
     magnitude = torch.from_numpy(np.abs(x).mean(0))
 
     def lost(s: np.ndarray) -> float:
@@ -172,11 +175,11 @@ def test_scale_search_takes_the_scales_whose_outputs_lose_least(block: int | Non
         parts = [slice(None)] if block is None else [slice(first, first + block) for first in range(0, COLUMNS, block)]
         return sum(float(((x[:, part] @ error[:, part].T) ** 2).sum()) for part in parts)
 
-    tried = [scales.candidate(magnitude, power) for power in scales.POWERS]
+    tried = [scales.scales_of_power(magnitude, power) for power in scales.POWERS]
     assert np.array_equal(tried[0], np.ones(COLUMNS, np.float32))
     for s in tried[::6]:
-        assert scales.loss(w, s, hessian, grid) == pytest.approx(lost(s), rel=1e-3)
-    found = scales.search([w], hessian, magnitude, grid)
+        assert scales.output_error(w, s, hessian, grid) == pytest.approx(lost(s), rel=1e-3)
+    found = scales.search_scales([w], hessian, magnitude, grid)
     assert lost(found) == pytest.approx(min(map(lost, tried)), rel=1e-3)
     assert lost(found) < 0.9 * lost(tried[0])
 
@@ -188,11 +191,11 @@ def test_clipping_never_costs_a_group_more(width: int, block: int | None) -> Non
     x, w = correlated_inputs(TOKENS, COLUMNS), weights()
     w[np.random.default_rng(2).random(w.shape) < 0.01] *= 5
     grid, hessian = grid_of(Awq(width if width < COLUMNS else -1), COLUMNS), hessian_of(x, block, torch.float32)
-    hessian.fill()
-    s = scales.candidate(hessian.mean_magnitude, 0.3)
-    clipped = clipping.round_clipped(w * s, grid, clipping.blocks(hessian, grid.width, s))
-    nearest = to_nearest(w * s, grid)
-    groups = np.arange(COLUMNS) // grid.width
+    hessian.symmetrize()
+    s = scales.scales_of_power(hessian.mean_magnitude, 0.3)
+    clipped = clipping.quantize_clipped(w * s, grid, clipping.hessian_blocks(hessian, grid.group_size, s))
+    nearest = quantize_to_nearest(w * s, grid)
+    groups = np.arange(COLUMNS) // grid.group_size
 
     def lost(each: tuple[np.ndarray, ...]) -> np.ndarray:
         """(rows, groups): what each group's own errors do to the outputs."""
@@ -225,8 +228,8 @@ def test_a_norm_and_its_columns_compute_what_they_did(dtype: np.dtype) -> None:
 
 def test_records_hold_what_the_codes_stand_for() -> None:
     w = weights()
-    codes = Codes(*gptq.quantize(w, 4, 64, False), np.arange(COLUMNS) // 64, "w")
-    rows = codes.records(5, 9)
+    codes = QuantizedMatrix(*gptq.quantize(w, 4, 64, False), np.arange(COLUMNS) // 64, "w")
+    rows = codes.load_records(5, 9)
     assert rows.shape == (4,)
     assert np.array_equal(rows["codes"], codes.codes[5:9])
     expected = (rows["codes"].astype(np.float32) - np.repeat(rows["zeros"], 64, 1)) * np.repeat(

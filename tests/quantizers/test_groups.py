@@ -40,7 +40,7 @@ def every_kind(height: int = 12) -> list[np.ndarray]:
 
 def compressed_tensors(weight: torch.Tensor, scheme: compressed.Scheme):
     """compressed-tensors' calculate_qparams and quantize, every operation in the weight's type."""
-    height, width = scheme.block_rows, scheme.group or weight.shape[1]
+    height, width = scheme.block_rows, scheme.group_size or weight.shape[1]
     blocks = weight.unflatten(1, (-1, width)).unflatten(0, (-1, height)).transpose(1, 2)
     zero = torch.zeros((), dtype=weight.dtype)
     low, high = torch.min(blocks.amin((2, 3)), zero), torch.max(blocks.amax((2, 3)), zero)
@@ -209,14 +209,15 @@ def test_group_kernels_are_their_definition(instruction_set, rule, shape):
         s, z = (np.repeat(each, width, axis=1)[:, : shape[1]] for each in (scales, offsets))
         low, high = (-448, 448) if rule == groups.Rule.FLOAT8 else (-8, 7)
         wanted = by_definition(rule, array, s, z, low, high)
-        codes = groups.codes(array, width, rule, scales, offsets, low, high)
+        parameters = groups.GroupScales(width, scales, offsets)
+        codes = groups.quantize_groups(array, parameters, rule, low, high)
         if rule == groups.Rule.FLOAT8:
             assert bits(codes) == bits(wanted)
             continue
         assert np.array_equal(codes.view(np.int8), wanted)
-        assert np.array_equal(groups.values(codes.view(np.int8), width, scales, offsets), (wanted - z) * s)
+        assert np.array_equal(groups.dequantize_groups(codes.view(np.int8), parameters), (wanted - z) * s)
         padded = np.pad(array, ((0, 0), (0, count * width - shape[1])), mode="edge").reshape(shape[0], count, width)
-        least, most = groups.ranges(array, width)
+        least, most = groups.group_ranges(array, width)
         assert np.array_equal(least, padded.min(2)) and np.array_equal(most, padded.max(2))
 
 
@@ -226,14 +227,14 @@ def test_float8_of_every_rounding(instruction_set):
     values = (tops | low).view(np.float32).reshape(-1, 80)
     values = np.where(np.abs(values) <= 448, values, 1)
     ones = np.ones((len(values), 1), np.float32)
-    codes = groups.codes(values, 80, groups.Rule.FLOAT8, ones, None, -448, 448)
+    codes = groups.quantize_groups(values, groups.GroupScales(80, ones), groups.Rule.FLOAT8, -448, 448)
     wanted = (values + np.float32(0)).astype(compressed.FP8)
     assert bits(codes) == bits(wanted)
 
 
 def test_shapes_are_checked():
-    array = np.zeros((4, 64), np.float32)
+    array, ones = np.zeros((4, 64), np.float32), np.ones((4, 1), np.float32)
     with pytest.raises(ValueError, match="groups of 32"):
-        groups.codes(array, 32, groups.Rule.DIVIDE, np.ones((4, 1), np.float32), None, -8, 7)
-    with pytest.raises(ValueError, match="codes of float32"):
-        groups.values(array, 64, np.ones((4, 1), np.float32))
+        groups.quantize_groups(array, groups.GroupScales(32, ones), groups.Rule.DIVIDE, -8, 7)
+    with pytest.raises(ValueError, match="not float32"):
+        groups.dequantize_groups(array, groups.GroupScales(64, ones))

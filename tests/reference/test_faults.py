@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 import torch
 
-from gemma2tool.model.config import FULL, SLIDING, Gemma2Config
+from gemma2tool.model.config import Gemma2Config
+from gemma2tool.model.config_fields import FULL, SLIDING
 from gemma2tool.reference import layers
 from gemma2tool.reference import model as model_module
 from tests.support.reference_peers import assert_agree, our_model, prompts, their_model

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from gemma2tool.errors import UsageError
 from gemma2tool.model.lazy import ArrayTensor
-from gemma2tool.model.tensors import expand
+from gemma2tool.model.tensors import tensor_specs
 from gemma2tool.reference import readahead, streaming
 from gemma2tool.reference.model import Gemma2ForCausalLM
 from gemma2tool.reference.readahead import ReadAhead
@@ -146,7 +146,7 @@ def test_side_by_side_shows_where_two_models_part():
         StreamedForward(checkpoint_of(SMALL, state), ids),
         StreamedForward(checkpoint_of(SMALL, wrong), ids),
     )
-    differences = list(streaming.side_by_side(reference, candidate))
+    differences = list(streaming.compare_hidden_states(reference, candidate))
     assert [each.layers for each in differences] == [0, 1, 2, 3, 4]
     assert all(each.largest == each.rms == each.relative == 0 for each in differences[:3])
     assert all(each.relative > 0.1 for each in differences[3:])
@@ -163,7 +163,7 @@ def test_inputs_of_every_projection_are_shown():
         if name.endswith("_proj"):
             module.register_forward_pre_hook(lambda _, args, name=name: hooked.__setitem__(f"{name}.weight", args[0]))
     model(ids)
-    matrices = {spec.name for spec in expand(SMALL).values() if len(spec.shape) == 2 and spec.required}
+    matrices = {spec.name for spec in tensor_specs(SMALL).values() if len(spec.shape) == 2 and spec.required}
     assert set(seen) == matrices
     for name, x in hooked.items():
         assert_agree(seen[name], x, name)
@@ -316,7 +316,7 @@ from pathlib import Path
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.config import Gemma2Config
 from gemma2tool.model.lazy import BFLOAT16, LazyTensor
-from gemma2tool.model.tensors import expand
+from gemma2tool.model.tensors import tensor_specs
 from gemma2tool.reference import streaming
 
 class Made(LazyTensor):
@@ -326,7 +326,7 @@ class Made(LazyTensor):
 
 torch.set_num_threads(1)
 config = Gemma2Config(vocab_size=64000, hidden_size=1024, intermediate_size=8192, num_hidden_layers=12, head_dim=128)
-tensors = {{name: Made(spec.shape) for name, spec in expand(config).items() if spec.required}}
+tensors = {{name: Made(spec.shape) for name, spec in tensor_specs(config).items() if spec.required}}
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 before = peak()
 streaming.logits(Checkpoint(Path("m"), "made", config, tensors), np.ones((1, 4), np.int64))

@@ -27,8 +27,8 @@ def textbook_gptq(
     inverse = np.linalg.inv(h)
     codes, all_zeros, all_scales = np.zeros(w.shape, np.uint8), [], []
     for j in range(size):
-        if j % grid.width == 0:
-            group = w[:, j : j + grid.width]
+        if j % grid.group_size == 0:
+            group = w[:, j : j + grid.group_size]
             zeros, scales = grid.parameters(group.min(1).astype(np.float32), group.max(1).astype(np.float32))
             all_zeros.append(zeros)
             all_scales.append(scales)
@@ -40,7 +40,7 @@ def textbook_gptq(
     in_place = np.empty_like(codes)
     in_place[:, order] = codes
     groups = np.empty(size, np.int64)
-    groups[order] = np.arange(size) // grid.width
+    groups[order] = np.arange(size) // grid.group_size
     return in_place, np.stack(all_zeros, 1), np.stack(all_scales, 1), groups
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.config import Gemma2Config
 from gemma2tool.model.lazy import ArrayTensor
-from gemma2tool.model.tensors import expand
+from gemma2tool.model.tensors import tensor_specs
 from gemma2tool.pipeline.conversion import save
 from tests.support.options import write_options
 
@@ -31,7 +31,7 @@ def random_checkpoint(dtype: np.dtype, config: Gemma2Config = SMALL, seed: int =
     """Random weights, large enough for the soft caps to matter; norms scattered around 0."""
     generator = np.random.default_rng(seed)
     tensors = {}
-    for name, spec in expand(config).items():
+    for name, spec in tensor_specs(config).items():
         if not spec.required:
             continue
         spread = 0.3 if spec.role == "norm" else 1.0 if spec.role == "embedding" else 1.5 / np.sqrt(spec.shape[-1])

@@ -32,7 +32,7 @@ CONFIG = dataclasses.replace(
     head_dim=64,
     query_pre_attn_scalar=64,
     vocab_size=320,
-    layer_types=None,
+    layer_types=(),
 )
 
 Ranges = Callable[[np.ndarray, np.random.Generator], np.ndarray]

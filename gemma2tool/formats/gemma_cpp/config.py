@@ -9,7 +9,8 @@ from gemma2tool.containers.sbs import RecordReader, Schema, pack_record
 from gemma2tool.errors import InputRefused
 from gemma2tool.formats.base import WriteOptions
 from gemma2tool.formats.mapping.consumer_defaults import GEMMA2, refuse_or_warn
-from gemma2tool.model.config import FULL, SIZES, SLIDING, Gemma2Config
+from gemma2tool.model.config import SIZES, Gemma2Config
+from gemma2tool.model.config_fields import FULL, SLIDING
 
 LAYER: Schema = {
     "model_dim": "u32",

@@ -11,7 +11,7 @@ from gemma2tool.formats.mapping.layout_transforms import PermuteRows
 from gemma2tool.formats.mapping.transforms import Row, entries
 from gemma2tool.model.config import Gemma2Config
 from gemma2tool.model.lazy import LazyTensor
-from gemma2tool.model.tensors import expand
+from gemma2tool.model.tensors import tensor_specs
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def stored_shape(shape: tuple[int, ...]) -> tuple[int, int]:
 
 def disk_shapes(config: Gemma2Config) -> dict[str, tuple[int, ...]]:
     """Shapes of all tensors that a file may hold, by name."""
-    specs = expand(config)
+    specs = tensor_specs(config)
     shapes: dict[str, tuple[int, ...]] = {}
     for entry in entries((*TABLE, *ALTERNATIVES), config):
         parts = [specs[name].shape for name in entry.canonical]

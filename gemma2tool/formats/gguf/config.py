@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterable
 from gemma2tool.containers.gguf import GGUFValue
 from gemma2tool.errors import InputRefused
 from gemma2tool.formats.gguf.key_values import KeyValue, Reading, f32, u32
-from gemma2tool.model.config import FULL, SLIDING, Gemma2Config
+from gemma2tool.model.config import Gemma2Config
+from gemma2tool.model.config_fields import FULL, SLIDING
 from gemma2tool.model.tensors import HEADS
 
 ARCHITECTURE = "gemma2"
@@ -117,11 +118,11 @@ def stop_ids(keys: Reading) -> int | tuple[int, ...]:
     return eos
 
 
-def _layer_types(keys: Reading, layers: int) -> tuple[str, ...] | None:
-    """None for Gemma 2's own pattern, else every period-th layer full, as llama.cpp reads the key."""
+def _layer_types(keys: Reading, layers: int) -> tuple[str, ...]:
+    """Empty for Gemma 2's own pattern, else every period-th layer full, as llama.cpp reads the key."""
     period = keys.integer("gemma2.attention.sliding_window_pattern", 2)
     if period == 2 or not 0 < layers <= MAX_LAYERS:
-        return None
+        return ()
     return tuple(SLIDING if period <= 0 or layer % period < period - 1 else FULL for layer in range(layers))
 
 

@@ -15,7 +15,8 @@ from gemma2tool.errors import InputRefused
 from gemma2tool.formats import assets
 from gemma2tool.formats.base import WriteOptions
 from gemma2tool.formats.mapping.consumer_defaults import GEMMA2, refuse_or_warn
-from gemma2tool.model.config import FULL, Gemma2Config
+from gemma2tool.model.config import Gemma2Config
+from gemma2tool.model.config_fields import FULL
 from gemma2tool.storage.paths import confined_path
 from gemma2tool.storage.quoting import quoted
 
@@ -67,9 +68,9 @@ def read(folder: Path) -> Gemma2Config:
     slides = fields.get("use_sliding_window_attention", False)
     if (folder / HF_CONFIG).is_file():
         base = assets.read_config(confined_path(folder, HF_CONFIG))
-        layers = base.layer_types if len(base.layer_types) == values["num_hidden_layers"] else None
+        layers = base.layer_types if len(base.layer_types) == values["num_hidden_layers"] else ()
     else:
-        base, layers = Gemma2Config(dtype=_dtype(fields)), None
+        base, layers = Gemma2Config(dtype=_dtype(fields)), ()
     return replace(
         base,
         **values,

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 
 from gemma2tool.errors import InputRefused
 from gemma2tool.formats.base import WriteOptions
-from gemma2tool.model.config import FULL, SLIDING, Gemma2Config
+from gemma2tool.model.config import Gemma2Config
+from gemma2tool.model.config_fields import FULL, SLIDING
 
 GEMMA2 = {
     "hidden_activation": "gelu_pytorch_tanh",

@@ -14,7 +14,7 @@ import numpy as np
 from gemma2tool.formats.mapping.blockwise import BlockwiseTensor
 from gemma2tool.model.config import Gemma2Config
 from gemma2tool.model.lazy import LazyTensor, RowRange, row_ranges
-from gemma2tool.model.tensors import symbols
+from gemma2tool.model.tensors import dimension_sizes
 
 LOAD_BYTES = 8 << 20
 SPARE_ROWS = 512
@@ -23,7 +23,7 @@ SPARE_ROWS = 512
 
 def size(dims: str, config: Gemma2Config) -> int:
     """The value of "2*K" or "h" for this config."""
-    known = symbols(config)
+    known = dimension_sizes(config)
     result = 1
     for factor in dims.split("*"):
         result *= int(factor) if factor.isdigit() else known[factor]

@@ -16,7 +16,7 @@ import numpy as np
 from gemma2tool.errors import InputRefused
 from gemma2tool.model.config import Gemma2Config
 from gemma2tool.model.lazy import FLOAT16, FLOAT32, LazyTensor, MappedRows, RowRange, StackedRows, to_float32
-from gemma2tool.model.tensors import expand
+from gemma2tool.model.tensors import tensor_specs
 
 
 class Step(Protocol):
@@ -92,7 +92,7 @@ def entries(table: Sequence[Row], config: Gemma2Config) -> list[Entry]:
 def to_canonical(table: Sequence[Row], disk: Mapping[str, LazyTensor], config: Gemma2Config) -> dict[str, LazyTensor]:
     """Canonical tensors of the disk tensors that the table knows; names that the table lacks are kept as they are, so that the
     check against the tensor table names them."""
-    specs = expand(config)
+    specs = tensor_specs(config)
     left = dict(disk)
     result: dict[str, LazyTensor] = {}
     for entry in entries(table, config):

@@ -84,7 +84,7 @@ class AwqTensor(LazyTensor):
     def __init__(self, words: LazyTensor, zeros: LazyTensor, scales: LazyTensor) -> None:
         self.words, self.zeros, self.scales = words, zeros, scales
         self.shape, self.dtype = (scales.shape[1], words.rows), FLOAT32
-        self.stored, self.origin, self.group = "awq-4", words.origin, words.rows // scales.rows
+        self.stored, self.origin, self.group_size = "awq-4", words.origin, words.rows // scales.rows
 
     def load_rows(self, first: int, last: int) -> np.ndarray:
         begin, end = first // awq.PER_WORD, -(-last // awq.PER_WORD)

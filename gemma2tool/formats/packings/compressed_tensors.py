@@ -36,24 +36,24 @@ def quantization_config(settings: Settings, modules: Mapping[str, bool], dtype: 
     """As llm-compressor writes it. Activations of the 8-bit types are quantized while the model runs."""
     type_name, scheme = settings.type, _scheme_of(settings)
     kind = "pack-quantized" if scheme.packed else f"{scheme.kind}-quantized"
-    strategy = "block" if scheme.block_rows > 1 else "group" if scheme.group else "channel"
+    strategy = "block" if scheme.block_rows > 1 else "group" if scheme.group_size else "channel"
     weights: dict[str, object] = {
         "dynamic": False,
-        "group_size": scheme.group if strategy == "group" else None,
+        "group_size": scheme.group_size if strategy == "group" else None,
         "num_bits": scheme.bits,
         "strategy": strategy,
         "symmetric": scheme.symmetric,
         "type": scheme.kind,
     }
     if strategy == "block":
-        weights["block_structure"] = [scheme.block_rows, scheme.group]
+        weights["block_structure"] = [scheme.block_rows, scheme.group_size]
     activations = None
     if not scheme.packed:
         activations = {
             "dynamic": True,
-            "group_size": scheme.group,
+            "group_size": scheme.group_size,
             "num_bits": 8,
-            "strategy": "group" if scheme.group else "token",
+            "strategy": "group" if scheme.group_size else "token",
             "symmetric": True,
             "type": scheme.kind,
         }
@@ -82,8 +82,8 @@ def encoder_for(spec: TensorSpec, settings: Settings, source: LazyTensor) -> Enc
     if not linear_weight(spec):
         return None
     scheme = _scheme_of(settings)
-    if scheme.block_rows == 1 and scheme.group:
-        check_groups(spec, scheme.group)
+    if scheme.block_rows == 1 and scheme.group_size:
+        check_groups(spec, scheme.group_size)
     dtype = source.dtype if source.dtype in FLOATS else np.dtype(np.float32)
     return Compressed(settings.type, dtype, None if scheme == SCHEMES[settings.type] else scheme)
 
@@ -91,7 +91,7 @@ def encoder_for(spec: TensorSpec, settings: Settings, source: LazyTensor) -> Enc
 def _scheme_of(settings: Settings) -> Scheme:
     if settings.group_size is None:
         return SCHEMES[settings.type]
-    return replace(SCHEMES[settings.type], group=None if settings.group_size == WHOLE_ROW else settings.group_size)
+    return replace(SCHEMES[settings.type], group_size=None if settings.group_size == WHOLE_ROW else settings.group_size)
 
 
 def unpack(raw: Mapping[str, LazyTensor], quantization_config: Mapping[str, object]) -> dict[str, LazyTensor]:
@@ -165,7 +165,7 @@ def _weight(raw: Mapping[str, LazyTensor], module: str, weights: Mapping[str, ob
     scheme = _scheme(scales, shape, weights, packed)
     _check_input_scale(optional(".input_scale", FLOATS, None))
     optional(".input_zero_point", (INT8,), None)
-    rows, groups = -(-shape[0] // scheme.block_rows), scheme.groups(shape[1])
+    rows, groups = -(-shape[0] // scheme.block_rows), scheme.group_count(shape[1])
     zero_points = None
     if packed and not scheme.symmetric:
         zero_points = part(raw, module + ".weight_zero_point", (INT32,), (-(-rows * bits // WORD_BITS), groups))
@@ -192,7 +192,7 @@ def _scheme(scales: LazyTensor, shape: tuple[int, ...], weights: Mapping[str, ob
     scheme = Scheme(
         weights["num_bits"], weights["type"], group, block_rows, weights.get("symmetric") is not False, packed
     )
-    expected = {(-(-shape[0] // block_rows), scheme.groups(shape[1]))}
+    expected = {(-(-shape[0] // block_rows), scheme.group_count(shape[1]))}
     if group is None:
         expected |= {(shape[0],), (1,), (), (1, 1)}  # by row, or one for the tensor
     if scales.shape not in expected:
@@ -229,7 +229,7 @@ class CompressedTensor(LazyTensor):
     ) -> None:
         self.codes, self.scales, self.zero_points, self.order, self.scheme = codes, scales, zero_points, order, scheme
         self.shape, self.dtype, self.origin = shape, scales.dtype, codes.origin
-        self.group = scheme.group if scheme.block_rows == 1 and order is None else None
+        self.group_size = scheme.group_size if scheme.block_rows == 1 and order is None else None
         known = (name for name, each in SCHEMES.items() if each.bits == scheme.bits and each.kind == scheme.kind)
         same = (
             name

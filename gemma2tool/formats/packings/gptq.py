@@ -138,7 +138,7 @@ class GptqTensor(LazyTensor):
         self.shape, self.dtype = (words.shape[1], len(groups)), FLOAT32
         self.stored, self.origin = f"gptq-{bits}", words.origin
         width = len(groups) // scales.rows
-        self.group = width if np.array_equal(groups, np.arange(len(groups)) // width) else None
+        self.group_size = width if np.array_equal(groups, np.arange(len(groups)) // width) else None
 
     def load_rows(self, first: int, last: int) -> np.ndarray:
         codes = unpack_words(transposed(whole(self.words)[:, first:last]), self.bits)

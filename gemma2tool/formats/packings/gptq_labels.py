@@ -28,7 +28,7 @@ class Weight(Protocol):
     zeros: LazyTensor
     bits: int
     checkpoint_format: str
-    group: int | None
+    group_size: int | None
 
 
 def check(weights: Mapping[str, Weight], config: Mapping[str, object]) -> None:
@@ -40,7 +40,7 @@ def check(weights: Mapping[str, Weight], config: Mapping[str, object]) -> None:
             asymmetric.append(weight)
         elif actual != weight.checkpoint_format:
             raise _mislabelled(weight, actual)
-        if weight.group is None and config.get("desc_act") is False:
+        if weight.group_size is None and config.get("desc_act") is False:
             raise InputRefused(
                 "gptq.act-order",
                 f"{weight.words.origin}: its groups are in act-order, but the config says desc_act false",
@@ -52,7 +52,7 @@ def check(weights: Mapping[str, Weight], config: Mapping[str, object]) -> None:
             f"{asymmetric[0].zeros.origin}: zero points differ from group to group, but the config says sym true",
             hint="vLLM would ignore them and compute nonsense: set sym to false in config.json",
         )
-    sampled = [weight for weight in asymmetric if weight.group is not None]
+    sampled = [weight for weight in asymmetric if weight.group_size is not None]
     sampled = sampled[:: max(len(sampled) // SAMPLED, 1)][:SAMPLED]
     wrong = -1 if config.get("checkpoint_format", "gptq") == "gptq" else 1
     if sampled and abs(_mean_offset(sampled) - wrong) < _DOUBT:
@@ -74,8 +74,10 @@ def _mean_offset(weights: Sequence[Weight]) -> float:
     offsets = []
     for weight in weights:
         count = min(weight.zeros.rows, SAMPLED)
-        words = weight.words.load_rows(0, count * weight.group * weight.bits // WORD_BITS)
-        codes = unpack_words(np.ascontiguousarray(words.T), weight.bits).reshape(words.shape[1], count, weight.group)
+        words = weight.words.load_rows(0, count * weight.group_size * weight.bits // WORD_BITS)
+        codes = unpack_words(np.ascontiguousarray(words.T), weight.bits).reshape(
+            words.shape[1], count, weight.group_size
+        )
         zeros = gptq.unpack_zeros(weight.zeros.load_rows(0, count), weight.bits, weight.checkpoint_format)
         offsets.append((codes.mean(axis=2, dtype=np.float32) - zeros.T).reshape(-1))
     offsets = np.concatenate(offsets)

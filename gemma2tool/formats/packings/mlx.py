@@ -93,7 +93,7 @@ class AffineTensor(LazyTensor):
     def __init__(self, words: LazyTensor, scales: LazyTensor, biases: LazyTensor, bits: int) -> None:
         self.words, self.scales, self.biases, self.bits = words, scales, biases, bits
         self.shape, self.dtype = (words.rows, words.row_size * 32 // bits), scales.dtype
-        self.stored, self.origin, self.group = f"mlx-{bits}", words.origin, self.shape[1] // scales.shape[1]
+        self.stored, self.origin, self.group_size = f"mlx-{bits}", words.origin, self.shape[1] // scales.shape[1]
 
     def load_rows(self, first: int, last: int) -> np.ndarray:
         codes = mlx.unpack(self.words.load_rows(first, last), self.bits)

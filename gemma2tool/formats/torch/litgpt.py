@@ -15,7 +15,8 @@ from gemma2tool.formats.mapping.layout_transforms import GroupByKeyValueHead
 from gemma2tool.formats.mapping.transforms import Row, to_canonical
 from gemma2tool.formats.torch import folder as torch_folder
 from gemma2tool.model.checkpoint import Checkpoint
-from gemma2tool.model.config import SLIDING, Gemma2Config
+from gemma2tool.model.config import Gemma2Config
+from gemma2tool.model.config_fields import SLIDING
 from gemma2tool.model.lazy import LazyTensor
 
 FILE = "lit_model.pth"

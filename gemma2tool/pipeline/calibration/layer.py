@@ -20,7 +20,7 @@ from gemma2tool.errors import InputRefused
 from gemma2tool.model.config import Gemma2Config
 from gemma2tool.model.lazy import FLOAT32, Array, LazyTensor, row_ranges
 from gemma2tool.quantizers.calibration import Map
-from gemma2tool.quantizers.calibration.grid import Codes
+from gemma2tool.quantizers.calibration.grid import QuantizedMatrix
 from gemma2tool.quantizers.calibration.hessian import Hessian
 from gemma2tool.reference.layers import DecoderLayer, RMSNorm
 from gemma2tool.reference.tensors import load_tensor
@@ -82,7 +82,7 @@ class CalibratedLayer:
     ) -> None:
         self.config, self.prefix, self.tensors, self.quantized = config, f"model.layers.{index}.", tensors, quantized
         self.hessian_block, self.run = hessian_block, run
-        self.codes: dict[str, Codes] = {}
+        self.codes: dict[str, QuantizedMatrix] = {}
         """Weights in codes, by canonical name."""
         self.norms: dict[str, Array] = {}
         """Norms whose values changed, as they will be stored, by canonical name."""
@@ -145,7 +145,7 @@ class CalibratedLayer:
             )
         return rows
 
-    def set_codes(self, name: str, codes: Codes) -> None:
+    def set_codes(self, name: str, codes: QuantizedMatrix) -> None:
         """Replace the projection's weight by its codes."""
         self.codes[f"{self.prefix}{name}.weight"] = codes
         self.projection(name).weight = codes

@@ -10,9 +10,9 @@ from torch import Tensor
 from gemma2tool.model.lazy import FLOAT32, Array, DType, LazyTensor, row_ranges, to_float32
 from gemma2tool.pipeline.calibration.layer import DOWN, GATE, KEY, OUTPUT, QUERY, UP, VALUE, CalibratedLayer
 from gemma2tool.quantizers.calibration import rounding, scales
-from gemma2tool.quantizers.calibration.clipping import Block, blocks, round_clipped
-from gemma2tool.quantizers.calibration.grid import Codes, Grid
-from gemma2tool.quantizers.calibration.hessian import Hessian, factors
+from gemma2tool.quantizers.calibration.clipping import HessianBlock, hessian_blocks, quantize_clipped
+from gemma2tool.quantizers.calibration.grid import QuantizedMatrix, Grid
+from gemma2tool.quantizers.calibration.hessian import Hessian, inverse_factors
 from gemma2tool.quantizers.casts import cast
 
 LEAST_SPREAD = 0.02
@@ -26,7 +26,7 @@ class ByHessian:
     """GPTQ: each column's rounding error is compensated by the later columns of its row, for the inputs of the
     quantized model.
 
-    ``grids``: by canonical name. ``damping``, ``act_order``: see ``hessian.factors``.
+    ``grids``: by canonical name. ``damping``, ``act_order``: see ``hessian.inverse_factors``.
     """
 
     def __init__(self, grids: Mapping[str, Grid], *, damping: float, act_order: bool) -> None:
@@ -48,7 +48,7 @@ class ByHessian:
         quantized = [name for name in names if layer.quantizes(name)]
         if not quantized:
             return
-        columns, cholesky = hessian.columns, factors(hessian, self.damping, self.act_order)
+        columns, cholesky = hessian.columns, inverse_factors(hessian, self.damping, self.act_order)
         for name in quantized:
             weight, grid = layer.projection(name).weight, self.grids[f"{layer.prefix}{name}.weight"]
             ranges = list(row_ranges(weight.rows, 1, rounding.ROWS))
@@ -57,8 +57,8 @@ class ByHessian:
                 return rounding.round_rows(layer.rows(name, *span), cholesky, grid)
 
             codes, zeros, steps = (np.concatenate(arrays) for arrays in zip(*layer.run(piece, ranges), strict=True))
-            groups = rounding.group_of_column(cholesky, columns, grid.width)
-            layer.set_codes(name, Codes(codes, zeros, steps, groups, weight.origin))
+            groups = rounding.group_of_column(cholesky, columns, grid.group_size)
+            layer.set_codes(name, QuantizedMatrix(codes, zeros, steps, groups, weight.origin))
 
 
 class ByScale:
@@ -75,14 +75,14 @@ class ByScale:
 
     def __init__(self, grids: Mapping[str, Grid], norms: Mapping[str, DType]) -> None:
         self.grids, self.norms = grids, norms
-        self._blocks: dict[str, list[Block]] = {}
+        self._blocks: dict[str, list[HessianBlock]] = {}
 
     def attention_input(self, layer: CalibratedLayer, hessian: Hessian) -> None:
         self._fold_into_norm(layer, "input_layernorm", hessian, QUERY, KEY, VALUE)
 
     def attention_output(self, layer: CalibratedLayer, hessian: Hessian) -> None:
         config, column_scales = layer.config, None
-        hessian.fill()
+        hessian.symmetrize()
         if layer.quantizes(VALUE, OUTPUT) and not config.attention_bias:
             heads = (config.num_key_value_heads, config.num_key_value_groups, config.head_dim)
             shared = hessian.mean_magnitude.view(heads).mean(1, keepdim=True).expand(heads).flatten()
@@ -98,7 +98,7 @@ class ByScale:
 
     def mlp_output(self, layer: CalibratedLayer, hessian: Hessian) -> None:
         column_scales = None
-        hessian.fill()
+        hessian.symmetrize()
         if layer.quantizes(UP, DOWN):
             column_scales = self._search(layer, hessian, hessian.mean_magnitude, DOWN)
             if column_scales is not None:
@@ -108,7 +108,7 @@ class ByScale:
 
     def _fold_into_norm(self, layer: CalibratedLayer, norm: str, hessian: Hessian, *names: str) -> None:
         column_scales = best = None
-        hessian.fill()
+        hessian.symmetrize()
         if layer.quantizes(*names):
             best = self._search(layer, hessian, hessian.mean_magnitude, *names)
         if best is not None:
@@ -125,15 +125,15 @@ class ByScale:
             if layer.quantizes(name):
                 if column_scales is not None:
                     _scale(layer, name, columns=column_scales)
-                self._blocks[name] = blocks(hessian, self._grid(layer, name).width, column_scales)
+                self._blocks[name] = hessian_blocks(hessian, self._grid(layer, name).group_size, column_scales)
 
     def _search(self, layer: CalibratedLayer, hessian: Hessian, magnitude: Tensor, *names: str) -> Array | None:
         """The best scales; None if they hardly differ from one another."""
         weights = []
         for name in names:
-            sample = scales.sample(layer.projection(name).weight.rows)
+            sample = scales.sample_rows(layer.projection(name).weight.rows)
             weights.append(np.concatenate([layer.rows(name, row, row + 1) for row in sample]))
-        best: Array = scales.search(weights, hessian, magnitude, self._grid(layer, names[0]), layer.run)
+        best: Array = scales.search_scales(weights, hessian, magnitude, self._grid(layer, names[0]), layer.run)
         return best if np.log(best).std() >= LEAST_SPREAD else None
 
     def _round(self, layer: CalibratedLayer, *names: str) -> None:
@@ -144,13 +144,13 @@ class ByScale:
             ranges = list(row_ranges(weight.rows, weight.row_size * FLOAT32.itemsize, ROUNDED_BYTES))
 
             def piece(
-                span: tuple[int, int], name: str = name, grid: Grid = grid, costs: list[Block] = costs
+                span: tuple[int, int], name: str = name, grid: Grid = grid, costs: list[HessianBlock] = costs
             ) -> tuple[Array, Array, Array]:
-                return round_clipped(layer.rows(name, *span), grid, costs)
+                return quantize_clipped(layer.rows(name, *span), grid, costs)
 
             codes, zeros, steps = (np.concatenate(arrays) for arrays in zip(*layer.run(piece, ranges), strict=True))
-            groups = np.arange(weight.row_size, dtype=np.int32) // np.int32(grid.width)
-            layer.set_codes(name, Codes(codes, zeros, steps, groups, weight.origin))
+            groups = np.arange(weight.row_size, dtype=np.int32) // np.int32(grid.group_size)
+            layer.set_codes(name, QuantizedMatrix(codes, zeros, steps, groups, weight.origin))
 
     def _grid(self, layer: CalibratedLayer, name: str) -> Grid:
         return self.grids[f"{layer.prefix}{name}.weight"]

@@ -26,7 +26,7 @@ from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.lazy import FLOAT32, Array, DType, LazyTensor
 from gemma2tool.quantizers.awq import Awq
 from gemma2tool.quantizers.base import Encoder, Part
-from gemma2tool.quantizers.calibration.grid import Codes, Grid, grid_of, row_record
+from gemma2tool.quantizers.calibration.grid import QuantizedMatrix, Grid, grid_of, record_dtype
 from gemma2tool.quantizers.floats import Float
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ class CodesEncoder(Encoder, Protocol):
 @dataclass(frozen=True)
 class CalibrationSettings:
     """How an output is calibrated: token ids (N, T), each row on its own, and GPTQ's settings (see
-    ``hessian.factors``).
+    ``hessian.inverse_factors``).
 
     ``hessian_block``: columns of a square of the block-diagonal Hessian, None for the whole.
     """
@@ -94,10 +94,10 @@ def calibrated(
         )
     block = calibration.hessian_block
     for name, grid in grids.items():
-        if block is not None and grid.width < items[name].source.row_size and block % grid.width:
+        if block is not None and grid.group_size < items[name].source.row_size and block % grid.group_size:
             raise UsageError(
                 "calibration.hessian-block",
-                f"Hessian blocks of {block} columns would split groups of {grid.width}",
+                f"Hessian blocks of {block} columns would split groups of {grid.group_size}",
                 hint="use a multiple of the group size",
             )
     session = Session(checkpoint, items, grids, calibration, threads)
@@ -125,7 +125,7 @@ class Session:
         self._done = 0
         self._failure: BaseException | None = None
         self._residual: list[Tensor] | None = None
-        self._codes: dict[str, Codes] = {}
+        self._codes: dict[str, QuantizedMatrix] = {}
         self._norms: dict[str, Array] = {}
 
     def cost(self) -> Cost:
@@ -158,7 +158,7 @@ class Session:
             return replace(item, source=CalibratedNorm(self, item))
         return item
 
-    def codes(self, name: str) -> Codes:
+    def codes(self, name: str) -> QuantizedMatrix:
         """The codes of a weight. May take as long as all layers up to its own."""
         with self._lock:
             self._run_through(name)
@@ -245,7 +245,7 @@ def _dtype_of(item: OutputTensor) -> DType:
 
 class CalibratedMatrix(LazyTensor):
     """A weight (O, I) whose rows are as they will be stored: records of codes, zeros and scales
-    (``grid.Codes.records``).
+    (``grid.QuantizedMatrix.load_records``).
     """
 
     def __init__(self, session: Session, item: OutputTensor) -> None:
@@ -253,8 +253,8 @@ class CalibratedMatrix(LazyTensor):
         self.shape, self.stored, self.origin = item.source.shape, item.source.stored, item.source.origin
         grid, (rows, columns) = session.grids[item.name], item.source.shape
         scale = grid.parameters(np.zeros(1, FLOAT32), np.ones(1, FLOAT32))[1].dtype
-        self.dtype = row_record(columns, columns // grid.width, scale)
-        self.group_of_column = np.arange(columns, dtype=np.int32) // np.int32(grid.width)
+        self.dtype = record_dtype(columns, columns // grid.group_size, scale)
+        self.group_of_column = np.arange(columns, dtype=np.int32) // np.int32(grid.group_size)
         self._left, self._lock = rows, threading.Lock()
 
     @property
@@ -263,7 +263,7 @@ class CalibratedMatrix(LazyTensor):
 
     def load_rows(self, first: int, last: int) -> Array:
         codes = self.session.codes(self.name)
-        rows, self.group_of_column = codes.records(first, last), codes.group_of_column
+        rows, self.group_of_column = codes.load_records(first, last), codes.group_of_column
         with self._lock:
             self._left -= last - first
             if self._left <= 0:

@@ -13,16 +13,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gemma2tool.model.lazy import to_float32
-from gemma2tool.quantizers import groups
+from gemma2tool.model.lazy import Array
 from gemma2tool.quantizers.calibration.grid import Grid
 from gemma2tool.quantizers.calibration.hessian import Hessian
+from gemma2tool.quantizers.groups import GroupScales, Rule, dequantize_groups, group_ranges, quantize_groups
 
 SHRINKS = tuple(1 - step / 20 for step in range(11))
 
 
 @dataclass(frozen=True)
-class Block:
+class HessianBlock:
     """What an error in these ``columns`` of a group costs: ``hessian`` (n, n)."""
 
     group: int
@@ -30,7 +30,7 @@ class Block:
     hessian: Tensor
 
 
-def blocks(hessian: Hessian, width: int, scales: np.ndarray | None) -> list[Block]:
+def hessian_blocks(hessian: Hessian, width: int, scales: Array | None) -> list[HessianBlock]:
     """The squares on the diagonal of a filled Hessian that groups of ``width`` columns see, of columns scaled by ``scales`` (I,).
 
     A group wider than the Hessian's own squares has several.
@@ -44,13 +44,13 @@ def blocks(hessian: Hessian, width: int, scales: np.ndarray | None) -> list[Bloc
             part = square[inside, inside].clone()
             if inverse is not None:
                 part *= inverse[columns, None] * inverse[columns]
-            found.append(Block(start // width, columns, part))
+            found.append(HessianBlock(start // width, columns, part))
     return found
 
 
-def round_clipped(rows: np.ndarray, grid: Grid, blocks: Sequence[Block]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Codes uint8 (n, I), zeros and scales (n, G) of float32 rows (n, I), to nearest in the best of the ranges tried."""
-    low, high = groups.ranges(rows, grid.width)
+def quantize_clipped(rows: Array, grid: Grid, blocks: Sequence[HessianBlock]) -> tuple[Array, Array, Array]:
+    """QuantizedMatrix uint8 (n, I), zeros and scales (n, G) of float32 rows (n, I), to nearest in the best of the ranges tried."""
+    low, high = group_ranges(rows, grid.group_size)
     largest = np.maximum(-low, high)
     least = np.full(low.shape, np.inf)
     for shrink in SHRINKS:
@@ -66,14 +66,14 @@ def round_clipped(rows: np.ndarray, grid: Grid, blocks: Sequence[Block]) -> tupl
     return _codes(rows, best_zeros, best_scales, grid), best_zeros, best_scales
 
 
-def _codes(rows: np.ndarray, zeros: np.ndarray, scales: np.ndarray, grid: Grid) -> np.ndarray:
-    return groups.codes(rows, grid.width, groups.Rule.ADD_ZERO, to_float32(scales), zeros, 0, grid.top)
+def _codes(rows: Array, zeros: Array, scales: Array, grid: Grid) -> Array:
+    return quantize_groups(rows, GroupScales(grid.group_size, scales, zeros), Rule.ADD_ZERO, 0, grid.top)
 
 
-def _losses(rows: np.ndarray, zeros: np.ndarray, scales: np.ndarray, grid: Grid, blocks: Sequence[Block]) -> np.ndarray:
+def _losses(rows: Array, zeros: Array, scales: Array, grid: Grid, blocks: Sequence[HessianBlock]) -> Array:
     """What each group of each row costs, float64 (n, G)."""
     codes = _codes(rows, zeros, scales, grid)
-    error = torch.from_numpy(groups.values(codes, grid.width, to_float32(scales), zeros) - rows)
+    error = torch.from_numpy(dequantize_groups(codes, GroupScales(grid.group_size, scales, zeros)) - rows)
     total = np.zeros(zeros.shape)
     for block in blocks:
         part = error[:, block.columns]

@@ -8,24 +8,25 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gemma2tool.model.lazy import FLOAT32, LazyTensor, to_float32
-from gemma2tool.quantizers import awq, compressed, gptq, groups
+from gemma2tool.model.lazy import FLOAT32, Array, DType, LazyTensor
+from gemma2tool.quantizers import awq, compressed, gptq
 from gemma2tool.quantizers.awq import Awq
 from gemma2tool.quantizers.base import Encoder
 from gemma2tool.quantizers.casts import cast
 from gemma2tool.quantizers.compressed import Compressed, Scheme
 from gemma2tool.quantizers.gptq import Gptq
+from gemma2tool.quantizers.groups import GroupScales, Rule, group_ranges, quantize_groups
 
-Parameters = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
+Parameters = Callable[[Array, Array], tuple[Array, Array]]
 """Zeros (uint8) and scales of groups from their smallest and largest values, float32 (n,) each."""
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Values are (code - zero) * scale with codes 0 to ``top``; ``width`` columns share zero and scale, as ``parameters`` makes them."""
+    """Values are (code - zero) * scale with codes 0 to ``top``; ``group_size`` columns share zero and scale, as ``parameters`` makes them."""
 
     top: int
-    width: int
+    group_size: int
     parameters: Parameters
 
 
@@ -39,53 +40,51 @@ def grid_of(encoder: Encoder, columns: int) -> Grid | None:
     if isinstance(encoder, Compressed) and encoder.scheme.packed and encoder.scheme.bits == 4:
         scheme = encoder.scheme
         rule = functools.partial(_compressed, scheme=scheme, dtype=encoder.dtype)
-        return Grid(2**scheme.bits - 1, scheme.group or columns, rule)
+        return Grid(2**scheme.bits - 1, scheme.group_size or columns, rule)
     return None
 
 
-def _compressed(low: np.ndarray, high: np.ndarray, scheme: Scheme, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
+def _compressed(low: Array, high: Array, scheme: Scheme, dtype: DType) -> tuple[Array, Array]:
     zeros, scales = compressed.grid(low, high, scheme, dtype)
     lowest = np.uint8(1 << (scheme.bits - 1))
     return np.full(low.shape, lowest) if zeros is None else zeros.view(np.uint8) + lowest, cast(scales, dtype)
 
 
-class Codes(LazyTensor):
+class QuantizedMatrix(LazyTensor):
     """A matrix (O, I) in codes: ``codes`` uint8 (O, I), ``zeros`` uint8 and ``scales`` (O, G), ``group_of_column`` (I,)."""
 
     dtype = FLOAT32
     stored = "codes"
 
-    def __init__(
-        self, codes: np.ndarray, zeros: np.ndarray, scales: np.ndarray, group_of_column: np.ndarray, origin: str
-    ) -> None:
+    def __init__(self, codes: Array, zeros: Array, scales: Array, group_of_column: Array, origin: str) -> None:
         self.codes, self.zeros, self.scales, self.group_of_column = codes, zeros, scales, group_of_column
         self.shape, self.origin = codes.shape, origin
 
-    def load_rows(self, first: int, last: int) -> np.ndarray:
+    def load_rows(self, first: int, last: int) -> Array:
         """What the codes of these rows stand for, float32."""
         rows = slice(first, last)
         return gptq.dequantize(self.codes[rows], self.zeros[rows], self.scales[rows], self.group_of_column)
 
     @property
-    def record(self) -> np.dtype:
-        """The type of a row as ``records`` returns it."""
-        return row_record(self.shape[1], self.zeros.shape[1], self.scales.dtype)
+    def record_dtype(self) -> DType:
+        """The type of a row as ``load_records`` returns it."""
+        return record_dtype(self.shape[1], self.zeros.shape[1], self.scales.dtype)
 
-    def records(self, first: int, last: int) -> np.ndarray:
-        """Rows as they are stored: (last - first,) of ``record``."""
-        rows = np.empty(last - first, self.record)
+    def load_records(self, first: int, last: int) -> Array:
+        """Rows as they are stored: (last - first,) of ``record_dtype``."""
+        rows = np.empty(last - first, self.record_dtype)
         for name in rows.dtype.names:
             rows[name] = getattr(self, name)[first:last]
         return rows
 
 
-def row_record(columns: int, groups: int, scale: np.dtype) -> np.dtype:
+def record_dtype(columns: int, groups: int, scale: DType) -> DType:
     """One row of a matrix in codes."""
     return np.dtype([("codes", np.uint8, (columns,)), ("zeros", np.uint8, (groups,)), ("scales", scale, (groups,))])
 
 
-def to_nearest(rows: np.ndarray, grid: Grid) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Codes, zeros and scales of float32 rows (n, I) without looking at any input."""
-    zeros, scales = grid.parameters(*groups.ranges(rows, grid.width))
-    codes = groups.codes(rows, grid.width, groups.Rule.ADD_ZERO, to_float32(scales), zeros, 0, grid.top)
+def quantize_to_nearest(rows: Array, grid: Grid) -> tuple[Array, Array, Array]:
+    """QuantizedMatrix, zeros and scales of float32 rows (n, I) without looking at any input."""
+    zeros, scales = grid.parameters(*group_ranges(rows, grid.group_size))
+    codes = quantize_groups(rows, GroupScales(grid.group_size, scales, zeros), Rule.ADD_ZERO, 0, grid.top)
     return codes, zeros, scales

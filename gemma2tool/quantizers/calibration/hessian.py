@@ -54,7 +54,7 @@ class Hessian:
         """Mean |x| per column, float64 (I,)."""
         return self.magnitude / self.count
 
-    def fill(self) -> None:
+    def symmetrize(self) -> None:
         """Mirror the lower triangles, so that the squares can be multiplied with."""
         for square in self.squares:
             for start in range(0, len(square), PANEL):
@@ -72,13 +72,13 @@ class Factor:
     upper: Tensor
 
 
-def factors(hessian: Hessian, damping: float, act_order: bool) -> list[Factor]:
+def inverse_factors(hessian: Hessian, damping: float, act_order: bool) -> list[Factor]:
     """One for each square on the diagonal. The Hessian is used up.
 
     ``damping``: this fraction of the mean of the diagonal is added to it, and ten times as much wherever that was not enough. With
     ``act_order`` columns are rounded from the largest diagonal element to the smallest, else from left to right.
     """
-    hessian.fill()
+    hessian.symmetrize()
     found = []
     while hessian.squares:
         square, span = hessian.squares.pop(0), hessian.spans.pop(0)

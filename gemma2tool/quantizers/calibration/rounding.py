@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gemma2tool.model.lazy import to_float32
+from gemma2tool.model.lazy import Array, to_float32
 from gemma2tool.quantizers.calibration.grid import Grid
 from gemma2tool.quantizers.calibration.hessian import Factor
 
@@ -24,14 +24,14 @@ ROWS = 1024
 """Rows that are one piece of work: a block of them stays in the second-level cache."""
 
 
-def round_rows(rows: np.ndarray, factors: Sequence[Factor], grid: Grid) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Codes uint8 (n, I), zeros uint8 and scales (n, G) of float rows (n, I), in the factors' precision. Rows are independent.
+def round_rows(rows: Array, factors: Sequence[Factor], grid: Grid) -> tuple[Array, Array, Array]:
+    """QuantizedMatrix uint8 (n, I), zeros uint8 and scales (n, G) of float rows (n, I), in the factors' precision. Rows are independent.
 
     Groups are counted in the order of rounding: a column's group is that of ``group_of_column``.
     """
     weight = torch.from_numpy(np.ascontiguousarray(rows.T)).to(factors[0].upper.dtype)
     codes = torch.empty(weight.shape, dtype=torch.uint8)
-    whole_row = grid.width >= len(weight)
+    whole_row = grid.group_size >= len(weight)
     zeros, scales = [], []
     if whole_row:
         zero, scale, *known = _parameters(weight, grid)
@@ -39,13 +39,13 @@ def round_rows(rows: np.ndarray, factors: Sequence[Factor], grid: Grid) -> tuple
         scales.append(scale)
     for factor in factors:
         part = weight[factor.columns]
-        step = BLOCK if whole_row else max(BLOCK // grid.width, 1) * grid.width
+        step = BLOCK if whole_row else max(BLOCK // grid.group_size, 1) * grid.group_size
         for start in range(0, len(part), step):
             block, upper = part[start : start + step], factor.upper[start : start + step, start:]
             errors, rounded = torch.empty_like(block), torch.empty(block.shape, dtype=torch.uint8)
             for column in range(len(block)):
-                if not whole_row and column % grid.width == 0:
-                    zero, scale, *known = _parameters(block[column : column + grid.width], grid)
+                if not whole_row and column % grid.group_size == 0:
+                    zero, scale, *known = _parameters(block[column : column + grid.group_size], grid)
                     zeros.append(zero)
                     scales.append(scale)
                 wide_zero, wide_scale = known
@@ -60,14 +60,14 @@ def round_rows(rows: np.ndarray, factors: Sequence[Factor], grid: Grid) -> tuple
     return np.ascontiguousarray(codes.numpy().T), np.stack(zeros, 1), np.stack(scales, 1)
 
 
-def group_of_column(factors: Sequence[Factor], columns: int, width: int) -> np.ndarray:
+def group_of_column(factors: Sequence[Factor], columns: int, width: int) -> Array:
     """The group of each column of a matrix rounded by these factors, int32 (columns,)."""
     groups = np.empty(columns, np.int32)
     groups[np.concatenate([factor.columns.numpy() for factor in factors])] = np.arange(columns) // min(width, columns)
     return groups
 
 
-def _parameters(columns: Tensor, grid: Grid) -> tuple[np.ndarray, np.ndarray, Tensor, Tensor]:
+def _parameters(columns: Tensor, grid: Grid) -> tuple[Array, Array, Tensor, Tensor]:
     """Zeros and scales of one group (width, n) as stored, and as the arithmetic takes them."""
     low, high = torch.aminmax(columns, dim=0)
     zeros, scales = grid.parameters(low.float().numpy(), high.float().numpy())

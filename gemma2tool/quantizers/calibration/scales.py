@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gemma2tool.model.lazy import to_float32
-from gemma2tool.quantizers import groups
+from gemma2tool.model.lazy import Array
 from gemma2tool.quantizers.calibration import Map
-from gemma2tool.quantizers.calibration.grid import Grid, to_nearest
+from gemma2tool.quantizers.calibration.grid import Grid, quantize_to_nearest
 from gemma2tool.quantizers.calibration.hessian import Hessian
+from gemma2tool.quantizers.groups import GroupScales, dequantize_groups
 
 POWERS = tuple(step / 20 for step in range(20))
 SMALLEST = 1e-4
@@ -24,28 +24,26 @@ ROWS = 1024
 """Rows of a matrix that are looked at, evenly spread: a scale belongs to a column, and so many rows tell what it costs."""
 
 
-def search(
-    weights: Sequence[np.ndarray], hessian: Hessian, magnitude: Tensor, grid: Grid, run: Map = map
-) -> np.ndarray:
+def search_scales(weights: Sequence[Array], hessian: Hessian, magnitude: Tensor, grid: Grid, run: Map = map) -> Array:
     """The scales (I,) float32 under which the matrices (n, I) that share these inputs lose least, rounded to nearest.
 
     ``magnitude`` (I,): mean |x| per column. ``hessian``: of the inputs, filled. A scale of 1 everywhere is among those tried.
     """
-    tried = [candidate(magnitude, power) for power in POWERS]
-    losses = list(run(lambda scales: sum(loss(rows, scales, hessian, grid) for rows in weights), tried))
+    tried = [scales_of_power(magnitude, power) for power in POWERS]
+    losses = list(run(lambda scales: sum(output_error(rows, scales, hessian, grid) for rows in weights), tried))
     return tried[int(np.argmin(losses))]
 
 
-def candidate(magnitude: Tensor, power: float) -> np.ndarray:
+def scales_of_power(magnitude: Tensor, power: float) -> Array:
     """magnitude ** power, over the geometric mean of its largest and smallest."""
     scales = magnitude.double().clamp(min=SMALLEST) ** power
     return (scales / (scales.max() * scales.min()).sqrt()).float().numpy()
 
 
-def loss(rows: np.ndarray, scales: np.ndarray, hessian: Hessian, grid: Grid) -> float:
+def output_error(rows: Array, scales: Array, hessian: Hessian, grid: Grid) -> float:
     """The squared error of the outputs, summed over the text, of float32 rows (n, I) rounded under ``scales``."""
-    codes, zeros, steps = to_nearest(rows * scales, grid)
-    error = torch.from_numpy(groups.values(codes, grid.width, to_float32(steps), zeros) / scales - rows)
+    codes, zeros, steps = quantize_to_nearest(rows * scales, grid)
+    error = torch.from_numpy(dequantize_groups(codes, GroupScales(grid.group_size, steps, zeros)) / scales - rows)
     total = 0.0
     for square, span in zip(hessian.squares, hessian.spans, strict=True):
         part = error[:, span]
@@ -53,6 +51,6 @@ def loss(rows: np.ndarray, scales: np.ndarray, hessian: Hessian, grid: Grid) -> 
     return total
 
 
-def sample(rows: int) -> np.ndarray:
+def sample_rows(rows: int) -> Array:
     """Which rows of a matrix of so many are looked at."""
     return np.unique(np.linspace(0, rows - 1, min(rows, ROWS)).astype(np.int64))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.lazy import DTYPE_NAMES
-from gemma2tool.model.tensors import expand
+from gemma2tool.model.tensors import tensor_specs
 from gemma2tool.verify.result import Finding, GateResult, Sides
 
 GATE = "completeness"
@@ -26,7 +26,7 @@ def compare_names(source: Checkpoint, candidate: Checkpoint, *, sides: Sides = S
             error(name, f"has shape {_shape(tensor.shape)} in {ours}, {_shape(shape)} in {theirs}")
     for name in sorted(candidate.tensors.keys() - source.tensors.keys()):
         error(name, f"in {theirs}, but not in {ours}")
-    for name, spec in expand(candidate.config).items():
+    for name, spec in tensor_specs(candidate.config).items():
         if name in candidate.tensors and (shape := candidate.tensors[name].shape) != spec.shape:
             error(name, f"has shape {_shape(shape)}, the config of {theirs} asks for {_shape(spec.shape)}")
         elif spec.required and name not in candidate.tensors and name not in source.tensors:

@@ -6,62 +6,18 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-import numpy as np
-
 from gemma2tool.model.config import Gemma2Config
+from gemma2tool.model.config_fields import (
+    ARITHMETIC_FIELDS,
+    CONFIG_FIELDS,
+    DESCRIPTION_FIELDS,
+    USE_FIELDS,
+    Effect,
+    comparable_value,
+)
 from gemma2tool.verify.result import SIDES, Finding, GateResult, Severity, Sides
 
 GATE = "config"
-
-# Fields that change some logit of some prompt: they must be equal.
-ARITHMETIC: Mapping[str, str] = {
-    "vocab_size": "rows of the embedding",
-    "hidden_size": "width of the residual stream",
-    "intermediate_size": "width of the feed-forward layer",
-    "num_hidden_layers": "decoder layers",
-    "num_attention_heads": "query heads",
-    "num_key_value_heads": "key-value heads",
-    "head_dim": "width of a head",
-    "hidden_activation": "activation of the gate",
-    "rms_norm_eps": "added to the mean square in every norm",
-    "query_pre_attn_scalar": "attention scores are divided by its square root",
-    "attn_logit_softcapping": "cap of the attention scores",
-    "final_logit_softcapping": "cap of the logits",
-    "rope_theta": "base of the rotary embedding",
-    "rope_scaling": "scaling of the rotary embedding",
-    "sliding_window": "keys that a sliding layer sees",
-    "layer_types": "which layers slide",
-    "use_bidirectional_attention": "whether later tokens are seen",
-    "attention_bias": "biases in the attention projections",
-    "tie_word_embeddings": "whether the embedding is the output matrix",
-}
-
-# Fields that change how the model is fed, stopped or sampled, not what it computes. A file that does not say (None)
-# only earns a note.
-USE: Mapping[str, str] = {
-    "bos_token_id": "every text starts with it",
-    "eos_token_id": "generation stops at it",
-    "pad_token_id": "fills short sequences of a batch",
-    "max_position_embeddings": "the longest sequence the model was made for",
-}
-
-# Fields that describe the file, its training, or labels; where both sides say something, differences are noted, never
-# judged.
-INFORMATIVE = (
-    "dtype",
-    "architectures",
-    "transformers_version",
-    "initializer_range",
-    "attention_dropout",
-    "use_cache",
-    "id2label",
-    "label2id",
-    "problem_type",
-    "extra",
-)
-
-# Numbers that some formats keep in float32 (GGUF); equal means equal there.
-_FLOAT32 = frozenset({"rms_norm_eps", "rope_theta", "attn_logit_softcapping", "final_logit_softcapping"})
 
 
 def compare_configs(
@@ -78,20 +34,20 @@ def compare_configs(
     the candidate's consumer computes whatever the file says; warnings.
     """
     findings = []
-    for name, meaning in ARITHMETIC.items():
+    for name, meaning in ((field.name, field.meaning) for field in ARITHMETIC_FIELDS):
         ours, theirs = getattr(source, name), getattr(candidate, name)
-        if normal(name, ours) != normal(name, theirs):
+        if comparable_value(name, ours) != comparable_value(name, theirs):
             said = _layers(ours, theirs, sides) if name == "layer_types" else _versus(ours, theirs, sides)
             why = f"; {cannot_represent[name]}" if name in (cannot_represent or {}) else ""
             findings.append(Finding(GATE, "error", name, f"{name} ({meaning}): {said}{why}"))
-    for name, meaning in USE.items():
+    for name, meaning in ((field.name, field.meaning) for field in USE_FIELDS):
         ours, theirs = getattr(source, name), getattr(candidate, name)
         if name == "eos_token_id":
             ours, theirs = source.eos_token_ids or None, candidate.eos_token_ids or None
         if ours != theirs:
             said = f"{name} ({meaning}): {_versus(ours, theirs, sides)}"
             findings.append(Finding(GATE, _severity(name, source, candidate), name, said))
-    for name in INFORMATIVE:
+    for name in (field.name for field in DESCRIPTION_FIELDS):
         ours, theirs = getattr(source, name), getattr(candidate, name)
         if ours != theirs and ours not in (None, {}) and theirs not in (None, {}):
             findings.append(Finding(GATE, "note", name, f"{name}: {_versus(ours, theirs, sides)}"))
@@ -106,9 +62,9 @@ def compare_configs(
             else f"{len(wrong)} fields differ: " + ", ".join(str(each.subject) for each in wrong)
         )
     else:
-        summary = f"{len(ARITHMETIC)} fields that the arithmetic depends on are equal"
+        summary = f"{len(ARITHMETIC_FIELDS)} fields that the arithmetic depends on are equal"
         summary += f"; {warned} warning{'s' * (warned != 1)}" if warned else ""
-    metrics = {"fields": len(ARITHMETIC) + len(USE) + len(INFORMATIVE), "different": len(findings)}
+    metrics = {"fields": len(CONFIG_FIELDS), "different": len(findings)}
     return GateResult(GATE, "failed" if wrong else "passed", summary, metrics, tuple(findings))
 
 
@@ -119,25 +75,17 @@ def _left_out(source: Gemma2Config, candidate: Gemma2Config, sides: Sides) -> It
     """
     for note in candidate.notes:
         name = note.partition(" ")[0]
-        if name in ARITHMETIC and note not in source.notes:
+        if _is_arithmetic(name) and note not in source.notes:
             said = f"{name} is absent from the {sides[1]}'s config: transformers assumes {_shown(getattr(candidate, name))}, other programs none"
             yield Finding(GATE, "warning", name, said)
 
 
-def normal(name: str, value: Any) -> Any:
-    """A field's value as it counts for the arithmetic, however a format spells it: equal values mean the same."""
-    if name in _FLOAT32 and value is not None:
-        return float(np.float32(value))
-    if name == "use_bidirectional_attention":
-        return bool(value)
-    if name == "rope_scaling":  # "no scaling" has several spellings
-        parameters = dict(value or {})
-        return {} if parameters.get("rope_type", "default") == "default" else parameters
-    return value
+def _is_arithmetic(name: str) -> bool:
+    return name in CONFIG_FIELDS and CONFIG_FIELDS[name].effect is Effect.ARITHMETIC
 
 
 def _severity(name: str, source: Gemma2Config, candidate: Gemma2Config) -> Severity:
-    """Of a difference in a field of ``USE``: an error where it changes what the model is given or gives."""
+    """Of a difference in a field of ``USE_FIELDS``: an error where it changes what the model is given or gives."""
     ours, theirs = getattr(source, name), getattr(candidate, name)
     if ours is None or theirs is None:
         return "note"

@@ -13,7 +13,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from gemma2tool.model.checkpoint import Checkpoint
-from gemma2tool.model.config import FULL, SLIDING, Gemma2Config
+from gemma2tool.model.config import Gemma2Config
+from gemma2tool.model.config_fields import FULL, SLIDING
 from gemma2tool.model.format_facts import Assumption, FormatFacts
 
 # Constants in the code of libraries that do not look for these fields.

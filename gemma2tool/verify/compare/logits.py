@@ -18,9 +18,16 @@ import torch
 
 from gemma2tool.errors import UsageError
 from gemma2tool.model.checkpoint import Checkpoint
-from gemma2tool.model.config import SLIDING, Gemma2Config
+from gemma2tool.model.config import Gemma2Config
+from gemma2tool.model.config_fields import SLIDING
 from gemma2tool.reference.amplify import Amplifier
-from gemma2tool.reference.streaming import HiddenDifference, OnInput, StreamedForward, side_by_side, use_threads
+from gemma2tool.reference.streaming import (
+    HiddenDifference,
+    OnInput,
+    StreamedForward,
+    compare_hidden_states,
+    use_threads,
+)
 from gemma2tool.verify.compare.measurements import Drift
 from gemma2tool.verify.compare.metrics import LogitComparison, LogitMetrics
 from gemma2tool.verify.compare.reference_logits import Collector, Reference
@@ -180,7 +187,7 @@ class _Both:
             read = _counting(checkpoint, self.advance)
             options = {"sliding_window": _one(each), "position_ids": positions, "amplifier": amplifier}
             sides.append(StreamedForward(checkpoint, rows, on_input=read, **options))
-        depths = list(side_by_side(*sides, prompts=batch)) if batch else _run_through(*sides)
+        depths = list(compare_hidden_states(*sides, prompts=batch)) if batch else _run_through(*sides)
         plain, probe = self._comparison(ids), self._comparison(extra)
         for (first, _, a), (_, _, b) in zip(*(each.vocabulary_slices() for each in sides), strict=True):
             if collector is not None:

@@ -122,7 +122,7 @@ class _Job:
         """Values that share a scale."""
         if self.bound is None:
             return 1
-        return self.bound.block or self.candidate.group or self.candidate.row_size
+        return self.bound.block or self.candidate.group_size or self.candidate.row_size
 
     def ranges(self) -> Iterable[tuple[int, int]]:
         row = max(self.candidate.row_size, 1)

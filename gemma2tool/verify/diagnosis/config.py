@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
-from gemma2tool.model.config import FULL, SLIDING, Gemma2Config
-from gemma2tool.verify.compare.config import ARITHMETIC, normal
+from gemma2tool.model.config import Gemma2Config
+from gemma2tool.model.config_fields import ARITHMETIC_FIELDS, FULL, SLIDING, comparable_value
 from gemma2tool.verify.diagnosis.cause import Cause
 from gemma2tool.verify.diagnosis.names import runs
 
@@ -29,7 +29,7 @@ def causes_of_config(
             if not told.intersection(cause.fields):
                 told.update(cause.fields)
                 causes.append(_explained(cause, cannot_represent or {}))
-    for name, meaning in ARITHMETIC.items():
+    for name, meaning in ((field.name, field.meaning) for field in ARITHMETIC_FIELDS):
         if name not in told and differs(source, candidate, name):
             said = f"{name} ({meaning}) is {getattr(candidate, name)} in the candidate, {getattr(source, name)} in the source"
             causes.append(_explained(_cause("config.field", said, source, candidate, name), cannot_represent or {}))
@@ -37,7 +37,7 @@ def causes_of_config(
 
 
 def differs(source: Gemma2Config, candidate: Gemma2Config, name: str) -> bool:
-    return normal(name, getattr(source, name)) != normal(name, getattr(candidate, name))
+    return comparable_value(name, getattr(source, name)) != comparable_value(name, getattr(candidate, name))
 
 
 def _cause(id: str, said: str, source: Gemma2Config, candidate: Gemma2Config, *fields: str) -> Cause:

@@ -14,7 +14,8 @@ import numpy as np
 
 from gemma2tool.errors import UsageError
 from gemma2tool.model.checkpoint import Checkpoint
-from gemma2tool.model.config import FULL, SLIDING, Gemma2Config
+from gemma2tool.model.config import Gemma2Config
+from gemma2tool.model.config_fields import FULL, SLIDING
 from gemma2tool.model.lazy import FLOAT32, MappedRows, to_float32
 from gemma2tool.verify.diagnosis import attention, embedding, norms, transposed
 from gemma2tool.verify.diagnosis.cause import Cause

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from gemma2tool.model.checkpoint import Checkpoint
+from gemma2tool.model.config_fields import ARITHMETIC_FIELDS, comparable_value
 from gemma2tool.reference.streaming import StreamedForward, use_threads
-from gemma2tool.verify.compare.config import ARITHMETIC, normal
 from gemma2tool.verify.compare.measurements import layer_and_kind
 from gemma2tool.verify.compare.tensors import significant
 from gemma2tool.verify.diagnosis.cause import Cause
@@ -53,7 +53,7 @@ def find_parting(
         states = list(ours.hidden_states())
         if not all(bool(torch.isfinite(state).all()) for state in states):
             return None
-        embedded = _apart(theirs.embedded(), states[0], states[0])
+        embedded = _apart(theirs.embeddings(), states[0], states[0])
         errors = [_layer_error(theirs, layer, states) for layer in range(len(states) - 1)]
         usual = 0.0 if exact else median(errors)
         if embedded > max(_AGREES, _OUT_OF_LINE * usual):
@@ -106,10 +106,10 @@ def _after_layers(
     source: Checkpoint, candidate: Checkpoint, ids: np.ndarray, state: Tensor, usual: float
 ) -> Cause | None:
     """The final norm and the output matrix, on the source's last hidden states."""
-    wanted = StreamedForward(source, ids).head(state)
+    wanted = StreamedForward(source, ids).head_logits(state)
 
     def left(changed: Checkpoint) -> float:
-        got = StreamedForward(changed, ids).head(state)
+        got = StreamedForward(changed, ids).head_logits(state)
         return _apart(got, wanted, wanted)
 
     error = left(candidate)
@@ -174,7 +174,7 @@ def _first_out_of_line(errors: Sequence[float], usual: float) -> int | None:
 def _layer_error(run: StreamedForward, layer: int, states: Sequence[Tensor]) -> float:
     """Of what ``layer`` adds to the source's own states, relative to what the source's layer adds."""
     before, after = states[layer], states[layer + 1]
-    return _apart(run.one_layer(layer, before), after, after - before)
+    return _apart(run.run_layer(layer, before), after, after - before)
 
 
 def _apart(got: Tensor, wanted: Tensor, scale: Tensor) -> float:
@@ -187,8 +187,9 @@ def _apart(got: Tensor, wanted: Tensor, scale: Tensor) -> float:
 def _differing_fields(source: Checkpoint, candidate: Checkpoint) -> tuple[str, ...]:
     return tuple(
         name
-        for name in ARITHMETIC
-        if normal(name, getattr(source.config, name)) != normal(name, getattr(candidate.config, name))
+        for name in (field.name for field in ARITHMETIC_FIELDS)
+        if comparable_value(name, getattr(source.config, name))
+        != comparable_value(name, getattr(candidate.config, name))
     )
 
 

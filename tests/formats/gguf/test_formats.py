@@ -18,7 +18,8 @@ from gemma2tool.formats.gguf.table import TABLE
 from gemma2tool.formats.hf.format import HuggingFace
 from gemma2tool.formats.mapping.transforms import entries
 from gemma2tool.model.checkpoint import Assets, Checkpoint
-from gemma2tool.model.config import FULL, SIZES, SLIDING
+from gemma2tool.model.config import SIZES
+from gemma2tool.model.config_fields import FULL, SLIDING
 from gemma2tool.model.lazy import ArrayTensor
 from tests.support.checkpoints import SMALL, random_checkpoint, write_checkpoint
 from tests.support.gguf import options, write
@@ -215,9 +216,9 @@ def test_the_27b_scalar_is_said_by_46_layers_only() -> None:
 
     for row in SIZES.values():
         assert not cannot_say(row, ())
-    fewer = dataclasses.replace(SIZES["27b"], num_hidden_layers=44, layer_types=None)
+    fewer = dataclasses.replace(SIZES["27b"], num_hidden_layers=44, layer_types=())
     assert "would use 128" in cannot_say(fewer, ())[0]
-    more = dataclasses.replace(SIZES["9b"], num_hidden_layers=46, layer_types=None)
+    more = dataclasses.replace(SIZES["9b"], num_hidden_layers=46, layer_types=())
     assert "would use 224" in cannot_say(more, ())[0]
 
 

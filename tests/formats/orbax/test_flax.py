@@ -214,7 +214,7 @@ def _save(folder: Path, arrays: dict[str, np.ndarray], *, ocdbt: bool = True) ->
 @pytest.fixture
 def tree(tmp_path: Path) -> tuple:
     """A source and its arrays by the names of the released, flat tree."""
-    source = random_checkpoint(np.dtype(np.float32), replace(SMALL, num_hidden_layers=4, layer_types=None))
+    source = random_checkpoint(np.dtype(np.float32), replace(SMALL, num_hidden_layers=4, layer_types=()))
     return source, _tree_of(write_as("flax", source, tmp_path / "flat") / "ckpt")
 
 
@@ -423,7 +423,7 @@ def test_broken_zarr3(tmp_path: Path, file: str, change, match: str) -> None:
 def test_what_is_refused(oracles: Path, tmp_path: Path, tree: tuple) -> None:
     source, flat = tree
     _save(tmp_path / "bare", flat)
-    with refused("carry no config"):
+    with refused("have no config"):
         registry.open_checkpoint(tmp_path / "bare")
     with refused("has shape"):
         registry.open_checkpoint(tmp_path / "bare", config=replace(source.config, num_attention_heads=8, head_dim=16))

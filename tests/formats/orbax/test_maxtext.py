@@ -19,7 +19,7 @@ pytestmark = pytest.mark.slow
 
 tensorstore = pytest.importorskip("tensorstore", reason="the flax extra is not installed")
 
-CONFIG = replace(SMALL, num_hidden_layers=4, layer_types=None)
+CONFIG = replace(SMALL, num_hidden_layers=4, layer_types=())
 
 
 def _arrays(folder: Path) -> dict[str, np.ndarray]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from gemma2tool.model.config import FULL, SLIDING
+from gemma2tool.model.config_fields import FULL, SLIDING
 from tests.support.planted.faults import Victim, fault
 
 # -- config --------------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import pytest
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.config import Gemma2Config
 from gemma2tool.model.lazy import ArrayTensor
-from gemma2tool.verify.compare.config import ARITHMETIC, INFORMATIVE, USE, compare_configs
+from gemma2tool.verify.compare.config import compare_configs
 from gemma2tool.verify.compare.consumers import FACTS, assumptions
 from gemma2tool.verify.result import GateResult
 
@@ -20,12 +20,6 @@ BASE = Gemma2Config()
 
 def compare(**changes: object) -> GateResult:
     return compare_configs(BASE, dataclasses.replace(BASE, **changes))
-
-
-def test_every_field_is_looked_at_once() -> None:
-    fields = {field.name for field in dataclasses.fields(Gemma2Config)} - {"notes"}
-    judged = [*ARITHMETIC, *USE, *INFORMATIVE]
-    assert sorted(judged) == sorted(fields)
 
 
 def test_equal_configs_pass_without_a_word() -> None:

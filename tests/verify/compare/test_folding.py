@@ -28,7 +28,7 @@ CONFIG = dataclasses.replace(
     num_hidden_layers=2,
     head_dim=64,
     query_pre_attn_scalar=64,
-    layer_types=None,
+    layer_types=(),
 )
 LEVELS = ("completeness", "tensors")
 INPUT, POST, PRE = "input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm"

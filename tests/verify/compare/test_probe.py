@@ -75,7 +75,7 @@ def test_scores_reach_the_cap(source: Checkpoint) -> None:
     """Amplified RMS lies within a factor sqrt(2) of the target, by scores before the rotary embedding."""
     amplifier = Amplifier(slice(0, None), 50.0)
     StreamedForward(source, IDS, amplifier=amplifier).logits()
-    x = StreamedForward(source, IDS).embedded()
+    x = StreamedForward(source, IDS).embeddings()
     x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + SMALL.rms_norm_eps)
     x = x * (1 + torch.from_numpy(source.tensors["model.layers.0.input_layernorm.weight"].load().astype(np.float32)))
     q, k = (

@@ -15,7 +15,7 @@ from gemma2tool.verify.run import verify
 from tests.support.checkpoints import SMALL, random_checkpoint, write_checkpoint
 
 CONFIG = dataclasses.replace(
-    SMALL, hidden_size=128, intermediate_size=256, num_hidden_layers=1, layer_types=None, query_pre_attn_scalar=32
+    SMALL, hidden_size=128, intermediate_size=256, num_hidden_layers=1, layer_types=(), query_pre_attn_scalar=32
 )
 SCALES = {
     "w8a8-int8": "weight_scale",

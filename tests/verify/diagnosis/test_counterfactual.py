@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from gemma2tool.errors import UsageError
-from gemma2tool.model.config import FULL, SLIDING
+from gemma2tool.model.config_fields import FULL, SLIDING
 from gemma2tool.verify.diagnosis.counterfactual import counterfactual
 from tests.reference.test_faults import CONFIG, trained_like_state
 from tests.support.reference_peers import checkpoint_of, their_model
