@@ -11,7 +11,7 @@ from gemma2tool.model.lazy import FLOAT32, Array, DType, LazyTensor, row_ranges,
 from gemma2tool.pipeline.calibration.layer import DOWN, GATE, KEY, OUTPUT, QUERY, UP, VALUE, CalibratedLayer
 from gemma2tool.quantizers.calibration import rounding, scales
 from gemma2tool.quantizers.calibration.clipping import HessianBlock, hessian_blocks, quantize_clipped
-from gemma2tool.quantizers.calibration.grid import QuantizedMatrix, Grid
+from gemma2tool.quantizers.calibration.grid import Grid, QuantizedMatrix
 from gemma2tool.quantizers.calibration.hessian import Hessian, inverse_factors
 from gemma2tool.quantizers.casts import cast
 

@@ -26,7 +26,7 @@ from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.lazy import FLOAT32, Array, DType, LazyTensor
 from gemma2tool.quantizers.awq import Awq
 from gemma2tool.quantizers.base import Encoder, Part
-from gemma2tool.quantizers.calibration.grid import QuantizedMatrix, Grid, grid_of, record_dtype
+from gemma2tool.quantizers.calibration.grid import Grid, QuantizedMatrix, grid_of, record_dtype
 from gemma2tool.quantizers.floats import Float
 
 if TYPE_CHECKING:
