@@ -5,5 +5,5 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python="${PYTHON:-python3}"
-"$python" -m pip install --quiet --no-build-isolation --no-deps --target build/gpu .
+"$python" -m pip install --quiet --no-build-isolation --no-deps --upgrade --target build/gpu .
 PYTHONPATH="$PWD/build/gpu" exec "$python" scripts/gpu.py "$@"
