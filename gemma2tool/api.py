@@ -48,8 +48,9 @@ from gemma2tool.storage.paths import refuse_existing, refuse_overwriting_input
 from gemma2tool.verify.diagnosis.cause import Cause
 from gemma2tool.verify.difference import Difference
 from gemma2tool.verify.digest import Hashes, hash_checkpoint
+from gemma2tool.verify.finding import Finding, GateResult
 from gemma2tool.verify.gates import gate_names, parse_gates
-from gemma2tool.verify.result import Finding, GateResult, Verification
+from gemma2tool.verify.result import Verification
 
 if TYPE_CHECKING:
     import numpy as np

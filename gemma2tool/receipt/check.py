@@ -9,15 +9,17 @@ from typing import Any
 import numpy as np
 
 from gemma2tool.model.checkpoint import Checkpoint
-from gemma2tool.model.progress import Progress, progress_or_null
+from gemma2tool.model.progress import Advance, Progress, progress_or_null
 from gemma2tool.receipt.document import Receipt
 from gemma2tool.receipt.files import digest_files, names_in, place
 from gemma2tool.verify.compare.config import compare_configs
 from gemma2tool.verify.compare.reference_logits import ReferenceLogits, recompute
-from gemma2tool.verify.compare.tensors import read_through, significant
-from gemma2tool.verify.digest import ALGORITHM, Advance, Hashes, hash_tensors, tokenizer_digest
+from gemma2tool.verify.compare.tensors import read_through
+from gemma2tool.verify.digest import ALGORITHM, Hashes, hash_tensors, tokenizer_digest
+from gemma2tool.verify.finding import Finding, GateResult
 from gemma2tool.verify.gates import GATES
-from gemma2tool.verify.result import Finding, GateResult, Side, Verification
+from gemma2tool.verify.json_values import significant
+from gemma2tool.verify.result import Side, Verification
 from gemma2tool.verify.run import side_of
 
 _AGAIN = "what was verified when the receipt was written"

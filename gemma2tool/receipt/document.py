@@ -29,7 +29,8 @@ from gemma2tool.storage.reading import open_for_reading
 from gemma2tool.verify.compare.reference_logits import ReferenceLogits
 from gemma2tool.verify.digest import Hashes, config_digest, model_digest, tensors_digest
 from gemma2tool.verify.gates import loosest
-from gemma2tool.verify.result import Verification, plain
+from gemma2tool.verify.json_values import json_value
+from gemma2tool.verify.result import Verification
 
 SCHEMA_VERSION = 1
 SUFFIX = ".receipt.json"
@@ -86,10 +87,10 @@ def build(
             "hashes": Hashes.of(
                 {each.name: each.candidate_digest for each in compared}, output.config, output.assets
             ).to_json(),
-            "config": plain(output.config.to_hf()),
+            "config": json_value(output.config.to_hf()),
             "files": [file.to_json() for file in files],
         },
-        "plan": plain(plan),
+        "plan": json_value(plan),
         "tensors": {each.name: _tensor(each.to_json()) for each in sorted(compared, key=lambda each: each.name)},
         "verification": _verdict(verification),
         "logits": None if reference is None else _logits(*reference),
@@ -103,7 +104,7 @@ def _versions() -> dict[str, str]:
 
 def _tensor(compared: Mapping[str, Any]) -> dict[str, Any]:
     names = {"candidate_type": "output_type", "candidate_digest": "output_digest"}
-    return plain({names.get(name, name): value for name, value in compared.items() if name != "ok"})
+    return json_value({names.get(name, name): value for name, value in compared.items() if name != "ok"})
 
 
 def _verdict(verification: Verification) -> dict[str, Any]:

@@ -21,10 +21,11 @@ from gemma2tool.verify.compare.completeness import comparable, compare_names
 from gemma2tool.verify.compare.config import compare_configs
 from gemma2tool.verify.compare.measurements import Drift, layer_and_kind
 from gemma2tool.verify.compare.tensor_diff import TensorDifference, compare_values
-from gemma2tool.verify.compare.tensors import significant
 from gemma2tool.verify.compare.tokenizer import compare_tokenizers
 from gemma2tool.verify.diagnosis.cause import Cause
-from gemma2tool.verify.result import Finding, GateResult, Side, Sides, plain
+from gemma2tool.verify.finding import Finding, GateResult, Sides
+from gemma2tool.verify.json_values import json_value, significant
+from gemma2tool.verify.result import Side
 from gemma2tool.verify.run import side_of
 
 SCHEMA_VERSION = 1
@@ -71,14 +72,14 @@ class Difference:
             "a": self.a.to_json(),
             "b": self.b.to_json(),
             "parts": [part.to_json() for part in self.parts],
-            "tensors": {each.name: plain(each.to_json()) for each in self.tensors},
-            "causes": [plain(cause.to_json()) for cause in self.causes],
+            "tensors": {each.name: json_value(each.to_json()) for each in self.tensors},
+            "causes": [json_value(cause.to_json()) for cause in self.causes],
             "drift": None if self.drift is None else _drift(self.drift),
         }
 
 
 def _drift(drift: Drift) -> dict[str, Any]:
-    told = plain(drift.to_json())
+    told = json_value(drift.to_json())
     return {"a_rms": told.pop("source_rms"), "b_rms": told.pop("candidate_rms"), **told}
 
 

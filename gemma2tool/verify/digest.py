@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
@@ -32,6 +32,7 @@ import numpy as np
 
 from gemma2tool.model.config_fields import ARITHMETIC_FIELDS, comparable_value
 from gemma2tool.model.lazy import BFLOAT16, FLOAT16, FLOAT32, LazyTensor, row_ranges
+from gemma2tool.model.progress import Advance
 
 if TYPE_CHECKING:
     from gemma2tool.model.checkpoint import Assets, Checkpoint
@@ -45,8 +46,6 @@ LEAF_VALUES = 1 << 17
 
 _SAMPLE = 512
 _FLOAT64 = np.dtype(np.float64)
-
-Advance = Callable[[int, str], None]
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,9 @@ from gemma2tool.model.progress import Progress, progress_or_null
 from gemma2tool.verify import gate_results
 from gemma2tool.verify.compare.metrics import LogitComparison
 from gemma2tool.verify.diagnosis.cause import Cause
+from gemma2tool.verify.finding import Finding, GateResult
 from gemma2tool.verify.gates import GATES
-from gemma2tool.verify.result import Finding, GateResult, Side, Verification
+from gemma2tool.verify.result import Side, Verification
 from gemma2tool.verify.run import side_of
 
 KIND = "bf16"

@@ -8,9 +8,10 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from gemma2tool.verify.compare.tensors import TensorComparison, significant
+from gemma2tool.verify.compare.comparison import TensorComparison
+from gemma2tool.verify.finding import Finding, GateResult
 from gemma2tool.verify.gates import Gates
-from gemma2tool.verify.result import Finding, GateResult
+from gemma2tool.verify.json_values import significant
 
 if TYPE_CHECKING:
     from gemma2tool.verify.compare.logits import LogitRun, Probe

@@ -6,88 +6,16 @@ whatever the number of threads. Times live beside it, never in it.
 
 from __future__ import annotations
 
-import math
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
+from gemma2tool.verify.compare.measurements import Measurements
 from gemma2tool.verify.diagnosis.cause import Cause
-
-if TYPE_CHECKING:
-    from gemma2tool.verify.compare.measurements import Measurements
+from gemma2tool.verify.finding import Finding, GateResult
+from gemma2tool.verify.json_values import json_value
 
 SCHEMA_VERSION = 1
-
-Severity = Literal["error", "warning", "note"]
-Sides = tuple[str, str]
-"""What the two checkpoints are called in sentences."""
-SIDES: Sides = ("source", "candidate")
-
-Status = Literal["passed", "failed", "skipped", "reported"]
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing that was seen, in a sentence.
-
-    ``severity``: "error" (the models differ where they may not), "warning" (differs where it may matter), "note" (a
-    difference that the conversion itself required). ``subject``: the canonical tensor name or the config field it is
-    about, or None for the whole.
-    """
-
-    gate: str
-    severity: Severity
-    subject: str | None
-    message: str
-
-    @property
-    def sentence(self) -> str:
-        """The message with its subject before it, unless it begins with that."""
-        return (
-            self.message
-            if not self.subject or self.message.startswith(self.subject)
-            else f"{self.subject}: {self.message}"
-        )
-
-    def to_json(self) -> dict[str, Any]:
-        return {"gate": self.gate, "severity": self.severity, "subject": self.subject, "message": self.message}
-
-
-def counted(findings: Iterable[Finding]) -> str:
-    """How many there are of each severity, in words: "2 errors, 1 note"."""
-    number = Counter(finding.severity for finding in findings)
-    return ", ".join(
-        f"{number[each]} {each}{'s' * (number[each] != 1)}" for each in ("error", "warning", "note") if number[each]
-    )
-
-
-@dataclass(frozen=True)
-class GateResult:
-    """The outcome of one gate.
-
-    ``status``: "reported" means that it measured and had no limit to hold the measurement to; "skipped" means that it
-    did not run, and the summary says why. ``metrics``: names of the field to numbers, strings, or nested maps of these.
-    """
-
-    name: str
-    status: Status
-    summary: str
-    metrics: Mapping[str, Any] = field(default_factory=dict)
-    findings: tuple[Finding, ...] = ()
-
-    @property
-    def failed(self) -> bool:
-        return self.status == "failed"
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "name": self.name,
-            "status": self.status,
-            "summary": self.summary,
-            "metrics": plain(self.metrics),
-            "findings": [finding.to_json() for finding in self.findings],
-        }
 
 
 @dataclass(frozen=True)
@@ -101,7 +29,7 @@ class Side:
     nbytes: int = 0
 
     def to_json(self) -> dict[str, Any]:
-        return {"path": self.path, "format": self.format, "stored": plain(self.stored), "bytes": self.nbytes}
+        return {"path": self.path, "format": self.format, "stored": json_value(self.stored), "bytes": self.nbytes}
 
 
 @dataclass(frozen=True)
@@ -175,20 +103,6 @@ class Verification:
             "source": self.source.to_json(),
             "candidate": self.candidate.to_json(),
             "gates": [gate.to_json() for gate in self.gates],
-            "causes": [plain(cause.to_json()) for cause in self.causes],
-            "drift": plain(drift.to_json()) if drift is not None else None,
+            "causes": [json_value(cause.to_json()) for cause in self.causes],
+            "drift": json_value(drift.to_json()) if drift is not None else None,
         }
-
-
-def plain(value: Any) -> Any:
-    """``value`` in JSON's own types with sorted keys; infinities and NaN, which JSON cannot say, become null."""
-    if isinstance(value, Mapping):
-        return {str(key): plain(value[key]) for key in sorted(value, key=str)}
-    if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
-    if isinstance(value, bool) or value is None or isinstance(value, (str, int)):
-        return value
-    number = float(value)
-    if not math.isfinite(number):
-        return None
-    return int(number) if number.is_integer() and abs(number) < 2**53 and not isinstance(value, float) else number

@@ -13,18 +13,20 @@ from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.lazy import LazyTensor
 from gemma2tool.model.progress import Progress, progress_or_null
 from gemma2tool.verify import gate_results
+from gemma2tool.verify.compare.comparison import TensorComparison
 from gemma2tool.verify.compare.completeness import comparable, compare_names
 from gemma2tool.verify.compare.config import compare_configs
 from gemma2tool.verify.compare.consumers import assumptions, facts_of
 from gemma2tool.verify.compare.folding import folded_source
 from gemma2tool.verify.compare.measurements import Drift, Measurements, Tokens, tensor_errors
 from gemma2tool.verify.compare.reference_logits import Reference
-from gemma2tool.verify.compare.tensors import TensorComparison, compare_tensors, kind_of, read_through
+from gemma2tool.verify.compare.tensors import compare_tensors, kind_of, read_through
 from gemma2tool.verify.compare.tokenizer import compare_tokenizers, text_pieces
 from gemma2tool.verify.diagnosis.cause import Cause
+from gemma2tool.verify.finding import GateResult
 from gemma2tool.verify.gates import GATES, Gates
 from gemma2tool.verify.prompts import prompt_for
-from gemma2tool.verify.result import GateResult, Side, Verification
+from gemma2tool.verify.result import Side, Verification
 
 LEVELS = ("completeness", "config", "tokenizer", "tensors", "logits")
 

@@ -17,8 +17,9 @@ from gemma2tool.cli.terminal import Console
 from gemma2tool.errors import InputRefused
 from gemma2tool.storage.quoting import one_line
 from gemma2tool.storage.units import human_bytes, human_seconds
+from gemma2tool.verify.finding import Finding, GateResult
 from gemma2tool.verify.reports.terminal import render_verification
-from gemma2tool.verify.result import Finding, GateResult, Side, Verification
+from gemma2tool.verify.result import Side, Verification
 
 HOSTILE = [
     "\x1b[2Jcleared", "\x1b]8;;https://evil\x1b\\link\x1b]8;;\x1b\\", "x\nOK: verified", "x\r\nPASSED", "a\x00b", "bell\x07\x08\x7f",

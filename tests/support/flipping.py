@@ -16,7 +16,7 @@ from gemma2tool.receipt import check as receipt_check
 from gemma2tool.receipt.document import Receipt
 from gemma2tool.verify import gate_results
 from gemma2tool.verify.compare.tensors import compare_tensors, read_through
-from gemma2tool.verify.result import GateResult
+from gemma2tool.verify.finding import GateResult
 
 
 @dataclass(frozen=True)

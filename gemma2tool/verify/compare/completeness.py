@@ -5,7 +5,7 @@ from __future__ import annotations
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.lazy import DTYPE_NAMES
 from gemma2tool.model.tensors import tensor_specs
-from gemma2tool.verify.result import Finding, GateResult, Sides
+from gemma2tool.verify.finding import Finding, GateResult, Sides
 
 GATE = "completeness"
 SIDES: Sides = ("the source", "the candidate")

@@ -15,7 +15,7 @@ from gemma2tool.model.config_fields import (
     Effect,
     comparable_value,
 )
-from gemma2tool.verify.result import SIDES, Finding, GateResult, Severity, Sides
+from gemma2tool.verify.finding import SIDES, Finding, GateResult, Severity, Sides
 
 GATE = "config"
 

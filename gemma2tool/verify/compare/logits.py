@@ -20,6 +20,7 @@ from gemma2tool.errors import UsageError
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.config import Gemma2Config
 from gemma2tool.model.config_fields import SLIDING
+from gemma2tool.model.progress import Advance
 from gemma2tool.reference.amplify import Amplifier
 from gemma2tool.reference.streaming import (
     HiddenDifference,
@@ -31,7 +32,6 @@ from gemma2tool.reference.streaming import (
 from gemma2tool.verify.compare.measurements import Drift
 from gemma2tool.verify.compare.metrics import LogitComparison, LogitMetrics
 from gemma2tool.verify.compare.reference_logits import Collector, Reference
-from gemma2tool.verify.compare.tensors import Advance
 
 DEFAULT_TOKENS = 64
 PASS_BYTES = 64 << 20

@@ -7,15 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from gemma2tool.verify.compare.comparison import TensorComparison
+from gemma2tool.verify.compare.metrics import LogitMetrics
 from gemma2tool.verify.compare.reference_logits import Reference
-from gemma2tool.verify.compare.tensors import TensorComparison, significant
-
-if TYPE_CHECKING:
-    from gemma2tool.verify.compare.metrics import LogitMetrics
+from gemma2tool.verify.json_values import significant
 
 
 @dataclass(frozen=True)

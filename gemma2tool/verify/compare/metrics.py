@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from gemma2tool.verify.compare.tensors import significant
+from gemma2tool.verify.json_values import significant
 
 _AT_ONCE = 1 << 18  # logits whose arithmetic is done at once: 2 MiB in double precision
 

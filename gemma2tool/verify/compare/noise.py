@@ -14,7 +14,7 @@ import numpy as np
 
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.lazy import FLOAT32, LazyTensor
-from gemma2tool.verify.compare.tensors import TensorComparison
+from gemma2tool.verify.compare.comparison import TensorComparison
 
 _ROWS = 64  # rows whose noise is drawn together, so that any range of rows sees the same
 

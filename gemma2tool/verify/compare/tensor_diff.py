@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from gemma2tool.model.lazy import LazyTensor, row_ranges, to_float32
-from gemma2tool.verify.compare.tensors import Advance, significant
+from gemma2tool.model.progress import Advance
+from gemma2tool.verify.json_values import significant
 
 Tensors = Mapping[str, LazyTensor]
 _CHUNK_VALUES = 128 * 1024  # compared at a time by one thread; see ``tensors``

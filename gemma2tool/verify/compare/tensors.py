@@ -25,15 +25,14 @@ from typing import Any
 import numpy as np
 
 from gemma2tool.model.lazy import BFLOAT16, FLOAT16, FLOAT32, FLOAT_DTYPES, LazyTensor, row_ranges, to_float32
+from gemma2tool.model.progress import Advance
 from gemma2tool.verify.compare.bounds import BOUNDS, Bound
+from gemma2tool.verify.compare.comparison import TensorComparison
 from gemma2tool.verify.compare.measure import BlockJudge, Piece, measure_bits, measure_blocks
 from gemma2tool.verify.digest import leaf_rows, leaves, tensor_digest
 from gemma2tool.verify.gates import loosest
 
 GATE = "tensors"
-
-Advance = Callable[[int, str], None]
-"""Told of every piece that was compared: bytes of the candidate's values, the tensor's name."""
 
 # Values compared at a time by one thread: half a MiB as float32. The handful of arrays they need then stay in the
 # caches and are allocated from memory already mapped; four times as many cost twice the time, in page faults.
@@ -42,68 +41,6 @@ _CHUNK_VALUES = 128 * 1024
 _HOLDS = {FLOAT32: {FLOAT32, FLOAT16, BFLOAT16}, FLOAT16: {FLOAT16}, BFLOAT16: {BFLOAT16}}
 # How far rounding to a type moves a value: by a share of it, or by half of the type's smallest step.
 _ROUNDING = {FLOAT16: (2.0**-11, 2.0**-25), BFLOAT16: (2.0**-8, 0.0)}
-
-
-@dataclass(frozen=True)
-class TensorComparison:
-    """What was found of one tensor. Errors are candidate minus source in float32.
-
-    ``rule``: which question was asked (see the module). ``ok``: whether the answer was yes. ``differing``: values whose
-    bits are not what they must be (``exact``, ``cast``, ``expected``); ``bad_blocks``: blocks beyond the bound
-    (``bound``). ``first``: flat index of the first such value. ``source_digest``, ``candidate_digest``: what
-    ``hashing`` says of each side's values.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    source_type: str
-    candidate_type: str
-    rule: str
-    ok: bool
-    values: int
-    rms: float
-    rmse: float
-    max_abs_error: float
-    differing: int = 0
-    bad_blocks: int = 0
-    nonfinite: int = 0
-    source_nonfinite: int = 0
-    message: str = ""
-    source_digest: str = ""
-    candidate_digest: str = ""
-
-    @property
-    def relative_rmse(self) -> float:
-        """RMSE / RMS of the source; 0 where both are 0."""
-        return self.rmse / self.rms if self.rms else (math.inf if self.rmse else 0.0)
-
-    @property
-    def snr_db(self) -> float:
-        """Signal to noise in dB; infinite where nothing was lost."""
-        ratio = self.relative_rmse
-        return math.inf if ratio == 0 else -math.inf if math.isinf(ratio) else -20 * math.log10(ratio)
-
-    def to_json(self) -> dict[str, Any]:
-        found = {
-            "rule": self.rule,
-            "ok": self.ok,
-            "shape": list(self.shape),
-            "source_type": self.source_type,
-            "candidate_type": self.candidate_type,
-            "rmse": significant(self.rmse),
-            "relative_rmse": significant(self.relative_rmse),
-            "snr_db": significant(self.snr_db),
-            "max_abs_error": significant(self.max_abs_error),
-            "source_digest": self.source_digest,
-            "candidate_digest": self.candidate_digest,
-        }
-        counts = ("differing", "bad_blocks", "nonfinite", "source_nonfinite")
-        return found | {name: getattr(self, name) for name in counts if getattr(self, name)}
-
-
-def significant(value: float, digits: int = 6) -> float:
-    """``value`` to six digits, so that the order in which a machine adds does not show in a report."""
-    return float(f"{value:.{digits}g}") if math.isfinite(value) else value
 
 
 @dataclass(frozen=True)

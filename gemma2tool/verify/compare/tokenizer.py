@@ -14,7 +14,7 @@ from gemma2tool.errors import InputRefused
 from gemma2tool.model.checkpoint import Assets, Checkpoint
 from gemma2tool.verify.compare.consumers import facts_of, is_weights_file
 from gemma2tool.verify.compare.tokenizer_files import GATE, chat_template, compare_files
-from gemma2tool.verify.result import SIDES, Finding, GateResult, Severity, Sides
+from gemma2tool.verify.finding import SIDES, Finding, GateResult, Severity, Sides
 
 __all__ = ["GATE", "TRICKY", "chat_template", "compare_tokenizers", "load_model", "text_pieces"]
 

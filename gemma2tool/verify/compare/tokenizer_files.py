@@ -9,7 +9,7 @@ from typing import Any
 from gemma2tool.model.checkpoint import Assets, Checkpoint
 from gemma2tool.verify.compare.consumers import holds_tokenizer
 from gemma2tool.verify.compare.tokenizer_json import GATE, NAME, compare_json
-from gemma2tool.verify.result import Finding, Severity, Sides
+from gemma2tool.verify.finding import Finding, Severity, Sides
 
 _RULES = ("add_bos_token", "add_eos_token")
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")

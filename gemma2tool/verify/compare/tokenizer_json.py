@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from gemma2tool.verify.result import Finding, Severity, Sides
+from gemma2tool.verify.finding import Finding, Severity, Sides
 
 GATE = "tokenizer"
 NAME = "tokenizer.json"

@@ -9,8 +9,9 @@ from dataclasses import replace
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.config import Gemma2Config
 from gemma2tool.model.lazy import LazyTensor
+from gemma2tool.verify.compare.comparison import TensorComparison
 from gemma2tool.verify.compare.consumers import facts_of
-from gemma2tool.verify.compare.tensors import TensorComparison, compare_tensors
+from gemma2tool.verify.compare.tensors import compare_tensors
 from gemma2tool.verify.diagnosis.cause import Cause
 from gemma2tool.verify.diagnosis.completeness import causes_of_names, causes_of_types
 from gemma2tool.verify.diagnosis.config import causes_of_config
@@ -20,7 +21,7 @@ from gemma2tool.verify.diagnosis.patterns import causes_of_patterns
 from gemma2tool.verify.diagnosis.search import Case, Explanation, search
 from gemma2tool.verify.diagnosis.signature import Move, Signature, Weights
 from gemma2tool.verify.diagnosis.tokenizer import causes_of_tokenizer
-from gemma2tool.verify.result import GateResult
+from gemma2tool.verify.finding import GateResult
 
 # Config fields that have to follow where tensors are as these causes say.
 _IMPLIED = {

@@ -19,8 +19,8 @@ from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.config_fields import ARITHMETIC_FIELDS, comparable_value
 from gemma2tool.reference.streaming import StreamedForward, use_threads
 from gemma2tool.verify.compare.measurements import layer_and_kind
-from gemma2tool.verify.compare.tensors import significant
 from gemma2tool.verify.diagnosis.cause import Cause
+from gemma2tool.verify.json_values import significant
 
 ID = "unknown.layer"
 TOKENS = 128  # of the first prompt that are looked at

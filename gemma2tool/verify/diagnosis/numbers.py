@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 
 from gemma2tool.model.lazy import BFLOAT16, FLOAT16, LazyTensor, to_float32
-from gemma2tool.verify.compare.tensors import TensorComparison
+from gemma2tool.verify.compare.comparison import TensorComparison
 from gemma2tool.verify.diagnosis.names import MATRICES
 from gemma2tool.verify.diagnosis.signature import Signature, Transform, Weights, values
 from gemma2tool.verify.diagnosis.views import Columns

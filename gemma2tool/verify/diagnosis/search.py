@@ -10,7 +10,7 @@ from itertools import permutations, product
 import numpy as np
 
 from gemma2tool.model.lazy import LazyTensor
-from gemma2tool.verify.compare.tensors import TensorComparison
+from gemma2tool.verify.compare.comparison import TensorComparison
 from gemma2tool.verify.diagnosis import attention, embedding, mlp, norms, numbers, transposed
 from gemma2tool.verify.diagnosis.fit import Fit, allowed, explains, fit_sample, fit_whole, is_float, sampled, signal_of
 from gemma2tool.verify.diagnosis.names import EMBEDDINGS, name_of, place

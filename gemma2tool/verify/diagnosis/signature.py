@@ -13,7 +13,7 @@ import numpy as np
 
 from gemma2tool.model.config import Gemma2Config
 from gemma2tool.model.lazy import FLOAT32, LazyTensor, MappedRows, to_float32
-from gemma2tool.verify.compare.tensors import TensorComparison
+from gemma2tool.verify.compare.comparison import TensorComparison
 from gemma2tool.verify.diagnosis.names import name_of, place
 
 

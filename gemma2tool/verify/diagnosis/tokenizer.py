@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from gemma2tool.verify.compare.tokenizer import GATE
 from gemma2tool.verify.diagnosis.cause import Cause
-from gemma2tool.verify.result import Finding, GateResult
+from gemma2tool.verify.finding import Finding, GateResult
 
 _LOST = "is not in the candidate"
 

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from xml.etree import ElementTree
 
 from gemma2tool.storage.quoting import one_line
-from gemma2tool.verify.result import GateResult, Verification
+from gemma2tool.verify.finding import GateResult
+from gemma2tool.verify.result import Verification
 
 MAX_FINDINGS = 100
 

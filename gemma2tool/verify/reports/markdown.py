@@ -6,7 +6,8 @@ import re
 from collections.abc import Sequence
 
 from gemma2tool.storage.quoting import one_line
-from gemma2tool.verify.result import GateResult, Verification, counted
+from gemma2tool.verify.finding import GateResult, count_by_severity
+from gemma2tool.verify.result import Verification
 
 MARKS = {"passed": "✅", "failed": "❌", "skipped": "➖", "reported": "ℹ️"}
 MAX_FINDINGS = 10
@@ -55,7 +56,7 @@ def _findings(gate: GateResult) -> list[str]:
     found = [finding for finding in gate.findings if finding.severity != "note" and finding.message != gate.summary]
     if not found:
         return []
-    lines = [f"<details><summary>{counted(found)} of {escaped(gate.name)}</summary>", ""]
+    lines = [f"<details><summary>{count_by_severity(found)} of {escaped(gate.name)}</summary>", ""]
     for finding in found[:MAX_FINDINGS]:
         lines.append(f"- {finding.severity}: {escaped(finding.sentence)}")
     if len(found) > MAX_FINDINGS:

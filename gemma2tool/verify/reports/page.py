@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 
 from gemma2tool import __version__
+from gemma2tool.verify.finding import GateResult, count_by_severity
 from gemma2tool.verify.reports import plots, texts
 from gemma2tool.verify.reports.markup import Markup, tag
-from gemma2tool.verify.result import GateResult, Verification, counted
+from gemma2tool.verify.result import Verification
 
 MARKS = {"passed": "✓", "failed": "✗", "skipped": "–", "reported": "·"}
 MAX_FINDINGS = 200
@@ -134,7 +135,12 @@ def _gate(gate: GateResult) -> Markup:
         items.append(tag("li", finding.sentence, class_=finding.severity))
     more = [tag("li", f"and {len(found) - MAX_FINDINGS} more")] if len(found) > MAX_FINDINGS else []
     details = (
-        tag("details", tag("summary", counted(found)), tag("ul", *items, *more), open="open" if gate.failed else None)
+        tag(
+            "details",
+            tag("summary", count_by_severity(found)),
+            tag("ul", *items, *more),
+            open="open" if gate.failed else None,
+        )
         if found
         else None
     )

@@ -8,7 +8,8 @@ from typing import Any, Protocol
 
 from gemma2tool.verify.diagnosis.cause import Cause
 from gemma2tool.verify.difference import Difference
-from gemma2tool.verify.result import GateResult, Verification
+from gemma2tool.verify.finding import GateResult
+from gemma2tool.verify.result import Verification
 
 _MAX_NAMES = 6
 """Names shown of the tensors and fields that a cause explains."""

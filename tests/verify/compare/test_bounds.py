@@ -10,7 +10,8 @@ import pytest
 
 from gemma2tool.model.lazy import ArrayTensor
 from gemma2tool.verify.compare.bounds import BOUNDS
-from gemma2tool.verify.compare.tensors import TensorComparison, compare_tensors
+from gemma2tool.verify.compare.comparison import TensorComparison
+from gemma2tool.verify.compare.tensors import compare_tensors
 from tests.support import llama_peer
 
 pytestmark = pytest.mark.skipif(not llama_peer.available(), reason="needs the xllamacpp wheel")

@@ -13,7 +13,7 @@ from gemma2tool.model.config import Gemma2Config
 from gemma2tool.model.lazy import ArrayTensor
 from gemma2tool.verify.compare.config import compare_configs
 from gemma2tool.verify.compare.consumers import FACTS, assumptions
-from gemma2tool.verify.result import GateResult
+from gemma2tool.verify.finding import GateResult
 
 BASE = Gemma2Config()
 

@@ -9,7 +9,8 @@ import pytest
 from gemma2tool.model.lazy import ArrayTensor, LazyTensor, MappedRows
 from gemma2tool.verify.compare import tensors as subject
 from gemma2tool.verify.compare.bounds import BOUNDS
-from gemma2tool.verify.compare.tensors import TensorComparison, compare_tensors, kind_of
+from gemma2tool.verify.compare.comparison import TensorComparison
+from gemma2tool.verify.compare.tensors import compare_tensors, kind_of
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 DTYPES = {"f32": np.dtype(np.float32), "f16": np.dtype(np.float16), "bf16": BF16}

@@ -11,7 +11,7 @@ import pytest
 
 from gemma2tool.model.checkpoint import Assets, Checkpoint
 from gemma2tool.verify.compare.tokenizer import chat_template, compare_tokenizers
-from gemma2tool.verify.result import GateResult
+from gemma2tool.verify.finding import GateResult
 from tests.support.checkpoints import SMALL
 
 sentencepiece = pytest.importorskip("sentencepiece")

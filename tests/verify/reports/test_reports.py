@@ -11,12 +11,13 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
+from gemma2tool.verify.compare.comparison import TensorComparison
 from gemma2tool.verify.compare.measurements import Drift, Measurements, TensorError, Tokens
-from gemma2tool.verify.compare.tensors import TensorComparison
 from gemma2tool.verify.diagnosis.cause import Cause
+from gemma2tool.verify.finding import Finding, GateResult
 from gemma2tool.verify.reports import junit, markdown, page, plots
 from gemma2tool.verify.reports.markup import Markup, tag
-from gemma2tool.verify.result import Finding, GateResult, Side, Verification
+from gemma2tool.verify.result import Side, Verification
 
 HOSTILE = (
     "<script>alert(1)</script>",

@@ -1,0 +1,84 @@
+"""Findings, and the outcome of one gate: what every comparison returns."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from gemma2tool.verify.json_values import json_value
+
+Severity = Literal["error", "warning", "note"]
+Status = Literal["passed", "failed", "skipped", "reported"]
+
+Sides = tuple[str, str]
+"""The names of the two checkpoints in sentences."""
+
+SIDES: Sides = ("source", "candidate")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One observation, in a sentence.
+
+    ``severity``: "error" (the models differ where they must not), "warning" (they differ where it may matter), "note" (a
+    difference that the conversion itself requires). ``subject``: the canonical tensor name or the config field that the
+    finding is about; None if it is about the whole model.
+    """
+
+    gate: str
+    severity: Severity
+    subject: str | None
+    message: str
+
+    @property
+    def sentence(self) -> str:
+        """The message, preceded by its subject unless it already starts with it."""
+        if not self.subject or self.message.startswith(self.subject):
+            return self.message
+        return f"{self.subject}: {self.message}"
+
+    def to_json(self) -> dict[str, Any]:
+        return {"gate": self.gate, "severity": self.severity, "subject": self.subject, "message": self.message}
+
+
+def count_by_severity(findings: Iterable[Finding]) -> str:
+    """The number of findings of each severity, in words: "2 errors, 1 note"."""
+    counts = Counter(finding.severity for finding in findings)
+    severities: tuple[Severity, ...] = ("error", "warning", "note")
+    return ", ".join(
+        f"{counts[severity]} {severity}{'s' * (counts[severity] != 1)}" for severity in severities if counts[severity]
+    )
+
+
+@dataclass(frozen=True)
+class GateResult:
+    """The outcome of one gate.
+
+    ``status``: "reported" means that the gate measured and has no limit; "skipped" means that it did not run, and
+    ``summary`` says why. ``metrics``: measurements by name: numbers, strings, or nested mappings of these.
+    """
+
+    name: str
+    status: Status
+    summary: str
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+    findings: tuple[Finding, ...] = ()
+
+    @property
+    def failed(self) -> bool:
+        return self.status == "failed"
+
+    @property
+    def errors(self) -> tuple[Finding, ...]:
+        return tuple(finding for finding in self.findings if finding.severity == "error")
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "status": self.status,
+            "summary": self.summary,
+            "metrics": json_value(self.metrics),
+            "findings": [finding.to_json() for finding in self.findings],
+        }
