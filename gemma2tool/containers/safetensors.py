@@ -33,6 +33,12 @@ DTYPE_BITS = {
 _RANK = {dtype: rank for rank, dtype in enumerate(DTYPE_BITS)}
 _FIELDS = {"dtype", "shape", "data_offsets"}
 _HINT = "the file is damaged or was not written by safetensors; download it again"
+_HEADER_ERRORS = {
+    "json.utf8": "safetensors.invalid-header",
+    "json.duplicate-key": "safetensors.duplicate-key",
+    "json.too-many-values": "safetensors.too-many-tensors",
+}
+"""The id of a header that is not accepted as JSON, by the JSON error's id."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,12 +98,9 @@ def _parse(raw: bytes, path: Path) -> dict[str, Any]:
             raw, what=f"{path}: header", max_bytes=MAX_HEADER_BYTES, max_depth=3, max_values=25 * MAX_TENSORS
         )
     except InputRefused as error:
-        kind = {
-            "json.utf8": "invalid-header",
-            "json.duplicate-key": "duplicate-key",
-            "json.too-many-values": "too-many-tensors",
-        }.get(error.id, "invalid-header-json")
-        raise InputRefused(f"safetensors.{kind}", error.message, hint=_HINT) from error
+        raise InputRefused(
+            _HEADER_ERRORS.get(error.id, "safetensors.invalid-header-json"), error.message, hint=_HINT
+        ) from error
 
 
 def _metadata(value: object, path: Path) -> dict[str, str]:

@@ -156,7 +156,7 @@ def merge(checkpoint: Checkpoint, adapter: Path, scale: float = 1.0) -> Checkpoi
 
 def _settings(adapter: Path) -> Mapping[str, object]:
     if not adapter.is_dir():
-        raise UsageError("lora.missing", f"{adapter}: no such folder", hint=f"give the folder that holds {CONFIG}")
+        raise InputRefused("lora.missing", f"{adapter}: no such folder", hint=f"give the folder that holds {CONFIG}")
     settings = strict_json.load(confined_path(adapter, CONFIG), what=CONFIG, max_bytes=MAX_CONFIG_BYTES)
     path = adapter / CONFIG
     if not isinstance(settings, dict) or settings.get("peft_type", "LORA") != "LORA":

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from gemma2tool.containers.sbs import RecordReader, Schema, pack_record
-from gemma2tool.errors import InputRefused
+from gemma2tool.errors import InputRefused, UsageError
 from gemma2tool.formats.base import WriteOptions
 from gemma2tool.formats.mapping.consumer_defaults import GEMMA2, refuse_or_warn
 from gemma2tool.model.config import SIZES, Gemma2Config
@@ -123,7 +123,7 @@ def deduced(layers: int, path: Path) -> Gemma2Config:
             return replace(
                 config, eos_token_id=(1, END_OF_TURN), notes=("the file holds no config; the released one is assumed",)
             )
-    raise InputRefused(
+    raise UsageError(
         "config.needed",
         f"{path.name}: holds no config, and no released model has {layers} layers",
         hint="pass one with --config",

@@ -171,7 +171,7 @@ def _planned(
         if tensor.type == type:
             return Planned(name, canonical, tensor.shape, StoredBlocks(tensor), Copied(type, tensor.row_size))
         if not request.allow_requantize and type not in FLOATS:
-            raise InputRefused(
+            raise UsageError(
                 "quantize.requantize",
                 f"{tensor.origin} is {tensor.stored} already; quantizing it again to {type.lower()} loses more than once",
                 hint="start from the original weights, or pass --allow-requantize",

@@ -168,7 +168,7 @@ def test_a_copy_of_a_quantized_file_keeps_every_byte(tmp_path: Path) -> None:
 def test_requantizing_needs_leave(tmp_path: Path) -> None:
     truth = library_file(tmp_path / "model.gguf", type="Q4_1")
     with GGUF().open(tmp_path / "model.gguf") as source:
-        with pytest.raises(InputRefused, match="q4_1 already") as refused:
+        with pytest.raises(UsageError, match="q4_1 already") as refused:
             GGUF().layout(source, options(type="q8_0"))
         assert refused.value.id == "quantize.requantize" and "--allow-requantize" in refused.value.hint
         path = written(source, tmp_path, name="q8.gguf", type="q8_0", allow_requantize=True)

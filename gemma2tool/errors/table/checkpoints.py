@@ -1,0 +1,116 @@
+"""Checkpoints: their tensors, the formats that hold them, adapters."""
+
+from __future__ import annotations
+
+from gemma2tool.errors.entry import refused, usage
+
+_ADAPTER = "check that the adapter was trained on this model"
+_DOWNLOAD = "the checkpoint is damaged or incomplete: download it again"
+
+ENTRIES = (
+    refused(
+        "checkpoint.dtype",
+        "a tensor has a type that no Gemma 2 file uses",
+        "save the weights again as float32, float16 or bfloat16",
+    ),
+    refused(
+        "checkpoint.missing-tensor",
+        "tensors that the config asks for are missing",
+        "the checkpoint is incomplete: download it again, or check num_hidden_layers in its config",
+    ),
+    refused(
+        "checkpoint.repeated-tensor",
+        "two files of the checkpoint hold the same tensor",
+        "remove the file that does not belong to the checkpoint",
+    ),
+    refused(
+        "checkpoint.shape",
+        "a tensor has another shape than the config asks for",
+        "the config contradicts the weights: pass the right one with --config",
+    ),
+    refused(
+        "checkpoint.unexpected-tensor",
+        "the checkpoint holds tensors that a Gemma 2 with its config does not have",
+        "pass the config of these weights with --config; only plain Gemma 2 models can be read",
+    ),
+    refused(
+        "checkpoint.untied-head",
+        "the output matrix differs from the embedding, but the config says that they are one",
+        "set tie_word_embeddings to false in the config if the head was trained on its own, else remove it",
+    ),
+    refused(
+        "format.mismatch",
+        "programs that read the format would compute something else than this model",
+        "choose another format, or write it all the same with --allow-mismatch",
+    ),
+    refused(
+        "format.no-place", "the format cannot hold one of the tensors", "write a Hugging Face folder instead: --to hf"
+    ),
+    usage(
+        "format.type",
+        "the format cannot hold the quantization type",
+        "run 'gemma2tool formats' for the types of each format",
+    ),
+    refused(
+        "gemma-pytorch.no-place",
+        "the format cannot hold one of the tensors",
+        "write a Hugging Face folder instead: --to hf",
+    ),
+    refused("gemma-pytorch.scaler", "int8 codes and their scales do not fit together", _DOWNLOAD),
+    refused("gemma-pytorch.state-dict", "the file holds no model_state_dict", "give a Gemma 2 .ckpt"),
+    usage(
+        "gemma-pytorch.type",
+        "the format cannot hold the quantization type",
+        "choose a .gguf file or a Hugging Face folder",
+    ),
+    refused("hf.no-weights", "the folder has no weights", "download the weights, too"),
+    refused(
+        "keras.config",
+        "the preset is not a Gemma 2 backbone",
+        "use a preset of a Gemma 2 backbone: no other can be read",
+    ),
+    refused("lora.config", "adapter_config.json has an unknown form or a setting that cannot be merged", _ADAPTER),
+    refused("lora.dora", "the adapter's weights contradict its use_dora", _ADAPTER),
+    refused("lora.empty", "the folder holds no adapter weights", "download the adapter again"),
+    refused("lora.kind", "the adapter is not LoRA", "use a LoRA adapter: no other can be merged"),
+    refused(
+        "lora.missing",
+        "the adapter's folder, or its weights, do not exist",
+        "give the folder that holds adapter_config.json",
+    ),
+    refused("lora.name", "a tensor of the adapter does not have peft's name", _ADAPTER),
+    refused("lora.part", "a pair of LoRA matrices is incomplete", _ADAPTER),
+    refused(
+        "lora.pattern",
+        "target_modules is a pattern that is not read, or could match for ever",
+        "list the modules by name",
+    ),
+    refused("lora.rank", "the rank of the matrices is not the config's", _ADAPTER),
+    usage("lora.scale", "the adapter's scale is not a finite number", "give a finite number, such as --lora DIR=0.5"),
+    refused("lora.shape", "the adapter has other shapes than the model", _ADAPTER),
+    refused("lora.target", "the adapter changes weights that the model does not have", _ADAPTER),
+    refused(
+        "maxtext.layers",
+        "MaxText stores layers in pairs, and the model has an odd number",
+        "choose another format with --to",
+    ),
+    refused(
+        "mlx.config", "MLX's quantization is of a kind that is not read", "use affine quantization with 4 or 8 bits"
+    ),
+    refused("orbax.broken", "a part of an array is damaged", _DOWNLOAD),
+    refused(
+        "orbax.compressor",
+        "an array is compressed in a way that is not read",
+        "save it again with Orbax's default settings",
+    ),
+    refused("orbax.dtype", "an array does not hold floating-point values", _DOWNLOAD),
+    refused("orbax.expands", "a small file would expand to far more bytes than weights do", _DOWNLOAD),
+    refused("orbax.link", "the checkpoint contains a symbolic link", "replace the link by a copy"),
+    refused("orbax.metadata", "the metadata of an array is damaged or of a kind that is not read", _DOWNLOAD),
+    refused("orbax.missing", "the folder holds no Orbax checkpoint", "give the checkpoint's folder"),
+    refused("orbax.missing-chunk", "a part of an array is missing", _DOWNLOAD),
+    refused("orbax.shape", "the shape or the chunks of an array are impossible", _DOWNLOAD),
+    refused("orbax.too-many-arrays", "the checkpoint has more arrays than are accepted", _DOWNLOAD),
+    refused("orbax.too-many-chunks", "the arrays have more chunks than are accepted", _DOWNLOAD),
+    refused("orbax.too-many-files", "the checkpoint has more files than are accepted", _DOWNLOAD),
+)

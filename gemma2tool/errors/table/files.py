@@ -1,0 +1,56 @@
+"""Reading and writing files, and what the machine provides."""
+
+from __future__ import annotations
+
+from gemma2tool.errors.entry import refused, resource, usage
+
+_DOWNLOAD = "download the file again"
+
+ENTRIES = (
+    resource("disk.error", "the system refused to write, sync or rename a file", "write to another disk"),
+    resource(
+        "disk.file-too-large", "the file system or a limit does not allow so large a file", "write to another disk"
+    ),
+    resource("disk.full", "the disk has no room for the output", "free space on this disk or write to another one"),
+    resource("disk.io", "the disk reported an error while writing", "write to another disk"),
+    refused("file.changed", "the file changed while it was being read", "wait until it is complete, then run again"),
+    resource("file.io", "the disk reported an error while reading", "check the disk"),
+    refused("file.missing", "a file does not exist", "check the path, or download the file"),
+    refused(
+        "file.not-regular",
+        "the path is a device, a pipe or another thing that is not a file",
+        "give the path of a file",
+    ),
+    refused("file.too-large", "the file is larger than a file of its kind may be", "check that it is the right file"),
+    refused("file.truncated", "the file ends before the data that it describes", _DOWNLOAD),
+    refused(
+        "file.unreadable", "the system does not let the file be read", "check the file's permissions and its folder's"
+    ),
+    resource("files.too-many", "the process has too many open files", "raise the limit with ulimit -n"),
+    refused(
+        "index.link",
+        "a file or folder of the checkpoint is a symbolic link that leads out of it",
+        "replace the link by a copy",
+    ),
+    refused(
+        "index.mismatch",
+        "the index names another file for a tensor than the one that holds it",
+        "the index and the shards do not belong together: download them again",
+    ),
+    refused("index.name", "the index names a file that is not in the checkpoint's folder", "correct the index file"),
+    refused("index.too-many-tensors", "the index names more tensors than are accepted", "download the index again"),
+    refused("index.weight-map", "the index has no map from tensors to files", "download the index again"),
+    refused("input.empty", "the file is empty", _DOWNLOAD),
+    refused("input.kind", "the path is neither a file nor a folder", "give the path of a checkpoint"),
+    refused("input.missing", "the path does not exist", "check the path of the checkpoint"),
+    refused(
+        "input.unknown",
+        "the path holds no Gemma 2 checkpoint in a known format",
+        "run 'gemma2tool formats' for the formats that can be read",
+    ),
+    resource("memory.exhausted", "memory ran out", "close other programs, or lower --memory and --threads"),
+    refused("text.binary", "the text file contains NUL bytes", "give a text file in UTF-8"),
+    usage("text.empty", "the text has no content", "give a file with text in it"),
+    refused("text.encoding", "the text file is not UTF-8", "convert the file to UTF-8"),
+    resource("threads.exhausted", "the system gives no more threads", "lower --threads"),
+)

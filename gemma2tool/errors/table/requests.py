@@ -1,0 +1,83 @@
+"""What a command or call asks for: options, outputs, receipts and reports."""
+
+from __future__ import annotations
+
+from gemma2tool.errors.entry import refused, resource, usage
+
+ENTRIES = (
+    usage("clean.path", "the path given to clean cannot be an output", "name the output, or the folder that it is in"),
+    resource("device.missing", "torch cannot use the device that --device names", "use --device cpu"),
+    usage(
+        "extra.missing",
+        "the format needs a library that is not installed",
+        "install the extra that the message names, such as pip install 'gemma2tool[flax]'",
+    ),
+    usage("format.unknown", "--to names no format", "run 'gemma2tool formats' and choose one of its list"),
+    usage("gate.unknown", "--gate names no gate", "choose one of the gates that the hint lists"),
+    usage("gate.value", "a gate is not written as name=number", "write for example --gate kl=0.05"),
+    usage("option.device", "--device is not the name of a device", "choose cpu, cuda or cuda:1"),
+    usage("option.dtype", "the output format cannot hold the type that --dtype names", "choose another --dtype"),
+    usage(
+        "option.ignored",
+        "an option has no effect for this output or beside another option",
+        "leave out one of the two, or choose an output that takes the option",
+    ),
+    usage("option.lora", "--lora is not a folder, alone or with =SCALE", "write --lora DIR or --lora DIR=0.5"),
+    usage("option.pair", "an option that takes KEY=VALUE pairs has another form", "write it as the hint shows"),
+    usage("option.prompts", "several options each give a prompt", "give only one of them"),
+    usage("option.size", "a size is not a number with a unit", "write it like 512MiB or 5GB"),
+    usage("output.exists", "the destination exists", "choose another name, or replace it with --force"),
+    usage("output.is-input", "the destination is an input, or contains one", "choose another destination"),
+    usage("output.kind", "the output format needs a file where a folder is named, or the reverse", "rename the output"),
+    usage("output.link", "the destination is a symbolic link", "remove the link, or name the file it points to"),
+    resource("output.locked", "another process is writing this output", "wait until it ends, or stop it"),
+    usage("output.name", "the destination is not a name for an output", "name a file or a folder"),
+    usage("output.name-too-long", "the file system does not accept so long a name", "choose a shorter name"),
+    resource(
+        "output.no-locks",
+        "the destination's file system cannot lock files",
+        "write to another disk and move the output",
+    ),
+    usage("output.no-parent", "the folder that the destination goes into does not exist", "create it with mkdir -p"),
+    usage(
+        "output.not-a-checkpoint",
+        "--force would replace a folder that contains no checkpoint",
+        "choose another name, or remove the folder yourself",
+    ),
+    resource("output.not-writable", "the destination's folder is not writable", "choose a folder you may write to"),
+    resource(
+        "output.staging", "staged output could not be created, moved or removed", "remove it by hand and run again"
+    ),
+    resource("output.unwritable", "the standard output could not be written", "free some space, or write elsewhere"),
+    refused(
+        "receipt.contradiction",
+        "the receipt contradicts itself",
+        "do not trust the receipt; verify the output against its source with --reference",
+    ),
+    usage(
+        "receipt.exists",
+        "a file that is not a receipt has the name that the receipt needs",
+        "move it, choose another name for the output, or write no receipt with --no-receipt",
+    ),
+    usage(
+        "receipt.missing",
+        "the output has no receipt beside it, and no reference was given",
+        "name the checkpoint it was made from with --reference, or a receipt with --against",
+    ),
+    refused("receipt.schema", "the file is not a receipt", "give the file that gemma2tool wrote beside the output"),
+    refused(
+        "receipt.version",
+        "the receipt has a version that this gemma2tool does not know",
+        "use the gemma2tool that wrote it, or a newer one",
+    ),
+    usage("report.folder", "a report would be written to a folder", "name a file"),
+    usage("report.same", "two options name the same file", "name two files"),
+    resource("report.unwritable", "a report could not be written", "name a file that can be written"),
+    usage(
+        "resume.mismatch",
+        "an unfinished run at the destination had other inputs or options",
+        "repeat that run unchanged, start over with --restart, or remove it with 'gemma2tool clean'",
+    ),
+    usage("type.missing", "--type names no type", "run 'gemma2tool formats' and choose a type"),
+    usage("type.unknown", "the output format has no such type", "run 'gemma2tool formats' and choose a type it lists"),
+)
