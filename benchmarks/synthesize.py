@@ -28,6 +28,7 @@ from gemma2tool.formats.base import WriteOptions
 from gemma2tool.model import config
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.config import Gemma2Config
+from gemma2tool.model.format_facts import FormatFacts
 from gemma2tool.model.lazy import BFLOAT16, Array, LazyTensor
 from gemma2tool.model.tensors import tensor_specs
 from gemma2tool.pipeline.conversion import save
@@ -79,7 +80,7 @@ def random_checkpoint(size: str) -> Checkpoint:
     pool = random_pool()
     specs = tensor_specs(CONFIGS[size]).items()
     tensors = {name: PoolTensor(name, spec.shape, pool) for name, spec in specs if spec.required}
-    return Checkpoint(Path(f"random-{size}"), "random", CONFIGS[size], tensors)
+    return Checkpoint(Path(f"random-{size}"), FormatFacts("random"), CONFIGS[size], tensors)
 
 
 def random_token_ids(size: str, count: int) -> NDArray[np.int64]:

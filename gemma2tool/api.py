@@ -263,7 +263,7 @@ def verify(
     """Compare a checkpoint with the one it was made from, with its receipt, or with what an engine computes from it.
 
     ``reference``: the source. ``receipt``: default is the one beside the candidate. ``logits``: an engine's float
-    logits (.npy) for ``tokens``. ``config``: of a candidate whose format may lack one, and of such a reference unless
+    logits (.npy) for ``tokens``. ``config``: of a candidate that has none of its own, and of such a reference unless
     ``reference_config`` is given. A difference is a failed gate in the result (``result.passed``, ``result.causes``),
     not an exception.
     """

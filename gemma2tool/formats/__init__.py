@@ -1,1 +1,1 @@
-"""One package or module for each checkpoint format; ``registry`` finds them by name."""
+"""One package for each checkpoint format; ``registry`` lists them and finds them by name."""

@@ -7,20 +7,20 @@ encoded. The pipeline then moves the bytes; a format never writes a file itself.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import ClassVar
 
 import numpy as np
 
 from gemma2tool.formats.options import WriteOptions as WriteOptions
+from gemma2tool.model.checkpoint import Checkpoint
+from gemma2tool.model.config import Gemma2Config
+from gemma2tool.model.format_facts import FormatFacts
 from gemma2tool.model.lazy import LazyTensor
 from gemma2tool.quantizers.base import Encoder
-
-if TYPE_CHECKING:
-    from gemma2tool.model.checkpoint import Checkpoint
-    from gemma2tool.model.config import Gemma2Config
 
 
 @dataclass(frozen=True)
@@ -84,26 +84,43 @@ class Output:
         return sum(file.size for file in self.files) + sum(len(data) for data in self.assets.values())
 
 
-class Format(Protocol):
-    """One file a format, found by name through ``gemma2tool.formats.registry``."""
+class Format(ABC):
+    """How checkpoints of a format are recognized, read and written; ``gemma2tool.formats.registry`` finds it by name.
 
-    name: str
+    ``facts``: what the format declares about itself. ``types``: the quantization types that it can be written in.
+    """
 
+    facts: ClassVar[FormatFacts]
+    types: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def name(self) -> str:
+        return self.facts.name
+
+    @abstractmethod
     def detect(self, path: Path) -> bool:
-        """Whether the files at ``path`` are of this format; looks at their content, never at the name alone. Never raises."""
+        """Whether the files at ``path`` are of this format, by their content, not by the name alone. Never raises."""
 
+    @abstractmethod
     def open(self, path: Path, *, config: Gemma2Config | None = None) -> Checkpoint:
         """Read headers; return the canonical checkpoint, checked against the tensor table."""
 
+    @abstractmethod
     def layout(self, checkpoint: Checkpoint, options: WriteOptions) -> Output:
         """Plan the output. Reads no weights but those (norms) whose values decide how they can be stored."""
 
-    def kept(self, source: Checkpoint, candidate: Checkpoint) -> dict[str, LazyTensor]:
+    def lacks_config(self, path: Path) -> bool:
+        """Whether the checkpoint at ``path`` has no config of its own, so that one must be given or deduced from its tensors."""
+        folder = path if path.is_dir() else path.parent
+        return not (folder / "config.json").is_file()
+
+    def expected_after_roundtrip(self, source: Checkpoint, candidate: Checkpoint) -> dict[str, LazyTensor]:
         """The canonical tensors of ``source`` that this format's own conventions change, as they come back from ``candidate``, a
         file of this format (opened; its stored types count, its values do not).
 
-        A verification holds the candidate to these instead of to the source's: what they lose is the format's doing.
+        A verification compares the candidate with these instead of the source's: what they lose is not a mistake.
         """
+        return {}
 
 
 def as_bytes(array: np.ndarray) -> memoryview:

@@ -34,20 +34,14 @@ class FormatEntry:
 
 def format_entries() -> tuple[FormatEntry, ...]:
     """All formats, in the order of detection."""
-    from gemma2tool.formats.gemma_cpp.format import TYPES as SBS_TYPES
-    from gemma2tool.formats.hf.format import TYPES as HF_TYPES
-    from gemma2tool.formats.packings.mlx import TYPES as MLX_TYPES
-    from gemma2tool.quantizers.mixtures import FILE_TYPES
-
-    quantized = {"gguf": sorted(FILE_TYPES), "hf": HF_TYPES, "mlx": MLX_TYPES, "gemma-cpp": SBS_TYPES}
     return tuple(
         FormatEntry(
-            listing.name,
-            listing.files,
-            listing.remarks,
-            None if listing.extra is None else f"pip install 'gemma2tool[{listing.extra}]'",
-            listing.extra_to or None,
-            tuple(dict.fromkeys((*listing.floats, *quantized.get(listing.name, ())))),
+            facts.name,
+            facts.files,
+            facts.remarks,
+            None if facts.extra is None else f"pip install 'gemma2tool[{facts.extra}]'",
+            facts.extra_to,
+            tuple(dict.fromkeys((*facts.float_dtypes, *registry.by_name(facts.name).types))),
         )
-        for listing in registry.LISTINGS
+        for facts in registry.FACTS.values()
     )

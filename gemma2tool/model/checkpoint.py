@@ -48,13 +48,13 @@ class Assets(Mapping[str, bytes]):
 class Checkpoint:
     """What a reader returns.
 
-    ``tensors``: tensors in canonical layout, by canonical name. ``format``: the name of the format ("hf", "gguf", ...).
+    ``tensors``: tensors in canonical layout, by canonical name. ``facts``: what its format declares about itself.
     ``assets``: the tokenizer and other files of the model. ``warnings``: one-line remarks of the reader that the user must see.
     ``metadata``: what the format records about the model besides the config (a GGUF's general.* keys, a model card).
     """
 
     path: Path
-    format: str
+    facts: FormatFacts
     config: Gemma2Config
     tensors: dict[str, LazyTensor]
     assets: Assets = field(default_factory=Assets)
@@ -66,10 +66,12 @@ class Checkpoint:
     buffers: dict[str, LazyTensor] = field(default_factory=dict)
     """Tensors that the format stores although the config determines them (a rotary table), by the file's names."""
 
-    facts: FormatFacts | None = None
-    """What ``format`` declares about itself and its consumer; None for a checkpoint that no reader made."""
-
     closers: list[Callable[[], None]] = field(default_factory=list)
+
+    @property
+    def format(self) -> str:
+        """The name of the format it came from: "hf", "gguf", ..."""
+        return self.facts.name
 
     def __enter__(self) -> Checkpoint:
         return self

@@ -19,15 +19,28 @@ def _no_assumptions(config: Gemma2Config) -> Iterable[Assumption]:
 class FormatFacts:
     """Facts about a format and about the program that reads it, its *consumer*.
 
-    ``holds_tokenizer``: the consumer takes the tokenizer and the chat template from the checkpoint's folder or file.
-    ``weights_alone``: a single file of weights is a complete checkpoint and has no place for a tokenizer.
-    ``weight_suffixes``: suffixes of single files that hold weights and no tokenizer; empty where a single file holds
-    the tokenizer too (GGUF). ``cannot_represent``: config field -> why a file of this format may have another value
-    than its source. ``assumptions``: given a config, the fields that the file states and its consumer computes
-    otherwise, each with a sentence.
+    For the list of formats: ``files`` is what a checkpoint looks like on disk; ``extra`` is the extra of gemma2tool that must be
+    installed to ``extra_to`` ("read", "write") it.
+
+    For writing: a destination whose name ends in one of ``suffixes`` is written in this format, as a single file.
+    ``float_dtypes`` are the types that unquantized values are written in; ``more_dtypes`` are other values of ``--dtype``.
+
+    For verification: ``holds_tokenizer`` says that the consumer takes the tokenizer and the chat template from the checkpoint's
+    folder or file; ``weights_alone`` that a single file of weights is a complete checkpoint and has no place for a tokenizer.
+    ``weight_suffixes`` are suffixes of single files that hold weights and no tokenizer; empty where a single file holds the
+    tokenizer too (GGUF). ``cannot_represent`` maps a config field to why a file of this format may have another value than its
+    source. ``assumptions`` gives, for a config, the fields that the file states and its consumer computes otherwise, each with a
+    sentence.
     """
 
     name: str
+    files: str = ""
+    remarks: str = ""
+    extra: str | None = None
+    extra_to: str | None = None
+    suffixes: tuple[str, ...] = ()
+    float_dtypes: tuple[str, ...] = ("f32", "f16", "bf16")
+    more_dtypes: tuple[str, ...] = ()
     holds_tokenizer: bool = False
     weights_alone: bool = False
     weight_suffixes: tuple[str, ...] = ()

@@ -19,9 +19,7 @@ from gemma2tool.storage.paths import refuse_existing, refuse_overwriting_input
 from gemma2tool.storage.staging import place as staging_place
 from gemma2tool.storage.syscalls import translate_os_errors
 
-FILE_SUFFIXES = (".ckpt", ".gguf", ".sbs")
 FLOAT_DTYPES = ("f32", "f16", "bf16")
-GGUF_DTYPES = (*FLOAT_DTYPES, "auto", "q8_0", "tq1_0", "tq2_0")
 
 
 @dataclass(frozen=True)
@@ -34,7 +32,7 @@ class Destination:
 
     @property
     def is_file(self) -> bool:
-        return self.path.suffix.lower() in FILE_SUFFIXES
+        return self.path.suffix.lower() in registry.FILE_SUFFIXES
 
 
 def destinations(request: ConversionRequest) -> list[Destination]:
@@ -65,7 +63,7 @@ def _outputs(destination: Path, to: str | None, types: Sequence[str]) -> list[De
     if len(types) <= 1:
         type_name = types[0] if types else None
         return [Destination(destination, registry.for_destination(destination, to, type_name), type_name)]
-    if destination.suffix.lower() in FILE_SUFFIXES or (destination.exists() and not destination.is_dir()):
+    if destination.suffix.lower() in registry.FILE_SUFFIXES or (destination.exists() and not destination.is_dir()):
         raise UsageError(
             "output.kind",
             f"{destination}: several types need a folder to put their files into",
@@ -75,7 +73,7 @@ def _outputs(destination: Path, to: str | None, types: Sequence[str]) -> list[De
     for type_name in types:
         is_packing = to is not None or type_name in packings.TYPES
         format_name = registry.for_destination(destination, to, type_name) if is_packing else "gguf"
-        suffix = ".gguf" if format_name == "gguf" else ""
+        suffix = next(iter(registry.FACTS[format_name].suffixes), "")
         path = destination / f"{destination.resolve().name}-{type_name}{suffix}"
         outputs.append(Destination(path, format_name, type_name))
     return outputs
@@ -92,13 +90,13 @@ def check_parent(destination: Path) -> None:
 
 
 def _check_dtype(dtype: str | None, format_name: str) -> None:
-    floats = next(listing.floats for listing in registry.LISTINGS if listing.name == format_name)
-    allowed = GGUF_DTYPES if format_name == "gguf" else (*floats, "auto")
+    facts = registry.FACTS[format_name]
+    allowed = (*facts.float_dtypes, "auto", *facts.more_dtypes)
     if dtype is None or dtype in allowed:
         return
     hint = f"choose one of {', '.join(allowed)}"
-    if format_name == "gemma-cpp" and dtype == "sfp":
-        hint += "; sfp is a quantization: 'gemma2tool quantize --type sfp'"
+    if dtype in registry.by_name(format_name).types:
+        hint += f"; {dtype} is a quantization type: 'gemma2tool quantize --type {dtype}'"
     raise UsageError("option.dtype", f"--dtype {dtype} is not a stored type of {format_name}", hint=hint)
 
 

@@ -35,7 +35,7 @@ class VerifyRequest:
     """What to hold a candidate to: its source (``reference``), a receipt (default: the one beside it), or an engine's
     ``logits``.
 
-    ``config``: of a candidate whose format may lack one, and of such a reference unless ``reference_config`` is given.
+    ``config``: of a candidate that has none of its own, and of such a reference unless ``reference_config`` is given.
     """
 
     candidate: Path
@@ -94,7 +94,7 @@ def verify_output(
         gates=gates or None,
         threads=threads,
         progress=progress,
-        expected=registry.by_name(candidate.format).kept(source, candidate),
+        expected=registry.by_name(candidate.format).expected_after_roundtrip(source, candidate),
         weighted=weighted,
     )
 
@@ -123,7 +123,10 @@ def diff(request: DiffRequest, progress: Progress | None = None) -> Difference:
             a,
             b,
             ids=read_prompts(request.checks.tokens, request.checks.text, a),
-            kept=(registry.by_name(b.format).kept(a, b), registry.by_name(a.format).kept(b, a)),
+            kept=(
+                registry.by_name(b.format).expected_after_roundtrip(a, b),
+                registry.by_name(a.format).expected_after_roundtrip(b, a),
+            ),
             logits=request.with_logits,
             threads=request.threads,
             progress=progress,
@@ -201,7 +204,8 @@ def log_warnings(checkpoint: Checkpoint, label: str = "") -> None:
 
 
 def _opened(path: Path, config: Gemma2Config | None) -> Checkpoint:
-    """Opened with ``config`` if its format may lack one; a checkpoint that carries its own is read with its own."""
-    may_lack_config = ("gemma-pytorch", "flax", "maxtext")
-    is_needed = config is not None and registry.detect(path).name in may_lack_config
-    return registry.open_checkpoint(path, config=config if is_needed else None)
+    """Opened with ``config`` if it has none of its own, see ``registry.config_for``."""
+    used = registry.config_for(path, config)
+    if config is not None and used is None:
+        logger.info("%s", f"{path.name}: read with its own config, not with --config")
+    return registry.open_checkpoint(path, config=used)

@@ -16,7 +16,7 @@ from gemma2tool.verify import gate_results
 from gemma2tool.verify.compare.comparison import TensorComparison
 from gemma2tool.verify.compare.completeness import comparable, compare_names
 from gemma2tool.verify.compare.config import compare_configs
-from gemma2tool.verify.compare.consumers import assumptions, facts_of
+from gemma2tool.verify.compare.consumers import assumptions
 from gemma2tool.verify.compare.folding import folded_source
 from gemma2tool.verify.compare.measurements import Drift, Measurements, Tokens, tensor_errors
 from gemma2tool.verify.compare.reference_logits import Reference
@@ -75,7 +75,7 @@ def verify(
             results.append(compare_names(source, candidate))
     if "config" in levels:
         with timed("config"):
-            cannot_represent, assumed = facts_of(candidate).cannot_represent, assumptions(candidate)
+            cannot_represent, assumed = candidate.facts.cannot_represent, assumptions(candidate)
             config_gate = compare_configs(
                 source.config, candidate.config, cannot_represent=cannot_represent, assumed=assumed
             )

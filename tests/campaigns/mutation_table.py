@@ -71,7 +71,7 @@ def main() -> int:
 def honest(folder: Path) -> int:
     """False alarms on the fixture in bfloat16 and float16, in every format and type, with an importance matrix where
     one is needed; all gates."""
-    plain = [(listing.name, {"dtype": dtype}) for listing in registry.LISTINGS for dtype in listing.floats]
+    plain = [(facts.name, {"dtype": dtype}) for facts in registry.FACTS.values() for dtype in facts.float_dtypes]
     ggml = [("gguf", {"type": name}) for name in FILE_TYPES if name not in ("f32", "f16", "bf16")]
     packed = [("hf", {"type": name}) for name in packings.TYPES if not name.startswith("mlx")]
     packed += [("mlx", {"type": name}) for name in packings.TYPES if name.startswith("mlx")]
@@ -84,7 +84,7 @@ def honest(folder: Path) -> int:
         truth = victim.checkpoint()
         for format, options in (*plain, *ggml, *packed):
             label = f"{source} as {format} {' '.join(options.values())}"
-            suffix = next(each.suffix or "" for each in registry.LISTINGS if each.name == format)
+            suffix = next(iter(registry.FACTS[format].suffixes), "")
             path = fresh(str(folder), label.replace(" ", "-")) / f"made{suffix}"
             try:
                 steered = (
@@ -97,7 +97,9 @@ def honest(folder: Path) -> int:
                 print(f"  {label}: cannot be written so ({refused.id})")
                 continue
             with registry.open_checkpoint(path, config=truth.config if format == "maxtext" else None) as made:
-                found = verify(truth, made, expected=registry.by_name(made.format).kept(truth, made))
+                found = verify(
+                    truth, made, expected=registry.by_name(made.format).expected_after_roundtrip(truth, made)
+                )
             tried += 1
             if not found.passed or found.causes:
                 alarms += 1

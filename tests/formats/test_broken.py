@@ -10,7 +10,6 @@ import time
 import zipfile
 from collections.abc import Callable
 from dataclasses import replace
-from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 
@@ -23,8 +22,6 @@ from gemma2tool.formats import registry
 from tests.support.checkpoints import SMALL, random_checkpoint
 from tests.support.formats import write_as
 
-NEEDS = {"flax": "tensorstore", "maxtext": "tensorstore", "keras": "h5py"}
-FORMATS = [name for name in registry.NAMES if name not in NEEDS or find_spec(NEEDS[name])]
 NAMES = {"gguf": "model.gguf", "gemma-cpp": "model.sbs", "gemma-pytorch": "model.ckpt"}
 SHARDED = ("hf", "hf-bin", "mlx", "keras")
 ZIPS = ("hf-bin", "gemma-pytorch", "torchtune", "litgpt")
@@ -35,11 +32,11 @@ def whole(tmp_path_factory) -> dict[str, Path]:
     """One checkpoint in every format, and sharded where the format knows shards; to be copied and broken."""
     place = tmp_path_factory.mktemp("whole")
     source = random_checkpoint(np.dtype(np.float32), replace(SMALL, num_hidden_layers=2, layer_types=()))
-    made = {name: write_as(name, source, place / f"{name}-{NAMES.get(name, 'model')}") for name in FORMATS}
+    made = {name: write_as(name, source, place / f"{name}-{NAMES.get(name, 'model')}") for name in registry.NAMES}
     sharded = {
         f"{name} sharded": write_as(name, source, place / f"{name}-s", max_shard_size=60_000)
         for name in SHARDED
-        if name in FORMATS
+        if name in registry.NAMES
     }
     for path in (made | sharded).values():
         assert registry.open_checkpoint(path).tensors
@@ -114,14 +111,14 @@ HARMLESS = {("flax", "wrong magic"), ("maxtext", "wrong magic"), ("keras", "one 
 """An uncompressed chunk of zarr is values alone; HDF5 says where it ends, and what lies behind is never read."""
 
 
-@pytest.mark.parametrize(("name", "damage"), [each for each in product(FORMATS, DAMAGE) if each not in HARMLESS])
+@pytest.mark.parametrize(("name", "damage"), [each for each in product(registry.NAMES, DAMAGE) if each not in HARMLESS])
 def test_damaged_weights(copied, tmp_path: Path, name: str, damage: str) -> None:
     path = copied(name)
     DAMAGE[damage](_weights(path))
     _refused(path, tmp_path / "out", name)
 
 
-@pytest.mark.parametrize("name", [name for name in FORMATS if name not in NAMES])
+@pytest.mark.parametrize("name", [name for name in registry.NAMES if name not in NAMES])
 def test_weights_that_are_a_link_out_of_the_folder(copied, tmp_path: Path, name: str) -> None:
     path = copied(name)
     weights = _weights(path)
@@ -131,7 +128,7 @@ def test_weights_that_are_a_link_out_of_the_folder(copied, tmp_path: Path, name:
 
 
 @pytest.mark.parametrize("lie", ["../../outside", "/etc/passwd", "..", "", "a\0b", "absent"])
-@pytest.mark.parametrize("name", [f"{name} sharded" for name in SHARDED if name in FORMATS])
+@pytest.mark.parametrize("name", [f"{name} sharded" for name in SHARDED if name in registry.NAMES])
 def test_an_index_that_points_elsewhere(copied, tmp_path: Path, name: str, lie: str) -> None:
     path = copied(name)
     (index,) = (each for each in path.glob("*model*.json"))
@@ -146,7 +143,7 @@ def test_an_index_that_points_elsewhere(copied, tmp_path: Path, name: str, lie: 
     ), error
 
 
-@pytest.mark.parametrize("name", [f"{name} sharded" for name in SHARDED if name in FORMATS])
+@pytest.mark.parametrize("name", [f"{name} sharded" for name in SHARDED if name in registry.NAMES])
 def test_a_shard_that_is_gone_or_was_swapped(copied, tmp_path: Path, name: str) -> None:
     path = copied(name)
     shards = sorted(each for each in path.iterdir() if each.suffix in (".safetensors", ".bin", ".h5"))
@@ -156,7 +153,7 @@ def test_a_shard_that_is_gone_or_was_swapped(copied, tmp_path: Path, name: str) 
     _refused(path, tmp_path / "out", name)
 
 
-@pytest.mark.parametrize("name", [name for name in ZIPS if name in FORMATS])
+@pytest.mark.parametrize("name", [name for name in ZIPS if name in registry.NAMES])
 def test_a_zip_with_a_member_twice(copied, tmp_path: Path, name: str) -> None:
     path = copied(name)
     weights = _weights(path)
@@ -176,7 +173,7 @@ def _config_of(path: Path) -> Path | None:
     )
 
 
-CONFIGS = [name for name in FORMATS if name not in NAMES]
+CONFIGS = [name for name in registry.NAMES if name not in NAMES]
 
 
 @pytest.mark.parametrize(
@@ -212,7 +209,7 @@ CONTRADICTIONS = [
 
 
 @pytest.mark.parametrize(("field", "value"), CONTRADICTIONS)
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", registry.NAMES)
 def test_a_config_that_contradicts_the_weights(copied, tmp_path: Path, name: str, field: str, value: int) -> None:
     """Given with --config, which every format takes. (Of a vocabulary padded to 256 rows, 160 and 161 look alike.)"""
     path = copied(name)

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from gemma2tool.cli.main import app
 from gemma2tool.formats import registry
 from tests.support.checkpoints import SMALL, random_checkpoint, write_checkpoint
-from tests.support.formats import write_as
+from tests.support.formats import suffix_of, write_as
 from tests.support.paths import ROOT
 
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
@@ -56,7 +56,7 @@ def test_libraries_asked_for_are_in_their_extras() -> None:
 def test_plain_types_are_written_or_refused_as_listed(tmp_path: Path, name: str) -> None:
     source = random_checkpoint(np.dtype(ml_dtypes.bfloat16), SMALL if name != "maxtext" else _even())
     folder = write_checkpoint(source, tmp_path / "hf")
-    ending = {"gguf": ".gguf", "gemma-pytorch": ".ckpt", "gemma-cpp": ".sbs"}.get(name, "")
+    ending = suffix_of(name)
     types = next(each["types"] for each in _listed() if each["format"] == name)
     for dtype in ("f32", "f16", "bf16"):
         arguments = [

@@ -12,7 +12,7 @@ import pytest
 from gemma2tool.errors import InputRefused, UsageError
 from gemma2tool.formats import registry
 from gemma2tool.formats.hf.format import HuggingFace
-from gemma2tool.formats.torch.gemma_pytorch import GemmaPytorch
+from gemma2tool.formats.torch.gemma_pytorch.format import GemmaPytorch
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.tensors import tensor_specs
 from tests.support.checkpoints import random_checkpoint, write_checkpoint
@@ -230,7 +230,7 @@ def test_no_config_and_no_released_shape_asks_for_one(oracles: Path, tmp_path: P
 
 def test_released_shapes_need_no_config() -> None:
     from gemma2tool.formats.mapping.transforms import to_disk
-    from gemma2tool.formats.torch.gemma_pytorch import TABLE, _canonical_shapes
+    from gemma2tool.formats.torch.gemma_pytorch.format import TABLE, _canonical_shapes
     from gemma2tool.model.config import SIZES, infer_from_shapes
     from gemma2tool.model.lazy import ArrayTensor
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +17,7 @@ pytestmark = pytest.mark.slow
 
 KINDS = {"Gemma2ForSequenceClassification": 3, "Gemma2ForTokenClassification": 5}
 HOLDERS = {"hf": "out", "hf-bin": "out", "mlx": "out", "gemma-pytorch": "out.ckpt"}
-NEEDS = {"flax": "tensorstore", "maxtext": "tensorstore", "keras": "h5py"}
-OTHERS = [name for name in registry.NAMES if name not in HOLDERS and (name not in NEEDS or find_spec(NEEDS[name]))]
+OTHERS = [name for name in registry.NAMES if name not in HOLDERS]
 NAMES = {"gguf": "out.gguf", "gemma-cpp": "out.sbs"}
 
 

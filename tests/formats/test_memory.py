@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import tracemalloc
-from importlib.util import find_spec
 from pathlib import Path
 
 import ml_dtypes
@@ -15,6 +14,7 @@ from gemma2tool.formats import registry
 from gemma2tool.formats.base import Output, WriteOptions
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.config import Gemma2Config
+from gemma2tool.model.format_facts import FormatFacts
 from gemma2tool.model.lazy import LazyTensor
 from gemma2tool.model.tensors import tensor_specs
 from gemma2tool.pipeline.write import write_output
@@ -35,8 +35,7 @@ CONFIG = Gemma2Config(
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 MATRIX = CONFIG.hidden_size * CONFIG.intermediate_size * BFLOAT16.itemsize
 MODEL = sum(int(np.prod(spec.shape)) for spec in tensor_specs(CONFIG).values() if spec.required) * BFLOAT16.itemsize
-NEEDS = {"flax": "tensorstore", "maxtext": "tensorstore", "keras": "h5py"}
-FORMATS = [name for name in registry.NAMES if name != "gguf" and (name not in NEEDS or find_spec(NEEDS[name]))]
+FORMATS = [name for name in registry.NAMES if name != "gguf"]
 
 
 class Zeros(LazyTensor):
@@ -82,7 +81,7 @@ def _write(output: Output, path: Path) -> None:
 def test_peak_is_a_few_matrices_of_one_layer(tmp_path: Path, name: str) -> None:
     """Into the format and out of it again, from a model of more than four times the bound."""
     tensors = {key: Zeros(spec.shape) for key, spec in tensor_specs(CONFIG).items() if spec.required}
-    source = Checkpoint(Path("zeros"), "memory", CONFIG, tensors)
+    source = Checkpoint(Path("zeros"), FormatFacts("memory"), CONFIG, tensors)
     path = tmp_path / "model"
     bound = 3 * MATRIX + (16 << 20)
     assert 4 * bound < MODEL

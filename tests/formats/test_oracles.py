@@ -14,9 +14,6 @@ from gemma2tool.model.checkpoint import Checkpoint
 from tests.support.formats import assert_same_tensors, oracle_config, truth_of, write_as
 from tests.support.oracles import ORACLES
 
-WITHOUT_CONFIG = ("flax", "torchtune", "litgpt")
-"""Formats that store no config, or, GGUF, none that can say the query scale of a 27b with fewer layers."""
-
 
 def _checkpoints(root: Path) -> list[str]:
     """``format/variant`` of each checkpoint: the folders and weight files below the formats' folders."""
@@ -29,6 +26,10 @@ def _checkpoints(root: Path) -> list[str]:
 ALL = _checkpoints(ORACLES / "checkpoints")
 
 
+def _lacks_config(path: Path) -> bool:
+    return registry.detect(path).lacks_config(path)
+
+
 def _flavour(name: str) -> str:
     found = re.search(r"(?:^|[/-])(hd|27b)(?=[._]|$)", name)
     if found is None:
@@ -39,9 +40,10 @@ def _flavour(name: str) -> str:
 
 def _open(oracles: Path, name: str) -> Checkpoint:
     flavour = _flavour(name)
-    given = name.split("/")[0] in WITHOUT_CONFIG or name == "gguf/27b.gguf"
-    config = oracle_config(oracles, flavour) if given else None
-    return registry.open_checkpoint(oracles / "checkpoints" / name, config=config)
+    path, config = oracles / "checkpoints" / name, oracle_config(oracles, flavour)
+    if name != "gguf/27b.gguf":  # which cannot represent the query scale of a 27b with fewer layers
+        config = registry.config_for(path, config)
+    return registry.open_checkpoint(path, config=config)
 
 
 def _assert_within_bound(found: np.ndarray, truth: np.ndarray) -> None:
@@ -108,7 +110,7 @@ def test_each_is_converted_to_hugging_face(oracles: Path, tmp_path: Path, name: 
     )
 
 
-@pytest.mark.parametrize("name", [name for name in ALL if name.split("/")[0] in WITHOUT_CONFIG])
+@pytest.mark.parametrize("name", [name for name in ALL if _lacks_config(ORACLES / "checkpoints" / name)])
 def test_a_config_that_is_stored_nowhere_is_asked_for(oracles: Path, name: str) -> None:
     with pytest.raises(ToolError) as caught:
         registry.open_checkpoint(oracles / "checkpoints" / name)

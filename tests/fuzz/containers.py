@@ -220,7 +220,7 @@ class TorchModel(TorchZip):
 
     def prepare(self) -> None:
         super().prepare()
-        from gemma2tool.formats.torch.gemma_pytorch import GemmaPytorch
+        from gemma2tool.formats.torch.gemma_pytorch.format import GemmaPytorch
 
         self.format, self.members = GemmaPytorch(), h.zip_members((CORPUS / self.name / "tiny").read_bytes())
         self.programs.tokens = (

@@ -115,9 +115,10 @@ class ModelCard(Target):
         from gemma2tool.formats.gguf.metadata import metadata_keys
         from gemma2tool.model.checkpoint import Assets, Checkpoint
         from gemma2tool.model.config import Gemma2Config
+        from gemma2tool.model.format_facts import FormatFacts
 
         self.keys, self.assets = metadata_keys, Assets
-        self.checkpoint = Checkpoint(Path("gemma-2-2b-it"), "hf", Gemma2Config(), {})
+        self.checkpoint = Checkpoint(Path("gemma-2-2b-it"), FormatFacts("hf"), Gemma2Config(), {})
 
     def run(self, data: bytes) -> object:
         warnings: list[str] = []

@@ -315,6 +315,7 @@ import numpy as np, torch
 from pathlib import Path
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.config import Gemma2Config
+from gemma2tool.model.format_facts import FormatFacts
 from gemma2tool.model.lazy import BFLOAT16, LazyTensor
 from gemma2tool.model.tensors import tensor_specs
 from gemma2tool.reference import streaming
@@ -329,7 +330,7 @@ config = Gemma2Config(vocab_size=64000, hidden_size=1024, intermediate_size=8192
 tensors = {{name: Made(spec.shape) for name, spec in tensor_specs(config).items() if spec.required}}
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 before = peak()
-streaming.logits(Checkpoint(Path("m"), "made", config, tensors), np.ones((1, 4), np.int64))
+streaming.logits(Checkpoint(Path("m"), FormatFacts("made"), config, tensors), np.ones((1, 4), np.int64))
 print(peak() - before, sum(tensor.nbytes for tensor in tensors.values()))
 """
 

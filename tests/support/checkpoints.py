@@ -8,6 +8,7 @@ import numpy as np
 
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.config import Gemma2Config
+from gemma2tool.model.format_facts import FormatFacts
 from gemma2tool.model.lazy import ArrayTensor
 from gemma2tool.model.tensors import tensor_specs
 from gemma2tool.pipeline.conversion import save
@@ -36,7 +37,7 @@ def random_checkpoint(dtype: np.dtype, config: Gemma2Config = SMALL, seed: int =
             continue
         spread = 0.3 if spec.role == "norm" else 1.0 if spec.role == "embedding" else 1.5 / np.sqrt(spec.shape[-1])
         tensors[name] = ArrayTensor((generator.standard_normal(spec.shape) * spread).astype(dtype), origin=name)
-    return Checkpoint(Path("random"), "memory", config, tensors)
+    return Checkpoint(Path("random"), FormatFacts("memory"), config, tensors)
 
 
 def write_checkpoint(

@@ -11,9 +11,10 @@ import ml_dtypes
 import numpy as np
 
 from gemma2tool.errors import ToolError
-from gemma2tool.formats import mlx, registry
+from gemma2tool.formats import registry
 from gemma2tool.formats.gemma_cpp import format as sbs
 from gemma2tool.formats.hf import format as hf
+from gemma2tool.formats.mlx import format as mlx
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.lazy import ArrayTensor
 from gemma2tool.pipeline.conversion import save
@@ -110,7 +111,12 @@ def judged(
         return f"{error.id}: {error}"
     try:
         with registry.open_checkpoint(path) as made:
-            return verify(checkpoint, made, expected=registry.by_name(to).kept(checkpoint, made), levels=levels)
+            return verify(
+                checkpoint,
+                made,
+                expected=registry.by_name(to).expected_after_roundtrip(checkpoint, made),
+                levels=levels,
+            )
     finally:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 

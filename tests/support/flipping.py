@@ -73,7 +73,7 @@ def flipped(flip: Flip) -> Iterator[None]:
 def with_source(source: Checkpoint, path: Path) -> GateResult:
     """The tensors gate of ``verify --reference``, without the diagnosis that follows."""
     with registry.open_checkpoint(path) as candidate:
-        kept = registry.by_name(candidate.format).kept(source, candidate)
+        kept = registry.by_name(candidate.format).expected_after_roundtrip(source, candidate)
         compared = compare_tensors(source.tensors, candidate.tensors, expected=kept)
         read_through(candidate.buffers.values())
         return gate_results.tensors(compared)

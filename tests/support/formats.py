@@ -31,6 +31,11 @@ def write_as(
     return path
 
 
+def suffix_of(name: str) -> str:
+    """What the name of a destination in the format ``name`` ends in; empty for a folder."""
+    return next(iter(registry.FACTS[name].suffixes), "")
+
+
 def assert_same_tensors(expected: Checkpoint, found: Checkpoint, *, dtypes: bool = True) -> None:
     """Equal names and, bit for bit, equal values; ``dtypes``: stored in the same types too."""
     assert expected.tensors.keys() == found.tensors.keys()

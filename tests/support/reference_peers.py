@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.config import Gemma2Config
+from gemma2tool.model.format_facts import FormatFacts
 from gemma2tool.model.lazy import ArrayTensor
 from gemma2tool.reference import model as ours
 
@@ -90,7 +91,7 @@ def assert_agree(found: torch.Tensor, expected: torch.Tensor, what: str = "value
 
 def checkpoint_of(config: Gemma2Config, state: dict[str, torch.Tensor]) -> Checkpoint:
     tensors = {name: ArrayTensor(np.ascontiguousarray(tensor.numpy())) for name, tensor in state.items()}
-    return Checkpoint(Path("memory"), "memory", config, tensors)
+    return Checkpoint(Path("memory"), FormatFacts("memory"), config, tensors)
 
 
 def prompts(draw_shape: tuple[int, int], vocab: int, seed: int) -> torch.Tensor:

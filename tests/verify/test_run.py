@@ -16,6 +16,7 @@ import pytest
 from gemma2tool.errors import UsageError
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.config import Gemma2Config
+from gemma2tool.model.format_facts import FormatFacts
 from gemma2tool.model.lazy import ArrayTensor, MappedRows
 from gemma2tool.verify.compare.logits import default_ids, windows_for
 from gemma2tool.verify.gates import GATES, Gates, parse_gates
@@ -53,7 +54,7 @@ def candidate(tensors: Arrays, stored: str | None = None, **config: object) -> C
         name: ArrayTensor(array, stored=stored if stored and array.ndim == 2 else None)
         for name, array in tensors.items()
     }
-    return Checkpoint(Path("candidate"), "memory", dataclasses.replace(SMALL, **config), wrapped)
+    return Checkpoint(Path("candidate"), FormatFacts("memory"), dataclasses.replace(SMALL, **config), wrapped)
 
 
 def failed(result: Verification) -> set[str]:

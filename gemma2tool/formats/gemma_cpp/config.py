@@ -8,7 +8,8 @@ from pathlib import Path
 from gemma2tool.containers.sbs import RecordReader, Schema, pack_record
 from gemma2tool.errors import InputRefused, UsageError
 from gemma2tool.formats.base import WriteOptions
-from gemma2tool.formats.mapping.consumer_defaults import GEMMA2, refuse_or_warn
+from gemma2tool.formats.consumers import refuse_mismatches
+from gemma2tool.formats.gemma_cpp import FACTS
 from gemma2tool.model.config import SIZES, Gemma2Config
 from gemma2tool.model.config_fields import FULL, SLIDING
 
@@ -183,11 +184,16 @@ def write(config: Gemma2Config, weight: int) -> bytes:
 
 
 def warnings(config: Gemma2Config, options: WriteOptions) -> list[str]:
-    """What gemma.cpp would compute otherwise; refused where its config cannot say it."""
-    fixed = GEMMA2 | {"rms_norm_eps": 1e-6}
+    """What gemma.cpp would compute differently. Raises ``InputRefused`` for what its config cannot represent."""
+    assumptions = list(FACTS.assumptions(config))
     if config.query_pre_attn_scalar not in (config.head_dim, config.hidden_size / config.num_attention_heads):
-        fixed = fixed | {"query_pre_attn_scalar": config.head_dim}
-    found = refuse_or_warn(config, "gemma.cpp", fixed, options, any_layers=True)
+        assumptions.append(
+            (
+                "query_pre_attn_scalar",
+                f"gemma.cpp uses head_dim ({config.head_dim}), not {config.query_pre_attn_scalar}",
+            )
+        )
+    found = refuse_mismatches(assumptions, options)
     if config.size_name is None:
         found.append("gemma.cpp knows the released sizes alone; the file says 2B and may not be loaded")
     if config.num_attention_heads == config.num_key_value_heads:

@@ -19,7 +19,8 @@ from gemma2tool.containers import sbs, strict_json
 from gemma2tool.containers.sbs import Blob, RecordReader, refusal
 from gemma2tool.errors import UsageError
 from gemma2tool.formats import assets
-from gemma2tool.formats.base import Output, OutputFile, OutputTensor, Placement, WriteOptions
+from gemma2tool.formats.base import Format, Output, OutputFile, OutputTensor, Placement, WriteOptions
+from gemma2tool.formats.gemma_cpp import FACTS
 from gemma2tool.formats.gemma_cpp import config as sbs_config
 from gemma2tool.formats.gemma_cpp.table import ALTERNATIVES, TABLE, disk_shapes, stored_shape
 from gemma2tool.formats.gemma_cpp.tensors import NuqTensor, SfpTensor, interleaved, scaled
@@ -67,10 +68,11 @@ class Stored:
     scale: float
 
 
-class GemmaCpp:
+class GemmaCpp(Format):
     """One .sbs file."""
 
-    name = "gemma-cpp"
+    facts = FACTS
+    types = TYPES
 
     def detect(self, path: Path) -> bool:
         try:
@@ -81,7 +83,7 @@ class GemmaCpp:
 
     def open(self, path: Path, *, config: Gemma2Config | None = None) -> Checkpoint:
         reader = open_for_reading(path)
-        checkpoint = Checkpoint(path, self.name, config, {}, files=(path,), closers=[reader.close])  # type: ignore[arg-type]
+        checkpoint = Checkpoint(path, self.facts, config, {}, files=(path,), closers=[reader.close])  # type: ignore[arg-type]
         try:
             blobs = sbs.read_directory(reader)
             whole = CONTENTS in blobs
@@ -97,17 +99,18 @@ class GemmaCpp:
             raise
         return checkpoint
 
-    def kept(self, source: Checkpoint, candidate: Checkpoint) -> dict[str, LazyTensor]:
-        return {}
+    def lacks_config(self, path: Path) -> bool:
+        with open_for_reading(path) as reader:
+            return CONFIG not in sbs.read_directory(reader)
 
     def layout(self, checkpoint: Checkpoint, options: WriteOptions) -> Output:
         """``options.type``: sfp or None. SFP reads every matrix once here: a tensor with magnitudes above 1.875 is scaled as a whole."""
         config = checkpoint.config
         if options.type not in (None, *TYPES):
             raise UsageError("format.type", f"the gemma-cpp format cannot hold {options.type}", hint="choose sfp")
-        warnings = sbs_config.warnings(config, options)
         plain = replace(options, type=None)
         planned = plan_floats(TABLE, checkpoint, plain, self.name)
+        warnings = sbs_config.warnings(config, options)
         encoders, records, types = {}, [], set()
         for item in planned:
             encoder, kind, scale = _encoder(item, options.type)
@@ -252,3 +255,6 @@ def _tensor(reader: FileReader, name: str, stored: Stored, path: Path, whole: bo
         codes = FileTensor(reader, at, np.dtype(np.uint8), (stored.blob.nbytes,), origin)
         return NuqTensor(codes, shape, stored.scale, together=whole or interleaved(codes, prod(shape)))
     return scaled(FileTensor(reader, at, FLOAT32 if stored.type == F32 else BFLOAT16, shape, origin), stored.scale)
+
+
+FORMAT = GemmaCpp()

@@ -1,1 +1,44 @@
 """GGUF, llama.cpp's format."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from gemma2tool.model.config import Gemma2Config
+from gemma2tool.model.format_facts import Assumption, FormatFacts
+
+
+def _assumptions(config: Gemma2Config) -> Iterator[Assumption]:
+    if config.query_pre_attn_scalar != 256:
+        yield (
+            "query_pre_attn_scalar",
+            f"transformers uses 256 for every model that it loads from a GGUF, not {config.query_pre_attn_scalar:g}",
+        )
+    if config.rope_theta != 10000.0:
+        yield (
+            "rope_theta",
+            f"llama.cpp uses {config.rope_theta:g}, as the file says; readers that ignore the key use 10000",
+        )
+
+
+FACTS = FormatFacts(
+    "gguf",
+    files="NAME.gguf",
+    remarks="llama.cpp; split files too",
+    suffixes=(".gguf",),
+    more_dtypes=("q8_0", "tq1_0", "tq2_0"),
+    holds_tokenizer=True,
+    cannot_represent={
+        "query_pre_attn_scalar": "GGUF cannot represent it; llama.cpp uses head_dim, or hidden_size / heads for 46 layers",
+        "rope_scaling": "a GGUF of Gemma 2 can represent linear scaling only",
+        "layer_types": "llama.cpp uses the sliding window in every even layer",
+        "attn_logit_softcapping": "llama.cpp uses 50 if the key is missing",
+        "final_logit_softcapping": "llama.cpp uses 30 if the key is missing",
+        "sliding_window": "llama.cpp uses 4096 if the key is missing",
+        "hidden_activation": "GGUF cannot represent it; llama.cpp uses gelu_pytorch_tanh",
+        "use_bidirectional_attention": "GGUF cannot represent it; llama.cpp applies a causal mask",
+        "attention_bias": "a GGUF of Gemma 2 has no biases",
+        "tie_word_embeddings": "llama.cpp uses the embedding as output matrix",
+    },
+    assumptions=_assumptions,
+)

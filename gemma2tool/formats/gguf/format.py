@@ -14,7 +14,8 @@ from pathlib import Path
 from gemma2tool.containers import gguf
 from gemma2tool.containers.gguf import GGUFHeader, GGUFValue
 from gemma2tool.errors import InputRefused, UsageError
-from gemma2tool.formats.base import Output, WriteOptions
+from gemma2tool.formats.base import Format, Output, WriteOptions
+from gemma2tool.formats.gguf import FACTS
 from gemma2tool.formats.gguf.config import ARCHITECTURE, cannot_say, read_config, unusual
 from gemma2tool.formats.gguf.convert import (
     FILE_TYPES,
@@ -31,12 +32,13 @@ from gemma2tool.formats.gguf.quantize import Named, Request, quantized
 from gemma2tool.formats.gguf.table import TABLE
 from gemma2tool.formats.gguf.tensors import FLOATS, GGUFTensor
 from gemma2tool.formats.gguf.tokenizer import tokenizer_assets
-from gemma2tool.formats.mapping.transforms import entries, kept, losses, to_canonical
+from gemma2tool.formats.mapping.transforms import convention_losses, entries, expected_after_roundtrip, to_canonical
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.config import Gemma2Config
 from gemma2tool.model.lazy import DTYPE_NAMES, LazyTensor, MappedRows
 from gemma2tool.quantizers.casts import cast
 from gemma2tool.quantizers.mixtures import COPY
+from gemma2tool.quantizers.mixtures import FILE_TYPES as MIXTURES
 from gemma2tool.storage.paths import confined_path, path_within_folder
 from gemma2tool.storage.reading import open_for_reading
 
@@ -53,10 +55,11 @@ class Source:
     tensors: Mapping[str, GGUFTensor]
 
 
-class GGUF:
+class GGUF(Format):
     """One .gguf file, or any shard of a split one."""
 
-    name = "gguf"
+    facts = FACTS
+    types = tuple(sorted(MIXTURES))
 
     def detect(self, path: Path) -> bool:
         try:
@@ -84,7 +87,7 @@ class GGUF:
                 f"{file.name}: general.architecture is {architecture!r}, this tool reads {ARCHITECTURE!r}",
                 hint="only Gemma 2 can be read",
             )
-        checkpoint = Checkpoint(path, self.name, config, {})  # type: ignore[arg-type]
+        checkpoint = Checkpoint(path, self.facts, config, {})  # type: ignore[arg-type]
         try:
             tensors: dict[str, GGUFTensor] = {}
             for header in headers:
@@ -109,9 +112,12 @@ class GGUF:
             raise
         return checkpoint
 
-    def kept(self, source: Checkpoint, candidate: Checkpoint) -> dict[str, LazyTensor]:
+    def lacks_config(self, path: Path) -> bool:
+        return False
+
+    def expected_after_roundtrip(self, source: Checkpoint, candidate: Checkpoint) -> dict[str, LazyTensor]:
         """Norms whose low bits w + 1 in float32 cannot hold; none of a checkpoint that was a GGUF itself."""
-        return {} if self.name in source.metadata else kept(TABLE, source.tensors, source.config)
+        return {} if self.name in source.metadata else expected_after_roundtrip(TABLE, source.tensors, source.config)
 
     def layout(self, checkpoint: Checkpoint, options: WriteOptions) -> Output:
         """See the module's docstring. ``options.allow_mismatch`` writes a file that llama.cpp will run as another
@@ -122,7 +128,7 @@ class GGUF:
         if source is None:
             _refuse_unsayable(checkpoint, options.allow_mismatch, warnings)
             planned, kv = self._from_canonical(checkpoint, options, request, warnings)
-            lost = losses(TABLE, checkpoint.tensors, checkpoint.config)
+            lost = convention_losses(TABLE, checkpoint.tensors, checkpoint.config)
         else:
             planned, kv = self._from_gguf(checkpoint, source, options, request, warnings)
             lost = []
@@ -270,3 +276,6 @@ def _narrowed(tensor: LazyTensor, middle: str) -> LazyTensor:
     if len(tensor.shape) < 2 or tensor.dtype == dtype:
         return tensor
     return MappedRows(tensor, lambda rows: cast(rows, dtype), dtype)
+
+
+FORMAT = GGUF()

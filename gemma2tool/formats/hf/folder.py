@@ -11,6 +11,7 @@ from gemma2tool.formats import assets, packings
 from gemma2tool.formats.mapping.float_layout import drop_equal_head
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.config import Gemma2Config
+from gemma2tool.model.format_facts import FormatFacts
 from gemma2tool.model.lazy import LazyTensor
 from gemma2tool.storage.paths import path_within_folder
 
@@ -18,8 +19,8 @@ Opener = Callable[[list], tuple[dict, dict, list[Path]]]
 """Given the list of closers: the stored tensors by name, the container's metadata, the files."""
 
 
-def open_folder(path: Path, name: str, config: Gemma2Config | None, open_weights: Opener) -> Checkpoint:
-    """The checkpoint of the format ``name`` at ``path``, a folder or a file in one, its weights opened by ``open_weights``."""
+def open_folder(path: Path, facts: FormatFacts, config: Gemma2Config | None, open_weights: Opener) -> Checkpoint:
+    """The checkpoint of the format ``facts`` at ``path``, a folder or a file in one, its weights opened by ``open_weights``."""
     folder = path if path.is_dir() else path.parent
     config_path = folder / "config.json"
     given = config
@@ -29,7 +30,7 @@ def open_folder(path: Path, name: str, config: Gemma2Config | None, open_weights
                 "config.missing", f"{path.name}: no config.json beside the weights", hint="pass one with --config"
             )
         config = assets.read_config(path_within_folder(config_path))
-    checkpoint = Checkpoint(path, name, config, {}, assets.folder_assets(folder))
+    checkpoint = Checkpoint(path, facts, config, {}, assets.folder_assets(folder))
     try:
         tensors, metadata, files = open_weights(checkpoint.closers)
         tensors = _prefixed(tensors)

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from gemma2tool.errors import InputRefused, UsageError
 from gemma2tool.formats import assets, packings
-from gemma2tool.formats.base import Output, WriteOptions
+from gemma2tool.formats.base import Format, Output, WriteOptions
+from gemma2tool.formats.hf import FACTS
 from gemma2tool.formats.hf import folder as hf_folder
 from gemma2tool.formats.hf.tokenizer import completed
 from gemma2tool.formats.mapping import container_tensors
@@ -20,7 +21,6 @@ from gemma2tool.formats.mapping.float_dtypes import as_dtype, stored_dtypes
 from gemma2tool.formats.safetensors_output import INDEX, SINGLE, config_content, other_assets, shards
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.config import Gemma2Config
-from gemma2tool.model.lazy import LazyTensor
 from gemma2tool.quantizers.floats import Float
 from gemma2tool.storage.paths import path_within_folder
 from gemma2tool.storage.quoting import quoted
@@ -29,10 +29,11 @@ TYPES = tuple(name for name in packings.TYPES if not name.startswith("mlx-"))
 """What a folder can be quantized to; MLX's types are files of its own format."""
 
 
-class HuggingFace:
+class HuggingFace(Format):
     """A folder with config.json and safetensors, or one such weights file beside its config.json."""
 
-    name = "hf"
+    facts = FACTS
+    types = TYPES
 
     def detect(self, path: Path) -> bool:
         if path.is_dir():
@@ -40,10 +41,7 @@ class HuggingFace:
         return path.is_file() and path.suffix == ".safetensors"
 
     def open(self, path: Path, *, config: Gemma2Config | None = None) -> Checkpoint:
-        return hf_folder.open_folder(path, self.name, config, partial(_open_weights, path))
-
-    def kept(self, source: Checkpoint, candidate: Checkpoint) -> dict[str, LazyTensor]:
-        return {}
+        return hf_folder.open_folder(path, self.facts, config, partial(_open_weights, path))
 
     def layout(self, checkpoint: Checkpoint, options: WriteOptions) -> Output:
         dtypes = stored_dtypes(checkpoint, options)
@@ -103,3 +101,6 @@ def _lone_safetensors(folder: Path) -> Path | None:
     """The only .safetensors file of a folder with another name than the usual ones."""
     found = sorted(folder.glob("*.safetensors"))
     return found[0] if len(found) == 1 and not re.search(r"adapter", found[0].name) else None
+
+
+FORMAT = HuggingFace()

@@ -14,7 +14,8 @@ from gemma2tool.containers import strict_json
 from gemma2tool.errors import InputRefused
 from gemma2tool.formats import assets
 from gemma2tool.formats.base import WriteOptions
-from gemma2tool.formats.mapping.consumer_defaults import GEMMA2, refuse_or_warn
+from gemma2tool.formats.consumers import refuse_mismatches
+from gemma2tool.formats.keras import FACTS
 from gemma2tool.model.config import Gemma2Config
 from gemma2tool.model.config_fields import FULL
 from gemma2tool.storage.paths import confined_path
@@ -93,19 +94,10 @@ def _refused(message: str) -> InputRefused:
 
 
 def warnings(config: Gemma2Config, options: WriteOptions) -> list[str]:
-    """What keras-hub would compute otherwise; refused where no preset can say it."""
+    """What keras-hub would compute differently. Raises ``InputRefused`` for what a preset cannot represent."""
     by_width = config.hidden_size / config.num_attention_heads
-    found = []
-    if config.query_pre_attn_scalar not in (config.head_dim, by_width):
-        fixed = GEMMA2 | {"query_pre_attn_scalar": config.head_dim}
-    else:
-        fixed = GEMMA2
-        if config.query_pre_attn_scalar != config.head_dim:
-            found.append(
-                "keras-hub 0.32 scales queries by head_dim whatever the preset says"
-                f" ({config.head_dim}, not {config.query_pre_attn_scalar:g}): its logits will differ"
-            )
-    return [*refuse_or_warn(config, "keras-hub", fixed, options), *found]
+    representable = ("query_pre_attn_scalar",) if config.query_pre_attn_scalar in (config.head_dim, by_width) else ()
+    return refuse_mismatches(FACTS.assumptions(config), options, representable=representable)
 
 
 def small_files(config: Gemma2Config, dtype: str, parameters: int, tokenizer: bytes | None) -> dict[str, bytes]:

@@ -16,9 +16,9 @@ import numpy as np
 
 from gemma2tool.errors import InputRefused
 from gemma2tool.formats import assets
-from gemma2tool.formats.base import Output, OutputFile, OutputTensor, Placement, WriteOptions
+from gemma2tool.formats.base import Format, Output, OutputFile, OutputTensor, Placement, WriteOptions
+from gemma2tool.formats.keras import FACTS, hdf5
 from gemma2tool.formats.keras import config as keras_config
-from gemma2tool.formats.keras import hdf5
 from gemma2tool.formats.mapping import container_tensors
 from gemma2tool.formats.mapping.float_layout import Planned, expect_shape, plan_floats
 from gemma2tool.formats.mapping.layout_transforms import TransposeBlocks, size
@@ -59,10 +59,10 @@ SHAPES = {
 """Arrays of three axes, by the last part of their path; the others are the matrices and vectors themselves."""
 
 
-class Keras:
+class Keras(Format):
     """The folder of a preset."""
 
-    name = "keras"
+    facts = FACTS
 
     def detect(self, path: Path) -> bool:
         try:
@@ -74,7 +74,7 @@ class Keras:
 
     def open(self, path: Path, *, config: Gemma2Config | None = None) -> Checkpoint:
         files = [] if config is not None else [path / keras_config.CONFIG]
-        checkpoint = Checkpoint(path, self.name, config or keras_config.read(path), {}, _assets(path))
+        checkpoint = Checkpoint(path, self.facts, config or keras_config.read(path), {}, _assets(path))
         try:
             disk, weights = _open_weights(path, checkpoint.closers)
             checkpoint.files = (*weights, *files)
@@ -84,9 +84,6 @@ class Keras:
             checkpoint.close()
             raise
         return checkpoint
-
-    def kept(self, source: Checkpoint, candidate: Checkpoint) -> dict[str, LazyTensor]:
-        return {}
 
     def layout(self, checkpoint: Checkpoint, options: WriteOptions) -> Output:
         config = checkpoint.config
@@ -190,3 +187,6 @@ def _assets(folder: Path) -> Assets:
         path = confined_path(folder, "generation_config.json")
         readers[path.name] = partial(read_whole, path, what=path.name, max_bytes=assets.MAX_CONFIG_BYTES)
     return Assets(readers)
+
+
+FORMAT = Keras()

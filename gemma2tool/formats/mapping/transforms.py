@@ -135,7 +135,9 @@ def to_disk(
     return result
 
 
-def kept(table: Sequence[Row], tensors: Mapping[str, LazyTensor], config: Gemma2Config) -> dict[str, LazyTensor]:
+def expected_after_roundtrip(
+    table: Sequence[Row], tensors: Mapping[str, LazyTensor], config: Gemma2Config
+) -> dict[str, LazyTensor]:
     """The canonical tensors that the table's inexact steps change, as they are after the way to disk and back, in float32.
 
     Only tensors with an inexact step (norms, which are small) are read.
@@ -157,10 +159,12 @@ def kept(table: Sequence[Row], tensors: Mapping[str, LazyTensor], config: Gemma2
     return found
 
 
-def losses(table: Sequence[Row], tensors: Mapping[str, LazyTensor], config: Gemma2Config) -> list[tuple[str, float]]:
+def convention_losses(
+    table: Sequence[Row], tensors: Mapping[str, LazyTensor], config: Gemma2Config
+) -> list[tuple[str, float]]:
     """Canonical tensors that the table's inexact steps cannot hold, with the largest absolute loss of each."""
     found = [
         (name, float(np.abs(to_float32(there.load()) - to_float32(tensors[name].load())).max()))
-        for name, there in kept(table, tensors, config).items()
+        for name, there in expected_after_roundtrip(table, tensors, config).items()
     ]
     return [(name, loss) for name, loss in found if loss]

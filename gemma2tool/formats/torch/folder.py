@@ -13,6 +13,7 @@ from gemma2tool.formats.mapping import container_tensors
 from gemma2tool.formats.mapping.float_layout import Planned
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.config import Gemma2Config
+from gemma2tool.model.format_facts import FormatFacts
 from gemma2tool.storage.paths import path_within_folder
 
 CONFIG = "config.json"
@@ -51,7 +52,7 @@ def state_dict(tree: Mapping[str, object], containers: Sequence[str]) -> Mapping
 
 
 def open_folder(
-    path: Path, weights: Path, name: str, config: Gemma2Config | None, containers: Sequence[str] = ()
+    path: Path, weights: Path, facts: FormatFacts, config: Gemma2Config | None, containers: Sequence[str] = ()
 ) -> tuple[Checkpoint, dict]:
     """A checkpoint with its config, assets and files, and the tensors as the file names them, still to be made canonical."""
     folder = weights.parent
@@ -66,7 +67,7 @@ def open_folder(
             )
         config = assets.read_config(path_within_folder(config_path))
         files.append(config_path)
-    checkpoint = Checkpoint(path, name, config, {}, assets.folder_assets(folder), files=tuple(files))
+    checkpoint = Checkpoint(path, facts, config, {}, assets.folder_assets(folder), files=tuple(files))
     state = state_dict(torch_zip.read_index(weights), containers)
     return checkpoint, container_tensors.open_torch(state, weights, checkpoint.closers)
 

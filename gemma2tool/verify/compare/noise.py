@@ -45,4 +45,4 @@ def with_noise(source: Checkpoint, comparisons: Iterable[TensorComparison]) -> C
     for each in comparisons:
         if each.rmse:
             tensors[each.name] = NoisyTensor(tensors[each.name], each.rmse, each.name)
-    return Checkpoint(source.path, source.format, source.config, tensors)
+    return Checkpoint(source.path, source.facts, source.config, tensors)

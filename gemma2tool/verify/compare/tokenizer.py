@@ -12,7 +12,7 @@ import numpy as np
 from gemma2tool.containers import tokenizer_model
 from gemma2tool.errors import InputRefused
 from gemma2tool.model.checkpoint import Assets, Checkpoint
-from gemma2tool.verify.compare.consumers import facts_of, is_weights_file
+from gemma2tool.verify.compare.consumers import is_weights_file
 from gemma2tool.verify.compare.tokenizer_files import GATE, chat_template, compare_files
 from gemma2tool.verify.finding import SIDES, Finding, GateResult, Severity, Sides
 
@@ -56,7 +56,7 @@ def compare_tokenizers(source: Checkpoint, candidate: Checkpoint, *, sides: Side
     findings = compare_files(source, candidate, sides)
     name = "tokenizer.model"
     if name in source.assets and name not in candidate.assets and "tokenizer.json" not in candidate.assets:
-        if facts_of(candidate).weights_alone and is_weights_file(candidate):
+        if candidate.facts.weights_alone and is_weights_file(candidate):
             return _result(
                 findings, f"the {sides[1]} is a file of weights alone: vocabularies not compared", {}, compared=False
             )

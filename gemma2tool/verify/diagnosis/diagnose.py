@@ -10,7 +10,6 @@ from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.config import Gemma2Config
 from gemma2tool.model.lazy import LazyTensor
 from gemma2tool.verify.compare.comparison import TensorComparison
-from gemma2tool.verify.compare.consumers import facts_of
 from gemma2tool.verify.compare.tensors import compare_tensors
 from gemma2tool.verify.diagnosis.cause import Cause
 from gemma2tool.verify.diagnosis.completeness import causes_of_names, causes_of_types
@@ -64,7 +63,7 @@ def diagnose(
     causes = [*names, *_aggregated(explained, source.config), *patterns, *causes_of_types(candidate)]
     causes.sort(key=lambda cause: -len(cause.tensors))
     told = [field for cause in causes for field in (*cause.fields, *_IMPLIED.get(cause.id, ()))]
-    cannot_represent = facts_of(candidate).cannot_represent
+    cannot_represent = candidate.facts.cannot_represent
     causes += causes_of_config(source.config, candidate.config, cannot_represent=cannot_represent, told=told)
     causes += causes_of_tokenizer(results)
     if not causes:

@@ -301,7 +301,7 @@ def test_the_released_model_is_told_by_its_layers() -> None:
 
 def test_what_gemma_cpp_cannot_say(tmp_path: Path) -> None:
     odd = random_checkpoint(np.dtype(np.float32), replace(SMALL, rope_theta=160000.0))
-    with refused("rope_theta is 160000.0; gemma.cpp would use 10000.0"):
+    with refused("rope_theta: gemma.cpp always uses 10000.0, not 160000.0"):
         write_as("gemma-cpp", odd, tmp_path / "a.sbs")
     source = random_checkpoint(np.dtype(np.float32))
     with refused("no float16"):

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from gemma2tool.formats import registry
-from gemma2tool.formats.orbax import flax
 from gemma2tool.formats.orbax import output as orbax_output
+from gemma2tool.formats.orbax.flax import format as flax
 from gemma2tool.model.config import SIZES
 from tests.support.checkpoints import SMALL, random_checkpoint
 from tests.support.formats import (

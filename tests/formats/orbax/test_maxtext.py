@@ -70,7 +70,7 @@ def test_there_and_back_but_for_rounding(tmp_path: Path, dtype: str) -> None:
     back = registry.open_checkpoint(path)
     assert_ranges_agree(back)
     assert back.config == source.config and "rounding" in back.warnings[0]
-    kept = maxtext.kept(source, back)
+    kept = maxtext.expected_after_roundtrip(source, back)
     unit = 2.0 ** (-23 if dtype == "float32" else -7)
     for name, tensor in source.tensors.items():
         mine, original = back.tensors[name].load(), tensor.load()
@@ -100,7 +100,7 @@ def test_it_passes_its_own_verification_and_faults_do_not(tmp_path: Path, origin
         source = registry.open_checkpoint(write_as("gguf", source, tmp_path / "source.gguf", dtype="bf16"))
 
     def verdict(*levels: str):
-        expected = registry.by_name("maxtext").kept(source, candidate)
+        expected = registry.by_name("maxtext").expected_after_roundtrip(source, candidate)
         return verify(source, candidate, ids=np.arange(12), expected=expected, levels=levels)
 
     candidate = registry.open_checkpoint(write_as("maxtext", source, tmp_path / "out", dtype=dtype))

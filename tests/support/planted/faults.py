@@ -17,8 +17,10 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
+from gemma2tool.formats import registry
 from gemma2tool.model.checkpoint import Assets, Checkpoint
 from gemma2tool.model.config import Gemma2Config
+from gemma2tool.model.format_facts import FormatFacts
 from gemma2tool.model.lazy import ArrayTensor
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
@@ -50,7 +52,8 @@ class Victim:
     def checkpoint(self, format: str = "memory") -> Checkpoint:
         tensors = {name: ArrayTensor(array, stored=self.stored.get(name)) for name, array in self.arrays.items()}
         assets = Assets({name: (lambda data=data: data) for name, data in self.assets.items()})
-        return Checkpoint(Path("planted"), format, self.config, tensors, assets)
+        facts = registry.FACTS.get(format, FormatFacts(format))
+        return Checkpoint(Path("planted"), facts, self.config, tensors, assets)
 
     # -- what faults are written with ------------------------------------------------------------------------------
 

@@ -103,7 +103,7 @@ def trial(faults: Sequence[Fault], source: Victim, name: str, form: str, folder:
     write_checkpoint(victim.checkpoint(), path)
     try:
         with registry.open_checkpoint(path) as candidate:
-            kept = registry.by_name(candidate.format).kept(truth, candidate)
+            kept = registry.by_name(candidate.format).expected_after_roundtrip(truth, candidate)
             result = verify(truth, candidate, levels=LEVELS, expected=kept)
     except InputRefused as refused:
         return Outcome(names, name, form, True, (refused.id,), wanted)

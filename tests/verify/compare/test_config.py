@@ -8,11 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from gemma2tool.formats import registry
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.config import Gemma2Config
+from gemma2tool.model.format_facts import FormatFacts
 from gemma2tool.model.lazy import ArrayTensor
 from gemma2tool.verify.compare.config import compare_configs
-from gemma2tool.verify.compare.consumers import FACTS, assumptions
+from gemma2tool.verify.compare.consumers import assumptions
 from gemma2tool.verify.finding import GateResult
 
 BASE = Gemma2Config()
@@ -69,8 +71,8 @@ def test_padding_decides_for_a_sequence_classifier() -> None:
 
 def test_what_a_format_cannot_say_is_explained() -> None:
     other = dataclasses.replace(BASE, query_pre_attn_scalar=128)
-    found = compare_configs(BASE, other, cannot_represent=FACTS["gguf"].cannot_represent)
-    assert "llama.cpp takes head_dim" in found.summary
+    found = compare_configs(BASE, other, cannot_represent=registry.FACTS["gguf"].cannot_represent)
+    assert "llama.cpp uses head_dim" in found.summary
 
 
 @pytest.mark.parametrize(("format", "changes", "fields"), [
@@ -84,7 +86,7 @@ def test_what_the_consumer_computes_otherwise_is_a_warning(
     format: str, changes: dict[str, object], fields: list[str]
 ) -> None:
     config = dataclasses.replace(BASE, **changes)
-    assumed = assumptions(Checkpoint(Path("x"), format, config, {}))
+    assumed = assumptions(Checkpoint(Path("x"), registry.FACTS[format], config, {}))
     assert [name for name, _ in assumed] == fields
     found = compare_configs(config, config, assumed=assumed)
     assert found.status == "passed" and [each.severity for each in found.findings] == ["warning"] * len(fields)
@@ -92,7 +94,7 @@ def test_what_the_consumer_computes_otherwise_is_a_warning(
 
 def test_activations_that_are_rounded_when_run_are_told() -> None:
     tensors = {"model.layers.0.mlp.up_proj.weight": ArrayTensor(np.zeros((2, 2), np.float32), stored="w8a8-int8")}
-    assert "rounded to int8" in assumptions(Checkpoint(Path("x"), "hf", BASE, tensors))[0][1]
+    assert "rounded to int8" in assumptions(Checkpoint(Path("x"), FormatFacts("hf"), BASE, tensors))[0][1]
 
 
 def test_spellings_of_the_same_are_the_same() -> None:

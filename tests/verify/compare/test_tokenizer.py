@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from gemma2tool.model.checkpoint import Assets, Checkpoint
+from gemma2tool.model.format_facts import FormatFacts
 from gemma2tool.verify.compare.tokenizer import chat_template, compare_tokenizers
 from gemma2tool.verify.finding import GateResult
 from tests.support.checkpoints import SMALL
@@ -54,7 +55,7 @@ def side(**files: bytes | dict | str) -> Checkpoint:
             else content.encode()
         )
         readers[name.replace("__", ".")] = lambda data=data: data
-    return Checkpoint(Path("side"), "memory", SMALL, {}, Assets(readers))
+    return Checkpoint(Path("side"), FormatFacts("memory"), SMALL, {}, Assets(readers))
 
 
 def compare(ours: bytes, theirs: bytes) -> GateResult:

@@ -74,7 +74,7 @@ def test_honest_files_have_no_cause(dtype: np.dtype, type: str, tmp_path: Path) 
     options = {"dtype": type} if type == "f16" else {} if type in ("gguf", "hf") else {"type": type}
     write_checkpoint(truth, path, **options)
     with registry.open_checkpoint(path) as candidate:
-        kept = registry.by_name(candidate.format).kept(truth, candidate)
+        kept = registry.by_name(candidate.format).expected_after_roundtrip(truth, candidate)
         result = verify(truth, candidate, levels=LEVELS, expected=kept)
     assert result.passed and not result.causes, [(each.id, each.message) for each in result.causes]
 
@@ -139,7 +139,7 @@ def test_what_a_format_cannot_say_is_part_of_the_sentence(made: dict[str, Victim
     victim = made["small-f32"].copy()
     victim.configure(query_pre_attn_scalar=48)
     (cause,) = verify(victim.checkpoint(), made["small-f32"].checkpoint("gguf"), levels=LEVELS).causes
-    assert cause.id == "config.query-scale" and "llama.cpp takes head_dim" in cause.message
+    assert cause.id == "config.query-scale" and "llama.cpp uses head_dim" in cause.message
 
 
 def test_unknown_damage_has_no_invented_name(made: dict[str, Victim]) -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from gemma2tool.formats import registry
 from gemma2tool.model.checkpoint import Checkpoint
+from gemma2tool.model.format_facts import FormatFacts
 from gemma2tool.model.lazy import ArrayTensor
 from gemma2tool.verify.diagnosis.counterfactual import counterfactual
 from gemma2tool.verify.result import Verification
@@ -25,7 +26,7 @@ def judged(source: Checkpoint, arrays: dict[str, np.ndarray], stored: dict[str, 
         name: ArrayTensor(np.ascontiguousarray(array), stored=(stored or {}).get(name))
         for name, array in arrays.items()
     }
-    return verify(source, Checkpoint(Path("mistaken"), "memory", source.config, tensors), levels=LEVELS)
+    return verify(source, Checkpoint(Path("mistaken"), FormatFacts("memory"), source.config, tensors), levels=LEVELS)
 
 
 def ids(result: Verification) -> list[str]:

@@ -17,14 +17,15 @@ import numpy as np
 
 from gemma2tool.errors import InputRefused, UsageError
 from gemma2tool.formats import assets
-from gemma2tool.formats.base import Output, WriteOptions
-from gemma2tool.formats.mapping.consumer_defaults import GEMMA2, refuse_or_warn
+from gemma2tool.formats.base import Format, Output, WriteOptions
+from gemma2tool.formats.consumers import refuse_mismatches
 from gemma2tool.formats.mapping.float_dtypes import as_dtype, stored_dtypes
 from gemma2tool.formats.mapping.float_layout import expect_shape, plan_floats
 from gemma2tool.formats.mapping.layout_transforms import PadVocabulary, TransposeBlocks, WideRows, size
 from gemma2tool.formats.mapping.transforms import Row, entries, to_canonical
 from gemma2tool.formats.orbax import output as orbax_output
 from gemma2tool.formats.orbax import zarr_arrays
+from gemma2tool.formats.orbax.maxtext import FACTS
 from gemma2tool.formats.orbax.zarr_arrays import StoredArray
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.config import Gemma2Config
@@ -115,10 +116,10 @@ DIMS = {
 """Axes of one layer's kernels; norms are (D,)."""
 
 
-class MaxText:
+class MaxText(Format):
     """An Orbax folder of MaxText's, or the run's folder above it."""
 
-    name = "maxtext"
+    facts = FACTS
 
     def detect(self, path: Path) -> bool:
         try:
@@ -142,7 +143,7 @@ class MaxText:
                 )
             config = assets.read_config(confined_path(path, CONFIG))
             files.append(path / CONFIG)
-        checkpoint = Checkpoint(path, self.name, config, {}, assets.folder_assets(path), files=tuple(files))
+        checkpoint = Checkpoint(path, self.facts, config, {}, assets.folder_assets(path), files=tuple(files))
         disk = _matrices(zarr_arrays.read_arrays(folder), config)
         checkpoint.tensors = to_canonical(TABLE, disk, config)
         checkpoint.warnings.append(
@@ -152,7 +153,7 @@ class MaxText:
         checkpoint.check()
         return checkpoint
 
-    def kept(self, source: Checkpoint, candidate: Checkpoint) -> dict[str, LazyTensor]:
+    def expected_after_roundtrip(self, source: Checkpoint, candidate: Checkpoint) -> dict[str, LazyTensor]:
         """The embedding, the queries and the norms after their arithmetic in the candidate's stored types."""
         found: dict[str, LazyTensor] = {}
         for entry in entries(TABLE, source.config):
@@ -165,7 +166,6 @@ class MaxText:
 
     def layout(self, checkpoint: Checkpoint, options: WriteOptions) -> Output:
         config = checkpoint.config
-        warnings = refuse_or_warn(config, "MaxText", GEMMA2 | {"rms_norm_eps": 1e-6}, options)
         if config.num_hidden_layers % 2:
             raise InputRefused(
                 "maxtext.layers", f"MaxText stores Gemma 2's layers in pairs; this model has {config.num_hidden_layers}"
@@ -176,6 +176,7 @@ class MaxText:
         planned = {
             item.disk: item for item in plan_floats(TABLE, replace(checkpoint, tensors=stored), plain, self.name)
         }
+        warnings = refuse_mismatches(self.facts.assumptions(config), options)
         parameters = [
             orbax_output.Parameter(("params", "params", *name.split("/")), planned[name].source.shape, (planned[name],))
             for name in (EMBEDDING, "decoder/decoder_norm/scale")
@@ -252,3 +253,6 @@ def _matrices(arrays: Mapping[str, StoredArray], config: Gemma2Config) -> dict[s
                 matrix = WideRows(matrix, shape[1])
             result[f"layer_{2 * index + (pair[3] == 'global')}/{kernel}"] = matrix
     return result
+
+
+FORMAT = MaxText()

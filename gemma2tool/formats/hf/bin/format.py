@@ -13,8 +13,9 @@ from pathlib import Path
 from gemma2tool.containers.torch_zip import reader as torch_zip
 from gemma2tool.errors import InputRefused
 from gemma2tool.formats import assets
-from gemma2tool.formats.base import Output, OutputFile, OutputTensor, Placement, WriteOptions
+from gemma2tool.formats.base import Format, Output, OutputFile, OutputTensor, Placement, WriteOptions
 from gemma2tool.formats.hf import folder as hf_folder
+from gemma2tool.formats.hf.bin import FACTS
 from gemma2tool.formats.hf.tokenizer import completed
 from gemma2tool.formats.mapping import container_tensors
 from gemma2tool.formats.mapping.float_dtypes import stored_dtypes
@@ -30,10 +31,10 @@ INDEX = "pytorch_model.bin.index.json"
 SINGLE = "pytorch_model.bin"
 
 
-class HuggingFaceBin:
+class HuggingFaceBin(Format):
     """A folder with config.json and torch shards of Hugging Face's names, without safetensors beside them."""
 
-    name = "hf-bin"
+    facts = FACTS
 
     def detect(self, path: Path) -> bool:
         if not path.is_dir() or not any((path / name).is_file() for name in (INDEX, SINGLE)):
@@ -41,10 +42,7 @@ class HuggingFaceBin:
         return next(path.glob("*.safetensors"), None) is None and not _is_fused(path)
 
     def open(self, path: Path, *, config: Gemma2Config | None = None) -> Checkpoint:
-        return hf_folder.open_folder(path, self.name, config, partial(_open_weights, path))
-
-    def kept(self, source: Checkpoint, candidate: Checkpoint) -> dict[str, LazyTensor]:
-        return {}
+        return hf_folder.open_folder(path, self.facts, config, partial(_open_weights, path))
 
     def layout(self, checkpoint: Checkpoint, options: WriteOptions) -> Output:
         refuse_type(options, self.name)
@@ -101,3 +99,6 @@ def _is_fused(folder: Path) -> bool:
         return any(".qkv_proj." in name for name in torch_zip.read_index(folder / SINGLE))
     except InputRefused:
         return False
+
+
+FORMAT = HuggingFaceBin()

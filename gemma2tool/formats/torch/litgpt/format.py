@@ -9,15 +9,15 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from gemma2tool.formats.base import Output, WriteOptions
+from gemma2tool.formats.base import Format, Output, WriteOptions
 from gemma2tool.formats.mapping.float_layout import EMBEDDING, HEAD, Planned, drop_equal_head, plan_floats
 from gemma2tool.formats.mapping.layout_transforms import GroupByKeyValueHead
 from gemma2tool.formats.mapping.transforms import Row, to_canonical
 from gemma2tool.formats.torch import folder as torch_folder
+from gemma2tool.formats.torch.litgpt import FACTS
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.config import Gemma2Config
 from gemma2tool.model.config_fields import SLIDING
-from gemma2tool.model.lazy import LazyTensor
 
 FILE = "lit_model.pth"
 CONTAINERS = ("model",)
@@ -42,16 +42,16 @@ TABLE: tuple[Row, ...] = (
 OLD_QKV = Row(_LIT + "attn.attn.weight", _QKV, (GroupByKeyValueHead(),))
 
 
-class LitGPT:
+class LitGPT(Format):
     """A torch file with litgpt's names, or a folder with one."""
 
-    name = "litgpt"
+    facts = FACTS
 
     def detect(self, path: Path) -> bool:
         return torch_folder.holds(_weights(path), "transformer.wte.weight", CONTAINERS)
 
     def open(self, path: Path, *, config: Gemma2Config | None = None) -> Checkpoint:
-        checkpoint, disk = torch_folder.open_folder(path, _weights(path) or path, self.name, config, CONTAINERS)
+        checkpoint, disk = torch_folder.open_folder(path, _weights(path) or path, self.facts, config, CONTAINERS)
         try:
             tensors = to_canonical((*TABLE, OLD_QKV), disk, checkpoint.config)
             checkpoint.tensors = drop_equal_head(tensors, checkpoint.config)
@@ -60,9 +60,6 @@ class LitGPT:
             checkpoint.close()
             raise
         return checkpoint
-
-    def kept(self, source: Checkpoint, candidate: Checkpoint) -> dict[str, LazyTensor]:
-        return {}
 
     def layout(self, checkpoint: Checkpoint, options: WriteOptions) -> Output:
         planned = plan_floats(TABLE, checkpoint, options, self.name)
@@ -87,7 +84,7 @@ def _model_config(config: Gemma2Config) -> bytes:
     """``model_config.yaml``: the fields of litgpt's Config. Every line is JSON after its key, which is YAML too."""
     every_other = [kind == SLIDING for kind in config.layer_types]
     fields = {
-        "name": config.size_name and f"Gemma-2-{config.size_name}" or "Gemma-2",
+        "name": (config.size_name and f"Gemma-2-{config.size_name}") or "Gemma-2",
         "hf_config": {"org": "google", "name": "gemma-2"},
         "scale_embeddings": True,
         "attention_scores_scalar": config.query_pre_attn_scalar,
@@ -122,3 +119,6 @@ def _yaml(value: object) -> str:
     """JSON, with a point in small numbers: YAML 1.1 reads 1e-06 as text."""
     text = json.dumps(value)
     return text.replace("e-", ".0e-") if isinstance(value, float) and "e-" in text and "." not in text else text
+
+
+FORMAT = LitGPT()

@@ -13,15 +13,16 @@ from pathlib import Path
 from gemma2tool.containers import safetensors
 from gemma2tool.errors import InputRefused, UsageError
 from gemma2tool.formats import assets, packings
-from gemma2tool.formats.base import Output, WriteOptions
+from gemma2tool.formats.base import Format, Output, WriteOptions
+from gemma2tool.formats.consumers import sentences
 from gemma2tool.formats.mapping import container_tensors
 from gemma2tool.formats.mapping.float_dtypes import as_dtype, stored_dtypes
 from gemma2tool.formats.mapping.float_layout import drop_equal_head
+from gemma2tool.formats.mlx import FACTS
 from gemma2tool.formats.packings.mlx import TYPES
 from gemma2tool.formats.safetensors_output import INDEX, SINGLE, config_content, other_assets, shards
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.config import Gemma2Config
-from gemma2tool.model.lazy import LazyTensor
 from gemma2tool.model.tensors import HEADS
 from gemma2tool.quantizers.floats import Float
 from gemma2tool.storage.paths import confined_path
@@ -31,10 +32,11 @@ _QUANTIZATION = ("quantization", "quantization_config")
 """mlx-lm writes the same object under both names."""
 
 
-class MLX:
+class MLX(Format):
     """A folder with config.json and safetensors that mlx-lm saved."""
 
-    name = "mlx"
+    facts = FACTS
+    types = TYPES
 
     def detect(self, path: Path) -> bool:
         try:
@@ -46,7 +48,7 @@ class MLX:
         config_path = path / "config.json"
         given = config is not None
         config = config or assets.read_config(confined_path(path, "config.json"))
-        checkpoint = Checkpoint(path, self.name, config, {}, assets.folder_assets(path))
+        checkpoint = Checkpoint(path, self.facts, config, {}, assets.folder_assets(path))
         try:
             files, weight_map = _files(path)
             tensors, metadata = container_tensors.open_safetensors(files, checkpoint.closers)
@@ -70,9 +72,6 @@ class MLX:
             raise
         return checkpoint
 
-    def kept(self, source: Checkpoint, candidate: Checkpoint) -> dict[str, LazyTensor]:
-        return {}
-
     def layout(self, checkpoint: Checkpoint, options: WriteOptions) -> Output:
         """``options.type``: mlx-4, mlx-8 or None; ``options.packing``: see ``packings.Settings``."""
         config = checkpoint.config
@@ -90,7 +89,7 @@ class MLX:
             content |= packings.config_entries(settings)
         small = other_assets(checkpoint) | {"config.json": _dump(content), INDEX: _dump(index)}
         output = Output(self.name, False, files, tensors, small)
-        output.warnings.extend([*remarks, *_unlike_mlx(checkpoint)])
+        output.warnings.extend([*remarks, *_warnings(checkpoint)])
         return output
 
 
@@ -107,22 +106,12 @@ def _settings(options: WriteOptions) -> packings.Settings | None:
     return packings.Settings.of(options.type, options.packing)
 
 
-def _unlike_mlx(checkpoint: Checkpoint) -> list[str]:
-    """What mlx-lm's gemma2 model would compute otherwise, or has no place for (mlx_lm/models/gemma2.py, 0.32)."""
-    config, found = checkpoint.config, []
-    if config.sliding_window is not None and config.sliding_window < config.max_position_embeddings:
-        found.append(
-            f"mlx-lm has no sliding window: its logits are right up to position {config.sliding_window} and differ after it"
-        )
-    if not config.tie_word_embeddings:
-        found.append("mlx-lm ties Gemma 2's head to the embedding and does not load an lm_head of its own")
+def _warnings(checkpoint: Checkpoint) -> list[str]:
+    """What mlx-lm's gemma2 model would compute differently, or has no place for (mlx_lm/models/gemma2.py, 0.32)."""
+    found = sentences(FACTS.assumptions(checkpoint.config))
     foreign = [name for name in checkpoint.tensors if name in HEADS or name.endswith("_proj.bias")]
     if foreign:
-        found.append(
-            f"mlx-lm's gemma2 has no {foreign[0]}: it loads the folder only with strict=False, and then without it"
-        )
-    if config.rope_scaling:
-        found.append("mlx-lm ignores the rotary scaling of Gemma 2")
+        found.append(f"mlx-lm's gemma2 has no {foreign[0]}: it loads the folder only with strict=False, and without it")
     return found
 
 
@@ -136,3 +125,6 @@ def _files(folder: Path) -> tuple[list[Path], Mapping[str, str] | None]:
 def _dump(content: object) -> bytes:
     """JSON as mlx-lm writes it: sorted keys, four spaces, no newline at the end."""
     return json.dumps(content, indent=4, sort_keys=True).encode()
+
+
+FORMAT = MLX()

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from gemma2tool.formats.base import Output, WriteOptions
+from gemma2tool.formats.base import Format, Output, WriteOptions
 from gemma2tool.formats.mapping.float_layout import plan_floats
 from gemma2tool.formats.mapping.layout_transforms import InterleaveRotary
 from gemma2tool.formats.mapping.transforms import Row, to_canonical
 from gemma2tool.formats.torch import folder as torch_folder
+from gemma2tool.formats.torch.torchtune import FACTS
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.config import Gemma2Config
-from gemma2tool.model.lazy import LazyTensor
 
 FILE = "tune_state_dict.pt"
 
@@ -37,16 +37,16 @@ TABLE: tuple[Row, ...] = (
 )
 
 
-class Torchtune:
+class Torchtune(Format):
     """A torch file with torchtune's names, or a folder with one."""
 
-    name = "torchtune"
+    facts = FACTS
 
     def detect(self, path: Path) -> bool:
         return torch_folder.holds(_weights(path), "tok_embeddings.weight")
 
     def open(self, path: Path, *, config: Gemma2Config | None = None) -> Checkpoint:
-        checkpoint, disk = torch_folder.open_folder(path, _weights(path) or path, self.name, config)
+        checkpoint, disk = torch_folder.open_folder(path, _weights(path) or path, self.facts, config)
         try:
             checkpoint.tensors = to_canonical(TABLE, disk, checkpoint.config)
             checkpoint.check()
@@ -55,9 +55,6 @@ class Torchtune:
             raise
         return checkpoint
 
-    def kept(self, source: Checkpoint, candidate: Checkpoint) -> dict[str, LazyTensor]:
-        return {}
-
     def layout(self, checkpoint: Checkpoint, options: WriteOptions) -> Output:
         planned = plan_floats(TABLE, checkpoint, options, self.name)
         return torch_folder.layout(checkpoint, planned, FILE, self.name, options, {})
@@ -65,3 +62,6 @@ class Torchtune:
 
 def _weights(path: Path) -> Path | None:
     return torch_folder.find(path, (FILE, "*.pt"))
+
+
+FORMAT = Torchtune()

@@ -17,10 +17,11 @@ from gemma2tool.containers import strict_json
 from gemma2tool.containers.torch_zip import reader as torch_zip
 from gemma2tool.errors import InputRefused, UsageError
 from gemma2tool.formats import assets
-from gemma2tool.formats.base import Output, OutputFile, OutputTensor, Placement, WriteOptions
+from gemma2tool.formats.base import Format, Output, OutputFile, OutputTensor, Placement, WriteOptions
 from gemma2tool.formats.mapping import container_tensors
 from gemma2tool.formats.mapping.float_layout import plan_floats
 from gemma2tool.formats.mapping.transforms import Row, to_canonical
+from gemma2tool.formats.torch.gemma_pytorch import FACTS
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.config import Gemma2Config, infer_from_shapes
 from gemma2tool.model.lazy import FLOAT32, ArrayTensor, LazyTensor, to_float32
@@ -80,10 +81,10 @@ BUFFER = "freqs_cis"
 """The rotary table, which gemma_pytorch computes and saves, and loads again where it is saved."""
 
 
-class GemmaPytorch:
+class GemmaPytorch(Format):
     """A ``.ckpt`` file, a folder with one, or a folder of ``.bin`` shards with their index."""
 
-    name = "gemma-pytorch"
+    facts = FACTS
 
     def detect(self, path: Path) -> bool:
         try:
@@ -106,7 +107,7 @@ class GemmaPytorch:
 
     def open(self, path: Path, *, config: Gemma2Config | None = None) -> Checkpoint:
         folder = path if path.is_dir() else path.parent
-        checkpoint = Checkpoint(path, self.name, config, {}, assets.folder_assets(folder))  # type: ignore[arg-type]
+        checkpoint = Checkpoint(path, self.facts, config, {}, assets.folder_assets(folder))  # type: ignore[arg-type]
         try:
             disk, files, embedded = self._open_weights(path, checkpoint.closers)
             checkpoint.buffers = {name: tensor for name, tensor in disk.items() if name == BUFFER}
@@ -141,7 +142,7 @@ class GemmaPytorch:
                 index, weight_map, {name: t.origin.split(":", 1)[0] for name, t in tensors.items()}
             )
             return tensors, [*files, index], None
-        file = path if path.is_file() else path_within_folder(next(path.glob("*.ckpt")))
+        file = _weights_file(path)
         tree = torch_zip.read_index(file)
         state = tree.get(STATE_DICT, tree)
         if not isinstance(state, Mapping):
@@ -150,8 +151,12 @@ class GemmaPytorch:
             )
         return container_tensors.open_torch(state, file, closers), [file], _embedded_config(tree, file)
 
-    def kept(self, source: Checkpoint, candidate: Checkpoint) -> dict[str, LazyTensor]:
-        return {}
+    def lacks_config(self, path: Path) -> bool:
+        if not super().lacks_config(path):
+            return False
+        if path.is_dir() and (path / INDEX).is_file():
+            return True
+        return CONFIG_KEY not in torch_zip.read_index(_weights_file(path))
 
     def layout(self, checkpoint: Checkpoint, options: WriteOptions) -> Output:
         if options.type is not None:
@@ -198,6 +203,10 @@ class GemmaPytorch:
             else []
         )
         return Output(self.name, single, [output_file], tensors, small, warnings=told)
+
+
+def _weights_file(path: Path) -> Path:
+    return path if path.is_file() else path_within_folder(next(path.glob("*.ckpt")))
 
 
 def _dequantized(disk: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
@@ -262,3 +271,6 @@ def _freqs_cis(config: Gemma2Config) -> np.ndarray:
     freqs = 1.0 / (config.rope_theta ** (torch.arange(0, dim, 2)[: dim // 2].float() / dim))
     angles = torch.outer(torch.arange(config.max_position_embeddings * 2), freqs).float()
     return torch.polar(torch.ones_like(angles), angles).numpy()
+
+
+FORMAT = GemmaPytorch()

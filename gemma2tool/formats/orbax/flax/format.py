@@ -14,12 +14,13 @@ from pathlib import Path
 
 from gemma2tool.errors import InputRefused
 from gemma2tool.formats import assets
-from gemma2tool.formats.base import Output, WriteOptions
+from gemma2tool.formats.base import Format, Output, WriteOptions
 from gemma2tool.formats.mapping.float_layout import expect_shape, plan_floats
 from gemma2tool.formats.mapping.layout_transforms import PadVocabulary, TransposeBlocks, padded_vocabulary, size
 from gemma2tool.formats.mapping.transforms import Row, entries, to_canonical
 from gemma2tool.formats.orbax import output as orbax_output
 from gemma2tool.formats.orbax import zarr_arrays
+from gemma2tool.formats.orbax.flax import FACTS
 from gemma2tool.formats.orbax.zarr_arrays import StoredArray
 from gemma2tool.formats.tokenizers import sentencepiece
 from gemma2tool.model.checkpoint import Assets, Checkpoint
@@ -75,10 +76,10 @@ def _dims(name: str, *, gating_transposed: bool) -> tuple[str, ...] | None:
     }.get(name.rpartition("/")[2])
 
 
-class Flax:
+class Flax(Format):
     """An Orbax checkpoint folder, or the folder that holds one beside tokenizer.model."""
 
-    name = "flax"
+    facts = FACTS
 
     def detect(self, path: Path) -> bool:
         try:
@@ -93,7 +94,7 @@ class Flax:
                 "orbax.missing", f"{path.name}: holds no Orbax checkpoint", hint="give the checkpoint's folder"
             )
         config_path = _beside(path, folder, CONFIG)
-        checkpoint = Checkpoint(path, self.name, config, {}, _assets(path, folder))  # type: ignore[arg-type]
+        checkpoint = Checkpoint(path, self.facts, config, {}, _assets(path, folder))  # type: ignore[arg-type]
         files = [each for each in folder.rglob("*") if each.is_file()]
         arrays = _parameters(zarr_arrays.read_arrays(folder))
         if config is None and config_path is not None:
@@ -108,8 +109,9 @@ class Flax:
         checkpoint.check()
         return checkpoint
 
-    def kept(self, source: Checkpoint, candidate: Checkpoint) -> dict[str, LazyTensor]:
-        return {}
+    def lacks_config(self, path: Path) -> bool:
+        folder = _checkpoint_folder(path)
+        return folder is None or _beside(path, folder, CONFIG) is None
 
     def layout(self, checkpoint: Checkpoint, options: WriteOptions) -> Output:
         config = checkpoint.config
@@ -231,3 +233,6 @@ def _assets(path: Path, folder: Path) -> Assets:
     if tokenizer is None:
         return Assets({})
     return Assets({TOKENIZER: partial(read_whole, tokenizer, what=TOKENIZER, max_bytes=assets.MAX_ASSET_BYTES)})
+
+
+FORMAT = Flax()

@@ -1,0 +1,14 @@
+"""Google's own PyTorch format."""
+
+from __future__ import annotations
+
+from gemma2tool.model.format_facts import FormatFacts
+
+FACTS = FormatFacts(
+    "gemma-pytorch",
+    files="NAME.ckpt, or a folder with one",
+    remarks="Google's original; shards with an index and the int8 variant are read",
+    suffixes=(".ckpt",),
+    weights_alone=True,
+    weight_suffixes=(".ckpt",),
+)
