@@ -1,5 +1,5 @@
-"""Bytes: guarded containers in, crash-safe files out.
+"""Files as bytes: reading by offset, and crash-safe writing.
 
-Nothing here knows a model or a tensor library. Readers parse headers of files that strangers made, within limits, and refuse
-what lies; writers stage, fsync and rename, so that a name either holds a whole file or what it held before.
+Nothing here knows a model or a tensor library. Writers stage, fsync and rename, so a name always holds either the
+complete new file or what it held before.
 """

@@ -1,4 +1,4 @@
-"""CRC-32 of data that arrives in pieces and in any order, and CRC-32C."""
+"""CRC-32 of data that arrives in pieces, in any order; and CRC-32C."""
 
 from __future__ import annotations
 
@@ -6,19 +6,22 @@ import zlib
 from functools import lru_cache
 from threading import Lock
 
+from gemma2tool.storage.buffers import AnyBuffer, byte_view
+
 _POLYNOMIAL = 0xEDB88320  # zip's CRC-32, lowest bit = highest power
 
 
 def crc32_combine(crc1: int, crc2: int, len2: int) -> int:
-    """The CRC-32 of a followed by b, from those of a and of b and the length of b in bytes.
+    """Returns the CRC-32 of a followed by b, given the CRC-32 of each and the length of b in bytes.
 
-    Appending len2 bytes multiplies a's remainder by x^(8 len2) modulo the CRC's polynomial (M. Adler, zlib's crc32_combine).
+    Appending len2 bytes multiplies a's remainder by x^(8 len2) modulo the CRC polynomial (M. Adler, zlib's
+    crc32_combine).
     """
     return _times(_power(len2), crc1) ^ crc2
 
 
 def _times(a: int, b: int) -> int:
-    """The product of two polynomials modulo the CRC's, bits reflected."""
+    """The product of two polynomials modulo the CRC polynomial, bits reflected."""
     product = 0
     for bit in range(31, -1, -1):
         if a >> bit & 1:
@@ -29,7 +32,7 @@ def _times(a: int, b: int) -> int:
 
 @lru_cache(maxsize=256)
 def _power(nbytes: int) -> int:
-    """x^(8 nbytes) modulo the CRC's polynomial."""
+    """x^(8 nbytes) modulo the CRC polynomial."""
     result, square = 1 << 31, 1 << 23  # x^0 and x^8
     while nbytes:
         if nbytes & 1:
@@ -40,20 +43,20 @@ def _power(nbytes: int) -> int:
 
 
 class Crc:
-    """The CRC-32 of ``nbytes`` bytes whose pieces several threads add in any order.
+    """The CRC-32 of ``nbytes`` bytes whose pieces are added in any order, from any thread.
 
-    A piece that overlaps one added before is ignored, so that reading something twice does no harm.
+    A piece that overlaps one added before is ignored, so reading something twice does no harm.
     """
 
     def __init__(self, nbytes: int) -> None:
         self.nbytes = nbytes
-        self._runs: dict[int, tuple[int, int]] = {}  # begin -> (end, crc); runs never touch each other
+        self._runs: dict[int, tuple[int, int]] = {}  # begin -> (end, crc); no two runs are adjacent
         self._begins: dict[int, int] = {}  # end -> begin
         self._lock = Lock()
 
-    def update(self, offset: int, data: object) -> None:
-        """Adds the bytes of ``data`` (any contiguous buffer), which begin ``offset`` bytes into the whole."""
-        view = memoryview(data).cast("B")
+    def update(self, offset: int, data: AnyBuffer) -> None:
+        """Adds the bytes of ``data`` (any contiguous buffer), which start at byte ``offset``."""
+        view = byte_view(data)
         begin, end = offset, offset + len(view)
         if begin < 0 or end > self.nbytes:
             raise ValueError(f"bytes {begin} to {end} of {self.nbytes}")
@@ -63,12 +66,12 @@ class Crc:
         with self._lock:
             if any(begin < other_end and other < end for other, (other_end, _) in self._runs.items()):
                 return
-            if begin in self._begins:  # something ends where this begins
+            if begin in self._begins:  # an earlier run ends where this one begins
                 left = self._begins.pop(begin)
                 _, left_crc = self._runs.pop(left)
                 crc = crc32_combine(left_crc, crc, end - begin)
                 begin = left
-            if end in self._runs:  # something begins where this ends
+            if end in self._runs:  # an earlier run begins where this one ends
                 right_end, right_crc = self._runs.pop(end)
                 del self._begins[right_end]
                 crc = crc32_combine(crc, right_crc, right_end - end)
@@ -83,7 +86,7 @@ class Crc:
 
     @property
     def value(self) -> int:
-        """The CRC-32 of the whole. Raises ValueError while bytes are missing."""
+        """The CRC-32 of all bytes. Raises ValueError while any are missing."""
         if not self.complete:
             raise ValueError("not every byte has been added")
         return self._runs[0][1] if self.nbytes else 0
@@ -102,7 +105,7 @@ _TABLE = _castagnoli()
 
 
 def crc32c(data: bytes) -> int:
-    """The CRC-32C (Castagnoli) of ``data``; some ten million bytes a second."""
+    """Returns the CRC-32C (Castagnoli) of ``data``, at about ten million bytes per second."""
     table, crc = _TABLE, 0xFFFFFFFF
     for byte in data:
         crc = table[(crc ^ byte) & 0xFF] ^ crc >> 8

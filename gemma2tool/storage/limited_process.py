@@ -1,7 +1,7 @@
 """Runs a function in a forked process with limits on processor time and memory.
 
-A single call into C code (``"%999999999d"`` in an untrusted template) can take unbounded time and memory, and the process that
-makes it cannot stop it.
+A single call into C code (``"%999999999d"`` in an untrusted template) can take unbounded time and memory, and the
+process that makes it cannot stop it.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ def is_available() -> bool:
 def call(function: Callable[[], str], *, cpu_seconds: int, memory_bytes: int, answer_bytes: int) -> str:
     """Returns ``function()``, called in a fork of this process.
 
-    ``memory_bytes`` is counted on top of what this process uses. ``answer_bytes`` limits the length of the answer in UTF-8.
+    ``memory_bytes`` is in addition to what this process uses. ``answer_bytes`` limits the UTF-8 length of the answer.
 
-    Raises ``LimitExceeded``, also if the fork ends without an answer. Exceptions in ``function`` do not reach the caller; it must
-    return its errors as text.
+    Raises ``LimitExceeded``, also if the fork ends without an answer. Exceptions in ``function`` do not reach the
+    caller; it must return its errors as text.
     """
     read_fd, write_fd = os.pipe()
     with warnings.catch_warnings():
@@ -56,7 +56,7 @@ def call(function: Callable[[], str], *, cpu_seconds: int, memory_bytes: int, an
 
 
 def _run_child(function: Callable[[], str], write_fd: int, cpu_seconds: int, memory_bytes: int) -> None:
-    """Writes the answer and a NUL, then exits without returning, so that nothing of the parent is flushed or removed twice."""
+    """Writes the answer and a NUL, then exits without returning, so that nothing of the parent is flushed twice."""
     try:
         _set_limits(cpu_seconds, memory_bytes)
         remaining = memoryview(function().encode("utf-8", "surrogatepass") + b"\0")

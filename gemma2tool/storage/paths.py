@@ -1,4 +1,4 @@
-"""Which paths may be read because of what a file says, and which may be written."""
+"""Which paths may be read because a file names them, and which may be written."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ _BLOB = re.compile(r"[0-9a-f]{40,64}")
 
 
 def confined_path(folder: str | os.PathLike[str], name: str, *, what: str = "file", follow_links: bool = False) -> Path:
-    """The path of the file ``name`` of a checkpoint ``folder``; ``name`` may come from an untrusted index.
+    """Returns the path of file ``name`` in a checkpoint ``folder``. ``name`` may come from an untrusted index.
 
-    A name is one plain segment. A link inside the folder is followed only to a file of the same folder, or to a blob of the
-    Hugging Face hub cache (``models--*/blobs/HASH``), where every file of a downloaded snapshot is such a link: a checkpoint from a
-    stranger, unpacked or cloned, could otherwise point its tokenizer at a private file and have it copied to the output. The folder
-    itself may be reached through links, for the user named it. ``follow_links`` is for users who linked the files themselves.
+    ``name`` must be a single plain path segment. A link inside the folder is followed only to a file in the same folder
+    or to a blob of the Hugging Face hub cache (``models--*/blobs/HASH``), where every file of a downloaded snapshot is
+    such a link. Otherwise an untrusted checkpoint could point its tokenizer at a private file and have it copied to the
+    output. The folder itself may be reached through links, because the user named it. ``follow_links`` is for users who
+    made the links themselves.
 
-    Raises InputRefused for a name with a folder in it, a missing file, or a link that leaves the folder.
+    Raises InputRefused if the name is not a plain file name, the file is missing, or a link leaves the folder.
     """
     folder = Path(folder)
     if not _SEGMENT.fullmatch(name) or name in (".", ".."):
@@ -42,12 +43,12 @@ def confined_path(folder: str | os.PathLike[str], name: str, *, what: str = "fil
 
 
 def path_within_folder(path: Path) -> Path:
-    """``path``, found in a checkpoint's folder; InputRefused (``index.link``) where it is a link that ``confined_path`` would not follow."""
+    """Returns ``path``. Raises InputRefused ``index.link`` if it is a link that ``confined_path`` would not follow."""
     if path.is_symlink() and not _may_follow(path, path.parent):
         raise InputRefused(
             "index.link",
             f"{path}: is a link that leaves its folder",
-            hint="put the file itself (or a hard link to it) into the folder",
+            hint="replace the link with the file itself, or with a hard link to it",
         )
     return path
 
@@ -63,16 +64,16 @@ def _may_follow(path: Path, folder: Path) -> bool:
 
 
 def same_file(a: str | os.PathLike[str], b: str | os.PathLike[str]) -> bool:
-    """Whether two paths lead to one file or folder: by symbolic links, hard links, or another case where case does not count."""
+    """Whether two paths lead to the same file or folder, through links or names that differ only in case."""
     try:
         return os.path.samefile(a, b)
     except OSError:
-        # One does not exist: they can be the same only as names.
+        # At least one does not exist, so only their names can be equal.
         return os.path.realpath(a) == os.path.realpath(b)
 
 
 def refuse_overwriting_input(sources: Iterable[str | os.PathLike[str]], destination: str | os.PathLike[str]) -> None:
-    """Raises UsageError when writing ``destination`` would replace one of the ``sources``, or a folder that holds one."""
+    """Raises UsageError if ``destination`` is one of the ``sources``, or a folder that contains one."""
     target = os.path.realpath(destination)
     for source in sources:
         inside = os.path.isdir(target) and any(
@@ -81,16 +82,18 @@ def refuse_overwriting_input(sources: Iterable[str | os.PathLike[str]], destinat
         if inside or same_file(source, destination):
             raise UsageError(
                 "output.is-input",
-                f"{destination}: is the input {source}, or holds it",
+                f"{destination}: is the input {source}, or contains it",
                 hint="choose another destination",
             )
 
 
 def refuse_existing(destination: str | os.PathLike[str], *, force: bool, folder: bool) -> None:
-    """Raises UsageError when ``destination`` exists, unless ``force`` may replace it: a file by a file, a folder by a folder.
+    """Raises UsageError if ``destination`` exists and may not be replaced.
 
-    Even with ``force``, neither a link (is it the link or its target that should go?) nor the folder one works in nor a git
-    repository is replaced.
+    ``force`` allows replacing a file by a file and a folder by a folder.
+
+    Even with ``force``, a link is not replaced (it is unclear whether the link or its target is meant), nor is the
+    working folder, the home folder or a git repository.
     """
     path = Path(destination)
     with translate_os_errors(path, "looking for it"):
@@ -105,12 +108,18 @@ def refuse_existing(destination: str | os.PathLike[str], *, force: bool, folder:
     if stat.S_ISLNK(mode):
         raise UsageError("output.link", f"{path}: is a symbolic link", hint="remove it, or name the file it points to")
     if folder != stat.S_ISDIR(mode) or not (folder or stat.S_ISREG(mode)):
-        kind = "folder" if stat.S_ISDIR(mode) else "file" if stat.S_ISREG(mode) else "device or pipe"
-        wanted = "folder" if folder else "file"
-        raise UsageError("output.kind", f"{path}: is a {kind}, the output is a {wanted}", hint="choose another name")
-    precious = (os.getcwd(), *Path.cwd().parents, os.path.expanduser("~"))
-    if folder and any(same_file(place, path) for place in precious):
-        raise UsageError("output.kind", f"{path}: is the folder you are in, or your home", hint="choose another name")
+        existing = "folder" if stat.S_ISDIR(mode) else "file" if stat.S_ISREG(mode) else "device or pipe"
+        output = "folder" if folder else "file"
+        raise UsageError(
+            "output.kind", f"{path}: is a {existing}, but the output is a {output}", hint="choose another name"
+        )
+    protected = (Path.cwd(), *Path.cwd().parents, Path(os.path.expanduser("~")))
+    if folder and any(same_file(protected_folder, path) for protected_folder in protected):
+        raise UsageError(
+            "output.kind",
+            f"{path}: is or contains the current folder, or is your home folder",
+            hint="choose another name",
+        )
     if folder and os.path.lexists(path / ".git"):
         raise UsageError(
             "output.kind", f"{path}: is a git repository", hint="choose another name, then move the files there"

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from typing import AnyStr
+
 from gemma2tool.errors import escaped
 
 
 def quoted(value: object, limit: int = 120) -> str:
-    """Returns ``repr(value)`` with control characters and newlines escaped, and the middle cut out beyond ``limit`` characters."""
-    if isinstance(value, str) and len(value) > 2 * limit:
-        value = value[:limit] + value[-limit:]
-    elif isinstance(value, bytes) and len(value) > 2 * limit:
-        value = value[:limit] + value[-limit:]
+    """Returns ``repr(value)``, escaped, with the middle cut out if it is longer than ``limit`` characters."""
+    value = _ends(value, limit) if isinstance(value, str) else value
+    value = _ends(value, limit) if isinstance(value, bytes) else value
     try:
         text = repr(value) if isinstance(value, str) and value.isprintable() else ascii(value)
     except RecursionError:
@@ -18,6 +18,11 @@ def quoted(value: object, limit: int = 120) -> str:
     if len(text) <= limit:
         return text
     return f"{text[: limit - 20]}...{text[-16:]}"
+
+
+def _ends(text: AnyStr, limit: int) -> AnyStr:
+    """The first and last ``limit`` characters of a text that is longer, so that no more than those are escaped."""
+    return text if len(text) <= 2 * limit else text[:limit] + text[-limit:]
 
 
 def one_line(text: object) -> str:

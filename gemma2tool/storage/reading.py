@@ -1,7 +1,7 @@
-"""Reading parts of files by offset, without mapping them.
+"""Reading parts of files by offset, without mapping them into memory.
 
-``mmap`` would count every page read towards the peak resident set and turn a truncated file into SIGBUS; ``pread`` does neither
-and needs no shared file position, so several threads can read one file.
+With ``mmap`` every page read would count towards the peak resident set, and a truncated file would raise SIGBUS.
+``pread`` avoids both, and has no shared file position, so several threads can read the same file.
 """
 
 from __future__ import annotations
@@ -15,24 +15,25 @@ from pathlib import Path
 from typing import Self
 
 from gemma2tool.errors import InputRefused, ResourceError
+from gemma2tool.storage.buffers import AnyBuffer, byte_view
 from gemma2tool.storage.quoting import quoted
 
 
 class FileReader:
     """A regular file opened for reading by offset.
 
-    ``path`` is the path it was opened by, ``size`` its length in bytes when it was opened. Any number of threads may read; close
-    it when they have all finished.
+    ``path`` is the path as given, ``size`` the length in bytes when the file was opened. Any number of threads may
+    read. Close the reader when all of them have finished.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self._fd = -1
         self.path = Path(path)
         if "\0" in str(path):
-            raise InputRefused("file.missing", f"{quoted(str(path))}: no path has a NUL in it")
-        # O_NONBLOCK: opening a FIFO or a device must not wait for its other end.
+            raise InputRefused("file.missing", f"{quoted(str(path))}: a path cannot contain NUL")
+        # O_NONBLOCK: opening a FIFO or a device must not wait for the other end.
         flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
-        with _refusing(self.path):
+        with _translate_read_errors(self.path):
             self._fd = os.open(self.path, flags)
         try:
             status = os.fstat(self._fd)
@@ -47,30 +48,33 @@ class FileReader:
             self.close()
             raise
 
-    def pread_into(self, offset: int, buffer: object) -> None:
-        """Fills ``buffer`` (any writable contiguous buffer) from byte ``offset`` on.
+    def pread_into(self, offset: int, buffer: AnyBuffer) -> None:
+        """Fills ``buffer`` (any writable contiguous buffer) with the bytes starting at ``offset``.
 
-        Raises InputRefused ``file.truncated`` when the file ends first.
+        Raises InputRefused ``file.truncated`` if the file ends first.
         """
-        view = memoryview(buffer).cast("B")
+        view = byte_view(buffer)
         done = 0
         while done < len(view):
-            with _refusing(self.path):
-                got = os.preadv(self._descriptor(), [view[done:]], offset + done)
-            if got == 0:
+            with _translate_read_errors(self.path):
+                count = os.preadv(self._descriptor(), [view[done:]], offset + done)
+            if count == 0:
                 raise InputRefused(
                     "file.truncated",
-                    f"{self.path}: ends at byte {offset + done}, but bytes up to {offset + len(view)} were to be read",
-                    hint="the file is incomplete or was cut while it was being read; download it again",
+                    f"{self.path}: ends at byte {offset + done}, but bytes up to {offset + len(view)} are needed",
+                    hint="the file is incomplete or was truncated while being read; download it again",
                 )
-            done += got
+            done += count
 
     def pread(self, offset: int, nbytes: int) -> bytearray:
-        """The ``nbytes`` bytes from ``offset`` on; refused before anything is allocated when the file is shorter."""
+        """Returns ``nbytes`` bytes starting at ``offset``.
+
+        Raises InputRefused, before allocating anything, if the file is shorter.
+        """
         if offset < 0 or nbytes < 0 or offset + nbytes > self.size:
             raise InputRefused(
                 "file.truncated",
-                f"{self.path}: has {self.size} bytes, but bytes {offset} to {offset + nbytes} were to be read",
+                f"{self.path}: has {self.size} bytes, but bytes {offset} to {offset + nbytes} are needed",
                 hint="the file is incomplete; download it again",
             )
         buffer = bytearray(nbytes)
@@ -78,13 +82,13 @@ class FileReader:
         return buffer
 
     def check_unchanged(self) -> None:
-        """Raises InputRefused ``file.changed`` when the file's size or modification time is no longer what it was at opening."""
+        """Raises InputRefused ``file.changed`` if the file's size or modification time changed since it was opened."""
         status = os.fstat(self._descriptor())
         if (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns) != self.identity:
             raise InputRefused(
                 "file.changed",
                 f"{self.path}: changed while it was being read",
-                hint="wait until it is complete, then run again",
+                hint="wait until the file is complete, then run the command again",
             )
 
     def close(self) -> None:
@@ -108,12 +112,15 @@ class FileReader:
 
 
 def open_for_reading(path: str | os.PathLike[str]) -> FileReader:
-    """Opens a regular file. Raises InputRefused for a missing or unreadable one, a folder, a pipe or a device (without waiting)."""
+    """Opens a regular file.
+
+    Raises InputRefused, without waiting, if it is missing, unreadable, a folder, a pipe or a device.
+    """
     return FileReader(path)
 
 
 def read_whole(path: str | os.PathLike[str], *, what: str, max_bytes: int) -> bytes:
-    """All bytes of a small file such as a config; refused when it has more than ``max_bytes``."""
+    """Returns all bytes of a small file such as a config. Raises InputRefused if it has more than ``max_bytes``."""
     with open_for_reading(path) as reader:
         if reader.size > max_bytes:
             raise InputRefused(
@@ -123,7 +130,7 @@ def read_whole(path: str | os.PathLike[str], *, what: str, max_bytes: int) -> by
 
 
 @contextmanager
-def _refusing(path: Path) -> Iterator[None]:
+def _translate_read_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:

@@ -1,4 +1,4 @@
-"""System calls that change files, with their failures told as errors a user can act on."""
+"""System calls that change files, with their failures translated into errors that a user can act on."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from gemma2tool.errors import ResourceError, UsageError
+
+T = TypeVar("T")
 
 _RENAME_EXCHANGE = 2  # linux/fs.h
 _NOT_SUPPORTED = {errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.ENODEV, errno.ENOTTY}
@@ -20,19 +22,21 @@ _DENIED = {errno.EACCES, errno.EPERM, errno.EROFS}
 
 @contextmanager
 def translate_os_errors(path: Path, doing: str, nbytes: int = 0) -> Iterator[None]:
-    """Turns an OSError of the block into a ToolError that names ``path``, what was being done, and how many bytes."""
+    """Turns an OSError in the block into a ToolError that names ``path``, the action and the number of bytes."""
     try:
         yield
     except OSError as error:
         amount = f" ({nbytes} bytes)" if nbytes else ""
         failure = f"{path}: {doing}{amount} failed: {error.strerror or error}"
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise ResourceError("disk.full", failure, hint="free space on this disk or write to another one") from error
+            raise ResourceError(
+                "disk.full", failure, hint="free space on this disk, or write to another disk"
+            ) from error
         if error.errno == errno.EFBIG:
-            hint = "the file system or a limit (ulimit -f) does not allow files this large; write to another disk"
+            hint = "raise the limit on file size (ulimit -f), or write to a file system that allows files this large"
             raise ResourceError("disk.file-too-large", failure, hint=hint) from error
         if error.errno == errno.EIO:
-            raise ResourceError("disk.io", failure, hint="the disk reported an error; write to another one") from error
+            raise ResourceError("disk.io", failure, hint="check the disk, or write to another one") from error
         if error.errno in _DENIED:
             raise ResourceError("output.not-writable", failure, hint="choose a folder you may write to") from error
         if error.errno == errno.ENAMETOOLONG:
@@ -43,8 +47,8 @@ def translate_os_errors(path: Path, doing: str, nbytes: int = 0) -> Iterator[Non
         raise ResourceError("disk.error", failure) from error
 
 
-def retrying(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """``call(...)`` again for as long as a signal interrupts it."""
+def retrying(call: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+    """Returns ``call(*args, **kwargs)``, repeated as long as a signal interrupts it."""
     while True:
         try:
             return call(*args, **kwargs)
@@ -53,7 +57,7 @@ def retrying(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 
 def write_at(fd: int, data: memoryview, offset: int) -> None:
-    """Writes all of ``data`` at ``offset``, in as many calls as the system wants."""
+    """Writes all of ``data`` at ``offset``, in as many calls as it takes."""
     done = 0
     while done < len(data):
         written = retrying(os.pwrite, fd, data[done:], offset + done)
@@ -63,10 +67,13 @@ def write_at(fd: int, data: memoryview, offset: int) -> None:
 
 
 def preallocate(fd: int, size: int) -> None:
-    """Gives the file its size, and its blocks where the file system can, so that a full disk shows before the work."""
+    """Sets the file's size and, if the file system can, allocates its blocks, so a full disk is noticed before any work
+    is done.
+    """
     if size and hasattr(os, "posix_fallocate"):
         try:
-            return retrying(os.posix_fallocate, fd, 0, size)
+            retrying(os.posix_fallocate, fd, 0, size)
+            return
         except OSError as error:
             if error.errno not in _NOT_SUPPORTED:
                 raise
@@ -74,12 +81,12 @@ def preallocate(fd: int, size: int) -> None:
 
 
 def sync_data(fd: int) -> None:
-    """Makes a file's bytes durable, and of what is known about it only what is needed to find them."""
+    """Makes a file's bytes durable, and only the metadata needed to find them (fdatasync)."""
     retrying(getattr(os, "fdatasync", os.fsync), fd)  # macOS has none
 
 
 def sync_folder(fd: int) -> None:
-    """fsync of an open folder, where the file system has it: makes the names in it durable."""
+    """Makes the names in an open folder durable, on file systems that can fsync a folder."""
     try:
         retrying(os.fsync, fd)
     except OSError as error:
@@ -88,7 +95,10 @@ def sync_folder(fd: int) -> None:
 
 
 def exchange(src: str, src_fd: int, dst: str, dst_fd: int) -> bool:
-    """Swaps two names in one step, in which neither is ever absent. False where the system cannot; nothing was changed then."""
+    """Swaps two names in one step, so that neither is ever absent.
+
+    Returns False, changing nothing, if the system cannot do this.
+    """
     renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if sys.platform == "linux" else None
     if renameat2 is None:
         return False

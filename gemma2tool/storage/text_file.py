@@ -11,10 +11,12 @@ MAX_BYTES = 1 << 30
 
 
 def read_text(path: str | os.PathLike[str], *, what: str) -> str:
-    """Returns the text of a UTF-8 file, without its byte order mark. ``what`` names it in messages ("calibration text").
+    """Returns the text of a UTF-8 file, without its byte order mark.
 
-    Raises InputRefused ``text.encoding`` if the bytes are not UTF-8 and ``text.binary`` if they contain a NUL, which UTF-8 allows
-    but text does not contain; UsageError ``text.empty`` for an empty file.
+    ``what`` names it in messages ("calibration text").
+
+    Raises InputRefused ``text.encoding`` if the bytes are not UTF-8 and ``text.binary`` if they contain a NUL, which
+    UTF-8 allows but text does not contain; UsageError ``text.empty`` for an empty file.
     """
     data = read_whole(path, what=what, max_bytes=MAX_BYTES)
     hint = "give plain text, saved as UTF-8"

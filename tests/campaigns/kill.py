@@ -203,7 +203,7 @@ class Trials:
             os.close(fd)
         if not staged:
             return "before staging, or after the end"
-        if any(journal is not None and journal.placed for journal in journals):
+        if any(journal is not None and journal.placed_inode for journal in journals):
             return "putting in place"
         if any(journal is not None and journal.pieces for journal in journals):
             return "tensors journaled"

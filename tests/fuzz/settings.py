@@ -230,7 +230,7 @@ class Journal(JsonTarget):
     def prepare(self) -> None:
         from gemma2tool.storage.staging import journal as staging_journal
 
-        self.parse = staging_journal._parse
+        self.parse = staging_journal.parse
 
     def mutate(self, rng: Random, data: bytes, pool: Sequence[bytes]) -> bytes:
         lines = data.splitlines() or [b""]
@@ -246,4 +246,9 @@ class Journal(JsonTarget):
 
     def run(self, data: bytes) -> object:
         found = self.parse(data)
-        return found and (len(found.pieces), found.placed is None, len(found.fingerprint), found.length == len(data))
+        return found and (
+            len(found.pieces),
+            found.placed_inode is None,
+            len(found.fingerprint),
+            found.valid_bytes == len(data),
+        )

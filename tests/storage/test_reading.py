@@ -222,7 +222,7 @@ class TestSameFile:
         assert same_file(source, tmp_path / "MODEL.CKPT")
 
     def test_output_that_holds_the_input(self, source: Path, tmp_path: Path) -> None:
-        with pytest.raises(UsageError, match="holds it"):
+        with pytest.raises(UsageError, match="contains it"):
             refuse_overwriting_input([source], tmp_path)
         refuse_overwriting_input(
             [tmp_path], tmp_path / "model.gguf"

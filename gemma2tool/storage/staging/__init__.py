@@ -1,1 +1,1 @@
-"""Crash-safe output: written beside its destination, journaled, and renamed when it is whole."""
+"""Crash-safe output: written beside its destination, journaled, and renamed when complete."""

@@ -1,4 +1,4 @@
-"""Removing what interrupted runs left."""
+"""Removing what interrupted runs left behind."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from gemma2tool.storage.syscalls import translate_os_errors
 
 @dataclass(frozen=True, slots=True)
 class Leftover:
-    """What a run that did not finish left: its staging place and the destination it was for.
+    """What an unfinished run left: its staging place and the destination it was for.
 
-    ``nbytes``: what it takes on the disk. ``in_use``: a process is working there, so it was left alone. ``restored``: the old
-    destination was put back. ``removed``: it is gone. ``problem``: why it was left alone: it is in use, it is not ours, or the disk
-    failed.
+    ``nbytes`` is the space it takes on the disk. ``in_use``: another process is working in it, so it was left alone.
+    ``restored``: the old destination was put back. ``removed``: the staging place no longer exists. ``problem`` is why
+    it was not removed: it is in use, it contains files that gemma2tool did not write, or the disk failed.
     """
 
     path: Path
@@ -34,16 +34,17 @@ class Leftover:
 
 
 def clean(path: str | os.PathLike[str], *, dry_run: bool = False) -> list[Leftover]:
-    """Removes what interrupted runs staged beside the destination ``path`` and, when it is a folder, directly inside it.
+    """Removes what interrupted runs staged beside the destination ``path`` and, if it is a folder, directly inside it.
 
-    Nothing but staging places of this user is touched, and none that is in use. ``dry_run`` only lists them, and writes nothing.
-    What keeps one from being removed is told with it (``problem``); the others are cleaned. Raises UsageError for a path that can be
-    no destination, ResourceError for a folder that cannot be read.
+    Only staging places that belong to this user and are not in use are removed. With ``dry_run`` they are only listed.
+    If one cannot be removed, its ``problem`` says why, and the others are still cleaned.
+
+    Raises UsageError for a path that cannot be a destination, ResourceError for a folder that cannot be read.
     """
     path = Path(path)
     if Path(os.path.abspath(path)).name == "":
         raise UsageError(
-            "clean.path", f"{path}: cannot be an output", hint="name the output, or the folder that it is in"
+            "clean.path", f"{path}: cannot be an output", hint="name the output, or the folder that contains it"
         )
     destinations = [path] if path.name not in ("", "..") else []
     with translate_os_errors(path, "looking for it"):
@@ -55,27 +56,23 @@ def clean(path: str | os.PathLike[str], *, dry_run: bool = False) -> list[Leftov
             for name in names
             if name.startswith(PREFIX) and name.endswith(SUFFIX) and len(name) > len(PREFIX + SUFFIX)
         ]
-    found = []
-    for destination in destinations:
-        leftover = _clean_one(destination, dry_run)
-        if leftover:
-            found.append(leftover)
-    return found
+    leftovers = (_clean_one(destination, dry_run) for destination in destinations)
+    return [leftover for leftover in leftovers if leftover is not None]
 
 
 def _destination_name(folder: Path, place: str) -> str:
-    """Of which destination a staging place is: as its lock says where that can be right, else as its own name does."""
+    """The destination name of a staging place: from its lock if that is plausible, else from its own name."""
+    from_place = place[len(PREFIX) : -len(SUFFIX)]
     try:
         fd = os.open(folder / place / LOCK, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:
-        return place[len(PREFIX) : -len(SUFFIX)]
+        return from_place
     try:
-        _, said = staging_lock.read(fd) or ("", "")
+        _, from_lock = staging_lock.read(fd) or ("", "")
     finally:
         os.close(fd)
-    if said not in ("", ".", "..") and "/" not in said and "\0" not in said and folder_name(said) == place:
-        return said
-    return place[len(PREFIX) : -len(SUFFIX)]
+    is_plain = from_lock not in ("", ".", "..") and "/" not in from_lock and "\0" not in from_lock
+    return from_lock if is_plain and folder_name(from_lock) == place else from_place
 
 
 def _clean_one(destination: Path, dry_run: bool) -> Leftover | None:
@@ -110,9 +107,9 @@ def _clean_one(destination: Path, dry_run: bool) -> Leftover | None:
 
 
 def _size(staged: Path) -> int:
-    """Bytes that what is staged takes on the disk."""
+    """Bytes that the staged files take on the disk."""
     total = 0
-    with suppress(RecursionError):  # as deep as it can be looked into
+    with suppress(RecursionError):  # folders nested too deeply: what has been counted so far
         for folder, _, names in os.walk(staged):
             for name in set(names) - {LOCK}:
                 with suppress(OSError):  # its owner has just removed it

@@ -1,9 +1,10 @@
-"""What a staged output already holds, written down so that a run that was killed can be continued.
+"""The journal of a staged output: which pieces are complete, so that a run that was killed can be continued.
 
-The journal lies beside the lock. Its first line is the *fingerprint* of the work: what must be the same for its bytes to be of use.
-Each line after it names pieces whose bytes were on the disk before the line was written, so that what it names is there after a
-power failure as after a kill; or says that the output is about to be put in place, and which inode it is. A line begins with the
-CRC-32 of its text: what follows the last whole line was being written when the end came, and counts for nothing.
+The journal is beside the lock. Its first line is the *fingerprint* of the work: everything that must be the same for
+the staged bytes to be usable. Each further line either names pieces whose bytes were on the disk before the line was
+written, so they survive a power failure, or records the inode of the output that is about to be moved to its
+destination. Each line starts with the CRC-32 of its text. Anything after the last valid line was being written when the
+run ended and is ignored.
 """
 
 from __future__ import annotations
@@ -23,40 +24,43 @@ from gemma2tool.storage.syscalls import retrying, sync_data, sync_folder, transl
 MAX_BYTES = 64 << 20
 
 Fingerprint = Mapping[str, str]
-"""What must be the same, by what a person calls it: "tool", "type", "model.safetensors", ..."""
+"""What must be the same, by its name in messages: "tool", "type", "model.safetensors", ..."""
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A piece that is complete: the files it lies in, and what its writer wants to remember of it (JSON)."""
+    """A complete piece: the files it was written to, and a JSON ``record`` that its writer wants back."""
 
     files: tuple[str, ...]
     record: Any = None
 
 
 @dataclass
-class Found:
-    """What an earlier run wrote down. ``placed``: the inode of the output that was about to be put in place."""
+class EarlierRun:
+    """What the journal of an earlier run says.
+
+    ``placed_inode`` is the inode of the output that was about to be moved to its destination. ``valid_bytes`` is the
+    length of the valid lines.
+    """
 
     fingerprint: dict[str, str]
     pieces: dict[str, Piece] = field(default_factory=dict)
-    placed: int | None = None
-    length: int = 0
-    """Bytes of the whole lines."""
+    placed_inode: int | None = None
+    valid_bytes: int = 0
 
-    def differences(self, wanted: Fingerprint) -> list[str]:
-        """What is not the same, a phrase each: ``type was q8_0, is q4_0``."""
-        names = [*wanted, *(name for name in self.fingerprint if name not in wanted)]
-        said = []
+    def differences(self, fingerprint: Fingerprint) -> list[str]:
+        """How ``fingerprint`` differs from this run's, one phrase per name: ``type was q8_0, is q4_0``."""
+        names = [*fingerprint, *(name for name in self.fingerprint if name not in fingerprint)]
+        phrases = []
         for name in names:
-            before, now = self.fingerprint.get(name, "absent"), wanted.get(name, "absent")
+            before, now = self.fingerprint.get(name, "absent"), fingerprint.get(name, "absent")
             if before != now:
-                said.append(f"{name} was {before}, is {now}")
-        return said
+                phrases.append(f"{name} was {before}, is {now}")
+        return phrases
 
 
-def read(place_fd: int) -> Found | None:
-    """The journal of a staging place; None where there is none that says what it is of."""
+def read(place_fd: int) -> EarlierRun | None:
+    """Reads the journal of a staging place. Returns None if there is none with a valid fingerprint."""
     try:
         fd = os.open(NAME, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=place_fd)
     except OSError:
@@ -66,33 +70,38 @@ def read(place_fd: int) -> Found | None:
         if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1 or status.st_size > MAX_BYTES:
             return None
         with open(fd, "rb", closefd=False) as file:
-            return _parse(file.read())
+            return parse(file.read())
     finally:
         os.close(fd)
 
 
-def _parse(data: bytes) -> Found | None:
-    found: Found | None = None
+def parse(data: bytes) -> EarlierRun | None:
+    """Reads the bytes of a journal up to the last valid line.
+
+    Returns None if the first line is not a valid fingerprint.
+    """
+    run: EarlierRun | None = None
     length = 0
     for line in data.splitlines(keepends=True):
-        content = _content(line)
+        content = _line_content(line)
         try:
-            if found is None:
-                found = Found({str(name): str(value) for name, value in content["fingerprint"].items()})
+            if run is None:
+                run = EarlierRun({str(name): str(value) for name, value in content["fingerprint"].items()})
             elif "placing" in content:
-                found.placed = int(content["placing"])
+                run.placed_inode = int(content["placing"])
             else:
                 for name, files, record in content["done"]:
-                    found.pieces[str(name)] = Piece(tuple(map(str, files)), record)
+                    run.pieces[str(name)] = Piece(tuple(map(str, files)), record)
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
             break
         length += len(line)
-    if found is not None:
-        found.length = length
-    return found
+    if run is not None:
+        run.valid_bytes = length
+    return run
 
 
-def _content(line: bytes) -> Any:
+def _line_content(line: bytes) -> Any:
+    """The JSON value of a line; None if the line is torn or damaged."""
     crc, _, text = line.partition(b" ")
     if not line.endswith(b"\n") or crc != b"%08x" % zlib.crc32(text):
         return None
@@ -103,9 +112,12 @@ def _content(line: bytes) -> Any:
 
 
 class Journal:
-    """The journal of this run, open for adding to it. ``continued``: the one of an earlier run, kept; None begins anew."""
+    """The journal of this run, open for appending.
 
-    def __init__(self, place_fd: int, path: Path, fingerprint: Fingerprint, continued: Found | None) -> None:
+    ``continued`` is the earlier run to continue; with None a new journal starts.
+    """
+
+    def __init__(self, place_fd: int, path: Path, fingerprint: Fingerprint, continued: EarlierRun | None) -> None:
         self.path = path / NAME
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC | (0 if continued else os.O_EXCL)
         with translate_os_errors(self.path, "opening the journal"):
@@ -113,9 +125,9 @@ class Journal:
         self._length = 0
         try:
             if continued is not None:
-                self._length = continued.length
+                self._length = continued.valid_bytes
                 with translate_os_errors(self.path, "opening the journal"):
-                    retrying(os.ftruncate, self._fd, continued.length)
+                    retrying(os.ftruncate, self._fd, continued.valid_bytes)
             else:
                 self._append({"fingerprint": dict(fingerprint)})
                 with translate_os_errors(self.path, "making the folder durable"):
@@ -125,12 +137,12 @@ class Journal:
             raise
 
     def done(self, pieces: Mapping[str, Piece]) -> None:
-        """Adds pieces whose bytes are durable."""
+        """Records pieces whose bytes are durable."""
         if pieces:
             self._append({"done": [[name, piece.files, piece.record] for name, piece in pieces.items()]})
 
     def placing(self, inode: int) -> None:
-        """Says that the whole output, of this inode, is about to be put in place."""
+        """Records that the complete output, with this inode, is about to be moved to its destination."""
         self._append({"placing": inode})
 
     def _append(self, content: object) -> None:
@@ -138,7 +150,7 @@ class Journal:
         line = b"%08x %s" % (zlib.crc32(text), text)
         with translate_os_errors(self.path, "writing the journal", len(line)):
             done = 0
-            while done < len(line):  # a torn line is written over by the next attempt
+            while done < len(line):  # the next attempt overwrites a torn line
                 done += retrying(os.pwrite, self._fd, line[done:], self._length + done)
             sync_data(self._fd)
         self._length += len(line)

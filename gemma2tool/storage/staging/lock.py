@@ -1,8 +1,8 @@
-"""What makes a folder a staging place of ours, so that nothing of anybody else's is ever taken for one.
+"""Recognizing a staging place of gemma2tool, so that a folder with other people's files is never taken for one.
 
-Its name alone decides nothing: a place is ours when its ``lock`` says so and it holds nothing that a run would not have put there.
-A kill right after the folder or its lock was made leaves an empty folder, or one with an empty lock; those are ours too, for there
-is nothing in them to lose.
+The folder's name is not enough: a folder is a staging place if its ``lock`` says so and it contains nothing that
+gemma2tool would not have put there. A run killed right after it made the folder or the lock leaves an empty folder or
+an empty lock. Those are accepted too, because there is nothing in them to lose.
 """
 
 from __future__ import annotations
@@ -14,7 +14,10 @@ import stat
 LOCK, NEW, OLD, ASIDE, JOURNAL = "lock", "new", "old", "aside", "journal"
 ENTRIES = frozenset((LOCK, NEW, OLD, ASIDE, JOURNAL))
 OPEN_LOCK = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-"""Writable, for some network file systems lock nothing else; a pipe or device in its place does not make us wait."""
+"""Writable, because some network file systems can lock nothing else.
+
+Does not wait if it turns out to be a pipe or a device.
+"""
 
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _MAX_BYTES = 4096
@@ -22,18 +25,23 @@ _CONTENT = re.compile(rb"gemma2tool staging 1\n([0-9]+) *\n(.+)", re.DOTALL)
 
 
 def content(name: str) -> bytes:
-    """What the lock of the place for ``name`` holds while this process works there. Of one length for all processes: written over
-    in one call it is never half of one and half of another."""
+    """The content of the lock of the staging place for ``name`` while this process works there.
+
+    It has the same length for every process, so overwriting it in one call never leaves a mixture of two.
+    """
     return b"gemma2tool staging 1\n%-10d\n%s" % (os.getpid(), os.fsencode(name))
 
 
 def is_sound(status: os.stat_result) -> bool:
-    """Whether a lock is a file of one name: a link to somebody's file would have it written over."""
+    """Whether a lock is a regular file with a single name. Writing to a second name would overwrite somebody's file."""
     return stat.S_ISREG(status.st_mode) and status.st_nlink <= 1
 
 
 def read(fd: int) -> tuple[str, str] | None:
-    """(process id, destination's name) as an open lock says; None where it is none of ours. Empty strings: nothing was written yet."""
+    """Reads (process id, destination name) from an open lock.
+
+    Returns two empty strings if nothing was written yet, None if it is not a lock of gemma2tool.
+    """
     status = os.fstat(fd)
     if not is_sound(status) or status.st_size > _MAX_BYTES:
         return None
@@ -44,36 +52,40 @@ def read(fd: int) -> tuple[str, str] | None:
     return None if match is None else (match[1].decode(), os.fsdecode(match[2]))
 
 
-def stray(fd: int, lock_fd: int, name: str) -> str | None:
-    """What in the open folder ``fd`` is not of a staging place for ``name``: its path inside; None where all of it is.
+def foreign_entry(fd: int, lock_fd: int, name: str) -> str | None:
+    """The relative path of something in the open folder ``fd`` that does not belong in a staging place for ``name``, or
+    None.
 
-    ``lock_fd``: its open lock, held by us.
+    ``lock_fd`` is its open lock, held by this process.
     """
-    said = read(lock_fd)
-    if said is None or said[1] not in ("", name):
+    owner = read(lock_fd)
+    if owner is None or owner[1] not in ("", name):
         return LOCK
-    known = ENTRIES if said[1] else {LOCK}
-    for each in sorted(os.listdir(fd)):
-        if each not in known:
-            return each
-        inside = _stray_inside(each, fd, name)
+    known = ENTRIES if owner[1] else {LOCK}
+    for entry in sorted(os.listdir(fd)):
+        if entry not in known:
+            return entry
+        inside = _foreign_inside(entry, fd, name)
         if inside is not None:
             return inside
     return None
 
 
-def _stray_inside(entry: str, fd: int, name: str) -> str | None:
-    """Of the entries only ``new`` and ``journal`` say what may be in them: one output, and nothing. Links are never followed."""
+def _foreign_inside(entry: str, fd: int, name: str) -> str | None:
+    """Checks ``new``, which may contain only the output, and ``journal``, which may not be a folder with files.
+
+    Links are not followed.
+    """
     if entry not in (NEW, JOURNAL):
         return None
     mode = os.stat(entry, dir_fd=fd, follow_symlinks=False).st_mode
     if not stat.S_ISDIR(mode):
         return NEW if entry == NEW and stat.S_ISREG(mode) else None
-    inner = os.open(entry, _FOLDER, dir_fd=fd)
+    folder_fd = os.open(entry, _FOLDER, dir_fd=fd)
     try:
-        for each in sorted(os.listdir(inner)):
-            if entry == JOURNAL or each != name:
-                return f"{entry}/{each}"
+        for inner in sorted(os.listdir(folder_fd)):
+            if entry == JOURNAL or inner != name:
+                return f"{entry}/{inner}"
     finally:
-        os.close(inner)
+        os.close(folder_fd)
     return None

@@ -1,10 +1,16 @@
-"""The place beside a destination where its replacement grows.
+"""The staging place: the folder beside a destination in which its replacement is written.
 
-``.NAME.gemma2tool-staging/`` holds ``lock`` (held by the process that works here; inside it, which process and which NAME),
-``new/NAME`` (the output so far), ``journal`` (what of it is complete, where the work can be continued), for the instant of a
-replacement on systems that cannot swap two names ``old`` (what the destination held), and ``aside`` (a file beside the destination
-that goes with what it held). Only its owner may enter it. Whoever takes the lock next puts things right after a crash: an ``old``
-whose destination is gone goes back; the rest is continued or discarded. A folder that holds anything else is refused as it is.
+``.NAME.gemma2tool-staging/`` contains
+
+- ``lock``, held by the process that works here, whose id and NAME it contains;
+- ``new/NAME``, the output so far;
+- ``journal``, which pieces of it are complete, if the work can be continued;
+- ``old``, what the destination held, only during a replacement on systems that cannot swap two names;
+- ``aside``, a file beside the destination that belongs to its old content.
+
+Only its owner may enter it. Whoever takes the lock next cleans up after a crash: an ``old`` whose destination is
+missing is moved back, and the rest is continued or discarded. A folder that contains anything else is left as it is,
+and its use refused.
 """
 
 from __future__ import annotations
@@ -26,11 +32,14 @@ from gemma2tool.storage.syscalls import retrying, sync_data, translate_os_errors
 PREFIX, SUFFIX = ".", ".gemma2tool-staging"
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 _NAME_MAX = 255
-"""Bytes of a file's name on the usual file systems."""
+"""Bytes in a file name on common file systems."""
 
 
 def folder_name(name: str) -> str:
-    """The staging place's name for a destination's; where the file system would not take it, the name is cut and a digest added."""
+    """The name of the staging place for a destination's name.
+
+    A name too long for the file system is cut and a digest appended.
+    """
     whole = f"{PREFIX}{name}{SUFFIX}"
     if len(os.fsencode(whole)) <= _NAME_MAX:
         return whole
@@ -45,12 +54,17 @@ def exists(destination: str | os.PathLike[str]) -> bool:
 
 
 class StagingPlace:
-    """The locked staging place of one destination. All access goes through open folders, so no link planted later is followed."""
+    """The locked staging place of one destination.
+
+    It is accessed through open folders, so a link planted later is not followed.
+    """
 
     def __init__(self, destination: Path, *, create: bool = True) -> None:
-        """Makes, or with ``create`` off only takes, the place; nothing in one that is there is changed then, not even its lock's text.
+        """Locks the staging place, making it first with ``create``.
 
-        Raises ResourceError where another process works there, and where it holds anything that is not ours.
+        Without ``create`` nothing in it is changed, not even the lock.
+
+        Raises ResourceError if another process works there or it contains anything that gemma2tool did not write.
         """
         self.name = destination.name
         self.parent = destination.parent
@@ -76,73 +90,83 @@ class StagingPlace:
         except OSError:
             with translate_os_errors(self.parent, "opening the folder"):
                 raise
-        # Another process may remove the place between our steps when it finishes; then we begin again.
+        # Another process that finishes may remove the place between two steps. Then start over.
         while not self._enter(create):
             self._leave()
 
     def _enter(self, create: bool) -> bool:
-        """Opens and locks the place; False when it vanished meanwhile and must be made again."""
+        """Opens and locks the place. Returns False if it vanished meanwhile and must be made again."""
         with translate_os_errors(self.path, f"{'creating' if create else 'opening'} the staging folder"):
             if create:
                 with suppress(FileExistsError):
                     os.mkdir(self.folder_name, 0o700, dir_fd=self.parent_fd)
             try:
-                status = os.stat(self.folder_name, dir_fd=self.parent_fd, follow_symlinks=False)
-                if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
-                    self._foreign = True
-                    raise ResourceError(
-                        "output.staging",
-                        f"{self.path}: exists and is not a folder of yours",
-                        hint="remove it, then run again",
-                    )
-                self.fd = os.open(self.folder_name, _FOLDER | os.O_NOFOLLOW, dir_fd=self.parent_fd)
+                self._open_folder()
                 if not self._open_lock(create):
                     return True
                 self._lock()
-                # The lock counts only while it is the one that others find.
-                lock = self.identity(LOCK, self.fd), self.identity(self.folder_name, self.parent_fd)
+                # The lock counts only while it is the one that other processes find.
+                current = self.identity(LOCK, self.fd), self.identity(self.folder_name, self.parent_fd)
             except FileNotFoundError:
                 if not create:
                     raise
                 return False
-            if lock != (_identity(os.fstat(self._lock_fd)), _identity(os.fstat(self.fd))):
+            if current != (_identity(os.fstat(self._lock_fd)), _identity(os.fstat(self.fd))):
                 return False
-            self._refuse(staging_lock.stray(self.fd, self._lock_fd, self.name))
+            self._refuse_entry(staging_lock.foreign_entry(self.fd, self._lock_fd, self.name))
             self._locked = True
             if create:
-                os.fchmod(self.fd, 0o700)  # also where the umask took what we need ourselves
+                os.fchmod(self.fd, 0o700)  # in case the umask removed permissions that are needed here
                 self._sign()
         return True
 
-    def _open_lock(self, create: bool) -> bool:
-        """Opens the lock, or makes it where the folder is empty; False where it is, and nothing is to be made."""
-        names = os.listdir(self.fd)
-        if LOCK not in names:
-            self._refuse(min(names, default=None))  # whoever works here makes the lock first and removes it last
-            if not create:
-                return False
-        elif not staging_lock.is_sound(os.stat(LOCK, dir_fd=self.fd, follow_symlinks=False)):
-            self._refuse(LOCK)
-        self._lock_fd = os.open(LOCK, staging_lock.OPEN_LOCK | (os.O_CREAT if create else 0), 0o600, dir_fd=self.fd)
-        if not staging_lock.is_sound(os.fstat(self._lock_fd)):
-            self._refuse(LOCK)
-        return True
-
-    def _refuse(self, stray: str | None) -> None:
-        if stray is not None:
+    def _open_folder(self) -> None:
+        status = os.stat(self.folder_name, dir_fd=self.parent_fd, follow_symlinks=False)
+        if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
             self._foreign = True
             raise ResourceError(
                 "output.staging",
-                f"{self.path}: gemma2tool did not put {stray!r} there, so the folder is left as it is",
-                hint="move it, or choose another name for the output",
+                f"{self.path}: exists and is not a folder of yours",
+                hint="remove it, then run the command again",
+            )
+        self.fd = os.open(self.folder_name, _FOLDER | os.O_NOFOLLOW, dir_fd=self.parent_fd)
+
+    def _open_lock(self, create: bool) -> bool:
+        """Opens the lock, or makes it if the folder is empty.
+
+        Returns False if the folder is empty and nothing may be made.
+        """
+        names = os.listdir(self.fd)
+        if LOCK not in names:
+            self._refuse_entry(min(names, default=None))  # gemma2tool makes the lock first and removes it last
+            if not create:
+                return False
+        elif not staging_lock.is_sound(os.stat(LOCK, dir_fd=self.fd, follow_symlinks=False)):
+            self._refuse_entry(LOCK)
+        self._lock_fd = os.open(LOCK, staging_lock.OPEN_LOCK | (os.O_CREAT if create else 0), 0o600, dir_fd=self.fd)
+        if not staging_lock.is_sound(os.fstat(self._lock_fd)):
+            self._refuse_entry(LOCK)
+        return True
+
+    def _refuse_entry(self, entry: str | None) -> None:
+        """Raises ResourceError for an entry that gemma2tool did not write; does nothing for None."""
+        if entry is not None:
+            self._foreign = True
+            raise ResourceError(
+                "output.staging",
+                f"{self.path}: left as it is, because gemma2tool did not create {entry!r} in it",
+                hint="move the folder away, or choose another name for the output",
             )
 
     def _sign(self) -> None:
-        """Writes into the lock who holds it. Durable the first time: without it, work that outlives a power failure would look foreign."""
+        """Writes this process's id into the lock.
+
+        Durable the first time, or work that survives a power failure would look foreign.
+        """
         new = os.fstat(self._lock_fd).st_size == 0
         data = staging_lock.content(self.name)
         if retrying(os.write, self._lock_fd, data) != len(data):
-            raise OSError(errno.EIO, "the lock was not written whole")
+            raise OSError(errno.EIO, "the lock was written only partly")
         if new:
             sync_data(self._lock_fd)
 
@@ -150,12 +174,12 @@ class StagingPlace:
         try:
             retrying(fcntl.flock, self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            said = staging_lock.read(self._lock_fd)
-            who = f"process {said[0]}" if said is not None and said[0] else "another process"
+            owner = staging_lock.read(self._lock_fd)
+            process = f"process {owner[0]}" if owner is not None and owner[0] else "another process"
             raise ResourceError(
                 "output.locked",
-                f"{self.parent / self.name}: {who} is writing this output",
-                hint="wait for it, or end it",
+                f"{self.parent / self.name}: {process} is writing this output",
+                hint="wait until it finishes, or stop it",
             ) from error
         except OSError as error:
             raise ResourceError(
@@ -165,12 +189,14 @@ class StagingPlace:
             ) from error
 
     def identity(self, name: str, fd: int) -> tuple[int, int] | None:
-        """(device, inode) of a name in an open folder; None when there is none. Links are not followed."""
-        status = _status(name, fd)
-        return None if status is None else _identity(status)
+        """(device, inode) of a name in an open folder, or None if there is none. Links are not followed."""
+        try:
+            return _identity(os.stat(name, dir_fd=fd, follow_symlinks=False))
+        except FileNotFoundError:
+            return None
 
     def recover(self) -> bool:
-        """After a crash: puts an old destination back where it was if nothing took its place. Says whether it did."""
+        """After a crash, moves an old destination back if nothing has taken its place. Returns whether it did."""
         with translate_os_errors(self.path, "recovering"):
             if self.identity(OLD, self.fd) and not self.identity(self.name, self.parent_fd):
                 retrying(os.rename, OLD, self.name, src_dir_fd=self.fd, dst_dir_fd=self.parent_fd)
@@ -178,9 +204,9 @@ class StagingPlace:
         return False
 
     def discard(self, *, keep_journal: bool = False) -> None:
-        """Removes all that runs staged, keeping the lock, but never the only copy of an old destination.
+        """Removes everything staged except the lock, but never the only copy of an old destination.
 
-        The journal goes last, or stays: as long as it is there, it says what the rest is.
+        The journal is removed last or kept: while it exists, it says what the rest is.
         """
         self.recover()
         with translate_os_errors(self.path, "removing staged files"):
@@ -189,7 +215,7 @@ class StagingPlace:
                     remove_tree(name, self.fd)
 
     def allocated(self) -> int:
-        """Bytes that what is staged takes on the disk already."""
+        """Bytes that the staged files already take on the disk."""
         total = 0
         with translate_os_errors(self.path, "measuring staged files"):
             for _, _, names, fd in os.fwalk(dir_fd=self.fd, follow_symlinks=False):
@@ -197,14 +223,14 @@ class StagingPlace:
         return total
 
     def remove(self) -> None:
-        """Removes the place, as far as it is possible: what is left is found by ``clean``."""
+        """Removes the place as far as possible. ``clean`` finds what remains."""
         with suppress(OSError, ToolError):
             if self._locked:
                 self.discard()
         self.remove_if_empty()
 
     def remove_if_empty(self) -> None:
-        """Removes the place where nothing is staged in it."""
+        """Removes the place if nothing is staged in it."""
         if self._foreign:
             return
         with suppress(OSError):
@@ -215,7 +241,9 @@ class StagingPlace:
                 os.rmdir(self.folder_name, dir_fd=self.parent_fd)
 
     def _was_interrupted(self) -> bool:
-        """Whether we were stopped between making the lock and holding it: it is empty, and nobody else holds it."""
+        """Whether this process stopped after making the lock and before locking it: it is empty and nobody else holds
+        it.
+        """
         if self.fd < 0:
             return False
         if self._lock_fd < 0:
@@ -227,13 +255,13 @@ class StagingPlace:
         return True
 
     def _leave(self) -> None:
-        """Closes the place and its lock, which frees it."""
+        """Closes the place and its lock, which releases it."""
         self._locked = False
         self.fd, fd = -1, self.fd
-        self._lock_fd, lock = -1, self._lock_fd
-        for number in (lock, fd):
-            if number >= 0:
-                os.close(number)
+        self._lock_fd, lock_fd = -1, self._lock_fd
+        for descriptor in (lock_fd, fd):
+            if descriptor >= 0:
+                os.close(descriptor)
 
     def close(self) -> None:
         self._leave()
@@ -242,19 +270,12 @@ class StagingPlace:
             os.close(fd)
 
 
-def _status(name: str, fd: int) -> os.stat_result | None:
-    try:
-        return os.stat(name, dir_fd=fd, follow_symlinks=False)
-    except FileNotFoundError:
-        return None
-
-
 def _identity(status: os.stat_result) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
 def remove_tree(name: str, folder_fd: int) -> None:
-    """Removes a file, link or folder by its name in an open folder; links inside are removed, not followed."""
+    """Removes a file, link or folder by its name in an open folder. Links inside are removed, not followed."""
     status = os.stat(name, dir_fd=folder_fd, follow_symlinks=False)
     if stat.S_ISDIR(status.st_mode):
         try:

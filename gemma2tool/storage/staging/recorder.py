@@ -1,4 +1,6 @@
-"""Pieces of a staged output are made durable and journaled in the background, while further ones are being written."""
+"""Makes complete pieces of a staged output durable and journals them in the background, while other pieces are being
+written.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +13,17 @@ from gemma2tool.storage.staging.journal import Journal, Piece
 
 SYNC_BYTES = 64 << 20
 SYNC_SECONDS = 0.5
-"""Complete pieces wait for their journal line until there are so many bytes of them, or so long. What a kill can cost."""
+"""Complete pieces are journaled when they have this many bytes or have waited this long: the most work that a kill can
+lose.
+"""
 
 
 class Recorder:
-    """Takes complete pieces from any thread; a thread of its own calls ``sync``, which makes all written bytes durable, and only then
-    writes the pieces into ``journal``. Whatever fails there is raised by the next call from outside."""
+    """Takes complete pieces from any thread.
+
+    A background thread calls ``sync``, which makes all written bytes durable, and then writes the pieces to
+    ``journal``. An error in that thread is raised by the next call.
+    """
 
     def __init__(self, journal: Journal, sync: Callable[[], None]) -> None:
         self.journal, self.sync = journal, sync
@@ -31,7 +38,7 @@ class Recorder:
         self._thread.start()
 
     def complete(self, name: str, files: tuple[str, ...], record: Any, nbytes: int) -> None:
-        """All bytes of the piece ``name`` have been written (to the system, not yet to the disk)."""
+        """Takes the piece ``name``, all of whose bytes have been written to the system (not yet to the disk)."""
         with self._changed:
             self._raise_failure()
             if not self._waiting:
@@ -47,7 +54,7 @@ class Recorder:
         self._record()
 
     def abandon(self) -> None:
-        """Ends without recording what still waits."""
+        """Stops without recording the pieces that still wait."""
         self._end()
         self._waiting.clear()
 
@@ -65,17 +72,17 @@ class Recorder:
         try:
             while self._wait():
                 self._record()
-        except Exception as error:  # noqa: BLE001  (raised to whoever calls next)
+        except Exception as error:
             self._error = error
 
     def _wait(self) -> bool:
-        """Until something is due; False at the end."""
+        """Waits until pieces are due. Returns False when the recorder is stopped."""
         with self._changed:
             while not self._stop:
-                left = self._since + SYNC_SECONDS - time.monotonic() if self._waiting else None
-                if left is not None and (left <= 0 or self._bytes >= SYNC_BYTES):
+                seconds_left = self._since + SYNC_SECONDS - time.monotonic() if self._waiting else None
+                if seconds_left is not None and (seconds_left <= 0 or self._bytes >= SYNC_BYTES):
                     return True
-                self._changed.wait(left)
+                self._changed.wait(seconds_left)
         return False
 
     def _record(self) -> None:

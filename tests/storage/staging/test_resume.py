@@ -156,7 +156,7 @@ class TestContinued:
             (tmp_path / "out").unlink()
         raise AssertionError("never came to the writing")
 
-    @pytest.mark.parametrize("where", [(StagingPlace, "recover"), (staging_resume, "judge")])
+    @pytest.mark.parametrize("where", [(StagingPlace, "recover"), (staging_resume, "classify_leftovers")])
     def test_nor_does_one_between_the_calls(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: tuple
     ) -> None:
@@ -223,9 +223,9 @@ class TestDamaged:
         data = self._journal(tmp_path).read_bytes()
         counts = set()
         for length in range(len(data) + 1):
-            found = staging_journal._parse(data[:length])
+            found = staging_journal.parse(data[:length])
             pieces = 0 if found is None else len(found.pieces)
-            assert found is None or found.length <= length
+            assert found is None or found.valid_bytes <= length
             counts.add(pieces)
         assert len(counts) > 1 and max(counts) == 8
 

@@ -238,7 +238,7 @@ class TestAfterItIsInPlace:
             subprocess.run(["rm", "-rf", *tmp_path.iterdir()], check=True)
 
 
-@pytest.mark.parametrize("step", ["_open_lock", "_lock", "_refuse"])
+@pytest.mark.parametrize("step", ["_open_lock", "_lock", "_refuse_entry"])
 @pytest.mark.parametrize("before", [True, False])
 def test_an_interruption_while_the_place_is_made_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, before: bool
