@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Install the package into .venv, then convert, quantize and verify the small trained Gemma 2 that the repository carries.
+# Install the package into .venv, then convert, quantize and verify the small trained Gemma 2 in fixtures/, into out/.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bash scripts/setup.sh

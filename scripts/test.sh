@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Install the package with its test extra into .venv and run the tests.
+# Install the package with its test extra into .venv and run the tests. Arguments are passed to pytest.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bash scripts/setup.sh test

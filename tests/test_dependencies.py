@@ -1,0 +1,137 @@
+"""What pyproject.toml declares is imported, and what is imported is declared."""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+import tomllib
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+import gemma2tool
+from tests.support.paths import ROOT
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+DISTRIBUTIONS = {
+    "compressed_tensors": "compressed-tensors",
+    "markdown_it": "markdown-it-py",
+    "mlx_lm": "mlx-lm",
+    "orbax": "orbax-checkpoint",
+    "yaml": "pyyaml",
+}
+"""The distribution that a module comes from, where the two have different names."""
+
+WITNESSES = {
+    # The libraries that define a format. Their own readers open the output as a second witness.
+    "safetensors",
+    "gguf",
+    "bitsandbytes",
+}
+"""Declared whether or not the package imports them."""
+
+INDIRECT = {
+    "accelerate": "transformers loads bitsandbytes' checkpoints with it",
+    "flax": "Google DeepMind's gemma is written in it",
+    "keras": "keras-hub is written in it",
+    "pytest-xdist": "pytest's -n",
+}
+"""Needed by the tests, but imported by other libraries only."""
+
+SEPARATE = {
+    "gemma": "scripts/setup.sh installs it without its dependencies",
+    "keras_hub": "scripts/setup.sh installs it without its dependencies",
+    "gptqmodel": "tests/gptqmodel.txt",
+}
+"""Imported by tests or benchmarks, but not installed by the extra."""
+
+
+@cache
+def nodes(path: Path) -> list[ast.AST]:
+    return list(ast.walk(ast.parse(path.read_text())))
+
+
+def distribution(requirement: str) -> str:
+    """The name in a requirement such as ``mlx[cpu]>=0.30; platform_system == 'Linux'``."""
+    name = re.match(r"[A-Za-z0-9._-]+", requirement)
+    assert name
+    return name[0].lower()
+
+
+def declared(*extras: str) -> set[str]:
+    requirements = list(PROJECT["dependencies"])
+    for extra in extras:
+        requirements += PROJECT["optional-dependencies"][extra]
+    return {distribution(requirement) for requirement in requirements}
+
+
+def imported(path: Path, functions: tuple[str, ...]) -> Iterator[str]:
+    """The modules that a file imports; ``functions``: the names of functions that import the module they are given."""
+    for node in nodes(path):
+        match node:
+            case ast.Import(aliases):
+                yield from (alias.name for alias in aliases)
+            case ast.ImportFrom(str(module), level=0):
+                yield module
+            case ast.Call(ast.Name(name) | ast.Attribute(attr=name), [ast.Constant(str(module)), *_]):
+                if name in functions:
+                    yield module
+
+
+def distributions(*folders: str, functions: tuple[str, ...] = ()) -> set[str]:
+    """What the Python files of some folders import, without the standard library and the project's own modules."""
+    paths = [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
+    scripts = {path.stem for path in paths if not (path.parent / "__init__.py").exists()}  # they import each other
+    own = {"gemma2tool", *folders, *scripts}
+    modules = {module.split(".")[0] for path in paths for module in imported(path, functions)}
+    return {DISTRIBUTIONS.get(name, name) for name in modules - sys.stdlib_module_names - own}
+
+
+def extras() -> dict[str, set[str]]:
+    """The modules that the package asks for with ``extras.require``, by extra."""
+    required: dict[str, set[str]] = {}
+    for path in sorted((ROOT / "gemma2tool").rglob("*.py")):
+        for node in nodes(path):
+            match node:
+                case ast.Call(ast.Name("require"), [ast.Constant(str(module)), ast.Constant(str(extra)), *_]):
+                    required.setdefault(extra, set()).add(module)
+    return required
+
+
+def test_the_package_imports_what_is_declared() -> None:
+    assert distributions("gemma2tool") - declared() == set()
+    assert declared() - distributions("gemma2tool") - WITNESSES == set()
+
+
+def test_witnesses_are_declared() -> None:
+    assert declared() >= WITNESSES
+
+
+def test_extras_are_what_the_formats_ask_for() -> None:
+    formats = {name: declared(name) - declared() for name in PROJECT["optional-dependencies"]}
+    assert {name: formats[name] for name in extras()} == extras()
+    assert extras().keys() | {"test", "dev"} == formats.keys()
+
+
+def test_tests_and_benchmarks_import_what_is_declared() -> None:
+    found = distributions("tests", "benchmarks", "fixtures", functions=("importorskip",))
+    assert found - SEPARATE.keys() - declared("test") == set()
+    assert declared("test") - declared() - found - INDIRECT.keys() == set()
+
+
+@pytest.mark.parametrize("extra", [None, *PROJECT["optional-dependencies"]])
+def test_what_is_declared_has_a_version_in_the_constraints(extra: str | None) -> None:
+    """So that continuous integration installs the same versions every time."""
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pinned = {line.partition("==")[0].lower() for line in lines if "==" in line}
+    assert declared(*([extra] if extra else [])) - pinned == set()
+
+
+def test_the_version_is_written_once() -> None:
+    assert "version" in PROJECT["dynamic"]
+    assert re.fullmatch(r"\d+\.\d+\.\d+", gemma2tool.__version__)
+    assert f"## {gemma2tool.__version__}" in (ROOT / "CHANGELOG.md").read_text()
