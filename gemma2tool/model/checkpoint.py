@@ -1,4 +1,5 @@
-"""An opened Gemma 2 checkpoint: its config, its lazily loaded tensors in canonical form, and the files that belong to it."""
+"""An opened Gemma 2 checkpoint: its config, its lazily loaded tensors in canonical form, and the files that belong to
+it."""
 
 from __future__ import annotations
 
@@ -49,8 +50,9 @@ class Checkpoint:
     """What a reader returns.
 
     ``tensors``: tensors in canonical layout, by canonical name. ``facts``: what its format declares about itself.
-    ``assets``: the tokenizer and other files of the model. ``warnings``: one-line remarks of the reader that the user must see.
-    ``metadata``: what the format records about the model besides the config (a GGUF's general.* keys, a model card).
+    ``assets``: the tokenizer and other files of the model. ``warnings``: one-line remarks of the reader that the user
+    must see. ``metadata``: what the format records about the model besides the config (a GGUF's general.* keys, a model
+    card).
     """
 
     path: Path
@@ -61,7 +63,8 @@ class Checkpoint:
     warnings: list[str] = field(default_factory=list)
     metadata: dict[str, object] = field(default_factory=dict)
     files: tuple[Path, ...] = ()
-    """The files that make up the checkpoint (weights and config), for hashes and to protect the input from being overwritten."""
+    """The files that make up the checkpoint (weights and config), for hashes and to protect the input from being
+    overwritten."""
 
     buffers: dict[str, LazyTensor] = field(default_factory=dict)
     """Tensors that the format stores although the config determines them (a rotary table), by the file's names."""

@@ -39,8 +39,8 @@ class Gemma2Config:
     - ``attn_logit_softcapping`` (50.0): c in c * tanh(score / c), applied before the mask; None: no cap.
     - ``final_logit_softcapping`` (30.0): the same for the logits; None: no cap.
     - ``rope_theta`` (10000.0): base of the rotary embedding.
-    - ``rope_scaling`` (None): rotary scaling, ``{"rope_type": ..., "factor": ...}``; ``rope_parameters`` combines it with
-      the base, which is how transformers 5 writes both.
+    - ``rope_scaling`` (None): rotary scaling, ``{"rope_type": ..., "factor": ...}``; ``rope_parameters`` combines it
+      with the base, which is how transformers 5 writes both.
     - ``sliding_window`` (4096): W; key j is visible to query i of a sliding layer when 0 <= i - j < W.
     - ``layer_types``: "sliding_attention" or "full_attention" for each layer; (): even layers slide.
     - ``use_bidirectional_attention`` (None): True drops the causal mask, for encoders derived from Gemma 2.
@@ -52,7 +52,7 @@ class Gemma2Config:
 
     - ``pad_token_id`` (0), ``bos_token_id`` (2), ``eos_token_id`` (1; instruction-tuned files: 1 and 107).
     - ``use_cache`` (True): return the key-value cache by default.
-    - ``initializer_range`` (0.02): standard deviation of newly initialised weights.
+    - ``initializer_range`` (0.02): standard deviation of newly initialized weights.
     - ``dtype`` (None): the type the weights were saved in, such as "bfloat16".
     - ``architectures`` (None): class names, such as ("Gemma2ForCausalLM",).
     - ``id2label``, ``label2id`` (None: two labels), ``problem_type`` (None: derived from the labels): classification
@@ -61,9 +61,9 @@ class Gemma2Config:
     - ``extra``: other keys of the source file, kept for writing.
     - ``notes``: what the reader had to assume; part of ``warnings``.
 
-    ``config_fields`` says what a different value of each field changes. Raises ``InputRefused`` with id ``config.value`` for a
-    value that is never valid, ``config.contradiction`` for two fields that contradict each other. Source of the defaults:
-    transformers 5.23 ``configuration_gemma2.py``.
+    ``config_fields`` says what a different value of each field changes. Raises ``InputRefused`` with id
+    ``config.value`` for a value that is never valid, ``config.contradiction`` for two fields that contradict each
+    other. Source of the defaults: transformers 5.23 ``configuration_gemma2.py``.
     """
 
     vocab_size: int = 256000
@@ -110,7 +110,8 @@ class Gemma2Config:
 
     @classmethod
     def from_hf(cls, source: Mapping[str, Any]) -> Gemma2Config:
-        """The config in a parsed config.json of any generation; see ``config_hf`` for the spellings. Raises ``InputRefused``."""
+        """The config in a parsed config.json of any generation; see ``config_hf`` for the spellings. Raises
+        ``InputRefused``."""
         return cls(**config_hf.read(source))
 
     def to_hf(self) -> dict[str, Any]:
@@ -199,7 +200,8 @@ class Gemma2Config:
         return tuple(warnings)
 
     def _normalize(self) -> None:
-        """Give each field one Python type, so that equal configs compare equal and transformers' strict types accept them."""
+        """Give each field one Python type, so that equal configs compare equal and transformers' strict types accept
+        them."""
         for name in _FLOATS:
             value = getattr(self, name)
             self._set(name, None if value is None else float(value))
@@ -263,8 +265,8 @@ def _known_departure(config: Gemma2Config, name: str) -> str:
 def infer_from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> Gemma2Config:
     """Infer the config of a checkpoint that has none from the canonical names and shapes of its tensors.
 
-    Shapes give V, D, F, L, H * h and K * h, but not h alone and none of the scalars, so only the widths of a released model
-    (with any number of layers or vocabulary rows) are enough. Raises ``UsageError`` (``config.needed``) for other
+    Shapes give V, D, F, L, H * h and K * h, but not h alone and none of the scalars, so only the widths of a released
+    model (with any number of layers or vocabulary rows) are enough. Raises ``UsageError`` (``config.needed``) for other
     widths and ``InputRefused`` where a tensor that shows a size is missing.
     """
     vocab_size, hidden_size = _matrix_shape(shapes, "model.embed_tokens.weight")
@@ -293,8 +295,8 @@ def infer_from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> Gemma2Config:
     raise UsageError(
         "config.needed",
         f"the weights have no config, and no released Gemma 2 has their shapes (hidden {hidden_size}, feed-forward"
-        f" {intermediate_size}, queries {query_width}, keys {key_width}): head_dim, query_pre_attn_scalar and the window"
-        " do not follow from shapes",
+        f" {intermediate_size}, queries {query_width}, keys {key_width}): head_dim, query_pre_attn_scalar and the"
+        " window do not follow from shapes",
         hint="pass the model's config.json with --config",
     )
 

@@ -39,8 +39,8 @@ _ROPE_NUMBERS = (
 )
 
 _POSITIVE_NUMBERS = ("rms_norm_eps", "rope_theta", "query_pre_attn_scalar")
-# Positive integers and their limits, which are far beyond any model: they keep a hostile file from requesting a list of a
-# billion layers or heads.
+# Positive integers and their limits, which are far beyond any model: they keep a hostile file from requesting a list of
+# a billion layers or heads.
 _LARGEST = {
     "vocab_size": 1 << 26,
     "hidden_size": 1 << 22,
@@ -56,7 +56,8 @@ _MAX_EOS = 64
 
 
 def check_values(fields: Fields) -> None:
-    """Check each field by itself; raises ``InputRefused`` with id ``config.value`` and the field, its value and what is valid."""
+    """Check each field by itself; raises ``InputRefused`` with id ``config.value`` and the field, its value and what is
+    valid."""
     _check_sizes(fields)
     _check_numbers(fields)
     _check_tokens(fields)
@@ -109,8 +110,8 @@ def _check_tokens(fields: Fields) -> None:
 
 
 def check_agreement(fields: Fields) -> None:
-    """Check fields that passed ``check_values`` against each other; raises ``InputRefused``, with id ``config.contradiction`` and
-    both fields where they contradict each other."""
+    """Check fields that passed ``check_values`` against each other; raises ``InputRefused``, with id
+    ``config.contradiction`` and both fields where they contradict each other."""
     heads, kv_heads = fields["num_attention_heads"], fields["num_key_value_heads"]
     if heads % kv_heads:
         raise contradiction(f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")

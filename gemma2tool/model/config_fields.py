@@ -1,14 +1,15 @@
-"""The fields of a Gemma 2 config, each once: what a different value changes, and how values of different formats compare.
+"""The fields of a Gemma 2 config, each once: what a different value changes, and how values of different formats
+compare.
 
-Every rule that goes by a list of fields takes it from here: the config gate and the diagnosis of differing configs, the config
-digest, and the comparison with the released models. The lists differ on purpose:
+Every rule that goes by a list of fields takes it from here: the config gate and the diagnosis of differing configs, the
+config digest, and the comparison with the released models. The lists differ on purpose:
 
-- The digest covers the fields with effect ``ARITHMETIC``. Receipts hold digests, so the set is part of the digest's definition
-  (version 1) and cannot change within it.
-- ``max_position_embeddings`` is not among them although three kinds of rotary scaling (dynamic, yarn, longrope) compute with it: the
-  digest was defined without it. The config gate judges it by itself.
-- The comparison with a released model leaves out the sizes by which the model was recognised, and the three fields that models
-  derived from a release set deliberately (biases, an untied output matrix, bidirectional attention).
+- The digest covers the fields with effect ``ARITHMETIC``. Receipts hold digests, so the set is part of the digest's
+  definition (version 1) and cannot change within it.
+- ``max_position_embeddings`` is not among them although three kinds of rotary scaling (dynamic, yarn, longrope) compute
+  with it: the digest was defined without it. The config gate judges it by itself.
+- The comparison with a released model leaves out the sizes by which the model was recognized, and the three fields that
+  models derived from a release set deliberately (biases, an untied output matrix, bidirectional attention).
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ class Effect(enum.Enum):
     """Some logit of some prompt. Part of the config digest."""
 
     USE = "use"
-    """How the model is fed, stopped or sampled; not what it computes for given token ids, but for the exception above."""
+    """How the model is fed, stopped or sampled; not what it computes for given token ids, but for the exception
+    above."""
 
     DESCRIPTION = "description"
     """Nothing: the field describes the file, the training, or labels."""
@@ -41,7 +43,7 @@ class Release(enum.Enum):
     """What a field is for when a config is compared with the released models."""
 
     IDENTIFIES = "identifies"
-    """The released size is recognised by it."""
+    """The released size is recognized by it."""
 
     COMPARED = "compared"
     """A value other than the released one is worth a warning."""
@@ -53,8 +55,8 @@ class Release(enum.Enum):
 class ConfigField:
     """A field of ``Gemma2Config``.
 
-    ``meaning``: what the field is, as a noun phrase or clause for messages. ``kept_in_float32``: some formats (GGUF) store the number
-    in float32, so values that are equal in float32 are equal.
+    ``meaning``: what the field is, as a noun phrase or clause for messages. ``kept_in_float32``: some formats (GGUF)
+    store the number in float32, so values that are equal in float32 are equal.
     """
 
     name: str
@@ -142,7 +144,8 @@ RELEASE_COMPARED_FIELDS = tuple(name for name, field in CONFIG_FIELDS.items() if
 
 
 def comparable_value(name: str, value: Any) -> Any:
-    """A field's value in the form in which values of different formats compare: equal results mean the same arithmetic."""
+    """A field's value in the form in which values of different formats compare: equal results mean the same
+    arithmetic."""
     field = CONFIG_FIELDS[name]
     if field.kept_in_float32 and value is not None:
         return float(np.float32(value))

@@ -12,8 +12,8 @@ dtype                  ``torch_dtype``                              ``dtype``
 layer_types            absent: even layers slide                    written out
 =====================  ==========================================  =========================================
 
-``read`` returns the keyword arguments of ``Gemma2Config`` for either; ``write`` returns transformers 5's spelling with every
-field.
+``read`` returns the keyword arguments of ``Gemma2Config`` for either; ``write`` returns transformers 5's spelling with
+every field.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from typing import Any
 
 from gemma2tool.errors import InputRefused
 
-# Defaults of the sizes that a file may omit, in transformers 4.42 to 4.46 and from 4.47 on (where they became the 2B's).
+# Defaults of the sizes that a file may omit, in transformers 4.42 to 4.46 and from 4.47 on (where they became the
+# 2B's).
 _SIZES_UNTIL_4_46 = {
     "hidden_size": 3072,
     "intermediate_size": 24576,
@@ -128,8 +129,8 @@ def read(source: Mapping[str, Any]) -> dict[str, Any]:
         fields["dtype"] = dtype
     if "attn_logit_softcapping" not in source:
         notes.append(
-            "attn_logit_softcapping is absent (transformers 4.42.0 omitted and ignored it); 50.0 is assumed, with which the"
-            " released models were trained"
+            "attn_logit_softcapping is absent (transformers 4.42.0 omitted and ignored it); 50.0 is assumed, with which"
+            " the released models were trained"
         )
     if "final_logit_softcapping" not in source:
         notes.append("final_logit_softcapping is absent; 30.0 is assumed, with which the released models were trained")
@@ -139,7 +140,8 @@ def read(source: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def write(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the config.json object for the fields of a ``Gemma2Config``: transformers 5's spelling and order of keys."""
+    """Return the config.json object for the fields of a ``Gemma2Config``: transformers 5's spelling and order of
+    keys."""
     out: dict[str, Any] = dict(fields["extra"])
     out["model_type"] = "gemma2"
     for name in (*_PLAIN, *_SIZES_SINCE_4_47, "hidden_activation", "sliding_window", "dtype"):

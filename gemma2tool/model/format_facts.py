@@ -19,18 +19,19 @@ def _no_assumptions(config: Gemma2Config) -> Iterable[Assumption]:
 class FormatFacts:
     """Facts about a format and about the program that reads it, its *consumer*.
 
-    For the list of formats: ``files`` is what a checkpoint looks like on disk; ``extra`` is the extra of gemma2tool that must be
-    installed to ``extra_to`` ("read", "write") it.
+    For the list of formats: ``files`` is what a checkpoint looks like on disk; ``extra`` is the extra of gemma2tool
+    that must be installed to ``extra_to`` ("read", "write") it.
 
     For writing: a destination whose name ends in one of ``suffixes`` is written in this format, as a single file.
-    ``float_dtypes`` are the types that unquantized values are written in; ``more_dtypes`` are other values of ``--dtype``.
+    ``float_dtypes`` are the types that unquantized values are written in; ``more_dtypes`` are other values of
+    ``--dtype``.
 
-    For verification: ``holds_tokenizer`` says that the consumer takes the tokenizer and the chat template from the checkpoint's
-    folder or file; ``weights_alone`` that a single file of weights is a complete checkpoint and has no place for a tokenizer.
-    ``weight_suffixes`` are suffixes of single files that hold weights and no tokenizer; empty where a single file holds the
-    tokenizer too (GGUF). ``cannot_represent`` maps a config field to why a file of this format may have another value than its
-    source. ``assumptions`` gives, for a config, the fields that the file states and its consumer computes otherwise, each with a
-    sentence.
+    For verification: ``holds_tokenizer`` says that the consumer takes the tokenizer and the chat template from the
+    checkpoint's folder or file; ``weights_alone`` that a single file of weights is a complete checkpoint and has no
+    place for a tokenizer. ``weight_suffixes`` are suffixes of single files that hold weights and no tokenizer; empty
+    where a single file holds the tokenizer too (GGUF). ``cannot_represent`` maps a config field to why a file of this
+    format may have another value than its source. ``assumptions`` gives, for a config, the fields that the file states
+    and its consumer computes otherwise, each with a sentence.
     """
 
     name: str

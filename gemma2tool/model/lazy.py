@@ -1,7 +1,7 @@
 """Lazily loaded tensors: shape and dtype are known at once, values are read a range of rows at a time.
 
-A *row* is an index of the first axis. The number of rows requested at once sets the peak memory of everything that streams, so
-nothing here may read more than the requested rows.
+A *row* is an index of the first axis. The number of rows requested at once sets the peak memory of everything that
+streams, so nothing here may read more than the requested rows.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ def to_float32(array: Array) -> Array:
 class LazyTensor(ABC):
     """A tensor whose values are read when rows are requested.
 
-    ``shape``: the logical shape. ``dtype``: of the arrays that ``load_rows`` returns. ``stored``: the type that the values are
-    stored in ("bf16", "q8_0", "nf4", ...). ``origin``: where they are, for messages ("model.ckpt: embedder.weight").
-    ``group_size``: how many neighbouring columns share a quantization scale; None where the type determines it, or for a whole row.
-    Loading is thread-safe.
+    ``shape``: the logical shape. ``dtype``: of the arrays that ``load_rows`` returns. ``stored``: the type that the
+    values are stored in ("bf16", "q8_0", "nf4", ...). ``origin``: where they are, for messages ("model.ckpt:
+    embedder.weight"). ``group_size``: how many neighboring columns share a quantization scale; None where the type
+    determines it, or for a whole row. Loading is thread-safe.
     """
 
     shape: tuple[int, ...]
@@ -61,13 +61,14 @@ class LazyTensor(ABC):
         """Rows ``first`` up to but not including ``last``: a new array of shape ``(last - first, *shape[1:])``."""
 
     def load_rows_exact(self, first: int, last: int) -> Array:
-        """``load_rows``, in float64 where ``dtype`` cannot represent the stored values. For comparing bits, and for digests."""
+        """``load_rows``, in float64 where ``dtype`` cannot represent the stored values. For comparing bits, and for
+        digests."""
         return self.load_rows(first, last)
 
     @property
     def stored_dtype(self) -> DType:
-        """The float type of the values in an output for which no other is requested: ``dtype``, except for values that were computed
-        in a wider type."""
+        """The float type of the values in an output for which no other is requested: ``dtype``, except for values that
+        were computed in a wider type."""
         return self.dtype
 
     def load(self) -> Array:
@@ -119,8 +120,8 @@ class ArrayTensor(LazyTensor):
 
 
 class MappedRows(LazyTensor):
-    """``source`` with a function applied to each range of its rows; the function keeps the number of rows. ``exact``: the same
-    function in float64, where ``function`` rounds."""
+    """``source`` with a function applied to each range of its rows; the function keeps the number of rows. ``exact``:
+    the same function in float64, where ``function`` rounds."""
 
     def __init__(
         self,
@@ -180,7 +181,8 @@ class _LastRange(threading.local):
 
 
 class SharedRows(LazyTensor):
-    """A tensor that several readers read in step: each thread keeps the range that it read last, of any tensor, for the next reader.
+    """A tensor that several readers read in step: each thread keeps the range that it read last, of any tensor, for the
+    next reader.
 
     The arrays are read-only, because several readers get them.
     """
@@ -205,7 +207,8 @@ class SharedRows(LazyTensor):
 
 
 def row_ranges(rows: int, row_bytes: int, chunk_bytes: int, multiple: int = 1) -> Iterator[tuple[int, int]]:
-    """Split ``rows`` into ranges of about ``chunk_bytes``. Every range but the last is a multiple of ``multiple`` rows long."""
+    """Split ``rows`` into ranges of about ``chunk_bytes``. Every range but the last is a multiple of ``multiple`` rows
+    long."""
     step = max(chunk_bytes // max(row_bytes, 1) // multiple, 1) * multiple
     for first in range(0, rows, step):
         yield first, min(first + step, rows)

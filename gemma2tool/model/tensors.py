@@ -1,7 +1,8 @@
 """The tensor table: the only list of Gemma 2's tensors in the program.
 
-Canonical names and shapes are those of Hugging Face's Gemma2 classes: matrices are (out, in), q, k, v, gate and up are separate,
-a norm weight is stored as w and applied as (1 + w), the embedding is unscaled and unpadded, and a tied ``lm_head`` is absent.
+Canonical names and shapes are those of Hugging Face's Gemma2 classes: matrices are (out, in), q, k, v, gate and up are
+separate, a norm weight is stored as w and applied as (1 + w), the embedding is unscaled and unpadded, and a tied
+``lm_head`` is absent.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from gemma2tool.model.config import Gemma2Config
 class TensorRow:
     """A row of the table: a name with ``{i}`` for the layer, symbolic dimensions, and the tensor's role.
 
-    ``when`` says which models have the tensor: ``always``, ``bias`` (attention_bias), ``untied`` (tie_word_embeddings is false),
-    or ``head`` (a classification head, present where the checkpoint has one).
+    ``when`` says which models have the tensor: ``always``, ``bias`` (attention_bias), ``untied`` (tie_word_embeddings
+    is false), or ``head`` (a classification head, present where the checkpoint has one).
     """
 
     name: str
@@ -59,7 +60,8 @@ HEADS = tuple(row.name for row in TENSOR_TABLE if row.when == "head")
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """A tensor that a model of a given config has: canonical ``name``, ``shape``, ``role``, ``layer`` (None outside the layers)."""
+    """A tensor that a model of a given config has: canonical ``name``, ``shape``, ``role``, ``layer`` (None outside the
+    layers)."""
 
     name: str
     shape: tuple[int, ...]
@@ -80,7 +82,8 @@ def _evaluate_shape(dims: Iterable[str], sizes: Mapping[str, int]) -> tuple[int,
 
 
 def dimension_sizes(config: Gemma2Config) -> dict[str, int]:
-    """The sizes that the table's symbols stand for: V vocab, D hidden, F feed-forward, H heads, K kv heads, h head_dim, N labels."""
+    """The sizes that the table's symbols stand for: V vocab, D hidden, F feed-forward, H heads, K kv heads, h head_dim,
+    N labels."""
     return {
         "V": config.vocab_size,
         "D": config.hidden_size,
@@ -94,7 +97,8 @@ def dimension_sizes(config: Gemma2Config) -> dict[str, int]:
 
 
 def tensor_specs(config: Gemma2Config) -> dict[str, TensorSpec]:
-    """Every tensor that a model of ``config`` has or may have, by canonical name, in the order of the table and of the layers."""
+    """Every tensor that a model of ``config`` has or may have, by canonical name, in the order of the table and of the
+    layers."""
     sizes = dimension_sizes(config)
     specs: dict[str, TensorSpec] = {}
 
@@ -119,7 +123,8 @@ def tensor_specs(config: Gemma2Config) -> dict[str, TensorSpec]:
 
 
 def check_tensors(config: Gemma2Config, shapes: Mapping[str, tuple[int, ...]], where: str) -> None:
-    """Compare the tensors of a checkpoint with the table; raises ``InputRefused`` with the missing, unexpected or misshapen tensors.
+    """Compare the tensors of a checkpoint with the table; raises ``InputRefused`` with the missing, unexpected or
+    misshapen tensors.
 
     ``shapes``: by canonical name. ``where``: the file or folder, for the message.
     """

@@ -1,1 +1,1 @@
-"""Pure functions: rows in, codes and scales out, and back."""
+"""Quantizers: pure functions from rows to codes and scales, and back."""

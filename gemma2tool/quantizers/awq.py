@@ -1,7 +1,9 @@
-"""AWQ's "gemm" layout with codes rounded to nearest: weight = (code - zero) * scale, float16 scales, four bits, packed along the output.
+"""AWQ's "gemm" layout with codes rounded to nearest: weight = (code - zero) * scale, float16 scales, four bits, packed
+along the output.
 
-The stored arrays are transposed against the weight (O, I): qweight (I, O / 8), qzeros (I / group, O / 8), scales (I / group, O).
-A word holds eight outputs in the order 0 2 4 6 1 3 5 7, which suits the unpacking of its GPU kernel. Zeros are stored as they are.
+For a weight (O, I) the stored arrays are transposed: qweight (I, O / 8), qzeros (I / group_size, O / 8), scales (I /
+group_size, O). A word holds eight outputs in the order 0 2 4 6 1 3 5 7, as its GPU kernel unpacks them. Zeros are
+stored unchanged.
 """
 
 from __future__ import annotations
@@ -22,45 +24,46 @@ BITS = 4
 PER_WORD = 8
 _ORDER = np.array([0, 2, 4, 6, 1, 3, 5, 7])
 _TOP = 2**BITS - 1
-_SMALLEST_RANGE = np.float32(1e-5)  # as AutoAWQ: a group of zeros still has a scale
+_SMALLEST_RANGE = np.float32(1e-5)  # as in AutoAWQ: the scale of a group of zeros
 
 
 def quantize(rows: Array, group_size: int) -> tuple[Array, Array, Array]:
-    """(n, I) to codes uint8 (n, I), zeros uint8 and scales float16 (n, I / group_size); zero is within every group's range."""
+    """Quantize (n, I) to codes uint8 (n, I), zeros uint8 and scales float16 (n, I / group_size). Every group's range
+    includes zero."""
     zeros, scales = grid(*group_ranges(rows, group_size))
     codes = quantize_groups(rows, GroupScales(group_size, scales, zeros), Rule.ADD_ZERO, 0, _TOP)
     return codes, zeros, scales
 
 
 def grid(low: Array, high: Array) -> tuple[Array, Array]:
-    """Zeros uint8 and scales float16 of groups from their smallest and largest values, float32, any one shape."""
+    """Zeros uint8 and scales float16 of groups from their smallest and largest values, float32 arrays of one shape."""
     low, high = np.minimum(low, 0), np.maximum(high, 0)
     scales = cast(np.maximum(high - low, _SMALLEST_RANGE) / np.float32(_TOP), np.float16)
     return np.clip(np.rint(-low / to_float32(scales)), 0, _TOP).astype(np.uint8), scales
 
 
 def dequantize(codes: Array, zeros: Array, scales: Array, group_size: int) -> Array:
-    """(code - zero) * scale, float32 and exact for float16 scales. (n, I), (n, G), (n, G) -> (n, I)."""
+    """(code - zero) * scale, float32, exact for float16 scales: (n, I), (n, G), (n, G) to (n, I)."""
     return dequantize_groups(codes, GroupScales(group_size, scales, zeros))
 
 
 def pack(codes: Array) -> Array:
-    """(O, m) codes to words (O / 8, m): eight rows to a word. O is a multiple of 8."""
+    """Pack codes (O, m) into words (O / 8, m), eight rows to a word. O is a multiple of 8."""
     rows, columns = codes.shape
-    eights = codes.reshape(rows // PER_WORD, PER_WORD, columns)[:, _ORDER]
-    return pack_words(np.ascontiguousarray(eights.swapaxes(1, 2)), BITS)[..., 0].view(np.int32)
+    octets = codes.reshape(rows // PER_WORD, PER_WORD, columns)[:, _ORDER]
+    return pack_words(np.ascontiguousarray(octets.swapaxes(1, 2)), BITS)[..., 0].view(np.int32)
 
 
 def unpack(words: Array) -> Array:
     """The inverse of ``pack``."""
-    eights = np.empty((words.shape[0], PER_WORD, words.shape[1]), np.uint8)
-    eights[:, _ORDER] = unpack_words(np.ascontiguousarray(words)[..., None], BITS).swapaxes(1, 2)
-    return eights.reshape(-1, words.shape[1])
+    octets = np.empty((words.shape[0], PER_WORD, words.shape[1]), np.uint8)
+    octets[:, _ORDER] = unpack_words(np.ascontiguousarray(words)[..., None], BITS).swapaxes(1, 2)
+    return octets.reshape(-1, words.shape[1])
 
 
 @dataclass(frozen=True)
 class Awq:
-    """``awq-4``, rounded to nearest. ``group_size``: -1 for a whole row."""
+    """Encoder for ``awq-4``, rounded to nearest. ``group_size``: -1 for a whole row."""
 
     group_size: int = 128
 
@@ -68,13 +71,13 @@ class Awq:
     lossless: ClassVar[bool] = False
     collects: ClassVar[tuple[str, ...]] = ("qweight", "qzeros", "scales")
 
-    def width(self, columns: int) -> int:
-        """Columns that share a scale in rows of this many."""
+    def columns_per_group(self, columns: int) -> int:
+        """How many columns share a scale in rows of this many columns."""
         return columns if self.group_size < 0 else self.group_size
 
     def parts(self, shape: tuple[int, ...]) -> tuple[Part, ...]:
         rows, columns = shape
-        groups, words = columns // self.width(columns), rows // PER_WORD
+        groups, words = columns // self.columns_per_group(columns), rows // PER_WORD
         return (
             Part("qweight", "I32", (columns, words), columns * words * 4, streamed=False),
             Part("qzeros", "I32", (groups, words), groups * words * 4, streamed=False),
@@ -85,10 +88,10 @@ class Awq:
         return PER_WORD
 
     def encode(self, rows: Array) -> Mapping[str, Array]:
-        return self.pack(*quantize(rows, self.width(rows.shape[1])))
+        return self.pack(*quantize(rows, self.columns_per_group(rows.shape[1])))
 
     def pack(self, codes: Array, zeros: Array, scales: Array) -> Mapping[str, Array]:
-        """``encode``'s result for rows that are quantized already."""
+        """The result of ``encode`` for rows that are already quantized."""
         return {"qweight": pack(codes), "qzeros": pack(zeros), "scales": scales}
 
     def finish(self, shape: tuple[int, ...], collected: Mapping[str, Array]) -> Mapping[str, Array]:

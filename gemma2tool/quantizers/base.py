@@ -1,7 +1,8 @@
-"""What every quantizer is: rows of a matrix in, the stored parts out, and back. Knows nothing of files or of Gemma.
+"""The interface of all quantizers: rows of a matrix in, stored parts out. Independent of file formats and of Gemma.
 
-An *encoder* turns ranges of rows into one or several *parts* (codes, scales, ...), each an array whose bytes for consecutive ranges
-simply follow one another. A part whose bytes depend on the whole tensor is ``streamed=False``: it is made once, by ``finish``.
+An *encoder* turns ranges of rows into one or several *parts* (codes, scales, ...). A part is an array; its bytes for
+consecutive ranges of rows are concatenated. A part whose bytes depend on the whole tensor has ``streamed=False``:
+``finish`` creates it once.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ from gemma2tool.model.lazy import Array
 
 @dataclass(frozen=True)
 class Part:
-    """One stored array of an encoded tensor.
+    """A stored array of an encoded tensor.
 
-    ``suffix`` is appended to the tensor's name ("" for the main part); ``dtype`` is in safetensors' spelling ("BF16", "U8", ...) or
-    a GGUF type name ("Q8_0"); ``shape`` is the stored shape; ``nbytes`` its size in bytes.
+    ``suffix``: appended to the tensor's name ("" for the main part). ``dtype``: safetensors' name ("BF16", "U8", ...)
+    or a GGUF type ("Q8_0"). ``shape``: the stored shape. ``nbytes``: the stored size.
     """
 
     suffix: str
@@ -30,41 +31,45 @@ class Part:
 
 
 class Encoder(Protocol):
-    """Rows to parts. Instances are immutable and may be called from several threads."""
+    """Encodes rows to parts. Instances are immutable and may be called from several threads."""
 
     @property
     def name(self) -> str:
-        """The type's name as the command line spells it ("q8_0", "nf4", "bf16")."""
+        """The name of the type, as the command line spells it ("q8_0", "nf4", "bf16")."""
 
     @property
     def lossless(self) -> bool:
-        """Whether decoding gives back exactly what was encoded, for every input of the encoder's own dtype."""
+        """Whether decoding reproduces every input of the encoder's own dtype exactly."""
 
     @property
     def collects(self) -> tuple[str, ...]:
-        """Suffixes of ``encode``'s result that are not written but handed, concatenated in row order, to ``finish``."""
+        """Suffixes in ``encode``'s result that are passed to ``finish``, concatenated in row order, instead of being
+        written."""
 
     def parts(self, shape: tuple[int, ...]) -> tuple[Part, ...]:
-        """The stored arrays of a tensor of this shape, streamed ones first."""
+        """The stored arrays of a tensor of this shape, the streamed ones first."""
 
     def row_multiple(self, shape: tuple[int, ...]) -> int:
         """Ranges of rows must start at multiples of this many rows (blocks may span rows)."""
 
     def encode(self, rows: Array) -> Mapping[str, Array]:
-        """Encode a range of rows ``(n, *shape[1:])`` of any float dtype; returns streamed parts by suffix, C-contiguous.
+        """Encode a range of rows ``(n, *shape[1:])`` of any float dtype to the streamed parts, C-contiguous arrays by
+        suffix.
 
-        May also return arrays under suffixes that ``finish`` collects (see ``collects``).
+        The result may also have the suffixes in ``collects``.
         """
 
     def finish(self, shape: tuple[int, ...], collected: Mapping[str, Array]) -> Mapping[str, Array]:
-        """The parts that are not streamed, by suffix."""
+        """The parts that are not streamed, by suffix, from the arrays in ``collects``."""
 
 
 def limit_of(encoder: Encoder) -> float:
-    """The magnitude from which on what ``encoder`` stores would be infinite, or decode to NaN: its attribute ``limit``; infinity where
-    it has none, because every finite value of the source can be stored."""
-    return getattr(encoder, "limit", math.inf)
+    """The smallest magnitude that ``encoder`` stores as infinity, or as a block that decodes to NaN.
+
+    It is the encoder's attribute ``limit``; infinity for an encoder without one, which can store every finite value.
+    """
+    return float(getattr(encoder, "limit", math.inf))
 
 
 FLOAT16_LIMIT = 65520.0
-"""The first magnitude that rounds to a float16 infinity."""
+"""The smallest magnitude that rounds to infinity in float16."""

@@ -1,4 +1,4 @@
-"""Small unsigned integers packed into 32-bit words, little end first: element i of a word starts at its bit i * bits."""
+"""Small unsigned integers packed into 32-bit words: element i of a word starts at bit i * bits."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ _STRIP = 128
 
 
 def pack_words(codes: Array, bits: int) -> Array:
-    """(..., n) uint8 values below 2**bits to (..., n * bits / 32) uint32. ``bits`` is 4 or 8, n a multiple of 32 / bits."""
+    """Pack uint8 codes below 2**bits, (..., n), into uint32 (..., n * bits / 32). ``bits`` is 4 or 8, n a multiple of
+    32 / bits."""
     per_word = _per_word(bits)
     if codes.shape[-1] % per_word:
         raise ValueError(f"{codes.shape[-1]} codes of {bits} bits do not fill whole words")
@@ -27,7 +28,7 @@ def pack_words(codes: Array, bits: int) -> Array:
 
 
 def unpack_words(words: Array, bits: int) -> Array:
-    """(..., n) 32-bit words to (..., n * 32 / bits) uint8; the inverse of ``pack_words``."""
+    """The inverse of ``pack_words``: 32-bit words (..., n) to uint8 codes (..., n * 32 / bits)."""
     _per_word(bits)
     values = np.ascontiguousarray(words)
     if sys.byteorder != "little":
@@ -41,7 +42,8 @@ def unpack_words(words: Array, bits: int) -> Array:
 
 
 def transposed(matrix: Array) -> Array:
-    """(n, m) to a C-contiguous (m, n), strip by strip: what one strip writes stays in the caches, which is three times as fast."""
+    """The transpose of (n, m), C-contiguous. Copies strip by strip so that the written lines stay in cache: three times
+    as fast."""
     result = np.empty(matrix.shape[::-1], matrix.dtype)
     for first in range(0, len(matrix), _STRIP):
         result[:, first : first + _STRIP] = matrix[first : first + _STRIP].T
@@ -50,5 +52,5 @@ def transposed(matrix: Array) -> Array:
 
 def _per_word(bits: int) -> int:
     if bits not in (4, 8):
-        raise ValueError(f"codes of {bits} bits")
+        raise ValueError(f"codes must have 4 or 8 bits, not {bits} bits")
     return WORD_BITS // bits

@@ -1,12 +1,12 @@
-"""The number formats of bitsandbytes: nf4 and fp4 (with or without double quantization) and LLM.int8().
+"""The types of bitsandbytes: nf4 and fp4 (with or without double quantization) and LLM.int8().
 
-Every byte equals what bitsandbytes' CPU library writes (checked against 0.50). Its 4-bit types cut the flat, row-major tensor
-into blocks of 64; a block keeps its largest magnitude (*absmax*) and, for each value, the index of the nearest of 16 numbers
-times absmax. Double quantization stores the absmax values themselves in 8 bits, in blocks of 256, around their mean.
-LLM.int8() scales each row of the float16-rounded matrix by 127 / absmax.
+Every byte equals what bitsandbytes' CPU library writes (compared with 0.50). The 4-bit types split the flat, row-major
+tensor into blocks of 64; a block stores its largest magnitude (*absmax*) and, for each value, the index of the nearest
+of 16 numbers times absmax. Double quantization stores the absmax values in 8 bits, in blocks of 256, relative to their
+mean. LLM.int8() scales each row of the float16-rounded matrix by 127 / absmax.
 
-Values mean what the library's own dequantization gives: absmax * number in float32, rounded to the type the weight had when it
-was quantized (see ``FourBit.dtype``).
+Dequantization is that of the library: absmax * number in float32, rounded to the dtype that the weight had when it was
+quantized (see ``FourBit.dtype``).
 """
 
 from __future__ import annotations
@@ -30,24 +30,25 @@ from gemma2tool.quantizers.kernels import _native
 BLOCKSIZE = 64
 NESTED_BLOCKSIZE = 256
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
-"""The block sizes that the library accepts; it writes 64 unless told otherwise."""
+"""The block sizes that the library accepts; its default is 64."""
 
 QUANT_DTYPES = {"bfloat16": BFLOAT16, "float16": FLOAT16, "float32": FLOAT32}
-"""Types a weight may have when it is quantized, in torch's spelling."""
+"""The dtypes that a weight may have when it is quantized, by torch's name."""
 
 
 def quantize_4bit(values: Array, quant_type: str) -> tuple[Array, Array]:
-    """Quantize a flat array of floats, of which only the last block may be shorter than 64.
+    """Quantize a flat array of floats; only the last block may be shorter than 64.
 
     Returns the codes, two in a byte with the first in the high half, uint8 ``(ceil(n / 2),)``, and absmax, float32
-    ``(ceil(n / 64),)``. The library divides in a short last block where it otherwise multiplies by the reciprocal.
+    ``(ceil(n / 64),)``. Like the library, it divides in a short last block and multiplies by the reciprocal in all
+    others.
     """
     packed = np.empty(-(-len(values) // 2), np.uint8)
     return packed, _quantize_4bit(values, quant_type, packed)
 
 
 def absmax_4bit(values: Array) -> Array:
-    """The second result of ``quantize_4bit`` alone."""
+    """The absmax values of ``quantize_4bit`` alone."""
     return _quantize_4bit(values, "nf4", None)
 
 
@@ -70,9 +71,9 @@ def _quantize_4bit(values: Array, quant_type: str, packed: Array | None) -> Arra
 def dequantize_4bit(
     packed: Array, absmax: Array, quant_type: str, count: int, dtype: DType, blocksize: int = BLOCKSIZE
 ) -> Array:
-    """The first ``count`` values of whole blocks: number * absmax in float32, rounded to ``dtype``. Flat arrays.
+    """Dequantize the first ``count`` values: number * absmax in float32, rounded to ``dtype``. All arrays are flat.
 
-    Raises ValueError where there are too few codes or scales.
+    Raises ValueError for too few codes or absmax values, or an unknown block size.
     """
     if len(packed) * 2 < count or len(absmax) * blocksize < count or blocksize not in BLOCKSIZES:
         raise ValueError(f"{len(packed)} bytes and {len(absmax)} blocks of {blocksize} do not hold {count} values")
@@ -93,7 +94,8 @@ def dequantize_4bit(
 
 
 def quantize_8bit(values: Array) -> tuple[Array, Array]:
-    """Flat float32 values in blocks of 256 of the dynamic type: codes uint8 ``(n,)``, absmax float32 ``(ceil(n / 256),)``."""
+    """Quantize flat float32 values to the dynamic type in blocks of 256: codes uint8 ``(n,)``, absmax float32 ``(ceil(n
+    / 256),)``."""
     values = np.ascontiguousarray(values, np.float32)
     codes = np.empty(len(values), np.uint8)
     absmax = np.empty(-(-len(values) // NESTED_BLOCKSIZE), np.float32)
@@ -104,16 +106,17 @@ def quantize_8bit(values: Array) -> tuple[Array, Array]:
 
 
 def dequantize_8bit(codes: Array, absmax: Array, numbers: Array, blocksize: int = NESTED_BLOCKSIZE) -> Array:
-    """``numbers[code] * absmax`` in float32, of whole blocks but for the last. Flat arrays."""
-    return numbers[codes] * np.repeat(absmax, blocksize)[: len(codes)]
+    """``numbers[code] * absmax`` in float32; only the last block may be shorter. All arrays are flat."""
+    values: Array = numbers[codes] * np.repeat(absmax, blocksize)[: len(codes)]
+    return values
 
 
 def mean_float32(values: Array) -> np.float32:
-    """The mean of a flat float32 array in the order in which torch adds on one thread.
+    """The mean of a flat float32 array, summed in the order in which torch sums on one thread.
 
-    Rows of 32 values are added column by column, in up to four levels so that no running sum grows long; then the columns,
-    four vectors of eight apart, are folded. (torch on several threads splits 32,768 values or more between them, and its last
-    bit then depends on how many there are. Ours does not.)
+    Rows of 32 values are added column by column, in up to four levels so that no running sum grows long; then the 32
+    columns, four vectors of eight, are added up. With several threads torch splits 32,768 or more values among them, so
+    that its last bit depends on their number; this function has no such dependence.
     """
     lanes = 8 if len(values) >= 8 else 1
     vectors = len(values) // lanes
@@ -124,7 +127,8 @@ def mean_float32(values: Array) -> np.float32:
 
 
 def _sum_vectors(vectors: Array) -> Array:
-    """The sum of (n, lanes) over n: four vectors to a row, rows added in levels, the four columns folded last."""
+    """The sum of (n, lanes) over n: four vectors form a row, rows are added in levels, the four columns are added
+    last."""
     rows, lanes = len(vectors) // 4, vectors.shape[1]
     power = max(4, (rows - 1).bit_length() // 4 if rows > 1 else 0)
     level, carried = vectors[: rows * 4].reshape(rows, 4, lanes), []
@@ -138,7 +142,7 @@ def _sum_vectors(vectors: Array) -> Array:
 
 
 def _sum_rows(rows: Array) -> Array:
-    """The sum over the first axis, one after the other from zero: numpy's own sum may pair them up."""
+    """The sum over the first axis in sequence, starting from zero; numpy's own sum may add pairwise."""
     total = np.zeros(rows.shape[1:], np.float32)
     for row in rows:
         total = total + row
@@ -147,11 +151,11 @@ def _sum_rows(rows: Array) -> Array:
 
 @dataclass(frozen=True)
 class FourBit:
-    """nf4 or fp4.
+    """Encoder for nf4 or fp4.
 
-    ``dtype``: the type the weight is taken to have (rows of another type are cast to it first); the file records it, and the
-    library dequantizes to it. ``nested_offset``: the mean of the tensor's absmax values, which double quantization writes out in
-    decimal; ``surveyed`` finds it, and ``parts`` and ``finish`` need it.
+    ``dtype``: the dtype of the weight (rows of another dtype are cast to it first); the file records it, and the
+    library dequantizes to it. ``nested_offset``: the mean of the tensor's absmax values, which double quantization
+    records in decimal; ``surveyed`` computes it, ``parts`` and ``finish`` need it.
     """
 
     quant_type: str = "nf4"
@@ -163,7 +167,7 @@ class FourBit:
 
     def __post_init__(self) -> None:
         if self.quant_type not in CODES:
-            raise ValueError(f"no 4-bit type {self.quant_type!r}")
+            raise ValueError(f"{self.quant_type!r} is not a 4-bit type")
         if self.dtype not in QUANT_DTYPES.values():
             raise ValueError(f"weights of {self.dtype} cannot be quantized to {self.quant_type}")
 
@@ -176,19 +180,19 @@ class FourBit:
         return (".absmax",) if self.double_quant else ()
 
     def surveyed(self, source: LazyTensor, chunk_bytes: int = 16 << 20) -> FourBit:
-        """This encoder for one tensor: with double quantization the tensor is read once, for the mean of its absmax values."""
+        """This encoder for one tensor. Double quantization reads the tensor once, for the mean of its absmax values."""
         if not self.double_quant:
             return self
         row_bytes = source.row_size * source.dtype.itemsize
         ranges = row_ranges(source.rows, row_bytes, chunk_bytes, self.row_multiple(source.shape))
-        absmax = np.concatenate([absmax_4bit(self._loaded(source.load_rows(first, last))) for first, last in ranges])
+        absmax = np.concatenate([absmax_4bit(self._flat(source.load_rows(first, last))) for first, last in ranges])
         offset = float(mean_float32(absmax))
         if not math.isfinite(offset):
             raise InputRefused("quantize.nonfinite", f"{source.origin}: NaN or infinite weights cannot be quantized")
         return replace(self, nested_offset=offset)
 
-    def _loaded(self, rows: Array) -> Array:
-        """The rows as a flat array of the type that the weight is taken to have."""
+    def _flat(self, rows: Array) -> Array:
+        """The rows as a flat array of ``dtype``."""
         return cast(rows if rows.dtype != np.float64 else to_float32(rows), self.dtype).reshape(-1)
 
     def parts(self, shape: tuple[int, ...]) -> tuple[Part, ...]:
@@ -204,7 +208,7 @@ class FourBit:
                 (".quant_map", "F32", 16),
                 state,
             ]
-            streamed = ()
+            streamed: tuple[Part, ...] = ()
         else:
             rest = [(".quant_map", "F32", 16), state]
             streamed = (Part(".absmax", "F32", (blocks,), 4 * blocks),)
@@ -215,7 +219,7 @@ class FourBit:
         return BLOCKSIZE // math.gcd(math.prod(shape[1:]), BLOCKSIZE)
 
     def encode(self, rows: Array) -> Mapping[str, Array]:
-        packed, absmax = quantize_4bit(self._loaded(rows), self.quant_type)
+        packed, absmax = quantize_4bit(self._flat(rows), self.quant_type)
         return {"": packed.reshape(-1, 1), ".absmax": absmax}
 
     def finish(self, shape: tuple[int, ...], collected: Mapping[str, Array]) -> Mapping[str, Array]:
@@ -226,7 +230,7 @@ class FourBit:
         if self.double_quant:
             absmax = collected[".absmax"]
             if float(mean_float32(absmax)) != self.nested_offset:
-                raise ValueError("this encoder was surveyed on another tensor")
+                raise ValueError("the encoder was surveyed on a different tensor")
             codes, nested_absmax = quantize_8bit(absmax - np.float32(self.nested_offset))
             parts |= {".absmax": codes, ".nested_absmax": nested_absmax, ".nested_quant_map": dynamic_map()}
         return parts
@@ -236,8 +240,8 @@ class FourBit:
         return f".quant_state.bitsandbytes__{self.quant_type}"
 
     def _state(self, shape: tuple[int, ...]) -> bytes:
-        """The JSON that the library keeps beside the arrays, in its spelling."""
-        state = {
+        """The JSON that the library stores with the arrays, spelled as it spells it."""
+        state: dict[str, object] = {
             "quant_type": self.quant_type,
             "blocksize": BLOCKSIZE,
             "dtype": next(name for name, dtype in QUANT_DTYPES.items() if dtype == self.dtype),
@@ -245,7 +249,7 @@ class FourBit:
         }
         if self.double_quant:
             if self.nested_offset is None:
-                raise ValueError("double quantization needs a survey of the tensor first: see FourBit.surveyed")
+                raise ValueError("double quantization needs an encoder surveyed on the tensor: see FourBit.surveyed")
             state |= {
                 "nested_blocksize": NESTED_BLOCKSIZE,
                 "nested_dtype": "float32",
@@ -255,31 +259,34 @@ class FourBit:
 
 
 def quantize_int8(rows: Array) -> tuple[Array, Array]:
-    """LLM.int8() of a matrix (O, I): codes int8 (O, I) and the row absmax, float32 (O,). Values are rounded to float16 first.
+    """Quantize a matrix (O, I) to LLM.int8(): codes int8 (O, I) and the absmax of each row, float32 (O,).
 
-    A magnitude over 65504 is infinite in float16: its row becomes zero, its absmax infinite.
+    Values are rounded to float16 first. A row with a magnitude of 65520 or more, infinite in float16, has codes 0 and
+    infinite absmax.
     """
     rows = kernel_floats(rows)
-    codes, absmax = np.empty(rows.shape, np.int8), np.empty(rows.shape[0], np.float32)
+    n, columns = rows.shape
+    codes, absmax = np.empty((n, columns), np.int8), np.empty(n, np.float32)
     _native.bnb_quantize_int8(
-        rows.ctypes.data, rows.dtype == BFLOAT16, *rows.shape, codes.ctypes.data, absmax.ctypes.data
+        rows.ctypes.data, rows.dtype == BFLOAT16, n, columns, codes.ctypes.data, absmax.ctypes.data
     )
     return codes, absmax
 
 
 def dequantize_int8(codes: Array, absmax: Array) -> Array:
-    """code * absmax / 127 in float32, with the library's constant for 1 / 127. (O, I), (O,) -> (O, I)."""
+    """code * absmax / 127 in float32, with the library's constant for 1 / 127: (O, I), (O,) to (O, I)."""
     codes, absmax = np.ascontiguousarray(codes, np.int8), np.ascontiguousarray(absmax, np.float32)
     if absmax.shape != codes.shape[:1]:
         raise ValueError(f"{absmax.shape} scales for codes {codes.shape}")
     values = np.empty(codes.shape, np.float32)
-    _native.bnb_dequantize_int8(codes.ctypes.data, absmax.ctypes.data, *codes.shape, values.ctypes.data)
+    n, columns = codes.shape
+    _native.bnb_dequantize_int8(codes.ctypes.data, absmax.ctypes.data, n, columns, values.ctypes.data)
     return values
 
 
 @dataclass(frozen=True)
 class Int8:
-    """LLM.int8(): a scale a row, stored as the row's absmax under the name SCB beside the weight."""
+    """Encoder for LLM.int8(): a scale for each row, stored as the row's absmax in a tensor named SCB."""
 
     name: ClassVar[str] = "int8"
     lossless: ClassVar[bool] = False

@@ -1,7 +1,7 @@
-"""The numbers behind bitsandbytes' types: nf4, fp4, and the "dynamic" 8-bit type that double quantization uses for absmax.
+"""The values of bitsandbytes' types: nf4, fp4, and the "dynamic" 8-bit type that double quantization uses for absmax.
 
-They are kept as tables because the library's files carry them: its own code computes the dynamic map with torch.linspace, whose
-last bits depend on the width of torch's vectors (these are those of every x86-64 machine with AVX2).
+They are constants because checkpoints contain them and the library computes the dynamic map with torch.linspace, whose
+last bits depend on the vector width of torch's build. These are the values on every x86-64 machine with AVX2.
 """
 
 from __future__ import annotations
@@ -13,31 +13,32 @@ import numpy as np
 from gemma2tool.model.lazy import Array
 
 CODES = {
-    # Quantiles of the normal distribution, as the library's table spells them.
+    # Quantiles of the normal distribution, from the library's table.
     "nf4": np.array(
-        [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
-         -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
-         0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0], np.float32
+        [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+         -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634,
+         0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0], np.float32
     ),
     # Sign, two exponent bits, one mantissa bit, over 12.
     "fp4": np.array([0, 0.0625, 8, 12, 4, 6, 2, 3, 0, -0.0625, -8, -12, -4, -6, -2, -3], np.float32) / np.float32(12),
 }  # fmt: skip
-"""The 16 numbers of each 4-bit type, by code."""
+"""The 16 values of each 4-bit type, by code."""
 
 ASCENDING = {
     "nf4": np.arange(16, dtype=np.uint8),
     "fp4": np.array([11, 10, 13, 12, 15, 14, 9, 0, 8, 1, 6, 7, 4, 5, 2, 3], np.uint8),
 }
-"""The codes from the smallest number to the largest. fp4 has zero twice; just below zero is code 0, just above it code 8."""
+"""The codes from the smallest value to the largest. fp4 has zero twice: code 0 rounds from below, code 8 from above."""
 
 
 def _midpoints(quant_type: str) -> Array:
-    numbers = CODES[quant_type][ASCENDING[quant_type]]
-    return (numbers[:-1] + numbers[1:]) / np.float32(2)
+    values = CODES[quant_type][ASCENDING[quant_type]]
+    midpoints: Array = (values[:-1] + values[1:]) / np.float32(2)
+    return midpoints
 
 
 MIDPOINTS = {quant_type: _midpoints(quant_type) for quant_type in CODES}
-"""Between two neighbouring numbers; a value on a midpoint goes to the smaller."""
+"""The midpoints between neighboring values; a number on a midpoint is rounded to the smaller value."""
 
 # fmt: off
 _DYNAMIC_MAGNITUDES = np.array([
@@ -64,10 +65,10 @@ _DYNAMIC_MAGNITUDES = np.array([
 
 @functools.cache
 def dynamic_map() -> Array:
-    """The 256 numbers of the signed dynamic type, ascending: float32, within [-0.993, 1].
+    """The 256 values of the signed dynamic type, ascending, float32 within [-0.993, 1].
 
-    Seven decades, each with twice as many evenly spaced numbers as the one below, and both signs of each; 0; and 1, which has no
-    negative twin (Dettmers, arXiv 1511.04561).
+    They are seven decades with both signs, each with twice as many evenly spaced values as the next smaller one; 0; and
+    1, which has no negative counterpart (Dettmers, arXiv 1511.04561).
     """
     table = np.concatenate(
         [-_DYNAMIC_MAGNITUDES[::-1], np.zeros(1, np.float32), _DYNAMIC_MAGNITUDES, np.ones(1, np.float32)]
@@ -78,7 +79,8 @@ def dynamic_map() -> Array:
 
 @functools.cache
 def dynamic_bins() -> Array:
-    """The nearest code of ``dynamic_map`` for each of 65536 steps from -1 to 1, uint8: the CPU library looks values up here."""
+    """The nearest code of ``dynamic_map`` for each of 65536 steps from -1 to 1, uint8: the lookup table of the CPU
+    library."""
     numbers = dynamic_map()
     midpoints = np.float32(0.5) * (numbers[:-1] + numbers[1:])
     steps = np.float32(-1) + np.arange(65536, dtype=np.float32) * np.float32(2) / np.float32(65535)

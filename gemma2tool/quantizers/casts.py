@@ -1,4 +1,4 @@
-"""Conversions between float32, float16 and bfloat16 at the speed of memory, and the search for NaN and infinities."""
+"""Conversions between float32, float16 and bfloat16 at memory bandwidth, and the search for NaN and infinity."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 
 import ml_dtypes
 import numpy as np
+from numpy.typing import DTypeLike
 
 from gemma2tool.model.lazy import Array, DType
 from gemma2tool.quantizers.kernels import _native
@@ -13,14 +14,15 @@ from gemma2tool.quantizers.kernels import _native
 _NAMES = {np.dtype(np.float32): "f32", np.dtype(np.float16): "f16", np.dtype(ml_dtypes.bfloat16): "bf16"}
 
 
-def cast(array: Array, dtype: DType | type, out: Array | None = None) -> Array:
-    """``array`` in ``dtype``: float32, float16 or ``ml_dtypes.bfloat16`` to any of the three, same shape.
+def cast(array: Array, dtype: DTypeLike, out: Array | None = None) -> Array:
+    """Convert ``array`` from float32, float16 or ``ml_dtypes.bfloat16`` to any of the three; same shape.
 
-    Rounds to nearest even; float16 overflow gives infinities. NaN stays NaN with its sign, with the bits ggml writes: 0x7E00 in
-    float16, the upper half with the quiet bit set in bfloat16. Without ``out`` and with nothing to convert, returns ``array`` itself.
+    Rounds to nearest even; float16 overflow gives infinity. NaN stays NaN, keeps its sign and gets the bits that ggml
+    writes: 0x7E00 in float16, the upper half with the quiet bit set in bfloat16. Returns ``array`` itself if the dtype
+    is the same and ``out`` is None.
 
     Raises:
-        ValueError: for another dtype, or an ``out`` of another shape or dtype or that is not C-contiguous.
+        ValueError: for another dtype, or an ``out`` that has another shape or dtype or is not C-contiguous.
     """
     source, target = _name(array.dtype), _name(np.dtype(dtype))
     if out is None and source == target:
@@ -38,15 +40,16 @@ def cast(array: Array, dtype: DType | type, out: Array | None = None) -> Array:
 
 
 def count_nonfinite(array: Array) -> int:
-    """How many elements of a float32, float16 or bfloat16 array are NaN or infinite."""
+    """Count the elements of a float32, float16 or bfloat16 array that are NaN or infinite."""
     array = np.ascontiguousarray(array)
     return _native.count_nonfinite(_name(array.dtype), array.ctypes.data, array.size)
 
 
 def any_beyond(array: Array, limit: float = math.inf) -> bool:
-    """Whether any value is NaN or infinite, or of a magnitude from ``limit`` on. float32, float16, bfloat16 or float64.
+    """Whether any value of a float32, float16, bfloat16 or float64 array is NaN, infinite, or of magnitude ``limit`` or
+    more.
 
-    A finite limit compares the values' bits as integers, whose order is that of floats: two passes in cache, nothing allocated.
+    For a finite limit the bits are compared as integers, which have the order of floats: two passes, no allocation.
     """
     if not array.size:
         return False
@@ -55,9 +58,8 @@ def any_beyond(array: Array, limit: float = math.inf) -> bool:
     width = 8 * array.dtype.itemsize
     flat = np.ascontiguousarray(array).reshape(-1)
     with np.errstate(over="ignore"):
-        bound = int(
-            np.array(limit, array.dtype).view(f"u{width // 8}")
-        )  # infinity where the type does not reach the limit
+        # Infinity where the dtype does not reach the limit.
+        bound = int(np.array(limit, array.dtype).view(f"u{width // 8}"))
     positive, negative = flat.view(f"i{width // 8}").max(), flat.view(f"u{width // 8}").max()
     return bool(positive >= bound or int(negative) >= (1 << (width - 1)) + bound)
 
@@ -66,4 +68,4 @@ def _name(dtype: DType) -> str:
     try:
         return _NAMES[dtype]
     except KeyError:
-        raise ValueError(f"no cast from or to {dtype}; float32, float16 and bfloat16 only") from None
+        raise ValueError(f"cannot cast from or to {dtype}; only float32, float16 and bfloat16") from None

@@ -1,8 +1,8 @@
 """The round-to-nearest schemes of compressed-tensors, as vLLM serves them.
 
-All arithmetic happens in the type of the weight (bfloat16 for Gemma), each operation rounded to it, because the library computes so:
-scale = largest / half the range, code = round(clamp(weight / scale)). Division, not the reciprocal; clamped before it is rounded.
-Checked against compressed-tensors 0.20.
+As in the library, each operation is rounded to the dtype of the weight (bfloat16 for Gemma): scale = absmax / half the
+range, code = round(clamp(weight / scale)). It divides instead of multiplying by the reciprocal, and clamps before it
+rounds. Compared with compressed-tensors 0.20.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import ClassVar
 import ml_dtypes
 import numpy as np
 
-from gemma2tool.model.lazy import BFLOAT16, Array, DType, to_float32
+from gemma2tool.model.lazy import BFLOAT16, FLOAT16, FLOAT32, Array, DType, to_float32
 from gemma2tool.quantizers.base import Part
 from gemma2tool.quantizers.bitpack import pack_words, unpack_words
 from gemma2tool.quantizers.casts import cast
@@ -23,14 +23,15 @@ from gemma2tool.quantizers.groups import GroupScales, Rule, dequantize_groups, g
 FP8 = np.dtype(ml_dtypes.float8_e4m3fn)
 FP8_MAX = 448.0
 _FP8_VALUES = np.arange(256, dtype=np.uint8).view(FP8).astype(np.float32)
+_EPS = {FLOAT32: np.float32(2**-23), FLOAT16: np.float32(2**-10), BFLOAT16: np.float32(2**-7)}
 FLOAT_NAMES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """A weight scheme: ``bits`` and ``kind`` ("int" or "float") of the codes, what shares a scale, whether codes are packed.
+    """A weight scheme: ``bits`` and ``kind`` ("int" or "float") of the codes, and whether they are packed.
 
-    ``group_size``: how many columns share a scale, None for a whole row; ``block_rows``: how many rows share it.
+    ``group_size``: how many columns share a scale, None for a whole row. ``block_rows``: how many rows share it.
     """
 
     bits: int
@@ -49,7 +50,8 @@ class Scheme:
         return FP8_MAX if self.kind == "float" else 2.0 ** (self.bits - 1) - 1
 
     def group_count(self, columns: int) -> int:
-        """How many scales a row of this many columns has. Raises ValueError where the library could not store it."""
+        """How many scales a row of this many columns has. Raises ValueError where the library cannot store such a
+        row."""
         if self.group_size is None:
             return 1
         if columns % self.group_size and self.block_rows == 1:
@@ -67,16 +69,16 @@ SCHEMES = {
 }
 
 
-def _in(dtype: DType, values: Array) -> Array:
+def _round_to(dtype: DType, values: Array) -> Array:
     """float32 values rounded to ``dtype``, as float32."""
     return values if dtype == np.float32 else to_float32(cast(values, dtype))
 
 
 def quantize(rows: Array, scheme: Scheme) -> tuple[Array, Array, Array | None]:
-    """Quantize (n, I) of any float dtype, whose arithmetic is used.
+    """Quantize (n, I) of any float dtype, in the arithmetic of that dtype.
 
-    Returns codes (n, I), int8 or float8_e4m3fn; scales in the dtype of ``rows`` (ceil(n / block_rows), groups); and, where the
-    scheme is not symmetric, zero points int8 of the same shape.
+    Returns codes (n, I), int8 or float8_e4m3fn; scales (ceil(n / block_rows), G) in the dtype of ``rows``; and zero
+    points, int8 of the shape of the scales, or None where the scheme is symmetric.
     """
     dtype, (n, columns) = rows.dtype, rows.shape
     width, height = scheme.group_size or columns, scheme.block_rows
@@ -93,24 +95,27 @@ def quantize(rows: Array, scheme: Scheme) -> tuple[Array, Array, Array | None]:
 
 
 def grid(low: Array, high: Array, scheme: Scheme, dtype: DType) -> tuple[Array | None, Array]:
-    """Zero points int8 (None where the scheme is symmetric) and scales, float32 values of ``dtype``, of groups from their smallest and
-    largest values."""
+    """Zero points int8 (None where the scheme is symmetric) and scales, float32 values rounded to ``dtype``, of groups
+    from their smallest and largest values."""
     low, high = np.minimum(low, 0), np.maximum(high, 0)
     levels = np.float32(scheme.high - scheme.low)
     zero_points = None
     with np.errstate(invalid="ignore", divide="ignore"):
         if scheme.symmetric:
-            scales = _in(dtype, np.maximum(-low, high) / (levels / 2))
+            scales = _round_to(dtype, np.maximum(-low, high) / (levels / 2))
         else:
-            scales = _in(dtype, _in(dtype, high - low) / levels)
-            zeros = np.clip(_in(dtype, np.float32(scheme.low) - _in(dtype, low / scales)), scheme.low, scheme.high)
+            scales = _round_to(dtype, _round_to(dtype, high - low) / levels)
+            zeros = np.clip(
+                _round_to(dtype, np.float32(scheme.low) - _round_to(dtype, low / scales)), scheme.low, scheme.high
+            )
             zero_points = np.where(np.isnan(zeros), 0, np.rint(zeros)).astype(np.int8)
-    scales[scales == 0] = np.float32(ml_dtypes.finfo(dtype).eps)
+    scales[scales == 0] = _EPS[dtype]
     return zero_points, scales
 
 
 def dequantize(codes: Array, scales: Array, zero_points: Array | None, scheme: Scheme) -> Array:
-    """(code - zero point) * scale in the dtype of the scales. Row ranges must start at multiples of ``block_rows``."""
+    """(code - zero point) * scale in the dtype of the scales. A range of rows must start at a multiple of
+    ``block_rows``."""
     n, columns = codes.shape
     groups = _groups_of_rows(scheme, columns, scales, zero_points, n)
     if codes.dtype == FP8:
@@ -130,22 +135,22 @@ def _groups_of_rows(scheme: Scheme, columns: int, scales: Array, zero_points: Ar
 
 
 def pack(codes: Array, bits: int) -> Array:
-    """(n, m) int8 to int32 words along the last axis, each code offset to be unsigned."""
+    """Pack int8 codes (n, m), offset to be unsigned, into int32 words along the last axis."""
     return pack_words((codes.view(np.uint8) + np.uint8(1 << (bits - 1))) & np.uint8((1 << bits) - 1), bits).view(
         np.int32
     )
 
 
 def unpack(words: Array, bits: int) -> Array:
-    """The inverse of ``pack``: int8."""
+    """The inverse of ``pack``: int8 codes."""
     return (unpack_words(words, bits) - np.uint8(1 << (bits - 1))).view(np.int8)
 
 
 @dataclass(frozen=True)
 class Compressed:
-    """Encoder for one of SCHEMES. ``dtype``: the type the weight is taken to have; rows of another are cast to it first.
+    """Encoder for one of SCHEMES. ``dtype``: the dtype of the arithmetic; rows of another dtype are cast to it first.
 
-    ``variant``: the type's scheme with another group size, None for its own.
+    ``variant``: the scheme with another group size, None for the scheme itself.
     """
 
     name: str
@@ -189,7 +194,8 @@ class Compressed:
         return main
 
     def pack(self, codes: Array, zeros: Array, scales: Array) -> Mapping[str, Array]:
-        """``encode``'s result for rows that are quantized already, to codes and zeros counted from the lowest (uint8). Of packed schemes."""
+        """The result of ``encode`` for rows that are already quantized; packed schemes only. Codes and zeros are uint8,
+        counted from the lowest code."""
         lowest = np.uint8(1 << (self.scheme.bits - 1))
         main = {"weight_packed": pack((codes - lowest).view(np.int8), self.scheme.bits), "weight_scale": scales}
         return main if self.scheme.symmetric else main | {"weight_zero_point": (zeros - lowest).view(np.int8)}

@@ -1,4 +1,4 @@
-"""Plain floating-point storage as an encoder: float32, float16, bfloat16, rounded to nearest even; other types as they are."""
+"""The encoder of plain floats: float32, float16 and bfloat16 rounded to nearest even; other types unchanged."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ SAFETENSORS_NAMES = {
 
 @dataclass(frozen=True)
 class Float:
-    """Store values as ``dtype``: float32, float16 or bfloat16 from any of the three or from float64, any other type from itself alone."""
+    """Stores values as ``dtype``: float32, float16 or bfloat16 from any of the three or float64; another type only from
+    itself."""
 
     dtype: DType
     collects: tuple[str, ...] = ()
@@ -59,6 +60,6 @@ class Float:
 
 
 def narrows_exactly(values: Array, dtype: DType) -> bool:
-    """Whether every value survives being stored as ``dtype`` (compared as values; NaN never does)."""
+    """Whether every value equals itself after a round trip through ``dtype``; NaN never does."""
     with np.errstate(over="ignore", invalid="ignore"):
         return bool(np.array_equal(values.astype(dtype).astype(np.float64), values.astype(np.float64)))

@@ -1,4 +1,4 @@
-"""GGUF's types as encoders: rows of any float type to blocks, or rows of blocks passed through as they are."""
+"""Encoders for GGUF's types: quantize rows of any float dtype, or pass stored blocks through unchanged."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ def _part(type: str, shape: tuple[int, ...]) -> Part:
 
 @dataclass(frozen=True, eq=False)
 class Blocks:
-    """Quantize rows to a block type, weighed by ``importance`` (cols,) float32 where there is one.
+    """Quantizes rows to a block type. ``importance``, float32 (cols,), weights the columns.
 
-    ``encode`` raises ``ValueError`` for a type that cannot be made without importance.
+    ``encode`` raises ``ValueError`` for a type that requires importance and has none.
     """
 
     type: str
@@ -31,7 +31,8 @@ class Blocks:
     collects: tuple[str, ...] = ()
 
     limit: ClassVar[float] = FLOAT16_LIMIT
-    """Scales are float16: infinite ones turn the whole block into NaN. (llama-quantize finds those afterwards, in the blocks.)"""
+    """Scales are float16; an infinite scale turns the whole block into NaN. llama-quantize detects that only in the
+    finished blocks."""
 
     @property
     def name(self) -> str:
@@ -56,7 +57,8 @@ class Blocks:
 
 @dataclass(frozen=True)
 class Copied:
-    """Rows that are stored blocks of ``type`` already, (n, row bytes) uint8, ``cols`` values each, written as they are."""
+    """Writes rows that are already stored blocks of ``type``, uint8 (n, row bytes) of ``cols`` values each,
+    unchanged."""
 
     type: str
     cols: int
@@ -71,7 +73,7 @@ class Copied:
         return True
 
     def parts(self, shape: tuple[int, ...]) -> tuple[Part, ...]:
-        """``shape`` is that of the blocks' bytes, (rows, row bytes); the stored shape is (rows, cols)."""
+        """``shape``: of the blocks' bytes, (rows, row bytes). The stored shape is (rows, cols)."""
         stored = (shape[0], self.cols)
         return (_part(self.type, stored),)
 
@@ -86,5 +88,5 @@ class Copied:
 
 
 def block_elements() -> Mapping[str, int]:
-    """Elements in a block of each type."""
+    """How many elements a block of each type has."""
     return {name: row.block_elements for name, row in GGUF_TYPES.items()}

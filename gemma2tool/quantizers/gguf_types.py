@@ -1,9 +1,8 @@
-"""Every GGUF block type: sizes, quantization and dequantization of rows, byte for byte as llama.cpp's x86-64 builds.
+"""The GGUF block types: sizes, and quantization and dequantization of rows, byte for byte as in llama.cpp's x86-64
+builds.
 
-The unit is the row: rows are independent, so cutting a tensor into chunks of rows never changes a byte. One call runs on one
-thread without the GIL; callers run chunks in parallel.
-
-Facts: block layouts and type ids are ggml's (ggml-common.h, ggml.h).
+Rows are independent, so splitting a tensor into chunks of rows does not change a byte. A call runs on one thread
+without the GIL; callers run chunks in parallel. Block layouts and type ids are from ggml (ggml-common.h, ggml.h).
 """
 
 from __future__ import annotations
@@ -26,8 +25,9 @@ from gemma2tool.quantizers.kernels import _native
 class GGUFType:
     """A GGUF tensor type.
 
-    ``id``: ggml's number of the type. ``block_elements`` consecutive elements of a row take ``block_bytes`` bytes.
-    ``takes_importance``: an importance matrix changes the codes. ``needs_importance``: llama.cpp refuses the type without one.
+    ``id``: ggml's number for the type. ``block_elements`` consecutive elements of a row take ``block_bytes`` bytes.
+    ``takes_importance``: an importance matrix changes the codes. ``needs_importance``: llama.cpp refuses the type
+    without one.
     """
 
     name: str
@@ -76,26 +76,27 @@ _FLOATS = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 
 
 def row_bytes(type: str, cols: int) -> int:
-    """Bytes of a row of ``cols`` elements.
+    """How many bytes a row of ``cols`` elements takes.
 
     Raises:
         ValueError: for an unknown type, or ``cols`` that is not a positive multiple of the type's block.
     """
     row = _type(type)
     if cols <= 0 or cols % row.block_elements:
-        raise ValueError(f"{type} needs rows of a multiple of {row.block_elements} elements, not {cols}")
+        raise ValueError(f"{type} requires rows of a multiple of {row.block_elements} elements, not {cols}")
     return cols // row.block_elements * row.block_bytes
 
 
 def quantize(type: str, rows: Array, importance: Array | None = None, out: Array | None = None) -> Array:
-    """Rows of float32 as blocks: (n, cols) float32 to (n, row_bytes) uint8, the bytes of ggml_quantize_chunk.
+    """Quantize float32 rows (n, cols) to blocks, uint8 (n, row_bytes): the bytes of ggml_quantize_chunk.
 
-    ``importance`` (cols,) float32 weighs the columns; types that take none ignore it. Values must be finite, weights too and not
-    negative; neither is checked here. What ggml gets wrong is kept: weights that are all zero make a block zero, and an IQ3_S
-    group of 32 zeros spoils the groups after it in its block of 256.
+    ``importance``, float32 (cols,), weights the columns; types that take none ignore it. Rows must be finite, weights
+    finite and not negative; neither is checked. ggml's errors are reproduced: weights that are all zero make a block
+    zero, and an IQ3_S group of 32 zeros corrupts the groups that follow it in its block of 256.
 
     Raises:
-        ValueError: for an unknown type, wrong shapes or dtypes, or a type that needs an importance matrix and has none.
+        ValueError: for an unknown type, wrong shapes or dtypes, or a type that requires an importance matrix and has
+        none.
     """
     row = _type(type)
     if rows.dtype != np.float32 or rows.ndim != 2:
@@ -105,7 +106,7 @@ def quantize(type: str, rows: Array, importance: Array | None = None, out: Array
     if importance is not None and (importance.shape != (cols,) or importance.dtype != np.float32):
         raise ValueError(f"importance must be ({cols},) float32, not {importance.shape} {importance.dtype}")
     if row.needs_importance and importance is None:
-        raise ValueError(f"{type} cannot be made without an importance matrix")
+        raise ValueError(f"{type} requires an importance matrix")
     rows = np.ascontiguousarray(rows)
     _load_grid(type)
     if type in _FLOATS:
@@ -118,7 +119,7 @@ def quantize(type: str, rows: Array, importance: Array | None = None, out: Array
 
 
 def dequantize(type: str, codes: Array, cols: int, out: Array | None = None) -> Array:
-    """Blocks back to float32: (n, row_bytes) uint8 to (n, cols) float32, the values of ggml's ``to_float``.
+    """Dequantize blocks, uint8 (n, row_bytes), to float32 (n, cols): the values of ggml's ``to_float``.
 
     Raises:
         ValueError: for an unknown type or wrong shapes or dtypes.
@@ -142,7 +143,7 @@ _grid_lock = threading.Lock()
 
 
 def _load_grid(type: str) -> None:
-    """Hands the kernels the type's grid, data of the GGUF format which the gguf package holds."""
+    """Give the kernels the grid of the type, which the gguf package contains."""
     if type in _GRIDS:
         with _grid_lock:
             _set_grid(_GRIDS[type])
@@ -152,9 +153,11 @@ def _load_grid(type: str) -> None:
 def _set_grid(grid: str) -> None:
     from gguf import quants
 
-    holder = quants.IQ1_S if grid == "IQ1" else getattr(quants, grid)
-    holder.init_grid()
-    coordinates = np.searchsorted(holder.grid_map, holder.grid.reshape(holder.grid_shape)).astype(np.uint8)
+    quantization = quants.IQ1_S if grid == "IQ1" else getattr(quants, grid)
+    quantization.init_grid()
+    assert quantization.grid is not None
+    values = quantization.grid.reshape(quantization.grid_shape)
+    coordinates = np.searchsorted(quantization.grid_map, values).astype(np.uint8)
     _native.gguf_set_grid(grid, coordinates.tobytes())
 
 
@@ -162,7 +165,7 @@ def _type(name: str) -> GGUFType:
     try:
         return GGUF_TYPES[name]
     except KeyError:
-        raise ValueError(f"no GGUF type {name!r}; there are {', '.join(GGUF_TYPES)}") from None
+        raise ValueError(f"unknown GGUF type {name!r}; known types are {', '.join(GGUF_TYPES)}") from None
 
 
 def _output(out: Array | None, shape: tuple[int, int], dtype: type) -> Array:

@@ -1,7 +1,8 @@
-"""Matrices whose columns share scales in groups: the passes over every value that the round-to-nearest types have in common.
+"""Matrices whose columns share scales in groups: the passes over every value that the round-to-nearest types have in
+common.
 
-Each library's module derives the scales and zero points, one per group, by that library's own rule. The kernels here find the
-ranges of the groups and apply the scales.
+Each library's module derives the scales and zero points, one per group, by that library's own rule. The kernels here
+find the ranges of the groups and apply the scales.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ class GroupScales:
     offsets: Array | None = None
 
     def contiguous(self, shape: tuple[int, ...]) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
-        """Scales and offsets as the kernels take them; raises ValueError where they do not fit a matrix of ``shape``."""
+        """Scales and offsets as the kernels take them; raises ValueError where they do not fit a matrix of
+        ``shape``."""
         expected = (shape[0], -(-shape[1] // self.group_size))
         for array in (self.scales, self.offsets):
             if array is not None and array.shape != expected:
@@ -64,10 +66,11 @@ def kernel_floats(values: Array) -> Array:
 def group_ranges(rows: Array, group_size: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """The smallest and the largest value of each group: (n, I) to float32 (n, ceil(I / group_size)) each."""
     rows = kernel_floats(rows)
-    shape = (rows.shape[0], -(-rows.shape[1] // group_size))
+    n, columns = rows.shape
+    shape = (n, -(-columns // group_size))
     low, high = np.empty(shape, np.float32), np.empty(shape, np.float32)
     _native.group_ranges(
-        rows.ctypes.data, rows.dtype == BFLOAT16, *rows.shape, group_size, low.ctypes.data, high.ctypes.data
+        rows.ctypes.data, rows.dtype == BFLOAT16, n, columns, group_size, low.ctypes.data, high.ctypes.data
     )
     return low, high
 
@@ -78,10 +81,12 @@ def quantize_groups(
     """Quantize (n, I) to codes of one byte, uint8 (n, I), clamped to ``low`` .. ``high``."""
     rows, (scales, offsets) = kernel_floats(rows), groups.contiguous(rows.shape)
     codes = np.empty(rows.shape, np.uint8)
+    n, columns = rows.shape
     _native.group_codes(
         rows.ctypes.data,
         rows.dtype == BFLOAT16,
-        *rows.shape,
+        n,
+        columns,
         groups.group_size,
         int(rule),
         _ARITHMETIC[arithmetic],
@@ -100,10 +105,12 @@ def dequantize_groups(codes: Array, groups: GroupScales) -> NDArray[np.float32]:
         raise ValueError(f"codes must be int8 or uint8, not {codes.dtype}")
     codes, (scales, offsets) = np.ascontiguousarray(codes), groups.contiguous(codes.shape)
     values = np.empty(codes.shape, np.float32)
+    n, columns = codes.shape
     _native.group_values(
         codes.ctypes.data,
         codes.dtype == np.int8,
-        *codes.shape,
+        n,
+        columns,
         groups.group_size,
         scales.ctypes.data,
         0 if offsets is None else offsets.ctypes.data,

@@ -1,7 +1,8 @@
-"""Mixtures: which tensor of a model gets which GGUF type, for every file type of llama-quantize. Knows nothing of bits.
+"""Mixtures: the GGUF type of each tensor of a model, for every file type of llama-quantize.
 
-Facts: llama.cpp 0c1e570, src/llama-quant.cpp, for the architecture gemma2 (dense, embedding tied to the output). Rules that speak of
-"the i-th attn_v" count layers here, so that the order of tensors in a file cannot change them.
+The rules are those of llama.cpp 0c1e570, src/llama-quant.cpp, for the architecture gemma2 (dense, embedding tied to the
+output). Where llama.cpp counts the tensors of a kind in file order, the rules here use the layer, so that the order of
+tensors in a file has no effect.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from gemma2tool.errors import UsageError
 
 @dataclass(frozen=True)
 class Matrix:
-    """A tensor that may be quantized: its GGUF ``name``, its ``kind`` (token_embd, attn_q, ffn_down, ...), its ``layer`` (None
-    outside layers) and the length of its rows."""
+    """A tensor that may be quantized: its GGUF ``name``, ``kind`` (token_embd, attn_q, ffn_down, ...), ``layer`` (None
+    outside the layers) and ``cols``, the length of its rows."""
 
     name: str
     kind: str
@@ -26,32 +27,36 @@ class Matrix:
 
 @dataclass(frozen=True)
 class Model:
-    """What the rules look at: the number of layers, query heads per key-value head, whether there is an importance matrix."""
+    """What the rules depend on: the number of layers, query heads per key-value head, and whether there is an
+    importance matrix."""
 
     layers: int
     gqa: int
     imatrix: bool = False
 
-    def early(self, layer: int, share: int = 8) -> bool:
+    def is_early(self, layer: int, share: int = 8) -> bool:
         """Whether a layer is among the first 1/share."""
         return layer < self.layers // share
 
-    def more(self, layer: int) -> bool:
-        """The layers that get more bits in the _M mixtures: the first and last eighth, and every third between."""
+    def gets_more_bits(self, layer: int) -> bool:
+        """Whether a layer gets more bits in the _M mixtures: the first and last eighth do, and every third layer
+        between."""
         eighth = self.layers // 8
         return layer < eighth or layer >= 7 * self.layers // 8 or (layer - eighth) % 3 == 2
 
-    def middle(self, layer: int) -> bool:
+    def is_middle(self, layer: int) -> bool:
+        """Whether a layer is neither in the first nor in the last eighth."""
         return self.layers // 8 <= layer < 7 * self.layers // 8
 
 
 Rule = str | Callable[[Model, int], str | None]
-"""A type, or a function of model and layer that gives one, or None for the mixture's default."""
+"""A type, or a function of model and layer that returns one, or None for the default type of the mixture."""
 
 
 @dataclass(frozen=True)
 class FileType:
-    """A mixture: its name, llama.cpp's number of it (``general.file_type``), the default type, and rules by kind of tensor."""
+    """A mixture: its name, llama.cpp's number for it (``general.file_type``), the default type, and rules by kind of
+    tensor."""
 
     name: str
     number: int
@@ -59,37 +64,37 @@ class FileType:
     rules: Mapping[str, Rule] = field(default_factory=dict)
 
 
-def _wide(wide: str, else_: Rule | None = None) -> Rule:
-    """``wide`` for models with 4 or more query heads a key-value head, whose attn_v is small."""
+def _wide(type: str, otherwise: Rule | None = None) -> Rule:
+    """``type`` for models with 4 or more query heads for each key-value head, whose attn_v is small."""
 
     def rule(model: Model, layer: int) -> str | None:
-        return wide if model.gqa >= 4 else else_(model, layer) if callable(else_) else else_
+        return type if model.gqa >= 4 else _resolve(otherwise, model, layer)
 
     return rule
 
 
-def _early(type: str, else_: str | None = None, share: int = 8) -> Rule:
-    return lambda model, layer: type if model.early(layer, share) else else_
+def _early(type: str, otherwise: str | None = None, share: int = 8) -> Rule:
+    return lambda model, layer: type if model.is_early(layer, share) else otherwise
 
 
-def _first(count: int, type: str, else_: str | None = None) -> Rule:
-    return lambda model, layer: type if layer < count else else_
+def _first(count: int, type: str, otherwise: str | None = None) -> Rule:
+    return lambda model, layer: type if layer < count else otherwise
 
 
 def _more(type: str) -> Rule:
-    return lambda model, layer: type if model.more(layer) else None
+    return lambda model, layer: type if model.gets_more_bits(layer) else None
 
 
 def _middle(type: str) -> Rule:
-    return lambda model, layer: type if model.middle(layer) else None
+    return lambda model, layer: type if model.is_middle(layer) else None
 
 
 def _with_imatrix(rule: Rule) -> Rule:
     return lambda model, layer: _resolve(rule, model, layer) if model.imatrix else None
 
 
-def _without_imatrix(rule: Rule, else_: Rule | None = None) -> Rule:
-    return lambda model, layer: _resolve(else_ if model.imatrix else rule, model, layer)
+def _without_imatrix(rule: Rule, otherwise: Rule | None = None) -> Rule:
+    return lambda model, layer: _resolve(otherwise if model.imatrix else rule, model, layer)
 
 
 def _resolve(rule: Rule | None, model: Model, layer: int) -> str | None:
@@ -180,13 +185,13 @@ _ROWS = (
     FileType("iq4_xs", 30, "IQ4_XS", {"attn_v": _wide("Q5_K"), "ffn_down": _without_imatrix(_early("Q5_K"))}),
     FileType("tq1_0", 36, "TQ1_0"),
     FileType("tq2_0", 37, "TQ2_0"),
-    # A mixture for experts; all that a dense model has is Q8_0.
+    # A mixture for mixture-of-experts models; every matrix of a dense model is Q8_0.
     FileType("mxfp4_moe", 38, "MXFP4", dict.fromkeys(("token_embd", *_MATRICES), "Q8_0")),
 )
 
 FILE_TYPES: Mapping[str, FileType] = {row.name: row for row in _ROWS}
 ALIASES = {"q3_k": "q3_k_m", "q4_k": "q4_k_m", "q5_k": "q5_k_m"}
-REGEX_HINT = r"put a backslash before (, [, * and other characters that mean something in one: '\('"
+REGEX_HINT = r"put a backslash before (, [, * and other special characters: '\('"
 COPY = "copy"
 FLOATS = ("f32", "f16", "bf16")
 
@@ -197,17 +202,19 @@ _FALLBACKS = {
     "Q5_K": "Q5_1",
     "Q6_K": "Q8_0",
 }
-"""Types of 256-value blocks to the type of 32-value blocks that takes their place where rows do not divide."""
+"""Types with blocks of 256 values -> the type with blocks of 32 that replaces them where rows do not divide into
+blocks."""
 
 _NEEDS_IMATRIX = ("IQ3_XXS", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ1_M", "IQ1_S")
 
 
 @dataclass(frozen=True)
 class Overrides:
-    """What the user asked of single tensors, in llama-quantize's terms; types are GGUF's, in upper case.
+    """Types requested for single tensors, as in llama-quantize's options; GGUF types in upper case.
 
-    ``patterns``: (regular expression, type), searched in the tensor's name; the first that matches wins. ``pure``: the default type
-    for everything else. ``token_embedding`` beats all others; ``output`` is the tied embedding's, too.
+    ``patterns``: (regular expression, type); the expression is searched in the tensor's name, and the first that
+    matches applies. ``pure``: the default type for all other tensors. ``token_embedding`` overrides everything;
+    ``output`` also applies to a tied embedding.
     """
 
     pure: bool = False
@@ -218,21 +225,22 @@ class Overrides:
 
 @dataclass(frozen=True)
 class Choice:
-    """The type of each matrix by name, and ``fallbacks``: name to the type that its rows do not divide into."""
+    """``types``: the type of each matrix, by name. ``fallbacks``: by name, the types that were replaced because rows do
+    not divide."""
 
     types: Mapping[str, str]
     fallbacks: Mapping[str, str]
 
 
 def file_type(name: str) -> FileType:
-    """The mixture of that name, in any case. Raises ``UsageError`` that lists them."""
+    """The mixture with this name, in upper or lower case. Raises ``UsageError`` with a list of all."""
     name = name.lower()
     try:
         return FILE_TYPES[ALIASES.get(name, name)]
     except KeyError:
         known = ", ".join((*FILE_TYPES, *ALIASES, COPY))
         raise UsageError(
-            "quantize.unknown-type", f"there is no GGUF file type {name!r}", hint=f"choose one of {known}"
+            "quantize.unknown-type", f"unknown GGUF file type {name!r}", hint=f"choose one of {known}"
         ) from None
 
 
@@ -243,19 +251,19 @@ def choose(
     blocks: Mapping[str, int],
     overrides: Overrides = Overrides(),
 ) -> Choice:
-    """The type of every matrix. ``blocks`` gives the elements of a block of each type.
+    """Choose the type of every matrix. ``blocks``: how many elements a block of each type has.
 
-    Raises ``UsageError`` for a pattern that matches nothing, or an override of a type that does not exist.
+    Raises ``UsageError`` for a pattern that matches nothing, or an override with an unknown type.
     """
     patterns = _compiled(overrides.patterns, blocks)
-    for given in (overrides.token_embedding, overrides.output):
-        _check_type(given, blocks)
+    for type in (overrides.token_embedding, overrides.output):
+        _check_type(type, blocks)
     types: dict[str, str] = {}
     fallbacks: dict[str, str] = {}
     matched: set[str] = set()
     for matrix in matrices:
-        hits = [(pattern.pattern, type) for pattern, type in patterns if pattern.search(matrix.name)]
-        matched.update(pattern for pattern, _ in hits)
+        matches = [(pattern.pattern, type) for pattern, type in patterns if pattern.search(matrix.name)]
+        matched.update(pattern for pattern, _ in matches)
         if matrix.kind == "token_embd" and overrides.token_embedding is not None:
             types[matrix.name] = overrides.token_embedding
             _refuse_undivided(matrix, overrides.token_embedding, blocks)
@@ -263,15 +271,15 @@ def choose(
         if ftype.name in FLOATS:
             types[matrix.name] = ftype.default
             continue
-        if hits:
-            wanted = hits[0][1]
+        if matches:
+            preferred = matches[0][1]
         elif overrides.pure:
-            wanted = ftype.default
+            preferred = ftype.default
         else:
-            wanted = _mixed(ftype, matrix, model, blocks, overrides)
-        types[matrix.name] = _dividing(wanted, matrix.cols, blocks)
-        if types[matrix.name] != wanted:
-            fallbacks[matrix.name] = wanted
+            preferred = _mixed(ftype, matrix, model, blocks, overrides)
+        types[matrix.name] = _dividing(preferred, matrix.cols, blocks)
+        if types[matrix.name] != preferred:
+            fallbacks[matrix.name] = preferred
     for pattern, _ in patterns:
         if pattern.pattern not in matched:
             raise UsageError(
@@ -283,7 +291,8 @@ def choose(
 
 
 def needs_imatrix(ftype: FileType, matrix: Matrix, type: str) -> bool:
-    """Whether llama-quantize refuses to make this tensor without importances: the result would be garbage."""
+    """Whether llama-quantize refuses this type for this tensor without an importance matrix, because the result would
+    be unusable."""
     if matrix.kind == "token_embd":
         return False
     return type in _NEEDS_IMATRIX or (type == "Q2_K" and ftype.name == "q2_k_s")
@@ -303,15 +312,16 @@ def _mixed(ftype: FileType, matrix: Matrix, model: Model, blocks: Mapping[str, i
 def _dividing(type: str, cols: int, blocks: Mapping[str, int]) -> str:
     if cols % blocks[type] == 0:
         return type
-    instead = _FALLBACKS.get(type)
-    return instead if instead is not None and cols % blocks[instead] == 0 else "F16"
+    fallback = _FALLBACKS.get(type)
+    return fallback if fallback is not None and cols % blocks[fallback] == 0 else "F16"
 
 
 def _refuse_undivided(matrix: Matrix, type: str, blocks: Mapping[str, int]) -> None:
     if matrix.cols % blocks[type]:
         raise UsageError(
             "quantize.block",
-            f"{matrix.name} has rows of {matrix.cols}, which do not divide into {type}'s blocks of {blocks[type]}",
+            f"{matrix.name} has rows of {matrix.cols} values, which do not divide into {type}'s blocks of"
+            f" {blocks[type]}",
             hint="choose another type for the embedding",
         )
 
@@ -333,6 +343,6 @@ def _check_type(type: str | None, blocks: Mapping[str, int]) -> None:
     if type is not None and type not in blocks:
         raise UsageError(
             "quantize.unknown-type",
-            f"there is no tensor type {type!r}",
+            f"unknown GGUF tensor type {type!r}",
             hint=f"choose one of {', '.join(blocks).lower()}",
         )

@@ -1,7 +1,8 @@
-"""MLX's affine types: groups of columns with a scale and a bias each, weight = code * scale + bias.
+"""MLX's affine types: weight = code * scale + bias, with a scale and a bias for each group of columns.
 
-The end of a group's range that lies farther from zero is hit exactly, and zero is a multiple of the scale away from it. Arithmetic in
-float32; scales and biases are stored in the model's type, but the codes come from the unrounded ones. Checked against mlx 0.32.
+The end of a group's range that is farther from zero is represented exactly, and its distance from zero is a multiple of
+the scale. Arithmetic is in float32; scales and biases are stored in the model's dtype, but codes are computed from the
+unrounded ones. Compared with mlx 0.32.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ _SMALLEST_SCALE = np.float32(1e-7)
 
 
 def quantize(rows: Array, bits: int, group_size: int = GROUP_SIZE) -> tuple[Array, Array, Array]:
-    """(n, I) to codes uint8 (n, I), scales and biases in the dtype of ``rows`` (n, I / group_size)."""
+    """Quantize (n, I) to codes uint8 (n, I), scales and biases in the dtype of ``rows`` (n, I / group_size)."""
     low, high = group_ranges(rows, group_size)
     top = np.float32(2**bits - 1)
     scales = np.maximum((high - low) / top, _SMALLEST_SCALE)
@@ -40,7 +41,8 @@ def quantize(rows: Array, bits: int, group_size: int = GROUP_SIZE) -> tuple[Arra
 
 
 def dequantize(codes: Array, scales: Array, biases: Array) -> Array:
-    """code * scale + bias, each operation rounded to the dtype of the scales. (n, I), (n, G), (n, G) -> (n, I) of that dtype."""
+    """code * scale + bias, each operation rounded to the dtype of the scales: (n, I), (n, G), (n, G) to (n, I) of that
+    dtype."""
     width = codes.shape[1] // scales.shape[1]
     products = to_float32(cast(dequantize_groups(codes, GroupScales(width, scales)), scales.dtype))
     sums = products.reshape(*scales.shape, width) + to_float32(biases)[..., None]
@@ -48,13 +50,14 @@ def dequantize(codes: Array, scales: Array, biases: Array) -> Array:
 
 
 def unpack(words: Array, bits: int) -> Array:
-    """(n, I * bits / 32) stored words to codes (n, I)."""
+    """Unpack stored words (n, I * bits / 32) to codes (n, I)."""
     return unpack_words(words, bits)
 
 
 @dataclass(frozen=True)
 class Affine:
-    """``mlx-4`` and ``mlx-8``. ``dtype``: the type the weight is taken to have; rows of another are cast to it first."""
+    """Encoder for ``mlx-4`` and ``mlx-8``. ``dtype``: of scales and biases; rows of another dtype are cast to it
+    first."""
 
     bits: int
     dtype: DType = BFLOAT16

@@ -1,7 +1,8 @@
-"""gemma.cpp's 8-bit "switching floating point", and the 4-bit clusters whose centres it stores. Source: gemma.cpp ``compression/``.
+"""gemma.cpp's 8-bit "switching floating point" (SFP), and the 4-bit clusters (NUQ) whose centers are SFP codes.
 
-A code is a sign, then an exponent with three mantissa bits for magnitudes from 2^-7, with two below; 0x80 is not used. The largest
-magnitude is 1.875: tensors with larger values are stored divided by a scale of their own.
+A code has a sign, an exponent, and three mantissa bits for magnitudes from 2^-7 on, two below; 0x80 is not used. The
+largest magnitude is 1.875; a tensor with larger values is stored divided by a scale. Source: gemma.cpp
+``compression/``.
 """
 
 from __future__ import annotations
@@ -29,15 +30,16 @@ def decoding() -> Array:
     exponent = (codes >> bits) - np.where(large, 15, 23)
     values = (1 + (codes & ((1 << bits) - 1)) / (1 << bits)) * 2.0**exponent
     values[0] = 0
-    return np.concatenate([values, -values]).astype(FLOAT32)
+    return np.concatenate([values, -values]).astype(np.float32)
 
 
 @lru_cache(maxsize=1)
 def encoding() -> Array:
-    """The code of every bfloat16 by its bits, uint8 (65536,), equal to ``SfpCodec::EncBytes``; magnitudes above 1.875 saturate.
+    """The code of every bfloat16, indexed by its bits, uint8 (65536,): that of ``SfpCodec::EncBytes``. Magnitudes above
+    1.875 saturate.
 
-    The mantissa's last bit is cut off, the rest rounded to the nearest, ties to even. Magnitudes from 1.111b * 2^-8 on round to 2^-7;
-    those that round to 2^-23 become 1.01b * 2^-23, for its own code is zero's.
+    The last mantissa bit is truncated, the rest rounded to nearest even. Magnitudes from 1.111b * 2^-8 on round to
+    2^-7; those that round to 2^-23 become 1.01b * 2^-23, because the code of 2^-23 is that of zero.
     """
     bits = np.arange(1 << 16, dtype=np.uint32) << 16
     magnitude = np.minimum(bits & 0x7FFE0000, np.float32(MAX).view(np.uint32))
@@ -54,21 +56,22 @@ def encoding() -> Array:
 
 
 def encode(values: Array, scale: float) -> Array:
-    """Codes, uint8, of values divided by ``scale``. Low bits of float32 are cut to bfloat16, as gemma.cpp does before it rounds."""
+    """Codes, uint8, of values divided by ``scale``. Float32 is truncated to bfloat16 first, as in gemma.cpp."""
     wide = to_float32(values)
     if scale != 1:
         wide = np.clip(wide * np.float32(1 / np.float64(scale)), -MAX, MAX)
-    return encoding()[np.ascontiguousarray(wide, FLOAT32).view(np.uint32) >> 16]
+    codes: Array = encoding()[np.ascontiguousarray(wide, FLOAT32).view(np.uint32) >> 16]
+    return codes
 
 
 def scale_for(largest: float) -> float:
-    """The scale of a tensor whose largest magnitude is this: 1 where it fits (``ScaleWeights``)."""
+    """The scale of a tensor with this largest magnitude: 1 if it can be represented (gemma.cpp's ``ScaleWeights``)."""
     return 1.0 if largest <= MAX else float(np.float32(np.float32(largest) / np.float32(MAX)))
 
 
 @dataclass(frozen=True)
 class Sfp:
-    """Rows as SFP codes of values divided by ``scale``."""
+    """Encodes rows as the SFP codes of values divided by ``scale``."""
 
     scale: float = 1.0
 
@@ -90,11 +93,12 @@ class Sfp:
 
 
 def nuq_bytes(values: int) -> int:
-    """Bytes of a NUQ stream: sixteen centres for each group of 256 values, then half a byte a value."""
+    """Bytes of a NUQ stream: sixteen centers for each group of 256 values, then half a byte for each value."""
     return CLUSTERS * -(-values // GROUP) + -(-values // 2)
 
 
-def nuq_decode(centres: Array, nibbles: Array) -> Array:
-    """Values (groups, 256) of centres (groups, 16), SFP codes, and packed indices (groups, 128), the low half of a byte first."""
+def nuq_decode(centers: Array, nibbles: Array) -> Array:
+    """Values (G, 256) of a NUQ stream: ``centers`` (G, 16) are SFP codes; ``nibbles`` (G, 128) are indices, the low
+    half of a byte first."""
     indices = np.stack([nibbles & 15, nibbles >> 4], axis=-1).reshape(len(nibbles), GROUP)
-    return np.take_along_axis(decoding()[centres], indices.astype(np.intp), axis=1)
+    return np.take_along_axis(decoding()[centers], indices.astype(np.intp), axis=1)

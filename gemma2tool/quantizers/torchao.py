@@ -1,7 +1,7 @@
-"""torchao's int8 weight-only type (``Int8WeightOnlyConfig`` version 2): a float32 scale a row, symmetric.
+"""torchao's int8 weight-only type (``Int8WeightOnlyConfig`` version 2): symmetric, a float32 scale for each row.
 
-The scale is computed in the type of the weight and kept in float32; the codes come from the reciprocal of it, in float32. Checked
-against torchao 0.18.
+The scale is computed in the dtype of the weight and stored in float32; the codes are computed with its reciprocal, in
+float32. Compared with torchao 0.18.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _SMALLEST_SCALE = np.float32(2**-23)
 
 
 def quantize(rows: Array) -> tuple[Array, Array]:
-    """(n, I) to codes int8 (n, I) and scales float32 (n, 1)."""
+    """Quantize (n, I) to codes int8 (n, I) and scales float32 (n, 1)."""
     low, high = group_ranges(rows, rows.shape[1])
     scales = to_float32(cast(np.maximum(-low, high) / np.float32(127.5), rows.dtype))
     scales = np.maximum(scales, _SMALLEST_SCALE)
@@ -30,13 +30,14 @@ def quantize(rows: Array) -> tuple[Array, Array]:
 
 
 def dequantize(codes: Array, scales: Array, dtype: DType, zero_points: Array | None = None) -> Array:
-    """(code - zero point) * scale in float32, rounded to ``dtype``. (n, I), (n, 1) -> (n, I)."""
+    """(code - zero point) * scale in float32, rounded to ``dtype``: (n, I), (n, 1) to (n, I)."""
     return cast(dequantize_groups(codes, GroupScales(codes.shape[1], scales, zero_points)), dtype)
 
 
 @dataclass(frozen=True)
 class Int8WeightOnly:
-    """``dtype``: the type the weight is taken to have; rows of another are cast to it first."""
+    """Encoder for ``torchao-int8``. ``dtype``: of the scales' arithmetic; rows of another dtype are cast to it
+    first."""
 
     dtype: DType = BFLOAT16
 

@@ -1,9 +1,9 @@
 """Attention scores made large, so that their soft cap matters.
 
-On ordinary prompts most scores stay far below the cap, where cap * tanh(score / cap) is the score itself: a forward pass
-without the cap hides in the noise of bfloat16. With queries many times as long the scores reach the cap's knee, and a
-cap that is missing or another shows in every logit. No weight is touched: keys are multiplied, after their projection,
-which gives the same scores as multiplying queries.
+On ordinary prompts most scores stay far below the cap, where cap * tanh(score / cap) is the score itself: a forward
+pass without the cap hides in the noise of bfloat16. With queries many times as long the scores reach the cap's knee,
+and a cap that is missing or another shows in every logit. No weight is touched: keys are multiplied, after their
+projection, which gives the same scores as multiplying queries.
 """
 
 from __future__ import annotations

@@ -73,15 +73,15 @@ def soft_cap(x: Tensor, cap: float | None) -> Tensor:
 
 
 def visible(queries: Tensor, keys: Tensor, window: int | Tensor | None, causal: bool) -> Tensor:
-    """Which slots ``keys`` (S,) each of the slots ``queries`` (T,) may see: bool (T, S); (B, 1, T, S) for a window of each row,
-    (B, 1, 1, 1)."""
+    """Which slots ``keys`` (S,) each of the slots ``queries`` (T,) may see: bool (T, S); (B, 1, T, S) for a window of
+    each row, (B, 1, 1, 1)."""
     distance = queries[:, None] - keys[None, :]
     seen = distance >= 0 if causal else torch.ones_like(distance, dtype=torch.bool)
     return seen if window is None else seen & (distance.abs() < window)
 
 
 def key_value_head(query_head: int, config: Gemma2Config) -> int:
-    """The key-value head that a query head reads: neighbouring query heads share one."""
+    """The key-value head that a query head reads: neighboring query heads share one."""
     return query_head // config.num_key_value_groups
 
 

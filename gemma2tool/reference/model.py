@@ -47,7 +47,7 @@ class Embedding(nn.Module):
 
 
 class Gemma2PreTrainedModel(nn.Module):
-    """What the four classes share: construction from a config (randomly initialised) or from a checkpoint."""
+    """What the four classes share: construction from a config (randomly initialized) or from a checkpoint."""
 
     def __init__(self, config: Gemma2Config) -> None:
         super().__init__()

@@ -114,7 +114,8 @@ class StreamedForward:
 
     @torch.no_grad()
     def head_logits(self, x: Tensor, last: int = 1) -> Tensor:
-        """Logits (B, ``last``, V) of the residual stream ``x`` (B, T, D) after the last layer, at its last positions."""
+        """Logits (B, ``last``, V) of the residual stream ``x`` (B, T, D) after the last layer, at its last
+        positions."""
         self._last = self._norm("model.norm.weight")(x[:, -last:])
         return torch.cat([logits for _, _, logits in self.vocabulary_slices()], dim=-1)
 

@@ -255,7 +255,7 @@ def test_double_quantization_needs_the_survey_of_that_tensor():
     with pytest.raises(ValueError, match="survey"):
         encoder.parts(array.shape)
     surveyed = encoder.surveyed(ArrayTensor(array))
-    with pytest.raises(ValueError, match="another tensor"):
+    with pytest.raises(ValueError, match="different tensor"):
         encoded(surveyed, array * 2, 4)
     array[3, 3] = np.nan
     with pytest.raises(InputRefused, match="NaN"):

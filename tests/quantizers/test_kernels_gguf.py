@@ -161,7 +161,7 @@ def test_out_is_filled_and_refusals():
     out = np.zeros((2, row_bytes("Q4_0", 256)), np.uint8)
     assert quantize("Q4_0", x, out=out) is out and np.array_equal(out, quantize("Q4_0", x))
     for call, message in [
-        (lambda: quantize("Q9_9", x), "no GGUF type"),
+        (lambda: quantize("Q9_9", x), "unknown GGUF type"),
         (lambda: quantize("Q4_K", x[:, :128]), "multiple of 256"),
         (lambda: quantize("Q4_0", x.astype(np.float64)), "float32"),
         (lambda: quantize("Q4_0", x[0]), "rows must be"),

@@ -145,9 +145,9 @@ def test_wrong_requests() -> None:
     for overrides, words in (
         ({"patterns": [("ffn_dwn", "Q8_0")]}, "matches no tensor"),
         ({"patterns": [("ffn[", "Q8_0")]}, "regular expression"),
-        ({"patterns": [("ffn", "Q4_K_M")]}, "no tensor type"),
-        ({"token_embedding": "Q7"}, "no tensor type"),
-        ({"output": "Q7"}, "no tensor type"),
+        ({"patterns": [("ffn", "Q4_K_M")]}, "unknown GGUF tensor type"),
+        ({"token_embedding": "Q7"}, "unknown GGUF tensor type"),
+        ({"output": "Q7"}, "unknown GGUF tensor type"),
     ):
         with pytest.raises(UsageError, match=words):
             chosen("2b", "q4_k_m", **overrides)

@@ -1,7 +1,8 @@
-"""AWQ's second step: a group's range may be cut, if finer steps save its outputs more than the cut-off values cost them.
+"""AWQ's second step: clip a group's range where the smaller scale reduces the output error by more than the clipped
+values add.
 
-Each group of each row is tried with its range shrunk by twentieths down to a half; what counts is the group's own error e H e^T, H being
-its square on the diagonal of the Hessian.
+Each group of each row is tried with its range shrunk in steps of a twentieth, down to a half. The error of a group is e
+H e^T, where H is its square on the diagonal of the Hessian.
 """
 
 from __future__ import annotations
@@ -23,44 +24,46 @@ SHRINKS = tuple(1 - step / 20 for step in range(11))
 
 @dataclass(frozen=True)
 class HessianBlock:
-    """What an error in these ``columns`` of a group costs: ``hessian`` (n, n)."""
+    """The Hessian (n, n) of ``columns``, which belong to one group."""
 
     group: int
     columns: slice
     hessian: Tensor
 
 
-def hessian_blocks(hessian: Hessian, width: int, scales: Array | None) -> list[HessianBlock]:
-    """The squares on the diagonal of a filled Hessian that groups of ``width`` columns see, of columns scaled by ``scales`` (I,).
+def hessian_blocks(hessian: Hessian, group_size: int, scales: Array | None) -> list[HessianBlock]:
+    """The diagonal blocks of a symmetrized Hessian that belong to groups of ``group_size`` columns, which are scaled by
+    ``scales`` (I,).
 
-    A group wider than the Hessian's own squares has several.
+    A group wider than the Hessian's own blocks has several.
     """
     inverse = None if scales is None else torch.from_numpy(1 / scales)
-    found = []
+    blocks = []
     for square, span in zip(hessian.squares, hessian.spans, strict=True):
-        step = min(width, span.stop - span.start)
+        step = min(group_size, span.stop - span.start)
         for start in range(span.start, span.stop, step):
             columns, inside = slice(start, start + step), slice(start - span.start, start - span.start + step)
             part = square[inside, inside].clone()
             if inverse is not None:
                 part *= inverse[columns, None] * inverse[columns]
-            found.append(HessianBlock(start // width, columns, part))
-    return found
+            blocks.append(HessianBlock(start // group_size, columns, part))
+    return blocks
 
 
 def quantize_clipped(rows: Array, grid: Grid, blocks: Sequence[HessianBlock]) -> tuple[Array, Array, Array]:
-    """QuantizedMatrix uint8 (n, I), zeros and scales (n, G) of float32 rows (n, I), to nearest in the best of the ranges tried."""
+    """Quantize float32 rows (n, I) to nearest in the best clipped ranges: codes uint8 (n, I), zeros and scales (n,
+    G)."""
     low, high = group_ranges(rows, grid.group_size)
-    largest = np.maximum(-low, high)
-    least = np.full(low.shape, np.inf)
+    absmax = np.maximum(-low, high)
+    lowest_error = np.full(low.shape, np.inf)
     for shrink in SHRINKS:
-        limit = largest * np.float32(shrink)
+        limit = absmax * np.float32(shrink)
         zeros, scales = grid.parameters(np.maximum(low, -limit), np.minimum(high, limit))
-        loss = _losses(rows, zeros, scales, grid, blocks)
-        better = loss < least
+        error = _group_errors(rows, zeros, scales, grid, blocks)
+        better = error < lowest_error
         if shrink == SHRINKS[0]:
             best_zeros, best_scales = zeros, scales
-        np.copyto(least, loss, where=better)
+        np.copyto(lowest_error, error, where=better)
         np.copyto(best_zeros, zeros, where=better)
         np.copyto(best_scales, scales, where=better)
     return _codes(rows, best_zeros, best_scales, grid), best_zeros, best_scales
@@ -70,8 +73,8 @@ def _codes(rows: Array, zeros: Array, scales: Array, grid: Grid) -> Array:
     return quantize_groups(rows, GroupScales(grid.group_size, scales, zeros), Rule.ADD_ZERO, 0, grid.top)
 
 
-def _losses(rows: Array, zeros: Array, scales: Array, grid: Grid, blocks: Sequence[HessianBlock]) -> Array:
-    """What each group of each row costs, float64 (n, G)."""
+def _group_errors(rows: Array, zeros: Array, scales: Array, grid: Grid, blocks: Sequence[HessianBlock]) -> Array:
+    """The output error of each group of each row, float64 (n, G)."""
     codes = _codes(rows, zeros, scales, grid)
     error = torch.from_numpy(dequantize_groups(codes, GroupScales(grid.group_size, scales, zeros)) - rows)
     total = np.zeros(zeros.shape)

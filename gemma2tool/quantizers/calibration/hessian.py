@@ -1,4 +1,4 @@
-"""H = X^T X of a matrix's inputs, summed batch by batch, and the factor of its inverse that GPTQ goes by."""
+"""H = X^T X of a matrix's inputs, summed batch by batch, and the Cholesky factor of its inverse, which GPTQ uses."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from torch import Tensor
 from gemma2tool.quantizers.calibration import Map
 
 PANEL = 512
-"""Columns of H that are one piece of work."""
+"""Columns of H in a piece of work."""
 
 LEAF = 256
-"""Up to here a triangular matrix is inverted by LAPACK, above by halves."""
+"""The largest triangular matrix that LAPACK inverts; larger ones are split in half."""
 
 
 class Hessian:
     """H (I, I) in float32, and the sum of |x| per column (I,) in float64.
 
-    ``block``: keep only squares of this many columns on the diagonal, as if columns of different squares were independent; memory
-    and time go down by their number. Only the lower triangle is summed.
+    ``block``: keep only blocks of this many columns on the diagonal, as if columns of different blocks were
+    independent; memory and time are divided by their number. Only the lower triangle is summed.
     """
 
     def __init__(self, columns: int, block: int | None = None, *, dtype: torch.dtype = torch.float32) -> None:
@@ -55,7 +55,7 @@ class Hessian:
         return self.magnitude / self.count
 
     def symmetrize(self) -> None:
-        """Mirror the lower triangles, so that the squares can be multiplied with."""
+        """Copy the lower triangles to the upper ones."""
         for square in self.squares:
             for start in range(0, len(square), PANEL):
                 end = min(start + PANEL, len(square))
@@ -66,39 +66,41 @@ class Hessian:
 
 @dataclass(frozen=True)
 class Factor:
-    """``upper`` U with U^T U = (H + damping)^-1 of the ``columns`` (indices into the matrix, in the order of rounding)."""
+    """``upper`` U with U^T U = (H + damping)^-1 of the ``columns`` (indices into the matrix, in the order of
+    rounding)."""
 
     columns: Tensor
     upper: Tensor
 
 
 def inverse_factors(hessian: Hessian, damping: float, act_order: bool) -> list[Factor]:
-    """One for each square on the diagonal. The Hessian is used up.
+    """A factor for each block on the diagonal. Empties ``hessian``.
 
-    ``damping``: this fraction of the mean of the diagonal is added to it, and ten times as much wherever that was not enough. With
-    ``act_order`` columns are rounded from the largest diagonal element to the smallest, else from left to right.
+    ``damping``: this fraction of the diagonal's mean is added to the diagonal; where that is not enough, ten times as
+    much. ``act_order``: columns are rounded from the largest diagonal element to the smallest, else from left to right.
     """
     hessian.symmetrize()
-    found = []
+    factors = []
     while hessian.squares:
         square, span = hessian.squares.pop(0), hessian.spans.pop(0)
         columns = torch.arange(span.start, span.stop)
         diagonal = square.diagonal()
-        diagonal[diagonal == 0] = 1  # no input ever reached the column: nothing is known of it, and it stands alone
+        diagonal[diagonal == 0] = 1  # the inputs of the column were all zero: it is rounded by itself
         if act_order:
             order = torch.argsort(diagonal, descending=True, stable=True)
             square, columns = square[order][:, order], columns[order]
         square = square.flip(0, 1)
-        found.append(Factor(columns, inverse_factor(square, damping)))
-    return found
+        factors.append(Factor(columns, inverse_factor(square, damping)))
+    return factors
 
 
 def inverse_factor(reverse: Tensor, damping: float) -> Tensor:
-    """Upper triangular U with U^T U = (h + damping * mean(diag h))^-1, of an h given with its rows and columns in reverse order.
+    """The upper triangular U with U^T U = (h + damping * mean(diag h))^-1. ``reverse``: h with rows and columns in
+    reverse order.
 
-    In that order h is L L^T with L lower triangular; in its own, that is R R^T with R upper triangular, and U is R^-1: one
-    factorization and one triangular inverse, where the usual way takes two and two. ``reverse`` is used up. Raises
-    ``torch.linalg.LinAlgError`` if h is so far from positive definite that no damping up to its mean diagonal helps.
+    Reversed, h is L L^T with L lower triangular, so h is R R^T with R upper triangular, and U is R^-1: one
+    factorization and one triangular inverse, where the usual way takes two of each. Overwrites ``reverse``. Raises
+    ``torch.linalg.LinAlgError`` if h is still not positive definite with its mean diagonal as damping.
     """
     mean, added = reverse.diagonal().mean(), 0.0
     while True:
@@ -108,13 +110,15 @@ def inverse_factor(reverse: Tensor, damping: float) -> Tensor:
             break
         damping, added = 10 * damping, damping
         if damping > 1:
-            raise torch.linalg.LinAlgError("the Hessian has no Cholesky factor, whatever the damping")
+            # torch does not declare the re-export of this name.
+            raise torch.linalg.LinAlgError("the Hessian has no Cholesky factor at any damping")  # type: ignore[attr-defined]
     invert_lower_(lower)
-    return lower.flip(0, 1)
+    upper: Tensor = lower.flip(0, 1)
+    return upper
 
 
 def invert_lower_(lower: Tensor) -> None:
-    """Invert a lower triangular matrix in its own memory, by halves."""
+    """Invert a lower triangular matrix in place, recursively by halves."""
     size = len(lower)
     if size <= LEAF:
         eye = torch.eye(size, dtype=lower.dtype)

@@ -1,8 +1,10 @@
-"""GPTQ (https://arxiv.org/abs/2210.17323): column after column to the nearest code, the error made up for by the columns to come.
+"""GPTQ (https://arxiv.org/abs/2210.17323): rounds column after column to the nearest code; the columns that follow
+absorb the error.
 
-With U^T U = H^-1 the best change of the columns after column j is -e_j U[j, j+1:], e_j being column j's error over U[j, j]. Changes
-reach the columns of the same block at once and those beyond it a block at a time, as in the paper, so that most of the work is a
-product of matrices. A group's zero and scale are made from its columns as they are when the first of them is reached.
+With U^T U = H^-1 the best change of the columns after column j is -e_j U[j, j+1:], where e_j is the error of column j
+over U[j, j]. Columns of the same block are changed at once, those beyond it a block at a time, as in the paper, so that
+most of the work is matrix products. A group's zero and scale are derived from its columns as they are when its first
+column is reached.
 """
 
 from __future__ import annotations
@@ -18,16 +20,17 @@ from gemma2tool.quantizers.calibration.grid import Grid
 from gemma2tool.quantizers.calibration.hessian import Factor
 
 BLOCK = 128
-"""Columns of a block, or a group where that is wider."""
+"""Columns of a block; a group that is wider is a block."""
 
 ROWS = 1024
-"""Rows that are one piece of work: a block of them stays in the second-level cache."""
+"""Rows in a piece of work: a block of them stays in the second-level cache."""
 
 
 def round_rows(rows: Array, factors: Sequence[Factor], grid: Grid) -> tuple[Array, Array, Array]:
-    """QuantizedMatrix uint8 (n, I), zeros uint8 and scales (n, G) of float rows (n, I), in the factors' precision. Rows are independent.
+    """Quantize float rows (n, I) to codes uint8 (n, I), zeros uint8 and scales (n, G), in the factors' precision.
 
-    Groups are counted in the order of rounding: a column's group is that of ``group_of_column``.
+    Rows are independent. Groups are numbered in the order of rounding; ``group_of_column`` gives the group of each
+    column.
     """
     weight = torch.from_numpy(np.ascontiguousarray(rows.T)).to(factors[0].upper.dtype)
     codes = torch.empty(weight.shape, dtype=torch.uint8)
@@ -60,15 +63,17 @@ def round_rows(rows: Array, factors: Sequence[Factor], grid: Grid) -> tuple[Arra
     return np.ascontiguousarray(codes.numpy().T), np.stack(zeros, 1), np.stack(scales, 1)
 
 
-def group_of_column(factors: Sequence[Factor], columns: int, width: int) -> Array:
-    """The group of each column of a matrix rounded by these factors, int32 (columns,)."""
+def group_of_column(factors: Sequence[Factor], columns: int, group_size: int) -> Array:
+    """The group of each column of a matrix that was rounded with these factors, int32 (columns,)."""
     groups = np.empty(columns, np.int32)
-    groups[np.concatenate([factor.columns.numpy() for factor in factors])] = np.arange(columns) // min(width, columns)
+    groups[np.concatenate([factor.columns.numpy() for factor in factors])] = np.arange(columns) // min(
+        group_size, columns
+    )
     return groups
 
 
 def _parameters(columns: Tensor, grid: Grid) -> tuple[Array, Array, Tensor, Tensor]:
-    """Zeros and scales of one group (width, n) as stored, and as the arithmetic takes them."""
+    """Zeros and scales of one group (group_size, n): as stored, and in the dtype of the arithmetic."""
     low, high = torch.aminmax(columns, dim=0)
     zeros, scales = grid.parameters(low.float().numpy(), high.float().numpy())
     return (

@@ -1,7 +1,7 @@
-"""AWQ (https://arxiv.org/abs/2306.00978): columns that meet large inputs are scaled up before they are rounded to nearest.
+"""AWQ (https://arxiv.org/abs/2306.00978): columns with large inputs are scaled up before they are rounded to nearest.
 
-The inverse scale goes into whatever produces the inputs. Scales are powers of the inputs' mean magnitude; the power that costs the
-output least is found by trying.
+The inverse scale is folded into the weights that produce the inputs. Scales are powers of the inputs' mean magnitude;
+the power with the smallest output error is found by trying.
 """
 
 from __future__ import annotations
@@ -19,29 +19,33 @@ from gemma2tool.quantizers.calibration.hessian import Hessian
 from gemma2tool.quantizers.groups import GroupScales, dequantize_groups
 
 POWERS = tuple(step / 20 for step in range(20))
-SMALLEST = 1e-4
+SMALLEST_MAGNITUDE = 1e-4
 ROWS = 1024
-"""Rows of a matrix that are looked at, evenly spread: a scale belongs to a column, and so many rows tell what it costs."""
+"""How many rows of a matrix are sampled, evenly spread. A scale belongs to a column, so that this many rows show its
+effect."""
 
 
 def search_scales(weights: Sequence[Array], hessian: Hessian, magnitude: Tensor, grid: Grid, run: Map = map) -> Array:
-    """The scales (I,) float32 under which the matrices (n, I) that share these inputs lose least, rounded to nearest.
+    """The scales, float32 (I,), with the smallest output error of the matrices (n, I) that share these inputs, rounded
+    to nearest.
 
-    ``magnitude`` (I,): mean |x| per column. ``hessian``: of the inputs, filled. A scale of 1 everywhere is among those tried.
+    ``magnitude`` (I,): mean |x| per column. ``hessian``: of the inputs, symmetrized. All scales 1 are among the
+    candidates.
     """
-    tried = [scales_of_power(magnitude, power) for power in POWERS]
-    losses = list(run(lambda scales: sum(output_error(rows, scales, hessian, grid) for rows in weights), tried))
-    return tried[int(np.argmin(losses))]
+    candidates = [scales_of_power(magnitude, power) for power in POWERS]
+    errors = list(run(lambda scales: sum(output_error(rows, scales, hessian, grid) for rows in weights), candidates))
+    return candidates[int(np.argmin(errors))]
 
 
 def scales_of_power(magnitude: Tensor, power: float) -> Array:
-    """magnitude ** power, over the geometric mean of its largest and smallest."""
-    scales = magnitude.double().clamp(min=SMALLEST) ** power
-    return (scales / (scales.max() * scales.min()).sqrt()).float().numpy()
+    """magnitude ** power, float32 (I,), divided by the geometric mean of its largest and smallest value."""
+    scales = magnitude.double().clamp(min=SMALLEST_MAGNITUDE) ** power
+    normalized: Array = (scales / (scales.max() * scales.min()).sqrt()).float().numpy()
+    return normalized
 
 
 def output_error(rows: Array, scales: Array, hessian: Hessian, grid: Grid) -> float:
-    """The squared error of the outputs, summed over the text, of float32 rows (n, I) rounded under ``scales``."""
+    """The squared error of the outputs, summed over the text, of float32 rows (n, I) rounded with ``scales``."""
     codes, zeros, steps = quantize_to_nearest(rows * scales, grid)
     error = torch.from_numpy(dequantize_groups(codes, GroupScales(grid.group_size, steps, zeros)) / scales - rows)
     total = 0.0
@@ -52,5 +56,5 @@ def output_error(rows: Array, scales: Array, hessian: Hessian, grid: Grid) -> fl
 
 
 def sample_rows(rows: int) -> Array:
-    """Which rows of a matrix of so many are looked at."""
+    """The indices of the sampled rows of a matrix that has this many rows."""
     return np.unique(np.linspace(0, rows - 1, min(rows, ROWS)).astype(np.int64))

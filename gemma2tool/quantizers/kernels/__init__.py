@@ -1,7 +1,7 @@
-"""The native kernels: C++ compiled once per instruction set, chosen when the program runs.
+"""The native kernels: C++ compiled once per instruction set, one of which is selected when the program runs.
 
-Every instruction set gives the same bytes; the choice changes speed alone. ``GEMMA2TOOL_INSTRUCTION_SET`` overrides it
-(``baseline``, ``avx2`` or ``avx512`` on x86-64; a name the machine has not is ignored).
+Every instruction set gives the same bytes; only the speed differs. ``GEMMA2TOOL_INSTRUCTION_SET`` overrides the
+selection (``baseline``, ``avx2`` or ``avx512`` on x86-64; a set that the machine does not support is ignored).
 """
 
 from __future__ import annotations
