@@ -138,9 +138,9 @@ def _causes(
     told = {name for cause in causes for name in cause.tensors}
     open_questions = [each.name for each in comparisons or () if not each.ok and each.name not in told]
     if ids is not None and (open_questions or not causes) and comparable(source, candidate):
-        from gemma2tool.verify.diagnosis.first_divergence import find_parting
+        from gemma2tool.verify.diagnosis.first_divergence import find_first_divergence
 
-        parting = find_parting(
+        parting = find_first_divergence(
             source, candidate, ids, exact=kind == "lossless", suspects=open_questions, threads=threads
         )
         if parting is not None and not told.issuperset(parting.tensors or ("",)):

@@ -1,8 +1,9 @@
-"""What is wrong with a candidate, in plain words: a catalogue of known mistakes and the search for them.
+"""Diagnosis: names the mistake that makes a candidate differ from its source, from a catalog of known mistakes.
 
-``diagnose.diagnose`` looks at two checkpoints, ``counterfactual.counterfactual`` at logits without their weights. Mistakes that are a
-function of the source's tensors stand in tables by family (``norms``, ``attention``, ``mlp``, ``embedding``, ``numbers``,
-``transposed``), and ``search`` finds the one, or the two in turn, that reproduce the candidate's. Mistakes whose numbers must be
-measured first are in ``scales``, ``smoothing``, ``losses`` and ``damage``; those that are no tensor's in ``layers``, ``completeness``,
-``config`` and ``tokenizer``.
+``diagnose.diagnose`` compares two checkpoints; ``counterfactual.counterfactual`` works on logits without the weights
+behind them. Mistakes that are a function of the source's tensors are tabulated by family (``norms``, ``attention``,
+``mlp``, ``embedding``, ``numbers``, ``transposed``); ``search`` finds the one, or the sequence of two, that reproduces
+the candidate's tensors. Mistakes whose parameters must be measured first are in ``scales``, ``smoothing``,
+``requantized``, ``rearranged``, ``unrelated`` and ``damage``. Mistakes that do not concern a single tensor are in
+``layers``, ``completeness``, ``config`` and ``tokenizer``.
 """

@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TypeAlias
+
+Json: TypeAlias = "str | float | Sequence[Json] | Mapping[str, Json] | None"
 
 
 @dataclass(frozen=True)
 class Cause:
-    """``id``: the catalogue's name for the mistake, such as "norm.plus-one". ``message``: what happened, in a sentence.
+    """One mistake, and what it explains.
 
-    ``tensors``: canonical names of the tensors it explains, ``fields``: names of config fields. ``evidence``: the
-    numbers that the sentence rests on, in JSON's types.
+    ``id``: the catalog's name for the mistake, such as "norm.plus-one". ``message``: what happened, in a sentence.
+    ``tensors``: canonical names of the tensors that it explains. ``fields``: names of the config fields. ``evidence``:
+    the numbers behind the sentence, in JSON's types.
     """
 
     id: str
     message: str
     tensors: tuple[str, ...] = ()
     fields: tuple[str, ...] = ()
-    evidence: Mapping[str, Any] = field(default_factory=dict)
+    evidence: Mapping[str, Json] = field(default_factory=dict)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Json]:
         return {
             "id": self.id,
             "message": self.message,

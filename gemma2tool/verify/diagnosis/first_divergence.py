@@ -1,7 +1,9 @@
-"""Where two models part, and what brings them together again, when no known mistake explains it.
+"""The first layer where two models diverge, and the tensors that remove the difference, for damage that no known
+mistake explains.
 
-Every layer of the candidate is given the source's own hidden states, so that no layer answers for those before it. In the
-first that is out of line, the source's tensors are put in place of the candidate's, one after the other, until it agrees.
+Every layer of the candidate gets the source's own hidden states as input, so that its error does not include those of
+earlier layers. In the first layer that is out of line, the source's tensors replace the candidate's, one at a time,
+until the layer agrees.
 """
 
 from __future__ import annotations
@@ -11,204 +13,191 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from statistics import median
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from gemma2tool.model.checkpoint import Checkpoint
-from gemma2tool.model.config_fields import ARITHMETIC_FIELDS, comparable_value
+from gemma2tool.model.config_fields import ARITHMETIC_FIELDS
+from gemma2tool.model.lazy import Array
 from gemma2tool.reference.streaming import StreamedForward, use_threads
 from gemma2tool.verify.compare.measurements import layer_and_kind
 from gemma2tool.verify.diagnosis.cause import Cause
+from gemma2tool.verify.diagnosis.config import differs
+from gemma2tool.verify.diagnosis.names import join_words
 from gemma2tool.verify.json_values import significant
 
 ID = "unknown.layer"
-TOKENS = 128  # of the first prompt that are looked at
-_AGREES = 1e-4  # relative difference of a layer's output that float32 arithmetic may make
-_OUT_OF_LINE = 3.0  # times the median layer's difference: beyond what the candidate's type costs elsewhere
-_USUAL = 1.5  # times the median: as good as any other layer
-_LOST = 0.5  # relative difference at which nothing of a layer's output is left to compare
-_MOST_TENSORS = 3  # that are put back before giving up
+TOKENS = 128
+"""Tokens of the first prompt that are run."""
+_ROUNDING = 1e-4
+"""Relative difference of a layer's output that float32 arithmetic may cause."""
+_OUT_OF_LINE = 3.0
+"""Times the median layer's difference: more than the candidate's type causes elsewhere."""
+_TYPICAL = 1.5
+"""Times the median: as good as any other layer."""
+_LOST = 0.5
+"""Relative difference at which nothing of a layer's output is left to compare."""
+_MAX_REPLACED = 3
+"""Tensors that are replaced before giving up."""
 
 
-def find_parting(
+def find_first_divergence(
     source: Checkpoint,
     candidate: Checkpoint,
-    ids: np.ndarray,
+    ids: Array,
     *,
     exact: bool = False,
     suspects: Iterable[str] = (),
     threads: int | None = None,
 ) -> Cause | None:
-    """The first place where ``candidate`` parts from ``source`` on ``ids`` (B, T), and what of the source's brings it back.
+    """The first place where ``candidate`` diverges from ``source`` on ``ids`` (B, T), and what of the source's removes
+    the difference.
 
-    ``exact``: whether sound tensors of the candidate hold the source's values; else a layer stands out by differing more than
-    others do. ``suspects``: tensors known to be wrong; the first layer of theirs is looked at where no layer stands out. None
-    where nothing does, or where the source's own states are not finite. Both must hold the same tensors in the same shapes.
-    Reads each side once, and the layer in question about a dozen times more.
+    ``exact``: sound tensors of the candidate hold the source's values; otherwise a layer is out of line if it differs
+    more than others do. ``suspects``: tensors known to be wrong; the first layer with one is examined where no layer is
+    out of line. None where nothing is found, or where the source's own states are not finite. Both sides must have the
+    same tensors in the same shapes. Reads each side once, and the layer in question about a dozen times more.
     """
     ids = ids[:1, :TOKENS]
     with use_threads(threads):
-        ours, theirs = (StreamedForward(each, ids) for each in (source, candidate))
-        states = list(ours.hidden_states())
+        forward = StreamedForward(candidate, ids)
+        states = list(StreamedForward(source, ids).hidden_states())
         if not all(bool(torch.isfinite(state).all()) for state in states):
             return None
-        embedded = _apart(theirs.embeddings(), states[0], states[0])
-        errors = [_layer_error(theirs, layer, states) for layer in range(len(states) - 1)]
-        usual = 0.0 if exact else median(errors)
-        if embedded > max(_AGREES, _OUT_OF_LINE * usual):
-            return _told("at the embeddings", "the scaled embeddings are", embedded, ("model.embed_tokens.weight",))
-        layer = _first_out_of_line(errors, usual)
+        embedding_error = _relative_error(forward.embeddings(), states[0], states[0])
+        errors = [_layer_error(forward, layer, states) for layer in range(len(states) - 1)]
+        typical = 0.0 if exact else median(errors)
+        if embedding_error > max(_ROUNDING, _OUT_OF_LINE * typical):
+            divergence = _Divergence("at the embeddings", "the scaled embeddings are", embedding_error)
+            return divergence.cause(("model.embed_tokens.weight",))
+        layer = _first_out_of_line(errors, typical)
         if layer is None:
-            layer = min((found for each in suspects if (found := layer_and_kind(each)[0]) is not None), default=None)
+            layers = (layer_and_kind(name)[0] for name in suspects)
+            layer = min((layer for layer in layers if layer is not None), default=None)
         if layer is not None:
-            return _in_layer(source, candidate, ids, states, errors[layer], usual, layer)
-        return _after_layers(source, candidate, ids, states[-1], usual)
+            return _in_layer(_Models(source, candidate, ids), states, layer, errors[layer], typical)
+        return _after_layers(_Models(source, candidate, ids), states[-1], typical)
 
 
 @dataclass(frozen=True)
-class _Exchange:
-    """The candidate with some of the source's tensors in place of its own, and what that leaves of the difference."""
+class _Models:
+    """The two models, and the token ids (1, T) that they are run on."""
 
-    names: tuple[str, ...]
-    left: float
+    source: Checkpoint
+    candidate: Checkpoint
+    ids: Array
 
+    def differing_fields(self) -> tuple[str, ...]:
+        return tuple(
+            field.name for field in ARITHMETIC_FIELDS if differs(self.source.config, self.candidate.config, field.name)
+        )
 
-def _in_layer(
-    source: Checkpoint,
-    candidate: Checkpoint,
-    ids: np.ndarray,
-    states: Sequence[Tensor],
-    error: float,
-    usual: float,
-    layer: int,
-) -> Cause:
-    where, what = f"in layer {layer}", "what it adds to the residual stream is"
-    agrees = max(_AGREES, _USUAL * usual) if usual < _LOST else _LOST
+    def with_source_config(self) -> Checkpoint:
+        return dataclasses.replace(self.candidate, config=self.source.config)
 
-    def left(changed: Checkpoint) -> float:
-        return _layer_error(StreamedForward(changed, ids), layer, states)
-
-    if fields := _differing_fields(source, candidate):
-        remains = left(dataclasses.replace(candidate, config=source.config))
-        if remains <= agrees:
-            said = f"; with the source's {_listed(fields)} it is {remains:.2g}"
-            return _told(where, what, error, fields=fields, more=said, left=remains)
-    names = [name for name in candidate.tensors if name.startswith(f"model.layers.{layer}.")]
-    best = _put_back(source, candidate, names, agrees, error, left)
-    if best is None:
-        return _told(where, what, error, more="; no few tensors of the source's bring it back")
-    said = f"; with the source's {_listed(best.names)} it is {best.left:.2g}"
-    return _told(where, what, error, best.names, more=said, left=best.left)
+    def with_source_tensors(self, names: Iterable[str]) -> Checkpoint:
+        replaced = {name: self.source.tensors[name] for name in names}
+        return dataclasses.replace(self.candidate, tensors=self.candidate.tensors | replaced)
 
 
-def _after_layers(
-    source: Checkpoint, candidate: Checkpoint, ids: np.ndarray, state: Tensor, usual: float
-) -> Cause | None:
+@dataclass(frozen=True)
+class _Divergence:
+    """``where``: "in layer 3". ``subject``: what is off there, with its verb. ``error``: by how much, relative to its
+    size."""
+
+    where: str
+    subject: str
+    error: float
+
+    def cause(
+        self,
+        tensors: tuple[str, ...] = (),
+        fields: tuple[str, ...] = (),
+        *,
+        remaining: float | None = None,
+        remark: str = "",
+    ) -> Cause:
+        """``remaining``: the error with the source's ``tensors`` or ``fields``."""
+        if remaining is not None:
+            remark = f"; with the source's {join_words((*tensors, *fields))} the error is {remaining:.2g}"
+        message = (
+            f"no known mistake explains it: the models diverge {self.where}, where {self.subject} off by "
+            f"{self.error:.2g} of the size{remark}"
+        )
+        evidence = {"relative_error": significant(self.error)}
+        if remaining is not None:
+            evidence["left"] = significant(remaining)
+        return Cause(ID, message, tensors, fields, evidence)
+
+
+def _in_layer(models: _Models, states: Sequence[Tensor], layer: int, error: float, typical: float) -> Cause:
+    divergence = _Divergence(f"in layer {layer}", "what the layer adds to the residual stream is", error)
+    agrees = max(_ROUNDING, _TYPICAL * typical) if typical < _LOST else _LOST
+
+    def error_of(changed: Checkpoint) -> float:
+        return _layer_error(StreamedForward(changed, models.ids), layer, states)
+
+    names = [name for name in models.candidate.tensors if name.startswith(f"model.layers.{layer}.")]
+    repaired = _repair(models, divergence, names, agrees, error_of)
+    return repaired or divergence.cause(remark="; replacing up to three tensors with the source's does not remove it")
+
+
+def _after_layers(models: _Models, state: Tensor, typical: float) -> Cause | None:
     """The final norm and the output matrix, on the source's last hidden states."""
-    wanted = StreamedForward(source, ids).head_logits(state)
+    expected = StreamedForward(models.source, models.ids).head_logits(state)
 
-    def left(changed: Checkpoint) -> float:
-        got = StreamedForward(changed, ids).head_logits(state)
-        return _apart(got, wanted, wanted)
+    def error_of(changed: Checkpoint) -> float:
+        return _relative_error(StreamedForward(changed, models.ids).head_logits(state), expected, expected)
 
-    error = left(candidate)
-    agrees = max(_AGREES, _USUAL * usual)
-    if error <= max(_AGREES, _OUT_OF_LINE * usual):
+    error = error_of(models.candidate)
+    if error <= max(_ROUNDING, _OUT_OF_LINE * typical):
         return None
-    where, what = "after the last layer", "logits of the source's hidden states are"
-    names = [
-        name
-        for name in ("model.norm.weight", "lm_head.weight", "model.embed_tokens.weight")
-        if name in candidate.tensors
-    ]
-    fields = _differing_fields(source, candidate)
-    if fields and (remains := left(dataclasses.replace(candidate, config=source.config))) <= agrees:
-        said = f"; with the source's {_listed(fields)} they are {remains:.2g}"
-        return _told(where, what, error, fields=fields, more=said, left=remains)
-    best = _put_back(source, candidate, names, agrees, error, left)
-    if best is None:
-        return _told(where, what, error)
-    return _told(
-        where,
-        what,
-        error,
-        best.names,
-        more=f"; with the source's {_listed(best.names)} {best.left:.2g}",
-        left=best.left,
-    )
+    divergence = _Divergence("after the last layer", "the logits of the source's hidden states are", error)
+    names = ("model.norm.weight", "lm_head.weight", "model.embed_tokens.weight")
+    names_present = [name for name in names if name in models.candidate.tensors]
+    agrees = max(_ROUNDING, _TYPICAL * typical)
+    return _repair(models, divergence, names_present, agrees, error_of) or divergence.cause()
 
 
-def _put_back(
-    source: Checkpoint,
-    candidate: Checkpoint,
-    names: Iterable[str],
+def _repair(
+    models: _Models,
+    divergence: _Divergence,
+    names: Sequence[str],
     agrees: float,
-    error: float,
-    left: Callable[[Checkpoint], float],
-) -> _Exchange | None:
-    """The fewest of the source's tensors, found one at a time, with which the difference is no more than ``agrees``."""
-    names = list(names)
-    best = _Exchange((), error)
-    for _ in range(min(_MOST_TENSORS, len(names))):
-        tried = []
-        for name in names:
-            if name not in best.names:
-                chosen = (*best.names, name)
-                theirs = {each: source.tensors[each] for each in chosen}
-                tried.append(
-                    _Exchange(chosen, left(dataclasses.replace(candidate, tensors=candidate.tensors | theirs)))
-                )
-        best = min(tried, key=lambda each: each.left)
-        if best.left <= agrees:
-            return best
+    error_of: Callable[[Checkpoint], float],
+) -> Cause | None:
+    """The config fields, or the fewest of the tensors ``names``, with which the error is at most ``agrees``."""
+    fields = models.differing_fields()
+    if fields:
+        remaining = error_of(models.with_source_config())
+        if remaining <= agrees:
+            return divergence.cause(fields=fields, remaining=remaining)
+    chosen: tuple[str, ...] = ()
+    for _ in range(min(_MAX_REPLACED, len(names))):
+        trials = [(*chosen, name) for name in names if name not in chosen]
+        errors = [error_of(models.with_source_tensors(trial)) for trial in trials]
+        remaining = min(errors)
+        chosen = trials[errors.index(remaining)]
+        if remaining <= agrees:
+            return divergence.cause(chosen, remaining=remaining)
     return None
 
 
-def _first_out_of_line(errors: Sequence[float], usual: float) -> int | None:
-    """The first layer whose error is more than is usual; where most are lost, the first that is."""
-    limit = _LOST if usual >= _LOST else max(_AGREES, _OUT_OF_LINE * usual)
+def _first_out_of_line(errors: Sequence[float], typical: float) -> int | None:
+    """The first layer with more than the typical error; where most layers are lost, the first lost one."""
+    limit = _LOST if typical >= _LOST else max(_ROUNDING, _OUT_OF_LINE * typical)
     return next((layer for layer, error in enumerate(errors) if not error <= limit), None)
 
 
-def _layer_error(run: StreamedForward, layer: int, states: Sequence[Tensor]) -> float:
-    """Of what ``layer`` adds to the source's own states, relative to what the source's layer adds."""
+def _layer_error(forward: StreamedForward, layer: int, states: Sequence[Tensor]) -> float:
+    """The error of what ``layer`` adds to the source's own states, relative to what the source's layer adds."""
     before, after = states[layer], states[layer + 1]
-    return _apart(run.run_layer(layer, before), after, after - before)
+    return _relative_error(forward.run_layer(layer, before), after, after - before)
 
 
-def _apart(got: Tensor, wanted: Tensor, scale: Tensor) -> float:
-    difference, size = ((each.double().pow(2).mean().sqrt().item()) for each in (got - wanted, scale))
-    if not torch.isfinite(got).all():
+def _relative_error(actual: Tensor, expected: Tensor, scale: Tensor) -> float:
+    """RMS of the difference over RMS of ``scale``; infinite where ``actual`` is not finite."""
+    difference, size = (state.double().pow(2).mean().sqrt().item() for state in (actual - expected, scale))
+    if not torch.isfinite(actual).all():
         return float("inf")
     return difference / size if size else float(difference > 0)
-
-
-def _differing_fields(source: Checkpoint, candidate: Checkpoint) -> tuple[str, ...]:
-    return tuple(
-        name
-        for name in (field.name for field in ARITHMETIC_FIELDS)
-        if comparable_value(name, getattr(source.config, name))
-        != comparable_value(name, getattr(candidate.config, name))
-    )
-
-
-def _listed(names: Sequence[str]) -> str:
-    return names[0] if len(names) == 1 else ", ".join(names[:-1]) + " and " + names[-1]
-
-
-def _told(
-    where: str,
-    what: str,
-    error: float,
-    tensors: tuple[str, ...] = (),
-    *,
-    fields: tuple[str, ...] = (),
-    more: str = "",
-    left: float | None = None,
-) -> Cause:
-    message = (
-        f"no known mistake explains it: the models part {where}, where {what} off by {error:.2g} of its size{more}"
-    )
-    evidence = {"relative_error": significant(error)} | ({} if left is None else {"left": significant(left)})
-    return Cause(ID, message, tensors, fields, evidence)

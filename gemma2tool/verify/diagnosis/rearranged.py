@@ -1,123 +1,157 @@
-"""Heads, or a few rows, of the source in each other's place: all of it is there, in an order that no rule gives."""
+"""Heads or rows of the source in another order: all values are there, in an order that no rule gives."""
 
 from __future__ import annotations
 
+from hashlib import blake2b
+
 import numpy as np
 
-from gemma2tool.model.lazy import LazyTensor, row_ranges
-from gemma2tool.verify.diagnosis.fit import fit_whole
-from gemma2tool.verify.diagnosis.names import EMBEDDINGS, QKV, listed, place
-from gemma2tool.verify.diagnosis.row_sample import Portion
-from gemma2tool.verify.diagnosis.scales import Pattern
+from gemma2tool.model.lazy import Array, LazyTensor, row_ranges
+from gemma2tool.verify.diagnosis.cause import Json
+from gemma2tool.verify.diagnosis.fit import CHUNK_VALUES, fit_whole, is_float
+from gemma2tool.verify.diagnosis.names import EMBEDDINGS, QKV, join_words, place
+from gemma2tool.verify.diagnosis.pattern import Pattern
+from gemma2tool.verify.diagnosis.row_sample import RowSample
 from gemma2tool.verify.diagnosis.search import Case
-from gemma2tool.verify.diagnosis.views import Columns, Rows
+from gemma2tool.verify.diagnosis.views import READ_BYTES, Columns, Rows
 
-_OF_A_HEAD = 4  # rows of each head that are compared with those of the others
-_FEW_ROWS = 64  # that may be in each other's place; more are rows in another order
-_CHUNK_VALUES = 1 << 20
-_UNRELATED = 0.5  # RMSE / RMS of a row from which on it may be another's; 1.4 by chance
-_ALIKE = 0.8  # correlation of what is the same but for rounding; the coarsest types keep 0.9
-_STAYS = 1e-6  # by which another row must be more alike than the one that belongs there
+_ROWS_PER_HEAD = 4
+"""Rows of a head that are compared with those of the other heads."""
+_MAX_EXCHANGED = 64
+"""Rows that may be exchanged; more than that is another order of all rows."""
+_UNRELATED = 0.5
+"""RMSE / RMS above which a row may be another row; 1.4 by chance."""
+_ALIKE = 0.8
+"""Correlation of rows that are equal apart from rounding; the coarsest types keep 0.9."""
+_SAME_PLACE_BONUS = 1e-6
+"""By how much more another row must correlate than the one that belongs there."""
 
 
-def heads(case: Case, here: Portion) -> Pattern | None:
+def permuted_heads(case: Case, sample: RowSample) -> Pattern | None:
     """Whole heads of an attention matrix in another order."""
-    kind, config = place(here.name).kind, case.weights.config
-    source, candidate = case.weights[here.name], case.candidate[here.name]
+    kind, config = place(sample.name).kind, case.weights.config
+    source, candidate = case.weights[sample.name], case.candidate[sample.name]
     if kind in QKV and len(candidate.shape) == 2:
-        count = config.num_attention_heads if kind == "q_proj" else config.num_key_value_heads
-        if candidate.rows != count * config.head_dim:
+        heads = config.num_attention_heads if kind == "q_proj" else config.num_key_value_heads
+        if candidate.rows != heads * config.head_dim:
             return None
-        ours, theirs = (_first_rows(each, count, config.head_dim) for each in (source, candidate))
+        sides = [_first_rows_of_heads(tensor, heads, config.head_dim) for tensor in (source, candidate)]
     elif kind == "o_proj" and len(candidate.shape) == 2:
-        count = config.num_attention_heads
-        if here.candidate.shape[1] != count * config.head_dim:
+        heads = config.num_attention_heads
+        if sample.candidate.shape[1] != heads * config.head_dim:
             return None
-        ours, theirs = (
-            each.reshape(len(each), count, -1).swapaxes(0, 1).reshape(count, -1)
-            for each in (here.source, here.candidate)
-        )
+        sides = [
+            rows.reshape(len(rows), heads, -1).swapaxes(0, 1).reshape(heads, -1)
+            for rows in (sample.source, sample.candidate)
+        ]
     else:
         return None
-    order = _order(ours, theirs)
+    order = _matching_order(*sides)
     if order is None:
         return None
-    values = (order[:, None] * config.head_dim + np.arange(config.head_dim)).reshape(-1)
-    if not _holds(case, here.name, Columns(source, values) if kind == "o_proj" else Rows(source, values)):
+    rows = (order[:, None] * config.head_dim + np.arange(config.head_dim)).reshape(-1)
+    if not _is_confirmed(case, sample.name, Columns(source, rows) if kind == "o_proj" else Rows(source, rows)):
         return None
-    said = f"in {{what}} {_said(order, 'head')}; all values are the source's, in another head's place"
-    return Pattern("attention.heads-permuted", said, {"order": order.tolist()})
+    template = f"in {{what}}, {_describe_order(order, 'head')}; the values are the source's"
+    return Pattern("attention.heads-permuted", template, {"order": order.tolist()})
 
 
-def rows(case: Case, name: str) -> Pattern | None:
+def exchanged_rows(case: Case, name: str) -> Pattern | None:
     """A few rows in each other's place."""
     source, candidate = case.weights.get(name), case.candidate[name]
     if source is None or source.shape != candidate.shape or len(candidate.shape) != 2:
         return None
-    where = _unlike(source, candidate)
-    if not 1 < len(where) <= _FEW_ROWS:
+    where = _unlike_rows(source, candidate)
+    if not 1 < len(where) <= _MAX_EXCHANGED:
         return None
-    ours, theirs = (np.concatenate([each.load_rows_f32(row, row + 1) for row in where]) for each in (source, candidate))
-    among = _order(ours, theirs)
-    if among is None:
+    sides = [np.concatenate([tensor.load_rows_f32(row, row + 1) for row in where]) for tensor in (source, candidate)]
+    order_among = _matching_order(*sides)
+    if order_among is None:
         return None
     order = np.arange(candidate.rows)
-    order[where] = np.array(where)[among]
-    if not _holds(case, name, Rows(source, order)):
+    order[where] = np.array(where)[order_among]
+    if not _is_confirmed(case, name, Rows(source, order)):
         return None
-    what = ": these tokens mean each other" if place(name).kind in EMBEDDINGS else ", and the rest is where it belongs"
-    said = f"in {{what}} {_said(order, 'row')}{what}"
-    return Pattern(
-        "tensor.rows-exchanged", said, {"rows": len(where), "holds": {str(row): int(order[row]) for row in where}}
-    )
+    effect = "these tokens have each other's rows" if place(name).kind in EMBEDDINGS else "all other rows are correct"
+    template = f"in {{what}}, {_describe_order(order, 'row')}: {effect}"
+    evidence: dict[str, Json] = {"rows": len(where), "holds": {str(row): int(order[row]) for row in where}}
+    return Pattern("tensor.rows-exchanged", template, evidence)
 
 
-def _first_rows(tensor: LazyTensor, count: int, width: int) -> np.ndarray:
-    few = min(_OF_A_HEAD, width)
-    return np.stack([tensor.load_rows_f32(head * width, head * width + few).reshape(-1) for head in range(count)])
+def permuted_rows(case: Case, name: str) -> Pattern | None:
+    """All rows of the source in an order that is not one of the known ones."""
+    source, candidate = case.weights.get(name), case.candidate[name]
+    if source is None or source.shape != candidate.shape or source.dtype != candidate.dtype or not is_float(candidate):
+        return None
+    digests: set[bytes] = set()
+    for first, last in row_ranges(source.rows, source.row_size * source.dtype.itemsize, READ_BYTES):
+        digests.update(_digest(row) for row in source.load_rows(first, last))
+    sample = [row for rows in case.sample(name) for row in rows]
+    if len(digests) < 2 or not all(_digest(row) in digests for row in sample):
+        return None
+    is_table = place(name).kind in EMBEDDINGS
+    effect = "every token has the row of another" if is_table else "they apply to the wrong dimensions"
+    unit = "rows" if len(source.shape) > 1 else "values"
+    template = f"{{what}} {{have}} the source's {unit} in another order: {effect}"
+    return Pattern("tensor.rows-permuted", template, {"rows": source.rows})
 
 
-def _unlike(source: LazyTensor, candidate: LazyTensor) -> list[int]:
-    """Rows that may be others'; it stops looking where they are too many."""
+def _digest(row: Array) -> bytes:
+    return blake2b(np.ascontiguousarray(row).tobytes(), digest_size=16).digest()
+
+
+def _first_rows_of_heads(tensor: LazyTensor, heads: int, head_dim: int) -> Array:
+    """The first rows of every head, flattened: (heads, values)."""
+    count = min(_ROWS_PER_HEAD, head_dim)
+    starts = range(0, heads * head_dim, head_dim)
+    return np.stack([tensor.load_rows_f32(start, start + count).reshape(-1) for start in starts])
+
+
+def _unlike_rows(source: LazyTensor, candidate: LazyTensor) -> list[int]:
+    """Rows that may be other rows of the source; stops once there are too many."""
     where: list[int] = []
-    for first, last in row_ranges(candidate.rows, max(candidate.row_size, 1), _CHUNK_VALUES):
-        ours, theirs = (each.load_rows_f32(first, last) for each in (source, candidate))
+    for first, last in row_ranges(candidate.rows, max(candidate.row_size, 1), CHUNK_VALUES):
+        source_rows, candidate_rows = (tensor.load_rows_f32(first, last) for tensor in (source, candidate))
         with np.errstate(over="ignore", invalid="ignore"):
-            apart = np.square(theirs - ours, dtype=np.float32).sum(1)
-            off = ~(apart <= _UNRELATED**2 * np.square(theirs).sum(1))
-        where += (first + np.flatnonzero(off)).tolist()
-        if len(where) > _FEW_ROWS:
+            noise = np.square(candidate_rows - source_rows, dtype=np.float32).sum(1)
+            unlike = ~(noise <= _UNRELATED**2 * np.square(candidate_rows).sum(1))
+        where += (first + np.flatnonzero(unlike)).tolist()
+        if len(where) > _MAX_EXCHANGED:
             break
     return where
 
 
-def _order(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray | None:
-    """Which row of ``ours`` each row of ``theirs`` is, (n, values) both; None where they are no other order of the same."""
-    if not (np.isfinite(ours).all() and np.isfinite(theirs).all()):
+def _matching_order(source: Array, candidate: Array) -> Array | None:
+    """For each row of ``candidate`` the row of ``source`` that it is, both (n, values); None where they are not a
+    reordering."""
+    if not (np.isfinite(source).all() and np.isfinite(candidate).all()):
         return None
-    units = []
-    for each in (ours, theirs):
-        wide = each.astype(np.float64)
-        units.append(wide / np.maximum(np.linalg.norm(wide, axis=1, keepdims=True), 1e-300))
-    alike = units[1] @ units[0].T
-    order = np.argmax(alike + _STAYS * np.eye(len(alike)), axis=1)
-    certain = alike[np.arange(len(order)), order].min() > _ALIKE
-    another = len(set(order.tolist())) == len(order) and not np.array_equal(order, np.arange(len(order)))
-    return order if certain and another else None
+    unit_source, unit_candidate = (_unit_rows(rows) for rows in (source, candidate))
+    correlation = unit_candidate @ unit_source.T
+    order = np.argmax(correlation + _SAME_PLACE_BONUS * np.eye(len(correlation)), axis=1)
+    certain = correlation[np.arange(len(order)), order].min() > _ALIKE
+    reordered = len(set(order.tolist())) == len(order) and not np.array_equal(order, np.arange(len(order)))
+    return order if certain and reordered else None
 
 
-def _holds(case: Case, name: str, supposed: LazyTensor) -> bool:
+def _unit_rows(rows: Array) -> Array:
+    wide = rows.astype(np.float64)
+    unit: Array = wide / np.maximum(np.linalg.norm(wide, axis=1, keepdims=True), 1e-300)
+    return unit
+
+
+def _is_confirmed(case: Case, name: str, supposed: LazyTensor) -> bool:
     fit = fit_whole(supposed, case.candidate[name], case.threads)
-    return fit.exact or fit.error <= case.limit(supposed, name)
+    return fit.exact or fit.error <= case.error_limit(supposed, name)
 
 
-def _said(order: np.ndarray, unit: str) -> str:
-    """ "heads 0 and 1 are in each other's place"."""
+def _describe_order(order: Array, unit: str) -> str:
+    """ "heads 0 and 1 are exchanged"."""
     count, moved = len(order), np.flatnonzero(order != np.arange(len(order))).tolist()
     if len(moved) == 2:
-        return f"{unit}s {moved[0]} and {moved[1]} are in each other's place"
-    by = {int((order[place] - place) % count) for place in range(count)}
-    if len(by) == 1:
-        return f"the {unit}s are shifted in a circle: {unit} i holds the source's {unit} (i + {by.pop()}) % {count}"
-    shown = listed([f"{unit} {place} holds the source's {order[place]}" for place in moved[:6]])
-    return f"{len(moved)} {unit}s are in each other's places: {shown}" + (", ..." if len(moved) > 6 else "")
+        return f"{unit}s {moved[0]} and {moved[1]} are exchanged"
+    offsets = {int((order[index] - index) % count) for index in range(count)}
+    if len(offsets) == 1:
+        return f"the {unit}s are rotated: {unit} i holds the source's {unit} (i + {offsets.pop()}) % {count}"
+    examples = join_words([f"{unit} {index} holds the source's {order[index]}" for index in moved[:6]])
+    return f"{len(moved)} {unit}s are in another order: {examples}" + (", ..." if len(moved) > 6 else "")

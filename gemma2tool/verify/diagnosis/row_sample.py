@@ -1,4 +1,4 @@
-"""A portion of a tensor's rows on both sides, for mistakes whose numbers must be estimated: scales, offsets, grids."""
+"""The same rows of a tensor on both sides, for mistakes whose parameters must be estimated: scales, offsets, grids."""
 
 from __future__ import annotations
 
@@ -7,61 +7,68 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gemma2tool.verify.diagnosis.fit import is_float
+from gemma2tool.model.lazy import Array
+from gemma2tool.verify.diagnosis.fit import BETTER_FLOAT, BETTER_QUANTIZED, is_float
 from gemma2tool.verify.diagnosis.search import Case
 
-_ROWS = 48
+_MAX_ROWS = 48
 
 
 @dataclass(frozen=True)
-class Portion:
-    """``source`` and ``candidate``: the same rows of both, float32 (n, columns); a vector is one row. ``limit``: the error, as a
-    fraction of the candidate's RMS, that its type explains; ``error``: that of the source's own tensor."""
+class RowSample:
+    """Rows of one tensor.
+
+    ``source`` and ``candidate``: the same rows of both, float32 (n, columns); a vector is one row. ``limit``: the error
+    that the candidate's type explains, as a fraction of the candidate's RMS. ``quantized``: whether the candidate
+    stores a quantized type.
+    """
 
     name: str
-    source: np.ndarray
-    candidate: np.ndarray
+    source: Array
+    candidate: Array
     limit: float
     quantized: bool
 
     @property
     def error(self) -> float:
-        return self.off(self.source)
+        """The error of the source's own rows; see ``error_of``."""
+        return self.error_of(self.source)
 
     @property
     def correlation(self) -> float:
-        """Pearson's, of the two sides' values."""
-        ours, theirs = (each.astype(np.float64) - each.mean(dtype=np.float64) for each in (self.source, self.candidate))
-        size = math.sqrt(float(np.mean(ours**2)) * float(np.mean(theirs**2)))
-        return float(np.mean(ours * theirs)) / size if size else 0.0
+        """Pearson's correlation of the two sides' values."""
+        source, candidate = (
+            rows.astype(np.float64) - rows.mean(dtype=np.float64) for rows in (self.source, self.candidate)
+        )
+        size = math.sqrt(float(np.mean(source**2)) * float(np.mean(candidate**2)))
+        return float(np.mean(source * candidate)) / size if size else 0.0
 
-    def off(self, supposed: np.ndarray) -> float:
-        """RMS of (candidate - supposed) over the RMS of the candidate."""
+    def error_of(self, supposed: Array) -> float:
+        """RMS of (candidate - supposed) over RMS of the candidate."""
         size = rms(self.candidate)
-        return rms(self.candidate - supposed) / size if size else float("inf")
+        return rms(self.candidate - supposed) / size if size else math.inf
 
-    def explains(self, supposed: np.ndarray) -> bool:
-        error = self.off(supposed)
-        return error <= self.limit and error <= (0.7 if self.quantized else 0.25) * self.error
+    def is_explained_by(self, supposed: Array) -> bool:
+        """Whether what is left of the difference is rounding."""
+        error = self.error_of(supposed)
+        return error <= self.limit and error <= (BETTER_QUANTIZED if self.quantized else BETTER_FLOAT) * self.error
 
 
-def rms(array: np.ndarray) -> float:
+def rms(array: Array) -> float:
     return float(np.sqrt(np.mean(np.square(array, dtype=np.float64)))) if array.size else 0.0
 
 
-def portion(case: Case, name: str) -> Portion | None:
-    """Rows from all over the tensor; None where the two cannot be compared: other shapes, values that are not finite."""
+def sample_rows(case: Case, name: str) -> RowSample | None:
+    """Rows spread over the tensor; None where the two sides are not comparable: different shapes, values that are not
+    finite."""
     source, candidate = case.weights.get(name), case.candidate[name]
     if source is None or source.shape != candidate.shape or not candidate.size:
         return None
     if len(candidate.shape) < 2:
-        ours, theirs = (each.load_rows_f32(0, each.rows).reshape(1, -1) for each in (source, candidate))
+        sides = [tensor.load_rows_f32(0, tensor.rows).reshape(1, -1) for tensor in (source, candidate)]
     else:
-        rows = np.unique(np.linspace(0, candidate.rows - 1, min(_ROWS, candidate.rows)).astype(int))
-        ours, theirs = (
-            np.concatenate([each.load_rows_f32(row, row + 1) for row in rows.tolist()]) for each in (source, candidate)
-        )
-    if not (np.isfinite(ours).all() and np.isfinite(theirs).all()):
+        rows = np.unique(np.linspace(0, candidate.rows - 1, min(_MAX_ROWS, candidate.rows)).astype(int)).tolist()
+        sides = [np.concatenate([tensor.load_rows_f32(row, row + 1) for row in rows]) for tensor in (source, candidate)]
+    if not all(np.isfinite(side).all() for side in sides):
         return None
-    limit = case.limit(source, name)
-    return Portion(name, ours, theirs, limit, not is_float(candidate))
+    return RowSample(name, sides[0], sides[1], case.error_limit(source, name), not is_float(candidate))

@@ -1,4 +1,4 @@
-"""What the tokenizer gate found, told as the mistake behind it."""
+"""The mistakes behind the findings of the tokenizer gate."""
 
 from __future__ import annotations
 
@@ -9,43 +9,37 @@ from gemma2tool.verify.diagnosis.cause import Cause
 from gemma2tool.verify.finding import Finding, GateResult
 
 _LOST = "is not in the candidate"
+_FIELD_CAUSES = (
+    ("tokenizer.bos-missing", "add_bos_token", "the token that every Gemma text starts with is not added"),
+    ("tokenizer.eos-added", "add_eos_token", "a token is added at the end of texts that the source does not add"),
+    ("tokenizer.chat-template", "chat_template", "conversations are formatted differently than in training"),
+)
+"""(id, subject of the findings, sentence)."""
 
 
 def causes_of_tokenizer(results: Sequence[GateResult]) -> list[Cause]:
     """One cause per kind of error among the gate's findings."""
-    errors = [each for gate in results if gate.name == GATE for each in gate.findings if each.severity == "error"]
+    gates = [gate for gate in results if gate.name == GATE]
+    errors = [finding for gate in gates for finding in gate.findings if finding.severity == "error"]
     causes = []
-    for id, subjects, sentence in (
-        (
-            "tokenizer.bos-missing",
-            ("add_bos_token",),
-            "texts do not begin with the token that every Gemma text begins with",
-        ),
-        ("tokenizer.eos-added", ("add_eos_token",), "texts end with a token that the source does not put there"),
-        (
-            "tokenizer.chat-template",
-            ("chat_template",),
-            "a conversation is put in another form than the model was trained on",
-        ),
-    ):
-        found = [each for each in errors if each.subject in subjects]
-        if found:
-            causes.append(_cause(id, sentence, found))
-        errors = [each for each in errors if each not in found]
-    lost = [each for each in errors if _LOST in each.message]
+    for id, subject, sentence in _FIELD_CAUSES:
+        findings = [finding for finding in errors if finding.subject == subject]
+        if findings:
+            causes.append(_cause(id, sentence, findings))
+        errors = [finding for finding in errors if finding not in findings]
+    lost = [finding for finding in errors if _LOST in finding.message]
     if lost:
-        causes.append(_cause("tokenizer.lost", "the tokenizer was not taken along", lost))
-    special = [each for each in errors if str(each.subject).endswith("_id")]
-    other = [each for each in errors if each not in lost and each not in special]
+        causes.append(_cause("tokenizer.lost", "the tokenizer was not copied", lost))
+    special = [finding for finding in errors if str(finding.subject).endswith("_id")]
+    other = [finding for finding in errors if finding not in lost and finding not in special]
     if other:
-        causes.append(
-            _cause("tokenizer.wrong", "the tokenizer is another one: the same text gives other tokens", other + special)
-        )
+        sentence = "the tokenizer differs: the same text gives different tokens"
+        causes.append(_cause("tokenizer.wrong", sentence, other + special))
     elif special:
-        causes.append(_cause("tokenizer.special-ids", "special tokens have other ids", special))
+        causes.append(_cause("tokenizer.special-ids", "special tokens have different ids", special))
     return causes
 
 
-def _cause(id: str, sentence: str, found: Sequence[Finding]) -> Cause:
-    fields = tuple(dict.fromkeys(str(each.subject) for each in found))
-    return Cause(id, f"{sentence}: {found[0].message}", (), fields, {"findings": len(found)})
+def _cause(id: str, sentence: str, findings: Sequence[Finding]) -> Cause:
+    fields = tuple(dict.fromkeys(str(finding.subject) for finding in findings))
+    return Cause(id, f"{sentence}: {findings[0].message}", (), fields, {"findings": len(findings)})

@@ -7,7 +7,7 @@ import json
 from gemma2tool.model.config_fields import FULL, SLIDING
 from tests.support.planted.faults import Victim, fault
 
-# -- config --------------------------------------------------------------------------------------------------------------
+# -- config ------------------------------------------------------------------------------------------------------------
 
 
 @fault("config.attention-softcap-missing", forms=("memory", "hf"))
@@ -36,11 +36,11 @@ def query_scale_144(v: Victim) -> None:
     v.configure(query_pre_attn_scalar=144)
 
 
-def with_an_own_query_scale(v: Victim) -> None:
+def with_another_query_scale(v: Victim) -> None:
     v.configure(query_pre_attn_scalar=v.config.head_dim * 3)
 
 
-@fault("config.query-scale", prepare=with_an_own_query_scale)
+@fault("config.query-scale", prepare=with_another_query_scale)
 def query_scale_head_dim(v: Victim) -> None:
     v.configure(query_pre_attn_scalar=v.config.head_dim)
 
@@ -95,15 +95,15 @@ def exact_gelu(v: Victim) -> None:
     v.configure(hidden_activation="gelu")
 
 
-# -- tokenizer -----------------------------------------------------------------------------------------------------------
+# -- tokenizer ---------------------------------------------------------------------------------------------------------
 
 
 @fault("tokenizer.eos-wrong", prepare=lambda v: v.configure(eos_token_id=(1, 107)), forms=("memory", "hf"))
-def end_of_turn_lost(v: Victim) -> None:
+def end_of_turn_left_out(v: Victim) -> None:
     v.configure(eos_token_id=1)
 
 
-@fault("tokenizer.bos-wrong", forms=("memory", "hf"))  # a GGUF without a tokenizer does not say bos
+@fault("tokenizer.bos-wrong", forms=("memory", "hf"))  # a GGUF without a tokenizer has no bos
 def bos_is_eos(v: Victim) -> None:
     v.configure(bos_token_id=1)
 
@@ -133,7 +133,7 @@ def bos_not_added(v: Victim) -> None:
 
 
 @fault("tokenizer.lost", forms=("memory",), needs=has_tokenizer)
-def tokenizer_left_behind(v: Victim) -> None:
+def tokenizer_not_copied(v: Victim) -> None:
     v.assets.pop("tokenizer.model")
     v.assets.pop("tokenizer.json", None)
 
@@ -165,11 +165,11 @@ def change_json(v: Victim, **entries: object) -> None:
 
 @fault("tokenizer.chat-template", forms=("memory",), needs=has_tokenizer)
 def another_chat_template(v: Victim) -> None:
-    change_json(v, chat_template="{% for each in messages %}[INST] {{ each['content'] }} [/INST]{% endfor %}")
+    change_json(v, chat_template="{% for message in messages %}[INST] {{ message['content'] }} [/INST]{% endfor %}")
 
 
 @fault("tokenizer.eos-added", forms=("memory",), needs=has_tokenizer)
-def eos_behind_every_text(v: Victim) -> None:
+def eos_after_every_text(v: Victim) -> None:
     change_json(v, add_eos_token=True)
 
 

@@ -1,10 +1,11 @@
-"""What planted faults are made of: a checkpoint that may be changed, and the list of the faults.
+"""Planted faults: a checkpoint that may be changed, and the list of faults.
 
-The faults are the catalogue's mistakes, made as a buggy converter makes them, in plain loops, knowing nothing of the diagnosis:
-``planted_weights``, ``planted_config`` and ``planted_quantized`` hold them.
+The faults are the catalog's mistakes, made as a buggy converter makes them, in plain loops that share no code with the
+diagnosis. They are in ``weights``, ``tensors``, ``config`` and ``quantized``.
 
-A fault changes a ``Victim`` in place. What it needs of a model to be a mistake at all (a query head for each key head is no grouping)
-is part of it: ``needs`` says no, or ``prepare`` gives the source what it lacks (a value beyond float16's range).
+A fault changes a ``Victim`` in place. Some faults are only mistakes in some models (without grouped-query attention
+there are no groups to mistake): ``needs`` tells which, and ``prepare`` gives the source what it lacks (a value beyond
+float16's range).
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ LAYER = "model.layers.{}."
 
 @dataclass
 class Victim:
-    """A checkpoint in memory. ``stored``: quantized types of arrays that are already what decoding them gives."""
+    """A checkpoint in memory. ``stored``: the quantized types of some arrays, which hold the dequantized values."""
 
     config: Gemma2Config
     arrays: dict[str, np.ndarray]
@@ -55,7 +56,7 @@ class Victim:
         facts = registry.FACTS.get(format, FormatFacts(format))
         return Checkpoint(Path("planted"), facts, self.config, tensors, assets)
 
-    # -- what faults are written with ------------------------------------------------------------------------------
+    # -- helpers for faults ----------------------------------------------------------------------------------------
 
     @property
     def layers(self) -> range:
@@ -77,7 +78,7 @@ class Victim:
         return [name for name in self.arrays if "norm" in name]
 
     def change(self, names: list[str], function: Callable[[np.ndarray], np.ndarray]) -> None:
-        """``function`` in float32, stored in each array's own type."""
+        """Apply ``function`` in float32; the result keeps the array's dtype."""
         for name in names:
             array = self.arrays[name]
             with np.errstate(over="ignore"):
@@ -92,7 +93,8 @@ class Victim:
 
 @dataclass(frozen=True)
 class Fault:
-    """``name``: the fault; ``ids``: how the diagnosis may name it; ``forms``: the files it can be planted in."""
+    """A mistake that can be planted. ``ids``: the causes that name it correctly. ``forms``: the files it can be planted
+    in."""
 
     name: str
     ids: tuple[str, ...]
@@ -101,7 +103,8 @@ class Fault:
     needs: Callable[[Victim], bool] = lambda victim: True
     prepare: Callable[[Victim], None] | None = None
     paired: bool = True
-    """Whether it is tried together with a second fault; False where it is recognised only in tensors that are otherwise right."""
+    """Whether it is tried together with a second fault; False if it is recognized only in tensors that are otherwise
+    correct."""
 
 
 FAULTS: list[Fault] = []
@@ -110,7 +113,7 @@ FAULTS: list[Fault] = []
 def fault(
     *ids: str, forms: tuple[str, ...] = ("memory", "hf", "gguf"), needs=lambda victim: True, prepare=None, paired=True
 ):
-    """Register a function that plants a mistake; its name is the fault's."""
+    """Register a function that plants a fault under its own name."""
 
     def register(plant: Callable[[Victim], None]) -> Callable[[Victim], None]:
         FAULTS.append(Fault(plant.__name__, ids, plant, forms, needs, prepare, paired))

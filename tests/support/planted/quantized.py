@@ -1,5 +1,5 @@
-"""Mistakes of quantizers and of readers of quantized files. Registered beside those of ``planted_faults``; memory form only: each
-makes what a reader would decode of the damaged file."""
+"""Mistakes of quantizers and of readers of quantized files. In memory only: a fault makes what a reader would
+decode."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def store(v: Victim, stored: str, function: Callable[[np.ndarray], np.ndarray], 
 
 
 def four_bits(w: np.ndarray, zero: int = 8, scale: float | None = None) -> np.ndarray:
-    """Symmetric, nearest, zero point 8; read back with ``zero`` and perhaps ``scale``."""
+    """Quantize symmetrically with zero point 8 to the nearest code, and dequantize with ``zero`` and ``scale``."""
     groups = w.reshape(-1, GROUP)
     scales = np.abs(groups).max(1, keepdims=True) / 7.5
     codes = np.clip(np.round(groups / scales), -8, 7) + 8
@@ -75,7 +75,7 @@ def one_absmax_damaged(v: Victim) -> None:
 
 
 def clean_layer_one(v: Victim, damage) -> dict[str, np.ndarray]:
-    """The down projection of layer 1 again, from what it decodes to (NF4 of NF4 is itself), with damage."""
+    """The down projection of layer 1, quantized again with damage (NF4 of NF4 values is lossless)."""
     name = v.name("down_proj", 1)
     return {name: nf4(v.arrays[name], damage)}
 
@@ -117,14 +117,14 @@ def nf4_then_q4_0(v: Victim) -> None:
 
 
 @fault("quant.twice")
-def dequantized_nf4_passed_off_as_the_original(v: Victim) -> None:
+def dequantized_nf4_used_as_the_original(v: Victim) -> None:
     for name in matrices(v):
         array = v.arrays[name]
         v.arrays[name] = nf4(array.astype(np.float32), lambda p, a: (p, a)).astype(array.dtype)
 
 
 @fault("quant.twice")
-def dequantized_int8_passed_off_as_the_original(v: Victim) -> None:
+def dequantized_int8_used_as_the_original(v: Victim) -> None:
     for name in matrices(v):
         array = v.arrays[name]
         v.arrays[name] = bnb.dequantize_int8(*bnb.quantize_int8(array.astype(np.float32))).astype(array.dtype)

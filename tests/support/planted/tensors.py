@@ -1,4 +1,4 @@
-"""Mistakes with whole tensors and their numbers: layers, embedding and head, rounding, damage."""
+"""Mistakes with whole tensors and their values: layers, embedding and head, rounding, damage."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ def wide(victim: Victim) -> bool:
     return any(array.dtype == np.float32 for array in victim.arrays.values())
 
 
-# -- layers --------------------------------------------------------------------------------------------------------------
+# -- layers ------------------------------------------------------------------------------------------------------------
 
 
 def reorder(v: Victim, order: list[int]) -> None:
-    """Layer i takes all of layer order[i]'s tensors."""
+    """Layer i gets all tensors of layer order[i]."""
     old = dict(v.arrays)
     for i, origin in enumerate(order):
         for name in old:
@@ -61,7 +61,7 @@ def last_layer_dropped(v: Victim) -> None:
     v.configure(num_hidden_layers=last, layer_types=v.config.layer_types[:last])
 
 
-# -- embedding and head --------------------------------------------------------------------------------------------------
+# -- embedding and head ------------------------------------------------------------------------------------------------
 
 
 @fault("embedding.scaled")
@@ -70,7 +70,7 @@ def embedding_scaled(v: Victim) -> None:
 
 
 @fault("embedding.unscaled")
-def embedding_scale_taken_out(v: Victim) -> None:
+def embedding_scale_divided_out(v: Victim) -> None:
     v.change([v.name("embed")], lambda w: w / np.float32(np.sqrt(v.config.hidden_size)))
 
 
@@ -136,7 +136,7 @@ def own_head_overwritten_by_the_embedding(v: Victim) -> None:
     v.arrays["lm_head.weight"] = v.arrays[v.name("embed")].copy()
 
 
-# -- numbers -------------------------------------------------------------------------------------------------------------
+# -- numbers -----------------------------------------------------------------------------------------------------------
 
 
 def with_large_values(v: Victim) -> None:
@@ -150,7 +150,7 @@ def not_half(v: Victim) -> bool:
 
 @fault(
     "numbers.fp16-overflow", prepare=with_large_values, needs=not_half, forms=("memory",)
-)  # our writers refuse infinities
+)  # gemma2tool does not write infinities
 def overflow_in_float16(v: Victim) -> None:
     v.everywhere("up_proj", lambda w: w.astype(np.float16).astype(np.float32))
 
@@ -185,13 +185,13 @@ def truncated_to_bfloat16(v: Victim) -> None:
 
 
 def with_ties(v: Victim) -> None:
-    """Values of float16, which often lie half way between two of bfloat16."""
+    """Values of float16, which are often halfway between two values of bfloat16."""
     v.change(list(v.arrays), lambda w: w.astype(np.float16).astype(np.float32))
 
 
 @fault("numbers.other-rounding", needs=wide, prepare=with_ties)
 def ties_rounded_away_from_zero(v: Victim) -> None:
-    """The whole file in bfloat16, as half a unit added and the rest cut off makes it."""
+    """The whole file in bfloat16: half a unit is added, and the low bits are truncated."""
     for name, array in v.arrays.items():
         v.arrays[name] = ((array.view(np.uint32) + 0x8000) >> 16).astype(np.uint16).view(BF16)
 
@@ -234,19 +234,19 @@ def norms_never_loaded(v: Victim) -> None:
 
 
 @fault("damage.region")
-def rows_of_something_else(v: Victim) -> None:
+def rows_overwritten(v: Victim) -> None:
     array = v.arrays[v.name("up_proj", 1)]
     array[5:9] = np.random.default_rng(12).standard_normal(array[5:9].shape).astype(array.dtype)
 
 
-@fault("damage.nonfinite", forms=("memory",))  # our writers refuse them
-def nan_here_and_there(v: Victim) -> None:
+@fault("damage.nonfinite", forms=("memory",))  # gemma2tool does not write them
+def scattered_nans(v: Victim) -> None:
     array = v.arrays[v.name("k_proj", 0)]
     array[np.random.default_rng(13).random(array.shape) < 0.05] = np.nan
 
 
 @fault("layer.added")
-def a_layer_too_many(v: Victim) -> None:
+def an_additional_layer(v: Victim) -> None:
     last = v.config.num_hidden_layers
     for name in [name for name in v.arrays if name.startswith(LAYER.format(0))]:
         v.arrays[name.replace(LAYER.format(0), LAYER.format(last))] = v.arrays[name].copy()
@@ -254,7 +254,7 @@ def a_layer_too_many(v: Victim) -> None:
 
 
 @fault("layer.permuted", needs=lambda v: v.config.num_hidden_layers > 3)
-def three_layers_in_a_circle(v: Victim) -> None:
+def three_layers_rotated(v: Victim) -> None:
     reorder(v, [1, 2, 0, *range(3, v.config.num_hidden_layers)])
 
 
@@ -274,7 +274,7 @@ def a_projection_left_out(v: Victim) -> None:
 
 
 @fault("tensor.extra", forms=("memory",))
-def a_tensor_that_no_one_knows(v: Victim) -> None:
+def an_unknown_tensor(v: Victim) -> None:
     v.arrays["model.layers.0.self_attn.rotary.weight"] = v.arrays[v.name("norm")].copy()
 
 
@@ -285,7 +285,7 @@ def two_tokens_exchanged(v: Victim) -> None:
 
 
 @fault("tensor.rows-exchanged", paired=False)
-def three_rows_in_a_circle(v: Victim) -> None:
+def three_rows_rotated(v: Victim) -> None:
     array = v.arrays[v.name("gate_proj", 1)]
     array[[3, 40, 41]] = array[[40, 41, 3]]
 
@@ -318,7 +318,7 @@ def trained_further(v: Victim) -> None:
 
 
 @fault("weights.all-differ", paired=False)
-def each_weight_a_little_off(v: Victim) -> None:
+def all_weights_slightly_off(v: Victim) -> None:
     generator = np.random.default_rng(16)
     v.change(
         [name for name in v.arrays if "proj" in name],

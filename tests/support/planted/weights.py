@@ -9,7 +9,7 @@ from tests.support.planted.faults import BF16, Victim, fault
 NORMS = ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm")
 
 
-# -- norms ---------------------------------------------------------------------------------------------------------------
+# -- norms -------------------------------------------------------------------------------------------------------------
 
 
 @fault("norm.plus-one")
@@ -18,7 +18,7 @@ def norms_stored_with_one(v: Victim) -> None:
 
 
 @fault("norm.minus-one")
-def norms_one_taken_off(v: Victim) -> None:
+def norms_one_subtracted(v: Victim) -> None:
     v.change(v.norms(), lambda w: w - 1)
 
 
@@ -92,11 +92,11 @@ def smoothing_without_norm(v: Victim) -> None:
     smooth(v, ("gate_proj", "up_proj"), None, 1.0)
 
 
-# -- attention -----------------------------------------------------------------------------------------------------------
+# -- attention ---------------------------------------------------------------------------------------------------------
 
 
 def interleave(w: np.ndarray, width: int) -> np.ndarray:
-    """Halves to pairs, head by head."""
+    """Halves to interleaved pairs, head by head."""
     out = w.copy()
     for start in range(0, len(w), width):
         for pair in range(width // 2):
@@ -106,7 +106,7 @@ def interleave(w: np.ndarray, width: int) -> np.ndarray:
 
 
 def halve(w: np.ndarray, width: int) -> np.ndarray:
-    """Pairs to halves, head by head."""
+    """Interleaved pairs to halves, head by head."""
     out = w.copy()
     for start in range(0, len(w), width):
         out[start : start + width // 2] = w[start : start + width : 2]
@@ -222,13 +222,13 @@ def heads_the_fast_axis_of_o(v: Victim) -> None:
 )
 def query_heads_tiled_over_key_heads(v: Victim) -> None:
     c = v.config
-    order = [g * (c.num_attention_heads // c.num_key_value_heads) + j
-             for j in range(c.num_attention_heads // c.num_key_value_heads) for g in range(c.num_key_value_heads)]  # fmt: skip
+    per = c.num_attention_heads // c.num_key_value_heads
+    order = [g * per + j for j in range(per) for g in range(c.num_key_value_heads)]
     v.everywhere("q_proj", lambda w: np.concatenate([w[n * c.head_dim : (n + 1) * c.head_dim] for n in order]))
 
 
 @fault("attention.unturned")
-def q_einsum_not_turned(v: Victim) -> None:
+def q_einsum_not_transposed(v: Victim) -> None:
     """(H, D, h) reshaped to (H * h, D)."""
     c = v.config
     v.everywhere(
@@ -256,7 +256,7 @@ def queries_scaled_in_the_file(v: Victim) -> None:
     v.everywhere("q_proj", lambda w: w * np.float32(v.config.query_pre_attn_scalar**-0.5))
 
 
-# -- feed-forward --------------------------------------------------------------------------------------------------------
+# -- feed-forward ------------------------------------------------------------------------------------------------------
 
 
 @fault("mlp.gate-up-swapped")
@@ -273,7 +273,7 @@ def gating_reshaped_not_transposed(v: Victim) -> None:
 
 
 @fault("mlp.down-transposed")
-def down_transposed_once_too_often(v: Victim) -> None:
+def down_transposed_twice(v: Victim) -> None:
     v.everywhere("down_proj", lambda w: w.reshape(w.shape[::-1]).T)
 
 
@@ -297,7 +297,7 @@ def a_quarter_added_to_norms(v: Victim) -> None:
 
 
 @fault("smoothing.folded")
-def smoothing_folded_in_place(v: Victim) -> None:
+def smoothing_folded_correctly(v: Victim) -> None:
     smooth(v, ("gate_proj", "up_proj"), "pre_feedforward_layernorm", 1.0)
 
 
@@ -318,11 +318,11 @@ def queries_and_output_swapped(v: Victim) -> None:
         v.arrays[a], v.arrays[b] = v.arrays[b], v.arrays[a]
 
 
-# -- heads in no known order -----------------------------------------------------------------------------------------------
+# -- heads in an unknown order -----------------------------------------------------------------------------------------
 
 
 def by_heads(v: Victim, order: list[int]) -> None:
-    """Query head i takes head order[i]'s place, in the rows of q_proj and the columns of o_proj."""
+    """Query head i becomes head order[i], in the rows of q_proj and the columns of o_proj."""
     width = v.config.head_dim
     for i in v.layers:
         q, o = v.arrays[v.name("q_proj", i)], v.arrays[v.name("o_proj", i)]

@@ -1,4 +1,5 @@
-"""Logits of another program alone: the mistake behind them is found by making it. The other program is transformers."""
+"""Logits of another program (transformers): the mistake behind them is found by making it in the reference forward
+pass."""
 
 from __future__ import annotations
 
@@ -21,8 +22,8 @@ STATE = trained_like_state(CONFIG)
 State = dict[str, torch.Tensor]
 
 
-def theirs(ids: np.ndarray = IDS, state: State | None = None, **fields: object) -> np.ndarray:
-    """transformers' logits (T, V), float32, of a config with other ``fields`` and perhaps another ``state``."""
+def peer_logits(ids: np.ndarray = IDS, state: State | None = None, **fields: object) -> np.ndarray:
+    """transformers' logits (T, V), float32, of a config with other ``fields`` and another ``state`` if given."""
     model = their_model(dataclasses.replace(CONFIG, **fields), CAUSAL, STATE if state is None else state)
     with torch.no_grad():
         return model(torch.from_numpy(ids)[None]).logits[0].numpy()
@@ -33,13 +34,13 @@ def source():
     return checkpoint_of(CONFIG, STATE)
 
 
-def test_no_mistake_no_cause(source) -> None:
-    assert counterfactual(source, IDS, theirs(), threads=1) is None
+def test_correct_logits_have_no_cause(source) -> None:
+    assert counterfactual(source, IDS, peer_logits(), threads=1) is None
 
 
 @pytest.mark.slow
-def test_noise_is_no_mistake(source) -> None:
-    noisy = theirs() * (1 + 0.01 * np.random.default_rng(2).standard_normal(theirs().shape))
+def test_noise_is_not_a_mistake(source) -> None:
+    noisy = peer_logits() * (1 + 0.01 * np.random.default_rng(2).standard_normal(peer_logits().shape))
     assert counterfactual(source, IDS, noisy, threads=1) is None
 
 
@@ -61,7 +62,7 @@ def test_noise_is_no_mistake(source) -> None:
     ],
 )
 def test_configs(source, id: str, fields: dict[str, object]) -> None:
-    cause = counterfactual(source, IDS, theirs(**fields), threads=1)
+    cause = counterfactual(source, IDS, peer_logits(**fields), threads=1)
     assert cause is not None and cause.id == id
     assert set(cause.fields) <= set(fields) or id == "config.window-missing"
     assert cause.evidence["difference_with"] < 0.2 * cause.evidence["difference_without"]
@@ -72,7 +73,7 @@ def changed(kinds: tuple[str, ...], function: Callable[[torch.Tensor], torch.Ten
 
 
 def permuted(w: torch.Tensor) -> torch.Tensor:
-    """The permutation of transformers' conversion scripts for Llama, the other way."""
+    """The inverse of the permutation in transformers' conversion scripts for Llama."""
     return w.view(-1, 2, CONFIG.head_dim // 2, w.shape[1]).transpose(1, 2).reshape(w.shape)
 
 
@@ -93,15 +94,15 @@ def swapped(one: str, other: str) -> State:
     ],
 )
 def test_weights(source, id: str, state: State) -> None:
-    cause = counterfactual(source, IDS, theirs(state=state), threads=1)
+    cause = counterfactual(source, IDS, peer_logits(state=state), threads=1)
     assert cause is not None and cause.id == id and cause.tensors
 
 
 @pytest.mark.slow
-def test_bos_left_out_or_put_twice(source) -> None:
-    assert counterfactual(source, IDS, theirs(IDS[1:]), threads=1).id == "tokenizer.bos-missing"
+def test_bos_left_out_or_added_twice(source) -> None:
+    assert counterfactual(source, IDS, peer_logits(IDS[1:]), threads=1).id == "tokenizer.bos-missing"
     twice = np.concatenate([IDS[:1], IDS])
-    assert counterfactual(source, IDS, theirs(twice), threads=1).id == "tokenizer.bos-doubled"
+    assert counterfactual(source, IDS, peer_logits(twice), threads=1).id == "tokenizer.bos-doubled"
 
 
 ORDER = np.random.default_rng(3).permutation(CONFIG.vocab_size)
@@ -123,19 +124,19 @@ def test_right_logits_in_the_wrong_place(source, id: str, moved: Callable[[np.nd
 
     def once(checkpoint, ids: np.ndarray) -> np.ndarray:
         passes.append(ids)
-        return theirs()[None]
+        return peer_logits()[None]
 
-    cause = counterfactual(source, IDS, moved(theirs()), run=once)
+    cause = counterfactual(source, IDS, moved(peer_logits()), run=once)
     assert cause is not None and cause.id == id and len(passes) == 1
 
 
 def test_the_last_position_is_enough(source) -> None:
     assert (
-        counterfactual(source, IDS, theirs(final_logit_softcapping=None)[-1], threads=1).id
+        counterfactual(source, IDS, peer_logits(final_logit_softcapping=None)[-1], threads=1).id
         == "config.final-softcap-missing"
     )
 
 
-def test_other_shapes_are_refused(source) -> None:
+def test_logits_of_another_shape_are_refused(source) -> None:
     with pytest.raises(UsageError):
         counterfactual(source, IDS, np.zeros((3, 5), np.float32))
