@@ -21,7 +21,7 @@ from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from gemma2tool.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from gemma2tool.api import *  # noqa: F403  (type checkers see what __getattr__ gives)

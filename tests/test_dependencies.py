@@ -86,7 +86,7 @@ def distributions(*folders: str, functions: tuple[str, ...] = ()) -> set[str]:
     """What the Python files of some folders import, without the standard library and the project's own modules."""
     paths = [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
     scripts = {path.stem for path in paths if not (path.parent / "__init__.py").exists()}  # they import each other
-    own = {"gemma2tool", *folders, *scripts}
+    own = {"gemma2tool", "_typeshed", *folders, *scripts}  # _typeshed exists for type checkers only
     modules = {module.split(".")[0] for path in paths for module in imported(path, functions)}
     return {DISTRIBUTIONS.get(name, name) for name in modules - sys.stdlib_module_names - own}
 

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gemma2tool import __version__
 from gemma2tool.cli.groups import expanded
 from gemma2tool.errors import EXIT_BUG, EXIT_INTERRUPTED, ResourceError, ToolError
+from gemma2tool.version import __version__
 
 if TYPE_CHECKING:
     from gemma2tool.cli.terminal import Console

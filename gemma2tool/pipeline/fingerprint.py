@@ -17,12 +17,12 @@ from pathlib import Path
 
 import numpy as np
 
-from gemma2tool import __version__
 from gemma2tool.formats.options import Adapter
 from gemma2tool.pipeline.plan import Plan
 from gemma2tool.quantizers.kernels import _native
 from gemma2tool.storage.reading import open_for_reading
 from gemma2tool.storage.staging.journal import Fingerprint
+from gemma2tool.version import __version__
 
 _ENDS = 1 << 16
 _DIGITS = 16

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gemma2tool import __version__
 from gemma2tool.containers import strict_json
 from gemma2tool.errors import InputRefused, ToolError
 from gemma2tool.model.checkpoint import Checkpoint
@@ -31,6 +30,7 @@ from gemma2tool.verify.digest import Hashes, config_digest, model_digest, tensor
 from gemma2tool.verify.gates import loosest
 from gemma2tool.verify.json_values import json_value
 from gemma2tool.verify.result import Verification
+from gemma2tool.version import __version__
 
 SCHEMA_VERSION = 1
 SUFFIX = ".receipt.json"

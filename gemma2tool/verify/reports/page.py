@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from gemma2tool import __version__
 from gemma2tool.verify.finding import GateResult, count_by_severity
 from gemma2tool.verify.reports import plots, texts
 from gemma2tool.verify.reports.markup import Markup, tag
 from gemma2tool.verify.result import Verification
+from gemma2tool.version import __version__
 
 MARKS = {"passed": "✓", "failed": "✗", "skipped": "–", "reported": "·"}
 MAX_FINDINGS = 200
