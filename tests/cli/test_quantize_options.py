@@ -70,7 +70,7 @@ def test_smaller_groups_are_closer() -> None:
     for kind, sizes in GROUP_SIZES.items():
         errors = []
         for size in sizes:
-            settings = Settings(kind, group_size=size)
+            settings = Settings(kind, PackingOptions(group_size=size))
             source = ArrayTensor(values.astype(ml_dtypes.bfloat16))
             parts = encoded(packings.encoder_for(spec(NAME, (64, 512)), settings, source), source, 100)
             raw = {packings.part_name(NAME, suffix): ArrayTensor(part) for suffix, part in parts.items()}
@@ -237,7 +237,7 @@ def test_heads_and_embeddings_are_never_quantized_but_by_mlx(tmp_path: Path, kin
     words = {"only": ["."], "skip": ["layers.0.mlp.up_proj"]}
     if kind.startswith("mlx"):
         assert packings.encoder_for(
-            source.specs["lm_head.weight"], Settings(kind, **words), source.tensors["lm_head.weight"]
+            source.specs["lm_head.weight"], Settings(kind, PackingOptions(**words)), source.tensors["lm_head.weight"]
         )
         return
     types = stored(write_checkpoint(source, tmp_path / "out", type=kind, **words))
@@ -254,7 +254,7 @@ def test_remarks(source: Path, tmp_path: Path) -> None:
     """A request that cannot be met in full, and a choice that one of the consumers cannot load, are said."""
     result = run("quantize", source, tmp_path / "out", "--type", "gptq-4", "--only", "embed|q_proj", "--no-verify")
     assert result.exit_code == 0
-    assert "model.embed_tokens.weight stays as it is" in result.stderr
+    assert "model.embed_tokens.weight is left unquantized" in result.stderr
     assert "vLLM, which fuses them" in result.stderr
     result = run(
         "quantize",
@@ -272,7 +272,7 @@ def test_remarks(source: Path, tmp_path: Path) -> None:
     result = run("quantize", source, tmp_path / "asym", "--type", "w4a16-asym", "--no-verify")
     assert result.exit_code == 0 and "dequantize=True" in result.stderr
     result = run("quantize", source, tmp_path / "rows", "--type", "gptq-4", "--group-size", -1, "--no-verify")
-    assert result.exit_code == 0 and "whole row" in result.stderr
+    assert result.exit_code == 0 and "one scale for each row" in result.stderr
 
 
 def test_settings_of_an_unknown_type_are_refused() -> None:

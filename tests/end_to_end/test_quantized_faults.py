@@ -108,16 +108,16 @@ def test_mislabelled_zero_points(
         assert good.is_quantized
     change_config(folder, checkpoint_format=other)
     assert_refused(
-        run("verify", folder, "--reference", original), 3, f"stored as {label} does, but the config says {other}"
+        run("verify", folder, "--reference", original), 3, f"in the convention of {label}, but config.json says {other}"
     )
 
 
 @pytest.mark.parametrize(
     ("folder", "changes", "words"),
     [
-        ("gq-gptq4", {"checkpoint_format": "gptq_v2"}, "stored as gptq does"),
-        ("gq-gptq4-v2", {"checkpoint_format": "gptq"}, "stored as gptq_v2 does"),
-        ("gq-gptq8", {"checkpoint_format": "gptq_v2"}, "stored as gptq does"),
+        ("gq-gptq4", {"checkpoint_format": "gptq_v2"}, "in the convention of gptq,"),
+        ("gq-gptq4-v2", {"checkpoint_format": "gptq"}, "in the convention of gptq_v2,"),
+        ("gq-gptq8", {"checkpoint_format": "gptq_v2"}, "in the convention of gptq,"),
         ("gq-gptq4-desc", {"desc_act": False}, "in act-order"),
     ],
 )

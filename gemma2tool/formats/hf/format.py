@@ -55,7 +55,7 @@ class HuggingFace(Format):
                     f"the hf format cannot hold {quoted(options.type)}",
                     hint=f"choose one of {', '.join(TYPES)}, or another format",
                 )
-            settings = packings.Settings.of(options.type, options.packing, act_order=options.act_order)
+            settings = packings.Settings(options.type, options.packing, options.act_order)
             cast = {name: as_dtype(sources[name], dtypes[name]) for name in checkpoint.specs}
             encoders, warnings = packings.encoders(checkpoint.specs, cast, settings)
             if options.dtype is not None:  # else only merged weights differ, which are quantized as they are

@@ -19,7 +19,7 @@ from gemma2tool.formats.mapping import container_tensors
 from gemma2tool.formats.mapping.float_dtypes import as_dtype, stored_dtypes
 from gemma2tool.formats.mapping.float_layout import drop_equal_head
 from gemma2tool.formats.mlx import FACTS
-from gemma2tool.formats.packings.mlx import TYPES
+from gemma2tool.formats.packings.mlx import MLXPacking
 from gemma2tool.formats.safetensors_output import INDEX, SINGLE, config_content, other_assets, shards
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.config import Gemma2Config
@@ -27,7 +27,8 @@ from gemma2tool.model.tensors import HEADS
 from gemma2tool.quantizers.floats import Float
 from gemma2tool.storage.paths import confined_path
 
-TAG = "mlx"
+TAG = MLXPacking.safetensors_format
+TYPES = MLXPacking.types
 _QUANTIZATION = ("quantization", "quantization_config")
 """mlx-lm writes the same object under both names."""
 
@@ -103,7 +104,7 @@ def _settings(options: WriteOptions) -> packings.Settings | None:
             f"the mlx format cannot hold {options.type}",
             hint=f"choose one of {', '.join(TYPES)}, or another format",
         )
-    return packings.Settings.of(options.type, options.packing)
+    return packings.Settings(options.type, options.packing)
 
 
 def _warnings(checkpoint: Checkpoint) -> list[str]:

@@ -1,65 +1,89 @@
 """Packings: quantized checkpoints on top of the Hugging Face format.
 
-A packing stores some weights as other tensors beside each other (codes, scales, ...) and says so in ``quantization_config``. Each is
-a module here with ``METHOD`` (the config's ``quant_method``), ``TYPES`` (names of the types it writes) and the three functions below.
+A packing (``base.Packing``) stores some weights as several tensors each (codes, scales, ...), which
+``quantization_config`` in config.json describes. Each module here holds one; adding one takes a module and an entry in
+``_PACKINGS``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 
 from gemma2tool.errors import InputRefused, UsageError
-from gemma2tool.formats.packings import awq, bnb, compressed_tensors, gptq, mlx, torchao
-from gemma2tool.formats.packings.settings import Settings, asked_for, consumer_remarks, kept_by_choice, split_fusions
+from gemma2tool.formats.packings.awq import AwqPacking
+from gemma2tool.formats.packings.base import Packing
+from gemma2tool.formats.packings.bnb import BitsAndBytesPacking
+from gemma2tool.formats.packings.compressed_tensors import CompressedTensorsPacking
+from gemma2tool.formats.packings.gptq import GptqPacking
+from gemma2tool.formats.packings.mlx import MLXPacking
+from gemma2tool.formats.packings.parts import part_name
+from gemma2tool.formats.packings.selection import (
+    consumer_remarks,
+    excluded_tensors,
+    fusion_remarks,
+    is_named,
+    quantized_modules,
+)
+from gemma2tool.formats.packings.settings import Settings
+from gemma2tool.formats.packings.torchao import TorchaoPacking
 from gemma2tool.model.lazy import LazyTensor
 from gemma2tool.model.tensors import TensorSpec
 from gemma2tool.quantizers.base import Encoder
 from gemma2tool.storage.quoting import quoted
 
-_PACKINGS = (bnb, compressed_tensors, gptq, awq, torchao, mlx)
-_BY_METHOD = {packing.METHOD: packing for packing in _PACKINGS}
-_BY_TYPE = {type_name: packing for packing in _PACKINGS for type_name in packing.TYPES}
+__all__ = [
+    "TYPES",
+    "Settings",
+    "config_entries",
+    "encoder_for",
+    "encoders",
+    "metadata",
+    "more_files",
+    "part_name",
+    "quantization_config",
+    "quantized_modules",
+    "unpack",
+]
+
+_PACKINGS: tuple[Packing, ...] = (
+    BitsAndBytesPacking(),
+    CompressedTensorsPacking(),
+    GptqPacking(),
+    AwqPacking(),
+    TorchaoPacking(),
+    MLXPacking(),
+)
+_BY_TYPE = {type_name: packing for packing in _PACKINGS for type_name in packing.types}
+_NO_MODULES: Mapping[str, bool] = MappingProxyType({})
 
 TYPES = tuple(_BY_TYPE)
-"""Names of the quantization types that a Hugging Face folder can be written in."""
+"""Names of the quantization types that a folder of safetensors can be written in."""
 
 
-def part_name(name: str, suffix: str) -> str:
-    """The name under which a part of the tensor ``name`` is stored.
+def unpack(raw: Mapping[str, LazyTensor], quantization_config: object) -> dict[str, LazyTensor]:
+    """The canonical tensors of a quantized checkpoint; rows are dequantized when they are read.
 
-    "" is the tensor itself, a suffix with a leading dot continues its name (``P.weight.absmax``), any other is its sibling in the
-    same module (``P.SCB``).
+    ``raw``: the tensors as the files name them. Unquantized ones are passed through. ``quantization_config``: parsed
+    from config.json. Raises ``InputRefused`` if no packing knows the config, or if the parts of a tensor are missing,
+    contradict one another, or have a known fault.
     """
-    if not suffix or suffix.startswith("."):
-        return name + suffix
-    return f"{name.rpartition('.')[0]}.{suffix}"
-
-
-def unpack(raw: Mapping[str, LazyTensor], quantization_config: Mapping[str, object]) -> dict[str, LazyTensor]:
-    """The canonical tensors of a quantized checkpoint, which dequantize the rows they are asked for.
-
-    ``raw``: the tensors as the files name them. Unquantized ones are passed through. Raises InputRefused where a tensor's parts
-    are missing, contradict one another, or carry a known fault.
-    """
-    method = quantization_config.get("quant_method") if isinstance(quantization_config, Mapping) else None
-    if isinstance(quantization_config, Mapping) and mlx.recognizes(quantization_config):
-        method = mlx.METHOD
-    packing = _BY_METHOD.get(method) if isinstance(method, str) else None
-    if packing is None:
-        raise InputRefused(
-            "packing.unknown",
-            f"config.json: quantization_config has the quant_method {quoted(method)}",
-            hint=f"known are: {', '.join(_BY_METHOD)}",
-        )
-    return packing.unpack(raw, quantization_config)
+    config = quantization_config if isinstance(quantization_config, Mapping) else {}
+    for packing in _PACKINGS:
+        if packing.recognizes(config):
+            return packing.unpack(raw, config)
+    raise InputRefused(
+        "packing.unknown",
+        f"config.json: quantization_config has the unknown quant_method {quoted(config.get('quant_method'))}",
+        hint=f"known methods are {', '.join(packing.method for packing in _PACKINGS)}",
+    )
 
 
 def encoder_for(spec: TensorSpec, settings: Settings, source: LazyTensor) -> Encoder | None:
-    """What stores the tensor in this type; None where it keeps the model's own type, whatever the user asked for.
+    """The encoder that stores a tensor in this type; None if the tensor is never quantized.
 
-    ``source`` has the type the weight is quantized from. With double quantization it is read once here: how long the stored parts
-    are depends on its values.
+    ``source`` has the dtype that the weight is quantized from. With double quantization it is read once here: the sizes
+    of the stored parts depend on its values.
     """
     return _packing(settings.type).encoder_for(spec, settings, source)
 
@@ -67,87 +91,67 @@ def encoder_for(spec: TensorSpec, settings: Settings, source: LazyTensor) -> Enc
 def encoders(
     specs: Mapping[str, TensorSpec], sources: Mapping[str, LazyTensor], settings: Settings
 ) -> tuple[dict[str, Encoder], list[str]]:
-    """The encoders of all tensors that are to be quantized, by name, and remarks on the choice.
+    """The encoders of all tensors to quantize, by name, and remarks on the choice.
 
-    Raises UsageError for patterns that match nothing, and where nothing would be quantized.
+    Raises ``UsageError`` for patterns that match nothing, and if nothing would be quantized.
     """
-    kept = kept_by_choice(specs, settings)
-    found = {
+    packing = _packing(settings.type)
+    excluded = excluded_tensors(specs, settings)
+    chosen = {
         name: encoder
         for name, spec in specs.items()
-        if name not in kept and (encoder := encoder_for(spec, settings, sources[name])) is not None
+        if name not in excluded and (encoder := packing.encoder_for(spec, settings, sources[name])) is not None
     }
-    if not found:
+    if not chosen:
         raise UsageError(
             "quantize.nothing",
             f"nothing would be quantized to {settings.type}",
-            hint="--skip and --only leave no weight that the type can hold",
+            hint="change --skip and --only: they leave no weight that the type can hold",
         )
     remarks = consumer_remarks(settings)
     for name, spec in specs.items():
-        if spec.quantizable and name not in found and asked_for(name, settings):
-            remarks.append(f"{name} stays as it is: what loads {settings.type} cannot load it quantized")
-    modules = quantized_modules(specs, found)
-    partial = split_fusions((m for m, on in modules.items() if on), (m for m, on in modules.items() if not on))
-    if partial and _packing(settings.type) is not mlx:
-        remarks.append(
-            f"{', '.join(partial[:3])}{' ...' if len(partial) > 3 else ''}: left as they are while others of q, k and v, or of gate and up,"
-            " are quantized; transformers loads that, vLLM, which fuses them, does not"
-        )
-    return found, remarks
-
-
-def quantized_modules(specs: Mapping[str, TensorSpec], quantized: Container[str]) -> dict[str, bool]:
-    """The model's linear layers by module name, and whether each is quantized."""
-    return {
-        name.removesuffix(".weight"): name in quantized
-        for name, spec in specs.items()
-        if spec.quantizable and spec.layer is not None
-    }
+        if spec.quantizable and name not in chosen and is_named(name, settings):
+            remarks.append(f"{name} is left unquantized: consumers of {settings.type} cannot load it quantized")
+    if packing.is_fused_by_engines:
+        remarks += fusion_remarks(quantized_modules(specs, chosen))
+    return chosen, remarks
 
 
 def quantization_config(
-    settings: Settings, modules: Mapping[str, bool] = MappingProxyType({}), *, dtype: str = "bfloat16"
+    settings: Settings, modules: Mapping[str, bool] = _NO_MODULES, *, dtype: str = "bfloat16"
 ) -> dict[str, object]:
     """The ``quantization_config`` that the type's library writes.
 
-    ``modules``: see ``quantized_modules``; those that are not quantized are listed where the consumer looks for them. ``dtype``: the
-    model's, in torch's spelling.
+    ``modules``: see ``quantized_modules``; unquantized ones are listed where the consumer looks for them. ``dtype``:
+    the model's, in torch's spelling.
     """
     return _packing(settings.type).quantization_config(settings, modules, dtype)
 
 
 def config_entries(
-    settings: Settings, modules: Mapping[str, bool] = MappingProxyType({}), *, dtype: str = "bfloat16"
+    settings: Settings, modules: Mapping[str, bool] = _NO_MODULES, *, dtype: str = "bfloat16"
 ) -> dict[str, object]:
-    """What config.json says about the quantization: ``quantization_config``, and MLX's second name for it."""
+    """The entries of config.json that describe the quantization; arguments as of ``quantization_config``."""
     config = quantization_config(settings, modules, dtype=dtype)
-    if _packing(settings.type) is mlx:
-        return {"quantization": config, "quantization_config": config}
-    return {"quantization_config": config}
+    return dict.fromkeys(_packing(settings.type).config_keys, config)
 
 
 def more_files(settings: Settings, modules: Mapping[str, bool]) -> dict[str, object]:
-    """Further JSON files beside config.json, by name: GPTQ's libraries look for quantize_config.json first."""
-    if _packing(settings.type) is gptq:
-        return {gptq.CONFIG_FILE: gptq.quantization_config(settings, modules, "bfloat16")}
-    return {}
+    """Further JSON files beside config.json: name to content."""
+    return _packing(settings.type).more_files(settings, modules)
 
 
 def metadata(type_name: str, tensors: Iterable[tuple[str, tuple[int, ...], Encoder]]) -> dict[str, str]:
-    """The metadata of the safetensors files, from every tensor's name, shape and encoder."""
-    packing = _packing(type_name)
-    if packing is torchao:
-        return torchao.metadata(tensors)
-    return {"format": "mlx" if packing is mlx else "pt"}
+    """The metadata of the safetensors files, from the name, shape and encoder of every tensor."""
+    return _packing(type_name).metadata(tensors)
 
 
-def _packing(type_name: str):
+def _packing(type_name: str) -> Packing:
     try:
         return _BY_TYPE[type_name]
     except KeyError:
         raise UsageError(
             "quantize.type",
             f"a Hugging Face folder has no type {quoted(type_name)}",
-            hint=f"one of: {', '.join(TYPES)}",
+            hint=f"choose one of {', '.join(TYPES)}",
         ) from None

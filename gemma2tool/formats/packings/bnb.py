@@ -1,179 +1,132 @@
 """bitsandbytes: nf4 and fp4, with or without double quantization, and LLM.int8(), as transformers saves them.
 
-A 4-bit weight P.weight is stored as P.weight (codes), P.weight.absmax, P.weight.quant_map, P.weight.quant_state.bitsandbytes__nf4
-(JSON) and, doubly quantized, P.weight.nested_absmax and P.weight.nested_quant_map; an 8-bit one as P.weight, P.SCB and
-P.weight_format. Checked against transformers 5.23 with bitsandbytes 0.50.
+A 4-bit weight P.weight is stored as P.weight (codes), P.weight.absmax, P.weight.quant_map and
+P.weight.quant_state.bitsandbytes__nf4 (JSON, see ``bnb_state``); doubly quantized, also as P.weight.nested_absmax and
+P.weight.nested_quant_map. An 8-bit weight is stored as P.weight, P.SCB and P.weight_format. Checked against
+transformers 5.23 with bitsandbytes 0.50.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from gemma2tool.containers import strict_json
 from gemma2tool.errors import InputRefused
-from gemma2tool.formats.packings.parts import FLOATS, HINT, linear_weight, part, plain, skip_list
+from gemma2tool.formats.packings.base import Packing, QuantizedWeight
+from gemma2tool.formats.packings.bnb_state import NestedState, QuantState, read_state
+from gemma2tool.formats.packings.parts import (
+    FLOATS,
+    HINT,
+    INT8,
+    UINT8,
+    is_linear_weight,
+    modules_not_converted,
+    quantized_dtype,
+    required_matrix,
+    required_part,
+)
 from gemma2tool.formats.packings.settings import Settings
-from gemma2tool.model.lazy import BFLOAT16, FLOAT32, LazyTensor, to_float32
+from gemma2tool.model.lazy import BFLOAT16, FLOAT32, Array, DType, LazyTensor, to_float32
 from gemma2tool.model.tensors import TensorSpec
 from gemma2tool.quantizers import bnb
 from gemma2tool.quantizers.base import Encoder
 from gemma2tool.quantizers.bnb_tables import CODES
-from gemma2tool.storage.quoting import quoted
 
-METHOD = "bitsandbytes"
-TYPES = ("nf4", "fp4", "int8")
-
-UINT8 = np.dtype(np.uint8)
-INT8 = np.dtype(np.int8)
 STATE_PREFIX = ".quant_state.bitsandbytes__"
-MAX_STATE_BYTES = 4096
+ROW_MAJOR = 0
+"""The only ``weight_format`` that is not tiled for one GPU generation."""
 
 
-def quantization_config(settings: Settings, modules: Mapping[str, bool], dtype: str) -> dict[str, object]:
-    """As transformers' BitsAndBytesConfig is saved. The fields that a type does not use keep the class's defaults.
+class BitsAndBytesPacking(Packing):
+    method = "bitsandbytes"
+    title = "bitsandbytes"
+    types = (*CODES, bnb.Int8.name)
 
-    ``bnb_4bit_compute_dtype`` is the model's own although transformers' default is float32: that makes a bfloat16 model slow and large.
-    """
-    four_bit = settings.type != "int8"
-    return {
-        "_load_in_4bit": four_bit,
-        "_load_in_8bit": not four_bit,
-        "bnb_4bit_compute_dtype": dtype if four_bit else "float32",
-        "bnb_4bit_quant_storage": "uint8",
-        "bnb_4bit_quant_type": settings.type if four_bit else "fp4",
-        "bnb_4bit_use_double_quant": settings.double_quant,
-        "llm_int8_enable_fp32_cpu_offload": False,
-        "llm_int8_has_fp16_weight": False,
-        "llm_int8_skip_modules": skip_list(modules),
-        "llm_int8_threshold": 6.0,
-        "load_in_4bit": four_bit,
-        "load_in_8bit": not four_bit,
-        "quant_method": METHOD,
-    }
+    def quantization_config(self, settings: Settings, modules: Mapping[str, bool], dtype: str) -> dict[str, object]:
+        """As transformers' BitsAndBytesConfig is saved. The fields that a type does not use keep the class's defaults.
 
+        ``bnb_4bit_compute_dtype`` is the model's own although transformers' default is float32, which makes a bfloat16
+        model slow and large.
+        """
+        four_bit = settings.type in CODES
+        return {
+            "_load_in_4bit": four_bit,
+            "_load_in_8bit": not four_bit,
+            "bnb_4bit_compute_dtype": dtype if four_bit else "float32",
+            "bnb_4bit_quant_storage": "uint8",
+            "bnb_4bit_quant_type": settings.type if four_bit else "fp4",
+            "bnb_4bit_use_double_quant": settings.options.double_quant,
+            "llm_int8_enable_fp32_cpu_offload": False,
+            "llm_int8_has_fp16_weight": False,
+            "llm_int8_skip_modules": modules_not_converted(modules),
+            "llm_int8_threshold": 6.0,
+            "load_in_4bit": four_bit,
+            "load_in_8bit": not four_bit,
+            "quant_method": self.method,
+        }
 
-def encoder_for(spec: TensorSpec, settings: Settings, source: LazyTensor) -> Encoder | None:
-    """The library quantizes every linear layer but the output head, and never the embedding."""
-    if not linear_weight(spec):
-        return None
-    if settings.type == "int8":
-        return bnb.Int8()
-    dtype = source.dtype if source.dtype in bnb.QUANT_DTYPES.values() else FLOAT32
-    return bnb.FourBit(settings.type, settings.double_quant, dtype).surveyed(source)
+    def encoder_for(self, spec: TensorSpec, settings: Settings, source: LazyTensor) -> Encoder | None:
+        if not is_linear_weight(spec):
+            return None
+        if settings.type == bnb.Int8.name:
+            return bnb.Int8()
+        return bnb.FourBit(settings.type, settings.options.double_quant, quantized_dtype(source)).surveyed(source)
 
-
-def unpack(raw: Mapping[str, LazyTensor], quantization_config: Mapping[str, object]) -> dict[str, LazyTensor]:
-    """See ``packings.unpack``. The files say themselves which weights are quantized and how; the config is not needed."""
-    quantized: dict[str, LazyTensor] = {}
-    taken: set[str] = set()
-    for name in raw:
-        if STATE_PREFIX in name:
-            base = name.partition(STATE_PREFIX)[0]
-            tensor, parts = _four_bit(raw, base, name)
-        elif name.endswith(".SCB"):
-            base = name.removesuffix("SCB") + "weight"
-            tensor, parts = _int8(raw, base, name)
-        else:
-            continue
-        if base in quantized:
-            raise InputRefused("bnb.state", f"{raw[name].origin}: says again how its weight is quantized", hint=HINT)
-        quantized[base] = tensor
-        taken |= parts
-    return {**plain(raw, taken, "bitsandbytes"), **quantized}
-
-
-@dataclass(frozen=True)
-class QuantState:
-    """What the JSON beside a 4-bit weight says, checked."""
-
-    quant_type: str
-    blocksize: int
-    dtype: np.dtype
-    shape: tuple[int, ...]
-    nested_blocksize: int | None = None
-    nested_offset: np.float32 | None = None
-
-    @property
-    def name(self) -> str:
-        return self.quant_type + ("-dq" if self.nested_blocksize else "")
+    def weights(
+        self, raw: Mapping[str, LazyTensor], quantization_config: Mapping[str, object]
+    ) -> Iterator[QuantizedWeight]:
+        """The tensors themselves show which weights are quantized and how; the config is not needed."""
+        described: set[str] = set()
+        for name in raw:
+            if STATE_PREFIX in name:
+                weight = _four_bit(raw, name.partition(STATE_PREFIX)[0], name)
+            elif name.endswith(".SCB"):
+                weight = _int8(raw, name.removesuffix("SCB") + "weight", name)
+            else:
+                continue
+            if weight.name in described:
+                raise InputRefused(
+                    "bnb.state", f"{raw[name].origin}: another tensor also describes its weight", hint=HINT
+                )
+            described.add(weight.name)
+            yield weight
 
 
-def read_state(tensor: LazyTensor, quant_type: str) -> QuantState:
-    """Parse and check the JSON; ``quant_type`` is the one that the tensor's name gives. Raises InputRefused."""
-    if tensor.dtype != UINT8 or len(tensor.shape) != 1 or tensor.size > MAX_STATE_BYTES:
-        raise InputRefused(
-            "bnb.state", f"{tensor.origin}: {tensor.shape} {tensor.dtype.name} is not a quant_state", hint=HINT
-        )
-    content = strict_json.load(tensor.load().tobytes(), what=tensor.origin, max_bytes=MAX_STATE_BYTES)
-
-    def check(ok: bool, complaint: str) -> None:
-        if not ok:
-            raise InputRefused("bnb.state", f"{tensor.origin}: {complaint}", hint=HINT)
-
-    check(isinstance(content, dict), "not a JSON object")
-    keys = {"quant_type", "blocksize", "dtype", "shape"}
-    nested = {"nested_blocksize", "nested_dtype", "nested_offset"}
-    check(set(content) in (keys, keys | nested), f"its keys are {quoted(sorted(content))}")
-    check(content["quant_type"] == quant_type and quant_type in CODES, f"its type is {quoted(content['quant_type'])}")
-    check(_is_blocksize(content["blocksize"]), f"its blocksize is {quoted(content['blocksize'])}")
-    check(
-        isinstance(content["dtype"], str) and content["dtype"] in bnb.QUANT_DTYPES,
-        f"its dtype is {quoted(content['dtype'])}",
-    )
-    shape = content["shape"]
-    check(
-        isinstance(shape, list) and len(shape) == 2 and all(type(n) is int and 0 < n < 1 << 31 for n in shape),
-        f"its shape is {quoted(shape)}",
-    )
-    state = QuantState(quant_type, content["blocksize"], bnb.QUANT_DTYPES[content["dtype"]], tuple(shape))
-    if nested.isdisjoint(content):
-        return state
-    check(_is_blocksize(content["nested_blocksize"]), f"its nested_blocksize is {quoted(content['nested_blocksize'])}")
-    check(content["nested_dtype"] == "float32", f"its nested_dtype is {quoted(content['nested_dtype'])}")
-    offset = content["nested_offset"]
-    check(type(offset) in (int, float) and abs(offset) < 3e38, f"its nested_offset is {quoted(offset)}")
-    return QuantState(
-        state.quant_type, state.blocksize, state.dtype, state.shape, content["nested_blocksize"], np.float32(offset)
-    )
-
-
-def _is_blocksize(value: object) -> bool:
-    return type(value) is int and value in bnb.BLOCKSIZES
-
-
-def _four_bit(raw: Mapping[str, LazyTensor], base: str, state_name: str) -> tuple[LazyTensor, set[str]]:
+def _four_bit(raw: Mapping[str, LazyTensor], base: str, state_name: str) -> QuantizedWeight:
     state = read_state(raw[state_name], state_name.removeprefix(base + STATE_PREFIX))
-    parts = {base, base + ".absmax", base + ".quant_map", state_name}
+    parts = {base, f"{base}.absmax", f"{base}.quant_map", state_name}
     count = math.prod(state.shape)
-    codes = part(raw, base, (UINT8, *FLOATS), None)
-    # Codes may be stored under a wider type, whose bytes they are (bnb_4bit_quant_storage).
+    codes = required_part(raw, base, (UINT8, *FLOATS), None)
+    # Codes may be stored under a wider type (bnb_4bit_quant_storage), whose bytes they are.
     if codes.shape != (codes.rows, 1) or codes.nbytes != -(-count // 2):
         raise InputRefused(
             "packing.part-shape",
-            f"{codes.origin}: {codes.shape} {codes.dtype.name} does not hold the codes of a weight {state.shape}",
+            f"{codes.origin}: {codes.dtype.name} of shape {codes.shape} does not hold the codes of a weight"
+            f" {state.shape}",
             hint=HINT,
         )
-    _check_map(part(raw, base + ".quant_map", (FLOAT32,), (16,)), CODES[state.quant_type])
+    _check_map(required_part(raw, f"{base}.quant_map", (FLOAT32,), (16,)), CODES[state.quant_type])
     blocks = -(-count // state.blocksize)
-    if state.nested_blocksize is None:
+    if state.nested is None:
         _refuse_saved_after_forward(raw, base, state)
-        absmax = part(raw, base + ".absmax", (FLOAT32,), (blocks,))
-        return FourBitTensor(codes, absmax, state), parts
-    absmax = part(raw, base + ".absmax", (UINT8,), (blocks,))
-    nested = part(raw, base + ".nested_absmax", (FLOAT32,), (-(-blocks // state.nested_blocksize),))
-    numbers = part(raw, base + ".nested_quant_map", (FLOAT32,), (256,)).load()
+        absmax = required_part(raw, f"{base}.absmax", (FLOAT32,), (blocks,))
+        return QuantizedWeight(base, FourBitTensor(codes, absmax, state), parts)
+    absmax = required_part(raw, f"{base}.absmax", (UINT8,), (blocks,))
+    nested_blocks = -(-blocks // state.nested.blocksize)
+    nested_absmax = required_part(raw, f"{base}.nested_absmax", (FLOAT32,), (nested_blocks,))
+    numbers = required_part(raw, f"{base}.nested_quant_map", (FLOAT32,), (256,)).load()
     if not (np.abs(numbers) <= 1).all():
         raise InputRefused("bnb.quant-map", f"{base}.nested_quant_map: not 256 numbers from -1 to 1", hint=HINT)
-    parts |= {base + ".nested_absmax", base + ".nested_quant_map"}
-    return FourBitTensor(codes, NestedAbsmax(absmax, nested, numbers, state), state), parts
+    parts |= {f"{base}.nested_absmax", f"{base}.nested_quant_map"}
+    tensor = FourBitTensor(codes, NestedAbsmax(absmax, nested_absmax, numbers, state.nested), state)
+    return QuantizedWeight(base, tensor, parts)
 
 
-def _check_map(quant_map: LazyTensor, expected: np.ndarray) -> None:
-    """The library's kernels have the 16 numbers built in and ignore the file's: another table would be a fault that nobody sees."""
+def _check_map(quant_map: LazyTensor, expected: Array) -> None:
+    """The library's kernels have the 16 numbers built in and ignore the file's, so another table would be an unnoticed
+    fault."""
     if not (np.abs(quant_map.load() - expected) <= 1e-4).all():
         raise InputRefused(
             "bnb.quant-map", f"{quant_map.origin}: not the numbers of the type that quant_state names", hint=HINT
@@ -181,51 +134,52 @@ def _check_map(quant_map: LazyTensor, expected: np.ndarray) -> None:
 
 
 def _refuse_saved_after_forward(raw: Mapping[str, LazyTensor], base: str, state: QuantState) -> None:
-    """On CPUs with bfloat16 instructions the library rearranges absmax for its first forward pass, and saves it like that."""
-    absmax = raw.get(base + ".absmax")
+    """On CPUs with bfloat16 instructions the library rearranges absmax for its first forward pass, and saves it in that
+    order."""
+    absmax = raw.get(f"{base}.absmax")
     rows, columns = state.shape
     if absmax is not None and absmax.dtype == BFLOAT16 and absmax.shape == (columns // state.blocksize, rows):
         raise InputRefused(
             "bnb.saved-after-forward",
-            f"{absmax.origin}: absmax is rounded to bfloat16 and transposed: the model was saved after a forward pass on CPU",
-            hint="libraries load this without an error and compute nonsense: quantize again and save before the first forward pass",
+            f"{absmax.origin}: absmax is rounded to bfloat16 and transposed: the model was saved after a forward pass"
+            " on CPU",
+            hint="libraries load this without an error and compute wrong values: quantize again, and save before the"
+            " first forward pass",
         )
 
 
-def _int8(raw: Mapping[str, LazyTensor], base: str, scb_name: str) -> tuple[LazyTensor, set[str]]:
-    codes = part(raw, base, (INT8,), None)
-    if len(codes.shape) != 2:
-        raise InputRefused(
-            "packing.part-shape", f"{codes.origin}: has the shape {codes.shape}, not that of a matrix", hint=HINT
-        )
-    scales = part(raw, scb_name, FLOATS, codes.shape[:1])
-    format_name = base + "_format"
+def _int8(raw: Mapping[str, LazyTensor], base: str, scb_name: str) -> QuantizedWeight:
+    codes = required_matrix(raw, base, (INT8,))
+    scales = required_part(raw, scb_name, FLOATS, codes.shape[:1])
+    format_name = f"{base}_format"
     if format_name in raw:
-        order = part(raw, format_name, (UINT8,), ()).load()
-        if order != 0:
+        weight_format = int(required_part(raw, format_name, (UINT8,), ()).load())
+        if weight_format != ROW_MAJOR:
             raise InputRefused(
                 "bnb.weight-format",
-                f"{raw[format_name].origin}: is {int(order)}: rows are tiled for one GPU generation, not row-major (0)",
-                hint="load and save it again with a current bitsandbytes",
+                f"{raw[format_name].origin}: is {weight_format}: rows are tiled for one GPU generation, not row-major"
+                f" ({ROW_MAJOR})",
+                hint="load the model with a current bitsandbytes and save it again",
             )
-    return Int8Tensor(codes, scales), {base, scb_name, format_name}
+    return QuantizedWeight(base, Int8Tensor(codes, scales), {base, scb_name, format_name})
 
 
 class FourBitTensor(LazyTensor):
     """A 4-bit weight (O, I), with the values that bitsandbytes computes with.
 
-    They are of the type that quant_state names: number * absmax in float32, rounded to it. ``dtype=np.float32`` gives them unrounded.
-    (bitsandbytes 0.50 itself, on CPUs with AVX-512, takes wrong absmax where I is a multiple of 16 but not of the block size.)
+    They are of the type that quant_state names: number * absmax in float32, rounded to it. ``dtype=np.float32`` gives
+    them unrounded. (bitsandbytes 0.50 itself, on CPUs with AVX-512, uses wrong absmax values if I is a multiple of 16
+    but not of the block size.)
     """
 
     def __init__(
-        self, codes: LazyTensor, absmax: LazyTensor | NestedAbsmax, state: QuantState, dtype: np.dtype | None = None
+        self, codes: LazyTensor, absmax: LazyTensor | NestedAbsmax, state: QuantState, dtype: DType | None = None
     ) -> None:
         self.codes, self.absmax, self.state = codes, absmax, state
         self.shape, self.dtype, self.stored = state.shape, np.dtype(dtype or state.dtype), state.name
         self.origin = codes.origin
 
-    def load_rows(self, first: int, last: int) -> np.ndarray:
+    def load_rows(self, first: int, last: int) -> Array:
         blocksize = self.state.blocksize
         start, stop = first * self.row_size, last * self.row_size
         first_block, last_block = start // blocksize, -(-stop // blocksize)
@@ -241,15 +195,15 @@ class FourBitTensor(LazyTensor):
 class NestedAbsmax:
     """The absmax values of a doubly quantized weight: numbers[code] * nested absmax + offset, float32 (blocks,)."""
 
-    def __init__(self, codes: LazyTensor, absmax: LazyTensor, numbers: np.ndarray, state: QuantState) -> None:
+    def __init__(self, codes: LazyTensor, absmax: LazyTensor, numbers: Array, state: NestedState) -> None:
         self.codes, self.absmax, self.numbers, self.state = codes, absmax, numbers, state
 
-    def load_rows(self, first: int, last: int) -> np.ndarray:
-        blocksize = self.state.nested_blocksize
+    def load_rows(self, first: int, last: int) -> Array:
+        blocksize = self.state.blocksize
         first_block, last_block = first // blocksize, -(-last // blocksize)
         absmax = self.absmax.load_rows(first_block, last_block)
         codes = self.codes.load_rows(first_block * blocksize, last)
-        values = bnb.dequantize_8bit(codes, absmax, self.numbers, blocksize) + self.state.nested_offset
+        values = bnb.dequantize_8bit(codes, absmax, self.numbers, blocksize) + self.state.offset
         return values[first - first_block * blocksize :]
 
 
@@ -258,7 +212,7 @@ class Int8Tensor(LazyTensor):
 
     def __init__(self, codes: LazyTensor, scales: LazyTensor) -> None:
         self.codes, self.scales = codes, scales
-        self.shape, self.dtype, self.stored, self.origin = codes.shape, FLOAT32, "int8", codes.origin
+        self.shape, self.dtype, self.stored, self.origin = codes.shape, FLOAT32, bnb.Int8.name, codes.origin
 
-    def load_rows(self, first: int, last: int) -> np.ndarray:
+    def load_rows(self, first: int, last: int) -> Array:
         return bnb.dequantize_int8(self.codes.load_rows(first, last), to_float32(self.scales.load_rows(first, last)))

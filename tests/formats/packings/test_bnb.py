@@ -13,6 +13,7 @@ import torch
 from gemma2tool.errors import InputRefused, UsageError
 from gemma2tool.formats import packings
 from gemma2tool.formats.mapping.container_tensors import NUMPY_DTYPES, open_safetensors
+from gemma2tool.formats.options import PackingOptions
 from gemma2tool.formats.packings import Settings
 from gemma2tool.formats.packings import bnb as packing
 from gemma2tool.model.lazy import ArrayTensor, LazyTensor
@@ -32,7 +33,9 @@ def spec(name: str, shape: tuple[int, ...]) -> TensorSpec:
 
 def stored_parts(name: str, source: LazyTensor, type_name: str, double_quant: bool) -> dict[str, np.ndarray]:
     """What a folder of this type holds for one canonical tensor, encoded a few rows at a time."""
-    encoder = packings.encoder_for(spec(name, source.shape), Settings(type_name, double_quant), source)
+    encoder = packings.encoder_for(
+        spec(name, source.shape), Settings(type_name, PackingOptions(double_quant=double_quant)), source
+    )
     if encoder is None:
         return {name: source.load()}
     step = 3 * encoder.row_multiple(source.shape)
@@ -69,13 +72,15 @@ def test_every_tensor_and_the_config_equal_what_transformers_saved(oracles, fold
         assert (ours[name].shape, ours[name].dtype) == (theirs.shape, theirs.dtype), name
         assert ours[name].tobytes() == theirs.tobytes(), name
     config = json.loads((oracles / "quantized" / folder / "config.json").read_text())["quantization_config"]
-    assert packings.quantization_config(Settings(type_name, double_quant)) == config
+    assert packings.quantization_config(Settings(type_name, PackingOptions(double_quant=double_quant))) == config
 
 
 @pytest.mark.parametrize(("folder", "type_name", "double_quant"), SAVED)
 def test_reading_gives_the_values_the_library_computes_with(oracles, folder, type_name, double_quant):
     saved, _ = open_safetensors([oracles / "quantized" / folder / "model.safetensors"], [])
-    tensors = packings.unpack(saved, packings.quantization_config(Settings(type_name, double_quant)))
+    tensors = packings.unpack(
+        saved, packings.quantization_config(Settings(type_name, PackingOptions(double_quant=double_quant)))
+    )
     source, _ = open_safetensors([oracles / "quantized/source/model.safetensors"], [])
     assert {name: tensor.shape for name, tensor in tensors.items()} == {name: t.shape for name, t in source.items()}
     for name in ("model.layers.1.mlp.down_proj.weight", "model.layers.3.self_attn.k_proj.weight"):
@@ -134,7 +139,7 @@ def test_what_is_quantized():
     assert packings.encoder_for(norm, Settings("int8"), source) is None
     assert packings.encoder_for(spec(NAME, (64, 64)), Settings("int8"), source).name == "int8"
     with pytest.raises(UsageError, match="--double-quant has no effect"):
-        Settings("int8", double_quant=True)
+        Settings("int8", PackingOptions(double_quant=True))
     with pytest.raises(UsageError, match="no type 'q4_0'"):
         packings.quantization_config(Settings("q4_0"))
 
@@ -229,7 +234,7 @@ def test_missing_parts_are_named(part):
 def test_codes_without_a_state_are_refused():
     raw = raw_weight("nf4")
     del raw[NAME + ".quant_state.bitsandbytes__nf4"]
-    with pytest.raises(InputRefused, match="belong to no bitsandbytes weight"):
+    with pytest.raises(InputRefused, match="do not belong to any bitsandbytes weight"):
         unpacked(raw)
 
 

@@ -10,6 +10,7 @@ import pytest
 from gemma2tool.errors import InputRefused, UsageError
 from gemma2tool.formats import packings
 from gemma2tool.formats.mapping.container_tensors import open_safetensors
+from gemma2tool.formats.options import PackingOptions
 from gemma2tool.formats.packings import Settings
 from gemma2tool.model.lazy import ArrayTensor
 from gemma2tool.quantizers import gptq
@@ -125,7 +126,7 @@ def test_each_part_is_needed_and_checked(type_name, change):
 @pytest.mark.parametrize("type_name", OTHERS)
 def test_double_quantization_is_refused(type_name):
     with pytest.raises(UsageError, match="--double-quant has no effect"):
-        Settings(type_name, double_quant=True)
+        Settings(type_name, PackingOptions(double_quant=True))
 
 
 @pytest.mark.parametrize("type_name", OTHERS)
@@ -153,7 +154,7 @@ def test_mislabelled_zero_points_are_named(bits, label, actual):
     raw = lazy({packings.part_name(NAME, suffix): array for suffix, array in parts.items()})
     good = config(f"gptq-{bits}") | {"checkpoint_format": actual}
     assert packings.unpack(raw, good)[NAME].shape == (64, 256)
-    with pytest.raises(InputRefused, match=f"stored as {actual} does, but the config says {label}") as refused:
+    with pytest.raises(InputRefused, match=f"in the convention of {actual}, but config.json says {label}") as refused:
         packings.unpack(raw, good | {"checkpoint_format": label})
     assert refused.value.id == "gptq.mislabelled"
 
@@ -259,7 +260,7 @@ def test_torchao_metadata(oracles):
 
 
 def test_config_entries_and_metadata_of_the_others():
-    settings = Settings("nf4", double_quant=True)
+    settings = Settings("nf4", PackingOptions(double_quant=True))
     assert packings.config_entries(settings) == {"quantization_config": packings.quantization_config(settings)}
     assert set(packings.config_entries(Settings("mlx-4"))) == {"quantization", "quantization_config"}
     assert packings.metadata("mlx-4", []) == {"format": "mlx"} and packings.metadata("nf4", []) == {"format": "pt"}

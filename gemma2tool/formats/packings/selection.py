@@ -1,0 +1,102 @@
+"""Which weights of a model are quantized: what a user names with --skip and --only, and what serving engines need."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
+
+from gemma2tool.errors import UsageError
+from gemma2tool.formats.options import WHOLE_ROW
+from gemma2tool.formats.packings.parts import is_linear_weight
+from gemma2tool.formats.packings.settings import Settings
+from gemma2tool.model.tensors import TensorSpec
+from gemma2tool.quantizers.mixtures import REGEX_HINT
+
+TIED_HEAD = "lm_head.weight"
+_FUSED = (
+    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    ("mlp.gate_proj", "mlp.up_proj"),
+)
+"""Modules that serving engines run as one matrix, which is quantized as a whole or not at all."""
+
+
+def excluded_tensors(specs: Mapping[str, TensorSpec], settings: Settings) -> set[str]:
+    """Names of the tensors that ``skip`` and ``only`` exclude from quantization.
+
+    Raises ``UsageError`` for a pattern that is not a regular expression, or that matches no tensor of the model (a tied
+    head counts as one).
+    """
+    skip, only = _compiled(settings.options.skip), _compiled(settings.options.only)
+    names = [*specs, *([] if TIED_HEAD in specs else [TIED_HEAD])]
+    for pattern in (*skip, *only):
+        if not any(_matches([pattern], name) for name in names):
+            raise UsageError(
+                "quantize.pattern",
+                f"the pattern {pattern.pattern!r} matches no tensor",
+                hint="patterns are searched in names such as model.layers.0.mlp.down_proj.weight",
+            )
+    return {name for name in specs if _matches(skip, name) or (only and not _matches(only, name))}
+
+
+def is_named(name: str, settings: Settings) -> bool:
+    """Whether the user named this tensor with --only."""
+    return _matches(_compiled(settings.options.only), name)
+
+
+def quantized_modules(specs: Mapping[str, TensorSpec], quantized: Collection[str]) -> dict[str, bool]:
+    """The model's linear layers by module name, and whether each is quantized."""
+    return {name.removesuffix(".weight"): name in quantized for name, spec in specs.items() if is_linear_weight(spec)}
+
+
+def consumer_remarks(settings: Settings) -> list[str]:
+    """What known consumers of the type cannot load."""
+    remarks = []
+    if settings.type == "w4a16-asym":
+        remarks.append(
+            "w4a16-asym: vLLM loads it; transformers (5.23) expects other zero points, and loads it only with"
+            " CompressedTensorsConfig(dequantize=True)"
+        )
+    if settings.type in ("gptq-4", "awq-4") and settings.options.group_size == WHOLE_ROW:
+        remarks.append(
+            f"{settings.type} with one scale for each row: GPTQModel's CPU kernel (7.6) does not run it, its GPU"
+            " kernels do"
+        )
+    return remarks
+
+
+def fusion_remarks(modules: Mapping[str, bool]) -> list[str]:
+    """A remark if some modules are unquantized although others of the same fused matrix are quantized.
+
+    ``modules``: see ``quantized_modules``.
+    """
+    partial = []
+    for name in (name for name, is_quantized in modules.items() if not is_quantized):
+        for fused in _FUSED:
+            suffix = next((module for module in fused if name.endswith("." + module)), None)
+            if suffix is not None and any(modules.get(name.removesuffix(suffix) + module) for module in fused):
+                partial.append(name)
+    if not partial:
+        return []
+    names = ", ".join(partial[:3]) + (" ..." if len(partial) > 3 else "")
+    return [
+        f"{names}: left unquantized while others of q, k and v, or of gate and up, are quantized;"
+        " transformers loads that, but vLLM, which fuses them, does not"
+    ]
+
+
+def _compiled(patterns: Sequence[str]) -> list[re.Pattern[str]]:
+    compiled = []
+    for text in patterns:
+        try:
+            compiled.append(re.compile(text))
+        except re.error as error:
+            raise UsageError(
+                "quantize.pattern", f"{text!r} is not a regular expression: {error}", hint=REGEX_HINT
+            ) from None
+    return compiled
+
+
+def _matches(patterns: Iterable[re.Pattern[str]], name: str) -> bool:
+    """Whether one of the patterns is found in the name of the tensor or of its module, which may be what a $ refers
+    to."""
+    return any(pattern.search(name) or pattern.search(name.removesuffix(".weight")) for pattern in patterns)
