@@ -22,13 +22,12 @@ import numpy as np
 from gemma2tool.errors import InputRefused
 from gemma2tool.model.lazy import BFLOAT16, FLOAT16, FLOAT32, Array, DType, LazyTensor, row_ranges, to_float32
 from gemma2tool.quantizers.base import FLOAT16_LIMIT, Part
-from gemma2tool.quantizers.bnb_tables import ASCENDING, CODES, MIDPOINTS, dynamic_bins, dynamic_map
+from gemma2tool.quantizers.bnb_tables import ASCENDING, CODES, MIDPOINTS, NESTED_BLOCKSIZE, dynamic_bins, dynamic_map
+from gemma2tool.quantizers.bnb_tables import BLOCKSIZE as BLOCKSIZE
 from gemma2tool.quantizers.casts import cast
 from gemma2tool.quantizers.groups import kernel_floats
 from gemma2tool.quantizers.kernels import _native
 
-BLOCKSIZE = 64
-NESTED_BLOCKSIZE = 256
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 """The block sizes that the library accepts; its default is 64."""
 

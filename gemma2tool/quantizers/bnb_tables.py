@@ -12,6 +12,11 @@ import numpy as np
 
 from gemma2tool.model.lazy import Array
 
+BLOCKSIZE = 64
+"""Values of a 4-bit tensor that share a scale, unless the library is told otherwise."""
+NESTED_BLOCKSIZE = 256
+"""Scales that share a scale of their own under double quantization."""
+
 CODES = {
     # Quantiles of the normal distribution, from the library's table.
     "nf4": np.array(

@@ -20,30 +20,24 @@ calls unimportant may lose most of itself: ``weighted`` is the ceiling there, an
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+
+from gemma2tool.quantizers.bnb_tables import BLOCKSIZE, CODES
 
 _F16 = 2.0**-11  # largest relative error of rounding to float16
 _F16_STEP = 2.0**-25  # largest absolute error of rounding to float16 below its normal range
 
 
-def _half_gap(codes: tuple[float, ...]) -> float:
+def _half_gap(codes: Sequence[float]) -> float:
     """Largest distance of any value in [-1, 1] from its nearest code."""
     ordered = sorted(codes)
     return max(b - a for a, b in pairwise(ordered)) / 2
 
 
-# The sixteen values of bitsandbytes' 4-bit types, as stored in every checkpoint's quant_map.
-NF4_CODES = (
-    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
-    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
-    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
-)  # fmt: skip
-_FP4_MAGNITUDES = (0.0, 0.0052083333, 0.16666667, 0.25, 0.33333333, 0.5, 0.66666667, 1.0)
-FP4_CODES = tuple(sign * value for value in _FP4_MAGNITUDES for sign in (1, -1))
-_NF4 = _half_gap(NF4_CODES)
-_FP4 = _half_gap(FP4_CODES)
+_NF4 = _half_gap(CODES["nf4"].tolist())
+_FP4 = _half_gap(CODES["fp4"].tolist())
 
 # bitsandbytes' 8-bit "dynamic" map of block scales: neighbouring codes are at most this far apart, as a fraction of the
 # largest.
@@ -143,10 +137,10 @@ BOUNDS: Mapping[str, Bound] = {
     "iq1_s": _search(256, math.inf, 0.95, codes=17, weighted=math.inf),
     "iq1_m": _search(256, math.inf, 0.95, codes=17, weighted=math.inf),
     # bitsandbytes: nearest of sixteen values times a float32 absmax; +-absmax are codes of their own.
-    "nf4": Bound(64, _NF4 + 1e-6, 0.16, 1e-6),
-    "fp4": Bound(64, _FP4 + 1e-6, 0.25, 1e-6),
-    "nf4-dq": Bound(64, _NF4 + 1e-6, 0.16, 1e-6, nested=True),
-    "fp4-dq": Bound(64, _FP4 + 1e-6, 0.25, 1e-6, nested=True),
+    "nf4": Bound(BLOCKSIZE, _NF4 + 1e-6, 0.16, 1e-6),
+    "fp4": Bound(BLOCKSIZE, _FP4 + 1e-6, 0.25, 1e-6),
+    "nf4-dq": Bound(BLOCKSIZE, _NF4 + 1e-6, 0.16, 1e-6, nested=True),
+    "fp4-dq": Bound(BLOCKSIZE, _FP4 + 1e-6, 0.25, 1e-6, nested=True),
     # LLM.int8(): cast to float16 first, the row's absmax too, then the row's absmax / 127, nearest.
     "int8": Bound(0, 1 / 254 + _F16, 0.05, _F16 + 1e-6, (1 + 1 / 254) * _F16_STEP),
     # Serving libraries. A block is a group of the size that the user chose. ``worst`` is for calibrated codes (and clipped

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from gemma2tool.model.lazy import to_float32
+from gemma2tool.quantizers.bnb_tables import NESTED_BLOCKSIZE
 from gemma2tool.verify.compare.bounds import DYNAMIC_MAP_GAP, Bound
 
 # Decoding and comparing round in float32; no bound is meant to be that sharp.
@@ -273,7 +274,7 @@ def nested_scale_error(absmax: np.ndarray) -> np.ndarray:
     """
     centred = np.abs(absmax - absmax.mean(dtype=np.float64).astype(np.float32))
     largest = _blocks(centred, 256).max(axis=1)
-    return np.repeat(largest * np.float32(DYNAMIC_MAP_GAP), 256)[: absmax.size]
+    return np.repeat(largest * np.float32(DYNAMIC_MAP_GAP), NESTED_BLOCKSIZE)[: absmax.size]
 
 
 def tile_error(absmax: np.ndarray, bound: Bound) -> np.ndarray:
