@@ -13,10 +13,10 @@ _HEAD = """\
 
 <!-- Made by `python -m gemma2tool.errors > docs/errors.md`. Edit gemma2tool/errors/table/ instead. -->
 
-Every failure that gemma2tool foresees is printed on stderr as `error[id]: message` and `hint: what to do`. With `--json`,
-`{"error": {"id", "message", "hint", "exit_code"}}` is also printed on stdout. In Python a failure is an exception, a
-`gemma2tool.errors.ToolError` with the attributes `id`, `message`, `hint` and `exit_code`. Ids and exit codes are stable;
-messages and hints are not. An error's own hint is often more specific than the one below.
+Every failure that gemma2tool foresees is printed on stderr as `error[id]: message` and `hint: what to do`. With
+`--json`, `{"error": {"id", "message", "hint", "exit_code"}}` is also printed on stdout. In Python a failure is an
+exception, a `gemma2tool.errors.ToolError` with the attributes `id`, `message`, `hint` and `exit_code`. Ids and exit
+codes are stable; messages and hints are not. An error's own hint is often more specific than the one below.
 """
 
 
