@@ -72,6 +72,7 @@ def generate(
 
     import torch
 
+    from gemma2tool.reference.generate import Sampling
     from gemma2tool.reference.generate import generate as generate_tokens
     from gemma2tool.reference.model import Gemma2ForCausalLM
     from gemma2tool.reference.streaming import StreamedForCausalLM
@@ -91,11 +92,8 @@ def generate(
         model,
         torch.tensor([ids], device=options.device),
         max_new_tokens=options.max_new_tokens,
-        temperature=options.temperature,
-        top_k=options.top_k,
-        top_p=options.top_p,
+        sampling=Sampling(options.temperature, options.top_k, options.top_p, options.seed),
         eos_token_ids=stops,
-        seed=options.seed,
     ):
         produced.append(int(token))
         if produced[-1] in stops:

@@ -1,14 +1,16 @@
-"""The reference forward pass: Gemma 2 in plain torch, whole (``model``) or streamed from a checkpoint."""
+"""The reference forward pass: Gemma 2 in plain torch, in memory (``model``) or streamed from a checkpoint
+(``streaming``)."""
 
 import torch as _torch
 
 
-def _settle_math_kernels() -> None:
-    """Call each elementwise function once, on one value, before several threads can.
+def _select_math_kernels() -> None:
+    """Call each elementwise function once, on one value, before several threads call it.
 
-    oneMKL 2024.2, which torch's builds for x86-64 carry, picks a function's kernel at its first call; when threads make
-    that call at once, one of them may compute its share with a kernel of half the precision, and nothing says so
-    (https://github.com/pytorch/pytorch/issues/188792). Seen here once: the second half of a prompt's logits 5e-4 off.
+    oneMKL 2024.2, part of torch's builds for x86-64, selects a function's kernel at its first call. If several threads
+    make that call at the same time, one of them may silently compute its share with a kernel of half the precision
+    (https://github.com/pytorch/pytorch/issues/188792). Observed once: the second half of a prompt's logits was off by
+    5e-4.
     """
     for dtype in (_torch.float32, _torch.float64):
         one = _torch.ones(1, dtype=dtype)
@@ -28,4 +30,4 @@ def _settle_math_kernels() -> None:
         _torch.nn.functional.gelu(one, approximate="tanh")
 
 
-_settle_math_kernels()
+_select_math_kernels()

@@ -1,4 +1,4 @@
-"""The key-value cache: what earlier tokens left for later ones to attend to."""
+"""The key-value cache: keys and values of earlier tokens, to which later tokens attend."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from gemma2tool.model.config import Gemma2Config
 class KeyValueCache:
     """Keys and values per layer, each (B, K, S, h), after the rotary embedding.
 
-    A global layer keeps every slot; a sliding layer keeps the last W - 1, which with the token at hand make its window.
-    A *slot* is a token's index in the padded sequence, counted from the first token the cache saw.
+    A global layer keeps every slot; a sliding layer keeps the last W - 1, which together with the current token are its
+    window. A *slot* is a token's index in the padded sequence, counted from the first token in the cache.
     """
 
     def __init__(self, config: Gemma2Config) -> None:
@@ -22,14 +22,14 @@ class KeyValueCache:
         self.seen = [0] * config.num_hidden_layers
 
     def get_seq_length(self) -> int:
-        """Slots seen, whether or not they are still kept."""
+        """How many slots the cache has seen, whether or not they are still kept."""
         return self.seen[0]
 
     def update(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, int]:
-        """Add T new slots; returns the keys and values to attend to, (B, K, S, h), and the slot of the first of
-        them."""
-        if self.layers[layer] is not None:
-            old_keys, old_values = self.layers[layer]
+        """Add T slots. Returns the keys and values to attend to, (B, K, S, h), and the first slot among them."""
+        cached = self.layers[layer]
+        if cached is not None:
+            old_keys, old_values = cached
             keys, values = torch.cat((old_keys, keys), dim=2), torch.cat((old_values, values), dim=2)
             self.seen[layer] += keys.shape[2] - old_keys.shape[2]
         else:
@@ -37,7 +37,7 @@ class KeyValueCache:
         window = self.windows[layer]
         kept = keys.shape[2] if window is None else min(window - 1, keys.shape[2])
         start = keys.shape[2] - kept
-        # A copy where slots are dropped, so that the dropped ones' memory is given back.
+        # Where slots are dropped, a copy frees their memory.
         self.layers[layer] = (
             (keys, values) if start == 0 else (keys[:, :, start:].clone(), values[:, :, start:].clone())
         )
@@ -45,9 +45,9 @@ class KeyValueCache:
 
 
 def choose_cache(config: Gemma2Config, given: KeyValueCache | None, use_cache: bool | None) -> KeyValueCache | None:
-    """The cache of a forward pass: the one given, a new one if wanted (None: if the config says so), or none.
+    """The cache of a forward pass: ``given``; else a new one if ``use_cache`` (None: the config's); else None.
 
-    Raises ``UsageError`` for a cache with bidirectional attention, as earlier tokens attend to later ones.
+    Raises ``UsageError`` for a cache with bidirectional attention, where earlier tokens attend to later ones.
     """
     if config.use_bidirectional_attention:
         if given is not None or use_cache:

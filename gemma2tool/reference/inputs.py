@@ -1,4 +1,4 @@
-"""What a forward pass may be given, checked before anything is computed."""
+"""Checks of a forward pass's inputs, before anything is computed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from gemma2tool.model.config import Gemma2Config
 
 
 def check_ids(input_ids: Tensor, config: Gemma2Config) -> Tensor:
-    """``input_ids`` as int64 (B, T); raises ``UsageError`` for another shape, no tokens, or ids outside the
+    """``input_ids`` as int64 (B, T); raises ``UsageError`` for another shape or dtype, no tokens, or ids outside the
     vocabulary."""
     integers = not (input_ids.is_floating_point() or input_ids.is_complex() or input_ids.dtype == torch.bool)
     if input_ids.dim() != 2 or input_ids.numel() == 0 or not integers:
@@ -24,7 +24,7 @@ def check_ids(input_ids: Tensor, config: Gemma2Config) -> Tensor:
         row, column = outside.nonzero()[0].tolist()
         raise UsageError(
             "forward.vocabulary",
-            f"token id {int(input_ids[row, column])} at position {column} of prompt {row} lies outside the"
+            f"token id {int(input_ids[row, column])} at position {column} of prompt {row} is outside the"
             f" vocabulary of {config.vocab_size}",
             hint="use the tokenizer that belongs to this checkpoint",
         )
@@ -32,6 +32,7 @@ def check_ids(input_ids: Tensor, config: Gemma2Config) -> Tensor:
 
 
 def check_embeds(inputs_embeds: Tensor, config: Gemma2Config) -> Tensor:
+    """``inputs_embeds``; raises ``UsageError`` for a shape other than (B, T, D), or no tokens."""
     if inputs_embeds.dim() != 3 or inputs_embeds.shape[-1] != config.hidden_size or inputs_embeds.numel() == 0:
         raise UsageError(
             "forward.embeds",
@@ -41,14 +42,15 @@ def check_embeds(inputs_embeds: Tensor, config: Gemma2Config) -> Tensor:
 
 
 def check_mask(attention_mask: Tensor | None, batch: int, total: int, device: torch.device) -> Tensor | None:
-    """``attention_mask`` as bool (B, past + T), None when nothing is padded."""
+    """``attention_mask`` as bool (B, past + T), None where nothing is padded; raises ``UsageError`` for another
+    shape."""
     if attention_mask is None:
         return None
     if tuple(attention_mask.shape) != (batch, total):
         raise UsageError(
             "forward.mask",
             f"attention_mask has shape {tuple(attention_mask.shape)}; it must be {(batch, total)}: one entry per token,"
-            " those in the cache included",
+            " including those in the cache",
         )
     mask = attention_mask.to(device).bool()
     return None if bool(mask.all()) else mask
@@ -63,17 +65,18 @@ def check_positions(
     config: Gemma2Config,
     device: torch.device,
 ) -> Tensor:
-    """Positions (B or 1, T); by default counted on from the cache.
+    """Positions (B or 1, T); by default they continue those in the cache.
 
-    ``cache_position`` (T,), documented until transformers 4, can only say what the cache itself knows.
+    ``cache_position`` (T,), documented until transformers 4, must be the slots that follow the cache. Raises
+    ``UsageError`` for other values or shapes, and for positions outside the model's range.
     """
-    counted = torch.arange(past, past + length, device=device)
-    if cache_position is not None and not torch.equal(cache_position.to(device).long().flatten(), counted):
+    slots = torch.arange(past, past + length, device=device)
+    if cache_position is not None and not torch.equal(cache_position.to(device).long().flatten(), slots):
         raise UsageError(
             "forward.cache-position",
             f"cache_position must be {past} to {past + length - 1}, the slots that follow the {past} in the cache",
         )
-    positions = counted if position_ids is None else position_ids.to(device)
+    positions = slots if position_ids is None else position_ids.to(device)
     if positions.dim() == 1:
         positions = positions.unsqueeze(0)
     if tuple(positions.shape) not in ((1, length), (batch, length)):

@@ -1,9 +1,8 @@
-"""The parts of a Gemma 2 decoder layer, written to be read beside the paper (https://arxiv.org/abs/2408.00118, section
-2).
+"""The parts of a Gemma 2 decoder layer, in the terms of the paper (https://arxiv.org/abs/2408.00118, section 2).
 
-Shapes: B batch, T tokens at hand, S keys to attend to, D hidden, F feed-forward, H query heads, K key-value heads, h
-head_dim. Rounding follows transformers: norms and the softmax in float32 (float64 in a float64 model), all else in the
-activation type.
+Shapes: B batch, T current tokens, S keys to attend to, D hidden, F feed-forward, H query heads, K key-value heads, h
+head_dim. Rounding follows transformers: norms and the softmax are computed in float32 (float64 in a float64 model),
+everything else in the activation dtype.
 """
 
 from __future__ import annotations
@@ -26,18 +25,18 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
 }
 
-# Attention scores are computed for as many queries at once as fit here, so that a long prompt does not need H * T * S
-# at once.
+# Attention scores are computed for as many queries at once as fit, so that a long prompt does not need H * T * S at
+# once.
 SCORE_BYTES = 64 << 20
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
-    """The type that norms and softmax are computed in."""
+    """The dtype that norms and softmax are computed in."""
     return torch.promote_types(dtype, torch.float32)
 
 
 class Linear(nn.Module):
-    """x (..., in) times weight (out, in) transposed, plus a bias where the model has one."""
+    """x (..., in) times weight (out, in) transposed, plus a bias if the model has one."""
 
     def __init__(self, in_features: int, out_features: int, bias: bool, name: str = "") -> None:
         super().__init__()
@@ -49,12 +48,12 @@ class Linear(nn.Module):
 
 
 LinearFactory = Callable[[int, int, bool, str], nn.Module]
-"""Makes the projection of a layer from (in, out, bias, name); streaming puts one here that reads its weight as it
-goes."""
+"""Creates a projection of a layer from (in, out, bias, name). ``streaming`` passes one that reads its weight as it
+multiplies."""
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * (1 + w) over the last axis."""
+    """x / rms(x) * (1 + w), with the RMS over the last axis."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -73,22 +72,27 @@ def soft_cap(x: Tensor, cap: float | None) -> Tensor:
 
 
 def visible(queries: Tensor, keys: Tensor, window: int | Tensor | None, causal: bool) -> Tensor:
-    """Which slots ``keys`` (S,) each of the slots ``queries`` (T,) may see: bool (T, S); (B, 1, T, S) for a window of
-    each row, (B, 1, 1, 1)."""
+    """Which slots ``keys`` (S,) each of the slots ``queries`` (T,) sees: bool (T, S), or (B, 1, T, S) for a ``window``
+    (B, 1, 1, 1) that differs between rows."""
     distance = queries[:, None] - keys[None, :]
-    seen = distance >= 0 if causal else torch.ones_like(distance, dtype=torch.bool)
-    return seen if window is None else seen & (distance.abs() < window)
+    mask = distance >= 0 if causal else torch.ones_like(distance, dtype=torch.bool)
+    return mask if window is None else mask & (distance.abs() < window)
 
 
 def key_value_head(query_head: int, config: Gemma2Config) -> int:
-    """The key-value head that a query head reads: neighboring query heads share one."""
+    """The key-value head that a query head reads. Neighboring query heads share one."""
     return query_head // config.num_key_value_groups
+
+
+def split_heads(x: Tensor, head_dim: int) -> Tensor:
+    """(B, T, heads * h) to (B, heads, T, h): the head is the slow axis."""
+    return torch.unflatten(x, -1, (-1, head_dim)).transpose(1, 2)
 
 
 class Attention(nn.Module):
     """Grouped-query attention with soft-capped scores, over a window in sliding layers.
 
-    ``window``: keys that a query sees, None for all; (B, 1, 1, 1) gives each row of a batch its own.
+    ``window``: how many keys a query sees, None for all; (B, 1, 1, 1) for a window per row of the batch.
     """
 
     def __init__(self, config: Gemma2Config, layer: int, linear: LinearFactory = Linear) -> None:
@@ -111,51 +115,48 @@ class Attention(nn.Module):
         cache: KeyValueCache | None,
         output_attentions: bool,
     ) -> tuple[Tensor, Tensor | None]:
-        """x (B, T, D) to (B, T, D), and the attention weights (B, H, T, S) if asked for.
+        """x (B, T, D) to (B, T, D), and the attention weights (B, H, T, S) if ``output_attentions``.
 
-        ``attention_mask``: bool (B, slots seen and at hand), False for padding.
+        ``attention_mask``: bool (B, slots in the cache + T), False for padding.
         """
-        query = rotate(self._heads(self.q_proj(x)), cos, sin)
-        key, value = rotate(self._heads(self.k_proj(x)), cos, sin), self._heads(self.v_proj(x))
+        head_dim = self.config.head_dim
+        query = rotate(split_heads(self.q_proj(x), head_dim), cos, sin)
+        key, value = rotate(split_heads(self.k_proj(x), head_dim), cos, sin), split_heads(self.v_proj(x), head_dim)
         first = 0
         if cache is not None:
             key, value, first = cache.update(self.layer, key, value)
-        mixed, weights = self._attend(query, key, value, first, attention_mask, output_attentions)
-        return self.o_proj(mixed.transpose(1, 2).flatten(2)), weights
-
-    def _heads(self, x: Tensor) -> Tensor:
-        """(B, T, heads * h) to (B, heads, T, h): the head is the slow axis."""
-        return x.unflatten(-1, (-1, self.config.head_dim)).transpose(1, 2)
+        attended, weights = self._attend(query, key, value, first, attention_mask, output_attentions)
+        return self.o_proj(attended.transpose(1, 2).flatten(2)), weights
 
     def _attend(
         self, query: Tensor, key: Tensor, value: Tensor, first: int, attention_mask: Tensor | None, keep_weights: bool
     ) -> tuple[Tensor, Tensor | None]:
         config, (batch, heads, length, _), total = self.config, query.shape, key.shape[2]
         causal = not config.use_bidirectional_attention
-        reads = [key_value_head(head, config) for head in range(heads)]
+        kv_heads = [key_value_head(head, config) for head in range(heads)]
         key_slots = first + torch.arange(total, device=query.device)
         query_slots = key_slots[-length:]
-        mixed = torch.empty_like(query)
-        kept = query.new_zeros(batch, heads, length, total) if keep_weights else None
+        attended = torch.empty_like(query)
+        all_weights = query.new_zeros(batch, heads, length, total) if keep_weights else None
         widest = None if self.window is None else int(torch.as_tensor(self.window).max())
         step = max(1, SCORE_BYTES // (batch * heads * total * 4))
         for start in range(0, length, step):
             end = min(start + step, length)
-            # Keys that no query of this block can see are left out of the product.
-            near = max(0, total - length + start - widest + 1) if widest is not None and causal else 0
-            seen = visible(query_slots[start:end], key_slots[near:], self.window, causal)
+            # The product leaves out keys that no query of this block sees.
+            nearest = max(0, total - length + start - widest + 1) if widest is not None and causal else 0
+            mask = visible(query_slots[start:end], key_slots[nearest:], self.window, causal)
             if attention_mask is not None:
-                seen = seen & attention_mask[:, None, None, first + near : first + total]
-            scores = query[:, :, start:end] @ key[:, reads, near:].transpose(2, 3) * config.query_scale
+                mask = mask & attention_mask[:, None, None, first + nearest : first + total]
+            scores = query[:, :, start:end] @ key[:, kv_heads, nearest:].transpose(2, 3) * config.query_scale
             scores = soft_cap(scores, config.attn_logit_softcapping)
-            # The lowest finite value, not -inf: a padded query that sees nothing must not become NaN.
-            scores = scores.masked_fill(~seen, torch.finfo(scores.dtype).min)
+            # The lowest finite value, not -inf: a padded query that sees no key must not become NaN.
+            scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
             weights = torch.softmax(scores, dim=-1, dtype=wide(scores.dtype)).to(query.dtype)
             weights = F.dropout(weights, config.attention_dropout, self.training)
-            mixed[:, :, start:end] = weights @ value[:, reads, near:]
-            if kept is not None:
-                kept[:, :, start:end, near:] = weights
-        return mixed, kept
+            attended[:, :, start:end] = weights @ value[:, kv_heads, nearest:]
+            if all_weights is not None:
+                all_weights[:, :, start:end, nearest:] = weights
+        return attended, all_weights
 
 
 class MLP(nn.Module):
@@ -169,7 +170,8 @@ class MLP(nn.Module):
         self.down_proj = linear(config.intermediate_size, config.hidden_size, False, "mlp.down_proj")
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
+        product: Tensor = self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
+        return product
 
 
 class DecoderLayer(nn.Module):
@@ -194,7 +196,8 @@ class DecoderLayer(nn.Module):
         cache: KeyValueCache | None = None,
         output_attentions: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """The residual stream (B, T, D) after this layer, and attention weights (B, H, T, S) if asked for."""
+        """The residual stream (B, T, D) after this layer, and attention weights (B, H, T, S) if
+        ``output_attentions``."""
         attended, weights = self.self_attn(self.input_layernorm(x), cos, sin, attention_mask, cache, output_attentions)
         x = x + self.post_attention_layernorm(attended)
         x = x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))

@@ -1,4 +1,4 @@
-"""The losses of the heads, as transformers defines them; -100 among labels means: do not judge this one."""
+"""The training losses of the heads, as transformers defines them; a label of -100 is ignored."""
 
 from __future__ import annotations
 

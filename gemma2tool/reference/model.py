@@ -1,10 +1,10 @@
 """``Gemma2Model`` and its three heads, with the inputs and outputs of Hugging Face's classes.
 
-Weights carry canonical names, so ``load_state_dict`` takes a Hugging Face state dict as it is. All forward passes take
+Weights have canonical names, so ``load_state_dict`` takes a Hugging Face state dict unchanged. All forward passes take
 
-- ``input_ids`` int (B, T), or ``inputs_embeds`` (B, T, D) in their place (already scaled, as in transformers 5);
+- ``input_ids`` int (B, T), or instead ``inputs_embeds`` (B, T, D) (already scaled, as in transformers 5);
 - ``attention_mask`` (B, tokens in the cache + T): 0 for padding, on either side;
-- ``position_ids`` (B, T) or (T,): by default counted on from the cache, padding included;
+- ``position_ids`` (B, T) or (T,): by default they continue those in the cache, padding included;
 - ``past_key_values``: the ``KeyValueCache`` of an earlier call; ``use_cache``: return one (default: the config's);
 - ``output_hidden_states``, ``output_attentions``; ``return_dict``: False for a plain tuple;
 - ``cache_position`` (T,): documented until transformers 4, where it had to be the slots that follow the cache.
@@ -13,6 +13,8 @@ Wrong inputs raise ``UsageError`` with an id ``forward.*``.
 """
 
 from __future__ import annotations
+
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -25,13 +27,19 @@ from gemma2tool.reference.cache import KeyValueCache, choose_cache
 from gemma2tool.reference.inputs import check_embeds, check_ids, check_mask, check_positions
 from gemma2tool.reference.layers import DecoderLayer, Linear, RMSNorm, soft_cap
 from gemma2tool.reference.loss_functions import causal_lm_loss, sequence_loss, token_loss
-from gemma2tool.reference.outputs import CausalLMOutput, ModelOutput, SequenceClassifierOutput, TokenClassifierOutput
+from gemma2tool.reference.outputs import (
+    CausalLMOutput,
+    ModelOutput,
+    OutputTuple,
+    SequenceClassifierOutput,
+    TokenClassifierOutput,
+)
 from gemma2tool.reference.rotary import cos_sin
 from gemma2tool.reference.tensors import load_tensor
 
 
 def scale_embeddings(x: Tensor, config: Gemma2Config) -> Tensor:
-    """x (..., D) times sqrt(D), which is rounded to the type of x first (2B: 48; 9B in bfloat16: 59.75; 27B: 68)."""
+    """x (..., D) times sqrt(D), which is first rounded to the dtype of x (2B: 48; 9B in bfloat16: 59.75; 27B: 68)."""
     return x * torch.tensor(config.embed_scale, dtype=x.dtype, device=x.device)
 
 
@@ -47,7 +55,7 @@ class Embedding(nn.Module):
 
 
 class Gemma2PreTrainedModel(nn.Module):
-    """What the four classes share: construction from a config (randomly initialized) or from a checkpoint."""
+    """The base of the four classes: construction from a config (randomly initialized) or from a checkpoint."""
 
     def __init__(self, config: Gemma2Config) -> None:
         super().__init__()
@@ -56,28 +64,30 @@ class Gemma2PreTrainedModel(nn.Module):
     @classmethod
     def from_checkpoint(
         cls, checkpoint: Checkpoint, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
-    ) -> Gemma2PreTrainedModel:
-        """The whole model in memory, its weights converted to ``dtype`` a few rows at a time; gradients off, eval
+    ) -> Self:
+        """The whole model in memory, with weights converted to ``dtype`` a few rows at a time; gradients off, eval
         mode."""
         with torch.device("meta"):
             model = cls(checkpoint.config)
-        missing = [name for name in model.state_dict() if model.canonical(name) not in checkpoint.tensors]
+        missing = [name for name in model.state_dict() if model.canonical_name(name) not in checkpoint.tensors]
         if missing:
-            raise UsageError("forward.missing-tensor", f"{cls.__name__} needs {missing[0]}, which the checkpoint lacks")
-        tensors = {name: checkpoint.tensors[model.canonical(name)] for name in model.state_dict()}
+            raise UsageError(
+                "forward.missing-tensor", f"{cls.__name__} needs {missing[0]}, which the checkpoint does not have"
+            )
+        tensors = {name: checkpoint.tensors[model.canonical_name(name)] for name in model.state_dict()}
         state = {name: load_tensor(tensor, dtype, device) for name, tensor in tensors.items()}
         model.load_state_dict(state, assign=True)
         return model.requires_grad_(False).eval()
 
     @staticmethod
-    def canonical(name: str) -> str:
-        """A checkpoint's name for a weight of this class."""
+    def canonical_name(name: str) -> str:
+        """The canonical name of this class's weight ``name``."""
         return name
 
     @torch.no_grad()
-    def initialize(self, seed: int = 0) -> Gemma2PreTrainedModel:
-        """Fresh weights: matrices normal with the config's initializer_range, norms and biases zero, padding's row
-        zero."""
+    def initialize(self, seed: int = 0) -> Self:
+        """Set new weights: matrices normal with the config's initializer_range; norms, biases and the padding token's
+        row zero."""
         generator = torch.Generator().manual_seed(seed)
         for name, parameter in self.named_parameters():
             if parameter.dim() == 1:
@@ -99,7 +109,7 @@ class Gemma2Model(Gemma2PreTrainedModel):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     @staticmethod
-    def canonical(name: str) -> str:
+    def canonical_name(name: str) -> str:
         return f"model.{name}"
 
     def forward(
@@ -114,14 +124,14 @@ class Gemma2Model(Gemma2PreTrainedModel):
         output_hidden_states: bool = False,
         return_dict: bool = True,
         cache_position: Tensor | None = None,
-    ) -> ModelOutput | tuple:
+    ) -> ModelOutput | OutputTuple:
         config = self.config
-        if (input_ids is None) == (inputs_embeds is None):
-            raise UsageError("forward.inputs", "give exactly one of input_ids and inputs_embeds")
-        if inputs_embeds is None:
+        if input_ids is not None and inputs_embeds is None:
             x = scale_embeddings(self.embed_tokens(check_ids(input_ids, config)), config)
-        else:
+        elif inputs_embeds is not None and input_ids is None:
             x = check_embeds(inputs_embeds, config)
+        else:
+            raise UsageError("forward.inputs", "exactly one of input_ids and inputs_embeds is required")
         batch, length = x.shape[:2]
         cache = choose_cache(config, past_key_values, use_cache)
         past = cache.get_seq_length() if cache is not None else 0
@@ -158,13 +168,13 @@ class Gemma2ForCausalLM(Gemma2PreTrainedModel):
     def forward(
         self,
         input_ids: Tensor | None = None,
-        *args,
+        *args: Any,
         labels: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
         return_dict: bool = True,
-        **kwargs,
-    ) -> CausalLMOutput | tuple:
-        """``labels`` (B, T): token ids, -100 ignored; position t is judged by label t + 1.
+        **kwargs: Any,
+    ) -> CausalLMOutput | OutputTuple:
+        """``labels`` (B, T): token ids, -100 ignored; position t is compared with label t + 1.
 
         ``logits_to_keep``: the last n positions (0: all), or a tensor of positions (n,) or (B, n), or a bool mask
         (B, T), whose logits then come as (chosen, V).
@@ -180,7 +190,7 @@ class Gemma2ForCausalLM(Gemma2PreTrainedModel):
 
 
 class Gemma2ForSequenceClassification(Gemma2PreTrainedModel):
-    """One label, several, or numbers per sequence, read off its last token that is no padding."""
+    """One label, several labels, or numbers for each sequence, from its last token that is not padding."""
 
     def __init__(self, config: Gemma2Config) -> None:
         super().__init__(config)
@@ -188,10 +198,16 @@ class Gemma2ForSequenceClassification(Gemma2PreTrainedModel):
         self.score = Linear(config.hidden_size, config.num_labels, bias=False)
 
     def forward(
-        self, input_ids: Tensor | None = None, *args, labels: Tensor | None = None, return_dict: bool = True, **kwargs
-    ) -> SequenceClassifierOutput | tuple:
+        self,
+        input_ids: Tensor | None = None,
+        *args: Any,
+        labels: Tensor | None = None,
+        return_dict: bool = True,
+        **kwargs: Any,
+    ) -> SequenceClassifierOutput | OutputTuple:
         """``labels``: (B,) class numbers, (B, num_labels) floats for several labels, or (B,) or (B, num_labels) targets
-        of a regression; the config's problem_type decides, else the number of labels and the type of ``labels``.
+        of a regression. The config's problem_type decides; without one, the number of labels and the dtype of
+        ``labels``.
 
         The last token is found by ``pad_token_id``, as in transformers, not by the mask; with ``inputs_embeds`` it is
         the last position.
@@ -200,7 +216,7 @@ class Gemma2ForSequenceClassification(Gemma2PreTrainedModel):
         batch = base.last_hidden_state.shape[0]
         pad = self.config.pad_token_id
         if pad is None and batch > 1:
-            raise UsageError("forward.no-padding-token", "several sequences at once need a pad_token_id in the config")
+            raise UsageError("forward.no-padding-token", "more than one sequence requires a pad_token_id in the config")
         last = base.last_hidden_state.new_full((batch,), base.last_hidden_state.shape[1] - 1, dtype=torch.long)
         if pad is not None and input_ids is not None:
             slots = torch.arange(input_ids.shape[1], device=input_ids.device)
@@ -212,7 +228,7 @@ class Gemma2ForSequenceClassification(Gemma2PreTrainedModel):
 
 
 class Gemma2ForTokenClassification(Gemma2PreTrainedModel):
-    """A label per token."""
+    """A label for each token."""
 
     def __init__(self, config: Gemma2Config) -> None:
         super().__init__(config)
@@ -220,9 +236,14 @@ class Gemma2ForTokenClassification(Gemma2PreTrainedModel):
         self.score = Linear(config.hidden_size, config.num_labels, bias=True)
 
     def forward(
-        self, input_ids: Tensor | None = None, *args, labels: Tensor | None = None, return_dict: bool = True, **kwargs
-    ) -> TokenClassifierOutput | tuple:
-        """``labels`` (B, T): class numbers, -100 ignored. Dropout before the head (for training) is left out."""
+        self,
+        input_ids: Tensor | None = None,
+        *args: Any,
+        labels: Tensor | None = None,
+        return_dict: bool = True,
+        **kwargs: Any,
+    ) -> TokenClassifierOutput | OutputTuple:
+        """``labels`` (B, T): class numbers, -100 ignored. There is no dropout before the head."""
         base = self.model(input_ids, *args, **kwargs)
         logits = self.score(base.last_hidden_state)
         loss = None if labels is None else token_loss(logits, labels)
@@ -231,7 +252,7 @@ class Gemma2ForTokenClassification(Gemma2PreTrainedModel):
 
 
 def keep_positions(hidden: Tensor, positions: int | Tensor) -> Tensor:
-    """The rows of ``hidden`` (B, T, D) whose logits are wanted; see ``Gemma2ForCausalLM.forward``."""
+    """The rows of ``hidden`` (B, T, D) whose logits are kept; see ``Gemma2ForCausalLM.forward``."""
     if isinstance(positions, int):
         return hidden[:, -positions:] if positions else hidden
     if positions.dim() == 2:

@@ -1,8 +1,8 @@
-"""Blocks of weights, read ahead of their use and used by several threads.
+"""Blocks of weights that are read ahead of their use, by several threads.
 
-Each thread takes a whole block: reads it (dequantizes it), and later multiplies by it alone. No thread waits for
-another within a product, which on a busy machine costs more than the product; and since a block's arithmetic is one
-thread's, the result does not depend on how many there are.
+A thread reads (and dequantizes) a whole block, and a thread multiplies by a whole block. No thread waits for another
+within a product, which on a busy machine would cost more than the product; and because one thread computes each block,
+the result does not depend on the number of threads.
 """
 
 from __future__ import annotations
@@ -10,27 +10,31 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from typing import TypeVar
+from functools import partial
+from typing import TypeVar, cast
 
 import torch
 
 from gemma2tool.model.lazy import FLOAT32, Array, LazyTensor, row_ranges
 
 AHEAD_BYTES = 128 << 20
-"""How much may have been read and not yet been used."""
+"""The most that may have been read and not yet used."""
 
 BLOCK_BYTES = 8 << 20
-"""A block's size as float32, whatever it is stored as, so that equal weights are cut alike and give equal bits; small
-enough that the widened rows stay in cache."""
+"""A block's size as float32, whatever its stored type, so that equal weights have equal blocks and give equal bits.
+Small enough that the rows in float32 stay in cache."""
 
 Result = TypeVar("Result")
 
+BlockFunction = Callable[[int, int, Array], object]
+"""Called with the first and last row of a block and its rows."""
+
 
 class ReadAhead:
-    """Blocks of rows of ``tensors``, read in that order on ``threads`` threads.
+    """Blocks of rows of ``tensors``, read in this order on ``threads`` threads.
 
-    The caller uses the tensors in the same order, each with ``map``. Memory: ``AHEAD_BYTES``, and for each
-    thread a block and two results. Use as a context manager, or ``close`` it: that ends the threads.
+    The caller uses the tensors in the same order, each with ``map``. Takes ``AHEAD_BYTES`` of memory, and for each
+    thread a block and two results. Use as a context manager, or call ``close``, which ends the threads.
     """
 
     def __init__(self, tensors: Mapping[str, LazyTensor], threads: int) -> None:
@@ -48,7 +52,7 @@ class ReadAhead:
         self._results: dict[int, object] = {}
         self._held = 0
         self._next_load = self._next_use = self._last_use = self._taken = 0
-        self._function: Callable[[int, int, Array], object] | None = None
+        self._function: BlockFunction | None = None
         self._threads = [threading.Thread(target=self._work, name="read-ahead", daemon=True) for _ in range(threads)]
         for thread in self._threads:
             thread.start()
@@ -67,9 +71,10 @@ class ReadAhead:
             thread.join()
 
     def map(self, name: str, function: Callable[[int, int, Array], Result]) -> Iterator[tuple[int, int, Result]]:
-        """``function(first, last, rows)`` of every block of the tensor ``name``, the next in order, on the threads.
+        """Call ``function(first, last, rows)`` on the threads for every block of the tensor ``name``, which is the next
+        in order.
 
-        Yields first, last and result in the order of the rows. What reading or the function raises is raised here.
+        Yields first, last and result in the order of the rows. Raises what reading or the function raises.
         """
         span = self._span[name]
         if span.start != self._last_use:
@@ -85,14 +90,14 @@ class ReadAhead:
                 self._changed.notify_all()
             for index in span:
                 with self._changed:
-                    self._changed.wait_for(lambda index=index: index in self._results)
+                    self._changed.wait_for(partial(self._results.__contains__, index))
                     result = self._results.pop(index)
                     self._taken = index + 1
                     self._changed.notify_all()
                 if isinstance(result, BaseException):
                     raise result
                 _, first, last = self._blocks[index]
-                yield first, last, result
+                yield first, last, cast(Result, result)
 
     def _may_use(self) -> bool:
         near = self._next_use < self._taken + 2 * len(self._threads)
@@ -113,10 +118,10 @@ class ReadAhead:
                 else:
                     index, self._next_load = self._next_load, self._next_load + 1
                     self._held += self._size(index)
-            if use:
-                self._use(index, values, function)
-            else:
+            if not use:
                 self._load(index)
+            elif function is not None:
+                self._use(index, values, function)
 
     def _size(self, index: int) -> int:
         name, first, last = self._blocks[index]
@@ -124,19 +129,20 @@ class ReadAhead:
 
     def _load(self, index: int) -> None:
         name, first, last = self._blocks[index]
+        values: Array | BaseException
         try:
             values = self._tensors[name].load_rows(first, last)
-        except BaseException as error:  # raised again where the block is asked for
+        except BaseException as error:  # raised again by map
             values = error
         with self._changed:
             self._loaded[index] = values
             self._changed.notify_all()
 
-    def _use(self, index: int, values: Array | BaseException, function: Callable) -> None:
+    def _use(self, index: int, values: Array | BaseException, function: BlockFunction) -> None:
         _, first, last = self._blocks[index]
         try:
             result = values if isinstance(values, BaseException) else function(first, last, values)
-        except BaseException as error:  # raised again where the result is asked for
+        except BaseException as error:  # raised again by map
             result = error
         with self._changed:
             self._held -= self._size(index)
@@ -151,7 +157,7 @@ _users_lock = threading.Lock()
 
 @contextlib.contextmanager
 def one_thread_each() -> Iterator[None]:
-    """Torch's operations on one thread each, until the last who asked for it is done: the setting is global."""
+    """Run torch's operations on one thread each. The setting is global: it is restored when the last user is done."""
     global _users, _threads_before
     with _users_lock:
         if _users == 0:

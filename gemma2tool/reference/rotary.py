@@ -1,13 +1,15 @@
-"""Rotary position embedding: half-split pairs, and the frequency scalings that transformers' config can ask for.
+"""Rotary position embedding: half-split pairs, and the frequency scalings of transformers' config.
 
-Dimension d of a head turns with dimension d + h/2 by the angle position * theta ** (-2d / h). Angles are computed in
-float32 (float64 for a float64 model), then rounded to the activation type, as transformers does; gemma_pytorch turns in
-float32.
+Dimensions d and d + h/2 of a head are rotated by the angle position * theta ** (-2d / h). As in transformers, cosine
+and sine are computed in float32 (float64 for a float64 model) and then rounded to the activation dtype; gemma_pytorch
+rotates in float32.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,13 +18,13 @@ from gemma2tool.model.config import Gemma2Config
 
 
 def rotate_half(x: Tensor) -> Tensor:
-    """(..., h): the second half negated, then the first."""
+    """(..., h) to (..., h): the negated second half, then the first half."""
     first, second = x.chunk(2, dim=-1)
     return torch.cat((-second, first), dim=-1)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn ``x`` (B, heads, T, h) by the angles whose ``cos`` and ``sin`` are (B or 1, T, h)."""
+    """Rotate ``x`` (B, heads, T, h) by the angles whose ``cos`` and ``sin`` are (B or 1, T, h)."""
     return x * cos.unsqueeze(1) + rotate_half(x) * sin.unsqueeze(1)
 
 
@@ -36,19 +38,20 @@ def cos_sin(config: Gemma2Config, position_ids: Tensor, dtype: torch.dtype) -> t
 
 
 def inverse_frequencies(config: Gemma2Config, length: int, dtype: torch.dtype) -> tuple[Tensor, float]:
-    """Angles per position (h / 2,), and what cosine and sine are multiplied by, for a sequence of ``length`` positions.
+    """The angle per position (h / 2,) and the factor of cosine and sine, for a sequence of ``length`` positions.
 
-    ``length`` matters to "dynamic" and "longrope" alone. Source: transformers 5.23 ``modeling_rope_utils.py``; yarn is
-    https://arxiv.org/abs/2309.00071, longrope https://arxiv.org/abs/2402.13753.
+    ``length`` has an effect for "dynamic" and "longrope" only. Source: transformers 5.23 ``modeling_rope_utils.py``;
+    yarn is https://arxiv.org/abs/2309.00071, longrope https://arxiv.org/abs/2402.13753.
     """
     parameters = config.rope_parameters
     kind, theta, head_dim = parameters["rope_type"], parameters["rope_theta"], config.head_dim
     trained = parameters.get("original_max_position_embeddings") or config.max_position_embeddings
     exponents = torch.arange(0, head_dim, 2, dtype=dtype) / head_dim
+    unscaled: Tensor = 1.0 / theta**exponents
     if kind == "default":
-        return 1.0 / theta**exponents, 1.0
+        return unscaled, 1.0
     if kind == "linear":
-        return 1.0 / theta**exponents / parameters["factor"], 1.0
+        return unscaled / parameters["factor"], 1.0
     if kind == "dynamic":
         factor, limit = parameters["factor"], config.max_position_embeddings
         stretch = factor * max(length, limit) / limit - (factor - 1)
@@ -58,30 +61,32 @@ def inverse_frequencies(config: Gemma2Config, length: int, dtype: torch.dtype) -
         divisors = torch.tensor(parameters[name], dtype=dtype)
         return 1.0 / (divisors * theta**exponents), _longrope_attention_factor(parameters, trained, config)
     if kind == "llama3":
-        return _llama3(1.0 / theta**exponents, parameters, trained), 1.0
+        return _llama3(unscaled, parameters, trained), 1.0
     if kind == "yarn":
-        return _yarn(theta, exponents, parameters, trained), _yarn_attention_factor(parameters)
+        return _yarn(unscaled, parameters, trained, theta), _yarn_attention_factor(parameters)
     raise ValueError(f"rope_type {kind!r}")
 
 
-def _longrope_attention_factor(parameters: dict, trained: int, config: Gemma2Config) -> float:
+def _longrope_attention_factor(parameters: Mapping[str, Any], trained: int, config: Gemma2Config) -> float:
     if parameters.get("attention_factor") is not None:
-        return parameters["attention_factor"]
+        return float(parameters["attention_factor"])
     factor = parameters.get("factor") or config.max_position_embeddings / trained
     return 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(trained))
 
 
-def _llama3(frequencies: Tensor, parameters: dict, trained: int) -> Tensor:
-    """Slow turns divided by the factor, fast ones kept, those between blended."""
+def _llama3(frequencies: Tensor, parameters: Mapping[str, Any], trained: int) -> Tensor:
+    """Low frequencies divided by the factor, high ones unchanged, those between interpolated."""
     low, high = parameters["low_freq_factor"], parameters["high_freq_factor"]
     turns = trained * frequencies / (2 * math.pi)
-    kept = ((turns - low) / (high - low)).clamp(0, 1)
-    return (1 - kept) * frequencies / parameters["factor"] + kept * frequencies
+    unchanged = ((turns - low) / (high - low)).clamp(0, 1)
+    scaled: Tensor = (1 - unchanged) * frequencies / parameters["factor"] + unchanged * frequencies
+    return scaled
 
 
-def _yarn(theta: float, exponents: Tensor, parameters: dict, trained: int) -> Tensor:
-    """Dimensions that turn more than beta_fast times over the trained length kept, fewer than beta_slow divided."""
-    half = len(exponents)
+def _yarn(frequencies: Tensor, parameters: Mapping[str, Any], trained: int, theta: float) -> Tensor:
+    """Dimensions that rotate more than beta_fast times over the trained length are unchanged, those that rotate fewer
+    than beta_slow times are divided by the factor, those between are interpolated."""
+    half = len(frequencies)
 
     def dimension(turns: float) -> float:
         return half * math.log(trained / (turns * 2 * math.pi)) / math.log(theta)
@@ -92,14 +97,14 @@ def _yarn(theta: float, exponents: Tensor, parameters: dict, trained: int) -> Te
     low, high = max(low, 0), min(high, 2 * half - 1)
     if low == high:
         high += 0.001
-    kept = 1 - ((torch.arange(half, dtype=exponents.dtype) - low) / (high - low)).clamp(0, 1)
-    frequencies = 1.0 / theta**exponents
-    return (1 - kept) * frequencies / parameters["factor"] + kept * frequencies
+    unchanged = 1 - ((torch.arange(half, dtype=frequencies.dtype) - low) / (high - low)).clamp(0, 1)
+    scaled: Tensor = (1 - unchanged) * frequencies / parameters["factor"] + unchanged * frequencies
+    return scaled
 
 
-def _yarn_attention_factor(parameters: dict) -> float:
+def _yarn_attention_factor(parameters: Mapping[str, Any]) -> float:
     if parameters.get("attention_factor") is not None:
-        return parameters["attention_factor"]
+        return float(parameters["attention_factor"])
 
     def magnitude(weight: float) -> float:
         return 1.0 if parameters["factor"] <= 1 else 0.1 * weight * math.log(parameters["factor"]) + 1.0

@@ -2,7 +2,7 @@
 
 The layers are those of ``layers``; only their projections differ: each multiplies by a block of rows of its weight at a
 time, while a thread reads (and, in quantized formats, dequantizes) the blocks that follow. Peak memory is the
-activations, the logits that are asked for, and a few hundred MiB, whatever the size of the model.
+activations, the requested logits, and a few hundred MiB, whatever the size of the model.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import dataclasses
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypedDict, Unpack
 
 import numpy as np
 import torch
@@ -33,20 +34,34 @@ from gemma2tool.reference.rotary import cos_sin
 from gemma2tool.reference.tensors import load_tensor, to_torch
 
 FEW_TOKENS = 256
-"""Up to here, what is not a projection is too little work for threads to share: they would wait more than they gain."""
+"""Up to this many tokens, operations other than projections run on one thread: more would wait longer than they
+compute."""
 
 OnInput = Callable[[str, Tensor], None]
-"""Called with a weight's canonical name and what it is about to be multiplied with, (B, T, in); for calibration."""
+"""Called with a weight's canonical name and its inputs (B, T, in), before each product; for calibration."""
+
+
+class ForwardOptions(TypedDict, total=False):
+    """The keyword arguments of ``StreamedForward``."""
+
+    dtype: torch.dtype
+    sliding_window: int | Sequence[int] | None
+    amplifier: Amplifier | None
+    attention_mask: Array | Tensor | None
+    position_ids: Tensor | None
+    past_key_values: KeyValueCache | None
+    device: str | torch.device
+    on_input: OnInput | None
 
 
 class StreamedForward:
     """One forward pass of a checkpoint over ``input_ids``, int (B, T).
 
-    ``dtype``: of activations and products. ``sliding_window``: in place of the config's, to exercise the window with a
-    short prompt; one number, or one for each prompt. ``amplifier``: makes the attention scores of some prompts large.
-    ``attention_mask`` (B, tokens in the cache + T): 0 for padding. ``position_ids`` and
-    ``past_key_values`` are ``Gemma2Model``'s; the cache is added to. Raises ``UsageError`` for ids outside the
-    vocabulary, a mask of another shape, or a prompt beyond max_position_embeddings.
+    ``dtype``: of activations and products. ``sliding_window``: replaces the config's, to test the window with a short
+    prompt; one number, or one for each prompt. ``amplifier``: amplifies the attention scores of some prompts.
+    ``attention_mask`` (B, tokens in the cache + T): 0 for padding. ``position_ids`` and ``past_key_values``: as for
+    ``Gemma2Model``; the pass adds to the cache. ``on_input``: see ``OnInput``. Raises ``UsageError`` for ids outside
+    the vocabulary, a mask of another shape, or a prompt beyond max_position_embeddings.
     """
 
     def __init__(
@@ -67,8 +82,9 @@ class StreamedForward:
         if isinstance(sliding_window, int):
             config = dataclasses.replace(config, sliding_window=sliding_window)
         self.config: Gemma2Config = config
-        each = sliding_window is not None and not isinstance(sliding_window, int)
-        self.windows = torch.tensor(sliding_window, device=device).view(-1, 1, 1, 1) if each else None
+        self.windows: Tensor | None = None
+        if sliding_window is not None and not isinstance(sliding_window, int):
+            self.windows = torch.tensor(sliding_window, device=device).view(-1, 1, 1, 1)
         self.amplifier = amplifier
         self.tensors, self.dtype, self.device, self.on_input = checkpoint.tensors, dtype, torch.device(device), on_input
         self.input_ids = check_ids(torch.as_tensor(input_ids), config)
@@ -83,17 +99,17 @@ class StreamedForward:
 
     @torch.no_grad()
     def hidden_states(self) -> Iterator[Tensor]:
-        """The residual stream (B, T, D): the scaled embeddings, then after each layer; L + 1 in all, before the final
-        norm."""
+        """Yield the residual stream (B, T, D) L + 1 times: the scaled embeddings, then after each layer, before the
+        final norm."""
         config = self.config
         x = self.embeddings()
         yield x
         cos, sin = cos_sin(config, self.positions, self.dtype)
-        few = x.shape[0] * x.shape[1] <= FEW_TOKENS
+        one_thread = x.shape[0] * x.shape[1] <= FEW_TOKENS
         with ReadAhead(self._matrices(), torch.get_num_threads()) as weights:
             for index in range(config.num_hidden_layers):
                 layer = self._layer(index, weights)
-                with one_thread_each() if few else contextlib.nullcontext():
+                with one_thread_each() if one_thread else contextlib.nullcontext():
                     x, _ = layer(x, cos, sin, self.attention_mask, self.cache)
                 yield x
         self._last = self._norm("model.norm.weight")(x)
@@ -105,12 +121,13 @@ class StreamedForward:
 
     @torch.no_grad()
     def run_layer(self, index: int, x: Tensor) -> Tensor:
-        """What layer ``index`` makes of the residual stream ``x`` (B, T, D); reads that layer alone."""
+        """The output of layer ``index`` for the residual stream ``x`` (B, T, D); reads only that layer."""
         prefix = f"model.layers.{index}."
         matrices = {name: tensor for name, tensor in self._matrices().items() if name.startswith(prefix)}
         cos, sin = cos_sin(self.config, self.positions, self.dtype)
         with ReadAhead(matrices, torch.get_num_threads()) as weights:
-            return self._layer(index, weights)(x, cos, sin, self.attention_mask)[0]
+            output: Tensor = self._layer(index, weights)(x, cos, sin, self.attention_mask)[0]
+            return output
 
     @torch.no_grad()
     def head_logits(self, x: Tensor, last: int = 1) -> Tensor:
@@ -120,10 +137,12 @@ class StreamedForward:
         return torch.cat([logits for _, _, logits in self.vocabulary_slices()], dim=-1)
 
     def last_hidden_state(self) -> Tensor:
-        """(B, T, D) after the final norm; runs the layers unless ``hidden_states`` has."""
+        """(B, T, D) after the final norm; runs the layers unless ``hidden_states`` has run them."""
         if self._last is None:
             for _ in self.hidden_states():
                 pass
+        if self._last is None:
+            raise RuntimeError("hidden_states ended without a last state")
         return self._last
 
     @torch.no_grad()
@@ -147,29 +166,29 @@ class StreamedForward:
         return out
 
     def position_chunks(self, positions: int) -> Iterator[tuple[int, int, Array]]:
-        """Float32 logits of a few ``positions`` at a time: their bounds and (B, positions, V). Each chunk reads the
-        vocabulary projection anew, so let a chunk be as large as memory allows."""
+        """Float32 logits of ``positions`` positions at a time: their bounds and (B, positions, V). Each chunk reads the
+        vocabulary projection again, so a chunk should be as large as memory allows."""
         length = self.input_ids.shape[1]
         for first in range(0, length, positions):
             last = min(first + positions, length)
             yield first, last, self.logits(first, last)
 
     def widen(self, block: Array) -> Tensor:
-        """A block of rows as ``dtype`` on the device, in memory that the thread's next call uses again."""
+        """A block of rows as ``dtype`` on the device, in memory that the thread's next call reuses."""
         rows = to_torch(block).to(self.device)
         if rows.dtype == self.dtype:
             return rows
-        scratch = getattr(self._scratch, "tensor", None)
+        scratch: Tensor | None = getattr(self._scratch, "tensor", None)
         if scratch is None or scratch.numel() < rows.numel():
             scratch = self._scratch.tensor = torch.empty(rows.numel(), dtype=self.dtype, device=self.device)
         return scratch[: rows.numel()].view(rows.shape).copy_(rows)
 
     def _embed(self) -> Tensor:
-        """Embeddings (B, T, D): of each distinct token, only its row is read."""
+        """Embeddings (B, T, D); reads only the rows of the tokens that occur."""
         table = self.tensors["model.embed_tokens.weight"]
-        tokens, where = self.input_ids.unique(return_inverse=True)
+        tokens, indices = torch.unique(self.input_ids, return_inverse=True)
         rows = torch.cat([to_torch(table.load_rows(token, token + 1)) for token in tokens.tolist()])
-        return rows.to(self.device, self.dtype)[where]
+        return rows.to(self.device, self.dtype)[indices]
 
     def _layer(self, index: int, weights: ReadAhead) -> DecoderLayer:
         prefix = f"model.layers.{index}."
@@ -201,7 +220,8 @@ class StreamedForward:
 
 
 class StreamedLinear(nn.Module):
-    """A projection whose weight passes by in blocks of rows, each giving as many columns of the product."""
+    """A projection that multiplies by a block of rows of its weight at a time; each gives that many columns of the
+    product."""
 
     def __init__(self, run: StreamedForward, weights: ReadAhead, name: str, out_features: int, bias: bool) -> None:
         super().__init__()
@@ -223,7 +243,7 @@ class StreamedLinear(nn.Module):
 
 
 class StreamedForCausalLM:
-    """``Gemma2ForCausalLM`` for ``generate`` where the weights do not fit in memory: every call reads all of them."""
+    """``Gemma2ForCausalLM`` for ``generate`` where the weights do not fit in memory. Every call reads all weights."""
 
     def __init__(
         self, checkpoint: Checkpoint, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
@@ -251,7 +271,8 @@ class StreamedForCausalLM:
             device=self.device,
         )
         first = input_ids.shape[1] - logits_to_keep if logits_to_keep else 0
-        return CausalLMOutput(logits=torch.from_numpy(run.logits(first)).to(input_ids.device), past_key_values=cache)
+        logits = torch.from_numpy(run.logits(first)).to(input_ids.device)
+        return CausalLMOutput(loss=None, logits=logits, past_key_values=cache)
 
 
 def logits(
@@ -260,29 +281,29 @@ def logits(
     *,
     on_layer: Callable[[int, Tensor], None] | None = None,
     threads: int | None = None,
-    **options,
+    **options: Unpack[ForwardOptions],
 ) -> Array:
     """Float32 logits (B, T, V) of ``input_ids`` (B, T), a layer's blocks at a time.
 
-    ``on_layer(i, x)`` sees the residual stream (B, T, D) after i layers. ``threads``: torch's, for this call. The rest
-    are ``StreamedForward``'s options. Runs with the same number of threads give the same bits, and so do those with
-    another number up to FEW_TOKENS tokens. Beyond, or on another machine, sums are split differently: float32 logits
-    then agree within 5e-5 plus 1e-5 of the value.
+    ``on_layer(i, x)`` is called with the residual stream (B, T, D) after i layers. ``threads``: torch's, for this call.
+    ``options``: those of ``StreamedForward``. Runs with the same number of threads give the same bits, and so do runs
+    of up to FEW_TOKENS tokens with any number. With more tokens, or on another machine, sums are split differently:
+    float32 logits then agree within 5e-5 plus 1e-5 of the value.
     """
     with use_threads(threads):
         run = StreamedForward(checkpoint, input_ids, **options)
-        for done, x in enumerate(run.hidden_states()):
+        for layers, x in enumerate(run.hidden_states()):
             if on_layer is not None:
-                on_layer(done, x)
+                on_layer(layers, x)
         return run.logits()
 
 
 @dataclass(frozen=True)
 class HiddenDifference:
-    """How far two residual streams are apart after ``layers`` layers (0: the embeddings).
+    """The difference between two residual streams after ``layers`` layers (0: the embeddings).
 
-    ``largest``: the largest absolute difference; ``rms``: root mean square difference; ``relative``: that over the root
-    mean square of the reference, ``reference_rms``; ``candidate_rms``: that of the candidate.
+    ``largest``: the largest absolute difference. ``rms``: the root mean square of the difference. ``relative``: ``rms``
+    divided by ``reference_rms``. ``reference_rms``, ``candidate_rms``: the root mean squares of the two streams.
     """
 
     layers: int
@@ -296,19 +317,19 @@ class HiddenDifference:
 def compare_hidden_states(
     reference: StreamedForward, candidate: StreamedForward, prompts: int | None = None
 ) -> Iterator[HiddenDifference]:
-    """Run two forward passes in step and compare the first ``prompts`` (None: all) after each layer; both can then give
-    their logits."""
-    for done, pair in enumerate(zip(reference.hidden_states(), candidate.hidden_states(), strict=True)):
-        x, y = (each[:prompts] for each in pair)
-        difference = (y.double() - x.double()).abs()
-        rms, ours, theirs = (each.double().pow(2).mean().sqrt().item() for each in (difference, x, y))
-        relative = rms / ours if ours else float(rms > 0)
-        yield HiddenDifference(done, difference.max().item(), rms, relative, ours, theirs)
+    """Run two forward passes in step and compare the first ``prompts`` prompts (None: all) after each layer. Afterwards
+    both can return their logits."""
+    for layers, pair in enumerate(zip(reference.hidden_states(), candidate.hidden_states(), strict=True)):
+        x, y = (stream[:prompts].double() for stream in pair)
+        difference = (y - x).abs()
+        rms, reference_rms, candidate_rms = (values.pow(2).mean().sqrt().item() for values in (difference, x, y))
+        relative = rms / reference_rms if reference_rms else float(rms > 0)
+        yield HiddenDifference(layers, difference.max().item(), rms, relative, reference_rms, candidate_rms)
 
 
 @contextlib.contextmanager
 def use_threads(count: int | None) -> Iterator[None]:
-    """Torch with ``count`` threads inside the block; None leaves it as it is."""
+    """Set torch's number of threads inside the block; None leaves it unchanged."""
     before = torch.get_num_threads()
     if count is not None:
         torch.set_num_threads(count)

@@ -1,4 +1,4 @@
-"""From lazily loaded numpy tensors to torch."""
+"""Conversion of lazily loaded numpy tensors to torch."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from torch import Tensor
 
 from gemma2tool.model.lazy import BFLOAT16, Array, LazyTensor, row_ranges
 
-_BLOCK_BYTES = 16 << 20  # read at once while a whole tensor is converted
+_BLOCK_BYTES = 16 << 20  # read at once while a tensor is converted
 
 
 def to_torch(array: Array) -> Tensor:
-    """A torch tensor on the same memory; numpy's bfloat16 becomes torch's."""
+    """A torch tensor that shares the array's memory if it is contiguous; numpy's bfloat16 becomes torch's."""
     array = np.ascontiguousarray(array)
     if array.dtype == BFLOAT16:
         return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)

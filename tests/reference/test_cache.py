@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from gemma2tool.errors import UsageError
 from gemma2tool.reference import cache as cache_module
 from gemma2tool.reference import layers
-from gemma2tool.reference.generate import generate, pick, restrict
+from gemma2tool.reference.generate import Sampling, generate, restrict_logits, sample_tokens
 from gemma2tool.reference.streaming import StreamedForCausalLM
 from tests.reference.test_model import SMALL
 from tests.support.reference_peers import (
@@ -227,7 +227,7 @@ def test_sampling_restricts_as_transformers_does():
         top_p = float(torch.rand((), generator=generator)) * 0.98 + 0.01
         expected = TemperatureLogitsWarper(0.7)(None, logits.clone())
         expected = TopPLogitsWarper(top_p)(None, TopKLogitsWarper(top_k)(None, expected))
-        found = restrict(logits / 0.7, top_k, top_p)
+        found = restrict_logits(logits / 0.7, top_k, top_p)
         assert torch.equal(found.isinf(), expected.isinf())
         assert torch.allclose(found.softmax(-1), expected.softmax(-1))
 
@@ -236,11 +236,11 @@ def test_sampling_restricts_as_transformers_does():
 def test_sampling_follows_the_probabilities_and_the_seed():
     logits = torch.log(torch.tensor([[0.5, 0.3, 0.15, 0.05]]))
     generator = torch.Generator().manual_seed(1)
-    drawn = torch.cat([pick(logits, 1.0, 3, None, generator) for _ in range(4000)])
+    drawn = torch.cat([sample_tokens(logits, Sampling(1.0, top_k=3), generator) for _ in range(4000)])
     shares = torch.bincount(drawn, minlength=4) / 4000
     assert torch.allclose(shares, torch.tensor([0.5, 0.3, 0.15, 0.0]) / 0.95, atol=0.03)
     model, ids = our_model(SMALL, CAUSAL, random_state(SMALL, CAUSAL)), prompts((2, 5), SMALL.vocab_size, 1)
-    runs = [torch.stack(list(generate(model, ids, max_new_tokens=12, temperature=1.5, seed=s))) for s in (3, 3, 4)]
+    runs = [torch.stack(list(generate(model, ids, max_new_tokens=12, sampling=Sampling(1.5, seed=s)))) for s in (3, 3, 4)]
     assert torch.equal(runs[0], runs[1])
     assert runs[0].shape != runs[2].shape or not torch.equal(runs[0], runs[2])
 
@@ -258,6 +258,5 @@ def test_generation_refuses_what_the_model_cannot_do():
 
 @pytest.mark.parametrize("wrong", [{"temperature": -1.0}, {"temperature": float("nan")}, {"top_k": 0}, {"top_p": 0.0}])
 def test_wrong_sampling_is_refused(wrong):
-    model = our_model(SMALL, CAUSAL, random_state(SMALL, CAUSAL))
     with pytest.raises(UsageError):
-        next(generate(model, prompts((1, 3), 40, 1), **wrong))
+        Sampling(**wrong)
