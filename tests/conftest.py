@@ -1,44 +1,50 @@
-"""Fixtures that every room's tests may ask for."""
+"""Fixtures for the tests of every room."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 import pytest
 
 from tests.support.oracles import oracles_or_skip
 from tests.support.paths import TINY
 
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
+
 
 @pytest.fixture(scope="session")
 def oracles() -> Path:
-    """The folder of checkpoints, quantized files and expected bytes that peers wrote."""
+    """The folder of checkpoints, quantized files and expected bytes that other programs wrote."""
     return oracles_or_skip()
 
 
 @pytest.fixture(scope="session")
 def fixture_dir() -> Path:
-    """The small trained Gemma 2 that the repository carries."""
+    """The folder of the small trained Gemma 2."""
     return TINY
 
 
 @pytest.fixture(scope="session")
 def llama(oracles: Path) -> ModuleType:
-    """llama.cpp itself, from its wheel: ``logits(path, tokens or text) -> (ids, float32 logits)``."""
+    """llama.cpp, from the xllamacpp wheel: ``logits(path, tokens or text) -> (ids, float32 logits)``."""
     pytest.importorskip("xllamacpp")
     spec = importlib.util.spec_from_file_location("llama_cpp_peer", oracles / "llama_cpp.py")
+    assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
 @pytest.fixture(scope="session")
-def browser():
-    """A headless Chromium; the test is skipped where there is none, and fails under GEMMA2TOOL_REQUIRE_BROWSER=1."""
+def browser() -> Iterator[Browser]:
+    """A headless Chromium. Without one, the test is skipped, or fails if GEMMA2TOOL_REQUIRE_BROWSER=1."""
     executable = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if executable is None:
         if os.environ.get("GEMMA2TOOL_REQUIRE_BROWSER") == "1":

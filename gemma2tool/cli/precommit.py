@@ -1,4 +1,4 @@
-"""The pre-commit hook: every checkpoint among the files of a commit that has a receipt must be what its receipt says.
+"""The pre-commit hook: verifies every checkpoint in a commit that has a receipt.
 
 python -m gemma2tool.cli.precommit FILE...
 """
@@ -11,7 +11,7 @@ from pathlib import Path
 
 
 def main(files: Iterable[str]) -> int:
-    """Verify each checkpoint that has a receipt; the first exit code that is not 0, or 0."""
+    """Verify each checkpoint that has a receipt; return the first exit code that is not 0, or 0."""
     from gemma2tool import api
     from gemma2tool.cli.main import app
 
