@@ -1,1 +1,2 @@
-"""Verifications as files for others to read: JUnit XML, Markdown, a page of HTML. Text from checkpoints is escaped in all of them."""
+"""Reports of a verification: terminal output, JUnit XML, Markdown, an HTML page. All of them escape text from
+checkpoints."""

@@ -1,4 +1,5 @@
-"""JUnit XML as CI servers read it: a suite for each verification, a case for each gate, causes and findings in the failure's text."""
+"""JUnit XML as CI servers read it: a suite per verification, a test case per gate, causes and findings in the failure
+text."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ MAX_FINDINGS = 100
 
 
 def junit(verifications: Sequence[Verification]) -> str:
-    """The document. Without times, so that equal results give equal bytes."""
+    """The document. It contains no times, so that equal results give equal bytes."""
     root = ElementTree.Element("testsuites", name="gemma2tool")
     for verification in verifications:
         root.append(_suite(verification))
@@ -46,7 +47,7 @@ def _suite(verification: Verification) -> ElementTree.Element:
         case = ElementTree.SubElement(suite, "testcase", classname="gemma2tool.verify", name=gate.name)
         if gate.status == "failed":
             failure = ElementTree.SubElement(case, "failure", message=one_line(gate.summary), type=gate.name)
-            failure.text = "\n".join(_lines(gate, verification))
+            failure.text = "\n".join(_failure_lines(gate, verification))
         elif gate.status == "skipped":
             ElementTree.SubElement(case, "skipped", message=one_line(gate.summary))
         else:
@@ -54,13 +55,12 @@ def _suite(verification: Verification) -> ElementTree.Element:
     return suite
 
 
-def _lines(gate: GateResult, verification: Verification) -> list[str]:
-    """The causes come with the first gate that failed, which is where a reader looks."""
+def _failure_lines(gate: GateResult, verification: Verification) -> list[str]:
+    """The gate's findings; the causes precede those of the first failed gate, where a reader looks first."""
     lines = []
-    if gate is next(each for each in verification.gates if each.failed):
+    if gate is next(other for other in verification.gates if other.failed):
         lines += [f"cause [{cause.id}]: {one_line(cause.message)}" for cause in verification.causes]
-    for finding in gate.findings[:MAX_FINDINGS]:
-        lines.append(f"{finding.severity}: {one_line(finding.sentence)}")
+    lines += [f"{finding.severity}: {one_line(finding.sentence)}" for finding in gate.findings[:MAX_FINDINGS]]
     if len(gate.findings) > MAX_FINDINGS:
         lines.append(f"and {len(gate.findings) - MAX_FINDINGS} more")
     return lines

@@ -1,27 +1,29 @@
-"""Markdown: a summary for a step of CI, and the table of qualities for a model card."""
+"""Markdown: a summary for a CI step, and the quality table for a model card."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from gemma2tool.storage.quoting import one_line
 from gemma2tool.verify.finding import GateResult, count_by_severity
 from gemma2tool.verify.result import Verification
 
-MARKS = {"passed": "✅", "failed": "❌", "skipped": "➖", "reported": "ℹ️"}
+MARKS = {"passed": "\u2705", "failed": "\u274c", "skipped": "\u2796", "reported": "\u2139\ufe0f"}
 MAX_FINDINGS = 10
 
 _SPECIAL = re.compile(r"([\\`*_{}\[\]<>|~&@$])")
 
 
 def escaped(text: object) -> str:
-    """``text`` so that Markdown shows it as it is: no markup, no HTML, no link, no mention, on one line."""
+    """``text`` as Markdown that shows it literally: no markup, HTML, links or mentions, on one line."""
     return _SPECIAL.sub(r"\\\1", one_line(text)).replace("://", ":&#47;/").replace("www.", "www&#46;")
 
 
 def summary(verifications: Sequence[Verification]) -> str:
-    """A section for each verification: the verdict, what went wrong, the gates; then the qualities where logits were compared."""
+    """A section per verification (verdict, causes, gates, findings), and the quality table where logits were
+    compared."""
     parts = [_section(verification) for verification in verifications]
     if table := card(verifications):
         parts.append(table)
@@ -31,11 +33,12 @@ def summary(verifications: Sequence[Verification]) -> str:
 def _section(verification: Verification) -> str:
     verdict = "✅ verified" if verification.passed else "❌ verification failed"
     candidate, source = verification.candidate, verification.source
-    judged = "verified then as" if verification.against_receipt else "judged as"
+    verified_as = "verified then as" if verification.against_receipt else "verified as"
     lines = [
         f"### {verdict}: {escaped(candidate.path)}",
         "",
-        f"{escaped(candidate.format)} against {escaped(source.path)} ({escaped(source.format)}), {judged} {escaped(verification.kind)}.",
+        f"{escaped(candidate.format)} against {escaped(source.path)} ({escaped(source.format)}),"
+        f" {verified_as} {escaped(verification.kind)}.",
         "",
     ]
     for cause in verification.causes:
@@ -53,61 +56,68 @@ def _section(verification: Verification) -> str:
 
 
 def _findings(gate: GateResult) -> list[str]:
-    found = [finding for finding in gate.findings if finding.severity != "note" and finding.message != gate.summary]
-    if not found:
+    """Errors and warnings of a gate, folded."""
+    findings = [finding for finding in gate.findings if finding.severity != "note" and finding.message != gate.summary]
+    if not findings:
         return []
-    lines = [f"<details><summary>{count_by_severity(found)} of {escaped(gate.name)}</summary>", ""]
-    for finding in found[:MAX_FINDINGS]:
-        lines.append(f"- {finding.severity}: {escaped(finding.sentence)}")
-    if len(found) > MAX_FINDINGS:
-        lines.append(f"- and {len(found) - MAX_FINDINGS} more")
+    lines = [f"<details><summary>{count_by_severity(findings)} of {escaped(gate.name)}</summary>", ""]
+    lines += [f"- {finding.severity}: {escaped(finding.sentence)}" for finding in findings[:MAX_FINDINGS]]
+    if len(findings) > MAX_FINDINGS:
+        lines.append(f"- and {len(findings) - MAX_FINDINGS} more")
     return [*lines, "", "</details>", ""]
 
 
 def card(verifications: Sequence[Verification]) -> str:
-    """The table of qualities: bits per weight, KL, top-1 and perplexity of each candidate; empty where no logits were compared."""
-    rows = [row for verification in verifications if (row := _row(verification)) is not None]
-    if not rows:
-        return ""
-    count = {spread["positions"] for _, spread in rows}
-    over = " and ".join(f"{each:,}" for each in sorted(count))
-    about = (
-        f"KL divergence from the source's float32 logits in nats, over {over} positions; perplexities with their standard error."
-        " Measured by gemma2tool's own forward pass on the files themselves."
-    )
-    said = [
-        "| file | stored as | bits per weight | mean KL | 99 % KL | same top-1 | perplexity | ratio to the source |",
-        "|---|---|---:|---:|---:|---:|---:|---:|",
-        *(_cells(verification, spread) for verification, spread in rows),
-        "",
-        about,
-        "",
+    """The quality table: bits per weight, KL, top-1 and perplexity of each candidate; "" where no logits were
+    compared."""
+    measured = [
+        (verification, metrics)
+        for verification in verifications
+        if (metrics := _distribution(verification)) is not None
     ]
-    return "\n".join(said)
+    if not measured:
+        return ""
+    positions = " and ".join(f"{count:,}" for count in sorted({metrics["positions"] for _, metrics in measured}))
+    return "\n".join(
+        [
+            "| file | stored as | bits per weight | mean KL | 99 % KL | same top-1 | perplexity | ratio to the "
+            "source |",
+            "|---|---|---:|---:|---:|---:|---:|---:|",
+            *(_row(verification, metrics) for verification, metrics in measured),
+            "",
+            f"KL divergence from the source's float32 logits in nats, over {positions} positions; perplexities with "
+            "their standard error. Measured by gemma2tool's own forward pass on the files themselves.",
+            "",
+        ]
+    )
 
 
-def _row(verification: Verification) -> tuple[Verification, dict] | None:
-    spread = next((dict(gate.metrics) for gate in verification.gates if gate.name == "distribution"), {})
-    return (verification, spread) if "kl_mean" in spread else None
+def _distribution(verification: Verification) -> Mapping[str, Any] | None:
+    """The metrics of the distribution gate, where it measured."""
+    for gate in verification.gates:
+        if gate.name == "distribution" and "kl_mean" in gate.metrics:
+            return gate.metrics
+    return None
 
 
-def _cells(verification: Verification, spread: dict) -> str:
-    side = verification.candidate
-    largest = max(side.stored, key=lambda name: (side.stored[name], name), default="")
-    values = sum(side.stored.values())
-    bits = f"{8 * side.nbytes / values:.2f}" if values and side.nbytes else ""
+def _row(verification: Verification, metrics: Mapping[str, Any]) -> str:
+    candidate = verification.candidate
+    main_type = max(candidate.stored, key=lambda name: (candidate.stored[name], name), default="")
+    values = sum(candidate.stored.values())
+    bits = f"{8 * candidate.nbytes / values:.2f}" if values and candidate.nbytes else ""
     cells = [
-        escaped(re.split(r"[/\\]", side.path.rstrip("/\\"))[-1]),
-        escaped(largest),
+        escaped(re.split(r"[/\\]", candidate.path.rstrip("/\\"))[-1]),
+        escaped(main_type),
         bits,
-        f"{spread['kl_mean']:.3g}",
-        f"{spread['kl_p99']:.3g}",
-        f"{spread['top1_agreement']:.2%}",
-        _plus_minus(spread, "perplexity_candidate"),
-        _plus_minus(spread, "perplexity_ratio"),
+        f"{metrics['kl_mean']:.3g}",
+        f"{metrics['kl_p99']:.3g}",
+        f"{metrics['top1_agreement']:.2%}",
+        _plus_minus(metrics, "perplexity_candidate"),
+        _plus_minus(metrics, "perplexity_ratio"),
     ]
     return f"| {' | '.join(cells)} |"
 
 
-def _plus_minus(spread: dict, name: str) -> str:
-    return f"{spread[name]:.5g} ± {spread[name + '_se']:.2g}" if name in spread else ""
+def _plus_minus(metrics: Mapping[str, Any], name: str) -> str:
+    """A value with its standard error; "" where it was not measured."""
+    return f"{metrics[name]:.5g} ± {metrics[name + '_se']:.2g}" if name in metrics else ""

@@ -1,4 +1,4 @@
-"""HTML and SVG elements that escape whatever is put into them, so that nothing from a file can become markup."""
+"""HTML and SVG elements that escape their content, so that nothing from a file can become markup."""
 
 from __future__ import annotations
 
@@ -7,22 +7,27 @@ import html
 from gemma2tool.storage.quoting import one_line
 
 VOID = frozenset({"meta", "br", "col", "link"})
+"""Elements without an end tag."""
 
 
 class Markup(str):
-    """Text that is markup already; every other text is escaped on its way in."""
+    """Text that is already markup; all other text is escaped when it is put into an element."""
 
     __slots__ = ()
 
 
 def escaped(content: object) -> Markup:
-    """``content`` as text of an element or an attribute: markup as it is, all else with what could act or hide shown as an escape."""
+    """``content`` as the text of an element or attribute. Markup is unchanged; in all else, special and invisible
+    characters are escaped."""
     return content if isinstance(content, Markup) else Markup(html.escape(one_line(content), quote=True))
 
 
 def tag(name: str, /, *children: object, **attributes: object) -> Markup:
-    """``<name attribute="...">children</name>``. An underscore at the end of an attribute is dropped (``class_``), others become
-    hyphens; attributes that are None are left out, and so are children."""
+    """``<name attribute="...">children</name>``.
+
+    In the name of an attribute, a trailing underscore is dropped (``class_``) and others become hyphens. Attributes and
+    children that are None are left out.
+    """
     written = "".join(
         f' {key.rstrip("_").replace("_", "-")}="{escaped(value)}"'
         for key, value in attributes.items()
@@ -34,5 +39,5 @@ def tag(name: str, /, *children: object, **attributes: object) -> Markup:
 
 
 def join(*parts: object) -> Markup:
-    """Parts one after the other, each escaped unless it is markup."""
+    """The parts one after the other, each escaped unless it is markup; None is left out."""
     return Markup("".join(escaped(part) for part in parts if part is not None))

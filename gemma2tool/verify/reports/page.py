@@ -1,4 +1,4 @@
-"""A verification as one self-contained page of HTML: no script, no network, readable on a phone, printable."""
+"""A verification as a self-contained HTML page: no scripts, no network access, readable on a phone, printable."""
 
 from __future__ import annotations
 
@@ -10,22 +10,25 @@ from typing import Any
 
 import numpy as np
 
+from gemma2tool.model.lazy import Array
+from gemma2tool.verify.compare.measurements import Drift, Measurements
 from gemma2tool.verify.finding import GateResult, count_by_severity
-from gemma2tool.verify.reports import plots, texts
+from gemma2tool.verify.reports import plots, tensor_map, texts
 from gemma2tool.verify.reports.markup import Markup, tag
-from gemma2tool.verify.result import Verification
+from gemma2tool.verify.result import Side, Verification
 from gemma2tool.version import __version__
 
-MARKS = {"passed": "✓", "failed": "✗", "skipped": "–", "reported": "·"}
+MARKS = {"passed": "✓", "failed": "✗", "skipped": "\u2013", "reported": "·"}
 MAX_FINDINGS = 200
 WORST_TENSORS = 10
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 
 def html(verifications: Sequence[Verification]) -> str:
-    """The page, with a part for each verification; equal verifications give equal bytes."""
+    """The page, with a part per verification; equal verifications give equal bytes."""
     style = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
     names = [_name(verification.candidate.path) for verification in verifications]
+    passed = all(verification.passed for verification in verifications)
     head = tag(
         "head",
         tag("meta", charset="utf-8"),
@@ -33,12 +36,15 @@ def html(verifications: Sequence[Verification]) -> str:
         tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
         tag("meta", name="referrer", content="no-referrer"),
         tag("link", rel="icon", href="data:,"),
-        tag("title", f"{'verified' if all(each.passed for each in verifications) else 'FAILED'}: {', '.join(names)}"),
+        tag("title", f"{'verified' if passed else 'FAILED'}: {', '.join(names)}"),
         tag("style", Markup(style)),
     )
     parts = [part for verification in verifications for part in _part(verification)]
-    about = f"gemma2tool {__version__}. RMSE / RMS is a tensor's error relative to its own size; KL is in nats, from the source's logits."
-    return f'<!doctype html>\n<html lang="en">{head}{tag("body", *parts, tag("footer", about))}</html>\n'
+    footer = (
+        f"gemma2tool {__version__}. RMSE / RMS is a tensor's error relative to its own size; KL is in nats, relative "
+        "to the source's logits."
+    )
+    return f'<!doctype html>\n<html lang="en">{head}{tag("body", *parts, tag("footer", footer))}</html>\n'
 
 
 def _part(verification: Verification) -> list[Markup]:
@@ -50,13 +56,18 @@ def _part(verification: Verification) -> list[Markup]:
         tag(
             "div",
             tag("h1", tag("b", verdict), verification.verdict),
-            tag("p", tag("span", candidate.path, class_="path"), " ", tag("span", _about(candidate), class_="soft")),
+            tag(
+                "p",
+                tag("span", candidate.path, class_="path"),
+                " ",
+                tag("span", _describe_side(candidate), class_="soft"),
+            ),
             tag(
                 "p",
                 tag("span", "against " if verification.against_receipt else "made from ", class_="soft"),
                 tag("span", source.path, class_="path"),
                 " ",
-                tag("span", _about(source), class_="soft"),
+                tag("span", _describe_side(source), class_="soft"),
             ),
             _tiles(verification),
         ),
@@ -74,13 +85,13 @@ def _part(verification: Verification) -> list[Markup]:
     return [header, tag("main", *sections)]
 
 
-def _about(side: Any) -> str:
+def _describe_side(side: Side) -> str:
     stored = ", ".join(sorted(side.stored, key=lambda name: (-side.stored[name], name)))
     return side.format + (f": {stored}" if stored else "") + (f"; {side.nbytes / 1e6:,.1f} MB" if side.nbytes else "")
 
 
 def _tiles(verification: Verification) -> Markup:
-    spread = _metrics(verification, "distribution")
+    distribution = _metrics(verification, "distribution")
     tensors = _metrics(verification, "tensors").get("tensors", {})
     tiles = []
     if tensors:
@@ -89,20 +100,22 @@ def _tiles(verification: Verification) -> Markup:
     values = sum(verification.candidate.stored.values())
     if verification.candidate.nbytes and values:
         tiles.append((f"{8 * verification.candidate.nbytes / values:.2f}", "bits per weight"))
-    if "kl_mean" in spread:
-        tiles.append((f"{spread['kl_mean']:.3g}", "mean KL divergence, nats"))
-        tiles.append((f"{spread['top1_agreement']:.2%}", f"same likeliest token, {spread['positions']:,} positions"))
-    if "perplexity_ratio" in spread:
-        tiles.append((f"{spread['perplexity_ratio']:.5g}", f"perplexity ratio, ± {spread['perplexity_ratio_se']:.2g}"))
+    if "kl_mean" in distribution:
+        tiles.append((f"{distribution['kl_mean']:.3g}", "mean KL divergence, nats"))
+        positions = f"same likeliest token, {distribution['positions']:,} positions"
+        tiles.append((f"{distribution['top1_agreement']:.2%}", positions))
+    if "perplexity_ratio" in distribution:
+        error = f"perplexity ratio, ± {distribution['perplexity_ratio_se']:.2g}"
+        tiles.append((f"{distribution['perplexity_ratio']:.5g}", error))
     return tag(
         "div",
-        *(tag("div", tag("b", number), tag("span", words), class_="tile") for number, words in tiles),
+        *(tag("div", tag("b", number), tag("span", caption), class_="tile") for number, caption in tiles),
         class_="tiles",
     )
 
 
 def _metrics(verification: Verification, gate: str) -> Mapping[str, Any]:
-    return next((each.metrics for each in verification.gates if each.name == gate), {})
+    return next((result.metrics for result in verification.gates if result.name == gate), {})
 
 
 def _causes(verification: Verification) -> list[Markup]:
@@ -110,18 +123,18 @@ def _causes(verification: Verification) -> list[Markup]:
         return []
     cards = []
     for cause in verification.causes:
-        about = [*cause.fields, *cause.tensors]
-        names = tag(
+        names = [*cause.fields, *cause.tensors]
+        details = tag(
             "details",
-            tag("summary", f"{len(about)} involved"),
-            tag("ul", *(tag("li", name) for name in about[:MAX_FINDINGS])),
+            tag("summary", f"{len(names)} affected"),
+            tag("ul", *(tag("li", name) for name in names[:MAX_FINDINGS])),
         )
         cards.append(
             tag(
                 "div",
                 tag("strong", cause.message),
                 tag("p", cause.id, class_="soft"),
-                names if about else None,
+                details if names else None,
                 class_="cause",
             )
         )
@@ -129,21 +142,14 @@ def _causes(verification: Verification) -> list[Markup]:
 
 
 def _gate(gate: GateResult) -> Markup:
-    found = [finding for finding in gate.findings if finding.message != gate.summary]
-    items = []
-    for finding in found[:MAX_FINDINGS]:
-        items.append(tag("li", finding.sentence, class_=finding.severity))
-    more = [tag("li", f"and {len(found) - MAX_FINDINGS} more")] if len(found) > MAX_FINDINGS else []
-    details = (
-        tag(
-            "details",
-            tag("summary", count_by_severity(found)),
-            tag("ul", *items, *more),
-            open="open" if gate.failed else None,
-        )
-        if found
-        else None
-    )
+    findings = [finding for finding in gate.findings if finding.message != gate.summary]
+    items = [tag("li", finding.sentence, class_=finding.severity) for finding in findings[:MAX_FINDINGS]]
+    if len(findings) > MAX_FINDINGS:
+        items.append(tag("li", f"and {len(findings) - MAX_FINDINGS} more"))
+    details = None
+    if findings:
+        summary = tag("summary", count_by_severity(findings))
+        details = tag("details", summary, tag("ul", *items), open="open" if gate.failed else None)
     body = tag(
         "div",
         tag("p", tag("b", gate.name), tag("span", f" {gate.status}", class_="soft")),
@@ -153,63 +159,72 @@ def _gate(gate: GateResult) -> Markup:
     return tag("li", tag("span", MARKS[gate.status], class_="mark"), body, class_=gate.status)
 
 
-def _figure(title: str, words: str, *content: object) -> Markup:
-    return tag("figure", tag("figcaption", title, tag("span", words)), *content)
+# -- plots -------------------------------------------------------------------------------------------------------------
+
+
+def _figure(title: str, caption: str, *content: object) -> Markup:
+    return tag("figure", tag("figcaption", title, tag("span", caption)), *content)
 
 
 def _plots(verification: Verification) -> list[Markup]:
-    measured = verification.measurements
-    if measured is None:
+    measurements = verification.measurements
+    if measurements is None:
         return []
+    figures = _tensor_figures(measurements)
+    if measurements.drift is not None:
+        figures += _drift_figures(measurements.drift)
+    if measurements.tokens is not None:
+        figures += _kl_figures(measurements.tokens.kl[np.isfinite(measurements.tokens.kl)])
+    return [tag("h2", "Where it differs"), tag("div", *figures, class_="plots")] if figures else []
+
+
+def _tensor_figures(measurements: Measurements) -> list[Markup]:
+    if not measurements.tensors:
+        return []
+    grid = measurements.grid()
+    span = tensor_map.error_range(grid)
+    drawing = tensor_map.tensor_map(grid, span, title="error of every tensor, by layer and kind")
+    caption = "One cell per tensor, layers downwards; the color is the tensor's error relative to its size."
+    return [_figure("Error per layer and kind", caption, drawing, tensor_map.scale_legend(span))]
+
+
+def _drift_figures(drift: Drift) -> list[Markup]:
     figures = []
-    if measured.tensors:
-        grid = measured.grid()
-        span = plots.error_range(grid)
-        about = "error of every tensor, by layer and kind"
-        words = "One cell a tensor, layers downwards; the colour is its error relative to its size."
-        figures.append(
-            _figure(
-                "Error per layer and kind",
-                words,
-                plots.tensor_map(grid, span, about=about),
-                plots.scale_legend(span),
-            )
-        )
-    rest = []
-    if (drift := measured.drift) is not None:
-        apart = plots.lines(
-            [plots.Line("difference", "candidate", drift.relative)],
-            x_label="after layer",
-            about="relative drift of the hidden state by layer",
-        )
-        title, words = "Drift of the hidden state", "RMS of the difference over RMS of the source's, after each layer."
-        nothing = tag("p", "No difference at any depth.", class_="soft")
-        rest.append(_figure(title, words, nothing if apart is None else apart))
-        both = [
+    difference = plots.lines(
+        [plots.Line("difference", "candidate", drift.relative)],
+        x_label="after layer",
+        title="relative drift of the hidden state by layer",
+    )
+    caption = "RMS of the difference over RMS of the source's hidden state, after each layer."
+    nothing = tag("p", "No difference at any depth.", class_="soft")
+    figures.append(_figure("Drift of the hidden state", caption, nothing if difference is None else difference))
+    sizes = plots.lines(
+        [
             plots.Line("source", "source", drift.source_rms),
             plots.Line("candidate", "candidate", drift.candidate_rms),
-        ]
-        size = plots.lines(both, x_label="after layer", about="size of the hidden state by layer, source and candidate")
-        if size is not None:
-            rest.append(
-                _figure("Size of the hidden state", "RMS after each layer; the lines should lie on each other.", size)
-            )
-    if measured.tokens is not None:
-        kl = measured.tokens.kl[np.isfinite(measured.tokens.kl)]
-        if kl.size:
-            marks = [
-                ("median", float(np.median(kl))),
-                ("mean", float(kl.mean())),
-                ("99 %", float(np.percentile(kl, 99))),
-            ]
-            shown = plots.histogram(
-                kl, marks, x_label="KL divergence, nats", about="histogram of KL divergence over positions"
-            )
-            nothing = tag("p", f"0 at all {kl.size:,} positions.", class_="soft")
-            words = f"Positions by KL(source, candidate), {kl.size:,} in all."
-            rest.append(_figure("KL divergence", words, nothing if shown is None else shown))
-    figures += rest
-    return [tag("h2", "Where it differs"), tag("div", *figures, class_="plots")] if figures else []
+        ],
+        x_label="after layer",
+        title="size of the hidden state by layer, source and candidate",
+    )
+    if sizes is not None:
+        caption = "RMS after each layer; the two lines should coincide."
+        figures.append(_figure("Size of the hidden state", caption, sizes))
+    return figures
+
+
+def _kl_figures(kl: Array) -> list[Markup]:
+    if not kl.size:
+        return []
+    marks = [("median", float(np.median(kl))), ("mean", float(kl.mean())), ("99 %", float(np.percentile(kl, 99)))]
+    drawing = plots.histogram(
+        kl, marks, x_label="KL divergence, nats", title="histogram of KL divergence over positions"
+    )
+    nothing = tag("p", f"0 at all {kl.size:,} positions.", class_="soft")
+    caption = f"Positions by KL(source, candidate), {kl.size:,} in all."
+    return [_figure("KL divergence", caption, nothing if drawing is None else drawing)]
+
+
+# -- tables and texts --------------------------------------------------------------------------------------------------
 
 
 def _worst_tensors(verification: Verification) -> list[Markup]:
@@ -249,14 +264,14 @@ def _types(verification: Verification) -> list[Markup]:
     body = [
         tag(
             "tr",
-            tag("td", kind),
+            tag("td", stored),
             tag("td", row["tensors"], class_="number"),
             tag("td", f"{row['values']:,}", class_="number"),
             tag("td", f"{row['relative_rmse']:.3g}", class_="number"),
             tag("td", _decibels(row["snr_db"]), class_="number"),
             tag("td", f"{row['max_abs_error']:.3g}", class_="number"),
         )
-        for kind, row in rows.items()
+        for stored, row in rows.items()
     ]
     return [
         tag("h2", "By stored type"),
@@ -269,7 +284,7 @@ def _decibels(value: float | None) -> str:
 
 
 def _table(columns: Sequence[str], body: Sequence[Markup]) -> Markup:
-    """A column whose name ends in "#" holds numbers."""
+    """A column whose name ends in "#" contains numbers."""
     heads = (tag("th", name.removesuffix("#"), class_="number" if name.endswith("#") else None) for name in columns)
     return tag("div", tag("table", tag("thead", tag("tr", *heads)), tag("tbody", *body)), class_="table")
 
@@ -278,16 +293,16 @@ def _texts(verification: Verification) -> list[Markup]:
     tokens = verification.measurements.tokens if verification.measurements is not None else None
     if tokens is None or (worst := texts.worst_tokens(tokens)) is None:
         return []
-    words = "The predictions that moved most; the marked token is the one that was to be predicted."
+    caption = "The predictions that differ most; the marked token is the one to be predicted."
     if not tokens.text:
-        words += " The prompt is pseudo-random tokens, not text."
+        caption += " The prompt consists of pseudo-random tokens, not text."
     return [
         tag("h2", "Worst tokens"),
-        tag("p", words, class_="soft"),
+        tag("p", caption, class_="soft"),
         worst,
         tag("h2", "The prompt"),
         tag("p", "Underlined by the KL of each token's prediction.", class_="soft"),
-        texts.coloured(tokens),
+        texts.colored_prompt(tokens),
     ]
 
 

@@ -53,7 +53,8 @@ _KL_STATISTICS = (
 
 @dataclass(frozen=True)
 class _GateStyle:
-    """How gates are shown: the width of their names, the number of findings, the marks, and the words for severities."""
+    """How gates are shown: the width of their names, the number of findings, the marks, and the words for
+    severities."""
 
     width: int
     findings: int

@@ -1,4 +1,4 @@
-"""The prompts as text, coloured by how far the candidate's prediction is from the source's, and the worst predictions in their context."""
+"""The prompts as text, colored by the KL of each prediction, and the worst predictions in their context."""
 
 from __future__ import annotations
 
@@ -6,64 +6,75 @@ import math
 
 import numpy as np
 
+from gemma2tool.model.lazy import Array
 from gemma2tool.verify.compare.measurements import Tokens
 from gemma2tool.verify.reports.markup import Markup, join, tag
-from gemma2tool.verify.reports.plots import level
+from gemma2tool.verify.reports.svg import color_level
 
 LOWEST, HIGHEST = 1e-5, 10.0
-"""Values of KL, in nats, between which the colours run."""
-WORST = 8
-BEFORE, AFTER = 24, 6
-SHOWN = 400
+"""Values of KL, in nats, between which the colors vary."""
+MAX_WORST = 8
+TOKENS_BEFORE, TOKENS_AFTER = 24, 6
+MAX_TOKENS = 400
+"""Tokens of the prompt that are shown."""
 
 
 def worst_tokens(tokens: Tokens) -> Markup | None:
-    """The predictions with the largest KL, each with the text before it; None where all are equal."""
-    kl = np.where(np.isfinite(tokens.kl), tokens.kl, -1.0)
-    order = np.argsort(-kl, axis=None, kind="stable")[:WORST]
-    places = [(int(b), int(t)) for b, t in zip(*np.unravel_index(order, kl.shape), strict=True) if kl[b, t] > 0]
+    """The predictions with the largest KL, each in its context; None where all are equal."""
+    kl = _finite_kl(tokens)
+    order = np.argsort(-kl, axis=None, kind="stable")[:MAX_WORST]
+    places = [(int(row), int(t)) for row, t in zip(*np.unravel_index(order, kl.shape), strict=True) if kl[row, t] > 0]
     if not places:
         return None
     return join(*(_prediction(tokens, row, position) for row, position in places))
 
 
-def coloured(tokens: Tokens) -> Markup:
+def colored_prompt(tokens: Tokens) -> Markup:
     """The beginning of the prompt with the largest KL in it, each token underlined by the KL of its prediction."""
-    row = int(np.nanargmax(np.where(np.isfinite(tokens.kl), tokens.kl, -1.0).max(axis=1)))
-    spans = [_piece(tokens, row, 0)]
-    for position in range(1, min(tokens.ids.shape[1], SHOWN)):
+    row = int(np.nanargmax(_finite_kl(tokens).max(axis=1)))
+    spans: list[object] = [_piece(tokens, row, 0)]
+    for position in range(1, min(tokens.ids.shape[1], MAX_TOKENS)):
         kl = float(tokens.kl[row, position - 1])
-        heat = level(kl, LOWEST, HIGHEST)
-        title = f"KL {kl:.3g} nats{_chosen(tokens, row, position - 1)}"
-        spans.append(tag("span", _piece(tokens, row, position), class_=f"k{heat}" if heat else None, title=title))
-    more = tokens.ids.shape[1] - SHOWN
-    return tag("p", *spans, f" … and {more:,} more tokens" if more > 0 else None, class_="text")
+        level = color_level(kl, LOWEST, HIGHEST)
+        title = f"KL {kl:.3g} nats{_probabilities(tokens, row, position - 1)}"
+        spans.append(tag("span", _piece(tokens, row, position), class_=f"k{level}" if level else None, title=title))
+    rest = tokens.ids.shape[1] - MAX_TOKENS
+    return tag("p", *spans, f" … and {rest:,} more tokens" if rest > 0 else None, class_="text")
+
+
+def _finite_kl(tokens: Tokens) -> Array:
+    """KL (B, T), -1 where it is not finite."""
+    return np.where(np.isfinite(tokens.kl), tokens.kl, -1.0)
 
 
 def _prediction(tokens: Tokens, row: int, position: int) -> Markup:
-    """``position`` predicts the token after it, which is what is marked."""
+    """The prediction at ``position``; the token after it, which is predicted, is marked."""
     length = tokens.ids.shape[1]
-    begin, end = max(position + 1 - BEFORE, 0), min(position + 2 + AFTER, length)
+    begin, end = max(position + 1 - TOKENS_BEFORE, 0), min(position + 2 + TOKENS_AFTER, length)
     before = [_piece(tokens, row, t) for t in range(begin, position + 1)]
-    here = [tag("mark", _piece(tokens, row, position + 1))] if position + 1 < length else []
+    predicted = [tag("mark", _piece(tokens, row, position + 1))] if position + 1 < length else []
     after = [_piece(tokens, row, t) for t in range(position + 2, end)]
-    prompt = f" of prompt {row}" if tokens.ids.shape[0] > 1 else ""
-    guesses = f"likeliest: {_name(tokens, tokens.source_top[row, position])} (source), "
-    guesses += f"{_name(tokens, tokens.candidate_top[row, position])} (candidate)"
-    said = f"KL {tokens.kl[row, position]:.3g} nats after position {position}{prompt}{_chosen(tokens, row, position)}; {guesses}"
+    where = f"position {position}" + (f" of prompt {row}" if tokens.ids.shape[0] > 1 else "")
+    source_top = _name(tokens, tokens.source_top[row, position])
+    candidate_top = _name(tokens, tokens.candidate_top[row, position])
+    caption = (
+        f"KL {tokens.kl[row, position]:.3g} nats after {where}{_probabilities(tokens, row, position)};"
+        f" likeliest: {source_top} (source), {candidate_top} (candidate)"
+    )
     return tag(
         "div",
-        tag("p", "… " if begin else None, *before, *here, *after, " …" if end < length else None, class_="text"),
-        tag("p", said, class_="soft"),
+        tag("p", "… " if begin else None, *before, *predicted, *after, " …" if end < length else None, class_="text"),
+        tag("p", caption, class_="soft"),
         class_="token",
     )
 
 
-def _chosen(tokens: Tokens, row: int, position: int) -> str:
-    ours, theirs = (float(side[row, position]) for side in (tokens.source_log_p, tokens.candidate_log_p))
-    if not (math.isfinite(ours) and math.isfinite(theirs)):
+def _probabilities(tokens: Tokens, row: int, position: int) -> str:
+    """The probabilities that both sides give to the token that follows, where there is one."""
+    source, candidate = (float(side[row, position]) for side in (tokens.source_log_p, tokens.candidate_log_p))
+    if not (math.isfinite(source) and math.isfinite(candidate)):
         return ""
-    return f"; what follows had probability {math.exp(ours):.3g}, now {math.exp(theirs):.3g}"
+    return f"; the next token has probability {math.exp(source):.3g} (source), {math.exp(candidate):.3g} (candidate)"
 
 
 def _piece(tokens: Tokens, row: int, position: int) -> str:
@@ -78,10 +89,10 @@ def _readable(piece: str) -> str:
 
 
 def _name(tokens: Tokens, token: int) -> str:
-    """A token by its text where the prompts have it, else by its number."""
+    """A token by its text if the prompts contain it, else by its id."""
     if tokens.pieces is not None:
-        found = np.argwhere(tokens.ids == token)
-        if len(found):
-            row, position = found[0]
+        places = np.argwhere(tokens.ids == token)
+        if len(places):
+            row, position = places[0]
             return f"“{_readable(tokens.pieces[row][position])}”"
-    return f"token {int(token)}" if token >= 0 else "nothing finite"
+    return f"token {int(token)}" if token >= 0 else "no finite logits"

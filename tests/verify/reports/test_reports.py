@@ -1,4 +1,4 @@
-"""Reports: what a CI server, a model card and a browser are given, and that nothing from a checkpoint can act in them."""
+"""Reports for CI servers, model cards and browsers; no text from a checkpoint can become markup in them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from gemma2tool.verify.compare.comparison import TensorComparison
 from gemma2tool.verify.compare.measurements import Drift, Measurements, TensorError, Tokens
 from gemma2tool.verify.diagnosis.cause import Cause
 from gemma2tool.verify.finding import Finding, GateResult
-from gemma2tool.verify.reports import junit, markdown, page, plots
+from gemma2tool.verify.reports import junit, markdown, page, plots, svg, tensor_map
 from gemma2tool.verify.reports.markup import Markup, tag
 from gemma2tool.verify.result import Side, Verification
 
@@ -54,18 +54,18 @@ def comparison(name: str, kind: str, error: float, ok: bool = True) -> TensorCom
     )
 
 
-def made(text: str = "model", *, passed: bool = False, layers: int = 26) -> Verification:
-    """A verification of a made-up model in which every text that could come from a file is ``text``."""
+def verification(text: str = "model", *, passed: bool = False, layers: int = 26) -> Verification:
+    """A verification of an invented model; every text that could come from a file is ``text``."""
     errors = [TensorError(None, "embed_tokens", comparison("model.embed_tokens.weight", "q6_k", 0.02))]
     for layer in range(layers):
-        for number, kind in enumerate(plots.KINDS):
+        for number, kind in enumerate(tensor_map.KINDS):
             error = 0.0 if "norm" in kind else 0.01 * (1 + number) * (1 + layer)
-            each = comparison(
+            result = comparison(
                 f"model.layers.{layer}.{kind}.weight", text, error, ok=passed or (layer, kind) != (3, "q_proj")
             )
-            errors.append(TensorError(layer, kind, each))
+            errors.append(TensorError(layer, kind, result))
     errors.append(TensorError(None, text, comparison(text, "f32", 0.0)))
-    rows = {each.comparison.name: each.comparison.to_json() for each in errors}
+    rows = {error.comparison.name: error.comparison.to_json() for error in errors}
     depth = layers + 1
     drift = Drift(*(tuple(scale * (1 + i) for i in range(depth)) for scale in (1e-3, 1.0, 1.01, 0.1)))
     kl = np.linspace(0, 1, 60).reshape(2, 30) ** 4
@@ -75,22 +75,29 @@ def made(text: str = "model", *, passed: bool = False, layers: int = 26) -> Veri
     by_type = {
         text: {"tensors": 3, "values": 48, "rmse": 0.1, "relative_rmse": 0.1, "snr_db": 20.0, "max_abs_error": 0.3}
     }
-    spread = {"kl_mean": 0.2, "kl_median": 0.1, "kl_p99": 0.9, "kl_max": 1.0, "top1_agreement": 0.5, "positions": 60}
-    spread |= {f"perplexity_{which}{se}": 2.0 for which in ("source", "candidate", "ratio") for se in ("", "_se")}
-    spread |= {"chosen_probability_change_mean": 0.0, "chosen_probability_change_rms": 0.1}
-    found = (Finding("tensors", "error", text, f"differs {text}"), Finding("tensors", "note", None, text))
+    distribution = {
+        "kl_mean": 0.2,
+        "kl_median": 0.1,
+        "kl_p99": 0.9,
+        "kl_max": 1.0,
+        "top1_agreement": 0.5,
+        "positions": 60,
+    }
+    distribution |= {f"perplexity_{which}{se}": 2.0 for which in ("source", "candidate", "ratio") for se in ("", "_se")}
+    distribution |= {"chosen_probability_change_mean": 0.0, "chosen_probability_change_rms": 0.1}
+    findings = (Finding("tensors", "error", text, f"differs {text}"), Finding("tensors", "note", None, text))
     gates = (
         GateResult("completeness", "passed", text),
         GateResult("config", "skipped", text),
-        GateResult("tensors", "passed" if passed else "failed", text, {"tensors": rows, "by_type": by_type}, found),
-        GateResult("distribution", "reported", text, spread),
+        GateResult("tensors", "passed" if passed else "failed", text, {"tensors": rows, "by_type": by_type}, findings),
+        GateResult("distribution", "reported", text, distribution),
     )
     side = Side(text, text, {text: 100}, 50)
     causes = () if passed else (Cause("norm.plus-one", text, (text, "b"), (text,)),)
     return Verification(side, side, text, gates, causes=causes, measurements=Measurements(tuple(errors), drift, tokens))
 
 
-class Seen(HTMLParser):
+class ParsedPage(HTMLParser):
     """The elements and attributes of a page, and its text."""
 
     def __init__(self, text: str) -> None:
@@ -110,7 +117,7 @@ class Seen(HTMLParser):
 
 @pytest.mark.parametrize("text", HOSTILE)
 def test_nothing_from_a_file_becomes_markup_in_the_page(text: str) -> None:
-    harmless, hostile = Seen(page.html([made()])), Seen(page.html([made(text)]))
+    harmless, hostile = ParsedPage(page.html([verification()])), ParsedPage(page.html([verification(text)]))
     assert hostile.elements == harmless.elements
     assert hostile.attributes == harmless.attributes
     assert not any(ord(c) < 32 and c != "\n" for c in "".join(hostile.words))
@@ -118,8 +125,8 @@ def test_nothing_from_a_file_becomes_markup_in_the_page(text: str) -> None:
 
 
 @pytest.mark.parametrize("text", HOSTILE)
-def test_junit_is_xml_whatever_a_file_says(text: str) -> None:
-    root = ElementTree.fromstring(junit.junit([made(text), made(passed=True)]))
+def test_junit_is_valid_xml_with_any_text(text: str) -> None:
+    root = ElementTree.fromstring(junit.junit([verification(text), verification(passed=True)]))
     assert (root.get("tests"), root.get("failures"), root.get("skipped")) == ("8", "1", "2")
     assert [case.get("name") for case in root[0].iter("testcase")] == [
         "completeness",
@@ -137,47 +144,47 @@ def test_junit_is_xml_whatever_a_file_says(text: str) -> None:
 @pytest.mark.parametrize("text", HOSTILE)
 def test_nothing_from_a_file_becomes_markdown(text: str) -> None:
     parser = pytest.importorskip("markdown_it").MarkdownIt("gfm-like", {"linkify": False})
-    harmless, hostile = (Seen(parser.render(markdown.summary([made(said)]))) for said in ("model", text))
+    harmless, hostile = (ParsedPage(parser.render(markdown.summary([verification(name)]))) for name in ("model", text))
     assert hostile.elements == harmless.elements
     shown = " ".join(hostile.words)
-    assert "https://" not in markdown.summary([made(text)])
+    assert "https://" not in markdown.summary([verification(text)])
     if "|" in text or "`" in text:
         assert text in shown
 
 
 def test_equal_verifications_give_equal_bytes() -> None:
-    assert page.html([made()]) == page.html([made()])
-    assert junit.junit([made()]) == junit.junit([made()])
+    assert page.html([verification()]) == page.html([verification()])
+    assert junit.junit([verification()]) == junit.junit([verification()])
 
 
-def test_the_card_says_what_was_measured() -> None:
-    table = markdown.card([made()]).splitlines()
+def test_the_card_has_the_measurements() -> None:
+    table = markdown.card([verification()]).splitlines()
     assert table[2] == "| model | model | 4.00 | 0.2 | 0.9 | 50.00% | 2 ± 2 | 2 ± 2 |"
-    assert markdown.card([replace(made(), gates=())]) == ""
+    assert markdown.card([replace(verification(), gates=())]) == ""
 
 
-def test_a_subject_is_said_once_and_findings_are_counted_alike() -> None:
-    found = (
+def test_a_subject_appears_once_and_findings_are_counted_in_one_way() -> None:
+    findings = (
         Finding("config", "warning", "query_scalar", "query_scalar: transformers takes 256"),
         Finding("config", "note", "dtype", "source bfloat16, candidate float32"),
         Finding("config", "error", "hidden_size", "is 3"),
     )
-    whole = replace(made(), gates=(GateResult("config", "failed", "3 differ", {}, found),))
+    whole = replace(verification(), gates=(GateResult("config", "failed", "3 differ", {}, findings),))
     for report in (markdown.summary([whole]).replace("\\_", "_"), junit.junit([whole]), page.html([whole])):
         assert report.count("query_scalar") == 1
         assert "query_scalar: transformers takes 256" in report and "hidden_size: is 3" in report
     assert "<summary>1 error, 1 warning of config</summary>" in markdown.summary([whole])
     assert "<summary>1 error, 1 warning, 1 note</summary>" in page.html([whole])
-    few = replace(made(), gates=(GateResult("config", "passed", "1 warning", {}, found[:2]),))
+    few = replace(verification(), gates=(GateResult("config", "passed", "1 warning", {}, findings[:2]),))
     assert "<summary>1 warning of config</summary>" in markdown.summary([few])
 
 
 @pytest.mark.parametrize(
     "places", [(1.0, 1.3, 1.35), (1.0, 1.35, 1.65), (0.001, 0.001, 0.001), (90, 95, 100), (1.0, 1.8, 2.6)]
 )
-def test_labels_of_a_histogram_do_not_lie_on_each_other(places: tuple[float, float, float]) -> None:
+def test_labels_of_a_histogram_do_not_overlap(places: tuple[float, float, float]) -> None:
     values = np.geomspace(0.1, 100, 50)
-    drawn = plots.histogram(values, list(zip(("median", "mean", "99 %"), places, strict=True)), x_label="x", about="y")
+    drawn = plots.histogram(values, list(zip(("median", "mean", "99 %"), places, strict=True)), x_label="x", title="y")
     root = ElementTree.fromstring(str(drawn))
     labels = [
         (float(text.get("x", "")), float(text.get("y", "")), len(text.text or ""))
@@ -198,32 +205,32 @@ def test_markup_escapes_what_is_not_markup() -> None:
 
 @pytest.mark.parametrize("values", [(1e-9,), (0.5, 0.5), (1e-12, 1e6), (3e-4, 2e-3), (9.99, 10.0)])
 def test_a_scale_holds_its_values_and_has_ticks(values: tuple[float, ...]) -> None:
-    scale = plots.LogScale.around(values, 0, 100)
+    scale = svg.LogScale.around(values, 0, 100)
     assert scale is not None and scale.low <= min(values) and max(values) <= scale.high
     assert 2 <= len(scale.ticks) <= 9
     assert all(0 <= scale.at(value) <= 100 for value in values)
 
 
 def test_nothing_above_zero_draws_nothing() -> None:
-    assert plots.lines([plots.Line("a", "source", (0.0, 0.0))], x_label="x", about="y") is None
-    assert plots.histogram(np.zeros(3), [], x_label="x", about="y") is None
+    assert plots.lines([plots.Line("a", "source", (0.0, 0.0))], x_label="x", title="y") is None
+    assert plots.histogram(np.zeros(3), [], x_label="x", title="y") is None
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("width", [1280, 390])
 @pytest.mark.parametrize("passed", [True, False])
 def test_a_browser_shows_the_page(browser, tmp_path: Path, width: int, passed: bool) -> None:
-    """No message on the console, no request, every plot visible and inside the page, nothing to scroll sideways on a phone."""
+    """No console messages, no requests, every plot visible inside the page, no horizontal scrolling on a phone."""
     file = tmp_path / "report.html"
-    file.write_text(page.html([made(passed=passed, layers=46)]), encoding="utf-8")
+    file.write_text(page.html([verification(passed=passed, layers=46)]), encoding="utf-8")
     view = browser.new_page(viewport={"width": width, "height": 800})
-    said, asked = [], []
-    view.on("console", lambda message: said.append(message.text))
-    view.on("pageerror", lambda error: said.append(str(error)))
-    view.on("request", lambda request: asked.append(request.url))
+    messages, requests = [], []
+    view.on("console", lambda message: messages.append(message.text))
+    view.on("pageerror", lambda error: messages.append(str(error)))
+    view.on("request", lambda request: requests.append(request.url))
     view.goto(file.as_uri())
-    assert said == []
-    assert [url for url in asked if not url.startswith("data:")] == [file.as_uri()]
+    assert messages == []
+    assert [url for url in requests if not url.startswith("data:")] == [file.as_uri()]
     drawn = view.locator("figure > svg")
     assert drawn.count() == 5
     for number in range(drawn.count()):
@@ -233,8 +240,8 @@ def test_a_browser_shows_the_page(browser, tmp_path: Path, width: int, passed: b
     cells = view.locator("figure rect[class^=h]")
     assert cells.count() > 46 * 7
     assert view.locator("rect.refused").count() == (0 if passed else 1)
-    colours = {cells.nth(i).evaluate("e => getComputedStyle(e).fill") for i in range(0, 330, 30)}
-    assert len(colours) > 3
+    colors = {cells.nth(i).evaluate("e => getComputedStyle(e).fill") for i in range(0, 330, 30)}
+    assert len(colors) > 3
     assert view.evaluate("document.documentElement.scrollWidth") <= width
     boxes = [view.locator(".plots figure").nth(number).bounding_box() for number in range(4)]
     columns = {round(box["x"]) for box in boxes}
