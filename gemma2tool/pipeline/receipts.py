@@ -18,7 +18,7 @@ from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.pipeline.plan import Plan
 from gemma2tool.receipt import document as receipt
 from gemma2tool.receipt.document import receipt_path
-from gemma2tool.receipt.files import digest_file, digest_files, names_in
+from gemma2tool.receipt.files import digest_file, digest_files, file_names
 from gemma2tool.storage.staging import place as staging_place
 from gemma2tool.storage.staging.staged_output import Staging
 from gemma2tool.storage.syscalls import translate_os_errors
@@ -39,7 +39,7 @@ def check_place(destination: Path) -> None:
             os.lstat(place)
         except (FileNotFoundError, NotADirectoryError):
             return
-    if place.is_symlink() or not place.is_file() or not receipt.looks_like_one(place):
+    if place.is_symlink() or not place.is_file() or not receipt.is_receipt(place):
         raise UsageError(
             "receipt.exists",
             f"{place}: is in the way of the receipt, and is not a receipt",
@@ -60,14 +60,14 @@ def make(
 
     ``clipped``: how many values of each tensor were clipped to the largest float16 before they were compared.
     """
-    files = digest_files(staged, names_in(staged), threads=threads)
+    files = digest_files(staged, file_names(staged), threads=threads)
     what = {
         "options": options(plan.options),
         "types": [{"type": name, "tensors": count, "bytes": size} for name, count, size in plan.types()],
         "losses": [{"tensor": name, "max_abs": loss} for name, loss in plan.output.losses],
         "clipped": [{"tensor": name, "values": count} for name, count in clipped.items()],
     }
-    return receipt.encode(receipt.build(plan.source, candidate, files, what, verification))
+    return receipt.encode_receipt(receipt.build_receipt(plan.source, candidate, files, what, verification))
 
 
 def options(asked: WriteOptions) -> dict[str, Any]:
@@ -89,7 +89,7 @@ def _adapter(adapter: Adapter) -> dict[str, Any]:
     """An adapter without where it lies."""
     names = []
     if adapter.path.is_dir():
-        names = [name for name in names_in(adapter.path) if name.startswith("adapter_")]
+        names = [name for name in file_names(adapter.path) if name.startswith("adapter_")]
     files = digest_files(adapter.path, names)
     return {"folder": adapter.path.name, "scale": adapter.scale, "files": [file.to_json() for file in files]}
 
@@ -139,7 +139,7 @@ def commit(outputs: Sequence[tuple[Staging, Staging | None]]) -> None:
 def _withdrawn(output: Staging) -> Iterator[None]:
     """Remove the receipt of the present output; put it back if that output stays because the block fails."""
     place, before = receipt_path(output.destination), _identity(output.destination)
-    there = receipt.looks_like_one(place)
+    there = receipt.is_receipt(place)
     try:
         if there:
             output.set_aside(place)

@@ -169,7 +169,7 @@ def _with_logits(request: VerifyRequest, logits: Path, progress: Progress | None
 
 
 def _with_receipt(request: VerifyRequest, progress: Progress | None) -> Verification:
-    from gemma2tool.receipt.check import check
+    from gemma2tool.receipt.check import check_against_receipt
 
     if request.checks != Checks():
         raise UsageError(
@@ -181,11 +181,11 @@ def _with_receipt(request: VerifyRequest, progress: Progress | None) -> Verifica
         receipt = _receipt(request.candidate, request.receipt)
         request.reports.check((receipt.path, *candidate.files))
         log_warnings(candidate, candidate.path.name)
-        return check(candidate, receipt, threads=request.threads, progress=progress)
+        return check_against_receipt(candidate, receipt, threads=request.threads, progress=progress)
 
 
 def _receipt(candidate: Path, receipt: Path | None) -> Receipt:
-    from gemma2tool.receipt.document import read, receipt_path
+    from gemma2tool.receipt.document import read_receipt, receipt_path
 
     beside = receipt_path(candidate)
     if receipt is None and not beside.exists():
@@ -194,7 +194,7 @@ def _receipt(candidate: Path, receipt: Path | None) -> Receipt:
             f"{candidate}: nothing to verify it against: there is no {beside.name} beside it",
             hint="name the checkpoint it was made from with --reference, or a receipt with --against",
         )
-    return read(receipt or beside)
+    return read_receipt(receipt or beside)
 
 
 def log_warnings(checkpoint: Checkpoint, label: str = "") -> None:

@@ -1,1 +1,1 @@
-"""The receipt: what was written, how it was checked, and enough to check it again without the source."""
+"""Receipts: what was written, how it was verified, and enough to verify it again without the source."""

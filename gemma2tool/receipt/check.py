@@ -1,9 +1,11 @@
-"""A checkpoint against a receipt: is it, still, what was verified when the receipt was written? No source needed."""
+"""Verifies a checkpoint against a receipt: is it what was verified when the receipt was written? The source is not
+needed."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +13,7 @@ import numpy as np
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.progress import Advance, Progress, progress_or_null
 from gemma2tool.receipt.document import Receipt
-from gemma2tool.receipt.files import digest_files, names_in, place
+from gemma2tool.receipt.files import FileDigest, digest_files, file_names, file_path
 from gemma2tool.verify.compare.config import compare_configs
 from gemma2tool.verify.compare.reference_logits import ReferenceLogits, recompute
 from gemma2tool.verify.compare.tensors import read_through
@@ -22,13 +24,10 @@ from gemma2tool.verify.json_values import significant
 from gemma2tool.verify.result import Side, Verification
 from gemma2tool.verify.run import side_of
 
-_AGAIN = "what was verified when the receipt was written"
-
-
 LEVELS = ("completeness", "config", "tokenizer", "files", "tensors", "logits")
 
 
-def check(
+def check_against_receipt(
     candidate: Checkpoint,
     receipt: Receipt,
     *,
@@ -36,163 +35,166 @@ def check(
     threads: int = 1,
     progress: Progress | None = None,
 ) -> Verification:
-    """``candidate`` against the output that ``receipt`` describes: its files' bytes (where it is of the same format), tensors,
-    config, tokenizer and reference logits. Never raises for a difference, only for what cannot be read or run.
+    """Compare ``candidate`` with the output that ``receipt`` describes.
 
-    ``levels``: which questions to ask, of ``LEVELS``.
+    Compared are the bytes of the files (if the format is the receipt's), the tensors' digests, the config, the
+    tokenizer and the reference logits. Never raises for a difference, only for what cannot be read or run. ``levels``:
+    which of ``LEVELS`` to compare.
     """
     results: list[GateResult] = []
     seconds: dict[str, float] = {}
 
-    def ask(level: str, nbytes: int, question: Callable[[Advance], GateResult]) -> None:
+    def run_level(level: str, nbytes: int, gate: Callable[[Advance], GateResult]) -> None:
         if level in levels:
             start = time.perf_counter()
             with progress_or_null(progress if nbytes else None, nbytes, level) as bar:
-                results.append(question(bar.advance))
+                results.append(gate(bar.advance))
             seconds[level] = time.perf_counter() - start
 
-    values = sum(tensor.nbytes for tensor in candidate.tensors.values())
-    ask("completeness", 0, lambda _: _names(candidate, receipt))
-    ask("config", 0, lambda _: compare_configs(receipt.config, candidate.config))
-    ask("tokenizer", 0, lambda _: _tokenizer(candidate, receipt))
-    ask("files", receipt.nbytes, lambda advance: _files(candidate, receipt, threads, advance))
-    ask("tensors", values, lambda advance: _tensors(candidate, receipt, threads, advance))
-    ask("logits", values, lambda advance: _logits(candidate, receipt, threads, advance))
+    nbytes = sum(tensor.nbytes for tensor in candidate.tensors.values())
+    run_level("completeness", 0, lambda _: _names_gate(candidate, receipt))
+    run_level("config", 0, lambda _: compare_configs(receipt.config, candidate.config))
+    run_level("tokenizer", 0, lambda _: _tokenizer_gate(candidate, receipt))
+    run_level("files", receipt.nbytes, lambda advance: _files_gate(candidate, receipt, threads, advance))
+    run_level("tensors", nbytes, lambda advance: _tensors_gate(candidate, receipt, threads, advance))
+    run_level("logits", nbytes, lambda advance: _logits_gate(candidate, receipt, threads, advance))
     source = Side(str(receipt.path), "receipt")
     return Verification(source, side_of(candidate), receipt.kind, tuple(results), seconds)
 
 
-def _names(candidate: Checkpoint, receipt: Receipt) -> GateResult:
-    gate, findings = "completeness", []
+def _names_gate(candidate: Checkpoint, receipt: Receipt) -> GateResult:
+    gate = "completeness"
+    findings = []
     for name, shape in receipt.shapes.items():
         if name not in candidate.tensors:
             findings.append(Finding(gate, "error", name, "is in the receipt, but missing from the candidate"))
-        elif (found := tuple(candidate.tensors[name].shape)) != shape:
-            findings.append(Finding(gate, "error", name, f"has shape {shape} in the receipt, {found} in the candidate"))
-    for name in sorted(candidate.tensors.keys() - receipt.shapes.keys()):
-        findings.append(Finding(gate, "error", name, "is in the candidate, but not in the receipt"))
+        elif (actual := tuple(candidate.tensors[name].shape)) != shape:
+            message = f"has shape {shape} in the receipt, {actual} in the candidate"
+            findings.append(Finding(gate, "error", name, message))
+    extra = sorted(candidate.tensors.keys() - receipt.shapes.keys())
+    findings += [Finding(gate, "error", name, "is in the candidate, but not in the receipt") for name in extra]
     metrics = {"receipt_tensors": len(receipt.shapes), "candidate_tensors": len(candidate.tensors)}
-    return _result(gate, f"all {len(receipt.shapes)} tensors of the receipt, each in its shape", metrics, findings)
+    summary = f"all {len(receipt.shapes)} tensors of the receipt are there, in their shapes"
+    return _result(gate, summary, metrics, findings)
 
 
-def _tokenizer(candidate: Checkpoint, receipt: Receipt) -> GateResult:
+def _tokenizer_gate(candidate: Checkpoint, receipt: Receipt) -> GateResult:
     gate, recorded = "tokenizer", receipt.hashes["tokenizer"]
-    found = tokenizer_digest(candidate.assets)
-    metrics = {"digest": found}
+    digest = tokenizer_digest(candidate.assets)
+    metrics = {"digest": digest}
     if recorded is None:
         return GateResult(gate, "skipped", "the receipt has no tokenizer", metrics)
     findings = []
-    if found != recorded:
-        said = "the tokenizer.model is another" if found else "the tokenizer.model is missing or cannot be loaded"
-        findings.append(Finding(gate, "error", "tokenizer.model", f"{said} than in the receipt" if found else said))
+    if digest != recorded:
+        message = (
+            "the tokenizer.model differs from the receipt's"
+            if digest
+            else "the tokenizer.model is missing or cannot be loaded"
+        )
+        findings.append(Finding(gate, "error", "tokenizer.model", message))
     return _result(gate, "pieces, scores and kinds are those of the receipt", metrics, findings)
 
 
-def _files(candidate: Checkpoint, receipt: Receipt, threads: int, advance: Advance) -> GateResult:
+def _files_gate(candidate: Checkpoint, receipt: Receipt, threads: int, advance: Advance) -> GateResult:
     gate = "files"
     if candidate.format != receipt.format:
-        said = f"the receipt is of a {receipt.format}, this is a {candidate.format}: values are compared, bytes are not"
-        return GateResult(gate, "skipped", said)
-    path, findings = candidate.path, []
-    recorded = {file.name: file for file in receipt.files}
-    if not path.is_dir() and len(recorded) == 1:  # a single file may be called otherwise
-        recorded = {path.name: next(iter(recorded.values()))}
-    elif not path.is_dir():  # one file of a folder, such as a shard
-        path = path.parent
-    there = [name for name in recorded if (file := place(path, name)) is not None and file.is_file()]
-    for name in recorded.keys() - set(there):
-        findings.append(Finding(gate, "error", name, "is in the receipt, but missing"))
-    for file in digest_files(path, there, threads=threads, advance=advance):
-        was = recorded[file.name]
-        if file.sha256 != was.sha256:
-            size = "" if file.nbytes == was.nbytes else f", {was.nbytes} bytes then, {file.nbytes} now"
-            said = f"its bytes are not those that were written (SHA-256 {was.sha256[:16]}... then, {file.sha256[:16]}... now{size})"
-            findings.append(Finding(gate, "error", file.name, said))
+        formats = f"the receipt is for {receipt.format}, the candidate is {candidate.format}"
+        return GateResult(gate, "skipped", f"{formats}: values are compared, bytes are not")
+    output, recorded = _recorded_files(candidate.path, receipt)
+    paths = {name: file_path(output, name) for name in recorded}
+    present = [name for name, path in paths.items() if path is not None and path.is_file()]
+    findings = [
+        Finding(gate, "error", name, "is in the receipt, but missing") for name in recorded.keys() - set(present)
+    ]
+    for actual in digest_files(output, present, threads=threads, advance=advance):
+        expected = recorded[actual.name]
+        if actual.sha256 != expected.sha256:
+            sizes = "" if actual.nbytes == expected.nbytes else f", {expected.nbytes} bytes then, {actual.nbytes} now"
+            digests = f"SHA-256 {expected.sha256[:16]}... then, {actual.sha256[:16]}... now"
+            message = f"its bytes differ from those that were written ({digests}{sizes})"
+            findings.append(Finding(gate, "error", actual.name, message))
     findings.sort(key=lambda finding: str(finding.subject))
-    strangers = (
-        [name for name in names_in(path) if name not in recorded and not name.startswith(".")]
-        if path == candidate.path
-        else []
-    )
-    findings += [Finding(gate, "note", name, "was not there when the receipt was written") for name in strangers]
+    if output == candidate.path:
+        added = [name for name in file_names(output) if name not in recorded and not name.startswith(".")]
+        findings += [Finding(gate, "note", name, "was not there when the receipt was written") for name in added]
     metrics = {"files": len(recorded), "bytes": sum(file.nbytes for file in recorded.values())}
-    return _result(
-        gate,
-        f"the bytes of {len(recorded)} file{'s' * (len(recorded) != 1)} are those that were written",
-        metrics,
-        findings,
-    )
+    summary = f"the bytes of {len(recorded)} file{'s' * (len(recorded) != 1)} are those that were written"
+    return _result(gate, summary, metrics, findings)
 
 
-def _tensors(candidate: Checkpoint, receipt: Receipt, threads: int, advance: Advance) -> GateResult:
+def _recorded_files(path: Path, receipt: Receipt) -> tuple[Path, dict[str, FileDigest]]:
+    """The output to look for files in, and the receipt's files by their names there."""
+    recorded = {file.name: file for file in receipt.files}
+    if path.is_dir():
+        return path, recorded
+    if len(recorded) == 1:  # a single file may have been renamed
+        return path, {path.name: next(iter(recorded.values()))}
+    return path.parent, recorded  # the path is one file of a folder, such as a shard
+
+
+def _tensors_gate(candidate: Checkpoint, receipt: Receipt, threads: int, advance: Advance) -> GateResult:
     gate = "tensors"
-    each = hash_tensors(candidate.tensors, threads=threads, advance=advance)
+    digests = hash_tensors(candidate.tensors, threads=threads, advance=advance)
     read_through(candidate.buffers.values())
-    owners: dict[str, str] = {}
-    for name, digest in receipt.digests.items():
-        owners.setdefault(digest, name)
+    names: dict[str, str] = {}
+    for name, recorded in receipt.digests.items():
+        names.setdefault(recorded, name)
     findings = []
-    for name, digest in receipt.digests.items():
-        if name in each and each[name] != digest:
-            now = (
-                f"they are those of {owners[each[name]]}"
-                if each[name] in owners
-                else f"digest {each[name][:16]}... now"
-            )
-            said = f"its values are not {_AGAIN} (digest {digest[:16]}... then, {now})"
-            findings.append(Finding(gate, "error", name, said))
-    hashes = Hashes.of(each, candidate.config, candidate.assets).to_json()
-    metrics: dict[str, Any] = {"count": len(each), "hashes": hashes}
-    return _result(
-        gate, f"the values of {len(each)} tensors have the digests of the receipt ({ALGORITHM})", metrics, findings
-    )
+    for name, recorded in receipt.digests.items():
+        digest = digests.get(name, recorded)
+        if digest != recorded:
+            now = f"they are those of {names[digest]}" if digest in names else f"{digest[:16]}... now"
+            message = f"its values differ from those that were verified (digest {recorded[:16]}... then, {now})"
+            findings.append(Finding(gate, "error", name, message))
+    hashes = Hashes.of(digests, candidate.config, candidate.assets).to_json()
+    metrics: dict[str, Any] = {"count": len(digests), "hashes": hashes}
+    summary = f"the values of {len(digests)} tensors have the digests of the receipt ({ALGORITHM})"
+    return _result(gate, summary, metrics, findings)
 
 
-def _logits(candidate: Checkpoint, receipt: Receipt, threads: int, advance: Advance) -> GateResult:
+def _logits_gate(candidate: Checkpoint, receipt: Receipt, threads: int, advance: Advance) -> GateResult:
     gate, reference = "logits", receipt.logits
     if reference is None:
         return GateResult(gate, "skipped", "the receipt has no logits")
-    names = {name: tuple(tensor.shape) for name, tensor in candidate.tensors.items()}
-    if names != receipt.shapes or candidate.config.vocab_size != receipt.config.vocab_size:
-        return GateResult(
-            gate, "skipped", "the tensors are not those of the receipt, so no forward pass can be compared"
-        )
-    found = recompute(candidate, reference, threads=threads, advance=advance)
+    shapes = {name: tuple(tensor.shape) for name, tensor in candidate.tensors.items()}
+    if shapes != receipt.shapes or candidate.config.vocab_size != receipt.config.vocab_size:
+        reason = "the tensors are not those of the receipt, so no forward pass can be compared"
+        return GateResult(gate, "skipped", reason)
     limits = GATES["lossless"]
-    apart, beyond = _apart(found, reference, limits.logits, limits.logits_rtol)
+    atol, rtol = limits.logits or 0.0, limits.logits_rtol or 0.0
+    recomputed = recompute(candidate, reference, threads=threads, advance=advance)
+    difference, beyond = _compare_logits(recomputed, reference, atol, rtol)
     positions, count = reference.tokens.shape
     metrics = {
         "positions": positions,
         "tokens": count,
-        "max_abs_difference": significant(apart),
+        "max_abs_difference": significant(difference),
         "beyond_limit": beyond,
         "limits": {"logits": limits.logits, "logits_rtol": limits.logits_rtol},
     }
     findings = []
     if beyond:
-        said = (
-            f"{beyond} of {positions * (count + 1)} reference values differ from the receipt's by more than {limits.logits:g} +"
-            f" {limits.logits_rtol:g} x |value|; the largest difference is {apart:.4g}"
+        message = (
+            f"{beyond} of {positions * (count + 1)} reference values differ from the receipt's by more than {atol:g} +"
+            f" {rtol:g} x |value|; the largest difference is {difference:.4g}"
         )
-        findings.append(Finding(gate, "error", None, said))
-    good = (
-        f"largest difference {apart:.3g} from the receipt's ({count} tokens at {positions} positions, and their sums)"
-    )
-    return _result(gate, good, metrics, findings)
+        findings.append(Finding(gate, "error", None, message))
+    compared = f"{count} tokens at {positions} positions, and their sums"
+    return _result(gate, f"largest difference {difference:.3g} from the receipt's ({compared})", metrics, findings)
 
 
-def _apart(found: ReferenceLogits, reference: ReferenceLogits, atol: float, rtol: float) -> tuple[float, int]:
-    """The largest difference, infinite where something is not finite, and how many are beyond the limit."""
-    now = np.concatenate([found.logits.ravel(), found.log_sum]).astype(np.float64)
-    then = np.concatenate([reference.logits.ravel(), reference.log_sum]).astype(np.float64)
+def _compare_logits(actual: ReferenceLogits, expected: ReferenceLogits, atol: float, rtol: float) -> tuple[float, int]:
+    """The largest difference, infinite where a value is not finite, and the number of values beyond the limit."""
+    now, then = (np.concatenate([side.logits.ravel(), side.log_sum]).astype(np.float64) for side in (actual, expected))
     with np.errstate(invalid="ignore"):
-        apart = np.where(np.isfinite(now) & np.isfinite(then), np.abs(now - then), np.inf)
-        return float(apart.max()), int(np.count_nonzero(~(apart <= atol + rtol * np.abs(then))))
+        difference = np.where(np.isfinite(now) & np.isfinite(then), np.abs(now - then), np.inf)
+        return float(difference.max()), int(np.count_nonzero(~(difference <= atol + rtol * np.abs(then))))
 
 
-def _result(gate: str, good: str, metrics: dict[str, Any], findings: list[Finding]) -> GateResult:
-    wrong = [finding for finding in findings if finding.severity == "error"]
-    if not wrong:
-        return GateResult(gate, "passed", good, metrics, tuple(findings))
-    more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
-    return GateResult(gate, "failed", f"{wrong[0].sentence}{more}", metrics, tuple(findings))
+def _result(gate: str, summary: str, metrics: dict[str, Any], findings: list[Finding]) -> GateResult:
+    """The gate's result; ``summary`` is used if there is no error."""
+    errors = [finding for finding in findings if finding.severity == "error"]
+    if not errors:
+        return GateResult(gate, "passed", summary, metrics, tuple(findings))
+    more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
+    return GateResult(gate, "failed", f"{errors[0].sentence}{more}", metrics, tuple(findings))

@@ -1,7 +1,7 @@
-"""The receipt: what was written, of what, how it was checked, and enough to check it again without its source.
+"""The receipt: what was written, from what, how it was verified, and enough to verify it again without its source.
 
-``OUTPUT.receipt.json`` lies beside the output it describes. Its schema is ``receipt.schema.json``, explained in
-docs/receipt.md. It holds nothing that changes from one run to the next: no times, no folders, no host.
+``OUTPUT.receipt.json`` is beside the output that it describes. Its schema is ``receipt.schema.json``, explained in
+docs/receipt.md. It contains nothing that changes from run to run: no times, no folders, no host names.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from gemma2tool.containers import strict_json
 from gemma2tool.errors import InputRefused, ToolError
@@ -22,9 +22,10 @@ from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.config import Gemma2Config
 from gemma2tool.model.lazy import FLOAT_DTYPES
 from gemma2tool.receipt.files import FileDigest
-from gemma2tool.receipt.schema import fault, schema
+from gemma2tool.receipt.schema import schema, violation
 from gemma2tool.storage.quoting import quoted
 from gemma2tool.storage.reading import open_for_reading
+from gemma2tool.verify.compare.comparison import TensorComparison
 from gemma2tool.verify.compare.reference_logits import ReferenceLogits
 from gemma2tool.verify.digest import Hashes, config_digest, model_digest, tensors_digest
 from gemma2tool.verify.gates import loosest
@@ -36,39 +37,45 @@ SCHEMA_VERSION = 1
 SUFFIX = ".receipt.json"
 MAX_BYTES, MAX_VALUES, MAX_DEPTH = 64 << 20, 1_000_000, 24
 
-_BEGINS = re.compile(rb'\s*\{\s*"schema"\s*:\s*"gemma2tool\.receipt"')
+_BEGINNING = re.compile(rb'\s*\{\s*"schema"\s*:\s*"gemma2tool\.receipt"')
 _LIBRARIES = ("numpy", "ml_dtypes", "torch", "sentencepiece")
 
 
 def receipt_path(output: Path) -> Path:
-    """Where the receipt of ``output`` belongs: ``model.gguf.receipt.json``, ``FOLDER.receipt.json``."""
-    whole = Path(os.path.abspath(output)) if output.name in ("", "..") else output
-    return whole.with_name(whole.name + SUFFIX)
+    """The path of the receipt of ``output``: ``model.gguf.receipt.json``, ``FOLDER.receipt.json``."""
+    absolute = Path(os.path.abspath(output)) if output.name in ("", "..") else output
+    return absolute.with_name(absolute.name + SUFFIX)
 
 
-def looks_like_one(path: Path) -> bool:
-    """Whether a file begins as our receipts do."""
+def is_receipt(path: Path) -> bool:
+    """Whether a file starts like a receipt of gemma2tool."""
     try:
         with open_for_reading(path) as reader:
-            return _BEGINS.match(reader.pread(0, min(reader.size, 256))) is not None
+            return _BEGINNING.match(reader.pread(0, min(reader.size, 256))) is not None
     except ToolError:
         return False
 
 
-def build(
+# -- writing -----------------------------------------------------------------------------------------------------------
+
+
+def build_receipt(
     source: Checkpoint,
     output: Checkpoint,
     files: Sequence[FileDigest],
     plan: Mapping[str, Any],
     verification: Verification,
 ) -> dict[str, Any]:
-    """The receipt of ``output``, whose ``files`` were made of ``source`` as ``plan`` says, and for which ``verification`` vouches.
+    """The receipt of ``output``, whose ``files`` were made from ``source`` and passed ``verification``.
 
     ``verification`` must have compared all tensors. ``plan``: the object of that name in the schema.
     """
-    measured = verification.measurements
-    compared = [each.comparison for each in measured.tensors]
-    reference = measured.reference
+    measurements = verification.measurements
+    assert measurements is not None and measurements.tensors is not None, "the tensors were not compared"
+    comparisons = sorted((error.comparison for error in measurements.tensors), key=lambda comparison: comparison.name)
+    source_digests = {comparison.name: comparison.source_digest for comparison in comparisons}
+    output_digests = {comparison.name: comparison.candidate_digest for comparison in comparisons}
+    reference = measurements.reference
     return {
         "schema": "gemma2tool.receipt",
         "schema_version": SCHEMA_VERSION,
@@ -76,39 +83,37 @@ def build(
         "source": {
             "name": Path(os.path.abspath(source.path)).name,
             "format": source.format,
-            "hashes": Hashes.of(
-                {each.name: each.source_digest for each in compared}, source.config, source.assets
-            ).to_json(),
+            "hashes": Hashes.of(source_digests, source.config, source.assets).to_json(),
         },
         "output": {
             "name": Path(os.path.abspath(output.path)).name,
             "format": output.format,
             "bytes": sum(file.nbytes for file in files),
-            "hashes": Hashes.of(
-                {each.name: each.candidate_digest for each in compared}, output.config, output.assets
-            ).to_json(),
+            "hashes": Hashes.of(output_digests, output.config, output.assets).to_json(),
             "config": json_value(output.config.to_hf()),
             "files": [file.to_json() for file in files],
         },
         "plan": json_value(plan),
-        "tensors": {each.name: _tensor(each.to_json()) for each in sorted(compared, key=lambda each: each.name)},
-        "verification": _verdict(verification),
-        "logits": None if reference is None else _logits(*reference),
+        "tensors": {comparison.name: _tensor_entry(comparison) for comparison in comparisons},
+        "verification": _verification_entry(verification),
+        "logits": None if reference is None else _logits_entry(*reference),
     }
 
 
 def _versions() -> dict[str, str]:
-    found = {"gemma2tool": __version__, "python": platform.python_version()}
-    return found | {name: importlib.metadata.version(name) for name in _LIBRARIES}
+    libraries = {name: importlib.metadata.version(name) for name in _LIBRARIES}
+    return {"gemma2tool": __version__, "python": platform.python_version(), **libraries}
 
 
-def _tensor(compared: Mapping[str, Any]) -> dict[str, Any]:
+def _tensor_entry(comparison: TensorComparison) -> dict[str, Any]:
     names = {"candidate_type": "output_type", "candidate_digest": "output_digest"}
-    return json_value({names.get(name, name): value for name, value in compared.items() if name != "ok"})
+    content = {names.get(name, name): value for name, value in comparison.to_json().items() if name != "ok"}
+    entry: dict[str, Any] = json_value(content)
+    return entry
 
 
-def _verdict(verification: Verification) -> dict[str, Any]:
-    """The gates without what stands elsewhere in the receipt, and without paths."""
+def _verification_entry(verification: Verification) -> dict[str, Any]:
+    """The gates without what is elsewhere in the receipt, and without paths."""
     content = verification.to_json()
     for gate in content["gates"]:
         if gate["name"] == "tensors":
@@ -116,7 +121,7 @@ def _verdict(verification: Verification) -> dict[str, Any]:
     return {name: content[name] for name in ("passed", "kind", "gates", "causes")}
 
 
-def _logits(source: ReferenceLogits, output: ReferenceLogits) -> dict[str, Any]:
+def _logits_entry(source: ReferenceLogits, output: ReferenceLogits) -> dict[str, Any]:
     return {
         "ids": source.ids.tolist(),
         "source": {"window": source.window, **source.to_json()},
@@ -124,14 +129,17 @@ def _logits(source: ReferenceLogits, output: ReferenceLogits) -> dict[str, Any]:
     }
 
 
-def encode(receipt: Mapping[str, Any]) -> bytes:
-    """The receipt as the bytes of its file: ASCII, the same for the same receipt."""
+def encode_receipt(receipt: Mapping[str, Any]) -> bytes:
+    """The receipt as the bytes of its file: ASCII, equal for equal receipts."""
     return json.dumps(receipt, indent=1, allow_nan=False).encode() + b"\n"
+
+
+# -- reading -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Receipt:
-    """A receipt that was read: what a check needs of it. ``content`` is the whole."""
+    """A receipt that was read, with the parts that a check needs. ``content`` is all of it."""
 
     path: Path
     content: Mapping[str, Any]
@@ -147,15 +155,16 @@ class Receipt:
 
     @property
     def nbytes(self) -> int:
-        """Of all files together."""
+        """The size of all files together."""
         return sum(file.nbytes for file in self.files)
 
 
-def read(path: Path) -> Receipt:
+def read_receipt(path: Path) -> Receipt:
     """Read a receipt, which may come from anyone.
 
-    Raises ``InputRefused``: ``receipt.version`` for one of another version, ``receipt.schema`` for what is none, and
-    ``receipt.contradiction`` for one whose own parts disagree or whose output failed its verification.
+    Raises ``InputRefused``: ``receipt.version`` for another version, ``receipt.schema`` for something that is not a
+    receipt, and ``receipt.contradiction`` for one whose parts contradict each other or whose output failed its
+    verification.
     """
     content = _content(path)
     if not isinstance(content, dict) or content.get("schema") != "gemma2tool.receipt":
@@ -165,13 +174,12 @@ def read(path: Path) -> Receipt:
     if content.get("schema_version") != SCHEMA_VERSION:
         raise InputRefused(
             "receipt.version",
-            f"{path}: a receipt of a version other than {SCHEMA_VERSION}, the one this gemma2tool knows",
+            f"{path}: a receipt of a version other than {SCHEMA_VERSION}, which this gemma2tool supports",
             hint="use the gemma2tool that wrote it, or a newer one",
         )
-    wrong = fault(content, schema())
-    if wrong:
+    if wrong := violation(content, schema()):
         raise InputRefused(
-            "receipt.schema", f"{path}: {wrong}", hint="write the receipt again: convert the output anew"
+            "receipt.schema", f"{path}: {wrong}", hint="write the receipt again: repeat the conversion of the output"
         )
     output, tensors, logits = content["output"], content["tensors"], content["logits"]
     receipt = Receipt(
@@ -180,14 +188,14 @@ def read(path: Path) -> Receipt:
         format=output["format"],
         hashes=output["hashes"],
         config=_config(output["config"], path),
-        files=tuple(FileDigest(each["name"], each["bytes"], each["sha256"]) for each in output["files"]),
-        shapes={name: tuple(each["shape"]) for name, each in tensors.items()},
-        digests={name: each["output_digest"] for name, each in tensors.items()},
+        files=tuple(FileDigest(file["name"], file["bytes"], file["sha256"]) for file in output["files"]),
+        shapes={name: tuple(tensor["shape"]) for name, tensor in tensors.items()},
+        digests={name: tensor["output_digest"] for name, tensor in tensors.items()},
         kind=content["verification"]["kind"],
-        source_logits=_reference(logits, "source", path),
-        logits=_reference(logits, "output", path),
+        source_logits=_reference_logits(logits, "source", path),
+        logits=_reference_logits(logits, "output", path),
     )
-    _check(receipt)
+    _check_consistency(receipt)
     return receipt
 
 
@@ -195,7 +203,7 @@ def _content(path: Path) -> Any:
     try:
         return strict_json.load(path, what="receipt", max_bytes=MAX_BYTES, max_depth=MAX_DEPTH, max_values=MAX_VALUES)
     except InputRefused as refused:
-        hint = refused.hint or "give the file that gemma2tool wrote beside the output, whole and as it was"
+        hint = refused.hint or "give the file that gemma2tool wrote beside the output, complete and unchanged"
         raise InputRefused(refused.id, refused.message, hint=hint) from refused
 
 
@@ -206,7 +214,7 @@ def _config(content: Mapping[str, Any], path: Path) -> Gemma2Config:
         raise InputRefused(refused.id, f"{path}: output.{refused.message}", hint="write the receipt again") from refused
 
 
-def _reference(logits: Mapping[str, Any] | None, side: str, path: Path) -> ReferenceLogits | None:
+def _reference_logits(logits: Mapping[str, Any] | None, side: str, path: Path) -> ReferenceLogits | None:
     if logits is None:
         return None
     content = logits[side]
@@ -221,23 +229,23 @@ def _reference(logits: Mapping[str, Any] | None, side: str, path: Path) -> Refer
 
 
 def _kind(tensors: Mapping[str, Mapping[str, Any]]) -> str:
-    """The kind that follows from the tensors' entries, as ``tensors.kind_of`` has it from the tensors."""
+    """The kind that follows from the tensors' entries, by the rules of ``tensors.kind_of``."""
     kinds = set()
-    for each in tensors.values():
-        stored, lost = each["output_type"], each["max_abs_error"] != 0
-        if lost and each["rule"] == "expected" and stored in FLOAT_DTYPES:
+    for tensor in tensors.values():
+        stored, lossy = tensor["output_type"], tensor["max_abs_error"] != 0
+        if lossy and tensor["rule"] == "expected" and stored in FLOAT_DTYPES:
             kinds.add("convention" if stored == "f32" else stored)
-        elif lost and each["rule"] != "exact":
+        elif lossy and tensor["rule"] != "exact":
             kinds.add(stored)
     return loosest(kinds)
 
 
-def _check(receipt: Receipt) -> None:
-    """A receipt that was edited, or damaged in transit, contradicts itself."""
+def _check_consistency(receipt: Receipt) -> None:
+    """Refuse a receipt that contradicts itself, because it was edited or damaged."""
     hashes, content = receipt.hashes, receipt.content
 
-    def refuse(what: str) -> None:
-        hint = "the receipt was changed after it was written: get it again, or write it anew"
+    def refuse(what: str) -> NoReturn:
+        hint = "the receipt was changed after it was written: download it again, or write it again"
         raise InputRefused("receipt.contradiction", f"{receipt.path}: {what}", hint=hint)
 
     if not content["verification"]["passed"]:
@@ -245,21 +253,21 @@ def _check(receipt: Receipt) -> None:
     if failed := [gate["name"] for gate in content["verification"]["gates"] if gate["status"] == "failed"]:
         refuse(f"verification.passed is true, but its gate {quoted(failed[0])} failed")
     if (kind := _kind(content["tensors"])) != receipt.kind:
-        refuse(f"verification.kind is {quoted(receipt.kind)}, but what it says of its tensors is {kind}")
+        refuse(f"verification.kind is {quoted(receipt.kind)}, but {kind} follows from its tensors")
     if config_digest(receipt.config) != hashes["config"]:
-        refuse("output.config is not what output.hashes.config is the digest of")
+        refuse("output.hashes.config is not the digest of output.config")
     for side, digests in (
-        ("source", {name: each["source_digest"] for name, each in content["tensors"].items()}),
+        ("source", {name: tensor["source_digest"] for name, tensor in content["tensors"].items()}),
         ("output", receipt.digests),
     ):
-        said = content[side]["hashes"]
-        if tensors_digest(digests) != said["tensors"]:
-            refuse(f"the tensors' digests are not what {side}.hashes.tensors is the digest of")
-        if model_digest(said["tensors"], said["config"]) != said["model"]:
+        recorded = content[side]["hashes"]
+        if tensors_digest(digests) != recorded["tensors"]:
+            refuse(f"{side}.hashes.tensors is not the digest of the tensors' digests")
+        if model_digest(recorded["tensors"], recorded["config"]) != recorded["model"]:
             refuse(f"{side}.hashes.model is not the digest of its parts")
     vocabulary = receipt.config.vocab_size
     for logits in (receipt.logits, receipt.source_logits):
         if logits is not None and max(int(logits.ids.max()), int(logits.tokens.max())) >= vocabulary:
             refuse(f"logits: a token id outside the vocabulary of {vocabulary}")
     if receipt.logits is not None and len(receipt.logits.ids) > receipt.config.max_position_embeddings:
-        refuse("logits: a prompt longer than the model's positions")
+        refuse("logits: a prompt longer than the model's context")

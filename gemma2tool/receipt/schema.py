@@ -1,4 +1,5 @@
-"""The receipt's JSON schema, and the part of JSON Schema that it uses: the file that documents receipts also guards them."""
+"""The receipt's JSON schema, and a validator for the part of JSON Schema that it uses: the file that documents receipts
+also checks them."""
 
 from __future__ import annotations
 
@@ -20,23 +21,31 @@ _TYPES: Mapping[str, tuple[type, ...]] = {
     "boolean": (bool,),
     "null": (type(None),),
 }
+_MAXIMA: tuple[tuple[str, tuple[type, ...]], ...] = (
+    ("maximum", (int, float)),
+    ("maxItems", (list,)),
+    ("maxLength", (str,)),
+    ("maxProperties", (dict,)),
+)
+_MINIMA: tuple[tuple[str, tuple[type, ...]], ...] = (("minimum", (int, float)), ("minItems", (list,)))
 
 
 @cache
 def schema() -> Mapping[str, Any]:
     """The schema of receipts, as JSON Schema 2020-12."""
-    return json.loads(Path(__file__).with_name("receipt.schema.json").read_text())
+    content: Mapping[str, Any] = json.loads(Path(__file__).with_name("receipt.schema.json").read_text())
+    return content
 
 
-def fault(value: Any, rule: Mapping[str, Any], place: str = "") -> str | None:
-    """The first thing in ``value`` that ``rule`` does not allow, as "PLACE: WHAT"; None where all is well.
+def violation(value: Any, rule: Mapping[str, Any], place: str = "") -> str | None:
+    """The first violation of ``rule`` in ``value``, as "PLACE: WHAT"; None where there is none.
 
-    Knows $ref into $defs, type, const, enum, pattern, required, properties, additionalProperties and items as schemas, and
-    the bounds minimum, maximum, minItems, maxItems, maxLength and maxProperties.
+    Supports $ref into $defs, type, const, enum, pattern, required, properties, additionalProperties and items as
+    schemas, and the bounds minimum, maximum, minItems, maxItems, maxLength and maxProperties.
     """
     if "$ref" in rule:
         rule = schema()["$defs"][rule["$ref"].removeprefix("#/$defs/")]
-    wrong = _simple_fault(value, rule)
+    wrong = _own_violation(value, rule)
     if wrong:
         return f"{place or 'the receipt'}: {wrong}"
     if isinstance(value, dict):
@@ -44,20 +53,23 @@ def fault(value: Any, rule: Mapping[str, Any], place: str = "") -> str | None:
         if missing:
             return f"{place or 'the receipt'}: {missing[0]} is missing"
         known, others = rule.get("properties", {}), rule.get("additionalProperties", {})
-        parts = ((f"{place}.{name[:100]}".lstrip("."), each, known.get(name, others)) for name, each in value.items())
+        parts = [(f"{place}.{name[:100]}".lstrip("."), part, known.get(name, others)) for name, part in value.items()]
     elif isinstance(value, list):
-        parts = ((f"{place}[{index}]", each, rule.get("items", {})) for index, each in enumerate(value))
+        parts = [(f"{place}[{index}]", part, rule.get("items", {})) for index, part in enumerate(value)]
     else:
         return None
-    return next((found for where, each, of in parts if (found := fault(each, of, where))), None)
+    for where, part, part_rule in parts:
+        if inner := violation(part, part_rule, where):
+            return inner
+    return None
 
 
-def _simple_fault(value: Any, rule: Mapping[str, Any]) -> str | None:
-    """What is wrong with ``value`` itself, whatever it contains."""
+def _own_violation(value: Any, rule: Mapping[str, Any]) -> str | None:
+    """What is wrong with ``value`` itself, apart from what it contains."""
     allowed = rule.get("type", list(_TYPES))
     allowed = [allowed] if isinstance(allowed, str) else allowed
-    kinds = tuple(kind for name in allowed for kind in _TYPES[name])
-    if not isinstance(value, kinds) or (isinstance(value, bool) and "boolean" not in allowed):
+    types = tuple(type for name in allowed for type in _TYPES[name])
+    if not isinstance(value, types) or (isinstance(value, bool) and "boolean" not in allowed):
         return f"is {_shown(value)}, must be {' or '.join(allowed)}"
     if "const" in rule and (value != rule["const"] or isinstance(value, bool)):
         return f"is {_shown(value)}, must be {_shown(rule['const'])}"
@@ -66,11 +78,11 @@ def _simple_fault(value: Any, rule: Mapping[str, Any]) -> str | None:
     if isinstance(value, str) and not re.search(rule.get("pattern", ""), value):
         return f"is {_shown(value)}, must match {rule['pattern']}"
     size = len(value) if isinstance(value, (str, list, dict)) else value
-    for name, kind in (("maximum", (int, float)), ("maxItems", list), ("maxLength", str), ("maxProperties", dict)):
-        if name in rule and isinstance(value, kind) and size > rule[name]:
+    for name, bounded in _MAXIMA:
+        if name in rule and isinstance(value, bounded) and size > rule[name]:
             return f"is {_shown(size)}, at most {rule[name]}"
-    for name, kind in (("minimum", (int, float)), ("minItems", list)):
-        if name in rule and isinstance(value, kind) and size < rule[name]:
+    for name, bounded in _MINIMA:
+        if name in rule and isinstance(value, bounded) and size < rule[name]:
             return f"is {_shown(size)}, at least {rule[name]}"
     return None
 

@@ -23,7 +23,7 @@ from gemma2tool.formats.base import WriteOptions
 from gemma2tool.pipeline.plan import make_plan
 from gemma2tool.pipeline.requests import RunOptions
 from gemma2tool.pipeline.run import ResolvedChecks, run
-from gemma2tool.receipt.document import read, receipt_path
+from gemma2tool.receipt.document import read_receipt, receipt_path
 from tests.support.flipping import flips, found, with_receipt, with_source
 
 OUTPUTS = {
@@ -54,7 +54,7 @@ def main() -> None:
             )
             [result] = run([plan], ResolvedChecks(), RunOptions(threads=2))
             assert result.written, result.verification.failures
-            receipt = read(receipt_path(path))
+            receipt = read_receipt(receipt_path(path))
             ways = {
                 "source": lambda at=path: with_source(source, at),
                 "receipt": lambda at=path, by=receipt: with_receipt(by, at),

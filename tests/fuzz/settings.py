@@ -211,7 +211,7 @@ class Receipt(JsonTarget):
     def prepare(self) -> None:
         from gemma2tool.receipt import document as receipt
 
-        self.read, self.file = receipt.read, MemoryFile()
+        self.read, self.file = receipt.read_receipt, MemoryFile()
 
     def place(self, data: bytes) -> Path:
         return Path(self.file.hold(data))

@@ -82,7 +82,7 @@ def with_source(source: Checkpoint, path: Path) -> GateResult:
 def with_receipt(receipt: Receipt, path: Path) -> GateResult:
     """The tensors gate of ``verify`` with the receipt alone."""
     with registry.open_checkpoint(path) as candidate:
-        return receipt_check.check(candidate, receipt, levels=("tensors",)).gate("tensors")
+        return receipt_check.check_against_receipt(candidate, receipt, levels=("tensors",)).gate("tensors")
 
 
 def found(flip: Flip, look: Callable[[], GateResult]) -> bool:
