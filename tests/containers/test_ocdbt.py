@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from gemma2tool.containers.orbax import ocdbt
-from gemma2tool.formats.orbax.zarr_arrays import _unpack, _whole
+from gemma2tool.formats.orbax.zarr_arrays import decompress, read_value
 from gemma2tool.storage.crc import crc32c
 from tests.support.hostile.binaries import database
 from tests.support.hostile.refusal import assert_refused
@@ -23,7 +23,7 @@ def _store(folder: Path, **config: object):
 
 
 def _ours(folder: Path) -> dict[str, bytes]:
-    return {key: _whole(value) for key, value in ocdbt.read_entries(folder, _unpack).items()}
+    return {key: read_value(value) for key, value in ocdbt.read_entries(folder, decompress).items()}
 
 
 def _theirs(store) -> dict[str, bytes]:
@@ -74,12 +74,12 @@ def test_damaged_manifests(tmp_path: Path, byte: int) -> None:
     (tmp_path / "x").mkdir()
     database()(tmp_path / "x")
     manifest = tmp_path / "x" / "manifest.ocdbt"
-    assert ocdbt.read_entries(tmp_path / "x", _unpack) == {}
+    assert ocdbt.read_entries(tmp_path / "x", decompress) == {}
     raw = bytearray(manifest.read_bytes())
     raw[byte] ^= 1
     manifest.write_bytes(raw)
     with pytest.raises(Exception, match="not one of OCDBT's|its header says|is damaged") as caught:
-        ocdbt.read_entries(tmp_path / "x", _unpack)
+        ocdbt.read_entries(tmp_path / "x", decompress)
     assert caught.value.id.startswith("ocdbt.")
 
 
@@ -90,10 +90,10 @@ def test_data_files_that_are_links(tmp_path: Path) -> None:
     secret = tmp_path / "secret"
     (tmp_path / "x" / "d" / "x").rename(secret)
     (tmp_path / "x" / "d" / "x").symlink_to(secret)
-    assert_refused(lambda: ocdbt.read_entries(tmp_path / "x", _unpack), "ocdbt.link")
+    assert_refused(lambda: ocdbt.read_entries(tmp_path / "x", decompress), "ocdbt.link")
     (tmp_path / "x" / "d" / "x").unlink()
     (tmp_path / "x" / "d").rmdir()
     (tmp_path / "elsewhere").mkdir()
     secret.rename(tmp_path / "elsewhere" / "x")
     (tmp_path / "x" / "d").symlink_to(tmp_path / "elsewhere")
-    assert_refused(lambda: ocdbt.read_entries(tmp_path / "x", _unpack), "ocdbt.link")
+    assert_refused(lambda: ocdbt.read_entries(tmp_path / "x", decompress), "ocdbt.link")

@@ -75,7 +75,7 @@ def tiny_files() -> dict[str, bytes]:
     made["ocdbt/leaf"] = _ocdbt(tree=False)
     made["ocdbt/tree"] = _ocdbt(tree=True)
     made["zarr/plain"] = _zarray()
-    made["zarr/zstd"] = _zarray(shape=[4, 4], dimension_separator="/", compressor={"id": "zstd", "level": 1})
+    made["zarr/zstd"] = _zarray(shape=[16], chunks=[8], compressor={"id": "zstd", "level": 1})
     made["zarr/three"] = json.dumps(ZARR3).encode()
     made["model-card/plain"] = CARD
     made["imatrix/gguf"] = _imatrix_gguf()

@@ -9,31 +9,20 @@ from __future__ import annotations
 import threading
 from abc import abstractmethod
 from collections import OrderedDict
-from typing import Protocol
 
 import numpy as np
 
-from gemma2tool.model.lazy import LazyTensor
+from gemma2tool.model.lazy import Array, LazyTensor
 
 KEPT_BYTES = 256 << 20
 KEPT_BLOCKS = 2
 """Kept whatever their size: the block that is read now and the one after it."""
 
 
-class Rows(Protocol):
-    """What a block must be able to do: an array, or a handle that gives out slices of one."""
-
-    nbytes: int
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, rows: slice) -> np.ndarray: ...
-
-
 class _Block:
     def __init__(self) -> None:
         self.lock = threading.Lock()
-        self.rows: Rows | None = None
+        self.rows: Array | None = None
         self.given = 0
 
 
@@ -44,7 +33,7 @@ class _Blocks:
         self._lock = threading.Lock()
         self._kept: OrderedDict[tuple[LazyTensor, int], _Block] = OrderedDict()
 
-    def rows(self, tensor: BlockwiseTensor, index: int, first: int, last: int) -> np.ndarray:
+    def rows(self, tensor: BlockwiseTensor, index: int, first: int, last: int) -> Array:
         """A fresh array of rows ``first`` to ``last`` of a block, counted from the block's own first row."""
         key = (tensor, index)
         with self._lock:
@@ -79,10 +68,10 @@ class BlockwiseTensor(LazyTensor):
     block_rows: int
 
     @abstractmethod
-    def load_block(self, index: int) -> Rows:
+    def load_block(self, index: int) -> Array:
         """Block ``index`` whole, (rows of the block, ...), in any memory order."""
 
-    def load_rows(self, first: int, last: int) -> np.ndarray:
+    def load_rows(self, first: int, last: int) -> Array:
         pieces = []
         while first < last:
             index, start = divmod(first, self.block_rows)
@@ -94,7 +83,7 @@ class BlockwiseTensor(LazyTensor):
         return np.concatenate(pieces) if pieces else np.empty((0, *self.shape[1:]), self.dtype)
 
 
-def _copied(rows: np.ndarray) -> np.ndarray:
+def _copied(rows: Array) -> Array:
     """A row-major copy. Numpy moves integers much faster than types of extensions such as bfloat16."""
     if rows.dtype.itemsize == 2 and rows.dtype.kind not in "iu":
         return np.array(rows.view(np.uint16), order="C").view(rows.dtype)

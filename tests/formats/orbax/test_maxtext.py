@@ -141,7 +141,7 @@ def test_pairs_that_are_not_stacked(tmp_path: Path) -> None:
             spec = {
                 "driver": "zarr",
                 "kvstore": f"file://{folder}/{each}/",
-                "metadata": {"dtype": "<f4", "shape": list(part.shape)},
+                "metadata": {"dtype": "<f4", "shape": list(part.shape), "compressor": {"id": "zstd", "level": 1}},
             }
             spec["metadata"]["chunks"] = list(part.shape)
             tensorstore.open(spec, create=True).result().write(np.ascontiguousarray(part)).result()
