@@ -83,20 +83,20 @@ def verify_output(
     """Verify ``candidate`` against ``source``.
 
     ``gates`` replaces default limits. ``weighted`` says whether an importance matrix steered the quantization (None: as
-    the candidate says). What the candidate's format itself cannot hold of the source is reported, not judged.
+    the candidate says). What the candidate's format cannot represent of the source is reported, not an error.
     """
+    from gemma2tool.verify.run import VerifySettings
     from gemma2tool.verify.run import verify as compare
 
-    return compare(
-        source,
-        candidate,
+    settings = VerifySettings(
         ids=ids,
-        gates=gates or None,
-        threads=threads,
-        progress=progress,
+        gates=gates,
         expected=registry.by_name(candidate.format).expected_after_roundtrip(source, candidate),
         weighted=weighted,
+        threads=threads,
+        progress=progress,
     )
+    return compare(source, candidate, settings)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +123,7 @@ def diff(request: DiffRequest, progress: Progress | None = None) -> Difference:
             a,
             b,
             ids=read_prompts(request.checks.tokens, request.checks.text, a),
-            kept=(
+            expected=(
                 registry.by_name(b.format).expected_after_roundtrip(a, b),
                 registry.by_name(a.format).expected_after_roundtrip(b, a),
             ),
@@ -147,7 +147,7 @@ def _with_source(request: VerifyRequest, reference: Path, progress: Progress | N
 
 
 def _with_logits(request: VerifyRequest, logits: Path, progress: Progress | None) -> Verification:
-    from gemma2tool.verify.engine import judge_logits
+    from gemma2tool.verify.engine import verify_logits
 
     checks = request.checks
     if checks.tokens is None or checks.text is not None:
@@ -157,7 +157,7 @@ def _with_logits(request: VerifyRequest, logits: Path, progress: Progress | None
     with _opened(request.candidate, resolve_config(request.config)) as candidate:
         request.reports.check((logits, checks.tokens, *candidate.files))
         log_warnings(candidate, candidate.path.name)
-        return judge_logits(
+        return verify_logits(
             candidate,
             read_tokens(checks.tokens, candidate.config),
             read_logits(logits),

@@ -22,7 +22,6 @@ from gemma2tool.verify.finding import Finding, GateResult
 from gemma2tool.verify.gates import GATES
 from gemma2tool.verify.json_values import significant
 from gemma2tool.verify.result import Side, Verification
-from gemma2tool.verify.run import side_of
 
 LEVELS = ("completeness", "config", "tokenizer", "files", "tensors", "logits")
 
@@ -59,7 +58,7 @@ def check_against_receipt(
     run_level("tensors", nbytes, lambda advance: _tensors_gate(candidate, receipt, threads, advance))
     run_level("logits", nbytes, lambda advance: _logits_gate(candidate, receipt, threads, advance))
     source = Side(str(receipt.path), "receipt")
-    return Verification(source, side_of(candidate), receipt.kind, tuple(results), seconds)
+    return Verification(source, Side.of(candidate), receipt.kind, tuple(results), seconds)
 
 
 def _names_gate(candidate: Checkpoint, receipt: Receipt) -> GateResult:

@@ -22,9 +22,9 @@ SIDES: Sides = ("source", "candidate")
 class Finding:
     """One observation, in a sentence.
 
-    ``severity``: "error" (the models differ where they must not), "warning" (they differ where it may matter), "note" (a
-    difference that the conversion itself requires). ``subject``: the canonical tensor name or the config field that the
-    finding is about; None if it is about the whole model.
+    ``severity``: "error" (the models differ where they must not), "warning" (they differ where it may matter), "note"
+    (a difference that the conversion itself requires). ``subject``: the canonical tensor name or the config field that
+    the finding is about; None if it is about the whole model.
     """
 
     gate: str

@@ -1,9 +1,9 @@
-"""The limits on logits and distributions, one row per kind of candidate, and how a caller overrides them.
+"""Limits on logits and distributions: one row per kind of candidate, and how a caller overrides them.
 
-The tensor bounds say whether a candidate is what it claims to be; these say whether it still speaks like its source.
-They hold on trained models, for prompts of random tokens as for text. On untrained weights, whose logits answer any
-change chaotically, no fixed limit is honest: there ``verify`` falls back on noise of the same size in the source's own
-weights (see ``run``).
+The tensor bounds decide whether a candidate is what it claims to be; these limits decide whether its output is still
+that of its source. They hold on trained models, for prompts of random tokens as well as text. On untrained weights,
+whose logits react chaotically to every change, no fixed limit holds: there ``verify`` compares with noise of the same
+size in the source's own weights (see ``noise``).
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from gemma2tool.errors import UsageError
 
 @dataclass(frozen=True)
 class Gates:
-    """Limits; None: not held to any.
+    """Limits; None: no limit.
 
-    ``logits``, ``logits_rtol``: |difference| of every logit at most ``logits + logits_rtol * |source|``. ``kl``,
+    ``logits``, ``logits_rtol``: |difference| of every logit is at most ``logits + logits_rtol * |source|``. ``kl``,
     ``kl_p99``, ``kl_max``: KL(source || candidate) in nats per position: mean, 99th percentile, maximum. ``top1``:
-    share of positions whose likeliest token is the same, at least. ``ppl_ratio``: perplexity of the candidate over the
-    source's, where the prompt is text. ``rmse``: RMSE / RMS of every quantized tensor, in place of its type's own.
+    smallest share of positions with the same likeliest token. ``ppl_ratio``: perplexity of the candidate over that of
+    the source, if the prompt is text. ``rmse``: RMSE / RMS of every quantized tensor, in place of its type's own limit.
     """
 
     logits: float | None = None
@@ -34,16 +34,16 @@ class Gates:
     ppl_ratio: float | None = None
     rmse: float | None = None
 
-    def overridden(self, limits: Mapping[str, float] | None) -> Gates:
-        """These limits with some replaced; names with "-" or "_". Raises ``UsageError`` for a name that is no limit."""
+    def overridden(self, limits: Mapping[str, float]) -> Gates:
+        """These limits with some replaced; names with "-" or "_". Raises ``UsageError`` for an unknown name."""
         names = {field.name for field in dataclasses.fields(self)}
-        given = {name.replace("-", "_"): value for name, value in (limits or {}).items()}
+        given = {name.replace("-", "_"): value for name, value in limits.items()}
         for name in given:
             if name not in names:
                 raise UsageError(
                     "gate.unknown",
-                    f"{name!r} is no gate",
-                    hint="gates are " + ", ".join(sorted(each.replace("_", "-") for each in names)),
+                    f"{name!r} is not a gate",
+                    hint="gates are " + ", ".join(gate_names()),
                 )
         return dataclasses.replace(self, **given)
 
@@ -54,7 +54,7 @@ def gate_names() -> list[str]:
 
 
 def parse_gates(pairs: Iterable[str]) -> dict[str, float]:
-    """Limits from the command line's ``name=value`` pairs. Raises ``UsageError`` naming the pair."""
+    """Limits from the command line's ``name=value`` pairs. Raises ``UsageError`` that names the pair."""
     limits: dict[str, float] = {}
     for pair in pairs:
         name, equals, text = pair.partition("=")
@@ -68,13 +68,13 @@ def parse_gates(pairs: Iterable[str]) -> dict[str, float]:
     return limits
 
 
-# Float32 forward passes of equal weights differ by the order of additions only: measured, up to 3.2e-5 between
-# implementations on logits up to 28; the mildest mistake (epsilon 1e-5 for 1e-6) moves them by 9e-5.
+# Float32 forward passes of equal weights differ only by the order of additions: by up to 3.2e-5 between
+# implementations, on logits up to 28. The mildest mistake (epsilon 1e-5 instead of 1e-6) changes them by 9e-5.
 _EQUAL = Gates(logits=5e-5, logits_rtol=1e-5, kl=1e-6)
 
 GATES: Mapping[str, Gates] = {
     "lossless": _EQUAL,
-    # What a target's own convention forces (GGUF's w + 1): 6e-8 of a norm from float32, 5e-4 from float16.
+    # The rounding of a target's own convention (GGUF's w + 1): 6e-8 of a norm from float32, 5e-4 from float16.
     "convention": Gates(kl=1e-3, top1=0.98),
     "f16": Gates(kl=0.001, top1=0.98),
     "bf16": Gates(kl=0.005, top1=0.95),
@@ -120,16 +120,16 @@ GATES: Mapping[str, Gates] = {
     "tq2_0": Gates(kl=8.0),
     "unknown": Gates(),
 }
-"""Kind -> default limits. A kind is the loosest type among those that a candidate's lossy tensors are stored in.
+"""Kind -> default limits. The kind is the loosest type among those of a candidate's lossy tensors.
 
 KL: about ten times what the type costs the repository's small trained model on random tokens (on text it is a third
 less), and at least three times what llama.cpp's README gives for Llama 3 8B (0.0014 Q8_0, 0.0055 Q6_K, 0.031 Q4_K_M,
-0.072 Q4_0). Ternary types destroy a model that was not trained for them, so theirs says little.
+0.072 Q4_0). Ternary types destroy a model that was not trained for them, so their limits mean little.
 """
 
 
 def loosest(kinds: Iterable[str]) -> str:
-    """The kind whose KL limit is the largest; types without a row count as "unknown", "lossless" when there is none."""
+    """The kind with the largest KL limit. Types without a row count as "unknown"; without any kind, "lossless"."""
     rows = {kind if kind in GATES else "unknown" for kind in kinds}
     if not rows:
         return "lossless"

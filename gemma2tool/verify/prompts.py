@@ -1,4 +1,4 @@
-"""What the models are given to read: the caller's text or the built-in one, as token ids."""
+"""What the models are run on: the caller's text or the built-in one, as token ids."""
 
 from __future__ import annotations
 
@@ -7,17 +7,20 @@ import numpy as np
 from gemma2tool.errors import InputRefused, UsageError
 from gemma2tool.model.checkpoint import Assets, Checkpoint
 from gemma2tool.model.config import Gemma2Config
+from gemma2tool.verify.compare.token_ids import TokenIds, default_ids
 from gemma2tool.verify.compare.tokenizer import load_model
 
 BUILT_IN_TOKENS = 128
-"""Tokens of the built-in text that are read unless more is asked for."""
+"""Number of tokens of the built-in text that are read."""
 
 ROW_TOKENS = 512
-"""Tokens in a row of longer text, bos included; the length over which llama.cpp's perplexity is measured."""
+"""Tokens in a row of longer text, including bos; llama.cpp's perplexity is measured over this length."""
 
-# Written for this purpose. Kinds of text take turns, so that the first hundred tokens hold several.
-BUILT_IN = """The ferry leaves at 6:40 and takes eleven minutes to cross. On weekdays it carries nurses, two bakers and a man who \
-repairs clocks; on Sundays it carries nobody before nine, and the captain reads. Der Fluss ist hier kaum dreihundert Meter breit, aber \
+# Written for this purpose. Kinds of text alternate, so that the first hundred tokens contain several.
+BUILT_IN = """The ferry leaves at 6:40 and takes eleven minutes to cross. On weekdays it carries nurses, two bakers \
+and a man who \
+repairs clocks; on Sundays it carries nobody before nine, and the captain reads. Der Fluss ist hier kaum dreihundert \
+Meter breit, aber \
 tief genug, dass im Winter kein Eis liegen bleibt.
 
 ```python
@@ -26,7 +29,8 @@ def crossings(day: str, minutes: int = 11) -> int:
     return trips * minutes  # one way
 ```
 
-A boat that makes 22 trips of 11 minutes is under way for 242 minutes, a little over four hours; the rest of the day it waits. \
+A boat that makes 22 trips of 11 minutes is under way for 242 minutes, a little over four hours; the rest of the day \
+it waits. \
 Le capitaine dit que l'attente est la partie difficile du métier. 川を渡るのは簡単だが、待つのは難しい。
 
 1. Check the mooring lines before the first trip.
@@ -36,9 +40,12 @@ Le capitaine dit que l'attente est la partie difficile du métier. 川を渡る�
 "How long have you done this?" asked the girl with the bicycle.
 "Since before the bridge was planned," he said, "and they have planned it four times."
 
-In 1998 a survey counted 61,204 passengers, in 2011 only 38,917: a loss of about 36 %. The bridge, if it is built, will be 412 m long and \
-will cost more than every ticket ever sold. Nobody on the ferry minds the arithmetic. They mind the quiet, which a bridge does not have: \
-the engine idling, a rope that creaks, the small bell at the landing, and under all of it the sound of water moving past something that \
+In 1998 a survey counted 61,204 passengers, in 2011 only 38,917: a loss of about 36 %. The bridge, if it is built, \
+will be 412 m long and \
+will cost more than every ticket ever sold. Nobody on the ferry minds the arithmetic. They mind the quiet, which a \
+bridge does not have: \
+the engine idling, a rope that creaks, the small bell at the landing, and under all of it the sound of water moving \
+past something that \
 stands still.
 
 Question: A ferry carries at most 24 people. 61 people wait on the south bank. How many trips are needed?
@@ -46,46 +53,46 @@ Answer: 61 / 24 = 2.54..., so three trips are needed; the last one carries 13 pe
 """
 
 
-def built_in_prompt(config: Gemma2Config, assets: Assets) -> np.ndarray | None:
-    """The beginning of the built-in text, int64 (1, ``BUILT_IN_TOKENS`` or as many as the model takes); None where there is no
-    tokenizer.model that can be run and fits the vocabulary."""
+def built_in_prompt(config: Gemma2Config, assets: Assets) -> TokenIds | None:
+    """The beginning of the built-in text, (1, ``BUILT_IN_TOKENS`` or max_position_embeddings).
+
+    None if there is no tokenizer.model that works and fits the vocabulary.
+    """
     ids = _encode(assets, BUILT_IN)
     if ids is None or max(ids) >= config.vocab_size:
         return None
     return _rows(config, ids, BUILT_IN_TOKENS)[:1]
 
 
-def prompt_for(source: Checkpoint, candidate: Checkpoint) -> tuple[np.ndarray, bool]:
-    """What both are given to read unless the caller says: token ids (1, T), and whether they are text."""
-    from gemma2tool.verify.compare.logits import default_ids
-
-    shorter = min(source.config, candidate.config, key=lambda config: config.max_position_embeddings)
-    ids = built_in_prompt(shorter, source.assets)
-    return (default_ids(shorter), False) if ids is None else (ids, True)
+def prompt_for(source: Checkpoint, candidate: Checkpoint) -> tuple[TokenIds, bool]:
+    """The default prompt for both: token ids (1, T), and whether they are text."""
+    config = min(source.config, candidate.config, key=lambda config: config.max_position_embeddings)
+    ids = built_in_prompt(config, source.assets)
+    return (default_ids(config), False) if ids is None else (ids, True)
 
 
-def text_prompts(checkpoint: Checkpoint, text: str) -> np.ndarray:
-    """``text`` as rows of token ids, int64 (B, T), each beginning with bos; T is ``ROW_TOKENS`` or as many as the model takes.
+def text_prompts(checkpoint: Checkpoint, text: str) -> TokenIds:
+    """``text`` as rows of token ids (B, T), each starting with bos; T is ``ROW_TOKENS`` or max_position_embeddings.
 
-    What is left of a text longer than a row, and does not fill one, is dropped: rows are of one length. Raises ``UsageError``
-    where the checkpoint has no tokenizer.model or the text no tokens, ``InputRefused`` where the tokenizer cannot be run or
-    does not fit the model.
+    Rows have one length: the rest of a longer text that does not fill a row is dropped. Raises ``UsageError`` if the
+    checkpoint has no tokenizer.model or the text no tokens, ``InputRefused`` if the tokenizer does not work or does not
+    fit the model.
     """
     if "tokenizer.model" not in checkpoint.assets:
         raise UsageError(
             "tokenizer.missing",
             f"{checkpoint.path.name}: no tokenizer.model beside the weights",
-            hint="put the model's tokenizer.model into its folder, or give token ids with --tokens",
+            hint="put the model's tokenizer.model into its folder, or pass token ids with --tokens",
         )
     ids = _encode(checkpoint.assets, text)
     if ids is None:
         raise InputRefused(
             "tokenizer.damaged",
-            f"{checkpoint.path.name}: tokenizer.model is no sentencepiece model",
-            hint="fetch the tokenizer again",
+            f"{checkpoint.path.name}: tokenizer.model is not a sentencepiece model",
+            hint="download the tokenizer again",
         )
     if not ids:
-        raise UsageError("text.empty", "the text has no tokens", hint="give a file with text in it")
+        raise UsageError("text.empty", "the text has no tokens", hint="pass a file with text in it")
     if max(ids) >= checkpoint.config.vocab_size:
         raise InputRefused(
             "tokens.range",
@@ -100,8 +107,8 @@ def _encode(assets: Assets, text: str) -> list[int] | None:
     return None if model is None else model.encode(text)
 
 
-def _rows(config: Gemma2Config, ids: list[int], length: int) -> np.ndarray:
-    start = [] if config.bos_token_id is None else [config.bos_token_id]
-    inside = max(min(length, config.max_position_embeddings) - len(start), 1)
-    inside = min(inside, len(ids))
-    return np.array([start + ids[i : i + inside] for i in range(0, len(ids) - inside + 1, inside)], np.int64)
+def _rows(config: Gemma2Config, ids: list[int], length: int) -> TokenIds:
+    prefix = [] if config.bos_token_id is None else [config.bos_token_id]
+    width = max(min(length, config.max_position_embeddings) - len(prefix), 1)
+    width = min(width, len(ids))
+    return np.array([prefix + ids[i : i + width] for i in range(0, len(ids) - width + 1, width)], np.int64)

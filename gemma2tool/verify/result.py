@@ -1,15 +1,17 @@
-"""What a verification says: findings, gates, and all of it as one JSON object.
+"""The result of a verification, and its form as one JSON object.
 
-The JSON object is deterministic: for the same two checkpoints, gates and token ids it is the same byte for byte,
-whatever the number of threads. Times live beside it, never in it.
+The JSON object is deterministic: for the same two checkpoints, gates and token ids it is the same byte for byte, for
+every number of threads. Times are kept beside it, not in it.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.verify.compare.measurements import Measurements
 from gemma2tool.verify.diagnosis.cause import Cause
 from gemma2tool.verify.finding import Finding, GateResult
@@ -20,13 +22,23 @@ SCHEMA_VERSION = 1
 
 @dataclass(frozen=True)
 class Side:
-    """One of the two checkpoints compared: where it is, its format, how many values it stores as which type, and the bytes of its
-    files."""
+    """One of the two checkpoints compared.
+
+    ``stored``: number of values per stored type. ``nbytes``: size of its files.
+    """
 
     path: str
     format: str
     stored: Mapping[str, int] = field(default_factory=dict)
     nbytes: int = 0
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> Side:
+        stored: Counter[str] = Counter()
+        for tensor in checkpoint.tensors.values():
+            stored[tensor.stored] += tensor.size
+        nbytes = sum(path.stat().st_size for path in checkpoint.files)
+        return cls(str(checkpoint.path), checkpoint.format, dict(stored), nbytes)
 
     def to_json(self) -> dict[str, Any]:
         return {"path": self.path, "format": self.format, "stored": json_value(self.stored), "bytes": self.nbytes}
@@ -34,11 +46,11 @@ class Side:
 
 @dataclass(frozen=True)
 class Verification:
-    """All gates' results for a candidate against its source.
+    """The results of all gates for a candidate against its source.
 
-    ``kind``: what was asked of the candidate, a row of ``gates.GATES`` ("lossless", "bf16", "q4_0", ...). ``causes``:
+    ``kind``: what the candidate is held to, a row of ``gates.GATES`` ("lossless", "bf16", "q4_0", ...). ``causes``:
     what explains the failures, likeliest first. ``seconds``: wall time per level; not part of ``to_json``.
-    ``measurements``: not a judgement but the data of reports; of it ``to_json`` has the drift.
+    ``measurements``: the data of reports; ``to_json`` has only their drift.
     """
 
     source: Side
@@ -51,27 +63,27 @@ class Verification:
 
     @property
     def passed(self) -> bool:
-        """No gate failed. Skipped gates do not fail; ``skipped`` names them."""
+        """Whether no gate failed. Skipped gates do not fail; ``skipped`` lists them."""
         return not any(gate.failed for gate in self.gates)
 
     @property
     def against_receipt(self) -> bool:
-        """The source was not at hand, only what a receipt says of the output; ``kind`` is then what was asked when it was written."""
+        """Whether the candidate was compared with a receipt instead of its source; ``kind`` is then the receipt's."""
         return self.source.format == "receipt"
 
     @property
     def verdict(self) -> str:
-        """What the gates together prove, or refute, in words that finish "verified: ..." or "failed: ..."."""
+        """What the gates together prove or refute, to complete "verified: ..." or "failed: ..."."""
         if self.against_receipt:
-            return (
-                f"what its receipt says (verified then as {self.kind})" if self.passed else "not what its receipt says"
-            )
+            if self.passed:
+                return f"matches its receipt (verified as {self.kind} when the receipt was written)"
+            return "does not match its receipt"
         if not self.passed:
             return "not the same model"
         return (
             "the same model, bit for bit"
             if self.kind == "lossless"
-            else f"the same model, as near as {self.kind} comes"
+            else f"the same model, within {self.kind} tolerance"
         )
 
     @property
@@ -88,10 +100,10 @@ class Verification:
         return tuple(gate.name for gate in self.gates if gate.status == "skipped")
 
     def gate(self, name: str) -> GateResult:
-        """The result of the gate called ``name``; KeyError when it was not asked for."""
-        for each in self.gates:
-            if each.name == name:
-                return each
+        """The result of the gate ``name``. Raises ``KeyError`` if it was not requested."""
+        for gate in self.gates:
+            if gate.name == name:
+                return gate
         raise KeyError(name)
 
     def to_json(self) -> dict[str, Any]:

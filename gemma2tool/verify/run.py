@@ -1,26 +1,29 @@
-"""``verify``: a candidate against its source, from the cheap questions to the dear ones."""
+"""``verify``: a candidate against its source, cheapest questions first."""
 
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 
-import numpy as np
+from numpy.typing import ArrayLike
 
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.lazy import LazyTensor
 from gemma2tool.model.progress import Progress, progress_or_null
 from gemma2tool.verify import gate_results
 from gemma2tool.verify.compare.comparison import TensorComparison
-from gemma2tool.verify.compare.completeness import comparable, compare_names
+from gemma2tool.verify.compare.completeness import compare_names, is_comparable
 from gemma2tool.verify.compare.config import compare_configs
 from gemma2tool.verify.compare.consumers import assumptions
 from gemma2tool.verify.compare.folding import folded_source
 from gemma2tool.verify.compare.measurements import Drift, Measurements, Tokens, tensor_errors
-from gemma2tool.verify.compare.reference_logits import Reference
-from gemma2tool.verify.compare.tensors import compare_tensors, kind_of, read_through
+from gemma2tool.verify.compare.metrics import LogitMetrics
+from gemma2tool.verify.compare.reference_logits import ReferencePair
+from gemma2tool.verify.compare.rules import TensorRules, kind_of
+from gemma2tool.verify.compare.tensors import compare_tensors, read_through
+from gemma2tool.verify.compare.token_ids import TokenIds, as_prompts
 from gemma2tool.verify.compare.tokenizer import compare_tokenizers, text_pieces
 from gemma2tool.verify.diagnosis.cause import Cause
 from gemma2tool.verify.finding import GateResult
@@ -31,175 +34,200 @@ from gemma2tool.verify.result import Side, Verification
 LEVELS = ("completeness", "config", "tokenizer", "tensors", "logits")
 
 
-def verify(
-    source: Checkpoint,
-    candidate: Checkpoint,
-    *,
-    ids: np.ndarray | None = None,
-    text: bool | None = None,
-    gates: Mapping[str, float] | None = None,
-    levels: Sequence[str] = LEVELS,
-    threads: int = 1,
-    progress: Progress | None = None,
-    expected: Mapping[str, LazyTensor] | None = None,
-    weighted: bool | None = None,
-) -> Verification:
-    """Compare ``candidate`` with ``source``; never raises for a difference, only for what cannot be read or run.
+@dataclass(frozen=True, kw_only=True)
+class VerifySettings:
+    """How a candidate is compared with its source.
 
-    ``ids``: token ids, int (T,) or (B, T), for the logits; default: a short text of ours where the source has a
-    tokenizer.model, else 64 pseudo-random ids. ``text``: whether the caller's ids are running text (default: yes), so that
-    perplexity means something; what is not text runs with a sliding window that ends within the prompt. ``gates``: limits that
-    replace the defaults, by the names of ``gates.Gates``. ``levels``: which questions to ask, of ``LEVELS``.
-    ``expected``: canonical tensors as the target's own convention makes them, bit for bit (GGUF's w + 1 and back); what
-    they lose is reported, not judged. ``weighted``: whether an importance matrix steered the quantization, so that
-    single values may be far off (default: what the candidate's metadata say under "importance_matrix"). ``threads``:
-    for reading, comparing and the forward passes; the tensors' part of the result does not depend on it.
+    ``ids``: token ids for the logits, int (T,) or (B, T); default: the built-in sample text if the source has a
+    tokenizer.model, else 64 pseudo-random ids. ``text``: whether the caller's ids are running text (default: yes). Text
+    has a perplexity; other ids run with a sliding window that ends within the prompt. ``gates``: limits that replace
+    the defaults, by the names of ``gates.Gates``. ``levels``: which comparisons to make, of ``LEVELS``. ``expected``:
+    canonical tensors as the target's own convention gives them, bit for bit (GGUF's w + 1 and back); what they lose is
+    reported, not an error. ``weighted``: whether an importance matrix steered the quantization, so that single values
+    may have large errors (default: whether the candidate's metadata have an "importance_matrix"). ``threads``: for
+    reading, comparing and the forward passes; the results of comparing tensors do not depend on it.
     """
-    unknown = [level for level in levels if level not in LEVELS]
+
+    ids: ArrayLike | None = None
+    text: bool | None = None
+    gates: Mapping[str, float] = field(default_factory=dict)
+    levels: Sequence[str] = LEVELS
+    expected: Mapping[str, LazyTensor] = field(default_factory=dict)
+    weighted: bool | None = None
+    threads: int = 1
+    progress: Progress | None = None
+
+
+def verify(source: Checkpoint, candidate: Checkpoint, settings: VerifySettings | None = None) -> Verification:
+    """Compare ``candidate`` with ``source``.
+
+    Differences are reported, never raised. Raises only for what cannot be read or run, and ``ValueError`` for an
+    unknown level.
+    """
+    settings = settings or VerifySettings()
+    unknown = [level for level in settings.levels if level not in LEVELS]
     if unknown:
-        raise ValueError(f"no such level: {unknown}; levels are {LEVELS}")
-    expected = expected or {}
-    weighted = bool(candidate.metadata.get("importance_matrix")) if weighted is None else weighted
-    results: list[GateResult] = []
-    seconds: dict[str, float] = {}
-    comparisons: list[TensorComparison] | None = None
+        raise ValueError(f"unknown levels: {unknown}; levels are {LEVELS}")
+    return _Run(source, candidate, settings).run()
+
+
+@dataclass(frozen=True)
+class _LogitsResult:
+    """What the forward passes give besides their gates."""
+
+    drift: Drift
+    tokens: Tokens
+    reference: ReferencePair
+
+
+class _Run:
+    """One verification: its inputs, and the results so far."""
+
+    def __init__(self, source: Checkpoint, candidate: Checkpoint, settings: VerifySettings) -> None:
+        self.source, self.candidate, self.settings = source, candidate, settings
+        weighted = settings.weighted
+        self.weighted = bool(candidate.metadata.get("importance_matrix")) if weighted is None else weighted
+        self.common = {
+            name: tensor
+            for name, tensor in source.tensors.items()
+            if name in candidate.tensors and tuple(candidate.tensors[name].shape) == tuple(tensor.shape)
+        }
+        self.gates: list[GateResult] = []
+        self.seconds: dict[str, float] = {}
+        self.comparisons: list[TensorComparison] | None = None
+        self.logits: _LogitsResult | None = None
+
+    def run(self) -> Verification:
+        levels = self.settings.levels
+        if "completeness" in levels:
+            with self._timed("completeness"):
+                self.gates.append(compare_names(self.source, self.candidate))
+        if "config" in levels:
+            with self._timed("config"):
+                self.gates.append(self._compare_configs())
+        if "tokenizer" in levels:
+            with self._timed("tokenizer"):
+                self.gates.append(compare_tokenizers(self.source, self.candidate))
+        if "tensors" in levels:
+            with self._timed("tensors"):
+                self.comparisons = self._compare_tensors()
+            self.gates.append(gate_results.tensors_gate(self.comparisons))
+        kind = kind_of(self.common, self.candidate.tensors, self.settings.expected.keys(), self.comparisons)
+        limits = GATES[kind].overridden(self.settings.gates)
+        if "logits" in levels:
+            with self._timed("logits"):
+                self._compare_logits(kind, limits)
+        causes: tuple[Cause, ...] = ()
+        if any(gate.failed for gate in self.gates):
+            with self._timed("diagnosis"):
+                causes = self._diagnose(kind)
+        sides = Side.of(self.source), Side.of(self.candidate)
+        return Verification(*sides, kind, tuple(self.gates), self.seconds, causes, self._measurements())
 
     @contextmanager
-    def timed(level: str) -> Iterator[None]:
+    def _timed(self, level: str) -> Iterator[None]:
         start = time.perf_counter()
         yield
-        seconds[level] = time.perf_counter() - start
+        self.seconds[level] = time.perf_counter() - start
 
-    if "completeness" in levels:
-        with timed("completeness"):
-            results.append(compare_names(source, candidate))
-    if "config" in levels:
-        with timed("config"):
-            cannot_represent, assumed = candidate.facts.cannot_represent, assumptions(candidate)
-            config_gate = compare_configs(
-                source.config, candidate.config, cannot_represent=cannot_represent, assumed=assumed
-            )
-            results.append(config_gate)
-    if "tokenizer" in levels:
-        with timed("tokenizer"):
-            results.append(compare_tokenizers(source, candidate))
-    common = {name: tensor for name, tensor in source.tensors.items() if _same_shape(name, tensor, candidate)}
-    rmse = None if gates is None else gates.get("rmse")
-    if "tensors" in levels:
-        with (
-            timed("tensors"),
-            progress_or_null(progress, sum(candidate.tensors[name].nbytes for name in common), "tensors") as bar,
-        ):
+    def _compare_configs(self) -> GateResult:
+        return compare_configs(
+            self.source.config,
+            self.candidate.config,
+            cannot_represent=self.candidate.facts.cannot_represent,
+            assumptions=assumptions(self.candidate),
+        )
+
+    def _compare_tensors(self) -> list[TensorComparison]:
+        candidate, settings = self.candidate, self.settings
+        rules = TensorRules(
+            expected=settings.expected,
+            folded=folded_source(self.source, candidate),
+            weighted=self.weighted,
+            max_relative_rmse=settings.gates.get("rmse"),
+        )
+        nbytes = sum(candidate.tensors[name].nbytes for name in self.common)
+        with progress_or_null(settings.progress, nbytes, "tensors") as bar:
             comparisons = compare_tensors(
-                common,
-                candidate.tensors,
-                expected=expected,
-                folded=folded_source(source, candidate),
-                weighted=weighted,
-                rmse=rmse,
-                threads=threads,
-                advance=bar.advance,
+                self.common, candidate.tensors, rules, threads=settings.threads, advance=bar.advance
             )
             read_through(candidate.buffers.values())
-        results.append(gate_results.tensors(comparisons))
-    kind = kind_of(common, candidate.tensors, expected, comparisons)
-    limits = GATES[kind].overridden(gates)
-    drift = tokens = reference = None
-    if "logits" in levels:
-        with timed("logits"):
-            found, drift, tokens, reference = _logits(
-                source, candidate, ids, text, kind, limits, bool(gates), comparisons, threads, progress
-            )
-            results += found
-    causes: tuple[Cause, ...] = ()
-    if any(gate.failed for gate in results):
-        with timed("diagnosis"):
-            run_ids = None if tokens is None else tokens.ids
-            causes = _causes(source, candidate, results, comparisons, expected, weighted, kind, run_ids, threads)
-    measured = Measurements(None if comparisons is None else tensor_errors(comparisons), drift, tokens, reference)
-    return Verification(side_of(source), side_of(candidate), kind, tuple(results), seconds, causes, measured)
+        return comparisons
 
+    def _compare_logits(self, kind: str, limits: Gates) -> None:
+        from gemma2tool.verify.compare.logits import LogitOptions, compare_logits, passes
 
-def _causes(
-    source: Checkpoint,
-    candidate: Checkpoint,
-    results: Sequence[GateResult],
-    comparisons: list[TensorComparison] | None,
-    expected: Mapping[str, LazyTensor],
-    weighted: bool,
-    kind: str,
-    ids: np.ndarray | None,
-    threads: int,
-) -> tuple[Cause, ...]:
-    """The catalogue's answer; where it leaves something open and there was a forward pass, the place where the models part."""
-    from gemma2tool.verify.diagnosis.diagnose import diagnose
+        source, candidate, settings = self.source, self.candidate, self.settings
+        if not is_comparable(source, candidate):
+            reason = "the two do not have the same tensors, so no forward pass can be compared"
+            self.gates += [GateResult(gate, "skipped", reason) for gate in ("logits", "probe", "distribution")]
+            return
+        ids, text = self._prompts()
+        options = LogitOptions(text=text, atol=limits.logits or 0.0, rtol=limits.logits_rtol or 0.0)
+        nbytes = sum(tensor.nbytes for side in (source, candidate) for tensor in side.tensors.values())
+        with progress_or_null(settings.progress, nbytes * passes(ids, source.config), "forward passes") as bar:
+            result = compare_logits(source, candidate, ids, options, threads=settings.threads, advance=bar.advance)
+        envelope = None
+        comparisons = self.comparisons
+        if comparisons and not settings.gates and gate_results.needs_envelope(result.metrics, limits, comparisons):
+            envelope = self._noise_envelope(comparisons, ids, text)
+        self.gates += gate_results.logits_gates(result, kind, limits, text, envelope)
+        tokens = Tokens.of(result.ids, result.metrics, text, text_pieces(source.assets, result.ids))
+        self.logits = _LogitsResult(result.drift, tokens, result.reference)
 
-    causes = diagnose(source, candidate, results, comparisons, expected=expected, weighted=weighted, threads=threads)
-    told = {name for cause in causes for name in cause.tensors}
-    open_questions = [each.name for each in comparisons or () if not each.ok and each.name not in told]
-    if ids is not None and (open_questions or not causes) and comparable(source, candidate):
-        from gemma2tool.verify.diagnosis.first_divergence import find_first_divergence
+    def _prompts(self) -> tuple[TokenIds, bool]:
+        """The token ids (B, T), and whether they are running text."""
+        if self.settings.ids is None:
+            return prompt_for(self.source, self.candidate)
+        return as_prompts(self.settings.ids), self.settings.text is not False
 
-        parting = find_first_divergence(
-            source, candidate, ids, exact=kind == "lossless", suspects=open_questions, threads=threads
-        )
-        if parting is not None and not told.issuperset(parting.tensors or ("",)):
-            causes = (*causes, parting)
-    return causes
-
-
-def _logits(
-    source: Checkpoint,
-    candidate: Checkpoint,
-    ids: np.ndarray | None,
-    text: bool | None,
-    kind: str,
-    limits: Gates,
-    overridden: bool,
-    comparisons: list[TensorComparison] | None,
-    threads: int,
-    progress: Progress | None,
-) -> tuple[list[GateResult], Drift | None, Tokens | None, Reference | None]:
-    from gemma2tool.verify.compare.logits import as_prompts, compare_logits, passes
-
-    if not comparable(source, candidate):
-        why = "the two do not hold the same tensors, so no forward pass can be compared"
-        return [GateResult(gate, "skipped", why) for gate in ("logits", "probe", "distribution")], None, None, None
-    is_text = True if text is None else text
-    if ids is None:
-        ids, is_text = prompt_for(source, candidate)
-    ids = as_prompts(ids)
-    nbytes = sum(each.nbytes for side in (source, candidate) for each in side.tensors.values())
-    with progress_or_null(progress, nbytes * passes(ids, source.config), "forward passes") as bar:
-        run = compare_logits(
-            source,
-            candidate,
-            ids,
-            text=is_text,
-            atol=limits.logits or 0.0,
-            rtol=limits.logits_rtol or 0.0,
-            threads=threads,
-            advance=bar.advance,
-        )
-    envelope = None
-    if comparisons and not overridden and gate_results.wants_envelope(run.metrics, limits, comparisons):
+    def _noise_envelope(self, comparisons: Sequence[TensorComparison], ids: TokenIds, text: bool) -> LogitMetrics:
+        """Metrics of the source against itself with noise of the candidate's errors."""
+        from gemma2tool.verify.compare.logits import LogitOptions, compare_logits
         from gemma2tool.verify.compare.noise import with_noise
 
-        noisy = with_noise(source, comparisons)
-        envelope = compare_logits(source, noisy, ids, text=is_text, probe=False, threads=threads).metrics
-    pieces = text_pieces(source.assets, run.ids)
-    results = gate_results.logits(run, kind, limits, is_text, envelope)
-    return results, run.drift, Tokens.of(run.ids, run.metrics, is_text, pieces), run.reference
+        noisy = with_noise(self.source, comparisons)
+        options = LogitOptions(text=text, probe=False)
+        return compare_logits(self.source, noisy, ids, options, threads=self.settings.threads).metrics
 
+    def _diagnose(self, kind: str) -> tuple[Cause, ...]:
+        """The known mistakes that explain the failures.
 
-def _same_shape(name: str, tensor: LazyTensor, candidate: Checkpoint) -> bool:
-    return name in candidate.tensors and tuple(candidate.tensors[name].shape) == tuple(tensor.shape)
+        If they leave something unexplained and a forward pass ran, the place where the two models first diverge is
+        added.
+        """
+        from gemma2tool.verify.diagnosis.diagnose import diagnose
 
+        source, candidate, threads = self.source, self.candidate, self.settings.threads
+        causes = diagnose(
+            source,
+            candidate,
+            self.gates,
+            self.comparisons,
+            expected=self.settings.expected,
+            weighted=self.weighted,
+            threads=threads,
+        )
+        explained = {name for cause in causes for name in cause.tensors}
+        unexplained = [
+            comparison.name
+            for comparison in self.comparisons or ()
+            if not comparison.ok and comparison.name not in explained
+        ]
+        if self.logits is None or (causes and not unexplained) or not is_comparable(source, candidate):
+            return causes
+        from gemma2tool.verify.diagnosis.first_divergence import find_first_divergence
 
-def side_of(checkpoint: Checkpoint) -> Side:
-    """A checkpoint as a result names it."""
-    stored: Counter[str] = Counter()
-    for tensor in checkpoint.tensors.values():
-        stored[tensor.stored] += tensor.size
-    nbytes = sum(path.stat().st_size for path in checkpoint.files)
-    return Side(str(checkpoint.path), checkpoint.format, dict(stored), nbytes)
+        ids, is_exact = self.logits.tokens.ids, kind == "lossless"
+        divergence = find_first_divergence(
+            source, candidate, ids, exact=is_exact, suspects=unexplained, threads=threads
+        )
+        if divergence is None or explained.issuperset(divergence.tensors or ("",)):
+            return causes
+        return (*causes, divergence)
+
+    def _measurements(self) -> Measurements:
+        tensors = None if self.comparisons is None else tensor_errors(self.comparisons)
+        if self.logits is None:
+            return Measurements(tensors)
+        return Measurements(tensors, self.logits.drift, self.logits.tokens, self.logits.reference)

@@ -25,7 +25,7 @@ from gemma2tool.errors import ToolError
 from gemma2tool.formats import packings, registry
 from gemma2tool.pipeline.conversion import save
 from gemma2tool.quantizers.mixtures import FILE_TYPES
-from gemma2tool.verify.run import verify
+from gemma2tool.verify.run import VerifySettings, verify
 from tests.support.options import write_options
 from tests.support.planted.trials import Outcome, pairs, singles, sources, trial
 
@@ -101,7 +101,9 @@ def false_alarms(folder: Path) -> int:
                 result = verify(
                     original,
                     candidate,
-                    expected=registry.by_name(candidate.format).expected_after_roundtrip(original, candidate),
+                    VerifySettings(
+                        expected=registry.by_name(candidate.format).expected_after_roundtrip(original, candidate)
+                    ),
                 )
             tried += 1
             if not result.passed or result.causes:

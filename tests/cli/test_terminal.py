@@ -202,7 +202,7 @@ def test_verification_names_every_gate_and_the_verdict() -> None:
     assert lines[-1] == "FAILED: 20 findings (not looked at: tokenizer)"
     shown, out, _ = console()
     render_verification(verification(status="passed"), shown)
-    assert out.getvalue().splitlines()[-1].startswith("PASSED: the same model, as near as q8_0 comes")
+    assert out.getvalue().splitlines()[-1].startswith("PASSED: the same model, within q8_0 tolerance")
 
 
 def test_a_receipts_verdict_is_not_that_of_a_comparison() -> None:
@@ -212,7 +212,10 @@ def test_a_receipts_verdict_is_not_that_of_a_comparison() -> None:
         render_verification(
             Verification(Side("r.json", "receipt"), Side("m.gguf", "gguf", {"q4_k": 1}), kind, (gate,)), shown
         )
-        assert out.getvalue().splitlines()[-1] == f"PASSED: what its receipt says (verified then as {kind})"
+        assert (
+            out.getvalue().splitlines()[-1]
+            == f"PASSED: matches its receipt (verified as {kind} when the receipt was written)"
+        )
 
 
 # -- progress ----------------------------------------------------------------------------------------------------------

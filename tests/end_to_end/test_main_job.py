@@ -12,7 +12,7 @@ import pytest
 from gemma2tool.errors import InputRefused
 from gemma2tool.formats import registry
 from gemma2tool.reference.streaming import logits
-from gemma2tool.verify.run import verify
+from gemma2tool.verify.run import VerifySettings, verify
 from tests.support.checkpoints import write_checkpoint
 
 pytestmark = pytest.mark.slow
@@ -124,7 +124,9 @@ def test_norms_that_gguf_must_round_are_named_and_no_fault(oracles: Path, tmp_pa
     assert all(0 < loss <= 2**-23 for loss in named.values())
     candidate = registry.open_checkpoint(write_checkpoint(checkpoint, tmp_path / "x.gguf"))
     result = verify(
-        checkpoint, candidate, expected=registry.by_name("gguf").expected_after_roundtrip(checkpoint, candidate)
+        checkpoint,
+        candidate,
+        VerifySettings(expected=registry.by_name("gguf").expected_after_roundtrip(checkpoint, candidate)),
     )
     assert result.passed
     assert not verify(checkpoint, candidate).passed  # without knowing of the convention, the same bits are a difference

@@ -23,7 +23,7 @@ from gemma2tool.pipeline.conversion import save
 from gemma2tool.pipeline.write import write_output
 from gemma2tool.reference.streaming import StreamedForward
 from gemma2tool.verify.compare.metrics import LogitComparison
-from gemma2tool.verify.run import verify
+from gemma2tool.verify.run import VerifySettings, verify
 from tests.support.calibration import calibration_ids, calibration_text, paired_bootstrap
 from tests.support.checkpoints import SMALL, random_checkpoint
 from tests.support.options import write_options
@@ -96,7 +96,7 @@ def test_calibrated_beats_rounded_to_nearest_on_unseen_text(
     low, high = paired_bootstrap(better)
     assert high < 0, f"KL changes by {better.mean():.6f}, 95 % interval {low:.6f} to {high:.6f}"
     with registry.open_checkpoint(chosen) as candidate:
-        found = verify(source, candidate, levels=("completeness", "config", "tensors"))
+        found = verify(source, candidate, VerifySettings(levels=("completeness", "config", "tensors")))
     assert found.passed, [finding.message for finding in found.failures]
 
 
@@ -132,7 +132,7 @@ def test_same_bytes_for_any_number_of_threads(tmp_path: Path, kind: str, extra: 
     ]
     assert len({file.read_bytes() for file in files}) == 1
     with registry.open_checkpoint(files[0].parent) as candidate:
-        found = verify(source, candidate, levels=("completeness", "tensors"))
+        found = verify(source, candidate, VerifySettings(levels=("completeness", "tensors")))
     assert found.passed, [finding.message for finding in found.failures]
     nearest = {name: value for name, value in extra.items() if name not in ("act_order", "hessian_block")}
     assert (
@@ -147,7 +147,7 @@ def test_what_is_skipped_stays_and_the_rest_is_calibrated(tmp_path: Path, kind: 
     source = small()
     path = written(source, tmp_path / "out", kind, group_size=32, calibration=small_ids(tmp_path), skip=(skip,))
     with registry.open_checkpoint(path) as candidate:
-        found = verify(source, candidate, levels=("completeness", "tensors"))
+        found = verify(source, candidate, VerifySettings(levels=("completeness", "tensors")))
         stored = {name: tensor.stored for name, tensor in candidate.tensors.items()}
     assert found.passed, [finding.message for finding in found.failures]
     assert {"bf16", kind} == set(stored.values())
@@ -159,7 +159,7 @@ def test_act_order_permutes_the_groups_and_says_so(tmp_path: Path) -> None:
     assert json.loads((path / "config.json").read_text())["quantization_config"]["desc_act"] is True
     with registry.open_checkpoint(path) as candidate:
         groups = {name: tensor.groups for name, tensor in candidate.tensors.items() if tensor.stored == "gptq-4"}
-        assert verify(source, candidate, levels=("tensors",)).passed
+        assert verify(source, candidate, VerifySettings(levels=("tensors",))).passed
     assert all(np.array_equal(np.bincount(each), np.full(len(each) // 32, 32)) for each in groups.values())
     prefix = "model.layers.1."
     assert (np.diff(groups[f"{prefix}mlp.down_proj.weight"]) < 0).any()

@@ -20,7 +20,7 @@ from gemma2tool.model.lazy import ArrayTensor
 from gemma2tool.pipeline.conversion import save
 from gemma2tool.quantizers.mixtures import FILE_TYPES
 from gemma2tool.verify.result import Verification
-from gemma2tool.verify.run import verify
+from gemma2tool.verify.run import VerifySettings, verify
 from tests.support.checkpoints import SMALL, random_checkpoint
 from tests.support.options import write_options
 
@@ -114,8 +114,7 @@ def judged(
             return verify(
                 checkpoint,
                 made,
-                expected=registry.by_name(to).expected_after_roundtrip(checkpoint, made),
-                levels=levels,
+                VerifySettings(expected=registry.by_name(to).expected_after_roundtrip(checkpoint, made), levels=levels),
             )
     finally:
         shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -15,6 +15,7 @@ from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.receipt import check as receipt_check
 from gemma2tool.receipt.document import Receipt
 from gemma2tool.verify import gate_results
+from gemma2tool.verify.compare.rules import TensorRules
 from gemma2tool.verify.compare.tensors import compare_tensors, read_through
 from gemma2tool.verify.finding import GateResult
 
@@ -74,9 +75,9 @@ def with_source(source: Checkpoint, path: Path) -> GateResult:
     """The tensors gate of ``verify --reference``, without the diagnosis that follows."""
     with registry.open_checkpoint(path) as candidate:
         kept = registry.by_name(candidate.format).expected_after_roundtrip(source, candidate)
-        compared = compare_tensors(source.tensors, candidate.tensors, expected=kept)
+        compared = compare_tensors(source.tensors, candidate.tensors, TensorRules(expected=kept))
         read_through(candidate.buffers.values())
-        return gate_results.tensors(compared)
+        return gate_results.tensors_gate(compared)
 
 
 def with_receipt(receipt: Receipt, path: Path) -> GateResult:

@@ -61,14 +61,14 @@ def test_values_that_differ_are_counted_and_measured_both_ways(source: Checkpoin
     one, other = both(source, candidate(tensors))
     for found in (one, other):
         (told,) = (each for each in found.tensors if each.differing)
-        assert told.name == name and told.differing == 2 and told.at == (3, 5)
+        assert told.name == name and told.differing == 2 and told.first_index == (3, 5)
         assert told.max_abs_difference == pytest.approx(2, abs=0.02)
     logits, reverse = one.parts[-1].metrics, other.parts[-1].metrics
     assert logits["kl_a_to_b"] == pytest.approx(reverse["kl_b_to_a"], rel=1e-4) and logits["kl_a_to_b"] > 0
     assert logits["kl_a_to_b"] != logits["kl_b_to_a"] and logits["top1_agreement"] == reverse["top1_agreement"]
     forwards, backwards = (next(each for each in found.tensors if each.differing) for found in (one, other))
     assert forwards.rmse == backwards.rmse and forwards.rms == backwards.rms[::-1]
-    assert forwards.relative == backwards.relative and forwards.values_there == backwards.values_there[::-1]
+    assert forwards.relative_rmse == backwards.relative_rmse and forwards.first_values == backwards.first_values[::-1]
 
 
 def test_measures_against_numpy(source: Checkpoint) -> None:
@@ -109,7 +109,7 @@ def test_what_a_format_makes_of_a_value_is_as_good_as_equal() -> None:
         for name, each in norms.items()
     }
     other = candidate(arrays(wide) | {name: each.load() for name, each in kept.items()})
-    for found in (diff(wide, other, kept=(kept, {})), diff(other, wide, kept=({}, kept))):
+    for found in (diff(wide, other, expected=(kept, {})), diff(other, wide, expected=({}, kept))):
         assert found.same and {each.name for each in found.tensors if each.by_convention} == set(norms)
         assert "convention" in found.verdict
     assert not diff(wide, other).same

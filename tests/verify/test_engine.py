@@ -11,7 +11,7 @@ from gemma2tool.cli.main import app
 from gemma2tool.errors import InputRefused, UsageError
 from gemma2tool.formats import registry
 from gemma2tool.pipeline.inputs import read_logits
-from gemma2tool.verify.engine import judge_logits
+from gemma2tool.verify.engine import verify_logits
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -52,7 +52,7 @@ def engine(folder: Path, dtype: torch.dtype = torch.float32, **mistakes: object)
 def test_an_engines_mistake_is_named_and_its_precision_is_none(folder: Path, mistakes: dict, cause: str | None) -> None:
     logits = engine(folder, **mistakes)
     with registry.open_checkpoint(folder / "hf") as checkpoint:
-        result = judge_logits(checkpoint, np.load(folder / "ids.npy"), logits, name="engine", threads=1)
+        result = verify_logits(checkpoint, np.load(folder / "ids.npy"), logits, name="engine", threads=1)
     assert [each.id for each in result.causes] == ([cause] if cause else [])
     assert result.passed is (cause is None)
 
@@ -60,12 +60,12 @@ def test_an_engines_mistake_is_named_and_its_precision_is_none(folder: Path, mis
 def test_the_last_positions_are_enough(folder: Path) -> None:
     logits = engine(folder)[0, -3:]
     with registry.open_checkpoint(folder / "hf") as checkpoint:
-        result = judge_logits(checkpoint, np.load(folder / "ids.npy"), logits, name="engine", threads=1)
+        result = verify_logits(checkpoint, np.load(folder / "ids.npy"), logits, name="engine", threads=1)
         assert result.passed and result.gate("logits").metrics["max_abs_difference"] < 5e-5
         with pytest.raises(UsageError):
-            judge_logits(checkpoint, np.load(folder / "ids.npy"), logits[:, 1:], name="engine")
+            verify_logits(checkpoint, np.load(folder / "ids.npy"), logits[:, 1:], name="engine")
         with pytest.raises(UsageError):
-            judge_logits(checkpoint, np.load(folder / "ids.npy")[:2], logits, name="engine")
+            verify_logits(checkpoint, np.load(folder / "ids.npy")[:2], logits, name="engine")
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
@@ -73,7 +73,7 @@ def test_what_is_no_number_is_said_of_the_file(folder: Path, value: float) -> No
     logits = engine(folder)
     logits[0, 3, :5] = value
     with registry.open_checkpoint(folder / "hf") as checkpoint:
-        result = judge_logits(checkpoint, np.load(folder / "ids.npy"), logits, name="theirs.npy", threads=1)
+        result = verify_logits(checkpoint, np.load(folder / "ids.npy"), logits, name="theirs.npy", threads=1)
     gate = result.gate("logits")
     assert gate.summary == f"5 of {logits.size} logits of theirs.npy are NaN or infinite"
     assert gate.failed and gate.findings[0].message == gate.summary

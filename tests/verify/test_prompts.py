@@ -15,7 +15,7 @@ from gemma2tool.errors import InputRefused, UsageError
 from gemma2tool.model.checkpoint import Assets, Checkpoint
 from gemma2tool.pipeline.conversion import save
 from gemma2tool.verify.prompts import BUILT_IN, BUILT_IN_TOKENS, built_in_prompt, prompt_for, text_prompts
-from gemma2tool.verify.run import verify
+from gemma2tool.verify.run import VerifySettings, verify
 from tests.support.checkpoints import SMALL
 from tests.verify.compare.test_tokenizer import trained
 from tests.verify.test_run import telling_checkpoint
@@ -52,7 +52,7 @@ def test_without_a_tokenizer_the_ids_are_random_and_no_text(broken: bytes | None
     checkpoint = reader(broken)
     ids, text = prompt_for(checkpoint, checkpoint)
     assert ids.shape == (1, 64) and not text
-    result = verify(checkpoint, checkpoint, levels=("logits",))
+    result = verify(checkpoint, checkpoint, VerifySettings(levels=("logits",)))
     assert "perplexity_ratio" not in result.gate("distribution").metrics and result.measurements.tokens.pieces is None
 
 
@@ -79,7 +79,7 @@ def test_text_is_cut_into_rows_that_each_begin_with_bos(model: bytes) -> None:
 
 def test_default_verification_reads_text_and_tells_its_tokens(model: bytes) -> None:
     checkpoint = reader(model)
-    result = verify(checkpoint, checkpoint, levels=("logits",))
+    result = verify(checkpoint, checkpoint, VerifySettings(levels=("logits",)))
     spread = result.gate("distribution").metrics
     assert (
         spread["positions"] == BUILT_IN_TOKENS
@@ -134,5 +134,9 @@ def test_ids_of_the_caller_are_text_unless_told(model: bytes) -> None:
     checkpoint = reader(model)
     ids = np.arange(2, 40)
     for text in (True, False):
-        spread = verify(checkpoint, checkpoint, ids=ids, text=text, levels=("logits",)).gate("distribution").metrics
+        spread = (
+            verify(checkpoint, checkpoint, VerifySettings(ids=ids, text=text, levels=("logits",)))
+            .gate("distribution")
+            .metrics
+        )
         assert ("perplexity_ratio" in spread) == text

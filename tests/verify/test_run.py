@@ -18,10 +18,11 @@ from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.config import Gemma2Config
 from gemma2tool.model.format_facts import FormatFacts
 from gemma2tool.model.lazy import ArrayTensor, MappedRows
-from gemma2tool.verify.compare.logits import default_ids, windows_for
+from gemma2tool.verify.compare.logits import reduced_windows
+from gemma2tool.verify.compare.token_ids import default_ids
 from gemma2tool.verify.gates import GATES, Gates, parse_gates
 from gemma2tool.verify.result import Verification
-from gemma2tool.verify.run import LEVELS, verify
+from gemma2tool.verify.run import LEVELS, VerifySettings, verify
 from tests.support.checkpoints import SMALL, random_checkpoint
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
@@ -94,7 +95,7 @@ def test_norms_stored_as_one_plus_w_are_reported_not_blamed() -> None:
         for name, each in norms.items()
     }
     made = candidate(arrays(wide) | {name: each.load() for name, each in kept.items()})
-    result = verify(wide, made, expected=kept)
+    result = verify(wide, made, VerifySettings(expected=kept))
     assert result.passed and result.kind == "convention"
     notes = [finding for finding in result.gate("tensors").findings if finding.severity == "note"]
     assert {note.subject for note in notes} == set(norms)
@@ -131,7 +132,7 @@ def test_divergence_beyond_the_limit_passes_only_as_far_as_noise_goes(source: Ch
     spread = result.gate("distribution")
     assert result.passed and spread.metrics["kl_mean"] > GATES["q4_0"].kl
     assert "noise_envelope" in spread.metrics and spread.findings[0].severity == "warning"
-    strict = verify(source, made, gates={"kl": GATES["q4_0"].kl})
+    strict = verify(source, made, VerifySettings(gates={"kl": GATES["q4_0"].kl}))
     assert failed(strict) == {"distribution"}, "a limit that the caller names is meant"
     wrong = verify(source, dataclasses.replace(made, config=dataclasses.replace(SMALL, final_logit_softcapping=None)))
     assert "config" in failed(wrong)
@@ -218,7 +219,7 @@ def test_a_fault_in_the_weights_is_caught_and_its_tensors_named(
 def test_a_fault_in_the_config_is_caught_by_its_field_and_by_the_logits(
     source: Checkpoint, fault: dict[str, object], levels: tuple[str, ...]
 ) -> None:
-    result = verify(source, candidate(arrays(source), **fault), levels=levels)
+    result = verify(source, candidate(arrays(source), **fault), VerifySettings(levels=levels))
     assert failed(result) >= set(levels)
     if levels == ("config",):
         assert blamed(result, "config") == set(fault)
@@ -227,20 +228,28 @@ def test_a_fault_in_the_config_is_caught_by_its_field_and_by_the_logits(
 def test_a_window_too_large_for_the_prompt_is_made_smaller_and_a_wrong_one_stays_wrong() -> None:
     real = dataclasses.replace(SMALL, sliding_window=4096, max_position_embeddings=8192)
     ours = telling_checkpoint(BF16, real)
-    right = verify(ours, candidate(arrays(ours), sliding_window=4096, max_position_embeddings=8192), levels=("logits",))
+    right = verify(
+        ours,
+        candidate(arrays(ours), sliding_window=4096, max_position_embeddings=8192),
+        VerifySettings(levels=("logits",)),
+    )
     assert right.passed and right.gate("logits").metrics["sliding_window"] == [16, 16]
     assert right.gate("logits").metrics["sliding_window_reduced"] and "window set to 16" in right.gate("logits").summary
-    wrong = verify(ours, candidate(arrays(ours), sliding_window=4095, max_position_embeddings=8192), levels=("logits",))
+    wrong = verify(
+        ours,
+        candidate(arrays(ours), sliding_window=4095, max_position_embeddings=8192),
+        VerifySettings(levels=("logits",)),
+    )
     assert "logits" in failed(wrong) and wrong.gate("logits").metrics["sliding_window"] == [16, 15]
 
 
 def test_windows() -> None:
     real = dataclasses.replace(SMALL, sliding_window=4096)
-    assert windows_for(SMALL, SMALL, 64) == (8, 8)
-    assert windows_for(real, dataclasses.replace(real, sliding_window=8192), 64) == (16, 4112)
-    assert windows_for(real, dataclasses.replace(real, sliding_window=32), 64) == (16, 1)
+    assert reduced_windows(SMALL, SMALL, 64) == (8, 8)
+    assert reduced_windows(real, dataclasses.replace(real, sliding_window=8192), 64) == (16, 4112)
+    assert reduced_windows(real, dataclasses.replace(real, sliding_window=32), 64) == (16, 1)
     full = dataclasses.replace(SMALL, layer_types=("full_attention",) * 3)
-    assert windows_for(full, full, 64) is None
+    assert reduced_windows(full, full, 64) is None
 
 
 # -- what is there and what is not -------------------------------------------------------------------------------------
@@ -281,33 +290,33 @@ def test_nan_is_named_on_the_side_that_has_it(source: Checkpoint) -> None:
 
 def test_levels_are_those_asked_for(source: Checkpoint) -> None:
     for level in LEVELS:
-        names = [gate.name for gate in verify(source, source, levels=(level,)).gates]
+        names = [gate.name for gate in verify(source, source, VerifySettings(levels=(level,))).gates]
         assert names == (["logits", "probe", "distribution"] if level == "logits" else [level])
-    with pytest.raises(ValueError, match="no such level"):
-        verify(source, source, levels=("vibes",))
+    with pytest.raises(ValueError, match="unknown levels"):
+        verify(source, source, VerifySettings(levels=("vibes",)))
 
 
 def test_result_is_the_same_every_time_and_is_json(source: Checkpoint) -> None:
     made = candidate(block_quantized(arrays(source), 32, 127), stored="q8_0")
     ids = np.arange(2, 50)
-    first = json.dumps(verify(source, made, ids=ids).to_json(), sort_keys=True, allow_nan=False)
-    second = json.dumps(verify(source, made, ids=ids).to_json(), sort_keys=True, allow_nan=False)
+    first = json.dumps(verify(source, made, VerifySettings(ids=ids)).to_json(), sort_keys=True, allow_nan=False)
+    second = json.dumps(verify(source, made, VerifySettings(ids=ids)).to_json(), sort_keys=True, allow_nan=False)
     assert first == second
     told = json.loads(first)
     assert told["schema_version"] == 1 and told["passed"] is True
     assert told["gates"][-1]["metrics"]["perplexity_ratio"] > 0, "ids from the caller are text"
     before, after = (copy.deepcopy(told) for _ in range(2))
-    after["gates"] = json.loads(json.dumps(verify(source, made, ids=ids, threads=2).to_json()))["gates"]
+    after["gates"] = json.loads(json.dumps(verify(source, made, VerifySettings(ids=ids, threads=2)).to_json()))["gates"]
     assert before["gates"][:4] == after["gates"][:4], "threads leave all but the forward pass untouched"
 
 
 def test_batches_of_ids(source: Checkpoint) -> None:
-    result = verify(source, source, ids=np.arange(24).reshape(2, 12), levels=("logits",))
+    result = verify(source, source, VerifySettings(ids=np.arange(24).reshape(2, 12), levels=("logits",)))
     assert result.gate("logits").metrics["shape"] == [2, 12] and result.gate("distribution").metrics["positions"] == 24
     with pytest.raises(UsageError):
-        verify(source, source, ids=np.zeros((2, 2, 2), int), levels=("logits",))
+        verify(source, source, VerifySettings(ids=np.zeros((2, 2, 2), int), levels=("logits",)))
     with pytest.raises(UsageError):
-        verify(source, source, ids=np.array([1, 1000]), levels=("logits",))
+        verify(source, source, VerifySettings(ids=np.array([1, 1000]), levels=("logits",)))
 
 
 def test_default_ids_are_fixed() -> None:
@@ -333,7 +342,11 @@ def test_progress_is_told_of_both_levels(source: Checkpoint) -> None:
         def advance(self, nbytes: int, name: str = "") -> None:
             self.done[1] += nbytes
 
-    verify(source, candidate({name: array.astype(np.float32) for name, array in arrays(source).items()}), progress=Bar)
+    verify(
+        source,
+        candidate({name: array.astype(np.float32) for name, array in arrays(source).items()}),
+        VerifySettings(progress=Bar),
+    )
     assert labels["tensors"][0] == labels["tensors"][1]
     total, done = labels["forward passes"]
     assert 0.95 * total < done <= total
@@ -356,8 +369,8 @@ def test_gates_from_the_command_line() -> None:
 ])  # fmt: skip
 def test_each_gate_can_be_made_to_fail(source: Checkpoint, name: str, limit: float) -> None:
     made = candidate(block_quantized(arrays(source), 32, 127), stored="q8_0")
-    assert verify(source, made, ids=np.arange(40)).passed
-    assert not verify(source, made, ids=np.arange(40), gates={name: limit}).passed
+    assert verify(source, made, VerifySettings(ids=np.arange(40))).passed
+    assert not verify(source, made, VerifySettings(ids=np.arange(40), gates={name: limit})).passed
 
 
 def test_table_is_in_the_order_of_loss() -> None:

@@ -1,20 +1,21 @@
 """How far a quantized tensor may be from its source: one row per stored type.
 
 Errors are measured in blocks, the runs of consecutive values that share a scale, as fractions of the block's largest
-magnitude.
+magnitude (absmax).
 
-Rounding types (scale from the largest magnitude or from the range, each value to the nearest code) have bounds that
-follow from their definition, and an *anchor*: the value that sets the scale is stored by the outermost code, so it
-comes back to within the rounding of the scale itself. A wrong scale, however slightly wrong, moves the anchor first.
+Rounding types (scale from absmax or from the range, each value to the nearest code) have bounds that follow from their
+definition, and an *anchor*: the value that sets the scale is stored as the outermost code, so its error is at most that
+of rounding the scale itself. A wrong scale, however slightly wrong, moves the anchor first.
 
-Search types (K-quants, IQ) trade the error of one value against another's; nothing but a ceiling is true of them. Those
+Search types (K-quants, IQ) trade the error of one value against another's, so only a ceiling is known for them. The
 ceilings are the largest error seen over normal, Student-t, Laplace, uniform, one-sided, outlier-ridden and tiny-valued
-blocks, quantized by ggml itself, and a quarter or more on top; tests/test_verify_bounds.py measures them again.
-(Weights that are nine tenths zeros are left out: IQ3_S returns those with errors as large as the weights, which is
-worth an alarm.)
+blocks, quantized by ggml itself, plus a quarter or more; tests/verify/compare/test_bounds.py measures them again.
+(Weights of which nine tenths are zeros are left out: IQ3_S returns them with errors as large as the weights, which
+deserves an alarm.)
 
-An importance matrix makes any ggml type but Q8_0 and the ternary ones a search type, in which a value that the matrix
-calls unimportant may lose most of itself: ``weighted`` is the ceiling there, and ``WEIGHTED_RMSE`` times the RMSE's.
+An importance matrix makes every ggml type except Q8_0 and the ternary ones a search type, in which a value that the
+matrix calls unimportant may lose most of itself: ``weighted`` is the ceiling in that case, and ``WEIGHTED_RMSE`` the
+factor of the RMSE's ceiling.
 """
 
 from __future__ import annotations
@@ -26,12 +27,15 @@ from itertools import pairwise
 
 from gemma2tool.quantizers.bnb_tables import BLOCKSIZE, CODES
 
-_F16 = 2.0**-11  # largest relative error of rounding to float16
-_F16_STEP = 2.0**-25  # largest absolute error of rounding to float16 below its normal range
+_F16 = 2.0**-11
+"""Largest relative error of rounding to float16."""
+
+_F16_STEP = 2.0**-25
+"""Largest absolute error of rounding to float16 below its normal range."""
 
 
 def _half_gap(codes: Sequence[float]) -> float:
-    """Largest distance of any value in [-1, 1] from its nearest code."""
+    """Largest distance from any value in [-1, 1] to its nearest code."""
     ordered = sorted(codes)
     return max(b - a for a, b in pairwise(ordered)) / 2
 
@@ -39,29 +43,29 @@ def _half_gap(codes: Sequence[float]) -> float:
 _NF4 = _half_gap(CODES["nf4"].tolist())
 _FP4 = _half_gap(CODES["fp4"].tolist())
 
-# bitsandbytes' 8-bit "dynamic" map of block scales: neighbouring codes are at most this far apart, as a fraction of the
-# largest.
 DYNAMIC_MAP_GAP = 0.9 / 64
+"""Largest gap between neighboring codes of bitsandbytes' 8-bit "dynamic" map of block scales, as a fraction of the
+largest."""
 
-
-# An importance matrix trades RMSE for what matters; Q6_K loses the most, from 0.031 to 0.097 on outliers. The factor
-# stops short of 1, where nothing of a tensor is left.
-WEIGHTED_RMSE, WEIGHTED_RMSE_END = 2.5, 0.95
+WEIGHTED_RMSE = 2.5
+"""Factor of the RMSE's ceiling with an importance matrix. Q6_K loses the most, from 0.031 to 0.097 on outliers."""
+WEIGHTED_RMSE_MAX = 0.95
+"""The ceiling stays below 1, at which nothing of a tensor is left."""
 
 
 @dataclass(frozen=True)
 class Bound:
-    """Limits on the error of one stored type.
+    """Limits on the error of one stored type. Fractions are of the block's absmax.
 
-    ``block``: values that share a scale (0: a row of the matrix). ``worst``: largest |error| of any value, and
-    ``anchor``: of the value of largest magnitude, both as a fraction of the block's largest magnitude; infinite where
-    the type promises nothing. ``floor``: absolute error that is always allowed, because the scale itself has a smallest
-    step. ``relative_rmse``: ceiling of RMSE / RMS over a whole tensor. ``weighted``: ``worst`` where an importance
-    matrix steered the codes (None: the type ignores it). ``nearest``: ``worst`` where every code is the nearest one, for
-    types whose codes may also be calibrated against inputs and then make up for each other's errors. ``codes``: the outermost code,
-    where the scale that it multiplies is of the model's type (whose smallest step then counts as often). ``nested``: block scales are
-    themselves quantized, 256 at a time (bitsandbytes' double quantization). ``tile``: rows that share a scale; values too small for it
-    are off by up to ``tile_floor`` of the tile's largest.
+    ``block``: number of values that share a scale (0: a row of the matrix, or the candidate's group size). ``worst``:
+    limit on the error of any value, and ``anchor``: on that of the value of largest magnitude, as fractions; infinite
+    if there is none. ``floor``: absolute error that is always allowed, because the scale has a smallest step.
+    ``relative_rmse``: limit on RMSE / RMS of a whole tensor. ``weighted``: ``worst`` with an importance matrix (None:
+    the type ignores it). ``nearest``: ``worst`` if every code is the nearest one, for types whose codes may also be
+    calibrated against inputs and then compensate for each other's errors. ``codes``: the outermost code, if its scale
+    is of the model's type (whose smallest step is then multiplied by it). ``nested``: block scales are themselves
+    quantized, 256 at a time (bitsandbytes' double quantization). ``tile``: number of rows that share a scale; values
+    too small for it have errors of up to ``tile_floor`` of the tile's absmax.
     """
 
     block: int
@@ -76,20 +80,21 @@ class Bound:
     tile: int = 0
     tile_floor: float = 0.0
 
-    def steered(self) -> Bound:
-        """The limits where an importance matrix steered the codes."""
+    def for_importance_matrix(self) -> Bound:
+        """The limits if an importance matrix steered the codes."""
         if self.weighted is None:
             return self
-        rmse = min(WEIGHTED_RMSE * self.relative_rmse, WEIGHTED_RMSE_END)
+        rmse = min(WEIGHTED_RMSE * self.relative_rmse, WEIGHTED_RMSE_MAX)
         return replace(self, worst=self.weighted, anchor=math.inf, relative_rmse=rmse)
 
-    def rounded(self, unit: float, step: float = 0.0) -> Bound:
-        """The limits where scales and decoded values are of a type that rounds by up to ``unit`` of a value, or by ``step``."""
+    def with_rounding(self, relative: float, step: float = 0.0) -> Bound:
+        """The limits if scales and decoded values are rounded to a float type, with errors up to ``relative`` or
+        ``step``."""
         return replace(
             self,
-            worst=self.worst + 2 * unit,
-            anchor=self.anchor + 2 * unit,
-            nearest=self.nearest + 2 * unit,
+            worst=self.worst + 2 * relative,
+            anchor=self.anchor + 2 * relative,
+            nearest=self.nearest + 2 * relative,
             floor=self.floor + (self.codes + 1) * step,
         )
 
@@ -97,8 +102,8 @@ class Bound:
 def _rounding(
     block: int, worst: float, rmse: float, *, codes: int, anchor: float = 0.0, weighted: float | None = None
 ) -> Bound:
-    """A ggml type with one float16 scale: rounding it costs ``_F16`` of the value, or ``codes`` steps below the normal
-    range."""
+    """A ggml type with one float16 scale, whose rounding adds ``_F16`` of the value, or ``codes`` steps below the
+    normal range."""
     return Bound(block, worst + _F16, rmse, anchor + _F16, codes * _F16_STEP, weighted)
 
 
@@ -107,14 +112,13 @@ def _search(block: int, worst: float, rmse: float, *, codes: int, weighted: floa
 
 
 BOUNDS: Mapping[str, Bound] = {
-    # d = absmax / 127, nearest: half a step.
+    # d = absmax / 127, to nearest: half a step.
     "q8_0": _rounding(32, 1 / 254, 0.02, codes=127),
-    # d = value of largest magnitude / -8; nearest of -8..7: half a step (1/16), but one step where the other sign is as
-    # large.
+    # d = value of largest magnitude / -8; nearest of -8..7: half a step (1/16), but a whole step if a value of the
+    # other sign is as large.
     "q4_0": _rounding(32, 1 / 8, 0.18, codes=8, weighted=0.60),
     "q5_0": _rounding(32, 1 / 16, 0.11, codes=16, weighted=0.60),
-    # Range over 15 (31) steps from a float16 minimum: the range is at most twice the largest magnitude; both ends come
-    # back.
+    # Range / 15 (31) steps from a float16 minimum: the range is at most twice absmax; both ends are stored exactly.
     "q4_1": _rounding(32, 1 / 15 + 2 * _F16, 0.16, codes=16, anchor=2 * _F16, weighted=0.80),
     "q5_1": _rounding(32, 1 / 31 + 2 * _F16, 0.10, codes=32, anchor=2 * _F16, weighted=0.75),
     # Ternary: d = absmax, nearest of -1, 0, 1.
@@ -143,32 +147,36 @@ BOUNDS: Mapping[str, Bound] = {
     "fp4-dq": Bound(BLOCKSIZE, _FP4 + 1e-6, 0.25, 1e-6, nested=True),
     # LLM.int8(): cast to float16 first, the row's absmax too, then the row's absmax / 127, nearest.
     "int8": Bound(0, 1 / 254 + _F16, 0.05, _F16 + 1e-6, (1 + 1 / 254) * _F16_STEP),
-    # Serving libraries. A block is a group of the size that the user chose. ``worst`` is for calibrated codes (and clipped
-    # ranges): GPTQ's make up for the errors of earlier columns, by up to 8 steps of absmax / 7.5 (127.5) seen with few inputs.
-    # ``nearest`` follows from the definition.
-    # compressed-tensors divides by a bfloat16 scale in bfloat16, which has 8 bits: up to a step and a half of absmax / 127.5
-    # (8 bits), half a step of absmax / 7.5, or of the range over 15 with its zero point, and that rounding (4 bits).
+    # Serving libraries. A block is a group of the size that the user chose. ``worst`` is for calibrated codes (and
+    # clipped ranges): GPTQ's compensate for the errors of earlier columns, by up to 8 steps of absmax / 7.5 (127.5)
+    # seen with few inputs. ``nearest`` follows from the definition. compressed-tensors divides by a bfloat16 scale in
+    # bfloat16, which has 8 bits: up to a step and a half of absmax / 127.5 (8 bits); half a step of absmax / 7.5, or of
+    # range / 15 with its zero point, plus that rounding (4 bits).
     "w8a8-int8": Bound(0, 0.12, 0.05, nearest=1.5 / 127.5, codes=128),
     "w8a16": Bound(0, 0.12, 0.05, nearest=1.5 / 127.5, codes=128),
     "w4a16": Bound(0, 2.0, 0.35, nearest=1 / 15 + 2.0**-8, codes=8),
     "w4a16-asym": Bound(0, 2.0, 0.35, nearest=1.2 / 15 + 2.0**-7, codes=15),
-    # float8 e4m3 under a scale of absmax / 448: 3 bits of mantissa, a smallest step of 2^-9, and a scale of the model's type; one for
-    # a row, or for 128 by 128 values.
+    # float8 e4m3 with a scale of absmax / 448: 3 bits of mantissa, a smallest step of 2^-9, and a scale of the model's
+    # type, one for a row or for 128 by 128 values.
     "fp8-dynamic": Bound(0, 2.0**-4 + 2.0**-8, 0.05, codes=448),
     "fp8-block": Bound(0, 2.0**-4 + 2.0**-8, 0.05, codes=448, tile=128, tile_floor=1.01 * 2.0**-10 / 448),
     # torchao's scales are at least float32's epsilon, 2^-23.
     "torchao-int8": Bound(0, 1.5 / 127.5, 0.05, floor=2.0**-24, codes=128),
-    # Range over 15 (255) steps from a stored bias, both in the model's type: a step, and bfloat16's rounding of both ends. A step is
-    # at least 1e-7.
+    # Range / 15 (255) steps from a stored bias, both in the model's type: a step, plus bfloat16's rounding of both
+    # ends. A step is at least 1e-7.
     "mlx-4": Bound(0, 2 / 15 + 2.0**-7, 0.35, floor=1e-7, codes=16),
     "mlx-8": Bound(0, 2 / 255 + 2.0**-7, 0.05, floor=1e-7, codes=256),
-    # Half a step of the range, at most twice the largest, over 15 (255); the scale is rounded to float16, which the
-    # outermost code multiplies by as many. AWQ's smallest range is 1e-5.
+    # Half a step of range / 15 (255), where the range is at most twice absmax; the scale is rounded to float16, and
+    # that error is multiplied by the code. AWQ's smallest range is 1e-5.
     "awq-4": Bound(0, 0.6, 0.35, floor=1e-5, nearest=1 / 15 + 3 * _F16),
     "gptq-4": Bound(0, 2.0, 0.35, floor=15 * _F16_STEP, nearest=1 / 15 + 3 * _F16),
     "gptq-8": Bound(0, 0.12, 0.05, floor=255 * _F16_STEP, nearest=1 / 255 + 3 * _F16),
-    # gemma.cpp's 8-bit floats: 3 bits of mantissa, 2 for small values, truncated to 4 before they are rounded; the smallest is 2^-23.
+    # gemma.cpp's 8-bit floats: 3 bits of mantissa (2 for small values), truncated to 4 before rounding; the smallest is
+    # 2^-23.
     "sfp": Bound(0, 2.0**-3, 0.06, floor=2.0**-23),
 }
-"""Stored type -> its limits. Definitions: ggml's quantize_row_*_ref, bitsandbytes' functional.py, and what each library's own
-quantizer was seen to do."""
+"""Stored type -> its limits.
+
+Sources: ggml's quantize_row_*_ref, bitsandbytes' functional.py, and the observed output of each library's own
+quantizer.
+"""

@@ -1,9 +1,12 @@
-"""Are two configs the same model? Field by field: what changes the arithmetic, what changes use, what is only
-informative."""
+"""The config gate: two configs compared field by field.
+
+A field changes the arithmetic, or how the model is used, or is only a description (see ``model.config_fields``).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
 from typing import Any
 
 from gemma2tool.model.config import Gemma2Config
@@ -15,6 +18,7 @@ from gemma2tool.model.config_fields import (
     Effect,
     comparable_value,
 )
+from gemma2tool.model.format_facts import Assumption
 from gemma2tool.verify.finding import SIDES, Finding, GateResult, Severity, Sides
 
 GATE = "config"
@@ -26,86 +30,109 @@ def compare_configs(
     *,
     sides: Sides = SIDES,
     cannot_represent: Mapping[str, str] | None = None,
-    assumed: Iterable[tuple[str, str]] = (),
+    assumptions: Iterable[Assumption] = (),
 ) -> GateResult:
-    """The config gate: ``failed`` when a field of the arithmetic differs, or what stops and starts a text.
+    """The config gate.
 
-    ``cannot_represent``: field -> why the candidate's format cannot represent the source's value. ``assumed``: fields and sentences, what
-    the candidate's consumer computes whatever the file says; warnings.
+    It fails if a field of the arithmetic differs, or one that decides where a text begins and ends.
+    ``cannot_represent``: field -> why the candidate's format cannot represent the source's value. ``assumptions``: what
+    the candidate's consumer computes whatever the file says; each becomes a warning.
     """
-    findings = []
-    for name, meaning in ((field.name, field.meaning) for field in ARITHMETIC_FIELDS):
-        ours, theirs = getattr(source, name), getattr(candidate, name)
-        if comparable_value(name, ours) != comparable_value(name, theirs):
-            said = _layers(ours, theirs, sides) if name == "layer_types" else _versus(ours, theirs, sides)
-            why = f"; {cannot_represent[name]}" if name in (cannot_represent or {}) else ""
-            findings.append(Finding(GATE, "error", name, f"{name} ({meaning}): {said}{why}"))
-    for name, meaning in ((field.name, field.meaning) for field in USE_FIELDS):
-        ours, theirs = getattr(source, name), getattr(candidate, name)
-        if name == "eos_token_id":
-            ours, theirs = source.eos_token_ids or None, candidate.eos_token_ids or None
-        if ours != theirs:
-            said = f"{name} ({meaning}): {_versus(ours, theirs, sides)}"
-            findings.append(Finding(GATE, _severity(name, source, candidate), name, said))
-    for name in (field.name for field in DESCRIPTION_FIELDS):
-        ours, theirs = getattr(source, name), getattr(candidate, name)
-        if ours != theirs and ours not in (None, {}) and theirs not in (None, {}):
-            findings.append(Finding(GATE, "note", name, f"{name}: {_versus(ours, theirs, sides)}"))
-    findings += [Finding(GATE, "warning", name, f"{name}: {said}") for name, said in assumed]
-    findings += _left_out(source, candidate, sides)
-    wrong = [finding for finding in findings if finding.severity == "error"]
-    warned = sum(finding.severity == "warning" for finding in findings)
-    if wrong:
-        summary = (
-            wrong[0].message
-            if len(wrong) == 1
-            else f"{len(wrong)} fields differ: " + ", ".join(str(each.subject) for each in wrong)
+    findings = tuple(
+        chain(
+            _arithmetic(source, candidate, sides, cannot_represent or {}),
+            _use(source, candidate, sides),
+            _description(source, candidate, sides),
+            (Finding(GATE, "warning", name, f"{name}: {sentence}") for name, sentence in assumptions),
+            _absent(source, candidate, sides),
         )
+    )
+    errors = [finding for finding in findings if finding.severity == "error"]
+    warnings = sum(finding.severity == "warning" for finding in findings)
+    if len(errors) == 1:
+        summary = errors[0].message
+    elif errors:
+        summary = f"{len(errors)} fields differ: " + ", ".join(str(finding.subject) for finding in errors)
     else:
-        summary = f"{len(ARITHMETIC_FIELDS)} fields that the arithmetic depends on are equal"
-        summary += f"; {warned} warning{'s' * (warned != 1)}" if warned else ""
+        summary = f"all {len(ARITHMETIC_FIELDS)} fields that affect the arithmetic are equal"
+        summary += f"; {warnings} warning{'s' * (warnings != 1)}" if warnings else ""
     metrics = {"fields": len(CONFIG_FIELDS), "different": len(findings)}
-    return GateResult(GATE, "failed" if wrong else "passed", summary, metrics, tuple(findings))
+    return GateResult(GATE, "failed" if errors else "passed", summary, metrics, findings)
 
 
-def _left_out(source: Gemma2Config, candidate: Gemma2Config, sides: Sides) -> Iterator[Finding]:
-    """Fields of the arithmetic that one file leaves out and the other does not: equal by what transformers assumes, which others may not.
+def _arithmetic(
+    source: Gemma2Config, candidate: Gemma2Config, sides: Sides, cannot_represent: Mapping[str, str]
+) -> Iterator[Finding]:
+    for field in ARITHMETIC_FIELDS:
+        name = field.name
+        values = getattr(source, name), getattr(candidate, name)
+        if comparable_value(name, values[0]) != comparable_value(name, values[1]):
+            difference = _layer_types(*values, sides) if name == "layer_types" else _both(*values, sides)
+            reason = f"; {cannot_represent[name]}" if name in cannot_represent else ""
+            yield Finding(GATE, "error", name, f"{name} ({field.meaning}): {difference}{reason}")
 
-    A config's notes that begin with a field's name are its reader's word on what was assumed for it.
+
+def _use(source: Gemma2Config, candidate: Gemma2Config, sides: Sides) -> Iterator[Finding]:
+    for field in USE_FIELDS:
+        name = field.name
+        values = getattr(source, name), getattr(candidate, name)
+        if name == "eos_token_id":
+            values = source.eos_token_ids or None, candidate.eos_token_ids or None
+        if values[0] != values[1]:
+            message = f"{name} ({field.meaning}): {_both(*values, sides)}"
+            yield Finding(GATE, _use_severity(name, source, candidate), name, message)
+
+
+def _use_severity(name: str, source: Gemma2Config, candidate: Gemma2Config) -> Severity:
+    """The severity of a difference in one of ``USE_FIELDS``: an error if it changes the model's input or output."""
+    source_value, candidate_value = getattr(source, name), getattr(candidate, name)
+    if source_value is None or candidate_value is None:
+        return "note"
+    if name == "bos_token_id":
+        return "error"
+    if name == "eos_token_id":  # without one of its stops a chat does not end; an additional stop can only end it
+        return "error" if set(source.eos_token_ids) - set(candidate.eos_token_ids) else "warning"
+    if name == "max_position_embeddings":  # a smaller one refuses prompts; some rotary scalings compute with it
+        computes = source.rope_parameters["rope_type"] in ("dynamic", "longrope", "yarn")
+        return "error" if candidate_value < source_value or computes else "warning"
+    # A sequence classifier reads the last token that is not padding.
+    is_classifier = any("SequenceClassification" in name for name in source.architectures or ())
+    return "error" if name == "pad_token_id" and is_classifier else "warning"
+
+
+def _description(source: Gemma2Config, candidate: Gemma2Config, sides: Sides) -> Iterator[Finding]:
+    """Notes on fields that both sides give and that differ."""
+    for field in DESCRIPTION_FIELDS:
+        values = getattr(source, field.name), getattr(candidate, field.name)
+        if values[0] != values[1] and all(value not in (None, {}) for value in values):
+            yield Finding(GATE, "note", field.name, f"{field.name}: {_both(*values, sides)}")
+
+
+def _absent(source: Gemma2Config, candidate: Gemma2Config, sides: Sides) -> Iterator[Finding]:
+    """Warnings on fields of the arithmetic that only the candidate leaves out.
+
+    They are equal by the defaults of transformers, which other programs may not share. A reader records the default
+    that it used in a note that starts with the field's name.
     """
     for note in candidate.notes:
         name = note.partition(" ")[0]
         if _is_arithmetic(name) and note not in source.notes:
-            said = f"{name} is absent from the {sides[1]}'s config: transformers assumes {_shown(getattr(candidate, name))}, other programs none"
-            yield Finding(GATE, "warning", name, said)
+            value = _text(getattr(candidate, name))
+            message = (
+                f"{name} is absent from the {sides[1]}'s config: transformers assumes {value}, other programs none"
+            )
+            yield Finding(GATE, "warning", name, message)
 
 
 def _is_arithmetic(name: str) -> bool:
     return name in CONFIG_FIELDS and CONFIG_FIELDS[name].effect is Effect.ARITHMETIC
 
 
-def _severity(name: str, source: Gemma2Config, candidate: Gemma2Config) -> Severity:
-    """Of a difference in a field of ``USE_FIELDS``: an error where it changes what the model is given or gives."""
-    ours, theirs = getattr(source, name), getattr(candidate, name)
-    if ours is None or theirs is None:
-        return "note"
-    if name == "bos_token_id":
-        return "error"
-    if name == "eos_token_id":  # a stop that is lost lets a chat run on; one more can only end it
-        return "error" if set(source.eos_token_ids) - set(candidate.eos_token_ids) else "warning"
-    if name == "max_position_embeddings":  # prompts that the source takes are refused, or turned by other angles
-        stretched = source.rope_parameters["rope_type"] in ("dynamic", "longrope", "yarn")
-        return "error" if theirs < ours or stretched else "warning"
-    # A sequence classifier finds a text's last token by what is not padding.
-    classifies = any("SequenceClassification" in each for each in source.architectures or ())
-    return "error" if name == "pad_token_id" and classifies else "warning"
+def _both(source_value: Any, candidate_value: Any, sides: Sides) -> str:
+    return f"{sides[0]} {_text(source_value)}, {sides[1]} {_text(candidate_value)}"
 
 
-def _versus(ours: Any, theirs: Any, sides: Sides) -> str:
-    return f"{sides[0]} {_shown(ours)}, {sides[1]} {_shown(theirs)}"
-
-
-def _shown(value: Any) -> str:
+def _text(value: Any) -> str:
     if value is None:
         return "not given"
     if isinstance(value, tuple):
@@ -114,10 +141,12 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 120 else text[:117] + "..."
 
 
-def _layers(ours: tuple[str, ...], theirs: tuple[str, ...], sides: Sides) -> str:
-    if len(ours) != len(theirs):
-        return f"{sides[0]} {len(ours)} layers, {sides[1]} {len(theirs)}"
-    differing = [index for index, pair in enumerate(zip(ours, theirs, strict=True)) if pair[0] != pair[1]]
-    shown = ", ".join(map(str, differing[:4])) + (", ..." if len(differing) > 4 else "")
+def _layer_types(source_types: tuple[str, ...], candidate_types: tuple[str, ...], sides: Sides) -> str:
+    if len(source_types) != len(candidate_types):
+        return f"{sides[0]} {len(source_types)} layers, {sides[1]} {len(candidate_types)}"
+    pairs = list(zip(source_types, candidate_types, strict=True))
+    differing = [layer for layer, (source_type, candidate_type) in enumerate(pairs) if source_type != candidate_type]
+    layers = ", ".join(map(str, differing[:4])) + (", ..." if len(differing) > 4 else "")
     first = differing[0]
-    return f"layers {shown} differ (layer {first}: {sides[0]} {ours[first]}, {sides[1]} {theirs[first]})"
+    source_type, candidate_type = pairs[first]
+    return f"layers {layers} differ (layer {first}: {sides[0]} {source_type}, {sides[1]} {candidate_type})"

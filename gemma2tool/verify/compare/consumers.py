@@ -1,7 +1,8 @@
 """Where a candidate's format and its consumer, the program that reads it, compute otherwise than the source says.
 
 A reader fills in what its format's consumer assumes, so that a difference shows as a difference:
-``FormatFacts.cannot_represent`` explains it. ``assumptions`` is about the rest: what the file states and its consumer ignores.
+``FormatFacts.cannot_represent`` explains it. ``assumptions`` is about the rest: what the file states and its consumer
+ignores.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ _ACTIVATIONS = {
 def is_weights_file(checkpoint: Checkpoint) -> bool:
     """Whether the checkpoint is a single file of weights, with no place for a tokenizer.
 
-    The output of a conversion is verified before it has a file at its destination, so the suffix of its name counts too.
+    The output of a conversion is verified before it has a file at its destination, so the suffix of its name counts
+    too.
     """
     suffixes = checkpoint.facts.weight_suffixes
     return bool(suffixes) and (checkpoint.path.is_file() or checkpoint.path.suffix in suffixes)
@@ -36,8 +38,8 @@ def assumptions(checkpoint: Checkpoint) -> list[Assumption]:
     assumed = list(checkpoint.facts.assumptions(checkpoint.config))
     for stored in sorted({tensor.stored for tensor in checkpoint.tensors.values()} & set(_ACTIVATIONS)):
         sentence = (
-            f"{stored} is run with activations rounded to {_ACTIVATIONS[stored]}: the logits here are those of its weights"
-            " alone, with float32 activations"
+            f"{stored} is run with activations rounded to {_ACTIVATIONS[stored]}; the logits here are those of its"
+            " weights alone, with float32 activations"
         )
         assumed.append(("quantization", sentence))
     return assumed

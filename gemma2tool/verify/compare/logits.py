@@ -1,22 +1,21 @@
-"""Both checkpoints' float32 logits on the same token ids, layer by layer side by side.
+"""Both checkpoints' float32 logits for the same token ids, computed layer by layer side by side.
 
-Two things that short prompts of ordinary text never reach are made to matter: the end of the sliding window, and the soft
-cap of the attention scores. Token ids that are not text run with a window smaller than the prompt where the models' own is
-larger; text runs with the models' own, so that perplexity means what it says. And the first prompt runs once more as the
-*probe*, in the same pass over the weights: with the smaller window, positions spread over the whole context, and attention
-scores amplified up to the cap. The candidate's smaller window stays as much larger or smaller than the source's as its
-config has it.
+Two features have no effect on short prompts of ordinary text: the end of the sliding window, and the soft cap of the
+attention scores. Token ids that are not text run with a window smaller than the prompt if the models' own is larger.
+Text runs with the models' own window, so that its perplexity is the models'. The first prompt also runs as the *probe*,
+in the same pass over the weights: with the smaller window, positions spread over the whole context, and attention
+scores amplified up to the cap. The candidate's reduced window differs from the source's by as much as its own does.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from gemma2tool.errors import UsageError
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.config import Gemma2Config
 from gemma2tool.model.config_fields import SLIDING
@@ -31,28 +30,34 @@ from gemma2tool.reference.streaming import (
 )
 from gemma2tool.verify.compare.measurements import Drift
 from gemma2tool.verify.compare.metrics import LogitComparison, LogitMetrics
-from gemma2tool.verify.compare.reference_logits import Collector, Reference
+from gemma2tool.verify.compare.reference_logits import ReferenceCollector, ReferencePair
+from gemma2tool.verify.compare.token_ids import DEFAULT_TOKENS, TokenIds, as_prompts
 
-DEFAULT_TOKENS = 64
 PASS_BYTES = 64 << 20
-"""Prompts go through the weights together as long as their feed-forward activations, (B, T, F) in float32, fit here; longer ones alone."""
-PROBE_BESIDE = 256
-"""The probe is the whole first prompt, up to this length; of a longer one it is the first ``DEFAULT_TOKENS``, in a pass of its
-own."""
+"""Prompts share a pass over the weights as long as their feed-forward activations, (B, T, F) in float32, fit in this.
+"""
 
-_DEFAULT_CAP = 50.0  # what scores are amplified to where neither side caps them: Gemma 2's own
+PROBE_SHARED_TOKENS = 256
+"""A first prompt of up to this length is the probe, in the same pass. The probe of a longer one is its first
+``DEFAULT_TOKENS`` tokens, in a pass of its own."""
+
+_DEFAULT_CAP = 50.0
+"""The size that scores are amplified to if neither side has a cap: Gemma 2's."""
+
+Windows = tuple[int, int]
+"""The sliding windows of source and candidate."""
 
 
 @dataclass(frozen=True)
 class Probe:
-    """What the probe was and what came out.
+    """The probe's inputs and result.
 
-    ``windows``: those that source and candidate ran with; None where no layer slides. ``last_position``: of the last token.
-    ``cap``: the size that amplified scores have (RMS), ``gains``: what each layer's scores were multiplied by for that.
+    ``windows``: None if no layer slides. ``last_position``: position of the last token. ``cap``: the RMS of the
+    amplified scores. ``gains``: the factor of each layer's scores.
     """
 
     metrics: LogitMetrics
-    windows: tuple[int, int] | None
+    windows: Windows | None
     last_position: int
     cap: float
     gains: tuple[float, ...]
@@ -60,175 +65,227 @@ class Probe:
 
 @dataclass(frozen=True)
 class LogitRun:
-    """What was run and what came out.
+    """The inputs and results of ``compare_logits``.
 
-    ``ids``: the prompts, int64 (B, T). ``windows``: the sliding windows that source and candidate ran with; None where no
-    layer slides. ``shrunk``: whether those are smaller than the source's own. ``probe``: None where it was not asked for.
-    ``reference``: a few logits of the first prompt, of source and candidate.
+    ``ids``: the prompts (B, T). ``windows``: the sliding windows they ran with; None if no layer slides.
+    ``window_reduced``: whether they are smaller than the source's own. ``probe``: None if not requested. ``reference``:
+    a few logits of the first prompt, of both sides.
     """
 
     metrics: LogitMetrics
-    ids: np.ndarray
-    windows: tuple[int, int] | None
-    shrunk: bool
+    ids: TokenIds
+    windows: Windows | None
+    window_reduced: bool
     drift: Drift
-    probe: Probe | None = None
-    reference: Reference | None = None
+    probe: Probe | None
+    reference: ReferencePair
 
 
-def default_ids(config: Gemma2Config, tokens: int = DEFAULT_TOKENS) -> np.ndarray:
-    """A prompt that is the same everywhere: bos, then pseudo-random tokens (splitmix64) of the whole vocabulary; int
-    (1, tokens)."""
-    tokens = min(tokens, config.max_position_embeddings)
-    mask, ids = 2**64 - 1, []
-    for index in range(1, tokens + 1):
-        state = index * 0x9E3779B97F4A7C15 & mask
-        state = (state ^ state >> 30) * 0xBF58476D1CE4E5B9 & mask
-        state = (state ^ state >> 27) * 0x94D049BB133111EB & mask
-        ids.append((state ^ state >> 31) % config.vocab_size)
-    if config.bos_token_id is not None and ids:
-        ids[0] = config.bos_token_id
-    return np.array([ids], np.int64)
+@dataclass(frozen=True)
+class LogitOptions:
+    """``text``: the ids are running text. ``probe``: run the probe. ``atol``, ``rtol``: as for ``LogitComparison``."""
 
-
-def windows_for(source: Gemma2Config, candidate: Gemma2Config, tokens: int) -> tuple[int, int] | None:
-    """The sliding windows to run both with, so that ``tokens`` go past them; None where the source has no sliding
-    layer."""
-    if not _slide(source, candidate):
-        return None
-    if source.sliding_window < tokens:
-        return source.sliding_window, candidate.sliding_window
-    small = max(tokens // 4, 1)
-    return small, max(small + candidate.sliding_window - source.sliding_window, 1)
-
-
-def prompts_per_pass(config: Gemma2Config, tokens: int) -> int:
-    """How many prompts of ``tokens`` go through the weights together."""
-    return max(PASS_BYTES // (4 * config.intermediate_size * tokens), 1)
-
-
-def passes(ids: np.ndarray, config: Gemma2Config, probe: bool = True) -> int:
-    """How often ``compare_logits`` goes over all weights of both for ``ids`` (B, T)."""
-    batch, tokens = ids.shape
-    return -(-batch // prompts_per_pass(config, tokens)) + (probe and tokens > PROBE_BESIDE)
+    text: bool = False
+    probe: bool = True
+    atol: float = 0.0
+    rtol: float = 0.0
 
 
 def compare_logits(
     source: Checkpoint,
     candidate: Checkpoint,
-    ids: np.ndarray,
+    ids: TokenIds,
+    options: LogitOptions = LogitOptions(),
     *,
-    text: bool = False,
-    probe: bool = True,
-    atol: float = 0.0,
-    rtol: float = 0.0,
     threads: int | None = None,
     advance: Advance | None = None,
 ) -> LogitRun:
-    """Run both checkpoints on ``ids``, int (T,) or (B, T), in float32, and compare all positions' logits.
+    """Run both checkpoints on ``ids``, int (T,) or (B, T), in float32, and compare the logits of all positions.
 
-    ``text``: the ids are running text, and run with the models' own windows. ``probe``: run that too. ``atol``, ``rtol``: as
-    in ``LogitComparison``. Peak memory: both sides' activations (see ``PASS_BYTES``) and a slice of the vocabulary
-    projection, whatever the size of the models. Raises ``UsageError`` for ids that the models cannot take.
+    Peak memory: both sides' activations (see ``PASS_BYTES``) and a slice of the vocabulary projection, for models of
+    any size. Raises ``UsageError`` for ids outside the vocabulary or beyond max_position_embeddings.
     """
     ids = as_prompts(ids)
-    batch, tokens = ids.shape
-    both = _Both(source, candidate, atol, rtol, advance)
-    windows = windows_for(source.config, candidate.config, tokens)
-    if text and windows is not None:
-        windows = source.config.sliding_window, candidate.config.sliding_window
-    collector = Collector(ids, (source.config, candidate.config), windows)
-    together = probe and tokens <= PROBE_BESIDE
+    tokens = ids.shape[1]
+    pair = _Pair(source, candidate, options, advance)
+    windows = reduced_windows(source.config, candidate.config, tokens)
+    if options.text:
+        windows = _own_windows(source.config, candidate.config)
+    collector = ReferenceCollector(ids, (source.config, candidate.config), windows)
+    probe_shares_pass = options.probe and tokens <= PROBE_SHARED_TOKENS
     step = prompts_per_pass(source.config, tokens)
-    found, depths, probed = [], [], None
+    metrics: list[LogitMetrics] = []
+    differences: list[tuple[int, list[HiddenDifference]]] = []
+    probe = None
     with use_threads(threads):
-        for first in range(0, batch, step):
-            rows = ids[first : first + step]
-            extra = ids[:1] if together and first == 0 else None
-            metrics, apart, beside = both.run(rows, windows, extra, collector if first == 0 else None)
-            found.append(metrics)
-            depths.append((rows.size, apart))
-            probed = beside or probed
-        if probe and not together:
-            _, _, probed = both.run(ids[:0, :DEFAULT_TOKENS], windows, ids[:1, :DEFAULT_TOKENS])
-    shrunk = windows is not None and windows[0] != source.config.sliding_window
-    return LogitRun(LogitMetrics.joined(found), ids, windows, shrunk, _drift(depths), probed, collector.finish())
+        for first in range(0, len(ids), step):
+            prompts = ids[first : first + step]
+            is_first = first == 0
+            result = pair.run(
+                prompts, windows, ids[:1] if probe_shares_pass and is_first else None, collector if is_first else None
+            )
+            metrics.append(result.metrics)
+            differences.append((prompts.size, result.differences))
+            probe = result.probe or probe
+        if options.probe and not probe_shares_pass:
+            probe = pair.run_probe(ids[:1, :DEFAULT_TOKENS])
+    reduced = windows is not None and windows[0] != source.config.sliding_window
+    drift = _drift(differences)
+    return LogitRun(LogitMetrics.concatenated(metrics), ids, windows, reduced, drift, probe, collector.finish())
+
+
+def prompts_per_pass(config: Gemma2Config, tokens: int) -> int:
+    """How many prompts of ``tokens`` tokens share a pass over the weights."""
+    return max(PASS_BYTES // (4 * config.intermediate_size * tokens), 1)
+
+
+def passes(ids: TokenIds, config: Gemma2Config, probe: bool = True) -> int:
+    """How often ``compare_logits`` reads all weights of both sides for ``ids`` (B, T)."""
+    tokens = ids.shape[1]
+    return math.ceil(len(ids) / prompts_per_pass(config, tokens)) + int(probe and tokens > PROBE_SHARED_TOKENS)
+
+
+def _own_windows(source: Gemma2Config, candidate: Gemma2Config) -> Windows | None:
+    """The configs' windows; None if the source has no sliding layer, or one of them no window."""
+    if source.sliding_window is None or candidate.sliding_window is None or SLIDING not in source.layer_types:
+        return None
+    return source.sliding_window, candidate.sliding_window
+
+
+def reduced_windows(source: Gemma2Config, candidate: Gemma2Config, tokens: int) -> Windows | None:
+    """The sliding windows to run both sides with so that ``tokens`` extend past them; None if no layer slides."""
+    own = _own_windows(source, candidate)
+    if own is None or own[0] < tokens:
+        return own
+    reduced = max(tokens // 4, 1)
+    return reduced, max(reduced + own[1] - own[0], 1)
 
 
 @dataclass(frozen=True)
-class _Both:
-    """The two checkpoints, and one pass over them at a time."""
+class _PassResult:
+    """What one pass gives; ``differences`` are of the hidden states of the prompts without the probe."""
+
+    metrics: LogitMetrics
+    differences: list[HiddenDifference]
+    probe: Probe | None
+
+
+@dataclass(frozen=True)
+class _ProbeInput:
+    """The probe as one more row of a batch: its ids (1, T), positions (1, T), windows, and amplifier."""
+
+    ids: TokenIds
+    positions: torch.Tensor
+    windows: Windows | None
+    amplifier: Amplifier
+
+    def result(self, metrics: LogitMetrics) -> Probe:
+        gains = tuple(self.amplifier.gains[layer] for layer in sorted(self.amplifier.gains))
+        return Probe(metrics, self.windows, int(self.positions[-1, -1]), self.amplifier.target, gains)
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """The two checkpoints, for passes over both at once."""
 
     source: Checkpoint
     candidate: Checkpoint
-    atol: float
-    rtol: float
+    options: LogitOptions
     advance: Advance | None
 
     def run(
         self,
-        ids: np.ndarray,
-        windows: tuple[int, int] | None,
-        extra: np.ndarray | None,
-        collector: Collector | None = None,
-    ) -> tuple[LogitMetrics | None, list[HiddenDifference], Probe | None]:
-        """``ids`` (B, T) with ``windows``, and ``extra`` (1, T) as the probe; ``collector`` sees the logits of the former."""
-        batch, tokens = ids.shape
-        rows, positions, amplifier = ids, torch.arange(tokens).expand(batch, -1), None
-        cap = self.source.config.attn_logit_softcapping or self.candidate.config.attn_logit_softcapping or _DEFAULT_CAP
-        small = windows_for(self.source.config, self.candidate.config, tokens)
-        if extra is not None:
-            rows = np.concatenate([ids, extra])
-            positions = torch.cat([positions, _spread(self.source.config, self.candidate.config, tokens)])
-            amplifier = Amplifier(slice(batch, None), cap)
-        sides = []
-        for side, checkpoint in enumerate((self.source, self.candidate)):
-            each = [windows[side]] * batch + [small[side]] * (len(rows) - batch) if windows and small else None
-            read = _counting(checkpoint, self.advance)
-            options = {"sliding_window": _one(each), "position_ids": positions, "amplifier": amplifier}
-            sides.append(StreamedForward(checkpoint, rows, on_input=read, **options))
-        depths = list(compare_hidden_states(*sides, prompts=batch)) if batch else _run_through(*sides)
-        plain, probe = self._comparison(ids), self._comparison(extra)
-        for (first, _, a), (_, _, b) in zip(*(each.vocabulary_slices() for each in sides), strict=True):
+        ids: TokenIds,
+        windows: Windows | None,
+        probe_ids: TokenIds | None,
+        collector: ReferenceCollector | None,
+    ) -> _PassResult:
+        """Run ``ids`` (B, T) with ``windows``, and ``probe_ids`` (1, T) as the probe.
+
+        ``collector`` receives the logits of ``ids``.
+        """
+        batch = len(ids)
+        probe = None if probe_ids is None else self._probe_input(probe_ids, batch)
+        source, candidate = self._forwards(ids, windows, probe)
+        differences = list(compare_hidden_states(source, candidate, prompts=batch))
+        comparison = self._comparison(ids)
+        probe_comparison = None if probe is None else self._comparison(probe.ids)
+        for (first, _, source_slice), (_, _, candidate_slice) in zip(
+            source.vocabulary_slices(), candidate.vocabulary_slices(), strict=True
+        ):
+            source_logits, candidate_logits = source_slice.cpu().numpy(), candidate_slice.cpu().numpy()
             if collector is not None:
-                collector.add(first, a.cpu().numpy(), b.cpu().numpy())
-            for comparison, of in ((plain, slice(0, batch)), (probe, slice(batch, None))):
-                if comparison is not None:
-                    comparison.add(first, *(logits[of].flatten(0, 1).cpu().numpy() for logits in (a, b)))
-        if probe is None:
-            return plain.finish(), depths, None
-        gains = tuple(amplifier.gains[layer] for layer in sorted(amplifier.gains))
-        told = Probe(probe.finish(), small, int(positions[-1, -1]), cap, gains)
-        return None if plain is None else plain.finish(), depths, told
+                collector.add(first, source_logits, candidate_logits)
+            comparison.add(first, _flat(source_logits[:batch]), _flat(candidate_logits[:batch]))
+            if probe_comparison is not None:
+                probe_comparison.add(first, _flat(source_logits[batch:]), _flat(candidate_logits[batch:]))
+        probe_result = None
+        if probe is not None and probe_comparison is not None:
+            probe_result = probe.result(probe_comparison.finish())
+        return _PassResult(comparison.finish(), differences, probe_result)
 
-    def _comparison(self, ids: np.ndarray | None) -> LogitComparison | None:
-        if ids is None or not ids.size:
-            return None
+    def run_probe(self, ids: TokenIds) -> Probe:
+        """Run ``ids`` (1, T) as the probe alone."""
+        probe = self._probe_input(ids, 0)
+        source, candidate = self._forwards(ids[:0], None, probe)
+        for _ in zip(source.hidden_states(), candidate.hidden_states(), strict=True):
+            pass  # both advance in step, so that they share the amplifier's gains
+        comparison = self._comparison(ids)
+        for (first, _, source_slice), (_, _, candidate_slice) in zip(
+            source.vocabulary_slices(), candidate.vocabulary_slices(), strict=True
+        ):
+            comparison.add(first, _flat(source_slice.cpu().numpy()), _flat(candidate_slice.cpu().numpy()))
+        return probe.result(comparison.finish())
+
+    def _probe_input(self, ids: TokenIds, row: int) -> _ProbeInput:
+        """The probe as row ``row`` of a batch."""
+        configs = self.source.config, self.candidate.config
+        cap = configs[0].attn_logit_softcapping or configs[1].attn_logit_softcapping or _DEFAULT_CAP
+        tokens = ids.shape[1]
+        windows = reduced_windows(*configs, tokens)
+        return _ProbeInput(ids, _spread_positions(*configs, tokens), windows, Amplifier(slice(row, None), cap))
+
+    def _forwards(
+        self, ids: TokenIds, windows: Windows | None, probe: _ProbeInput | None
+    ) -> tuple[StreamedForward, StreamedForward]:
+        batch, tokens = ids.shape
+        rows, positions = ids, torch.arange(tokens).expand(batch, -1)
+        if probe is not None:
+            rows, positions = np.concatenate([rows, probe.ids]), torch.cat([positions, probe.positions])
+
+        def forward(checkpoint: Checkpoint, side: int) -> StreamedForward:
+            row_windows = [windows[side]] * batch if windows else []
+            if probe is not None and probe.windows:
+                row_windows.append(probe.windows[side])
+            is_uniform = len(set(row_windows)) == 1
+            return StreamedForward(
+                checkpoint,
+                rows,
+                sliding_window=(row_windows[0] if is_uniform else row_windows) if row_windows else None,
+                position_ids=positions,
+                amplifier=None if probe is None else probe.amplifier,
+                on_input=_counter(checkpoint, self.advance),
+            )
+
+        return forward(self.source, 0), forward(self.candidate, 1)
+
+    def _comparison(self, ids: TokenIds) -> LogitComparison:
         following = np.concatenate([ids[:, 1:], np.full((len(ids), 1), -1)], axis=1).reshape(-1)
-        return LogitComparison(ids.size, following, atol=self.atol, rtol=self.rtol)
+        return LogitComparison(ids.size, following, atol=self.options.atol, rtol=self.options.rtol)
 
 
-def as_prompts(ids: np.ndarray) -> np.ndarray:
-    """Token ids (T,) or (B, T) as int64 (B, T); ``UsageError`` for anything else."""
-    ids = np.asarray(ids)
-    if ids.ndim == 1:
-        ids = ids[None]
-    if ids.ndim != 2 or not ids.size or ids.dtype.kind not in "iu":
-        raise UsageError(
-            "ids.shape", f"token ids are {ids.dtype} of shape {ids.shape}; integers of shape (T,) or (B, T) are needed"
-        )
-    return ids.astype(np.int64)
+def _flat(
+    logits: np.ndarray[tuple[int, int, int], np.dtype[np.float32]],
+) -> np.ndarray[tuple[int, int], np.dtype[np.float32]]:
+    """(B, T, V) as (B * T, V)."""
+    return logits.reshape(-1, logits.shape[-1])
 
 
-def _slide(source: Gemma2Config, candidate: Gemma2Config) -> bool:
-    windows = source.sliding_window, candidate.sliding_window
-    return None not in windows and SLIDING in source.layer_types
+def _spread_positions(source: Gemma2Config, candidate: Gemma2Config, tokens: int) -> torch.Tensor:
+    """Positions (1, T) from the first to the last that both models have, so that distant rotary angles meet.
 
-
-def _spread(source: Gemma2Config, candidate: Gemma2Config, tokens: int) -> torch.Tensor:
-    """Positions (1, T) from the first to the last that both models have, so that rotary angles far apart meet.
-
-    Consecutive ones where a rotary scaling looks at the longest position of a batch: it would change the other prompts too.
+    Consecutive positions if a rotary scaling depends on the longest position of a batch: spread ones would change the
+    other prompts.
     """
     last = min(source.max_position_embeddings, candidate.max_position_embeddings) - 1
     kinds = {config.rope_parameters["rope_type"] for config in (source, candidate)}
@@ -237,36 +294,32 @@ def _spread(source: Gemma2Config, candidate: Gemma2Config, tokens: int) -> torch
     return torch.from_numpy(np.linspace(0, last, tokens).round().astype(np.int64))[None]
 
 
-def _one(windows: Sequence[int] | None) -> int | Sequence[int] | None:
-    return windows[0] if windows and len(set(windows)) == 1 else windows
-
-
-def _run_through(source: StreamedForward, candidate: StreamedForward) -> list[HiddenDifference]:
-    """Both passes in step, for the logits alone."""
-    for _ in zip(source.hidden_states(), candidate.hidden_states(), strict=True):
-        pass
-    return []
-
-
 def _drift(passes: Sequence[tuple[int, list[HiddenDifference]]]) -> Drift:
-    """Root mean squares over all passes' tokens."""
+    """Root mean squares over the tokens of all passes; a pass is its number of tokens and its differences."""
     total = sum(tokens for tokens, _ in passes)
+    counts = [tokens for tokens, _ in passes]
     columns: list[list[float]] = [[], [], [], []]
-    for depth in zip(*(depths for _, depths in passes), strict=True):
-        weighted = list(zip((tokens for tokens, _ in passes), depth, strict=True))
-        apart, ours, theirs = (
-            (sum(tokens * getattr(each, name) ** 2 for tokens, each in weighted) / total) ** 0.5
+    for differences in zip(*(of_pass for _, of_pass in passes), strict=True):
+        rms, source_rms, candidate_rms = (
+            (
+                sum(
+                    tokens * getattr(difference, name) ** 2
+                    for tokens, difference in zip(counts, differences, strict=True)
+                )
+                / total
+            )
+            ** 0.5
             for name in ("rms", "reference_rms", "candidate_rms")
         )
-        relative = apart / ours if ours else float(apart > 0)
-        largest = max(each.largest for each in depth)
-        for column, value in zip(columns, (relative, ours, theirs, largest), strict=True):
+        relative = rms / source_rms if source_rms else float(rms > 0)
+        largest = max(difference.largest for difference in differences)
+        for column, value in zip(columns, (relative, source_rms, candidate_rms, largest), strict=True):
             column.append(value)
     return Drift(*(tuple(column) for column in columns))
 
 
-def _counting(checkpoint: Checkpoint, advance: Advance | None) -> OnInput | None:
-    """Tell ``advance`` of every weight as the forward pass comes to it."""
+def _counter(checkpoint: Checkpoint, advance: Advance | None) -> OnInput | None:
+    """Calls ``advance`` for every weight that the forward pass reads."""
     if advance is None:
         return None
     return lambda name, _: advance(checkpoint.tensors[name].nbytes, name)

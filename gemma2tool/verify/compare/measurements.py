@@ -1,4 +1,4 @@
-"""What a verification measured beside its judgement: the data of reports and diagnosis.
+"""What a verification measures besides its gates: the data of reports and of the diagnosis.
 
 Depth 0 is the scaled embeddings, depth i + 1 the residual stream after layer i.
 """
@@ -10,19 +10,21 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from gemma2tool.verify.compare.comparison import TensorComparison
 from gemma2tool.verify.compare.metrics import LogitMetrics
-from gemma2tool.verify.compare.reference_logits import Reference
+from gemma2tool.verify.compare.reference_logits import ReferencePair
+from gemma2tool.verify.compare.token_ids import TokenIds
 from gemma2tool.verify.json_values import significant
 
 
 @dataclass(frozen=True)
 class Drift:
-    """How the hidden states of source and candidate go apart, one value per depth, L + 1 in all.
+    """How far the hidden states of source and candidate differ, one value per depth, L + 1 in all.
 
-    ``relative``: RMS of their difference over the RMS of the source's; ``source_rms``, ``candidate_rms``: root mean
-    square of each side's; ``largest``: the largest absolute difference.
+    ``relative``: RMS of their difference over RMS of the source's. ``source_rms``, ``candidate_rms``: root mean square
+    of each side's. ``largest``: the largest absolute difference.
     """
 
     relative: tuple[float, ...]
@@ -30,48 +32,54 @@ class Drift:
     candidate_rms: tuple[float, ...]
     largest: tuple[float, ...]
 
-    def parting(self, limit: float = 1e-4) -> int | None:
-        """The first depth that is apart by more than ``limit`` (relative), NaN included; None where none is."""
-        return next((depth for depth, apart in enumerate(self.relative) if not apart <= limit), None)
+    def first_divergence(self, limit: float = 1e-4) -> int | None:
+        """The first depth with a relative difference above ``limit`` or NaN; None if there is none."""
+        return next((depth for depth, relative in enumerate(self.relative) if not relative <= limit), None)
 
     def to_json(self) -> dict[str, Any]:
         names = ("relative", "source_rms", "candidate_rms", "largest")
         return {name: [significant(value) for value in getattr(self, name)] for name in names}
 
 
+def depth_name(depth: int) -> str:
+    """Where a depth is, for sentences: "at the embeddings", "in layer 3"."""
+    return "at the embeddings" if depth == 0 else f"in layer {depth - 1}"
+
+
 @dataclass(frozen=True)
 class Tokens:
-    """What the logits said at each position of the prompts, all arrays (B, T).
+    """The logits' statistics at each position of the prompts; all arrays are (B, T).
 
-    ``ids``: the token ids, int64. ``kl``: KL(source || candidate) in nats of what follows the position. ``source_top``,
-    ``candidate_top``: the likeliest next token, -1 where logits were not finite. ``source_log_p``, ``candidate_log_p``: log-probability of the token that
-    does follow, NaN where none does (the last position) or where logits were not finite. ``pieces``: the tokens as
-    text, B tuples of T strings; None where the source has no tokenizer.model. ``text``: whether the prompts are running
-    text.
+    ``ids``: the token ids. ``kl``: KL(source || candidate) in nats of the next token's distribution. ``source_top``,
+    ``candidate_top``: the likeliest next token, -1 if logits were not finite. ``source_log_p``, ``candidate_log_p``:
+    log-probability of the token that follows; NaN at the last position, or if logits were not finite. ``pieces``: the
+    tokens as text, B tuples of T strings; None if the source has no tokenizer.model. ``text``: whether the prompts are
+    running text.
     """
 
-    ids: np.ndarray
-    kl: np.ndarray
-    source_top: np.ndarray
-    candidate_top: np.ndarray
-    source_log_p: np.ndarray
-    candidate_log_p: np.ndarray
+    ids: TokenIds
+    kl: NDArray[np.float64]
+    source_top: NDArray[np.int64]
+    candidate_top: NDArray[np.int64]
+    source_log_p: NDArray[np.float64]
+    candidate_log_p: NDArray[np.float64]
     text: bool = False
     pieces: tuple[tuple[str, ...], ...] | None = None
 
     @property
-    def same_top(self) -> np.ndarray:
-        return (self.source_top == self.candidate_top) & (self.source_top >= 0)
+    def same_top(self) -> NDArray[np.bool_]:
+        is_same: NDArray[np.bool_] = (self.source_top == self.candidate_top) & (self.source_top >= 0)
+        return is_same
 
     @property
-    def chosen_change(self) -> np.ndarray:
-        """Change of the following token's log-probability, candidate minus source; NaN where none follows."""
-        return self.candidate_log_p - self.source_log_p
+    def chosen_change(self) -> NDArray[np.float64]:
+        """Change of the following token's log-probability, candidate minus source; NaN if no token follows."""
+        return np.subtract(self.candidate_log_p, self.source_log_p)
 
     @classmethod
     def of(
         cls,
-        ids: np.ndarray,
+        ids: TokenIds,
         metrics: LogitMetrics,
         text: bool = False,
         pieces: tuple[tuple[str, ...], ...] | None = None,
@@ -80,8 +88,16 @@ class Tokens:
         log_p = np.full((2, *shape), np.nan)
         if metrics.log_p.size:
             log_p[:, :, :-1] = metrics.log_p.reshape(2, shape[0], shape[1] - 1)
-        tops = metrics.source_top.reshape(shape), metrics.candidate_top.reshape(shape)
-        return cls(ids, metrics.kl.reshape(shape), *tops, *log_p, text, pieces)
+        return cls(
+            ids=ids,
+            kl=metrics.kl.reshape(shape),
+            source_top=metrics.source_top.reshape(shape),
+            candidate_top=metrics.candidate_top.reshape(shape),
+            source_log_p=log_p[0],
+            candidate_log_p=log_p[1],
+            text=text,
+            pieces=pieces,
+        )
 
 
 @dataclass(frozen=True)
@@ -99,17 +115,16 @@ class TensorError:
 
 @dataclass(frozen=True)
 class Measurements:
-    """All of it. ``tensors``: None where the tensors were not compared; ``drift``, ``tokens`` and ``reference``: where no forward
-    pass ran."""
+    """All measurements. ``tensors``: None if tensors were not compared; the rest: None if no forward pass ran."""
 
     tensors: tuple[TensorError, ...] | None = None
     drift: Drift | None = None
     tokens: Tokens | None = None
-    reference: Reference | None = None
+    reference: ReferencePair | None = None
 
     def grid(self) -> dict[tuple[int | None, str], TensorError]:
         """The tensors by (layer, kind)."""
-        return {(each.layer, each.kind): each for each in self.tensors or ()}
+        return {(error.layer, error.kind): error for error in self.tensors or ()}
 
 
 def layer_and_kind(name: str) -> tuple[int | None, str]:
@@ -120,4 +135,4 @@ def layer_and_kind(name: str) -> tuple[int | None, str]:
 
 
 def tensor_errors(comparisons: Sequence[TensorComparison]) -> tuple[TensorError, ...]:
-    return tuple(TensorError(*layer_and_kind(each.name), each) for each in comparisons)
+    return tuple(TensorError(*layer_and_kind(comparison.name), comparison) for comparison in comparisons)

@@ -1,7 +1,7 @@
 """Two models' logits at the same positions, compared in one pass over slices of the vocabulary.
 
-With V = 256000 the logits of a hundred positions are 100 MB a side; nothing here holds more than a slice of them. Sums
-run online: a running maximum and the sums relative to it, in double precision.
+With V = 256000 the logits of a hundred positions are 100 MB a side, so only a slice of them is held at a time. Sums run
+online: a running maximum, and sums relative to it, in double precision.
 """
 
 from __future__ import annotations
@@ -9,40 +9,42 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from gemma2tool.verify.json_values import significant
 
-_AT_ONCE = 1 << 18  # logits whose arithmetic is done at once: 2 MiB in double precision
+Floats = NDArray[np.float64]
+
+_AT_ONCE = 1 << 18
+"""Logits that are processed at once: 2 MiB in double precision."""
 
 
 class LogitComparison:
-    """Feed with ``add`` every slice of the vocabulary once, in order; then ``finish``.
+    """Call ``add`` with every slice of the vocabulary once, in order; then ``finish``.
 
     ``positions``: N, all positions of all prompts. ``following``: int (N,), the token that follows each position, or -1
-    where none does. ``atol``, ``rtol``: a logit counts as beyond the limit when |difference| > atol + rtol * |source|.
+    where there is none. ``atol``, ``rtol``: a logit is beyond the limit if |difference| > atol + rtol * |source|.
     """
 
-    def __init__(self, positions: int, following: np.ndarray, *, atol: float = 0.0, rtol: float = 0.0) -> None:
+    def __init__(self, positions: int, following: NDArray[np.integer], *, atol: float = 0.0, rtol: float = 0.0) -> None:
         self.following, self.atol, self.rtol = np.asarray(following), atol, rtol
-        self._sides = (_Side(positions), _Side(positions))
-        self._cross = np.zeros(positions)  # sum of exp(s - max s) * (s - c)
-        self._back = np.zeros(positions)  # sum of exp(c - max c) * (c - s)
-        self._chosen = np.full((2, positions), -np.inf)
+        self._sides = (_RunningSoftmax(positions), _RunningSoftmax(positions))
+        self._cross = np.zeros(positions)  # sum of exp(source - max source) * (source - candidate)
+        self._reverse_cross = np.zeros(positions)  # the same with the sides exchanged
+        self._following_logits = np.full((2, positions), -np.inf)
         self._count = 0
-        self._sum_abs = 0.0
+        self._abs_sum = 0.0
         self._max_abs = 0.0
         self._max_at = (0, 0)
-        self._beyond = 0
+        self._beyond_limit = 0
         self._nonfinite = [0, 0]
 
-    def add(self, first: int, source: np.ndarray, candidate: np.ndarray) -> None:
-        """Logits of tokens ``first`` onwards, both float32 (N, slice)."""
+    def add(self, first: int, source: NDArray[np.float32], candidate: NDArray[np.float32]) -> None:
+        """Logits of the tokens from ``first`` on, both float32 (N, slice)."""
         for side, logits in enumerate((source, candidate)):
-            broken = logits.size - int(np.count_nonzero(np.isfinite(logits)))
-            self._nonfinite[side] += broken
+            self._nonfinite[side] += logits.size - int(np.count_nonzero(np.isfinite(logits)))
         if any(self._nonfinite):
             self._count += source.size
             return
@@ -51,51 +53,52 @@ class LogitComparison:
             rows = slice(start, start + step)
             self._add(first, rows, source[rows].astype(np.float64), candidate[rows].astype(np.float64))
 
-    def _add(self, first: int, rows: slice, s: np.ndarray, c: np.ndarray) -> None:
-        difference = s - c
+    def _add(self, first: int, rows: slice, source: Floats, candidate: Floats) -> None:
+        difference = source - candidate
         magnitude = np.abs(difference)
-        at = np.unravel_index(int(magnitude.argmax()), magnitude.shape)
-        if magnitude[at] > self._max_abs:
-            self._max_abs, self._max_at = float(magnitude[at]), (rows.start + int(at[0]), first + int(at[1]))
-        self._sum_abs += float(magnitude.sum())
-        self._beyond += int(np.count_nonzero(magnitude > self.atol + self.rtol * np.abs(s)))
-        self._count += s.size
+        row, column = np.unravel_index(int(magnitude.argmax()), magnitude.shape)
+        if magnitude[row, column] > self._max_abs:
+            self._max_abs = float(magnitude[row, column])
+            self._max_at = rows.start + int(row), first + int(column)
+        self._abs_sum += float(magnitude.sum())
+        self._beyond_limit += int(np.count_nonzero(magnitude > self.atol + self.rtol * np.abs(source)))
+        self._count += source.size
 
-        ours, theirs = self._sides
-        weights, rescale = ours.add(first, rows, s)
+        of_source, of_candidate = self._sides
+        weights, rescale = of_source.add(first, rows, source)
         self._cross[rows] = self._cross[rows] * rescale + (weights * difference).sum(axis=1)
-        weights, rescale = theirs.add(first, rows, c)
-        self._back[rows] = self._back[rows] * rescale - (weights * difference).sum(axis=1)
+        weights, rescale = of_candidate.add(first, rows, candidate)
+        self._reverse_cross[rows] = self._reverse_cross[rows] * rescale - (weights * difference).sum(axis=1)
         following = self.following[rows] - first
-        here = np.flatnonzero((following >= 0) & (following < s.shape[1]))
-        for side, logits in enumerate((s, c)):
-            self._chosen[side, rows.start + here] = logits[here, following[here]]
+        in_slice = np.flatnonzero((following >= 0) & (following < source.shape[1]))
+        for side, logits in enumerate((source, candidate)):
+            self._following_logits[side, rows.start + in_slice] = logits[in_slice, following[in_slice]]
 
     def finish(self) -> LogitMetrics:
-        ours, theirs = self._sides
+        source, candidate = self._sides
         if any(self._nonfinite):
-            return LogitMetrics.broken(ours.positions, *self._nonfinite)
-        kl = np.maximum(self._cross / ours.total - (ours.log_sum - theirs.log_sum), 0.0)
-        back = np.maximum(self._back / theirs.total - (theirs.log_sum - ours.log_sum), 0.0)
-        known = self.following >= 0
-        log_p = np.stack([self._chosen[0] - ours.log_sum, self._chosen[1] - theirs.log_sum])[:, known]
+            return LogitMetrics.of_nonfinite(source.positions, *self._nonfinite)
+        kl = np.maximum(self._cross / source.total - (source.log_sum - candidate.log_sum), 0.0)
+        reverse_kl = np.maximum(self._reverse_cross / candidate.total - (candidate.log_sum - source.log_sum), 0.0)
+        has_following = self.following >= 0
+        log_p = self._following_logits - np.stack([source.log_sum, candidate.log_sum])
         return LogitMetrics(
-            positions=ours.positions,
+            positions=source.positions,
             max_abs_difference=self._max_abs,
             max_at=self._max_at,
-            mean_abs_difference=self._sum_abs / max(self._count, 1),
-            beyond=self._beyond,
+            mean_abs_difference=self._abs_sum / max(self._count, 1),
+            beyond_limit=self._beyond_limit,
             logits=self._count,
             kl=kl,
-            kl_back=back,
-            same_top=ours.top == theirs.top,
-            source_top=ours.top,
-            candidate_top=theirs.top,
-            log_p=log_p,
+            reverse_kl=reverse_kl,
+            same_top=source.top == candidate.top,
+            source_top=source.top,
+            candidate_top=candidate.top,
+            log_p=log_p[:, has_following],
         )
 
 
-class _Side:
+class _RunningSoftmax:
     """Running maximum, its token, and the sum of exp(logit - maximum), per position."""
 
     def __init__(self, positions: int) -> None:
@@ -104,14 +107,14 @@ class _Side:
         self.total = np.zeros(positions)
         self.top = np.zeros(positions, np.int64)
 
-    def add(self, first: int, rows: slice, logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Returns exp(logits - maximum) and what earlier sums are to be multiplied by."""
+    def add(self, first: int, rows: slice, logits: Floats) -> tuple[Floats, Floats]:
+        """Returns exp(logits - maximum), and the factor for earlier sums."""
         at = logits.argmax(axis=1)
         largest = logits[np.arange(at.size), at]
         before = self.max[rows]
-        higher = largest > before
-        self.top[rows] = np.where(higher, first + at, self.top[rows])
-        maximum = np.where(higher, largest, before)
+        is_higher = largest > before
+        self.top[rows] = np.where(is_higher, first + at, self.top[rows])
+        maximum = np.where(is_higher, largest, before)
         rescale = np.exp(before - maximum)
         weights = np.exp(logits - maximum[:, None])
         self.total[rows] = self.total[rows] * rescale + weights.sum(axis=1)
@@ -119,79 +122,80 @@ class _Side:
         return weights, rescale
 
     @property
-    def log_sum(self) -> np.ndarray:
+    def log_sum(self) -> Floats:
         return self.max + np.log(self.total)
 
 
 @dataclass(frozen=True)
 class LogitMetrics:
-    """What two models' logits say of each other.
+    """How two models' logits compare.
 
-    Arrays are per position: ``kl`` (N,) = KL(source || candidate) in nats, ``kl_back`` the other way round, ``same_top``, ``source_top`` and
-    ``candidate_top`` (N,), and ``log_p`` (2, M): both sides' log-probabilities of the token that follows, for the M
-    positions where one does. ``beyond``: logits farther apart than the limit. ``nonfinite``: NaN or infinite logits of
-    source and candidate; all else is then empty.
+    Arrays are per position: ``kl`` (N,) = KL(source || candidate) in nats; ``reverse_kl`` = KL(candidate || source);
+    ``source_top`` and ``candidate_top``, the likeliest tokens, and ``same_top``, whether they are equal; ``log_p``
+    (2, M): both sides' log-probabilities of the token that follows, for the M positions that have one. ``max_at``:
+    position and token of the largest difference. ``beyond_limit``: number of logits beyond the limit. ``nonfinite``:
+    number of NaN or infinite logits of source and candidate; if there are any, nothing else is measured.
     """
 
     positions: int
     max_abs_difference: float
     max_at: tuple[int, int]
     mean_abs_difference: float
-    beyond: int
+    beyond_limit: int
     logits: int
-    kl: np.ndarray
-    kl_back: np.ndarray
-    same_top: np.ndarray
-    source_top: np.ndarray
-    candidate_top: np.ndarray
-    log_p: np.ndarray
+    kl: Floats
+    reverse_kl: Floats
+    same_top: NDArray[np.bool_]
+    source_top: NDArray[np.int64]
+    candidate_top: NDArray[np.int64]
+    log_p: Floats
     nonfinite: tuple[int, int] = (0, 0)
 
     @classmethod
-    def broken(cls, positions: int, source: int, candidate: int) -> LogitMetrics:
-        nothing, none = np.full(positions, np.nan), np.zeros(positions, bool)
-        tops = np.full(positions, -1)
-        lost = math.nan
+    def of_nonfinite(cls, positions: int, source: int, candidate: int) -> LogitMetrics:
+        """For logits of which ``source`` and ``candidate`` many are not finite."""
         return cls(
-            positions,
-            lost,
-            (0, 0),
-            lost,
-            0,
-            0,
-            nothing,
-            nothing,
-            none,
-            tops,
-            tops,
-            np.empty((2, 0)),
-            (source, candidate),
+            positions=positions,
+            max_abs_difference=math.nan,
+            max_at=(0, 0),
+            mean_abs_difference=math.nan,
+            beyond_limit=0,
+            logits=0,
+            kl=np.full(positions, np.nan),
+            reverse_kl=np.full(positions, np.nan),
+            same_top=np.zeros(positions, bool),
+            source_top=np.full(positions, -1),
+            candidate_top=np.full(positions, -1),
+            log_p=np.empty((2, 0)),
+            nonfinite=(source, candidate),
         )
 
     @classmethod
-    def joined(cls, parts: Sequence[LogitMetrics]) -> LogitMetrics:
-        """What several comparisons say together, positions in their order."""
+    def concatenated(cls, parts: Sequence[LogitMetrics]) -> LogitMetrics:
+        """The metrics of several comparisons together, positions in their order."""
         if len(parts) == 1:
             return parts[0]
         positions = sum(part.positions for part in parts)
-        nonfinite = tuple(sum(part.nonfinite[side] for part in parts) for side in (0, 1))
-        if any(nonfinite):
-            return cls.broken(positions, *nonfinite)
-        worst = max(range(len(parts)), key=lambda i: parts[i].max_abs_difference)
-        before = sum(part.positions for part in parts[:worst])
+        source_nonfinite, candidate_nonfinite = (sum(part.nonfinite[side] for part in parts) for side in (0, 1))
+        if source_nonfinite or candidate_nonfinite:
+            return cls.of_nonfinite(positions, source_nonfinite, candidate_nonfinite)
+        worst = max(range(len(parts)), key=lambda index: parts[index].max_abs_difference)
+        positions_before = sum(part.positions for part in parts[:worst])
+        position, token = parts[worst].max_at
         logits = sum(part.logits for part in parts)
-        arrays = {
-            name: np.concatenate([getattr(part, name) for part in parts], axis=-1)
-            for name in ("kl", "kl_back", "same_top", "source_top", "candidate_top", "log_p")
-        }
         return cls(
             positions=positions,
             max_abs_difference=parts[worst].max_abs_difference,
-            max_at=(before + parts[worst].max_at[0], parts[worst].max_at[1]),
+            max_at=(positions_before + position, token),
             mean_abs_difference=sum(part.mean_abs_difference * part.logits for part in parts) / logits,
-            beyond=sum(part.beyond for part in parts),
+            beyond_limit=sum(part.beyond_limit for part in parts),
             logits=logits,
-            **arrays,
+            kl=np.concatenate([part.kl for part in parts]),
+            reverse_kl=np.concatenate([part.reverse_kl for part in parts]),
+            same_top=np.concatenate([part.same_top for part in parts]),
+            source_top=np.concatenate([part.source_top for part in parts]),
+            candidate_top=np.concatenate([part.candidate_top for part in parts]),
+            log_p=np.concatenate([part.log_p for part in parts], axis=1),
         )
 
     @property
@@ -199,20 +203,20 @@ class LogitMetrics:
         return float(self.kl.mean())
 
     @property
-    def mean_kl_back(self) -> float:
-        return float(self.kl_back.mean())
+    def mean_reverse_kl(self) -> float:
+        return float(self.reverse_kl.mean())
 
     @property
     def top1(self) -> float:
-        """Share of positions whose likeliest token is the same."""
+        """Share of positions at which both have the same likeliest token."""
         return float(self.same_top.mean())
 
     def kl_percentile(self, percent: float) -> float:
         return float(np.percentile(self.kl, percent))
 
-    def distribution(self) -> dict[str, Any]:
-        """KL and top-1 agreement; the 99.9th percentile only where there are 10,000 positions to speak of one."""
-        found = {
+    def distribution(self) -> dict[str, float]:
+        """KL and top-1 agreement by metric name; the 99.9th percentile only if there are at least 10,000 positions."""
+        statistics = {
             "kl_mean": self.mean_kl,
             "kl_median": self.kl_percentile(50),
             "kl_p99": self.kl_percentile(99),
@@ -220,30 +224,32 @@ class LogitMetrics:
             "top1_agreement": self.top1,
         }
         if self.positions >= 10_000:
-            found["kl_p99_9"] = self.kl_percentile(99.9)
-        return {name: significant(value) for name, value in found.items()} | {"positions": self.positions}
+            statistics["kl_p99_9"] = self.kl_percentile(99.9)
+        return {name: significant(value) for name, value in statistics.items()} | {"positions": self.positions}
 
-    def prediction(self) -> dict[str, Any]:
-        """Perplexities over the tokens that follow, their ratio with its standard error, and the change of those
-        tokens' probability. Means something only where the prompt is text."""
-        ours, theirs = -self.log_p
-        count = ours.size
+    def prediction(self) -> dict[str, float]:
+        """Perplexities over the tokens that follow, with standard errors, and the change of those tokens' probability.
+
+        Meaningful only for running text. Empty if no position has a following token.
+        """
+        source, candidate = -self.log_p
+        count = source.size
         if not count:
             return {}
         change = np.exp(self.log_p[1]) - np.exp(self.log_p[0])
-        found = {
-            "perplexity_source": math.exp(ours.mean()),
-            "perplexity_source_se": math.exp(ours.mean()) * _standard_error(ours),
-            "perplexity_candidate": math.exp(theirs.mean()),
-            "perplexity_candidate_se": math.exp(theirs.mean()) * _standard_error(theirs),
-            "perplexity_ratio": math.exp((theirs - ours).mean()),
-            "perplexity_ratio_se": math.exp((theirs - ours).mean()) * _standard_error(theirs - ours),
+        statistics = {
+            "perplexity_source": math.exp(source.mean()),
+            "perplexity_source_se": math.exp(source.mean()) * _standard_error(source),
+            "perplexity_candidate": math.exp(candidate.mean()),
+            "perplexity_candidate_se": math.exp(candidate.mean()) * _standard_error(candidate),
+            "perplexity_ratio": math.exp((candidate - source).mean()),
+            "perplexity_ratio_se": math.exp((candidate - source).mean()) * _standard_error(candidate - source),
             "chosen_probability_change_mean": float(change.mean()),
             "chosen_probability_change_rms": math.sqrt(float((change**2).mean())),
         }
-        return {name: significant(value) for name, value in found.items()} | {"predicted_tokens": count}
+        return {name: significant(value) for name, value in statistics.items()} | {"predicted_tokens": count}
 
 
-def _standard_error(values: np.ndarray) -> float:
-    """Of the mean; of exp(mean) when multiplied by it (first order)."""
+def _standard_error(values: Floats) -> float:
+    """Of the mean; times exp(mean), that of exp(mean), to first order."""
     return float(values.std(ddof=1)) / math.sqrt(values.size) if values.size > 1 else 0.0

@@ -1,298 +1,257 @@
-"""Every tensor of a candidate against its source, streamed: bit for bit where that can be asked, else within the type's
-bound.
+"""Every tensor of a candidate against its source, streamed: bit for bit where possible, else within its type's bound.
 
-Which question is asked of a tensor follows from how the candidate stores it:
-
-- ``exact``: a float type that holds every value of the source. The bits must be equal.
-- ``cast``: a narrower float type. The bits must be those of the source rounded to it, nearest or even.
-- ``expected``: the caller knows what the target's own convention makes of the tensor (GGUF's w + 1 in float32). The
-  bits must be
-  those, and what they lose against the source is reported.
-- ``bound``: a quantized type. Every block's error must lie within ``bounds.BOUNDS``; where scales were folded (see
-  ``folding``), against the source under those scales.
-- ``folded``: a norm with the scales of such weights in it. What it computes is compared with theirs, in their place.
-- ``reported``: a type without a known bound. Measured, not judged.
+``rules.Rule`` lists the rules that tensors are compared by.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from typing import Any
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
 
-from gemma2tool.model.lazy import BFLOAT16, FLOAT16, FLOAT32, FLOAT_DTYPES, LazyTensor, row_ranges, to_float32
+from gemma2tool.model.lazy import LazyTensor, row_ranges, to_float32
 from gemma2tool.model.progress import Advance
-from gemma2tool.verify.compare.bounds import BOUNDS, Bound
+from gemma2tool.verify.compare.block_limits import BlockLimits
+from gemma2tool.verify.compare.bounds import Bound
 from gemma2tool.verify.compare.comparison import TensorComparison
-from gemma2tool.verify.compare.measure import BlockJudge, Piece, measure_bits, measure_blocks
+from gemma2tool.verify.compare.measure import Errors, TensorErrors, measure_bits, measure_blocks
+from gemma2tool.verify.compare.rules import Rule, TensorRules, cast, rule_for
 from gemma2tool.verify.digest import leaf_rows, leaves, tensor_digest
-from gemma2tool.verify.gates import loosest
 
 GATE = "tensors"
 
-# Values compared at a time by one thread: half a MiB as float32. The handful of arrays they need then stay in the
-# caches and are allocated from memory already mapped; four times as many cost twice the time, in page faults.
-_CHUNK_VALUES = 128 * 1024
+CHUNK_VALUES = 128 * 1024
+"""Values that one thread compares at a time: half a MiB as float32.
 
-_HOLDS = {FLOAT32: {FLOAT32, FLOAT16, BFLOAT16}, FLOAT16: {FLOAT16}, BFLOAT16: {BFLOAT16}}
-# How far rounding to a type moves a value: by a share of it, or by half of the type's smallest step.
-_ROUNDING = {FLOAT16: (2.0**-11, 2.0**-25), BFLOAT16: (2.0**-8, 0.0)}
+The arrays that this needs stay in the caches and are allocated from memory that is already mapped; four times as many
+values take twice the time, in page faults.
+"""
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
 class _Job:
-    """One tensor's comparison: how its rows are cut, measured and, at the end, judged."""
+    """The comparison of one tensor. ``required``: what the candidate's values are compared with."""
 
     name: str
     source: LazyTensor
     candidate: LazyTensor
-    rule: str
-    wanted: LazyTensor
+    rule: Rule
+    required: LazyTensor
     bound: Bound | None
 
     @property
     def block(self) -> int:
-        """Values that share a scale."""
+        """Number of values that share a scale."""
         if self.bound is None:
             return 1
         return self.bound.block or self.candidate.group_size or self.candidate.row_size
 
     def ranges(self) -> Iterable[tuple[int, int]]:
+        """Ranges of rows: whole blocks, and whole chunks of the digest."""
         row = max(self.candidate.row_size, 1)
         multiple = math.lcm(self.block // math.gcd(self.block, row), leaf_rows(row))
-        return row_ranges(self.candidate.rows, row, _CHUNK_VALUES, multiple)
+        return row_ranges(self.candidate.rows, row, CHUNK_VALUES, multiple)
 
-    def piece(self, first: int, last: int) -> Piece:
-        got, source = self.candidate.load_rows_exact(first, last), self.source.load_rows_exact(first, last)
+    def compare(self, first: int, last: int) -> _Piece:
+        """Compare rows ``first`` to ``last``."""
+        actual, source = self.candidate.load_rows_exact(first, last), self.source.load_rows_exact(first, last)
+        required = source if self.required is self.source else self.required.load_rows_exact(first, last)
         if self.rule in ("bound", "reported"):
-            true = source if self.wanted is self.source else self.wanted.load_rows_exact(first, last)
-            piece = measure_blocks(to_float32(true), to_float32(got), self.block, self.bound)
+            errors = measure_blocks(to_float32(required), to_float32(actual), self.block, self.bound)
         else:
-            must = source if self.wanted is self.source else self.wanted.load_rows_exact(first, last)
-            errors_against = None if self.rule in ("exact", "folded") else (lambda: to_float32(source))
-            piece = measure_bits(cast(must, self.candidate.stored, got.dtype), got, errors_against)
-        piece.candidate_leaves = leaves(got)
-        same = self.rule == "exact" and not piece.differing and source.dtype != np.float64
-        piece.source_leaves = piece.candidate_leaves if same else leaves(source)
-        return piece
+            measured_against = None if self.rule in ("exact", "folded") else (lambda: to_float32(source))
+            errors = measure_bits(cast(required, self.candidate.stored, actual.dtype), actual, measured_against)
+        candidate_digests = leaves(actual)
+        is_same = self.rule == "exact" and not errors.differing and source.dtype != np.float64
+        return _Piece(errors, candidate_digests if is_same else leaves(source), candidate_digests)
 
 
-def cast(rows: np.ndarray, stored: str, dtype: np.dtype) -> np.ndarray:
-    """``rows`` as a candidate that stores ``stored`` and hands out ``dtype`` must return them: rounded once, nearest or
-    even."""
-    target = dtype if dtype == rows.dtype == np.float64 else FLOAT_DTYPES.get(stored, dtype)
-    if rows.dtype != target:
-        with np.errstate(over="ignore"):  # a value too large becomes infinite, and is then reported as such
-            rows = to_float32(rows).astype(target)
-    return rows if rows.dtype == dtype else to_float32(rows).astype(dtype)
+@dataclass(frozen=True)
+class _Piece:
+    """The result for a range of rows; digests are those of the chunks, see ``digest``."""
+
+    errors: Errors
+    source_digests: bytes
+    candidate_digests: bytes
+
+
+@dataclass
+class _Sum:
+    """The sum of a tensor's pieces, in order."""
+
+    job: _Job
+    errors: TensorErrors = field(init=False)
+    source_digests: list[bytes] = field(default_factory=list)
+    candidate_digests: list[bytes] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        bound = self.job.bound
+        self.errors = TensorErrors(None if bound is None else BlockLimits(bound, self.job.block))
+
+    def add(self, piece: _Piece) -> None:
+        self.errors.add(piece.errors)
+        self.source_digests.append(piece.source_digests)
+        self.candidate_digests.append(piece.candidate_digests)
+
+    def comparison(self) -> TensorComparison:
+        job, total = self.job, self.errors.total
+        bad_blocks = 0 if self.errors.limits is None else self.errors.limits.finish()
+        rms, rmse = math.sqrt(total.signal / total.values), math.sqrt(total.noise / total.values)
+        message = _message(job, self.errors, bad_blocks, rms, rmse)
+        return TensorComparison(
+            name=job.name,
+            shape=job.candidate.shape,
+            source_type=job.source.stored,
+            candidate_type=job.candidate.stored,
+            rule=job.rule,
+            ok=not message,
+            values=total.values,
+            rms=rms,
+            rmse=rmse,
+            max_abs_error=total.max_abs_error,
+            differing=total.differing,
+            bad_blocks=bad_blocks,
+            nonfinite=total.nonfinite,
+            source_nonfinite=total.source_nonfinite,
+            message=message,
+            source_digest=tensor_digest(job.candidate.shape, b"".join(self.source_digests)),
+            candidate_digest=tensor_digest(job.candidate.shape, b"".join(self.candidate_digests)),
+        )
 
 
 def compare_tensors(
     source: Mapping[str, LazyTensor],
     candidate: Mapping[str, LazyTensor],
+    rules: TensorRules | None = None,
     *,
-    expected: Mapping[str, LazyTensor] | None = None,
-    folded: Mapping[str, LazyTensor] | None = None,
-    weighted: bool = False,
-    rmse: float | None = None,
     threads: int = 1,
     advance: Advance | None = None,
 ) -> list[TensorComparison]:
-    """Compare the tensors that both have, in the source's order; shapes must already be equal.
+    """Compare the tensors that both have, in the source's order; their shapes must be equal.
 
-    ``expected``: what the candidate must hold, bit for bit, where the target's convention changes a value. ``folded``:
-    the source's tensors under the scales that the candidate folded, see ``folding``.
-    ``weighted``: whether an importance matrix steered the candidate's codes. ``rmse``: ceiling on RMSE / RMS in place
-    of each type's own. The result does not depend on ``threads``.
+    ``advance`` receives the bytes of the candidate's values. The result does not depend on ``threads``.
     """
-    expected, folded = expected or {}, folded or {}
-    jobs = [
-        _job(name, source[name], candidate[name], expected.get(name), folded.get(name), weighted, rmse)
-        for name in source
-        if name in candidate
-    ]
+    rules = rules or TensorRules()
+    jobs = [_job(name, source[name], candidate[name], rules) for name in source if name in candidate]
     tasks = [(job, first, last) for job in jobs for first, last in job.ranges()]
 
-    def run(task: tuple[_Job, int, int]) -> Piece:
+    def compare(task: tuple[_Job, int, int]) -> _Piece:
         job, first, last = task
-        return job.piece(first, last)
+        return job.compare(first, last)
 
-    found: list[TensorComparison] = []
-    judge: BlockJudge | None = None
-    current: _Job | None = None
-    with _mapped(run, tasks, threads) as pieces:
+    comparisons: list[TensorComparison] = []
+    current: _Sum | None = None
+    with _mapped(compare, tasks, threads) as pieces:
         for (job, first, last), piece in zip(tasks, pieces, strict=True):
-            if job is not current:
-                if current is not None and judge is not None:
-                    found.append(_conclude(current, judge))
-                current, judge = job, BlockJudge(job.bound, job.block)
-            judge.add(piece)
+            if current is None or job is not current.job:
+                if current is not None:
+                    comparisons.append(current.comparison())
+                current = _Sum(job)
+            current.add(piece)
             if advance is not None:
                 advance((last - first) * job.candidate.row_size * job.candidate.dtype.itemsize, job.name)
-    if current is not None and judge is not None:
-        found.append(_conclude(current, judge))
-    return found
+    if current is not None:
+        comparisons.append(current.comparison())
+    return comparisons
 
 
 def read_through(tensors: Iterable[LazyTensor]) -> None:
-    """Read tensors that have nothing to be compared with: a container with sums of its own refuses what is damaged."""
+    """Read tensors that have no counterpart: a container with checksums then refuses damaged ones."""
     for tensor in tensors:
-        for first, last in row_ranges(tensor.rows, tensor.row_size, _CHUNK_VALUES):
+        for first, last in row_ranges(tensor.rows, tensor.row_size, CHUNK_VALUES):
             tensor.load_rows(first, last)
 
 
-class _mapped:
-    """``map`` over threads that gives results in order and, when left early, drops what has not begun."""
-
-    def __init__(self, function: Callable[[Any], Any], tasks: list[Any], threads: int) -> None:
-        self.function, self.tasks, self.threads, self.pool = function, tasks, threads, None
-
-    def __enter__(self) -> Iterable[Any]:
-        if self.threads <= 1:
-            return map(self.function, self.tasks)
-        self.pool = ThreadPoolExecutor(self.threads, thread_name_prefix="verify")
-        return self.pool.map(self.function, self.tasks)
-
-    def __exit__(self, *exc: object) -> None:
-        if self.pool is not None:
-            self.pool.shutdown(cancel_futures=True)
+@contextmanager
+def _mapped(function: Callable[[Task], Result], tasks: Sequence[Task], threads: int) -> Iterator[Iterable[Result]]:
+    """``map`` over threads, with results in order. Leaving the block early cancels the tasks that have not started."""
+    if threads <= 1:
+        yield map(function, tasks)
+        return
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="verify")
+    try:
+        yield pool.map(function, tasks)
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
-def _job(
-    name: str,
-    source: LazyTensor,
-    candidate: LazyTensor,
-    expected: LazyTensor | None,
-    folded: LazyTensor | None,
-    weighted: bool,
-    rmse: float | None,
-) -> _Job:
-    rule = _rule(source, candidate, expected is not None)
+def _job(name: str, source: LazyTensor, candidate: LazyTensor, rules: TensorRules) -> _Job:
+    expected, folded = rules.expected.get(name), rules.folded.get(name)
+    rule = rule_for(source, candidate, is_expected=expected is not None)
     if folded is not None and rule != "bound":
         return _Job(name, source, candidate, "folded", folded, None)
-    bound = BOUNDS[candidate.stored] if rule == "bound" else None
-    if bound is not None:
-        bound = (bound.steered() if weighted else bound).rounded(*_ROUNDING.get(candidate.dtype, (0.0, 0.0)))
-        bound = bound if rmse is None else replace(bound, relative_rmse=rmse)
-        # Folded scales are known within the rounding of what carries them: too little for the sharpest limit.
-        bound = bound if folded is None else replace(bound, nearest=math.inf)
-    wanted = next((each for each in (expected, folded) if each is not None), source)
-    return _Job(name, source, candidate, rule, wanted, bound)
+    bound = rules.bound(candidate, is_folded=folded is not None) if rule == "bound" else None
+    required = next((tensor for tensor in (expected, folded) if tensor is not None), source)
+    return _Job(name, source, candidate, rule, required, bound)
 
 
-def _rule(source: LazyTensor, candidate: LazyTensor, expected: bool) -> str:
-    """Which question a tensor is asked; see the module."""
-    if expected:
-        return "expected"
-    stored = FLOAT_DTYPES.get(candidate.stored)
-    if stored is not None:
-        return "exact" if source.dtype in _HOLDS[stored] else "cast"
-    return "bound" if candidate.stored in BOUNDS else "reported"
-
-
-def kind_of(
-    source: Mapping[str, LazyTensor],
-    candidate: Mapping[str, LazyTensor],
-    expected: Collection[str],
-    comparisons: Iterable[TensorComparison] | None,
-) -> str:
-    """What the candidate is to its source, a row of ``gates.GATES``: "lossless", or the loosest type it stores lossy
-    tensors in.
-
-    Follows from the stored types alone; where ``comparisons`` are there, tensors that came back whole do not count.
-    """
-    whole = {each.name for each in comparisons or () if each.ok and not each.max_abs_error}
-    kinds = set()
-    for name in source.keys() - whole:
-        rule = _rule(source[name], candidate[name], name in expected)
-        if rule == "expected" and candidate[name].stored in FLOAT_DTYPES:
-            # The arithmetic of a convention in a type of 16 bits costs what storing that type does.
-            kinds.add("convention" if candidate[name].stored == "f32" else candidate[name].stored)
-        elif rule != "exact":
-            kinds.add(candidate[name].stored)
-    return loosest(kinds)
-
-
-def _conclude(job: _Job, judge: BlockJudge) -> TensorComparison:
-    total = judge.total
-    bad_blocks = judge.finish()
-    rms, rmse = math.sqrt(total.signal / total.values), math.sqrt(total.noise / total.values)
-    message = ""
+def _message(job: _Job, errors: TensorErrors, bad_blocks: int, rms: float, rmse: float) -> str:
+    """Why the tensor is not within its limits; empty if it is."""
+    total, stored = errors.total, job.candidate.stored
     if total.nonfinite > total.source_nonfinite:
-        at = _where(total.first_nonfinite, job.candidate.shape)
-        message = (
-            f"holds {total.nonfinite} NaN or infinite values where the source holds {total.source_nonfinite};"
-            f" the first at {at}"
+        return (
+            f"has {total.nonfinite} NaN or infinite values where the source has {total.source_nonfinite};"
+            f" the first at {_position(total.first_nonfinite, job.candidate.shape)}"
         )
-    elif total.differing:
-        message = _bits_message(job, total)
-    elif bad_blocks:
-        message = _block_message(job, judge, bad_blocks)
-    elif mean := judge.leans():
-        message = (
-            f"values are {'larger' if mean > 0 else 'smaller'} by {abs(mean):.4g} on average, RMS {rmse:.4g}: errors of rounding to"
-            f" {job.candidate.stored} cancel out"
+    if total.differing:
+        return _bits_message(job, total)
+    if bad_blocks and errors.limits is not None:
+        return _block_message(job, errors.limits, bad_blocks)
+    if mean := errors.systematic_error():
+        return (
+            f"values are {'larger' if mean > 0 else 'smaller'} by {abs(mean):.4g} on average, RMS {rmse:.4g}: errors of"
+            f" rounding to {stored} cancel out"
         )
-    elif job.bound is not None and rmse > job.bound.relative_rmse * rms + job.bound.floor:
-        message = (
-            f"error is {rmse / rms if rms else math.inf:.3g} of the tensor's size (RMSE / RMS);"
-            f" {job.candidate.stored} stays below {job.bound.relative_rmse:.3g}"
+    if job.bound is not None and rmse > job.bound.relative_rmse * rms + job.bound.floor:
+        return (
+            f"RMSE / RMS is {rmse / rms if rms else math.inf:.3g};"
+            f" the limit for {stored} is {job.bound.relative_rmse:.3g}"
         )
-    return TensorComparison(
-        name=job.name,
-        shape=job.candidate.shape,
-        source_type=job.source.stored,
-        candidate_type=job.candidate.stored,
-        rule=job.rule,
-        ok=not message,
-        values=total.values,
-        rms=rms,
-        rmse=rmse,
-        max_abs_error=total.max_abs_error,
-        differing=total.differing,
-        bad_blocks=bad_blocks,
-        nonfinite=total.nonfinite,
-        source_nonfinite=total.source_nonfinite,
-        message=message,
-        source_digest=tensor_digest(job.candidate.shape, b"".join(judge.source_leaves)),
-        candidate_digest=tensor_digest(job.candidate.shape, b"".join(judge.candidate_leaves)),
-    )
+    return ""
 
 
-_MUST_BE = {
+_REQUIRED_BITS: Mapping[Rule, str] = {
     "exact": "the source's ({stored} holds them exactly)",
     "cast": "the source's rounded to {stored}",
-    "expected": "what the target's convention makes of the source's",
+    "expected": "the source's after the target's convention",
+    "folded": "the source's with the folded scales",
 }
 
 
-def _bits_message(job: _Job, total: Piece) -> str:
-    must = _MUST_BE[job.rule].format(stored=job.candidate.stored)
-    index, wanted, got = total.first_difference
+def _bits_message(job: _Job, total: Errors) -> str:
+    required_bits = _REQUIRED_BITS[job.rule].format(stored=job.candidate.stored)
     verb = "is" if total.differing == 1 else "are"
-    at = _where(index, job.candidate.shape)
-    return (
-        f"{total.differing} of {total.values} values {verb} not {must};"
-        f" the first at {at}: {got:.9g}, must be {wanted:.9g}"
-    )
+    message = f"{total.differing} of {total.values} values {verb} not {required_bits}"
+    if total.first_difference is None:
+        return message
+    first = total.first_difference
+    position = _position(first.index, job.candidate.shape)
+    return f"{message}; the first at {position}: {first.actual:.9g}, must be {first.required:.9g}"
 
 
-def _block_message(job: _Job, judge: BlockJudge, bad_blocks: int) -> str:
-    worst = judge.worst
-    at = _where(worst.index, job.candidate.shape)
-    where = f"the worst begins at {at}" if bad_blocks > 1 else f"it begins at {at}"
-    kind = "its largest value is off by" if worst.anchor else "a value is off by"
+def _block_message(job: _Job, limits: BlockLimits, bad_blocks: int) -> str:
+    stored = job.candidate.stored
     verb = "is" if bad_blocks == 1 else "are"
-    return (
+    message = (
         f"{bad_blocks} of {math.ceil(job.candidate.size / job.block)} blocks of {job.block} values {verb} farther from"
-        f" the source than {job.candidate.stored} can be; {where}: {kind} {worst.error:.4g}, at most"
-        f" {worst.allowed:.4g} is possible"
+        f" the source than {stored} allows"
     )
+    worst = limits.worst
+    if worst is None:
+        return message
+    position = _position(worst.index, job.candidate.shape)
+    where = f"the worst begins at {position}" if bad_blocks > 1 else f"it begins at {position}"
+    value = "its largest value" if worst.is_anchor else "a value"
+    return f"{message}; {where}: {value} is off by {worst.error:.4g}, the limit is {worst.limit:.4g}"
 
 
-def _where(index: int, shape: tuple[int, ...]) -> str:
-    return "[" + ", ".join(str(int(each)) for each in np.unravel_index(index, shape or (1,))) + "]"
+def _position(index: int, shape: tuple[int, ...]) -> str:
+    return "[" + ", ".join(str(int(axis_index)) for axis_index in np.unravel_index(index, shape or (1,))) + "]"

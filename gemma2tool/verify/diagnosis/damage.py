@@ -9,7 +9,7 @@ import numpy as np
 
 from gemma2tool.model.lazy import Array, LazyTensor, row_ranges, to_float32
 from gemma2tool.verify.compare.bounds import BOUNDS
-from gemma2tool.verify.compare.tensors import cast
+from gemma2tool.verify.compare.rules import cast
 from gemma2tool.verify.diagnosis.cause import Json
 from gemma2tool.verify.diagnosis.fit import CHUNK_VALUES, UNSIGNED, is_float
 from gemma2tool.verify.diagnosis.pattern import Pattern

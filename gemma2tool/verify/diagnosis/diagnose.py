@@ -10,6 +10,7 @@ from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.config import Gemma2Config
 from gemma2tool.model.lazy import LazyTensor
 from gemma2tool.verify.compare.comparison import TensorComparison
+from gemma2tool.verify.compare.rules import TensorRules
 from gemma2tool.verify.compare.tensors import compare_tensors
 from gemma2tool.verify.diagnosis.cause import Cause
 from gemma2tool.verify.diagnosis.completeness import causes_of_names, causes_of_types
@@ -50,7 +51,10 @@ def diagnose(
     base = Weights({**source.tensors, **(expected or {})}, source.config)
     if comparisons is None:
         comparisons = compare_tensors(
-            _same_shapes(source, candidate), candidate.tensors, expected=expected, weighted=weighted, threads=threads
+            _same_shapes(source, candidate),
+            candidate.tensors,
+            TensorRules(expected=expected or {}, weighted=weighted),
+            threads=threads,
         )
     by_name = {comparison.name: comparison for comparison in comparisons}
     case = Case(base, Weights(source.tensors, source.config), candidate.tensors, by_name, weighted, threads)

@@ -11,7 +11,7 @@ import numpy as np
 
 from gemma2tool.model.lazy import FLOAT_DTYPES, Array, LazyTensor, row_ranges, to_float32
 from gemma2tool.verify.compare.bounds import BOUNDS
-from gemma2tool.verify.compare.tensors import cast
+from gemma2tool.verify.compare.rules import cast
 
 _EPSILON = {"f32": 2.0**-23, "f16": 2.0**-11, "bf16": 2.0**-8, "f64": 2.0**-52}
 UNSIGNED = {2: np.uint16, 4: np.uint32, 8: np.uint64}
@@ -144,7 +144,7 @@ def error_limit(source: LazyTensor, candidate: LazyTensor, weighted: bool = Fals
     bound = BOUNDS.get(candidate.stored)
     if bound is None:
         return _UNBOUNDED_LIMIT
-    return (bound.steered() if weighted else bound).relative_rmse
+    return (bound.for_importance_matrix() if weighted else bound).relative_rmse
 
 
 def _float_name(tensor: LazyTensor) -> str:

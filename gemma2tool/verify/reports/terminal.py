@@ -94,7 +94,7 @@ def render_difference(result: Difference, out: Out, *, findings: int = 4) -> Non
         _render_cause(cause, out)
     differing = [tensor for tensor in result.tensors if tensor.differing]
     if differing:
-        farthest = sorted(differing, key=lambda tensor: -tensor.relative)[:_MAX_FARTHEST]
+        farthest = sorted(differing, key=lambda tensor: -tensor.relative_rmse)[:_MAX_FARTHEST]
         out.table(
             ("tensors farthest apart", "A", "B", "values#", "differing#", "RMS#", "largest#"),
             [
@@ -103,7 +103,7 @@ def render_difference(result: Difference, out: Out, *, findings: int = 4) -> Non
                     *tensor.types,
                     f"{tensor.values:,}",
                     f"{tensor.differing:,}",
-                    f"{tensor.relative:.3g}",
+                    f"{tensor.relative_rmse:.3g}",
                     f"{tensor.max_abs_difference:.3g}",
                 )
                 for tensor in farthest

@@ -92,7 +92,7 @@ def test_there_and_back_but_for_rounding(tmp_path: Path, dtype: str) -> None:
 def test_it_passes_its_own_verification_and_faults_do_not(tmp_path: Path, origin: str, dtype: str | None) -> None:
     """What the convention rounds, in whatever type it is stored, is no fault; the next float beside it is one."""
     from gemma2tool.model.lazy import ArrayTensor
-    from gemma2tool.verify.run import LEVELS, verify
+    from gemma2tool.verify.run import LEVELS, VerifySettings, verify
 
     config = replace(CONFIG, hidden_size=72)  # sqrt(72) is no power of two
     source = random_checkpoint(np.dtype(getattr(ml_dtypes, origin, "float32")), config)
@@ -101,7 +101,7 @@ def test_it_passes_its_own_verification_and_faults_do_not(tmp_path: Path, origin
 
     def verdict(*levels: str):
         expected = registry.by_name("maxtext").expected_after_roundtrip(source, candidate)
-        return verify(source, candidate, ids=np.arange(12), expected=expected, levels=levels)
+        return verify(source, candidate, VerifySettings(ids=np.arange(12), expected=expected, levels=levels))
 
     candidate = registry.open_checkpoint(write_as("maxtext", source, tmp_path / "out", dtype=dtype))
     found = verdict(*LEVELS)

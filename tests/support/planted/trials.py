@@ -13,7 +13,7 @@ from gemma2tool.errors import InputRefused
 from gemma2tool.formats import registry
 from gemma2tool.model.config import Gemma2Config
 from gemma2tool.verify.result import Verification
-from gemma2tool.verify.run import verify
+from gemma2tool.verify.run import VerifySettings, verify
 from tests.support.checkpoints import SMALL as NARROW
 from tests.support.checkpoints import random_checkpoint, write_checkpoint
 from tests.support.planted import config as planted_config  # noqa: F401 (registers its faults)
@@ -104,13 +104,13 @@ def trial(faults: Sequence[Fault], source: Victim, name: str, form: str, folder:
         return Outcome(names, name, form, not result.passed, tuple(cause.id for cause in result.causes), right)
 
     if form == "memory":
-        return outcome(verify(original, victim.checkpoint(), levels=LEVELS))
+        return outcome(verify(original, victim.checkpoint(), VerifySettings(levels=LEVELS)))
     path = folder / f"{name}-{'-'.join(names)}{'.gguf' if form == 'gguf' else ''}"
     write_checkpoint(victim.checkpoint(), path)
     try:
         with registry.open_checkpoint(path) as candidate:
             expected = registry.by_name(candidate.format).expected_after_roundtrip(original, candidate)
-            return outcome(verify(original, candidate, levels=LEVELS, expected=expected))
+            return outcome(verify(original, candidate, VerifySettings(levels=LEVELS, expected=expected)))
     except InputRefused as refused:
         return Outcome(names, name, form, True, (refused.id,), right)
 

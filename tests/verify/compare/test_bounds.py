@@ -11,6 +11,7 @@ import pytest
 from gemma2tool.model.lazy import ArrayTensor
 from gemma2tool.verify.compare.bounds import BOUNDS
 from gemma2tool.verify.compare.comparison import TensorComparison
+from gemma2tool.verify.compare.rules import TensorRules
 from gemma2tool.verify.compare.tensors import compare_tensors
 from tests.support import llama_peer
 
@@ -59,7 +60,7 @@ def skip_unless_quick(kind: str) -> None:
 
 def compare(kind: str, rows: np.ndarray, codes: np.ndarray, weighted: bool) -> TensorComparison:
     theirs = ArrayTensor(llama_peer.dequantize(kind.upper(), codes, COLS), stored=kind)
-    return compare_tensors({"t": ArrayTensor(rows)}, {"t": theirs}, weighted=weighted)[0]
+    return compare_tensors({"t": ArrayTensor(rows)}, {"t": theirs}, TensorRules(weighted=weighted))[0]
 
 
 @pytest.mark.slow

@@ -88,7 +88,7 @@ def test_what_the_consumer_computes_otherwise_is_a_warning(
     config = dataclasses.replace(BASE, **changes)
     assumed = assumptions(Checkpoint(Path("x"), registry.FACTS[format], config, {}))
     assert [name for name, _ in assumed] == fields
-    found = compare_configs(config, config, assumed=assumed)
+    found = compare_configs(config, config, assumptions=assumed)
     assert found.status == "passed" and [each.severity for each in found.findings] == ["warning"] * len(fields)
 
 

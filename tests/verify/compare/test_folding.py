@@ -16,7 +16,7 @@ from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.lazy import ArrayTensor, to_float32
 from gemma2tool.pipeline.conversion import save
 from gemma2tool.verify.compare.folding import folded_source
-from gemma2tool.verify.run import verify
+from gemma2tool.verify.run import VerifySettings, verify
 from tests.support.checkpoints import SMALL, random_checkpoint
 from tests.support.options import write_options
 
@@ -148,7 +148,7 @@ def test_scales_folded_where_they_keep_the_model(source: Checkpoint, apply: Call
     fold = Fold(source)
     apply(fold)
     with registry.open_checkpoint(written(fold, "awq-4", tmp_path / "out")) as candidate:
-        result = verify(source, candidate, levels=LEVELS)
+        result = verify(source, candidate, VerifySettings(levels=LEVELS))
         found = folded_source(source, candidate)
     assert result.passed, [finding.message for finding in result.failures]
     assert all(name.startswith("model.layers.1.") for name in found)
@@ -177,7 +177,7 @@ def test_scales_folded_wrongly_are_faults(source: Checkpoint, apply: Callable, t
     fold = Fold(source)
     apply(fold)
     with registry.open_checkpoint(written(fold, "awq-4", tmp_path / "out")) as candidate:
-        result = verify(source, candidate, levels=LEVELS)
+        result = verify(source, candidate, VerifySettings(levels=LEVELS))
     assert not result.passed
     assert all("model.layers.1." in str(finding.subject) for finding in result.failures)
 
@@ -189,7 +189,7 @@ def test_nothing_is_folded_in_a_lossless_copy(source: Checkpoint, tmp_path: Path
     save(fold.checkpoint, tmp_path / "out", WriteOptions(dtype="f32"))
     with registry.open_checkpoint(tmp_path / "out") as candidate:
         assert folded_source(source, candidate) == {}
-        assert not verify(source, candidate, levels=LEVELS).passed
+        assert not verify(source, candidate, VerifySettings(levels=LEVELS)).passed
 
 
 def test_rounding_alone_is_no_folding(source: Checkpoint, tmp_path: Path) -> None:

@@ -89,7 +89,7 @@ def test_prediction_measures() -> None:
 def test_limit_counts_every_logit_beyond_it() -> None:
     source = np.array([[0.0, 10.0, -20.0]], np.float32)
     candidate = source + np.array([[0.5, 1.4, -2.6]], np.float32)
-    assert run(source, candidate, np.array([-1]), [1], atol=0.4, rtol=0.1).beyond == 2
+    assert run(source, candidate, np.array([-1]), [1], atol=0.4, rtol=0.1).beyond_limit == 2
 
 
 def test_a_logit_that_is_not_finite_ends_the_comparison() -> None:

@@ -13,8 +13,9 @@ from gemma2tool.model.lazy import ArrayTensor
 from gemma2tool.reference.amplify import Amplifier
 from gemma2tool.reference.streaming import StreamedForward
 from gemma2tool.verify.compare import logits as logits_module
-from gemma2tool.verify.compare.logits import compare_logits, default_ids, passes
-from gemma2tool.verify.run import verify
+from gemma2tool.verify.compare.logits import LogitOptions, compare_logits, passes
+from gemma2tool.verify.compare.token_ids import default_ids
+from gemma2tool.verify.run import VerifySettings, verify
 from tests.support.checkpoints import SMALL
 from tests.verify.test_run import BF16, arrays, block_quantized, candidate, failed, telling_checkpoint
 
@@ -40,9 +41,9 @@ def source() -> Checkpoint:
 def test_a_cap_that_no_prompt_reaches_is_missed_by_the_logits_and_seen_by_the_probe(
     source: Checkpoint, cap: float | None
 ) -> None:
-    result = verify(source, candidate(arrays(source), attn_logit_softcapping=cap), levels=("logits",))
+    result = verify(source, candidate(arrays(source), attn_logit_softcapping=cap), VerifySettings(levels=("logits",)))
     assert failed(result) == {"probe"}
-    both_uncapped = verify(*(shy(attn_logit_softcapping=None) for _ in range(2)), levels=("logits",))
+    both_uncapped = verify(*(shy(attn_logit_softcapping=None) for _ in range(2)), VerifySettings(levels=("logits",)))
     assert both_uncapped.passed and both_uncapped.gate("probe").metrics["amplified_to"] == 50
 
 
@@ -50,7 +51,7 @@ def test_a_cap_that_no_prompt_reaches_is_missed_by_the_logits_and_seen_by_the_pr
     {"sliding_window": 7}, {"rope_theta": 10001.0}, {"query_pre_attn_scalar": 31}, {"layer_types": ("full_attention",) * 3},
 ])  # fmt: skip
 def test_the_probe_sees_what_moves_attention(source: Checkpoint, changes: dict[str, object]) -> None:
-    assert "probe" in failed(verify(source, candidate(arrays(source), **changes), levels=("logits",)))
+    assert "probe" in failed(verify(source, candidate(arrays(source), **changes), VerifySettings(levels=("logits",))))
 
 
 def test_amplified_scores_are_those_of_longer_queries(source: Checkpoint) -> None:
@@ -101,7 +102,7 @@ def test_rows_have_windows_of_their_own(source: Checkpoint) -> None:
 
 def test_the_probe_leaves_the_prompts_alone(source: Checkpoint) -> None:
     other = candidate(block_quantized(arrays(source), 32, 8), stored="q4_0")
-    beside, alone = (compare_logits(source, other, IDS, probe=probe) for probe in (True, False))
+    beside, alone = (compare_logits(source, other, IDS, LogitOptions(probe=probe)) for probe in (True, False))
     assert beside.probe is not None and alone.probe is None
     assert np.allclose(beside.metrics.kl, alone.metrics.kl, atol=1e-6)
     assert np.allclose(beside.drift.relative, alone.drift.relative, rtol=1e-4)
@@ -109,8 +110,8 @@ def test_the_probe_leaves_the_prompts_alone(source: Checkpoint) -> None:
 
 def test_text_runs_with_the_models_own_window_and_the_probe_past_a_small_one() -> None:
     wide = shy(sliding_window=4096, max_position_embeddings=8192)
-    run = compare_logits(wide, wide, IDS, text=True)
-    assert run.windows == (4096, 4096) and not run.shrunk
+    run = compare_logits(wide, wide, IDS, LogitOptions(text=True))
+    assert run.windows == (4096, 4096) and not run.window_reduced
     assert run.probe.windows == (6, 6) and run.probe.last_position == 8191
     assert compare_logits(wide, wide, IDS).windows == (6, 6)
 
@@ -132,17 +133,19 @@ def test_many_prompts_take_several_passes_and_add_up(source: Checkpoint, monkeyp
 
 
 def test_a_long_prompt_has_a_short_probe(source: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(logits_module, "PROBE_BESIDE", 16)
+    monkeypatch.setattr(logits_module, "PROBE_SHARED_TOKENS", 16)
     assert passes(IDS, SMALL) == 2 and passes(IDS, SMALL, probe=False) == 1
     run = compare_logits(source, source, IDS)
     assert run.probe.metrics.positions == 24 and run.metrics.positions == 24
-    result = verify(source, candidate(arrays(source), attn_logit_softcapping=None), ids=IDS, levels=("logits",))
+    result = verify(
+        source, candidate(arrays(source), attn_logit_softcapping=None), VerifySettings(ids=IDS, levels=("logits",))
+    )
     assert failed(result) == {"probe"}
 
 
 def test_measurements_are_there_for_reports(source: Checkpoint) -> None:
     other = candidate(block_quantized(arrays(source), 32, 8), stored="q4_0")
-    result = verify(source, other, ids=IDS)
+    result = verify(source, other, VerifySettings(ids=IDS))
     told = result.measurements
     layers = SMALL.num_hidden_layers
     assert len(told.drift.relative) == layers + 1 == len(told.drift.source_rms) == len(told.drift.candidate_rms)

@@ -11,7 +11,7 @@ import pytest
 
 from gemma2tool.formats import registry
 from gemma2tool.model.lazy import ArrayTensor
-from gemma2tool.verify.run import verify
+from gemma2tool.verify.run import VerifySettings, verify
 from tests.support.checkpoints import SMALL, random_checkpoint, write_checkpoint
 
 CONFIG = dataclasses.replace(
@@ -57,7 +57,7 @@ def difficult(seed: int, spread: str):
 def test_honest_quantizations_are_within(tmp_path: Path, kind: str, spread: str) -> None:
     source = difficult(1, spread)
     with registry.open_checkpoint(write_checkpoint(source, tmp_path / "out", type=kind)) as candidate:
-        result = verify(source, candidate, levels=LEVELS)
+        result = verify(source, candidate, VerifySettings(levels=LEVELS))
     assert result.passed, [finding.message for finding in result.failures]
     assert result.kind == kind
 
@@ -82,6 +82,6 @@ def test_a_matrix_with_doubled_scales_is_not(tmp_path: Path, kind: str) -> None:
     content[entry.offset : entry.offset + entry.nbytes] = (scales * dtype(2)).astype(dtype).tobytes()
     weights.write_bytes(content)
     with registry.open_checkpoint(path) as candidate:
-        result = verify(source, candidate, levels=LEVELS)
+        result = verify(source, candidate, VerifySettings(levels=LEVELS))
     assert not result.passed
     assert any("up_proj" in str(finding.subject) + finding.message for finding in result.failures)

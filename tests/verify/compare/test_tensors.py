@@ -10,7 +10,8 @@ from gemma2tool.model.lazy import ArrayTensor, LazyTensor, MappedRows
 from gemma2tool.verify.compare import tensors as subject
 from gemma2tool.verify.compare.bounds import BOUNDS
 from gemma2tool.verify.compare.comparison import TensorComparison
-from gemma2tool.verify.compare.tensors import compare_tensors, kind_of
+from gemma2tool.verify.compare.rules import TensorRules, kind_of
+from gemma2tool.verify.compare.tensors import compare_tensors
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 DTYPES = {"f32": np.dtype(np.float32), "f16": np.dtype(np.float16), "bf16": BF16}
@@ -23,10 +24,9 @@ def weights(shape: tuple[int, ...] = (48, 256), dtype: np.dtype = BF16, seed: in
 def compare(source: np.ndarray | LazyTensor, candidate: np.ndarray | LazyTensor, **options: object) -> TensorComparison:
     sides = [each if isinstance(each, LazyTensor) else ArrayTensor(each) for each in (source, candidate)]
     expected = options.pop("expected", None)
-    (found,) = compare_tensors(
-        {"t": sides[0]}, {"t": sides[1]}, expected={"t": expected} if expected else None, **options
-    )
-    return found
+    rules = TensorRules(expected={"t": expected} if expected else {}, **options)
+    (comparison,) = compare_tensors({"t": sides[0]}, {"t": sides[1]}, rules)
+    return comparison
 
 
 # -- floats ------------------------------------------------------------------------------------------------------------
@@ -207,7 +207,7 @@ def test_an_unknown_type_is_measured_not_judged() -> None:
 def test_the_callers_ceiling_replaces_the_types() -> None:
     ours = weights()
     theirs = decode(*q8_0(ours), ours.shape)
-    assert not compare(ours, theirs, rmse=1e-4).ok
+    assert not compare(ours, theirs, max_relative_rmse=1e-4).ok
 
 
 # -- measures ----------------------------------------------------------------------------------------------------------
@@ -233,11 +233,11 @@ def test_result_depends_neither_on_threads_nor_on_pieces(monkeypatch: pytest.Mon
         codes, scale = q8_0(ours[name].array)
         scale[i * 7] *= np.float16(1.5)
         theirs[name] = decode(codes, scale, (100, 96))
-    monkeypatch.setattr(subject, "_CHUNK_VALUES", 96 * 7)
+    monkeypatch.setattr(subject, "CHUNK_VALUES", 96 * 7)
     one = compare_tensors(ours, theirs)
     assert compare_tensors(ours, theirs, threads=4) == one
     assert all(each.bad_blocks == 1 for each in one)
-    monkeypatch.setattr(subject, "_CHUNK_VALUES", 1 << 20)
+    monkeypatch.setattr(subject, "CHUNK_VALUES", 1 << 20)
     whole = compare_tensors(ours, theirs)
     assert [(each.message, each.bad_blocks) for each in whole] == [(each.message, each.bad_blocks) for each in one]
     assert [each.to_json() for each in whole] == [each.to_json() for each in one]
@@ -280,4 +280,6 @@ def test_kind_is_the_loosest_type_that_loses_anything() -> None:
     wide = ours | {"a": ArrayTensor(weights().astype(np.float32))}
     assert kind_of(ours, wide, ("a",), None) == "convention"
     assert kind_of(ours, ours, ("a",), None) == "bf16", "arithmetic in a narrow type costs what the type does"
-    assert kind_of(ours, ours, ("a",), compare_tensors(ours, ours, expected={"a": ours["a"]})) == "lossless"
+    assert (
+        kind_of(ours, ours, ("a",), compare_tensors(ours, ours, TensorRules(expected={"a": ours["a"]}))) == "lossless"
+    )

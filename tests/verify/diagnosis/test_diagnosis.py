@@ -15,7 +15,7 @@ from gemma2tool.verify.diagnosis.catalog import CATALOG
 from gemma2tool.verify.diagnosis.cause import Cause
 from gemma2tool.verify.diagnosis.names import describe, name_of, place
 from gemma2tool.verify.diagnosis.search import SIGNATURES
-from gemma2tool.verify.run import verify
+from gemma2tool.verify.run import VerifySettings, verify
 from tests.support.checkpoints import random_checkpoint, write_checkpoint
 from tests.support.paths import TINY as FIXTURE
 from tests.support.planted.faults import BF16, FAULTS, Fault, Victim
@@ -78,7 +78,7 @@ def test_correct_outputs_have_no_cause(dtype: np.dtype, type: str, tmp_path: Pat
     write_checkpoint(source, path, **options)
     with registry.open_checkpoint(path) as candidate:
         kept = registry.by_name(candidate.format).expected_after_roundtrip(source, candidate)
-        result = verify(source, candidate, levels=LEVELS, expected=kept)
+        result = verify(source, candidate, VerifySettings(levels=LEVELS, expected=kept))
     assert result.passed and not result.causes, [(cause.id, cause.message) for cause in result.causes]
 
 
@@ -91,7 +91,7 @@ def causes(victims: dict[str, Victim], *names: str) -> tuple[Cause, ...]:
     for fault in FAULTS:
         if fault.name in names:
             fault.plant(victim)
-    return verify(source.checkpoint(), victim.checkpoint(), levels=LEVELS).causes
+    return verify(source.checkpoint(), victim.checkpoint(), VerifySettings(levels=LEVELS)).causes
 
 
 def test_one_sentence_for_all_tensors(victims: dict[str, Victim]) -> None:
@@ -142,7 +142,9 @@ def test_two_mistakes_in_one_tensor_are_both_named(victims: dict[str, Victim]) -
 def test_what_a_format_cannot_represent_is_part_of_the_sentence(victims: dict[str, Victim]) -> None:
     victim = victims["small-f32"].copy()
     victim.configure(query_pre_attn_scalar=48)
-    (cause,) = verify(victim.checkpoint(), victims["small-f32"].checkpoint("gguf"), levels=LEVELS).causes
+    (cause,) = verify(
+        victim.checkpoint(), victims["small-f32"].checkpoint("gguf"), VerifySettings(levels=LEVELS)
+    ).causes
     assert cause.id == "config.query-scale" and "llama.cpp uses head_dim" in cause.message
 
 
@@ -152,7 +154,7 @@ def test_unknown_damage_has_no_cause(victims: dict[str, Victim]) -> None:
     victim = source.copy()
     order = np.random.default_rng(0).permutation(128)
     victim.everywhere("gate_proj", lambda w: w[order] * np.float32(1.5) + np.float32(0.3) * w)
-    result = verify(source.checkpoint(), victim.checkpoint(), levels=LEVELS)
+    result = verify(source.checkpoint(), victim.checkpoint(), VerifySettings(levels=LEVELS))
     assert not result.passed
     assert not result.causes, [(cause.id, cause.message) for cause in result.causes]
 

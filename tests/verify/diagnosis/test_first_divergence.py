@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from gemma2tool.model.checkpoint import Checkpoint
-from gemma2tool.verify.compare.logits import default_ids
+from gemma2tool.verify.compare.token_ids import default_ids
 from gemma2tool.verify.diagnosis import diagnose
 from gemma2tool.verify.diagnosis.first_divergence import ID, find_first_divergence
 from gemma2tool.verify.run import verify

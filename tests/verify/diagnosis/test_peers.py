@@ -15,7 +15,7 @@ from gemma2tool.model.format_facts import FormatFacts
 from gemma2tool.model.lazy import ArrayTensor
 from gemma2tool.verify.diagnosis.counterfactual import counterfactual
 from gemma2tool.verify.result import Verification
-from gemma2tool.verify.run import verify
+from gemma2tool.verify.run import VerifySettings, verify
 
 LEVELS = ("completeness", "config", "tensors")
 
@@ -28,7 +28,11 @@ def verify_with(
         name: ArrayTensor(np.ascontiguousarray(array), stored=(stored or {}).get(name))
         for name, array in arrays.items()
     }
-    return verify(source, Checkpoint(Path("mistaken"), FormatFacts("memory"), source.config, tensors), levels=LEVELS)
+    return verify(
+        source,
+        Checkpoint(Path("mistaken"), FormatFacts("memory"), source.config, tensors),
+        VerifySettings(levels=LEVELS),
+    )
 
 
 def ids(result: Verification) -> list[str]:
@@ -88,7 +92,7 @@ def test_zero_points_of_gptqmodel_read_by_the_other_convention(oracles: Path, na
         registry.open_checkpoint(folder) as quantized,
         safetensors.safe_open(folder / "model.safetensors", "np") as raw,
     ):
-        assert verify(source, quantized, levels=LEVELS).passed
+        assert verify(source, quantized, VerifySettings(levels=LEVELS)).passed
         for name_of_tensor, tensor in quantized.tensors.items():
             scales = name_of_tensor.removesuffix("weight") + "scales"
             if scales in raw.keys():  # noqa: SIM118 (not a mapping)
@@ -119,7 +123,7 @@ def test_a_damaged_absmax_of_bitsandbytes(oracles: Path, tmp_path: Path) -> None
         registry.open_checkpoint(oracles / "quantized" / "source") as source,
         registry.open_checkpoint(folder) as candidate,
     ):
-        result = verify(source, candidate, levels=LEVELS)
+        result = verify(source, candidate, VerifySettings(levels=LEVELS))
     assert ids(result) == ["quant.absmax-damaged"]
     cause = result.causes[0]
     assert cause.tensors == (name,) and cause.evidence["blocks"] == 1 and cause.evidence["first"] == 100
