@@ -18,6 +18,7 @@ from tests.support.paths import ROOT, TINY
 CLI = ROOT / "gemma2tool" / "cli"
 
 
+@pytest.mark.slow
 def test_the_example_of_the_documentation(tmp_path: Path) -> None:
     result = gemma2tool.quantize(str(TINY / "model.ckpt"), tmp_path / "x.gguf", type="Q4_K_M")
     assert result.written and result.verification is not None and result.verification.passed
@@ -35,6 +36,7 @@ def test_convert_open_hash_and_diff(tmp_path: Path) -> None:
     assert gemma2tool.diff(TINY / "model.ckpt", tmp_path / "hf", with_logits=False).same
 
 
+@pytest.mark.slow
 def test_a_verification_that_fails_is_a_result(tmp_path: Path) -> None:
     result = gemma2tool.quantize(TINY / "model.ckpt", tmp_path / "x.gguf", type="q2_k", gates={"kl": 1e-9})
     assert not result.written and not (tmp_path / "x.gguf").exists()
@@ -63,6 +65,7 @@ def test_options_are_refused_where_they_would_be_ignored(tmp_path: Path) -> None
         gemma2tool.open(tmp_path / "nowhere")
 
 
+@pytest.mark.slow
 def test_logits_generation_and_inspection(tmp_path: Path) -> None:
     ids = np.array([[2, 5, 7]])
     logits = gemma2tool.logits(TINY / "model.ckpt", ids)
@@ -88,6 +91,7 @@ def test_progress_comes_as_events(tmp_path: Path) -> None:
         assert of_step[-1].ended and of_step[-1].done > 0.99 * of_step[-1].total
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", ["gemma2tool.verify.gates", "gemma2tool.formats.registry", "gemma2tool.api"])
 def test_functions_and_packages_of_one_name_live_together(first: str) -> None:
     code = f"import {first}\nimport gemma2tool\nassert callable(gemma2tool.verify) and callable(gemma2tool.formats)"

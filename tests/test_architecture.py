@@ -16,9 +16,7 @@ import pytest
 
 from gemma2tool.formats import registry
 from tests.support.paths import ROOT
-
-PACKAGE = ROOT / "gemma2tool"
-PATHS = sorted(PACKAGE.rglob("*.py"))
+from tests.support.source import PACKAGE, PATHS, module_name, nodes, tree
 
 MAY_IMPORT = {
     "errors": set(),
@@ -62,17 +60,7 @@ MANY_PARAMETERS = {
 }
 
 
-def module_name(path: Path) -> str:
-    parts = path.relative_to(ROOT).with_suffix("").parts
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-
-
 MODULES = {module_name(path): path for path in PATHS}
-
-
-@cache
-def nodes(path: Path) -> list[ast.AST]:
-    return list(ast.walk(ast.parse(path.read_text())))
 
 
 @cache
@@ -232,7 +220,7 @@ class FunctionShape:
 def function_shapes() -> Iterator[FunctionShape]:
     for path in PATHS:
         file = path.relative_to(PACKAGE)
-        for function, class_name in _functions(ast.parse(path.read_text()), ""):
+        for function, class_name in _functions(tree(path), ""):
             yield FunctionShape(path, f"{file} {class_name}{function.name}", function)
 
 

@@ -7,13 +7,13 @@ import re
 import sys
 import tomllib
 from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
 
 import pytest
 
 import gemma2tool
 from tests.support.paths import ROOT
+from tests.support.source import PATHS, nodes
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
@@ -48,11 +48,6 @@ SEPARATE = {
     "gptqmodel": "tests/gptqmodel.txt",
 }
 """Imported by tests or benchmarks, but not installed by the extra."""
-
-
-@cache
-def nodes(path: Path) -> list[ast.AST]:
-    return list(ast.walk(ast.parse(path.read_text())))
 
 
 def distribution(requirement: str) -> str:
@@ -94,7 +89,7 @@ def distributions(*folders: str, functions: tuple[str, ...] = ()) -> set[str]:
 def extras() -> dict[str, set[str]]:
     """The modules that the package asks for with ``extras.require``, by extra."""
     required: dict[str, set[str]] = {}
-    for path in sorted((ROOT / "gemma2tool").rglob("*.py")):
+    for path in PATHS:
         for node in nodes(path):
             match node:
                 case ast.Call(ast.Name("require"), [ast.Constant(str(module)), ast.Constant(str(extra)), *_]):

@@ -97,6 +97,7 @@ def test_the_example_names_inputs_that_exist() -> None:
     assert uses and all(set(step["with"]) <= set(ACTION["inputs"]) for step in uses)
 
 
+@pytest.mark.slow
 def test_the_action_converts_and_verifies(tmp_path: Path, fixture_dir: Path) -> None:
     summary = tmp_path / "summary.md"
     environment = os.environ | {

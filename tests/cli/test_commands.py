@@ -374,6 +374,7 @@ def test_interrupt_leaves_nothing_at_the_destination(place: Path, number: int) -
 # -- found by a user who tried ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_reader_that_has_seen_enough(place: Path) -> None:
     words = [sys.executable, "-m", "gemma2tool", "inspect", str(place / "src"), "--tensors"]
     first = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE)

@@ -12,6 +12,7 @@ from gemma2tool.cli.groups import completion
 from tests.support.paths import ROOT
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "expected"),
     [

@@ -33,6 +33,7 @@ def test_a_pickle_without_tensors_takes_few_steps(name: str) -> None:
     assert interpreter.at <= 2 * before + 4
 
 
+@pytest.mark.slow
 def test_a_key_that_nests_deeply_is_refused_in_a_line() -> None:
     data = b"\x80\x02}" + b")" + b"\x85" * 100_000 + b"Ns."
     assert_refused(lambda: pickle_index.interpret(data, "here"), "pickle.key")

@@ -55,6 +55,7 @@ def test_all_of_them_are_here(oracles: Path) -> None:
     assert {"gemma_pytorch", "flax", "keras", "hf", "mlx", "litgpt", "torchtune", "gguf"} <= formats and len(ALL) >= 28
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in ALL if not name.endswith("_q4")])
 def test_logits_of_gemma_pytorch(oracles: Path, name: str) -> None:
     """In float32 over the stored weights. The int8 checkpoints have logits of their own; bfloat16 ones hold the values of their twins,
@@ -102,6 +103,7 @@ def test_the_same_tensors_as_hugging_face(oracles: Path, name: str) -> None:
     assert_same_tensors(truth_of(oracles, _flavour(name)), _open(oracles, name), dtypes=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ALL)
 def test_each_is_converted_to_hugging_face(oracles: Path, tmp_path: Path, name: str) -> None:
     checkpoint = _open(oracles, name)

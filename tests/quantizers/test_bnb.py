@@ -112,6 +112,7 @@ def test_four_bit_of_what_is_not_finite(instruction_set, quant_type):
     assert_four_bit(array, quant_type)
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(
     st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1, max_size=200),

@@ -143,6 +143,7 @@ def test_hessian_is_the_sum_of_products_and_magnitudes() -> None:
     assert np.allclose(found.mean_magnitude.numpy(), np.abs(x).mean(0), rtol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("threads", [2, 3, 7])
 def test_any_number_of_threads_gives_the_same_bits(threads: int) -> None:
     x = torch.from_numpy(correlated_inputs(300, 1100)).float()

@@ -57,6 +57,7 @@ def test_its_logits_are_those_of_source_and_output(shared_outputs: Path) -> None
         assert np.abs(np.array(content[side]["log_sum"]) - np.log(np.exp(whole).sum(axis=1))).max() < 1e-4
 
 
+@pytest.mark.slow
 def test_the_same_work_gives_the_same_receipt_anywhere(tmp_path: Path, shared_outputs: Path) -> None:
     shutil.copytree(shared_outputs / "src", tmp_path / "elsewhere" / "src")
     for words in (

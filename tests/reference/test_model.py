@@ -243,6 +243,7 @@ SCALINGS = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scaling", SCALINGS, ids=lambda scaling: scaling["rope_type"])
 @pytest.mark.parametrize("length", [12, 40])
 def test_rotary_scalings_agree(scaling, length):

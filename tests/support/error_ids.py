@@ -20,6 +20,7 @@ from functools import cache
 from pathlib import Path
 
 from tests.support.paths import ROOT
+from tests.support.source import PATHS, module_name, nodes, tree
 
 CLASSES = frozenset({"UsageError", "InputRefused", "ResourceError"})
 
@@ -67,20 +68,19 @@ class _Wrapper:
 class _Module:
     def __init__(self, path: Path) -> None:
         self.place = str(path.relative_to(ROOT))
-        parts = path.relative_to(ROOT).with_suffix("").parts
-        self.name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-        self.tree = ast.parse(path.read_text())
+        self.name = module_name(path)
+        self.tree = tree(path)
+        self.nodes = nodes(path)
         self.calls: dict[str, list[tuple[ast.Call, Function | None]]] = defaultdict(list)
         for call, function in _calls(self.tree, None):
             self.calls[_last_name(call.func)].append((call, function))
-        nodes = list(ast.walk(self.tree))
         self.imported = {
             alias.asname or alias.name: (node.module or "", alias.name)
-            for node in nodes
+            for node in self.nodes
             if isinstance(node, ast.ImportFrom)
             for alias in node.names
         }
-        self.caught = {node.name for node in nodes if isinstance(node, ast.ExceptHandler)}
+        self.caught = {node.name for node in self.nodes if isinstance(node, ast.ExceptHandler)}
 
     def calls_wrapper(self, call: ast.Call, wrapper: _Wrapper) -> bool:
         """Whether ``call``, which has the name of ``wrapper``, calls it."""
@@ -111,7 +111,7 @@ class _Module:
         """What the module gives to fields named ``id``: their defaults and keyword arguments."""
         return [
             node.value
-            for node in ast.walk(self.tree)
+            for node in self.nodes
             if (isinstance(node, ast.keyword) and node.arg == "id")
             or (isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == "id")
             if node.value
@@ -156,8 +156,8 @@ class _Site:
 
 
 class _Search:
-    def __init__(self, package: Path) -> None:
-        self.modules = [_Module(path) for path in sorted(package.rglob("*.py"))]
+    def __init__(self) -> None:
+        self.modules = [_Module(path) for path in PATHS]
         self.constructions: set[Construction] = set()
         self.wrappers: list[_Wrapper] = []
         self.unresolved: list[str] = []
@@ -210,7 +210,7 @@ class _Search:
 
 @cache
 def _searched() -> _Search:
-    search = _Search(ROOT / "gemma2tool")
+    search = _Search()
     search.run()
     return search
 

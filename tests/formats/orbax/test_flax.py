@@ -224,6 +224,7 @@ def _read(folder: Path, source):
     return registry.open_checkpoint(folder, config=source.config)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ocdbt", [True, False])
 def test_nested_and_trainer_trees(tmp_path: Path, tree: tuple, ocdbt: bool) -> None:
     source, flat = tree

@@ -98,6 +98,7 @@ class TestTwoProcesses:
         assert (tmp_path / "out").read_bytes() == b"first"
         assert os.listdir(tmp_path) == ["out"]
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
     def test_a_killed_one_leaves_the_old_output_and_no_lock(self, tmp_path: Path, number: int) -> None:
         (tmp_path / "out").write_bytes(b"old")

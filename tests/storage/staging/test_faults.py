@@ -85,6 +85,7 @@ class TestEveryCallFails:
         assert ("exchange" in seen) == with_old
         assert ("rename" in seen) == (not with_old or not swaps)
 
+    @pytest.mark.slow
     def test_from_then_on(self, place: Path, folder: bool, swaps: bool, with_old: bool) -> None:
         assert "pwrite" in _sweep(place, folder, with_old, "EIO", sticky=True)
 

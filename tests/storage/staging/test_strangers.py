@@ -220,6 +220,7 @@ class TestAfterItIsInPlace:
         clean(tmp_path / "out")
         assert os.listdir(tmp_path) == ["out"] and tree(tmp_path / "out") == written
 
+    @pytest.mark.slow
     def test_an_old_folder_too_deep_to_remove(self, tmp_path: Path) -> None:
         (tmp_path / "out").mkdir()
         here = os.open(tmp_path / "out", os.O_RDONLY)

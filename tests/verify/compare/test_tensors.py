@@ -142,6 +142,7 @@ def test_bf16_rounding_of_decoded_values_is_allowed_for() -> None:
     assert compare(ours, ArrayTensor(rounded, stored="q8_0")).ok
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
 @pytest.mark.parametrize("double", [False, True])
 @pytest.mark.parametrize("spread", ["normal", "uneven"])

@@ -108,6 +108,7 @@ def test_bos_left_out_or_added_twice(source) -> None:
 ORDER = np.random.default_rng(3).permutation(CONFIG.vocab_size)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("id", "moved"),
     [

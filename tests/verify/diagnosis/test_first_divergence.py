@@ -32,6 +32,7 @@ def scramble(tensors: Arrays, *names: str) -> Arrays:
 NAMES = [name for name in telling_checkpoint().tensors if LAYER in name or "layers" not in name]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_a_single_tensor_is_found(source: Checkpoint, name: str) -> None:
     cause = find_first_divergence(source, candidate(scramble(arrays(source), name)), IDS)
@@ -45,6 +46,7 @@ def test_two_tensors_of_a_layer_are_found_together(source: Checkpoint) -> None:
     assert set(find_first_divergence(source, candidate(scramble(arrays(source), *names)), IDS).tensors) == names
 
 
+@pytest.mark.slow
 def test_errors_of_earlier_layers_do_not_count(source: Checkpoint) -> None:
     """The first of two faults is reported, and sound layers after it are not."""
     late, early = (f"model.layers.{layer}.mlp.down_proj.weight" for layer in (2, 1))
