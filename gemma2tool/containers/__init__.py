@@ -1,1 +1,4 @@
-"""Bounded parsers and layouts of files that strangers write. Nothing here knows what a model is."""
+"""Parsers of untrusted files, with limits on everything they read, and layouts for writing.
+
+Nothing here knows what a model is.
+"""

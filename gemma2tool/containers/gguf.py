@@ -1,7 +1,7 @@
-"""The GGUF container: a header of key-values and tensor infos, then the tensors' bytes, each padded to the alignment.
+"""The GGUF container: a header of key-values and tensor infos, then each tensor's bytes, padded to the alignment.
 
-Rules: the format's specification (ggml ``docs/gguf.md``) and what llama.cpp's ``gguf.cpp`` refuses. Everything is bounded before
-it is allocated. Integers are little-endian; versions 2 and 3 have the same layout.
+Sources: the specification (ggml ``docs/gguf.md``) and the checks in llama.cpp's ``gguf.cpp``. Sizes are checked against
+limits before anything is allocated. Integers are little-endian. Versions 2 and 3 have the same layout.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+from gemma2tool.containers.ggml_types import BLOCKS
 from gemma2tool.errors import InputRefused
 from gemma2tool.storage.quoting import quoted
 from gemma2tool.storage.reading import FileReader, open_for_reading
@@ -27,65 +28,27 @@ MAX_KV = 10_000
 MAX_TENSORS = 20_000
 MAX_DIMS = 4  # ggml's GGML_MAX_DIMS
 MAX_NAME_BYTES = (1 << 16) - 1
-MAX_STRINGS = 1_500_000  # in all arrays; a vocabulary and its merges have under a million
+MAX_STRINGS = 1_500_000  # in all arrays together; a vocabulary and its merges have fewer than a million
 MAX_ALIGNMENT = 1 << 16
 DEFAULT_ALIGNMENT = 32
 ALIGNMENT_KEY = "general.alignment"
 
-# Value types, by their numbers in the file. The letters mean the same sizes to struct and, wherever Python runs, to array.
+# Value types, by their numbers in the file. The type codes below have the same sizes in struct and in array.
 UINT8, INT8, UINT16, INT16, UINT32, INT32, FLOAT32, BOOL, STRING, ARRAY, UINT64, INT64, FLOAT64 = range(13)
 _FORMATS = {
-    UINT8: "B", INT8: "b", UINT16: "H", INT16: "h", UINT32: "I", INT32: "i", FLOAT32: "f", UINT64: "Q", INT64: "q", FLOAT64: "d",
+    UINT8: "B", INT8: "b", UINT16: "H", INT16: "h", UINT32: "I", INT32: "i", FLOAT32: "f", UINT64: "Q", INT64: "q",
+    FLOAT64: "d",
 }  # fmt: skip
 _SCALARS = {kind: struct.Struct("<" + code) for kind, code in _FORMATS.items()}
 _U32, _U64 = _SCALARS[UINT32], _SCALARS[UINT64]
 
-# ggml tensor type: (elements a block, bytes a block), from ggml.c's type traits. Numbers missing here were withdrawn.
-BLOCKS: dict[int, tuple[int, int]] = {
-    0: (1, 4),  # F32
-    1: (1, 2),  # F16
-    2: (32, 18),  # Q4_0
-    3: (32, 20),  # Q4_1
-    6: (32, 22),  # Q5_0
-    7: (32, 24),  # Q5_1
-    8: (32, 34),  # Q8_0
-    9: (32, 36),  # Q8_1 (gguf-py 0.19 says 40, from before its scales became halves)
-    10: (256, 84),  # Q2_K
-    11: (256, 110),  # Q3_K
-    12: (256, 144),  # Q4_K
-    13: (256, 176),  # Q5_K
-    14: (256, 210),  # Q6_K
-    15: (256, 292),  # Q8_K
-    16: (256, 66),  # IQ2_XXS
-    17: (256, 74),  # IQ2_XS
-    18: (256, 98),  # IQ3_XXS
-    19: (256, 50),  # IQ1_S
-    20: (32, 18),  # IQ4_NL
-    21: (256, 110),  # IQ3_S
-    22: (256, 82),  # IQ2_S
-    23: (256, 136),  # IQ4_XS
-    24: (1, 1),  # I8
-    25: (1, 2),  # I16
-    26: (1, 4),  # I32
-    27: (1, 8),  # I64
-    28: (1, 8),  # F64
-    29: (256, 56),  # IQ1_M
-    30: (1, 2),  # BF16
-    34: (256, 54),  # TQ1_0
-    35: (256, 66),  # TQ2_0
-    39: (32, 17),  # MXFP4
-    40: (64, 36),  # NVFP4
-    41: (128, 18),  # Q1_0
-}
-_HINT = "the file is damaged or hostile; download it again"
-
 
 @dataclass(frozen=True, slots=True)
 class GGUFValue:
-    """A value and its type (``UINT8`` ... ``FLOAT64``). ``element_type`` is set for arrays only.
+    """A value and its type (``UINT8`` ... ``FLOAT64``). ``element_type`` is set only for arrays.
 
-    ``value`` is an int, float, bool or str, or for an array a list of str, a list of bool, or an ``array.array`` of numbers. Text
-    that is not UTF-8 keeps its bytes as surrogate escapes.
+    ``value`` is an int, float, bool or str; for an array, a list of str, a list of bool or an ``array.array`` of
+    numbers. Text that is not UTF-8 keeps its bytes as surrogate escapes.
     """
 
     type: int
@@ -95,7 +58,9 @@ class GGUFValue:
 
 @dataclass(frozen=True, slots=True)
 class GGUFTensorEntry:
-    """Where a tensor lies: ``dims`` innermost first, ``offset`` absolute in the file, ``nbytes`` without padding."""
+    """The place of a tensor: ``dims`` innermost first, ``offset`` from the start of the file, ``nbytes`` without
+    padding.
+    """
 
     name: str
     type_id: int
@@ -106,7 +71,7 @@ class GGUFTensorEntry:
 
 @dataclass(frozen=True, slots=True)
 class GGUFHeader:
-    """All that a GGUF file says before its data, in the order of the file."""
+    """Everything in a GGUF file before its data, in file order."""
 
     path: Path
     version: int
@@ -118,36 +83,38 @@ class GGUFHeader:
 
 
 def read_header(path: str | os.PathLike[str], blocks: Mapping[int, tuple[int, int]] = BLOCKS) -> GGUFHeader:
-    """The header of a GGUF file, checked against the file's size. Raises InputRefused (``gguf.*``).
+    """Reads the header of a GGUF file and checks it against the file's size. Raises InputRefused (``gguf.*``).
 
-    ``blocks`` maps each tensor type that is accepted to (elements, bytes) a block.
+    ``blocks`` maps each accepted tensor type to (elements, bytes) per block.
     """
     path = Path(path)
     with open_for_reading(path) as reader:
         cursor = _Cursor(reader)
         version = _version(cursor)
-        tensor_count, kv_count = cursor.number(_U64), cursor.number(_U64)
+        tensor_count, kv_count = cursor.integer(_U64), cursor.integer(_U64)
         if tensor_count > MAX_TENSORS:
-            cursor.refuse(
-                "too-many-tensors", f"says it holds {tensor_count} tensors; at most {MAX_TENSORS} are accepted"
+            raise cursor.refusal(
+                "too-many-tensors", f"has a count of {tensor_count} tensors; at most {MAX_TENSORS} are accepted"
             )
         if kv_count > MAX_KV:
-            cursor.refuse("too-many-keys", f"says it holds {kv_count} key-values; at most {MAX_KV} are accepted")
+            raise cursor.refusal(
+                "too-many-keys", f"has a count of {kv_count} key-values; at most {MAX_KV} are accepted"
+            )
         kv: dict[str, GGUFValue] = {}
         for _ in range(kv_count):
             key = cursor.name("key")
             if key in kv:
-                cursor.refuse("duplicate-key", f"the key {quoted(key)} appears twice")
+                raise cursor.refusal("duplicate-key", f"the key {quoted(key)} appears twice")
             kv[key] = _value(cursor, key)
         alignment = _alignment(cursor, kv)
         infos = _tensor_infos(cursor, tensor_count, blocks)
         data_start = _padded(cursor.position, alignment)
-        tensors = _placed(cursor, infos, data_start, alignment)
+        tensors = _entries(cursor, infos, data_start, alignment)
         return GGUFHeader(path, version, alignment, kv, tensors, data_start, reader.size)
 
 
 class _Cursor:
-    """A position in the header, of which more is read as it is needed."""
+    """A position in the header, which is read as far as needed."""
 
     def __init__(self, reader: FileReader) -> None:
         self.reader = reader
@@ -155,20 +122,20 @@ class _Cursor:
         self.position = 0
         self.strings = 0  # in arrays so far
 
-    def refuse(self, kind: str, message: str) -> NoReturn:
-        raise InputRefused(f"gguf.{kind}", f"{self.reader.path}: {message}", hint=_HINT)
+    def refusal(self, kind: str, message: str) -> InputRefused:
+        return InputRefused(f"gguf.{kind}", f"{self.reader.path}: {message}")
 
     def need(self, count: int) -> None:
-        """Makes ``data`` reach ``count`` bytes beyond the position."""
+        """Reads on until ``data`` has ``count`` bytes after the position."""
         end = self.position + count
         if end <= len(self.data):
             return
         if end > self.reader.size:
-            self.refuse(
-                "truncated", f"ends at byte {self.reader.size}, but its header goes on to byte {end} or further"
+            raise self.refusal(
+                "truncated", f"ends at byte {self.reader.size}, but its header continues to byte {end} or beyond"
             )
         if end > MAX_HEADER_BYTES:
-            self.refuse("header-too-large", f"its header has more than {MAX_HEADER_BYTES} bytes")
+            raise self.refusal("header-too-large", f"its header is longer than {MAX_HEADER_BYTES} bytes")
         upto = min(max(end, 2 * len(self.data), 1 << 16), self.reader.size)
         self.data += self.reader.pread(len(self.data), upto - len(self.data))
 
@@ -178,27 +145,30 @@ class _Cursor:
         self.position += kind.size
         return value
 
+    def integer(self, kind: struct.Struct) -> int:
+        return int(self.number(kind))
+
     def bytes(self, count: int) -> bytes:
         self.need(count)
         self.position += count
         return bytes(self.data[self.position - count : self.position])
 
     def name(self, what: str) -> str:
-        """A key or a tensor's name: not empty, UTF-8, of bounded length."""
-        length = self.number(_U64)
+        """A key or a tensor name: UTF-8, not empty, not too long."""
+        length = self.integer(_U64)
         if not 0 < length <= MAX_NAME_BYTES:
-            self.refuse("name-length", f"a {what} has a length of {length} bytes")
+            raise self.refusal("name-length", f"a {what} has a length of {length} bytes")
         raw = self.bytes(length)
         try:
             return raw.decode("utf-8")
-        except UnicodeDecodeError:
-            self.refuse("name-utf8", f"the {what} {quoted(raw)} is not UTF-8")
+        except UnicodeDecodeError as error:
+            raise self.refusal("name-utf8", f"the {what} {quoted(raw)} is not UTF-8") from error
 
     def text(self) -> str:
-        return self.bytes(self.number(_U64)).decode("utf-8", "surrogateescape")
+        return self.bytes(self.integer(_U64)).decode("utf-8", "surrogateescape")
 
     def texts(self, count: int) -> list[str]:
-        """``count`` strings, fast: a vocabulary holds hundreds of thousands."""
+        """Reads ``count`` strings, fast, because a vocabulary has hundreds of thousands."""
         result = []
         unpack, need = _U64.unpack_from, self.need
         for _ in range(count):
@@ -214,43 +184,44 @@ class _Cursor:
 
 def _version(cursor: _Cursor) -> int:
     if cursor.reader.size < 4 or cursor.bytes(4) != MAGIC:
-        cursor.refuse("magic", "does not begin with GGUF")
-    version = cursor.number(_U32)
+        raise cursor.refusal("magic", "does not begin with GGUF")
+    version = cursor.integer(_U32)
     if version not in VERSIONS:
         if version and version & 0xFFFF == 0:
-            cursor.refuse("big-endian", "is a big-endian file; only little-endian ones are read")
-        cursor.refuse("version", f"is of GGUF version {version}; versions 2 and 3 are read")
+            raise cursor.refusal("big-endian", "is big-endian; only little-endian files are read")
+        raise cursor.refusal("version", f"has GGUF version {version}; only versions 2 and 3 are read")
     return version
 
 
 def _value(cursor: _Cursor, key: str) -> GGUFValue:
-    kind = cursor.number(_U32)
+    kind = cursor.integer(_U32)
     if kind in _SCALARS:
         return GGUFValue(kind, None, cursor.number(_SCALARS[kind]))
     if kind == BOOL:
         return GGUFValue(kind, None, _bools(cursor, key, 1)[0])
     if kind == STRING:
         return GGUFValue(kind, None, cursor.text())
-    if kind == ARRAY:
-        element, count = cursor.number(_U32), cursor.number(_U64)
-        return GGUFValue(kind, element, _elements(cursor, key, element, count))
-    cursor.refuse("value-type", f"the key {quoted(key)} has the unknown value type {kind}")
+    if kind != ARRAY:
+        raise cursor.refusal("value-type", f"the key {quoted(key)} has the unknown value type {kind}")
+    element_type, count = cursor.integer(_U32), cursor.integer(_U64)
+    return GGUFValue(kind, element_type, _elements(cursor, key, element_type, count))
 
 
 def _elements(cursor: _Cursor, key: str, kind: int, count: int) -> Any:
-    size = 8 if kind == STRING else 1 if kind == BOOL else _SCALARS[kind].size if kind in _SCALARS else None
+    size = {STRING: _U64.size, BOOL: 1}.get(kind) or (_SCALARS[kind].size if kind in _SCALARS else None)
     if size is None:
         what = "is an array of arrays" if kind == ARRAY else f"is an array of the unknown value type {kind}"
-        cursor.refuse("array-type", f"the key {quoted(key)} {what}")
+        raise cursor.refusal("array-type", f"the key {quoted(key)} {what}")
     if count * size > cursor.reader.size - cursor.position:
-        cursor.refuse(
-            "array-length", f"the key {quoted(key)} is an array of {count} elements, more than the file can hold"
+        raise cursor.refusal(
+            "array-length", f"the key {quoted(key)} is an array of {count} elements, more than fit in the file"
         )
     if kind == STRING:
         cursor.strings += count
         if cursor.strings > MAX_STRINGS:
-            cursor.refuse(
-                "array-length", f"its arrays hold {cursor.strings} texts or more; at most {MAX_STRINGS} are accepted"
+            raise cursor.refusal(
+                "array-length",
+                f"its arrays contain at least {cursor.strings} strings; at most {MAX_STRINGS} are accepted",
             )
         return cursor.texts(count)
     if kind == BOOL:
@@ -264,7 +235,7 @@ def _elements(cursor: _Cursor, key: str, kind: int, count: int) -> Any:
 def _bools(cursor: _Cursor, key: str, count: int) -> list[bool]:
     raw = cursor.bytes(count)
     if raw.strip(b"\0\1"):
-        cursor.refuse("bool", f"the key {quoted(key)} has a truth value other than 0 and 1")
+        raise cursor.refusal("bool", f"the key {quoted(key)} has a bool other than 0 and 1")
     return [value == 1 for value in raw]
 
 
@@ -272,63 +243,75 @@ def _alignment(cursor: _Cursor, kv: Mapping[str, GGUFValue]) -> int:
     value = kv.get(ALIGNMENT_KEY)
     if value is None:
         return DEFAULT_ALIGNMENT
-    number = value.value
-    if value.type != UINT32 or not 0 < number <= MAX_ALIGNMENT or number & (number - 1):
-        cursor.refuse(
-            "alignment", f"{ALIGNMENT_KEY} is {quoted(number)}; it must be a uint32 power of two up to {MAX_ALIGNMENT}"
+    alignment = int(value.value) if value.type == UINT32 else 0
+    if not 0 < alignment <= MAX_ALIGNMENT or alignment & (alignment - 1):
+        raise cursor.refusal(
+            "alignment",
+            f"{ALIGNMENT_KEY} is {quoted(value.value)}; it must be a uint32 power of two up to {MAX_ALIGNMENT}",
         )
-    return number
+    return alignment
 
 
-def _tensor_infos(
-    cursor: _Cursor, count: int, blocks: Mapping[int, tuple[int, int]]
-) -> dict[str, tuple[int, tuple[int, ...], int, int]]:
-    """name -> (type, dims, relative offset, bytes), in file order."""
-    infos: dict[str, tuple[int, tuple[int, ...], int, int]] = {}
+@dataclass(frozen=True, slots=True)
+class _TensorInfo:
+    """A tensor as the header describes it; ``offset`` is relative to the data."""
+
+    type_id: int
+    dims: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+def _tensor_infos(cursor: _Cursor, count: int, blocks: Mapping[int, tuple[int, int]]) -> dict[str, _TensorInfo]:
+    infos: dict[str, _TensorInfo] = {}
     for _ in range(count):
         name = cursor.name("tensor name")
         where = f"tensor {quoted(name)}"
         if name in infos:
-            cursor.refuse("duplicate-tensor", f"{where} appears twice")
-        ndim = cursor.number(_U32)
+            raise cursor.refusal("duplicate-tensor", f"{where} appears twice")
+        ndim = cursor.integer(_U32)
         if ndim > MAX_DIMS:
-            cursor.refuse("dims", f"{where} has {ndim} dimensions; at most {MAX_DIMS} are possible")
-        dims = tuple(cursor.number(_U64) for _ in range(ndim))
-        type_id, offset = cursor.number(_U32), cursor.number(_U64)
+            raise cursor.refusal("dims", f"{where} has {ndim} dimensions; at most {MAX_DIMS} are accepted")
+        dims = tuple(cursor.integer(_U64) for _ in range(ndim))
+        type_id, offset = cursor.integer(_U32), cursor.integer(_U64)
         if type_id not in blocks:
-            cursor.refuse("tensor-type", f"{where} is of the unknown type {type_id}")
+            raise cursor.refusal("tensor-type", f"{where} has the unknown type {type_id}")
         elements, size = blocks[type_id]
-        # A dimension of 0 must not hide others whose product overflows.
+        # Without the zeros, so that a dimension of 0 does not hide an overflow of the others.
         if prod(dim for dim in dims if dim) * size >= 1 << 63:
-            cursor.refuse("overflow", f"{where}: the product of its dimensions {dims} overflows")
+            raise cursor.refusal("overflow", f"{where}: the product of its dimensions {dims} overflows")
         if elements > 1 and (not dims or dims[0] % elements):
-            cursor.refuse("block", f"{where}: rows of {dims[0] if dims else 1} do not divide into blocks of {elements}")
-        infos[name] = type_id, dims, offset, prod(dims) // elements * size
+            raise cursor.refusal(
+                "block", f"{where}: rows of {dims[0] if dims else 1} do not divide into blocks of {elements}"
+            )
+        infos[name] = _TensorInfo(type_id, dims, offset, prod(dims) // elements * size)
     return infos
 
 
-def _placed(
-    cursor: _Cursor, infos: Mapping[str, tuple[int, tuple[int, ...], int, int]], data_start: int, alignment: int
+def _entries(
+    cursor: _Cursor, infos: Mapping[str, _TensorInfo], data_start: int, alignment: int
 ) -> dict[str, GGUFTensorEntry]:
-    """Each tensor must begin where the padded one before it ends, as llama.cpp requires, and the file must end with the last."""
+    """Checks that each tensor begins where the previous one, padded, ends (as llama.cpp requires), and the file ends
+    with the last.
+    """
     tensors: dict[str, GGUFTensorEntry] = {}
     expected = end = 0
-    for name, (type_id, dims, offset, nbytes) in infos.items():
-        if offset != expected:
-            where = f"tensor {quoted(name)} begins at byte {offset} of the data"
-            if offset % alignment:
-                cursor.refuse("unaligned", f"{where}, which is not a multiple of {alignment}")
-            if offset < expected:
-                cursor.refuse("overlap", f"{where} and overlaps the one before it, which ends at {expected}")
-            cursor.refuse("gap", f"{where}; the one before it ends at {expected}")
-        tensors[name] = GGUFTensorEntry(name, type_id, dims, data_start + offset, nbytes)
-        end = offset + nbytes
+    for name, info in infos.items():
+        if info.offset != expected:
+            where = f"tensor {quoted(name)} begins at byte {info.offset} of the data"
+            if info.offset % alignment:
+                raise cursor.refusal("unaligned", f"{where}, which is not a multiple of {alignment}")
+            if info.offset < expected:
+                raise cursor.refusal("overlap", f"{where} and overlaps the previous tensor, which ends at {expected}")
+            raise cursor.refusal("gap", f"{where}; the previous tensor ends at {expected}")
+        tensors[name] = GGUFTensorEntry(name, info.type_id, info.dims, data_start + info.offset, info.nbytes)
+        end = info.offset + info.nbytes
         expected = _padded(end, alignment)
     size = cursor.reader.size
     if infos and size < data_start + end:
-        cursor.refuse("past-end", f"has {size} bytes, its tensors end at byte {data_start + end}")
+        raise cursor.refusal("past-end", f"has {size} bytes, but its tensors end at byte {data_start + end}")
     if size > data_start + expected:
-        cursor.refuse("trailing-bytes", f"{size - data_start - expected} bytes follow its last tensor")
+        raise cursor.refusal("trailing-bytes", f"{size - data_start - expected} bytes follow its last tensor")
     return tensors
 
 
@@ -342,10 +325,11 @@ def encode_header(
     alignment: int = DEFAULT_ALIGNMENT,
     version: int = 3,
 ) -> tuple[bytes, dict[str, int], int]:
-    """The bytes that come before the data, each tensor's absolute offset, and the file's size.
+    """Returns the bytes before the data, each tensor's absolute offset (name -> offset), and the file's size.
 
-    ``tensors`` are (name, dims innermost first, type id, bytes) in file order; each is followed by zeros up to ``alignment``, the
-    last one too. Equal to what gguf-py's GGUFWriter writes. A caller with another alignment also puts ``general.alignment`` in kv.
+    ``tensors`` are (name, dims innermost first, type id, bytes) in file order. Each one, including the last, is padded
+    with zeros to ``alignment``. The result equals what gguf-py's GGUFWriter writes. If ``alignment`` is not the
+    default, ``kv`` must contain ``general.alignment``.
     """
     out = bytearray(MAGIC)
     out += struct.pack("<IQQ", version, len(tensors), len(kv))
@@ -386,4 +370,4 @@ def _put_elements(out: bytearray, kind: int | None, values: Iterable[Any]) -> No
         values = list(values)
         out += struct.pack(f"<{len(values)}{_FORMATS[kind]}", *values)
     else:
-        raise ValueError(f"no such value type: {kind}")
+        raise ValueError(f"unknown value type {kind}")

@@ -1,6 +1,7 @@
-"""gemma.cpp's ``.sbs`` container: named blobs, each at a multiple of 256 bytes. Source: gemma.cpp ``io/blob_store.cc``, ``io/fields.cc``.
+"""gemma.cpp's ``.sbs`` container: named blobs, each at a multiple of 256 bytes.
 
-Until July 2025 the directory followed the header at the front of the file; since then it lies with the true header at its end.
+Source: gemma.cpp ``io/blob_store.cc``, ``io/fields.cc``. Until July 2025 the directory followed the header at the start
+of the file. Since then the directory and the real header are at its end.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal, TypeAlias
 
 from gemma2tool.errors import InputRefused
 from gemma2tool.storage.quoting import quoted
@@ -20,19 +22,18 @@ MAX_BLOBS = 16 << 10
 MAX_LIST = 64 << 10
 MAX_TEXT_WORDS = 64
 _HEADER = struct.Struct("<IIQ")
-_HINT = "the file is damaged or incomplete: fetch it again"
 
 
 @dataclass(frozen=True)
 class Blob:
-    """``nbytes`` bytes from the absolute ``offset`` on."""
+    """``nbytes`` bytes, starting at ``offset`` from the start of the file."""
 
     offset: int
     nbytes: int
 
 
 def read_directory(reader: FileReader) -> dict[str, Blob]:
-    """The blobs by key, in file order. Raises InputRefused (``sbs.*``) unless they cover the file back to back."""
+    """Reads the blobs by key, in file order. Raises InputRefused (``sbs.*``) unless they fill the file without gaps."""
     if reader.size < _HEADER.size:
         raise refusal("truncated", reader.path, "is too short for a header")
     magic, count, size = _HEADER.unpack(reader.pread(0, _HEADER.size))
@@ -42,11 +43,11 @@ def read_directory(reader: FileReader) -> dict[str, Blob]:
     if at_end:
         magic, count, size = _HEADER.unpack(reader.pread(reader.size - _HEADER.size, _HEADER.size))
         if magic != MAGIC or count == 0:
-            raise refusal("truncated", reader.path, "has no directory at its end: it was cut or not finished")
+            raise refusal("truncated", reader.path, "has no directory at its end: it was truncated or not finished")
     if size != reader.size:
-        raise refusal("truncated", reader.path, f"has {reader.size} bytes, its header says {size}")
+        raise refusal("truncated", reader.path, f"has {reader.size} bytes, but its header says {size}")
     if count > MAX_BLOBS:
-        raise refusal("too-many-blobs", reader.path, f"says it holds {count} blobs; at most {MAX_BLOBS} are accepted")
+        raise refusal("too-many-blobs", reader.path, f"has a count of {count} blobs; at most {MAX_BLOBS} are accepted")
     nbytes = 32 * count
     start = reader.size - _HEADER.size - nbytes if at_end else _HEADER.size
     if start < _HEADER.size:
@@ -61,7 +62,7 @@ def read_directory(reader: FileReader) -> dict[str, Blob]:
         if key in blobs:
             raise refusal("duplicate-key", reader.path, f"the blob {quoted(key)} appears twice")
         if offset != expected or length == 0 or offset + length > limit:
-            raise refusal("extent", reader.path, f"the blob {quoted(key)} does not lie where the one before it ends")
+            raise refusal("extent", reader.path, f"the blob {quoted(key)} does not start where the previous one ends")
         blobs[key] = Blob(offset, length)
         expected = _aligned(offset + length)
     return blobs
@@ -79,7 +80,10 @@ def _aligned(offset: int) -> int:
 
 
 def layout(blobs: Sequence[tuple[str, int]]) -> tuple[list[tuple[int, bytes]], dict[str, int], int]:
-    """The bytes around the blobs (name, size), each one's offset, and the file's size, as gemma.cpp writes since July 2025."""
+    """Returns the bytes around the blobs as (offset, bytes), each blob's offset (name -> offset), and the file's size.
+
+    ``blobs`` are (name, size). The layout is the one that gemma.cpp has written since July 2025.
+    """
     offsets: dict[str, int] = {}
     offset = ALIGN
     for name, nbytes in blobs:
@@ -95,16 +99,18 @@ def layout(blobs: Sequence[tuple[str, int]]) -> tuple[list[tuple[int, bytes]], d
 
 # -- records of 32-bit words -------------------------------------------------------------------------------------------
 
-Schema = Mapping[str, object]
-"""Field name to kind: "u32", "bool", "i32", "f32", "text", a schema (a nested record), or a list of one of them."""
+Kind: TypeAlias = "Literal['u32', 'bool', 'i32', 'f32', 'text'] | Mapping[str, Kind] | list[Kind]"
+"""A kind of value. A mapping is the schema of a nested record, a list has the kind of its elements as its only item."""
+Schema: TypeAlias = Mapping[str, Kind]
+"""Field name to kind, in the order of the record."""
 
 
 class RecordReader:
-    """Reads records: a count of words, then fields in the schema's order; a record of an older writer ends early."""
+    """Reads records: a count of words, then the fields in schema order. Records of older writers end early."""
 
     def __init__(self, data: bytes, path: Path, what: str) -> None:
         if len(data) % 4:
-            raise refusal("record", path, f"the blob {what!r} is no whole number of words")
+            raise refusal("record", path, f"the blob {what!r} is not a whole number of words")
         self.words = struct.unpack(f"<{len(data) // 4}I", data)
         self.path, self.what, self.at = path, what, 0
 
@@ -112,12 +118,12 @@ class RecordReader:
     def done(self) -> bool:
         return self.at >= len(self.words)
 
-    def record(self, schema: Schema, limit: int | None = None) -> dict[str, object]:
+    def record(self, schema: Schema, limit: int | None = None) -> dict[str, Any]:
         count = self._word(len(self.words) if limit is None else limit)
         end = self.at + count
         if end > (len(self.words) if limit is None else limit):
-            raise self._broken("goes on beyond its end")
-        result: dict[str, object] = {}
+            raise self._broken("has a record longer than itself")
+        result: dict[str, Any] = {}
         for name, kind in schema.items():
             if self.at >= end:
                 break
@@ -125,13 +131,13 @@ class RecordReader:
         self.at = end
         return result
 
-    def _value(self, kind: object, end: int) -> object:
+    def _value(self, kind: Kind, end: int) -> Any:
         if isinstance(kind, Mapping):
             return self.record(kind, end)
         if isinstance(kind, list):
             count = self._word(end)
             if count > min(MAX_LIST, end - self.at):
-                raise self._broken(f"says it lists {count} values")
+                raise self._broken(f"has a list of {count} values")
             return [self._value(kind[0], end) for _ in range(count)]
         if kind == "text":
             count = self._word(end)
@@ -143,36 +149,40 @@ class RecordReader:
             return raw.decode()
         word = self._word(end)
         if kind == "bool" and word > 1:
-            raise self._broken(f"has the truth value {word}")
-        return struct.unpack("<f" if kind == "f32" else "<i" if kind == "i32" else "<I", struct.pack("<I", word))[0]
+            raise self._broken(f"has the bool {word}")
+        return struct.unpack(_struct_code(kind), struct.pack("<I", word))[0]
 
     def _word(self, end: int) -> int:
         if self.at >= end:
             raise self._broken("ends too early")
         self.at += 1
-        return self.words[self.at - 1]
+        return int(self.words[self.at - 1])
 
     def _broken(self, message: str) -> InputRefused:
         return refusal("record", self.path, f"the blob {self.what!r} {message}")
 
 
-def pack_record(schema: Schema, values: Mapping[str, object]) -> bytes:
-    """A record: its number of words, then its fields."""
+def _struct_code(kind: str) -> str:
+    return {"f32": "<f", "i32": "<i"}.get(kind, "<I")
+
+
+def pack_record(schema: Schema, values: Mapping[str, Any]) -> bytes:
+    """Returns a record: its number of words, then its fields."""
     body = b"".join(_packed(kind, values[name]) for name, kind in schema.items())
     return struct.pack("<I", len(body) // 4) + body
 
 
-def _packed(kind: object, value: object) -> bytes:
+def _packed(kind: Kind, value: Any) -> bytes:
     if isinstance(kind, Mapping):
         return pack_record(kind, value)
     if isinstance(kind, list):
         return struct.pack("<I", len(value)) + b"".join(_packed(kind[0], item) for item in value)
     if kind == "text":
-        raw = value.encode("ascii")
+        raw: bytes = value.encode("ascii")
         raw += b"\0" * (-len(raw) % 4)
         return struct.pack("<I", len(raw) // 4) + raw
-    return struct.pack("<f" if kind == "f32" else "<i" if kind == "i32" else "<I", value)
+    return struct.pack(_struct_code(kind), value)
 
 
 def refusal(kind: str, path: Path, message: str) -> InputRefused:
-    return InputRefused(f"sbs.{kind}", f"{path.name}: {message}", hint=_HINT)
+    return InputRefused(f"sbs.{kind}", f"{path.name}: {message}")

@@ -1,7 +1,8 @@
-"""YAML from untrusted files: plain data only, bounded before and while it is parsed.
+"""YAML from untrusted files: plain data only, with limits checked before and during parsing.
 
-Aliases are refused: a few lines of them stand for billions of values, or for a value that contains itself. So are tags, which choose
-what is made of a text. PyYAML answers some texts with errors of Python's own.
+Aliases are refused, because a few lines of them can stand for billions of values or for a value that contains itself.
+Tags are refused too, because they choose the type that a text is turned into. PyYAML raises Python's own exceptions for
+some invalid texts.
 """
 
 from __future__ import annotations
@@ -15,8 +16,10 @@ MAX_DEPTH = 32
 
 
 def load(text: str, *, what: str, max_chars: int) -> Any:
-    """The value of a YAML document. Raises InputRefused (``yaml.*``) for more than ``max_chars`` characters, aliases, tags and whatever
-    is no YAML."""
+    """Parses a YAML document.
+
+    Raises InputRefused (``yaml.*``) for more than ``max_chars`` characters, aliases, tags and invalid YAML.
+    """
     import yaml
 
     if len(text) > max_chars:
@@ -26,9 +29,9 @@ def load(text: str, *, what: str, max_chars: int) -> Any:
         depth = 0
 
         def compose_node(self, parent: Any, index: Any) -> Any:
-            event = self.peek_event()
+            event = self.peek_event()  # type: ignore[no-untyped-call]  # types-PyYAML does not annotate it
             if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None) is not None:
-                raise InputRefused("yaml.alias", f"{what}: has an anchor or an alias, which are not read")
+                raise InputRefused("yaml.alias", f"{what}: has an anchor or alias, which is not read")
             if getattr(event, "tag", None) is not None:
                 raise InputRefused("yaml.tag", f"{what}: has the tag {quoted(event.tag)}, which is not read")
             self.depth += 1
@@ -39,6 +42,6 @@ def load(text: str, *, what: str, max_chars: int) -> Any:
             return node
 
     try:
-        return yaml.load(text, Loader)  # a SafeLoader: of plain data only
+        return yaml.load(text, Loader)  # a SafeLoader makes plain data only
     except (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise InputRefused("yaml.syntax", f"{what}: not valid YAML: {quoted(str(error))}") from error

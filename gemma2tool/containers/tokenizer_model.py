@@ -1,6 +1,7 @@
-"""SentencePiece's model file (``tokenizer.model``): a protocol-buffer message, bounded before anything is made of it.
+"""SentencePiece's model file (``tokenizer.model``): a protocol-buffer message, checked against limits before it is
+used.
 
-Field numbers: sentencepiece_model.proto. ``check`` is for those who hand the file to the library.
+Field numbers are from sentencepiece_model.proto. Call ``check`` before passing a file to the sentencepiece library.
 """
 
 from __future__ import annotations
@@ -11,17 +12,17 @@ from gemma2tool.errors import InputRefused
 
 PIECES, TRAINER, NORMALIZER, SELF_TEST, DENORMALIZER = 1, 2, 3, 4, 5
 MAX_BYTES = 64 << 20
-"""Gemma's has four million."""
+"""Gemma's file has four million."""
 MAX_PIECES = 1_000_000
 MAX_PIECE_BYTES = 1 << 16
 MAX_MESSAGE_BYTES = 16 << 20
-"""Of the settings; a normalizer's table of characters may be large."""
+"""For a message of settings. A normalizer's character table may be large."""
 
 _VARINT, _FIXED64, _LENGTH, _FIXED32 = 0, 1, 2, 5
 
 
 def check(data: bytes, where: str = "tokenizer.model") -> None:
-    """Raises InputRefused (``sentencepiece.damaged``) unless ``data`` is such a message within the limits above, all its pieces UTF-8."""
+    """Raises InputRefused (``sentencepiece.damaged``) unless ``data`` is valid, within the limits and in UTF-8."""
     try:
         for number, value in messages(data):
             for inner, text in fields(value) if number <= DENORMALIZER else ():
@@ -32,10 +33,10 @@ def check(data: bytes, where: str = "tokenizer.model") -> None:
 
 
 def messages(data: bytes) -> Iterator[tuple[int, bytes]]:
-    """(field number, message) of the file's parts. ValueError for what is none, or more or larger than it should be."""
+    """Yields (field number, message) for each part of the file. ValueError if invalid or too large."""
     if len(data) > MAX_BYTES:
         raise ValueError(f"{len(data)} bytes; at most {MAX_BYTES} are accepted")
-    # A piece begins with a newline, its text with another: that many of them can be seen at a glance.
+    # A quick upper bound: a piece and its text each begin with a newline byte (their protobuf tags).
     pieces = 0
     if data.count(b"\n") > 4 * MAX_PIECES:
         raise ValueError(f"more than {MAX_PIECES} pieces")
@@ -46,20 +47,19 @@ def messages(data: bytes) -> Iterator[tuple[int, bytes]]:
         if pieces > MAX_PIECES:
             raise ValueError(f"more than {MAX_PIECES} pieces")
         if len(value) > (MAX_PIECE_BYTES if number == PIECES else MAX_MESSAGE_BYTES):
-            raise ValueError(f"a part of {len(value)} bytes")
+            raise ValueError(f"a part has {len(value)} bytes")
         yield number, value
 
 
 def damaged(where: str, what: str) -> InputRefused:
-    return InputRefused(
-        "sentencepiece.damaged",
-        f"{where}: not a SentencePiece model: {what}",
-        hint="fetch the tokenizer again (a Git LFS pointer is a common cause)",
-    )
+    return InputRefused("sentencepiece.damaged", f"{where}: not a SentencePiece model: {what}")
 
 
 def fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
-    """(field number, value) of a message: an int for varints, bytes for the other kinds. ValueError for what is none."""
+    """Yields (field number, value) for each field of a message: an int for a varint, bytes otherwise.
+
+    Raises ValueError.
+    """
     at, end = 0, len(data)
     while at < end:
         tag, at = _varint(data, at)
@@ -75,7 +75,7 @@ def fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
         else:
             raise ValueError(f"wire type {kind} at byte {at}")
         if size > end - at:
-            raise ValueError(f"a field of {size} bytes at byte {at} of {end}")
+            raise ValueError(f"a field of {size} bytes starts at byte {at} of {end}")
         yield number, data[at : at + size]
         at += size
 
@@ -84,7 +84,7 @@ def _varint(data: bytes, at: int) -> tuple[int, int]:
     result = shift = 0
     while True:
         if at >= len(data) or shift > 63:
-            raise ValueError(f"a number is cut at byte {at}")
+            raise ValueError(f"a number is truncated at byte {at}")
         byte = data[at]
         at += 1
         result |= (byte & 0x7F) << shift

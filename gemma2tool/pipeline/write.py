@@ -21,6 +21,7 @@ import numpy as np
 from gemma2tool.formats.base import Output, OutputTensor, as_bytes
 from gemma2tool.model.lazy import Array, row_ranges
 from gemma2tool.pipeline.value_check import ValueCheck
+from gemma2tool.storage.buffers import AnyBuffer
 from gemma2tool.storage.crc import crc32_combine
 
 DEFAULT_MEMORY = 256 << 20
@@ -37,7 +38,7 @@ Advance = Callable[[int, str], None]
 class Sink(Protocol):
     """A file being written: ``pwrite`` puts all of a buffer at an absolute offset."""
 
-    def pwrite(self, offset: int, buffer: object) -> None: ...
+    def pwrite(self, offset: int, buffer: AnyBuffer) -> None: ...
 
 
 Sinks = Mapping[str, Sink]

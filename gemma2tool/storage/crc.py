@@ -60,7 +60,7 @@ class Crc:
         begin, end = offset, offset + len(view)
         if begin < 0 or end > self.nbytes:
             raise ValueError(f"bytes {begin} to {end} of {self.nbytes}")
-        if begin == end or self.complete:
+        if begin == end or self.is_complete():
             return
         crc = zlib.crc32(view)
         with self._lock:
@@ -79,15 +79,14 @@ class Crc:
             self._runs[begin] = end, crc
             self._begins[end] = begin
 
-    @property
-    def complete(self) -> bool:
+    def is_complete(self) -> bool:
         """Whether every byte has been added."""
         return self.nbytes == 0 or self._runs.get(0, (0, 0))[0] == self.nbytes
 
     @property
     def value(self) -> int:
         """The CRC-32 of all bytes. Raises ValueError while any are missing."""
-        if not self.complete:
+        if not self.is_complete():
             raise ValueError("not every byte has been added")
         return self._runs[0][1] if self.nbytes else 0
 

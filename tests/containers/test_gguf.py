@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from gemma2tool.containers import gguf as ours
+from gemma2tool.containers.ggml_types import BLOCKS
 from gemma2tool.containers.gguf import GGUFValue
 from tests.support.hostile.gguf import ARCH, CASES, F32, STR, U8, U16, arr, file, kv, tensor, text
 from tests.support.hostile.refusal import Hostile, as_params, assert_refused
@@ -124,7 +125,7 @@ def test_block_sizes_are_the_library_s() -> None:
         32,
         36,
     )  # ggml's block_q8_1: two halves and 32 codes; gguf-py 0.19 is behind
-    assert expected == ours.BLOCKS
+    assert expected == BLOCKS
 
 
 def test_oracle_files_are_rewritten_byte_for_byte(oracles: Path) -> None:

@@ -146,7 +146,7 @@ def test_checksums_of_the_new_kind(tmp_path: Path, mark: bytes) -> None:
     data = bytearray(_write(tmp_path / "x.h5", 1, libver="latest").read_bytes())
     data[data.index(mark) + 14] ^= 1
     (tmp_path / "y.h5").write_bytes(data)
-    with pytest.raises(Exception, match="damaged|does not have|user block") as caught:
+    with pytest.raises(Exception, match=r"does not match|do not exist|user block") as caught:
         hdf5.read_arrays(tmp_path / "y.h5")
     assert caught.value.id.startswith("hdf5.")
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from gemma2tool.containers.orbax import ocdbt
+from gemma2tool.errors import InputRefused
 from gemma2tool.formats.orbax.zarr_arrays import decompress, read_value
 from gemma2tool.storage.crc import crc32c
 from tests.support.hostile.binaries import database
@@ -78,7 +79,8 @@ def test_damaged_manifests(tmp_path: Path, byte: int) -> None:
     raw = bytearray(manifest.read_bytes())
     raw[byte] ^= 1
     manifest.write_bytes(raw)
-    with pytest.raises(Exception, match="not one of OCDBT's|its header says|is damaged") as caught:
+    match = "not an OCDBT manifest|its header says|checksum of .* does not match"
+    with pytest.raises(InputRefused, match=match) as caught:
         ocdbt.read_entries(tmp_path / "x", decompress)
     assert caught.value.id.startswith("ocdbt.")
 

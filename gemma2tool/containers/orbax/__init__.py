@@ -1,1 +1,1 @@
-"""The key-value database that Orbax keeps its arrays in."""
+"""The key-value database in which Orbax stores arrays."""

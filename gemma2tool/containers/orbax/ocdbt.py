@@ -1,8 +1,8 @@
-"""OCDBT databases (Orbax's key-value store): where each key's value lies, found without tensorstore.
+"""Finds the value of each key in an OCDBT database (Orbax's key-value store), without tensorstore.
 
-Source: tensorstore ``kvstore/ocdbt/index.rst``, "Storage format". A manifest names the root of a B+tree of the newest version; its
-nodes lie in data files, compressed with zstandard, each with a CRC-32C. Every path that a node names is confined to the database's
-folder, every size is bounded before it is allocated, and no node is read twice.
+Source: tensorstore ``kvstore/ocdbt/index.rst``, "Storage format". A manifest names the root of the B+tree of the newest
+version. Its nodes are in data files, compressed with zstandard, each with a CRC-32C. Every path in a node is confined
+to the database's folder, every size is checked before anything is allocated, and no node is read twice.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import NoReturn
 
 from gemma2tool.errors import InputRefused
 from gemma2tool.storage.crc import crc32c
@@ -21,9 +20,9 @@ from gemma2tool.storage.reading import open_for_reading, read_whole
 MANIFEST = "manifest.ocdbt"
 MAX_MANIFEST_BYTES = 1 << 20
 MAX_NODE_BYTES = 8 << 20
-"""A node decoded; tensorstore's own default limit for those it writes."""
+"""One decoded node. Also the default limit of what tensorstore writes."""
 MAX_TREE_BYTES = 6 << 20
-"""All nodes as stored; those of a 27B checkpoint take well under one million."""
+"""All nodes as stored. Those of a 27B checkpoint take well under one million."""
 MAX_DECODED_BYTES = 48 << 20
 MAX_ENTRIES = 200_000
 MAX_HEIGHT = 16
@@ -31,15 +30,16 @@ MAX_FILES = 100_000
 MAX_KEY_BYTES = 4096
 MAX_PATH_BYTES = 1024
 _MANIFEST_MAGIC, _NODE_MAGIC = bytes.fromhex("0cdb3a2a"), bytes.fromhex("0cdb20de")
-_HINT = "the checkpoint is damaged or incomplete: fetch it again"
 
 Decompress = Callable[[bytes, int], bytes]
-"""(a zstandard frame, the most bytes that may come of it) to those bytes; raises ValueError for anything else."""
+"""Decompresses (a zstandard frame, at most this many bytes). Raises ValueError if it cannot."""
 
 
 @dataclass(frozen=True, slots=True)
 class StoredValue:
-    """A key's value: ``nbytes`` bytes of a file from ``offset`` on, or, where ``path`` is None, the bytes ``inline``."""
+    """The value of a key: ``nbytes`` bytes of a file, starting at ``offset``; or the bytes ``inline`` if ``path`` is
+    None.
+    """
 
     path: Path | None
     offset: int
@@ -47,8 +47,14 @@ class StoredValue:
     inline: bytes = b""
 
 
+Files = list[tuple[str, str]]
+"""(path from the database's folder, base path) of data files, by number."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Node:
+    """Where a node is stored. ``base`` is prepended to the paths in it, ``prefix`` to its keys."""
+
     path: str
     offset: int
     nbytes: int
@@ -58,7 +64,7 @@ class _Node:
 
 
 def read_entries(folder: Path, decompress: Decompress) -> dict[str, StoredValue]:
-    """The newest values of a database by key. Raises InputRefused (``ocdbt.*``)."""
+    """Reads the newest values of a database by key. Raises InputRefused (``ocdbt.*``)."""
     return _Database(folder, decompress).entries()
 
 
@@ -68,146 +74,151 @@ class _Database:
         self.stored = self.decoded = 0
         self.sizes: dict[str, int] = {}
 
-    def refuse(self, kind: str, message: str) -> NoReturn:
-        raise InputRefused(f"ocdbt.{kind}", f"{self.folder.name}: {message}", hint=_HINT)
+    def refusal(self, kind: str, message: str) -> InputRefused:
+        return InputRefused(f"ocdbt.{kind}", f"{self.folder.name}: {message}")
 
     def entries(self) -> dict[str, StoredValue]:
         raw = read_whole(self.folder / MANIFEST, what=MANIFEST, max_bytes=MAX_MANIFEST_BYTES)
-        root = self.newest(_Reader(self.body(raw, _MANIFEST_MAGIC, MANIFEST), self.refuse))
+        root = self.newest(_Reader(self.body(raw, _MANIFEST_MAGIC, MANIFEST), self.refusal))
         values: dict[str, StoredValue] = {}
-        pending, seen = [root] if root else [], set()
+        pending = [root] if root else []
+        seen: set[tuple[str, int]] = set()
         while pending:
             node = pending.pop()
             if (node.path, node.offset) in seen:
-                self.refuse(
-                    "tree", f"a node of the tree at byte {node.offset} of {quoted(node.path)} belongs to it twice"
+                raise self.refusal(
+                    "tree", f"the node at byte {node.offset} of {quoted(node.path)} appears twice in the tree"
                 )
             seen.add((node.path, node.offset))
             if len(seen) + len(pending) > MAX_ENTRIES:
-                self.refuse("too-many-entries", f"has more than {MAX_ENTRIES} nodes")
+                raise self.refusal("too-many-entries", f"has more than {MAX_ENTRIES} nodes")
             pending += self.node(node, values)
         return values
 
     def body(self, raw: bytes, magic: bytes, where: str) -> bytes:
-        """What is between the header and the checksum of a manifest or node, decompressed."""
+        """The decompressed bytes between the header and the checksum of a manifest or node."""
         if len(raw) < 18 or raw[:4] != magic:
-            self.refuse("magic", f"{where} is not one of OCDBT's")
-        if int.from_bytes(raw[4:12], "little") != len(raw):
-            self.refuse(
-                "length", f"{where} has {len(raw)} bytes, its header says {int.from_bytes(raw[4:12], 'little')}"
-            )
+            raise self.refusal("magic", f"{where} is not an OCDBT manifest or node")
+        length = int.from_bytes(raw[4:12], "little")
+        if length != len(raw):
+            raise self.refusal("length", f"{where} has {len(raw)} bytes, but its header says {length}")
         if crc32c(raw[:-4]) != int.from_bytes(raw[-4:], "little"):
-            self.refuse("checksum", f"{where} is damaged")
+            raise self.refusal("checksum", f"the checksum of {where} does not match")
         version, compression = raw[12], raw[13]
         if version != 0 or compression > 1:
-            self.refuse("version", f"{where} is of version {version}, compressed in the way {compression}")
+            raise self.refusal(
+                "version",
+                f"{where} has version {version} and compression method {compression}, which are not supported",
+            )
         body = raw[14:-4]
         if compression:
             try:
                 body = self.decompress(body, MAX_NODE_BYTES)
             except ValueError as error:
-                self.refuse("compression", f"{where} cannot be decompressed: {error}")
+                raise self.refusal("compression", f"{where} cannot be decompressed: {error}") from error
         self.decoded += len(body)
         if self.decoded > MAX_DECODED_BYTES:
-            self.refuse("too-large", f"its tree takes more than {MAX_DECODED_BYTES} bytes")
+            raise self.refusal("too-large", f"its tree takes more than {MAX_DECODED_BYTES} bytes")
         return body
 
     # -- the manifest --------------------------------------------------------------------------------------------------
 
     def newest(self, reader: _Reader) -> _Node | None:
-        """The root of the newest version; None for an empty database."""
+        """The root of the newest version, or None for an empty database."""
         reader.take(16)  # uuid
         if reader.varint() != 0:
-            self.refuse("manifest", "keeps its manifest in several files, which are not read")
+            raise self.refusal("manifest", "has a manifest in several files, which is not supported")
         reader.varint()  # max_inline_value_bytes
         reader.varint()  # max_decoded_node_bytes
         reader.u8()  # version_tree_arity_log2
         method = reader.varint()
         if method > 1:
-            self.refuse("manifest", f"compresses in the way {method}")
+            raise self.refusal("manifest", f"has compression method {method}, which is not supported")
         if method:
             reader.take(4)
         files = self.files(reader, "")
         count = reader.count(1)
         if not count:
-            self.refuse("manifest", "has no version")
+            raise self.refusal("manifest", "contains no version")
         generations = reader.varints(count)
         heights = list(reader.take(count))
         places = list(zip(reader.varints(count), reader.varints(count), reader.varints(count), strict=True))
         keys = reader.varints(count)
         if sorted(set(generations)) != generations:
-            self.refuse("manifest", "its versions are out of order")
+            raise self.refusal("manifest", "its versions are out of order")
         file, offset, nbytes = places[-1]
         if keys[-1] == 0 and nbytes in (0, (1 << 64) - 1):
             return None
         if heights[-1] > MAX_HEIGHT:
-            self.refuse("tree", f"its tree is {heights[-1]} nodes high")
+            raise self.refusal("tree", f"its tree has height {heights[-1]}; at most {MAX_HEIGHT} is accepted")
         path, base = self.file(files, file)
         return _Node(path, offset, nbytes, heights[-1], base, b"")
 
     # -- data files ----------------------------------------------------------------------------------------------------
 
-    def files(self, reader: _Reader, transitive: str) -> list[tuple[str, str]]:
-        """(path from the folder, its base) of the data files that a node refers to by number."""
+    def files(self, reader: _Reader, transitive: str) -> Files:
+        """Reads (path from the folder, base path) of the data files that a node refers to by number."""
         count = reader.count(2)
         if count > MAX_FILES:
-            self.refuse("too-many-files", f"refers to {count} files from one node")
+            raise self.refusal("too-many-files", f"refers to {count} files from one node")
         prefixes = [0, *reader.varints(max(count - 1, 0))]
         suffixes, bases = reader.varints(count), reader.varints(count)
-        found: list[tuple[str, str]] = []
+        files: Files = []
         previous = b""
         for prefix, suffix, base in zip(prefixes, suffixes, bases, strict=False):
             if prefix > len(previous) or suffix > MAX_PATH_BYTES or base > prefix + suffix:
-                self.refuse("path", "a table of files is broken")
+                raise self.refusal("path", "a table of files has impossible lengths")
             previous = previous[:prefix] + reader.take(suffix)
             full = transitive.encode() + previous
-            # An empty version of a database has no root, and "no file" in its place.
+            # An empty version has no root and an empty path in its place.
             if previous and (len(full) > MAX_PATH_BYTES or not _is_plain(full)):
-                self.refuse("path", f"refers to the file {quoted(full)}, which is no plain path inside it")
-            found.append((full.decode(), full[: len(transitive) + base].decode()))
-        return found
+                raise self.refusal("path", f"refers to the file {quoted(full)}, which is not a plain path inside it")
+            files.append((full.decode(), full[: len(transitive) + base].decode()))
+        return files
 
-    def file(self, files: list[tuple[str, str]], number: int) -> tuple[str, str]:
+    def file(self, files: Files, number: int) -> tuple[str, str]:
         if number >= len(files) or not files[number][0]:
-            self.refuse("path", f"refers to the file number {number} of {len(files)}, which is none")
+            raise self.refusal(
+                "path", f"refers to file number {number}, but lists {len(files)} files, or its path is empty"
+            )
         return files[number]
 
     def size(self, path: str) -> int:
-        """The size of a data file, reached without following a link."""
+        """The size of a data file. Links are not followed."""
         if path not in self.sizes:
-            place = self.folder
+            full = self.folder
             for part in path.split("/"):
-                place = place / part
-                if place.is_symlink():
-                    self.refuse("link", f"{quoted(path)} inside it is a symbolic link, or leads through one")
-            with open_for_reading(place) as reader:
+                full = full / part
+                if full.is_symlink():
+                    raise self.refusal("link", f"the file {quoted(path)} is a symbolic link, or is reached through one")
+            with open_for_reading(full) as reader:
                 self.sizes[path] = reader.size
         return self.sizes[path]
 
-    def inside(self, path: str, offset: int, nbytes: int) -> None:
+    def refuse_outside(self, path: str, offset: int, nbytes: int) -> None:
         if offset + nbytes > self.size(path):
-            self.refuse(
+            raise self.refusal(
                 "extent",
-                f"refers to bytes {offset} to {offset + nbytes} of {quoted(path)}, which has {self.size(path)}",
+                f"refers to bytes {offset} to {offset + nbytes} of {quoted(path)}, which has {self.size(path)} bytes",
             )
 
     # -- the tree ------------------------------------------------------------------------------------------------------
 
     def node(self, node: _Node, values: dict[str, StoredValue]) -> list[_Node]:
-        """Reads a node: the values of a leaf are added to ``values``, the children of another returned."""
-        self.inside(node.path, node.offset, node.nbytes)
+        """Reads a node. Adds the values of a leaf to ``values``; returns the children of an inner node."""
+        self.refuse_outside(node.path, node.offset, node.nbytes)
         self.stored += node.nbytes
         if self.stored > MAX_TREE_BYTES:
-            self.refuse("too-large", f"its tree takes more than {MAX_TREE_BYTES} bytes")
+            raise self.refusal("too-large", f"its tree takes more than {MAX_TREE_BYTES} bytes")
         with open_for_reading(self.folder / node.path) as file:
             raw = bytes(file.pread(node.offset, node.nbytes))
-        reader = _Reader(self.body(raw, _NODE_MAGIC, f"a node in {quoted(node.path)}"), self.refuse)
+        reader = _Reader(self.body(raw, _NODE_MAGIC, f"a node in {quoted(node.path)}"), self.refusal)
         if reader.u8() != node.height:
-            self.refuse("tree", "a node of its tree has another height than it should")
+            raise self.refusal("tree", "the height of a node is not one less than that of its parent")
         files = self.files(reader, node.base)
         count = reader.count(4)
         if len(values) + count > MAX_ENTRIES:
-            self.refuse("too-many-entries", f"holds more than {MAX_ENTRIES} keys")
+            raise self.refusal("too-many-entries", f"contains more than {MAX_ENTRIES} keys")
         prefixes = [0, *reader.varints(max(count - 1, 0))]
         suffixes = reader.varints(count)
         common = reader.varints(count) if node.height else suffixes
@@ -215,66 +226,66 @@ class _Database:
         previous = b""
         for prefix, suffix in zip(prefixes, suffixes, strict=False):
             if prefix > len(previous) or len(node.prefix) + prefix + suffix > MAX_KEY_BYTES:
-                self.refuse("key", "a key is too long or its prefix longer than the one before it")
+                raise self.refusal("key", "a key is too long, or its shared prefix is longer than the previous key")
             previous = previous[:prefix] + reader.take(suffix)
             keys.append(previous)
-        if any(a >= b for a, b in pairwise(keys)):
-            self.refuse("key", "the keys of a node are out of order")
+        if any(key >= following for key, following in pairwise(keys)):
+            raise self.refusal("key", "the keys of a node are not in order")
         if node.height:
             return self.children(node, reader, files, keys, common)
         self.leaf(node, reader, files, keys, values)
         return []
 
-    def children(self, node: _Node, reader: _Reader, files: list, keys: list[bytes], common: list[int]) -> list[_Node]:
+    def children(self, node: _Node, reader: _Reader, files: Files, keys: list[bytes], common: list[int]) -> list[_Node]:
         count = len(keys)
         places = list(zip(reader.varints(count), reader.varints(count), reader.varints(count), strict=True))
-        found = []
+        children = []
         for key, shared, (number, offset, nbytes) in zip(keys, common, places, strict=True):
             if shared > len(key):
-                self.refuse("key", "a node's common prefix is longer than its key")
+                raise self.refusal("key", "a node's common prefix is longer than its key")
             path, base = self.file(files, number)
-            found.append(_Node(path, offset, nbytes, node.height - 1, base, node.prefix + key[:shared]))
-        return found
+            children.append(_Node(path, offset, nbytes, node.height - 1, base, node.prefix + key[:shared]))
+        return children
 
     def leaf(
-        self, node: _Node, reader: _Reader, files: list, keys: list[bytes], values: dict[str, StoredValue]
+        self, node: _Node, reader: _Reader, files: Files, keys: list[bytes], values: dict[str, StoredValue]
     ) -> None:
         lengths, kinds = reader.varints(len(keys)), reader.take(len(keys))
         if kinds.strip(b"\0\1"):
-            self.refuse("tree", "a value is kept in an unknown way")
-        elsewhere = [index for index, kind in enumerate(kinds) if kind]
-        numbers, offsets = reader.varints(len(elsewhere)), reader.varints(len(elsewhere))
-        found: dict[int, StoredValue] = {}
-        for index, number, offset in zip(elsewhere, numbers, offsets, strict=True):
+            raise self.refusal("tree", "a value is stored in an unknown way")
+        in_files = [index for index, kind in enumerate(kinds) if kind]
+        numbers, offsets = reader.varints(len(in_files)), reader.varints(len(in_files))
+        stored: dict[int, StoredValue] = {}
+        for index, number, offset in zip(in_files, numbers, offsets, strict=True):
             path, _ = self.file(files, number)
-            self.inside(path, offset, lengths[index])
-            found[index] = StoredValue(self.folder / path, offset, lengths[index])
+            self.refuse_outside(path, offset, lengths[index])
+            stored[index] = StoredValue(self.folder / path, offset, lengths[index])
         for index, key in enumerate(keys):
-            if index not in found:
-                found[index] = StoredValue(None, 0, lengths[index], reader.take(lengths[index]))
+            if index not in stored:
+                stored[index] = StoredValue(None, 0, lengths[index], reader.take(lengths[index]))
             try:
                 name = (node.prefix + key).decode("utf-8")
-            except UnicodeDecodeError:
-                self.refuse("key", f"the key {quoted(key)} is not UTF-8")
+            except UnicodeDecodeError as error:
+                raise self.refusal("key", f"the key {quoted(key)} is not UTF-8") from error
             if name in values:
-                self.refuse("key", f"the key {quoted(name)} appears twice")
-            values[name] = found[index]
+                raise self.refusal("key", f"the key {quoted(name)} appears twice")
+            values[name] = stored[index]
         if not reader.done:
-            self.refuse("tree", "a node of its tree has bytes left over")
+            raise self.refusal("tree", "a leaf of its tree has bytes left over")
 
 
 def _is_plain(path: bytes) -> bool:
-    """Whether a path is relative, of plain segments, none of them ``..``."""
+    """Whether a path is relative and consists of plain segments other than ``.`` and ``..``."""
     if not path.isascii() or not path.decode().isprintable() or b"\\" in path or b":" in path:
         return False
     return all(segment not in (b"", b".", b"..") for segment in path.split(b"/"))
 
 
 class _Reader:
-    """The fields of a decoded node, one after another."""
+    """Reads the fields of a decoded manifest or node."""
 
-    def __init__(self, data: bytes, refuse: Callable[[str, str], NoReturn]) -> None:
-        self.data, self.refuse, self.at = data, refuse, 0
+    def __init__(self, data: bytes, refusal: Callable[[str, str], InputRefused]) -> None:
+        self.data, self.refusal, self.at = data, refusal, 0
 
     @property
     def done(self) -> bool:
@@ -282,7 +293,7 @@ class _Reader:
 
     def take(self, count: int) -> bytes:
         if count > len(self.data) - self.at:
-            self.refuse("truncated", "a manifest or node ends too early")
+            raise self.refusal("truncated", "a manifest or node is truncated")
         self.at += count
         return self.data[self.at - count : self.at]
 
@@ -296,18 +307,20 @@ class _Reader:
             result |= (byte & 0x7F) << shift
             if byte < 0x80:
                 if result >= 1 << 64:
-                    self.refuse("truncated", "a number of a manifest or node is longer than 64 bits")
+                    raise self.refusal("truncated", "a number in a manifest or node has more than 64 bits")
                 return result
             shift += 7
             if shift > 63:
-                self.refuse("truncated", "a number of a manifest or node does not end")
+                raise self.refusal("truncated", "a number in a manifest or node does not end")
 
     def varints(self, count: int) -> list[int]:
         return [self.varint() for _ in range(count)]
 
-    def count(self, least: int) -> int:
-        """A number of items of which each takes ``least`` bytes or more."""
+    def count(self, min_bytes: int) -> int:
+        """Reads a number of items that each take at least ``min_bytes`` bytes."""
         count = self.varint()
-        if count * least > len(self.data) - self.at:
-            self.refuse("truncated", f"a manifest or node says it lists {count} items, more than it has bytes for")
+        if count * min_bytes > len(self.data) - self.at:
+            raise self.refusal(
+                "truncated", f"a manifest or node has a count of {count} items, more than it has bytes for"
+            )
         return count

@@ -1,1 +1,1 @@
-"""What torch.save writes: a zip archive of stored members around one pickle."""
+"""Files of torch.save: a zip archive of stored members, one of which is a pickle that describes the tensors."""

@@ -1,7 +1,8 @@
-"""Writing what torch.save writes, with every tensor's place known before any data is.
+"""Plans a torch.save file, so that every tensor's place is known before any data is.
 
-The bytes equal those of torch.save 2.13 but for the serialization id, a number of 40 digits that torch derives from the order of
-a hash table. Sources: torch/serialization.py, CPython's _pickle.c, caffe2/serialize/inline_container.cc and its copy of miniz.
+The bytes equal those of torch.save 2.13 except for the serialization id, a 40-digit number that torch derives from the
+order of a hash table. Sources: torch/serialization.py, CPython's _pickle.c, caffe2/serialize/inline_container.cc and
+its copy of miniz.
 """
 
 from __future__ import annotations
@@ -41,17 +42,18 @@ _STORAGE_OF = {dtype: storage for storage, dtype in STORAGE_DTYPES.items()}
 _TORCH_NAME_OF = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 _UTF8_NAME = 1 << 11
 _U16_MAX, _U32_MAX = 0xFFFF, 0xFFFFFFFF
-_BATCH = 1000  # items a SETITEMS, as pickle.py's _BATCHSIZE
+_BATCH = 1000  # items per SETITEMS, as _BATCHSIZE in pickle.py
 
 Key = tuple[str, ...]
 
 
 class TorchZipLayout:
-    """Where everything goes in a torch.save file of nested dicts of tensors.
+    """The place of everything in a torch.save file of nested dicts of tensors.
 
-    ``tree`` maps names to (dtype, shape), to strings or to further mappings; an OrderedDict stays one. dtypes are spelled as in
-    safetensors, and C64. A tensor is known by its path of keys. ``offsets`` and ``sizes`` give each tensor's absolute place in bytes and
-    ``total_size`` the file's size. Write the tensors there in any order, then all that ``finish`` returns.
+    ``tree`` maps names to (dtype, shape), strings or further mappings; an OrderedDict stays one. dtypes are spelled as
+    in safetensors (and C64). A tensor is identified by its path of keys. ``offsets`` and ``sizes`` give the absolute
+    place of each tensor in bytes, ``total_size`` the size of the file. Write the tensors at their places in any order,
+    then everything that ``finish`` returns.
     """
 
     def __init__(self, tree: Mapping[str, Any], archive: str = "archive") -> None:
@@ -85,19 +87,19 @@ class TorchZipLayout:
         self.offsets: dict[Key, int] = {keys[slot.name]: slot.data for slot in self._members if slot.name in keys}
 
     def finish(self, crcs: Mapping[Key, int]) -> list[tuple[int, bytes]]:
-        """(absolute offset, bytes) of all that is not tensor data, given the CRC-32 of each tensor's bytes."""
-        of = {name: crcs[path] for name, path in self._keys.items()}
-        of |= {name: zlib.crc32(data) for name, data in self._fixed.items() if name != self._id_name}
-        digest = sha256(repr(sorted(of.items())).encode()).digest()
+        """Returns (absolute offset, bytes) of everything except tensor data, given the CRC-32 of each tensor."""
+        member_crcs = {name: crcs[path] for name, path in self._keys.items()}
+        member_crcs |= {name: zlib.crc32(data) for name, data in self._fixed.items() if name != self._id_name}
+        digest = sha256(repr(sorted(member_crcs.items())).encode()).digest()
         fixed = self._fixed | {self._id_name: str(int.from_bytes(digest) % 10**40).rjust(40, "0").encode()}
-        of[self._id_name] = zlib.crc32(fixed[self._id_name])
+        member_crcs[self._id_name] = zlib.crc32(fixed[self._id_name])
         pieces: list[tuple[int, bytes]] = []
         for slot in self._members:
             pieces.append((slot.header, slot.local()))
             if slot.name in fixed:
                 pieces.append((slot.data, fixed[slot.name]))
-            pieces.append((slot.data + slot.size, slot.descriptor(of[slot.name])))
-        directory = b"".join(slot.central(of[slot.name]) for slot in self._members)
+            pieces.append((slot.data + slot.size, slot.descriptor(member_crcs[slot.name])))
+        directory = b"".join(slot.central(member_crcs[slot.name]) for slot in self._members)
         return [(at, data) for at, data in pieces if data] + [
             (self._directory_offset, directory + self._end(len(directory)))
         ]
@@ -105,25 +107,17 @@ class TorchZipLayout:
     def _end(self, size: int) -> bytes:
         count, offset = len(self._members), self._directory_offset
         at = offset + size
+        short_count = min(count, _U16_MAX)
         return (
             END64.pack(END64_SIGNATURE, END64.size - 12, 0x031E, 45, 0, 0, count, count, size, offset)
             + LOCATOR64.pack(LOCATOR64_SIGNATURE, 0, at, 1)
-            + END.pack(
-                END_SIGNATURE,
-                0,
-                0,
-                min(count, _U16_MAX),
-                min(count, _U16_MAX),
-                min(size, _U32_MAX),
-                min(offset, _U32_MAX),
-                0,
-            )
+            + END.pack(END_SIGNATURE, 0, 0, short_count, short_count, min(size, _U32_MAX), min(offset, _U32_MAX), 0)
         )
 
 
 @dataclass(frozen=True, slots=True)
 class _Slot:
-    """A member of the archive: its local header begins at ``header``, its data, aligned, at ``data``."""
+    """A member of the archive: its local header starts at ``header``, its aligned data at ``data``."""
 
     name: str
     raw_name: bytes
@@ -147,14 +141,14 @@ class _Slot:
         return _UTF8_NAME | (HAS_DESCRIPTOR if self.size else 0)
 
     def zip64(self, packed: int | None = None) -> bytes:
-        """The extra field with what does not fit in 32 bits."""
+        """The extra field with the numbers that do not fit in 32 bits."""
         wide = [self.size, self.size if packed is None else packed] if self.size >= _U32_MAX else []
         if self.header >= _U32_MAX:
             wide.append(self.header)
         return struct.pack(f"<HH{len(wide)}Q", ZIP64_EXTRA, 8 * len(wide), *wide) if wide else b""
 
     def local(self) -> bytes:
-        # Sizes and CRC follow the data in a descriptor; miniz leaves even the wide packed size 0 here.
+        # Sizes and CRC follow the data in a descriptor. miniz leaves even the 64-bit packed size 0 here.
         zip64 = self.zip64(packed=0)
         padding = self.data - self.header - LOCAL.size - len(self.raw_name) - len(zip64) - 4
         extra = zip64 + struct.pack("<2sH", b"FB", padding) + b"Z" * padding
@@ -179,7 +173,7 @@ class _Slot:
 
 
 class _Pickler:
-    """The pickle that CPython's C pickler makes of nested dicts of torch tensors, protocol 2."""
+    """Writes the pickle that CPython's C pickler makes from nested dicts of torch tensors, protocol 2."""
 
     def __init__(self) -> None:
         self.out = bytearray(b"\x80\x02")
@@ -204,7 +198,7 @@ class _Pickler:
             return
         batches = [items[begin : begin + _BATCH] for begin in range(0, len(items), _BATCH)]
         if items and len(items) % _BATCH == 0 and not isinstance(tree, OrderedDict):
-            batches.append([])  # the loop over an exact dict sees its end only in the next batch
+            batches.append([])  # the C loop over an exact dict notices the end only in the next batch
         for batch in batches:
             if len(batch) == 1 and isinstance(tree, OrderedDict):
                 self.item(batch[0], path)
@@ -223,7 +217,8 @@ class _Pickler:
         elif isinstance(value, str):
             self.text(value)
         else:
-            self.tensor(*value, (*path, key))
+            dtype, shape = value
+            self.tensor(dtype, shape, (*path, key))
 
     def tensor(self, dtype: str, shape: Sequence[int], path: Key) -> None:
         shape = tuple(int(dim) for dim in shape)
@@ -253,12 +248,13 @@ class _Pickler:
         self.put()
 
     def put(self) -> None:
-        """Memoizes the object just written."""
+        """Memoizes the object that was just written."""
         self.out += struct.pack("<cB", b"q", self.count) if self.count < 256 else struct.pack("<cI", b"r", self.count)
         self.count += 1
 
     def shared(self, key: object) -> bool:
-        """Recalls an object written before, or notes that it is about to be written."""
+        """Writes a reference to an object written before and returns True; otherwise remembers that it is about to be
+        written."""
         index = self.memo.setdefault(key, self.count)
         if index == self.count:
             return False

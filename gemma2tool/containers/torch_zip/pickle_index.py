@@ -1,8 +1,8 @@
-"""What a torch.save pickle says, without unpickling it.
+"""Reads the contents of a torch.save pickle without unpickling it.
 
-A pickle is a program. This interpreter knows only the opcodes that torch.save emits (protocol 2, as torch's own weights_only
-unpickler) and only names from a short list; each name builds an inert record here and nothing is ever imported or called. Steps,
-stack, memo and text are bounded.
+A pickle is a program. This interpreter knows only the opcodes that torch.save emits (protocol 2, like torch's own
+weights_only unpickler) and only the names in a short list. A name builds an inert record; nothing is imported or
+called. The steps, the stack, the memo and the lengths of texts are limited.
 """
 
 from __future__ import annotations
@@ -10,23 +10,26 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from gemma2tool.errors import InputRefused
 from gemma2tool.storage.quoting import quoted
 
+T = TypeVar("T")
+Arguments = tuple[Any, ...]
+
 MAX_STEPS = 1_000_000  # 20,000 tensors take about 750,000
-FREE_STEPS = 150_000  # for what is no tensor
+FREE_STEPS = 150_000  # for everything that is not a tensor
 STEPS_PER_TENSOR = 60
 MAX_STACK = 200_000
 MAX_INT_BYTES = 16
 
-# dtype names as torch spells them -> as safetensors spells them (and C64, C128 beyond)
+# dtype name in torch -> in safetensors (and C64, C128, which safetensors lacks)
 TORCH_DTYPES = {
     "bool": "BOOL", "uint8": "U8", "int8": "I8", "int16": "I16", "uint16": "U16", "float16": "F16", "bfloat16": "BF16",
-    "int32": "I32", "uint32": "U32", "float32": "F32", "complex64": "C64", "float64": "F64", "int64": "I64", "uint64": "U64",
-    "complex128": "C128", "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2", "float8_e8m0fnu": "F8_E8M0",
-    "float8_e4m3fnuz": "F8_E4M3FNUZ", "float8_e5m2fnuz": "F8_E5M2FNUZ",
+    "int32": "I32", "uint32": "U32", "float32": "F32", "complex64": "C64", "float64": "F64", "int64": "I64",
+    "uint64": "U64", "complex128": "C128", "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2",
+    "float8_e8m0fnu": "F8_E8M0", "float8_e4m3fnuz": "F8_E4M3FNUZ", "float8_e5m2fnuz": "F8_E5M2FNUZ",
 }  # fmt: skip
 STORAGE_DTYPES = {
     "BoolStorage": "BOOL", "ByteStorage": "U8", "CharStorage": "I8", "ShortStorage": "I16", "HalfStorage": "F16",
@@ -37,7 +40,7 @@ STORAGE_DTYPES = {
 
 @dataclass(frozen=True, slots=True)
 class StorageRef:
-    """A storage: ``dtype`` None means untyped bytes; ``count`` is in elements of the dtype, or bytes."""
+    """A storage. ``dtype`` None means untyped bytes; ``count`` is in elements of the dtype, or in bytes."""
 
     dtype: str | None
     key: str
@@ -46,7 +49,7 @@ class StorageRef:
 
 @dataclass(frozen=True, slots=True)
 class TensorRef:
-    """A tensor as a view of a storage; ``storage_offset`` and ``stride`` in elements. Nothing here has been checked."""
+    """A tensor as a view of a storage, not checked yet. ``storage_offset`` and ``stride`` are in elements."""
 
     storage: StorageRef
     dtype: str
@@ -57,68 +60,66 @@ class TensorRef:
 
 @dataclass(frozen=True, slots=True)
 class _Global:
-    """A name from the list of those that are known."""
+    """One of the known names."""
 
     name: str
 
 
 class _Mark:
-    """The stack's mark."""
+    """The mark on the stack."""
 
 
-def interpret(data: bytes, place: str) -> Any:
-    """The object that ``data`` describes, of dict, list, tuple, int, float, str, bool, None, bytes and TensorRef.
+def interpret(data: bytes, where: str) -> Any:
+    """Returns the object that ``data`` describes, made of dict, list, tuple, int, float, str, bool, None, bytes and
+    TensorRef.
 
-    Raises InputRefused (``pickle.*``) for any opcode, name or argument that torch.save would not have written for those.
+    ``where`` names the file in messages. Raises InputRefused (``pickle.*``) for any opcode, name or argument that
+    torch.save does not write for these.
     """
-    return _Interpreter(data, place).run()
+    return _Interpreter(data, where).run()
 
 
 class _Interpreter:
-    def __init__(self, data: bytes, place: str) -> None:
+    def __init__(self, data: bytes, where: str) -> None:
         self.data = data
-        self.place = place
+        self.where = where
         self.at = 0
         self.stack: list[Any] = []
         self.memo: dict[int, Any] = {}
-        self.steps = FREE_STEPS  # that are allowed
+        self.max_steps = FREE_STEPS
 
-    def refuse(self, kind: str, message: str) -> NoReturn:
-        raise InputRefused(
-            f"pickle.{kind}",
-            f"{self.place}: {message} (byte {self.at} of the pickle)",
-            hint="only checkpoints of plain tensors are read; nothing of this file was run",
-        )
+    def refusal(self, kind: str, message: str) -> InputRefused:
+        return InputRefused(f"pickle.{kind}", f"{self.where}: {message} (byte {self.at} of the pickle)")
 
     def run(self) -> Any:
         if self.data[:2] != b"\x80\x02":
-            self.refuse("protocol", "is not a pickle of protocol 2, which torch.save writes")
+            raise self.refusal("protocol", "is not a pickle of protocol 2, as torch.save writes")
         self.at = 2
-        actions, data, done = _ACTIONS, self.data, 0
-        while done < self.steps:
-            done += 1
+        actions, data, steps = _ACTIONS, self.data, 0
+        while steps < self.max_steps:
+            steps += 1
             if self.at >= len(data):
-                self.refuse("truncated", "the pickle ends early")
+                raise self.refusal("truncated", "the pickle ends early")
             opcode = data[self.at]
             self.at += 1
             if opcode == 0x2E:  # STOP
                 if len(self.stack) != 1 or self.at != len(data):
-                    self.refuse("stop", "the pickle stops with objects or bytes left over")
+                    raise self.refusal("stop", "the pickle ends with objects or bytes left over")
                 return self.pop()
             action = actions.get(opcode)
             if action is None:
-                self.refuse(
-                    "opcode", f"the opcode {quoted(bytes([opcode]))} is not one that torch.save writes for tensors"
+                raise self.refusal(
+                    "opcode", f"torch.save does not write the opcode {quoted(bytes([opcode]))} for tensors"
                 )
             action(self)
             if len(self.stack) > MAX_STACK:
-                self.refuse("too-large", f"the pickle stacks more than {MAX_STACK} objects")
-        self.refuse("too-large", f"the pickle takes more than {self.steps} steps, too many for its tensors")
+                raise self.refusal("too-large", f"the pickle has more than {MAX_STACK} objects on its stack")
+        raise self.refusal("too-large", f"the pickle takes more than {self.max_steps} steps, too many for its tensors")
 
     def take(self, count: int) -> bytes:
         end = self.at + count
         if end > len(self.data):
-            self.refuse("truncated", "the pickle ends early")
+            raise self.refusal("truncated", "the pickle ends early")
         begin, self.at = self.at, end
         return self.data[begin:end]
 
@@ -128,22 +129,24 @@ class _Interpreter:
     def line(self) -> str:
         end = self.data.find(b"\n", self.at, self.at + 256)
         if end < 0:
-            self.refuse("global", "a global name does not end")
+            raise self.refusal("global", "a global name is too long or not terminated")
         raw = self.take(end + 1 - self.at)[:-1]
         return raw.decode("ascii", "backslashreplace")
 
     def pop(self) -> Any:
         if not self.stack:
-            self.refuse("stack", "the pickle takes from an empty stack")
+            raise self.refusal("stack", "the pickle pops from an empty stack")
         value = self.stack.pop()
         if value is _Mark:
-            self.refuse("stack", "the pickle uses a mark as a value")
+            raise self.refusal("stack", "the pickle uses a mark as a value")
         return value
 
-    def top(self, kind: type, what: str) -> Any:
+    def top(self, kind: type[T], action: str) -> T:
+        """The object on top of the stack, which must be of this type. ``action`` says what the pickle does with it."""
         if not self.stack or type(self.stack[-1]) is not kind:
-            self.refuse("type", f"the pickle {what} something that is not a {kind.__name__}")
-        return self.stack[-1]
+            raise self.refusal("type", f"the pickle {action} an object that is not a {kind.__name__}")
+        value: T = self.stack[-1]
+        return value
 
     def pop_to_mark(self) -> list[Any]:
         for depth in range(len(self.stack) - 1, -1, -1):
@@ -151,7 +154,7 @@ class _Interpreter:
                 values = self.stack[depth + 1 :]
                 del self.stack[depth:]
                 return values
-        self.refuse("stack", "the pickle looks for a mark that is not there")
+        raise self.refusal("stack", "the pickle uses a mark that is not on the stack")
 
     def remember(self, index: int) -> None:
         value = self.pop()
@@ -160,32 +163,32 @@ class _Interpreter:
 
     def recall(self, index: int) -> None:
         if index not in self.memo:
-            self.refuse("memo", f"the pickle recalls an object {index} that it never remembered")
+            raise self.refusal("memo", f"the pickle reads memo entry {index}, which it has not written")
         self.stack.append(self.memo[index])
 
     def set_items(self, items: list[Any]) -> None:
-        target = self.top(dict, "sets items of")
+        target = self.top(dict, "sets items in")
         if len(items) % 2:
-            self.refuse("type", "the pickle sets an item without a value")
+            raise self.refusal("type", "the pickle sets a key without a value")
         for key, value in zip(items[::2], items[1::2], strict=True):
             if type(key) is int:
-                key = str(key)  # optimizer states count their parameters
+                key = str(key)  # optimizer states number their parameters
             if type(key) is not str:
-                self.refuse("key", f"a key {quoted(key)} is not text")
+                raise self.refusal("key", f"the key {quoted(key)} is not a string")
             if key in target:
-                self.refuse("duplicate-key", f"the key {quoted(key)} appears twice")
+                raise self.refusal("duplicate-key", f"the key {quoted(key)} appears twice")
             target[key] = value
 
     def reduce(self) -> None:
         arguments, function = self.pop(), self.pop()
         if type(function) is not _Global or type(arguments) is not tuple:
-            self.refuse("reduce", "the pickle calls something that is not a known name")
+            raise self.refusal("reduce", "the pickle calls an object that is not a known name")
         self.stack.append(_BUILDERS[function.name](self, arguments))
 
     def global_(self) -> None:
         name = f"{self.line()}.{self.line()}"
         if name not in _KNOWN:
-            self.refuse("global", f"asks for {quoted(name)}, which is not needed to store tensors")
+            raise self.refusal("global", f"names {quoted(name)}, which is not needed to store tensors")
         self.stack.append(_Global(name))
 
     def persistent(self) -> None:
@@ -194,27 +197,29 @@ class _Interpreter:
             case ("storage", _Global(name), str(key), str(_), int(count)) if name in _STORAGES and count >= 0:
                 self.stack.append(StorageRef(_STORAGES[name], key, count))
             case _:
-                self.refuse("storage", "the pickle refers to something that is not a storage")
+                raise self.refusal("storage", "the pickle has a persistent id that is not a storage")
 
     def build(self) -> None:
-        """OrderedDict's attributes: a state dict carries its modules' versions in ``_metadata``, which say nothing of weights."""
+        """Ignores attributes of an OrderedDict: a state dict has its modules' versions in ``_metadata``."""
         state = self.pop()
         self.top(dict, "sets attributes of")
         if type(state) is not dict:
-            self.refuse("type", "the pickle sets attributes that are not a dict")
+            raise self.refusal("type", "the pickle sets attributes that are not a dict")
 
     def long(self) -> None:
         length = self.take(1)[0]
         if length > MAX_INT_BYTES:
-            self.refuse("too-large", f"an integer of {length} bytes")
+            raise self.refusal(
+                "too-large", f"the pickle has an integer of {length} bytes; at most {MAX_INT_BYTES} are accepted"
+            )
         self.stack.append(int.from_bytes(self.take(length), "little", signed=True))
 
     def text(self) -> None:
-        raw = self.take(self.number(_U32))
+        raw = self.take(int(self.number(_U32)))
         try:
             self.stack.append(raw.decode("utf-8", "surrogatepass"))
-        except UnicodeDecodeError:
-            self.refuse("utf8", "a text of the pickle is not UTF-8")
+        except UnicodeDecodeError as error:
+            raise self.refusal("utf8", "a string in the pickle is not UTF-8") from error
 
     def append(self, values: list[Any]) -> None:
         self.top(list, "appends to").extend(values)
@@ -224,7 +229,7 @@ class _Interpreter:
         self.stack.append(tuple(reversed(values)))
 
 
-def _rebuild_tensor(self: _Interpreter, arguments: tuple) -> TensorRef:
+def _rebuild_tensor(interpreter: _Interpreter, arguments: Arguments) -> TensorRef:
     """_rebuild_tensor_v2(storage, storage_offset, size, stride, requires_grad, backward_hooks, metadata=None)"""
     match arguments:
         case (
@@ -236,86 +241,86 @@ def _rebuild_tensor(self: _Interpreter, arguments: tuple) -> TensorRef:
             dict(hooks),
             *rest,
         ):
-            return _tensor(self, storage, dtype, offset, shape, stride, hooks, rest)
-    self.refuse("tensor", "a tensor is described in an unknown way")
+            return _tensor(interpreter, TensorRef(storage, dtype, offset, shape, stride), hooks, rest)
+    raise interpreter.refusal("tensor", "a tensor is described in an unknown way")
 
 
-def _rebuild_tensor_v3(self: _Interpreter, arguments: tuple) -> TensorRef:
+def _rebuild_tensor_v3(interpreter: _Interpreter, arguments: Arguments) -> TensorRef:
     """_rebuild_tensor_v3(storage, storage_offset, size, stride, requires_grad, backward_hooks, dtype, metadata=None)"""
     match arguments:
         case (
-            StorageRef(dtype=None) as storage, int(offset), tuple(shape), tuple(stride), bool(), dict(hooks), _Global(name), *rest
-        ) if name.removeprefix("torch.") in TORCH_DTYPES:  # fmt: skip
+            StorageRef(dtype=None) as storage,
+            int(offset),
+            tuple(shape),
+            tuple(stride),
+            bool(),
+            dict(hooks),
+            _Global(name),
+            *rest,
+        ) if name.removeprefix("torch.") in TORCH_DTYPES:
             dtype = TORCH_DTYPES[name.removeprefix("torch.")]
-            return _tensor(self, storage, dtype, offset, shape, stride, hooks, rest)
-    self.refuse("tensor", "a tensor is described in an unknown way")
+            return _tensor(interpreter, TensorRef(storage, dtype, offset, shape, stride), hooks, rest)
+    raise interpreter.refusal("tensor", "a tensor is described in an unknown way")
 
 
-def _tensor(
-    self: _Interpreter,
-    storage: StorageRef,
-    dtype: str,
-    offset: int,
-    shape: tuple,
-    stride: tuple,
-    hooks: dict,
-    rest: list,
-) -> TensorRef:
-    sizes = (offset, *shape, *stride)
-    if (
-        not all(type(size) is int and 0 <= size < 1 << 63 for size in sizes)
-        or len(shape) != len(stride)
-        or len(shape) > 8
-    ):
-        self.refuse(
-            "tensor", f"a tensor has the shape {quoted(shape)}, stride {quoted(stride)} and offset {quoted(offset)}"
+def _tensor(interpreter: _Interpreter, tensor: TensorRef, hooks: dict[Any, Any], rest: list[Any]) -> TensorRef:
+    """Checks the types of what a rebuild function was given and allows the steps that a tensor takes."""
+    shape, stride = tensor.shape, tensor.stride
+    sizes = (tensor.storage_offset, *shape, *stride)
+    are_sizes = all(type(size) is int and 0 <= size < 1 << 63 for size in sizes)
+    if not are_sizes or len(shape) != len(stride) or len(shape) > 8:
+        raise interpreter.refusal(
+            "tensor",
+            f"a tensor has shape {quoted(shape)}, stride {quoted(stride)} and offset {quoted(tensor.storage_offset)}",
         )
     if hooks or any(rest):
-        self.refuse("tensor", "a tensor carries hooks or flags (conjugate, negative)")
-    self.steps = min(self.steps + STEPS_PER_TENSOR, MAX_STEPS)
-    return TensorRef(storage, dtype, offset, shape, stride)
+        raise interpreter.refusal("tensor", "a tensor has hooks or flags (conjugate, negative)")
+    interpreter.max_steps = min(interpreter.max_steps + STEPS_PER_TENSOR, MAX_STEPS)
+    return tensor
 
 
-def _parameter(self: _Interpreter, arguments: tuple) -> TensorRef:
+def _parameter(interpreter: _Interpreter, arguments: Arguments) -> TensorRef:
     """_rebuild_parameter(data, requires_grad, backward_hooks) and _rebuild_parameter_with_state(..., state)"""
-    if not 3 <= len(arguments) <= 4 or type(arguments[0]) is not TensorRef:
-        self.refuse("tensor", "a parameter is described in an unknown way")
-    return arguments[0]
+    match arguments:
+        case (TensorRef() as tensor, _, _) | (TensorRef() as tensor, _, _, _):
+            return tensor
+    raise interpreter.refusal("tensor", "a parameter is described in an unknown way")
 
 
-def _ordered_dict(self: _Interpreter, arguments: tuple) -> dict:
+def _ordered_dict(interpreter: _Interpreter, arguments: Arguments) -> dict[str, Any]:
     if arguments:
-        self.refuse("reduce", "an OrderedDict is described in an unknown way")
+        raise interpreter.refusal("reduce", "an OrderedDict is described in an unknown way")
     return {}
 
 
-def _size(self: _Interpreter, arguments: tuple) -> tuple:
-    if len(arguments) != 1 or type(arguments[0]) is not tuple:
-        self.refuse("reduce", "a torch.Size is described in an unknown way")
-    return arguments[0]
+def _size(interpreter: _Interpreter, arguments: Arguments) -> tuple[Any, ...]:
+    match arguments:
+        case (tuple(size),):
+            return size
+    raise interpreter.refusal("reduce", "a torch.Size is described in an unknown way")
 
 
-def _device(self: _Interpreter, arguments: tuple) -> str:
+def _device(interpreter: _Interpreter, arguments: Arguments) -> str:
     if not 1 <= len(arguments) <= 2 or type(arguments[0]) is not str:
-        self.refuse("reduce", "a torch.device is described in an unknown way")
+        raise interpreter.refusal("reduce", "a torch.device is described in an unknown way")
     return ":".join(str(part) for part in arguments)
 
 
-def _encoded(self: _Interpreter, arguments: tuple) -> bytes:
-    """_codecs.encode(text, 'latin1'): how protocol 2 spells bytes."""
+def _encoded(interpreter: _Interpreter, arguments: Arguments) -> bytes:
+    """_codecs.encode(text, 'latin1'): how protocol 2 writes bytes."""
     match arguments:
         case (str(text), "latin1"):
             return text.encode("latin1", "replace")
-    self.refuse("reduce", "bytes are described in an unknown way")
+    raise interpreter.refusal("reduce", "bytes are described in an unknown way")
 
 
-def _no_call(self: _Interpreter, arguments: tuple) -> NoReturn:
-    self.refuse("reduce", "the pickle calls a name that only stands for itself")
+def _no_call(interpreter: _Interpreter, arguments: Arguments) -> NoReturn:
+    raise interpreter.refusal("reduce", "the pickle calls a dtype or storage class")
 
 
 _STORAGES: dict[str, str | None] = {f"torch.{name}": dtype for name, dtype in STORAGE_DTYPES.items()}
 _STORAGES["torch.storage.UntypedStorage"] = None
-_BUILDERS: dict[str, Callable[[_Interpreter, tuple], Any]] = {
+_BUILDERS: dict[str, Callable[[_Interpreter, Arguments], Any]] = {
     "collections.OrderedDict": _ordered_dict,
     "torch._utils._rebuild_tensor_v2": _rebuild_tensor,
     "torch._utils._rebuild_tensor_v3": _rebuild_tensor_v3,

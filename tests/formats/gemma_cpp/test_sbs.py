@@ -318,7 +318,7 @@ def test_what_gemma_cpp_cannot_say(tmp_path: Path) -> None:
         (lambda data: b"SBX\n" + data[4:], "not a Gemma 2 checkpoint|does not begin"),
         (lambda data: data[:-100], "no directory at its end"),
         (lambda data: data + b"\0" * 256, "no directory at its end"),
-        (lambda data: data[:-12] + struct.pack("<I", 1 << 30) + data[-8:], "says it holds"),
+        (lambda data: data[:-12] + struct.pack("<I", 1 << 30) + data[-8:], "has a count of"),
         (lambda data: data[:-8] + struct.pack("<Q", len(data) * 2), "its header says"),
         (lambda data: data.replace(b"qkv1_w_1", b"qkv1_w_0"), "twice|names"),
         (lambda data: data[:4] + struct.pack("<I", 3) + data[8:], "its header says"),

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
+import gemma2tool.errors.table  # noqa: F401  (otherwise imported when the first error is raised)
 from gemma2tool.errors import InputRefused
 
 MAX_SECONDS = 1.0
