@@ -20,15 +20,8 @@ from typing import TYPE_CHECKING
 
 from gemma2tool.formats import registry
 from gemma2tool.formats.catalogue import FormatEntry, format_entries
-from gemma2tool.formats.options import (
-    Adapter,
-    Calibration,
-    GGUFOptions,
-    PackingOptions,
-    SplitOptions,
-    WriteOptions,
-    parse_size,
-)
+from gemma2tool.formats.option_info import parse_size
+from gemma2tool.formats.options import Adapter, Calibration, GGUFOptions, PackingOptions, SplitOptions, WriteOptions
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.config import Gemma2Config
 from gemma2tool.pipeline import conversion, inspection, verification
@@ -61,57 +54,14 @@ Source = str | Path | Checkpoint
 Config = Gemma2Config | str | Path
 
 __all__ = [
-    "Adapter",
-    "Calibration",
-    "Cause",
-    "Checkpoint",
-    "Checks",
-    "ConversionRequest",
-    "ConversionResult",
-    "DiffRequest",
-    "Difference",
-    "Finding",
-    "FormatEntry",
-    "GGUFOptions",
-    "GateResult",
-    "Gemma2Config",
-    "Generation",
-    "GenerationOptions",
-    "Hashes",
-    "ImatrixOptions",
-    "ImatrixResult",
-    "Inspection",
-    "Leftover",
-    "PackingOptions",
-    "PlanSummary",
-    "ProgressEvent",
-    "ReportFiles",
-    "RunOptions",
-    "SplitOptions",
-    "TensorPlan",
-    "Verification",
-    "VerifyRequest",
-    "WriteOptions",
-    "clean",
-    "convert",
-    "default_threads",
-    "diff",
-    "formats",
-    "gate_names",
-    "generate",
-    "hash",
-    "imatrix",
-    "inspect",
-    "log_warnings",
-    "logits",
-    "open",
-    "outputs_with_receipts",
-    "parse_gates",
-    "plan",
-    "quantize",
-    "run",
-    "verify",
-]
+    "Adapter", "Calibration", "Cause", "Checkpoint", "Checks", "ConversionRequest", "ConversionResult",
+    "DiffRequest", "Difference", "Finding", "FormatEntry", "GGUFOptions", "GateResult", "Gemma2Config",
+    "Generation", "GenerationOptions", "Hashes", "ImatrixOptions", "ImatrixResult", "Inspection", "Leftover",
+    "PackingOptions", "PlanSummary", "ProgressEvent", "ReportFiles", "RunOptions", "SplitOptions", "TensorPlan",
+    "Verification", "VerifyRequest", "WriteOptions", "clean", "convert", "default_threads", "diff", "formats",
+    "gate_names", "generate", "hash", "imatrix", "inspect", "log_warnings", "logits", "open",
+    "outputs_with_receipts", "parse_gates", "plan", "quantize", "run", "verify",
+]  # fmt: skip
 
 
 def open(path: PathLike, *, config: Config | None = None, format: str | None = None) -> Checkpoint:

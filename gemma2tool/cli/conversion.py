@@ -14,7 +14,8 @@ from gemma2tool.cli.progress import ProgressDisplay
 from gemma2tool.cli.reports import Reports
 from gemma2tool.cli.terminal import Console
 from gemma2tool.errors import EXIT_VERIFICATION_FAILED, UsageError
-from gemma2tool.formats.options import WriteOptions, parse_size
+from gemma2tool.formats.option_info import parse_size
+from gemma2tool.formats.options import WriteOptions
 
 if TYPE_CHECKING:
     from gemma2tool.api import ConversionRequest, PlanSummary

@@ -17,7 +17,7 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
-from gemma2tool.formats.options import OptionInfo, option_fields
+from gemma2tool.formats.option_info import OptionInfo, option_fields
 
 Command = Callable[..., None]
 

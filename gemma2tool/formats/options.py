@@ -6,15 +6,22 @@ target would ignore; a receipt records what was given. Nothing heavy is imported
 
 from __future__ import annotations
 
-import dataclasses
-import re
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from gemma2tool.errors import UsageError
+from gemma2tool.formats.option_info import (
+    QUANTIZED_FOLDERS,
+    normalize,
+    option,
+    option_fields,
+    parse_size,
+    parse_tensor_type,
+    refuse_ignored,
+)
 
 WHOLE_ROW = -1
 """The group size that stands for a whole row."""
@@ -32,109 +39,6 @@ CALIBRATED_TYPES = ("gptq-4", "gptq-8", "w4a16", "w4a16-asym", "awq-4")
 _HESSIAN_TYPES = ("gptq-4", "gptq-8", "w4a16", "w4a16-asym")
 _GPTQ_TYPES = ("gptq-4", "gptq-8")
 _GGUF = ("gguf",)
-_QUANTIZED_FOLDERS = ("hf", "mlx")
-
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
-
-
-def parse_size(text: str) -> int:
-    """Bytes from "512MiB", "5GB", "2g" or a plain number; decimal units are powers of 1000, Ki, Mi, Gi
-    powers of 1024.
-    """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?\s*", text.lower())
-    size = int(float(match[1]) * _UNITS[match[2] or ""]) if match else 0
-    if size <= 0:
-        raise UsageError("option.size", f"{text!r} is not a size", hint="write it like 512MiB or 5GB")
-    return size
-
-
-def parse_tensor_type(text: str) -> tuple[str, str]:
-    """A pattern and a type from "REGEX=TYPE", split at the last equals sign."""
-    pattern, equals, type_name = text.rpartition("=")
-    if not equals or not pattern or not type_name:
-        raise UsageError(
-            "option.pair",
-            f"--tensor-type {text!r} is not of the form REGEX=TYPE",
-            hint="write --tensor-type REGEX=TYPE",
-        )
-    return pattern, type_name
-
-
-@dataclass(frozen=True)
-class OptionInfo:
-    """An option as users meet it: how it is written, what it does, and who takes it.
-
-    ``flag``: as typed on the command line. ``key``: its name in receipts. ``formats``, ``types``: the formats and
-    quantization types that take it; empty for all. ``choices``: its values, where they can be listed. ``parse``: from
-    the command line's text. ``id``: of the error for a target that does not take it.
-    """
-
-    flag: str
-    help: str
-    key: str = ""
-    metavar: str | None = None
-    formats: tuple[str, ...] = ()
-    types: tuple[str, ...] = ()
-    choices: tuple[str, ...] = ()
-    parse: Callable[[str], Any] | None = None
-    minimum: float | None = None
-    maximum: float | None = None
-    id: str = "option.ignored"
-
-    @property
-    def takers(self) -> str:
-        """Who takes it, for help and hints: "GGUF", "nf4 and fp4", "quantized folders"."""
-        if self.types:
-            *others, last = self.types
-            return f"{', '.join(others)} and {last}" if others else last
-        if self.formats == _QUANTIZED_FOLDERS:
-            return "quantized folders"
-        return ", ".join("GGUF" if name == "gguf" else name for name in self.formats)
-
-    @property
-    def full_help(self) -> str:
-        """The help text, with who takes the option in front."""
-        return f"{self.takers}: {self.help}" if self.takers else self.help
-
-    def is_taken_by(self, format_name: str, type_name: str | None) -> bool:
-        """Whether an output of this format and type heeds the option."""
-        if self.formats and (format_name not in self.formats or (format_name in _QUANTIZED_FOLDERS and not type_name)):
-            return False
-        return not self.types or type_name in self.types
-
-
-def option(default: Any, flag: str, help: str, **more: Any) -> Any:
-    """A dataclass field that is an option, see ``OptionInfo``; ``default`` means that it was not given."""
-    return field(default=default, metadata={"option": OptionInfo(flag, help, **more)})
-
-
-def option_fields(group: type | Any) -> Iterator[tuple[dataclasses.Field[Any], OptionInfo]]:
-    """The fields of a dataclass that are options."""
-    for option_field in fields(group):
-        if "option" in option_field.metadata:
-            yield option_field, option_field.metadata["option"]
-
-
-def _normalize(options: Any) -> None:
-    """Lists become tuples and path texts become paths, so that callers may pass either."""
-    for option_field, info in option_fields(options):
-        value = getattr(options, option_field.name)
-        if isinstance(value, list):
-            object.__setattr__(options, option_field.name, tuple(value))
-        elif info.metavar == "FILE" and isinstance(value, str):
-            object.__setattr__(options, option_field.name, Path(value))
-
-
-def refuse_ignored(group: Any, format_name: str, type_name: str | None) -> None:
-    """Raises ``UsageError`` for an option of ``group`` that was given and that an output of this format and type
-    ignores.
-    """
-    for option_field, info in option_fields(group):
-        if getattr(group, option_field.name) == option_field.default or info.is_taken_by(format_name, type_name):
-            continue
-        fits_format = not info.formats or format_name in info.formats
-        target = type_name if type_name and info.types and fits_format else format_name
-        raise UsageError(info.id, f"{info.flag} has no effect for {target}", hint=f"it is for {info.takers}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,7 +111,7 @@ class GGUFOptions:
     )
 
     def __post_init__(self) -> None:
-        _normalize(self)
+        normalize(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,7 +127,7 @@ class PackingOptions:
         False,
         "--double-quant",
         "quantize the scales too.",
-        formats=_QUANTIZED_FOLDERS,
+        formats=QUANTIZED_FOLDERS,
         types=("nf4", "fp4"),
         id="quantize.double-quant",
     )
@@ -232,7 +136,7 @@ class PackingOptions:
         "--group-size",
         "columns that share a scale: 32, 64 or 128; for all but MLX also -1, a whole row.",
         metavar="N",
-        formats=_QUANTIZED_FOLDERS,
+        formats=QUANTIZED_FOLDERS,
         types=tuple(sorted(GROUP_SIZES)),
         choices=("32", "64", "128", "-1"),
         id="quantize.group-size",
@@ -241,7 +145,7 @@ class PackingOptions:
         None,
         "--sym/--asym",
         "zero points in the middle, or chosen by group. Default: --sym.",
-        formats=_QUANTIZED_FOLDERS,
+        formats=QUANTIZED_FOLDERS,
         types=_GPTQ_TYPES,
     )
     gptq_format: str | None = option(
@@ -249,7 +153,7 @@ class PackingOptions:
         "--gptq-format",
         "how zero points are stored: gptq (default) or gptq_v2.",
         metavar="FORMAT",
-        formats=_QUANTIZED_FOLDERS,
+        formats=QUANTIZED_FOLDERS,
         types=_GPTQ_TYPES,
         choices=("gptq", "gptq_v2"),
     )
@@ -258,14 +162,14 @@ class PackingOptions:
         "--skip",
         "leave the tensors whose names match as they are. Repeatable.",
         metavar="REGEX",
-        formats=_QUANTIZED_FOLDERS,
+        formats=QUANTIZED_FOLDERS,
     )
     only: tuple[str, ...] = option(
-        (), "--only", "quantize only the tensors that match. Repeatable.", metavar="REGEX", formats=_QUANTIZED_FOLDERS
+        (), "--only", "quantize only the tensors that match. Repeatable.", metavar="REGEX", formats=QUANTIZED_FOLDERS
     )
 
     def __post_init__(self) -> None:
-        _normalize(self)
+        normalize(self)
 
 
 @dataclass(frozen=True)
@@ -329,7 +233,7 @@ class Calibration:
     )
 
     def __post_init__(self) -> None:
-        _normalize(self)
+        normalize(self)
 
     @property
     def is_asked(self) -> bool:

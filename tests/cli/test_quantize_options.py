@@ -15,14 +15,8 @@ import typer
 from gemma2tool.cli.main import app
 from gemma2tool.errors import UsageError
 from gemma2tool.formats import packings, registry
-from gemma2tool.formats.options import (
-    GROUP_SIZES,
-    Calibration,
-    GGUFOptions,
-    PackingOptions,
-    SplitOptions,
-    option_fields,
-)
+from gemma2tool.formats.option_info import option_fields
+from gemma2tool.formats.options import GROUP_SIZES, Calibration, GGUFOptions, PackingOptions, SplitOptions
 from gemma2tool.formats.packings import Settings
 from gemma2tool.model.lazy import ArrayTensor
 from tests.cli.test_commands import assert_refused, run

@@ -26,7 +26,10 @@ def test_an_output_is_verified_without_its_source(outputs: Path, name: str) -> N
     shutil.rmtree(outputs / "src")
     kind = content_of(outputs / name)["verification"]["kind"]
     last_line = run("verify", outputs / name, "--quiet").stdout.splitlines()[-1]
-    assert last_line == f"PASSED: matches its receipt (verified as {kind} when the receipt was written) (not looked at: tokenizer)"
+    assert (
+        last_line
+        == f"PASSED: matches its receipt (verified as {kind} when the receipt was written) (not looked at: tokenizer)"
+    )
     result = run("verify", outputs / name, "--json", "--quiet")
     assert result.exit_code == 0, result.output
     gates = {gate["name"]: gate["status"] for gate in json.loads(result.stdout)["gates"]}
@@ -139,7 +142,10 @@ def test_every_report_accepts_it(outputs: Path) -> None:
         and "verified then as lossless" in (outputs / "r.md").read_text()
     )
     assert "matches its receipt (verified as lossless when the receipt was written)" in (outputs / "r.html").read_text()
-    assert 'name="verdict" value="matches its receipt (verified as lossless when the receipt was written)"' in (outputs / "r.xml").read_text()
+    assert (
+        'name="verdict" value="matches its receipt (verified as lossless when the receipt was written)"'
+        in (outputs / "r.xml").read_text()
+    )
     assert not any("bit for bit" in (outputs / name).read_text() for name in ("r.md", "r.html", "r.xml"))
     assert (
         run("convert", outputs / "src", outputs / "new", "--quiet", "--html", outputs / "new.receipt.json").exit_code

@@ -240,7 +240,9 @@ def test_sampling_follows_the_probabilities_and_the_seed():
     shares = torch.bincount(drawn, minlength=4) / 4000
     assert torch.allclose(shares, torch.tensor([0.5, 0.3, 0.15, 0.0]) / 0.95, atol=0.03)
     model, ids = our_model(SMALL, CAUSAL, random_state(SMALL, CAUSAL)), prompts((2, 5), SMALL.vocab_size, 1)
-    runs = [torch.stack(list(generate(model, ids, max_new_tokens=12, sampling=Sampling(1.5, seed=s)))) for s in (3, 3, 4)]
+    runs = [
+        torch.stack(list(generate(model, ids, max_new_tokens=12, sampling=Sampling(1.5, seed=s)))) for s in (3, 3, 4)
+    ]
     assert torch.equal(runs[0], runs[1])
     assert runs[0].shape != runs[2].shape or not torch.equal(runs[0], runs[2])
 

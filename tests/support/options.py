@@ -5,14 +5,8 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import Any
 
-from gemma2tool.formats.options import (
-    Calibration,
-    GGUFOptions,
-    PackingOptions,
-    SplitOptions,
-    WriteOptions,
-    option_fields,
-)
+from gemma2tool.formats.option_info import option_fields
+from gemma2tool.formats.options import Calibration, GGUFOptions, PackingOptions, SplitOptions, WriteOptions
 
 _PLAIN = {field.name for field in fields(WriteOptions)} - {"split", "gguf", "packing", "calibration"}
 

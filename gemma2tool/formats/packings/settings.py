@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from gemma2tool.errors import UsageError
-from gemma2tool.formats.options import GROUP_SIZES, WHOLE_ROW, PackingOptions, refuse_ignored
+from gemma2tool.formats.option_info import refuse_ignored
+from gemma2tool.formats.options import GROUP_SIZES, WHOLE_ROW, PackingOptions
 from gemma2tool.quantizers.gptq import CHECKPOINT_FORMATS
 from gemma2tool.storage.quoting import quoted
 
