@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import re
 import subprocess
 import sys
@@ -240,3 +241,15 @@ def test_functions_are_short() -> None:
     shapes = [shape for shape in function_shapes() if not (shape.is_command or shape.is_forward_pass)]
     assert {shape.name for shape in shapes if shape.lines > MAX_FUNCTION_LINES} - LONG_FUNCTIONS == set()
     assert {shape.name for shape in shapes if shape.parameters > MAX_PARAMETERS} - MANY_PARAMETERS == set()
+
+
+def test_the_walk_of_a_matrix_names_functions_that_exist() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    section = text.partition("## One matrix")[2].partition("\n## ")[0]
+    walk = re.findall(r"`([a-z_0-9.]+):([A-Za-z_.]+)`", section)
+    assert len(walk) > 20
+    for module, name in walk:
+        found: object = importlib.import_module(f"gemma2tool.{module}")
+        for part in name.split("."):
+            found = getattr(found, part)
+        assert callable(found), (module, name)
