@@ -1,10 +1,10 @@
-"""Flip single bits anywhere in the tensor data of lossless outputs: each must be found, and its tensor named.
+"""Flip single bits anywhere in the tensor data of lossless outputs: every one must be found, and its tensor named.
 
     python tests/campaigns/flipped_bits.py                       # 1,000 bits in each of four outputs, both ways
     python tests/campaigns/flipped_bits.py --flips 50 hf gguf-f32
 
-Both ways: with the source (``verify --reference``) and with the receipt alone. The outputs are of the repository's small trained
-model. Exits with 1 where a bit was missed.
+Both ways: with the source (``verify --reference``) and with the receipt alone. The outputs are of the repository's
+small trained model. Exits with 1 if a bit was missed.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from gemma2tool.pipeline.plan import make_plan
 from gemma2tool.pipeline.requests import RunOptions
 from gemma2tool.pipeline.run import ResolvedChecks, run
 from gemma2tool.receipt.document import read_receipt, receipt_path
-from tests.support.flipping import flips, found, with_receipt, with_source
+from tests.support.flipping import flips, is_found, with_receipt, with_source
 
 OUTPUTS = {
     "hf": ("out", None),
@@ -59,15 +59,18 @@ def main() -> None:
                 "source": lambda at=path: with_source(source, at),
                 "receipt": lambda at=path, by=receipt: with_receipt(by, at),
             }
-            assert all(look().status == "passed" for look in ways.values())
-            for way, look in ways.items():
+            assert all(verify().status == "passed" for verify in ways.values())
+            for way, verify in ways.items():
                 started = time.monotonic()
                 bits = flips(plan.output, path, source, arguments.flips, arguments.seed)
-                lost = [bit for bit in bits if not found(bit, look)]
-                missed += len(lost)
+                missed_bits = [bit for bit in bits if not is_found(bit, verify)]
+                missed += len(missed_bits)
                 seconds = time.monotonic() - started
-                print(f"{name:12} {way:10} {len(bits) - len(lost):>5,} of {len(bits):>5,} {seconds:8.0f}", flush=True)
-                for bit in lost[:5]:
+                print(
+                    f"{name:12} {way:10} {len(bits) - len(missed_bits):>5,} of {len(bits):>5,} {seconds:8.0f}",
+                    flush=True,
+                )
+                for bit in missed_bits[:5]:
                     print(f"    missed: {bit}")
     sys.exit(1 if missed else 0)
 

@@ -16,7 +16,7 @@ from gemma2tool.receipt.check import check_against_receipt
 from gemma2tool.receipt.document import read_receipt, receipt_path
 from gemma2tool.verify.digest import hash_checkpoint
 from tests.support.checkpoints import random_checkpoint
-from tests.support.flipping import Flip, flips, found, with_receipt, with_source
+from tests.support.flipping import Flip, flips, is_found, with_receipt, with_source
 from tests.support.formats import write_as
 from tests.support.receipts import BF16, OUTPUTS, content_of, run
 
@@ -170,8 +170,8 @@ def test_flipped_bits_are_found_and_named(outputs: Path, name: str) -> None:
     with registry.open_checkpoint(outputs / "src") as source:
         output = make_plan(source, outputs / name, to=None, options=options).output
         bits = flips(output, outputs / name, source, 25, seed=7)
-        missed = [bit for bit in bits if not found(bit, lambda: with_receipt(receipt, outputs / name))]
-        missed += [bit for bit in bits if not found(bit, lambda: with_source(source, outputs / name))]
+        missed = [bit for bit in bits if not is_found(bit, lambda: with_receipt(receipt, outputs / name))]
+        missed += [bit for bit in bits if not is_found(bit, lambda: with_source(source, outputs / name))]
     assert not missed
 
 
@@ -191,7 +191,7 @@ def test_every_bit_of_a_small_norm_in_gguf_counts(tmp_path: Path, bit: int) -> N
     [item] = [item for item in output.tensors if "model.norm.weight" in item.canonical]
     [part] = item.parts.values()
     flip = Flip(path, part.offset + 4 * 5 + bit // 8, bit % 8, "model.norm.weight", item.name)
-    assert not expected and found(flip, lambda: with_source(source, path))
+    assert not expected and is_found(flip, lambda: with_source(source, path))
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Honest files of every type, made of weights of every kind: what a verification may never call a fault."""
+"""Correct files of every type, made from weights of every kind, which a verification must pass."""
 
 from __future__ import annotations
 
@@ -74,14 +74,14 @@ RANGES: Mapping[str, Ranges] = {
 
 
 def source(ranges: str, dtype: str, seed: int = 0) -> Checkpoint:
-    made = random_checkpoint(np.dtype(np.float32), CONFIG, seed)
+    checkpoint = random_checkpoint(np.dtype(np.float32), CONFIG, seed)
     rng = np.random.default_rng(seed + 1)
     tensors = {}
-    for name, tensor in made.tensors.items():
+    for name, tensor in checkpoint.tensors.items():
         w = tensor.load().astype(np.float64)
         w = RANGES[ranges](w, rng) if w.ndim == 2 else w
         tensors[name] = ArrayTensor(w.astype(np.float32).astype(DTYPES[dtype]), origin=name)
-    return dataclasses.replace(made, tensors=tensors)
+    return dataclasses.replace(checkpoint, tensors=tensors)
 
 
 def targets() -> Iterator[tuple[str, dict[str, object]]]:
@@ -100,25 +100,27 @@ def targets() -> Iterator[tuple[str, dict[str, object]]]:
         yield "gguf", {"dtype": dtype}
 
 
-def judged(
+def verified(
     checkpoint: Checkpoint, to: str, options: Mapping[str, object], folder: Path, levels: tuple[str, ...]
 ) -> Verification | str:
-    """The verification of what ``save`` makes of ``checkpoint``, or why it could not be made."""
+    """The verification of the file that ``save`` writes from ``checkpoint``, or why it could not be written."""
     path = folder / ("out.gguf" if to == "gguf" else "out.sbs" if to == "gemma-cpp" else "out")
     try:
         save(checkpoint, path, write_options(**options), to=to, threads=1)
     except ToolError as error:
         return f"{error.id}: {error}"
     try:
-        with registry.open_checkpoint(path) as made:
+        with registry.open_checkpoint(path) as candidate:
             return verify(
                 checkpoint,
-                made,
-                VerifySettings(expected=registry.by_name(to).expected_after_roundtrip(checkpoint, made), levels=levels),
+                candidate,
+                VerifySettings(
+                    expected=registry.by_name(to).expected_after_roundtrip(checkpoint, candidate), levels=levels
+                ),
             )
     finally:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def told(to: str, options: Mapping[str, object]) -> str:
+def target_name(to: str, options: Mapping[str, object]) -> str:
     return " ".join([to, *(f"{key}={value}" for key, value in options.items())])

@@ -1,4 +1,4 @@
-"""Single flipped bits in the tensor data of an output: planted, found again by a verification, taken back."""
+"""Single flipped bits in the tensor data of an output, which a verification has to find."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from gemma2tool.verify.finding import GateResult
 
 @dataclass(frozen=True)
 class Flip:
-    """A bit of a file, and the tensor it belongs to: canonical name, and as the file calls it."""
+    """A bit of a file, and its tensor: ``tensor`` is the canonical name, ``name`` the one in the file."""
 
     path: Path
     offset: int
@@ -32,21 +32,22 @@ class Flip:
 
 
 def flips(output: Output, path: Path, source: Checkpoint, count: int, seed: int) -> list[Flip]:
-    """``count`` bits, evenly over all bits of all tensors of an output of unquantized types."""
+    """``count`` random bits, each bit of all tensors equally likely; the output's types are unquantized."""
     places = [(item, place) for item in output.tensors for place in item.parts.values()]
-    random_ = random.Random(seed)
-    found = []
-    for item, place in random_.choices(places, weights=[place.nbytes for _, place in places], k=count):
-        at = random_.randrange(place.nbytes)
+    generator = random.Random(seed)
+    bits = []
+    for item, place in generator.choices(places, weights=[place.nbytes for _, place in places], k=count):
+        at = generator.randrange(place.nbytes)
         file = path if output.single_file else path / place.file
-        found.append(
-            Flip(file, place.offset + at, random_.randrange(8), owner(item, at / place.nbytes, source), item.name)
+        bits.append(
+            Flip(file, place.offset + at, generator.randrange(8), owner(item, at / place.nbytes, source), item.name)
         )
-    return found
+    return bits
 
 
 def owner(item: OutputTensor, share: float, source: Checkpoint) -> str:
-    """Which of the canonical tensors, stacked by rows, the byte at that share of the whole belongs to; a buffer is its own."""
+    """The canonical tensor, of those stacked by rows, that has the byte at ``share`` of the whole; a buffer has its own
+    name."""
     row = share * sum(source.tensors[name].shape[0] for name in item.canonical)
     for name in item.canonical:
         row -= source.tensors[name].shape[0]
@@ -72,25 +73,25 @@ def flipped(flip: Flip) -> Iterator[None]:
 
 
 def with_source(source: Checkpoint, path: Path) -> GateResult:
-    """The tensors gate of ``verify --reference``, without the diagnosis that follows."""
+    """The tensors gate of ``verify --reference``, without the diagnosis."""
     with registry.open_checkpoint(path) as candidate:
-        kept = registry.by_name(candidate.format).expected_after_roundtrip(source, candidate)
-        compared = compare_tensors(source.tensors, candidate.tensors, TensorRules(expected=kept))
+        expected = registry.by_name(candidate.format).expected_after_roundtrip(source, candidate)
+        comparisons = compare_tensors(source.tensors, candidate.tensors, TensorRules(expected=expected))
         read_through(candidate.buffers.values())
-        return gate_results.tensors_gate(compared)
+        return gate_results.tensors_gate(comparisons)
 
 
 def with_receipt(receipt: Receipt, path: Path) -> GateResult:
-    """The tensors gate of ``verify`` with the receipt alone."""
+    """The tensors gate of ``verify --against`` a receipt."""
     with registry.open_checkpoint(path) as candidate:
         return receipt_check.check_against_receipt(candidate, receipt, levels=("tensors",)).gate("tensors")
 
 
-def found(flip: Flip, look: Callable[[], GateResult]) -> bool:
-    """Whether ``look`` fails while the bit is flipped, naming that tensor and no other."""
+def is_found(flip: Flip, verify: Callable[[], GateResult]) -> bool:
+    """Whether ``verify`` fails while the bit is flipped, and names its tensor and no other."""
     with flipped(flip):
         try:
-            result = look()
-        except InputRefused as refused:  # a container that checks its own sums
+            result = verify()
+        except InputRefused as refused:  # by a container with checksums
             return flip.name in refused.message
     return {finding.subject for finding in result.findings if finding.severity == "error"} == {flip.tensor}

@@ -1,4 +1,4 @@
-"""``verify --logits``: an engine's logits are held to our forward pass over the same file, and its mistake is named."""
+"""``verify --logits``: an engine's logits are compared with the built-in forward pass, and its mistake is named."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, fixture_dir: Path) -> Path:
 
 
 def engine(folder: Path, dtype: torch.dtype = torch.float32, **mistakes: object) -> np.ndarray:
-    """What transformers says, with fields of its config changed; float32 (1, T, V)."""
+    """transformers' logits with fields of its config changed; float32 (1, T, V)."""
     model = transformers.Gemma2ForCausalLM.from_pretrained(
         folder / "hf", dtype=dtype, attn_implementation="eager", **mistakes
     ).eval()
@@ -49,15 +49,15 @@ def engine(folder: Path, dtype: torch.dtype = torch.float32, **mistakes: object)
     ],
     ids=str,
 )
-def test_an_engines_mistake_is_named_and_its_precision_is_none(folder: Path, mistakes: dict, cause: str | None) -> None:
+def test_an_engines_mistake_is_named_and_its_precision_passes(folder: Path, mistakes: dict, cause: str | None) -> None:
     logits = engine(folder, **mistakes)
     with registry.open_checkpoint(folder / "hf") as checkpoint:
         result = verify_logits(checkpoint, np.load(folder / "ids.npy"), logits, name="engine", threads=1)
-    assert [each.id for each in result.causes] == ([cause] if cause else [])
+    assert [cause.id for cause in result.causes] == ([cause] if cause else [])
     assert result.passed is (cause is None)
 
 
-def test_the_last_positions_are_enough(folder: Path) -> None:
+def test_logits_of_the_last_positions_suffice(folder: Path) -> None:
     logits = engine(folder)[0, -3:]
     with registry.open_checkpoint(folder / "hf") as checkpoint:
         result = verify_logits(checkpoint, np.load(folder / "ids.npy"), logits, name="engine", threads=1)
@@ -69,13 +69,13 @@ def test_the_last_positions_are_enough(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_what_is_no_number_is_said_of_the_file(folder: Path, value: float) -> None:
+def test_nonfinite_logits_are_reported_for_the_file(folder: Path, value: float) -> None:
     logits = engine(folder)
     logits[0, 3, :5] = value
     with registry.open_checkpoint(folder / "hf") as checkpoint:
-        result = verify_logits(checkpoint, np.load(folder / "ids.npy"), logits, name="theirs.npy", threads=1)
+        result = verify_logits(checkpoint, np.load(folder / "ids.npy"), logits, name="engine.npy", threads=1)
     gate = result.gate("logits")
-    assert gate.summary == f"5 of {logits.size} logits of theirs.npy are NaN or infinite"
+    assert gate.summary == f"5 of {logits.size} logits of engine.npy are NaN or infinite"
     assert gate.failed and gate.findings[0].message == gate.summary
     assert "no known mistake" not in result.gate("mistakes").summary and result.gate("mistakes").status == "skipped"
 
@@ -90,7 +90,7 @@ def test_the_command(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize("broken", ["empty", "cut", "integers", "objects", "huge", "columns", "text"])
-def test_what_is_no_file_of_logits_is_refused(tmp_path: Path, broken: str) -> None:
+def test_a_malformed_file_of_logits_is_refused(tmp_path: Path, broken: str) -> None:
     file = tmp_path / "logits.npy"
     array = np.zeros((3, 4), np.float32)
     if broken == "integers":

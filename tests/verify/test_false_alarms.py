@@ -1,6 +1,6 @@
-"""Honest files are never called faulty: every type, from sources of every float type, over weights of every kind.
+"""Correct files always pass: every type, from sources of every float type, with weights of every kind.
 
-A slice of ``campaigns/false_alarms.py``, which tries all combinations: here each type meets a few of them, others in every type.
+A slice of ``campaigns/false_alarms.py``, which tries all combinations: here each type is tried with a few of them.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.false_alarms import DTYPES, RANGES, judged, source, targets, told
+from tests.support.false_alarms import DTYPES, RANGES, source, target_name, targets, verified
 
 pytestmark = pytest.mark.slow
 
@@ -28,21 +28,21 @@ def check(sources: dict, kind: tuple[str, str], index: int, tmp_path: Path, leve
     if kind not in sources:
         sources[kind] = source(*kind)
     to, options = TARGETS[index]
-    result = judged(sources[kind], to, options, tmp_path, levels)
+    result = verified(sources[kind], to, options, tmp_path, levels)
     if isinstance(result, str):
-        assert result.startswith(("imatrix.needed", "option.dtype")), f"{told(to, options)}: {result}"
+        assert result.startswith(("imatrix.needed", "option.dtype")), f"{target_name(to, options)}: {result}"
         return False
-    assert result.passed, (told(to, options), kind, [gate.summary for gate in result.gates if gate.failed])
+    assert result.passed, (target_name(to, options), kind, [gate.summary for gate in result.gates if gate.failed])
     return True
 
 
-@pytest.mark.parametrize("index", range(len(TARGETS)), ids=lambda index: told(*TARGETS[index]))
+@pytest.mark.parametrize("index", range(len(TARGETS)), ids=lambda index: target_name(*TARGETS[index]))
 def test_tensors_of_every_type(sources: dict, index: int, tmp_path: Path) -> None:
     kinds = [KINDS[(7 * index) % len(KINDS)]] + (NEAR if TARGETS[index][0] != "gguf" else [])
     for kind in kinds:
         check(sources, kind, index, tmp_path, ("completeness", "config", "tensors"))
 
 
-@pytest.mark.parametrize("index", range(1, len(TARGETS), 5), ids=lambda index: told(*TARGETS[index]))
+@pytest.mark.parametrize("index", range(1, len(TARGETS), 5), ids=lambda index: target_name(*TARGETS[index]))
 def test_forward_passes_of_untrained_weights(sources: dict, index: int, tmp_path: Path) -> None:
     check(sources, ("as drawn", "bf16"), index, tmp_path, ("tensors", "logits"))

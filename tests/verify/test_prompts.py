@@ -1,4 +1,4 @@
-"""What the models are given to read."""
+"""The prompts that a verification runs."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from gemma2tool.pipeline.conversion import save
 from gemma2tool.verify.prompts import BUILT_IN, BUILT_IN_TOKENS, built_in_prompt, prompt_for, text_prompts
 from gemma2tool.verify.run import VerifySettings, verify
 from tests.support.checkpoints import SMALL
+from tests.support.verification import sensitive_checkpoint
 from tests.verify.compare.test_tokenizer import trained
-from tests.verify.test_run import telling_checkpoint
 
 CONFIG = dataclasses.replace(SMALL, vocab_size=330, max_position_embeddings=256)
 
 
 def reader(model: bytes | None, **config: object) -> Checkpoint:
     assets = Assets({} if model is None else {"tokenizer.model": lambda: model})
-    return dataclasses.replace(telling_checkpoint(config=dataclasses.replace(CONFIG, **config)), assets=assets)
+    return dataclasses.replace(sensitive_checkpoint(config=dataclasses.replace(CONFIG, **config)), assets=assets)
 
 
 @pytest.fixture(scope="module")
@@ -33,8 +33,12 @@ def model() -> bytes:
     return trained()
 
 
-def test_the_built_in_text_is_of_several_kinds() -> None:
-    assert 1500 < len(BUILT_IN) < 4000 and "```python" in BUILT_IN and any(ord(each) > 0x3000 for each in BUILT_IN)
+def test_the_built_in_text_has_several_kinds_of_text() -> None:
+    assert (
+        1500 < len(BUILT_IN) < 4000
+        and "```python" in BUILT_IN
+        and any(ord(character) > 0x3000 for character in BUILT_IN)
+    )
 
 
 def test_built_in_prompt(model: bytes) -> None:
@@ -48,7 +52,7 @@ def test_built_in_prompt(model: bytes) -> None:
 
 
 @pytest.mark.parametrize("broken", [None, b"", b"\x00" * 40])
-def test_without_a_tokenizer_the_ids_are_random_and_no_text(broken: bytes | None) -> None:
+def test_without_a_tokenizer_the_ids_are_random_and_not_text(broken: bytes | None) -> None:
     checkpoint = reader(broken)
     ids, text = prompt_for(checkpoint, checkpoint)
     assert ids.shape == (1, 64) and not text
@@ -63,13 +67,13 @@ def test_a_tokenizer_too_large_for_the_model_is_not_used(model: bytes) -> None:
         text_prompts(checkpoint, "zebra crossings 123")
 
 
-def test_text_is_cut_into_rows_that_each_begin_with_bos(model: bytes) -> None:
+def test_text_is_cut_into_rows_that_start_with_bos(model: bytes) -> None:
     checkpoint = reader(model)
     ids = text_prompts(checkpoint, "the quick brown fox " * 200)
     assert ids.shape[1] == 256 and ids.shape[0] > 1 and set(ids[:, 0]) == {CONFIG.bos_token_id}
     joined = ids[:, 1:].reshape(-1).tolist()
-    wanted = text_prompts(reader(model, max_position_embeddings=8192), "the quick brown fox " * 20)[0, 1:].tolist()
-    assert joined[: len(wanted) - 2] == wanted[:-2]
+    expected = text_prompts(reader(model, max_position_embeddings=8192), "the quick brown fox " * 20)[0, 1:].tolist()
+    assert joined[: len(expected) - 2] == expected[:-2]
     for text, kind in (("", UsageError),):
         with pytest.raises(kind):
             text_prompts(checkpoint, text)
@@ -77,7 +81,7 @@ def test_text_is_cut_into_rows_that_each_begin_with_bos(model: bytes) -> None:
         text_prompts(reader(None), "text")
 
 
-def test_default_verification_reads_text_and_tells_its_tokens(model: bytes) -> None:
+def test_the_default_verification_reads_text_and_reports_its_tokens(model: bytes) -> None:
     checkpoint = reader(model)
     result = verify(checkpoint, checkpoint, VerifySettings(levels=("logits",)))
     spread = result.gate("distribution").metrics
@@ -99,19 +103,19 @@ def folder(model: bytes, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-def test_the_option(folder: Path, tmp_path: Path) -> None:
+def test_the_text_option(folder: Path, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("\ufeffpack my box with five dozen liquor jugs. " * 60, encoding="utf-8")
     result = CliRunner().invoke(
         app, ["verify", str(folder), "--reference", str(folder), "--text", str(text), "--json", "-q"]
     )
     assert result.exit_code == 0, result.output
-    told = {gate["name"]: gate for gate in json.loads(result.stdout)["gates"]}
-    assert told["logits"]["metrics"]["shape"][1] == 256 and "perplexity_ratio" in told["distribution"]["metrics"]
+    gates = {gate["name"]: gate for gate in json.loads(result.stdout)["gates"]}
+    assert gates["logits"]["metrics"]["shape"][1] == 256 and "perplexity_ratio" in gates["distribution"]["metrics"]
 
 
 @pytest.mark.slow
-def test_a_conversion_is_verified_on_it(folder: Path, tmp_path: Path) -> None:
+def test_a_conversion_is_verified_on_the_text(folder: Path, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("the quick brown fox jumps. " * 60, encoding="utf-8")
     result = CliRunner().invoke(app, ["convert", str(folder), str(tmp_path / "out.gguf"), "--text", str(text), "-q"])
@@ -123,14 +127,16 @@ def test_a_conversion_is_verified_on_it(folder: Path, tmp_path: Path) -> None:
     ("content", "more", "code"),
     [(b"\xff\xfe\x00", [], 3), (b"wo\0rds", [], 3), (b"words", ["--tokens", "x.npy"], 2), (b"", [], 2)],
 )
-def test_what_is_no_text_is_refused(folder: Path, tmp_path: Path, content: bytes, more: list[str], code: int) -> None:
+def test_a_file_that_is_not_text_is_refused(
+    folder: Path, tmp_path: Path, content: bytes, more: list[str], code: int
+) -> None:
     text = tmp_path / "text.txt"
     text.write_bytes(content)
     given = ["verify", str(folder), "--reference", str(folder), "--text", str(text), "-q", *more]
     assert CliRunner().invoke(app, given).exit_code == code
 
 
-def test_ids_of_the_caller_are_text_unless_told(model: bytes) -> None:
+def test_the_callers_ids_are_text_by_default(model: bytes) -> None:
     checkpoint = reader(model)
     ids = np.arange(2, 40)
     for text in (True, False):

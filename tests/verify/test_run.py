@@ -1,4 +1,4 @@
-"""The whole verification: planted faults are caught and named, honest copies pass, the result is the same every time."""
+"""``verify``: planted faults are caught and named, correct copies pass, and the result is deterministic."""
 
 from __future__ import annotations
 
@@ -6,73 +6,45 @@ import copy
 import dataclasses
 import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Self
 
-import ml_dtypes
 import numpy as np
 import pytest
 
 from gemma2tool.errors import UsageError
 from gemma2tool.model.checkpoint import Checkpoint
-from gemma2tool.model.config import Gemma2Config
-from gemma2tool.model.format_facts import FormatFacts
-from gemma2tool.model.lazy import ArrayTensor, MappedRows
+from gemma2tool.model.lazy import MappedRows
 from gemma2tool.verify.compare.logits import reduced_windows
 from gemma2tool.verify.compare.token_ids import default_ids
 from gemma2tool.verify.gates import GATES, Gates, parse_gates
-from gemma2tool.verify.result import Verification
 from gemma2tool.verify.run import LEVELS, VerifySettings, verify
-from tests.support.checkpoints import SMALL, random_checkpoint
-
-BF16 = np.dtype(ml_dtypes.bfloat16)
-LAYER = "model.layers.1."
-Arrays = dict[str, np.ndarray]
-
-
-def telling_checkpoint(dtype: np.dtype = BF16, config: Gemma2Config = SMALL) -> Checkpoint:
-    """Random weights whose logits depend on every layer: a small embedding, which would otherwise drown what the layers add (it
-    is its own output matrix), and a large final norm."""
-    made = random_checkpoint(np.dtype(np.float32), config)
-    scales = {"model.embed_tokens.weight": 0.15}
-    arrays = {name: tensor.load() * np.float32(scales.get(name, 1)) for name, tensor in made.tensors.items()}
-    arrays["model.norm.weight"] += 4
-    made.tensors = {name: ArrayTensor(array.astype(dtype)) for name, array in arrays.items()}
-    return made
+from tests.support.checkpoints import SMALL
+from tests.support.verification import (
+    BF16,
+    LAYER,
+    Arrays,
+    arrays,
+    blamed,
+    block_quantized,
+    candidate,
+    change,
+    failed,
+    sensitive_checkpoint,
+)
 
 
 @pytest.fixture(scope="module")
 def source() -> Checkpoint:
-    return telling_checkpoint()
+    return sensitive_checkpoint()
 
 
-def arrays(checkpoint: Checkpoint) -> Arrays:
-    return {name: tensor.load() for name, tensor in checkpoint.tensors.items()}
-
-
-def candidate(tensors: Arrays, stored: str | None = None, **config: object) -> Checkpoint:
-    wrapped = {
-        name: ArrayTensor(array, stored=stored if stored and array.ndim == 2 else None)
-        for name, array in tensors.items()
-    }
-    return Checkpoint(Path("candidate"), FormatFacts("memory"), dataclasses.replace(SMALL, **config), wrapped)
-
-
-def failed(result: Verification) -> set[str]:
-    return {gate.name for gate in result.gates if gate.failed}
-
-
-def blamed(result: Verification, gate: str) -> set[str | None]:
-    return {finding.subject for finding in result.failures if finding.gate == gate}
-
-
-# -- honest copies -----------------------------------------------------------------------------------------------------
+# -- correct copies ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("dtype", "kind"), [(BF16, "lossless"), (np.float32, "lossless"), (np.float16, "f16")])
-def test_honest_copies_pass(source: Checkpoint, dtype: np.dtype, kind: str) -> None:
-    made = candidate({name: array.astype(np.float32).astype(dtype) for name, array in arrays(source).items()})
-    result = verify(source, made)
+def test_correct_copies_pass(source: Checkpoint, dtype: np.dtype, kind: str) -> None:
+    converted = candidate({name: array.astype(np.float32).astype(dtype) for name, array in arrays(source).items()})
+    result = verify(source, converted)
     assert result.passed and result.kind == kind, result.to_json()["gates"]
     assert result.skipped == ("tokenizer",)
     if kind == "lossless":
@@ -80,61 +52,46 @@ def test_honest_copies_pass(source: Checkpoint, dtype: np.dtype, kind: str) -> N
 
 
 @pytest.mark.parametrize("dtype", [BF16, np.dtype(np.float16)])
-def test_honest_casts_of_float32_pass(dtype: np.dtype) -> None:
-    wide = telling_checkpoint(np.dtype(np.float32))
+def test_correct_casts_of_float32_pass(dtype: np.dtype) -> None:
+    wide = sensitive_checkpoint(np.dtype(np.float32))
     result = verify(wide, candidate({name: array.astype(dtype) for name, array in arrays(wide).items()}))
     assert result.passed, [gate.summary for gate in result.gates]
     assert result.kind == {BF16: "bf16"}.get(dtype, "f16")
 
 
-def test_norms_stored_as_one_plus_w_are_reported_not_blamed() -> None:
-    wide = telling_checkpoint(np.dtype(np.float32))
+def test_norms_stored_as_one_plus_w_are_reported_and_pass() -> None:
+    wide = sensitive_checkpoint(np.dtype(np.float32))
     norms = {name: tensor for name, tensor in wide.tensors.items() if "norm" in name}
-    kept = {
-        name: MappedRows(each, lambda w: (w + np.float32(1)) - np.float32(1), np.float32)
-        for name, each in norms.items()
+    expected = {
+        name: MappedRows(norm, lambda w: (w + np.float32(1)) - np.float32(1), np.float32)
+        for name, norm in norms.items()
     }
-    made = candidate(arrays(wide) | {name: each.load() for name, each in kept.items()})
-    result = verify(wide, made, VerifySettings(expected=kept))
+    converted = candidate(arrays(wide) | {name: norm.load() for name, norm in expected.items()})
+    result = verify(wide, converted, VerifySettings(expected=expected))
     assert result.passed and result.kind == "convention"
     notes = [finding for finding in result.gate("tensors").findings if finding.severity == "note"]
     assert {note.subject for note in notes} == set(norms)
-    assert failed(verify(wide, made)) >= {"tensors"}
+    assert failed(verify(wide, converted)) >= {"tensors"}
 
 
-def block_quantized(tensors: Arrays, block: int, levels: int) -> Arrays:
-    """Round to nearest with a float16 scale per block: ggml's Q8_0 for (32, 127)."""
-
-    def quantize(array: np.ndarray) -> np.ndarray:
-        if array.ndim < 2:
-            return array.astype(np.float32)
-        blocks = array.astype(np.float32).reshape(-1, block)
-        scale = np.abs(blocks).max(1, keepdims=True) / levels
-        return (
-            (np.round(blocks / np.maximum(scale, 1e-9)) * scale.astype(np.float16))
-            .astype(np.float32)
-            .reshape(array.shape)
-        )
-
-    return {name: quantize(array) for name, array in tensors.items()}
-
-
-def test_honest_quantization_passes_even_on_untrained_weights(source: Checkpoint) -> None:
-    made = candidate(block_quantized(arrays(source), 32, 127), stored="q8_0")
-    result = verify(source, made)
+def test_correct_quantization_passes_even_on_untrained_weights(source: Checkpoint) -> None:
+    converted = candidate(block_quantized(arrays(source), 32, 127), stored="q8_0")
+    result = verify(source, converted)
     assert result.passed and result.kind == "q8_0", [gate.summary for gate in result.gates]
 
 
-def test_divergence_beyond_the_limit_passes_only_as_far_as_noise_goes(source: Checkpoint) -> None:
-    """Four-bit codes on random weights: beyond any limit for trained ones, yet no more than such noise must do."""
-    made = candidate(block_quantized(arrays(source), 32, 8), stored="q4_0")
-    result = verify(source, made)
+def test_divergence_beyond_the_limit_passes_if_noise_explains_it(source: Checkpoint) -> None:
+    """Four-bit codes on random weights: beyond every limit for trained ones, but only by the effect of such noise."""
+    converted = candidate(block_quantized(arrays(source), 32, 8), stored="q4_0")
+    result = verify(source, converted)
     spread = result.gate("distribution")
     assert result.passed and spread.metrics["kl_mean"] > GATES["q4_0"].kl
     assert "noise_envelope" in spread.metrics and spread.findings[0].severity == "warning"
-    strict = verify(source, made, VerifySettings(gates={"kl": GATES["q4_0"].kl}))
-    assert failed(strict) == {"distribution"}, "a limit that the caller names is meant"
-    wrong = verify(source, dataclasses.replace(made, config=dataclasses.replace(SMALL, final_logit_softcapping=None)))
+    strict = verify(source, converted, VerifySettings(gates={"kl": GATES["q4_0"].kl}))
+    assert failed(strict) == {"distribution"}, "a limit named by the caller is strict"
+    wrong = verify(
+        source, dataclasses.replace(converted, config=dataclasses.replace(SMALL, final_logit_softcapping=None))
+    )
     assert "config" in failed(wrong)
 
 
@@ -150,18 +107,8 @@ def swap(first: str, second: str) -> Callable[[Arrays], set[str]]:
     return plant
 
 
-def change(name: str, function: Callable[[np.ndarray], np.ndarray]) -> Callable[[Arrays], set[str]]:
-    def plant(tensors: Arrays) -> set[str]:
-        touched = {each for each in tensors if each.endswith(name)}
-        for each in touched:
-            tensors[each] = function(tensors[each].astype(np.float32)).astype(tensors[each].dtype)
-        return touched
-
-    return plant
-
-
 def interleave(rows: np.ndarray) -> np.ndarray:
-    """Half-split rotary rows to interleaved ones, heads of 32."""
+    """Rotary rows from half-split to interleaved order, for heads of 32."""
     heads = rows.reshape(-1, 2, 16, rows.shape[1])
     return heads.transpose(0, 2, 1, 3).reshape(rows.shape)
 
@@ -182,7 +129,7 @@ FAULTS: dict[str, Callable[[Arrays], set[str]]] = {
     "one norm + 1": change(LAYER + "input_layernorm.weight", lambda w: w + 1),
     "gate and up swapped": swap("mlp.gate_proj.weight", "mlp.up_proj.weight"),
     "k and v swapped": swap("self_attn.k_proj.weight", "self_attn.v_proj.weight"),
-    "norms in each other's place": swap("post_attention_layernorm.weight", "pre_feedforward_layernorm.weight"),
+    "norms exchanged": swap("post_attention_layernorm.weight", "pre_feedforward_layernorm.weight"),
     "q interleaved": change("q_proj.weight", interleave),
     "k of one layer interleaved": change(LAYER + "self_attn.k_proj.weight", interleave),
     "heads reversed": change("q_proj.weight", lambda w: w.reshape(4, 32, -1)[::-1].reshape(w.shape)),
@@ -202,15 +149,16 @@ def test_a_fault_in_the_weights_is_caught_and_its_tensors_named(
 ) -> None:
     tensors = arrays(source)
     touched = FAULTS[fault](tensors)
-    made = candidate(block_quantized(tensors, 32, 127) if stored else tensors, stored=stored)
-    result = verify(source, made)
+    converted = candidate(block_quantized(tensors, 32, 127) if stored else tensors, stored=stored)
+    result = verify(source, converted)
     assert failed(result) >= ({"tensors", "distribution"} if stored else {"tensors", "logits", "distribution"})
     assert blamed(result, "tensors") == touched
 
 
 @pytest.mark.parametrize("fault", [
     {"query_pre_attn_scalar": 24}, {"attn_logit_softcapping": None}, {"attn_logit_softcapping": 30.0},
-    {"final_logit_softcapping": None}, {"sliding_window": 7}, {"sliding_window": 9}, {"rope_theta": 1e6}, {"rms_norm_eps": 1e-5},
+    {"final_logit_softcapping": None}, {"sliding_window": 7}, {"sliding_window": 9}, {"rope_theta": 1e6},
+    {"rms_norm_eps": 1e-5},
     {"hidden_activation": "gelu"}, {"hidden_activation": "silu"},
     {"layer_types": ("full_attention", "sliding_attention", "full_attention")},
     {"layer_types": ("sliding_attention",) * 3},
@@ -225,19 +173,19 @@ def test_a_fault_in_the_config_is_caught_by_its_field_and_by_the_logits(
         assert blamed(result, "config") == set(fault)
 
 
-def test_a_window_too_large_for_the_prompt_is_made_smaller_and_a_wrong_one_stays_wrong() -> None:
+def test_a_window_larger_than_the_prompt_is_reduced_and_a_wrong_one_stays_wrong() -> None:
     real = dataclasses.replace(SMALL, sliding_window=4096, max_position_embeddings=8192)
-    ours = telling_checkpoint(BF16, real)
+    real_source = sensitive_checkpoint(BF16, real)
     right = verify(
-        ours,
-        candidate(arrays(ours), sliding_window=4096, max_position_embeddings=8192),
+        real_source,
+        candidate(arrays(real_source), sliding_window=4096, max_position_embeddings=8192),
         VerifySettings(levels=("logits",)),
     )
     assert right.passed and right.gate("logits").metrics["sliding_window"] == [16, 16]
     assert right.gate("logits").metrics["sliding_window_reduced"] and "window set to 16" in right.gate("logits").summary
     wrong = verify(
-        ours,
-        candidate(arrays(ours), sliding_window=4095, max_position_embeddings=8192),
+        real_source,
+        candidate(arrays(real_source), sliding_window=4095, max_position_embeddings=8192),
         VerifySettings(levels=("logits",)),
     )
     assert "logits" in failed(wrong) and wrong.gate("logits").metrics["sliding_window"] == [16, 15]
@@ -252,7 +200,7 @@ def test_windows() -> None:
     assert reduced_windows(full, full, 64) is None
 
 
-# -- what is there and what is not -------------------------------------------------------------------------------------
+# -- missing and unexpected tensors ------------------------------------------------------------------------------------
 
 
 def test_missing_unexpected_and_misshaped_tensors_are_named(source: Checkpoint) -> None:
@@ -269,14 +217,14 @@ def test_missing_unexpected_and_misshaped_tensors_are_named(source: Checkpoint) 
     assert {"logits", "distribution"} <= set(result.skipped)
 
 
-def test_truncated_vocabulary_with_a_config_to_match_is_caught(source: Checkpoint) -> None:
+def test_a_truncated_vocabulary_with_a_matching_config_is_caught(source: Checkpoint) -> None:
     tensors = arrays(source)
     tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"][:150]
     result = verify(source, candidate(tensors, vocab_size=150))
     assert {"completeness", "config"} <= failed(result)
 
 
-def test_nan_is_named_on_the_side_that_has_it(source: Checkpoint) -> None:
+def test_nan_is_reported_for_the_side_that_has_it(source: Checkpoint) -> None:
     tensors = arrays(source)
     tensors["model.norm.weight"][5] = np.nan
     result = verify(source, candidate(tensors))
@@ -285,10 +233,10 @@ def test_nan_is_named_on_the_side_that_has_it(source: Checkpoint) -> None:
     json.dumps(result.to_json(), allow_nan=False)
 
 
-# -- the caller's wishes -----------------------------------------------------------------------------------------------
+# -- settings ----------------------------------------------------------------------------------------------------------
 
 
-def test_levels_are_those_asked_for(source: Checkpoint) -> None:
+def test_only_the_requested_levels_run(source: Checkpoint) -> None:
     for level in LEVELS:
         names = [gate.name for gate in verify(source, source, VerifySettings(levels=(level,))).gates]
         assert names == (["logits", "probe", "distribution"] if level == "logits" else [level])
@@ -296,18 +244,20 @@ def test_levels_are_those_asked_for(source: Checkpoint) -> None:
         verify(source, source, VerifySettings(levels=("vibes",)))
 
 
-def test_result_is_the_same_every_time_and_is_json(source: Checkpoint) -> None:
-    made = candidate(block_quantized(arrays(source), 32, 127), stored="q8_0")
+def test_the_result_is_deterministic_and_is_json(source: Checkpoint) -> None:
+    converted = candidate(block_quantized(arrays(source), 32, 127), stored="q8_0")
     ids = np.arange(2, 50)
-    first = json.dumps(verify(source, made, VerifySettings(ids=ids)).to_json(), sort_keys=True, allow_nan=False)
-    second = json.dumps(verify(source, made, VerifySettings(ids=ids)).to_json(), sort_keys=True, allow_nan=False)
+    first = json.dumps(verify(source, converted, VerifySettings(ids=ids)).to_json(), sort_keys=True, allow_nan=False)
+    second = json.dumps(verify(source, converted, VerifySettings(ids=ids)).to_json(), sort_keys=True, allow_nan=False)
     assert first == second
-    told = json.loads(first)
-    assert told["schema_version"] == 1 and told["passed"] is True
-    assert told["gates"][-1]["metrics"]["perplexity_ratio"] > 0, "ids from the caller are text"
-    before, after = (copy.deepcopy(told) for _ in range(2))
-    after["gates"] = json.loads(json.dumps(verify(source, made, VerifySettings(ids=ids, threads=2)).to_json()))["gates"]
-    assert before["gates"][:4] == after["gates"][:4], "threads leave all but the forward pass untouched"
+    content = json.loads(first)
+    assert content["schema_version"] == 1 and content["passed"] is True
+    assert content["gates"][-1]["metrics"]["perplexity_ratio"] > 0, "ids from the caller are text"
+    before, after = (copy.deepcopy(content) for _ in range(2))
+    after["gates"] = json.loads(json.dumps(verify(source, converted, VerifySettings(ids=ids, threads=2)).to_json()))[
+        "gates"
+    ]
+    assert before["gates"][:4] == after["gates"][:4], "threads change only the forward pass"
 
 
 def test_batches_of_ids(source: Checkpoint) -> None:
@@ -326,7 +276,7 @@ def test_default_ids_are_fixed() -> None:
     assert default_ids(dataclasses.replace(SMALL, max_position_embeddings=10)).shape == (1, 10)
 
 
-def test_progress_is_told_of_both_levels(source: Checkpoint) -> None:
+def test_progress_covers_both_levels(source: Checkpoint) -> None:
     labels: dict[str, list[int]] = {}
 
     class Bar:
@@ -365,15 +315,16 @@ def test_gates_from_the_command_line() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "limit"), [
-    ("kl", 1e-9), ("kl-p99", 1e-9), ("kl-max", 1e-9), ("top1", 1.1), ("ppl-ratio", 0.5), ("logits", 1e-6), ("rmse", 1e-4),
+    ("kl", 1e-9), ("kl-p99", 1e-9), ("kl-max", 1e-9), ("top1", 1.1), ("ppl-ratio", 0.5), ("logits", 1e-6),
+    ("rmse", 1e-4),
 ])  # fmt: skip
 def test_each_gate_can_be_made_to_fail(source: Checkpoint, name: str, limit: float) -> None:
-    made = candidate(block_quantized(arrays(source), 32, 127), stored="q8_0")
-    assert verify(source, made, VerifySettings(ids=np.arange(40))).passed
-    assert not verify(source, made, VerifySettings(ids=np.arange(40), gates={name: limit})).passed
+    converted = candidate(block_quantized(arrays(source), 32, 127), stored="q8_0")
+    assert verify(source, converted, VerifySettings(ids=np.arange(40))).passed
+    assert not verify(source, converted, VerifySettings(ids=np.arange(40), gates={name: limit})).passed
 
 
-def test_table_is_in_the_order_of_loss() -> None:
+def test_limits_are_in_the_order_of_loss() -> None:
     assert GATES["lossless"].kl < GATES["f16"].kl < GATES["bf16"].kl <= GATES["q8_0"].kl < GATES["q6_k"].kl
     assert (
         GATES["q6_k"].kl < GATES["q5_k"].kl < GATES["q4_k"].kl < GATES["q4_0"].kl < GATES["q3_k"].kl < GATES["q2_k"].kl

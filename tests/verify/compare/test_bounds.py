@@ -1,4 +1,4 @@
-"""The bounds of ggml's types, held against ggml's own quantizers on weights of every shape, and against damage."""
+"""The bounds of ggml's types: its own quantizers are within them for weights of every kind, and damage is not."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ pytestmark = pytest.mark.skipif(not llama_peer.available(), reason="needs the xl
 
 NEEDS_IMPORTANCE = {"iq1_s", "iq1_m", "iq2_xxs", "iq2_xs"}
 TYPES = sorted(set(BOUNDS) & {
-    "q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq1_s", "iq1_m", "iq2_xxs", "iq2_xs",
+    "q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq1_s", "iq1_m", "iq2_xxs",
+    "iq2_xs",
     "iq2_s", "iq3_xxs", "iq3_s", "iq4_nl", "iq4_xs", "tq1_0", "tq2_0", "mxfp4",
 })  # fmt: skip
 SLOW = {"iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "iq3_xxs", "iq3_s", "iq4_nl", "iq4_xs"}
@@ -29,7 +30,7 @@ COLS = 512
 
 
 def distributions(rows: int) -> dict[str, np.ndarray]:
-    """Weights as trained models have them, and worse; the spread of most is that of a Gemma 2's matrices."""
+    """Weights like those of trained models, and more difficult ones; most have the spread of Gemma 2's matrices."""
     generator = np.random.default_rng(7)
 
     def normal() -> np.ndarray:
@@ -37,7 +38,7 @@ def distributions(rows: int) -> dict[str, np.ndarray]:
 
     outliers = normal() * 0.01
     outliers[:, ::97] = 1.0
-    found = {
+    comparison = {
         "normal": normal() * 0.02,
         "bfloat16": (normal() * 0.02).astype(ml_dtypes.bfloat16),
         "student": generator.standard_t(3, (rows, COLS)) * 0.02,
@@ -50,7 +51,7 @@ def distributions(rows: int) -> dict[str, np.ndarray]:
         "tiny": normal() * 1e-4,
         "half empty": normal() * (generator.random((rows, COLS)) < 0.5) * 0.02,
     }
-    return {name: values.astype(np.float32) for name, values in found.items()}
+    return {name: values.astype(np.float32) for name, values in comparison.items()}
 
 
 def skip_unless_quick(kind: str) -> None:
@@ -59,27 +60,27 @@ def skip_unless_quick(kind: str) -> None:
 
 
 def compare(kind: str, rows: np.ndarray, codes: np.ndarray, weighted: bool) -> TensorComparison:
-    theirs = ArrayTensor(llama_peer.dequantize(kind.upper(), codes, COLS), stored=kind)
-    return compare_tensors({"t": ArrayTensor(rows)}, {"t": theirs}, TensorRules(weighted=weighted))[0]
+    dequantized = ArrayTensor(llama_peer.dequantize(kind.upper(), codes, COLS), stored=kind)
+    return compare_tensors({"t": ArrayTensor(rows)}, {"t": dequantized}, TensorRules(weighted=weighted))[0]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", TYPES)
-def test_ggmls_own_quantization_is_within(kind: str) -> None:
+def test_ggmls_own_quantization_is_within_the_bounds(kind: str) -> None:
     skip_unless_quick(kind)
     importance = np.random.default_rng(5).chisquare(1, COLS).astype(np.float32)
-    chosen = distributions(8 if kind in SLOW else 96)
-    for name, rows in chosen.items() if kind not in SLOW else [(name, chosen[name]) for name in QUICK]:
+    weights = distributions(8 if kind in SLOW else 96)
+    for name, rows in weights.items() if kind not in SLOW else [(name, weights[name]) for name in QUICK]:
         if kind not in NEEDS_IMPORTANCE:
-            found = compare(kind, rows, llama_peer.quantize(kind.upper(), rows), False)
-            assert found.ok, (name, found.message)
-        found = compare(kind, rows, llama_peer.quantize(kind.upper(), rows, importance), True)
-        assert found.ok, (name, "with importance", found.message)
+            comparison = compare(kind, rows, llama_peer.quantize(kind.upper(), rows), False)
+            assert comparison.ok, (name, comparison.message)
+        comparison = compare(kind, rows, llama_peer.quantize(kind.upper(), rows, importance), True)
+        assert comparison.ok, (name, "with importance", comparison.message)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", TYPES)
-def test_blocks_in_the_wrong_place_are_not(kind: str) -> None:
+def test_blocks_in_the_wrong_place_are_beyond_the_bounds(kind: str) -> None:
     skip_unless_quick(kind)
     rows = distributions(16)["normal"]
     codes = llama_peer.quantize(kind.upper(), rows, np.ones(COLS, np.float32) if kind in NEEDS_IMPORTANCE else None)
@@ -89,11 +90,11 @@ def test_blocks_in_the_wrong_place_are_not(kind: str) -> None:
 @pytest.mark.parametrize(
     "kind", [kind for kind in TYPES if np.isfinite(BOUNDS[kind].worst) and BOUNDS[kind].worst < 0.7]
 )
-def test_one_block_in_the_wrong_place_is_not(kind: str) -> None:
-    """For the types of three bits and more, and the ternary ones, a single wrong block is enough."""
+def test_one_block_in_the_wrong_place_is_beyond_the_bounds(kind: str) -> None:
+    """One wrong block suffices for the types of three bits and more, and for the ternary ones."""
     rows = distributions(16)["normal"]
     codes = llama_peer.quantize(kind.upper(), rows)
     size = llama_peer.sizes(kind.upper())[1]
     codes[3, :size], codes[9, :size] = codes[9, :size].copy(), codes[3, :size].copy()
-    found = compare(kind, rows, codes, False)
-    assert not found.ok and found.bad_blocks >= 2
+    comparison = compare(kind, rows, codes, False)
+    assert not comparison.ok and comparison.bad_blocks >= 2

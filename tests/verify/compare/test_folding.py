@@ -1,4 +1,4 @@
-"""Folded scales are taken for what they are where they keep the model, and for faults where they do not."""
+"""Folded scales pass if they preserve the model, and fail if they do not."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def source() -> Checkpoint:
 
 
 class Fold:
-    """A copy of a checkpoint whose layer 1 is folded by hand, and written rounded to nearest in a quantized type."""
+    """A copy of a checkpoint whose layer 1 is folded by hand, to be written in a quantized type."""
 
     def __init__(self, source: Checkpoint) -> None:
         self.checkpoint = dataclasses.replace(source, tensors=dict(source.tensors))
@@ -144,15 +144,15 @@ def written(fold: Fold, kind: str, path: Path) -> Path:
 
 
 @pytest.mark.parametrize("apply", [right, slight])
-def test_scales_folded_where_they_keep_the_model(source: Checkpoint, apply: Callable, tmp_path: Path) -> None:
+def test_scales_folded_correctly_pass(source: Checkpoint, apply: Callable, tmp_path: Path) -> None:
     fold = Fold(source)
     apply(fold)
     with registry.open_checkpoint(written(fold, "awq-4", tmp_path / "out")) as candidate:
         result = verify(source, candidate, VerifySettings(levels=LEVELS))
-        found = folded_source(source, candidate)
+        folded = folded_source(source, candidate)
     assert result.passed, [finding.message for finding in result.failures]
-    assert all(name.startswith("model.layers.1.") for name in found)
-    assert len(found) == (9 if apply is right else 4)
+    assert all(name.startswith("model.layers.1.") for name in folded)
+    assert len(folded) == (9 if apply is right else 4)
     tensors = next(gate for gate in result.gates if gate.name == "tensors")
     assert "with scales of the weights they feed" in tensors.summary
 
@@ -173,7 +173,7 @@ def test_scales_folded_where_they_keep_the_model(source: Checkpoint, apply: Call
         heads_mixed_up,
     ],
 )
-def test_scales_folded_wrongly_are_faults(source: Checkpoint, apply: Callable, tmp_path: Path) -> None:
+def test_scales_folded_wrongly_fail(source: Checkpoint, apply: Callable, tmp_path: Path) -> None:
     fold = Fold(source)
     apply(fold)
     with registry.open_checkpoint(written(fold, "awq-4", tmp_path / "out")) as candidate:
@@ -183,7 +183,7 @@ def test_scales_folded_wrongly_are_faults(source: Checkpoint, apply: Callable, t
 
 
 def test_nothing_is_folded_in_a_lossless_copy(source: Checkpoint, tmp_path: Path) -> None:
-    """Bits are bits where no type rounds: another norm is another norm."""
+    """Where no type rounds, a changed norm is a difference."""
     fold = Fold(source)
     right(fold)
     save(fold.checkpoint, tmp_path / "out", WriteOptions(dtype="f32"))
@@ -192,7 +192,7 @@ def test_nothing_is_folded_in_a_lossless_copy(source: Checkpoint, tmp_path: Path
         assert not verify(source, candidate, VerifySettings(levels=LEVELS)).passed
 
 
-def test_rounding_alone_is_no_folding(source: Checkpoint, tmp_path: Path) -> None:
+def test_rounding_alone_is_not_taken_for_folding(source: Checkpoint, tmp_path: Path) -> None:
     for kind in ("awq-4", "gptq-4"):
         with registry.open_checkpoint(written(Fold(source), kind, tmp_path / kind)) as candidate:
             assert folded_source(source, candidate) == {}

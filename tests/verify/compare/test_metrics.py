@@ -1,4 +1,4 @@
-"""The one-pass metrics against the same written down directly in double precision."""
+"""The one-pass metrics against the same metrics computed directly in double precision."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gemma2tool.verify.compare import metrics as subject
+from gemma2tool.verify.compare import metrics as metrics_module
 from gemma2tool.verify.compare.metrics import LogitComparison, LogitMetrics
 
 
@@ -42,67 +42,70 @@ def pair(positions: int, vocabulary: int, distance: float, seed: int) -> tuple[n
     st.integers(1, 9), st.integers(2, 60), st.sampled_from([0.0, 1e-6, 0.01, 1.0, 30.0]), st.integers(0, 99),
     st.lists(st.integers(1, 59), max_size=5), st.integers(1, 64),
 )  # fmt: skip
-def test_any_cut_gives_what_the_whole_gives(
+def test_metrics_do_not_depend_on_how_the_vocabulary_is_cut(
     positions: int, vocabulary: int, distance: float, seed: int, cuts: list[int], at_once: int
 ) -> None:
     source, candidate, following = pair(positions, vocabulary, distance, seed)
-    before, subject._AT_ONCE = subject._AT_ONCE, at_once
+    before, metrics_module._AT_ONCE = metrics_module._AT_ONCE, at_once
     try:
-        found = run(source, candidate, following, [cut for cut in cuts if cut < vocabulary])
+        metrics = run(source, candidate, following, [cut for cut in cuts if cut < vocabulary])
     finally:
-        subject._AT_ONCE = before
+        metrics_module._AT_ONCE = before
     p, q = log_softmax(source), log_softmax(candidate)
-    np.testing.assert_allclose(found.kl, (np.exp(p) * (p - q)).sum(1), rtol=1e-9, atol=1e-13)
-    np.testing.assert_array_equal(found.same_top, source.argmax(1) == candidate.argmax(1))
-    np.testing.assert_array_equal(found.source_top, source.argmax(1))
+    np.testing.assert_allclose(metrics.kl, (np.exp(p) * (p - q)).sum(1), rtol=1e-9, atol=1e-13)
+    np.testing.assert_array_equal(metrics.same_top, source.argmax(1) == candidate.argmax(1))
+    np.testing.assert_array_equal(metrics.source_top, source.argmax(1))
     difference = np.abs(source.astype(np.float64) - candidate)
-    assert found.max_abs_difference == difference.max()
+    assert metrics.max_abs_difference == difference.max()
     if distance:
-        assert difference[found.max_at] == difference.max()
-    assert found.mean_abs_difference == pytest.approx(difference.mean(), rel=1e-12)
+        assert difference[metrics.max_at] == difference.max()
+    assert metrics.mean_abs_difference == pytest.approx(difference.mean(), rel=1e-12)
     rows = np.flatnonzero(following >= 0)
-    np.testing.assert_allclose(found.log_p[0], p[rows, following[rows]], rtol=1e-12, atol=1e-12)
-    np.testing.assert_allclose(found.log_p[1], q[rows, following[rows]], rtol=1e-12, atol=1e-12)
-    assert found.positions == positions and found.logits == source.size
+    np.testing.assert_allclose(metrics.log_p[0], p[rows, following[rows]], rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(metrics.log_p[1], q[rows, following[rows]], rtol=1e-12, atol=1e-12)
+    assert metrics.positions == positions and metrics.logits == source.size
 
 
-def test_a_shift_of_all_logits_is_a_difference_but_no_divergence() -> None:
+def test_a_shift_of_all_logits_is_a_difference_without_divergence() -> None:
     source, _, following = pair(5, 40, 0, 0)
-    found = run(source, source + np.float32(0.5), following, [13])
-    assert found.max_abs_difference == pytest.approx(0.5, abs=1e-5) and found.mean_kl < 1e-12 and found.top1 == 1
+    metrics = run(source, source + np.float32(0.5), following, [13])
+    assert metrics.max_abs_difference == pytest.approx(0.5, abs=1e-5) and metrics.mean_kl < 1e-12 and metrics.top1 == 1
 
 
-def test_prediction_measures() -> None:
+def test_perplexity_and_its_standard_error() -> None:
     source, candidate, following = pair(50, 30, 0.5, 3)
-    found = run(source, candidate, following, []).prediction()
+    metrics = run(source, candidate, following, []).prediction()
     rows = np.arange(49)
-    ours, theirs = -log_softmax(source)[rows, following[:-1]], -log_softmax(candidate)[rows, following[:-1]]
-    assert found["perplexity_source"] == pytest.approx(np.exp(ours.mean()), rel=1e-5)
-    assert found["perplexity_candidate"] == pytest.approx(np.exp(theirs.mean()), rel=1e-5)
-    se = (theirs - ours).std(ddof=1) / 7
-    assert found["perplexity_ratio_se"] == pytest.approx(np.exp((theirs - ours).mean()) * se, rel=1e-5)
-    change = np.exp(-theirs) - np.exp(-ours)
-    assert found["chosen_probability_change_mean"] == pytest.approx(change.mean(), rel=1e-4)
-    assert found["predicted_tokens"] == 49
+    source_nll, candidate_nll = (
+        -log_softmax(source)[rows, following[:-1]],
+        -log_softmax(candidate)[rows, following[:-1]],
+    )
+    assert metrics["perplexity_source"] == pytest.approx(np.exp(source_nll.mean()), rel=1e-5)
+    assert metrics["perplexity_candidate"] == pytest.approx(np.exp(candidate_nll.mean()), rel=1e-5)
+    se = (candidate_nll - source_nll).std(ddof=1) / 7
+    assert metrics["perplexity_ratio_se"] == pytest.approx(np.exp((candidate_nll - source_nll).mean()) * se, rel=1e-5)
+    change = np.exp(-candidate_nll) - np.exp(-source_nll)
+    assert metrics["chosen_probability_change_mean"] == pytest.approx(change.mean(), rel=1e-4)
+    assert metrics["predicted_tokens"] == 49
 
 
-def test_limit_counts_every_logit_beyond_it() -> None:
+def test_logits_beyond_the_limit_are_counted() -> None:
     source = np.array([[0.0, 10.0, -20.0]], np.float32)
     candidate = source + np.array([[0.5, 1.4, -2.6]], np.float32)
     assert run(source, candidate, np.array([-1]), [1], atol=0.4, rtol=0.1).beyond_limit == 2
 
 
-def test_a_logit_that_is_not_finite_ends_the_comparison() -> None:
+def test_a_nonfinite_logit_ends_the_comparison() -> None:
     source, candidate, following = pair(4, 20, 0.1, 1)
     candidate[2, 3] = np.nan
-    found = run(source, candidate, following, [10])
-    assert found.nonfinite == (0, 1) and np.isnan(found.mean_kl)
+    metrics = run(source, candidate, following, [10])
+    assert metrics.nonfinite == (0, 1) and np.isnan(metrics.mean_kl)
 
 
-def test_percentiles_are_of_positions_and_the_extreme_one_needs_many() -> None:
+def test_the_extreme_percentile_needs_many_positions() -> None:
     source, candidate, following = pair(200, 10, 0.5, 4)
-    found = run(source, candidate, following, [])
-    assert found.kl_percentile(99) == np.percentile(found.kl, 99)
-    assert "kl_p99_9" not in found.distribution()
+    metrics = run(source, candidate, following, [])
+    assert metrics.kl_percentile(99) == np.percentile(metrics.kl, 99)
+    assert "kl_p99_9" not in metrics.distribution()
     source, candidate, following = pair(10_000, 4, 0.5, 4)
     assert "kl_p99_9" in run(source, candidate, following, []).distribution()

@@ -1,4 +1,4 @@
-"""The probe: what short prompts never reach is reached, and computed as the model computes it."""
+"""The probe: it reaches the soft cap and the end of the window, and computes as the model does."""
 
 from __future__ import annotations
 
@@ -17,63 +17,64 @@ from gemma2tool.verify.compare.logits import LogitOptions, compare_logits, passe
 from gemma2tool.verify.compare.token_ids import default_ids
 from gemma2tool.verify.run import VerifySettings, verify
 from tests.support.checkpoints import SMALL
-from tests.verify.test_run import BF16, arrays, block_quantized, candidate, failed, telling_checkpoint
+from tests.support.verification import BF16, arrays, block_quantized, candidate, failed, sensitive_checkpoint
 
 IDS = default_ids(SMALL, 24)
 
 
-def shy(factor: float = 0.02, **config: object) -> Checkpoint:
-    """A model whose attention scores are tiny: no cap bends them."""
-    made = telling_checkpoint(BF16, dataclasses.replace(SMALL, **config))
+def with_small_scores(factor: float = 0.02, **config: object) -> Checkpoint:
+    """A model whose attention scores are too small for the cap to matter."""
+    checkpoint = sensitive_checkpoint(BF16, dataclasses.replace(SMALL, **config))
     tensors = {
-        name: ArrayTensor((each.load().astype(np.float32) * (factor if "q_proj" in name else 1)).astype(BF16))
-        for name, each in made.tensors.items()
+        name: ArrayTensor((tensor.load().astype(np.float32) * (factor if "q_proj" in name else 1)).astype(BF16))
+        for name, tensor in checkpoint.tensors.items()
     }
-    return dataclasses.replace(made, tensors=tensors)
+    return dataclasses.replace(checkpoint, tensors=tensors)
 
 
 @pytest.fixture(scope="module")
 def source() -> Checkpoint:
-    return shy()
+    return with_small_scores()
 
 
 @pytest.mark.parametrize("cap", [None, 30.0, 49.0])
-def test_a_cap_that_no_prompt_reaches_is_missed_by_the_logits_and_seen_by_the_probe(
-    source: Checkpoint, cap: float | None
-) -> None:
+def test_the_probe_finds_a_wrong_cap_that_the_prompts_do_not_reach(source: Checkpoint, cap: float | None) -> None:
     result = verify(source, candidate(arrays(source), attn_logit_softcapping=cap), VerifySettings(levels=("logits",)))
     assert failed(result) == {"probe"}
-    both_uncapped = verify(*(shy(attn_logit_softcapping=None) for _ in range(2)), VerifySettings(levels=("logits",)))
+    both_uncapped = verify(
+        *(with_small_scores(attn_logit_softcapping=None) for _ in range(2)), VerifySettings(levels=("logits",))
+    )
     assert both_uncapped.passed and both_uncapped.gate("probe").metrics["amplified_to"] == 50
 
 
 @pytest.mark.parametrize("changes", [
-    {"sliding_window": 7}, {"rope_theta": 10001.0}, {"query_pre_attn_scalar": 31}, {"layer_types": ("full_attention",) * 3},
+    {"sliding_window": 7}, {"rope_theta": 10001.0}, {"query_pre_attn_scalar": 31},
+    {"layer_types": ("full_attention",) * 3},
 ])  # fmt: skip
-def test_the_probe_sees_what_moves_attention(source: Checkpoint, changes: dict[str, object]) -> None:
+def test_the_probe_finds_changes_of_attention(source: Checkpoint, changes: dict[str, object]) -> None:
     assert "probe" in failed(verify(source, candidate(arrays(source), **changes), VerifySettings(levels=("logits",))))
 
 
-def test_amplified_scores_are_those_of_longer_queries(source: Checkpoint) -> None:
-    """Multiplying keys by the layer's gain is the same as a model whose q_proj is that many times larger, bit for bit."""
+def test_amplified_scores_equal_those_of_larger_queries(source: Checkpoint) -> None:
+    """Multiplying keys by the layer's gain gives the same bits as a q_proj that is larger by that factor."""
     amplifier = Amplifier(slice(0, None), 50.0)
-    found = StreamedForward(source, IDS, amplifier=amplifier).logits()
+    logits = StreamedForward(source, IDS, amplifier=amplifier).logits()
     assert sorted(amplifier.gains) == [0, 1, 2] and all(np.log2(gain) % 1 == 0 for gain in amplifier.gains.values())
     assert min(amplifier.gains.values()) > 16
     longer = {
-        name: ArrayTensor(each.load().astype(np.float32) * np.float32(amplifier.gains[int(name.split(".")[2])]))
+        name: ArrayTensor(tensor.load().astype(np.float32) * np.float32(amplifier.gains[int(name.split(".")[2])]))
         if "q_proj" in name
-        else each
-        for name, each in source.tensors.items()
+        else tensor
+        for name, tensor in source.tensors.items()
     }
-    wanted = StreamedForward(dataclasses.replace(source, tensors=longer), IDS).logits()
-    assert np.array_equal(found, wanted)
+    expected = StreamedForward(dataclasses.replace(source, tensors=longer), IDS).logits()
+    assert np.array_equal(logits, expected)
     plain = StreamedForward(source, IDS).logits()
-    assert np.abs(found - plain).max() > 0.1
+    assert np.abs(logits - plain).max() > 0.1
 
 
 def test_scores_reach_the_cap(source: Checkpoint) -> None:
-    """Amplified RMS lies within a factor sqrt(2) of the target, by scores before the rotary embedding."""
+    """The amplified RMS is within a factor sqrt(2) of the target, for scores before the rotary embedding."""
     amplifier = Amplifier(slice(0, None), 50.0)
     StreamedForward(source, IDS, amplifier=amplifier).logits()
     x = StreamedForward(source, IDS).embeddings()
@@ -91,7 +92,7 @@ def test_scores_reach_the_cap(source: Checkpoint) -> None:
     assert 50 / 2**0.51 < scores.pow(2).mean().sqrt().item() < 50 * 2**0.51
 
 
-def test_rows_have_windows_of_their_own(source: Checkpoint) -> None:
+def test_each_row_has_its_own_window(source: Checkpoint) -> None:
     ids = np.concatenate([IDS, IDS[:, ::-1].copy()])
     together = StreamedForward(source, ids, sliding_window=[3, 11]).logits()
     for row, window in enumerate((3, 11)):
@@ -100,23 +101,25 @@ def test_rows_have_windows_of_their_own(source: Checkpoint) -> None:
     assert np.abs(together[0] - StreamedForward(source, ids[:1], sliding_window=11).logits()[0]).max() > 1e-3
 
 
-def test_the_probe_leaves_the_prompts_alone(source: Checkpoint) -> None:
+def test_the_probe_does_not_change_the_prompts_results(source: Checkpoint) -> None:
     other = candidate(block_quantized(arrays(source), 32, 8), stored="q4_0")
-    beside, alone = (compare_logits(source, other, IDS, LogitOptions(probe=probe)) for probe in (True, False))
-    assert beside.probe is not None and alone.probe is None
-    assert np.allclose(beside.metrics.kl, alone.metrics.kl, atol=1e-6)
-    assert np.allclose(beside.drift.relative, alone.drift.relative, rtol=1e-4)
+    with_probe, alone = (compare_logits(source, other, IDS, LogitOptions(probe=probe)) for probe in (True, False))
+    assert with_probe.probe is not None and alone.probe is None
+    assert np.allclose(with_probe.metrics.kl, alone.metrics.kl, atol=1e-6)
+    assert np.allclose(with_probe.drift.relative, alone.drift.relative, rtol=1e-4)
 
 
-def test_text_runs_with_the_models_own_window_and_the_probe_past_a_small_one() -> None:
-    wide = shy(sliding_window=4096, max_position_embeddings=8192)
+def test_text_runs_with_the_models_own_window_and_the_probe_with_a_reduced_one() -> None:
+    wide = with_small_scores(sliding_window=4096, max_position_embeddings=8192)
     run = compare_logits(wide, wide, IDS, LogitOptions(text=True))
     assert run.windows == (4096, 4096) and not run.window_reduced
     assert run.probe.windows == (6, 6) and run.probe.last_position == 8191
     assert compare_logits(wide, wide, IDS).windows == (6, 6)
 
 
-def test_many_prompts_take_several_passes_and_add_up(source: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_prompts_take_several_passes_with_the_same_result(
+    source: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rng = np.random.default_rng(3)
     ids = rng.integers(0, SMALL.vocab_size, (5, 20))
     other = candidate(block_quantized(arrays(source), 32, 8), stored="q4_0")
@@ -132,7 +135,7 @@ def test_many_prompts_take_several_passes_and_add_up(source: Checkpoint, monkeyp
         assert np.allclose(getattr(whole.drift, name), getattr(parts.drift, name), rtol=1e-4)
 
 
-def test_a_long_prompt_has_a_short_probe(source: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_probe_of_a_long_prompt_is_short(source: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(logits_module, "PROBE_SHARED_TOKENS", 16)
     assert passes(IDS, SMALL) == 2 and passes(IDS, SMALL, probe=False) == 1
     run = compare_logits(source, source, IDS)
@@ -143,23 +146,28 @@ def test_a_long_prompt_has_a_short_probe(source: Checkpoint, monkeypatch: pytest
     assert failed(result) == {"probe"}
 
 
-def test_measurements_are_there_for_reports(source: Checkpoint) -> None:
+def test_measurements_for_reports(source: Checkpoint) -> None:
     other = candidate(block_quantized(arrays(source), 32, 8), stored="q4_0")
     result = verify(source, other, VerifySettings(ids=IDS))
-    told = result.measurements
+    measured = result.measurements
     layers = SMALL.num_hidden_layers
-    assert len(told.drift.relative) == layers + 1 == len(told.drift.source_rms) == len(told.drift.candidate_rms)
-    assert told.drift.relative[-1] > 0 and result.to_json()["drift"]["relative"][-1] > 0
-    hidden = list(StreamedForward(source, IDS).hidden_states())
-    assert told.drift.source_rms == pytest.approx(
-        [each.double().pow(2).mean().sqrt().item() for each in hidden], rel=1e-4
+    assert (
+        len(measured.drift.relative)
+        == layers + 1
+        == len(measured.drift.source_rms)
+        == len(measured.drift.candidate_rms)
     )
-    tokens = told.tokens
+    assert measured.drift.relative[-1] > 0 and result.to_json()["drift"]["relative"][-1] > 0
+    hidden = list(StreamedForward(source, IDS).hidden_states())
+    assert measured.drift.source_rms == pytest.approx(
+        [state.double().pow(2).mean().sqrt().item() for state in hidden], rel=1e-4
+    )
+    tokens = measured.tokens
     assert tokens.ids.shape == tokens.kl.shape == tokens.source_log_p.shape == IDS.shape and tokens.text
     assert tokens.kl.mean() == pytest.approx(result.gate("distribution").metrics["kl_mean"], rel=1e-5)
     assert np.isnan(tokens.chosen_change[:, -1]).all() and np.isfinite(tokens.chosen_change[:, :-1]).all()
-    wanted = torch.from_numpy(StreamedForward(source, IDS).logits()).double().log_softmax(-1)
-    assert tokens.source_log_p[0, 4] == pytest.approx(wanted[0, 4, IDS[0, 5]].item(), abs=1e-4)
-    grid = told.grid()
+    expected = torch.from_numpy(StreamedForward(source, IDS).logits()).double().log_softmax(-1)
+    assert tokens.source_log_p[0, 4] == pytest.approx(expected[0, 4, IDS[0, 5]].item(), abs=1e-4)
+    grid = measured.grid()
     assert grid[1, "q_proj"].comparison.name == "model.layers.1.self_attn.q_proj.weight"
     assert (None, "embed_tokens") in grid and (None, "norm") in grid and len(grid) == len(source.tensors)

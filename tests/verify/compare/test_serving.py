@@ -1,4 +1,4 @@
-"""Bounds of the types that serving libraries load: honest quantizations of difficult weights pass, one wrong scale does not."""
+"""Bounds of the types that serving libraries load: correct quantizations pass, one wrong matrix of scales does not."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def difficult(seed: int, spread: str):
 @pytest.mark.slow
 @pytest.mark.parametrize("spread", ["normal", "tails", "one-sided", "outliers"])
 @pytest.mark.parametrize("kind", sorted(SCALES))
-def test_honest_quantizations_are_within(tmp_path: Path, kind: str, spread: str) -> None:
+def test_correct_quantizations_are_within_the_bounds(tmp_path: Path, kind: str, spread: str) -> None:
     source = difficult(1, spread)
     with registry.open_checkpoint(write_checkpoint(source, tmp_path / "out", type=kind)) as candidate:
         result = verify(source, candidate, VerifySettings(levels=LEVELS))
@@ -64,7 +64,7 @@ def test_honest_quantizations_are_within(tmp_path: Path, kind: str, spread: str)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", sorted(SCALES))
-def test_a_matrix_with_doubled_scales_is_not(tmp_path: Path, kind: str) -> None:
+def test_a_matrix_with_doubled_scales_is_beyond_the_bounds(tmp_path: Path, kind: str) -> None:
     from safetensors import safe_open
 
     source = difficult(2, "normal")

@@ -13,14 +13,14 @@ from gemma2tool.verify.diagnosis import diagnose
 from gemma2tool.verify.diagnosis.first_divergence import ID, find_first_divergence
 from gemma2tool.verify.run import verify
 from tests.support.checkpoints import SMALL
-from tests.verify.test_run import LAYER, Arrays, arrays, block_quantized, candidate, telling_checkpoint
+from tests.support.verification import LAYER, Arrays, arrays, block_quantized, candidate, sensitive_checkpoint
 
 IDS = default_ids(SMALL)
 
 
 @pytest.fixture(scope="module")
 def source() -> Checkpoint:
-    return telling_checkpoint()
+    return sensitive_checkpoint()
 
 
 def scramble(tensors: Arrays, *names: str) -> Arrays:
@@ -29,7 +29,7 @@ def scramble(tensors: Arrays, *names: str) -> Arrays:
     return tensors | {name: rng.permutation(tensors[name].reshape(-1)).reshape(tensors[name].shape) for name in names}
 
 
-NAMES = [name for name in telling_checkpoint().tensors if LAYER in name or "layers" not in name]
+NAMES = [name for name in sensitive_checkpoint().tensors if LAYER in name or "layers" not in name]
 
 
 @pytest.mark.slow
@@ -65,7 +65,7 @@ def test_among_the_errors_of_quantization(source: Checkpoint, levels: int) -> No
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
 def test_correct_copies_do_not_diverge(dtype: type) -> None:
-    wide = telling_checkpoint(np.dtype(np.float32))
+    wide = sensitive_checkpoint(np.dtype(np.float32))
     assert (
         find_first_divergence(wide, candidate({name: array.astype(dtype) for name, array in arrays(wide).items()}), IDS)
         is None
