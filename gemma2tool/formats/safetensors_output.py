@@ -1,47 +1,74 @@
-"""A folder of safetensors with its config.json: what the Hugging Face and MLX formats write."""
+"""Writing a folder of safetensors with its config.json, for the Hugging Face and MLX formats."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-
-import numpy as np
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from gemma2tool.containers import safetensors
 from gemma2tool.formats import assets, packings
 from gemma2tool.formats.base import OutputFile, OutputTensor, Placement
 from gemma2tool.model.checkpoint import Checkpoint
-from gemma2tool.model.lazy import DTYPE_NAMES, LazyTensor
-from gemma2tool.quantizers.base import Encoder
+from gemma2tool.model.lazy import DTYPE_NAMES, DType, LazyTensor
+from gemma2tool.quantizers.base import Encoder, Part
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-CONFIG_DTYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
+TORCH_DTYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
+"""The command line's names of float types to torch's, which config.json has."""
 
 
-def config_content(checkpoint: Checkpoint, dtypes: Mapping[str, np.dtype]) -> dict[str, object]:
-    """What config.json says, with the type that most of the output's values are stored in."""
+class TensorPlan(NamedTuple):
+    """A canonical tensor to write: its name, its rows, and how they are stored."""
+
+    name: str
+    source: LazyTensor
+    encoder: Encoder
+
+
+@dataclass(frozen=True)
+class Shards:
+    """The files of an output with the tensors in them, and the content of an index file."""
+
+    files: list[OutputFile]
+    tensors: list[OutputTensor]
+    index: dict[str, object]
+
+
+class _StoredPart(NamedTuple):
+    name: str
+    part: Part
+    tensor: str
+
+
+def config_content(checkpoint: Checkpoint, dtypes: Mapping[str, DType]) -> dict[str, object]:
+    """The content of config.json, with the dtype that most of the output's values are stored in."""
     config = checkpoint.config
-    kinds = {dtypes[name] for name, spec in checkpoint.specs.items() if spec.role != "norm"}
-    dtype = DTYPE_NAMES[kinds.pop()] if len(kinds) == 1 else DTYPE_NAMES[checkpoint.dtype]
-    content = replace(config, dtype=CONFIG_DTYPES.get(dtype, config.dtype)).to_hf()
+    weight_dtypes = {dtypes[name] for name, spec in checkpoint.specs.items() if spec.role != "norm"}
+    dtype = DTYPE_NAMES[weight_dtypes.pop()] if len(weight_dtypes) == 1 else DTYPE_NAMES[checkpoint.dtype]
+    content: dict[str, object] = replace(config, dtype=TORCH_DTYPES.get(dtype, config.dtype)).to_hf()
     content.setdefault("architectures", ["Gemma2ForCausalLM"])
     return content
 
 
 def other_assets(checkpoint: Checkpoint) -> dict[str, bytes]:
-    """generation_config.json, which is made where the source has none, and the source's other small files."""
-    small = {name: data for name, data in checkpoint.assets.items() if name != "README.md"}
-    return {"generation_config.json": assets.generation_config(checkpoint)} | small
+    """The source's small files except its model card, and a generation_config.json if it has none."""
+    small_files = {name: data for name, data in checkpoint.assets.items() if name != "README.md"}
+    return {"generation_config.json": assets.generation_config(checkpoint)} | small_files
 
 
 def natural_key(name: str) -> list[tuple[int, int | str]]:
-    """The order of transformers' state dicts: by the segments between dots, numbers as numbers."""
-    return [(0, int(part)) if part.isdigit() else (1, part) for part in name.split(".")]
+    """Sorts names as transformers' state dicts: by the segments between dots, numbers as numbers."""
+    return [(0, int(segment)) if segment.isdigit() else (1, segment) for segment in name.split(".")]
 
 
-def spread(sizes: Sequence[tuple[str, int]], limit: int) -> list[list[str]]:
-    """Names by file, from (name, bytes), as transformers does: in order, a new file where the limit would be passed."""
+def group_by_size(sizes: Sequence[tuple[str, int]], limit: int) -> list[list[str]]:
+    """Distribute names, given with their bytes, over files as transformers does.
+
+    In order; a new file starts when the next name would exceed ``limit`` bytes. A name that exceeds it alone has a file
+    of its own.
+    """
     groups: list[list[str]] = []
     current: list[str] = []
     size = 0
@@ -57,37 +84,35 @@ def spread(sizes: Sequence[tuple[str, int]], limit: int) -> list[list[str]]:
     return [*groups, current] if current else groups
 
 
-def shards(
-    planned: list[tuple[str, LazyTensor, Encoder]], limit: int, metadata: Mapping[str, str]
-) -> tuple[list[OutputFile], list[OutputTensor], dict[str, object]]:
-    """Spread the stored parts over files, in natural order; see ``spread``.
+def lay_out_shards(plans: Sequence[TensorPlan], limit: int, metadata: Mapping[str, str]) -> Shards:
+    """Distribute the stored parts of the tensors over files of at most ``limit`` bytes, in natural order.
 
-    ``metadata``: what every file's header says, ``format`` at least. Returns the files, the tensors and the content of an index.
+    ``metadata``: of every file's header, with ``format`` at least.
     """
-    stored = []
-    for name, source, encoder in planned:
-        for part in encoder.parts(source.shape):
-            stored.append((packings.part_name(name, part.suffix), part, name))
-    stored.sort(key=lambda item: natural_key(item[0]))
-    by_name = {item[0]: item for item in stored}
-    groups = spread([(name, part.nbytes) for name, part, _ in stored], limit)
-    shards = [[by_name[name] for name in group] for group in groups]
+    stored = [
+        _StoredPart(packings.part_name(plan.name, part.suffix), part, plan.name)
+        for plan in plans
+        for part in plan.encoder.parts(plan.source.shape)
+    ]
+    stored.sort(key=lambda part: natural_key(part.name))
+    by_name = {part.name: part for part in stored}
+    groups = group_by_size([(part.name, part.part.nbytes) for part in stored], limit)
 
     files: list[OutputFile] = []
-    places: dict[str, dict[str, Placement]] = {name: {} for name, _, _ in planned}
+    places: dict[str, dict[str, Placement]] = {plan.name: {} for plan in plans}
     weight_map: dict[str, str] = {}
-    for number, shard in enumerate(shards, 1):
-        file = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+    for number, group in enumerate(groups, 1):
+        file = SINGLE if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
         header, offsets, total = safetensors.layout(
-            [(name, part.dtype, part.shape) for name, part, _ in shard], metadata
+            [(name, by_name[name].part.dtype, by_name[name].part.shape) for name in group], metadata
         )
         files.append(OutputFile(file, total, [(0, header)]))
-        for name, part, owner in shard:
-            places[owner][part.suffix] = Placement(name, file, offsets[name], part.nbytes)
+        for name, part, tensor in (by_name[name] for name in group):
+            places[tensor][part.suffix] = Placement(name, file, offsets[name], part.nbytes)
             weight_map[name] = file
-    tensors = [OutputTensor(name, (name,), source, encoder, places[name]) for name, source, encoder in planned]
+    tensors = [OutputTensor(plan.name, (plan.name,), plan.source, plan.encoder, places[plan.name]) for plan in plans]
     totals = {
-        "total_parameters": sum(source.size for _, source, _ in planned),
-        "total_size": sum(part.nbytes for _, part, _ in stored),
+        "total_parameters": sum(plan.source.size for plan in plans),
+        "total_size": sum(part.part.nbytes for part in stored),
     }
-    return files, tensors, {"metadata": totals, "weight_map": weight_map}
+    return Shards(files, tensors, {"metadata": totals, "weight_map": weight_map})

@@ -1,4 +1,4 @@
-"""Adapters merged while rows are read, against peft's own merge_and_unload."""
+"""LoRA adapters merged while rows are read, compared with peft's own merge_and_unload."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def base(tmp_path_factory) -> Path:
 def _adapter(
     base: Path, folder: Path, kind: str = "CausalLM", **settings: object
 ) -> tuple[Path, dict[str, np.ndarray]]:
-    """An adapter that peft saved, every part of it random, and the weights that peft merges it into."""
+    """An adapter that peft saved, all of its parts random, and the weights that peft makes of it."""
     torch = pytest.importorskip("torch")
     peft = pytest.importorskip("peft", reason="peft is not installed")
     import transformers
@@ -57,9 +57,9 @@ def _assert_merged(base: Path, adapter: Path, truth: dict[str, np.ndarray], scal
     merged = lora.merge(source, adapter, scale)
     changed = 0
     for name, tensor in merged.tensors.items():
-        mine = tensor.load().astype(np.float32)
-        assert np.abs(mine - truth[name]).max() <= 2e-6 * max(np.abs(truth[name]).max(), 1), name
-        changed += name not in source.tensors or not np.array_equal(mine, source.tensors[name].load())
+        values = tensor.load().astype(np.float32)
+        assert np.abs(values - truth[name]).max() <= 2e-6 * max(np.abs(truth[name]).max(), 1), name
+        changed += name not in source.tensors or not np.array_equal(values, source.tensors[name].load())
     assert changed
     assert_ranges_agree(merged)
 
@@ -108,7 +108,7 @@ def test_equals_peft(base: Path, tmp_path: Path, settings: dict) -> None:
     _assert_merged(base, adapter, truth)
 
 
-def test_a_classifiers_head_comes_with_the_adapter(base: Path, tmp_path: Path) -> None:
+def test_a_classification_head_comes_with_the_adapter(base: Path, tmp_path: Path) -> None:
     settings = {"r": 2, "lora_alpha": 2, "target_modules": ["v_proj"], "task_type": "SEQ_CLS"}
     adapter, truth = _adapter(base, tmp_path / "adapter", kind="SequenceClassification", **settings)
     _assert_merged(base, adapter, truth)
@@ -118,7 +118,7 @@ def test_a_classifiers_head_comes_with_the_adapter(base: Path, tmp_path: Path) -
     assert_same_tensors(merged, back)
 
 
-def test_a_token_classifiers_head_with_its_bias(base: Path, tmp_path: Path) -> None:
+def test_a_token_classification_head_with_its_bias(base: Path, tmp_path: Path) -> None:
     settings = {"r": 2, "lora_alpha": 2, "target_modules": ["v_proj"], "task_type": "TOKEN_CLS"}
     adapter, truth = _adapter(base, tmp_path / "adapter", kind="TokenClassification", **settings)
     _assert_merged(base, adapter, truth)
@@ -141,7 +141,7 @@ def test_adapters_of_peft_that_cannot_be_merged(base: Path, tmp_path: Path, sett
 
 
 def test_an_adapter_in_a_bin_file(base: Path, tmp_path: Path) -> None:
-    """As peft saved them by default until 2023."""
+    """peft saved adapters like this by default until 2023."""
     import torch
     from safetensors.torch import load_file
 
@@ -164,22 +164,23 @@ def _handmade(folder: Path, tensors: dict[str, np.ndarray], **settings: object) 
 
 Q = "model.layers.0.self_attn.q_proj"
 A, B = (np.random.default_rng(n).standard_normal(s).astype(np.float32) for n, s in enumerate([(2, 64), (128, 2)]))
+PAIR = {f"{Q}.lora_A.weight": A, f"{Q}.lora_B.weight": B}
 
 
 def test_formula_scale_and_several_adapters(tmp_path: Path) -> None:
     source = random_checkpoint(np.dtype(ml_dtypes.bfloat16))
-    adapter = _handmade(tmp_path / "a", {f"{Q}.lora_A.weight": A, f"{Q}.lora_B.weight": B})
+    adapter = _handmade(tmp_path / "a", PAIR)
     merged = lora.merge(lora.merge(source, adapter, 0.25), adapter, -0.5)
     weight = source.tensors[f"{Q}.weight"].load().astype(np.float64)
     exact = weight + (0.25 - 0.5) * 2 * (B.astype(np.float64) @ A)
-    mine = merged.tensors[f"{Q}.weight"].load()
-    assert mine.dtype == np.float32  # no more rounded than float32's own sums are: the output rounds, once
-    assert (np.abs(mine - exact) <= 1e-5).all()
+    values = merged.tensors[f"{Q}.weight"].load()
+    assert values.dtype == np.float32  # rounded by float32's own sums only: the output rounds once
+    assert (np.abs(values - exact) <= 1e-5).all()
     untouched = "model.layers.1.self_attn.q_proj.weight"
     assert merged.tensors[untouched] is source.tensors[untouched]
 
 
-def test_rows_do_not_depend_on_how_they_are_asked_for(tmp_path: Path) -> None:
+def test_rows_do_not_depend_on_the_requested_range(tmp_path: Path) -> None:
     config = replace(SMALL, hidden_size=200, intermediate_size=333)
     source = random_checkpoint(np.dtype(np.float32), config)
     name = "model.layers.0.mlp.gate_proj"
@@ -213,59 +214,59 @@ def test_a_head_of_its_own_unties_the_model(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("tensors", "settings", "match"),
     [
-        ({"x.lora_A.weight": A, "x.lora_B.weight": B}, {"target_modules": ["x"]}, "'x' is no weight of this model"),
-        ({f"{Q}.lora_A.weight": A, f"{Q}.lora_B.weight": B}, {"target_modules": ["q_proj", "foo"]}, "names 'foo'"),
+        ({"x.lora_A.weight": A, "x.lora_B.weight": B}, {"target_modules": ["x"]}, "'x' is not a weight of this model"),
+        (PAIR, {"target_modules": ["q_proj", "foo"]}, "names 'foo'"),
         ({f"{Q}.lora_A.weight": A}, {}, "lora_A or lora_B is missing"),
         ({f"{Q}.lora_A.weight": A, f"{Q}.lora_B.weight": B[:64]}, {}, r"is for \(64, 64\), the model has \(128, 64\)"),
-        ({f"{Q}.lora_A.weight": A, f"{Q}.lora_B.weight": B}, {"r": 4}, "the rank is 4"),
-        ({f"{Q}.lora_A.weight": A, f"{Q}.lora_B.weight": B}, {"peft_type": "IA3"}, "not LoRA"),
-        ({f"{Q}.lora_A.weight": A, f"{Q}.lora_B.weight": B}, {"use_dora": True}, "use_dora is True"),
-        ({f"{Q}.lora_A.weight": A, f"{Q}.lora_B.weight": B}, {"lora_bias": True}, "uses lora_bias"),
-        ({f"{Q}.lora_A.weight": A, f"{Q}.lora_B.weight": B}, {"lora_alpha": "many"}, "lora_alpha is 'many'"),
-        ({f"{Q}.lora_A.weight": A, f"{Q}.lora_B.weight": B}, {"lora_alpha": 10**400}, "lora_alpha is 1000"),
+        (PAIR, {"r": 4}, "the rank is 4"),
+        (PAIR, {"peft_type": "IA3"}, "not LoRA"),
+        (PAIR, {"use_dora": True}, "use_dora is True"),
+        (PAIR, {"lora_bias": True}, "uses lora_bias"),
+        (PAIR, {"lora_alpha": "many"}, "lora_alpha is 'many'"),
+        (PAIR, {"lora_alpha": 10**400}, "lora_alpha is 1000"),
         (
-            {f"{Q}.lora_A.weight": A, f"{Q}.lora_B.weight": B},
+            PAIR,
             {"alpha_pattern": {"q_proj": 10**400}},
             "lora_alpha is 1000",
         ),
-        ({f"{Q}.lora_A.weight": A, f"{Q}.lora_B.weight": B}, {"r": 10**400}, "r is 1000"),
-        ({f"{Q}.lora_A.weight": A, f"{Q}.lora_B.weight": B}, {"lora_alpha": 1e39}, "lora_alpha is 1e"),
+        (PAIR, {"r": 10**400}, "r is 1000"),
+        (PAIR, {"lora_alpha": 1e39}, "lora_alpha is 1e"),
         (
-            {f"{Q}.lora_A.weight": A, f"{Q}.lora_B.weight": B},
+            PAIR,
             {"lora_alpha": 3e38, "use_rslora": "yes"},
             "use_rslora is 'yes'",
         ),
-        ({f"{Q}.lora_A.weight": A, f"{Q}.lora_B.weight": B}, {"target_modules": 5}, "target_modules is 5"),
-        ({f"{Q}.lora_A.weight": A, f"{Q}.lora_B.weight": B}, {"target_modules": [5]}, "target_modules is "),
-        ({f"{Q}.lora_A.weight": A, f"{Q}.lora_B.weight": B}, {"modules_to_save": {"a": 1}}, "modules_to_save is "),
-        ({f"{Q}.lora_A.weight": A, f"{Q}.lora_B.weight": B}, {"layers_to_transform": [[1]]}, "layers_to_transform is "),
+        (PAIR, {"target_modules": 5}, "target_modules is 5"),
+        (PAIR, {"target_modules": [5]}, "target_modules is "),
+        (PAIR, {"modules_to_save": {"a": 1}}, "modules_to_save is "),
+        (PAIR, {"layers_to_transform": [[1]]}, "layers_to_transform is "),
         (
-            {f"{Q}.lora_A.weight": A, f"{Q}.lora_B.weight": B},
+            PAIR,
             {"layers_to_transform": [True]},
             "layers_to_transform is ",
         ),
-        ({f"{Q}.lora_A.weight": A, f"{Q}.lora_B.weight": B}, {"layers_pattern": 1.5}, "layers_pattern is "),
+        (PAIR, {"layers_pattern": 1.5}, "layers_pattern is "),
         (
-            {f"{Q}.lora_A.weight": A, f"{Q}.lora_B.weight": B},
+            PAIR,
             {"target_modules": r".*k_proj"},
             "for which there are no weights",
         ),
         (
-            {f"{Q}.lora_A.weight": A, f"{Q}.lora_B.weight": B},
+            PAIR,
             {"target_modules": r"(?:.*)k_proj"},
             "for which there are no weights",
         ),
-        ({f"{Q}.lora_A.weight": A, f"{Q}.lora_B.weight": B}, {"target_modules": "("}, "which is no regular expression"),
+        (PAIR, {"target_modules": "("}, "which is not a regular expression"),
         (
-            {f"{Q}.lora_A.weight": A, f"{Q}.lora_B.weight": B},
+            PAIR,
             {"target_modules": "(?"},
-            "which is no regular expression",
+            "which is not a regular expression",
         ),
-        ({"model.norm.bias": A[0]}, {"target_modules": []}, "'model.norm.bias' is no weight"),
-        ({"model.norm.weight": A[0, :5]}, {"target_modules": []}, "the adapter's is"),
+        ({"model.norm.bias": A[0]}, {"target_modules": []}, "'model.norm.bias' is not a weight"),
+        ({"model.norm.weight": A[0, :5]}, {"target_modules": []}, "the adapter has"),
     ],
 )
-def test_what_is_refused(tmp_path: Path, tensors: dict, settings: dict, match: str) -> None:
+def test_adapters_that_do_not_fit_are_refused(tmp_path: Path, tensors: dict, settings: dict, match: str) -> None:
     adapter = _handmade(
         tmp_path / "a", {key: np.ascontiguousarray(value) for key, value in tensors.items()}, **settings
     )
@@ -275,26 +276,26 @@ def test_what_is_refused(tmp_path: Path, tensors: dict, settings: dict, match: s
 
 @pytest.mark.slow
 @pytest.mark.parametrize("pattern", ["(.*)*(.*)*(.*)*(.*)*x", "(a|.|b)*(.*)*(.*)*" * 9 + "(?=x)x"])
-def test_a_pattern_that_could_match_for_ever(tmp_path: Path, pattern: str) -> None:
-    adapter = _handmade(tmp_path / "a", {f"{Q}.lora_A.weight": A, f"{Q}.lora_B.weight": B}, target_modules=pattern)
+def test_a_pattern_that_could_match_forever(tmp_path: Path, pattern: str) -> None:
+    adapter = _handmade(tmp_path / "a", PAIR, target_modules=pattern)
     before = time.perf_counter()
-    with refused("for which there are no weights|could take for ever"):
+    with refused("for which there are no weights|could match forever"):
         lora.merge(random_checkpoint(np.dtype(np.float32)), adapter)
     assert time.perf_counter() - before < 15
 
 
 @pytest.mark.parametrize("pattern", ["(?:.*)q_proj", r"^(?!.*mlp).*(?:q_proj|v_proj)$", "ALL-LINEAR"])
 def test_a_pattern_that_names_the_weights(tmp_path: Path, pattern: str) -> None:
-    adapter = _handmade(tmp_path / "a", {f"{Q}.lora_A.weight": A, f"{Q}.lora_B.weight": B}, target_modules=pattern)
+    adapter = _handmade(tmp_path / "a", PAIR, target_modules=pattern)
     assert isinstance(
         lora.merge(random_checkpoint(np.dtype(np.float32)), adapter).tensors[f"{Q}.weight"], lora.MergedTensor
     )
 
 
-def test_adapters_reach_a_gguf_made_from_a_gguf(tmp_path: Path) -> None:
-    """That way copies stored tensors where it can; it must not copy those an adapter changed."""
+def test_an_adapter_changes_a_gguf_made_from_a_gguf(tmp_path: Path) -> None:
+    """Such a conversion copies stored tensors if it can; it must not copy those that an adapter changed."""
     first = write_as("gguf", random_checkpoint(np.dtype(np.float32)), tmp_path / "first.gguf")
-    adapter = _handmade(tmp_path / "a", {f"{Q}.lora_A.weight": A, f"{Q}.lora_B.weight": B})
+    adapter = _handmade(tmp_path / "a", PAIR)
     merged = lora.merge(registry.open_checkpoint(first), adapter)
     back = registry.open_checkpoint(write_as("gguf", merged, tmp_path / "second.gguf"))
     name = f"{Q}.weight"
@@ -305,42 +306,42 @@ def test_adapters_reach_a_gguf_made_from_a_gguf(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("format_name", ["hf", "gguf", "gemma-pytorch", "litgpt", "keras", "flax", "torchtune"])
 @pytest.mark.parametrize("dtype", [None, "f32", "f16"])
-def test_what_is_merged_is_rounded_once_to_what_the_output_stores(
+def test_merged_weights_are_rounded_once_to_the_stored_dtype(
     tmp_path: Path, format_name: str, dtype: str | None
 ) -> None:
-    """Without a type the base's, here bfloat16; with f32, what was merged in float32 stays. The verification sees a rounding."""
+    """By default to the base's dtype, here bfloat16; with f32 nothing is rounded. The verification reports a cast."""
     source = random_checkpoint(np.dtype(ml_dtypes.bfloat16))
-    adapter = _handmade(tmp_path / "a", {f"{Q}.lora_A.weight": A, f"{Q}.lora_B.weight": B})
+    adapter = _handmade(tmp_path / "a", PAIR)
     merged = lora.merge(source, adapter)
     back = registry.open_checkpoint(write_as(format_name, merged, tmp_path / OUT.get(format_name, "out"), dtype=dtype))
-    wanted = merged.tensors[f"{Q}.weight"].load().astype(FLOAT_DTYPES[dtype or "bf16"])
+    expected = merged.tensors[f"{Q}.weight"].load().astype(FLOAT_DTYPES[dtype or "bf16"])
     stored = back.tensors[f"{Q}.weight"].load()
-    assert stored.dtype == wanted.dtype and np.array_equal(stored, wanted)
+    assert stored.dtype == expected.dtype and np.array_equal(stored, expected)
     untouched = "model.layers.1.self_attn.q_proj.weight"
-    assert back.tensors[untouched].dtype == wanted.dtype
-    compared = {each.name: each for each in compare_tensors(merged.tensors, back.tensors)}
+    assert back.tensors[untouched].dtype == expected.dtype
+    compared = {comparison.name: comparison for comparison in compare_tensors(merged.tensors, back.tensors)}
     assert compared[f"{Q}.weight"].ok
     assert compared[f"{Q}.weight"].rule == ("exact" if dtype == "f32" else "cast")
 
 
 @pytest.mark.parametrize("type_name", ["q8_0", "gptq-8", "sfp"])
 @pytest.mark.parametrize("in_one_pass", [False, True])
-def test_quantizers_get_what_was_merged_unrounded(tmp_path: Path, type_name: str, in_one_pass: bool) -> None:
-    """The same codes as from a float32 source, whose own values the base and the sum are."""
-    adapter = _handmade(tmp_path / "a", {f"{Q}.lora_A.weight": A, f"{Q}.lora_B.weight": B})
+def test_quantizers_get_unrounded_values(tmp_path: Path, type_name: str, in_one_pass: bool) -> None:
+    """The codes are those of a float32 source with the same values."""
+    adapter = _handmade(tmp_path / "a", PAIR)
     source = random_checkpoint(np.dtype(ml_dtypes.bfloat16))
     wide = replace(
-        source, tensors={name: ArrayTensor(each.load().astype(np.float32)) for name, each in source.tensors.items()}
+        source, tensors={name: ArrayTensor(tensor.load().astype(np.float32)) for name, tensor in source.tensors.items()}
     )
     format_name = {"q8_0": "gguf", "gptq-8": "hf", "sfp": "gemma-cpp"}[type_name]
-    made = []
-    for number, each in enumerate((source, wide)):
-        merged = lora.merge(each, adapter)
+    outputs = []
+    for number, checkpoint in enumerate((source, wide)):
+        merged = lora.merge(checkpoint, adapter)
         merged = shared(merged) if in_one_pass else merged
         groups = {"group_size": 32} if type_name == "gptq-8" else {}
         out = write_as(format_name, merged, tmp_path / f"{number}{OUT.get(format_name, '')}", type=type_name, **groups)
-        made.append(registry.open_checkpoint(out).tensors[f"{Q}.weight"].load())
-    assert np.array_equal(*made)
+        outputs.append(registry.open_checkpoint(out).tensors[f"{Q}.weight"].load())
+    assert np.array_equal(*outputs)
 
 
 def test_command_line(base: Path, tmp_path: Path) -> None:
@@ -351,7 +352,7 @@ def test_command_line(base: Path, tmp_path: Path) -> None:
     from gemma2tool.errors import UsageError
     from gemma2tool.formats.options import Adapter
 
-    adapter = _handmade(tmp_path / "a", {f"{Q}.lora_A.weight": A, f"{Q}.lora_B.weight": B})
+    adapter = _handmade(tmp_path / "a", PAIR)
     arguments = [
         "convert",
         str(base),
@@ -373,13 +374,13 @@ def test_command_line(base: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("options", [[], ["--dtype", "f32"]])
-def test_the_command_verifies_what_it_merged_into_a_narrow_base(tmp_path: Path, options: list[str]) -> None:
+def test_the_command_verifies_weights_merged_into_a_bfloat16_base(tmp_path: Path, options: list[str]) -> None:
     from typer.testing import CliRunner
 
     from gemma2tool.cli.main import app
 
     narrow = write_as("hf", random_checkpoint(np.dtype(ml_dtypes.bfloat16)), tmp_path / "base")
-    adapter = _handmade(tmp_path / "a", {f"{Q}.lora_A.weight": A, f"{Q}.lora_B.weight": B})
+    adapter = _handmade(tmp_path / "a", PAIR)
     result = CliRunner().invoke(
         app, ["convert", str(narrow), str(tmp_path / "out"), "--lora", str(adapter), "--json", *options]
     )
@@ -395,7 +396,7 @@ def test_missing_files(tmp_path: Path) -> None:
     source = random_checkpoint(np.dtype(np.float32))
     with refused("no such folder"):
         lora.merge(source, tmp_path / "absent")
-    adapter = _handmade(tmp_path / "a", {f"{Q}.lora_A.weight": A, f"{Q}.lora_B.weight": B})
+    adapter = _handmade(tmp_path / "a", PAIR)
     (adapter / "adapter_model.safetensors").unlink()
-    with refused("holds none of"):
+    with refused("contains none of"):
         lora.merge(source, adapter)

@@ -72,11 +72,11 @@ class Tokenizer(JsonTarget):
 
     def prepare(self) -> None:
         from gemma2tool.formats.gguf.vocab import tokenizer_keys
-        from gemma2tool.formats.hf.tokenizer import completed
+        from gemma2tool.formats.hf.tokenizer import transformers_tokenizer_files
         from gemma2tool.model.config import Gemma2Config
         from gemma2tool.verify.compare.tokenizer import chat_template
 
-        self.keys, self.completed, self.template = tokenizer_keys, completed, chat_template
+        self.keys, self.completed, self.template = tokenizer_keys, transformers_tokenizer_files, chat_template
         self.config = Gemma2Config(vocab_size=40)
         folder = CORPUS / "sentencepiece"
         self.model = next((path.read_bytes() for path in sorted(folder.glob("tiny*"))), b"")

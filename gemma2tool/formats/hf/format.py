@@ -1,32 +1,37 @@
 """Hugging Face's format: config.json and safetensors, one file or sharded, plain or quantized by a packing.
 
-Its tensors are the canonical ones, so its table is the identity. A quantized checkpoint is a packing on top: other tensors in place
-of some weights, and a ``quantization_config``. Files are written as ``save_pretrained`` of transformers 5 writes them, byte for byte.
+Its tensors are the canonical ones. A quantized checkpoint is a packing on top: other tensors in place of some weights,
+and a ``quantization_config``. Files are written byte for byte as ``save_pretrained`` of transformers 5 writes them.
 """
 
 from __future__ import annotations
 
 import re
-from functools import partial
 from pathlib import Path
 
-from gemma2tool.errors import InputRefused, UsageError
+from gemma2tool.errors import InputRefused
 from gemma2tool.formats import assets, packings
 from gemma2tool.formats.base import Format, Output, WriteOptions
+from gemma2tool.formats.config_folder import CONFIG, FolderFormat, WeightFiles, open_folder
 from gemma2tool.formats.hf import FACTS
-from gemma2tool.formats.hf import folder as hf_folder
-from gemma2tool.formats.hf.tokenizer import completed
+from gemma2tool.formats.hf.tokenizer import transformers_tokenizer_files
 from gemma2tool.formats.mapping import container_tensors
 from gemma2tool.formats.mapping.float_dtypes import as_dtype, stored_dtypes
-from gemma2tool.formats.safetensors_output import INDEX, SINGLE, config_content, other_assets, shards
+from gemma2tool.formats.safetensors_output import (
+    INDEX,
+    SINGLE,
+    TensorPlan,
+    config_content,
+    lay_out_shards,
+    other_assets,
+)
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.config import Gemma2Config
 from gemma2tool.quantizers.floats import Float
 from gemma2tool.storage.paths import path_within_folder
-from gemma2tool.storage.quoting import quoted
 
 TYPES = tuple(name for name in packings.TYPES if not name.startswith("mlx-"))
-"""What a folder can be quantized to; MLX's types are files of its own format."""
+"""What a folder can be quantized to; MLX's types are written in the mlx format."""
 
 
 class HuggingFace(Format):
@@ -41,66 +46,58 @@ class HuggingFace(Format):
         return path.is_file() and path.suffix == ".safetensors"
 
     def open(self, path: Path, *, config: Gemma2Config | None = None) -> Checkpoint:
-        return hf_folder.open_folder(path, self.facts, config, partial(_open_weights, path))
+        return open_folder(path, FolderFormat(FACTS, _weight_files, container_tensors.open_safetensors), config)
 
     def layout(self, checkpoint: Checkpoint, options: WriteOptions) -> Output:
         dtypes = stored_dtypes(checkpoint, options)
-        sources, encoders = dict(checkpoint.tensors), {}
+        sources = dict(checkpoint.tensors)
         content = config_content(checkpoint, dtypes)
-        small, warnings = other_assets(checkpoint), []
-        if options.type is not None:
-            if options.type not in TYPES:
-                raise UsageError(
-                    "format.type",
-                    f"the hf format cannot hold {quoted(options.type)}",
-                    hint=f"choose one of {', '.join(TYPES)}, or another format",
-                )
-            settings = packings.Settings(options.type, options.packing, options.act_order)
+        small_files = other_assets(checkpoint)
+        settings = packings.settings_for(options, self.name, TYPES)
+        chosen = packings.Choice()
+        if settings is not None:
             cast = {name: as_dtype(sources[name], dtypes[name]) for name in checkpoint.specs}
-            encoders, warnings = packings.encoders(checkpoint.specs, cast, settings)
-            if options.dtype is not None:  # else only merged weights differ, which are quantized as they are
-                sources |= {name: cast[name] for name in encoders}
-            modules = packings.quantized_modules(checkpoint.specs, encoders)
-            content |= packings.config_entries(settings, modules, dtype=content.get("dtype") or "bfloat16")
-            small |= {name: assets.dump_json(file) for name, file in packings.more_files(settings, modules).items()}
-        planned = [(name, sources[name], encoders.get(name) or Float(dtypes[name])) for name in checkpoint.specs]
+            chosen = packings.choose_encoders(checkpoint.specs, cast, settings)
+            if options.dtype is not None:  # otherwise only merged weights differ, which are quantized without a cast
+                sources |= {name: cast[name] for name in chosen.encoders}
+            modules = packings.quantized_modules(checkpoint.specs, chosen.encoders)
+            content |= packings.config_entries(settings, modules, dtype=str(content.get("dtype") or "bfloat16"))
+            more_files = packings.more_files(settings, modules)
+            small_files |= {name: assets.dump_json(file) for name, file in more_files.items()}
+        plans = [
+            TensorPlan(name, sources[name], chosen.encoders.get(name) or Float(dtypes[name]))
+            for name in checkpoint.specs
+        ]
         metadata = {"format": "pt"}
-        if options.type is not None:
-            shapes = [(name, source.shape, encoder) for name, source, encoder in planned]
-            metadata = packings.metadata(options.type, shapes)
-        files, tensors, index = shards(planned, options.max_shard_size, metadata)
-        tokenizer, remarks = completed(checkpoint.assets)
-        small |= tokenizer | {"config.json": assets.dump_json(content)}
-        if len(files) > 1:
-            small[INDEX] = assets.dump_json(index)
-        return Output(self.name, False, files, tensors, small, warnings=[*warnings, *remarks])
+        if settings is not None:
+            metadata = packings.metadata(
+                settings.type, [(plan.name, plan.source.shape, plan.encoder) for plan in plans]
+            )
+        shards = lay_out_shards(plans, options.max_shard_size, metadata)
+        tokenizer_files, remarks = transformers_tokenizer_files(checkpoint.assets)
+        small_files |= tokenizer_files | {CONFIG: assets.dump_json(content)}
+        if len(shards.files) > 1:
+            small_files[INDEX] = assets.dump_json(shards.index)
+        return Output(self.name, False, shards.files, shards.tensors, small_files, warnings=[*chosen.remarks, *remarks])
 
 
-def _open_weights(path: Path, closers: list) -> tuple[dict, dict, list[Path]]:
-    index = None
+def _weight_files(path: Path) -> WeightFiles:
     if path.is_file():
-        files = [path]
-    elif (path / SINGLE).is_file():
-        files = [path_within_folder(path / SINGLE)]
-    elif (path / INDEX).is_file():
-        index = path / INDEX
-        files, weight_map = container_tensors.indexed_files(index)
-    else:
-        lone = _lone_safetensors(path)
-        if lone is None:
-            raise InputRefused("hf.no-weights", f"{path}: holds no safetensors", hint="fetch the weights, too")
-        files = [path_within_folder(lone)]
-    tensors, metadata = container_tensors.open_safetensors(files, closers)
-    if index is not None:
-        container_tensors.check_index(index, weight_map, hf_folder.places(tensors))
-        files = [*files, index]
-    return tensors, metadata, files
+        return WeightFiles([path])
+    if (path / SINGLE).is_file():
+        return WeightFiles([path_within_folder(path / SINGLE)])
+    if (path / INDEX).is_file():
+        return WeightFiles.from_index(path / INDEX)
+    lone = _lone_safetensors(path)
+    if lone is None:
+        raise InputRefused("hf.no-weights", f"{path}: no .safetensors file in the folder", hint="download the weights")
+    return WeightFiles([path_within_folder(lone)])
 
 
 def _lone_safetensors(folder: Path) -> Path | None:
-    """The only .safetensors file of a folder with another name than the usual ones."""
-    found = sorted(folder.glob("*.safetensors"))
-    return found[0] if len(found) == 1 and not re.search(r"adapter", found[0].name) else None
+    """The only .safetensors file of a folder, if it is not an adapter; it may have any name."""
+    files = sorted(folder.glob("*.safetensors"))
+    return files[0] if len(files) == 1 and not re.search(r"adapter", files[0].name) else None
 
 
 FORMAT = HuggingFace()

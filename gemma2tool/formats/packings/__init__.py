@@ -7,10 +7,12 @@ A packing (``base.Packing``) stores some weights as several tensors each (codes,
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from gemma2tool.errors import InputRefused, UsageError
+from gemma2tool.formats.options import WriteOptions
 from gemma2tool.formats.packings.awq import AwqPacking
 from gemma2tool.formats.packings.base import Packing
 from gemma2tool.formats.packings.bnb import BitsAndBytesPacking
@@ -34,15 +36,17 @@ from gemma2tool.storage.quoting import quoted
 
 __all__ = [
     "TYPES",
+    "Choice",
     "Settings",
+    "choose_encoders",
     "config_entries",
     "encoder_for",
-    "encoders",
     "metadata",
     "more_files",
     "part_name",
     "quantization_config",
     "quantized_modules",
+    "settings_for",
     "unpack",
 ]
 
@@ -88,10 +92,32 @@ def encoder_for(spec: TensorSpec, settings: Settings, source: LazyTensor) -> Enc
     return _packing(settings.type).encoder_for(spec, settings, source)
 
 
-def encoders(
-    specs: Mapping[str, TensorSpec], sources: Mapping[str, LazyTensor], settings: Settings
-) -> tuple[dict[str, Encoder], list[str]]:
-    """The encoders of all tensors to quantize, by name, and remarks on the choice.
+def settings_for(options: WriteOptions, format_name: str, types: Collection[str]) -> Settings | None:
+    """The settings for what a user asked of an output; None if it is not to be quantized.
+
+    Raises ``UsageError`` if the type is not among ``types``, which the format can hold.
+    """
+    if options.type is None:
+        return None
+    if options.type not in types:
+        raise UsageError(
+            "format.type",
+            f"the {format_name} format cannot hold {options.type}",
+            hint=f"choose one of {', '.join(types)}, or another format",
+        )
+    return Settings(options.type, options.packing, options.act_order)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The encoders of all tensors to quantize, by name, and remarks on what is left unquantized."""
+
+    encoders: Mapping[str, Encoder] = field(default_factory=dict)
+    remarks: Sequence[str] = ()
+
+
+def choose_encoders(specs: Mapping[str, TensorSpec], sources: Mapping[str, LazyTensor], settings: Settings) -> Choice:
+    """Which tensors to quantize, and how.
 
     Raises ``UsageError`` for patterns that match nothing, and if nothing would be quantized.
     """
@@ -114,7 +140,7 @@ def encoders(
             remarks.append(f"{name} is left unquantized: consumers of {settings.type} cannot load it quantized")
     if packing.is_fused_by_engines:
         remarks += fusion_remarks(quantized_modules(specs, chosen))
-    return chosen, remarks
+    return Choice(chosen, remarks)
 
 
 def quantization_config(

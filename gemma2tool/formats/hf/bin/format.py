@@ -1,12 +1,14 @@
-"""Hugging Face's format from before safetensors: config.json and ``pytorch_model.bin``, one file or shards with an index.
+"""Hugging Face's format from before safetensors: config.json and ``pytorch_model.bin``, one file or shards with an
+index.
 
-A file is what torch.save makes of a flat state dict; names and layout are the canonical ones. transformers saved it so with
-``safe_serialization=False`` up to release 4, and still loads it.
+A file is what torch.save writes for a flat state dict; names and layout are the canonical ones. transformers saved it
+with ``safe_serialization=False`` up to release 4, and still loads it.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -14,13 +16,13 @@ from gemma2tool.containers.torch_zip import reader as torch_zip
 from gemma2tool.errors import InputRefused
 from gemma2tool.formats import assets
 from gemma2tool.formats.base import Format, Output, OutputFile, OutputTensor, Placement, WriteOptions
-from gemma2tool.formats.hf import folder as hf_folder
+from gemma2tool.formats.config_folder import CONFIG, Closers, FolderFormat, WeightFiles, open_folder
 from gemma2tool.formats.hf.bin import FACTS
-from gemma2tool.formats.hf.tokenizer import completed
+from gemma2tool.formats.hf.tokenizer import transformers_tokenizer_files
 from gemma2tool.formats.mapping import container_tensors
 from gemma2tool.formats.mapping.float_dtypes import stored_dtypes
 from gemma2tool.formats.mapping.float_layout import refuse_type
-from gemma2tool.formats.safetensors_output import config_content, natural_key, other_assets, spread
+from gemma2tool.formats.safetensors_output import config_content, group_by_size, natural_key, other_assets
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.config import Gemma2Config
 from gemma2tool.model.lazy import LazyTensor
@@ -39,10 +41,10 @@ class HuggingFaceBin(Format):
     def detect(self, path: Path) -> bool:
         if not path.is_dir() or not any((path / name).is_file() for name in (INDEX, SINGLE)):
             return False
-        return next(path.glob("*.safetensors"), None) is None and not _is_fused(path)
+        return next(path.glob("*.safetensors"), None) is None and not _has_fused_names(path)
 
     def open(self, path: Path, *, config: Gemma2Config | None = None) -> Checkpoint:
-        return hf_folder.open_folder(path, self.facts, config, partial(_open_weights, path))
+        return open_folder(path, FolderFormat(FACTS, _weight_files, _read), config)
 
     def layout(self, checkpoint: Checkpoint, options: WriteOptions) -> Output:
         refuse_type(options, self.name)
@@ -50,8 +52,10 @@ class HuggingFaceBin(Format):
         names = sorted(checkpoint.specs, key=natural_key)
         encoders = {name: Float(dtypes[name]) for name in names}
         parts = {name: encoders[name].parts(checkpoint.tensors[name].shape)[0] for name in names}
-        groups = spread([(name, parts[name].nbytes) for name in names], options.max_shard_size)
-        files, tensors, weight_map = [], [], {}
+        groups = group_by_size([(name, parts[name].nbytes) for name in names], options.max_shard_size)
+        files: list[OutputFile] = []
+        tensors: list[OutputTensor] = []
+        weight_map: dict[str, str] = {}
         for number, group in enumerate(groups, 1):
             file = SINGLE if len(groups) == 1 else f"pytorch_model-{number:05d}-of-{len(groups):05d}.bin"
             zipped = torch_zip.TorchZipLayout(
@@ -62,36 +66,33 @@ class HuggingFaceBin(Format):
                 place = Placement(name, file, zipped.offsets[(name,)], parts[name].nbytes)
                 tensors.append(OutputTensor(name, (name,), checkpoint.tensors[name], encoders[name], {"": place}))
                 weight_map[name] = file
-        tokenizer, remarks = completed(checkpoint.assets)
-        small = (
-            other_assets(checkpoint) | tokenizer | {"config.json": assets.dump_json(config_content(checkpoint, dtypes))}
-        )
+        tokenizer_files, remarks = transformers_tokenizer_files(checkpoint.assets)
+        small_files = other_assets(checkpoint) | tokenizer_files
+        small_files[CONFIG] = assets.dump_json(config_content(checkpoint, dtypes))
         if len(groups) > 1:
             total = {"total_size": sum(part.nbytes for part in parts.values())}
-            small[INDEX] = assets.dump_json({"metadata": total, "weight_map": weight_map})
-        return Output(self.name, False, files, tensors, small, warnings=remarks)
+            small_files[INDEX] = assets.dump_json({"metadata": total, "weight_map": weight_map})
+        return Output(self.name, False, files, tensors, small_files, warnings=remarks)
 
 
-def _finish(zipped: torch_zip.TorchZipLayout, checksums: dict[str, int]) -> list[tuple[int, bytes]]:
+def _finish(zipped: torch_zip.TorchZipLayout, checksums: Mapping[str, int]) -> list[tuple[int, bytes]]:
     return zipped.finish({(name,): checksum for name, checksum in checksums.items()})
 
 
-def _open_weights(folder: Path, closers: list) -> tuple[dict, dict, list[Path]]:
+def _weight_files(folder: Path) -> WeightFiles:
     index = folder / INDEX
-    files, weight_map = (
-        container_tensors.indexed_files(index) if index.is_file() else ([path_within_folder(folder / SINGLE)], None)
-    )
+    return WeightFiles.from_index(index) if index.is_file() else WeightFiles([path_within_folder(folder / SINGLE)])
+
+
+def _read(files: Sequence[Path], closers: Closers) -> tuple[dict[str, LazyTensor], dict[str, str]]:
     tensors: dict[str, LazyTensor] = {}
     for file in files:
         container_tensors.merge(tensors, container_tensors.open_torch(torch_zip.read_index(file), file, closers), file)
-    if weight_map is not None:
-        container_tensors.check_index(index, weight_map, hf_folder.places(tensors))
-        files = [*files, index]
-    return tensors, {}, files
+    return tensors, {}
 
 
-def _is_fused(folder: Path) -> bool:
-    """Whether torch shards hold gemma_pytorch's fused names rather than Hugging Face's."""
+def _has_fused_names(folder: Path) -> bool:
+    """Whether the tensors have gemma_pytorch's fused names rather than Hugging Face's."""
     try:
         index = folder / INDEX
         if index.is_file():

@@ -1,0 +1,125 @@
+"""Reading a folder with a Hugging Face config.json whose tensors have Hugging Face's names, whatever container they are
+in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from gemma2tool.errors import InputRefused
+from gemma2tool.formats import assets, packings
+from gemma2tool.formats.mapping import container_tensors
+from gemma2tool.formats.mapping.float_layout import drop_equal_head
+from gemma2tool.model.checkpoint import Checkpoint
+from gemma2tool.model.config import Gemma2Config
+from gemma2tool.model.format_facts import FormatFacts
+from gemma2tool.model.lazy import LazyTensor
+from gemma2tool.storage.paths import path_within_folder
+
+CONFIG = "config.json"
+
+Closers = list[Callable[[], None]]
+ReadFiles = Callable[[Sequence[Path], Closers], tuple[dict[str, LazyTensor], dict[str, str]]]
+"""From the weight files, the tensors by name and the containers' metadata; adds what closes the files to the list."""
+
+
+@dataclass(frozen=True)
+class WeightFiles:
+    """The files that hold the weights, and the index file with its map from tensor names to file names, if there is
+    one."""
+
+    files: Sequence[Path]
+    index: Path | None = None
+    weight_map: Mapping[str, str] | None = None
+
+    @classmethod
+    def from_index(cls, index: Path) -> WeightFiles:
+        files, weight_map = container_tensors.indexed_files(index)
+        return cls(files, index, weight_map)
+
+    def check(self, tensors: Mapping[str, LazyTensor]) -> None:
+        """Raises ``InputRefused`` if the index contradicts the files."""
+        if self.index is not None and self.weight_map is not None:
+            places = {name: tensor.origin.split(":", 1)[0] for name, tensor in tensors.items()}
+            container_tensors.check_index(self.index, self.weight_map, places)
+
+
+@dataclass(frozen=True)
+class FolderFormat:
+    """How a format keeps such a folder.
+
+    ``find``: the weight files at a path; raises ``InputRefused`` if there are none. ``read``: see ``ReadFiles``.
+    ``quantization_keys``: where config.json describes a quantization; the first that is there counts.
+    """
+
+    facts: FormatFacts
+    find: Callable[[Path], WeightFiles]
+    read: ReadFiles
+    quantization_keys: tuple[str, ...] = ("quantization_config",)
+
+
+def open_folder(path: Path, folder_format: FolderFormat, config: Gemma2Config | None) -> Checkpoint:
+    """The checkpoint at ``path``, a folder or a weights file in one; ``config`` replaces the folder's own.
+
+    Raises ``InputRefused`` if there is no config, and for weights that are damaged, incomplete or not the config's.
+    """
+    folder = path if path.is_dir() else path.parent
+    config_files = [folder / CONFIG] if config is None else []
+    config = config or _read_config(folder / CONFIG, path)
+    checkpoint = Checkpoint(path, folder_format.facts, config, {}, assets.folder_assets(folder))
+    try:
+        weights = folder_format.find(path)
+        stored, metadata = folder_format.read(weights.files, checkpoint.closers)
+        weights.check(stored)
+        index_files = [] if weights.index is None else [weights.index]
+        checkpoint.files = (*weights.files, *index_files, *config_files)
+        checkpoint.metadata = {"safetensors": metadata}
+        tensors = _unpacked(_with_model_prefix(stored), checkpoint, folder_format.quantization_keys)
+        checkpoint.tensors = _table_tensors(tensors, checkpoint)
+        checkpoint.check()
+    except BaseException:
+        checkpoint.close()
+        raise
+    return checkpoint
+
+
+def _read_config(config_path: Path, path: Path) -> Gemma2Config:
+    if not config_path.is_file():
+        raise InputRefused(
+            "config.missing", f"{path.name}: no {CONFIG} beside the weights", hint="pass one with --config"
+        )
+    return assets.read_config(path_within_folder(config_path))
+
+
+def _with_model_prefix(tensors: dict[str, LazyTensor]) -> dict[str, LazyTensor]:
+    """The tensors under the names of a whole model. transformers saves a ``Gemma2Model``, which has no head, without
+    "model."."""
+    if "embed_tokens.weight" not in tensors or any(name.startswith("model.") for name in tensors):
+        return tensors
+    return {f"model.{name}": tensor for name, tensor in tensors.items()}
+
+
+def _unpacked(tensors: dict[str, LazyTensor], checkpoint: Checkpoint, keys: Sequence[str]) -> dict[str, LazyTensor]:
+    """The weights, dequantized where config.json says so; moves that entry from the checkpoint's config to its
+    metadata."""
+    extra = checkpoint.config.extra
+    quantization = next((extra[key] for key in keys if extra.get(key) is not None), None)
+    if quantization is None:
+        return tensors
+    weights = packings.unpack(tensors, quantization)
+    checkpoint.metadata["quantization_config"] = quantization
+    checkpoint.config = replace(
+        checkpoint.config, extra={key: value for key, value in extra.items() if key not in keys}
+    )
+    return weights
+
+
+def _table_tensors(tensors: Mapping[str, LazyTensor], checkpoint: Checkpoint) -> dict[str, LazyTensor]:
+    """Without what such files may hold beyond the tensor table: rotary buffers, and an lm_head equal to the
+    embedding."""
+    without_buffers = {name: tensor for name, tensor in tensors.items() if not name.endswith(".rotary_emb.inv_freq")}
+    without_head = drop_equal_head(without_buffers, checkpoint.config)
+    if len(without_head) < len(without_buffers):
+        checkpoint.warnings.append("lm_head.weight is a copy of the tied embedding: dropped")
+    return without_head
