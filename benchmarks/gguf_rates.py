@@ -21,7 +21,8 @@ from processes import HERE, TOOL, argument_parser, fill_page_cache, measure, rem
 
 def kernel_seconds(source: Path, threads: int, values: int) -> float:
     """Processor time of quantizing every tensor of ``source`` to q4_k_m, divided by ``threads``; each rate is measured
-    on ``values`` weights."""
+    on ``values`` weights.
+    """
     import kernels
 
     from gemma2tool.formats import registry

@@ -91,7 +91,8 @@ def measure(type: str, with_importance: bool, values: int = 2_000_000, repeats: 
 
 def alternating_seconds(a: Callable[[], object], b: Callable[[], object], repeats: int) -> tuple[float, float]:
     """Median processor seconds of both functions, called in turn; processor time leaves out other programs on this
-    core."""
+    core.
+    """
     seconds: tuple[list[float], list[float]] = ([], [])
     for _ in range(repeats):
         for call, times in zip((a, b), seconds, strict=True):

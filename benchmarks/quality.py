@@ -79,7 +79,8 @@ def main() -> int:
 @dataclass(frozen=True)
 class Run:
     """The fixture, a temporary folder, the held-out ids, (windows, T), and the number of windows of calibration
-    text."""
+    text.
+    """
 
     source: Checkpoint
     folder: Path
@@ -159,7 +160,8 @@ def print_types(run: Run, types: Sequence[str]) -> None:
 
 def compare_with_nearest(run: Run, types: Sequence[str]) -> None:
     """The table of calibrated types: rounded to nearest beside calibrated, with a 95 % interval of the KL
-    difference."""
+    difference.
+    """
 
     @functools.cache
     def measure(type: str, packing: PackingOptions, calibration: Calibration) -> tuple[LogitMetrics, float]:

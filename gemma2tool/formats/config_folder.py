@@ -1,5 +1,6 @@
 """Reading a folder with a Hugging Face config.json whose tensors have Hugging Face's names, whatever container they are
-in."""
+in.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +28,8 @@ ReadFiles = Callable[[Sequence[Path], Closers], tuple[dict[str, LazyTensor], dic
 @dataclass(frozen=True)
 class WeightFiles:
     """The files that hold the weights, and the index file with its map from tensor names to file names, if there is
-    one."""
+    one.
+    """
 
     files: Sequence[Path]
     index: Path | None = None
@@ -94,7 +96,8 @@ def _read_config(config_path: Path, path: Path) -> Gemma2Config:
 
 def _with_model_prefix(tensors: dict[str, LazyTensor]) -> dict[str, LazyTensor]:
     """The tensors under the names of a whole model. transformers saves a ``Gemma2Model``, which has no head, without
-    "model."."""
+    "model.".
+    """
     if "embed_tokens.weight" not in tensors or any(name.startswith("model.") for name in tensors):
         return tensors
     return {f"model.{name}": tensor for name, tensor in tensors.items()}
@@ -102,7 +105,8 @@ def _with_model_prefix(tensors: dict[str, LazyTensor]) -> dict[str, LazyTensor]:
 
 def _unpacked(tensors: dict[str, LazyTensor], checkpoint: Checkpoint, keys: Sequence[str]) -> dict[str, LazyTensor]:
     """The weights, dequantized where config.json says so; moves that entry from the checkpoint's config to its
-    metadata."""
+    metadata.
+    """
     extra = checkpoint.config.extra
     quantization = next((extra[key] for key in keys if extra.get(key) is not None), None)
     if quantization is None:
@@ -117,7 +121,8 @@ def _unpacked(tensors: dict[str, LazyTensor], checkpoint: Checkpoint, keys: Sequ
 
 def _table_tensors(tensors: Mapping[str, LazyTensor], checkpoint: Checkpoint) -> dict[str, LazyTensor]:
     """Without what such files may hold beyond the tensor table: rotary buffers, and an lm_head equal to the
-    embedding."""
+    embedding.
+    """
     without_buffers = {name: tensor for name, tensor in tensors.items() if not name.endswith(".rotary_emb.inv_freq")}
     without_head = drop_equal_head(without_buffers, checkpoint.config)
     if len(without_head) < len(without_buffers):

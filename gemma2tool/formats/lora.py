@@ -30,7 +30,8 @@ WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 PREFIX = "base_model.model."
 TILE = 64
 """Rows multiplied at once, from multiples of it: a product's last bits may depend on its shape, and must not depend on
-the range."""
+the range.
+"""
 
 _PART = re.compile(r"(.+)\.lora_(A|B|embedding_A|embedding_B|magnitude_vector)(?:\.weight)?")
 _WRAPPER = re.compile(r"\.(?:base_layer|modules_to_save(?:\.default)?|original_module)(?=\.)")
@@ -64,7 +65,8 @@ class Delta:
 
 class MergedTensor(LazyTensor):
     """A weight with adapters merged in, float32. An output stores it in the weight's own type unless another is asked
-    for."""
+    for.
+    """
 
     dtype = FLOAT32
 
@@ -100,13 +102,31 @@ class MergedTensor(LazyTensor):
 
 
 @dataclass(frozen=True)
-class _AdapterTensors:
+class AdapterTensors:
     """An adapter's tensors: the parts ("A", "B", ...) of each adapted module, and the weights that replace the
-    model's."""
+    model's.
+    """
 
     path: Path
     parts: Mapping[str, Mapping[str, LazyTensor]]
     replacements: Mapping[str, LazyTensor]
+
+    @classmethod
+    def named(cls, stored: Mapping[str, LazyTensor], path: Path) -> AdapterTensors:
+        """From the tensors as the file at ``path`` names them. Raises ``InputRefused`` for other names than peft's."""
+        parts: dict[str, dict[str, LazyTensor]] = {}
+        replacements: dict[str, LazyTensor] = {}
+        for stored_name, tensor in stored.items():
+            if not stored_name.startswith(PREFIX):
+                raise refused("name", path, f"{quoted(stored_name)} does not begin with {PREFIX}")
+            name = stored_name.removeprefix(PREFIX)
+            if match := _PART.fullmatch(name):
+                parts.setdefault(match[1], {})[match[2]] = tensor
+            else:
+                replacements[_WRAPPER.sub("", name)] = tensor
+        if not parts and not replacements:
+            raise refused("empty", path, "contains no adapter")
+        return cls(path, parts, replacements)
 
     @property
     def modules(self) -> list[str]:
@@ -133,7 +153,7 @@ def merge(checkpoint: Checkpoint, adapter: Path, scale: float = 1.0) -> Checkpoi
         name = f"{module}.weight"
         if name not in tensors:
             raise refused("target", path, f"{quoted(module)} is not a weight of this model")
-        delta = _delta(module, parts, adapter_config, scale, path)
+        delta = adapter_delta(module, parts, adapter_config, scale, path)
         base = tensors[name]
         if delta.shape != base.shape:
             raise refused("shape", path, f"{module}: the adapter is for {delta.shape}, the model has {base.shape}")
@@ -154,7 +174,7 @@ def merge(checkpoint: Checkpoint, adapter: Path, scale: float = 1.0) -> Checkpoi
     return merged
 
 
-def _read_tensors(adapter: Path, closers: list[Callable[[], None]]) -> _AdapterTensors:
+def _read_tensors(adapter: Path, closers: list[Callable[[], None]]) -> AdapterTensors:
     """The tensors of an adapter under the model's names."""
     path = next((adapter / name for name in WEIGHTS if (adapter / name).is_file()), None)
     if path is None:
@@ -166,23 +186,11 @@ def _read_tensors(adapter: Path, closers: list[Callable[[], None]]) -> _AdapterT
         stored = container_tensors.open_safetensors([path], closers)[0]
     else:
         stored = container_tensors.open_torch(torch_zip.read_index(path), path, closers)
-    parts: dict[str, dict[str, LazyTensor]] = {}
-    replacements: dict[str, LazyTensor] = {}
-    for stored_name, tensor in stored.items():
-        if not stored_name.startswith(PREFIX):
-            raise refused("name", path, f"{quoted(stored_name)} does not begin with {PREFIX}")
-        name = stored_name.removeprefix(PREFIX)
-        if match := _PART.fullmatch(name):
-            parts.setdefault(match[1], {})[match[2]] = tensor
-        else:
-            replacements[_WRAPPER.sub("", name)] = tensor
-    if not parts and not replacements:
-        raise refused("empty", path, "contains no adapter")
-    return _AdapterTensors(path, parts, replacements)
+    return AdapterTensors.named(stored, path)
 
 
 def _replace_weights(
-    tensors: dict[str, LazyTensor], adapter_tensors: _AdapterTensors, config: Gemma2Config
+    tensors: dict[str, LazyTensor], adapter_tensors: AdapterTensors, config: Gemma2Config
 ) -> Gemma2Config:
     """Put the weights that were trained as a whole into ``tensors``; returns the config for a new head among them."""
     replacements, path = adapter_tensors.replacements, adapter_tensors.path
@@ -203,7 +211,7 @@ def _replace_weights(
     return config
 
 
-def _delta(
+def adapter_delta(
     module: str, parts: Mapping[str, LazyTensor], adapter_config: AdapterConfig, scale: float, path: Path
 ) -> Delta:
     """The difference that an adapter makes to a module's weight, checked."""

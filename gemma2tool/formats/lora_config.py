@@ -1,5 +1,6 @@
 """A LoRA adapter's ``adapter_config.json``, checked. Names and rules: peft 0.21 ``tuners/lora`` and
-``utils/save_and_load.py``."""
+``utils/save_and_load.py``.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +54,8 @@ def refused(kind: str, path: Path, message: str, *, hint: str = _HINT) -> InputR
 @dataclass(frozen=True)
 class AdapterConfig:
     """The fields that merging depends on. The values of ``r``, ``lora_alpha`` and their patterns are checked when
-    used."""
+    used.
+    """
 
     path: Path
     r: object
@@ -68,7 +70,8 @@ class AdapterConfig:
     @classmethod
     def read(cls, adapter: Path) -> AdapterConfig:
         """The config in the folder ``adapter``. Raises ``InputRefused`` for another kind of adapter, and for unknown
-        forms."""
+        forms.
+        """
         if not adapter.is_dir():
             raise InputRefused(
                 "lora.missing", f"{adapter}: no such folder", hint=f"give the folder that holds {CONFIG}"
@@ -137,7 +140,8 @@ class AdapterConfig:
 
     def check_targets(self, modules: Sequence[str], path: Path) -> None:
         """Raises ``InputRefused`` if a module that the config targets is not among ``modules``, which the file at
-        ``path`` holds."""
+        ``path`` holds.
+        """
         for field, names in (("target_modules", self.target_modules), ("modules_to_save", self.modules_to_save)):
             for name in names if isinstance(names, list) else ():
                 # peft itself adds both names of a classifier's head

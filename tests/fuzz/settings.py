@@ -133,10 +133,10 @@ class LoraConfig(JsonTarget):
         return self.folder.put("adapter_config.json", data).parent
 
     def run(self, folder: Path) -> object:
-        settings = self.lora._settings(folder)
-        parts, whole = self.lora._sorted(self.weights, self.path)
-        self.lora._check_targets(settings, [*parts, *whole], self.path)
-        return self.lora._delta(self.module, parts[self.module], settings, 1.0, self.path).scaling > 0
+        config = self.lora.AdapterConfig.read(folder)
+        tensors = self.lora.AdapterTensors.named(self.weights, self.path)
+        config.check_targets(tensors.modules, self.path)
+        return self.lora.adapter_delta(self.module, tensors.parts[self.module], config, 1.0, self.path).scaling > 0
 
 
 class Packing(JsonTarget):

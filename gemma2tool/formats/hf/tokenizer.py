@@ -1,5 +1,6 @@
 """The tokenizer files that transformers needs beside a ``tokenizer.model`` that comes alone, as in Google's own
-archives."""
+archives.
+"""
 
 from __future__ import annotations
 

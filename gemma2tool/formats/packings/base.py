@@ -20,7 +20,8 @@ from gemma2tool.quantizers.base import Encoder
 
 class QuantizedWeight(NamedTuple):
     """A weight that was found in a checkpoint: its canonical name, its values, and the names of the tensors it is
-    stored in."""
+    stored in.
+    """
 
     name: str
     tensor: LazyTensor
@@ -61,7 +62,8 @@ class Packing(ABC):
         self, raw: Mapping[str, LazyTensor], quantization_config: Mapping[str, object]
     ) -> Iterator[QuantizedWeight]:
         """The quantized weights among ``raw``. Raises ``InputRefused`` if parts are missing or contradict one
-        another."""
+        another.
+        """
 
     @abstractmethod
     def encoder_for(self, spec: TensorSpec, settings: Settings, source: LazyTensor) -> Encoder | None:

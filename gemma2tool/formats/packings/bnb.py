@@ -126,7 +126,8 @@ def _four_bit(raw: Mapping[str, LazyTensor], base: str, state_name: str) -> Quan
 
 def _check_map(quant_map: LazyTensor, expected: Array) -> None:
     """The library's kernels have the 16 numbers built in and ignore the file's, so another table would be an unnoticed
-    fault."""
+    fault.
+    """
     if not (np.abs(quant_map.load() - expected) <= 1e-4).all():
         raise InputRefused(
             "bnb.quant-map", f"{quant_map.origin}: not the numbers of the type that quant_state names", hint=HINT
@@ -135,7 +136,8 @@ def _check_map(quant_map: LazyTensor, expected: Array) -> None:
 
 def _refuse_saved_after_forward(raw: Mapping[str, LazyTensor], base: str, state: QuantState) -> None:
     """On CPUs with bfloat16 instructions the library rearranges absmax for its first forward pass, and saves it in that
-    order."""
+    order.
+    """
     absmax = raw.get(f"{base}.absmax")
     rows, columns = state.shape
     if absmax is not None and absmax.dtype == BFLOAT16 and absmax.shape == (columns // state.blocksize, rows):

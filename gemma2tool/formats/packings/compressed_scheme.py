@@ -15,7 +15,8 @@ from gemma2tool.storage.quoting import quoted
 @dataclass(frozen=True)
 class WeightScheme:
     """What the config says about all weights. ``bits`` and ``kind`` are checked; the rest is checked for each
-    weight."""
+    weight.
+    """
 
     bits: int
     kind: str
@@ -26,7 +27,8 @@ class WeightScheme:
 
     def for_weight(self, scales: LazyTensor, shape: tuple[int, ...], packed: bool) -> Scheme:
         """The scheme of a weight of this shape. Raises ``InputRefused`` if the shape of its scales contradicts the
-        config."""
+        config.
+        """
         group: object = None
         block_rows: object = 1
         if self.strategy == "group":

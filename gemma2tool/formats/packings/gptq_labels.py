@@ -63,7 +63,8 @@ def check(weights: Sequence[Weight], config: Mapping[str, object]) -> None:
 
 def _symmetric_convention(weight: Weight) -> str | None:
     """The convention by which every stored zero point is the middle code; None if there is none, or if zero points
-    differ."""
+    differ.
+    """
     middle = 2 ** (weight.bits - 1)
     zeros = np.unique(unpack_words(weight.zeros.load(), weight.bits))
     return {middle - 1: "gptq", middle: "gptq_v2"}.get(int(zeros[0])) if len(zeros) == 1 else None

@@ -78,7 +78,8 @@ def _columns(words: LazyTensor, bits: int) -> int:
 
 def _module_settings(quantization_config: Mapping[str, object], module: str) -> tuple[int, int]:
     """Bits and group size of a module: its own entry, or those of the whole model. Raises ``InputRefused`` for other
-    modes."""
+    modes.
+    """
     own = quantization_config.get(module)
     settings = own if isinstance(own, dict) else quantization_config
     bits, group_size = settings.get("bits"), settings.get("group_size")

@@ -1,5 +1,6 @@
 """Checks that the packings share, on the tensors that a quantized weight is stored in and on the tensors to
-quantize."""
+quantize.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +40,8 @@ def required_part(
     raw: Mapping[str, LazyTensor], name: str, dtypes: Collection[DType], shape: tuple[int, ...] | None
 ) -> LazyTensor:
     """The stored tensor ``name``, of one of ``dtypes`` and, unless it is None, of ``shape``. Otherwise raises
-    ``InputRefused``."""
+    ``InputRefused``.
+    """
     try:
         tensor = raw[name]
     except KeyError:
@@ -72,7 +74,8 @@ def required_matrix(raw: Mapping[str, LazyTensor], name: str, dtypes: Collection
 
 def unquantized_tensors(raw: Mapping[str, LazyTensor], parts: Collection[str], title: str) -> dict[str, LazyTensor]:
     """The tensors of ``raw`` that are not ``parts`` of quantized weights. Raises ``InputRefused`` if one holds
-    codes."""
+    codes.
+    """
     rest = {name: tensor for name, tensor in raw.items() if name not in parts}
     for tensor in rest.values():
         if tensor.dtype not in DTYPE_NAMES:
@@ -103,7 +106,8 @@ def model_dtype(raw: Mapping[str, LazyTensor]) -> DType:
 
 def quantized_dtype(source: LazyTensor) -> DType:
     """The type that a weight is taken to have when it is quantized: its own, or float32 for types that libraries do not
-    know."""
+    know.
+    """
     return source.dtype if source.dtype in FLOATS else FLOAT32
 
 
@@ -117,7 +121,8 @@ def cached_array(tensor: LazyTensor) -> Array:
 
 def is_linear_weight(spec: TensorSpec) -> bool:
     """Whether the tensor is a weight of a linear layer other than the output head; most packings quantize only
-    these."""
+    these.
+    """
     return spec.quantizable and spec.layer is not None
 
 

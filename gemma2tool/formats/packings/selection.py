@@ -98,5 +98,6 @@ def _compiled(patterns: Sequence[str]) -> list[re.Pattern[str]]:
 
 def _matches(patterns: Iterable[re.Pattern[str]], name: str) -> bool:
     """Whether one of the patterns is found in the name of the tensor or of its module, which may be what a $ refers
-    to."""
+    to.
+    """
     return any(pattern.search(name) or pattern.search(name.removesuffix(".weight")) for pattern in patterns)

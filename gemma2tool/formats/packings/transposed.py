@@ -21,7 +21,8 @@ GROUP_SIZE = 128
 @dataclass(frozen=True)
 class TransposedParts:
     """The stored tensors of one weight: ``words`` of packed codes, ``zeros``, ``scales``; ``shape``: of the weight, (O,
-    I)."""
+    I).
+    """
 
     module: str
     words: LazyTensor
@@ -57,7 +58,8 @@ def transposed_parts(
 
 class TransposedTensor(LazyTensor):
     """A weight (O, I), float32. Its rows are columns of the stored arrays, so the codes are read whole and kept for a
-    while."""
+    while.
+    """
 
     def __init__(self, parts: TransposedParts, stored: str) -> None:
         self.words, self.zeros, self.scales = parts.words, parts.zeros, parts.scales
