@@ -1,5 +1,5 @@
-// bitsandbytes' types, one block or row after the other; within one, every value stands alone but for the largest magnitude, which
-// comes out the same in any order, so plain loops in vectors give the library's bytes.
+// bitsandbytes' types, block by block or row by row. Within a block only the largest magnitude depends on more than one
+// value, and it is the same in any order, so vectorized loops give the library's bytes.
 #include "bnb.hpp"
 
 #include "rounding.hpp"
@@ -10,7 +10,7 @@ namespace {
 constexpr int BLOCK = 64;
 constexpr size_t NESTED_BLOCK = 256;
 
-// The largest magnitude; NaN where there is one. Without their sign, floats are ordered as integers are.
+// The largest magnitude; NaN if any value is NaN. The bits of floats without their signs are ordered like integers.
 INLINE float largest(const uint32_t* x, size_t n) {
     uint32_t most = 0;
     for (size_t i = 0; i < n; ++i) {
@@ -28,8 +28,8 @@ INLINE float largest(const uint16_t* x, size_t n) {
     return float_of((uint32_t)most << 16);
 }
 
-// The codes of 64 scaled values. A value's code is found by walking up the numbers: each midpoint that lies below it adds the step
-// to the next code. NaN passes every midpoint.
+// The codes of 64 scaled values. A value's code is accumulated over the midpoints: each midpoint below the value adds
+// the difference to the next code. NaN counts as above every midpoint.
 INLINE void codes_of(const FourBitSteps& steps, const float* scaled, uint8_t* codes) {
     for (int i = 0; i < BLOCK; i += LANES) {
         const F x = load(scaled + i);
@@ -57,7 +57,7 @@ INLINE void quantize_4bit_of(const FourBitSteps& steps, const Bits* x, size_t n,
         packed += BLOCK / 2;
     }
     if (n == 0) return;
-    // In a short last block the library stores the guarded absmax, and divides by it. A missing last value counts as zero.
+    // In a short last block the library stores the guarded absmax and divides by it. A missing last value is zero.
     float most = largest(x, n);
     most = most < SMALLEST ? SMALLEST : most;
     *absmax = most;
@@ -77,11 +77,11 @@ void quantize_4bit(const FourBitSteps& steps, const void* x, bool bf16, size_t n
 constexpr size_t STEP = 32;  // values dequantized at once; divides every block size
 
 #if defined(__AVX512F__)
-constexpr __mmask16 ALL = 0xffff;  // GCC 12 warns of its own header's unmasked forms
+constexpr __mmask16 ALL = 0xffff;  // GCC 12 warns about the unmasked forms in its own header
 #endif
 
-// The 16 values that a block of one absmax can hold, ready to be looked up, and STEP of them by the codes in STEP / 2 bytes, of which
-// the first is in the high half.
+// A lookup table of the 16 values of a block with one absmax, and the lookup of STEP values by the codes in STEP / 2
+// bytes; the first code of a byte is in its high half.
 #if defined(__AVX512F__)
 struct FloatTable {
     __m512 values;
@@ -89,7 +89,7 @@ struct FloatTable {
 INLINE FloatTable table_of(const float* numbers, float absmax, float*) {
     return {_mm512_maskz_mul_ps(ALL, _mm512_loadu_ps(numbers), _mm512_set1_ps(absmax))};
 }
-// Looks up even and odd values apart, then interleaves them. Only the low four bits of an index count.
+// Looks up even and odd values separately, then interleaves them. Only the low four bits of an index are used.
 INLINE void look_up(const FloatTable& table, const uint8_t* packed, float* out) {
     const __m512i first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
     const __m512i second = _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
@@ -112,7 +112,7 @@ INLINE HalfTable table_of(const float* numbers, float absmax, uint16_t*) {
 }
 INLINE void look_up(const HalfTable& table, const uint8_t* packed, uint16_t* out) {
     const __m512i byte = _mm512_maskz_cvtepu8_epi32(ALL, _mm_loadu_si128((const __m128i*)packed));
-    const U code = (U)byte >> 4 | (U)byte << 16;  // a pair; bit 4 of the second one's index is idle
+    const U code = (U)byte >> 4 | (U)byte << 16;  // a pair; bit 4 of the second index is unused
     _mm512_storeu_si512(out, _mm512_permutexvar_epi16((__m512i)code, table.values));
 }
 #else
@@ -161,7 +161,7 @@ INLINE void look_up(const Table<uint16_t>& numbers, const uint8_t* packed, uint1
     uint8_t codes[STEP];
     split(packed, codes);
 #if defined(__AVX2__)
-    // Low and high bytes of the entries are looked up apart, then interleaved.
+    // Low and high bytes of the entries are looked up separately, then interleaved.
     const __m256i both = _mm256_loadu_si256((const __m256i*)table);
     const __m256i bytes = _mm256_packus_epi16(_mm256_and_si256(both, _mm256_set1_epi16(0xff)), _mm256_srli_epi16(both, 8));
     const __m256i low_table = _mm256_permute4x64_epi64(bytes, 0x88), high_table = _mm256_permute4x64_epi64(bytes, 0xdd);
@@ -211,7 +211,8 @@ void quantize_8bit(const float* x, size_t n, const uint8_t* bins, uint8_t* codes
         for (size_t i = start; i < end; ++i) {
             float v = x[i] * scale;
             v = v < -1.f ? -1.f : v > 1.f ? 1.f : v;
-            // The library's compiler fuses this multiply-add: float64 holds it exactly, and one rounding to float32 follows.
+            // The library's compiler fuses this multiply-add: float64 represents it exactly, then it is rounded once to
+            // float32.
             const float bin = (float)((double)((v + 1.f) * 0.5f) * 65535. + 0.5);
             codes[i] = most == 0.f ? 0 : bins[bin == bin ? (int32_t)bin : 0];
         }
@@ -221,11 +222,11 @@ void quantize_8bit(const float* x, size_t n, const uint8_t* bins, uint8_t* codes
 template <class Bits>
 INLINE void quantize_int8_of(const Bits* x, size_t rows, size_t columns, int8_t* codes, float* absmax) {
     for (size_t row = 0; row < rows; ++row, x += columns, codes += columns) {
-        const float most = through_half(bits_of(largest(x, columns)));  // rounding keeps the order of values
+        const float most = through_half(bits_of(largest(x, columns)));  // rounding preserves the order of values
         absmax[row] = most;
         const float scale = 1.f / most * 127.f;
         for (size_t i = 0; i < columns; ++i) {
-            // Round half to even in the low bits of the sum; a NaN (0 * inf) comes out as 0.
+            // Round half to even in the low bits of the sum; NaN (0 * inf) becomes 0.
             const uint32_t sum = bits_of(through_half(bits_at(x, i)) * scale + ROUNDER);
             codes[i] = (int8_t)((int32_t)(sum & 0x007fffff) - 0x00400000);
         }

@@ -1,4 +1,4 @@
-// Python's view of bitsandbytes' types: flat, contiguous buffers given by address; shapes are checked in bnb.py.
+// Python bindings of bitsandbytes' types: flat, contiguous buffers passed by address; shapes are checked by bnb.py.
 #include <nanobind/nanobind.h>
 
 #include "bnb.hpp"

@@ -1,4 +1,4 @@
-// Conversions between float32, float16 and bfloat16: plain loops, which the compiler turns into vectors.
+// Conversions between float32, float16 and bfloat16: plain loops, which the compiler vectorizes.
 #include "casts.hpp"
 
 #include "lanes.hpp"
@@ -11,14 +11,14 @@ INLINE uint16_t to_bfloat16(uint32_t u) {
     return (uint16_t)((u & 0x7fffffff) > 0x7f800000 ? quiet : rounded);
 }
 
-// The loops over halves go through blocks of 16 floats so that the hardware conversion can be used where it exists.
+// The loops over halves work on blocks of 16 floats, to use the hardware conversion where it exists.
 constexpr int BLOCK = 16;
 
 INLINE void halves_from(const float* x, uint16_t* out) {
 #if defined(__F16C__)
     for (int i = 0; i < BLOCK; i += 8) {
         const __m128i h = _mm256_cvtps_ph(_mm256_loadu_ps(x + i), _MM_FROUND_TO_NEAREST_INT);
-        // the instruction keeps a NaN's payload
+        // the instruction preserves a NaN's payload
         const __m128i nan = _mm_cmpgt_epi16(_mm_and_si128(h, _mm_set1_epi16(0x7fff)), _mm_set1_epi16(0x7c00));
         const __m128i plain = _mm_or_si128(_mm_and_si128(h, _mm_set1_epi16((short)0x8000)), _mm_set1_epi16(0x7e00));
         _mm_storeu_si128((__m128i*)(out + i), _mm_or_si128(_mm_andnot_si128(nan, h), _mm_and_si128(nan, plain)));
@@ -126,7 +126,7 @@ void f16_to_bf16(const void* in, void* out, size_t n) {
 size_t nonfinite_f32(const void* in, size_t n) {
     const uint32_t* x = (const uint32_t*)in;
     size_t total = 0;
-    for (size_t i = 0; i < n;) {  // 32-bit counts are as wide as the elements, which keeps the loop in vectors
+    for (size_t i = 0; i < n;) {  // 32-bit counters are as wide as the elements, so that the loop vectorizes
         const size_t end = n - i > (1u << 20) ? i + (1u << 20) : n;
         uint32_t count = 0;
         for (; i < end; ++i) count += (x[i] & 0x7f800000) == 0x7f800000;

@@ -1,4 +1,4 @@
-// Conversions between float32, float16 and bfloat16, and the search for NaN and infinities.
+// Conversions between float32, float16 and bfloat16, and the search for NaN and infinity.
 #pragma once
 
 #include <stddef.h>

@@ -1,4 +1,5 @@
-// Python's view of the casts: flat, contiguous, native-endian buffers given by address; shapes are checked in casts.py.
+// Python bindings of the casts: flat, contiguous, native-endian buffers passed by address; shapes are checked by
+// casts.py.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
 

@@ -1,4 +1,5 @@
-// Python's view of the GGUF block types: buffers given by address; shapes and alignment are checked in gguf_types.py.
+// Python bindings of the GGUF block types: buffers passed by address; shapes and alignment are checked by
+// gguf_types.py.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
 

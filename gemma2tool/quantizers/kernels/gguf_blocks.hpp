@@ -1,7 +1,7 @@
-// How blocks meet lanes: lane l of every vector belongs to block l of a batch of LANES consecutive blocks.
+// Blocks in lanes: lane l of every vector belongs to block l of a batch of LANES consecutive blocks.
 //
-// A batch of blocks of B floats is transposed into B vectors. From there on a kernel reads like scalar code for one
-// block, keeps ggml's order of operations within each block, and works on LANES blocks at a time. Codes leave as 32-bit
+// A batch of blocks of B floats is transposed into B vectors. A kernel then reads like scalar code for one block: it
+// keeps ggml's order of operations within each block and works on LANES blocks at a time. Codes are written as 32-bit
 // words, transposed back.
 #pragma once
 
@@ -9,7 +9,7 @@
 
 namespace KERNELS_ISA {
 
-// Turns a LANES x LANES tile: out[j][i] = rows[i][j].
+// Transposes a LANES x LANES tile: out[j][i] = rows[i][j].
 INLINE void transpose(F* r) {
 #if defined(__AVX512F__)
     __m512 t[16], u[16];
@@ -98,7 +98,7 @@ INLINE void store_shorts(I x, uint8_t* out, int stride) {
 INLINE I word(I a, I b, I c, I d) { return a | (b << 8) | (c << 16) | (d << 24); }
 INLINE I word(const I* b) { return word(b[0], b[1], b[2], b[3]); }
 
-// to_half and from_half of lanes.hpp in lanes: the half's 16 bits in an int.
+// to_half and from_half of lanes.hpp for all lanes: the half's 16 bits in an int.
 INLINE I to_half(F x) {
     const I u = bits(x), a = u & 0x7fffffff, sign = (u >> 16) & 0x8000;
     I h = (a - 0x38000000 + 0xfff + ((a >> 13) & 1)) >> 13;
@@ -132,7 +132,7 @@ INLINE F mean_square(const float* const* rows, int64_t cols) {
 // Runs `kernel` over all blocks of (rows, cols) floats, LANES at a time:
 //     kernel(const F* x, const F* importance or null, F mean_square_of_row, uint8_t* out)
 // x and importance are BLOCK vectors; out takes LANES blocks of BYTES bytes. ROW_MEAN: the mean square of the block's
-// whole row is wanted (computed only with importance). cols is a multiple of BLOCK, BLOCK of 16.
+// whole row is needed (computed only with importance). cols is a multiple of BLOCK, BLOCK of 16.
 template <int BLOCK, int BYTES, bool ROW_MEAN, class Kernel>
 INLINE void for_blocks(const float* x, const float* importance, int64_t rows, int64_t cols, uint8_t* out,
                        Kernel kernel) {

@@ -1,8 +1,8 @@
 // Searches on the grids of the IQ1, IQ2 and IQ3 types.
 //
-// A group is one block's here: lanes are the tries of a scale, or the neighbours of a point. A distance to a point is a
-// sum over its coordinates, and a coordinate has only 3 or 8 values: the terms are tabulated once, then every neighbour
-// is a few look-ups and adds, in the order of the coordinates as ggml adds them.
+// These kernels work on a group of one block; lanes are the trial scales, or the neighbors of a point. The distance to
+// a point is a sum over its coordinates, and a coordinate has only 3 or 8 values, so the terms are tabulated once. A
+// neighbor then takes a few lookups and additions, in the order of the coordinates, as in ggml.
 #pragma once
 
 #include "gguf_grids.hpp"
@@ -23,7 +23,7 @@ INLINE F look_up(const float* table, I i) {
 #endif
 }
 
-// The smallest position among the lanes with the least value.
+// The smallest position among the lanes with the smallest value.
 INLINE int position_of_least(F value, I position) {
 #if defined(__AVX512F__)
     const float least = _mm512_reduce_min_ps((__m512)value);
@@ -46,8 +46,8 @@ INLINE int code_of_point(const uint8_t* coordinates) {
     return u;
 }
 
-// Of the neighbours of the code `u`, which is not on the grid, the point with the least sum of w (scale value - x)^2;
-// `values` are those of the coordinates.
+// The neighbor of the code `u`, which is not on the grid, with the smallest sum of w (scale value - x)^2; `values`:
+// those of the coordinates.
 template <int DIMS, int LEVELS>
 INLINE int nearest_neighbour(const Grid& grid, int u, const float* x, const float* w, float scale,
                              const float* values) {
@@ -72,8 +72,8 @@ INLINE int nearest_neighbour(const Grid& grid, int u, const float* x, const floa
     return grid.list_points[start + position_of_least(least, best)];
 }
 
-// The same for 4-dimensional grids, whose lists are short: lane t is try t, with its code, which is not on the grid
-// where `off`, and its scale. Returns the coordinates, one a byte, the first lowest.
+// The same for 4-dimensional grids, whose lists are short: lane t is trial t, with its scale and its code, which is not
+// on the grid where `off`. Returns the coordinates, one in each byte, the first lowest.
 INLINE I nearest_neighbours(const Grid& grid, I entry, I off, const float* x, const float* w, F scale) {
     const I list = off ? -1 - entry : I{};
     const I start = gather(grid.list_start, list), last = gather(grid.list_sizes, list) - 1;
@@ -96,7 +96,7 @@ INLINE I nearest_neighbours(const Grid& grid, I entry, I off, const float* x, co
 // Twice the coordinate plus one: the values of the IQ2 and IQ3 grids while they are searched.
 constexpr float ODD[8] = {1, 3, 5, 7, 9, 11, 13, 15};
 
-// How the final codes of a group come from its final scale.
+// Which final codes of a group are recomputed with its final scale.
 enum class Refit {
     ALL,         // every point again
     OFF_GRID,    // the points that were not on the grid
@@ -111,9 +111,9 @@ struct GridFit {
     float scale;
     int points[POINTS];  // numbers on the grid
 
-    // x magnitudes (one a point may be negative), w weights, root their square roots. Tries the scales range / (top +
-    // step k) for k = -TRIES / 2 .. TRIES / 2, top = 2 LEVELS - 1; `scale` must be set to what it is when none is
-    // better than nothing.
+    // x: magnitudes (one of each point may be negative); w: weights; root: their square roots. Tries the scales range /
+    // (top + step k) for k = -TRIES / 2 .. TRIES / 2, top = 2 LEVELS - 1. `scale` must be initialized to the result for
+    // the case that no trial is an improvement.
     static inline __attribute__((always_inline)) void fit(GridFit& out, const Grid& grid, const float* x,
                                                           const float* w, const float* root, float range, float step,
                                                           Refit refit, bool on_grid_at_first) {
@@ -124,7 +124,7 @@ struct GridFit {
             scales[t] = 1.f / inverses[t];
         }
         I codes[N][VECTORS];
-        uint32_t off[POINTS] = {};  // bit t: not on the grid in try t
+        uint32_t off[POINTS] = {};  // bit t: not on the grid in trial t
         for (int p = 0; p < POINTS; ++p) {
             int32_t packed[VECTORS * LANES];
             for (int v = 0; v < VECTORS; ++v) {
@@ -200,9 +200,9 @@ struct GridFit {
     }
 };
 
-// Magnitudes and signs of 8 values; bit i of the result is set where x[i] is negative. PARITY: the number of signs is
-// made even by turning the value with the least w x^2, whose magnitude becomes negative, and the eighth sign, now
-// known, is dropped.
+// Magnitudes and signs of 8 values; bit i of the result is set where x[i] is negative. PARITY: the number of negative
+// signs is made even by flipping the value with the smallest w x^2, whose magnitude becomes negative; the eighth sign
+// is then redundant and is dropped.
 template <bool PARITY>
 INLINE int take_signs(const float* x, const float* w, float* magnitudes) {
     int signs = 0;
@@ -234,7 +234,7 @@ INLINE void unpack_signed(const Grid& grid, int point, float d, int signs, float
         __builtin_memcpy(out + i, &u, 4);
     }
 }
-// The eight signs of seven.
+// The eight signs that follow from seven.
 INLINE int with_parity(int signs) { return signs | (__builtin_parity((unsigned)signs) << 7); }
 
 INLINE float ordered_sum_of_squares(const float* x, int n) {

@@ -9,7 +9,7 @@ Grid gguf_grids[GRIDS];
 
 namespace {
 
-// What the coordinates of each grid stand for.
+// The values of the coordinates of each grid.
 constexpr int8_t VALUES[GRIDS][8] = {
     {8, 25, 43}, {8, 25, 43}, {8, 25, 43}, {-1, 0, 1}, {4, 12, 20, 28, 36, 44, 52, 62}, {1, 3, 5, 7, 9, 11, 13, 15}};
 
@@ -20,7 +20,7 @@ T* keep(const std::vector<T>& v) {
     return p;
 }
 
-// The points at the `distances` smallest distinct distances from `from`, by distance and number.
+// The points at the `distances` smallest distinct distances from `from`, sorted by distance and number.
 std::vector<int> neighbours(const Grid& grid, const int* from, int distances) {
     std::vector<std::pair<int, int>> all(grid.size);
     for (int j = 0; j < grid.size; ++j) {

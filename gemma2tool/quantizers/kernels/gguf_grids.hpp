@@ -1,21 +1,22 @@
-// The grids of the IQ1, IQ2 and IQ3 types: sets of points, and for every point that is not in one, which are near it.
+// The grids of the IQ1, IQ2 and IQ3 types: sets of points, and the nearest grid points of every point that is not on a
+// grid.
 //
-// The points are data of the GGUF format and come from Python; the lists of neighbours are ggml's, computed once.
+// The points are data of the GGUF format and come from Python; the neighbor lists are those of ggml, computed once.
 #pragma once
 
 #include <stdint.h>
 
 struct Grid {
-    int size, dims, bits;  // points, coordinates a point, bits a coordinate in a code
+    int size, dims, bits;  // points, coordinates per point, bits per coordinate in a code
     uint8_t (*points)[8];  // the coordinates, 0..2 or 0..7
-    int8_t (*values)[8];   // what they stand for in a file
-    int32_t* index;  // of a code, the coordinates in `bits` each, the first lowest: its point; or -1 - the number of
+    int8_t (*values)[8];   // their values in a file
+    int32_t* index;  // by code (the coordinates in `bits` each, the first lowest): its point, or -1 - the number of
                      // its list
-    int32_t* list_start;    // list n is entries list_start[n] .. list_start[n + 1], a multiple of 16; the rest repeats
-                            // the first
-    int32_t* list_sizes;    // entries of list n without the rest
+    int32_t* list_start;    // list n is entries list_start[n] .. list_start[n + 1], a multiple of 16; the padding
+                            // repeats the first
+    int32_t* list_sizes;    // entries of list n without the padding
     uint16_t* list_points;  // the point of an entry
-    int32_t* list_packed;   // its first four coordinates, one a byte, the first lowest
+    int32_t* list_packed;   // its first four coordinates, one in each byte, the first lowest
     uint8_t* list_coordinates;  // of entries s..e: coordinate i of entry j at s * dims + i * (e - s) + (j - s)
 };
 
@@ -23,5 +24,5 @@ enum GridName { GRID_IQ2_XXS, GRID_IQ2_XS, GRID_IQ2_S, GRID_IQ1, GRID_IQ3_XXS, G
 
 extern Grid gguf_grids[GRIDS];
 
-// points: size x dims coordinates. Not for use while kernels of the grid's types run.
+// points: size x dims coordinates. Must not be called while kernels of the grid's types run.
 void set_gguf_grid(GridName name, const uint8_t* points, int size);

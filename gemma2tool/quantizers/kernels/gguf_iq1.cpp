@@ -25,7 +25,7 @@ INLINE float largest_magnitude(const float* x, int n) {
     return m;
 }
 
-// order[r] = the element of rank r; equal elements keep their order (ggml calls qsort, which does so in glibc).
+// order[r] = the element of rank r; equal elements keep their order (as with the qsort of glibc that ggml calls).
 template <int N>
 INLINE void sort(const float* x, int* order) {
     for (int j = 0; j < N; j += LANES) {
@@ -54,7 +54,7 @@ struct Split {
     }
 };
 
-// Offers one vector of candidates for each of K shifts: lane l is second = i2 + l. In order of lanes, then shifts, as
+// Takes one vector of candidates for each of K shifts: lane l is second = i2 + l. In order of lanes, then shifts, as in
 // ggml's loops.
 template <int K>
 INLINE void offer(Split& best, const F* qx, const F* q2, int i1, int i2, int lanes) {
@@ -67,13 +67,13 @@ INLINE void offer(Split& best, const F* qx, const F* q2, int i1, int i2, int lan
             if (!Split::beaten_by(best, qx[k][l], q2[k][l])) continue;
             const float before = best.score;
             best.take(qx[k][l], q2[k][l], i1, i2 + l, k);
-            // rounding can make a better split's score the lower one; then every later lane has to be asked again
+            // rounding can make the score of a better split lower; then every later lane has to be compared again
             if (best.score < before) of = all & -(1u << l);
         }
     }
 }
 
-// Codes of the split; with a negative scale everything is turned round. Returns whether it was.
+// Codes of the split; a negative scale reverses them. Returns whether it is negative.
 template <int N>
 INLINE bool codes_of(Split& split, const int* order, uint8_t* codes) {
     for (int j = 0; j < N; ++j) codes[order[j]] = j < split.first ? 0 : j < split.second ? 1 : 2;
@@ -83,8 +83,8 @@ INLINE bool codes_of(Split& split, const int* order, uint8_t* codes) {
     return true;
 }
 
-// The points of the codes, the nearest where they are not on the grid, and then the scale that fits them. values[p] are
-// those of the three codes for point p.
+// The points of the codes, or the nearest points where they are not on the grid, and then the scale that fits them.
+// values[p]: the values of the three codes for point p.
 template <int POINTS>
 INLINE void to_grid(const Grid& grid, const float* x, const float* w, const uint8_t* codes, const float* const* values,
                     float& scale, int* points) {

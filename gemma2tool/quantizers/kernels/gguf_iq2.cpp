@@ -1,5 +1,5 @@
-// IQ2_XXS, IQ2_XS, IQ2_S: points of eight magnitudes on a grid, signs apart, groups of 32 (XXS) or 16 with a four-bit
-// scale.
+// IQ2_XXS, IQ2_XS, IQ2_S: points of eight magnitudes on a grid, signs stored separately, groups of 32 (XXS) or 16 with
+// a four-bit scale.
 //
 // Layouts (bytes): IQ2_XXS: half d, 8 times: 4 of points, a word of four times seven signs and a scale. IQ2_XS: half d,
 // 32 times 16 bits: point, seven signs; 8 of scales. IQ2_S: half d, 32 of points, 32 of signs, 8 of the points' high

@@ -1,4 +1,4 @@
-// IQ3_XXS, IQ3_S: points of four magnitudes on a grid, signs apart, 8 groups of 32 with a four-bit scale.
+// IQ3_XXS, IQ3_S: points of four magnitudes on a grid, signs stored separately, 8 groups of 32 with a four-bit scale.
 //
 // Layouts (bytes): IQ3_XXS: half d, 64 of points, 8 words of four times seven signs and a scale. IQ3_S: half d, 64 of
 // points, 8 of their ninth bits, 32 of signs, 4 of scales.

@@ -11,7 +11,7 @@ namespace {
 
 constexpr float VALUES[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
 
-// The value nearest to x; of two as near the upper.
+// The value nearest to x; the upper of two that are equally near.
 INLINE F nearest_value(F x) {
     const F twice = x + x;
     F v = splat(VALUES[0]);

@@ -9,7 +9,7 @@
 namespace KERNELS_ISA {
 namespace {
 
-// The weights of a group with an importance matrix, and without: the mean magnitude plus |x|, or |x| alone.
+// The weights of a group, with an importance matrix and without: the mean magnitude plus |x|, or |x| alone.
 template <int N>
 INLINE void importance_weights(const F* x, const F* importance, F variance, F* w) {
     for (int i = 0; i < N; ++i) w[i] = importance[i] * sqrt(variance + x[i] * x[i]);
@@ -27,7 +27,7 @@ INLINE F largest_or_zero(const F* x) {
     return m;
 }
 
-// The final codes of a group: rounded with the scale and minimum as stored; where the scale is 0, those of the search.
+// The final codes of a group: rounded with the stored scale and minimum; where the scale is 0, those of the search.
 template <int N, int MAX, bool MATRIX>
 INLINE void final_codes(const F* x, const ScaleAndMin& fit, F d, F m, I* codes) {
     for (int i = 0; i < N; ++i) codes[i] = clip(nearest_int((x[i] + m) / d), 0, MAX);
@@ -36,7 +36,7 @@ INLINE void final_codes(const F* x, const ScaleAndMin& fit, F d, F m, I* codes) 
         for (int i = 0; i < N; ++i) codes[i] = none ? code_of<MAX, MATRIX>(fit, x[i]) : codes[i];
 }
 
-// Codes of two bits, of 128 elements, to 8 words: element 32 k + i is in bits 2 k of byte i.
+// Packs two-bit codes of 128 elements into 8 words: element 32 k + i is in bits 2 k of byte i.
 INLINE void pack_2_bits(const I* codes, I* words) {
     for (int w = 0; w < 8; ++w) {
         I bytes[4];

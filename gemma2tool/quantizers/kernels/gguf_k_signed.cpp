@@ -9,7 +9,7 @@
 namespace KERNELS_ISA {
 namespace {
 
-// Of 16 scales, the one of largest magnitude.
+// The scale of largest magnitude among 16.
 INLINE F extreme(const F* scales) { return signed_max<16>(scales); }
 
 template <bool MATRIX>

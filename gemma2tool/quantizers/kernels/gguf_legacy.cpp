@@ -1,7 +1,7 @@
 // Q4_0, Q4_1, Q5_0, Q5_1, Q8_0: blocks of 32 with one scale, and in the _1 types a minimum.
 //
-// Layouts (bytes): half scale, half minimum (_1), 32 high bits (Q5), then the codes; of two codes in a byte the low one
-// is element j, the high one element j + 16.
+// Layouts (bytes): half scale, half minimum (_1), 32 high bits (Q5), then the codes; the low code of a byte is element
+// j, the high one element j + 16.
 #include "gguf.hpp"
 #include "gguf_blocks.hpp"
 #include "gguf_search.hpp"
@@ -38,7 +38,7 @@ INLINE void store_block(const I* codes, F scale, F minimum, uint8_t* out) {
 template <int BITS, bool MIN>
 INLINE void round_block(const F* x, uint8_t* out) {
     using L = Layout<BITS, MIN>;
-    // a float to int8_t or uint8_t as x86 converts: through an int whose low byte is kept
+    // a float to int8_t or uint8_t as on x86: converted to an int, of which the low byte is kept
     I codes[32];
     if (MIN) {
         F low = splat(3.40282347e+38f), high = -low;
@@ -103,7 +103,7 @@ void dequantize(const uint8_t* in, int64_t blocks, float* out) {
         const float d = load_half(in), m = MIN ? load_half(in + 2) : 0.f;
         uint32_t high = 0;
         if (BITS == 5) __builtin_memcpy(&high, in + L::HEADER, 4);
-        uint8_t codes[16];  // a copy, which `out` cannot alias
+        uint8_t codes[16];  // a copy, so that `out` cannot alias it
         __builtin_memcpy(codes, in + L::BYTES - 16, 16);
         for (int half = 0; half < 2; ++half)
             for (int j = 0; j < 16; ++j) {

@@ -1,17 +1,17 @@
 // ggml's searches for scales, in lanes: each lane follows the scalar algorithm's operations in their order.
 //
-// N elements of a group are N vectors; lane l of each is the group of block l. Sums run in index order. Where ggml
-// keeps the best codes, these keep the numbers the best codes come from and compute the codes again when they are
-// wanted: the same arithmetic gives the same codes, and most callers never want them.
+// The N elements of a group are N vectors; lane l of each is the group of block l. Sums run in index order. Where ggml
+// stores the best codes, these functions store the numbers that produced them and recompute the codes on request: the
+// same arithmetic gives the same codes, and most callers do not need them.
 #pragma once
 
 #include "lanes.hpp"
 
 namespace KERNELS_ISA {
 
-constexpr float GROUP_EPSILON = 1e-15f;  // a group or set of scales whose largest value is below this counts as zero
+constexpr float GROUP_EPSILON = 1e-15f;  // groups and sets of scales whose largest value is smaller are zero
 
-// The element of largest magnitude, the first of equals, with its sign.
+// The element of largest magnitude, with its sign; the first of equal ones.
 template <int N>
 INLINE F signed_max(const F* x) {
     F amax = {}, m = {};
@@ -45,7 +45,7 @@ INLINE F sum_of_squares(const F* x) {
 
 struct ScaleAndMin {
     F scale, minus_min;
-    // where the best codes come from: l = clip(round(code_scale * (x - code_min)))
+    // the source of the best codes: l = clip(round(code_scale * (x - code_min)))
     F code_scale, code_min;
     I first_guess;  // the best codes are those before the search
 };
@@ -56,7 +56,7 @@ template <int MAX>
 INLINE F clamped_code(F v) {
     return round_small(max(min(splat((float)MAX), v), F{}));
 }
-// The same for any v as ggml has it, its wrapping included.
+// The same for any v, including ggml's wraparound.
 template <int MAX>
 INLINE F wrapping_code(F v) {
     return to_float(clip(nearest_int(v), 0, MAX));
@@ -67,9 +67,8 @@ INLINE F error_of(F diff) {
     return ABSOLUTE ? abs(diff) : diff * diff;
 }
 
-// MATRIX: the variant with an importance matrix (qkx3), which clamps before it rounds; without it (qkx2) codes wrap
-// when the minimum found comes so near the maximum that v leaves nearest_int's range, so that such steps take the slow
-// road.
+// MATRIX: the variant with an importance matrix (qkx3), which clamps before it rounds. Without it (qkx2) codes wrap
+// when the minimum is so close to the maximum that v leaves nearest_int's range; such steps take the slow path.
 template <int N, int MAX, int STEPS, bool ABSOLUTE, bool MATRIX>
 INLINE ScaleAndMin fit_scale_and_min(const F* x, const F* w, float first, float delta) {
     F low = x[0], high = x[0], sum_w = w[0], sum_x = w[0] * x[0];
@@ -94,7 +93,7 @@ INLINE ScaleAndMin fit_scale_and_min(const F* x, const F* w, float first, float 
     for (int step = 0; step <= STEPS; ++step) {
         inverse = ((first + delta * (float)step) + (float)MAX) / (flat ? splat(1.f) : high - minimum);
         F l[N], sum_l = {}, sum_l2 = {}, sum_xl = {};
-        // v grows with x, so its ends bound it
+        // v is monotonic in x, so its ends bound it
         const F top = abs(inverse * (high - minimum)), bottom = abs(inverse * (low - minimum));
         if (MATRIX || !any(~((top <= 4194303.f) & (bottom <= 4194303.f)))) {
             for (int i = 0; i < N; ++i) {
@@ -225,7 +224,7 @@ INLINE void descend_scales(const F* x, F* scales, F* codes) {
                 F lx = sum_lx[g] - wx * l, l2 = sum_l2[g] - w * l * l;
                 const F next = to_float(clip(nearest_int(xi * l2 / lx), -MAX, MAX - 1));
                 const I possible = (lx > 0.f) & (next != l);
-                if (!any(possible)) continue;  // most, once the first sweep is over
+                if (!any(possible)) continue;  // true for most after the first sweep
                 lx += wx * next;
                 l2 += w * next * next;
                 const I better = possible & (l2 > 0.f) & (lx * lx * sum_l2[g] > sum_lx[g] * sum_lx[g] * l2);
@@ -234,7 +233,7 @@ INLINE void descend_scales(const F* x, F* scales, F* codes) {
                 sum_l2[g] = better ? l2 : sum_l2[g];
                 changed |= better;
             }
-        if (!any(changed)) break;  // the next sweep would change nothing either
+        if (!any(changed)) break;  // the next sweep would change nothing
     }
     for (int g = 0; g < GROUPS; ++g) {
         scales[g] = dead[g] | ~(sum_l2[g] > 0.f) ? F{} : sum_lx[g] / sum_l2[g];
@@ -243,8 +242,8 @@ INLINE void descend_scales(const F* x, F* scales, F* codes) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------
-// A scale for scales, which are positive but for rare accidents: make_qp_quants. codes[i] in 0..MAX (or, after an
-// accident, the low byte of a negative number, which is what ggml stores). Returns the scale.
+// A scale for scales, which are positive with rare exceptions: make_qp_quants. codes[i] is in 0..MAX (or, in an
+// exception, the low byte of a negative number, as ggml stores it). Returns the scale.
 
 template <int N, int MAX>
 INLINE F fit_positive(const F* x, const F* w, I* codes) {

@@ -1,4 +1,4 @@
-// TQ1_0, TQ2_0, MXFP4: types that only round, whatever the importance.
+// TQ1_0, TQ2_0, MXFP4: types that round to nearest and ignore importance.
 //
 // Layouts (bytes): TQ1_0: 48 of five trits, 4 of four trits, half d. TQ2_0: 64 of four 2-bit codes, half d. MXFP4:
 // exponent, 16 of four-bit floats (element j low, j + 16 high).
@@ -16,10 +16,10 @@ INLINE F largest_magnitude(const F* x) {
     return m;
 }
 
-// What does not fit an int has a low byte of 0, in ggml's 64-bit lroundf and here.
+// A value outside the range of int has a low byte of 0, both in ggml's 64-bit lroundf and here.
 INLINE I trit(F x) { return round_away(x) + 1; }
 
-// Of a byte of trits, first most significant: the base-3 fraction that multiplication by 3 unpacks.
+// A byte of trits, the first most significant, as the base-3 fraction that repeated multiplication by 3 unpacks.
 INLINE I fraction(I q) { return ((q & 255) * 256 + 242) / 243; }
 
 void tq1_0(const float* x, const float*, int64_t rows, int64_t cols, uint8_t* out) {
@@ -67,7 +67,7 @@ constexpr float TWICE[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8,
 // Half of 2^(e - 127) for a byte e: the scale of TWICE.
 INLINE F half_power(I e) { return floats(e < 2 ? splat(0x00200000) << e : (e - 1) << 23); }
 
-// The code of the nearest value, the first of equals: of two magnitudes the smaller, of the two zeros the positive.
+// The code of the nearest value; of two equally near magnitudes the smaller, of the two zeros the positive.
 INLINE I nearest_float4(F x, F d) {
     const F a = abs(x);
     I best = {};
@@ -81,8 +81,7 @@ INLINE I nearest_float4(F x, F d) {
     return best | ((best != 0) & (x < 0.f) & 8);
 }
 
-// floor(log2f(x)) of positive x. Just below a power of two log2f rounds up to it: there, and only there, the library is
-// asked.
+// floor(log2f(x)) of positive x. Just below a power of two log2f rounds up to it; only there the library is called.
 INLINE I floor_log2(F x) {
     const I subnormal = x < 0x1p-126f;
     const I u = bits(subnormal ? x * 0x1p24f : x);

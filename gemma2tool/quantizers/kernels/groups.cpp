@@ -1,4 +1,4 @@
-// Plain loops over the values of a group, which the compiler turns into vectors.
+// Plain loops over the values of a group, which the compiler vectorizes.
 #include "groups.hpp"
 
 #include "rounding.hpp"
@@ -15,7 +15,7 @@ INLINE void for_groups(const Grouped& in, Function f) {
             f(row * in.columns + first, in.columns - first < in.width ? in.columns - first : in.width, group);
 }
 
-// Floats as integers of the same order.
+// Floats as integers in the same order.
 INLINE int32_t ordered(uint32_t u) { return (int32_t)(u ^ ((uint32_t)((int32_t)u >> 31) & 0x7fffffff)); }
 
 template <class Bits>
@@ -52,7 +52,8 @@ INLINE float clamp(float x, float low, float high) {
     return x > high ? high : x;
 }
 
-// The integer nearest to x, |x| <= 448, in the low bits of a byte. Clamping to integers before rounding is clamping after it.
+// The integer nearest to x, |x| <= 448, in the low bits of a byte. Clamping to integer limits before
+// rounding is the same as after it.
 INLINE uint8_t nearest_byte(float x) { return (uint8_t)bits_of(x + ROUNDER); }
 
 template <class Bits, CodeRule rule, Arithmetic arithmetic>

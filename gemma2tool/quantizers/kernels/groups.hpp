@@ -1,5 +1,5 @@
-// Integer and float8 codes of matrices whose columns share scales in groups: the work on every value. What is done once a group
-// (scales and zero points, by each library's own rule) is in the Python modules.
+// Integer and float8 codes of matrices whose columns share scales in groups: the passes over every value. The scales
+// and zero points of the groups, by each library's own rule, are computed in the Python modules.
 #pragma once
 
 #include <stddef.h>
@@ -17,7 +17,7 @@ enum class CodeRule : int {
 };
 enum class Arithmetic : int { float32, bfloat16, float16 };
 
-// Rows of `columns` values, float32 or bfloat16, in groups of `width` of which a row's last may be shorter.
+// Rows of `columns` values, float32 or bfloat16, in groups of `width`; the last group of a row may be shorter.
 struct Grouped {
     const void* x;
     bool bf16;
@@ -27,12 +27,12 @@ struct Grouped {
 struct GroupKernels {
     // The smallest and the largest value of each group.
     void (*ranges)(const Grouped& in, float* low, float* high);
-    // A byte a value. Codes are clamped to low..high, which are integers (but for float8).
+    // One byte for each value. Codes are clamped to low..high, which are integers (except for float8).
     void (*codes)(const Grouped& in, CodeRule rule, Arithmetic arithmetic, const float* scales, const float* offsets, float low,
                   float high, uint8_t* out);
-    // (code - z) * s in float32; codes are signed or unsigned bytes. Of `in`, only the shape is used.
+    // (code - z) * s in float32; codes are signed or unsigned bytes. Only the shape of `in` is used.
     void (*values)(const Grouped& in, const uint8_t* codes, bool is_signed, const float* scales, const float* offsets, float* out);
-    // Two codes of four bits to a byte, the first in its low half, and back.
+    // Packs two codes of four bits into a byte, the first in its low half, and unpacks them.
     void (*pack_nibbles)(const uint8_t* codes, size_t bytes, uint8_t* out);
     void (*unpack_nibbles)(const uint8_t* packed, size_t bytes, uint8_t* out);
 };

@@ -1,4 +1,4 @@
-// Python's view of the group kernels: flat, contiguous buffers given by address; shapes are checked in groups.py.
+// Python bindings of the group kernels: flat, contiguous buffers passed by address; shapes are checked by groups.py.
 #include <nanobind/nanobind.h>
 
 #include "groups.hpp"

@@ -1,4 +1,4 @@
-// Which build of the kernels runs: chosen by what the processor has, or by the caller.
+// The build of the kernels that runs: selected by the processor's instruction sets, or by the caller.
 #pragma once
 
 // A family declares its table of function pointers with KERNEL_TABLE(Type, name): one extern constant per instruction
@@ -24,12 +24,12 @@
 
 namespace kernels {
 
-// Index into the names below. Starts as the widest the machine has, or GEMMA2TOOL_INSTRUCTION_SET.
+// Index into the names below. Initially the widest set of the machine, or GEMMA2TOOL_INSTRUCTION_SET.
 int current_instruction_set();
-// Number of instruction sets this machine can run; they are the first ones of instruction_set_name.
+// Number of instruction sets that this machine supports: the first ones of instruction_set_name.
 int instruction_set_count();
 const char* instruction_set_name(int isa);
-// False when this machine or build has no such instruction set.
+// False if this machine or build does not have the instruction set.
 bool use_instruction_set(const char* name);
 
 }  // namespace kernels

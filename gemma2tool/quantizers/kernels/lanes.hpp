@@ -1,4 +1,4 @@
-// Vector types as wide as this instruction set has, and the few operations the compilers' vector extensions lack.
+// Vector types of this instruction set's width, and the few operations that the compilers' vector extensions lack.
 //
 // Included only by sources compiled per instruction set: everything lives in namespace KERNELS_ISA and is static
 // inline.
@@ -22,11 +22,11 @@ constexpr int LANES = 8;
 constexpr int LANES = 4;
 #endif
 
-typedef float F __attribute__((vector_size(4 * LANES)));    // one float a lane
-typedef int32_t I __attribute__((vector_size(4 * LANES)));  // one int a lane; a comparison's -1 or 0
+typedef float F __attribute__((vector_size(4 * LANES)));    // one float per lane
+typedef int32_t I __attribute__((vector_size(4 * LANES)));  // one int per lane; -1 or 0 for a comparison
 typedef uint32_t U __attribute__((vector_size(4 * LANES)));
 
-INLINE F splat(float x) { return x - F{}; }  // minus, so that -0.0 stays
+INLINE F splat(float x) { return x - F{}; }  // subtraction, so that -0.0 is preserved
 INLINE I splat(int32_t x) { return x + I{}; }
 INLINE I bits(F x) { return (I)x; }
 INLINE F floats(I x) { return (F)x; }
@@ -48,7 +48,7 @@ INLINE void store(int32_t* p, I v) { __builtin_memcpy(p, &v, sizeof v); }
 INLINE F abs(F x) { return floats(bits(x) & 0x7fffffff); }
 INLINE float abs(float x) { return __builtin_fabsf(x); }
 
-// a < b ? a : b and a > b ? a : b; both are b where either is NaN, as the x86 instructions.
+// a < b ? a : b and a > b ? a : b; both are b where either is NaN, as with the x86 instructions.
 INLINE F min(F a, F b) {
 #if defined(__AVX512F__)
     return (F)_mm512_min_ps((__m512)a, (__m512)b);
@@ -135,8 +135,8 @@ INLINE I load_bytes(const uint8_t* p) {
 #endif
 }
 
-// Round half to even by adding 1.5 * 2^23. Exact for |x| <= 4194303; ggml's nearest_int takes the low mantissa bits of
-// the sum whatever x is, and so does nearest_int here, which makes it equal for infinities and NaN too.
+// Round half to even by adding 1.5 * 2^23. Exact for |x| <= 4194303. Like ggml's nearest_int, this takes the low
+// mantissa bits of the sum for any x, so that the results are equal for infinity and NaN too.
 constexpr float ROUNDER = 12582912.f;
 INLINE F round_small(F x) { return (x + ROUNDER) - ROUNDER; }
 INLINE I nearest_int(F x) { return (bits(x + ROUNDER) & 0x007fffff) - 0x00400000; }
@@ -152,7 +152,7 @@ INLINE I clip(I x, int32_t low, int32_t high) {
     return x > high ? splat(high) : x;
 }
 
-// Towards zero. What does not fit an int (infinities and NaN too) becomes INT_MIN, as the x86 instructions have it.
+// Toward zero. A value outside the range of int, infinity or NaN becomes INT_MIN, as with the x86 instructions.
 INLINE I truncate(F x) {
 #if defined(__SSE2__)
     return __builtin_convertvector(x, I);
@@ -161,7 +161,7 @@ INLINE I truncate(F x) {
     return fits ? __builtin_convertvector(fits ? x : F{}, I) : splat(INT32_MIN);
 #endif
 }
-// Half away from zero, as roundf; INT_MIN where it does not fit.
+// Half away from zero, as roundf; INT_MIN for a value outside the range of int.
 INLINE I round_away(F x) {
     const I whole = truncate(x);
     const F rest = x - to_float(whole), size = abs(rest);
@@ -169,8 +169,8 @@ INLINE I round_away(F x) {
     return whole + (up & (bits(rest) >> 31 | 1));
 }
 
-// IEEE half precision, round to nearest even. A NaN becomes 0x7E00 with its sign, as in ggml; back, a NaN becomes
-// quiet.
+// IEEE half precision, round to nearest even. A NaN becomes 0x7E00 with its sign, as in ggml. In the other
+// direction a NaN becomes quiet.
 INLINE uint16_t to_half(float x) {
     uint32_t u;
     __builtin_memcpy(&u, &x, 4);

@@ -1,4 +1,4 @@
-// The extension module: the choice of instruction set, and every family's registration.
+// The extension module: the selection of the instruction set, and the registration of every family.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>

@@ -1,4 +1,4 @@
-// float32 values rounded to narrower types and kept in float32; loops over these become vectors.
+// float32 values rounded to narrower types and kept in float32; loops over these vectorize.
 //
 // Included only by sources compiled per instruction set.
 #pragma once
@@ -21,7 +21,7 @@ INLINE uint32_t bits_of(float x) {
 INLINE uint32_t bits_at(const uint32_t* x, size_t i) { return x[i]; }
 INLINE uint32_t bits_at(const uint16_t* x, size_t i) { return (uint32_t)x[i] << 16; }
 
-// The value as float16 would hold it: 11 bits, a grid of 2^-24 below 2^-14, infinite from 65520.
+// The value rounded to float16: 11 bits, a grid of 2^-24 below 2^-14, infinite from 65520 on.
 INLINE float through_half(uint32_t u) {
     const uint32_t a = u & 0x7fffffff;
     const uint32_t normal = (a + 0xfff + (a >> 13 & 1)) & 0xffffe000;
@@ -32,7 +32,7 @@ INLINE float through_half(uint32_t u) {
     return float_of(r | (u & 0x80000000));
 }
 
-// The value as bfloat16 would hold it.
+// The value rounded to bfloat16.
 INLINE float through_bfloat16(uint32_t u) {
     const uint32_t rounded = (u + 0x7fff + (u >> 16 & 1)) & 0xffff0000;
     return float_of((u & 0x7fffffff) > 0x7f800000 ? u | 0x00400000 : rounded);
