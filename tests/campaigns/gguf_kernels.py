@@ -1,10 +1,11 @@
-"""The long comparison of the GGUF kernels with ggml: every type, every instruction set, millions of values.
+"""Compares the GGUF kernels with ggml at length: every type, every instruction set, millions of values.
 
     python tests/campaigns/gguf_kernels.py [--values 10e6] [--types Q4_K,Q6_K]
 
-For each type and each kind of importance weights it quantizes `values` floats of all kinds (normal, heavy-tailed, bf16-rounded,
-constant, zero, denormal, ...) with ggml_quantize_chunk and with our kernels in every instruction set of this machine, and compares
-all bytes; then it compares the floats both make of the codes. Prints a line per type and weights; exits with 1 on any difference.
+For each type and each kind of importance weights it quantizes `values` floats of all kinds (normal, heavy-tailed,
+bf16-rounded, constant, zero, denormal, ...) with ggml_quantize_chunk and with gemma2tool's kernels in every instruction
+set of this machine, and compares all bytes; then it compares the floats that both decode from them. Prints a line per
+type and weights; exits with 1 on any difference.
 """
 
 from __future__ import annotations
@@ -26,19 +27,19 @@ COLS = 2048
 
 
 def compare(type: str, weights: str, values: int, seed: int) -> tuple[int, int, int]:
-    """Values quantized, differing bytes over all instruction sets, and floats that differ on the way back."""
+    """Values quantized, differing bytes over all instruction sets, and decoded floats that differ."""
     per_kind = -(-values // (COLS * len(kernel_data.ROWS)))
     total = wrong_bytes = wrong_floats = 0
     for number, kind in enumerate(kernel_data.ROWS):
         x = kernel_data.rows(kind, seed + number, per_kind, COLS)
         importance = kernel_data.importance(weights, seed + number, COLS)
-        want = llama_peer.quantize(type, x, importance)
-        floats = llama_peer.dequantize(type, want, COLS)
+        expected = llama_peer.quantize(type, x, importance)
+        floats = llama_peer.dequantize(type, expected, COLS)
         total += x.size
         for isa in kernels.available_instruction_sets():
             kernels.use_instruction_set(isa)
-            wrong_bytes += int((quantize(type, x, importance) != want).sum())
-            wrong_floats += int((dequantize(type, want, COLS).view(np.uint32) != floats.view(np.uint32)).sum())
+            wrong_bytes += int((quantize(type, x, importance) != expected).sum())
+            wrong_floats += int((dequantize(type, expected, COLS).view(np.uint32) != floats.view(np.uint32)).sum())
     return total, wrong_bytes, wrong_floats
 
 

@@ -12,17 +12,17 @@ import json
 import sys
 from pathlib import Path
 
-TESTS = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(TESTS.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from gemma2tool.quantizers.gguf_types import GGUF_TYPES
 from tests.support import kernel_data, llama_peer
 
+TESTS = Path(__file__).resolve().parents[1]
 BLOCK_TYPES = [name for name, row in GGUF_TYPES.items() if row.block_elements > 1]
 
 
 def digests(type: str) -> dict[str, dict[str, str]]:
-    """Case -> the digests of its input and of the codes that ggml makes of it."""
+    """By case: the digests of its input and of ggml's codes for it."""
     return {
         case: {
             "input": kernel_data.digest(x, weights),

@@ -1,4 +1,4 @@
-"""Gemma2Config: every spelling of a config.json, both generations of defaults, contradictions refused, nothing lost."""
+"""Gemma2Config: every spelling of a config.json, both generations of defaults, contradictions, and nothing lost."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from gemma2tool.model.config import SIZES, Gemma2Config, infer_from_shapes
 from gemma2tool.model.config_fields import FULL, SLIDING
 from gemma2tool.model.tensors import tensor_specs
 
-# What a public fine-tune of the 2B carries: transformers 4.46's spelling.
+# The config.json of a public fine-tune of the 2B, as transformers 4.46 spells it.
 OLD = {
     "_name_or_path": "some/where",
     "architectures": ["Gemma2ForCausalLM"],
@@ -74,7 +74,7 @@ def test_old_spelling_is_the_released_2b():
 
 
 @pytest.mark.parametrize(
-    "alias, changes",
+    ("alias", "changes"),
     [
         ("hidden_act alone", {"hidden_activation": ...}),
         ("hidden_activation alone", {"hidden_act": ...}),
@@ -103,9 +103,9 @@ def test_rope_scaling_of_either_generation():
 
 
 @pytest.mark.parametrize(
-    "version, expected", [("4.42.0", 3072), ("4.46.3", 3072), ("4.47.1", 2304), ("4.57.6", 2304), ("5.23.0", 2304)]
+    ("version", "expected"), [("4.42.0", 3072), ("4.46.3", 3072), ("4.47.1", 2304), ("4.57.6", 2304), ("5.23.0", 2304)]
 )
-def test_sizes_left_out_mean_what_the_writing_release_meant(version, expected):
+def test_missing_sizes_have_the_defaults_of_the_release_that_wrote_the_file(version, expected):
     source = {"model_type": "gemma2", "transformers_version": version}
     config = Gemma2Config.from_hf(source)
     assert config.hidden_size == expected
@@ -113,12 +113,12 @@ def test_sizes_left_out_mean_what_the_writing_release_meant(version, expected):
     assert config.num_hidden_layers == (28 if expected == 3072 else 26)
 
 
-def test_sizes_left_out_without_a_version_are_refused():
-    with pytest.raises(InputRefused, match="num_key_value_heads missing.*transformers_version"):
+def test_missing_sizes_without_a_version_are_refused():
+    with pytest.raises(InputRefused, match=r"num_key_value_heads missing.*transformers_version"):
         Gemma2Config.from_hf(old(num_key_value_heads=..., transformers_version=...))
 
 
-def test_missing_attention_softcap_is_assumed_and_said():
+def test_missing_attention_softcap_is_assumed_with_a_warning():
     config = Gemma2Config.from_hf(old(attn_logit_softcapping=..., transformers_version="4.42.0"))
     assert config.attn_logit_softcapping == 50.0
     assert any("attn_logit_softcapping is absent" in line for line in config.warnings)
@@ -126,7 +126,7 @@ def test_missing_attention_softcap_is_assumed_and_said():
 
 
 @pytest.mark.parametrize(
-    "changes, named",
+    ("changes", "named"),
     [
         ({"num_key_value_heads": 3}, ("num_attention_heads", "num_key_value_heads")),
         ({"layer_types": [SLIDING, FULL]}, ("layer_types", "num_hidden_layers")),
@@ -160,7 +160,7 @@ def test_contradictions_name_both_fields(changes, named):
 
 
 @pytest.mark.parametrize(
-    "field, value",
+    ("field", "value"),
     [
         ("vocab_size", 0),
         ("vocab_size", "256000"),
@@ -211,13 +211,19 @@ def test_impossible_values_are_refused_by_name(field, value):
     ) in refused.value.message
 
 
+def test_an_empty_list_of_layer_types_is_refused_and_null_is_absent():
+    with pytest.raises(InputRefused, match="layer_types has 0 entries but num_hidden_layers is 26"):
+        Gemma2Config.from_hf(old(layer_types=[]))
+    assert Gemma2Config.from_hf(old(layer_types=None, attention_dropout=None)) == Gemma2Config.from_hf(OLD)
+
+
 def test_a_list_is_not_a_config():
     with pytest.raises(InputRefused, match="JSON object"):
         Gemma2Config.from_hf([OLD])
 
 
 @pytest.mark.parametrize(
-    "name, changes, words",
+    ("name", "changes", "words"),
     [
         ("9b", {"query_pre_attn_scalar": 224}, "before 2024-07-12"),
         ("27b", {"query_pre_attn_scalar": 128}, "head_dim"),
@@ -270,7 +276,7 @@ def test_other_widths_need_a_config():
         infer_from_shapes({})
 
 
-def test_configs_written_by_peers_come_back_whole(oracles):
+def test_configs_of_peers_round_trip(oracles):
     seen = 0
     for path in sorted(oracles.glob("**/config.json")):
         source = json.loads(path.read_text())
@@ -310,11 +316,11 @@ sizes = st.fixed_dictionaries(
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(fields=sizes, extra=st.dictionaries(st.text(min_size=1).map("x_".__add__), st.integers(), max_size=3))
 def test_agrees_with_transformers_both_ways(fields, extra):
-    """What transformers writes we read and write back unchanged; what we write it reads as the same config."""
+    """gemma2tool writes back unchanged what transformers writes; transformers reads the same config from what
+    gemma2tool writes."""
     transformers = pytest.importorskip("transformers")
-    theirs = json.loads(transformers.Gemma2Config(**fields).to_json_string(use_diff=True)) | extra
-    ours = Gemma2Config.from_hf(theirs)
-    assert json.loads(json.dumps(ours.to_hf())) == theirs
+    written = json.loads(transformers.Gemma2Config(**fields).to_json_string(use_diff=True)) | extra
+    assert json.loads(json.dumps(Gemma2Config.from_hf(written).to_hf())) == written
     back = transformers.Gemma2Config(**Gemma2Config(**fields).to_hf())
     for name in fields:
         assert getattr(back, name) == getattr(transformers.Gemma2Config(**fields), name)

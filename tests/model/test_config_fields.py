@@ -23,7 +23,7 @@ DIGESTS = {
     "9b": "290653b41405879dca1247b1b2ea48647091c0ad02dade865c19ac64fa6d514c",
     "27b": "52ac261c26a037505cc94138234bcc11f9209930be65bffd8625b1f093bd9871",
 }
-"""Config digests of the released models, as receipts hold them (``gemma2tool config 1``)."""
+"""Config digests of the released models, as in existing receipts (``gemma2tool config 1``)."""
 
 
 def test_every_field_of_the_config_is_in_the_table() -> None:
@@ -36,7 +36,7 @@ def test_every_field_has_one_effect_and_a_meaning_where_messages_need_it() -> No
     assert all(field.meaning for field in (*ARITHMETIC_FIELDS, *USE_FIELDS))
 
 
-def test_released_models_are_recognised_by_sizes_and_compared_by_the_rest() -> None:
+def test_released_models_are_recognized_by_sizes_and_compared_by_the_rest() -> None:
     assert not set(IDENTIFYING_FIELDS) & set(RELEASE_COMPARED_FIELDS)
     compared = {field.name for field in ARITHMETIC_FIELDS} | {"max_position_embeddings"}
     assert compared - {*IDENTIFYING_FIELDS, *RELEASE_COMPARED_FIELDS} == {

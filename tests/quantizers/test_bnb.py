@@ -1,4 +1,5 @@
-"""nf4, fp4, double quantization and LLM.int8() against bitsandbytes' own CPU functions, byte for byte, in every instruction set."""
+"""nf4, fp4, double quantization and LLM.int8() against bitsandbytes' own CPU functions, byte for byte, in every
+instruction set."""
 
 from __future__ import annotations
 
@@ -46,9 +47,9 @@ def to_torch(array: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(array.copy())
 
 
-def same(ours: np.ndarray, theirs: torch.Tensor) -> bool:
-    theirs = theirs.numpy()
-    return ours.dtype == theirs.dtype and np.array_equal(ours, theirs, equal_nan=ours.dtype.kind == "f")
+def same(actual: np.ndarray, expected: torch.Tensor) -> bool:
+    expected = expected.numpy()
+    return actual.dtype == expected.dtype and np.array_equal(actual, expected, equal_nan=actual.dtype.kind == "f")
 
 
 def cast(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
@@ -57,15 +58,16 @@ def cast(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
 
 
 def assert_four_bit(array: np.ndarray, quant_type: str) -> None:
-    """Codes and absmax of ``array`` equal the library's."""
+    """Assert that codes and absmax of ``array`` equal the library's."""
     packed, absmax = bnb.quantize_4bit(array.reshape(-1), quant_type)
-    theirs, state = F.quantize_4bit(to_torch(array), quant_type=quant_type)
+    expected, state = F.quantize_4bit(to_torch(array), quant_type=quant_type)
     assert same(absmax, state.absmax)
-    assert same(packed, theirs[:, 0])
+    assert same(packed, expected[:, 0])
 
 
 def around_midpoints(quant_type: str, absmax: float) -> np.ndarray:
-    """(15, 64): each row a block with that absmax whose other values lie within a few units of one midpoint times it."""
+    """Rows (15, 64): each a block with that absmax, whose other values are within a few units of one midpoint times
+    absmax."""
     middle = MIDPOINTS[quant_type][:, None] * np.float32(absmax)
     step = np.spacing(np.abs(middle)) + (middle == 0) * np.float32(1e-45)
     values = (middle + np.arange(-32, 32, dtype=np.float32) * step).astype(np.float32)
@@ -106,7 +108,7 @@ def test_four_bit_of_every_length(instruction_set, quant_type, n):
 
 
 @pytest.mark.parametrize("quant_type", FOUR_BIT)
-def test_four_bit_of_what_is_not_finite(instruction_set, quant_type):
+def test_four_bit_of_nonfinite_values(instruction_set, quant_type):
     array = rows("normal", 0, 4, 80)
     array[0, 3], array[1, 5], array[2, 0], array[3, 79] = np.nan, np.inf, -np.inf, np.nan
     assert_four_bit(array, quant_type)
@@ -128,9 +130,9 @@ def test_four_bit_of_anything(values, dtype, quant_type):
 def test_four_bit_dequantizes_as_the_library_does(instruction_set, quant_type, dtype):
     array = cast(rows("heavy-tailed", 5, 24, 512), dtype)
     packed, state = F.quantize_4bit(to_torch(array), quant_type=quant_type)
-    ours = bnb.dequantize_4bit(packed.numpy()[:, 0], state.absmax.numpy(), quant_type, array.size, dtype)
-    assert ours.dtype == dtype
-    assert same(ours.astype(np.float32), F.dequantize_4bit(packed, state).float().reshape(-1))
+    actual = bnb.dequantize_4bit(packed.numpy()[:, 0], state.absmax.numpy(), quant_type, array.size, dtype)
+    assert actual.dtype == dtype
+    assert same(actual.astype(np.float32), F.dequantize_4bit(packed, state).float().reshape(-1))
 
 
 @pytest.mark.parametrize("blocksize", bnb.BLOCKSIZES[:4])
@@ -152,10 +154,10 @@ def test_8bit_of_absmax(instruction_set, scale):
     values = rows("normal", 3, 1, 5000).reshape(-1) * np.float32(scale)
     values[256:512] = np.linspace(-1, 1, 256)
     codes, absmax = bnb.quantize_8bit(values)
-    theirs, state = F.quantize_blockwise(torch.from_numpy(values), blocksize=256)
-    assert same(codes, theirs) and same(absmax, state.absmax)
-    ours = bnb.dequantize_8bit(codes, absmax, dynamic_map())
-    assert same(ours, F.dequantize_blockwise(theirs, state))
+    expected, state = F.quantize_blockwise(torch.from_numpy(values), blocksize=256)
+    assert same(codes, expected) and same(absmax, state.absmax)
+    actual = bnb.dequantize_8bit(codes, absmax, dynamic_map())
+    assert same(actual, F.dequantize_blockwise(expected, state))
 
 
 def test_8bit_of_every_bin(instruction_set):
@@ -172,15 +174,15 @@ def test_mean_adds_in_torchs_order(n):
 
 
 def all_bits(dtype: np.dtype) -> np.ndarray:
-    """(256, 256): every bit pattern of a 16-bit float, a row for each upper half."""
+    """Every bit pattern of a 16-bit float, (256, 256): a row for each upper byte."""
     return np.arange(65536, dtype=np.uint16).reshape(256, 256).view(dtype)
 
 
 def assert_int8(array: np.ndarray) -> None:
     codes, absmax = bnb.quantize_int8(array)
-    theirs, stats, _ = F.int8_vectorwise_quant(to_torch(array).to(torch.float16))
-    assert same(codes, theirs) and same(absmax, stats)
-    assert same(bnb.dequantize_int8(codes, absmax), F.int8_vectorwise_dequant(theirs, stats))
+    expected, stats, _ = F.int8_vectorwise_quant(to_torch(array).to(torch.float16))
+    assert same(codes, expected) and same(absmax, stats)
+    assert same(bnb.dequantize_int8(codes, absmax), F.int8_vectorwise_dequant(expected, stats))
 
 
 @pytest.mark.parametrize("kind", ROWS)
@@ -212,7 +214,8 @@ def test_int8_of_anything(values, dtype):
 
 
 def encoded(encoder, array: np.ndarray, rows_at_once: int) -> dict[str, bytes]:
-    """Every part of ``array`` as bytes, from ranges of rows; checks that the encoder told its parts' types and sizes."""
+    """Every part of ``array`` as bytes, encoded from ranges of rows; checks the types and sizes that the encoder
+    declares."""
     step = encoder.row_multiple(array.shape) * rows_at_once
     pieces = [encoder.encode(array[first : first + step]) for first in range(0, len(array), step)]
     whole = {suffix: np.concatenate([piece[suffix] for piece in pieces]) for suffix in pieces[0]}
@@ -229,16 +232,16 @@ def encoded(encoder, array: np.ndarray, rows_at_once: int) -> dict[str, bytes]:
 @pytest.mark.parametrize("double_quant", [False, True])
 @pytest.mark.parametrize("quant_type", FOUR_BIT)
 @pytest.mark.parametrize("shape", [(96, 256), (40, 48), (7, 9), (130, 200), (1, 1)])
-def test_encoder_writes_the_librarys_state_dict_however_it_is_cut(quant_type, double_quant, shape):
+def test_encoder_writes_the_librarys_state_dict_from_any_ranges(quant_type, double_quant, shape):
     for dtype in DTYPES:
         array = cast(rows("heavy-tailed", 9, *shape) * np.float32(0.02), dtype)
         source = ArrayTensor(array)
         encoder = bnb.FourBit(quant_type, double_quant, dtype).surveyed(source, chunk_bytes=1000)
         packed, state = F.quantize_4bit(to_torch(array), quant_type=quant_type, compress_statistics=double_quant)
-        theirs = {f".{key}": tensor.numpy().tobytes() for key, tensor in state.as_dict(packed=True).items()}
-        theirs[""] = packed.numpy().tobytes()
+        expected = {f".{key}": tensor.numpy().tobytes() for key, tensor in state.as_dict(packed=True).items()}
+        expected[""] = packed.numpy().tobytes()
         for rows_at_once in (1, 3, 1000):
-            assert encoded(encoder, array, rows_at_once) == theirs
+            assert encoded(encoder, array, rows_at_once) == expected
 
 
 def test_encoder_casts_to_the_type_the_weight_is_loaded_in():

@@ -1,4 +1,5 @@
-"""GPTQ against the paper's own equations, AWQ's searches against the outputs they are meant to save; any number of threads alike."""
+"""GPTQ against the equations of the paper, AWQ's searches against the output errors they minimize; any number of
+threads."""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ from gemma2tool.quantizers.calibration.grid import QuantizedMatrix, grid_of, qua
 from gemma2tool.quantizers.calibration.hessian import Hessian, inverse_factor, inverse_factors, invert_lower_
 from gemma2tool.quantizers.gptq import Gptq
 from gemma2tool.reference.readahead import one_thread_each
-from tests.support.calibration import correlated_inputs, decoded, textbook_gptq
+from tests.support.calibration import correlated_inputs, dequantized, textbook_gptq
 
 COLUMNS, ROWS, TOKENS = 256, 48, 1500
 
@@ -29,10 +30,10 @@ def one_thread():
 
 
 def hessian_of(x: np.ndarray, block: int | None = None, dtype: torch.dtype = torch.float64) -> Hessian:
-    found = Hessian(x.shape[1], block, dtype=dtype)
+    hessian = Hessian(x.shape[1], block, dtype=dtype)
     for part in np.array_split(x, 3):
-        found.add(torch.from_numpy(part).to(dtype))
-    return found
+        hessian.add(torch.from_numpy(part).to(dtype))
+    return hessian
 
 
 def weights(seed: int = 1, rows: int = ROWS, columns: int = COLUMNS) -> np.ndarray:
@@ -44,12 +45,12 @@ def weights(seed: int = 1, rows: int = ROWS, columns: int = COLUMNS) -> np.ndarr
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("group_size", [32, 128, -1])
 @pytest.mark.parametrize("bits", [4, 8])
-def test_codes_are_the_textbooks(bits: int, group_size: int, symmetric: bool, act_order: bool) -> None:
+def test_codes_are_those_of_the_paper(bits: int, group_size: int, symmetric: bool, act_order: bool) -> None:
     x, w = correlated_inputs(TOKENS, COLUMNS), weights()
     grid = grid_of(Gptq(bits, group_size, symmetric), COLUMNS)
-    found = inverse_factors(hessian_of(x), 0.01, act_order)
-    codes, zeros, steps = rounding.round_rows(w, found, grid)
-    groups = rounding.group_of_column(found, COLUMNS, grid.group_size)
+    factors = inverse_factors(hessian_of(x), 0.01, act_order)
+    codes, zeros, steps = rounding.round_rows(w, factors, grid)
+    groups = rounding.group_of_column(factors, COLUMNS, grid.group_size)
     expected = textbook_gptq(w, x.T @ x, grid, 0.01, act_order)
     assert np.array_equal(codes, expected[0])
     assert np.array_equal(zeros, expected[1])
@@ -63,33 +64,34 @@ def test_float32_finds_nearly_the_same_codes_and_as_small_an_error() -> None:
     expected = textbook_gptq(w, x.T @ x, grid, 0.01, False)
     codes, zeros, steps = rounding.round_rows(w, inverse_factors(hessian_of(x, dtype=torch.float32), 0.01, False), grid)
     assert (codes != expected[0]).mean() < 0.002
-    ours, theirs = (
-        np.linalg.norm(x @ (w - decoded(*each, expected[3])).T) for each in ((codes, zeros, steps), expected[:3])
+    error, expected_error = (
+        np.linalg.norm(x @ (w - dequantized(*quantized, expected[3])).T)
+        for quantized in ((codes, zeros, steps), expected[:3])
     )
-    assert ours == pytest.approx(theirs, rel=1e-3)
+    assert error == pytest.approx(expected_error, rel=1e-3)
 
 
-def test_outputs_lose_less_than_rounded_to_nearest() -> None:
+def test_output_error_is_smaller_than_with_rounding_to_nearest() -> None:
     x, w = correlated_inputs(TOKENS, COLUMNS), weights()
     grid, groups = grid_of(Gptq(4, 32), COLUMNS), np.arange(COLUMNS) // 32
-    lost = [
-        np.linalg.norm(x @ (w - decoded(*each, groups)).T)
-        for each in (
+    output_error = [
+        np.linalg.norm(x @ (w - dequantized(*quantized, groups)).T)
+        for quantized in (
             rounding.round_rows(w, inverse_factors(hessian_of(x), 0.01, False), grid),
             gptq.quantize(w, 4, 32, True),
         )
     ]
-    assert lost[0] < 0.85 * lost[1]
+    assert output_error[0] < 0.85 * output_error[1]
 
 
 @pytest.mark.parametrize("act_order", [False, True])
-def test_blocks_of_the_hessian_are_matrices_of_their_own(act_order: bool) -> None:
+def test_blocks_of_the_hessian_are_independent(act_order: bool) -> None:
     x, w = correlated_inputs(TOKENS, COLUMNS), weights()
     grid = grid_of(Gptq(4, 32, False), COLUMNS)
-    found = inverse_factors(hessian_of(x, 96), 0.02, act_order)
-    assert [len(factor.upper) for factor in found] == [96, 96, 64]
-    codes, zeros, steps = rounding.round_rows(w, found, grid)
-    groups = rounding.group_of_column(found, COLUMNS, grid.group_size)
+    factors = inverse_factors(hessian_of(x, 96), 0.02, act_order)
+    assert [len(factor.upper) for factor in factors] == [96, 96, 64]
+    codes, zeros, steps = rounding.round_rows(w, factors, grid)
+    groups = rounding.group_of_column(factors, COLUMNS, grid.group_size)
     for first, last in ((0, 96), (96, 192), (192, 256)):
         part = x[:, first:last]
         expected = textbook_gptq(w[:, first:last], part.T @ part, grid, 0.02, act_order)
@@ -136,11 +138,11 @@ def test_triangular_inverse_by_halves() -> None:
 
 def test_hessian_is_the_sum_of_products_and_magnitudes() -> None:
     x = correlated_inputs(400, 700)
-    found = hessian_of(x)
-    found.symmetrize()
-    assert torch.allclose(found.squares[0], torch.from_numpy(x.T @ x), rtol=1e-12)
-    assert torch.equal(found.squares[0], found.squares[0].T)
-    assert np.allclose(found.mean_magnitude.numpy(), np.abs(x).mean(0), rtol=1e-12)
+    hessian = hessian_of(x)
+    hessian.symmetrize()
+    assert torch.allclose(hessian.squares[0], torch.from_numpy(x.T @ x), rtol=1e-12)
+    assert torch.equal(hessian.squares[0], hessian.squares[0].T)
+    assert np.allclose(hessian.mean_magnitude.numpy(), np.abs(x).mean(0), rtol=1e-12)
 
 
 @pytest.mark.slow
@@ -155,40 +157,41 @@ def test_any_number_of_threads_gives_the_same_bits(threads: int) -> None:
     assert torch.equal(one.squares[0], several.squares[0])
     small, grid = hessian_of(x[:, : w.shape[1]].numpy(), dtype=torch.float32), grid_of(Awq(32), w.shape[1])
     small.symmetrize()
-    found = [scales.search_scales([w], small, small.mean_magnitude, grid)]
+    results = [scales.search_scales([w], small, small.mean_magnitude, grid)]
     with ThreadPoolExecutor(threads) as pool:
-        found.append(scales.search_scales([w], small, small.mean_magnitude, grid, pool.map))
-    assert np.array_equal(*found)
+        results.append(scales.search_scales([w], small, small.mean_magnitude, grid, pool.map))
+    assert np.array_equal(*results)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("block", [None, 64])
-def test_scale_search_takes_the_scales_whose_outputs_lose_least(block: int | None) -> None:
-    """The loss that is minimised is that of the outputs themselves, for the whole Hessian; and the search finds its minimum."""
+def test_scale_search_minimizes_the_output_error(block: int | None) -> None:
+    """The error that is minimized is that of the outputs themselves, for the whole Hessian, and the search finds its
+    minimum."""
     x, w = correlated_inputs(TOKENS, COLUMNS), weights()
     grid, hessian = grid_of(Awq(32), COLUMNS), hessian_of(x, block, torch.float32)
     hessian.symmetrize()
     magnitude = torch.from_numpy(np.abs(x).mean(0))
 
-    def lost(s: np.ndarray) -> float:
+    def output_error(s: np.ndarray) -> float:
         codes, zeros, steps = awq.quantize(w * s, 32)
         error = awq.dequantize(codes, zeros, steps, 32) / s - w
         parts = [slice(None)] if block is None else [slice(first, first + block) for first in range(0, COLUMNS, block)]
         return sum(float(((x[:, part] @ error[:, part].T) ** 2).sum()) for part in parts)
 
-    tried = [scales.scales_of_power(magnitude, power) for power in scales.POWERS]
-    assert np.array_equal(tried[0], np.ones(COLUMNS, np.float32))
-    for s in tried[::6]:
-        assert scales.output_error(w, s, hessian, grid) == pytest.approx(lost(s), rel=1e-3)
-    found = scales.search_scales([w], hessian, magnitude, grid)
-    assert lost(found) == pytest.approx(min(map(lost, tried)), rel=1e-3)
-    assert lost(found) < 0.9 * lost(tried[0])
+    candidates = [scales.scales_of_power(magnitude, power) for power in scales.POWERS]
+    assert np.array_equal(candidates[0], np.ones(COLUMNS, np.float32))
+    for s in candidates[::6]:
+        assert scales.output_error(w, s, hessian, grid) == pytest.approx(output_error(s), rel=1e-3)
+    best = scales.search_scales([w], hessian, magnitude, grid)
+    assert output_error(best) == pytest.approx(min(map(output_error, candidates)), rel=1e-3)
+    assert output_error(best) < 0.9 * output_error(candidates[0])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("width", [32, 128, COLUMNS])
 @pytest.mark.parametrize("block", [None, 128])
-def test_clipping_never_costs_a_group_more(width: int, block: int | None) -> None:
+def test_clipping_never_increases_the_error_of_a_group(width: int, block: int | None) -> None:
     x, w = correlated_inputs(TOKENS, COLUMNS), weights()
     w[np.random.default_rng(2).random(w.shape) < 0.01] *= 5
     grid, hessian = grid_of(Awq(width if width < COLUMNS else -1), COLUMNS), hessian_of(x, block, torch.float32)
@@ -198,36 +201,36 @@ def test_clipping_never_costs_a_group_more(width: int, block: int | None) -> Non
     nearest = quantize_to_nearest(w * s, grid)
     groups = np.arange(COLUMNS) // grid.group_size
 
-    def lost(each: tuple[np.ndarray, ...]) -> np.ndarray:
-        """(rows, groups): what each group's own errors do to the outputs."""
-        error = decoded(*each, groups) / s - w
+    def output_error(quantized: tuple[np.ndarray, ...]) -> np.ndarray:
+        """The output error of each group of each row, (rows, groups)."""
+        error = dequantized(*quantized, groups) / s - w
         spans = range(0, COLUMNS, min(width, block or COLUMNS))
         step = min(width, block or COLUMNS)
-        found = np.zeros((ROWS, COLUMNS // width))
+        cost = np.zeros((ROWS, COLUMNS // width))
         for first in spans:
-            found[:, first // width] += ((x[:, first : first + step] @ error[:, first : first + step].T) ** 2).sum(0)
-        return found
+            cost[:, first // width] += ((x[:, first : first + step] @ error[:, first : first + step].T) ** 2).sum(0)
+        return cost
 
-    assert (lost(clipped) <= lost(nearest) * (1 + 1e-3)).all()
-    assert lost(clipped).sum() < 0.9 * lost(nearest).sum()
+    assert (output_error(clipped) <= output_error(nearest) * (1 + 1e-3)).all()
+    assert output_error(clipped).sum() < 0.9 * output_error(nearest).sum()
     assert (clipped[2] < nearest[2]).any()
 
 
 @pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16])
-def test_a_norm_and_its_columns_compute_what_they_did(dtype: np.dtype) -> None:
+def test_a_folded_norm_and_its_columns_compute_the_same(dtype: np.dtype) -> None:
     generator = np.random.default_rng(0)
     w = to_float32(generator.standard_normal(500).astype(dtype))
     w[:3] = -1, -2.5, -1 + 2**-9
-    wanted = np.exp(generator.standard_normal(500)).astype(np.float32)
-    stored, found = folded_norm(w, wanted, dtype)
+    requested = np.exp(generator.standard_normal(500)).astype(np.float32)
+    stored, actual = folded_norm(w, requested, dtype)
     assert stored.dtype == dtype
-    assert np.isfinite(found).all()
-    assert (found > 0).all()
-    assert np.allclose((1 + to_float32(stored)) * found, 1 + w, rtol=1e-6, atol=1e-7)
-    assert np.median(np.abs(found / wanted - 1)) < 0.01
+    assert np.isfinite(actual).all()
+    assert (actual > 0).all()
+    assert np.allclose((1 + to_float32(stored)) * actual, 1 + w, rtol=1e-6, atol=1e-7)
+    assert np.median(np.abs(actual / requested - 1)) < 0.01
 
 
-def test_records_hold_what_the_codes_stand_for() -> None:
+def test_records_hold_codes_zeros_and_scales() -> None:
     w = weights()
     codes = QuantizedMatrix(*gptq.quantize(w, 4, 64, False), np.arange(COLUMNS) // 64, "w")
     rows = codes.load_records(5, 9)

@@ -1,7 +1,8 @@
-"""Round-to-nearest types of serving libraries, against those libraries' arithmetic spelled in torch in the weight's own type.
+"""Round-to-nearest types of serving libraries, against the arithmetic of those libraries, in torch and in the weight's
+dtype.
 
-That this spelling is the libraries' was checked with compressed-tensors 0.20, torchao 0.18 and mlx 0.32 themselves; the files under
-the oracles, which they wrote, check it again in test_packings.py.
+This arithmetic was compared with compressed-tensors 0.20, torchao 0.18 and mlx 0.32 ; the oracle files
+that they wrote check it again in test_packings.py.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def every_kind(height: int = 12) -> list[np.ndarray]:
 
 
 def compressed_tensors(weight: torch.Tensor, scheme: compressed.Scheme):
-    """compressed-tensors' calculate_qparams and quantize, every operation in the weight's type."""
+    """compressed-tensors' calculate_qparams and quantize, each operation in the weight's dtype."""
     height, width = scheme.block_rows, scheme.group_size or weight.shape[1]
     blocks = weight.unflatten(1, (-1, width)).unflatten(0, (-1, height)).transpose(1, 2)
     zero = torch.zeros((), dtype=weight.dtype)
@@ -64,14 +65,14 @@ def test_compressed_tensors(instruction_set, name):
     scheme = compressed.SCHEMES[name]
     for array in every_kind(max(scheme.block_rows, 12)):
         codes, scales, zero_points = compressed.quantize(array, scheme)
-        theirs = compressed_tensors(to_torch(array), scheme)
-        assert bits(codes) == bits(theirs[0]) and bits(scales) == bits(theirs[1])
-        assert zero_points is None if scheme.symmetric else bits(zero_points) == bits(theirs[2])
+        library = compressed_tensors(to_torch(array), scheme)
+        assert bits(codes) == bits(library[0]) and bits(scales) == bits(library[1])
+        assert zero_points is None if scheme.symmetric else bits(zero_points) == bits(library[2])
         values = compressed.dequantize(codes, scales, zero_points, scheme)
-        wide = theirs[1].repeat_interleave(scheme.block_rows, 0).repeat_interleave(256 // scales.shape[1], 1)
-        zeros = theirs[2].repeat_interleave(256 // scales.shape[1], 1).to(wide.dtype) if not scheme.symmetric else 0
+        wide = library[1].repeat_interleave(scheme.block_rows, 0).repeat_interleave(256 // scales.shape[1], 1)
+        zeros = library[2].repeat_interleave(256 // scales.shape[1], 1).to(wide.dtype) if not scheme.symmetric else 0
         assert np.array_equal(
-            values.astype(np.float32), ((theirs[0].to(wide.dtype) - zeros) * wide).float().numpy(), equal_nan=True
+            values.astype(np.float32), ((library[0].to(wide.dtype) - zeros) * wide).float().numpy(), equal_nan=True
         )
 
 
@@ -81,9 +82,9 @@ def test_compressed_tensors_pads_blocks():
     padded[:200, :300] = array
     scheme = compressed.SCHEMES["fp8-block"]
     codes, scales, _ = compressed.quantize(array, scheme)
-    wanted, wanted_scales, _ = compressed.quantize(padded, scheme)
-    assert scales.shape == (2, 3) and bits(scales) == bits(wanted_scales)
-    assert bits(codes) == bits(wanted[:200, :300])
+    expected, expected_scales, _ = compressed.quantize(padded, scheme)
+    assert scales.shape == (2, 3) and bits(scales) == bits(expected_scales)
+    assert bits(codes) == bits(expected[:200, :300])
 
 
 def test_compressed_tensors_refuses_groups_that_do_not_fit():
@@ -95,16 +96,16 @@ def test_torchao(instruction_set):
     for array in every_kind():
         weight = to_torch(array)
         scales = (torch.max(-weight.amin(1, True), weight.amax(1, True)) / 127.5).clamp(min=2**-23).float()
-        wanted = (weight * (1.0 / scales)).round().clamp(-128, 127).to(torch.int8)
-        codes, ours = torchao.quantize(array)
-        assert bits(codes) == bits(wanted) and bits(ours) == bits(scales)
-        values = torchao.dequantize(codes, ours, array.dtype)
-        assert bits(values) == bits((wanted.to(weight.dtype) * scales).to(weight.dtype))
+        expected = (weight * (1.0 / scales)).round().clamp(-128, 127).to(torch.int8)
+        codes, stored_scales = torchao.quantize(array)
+        assert bits(codes) == bits(expected) and bits(stored_scales) == bits(scales)
+        values = torchao.dequantize(codes, stored_scales, array.dtype)
+        assert bits(values) == bits((expected.to(weight.dtype) * scales).to(weight.dtype))
 
 
 @pytest.mark.parametrize("n_bits", [4, 8])
 @pytest.mark.parametrize("group_size", [32, 64, 128])
-def test_mlx_reaches_the_edge_and_bounds_the_error(n_bits, group_size):
+def test_mlx_represents_the_edge_and_bounds_the_error(n_bits, group_size):
     for array in every_kind():
         codes, scales, biases = mlx.quantize(array, n_bits, group_size)
         assert codes.max() < 2**n_bits and scales.dtype == biases.dtype == array.dtype
@@ -114,7 +115,8 @@ def test_mlx_reaches_the_edge_and_bounds_the_error(n_bits, group_size):
         )
         spread = np.maximum(groups.max(2) - groups.min(2), 1e-6)
         largest = np.abs(groups).max(2)
-        # Half a step (a whole one at the far end, which shifts so that zero is on the grid), and the rounding of scale and bias.
+        # Half a step (a whole one at the far end, which is shifted so that zero is on the grid), and the rounding of
+        # scale and bias.
         rounding = {2: 2.0**-8, 4: 2.0**-22}[array.dtype.itemsize]
         smallest = {"float16": 2e-7 * 2**n_bits}.get(array.dtype.name, 1e-6)
         bound = spread / (2**n_bits - 1) + (largest + spread) * rounding + smallest
@@ -169,7 +171,7 @@ def test_awq_layout(instruction_set):
     assert np.abs(awq.dequantize(codes, zeros, scales, 128) - array).max() <= scales.max()
 
 
-def test_words_hold_codes_little_end_first(instruction_set):
+def test_words_hold_codes_from_the_lowest_bits(instruction_set):
     assert bitpack.pack_words(np.arange(8, dtype=np.uint8), 4).tolist() == [0x76543210]
     assert bitpack.pack_words(np.array([1, 2, 3, 255], np.uint8), 8).tolist() == [0xFF030201]
     codes = np.random.default_rng(0).integers(0, 16, (3, 5, 64), np.uint8)
@@ -181,7 +183,7 @@ def test_words_hold_codes_little_end_first(instruction_set):
 
 
 def by_definition(rule: groups.Rule, x: np.ndarray, s: np.ndarray, z: np.ndarray, low: int, high: int) -> np.ndarray:
-    """The codes of ``x`` in numpy, one operation after the other."""
+    """The codes of ``x``, computed in numpy from the definition of the rule."""
     if rule == groups.Rule.DIVIDE:
         return np.rint(np.clip(x / s + z, low, high))
     if rule == groups.Rule.FLOAT8:
@@ -195,7 +197,7 @@ def by_definition(rule: groups.Rule, x: np.ndarray, s: np.ndarray, z: np.ndarray
 
 @pytest.mark.parametrize("rule", groups.Rule)
 @pytest.mark.parametrize("shape", [(5, 64), (3, 37), (2, 1)])
-def test_group_kernels_are_their_definition(instruction_set, rule, shape):
+def test_group_kernels_follow_their_definition(instruction_set, rule, shape):
     """Every rule, any width, a short last group."""
     for seed, width in enumerate((1, 7, 16, 32, 64)):
         array = rows("heavy-tailed", seed, *shape)
@@ -206,30 +208,30 @@ def test_group_kernels_are_their_definition(instruction_set, rule, shape):
             rng.integers(-3, 4, (shape[0], count)),
         )
         offsets = offsets.astype(np.float32)
-        s, z = (np.repeat(each, width, axis=1)[:, : shape[1]] for each in (scales, offsets))
+        s, z = (np.repeat(array_by_group, width, axis=1)[:, : shape[1]] for array_by_group in (scales, offsets))
         low, high = (-448, 448) if rule == groups.Rule.FLOAT8 else (-8, 7)
-        wanted = by_definition(rule, array, s, z, low, high)
+        expected = by_definition(rule, array, s, z, low, high)
         parameters = groups.GroupScales(width, scales, offsets)
         codes = groups.quantize_groups(array, parameters, rule, low, high)
         if rule == groups.Rule.FLOAT8:
-            assert bits(codes) == bits(wanted)
+            assert bits(codes) == bits(expected)
             continue
-        assert np.array_equal(codes.view(np.int8), wanted)
-        assert np.array_equal(groups.dequantize_groups(codes.view(np.int8), parameters), (wanted - z) * s)
+        assert np.array_equal(codes.view(np.int8), expected)
+        assert np.array_equal(groups.dequantize_groups(codes.view(np.int8), parameters), (expected - z) * s)
         padded = np.pad(array, ((0, 0), (0, count * width - shape[1])), mode="edge").reshape(shape[0], count, width)
         least, most = groups.group_ranges(array, width)
         assert np.array_equal(least, padded.min(2)) and np.array_equal(most, padded.max(2))
 
 
-def test_float8_of_every_rounding(instruction_set):
+def test_float8_rounds_every_value_as_ml_dtypes(instruction_set):
     tops = (np.arange(65536, dtype=np.uint32) << 16)[:, None]
     low = np.array([0, 1, 0x7FFF, 0x8000, 0xFFFF], np.uint32)
     values = (tops | low).view(np.float32).reshape(-1, 80)
     values = np.where(np.abs(values) <= 448, values, 1)
     ones = np.ones((len(values), 1), np.float32)
     codes = groups.quantize_groups(values, groups.GroupScales(80, ones), groups.Rule.FLOAT8, -448, 448)
-    wanted = (values + np.float32(0)).astype(compressed.FP8)
-    assert bits(codes) == bits(wanted)
+    expected = (values + np.float32(0)).astype(compressed.FP8)
+    assert bits(codes) == bits(expected)
 
 
 def test_shapes_are_checked():

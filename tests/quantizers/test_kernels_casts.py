@@ -1,4 +1,5 @@
-"""Float casts: every 16-bit value, the rounding of every float32 exponent, and NaN, against numpy, ml_dtypes and torch's rules."""
+"""Float casts: every 16-bit value, the rounding of every float32 exponent, and NaN, against numpy, ml_dtypes and
+torch."""
 
 from __future__ import annotations
 

@@ -1,7 +1,9 @@
-"""GGUF block types against ggml itself: the same bytes out, the same floats back, for every instruction set.
+"""GGUF block types against ggml itself: the same bytes and the same floats decoded from them, for every instruction
+set.
 
-Where the xllamacpp wheel is installed ggml runs beside our kernels; ggml_digests.json holds digests of what it wrote, for machines
-without the wheel and for the types whose tables it takes many seconds to build. tests/campaigns holds the long comparison.
+Where the xllamacpp wheel is installed ggml runs beside our kernels; ggml_digests.json holds digests of what it wrote,
+for machines without the wheel and for the types whose tables it takes many seconds to build. tests/campaigns holds the
+long comparison.
 """
 
 from __future__ import annotations
@@ -34,15 +36,16 @@ def instruction_set(request):
     kernels.use_instruction_set(before)
 
 
-def assert_same_blocks(type: str, case: str, got: np.ndarray, want: np.ndarray) -> None:
-    if np.array_equal(got, want):
+def assert_same_blocks(type: str, case: str, got: np.ndarray, expected: np.ndarray) -> None:
+    if np.array_equal(got, expected):
         return
     blocks = GGUF_TYPES[type].block_bytes
-    wrong = (got.reshape(-1, blocks) != want.reshape(-1, blocks)).any(axis=1)
+    wrong = (got.reshape(-1, blocks) != expected.reshape(-1, blocks)).any(axis=1)
     first = int(np.argmax(wrong))
     pytest.fail(
         f"{type}, {case}: {wrong.sum()} of {wrong.size} blocks differ; block {first}:\n"
-        f"  ours {got.reshape(-1, blocks)[first].tobytes().hex()}\n  ggml {want.reshape(-1, blocks)[first].tobytes().hex()}"
+        f"  gemma2tool {got.reshape(-1, blocks)[first].tobytes().hex()}\n"
+        f"  ggml {expected.reshape(-1, blocks)[first].tobytes().hex()}"
     )
 
 
@@ -73,7 +76,8 @@ def test_codes_are_those_recorded_from_ggml(type, instruction_set):
 
 
 def test_a_better_split_may_score_lower(instruction_set):
-    """A block in which rounding lowers the best score on the way, so that a candidate refused before would be taken after."""
+    """A block in which rounding lowers the best score during the search, so that an earlier candidate would now be
+    accepted."""
     block = np.load(Path(__file__).with_name("iq1_m_lower_score.npz"))
     assert_same_blocks("IQ1_M", "recorded", quantize("IQ1_M", block["x"], block["importance"]), block["codes"])
 
@@ -85,21 +89,21 @@ def test_floats_are_ggmls(type, instruction_set):
     for seed, kind in enumerate(kernel_data.ROWS):
         x = kernel_data.rows(kind, seed, 3, kernel_data.COLS)
         codes = llama_peer.quantize(type, x, np.ones(kernel_data.COLS, np.float32))
-        got, want = dequantize(type, codes, kernel_data.COLS), llama_peer.dequantize(type, codes, kernel_data.COLS)
-        assert np.array_equal(got.view(np.uint32), want.view(np.uint32)), (type, kind)
+        got, expected = dequantize(type, codes, kernel_data.COLS), llama_peer.dequantize(type, codes, kernel_data.COLS)
+        assert np.array_equal(got.view(np.uint32), expected.view(np.uint32)), (type, kind)
 
 
 @pytest.mark.parametrize("type", BLOCK_TYPES)
 def test_floats_of_any_codes_are_those_of_the_gguf_package(type, instruction_set):
-    """Random bytes reach codes and scales no quantizer writes."""
+    """Random bytes contain codes and scales that no quantizer writes."""
     import gguf
 
     row = GGUF_TYPES[type]
     codes = np.random.default_rng(5).integers(0, 256, (7, row_bytes(type, kernel_data.COLS)), dtype=np.uint8)
     with np.errstate(all="ignore"):
-        want = gguf.quants.dequantize(codes, gguf.GGMLQuantizationType(row.id))
+        expected = gguf.quants.dequantize(codes, gguf.GGMLQuantizationType(row.id))
     got = dequantize(type, codes, kernel_data.COLS)
-    same = (got.view(np.uint32) == want.view(np.uint32)) | (np.isnan(got) & np.isnan(want))
+    same = (got.view(np.uint32) == expected.view(np.uint32)) | (np.isnan(got) & np.isnan(expected))
     assert same.all(), (type, np.argwhere(~same)[:3])
 
 
@@ -130,8 +134,8 @@ def test_threads_share_the_kernels():
 
 
 @pytest.mark.parametrize("type", BLOCK_TYPES)
-def test_quantization_is_near(type):
-    """Needs no peer: the error of normal weights is what the type's bits allow."""
+def test_quantization_error_is_small(type):
+    """Without a peer: the error of normal weights is as small as the bits of the type allow."""
     x = kernel_data.rows("normal", 8, 8, 2048)
     weights = np.ones(2048, np.float32)
     error = dequantize(type, quantize(type, x, weights), 2048) - x
@@ -141,8 +145,8 @@ def test_quantization_is_near(type):
 
 
 @pytest.mark.parametrize("type", BLOCK_TYPES)
-def test_nonsense_is_survived(type, instruction_set):
-    """Values must be finite, but NaN, infinities and weights of any bits crash nothing and touch nothing beyond the output."""
+def test_invalid_values_do_not_crash(type, instruction_set):
+    """Values must be finite, but NaN, infinity and weights of any bits neither crash nor write outside the output."""
     rng = np.random.default_rng(1)
     x = rng.integers(0, 2**32, (5, 512), dtype=np.uint32).view(np.float32)
     x[1], x[2], x[3, ::2] = np.inf, -3e38, np.nan
@@ -176,15 +180,15 @@ def test_out_is_filled_and_refusals():
 
 
 @pytest.mark.parametrize(
-    "name, want", [("baseline", "baseline"), ("none-such", kernels.available_instruction_sets()[-1])]
+    ("name", "expected"), [("baseline", "baseline"), ("none-such", kernels.available_instruction_sets()[-1])]
 )
-def test_the_environment_chooses_the_instruction_set(name, want):
+def test_the_environment_selects_the_instruction_set(name, expected):
     code = "from gemma2tool.quantizers import kernels; print(kernels.current_instruction_set())"
     environment = os.environ | {"GEMMA2TOOL_INSTRUCTION_SET": name}
     result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert result.stdout.strip() == want
+    assert result.stdout.strip() == expected
 
 
-def test_an_instruction_set_the_machine_has_not_is_refused():
+def test_an_unsupported_instruction_set_is_refused():
     with pytest.raises(ValueError, match="no instruction set 'avx1024'"):
         kernels.use_instruction_set("avx1024")

@@ -1,4 +1,5 @@
-"""Which tensor gets which type: the rules for the released sizes, overrides, fallbacks. Whole files are judged in test_gguf_files."""
+"""Which tensor gets which type: the rules for the released sizes, overrides, fallbacks. Whole files are tested in
+formats/gguf."""
 
 from __future__ import annotations
 
@@ -27,10 +28,10 @@ BLOCKS = block_elements()
 def matrices(config: Gemma2Config) -> list[Matrix]:
     d, f, h = config.hidden_size, config.intermediate_size, config.num_attention_heads * config.head_dim
     cols = {"attn_q": d, "attn_k": d, "attn_v": d, "attn_output": h, "ffn_gate": d, "ffn_up": d, "ffn_down": f}
-    found = [Matrix("token_embd.weight", "token_embd", None, d)]
+    matrices = [Matrix("token_embd.weight", "token_embd", None, d)]
     for layer in range(config.num_hidden_layers):
-        found += [Matrix(f"blk.{layer}.{kind}.weight", kind, layer, size) for kind, size in cols.items()]
-    return found
+        matrices += [Matrix(f"blk.{layer}.{kind}.weight", kind, layer, size) for kind, size in cols.items()]
+    return matrices
 
 
 def chosen(size: str, name: str, imatrix: bool = False, **overrides: object) -> Choice:
@@ -53,9 +54,10 @@ def nbytes(size: str, choice: Choice) -> int:
 @pytest.mark.parametrize(
     ("size", "name", "gigabytes"),
     [
-        ("2b", "q4_k_m", 1.703), ("2b", "q6_k", 2.145), ("2b", "q8_0", 2.778), ("9b", "q2_k", 3.799), ("9b", "q3_k_m", 4.756),
-        ("9b", "iq4_xs", 5.217), ("9b", "q4_0", 5.437), ("9b", "q4_k_m", 5.755), ("9b", "q5_k_m", 6.641), ("9b", "q6_k", 7.583),
-        ("9b", "q8_0", 9.821), ("27b", "q4_k_m", 16.639), ("27b", "q8_0", 28.931),
+        ("2b", "q4_k_m", 1.703), ("2b", "q6_k", 2.145), ("2b", "q8_0", 2.778), ("9b", "q2_k", 3.799),
+        ("9b", "q3_k_m", 4.756), ("9b", "iq4_xs", 5.217), ("9b", "q4_0", 5.437), ("9b", "q4_k_m", 5.755),
+        ("9b", "q5_k_m", 6.641), ("9b", "q6_k", 7.583), ("9b", "q8_0", 9.821), ("27b", "q4_k_m", 16.639),
+        ("27b", "q8_0", 28.931),
     ],
 )  # fmt: skip
 def test_sizes_of_the_released_models(size: str, name: str, gigabytes: float) -> None:
@@ -80,7 +82,7 @@ def test_layers_with_more_bits(size: str) -> None:
         assert better == [i for i in range(SIZES[size].num_hidden_layers) if types[f"blk.{i}.attn_v.weight"] == "Q6_K"]
 
 
-def test_order_of_tensors_changes_nothing() -> None:
+def test_order_of_tensors_has_no_effect() -> None:
     config = SIZES["2b"]
     model = Model(config.num_hidden_layers, config.num_key_value_groups)
     backwards = matrices(config)[::-1]
@@ -110,7 +112,7 @@ def test_which_types_need_an_importance_matrix() -> None:
     assert not needs_imatrix(FILE_TYPES["iq1_s"], matrices(SIZES["2b"])[0], "IQ1_S")
 
 
-def test_overrides_and_which_beats_which() -> None:
+def test_overrides_and_their_precedence() -> None:
     patterns = [(r"blk\.0\.ffn", "Q8_0"), ("ffn_down", "Q3_K"), ("token_embd", "Q4_0")]
     types = chosen("2b", "q4_k_m", patterns=patterns).types
     assert [types[f"blk.{i}.ffn_down.weight"] for i in (0, 1)] == ["Q8_0", "Q3_K"]
@@ -124,22 +126,22 @@ def test_overrides_and_which_beats_which() -> None:
 
 
 @pytest.mark.parametrize(
-    ("wanted", "cols", "instead"),
+    ("preferred", "cols", "fallback"),
     [
-        ("Q4_K", 288, "Q5_0"), ("Q5_K", 288, "Q5_1"), ("Q6_K", 288, "Q8_0"), ("Q2_K", 288, "Q4_0"), ("TQ1_0", 288, "Q4_0"),
-        ("IQ4_XS", 288, "IQ4_NL"), ("IQ1_S", 288, "IQ4_NL"), ("Q4_K", 48, "F16"), ("Q8_0", 48, "F16"), ("Q4_0", 40, "F16"),
-        ("Q8_0", 288, "Q8_0"),
+        ("Q4_K", 288, "Q5_0"), ("Q5_K", 288, "Q5_1"), ("Q6_K", 288, "Q8_0"), ("Q2_K", 288, "Q4_0"),
+        ("TQ1_0", 288, "Q4_0"), ("IQ4_XS", 288, "IQ4_NL"), ("IQ1_S", 288, "IQ4_NL"), ("Q4_K", 48, "F16"),
+        ("Q8_0", 48, "F16"), ("Q4_0", 40, "F16"), ("Q8_0", 288, "Q8_0"),
     ],
 )  # fmt: skip
-def test_fallbacks_for_rows_that_do_not_divide(wanted: str, cols: int, instead: str) -> None:
+def test_fallbacks_for_rows_that_do_not_divide(preferred: str, cols: int, fallback: str) -> None:
     matrix = Matrix("blk.0.ffn_gate.weight", "ffn_gate", 0, cols)
-    overrides = Overrides(patterns=[("ffn_gate", wanted)])
+    overrides = Overrides(patterns=[("ffn_gate", preferred)])
     choice = choose(file_type("q8_0"), [matrix], Model(1, 2), BLOCKS, overrides)
-    assert choice.types[matrix.name] == instead
-    assert choice.fallbacks == ({} if instead == wanted else {matrix.name: wanted})
+    assert choice.types[matrix.name] == fallback
+    assert choice.fallbacks == ({} if fallback == preferred else {matrix.name: preferred})
 
 
-def test_wrong_requests() -> None:
+def test_invalid_requests_are_refused() -> None:
     with pytest.raises(UsageError, match="q4_k_m"):
         raise_hint("q4_k_x")
     for overrides, words in (

@@ -20,11 +20,11 @@ from tests.support.reference_peers import (
     CONFIGS,
     assert_agree,
     checkpoint_of,
-    our_model,
     padding,
     prompts,
     random_state,
-    their_model,
+    reference_model,
+    transformers_model,
 )
 
 CAUSAL = "Gemma2ForCausalLM"
@@ -60,12 +60,12 @@ def stepwise(model, ids, mask, pieces):
 def test_pieces_equal_one_pass_beyond_three_windows(config, side, prefill, chunk, seed):
     length = max(3 * config.sliding_window + 4, prefill + 5)
     state = random_state(config, CAUSAL, seed)
-    model, mask = our_model(config, CAUSAL, state), padding(side, 3, length)
+    model, mask = reference_model(config, CAUSAL, state), padding(side, 3, length)
     ids = prompts((3, length), config.vocab_size, seed)
     real = torch.ones(3, length, dtype=torch.bool) if mask is None else mask.bool()
     positions = None if mask is None else (mask.cumsum(-1) - 1).clamp(min=0)
     whole = model(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
-    exact = our_model(config, CAUSAL, state).double()
+    exact = reference_model(config, CAUSAL, state).double()
     exact_whole = exact(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
     rest = length - prefill
     pieces = [prefill, *[chunk] * (rest // chunk), *([rest % chunk] if rest % chunk else [])]
@@ -74,7 +74,7 @@ def test_pieces_equal_one_pass_beyond_three_windows(config, side, prefill, chunk
     exact_logits, _ = stepwise(exact, ids, mask, pieces)
     assert (exact_logits[real] - exact_whole[real]).abs().max() < 1e-9
     if config.sliding_window > 1:  # transformers 5.23 keeps every slot of a window of one, by slicing with [-0:]
-        their_logits, _ = stepwise(their_model(config, CAUSAL, state), ids, mask, pieces)
+        their_logits, _ = stepwise(transformers_model(config, CAUSAL, state), ids, mask, pieces)
         assert_agree(logits[real], their_logits[real], "logits by pieces, of transformers")
     assert cache.get_seq_length() == length
     for layer, (keys, values) in enumerate(cache.layers):
@@ -83,21 +83,21 @@ def test_pieces_equal_one_pass_beyond_three_windows(config, side, prefill, chunk
 
 
 def test_right_padding_then_more_tokens():
-    """A shorter row padded on the right stays masked while both rows go on."""
-    model = our_model(SMALL, CAUSAL, random_state(SMALL, CAUSAL))
+    """A shorter row padded on the right stays masked while both rows continue."""
+    model = reference_model(SMALL, CAUSAL, random_state(SMALL, CAUSAL))
     ids, mask = prompts((2, 20), SMALL.vocab_size, 4), torch.ones(2, 20, dtype=torch.long)
     mask[1, 6:9] = 0
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     logits, _ = stepwise(model, ids, mask, [9] + [1] * 11)
     # What row 1 would be without its padding; the window counts slots, so only global layers make this exact.
     everywhere = dataclasses.replace(SMALL, layer_types=("full_attention",) * 4)
-    model = our_model(everywhere, CAUSAL, random_state(SMALL, CAUSAL))
+    model = reference_model(everywhere, CAUSAL, random_state(SMALL, CAUSAL))
     logits, _ = stepwise(model, ids, mask, [9] + [1] * 11)
     alone = model(ids[1:, mask[1].bool()], position_ids=positions[1:, mask[1].bool()]).logits
     assert_agree(logits[1:, mask[1].bool()], alone)
 
 
-def test_the_cache_gives_back_the_memory_of_dropped_slots():
+def test_the_cache_frees_the_memory_of_dropped_slots():
     cache = cache_module.KeyValueCache(SMALL)
     cache.update(0, torch.zeros(1, 2, 50, 8), torch.zeros(1, 2, 50, 8))
     keys, _ = cache.layers[0]
@@ -113,7 +113,7 @@ def fault(function):
 
 
 def _kept(change):
-    """A cache whose sliding layers keep the window changed by ``change``, minus the token at hand."""
+    """A cache whose sliding layers keep the window changed by ``change``, without the current token."""
 
     def plant(patch):
         original = cache_module.KeyValueCache.__init__
@@ -134,7 +134,7 @@ def one_slot_too_few(patch):
 
 @fault
 def slots_counted_from_what_is_kept(patch):
-    """gemma_pytorch's 2024 release and Flax before 2024-09: the mask is built relative to the rows at hand."""
+    """gemma_pytorch's 2024 release and Flax before 2024-09: the mask is built relative to the current rows."""
     original = cache_module.KeyValueCache.update
 
     def update(self, layer, keys, values):
@@ -165,8 +165,8 @@ def positions_restart(patch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FAULTS)
-def test_cache_faults_are_noticed(name, monkeypatch):
-    model, ids = our_model(SMALL, CAUSAL, random_state(SMALL, CAUSAL)), prompts((2, 17), SMALL.vocab_size, 7)
+def test_cache_faults_are_detected(name, monkeypatch):
+    model, ids = reference_model(SMALL, CAUSAL, random_state(SMALL, CAUSAL)), prompts((2, 17), SMALL.vocab_size, 7)
     whole = model(ids, use_cache=False).logits
     assert_agree(stepwise(model, ids, None, [6] + [1] * 11)[0], whole)
     FAULTS[name](monkeypatch)
@@ -186,20 +186,20 @@ def test_greedy_generation_is_that_of_transformers(side):
         ids, mask = prompts((3, 9), config.vocab_size, seed), padding(side, 3, 9)
         mask = torch.ones_like(ids) if mask is None else mask
         ids = ids * mask
-        expected = their_model(config, CAUSAL, state).generate(
+        expected = transformers_model(config, CAUSAL, state).generate(
             ids, attention_mask=mask, do_sample=False, max_new_tokens=25, use_cache=True
         )[:, 9:]
-        model = our_model(config, CAUSAL, state)
-        found = torch.stack(list(generate(model, ids, attention_mask=mask, max_new_tokens=25)), dim=1)
-        assert torch.equal(found, expected)
+        model = reference_model(config, CAUSAL, state)
+        actual = torch.stack(list(generate(model, ids, attention_mask=mask, max_new_tokens=25)), dim=1)
+        assert torch.equal(actual, expected)
 
 
 @pytest.mark.slow
-def test_generation_ends_at_any_end_and_at_the_context():
+def test_generation_ends_at_any_eos_token_and_at_the_context():
     state = random_state(SMALL, CAUSAL, 3)
-    model, ids = our_model(SMALL, CAUSAL, state), prompts((1, 9), SMALL.vocab_size, 3)
+    model, ids = reference_model(SMALL, CAUSAL, state), prompts((1, 9), SMALL.vocab_size, 3)
     endless = list(generate(model, ids, max_new_tokens=1000, eos_token_ids=()))
-    assert len(endless) == SMALL.max_position_embeddings - 8  # the last token needs no room of its own
+    assert len(endless) == SMALL.max_position_embeddings - 8  # the last token is not fed back
     fifth = int(endless[4])
     first = next(index for index, token in enumerate(endless) if int(token) == fifth)
     assert len(list(generate(model, ids, max_new_tokens=1000, eos_token_ids=(39 - fifth, fifth)))) <= first + 1
@@ -209,12 +209,12 @@ def test_generation_ends_at_any_end_and_at_the_context():
 def test_a_streamed_model_generates_the_same():
     state = random_state(SMALL, CAUSAL, 2)
     ids, mask = prompts((2, 9), SMALL.vocab_size, 2), padding("left", 2, 9)
-    model, streamed = our_model(SMALL, CAUSAL, state), StreamedForCausalLM(checkpoint_of(SMALL, state))
-    found, expected = (
-        list(generate(each, ids, attention_mask=mask, max_new_tokens=12, eos_token_ids=()))
-        for each in (streamed, model)
+    model, streamed = reference_model(SMALL, CAUSAL, state), StreamedForCausalLM(checkpoint_of(SMALL, state))
+    actual, expected = (
+        list(generate(either, ids, attention_mask=mask, max_new_tokens=12, eos_token_ids=()))
+        for either in (streamed, model)
     )
-    assert len(found) == 12 and torch.equal(torch.stack(found), torch.stack(expected))
+    assert len(actual) == 12 and torch.equal(torch.stack(actual), torch.stack(expected))
 
 
 def test_sampling_restricts_as_transformers_does():
@@ -227,9 +227,9 @@ def test_sampling_restricts_as_transformers_does():
         top_p = float(torch.rand((), generator=generator)) * 0.98 + 0.01
         expected = TemperatureLogitsWarper(0.7)(None, logits.clone())
         expected = TopPLogitsWarper(top_p)(None, TopKLogitsWarper(top_k)(None, expected))
-        found = restrict_logits(logits / 0.7, top_k, top_p)
-        assert torch.equal(found.isinf(), expected.isinf())
-        assert torch.allclose(found.softmax(-1), expected.softmax(-1))
+        actual = restrict_logits(logits / 0.7, top_k, top_p)
+        assert torch.equal(actual.isinf(), expected.isinf())
+        assert torch.allclose(actual.softmax(-1), expected.softmax(-1))
 
 
 @pytest.mark.slow
@@ -239,7 +239,7 @@ def test_sampling_follows_the_probabilities_and_the_seed():
     drawn = torch.cat([sample_tokens(logits, Sampling(1.0, top_k=3), generator) for _ in range(4000)])
     shares = torch.bincount(drawn, minlength=4) / 4000
     assert torch.allclose(shares, torch.tensor([0.5, 0.3, 0.15, 0.0]) / 0.95, atol=0.03)
-    model, ids = our_model(SMALL, CAUSAL, random_state(SMALL, CAUSAL)), prompts((2, 5), SMALL.vocab_size, 1)
+    model, ids = reference_model(SMALL, CAUSAL, random_state(SMALL, CAUSAL)), prompts((2, 5), SMALL.vocab_size, 1)
     runs = [
         torch.stack(list(generate(model, ids, max_new_tokens=12, sampling=Sampling(1.5, seed=s)))) for s in (3, 3, 4)
     ]
@@ -250,12 +250,12 @@ def test_sampling_follows_the_probabilities_and_the_seed():
 def test_generation_refuses_what_the_model_cannot_do():
     state = random_state(SMALL, CAUSAL)
     with pytest.raises(UsageError, match="max_position_embeddings 64"):
-        next(generate(our_model(SMALL, CAUSAL, state), prompts((1, 65), 40, 1)))
+        next(generate(reference_model(SMALL, CAUSAL, state), prompts((1, 65), 40, 1)))
     with pytest.raises(UsageError, match="vocabulary of 40"):
-        next(generate(our_model(SMALL, CAUSAL, state), torch.tensor([[40]])))
+        next(generate(reference_model(SMALL, CAUSAL, state), torch.tensor([[40]])))
     both_ways = dataclasses.replace(SMALL, use_bidirectional_attention=True)
     with pytest.raises(UsageError, match="bidirectional"):
-        next(generate(our_model(both_ways, CAUSAL, state), prompts((1, 5), 40, 1)))
+        next(generate(reference_model(both_ways, CAUSAL, state), prompts((1, 5), 40, 1)))
 
 
 @pytest.mark.parametrize("wrong", [{"temperature": -1.0}, {"temperature": float("nan")}, {"top_k": 0}, {"top_p": 0.0}])

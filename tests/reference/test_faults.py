@@ -1,4 +1,5 @@
-"""Would the suite notice? Each known single mistake, planted in the forward pass, must break its agreement with peers.
+"""Checks that the suite detects mistakes: each known mistake, planted in the forward pass, must break agreement with
+peers.
 
 The mistakes are those that converters and ports of Gemma 2 have made. Each is compared by the same function and bound
 as the real thing: with transformers' logits and hidden states on one small model, and with the logits gemma_pytorch
@@ -18,7 +19,7 @@ from gemma2tool.model.config import Gemma2Config
 from gemma2tool.model.config_fields import FULL, SLIDING
 from gemma2tool.reference import layers
 from gemma2tool.reference import model as model_module
-from tests.support.reference_peers import assert_agree, our_model, prompts, their_model
+from tests.support.reference_peers import assert_agree, prompts, reference_model, transformers_model
 
 CAUSAL = "Gemma2ForCausalLM"
 CONFIG = Gemma2Config(
@@ -235,14 +236,14 @@ def norm_eps_of_1e_5(patch, config, state):
 
 @fault
 def norm_computed_in_the_activation_type(patch, config, state):
-    """Felt in low precision; in float32 it is the rounding of a bfloat16 norm."""
+    """Has an effect in low precision; in float32 it is the rounding of a bfloat16 norm."""
     _norm(patch, lambda self, x: _rms(self, x.bfloat16(), self.eps) * (1 + self.weight))
     return config, state
 
 
 @fault
 def positions_stretched(patch, config, state):
-    """Rotary angles are relative, so an offset alone would be invisible, and is no fault."""
+    """Rotary angles are relative, so a constant offset has no effect and is not a fault."""
     original = model_module.cos_sin
     patch.setattr(
         model_module, "cos_sin", lambda config, positions, dtype: original(config, positions + positions // 5, dtype)
@@ -262,17 +263,17 @@ def padded_embedding_row_off_by_one(patch, config, state):
 
 @pytest.fixture(scope="module")
 def peers():
-    """Ids, weights, and what transformers makes of them."""
+    """Ids, weights, and the outputs of transformers."""
     state, ids = trained_like_state(CONFIG), prompts((2, 20), CONFIG.vocab_size, 9)
-    output = their_model(CONFIG, CAUSAL, state)(ids, output_hidden_states=True)
+    output = transformers_model(CONFIG, CAUSAL, state)(ids, output_hidden_states=True)
     return ids, state, output
 
 
 def compare(config, state, ids, expected):
-    found = our_model(config, CAUSAL, state)(ids, output_hidden_states=True)
-    for layer, (x, y) in enumerate(zip(found.hidden_states, expected.hidden_states, strict=True)):
+    actual = reference_model(config, CAUSAL, state)(ids, output_hidden_states=True)
+    for layer, (x, y) in enumerate(zip(actual.hidden_states, expected.hidden_states, strict=True)):
         assert_agree(x, y, f"hidden state {layer}")
-    assert_agree(found.logits, expected.logits, "logits")
+    assert_agree(actual.logits, expected.logits, "logits")
 
 
 def test_without_a_fault_it_agrees(peers):
@@ -291,7 +292,7 @@ def test_fault_breaks_agreement_with_transformers(name, peers, monkeypatch):
 
 @pytest.mark.parametrize("name", FAULTS)
 def test_fault_breaks_agreement_with_gemma_pytorch(name, oracles, monkeypatch):
-    """On logits alone, which is all that a stored oracle has."""
+    """By logits alone, because a stored oracle has nothing else."""
     safetensors = pytest.importorskip("safetensors.torch")
     folder = oracles / "checkpoints"
     config = Gemma2Config.from_hf(json.loads((folder / "hf" / "27b" / "config.json").read_text()))
@@ -300,4 +301,4 @@ def test_fault_breaks_agreement_with_gemma_pytorch(name, oracles, monkeypatch):
     expected = torch.from_numpy(np.load(folder / "gemma_pytorch" / "27b" / "logits.npy"))
     config, faulty = FAULTS[name](monkeypatch, config, state)
     with pytest.raises(AssertionError, match="apart"):
-        assert_agree(our_model(config, CAUSAL, faulty)(ids).logits, expected)
+        assert_agree(reference_model(config, CAUSAL, faulty)(ids).logits, expected)

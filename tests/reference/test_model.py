@@ -23,11 +23,11 @@ from tests.support.reference_peers import (
     CLASSES,
     CONFIGS,
     assert_agree,
-    our_model,
     padding,
     prompts,
     random_state,
-    their_model,
+    reference_model,
+    transformers_model,
 )
 
 SMALL = Gemma2Config(
@@ -61,7 +61,7 @@ SMALL = Gemma2Config(
 )
 def test_every_output_agrees(config, kind, batch, length, side, embeds, shifted, keep, seed):
     state = random_state(config, kind, seed)
-    mine, theirs = our_model(config, kind, state), their_model(config, kind, state)
+    model, peer = reference_model(config, kind, state), transformers_model(config, kind, state)
     mask = padding(side, batch, length)
     ids = prompts((batch, length), config.vocab_size, seed)
     if mask is not None:
@@ -77,20 +77,20 @@ def test_every_output_agrees(config, kind, batch, length, side, embeds, shifted,
     if kind == "Gemma2ForCausalLM":
         some = torch.arange(0, length, 2)
         inputs["logits_to_keep"] = {"all": 0, "last": 1, "some": some, "mask": ids % 2 == 0}[keep]
-    found, expected = mine(**inputs), theirs(**inputs)
+    actual, expected = model(**inputs), peer(**inputs)
 
     real = torch.ones(batch, length, dtype=torch.bool) if mask is None else mask.bool()
-    for layer, (x, y) in enumerate(zip(found.hidden_states, expected.hidden_states, strict=True)):
+    for layer, (x, y) in enumerate(zip(actual.hidden_states, expected.hidden_states, strict=True)):
         assert_agree(x[real], y[real], f"hidden state {layer}")
-    for layer, (x, y) in enumerate(zip(found.attentions, expected.attentions, strict=True)):
+    for layer, (x, y) in enumerate(zip(actual.attentions, expected.attentions, strict=True)):
         assert_agree(x.transpose(1, 2)[real], y.transpose(1, 2)[real], f"attention {layer}")
     if kind == "Gemma2Model":
-        assert_agree(found.last_hidden_state[real], expected.last_hidden_state[real], "last hidden state")
+        assert_agree(actual.last_hidden_state[real], expected.last_hidden_state[real], "last hidden state")
     elif (kind == "Gemma2ForCausalLM" and keep == "all") or kind == "Gemma2ForTokenClassification":
-        assert_agree(found.logits[real], expected.logits[real], "logits")
-    elif side == "none" or kind == "Gemma2ForSequenceClassification":
-        if not (embeds and side == "right"):  # then both read a padded position
-            assert_agree(found.logits, expected.logits, "logits")
+        assert_agree(actual.logits[real], expected.logits[real], "logits")
+    elif (side == "none" or kind == "Gemma2ForSequenceClassification") and not (embeds and side == "right"):
+        # With embeddings and padding on the right both read a padded position.
+        assert_agree(actual.logits, expected.logits, "logits")
 
 
 @pytest.mark.slow
@@ -129,29 +129,31 @@ def test_losses_agree(config, kind, problem, floats, side, seed):
         if mask is not None:
             labels[mask == 0] = -100
     inputs = {"input_ids": ids, "attention_mask": mask, "labels": labels}
-    found, expected = our_model(config, kind, state)(**inputs), their_model(config, kind, state)(**inputs)
-    assert_agree(found.loss, expected.loss, "loss")
+    actual, expected = reference_model(config, kind, state)(**inputs), transformers_model(config, kind, state)(**inputs)
+    assert_agree(actual.loss, expected.loss, "loss")
 
 
 @pytest.mark.parametrize("side", ["none", "left", "right"])
-def test_sequence_class_is_read_off_the_last_real_token(side):
-    """Padding tokens by id, without any mask, as transformers finds them."""
+def test_sequence_class_is_that_of_the_last_real_token(side):
+    """Padding tokens are found by id, without a mask, as in transformers."""
     kind = "Gemma2ForSequenceClassification"
     state = random_state(SMALL, kind)
     ids = prompts((3, 9), SMALL.vocab_size, 5)
     mask = padding(side, 3, 9)
     ids = ids if mask is None else ids * mask
-    assert_agree(our_model(SMALL, kind, state)(ids).logits, their_model(SMALL, kind, state)(ids).logits)
-    assert our_model(SMALL, kind, state)(ids).logits.shape == (3, 2)
+    assert_agree(reference_model(SMALL, kind, state)(ids).logits, transformers_model(SMALL, kind, state)(ids).logits)
+    assert reference_model(SMALL, kind, state)(ids).logits.shape == (3, 2)
 
 
 @pytest.mark.parametrize("flavour", ["hd", "27b"])
-def test_logits_of_other_peoples_code(oracles, flavour):
-    """Google's gemma_pytorch ran the same weights."""
+def test_logits_of_gemma_pytorch(oracles, flavour):
+    """Logits of Google's gemma_pytorch with the same weights."""
     safetensors = pytest.importorskip("safetensors.torch")
     folder = oracles / "checkpoints"
     config = Gemma2Config.from_hf(json.loads((folder / "hf" / flavour / "config.json").read_text()))
-    model = our_model(config, "Gemma2ForCausalLM", safetensors.load_file(folder / "hf" / flavour / "model.safetensors"))
+    model = reference_model(
+        config, "Gemma2ForCausalLM", safetensors.load_file(folder / "hf" / flavour / "model.safetensors")
+    )
     ids = torch.from_numpy(np.load(folder / "ids.npy")).long()
     for writer in ("", "_sharded"):
         expected = torch.from_numpy(np.load(folder / "gemma_pytorch" / f"{flavour}{writer}" / "logits.npy"))
@@ -169,7 +171,9 @@ def test_flax_gave_the_same_logits(oracles):
         flavour = "27b" if "27b" in path.parent.name else "hd"
         config = Gemma2Config.from_hf(json.loads((folder / "hf" / flavour / "config.json").read_text()))
         state = safetensors.load_file(folder / "hf" / flavour / "model.safetensors")
-        assert_agree(our_model(config, "Gemma2ForCausalLM", state)(ids).logits, torch.from_numpy(np.load(path)).float())
+        assert_agree(
+            reference_model(config, "Gemma2ForCausalLM", state)(ids).logits, torch.from_numpy(np.load(path)).float()
+        )
         seen += 1
     assert seen
 
@@ -180,21 +184,21 @@ def test_low_precision_rounds_where_transformers_does(dtype, monkeypatch):
     """Two units in the last place at the median are asked for; equal roundings in equal places give none at all."""
     for seed in range(3):
         state = random_state(SMALL, "Gemma2ForCausalLM", seed)
-        mine = our_model(SMALL, "Gemma2ForCausalLM", state).to(dtype)
+        model = reference_model(SMALL, "Gemma2ForCausalLM", state).to(dtype)
         ids = prompts((2, 17), SMALL.vocab_size, seed)
-        expected = their_model(SMALL, "Gemma2ForCausalLM", state, dtype)(ids).logits
-        assert mine(ids).logits.dtype == expected.dtype == dtype
-        assert _steps_apart(mine(ids).logits, expected).median() == 0
+        expected = transformers_model(SMALL, "Gemma2ForCausalLM", state, dtype)(ids).logits
+        assert model(ids).logits.dtype == expected.dtype == dtype
+        assert _steps_apart(model(ids).logits, expected).median() == 0
         # The comparison can fail: one rounding left out, of the embedding's scale, is felt.
         with monkeypatch.context() as patch:
             patch.setattr(
                 model_module, "scale_embeddings", lambda x, config: (x.float() * config.embed_scale).to(x.dtype)
             )
-            assert _steps_apart(mine(ids).logits, expected).median() > 0
+            assert _steps_apart(model(ids).logits, expected).median() > 0
 
 
 def _steps_apart(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """How many representable numbers lie between each pair."""
+    """How many representable numbers are between each pair."""
     return (_ordered(x) - _ordered(y)).abs()
 
 
@@ -219,14 +223,14 @@ def test_embedding_scale_is_rounded_to_the_activation_type():
 def test_float64_is_the_limit_of_float32():
     state = random_state(SMALL, "Gemma2ForCausalLM")
     ids = prompts((2, 20), SMALL.vocab_size, 1)
-    narrow = our_model(SMALL, "Gemma2ForCausalLM", state)(ids).logits
-    double = our_model(SMALL, "Gemma2ForCausalLM", state).double()(ids).logits
+    narrow = reference_model(SMALL, "Gemma2ForCausalLM", state)(ids).logits
+    double = reference_model(SMALL, "Gemma2ForCausalLM", state).double()(ids).logits
     assert double.dtype == torch.float64
     assert_agree(narrow, double)
     # Nothing on the way fell back to float32: a change of 1e-12 in the weights is felt to its own size.
     moved = {name: tensor.double() * (1 + 1e-12) for name, tensor in state.items()}
-    shift = (our_model(SMALL, "Gemma2ForCausalLM", state).double()(ids).logits - double).abs().max()
-    model = our_model(SMALL, "Gemma2ForCausalLM", state).double()
+    shift = (reference_model(SMALL, "Gemma2ForCausalLM", state).double()(ids).logits - double).abs().max()
+    model = reference_model(SMALL, "Gemma2ForCausalLM", state).double()
     model.load_state_dict(moved)
     assert shift == 0 and 0 < (model(ids).logits - double).abs().max() < 1e-9
 
@@ -251,14 +255,14 @@ def test_rotary_scalings_agree(scaling, length):
     config = dataclasses.replace(SMALL, rope_scaling=scaling, max_position_embeddings=limit)
     state = random_state(config, "Gemma2Model")
     ids = prompts((2, length), config.vocab_size, 3)
-    found = our_model(config, "Gemma2Model", state)(ids).last_hidden_state
-    assert_agree(found, their_model(config, "Gemma2Model", state)(ids).last_hidden_state)
-    plain = our_model(SMALL, "Gemma2Model", state)(ids).last_hidden_state
+    actual = reference_model(config, "Gemma2Model", state)(ids).last_hidden_state
+    assert_agree(actual, transformers_model(config, "Gemma2Model", state)(ids).last_hidden_state)
+    plain = reference_model(SMALL, "Gemma2Model", state)(ids).last_hidden_state
     if not (scaling["rope_type"] == "dynamic" and length < limit):
-        assert (found - plain).abs().max() > 1e-2
+        assert (actual - plain).abs().max() > 1e-2
 
 
-def test_bidirectional_attention_agrees_with_the_masks_it_means():
+def test_bidirectional_attention_agrees_with_prepared_masks():
     """transformers' eager attention takes prepared masks; with these it attends both ways within the window."""
     config = dataclasses.replace(SMALL, use_bidirectional_attention=True)
     state = random_state(config, "Gemma2Model")
@@ -270,16 +274,20 @@ def test_bidirectional_attention_agrees_with_the_masks_it_means():
         "full_attention": torch.where(real & (distance >= 0), 0.0, low),
         "sliding_attention": torch.where(real & (distance < config.sliding_window), 0.0, low),
     }
-    expected = their_model(SMALL, "Gemma2Model", state)(ids, attention_mask=masks).last_hidden_state
-    found = our_model(config, "Gemma2Model", state)(ids, attention_mask=mask).last_hidden_state
-    assert_agree(found[mask.bool()], expected[mask.bool()])
+    expected = transformers_model(SMALL, "Gemma2Model", state)(ids, attention_mask=masks).last_hidden_state
+    actual = reference_model(config, "Gemma2Model", state)(ids, attention_mask=mask).last_hidden_state
+    assert_agree(actual[mask.bool()], expected[mask.bool()])
     with pytest.raises(UsageError, match="bidirectional"):
-        our_model(config, "Gemma2Model", state)(ids, use_cache=True)
+        reference_model(config, "Gemma2Model", state)(ids, use_cache=True)
 
 
-def test_query_blocks_change_nothing(monkeypatch):
+def test_query_blocks_have_no_effect(monkeypatch):
     state = random_state(SMALL, "Gemma2ForCausalLM")
-    model, ids, mask = our_model(SMALL, "Gemma2ForCausalLM", state), prompts((2, 23), 40, 2), padding("left", 2, 23)
+    model, ids, mask = (
+        reference_model(SMALL, "Gemma2ForCausalLM", state),
+        prompts((2, 23), 40, 2),
+        padding("left", 2, 23),
+    )
     whole = model(ids, attention_mask=mask, output_attentions=True)
     monkeypatch.setattr(layers, "SCORE_BYTES", 2 * 4 * 23 * 4 * 5)  # five queries at a time
     blocks = model(ids, attention_mask=mask, output_attentions=True)
@@ -307,8 +315,8 @@ assert not missing, missing
 
 
 @pytest.mark.slow
-def test_math_kernels_are_chosen_before_threads_can_race_for_them():
-    """Every function of ours that oneMKL computes is called once when the forward pass is imported."""
+def test_math_kernels_are_selected_before_threads_can_race():
+    """Importing the forward pass calls every function that oneMKL computes once."""
     subprocess.run([sys.executable, "-c", SETTLED], check=True, timeout=120)
 
 
@@ -320,17 +328,17 @@ def test_initialize_follows_the_config():
     assert not weights["model.norm.weight"].any()
 
 
-def test_dropout_acts_in_training_alone():
+def test_dropout_acts_only_in_training():
     config = dataclasses.replace(SMALL, attention_dropout=0.5)
     state = random_state(config, "Gemma2Model")
-    model, ids = our_model(config, "Gemma2Model", state), prompts((1, 9), 40, 1)
+    model, ids = reference_model(config, "Gemma2Model", state), prompts((1, 9), 40, 1)
     calm = model(ids).last_hidden_state
-    assert torch.equal(calm, our_model(SMALL, "Gemma2Model", state)(ids).last_hidden_state)
+    assert torch.equal(calm, reference_model(SMALL, "Gemma2Model", state)(ids).last_hidden_state)
     assert not torch.equal(calm, model.train()(ids).last_hidden_state)
 
 
 def test_outputs_as_tuples():
-    model = our_model(SMALL, "Gemma2ForCausalLM", random_state(SMALL, "Gemma2ForCausalLM"))
+    model = reference_model(SMALL, "Gemma2ForCausalLM", random_state(SMALL, "Gemma2ForCausalLM"))
     ids = prompts((1, 5), 40, 1)
     logits, cache, hidden = model(ids, return_dict=False, output_hidden_states=True)
     assert logits.shape == (1, 5, 40) and isinstance(cache, KeyValueCache) and len(hidden) == 5
@@ -339,19 +347,21 @@ def test_outputs_as_tuples():
     assert Gemma2Model(without).initialize()(ids).past_key_values is None
 
 
-def test_positions_may_be_said_in_every_documented_way():
-    model = our_model(SMALL, "Gemma2ForCausalLM", random_state(SMALL, "Gemma2ForCausalLM"))
+def test_positions_may_be_given_in_every_documented_way():
+    model = reference_model(SMALL, "Gemma2ForCausalLM", random_state(SMALL, "Gemma2ForCausalLM"))
     ids = prompts((2, 9), 40, 1)
     expected = model(ids).logits[:, 5:]
     cache = model(ids[:, :5], cache_position=torch.arange(5)).past_key_values
-    found = model(ids[:, 5:], past_key_values=cache, cache_position=torch.arange(5, 9), position_ids=torch.arange(5, 9))
-    assert_agree(found.logits, expected)
+    actual = model(
+        ids[:, 5:], past_key_values=cache, cache_position=torch.arange(5, 9), position_ids=torch.arange(5, 9)
+    )
+    assert_agree(actual.logits, expected)
     assert_agree(model(ids, position_ids=torch.arange(9)[None]).logits[:, 5:], expected)
 
 
 def test_wrong_inputs_get_clear_errors():
     state = random_state(SMALL, "Gemma2ForCausalLM")
-    model, ids = our_model(SMALL, "Gemma2ForCausalLM", state), prompts((2, 6), 40, 1)
+    model, ids = reference_model(SMALL, "Gemma2ForCausalLM", state), prompts((2, 6), 40, 1)
     embeds = torch.zeros(2, 6, 24)
     beyond = ids.clone()
     beyond[1, 3] = 40
@@ -380,4 +390,4 @@ def test_wrong_inputs_get_clear_errors():
     classifier = dataclasses.replace(SMALL, pad_token_id=None)
     kind = "Gemma2ForSequenceClassification"
     with pytest.raises(UsageError, match="pad_token_id"):
-        our_model(classifier, kind, random_state(classifier, kind))(ids)
+        reference_model(classifier, kind, random_state(classifier, kind))(ids)

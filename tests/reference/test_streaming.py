@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import subprocess
 import sys
 import threading
@@ -26,11 +27,11 @@ from tests.support.reference_peers import (
     CONFIGS,
     assert_agree,
     checkpoint_of,
-    our_model,
     padding,
     prompts,
     random_state,
-    their_model,
+    reference_model,
+    transformers_model,
 )
 
 CAUSAL = "Gemma2ForCausalLM"
@@ -52,15 +53,15 @@ def test_streamed_equals_whole_equals_transformers(config, block, side, seed):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(readahead, "BLOCK_BYTES", block)
         seen = {}
-        found = streaming.logits(
+        actual = streaming.logits(
             checkpoint_of(config, state), ids.numpy(), attention_mask=mask, on_layer=seen.__setitem__, threads=1
         )
-    assert found.dtype == np.float32
-    found = torch.from_numpy(found)
-    expected = their_model(config, CAUSAL, state)(ids, attention_mask=mask, output_hidden_states=True)
-    assert_agree(found[real], expected.logits[real])
-    whole = our_model(config, CAUSAL, state)(ids, attention_mask=mask, output_hidden_states=True)
-    assert_agree(found[real], whole.logits[real])
+    assert actual.dtype == np.float32
+    actual = torch.from_numpy(actual)
+    expected = transformers_model(config, CAUSAL, state)(ids, attention_mask=mask, output_hidden_states=True)
+    assert_agree(actual[real], expected.logits[real])
+    whole = reference_model(config, CAUSAL, state)(ids, attention_mask=mask, output_hidden_states=True)
+    assert_agree(actual[real], whole.logits[real])
     assert list(seen) == list(range(config.num_hidden_layers + 1))
     for layer in range(config.num_hidden_layers):  # the model's last hidden state has the final norm applied
         assert_agree(seen[layer][real], expected.hidden_states[layer][real])
@@ -74,12 +75,12 @@ def test_stored_types_widen_exactly(stored):
     checkpoint.tensors = {name: ArrayTensor(array) for name, array in narrow.items()}
     rounded = {name: torch.from_numpy(array.astype(np.float32)) for name, array in narrow.items()}
     ids = prompts((2, 11), SMALL.vocab_size, 2)
-    expected = our_model(SMALL, CAUSAL, rounded)(ids).logits
+    expected = reference_model(SMALL, CAUSAL, rounded)(ids).logits
     assert_agree(torch.from_numpy(streaming.logits(checkpoint, ids)), expected)
     assert_agree(Gemma2ForCausalLM.from_checkpoint(checkpoint)(ids).logits, expected)
     double = StreamedForward(checkpoint, ids, dtype=torch.float64).last_hidden_state()
     assert double.dtype == torch.float64
-    assert_agree(double, our_model(SMALL, CAUSAL, rounded).model(ids).last_hidden_state)
+    assert_agree(double, reference_model(SMALL, CAUSAL, rounded).model(ids).last_hidden_state)
 
 
 def test_low_precision_streams_the_same_bits():
@@ -104,10 +105,10 @@ def test_a_shorter_window_may_be_set():
     state = random_state(SMALL, CAUSAL)
     ids = prompts((1, 12), SMALL.vocab_size, 2)
     shorter = dataclasses.replace(SMALL, sliding_window=2)
-    found = torch.from_numpy(streaming.logits(checkpoint_of(SMALL, state), ids, sliding_window=2))
-    assert_agree(found, our_model(shorter, CAUSAL, state)(ids).logits)
+    actual = torch.from_numpy(streaming.logits(checkpoint_of(SMALL, state), ids, sliding_window=2))
+    assert_agree(actual, reference_model(shorter, CAUSAL, state)(ids).logits)
     with pytest.raises(AssertionError):
-        assert_agree(found, our_model(SMALL, CAUSAL, state)(ids).logits)
+        assert_agree(actual, reference_model(SMALL, CAUSAL, state)(ids).logits)
 
 
 def test_logits_by_vocabulary_and_by_position(monkeypatch):
@@ -121,7 +122,7 @@ def test_logits_by_vocabulary_and_by_position(monkeypatch):
         bounds.append((first, last))
         assert np.array_equal(logits.numpy(), whole[:, :, first:last])
     assert len(bounds) > 2 and bounds[0][0] == 0 and bounds[-1][1] == SMALL.vocab_size
-    assert all(end == start for (_, end), (start, _) in zip(bounds, bounds[1:], strict=False))
+    assert all(end == start for (_, end), (start, _) in itertools.pairwise(bounds))
     chunks = list(run.position_chunks(4))
     assert [(first, last) for first, last, _ in chunks] == [(0, 4), (4, 8), (8, 11)]
     assert_agree(torch.from_numpy(np.concatenate([part for *_, part in chunks], axis=1)), torch.from_numpy(whole))
@@ -132,11 +133,11 @@ def test_untied_head_and_biases_stream():
     state, ids = random_state(config, CAUSAL), prompts((2, 9), SMALL.vocab_size, 2)
     assert_agree(
         torch.from_numpy(streaming.logits(checkpoint_of(config, state), ids)),
-        their_model(config, CAUSAL, state)(ids).logits,
+        transformers_model(config, CAUSAL, state)(ids).logits,
     )
 
 
-def test_side_by_side_shows_where_two_models_part():
+def test_hidden_states_show_where_two_models_diverge():
     state = random_state(SMALL, CAUSAL)
     wrong = dict(state)
     name = "model.layers.2.mlp.up_proj.weight"
@@ -147,18 +148,18 @@ def test_side_by_side_shows_where_two_models_part():
         StreamedForward(checkpoint_of(SMALL, wrong), ids),
     )
     differences = list(streaming.compare_hidden_states(reference, candidate))
-    assert [each.layers for each in differences] == [0, 1, 2, 3, 4]
-    assert all(each.largest == each.rms == each.relative == 0 for each in differences[:3])
-    assert all(each.relative > 0.1 for each in differences[3:])
+    assert [difference.layers for difference in differences] == [0, 1, 2, 3, 4]
+    assert all(step.largest == step.rms == step.relative == 0 for step in differences[:3])
+    assert all(step.relative > 0.1 for step in differences[3:])
     assert np.abs(reference.logits() - candidate.logits()).max() > 0.1
 
 
-def test_inputs_of_every_projection_are_shown():
-    """What calibration needs: the input of each projection, under its weight's name."""
+def test_inputs_of_every_projection_are_passed():
+    """Calibration gets the input of each projection, by the name of its weight."""
     state, ids = random_state(SMALL, CAUSAL), prompts((2, 7), SMALL.vocab_size, 2)
     seen = {}
     streaming.logits(checkpoint_of(SMALL, state), ids, on_input=seen.__setitem__)
-    model, hooked = our_model(SMALL, CAUSAL, state), {}
+    model, hooked = reference_model(SMALL, CAUSAL, state), {}
     for name, module in model.named_modules():
         if name.endswith("_proj"):
             module.register_forward_pre_hook(lambda _, args, name=name: hooked.__setitem__(f"{name}.weight", args[0]))
@@ -185,7 +186,7 @@ def test_same_bits_from_run_to_run(few, monkeypatch):
     assert torch.get_num_threads() == before
 
 
-def test_equal_weights_give_equal_bits_whatever_they_are_stored_as(monkeypatch):
+def test_equal_weights_give_equal_bits_for_any_stored_type(monkeypatch):
     monkeypatch.setattr(readahead, "BLOCK_BYTES", 600)
     state, ids = random_state(SMALL, CAUSAL), prompts((2, 12), SMALL.vocab_size, 2)
     narrow = {name: tensor.numpy().astype(ml_dtypes.bfloat16) for name, tensor in state.items()}
@@ -209,7 +210,7 @@ def test_wrong_inputs_get_clear_errors():
         with pytest.raises(UsageError, match=message):
             StreamedForward(checkpoint, inputs, **options)
     del checkpoint.tensors["model.norm.weight"]
-    with pytest.raises(UsageError, match="model.norm.weight"):
+    with pytest.raises(UsageError, match=r"model\.norm\.weight"):
         Gemma2ForCausalLM.from_checkpoint(checkpoint)
 
 
@@ -217,7 +218,7 @@ def test_wrong_inputs_get_clear_errors():
 
 
 class Counted(ArrayTensor):
-    """Notes how many of its bytes have been read, and fails at a given row."""
+    """Records how many of its bytes have been read, and fails at a given row."""
 
     def __init__(self, array, fails_at=None):
         super().__init__(array)
@@ -252,7 +253,7 @@ def test_blocks_come_in_order_and_no_more_than_the_budget_ahead(threads, monkeyp
                 assert first == sum(map(len, got)) and last == first + len(rows)
                 got.append(rows)
                 used += rows.nbytes
-                read = sum(each.read for each in tensors.values())
+                read = sum(tensor.read for tensor in tensors.values())
                 # read and unused, at most a block more for each thread; and as many results as may wait to be taken
                 assert read - used <= 4000 + 1200 * threads + 1200 * 2 * threads
             assert np.array_equal(np.concatenate(got), tensor.array)
@@ -260,7 +261,7 @@ def test_blocks_come_in_order_and_no_more_than_the_budget_ahead(threads, monkeyp
 
 
 def test_one_product_is_shared_among_threads(monkeypatch):
-    """Two blocks are in use at the same moment: each waits for the other."""
+    """Two blocks are in use at the same time: each waits for the other."""
     monkeypatch.setattr(readahead, "BLOCK_BYTES", 16)
     together = threading.Barrier(2, timeout=20)
     with ReadAhead({"a": ArrayTensor(np.zeros((2, 4), np.float32))}, 2) as ahead:
@@ -286,7 +287,7 @@ def test_a_failing_use_is_raised_too():
         next(ahead.map("b", lambda *_: None))
 
 
-def test_the_thread_setting_comes_back_when_the_last_is_done():
+def test_the_thread_setting_is_restored_by_the_last_user():
     tensor = ArrayTensor(np.zeros((2, 4), np.float32))
     with streaming.use_threads(2), ReadAhead({"a": tensor}, 1) as one, ReadAhead({"a": tensor}, 1) as other:
         left, right = one.map("a", lambda *_: None), other.map("a", lambda *_: None)
@@ -298,7 +299,7 @@ def test_the_thread_setting_comes_back_when_the_last_is_done():
         assert torch.get_num_threads() == 2
 
 
-def test_a_run_given_up_halfway_leaves_no_thread(monkeypatch):
+def test_an_abandoned_run_leaves_no_thread(monkeypatch):
     monkeypatch.setattr(readahead, "AHEAD_BYTES", 100)
     monkeypatch.setattr(readahead, "BLOCK_BYTES", 600)
     run = StreamedForward(checkpoint_of(SMALL, random_state(SMALL, CAUSAL)), prompts((1, 5), 40, 1))
@@ -321,7 +322,7 @@ from gemma2tool.model.tensors import tensor_specs
 from gemma2tool.reference import streaming
 
 class Made(LazyTensor):
-    dtype, stored, origin = BFLOAT16, "bf16", "made"
+    dtype, stored, origin = BFLOAT16, "bf16", "synthetic"
     def __init__(self, shape): self.shape = shape
     def load_rows(self, first, last): return np.full((last - first, *self.shape[1:]), 0.01, BFLOAT16)
 
@@ -330,14 +331,14 @@ config = Gemma2Config(vocab_size=64000, hidden_size=1024, intermediate_size=8192
 tensors = {{name: Made(spec.shape) for name, spec in tensor_specs(config).items() if spec.required}}
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 before = peak()
-streaming.logits(Checkpoint(Path("m"), FormatFacts("made"), config, tensors), np.ones((1, 4), np.int64))
+streaming.logits(Checkpoint(Path("m"), FormatFacts("synthetic"), config, tensors), np.ones((1, 4), np.int64))
 print(peak() - before, sum(tensor.nbytes for tensor in tensors.values()))
 """
 
 
 @pytest.mark.slow
 def test_peak_memory_is_a_fraction_of_the_model():
-    """A model of 900 MiB in bfloat16 (1.8 GiB as float32) runs in the budget of what is read ahead and a few blocks."""
+    """A model of 900 MiB in bfloat16 (1.8 GiB as float32) runs in the memory of the read-ahead and a few blocks."""
     script = MEMORY.format()
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=120)
     grown, model = map(int, done.stdout.split())

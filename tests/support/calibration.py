@@ -1,4 +1,4 @@
-"""Calibration in tests: GPTQ as its paper states it, without any of the ways to be fast; the fixture's text, cut in two."""
+"""Calibration in tests: GPTQ as its paper states it, without optimizations; the training part of the fixture's text."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from tests.support.paths import FIXTURES
 def textbook_gptq(
     weight: np.ndarray, hessian: np.ndarray, grid: Grid, damping: float, act_order: bool
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Optimal brain surgeon, column by column, in float64, with the whole inverse updated after each (equations 2 and 3 of the paper).
+    """Optimal brain surgeon, column by column, in float64, updating the whole inverse after each column (equations 2
+    and 3 of the paper).
 
     Returns codes (n, I), zeros and scales (n, G), and the group of each column.
     """
@@ -44,20 +45,21 @@ def textbook_gptq(
     return in_place, np.stack(all_zeros, 1), np.stack(all_scales, 1), groups
 
 
-def decoded(codes: np.ndarray, zeros: np.ndarray, scales: np.ndarray, groups: np.ndarray) -> np.ndarray:
-    """float64 (n, I)."""
+def dequantized(codes: np.ndarray, zeros: np.ndarray, scales: np.ndarray, groups: np.ndarray) -> np.ndarray:
+    """The values of quantized rows, float64 (n, I)."""
     return (codes.astype(np.float64) - zeros[:, groups]) * scales.astype(np.float64)[:, groups]
 
 
 def correlated_inputs(tokens: int, columns: int, seed: int = 0) -> np.ndarray:
-    """Inputs (tokens, columns) as a model's are: columns depend on each other, and a few are much larger than the others."""
+    """Inputs (tokens, columns) like those of a model: columns are correlated, and a few are much larger than the
+    others."""
     generator = np.random.default_rng(seed)
     mixing = np.eye(columns) + 0.2 * generator.standard_normal((columns, columns))
     return generator.standard_normal((tokens, columns)) @ mixing * np.exp(generator.standard_normal(columns))
 
 
 def calibration_text() -> str:
-    """Python's language topics that the fixture was trained on: none of the documents of its held-out text."""
+    """The Python language topics that the fixture was trained on, without the documents of its held-out text."""
     from pydoc_data.topics import topics
 
     sys.path.insert(0, str(FIXTURES))
@@ -69,7 +71,7 @@ def calibration_text() -> str:
 
 
 def calibration_ids(source: Checkpoint, sequences: int, length: int) -> np.ndarray:
-    """(sequences, length) token ids of that text, evenly spread, bos first in each."""
+    """Token ids (sequences, length) of that text, evenly spread; each sequence starts with bos."""
     ids = np.array(Tokenizer(source).encode(calibration_text()))
     rows = ids[: len(ids) // length * length].reshape(-1, length).copy()
     rows[:, 0] = source.config.bos_token_id
@@ -77,7 +79,7 @@ def calibration_ids(source: Checkpoint, sequences: int, length: int) -> np.ndarr
 
 
 def paired_bootstrap(difference: np.ndarray, seed: int = 0, draws: int = 4000) -> tuple[float, float]:
-    """The 95 % interval of the mean of ``difference`` (sequences,), sequences drawn anew with replacement."""
+    """The 95 % interval of the mean of ``difference`` (sequences,), from sequences drawn with replacement."""
     picked = np.random.default_rng(seed).integers(0, len(difference), (draws, len(difference)))
     low, high = np.quantile(difference[picked].mean(1), [0.025, 0.975])
     return float(low), float(high)

@@ -1,4 +1,4 @@
-"""Rows of floats that are hard on quantizers, and importance weights to go with them."""
+"""Rows of floats that are difficult for quantizers, and importance weights for them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _mixed_blocks(rng: Generator, n: int, cols: int) -> np.ndarray:
 
 
 def _one_huge(rng: Generator, n: int, cols: int) -> np.ndarray:
-    """A value 1e4 times the others in each block of 256."""
+    """In each block of 256, one value that is 1e4 times larger."""
     x = rng.standard_normal((n, cols // 256, 256))
     at = rng.integers(0, 256, (n, cols // 256, 1))
     np.put_along_axis(x, at, np.take_along_axis(x, at, -1) * 1e4, -1)
@@ -58,13 +58,14 @@ ROWS: dict[str, Callable[[Generator, int, int], np.ndarray]] = {
 
 
 def rows(kind: str, seed: int, n: int, cols: int) -> np.ndarray:
-    """(n, cols) float32 of one of ROWS."""
+    """Float32 rows (n, cols) of one of the kinds in ROWS."""
     with np.errstate(under="ignore"):
         return np.ascontiguousarray(ROWS[kind](np.random.default_rng(seed), n, cols), dtype=np.float32)
 
 
 def importance(kind: str, seed: int, cols: int) -> np.ndarray | None:
-    """(cols,) float32 weights: ``none``, ``squares`` (as of activations), ``holes`` (many zero), ``wild`` (twelve decades)."""
+    """(cols,) float32 weights: ``none``, ``squares`` (as of activations), ``holes`` (many zero), ``wild`` (twelve
+    decades)."""
     rng = np.random.default_rng(seed + 1)
     if kind == "none":
         return None
@@ -77,11 +78,11 @@ def importance(kind: str, seed: int, cols: int) -> np.ndarray | None:
     return np.exp(rng.uniform(-14, 14, cols)).astype(np.float32)
 
 
-COUNT, COLS = 11, 768  # rows of a case: 33 superblocks, which is full batches and a rest for every lane width
+COUNT, COLS = 11, 768  # of a case: 33 superblocks, which are full batches and a remainder for every lane width
 
 
 def weight_kinds(type: GGUFType) -> tuple[str, ...]:
-    """The kinds of importance a type is tried with."""
+    """The kinds of importance that a type is tested with."""
     return ("none",) * (not type.needs_importance) + ("squares", "holes", "wild") * type.takes_importance
 
 

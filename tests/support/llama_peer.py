@@ -1,7 +1,8 @@
-"""ggml's own quantizers, from the xllamacpp wheel by ctypes: the judge of our kernels."""
+"""ggml's own quantizers, from the xllamacpp wheel by ctypes: the reference for gemma2tool's kernels."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes as C
 import functools
 import importlib.util
@@ -33,10 +34,8 @@ def available() -> bool:
 def _ggml() -> C.CDLL:
     spec = importlib.util.find_spec("xllamacpp")
     path = next(pathlib.Path(spec.submodule_search_locations[0]).glob("xllamacpp*.so"))
-    try:
+    with contextlib.suppress(OSError):
         C.CDLL("libgomp.so.1", mode=C.RTLD_GLOBAL)
-    except OSError:
-        pass
     ggml = C.CDLL(str(path))
     ggml.ggml_quantize_chunk.restype = C.c_size_t
     ggml.ggml_quantize_chunk.argtypes = [C.c_int, C.c_void_p, C.c_void_p, C.c_int64, C.c_int64, C.c_int64, C.c_void_p]

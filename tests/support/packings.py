@@ -1,4 +1,4 @@
-"""Encoding whole tensors as a packing stores them, for tests."""
+"""Encodes whole tensors as a packing stores them, for tests."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ NAME = "model.layers.0.mlp.up_proj.weight"
 
 
 def spec(name: str, shape: tuple[int, ...]) -> TensorSpec:
-    """A row of the tensor table for a name that looks like one of Gemma 2's."""
+    """A spec for a tensor whose name looks like one of Gemma 2's."""
     layer = int(name.split(".")[2]) if name.startswith("model.layers.") else None
     role = "norm" if "norm" in name else "embedding" if "embed" in name else "head" if "head" in name else "mlp"
     return TensorSpec(name, shape, role, layer, quantizable=len(shape) == 2, required=True)
 
 
 def encoded(encoder: Encoder, source: LazyTensor, rows_at_once: int = 3) -> dict[str, np.ndarray]:
-    """Every part, from ranges of rows; checks that the encoder told its parts' types, shapes and sizes."""
+    """Every part, encoded from ranges of rows; checks the types, shapes and sizes that the encoder declares."""
     step = encoder.row_multiple(source.shape) * rows_at_once
     pieces = [encoder.encode(source.load_rows(a, min(a + step, source.rows))) for a in range(0, source.rows, step)]
     whole = {suffix: np.concatenate([piece[suffix] for piece in pieces]) for suffix in pieces[0]}
@@ -42,7 +42,7 @@ def encoded(encoder: Encoder, source: LazyTensor, rows_at_once: int = 3) -> dict
 def stored_parts(
     name: str, source: LazyTensor, settings: Settings | str, rows_at_once: int = 3
 ) -> dict[str, np.ndarray]:
-    """What a folder of this type holds for one canonical tensor, by stored name."""
+    """The arrays that a folder of this type stores for one canonical tensor, by stored name."""
     settings = Settings(settings) if isinstance(settings, str) else settings
     encoder = packings.encoder_for(spec(name, source.shape), settings, source)
     if encoder is None:

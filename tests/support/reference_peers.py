@@ -1,4 +1,4 @@
-"""The same random model in our classes and in transformers', and the bound within which they must agree."""
+"""The same random model in gemma2tool's classes and in transformers', and the bound within which they must agree."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.config import Gemma2Config
 from gemma2tool.model.format_facts import FormatFacts
 from gemma2tool.model.lazy import ArrayTensor
-from gemma2tool.reference import model as ours
+from gemma2tool.reference import model as model_classes
 
-torch.set_num_threads(1)  # models this small only lose by more
+torch.set_num_threads(1)  # models this small are slower with more
 
 CLASSES = ("Gemma2Model", "Gemma2ForCausalLM", "Gemma2ForSequenceClassification", "Gemma2ForTokenClassification")
 
-# Windows shorter than the prompts, kv heads from 1 to all, sizes that divide by nothing, caps low enough to be felt. No
-# narrower than this, because norms over a handful of values magnify float32's own rounding: over 400 of these configs
+# Windows shorter than the prompts, kv heads from 1 to all, sizes without common divisors, caps low enough to have an
+# effect. No narrower than this, because norms over a few values magnify float32's rounding: over 400 of these configs
 # float32 and float64 differ by at most a seventh of the bound, at half these widths by half of it.
 CONFIGS = st.builds(
     lambda heads, per_head, kv, **rest: Gemma2Config(
@@ -51,9 +51,9 @@ CONFIGS = st.builds(
 
 
 def random_state(config: Gemma2Config, kind: str, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Weights large enough that soft caps, norms and activations all leave their linear range."""
+    """Weights so large that soft caps, norms and activations all leave their linear range."""
     with torch.device("meta"):
-        shapes = {name: tensor.shape for name, tensor in getattr(ours, kind)(config).state_dict().items()}
+        shapes = {name: tensor.shape for name, tensor in getattr(model_classes, kind)(config).state_dict().items()}
     generator = torch.Generator().manual_seed(seed)
     state = {}
     for name, shape in shapes.items():
@@ -62,17 +62,19 @@ def random_state(config: Gemma2Config, kind: str, seed: int = 0) -> dict[str, to
     return state
 
 
-def our_model(config: Gemma2Config, kind: str, state: dict[str, torch.Tensor]):
-    model = getattr(ours, kind)(config)
+def reference_model(config: Gemma2Config, kind: str, state: dict[str, torch.Tensor]):
+    model = getattr(model_classes, kind)(config)
     model.load_state_dict(state)
     return model.requires_grad_(False).eval()
 
 
-def their_model(config: Gemma2Config, kind: str, state: dict[str, torch.Tensor], dtype: torch.dtype = torch.float32):
+def transformers_model(
+    config: Gemma2Config, kind: str, state: dict[str, torch.Tensor], dtype: torch.dtype = torch.float32
+):
     transformers = pytest.importorskip("transformers")
-    their_config = transformers.Gemma2Config(**config.to_hf())
-    their_config._attn_implementation = "eager"
-    model = getattr(transformers, kind)(their_config)
+    transformers_config = transformers.Gemma2Config(**config.to_hf())
+    transformers_config._attn_implementation = "eager"
+    model = getattr(transformers, kind)(transformers_config)
     missing, unexpected = model.load_state_dict(state, strict=False)
     assert not unexpected and set(missing) <= {"lm_head.weight"}
     model.tie_weights()
@@ -81,12 +83,12 @@ def their_model(config: Gemma2Config, kind: str, state: dict[str, torch.Tensor],
     return model.requires_grad_(False).eval()
 
 
-def assert_agree(found: torch.Tensor, expected: torch.Tensor, what: str = "values") -> None:
-    """Within 5e-5 plus 1e-5 of the value, at every place."""
-    assert found.shape == expected.shape, f"{what}: shape {tuple(found.shape)}, expected {tuple(expected.shape)}"
-    found, expected = found.double(), expected.double()
-    excess = (found - expected).abs() - (5e-5 + 1e-5 * expected.abs())
-    assert bool((excess <= 0).all()), f"{what}: {(found - expected).abs().max().item():.2e} apart"
+def assert_agree(actual: torch.Tensor, expected: torch.Tensor, what: str = "values") -> None:
+    """Assert that every value agrees within 5e-5 plus 1e-5 of the value."""
+    assert actual.shape == expected.shape, f"{what}: shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
+    actual, expected = actual.double(), expected.double()
+    excess = (actual - expected).abs() - (5e-5 + 1e-5 * expected.abs())
+    assert bool((excess <= 0).all()), f"{what}: {(actual - expected).abs().max().item():.2e} apart"
 
 
 def checkpoint_of(config: Gemma2Config, state: dict[str, torch.Tensor]) -> Checkpoint:

@@ -14,7 +14,7 @@ from gemma2tool.errors import UsageError
 from gemma2tool.model.config_fields import FULL, SLIDING
 from gemma2tool.verify.diagnosis.counterfactual import counterfactual
 from tests.reference.test_faults import CONFIG, trained_like_state
-from tests.support.reference_peers import checkpoint_of, their_model
+from tests.support.reference_peers import checkpoint_of, transformers_model
 
 CAUSAL = "Gemma2ForCausalLM"
 IDS = np.concatenate([[CONFIG.bos_token_id], np.random.default_rng(1).integers(3, CONFIG.vocab_size, 23)])
@@ -24,7 +24,7 @@ State = dict[str, torch.Tensor]
 
 def peer_logits(ids: np.ndarray = IDS, state: State | None = None, **fields: object) -> np.ndarray:
     """transformers' logits (T, V), float32, of a config with other ``fields`` and another ``state`` if given."""
-    model = their_model(dataclasses.replace(CONFIG, **fields), CAUSAL, STATE if state is None else state)
+    model = transformers_model(dataclasses.replace(CONFIG, **fields), CAUSAL, STATE if state is None else state)
     with torch.no_grad():
         return model(torch.from_numpy(ids)[None]).logits[0].numpy()
 
