@@ -158,7 +158,7 @@ def test_act_order_permutes_the_groups_and_says_so(tmp_path: Path) -> None:
     path = written(source, tmp_path / "out", "gptq-4", group_size=32, calibration=small_ids(tmp_path), act_order=True)
     assert json.loads((path / "config.json").read_text())["quantization_config"]["desc_act"] is True
     with registry.open_checkpoint(path) as candidate:
-        groups = {name: tensor.groups for name, tensor in candidate.tensors.items() if tensor.stored == "gptq-4"}
+        groups = {name: tensor.g_idx for name, tensor in candidate.tensors.items() if tensor.stored == "gptq-4"}
         assert verify(source, candidate, VerifySettings(levels=("tensors",))).passed
     assert all(np.array_equal(np.bincount(each), np.full(len(each) // 32, 32)) for each in groups.values())
     prefix = "model.layers.1."
