@@ -24,6 +24,7 @@ from gemma2tool.formats.option_info import parse_size
 from gemma2tool.formats.options import Adapter, Calibration, GGUFOptions, PackingOptions, SplitOptions, WriteOptions
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.config import Gemma2Config
+from gemma2tool.model.digest import Hashes, hash_checkpoint
 from gemma2tool.pipeline import conversion, inspection, verification
 from gemma2tool.pipeline.events import ProgressCallback, ProgressEvent, as_progress
 from gemma2tool.pipeline.generation import Generation, GenerationOptions
@@ -40,7 +41,6 @@ from gemma2tool.pipeline.verification import DiffRequest, VerifyRequest, log_war
 from gemma2tool.storage.paths import refuse_existing, refuse_overwriting_input
 from gemma2tool.verify.diagnosis.cause import Cause
 from gemma2tool.verify.difference import Difference
-from gemma2tool.verify.digest import Hashes, hash_checkpoint
 from gemma2tool.verify.finding import Finding, GateResult
 from gemma2tool.verify.gates import gate_names, parse_gates
 from gemma2tool.verify.result import Verification

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from gemma2tool.containers import strict_json
 from gemma2tool.errors import InputRefused
+from gemma2tool.formats.tokenizers.reading import read_tokenizer
 from gemma2tool.model.checkpoint import ASSET_NAMES, Assets, Checkpoint
 from gemma2tool.model.config import Gemma2Config
 from gemma2tool.storage.paths import confined_path
@@ -15,6 +16,8 @@ from gemma2tool.storage.reading import read_whole
 
 MAX_ASSET_BYTES = 64 << 20
 MAX_CONFIG_BYTES = 4 << 20
+TEMPLATES = "additional_chat_templates"
+MAX_TEMPLATES = 64
 
 
 def folder_assets(folder: Path) -> Assets:
@@ -24,7 +27,18 @@ def folder_assets(folder: Path) -> Assets:
         if (folder / name).is_file():
             path = confined_path(folder, name)
             readers[name] = partial(read_whole, path, what=name, max_bytes=MAX_ASSET_BYTES)
-    return Assets(readers)
+    templates = folder / TEMPLATES
+    if templates.is_dir() and not templates.is_symlink():
+        for path in sorted(templates.glob("*.jinja"))[:MAX_TEMPLATES]:
+            path = confined_path(templates, path.name)
+            name = f"{TEMPLATES}/{path.name}"
+            readers[name] = partial(read_whole, path, what=name, max_bytes=MAX_ASSET_BYTES)
+    return Assets(readers, read_tokenizer)
+
+
+def single_asset(name: str, path: Path) -> Assets:
+    """The file at ``path`` as the only asset, called ``name``."""
+    return Assets({name: partial(read_whole, path, what=path.name, max_bytes=MAX_ASSET_BYTES)}, read_tokenizer)
 
 
 def read_config(path: Path) -> Gemma2Config:

@@ -12,6 +12,7 @@ from gemma2tool.model.config import Gemma2Config
 from gemma2tool.model.format_facts import FormatFacts
 from gemma2tool.model.lazy import FLOAT32, DType, LazyTensor
 from gemma2tool.model.tensors import TensorSpec, check_tensors, tensor_specs
+from gemma2tool.model.tokenizer import Tokenizer
 
 ASSET_NAMES = (
     "tokenizer.model",
@@ -26,11 +27,27 @@ ASSET_NAMES = (
 """Files that belong to a model besides its weights and config, as Hugging Face repositories name them."""
 
 
-class Assets(Mapping[str, bytes]):
-    """Tokenizer, generation config and chat template: the names are known at once, the contents are read on access."""
+TokenizerReader = Callable[[Mapping[str, bytes], Gemma2Config], Tokenizer]
+"""Makes the canonical tokenizer from a checkpoint's assets and config."""
 
-    def __init__(self, readers: Mapping[str, Callable[[], bytes]] | None = None) -> None:
+
+class Assets(Mapping[str, bytes]):
+    """Tokenizer, generation config and chat template: names at once, contents read when asked for.
+
+    ``read_tokenizer``: how the canonical tokenizer is read; None: there is none. ``derived``: the files were made from
+    the canonical tokenizer and are not the checkpoint's own.
+    """
+
+    def __init__(
+        self,
+        readers: Mapping[str, Callable[[], bytes]] | None = None,
+        read_tokenizer: TokenizerReader | None = None,
+        *,
+        derived: bool = False,
+    ) -> None:
         self._readers = dict(readers or {})
+        self.read_tokenizer = read_tokenizer
+        self.derived = derived
 
     def __getitem__(self, name: str) -> bytes:
         return self._readers[name]()
@@ -71,6 +88,8 @@ class Checkpoint:
 
     closers: list[Callable[[], None]] = field(default_factory=list)
 
+    _tokenizer: tuple[Assets, Gemma2Config, Tokenizer] | None = field(default=None, repr=False, compare=False)
+
     @property
     def format(self) -> str:
         """The name of the format it came from: "hf", "gguf", ..."""
@@ -90,6 +109,19 @@ class Checkpoint:
     def check(self) -> None:
         """Compare the tensors with the table; see ``check_tensors``."""
         check_tensors(self.config, {name: tensor.shape for name, tensor in self.tensors.items()}, self.path.name)
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The canonical tokenizer, read when it is first asked for; without a vocabulary where the checkpoint has none.
+
+        Raises ``InputRefused`` for files that are damaged or not a Gemma's.
+        """
+        cached = self._tokenizer
+        if cached is None or cached[0] is not self.assets or cached[1] != self.config:
+            read = self.assets.read_tokenizer
+            tokenizer = Tokenizer() if read is None else read(self.assets, self.config)
+            cached = self._tokenizer = (self.assets, self.config, tokenizer)
+        return cached[2]
 
     @property
     def specs(self) -> dict[str, TensorSpec]:

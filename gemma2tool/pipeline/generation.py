@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from gemma2tool.errors import UsageError
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.pipeline.logits import check_device
-from gemma2tool.pipeline.prompt import Tokenizer
+from gemma2tool.pipeline.prompt import PromptTokenizer
 from gemma2tool.pipeline.requests import default_threads
 
 COMPUTE_DTYPES = ("f32", "bf16", "f16")
@@ -67,7 +67,7 @@ def generate(
     """Generate token by token, in the chat template if the checkpoint has one. ``on_text`` receives each piece of text
     as it comes.
     """
-    tokenizer = Tokenizer(checkpoint)
+    tokenizer = PromptTokenizer(checkpoint)
     ids = tokenizer.encode(prompt if options.raw else tokenizer.chat(prompt) or prompt)
 
     import torch

@@ -22,7 +22,7 @@ from gemma2tool.formats.gguf.table import TABLE
 from gemma2tool.formats.mapping.transforms import entries
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.progress import Progress, progress_or_null
-from gemma2tool.pipeline.prompt import Tokenizer, rows_of
+from gemma2tool.pipeline.prompt import PromptTokenizer, rows_of
 from gemma2tool.storage.paths import refuse_overwriting_input
 from gemma2tool.storage.staging.staged_output import Staging
 from gemma2tool.storage.text_file import read_text
@@ -67,7 +67,7 @@ def collect_imatrix(
     """Run the text through the model and write the importance matrix to ``out``."""
     words = read_text(text, what="text")
     refuse_overwriting_input((*checkpoint.files, text), out)
-    ids = Tokenizer(checkpoint).encode(words)
+    ids = PromptTokenizer(checkpoint).encode(words)
     chunks = chunks_of(ids, options.chunk_size, checkpoint.config.bos_token_id, options.max_chunks)
     with progress_or_null(progress, chunks.size, "tokens", unit="tokens") as bar:
         sums = collect(checkpoint, chunks, threads=options.threads, advance=bar.advance)

@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from gemma2tool.containers import strict_json, tokenizer_model
-from gemma2tool.errors import InputRefused, UsageError
-from gemma2tool.formats.assets import MAX_CONFIG_BYTES
+from gemma2tool.errors import UsageError
 from gemma2tool.model.checkpoint import Checkpoint
+from gemma2tool.model.tokenizer_runner import TokenizerRunner
 from gemma2tool.pipeline.template import render
 
-if TYPE_CHECKING:
-    from sentencepiece import SentencePieceProcessor
 
-BOS = "<bos>"
-
-
-def rows_of(ids: Sequence[int], length: int, bos: int | None) -> np.ndarray:
+def rows_of(ids: Sequence[int], length: int, bos: int | None) -> NDArray[np.int64]:
     """``ids`` cut into whole rows, int64 (N, length), bos in place of each one's first token; what does not fill a row
     is left out.
     """
@@ -30,75 +24,51 @@ def rows_of(ids: Sequence[int], length: int, bos: int | None) -> np.ndarray:
     return rows
 
 
-class Tokenizer:
-    """A checkpoint's ``tokenizer.model``, run by sentencepiece, and its chat template, see ``template``.
+class PromptTokenizer:
+    """A checkpoint's tokenizer with its chat template, see ``template``.
 
-    Raises ``UsageError`` where there is no tokenizer.model, ``InputRefused`` for one that sentencepiece cannot load.
+    Raises ``UsageError`` where there is none, ``InputRefused`` for one that is damaged or cannot be run.
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
-        import sentencepiece
-
-        if "tokenizer.model" not in checkpoint.assets:
+        name = checkpoint.path.name
+        if not checkpoint.tokenizer.has_vocabulary:
             raise UsageError(
                 "tokenizer.missing",
-                f"{checkpoint.path.name}: no tokenizer.model beside the weights",
+                f"{name}: no tokenizer.model or tokenizer.json beside the weights",
                 hint="put the model's tokenizer.model into its folder",
             )
         self.checkpoint = checkpoint
-        data = checkpoint.assets["tokenizer.model"]
-        tokenizer_model.check(data, f"{checkpoint.path.name}: tokenizer.model")
-        try:
-            self.model: SentencePieceProcessor = sentencepiece.SentencePieceProcessor(model_proto=data)
-        except (RuntimeError, OSError):
-            raise InputRefused(
-                "tokenizer.damaged",
-                f"{checkpoint.path.name}: tokenizer.model is no sentencepiece model",
-                hint="fetch the tokenizer again",
-            ) from None
+        self.tokenizer = checkpoint.tokenizer
+        self.runner = TokenizerRunner(self.tokenizer, f"{name}: tokenizer")
 
     def encode(self, text: str) -> list[int]:
         """Token ids of ``text``, bos first (once, whether the text begins with it or not)."""
-        ids = self.model.encode(text.removeprefix(BOS))
+        ids = self.runner.encode(text.removeprefix(self._special_text("bos")))
         bos = self.checkpoint.config.bos_token_id
         return ids if bos is None else [bos, *ids]
 
     def decode(self, ids: Sequence[int]) -> str:
-        return self.model.decode([int(token) for token in ids])
+        return self.runner.decode(ids)
 
     def chat(self, prompt: str) -> str | None:
         """``prompt`` as a user's turn in the chat template, up to where the model answers; None without a template."""
-        template = self._template()
+        template = self.tokenizer.chat_template
         if template is None:
             return None
         values = {
             "messages": [{"role": "user", "content": prompt}],
             "add_generation_prompt": True,
-            "bos_token": BOS,
-            "eos_token": "<eos>",
+            "bos_token": self._special_text("bos"),
+            "eos_token": self._special_text("eos"),
         }
         return render(template, values, self.checkpoint.path.name)
 
     def stop_ids(self) -> tuple[int, ...]:
-        """Ids that end an answer: generation_config.json's list, else the config's."""
-        stops = self._json("generation_config.json").get("eos_token_id")
-        if isinstance(stops, int):
-            return (stops,)
-        if isinstance(stops, list) and stops and all(isinstance(stop, int) for stop in stops):
-            return tuple(stops)
-        return self.checkpoint.config.eos_token_ids
+        """Ids that end an answer: those that the tokenizer's files state, else the config's."""
+        return self.tokenizer.stop_ids or self.checkpoint.config.eos_token_ids
 
-    def _template(self) -> str | None:
-        template = self._json("tokenizer_config.json").get("chat_template")
-        if isinstance(template, list):
-            named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
-            template = named.get("default")
-        if template is None and "chat_template.jinja" in self.checkpoint.assets:
-            template = self.checkpoint.assets["chat_template.jinja"].decode("utf-8", "replace")
-        return template if isinstance(template, str) else None
-
-    def _json(self, name: str) -> dict[str, Any]:
-        if name not in self.checkpoint.assets:
-            return {}
-        content = strict_json.load(self.checkpoint.assets[name], what=name, max_bytes=64 * MAX_CONFIG_BYTES)
-        return content if isinstance(content, dict) else {}
+    def _special_text(self, role: str) -> str:
+        token = self.tokenizer.roles.get(role)
+        added = None if token is None else self.tokenizer.added_tokens.get(token)
+        return f"<{role}>" if added is None else added.content

@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 
 from gemma2tool.model.checkpoint import Checkpoint
+from gemma2tool.model.digest import ALGORITHM, Hashes, hash_tensors, tokenizer_digest
 from gemma2tool.model.progress import Advance, Progress, progress_or_null
 from gemma2tool.receipt.document import Receipt
 from gemma2tool.receipt.files import FileDigest, digest_files, file_names, file_path
 from gemma2tool.verify.compare.config import compare_configs
 from gemma2tool.verify.compare.reference_logits import ReferenceLogits, recompute
 from gemma2tool.verify.compare.tensors import read_through
-from gemma2tool.verify.digest import ALGORITHM, Hashes, hash_tensors, tokenizer_digest
 from gemma2tool.verify.finding import Finding, GateResult
 from gemma2tool.verify.gates import GATES
 from gemma2tool.verify.json_values import significant
@@ -79,7 +79,7 @@ def _names_gate(candidate: Checkpoint, receipt: Receipt) -> GateResult:
 
 def _tokenizer_gate(candidate: Checkpoint, receipt: Receipt) -> GateResult:
     gate, recorded = "tokenizer", receipt.hashes["tokenizer"]
-    digest = tokenizer_digest(candidate.assets)
+    digest = tokenizer_digest(candidate)
     metrics = {"digest": digest}
     if recorded is None:
         return GateResult(gate, "skipped", "the receipt has no tokenizer", metrics)
@@ -145,7 +145,7 @@ def _tensors_gate(candidate: Checkpoint, receipt: Receipt, threads: int, advance
             now = f"they are those of {names[digest]}" if digest in names else f"{digest[:16]}... now"
             message = f"its values differ from those that were verified (digest {recorded[:16]}... then, {now})"
             findings.append(Finding(gate, "error", name, message))
-    hashes = Hashes.of(digests, candidate.config, candidate.assets).to_json()
+    hashes = Hashes.of(digests, candidate).to_json()
     metrics: dict[str, Any] = {"count": len(digests), "hashes": hashes}
     summary = f"the values of {len(digests)} tensors have the digests of the receipt ({ALGORITHM})"
     return _result(gate, summary, metrics, findings)

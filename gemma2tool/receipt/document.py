@@ -20,6 +20,7 @@ from gemma2tool.containers import strict_json
 from gemma2tool.errors import InputRefused, ToolError
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.config import Gemma2Config
+from gemma2tool.model.digest import Hashes, config_digest, model_digest, tensors_digest
 from gemma2tool.model.lazy import FLOAT_DTYPES
 from gemma2tool.receipt.files import FileDigest
 from gemma2tool.receipt.schema import schema, violation
@@ -27,7 +28,6 @@ from gemma2tool.storage.quoting import quoted
 from gemma2tool.storage.reading import open_for_reading
 from gemma2tool.verify.compare.comparison import TensorComparison
 from gemma2tool.verify.compare.reference_logits import ReferenceLogits
-from gemma2tool.verify.digest import Hashes, config_digest, model_digest, tensors_digest
 from gemma2tool.verify.gates import loosest
 from gemma2tool.verify.json_values import json_value
 from gemma2tool.verify.result import Verification
@@ -83,13 +83,13 @@ def build_receipt(
         "source": {
             "name": Path(os.path.abspath(source.path)).name,
             "format": source.format,
-            "hashes": Hashes.of(source_digests, source.config, source.assets).to_json(),
+            "hashes": Hashes.of(source_digests, source).to_json(),
         },
         "output": {
             "name": Path(os.path.abspath(output.path)).name,
             "format": output.format,
             "bytes": sum(file.nbytes for file in files),
-            "hashes": Hashes.of(output_digests, output.config, output.assets).to_json(),
+            "hashes": Hashes.of(output_digests, output).to_json(),
             "config": json_value(output.config.to_hf()),
             "files": [file.to_json() for file in files],
         },

@@ -14,6 +14,7 @@ from typing import Any, Protocol, TypeVar
 
 from numpy.typing import ArrayLike
 
+from gemma2tool.errors import InputRefused
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.lazy import LazyTensor
 from gemma2tool.model.progress import Progress, progress_or_null
@@ -145,9 +146,18 @@ def _both_ways(compare: _Compare[Compared], a: Compared, b: Compared) -> GateRes
 
 def _compare_tokenizers(a: Checkpoint, b: Checkpoint, /, *, sides: Sides) -> GateResult:
     """A side without a tokenizer cannot be compared; that is not a difference of the models."""
-    if "tokenizer.model" in a.assets and "tokenizer.model" not in b.assets and "tokenizer.json" not in b.assets:
-        return GateResult("tokenizer", "skipped", f"{sides[1]} has no tokenizer.model: vocabularies not compared")
+    for side, checkpoint in zip(sides, (a, b), strict=True):
+        if not _has_vocabulary(checkpoint):
+            return GateResult("tokenizer", "skipped", f"{side} has no vocabulary: vocabularies not compared")
     return compare_tokenizers(a, b, sides=sides)
+
+
+def _has_vocabulary(checkpoint: Checkpoint) -> bool:
+    """Whether there is one; a damaged one is left to the comparison."""
+    try:
+        return checkpoint.tokenizer.has_vocabulary
+    except InputRefused:
+        return True
 
 
 def _causes(

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 
 from gemma2tool.errors import InputRefused, UsageError
-from gemma2tool.model.checkpoint import Assets, Checkpoint
+from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.config import Gemma2Config
+from gemma2tool.model.tokenizer_runner import TokenizerRunner
 from gemma2tool.verify.compare.token_ids import TokenIds, default_ids
-from gemma2tool.verify.compare.tokenizer import load_model
 
 BUILT_IN_TOKENS = 128
 """Number of tokens of the built-in text that are read."""
@@ -53,12 +53,12 @@ Answer: 61 / 24 = 2.54..., so three trips are needed; the last one carries 13 pe
 """
 
 
-def built_in_prompt(config: Gemma2Config, assets: Assets) -> TokenIds | None:
+def built_in_prompt(config: Gemma2Config, checkpoint: Checkpoint) -> TokenIds | None:
     """The beginning of the built-in text, (1, ``BUILT_IN_TOKENS`` or max_position_embeddings).
 
-    None if there is no tokenizer.model that works and fits the vocabulary.
+    None if there is no tokenizer that works and fits the vocabulary.
     """
-    ids = _encode(assets, BUILT_IN)
+    ids = _encode(checkpoint, BUILT_IN)
     if ids is None or max(ids) >= config.vocab_size:
         return None
     return _rows(config, ids, BUILT_IN_TOKENS)[:1]
@@ -67,7 +67,7 @@ def built_in_prompt(config: Gemma2Config, assets: Assets) -> TokenIds | None:
 def prompt_for(source: Checkpoint, candidate: Checkpoint) -> tuple[TokenIds, bool]:
     """The default prompt for both: token ids (1, T), and whether they are text."""
     config = min(source.config, candidate.config, key=lambda config: config.max_position_embeddings)
-    ids = built_in_prompt(config, source.assets)
+    ids = built_in_prompt(config, source)
     return (default_ids(config), False) if ids is None else (ids, True)
 
 
@@ -75,22 +75,16 @@ def text_prompts(checkpoint: Checkpoint, text: str) -> TokenIds:
     """``text`` as rows of token ids (B, T), each starting with bos; T is ``ROW_TOKENS`` or max_position_embeddings.
 
     Rows have one length: the rest of a longer text that does not fill a row is dropped. Raises ``UsageError`` if the
-    checkpoint has no tokenizer.model or the text no tokens, ``InputRefused`` if the tokenizer does not work or does not
-    fit the model.
+    checkpoint has no tokenizer or the text no tokens, ``InputRefused`` if the tokenizer does not work or does not fit
+    the model.
     """
-    if "tokenizer.model" not in checkpoint.assets:
+    if not checkpoint.tokenizer.has_vocabulary:
         raise UsageError(
             "tokenizer.missing",
-            f"{checkpoint.path.name}: no tokenizer.model beside the weights",
+            f"{checkpoint.path.name}: no tokenizer.model or tokenizer.json beside the weights",
             hint="put the model's tokenizer.model into its folder, or pass token ids with --tokens",
         )
-    ids = _encode(checkpoint.assets, text)
-    if ids is None:
-        raise InputRefused(
-            "tokenizer.damaged",
-            f"{checkpoint.path.name}: tokenizer.model is not a sentencepiece model",
-            hint="download the tokenizer again",
-        )
+    ids = TokenizerRunner(checkpoint.tokenizer, f"{checkpoint.path.name}: tokenizer").encode(text)
     if not ids:
         raise UsageError("text.empty", "the text has no tokens", hint="pass a file with text in it")
     if max(ids) >= checkpoint.config.vocab_size:
@@ -102,9 +96,14 @@ def text_prompts(checkpoint: Checkpoint, text: str) -> TokenIds:
     return _rows(checkpoint.config, ids, ROW_TOKENS)
 
 
-def _encode(assets: Assets, text: str) -> list[int] | None:
-    model = load_model(assets["tokenizer.model"]) if "tokenizer.model" in assets else None
-    return None if model is None else model.encode(text)
+def _encode(checkpoint: Checkpoint, text: str) -> list[int] | None:
+    """None where there is no tokenizer that can be run."""
+    try:
+        if checkpoint.tokenizer.has_vocabulary:
+            return TokenizerRunner(checkpoint.tokenizer).encode(text)
+    except InputRefused:
+        pass  # the tokenizer gate reports it
+    return None
 
 
 def _rows(config: Gemma2Config, ids: list[int], length: int) -> TokenIds:

@@ -172,7 +172,7 @@ class _Run:
         if comparisons and not settings.gates and gate_results.needs_envelope(result.metrics, limits, comparisons):
             envelope = self._noise_envelope(comparisons, ids, text)
         self.gates += gate_results.logits_gates(result, kind, limits, text, envelope)
-        tokens = Tokens.of(result.ids, result.metrics, text, text_pieces(source.assets, result.ids))
+        tokens = Tokens.of(result.ids, result.metrics, text, text_pieces(source, result.ids))
         self.logits = _LogitsResult(result.drift, tokens, result.reference)
 
     def _prompts(self) -> tuple[TokenIds, bool]:

@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 from gemma2tool.cli.main import app
 from gemma2tool.errors import InputRefused
 from gemma2tool.formats import registry
-from gemma2tool.model.checkpoint import Assets
-from gemma2tool.pipeline.prompt import Tokenizer
+from gemma2tool.pipeline.prompt import PromptTokenizer
+from tests.support.assets import file_assets
 
 PROMPT = "What does os.path.join do?"
 
@@ -71,9 +71,9 @@ def test_a_hostile_template_stays_in_its_sandbox(fixture_dir: Path) -> None:
         model = checkpoint.assets["tokenizer.model"]
         template = "{{ ''.__class__.__mro__[1].__subclasses__() }}"
         config = json.dumps({"chat_template": template}).encode()
-        checkpoint.assets = Assets({"tokenizer.model": lambda: model, "tokenizer_config.json": lambda: config})
+        checkpoint.assets = file_assets({"tokenizer.model": model, "tokenizer_config.json": config})
         with pytest.raises(InputRefused, match="template"):
-            Tokenizer(checkpoint).chat("hi")
+            PromptTokenizer(checkpoint).chat("hi")
 
 
 def test_devices_that_are_none_or_not_there(fixture_dir: Path, tmp_path: Path) -> None:

@@ -8,9 +8,8 @@ import time
 import pytest
 
 from gemma2tool.containers import tokenizer_model
-from gemma2tool.formats.tokenizers import sentencepiece
+from gemma2tool.containers.tokenizer_model import Piece
 from gemma2tool.formats.tokenizers.files import MAX_ADDED, TokenizerFiles
-from gemma2tool.formats.tokenizers.sentencepiece import Piece
 from gemma2tool.formats.tokenizers.tokenizer_json import MAX_MERGED, merges
 from tests.fuzz.seeds import PIECES, model
 from tests.support.hostile.refusal import assert_refused
@@ -47,7 +46,7 @@ def test_refused_before_the_library(data: bytes) -> None:
 
 def test_honest_ones_pass() -> None:
     tokenizer_model.check(model())
-    assert sentencepiece.parse(model()).pieces == PIECES
+    assert tokenizer_model.parse(model()).pieces == PIECES
 
 
 def test_long_pieces_are_not_cut_in_every_way() -> None:

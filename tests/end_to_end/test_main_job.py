@@ -13,6 +13,7 @@ from gemma2tool.errors import InputRefused
 from gemma2tool.formats import registry
 from gemma2tool.reference.streaming import logits
 from gemma2tool.verify.run import VerifySettings, verify
+from tests.support.assets import file_assets
 from tests.support.checkpoints import write_checkpoint
 
 pytestmark = pytest.mark.slow
@@ -247,9 +248,8 @@ def test_a_lone_tokenizer_model_becomes_one_that_transformers_loads(source, fixt
     import sentencepiece
     from transformers import AutoTokenizer
 
-    from gemma2tool.model.checkpoint import Assets
 
-    bare = dataclasses.replace(source, assets=Assets({"tokenizer.model": (fixture_dir / "tokenizer.model").read_bytes}))
+    bare = dataclasses.replace(source, assets=file_assets({"tokenizer.model": (fixture_dir / "tokenizer.model").read_bytes()}))
     path = write_checkpoint(bare, tmp_path / "out")
     ours, theirs = (AutoTokenizer.from_pretrained(folder) for folder in (path, fixture_dir))
     text = (fixture_dir / "heldout.txt").read_text()[:5000] + "<start_of_turn>user\nhi<end_of_turn>\n"

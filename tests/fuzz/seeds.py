@@ -12,14 +12,14 @@ from pathlib import Path
 
 import numpy as np
 
-from gemma2tool.containers import gguf, safetensors
+from gemma2tool.containers import gguf, safetensors, tokenizer_model
 from gemma2tool.containers.gguf import GGUFValue
+from gemma2tool.containers.tokenizer_model import Piece
 from gemma2tool.formats.gemma_cpp import config as sbs_config
-from gemma2tool.formats.tokenizers import sentencepiece
-from gemma2tool.formats.tokenizers.sentencepiece import Piece
-from gemma2tool.model.checkpoint import Assets
 from gemma2tool.model.config import Gemma2Config
+from gemma2tool.model.tokenizer import AddedToken, Pieces, Tokenizer
 from tests.fuzz.base import CORPUS
+from tests.support.assets import file_assets
 from tests.support.checkpoints import random_checkpoint, write_checkpoint
 
 TINY = Gemma2Config(
@@ -53,7 +53,7 @@ PACKED = (
 
 
 def model() -> bytes:
-    return sentencepiece.gemma_model(PIECES, {"pad": 0, "eos": 1, "bos": 2, "unk": 3})
+    return tokenizer_model.encode(PIECES, {"pad": 0, "eos": 1, "bos": 2, "unk": 3})
 
 
 def tiny_files() -> dict[str, bytes]:
@@ -269,25 +269,28 @@ def _imatrix_dat() -> bytes:
     return number(1) + number(1) + b"w" + number(2) + number(4) + values + number(2) + number(4) + b"text"
 
 
+def _tokenizer() -> Tokenizer:
+    added = {2: AddedToken("<bos>", special=True), 4: AddedToken("<start_of_turn>", special=True)}
+    return Tokenizer(Pieces.of(PIECES), added, {"bos": 2}, chat_templates={"default": "{{ x }}"})
+
+
 def _tokenizer_json() -> dict:
     from gemma2tool.formats.tokenizers.tokenizer_json import tokenizer_json
 
-    return json.loads(tokenizer_json(PIECES, {2: ("<bos>", True), 4: ("<start_of_turn>", True)}, 2))
+    return json.loads(tokenizer_json(_tokenizer()))
 
 
 def _tokenizer_config() -> dict:
-    from gemma2tool.formats.tokenizers.files import tokenizer_config
+    from gemma2tool.formats.tokenizers.writing import tokenizer_config
 
-    return tokenizer_config(
-        {2: ("<bos>", True), 4: ("<start_of_turn>", True)}, {"bos": "<bos>"}, bos=True, eos=False
-    ) | {"chat_template": "{{ x }}"}
+    return tokenizer_config(_tokenizer())
 
 
 def model_files(folder: Path) -> dict[str, bytes]:
     """Whole tiny models in formats of one file, and what packings make of one weight."""
     made: dict[str, bytes] = {}
     checkpoint = random_checkpoint(np.dtype(np.float32), TINY)
-    checkpoint.assets = Assets({"tokenizer.model": model})
+    checkpoint.assets = file_assets({"tokenizer.model": model()})
     made["gguf-model/tiny"] = write_checkpoint(checkpoint, folder / "m.gguf").read_bytes()
     made["torch-model/tiny"] = write_checkpoint(checkpoint, folder / "m.ckpt").read_bytes()
     made["sbs/tiny"] = _without_padding(write_checkpoint(checkpoint, folder / "m.sbs").read_bytes())

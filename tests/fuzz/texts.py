@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import struct
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from gemma2tool.errors import InputRefused
 from tests.fuzz.base import CORPUS, FileTarget, JsonTarget, MemoryFile, Target, parsed
 from tests.fuzz.containers import GGUF
 
@@ -27,9 +29,8 @@ class SentencePiece(Target):
 
     def prepare(self) -> None:
         from gemma2tool.containers import tokenizer_model
-        from gemma2tool.formats.tokenizers import sentencepiece
 
-        self.parse, self.check = sentencepiece.parse, tokenizer_model.check
+        self.parse, self.check = tokenizer_model.parse, tokenizer_model.check
 
     def run(self, data: bytes) -> object:
         model = self.parse(data)
@@ -44,17 +45,19 @@ class SentencePieceLibrary(SentencePiece):
 
     def prepare(self) -> None:
         super().prepare()
-        from gemma2tool.verify.compare.tokenizer import load_model
+        from sentencepiece import SentencePieceProcessor
 
-        self.load = load_model
-        load_model(self.seeds()[0])
+        self.load = SentencePieceProcessor
+        self.load(model_proto=self.seeds()[0])
 
     def seeds(self) -> list[bytes]:
         return SentencePiece().seeds()
 
     def run(self, data: bytes) -> object:
-        model = self.load(data)
-        if model is None:
+        self.check(data)
+        try:
+            model = self.load(model_proto=data)
+        except RuntimeError:
             return None
         model.decode(model.encode("Hello, ab a  world!"))
         return min(model.get_piece_size(), 8)
@@ -71,18 +74,20 @@ class Tokenizer(JsonTarget):
     )  # fmt: skip
 
     def prepare(self) -> None:
-        from gemma2tool.formats.gguf.vocab import tokenizer_keys
+        from gemma2tool.formats.gguf.tokenizer_keys import tokenizer_keys
         from gemma2tool.formats.hf.tokenizer import transformers_tokenizer_files
         from gemma2tool.model.config import Gemma2Config
-        from gemma2tool.verify.compare.tokenizer import chat_template
+        from gemma2tool.model.tokenizer_runner import TokenizerRunner
 
-        self.keys, self.completed, self.template = tokenizer_keys, transformers_tokenizer_files, chat_template
+        self.keys, self.completed, self.run_it = tokenizer_keys, transformers_tokenizer_files, TokenizerRunner
         self.config = Gemma2Config(vocab_size=40)
         folder = CORPUS / "sentencepiece"
         self.model = next((path.read_bytes() for path in sorted(folder.glob("tiny*"))), b"")
 
     def place(self, data: bytes) -> Any:
-        from gemma2tool.model.checkpoint import Assets
+        from gemma2tool.model.checkpoint import Checkpoint
+        from gemma2tool.model.format_facts import FormatFacts
+        from tests.support.assets import file_assets
 
         content = parsed(data)
         if not isinstance(content, dict):
@@ -93,12 +98,14 @@ class Tokenizer(JsonTarget):
                 files[name] = (value if isinstance(value, str) else json.dumps(value)).encode("utf-8", "surrogatepass")
         if content.get("model"):
             files["tokenizer.model"] = self.model
-        return Assets({name: lambda raw=raw: raw for name, raw in files.items()})
+        return Checkpoint(Path("side"), FormatFacts("hf"), self.config, {}, file_assets(files))
 
-    def run(self, assets: Any) -> object:
-        found = self.keys(assets, self.config)
-        self.template(assets)
-        return len(found.kv), len(found.warnings), len(self.completed(assets)[0])
+    def run(self, checkpoint: Any) -> object:
+        tokenizer = checkpoint.tokenizer
+        keys = self.keys(tokenizer, self.config)
+        with suppress(InputRefused):
+            self.run_it(tokenizer).encode("Hello, ab a  world!")
+        return len(keys.kv), len(keys.warnings), len(tokenizer.conflicts), len(self.completed(checkpoint)[0])
 
 
 class ModelCard(Target):

@@ -16,7 +16,7 @@ from gemma2tool.model.config_fields import (
     USE_FIELDS,
     comparable_value,
 )
-from gemma2tool.verify.digest import config_digest
+from gemma2tool.model.digest import config_digest
 
 DIGESTS = {
     "2b": "5ef88f7994c79fc366791b352374b3e75e3fe1091372ee0262bed19295630773",

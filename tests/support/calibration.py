@@ -7,7 +7,7 @@ import sys
 import numpy as np
 
 from gemma2tool.model.checkpoint import Checkpoint
-from gemma2tool.pipeline.prompt import Tokenizer
+from gemma2tool.pipeline.prompt import PromptTokenizer
 from gemma2tool.quantizers.calibration.grid import Grid
 from tests.support.paths import FIXTURES
 
@@ -72,7 +72,7 @@ def calibration_text() -> str:
 
 def calibration_ids(source: Checkpoint, sequences: int, length: int) -> np.ndarray:
     """Token ids (sequences, length) of that text, evenly spread; each sequence starts with bos."""
-    ids = np.array(Tokenizer(source).encode(calibration_text()))
+    ids = np.array(PromptTokenizer(source).encode(calibration_text()))
     rows = ids[: len(ids) // length * length].reshape(-1, length).copy()
     rows[:, 0] = source.config.bos_token_id
     return rows[np.linspace(0, len(rows) - 1, sequences).astype(int)]

@@ -12,10 +12,11 @@ from typer.testing import CliRunner
 
 from gemma2tool.cli.main import app
 from gemma2tool.errors import InputRefused, UsageError
-from gemma2tool.model.checkpoint import Assets, Checkpoint
+from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.pipeline.conversion import save
 from gemma2tool.verify.prompts import BUILT_IN, BUILT_IN_TOKENS, built_in_prompt, prompt_for, text_prompts
 from gemma2tool.verify.run import VerifySettings, verify
+from tests.support.assets import file_assets
 from tests.support.checkpoints import SMALL
 from tests.support.verification import sensitive_checkpoint
 from tests.verify.compare.test_tokenizer import trained
@@ -24,7 +25,7 @@ CONFIG = dataclasses.replace(SMALL, vocab_size=330, max_position_embeddings=256)
 
 
 def reader(model: bytes | None, **config: object) -> Checkpoint:
-    assets = Assets({} if model is None else {"tokenizer.model": lambda: model})
+    assets = file_assets({} if model is None else {"tokenizer.model": model})
     return dataclasses.replace(sensitive_checkpoint(config=dataclasses.replace(CONFIG, **config)), assets=assets)
 
 
@@ -43,12 +44,12 @@ def test_the_built_in_text_has_several_kinds_of_text() -> None:
 
 def test_built_in_prompt(model: bytes) -> None:
     checkpoint = reader(model)
-    ids = built_in_prompt(checkpoint.config, checkpoint.assets)
+    ids = built_in_prompt(checkpoint.config, checkpoint)
     assert ids.shape == (1, BUILT_IN_TOKENS) and ids[0, 0] == CONFIG.bos_token_id
     short = dataclasses.replace(CONFIG, max_position_embeddings=9)
-    assert built_in_prompt(short, checkpoint.assets).shape == (1, 9)
+    assert built_in_prompt(short, checkpoint).shape == (1, 9)
     without = dataclasses.replace(CONFIG, bos_token_id=None)
-    assert built_in_prompt(without, checkpoint.assets).tolist()[0][:100] == ids.tolist()[0][1:101]
+    assert built_in_prompt(without, checkpoint).tolist()[0][:100] == ids.tolist()[0][1:101]
 
 
 @pytest.mark.parametrize("broken", [None, b"", b"\x00" * 40])

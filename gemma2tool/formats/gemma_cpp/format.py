@@ -27,13 +27,14 @@ from gemma2tool.formats.gemma_cpp.tensors import NuqTensor, SfpTensor, interleav
 from gemma2tool.formats.mapping.container_tensors import FileTensor
 from gemma2tool.formats.mapping.float_layout import plan_floats
 from gemma2tool.formats.mapping.transforms import to_canonical
+from gemma2tool.formats.tokenizers.reading import read_tokenizer
 from gemma2tool.model.checkpoint import Assets, Checkpoint
 from gemma2tool.model.config import Gemma2Config
 from gemma2tool.model.lazy import BFLOAT16, FLOAT32, LazyTensor, row_ranges, to_float32
 from gemma2tool.quantizers.floats import Float
 from gemma2tool.quantizers.sfp import Sfp, nuq_bytes, scale_for
 from gemma2tool.storage.paths import confined_path
-from gemma2tool.storage.reading import FileReader, open_for_reading, read_whole
+from gemma2tool.storage.reading import FileReader, open_for_reading
 
 CONFIG, TOKENIZER, CONTENTS, HF_CONFIG, SCALES = "config", "tokenizer", "toc", "hf_config", "Fscales"
 NO_TOKENIZER = b"unavailable"
@@ -187,12 +188,13 @@ def _assets(path: Path, reader: FileReader, blobs: Mapping[str, Blob]) -> Assets
         return Assets(
             {}
             if start == NO_TOKENIZER
-            else {"tokenizer.model": partial(_blob, reader, blobs[TOKENIZER], assets.MAX_ASSET_BYTES)}
+            else {"tokenizer.model": partial(_blob, reader, blobs[TOKENIZER], assets.MAX_ASSET_BYTES)},
+            read_tokenizer,
         )
     for name in ("tokenizer.spm", "tokenizer.model"):
         if (path.parent / name).is_file():
             beside = confined_path(path.parent, name)
-            return Assets({"tokenizer.model": partial(read_whole, beside, what=name, max_bytes=assets.MAX_ASSET_BYTES)})
+            return assets.single_asset("tokenizer.model", beside)
     return Assets({})
 
 

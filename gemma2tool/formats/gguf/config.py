@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from gemma2tool.containers.gguf import GGUFValue
 from gemma2tool.errors import InputRefused
 from gemma2tool.formats.gguf.key_values import KeyValue, Reading, f32, u32
+from gemma2tool.formats.gguf.stops import stop_ids
 from gemma2tool.model.config import Gemma2Config
 from gemma2tool.model.config_fields import FULL, SLIDING
 from gemma2tool.model.tensors import HEADS
@@ -20,7 +21,6 @@ WINDOW = 4096
 ATTENTION_SOFTCAP = 50.0
 FINAL_SOFTCAP = 30.0
 MAX_LAYERS = 4096
-END_OF_TURN = "<end_of_turn>"
 
 
 def shape_keys(config: Gemma2Config) -> list[KeyValue]:
@@ -77,9 +77,10 @@ def read_config(keys: Reading, embedding_rows: int, dtype: str) -> Gemma2Config:
     heads = keys.integer("gemma2.attention.head_count")
     head_dim = keys.integer("gemma2.attention.key_length", hidden // heads if heads > 0 else 0)
     tokens = keys.texts("tokenizer.ggml.tokens", None)
+    stops = stop_ids(keys)
     fields = {
         "bos_token_id": keys.integer("tokenizer.ggml.bos_token_id", 2),
-        "eos_token_id": stop_ids(keys),
+        "eos_token_id": stops[0] if len(stops) == 1 else stops,
         "pad_token_id": keys.integer("tokenizer.ggml.padding_token_id", 0),
     }
     return Gemma2Config(
@@ -103,19 +104,6 @@ def read_config(keys: Reading, embedding_rows: int, dtype: str) -> Gemma2Config:
         architectures=("Gemma2ForCausalLM",),
         **fields,
     )
-
-
-def stop_ids(keys: Reading) -> int | tuple[int, ...]:
-    """The ids that end a text: eos, and for a chat model <end_of_turn>, which no key of a Gemma 2 with a vocabulary names; llama.cpp
-    finds it by its text."""
-    eos = keys.integer("tokenizer.ggml.eos_token_id", 1)
-    turn = keys.integer("tokenizer.ggml.eot_token_id", None)
-    if turn is not None:
-        return (eos, turn)
-    tokens = keys.texts("tokenizer.ggml.tokens", ())
-    if END_OF_TURN in keys.text("tokenizer.chat_template", "") and END_OF_TURN in tokens:
-        return (eos, tokens.index(END_OF_TURN))
-    return eos
 
 
 def _layer_types(keys: Reading, layers: int) -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -13,11 +14,12 @@ from gemma2tool.formats.gguf.metadata import metadata_keys
 from gemma2tool.formats.gguf.output import QUANTIZATION_VERSION, Planned
 from gemma2tool.formats.gguf.table import TABLE
 from gemma2tool.formats.gguf.tensors import FLOATS
-from gemma2tool.formats.gguf.vocab import TokenizerKeys, tokenizer_keys
+from gemma2tool.formats.gguf.tokenizer_keys import TokenizerKeys, tokenizer_keys
 from gemma2tool.formats.mapping.float_dtypes import auto_dtype
 from gemma2tool.formats.mapping.transforms import to_disk
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.lazy import BFLOAT16, DTYPE_NAMES, FLOAT16, FLOAT32, LazyTensor, MappedRows
+from gemma2tool.model.tokenizer import Tokenizer
 from gemma2tool.quantizers.floats import Float
 from gemma2tool.quantizers.gguf_encoders import Blocks, block_elements
 
@@ -26,6 +28,12 @@ FILE_TYPES = {"f32": 0, "f16": 1, "bf16": 32, "q8_0": 7, "tq1_0": 36, "tq2_0": 3
 
 _TOKENIZER = "gguf tokenizer keys"
 TERNARY = ("tq1_0", "tq2_0")
+
+
+@dataclass(frozen=True)
+class _KeysOf:
+    tokenizer: Tokenizer
+    keys: TokenizerKeys
 
 
 def out_type(checkpoint: Checkpoint, dtype: str | None) -> str:
@@ -110,12 +118,12 @@ def converter_keys(checkpoint: Checkpoint, file_type: int, warnings: list[str]) 
 
 
 def _tokenizer_keys(checkpoint: Checkpoint) -> TokenizerKeys:
-    """Made once a checkpoint: a vocabulary of 256,000 takes a second, and one source may be written many times."""
-    known = checkpoint.metadata.get(_TOKENIZER)
-    if known is None or known[0] is not checkpoint.assets or known[1] != checkpoint.config:
-        known = checkpoint.assets, checkpoint.config, tokenizer_keys(checkpoint.assets, checkpoint.config)
-        checkpoint.metadata[_TOKENIZER] = known
-    return known[2]
+    """Made once per checkpoint: a vocabulary of 256,000 takes a second, and one source may be written many times."""
+    made = checkpoint.metadata.get(_TOKENIZER)
+    if not isinstance(made, _KeysOf) or made.tokenizer is not checkpoint.tokenizer:
+        made = _KeysOf(checkpoint.tokenizer, tokenizer_keys(checkpoint.tokenizer, checkpoint.config))
+        checkpoint.metadata[_TOKENIZER] = made
+    return made.keys
 
 
 def listed(names: list[str]) -> str:

@@ -29,9 +29,9 @@ from gemma2tool.formats.gguf.convert import (
 from gemma2tool.formats.gguf.key_values import KeyValue, Reading
 from gemma2tool.formats.gguf.output import Planned, place, quantized_keys, quantized_order
 from gemma2tool.formats.gguf.quantize import Named, Request, quantized
+from gemma2tool.formats.gguf.read_tokenizer import tokenizer_assets
 from gemma2tool.formats.gguf.table import TABLE
 from gemma2tool.formats.gguf.tensors import FLOATS, GGUFTensor
-from gemma2tool.formats.gguf.tokenizer import tokenizer_assets
 from gemma2tool.formats.mapping.transforms import convention_losses, entries, expected_after_roundtrip, to_canonical
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.config import Gemma2Config

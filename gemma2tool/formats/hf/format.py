@@ -74,7 +74,7 @@ class HuggingFace(Format):
                 settings.type, [(plan.name, plan.source.shape, plan.encoder) for plan in plans]
             )
         shards = lay_out_shards(plans, options.max_shard_size, metadata)
-        tokenizer_files, remarks = transformers_tokenizer_files(checkpoint.assets)
+        tokenizer_files, remarks = transformers_tokenizer_files(checkpoint)
         small_files |= tokenizer_files | {CONFIG: assets.dump_json(content)}
         if len(shards.files) > 1:
             small_files[INDEX] = assets.dump_json(shards.index)

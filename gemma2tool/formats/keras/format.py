@@ -23,6 +23,7 @@ from gemma2tool.formats.mapping import container_tensors
 from gemma2tool.formats.mapping.float_layout import Planned, expect_shape, plan_floats
 from gemma2tool.formats.mapping.layout_transforms import TransposeBlocks, size
 from gemma2tool.formats.mapping.transforms import Row, entries, to_canonical
+from gemma2tool.formats.tokenizers.reading import read_tokenizer
 from gemma2tool.model.checkpoint import Assets, Checkpoint
 from gemma2tool.model.config import Gemma2Config
 from gemma2tool.model.lazy import DTYPE_NAMES, LazyTensor
@@ -186,7 +187,7 @@ def _assets(folder: Path) -> Assets:
     if (folder / "generation_config.json").is_file():
         path = confined_path(folder, "generation_config.json")
         readers[path.name] = partial(read_whole, path, what=path.name, max_bytes=assets.MAX_CONFIG_BYTES)
-    return Assets(readers)
+    return Assets(readers, read_tokenizer)
 
 
 FORMAT = Keras()

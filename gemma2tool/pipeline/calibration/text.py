@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from gemma2tool.errors import UsageError
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.pipeline.inputs import read_ids
-from gemma2tool.pipeline.prompt import Tokenizer, rows_of
+from gemma2tool.pipeline.prompt import PromptTokenizer, rows_of
 from gemma2tool.storage.text_file import read_text
 
 SAMPLES, LENGTH = 128, 512
@@ -39,7 +39,7 @@ def read_sequences(path: Path, checkpoint: Checkpoint, *, samples: int | None, l
             return _spread(ids, samples or SAMPLES)
         row = ids[0].tolist()
     else:
-        row = Tokenizer(checkpoint).encode(read_text(path, what="calibration text"))
+        row = PromptTokenizer(checkpoint).encode(read_text(path, what="calibration text"))
     length = length or min(LENGTH, config.max_position_embeddings)
     _check_length(length, config.max_position_embeddings)
     ids = rows_of(row, length, config.bos_token_id)

@@ -14,6 +14,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from gemma2tool.model.digest import chunk_digests, chunk_rows, tensor_digest
 from gemma2tool.model.lazy import LazyTensor, row_ranges, to_float32
 from gemma2tool.model.progress import Advance
 from gemma2tool.verify.compare.block_limits import BlockLimits
@@ -21,7 +22,6 @@ from gemma2tool.verify.compare.bounds import Bound
 from gemma2tool.verify.compare.comparison import TensorComparison
 from gemma2tool.verify.compare.measure import Errors, TensorErrors, measure_bits, measure_blocks
 from gemma2tool.verify.compare.rules import Rule, TensorRules, cast, rule_for
-from gemma2tool.verify.digest import leaf_rows, leaves, tensor_digest
 
 GATE = "tensors"
 
@@ -57,7 +57,7 @@ class _Job:
     def ranges(self) -> Iterable[tuple[int, int]]:
         """Ranges of rows: whole blocks, and whole chunks of the digest."""
         row = max(self.candidate.row_size, 1)
-        multiple = math.lcm(self.block // math.gcd(self.block, row), leaf_rows(row))
+        multiple = math.lcm(self.block // math.gcd(self.block, row), chunk_rows(row))
         return row_ranges(self.candidate.rows, row, CHUNK_VALUES, multiple)
 
     def compare(self, first: int, last: int) -> _Piece:
@@ -69,9 +69,9 @@ class _Job:
         else:
             measured_against = None if self.rule in ("exact", "folded") else (lambda: to_float32(source))
             errors = measure_bits(cast(required, self.candidate.stored, actual.dtype), actual, measured_against)
-        candidate_digests = leaves(actual)
+        candidate_digests = chunk_digests(actual)
         is_same = self.rule == "exact" and not errors.differing and source.dtype != np.float64
-        return _Piece(errors, candidate_digests if is_same else leaves(source), candidate_digests)
+        return _Piece(errors, candidate_digests if is_same else chunk_digests(source), candidate_digests)
 
 
 @dataclass(frozen=True)

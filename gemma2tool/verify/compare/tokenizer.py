@@ -1,30 +1,32 @@
-"""Do two checkpoints turn text into the same ids? Pieces, scores, special ids, and what becomes of some tricky strings; and the
-files beside (``tokenizer_files``)."""
+"""Do two checkpoints turn text into the same ids? Their canonical tokenizers, field by field, and the ids of some difficult
+texts.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from gemma2tool.containers import tokenizer_model
+from gemma2tool.containers.tokenizer_model import BYTE, CONTROL, NORMAL, SPACE, UNKNOWN, UNUSED, USER_DEFINED
 from gemma2tool.errors import InputRefused
-from gemma2tool.model.checkpoint import Assets, Checkpoint
-from gemma2tool.verify.compare.consumers import is_weights_file
-from gemma2tool.verify.compare.tokenizer_files import GATE, chat_template, compare_files
-from gemma2tool.verify.finding import SIDES, Finding, GateResult, Severity, Sides
+from gemma2tool.model.checkpoint import Checkpoint
+from gemma2tool.model.lazy import Array
+from gemma2tool.model.tokenizer import Pieces, Tokenizer
+from gemma2tool.model.tokenizer_runner import TokenizerRunner, serialized
+from gemma2tool.verify.compare.consumers import holds_tokenizer, is_weights_file
+from gemma2tool.verify.compare.tokenizer_files import compare_files
+from gemma2tool.verify.compare.tokenizer_json import GATE, LOOKS_SPECIAL
+from gemma2tool.verify.compare.tokenizer_use import compare_use
+from gemma2tool.verify.finding import SIDES, Finding, GateResult, Sides
 
-__all__ = ["GATE", "TRICKY", "chat_template", "compare_tokenizers", "load_model", "text_pieces"]
+__all__ = ["DIFFICULT", "GATE", "compare_tokenizers", "text_pieces"]
 
-if TYPE_CHECKING:
-    from sentencepiece import SentencePieceProcessor
-
-# Each goes another way through Gemma's tokenizer: leading, repeated and trailing spaces, runs of newlines and tabs,
-# digits, accents composed and not, scripts without spaces, emoji joined, bytes without a piece, markup, a space that is
-# not U+0020, special tokens in the midst of text.
-TRICKY = (
+# Each takes another way through Gemma's tokenizer: leading, repeated and trailing spaces, runs of newlines and tabs,
+# digits, accents composed and not, scripts without spaces, joined emoji, bytes without a piece, markup, a space that is
+# not U+0020, special tokens in the middle of text.
+DIFFICULT = (
     "Hello, world!",
     " leading and  double   spaces ",
     "def f(x):\n\n\n    return x\t\t# done\n",
@@ -47,129 +49,221 @@ TRICKY = (
     "\U0001f3f4\U000e0067\U000e0062\U000e007f \U0001f44d\U0001f3fd \u2764\ufe0f",
 )
 
-_MOST_SPECIAL = 512  # pieces like <this> that are encoded; Gemma 2 has some 250
-_ADDED = -1000.0  # the score that GGUF files give to added tokens, whatever theirs was
+_MAX_ADDED = 512  # added tokens that are encoded; Gemma 2 has about 250
+_MAX_PADDING = 1024  # ids without a token; frameworks pad vocabularies to multiples of 64 to 256
+_TYPES = {
+    NORMAL: "normal",
+    UNKNOWN: "the unknown token",
+    CONTROL: "a control token",
+    USER_DEFINED: "an added token",
+    UNUSED: "unused",
+    BYTE: "a byte",
+}
 
 
 def compare_tokenizers(source: Checkpoint, candidate: Checkpoint, *, sides: Sides = SIDES) -> GateResult:
-    """The tokenizer gate; "skipped" where a side carries no tokenizer.model."""
-    findings = compare_files(source, candidate, sides)
-    name = "tokenizer.model"
-    if name in source.assets and name not in candidate.assets and "tokenizer.json" not in candidate.assets:
+    """The tokenizer gate; "skipped" where a side has no vocabulary."""
+    tokenizers = []
+    for side, checkpoint in zip(sides, (source, candidate), strict=True):
+        try:
+            tokenizers.append(checkpoint.tokenizer.within(checkpoint.config.vocab_size))
+        except InputRefused as error:
+            broken = Finding(GATE, "error", "tokenizer", f"the {side}'s tokenizer cannot be read: {error.message}")
+            return _result([broken], "", {})
+    left, right = tokenizers
+    findings = [*compare_use(left, right, sides, keeps_template=_keeps_template(candidate, right))]
+    findings += compare_files(source, candidate, sides)
+    if left.has_vocabulary and not right.has_vocabulary:
+        # An output that is being verified has no file at its destination yet, but a name.
         if candidate.facts.weights_alone and is_weights_file(candidate):
-            return _result(
-                findings, f"the {sides[1]} is a file of weights alone: vocabularies not compared", {}, compared=False
-            )
-        lost = Finding(GATE, "error", name, f"the {sides[0]}'s tokenizer is not in the {sides[1]}")
+            reason = f"the {sides[1]} is a file of weights alone: vocabularies not compared"
+            return _result(findings, reason, {}, compared=False)
+        if "tokenizer.model" not in source.assets:  # the only file that some formats have a place for
+            reason = f"the {sides[1]} has no vocabulary: vocabularies not compared"
+            return _result(findings, reason, {}, compared=False)
+        lost = Finding(GATE, "error", "tokenizer.model", f"the {sides[0]}'s tokenizer is not in the {sides[1]}")
         return _result([*findings, lost], "", {}, compared=False)
-    lacking = [side for side, each in zip(sides, (source, candidate), strict=True) if name not in each.assets]
-    if lacking:
-        who = "neither side carries" if len(lacking) == 2 else f"the {lacking[0]} carries no"
-        reason = f"{who} {'a ' if len(lacking) == 2 else ''}{name}: vocabularies not compared"
-        return _result(findings, reason, {}, compared=False)
-    ours, theirs = source.assets[name], candidate.assets[name]
-    if ours == theirs:
+    if not left.has_vocabulary:
+        reason = f"the {sides[0]} has no vocabulary" if right.has_vocabulary else "neither side has a vocabulary"
+        return _result(findings, f"{reason}: vocabularies not compared", {}, compared=False)
+    findings += _padding(candidate, right, sides)
+    if _same_files(source, candidate):
         return _result(findings, "tokenizer.model is the same byte for byte", {"identical": True})
-    found, metrics = _compare_models(ours, theirs, sides)
-    good = f"{metrics.get('pieces', 0)} pieces, {metrics.get('strings', 0)} strings encoded alike"
-    return _result(findings + found, good, metrics)
+    differences, metrics = _compare_vocabularies(left, right, sides)
+    summary = f"{metrics['pieces']} pieces, {metrics.get('strings', 0)} strings encoded alike"
+    return _result([*findings, *differences], summary, metrics)
 
 
-def _result(findings: list[Finding], good: str, metrics: dict[str, Any], compared: bool = True) -> GateResult:
-    wrong = [finding for finding in findings if finding.severity == "error"]
-    if wrong:
-        more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
-        return GateResult(GATE, "failed", wrong[0].message + more, metrics, tuple(findings))
-    warned = "".join(f"; {finding.message}" for finding in findings if finding.severity == "warning")
-    return GateResult(GATE, "passed" if compared else "skipped", good + warned, metrics, tuple(findings))
+def text_pieces(checkpoint: Checkpoint, ids: Array) -> tuple[tuple[str, ...], ...] | None:
+    """The tokens ``ids``, int (B, T), as text: B tuples of T strings. None where there is no vocabulary to read."""
+    try:
+        tokenizer = checkpoint.tokenizer
+    except InputRefused:
+        return None
+    if not tokenizer.has_vocabulary:
+        return None
+    return tuple(tuple(tokenizer.text(token) for token in row) for row in ids.tolist())
 
 
-def _compare_models(ours: bytes, theirs: bytes, sides: Sides) -> tuple[list[Finding], dict[str, Any]]:
-    left, right = load_model(ours), load_model(theirs)
-    for side, model in zip(sides, (left, right), strict=True):
-        if model is None:
-            return [Finding(GATE, "error", "tokenizer.model", f"the {side}'s tokenizer.model cannot be loaded")], {}
-    findings: list[Finding] = []
-    count, other = left.get_piece_size(), right.get_piece_size()
-    strings = [*TRICKY, *_special_pieces(left), *_special_pieces(right)]
-    metrics: dict[str, Any] = {"identical": False, "pieces": count, "strings": len(strings)}
-    if count != other:
-        findings.append(Finding(GATE, "error", "pieces", f"{sides[0]} has {count} pieces, {sides[1]} {other}"))
-    findings += _piece_findings(left, right, min(count, other), sides)
-    for what in ("bos", "eos", "unk", "pad"):
-        mine, its = getattr(left, f"{what}_id")(), getattr(right, f"{what}_id")()
-        if mine != its:
-            severity: Severity = "warning" if -1 in (mine, its) else "error"
-            said = f"tokenizer.model's {what} is {mine}, in the {sides[1]} {its}"
-            findings.append(Finding(GATE, severity, f"{what}_id", said))
-    for text in strings:
+def _keeps_template(candidate: Checkpoint, tokenizer: Tokenizer) -> bool:
+    """Whether the candidate has a place for a chat template, and a tokenizer to go with it."""
+    return holds_tokenizer(candidate) and tokenizer.has_vocabulary
+
+
+def _same_files(source: Checkpoint, candidate: Checkpoint) -> bool:
+    name = "tokenizer.model"
+    if source.assets.derived or candidate.assets.derived or name not in source.assets or name not in candidate.assets:
+        return False
+    same_added = source.tokenizer.added_tokens == candidate.tokenizer.added_tokens
+    return same_added and source.assets[name] == candidate.assets[name]
+
+
+def _result(findings: list[Finding], summary: str, metrics: dict[str, Any], compared: bool = True) -> GateResult:
+    errors = [finding for finding in findings if finding.severity == "error"]
+    if errors:
+        more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
+        return GateResult(GATE, "failed", errors[0].message + more, metrics, tuple(findings))
+    warnings = "".join(f"; {finding.message}" for finding in findings if finding.severity == "warning")
+    return GateResult(GATE, "passed" if compared else "skipped", summary + warnings, metrics, tuple(findings))
+
+
+def _padding(candidate: Checkpoint, tokenizer: Tokenizer, sides: Sides) -> Iterator[Finding]:
+    missing = candidate.config.vocab_size - tokenizer.size
+    if missing > _MAX_PADDING:
+        message = (
+            f"the {sides[1]} has {tokenizer.size} tokens and {candidate.config.vocab_size} embedding rows: is it another"
+            " model's tokenizer?"
+        )
+        yield Finding(GATE, "warning", "pieces", message)
+
+
+def _compare_vocabularies(left: Tokenizer, right: Tokenizer, sides: Sides) -> tuple[list[Finding], dict[str, Any]]:
+    texts = [*DIFFICULT, *_added_texts(left), *_added_texts(right)]
+    metrics: dict[str, Any] = {"identical": False, "pieces": len(left.vocabulary), "strings": len(texts)}
+    findings = [*_pieces(left.vocabulary, right.vocabulary, sides), *_added_flags(left, right, sides)]
+    models = serialized(left), serialized(right)
+    if models[0] == models[1]:
+        return findings, metrics
+    runners = []
+    for side, tokenizer in zip(sides, (left, right), strict=True):
+        try:
+            runners.append(TokenizerRunner(tokenizer, f"the {side}'s tokenizer"))
+        except InputRefused as error:
+            return [*findings, Finding(GATE, "error", "tokenizer.model", error.message)], metrics
+    return [*findings, *_encodings(runners[0], runners[1], texts)], metrics
+
+
+def _encodings(left: TokenizerRunner, right: TokenizerRunner, texts: list[str]) -> Iterator[Finding]:
+    for text in texts:
         ids = left.encode(text)
         if ids != right.encode(text):
-            findings.append(Finding(GATE, "error", "encoding", f"{text!r} is encoded otherwise"))
+            yield Finding(GATE, "error", "encoding", f"{text!r} is encoded differently")
         elif left.decode(ids) != right.decode(ids):
-            findings.append(Finding(GATE, "error", "decoding", f"the tokens of {text!r} are decoded otherwise"))
-    return findings, metrics
+            yield Finding(GATE, "error", "decoding", f"the tokens of {text!r} are decoded differently")
 
 
-def _piece_findings(
-    left: SentencePieceProcessor, right: SentencePieceProcessor, count: int, sides: Sides
-) -> Iterator[Finding]:
-    """The first ``count`` pieces' texts and scores, all differences of a kind in one finding."""
-    ids = list(range(count))
-    pieces, others = left.id_to_piece(ids), right.id_to_piece(ids)
-    texts = [
-        i
-        for i in ids
-        if pieces[i] != others[i] and pieces[i].replace("\u2581", " ") != others[i].replace("\u2581", " ")
+def _added_texts(tokenizer: Tokenizer) -> list[str]:
+    return [added.content for _, added in sorted(tokenizer.added_tokens.items())][:_MAX_ADDED]
+
+
+def _pieces(left: Pieces, right: Pieces, sides: Sides) -> Iterator[Finding]:
+    """Texts, types and scores; all differences of one kind in one finding. Ids beyond a side's vocabulary are unused."""
+    size = max(len(left), len(right))
+    texts = [_padded(pieces, size) for pieces in (left, right)]
+    types = [np.concatenate([p.types, np.full(size - len(p), UNUSED, np.uint8)]) for p in (left, right)]
+    unused = (types[0] == UNUSED) & (types[1] == UNUSED)
+    differing = [
+        token
+        for token, (source, candidate) in enumerate(zip(texts[0], texts[1], strict=True))
+        if source != candidate and source.replace(SPACE, " ") != candidate.replace(SPACE, " ") and not unused[token]
     ]
-    if texts:
-        first = texts[0]
-        said = (
-            f"{len(texts)} pieces differ, the first is {first}: {pieces[first]!r}, in the {sides[1]} {others[first]!r}"
-        )
-        yield Finding(GATE, "error", "pieces", said)
-    scores, others = left.get_score(ids), right.get_score(ids)
-    differing = [i for i in ids if scores[i] != others[i] and _ADDED not in (scores[i], others[i])]
     if differing:
         first = differing[0]
-        said = (
-            f"{len(differing)} scores differ, the first is that of {first}:"
-            f" {scores[first]:g}, in the {sides[1]} {others[first]:g}"
+        yield Finding(
+            GATE,
+            "error",
+            "pieces",
+            f"{len(differing)} {'pieces differ' if len(differing) > 1 else 'piece differs'}, the first is {first}:"
+            f" {_named(texts[0][first])}, in the {sides[1]} {_named(texts[1][first])}",
         )
-        yield Finding(GATE, "error", "scores", said)
+    retyped = [token for token in np.flatnonzero(types[0] != types[1]).tolist() if token not in set(differing)]
+    if retyped:
+        first = retyped[0]
+        yield Finding(
+            GATE,
+            "error",
+            "types",
+            f"{len(retyped)} types differ, the first is that of {first}, {texts[0][first]!r}:"
+            f" {_TYPES[types[0][first]]}, in the {sides[1]} {_TYPES[types[1][first]]}",
+        )
+    yield from _scores(left, right, sides)
 
 
-def _special_pieces(model: SentencePieceProcessor) -> list[str]:
-    """The texts of pieces that are not ordinary text: control pieces, and what looks like <this>."""
-    ids = list(range(model.get_piece_size()))
-    marked = [i for i, (c, u) in enumerate(zip(model.is_control(ids), model.is_unknown(ids), strict=True)) if c or u]
-    pieces = model.id_to_piece(ids)
-    marked += [i for i in ids if pieces[i][:1] == "<" and pieces[i][-1:] == ">"][:_MOST_SPECIAL]
-    return [pieces[i] for i in sorted(set(marked))]
+def _padded(pieces: Pieces, size: int) -> list[str]:
+    return [*pieces.texts, *("",) * (size - len(pieces))]
 
 
-def text_pieces(assets: Assets, ids: np.ndarray) -> tuple[tuple[str, ...], ...] | None:
-    """The tokens ``ids``, int (B, T), as text: B tuples of T strings, a space where sentencepiece writes U+2581. None where there
-    is no tokenizer.model, or it cannot be loaded."""
-    model = load_model(assets["tokenizer.model"]) if "tokenizer.model" in assets else None
-    if model is None:
-        return None
-    known = model.get_piece_size()
-    return tuple(
-        tuple(model.id_to_piece(token).replace("\u2581", " ") if token < known else f"<{token}>" for token in row)
-        for row in ids.tolist()
+def _named(text: str) -> str:
+    return repr(text) if text else "none"
+
+
+def _scores(left: Pieces, right: Pieces, sides: Sides) -> Iterator[Finding]:
+    """Only the order of the scores decides what is merged; a GGUF has no scores of other pieces than normal ones."""
+    size = min(len(left), len(right))
+    normal = np.flatnonzero((left.types[:size] == NORMAL) & (right.types[:size] == NORMAL))
+    scores = left.scores[normal], right.scores[normal]
+    differing = np.flatnonzero(scores[0] != scores[1])
+    if not len(differing):
+        return
+    ranks = [np.argsort(-side_scores, kind="stable") for side_scores in scores]
+    same_order = np.array_equal(ranks[0], ranks[1]) and all(len(np.unique(s)) == len(s) for s in scores)
+    first = int(differing[0])
+    message = (
+        f"{len(differing)} {'scores differ' if len(differing) > 1 else 'score differs'}, the first is that of"
+        f" {normal[first]}: {scores[0][first]:g}, in the {sides[1]} {scores[1][first]:g}"
     )
+    order = ", in the same order" if same_order else ""
+    yield Finding(GATE, "warning" if same_order else "error", "scores", message + order)
 
 
-@lru_cache(maxsize=2)
-def load_model(data: bytes) -> SentencePieceProcessor | None:
-    """A tokenizer.model ready to run; None where sentencepiece cannot load it, or should not even see it."""
-    from sentencepiece import SentencePieceProcessor
+def _added_flags(left: Tokenizer, right: Tokenizer, sides: Sides) -> Iterator[Finding]:
+    """Flags of the tokens that both sides add; one finding per flag, naming the first token."""
+    common = sorted(left.added_tokens.keys() & right.added_tokens.keys())
+    for flag in ("special", "normalized", "lstrip", "rstrip", "single_word"):
+        differing: list[int] = []
+        unknown: list[int] = []
+        for token in common:
+            content = left.added_tokens[token].content
+            source, candidate = getattr(left.added_tokens[token], flag), getattr(right.added_tokens[token], flag)
+            if source == candidate or (flag == "normalized" and _has_no_space(content)):
+                continue
+            harmless = None in (source, candidate) or (flag == "special" and content in LOOKS_SPECIAL)
+            (unknown if harmless else differing).append(token)
+        if differing:
+            first = differing[0]
+            more = f" (and {len(differing) - 1} more)" if len(differing) > 1 else ""
+            message = (
+                f"the added token {left.added_tokens[first].content!r} ({first}) has {flag}"
+                f" {getattr(left.added_tokens[first], flag)}, in the {sides[1]}"
+                f" {getattr(right.added_tokens[first], flag)}{more}"
+            )
+            yield Finding(GATE, "error", "added_tokens", message)
+        yield from _unknown_special(left, right, unknown)
 
-    try:
-        tokenizer_model.check(data)
-        model = SentencePieceProcessor()
-        model.LoadFromSerializedProto(data)
-    except (InputRefused, RuntimeError):
-        return None
-    return model
+
+def _unknown_special(left: Tokenizer, right: Tokenizer, tokens: list[int]) -> Iterator[Finding]:
+    """Tokens of which a side does not say whether they are special, or that programs call special by their looks."""
+    wrong = [token for token in tokens if left.added_tokens[token].is_special != right.added_tokens[token].is_special]
+    if wrong:
+        first = wrong[0]
+        more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+        message = (
+            f"the added token {left.added_tokens[first].content!r} ({first}) is special on one side only, or a side"
+            f" does not say{more}"
+        )
+        yield Finding(GATE, "warning", "added_tokens", message)
+
+
+def _has_no_space(content: str) -> bool:
+    """Whether Gemma's normalizer, which replaces spaces, leaves the text as it is."""
+    return " " not in content and SPACE not in content

@@ -14,10 +14,10 @@ import pytest
 from gemma2tool.formats import registry
 from gemma2tool.formats.base import WriteOptions
 from gemma2tool.formats.gemma_cpp.tensors import NuqTensor, interleaved
-from gemma2tool.model.checkpoint import Assets
 from gemma2tool.model.config import SIZES
 from gemma2tool.model.lazy import ArrayTensor
 from gemma2tool.quantizers import sfp
+from tests.support.assets import file_assets
 from tests.support.checkpoints import SMALL, random_checkpoint
 from tests.support.formats import assert_ranges_agree, assert_same_tensors, refused, write_as
 
@@ -123,7 +123,7 @@ def test_large_tensors_are_scaled() -> None:
 def test_round_trip(oracles: Path, tmp_path: Path, dtype: str) -> None:
     source = random_checkpoint(np.dtype(getattr(ml_dtypes, dtype, dtype)))
     vocabulary = (oracles / "checkpoints" / "tokenizer.model").read_bytes()
-    source.assets = Assets({"tokenizer.model": lambda: vocabulary})
+    source.assets = file_assets({"tokenizer.model": vocabulary})
     path = write_as("gemma-cpp", source, tmp_path / "model.sbs")
     assert registry.detect(path).name == "gemma-cpp"
     back = registry.open_checkpoint(path)

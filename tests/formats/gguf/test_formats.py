@@ -17,10 +17,11 @@ from gemma2tool.formats.gguf.format import GGUF
 from gemma2tool.formats.gguf.table import TABLE
 from gemma2tool.formats.hf.format import HuggingFace
 from gemma2tool.formats.mapping.transforms import entries
-from gemma2tool.model.checkpoint import Assets, Checkpoint
+from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.config import SIZES
 from gemma2tool.model.config_fields import FULL, SLIDING
 from gemma2tool.model.lazy import ArrayTensor
+from tests.support.assets import file_assets
 from tests.support.checkpoints import SMALL, random_checkpoint, write_checkpoint
 from tests.support.gguf import options, write
 
@@ -356,19 +357,21 @@ def test_numbers_beyond_their_keys(tmp_path: Path) -> None:
     with pytest.raises(InputRefused, match="context_length"):
         GGUF().layout(source, options())
     source = random_checkpoint(BF16)
-    source.assets = Assets({"generation_config.json": lambda: b'{"top_k": 1e30, "temperature": 1e300, "top_p": 0.5}'})
+    source.assets = file_assets({"generation_config.json": b'{"top_k": 1e30, "temperature": 1e300, "top_p": 0.5}'})
     output = GGUF().layout(source, options())
     assert sum("left out" in warning for warning in output.warnings) == 2
 
 
-def test_a_chat_model_ends_at_the_turn_as_well(tmp_path: Path) -> None:
-    from gemma2tool.formats.gguf.config import stop_ids
+def test_the_end_of_a_turn_is_a_stop_whatever_the_chat_template(tmp_path: Path) -> None:
     from gemma2tool.formats.gguf.key_values import Reading, string, strings, u32
+    from gemma2tool.formats.gguf.stops import stop_ids
 
     kv = {"tokenizer.ggml.eos_token_id": u32(1), "tokenizer.ggml.tokens": strings(["<pad>", "<eos>", "<end_of_turn>"])}
-    assert stop_ids(Reading(kv, "file")) == 1
-    kv["tokenizer.chat_template"] = string("{{ x }}<end_of_turn>")
     assert stop_ids(Reading(kv, "file")) == (1, 2)
+    kv["tokenizer.ggml.eos_token_id"] = u32(2)
+    assert stop_ids(Reading(kv, "file")) == (2, 1)
+    kv["tokenizer.chat_template"] = string("{{ x }}<end_of_turn>")
+    assert stop_ids(Reading(kv, "file")) == (2, 1)
 
 
 def test_a_gguf_beside_the_weights_is_not_the_model(tmp_path: Path) -> None:

@@ -11,14 +11,18 @@ import numpy as np
 import pytest
 import sentencepiece as spm
 
+from gemma2tool.containers import tokenizer_model
+from gemma2tool.containers.tokenizer_model import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED
 from gemma2tool.errors import InputRefused
+from gemma2tool.formats.gguf import tokenizer_keys as keys_of_tokenizer
 from gemma2tool.formats.gguf.format import GGUF
 from gemma2tool.formats.gguf.key_values import Reading
-from gemma2tool.formats.gguf.tokenizer import tokenizer_assets
-from gemma2tool.formats.gguf.vocab import tokenizer_keys
-from gemma2tool.formats.tokenizers import sentencepiece
-from gemma2tool.formats.tokenizers.sentencepiece import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED
+from gemma2tool.formats.gguf.read_tokenizer import tokenizer_assets
+from gemma2tool.formats.gguf.tokenizer_keys import TokenizerKeys
+from gemma2tool.formats.tokenizers.reading import read_tokenizer
+from gemma2tool.formats.tokenizers.tokenizer_json import merges
 from gemma2tool.model.config import Gemma2Config
+from tests.support.assets import file_assets
 from tests.support.checkpoints import SMALL, random_checkpoint
 from tests.support.gguf import options, write
 
@@ -74,7 +78,7 @@ def added_decoder() -> dict[str, dict]:
 
 def tokenizer_json(model: bytes) -> dict:
     """The tokenizer.json of a SentencePiece BPE: its merges are all the ways to make a piece of two, best piece first."""
-    pieces = sentencepiece.parse(model).pieces
+    pieces = tokenizer_model.parse(model).pieces
     vocab = {piece.text: token for token, piece in enumerate(pieces)}
     merges = []
     for piece in sorted((p for p in pieces if p.type == NORMAL), key=lambda p: -p.score):
@@ -106,6 +110,10 @@ def config_of(size: int = 500, **fields: object) -> Gemma2Config:
     return Gemma2Config(vocab_size=size, **fields)
 
 
+def tokenizer_keys(assets: dict[str, bytes], config: Gemma2Config) -> TokenizerKeys:
+    return keys_of_tokenizer.tokenizer_keys(read_tokenizer(assets, config), config)
+
+
 def keys_of(assets: dict[str, bytes], config: Gemma2Config | None = None) -> dict[str, object]:
     result = {}
     for key, value in tokenizer_keys(assets, config or config_of()).kv:
@@ -118,7 +126,7 @@ def keys_of(assets: dict[str, bytes], config: Gemma2Config | None = None) -> dic
 
 def test_pieces_as_the_library_sees_them(trained: bytes) -> None:
     library = spm.SentencePieceProcessor(model_proto=trained)
-    pieces = sentencepiece.parse(trained).pieces
+    pieces = tokenizer_model.parse(trained).pieces
     assert len(pieces) == library.vocab_size()
     for token, piece in enumerate(pieces):
         assert piece.text == library.id_to_piece(token)
@@ -130,9 +138,9 @@ def test_pieces_as_the_library_sees_them(trained: bytes) -> None:
 
 
 def test_a_written_model_encodes_alike(trained: bytes) -> None:
-    pieces = sentencepiece.parse(trained).pieces
-    again = sentencepiece.gemma_model(pieces, {"unk": 3, "bos": 2, "eos": 1, "pad": 0})
-    assert sentencepiece.parse(again).pieces == pieces
+    pieces = tokenizer_model.parse(trained).pieces
+    again = tokenizer_model.encode(pieces, {"unk": 3, "bos": 2, "eos": 1, "pad": 0})
+    assert tokenizer_model.parse(again).pieces == pieces
     first, second = spm.SentencePieceProcessor(model_proto=trained), spm.SentencePieceProcessor(model_proto=again)
     assert second.encode(TEXT) == first.encode(TEXT) and second.decode(second.encode(TEXT)) == TEXT
     assert [second.pad_id(), second.eos_id(), second.bos_id(), second.unk_id()] == [0, 1, 2, 3]
@@ -142,7 +150,7 @@ def test_a_written_model_encodes_alike(trained: bytes) -> None:
 def test_damaged_models_are_refused(trained: bytes, cut: int) -> None:
     for data in (trained[:cut], b"\xff" * cut, b"version https://git-lfs.github.com/spec/v1\n" * cut):
         try:
-            assert sentencepiece.parse(data).pieces  # a cut between two pieces leaves a whole message
+            assert tokenizer_model.parse(data).pieces  # a cut between two pieces leaves a whole message
         except InputRefused as error:
             assert error.id == "sentencepiece.damaged"
 
@@ -245,7 +253,7 @@ def test_files_rebuilt_from_the_keys(trained: bytes) -> None:
     rebuilt = spm.SentencePieceProcessor(model_proto=assets["tokenizer.model"])
     assert rebuilt.vocab_size() == 500
     assert rebuilt.encode(TEXT) == spm.SentencePieceProcessor(model_proto=trained).encode(TEXT)
-    assert sentencepiece.parse(assets["tokenizer.model"]).pieces == sentencepiece.parse(trained).pieces
+    assert tokenizer_model.parse(assets["tokenizer.model"]).pieces == tokenizer_model.parse(trained).pieces
     config = json.loads(assets["tokenizer_config.json"])
     found = {token: (entry["content"], entry["special"]) for token, entry in config["added_tokens_decoder"].items()}
     assert found == {token: (entry["content"], entry["special"]) for token, entry in added_decoder().items()}
@@ -294,9 +302,7 @@ def test_transformers_reads_the_rebuilt_files(trained: bytes, tmp_path: Path) ->
 
 @pytest.mark.parametrize("folder", ["gguf/tiny_gqa4"])
 def test_tokenizer_json_as_transformers_made_it(oracles: Path, folder: str) -> None:
-    from gemma2tool.formats.tokenizers.tokenizer_json import merges
-
-    pieces = sentencepiece.parse((oracles / folder / "tokenizer.model").read_bytes()).pieces
+    pieces = tokenizer_model.parse((oracles / folder / "tokenizer.model").read_bytes()).pieces
     theirs = json.loads((oracles / folder / "tokenizer.json").read_bytes())["model"]["merges"]
     user_defined = {piece.text for piece in pieces if piece.type == USER_DEFINED}
     assert [list(merge) for merge in merges(pieces) if "".join(merge) not in user_defined] == theirs
@@ -306,11 +312,9 @@ def test_tokenizer_json_as_transformers_made_it(oracles: Path, folder: str) -> N
 def test_llama_cpp_gives_sentencepieces_ids(llama, trained: bytes, tmp_path: Path, present: tuple[str, ...]) -> None:
     import dataclasses
 
-    from gemma2tool.model.checkpoint import Assets
-
     source = random_checkpoint(np.dtype(np.float32), dataclasses.replace(SMALL, vocab_size=500))
     assets = assets_of(trained, *present)
-    source.assets = Assets({name: (lambda data=data: data) for name, data in assets.items()})
+    source.assets = file_assets(assets)
     (path,) = write(GGUF().layout(source, options()), tmp_path)
     ids, _ = llama.logits(path, TEXT)
     assert ids.tolist() == [2, *spm.SentencePieceProcessor(model_proto=trained).encode(TEXT)]

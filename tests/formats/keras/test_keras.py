@@ -14,6 +14,7 @@ import pytest
 from gemma2tool.formats import registry
 from gemma2tool.formats.base import WriteOptions
 from gemma2tool.model.config import SIZES
+from tests.support.assets import file_assets
 from tests.support.checkpoints import SMALL, random_checkpoint
 from tests.support.formats import (
     assert_ranges_agree,
@@ -85,11 +86,10 @@ def test_same_arrays_as_keras_hub(oracles: Path, tmp_path: Path) -> None:
 
 
 def test_tokenizer_travels(oracles: Path, tmp_path: Path) -> None:
-    from gemma2tool.model.checkpoint import Assets
 
     source = random_checkpoint(np.dtype(np.float32))
     vocabulary = (oracles / "checkpoints" / "tokenizer.model").read_bytes()
-    source.assets = Assets({"tokenizer.model": lambda: vocabulary, "tokenizer.json": lambda: b"{}"})
+    source.assets = file_assets({"tokenizer.model": vocabulary, "tokenizer.json": b"{}"})
     folder = write_as("keras", source, tmp_path / "out")
     assert json.loads((folder / "tokenizer.json").read_text())["class_name"] == "GemmaTokenizer"
     back = registry.open_checkpoint(folder)

@@ -19,10 +19,11 @@ import ml_dtypes
 import numpy as np
 
 from gemma2tool.formats import registry
-from gemma2tool.model.checkpoint import Assets, Checkpoint
+from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.config import Gemma2Config
 from gemma2tool.model.format_facts import FormatFacts
 from gemma2tool.model.lazy import ArrayTensor
+from tests.support.assets import file_assets
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 LAYER = "model.layers.{}."
@@ -52,9 +53,8 @@ class Victim:
 
     def checkpoint(self, format: str = "memory") -> Checkpoint:
         tensors = {name: ArrayTensor(array, stored=self.stored.get(name)) for name, array in self.arrays.items()}
-        assets = Assets({name: (lambda data=data: data) for name, data in self.assets.items()})
         facts = registry.FACTS.get(format, FormatFacts(format))
-        return Checkpoint(Path("planted"), facts, self.config, tensors, assets)
+        return Checkpoint(Path("planted"), facts, self.config, tensors, file_assets(self.assets))
 
     # -- helpers for faults ----------------------------------------------------------------------------------------
 

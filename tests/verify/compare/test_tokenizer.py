@@ -9,11 +9,19 @@ from pathlib import Path
 
 import pytest
 
-from gemma2tool.model.checkpoint import Assets, Checkpoint
+from gemma2tool.formats.gguf.format import GGUF
+from gemma2tool.formats.gguf.key_values import Reading
+from gemma2tool.formats.gguf.read_tokenizer import tokenizer_assets
+from gemma2tool.formats.gguf.tokenizer_keys import tokenizer_keys
+from gemma2tool.formats.tokenizers.tokenizer_json import tokenizer_json as tokenizer_json_of
+from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.format_facts import FormatFacts
-from gemma2tool.verify.compare.tokenizer import chat_template, compare_tokenizers
+from gemma2tool.verify.compare.tokenizer import compare_tokenizers
 from gemma2tool.verify.finding import GateResult
+from tests.support.assets import file_assets
 from tests.support.checkpoints import SMALL
+
+CONFIG = dataclasses.replace(SMALL, vocab_size=330)
 
 sentencepiece = pytest.importorskip("sentencepiece")
 
@@ -28,7 +36,7 @@ def trained(**options: object) -> bytes:
     """A small BPE tokenizer with byte fallback, as Gemma's is one."""
     written = io.BytesIO()
     settings = {
-        "vocab_size": 330, "model_type": "bpe", "byte_fallback": True, "bos_id": 2, "eos_id": 1, "pad_id": 0, "unk_id": 3,
+        "vocab_size": 330, "model_type": "bpe", "byte_fallback": True, "bos_id": 2, "eos_id": 1, "pad_id": 0, "unk_id": 3, "bos_piece": "<bos>", "eos_piece": "<eos>",
         "add_dummy_prefix": False, "remove_extra_whitespaces": False, "normalization_rule_name": "identity",
         "hard_vocab_limit": False, "minloglevel": 2, "num_threads": 1,
     }  # fmt: skip
@@ -45,17 +53,22 @@ def model() -> bytes:
 
 def side(**files: bytes | dict | str) -> Checkpoint:
     """A checkpoint of no weights that carries these files; dots in names are written as underscores twice."""
-    readers = {}
+    named = {}
     for name, content in files.items():
-        data = (
-            content
-            if isinstance(content, bytes)
-            else json.dumps(content).encode()
-            if isinstance(content, dict)
-            else content.encode()
-        )
-        readers[name.replace("__", ".")] = lambda data=data: data
-    return Checkpoint(Path("side"), FormatFacts("memory"), SMALL, {}, Assets(readers))
+        text = json.dumps(content) if isinstance(content, dict) else content
+        named[name.replace("__", ".")] = text if isinstance(text, bytes) else text.encode()
+    return Checkpoint(Path("side"), FormatFacts("memory"), CONFIG, {}, file_assets(named))
+
+
+def derived_json(model: bytes) -> bytes:
+    """The tokenizer.json of a tokenizer.model."""
+    return tokenizer_json_of(side(tokenizer__model=model).tokenizer)
+
+
+def through_gguf(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint's tokenizer as it comes back from a GGUF."""
+    kv = dict(tokenizer_keys(checkpoint.tokenizer, checkpoint.config).kv)
+    return Checkpoint(Path("side.gguf"), GGUF.facts, checkpoint.config, {}, tokenizer_assets(Reading(kv, "side.gguf")))
 
 
 def compare(ours: bytes, theirs: bytes) -> GateResult:
@@ -107,7 +120,7 @@ def test_another_vocabulary_fails(model: bytes) -> None:
 def test_other_special_ids_fail(model: bytes) -> None:
     found = compare(model, trained(bos_id=1, eos_id=2))
     assert found.status == "failed"
-    assert {"bos_id", "eos_id"} <= {finding.subject for finding in found.findings}
+    assert {"pieces", "encoding"} <= {finding.subject for finding in found.findings}
 
 
 def test_another_normalization_shows_in_what_is_encoded(model: bytes) -> None:
@@ -124,7 +137,7 @@ def test_a_side_without_a_tokenizer_is_said(model: bytes) -> None:
     lost = compare_tokenizers(side(tokenizer__model=model), side())
     assert lost.status == "failed" and "the source's tokenizer is not in the candidate" in lost.summary
     found = compare_tokenizers(side(), side(tokenizer__model=model))
-    assert found.status == "skipped" and "the source carries no tokenizer.model" in found.summary
+    assert found.status == "skipped" and "the source has no vocabulary" in found.summary
     assert "neither side" in compare_tokenizers(side(), side()).summary
 
 
@@ -136,22 +149,28 @@ def test_a_file_of_weights_alone_has_no_tokenizer_to_lose(model: bytes, tmp_path
     assert found.status == "skipped" and "weights alone" in found.summary
 
 
-def test_special_tokens_in_the_midst_of_text(model: bytes) -> None:
-    """A token that is found in text on one side and spelled out on the other: the vocabulary is the same."""
-    ours, theirs = trained(user_defined_symbols=["<turn>"]), trained(control_symbols=["<turn>"])
-    found = compare(ours, theirs)
-    subjects = {finding.subject for finding in found.findings if finding.severity == "error"}
-    assert found.status == "failed" and "encoding" in subjects
-    assert any("<turn>" in finding.message for finding in found.findings)
+def test_special_tokens_in_the_midst_of_text() -> None:
+    """A token that is special on one side only: a decoded text has it on one side, and not on the other."""
+    source, candidate = trained(user_defined_symbols=["<turn>"]), trained(control_symbols=["<turn>"])
+    result = compare(source, candidate)
+    assert result.failed and "the added token '<turn>' (4) has special False" in result.summary
+    added = {"4": {"content": "<turn>", "special": True}}
+    sides = (
+        side(tokenizer__model=model, tokenizer_config__json={"added_tokens_decoder": decoder})
+        for model, decoder in ((source, added), (source, {}))
+    )
+    result = compare_tokenizers(*sides)
+    subjects = {finding.subject for finding in result.errors}
+    assert result.failed and {"types", "encoding"} <= subjects
 
 
 @pytest.mark.parametrize(("ours", "theirs", "status"), [
     ({"added_tokens_decoder": {"5": {"content": "<a>"}}}, {"added_tokens_decoder": {"5": {"content": "<b>"}}}, "failed"),
-    ({"added_tokens_decoder": {"5": {"content": "<a>"}}}, {"added_tokens_decoder": {"6": {"content": "<b>"}}}, "passed"),
+    ({"added_tokens_decoder": {"5": {"content": "<a>"}}}, {"added_tokens_decoder": {"6": {"content": "<b>"}}}, "failed"),
     ({"bos_token": "<bos>"}, {"bos_token": {"content": "<bos>", "special": True}}, "passed"),
-    ({"bos_token": "<bos>"}, {"bos_token": "<s>"}, "failed"),
+    ({"bos_token": "<bos>"}, {"bos_token": "<eos>"}, "failed"),
     ({"pad_token": "<pad>"}, {"pad_token": "<eos>"}, "passed"),
-    ({"added_tokens_decoder": [1], "bos_token": 3}, {"added_tokens_decoder": {"x": 1}, "bos_token": []}, "passed"),
+    ({"added_tokens_decoder": [1], "bos_token": 3}, {"added_tokens_decoder": [], "bos_token": []}, "passed"),
 ])  # fmt: skip
 def test_special_tokens_of_the_config(model: bytes, ours: dict, theirs: dict, status: str) -> None:
     sides = (side(tokenizer__model=model, tokenizer_config__json=each) for each in (ours, theirs))
@@ -218,11 +237,11 @@ MERGED = {"model": {"merges": [["a", "b"], ["<0x41>", "b"]]}}
     ({"added_tokens": added(1)}, "added_tokens", "lacks the added token '<turn>' (2)"),
     ({"added_tokens": added(1, content="<tern>")}, "added_tokens", "'<turn>' (2), in the candidate '<tern>'"),
     ({"added_tokens": added(1, id=3)}, "added_tokens", "lacks the added token '<turn>' (2)"),
-    ({"added_tokens": [*added(1, special=True), {"id": 5, "content": "ab", "special": False}]}, "added_tokens", "a token more|added token more"),
+    ({"added_tokens": [*added(1, special=True), {"id": 5, "content": "ab", "special": False}]}, "added_tokens", "additional added token"),
     *(({"added_tokens": added(1, **{flag: True})}, "added_tokens", f"'<turn>' (2) of tokenizer.json has {flag}")
       for flag in ("lstrip", "rstrip", "single_word", "normalized")),
     ({"added_tokens": added(1, special=False)}, "added_tokens", "special True, in the candidate False"),
-    ({"post_processor": None}, "add_bos_token", "puts <bos> [0] around a text, in the candidate nothing"),
+    ({"post_processor": None}, "add_bos_token", "add_bos_token is True, in the candidate False"),
     ({"post_processor": BOS_AS_OTHER_ID}, "post_processor", "<bos> [0] around a text, in the candidate <bos> [1]"),
     ({"model": {"byte_fallback": False}}, "tokenizer.json", "byte_fallback"),
     ({"model": {"fuse_unk": False}}, "tokenizer.json", "fuse_unk"),
@@ -286,7 +305,7 @@ def test_tokens_whose_flag_a_gguf_does_not_keep_are_told() -> None:
     )
     assert (
         not found.failed
-        and [each.severity for each in found.findings] == ["warning"]
+        and {each.severity for each in found.findings} == {"warning"}
         and "<mask>" in found.findings[0].message
     )
 
@@ -300,23 +319,29 @@ def test_limits_that_transformers_sets_anew_are_told(name: str) -> None:
 
 
 def test_runs_of_spaces_that_a_gguf_merges_are_told() -> None:
-    """A vocabulary without merges is merged as SentencePiece would; between two files that list theirs it is an error."""
-    tokens = [*added(1, special=True), {"id": 264, "content": "\u2581\u2581", "special": False, "normalized": False}]
-    ours, theirs = (
-        side(tokenizer__json=gemma_json(added_tokens=tokens, model={"merges": merges}))
-        for merges in ([["a", "b"]], [["\u2581", "\u2581"], ["a", "b"]])
-    )
-    assert compare_tokenizers(ours, theirs).failed
-    found = compare_tokenizers(ours, dataclasses.replace(theirs, format="gguf"))
-    assert not found.failed and "runs of spaces" in found.findings[0].message
+    """A GGUF is merged as tokenizer.model would; between two files that list their merges it is an error."""
+    model = trained(user_defined_symbols=["\u2581\u2581"])
+    whole = json.loads(derived_json(model))
+    pairs = whole["model"]["merges"]
+    single = whole | {"model": whole["model"] | {"merges": [pair for pair in pairs if pair != ["\u2581", "\u2581"]]}}
+    assert len(single["model"]["merges"]) < len(pairs)
+    source, candidate = (side(tokenizer__model=model, tokenizer__json=content) for content in (single, whole))
+    assert compare_tokenizers(source, candidate).failed
+    result = compare_tokenizers(source, through_gguf(source))
+    assert not result.failed and "runs of spaces" in result.findings[0].message
 
 
 def test_bos_that_tokenizer_json_no_longer_puts() -> None:
     puts, not_ = side(tokenizer__json=gemma_json()), side(tokenizer__json=gemma_json(post_processor=None))
     lost = compare_tokenizers(puts, not_)
-    assert lost.failed and "puts <bos> [0] around a text, in the candidate nothing" in lost.summary
+    assert lost.failed and any(
+        "puts <bos> [0] around a text, in the candidate nothing" in each.message for each in lost.errors
+    )
     assert compare_tokenizers(not_, puts).failed
-    supplied = side(tokenizer__json=gemma_json(post_processor=None), tokenizer_config__json={"add_bos_token": True})
+    supplied = side(
+        tokenizer__json=gemma_json(post_processor=None),
+        tokenizer_config__json={"add_bos_token": True, "bos_token": "<bos>"},
+    )
     assert not compare_tokenizers(supplied, puts).failed, "transformers puts it by tokenizer_config.json"
 
 
@@ -379,7 +404,7 @@ def test_a_chat_template_is_lost_where_there_is_a_place_for_it(
 
 @pytest.mark.parametrize(("format", "told"), [("hf", True), ("mlx", True), ("flax", False), ("gemma-cpp", False)])
 def test_a_lost_tokenizer_json_is_told(model: bytes, format: str, told: bool) -> None:
-    source = side(tokenizer__model=model, tokenizer__json=gemma_json())
+    source = side(tokenizer__model=model, tokenizer__json=derived_json(model))
     found = compare_tokenizers(source, dataclasses.replace(side(tokenizer__model=model), format=format))
     assert (
         not found.failed
@@ -392,9 +417,10 @@ def test_a_lost_tokenizer_json_is_told(model: bytes, format: str, told: bool) ->
 
 def test_named_templates_and_damaged_files() -> None:
     named = [{"name": "tools", "template": "t"}, {"name": "default", "template": "d"}]
-    assert chat_template(side(tokenizer_config__json={"chat_template": named}).assets) == "d"
-    assert chat_template(side(tokenizer_config__json="not json").assets) is None
-    assert chat_template(side(tokenizer_config__json="[1]").assets) is None
+    assert side(tokenizer_config__json={"chat_template": named}).tokenizer.chat_template == "d"
+    for damaged in ("not json", "[1]"):
+        result = compare_tokenizers(side(), side(tokenizer_config__json=damaged))
+        assert result.failed and "the candidate's tokenizer cannot be read" in result.summary
 
 
 def test_whether_bos_is_added_must_agree(model: bytes) -> None:

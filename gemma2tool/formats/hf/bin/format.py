@@ -66,7 +66,7 @@ class HuggingFaceBin(Format):
                 place = Placement(name, file, zipped.offsets[(name,)], parts[name].nbytes)
                 tensors.append(OutputTensor(name, (name,), checkpoint.tensors[name], encoders[name], {"": place}))
                 weight_map[name] = file
-        tokenizer_files, remarks = transformers_tokenizer_files(checkpoint.assets)
+        tokenizer_files, remarks = transformers_tokenizer_files(checkpoint)
         small_files = other_assets(checkpoint) | tokenizer_files
         small_files[CONFIG] = assets.dump_json(config_content(checkpoint, dtypes))
         if len(groups) > 1:

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 
+from gemma2tool.containers import tokenizer_model
 from gemma2tool.errors import InputRefused
 from gemma2tool.formats import assets
 from gemma2tool.formats.base import Format, Output, WriteOptions
@@ -22,12 +22,10 @@ from gemma2tool.formats.orbax import output as orbax_output
 from gemma2tool.formats.orbax import zarr_arrays
 from gemma2tool.formats.orbax.flax import FACTS
 from gemma2tool.formats.orbax.zarr_arrays import StoredArray
-from gemma2tool.formats.tokenizers import sentencepiece
 from gemma2tool.model.checkpoint import Assets, Checkpoint
 from gemma2tool.model.config import SIZES, Gemma2Config, infer_from_shapes
 from gemma2tool.model.lazy import LazyTensor
 from gemma2tool.storage.paths import confined_path
-from gemma2tool.storage.reading import read_whole
 
 FOLDER = "ckpt"
 CONFIG = "config.json"
@@ -210,7 +208,7 @@ def _canonical_shapes(arrays: Mapping, vocabulary: int | None) -> dict[str, tupl
 
 
 def _vocabulary(found: Assets) -> int | None:
-    return len(sentencepiece.parse(found[TOKENIZER]).pieces) if TOKENIZER in found else None
+    return len(tokenizer_model.parse(found[TOKENIZER]).pieces) if TOKENIZER in found else None
 
 
 def _shaped_like(config: Gemma2Config, released: Gemma2Config) -> bool:
@@ -232,7 +230,7 @@ def _assets(path: Path, folder: Path) -> Assets:
     tokenizer = _beside(path, folder, TOKENIZER)
     if tokenizer is None:
         return Assets({})
-    return Assets({TOKENIZER: partial(read_whole, tokenizer, what=TOKENIZER, max_bytes=assets.MAX_ASSET_BYTES)})
+    return assets.single_asset(TOKENIZER, tokenizer)
 
 
 FORMAT = Flax()

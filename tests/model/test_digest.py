@@ -17,13 +17,15 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from gemma2tool.cli.main import app
+from gemma2tool.containers import tokenizer_model
 from gemma2tool.formats import registry
-from gemma2tool.formats.tokenizers import sentencepiece
-from gemma2tool.model.checkpoint import Assets, Checkpoint
+from gemma2tool.model import digest as digests
+from gemma2tool.model.checkpoint import Checkpoint
+from gemma2tool.model.digest import Hashes, chunk_digests, chunk_rows, hash_checkpoint, hash_tensors, tensor_digest
+from gemma2tool.model.format_facts import FormatFacts
 from gemma2tool.model.lazy import ArrayTensor, LazyTensor
-from gemma2tool.verify import digest as digests
 from gemma2tool.verify.compare.tensors import compare_tensors
-from gemma2tool.verify.digest import Hashes, hash_checkpoint, hash_tensors, leaf_rows, leaves, tensor_digest
+from tests.support.assets import file_assets
 from tests.support.checkpoints import SMALL, random_checkpoint, write_checkpoint
 from tests.support.formats import suffix_of, write_as
 
@@ -39,21 +41,21 @@ def plainly(values: list[float | int], shape: tuple[int, ...], kind: str) -> str
     step = max(131072 // row, 1) * row
     found = b""
     for first in range(0, len(values), step):
-        leaf = values[first : first + step]
+        chunk = values[first : first + step]
         if kind == "<Q":
-            singles = [struct.pack("<f", struct.unpack("<d", struct.pack("<Q", bits))[0]) for bits in leaf]
+            singles = [struct.pack("<f", struct.unpack("<d", struct.pack("<Q", bits))[0]) for bits in chunk]
             back = [struct.unpack("<Q", struct.pack("<d", struct.unpack("<f", each)[0]))[0] for each in singles]
-            kind_of_leaf, bits = (
-                ("<I", [struct.unpack("<I", each)[0] for each in singles]) if back == leaf else (kind, leaf)
+            kind_of_chunk, bits = (
+                ("<I", [struct.unpack("<I", each)[0] for each in singles]) if back == chunk else (kind, chunk)
             )
         elif kind == "<H":
-            kind_of_leaf, bits = "<I", [each << 16 for each in leaf]
+            kind_of_chunk, bits = "<I", [each << 16 for each in chunk]
         else:
-            kind_of_leaf, bits = kind, leaf
-        if kind_of_leaf == "<I" and all(each & 0xFFFF == 0 for each in bits):
-            kind_of_leaf, bits = "<H", [each >> 16 for each in bits]
-        data = b"".join(struct.pack(kind_of_leaf, each) for each in bits)
-        found += hashlib.sha256(data + bytes([struct.calcsize(kind_of_leaf)])).digest()
+            kind_of_chunk, bits = kind, chunk
+        if kind_of_chunk == "<I" and all(each & 0xFFFF == 0 for each in bits):
+            kind_of_chunk, bits = "<H", [each >> 16 for each in bits]
+        data = b"".join(struct.pack(kind_of_chunk, each) for each in bits)
+        found += hashlib.sha256(data + bytes([struct.calcsize(kind_of_chunk)])).digest()
     head = "gemma2tool tensor 1\n" + "x".join(str(dim) for dim in shape) + "\n"
     return hashlib.sha256(head.encode() + found).hexdigest()
 
@@ -126,9 +128,9 @@ def test_what_counts_and_what_does_not() -> None:
     assert digest(np.array([next_up])) != digest(np.array([1], np.float32)), "and one unit in the last place"
 
 
-def test_swapped_rows_and_leaves_change_the_digest() -> None:
+def test_swapped_rows_and_chunks_change_the_digest() -> None:
     values = np.random.default_rng(1).standard_normal((1024, 512)).astype(np.float32)
-    assert leaf_rows(512) == 256
+    assert chunk_rows(512) == 256
     turned = np.concatenate([values[256:512], values[:256], values[512:]])
     assert digest(turned) != digest(values)
 
@@ -145,18 +147,18 @@ class Watched(LazyTensor):
         return np.array(self.array[first:last])
 
 
-def test_threads_change_nothing_and_no_more_than_a_leaf_is_read_at_once() -> None:
+def test_threads_change_nothing_and_no_more_than_a_chunk_is_read_at_once() -> None:
     tensor = Watched(np.random.default_rng(2).standard_normal((2000, 300)).astype(np.float32))
     alone = hash_tensors({"t": tensor}, threads=1)
     assert hash_tensors({"t": tensor}, threads=4) == alone
-    assert tensor.largest <= digests.LEAF_VALUES
+    assert tensor.largest <= digests.CHUNK_VALUES
 
 
-def test_ranges_in_any_order_give_the_same_leaves() -> None:
-    """Whoever reads rows for another purpose can hash them, wherever it begins a leaf."""
+def test_ranges_in_any_order_give_the_same_chunks() -> None:
+    """Whoever reads rows for another purpose can hash them, wherever it begins a chunk."""
     values = np.random.default_rng(4).standard_normal((700, 1000)).astype(BF16)
-    step = leaf_rows(1000)
-    parts = {first: leaves(values[first : first + 2 * step]) for first in reversed(range(0, 700, 2 * step))}
+    step = chunk_rows(1000)
+    parts = {first: chunk_digests(values[first : first + 2 * step]) for first in reversed(range(0, 700, 2 * step))}
     assert tensor_digest((700, 1000), b"".join(parts[first] for first in sorted(parts))) == digest(values)
 
 
@@ -271,9 +273,9 @@ def test_the_model_digest_holds_tensors_and_config() -> None:
 def test_the_tokenizer_counts_as_what_it_encodes_with(fixture_dir: Path) -> None:
     """The definition from the parsed protocol buffer; a changed text, score or kind changes it, the trainer's remarks don't."""
     data = (fixture_dir / "tokenizer.model").read_bytes()
-    pieces = sentencepiece.parse(data).pieces
+    pieces = tokenizer_model.parse(data).pieces
 
-    def plainly(pieces: Sequence[sentencepiece.Piece]) -> str:
+    def plainly(pieces: Sequence[tokenizer_model.Piece]) -> str:
         texts = [piece.text.replace("\u2581", " ").encode() for piece in pieces]
         found = f"gemma2tool tokenizer 1\n{len(pieces)}\n".encode()
         found += b"".join(struct.pack("<I", len(text)) for text in texts) + b"".join(texts)
@@ -283,7 +285,8 @@ def test_the_tokenizer_counts_as_what_it_encodes_with(fixture_dir: Path) -> None
         ).hexdigest()
 
     def digest_of(data: bytes) -> str:
-        return digests.tokenizer_digest(Assets({"tokenizer.model": lambda: data}))
+        assets = file_assets({"tokenizer.model": data})
+        return digests.tokenizer_digest(Checkpoint(Path("side"), FormatFacts("memory"), SMALL, {}, assets))
 
     found = digest_of(data)
     assert found == plainly(pieces)

@@ -1,0 +1,72 @@
+"""The canonical tokenizer as the files that Hugging Face repositories carry."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from gemma2tool.containers import tokenizer_model
+from gemma2tool.formats.assets import dump_json
+from gemma2tool.formats.tokenizers.tokenizer_json import tokenizer_json
+from gemma2tool.model.tokenizer import DEFAULT_TEMPLATE, Tokenizer
+
+_CONFIG_ROLES = ("bos", "eos", "unk", "pad")
+
+
+def derived_files(
+    tokenizer: Callable[[], Tokenizer], generation: Callable[[], Mapping[str, Any]]
+) -> dict[str, Callable[[], bytes]]:
+    """File name -> what makes its bytes. ``generation``: the contents of generation_config.json."""
+    return {
+        "tokenizer.model": lambda: tokenizer_model_file(tokenizer()),
+        "tokenizer.json": lambda: tokenizer_json(tokenizer()),
+        "tokenizer_config.json": lambda: dump_json(tokenizer_config(tokenizer())),
+        "generation_config.json": lambda: dump_json(generation()),
+    }
+
+
+def tokenizer_model_file(tokenizer: Tokenizer) -> bytes:
+    special = {role: tokenizer.roles[role] for role in _CONFIG_ROLES if role in tokenizer.roles}
+    return tokenizer_model.encode(tokenizer.pieces.listed(), special, tokenizer.normalizer)
+
+
+def tokenizer_config(tokenizer: Tokenizer, *, chat_template: bool = True) -> dict[str, Any]:
+    """tokenizer_config.json as transformers 4 wrote Gemma's. ``chat_template``: with the templates, if there are any."""
+    added = tokenizer.added_tokens
+    config: dict[str, Any] = {
+        "add_bos_token": tokenizer.adds.get("bos", True),
+        "add_eos_token": tokenizer.adds.get("eos", False),
+        "added_tokens_decoder": {
+            str(token): {
+                "content": entry.content,
+                "lstrip": entry.lstrip,
+                "normalized": entry.normalized,
+                "rstrip": entry.rstrip,
+                "single_word": entry.single_word,
+                "special": entry.is_special,
+            }
+            for token, entry in added.items()
+        },
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": int(1e30),
+        "spaces_between_special_tokens": False,
+        "tokenizer_class": "GemmaTokenizer",
+    }
+    for role in _CONFIG_ROLES:
+        if role in tokenizer.roles:
+            token = tokenizer.roles[role]
+            config[f"{role}_token"] = added[token].content if token in added else tokenizer.pieces.texts[token]
+    turns = [entry.content for entry in added.values() if entry.is_special and entry.content.endswith("_of_turn>")]
+    if turns:
+        config["additional_special_tokens"] = turns
+    template = _template(tokenizer.chat_templates)
+    if chat_template and template is not None:
+        config["chat_template"] = template
+    return config
+
+
+def _template(templates: Mapping[str, str]) -> str | list[dict[str, str]] | None:
+    if not templates.keys() - {DEFAULT_TEMPLATE}:
+        return templates.get(DEFAULT_TEMPLATE)
+    names = [name for name in (DEFAULT_TEMPLATE, *templates) if name in templates]
+    return [{"name": name, "template": templates[name]} for name in dict.fromkeys(names)]

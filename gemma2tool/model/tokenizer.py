@@ -1,0 +1,196 @@
+"""A model's tokenizer in canonical form: what every format's reader makes of its files and keys, and every writer starts from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gemma2tool.containers.tokenizer_model import (
+    BYTE,
+    CONTROL,
+    NORMAL,
+    SPACE,
+    UNKNOWN,
+    UNUSED,
+    USER_DEFINED,
+    NormalizerSpec,
+    Piece,
+)
+
+ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
+"""What a token can be for, in the order in which llama.cpp's converter writes them."""
+
+DEFAULT_TEMPLATE = "default"
+
+_GEMMAS_PLAIN_TOKENS = ("<mask>", "<2mass>", "[@BOS@]")
+"""Added tokens of Gemma's that look special and are not, beside the unused ones."""
+
+
+def looks_special(text: str) -> bool:
+    """Whether llama.cpp's converter writes an added token as a control token even where its file calls it not special."""
+    if text in ("<pad>", *_GEMMAS_PLAIN_TOKENS):
+        return True
+    return (text.startswith("<|") and text.endswith("|>")) or _is_unused(text)
+
+
+def _is_unused(text: str) -> bool:
+    return text.startswith("<unused") and text.endswith(">")
+
+
+@dataclass(frozen=True)
+class AddedToken:
+    """A token that is found in a text before it is cut into pieces.
+
+    ``special``: left out of a decoded text on request; None where the file does not say. ``normalized``: looked for in
+    the normalized text. ``lstrip``, ``rstrip``: takes the spaces beside it. ``single_word``: found only between word
+    boundaries.
+    """
+
+    content: str
+    special: bool | None = False
+    normalized: bool = False
+    lstrip: bool = False
+    rstrip: bool = False
+    single_word: bool = False
+
+    @property
+    def is_special(self) -> bool:
+        """``special``, or the likeliest value where the file does not say."""
+        if self.special is not None:
+            return self.special
+        return not (self.content in _GEMMAS_PLAIN_TOKENS or _is_unused(self.content))
+
+
+@dataclass(frozen=True, eq=False)
+class Pieces:
+    """SentencePiece's vocabulary by id: texts (a space is U+2581), float32 scores (n,), uint8 types (n,)."""
+
+    texts: tuple[str, ...]
+    scores: NDArray[np.float32]
+    types: NDArray[np.uint8]
+
+    @classmethod
+    def of(cls, pieces: Iterable[Piece]) -> Pieces:
+        listed = tuple(pieces)
+        known = range(NORMAL, BYTE + 1)
+        return cls(
+            tuple(piece.text for piece in listed),
+            np.array([piece.score for piece in listed], np.float32),
+            np.array([piece.type if piece.type in known else NORMAL for piece in listed], np.uint8),
+        )
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def listed(self) -> list[Piece]:
+        return [
+            Piece(text, score, type)
+            for text, score, type in zip(self.texts, self.scores.tolist(), self.types.tolist(), strict=True)
+        ]
+
+
+NO_PIECES = Pieces((), np.zeros(0, np.float32), np.zeros(0, np.uint8))
+
+
+@dataclass(frozen=True)
+class Conflict:
+    """Where the files of one tokenizer contradict each other. ``serious``: texts get other ids by one than by the other."""
+
+    message: str
+    serious: bool = True
+
+
+def _no_conflicts() -> tuple[Conflict, ...]:
+    return ()
+
+
+@dataclass(frozen=True, eq=False)
+class Tokenizer:
+    """What turns text into token ids and back, and what a conversation looks like.
+
+    - ``pieces``: SentencePiece's vocabulary; ids are positions. Empty where the checkpoint has none.
+    - ``added_tokens``: by id; they override pieces of the same id and can lie beyond them.
+    - ``roles``: ids of the tokens of ``ROLES`` that the files name.
+    - ``adds``: role -> whether a text gets the token ("bos" before it, "eos" after it, "sep" between two); a role that
+      is absent is not known. ``declared``: the roles of ``adds`` that the files state, in their order.
+    - ``normalizer``: what is done to a text first; ``normalizer.add_dummy_prefix`` is llama.cpp's add_space_prefix.
+    - ``stop_ids``: the ids that end a generated text; None where only the model's config says.
+    - ``chat_templates``: by name; ``DEFAULT_TEMPLATE`` is the one that is used unless another is asked for.
+    - ``notes``: what reading had to assume.
+    - ``find_conflicts``: compares the files with each other, which takes seconds; see ``conflicts``.
+    """
+
+    pieces: Pieces = NO_PIECES
+    added_tokens: Mapping[int, AddedToken] = field(default_factory=dict)
+    roles: Mapping[str, int] = field(default_factory=dict)
+    adds: Mapping[str, bool] = field(default_factory=dict)
+    declared: tuple[str, ...] = ()
+    normalizer: NormalizerSpec = NormalizerSpec()
+    stop_ids: tuple[int, ...] | None = None
+    chat_templates: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    find_conflicts: Callable[[], tuple[Conflict, ...]] = _no_conflicts
+
+    @property
+    def has_vocabulary(self) -> bool:
+        return len(self.pieces) > 0
+
+    @property
+    def chat_template(self) -> str | None:
+        return self.chat_templates.get(DEFAULT_TEMPLATE)
+
+    @property
+    def size(self) -> int:
+        """One more than the largest id."""
+        return max([len(self.pieces), *(token + 1 for token in self.added_tokens)])
+
+    @cached_property
+    def conflicts(self) -> tuple[Conflict, ...]:
+        return self.find_conflicts()
+
+    @cached_property
+    def vocabulary(self) -> Pieces:
+        """The pieces with the added tokens in their places, all ids up to ``size``.
+
+        An added token is USER_DEFINED with a score of 0; an id without a token is UNUSED with an empty text. A piece
+        that only SentencePiece calls USER_DEFINED is NORMAL: transformers and llama.cpp know added tokens alone.
+        """
+        missing = self.size - len(self.pieces)
+        texts = [*self.pieces.texts, *("",) * missing]
+        scores = np.concatenate([self.pieces.scores, np.zeros(missing, np.float32)])
+        types = np.concatenate([self.pieces.types, np.full(missing, UNUSED, np.uint8)])
+        types[types == USER_DEFINED] = NORMAL
+        for token, added in self.added_tokens.items():
+            texts[token], scores[token], types[token] = added.content.replace(" ", SPACE), 0.0, USER_DEFINED
+        return Pieces(tuple(texts), scores, types)
+
+    def text(self, token: int) -> str:
+        """A token as text, a space where SentencePiece writes U+2581; ``<ID>`` for an id without a token."""
+        if token in self.added_tokens:
+            return self.added_tokens[token].content.replace(SPACE, " ")
+        return self.pieces.texts[token].replace(SPACE, " ") if 0 <= token < len(self.pieces) else f"<{token}>"
+
+    def within(self, vocab_size: int) -> Tokenizer:
+        """Without the tokens that a model of ``vocab_size`` embedding rows cannot be given."""
+        if self.size <= vocab_size:
+            return self
+        pieces = self.pieces
+        return replace(
+            self,
+            pieces=Pieces(pieces.texts[:vocab_size], pieces.scores[:vocab_size], pieces.types[:vocab_size]),
+            added_tokens={token: added for token, added in self.added_tokens.items() if token < vocab_size},
+            roles={role: token for role, token in self.roles.items() if token < vocab_size},
+        )
+
+
+def added_of_pieces(pieces: Pieces) -> dict[int, AddedToken]:
+    """The added tokens where only SentencePiece's types tell them: Gemma's control tokens and turn marks are special."""
+    added = {}
+    for token, (text, _, type) in enumerate(pieces.listed()):
+        if type in (CONTROL, UNKNOWN, USER_DEFINED):
+            added[token] = AddedToken(text, type != USER_DEFINED or text.endswith("_of_turn>"))
+    return added

@@ -1,0 +1,84 @@
+"""How two tokenizers are used: chat templates, bos and eos, special ids, the space before a text, and where generation stops."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from gemma2tool.model.tokenizer import DEFAULT_TEMPLATE, Tokenizer
+from gemma2tool.verify.compare.tokenizer_json import GATE
+from gemma2tool.verify.finding import Finding, Severity, Sides
+
+
+def compare_use(left: Tokenizer, right: Tokenizer, sides: Sides, *, keeps_template: bool) -> Iterator[Finding]:
+    """The differences between the source's tokenizer, ``left``, and the candidate's.
+
+    ``keeps_template``: the candidate has a place for a chat template, so that a lost one is an error.
+    """
+    yield from _templates(left, right, sides, keeps_template)
+    yield from _adds(left, right, sides)
+    yield from _roles(left, right, sides)
+    yield from _space_prefix(left, right, sides)
+    yield from _stops(left, right, sides)
+
+
+def _templates(left: Tokenizer, right: Tokenizer, sides: Sides, keeps_template: bool) -> Iterator[Finding]:
+    source, candidate = (
+        {_spelled(name): template for name, template in tokenizer.chat_templates.items()} for tokenizer in (left, right)
+    )
+    for name, template in source.items():
+        what = "chat template" if name == DEFAULT_TEMPLATE else f"chat template {name!r}"
+        if name not in candidate:
+            severity: Severity = "error" if keeps_template and name == DEFAULT_TEMPLATE else "warning"
+            yield Finding(GATE, severity, "chat_template", f"the {sides[0]}'s {what} is not in the {sides[1]}")
+        elif candidate[name] != template:
+            differ = "the chat templates differ" if name == DEFAULT_TEMPLATE else f"the {what} differs"
+            yield Finding(GATE, "error", "chat_template", differ)
+
+
+def _spelled(name: str) -> str:
+    """A template's name as every format can write it."""
+    return re.sub(r"[^A-Za-z0-9]", "_", name)
+
+
+def _adds(left: Tokenizer, right: Tokenizer, sides: Sides) -> Iterator[Finding]:
+    for role in ("bos", "eos"):
+        adds = left.adds.get(role), right.adds.get(role)
+        if None not in adds and adds[0] != adds[1]:
+            name = f"add_{role}_token"
+            yield Finding(GATE, "error", name, f"{name} is {adds[0]}, in the {sides[1]} {adds[1]}")
+
+
+def _roles(left: Tokenizer, right: Tokenizer, sides: Sides) -> Iterator[Finding]:
+    for role in ("bos", "eos", "unk", "pad"):
+        ids = left.roles.get(role), right.roles.get(role)
+        if ids[0] is not None and ids[1] is not None and ids[0] != ids[1]:
+            severity: Severity = "error" if role in ("bos", "eos") else "warning"
+            message = f"{role} is {left.text(ids[0])!r} ({ids[0]}), in the {sides[1]} {right.text(ids[1])!r} ({ids[1]})"
+            yield Finding(GATE, severity, f"{role}_id", message)
+
+
+def _space_prefix(left: Tokenizer, right: Tokenizer, sides: Sides) -> Iterator[Finding]:
+    """Gemma's tokenizer puts no space before a text; a GGUF without the key has llama.cpp put one."""
+    name = "add_space_prefix"
+    if right.has_vocabulary and right.normalizer.add_dummy_prefix:
+        message = (
+            f"{name} is true or missing in the {sides[1]}: a space is put before every text, which Gemma's tokenizer does"
+            " not do; a GGUF needs tokenizer.ggml.add_space_prefix=bool:false"
+        )
+        yield Finding(GATE, "error", name, message)
+    elif left.has_vocabulary and left.normalizer.add_dummy_prefix and right.has_vocabulary:
+        yield Finding(
+            GATE, "warning", name, f"{name} is true or missing in the {sides[0]}, in the {sides[1]} it is false"
+        )
+
+
+def _stops(left: Tokenizer, right: Tokenizer, sides: Sides) -> Iterator[Finding]:
+    """A stop that is lost lets a chat run on, one more can only end it."""
+    if left.stop_ids is None or right.stop_ids is None:
+        return
+    source, candidate = set(left.stop_ids), set(right.stop_ids)
+    if source != candidate:
+        severity: Severity = "error" if source - candidate else "note"
+        message = f"generation stops at {sorted(source)}, in the {sides[1]} at {sorted(candidate)}"
+        yield Finding(GATE, severity, "eos_token_id", message)
