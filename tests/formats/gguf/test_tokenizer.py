@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from array import array
 from pathlib import Path
@@ -22,6 +21,7 @@ from gemma2tool.formats.gguf.tokenizer_keys import TokenizerKeys
 from gemma2tool.formats.tokenizers.reading import read_tokenizer
 from gemma2tool.formats.tokenizers.tokenizer_json import merges
 from gemma2tool.model.config import Gemma2Config
+from tests.formats.gguf.conftest import ADDED
 from tests.support.assets import file_assets
 from tests.support.checkpoints import SMALL, random_checkpoint
 from tests.support.gguf import options, write
@@ -29,7 +29,6 @@ from tests.support.gguf import options, write
 TEXT = "The quick brown fox; def f(x):\n\n    return x  # \u00fcn\u00efc\u00f6d\u00e9 \u6f22\u5b57 \U0001f389\n\t<table> 12345"
 FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json")
 TURNS = ("<start_of_turn>", "<end_of_turn>")
-ADDED = ("<mask>", "<unused0>", *TURNS, "\n\n", "\u2581\u2581", "<table>")
 CONFIG = {
     "bos_token": "<bos>",
     "eos_token": {"content": "<eos>"},
@@ -43,32 +42,8 @@ CONFIG = {
 
 
 @pytest.fixture(scope="module")
-def trained() -> bytes:
-    """A tokenizer.model with Gemma's settings, trained by SentencePiece itself on this file."""
-    model = io.BytesIO()
-    spm.SentencePieceTrainer.train(
-        sentence_iterator=iter(Path(__file__).read_text().splitlines() * 2),
-        model_writer=model,
-        vocab_size=500,
-        model_type="bpe",
-        byte_fallback=True,
-        split_digits=True,
-        allow_whitespace_only_pieces=True,
-        add_dummy_prefix=False,
-        remove_extra_whitespaces=False,
-        normalization_rule_name="identity",
-        pad_id=0,
-        eos_id=1,
-        bos_id=2,
-        unk_id=3,
-        pad_piece="<pad>",
-        eos_piece="<eos>",
-        bos_piece="<bos>",
-        unk_piece="<unk>",
-        user_defined_symbols=list(ADDED),
-        minloglevel=2,
-    )
-    return model.getvalue()
+def trained(gemma_like_model: bytes) -> bytes:
+    return gemma_like_model
 
 
 def added_decoder() -> dict[str, dict]:

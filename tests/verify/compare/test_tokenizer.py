@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from gemma2tool.formats import registry
 from gemma2tool.formats.gguf.format import GGUF
 from gemma2tool.formats.gguf.key_values import Reading
 from gemma2tool.formats.gguf.read_tokenizer import tokenizer_assets
@@ -144,7 +145,7 @@ def test_a_side_without_a_tokenizer_is_said(model: bytes) -> None:
 def test_a_file_of_weights_alone_has_no_tokenizer_to_lose(model: bytes, tmp_path: Path) -> None:
     file = tmp_path / "model.ckpt"
     file.touch()
-    weights = dataclasses.replace(side(), path=file, format="gemma-pytorch")
+    weights = dataclasses.replace(side(), path=file, facts=registry.FACTS["gemma-pytorch"])
     found = compare_tokenizers(side(tokenizer__model=model), weights)
     assert found.status == "skipped" and "weights alone" in found.summary
 
@@ -397,7 +398,7 @@ def test_a_chat_template_is_lost_where_there_is_a_place_for_it(
 ) -> None:
     source = side(tokenizer__model=model, tokenizer_config__json={"chat_template": "{{a}}"})
     found = compare_tokenizers(
-        source, dataclasses.replace(side(tokenizer__model=model), format=format, path=Path(path))
+        source, dataclasses.replace(side(tokenizer__model=model), facts=registry.FACTS[format], path=Path(path))
     )
     assert found.status == status and "chat template is not in the candidate" in found.summary
 
@@ -405,13 +406,15 @@ def test_a_chat_template_is_lost_where_there_is_a_place_for_it(
 @pytest.mark.parametrize(("format", "told"), [("hf", True), ("mlx", True), ("flax", False), ("gemma-cpp", False)])
 def test_a_lost_tokenizer_json_is_told(model: bytes, format: str, told: bool) -> None:
     source = side(tokenizer__model=model, tokenizer__json=derived_json(model))
-    found = compare_tokenizers(source, dataclasses.replace(side(tokenizer__model=model), format=format))
+    found = compare_tokenizers(source, dataclasses.replace(side(tokenizer__model=model), facts=registry.FACTS[format]))
     assert (
         not found.failed
         and [each.severity for each in found.findings] == ["warning"] * told
         and ("protobuf" in found.summary) == told
     )
-    only = compare_tokenizers(side(tokenizer__json=gemma_json()), dataclasses.replace(side(), format=format))
+    only = compare_tokenizers(
+        side(tokenizer__json=gemma_json()), dataclasses.replace(side(), facts=registry.FACTS[format])
+    )
     assert [each.subject for each in only.findings] == ["tokenizer.json"] * told
 
 
