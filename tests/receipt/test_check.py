@@ -11,10 +11,10 @@ import pytest
 
 from gemma2tool.formats import registry
 from gemma2tool.formats.options import WriteOptions
+from gemma2tool.model.digest import hash_checkpoint
 from gemma2tool.pipeline.plan import make_plan
 from gemma2tool.receipt.check import check_against_receipt
 from gemma2tool.receipt.document import read_receipt, receipt_path
-from gemma2tool.model.digest import hash_checkpoint
 from tests.support.checkpoints import random_checkpoint
 from tests.support.flipping import Flip, flips, is_found, with_receipt, with_source
 from tests.support.formats import write_as

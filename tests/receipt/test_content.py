@@ -12,11 +12,11 @@ import pytest
 
 from gemma2tool.formats import registry
 from gemma2tool.formats.options import Adapter
+from gemma2tool.model.digest import hash_checkpoint
 from gemma2tool.pipeline import receipts
 from gemma2tool.receipt.document import receipt_path
 from gemma2tool.receipt.schema import schema, violation
 from gemma2tool.verify.compare.reference_logits import POSITIONS, TOKENS
-from gemma2tool.model.digest import hash_checkpoint
 from tests.support.options import write_options
 from tests.support.receipts import OUTPUTS, content_of, run
 
