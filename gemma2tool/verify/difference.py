@@ -120,7 +120,9 @@ def diff(
     tensors = _tensors_part(differences)
     drift = None
     reason = None if logits else "not requested"
-    if not any(part.failed for part in (names, config, tensors)) and not any(each.differing for each in differences):
+    if not any(part.failed for part in (names, config, tensors)) and not any(
+        tensor.differing for tensor in differences
+    ):
         reason = "equal values with equal configs: no forward pass can tell them apart"
     elif logits and not is_comparable(a, b):
         reason = "the two do not have the same tensors, so no forward pass can be compared"

@@ -71,11 +71,6 @@ class Tokens:
         is_same: NDArray[np.bool_] = (self.source_top == self.candidate_top) & (self.source_top >= 0)
         return is_same
 
-    @property
-    def chosen_change(self) -> NDArray[np.float64]:
-        """Change of the following token's log-probability, candidate minus source; NaN if no token follows."""
-        return np.subtract(self.candidate_log_p, self.source_log_p)
-
     @classmethod
     def of(
         cls,

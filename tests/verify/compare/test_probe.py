@@ -165,7 +165,7 @@ def test_measurements_for_reports(source: Checkpoint) -> None:
     tokens = measured.tokens
     assert tokens.ids.shape == tokens.kl.shape == tokens.source_log_p.shape == IDS.shape and tokens.text
     assert tokens.kl.mean() == pytest.approx(result.gate("distribution").metrics["kl_mean"], rel=1e-5)
-    assert np.isnan(tokens.chosen_change[:, -1]).all() and np.isfinite(tokens.chosen_change[:, :-1]).all()
+    assert np.isnan(tokens.candidate_log_p[:, -1]).all() and np.isfinite(tokens.candidate_log_p[:, :-1]).all()
     expected = torch.from_numpy(StreamedForward(source, IDS).logits()).double().log_softmax(-1)
     assert tokens.source_log_p[0, 4] == pytest.approx(expected[0, 4, IDS[0, 5]].item(), abs=1e-4)
     grid = measured.grid()
