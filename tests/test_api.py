@@ -1,4 +1,6 @@
-"""The Python face: what the command line does, typed; light to import; nothing of the program below it leaks into the commands."""
+"""The Python face: what the command line does, typed; light to import; nothing of the program below it leaks into the
+commands.
+"""
 
 from __future__ import annotations
 
@@ -121,7 +123,9 @@ def test_every_command_has_its_function() -> None:
 
 @pytest.mark.parametrize("path", sorted(CLI.glob("*.py")), ids=lambda path: path.name)
 def test_commands_call_nothing_below_the_face(path: Path) -> None:
-    """The command line imports the face, errors, options and the rendering of reports, and nothing else of the package."""
+    """The command line imports the face, errors, options and the rendering of reports, and nothing
+    else of the package.
+    """
     allowed = ("gemma2tool.api", "gemma2tool.errors", "gemma2tool.formats.option", "gemma2tool.verify.reports")
     small = ("gemma2tool.storage.quoting", "gemma2tool.storage.units", "gemma2tool.model.progress")
     checking = {

@@ -1,8 +1,8 @@
 """What a format is, and what it hands to the pipeline when it writes.
 
-Reading: ``open(path)`` returns a canonical ``Checkpoint`` after looking at headers only. Writing: ``layout(checkpoint, options)``
-returns an ``Output``: every file with its exact size, every tensor with the place of each of its bytes, and how its rows are
-encoded. The pipeline then moves the bytes; a format never writes a file itself.
+Reading: ``open(path)`` returns a canonical ``Checkpoint`` after looking at headers only. Writing: ``layout(checkpoint,
+options)`` returns an ``Output``: every file with its exact size, every tensor with the place of each of its bytes, and
+how its rows are encoded. The pipeline then moves the bytes; a format never writes a file itself.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ class Placement:
 
 @dataclass(frozen=True)
 class OutputTensor:
-    """One tensor to write: rows of ``source`` go through ``encoder`` into the places in ``parts`` (by the part's suffix).
+    """One tensor to write: rows of ``source`` go through ``encoder`` into the places in ``parts`` (by the part's
+    suffix).
 
     ``canonical`` names the canonical tensors it carries (several where the format fuses them).
     """
@@ -49,10 +50,11 @@ class OutputTensor:
 
 @dataclass(frozen=True)
 class OutputFile:
-    """One file with tensors: its final ``size``, the ``fixed`` byte strings known in advance (headers), as (offset, bytes).
+    """One file with tensors: its final ``size``, the ``fixed`` byte strings known in advance (headers), as (offset,
+    bytes).
 
-    ``finish``, where a container needs checksums of its data (zip), receives the CRC-32 of every part by name and returns further
-    byte strings to write.
+    ``finish``, where a container needs checksums of its data (zip), receives the CRC-32 of every part by name and
+    returns further byte strings to write.
     """
 
     name: str
@@ -65,9 +67,9 @@ class OutputFile:
 class Output:
     """Everything that will be written.
 
-    ``single_file``: the output is one file (a .gguf, a .ckpt) rather than a folder. ``assets``: small files written whole.
-    ``losses``: (canonical name, largest absolute loss) of tensors that the target's own conventions cannot hold exactly.
-    ``warnings``: what the target cannot say and what its consumer will assume instead.
+    ``single_file``: the output is one file (a .gguf, a .ckpt) rather than a folder. ``assets``: small files written
+    whole. ``losses``: (canonical name, largest absolute loss) of tensors that the target's own conventions cannot hold
+    exactly. ``warnings``: what the target cannot say and what its consumer will assume instead.
     """
 
     format: str
@@ -110,13 +112,15 @@ class Format(ABC):
         """Plan the output. Reads no weights but those (norms) whose values decide how they can be stored."""
 
     def lacks_config(self, path: Path) -> bool:
-        """Whether the checkpoint at ``path`` has no config of its own, so that one must be given or deduced from its tensors."""
+        """Whether the checkpoint at ``path`` has no config of its own, so that one must be given or deduced from its
+        tensors.
+        """
         folder = path if path.is_dir() else path.parent
         return not (folder / "config.json").is_file()
 
     def expected_after_roundtrip(self, source: Checkpoint, candidate: Checkpoint) -> dict[str, LazyTensor]:
-        """The canonical tensors of ``source`` that this format's own conventions change, as they come back from ``candidate``, a
-        file of this format (opened; its stored types count, its values do not).
+        """The canonical tensors of ``source`` that this format's own conventions change, as they come back from
+        ``candidate``, a file of this format (opened; its stored types count, its values do not).
 
         A verification compares the candidate with these instead of the source's: what they lose is not a mistake.
         """

@@ -1,8 +1,8 @@
 """What the programs that run a format's files compute whatever the config says.
 
-Sources: llama.cpp's gemma2 graph and hparams; mlx-lm 0.32 ``models/gemma2.py``; keras-hub 0.32 ``models/gemma``; torchtune's
-``models/gemma2``; transformers 5.23 ``modeling_gguf_pytorch_utils.py``. Each was seen in logits, beside gemma2tool's own forward
-pass.
+Sources: llama.cpp's gemma2 graph and hparams; mlx-lm 0.32 ``models/gemma2.py``; keras-hub 0.32 ``models/gemma``;
+torchtune's ``models/gemma2``; transformers 5.23 ``modeling_gguf_pytorch_utils.py``. Each was seen in logits, beside
+gemma2tool's own forward pass.
 """
 
 from __future__ import annotations
@@ -33,7 +33,9 @@ _EQUIVALENT: Mapping[str, tuple[object, ...]] = {
 
 @dataclass(frozen=True)
 class Consumer:
-    """A program: its ``name``, the config fields that are ``constants`` in its code, and whether it always alternates layers."""
+    """A program: its ``name``, the config fields that are ``constants`` in its code, and whether it always alternates
+    layers.
+    """
 
     name: str
     constants: Mapping[str, object] = field(default_factory=lambda: CONSTANTS)
@@ -69,8 +71,9 @@ def refuse_mismatches(
 ) -> list[str]:
     """A warning for each assumption of a target's consumer.
 
-    Raises ``InputRefused`` (``format.mismatch``) for one about a field that the target cannot represent, unless the options allow a
-    mismatch. ``representable``: fields that the target states correctly although its consumer ignores them.
+    Raises ``InputRefused`` (``format.mismatch``) for one about a field that the target cannot represent, unless the
+    options allow a mismatch. ``representable``: fields that the target states correctly although its consumer ignores
+    them.
     """
     assumptions = list(assumptions)
     mismatches = sentences(item for item in assumptions if item[0] not in representable)

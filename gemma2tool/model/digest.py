@@ -1,4 +1,5 @@
-"""Digests of what a checkpoint means: equal for equal values, whatever the format, the stored type, the layout or the files.
+"""Digests of what a checkpoint means: equal for equal values, whatever the format, the stored type, the layout or the
+files.
 
 The definition, version 1 (docs/receipt.md says it in full), with SHA-256 throughout:
 
@@ -83,8 +84,8 @@ def chunk_rows(row_size: int) -> int:
 
 
 def chunk_digests(rows: Array) -> bytes:
-    """The digests, 32 bytes each, of the chunks in ``rows``, shape (n, ...): consecutive rows of a tensor that begin where
-    a chunk begins and end where a chunk or the tensor ends.
+    """The digests, 32 bytes each, of the chunks in ``rows``, shape (n, ...): consecutive rows of a tensor that begin
+    where a chunk begins and end where a chunk or the tensor ends.
     """
     size = rows[0].size if len(rows) else 0
     step = chunk_rows(size)

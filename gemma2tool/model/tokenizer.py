@@ -1,4 +1,6 @@
-"""A model's tokenizer in canonical form: what every format's reader makes of its files and keys, and every writer starts from."""
+"""A model's tokenizer in canonical form: what every format's reader makes of its files and keys, and every writer
+starts from.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,9 @@ _GEMMAS_PLAIN_TOKENS = ("<mask>", "<2mass>", "[@BOS@]")
 
 
 def looks_special(text: str) -> bool:
-    """Whether llama.cpp's converter writes an added token as a control token even where its file calls it not special."""
+    """Whether llama.cpp's converter writes an added token as a control token even where its file calls
+    it not special.
+    """
     if text in ("<pad>", *_GEMMAS_PLAIN_TOKENS):
         return True
     return (text.startswith("<|") and text.endswith("|>")) or _is_unused(text)
@@ -98,7 +102,9 @@ NO_PIECES = Pieces((), np.zeros(0, np.float32), np.zeros(0, np.uint8))
 
 @dataclass(frozen=True)
 class Conflict:
-    """Where the files of one tokenizer contradict each other. ``serious``: texts get other ids by one than by the other."""
+    """Where the files of one tokenizer contradict each other. ``serious``: texts get other ids by one than by the
+    other.
+    """
 
     message: str
     serious: bool = True
@@ -188,7 +194,9 @@ class Tokenizer:
 
 
 def added_of_pieces(pieces: Pieces) -> dict[int, AddedToken]:
-    """The added tokens where only SentencePiece's types tell them: Gemma's control tokens and turn marks are special."""
+    """The added tokens where only SentencePiece's types tell them: Gemma's control tokens and turn
+    marks are special.
+    """
     added = {}
     for token, (text, _, type) in enumerate(pieces.listed()):
         if type in (CONTROL, UNKNOWN, USER_DEFINED):

@@ -63,8 +63,8 @@ def render(template: str, values: Mapping[str, Any], where: str) -> str:
 
 
 def _outcome(template: str, values: Mapping[str, Any]) -> str:
-    """An empty line and the text, or a line that says what is wrong. Raises MemoryError and ``LimitExceeded`` beyond the
-    limits.
+    """An empty line and the text, or a line that says what is wrong. Raises MemoryError and ``LimitExceeded`` beyond
+    the limits.
     """
     from jinja2.exceptions import TemplateError
     from jinja2.sandbox import ImmutableSandboxedEnvironment

@@ -3,8 +3,9 @@
     nice -n 10 python tests/campaigns/fuzz.py --state build/fuzz --seconds 3600
     python tests/campaigns/fuzz.py --state build/fuzz --report
 
-The state folder holds ``state.json`` (executions, seconds and findings of each reader), inputs of new outcomes, and a file for each
-finding with the input beside its traceback. A finding stays in the way of nothing: the next slice has another seed.
+The state folder holds ``state.json`` (executions, seconds and findings of each reader), inputs of new outcomes, and a
+file for each finding with the input beside its traceback. A finding stays in the way of nothing: the next slice has
+another seed.
 """
 
 from __future__ import annotations

@@ -1,11 +1,13 @@
-"""kill -9 at random moments of the real commands, run again until they finish: the same bytes as undisturbed, every time.
+"""kill -9 at random moments of the real commands, run again until they finish: the same bytes as undisturbed, every
+time.
 
     python tests/campaigns/kill.py [--kills 200] [--seed 0] [--layers 12] [--folder DIR]
 
-Every trial runs one of the commands below in a process of its own and kills it after a random time: half of the times anywhere between
-start and end, half of them after it has begun to write. After each kill every output must be the old one, the new one or absent, and the
-same command is run again; after at most four kills it is left alone, must exit with 0, and must have left the bytes of an undisturbed
-run and nothing staged. Prints a line per trial, then the totals as JSON; exits with 1 if anything was otherwise.
+Every trial runs one of the commands below in a process of its own and kills it after a random time: half of the times
+anywhere between start and end, half of them after it has begun to write. After each kill every output must be the old
+one, the new one or absent, and the same command is run again; after at most four kills it is left alone, must exit with
+0, and must have left the bytes of an undisturbed run and nothing staged. Prints a line per trial, then the totals as
+JSON; exits with 1 if anything was otherwise.
 """
 
 from __future__ import annotations
@@ -153,7 +155,8 @@ class Trials:
             break
         log = place.with_suffix(".log").read_text()
         whole = self._digests(command, place) == new
-        # Killed when everything but the journal was done, it cannot be told from a finished run, and is refused without --force.
+        # Killed when everything but the journal was done, it cannot be told from a finished run, and is refused without
+        # --force.
         complete = process.returncode == 0 or (process.returncode == 2 and "output.exists" in log and killed > 0)
         left = [path.name for path in place.rglob(f".*{STAGED}")]
         if not (whole and complete) or left:

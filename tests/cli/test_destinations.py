@@ -1,4 +1,6 @@
-"""What a destination may be and what becomes of it: one writer at a time, never an input, room before the first byte, no empty folders."""
+"""What a destination may be and what becomes of it: one writer at a time, never an input, room before the first byte,
+no empty folders.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""What a user may choose of a quantized folder: group sizes, symmetry, zero points, which weights; and what is refused."""
+"""What a user may choose of a quantized folder: group sizes, symmetry, zero points, which weights; and
+what is refused.
+"""
 
 from __future__ import annotations
 
@@ -86,7 +88,9 @@ def test_gptq_choices(source: Path, tmp_path: Path, kind: str, label: str, symme
 
 
 def test_both_conventions_hold_the_same_values() -> None:
-    """Also where all weights of a group are positive, whose zero point would be 0 and carry into its neighbour when stored minus one."""
+    """Also where all weights of a group are positive, whose zero point would be 0 and carry into its neighbour when
+    stored minus one.
+    """
     from gemma2tool.quantizers import gptq
     from gemma2tool.quantizers.bitpack import unpack_words
 
@@ -192,7 +196,9 @@ def test_help_names_the_types_that_take_an_option() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", packings.TYPES)
 def test_skip_and_only(source: Path, tmp_path: Path, kind: str) -> None:
-    """Left as they are, bit for bit, and listed where the consumer looks; the head with them, which a list would forget."""
+    """Left as they are, bit for bit, and listed where the consumer looks; the head with them, which a list would
+    forget.
+    """
     words = (
         "--type",
         kind,
@@ -225,7 +231,9 @@ def test_skip_and_only(source: Path, tmp_path: Path, kind: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", packings.TYPES)
 def test_heads_and_embeddings_are_never_quantized_but_by_mlx(tmp_path: Path, kind: str) -> None:
-    """Whatever is asked for: bitsandbytes' list replaces its default, and the loader then takes the head for a quantized layer."""
+    """Whatever is asked for: bitsandbytes' list replaces its default, and the loader then takes the head for a
+    quantized layer.
+    """
     untied = dataclasses.replace(CONFIG, tie_word_embeddings=False)
     source = random_checkpoint(np.dtype(ml_dtypes.bfloat16), untied)
     words = {"only": ["."], "skip": ["layers.0.mlp.up_proj"]}

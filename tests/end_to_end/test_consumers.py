@@ -1,9 +1,10 @@
-"""Every quantized folder in the library it is for: the fixture, written by the pipeline, loaded and run on a CPU by its own consumer.
+"""Every quantized folder in the library it is for: the fixture, written by the pipeline, loaded and run on a CPU by its
+own consumer.
 
-Logits are held to our forward pass over the same file, on a prompt longer than the sliding window, within what the consumer computes
-with: float32 where it follows the model, bfloat16 where its CPU kernel is written in it, and 8-bit activations where the type has them.
-GPTQ and AWQ need GPTQModel, which no test environment gets by itself (tests/gptqmodel.txt); what they mean is tested without it in
-test_packing_formulas.py.
+Logits are held to our forward pass over the same file, on a prompt longer than the sliding window, within what the
+consumer computes with: float32 where it follows the model, bfloat16 where its CPU kernel is written in it, and 8-bit
+activations where the type has them. GPTQ and AWQ need GPTQModel, which no test environment gets by itself
+(tests/gptqmodel.txt); what they mean is tested without it in test_packing_formulas.py.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ SKIPPED = (
 )
 SKIP = [r"layers\.0\.mlp", r"layers.3.self_attn.o_proj"]
 
-# What the consumer computes in, as a limit on the mean KL from our float32 forward pass. The types' own losses, which a consumer
-# that misreads them would exceed many times over, are 3e-5 (8 bits) and 5e-3 (4 bits).
+# What the consumer computes in, as a limit on the mean KL from our float32 forward pass. The types' own losses, which a
+# consumer that misreads them would exceed many times over, are 3e-5 (8 bits) and 5e-3 (4 bits).
 FLOAT32, BFLOAT16_KERNEL, BFLOAT16, ACTIVATIONS = 1e-5, 1e-4, 2e-3, 3e-3
 
 GROUPS = ({}, {"group_size": 32}, {"group_size": -1}, {"skip": SKIP})
@@ -125,7 +126,9 @@ def test_compressed_tensors(source, ids, tmp_path: Path, type_name: str, options
 
 @pytest.mark.parametrize("type_name", ["w4a16", "w4a16-asym", "w8a16", "w8a8-int8", "fp8-dynamic", "fp8-block"])
 def test_compressed_tensors_decompresses_to_our_values(source, ids, tmp_path: Path, type_name: str) -> None:
-    """Every weight, bit for bit; the only way in which transformers loads the asymmetric type (5.23 expects other zero points)."""
+    """Every weight, bit for bit; the only way in which transformers loads the asymmetric type (5.23 expects other zero
+    points).
+    """
     pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed")
     from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
@@ -173,7 +176,9 @@ def test_gptqmodel(source, ids, tmp_path: Path, type_name: str, options: dict, l
 @pytest.mark.parametrize("options", [{}, {"group_size": 32}, {"skip": SKIP}, {"skip": ["embed_tokens"]}], ids=str)
 @pytest.mark.parametrize("type_name", ["mlx-4", "mlx-8"])
 def test_mlx(source, ids, tmp_path: Path, type_name: str, options: dict) -> None:
-    """Within the window, because mlx-lm has none. In float32 it does not round code * scale to bfloat16, as its own dequantization does."""
+    """Within the window, because mlx-lm has none. In float32 it does not round code * scale to bfloat16, as its own
+    dequantization does.
+    """
     mlx_lm = pytest.importorskip("mlx_lm", reason="mlx-lm is not installed")
     import mlx.core as mx
 
@@ -195,7 +200,9 @@ def test_every_type_has_a_consumer() -> None:
 
 
 def test_gptq_says_the_same_in_both_files(source, tmp_path: Path) -> None:
-    """GPTQModel and AutoGPTQ read quantize_config.json first, the others config.json; vLLM's fast kernel asks for four fields."""
+    """GPTQModel and AutoGPTQ read quantize_config.json first, the others config.json; vLLM's fast kernel asks for four
+    fields.
+    """
     path = write_checkpoint(source, tmp_path / "out", type="gptq-4", symmetric=False, gptq_format="gptq_v2", skip=SKIP)
     inside = json.loads((path / "config.json").read_text())["quantization_config"]
     assert json.loads((path / "quantize_config.json").read_text()) == inside

@@ -1,7 +1,7 @@
 """The whole commands while the disk fails: every write, fsync and rename in turn, for each way in which it can.
 
-The destination holds its old bytes or nothing, the exit code is 4, and the same command then succeeds. Where a call can be repeated
-(EINTR, a write that took only some of the bytes) nobody notices.
+The destination holds its old bytes or nothing, the exit code is 4, and the same command then succeeds. Where a call can
+be repeated (EINTR, a write that took only some of the bytes) nobody notices.
 """
 
 from __future__ import annotations
@@ -57,7 +57,9 @@ def contents(place: Path) -> dict[str, str]:
 
 
 class Sweep:
-    """One command, and what it leaves undisturbed, ``whole``; ``old_words``: the command that made what lies there before."""
+    """One command, and what it leaves undisturbed, ``whole``; ``old_words``: the command that made what lies there
+    before.
+    """
 
     def __init__(self, words: tuple[str, ...], source: Path, place: Path, *, old_words: tuple[str, ...] = ()) -> None:
         self.words, self.source, self.place = words, source, place
@@ -83,7 +85,9 @@ class Sweep:
         shutil.copytree(self.saved, self.place)
 
     def all(self, kind: str, *, every: int = 1, only: str = "") -> int:
-        """Every ``every``-th call, of those whose name or target contains ``only``, fails once in a run of its own; how many did."""
+        """Every ``every``-th call, of those whose name or target contains ``only``, fails once in a run of its own; how
+        many did.
+        """
         failed = number = 0
         for name, target in self.kinds:
             for nth in range(1, 200):

@@ -1,4 +1,6 @@
-"""The small trained Gemma 2 is what fixtures/README.md says: checked with torch, sentencepiece and transformers alone."""
+"""The small trained Gemma 2 is what fixtures/README.md says: checked with torch, sentencepiece and
+transformers alone.
+"""
 
 from __future__ import annotations
 

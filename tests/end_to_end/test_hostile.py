@@ -1,4 +1,6 @@
-"""Hostile files at the command line: refused with an id, quickly, in little memory, with nothing run, connected or written."""
+"""Hostile files at the command line: refused with an id, quickly, in little memory, with nothing run, connected or
+written.
+"""
 
 from __future__ import annotations
 

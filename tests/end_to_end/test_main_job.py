@@ -1,4 +1,6 @@
-"""The main job, end to end: an original checkpoint in, verified conversions and quantizations out, judged by other people's code."""
+"""The main job, end to end: an original checkpoint in, verified conversions and quantizations out, judged by other
+people's code.
+"""
 
 from __future__ import annotations
 
@@ -113,7 +115,9 @@ def test_lossless_paths_return_every_bit(source, tmp_path: Path, steps: list[str
 
 
 def test_norms_that_gguf_must_round_are_named_and_no_fault(oracles: Path, tmp_path: Path) -> None:
-    """float32 norms lose low bits in w + 1: named with the size of the loss before writing, reported and not failed after."""
+    """float32 norms lose low bits in w + 1: named with the size of the loss before writing, reported and not failed
+    after.
+    """
     from tests.support.checkpoints import random_checkpoint
 
     checkpoint = random_checkpoint(np.dtype(np.float32))
@@ -138,7 +142,9 @@ def test_norms_that_gguf_must_round_are_named_and_no_fault(oracles: Path, tmp_pa
 
 @pytest.mark.parametrize("folder", sorted(BNB))
 def test_bitsandbytes_folders_are_what_transformers_saves(oracles: Path, tmp_path: Path, folder: str) -> None:
-    """The whole weights file and the config, byte for byte; so the logits in transformers are the library's own, bit for bit."""
+    """The whole weights file and the config, byte for byte; so the logits in transformers are the library's own, bit
+    for bit.
+    """
     import torch
     from transformers import Gemma2ForCausalLM
 
@@ -160,7 +166,9 @@ def test_bitsandbytes_folders_are_what_transformers_saves(oracles: Path, tmp_pat
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_bitsandbytes_outputs_of_the_fixture_run_in_transformers(made, heldout: np.ndarray, kind: str) -> None:
-    """Close to our float32 forward pass over the same file's dequantized weights (the library computes in bfloat16 or float16)."""
+    """Close to our float32 forward pass over the same file's dequantized weights (the library computes in bfloat16 or
+    float16).
+    """
     import torch
     from transformers import Gemma2ForCausalLM
 
@@ -193,7 +201,9 @@ GGUF_KL = {"f32": 1e-6, "f16": 2e-3, "bf16": 2e-3, "q8_0": 2e-3, "q4_0": 2e-3, "
 
 @pytest.mark.parametrize("kind", sorted(GGUF_KL))
 def test_gguf_outputs_run_in_llama_cpp(made, llama, fixture_dir: Path, kind: str) -> None:
-    """The same token ids as sentencepiece, and the distribution of our forward pass over the same file's dequantized weights."""
+    """The same token ids as sentencepiece, and the distribution of our forward pass over the same file's dequantized
+    weights.
+    """
     import sentencepiece
 
     options = {"dtype": kind} if kind in ("f32", "f16", "bf16") else {"type": kind}
@@ -248,8 +258,9 @@ def test_a_lone_tokenizer_model_becomes_one_that_transformers_loads(source, fixt
     import sentencepiece
     from transformers import AutoTokenizer
 
-
-    bare = dataclasses.replace(source, assets=file_assets({"tokenizer.model": (fixture_dir / "tokenizer.model").read_bytes()}))
+    bare = dataclasses.replace(
+        source, assets=file_assets({"tokenizer.model": (fixture_dir / "tokenizer.model").read_bytes()})
+    )
     path = write_checkpoint(bare, tmp_path / "out")
     ours, theirs = (AutoTokenizer.from_pretrained(folder) for folder in (path, fixture_dir))
     text = (fixture_dir / "heldout.txt").read_text()[:5000] + "<start_of_turn>user\nhi<end_of_turn>\n"

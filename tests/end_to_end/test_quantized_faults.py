@@ -1,7 +1,8 @@
-"""Faults that other tools are known to put into quantized files without noticing: made here, verified as a user would, and named.
+"""Faults that other tools are known to put into quantized files without noticing: made here, verified as a user would,
+and named.
 
-What contradicts itself is refused when the file is opened (exit code 3); what only a comparison with the source shows fails the
-verification (exit code 1). Each fault was seen in a released tool: see the test's own words.
+What contradicts itself is refused when the file is opened (exit code 3); what only a comparison with the source shows
+fails the verification (exit code 1). Each fault was seen in a released tool: see the test's own words.
 """
 
 from __future__ import annotations
@@ -102,7 +103,9 @@ def test_a_model_that_the_library_itself_saved_after_a_forward_pass(
 def test_mislabelled_zero_points(
     source: Checkpoint, original: Path, tmp_path: Path, bits: int, label: str, other: str, symmetric: bool
 ) -> None:
-    """Every weight is off by one step, and libraries load it without an error; zero points that differ tell by the codes' mean."""
+    """Every weight is off by one step, and libraries load it without an error; zero points that differ tell by the
+    codes' mean.
+    """
     folder = write_checkpoint(source, tmp_path / "out", type=f"gptq-{bits}", symmetric=symmetric, gptq_format=label)
     with registry.open_checkpoint(folder) as good:
         assert good.is_quantized
@@ -160,7 +163,9 @@ def smoothed(source: Checkpoint, norm: str) -> Checkpoint:
 
 @pytest.mark.parametrize("kind", ["w8a16", "gptq-8", "awq-4"])
 def test_smoothing_folded_into_a_post_norm(source: Checkpoint, original: Path, tmp_path: Path, kind: str) -> None:
-    """llm-compressor's SmoothQuant mapping and GPTQModel's AWQ fold into post_attention_layernorm, which feeds the residual stream."""
+    """llm-compressor's SmoothQuant mapping and GPTQModel's AWQ fold into post_attention_layernorm, which feeds the
+    residual stream.
+    """
     folder = write_checkpoint(smoothed(source, "post_attention_layernorm.weight"), tmp_path / "out", type=kind)
     result = run("verify", folder, "--reference", original)
     assert result.exit_code == 1
@@ -205,7 +210,9 @@ def test_static_scales_that_were_never_calibrated(
 def test_one_flipped_bit_of_a_code(
     source: Checkpoint, original: Path, tmp_path: Path, kind: str, codes: str, bit: int
 ) -> None:
-    """Where all other codes are the nearest, one that is two steps away (four of w8a16's, which computes in bfloat16) is damage."""
+    """Where all other codes are the nearest, one that is two steps away (four of w8a16's, which computes in bfloat16)
+    is damage.
+    """
     folder = write_checkpoint(source, tmp_path / "out", type=kind)
 
     def flip(arrays: dict[str, np.ndarray]) -> None:

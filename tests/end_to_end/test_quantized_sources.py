@@ -44,7 +44,9 @@ def test_the_list_of_oracles_is_complete(oracles: Path) -> None:
 
 @pytest.mark.parametrize("folder", WRITTEN_BY_LIBRARIES)
 def test_files_of_libraries_are_verified(oracles: Path, folder: str) -> None:
-    """Tensors within their types' bounds; logits no worse than noise of that size, which is all that random weights allow."""
+    """Tensors within their types' bounds; logits no worse than noise of that size, which is all that random weights
+    allow.
+    """
     result = run("verify", oracles / "quantized" / folder, "--reference", oracles / "quantized" / "source", "--json")
     assert result.exit_code == 0, result.output
 
@@ -90,7 +92,8 @@ def test_from_one_quantization_to_another(made: dict[str, Path], tmp_path: Path,
         assert after.tensors[MATRIX].stored == other
 
 
-# -- what the parts mean, straight from the formats' documentation ------------------------------------------------------
+# -- what the parts mean, straight from the formats' documentation
+# ------------------------------------------------------
 
 
 def parts_of(folder: Path, name: str) -> dict[str, np.ndarray]:
@@ -120,7 +123,9 @@ def awq_value(parts: dict[str, np.ndarray], group_size: int, o: int, i: int) -> 
 
 
 def asymmetric_value(parts: dict[str, np.ndarray], group_size: int, o: int, i: int) -> np.floating:
-    """compressed-tensors: codes packed along the input, zero points along the output, both eight above what they mean."""
+    """compressed-tensors: codes packed along the input, zero points along the output, both eight above
+    what they mean.
+    """
     code = bit_field(parts["weight_packed"][o, i // 8], i % 8, 4) - 8
     zero = bit_field(parts["weight_zero_point"][o // 8, i // group_size], o % 8, 4) - 8
     scale = parts["weight_scale"][o, i // group_size]

@@ -1,4 +1,6 @@
-"""Conversions that are killed, interrupted or refused, and the same command again: the same bytes, and nothing left behind."""
+"""Conversions that are killed, interrupted or refused, and the same command again: the same bytes, and nothing left
+behind.
+"""
 
 from __future__ import annotations
 
@@ -94,7 +96,9 @@ def killed_after(tensors: int, *words: object) -> None:
 
 
 def interrupted_after(tensors: int, monkeypatch: pytest.MonkeyPatch, *words: object) -> Result:
-    """The command in this process, interrupted as by ^C when so many more tensors are complete and some of them in the journal."""
+    """The command in this process, interrupted as by ^C when so many more tensors are complete and some of them in the
+    journal.
+    """
     with monkeypatch.context() as patched:
         complete, calls = staged_output.Staging.complete, []
 

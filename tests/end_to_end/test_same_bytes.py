@@ -1,5 +1,6 @@
-"""Same input, same bytes: with any number of threads, any hash seed, any memory budget, resumed or not; in every format and many types.
-And as many bytes as the plan said, with the modes that the umask asks for."""
+"""Same input, same bytes: with any number of threads, any hash seed, any memory budget, resumed or not; in every format
+and many types. And as many bytes as the plan said, with the modes that the umask asks for.
+"""
 
 from __future__ import annotations
 

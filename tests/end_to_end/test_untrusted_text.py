@@ -1,4 +1,6 @@
-"""Text from files and their names, where it is accepted, shown to people and programs: nothing of it may steer a terminal."""
+"""Text from files and their names, where it is accepted, shown to people and programs: nothing of it may steer a
+terminal.
+"""
 
 from __future__ import annotations
 

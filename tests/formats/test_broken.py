@@ -1,5 +1,6 @@
-"""Every format's files, each broken in the ways that files break and liars break them: refused in under a second, with the reason,
-and nothing is written. (What single containers can lie about is tested with their readers.)"""
+"""Every format's files, each broken in the ways that files break and liars break them: refused in under a second, with
+the reason, and nothing is written. (What single containers can lie about is tested with their readers.)
+"""
 
 from __future__ import annotations
 

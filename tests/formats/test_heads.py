@@ -1,4 +1,6 @@
-"""Classification heads: through the formats that can hold them, and refused by name, before anything is written, by the others."""
+"""Classification heads: through the formats that can hold them, and refused by name, before anything is written, by the
+others.
+"""
 
 from __future__ import annotations
 

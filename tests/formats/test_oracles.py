@@ -1,4 +1,6 @@
-"""Every checkpoint that peers wrote, found by walking their folder: read, and run to the logits of Google's gemma_pytorch."""
+"""Every checkpoint that peers wrote, found by walking their folder: read, and run to the logits of Google's
+gemma_pytorch.
+"""
 
 from __future__ import annotations
 
@@ -58,8 +60,9 @@ def test_all_of_them_are_here(oracles: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in ALL if not name.endswith("_q4")])
 def test_logits_of_gemma_pytorch(oracles: Path, name: str) -> None:
-    """In float32 over the stored weights. The int8 checkpoints have logits of their own; bfloat16 ones hold the values of their twins,
-    whose logits gemma_pytorch computed in float32."""
+    """In float32 over the stored weights. The int8 checkpoints have logits of their own; bfloat16 ones hold the values
+    of their twins, whose logits gemma_pytorch computed in float32.
+    """
     from gemma2tool.reference.streaming import logits
 
     truth = _flavour(name) + ("_int8" if name.endswith("_int8") else "")
@@ -99,7 +102,9 @@ def test_quantized_ones_through_their_dequantized_weights(oracles: Path, tmp_pat
 
 @pytest.mark.parametrize("name", [name for name in ALL if "_q4" not in name and "_int8" not in name])
 def test_the_same_tensors_as_hugging_face(oracles: Path, name: str) -> None:
-    """Bit for bit those that the transformers conversion script made of the same weights, whatever type they are stored in."""
+    """Bit for bit those that the transformers conversion script made of the same weights, whatever type they are stored
+    in.
+    """
     assert_same_tensors(truth_of(oracles, _flavour(name)), _open(oracles, name), dtypes=False)
 
 

@@ -1,5 +1,7 @@
-"""Through any two formats and back, for configs of every shape that the formats must tell apart: every tensor bit for bit, but for
-those that a format's own convention rounds, which are named before anything is written and come back exactly as the convention says."""
+"""Through any two formats and back, for configs of every shape that the formats must tell apart: every tensor bit for
+bit, but for those that a format's own convention rounds, which are named before anything is written and come back
+exactly as the convention says.
+"""
 
 from __future__ import annotations
 
@@ -39,8 +41,10 @@ F32, F16, BF16 = np.dtype(np.float32), np.dtype(np.float16), np.dtype(ml_dtypes.
 
 @st.composite
 def configs(draw, pair: set[str]) -> Gemma2Config:
-    """Small models: 1 to 8 kv heads, head_dim times heads equal to D or not, F more or less than D or equal to it, a head of its own
-    where both formats have one. What one of the formats cannot say at all is left out: its refusal has tests of its own."""
+    """Small models: 1 to 8 kv heads, head_dim times heads equal to D or not, F more or less than D or equal to it, a
+    head of its own where both formats have one. What one of the formats cannot say at all is left out: its refusal has
+    tests of its own.
+    """
     kv = draw(st.sampled_from((1, 2, 4, 8)))
     head_dim = draw(st.sampled_from((2, 4, 6)))
     heads = kv * draw(st.sampled_from((1, 2, 3)))

@@ -1,4 +1,6 @@
-"""The semantic hash: its definition computed another way, and equality across formats, types, layouts, threads and files."""
+"""The semantic hash: its definition computed another way, and equality across formats, types, layouts, threads and
+files.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,9 @@ runner = CliRunner()
 
 
 def plainly(values: list[float | int], shape: tuple[int, ...], kind: str) -> str:
-    """The definition of a tensor's digest, value by value; ``values`` are the bits of type ``kind``, "<H" (bfloat16), "<I" or "<Q"."""
+    """The definition of a tensor's digest, value by value; ``values`` are the bits of type ``kind``, "<H" (bfloat16),
+    "<I" or "<Q".
+    """
     row = 1
     for dim in shape[1:]:
         row *= dim
@@ -271,7 +275,9 @@ def test_the_model_digest_holds_tensors_and_config() -> None:
 
 
 def test_the_tokenizer_counts_as_what_it_encodes_with(fixture_dir: Path) -> None:
-    """The definition from the parsed protocol buffer; a changed text, score or kind changes it, the trainer's remarks don't."""
+    """The definition from the parsed protocol buffer; a changed text, score or kind changes it, the trainer's remarks
+    don't.
+    """
     data = (fixture_dir / "tokenizer.model").read_bytes()
     pieces = tokenizer_model.parse(data).pieces
 

@@ -1,5 +1,6 @@
-"""Calibrated outputs of the trained fixture: better than rounded to nearest on text nobody has seen, the same for any number of
-threads, true to the source, and made in memory that the number of layers does not move."""
+"""Calibrated outputs of the trained fixture: better than rounded to nearest on text nobody has seen, the same for any
+number of threads, true to the source, and made in memory that the number of layers does not move.
+"""
 
 from __future__ import annotations
 
@@ -181,7 +182,9 @@ def test_post_norms_are_never_touched_and_the_others_fold(tmp_path: Path) -> Non
 
 
 def test_scales_fold_away_exactly(tmp_path: Path) -> None:
-    """Codes aside, the folded model computes what the source computes: in 8 bits hardly anything is left of the difference."""
+    """Codes aside, the folded model computes what the source computes: in 8 bits hardly anything is left of the
+    difference.
+    """
     from gemma2tool.pipeline.calibration import methods
 
     source, ids = small(np.float32), np.load(small_ids(tmp_path))

@@ -1,4 +1,6 @@
-"""NaN, infinities and values beyond float16: counted over every tensor, refused by default, taken or clipped on request."""
+"""NaN, infinities and values beyond float16: counted over every tensor, refused by default, taken or clipped on
+request.
+"""
 
 from __future__ import annotations
 

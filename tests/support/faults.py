@@ -29,7 +29,9 @@ CALLS = (
     "rmdir",
 )
 RESTARTED = ("pwrite", "fsync", "fdatasync", "rename", "replace", "posix_fallocate")
-"""Calls that may come back with EINTR and are repeated where they are made; elsewhere Python, or ``exchange``, repeats inside."""
+"""Calls that may come back with EINTR and are repeated where they are made; elsewhere Python, or ``exchange``, repeats
+inside.
+"""
 
 
 @dataclass(frozen=True)
@@ -43,8 +45,10 @@ class Call:
 
 
 class Faults:
-    """Makes the calls that ``chosen`` says fail: with an errno by its name, by writing ``short``, or by an ``interrupt`` (or
-    ``interrupt after`` the call was done). Only calls on paths below ``under``, and ``open`` only where it may write (``writing``)."""
+    """Makes the calls that ``chosen`` says fail: with an errno by its name, by writing ``short``, or by an
+    ``interrupt`` (or ``interrupt after`` the call was done). Only calls on paths below ``under``, and ``open`` only
+    where it may write (``writing``).
+    """
 
     def __init__(
         self,

@@ -1,4 +1,6 @@
-"""What the tests of the exchange formats share: writing in a named format, equality bit for bit, the truth of the oracles."""
+"""What the tests of the exchange formats share: writing in a named format, equality bit for bit, the truth of the
+oracles.
+"""
 
 from __future__ import annotations
 

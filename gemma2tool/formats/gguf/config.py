@@ -24,10 +24,11 @@ MAX_LAYERS = 4096
 
 
 def shape_keys(config: Gemma2Config) -> list[KeyValue]:
-    """The keys before ``general.file_type`` in the converter's order, and the one it has not: a rotary base other than 10000.
+    """The keys before ``general.file_type`` in the converter's order, and the one it has not: a rotary base other than
+    10000.
 
-    llama.cpp reads ``rope.freq_base`` of every architecture, Gemma 2's too (measured: logits with base 160000 within 4e-3 of our
-    forward pass, with the key left out 4.6 off).
+    llama.cpp reads ``rope.freq_base`` of every architecture, Gemma 2's too (measured: logits with base 160000 within
+    4e-3 of our forward pass, with the key left out 4.6 off).
     """
     keys = [
         _key("context_length", u32, config.max_position_embeddings),
@@ -46,7 +47,9 @@ def shape_keys(config: Gemma2Config) -> list[KeyValue]:
 
 
 def cap_keys(config: Gemma2Config) -> list[KeyValue]:
-    """The keys behind ``general.file_type``. A cap that the config has not is left out; llama.cpp then applies its default."""
+    """The keys behind ``general.file_type``. A cap that the config has not is left out; llama.cpp then applies its
+    default.
+    """
     keys = []
     if config.attn_logit_softcapping is not None:
         keys.append(_key("attn_logit_softcapping", f32, config.attn_logit_softcapping))
@@ -69,8 +72,8 @@ def _key(name: str, make: Callable[[float], GGUFValue], value: float) -> KeyValu
 def read_config(keys: Reading, embedding_rows: int, dtype: str) -> Gemma2Config:
     """The config as llama.cpp will run the file: what GGUF does not store is what llama.cpp assumes.
 
-    ``embedding_rows`` is the vocabulary's size where the file has no tokens; ``dtype`` is Hugging Face's name of the type most weights
-    are stored in. Raises ``InputRefused`` for missing or impossible keys.
+    ``embedding_rows`` is the vocabulary's size where the file has no tokens; ``dtype`` is Hugging Face's name of the
+    type most weights are stored in. Raises ``InputRefused`` for missing or impossible keys.
     """
     layers = keys.integer("gemma2.block_count")
     hidden = keys.integer("gemma2.embedding_length")
@@ -145,7 +148,9 @@ def _decimal(value: float) -> float:
 
 
 def unusual(config: Gemma2Config) -> list[str]:
-    """What a GGUF can say and llama.cpp heeds, though its converter leaves it out: other readers may not look for it."""
+    """What a GGUF can say and llama.cpp heeds, though its converter leaves it out: other readers may
+    not look for it.
+    """
     if config.rope_theta == ROPE_THETA:
         return []
     base = (

@@ -37,7 +37,9 @@ class _KeysOf:
 
 
 def out_type(checkpoint: Checkpoint, dtype: str | None) -> str:
-    """The converter's output type for --dtype: ``auto`` by llama.cpp's rule; None: the source's own, see ``common_type``."""
+    """The converter's output type for --dtype: ``auto`` by llama.cpp's rule; None: the source's own, see
+    ``common_type``.
+    """
     if dtype == "auto":
         return DTYPE_NAMES[auto_dtype(checkpoint.tensors)]
     if dtype is None:
@@ -59,7 +61,9 @@ def common_type(dtypes: Iterable[np.dtype]) -> str:
 
 
 def disk_tensors(checkpoint: Checkpoint) -> list[tuple[str, tuple[str, ...], LazyTensor]]:
-    """(GGUF name, canonical names, tensor as GGUF holds it) in the converter's order: shard by shard, by canonical name within."""
+    """(GGUF name, canonical names, tensor as GGUF holds it) in the converter's order: shard by shard, by canonical name
+    within.
+    """
     found = to_disk(TABLE, checkpoint.tensors, checkpoint.config)
 
     def order(item: tuple) -> tuple[str, bytes]:
@@ -73,7 +77,9 @@ def disk_tensors(checkpoint: Checkpoint) -> list[tuple[str, tuple[str, ...], Laz
 def converter_types(
     tensors: Iterable[tuple[str, tuple[int, ...]]], outtype: str, warnings: list[str]
 ) -> dict[str, str]:
-    """GGUF type by name, from (name, shape): vectors are F32; rows that do not divide into the type's blocks stay F16."""
+    """GGUF type by name, from (name, shape): vectors are F32; rows that do not divide into the type's
+    blocks stay F16.
+    """
     blocks = block_elements()
     types, undivided = {}, []
     for name, shape in tensors:

@@ -1,7 +1,8 @@
-"""GGUF, llama.cpp's format: any Gemma 2 file is read, quantized or split; files are written as llama.cpp's own tools write them.
+"""GGUF, llama.cpp's format: any Gemma 2 file is read, quantized or split; files are written as llama.cpp's own tools
+write them.
 
-A conversion (``dtype``) gives what convert_hf_to_gguf.py gives; a quantization (``type``) what llama-quantize then makes of it, in one
-step. From a GGUF source either gives what llama-quantize gives.
+A conversion (``dtype``) gives what convert_hf_to_gguf.py gives; a quantization (``type``) what llama-quantize then
+makes of it, in one step. From a GGUF source either gives what llama-quantize gives.
 """
 
 from __future__ import annotations
@@ -73,7 +74,9 @@ class GGUF(Format):
             return False
 
     def open(self, path: Path, *, config: Gemma2Config | None = None) -> Checkpoint:
-        """Any shard of a split file stands for all of them. The config is what llama.cpp makes of the file, unless one is given."""
+        """Any shard of a split file stands for all of them. The config is what llama.cpp makes of the file, unless one
+        is given.
+        """
         file = path if not path.is_dir() else _only_model(path)
         if file is None:
             raise InputRefused("gguf.several", f"{path}: not one GGUF but several or none", hint="name the file")

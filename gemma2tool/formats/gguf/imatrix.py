@@ -1,4 +1,6 @@
-"""Importance matrices as llama-imatrix writes them: GGUF, or the legacy .dat. For each tensor, how much each input column matters."""
+"""Importance matrices as llama-imatrix writes them: GGUF, or the legacy .dat. For each tensor, how much each input
+column matters.
+"""
 
 from __future__ import annotations
 
@@ -21,13 +23,16 @@ MAX_NAME_BYTES = 1 << 12
 _SUMS, _COUNTS = ".in_sum2", ".counts"
 _F32 = 0
 
-# Values that share a scale: if all their weights are zero, the quantizer makes them zero. 32 for the types that are not here.
+# Values that share a scale: if all their weights are zero, the quantizer makes them zero. 32 for the types that are not
+# here.
 _SCALED_TOGETHER = {**dict.fromkeys(("Q2_K", "Q3_K", "Q6_K", "IQ2_XS", "IQ2_S", "IQ1_M"), 16)}
 
 
 @dataclass(frozen=True)
 class ImportanceMatrix:
-    """``weights``: GGUF tensor name to float32 (cols,), the mean square of each input column. ``chunks``: how many it was made from."""
+    """``weights``: GGUF tensor name to float32 (cols,), the mean square of each input column. ``chunks``: how many it
+    was made from.
+    """
 
     path: Path
     weights: Mapping[str, np.ndarray]
@@ -35,7 +40,9 @@ class ImportanceMatrix:
     chunks: int
 
     def only(self, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> ImportanceMatrix:
-        """Without the entries whose names hold a text of ``exclude``, or none of ``include``. Raises ``UsageError`` for both at once."""
+        """Without the entries whose names hold a text of ``exclude``, or none of ``include``. Raises ``UsageError`` for
+        both at once.
+        """
         if include and exclude:
             raise UsageError(
                 "imatrix.include-exclude", "--include-weights and --exclude-weights cannot be given together"
@@ -51,8 +58,8 @@ class ImportanceMatrix:
     def column_weights(self, name: str, cols: int, type: str) -> np.ndarray | None:
         """The weights for a tensor of ``cols`` columns that becomes ``type``; None where the matrix has none for it.
 
-        Raises ``InputRefused`` for weights of another length, which belong to another model, and for a run of zeros as long as the
-        values that share a scale: llama.cpp would silently make those weights zero.
+        Raises ``InputRefused`` for weights of another length, which belong to another model, and for a run of zeros as
+        long as the values that share a scale: llama.cpp would silently make those weights zero.
         """
         weights = self.weights.get(name)
         if weights is None:
@@ -80,7 +87,8 @@ class ImportanceMatrix:
 def read_imatrix(path: Path) -> ImportanceMatrix:
     """An importance matrix of either kind, told apart by content.
 
-    Raises ``InputRefused`` (``imatrix.*``) for a damaged file, for NaN, infinities and negative numbers, naming the tensor.
+    Raises ``InputRefused`` (``imatrix.*``) for a damaged file, for NaN, infinities and negative numbers, naming the
+    tensor.
     """
     with open_for_reading(path) as reader:
         magic = bytes(reader.pread(0, min(4, reader.size)))
@@ -134,7 +142,9 @@ def _vector(reader: FileReader, header: gguf.GGUFHeader, name: str) -> np.ndarra
 
 
 def _read_dat(path: Path) -> ImportanceMatrix:
-    """i32 entries; each i32 length, name, i32 calls, i32 values, f32[values]; then, in newer files, i32 last chunk, i32 length, dataset."""
+    """i32 entries; each i32 length, name, i32 calls, i32 values, f32[values]; then, in newer files, i32 last chunk, i32
+    length, dataset.
+    """
     with open_for_reading(path) as reader:
         if reader.size > MAX_DAT_BYTES:
             raise _damaged(path, f"{reader.size} bytes; at most {MAX_DAT_BYTES} are accepted")

@@ -65,7 +65,8 @@ def integers(values: Iterable[int]) -> GGUFValue:
 
 
 class Reading:
-    """Key-values read as what they must be; ``InputRefused`` (``gguf.key``) names the file and the key where they are not.
+    """Key-values read as what they must be; ``InputRefused`` (``gguf.key``) names the file and the key where they are
+    not.
 
     Every method returns ``default`` for an absent key, or refuses where no default is given.
     """
@@ -76,7 +77,9 @@ class Reading:
         self.kv, self.where = kv, where
 
     def integer(self, key: str, default: Any = _REQUIRED) -> Any:
-        """A whole number of any width; a float is taken where it is whole, an array where it holds one value many times."""
+        """A whole number of any width; a float is taken where it is whole, an array where it holds one value many
+        times.
+        """
         value = self._get(key, default, "a whole number", lambda v: v.type in (*_INTEGERS, *_FLOATS, gguf.ARRAY))
         if not isinstance(value, GGUFValue):
             return value

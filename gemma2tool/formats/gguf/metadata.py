@@ -1,4 +1,5 @@
-"""The ``general.*`` keys that say what a model is and whose: from its model card, config, generation config and folder name.
+"""The ``general.*`` keys that say what a model is and whose: from its model card, config, generation config and folder
+name.
 
 The heuristics on names are gguf-py's own (``gguf.metadata``), which llama.cpp's converter runs too.
 """

@@ -25,7 +25,9 @@ _LAYER = re.compile(r"blk\.(\d+)\.")
 
 @dataclass(frozen=True)
 class Planned:
-    """A tensor to write: its GGUF name, the canonical ones it carries, its logical shape, what is read and how it is stored."""
+    """A tensor to write: its GGUF name, the canonical ones it carries, its logical shape, what is read and how it is
+    stored.
+    """
 
     name: str
     canonical: tuple[str, ...]
@@ -65,7 +67,9 @@ def quantized_order(planned: Sequence[Planned]) -> list[Planned]:
 
 
 def quantized_keys(kv: Sequence[KeyValue], file_type: int, more: Sequence[KeyValue]) -> list[KeyValue]:
-    """llama-quantize's key-values: the source's, without those of a split, and every key that is set anew moved to the end."""
+    """llama-quantize's key-values: the source's, without those of a split, and every key that is set anew moved to the
+    end.
+    """
     keys = {key: value for key, value in kv if key not in SPLIT_KEYS}
     for key, value in (QUANTIZATION_VERSION, ("general.file_type", u32(file_type)), *more):
         keys.pop(key, None)
@@ -74,7 +78,9 @@ def quantized_keys(kv: Sequence[KeyValue], file_type: int, more: Sequence[KeyVal
 
 
 def parse_override(text: str) -> KeyValue:
-    """``KEY=TYPE:VALUE`` of --override-kv, TYPE one of int, float, bool, str; an int is stored as the uint32 of its magnitude."""
+    """``KEY=TYPE:VALUE`` of --override-kv, TYPE one of int, float, bool, str; an int is stored as the uint32 of its
+    magnitude.
+    """
     key, _, rest = text.partition("=")
     kind, colon, value = rest.partition(":")
     try:

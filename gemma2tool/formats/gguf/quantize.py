@@ -1,4 +1,6 @@
-"""What llama-quantize makes of a GGUF file, or of the one that the converter would have written: its options, types and keys."""
+"""What llama-quantize makes of a GGUF file, or of the one that the converter would have written: its options, types and
+keys.
+"""
 
 from __future__ import annotations
 
@@ -75,10 +77,12 @@ class Request:
 def quantized(
     tensors: Sequence[Named], type_name: str, config: Gemma2Config, request: Request, warnings: list[str]
 ) -> tuple[list[Planned], int | None]:
-    """The tensors with the types of the mixture ``type_name``, and its general.file_type (None for a copy: the source's stays).
+    """The tensors with the types of the mixture ``type_name``, and its general.file_type (None for a copy: the source's
+    stays).
 
-    Raises ``UsageError`` for an unknown type or a pattern without a match, and where the mixture cannot do without an importance
-    matrix; ``InputRefused`` for one that does not fit, and for blocks that would be quantized again without leave.
+    Raises ``UsageError`` for an unknown type or a pattern without a match, and where the mixture cannot do without an
+    importance matrix; ``InputRefused`` for one that does not fit, and for blocks that would be quantized again without
+    leave.
     """
     if type_name.lower() == COPY:
         return [

@@ -1,8 +1,8 @@
 """The canonical tokenizer as GGUF key-values, as llama.cpp's converter writes them for Gemma 2.
 
-With tokenizer.model, tokenizer.json and tokenizer_config.json the keys are the converter's, byte for byte. Where it would
-fail or write a broken file (tokenizer.json alone, no tokenizer_config.json, an eos list in the config), they hold what the
-other files state, and ``warnings`` name what no file states. A chat_template.jinja beside a template in
+With tokenizer.model, tokenizer.json and tokenizer_config.json the keys are the converter's, byte for byte. Where it
+would fail or write a broken file (tokenizer.json alone, no tokenizer_config.json, an eos list in the config), they hold
+what the other files state, and ``warnings`` name what no file states. A chat_template.jinja beside a template in
 tokenizer_config.json wins, as in transformers; the converter takes the other one.
 """
 

@@ -9,7 +9,8 @@ from gemma2tool.model.checkpoint import Checkpoint
 
 
 def transformers_tokenizer_files(checkpoint: Checkpoint) -> tuple[dict[str, bytes], list[str]]:
-    """The files to add to the checkpoint's assets so that transformers loads the tokenizer, and remarks on what is missing.
+    """The files to add to the checkpoint's assets so that transformers loads the tokenizer, and remarks on what is
+    missing.
 
     ``tokenizer.json`` and ``tokenizer_config.json`` are made from ``tokenizer.model`` if they are absent. A chat
     template is in neither, so a folder without one gets a remark.

@@ -1,4 +1,6 @@
-"""Whether tokenizer.json, which transformers loads, and tokenizer.model, which other programs load, are one tokenizer."""
+"""Whether tokenizer.json, which transformers loads, and tokenizer.model, which other programs load,
+are one tokenizer.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,8 @@ _OPTIONS = {"ignore_merges": False, "dropout": None, "continuing_subword_prefix"
 
 
 def find_conflicts(tokenizer: Object, pieces: Sequence[Piece], added: Mapping[int, AddedToken]) -> tuple[Conflict, ...]:
-    """Where the contents of a tokenizer.json mean another tokenizer than the ``pieces`` of the tokenizer.model beside it.
+    """Where the contents of a tokenizer.json mean another tokenizer than the ``pieces`` of the tokenizer.model beside
+    it.
 
     ``added``: the checkpoint's added tokens, which override both.
     """

@@ -1,4 +1,6 @@
-"""Which ids are bos, eos, unk and pad, and whether a text gets them: the rules of llama.cpp's converter, its gaps filled."""
+"""Which ids are bos, eos, unk and pad, and whether a text gets them: the rules of llama.cpp's converter, its gaps
+filled.
+"""
 
 from __future__ import annotations
 

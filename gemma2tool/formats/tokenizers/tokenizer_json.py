@@ -1,7 +1,7 @@
 """``tokenizer.json`` and SentencePiece's vocabulary: either from the other.
 
-Written as transformers' own conversion writes it for Gemma: transformers needs the file where the protobuf package is not
-installed.
+Written as transformers' own conversion writes it for Gemma: transformers needs the file where the protobuf package is
+not installed.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ MAX_MERGED = 256
 _BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
-# -- reading ---------------------------------------------------------------------------------------------------------------
+# -- reading
+# ---------------------------------------------------------------------------------------------------------------
 
 
 def is_byte_fallback_bpe(tokenizer: Object) -> bool:
@@ -46,8 +47,8 @@ def is_byte_fallback_bpe(tokenizer: Object) -> bool:
 def json_pieces(tokenizer: Object) -> list[Piece]:
     """The SentencePiece vocabulary that a tokenizer.json was made from.
 
-    A SentencePiece BPE score is minus the rank of the piece, -0.0 for the first normal one; ids are given out in the same
-    order. Where the merges are in another order than the ids, the rank of a piece's first merge counts. Raises
+    A SentencePiece BPE score is minus the rank of the piece, -0.0 for the first normal one; ids are given out in the
+    same order. Where the merges are in another order than the ids, the rank of a piece's first merge counts. Raises
     ``InputRefused`` (``tokenizer.kind``, ``tokenizer.ids``).
     """
     model = model_of(tokenizer)
@@ -123,7 +124,8 @@ def _ranks(normal: Sequence[int], vocab: Mapping[str, int], merges: Iterable[tup
     return {token: rank for rank, token in enumerate(ranked)}
 
 
-# -- writing ---------------------------------------------------------------------------------------------------------------
+# -- writing
+# ---------------------------------------------------------------------------------------------------------------
 
 _REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
 _PREPEND = {"type": "Prepend", "prepend": SPACE}

@@ -31,7 +31,9 @@ def tokenizer_model_file(tokenizer: Tokenizer) -> bytes:
 
 
 def tokenizer_config(tokenizer: Tokenizer, *, chat_template: bool = True) -> dict[str, Any]:
-    """tokenizer_config.json as transformers 4 wrote Gemma's. ``chat_template``: with the templates, if there are any."""
+    """tokenizer_config.json as transformers 4 wrote Gemma's. ``chat_template``: with the templates, if
+    there are any.
+    """
     added = tokenizer.added_tokens
     config: dict[str, Any] = {
         "add_bos_token": tokenizer.adds.get("bos", True),

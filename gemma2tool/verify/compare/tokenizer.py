@@ -1,5 +1,5 @@
-"""Do two checkpoints turn text into the same ids? Their canonical tokenizers, field by field, and the ids of some difficult
-texts.
+"""Do two checkpoints turn text into the same ids? Their canonical tokenizers, field by field, and the ids of some
+difficult texts.
 """
 
 from __future__ import annotations
@@ -167,7 +167,9 @@ def _added_texts(tokenizer: Tokenizer) -> list[str]:
 
 
 def _pieces(left: Pieces, right: Pieces, sides: Sides) -> Iterator[Finding]:
-    """Texts, types and scores; all differences of one kind in one finding. Ids beyond a side's vocabulary are unused."""
+    """Texts, types and scores; all differences of one kind in one finding. Ids beyond a side's
+    vocabulary are unused.
+    """
     size = max(len(left), len(right))
     texts = [_padded(pieces, size) for pieces in (left, right)]
     types = [np.concatenate([p.types, np.full(size - len(p), UNUSED, np.uint8)]) for p in (left, right)]

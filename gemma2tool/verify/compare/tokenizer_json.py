@@ -150,8 +150,8 @@ def _around(left: Object, right: Object, sides: Sides, adds_bos: bool) -> Iterat
 
 
 def _templates(processor: Any) -> dict[str, Any]:
-    """What surrounds one text and two, as tuples of "A", "B" and (text, ids) of special tokens; other processors as they
-    are.
+    """What surrounds one text and two, as tuples of "A", "B" and (text, ids) of special tokens; other processors as
+    they are.
     """
     templates: dict[str, Any] = {"single": _ALONE, "pair": _PAIR, "other": []}
     for step in flat_steps(processor, "processors"):

@@ -1,4 +1,6 @@
-"""How two tokenizers are used: chat templates, bos and eos, special ids, the space before a text, and where generation stops."""
+"""How two tokenizers are used: chat templates, bos and eos, special ids, the space before a text, and where generation
+stops.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""gemma.cpp files: SFP against the values of gemma.cpp's own tests, containers against files put together here byte by byte."""
+"""gemma.cpp files: SFP against the values of gemma.cpp's own tests, containers against files put together here byte by
+byte.
+"""
 
 from __future__ import annotations
 
@@ -58,7 +60,9 @@ def test_sfp_codes_decode_by_the_formula_and_back() -> None:
 
 
 def test_sfp_rounds_to_the_nearest() -> None:
-    """Of every bfloat16 in its range, without its last bit, which gemma.cpp cuts off as it does float32's lower half."""
+    """Of every bfloat16 in its range, without its last bit, which gemma.cpp cuts off as it does
+    float32's lower half.
+    """
     bits = np.arange(1 << 15, dtype=np.uint32) << 16
     values = bits.view(np.float32)
     values = values[(values <= sfp.MAX) & (values >= 2.0**-22)]
@@ -73,7 +77,9 @@ def test_sfp_rounds_to_the_nearest() -> None:
 
 
 def test_every_bfloat16_is_encoded_as_gemma_cpp_does() -> None:
-    """The digest is that of gemma.cpp's own codes: SfpCodec::Enc (3ed403e, AVX2) over all bfloat16 of its range, by their bits."""
+    """The digest is that of gemma.cpp's own codes: SfpCodec::Enc (3ed403e, AVX2) over all bfloat16 of its range, by
+    their bits.
+    """
     values = (np.arange(1 << 16, dtype=np.uint32) << 16).view(np.float32)
     values = values[np.isfinite(values) & (np.abs(values) <= sfp.MAX)]
     assert len(values) == 32738
@@ -150,7 +156,9 @@ def test_sfp_file_holds_the_nearest_codes(tmp_path: Path) -> None:
 
 
 def test_container_is_gemma_cpps(tmp_path: Path) -> None:
-    """Header in front without blobs, directory and header at the end, blobs at multiples of 256, size a multiple of 64 KiB."""
+    """Header in front without blobs, directory and header at the end, blobs at multiples of 256, size a multiple of 64
+    KiB.
+    """
     source = random_checkpoint(np.dtype(ml_dtypes.bfloat16))
     data = write_as("gemma-cpp", source, tmp_path / "model.sbs").read_bytes()
     assert struct.unpack_from("<4sIQ", data) == (b"SBS\n", 0, 65536)
@@ -189,7 +197,9 @@ def _file(path: Path, blobs: dict[str, bytes]) -> Path:
 
 
 def _old_blobs(source, kinds: dict[str, str]) -> dict[str, bytes]:
-    """The tensors as before 2025: fused, heads of the output projection first, a letter for the type before each name."""
+    """The tensors as before 2025: fused, heads of the output projection first, a letter for the type
+    before each name.
+    """
     h, d, dim = 4, SMALL.hidden_size, SMALL.head_dim
 
     def values(name: str) -> np.ndarray:

@@ -89,7 +89,9 @@ def from_keys(kv: Mapping[str, Any], config: Gemma2Config) -> Checkpoint:
 
 
 def through_gguf(source: Checkpoint, *changes: KeyValue) -> Checkpoint:
-    """The source's tokenizer as it comes back from a GGUF; the config's stops are the tokenizer's, as the reader has it."""
+    """The source's tokenizer as it comes back from a GGUF; the config's stops are the tokenizer's, as the reader has
+    it.
+    """
     candidate = from_keys(keys(source) | dict(changes), source.config)
     stops = candidate.tokenizer.stop_ids or ()
     candidate.config = dataclasses.replace(candidate.config, eos_token_id=stops)

@@ -125,7 +125,9 @@ def test_46_layers_are_taken_for_the_27b(field: str) -> None:
 
 @pytest.mark.parametrize("dtype", [BF16, F16, F32])
 def test_there_and_back_bit_for_bit(tmp_path: Path, dtype: np.dtype) -> None:
-    """HF -> GGUF -> HF, the norms too where w + 1 can hold them, as it can for bfloat16 values of a trained model's size."""
+    """HF -> GGUF -> HF, the norms too where w + 1 can hold them, as it can for bfloat16 values of a trained model's
+    size.
+    """
     source = random_checkpoint(dtype)
     folder = write_checkpoint(source, tmp_path / "first")
     with HuggingFace().open(folder) as first:

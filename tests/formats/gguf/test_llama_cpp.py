@@ -43,7 +43,9 @@ def mean_kl(truth: np.ndarray, other: np.ndarray) -> float:
 
 @pytest.mark.parametrize("theta", [10000.0, 160000.0])
 def test_f32_logits(llama: ModuleType, oracles: Path, tmp_path: Path, theta: float) -> None:
-    """Within 1e-2 of ours (llama.cpp's GELU is a float16 table), past the window of 6; with a rotary base only we write, too."""
+    """Within 1e-2 of ours (llama.cpp's GELU is a float16 table), past the window of 6; with a rotary base only we
+    write, too.
+    """
     ids = np.load(oracles / "checkpoints" / "ids.npy")[0]
     with HuggingFace().open(oracles / "checkpoints" / "hf" / "hd") as source:
         source.config = dataclasses.replace(source.config, rope_theta=theta)
@@ -56,7 +58,9 @@ def test_f32_logits(llama: ModuleType, oracles: Path, tmp_path: Path, theta: flo
 
 
 def test_the_config_read_is_the_model_llama_cpp_runs(llama: ModuleType, oracles: Path) -> None:
-    """The oracle's 27B flavour lost its query scale in the GGUF: our reader says so, where the source's own logits are 0.3 off."""
+    """The oracle's 27B flavour lost its query scale in the GGUF: our reader says so, where the source's own logits are
+    0.3 off.
+    """
     folder = oracles / "checkpoints"
     ids = np.load(folder / "ids.npy")
     for name in ("hd", "27b"):

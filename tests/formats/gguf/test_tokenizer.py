@@ -1,4 +1,6 @@
-"""Tokenizers into GGUF keys and back into files: whatever files a checkpoint has, llama.cpp and SentencePiece agree on the ids."""
+"""Tokenizers into GGUF keys and back into files: whatever files a checkpoint has, llama.cpp and SentencePiece agree on
+the ids.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,8 @@ CONFIG = {
     "add_eos_token": False,
     "chat_template": "{{ bos_token }}<start_of_turn>user\n{{ messages[0]['content'] }}<end_of_turn>\n",
 }
-# -- a tokenizer of Gemma's kind ------------------------------------------------------------------------------------------------
+# -- a tokenizer of Gemma's kind
+# ------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +55,9 @@ def added_decoder() -> dict[str, dict]:
 
 
 def tokenizer_json(model: bytes) -> dict:
-    """The tokenizer.json of a SentencePiece BPE: its merges are all the ways to make a piece of two, best piece first."""
+    """The tokenizer.json of a SentencePiece BPE: its merges are all the ways to make a piece of two,
+    best piece first.
+    """
     pieces = tokenizer_model.parse(model).pieces
     vocab = {piece.text: token for token, piece in enumerate(pieces)}
     merges = []
@@ -96,7 +101,8 @@ def keys_of(assets: dict[str, bytes], config: Gemma2Config | None = None) -> dic
     return result
 
 
-# -- SentencePiece's file -------------------------------------------------------------------------------------------------------
+# -- SentencePiece's file
+# -------------------------------------------------------------------------------------------------------
 
 
 def test_pieces_as_the_library_sees_them(trained: bytes) -> None:
@@ -130,7 +136,8 @@ def test_damaged_models_are_refused(trained: bytes, cut: int) -> None:
             assert error.id == "sentencepiece.damaged"
 
 
-# -- into GGUF ------------------------------------------------------------------------------------------------------------------
+# -- into GGUF
+# ------------------------------------------------------------------------------------------------------------------
 
 
 def test_types_and_scores_of_the_converter(trained: bytes) -> None:
@@ -219,7 +226,8 @@ def test_other_tokenizers_are_refused(trained: bytes, model: dict) -> None:
         keys_of({"tokenizer.json": json.dumps(content).encode()})
 
 
-# -- and back -------------------------------------------------------------------------------------------------------------------
+# -- and back
+# -------------------------------------------------------------------------------------------------------------------
 
 
 def test_files_rebuilt_from_the_keys(trained: bytes) -> None:
@@ -272,7 +280,8 @@ def test_transformers_reads_the_rebuilt_files(trained: bytes, tmp_path: Path) ->
     )
 
 
-# -- llama.cpp ------------------------------------------------------------------------------------------------------------------
+# -- llama.cpp
+# ------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("folder", ["gguf/tiny_gqa4"])

@@ -1,4 +1,6 @@
-"""bitsandbytes checkpoints: byte equality with what transformers saved, reading back, and files that must be refused."""
+"""bitsandbytes checkpoints: byte equality with what transformers saved, reading back, and files that
+must be refused.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""compressed-tensors, torchao, MLX, GPTQ and AWQ checkpoints: equality with files those libraries wrote, reading, refusals."""
+"""compressed-tensors, torchao, MLX, GPTQ and AWQ checkpoints: equality with files those libraries wrote, reading,
+refusals.
+"""
 
 from __future__ import annotations
 
@@ -100,7 +102,8 @@ def test_round_trip(type_name):
     tensor = packings.unpack(lazy(encodings[0] | {"model.norm.weight": np.zeros(256, BF16)}), config(type_name))[NAME]
     assert tensor.stored == type_name and tensor.shape == (136, 256)
     error = np.abs(tensor.load_rows_f32(0, 136) - source.astype(np.float32))
-    # A coarse code's error is at most about a step: a seventh of the largest value for 4 bits, a hundredth for 8, a sixteenth for fp8.
+    # A coarse code's error is at most about a step: a seventh of the largest value for 4 bits, a hundredth for 8, a
+    # sixteenth for fp8.
     step = 1 / 7 if "4" in type_name else 1 / 14 if "fp8" in type_name else 1 / 100
     assert (error <= np.abs(source.astype(np.float32)).max() * step).all()
 

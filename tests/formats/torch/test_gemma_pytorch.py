@@ -20,7 +20,9 @@ PEER = os.environ.get("GEMMA2TOOL_GEMMA_PYTORCH")
 
 @pytest.mark.parametrize("variant", ["hd", "27b", "hd_bf16", "27b_bf16"])
 def test_state_dicts_equal_those_of_googles_code(oracles: Path, tmp_path: Path, variant: str) -> None:
-    """The same names in the same order, the same types, the same bits, freqs_cis among them; so the same model to its loader."""
+    """The same names in the same order, the same types, the same bits, freqs_cis among them; so the same model to its
+    loader.
+    """
     import torch
 
     dtype = "bf16" if variant.endswith("bf16") else None
