@@ -54,11 +54,17 @@ COMMANDS = (
     Command(("quantize", "SRC", "out.gguf", "--type", "q4_k_m", "--no-verify"), ("out.gguf",)),
     Command(("quantize", "SRC", "out.gguf", "--type", "iq4_xs", "--force", "--no-verify"), ("out.gguf",), old=True),
     Command(("convert", "SRC", "out.ckpt", "--no-verify"), ("out.ckpt",)),
-    Command(("quantize", "SRC", "out", "--type", "nf4", "--double-quant", "--max-shard-size", "4MB", "--no-verify"), ("out",)),
-    Command(("quantize", "SRC", "many", "--type", "q4_k_m,q8_0,nf4", "--no-verify"), ("many/many-q4_k_m.gguf", "many/many-q8_0.gguf", "many/many-nf4")),
+    Command(
+        ("quantize", "SRC", "out", "--type", "nf4", "--double-quant", "--max-shard-size", "4MB", "--no-verify"),
+        ("out",),
+    ),
+    Command(
+        ("quantize", "SRC", "many", "--type", "q4_k_m,q8_0,nf4", "--no-verify"),
+        ("many/many-q4_k_m.gguf", "many/many-q8_0.gguf", "many/many-nf4"),
+    ),
     Command(("quantize", "SRC", "out.gguf", "--type", "q4_0", "--force"), ("out.gguf",), old=True),
     Command(("convert", "SRC", "out", "--force", "--max-shard-size", "20MB"), ("out",), old=True),
-)  # fmt: skip
+)
 """The last two verify what they wrote."""
 
 
@@ -174,7 +180,8 @@ class Trials:
             refused_as_existing=int(process.returncode == 2),
         )
         self.say(
-            f"trial {number}: {' '.join(command.words[2:5])}: killed {killed} times, same bytes: {whole}, resumed: {resumed}"
+            f"trial {number}: {' '.join(command.words[2:5])}: killed {killed} times,"
+            f" same bytes: {whole}, resumed: {resumed}"
         )
         shutil.rmtree(place)
         place.with_suffix(".log").unlink()

@@ -22,10 +22,26 @@ from gemma2tool.verify.reports.terminal import render_verification
 from gemma2tool.verify.result import Side, Verification
 
 HOSTILE = [
-    "\x1b[2Jcleared", "\x1b]8;;https://evil\x1b\\link\x1b]8;;\x1b\\", "x\nOK: verified", "x\r\nPASSED", "a\x00b", "bell\x07\x08\x7f",
-    "\u202egnp.exe", "\u2066hidden\u2069", "zero\u200bwidth\ufeff", "line\u2028separator", "\x9b31mC1", "lone \udcff surrogate",
-    "[red]markup[/red]", "[/x]", "[link=https://evil]x[/link]", "[bold", "\\[x]", ":smiley:", "tab\there",
-]  # fmt: skip
+    "\x1b[2Jcleared",
+    "\x1b]8;;https://evil\x1b\\link\x1b]8;;\x1b\\",
+    "x\nOK: verified",
+    "x\r\nPASSED",
+    "a\x00b",
+    "bell\x07\x08\x7f",
+    "\u202egnp.exe",
+    "\u2066hidden\u2069",
+    "zero\u200bwidth\ufeff",
+    "line\u2028separator",
+    "\x9b31mC1",
+    "lone \udcff surrogate",
+    "[red]markup[/red]",
+    "[/x]",
+    "[link=https://evil]x[/link]",
+    "[bold",
+    "\\[x]",
+    ":smiley:",
+    "tab\there",
+]
 FORBIDDEN = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
 
 
@@ -46,12 +62,24 @@ def verification(name: str = "model.norm.weight", status: str = "failed") -> Ver
     gates = (
         GateResult("completeness", "passed", f"all there: {name}"),
         GateResult("tokenizer", "skipped", "none there"),
-        GateResult("tensors", status, f"{name}: wrong", {"by_type": {name: row}, "tensors": {name: row}}, (error,) * 20),
+        GateResult(
+            "tensors", status, f"{name}: wrong", {"by_type": {name: row}, "tensors": {name: row}}, (error,) * 20
+        ),
         GateResult("logits", "reported", "largest difference 1"),
-        GateResult("distribution", "passed", "fine", {
-            "kl_mean": 0.1, "kl_median": 0.1, "kl_p99": 0.1, "kl_max": 0.1, "top1_agreement": 0.9, "positions": 64,
-        }),
-    )  # fmt: skip
+        GateResult(
+            "distribution",
+            "passed",
+            "fine",
+            {
+                "kl_mean": 0.1,
+                "kl_median": 0.1,
+                "kl_p99": 0.1,
+                "kl_max": 0.1,
+                "top1_agreement": 0.9,
+                "positions": 64,
+            },
+        ),
+    )
     return Verification(Side(name, "hf", {"f32": 1}), Side(f"{name}.gguf", "gguf", {name: 1}), "q8_0", gates)
 
 

@@ -22,9 +22,13 @@ EACH = 1000
 def _campaign(state: Path, *arguments: str) -> tuple[dict, str]:
     script = ROOT / "tests" / "campaigns" / "fuzz.py"
     done = subprocess.run(
-        [sys.executable, str(script), "--state", str(state), *arguments], check=False, capture_output=True, text=True, timeout=300,
+        [sys.executable, str(script), "--state", str(state), *arguments],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=300,
         env=os.environ | {"PYTHONHASHSEED": "0"},
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr
     return json.loads((state / "state.json").read_text()), done.stdout
 

@@ -18,9 +18,24 @@ from tests.support.checkpoints import write_checkpoint
 pytestmark = pytest.mark.slow
 
 WRITTEN_BY_LIBRARIES = (
-    "ao-int8wo-v2", "bnb-fp4", "bnb-fp4dq", "bnb-int8", "bnb-nf4", "bnb-nf4dq", "ctmf-FP8_BLOCK", "ctmf-FP8_DYNAMIC", "ctmf-INT8",
-    "ctmf-W4A16", "ctmf-W8A16", "gq-gptq4", "gq-gptq4-desc", "gq-gptq4-v2", "gq-gptq8", "mlx-q4", "own-awq",
-)  # fmt: skip
+    "ao-int8wo-v2",
+    "bnb-fp4",
+    "bnb-fp4dq",
+    "bnb-int8",
+    "bnb-nf4",
+    "bnb-nf4dq",
+    "ctmf-FP8_BLOCK",
+    "ctmf-FP8_DYNAMIC",
+    "ctmf-INT8",
+    "ctmf-W4A16",
+    "ctmf-W8A16",
+    "gq-gptq4",
+    "gq-gptq4-desc",
+    "gq-gptq4-v2",
+    "gq-gptq8",
+    "mlx-q4",
+    "own-awq",
+)
 MATRIX = "model.layers.2.mlp.down_proj.weight"
 
 

@@ -29,9 +29,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = write_as("hf", random_checkpoint(np.dtype(np.float32), TINY), folder / "plain")
     content = json.loads((path / "config.json").read_text())
     content |= {
-        "transformers_version": "5.0" + EVIL, "_name_or_path": EVIL, "architectures": [EVIL], EVIL: EVIL, "id2label": {"0": EVIL, "1": "b"},
+        "transformers_version": "5.0" + EVIL,
+        "_name_or_path": EVIL,
+        "architectures": [EVIL],
+        EVIL: EVIL,
+        "id2label": {"0": EVIL, "1": "b"},
         "eos_token_id": 1000,
-    }  # fmt: skip
+    }
     content.pop("label2id", None)
     (path / "config.json").write_text(json.dumps(content))
     (path / "generation_config.json").write_text(json.dumps({"temperature": EVIL, "top_k": [EVIL]}))

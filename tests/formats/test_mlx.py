@@ -47,9 +47,20 @@ def test_same_files_as_mlx_lm(oracles: Path, tmp_path: Path) -> None:
         for name in sorted(b.keys()):
             assert np.array_equal(a.get_tensor(name), b.get_tensor(name)), name
     read_by_mlx = {
-        "model_type", "hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads", "head_dim", "rms_norm_eps",
-        "vocab_size", "num_key_value_heads", "rope_theta", "attn_logit_softcapping", "final_logit_softcapping", "query_pre_attn_scalar",
-    }  # fmt: skip
+        "model_type",
+        "hidden_size",
+        "num_hidden_layers",
+        "intermediate_size",
+        "num_attention_heads",
+        "head_dim",
+        "rms_norm_eps",
+        "vocab_size",
+        "num_key_value_heads",
+        "rope_theta",
+        "attn_logit_softcapping",
+        "final_logit_softcapping",
+        "query_pre_attn_scalar",
+    }
     ours, config = (json.loads((each / "config.json").read_text()) for each in (mine, theirs))
     assert {key: ours[key] for key in read_by_mlx} == {key: config[key] for key in read_by_mlx}
 

@@ -99,8 +99,14 @@ def test_there_and_back(first: str, second: str, data: st.DataObject) -> None:
         assert_same_tensors(replace(source, tensors=dict(expected)), checkpoint, dtypes=not pair & ROUNDING)
         assert_ranges_agree(checkpoint)
         for field in (
-            "hidden_size", "intermediate_size", "num_key_value_heads", "head_dim", "query_pre_attn_scalar", "sliding_window", "tie_word_embeddings",
-        ):  # fmt: skip
+            "hidden_size",
+            "intermediate_size",
+            "num_key_value_heads",
+            "head_dim",
+            "query_pre_attn_scalar",
+            "sliding_window",
+            "tie_word_embeddings",
+        ):
             assert getattr(checkpoint.config, field) == getattr(config, field), field
     finally:
         shutil.rmtree(place)

@@ -116,6 +116,7 @@ def work(
     _imports = target.imports
     target.prepare()
     from gemma2tool.errors import table  # noqa: F401  (imported with the first error)
+
     "\x1b\udc80\u202e".encode("unicode_escape", "backslashreplace")  # a codec is imported when first needed
     sys.addaudithook(_hook)
     pool = target.seeds() or [b""]

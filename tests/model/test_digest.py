@@ -225,12 +225,36 @@ def test_sharding_does_not_matter(tmp_path: Path, fixture_dir: Path, fixture_has
 
 
 ORACLES = {
-    "hd": ["hf/hd", "gemma_pytorch/hd", "gemma_pytorch/hd_sharded", "gemma_pytorch/hd_bf16", "keras/hd", "keras/hd_bf16", "mlx/hd",
-           "flax/orbax-0.12-hd_T", "flax/orbax-0.12-hd_N", "flax/orbax-0.5-hd_T", "flax/orbax-0.5-hd_N", "gguf/hd.gguf"],
-    "27b": ["hf/27b", "gemma_pytorch/27b", "gemma_pytorch/27b_sharded", "gemma_pytorch/27b_bf16", "mlx/27b", "torchtune/27b", "litgpt/27b",
-            "keras/sharded", "flax/orbax-0.12-27b_N", "flax/orbax-0.12-27b_T_bf16", "flax/orbax-0.5-27b_N", "flax/orbax-0.5-27b_T_bf16",
-            "gguf/27b.gguf"],
-}  # fmt: skip
+    "hd": [
+        "hf/hd",
+        "gemma_pytorch/hd",
+        "gemma_pytorch/hd_sharded",
+        "gemma_pytorch/hd_bf16",
+        "keras/hd",
+        "keras/hd_bf16",
+        "mlx/hd",
+        "flax/orbax-0.12-hd_T",
+        "flax/orbax-0.12-hd_N",
+        "flax/orbax-0.5-hd_T",
+        "flax/orbax-0.5-hd_N",
+        "gguf/hd.gguf",
+    ],
+    "27b": [
+        "hf/27b",
+        "gemma_pytorch/27b",
+        "gemma_pytorch/27b_sharded",
+        "gemma_pytorch/27b_bf16",
+        "mlx/27b",
+        "torchtune/27b",
+        "litgpt/27b",
+        "keras/sharded",
+        "flax/orbax-0.12-27b_N",
+        "flax/orbax-0.12-27b_T_bf16",
+        "flax/orbax-0.5-27b_N",
+        "flax/orbax-0.5-27b_T_bf16",
+        "gguf/27b.gguf",
+    ],
+}
 
 
 @pytest.mark.parametrize("flavour", list(ORACLES))

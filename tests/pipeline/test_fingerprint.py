@@ -99,10 +99,37 @@ class Two:
 
 def test_no_two_settings_are_fed_alike() -> None:
     values = [
-        ["ab", "c"], ["a", "bc"], ["abc"], "abc", b"abc", [], "", b"", [[]], [[], []], 1, 1.0, True, "1", None, "None",
-        np.float32(1), np.zeros(3, np.float32), np.zeros(3, np.int32), np.zeros((1, 3), np.float32), One(1), Two(1), One("1"),
-        {"a": 1}, {"a": 2}, {"b": 1}, np.dtype(np.float32), Path("a"), One(np.ones(3)), One(np.zeros(3)),
-    ]  # fmt: skip
+        ["ab", "c"],
+        ["a", "bc"],
+        ["abc"],
+        "abc",
+        b"abc",
+        [],
+        "",
+        b"",
+        [[]],
+        [[], []],
+        1,
+        1.0,
+        True,
+        "1",
+        None,
+        "None",
+        np.float32(1),
+        np.zeros(3, np.float32),
+        np.zeros(3, np.int32),
+        np.zeros((1, 3), np.float32),
+        One(1),
+        Two(1),
+        One("1"),
+        {"a": 1},
+        {"a": 2},
+        {"b": 1},
+        np.dtype(np.float32),
+        Path("a"),
+        One(np.ones(3)),
+        One(np.zeros(3)),
+    ]
     digests = set()
     for value in values:
         digest = hashlib.sha256()

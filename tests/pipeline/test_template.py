@@ -49,7 +49,8 @@ def test_refused(template: str, id: str, monkeypatch: pytest.MonkeyPatch) -> Non
         "{{ '%999999999d' | format(1) }}",
         "{{ '{:999999999}'.format(1) }}",
         "{{ 'a' | center(9999999999) }}",
-        "{% set ns = namespace(x='a' * 1000) %}{% for i in range(40) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}{{ ns.x }}",
+        "{% set ns = namespace(x='a' * 1000) %}{% for i in range(40) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}"
+        "{{ ns.x }}",
         "{% for a in range(99999) %}{{ 'a' * 100 }}{% endfor %}",
         "{{ range(99999) | batch(1) | list | length }}{% set x = 'a,' * 40000000 %}{{ x.split(',') | length }}",
     ],

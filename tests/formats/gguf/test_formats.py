@@ -330,7 +330,8 @@ def test_a_given_config_counts(tmp_path: Path) -> None:
 def test_metadata_of_a_model_card(tmp_path: Path) -> None:
     folder = write_checkpoint(random_checkpoint(BF16), tmp_path / "gemma-2-2b-it-Tuned")
     (folder / "README.md").write_text(
-        "---\nlicense: gemma\nbase_model: google/gemma-2-2b-it\nlanguage:\n- en\n- no\ntags: [a, b]\npipeline_tag: text-generation\n"
+        "---\nlicense: gemma\nbase_model: google/gemma-2-2b-it\nlanguage:\n- en\n- no\ntags: [a, b]\n"
+        "pipeline_tag: text-generation\n"
         "---\n# Card\n"
     )
     generation = {"temperature": 0.5, "top_k": 64, "repetition_penalty": 1.5, "top_p": "high"}

@@ -28,7 +28,10 @@ from tests.support.assets import file_assets
 from tests.support.checkpoints import SMALL, random_checkpoint
 from tests.support.gguf import options, write
 
-TEXT = "The quick brown fox; def f(x):\n\n    return x  # \u00fcn\u00efc\u00f6d\u00e9 \u6f22\u5b57 \U0001f389\n\t<table> 12345"
+TEXT = (
+    "The quick brown fox; def f(x):\n\n    return x  # \u00fcn\u00efc\u00f6d\u00e9 \u6f22\u5b57 \U0001f389"
+    "\n\t<table> 12345"
+)
 FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json")
 TURNS = ("<start_of_turn>", "<end_of_turn>")
 CONFIG = {

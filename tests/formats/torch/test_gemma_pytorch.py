@@ -67,8 +67,19 @@ def test_gemma_pytorch_loads_it_and_computes_the_same(oracles: Path, tmp_path: P
     kinds = settings.AttentionType
     source = random_checkpoint(np.dtype(getattr(ml_dtypes, dtype, dtype)))
     path = write_as("gemma-pytorch", source, tmp_path / "model.ckpt")
-    same = ("vocab_size", "max_position_embeddings", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_size",
-            "intermediate_size", "head_dim", "final_logit_softcapping", "attn_logit_softcapping", "query_pre_attn_scalar")  # fmt: skip
+    same = (
+        "vocab_size",
+        "max_position_embeddings",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "hidden_size",
+        "intermediate_size",
+        "head_dim",
+        "final_logit_softcapping",
+        "attn_logit_softcapping",
+        "query_pre_attn_scalar",
+    )
     model = GemmaForCausalLM(
         settings.GemmaConfig(
             architecture=settings.Architecture.GEMMA_2,
@@ -94,10 +105,17 @@ def test_gemma_pytorch_loads_it_and_computes_the_same(oracles: Path, tmp_path: P
         ]
         positions = torch.arange(length)
         _, found = model(
-            input_token_ids=torch.from_numpy(ids), input_positions=positions, kv_write_indices=positions, kv_caches=caches,
-            mask=mask, local_mask=mask + torch.tril(far, diagonal=-SMALL.sliding_window), output_positions=torch.tensor([position]),
-            temperatures=None, top_ps=torch.ones(len(ids)), top_ks=torch.ones(len(ids), dtype=torch.int64),
-        )  # fmt: skip
+            input_token_ids=torch.from_numpy(ids),
+            input_positions=positions,
+            kv_write_indices=positions,
+            kv_caches=caches,
+            mask=mask,
+            local_mask=mask + torch.tril(far, diagonal=-SMALL.sliding_window),
+            output_positions=torch.tensor([position]),
+            temperatures=None,
+            top_ps=torch.ones(len(ids)),
+            top_ks=torch.ones(len(ids), dtype=torch.int64),
+        )
         theirs.append(found.numpy())
     ours = logits(registry.open_checkpoint(path), ids)
     assert (np.abs(ours - np.stack(theirs, axis=1)) <= 5e-5 + 1e-5 * np.abs(ours)).all(), np.abs(

@@ -37,10 +37,22 @@ def trained(**options: object) -> bytes:
     """A small BPE tokenizer with byte fallback, as Gemma's is one."""
     written = io.BytesIO()
     settings = {
-        "vocab_size": 330, "model_type": "bpe", "byte_fallback": True, "bos_id": 2, "eos_id": 1, "pad_id": 0, "unk_id": 3, "bos_piece": "<bos>", "eos_piece": "<eos>",
-        "add_dummy_prefix": False, "remove_extra_whitespaces": False, "normalization_rule_name": "identity",
-        "hard_vocab_limit": False, "minloglevel": 2, "num_threads": 1,
-    }  # fmt: skip
+        "vocab_size": 330,
+        "model_type": "bpe",
+        "byte_fallback": True,
+        "bos_id": 2,
+        "eos_id": 1,
+        "pad_id": 0,
+        "unk_id": 3,
+        "bos_piece": "<bos>",
+        "eos_piece": "<eos>",
+        "add_dummy_prefix": False,
+        "remove_extra_whitespaces": False,
+        "normalization_rule_name": "identity",
+        "hard_vocab_limit": False,
+        "minloglevel": 2,
+        "num_threads": 1,
+    }
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(TEXT * 20), model_writer=written, **(settings | options)
     )
@@ -165,22 +177,40 @@ def test_special_tokens_in_the_midst_of_text() -> None:
     assert result.failed and {"types", "encoding"} <= subjects
 
 
-@pytest.mark.parametrize(("ours", "theirs", "status"), [
-    ({"added_tokens_decoder": {"5": {"content": "<a>"}}}, {"added_tokens_decoder": {"5": {"content": "<b>"}}}, "failed"),
-    ({"added_tokens_decoder": {"5": {"content": "<a>"}}}, {"added_tokens_decoder": {"6": {"content": "<b>"}}}, "failed"),
-    ({"bos_token": "<bos>"}, {"bos_token": {"content": "<bos>", "special": True}}, "passed"),
-    ({"bos_token": "<bos>"}, {"bos_token": "<eos>"}, "failed"),
-    ({"pad_token": "<pad>"}, {"pad_token": "<eos>"}, "passed"),
-    ({"added_tokens_decoder": [1], "bos_token": 3}, {"added_tokens_decoder": [], "bos_token": []}, "passed"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("ours", "theirs", "status"),
+    [
+        (
+            {"added_tokens_decoder": {"5": {"content": "<a>"}}},
+            {"added_tokens_decoder": {"5": {"content": "<b>"}}},
+            "failed",
+        ),
+        (
+            {"added_tokens_decoder": {"5": {"content": "<a>"}}},
+            {"added_tokens_decoder": {"6": {"content": "<b>"}}},
+            "failed",
+        ),
+        ({"bos_token": "<bos>"}, {"bos_token": {"content": "<bos>", "special": True}}, "passed"),
+        ({"bos_token": "<bos>"}, {"bos_token": "<eos>"}, "failed"),
+        ({"pad_token": "<pad>"}, {"pad_token": "<eos>"}, "passed"),
+        ({"added_tokens_decoder": [1], "bos_token": 3}, {"added_tokens_decoder": [], "bos_token": []}, "passed"),
+    ],
+)
 def test_special_tokens_of_the_config(model: bytes, ours: dict, theirs: dict, status: str) -> None:
     sides = (side(tokenizer__model=model, tokenizer_config__json=each) for each in (ours, theirs))
     assert compare_tokenizers(*sides).status == status
 
 
-@pytest.mark.parametrize(("ours", "theirs", "status"), [
-    ([1, 107], 1, "failed"), (1, [107, 1], "passed"), ([1, 107], [107, 1], "passed"), ("x", 1, "passed"), ([[]], 1, "passed"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("ours", "theirs", "status"),
+    [
+        ([1, 107], 1, "failed"),
+        (1, [107, 1], "passed"),
+        ([1, 107], [107, 1], "passed"),
+        ("x", 1, "passed"),
+        ([[]], 1, "passed"),
+    ],
+)
 def test_a_stop_that_generation_config_loses_fails(model: bytes, ours: object, theirs: object, status: str) -> None:
     sides = (side(tokenizer__model=model, generation_config__json={"eos_token_id": each}) for each in (ours, theirs))
     assert compare_tokenizers(*sides).status == status
@@ -202,17 +232,33 @@ def gemma_json(**changes: object) -> dict:
         "merges": [["a", "b"]],
     }
     content = {
-        "added_tokens": [{"id": i, "content": text, "special": True, **flags} for i, text in ((0, "<bos>"), (2, "<turn>"), (7, "<mask>"))],
+        "added_tokens": [
+            {"id": i, "content": text, "special": True, **flags}
+            for i, text in ((0, "<bos>"), (2, "<turn>"), (7, "<mask>"))
+        ],
         "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"},
-        "pre_tokenizer": {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False},
+        "pre_tokenizer": {
+            "type": "Split",
+            "pattern": {"String": " "},
+            "behavior": "MergedWithPrevious",
+            "invert": False,
+        },
         "post_processor": {
-            "type": "TemplateProcessing", "single": [put, text], "pair": [put, text, put, {"Sequence": {"id": "B", "type_id": 1}}],
+            "type": "TemplateProcessing",
+            "single": [put, text],
+            "pair": [put, text, put, {"Sequence": {"id": "B", "type_id": 1}}],
             "special_tokens": {"<bos>": {"id": "<bos>", "ids": [0], "tokens": ["<bos>"]}},
         },
-        "decoder": {"type": "Sequence", "decoders": [
-            {"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "}, {"type": "ByteFallback"}, {"type": "Fuse"}]},
+        "decoder": {
+            "type": "Sequence",
+            "decoders": [
+                {"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "},
+                {"type": "ByteFallback"},
+                {"type": "Fuse"},
+            ],
+        },
         "model": model | changes.pop("model", {}),
-    }  # fmt: skip
+    }
     return content | changes
 
 
@@ -228,30 +274,47 @@ BOS_AS_OTHER_ID = gemma_json()["post_processor"] | {
 MERGED = {"model": {"merges": [["a", "b"], ["<0x41>", "b"]]}}
 
 
-@pytest.mark.parametrize(("changes", "subject", "named"), [
-    ({"normalizer": None}, "normalizer", "Replace, in the candidate none"),
-    ({"normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": "_"}}, "normalizer", "other settings"),
-    ({"pre_tokenizer": {"type": "Whitespace"}}, "pre_tokenizer", "Whitespace"),
-    ({"pre_tokenizer": {"type": "Split", "pattern": {"Regex": "a|b"}, "behavior": "Isolated", "invert": False}}, "pre_tokenizer", "Split"),
-    ({"decoder": None}, "decoder", "ByteFallback then Fuse, in the candidate none"),
-    ({"decoder": {"type": "Sequence", "decoders": gemma_json()["decoder"]["decoders"][:2]}}, "decoder", "Fuse"),
-    ({"added_tokens": added(1)}, "added_tokens", "lacks the added token '<turn>' (2)"),
-    ({"added_tokens": added(1, content="<tern>")}, "added_tokens", "'<turn>' (2), in the candidate '<tern>'"),
-    ({"added_tokens": added(1, id=3)}, "added_tokens", "lacks the added token '<turn>' (2)"),
-    ({"added_tokens": [*added(1, special=True), {"id": 5, "content": "ab", "special": False}]}, "added_tokens", "additional added token"),
-    *(({"added_tokens": added(1, **{flag: True})}, "added_tokens", f"'<turn>' (2) of tokenizer.json has {flag}")
-      for flag in ("lstrip", "rstrip", "single_word", "normalized")),
-    ({"added_tokens": added(1, special=False)}, "added_tokens", "special True, in the candidate False"),
-    ({"post_processor": None}, "add_bos_token", "add_bos_token is True, in the candidate False"),
-    ({"post_processor": BOS_AS_OTHER_ID}, "post_processor", "<bos> [0] around a text, in the candidate <bos> [1]"),
-    ({"model": {"byte_fallback": False}}, "tokenizer.json", "byte_fallback"),
-    ({"model": {"fuse_unk": False}}, "tokenizer.json", "fuse_unk"),
-    ({"model": {"unk_token": "a"}}, "tokenizer.json", "unk_token"),
-    ({"model": {"ignore_merges": True}}, "tokenizer.json", "ignore_merges"),
-    ({"model": {"dropout": 0.5}}, "tokenizer.json", "dropout"),
-    ({"model": {"type": "Unigram"}}, "tokenizer.json", "type"),
-    (MERGED, "tokenizer.json", "merges"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("changes", "subject", "named"),
+    [
+        ({"normalizer": None}, "normalizer", "Replace, in the candidate none"),
+        (
+            {"normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": "_"}},
+            "normalizer",
+            "other settings",
+        ),
+        ({"pre_tokenizer": {"type": "Whitespace"}}, "pre_tokenizer", "Whitespace"),
+        (
+            {"pre_tokenizer": {"type": "Split", "pattern": {"Regex": "a|b"}, "behavior": "Isolated", "invert": False}},
+            "pre_tokenizer",
+            "Split",
+        ),
+        ({"decoder": None}, "decoder", "ByteFallback then Fuse, in the candidate none"),
+        ({"decoder": {"type": "Sequence", "decoders": gemma_json()["decoder"]["decoders"][:2]}}, "decoder", "Fuse"),
+        ({"added_tokens": added(1)}, "added_tokens", "lacks the added token '<turn>' (2)"),
+        ({"added_tokens": added(1, content="<tern>")}, "added_tokens", "'<turn>' (2), in the candidate '<tern>'"),
+        ({"added_tokens": added(1, id=3)}, "added_tokens", "lacks the added token '<turn>' (2)"),
+        (
+            {"added_tokens": [*added(1, special=True), {"id": 5, "content": "ab", "special": False}]},
+            "added_tokens",
+            "additional added token",
+        ),
+        *(
+            ({"added_tokens": added(1, **{flag: True})}, "added_tokens", f"'<turn>' (2) of tokenizer.json has {flag}")
+            for flag in ("lstrip", "rstrip", "single_word", "normalized")
+        ),
+        ({"added_tokens": added(1, special=False)}, "added_tokens", "special True, in the candidate False"),
+        ({"post_processor": None}, "add_bos_token", "add_bos_token is True, in the candidate False"),
+        ({"post_processor": BOS_AS_OTHER_ID}, "post_processor", "<bos> [0] around a text, in the candidate <bos> [1]"),
+        ({"model": {"byte_fallback": False}}, "tokenizer.json", "byte_fallback"),
+        ({"model": {"fuse_unk": False}}, "tokenizer.json", "fuse_unk"),
+        ({"model": {"unk_token": "a"}}, "tokenizer.json", "unk_token"),
+        ({"model": {"ignore_merges": True}}, "tokenizer.json", "ignore_merges"),
+        ({"model": {"dropout": 0.5}}, "tokenizer.json", "dropout"),
+        ({"model": {"type": "Unigram"}}, "tokenizer.json", "type"),
+        (MERGED, "tokenizer.json", "merges"),
+    ],
+)
 def test_a_tokenizer_json_that_gives_other_ids_or_texts_fails(
     model: bytes, changes: dict, subject: str, named: str
 ) -> None:
@@ -265,27 +328,41 @@ def test_a_tokenizer_json_that_gives_other_ids_or_texts_fails(
     assert any(word in wrong[0].message for word in named.split("|")), wrong[0].message
 
 
-@pytest.mark.parametrize("changes", [
-    {"pre_tokenizer": None},  # no space is left to cut at
-    {"pre_tokenizer": {"type": "Sequence", "pretokenizers": []}},
-    {"normalizer": {"type": "Sequence", "normalizers": [gemma_json()["normalizer"]]}},
-    {"normalizer": gemma_json()["normalizer"] | {"pattern": {"Regex": " "}}},
-    {"post_processor": {"type": "Sequence", "processors": [{"type": "ByteLevel"}, gemma_json()["post_processor"]]}},
-    {"model": {"dropout": None, "continuing_subword_prefix": "", "merges": ["a b"]}},
-    {"model": {"unk_token": None}},  # each byte has a piece
-    {"model": {"merges": [["a", "b"], ["<tu", "rn>"]]}},  # found in a text before anything is merged
-    {"version": "1.0", "truncation": None, "padding": None},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"pre_tokenizer": None},  # no space is left to cut at
+        {"pre_tokenizer": {"type": "Sequence", "pretokenizers": []}},
+        {"normalizer": {"type": "Sequence", "normalizers": [gemma_json()["normalizer"]]}},
+        {"normalizer": gemma_json()["normalizer"] | {"pattern": {"Regex": " "}}},
+        {"post_processor": {"type": "Sequence", "processors": [{"type": "ByteLevel"}, gemma_json()["post_processor"]]}},
+        {"model": {"dropout": None, "continuing_subword_prefix": "", "merges": ["a b"]}},
+        {"model": {"unk_token": None}},  # each byte has a piece
+        {"model": {"merges": [["a", "b"], ["<tu", "rn>"]]}},  # found in a text before anything is merged
+        {"version": "1.0", "truncation": None, "padding": None},
+    ],
+)
 def test_other_spellings_of_the_same_tokenizer_json_pass(changes: dict) -> None:
     ours, theirs = side(tokenizer__json=gemma_json()), side(tokenizer__json=gemma_json(**changes))
     assert not compare_tokenizers(ours, theirs).findings and not compare_tokenizers(theirs, ours).findings
 
 
-@pytest.mark.parametrize("changes", [
-    {"normalizer": None}, {"pre_tokenizer": {"type": "Whitespace"}}, {"added_tokens": added(1)}, {"added_tokens": added(1, single_word=True)},
-    {"pre_tokenizer": None}, {"normalizer": gemma_json()["normalizer"] | {"pattern": {"Regex": " "}}}, {"model": {"unk_token": None}},
-    {"model": {"merges": [["a", "b"], ["<", "turn>"]]}}, {"post_processor": None}, {"post_processor": BOS_AS_OTHER_ID}, {"decoder": None},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"normalizer": None},
+        {"pre_tokenizer": {"type": "Whitespace"}},
+        {"added_tokens": added(1)},
+        {"added_tokens": added(1, single_word=True)},
+        {"pre_tokenizer": None},
+        {"normalizer": gemma_json()["normalizer"] | {"pattern": {"Regex": " "}}},
+        {"model": {"unk_token": None}},
+        {"model": {"merges": [["a", "b"], ["<", "turn>"]]}},
+        {"post_processor": None},
+        {"post_processor": BOS_AS_OTHER_ID},
+        {"decoder": None},
+    ],
+)
 def test_the_verdict_is_that_of_the_library_that_runs_the_files(changes: dict) -> None:
     tokenizers = pytest.importorskip("tokenizers")
     sides = [gemma_json(), gemma_json(**changes)]
@@ -377,9 +454,15 @@ def test_tokenizer_json_counts_too(model: bytes, theirs: bytes, status: str) -> 
     assert compare_tokenizers(source, side(tokenizer__model=model, tokenizer__json=theirs)).status == status
 
 
-@pytest.mark.parametrize(("ours", "theirs", "status", "severity"), [
-    ("{{a}}", "{{a}}", "passed", None), ("{{a}}", "{{b}}", "failed", "error"), ("{{a}}", None, "passed", "warning"), (None, "{{a}}", "passed", None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("ours", "theirs", "status", "severity"),
+    [
+        ("{{a}}", "{{a}}", "passed", None),
+        ("{{a}}", "{{b}}", "failed", "error"),
+        ("{{a}}", None, "passed", "warning"),
+        (None, "{{a}}", "passed", None),
+    ],
+)
 def test_chat_templates(model: bytes, ours: str | None, theirs: str | None, status: str, severity: str | None) -> None:
     left = side(tokenizer__model=model, **({"tokenizer_config__json": {"chat_template": ours}} if ours else {}))
     right = side(tokenizer__model=model, **({"chat_template__jinja": theirs} if theirs else {}))
@@ -388,11 +471,21 @@ def test_chat_templates(model: bytes, ours: str | None, theirs: str | None, stat
     assert [finding.severity for finding in found.findings] == ([severity] if severity else [])
 
 
-@pytest.mark.parametrize(("format", "path", "status"), [
-    ("hf", "out", "failed"), ("hf-bin", "out", "failed"), ("mlx", "out", "failed"), ("gguf", "out.gguf", "failed"),
-    ("hf", "model.safetensors", "passed"), ("hf-bin", "pytorch_model.bin", "passed"),
-    ("gemma-pytorch", "out.ckpt", "passed"), ("flax", "out", "passed"), ("keras", "out", "passed"), ("gemma-cpp", "out.sbs", "passed"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("format", "path", "status"),
+    [
+        ("hf", "out", "failed"),
+        ("hf-bin", "out", "failed"),
+        ("mlx", "out", "failed"),
+        ("gguf", "out.gguf", "failed"),
+        ("hf", "model.safetensors", "passed"),
+        ("hf-bin", "pytorch_model.bin", "passed"),
+        ("gemma-pytorch", "out.ckpt", "passed"),
+        ("flax", "out", "passed"),
+        ("keras", "out", "passed"),
+        ("gemma-cpp", "out.sbs", "passed"),
+    ],
+)
 def test_a_chat_template_is_lost_where_there_is_a_place_for_it(
     model: bytes, format: str, path: str, status: str
 ) -> None:
