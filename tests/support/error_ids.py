@@ -6,7 +6,8 @@ The id of a construction is one of these:
 - a parameter of the function around it, alone or behind a literal prefix (``f"gguf.{kind}"``): the ids are what
   the callers of that function pass;
 - a value of a dictionary at the top of the module (``IDS.get(name, "json.syntax")``);
-- a field ``id`` of a class in the same module: the literals that the module gives it are the ids;
+- a field ``id`` of a class in the same module: the ids are the literals that this module, and those that import it,
+  give it;
 - the id of an error that was caught, which adds none.
 """
 
@@ -95,6 +96,9 @@ class _Module:
                 modules = {module for module, _ in self.imported.values()}
                 return self.name == wrapper.module or wrapper.module in modules
         return False
+
+    def imports(self, other: _Module) -> bool:
+        return any(module == other.name for module, _ in self.imported.values())
 
     def dictionary(self, name: str) -> list[ast.expr]:
         """The values of a dictionary at the top of the module."""
@@ -195,11 +199,15 @@ class _Search:
                     self._resolve(value, site)
             case ast.Attribute(ast.Name(name), "id") if name in site.module.caught:
                 pass
-            case ast.Attribute(_, "id") if fields := site.module.id_fields():
+            case ast.Attribute(_, "id") if fields := self._id_fields(site.module):
                 for field in fields:
                     self._resolve(field, site)
             case _:
                 self.unresolved.append(f"{site.place}: {ast.unparse(site.call)}")
+
+    def _id_fields(self, owner: _Module) -> list[ast.expr]:
+        users = [module for module in self.modules if module is owner or module.imports(owner)]
+        return [field for module in users for field in module.id_fields()]
 
     def _wrap(self, parameter: str, site: _Site) -> None:
         assert site.function is not None
