@@ -96,6 +96,14 @@ def test_the_documented_rooms_are_these() -> None:
     assert {room(name) for name in MODULES} - {"", "__main__"} == MAY_IMPORT.keys()
 
 
+def test_documents_name_files_that_exist() -> None:
+    """Paths in backquotes, from the root of the repository or of the package; NAME and * stand for any name."""
+    for document in ("CONTRIBUTING.md", "SECURITY.md", "docs/architecture.md"):
+        for path in re.findall(r"`([\w.*-]+/[\w./*-]*)`", (ROOT / document).read_text()):
+            pattern = path.replace("NAME", "*").rstrip("/")
+            assert any(ROOT.glob(pattern)) or any(PACKAGE.glob(pattern)), f"{document}: {path}"
+
+
 def test_imports_make_no_circle() -> None:
     graph = {name: own_imports(path) - {name} for name, path in MODULES.items()}
     try:
