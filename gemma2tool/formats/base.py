@@ -1,14 +1,15 @@
 """What a format is, and what it hands to the pipeline when it writes.
 
-Reading: ``open(path)`` returns a canonical ``Checkpoint`` after looking at headers only. Writing: ``layout(checkpoint,
-options)`` returns an ``Output``: every file with its exact size, every tensor with the place of each of its bytes, and
-how its rows are encoded. The pipeline then moves the bytes; a format never writes a file itself.
+Reading: ``open(path)`` returns a canonical ``Checkpoint``; it looks at headers only. Writing: ``layout(checkpoint,
+options)`` returns an ``Output``: every file with its exact size, every tensor with the place of each of its bytes and
+with the encoder of its rows. The pipeline then moves the bytes. A format never writes a file itself.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
@@ -19,7 +20,7 @@ from gemma2tool.formats.options import WriteOptions as WriteOptions
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.config import Gemma2Config
 from gemma2tool.model.format_facts import FormatFacts
-from gemma2tool.model.lazy import LazyTensor
+from gemma2tool.model.lazy import Array, LazyTensor
 from gemma2tool.quantizers.base import Encoder
 
 
@@ -35,10 +36,9 @@ class Placement:
 
 @dataclass(frozen=True)
 class OutputTensor:
-    """One tensor to write: rows of ``source`` go through ``encoder`` into the places in ``parts`` (by the part's
-    suffix).
+    """A tensor to write: rows of ``source`` go through ``encoder`` to the places in ``parts``, by the part's suffix.
 
-    ``canonical`` names the canonical tensors it carries (several where the format fuses them).
+    ``canonical``: the canonical tensors that it carries; several where the format fuses them.
     """
 
     name: str
@@ -50,11 +50,11 @@ class OutputTensor:
 
 @dataclass(frozen=True)
 class OutputFile:
-    """One file with tensors: its final ``size``, the ``fixed`` byte strings known in advance (headers), as (offset,
+    """A file with tensors: its final ``size``, and the ``fixed`` byte strings known in advance (headers), as (offset,
     bytes).
 
-    ``finish``, where a container needs checksums of its data (zip), receives the CRC-32 of every part by name and
-    returns further byte strings to write.
+    ``finish``, where a container has checksums of its data (zip), receives the CRC-32 of every part by name and returns
+    further byte strings to write.
     """
 
     name: str
@@ -67,9 +67,9 @@ class OutputFile:
 class Output:
     """Everything that will be written.
 
-    ``single_file``: the output is one file (a .gguf, a .ckpt) rather than a folder. ``assets``: small files written
-    whole. ``losses``: (canonical name, largest absolute loss) of tensors that the target's own conventions cannot hold
-    exactly. ``warnings``: what the target cannot say and what its consumer will assume instead.
+    ``single_file``: the output is a file (.gguf, .ckpt) rather than a folder. ``assets``: small files that are
+    written whole. ``losses``: (canonical name, largest absolute loss) of tensors that the target's own conventions
+    cannot hold exactly. ``warnings``: what the target cannot represent, and what its consumer assumes instead.
     """
 
     format: str
@@ -84,6 +84,22 @@ class Output:
     def nbytes(self) -> int:
         """Exact size of all files together."""
         return sum(file.size for file in self.files) + sum(len(data) for data in self.assets.values())
+
+
+Closers = list[Callable[[], None]]
+"""What closes the files that a reader has opened."""
+
+
+@contextmanager
+def opening() -> Iterator[Closers]:
+    """Collects the closers of a checkpoint that is being opened, and calls them if that fails."""
+    closers: Closers = []
+    try:
+        yield closers
+    except BaseException:
+        while closers:
+            closers.pop()()
+        raise
 
 
 class Format(ABC):
@@ -109,12 +125,10 @@ class Format(ABC):
 
     @abstractmethod
     def layout(self, checkpoint: Checkpoint, options: WriteOptions) -> Output:
-        """Plan the output. Reads no weights but those (norms) whose values decide how they can be stored."""
+        """Plan the output. Reads no weights except those (norms) whose values decide how they can be stored."""
 
     def lacks_config(self, path: Path) -> bool:
-        """Whether the checkpoint at ``path`` has no config of its own, so that one must be given or deduced from its
-        tensors.
-        """
+        """Whether the checkpoint at ``path`` has no config of its own, so that one must be given or deduced."""
         folder = path if path.is_dir() else path.parent
         return not (folder / "config.json").is_file()
 
@@ -127,6 +141,6 @@ class Format(ABC):
         return {}
 
 
-def as_bytes(array: np.ndarray) -> memoryview:
+def as_bytes(array: Array) -> memoryview:
     """The bytes of a C-contiguous array, without a copy."""
-    return memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8)).cast("B")
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data

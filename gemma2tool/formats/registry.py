@@ -1,7 +1,7 @@
 """Which formats there are, and which of them a path holds.
 
 A format is a package with ``FACTS`` (its ``FormatFacts``; importing the package imports nothing heavy) and a module
-``format`` with ``FORMAT`` (its ``Format``). Adding one takes the package and a line in ``PACKAGES``.
+``format`` with ``FORMAT`` (its ``Format``). A new format takes the package and one line in ``PACKAGES``.
 """
 
 from __future__ import annotations
@@ -87,16 +87,12 @@ def open_checkpoint(path: Path, *, config: Gemma2Config | None = None, format: s
 
 
 def config_for(path: Path, config: Gemma2Config | None) -> Gemma2Config | None:
-    """``config`` if the checkpoint at ``path`` has none of its own; otherwise None: what a checkpoint says of itself
-    counts.
-    """
+    """``config`` if the checkpoint at ``path`` has none of its own; otherwise None, because its own counts."""
     return config if config is not None and detect(path).lacks_config(path) else None
 
 
 def for_destination(path: Path, to: str | None, type: str | None = None) -> str:
-    """The format to write: ``to`` if given, otherwise by the destination's suffix or, for a folder, by the quantization
-    type.
-    """
+    """The format to write: ``to`` if given, otherwise by the destination's suffix or, for a folder, by the type."""
     if to is not None:
         return by_name(to).name
     suffix = path.suffix.lower()

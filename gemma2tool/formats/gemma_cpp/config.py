@@ -1,9 +1,11 @@
-"""The ``config`` blob of a gemma.cpp file. Fields in gemma.cpp's order (``gemma/configs.h``), which is the order on disk."""
+"""The ``config`` blob of a gemma.cpp file. Fields in gemma.cpp's order (``gemma/configs.h``), which is the order on
+disk."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from gemma2tool.containers.sbs import RecordReader, Schema, pack_record
 from gemma2tool.errors import InputRefused, UsageError
@@ -65,60 +67,62 @@ MODEL: Schema = {
     "scale_base_names": ["text"],
 }
 MODELS = {"9b": 3, "27b": 4, "2b": 7}
-"""gemma.cpp's numbers of the models; 5 and 6 were others'."""
+"""gemma.cpp's numbers for the models; 5 and 6 belong to other models."""
 INSTRUCTED, PRETRAINED = 0, 1
 END_OF_TURN = 107
 SCALED = ("att_ein", "qkv_ein", "gating_ein", "linear_w")
-"""The tensors that have a scale in files from before 2025, in the order in which gemma.cpp takes the scales, layer by layer."""
+"""The tensors that have a scale in files from before 2025, in the order in which gemma.cpp reads the scales of a
+layer."""
 
 
 def read(data: bytes, path: Path, base: Gemma2Config | None) -> Gemma2Config:
-    """The config of a file; ``base`` has the fields that gemma.cpp does not keep."""
-    found = RecordReader(data, path, "config").record(MODEL)
+    """The config of a file; fields that gemma.cpp does not keep are those of ``base``."""
+    record: dict[str, Any] = RecordReader(data, path, "config").record(MODEL)
     missing = [
-        name for name in ("num_layers", "model_dim", "vocab_size", "layer_configs", "query_scale") if name not in found
+        name for name in ("num_layers", "model_dim", "vocab_size", "layer_configs", "query_scale") if name not in record
     ]
     if missing:
         raise _refused(path, f"lacks {missing[0]}")
-    layers = found["layer_configs"]
-    if not layers or len(layers) != found["num_layers"] or any(layer != layers[0] for layer in layers):
+    layers = record["layer_configs"]
+    if not layers or len(layers) != record["num_layers"] or any(layer != layers[0] for layer in layers):
         raise _refused(path, "its layers differ from one another or are missing")
     layer = layers[0]
     if layer.get("post_norm") != 1 or layer.get("use_qk_norm") or layer.get("type", 0) != 0:
         raise _refused(path, "its layers are not Gemma 2's (norms after attention, none of queries and keys)")
-    windows, length = found.get("attention_window_sizes", []), found["max_seq_len"]
+    windows, length = record.get("attention_window_sizes", []), record["max_seq_len"]
     if len(windows) != len(layers):
-        raise _refused(path, "has not one attention window a layer")
+        raise _refused(path, "does not have one attention window for each layer")
     sliding = {window for window in windows if window != length}
     if len(sliding) > 1:
         raise _refused(path, f"has several sliding windows: {sorted(sliding)}")
-    scalar = layer["qkv_dim"] if found["query_scale"] == 0 else found["model_dim"] / max(layer["heads"], 1)
+    scalar = layer["qkv_dim"] if record["query_scale"] == 0 else record["model_dim"] / max(layer["heads"], 1)
     if base is None:
-        eos = (found.get("eos_id", 1), found.get("secondary_eos_id", 1))
+        eos = (record.get("eos_id", 1), record.get("secondary_eos_id", 1))
         base = Gemma2Config(eos_token_id=eos if eos[0] != eos[1] else eos[0])
     types = tuple(FULL if window == length else SLIDING for window in windows)
-    # A window as long as the context slides and is full alike; what the base says of it stands.
+    # With a window as long as the context, sliding and full layers are the same; the base's types are kept.
     same = base.sliding_window == length and not sliding and len(base.layer_types) == len(layers)
     return replace(
         base,
-        vocab_size=found["vocab_size"],
-        hidden_size=found["model_dim"],
-        num_hidden_layers=found["num_layers"],
+        vocab_size=record["vocab_size"],
+        hidden_size=record["model_dim"],
+        num_hidden_layers=record["num_layers"],
         intermediate_size=layer["ff_hidden_dim"],
         num_attention_heads=layer["heads"],
         num_key_value_heads=layer["kv_heads"],
         head_dim=layer["qkv_dim"],
         max_position_embeddings=length,
         query_pre_attn_scalar=scalar,
-        attn_logit_softcapping=found.get("att_cap") or None,
-        final_logit_softcapping=found.get("final_cap") or None,
+        attn_logit_softcapping=record.get("att_cap") or None,
+        final_logit_softcapping=record.get("final_cap") or None,
         sliding_window=sliding.pop() if sliding else base.sliding_window,
         layer_types=base.layer_types if same else types,
     )
 
 
 def deduced(layers: int, path: Path) -> Gemma2Config:
-    """The config of a file from before 2025, which holds none: gemma.cpp tells the model by its number of layers."""
+    """The config of a file from before 2025, which holds none: gemma.cpp identifies the model by its number of
+    layers."""
     for config in SIZES.values():
         if config.num_hidden_layers == layers:
             return replace(
@@ -193,12 +197,12 @@ def warnings(config: Gemma2Config, options: WriteOptions) -> list[str]:
                 f"gemma.cpp uses head_dim ({config.head_dim}), not {config.query_pre_attn_scalar}",
             )
         )
-    found = refuse_mismatches(assumptions, options)
+    remarks = refuse_mismatches(assumptions, options)
     if config.size_name is None:
-        found.append("gemma.cpp knows the released sizes alone; the file says 2B and may not be loaded")
+        remarks.append("gemma.cpp knows the released sizes only; the file says 2B and may not load")
     if config.num_attention_heads == config.num_key_value_heads:
-        found.append("gemma.cpp no longer runs models with as many kv heads as heads")
-    return found
+        remarks.append("gemma.cpp no longer runs models with as many kv heads as heads")
+    return remarks
 
 
 def _refused(path: Path, message: str) -> InputRefused:

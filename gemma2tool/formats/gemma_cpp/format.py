@@ -1,7 +1,8 @@
-"""gemma.cpp's ``.sbs`` files: float32, bfloat16, SFP (8 bits) and NUQ (4 bits) read; float32, bfloat16 and SFP written.
+"""gemma.cpp's ``.sbs`` files. Reads float32, bfloat16, SFP (8 bits) and NUQ (4 bits); writes float32, bfloat16 and SFP.
 
-Tensor names and shapes: gemma.cpp ``gemma/tensor_info.cc``. Files from before 2025 mark each tensor's type with a letter before its name
-and hold neither config nor tokenizer; later ones are whole, with a table of contents. They are told apart by their blobs.
+Tensor names and shapes: gemma.cpp ``gemma/tensor_info.cc``. Files from before 2025 mark each tensor's type with a
+letter before its name and hold neither config nor tokenizer. Later ones hold both, and a table of contents, which
+tells them apart.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -19,13 +21,13 @@ from gemma2tool.containers import sbs, strict_json
 from gemma2tool.containers.sbs import Blob, RecordReader, refusal
 from gemma2tool.errors import UsageError
 from gemma2tool.formats import assets
-from gemma2tool.formats.base import Format, Output, OutputFile, OutputTensor, Placement, WriteOptions
+from gemma2tool.formats.base import Format, Output, OutputFile, OutputTensor, Placement, WriteOptions, opening
 from gemma2tool.formats.gemma_cpp import FACTS
 from gemma2tool.formats.gemma_cpp import config as sbs_config
 from gemma2tool.formats.gemma_cpp.table import ALTERNATIVES, TABLE, disk_shapes, stored_shape
 from gemma2tool.formats.gemma_cpp.tensors import NuqTensor, SfpTensor, interleaved, scaled
 from gemma2tool.formats.mapping.container_tensors import FileTensor
-from gemma2tool.formats.mapping.float_layout import plan_floats
+from gemma2tool.formats.mapping.float_layout import TensorPlan, plan_floats
 from gemma2tool.formats.mapping.transforms import to_canonical
 from gemma2tool.formats.tokenizers.reading import read_tokenizer
 from gemma2tool.model.checkpoint import Assets, Checkpoint
@@ -38,10 +40,10 @@ from gemma2tool.storage.reading import FileReader, open_for_reading
 
 CONFIG, TOKENIZER, CONTENTS, HF_CONFIG, SCALES = "config", "tokenizer", "toc", "hf_config", "Fscales"
 NO_TOKENIZER = b"unavailable"
-"""What gemma.cpp writes where it has no tokenizer."""
+"""What gemma.cpp writes instead of a tokenizer that it does not have."""
 TYPES = ("sfp",)
 F32, BF16, SFP, NUQ = 1, 2, 3, 4
-"""gemma.cpp's numbers of types."""
+"""gemma.cpp's numbers for types."""
 PREFIXES = {"F": F32, "B": BF16, "$": SFP, "2": NUQ}
 _BITS = {F32: 32, BF16: 16, SFP: 8}
 _RECORD: sbs.Schema = {
@@ -61,7 +63,7 @@ _READ_BYTES = 16 << 20
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor as a file holds it: its type's number, (rows, columns), and what its values are multiplied by."""
+    """A tensor as a file holds it: the number of its type, (rows, columns), and the factor of its values."""
 
     blob: Blob
     type: int
@@ -83,21 +85,24 @@ class GemmaCpp(Format):
             return False
 
     def open(self, path: Path, *, config: Gemma2Config | None = None) -> Checkpoint:
-        reader = open_for_reading(path)
-        checkpoint = Checkpoint(path, self.facts, config, {}, files=(path,), closers=[reader.close])  # type: ignore[arg-type]
-        try:
+        with opening() as closers:
+            reader = open_for_reading(path)
+            closers.append(reader.close)
             blobs = sbs.read_directory(reader)
-            whole = CONTENTS in blobs
+            has_contents = CONTENTS in blobs
             config = config or _config(reader, blobs)
-            checkpoint.config = config
-            checkpoint.assets = _assets(path, reader, blobs)
-            stored = _contents(reader, blobs) if whole else _prefixed(reader, blobs, config)
-            disk = {name: _tensor(reader, name, each, path, whole) for name, each in stored.items()}
-            checkpoint.tensors = to_canonical((*TABLE, *ALTERNATIVES), disk, config)
+            stored = _contents(reader, blobs) if has_contents else _prefixed(reader, blobs, config)
+            disk = {name: _tensor(reader, name, tensor, has_contents) for name, tensor in stored.items()}
+            checkpoint = Checkpoint(
+                path,
+                self.facts,
+                config,
+                to_canonical((*TABLE, *ALTERNATIVES), disk, config),
+                _assets(path, reader, blobs),
+                files=(path,),
+                closers=closers,
+            )
             checkpoint.check()
-        except BaseException:
-            checkpoint.close()
-            raise
         return checkpoint
 
     def lacks_config(self, path: Path) -> bool:
@@ -105,59 +110,74 @@ class GemmaCpp(Format):
             return CONFIG not in sbs.read_directory(reader)
 
     def layout(self, checkpoint: Checkpoint, options: WriteOptions) -> Output:
-        """``options.type``: sfp or None. SFP reads every matrix once here: a tensor with magnitudes above 1.875 is scaled as a whole."""
+        """``options.type``: sfp or None. For SFP, every matrix is read once here: one with magnitudes above 1.875 has
+        a scale."""
         config = checkpoint.config
         if options.type not in (None, *TYPES):
             raise UsageError("format.type", f"the gemma-cpp format cannot hold {options.type}", hint="choose sfp")
-        plain = replace(options, type=None)
-        planned = plan_floats(TABLE, checkpoint, plain, self.name)
+        plans = plan_floats(TABLE, checkpoint, replace(options, type=None), self.name)
         warnings = sbs_config.warnings(config, options)
-        encoders, records, types = {}, [], set()
-        for item in planned:
-            encoder, kind, scale = _encoder(item, options.type)
-            rows, columns = stored_shape(item.source.shape)
-            encoders[item.disk] = encoder
-            types.add(kind)
-            values = {
-                "name": item.disk,
-                "type": kind,
-                "element_bytes": _BITS[kind] // 8,
-                "num_elements": rows * columns,
-            }
-            values |= {"rows": rows, "cols": columns, "scale": scale, "stride": columns}
-            records.append(sbs.pack_record(_RECORD, values))
+        encodings = {plan.disk: _encoding(plan, options.type) for plan in plans}
         tokenizer = checkpoint.assets.get("tokenizer.model")
         if tokenizer is None:
-            warnings.append("the source has no tokenizer.model: gemma.cpp will ask for one with --tokenizer")
-        small = {
-            CONFIG: sbs_config.write(config, max(types)),
+            warnings.append("the source has no tokenizer.model: gemma.cpp will require one with --tokenizer")
+        small_blobs = {
+            CONFIG: sbs_config.write(config, max(encoding.type for encoding in encodings.values())),
             TOKENIZER: tokenizer or NO_TOKENIZER,
-            CONTENTS: b"".join(records),
+            CONTENTS: b"".join(_record(plan, encodings[plan.disk]) for plan in plans),
             HF_CONFIG: json.dumps(config.to_hf(), sort_keys=True).encode(),
         }
-        sizes = [(item.disk, encoders[item.disk].parts(item.source.shape)[0].nbytes) for item in planned]
-        fixed, offsets, total = sbs.layout([*sizes, *((name, len(data)) for name, data in small.items())])
-        fixed += [(offsets[name], data) for name, data in small.items()]
+        sizes = {plan.disk: encodings[plan.disk].encoder.parts(plan.source.shape)[0].nbytes for plan in plans}
+        blob_sizes = [*sizes.items(), *((name, len(data)) for name, data in small_blobs.items())]
+        fixed, offsets, total = sbs.layout(blob_sizes)
+        fixed += [(offsets[name], data) for name, data in small_blobs.items()]
         tensors = []
-        for item, (name, nbytes) in zip(planned, sizes, strict=True):
-            place = Placement(name, options.name, offsets[name], nbytes)
-            tensors.append(OutputTensor(name, item.canonical, item.source, encoders[name], {"": place}))
+        for plan in plans:
+            place = Placement(plan.disk, options.name, offsets[plan.disk], sizes[plan.disk])
+            encoder = encodings[plan.disk].encoder
+            tensors.append(OutputTensor(plan.disk, plan.canonical, plan.source, encoder, {"": place}))
         return Output(self.name, True, [OutputFile(options.name, total, fixed)], tensors, warnings=warnings)
 
 
-def _encoder(item, type_name: str | None) -> tuple[Float | Sfp, int, float]:
-    """The encoder, its type's number and its scale. The embedding and the norms keep at least bfloat16, as gemma.cpp demands."""
-    matrix = item.disk != "c_embedding" and len(item.source.shape) == 2
-    if type_name == "sfp" and matrix:
-        scale = scale_for(_largest(item.source))
-        return Sfp(scale), SFP, scale
-    dtype = item.encoder.dtype
+@dataclass(frozen=True)
+class _Encoding:
+    """How a tensor is stored: gemma.cpp's number of the ``type``, and the factor of its values."""
+
+    encoder: Float | Sfp
+    type: int
+    scale: float
+
+
+def _encoding(plan: TensorPlan, type_name: str | None) -> _Encoding:
+    """The embedding and the norms are at least bfloat16, as gemma.cpp requires."""
+    is_matrix = plan.disk != "c_embedding" and len(plan.source.shape) == 2
+    if type_name == "sfp" and is_matrix:
+        scale = scale_for(_largest(plan.source))
+        return _Encoding(Sfp(scale), SFP, scale)
+    dtype = plan.encoder.dtype
     if dtype not in (FLOAT32, BFLOAT16):
         raise UsageError("option.dtype", "gemma.cpp has no float16 weights", hint="use --dtype bf16 or f32")
-    return Float(dtype), F32 if dtype == FLOAT32 else BF16, 1.0
+    return _Encoding(Float(dtype), F32 if dtype == FLOAT32 else BF16, 1.0)
+
+
+def _record(plan: TensorPlan, encoding: _Encoding) -> bytes:
+    """The tensor's record in the table of contents."""
+    rows, columns = stored_shape(plan.source.shape)
+    values = {
+        "name": plan.disk,
+        "type": encoding.type,
+        "element_bytes": _BITS[encoding.type] // 8,
+        "num_elements": rows * columns,
+        "rows": rows,
+        "cols": columns,
+        "scale": encoding.scale,
+        "stride": columns,
+    }
+    return sbs.pack_record(_RECORD, values)
 
 
 def _largest(source: LazyTensor) -> float:
+    """The largest magnitude in a tensor."""
     largest = 0.0
     for first, last in row_ranges(source.rows, source.row_size * 4, _READ_BYTES):
         largest = max(largest, float(np.abs(to_float32(source.load_rows(first, last))).max(initial=0)))
@@ -182,7 +202,7 @@ def _blob(reader: FileReader, blob: Blob, limit: int = _MAX_RECORDS) -> bytes:
 
 
 def _assets(path: Path, reader: FileReader, blobs: Mapping[str, Blob]) -> Assets:
-    """The tokenizer inside the file, else the one beside it."""
+    """The tokenizer inside the file, otherwise the one beside it."""
     if TOKENIZER in blobs:
         start = bytes(reader.pread(blobs[TOKENIZER].offset, min(blobs[TOKENIZER].nbytes, len(NO_TOKENIZER))))
         return Assets(
@@ -193,70 +213,71 @@ def _assets(path: Path, reader: FileReader, blobs: Mapping[str, Blob]) -> Assets
         )
     for name in ("tokenizer.spm", "tokenizer.model"):
         if (path.parent / name).is_file():
-            beside = confined_path(path.parent, name)
-            return assets.single_asset("tokenizer.model", beside)
+            return assets.single_asset("tokenizer.model", confined_path(path.parent, name))
     return Assets({})
 
 
 def _contents(reader: FileReader, blobs: Mapping[str, Blob]) -> dict[str, Stored]:
     """The tensors that the table of contents describes."""
-    words = RecordReader(_blob(reader, blobs[CONTENTS]), reader.path, CONTENTS)
-    found: dict[str, Stored] = {}
-    while not words.done:
-        record = words.record(_RECORD)
+    records = RecordReader(_blob(reader, blobs[CONTENTS]), reader.path, CONTENTS)
+    tensors: dict[str, Stored] = {}
+    while not records.done:
+        record: dict[str, Any] = records.record(_RECORD)
         if record.keys() != _RECORD.keys():
             raise refusal("contents", reader.path, "its table of contents has an incomplete record")
         name = str(record["name"])
-        if name in found or name not in blobs:
+        if name in tensors or name not in blobs:
             raise refusal("contents", reader.path, f"its table of contents names {name!r} twice or without a blob")
         if record["stride"] != record["cols"]:
             raise refusal("contents", reader.path, f"{name}: its rows are padded")
-        found[name] = Stored(blobs[name], record["type"], (record["rows"], record["cols"]), record["scale"])
-    return found
+        tensors[name] = Stored(blobs[name], record["type"], (record["rows"], record["cols"]), record["scale"])
+    return tensors
 
 
 def _prefixed(reader: FileReader, blobs: Mapping[str, Blob], config: Gemma2Config) -> dict[str, Stored]:
-    """The tensors of a file from before 2025: types by letter, shapes by config, scales in a blob of their own."""
+    """The tensors of a file from before 2025: types by letter, shapes by the config, scales in a separate blob."""
     shapes = {name: stored_shape(shape) for name, shape in disk_shapes(config).items()}
     scales: list[float] = []
     if SCALES in blobs:
         scales = np.frombuffer(_blob(reader, blobs[SCALES])[: blobs[SCALES].nbytes // 4 * 4], "<f4").tolist()
-    found: dict[str, Stored] = {}
+    tensors: dict[str, Stored] = {}
     for key, blob in blobs.items():
-        if key == SCALES or key in (CONFIG, TOKENIZER):
+        if key in (SCALES, CONFIG, TOKENIZER):
             continue
         name = key[1:]
         if key[0] not in PREFIXES or name not in shapes:
             raise refusal("tensor", reader.path, f"has the unknown blob {key!r}")
-        if name in found:
+        if name in tensors:
             raise refusal("tensor", reader.path, f"holds {name} in two types")
-        found[name] = Stored(blob, PREFIXES[key[0]], shapes[name], 1.0)
+        tensors[name] = Stored(blob, PREFIXES[key[0]], shapes[name], 1.0)
     order = [f"{base}_{layer}" for layer in range(config.num_hidden_layers) for base in sbs_config.SCALED]
-    for name, scale in zip([name for name in order if name in found], scales, strict=False):
-        found[name] = Stored(found[name].blob, found[name].type, found[name].shape, scale)
-    return found
+    for name, scale in zip([name for name in order if name in tensors], scales, strict=False):
+        tensors[name] = Stored(tensors[name].blob, tensors[name].type, tensors[name].shape, scale)
+    return tensors
 
 
-def _tensor(reader: FileReader, name: str, stored: Stored, path: Path, whole: bool) -> LazyTensor:
+def _tensor(reader: FileReader, name: str, stored: Stored, has_contents: bool) -> LazyTensor:
+    """The lazy tensor. ``has_contents``: whether the file has a table of contents, and thus the newer form of NUQ."""
+    path = reader.path
     rows, columns = stored.shape
     size = rows * columns
     if not 0 < size < 1 << 40 or not np.isfinite(stored.scale) or stored.scale <= 0:
         raise refusal("tensor", path, f"{name} has the shape {stored.shape} and the scale {stored.scale}")
     if stored.type not in (*_BITS, NUQ):
         raise refusal("type", path, f"{name} has gemma.cpp's type {stored.type}, which is not read")
-    expected = {nuq_bytes(size)} if stored.type == NUQ else {size * _BITS[stored.type] // 8}
-    if stored.blob.nbytes not in expected:
+    expected = nuq_bytes(size) if stored.type == NUQ else size * _BITS[stored.type] // 8
+    if stored.blob.nbytes != expected:
         raise refusal(
-            "tensor", path, f"{name} of shape {stored.shape} takes {expected.pop()} bytes, has {stored.blob.nbytes}"
+            "tensor", path, f"{name} of shape {stored.shape} takes {expected} bytes, has {stored.blob.nbytes}"
         )
-    shape = (columns,) if rows == 1 and name not in ("c_embedding",) else (rows, columns)
-    origin, at = f"{path.name}: {name}", stored.blob.offset
+    shape = (columns,) if rows == 1 and name != "c_embedding" else (rows, columns)
+    origin, offset = f"{path.name}: {name}", stored.blob.offset
     if stored.type == SFP:
-        return SfpTensor(FileTensor(reader, at, np.dtype(np.uint8), shape, origin), stored.scale)
+        return SfpTensor(FileTensor(reader, offset, np.dtype(np.uint8), shape, origin), stored.scale)
     if stored.type == NUQ:
-        codes = FileTensor(reader, at, np.dtype(np.uint8), (stored.blob.nbytes,), origin)
-        return NuqTensor(codes, shape, stored.scale, together=whole or interleaved(codes, prod(shape)))
-    return scaled(FileTensor(reader, at, FLOAT32 if stored.type == F32 else BFLOAT16, shape, origin), stored.scale)
+        codes = FileTensor(reader, offset, np.dtype(np.uint8), (stored.blob.nbytes,), origin)
+        return NuqTensor(codes, shape, stored.scale, together=has_contents or interleaved(codes, prod(shape)))
+    return scaled(FileTensor(reader, offset, FLOAT32 if stored.type == F32 else BFLOAT16, shape, origin), stored.scale)
 
 
 FORMAT = GemmaCpp()

@@ -1,14 +1,17 @@
 """A GemmaBackbone's config.json, and the other small files of a Keras preset.
 
-Names and defaults: keras-hub 0.32 ``models/gemma/gemma_backbone.py``. Its ``intermediate_dim`` counts gate and up together. Fields that
-the backbone has not (special tokens, longest sequence) are kept in ``hf_config.json``, which Keras ignores.
+Names and defaults: keras-hub 0.32 ``models/gemma/gemma_backbone.py``. Its ``intermediate_dim`` counts gate and up
+together. Fields that the backbone does not have (special tokens, longest sequence) are kept in ``hf_config.json``,
+which Keras ignores.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from gemma2tool.containers import strict_json
 from gemma2tool.errors import InputRefused
@@ -25,7 +28,7 @@ CLASS = "GemmaBackbone"
 CONFIG = "config.json"
 HF_CONFIG = "hf_config.json"
 VERSIONS = {"keras_version": "3.15.1", "keras_hub_version": "0.32.0"}
-"""Written into metadata.json: the versions whose layout is followed."""
+"""Written to metadata.json: the versions that the layout is taken from."""
 
 _FIELDS = {
     "vocabulary_size": "vocab_size",
@@ -41,26 +44,26 @@ _FIELDS = {
 
 
 def backbone_class(folder: Path) -> object:
-    """The class that a preset's config.json names; None where it names none."""
+    """The class that a preset's config.json names, or None."""
     content = strict_json.load(folder / CONFIG, what=CONFIG, max_bytes=assets.MAX_CONFIG_BYTES)
     return content.get("class_name") if isinstance(content, dict) else None
 
 
 def read(folder: Path) -> Gemma2Config:
-    """The config of a preset. Raises ``InputRefused`` for another backbone, and for a Gemma without Gemma 2's norms."""
+    """The config of a preset. Raises ``InputRefused`` for another backbone, and for one without Gemma 2's norms."""
     content = strict_json.load(confined_path(folder, CONFIG), what=CONFIG, max_bytes=assets.MAX_CONFIG_BYTES)
     fields = content.get("config") if isinstance(content, dict) else None
     if not isinstance(fields, dict) or content.get("class_name") != CLASS:
-        raise _refused(f"describes no {CLASS}")
+        raise _refused(f"does not describe a {CLASS}")
     missing = [name for name in (*_FIELDS, "intermediate_dim") if name not in fields]
     if missing:
         raise _refused(f"lacks {missing[0]}")
     if not (fields.get("use_post_ffw_norm") and fields.get("use_post_attention_norm")):
-        raise _refused("has no norms after attention and feed-forward: it is a Gemma of the first generation")
-    both = fields["intermediate_dim"]
-    if not isinstance(both, int) or isinstance(both, bool) or both % 2:
-        raise _refused(f"intermediate_dim is {quoted(both)}; it must be even, for gate and up together")
-    values = {name: fields[theirs] for theirs, name in _FIELDS.items()}
+        raise _refused("has no norms after attention and feed-forward: it is not a Gemma 2 model")
+    gate_and_up = fields["intermediate_dim"]
+    if not isinstance(gate_and_up, int) or isinstance(gate_and_up, bool) or gate_and_up % 2:
+        raise _refused(f"intermediate_dim is {quoted(gate_and_up)}; it must be even, because it counts gate and up")
+    values = {name: fields[keras_name] for keras_name, name in _FIELDS.items()}
     for name in ("hidden_size", "num_attention_heads", "num_hidden_layers", "head_dim"):
         if type(values[name]) is not int or not 0 < values[name] < 1 << 31:
             raise _refused(f"{name} is {quoted(values[name])}")
@@ -75,14 +78,14 @@ def read(folder: Path) -> Gemma2Config:
     return replace(
         base,
         **values,
-        intermediate_size=both // 2,
+        intermediate_size=gate_and_up // 2,
         query_pre_attn_scalar=scalar,
         sliding_window=fields.get("sliding_window_size", 4096) if slides else base.sliding_window,
         layer_types=layers if slides else (FULL,) * values["num_hidden_layers"],
     )
 
 
-def _dtype(fields: dict) -> str | None:
+def _dtype(fields: Mapping[str, Any]) -> str | None:
     policy = fields.get("dtype")
     content = policy.get("config") if isinstance(policy, dict) else None
     name = content.get("name") if isinstance(content, dict) else policy
@@ -101,13 +104,13 @@ def warnings(config: Gemma2Config, options: WriteOptions) -> list[str]:
 
 
 def small_files(config: Gemma2Config, dtype: str, parameters: int, tokenizer: bytes | None) -> dict[str, bytes]:
-    """config.json, metadata.json and hf_config.json; the tokenizer's files where there is a sentencepiece model."""
+    """config.json, metadata.json and hf_config.json; the tokenizer's files if there is a sentencepiece model."""
     window = config.sliding_window
     backbone = {
         "name": "gemma_backbone",
         "trainable": True,
         "dtype": _policy(dtype),
-        **{theirs: getattr(config, name) for theirs, name in _FIELDS.items()},
+        **{keras_name: getattr(config, name) for keras_name, name in _FIELDS.items()},
         "intermediate_dim": 2 * config.intermediate_size,
         "dropout": 0,
         "query_head_dim_normalize": config.query_pre_attn_scalar == config.head_dim,

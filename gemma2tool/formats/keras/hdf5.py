@@ -1,28 +1,30 @@
 """HDF5 files of plain arrays: where each array's bytes lie, and the bytes around them.
 
-The arrays are contiguous, so they are moved by offset like those of any other format. A file's structure is read by
-``storage.hdf5``, without libhdf5; h5py writes it.
+The arrays are contiguous, so they are read and written by offset like those of any other format. ``containers.hdf5``
+reads a file's structure, without libhdf5; h5py writes it.
 """
 
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 
 from gemma2tool.containers.hdf5 import reader as hdf5
+from gemma2tool.formats.base import Closers
 from gemma2tool.formats.extras import require
 from gemma2tool.formats.mapping.container_tensors import NUMPY_DTYPES, FileTensor
-from gemma2tool.model.lazy import BFLOAT16
+from gemma2tool.model.lazy import BFLOAT16, DType
+from gemma2tool.storage.buffers import AnyBuffer, byte_view
 from gemma2tool.storage.reading import open_for_reading
 
 _PAGE = 1 << 16
 
 
 def is_hdf5(path: Path) -> bool:
-    """Whether a file begins as HDF5 files do. Never raises."""
+    """Whether a file begins with HDF5's signature. Never raises."""
     try:
         with path.open("rb") as file:
             return file.read(len(hdf5.MAGIC)) == hdf5.MAGIC
@@ -30,7 +32,7 @@ def is_hdf5(path: Path) -> bool:
         return False
 
 
-def read_datasets(path: Path, closers: list[Callable[[], None]]) -> dict[str, FileTensor]:
+def read_datasets(path: Path, closers: Closers) -> dict[str, FileTensor]:
     """The arrays of a file by their full names ("layers/.../vars/0"). Raises InputRefused (``hdf5.*``)."""
     arrays = hdf5.read_arrays(path)
     reader = open_for_reading(path)
@@ -42,9 +44,10 @@ def read_datasets(path: Path, closers: list[Callable[[], None]]) -> dict[str, Fi
 
 
 def layout(
-    arrays: Mapping[str, tuple[np.dtype, tuple[int, ...]]],
+    arrays: Mapping[str, tuple[DType, tuple[int, ...]]],
 ) -> tuple[list[tuple[int, bytes]], dict[str, int], int]:
-    """The file of contiguous ``arrays`` (dtype, shape): the bytes around their values, each one's offset, and the file's size."""
+    """The file of contiguous ``arrays`` (dtype, shape): the bytes around the values, the offset of each array, the
+    size."""
     h5py = require("h5py", "keras", "writing Keras presets")
     sparse = _SparseFile()
     offsets: dict[str, int] = {}
@@ -70,7 +73,7 @@ def layout(
 
 
 class _SparseFile(io.RawIOBase):
-    """A file of any size in memory that keeps only the pages written to: HDF5's structure, while the values stay holes."""
+    """A file of any size in memory that keeps only the pages that are written: HDF5's structure, but not the values."""
 
     def __init__(self) -> None:
         self.size = 0
@@ -91,24 +94,25 @@ class _SparseFile(io.RawIOBase):
         self.size = self._position if size is None else size
         return self.size
 
-    def readinto(self, buffer) -> int:
-        view = memoryview(buffer).cast("B")
+    def readinto(self, buffer: AnyBuffer) -> int:
+        view = byte_view(buffer)
         count = max(min(len(view), self.size - self._position), 0)
-        for at, page, start, end in self._pieces(count):
-            held = self._pages.get(page)
-            view[at : at + end - start] = held[start:end] if held else bytes(end - start)
+        for offset, number, start, end in self._pieces(count):
+            page = self._pages.get(number)
+            view[offset : offset + end - start] = page[start:end] if page else bytes(end - start)
         self._position += count
         return count
 
-    def write(self, data) -> int:
-        view = memoryview(data).cast("B")
-        for at, page, start, end in self._pieces(len(view)):
-            self._pages.setdefault(page, bytearray(_PAGE))[start:end] = view[at : at + end - start]
+    def write(self, data: AnyBuffer) -> int:
+        view = byte_view(data)
+        for offset, number, start, end in self._pieces(len(view)):
+            self._pages.setdefault(number, bytearray(_PAGE))[start:end] = view[offset : offset + end - start]
         self._position += len(view)
         self.size = max(self.size, self._position)
         return len(view)
 
     def _pieces(self, count: int) -> Iterator[tuple[int, int, int, int]]:
+        """(offset, page, start, end): the next ``count`` bytes by page, each piece with its offset among them."""
         done = 0
         while done < count:
             page, start = divmod(self._position + done, _PAGE)
@@ -117,7 +121,7 @@ class _SparseFile(io.RawIOBase):
             done += end - start
 
     def outside(self, extents: list[tuple[int, int]]) -> Iterator[tuple[int, bytes]]:
-        """(offset, bytes) of the pages written to, without the ``extents``, which are sorted."""
+        """(offset, bytes) of the pages that were written, without the ``extents``, which are sorted."""
         for number, page in sorted(self._pages.items()):
             first, last = number * _PAGE, min((number + 1) * _PAGE, self.size)
             at = first

@@ -1,1 +1,2 @@
-"""What formats share: tensor tables, and the invertible transforms between a format's tensors and the canonical ones."""
+"""What formats share: tables of tensors, and invertible transforms between a format's tensors and the canonical
+ones."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import ml_dtypes
 import numpy as np
@@ -11,11 +12,12 @@ import numpy as np
 from gemma2tool.containers import safetensors, strict_json
 from gemma2tool.containers.torch_zip import reader as torch_zip
 from gemma2tool.errors import InputRefused
-from gemma2tool.model.lazy import DTYPE_NAMES, LazyTensor
+from gemma2tool.formats.base import Closers
+from gemma2tool.model.lazy import DTYPE_NAMES, Array, DType, LazyTensor
 from gemma2tool.storage.paths import confined_path, path_within_folder
 from gemma2tool.storage.reading import FileReader, open_for_reading
 
-NUMPY_DTYPES: dict[str, np.dtype] = {
+NUMPY_DTYPES: dict[str, DType] = {
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
@@ -33,7 +35,9 @@ NUMPY_DTYPES: dict[str, np.dtype] = {
     "BOOL": np.dtype(np.bool_),
     "C64": np.dtype(np.complex64),
 }
-"""safetensors' names of types to numpy's."""
+"""safetensors' names of types -> numpy's types."""
+
+Tensor = TypeVar("Tensor", bound=LazyTensor)
 
 MAX_INDEX_BYTES = 64 << 20
 MAX_INDEXED = 20_000
@@ -42,14 +46,14 @@ MAX_INDEXED = 20_000
 class FileTensor(LazyTensor):
     """A C-contiguous tensor at a known place of an open file.
 
-    ``check``: the checksum of the container's member it lies in, completed as its bytes stream past.
+    ``check``: the checksum of the container's member that it lies in, computed while its bytes are read.
     """
 
     def __init__(
         self,
         reader: FileReader,
         offset: int,
-        dtype: np.dtype,
+        dtype: DType,
         shape: tuple[int, ...],
         origin: str,
         check: torch_zip.MemberCheck | None = None,
@@ -58,21 +62,19 @@ class FileTensor(LazyTensor):
         self.dtype, self.shape, self.origin = dtype, shape, origin
         self.stored = DTYPE_NAMES.get(dtype, dtype.name)
 
-    def load_rows(self, first: int, last: int) -> np.ndarray:
+    def load_rows(self, first: int, last: int) -> Array:
         rows = np.empty((last - first, *self.shape[1:]), self.dtype)
         if rows.nbytes:
             start = self.offset + first * self.row_size * self.dtype.itemsize
-            data = memoryview(rows.reshape(-1).view(np.uint8))
+            data = rows.reshape(-1).view(np.uint8).data
             self.reader.pread_into(start, data)
             if self.check is not None:
                 self.check.update(start, data)
         return rows
 
 
-def open_safetensors(
-    paths: Iterable[Path], closers: list[Callable[[], None]]
-) -> tuple[dict[str, LazyTensor], dict[str, str]]:
-    """The tensors and the metadata of safetensors files together; a name in two files is refused."""
+def open_safetensors(paths: Iterable[Path], closers: Closers) -> tuple[dict[str, LazyTensor], dict[str, str]]:
+    """The tensors and the metadata of safetensors files together. Refuses a name that is in two files."""
     tensors: dict[str, LazyTensor] = {}
     metadata: dict[str, str] = {}
     for path in paths:
@@ -87,8 +89,8 @@ def open_safetensors(
     return tensors, metadata
 
 
-def open_torch(tree: Mapping[str, object], path: Path, closers: list[Callable[[], None]]) -> dict[str, LazyTensor]:
-    """The tensors of a flat state dict found in a torch zip file (see ``torch_zip.read_index``); other values are left out."""
+def open_torch(tree: Mapping[str, object], path: Path, closers: Closers) -> dict[str, LazyTensor]:
+    """The tensors of a flat state dict in a torch zip file (see ``torch_zip.read_index``), without other values."""
     reader = open_for_reading(path)
     closers.append(reader.close)
     tensors: dict[str, LazyTensor] = {}
@@ -108,42 +110,59 @@ def open_torch(tree: Mapping[str, object], path: Path, closers: list[Callable[[]
     return tensors
 
 
+def open_torch_shards(index: Path, closers: Closers) -> tuple[dict[str, LazyTensor], list[Path]]:
+    """The tensors of the torch files that an index names, and the files, the index among them."""
+    files, weight_map = indexed_files(index)
+    tensors: dict[str, LazyTensor] = {}
+    for file in files:
+        merge(tensors, open_torch(torch_zip.read_index(file), file, closers), file)
+    check_index(index, weight_map, file_names(tensors))
+    return tensors, [*files, index]
+
+
+def file_names(tensors: Mapping[str, LazyTensor]) -> dict[str, str]:
+    """The name of the file that each tensor is in."""
+    return {name: tensor.origin.split(":", 1)[0] for name, tensor in tensors.items()}
+
+
 def indexed_files(index: Path) -> tuple[list[Path], dict[str, str]]:
-    """The shards that a ``*.index.json`` names, in the order of their names, and its weight_map."""
+    """The shards that a ``*.index.json`` names, sorted by name, and its weight_map."""
     content = strict_json.load(
         path_within_folder(index), what=index.name, max_bytes=MAX_INDEX_BYTES, max_values=2 * MAX_INDEXED
     )
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
         raise InputRefused(
-            "index.weight-map", f"{index.name}: no weight_map from tensor names to files", hint="fetch the index again"
+            "index.weight-map",
+            f"{index.name}: no weight_map from tensor names to files",
+            hint="download the index again",
         )
     if len(weight_map) > MAX_INDEXED:
         raise InputRefused(
             "index.too-many-tensors",
             f"{index.name}: names {len(weight_map)} tensors; at most {MAX_INDEXED} are accepted",
-            hint="fetch the index again",
+            hint="download the index again",
         )
     files = [confined_path(index.parent, shard, what="shard") for shard in sorted(set(weight_map.values()))]
     return files, weight_map
 
 
 def check_index(index: Path, weight_map: Mapping[str, str], found: Mapping[str, str]) -> None:
-    """Refuse an index that names other tensors, or other places, than the shards hold (``found``: name to file name)."""
+    """Refuse an index that does not match the shards; ``found`` is the file name of each tensor in them."""
     for name, file in weight_map.items():
         if found.get(name) != file:
             place = f"is in {found[name]}" if name in found else "is in none of its files"
             raise InputRefused(
                 "index.mismatch",
                 f"{index.name}: {name} should be in {file} but {place}",
-                hint="the index and the shards do not belong together: fetch them again",
+                hint="the index and the shards do not belong together: download them again",
             )
     for name, file in found.items():
         if name not in weight_map:
             raise InputRefused(
                 "index.mismatch",
                 f"{index.name}: {file} holds {name}, which the index does not name",
-                hint="the index and the shards do not belong together: fetch them again",
+                hint="the index and the shards do not belong together: download them again",
             )
 
 
@@ -156,14 +175,14 @@ def _refuse_repeated(name: str, tensors: Mapping[str, LazyTensor], path: Path) -
         )
 
 
-def merge(into: dict[str, LazyTensor], more: Mapping[str, LazyTensor], path: Path) -> None:
-    """Add the tensors of another shard; a name that is there already is refused."""
+def merge(into: dict[str, Tensor], more: Mapping[str, Tensor], path: Path) -> None:
+    """Add the tensors of another shard to ``into``. Refuses a name that is there already."""
     for name, tensor in more.items():
         _refuse_repeated(name, into, path)
         into[name] = tensor
 
 
-def _numpy_dtype(name: str, tensor: str, path: Path) -> np.dtype:
+def _numpy_dtype(name: str, tensor: str, path: Path) -> DType:
     try:
         return NUMPY_DTYPES[name]
     except KeyError:

@@ -1,23 +1,22 @@
-"""Which floating type each tensor of an output is stored in, when it is not quantized."""
+"""The float type that each tensor of an output is stored in when it is not quantized."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-import numpy as np
-
-from gemma2tool.formats.base import WriteOptions
+from gemma2tool.formats.options import WriteOptions
 from gemma2tool.model.checkpoint import Checkpoint
-from gemma2tool.model.lazy import BFLOAT16, DTYPE_NAMES, FLOAT16, FLOAT_DTYPES, LazyTensor, MappedRows
+from gemma2tool.model.lazy import BFLOAT16, DTYPE_NAMES, FLOAT16, FLOAT_DTYPES, DType, LazyTensor, MappedRows
 from gemma2tool.quantizers.floats import Float, narrows_exactly
 
 
-def stored_dtypes(checkpoint: Checkpoint, options: WriteOptions) -> dict[str, np.dtype]:
+def stored_dtypes(checkpoint: Checkpoint, options: WriteOptions) -> dict[str, DType]:
     """The stored type by canonical name.
 
-    With ``options.dtype`` f32, f16 or bf16: that one. With ``auto``, llama.cpp's rule: the type of the first matrix that is bfloat16
-    or float16, else float16. Without: the source's own type; a norm that its source widened (GGUF keeps norms in float32) goes back
-    to the type of the matrices where every value survives, so that a round trip gives the original file.
+    With ``options.dtype`` f32, f16 or bf16: that type. With ``auto``, llama.cpp's rule: the type of the first matrix
+    that is bfloat16 or float16, else float16. Without: the source's own type. A norm that the source widened (GGUF
+    keeps norms in float32) gets the type of the matrices if that holds all of its values, so that a round trip gives
+    the original file.
     """
     specs = checkpoint.specs
     if options.dtype in FLOAT_DTYPES:
@@ -25,18 +24,18 @@ def stored_dtypes(checkpoint: Checkpoint, options: WriteOptions) -> dict[str, np
     if options.dtype == "auto":
         return dict.fromkeys(specs, auto_dtype(checkpoint.tensors))
     model_dtype = checkpoint.dtype
-    chosen = {}
+    dtypes = {}
     for name, spec in specs.items():
         tensor = checkpoint.tensors[name]
-        chosen[name] = tensor.stored_dtype
-        narrower = tensor.stored_dtype.itemsize > model_dtype.itemsize
-        if spec.role == "norm" and narrower and narrows_exactly(tensor.load(), model_dtype):
-            chosen[name] = model_dtype
-    return chosen
+        dtypes[name] = tensor.stored_dtype
+        is_wider = tensor.stored_dtype.itemsize > model_dtype.itemsize
+        if spec.role == "norm" and is_wider and narrows_exactly(tensor.load(), model_dtype):
+            dtypes[name] = model_dtype
+    return dtypes
 
 
-def as_dtype(source: LazyTensor, dtype: np.dtype) -> LazyTensor:
-    """``source`` rounded to ``dtype`` first, as a library does that loads the model in that type and then quantizes it."""
+def as_dtype(source: LazyTensor, dtype: DType) -> LazyTensor:
+    """``source`` rounded to ``dtype``, as by a library that loads the model in that type before it quantizes it."""
     if source.dtype == dtype:
         return source
     tensor = MappedRows(source, lambda rows: Float(dtype).encode(rows)[""], dtype)
@@ -44,8 +43,9 @@ def as_dtype(source: LazyTensor, dtype: np.dtype) -> LazyTensor:
     return tensor
 
 
-def auto_dtype(tensors: Mapping[str, LazyTensor]) -> np.dtype:
-    """llama.cpp's ``auto``: the type of the first matrix (in order of name) stored in 16 bits decides; float16 where there is none."""
+def auto_dtype(tensors: Mapping[str, LazyTensor]) -> DType:
+    """llama.cpp's ``auto``: the type of the first matrix, in order of names, that is stored in 16 bits; else
+    float16."""
     for name in sorted(tensors):
         if len(tensors[name].shape) >= 2 and tensors[name].stored_dtype in (FLOAT16, BFLOAT16):
             return tensors[name].stored_dtype

@@ -1,7 +1,9 @@
-"""Invertible changes of a matrix's layout: the steps between Gemma 2's tensors and those of frameworks that order axes otherwise.
+"""Transforms that change a matrix's layout, between Gemma 2's tensors and those of frameworks that order axes
+otherwise.
 
-Steps work on matrices. A disk tensor of more axes is the matrix of its last axis' rows: query heads stored as (H, D, h) are the
-(H * D, h) matrix with the same bytes. Sizes in steps are products of the tensor table's symbols and numbers: "H", "2*K".
+They work on matrices. A disk tensor of more axes is the matrix of its last axis' rows: query heads stored as (H, D,
+h) are the (H * D, h) matrix with the same bytes. Sizes are products of the tensor table's symbols and numbers: "H",
+"2*K".
 """
 
 from __future__ import annotations
@@ -10,35 +12,43 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from gemma2tool.formats.mapping.blockwise import BlockwiseTensor
 from gemma2tool.model.config import Gemma2Config
-from gemma2tool.model.lazy import LazyTensor, RowRange, row_ranges
+from gemma2tool.model.lazy import Array, LazyTensor, RowRange, row_ranges
 from gemma2tool.model.tensors import dimension_sizes
 
 LOAD_BYTES = 8 << 20
 SPARE_ROWS = 512
-"""Rows that may be read beyond those asked for, to take scattered ones in one read: about two heads."""
+"""Rows that may be read beyond the requested ones, to get scattered rows in one read: about two heads."""
+
+RowOrder = NDArray[np.int64]
 
 
-def size(dims: str, config: Gemma2Config) -> int:
+def axis_size(dims: str, config: Gemma2Config) -> int:
     """The value of "2*K" or "h" for this config."""
-    known = dimension_sizes(config)
-    result = 1
+    sizes = dimension_sizes(config)
+    product = 1
     for factor in dims.split("*"):
-        result *= int(factor) if factor.isdigit() else known[factor]
-    return result
+        product *= int(factor) if factor.isdigit() else sizes[factor]
+    return product
+
+
+def axis_sizes(dims: tuple[str, ...], config: Gemma2Config) -> tuple[int, ...]:
+    """The shape with the axes ``dims``, such as ("H", "D", "h"), for this config."""
+    return tuple(axis_size(dim, config) for dim in dims)
 
 
 @dataclass(frozen=True)
 class TransposeBlocks:
-    """Each of ``count`` equal blocks of rows transposed: (n * a, b) to (n * b, a). "1" transposes the whole matrix."""
+    """Transposes each of ``count`` equal blocks of rows: (n * a, b) to (n * b, a). "1" transposes the whole matrix."""
 
     count: str = "1"
     exact: bool = True
 
     def apply(self, tensor: LazyTensor, config: Gemma2Config) -> LazyTensor:
-        count = size(self.count, config)
+        count = axis_size(self.count, config)
         if isinstance(tensor, BlocksTransposed) and tensor.count == count:
             return tensor.source
         return BlocksTransposed(tensor, count)
@@ -47,7 +57,7 @@ class TransposeBlocks:
 
 
 class BlocksTransposed(BlockwiseTensor):
-    """See ``TransposeBlocks``. A block is read whole and kept until its rows have been given out."""
+    """See ``TransposeBlocks``. A block is read whole and kept until its rows have been read."""
 
     def __init__(self, source: LazyTensor, count: int) -> None:
         rows, columns = source.shape if len(source.shape) == 2 else (0, 0)
@@ -58,12 +68,12 @@ class BlocksTransposed(BlockwiseTensor):
         self.dtype, self.stored, self.origin = source.dtype, source.stored, source.origin
         self.block_rows = columns
 
-    def load_block(self, index: int) -> np.ndarray:
+    def load_block(self, index: int) -> Array:
         rows = self.shape[1]
-        first = index * rows
+        offset = index * rows
         block = np.empty((rows, self.block_rows), self.dtype)
-        for a, b in row_ranges(rows, self.block_rows * self.dtype.itemsize, LOAD_BYTES):
-            block[a:b] = self.source.load_rows(first + a, first + b)
+        for first, last in row_ranges(rows, self.block_rows * self.dtype.itemsize, LOAD_BYTES):
+            block[first:last] = self.source.load_rows(offset + first, offset + last)
         return block.T
 
 
@@ -73,7 +83,7 @@ class PermuteRows(ABC):
     exact = True
 
     @abstractmethod
-    def order(self, config: Gemma2Config) -> np.ndarray:
+    def order(self, config: Gemma2Config) -> RowOrder:
         """Integers (rows,)."""
 
     def apply(self, tensor: LazyTensor, config: Gemma2Config) -> LazyTensor:
@@ -86,54 +96,57 @@ class PermuteRows(ABC):
 class PermutedRows(LazyTensor):
     """Rows of ``source`` in another order; ``order[r]`` is the source's row."""
 
-    def __init__(self, source: LazyTensor, order: np.ndarray) -> None:
+    def __init__(self, source: LazyTensor, order: RowOrder) -> None:
         if source.shape[:1] != order.shape:
-            # Reported by the check against the tensor table, which sees the shape unchanged.
+            # The check against the tensor table reports it, because it sees the shape unchanged.
             order = np.arange(source.rows)
         self.source, self.order = source, order
         self.shape, self.dtype, self.stored, self.origin = source.shape, source.dtype, source.stored, source.origin
 
-    def load_rows(self, first: int, last: int) -> np.ndarray:
-        wanted = self.order[first:last]
-        if not len(wanted):
+    def load_rows(self, first: int, last: int) -> Array:
+        indices = self.order[first:last]
+        if not len(indices):
             return self.source.load_rows(first, last)
-        low, high = int(wanted.min()), int(wanted.max()) + 1
-        if high - low <= len(wanted) + SPARE_ROWS:
-            return self.source.load_rows(low, high)[wanted - low]
-        runs = np.split(wanted, np.flatnonzero(np.diff(wanted) != 1) + 1)
+        low, high = int(indices.min()), int(indices.max()) + 1
+        if high - low <= len(indices) + SPARE_ROWS:
+            rows: Array = self.source.load_rows(low, high)[indices - low]
+            return rows
+        runs = np.split(indices, np.flatnonzero(np.diff(indices) != 1) + 1)
         return np.concatenate([self.source.load_rows(int(run[0]), int(run[-1]) + 1) for run in runs])
 
 
 @dataclass(frozen=True)
 class InterleaveRotary(PermuteRows):
-    """Rows of each head in the order of interleaved rotary pairs (0, h/2, 1, h/2 + 1, ...), where the canonical form has halves.
+    """Each head's rows in the order of interleaved rotary pairs (0, h/2, 1, h/2 + 1, ...); the canonical form has
+    halves.
 
     ``heads``: how many heads the matrix has.
     """
 
     heads: str
 
-    def order(self, config: Gemma2Config) -> np.ndarray:
-        heads, half = size(self.heads, config), config.head_dim // 2
+    def order(self, config: Gemma2Config) -> RowOrder:
+        heads, half = axis_size(self.heads, config), config.head_dim // 2
         return np.arange(heads * 2 * half).reshape(heads, 2, half).swapaxes(1, 2).reshape(-1)
 
 
 @dataclass(frozen=True)
 class GroupByKeyValueHead(PermuteRows):
-    """Of q, k and v stacked: for each kv head its query heads, its key, its value, instead of all q, all k, all v."""
+    """q, k and v stacked by kv head: its query heads, its key, its value, instead of all q, all k, all v."""
 
-    def order(self, config: Gemma2Config) -> np.ndarray:
-        heads, kv, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        rows = np.arange((heads + 2 * kv) * dim)
-        queries, keys, values = np.split(rows, [heads * dim, (heads + kv) * dim])
-        return np.concatenate([each.reshape(kv, -1) for each in (queries, keys, values)], axis=1).reshape(-1)
+    def order(self, config: Gemma2Config) -> RowOrder:
+        heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        rows = np.arange((heads + 2 * kv_heads) * dim)
+        parts = np.split(rows, [heads * dim, (heads + kv_heads) * dim])
+        return np.concatenate([part.reshape(kv_heads, -1) for part in parts], axis=1).reshape(-1)
 
 
 @dataclass(frozen=True)
 class PadVocabulary:
-    """Zero rows below the embedding, up to the next multiple of 128 beyond the vocabulary: 256128 for the released models.
+    """Zero rows after the embedding, up to the next multiple of 128 above the vocabulary: 256128 for the released
+    models.
 
-    Reading cuts off up to 128 rows, whatever they hold.
+    Reading removes up to 128 rows, whatever they hold.
     """
 
     exact: bool = True
@@ -147,18 +160,19 @@ class PadVocabulary:
 
 
 def padded_vocabulary(rows: int) -> int:
+    """Rows of a padded embedding for a vocabulary of ``rows``."""
     return (rows // 128 + 1) * 128
 
 
 class PaddedRows(LazyTensor):
-    """``source`` with zero rows below it."""
+    """``source`` with zero rows after it."""
 
     def __init__(self, source: LazyTensor, rows: int) -> None:
         self.source = source
         self.shape = (rows, *source.shape[1:])
         self.dtype, self.stored, self.origin = source.dtype, source.stored, source.origin
 
-    def load_rows(self, first: int, last: int) -> np.ndarray:
+    def load_rows(self, first: int, last: int) -> Array:
         end = min(last, self.source.rows)
         if last <= end:
             return self.source.load_rows(first, last)
@@ -169,12 +183,12 @@ class PaddedRows(LazyTensor):
 
 
 class WideRows(LazyTensor):
-    """The matrix with the same values whose rows are ``count`` rows of ``source``, one behind the other."""
+    """The matrix with the same values whose rows are ``count`` rows of ``source``, one after the other."""
 
     def __init__(self, source: LazyTensor, count: int) -> None:
         self.source, self.count = source, count
         self.shape = (source.rows // count, count * source.row_size)
         self.dtype, self.stored, self.origin = source.dtype, source.stored, source.origin
 
-    def load_rows(self, first: int, last: int) -> np.ndarray:
+    def load_rows(self, first: int, last: int) -> Array:
         return self.source.load_rows(first * self.count, last * self.count).reshape(last - first, -1)

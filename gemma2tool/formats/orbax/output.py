@@ -1,7 +1,8 @@
-"""An Orbax checkpoint folder to write: one zarr array a parameter, its chunks uncompressed, so that every byte has a known place.
+"""The layout of an Orbax checkpoint folder: one zarr array a parameter, with uncompressed chunks, so that every byte
+has a known place.
 
-This is Orbax's layout without OCDBT, which every release restores: ``_METADATA`` for Orbax 0.5 and later (as 0.12 writes it), the
-msgpack file ``checkpoint`` with placeholders for those before.
+This is Orbax's layout without OCDBT, which every release restores: ``_METADATA`` for Orbax 0.5 and later (as 0.12
+writes it), the msgpack file ``checkpoint`` with placeholders for earlier releases.
 """
 
 from __future__ import annotations
@@ -12,18 +13,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from math import prod
-
-import numpy as np
+from typing import Any
 
 from gemma2tool.formats.base import OutputFile, OutputTensor, Placement
-from gemma2tool.formats.mapping.float_layout import Planned
-from gemma2tool.model.lazy import BFLOAT16, RowRange
+from gemma2tool.formats.mapping.float_layout import TensorPlan
+from gemma2tool.model.lazy import BFLOAT16, DType, RowRange
 
 MAX_CHUNK_BYTES = 128 << 20
 _DICT_KEY = 2
 """Orbax's KeyType.DICT."""
 _VALUE_TYPE = "np.ndarray"
-"""Restores without a target on any machine; "jax.Array" would ask for the devices that it was saved from."""
+"""Restores without a target on any machine; "jax.Array" would require the devices that it was saved from."""
 
 
 @dataclass(frozen=True)
@@ -35,20 +35,20 @@ class Parameter:
 
     keys: tuple[str, ...]
     shape: tuple[int, ...]
-    layers: tuple[Planned, ...]
+    layers: tuple[TensorPlan, ...]
     stacked: int | None = None
 
     @property
-    def dtype(self) -> np.dtype:
+    def dtype(self) -> DType:
         return self.layers[0].encoder.dtype
 
     def whole(self, shape: Sequence[int], count: int) -> tuple[int, ...]:
-        """A layer's axes with the stacked one put in."""
+        """A layer's axes, or a place among them, with ``count`` inserted for the stacked axis."""
         return tuple(shape) if self.stacked is None else (*shape[: self.stacked], count, *shape[self.stacked :])
 
     @property
     def name(self) -> str:
-        """Orbax's name of the array: the keys joined with points."""
+        """Orbax's name of the array: the keys joined by dots."""
         return ".".join(self.keys)
 
 
@@ -58,32 +58,34 @@ def layout(
     """The chunk files, the tensors that fill them, and the small files of the checkpoint ``folder``."""
     files: list[OutputFile] = []
     tensors: list[OutputTensor] = []
-    small: dict[str, bytes] = {}
+    small_files: dict[str, bytes] = {}
     for parameter in parameters:
         chunks = chunk_shape(parameter.shape, parameter.dtype.itemsize)
         nbytes = prod(chunks) * parameter.dtype.itemsize
-        places = list(product(*(range(dim // chunk) for dim, chunk in zip(parameter.shape, chunks, strict=True))))
-        for index, planned in enumerate(parameter.layers):
-            rows = planned.source.rows // len(places)
+        grid = (range(dim // chunk) for dim, chunk in zip(parameter.shape, chunks, strict=True))
+        places = list(product(*grid))
+        for index, plan in enumerate(parameter.layers):
+            rows = plan.source.rows // len(places)
             for number, place in enumerate(places):
-                key = ".".join(map(str, parameter.whole(place, index)))
-                file = f"{folder}/{parameter.name}/{key}"
-                source = (
-                    planned.source if len(places) == 1 else RowRange(planned.source, number * rows, (number + 1) * rows)
-                )
-                name = f"{parameter.name}/{key}"
+                name = f"{parameter.name}/{'.'.join(map(str, parameter.whole(place, index)))}"
+                file = f"{folder}/{name}"
+                source = plan.source
+                if len(places) > 1:
+                    source = RowRange(source, number * rows, (number + 1) * rows)
                 files.append(OutputFile(file, nbytes, ()))
                 part = {"": Placement(name, file, 0, nbytes)}
-                tensors.append(OutputTensor(name, planned.canonical, source, planned.encoder, part))
+                tensors.append(OutputTensor(name, plan.canonical, source, plan.encoder, part))
         shape = parameter.whole(parameter.shape, len(parameter.layers))
-        small[f"{folder}/{parameter.name}/.zarray"] = _zarray(shape, parameter.whole(chunks, 1), parameter.dtype)
-    small[f"{folder}/_METADATA"] = _metadata(parameters)
-    small[f"{folder}/checkpoint"] = _placeholders(parameters)
-    return files, tensors, small
+        zarray = _zarray(shape, parameter.whole(chunks, 1), parameter.dtype)
+        small_files[f"{folder}/{parameter.name}/.zarray"] = zarray
+    small_files[f"{folder}/_METADATA"] = _metadata(parameters)
+    small_files[f"{folder}/checkpoint"] = _placeholders(parameters)
+    return files, tensors, small_files
 
 
 def chunk_shape(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
-    """The whole array, or where it is larger than a chunk should be, even parts along its first axes; C order is kept within one."""
+    """The whole array or, if that is larger than a chunk should be, equal parts along the first axes. A part has the
+    array's C order."""
     chunks = list(shape)
     for axis, dim in enumerate(shape):
         rest = prod(chunks[axis + 1 :]) * itemsize
@@ -94,7 +96,7 @@ def chunk_shape(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
     return tuple(chunks)
 
 
-def _zarray(shape: tuple[int, ...], chunks: tuple[int, ...], dtype: np.dtype) -> bytes:
+def _zarray(shape: tuple[int, ...], chunks: tuple[int, ...], dtype: DType) -> bytes:
     content = {
         "chunks": chunks,
         "compressor": None,
@@ -132,7 +134,7 @@ def _metadata(parameters: Sequence[Parameter]) -> bytes:
 
 
 def _placeholders(parameters: Sequence[Parameter]) -> bytes:
-    tree: dict[str, object] = {}
+    tree: dict[str, Any] = {}
     for parameter in parameters:
         node = tree
         for key in parameter.keys[:-1]:
@@ -149,10 +151,10 @@ def _msgpack(value: object) -> bytes:
         return head + b"".join(_msgpack(key) + _msgpack(item) for key, item in value.items())
     raw = str(value).encode()
     size = len(raw)
-    return (
-        bytes([0xA0 | size])
-        if size < 32
-        else b"\xd9" + bytes([size])
-        if size < 256
-        else b"\xda" + struct.pack(">H", size)
-    ) + raw
+    if size < 32:
+        head = bytes([0xA0 | size])
+    elif size < 256:
+        head = b"\xd9" + bytes([size])
+    else:
+        head = b"\xda" + struct.pack(">H", size)
+    return head + raw

@@ -1,7 +1,7 @@
 """The metadata of zarr 2 (``.zarray``) and zarr 3 (``zarr.json``) arrays, limited to what Orbax writes by default.
 
-Chunks are little-endian floats in C order, uncompressed or one zstandard frame each. With zarr 3, Orbax makes each chunk a
-shard of a single inner chunk, which an index at the end of the shard locates.
+Chunks are little-endian floats in C order, uncompressed or one zstandard frame each. With zarr 3, Orbax makes each
+chunk a shard of a single inner chunk, which an index at the end of the shard locates.
 """
 
 from __future__ import annotations
@@ -116,7 +116,8 @@ def _are_sizes(values: object) -> TypeGuard[list[int]]:
 def _dtype(name: object, origin: str) -> DType:
     if not isinstance(name, str) or name not in _DTYPES:
         raise refused("dtype", f"{origin} holds {quoted(name)}, not floating-point values")
-    return _DTYPES[name]
+    dtype: DType = _DTYPES[name]
+    return dtype
 
 
 def _codecs(items: object, origin: str) -> dict[str, Mapping[str, Any]]:

@@ -229,7 +229,7 @@ def test_index_and_config_that_lie(tmp_path: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     for field, value, match in (
         ("intermediate_dim", 7, "must be even"),
-        ("use_post_ffw_norm", False, "first generation"),
+        ("use_post_ffw_norm", False, "not a Gemma 2 model"),
         ("head_dim", 16, "has shape"),
         ("num_layers", -1, "num_hidden_layers"),
     ):

@@ -265,7 +265,7 @@ def test_gating_order_is_told_by_shape(tmp_path: Path, tree: tuple) -> None:
 
 
 def test_released_shapes_need_no_config() -> None:
-    from gemma2tool.formats.mapping.layout_transforms import size
+    from gemma2tool.formats.mapping.layout_transforms import axis_sizes
     from gemma2tool.formats.mapping.transforms import entries
     from gemma2tool.formats.orbax.zarr_arrays import StoredArray
     from gemma2tool.formats.orbax.zarr_metadata import ArrayMetadata
@@ -275,15 +275,13 @@ def test_released_shapes_need_no_config() -> None:
         arrays = {}
         for entry in entries(flax.table(config, gating_transposed=transposed), config):
             dims = flax._dims(entry.disk, gating_transposed=transposed)
-            shape = (256128, config.hidden_size) if dims is None else tuple(size(dim, config) for dim in dims)
-            arrays[entry.disk] = (
-                StoredArray(Path("x"), entry.disk, ArrayMetadata(shape, shape, np.dtype(np.float32)), {}),
-                (),
-            )
+            shape = (256128, config.hidden_size) if dims is None else axis_sizes(dims, config)
+            metadata = ArrayMetadata(shape, shape, np.dtype(np.float32))
+            arrays[entry.disk] = flax._StoredParameter(StoredArray(Path("x"), entry.disk, metadata, {}))
         found = flax.infer_from_shapes(flax._canonical_shapes(arrays, None))
         assert found.query_pre_attn_scalar == config.query_pre_attn_scalar
         assert (found.vocab_size, found.num_hidden_layers) == (256000, config.num_hidden_layers)
-        assert flax._gating_is_transposed(arrays, config) == transposed
+        assert flax._is_gating_transposed(arrays, config) == transposed
 
 
 def test_tokenizer_beside_the_folder_is_found(oracles: Path, tmp_path: Path, tree: tuple) -> None:

@@ -125,7 +125,7 @@ def test_what_is_refused(tmp_path: Path, name: str) -> None:
         registry.open_checkpoint(folder)
     config["num_attention_heads"], config["head_dim"] = 8, 16
     (folder / "config.json").write_text(json.dumps(config | {"num_key_value_heads": 8}))
-    with refused("has shape|has 256 rows, the config asks for 128 \\+ 128"):
+    with refused("has shape|has 256 rows, the config requires 128 \\+ 128"):
         registry.open_checkpoint(folder)
     weights = next(folder.glob("*.pt*"))
     weights.write_bytes(weights.read_bytes()[:-100])

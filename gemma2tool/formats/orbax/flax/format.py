@@ -1,14 +1,16 @@
 """Google's JAX release: an Orbax checkpoint of the Flax parameters, with tokenizer.model beside its folder.
 
-The tree is flat ("transformer/layer_0/attn/q_einsum": {"w": ...}) as released, nested, stacked by attention type, or inside a trainer's
-state, as in google-deepmind/gemma 3.3 ``gemma/gm/ckpts/_checkpoint.py``. What is written is the released, flat form. The embedding has
-128 more rows than the vocabulary; ``gating_einsum`` is (2, D, F) in 2B and (2, F, D) in 9B and 27B.
+The tree is flat ("transformer/layer_0/attn/q_einsum": {"w": ...}) as released, nested, stacked by attention type, or
+inside a trainer's state, as in google-deepmind/gemma 3.3 ``gemma/gm/ckpts/_checkpoint.py``. The released, flat form
+is written. The embedding has 128 more rows than the vocabulary; ``gating_einsum`` is (2, D, F) in 2B and (2, F, D) in
+9B and 27B.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from gemma2tool.containers import tokenizer_model
@@ -16,8 +18,8 @@ from gemma2tool.errors import InputRefused
 from gemma2tool.formats import assets
 from gemma2tool.formats.base import Format, Output, WriteOptions
 from gemma2tool.formats.mapping.float_layout import expect_shape, plan_floats
-from gemma2tool.formats.mapping.layout_transforms import PadVocabulary, TransposeBlocks, padded_vocabulary, size
-from gemma2tool.formats.mapping.transforms import Row, entries, to_canonical
+from gemma2tool.formats.mapping.layout_transforms import PadVocabulary, TransposeBlocks, axis_sizes, padded_vocabulary
+from gemma2tool.formats.mapping.transforms import TableRow, entries, to_canonical
 from gemma2tool.formats.orbax import output as orbax_output
 from gemma2tool.formats.orbax import zarr_arrays
 from gemma2tool.formats.orbax.flax import FACTS
@@ -39,26 +41,27 @@ _Q, _K, _V = (_HF + f"self_attn.{x}_proj.weight" for x in "qkv")
 _GATING = (_HF + "mlp.gate_proj.weight", _HF + "mlp.up_proj.weight")
 
 
-def table(config: Gemma2Config, *, gating_transposed: bool) -> tuple[Row, ...]:
-    """The parameters of a config. Where every query head has its own key-value head, q, k and v are one parameter."""
+def table(config: Gemma2Config, *, gating_transposed: bool) -> tuple[TableRow, ...]:
+    """The parameters of a config. If every query head has its own key-value head, q, k and v are one parameter."""
+    attention: tuple[TableRow, ...]
     if config.num_key_value_heads == config.num_attention_heads:
-        attention = (Row(_LAYER + "attn/qkv_einsum", (_Q, _K, _V), (TransposeBlocks("3*H"),)),)
+        attention = (TableRow(_LAYER + "attn/qkv_einsum", (_Q, _K, _V), (TransposeBlocks("3*H"),)),)
     else:
         attention = (
-            Row(_LAYER + "attn/q_einsum", (_Q,), (TransposeBlocks("H"),)),
-            Row(_LAYER + "attn/kv_einsum", (_K, _V), (TransposeBlocks("2*K"),)),
+            TableRow(_LAYER + "attn/q_einsum", (_Q,), (TransposeBlocks("H"),)),
+            TableRow(_LAYER + "attn/kv_einsum", (_K, _V), (TransposeBlocks("2*K"),)),
         )
     return (
-        Row(EMBEDDING, ("model.embed_tokens.weight",), (PadVocabulary(),)),
-        Row("final_norm/scale", ("model.norm.weight",)),
-        Row(_LAYER + "attn/attn_vec_einsum", (_HF + "self_attn.o_proj.weight",), (TransposeBlocks(),)),
+        TableRow(EMBEDDING, ("model.embed_tokens.weight",), (PadVocabulary(),)),
+        TableRow("final_norm/scale", ("model.norm.weight",)),
+        TableRow(_LAYER + "attn/attn_vec_einsum", (_HF + "self_attn.o_proj.weight",), (TransposeBlocks(),)),
         *attention,
-        Row(_LAYER + "mlp/gating_einsum", _GATING, () if gating_transposed else (TransposeBlocks("2"),)),
-        Row(_LAYER + "mlp/linear", (_HF + "mlp.down_proj.weight",), (TransposeBlocks(),)),
-        Row(_LAYER + "post_attention_norm/scale", (_HF + "post_attention_layernorm.weight",)),
-        Row(_LAYER + "post_ffw_norm/scale", (_HF + "post_feedforward_layernorm.weight",)),
-        Row(_LAYER + "pre_attention_norm/scale", (_HF + "input_layernorm.weight",)),
-        Row(_LAYER + "pre_ffw_norm/scale", (_HF + "pre_feedforward_layernorm.weight",)),
+        TableRow(_LAYER + "mlp/gating_einsum", _GATING, () if gating_transposed else (TransposeBlocks("2"),)),
+        TableRow(_LAYER + "mlp/linear", (_HF + "mlp.down_proj.weight",), (TransposeBlocks(),)),
+        TableRow(_LAYER + "post_attention_norm/scale", (_HF + "post_attention_layernorm.weight",)),
+        TableRow(_LAYER + "post_ffw_norm/scale", (_HF + "post_feedforward_layernorm.weight",)),
+        TableRow(_LAYER + "pre_attention_norm/scale", (_HF + "input_layernorm.weight",)),
+        TableRow(_LAYER + "pre_ffw_norm/scale", (_HF + "pre_feedforward_layernorm.weight",)),
     )
 
 
@@ -91,19 +94,18 @@ class Flax(Format):
             raise InputRefused(
                 "orbax.missing", f"{path.name}: holds no Orbax checkpoint", hint="give the checkpoint's folder"
             )
-        config_path = _beside(path, folder, CONFIG)
-        checkpoint = Checkpoint(path, self.facts, config, {}, _assets(path, folder))  # type: ignore[arg-type]
-        files = [each for each in folder.rglob("*") if each.is_file()]
-        arrays = _parameters(zarr_arrays.read_arrays(folder))
+        files = [file for file in folder.rglob("*") if file.is_file()]
+        parameters = _parameters(zarr_arrays.read_arrays(folder))
+        config_path, small_files = _beside(path, folder, CONFIG), _assets(path, folder)
         if config is None and config_path is not None:
             config = assets.read_config(config_path)
             files.append(config_path)
         elif config is None:
-            config = infer_from_shapes(_canonical_shapes(arrays, _vocabulary(checkpoint.assets)))
-        checkpoint.config, checkpoint.files = config, tuple(files)
-        transposed = _gating_is_transposed(arrays, config)
-        disk = _matrices(arrays, config, transposed)
-        checkpoint.tensors = to_canonical(table(config, gating_transposed=transposed), disk, config)
+            config = infer_from_shapes(_canonical_shapes(parameters, _vocabulary_size(small_files)))
+        transposed = _is_gating_transposed(parameters, config)
+        disk = _matrices(parameters, config, transposed)
+        tensors = to_canonical(table(config, gating_transposed=transposed), disk, config)
+        checkpoint = Checkpoint(path, self.facts, config, tensors, small_files, files=tuple(files))
         checkpoint.check()
         return checkpoint
 
@@ -115,14 +117,27 @@ class Flax(Format):
         config = checkpoint.config
         transposed = not _shaped_like(config, SIZES["2b"])
         parameters = []
-        for planned in plan_floats(table(config, gating_transposed=transposed), checkpoint, options, self.name):
-            dims = _dims(planned.disk, gating_transposed=transposed)
-            shape = planned.source.shape if dims is None else tuple(size(dim, config) for dim in dims)
-            parameters.append(orbax_output.Parameter(_keys(planned.disk), shape, (planned,)))
-        files, tensors, small = orbax_output.layout(FOLDER, parameters)
-        small |= {name: data for name, data in checkpoint.assets.items() if name != "README.md"}
-        small[CONFIG] = assets.dump_json(config.to_hf())
-        return Output(self.name, False, files, tensors, small)
+        for plan in plan_floats(table(config, gating_transposed=transposed), checkpoint, options, self.name):
+            dims = _dims(plan.disk, gating_transposed=transposed)
+            shape = plan.source.shape if dims is None else axis_sizes(dims, config)
+            parameters.append(orbax_output.Parameter(_keys(plan.disk), shape, (plan,)))
+        files, tensors, small_files = orbax_output.layout(FOLDER, parameters)
+        small_files |= {name: data for name, data in checkpoint.assets.items() if name != "README.md"}
+        small_files[CONFIG] = assets.dump_json(config.to_hf())
+        return Output(self.name, False, files, tensors, small_files)
+
+
+@dataclass(frozen=True)
+class _StoredParameter:
+    """A parameter, or a layer's part of a stacked one, whose axes in ``fixed`` have one (axis, index) each."""
+
+    array: StoredArray
+    fixed: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Only the first axes are fixed."""
+        return self.array.shape[len(self.fixed) :]
 
 
 def _keys(disk: str) -> tuple[str, str]:
@@ -132,69 +147,74 @@ def _keys(disk: str) -> tuple[str, str]:
 
 
 def _checkpoint_folder(path: Path) -> Path | None:
-    """``path``, its folder ``default`` (a trainer's) or its only subfolder with an Orbax checkpoint."""
-    if any((path / name).is_file() for name in _STATE_FILES):
+    """``path``, its folder ``default`` (a trainer's), or its only subfolder with an Orbax checkpoint."""
+    if _is_checkpoint(path):
         return path
-    found = [each for each in path.iterdir() if each.is_dir() and any((each / name).is_file() for name in _STATE_FILES)]
-    return found[0] if len(found) == 1 else None
+    folders = [folder for folder in path.iterdir() if folder.is_dir() and _is_checkpoint(folder)]
+    return folders[0] if len(folders) == 1 else None
 
 
-def _parameters(arrays: Mapping[str, StoredArray]) -> dict[str, tuple[StoredArray, tuple[tuple[int, int], ...]]]:
-    """The model's parameters by the table's names, whatever form the tree has, with the axes to fix in stacked ones."""
+def _is_checkpoint(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in _STATE_FILES)
+
+
+def _parameters(arrays: Mapping[str, StoredArray]) -> dict[str, _StoredParameter]:
+    """The model's parameters by the table's names, whatever form the tree has."""
     split = {name: [part for part in re.split(r"[./]", name) if part] for name in arrays}
     if any(parts[:1] == ["params"] for parts in split.values()):  # a trainer's state holds more than the parameters
         split = {name: parts for name, parts in split.items() if parts[:1] == ["params"]}
-    plain: dict[str, str] = {}
+    names: dict[str, str] = {}
     for name, parts in split.items():
         while parts and parts[0] in ("params", "transformer"):
             parts = parts[1:]
-        plain["/".join(parts[:-1] if parts[-1:] == ["w"] else parts)] = name
-    stacked = {name: found for name in plain if (found := _STACKED.fullmatch(name))}
-    period = 1 + max((int(found[1]) for found in stacked.values()), default=0)
-    result: dict[str, tuple[StoredArray, tuple[tuple[int, int], ...]]] = {}
-    for name, source in plain.items():
-        array = arrays[source]
+        names["/".join(parts[:-1] if parts[-1:] == ["w"] else parts)] = name
+    stacked = {name: match for name in names if (match := _STACKED.fullmatch(name))}
+    period = 1 + max((int(match[1]) for match in stacked.values()), default=0)
+    parameters: dict[str, _StoredParameter] = {}
+    for name, array_name in names.items():
+        array = arrays[array_name]
         if name not in stacked:
-            result[name] = (array, ())
+            parameters[name] = _StoredParameter(array)
             continue
         for index in range(min(array.shape[0], 4096)):
             layer = index * period + int(stacked[name][1])
-            result[f"layer_{layer}/{stacked[name][2]}"] = (array, ((0, index),))
-    return result
+            parameters[f"layer_{layer}/{stacked[name][2]}"] = _StoredParameter(array, ((0, index),))
+    return parameters
 
 
-def _shape(entry: tuple[StoredArray, tuple[tuple[int, int], ...]]) -> tuple[int, ...]:
-    array, at = entry
-    return array.shape[len(at) :]
+def _is_gating_transposed(parameters: Mapping[str, _StoredParameter], config: Gemma2Config) -> bool:
+    """Whether gating_einsum is (2, F, D). If F equals D, the shape does not show it, and the larger models' order is
+    assumed."""
+    gating = parameters.get("layer_0/mlp/gating_einsum")
+    return gating is None or gating.shape[1:] == (config.intermediate_size, config.hidden_size)
 
 
-def _gating_is_transposed(arrays: Mapping, config: Gemma2Config) -> bool:
-    """Whether gating_einsum is (2, F, D). Where F equals D the shape cannot tell, and the larger models' order is assumed."""
-    entry = arrays.get("layer_0/mlp/gating_einsum")
-    return entry is None or _shape(entry)[1:] == (config.intermediate_size, config.hidden_size)
-
-
-def _matrices(arrays: Mapping, config: Gemma2Config, transposed: bool) -> dict[str, LazyTensor]:
+def _matrices(
+    parameters: Mapping[str, _StoredParameter], config: Gemma2Config, transposed: bool
+) -> dict[str, LazyTensor]:
     known = {entry.disk for entry in entries(table(config, gating_transposed=transposed), config)}
-    result: dict[str, LazyTensor] = {}
-    for name, (array, at) in arrays.items():
+    matrices: dict[str, LazyTensor] = {}
+    for name, parameter in parameters.items():
         dims = _dims(name, gating_transposed=transposed) if name in known else None
         if dims is not None:
-            expect_shape(array.origin, array.shape[len(at) :], tuple(size(dim, config) for dim in dims))
-        result[name] = array.matrix(*at)
-    return result
+            expect_shape(parameter.array.origin, parameter.shape, axis_sizes(dims, config))
+        matrices[name] = parameter.array.matrix(*parameter.fixed)
+    return matrices
 
 
-def _canonical_shapes(arrays: Mapping, vocabulary: int | None) -> dict[str, tuple[int, ...]]:
-    """Shapes by canonical name without a config, of what tells the model's size."""
+def _canonical_shapes(
+    parameters: Mapping[str, _StoredParameter], vocabulary_size: int | None
+) -> dict[str, tuple[int, ...]]:
+    """Shapes by canonical name, without a config, of the tensors that show the model's size."""
     shapes: dict[str, tuple[int, ...]] = {}
-    for name, entry in arrays.items():
-        shape = _shape(entry)
-        layer = re.fullmatch(r"layer_(\d{1,6})/(?:attn|mlp)/(\w+)", name)
+    for name, parameter in parameters.items():
+        shape = parameter.shape
         if name == EMBEDDING and len(shape) == 2:
-            rows = vocabulary if vocabulary is not None and padded_vocabulary(vocabulary) == shape[0] else shape[0]
+            is_known = vocabulary_size is not None and padded_vocabulary(vocabulary_size) == shape[0]
+            rows = vocabulary_size if vocabulary_size is not None and is_known else shape[0]
             released = SIZES["2b"].vocab_size
             shapes["model.embed_tokens.weight"] = (released if rows == padded_vocabulary(released) else rows, shape[1])
+        layer = re.fullmatch(r"layer_(\d{1,6})/(?:attn|mlp)/(\w+)", name)
         if layer is None:
             continue
         prefix, kind = f"model.layers.{layer[1]}.", layer[2]
@@ -207,8 +227,8 @@ def _canonical_shapes(arrays: Mapping, vocabulary: int | None) -> dict[str, tupl
     return shapes
 
 
-def _vocabulary(found: Assets) -> int | None:
-    return len(tokenizer_model.parse(found[TOKENIZER]).pieces) if TOKENIZER in found else None
+def _vocabulary_size(small_files: Assets) -> int | None:
+    return len(tokenizer_model.parse(small_files[TOKENIZER]).pieces) if TOKENIZER in small_files else None
 
 
 def _shaped_like(config: Gemma2Config, released: Gemma2Config) -> bool:
@@ -216,7 +236,7 @@ def _shaped_like(config: Gemma2Config, released: Gemma2Config) -> bool:
 
 
 def _beside(path: Path, folder: Path, name: str) -> Path | None:
-    """A file of the given folder, or of the one that holds the checkpoint's."""
+    """A file of the folder that was given, or of the one around the checkpoint's."""
     for place in dict.fromkeys((path, folder.absolute().parent)):
         if (place / name).is_file():
             return confined_path(place, name)
@@ -224,7 +244,8 @@ def _beside(path: Path, folder: Path, name: str) -> Path | None:
 
 
 def _assets(path: Path, folder: Path) -> Assets:
-    """The files beside the checkpoint; of a checkpoint given without them, the tokenizer of the folder it lies in."""
+    """The files beside the checkpoint; for a checkpoint that was given itself, the tokenizer of the folder around
+    it."""
     if path != folder:
         return assets.folder_assets(path)
     tokenizer = _beside(path, folder, TOKENIZER)

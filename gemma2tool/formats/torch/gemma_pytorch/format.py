@@ -1,30 +1,34 @@
-"""Google's own PyTorch format: ``model.ckpt`` (``{'model_state_dict': ...}``), or ``pytorch_model-*.bin`` shards with an index.
+"""Google's own PyTorch format: ``model.ckpt`` (``{'model_state_dict': ...}``), or ``pytorch_model-*.bin`` shards with
+an index.
 
-q, k and v are fused by rows, the names have no prefix for the embedding, and a complex ``freqs_cis`` buffer may be present. The
-int8 variant stores ``X.weight`` as int8 with ``X.weight_scaler``, one float a row. The config comes from a ``config.json`` beside
-the weights, from the ``config`` that this tool stores in the ``.ckpt`` files it writes, or else from the shapes.
+q, k and v are fused by rows, the embedding's name has no prefix, and a complex ``freqs_cis`` buffer may be present.
+The int8 variant stores ``X.weight`` as int8 with ``X.weight_scaler``, one float a row. The config comes from a
+``config.json`` beside the weights, from the ``config`` that gemma2tool stores in the ``.ckpt`` files it writes, or
+from the shapes.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from gemma2tool.containers import strict_json
 from gemma2tool.containers.torch_zip import reader as torch_zip
+from gemma2tool.containers.torch_zip.layout import TorchZipLayout
 from gemma2tool.errors import InputRefused, UsageError
 from gemma2tool.formats import assets
-from gemma2tool.formats.base import Format, Output, OutputFile, OutputTensor, Placement, WriteOptions
+from gemma2tool.formats.base import Closers, Format, Output, OutputFile, OutputTensor, Placement, WriteOptions, opening
 from gemma2tool.formats.mapping import container_tensors
-from gemma2tool.formats.mapping.float_layout import plan_floats
-from gemma2tool.formats.mapping.transforms import Row, to_canonical
+from gemma2tool.formats.mapping.float_layout import TensorPlan, plan_floats
+from gemma2tool.formats.mapping.transforms import TableRow, entries, to_canonical
 from gemma2tool.formats.torch.gemma_pytorch import FACTS
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.config import Gemma2Config, infer_from_shapes
-from gemma2tool.model.lazy import FLOAT32, ArrayTensor, LazyTensor, to_float32
+from gemma2tool.model.lazy import FLOAT32, Array, ArrayTensor, LazyTensor, to_float32
 from gemma2tool.model.tensors import HEADS
 from gemma2tool.quantizers.floats import Float
 from gemma2tool.storage.paths import path_within_folder
@@ -35,14 +39,14 @@ INDEX = "pytorch_model.bin.index.json"
 SINGLE = "model.ckpt"
 
 _LAYER = "model.layers.{i}."
-TABLE: tuple[Row, ...] = (
-    Row("embedder.weight", ("model.embed_tokens.weight",)),
-    Row(
+TABLE: tuple[TableRow, ...] = (
+    TableRow("embedder.weight", ("model.embed_tokens.weight",)),
+    TableRow(
         _LAYER + "self_attn.qkv_proj.weight",
         tuple(_LAYER + f"self_attn.{x}_proj.weight" for x in "qkv"),
     ),
     *(
-        Row(_LAYER + name, (_LAYER + name,))
+        TableRow(_LAYER + name, (_LAYER + name,))
         for name in (
             "self_attn.o_proj.weight",
             "mlp.gate_proj.weight",
@@ -54,8 +58,8 @@ TABLE: tuple[Row, ...] = (
             "post_feedforward_layernorm.weight",
         )
     ),
-    Row("model.norm.weight", ("model.norm.weight",)),
-    *(Row(name, (name,)) for name in HEADS),
+    TableRow("model.norm.weight", ("model.norm.weight",)),
+    *(TableRow(name, (name,)) for name in HEADS),
 )
 
 
@@ -67,18 +71,18 @@ class ScaledRows(LazyTensor):
             raise InputRefused(
                 "gemma-pytorch.scaler",
                 f"{scaler.origin}: shape {scaler.shape} does not fit codes of shape {codes.shape}",
-                hint="the int8 checkpoint is damaged: fetch it again",
+                hint="the int8 checkpoint is damaged: download it again",
             )
         self.codes, self.scaler = codes, scaler
         self.shape, self.dtype, self.stored, self.origin = codes.shape, FLOAT32, "int8-rows", codes.origin
 
-    def load_rows(self, first: int, last: int) -> np.ndarray:
+    def load_rows(self, first: int, last: int) -> Array:
         scale = to_float32(self.scaler.load_rows(first, last))
         return self.codes.load_rows(first, last).astype(FLOAT32) * scale[:, None]
 
 
 BUFFER = "freqs_cis"
-"""The rotary table, which gemma_pytorch computes and saves, and loads again where it is saved."""
+"""The rotary table, which gemma_pytorch computes and saves, and loads if it is saved."""
 
 
 class GemmaPytorch(Format):
@@ -107,11 +111,9 @@ class GemmaPytorch(Format):
 
     def open(self, path: Path, *, config: Gemma2Config | None = None) -> Checkpoint:
         folder = path if path.is_dir() else path.parent
-        checkpoint = Checkpoint(path, self.facts, config, {}, assets.folder_assets(folder))  # type: ignore[arg-type]
-        try:
-            disk, files, embedded = self._open_weights(path, checkpoint.closers)
-            checkpoint.buffers = {name: tensor for name, tensor in disk.items() if name == BUFFER}
-            disk = _dequantized(disk)
+        with opening() as closers:
+            disk, files, embedded = _open_weights(path, closers)
+            weights = _dequantized(disk)
             config_path = folder / "config.json"
             if config is None and embedded is not None:
                 config = Gemma2Config.from_hf(embedded)
@@ -119,37 +121,19 @@ class GemmaPytorch(Format):
                 config = assets.read_config(path_within_folder(config_path))
                 files = [*files, config_path]
             elif config is None:
-                config = infer_from_shapes(_canonical_shapes(disk))
-            checkpoint.config = config
-            checkpoint.files = tuple(files)
-            checkpoint.tensors = to_canonical(TABLE, disk, config)
+                config = infer_from_shapes(_canonical_shapes(weights))
+            checkpoint = Checkpoint(
+                path,
+                self.facts,
+                config,
+                to_canonical(TABLE, weights, config),
+                assets.folder_assets(folder),
+                files=tuple(files),
+                buffers={name: tensor for name, tensor in disk.items() if name == BUFFER},
+                closers=closers,
+            )
             checkpoint.check()
-        except BaseException:
-            checkpoint.close()
-            raise
         return checkpoint
-
-    def _open_weights(self, path: Path, closers: list) -> tuple[dict[str, LazyTensor], list[Path], dict | None]:
-        if path.is_dir() and (path / INDEX).is_file():
-            index = path / INDEX
-            files, weight_map = container_tensors.indexed_files(index)
-            tensors: dict[str, LazyTensor] = {}
-            for file in files:
-                container_tensors.merge(
-                    tensors, container_tensors.open_torch(torch_zip.read_index(file), file, closers), file
-                )
-            container_tensors.check_index(
-                index, weight_map, {name: t.origin.split(":", 1)[0] for name, t in tensors.items()}
-            )
-            return tensors, [*files, index], None
-        file = _weights_file(path)
-        tree = torch_zip.read_index(file)
-        state = tree.get(STATE_DICT, tree)
-        if not isinstance(state, Mapping):
-            raise InputRefused(
-                "gemma-pytorch.state-dict", f"{file.name}: {STATE_DICT} holds no tensors", hint="is it a Gemma 2 .ckpt?"
-            )
-        return container_tensors.open_torch(state, file, closers), [file], _embedded_config(tree, file)
 
     def lacks_config(self, path: Path) -> bool:
         if not super().lacks_config(path):
@@ -165,53 +149,70 @@ class GemmaPytorch(Format):
                 f"the gemma-pytorch format cannot hold {options.type}",
                 hint="choose a .gguf destination or a Hugging Face folder",
             )
-        outside = [name for name in checkpoint.tensors if not _has_place(name)]
-        if outside:
-            raise InputRefused(
-                "gemma-pytorch.no-place",
-                f"the gemma-pytorch format has no place for {outside[0]}",
-                hint="write a Hugging Face folder instead",
-            )
-        floats = plan_floats(TABLE, checkpoint, options, self.name)
-        planned = [(item.disk, item.canonical, item.source, item.encoder) for item in floats]
+        known = {name for entry in entries(TABLE, checkpoint.config) for name in entry.canonical}
+        for name in checkpoint.tensors:
+            if name not in known:
+                raise InputRefused(
+                    "gemma-pytorch.no-place",
+                    f"the gemma-pytorch format has no place for {name}",
+                    hint="write a Hugging Face folder instead",
+                )
         freqs = ArrayTensor(_freqs_cis(checkpoint.config), stored="c64", origin=BUFFER)
-        planned.insert(0, (BUFFER, (), freqs, Float(freqs.dtype)))
-        single = options.single_file
-        file = options.name if single else SINGLE
-        specs = {name: (encoder.parts(source.shape)[0].dtype, source.shape) for name, _, source, encoder in planned}
-        config_json = json.dumps(checkpoint.config.to_hf(), sort_keys=True)
-        zipped = torch_zip.TorchZipLayout({STATE_DICT: specs, CONFIG_KEY: config_json})
-        tensors = []
-        for name, canonical, source, encoder in planned:
-            part = encoder.parts(source.shape)[0]
-            place = Placement(name, file, zipped.offsets[(STATE_DICT, name)], part.nbytes)
-            tensors.append(OutputTensor(name, canonical, source, encoder, {"": place}))
-        output_file = OutputFile(
-            file,
-            zipped.total_size,
-            (),
-            lambda crcs: zipped.finish({(STATE_DICT, name): crc for name, crc in crcs.items()}),
-        )
-        small = {}
-        if not single:
-            small = {name: data for name, data in checkpoint.assets.items() if name != "README.md"}
-            small["config.json"] = assets.dump_json(checkpoint.config.to_hf())
+        plans = [
+            TensorPlan(BUFFER, (), freqs, Float(freqs.dtype)),
+            *plan_floats(TABLE, checkpoint, options, self.name),
+        ]
+        is_file = options.single_file
+        weights, tensors = _weights_layout(plans, options.name if is_file else SINGLE, checkpoint.config)
+        small_files = {}
+        if not is_file:
+            small_files = {name: data for name, data in checkpoint.assets.items() if name != "README.md"}
+            small_files["config.json"] = assets.dump_json(checkpoint.config.to_hf())
         heads = [name for name in HEADS if name in checkpoint.tensors]
-        told = (
-            [f"gemma_pytorch has no classification head: it leaves {', '.join(heads)} of the file alone"]
-            if heads
-            else []
+        warnings = [f"gemma_pytorch has no classification head: it ignores {', '.join(heads)}"] if heads else []
+        return Output(self.name, is_file, [weights], tensors, small_files, warnings=warnings)
+
+
+def _open_weights(path: Path, closers: Closers) -> tuple[dict[str, LazyTensor], list[Path], dict[str, Any] | None]:
+    """The tensors by the file's names, the files, and the config stored in the file."""
+    if path.is_dir() and (path / INDEX).is_file():
+        return *container_tensors.open_torch_shards(path / INDEX, closers), None
+    file = _weights_file(path)
+    tree = torch_zip.read_index(file)
+    state = tree.get(STATE_DICT, tree)
+    if not isinstance(state, Mapping):
+        raise InputRefused(
+            "gemma-pytorch.state-dict", f"{file.name}: {STATE_DICT} holds no tensors", hint="is it a Gemma 2 .ckpt?"
         )
-        return Output(self.name, single, [output_file], tensors, small, warnings=told)
+    return container_tensors.open_torch(state, file, closers), [file], _embedded_config(tree, file)
 
 
 def _weights_file(path: Path) -> Path:
     return path if path.is_file() else path_within_folder(next(path.glob("*.ckpt")))
 
 
+def _weights_layout(
+    plans: Sequence[TensorPlan], file: str, config: Gemma2Config
+) -> tuple[OutputFile, list[OutputTensor]]:
+    """The ``.ckpt`` and the places of its tensors."""
+    parts = {plan.disk: plan.encoder.parts(plan.source.shape)[0] for plan in plans}
+    specs = {name: (part.dtype, part.shape) for name, part in parts.items()}
+    zipped = TorchZipLayout({STATE_DICT: specs, CONFIG_KEY: json.dumps(config.to_hf(), sort_keys=True)})
+    tensors = []
+    for plan in plans:
+        place = Placement(plan.disk, file, zipped.offsets[(STATE_DICT, plan.disk)], parts[plan.disk].nbytes)
+        tensors.append(OutputTensor(plan.disk, plan.canonical, plan.source, plan.encoder, {"": place}))
+
+    def finish(crcs: Mapping[str, int]) -> Sequence[tuple[int, bytes]]:
+        return zipped.finish({(STATE_DICT, name): crc for name, crc in crcs.items()})
+
+    return OutputFile(file, zipped.total_size, (), finish), tensors
+
+
 def _dequantized(disk: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
-    """Weights with their scalers applied. A scaler beside a float weight is unused (early releases carry some) and dropped."""
-    result: dict[str, LazyTensor] = {}
+    """Weights with their scalers applied. A scaler beside a float weight is unused (early releases have some) and
+    dropped."""
+    weights: dict[str, LazyTensor] = {}
     for name, tensor in disk.items():
         if name == BUFFER or name.endswith(".weight_scaler"):
             continue
@@ -221,14 +222,14 @@ def _dequantized(disk: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
                 raise InputRefused(
                     "gemma-pytorch.scaler",
                     f"{tensor.origin}: int8 codes without {name}_scaler",
-                    hint="the int8 checkpoint is incomplete: fetch it again",
+                    hint="the int8 checkpoint is incomplete: download it again",
                 )
             tensor = ScaledRows(tensor, scaler)
-        result[name] = tensor
-    return result
+        weights[name] = tensor
+    return weights
 
 
-def _embedded_config(tree: Mapping[str, object], file: Path) -> dict | None:
+def _embedded_config(tree: Mapping[str, object], file: Path) -> dict[str, Any] | None:
     text = tree.get(CONFIG_KEY)
     if not isinstance(text, str):
         return None
@@ -237,7 +238,7 @@ def _embedded_config(tree: Mapping[str, object], file: Path) -> dict | None:
 
 
 def _canonical_shapes(disk: Mapping[str, LazyTensor]) -> dict[str, tuple[int, ...]]:
-    """Shapes by canonical name without a config: o_proj tells how many rows of the fused matrix are queries."""
+    """Shapes by canonical name, without a config: o_proj shows how many rows of the fused matrix are queries."""
     shapes: dict[str, tuple[int, ...]] = {}
     for name, tensor in disk.items():
         if name == "embedder.weight":
@@ -256,15 +257,9 @@ def _canonical_shapes(disk: Mapping[str, LazyTensor]) -> dict[str, tuple[int, ..
     return shapes
 
 
-def _has_place(name: str) -> bool:
-    parts = name.split(".")
-    if len(parts) > 2 and parts[1] == "layers":
-        name = ".".join([*parts[:2], "{i}", *parts[3:]])
-    return any(name in row.canonical for row in TABLE)
-
-
-def _freqs_cis(config: Gemma2Config) -> np.ndarray:
-    """The rotary buffer of gemma_pytorch's model class, (2 * max positions, head_dim / 2) complex64, in torch's own arithmetic."""
+def _freqs_cis(config: Gemma2Config) -> Array:
+    """The rotary buffer of gemma_pytorch's model class, complex64 (2 * max positions, head_dim / 2), computed by
+    torch."""
     import torch
 
     dim = config.head_dim
