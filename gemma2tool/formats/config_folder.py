@@ -10,6 +10,7 @@ from pathlib import Path
 
 from gemma2tool.errors import InputRefused
 from gemma2tool.formats import assets, packings
+from gemma2tool.formats.base import Closers, opening
 from gemma2tool.formats.mapping import container_tensors
 from gemma2tool.formats.mapping.float_layout import drop_equal_head
 from gemma2tool.model.checkpoint import Checkpoint
@@ -20,7 +21,6 @@ from gemma2tool.storage.paths import path_within_folder
 
 CONFIG = "config.json"
 
-Closers = list[Callable[[], None]]
 ReadFiles = Callable[[Sequence[Path], Closers], tuple[dict[str, LazyTensor], dict[str, str]]]
 """From the weight files, the tensors by name and the containers' metadata; adds what closes the files to the list."""
 
@@ -43,8 +43,7 @@ class WeightFiles:
     def check(self, tensors: Mapping[str, LazyTensor]) -> None:
         """Raises ``InputRefused`` if the index contradicts the files."""
         if self.index is not None and self.weight_map is not None:
-            places = {name: tensor.origin.split(":", 1)[0] for name, tensor in tensors.items()}
-            container_tensors.check_index(self.index, self.weight_map, places)
+            container_tensors.check_index(self.index, self.weight_map, container_tensors.file_names(tensors))
 
 
 @dataclass(frozen=True)
@@ -69,10 +68,10 @@ def open_folder(path: Path, folder_format: FolderFormat, config: Gemma2Config | 
     folder = path if path.is_dir() else path.parent
     config_files = [folder / CONFIG] if config is None else []
     config = config or _read_config(folder / CONFIG, path)
-    checkpoint = Checkpoint(path, folder_format.facts, config, {}, assets.folder_assets(folder))
-    try:
+    with opening() as closers:
+        checkpoint = Checkpoint(path, folder_format.facts, config, {}, assets.folder_assets(folder), closers=closers)
         weights = folder_format.find(path)
-        stored, metadata = folder_format.read(weights.files, checkpoint.closers)
+        stored, metadata = folder_format.read(weights.files, closers)
         weights.check(stored)
         index_files = [] if weights.index is None else [weights.index]
         checkpoint.files = (*weights.files, *index_files, *config_files)
@@ -80,9 +79,6 @@ def open_folder(path: Path, folder_format: FolderFormat, config: Gemma2Config | 
         tensors = _unpacked(_with_model_prefix(stored), checkpoint, folder_format.quantization_keys)
         checkpoint.tensors = _table_tensors(tensors, checkpoint)
         checkpoint.check()
-    except BaseException:
-        checkpoint.close()
-        raise
     return checkpoint
 
 

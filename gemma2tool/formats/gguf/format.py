@@ -15,7 +15,7 @@ from pathlib import Path
 from gemma2tool.containers import gguf
 from gemma2tool.containers.gguf import GGUFHeader, GGUFValue
 from gemma2tool.errors import InputRefused, UsageError
-from gemma2tool.formats.base import Format, Output, WriteOptions
+from gemma2tool.formats.base import Format, Output, WriteOptions, opening
 from gemma2tool.formats.gguf import FACTS
 from gemma2tool.formats.gguf.config import ARCHITECTURE, cannot_say, read_config, unusual
 from gemma2tool.formats.gguf.convert import (
@@ -90,29 +90,30 @@ class GGUF(Format):
                 f"{file.name}: general.architecture is {architecture!r}, this tool reads {ARCHITECTURE!r}",
                 hint="only Gemma 2 can be read",
             )
-        checkpoint = Checkpoint(path, self.facts, config, {})  # type: ignore[arg-type]
-        try:
+        with opening() as closers:
             tensors: dict[str, GGUFTensor] = {}
             for header in headers:
                 reader = open_for_reading(header.path)
-                checkpoint.closers.append(reader.close)
+                closers.append(reader.close)
                 for name, entry in header.tensors.items():
                     if name in tensors:
                         raise InputRefused(
                             "gguf.duplicate-tensor", f"{header.path.name}: {name} is in another shard, too"
                         )
                     tensors[name] = GGUFTensor(reader, entry)
-            if config is None:
-                checkpoint.config = read_config(keys, _embedding_rows(tensors, file), _config_dtype(tensors))
-            checkpoint.files = tuple(header.path for header in headers)
-            weighted = any(key.startswith("quantize.imatrix.") for key in kv)
-            checkpoint.metadata = {self.name: Source(kv, tensors), "importance_matrix": weighted}
-            checkpoint.assets = tokenizer_assets(keys)
-            checkpoint.tensors = to_canonical(TABLE, tensors, checkpoint.config)
+            config = config or read_config(keys, _embedding_rows(tensors, file), _config_dtype(tensors))
+            is_weighted = any(key.startswith("quantize.imatrix.") for key in kv)
+            checkpoint = Checkpoint(
+                path,
+                self.facts,
+                config,
+                to_canonical(TABLE, tensors, config),
+                tokenizer_assets(keys),
+                metadata={self.name: Source(kv, tensors), "importance_matrix": is_weighted},
+                files=tuple(header.path for header in headers),
+                closers=closers,
+            )
             checkpoint.check()
-        except BaseException:
-            checkpoint.close()
-            raise
         return checkpoint
 
     def lacks_config(self, path: Path) -> bool:
