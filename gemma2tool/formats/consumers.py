@@ -34,7 +34,8 @@ _EQUIVALENT: Mapping[str, tuple[object, ...]] = {
 @dataclass(frozen=True)
 class Consumer:
     """A program: its ``name``, the config fields that are ``constants`` in its code, and whether every even layer
-    slides and no odd one, whatever the config says (``alternates_layers``)."""
+    slides and no odd one, whatever the config says (``alternates_layers``).
+    """
 
     name: str
     constants: Mapping[str, object] = field(default_factory=lambda: CONSTANTS)

@@ -1,5 +1,6 @@
 """The ``config`` blob of a gemma.cpp file. Fields in gemma.cpp's order (``gemma/configs.h``), which is the order on
-disk."""
+disk.
+"""
 
 from __future__ import annotations
 
@@ -72,7 +73,8 @@ INSTRUCTED, PRETRAINED = 0, 1
 END_OF_TURN = 107
 SCALED = ("att_ein", "qkv_ein", "gating_ein", "linear_w")
 """The tensors that have a scale in files from before 2025, in the order in which gemma.cpp reads the scales of a
-layer."""
+layer.
+"""
 
 
 def read(data: bytes, path: Path, base: Gemma2Config | None) -> Gemma2Config:
@@ -122,7 +124,8 @@ def read(data: bytes, path: Path, base: Gemma2Config | None) -> Gemma2Config:
 
 def deduced(layers: int, path: Path) -> Gemma2Config:
     """The config of a file from before 2025, which holds none: gemma.cpp identifies the model by its number of
-    layers."""
+    layers.
+    """
     for config in SIZES.values():
         if config.num_hidden_layers == layers:
             return replace(

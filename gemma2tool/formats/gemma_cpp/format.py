@@ -111,7 +111,8 @@ class GemmaCpp(Format):
 
     def layout(self, checkpoint: Checkpoint, options: WriteOptions) -> Output:
         """``options.type``: sfp or None. For SFP, every matrix is read once here: one with magnitudes above 1.875 has
-        a scale."""
+        a scale.
+        """
         config = checkpoint.config
         if options.type not in (None, *TYPES):
             raise UsageError("format.type", f"the gemma-cpp format cannot hold {options.type}", hint="choose sfp")

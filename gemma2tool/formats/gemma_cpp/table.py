@@ -1,5 +1,6 @@
 """gemma.cpp's tensors: names, order and shapes (``gemma/tensor_info.cc``), and the transforms from the canonical
-ones."""
+ones.
+"""
 
 from __future__ import annotations
 

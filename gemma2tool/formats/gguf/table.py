@@ -1,5 +1,6 @@
 """GGUF's tensor table: names on disk, and the one step between them and the canonical ones (a norm is stored as w +
-1, in float32)."""
+1, in float32).
+"""
 
 from __future__ import annotations
 

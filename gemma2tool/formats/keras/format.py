@@ -148,7 +148,8 @@ def _shards(
     plans: Sequence[TensorPlan], config: Gemma2Config, max_shard_size: int
 ) -> tuple[list[OutputFile], list[OutputTensor], bytes | None]:
     """The files as keras-hub's saver divides them: in order, a new one where the limit would be exceeded. With several,
-    their index."""
+    their index.
+    """
     shards = _divided(plans, max_shard_size)
     files: list[OutputFile] = []
     tensors: list[OutputTensor] = []
@@ -190,7 +191,8 @@ def _shape(plan: TensorPlan, config: Gemma2Config) -> tuple[int, ...]:
 
 def _assets(folder: Path) -> Assets:
     """The sentencepiece model, and a generation config, which Keras itself does not write. A preset's tokenizer.json is
-    Keras's own."""
+    Keras's own.
+    """
     readers = {}
     holder = folder
     for part in VOCABULARY[:-1]:

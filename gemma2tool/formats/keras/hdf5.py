@@ -47,7 +47,8 @@ def layout(
     arrays: Mapping[str, tuple[DType, tuple[int, ...]]],
 ) -> tuple[list[tuple[int, bytes]], dict[str, int], int]:
     """The file of contiguous ``arrays`` (dtype, shape): the bytes around the values, the offset of each array, the
-    size."""
+    size.
+    """
     h5py = require("h5py", "keras", "writing Keras presets")
     sparse = _SparseFile()
     offsets: dict[str, int] = {}

@@ -45,7 +45,8 @@ def as_dtype(source: LazyTensor, dtype: DType) -> LazyTensor:
 
 def auto_dtype(tensors: Mapping[str, LazyTensor]) -> DType:
     """llama.cpp's ``auto``: the type of the first matrix, in order of names, that is stored in 16 bits; else
-    float16."""
+    float16.
+    """
     for name in sorted(tensors):
         if len(tensors[name].shape) >= 2 and tensors[name].stored_dtype in (FLOAT16, BFLOAT16):
             return tensors[name].stored_dtype

@@ -25,7 +25,8 @@ _COMPARE_BYTES = 4 << 20
 @dataclass(frozen=True)
 class TensorPlan:
     """A disk tensor to write: its name, the canonical tensors that it carries, its rows in disk order, and how they are
-    stored."""
+    stored.
+    """
 
     disk: str
     canonical: tuple[str, ...]
@@ -37,7 +38,8 @@ def plan_floats(
     table: Sequence[TableRow], checkpoint: Checkpoint, options: WriteOptions, format_name: str
 ) -> list[TensorPlan]:
     """The disk tensors of ``table`` for a checkpoint. Refuses quantization, and tensors that the table has no place
-    for."""
+    for.
+    """
     refuse_type(options, format_name)
     config, tensors = checkpoint.config, dict(checkpoint.tensors)
     table_entries = entries(table, config)
@@ -77,7 +79,8 @@ def refuse_type(options: WriteOptions, format_name: str) -> None:
 
 def refuse_without_place(names: Iterable[str], known: Container[str], format_name: str) -> None:
     """Raises ``InputRefused`` if the checkpoint has a tensor (a classifier's head, an attention bias) that the format
-    lacks."""
+    lacks.
+    """
     for name in names:
         if name not in known:
             raise InputRefused(

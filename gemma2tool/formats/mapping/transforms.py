@@ -67,7 +67,8 @@ class TableRow:
 
 def entries(table: Sequence[TableRow], config: Gemma2Config) -> list[TableRow]:
     """The table with a row for every layer. The rows of the layers come together, where the first of them stands, in
-    the table's order within a layer."""
+    the table's order within a layer.
+    """
     layered = [row for row in table if "{i}" in row.disk]
     expanded: list[TableRow] = []
     for row in table:

@@ -85,7 +85,8 @@ def layout(
 
 def chunk_shape(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
     """The whole array or, if that is larger than a chunk should be, equal parts along the first axes. A part has the
-    array's C order."""
+    array's C order.
+    """
     chunks = list(shape)
     for axis, dim in enumerate(shape):
         rest = prod(chunks[axis + 1 :]) * itemsize

@@ -148,7 +148,8 @@ def read_value(value: StoredValue) -> bytes:
 
 def _file_sizes(folder: Path) -> dict[str, int]:
     """Sizes of all files below ``folder`` by name, with forward slashes. Links are refused: they could lead
-    anywhere."""
+    anywhere.
+    """
     sizes: dict[str, int] = {}
     for place, folders, names in os.walk(folder, followlinks=False):
         for name in (*folders, *names):
@@ -284,7 +285,8 @@ class ZarrMatrix(BlockwiseTensor):
 
     def _runs(self, place: Sequence[int]) -> tuple[NDArray[np.int64], NDArray[np.int64], int]:
         """The runs of values that lie side by side both in the chunk at ``place`` and in the matrix, in the chunk's
-        order: where each begins in the matrix, where in the chunk, and how many values every run has."""
+        order: where each begins in the matrix, where in the chunk, and how many values every run has.
+        """
         shape, chunks, fixed = self.array.shape, self.array.metadata.chunks, self.fixed
         inner = len(shape)
         while inner and chunks[inner - 1] == (1 if inner - 1 in fixed else shape[inner - 1]):

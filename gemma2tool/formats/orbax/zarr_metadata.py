@@ -32,7 +32,8 @@ _ZARR3_DTYPES = {"float32": "<f4", "float16": "<f2", "float64": "<f8", "bfloat16
 class ArrayMetadata:
     """``shape`` and ``chunks`` have one length. ``is_compressed``: whether each chunk is a zstandard frame.
     ``is_sharded``: whether it is the inner chunk of a shard. ``missing_is_zero``: whether a chunk that is not stored
-    stands for zeros."""
+    stands for zeros.
+    """
 
     shape: tuple[int, ...]
     chunks: tuple[int, ...]
@@ -63,7 +64,8 @@ def parse_zarr2(content: object, origin: str) -> ArrayMetadata:
 
 def parse_zarr3(content: object, origin: str, *, stores_zeros: bool) -> ArrayMetadata:
     """The metadata in a ``zarr.json``. ``stores_zeros``: whether chunks of zeros are stored too, so that none may be
-    missing. Raises ``InputRefused`` for anything that Orbax does not write."""
+    missing. Raises ``InputRefused`` for anything that Orbax does not write.
+    """
     if not isinstance(content, dict) or content.get("zarr_format") != 3 or content.get("node_type") != "array":
         raise refused("metadata", f"{origin} is not a zarr array")
     grid, grid_options = _named(content.get("chunk_grid"), origin)

@@ -1,5 +1,6 @@
 """Folders with one torch file of a flat state dict beside a Hugging Face config.json: the form of torchtune and
-litgpt."""
+litgpt.
+"""
 
 from __future__ import annotations
 

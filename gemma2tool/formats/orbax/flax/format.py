@@ -184,7 +184,8 @@ def _parameters(arrays: Mapping[str, StoredArray]) -> dict[str, _StoredParameter
 
 def _is_gating_transposed(parameters: Mapping[str, _StoredParameter], config: Gemma2Config) -> bool:
     """Whether gating_einsum is (2, F, D). If F equals D, the shape does not show it, and the larger models' order is
-    assumed."""
+    assumed.
+    """
     gating = parameters.get("layer_0/mlp/gating_einsum")
     return gating is None or gating.shape[1:] == (config.intermediate_size, config.hidden_size)
 
@@ -245,7 +246,8 @@ def _beside(path: Path, folder: Path, name: str) -> Path | None:
 
 def _assets(path: Path, folder: Path) -> Assets:
     """The files beside the checkpoint; for a checkpoint that was given itself, the tokenizer of the folder around
-    it."""
+    it.
+    """
     if path != folder:
         return assets.folder_assets(path)
     tokenizer = _beside(path, folder, TOKENIZER)

@@ -199,7 +199,8 @@ class MaxText(Format):
 
 def _rounding_warning(config: Gemma2Config, dtypes: Mapping[str, DType]) -> str:
     """Which tensors do not come back bit for bit, and why. A power of two loses nothing, except in float16, where
-    small values become subnormal."""
+    small values become subnormal.
+    """
     scaled = {
         f"the embedding (times sqrt(D), {config.embed_scale:g})": config.embed_scale,
         f"all q_proj (times the query scale, {config.query_scale:g})": config.query_scale,

@@ -211,7 +211,8 @@ def _weights_layout(
 
 def _dequantized(disk: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
     """Weights with their scalers applied. A scaler beside a float weight is unused (early releases have some) and
-    dropped."""
+    dropped.
+    """
     weights: dict[str, LazyTensor] = {}
     for name, tensor in disk.items():
         if name == BUFFER or name.endswith(".weight_scaler"):
@@ -259,7 +260,8 @@ def _canonical_shapes(disk: Mapping[str, LazyTensor]) -> dict[str, tuple[int, ..
 
 def _freqs_cis(config: Gemma2Config) -> Array:
     """The rotary buffer of gemma_pytorch's model class, complex64 (2 * max positions, head_dim / 2), computed by
-    torch."""
+    torch.
+    """
     import torch
 
     dim = config.head_dim
