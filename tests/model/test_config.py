@@ -276,6 +276,7 @@ def test_other_widths_need_a_config():
         infer_from_shapes({})
 
 
+@pytest.mark.oracle
 def test_configs_of_peers_round_trip(oracles):
     seen = 0
     for path in sorted(oracles.glob("**/config.json")):
@@ -312,6 +313,7 @@ sizes = st.fixed_dictionaries(
 )
 
 
+@pytest.mark.peer
 @pytest.mark.slow
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(fields=sizes, extra=st.dictionaries(st.text(min_size=1).map("x_".__add__), st.integers(), max_size=3))

@@ -19,6 +19,8 @@ from gemma2tool.quantizers import bnb, kernels
 from gemma2tool.quantizers.bnb_tables import ASCENDING, CODES, MIDPOINTS, dynamic_map
 from tests.support.kernel_data import ROWS, rows
 
+pytestmark = pytest.mark.peer
+
 BF16 = np.dtype(ml_dtypes.bfloat16)
 DTYPES = [np.dtype(np.float32), np.dtype(np.float16), BF16]
 FOUR_BIT = ["nf4", "fp4"]

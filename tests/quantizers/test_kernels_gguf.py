@@ -49,12 +49,14 @@ def assert_same_blocks(type: str, case: str, got: np.ndarray, expected: np.ndarr
     )
 
 
+@pytest.mark.peer
 @needs_peer
 @pytest.mark.parametrize("type", BLOCK_TYPES)
 def test_sizes_are_ggmls(type):
     assert (GGUF_TYPES[type].block_elements, GGUF_TYPES[type].block_bytes) == llama_peer.sizes(type)
 
 
+@pytest.mark.peer
 @pytest.mark.slow
 @needs_peer
 @pytest.mark.parametrize("type", [type for type in BLOCK_TYPES if type not in SLOW_PEERS])
@@ -82,6 +84,7 @@ def test_a_better_split_may_score_lower(instruction_set):
     assert_same_blocks("IQ1_M", "recorded", quantize("IQ1_M", block["x"], block["importance"]), block["codes"])
 
 
+@pytest.mark.peer
 @pytest.mark.slow
 @needs_peer
 @pytest.mark.parametrize("type", [*(type for type in BLOCK_TYPES if type not in SLOW_PEERS), "F16", "BF16"])

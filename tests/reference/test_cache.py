@@ -48,6 +48,7 @@ def stepwise(model, ids, mask, pieces):
     return torch.cat(logits, dim=1), cache
 
 
+@pytest.mark.peer
 @pytest.mark.slow
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(
@@ -177,6 +178,7 @@ def test_cache_faults_are_detected(name, monkeypatch):
 # -- generation -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.peer
 @pytest.mark.slow
 @pytest.mark.parametrize("side", ["none", "left"])
 def test_greedy_generation_is_that_of_transformers(side):
@@ -217,6 +219,7 @@ def test_a_streamed_model_generates_the_same():
     assert len(actual) == 12 and torch.equal(torch.stack(actual), torch.stack(expected))
 
 
+@pytest.mark.peer
 def test_sampling_restricts_as_transformers_does():
     from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 

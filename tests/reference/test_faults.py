@@ -276,12 +276,14 @@ def compare(config, state, ids, expected):
     assert_agree(actual.logits, expected.logits, "logits")
 
 
+@pytest.mark.peer
 def test_without_a_fault_it_agrees(peers):
     ids, state, expected = peers
     compare(CONFIG, state, ids, expected)
     assert expected.logits.abs().max() > 15, "the logits must reach where the final soft cap bends"
 
 
+@pytest.mark.peer
 @pytest.mark.parametrize("name", FAULTS)
 def test_fault_breaks_agreement_with_transformers(name, peers, monkeypatch):
     ids, state, expected = peers
@@ -290,6 +292,7 @@ def test_fault_breaks_agreement_with_transformers(name, peers, monkeypatch):
         compare(config, faulty, ids, expected)
 
 
+@pytest.mark.oracle
 @pytest.mark.parametrize("name", FAULTS)
 def test_fault_breaks_agreement_with_gemma_pytorch(name, oracles, monkeypatch):
     """By logits alone, because a stored oracle has nothing else."""

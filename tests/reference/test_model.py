@@ -46,6 +46,7 @@ SMALL = Gemma2Config(
 )
 
 
+@pytest.mark.peer
 @pytest.mark.slow
 @settings(max_examples=120, deadline=None, derandomize=True)
 @given(
@@ -93,6 +94,7 @@ def test_every_output_agrees(config, kind, batch, length, side, embeds, shifted,
         assert_agree(actual.logits, expected.logits, "logits")
 
 
+@pytest.mark.peer
 @pytest.mark.slow
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(
@@ -133,6 +135,7 @@ def test_losses_agree(config, kind, problem, floats, side, seed):
     assert_agree(actual.loss, expected.loss, "loss")
 
 
+@pytest.mark.peer
 @pytest.mark.parametrize("side", ["none", "left", "right"])
 def test_sequence_class_is_that_of_the_last_real_token(side):
     """Padding tokens are found by id, without a mask, as in transformers."""
@@ -145,6 +148,7 @@ def test_sequence_class_is_that_of_the_last_real_token(side):
     assert reference_model(SMALL, kind, state)(ids).logits.shape == (3, 2)
 
 
+@pytest.mark.oracle
 @pytest.mark.parametrize("flavour", ["hd", "27b"])
 def test_logits_of_gemma_pytorch(oracles, flavour):
     """Logits of Google's gemma_pytorch with the same weights."""
@@ -160,6 +164,7 @@ def test_logits_of_gemma_pytorch(oracles, flavour):
         assert_agree(model(ids).logits, expected)
 
 
+@pytest.mark.oracle
 def test_flax_gave_the_same_logits(oracles):
     safetensors = pytest.importorskip("safetensors.torch")
     folder = oracles / "checkpoints"
@@ -178,6 +183,7 @@ def test_flax_gave_the_same_logits(oracles):
     assert seen
 
 
+@pytest.mark.peer
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_rounds_where_transformers_does(dtype, monkeypatch):
@@ -247,6 +253,7 @@ SCALINGS = [
 ]  # fmt: skip
 
 
+@pytest.mark.peer
 @pytest.mark.slow
 @pytest.mark.parametrize("scaling", SCALINGS, ids=lambda scaling: scaling["rope_type"])
 @pytest.mark.parametrize("length", [12, 40])
@@ -262,6 +269,7 @@ def test_rotary_scalings_agree(scaling, length):
         assert (actual - plain).abs().max() > 1e-2
 
 
+@pytest.mark.peer
 def test_bidirectional_attention_agrees_with_prepared_masks():
     """transformers' eager attention takes prepared masks; with these it attends both ways within the window."""
     config = dataclasses.replace(SMALL, use_bidirectional_attention=True)

@@ -37,6 +37,7 @@ from tests.support.reference_peers import (
 CAUSAL = "Gemma2ForCausalLM"
 
 
+@pytest.mark.peer
 @pytest.mark.slow
 @settings(max_examples=30, deadline=None, derandomize=True)
 @given(
@@ -128,6 +129,7 @@ def test_logits_by_vocabulary_and_by_position(monkeypatch):
     assert_agree(torch.from_numpy(np.concatenate([part for *_, part in chunks], axis=1)), torch.from_numpy(whole))
 
 
+@pytest.mark.peer
 def test_untied_head_and_biases_stream():
     config = dataclasses.replace(SMALL, tie_word_embeddings=False, attention_bias=True)
     state, ids = random_state(config, CAUSAL), prompts((2, 9), SMALL.vocab_size, 2)
