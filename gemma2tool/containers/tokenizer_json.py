@@ -1,6 +1,7 @@
 """The contents of ``tokenizer.json`` in one normal form, whatever spelling a file uses.
 
-The meaning of the fields is that of the ``tokenizers`` library (its ``Tokenizer``, ``AddedVocabulary`` and ``models::bpe``).
+The meaning of the fields is that of the ``tokenizers`` library (its ``Tokenizer``, ``AddedVocabulary`` and
+``models::bpe``).
 """
 
 from __future__ import annotations
@@ -94,7 +95,8 @@ def found_whole(contents: Mapping[str, bool]) -> tuple[set[str], set[str]]:
     """Texts of added tokens that are cut out of a text before anything is merged, wherever they stand in it, so that no
     merge makes them. ``contents``: their texts, and whether each is single_word.
 
-    The second set holds the texts of spaces alone, which are not cut out: the normalizer makes their U+2581 after the cut.
+    The second set holds the texts of spaces alone, which are not cut out: the normalizer makes their U+2581 after the
+    cut.
     """
     texts = {text for text, single_word in contents.items() if not single_word}
     spaces = {text for text in texts if text and not text.strip(SPACE)}

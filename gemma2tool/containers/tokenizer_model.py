@@ -1,7 +1,7 @@
 """SentencePiece's model file (``tokenizer.model``): a protocol-buffer message, parsed within limits and written.
 
-Parsed without the sentencepiece library, which hides which pieces are USER_DEFINED and whose message classes need another
-package. Field numbers are from sentencepiece_model.proto. Call ``check`` before passing a file to the library.
+Parsed without the sentencepiece library, which hides which pieces are USER_DEFINED and whose message classes need
+another package. Field numbers are from sentencepiece_model.proto. Call ``check`` before passing a file to the library.
 """
 
 from __future__ import annotations
@@ -39,7 +39,9 @@ _NAME, _CHARSMAP, _DUMMY_PREFIX, _REMOVE_SPACES, _ESCAPE_SPACES = 1, 2, 3, 4, 5
 
 
 class Piece(NamedTuple):
-    """One entry of the vocabulary; its id is its position. ``score`` is a float32 whose sign bit counts even at zero."""
+    """One entry of the vocabulary; its id is its position. ``score`` is a float32 whose sign bit
+    counts even at zero.
+    """
 
     text: str
     score: float = 0.0
@@ -76,7 +78,8 @@ class SentencePieceModel:
         )
 
 
-# -- reading ---------------------------------------------------------------------------------------------------------------
+# -- reading
+# ---------------------------------------------------------------------------------------------------------------
 
 
 def check(data: bytes, where: str = "tokenizer.model") -> None:
@@ -127,7 +130,8 @@ def _piece(data: bytes) -> Piece:
 def messages(data: bytes) -> Iterator[tuple[int, bytes]]:
     """(field number, message) of the file's parts.
 
-    Raises ValueError for data that is not a protocol-buffer message, and for more or larger parts than the limits allow.
+    Raises ValueError for data that is not a protocol-buffer message, and for more or larger parts than the limits
+    allow.
     """
     if len(data) > MAX_BYTES:
         raise ValueError(f"{len(data)} bytes; at most {MAX_BYTES} are accepted")
@@ -151,7 +155,9 @@ def damaged(where: str, what: str) -> InputRefused:
 
 
 def fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
-    """(field number, value) of a message: an int for varints, bytes for the other kinds. Raises ValueError for others."""
+    """(field number, value) of a message: an int for varints, bytes for the other kinds. Raises
+    ValueError for others.
+    """
     at, end = 0, len(data)
     while at < end:
         tag, at = _varint(data, at)
@@ -185,7 +191,8 @@ def _varint(data: bytes, at: int) -> tuple[int, int]:
         shift += 7
 
 
-# -- writing ---------------------------------------------------------------------------------------------------------------
+# -- writing
+# ---------------------------------------------------------------------------------------------------------------
 
 
 def encode(

@@ -22,10 +22,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 
@@ -94,7 +95,7 @@ def chunk_digests(rows: Array) -> bytes:
 
 def _chunk_digest(values: Array) -> bytes:
     narrow = np.ascontiguousarray(_narrowest(values.reshape(-1)))
-    digest = hashlib.sha256(narrow.view(np.uint8))
+    digest = hashlib.sha256(narrow.view(np.uint8).data)
     digest.update(bytes([narrow.itemsize]))
     return digest.digest()
 
@@ -188,7 +189,7 @@ def hash_tensors(
     parts: dict[str, list[bytes]] = {name: [] for name in tensors}
     with (
         ThreadPoolExecutor(threads, thread_name_prefix="hash") as pool,
-        closing(pool.map(one, (task[1:] for task in tasks))) as results,
+        closing(cast("Generator[bytes]", pool.map(one, (task[1:] for task in tasks)))) as results,  # it is one
     ):
         for (name, tensor, first, last), digest in zip(tasks, results, strict=True):
             parts[name].append(digest)

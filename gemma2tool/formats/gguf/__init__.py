@@ -29,7 +29,8 @@ FACTS = FormatFacts(
     more_dtypes=("q8_0", "tq1_0", "tq2_0"),
     holds_tokenizer=True,
     cannot_represent={
-        "query_pre_attn_scalar": "GGUF cannot represent it; llama.cpp uses head_dim, or hidden_size / heads for 46 layers",
+        "query_pre_attn_scalar": "GGUF cannot represent it; llama.cpp uses head_dim, or for 46 layers"
+        " hidden_size / heads",
         "rope_scaling": "a GGUF of Gemma 2 can represent linear scaling only",
         "layer_types": "llama.cpp uses the sliding window in every even layer",
         "attn_logit_softcapping": "llama.cpp uses 50 if the key is missing",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import TypeVar
 
 from gemma2tool.containers.gguf import GGUFValue
 from gemma2tool.errors import InputRefused
@@ -22,10 +23,12 @@ ATTENTION_SOFTCAP = 50.0
 FINAL_SOFTCAP = 30.0
 MAX_LAYERS = 4096
 
+Number = TypeVar("Number", int, float)
+
 
 def shape_keys(config: Gemma2Config) -> list[KeyValue]:
-    """The keys before ``general.file_type`` in the converter's order, and the one it has not: a rotary base other than
-    10000.
+    """The keys before ``general.file_type`` in the converter's order, and one that the converter lacks: a rotary base
+    other than 10000.
 
     llama.cpp reads ``rope.freq_base`` of every architecture, Gemma 2's too (measured: logits with base 160000 within
     4e-3 of our forward pass, with the key left out 4.6 off).
@@ -47,7 +50,7 @@ def shape_keys(config: Gemma2Config) -> list[KeyValue]:
 
 
 def cap_keys(config: Gemma2Config) -> list[KeyValue]:
-    """The keys behind ``general.file_type``. A cap that the config has not is left out; llama.cpp then applies its
+    """The keys behind ``general.file_type``. A cap that the config lacks is left out; llama.cpp then applies its
     default.
     """
     keys = []
@@ -60,7 +63,7 @@ def cap_keys(config: Gemma2Config) -> list[KeyValue]:
     return keys
 
 
-def _key(name: str, make: Callable[[float], GGUFValue], value: float) -> KeyValue:
+def _key(name: str, make: Callable[[Number], GGUFValue], value: Number) -> KeyValue:
     try:
         return f"{ARCHITECTURE}.{name}", make(value)
     except OverflowError:
@@ -154,24 +157,25 @@ def unusual(config: Gemma2Config) -> list[str]:
     if config.rope_theta == ROPE_THETA:
         return []
     base = (
-        f"rope_theta is {config.rope_theta:g}: stored as gemma2.rope.freq_base, which llama.cpp heeds; a reader that does not would"
-        " compute with 10000, and llama.cpp's own converter leaves it out"
+        f"rope_theta is {config.rope_theta:g}: stored as gemma2.rope.freq_base, which llama.cpp uses; a reader that"
+        " ignores the key computes with 10000, and llama.cpp's own converter does not write it"
     )
     return [base]
 
 
-def cannot_say(config: Gemma2Config, tensors: Iterable[str]) -> list[str]:
-    """What the config or the tensors say that a GGUF cannot, each with what llama.cpp would compute instead."""
+def unrepresentable(config: Gemma2Config, tensors: Iterable[str]) -> list[str]:
+    """What GGUF cannot represent of the config or the tensors, each with what llama.cpp would compute instead."""
     found = []
     scalar = _query_scalar(config.num_hidden_layers, config.hidden_size, config.num_attention_heads, config.head_dim)
     if config.query_pre_attn_scalar != scalar:
         found.append(f"query_pre_attn_scalar is {config.query_pre_attn_scalar}; llama.cpp would use {scalar}")
-    if (config.rope_scaling or {}).get("rope_type", "default") != "default":
-        found.append(f"rope scaling is {config.rope_scaling['rope_type']!r}; llama.cpp would not scale")
+    scaling = (config.rope_scaling or {}).get("rope_type", "default")
+    if scaling != "default":
+        found.append(f"rope scaling is {scaling!r}; llama.cpp would not scale")
     pattern = tuple(FULL if layer % 2 else SLIDING for layer in range(config.num_hidden_layers))
     if config.layer_types != pattern:
         found.append(
-            "layer_types is another pattern than alternate; llama.cpp would let every even layer slide, odd layers not"
+            "layer_types do not alternate; llama.cpp would use the sliding window in every even layer and in no odd one"
         )
     for name, default in (("attn_logit_softcapping", ATTENTION_SOFTCAP), ("final_logit_softcapping", FINAL_SOFTCAP)):
         if getattr(config, name) is None:

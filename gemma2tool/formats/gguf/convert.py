@@ -11,12 +11,12 @@ from gemma2tool.errors import UsageError
 from gemma2tool.formats.gguf.config import ARCHITECTURE, cap_keys, shape_keys
 from gemma2tool.formats.gguf.key_values import KeyValue, string, u32
 from gemma2tool.formats.gguf.metadata import metadata_keys
-from gemma2tool.formats.gguf.output import QUANTIZATION_VERSION, Planned
+from gemma2tool.formats.gguf.output import QUANTIZATION_VERSION, GGUFTensorPlan
 from gemma2tool.formats.gguf.table import TABLE
 from gemma2tool.formats.gguf.tensors import FLOATS
 from gemma2tool.formats.gguf.tokenizer_keys import TokenizerKeys, tokenizer_keys
 from gemma2tool.formats.mapping.float_dtypes import auto_dtype
-from gemma2tool.formats.mapping.transforms import to_disk
+from gemma2tool.formats.mapping.transforms import Entry, to_disk
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.lazy import BFLOAT16, DTYPE_NAMES, FLOAT16, FLOAT32, LazyTensor, MappedRows
 from gemma2tool.model.tokenizer import Tokenizer
@@ -66,7 +66,7 @@ def disk_tensors(checkpoint: Checkpoint) -> list[tuple[str, tuple[str, ...], Laz
     """
     found = to_disk(TABLE, checkpoint.tensors, checkpoint.config)
 
-    def order(item: tuple) -> tuple[str, bytes]:
+    def order(item: tuple[Entry, LazyTensor]) -> tuple[str, bytes]:
         name = item[0].canonical[0]
         shard = checkpoint.tensors[name].origin.split(":", 1)[0] if checkpoint.format in ("hf", "hf-bin") else ""
         return shard, name.encode()
@@ -94,17 +94,18 @@ def converter_types(
         types[name] = type
     if undivided:
         warnings.append(
-            f"{len(undivided)} tensors have rows that do not divide into {outtype}'s blocks and stay f16: {listed(undivided)}"
+            f"{len(undivided)} tensors have rows that do not divide into {outtype}'s blocks and stay f16:"
+            f" {listed(undivided)}"
         )
     return types
 
 
 def planned_as(
     name: str, canonical: tuple[str, ...], tensor: LazyTensor, type: str, importance: np.ndarray | None
-) -> Planned:
+) -> GGUFTensorPlan:
     """The tensor with the encoder for its GGUF type."""
     encoder = Float(FLOATS[type]) if type in FLOATS else Blocks(type, importance)
-    return Planned(name, canonical, tensor.shape, tensor, encoder)
+    return GGUFTensorPlan(name, canonical, tensor.shape, tensor, encoder)
 
 
 def converter_keys(checkpoint: Checkpoint, file_type: int, warnings: list[str]) -> list[KeyValue]:

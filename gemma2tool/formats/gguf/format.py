@@ -17,7 +17,7 @@ from gemma2tool.containers.gguf import GGUFHeader, GGUFValue
 from gemma2tool.errors import InputRefused, UsageError
 from gemma2tool.formats.base import Format, Output, WriteOptions, opening
 from gemma2tool.formats.gguf import FACTS
-from gemma2tool.formats.gguf.config import ARCHITECTURE, cannot_say, read_config, unusual
+from gemma2tool.formats.gguf.config import ARCHITECTURE, read_config, unrepresentable, unusual
 from gemma2tool.formats.gguf.convert import (
     FILE_TYPES,
     common_type,
@@ -28,7 +28,7 @@ from gemma2tool.formats.gguf.convert import (
     planned_as,
 )
 from gemma2tool.formats.gguf.key_values import KeyValue, Reading
-from gemma2tool.formats.gguf.output import Planned, place, quantized_keys, quantized_order
+from gemma2tool.formats.gguf.output import GGUFTensorPlan, place, quantized_keys, quantized_order
 from gemma2tool.formats.gguf.quantize import Named, Request, quantized
 from gemma2tool.formats.gguf.read_tokenizer import tokenizer_assets
 from gemma2tool.formats.gguf.table import TABLE
@@ -129,8 +129,8 @@ class GGUF(Format):
         request = Request.of(options)
         warnings: list[str] = []
         source = checkpoint.metadata.get(self.name)
-        if source is None:
-            _refuse_unsayable(checkpoint, options.allow_mismatch, warnings)
+        if not isinstance(source, Source):
+            _refuse_unrepresentable(checkpoint, options.allow_mismatch, warnings)
             planned, kv = self._from_canonical(checkpoint, options, request, warnings)
             lost = convention_losses(TABLE, checkpoint.tensors, checkpoint.config)
         else:
@@ -141,7 +141,7 @@ class GGUF(Format):
 
     def _from_canonical(
         self, checkpoint: Checkpoint, options: WriteOptions, request: Request, warnings: list[str]
-    ) -> tuple[list[Planned], list[KeyValue]]:
+    ) -> tuple[list[GGUFTensorPlan], list[KeyValue]]:
         tensors = disk_tensors(checkpoint)
         if options.type is None:
             outtype = out_type(checkpoint, options.dtype)
@@ -158,7 +158,7 @@ class GGUF(Format):
 
     def _from_gguf(
         self, checkpoint: Checkpoint, source: Source, options: WriteOptions, request: Request, warnings: list[str]
-    ) -> tuple[list[Planned], list[KeyValue]]:
+    ) -> tuple[list[GGUFTensorPlan], list[KeyValue]]:
         carried = {entry.disk: entry.canonical for entry in entries(TABLE, checkpoint.config)}
         tensors: list[Named] = [(name, carried[name], tensor) for name, tensor in source.tensors.items()]
         type = options.type
@@ -238,15 +238,15 @@ def _config_dtype(tensors: Mapping[str, GGUFTensor]) -> str:
     return CONFIG_DTYPES[max(sizes, key=sizes.__getitem__)] if sizes else "float32"
 
 
-def _refuse_unsayable(checkpoint: Checkpoint, allow: bool, warnings: list[str]) -> None:
-    found = cannot_say(checkpoint.config, checkpoint.tensors)
+def _refuse_unrepresentable(checkpoint: Checkpoint, allow: bool, warnings: list[str]) -> None:
+    found = unrepresentable(checkpoint.config, checkpoint.tensors)
     if found and not allow:
         raise InputRefused(
             "gguf.cannot-say",
-            f"{checkpoint.path.name}: a GGUF cannot say this: {'; '.join(found)}",
-            hint="write a Hugging Face folder instead, or pass --allow-mismatch to get a GGUF that computes something else",
+            f"{checkpoint.path.name}: GGUF cannot represent this: {'; '.join(found)}",
+            hint="write a Hugging Face folder, or accept a GGUF that computes something else with --allow-mismatch",
         )
-    warnings += [f"a GGUF cannot say this, the file will compute something else: {each}" for each in found]
+    warnings += [f"GGUF cannot represent this, the file will compute something else: {problem}" for problem in found]
     warnings += unusual(checkpoint.config)
 
 
@@ -265,7 +265,7 @@ def _refuse_without_type(options: WriteOptions, request: Request) -> None:
 def _intermediate(checkpoint: Checkpoint, options: WriteOptions) -> str:
     """The float type of the file between converter and llama-quantize; without ``dtype`` one that loses nothing. A copy
     is no quantization: it keeps what the source's own type is."""
-    if options.dtype is None and options.type.lower() != COPY:
+    if options.dtype is None and options.type is not None and options.type.lower() != COPY:
         return common_type(tensor.dtype for tensor in checkpoint.tensors.values() if len(tensor.shape) >= 2)
     middle = out_type(checkpoint, options.dtype)
     if middle.upper() not in FLOATS:

@@ -77,8 +77,8 @@ class ImportanceMatrix:
                 first = int(np.flatnonzero(empty)[0]) * group
                 raise InputRefused(
                     "imatrix.zero",
-                    f"{self.path.name}: {quoted(name)} has only zeros for columns {first} to {first + group - 1}: {type} would make"
-                    " all their weights zero",
+                    f"{self.path.name}: {quoted(name)} has only zeros for columns {first} to {first + group - 1}:"
+                    f" {type} would make all their weights zero",
                     hint="make the importance matrix from more text, or leave the tensor out with --exclude-weights",
                 )
         return weights
@@ -159,9 +159,9 @@ def _read_dat(path: Path) -> ImportanceMatrix:
         return bytes(data[at - count : at])
 
     def number(check: Callable[[int], bool]) -> int:
-        (value,) = struct.unpack("<i", take(4))
+        value: int = struct.unpack("<i", take(4))[0]
         if not check(value):
-            raise _damaged(path, f"the number {value} at byte {at - 4} makes no sense")
+            raise _damaged(path, f"the number {value} at byte {at - 4} is out of range")
         return value
 
     weights: dict[str, np.ndarray] = {}

@@ -107,7 +107,8 @@ class Reading:
 
     def texts(self, key: str, default: Any = _REQUIRED) -> Sequence[str]:
         value = self._get(key, default, "a list of texts", lambda v: v.element_type == gguf.STRING)
-        return value.value if isinstance(value, GGUFValue) else value
+        texts: Sequence[str] = value.value if isinstance(value, GGUFValue) else value
+        return texts
 
     def numbers(self, key: str, default: Any = _REQUIRED) -> Any:
         kinds = (*_INTEGERS, *_FLOATS)

@@ -61,7 +61,7 @@ def _sampling_keys(checkpoint: Checkpoint, warnings: list[str]) -> list[KeyValue
         try:
             if isinstance(value, str) != (make is string) or isinstance(value, (bool, list, dict)):
                 raise ValueError
-            keys.append((f"general.sampling.{key}", make(int(value) if make is i32 else value)))
+            keys.append((f"general.sampling.{key}", i32(int(value)) if make is i32 else make(value)))
         except (ValueError, OverflowError):
             warnings.append(f"generation_config.json: {names[0]} is {value!r}: left out")
     return keys

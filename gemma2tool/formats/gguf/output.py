@@ -24,7 +24,7 @@ _LAYER = re.compile(r"blk\.(\d+)\.")
 
 
 @dataclass(frozen=True)
-class Planned:
+class GGUFTensorPlan:
     """A tensor to write: its GGUF name, the canonical ones it carries, its logical shape, what is read and how it is
     stored.
     """
@@ -56,10 +56,10 @@ class Split:
         return bool(self.max_tensors or self.max_bytes)
 
 
-def quantized_order(planned: Sequence[Planned]) -> list[Planned]:
+def quantized_order(planned: Sequence[GGUFTensorPlan]) -> list[GGUFTensorPlan]:
     """llama-quantize's order: tensors outside layers first, then layer by layer, by name within."""
 
-    def key(tensor: Planned) -> tuple[int, bytes]:
+    def key(tensor: GGUFTensorPlan) -> tuple[int, bytes]:
         layer = _LAYER.match(tensor.name)
         return (int(layer[1]) if layer else -1, tensor.name.encode())
 
@@ -110,7 +110,7 @@ def clipped(text: str) -> GGUFValue:
 
 
 def place(
-    planned: Sequence[Planned], kv: Sequence[KeyValue], name: str, split: Split = Split()
+    planned: Sequence[GGUFTensorPlan], kv: Sequence[KeyValue], name: str, split: Split = Split()
 ) -> tuple[list[OutputFile], list[OutputTensor]]:
     """Files and tensors with every byte's place. ``name``: of the file, or of which the shards' names are made.
 
@@ -138,7 +138,9 @@ def place(
     return files, tensors
 
 
-def _fixed(header: bytes, shard: Sequence[Planned], offsets: Mapping[str, int], total: int) -> list[tuple[int, bytes]]:
+def _fixed(
+    header: bytes, shard: Sequence[GGUFTensorPlan], offsets: Mapping[str, int], total: int
+) -> list[tuple[int, bytes]]:
     """The header and the zeros between tensors."""
     fixed = [(0, header)]
     starts = sorted(offsets[each.name] for each in shard)
@@ -149,9 +151,9 @@ def _fixed(header: bytes, shard: Sequence[Planned], offsets: Mapping[str, int], 
     return fixed
 
 
-def _shards(planned: Sequence[Planned], split: Split) -> list[list[Planned]]:
+def _shards(planned: Sequence[GGUFTensorPlan], split: Split) -> list[list[GGUFTensorPlan]]:
     """As gguf-py cuts: a new shard where the next tensor would be one too many, or its bytes too much."""
-    shards: list[list[Planned]] = [[]]
+    shards: list[list[GGUFTensorPlan]] = [[]]
     size = 0
     for each in planned:
         full = split.max_tensors and len(shards[-1]) >= split.max_tensors

@@ -13,7 +13,7 @@ from gemma2tool.errors import InputRefused, UsageError
 from gemma2tool.formats.gguf.convert import listed, planned_as
 from gemma2tool.formats.gguf.imatrix import ImportanceMatrix, read_imatrix
 from gemma2tool.formats.gguf.key_values import KeyValue, u32
-from gemma2tool.formats.gguf.output import Planned, Split, clipped, parse_override
+from gemma2tool.formats.gguf.output import GGUFTensorPlan, Split, clipped, parse_override
 from gemma2tool.formats.gguf.table import kind_and_layer
 from gemma2tool.formats.gguf.tensors import FLOATS, GGUFTensor, StoredBlocks
 from gemma2tool.formats.options import WriteOptions
@@ -76,7 +76,7 @@ class Request:
 
 def quantized(
     tensors: Sequence[Named], type_name: str, config: Gemma2Config, request: Request, warnings: list[str]
-) -> tuple[list[Planned], int | None]:
+) -> tuple[list[GGUFTensorPlan], int | None]:
     """The tensors with the types of the mixture ``type_name``, and its general.file_type (None for a copy: the source's
     stays).
 
@@ -118,7 +118,8 @@ def _mixture_types(
         by_type.setdefault((wanted, choice.types[name]), []).append(name)
     for (wanted, instead), names in by_type.items():
         warnings.append(
-            f"{len(names)} tensors have rows that do not divide into {wanted}'s blocks and become {instead}: {listed(names)}"
+            f"{len(names)} tensors have rows that do not divide into {wanted}'s blocks and become {instead}:"
+            f" {listed(names)}"
         )
     needing = [matrix.name for matrix in matrices if needs_imatrix(ftype, matrix, choice.types[matrix.name])]
     if request.imatrix is None and needing:
@@ -170,15 +171,15 @@ def _planned(
     type: str,
     importance: np.ndarray | None,
     request: Request,
-) -> Planned:
+) -> GGUFTensorPlan:
     if isinstance(tensor, GGUFTensor) and tensor.type not in FLOATS:
         if tensor.type == type:
-            return Planned(name, canonical, tensor.shape, StoredBlocks(tensor), Copied(type, tensor.row_size))
+            return GGUFTensorPlan(name, canonical, tensor.shape, StoredBlocks(tensor), Copied(type, tensor.row_size))
         if not request.allow_requantize and type not in FLOATS:
             raise UsageError(
                 "quantize.requantize",
-                f"{tensor.origin} is {tensor.stored} already; quantizing it again to {type.lower()} loses more than once",
-                hint="start from the original weights, or pass --allow-requantize",
+                f"{tensor.origin} is already {tensor.stored}; quantizing it again to {type.lower()} compounds the loss",
+                hint="quantize the original, or accept the loss with --allow-requantize",
             )
     return planned_as(name, canonical, tensor, type, importance)
 

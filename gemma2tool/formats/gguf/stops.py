@@ -5,9 +5,12 @@ from __future__ import annotations
 from gemma2tool.formats.gguf.key_values import Reading
 
 END_TEXTS = frozenset(
-    "<eos> <end_of_turn> <turn|> <|eot_id|> <|im_end|> <|end|> <|return|> <|call|> <|calls|> <|flush|> <|endoftext|>"
-    " <|end_of_text|> <|eom_id|> <EOT> _<EOT> [EOT] [EOS] <end_of_utterance> <|tool_response> <|ifm|im_end|> [e~[".split()
-)
+    {
+        "<eos>", "<end_of_turn>", "<turn|>", "<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>",
+        "<|calls|>", "<|flush|>", "<|endoftext|>", "<|end_of_text|>", "<|eom_id|>", "<EOT>", "_<EOT>", "[EOT]",
+        "[EOS]", "<end_of_utterance>", "<|tool_response>", "<|ifm|im_end|>", "[e~[",
+    }
+)  # fmt: skip
 """Texts of tokens that llama.cpp takes for ends of a generation whatever their type, with or without a chat template
 (measured with llama_vocab_is_eog). It does so for fill-in-the-middle tokens too, which no Gemma 2 has."""
 

@@ -22,18 +22,21 @@ class GGUFTensor(LazyTensor):
         self.reader, self.offset = reader, entry.offset
         self.origin = f"{reader.path.name}: {entry.name}"
         self.shape = tuple(reversed(entry.dims))
-        self.type = TYPE_NAMES.get(entry.type_id)
-        if self.type is None:
+        type_name = TYPE_NAMES.get(entry.type_id)
+        if type_name is None:
             raise InputRefused(
                 "gguf.tensor-type",
-                f"{reader.path.name}: {quoted(entry.name)} is of type {entry.type_id}, which this tool cannot dequantize",
+                f"{reader.path.name}: {quoted(entry.name)} is of type {entry.type_id},"
+                " which gemma2tool cannot dequantize",
                 hint=f"types that can be read: {', '.join(GGUF_TYPES)}",
             )
+        self.type: str = type_name
         if self.type not in FLOATS and len(self.shape) != 2:
             raise InputRefused(
                 "gguf.tensor-shape",
-                f"{reader.path.name}: {quoted(entry.name)} is {self.type} of shape {self.shape}; only matrices are quantized",
-                hint="is it a Gemma 2?",
+                f"{reader.path.name}: {quoted(entry.name)} is {self.type} of shape {self.shape};"
+                " only matrices are quantized",
+                hint="check that the file is a Gemma 2 model",
             )
         self.dtype = FLOATS.get(self.type, FLOAT32)
         self.stored = self.type.lower()

@@ -55,7 +55,7 @@ def _conflicts(tokenizer: Object, pieces: Sequence[Piece], added: Mapping[int, A
 
 
 def _vocabulary(
-    vocab: Mapping[str, object], pieces: Sequence[Piece], added: Mapping[int, AddedToken]
+    vocab: Mapping[str, int], pieces: Sequence[Piece], added: Mapping[int, AddedToken]
 ) -> Iterator[Conflict]:
     by_id = {token: text for text, token in vocab.items()}
     expected = {token: piece.text for token, piece in enumerate(pieces) if token not in added}

@@ -110,9 +110,11 @@ def templates_of(template: object) -> dict[str, str]:
         return {DEFAULT_TEMPLATE: template}
     templates: dict[str, str] = {}
     for choice in template if isinstance(template, list) else ():
-        if isinstance(choice, Mapping) and isinstance(choice.get("name"), str):
-            if isinstance(choice.get("template"), str):
-                templates.setdefault(choice["name"], choice["template"])
+        if not isinstance(choice, Mapping):
+            continue
+        name, text = choice.get("name"), choice.get("template")
+        if isinstance(name, str) and isinstance(text, str):
+            templates.setdefault(name, text)
     return templates
 
 

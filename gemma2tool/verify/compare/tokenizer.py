@@ -131,8 +131,8 @@ def _padding(candidate: Checkpoint, tokenizer: Tokenizer, sides: Sides) -> Itera
     missing = candidate.config.vocab_size - tokenizer.size
     if missing > _MAX_PADDING:
         message = (
-            f"the {sides[1]} has {tokenizer.size} tokens and {candidate.config.vocab_size} embedding rows: is it another"
-            " model's tokenizer?"
+            f"the {sides[1]} has {tokenizer.size} tokens and {candidate.config.vocab_size} embedding rows:"
+            " the tokenizer may be another model's"
         )
         yield Finding(GATE, "warning", "pieces", message)
 

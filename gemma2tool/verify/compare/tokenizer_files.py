@@ -36,8 +36,8 @@ def _lost(source: Checkpoint, candidate: Checkpoint, sides: Sides) -> Iterator[F
         return
     if "tokenizer.model" in candidate.assets:
         message = (
-            f"the {sides[0]}'s {NAME} is not in the {sides[1]}: transformers must make it from tokenizer.model, for which"
-            " it needs protobuf"
+            f"the {sides[0]}'s {NAME} is not in the {sides[1]}: transformers must make it from tokenizer.model,"
+            " for which it needs protobuf"
         )
         yield Finding(GATE, "warning", NAME, message)
     elif "tokenizer.model" not in source.assets:

@@ -65,8 +65,8 @@ def _space_prefix(left: Tokenizer, right: Tokenizer, sides: Sides) -> Iterator[F
     name = "add_space_prefix"
     if right.has_vocabulary and right.normalizer.add_dummy_prefix:
         message = (
-            f"{name} is true or missing in the {sides[1]}: a space is put before every text, which Gemma's tokenizer does"
-            " not do; a GGUF needs tokenizer.ggml.add_space_prefix=bool:false"
+            f"{name} is true or missing in the {sides[1]}: a space is put before every text,"
+            " which Gemma's tokenizer does not do; a GGUF needs tokenizer.ggml.add_space_prefix=bool:false"
         )
         yield Finding(GATE, "error", name, message)
     elif left.has_vocabulary and left.normalizer.add_dummy_prefix and right.has_vocabulary:
