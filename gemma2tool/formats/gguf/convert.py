@@ -16,7 +16,7 @@ from gemma2tool.formats.gguf.table import TABLE
 from gemma2tool.formats.gguf.tensors import FLOATS
 from gemma2tool.formats.gguf.tokenizer_keys import TokenizerKeys, tokenizer_keys
 from gemma2tool.formats.mapping.float_dtypes import auto_dtype
-from gemma2tool.formats.mapping.transforms import Entry, to_disk
+from gemma2tool.formats.mapping.transforms import TableRow, to_disk
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.lazy import BFLOAT16, DTYPE_NAMES, FLOAT16, FLOAT32, LazyTensor, MappedRows
 from gemma2tool.model.tokenizer import Tokenizer
@@ -66,7 +66,7 @@ def disk_tensors(checkpoint: Checkpoint) -> list[tuple[str, tuple[str, ...], Laz
     """
     found = to_disk(TABLE, checkpoint.tensors, checkpoint.config)
 
-    def order(item: tuple[Entry, LazyTensor]) -> tuple[str, bytes]:
+    def order(item: tuple[TableRow, LazyTensor]) -> tuple[str, bytes]:
         name = item[0].canonical[0]
         shard = checkpoint.tensors[name].origin.split(":", 1)[0] if checkpoint.format in ("hf", "hf-bin") else ""
         return shard, name.encode()

@@ -15,8 +15,8 @@ from pathlib import Path
 from gemma2tool.containers.torch_zip import reader as torch_zip
 from gemma2tool.errors import InputRefused
 from gemma2tool.formats import assets
-from gemma2tool.formats.base import Format, Output, OutputFile, OutputTensor, Placement, WriteOptions
-from gemma2tool.formats.config_folder import CONFIG, Closers, FolderFormat, WeightFiles, open_folder
+from gemma2tool.formats.base import Closers, Format, Output, OutputFile, OutputTensor, Placement, WriteOptions
+from gemma2tool.formats.config_folder import CONFIG, FolderFormat, WeightFiles, open_folder
 from gemma2tool.formats.hf.bin import FACTS
 from gemma2tool.formats.hf.tokenizer import transformers_tokenizer_files
 from gemma2tool.formats.mapping import container_tensors
