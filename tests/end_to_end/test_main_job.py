@@ -66,7 +66,7 @@ def made(source, tmp_path_factory: pytest.TempPathFactory) -> Iterator:
             paths[name] = write_checkpoint(source, folder / name, **options)
         return paths[name]
 
-    yield make
+    return make
 
 
 # -- the way round -----------------------------------------------------------------------------------------------------

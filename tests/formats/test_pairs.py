@@ -85,7 +85,7 @@ def test_there_and_back(first: str, second: str, data: st.DataObject) -> None:
             folder.mkdir()
             written = folder / NAME.get(name, "model")
             with mock.patch(
-                "gemma2tool.formats.orbax.flax.format._shaped_like", lambda *_: like_2b
+                "gemma2tool.formats.orbax.flax.format._shaped_like", return_value=like_2b
             ):  # the order of gating_einsum
                 output = registry.by_name(name).layout(checkpoint, WriteOptions(name=written.name))
                 write_as(name, checkpoint, written, memory=1 << 16)

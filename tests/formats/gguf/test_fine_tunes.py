@@ -291,7 +291,7 @@ def test_a_tokenizer_of_another_model_is_a_warning(folder: Folder) -> None:
     written = tokenizer_keys(source.tokenizer, source.config)
     assert any("another model's tokenizer" in warning for warning in written.warnings)
     result = compare_tokenizers(source, from_keys(dict(written.kv), source.config))
-    assert not result.failed and "another model's tokenizer" in result.summary
+    assert not result.failed and "may be another model's" in result.summary
 
 
 def test_tokens_beyond_the_embedding_are_not_compared(folder: Folder) -> None:

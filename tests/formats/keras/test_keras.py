@@ -71,10 +71,12 @@ def test_same_arrays_as_keras_hub(oracles: Path, tmp_path: Path) -> None:
     def arrays(folder: Path) -> dict:
         found = {}
         with h5py.File(folder / "model.weights.h5") as file:
-            keep = lambda name, item: found.update(
-                {name: (item[()].tobytes(), item.shape, item.dtype, item.attrs["dtype"])}
-            )
-            file.visititems(lambda name, item: keep(name, item) if isinstance(item, h5py.Dataset) else None)
+
+            def keep(name: str, item: object) -> None:
+                if isinstance(item, h5py.Dataset):
+                    found[name] = (item[()].tobytes(), item.shape, item.dtype, item.attrs["dtype"])
+
+            file.visititems(keep)
         return found
 
     assert arrays(mine) == arrays(theirs)
