@@ -34,6 +34,13 @@ _MODEL_TYPE, _VOCAB_SIZE, _SPLIT_DIGITS, _WHITESPACE_PIECES, _BYTE_FALLBACK = 3,
 _UNK_ID, _BOS_ID, _EOS_ID, _PAD_ID = 40, 41, 42, 43
 _UNK_PIECE, _BOS_PIECE, _EOS_PIECE, _PAD_PIECE = 45, 46, 47, 48
 _BPE = 2
+_SPECIAL_PIECES = {
+    "unk": (_UNK_PIECE, b"<unk>", UNKNOWN),
+    "bos": (_BOS_PIECE, b"<s>", CONTROL),
+    "eos": (_EOS_PIECE, b"</s>", CONTROL),
+    "pad": (_PAD_PIECE, b"<pad>", CONTROL),
+}
+"""Role -> the field that names its piece, the field's default, and the type of such a piece."""
 # NormalizerSpec
 _NAME, _CHARSMAP, _DUMMY_PREFIX, _REMOVE_SPACES, _ESCAPE_SPACES = 1, 2, 3, 4, 5
 
@@ -77,9 +84,22 @@ class SentencePieceModel:
             charsmap if isinstance(charsmap, bytes) else b"",
         )
 
+    def special_ids(self) -> dict[str, int]:
+        """The ids of ``unk``, ``bos``, ``eos`` and ``pad`` as the sentencepiece library reports them: those of the
+        pieces that the trainer's settings name, -1 for a piece that does not exist or has another type.
+        """
+        places = {piece.text: (token, piece.type) for token, piece in reversed(list(enumerate(self.pieces)))}
+        ids = {}
+        for role, (number, default, type) in _SPECIAL_PIECES.items():
+            text = self.trainer.get(number, default)
+            token, token_type = places.get(
+                text.decode("utf-8", "replace") if isinstance(text, bytes) else "", (-1, type)
+            )
+            ids[role] = token if token_type == type else -1
+        return ids
 
-# -- reading
-# ---------------------------------------------------------------------------------------------------------------
+
+# -- reading -----------------------------------------------------------------------------------------------------------
 
 
 def check(data: bytes, where: str = "tokenizer.model") -> None:
@@ -191,8 +211,7 @@ def _varint(data: bytes, at: int) -> tuple[int, int]:
         shift += 7
 
 
-# -- writing
-# ---------------------------------------------------------------------------------------------------------------
+# -- writing -----------------------------------------------------------------------------------------------------------
 
 
 def encode(

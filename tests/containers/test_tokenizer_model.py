@@ -13,6 +13,7 @@ from gemma2tool.formats.tokenizers.files import MAX_ADDED, TokenizerFiles
 from gemma2tool.formats.tokenizers.tokenizer_json import MAX_MERGED, merges
 from tests.fuzz.seeds import PIECES, model
 from tests.support.hostile.refusal import assert_refused
+from tests.support.paths import TINY
 
 
 @pytest.mark.parametrize(
@@ -47,6 +48,20 @@ def test_refused_before_the_library(data: bytes) -> None:
 def test_honest_ones_pass() -> None:
     tokenizer_model.check(model())
     assert tokenizer_model.parse(model()).pieces == PIECES
+
+
+@pytest.mark.parametrize("names", [{}, {"bos_piece": "<eos>", "eos_piece": "<bos>"}, {"bos_piece": "a piece it lacks"}])
+def test_special_ids_are_those_of_the_library(names: dict[str, str]) -> None:
+    sentencepiece = pytest.importorskip("sentencepiece")
+    from sentencepiece import sentencepiece_model_pb2
+
+    proto = sentencepiece_model_pb2.ModelProto.FromString((TINY / "tokenizer.model").read_bytes())
+    for field, piece in names.items():
+        setattr(proto.trainer_spec, field, piece)
+    data = proto.SerializeToString()
+    library = sentencepiece.SentencePieceProcessor(model_proto=data)
+    expected = {role: getattr(library, f"{role}_id")() for role in ("unk", "bos", "eos", "pad")}
+    assert tokenizer_model.parse(data).special_ids() == expected
 
 
 def test_long_pieces_are_not_cut_in_every_way() -> None:

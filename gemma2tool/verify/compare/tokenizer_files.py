@@ -6,14 +6,46 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+from gemma2tool.containers import tokenizer_model
+from gemma2tool.errors import InputRefused
 from gemma2tool.model.checkpoint import Assets, Checkpoint
 from gemma2tool.verify.compare.consumers import holds_tokenizer
 from gemma2tool.verify.compare.tokenizer_json import GATE, NAME, compare_json
 from gemma2tool.verify.finding import Finding, Severity, Sides
 
+MODEL = "tokenizer.model"
+
 
 def compare_files(source: Checkpoint, candidate: Checkpoint, sides: Sides) -> list[Finding]:
-    """tokenizer.json against tokenizer.json where both sides carry their own; else whether each side's files agree."""
+    """Files of one name that both sides carry, as their own: the special ids of tokenizer.model, and tokenizer.json.
+
+    Where a side has no tokenizer.json of its own: whether each side's files agree.
+    """
+    return [*_special_ids(source.assets, candidate.assets, sides), *_compare_json(source, candidate, sides)]
+
+
+def _special_ids(source: Assets, candidate: Assets, sides: Sides) -> Iterator[Finding]:
+    """The special ids that programs which read tokenizer.model alone use, whatever the other files say."""
+    if source.derived or candidate.derived or MODEL not in source or MODEL not in candidate:
+        return
+    if source[MODEL] == candidate[MODEL]:
+        return
+    ids = []
+    for side, assets in zip(sides, (source, candidate), strict=True):
+        try:
+            ids.append(tokenizer_model.parse(assets[MODEL]).special_ids())
+        except InputRefused as refused:
+            yield Finding(GATE, "error", MODEL, f"the {side}'s {MODEL} cannot be read: {refused.message}")
+            return
+    expected, actual = ids
+    for role, token in expected.items():
+        if actual[role] != token:
+            severity: Severity = "warning" if -1 in (token, actual[role]) else "error"
+            message = f"{role} of {MODEL} is {token}, in the {sides[1]} {actual[role]}"
+            yield Finding(GATE, severity, f"{role}_id", message)
+
+
+def _compare_json(source: Checkpoint, candidate: Checkpoint, sides: Sides) -> list[Finding]:
     if not _is_own(source.assets) or not _is_own(candidate.assets):
         return [*_lost(source, candidate, sides), *_conflicts(source, candidate, sides)]
     data = source.assets[NAME], candidate.assets[NAME]

@@ -133,7 +133,7 @@ def test_another_vocabulary_fails(model: bytes) -> None:
 def test_other_special_ids_fail(model: bytes) -> None:
     found = compare(model, trained(bos_id=1, eos_id=2))
     assert found.status == "failed"
-    assert {"pieces", "encoding"} <= {finding.subject for finding in found.findings}
+    assert {"bos_id", "eos_id", "pieces", "encoding"} <= {finding.subject for finding in found.findings}
 
 
 def test_another_normalization_shows_in_what_is_encoded(model: bytes) -> None:

@@ -16,6 +16,8 @@ from gemma2tool.verify.diagnosis.counterfactual import counterfactual
 from tests.reference.test_faults import CONFIG, trained_like_state
 from tests.support.reference_peers import checkpoint_of, transformers_model
 
+pytestmark = pytest.mark.peer
+
 CAUSAL = "Gemma2ForCausalLM"
 IDS = np.concatenate([[CONFIG.bos_token_id], np.random.default_rng(1).integers(3, CONFIG.vocab_size, 23)])
 STATE = trained_like_state(CONFIG)

@@ -17,6 +17,8 @@ from gemma2tool.verify.diagnosis.counterfactual import counterfactual
 from gemma2tool.verify.result import Verification
 from gemma2tool.verify.run import VerifySettings, verify
 
+pytestmark = pytest.mark.oracle
+
 LEVELS = ("completeness", "config", "tensors")
 
 
