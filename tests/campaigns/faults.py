@@ -1,9 +1,9 @@
-"""Every write, fsync and rename of whole commands fails in turn, in every way, with verification and receipts.
+"""Makes every write, fsync and rename of whole commands fail in turn, in every way, with verification and receipts.
 
     python tests/campaigns/faults.py [--kinds EIO,short] [--commands 0,2] [--every 50]
 
-The suite runs a part of this (tests/end_to_end/test_faults.py). Prints a line per command and kind of fault; an
-assertion ends it. Exits with 0 if every fault was handled.
+The test suite runs a part of this (tests/end_to_end/test_faults.py). Prints one line per command and kind of fault. A
+failed assertion ends it; it exits with 0 if every fault was handled.
 """
 
 from __future__ import annotations

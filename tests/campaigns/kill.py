@@ -1,13 +1,14 @@
-"""kill -9 at random moments of the real commands, run again until they finish: the same bytes as undisturbed, every
-time.
+"""Kills real commands at random moments (kill -9) and runs them again until they finish.
+
+The bytes must be the same every time.
 
     python tests/campaigns/kill.py [--kills 200] [--seed 0] [--layers 12] [--folder DIR]
 
-Every trial runs one of the commands below in a process of its own and kills it after a random time: half of the times
-anywhere between start and end, half of them after it has begun to write. After each kill every output must be the old
-one, the new one or absent, and the same command is run again; after at most four kills it is left alone, must exit with
-0, and must have left the bytes of an undisturbed run and nothing staged. Prints a line per trial, then the totals as
-JSON; exits with 1 if anything was otherwise.
+Every trial runs one of the commands below in its own process and kills it after a random time: half of the time
+anywhere between start and end, half of the time after it began to write. After each kill every output must be the old
+one, the new one or absent, and the same command is run again. After at most four kills it may finish. It must then exit
+with 0, leave the bytes of an undisturbed run, and leave nothing staged. Prints one line per trial, then the totals as
+JSON. Exits with 1 if anything else happened.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ STAGED = ".gemma2tool-staging"
 
 @dataclass(frozen=True)
 class Command:
-    """Words of a command with SRC and DST, the names of its outputs, and whether old ones lie there."""
+    """A command line with SRC and DST as placeholders, the names of its outputs, and whether old outputs exist."""
 
     words: tuple[str, ...]
     outputs: tuple[str, ...]
@@ -54,22 +55,18 @@ COMMANDS = (
     Command(("quantize", "SRC", "out.gguf", "--type", "q4_k_m", "--no-verify"), ("out.gguf",)),
     Command(("quantize", "SRC", "out.gguf", "--type", "iq4_xs", "--force", "--no-verify"), ("out.gguf",), old=True),
     Command(("convert", "SRC", "out.ckpt", "--no-verify"), ("out.ckpt",)),
-    Command(
-        ("quantize", "SRC", "out", "--type", "nf4", "--double-quant", "--max-shard-size", "4MB", "--no-verify"),
-        ("out",),
-    ),
-    Command(
-        ("quantize", "SRC", "many", "--type", "q4_k_m,q8_0,nf4", "--no-verify"),
-        ("many/many-q4_k_m.gguf", "many/many-q8_0.gguf", "many/many-nf4"),
-    ),
+    Command(("quantize", "SRC", "out", "--type", "nf4", "--double-quant", "--max-shard-size", "4MB", "--no-verify"),
+        ("out",)),
+    Command(("quantize", "SRC", "many", "--type", "q4_k_m,q8_0,nf4", "--no-verify"),
+        ("many/many-q4_k_m.gguf", "many/many-q8_0.gguf", "many/many-nf4")),
     Command(("quantize", "SRC", "out.gguf", "--type", "q4_0", "--force"), ("out.gguf",), old=True),
     Command(("convert", "SRC", "out", "--force", "--max-shard-size", "20MB"), ("out",), old=True),
-)
+)  # fmt: skip
 """The last two verify what they wrote."""
 
 
 def make_source(folder: Path, *, layers: int = 12) -> Path:
-    """A checkpoint of random weights, large enough for writing it to take a while."""
+    """Writes a checkpoint of random weights, large enough that writing it takes a while."""
     config = Gemma2Config(
         vocab_size=8192,
         hidden_size=512,
@@ -86,17 +83,17 @@ def make_source(folder: Path, *, layers: int = 12) -> Path:
 
 
 def digest(path: Path) -> str:
-    """Of a file, or of the names and bytes of all files in a folder; "absent" where there is nothing."""
+    """The digest of a file, or of the names and bytes of all files in a folder; "absent" if there is nothing."""
     if not path.exists():
         return "absent"
-    found = hashlib.sha256()
-    for file in sorted(each for each in path.rglob("*") if each.is_file()) if path.is_dir() else [path]:
-        found.update(str(file.relative_to(path)).encode() + b"\0" + hashlib.sha256(file.read_bytes()).digest())
-    return found.hexdigest()
+    content = hashlib.sha256()
+    for file in sorted(inner for inner in path.rglob("*") if inner.is_file()) if path.is_dir() else [path]:
+        content.update(str(file.relative_to(path)).encode() + b"\0" + hashlib.sha256(file.read_bytes()).digest())
+    return content.hexdigest()
 
 
 class Trials:
-    """The commands, what they write undisturbed and how long that takes, and the count of what happened."""
+    """Runs trials of the commands and counts what happened."""
 
     def __init__(
         self, folder: Path, source: Path, commands: Sequence[Command], seed: int, say: Callable[[str], None]
@@ -141,7 +138,7 @@ class Trials:
         return [digest(place / output) for output in command.outputs]
 
     def trial(self, number: int, kills: int) -> int:
-        """One command until it finishes, killed at most ``kills`` times on the way; returns how often it was."""
+        """Runs one command until it finishes, killing it at most ``kills`` times. Returns how often it was killed."""
         command = self.commands[number % len(self.commands)]
         place = self._place(f"trial-{number}", command, old=command.old)
         old = self._digests(command, place)
@@ -151,18 +148,17 @@ class Trials:
             process = self._start(command, place)
             if killed < kills and self._killed(process, place, seconds):
                 killed += 1
-                for output, was, found, whole in zip(
+                for output, before, after, whole in zip(
                     command.outputs, old, self._digests(command, place), new, strict=True
                 ):
-                    if found not in (was, whole, "absent"):
+                    if after not in (before, whole, "absent"):
                         self.faults.append(f"trial {number}: {output} is neither old nor new after kill {killed}")
                 continue
             process.wait()
             break
         log = place.with_suffix(".log").read_text()
         whole = self._digests(command, place) == new
-        # Killed when everything but the journal was done, it cannot be told from a finished run, and is refused without
-        # --force.
+        # Killed when only the journal was left, it looks like a finished run and is refused without --force.
         complete = process.returncode == 0 or (process.returncode == 2 and "output.exists" in log and killed > 0)
         left = [path.name for path in place.rglob(f".*{STAGED}")]
         if not (whole and complete) or left:
@@ -180,17 +176,17 @@ class Trials:
             refused_as_existing=int(process.returncode == 2),
         )
         self.say(
-            f"trial {number}: {' '.join(command.words[2:5])}: killed {killed} times,"
-            f" same bytes: {whole}, resumed: {resumed}"
+            f"trial {number}: {' '.join(command.words[2:5])}: killed {killed} times, "
+            f"same bytes: {whole}, resumed: {resumed}"
         )
         shutil.rmtree(place)
         place.with_suffix(".log").unlink()
         return killed
 
     def _killed(self, process: subprocess.Popen, place: Path, seconds: float) -> bool:
-        """Waits a random time, then kills; False where the process was done before."""
+        """Waits a random time, then kills the process. Returns False if it had already ended."""
         delay = self.random.uniform(0, seconds)
-        if self.random.random() < 0.5:  # from when it has begun to write
+        if self.random.random() < 0.5:  # after it began to write
             delay *= 0.5
             while process.poll() is None and not any(place.rglob(f".*{STAGED}")):
                 time.sleep(0.002)
@@ -204,7 +200,7 @@ class Trials:
         return False
 
     def _phase(self, place: Path) -> str:
-        """How far the killed process had come."""
+        """How far the killed process had got."""
         staged = list(place.rglob(f".*{STAGED}"))
         journals = []
         for path in staged:
@@ -222,7 +218,7 @@ class Trials:
 
 def campaign(folder: Path, kills: int, seed: int, *, commands: Sequence[Command] = COMMANDS, layers: int = 12,
              say: Callable[[str], None] = print) -> dict[str, object]:  # fmt: skip
-    """Trials until ``kills`` kills have happened; their totals. Everything lies in ``folder``."""
+    """Runs trials in ``folder`` until ``kills`` kills have happened. Returns the totals."""
     trials = Trials(folder, make_source(folder, layers=layers), commands, seed, say)
     number = done = 0
     while done < kills:

@@ -1,6 +1,6 @@
-"""Mutated files: each is read within its bounds or refused; nothing else may happen.
+"""Mutated files are read within the limits or refused; nothing else may happen.
 
-A short run of what a long campaign does; the seeds are honest files of every kind and the hostile ones.
+This is a short version of the fuzzing campaign. The seeds are valid files of every kind and the hostile ones.
 """
 
 from __future__ import annotations
@@ -34,12 +34,13 @@ SMALL = 4096
 
 @contextmanager
 def _refused_or_fine() -> Iterator[None]:
-    try:
-        with nothing_runs():
+    refusal = None
+    with nothing_runs():
+        try:
             yield
-    except InputRefused as error:
-        assert error.message.isprintable()
-        assert "." in error.id
+        except InputRefused as error:
+            refusal = error
+    assert refusal is None or (refusal.message.isprintable() and "." in refusal.id)
 
 
 def _fuzz(seeds: list[bytes]) -> Callable:
@@ -65,14 +66,14 @@ def _small(cases: list) -> list[bytes]:
     return [case.data for case in cases if len(case.data) < SMALL]
 
 
-def _honest_safetensors() -> bytes:
+def _valid_safetensors() -> bytes:
     header, _, size = safetensors.layout(
         [("w", "BF16", (2, 3)), ("b", "F32", ()), ("codes", "U8", (0, 4))], {"format": "pt"}
     )
     return header + bytes(size - len(header))
 
 
-@_fuzz([_honest_safetensors()] * 20 + _small(hostile_safetensors.CASES))
+@_fuzz([_valid_safetensors()] * 20 + _small(hostile_safetensors.CASES))
 def test_safetensors(data: bytes, path: Path) -> None:
     path.write_bytes(data)
     with _refused_or_fine():
@@ -82,7 +83,7 @@ def test_safetensors(data: bytes, path: Path) -> None:
         assert all(header.data_start <= t.offset <= t.offset + t.nbytes <= len(data) for t in header.tensors.values())
 
 
-def _honest_gguf() -> bytes:
+def _valid_gguf() -> bytes:
     kv = [
         ("general.architecture", GGUFValue(gguf.STRING, None, "gemma2")),
         ("tokens", GGUFValue(gguf.ARRAY, gguf.STRING, ["<pad>", "a", "▁b"])),
@@ -94,7 +95,7 @@ def _honest_gguf() -> bytes:
     return header + bytes(size - len(header))
 
 
-@_fuzz([_honest_gguf()] * 20 + _small(hostile_gguf.CASES))
+@_fuzz([_valid_gguf()] * 20 + _small(hostile_gguf.CASES))
 def test_gguf(data: bytes, path: Path) -> None:
     path.write_bytes(data)
     with _refused_or_fine():
@@ -125,18 +126,18 @@ def test_torch_zip(data: bytes, path: Path) -> None:
 
 
 def _pickles() -> list[bytes]:
-    honest = [
+    valid = [
         hostile_torch.body(b"}X\1\0\0\0w" + hostile_torch.tensor() + b"s"),
         hostile_torch.body(
             b"}(X\1\0\0\0a" + hostile_torch.tensor(shape=(2, 2), stride=(2, 1)) + b"q\0X\1\0\0\0bh\0K\1]K\2au"
         ),
     ]
-    return honest * 20
+    return valid * 20
 
 
 @_fuzz(_pickles())
-def test_a_mutated_pickle_in_an_honest_archive(data: bytes, path: Path) -> None:
-    """Its CRC is right, so it is the pickle that is judged."""
+def test_mutated_pickle_in_a_valid_archive(data: bytes, path: Path) -> None:
+    """Its CRC is correct, so the pickle itself is tested."""
     whole = hostile_torch.pickled(data)
     path.write_bytes(whole)
     with _refused_or_fine():
@@ -144,14 +145,15 @@ def test_a_mutated_pickle_in_an_honest_archive(data: bytes, path: Path) -> None:
 
 
 _OPCODES = [bytes([opcode]) for opcode in pickle_index._ACTIONS] + [
-    hostile_torch.tensor(), hostile_torch.storage(), b"ccollections\nOrderedDict\n", b"ctorch\nSize\n", b"X\1\0\0\0a", b"q\0", b"h\0",
+    hostile_torch.tensor(), hostile_torch.storage(), b"ccollections\nOrderedDict\n", b"ctorch\nSize\n", b"X\1\0\0\0a",
+    b"q\0", b"h\0",
     b"ctorch._utils\n_rebuild_tensor_v2\n", b"K\1", b"}", b"(", b")", b"R", b"u", b"s",
 ]  # fmt: skip
 
 
 @settings(max_examples=EXAMPLES, deadline=2000, derandomize=True)
 @given(st.lists(st.sampled_from(_OPCODES), max_size=40))
-def test_programs_of_the_known_opcodes(program: list[bytes]) -> None:
+def test_programs_of_known_opcodes(program: list[bytes]) -> None:
     with _refused_or_fine():
         pickle_index.interpret(hostile_torch.body(b"".join(program)), "here")
 

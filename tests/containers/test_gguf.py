@@ -1,4 +1,4 @@
-"""Our GGUF header against gguf-py's, and against files that lie."""
+"""The GGUF header reader and writer compared with gguf-py's, and hostile GGUF files."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import gguf
 import numpy as np
 import pytest
 
-from gemma2tool.containers import gguf as ours
+from gemma2tool.containers import gguf as container
 from gemma2tool.containers.ggml_types import BLOCKS
 from gemma2tool.containers.gguf import GGUFValue
 from tests.support.hostile.gguf import ARCH, CASES, F32, STR, U8, U16, arr, file, kv, tensor, text
@@ -21,7 +21,7 @@ TYPES = [gguf.GGMLQuantizationType[name] for name in ("F32", "F16", "BF16", "Q8_
 
 
 def _library_file(path: Path, *, alignment: int | None = None) -> dict[str, tuple]:
-    """A file by gguf-py with every value type, and its tensors as (dims innermost first, type, bytes)."""
+    """Writes a file with gguf-py with every value type. Returns its tensors as (dims innermost first, type, bytes)."""
     writer = gguf.GGUFWriter(path, "gemma2")
     if alignment:
         writer.add_custom_alignment(alignment)
@@ -63,18 +63,18 @@ def _library_file(path: Path, *, alignment: int | None = None) -> dict[str, tupl
 
 
 @pytest.mark.parametrize("alignment", [None, 64])
-def test_reads_and_rewrites_what_the_library_wrote(tmp_path: Path, alignment: int | None) -> None:
+def test_reads_and_rewrites_files_of_the_library(tmp_path: Path, alignment: int | None) -> None:
     path = tmp_path / "model.gguf"
     tensors = _library_file(path, alignment=alignment)
     data = path.read_bytes()
-    header = ours.read_header(path)
+    header = container.read_header(path)
     assert (header.version, header.alignment, header.file_size) == (3, alignment or 32, len(data))
-    found = {
+    entries = {
         t.name: (t.dims, t.type_id, data[t.offset : t.offset + t.nbytes]) for t in header.tensors.values()
     }  # fmt: skip
-    assert found == tensors
+    assert entries == tensors
 
-    again, offsets, size = ours.encode_header(
+    again, offsets, size = container.encode_header(
         list(header.kv.items()),
         [(t.name, t.dims, t.type_id, t.nbytes) for t in header.tensors.values()],
         header.alignment,
@@ -84,33 +84,33 @@ def test_reads_and_rewrites_what_the_library_wrote(tmp_path: Path, alignment: in
     assert offsets == {t.name: t.offset for t in header.tensors.values()}
 
 
-def test_values_are_those_that_the_library_reads(tmp_path: Path) -> None:
+def test_values_equal_those_of_the_library(tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
     _library_file(path)
     reader = gguf.GGUFReader(path)
-    header = ours.read_header(path)
+    header = container.read_header(path)
     assert [key for key in reader.fields if not key.startswith("GGUF.")] == list(header.kv)
     for key, value in header.kv.items():
         field = reader.fields[key]
         assert value.type == field.types[0]
-        assert value.element_type == (field.types[-1] if value.type == ours.ARRAY else None)
+        assert value.element_type == (field.types[-1] if value.type == container.ARRAY else None)
         got = value.value.tolist() if isinstance(value.value, array) else value.value
         assert got == field.contents()
 
 
-def test_library_reads_what_we_encode(tmp_path: Path) -> None:
+def test_library_reads_encoded_headers(tmp_path: Path) -> None:
     values = [
-        ("general.architecture", GGUFValue(ours.STRING, None, "gemma2")),
-        ("tokens", GGUFValue(ours.ARRAY, ours.STRING, ["a", "▁b"])),
-        ("scores", GGUFValue(ours.ARRAY, ours.FLOAT32, array("f", [0.0, -1.5]))),
-        ("flag", GGUFValue(ours.BOOL, None, True)),
+        ("general.architecture", GGUFValue(container.STRING, None, "gemma2")),
+        ("tokens", GGUFValue(container.ARRAY, container.STRING, ["a", "▁b"])),
+        ("scores", GGUFValue(container.ARRAY, container.FLOAT32, array("f", [0.0, -1.5]))),
+        ("flag", GGUFValue(container.BOOL, None, True)),
     ]
-    header, offsets, size = ours.encode_header(values, [("w", (4, 2), 0, 32), ("v", (3,), 0, 12)])
+    header, offsets, size = container.encode_header(values, [("w", (4, 2), 0, 32), ("v", (3,), 0, 12)])
     out = bytearray(size)
     out[: len(header)] = header
     out[offsets["w"] : offsets["w"] + 32] = np.arange(8, dtype=np.float32).tobytes()
     out[offsets["v"] : offsets["v"] + 12] = np.arange(3, dtype=np.float32).tobytes()
-    path = tmp_path / "ours.gguf"
+    path = tmp_path / "written.gguf"
     path.write_bytes(out)
     reader = gguf.GGUFReader(path)
     assert reader.fields["tokens"].contents() == ["a", "▁b"]
@@ -119,19 +119,19 @@ def test_library_reads_what_we_encode(tmp_path: Path) -> None:
     assert np.array_equal(reader.tensors[1].data, np.arange(3, dtype=np.float32))
 
 
-def test_block_sizes_are_the_library_s() -> None:
+def test_block_sizes_equal_those_of_the_library() -> None:
     expected = {int(kind): sizes for kind, sizes in gguf.GGML_QUANT_SIZES.items()}
     expected[int(gguf.GGMLQuantizationType.Q8_1)] = (
         32,
         36,
-    )  # ggml's block_q8_1: two halves and 32 codes; gguf-py 0.19 is behind
+    )  # ggml's block_q8_1: two float16 and 32 codes; gguf-py 0.19 is outdated
     assert expected == BLOCKS
 
 
 def test_oracle_files_are_rewritten_byte_for_byte(oracles: Path) -> None:
     for name in ("checkpoints/gguf/hd.gguf", "checkpoints/gguf/27b.gguf", "gguf/imatrix/tiny_gqa4.gguf"):
-        header = ours.read_header(oracles / name)
-        again, _, size = ours.encode_header(
+        header = container.read_header(oracles / name)
+        again, _, size = container.encode_header(
             list(header.kv.items()), [(t.name, t.dims, t.type_id, t.nbytes) for t in header.tensors.values()]
         )
         data = (oracles / name).read_bytes()
@@ -143,14 +143,14 @@ def test_oracle_files_are_rewritten_byte_for_byte(oracles: Path) -> None:
 def test_a_vocabulary_of_256000_is_read_in_two_seconds(tmp_path: Path) -> None:
     tokens = [f"▁token{i}" for i in range(256_000)]
     values = [
-        ("tokenizer.ggml.tokens", GGUFValue(ours.ARRAY, ours.STRING, tokens)),
-        ("tokenizer.ggml.scores", GGUFValue(ours.ARRAY, ours.FLOAT32, array("f", range(256_000)))),
+        ("tokenizer.ggml.tokens", GGUFValue(container.ARRAY, container.STRING, tokens)),
+        ("tokenizer.ggml.scores", GGUFValue(container.ARRAY, container.FLOAT32, array("f", range(256_000)))),
     ]
     path = tmp_path / "vocabulary.gguf"
-    path.write_bytes(ours.encode_header(values, [])[0])
-    begin = time.perf_counter()
-    header = ours.read_header(path)
-    assert time.perf_counter() - begin < 2
+    path.write_bytes(container.encode_header(values, [])[0])
+    begin = time.process_time()
+    header = container.read_header(path)
+    assert time.process_time() - begin < 2
     assert header.kv["tokenizer.ggml.tokens"].value == tokens
 
 
@@ -159,7 +159,7 @@ def test_a_vocabulary_of_256000_is_read_in_two_seconds(tmp_path: Path) -> None:
 def test_hostile_file_is_refused(case: Hostile, tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
     path.write_bytes(case.data)
-    assert_refused(lambda: ours.read_header(path), case.id)
+    assert_refused(lambda: container.read_header(path), case.id)
 
 
 @pytest.mark.parametrize(
@@ -167,7 +167,7 @@ def test_hostile_file_is_refused(case: Hostile, tmp_path: Path) -> None:
     [
         file([ARCH]),
         file([ARCH], version=2),
-        file([ARCH])[:-1],  # no padding where no tensor follows
+        file([ARCH])[:-1],  # without tensors there is no padding
         file([ARCH], [tensor()], bytes(32)),
         file([ARCH], [tensor(dims=(5,))], bytes(20)),  # the last tensor's padding is missing
         file([ARCH], [tensor(dims=(5,))], bytes(32)),
@@ -175,42 +175,45 @@ def test_hostile_file_is_refused(case: Hostile, tmp_path: Path) -> None:
         file([ARCH], [tensor(dims=(0, 3)), tensor("b")], bytes(32)),
         file([ARCH], [tensor("../../etc/x\x1b[2J\n")], bytes(32)),
         file([ARCH, arr("empty", STR, 0), arr("none", F32, 0)]),
-        file([kv("general.alignment", 4, struct.pack("<I", 8)), ARCH], [tensor(dims=(2,)), tensor("b", offset=8)], bytes(40), alignment=8),
+        file(
+            [kv("general.alignment", 4, struct.pack("<I", 8)), ARCH],
+            [tensor(dims=(2,)), tensor("b", offset=8)], bytes(40), alignment=8,
+        ),
     ],
 )  # fmt: skip
 def test_harmless_oddities_are_read(data: bytes, tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
     path.write_bytes(data)
-    header = ours.read_header(path)
+    header = container.read_header(path)
     assert all(t.offset + t.nbytes <= header.file_size for t in header.tensors.values())
 
 
-def test_text_that_is_not_utf8_survives(tmp_path: Path) -> None:
+def test_text_that_is_not_utf8_is_kept(tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
     path.write_bytes(
         file([kv("text", STR, text(b"\xff\xfe")), arr("texts", STR, 1, text(b"a\x80")), arr("bytes", U8, 1, b"\x80")])
     )
-    header = ours.read_header(path)
+    header = container.read_header(path)
     assert header.kv["text"].value.encode("utf-8", "surrogateescape") == b"\xff\xfe"
-    assert path.read_bytes().startswith(ours.encode_header(list(header.kv.items()), [])[0].rstrip(b"\0"))
+    assert path.read_bytes().startswith(container.encode_header(list(header.kv.items()), [])[0].rstrip(b"\0"))
 
 
-def test_only_the_types_the_caller_knows_are_accepted(tmp_path: Path) -> None:
+def test_only_types_known_to_the_caller_are_accepted(tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
     path.write_bytes(file([ARCH], [tensor(type_id=0)], bytes(32)))
-    assert_refused(lambda: ours.read_header(path, {1: (1, 2)}), "gguf.tensor-type")
+    assert_refused(lambda: container.read_header(path, {1: (1, 2)}), "gguf.tensor-type")
 
 
 def test_array_of_int8_keeps_its_type(tmp_path: Path) -> None:
-    """A file may call its scores int8; whoever uses them must be able to see that."""
+    """A file may store its scores as int8; the caller must be able to see that."""
     path = tmp_path / "model.gguf"
     path.write_bytes(file([arr("scores", 1, 2, b"\xff\1"), arr("shorts", U16, 1, b"\1\0")]))
-    value = ours.read_header(path).kv["scores"]
-    assert (value.element_type, list(value.value)) == (ours.INT8, [-1, 1])
+    value = container.read_header(path).kv["scores"]
+    assert (value.element_type, list(value.value)) == (container.INT8, [-1, 1])
 
 
-def test_encoding_refuses_what_cannot_be_read() -> None:
+def test_encoding_refuses_what_cannot_be_read_back() -> None:
     with pytest.raises(ValueError, match="duplicate"):
-        ours.encode_header([], [("a", (1,), 0, 4), ("a", (1,), 0, 4)])
+        container.encode_header([], [("a", (1,), 0, 4), ("a", (1,), 0, 4)])
     with pytest.raises(ValueError, match="type"):
-        ours.encode_header([("a", GGUFValue(99, None, 1))], [])
+        container.encode_header([("a", GGUFValue(99, None, 1))], [])

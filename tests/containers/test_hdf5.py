@@ -1,4 +1,4 @@
-"""The own HDF5 reader beside h5py, and files that lie in the structure libhdf5 would have walked."""
+"""The HDF5 reader compared with h5py, and files with forged structures that libhdf5 would follow."""
 
 from __future__ import annotations
 
@@ -33,27 +33,28 @@ def _write(path: Path, groups: int, *, members: int = 3, order: bool = False, **
 
 
 def _theirs(path: Path) -> dict[str, tuple]:
-    found = {}
+    arrays = {}
 
     def visit(name: str, item: object) -> None:
         if isinstance(item, h5py.Dataset):
-            found[name] = item.shape, str(item.dtype), item.id.get_offset(), item.id.get_storage_size()
+            arrays[name] = item.shape, str(item.dtype), item.id.get_offset(), item.id.get_storage_size()
 
     with h5py.File(path) as file:
         file.visititems(visit)
-    return found
+    return arrays
 
 
 def _ours(path: Path) -> dict[str, tuple]:
     return {
-        name: (each.shape, TYPES[each.dtype], each.offset, each.nbytes) for name, each in hdf5.read_arrays(path).items()
+        name: (array.shape, TYPES[array.dtype], array.offset, array.nbytes)
+        for name, array in hdf5.read_arrays(path).items()
     }
 
 
 @pytest.mark.parametrize("groups", [1, 2, 7, 8])
 @pytest.mark.parametrize("order", [False, True])
 @pytest.mark.parametrize("version", ["earliest", "v108", "v110", "latest"])
-def test_finds_what_h5py_finds(tmp_path: Path, version: str, order: bool, groups: int) -> None:
+def test_finds_the_same_arrays_as_h5py(tmp_path: Path, version: str, order: bool, groups: int) -> None:
     path = _write(tmp_path / "x.h5", groups, order=order, libver=version)
     assert len(_theirs(path)) == 3 * groups
     assert _ours(path) == _theirs(path)
@@ -61,7 +62,7 @@ def test_finds_what_h5py_finds(tmp_path: Path, version: str, order: bool, groups
 
 @pytest.mark.slow
 def test_groups_of_any_size(tmp_path: Path) -> None:
-    """The tree of names of a group has several levels."""
+    """The tree of names in a group has several levels."""
     with h5py.File(tmp_path / "x.h5", "w") as file:
         for number in range(2500):
             file.create_dataset(f"layers/{number}-{'n' * (number % 50)}", data=np.zeros(number % 3 + 1, "f4"))
@@ -76,12 +77,12 @@ def test_files_of_keras_hub(oracles: Path) -> None:
 
 
 def test_checksum() -> None:
-    """Values of Bob Jenkins' own self-test, lookup3.c driver5."""
+    """Values of the self-test in Bob Jenkins' lookup3.c (driver5)."""
     assert messages.lookup3(b"") == 0xDEADBEEF
     assert messages.lookup3(b"Four score and seven years ago") == 0x17770551
 
 
-def test_many_links_of_the_new_kind_are_refused_by_name(tmp_path: Path) -> None:
+def test_dense_links_are_refused_by_name(tmp_path: Path) -> None:
     path = _write(tmp_path / "x.h5", 30, libver="latest")
     assert_refused(lambda: hdf5.read_arrays(path), "hdf5.dense")
 
@@ -134,7 +135,7 @@ HUGE = struct.pack("<Q", 1 << 62)
         ("an external file list", "hdf5.external", _after(struct.pack("<HHB", 5, 8, 1), 0, struct.pack("<H", 7))),
     ],
 )  # fmt: skip
-def test_lies(tmp_path: Path, name: str, id: str, change: Callable[[bytearray], None]) -> None:
+def test_forged_structures(tmp_path: Path, name: str, id: str, change: Callable[[bytearray], None]) -> None:
     data = bytearray(_write(tmp_path / "x.h5", 1, members=2).read_bytes())
     change(data)
     (tmp_path / "y.h5").write_bytes(data)
@@ -142,7 +143,7 @@ def test_lies(tmp_path: Path, name: str, id: str, change: Callable[[bytearray], 
 
 
 @pytest.mark.parametrize("mark", [b"OHDR", b"\x89HDF"])
-def test_checksums_of_the_new_kind(tmp_path: Path, mark: bytes) -> None:
+def test_checksums_of_version_2_structures(tmp_path: Path, mark: bytes) -> None:
     data = bytearray(_write(tmp_path / "x.h5", 1, libver="latest").read_bytes())
     data[data.index(mark) + 14] ^= 1
     (tmp_path / "y.h5").write_bytes(data)
@@ -151,10 +152,10 @@ def test_checksums_of_the_new_kind(tmp_path: Path, mark: bytes) -> None:
     assert caught.value.id.startswith("hdf5.")
 
 
-def test_values_in_one_place(tmp_path: Path) -> None:
-    """Two arrays whose values overlap: what one says of itself, the other must not be able to change."""
+def test_overlapping_values(tmp_path: Path) -> None:
+    """Two arrays whose values overlap: neither may be able to change the other."""
     data = bytearray(_write(tmp_path / "x.h5", 1, members=6).read_bytes())
-    places = sorted(hdf5.read_arrays(tmp_path / "x.h5").values(), key=lambda each: each.nbytes)
+    places = sorted(hdf5.read_arrays(tmp_path / "x.h5").values(), key=lambda array: array.nbytes)
     small, large = places[0], places[-1]
     at = data.index(LAYOUT + struct.pack("<QQ", small.offset, small.nbytes))
     data[at + 2 : at + 10] = struct.pack("<Q", large.offset)

@@ -1,4 +1,4 @@
-"""The own reader of OCDBT databases beside tensorstore, whose databases of every form it must find alike."""
+"""The OCDBT reader compared with tensorstore, on databases of every form."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ def _store(folder: Path, **config: object):
     return tensorstore.KvStore.open(spec).result()
 
 
-def _ours(folder: Path) -> dict[str, bytes]:
+def _read(folder: Path) -> dict[str, bytes]:
     return {key: read_value(value) for key, value in ocdbt.read_entries(folder, decompress).items()}
 
 
-def _theirs(store) -> dict[str, bytes]:
+def _expected(store) -> dict[str, bytes]:
     return {key.decode(): store.read(key).result().value for key in store.list().result()}
 
 
@@ -35,8 +35,10 @@ def _theirs(store) -> dict[str, bytes]:
 @pytest.mark.parametrize("compression", [None, {"id": "zstd", "level": 3}])
 @pytest.mark.parametrize("inline", [0, 20, 1000])
 @pytest.mark.parametrize("node_bytes", [500, 8_000_000])
-def test_finds_what_tensorstore_finds(tmp_path: Path, node_bytes: int, inline: int, compression: object) -> None:
-    """Trees of one node and of several levels, values inline and not, several versions of which the last counts."""
+def test_finds_the_same_entries_as_tensorstore(
+    tmp_path: Path, node_bytes: int, inline: int, compression: object
+) -> None:
+    """Trees of one node and of several levels, inline values and others, several versions of which the last counts."""
     generator = np.random.default_rng(0)
     store = _store(tmp_path, max_decoded_node_bytes=node_bytes, max_inline_value_bytes=inline, compression=compression)
     for version in range(3):
@@ -45,15 +47,15 @@ def test_finds_what_tensorstore_finds(tmp_path: Path, node_bytes: int, inline: i
                 f"layer_{number}/{'w' * int(number % 7)}/.zarray", generator.bytes(int(generator.integers(0, 60)))
             ).result()
     store.delete_range(tensorstore.KvStore.KeyRange("layer_5", "layer_6")).result()
-    mine = _ours(tmp_path)
-    assert mine == _theirs(store) and 100 < len(mine) < 120
+    entries = _read(tmp_path)
+    assert entries == _expected(store) and 100 < len(entries) < 120
 
 
-def test_an_empty_database(tmp_path: Path) -> None:
+def test_empty_database(tmp_path: Path) -> None:
     store = _store(tmp_path)
     store.write("a", b"b").result()
     store.delete_range(tensorstore.KvStore.KeyRange()).result()
-    assert _ours(tmp_path) == _theirs(store) == {}
+    assert _read(tmp_path) == _expected(store) == {}
 
 
 def test_databases_of_orbax(oracles: Path) -> None:
@@ -61,11 +63,11 @@ def test_databases_of_orbax(oracles: Path) -> None:
     assert len(folders) >= 8
     for folder in folders:
         store = tensorstore.KvStore.open({"driver": "ocdbt", "base": f"file://{folder}/"}).result()
-        assert _ours(folder) == _theirs(store)
+        assert _read(folder) == _expected(store)
 
 
 def test_checksum() -> None:
-    """The check value of CRC-32C, and one of RFC 3720, B.4."""
+    """The check value of CRC-32C, and one from RFC 3720, B.4."""
     assert crc32c(b"123456789") == 0xE3069283
     assert crc32c(bytes(32)) == 0x8A9136AA
 
@@ -86,7 +88,7 @@ def test_damaged_manifests(tmp_path: Path, byte: int) -> None:
 
 
 def test_data_files_that_are_links(tmp_path: Path) -> None:
-    """Even inside the database: nothing that writes one makes them."""
+    """Refused even inside the database: nothing that writes a database makes links."""
     (tmp_path / "x").mkdir()
     database()(tmp_path / "x")
     secret = tmp_path / "secret"

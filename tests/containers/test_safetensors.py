@@ -1,4 +1,4 @@
-"""Our safetensors header against the library's, and against files that lie."""
+"""The safetensors header reader and layout compared with the library's, and hostile safetensors files."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ import safetensors
 import safetensors.torch
 import torch
 
-from gemma2tool.containers import safetensors as ours
+from gemma2tool.containers import safetensors as container
 from tests.support.hostile.refusal import Hostile, as_params, assert_refused
 from tests.support.hostile.safetensors import CASES, entry, file
 
 DTYPES = {
-    torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16", torch.uint16: "U16", torch.float16: "F16",
+    torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16", torch.uint16: "U16",
+    torch.float16: "F16",
     torch.bfloat16: "BF16", torch.int32: "I32", torch.uint32: "U32", torch.float32: "F32", torch.complex64: "C64",
     torch.float64: "F64", torch.int64: "I64", torch.uint64: "U64", torch.float8_e4m3fn: "F8_E4M3",
     torch.float8_e5m2: "F8_E5M2", torch.float8_e8m0fnu: "F8_E8M0", torch.float8_e4m3fnuz: "F8_E4M3FNUZ",
@@ -24,7 +25,10 @@ DTYPES = {
 
 
 def _zoo() -> dict[str, torch.Tensor]:
-    """Every dtype in several shapes, under names whose order by bytes differs from their order by dtype and by code point."""
+    """Every dtype in several shapes.
+
+    The order of the names by bytes differs from their order by dtype and by code point.
+    """
     letters = "zyxwvutsrqponmlkjih"
     zoo = {}
     for letter, dtype in zip(letters, DTYPES, strict=True):
@@ -34,11 +38,11 @@ def _zoo() -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("metadata", [None, {}, {"format": "pt"}, {'é\x01"': "\u2028"}])
-def test_layout_is_what_the_library_writes(metadata: dict[str, str] | None) -> None:
+def test_layout_equals_the_library_s(metadata: dict[str, str] | None) -> None:
     zoo = _zoo()
     written = safetensors.torch.save(zoo, metadata)
     shuffled = sorted(zoo.items(), key=lambda item: item[0][::-1], reverse=True)
-    header, offsets, size = ours.layout([(name, DTYPES[t.dtype], t.shape) for name, t in shuffled], metadata)
+    header, offsets, size = container.layout([(name, DTYPES[t.dtype], t.shape) for name, t in shuffled], metadata)
     assert written.startswith(header)
     assert size == len(written)
     for name, tensor in zoo.items():
@@ -46,29 +50,29 @@ def test_layout_is_what_the_library_writes(metadata: dict[str, str] | None) -> N
         assert written[offsets[name] : offsets[name] + len(raw)] == raw
 
 
-def test_layout_of_nothing() -> None:
-    assert ours.layout([], None)[0] == safetensors.torch.save({})
+def test_layout_of_no_tensors() -> None:
+    assert container.layout([], None)[0] == safetensors.torch.save({})
 
 
-def test_layout_refuses_two_tensors_of_one_name() -> None:
+def test_layout_refuses_duplicate_names() -> None:
     with pytest.raises(ValueError, match="duplicate"):
-        ours.layout([("a", "F32", (1,)), ("a", "F32", (1,))], None)
+        container.layout([("a", "F32", (1,)), ("a", "F32", (1,))], None)
 
 
-def test_header_is_what_the_library_wrote(tmp_path: Path) -> None:
+def test_header_equals_what_the_library_wrote(tmp_path: Path) -> None:
     zoo = _zoo()
     path = tmp_path / "zoo.safetensors"
     safetensors.torch.save_file(zoo, path, {"format": "pt"})
-    header = ours.read_header(path)
+    header = container.read_header(path)
     assert header.metadata == {"format": "pt"}
     assert header.file_size == path.stat().st_size
     assert header.tensors.keys() == zoo.keys()
     data = path.read_bytes()
     for name, tensor in zoo.items():
-        found = header.tensors[name]
-        assert (found.dtype, found.shape) == (DTYPES[tensor.dtype], tuple(tensor.shape))
+        entry = header.tensors[name]
+        assert (entry.dtype, entry.shape) == (DTYPES[tensor.dtype], tuple(tensor.shape))
         assert (
-            data[found.offset : found.offset + found.nbytes] == tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
+            data[entry.offset : entry.offset + entry.nbytes] == tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
         )
 
 
@@ -76,7 +80,7 @@ def test_header_is_what_the_library_wrote(tmp_path: Path) -> None:
 def test_hostile_file_is_refused(case: Hostile, tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     path.write_bytes(case.data)
-    assert_refused(lambda: ours.read_header(path), case.id)
+    assert_refused(lambda: container.read_header(path), case.id)
 
 
 @pytest.mark.parametrize(
@@ -91,11 +95,11 @@ def test_hostile_file_is_refused(case: Hostile, tmp_path: Path) -> None:
         file({"__metadata__": {"config": '{"[[[[[[[[": "}"}'}}),
     ],
 )
-def test_what_the_library_accepts_and_is_harmless_is_read(data: bytes, tmp_path: Path) -> None:
+def test_harmless_files_that_the_library_accepts_are_read(data: bytes, tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     path.write_bytes(data)
     expected = dict(safetensors.deserialize(data))
-    header = ours.read_header(path)
+    header = container.read_header(path)
     assert {name: (t.dtype, list(t.shape)) for name, t in header.tensors.items()} == {
         name: (info["dtype"], info["shape"]) for name, info in expected.items()
     }
@@ -103,7 +107,7 @@ def test_what_the_library_accepts_and_is_harmless_is_read(data: bytes, tmp_path:
 
 @pytest.mark.slow
 def test_library_agrees_on_its_own_error_kinds() -> None:
-    """All that the library refuses is refused; what it accepts among our cases is on purpose, and named."""
+    """Everything the library refuses is refused. The cases that it accepts are listed."""
     stricter = {
         "the same tensor twice", "a metadata key twice", "an extra field", "200,000 tensors", "20,001 tensors",
         "metadata is null", "a thousand dimensions", "a name of 70,000 letters", "header begins with a space",

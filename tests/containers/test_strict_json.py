@@ -1,4 +1,4 @@
-"""JSON with one meaning, within bounds."""
+"""Strict JSON: nothing ambiguous, within limits."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_hostile_json_is_refused(case: Hostile, from_file: bool, tmp_path: Path)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("piece", [b"]", b"[", b"[]", b'"', b'{"":', b'"",', b"1,"])
-def test_tens_of_megabytes_are_refused_as_quickly(piece: bytes) -> None:
+def test_tens_of_megabytes_are_refused_quickly(piece: bytes) -> None:
     data = piece * (32_000_000 // len(piece))
     error = assert_refused_somehow(lambda: strict_json.load(data, what="x", max_bytes=64 << 20))
     assert error.id in ("json.too-many-values", "json.depth", "json.syntax")
@@ -78,7 +78,7 @@ def test_tens_of_megabytes_are_refused_as_quickly(piece: bytes) -> None:
         "\ud800",
     ],
 )
-def test_what_json_writes_is_read(value: object) -> None:
+def test_output_of_json_is_read(value: object) -> None:
     for ascii_only in (True, False):
         try:
             data = json.dumps(value, ensure_ascii=ascii_only).encode()
@@ -87,7 +87,7 @@ def test_what_json_writes_is_read(value: object) -> None:
         assert strict_json.load(data, what="x", max_bytes=MAX) == value
 
 
-def test_exactly_as_deep_as_allowed() -> None:
+def test_the_maximal_depth_is_read() -> None:
     strict_json.load(b"[" * 64 + b"]" * 64, what="x", max_bytes=MAX)
     strict_json.load(b'["' + b"[" * 1000 + b'"]', what="x", max_bytes=MAX, max_depth=1)
 

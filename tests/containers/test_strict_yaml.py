@@ -1,4 +1,4 @@
-"""YAML of strangers: plain data, or refused; a model card never stops a conversion."""
+"""Strict YAML: plain data or an error; and a model card never stops a conversion."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def _load(text: str) -> object:
         "? a\n: b\n",
     ],
 )
-def test_plain_data_is_what_pyyaml_makes_of_it(text: str) -> None:
+def test_plain_data_equals_pyyaml_s(text: str) -> None:
     assert _load(text) == yaml.safe_load(text)
 
 

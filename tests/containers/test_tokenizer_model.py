@@ -1,4 +1,4 @@
-"""tokenizer.model of a stranger: bounded before the library sees it, and before much is made of it."""
+"""An untrusted tokenizer.model: checked before the library sees it, and before much memory is used."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_refused_before_the_library(data: bytes) -> None:
     assert_refused(lambda: tokenizer_model.check(data), "sentencepiece.damaged")
 
 
-def test_honest_ones_pass() -> None:
+def test_valid_models_pass() -> None:
     tokenizer_model.check(model())
     assert tokenizer_model.parse(model()).pieces == PIECES
 
@@ -64,8 +64,8 @@ def test_special_ids_are_those_of_the_library(names: dict[str, str]) -> None:
     assert tokenizer_model.parse(data).special_ids() == expected
 
 
-def test_long_pieces_are_not_cut_in_every_way() -> None:
-    """Vocabularies of GGUF files, too, come this way, with tokens of any length."""
+def test_long_pieces_do_not_take_quadratic_time() -> None:
+    """The vocabulary of a GGUF file takes this path too, with tokens of any length."""
     began = time.process_time()
     long = [
         Piece("ab" * 100_000),
@@ -90,7 +90,7 @@ def test_long_pieces_are_not_cut_in_every_way() -> None:
         ("added_tokens.json", None, {str(id): id for id in range(MAX_ADDED + 1)}),
     ],
 )
-def test_added_tokens_are_few(name: str, field: str | None, added: list | dict) -> None:
+def test_added_tokens_are_limited(name: str, field: str | None, added: list | dict) -> None:
     def files(added: list | dict) -> TokenizerFiles:
         return TokenizerFiles.of({name: json.dumps(added if field is None else {field: added}).encode()})
 

@@ -1,4 +1,4 @@
-"""Our index and our layout of torch.save files against torch's own, and against files that lie or attack."""
+"""The index and the layout of torch.save files compared with torch, and hostile torch.save files."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ from tests.support.hostile.refusal import Hostile, as_params, assert_refused
 from tests.support.hostile.torch import CASES, LAST, PKL, Member, archive, body, pickled, saved, storage, tensor
 
 DTYPES = {
-    torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16", torch.uint16: "U16", torch.float16: "F16",
+    torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16", torch.uint16: "U16",
+    torch.float16: "F16",
     torch.bfloat16: "BF16", torch.int32: "I32", torch.uint32: "U32", torch.float32: "F32", torch.complex64: "C64",
     torch.float64: "F64", torch.int64: "I64", torch.uint64: "U64", torch.float8_e4m3fn: "F8_E4M3",
     torch.float8_e5m2: "F8_E5M2", torch.float8_e8m0fnu: "F8_E8M0", torch.float8_e4m3fnuz: "F8_E4M3FNUZ",
@@ -80,14 +81,16 @@ def _laid_out(tree: Mapping[str, Any]) -> bytes:
         out[layout.offsets[path] : layout.offsets[path] + len(raw)] = raw
         crcs[path] = zlib.crc32(raw)
     for offset, piece in layout.finish(crcs):
-        assert out[offset : offset + len(piece)] == b"?" * len(piece)  # no two pieces meet, none meets a tensor
+        assert out[offset : offset + len(piece)] == b"?" * len(
+            piece
+        )  # no two pieces overlap, and none overlaps a tensor
         out[offset : offset + len(piece)] = piece
     assert len(out) == layout.total_size
     return bytes(out)
 
 
 def _without_id(data: bytes, path: Path) -> bytes:
-    """The file with its serialization id, and the CRC of that in both places, blanked."""
+    """The file with its serialization id, and both copies of its CRC, blanked."""
     path.write_bytes(data)
     with zipfile.ZipFile(path) as names:
         member = names.getinfo("model/.data/serialization_id")
@@ -119,16 +122,16 @@ TREES = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TREES)
-def test_layout_is_what_torch_writes(name: str, tmp_path: Path) -> None:
+def test_layout_equals_what_torch_writes(name: str, tmp_path: Path) -> None:
     tree = TREES[name]()
     path = tmp_path / "model.ckpt"
     torch.save(tree, path)
-    theirs, ours = path.read_bytes(), _laid_out(tree)
-    assert _without_id(ours, path) == _without_id(theirs, path)
+    expected_bytes, planned = path.read_bytes(), _laid_out(tree)
+    assert _without_id(planned, path) == _without_id(expected_bytes, path)
 
 
 @pytest.mark.parametrize("mmap", [False, True])
-def test_torch_loads_what_we_lay_out(tmp_path: Path, mmap: bool) -> None:
+def test_torch_loads_a_planned_file(tmp_path: Path, mmap: bool) -> None:
     path = tmp_path / "model.ckpt"
     path.write_bytes(_laid_out({"model_state_dict": _zoo()}))
     loaded = torch.load(path, weights_only=True, mmap=mmap)["model_state_dict"]
@@ -144,7 +147,7 @@ def test_layout_is_deterministic() -> None:
     assert _laid_out(tree) == _laid_out(tree)
 
 
-def test_layout_beyond_4_gib_is_what_our_reader_and_pythons_take(tmp_path: Path) -> None:
+def test_layout_beyond_4_gib_is_read_by_this_reader_and_by_zipfile(tmp_path: Path) -> None:
     layout = TorchZipLayout({"small": ("F32", (3,)), "big": ("U8", (5 << 30,)), "after": ("F32", (4,))})
     path = tmp_path / "sparse.ckpt"
     with open(path, "wb") as file:
@@ -152,8 +155,8 @@ def test_layout_beyond_4_gib_is_what_our_reader_and_pythons_take(tmp_path: Path)
         for offset, piece in layout.finish({("small",): 1, ("big",): 2, ("after",): 3}):
             file.seek(offset)
             file.write(piece)
-    found = {keys: (t.offset, t.nbytes, t.crc32) for keys, t in tensors_of(read_index(path))}
-    assert found == {
+    tensors = {keys: (t.offset, t.nbytes, t.crc32) for keys, t in tensors_of(read_index(path))}
+    assert tensors == {
         ("small",): (layout.offsets["small",], 12, 1),
         ("big",): (layout.offsets["big",], 5 << 30, 2),
         ("after",): (layout.offsets["after",], 16, 3),
@@ -165,7 +168,7 @@ def test_layout_beyond_4_gib_is_what_our_reader_and_pythons_take(tmp_path: Path)
     }  # fmt: skip
 
 
-def test_index_is_what_torch_saved(tmp_path: Path) -> None:
+def test_index_equals_what_torch_saved(tmp_path: Path) -> None:
     base = torch.arange(24.0).reshape(4, 6)
     tree = {
         "model_state_dict": OrderedDict(_zoo()),
@@ -189,13 +192,13 @@ def test_index_is_what_torch_saved(tmp_path: Path) -> None:
     assert index["device"] == "cuda:1"
     assert index["list"][0] == 1
     assert isinstance(index["list"][1], TorchTensor)
-    found = dict(tensors_of(index))
+    tensors = dict(tensors_of(index))
     expected = _flat(
         {key: value for key, value in tree.items() if isinstance(value, (Mapping, torch.Tensor)) and key != "optimizer"}
     )
-    assert found.keys() == expected.keys() | {("optimizer", "state", "0", "step")}
+    assert tensors.keys() == expected.keys() | {("optimizer", "state", "0", "step")}
     for keys, value in expected.items():
-        entry = found[keys]
+        entry = tensors[keys]
         assert (entry.name, entry.dtype, entry.shape) == (keys[-1], DTYPES[value.dtype], tuple(value.shape))
         assert entry.stride == value.stride()
         assert entry.contiguous == value.is_contiguous()
@@ -204,8 +207,8 @@ def test_index_is_what_torch_saved(tmp_path: Path) -> None:
             assert raw == _raw(value)
         whole = data[entry.storage_offset : entry.storage_offset + entry.storage_nbytes]
         assert zlib.crc32(whole) == entry.crc32
-    assert found["model_state_dict", "é0.torch.float32"].covers_storage
-    assert not found["view",].covers_storage
+    assert tensors["model_state_dict", "é0.torch.float32"].covers_storage
+    assert not tensors["view",].covers_storage
 
 
 def test_oracle_checkpoints_are_indexed_as_torch_loads_them(oracles: Path) -> None:
@@ -215,9 +218,9 @@ def test_oracle_checkpoints_are_indexed_as_torch_loads_them(oracles: Path) -> No
     assert len(paths) >= 10
     for path in paths:
         data, loaded = path.read_bytes(), _flat(torch.load(path, weights_only=True))
-        found = dict(tensors_of(read_index(path)))
-        assert found.keys() == loaded.keys()
-        for keys, entry in found.items():
+        tensors = dict(tensors_of(read_index(path)))
+        assert tensors.keys() == loaded.keys()
+        for keys, entry in tensors.items():
             assert data[entry.offset : entry.offset + entry.nbytes] == _raw(loaded[keys])
 
 
@@ -229,7 +232,7 @@ def test_hostile_file_is_refused(case: Hostile, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("protocol", range(6))
-def test_real_payloads_are_refused_unrun(tmp_path: Path, protocol: int) -> None:
+def test_real_payloads_are_refused_and_not_run(tmp_path: Path, protocol: int) -> None:
     class Payload:
         def __reduce__(self) -> tuple:
             return open, (str(tmp_path / "owned"), "w")
@@ -240,8 +243,8 @@ def test_real_payloads_are_refused_unrun(tmp_path: Path, protocol: int) -> None:
     assert not (tmp_path / "owned").exists()
 
 
-def test_the_hand_made_archive_is_one_that_torch_loads(tmp_path: Path) -> None:
-    """The lies are told in an otherwise honest file, or the refusals above would prove nothing."""
+def test_the_hand_made_archive_is_loaded_by_torch(tmp_path: Path) -> None:
+    """The forged fields are in an otherwise valid file; otherwise the refusals above would prove nothing."""
     path = tmp_path / "model.ckpt"
     members = [PKL, LAST, Member("a/version", b"3\n")]
     for data in (
@@ -267,7 +270,7 @@ def test_a_shared_storage_must_fit_every_tensor(tmp_path: Path) -> None:
 
 
 class TestMemberCheck:
-    """One flipped byte of a tensor is found while the tensor is read, in whatever pieces, by whatever threads."""
+    """One flipped byte of a tensor is found while the tensor is read, in any pieces, by any threads."""
 
     @pytest.fixture
     def saved(self, tmp_path: Path) -> tuple[Path, TorchTensor]:
@@ -284,7 +287,7 @@ class TestMemberCheck:
         check.update(entry.offset, data[entry.offset : entry.offset + entry.nbytes])
 
     @pytest.mark.parametrize("sizes", [[], [1], [7, 20_000, 3], [4096] * 9])
-    def test_honest_and_damaged(self, saved: tuple[Path, TorchTensor], sizes: list[int]) -> None:
+    def test_intact_and_damaged(self, saved: tuple[Path, TorchTensor], sizes: list[int]) -> None:
         path, entry = saved
         self._stream(path, entry, sizes)
         damaged = bytearray(path.read_bytes())

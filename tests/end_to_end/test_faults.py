@@ -1,7 +1,7 @@
-"""The whole commands while the disk fails: every write, fsync and rename in turn, for each way in which it can.
+"""Whole commands while the disk fails: every write, fsync and rename fails in turn, in each way that it can.
 
-The destination holds its old bytes or nothing, the exit code is 4, and the same command then succeeds. Where a call can
-be repeated (EINTR, a write that took only some of the bytes) nobody notices.
+The destination contains its old bytes or nothing, the exit code is 4, and the same command then succeeds. If a call can
+be repeated (EINTR, a short write), the fault is not noticed.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ pytestmark = pytest.mark.slow
 runner = CliRunner()
 SMALLER = replace(SMALL, num_hidden_layers=1, layer_types=())
 TIDYING = ("unlink", "rmdir")
-"""Calls that may fail without anybody's loss; what they leave is found by ``clean`` and by the next run."""
+"""Calls whose failure costs nothing. ``clean`` and the next run find what they leave."""
 
 
 @pytest.fixture(scope="module")
 def source() -> Iterator[Path]:
-    """In memory where there is a folder for that: thousands of commands would wait for the disk."""
+    """A folder in memory if there is one, because thousands of commands would wait for the disk."""
     folder = "/dev/shm" if Path("/dev/shm").is_dir() else None
     with tempfile.TemporaryDirectory(dir=folder) as place:
         yield write_checkpoint(random_checkpoint(np.dtype(ml_dtypes.bfloat16), SMALLER), Path(place) / "src")
@@ -57,8 +57,9 @@ def contents(place: Path) -> dict[str, str]:
 
 
 class Sweep:
-    """One command, and what it leaves undisturbed, ``whole``; ``old_words``: the command that made what lies there
-    before.
+    """One command.
+
+    ``whole`` is what it leaves undisturbed; ``old_words`` is the command that made what was there before.
     """
 
     def __init__(self, words: tuple[str, ...], source: Path, place: Path, *, old_words: tuple[str, ...] = ()) -> None:
@@ -85,8 +86,9 @@ class Sweep:
         shutil.copytree(self.saved, self.place)
 
     def all(self, kind: str, *, every: int = 1, only: str = "") -> int:
-        """Every ``every``-th call, of those whose name or target contains ``only``, fails once in a run of its own; how
-        many did.
+        """Makes every ``every``-th call whose name or target contains ``only`` fail, each in its own run.
+
+        Returns how many failed.
         """
         failed = number = 0
         for name, target in self.kinds:
@@ -112,25 +114,25 @@ class Sweep:
         if not faults.fired:
             assert result.exit_code == 0, result.output
             return False
-        found = {path: value for path, value in contents(self.place).items() if not path.startswith(".")}
+        after = {path: value for path, value in contents(self.place).items() if not path.startswith(".")}
         where = f"{kind} at {name} {target} {nth}: {result.output}"
         if result.exit_code == 0:
             assert kind in ("short", "EINTR") or name in TIDYING, where
-            assert found == self.whole, where
+            assert after == self.whole, where
         else:
             assert result.exit_code == 4 and "Traceback" not in result.output, where
             assert name not in RESTARTED or kind not in ("short", "EINTR"), where
             main = self.words[1]
-            assert found.get(main) == self.old.get(main) or self._in_place(result, main, found), where
-            assert all(value in (self.old.get(path), self.whole[path]) for path, value in found.items()), where
+            assert after.get(main) == self.old.get(main) or self._in_place(result, main, after), where
+            assert all(value in (self.old.get(path), self.whole[path]) for path, value in after.items()), where
         again = run((*self.words, "--force"), self.source, self.place)
         assert again.exit_code == 0, f"{where}\n{again.output}"
         assert contents(self.place) == self.whole, where
         return True
 
-    def _in_place(self, result: Result, main: str, found: dict[str, str]) -> bool:
-        """The output was complete and in place when something after it failed, and the command said so."""
-        return found.get(main) == self.whole[main] and f"{main}: is in place, complete" in result.stderr
+    def _in_place(self, result: Result, main: str, after: dict[str, str]) -> bool:
+        """Whether the output was complete and in place when something after it failed, and the command said so."""
+        return after.get(main) == self.whole[main] and f"{main}: is in place, complete" in result.stderr
 
 
 @pytest.fixture(autouse=True)
@@ -152,7 +154,7 @@ def test_every_call_of_a_quantization_over_an_old_output(source: Path, place: Pa
 
 
 @pytest.mark.parametrize("kind", ["ENOSPC", "short", "EINTR"])
-def test_calls_of_a_quantization_otherwise(source: Path, place: Path, kind: str) -> None:
+def test_other_faults_of_a_quantization(source: Path, place: Path, kind: str) -> None:
     with Sweep((*QUANTIZE, "--no-verify"), source, place, old_words=(*OLDER, "--no-verify")) as sweep:
         assert sweep.all(kind, every=10) >= 10
 

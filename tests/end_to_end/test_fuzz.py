@@ -1,4 +1,4 @@
-"""The fuzzing campaign in short: every reader on its corpus, where past findings are, and on mutations of it."""
+"""A short fuzzing campaign: every reader on its corpus, which includes past findings, and on mutations of it."""
 
 from __future__ import annotations
 
@@ -22,13 +22,10 @@ EACH = 1000
 def _campaign(state: Path, *arguments: str) -> tuple[dict, str]:
     script = ROOT / "tests" / "campaigns" / "fuzz.py"
     done = subprocess.run(
-        [sys.executable, str(script), "--state", str(state), *arguments],
-        check=False,
-        capture_output=True,
-        text=True,
+        [sys.executable, str(script), "--state", str(state), *arguments], check=False, capture_output=True, text=True,
         timeout=300,
         env=os.environ | {"PYTHONHASHSEED": "0"},
-    )
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return json.loads((state / "state.json").read_text()), done.stdout
 
@@ -47,19 +44,19 @@ def _readers() -> list[str]:
 
 def test_every_reader_survives(tmp_path: Path) -> None:
     names = _readers()
-    state, said = _campaign(tmp_path, "--each", str(EACH), "--slice", "60", "--readers", *names)
-    assert "did not start" not in said
+    state, output = _campaign(tmp_path, "--executions", str(EACH), "--slice", "60", "--readers", *names)
+    assert "did not start" not in output
     assert sorted(state) == sorted(names)
     assert [(name, row["findings"]) for name, row in state.items() if row["findings"]] == []
     assert {name: row["executions"] for name, row in state.items()} == dict.fromkeys(names, EACH)
 
 
-def test_a_campaign_goes_on_where_it_was(tmp_path: Path) -> None:
-    first, _ = _campaign(tmp_path, "--each", "200", "--readers", "json")
-    again, said = _campaign(tmp_path, "--each", "300", "--readers", "json", "journal")
+def test_a_campaign_continues_where_it_stopped(tmp_path: Path) -> None:
+    first, _ = _campaign(tmp_path, "--executions", "200", "--readers", "json")
+    again, output = _campaign(tmp_path, "--executions", "300", "--readers", "json", "journal")
     assert first["json"]["executions"] == 200 and again["json"]["executions"] == 500
     assert again["json"]["slices"] == 2 and again["journal"]["executions"] == 300
-    assert "| all | 800 |" in said
+    assert "| all | 800 |" in output
 
 
 @pytest.mark.parametrize(

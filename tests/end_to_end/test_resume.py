@@ -1,6 +1,4 @@
-"""Conversions that are killed, interrupted or refused, and the same command again: the same bytes, and nothing left
-behind.
-"""
+"""Conversions that are killed, interrupted or refused, then run again: the same bytes, and nothing left behind."""
 
 from __future__ import annotations
 
@@ -49,7 +47,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def place(tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The current folder, with a source in it; every complete tensor is journaled at once."""
+    """Changes to a folder with a source in it. Every complete tensor is journaled at once."""
     shutil.copytree(source, tmp_path / "src", copy_function=shutil.copy2)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(staging_recorder, "SYNC_SECONDS", 0.0)
@@ -65,7 +63,7 @@ def names(place: Path) -> list[str]:
 
 
 def in_a_child(function: Callable[[], None]) -> int:
-    """What waitpid says of a fork that runs ``function`` and ends."""
+    """The status that waitpid returns for a fork that runs ``function`` and ends."""
     child = os.fork()
     if child == 0:
         try:
@@ -76,7 +74,7 @@ def in_a_child(function: Callable[[], None]) -> int:
 
 
 def killed_after(tensors: int, *words: object) -> None:
-    """The command in a process of its own that is killed once so many more tensors are in the journal."""
+    """Runs the command in its own process, which is killed when this many more tensors are in the journal."""
 
     def work() -> None:
         done = staging_recorder.Journal.done
@@ -96,8 +94,8 @@ def killed_after(tensors: int, *words: object) -> None:
 
 
 def interrupted_after(tensors: int, monkeypatch: pytest.MonkeyPatch, *words: object) -> Result:
-    """The command in this process, interrupted as by ^C when so many more tensors are complete and some of them in the
-    journal.
+    """Runs the command in this process, interrupted as by ^C when this many more tensors are complete and some are
+    journaled.
     """
     with monkeypatch.context() as patched:
         complete, calls = staged_output.Staging.complete, []
@@ -116,7 +114,7 @@ def interrupted_after(tensors: int, monkeypatch: pytest.MonkeyPatch, *words: obj
 
 class TestKilled:
     @pytest.mark.parametrize("kind", WORDS)
-    def test_goes_on_from_the_last_complete_tensor(self, place: Path, kind: str) -> None:
+    def test_continues_after_the_last_complete_tensor(self, place: Path, kind: str) -> None:
         words = (*WORDS[kind], "--no-verify")
         out = place / ("out" if kind == "split" else words[2])
         if kind in ("keras", "orbax"):
@@ -160,8 +158,8 @@ class TestKilled:
         again = runner.invoke(app, [*WORDS["gguf"], "--threads", "4", "--memory", "1MB", "--no-verify"])
         assert again.exit_code == 0 and "resumed: " in again.stderr
 
-    def test_while_being_verified(self, place: Path) -> None:
-        """All tensors are complete by then: the second run only verifies."""
+    def test_during_verification(self, place: Path) -> None:
+        """All tensors are complete by then, so the second run only verifies."""
         killed_after(24, *WORDS["gguf"])
         again = run(*WORDS["gguf"], "--json")
         assert again.exit_code == 0, again.output
@@ -169,7 +167,7 @@ class TestKilled:
         assert content["resumed_tensors"] == 24 and content["verified"]
         assert names(place) == ["out.gguf", "out.gguf.receipt.json"]
 
-    def test_a_verification_that_then_fails_leaves_nothing(self, place: Path) -> None:
+    def test_a_failed_verification_leaves_nothing(self, place: Path) -> None:
         killed_after(5, *WORDS["gguf"])
         again = run(*WORDS["gguf"], "--gate", "kl=0")
         assert again.exit_code == 1, again.output
@@ -179,7 +177,7 @@ class TestKilled:
         "words", [WORDS["gguf"], WORDS["sharded"], ("quantize", "src", "many", "--type", "q8_0,nf4")]
     )
     def test_between_the_last_rename_and_the_end(self, place: Path, words: tuple[str, ...]) -> None:
-        """The output is in place and whole: the next run says so, verifies it, and tidies up, without --force."""
+        """The output is in place and complete: the next run says so, verifies it and cleans up, without --force."""
 
         def work() -> None:
             staged_output.Staging.finish = lambda self: os.kill(os.getpid(), signal.SIGKILL)
@@ -206,7 +204,7 @@ class TestKilled:
 
 
 class TestInterrupted:
-    def test_says_what_is_kept_and_goes_on(self, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_says_what_is_kept_and_continues(self, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         stopped = interrupted_after(4, monkeypatch, *WORDS["gguf"], "--no-verify")
         assert stopped.exit_code == 130
         assert "the same command continues" in stopped.stderr and "gemma2tool clean" in stopped.stderr
@@ -228,8 +226,8 @@ class TestInterrupted:
         (place / "many").mkdir()
         interrupted_after(4, monkeypatch, "quantize", "src", "many", "--type", "q8_0,nf4", "--no-verify")
         content = json.loads(run_clean("many", "--json").stdout)
-        assert [each["destination"] for each in content] == ["many/many-nf4", "many/many-q8_0.gguf"]
-        assert all(each["removed"] and each["bytes"] > 0 for each in content)
+        assert [leftover["destination"] for leftover in content] == ["many/many-nf4", "many/many-q8_0.gguf"]
+        assert all(leftover["removed"] and leftover["bytes"] > 0 for leftover in content)
         assert list((place / "many").iterdir()) == []
 
     def test_clean_leaves_a_running_one_alone(self, place: Path) -> None:
@@ -251,55 +249,55 @@ def run_clean(*words: str) -> Result:
 
 
 class TestRefusedToContinue:
-    """Another source, plan or version: it says what differs, and leaves what is there."""
+    """Another source, plan or version: the error says what differs and leaves what is there."""
 
     @pytest.fixture
     def left(self, place: Path) -> Path:
         killed_after(5, *WORDS["gguf"], "--no-verify")
         return place
 
-    def refused(self, left: Path, *words: str, said: str) -> None:
+    def refused(self, left: Path, *words: str, difference: str) -> None:
         result = run(*(words or WORDS["gguf"]), "--no-verify")
         assert result.exit_code == 2, result.output
-        assert "resume.mismatch" in result.stderr and said in result.stderr, result.stderr
+        assert "resume.mismatch" in result.stderr and difference in result.stderr, result.stderr
         assert "--restart" in result.stderr and "gemma2tool clean" in result.stderr
         assert names(left) == [".out.gguf.gemma2tool-staging"]
 
     def test_another_type(self, left: Path) -> None:
-        self.refused(left, "quantize", "src", "out.gguf", "--type", "q8_0", said="type was q4_0, is q8_0")
+        self.refused(left, "quantize", "src", "out.gguf", "--type", "q8_0", difference="type was q4_0, is q8_0")
 
     def test_another_option(self, left: Path) -> None:
-        self.refused(left, *WORDS["gguf"], "--pure", said="pure was absent, is True")
+        self.refused(left, *WORDS["gguf"], "--pure", difference="pure was absent, is True")
 
-    def test_a_source_that_was_touched(self, left: Path) -> None:
+    def test_a_touched_source(self, left: Path) -> None:
         os.utime(left / "src" / "model.safetensors", ns=(0, 1))
-        self.refused(left, said="source model.safetensors was")
+        self.refused(left, difference="source model.safetensors was")
 
     def test_a_source_with_other_values(self, left: Path) -> None:
-        """The same sizes, and even the same time."""
+        """With the same sizes and the same modification time."""
         path = left / "src" / "model.safetensors"
         times = path.stat()
         data = bytearray(path.read_bytes())
         data[-1] ^= 1
         path.write_bytes(data)
         os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
-        self.refused(left, said="source model.safetensors was")
+        self.refused(left, difference="source model.safetensors was")
 
     def test_another_config(self, left: Path) -> None:
         path = left / "src" / "config.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | {"rms_norm_eps": 1e-5}))
-        self.refused(left, said="source config.json was")
+        self.refused(left, difference="source config.json was")
 
     def test_another_version(self, left: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(fingerprints, "__version__", "9.9")
-        self.refused(left, said="is gemma2tool 9.9")
+        self.refused(left, difference="is gemma2tool 9.9")
 
     def test_other_kernels(self, left: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(fingerprints, "_kernels", lambda: "other")
-        self.refused(left, said="kernels other")
+        self.refused(left, difference="kernels other")
 
-    def test_leave_to_take_what_was_refused(self, left: Path) -> None:
-        self.refused(left, *WORDS["gguf"], "--allow-nonfinite", said="allow-nonfinite was absent, is True")
+    def test_allowing_what_was_refused(self, left: Path) -> None:
+        self.refused(left, *WORDS["gguf"], "--allow-nonfinite", difference="allow-nonfinite was absent, is True")
 
     def test_restart(self, left: Path) -> None:
         result = run("quantize", "src", "out.gguf", "--type", "q8_0", "--no-verify", "--restart")
@@ -307,7 +305,7 @@ class TestRefusedToContinue:
         assert names(left) == ["out.gguf"]
 
     def test_calibrated_codes(self, place: Path) -> None:
-        """They depend on all layers before: such a run neither continues another nor can be continued."""
+        """They depend on all earlier layers, so such a run neither continues another nor can be continued."""
         words = ("quantize", "src", "out", "--type", "gptq-4", "--group-size", "32", "--no-verify")
         killed_after(5, *words)
         np.save("ids.npy", np.arange(64).reshape(2, 32))
@@ -322,7 +320,7 @@ class TestRefusedToContinue:
             assert run(*calibrated).exit_code == 130
         assert "out" not in names(place) and ".out.gemma2tool-staging" not in names(place)
 
-    def test_a_source_that_was_only_moved_is_the_same(self, left: Path) -> None:
+    def test_a_moved_source_is_the_same(self, left: Path) -> None:
         (left / "elsewhere").mkdir()
         (left / "src").rename(left / "elsewhere" / "src")
         result = run("quantize", "elsewhere/src", *WORDS["gguf"][2:], "--no-verify")

@@ -1,6 +1,4 @@
-"""Text from files and their names, where it is accepted, shown to people and programs: nothing of it may steer a
-terminal.
-"""
+"""Text from untrusted files and file names, shown to people and programs: none of it may control a terminal."""
 
 from __future__ import annotations
 
@@ -24,18 +22,15 @@ UNSEEN = set("\x1b\x07\r\x9b\u202e\u200b\x00\x7f")
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model that says evil things wherever it may, in a folder whose name does, too."""
+    """A model with hostile text wherever it may appear, in a folder with a hostile name."""
     folder = tmp_path_factory.mktemp("text")
     path = write_as("hf", random_checkpoint(np.dtype(np.float32), TINY), folder / "plain")
     content = json.loads((path / "config.json").read_text())
     content |= {
-        "transformers_version": "5.0" + EVIL,
-        "_name_or_path": EVIL,
-        "architectures": [EVIL],
-        EVIL: EVIL,
+        "transformers_version": "5.0" + EVIL, "_name_or_path": EVIL, "architectures": [EVIL], EVIL: EVIL,
         "id2label": {"0": EVIL, "1": "b"},
         "eos_token_id": 1000,
-    }
+    }  # fmt: skip
     content.pop("label2id", None)
     (path / "config.json").write_text(json.dumps(content))
     (path / "generation_config.json").write_text(json.dumps({"temperature": EVIL, "top_k": [EVIL]}))
@@ -56,7 +51,7 @@ def test_every_command(tmp_path: Path, model: Path, machine: bool) -> None:
         ["inspect", str(model / "config.json")],
         ["inspect", str(model) + EVIL],
         ["convert", str(model), f"{out}.gguf", "--no-verify"],
-        ["convert", str(model), f"{out}.gguf", "--no-verify"],  # it is there now
+        ["convert", str(model), f"{out}.gguf", "--no-verify"],  # the output exists now
         ["convert", str(model), str(out), "--dry-run"],
         ["convert", str(model), str(out), "--to", EVIL],
         ["quantize", str(model), f"{out}q.gguf", "--type", EVIL],

@@ -1,1 +1,1 @@
-"""Fuzzing of every reader: targets, seeds, mutations, and the worker that runs them. See CAMPAIGN.md."""
+"""Fuzzing of every reader: targets, seeds, mutations and the worker that runs them. See CAMPAIGN.md."""

@@ -1,7 +1,8 @@
-"""What is fuzzed: each reader called in this process on a file in memory.
+"""What is fuzzed: each reader, called in this process on a file in memory.
 
-A target's ``place`` puts an input where the reader finds it; ``run`` then returns something small that tells apart what the reader
-understood, raises ``ToolError`` for what it refuses, and anything else is a finding. ``mutate`` knows the structure: a mutation that only breaks a checksum teaches nothing.
+A target's ``place`` puts an input where the reader finds it. ``run`` returns a small value that distinguishes what the
+reader understood, or raises ``ToolError`` for an input that is refused. Any other exception is a finding. ``mutate``
+knows the structure of the input, because a mutation that only breaks a checksum tests nothing.
 """
 
 from __future__ import annotations
@@ -20,21 +21,21 @@ CORPUS = Path(__file__).resolve().parent / "corpus"
 
 
 class MemoryFile:
-    """A regular file of no disk, under a path that readers can open."""
+    """A regular file in memory, under a path that readers can open."""
 
     def __init__(self) -> None:
         self.fd = os.memfd_create("fuzz")
         self.path = f"/proc/self/fd/{self.fd}"
 
     def hold(self, data: bytes) -> str:
-        """Makes ``data`` the file's content; returns its path."""
+        """Makes ``data`` the file's content and returns its path."""
         os.pwrite(self.fd, data, 0)
         os.ftruncate(self.fd, len(data))
         return self.path
 
 
 class MemoryFolder:
-    """A folder of files in memory, the same for every worker of one process, which removes it with ``remove_folders``."""
+    """A folder of files in memory, shared by the workers of one process. ``remove_folders`` removes it."""
 
     def __init__(self, name: str) -> None:
         self.path = _folders(os.getppid()) / name
@@ -52,20 +53,20 @@ def _folders(pid: int) -> Path:
 
 
 def remove_folders() -> None:
-    """What the workers of this process left."""
+    """Removes what the workers of this process left."""
     shutil.rmtree(_folders(os.getpid()), ignore_errors=True)
 
 
 class Target:
-    """A reader under test; ``tokens`` are pieces of bytes that mean something to it."""
+    """A reader under test. ``tokens`` are byte strings that have a meaning to it."""
 
     name: str
     tokens: Sequence[bytes] = ()
     imports = False
-    """Whether the libraries it goes through import parts of themselves when they need them."""
+    """Whether the libraries that it uses import parts of themselves on demand."""
 
     def prepare(self) -> None:
-        """Whatever is needed once, before the first run."""
+        """Prepares whatever is needed once, before the first run."""
 
     def seeds(self) -> list[bytes]:
         """Valid inputs and past findings."""
@@ -76,7 +77,7 @@ class Target:
         return mutate(rng, data, pool, self.tokens)
 
     def place(self, data: bytes) -> Any:
-        """What ``run`` is given; None for an input that says nothing about the reader."""
+        """Prepares the argument of ``run``. Returns None for an input that cannot test the reader."""
         return data
 
     def run(self, given: Any) -> object:
@@ -91,7 +92,7 @@ class FileTarget(Target):
 
 
 def parsed(data: bytes) -> Any:
-    """The value of a JSON text; None where it is none."""
+    """The value of a JSON text, or None if it is invalid."""
     try:
         return json.loads(data)
     except (ValueError, RecursionError):
@@ -99,7 +100,7 @@ def parsed(data: bytes) -> Any:
 
 
 class JsonTarget(Target):
-    """Mostly mutates the value, now and then the text; ``names`` are keys and values that mean something."""
+    """Mutates mostly the value and sometimes the text. ``names`` are keys and values that have a meaning."""
 
     names: Sequence[str] = ()
 

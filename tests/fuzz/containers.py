@@ -11,7 +11,7 @@ from random import Random
 
 from tests.fuzz.base import CORPUS, FileTarget, JsonTarget, MemoryFile, MemoryFolder, Target
 from tests.fuzz.mutator import mutate, mutate_json
-from tests.support.hostile import torch as h  # once for all workers: its largest files take a while to make
+from tests.support.hostile import torch as h  # once for all workers, because its largest files take a while to make
 
 
 class Json(Target):
@@ -47,8 +47,9 @@ class Json(Target):
 class Safetensors(FileTarget):
     name = "safetensors"
     tokens = (
-        b'{"dtype":"F32","shape":[1],"data_offsets":[0,4]}', b'"__metadata__":{', b'"shape":[', b'"data_offsets":[', b'"BF16"', b'"F4"', b'"F64"',
-        b'"I8"', b"0,0", b"18446744073709551615", b"9223372036854775807", b"-1", b"1.0", b"null", b'"a":', b"{}", b" ",
+        b'{"dtype":"F32","shape":[1],"data_offsets":[0,4]}', b'"__metadata__":{', b'"shape":[', b'"data_offsets":[',
+        b'"BF16"', b'"F4"', b'"F64"', b'"I8"', b"0,0", b"18446744073709551615", b"9223372036854775807", b"-1", b"1.0",
+        b"null", b'"a":', b"{}", b" ",
     )  # fmt: skip
 
     def prepare(self) -> None:
@@ -84,8 +85,9 @@ class Safetensors(FileTarget):
 class GGUF(FileTarget):
     name = "gguf"
     tokens = (
-        b"GGUF", b"general.alignment", b"general.architecture", b"gemma2", b"split.count", *(struct.pack("<I", kind) for kind in range(14)),
-        struct.pack("<Q", 1), struct.pack("<Q", 32), struct.pack("<IQ", 8, 2), struct.pack("<IQ", 4, 3), b"\1\0\0\0\0\0\0\0a",
+        b"GGUF", b"general.alignment", b"general.architecture", b"gemma2", b"split.count",
+        *(struct.pack("<I", kind) for kind in range(14)), struct.pack("<Q", 1), struct.pack("<Q", 32),
+        struct.pack("<IQ", 8, 2), struct.pack("<IQ", 4, 3), b"\1\0\0\0\0\0\0\0a",
     )  # fmt: skip
 
     def prepare(self) -> None:
@@ -99,7 +101,7 @@ class GGUF(FileTarget):
             not header.data_start <= t.offset <= t.offset + t.nbytes <= header.file_size
             for t in header.tensors.values()
         ):
-            raise AssertionError("a tensor lies outside the file")
+            raise AssertionError("a tensor is outside the file")
         return len(header.tensors), len(header.kv), header.alignment
 
 
@@ -111,9 +113,10 @@ class Pickle(Target):
 
         self.interpret = pickle_index.interpret
         self.tokens = (
-            *(bytes([opcode]) for opcode in pickle_index._ACTIONS), h.tensor(), h.storage(), b"ccollections\nOrderedDict\n", b"ctorch\nSize\n",
-            b"X\1\0\0\0a", b"q\0", b"h\0", b"K\1", b"}(", b"tR", b"u", b"\x8a\x08" + b"\xff" * 8, b"ccodecs\nencode\n", b"cos\nsystem\n", b"0", b".",
-            b"c_codecs\nencode\n", b"ctorch\ndevice\n", b"ctorch._utils\n_rebuild_parameter\n", b"ctorch._utils\n_rebuild_tensor_v3\n",
+            *(bytes([opcode]) for opcode in pickle_index._ACTIONS), h.tensor(), h.storage(),
+            b"ccollections\nOrderedDict\n", b"ctorch\nSize\n", b"X\1\0\0\0a", b"q\0", b"h\0", b"K\1", b"}(", b"tR",
+            b"u", b"\x8a\x08" + b"\xff" * 8, b"ccodecs\nencode\n", b"cos\nsystem\n", b"0", b".", b"c_codecs\nencode\n",
+            b"ctorch\ndevice\n", b"ctorch._utils\n_rebuild_parameter\n", b"ctorch._utils\n_rebuild_tensor_v3\n",
         )  # fmt: skip
 
     def seeds(self) -> list[bytes]:
@@ -157,7 +160,7 @@ class TorchZip(FileTarget):
     def mutate(self, rng: Random, data: bytes, pool: Sequence[bytes]) -> bytes:
         if rng.random() < 0.5:
             return mutate(rng, data, pool, self.tokens)
-        # another program in an honest archive
+        # another program in a valid archive
         begin = data.find(b"\x80\x02")
         program = data[begin : data.find(b".PK", begin) + 1] if begin >= 0 else b""
         return h.pickled(self.programs.mutate(rng, program or h.body(b"}X\1\0\0\0w" + h.tensor() + b"s"), pool))
@@ -170,7 +173,7 @@ class TorchZip(FileTarget):
                 not 0 <= t.storage_offset <= t.offset <= t.storage_offset + t.storage_nbytes <= size
                 or t.nbytes > t.storage_nbytes
             ):
-                raise AssertionError("a tensor lies outside its storage")
+                raise AssertionError("a tensor is outside its storage")
         return count
 
 
@@ -214,7 +217,7 @@ class SbsConfig(Target):
 
 
 class TorchModel(TorchZip):
-    """A .ckpt as a model: other programs in its pickle, so that what it says of a model is something else."""
+    """A .ckpt as a model, with other programs in its pickle, so that they describe other models."""
 
     name = "torch-model"
 
@@ -238,13 +241,13 @@ class TorchModel(TorchZip):
         return Target.seeds(self)
 
     def mutate(self, rng: Random, data: bytes, pool: Sequence[bytes]) -> bytes:
-        """Another pickle among the honest members, or bytes anywhere."""
+        """Another pickle among the valid members, or random bytes anywhere."""
         begin, end = data.find(b"\x80\x02"), data.find(b".PK", data.find(b"\x80\x02")) + 1
         if rng.random() < 0.2 or not 0 <= begin < end:
             return mutate(rng, data, pool, self.tokens)
         program = self.programs.mutate(rng, data[begin:end], pool)
         return h.archive(
-            [replace(each, data=program) if each.name.endswith("data.pkl") else each for each in self.members]
+            [replace(member, data=program) if member.name.endswith("data.pkl") else member for member in self.members]
         )
 
     def run(self, path: Path) -> object:
@@ -256,12 +259,13 @@ class TorchModel(TorchZip):
 
 
 class HDF5(FileTarget):
-    """Checksums are taken for right: what they protect against is chance, and a stranger computes them."""
+    """Checksums are taken as correct: they protect against accidents, and an attacker computes them."""
 
     name = "hdf5"
     tokens = (
         b"TREE", b"SNOD", b"HEAP", b"GCOL", b"OHDR", b"OCHK", b"\xff" * 8, b"vars\0", b"0\0", b"dtype", b"bfloat16",
-        *(struct.pack("<H", kind) for kind in (1, 2, 3, 6, 7, 8, 10, 11, 12, 16, 17)), bytes.fromhex("11201f0004000000"), b"\3\1", b"\3\2",
+        *(struct.pack("<H", kind) for kind in (1, 2, 3, 6, 7, 8, 10, 11, 12, 16, 17)),
+        bytes.fromhex("11201f0004000000"), b"\3\1", b"\3\2",
     )  # fmt: skip
 
     def prepare(self) -> None:
@@ -274,17 +278,18 @@ class HDF5(FileTarget):
     def run(self, path: Path) -> object:
         arrays, size = self.read(path), path.stat().st_size
         if any(not 0 <= a.offset <= a.offset + a.nbytes <= size for a in arrays.values()):
-            raise AssertionError("an array lies outside the file")
+            raise AssertionError("an array is outside the file")
         return len(arrays), tuple(sorted({a.dtype for a in arrays.values()}))
 
 
 class OCDBT(Target):
-    """A manifest and a data file, told apart by a mark; node by node, checksums taken for right."""
+    """A manifest and a data file, separated by a mark. They are read node by node, with checksums taken as correct."""
 
     name = "ocdbt"
     mark = b"\n--data--\n"
     tokens = (
-        bytes.fromhex("0cdb3a2a"), bytes.fromhex("0cdb20de"), b"d/x", b"../d", b"/etc/passwd", b"\xff" * 9 + b"\1", b"\x80\1", b"\0\0\0", b"\1", b"a/.zarray",
+        bytes.fromhex("0cdb3a2a"), bytes.fromhex("0cdb20de"), b"d/x", b"../d", b"/etc/passwd", b"\xff" * 9 + b"\1",
+        b"\x80\1", b"\0\0\0", b"\1", b"a/.zarray",
     )  # fmt: skip
 
     def prepare(self) -> None:
@@ -302,7 +307,7 @@ class OCDBT(Target):
         self.unpack = unpack
 
     def mutate(self, rng: Random, data: bytes, pool: Sequence[bytes]) -> bytes:
-        """After it, most often, lengths and checksums are those that belong there."""
+        """Usually corrects the lengths and checksums afterwards."""
         manifest, _, file = mutate(rng, data, pool, self.tokens).partition(self.mark)
         if rng.random() < 0.8 and len(manifest) >= 18:
             manifest = manifest[:4] + len(manifest).to_bytes(8, "little") + manifest[12:-4] + bytes(4)
@@ -328,14 +333,15 @@ class OCDBT(Target):
 
 
 class Zarr(JsonTarget):
-    """An array's metadata with two chunks beside it, decompressed where it says so."""
+    """An array's metadata and two chunks, decompressed if the metadata says so."""
 
     name = "zarr"
     imports = True
     names = (
-        "zarr_format", "shape", "chunks", "dtype", "<f4", "<f2", "bfloat16", "compressor", "zstd", "blosc", "id", "level", "fill_value", "order", "C", "F",
-        "filters", "dimension_separator", "/", ".", "chunk_grid", "chunk_key_encoding", "codecs", "sharding_indexed", "bytes", "crc32c", "configuration",
-        "name", "data_type", "float32", "regular", "default", "v2", "chunk_shape", "index_codecs", "index_location", "node_type", "array",
+        "zarr_format", "shape", "chunks", "dtype", "<f4", "<f2", "bfloat16", "compressor", "zstd", "blosc", "id",
+        "level", "fill_value", "order", "C", "F", "filters", "dimension_separator", "/", ".", "chunk_grid",
+        "chunk_key_encoding", "codecs", "sharding_indexed", "bytes", "crc32c", "configuration", "name", "data_type",
+        "float32", "regular", "default", "v2", "chunk_shape", "index_codecs", "index_location", "node_type", "array",
     )  # fmt: skip
 
     def prepare(self) -> None:

@@ -1,4 +1,4 @@
-"""Mutations of bytes and of JSON values, quick enough to be drawn tens of thousands of times a second."""
+"""Mutations of bytes and JSON values, fast enough for tens of thousands per second."""
 
 from __future__ import annotations
 
@@ -9,20 +9,25 @@ from typing import Any
 
 MAX_BYTES = 1 << 20
 NUMBERS = (
-    0, 1, 2, 3, 4, 7, 8, 15, 16, 31, 32, 33, 63, 64, 127, 128, 255, 256, 257, 511, 512, 1000, 4096, (1 << 15) - 1, 1 << 15, (1 << 16) - 1,
-    1 << 16, 20_000, 20_001, (1 << 24) - 1, 1 << 24, (1 << 31) - 1, 1 << 31, (1 << 32) - 32, (1 << 32) - 1, 1 << 32, 1 << 40, 1 << 61, 1 << 62,
-    (1 << 63) - 1, 1 << 63, (1 << 64) - 32, (1 << 64) - 1,
+    0, 1, 2, 3, 4, 7, 8, 15, 16, 31, 32, 33, 63, 64, 127, 128, 255, 256, 257, 511, 512, 1000, 4096, (1 << 15) - 1,
+    1 << 15, (1 << 16) - 1, 1 << 16, 20_000, 20_001, (1 << 24) - 1, 1 << 24, (1 << 31) - 1, 1 << 31, (1 << 32) - 32,
+    (1 << 32) - 1, 1 << 32, 1 << 40, 1 << 61, 1 << 62, (1 << 63) - 1, 1 << 63, (1 << 64) - 32, (1 << 64) - 1,
 )  # fmt: skip
 VALUES: tuple[Any, ...] = (
-    None, True, False, 0, 1, -1, 2, 3, 8, 255, 256, 1 << 16, 1 << 31, 1 << 32, 1 << 53, 1 << 63, 1 << 64, 10**30, -(1 << 63), 0.0, -0.0, 0.5,
-    1.5, 1e-320, 1e300, -1e300, 1e999, "", "0", "a", "\0", "\ud800", "\x1b[2J", "\u202e", "../x", "/etc/passwd", "nan", "x" * 300, [], {},
+    None, True, False, 0, 1, -1, 2, 3, 8, 255, 256, 1 << 16, 1 << 31, 1 << 32, 1 << 53, 1 << 63, 1 << 64, 10**30,
+    -(1 << 63), 0.0, -0.0, 0.5,
+    1.5, 1e-320, 1e300, -1e300, 1e999, "", "0", "a", "\0", "\ud800", "\x1b[2J", "\u202e", "../x", "/etc/passwd", "nan",
+    "x" * 300, [], {},
     [[]], [None], [0], [1, 1], {"": 0}, {"a": {"a": {}}},
 )  # fmt: skip
 _PACK = {2: struct.Struct("<H"), 4: struct.Struct("<I"), 8: struct.Struct("<Q")}
 
 
 def mutate(rng: Random, data: bytes, pool: Sequence[bytes], tokens: Sequence[bytes]) -> bytes:
-    """``data`` after one to six random steps; ``pool`` are files to splice with, ``tokens`` pieces that mean something."""
+    """Returns ``data`` after one to six random steps.
+
+    ``pool`` are files to splice with, ``tokens`` meaningful byte strings.
+    """
     out = bytearray(data)
     draw = rng.random
     while True:
@@ -35,20 +40,20 @@ def mutate(rng: Random, data: bytes, pool: Sequence[bytes], tokens: Sequence[byt
         elif kind <= 2:  # a byte
             if at < size:
                 out[at] = int(draw() * 256)
-        elif kind <= 4:  # a number, most often at a place where one may be
+        elif kind <= 4:  # a number, usually where one is likely
             width = (2, 4, 8, 8)[int(draw() * 4)]
             if draw() < 0.6:
                 at &= ~3
             value = NUMBERS[int(draw() * len(NUMBERS))] & ((1 << 8 * width) - 1)
             out[at : at + width] = _PACK[width].pack(value)
-        elif kind == 5:  # a little more or less than what is there
+        elif kind == 5:  # a little more or less than the present one
             width = (2, 4, 8, 8)[int(draw() * 4)]
             if at + width <= size:
                 (value,) = _PACK[width].unpack_from(out, at)
                 out[at : at + width] = _PACK[width].pack((value + int(draw() * 9) - 4) % (1 << 8 * width))
-        elif kind == 6:  # less
+        elif kind == 6:  # remove bytes
             del out[at : at + 1 + int(draw() * draw() * 64)]
-        elif kind == 7:  # more of the same
+        elif kind == 7:  # repeat bytes
             start = int(draw() * (size + 1))
             out[at:at] = out[start : start + 1 + int(draw() * 48)]
         elif kind <= 9 and tokens:
@@ -67,7 +72,7 @@ def mutate(rng: Random, data: bytes, pool: Sequence[bytes], tokens: Sequence[byt
 
 
 def mutate_json(rng: Random, value: Any, names: Sequence[str] = ()) -> Any:
-    """A JSON value in which something else stands somewhere; ``value`` itself is changed."""
+    """Replaces something at a random place in a JSON value. ``value`` itself is changed."""
     for _ in range(1 + int(rng.random() * 3)):
         value = _step(rng, value, names)
     return value

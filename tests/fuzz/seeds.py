@@ -1,4 +1,4 @@
-"""Makes the valid tiny files of the corpus, by our own writers; findings are added beside them by hand."""
+"""Makes the valid tiny files of the corpus with gemma2tool's own writers. Findings are added beside them by hand."""
 
 from __future__ import annotations
 
@@ -23,16 +23,19 @@ from tests.support.assets import file_assets
 from tests.support.checkpoints import random_checkpoint, write_checkpoint
 
 TINY = Gemma2Config(
-    vocab_size=12, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, head_dim=4,
+    vocab_size=12, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
+    num_key_value_heads=1, head_dim=4,
     query_pre_attn_scalar=4, max_position_embeddings=16, sliding_window=4,
 )  # fmt: skip
 WIDE = Gemma2Config(
-    vocab_size=64, hidden_size=128, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, head_dim=64,
+    vocab_size=64, hidden_size=128, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2,
+    num_key_value_heads=1, head_dim=64,
     query_pre_attn_scalar=64, max_position_embeddings=16, sliding_window=4,
 )  # fmt: skip
 PIECES = (
-    Piece("<pad>", 0, 3), Piece("<eos>", 0, 3), Piece("<bos>", 0, 3), Piece("<unk>", 0, 2), Piece("<start_of_turn>", 0, 4), Piece("<0x00>", 0, 6),
-    Piece("\u2581", -1), Piece("a", -2), Piece("b", -3), Piece("ab", -4), Piece("\u2581a", -5), Piece("[unused]", 0, 5),
+    Piece("<pad>", 0, 3), Piece("<eos>", 0, 3), Piece("<bos>", 0, 3), Piece("<unk>", 0, 2),
+    Piece("<start_of_turn>", 0, 4), Piece("<0x00>", 0, 6), Piece("\u2581", -1), Piece("a", -2), Piece("b", -3),
+    Piece("ab", -4), Piece("\u2581a", -5), Piece("[unused]", 0, 5),
 )  # fmt: skip
 _SBS_HEADER = struct.Struct("<IIQ")
 PACKED = (
@@ -57,37 +60,37 @@ def model() -> bytes:
 
 
 def tiny_files() -> dict[str, bytes]:
-    """Name under the corpus to content."""
-    made = {
+    """The seeds: name in the corpus -> content."""
+    files = {
         "json/object": b'{"a":[1,2.5e3,true,null,"\\u00e9\\n"],"b":{"c":{}}}',
         "json/lists": b"[[],[[]],{}]",
         "json/text": b'"\\\\\\""',
     }
-    made["sentencepiece/tiny"] = model()
+    files["sentencepiece/tiny"] = model()
     header, _, size = safetensors.layout(
         [("w", "BF16", (2, 3)), ("b", "F32", ()), ("codes", "U8", (0, 4))], {"format": "pt"}
     )
-    made["safetensors/three"] = header + bytes(size - len(header))
-    made["gguf/tiny"] = _gguf()
-    made["hdf5/old"] = _hdf5()
-    made["hdf5/ordered"] = _hdf5(track_order=True)
-    made["hdf5/new"] = _hdf5(libver="latest")
-    made["ocdbt/leaf"] = _ocdbt(tree=False)
-    made["ocdbt/tree"] = _ocdbt(tree=True)
-    made["zarr/plain"] = _zarray()
-    made["zarr/zstd"] = _zarray(shape=[16], chunks=[8], compressor={"id": "zstd", "level": 1})
-    made["zarr/three"] = json.dumps(ZARR3).encode()
-    made["model-card/plain"] = CARD
-    made["imatrix/gguf"] = _imatrix_gguf()
-    made["imatrix/dat"] = _imatrix_dat()
-    made["sbs-config/tiny"] = sbs_config.write(TINY, 1)
-    made["hf-config/tiny"] = json.dumps(TINY.to_hf()).encode()
+    files["safetensors/three"] = header + bytes(size - len(header))
+    files["gguf/tiny"] = _gguf()
+    files["hdf5/old"] = _hdf5()
+    files["hdf5/ordered"] = _hdf5(track_order=True)
+    files["hdf5/new"] = _hdf5(libver="latest")
+    files["ocdbt/leaf"] = _ocdbt(tree=False)
+    files["ocdbt/tree"] = _ocdbt(tree=True)
+    files["zarr/plain"] = _zarray()
+    files["zarr/zstd"] = _zarray(shape=[16], chunks=[8], compressor={"id": "zstd", "level": 1})
+    files["zarr/three"] = json.dumps(ZARR3).encode()
+    files["model-card/plain"] = CARD
+    files["imatrix/gguf"] = _imatrix_gguf()
+    files["imatrix/dat"] = _imatrix_dat()
+    files["sbs-config/tiny"] = sbs_config.write(TINY, 1)
+    files["hf-config/tiny"] = json.dumps(TINY.to_hf()).encode()
     rope = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 8}
-    made["hf-config/yarn"] = json.dumps(
+    files["hf-config/yarn"] = json.dumps(
         TINY.to_hf() | {"rope_parameters": rope, "id2label": {"0": "a", "1": "b"}}
     ).encode()
     weight_map = {"x": "a.safetensors", "y": "b.safetensors"}
-    made["hf-index/two"] = json.dumps({"metadata": {"total_size": 8}, "weight_map": weight_map}).encode()
+    files["hf-index/two"] = json.dumps({"metadata": {"total_size": 8}, "weight_map": weight_map}).encode()
     adapter = {
         "peft_type": "LORA",
         "r": 8,
@@ -96,14 +99,14 @@ def tiny_files() -> dict[str, bytes]:
         "rank_pattern": {"q_proj": 8},
         "alpha_pattern": {},
     }
-    made["lora-config/plain"] = json.dumps(adapter).encode()
-    made["lora-config/rslora"] = json.dumps(
+    files["lora-config/plain"] = json.dumps(adapter).encode()
+    files["lora-config/rslora"] = json.dumps(
         adapter | {"use_rslora": True, "alpha_pattern": {r"^model\.layers\.0\.": 4}}
     ).encode()
-    made["tokenizer/json"] = json.dumps(
+    files["tokenizer/json"] = json.dumps(
         {"tokenizer.json": _tokenizer_json(), "tokenizer_config.json": _tokenizer_config()}
     ).encode()
-    made["tokenizer/model"] = json.dumps(
+    files["tokenizer/model"] = json.dumps(
         {"model": True, "tokenizer_config.json": _tokenizer_config(), "added_tokens.json": {"<x>": 30}}
     ).encode()
     lines = [
@@ -111,12 +114,12 @@ def tiny_files() -> dict[str, bytes]:
         {"done": [["w", ["m.gguf"], None], ["b", ["m.gguf"], {"x": 1}]]},
         {"placing": 7},
     ]
-    made["journal/tiny"] = b"\n".join(json.dumps(line).encode() for line in lines)
-    return made
+    files["journal/tiny"] = b"\n".join(json.dumps(line).encode() for line in lines)
+    return files
 
 
 def _hdf5(**options: object) -> bytes:
-    """Two groups of plain arrays; the checksums of the newer kind are zero, see the target."""
+    """Two groups of plain arrays. The checksums of version 2 structures are zero, see the target."""
     import h5py
 
     from gemma2tool.containers.hdf5 import messages
@@ -141,8 +144,8 @@ def _hdf5(**options: object) -> bytes:
         file.flush()
         hdf5.read_arrays(file.name)
     messages.lookup3 = whole
-    for each in sums:
-        raw = raw.replace(struct.pack("<I", each), bytes(4))
+    for checksum in sums:
+        raw = raw.replace(struct.pack("<I", checksum), bytes(4))
     return raw
 
 
@@ -157,7 +160,7 @@ def _framed(magic: str, body: bytes, compression: int = 0) -> bytes:
 
 
 def _ocdbt(tree: bool) -> bytes:
-    """A database of two keys, one inline; with ``tree`` its only leaf lies below a node."""
+    """A database of two keys, one of them inline. With ``tree`` its only leaf is below an inner node."""
     table = _varint(1, 3, 0) + b"d/x"
     leaf = (
         b"\0"
@@ -287,24 +290,24 @@ def _tokenizer_config() -> dict:
 
 
 def model_files(folder: Path) -> dict[str, bytes]:
-    """Whole tiny models in formats of one file, and what packings make of one weight."""
-    made: dict[str, bytes] = {}
+    """Complete tiny models in formats of one file, and one weight in each packing."""
+    files: dict[str, bytes] = {}
     checkpoint = random_checkpoint(np.dtype(np.float32), TINY)
     checkpoint.assets = file_assets({"tokenizer.model": model()})
-    made["gguf-model/tiny"] = write_checkpoint(checkpoint, folder / "m.gguf").read_bytes()
-    made["torch-model/tiny"] = write_checkpoint(checkpoint, folder / "m.ckpt").read_bytes()
-    made["sbs/tiny"] = _without_padding(write_checkpoint(checkpoint, folder / "m.sbs").read_bytes())
+    files["gguf-model/tiny"] = write_checkpoint(checkpoint, folder / "m.gguf").read_bytes()
+    files["torch-model/tiny"] = write_checkpoint(checkpoint, folder / "m.ckpt").read_bytes()
+    files["sbs/tiny"] = _without_padding(write_checkpoint(checkpoint, folder / "m.sbs").read_bytes())
     wide = random_checkpoint(np.dtype(np.float32), WIDE)
     for kind in PACKED:
         content = _packed(write_checkpoint(wide, folder / kind, type=kind))
-        made[f"packing/{kind}"] = json.dumps(content).encode()
-    made["keras-config/tiny"] = _keras_config()
-    made["receipt/tiny"] = _receipt(folder)
-    return made
+        files[f"packing/{kind}"] = json.dumps(content).encode()
+    files["keras-config/tiny"] = _keras_config()
+    files["receipt/tiny"] = _receipt(folder)
+    return files
 
 
 def _without_padding(data: bytes) -> bytes:
-    """A .sbs file whose end is not padded to 64 KiB: seeds should be small."""
+    """A .sbs file whose end is not padded to 64 KiB, because seeds should be small."""
     magic, count, _ = _SBS_HEADER.unpack(data[-16:])
     body = data[: data.rindex(b"\0\0\0\0", 0, len(data) - 16 - 32 * count) + 4].rstrip(b"\0")
     body += bytes(-len(body) % 256)
@@ -342,8 +345,8 @@ def _keras_config() -> bytes:
 
 def write() -> None:
     with tempfile.TemporaryDirectory() as folder:
-        made = tiny_files() | model_files(Path(folder))
-    for name, data in made.items():
+        files = tiny_files() | model_files(Path(folder))
+    for name, data in files.items():
         path = CORPUS / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)

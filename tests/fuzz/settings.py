@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from random import Random
 
@@ -14,10 +15,12 @@ from tests.fuzz.base import JsonTarget, MemoryFile, MemoryFolder, parsed
 class HFConfig(JsonTarget):
     name = "hf-config"
     names = (
-        "hidden_size", "num_hidden_layers", "head_dim", "rope_parameters", "rope_scaling", "rope_theta", "layer_types", "sliding_window", "id2label",
-        "label2id", "num_labels", "sliding_attention", "full_attention", "architectures", "eos_token_id", "yarn", "longrope", "llama3", "dynamic",
-        "rope_type", "factor", "torch_dtype", "dtype", "bfloat16", "hidden_act", "hidden_activation", "gelu", "text_config", "long_factor",
-        "quantization_config", "query_pre_attn_scalar", "problem_type", "pad_token_id", "transformers_version", "original_max_position_embeddings",
+        "hidden_size", "num_hidden_layers", "head_dim", "rope_parameters", "rope_scaling", "rope_theta", "layer_types",
+        "sliding_window", "id2label", "label2id", "num_labels", "sliding_attention", "full_attention", "architectures",
+        "eos_token_id", "yarn", "longrope", "llama3", "dynamic", "rope_type", "factor", "torch_dtype", "dtype",
+        "bfloat16", "hidden_act", "hidden_activation", "gelu", "text_config", "long_factor", "quantization_config",
+        "query_pre_attn_scalar", "problem_type", "pad_token_id", "transformers_version",
+        "original_max_position_embeddings",
     )  # fmt: skip
 
     def prepare(self) -> None:
@@ -34,12 +37,10 @@ class HFConfig(JsonTarget):
 
         config = self.read(path)
         again = type(config).from_hf(json.loads(json.dumps(config.to_hf())))
-        found = (len(config.warnings), len(config.to_hf()), config.size_name, again == config)
-        try:
+        outcome = (len(config.warnings), len(config.to_hf()), config.size_name, again == config)
+        with suppress(InputRefused):
             self.check(config, {}, "here")
-        except InputRefused:
-            pass
-        return found
+        return outcome
 
 
 class HFIndex(JsonTarget):
@@ -108,12 +109,13 @@ class KerasConfig(JsonTarget):
 
 
 class LoraConfig(JsonTarget):
-    """An adapter's config against fixed weights: patterns are regular expressions that a stranger wrote."""
+    """An adapter's config with fixed weights. Its patterns are untrusted regular expressions."""
 
     name = "lora-config"
     names = (
-        "r", "lora_alpha", "target_modules", "modules_to_save", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "peft_type", "q_proj", "LORA",
-        "(a+)+$", "(.*)*x", "^model.layers.0", r"\d+", "(?P<a>.)(?P=a)", "[", "(.|.)*" * 5, ".*.*.*.*.*.*x", "q_proj|k_proj", "(" * 100,
+        "r", "lora_alpha", "target_modules", "modules_to_save", "rank_pattern", "alpha_pattern", "use_rslora",
+        "use_dora", "peft_type", "q_proj", "LORA", "(a+)+$", "(.*)*x", "^model.layers.0", r"\d+", "(?P<a>.)(?P=a)", "[",
+        "(.|.)*" * 5, ".*.*.*.*.*.*x", "q_proj|k_proj", "(" * 100,
     )  # fmt: skip
 
     def prepare(self) -> None:
@@ -140,15 +142,17 @@ class LoraConfig(JsonTarget):
 
 
 class Packing(JsonTarget):
-    """A quantization config and the types and shapes of the tensors it is about; the first rows are decoded."""
+    """A quantization config and the types and shapes of its tensors. The first rows are decoded."""
 
     name = "packing"
     imports = True
     names = (
-        "quant_method", "gptq", "awq", "bitsandbytes", "compressed-tensors", "torchao", "bits", "group_size", "desc_act", "version", "gemm", "gemv",
-        "F32", "BF16", "F16", "U8", "I8", "I32", "F8_E4M3", "config_groups", "weights", "strategy", "group", "channel", "tensor", "block",
-        "block_structure", "num_bits", "symmetric", "type", "int", "float", "format", "pack-quantized", "float-quantized", "int-quantized",
-        "load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type", "nf4", "fp4", "bnb_4bit_use_double_quant", "quant_type", "actorder", "sym",
+        "quant_method", "gptq", "awq", "bitsandbytes", "compressed-tensors", "torchao", "bits", "group_size",
+        "desc_act", "version", "gemm", "gemv", "F32", "BF16", "F16", "U8", "I8", "I32", "F8_E4M3", "config_groups",
+        "weights", "strategy", "group", "channel", "tensor", "block", "block_structure", "num_bits", "symmetric",
+        "type", "int", "float", "format", "pack-quantized", "float-quantized", "int-quantized", "load_in_4bit",
+        "load_in_8bit", "bnb_4bit_quant_type", "nf4", "fp4", "bnb_4bit_use_double_quant", "quant_type", "actorder",
+        "sym",
     )  # fmt: skip
 
     def prepare(self) -> None:
@@ -194,18 +198,19 @@ class Packing(JsonTarget):
         return stored, content.get("quantization_config")
 
     def run(self, given: tuple[dict, object]) -> object:
-        found = self.packings.unpack(*given)
-        for tensor in found.values():
+        decoded = self.packings.unpack(*given)
+        for tensor in decoded.values():
             if tensor.shape and tensor.rows:
                 tensor.load_rows(0, 1)
-        return len(found)
+        return len(decoded)
 
 
 class Receipt(JsonTarget):
     name = "receipt"
     names = (
-        "gemma2tool.receipt", "schema_version", "hashes", "model", "tensors", "config", "files", "sha256", "bytes", "name", "output", "source", "logits",
-        "ids", "window", "verification", "kind", "lossless", "shape", "passed", "gates", "../x", "a" * 64,
+        "gemma2tool.receipt", "schema_version", "hashes", "model", "tensors", "config", "files", "sha256", "bytes",
+        "name", "output", "source", "logits", "ids", "window", "verification", "kind", "lossless", "shape", "passed",
+        "gates", "../x", "a" * 64,
     )  # fmt: skip
 
     def prepare(self) -> None:
@@ -217,12 +222,12 @@ class Receipt(JsonTarget):
         return Path(self.file.hold(data))
 
     def run(self, path: Path) -> object:
-        found = self.read(path)
-        return found.kind, found.logits is None, len(found.files)
+        receipt = self.read(path)
+        return receipt.kind, receipt.logits is None, len(receipt.files)
 
 
 class Journal(JsonTarget):
-    """A line of JSON each; the checksums are made to fit."""
+    """One line of JSON per entry. The checksums are corrected."""
 
     name = "journal"
     names = ("fingerprint", "done", "placing", "tool", "model.safetensors", "../x")
@@ -245,10 +250,10 @@ class Journal(JsonTarget):
         return b"".join(b"%08x %s" % (zlib.crc32(text), text) for text in texts)
 
     def run(self, data: bytes) -> object:
-        found = self.parse(data)
-        return found and (
-            len(found.pieces),
-            found.placed_inode is None,
-            len(found.fingerprint),
-            found.valid_bytes == len(data),
+        run = self.parse(data)
+        return run and (
+            len(run.pieces),
+            run.placed_inode is None,
+            len(run.fingerprint),
+            run.valid_bytes == len(data),
         )

@@ -8,7 +8,8 @@ from tests.fuzz import texts as t
 from tests.fuzz.base import Target
 
 KINDS: tuple[type[Target], ...] = (
-    c.Json, c.Safetensors, c.GGUF, c.Pickle, c.TorchZip, c.TorchModel, c.HDF5, c.OCDBT, c.Zarr, c.SbsDirectory, c.SbsConfig,
+    c.Json, c.Safetensors, c.GGUF, c.Pickle, c.TorchZip, c.TorchModel, c.HDF5, c.OCDBT, c.Zarr, c.SbsDirectory,
+    c.SbsConfig,
     s.HFConfig, s.HFIndex, s.KerasConfig, s.LoraConfig, s.Packing, s.Receipt, s.Journal,
     t.SentencePiece, t.SentencePieceLibrary, t.Tokenizer, t.ModelCard, t.GGUFModel, t.Imatrix,
 )  # fmt: skip

@@ -39,7 +39,7 @@ class SentencePiece(Target):
 
 
 class SentencePieceLibrary(SentencePiece):
-    """The library itself, on what passes the guard before it."""
+    """The library itself, on whatever passes the guard before it."""
 
     name = "sentencepiece-library"
 
@@ -64,13 +64,14 @@ class SentencePieceLibrary(SentencePiece):
 
 
 class Tokenizer(JsonTarget):
-    """tokenizer.json, tokenizer_config.json and their likes, through all that is made of them for a GGUF."""
+    """tokenizer.json, tokenizer_config.json and similar files, through everything that a GGUF gets from them."""
 
     name = "tokenizer"
     names = (
-        "tokenizer.json", "tokenizer_config.json", "added_tokens.json", "special_tokens_map.json", "chat_template.json", "generation_config.json", "model",
-        "vocab", "merges", "added_tokens", "added_tokens_decoder", "content", "special", "id", "BPE", "type", "chat_template", "bos_token", "eos_token",
-        "add_bos_token", "post_processor", "TemplateProcessing", "single", "SpecialToken", "<bos>", "<eos>", "<unk>", "<pad>", "eos_token_id",
+        "tokenizer.json", "tokenizer_config.json", "added_tokens.json", "special_tokens_map.json", "chat_template.json",
+        "generation_config.json", "model", "vocab", "merges", "added_tokens", "added_tokens_decoder", "content",
+        "special", "id", "BPE", "type", "chat_template", "bos_token", "eos_token", "add_bos_token", "post_processor",
+        "TemplateProcessing", "single", "SpecialToken", "<bos>", "<eos>", "<unk>", "<pad>", "eos_token_id",
     )  # fmt: skip
 
     def prepare(self) -> None:
@@ -109,13 +110,15 @@ class Tokenizer(JsonTarget):
 
 
 class ModelCard(Target):
-    """README.md's YAML and the heuristics of gguf-py on what it says."""
+    """The YAML in README.md, and what gguf-py concludes from it."""
 
     name = "model-card"
     imports = True
     tokens = (
-        b"---\n", b"license: gemma\n", b"base_model: google/gemma-2-2b\n", b"- a\n", b"&a ", b"*a ", b"<<: *a\n", b"? ", b": ", b"[", b"]", b"{", b"}", b"!!python/object:",
-        b"!!binary ", b"!!timestamp ", b"1:1:1", b"0x", b"2001-01-01", b"|\n", b">-\n", b"'", b'"', b"tags:\n", b"datasets:\n", b"language:\n", b"- no\n", b"\t", b"v1.2", b"7B",
+        b"---\n", b"license: gemma\n", b"base_model: google/gemma-2-2b\n", b"- a\n", b"&a ", b"*a ", b"<<: *a\n", b"? ",
+        b": ", b"[", b"]", b"{", b"}", b"!!python/object:", b"!!binary ", b"!!timestamp ", b"1:1:1", b"0x",
+        b"2001-01-01", b"|\n", b">-\n", b"'", b'"', b"tags:\n", b"datasets:\n", b"language:\n", b"- no\n", b"\t",
+        b"v1.2", b"7B",
     )  # fmt: skip
 
     def prepare(self) -> None:
@@ -138,15 +141,16 @@ class GGUFModel(GGUF):
 
     name = "gguf-model"
     tokens = (
-        *GGUF.tokens, b"tokenizer.ggml.tokens", b"gemma2.block_count", b"gemma2.embedding_length", b"gemma2.attention.sliding_window",
-        b"tokenizer.chat_template", b"split.no", b"token_embd.weight", b"tokenizer.ggml.eos_token_id", struct.pack("<f", float("nan")),
-        b"gemma2.rope.scaling.type", b"gemma2.rope.scaling.factor", b"tokenizer.chat_templates",
+        *GGUF.tokens, b"tokenizer.ggml.tokens", b"gemma2.block_count", b"gemma2.embedding_length",
+        b"gemma2.attention.sliding_window", b"tokenizer.chat_template", b"split.no", b"token_embd.weight",
+        b"tokenizer.ggml.eos_token_id", struct.pack("<f", float("nan")), b"gemma2.rope.scaling.type",
+        b"gemma2.rope.scaling.factor", b"tokenizer.chat_templates",
     )  # fmt: skip
 
     def prepare(self) -> None:
-        from gemma2tool.formats.gguf.format import GGUF as Format
+        from gemma2tool.formats.gguf import format as gguf
 
-        self.format, self.file = Format(), MemoryFile()
+        self.format, self.file = gguf.GGUF(), MemoryFile()
 
     def run(self, path: Path) -> object:
         with self.format.open(path) as checkpoint:

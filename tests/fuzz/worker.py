@@ -1,6 +1,6 @@
-"""One process that runs one target until its time is over or something happens; what it is at stands in memory that others can read.
+"""A process that runs one target until its time is over or something happens.
 
-The process may hang, be killed or crash: whoever started it reads from the shared memory how far it came and with which input.
+The process may hang, crash or be killed. Its parent reads from shared memory how far it got and with which input.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tests.fuzz.mutator import MAX_BYTES
 
 MAX_SECONDS = 2.0
 MAX_START_SECONDS = 60.0
-"""For imports and the corpus."""
+"""Time for imports and the corpus."""
 MAX_BYTES_RESIDENT = 512 << 20
 _HEAD = struct.Struct("<QQ")  # executions, length of the input
 _WATCHED = (
@@ -43,7 +43,7 @@ _imports = False
 
 
 class ForbiddenEvent(BaseException):
-    """The reader imported, compiled, ran, connected or wrote something."""
+    """The reader imported, compiled, ran, connected to or wrote something."""
 
 
 def _hook(event: str, arguments: tuple) -> None:
@@ -54,7 +54,7 @@ def _hook(event: str, arguments: tuple) -> None:
 
 
 class Shared:
-    """The count of executions and the input at hand, in memory shared with the worker."""
+    """The number of executions and the current input, in memory shared with the worker."""
 
     def __init__(self) -> None:
         self.memory = mmap.mmap(-1, _HEAD.size + MAX_BYTES)
@@ -75,14 +75,14 @@ class Shared:
 
 @dataclass(frozen=True)
 class Finding:
-    """An input that did something other than be read or refused."""
+    """An input that did something other than being read or refused."""
 
     kind: str
     data: bytes
 
 
 def outcome(target: Target, data: bytes, *, watched: bool = True) -> object:
-    """What tells this run apart from others: what was understood, or where it was refused. Whatever is a finding is raised."""
+    """Returns what distinguishes this run: what was understood, or where it was refused. Raises findings."""
     global _watching
     given = target.place(data)
     if given is None:
@@ -111,7 +111,10 @@ def work(
     *,
     limit_memory: bool = True,
 ) -> None:
-    """Runs until the time or the number of executions is over; raises what a reader raised. ``kept``: a folder for inputs of new outcomes."""
+    """Runs until the time or the number of executions is over. Raises what a reader raised.
+
+    ``kept`` is a folder for inputs with new outcomes.
+    """
     global _imports
     _imports = target.imports
     target.prepare()
@@ -123,7 +126,7 @@ def work(
     seen = set()
     for data in pool:
         shared.put(0, data)
-        outcome(target, data, watched=False)  # what is imported when first needed
+        outcome(target, data, watched=False)  # imports on demand
         seen.add(outcome(target, data))
     if kept is not None:
         kept.mkdir(parents=True, exist_ok=True)
@@ -139,7 +142,7 @@ def work(
     while count < executions:
         if not count & 63 and time.monotonic() >= end:
             break
-        # half of the time from what was found lately, for that is where new things are
+        # half of the time from recent outcomes, near which new ones are likely
         recent = draw() < 0.5
         data = target.mutate(
             rng, pool[-1 - int(draw() * min(len(pool), 40))] if recent else pool[int(draw() * len(pool))], pool
@@ -148,9 +151,9 @@ def work(
             continue
         count += 1
         shared.put(count, data)
-        found = outcome(target, data)
-        if found not in seen:
-            seen.add(found)
+        result = outcome(target, data)
+        if result not in seen:
+            seen.add(result)
             if len(data) <= 1 << 14:
                 pool.append(data)
                 if kept is not None and len(pool) < 3000:
@@ -165,7 +168,10 @@ def _data_bytes() -> int:
 def spawn(
     target: Target, shared: Shared, seed: int, seconds: float, executions: int, kept: Path | None, log: Path
 ) -> int:
-    """Forks a worker; returns its process id. It exits with 0 when its time is over, with 1 after writing what was raised to ``log``."""
+    """Forks a worker and returns its process id.
+
+    It exits with 0 when its time is over, or with 1 after writing an exception to ``log``.
+    """
     pid = os.fork()
     if pid:
         return pid
@@ -175,7 +181,7 @@ def spawn(
         os.setpgid(0, 0)
         work(target, shared, seed, seconds, executions, kept)
         status = 0
-    except BaseException as error:  # noqa: BLE001 - whatever it is, it is what the campaign looks for
+    except BaseException as error:  # whatever it is, the campaign looks for it
         import traceback
 
         log.write_text(f"{type(error).__name__}: {error}\n\n{traceback.format_exc()}")
@@ -184,7 +190,7 @@ def spawn(
 
 
 def watch(pid: int, shared: Shared, log: Path, interrupted: list[bool]) -> tuple[int, Finding | None]:
-    """Waits for a worker; kills it where one input takes too long or too much. Returns (executions, what happened)."""
+    """Waits for a worker; kills it if one input takes too long or too much. Returns (executions, what happened)."""
     count, began, waited = -1, 0.0, time.monotonic()
     while True:
         done, status = os.waitpid(pid, os.WNOHANG)
@@ -217,7 +223,7 @@ def _killed(pid: int, shared: Shared, kind: str) -> Finding:
 
 
 def _usage(pid: int) -> tuple[float, int]:
-    """(seconds of processor time, resident bytes) of a process."""
+    """Returns (seconds of processor time, resident bytes) of a process."""
     try:
         with open(f"/proc/{pid}/stat") as file:
             fields = file.read().rpartition(")")[2].split()

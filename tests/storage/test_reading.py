@@ -1,4 +1,4 @@
-"""Opening files that are not files, reading files that shrink, and paths that wander."""
+"""Opening what is not a regular file, reading files that shrink, and paths that leave their folder."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class TestNotAFile:
         assert_refused(lambda: reader(tmp_path / "loop"), "file.unreadable")
 
 
-def test_reads_by_offset_from_threads(tmp_path: Path) -> None:
+def test_threads_read_by_offset(tmp_path: Path) -> None:
     data = os.urandom(1 << 18)
     path = tmp_path / "data"
     path.write_bytes(data)
@@ -75,7 +75,7 @@ def test_short_reads_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         assert reader.pread(3, 250) == bytes(range(3, 253))
 
 
-def test_a_file_cut_while_it_is_read_is_refused(tmp_path: Path) -> None:
+def test_a_file_truncated_while_being_read_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "data"
     path.write_bytes(bytes(1000))
     with open_for_reading(path) as reader:
@@ -85,7 +85,7 @@ def test_a_file_cut_while_it_is_read_is_refused(tmp_path: Path) -> None:
         assert_refused(reader.check_unchanged, "file.changed")
 
 
-def test_more_than_the_file_is_refused_before_it_is_allocated(tmp_path: Path) -> None:
+def test_more_than_the_file_is_refused_before_allocating(tmp_path: Path) -> None:
     path = tmp_path / "data"
     path.write_bytes(b"123")
     with open_for_reading(path) as reader:
@@ -104,7 +104,7 @@ def test_reading_after_close_is_a_bug(tmp_path: Path) -> None:
         reader.pread(0, 1)
 
 
-def test_a_read_error_is_the_disk_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_read_error_is_a_resource_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "data"
     path.write_bytes(b"123")
 
@@ -118,7 +118,7 @@ def test_a_read_error_is_the_disk_s(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert (caught.value.id, caught.value.exit_code) == ("file.io", 4)
 
 
-def test_small_files_are_read_whole_within_bounds(tmp_path: Path) -> None:
+def test_small_files_are_read_whole_within_limits(tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     path.write_bytes(b"{}")
     assert read_whole(path, what="config", max_bytes=2) == b"{}"
@@ -126,13 +126,13 @@ def test_small_files_are_read_whole_within_bounds(tmp_path: Path) -> None:
 
 
 NAMES = [
-    "../x", "/etc/passwd", "a/../../b", "a/b", "..", ".", "", "a\\b", "a\0b", "C:x", "~", "a b", "a\n", "ä", "\x1b[2J", "x" * 256,
-    "..\\x", "a/", "$HOME", "model.safetensors\n", "．．",
+    "../x", "/etc/passwd", "a/../../b", "a/b", "..", ".", "", "a\\b", "a\0b", "C:x", "~", "a b", "a\n", "ä", "\x1b[2J",
+    "x" * 256, "..\\x", "a/", "$HOME", "model.safetensors\n", "\uff0e\uff0e",
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_index_names_that_wander_are_refused(name: str, tmp_path: Path) -> None:
+def test_index_names_that_leave_the_folder_are_refused(name: str, tmp_path: Path) -> None:
     assert_refused(lambda: confined_path(tmp_path, name, what="shard"), "index.name")
 
 
@@ -215,13 +215,13 @@ class TestSameFile:
         assert not same_file(source, tmp_path / "new")
         refuse_overwriting_input([source, tmp_path / "other"], tmp_path / "new")
 
-    def test_case_where_it_does_not_count(self, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """On a file system that folds case, both spellings have one inode, which is what is compared."""
+    def test_case_insensitive_file_systems(self, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """If the file system ignores case, both spellings have one inode, and inodes are compared."""
         stat = os.stat
         monkeypatch.setattr(os, "stat", lambda path, **kw: stat(str(path).replace("MODEL.CKPT", "model.ckpt"), **kw))
         assert same_file(source, tmp_path / "MODEL.CKPT")
 
-    def test_output_that_holds_the_input(self, source: Path, tmp_path: Path) -> None:
+    def test_output_that_contains_the_input(self, source: Path, tmp_path: Path) -> None:
         with pytest.raises(UsageError, match="contains it"):
             refuse_overwriting_input([source], tmp_path)
         refuse_overwriting_input(
@@ -256,7 +256,7 @@ class TestExisting:
             refuse_existing(path, force=True, folder=folder)
         assert caught.value.id == id
 
-    def test_the_folder_one_is_in_and_home_are_never_replaced(
+    def test_the_current_folder_and_home_are_never_replaced(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         (tmp_path / "home").mkdir()
@@ -296,7 +296,7 @@ def test_quoted_names_fit_one_line(text: object) -> None:
     shown.encode()
 
 
-def test_refusals_are_of_one_family(tmp_path: Path) -> None:
+def test_refusals_have_one_class(tmp_path: Path) -> None:
     with pytest.raises(InputRefused) as caught:
         open_for_reading(tmp_path / "none")
     assert caught.value.exit_code == 3

@@ -1,4 +1,4 @@
-"""System calls that change files, made to fail where and how a test wants it."""
+"""System calls that change files, made to fail where and how a test chooses."""
 
 from __future__ import annotations
 
@@ -29,14 +29,12 @@ CALLS = (
     "rmdir",
 )
 RESTARTED = ("pwrite", "fsync", "fdatasync", "rename", "replace", "posix_fallocate")
-"""Calls that may come back with EINTR and are repeated where they are made; elsewhere Python, or ``exchange``, repeats
-inside.
-"""
+"""Calls that may fail with EINTR and are repeated by the caller. Elsewhere Python, or ``exchange``, repeats them."""
 
 
 @dataclass(frozen=True)
 class Call:
-    """``number``: which of the calls of this name on this target; ``total``: which of all."""
+    """``number`` counts the calls of this name on this target, ``total`` all calls."""
 
     name: str
     target: str
@@ -45,9 +43,10 @@ class Call:
 
 
 class Faults:
-    """Makes the calls that ``chosen`` says fail: with an errno by its name, by writing ``short``, or by an
-    ``interrupt`` (or ``interrupt after`` the call was done). Only calls on paths below ``under``, and ``open`` only
-    where it may write (``writing``).
+    """Makes the calls that ``is_chosen`` selects fail.
+
+    ``kind`` is the name of an errno, ``short`` (writes only a part), ``interrupt``, or ``interrupt after`` the call was
+    done. Only calls on paths below ``under`` count, and with ``writing`` an ``open`` counts only if it may write.
     """
 
     def __init__(
@@ -55,11 +54,11 @@ class Faults:
         monkeypatch: pytest.MonkeyPatch,
         under: Path,
         kind: str,
-        chosen: Callable[[Call], bool],
+        is_chosen: Callable[[Call], bool],
         *,
         writing: bool = False,
     ) -> None:
-        self.under, self.kind, self.chosen, self.writing = str(under), kind, chosen, writing
+        self.under, self.kind, self.is_chosen, self.writing = str(under), kind, is_chosen, writing
         self.calls: list[Call] = []
         self.fired: list[Call] = []
         self._numbers: Counter[tuple[str, str]] = Counter()
@@ -78,7 +77,7 @@ class Faults:
             self._numbers[name, target] += 1
             this = Call(name, target, self._numbers[name, target], len(self.calls) + 1)
             self.calls.append(this)
-            if not self.chosen(this):
+            if not self.is_chosen(this):
                 return call(*args, **kwargs)
             self.fired.append(this)
             return self._fail(name, call, args, kwargs)
@@ -99,7 +98,7 @@ class Faults:
 
 
 def _path(name: str, args: Any, kwargs: Any) -> str:
-    """What a call is about, as an absolute path where that can be known."""
+    """The path that a call is about, absolute if that can be known."""
     folder = kwargs.get("dir_fd", kwargs.get("src_dir_fd"))
     if name == "exchange":
         folder, args = args[1], (args[0],)

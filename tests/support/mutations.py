@@ -43,7 +43,7 @@ mutations = st.lists(
 
 
 def mutate(data: bytes, steps: list[Mutation]) -> bytes:
-    """``data`` after each (kind, place, amount, bytes) step in turn; places wrap around the length."""
+    """Applies each (kind, place, amount, bytes) step in turn. Places wrap around the length."""
     out = bytearray(data)
     for kind, place, amount, piece in steps:
         at = place % (len(out) + 1)

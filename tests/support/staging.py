@@ -1,4 +1,4 @@
-"""What the tests of staged output share: a small conversion, what lies at a path, processes of their own."""
+"""Shared by the tests of staged output: a small conversion, the contents of a path, separate processes."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from gemma2tool.storage.staging.staged_output import Staging
 from tests.support.paths import ROOT
 
 NEW = {"config.json": b"{}\n", "model.safetensors": bytes(range(256)) * 40, "sub/deep/tokenizer.model": b"tok"}
-OLD = {"config.json": b"old", "unrelated.txt": b"mine"}
+OLD = {"config.json": b"old", "unrelated.txt": b"the user's"}
 
 file_or_folder = pytest.mark.parametrize("folder", [False, True], ids=["file", "folder"])
 swaps_or_moves = pytest.mark.parametrize("swaps", [True, False], ids=["swaps names", "moves aside"])
-"""Both ways to replace an old output: in one step, or in two where the system has no such step (see ``set_swaps``)."""
+"""Both ways to replace an old output: in one step, or in two if the system has no such step (see ``set_swaps``)."""
 
 
 def set_swaps(swaps: bool, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -29,14 +29,14 @@ def set_swaps(swaps: bool, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def tree(path: Path) -> dict[str, bytes] | bytes | None:
-    """What lies at a path: a folder's files, a file's bytes, or None."""
+    """The contents of a path: a folder's files, a file's bytes, or None."""
     if path.is_dir():
         return {str(file.relative_to(path)): file.read_bytes() for file in sorted(path.rglob("*")) if file.is_file()}
     return path.read_bytes() if path.exists() else None
 
 
 def write(destination: Path, folder: bool, *, force: bool = True) -> None:
-    """A small conversion: several files, each in several writes that are not in order."""
+    """A small conversion: several files, each written in several writes that are out of order."""
     files = NEW if folder else {destination.name: NEW["model.safetensors"]}
     with Staging(destination, force=force, expected_bytes=sum(map(len, files.values())), folder=folder) as staging:
         for name, data in files.items():
@@ -63,7 +63,7 @@ def whole(folder: bool) -> dict[str, bytes] | bytes:
 
 
 def python(code: str, *args: str, **kwargs: Any) -> subprocess.CompletedProcess:
-    """Runs code in a process of its own."""
+    """Runs code in its own process."""
     return subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code), *args], capture_output=True, text=True, timeout=60,
         env=os.environ | {"PYTHONPATH": str(ROOT)}, check=False, **kwargs,
@@ -71,7 +71,7 @@ def python(code: str, *args: str, **kwargs: Any) -> subprocess.CompletedProcess:
 
 
 def start_python(code: str, *args: str) -> subprocess.Popen:
-    """Starts it, with pipes to its standard input and output."""
+    """Starts code in its own process, with pipes to its standard input and output."""
     return subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(code), *args], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         env=os.environ | {"PYTHONPATH": str(ROOT)},

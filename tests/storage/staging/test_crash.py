@@ -1,4 +1,4 @@
-"""Processes that are killed or get in each other's way, things that strangers planted, and what a crash leaves behind."""
+"""Processes that are killed or compete, planted files, and what a crash leaves behind."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.support.staging import start_python, tree, write
 
 
 class TestPlanted:
-    """Things that a stranger, or an accident, put where the staging place goes."""
+    """Things that an attacker or an accident put where the staging place belongs."""
 
     @pytest.mark.parametrize("kind", ["link to a folder", "dangling link", "file"])
     def test_at_the_place_itself(self, tmp_path: Path, kind: str) -> None:
@@ -85,14 +85,16 @@ class TestTwoProcesses:
             sys.exit(error.exit_code)
     """
 
-    def test_one_wins_and_the_other_says_so(self, tmp_path: Path) -> None:
+    def test_one_writes_and_the_other_is_refused(self, tmp_path: Path) -> None:
         first = start_python(self.CODE, str(tmp_path / "out"), "first")
         assert first.stdout.readline() == "in\n"
         second = start_python(self.CODE, str(tmp_path / "out"), "second")
-        said, _ = second.communicate("\n", timeout=30)
+        output, _ = second.communicate("\n", timeout=30)
         assert second.returncode == 4
-        assert said.startswith(f"output.locked {tmp_path / 'out'}: process {first.pid} is writing")
-        assert [(found.in_use, found.destination) for found in clean(tmp_path / "out")] == [(True, tmp_path / "out")]
+        assert output.startswith(f"output.locked {tmp_path / 'out'}: process {first.pid} is writing")
+        assert [(leftover.in_use, leftover.destination) for leftover in clean(tmp_path / "out")] == [
+            (True, tmp_path / "out")
+        ]
         first.communicate("\n", timeout=30)
         assert first.returncode == 0
         assert (tmp_path / "out").read_bytes() == b"first"
@@ -115,27 +117,27 @@ class TestTwoProcesses:
         assert os.listdir(tmp_path) == ["out"]
 
 
-def test_many_that_come_and_go(tmp_path: Path) -> None:
-    """Processes that take and leave one place as fast as they can: each writes a whole output or is told that it is locked."""
+def test_many_competing_processes(tmp_path: Path) -> None:
+    """Processes that lock and release one place as fast as they can: each writes a complete output or is refused."""
     code = """
         import collections, json, sys, time
         from gemma2tool.errors import ToolError
         from gemma2tool.storage.staging.staged_output import Staging
-        said, end = collections.Counter(), time.monotonic() + 1
+        counts, end = collections.Counter(), time.monotonic() + 1
         while time.monotonic() < end:
             try:
                 with Staging(sys.argv[1], force=True) as staging:
                     staging.write_bytes("out", sys.argv[2].encode() * 5000)
                     staging.commit()
-                said["done"] += 1
+                counts["done"] += 1
             except ToolError as error:
-                said[error.id] += 1
-        print(json.dumps(said))
+                counts[error.id] += 1
+        print(json.dumps(counts))
     """
     processes = [start_python(code, str(tmp_path / "out"), str(number)) for number in range(3)]
-    said = [json.loads(process.communicate(timeout=60)[0]) for process in processes]
-    assert set().union(*said) <= {"done", "output.locked"}
-    assert sum(words.get("done", 0) for words in said) > 0
+    outcomes = [json.loads(process.communicate(timeout=60)[0]) for process in processes]
+    assert set().union(*outcomes) <= {"done", "output.locked"}
+    assert sum(counts.get("done", 0) for counts in outcomes) > 0
     assert len(set((tmp_path / "out").read_text())) == 1
     assert os.listdir(tmp_path) == ["out"]
 
@@ -155,8 +157,8 @@ class TestAfterACrash:
         place = self._place(tmp_path, "new")
         (place / "new" / "out").write_bytes(b"half")
         (tmp_path / "out").write_bytes(b"old")
-        (found,) = clean(tmp_path / "out")
-        assert (found.path, found.in_use, found.restored) == (place, False, False)
+        (leftover,) = clean(tmp_path / "out")
+        assert (leftover.path, leftover.in_use, leftover.restored) == (place, False, False)
         assert tree(tmp_path / "out") == b"old"
         assert os.listdir(tmp_path) == ["out"]
 
@@ -164,13 +166,13 @@ class TestAfterACrash:
         place = self._place(tmp_path, "new")
         (place / "new" / "out").write_bytes(b"new")
         (place / "old").write_bytes(b"old")
-        (found,) = clean(tmp_path / "out")
-        assert found.restored
+        (leftover,) = clean(tmp_path / "out")
+        assert leftover.restored
         assert tree(tmp_path / "out") == b"old"
         assert os.listdir(tmp_path) == ["out"]
 
     def test_moved_aside_and_the_recovery_fails(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """The only copy of the old output survives every failure on the way back."""
+        """The only copy of the old output survives every failure of the recovery."""
         place = self._place(tmp_path)
         (place / "old").write_bytes(b"old")
 
@@ -199,8 +201,8 @@ class TestAfterACrash:
         place = self._place(tmp_path)
         (place / "old").write_bytes(b"old")
         (tmp_path / "out").write_bytes(b"new")
-        (found,) = clean(tmp_path / "out")
-        assert not found.restored
+        (leftover,) = clean(tmp_path / "out")
+        assert not leftover.restored
         assert tree(tmp_path / "out") == b"new"
         assert os.listdir(tmp_path) == ["out"]
 
@@ -218,9 +220,9 @@ class TestAfterACrash:
             (tmp_path / name).mkdir()
         (tmp_path / ".y.gemma2tool-staging").write_bytes(b"a file")
         listed = clean(tmp_path, dry_run=True)
-        assert [found.path.name for found in listed] == [".out.gemma2tool-staging"]
+        assert [leftover.path.name for leftover in listed] == [".out.gemma2tool-staging"]
         assert (tmp_path / ".out.gemma2tool-staging").exists()
-        assert clean(tmp_path) == [replace(found, removed=True) for found in listed]
+        assert clean(tmp_path) == [replace(leftover, removed=True) for leftover in listed]
         assert sorted(os.listdir(tmp_path)) == sorted([*others, ".y.gemma2tool-staging"])
         assert clean(tmp_path) == []
         assert clean(tmp_path / "none") == []
@@ -228,7 +230,7 @@ class TestAfterACrash:
 
 @pytest.mark.slow
 def test_killed_at_any_moment_of_the_replacement(tmp_path: Path) -> None:
-    """kill -9 of a process that replaces one output over and over: the name always holds one whole output."""
+    """Kills (kill -9) a process that replaces one output repeatedly: the name always holds one complete output."""
     code = """
         import sys
         from gemma2tool.storage.staging.staged_output import Staging
@@ -248,8 +250,8 @@ def test_killed_at_any_moment_of_the_replacement(tmp_path: Path) -> None:
         except subprocess.TimeoutExpired:
             process.kill()
         process.communicate()
-        found = tree(tmp_path / "out")
-        assert found["a"] == found["b"]
+        files = tree(tmp_path / "out")
+        assert files["a"] == files["b"]
         clean(tmp_path / "out")
-        assert tree(tmp_path / "out") == found
+        assert tree(tmp_path / "out") == files
         assert os.listdir(tmp_path) == ["out"]

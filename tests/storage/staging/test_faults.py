@@ -1,4 +1,4 @@
-"""Every system call of a small conversion fails in turn: the destination holds the whole new output or what it held before."""
+"""Every system call of a small conversion fails in turn: the destination holds the new or the old output."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.support.staging import file_or_folder, make_old, set_swaps, swaps_or_
 
 
 def _sweep(tmp_path: Path, folder: bool, with_old: bool, kind: str, *, sticky: bool = False) -> set[str]:
-    """Runs the conversion with its k-th call failing, for every k; returns the names of the calls that failed."""
+    """Runs the conversion with its k-th call failing, for every k. Returns the names of the calls that failed."""
     seen: set[str] = set()
     for k in range(1, 1000):
         place = tmp_path / f"{k}"
@@ -42,17 +42,17 @@ def _sweep(tmp_path: Path, folder: bool, with_old: bool, kind: str, *, sticky: b
             assert tree(destination) == whole(folder)
         else:
             assert kind.startswith("interrupt") or str(place) in str(failed)
-            if sticky:  # even the undoing failed: the next run, or clean, puts it right
+            if sticky:  # even the recovery failed: the next run, or clean, repairs it
                 clean(destination)
                 assert tree(destination) in (old, whole(folder))
             else:
-                found = tree(destination)
-                # A call that was done but not yet known to be, or one that tidies up, may leave a staging place.
+                after = tree(destination)
+                # A call that succeeded but was reported as failed, or one of the clean-up, may leave a staging place.
                 if kind == "interrupt after" or faults.fired[0].name in ("unlink", "rmdir"):
                     clean(destination)
-                assert os.listdir(place) == ([] if found is None else ["out"])
-                # Interrupted while tidying up after it was in place, the new output stays.
-                assert found == old or (kind.startswith("interrupt") and found == whole(folder))
+                assert os.listdir(place) == ([] if after is None else ["out"])
+                # Interrupted during the clean-up, after it was in place, the new output stays.
+                assert after == old or (kind.startswith("interrupt") and after == whole(folder))
         write(destination, folder)
         assert tree(destination) == whole(folder)
         assert os.listdir(place) == ["out"]
@@ -65,7 +65,7 @@ def _sweep(tmp_path: Path, folder: bool, with_old: bool, kind: str, *, sticky: b
 class TestEveryCallFails:
     @pytest.fixture
     def place(self, tmp_path: Path) -> Iterator[Path]:
-        """A folder in memory where there is one: thousands of conversions would wait for the disk."""
+        """A folder in memory if there is one, because thousands of conversions would wait for the disk."""
         if not os.access("/dev/shm", os.W_OK):
             yield tmp_path
             return
@@ -77,7 +77,7 @@ class TestEveryCallFails:
         monkeypatch.setattr(os, "fsync", lambda fd: None)
         set_swaps(swaps, monkeypatch)
 
-    # EINTR is the kernel's word for "again" only where we loop; Python itself loops in open and mkdir before we see it.
+    # EINTR must be handled only for calls that are repeated here; Python itself repeats open and mkdir.
     @pytest.mark.parametrize("kind", ["ENOSPC", "EIO", "short", "interrupt", "interrupt after"])
     def test_once(self, place: Path, folder: bool, swaps: bool, with_old: bool, kind: str) -> None:
         seen = _sweep(place, folder, with_old, kind)

@@ -1,16 +1,16 @@
-"""The journal of a staged output: what counts of it after a kill, a power failure, damage, and for other work."""
+"""The journal of a staged output after a kill, a power failure or damage, and for other work."""
 
 from __future__ import annotations
 
 import os
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from gemma2tool.errors import InputRefused, ResourceError, UsageError
-from gemma2tool.storage import syscalls
 from gemma2tool.storage.staging import journal as staging_journal
 from gemma2tool.storage.staging import recorder as staging_recorder
 from gemma2tool.storage.staging import resume as staging_resume
@@ -18,17 +18,8 @@ from gemma2tool.storage.staging.clean import clean
 from gemma2tool.storage.staging.place import StagingPlace
 from gemma2tool.storage.staging.staged_output import Staging
 from tests.support.faults import Faults
-from tests.support.paths import ROOT
-from tests.support.staging import python, tree
-
-PIECES = {f"tensor {i}": (i * 1000, bytes([65 + i]) * 1000) for i in range(10)}
-WHOLE = b"".join(data for _, data in PIECES.values())
-PRINT = {"tool": "1", "type": "q8_0", "plan": "abc"}
-PLACE = ".out.gemma2tool-staging"
-
-
-class Stop(BaseException):
-    """Ends a run as a signal would."""
+from tests.support.resumable import PIECES, PLACE, PRINT, WHOLE, Stop, stopped, work
+from tests.support.staging import tree
 
 
 @pytest.fixture(autouse=True)
@@ -36,53 +27,29 @@ def _journal_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(staging_recorder, "SYNC_SECONDS", 0.0)
 
 
-def _work(path: Path, *, upto: int = 10, fingerprint: dict[str, str] | None = None, **options: object) -> list[str]:
-    """Writes the pieces that are not complete yet, as far as piece ``upto``; returns which those were."""
-    written = []
-    with Staging(path, expected_bytes=len(WHOLE), fingerprint=fingerprint or PRINT, **options) as staging:
-        if not staging.finished:
-            file = staging.file(path.name, len(WHOLE))
-            for name, (offset, data) in list(PIECES.items())[:upto]:
-                if name not in staging.completed:
-                    file.pwrite(offset, data)
-                    written.append(name)
-                    staging.complete(name, [path.name], {"crc": len(written)}, len(data))
-            if upto < len(PIECES):
-                staging._recorder.close()
-                raise Stop
-        staging.commit()
-    return written
-
-
-def _stopped(path: Path, upto: int, **options: object) -> Stop:
-    with pytest.raises(Stop) as caught:
-        _work(path, upto=upto, **options)
-    return caught.value
-
-
 class TestContinued:
     @pytest.mark.parametrize("old", [False, True])
     def test_only_what_is_missing_is_written(self, tmp_path: Path, old: bool) -> None:
         if old:
             (tmp_path / "out").write_bytes(b"old")
-        stop = _stopped(tmp_path / "out", 4, force=old)
+        stop = stopped(tmp_path / "out", 4, force=old)
         assert tree(tmp_path / "out") == (b"old" if old else None)
         assert "gemma2tool clean" in stop.__notes__[0]
-        _stopped(tmp_path / "out", 7, force=old)
-        assert _work(tmp_path / "out", force=old) == list(PIECES)[7:]
+        stopped(tmp_path / "out", 7, force=old)
+        assert work(tmp_path / "out", force=old) == list(PIECES)[7:]
         assert (tmp_path / "out").read_bytes() == WHOLE
         assert os.listdir(tmp_path) == ["out"]
 
     def test_records_come_back(self, tmp_path: Path) -> None:
-        _stopped(tmp_path / "out", 3)
-        with pytest.raises(Stop), Staging(tmp_path / "out", fingerprint=PRINT) as staging:
+        stopped(tmp_path / "out", 3)
+        with pytest.raises(Stop), Staging(tmp_path / "out", fingerprint=PRINT) as staging:  # noqa: PT012 - the block is what is tested
             assert staging.completed == {}  # its file has not been asked for
             staging.file("out", len(WHOLE))
             assert staging.completed == {f"tensor {i}": {"crc": i + 1} for i in range(3)}
             raise Stop
 
     def test_folders(self, tmp_path: Path) -> None:
-        def work(upto: int) -> list[str]:
+        def write_folder(upto: int) -> list[str]:
             written = []
             with Staging(tmp_path / "out", fingerprint=PRINT, folder=True) as staging:
                 files = {name: staging.file(name, 4) for name in ("a", "sub/b", "sub/c")}
@@ -99,49 +66,47 @@ class TestContinued:
             return written
 
         with pytest.raises(Stop):
-            work(2)
-        (tmp_path / PLACE / "new" / "out" / "sub" / "b").unlink()  # as if somebody had tidied
-        assert work(3) == ["sub/b", "sub/c"]
+            write_folder(2)
+        (tmp_path / PLACE / "new" / "out" / "sub" / "b").unlink()  # as if somebody had removed it
+        assert write_folder(3) == ["sub/b", "sub/c"]
         assert tree(tmp_path / "out") == {"a": b"four", "sub/b": b"four", "sub/c": b"four", "config": b"{}"}
 
-    def test_without_a_complete_piece_nothing_stays(self, tmp_path: Path) -> None:
-        with pytest.raises(Stop), Staging(tmp_path / "out", fingerprint=PRINT) as staging:
+    def test_without_a_complete_piece_nothing_is_kept(self, tmp_path: Path) -> None:
+        with pytest.raises(Stop), Staging(tmp_path / "out", fingerprint=PRINT) as staging:  # noqa: PT012 - the block is what is tested
             staging.file("out", 10).pwrite(0, b"x")
             raise Stop
         assert os.listdir(tmp_path) == []
 
     @pytest.mark.parametrize("error", [InputRefused("x", "y"), RuntimeError("bug")])
-    def test_what_would_fail_again_leaves_nothing(self, tmp_path: Path, error: Exception) -> None:
-        _stopped(tmp_path / "out", 4)
+    def test_an_error_that_would_recur_leaves_nothing(self, tmp_path: Path, error: Exception) -> None:
+        stopped(tmp_path / "out", 4)
         with pytest.raises(type(error)), Staging(tmp_path / "out", fingerprint=PRINT):
             raise error
         assert os.listdir(tmp_path) == []
 
     @pytest.mark.parametrize("error", [ResourceError("disk.io", "y"), MemoryError(), KeyboardInterrupt()])
-    def test_what_the_machine_failed_stays(self, tmp_path: Path, error: BaseException) -> None:
-        _stopped(tmp_path / "out", 4)
+    def test_work_is_kept_if_the_machine_failed(self, tmp_path: Path, error: BaseException) -> None:
+        stopped(tmp_path / "out", 4)
         with pytest.raises(type(error)), Staging(tmp_path / "out", fingerprint=PRINT):
             raise error
-        assert _work(tmp_path / "out") == list(PIECES)[4:]
+        assert work(tmp_path / "out") == list(PIECES)[4:]
 
-    def test_space_is_needed_for_what_is_missing_only(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        _stopped(tmp_path / "out", 4)
+    def test_space_is_needed_only_for_what_is_missing(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        stopped(tmp_path / "out", 4)
         full = os.statvfs_result((4096, 4096, 100, 0, 0, 0, 0, 0, 0, 255))
         monkeypatch.setattr(os, "statvfs", lambda _: full)
-        _work(tmp_path / "out")
+        work(tmp_path / "out")
         with pytest.raises(ResourceError, match="0 are free"):
-            _work(tmp_path / "other")
+            work(tmp_path / "other")
 
-    def test_an_interruption_before_anything_is_decided_costs_nothing(self, tmp_path: Path) -> None:
+    def test_an_early_interruption_loses_nothing(self, tmp_path: Path) -> None:
         """At each of the first calls of the next run."""
         for number in range(1, 40):
-            _stopped(tmp_path / "out", 4)
+            stopped(tmp_path / "out", 4)
             with pytest.MonkeyPatch.context() as monkeypatch:
                 faults = Faults(monkeypatch, tmp_path, "interrupt", lambda call, number=number: call.total == number)
-                try:
-                    _work(tmp_path / "out")
-                except KeyboardInterrupt:
-                    pass
+                with suppress(KeyboardInterrupt):
+                    work(tmp_path / "out")
             if (
                 faults.fired
                 and faults.fired[0].name in ("pwrite", "fdatasync")
@@ -152,22 +117,23 @@ class TestContinued:
                 return
             (left,) = tmp_path.iterdir()
             assert left.name == PLACE
-            assert _work(tmp_path / "out") == list(PIECES)[4:], faults.fired
+            assert work(tmp_path / "out") == list(PIECES)[4:], faults.fired
             (tmp_path / "out").unlink()
         raise AssertionError("never came to the writing")
 
     @pytest.mark.parametrize("where", [(StagingPlace, "recover"), (staging_resume, "classify_leftovers")])
-    def test_nor_does_one_between_the_calls(
+    def test_an_interruption_between_the_calls_loses_nothing(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: tuple
     ) -> None:
         def interrupt(*_: object) -> None:
             raise KeyboardInterrupt
 
-        _stopped(tmp_path / "out", 4)
-        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        stopped(tmp_path / "out", 4)
+        with monkeypatch.context() as patched:
             patched.setattr(*where, interrupt)
-            _work(tmp_path / "out")
-        assert _work(tmp_path / "out") == list(PIECES)[4:]
+            with pytest.raises(KeyboardInterrupt):
+                work(tmp_path / "out")
+        assert work(tmp_path / "out") == list(PIECES)[4:]
 
     def test_a_place_in_use_is_left_alone(self, tmp_path: Path) -> None:
         with Staging(tmp_path / "out", fingerprint=PRINT) as staging:
@@ -180,52 +146,52 @@ class TestContinued:
 class TestRefused:
     @pytest.mark.parametrize("name", ["tool", "type", "plan"])
     def test_other_work(self, tmp_path: Path, name: str) -> None:
-        _stopped(tmp_path / "out", 4)
+        stopped(tmp_path / "out", 4)
         before = tree(tmp_path / PLACE)
         with pytest.raises(UsageError) as caught:
-            _work(tmp_path / "out", fingerprint=PRINT | {name: "other"})
+            work(tmp_path / "out", fingerprint=PRINT | {name: "other"})
         assert caught.value.id == "resume.mismatch"
         assert f"{name} was {PRINT[name]}, is other" in caught.value.message
         assert "--restart" in caught.value.hint
         assert {key: value for key, value in tree(tmp_path / PLACE).items() if key != "lock"} == {
             key: value for key, value in before.items() if key != "lock"
         }
-        assert _work(tmp_path / "out") == list(PIECES)[4:]
+        assert work(tmp_path / "out") == list(PIECES)[4:]
 
     def test_restart(self, tmp_path: Path) -> None:
-        _stopped(tmp_path / "out", 4)
-        assert _work(tmp_path / "out", fingerprint=PRINT | {"type": "q4_0"}, restart=True) == list(PIECES)
+        stopped(tmp_path / "out", 4)
+        assert work(tmp_path / "out", fingerprint=PRINT | {"type": "q4_0"}, restart=True) == list(PIECES)
         assert os.listdir(tmp_path) == ["out"]
 
-    def test_an_existing_destination_comes_first_and_costs_nothing(self, tmp_path: Path) -> None:
-        _stopped(tmp_path / "out", 4)
+    def test_an_existing_destination_is_refused_first_and_loses_nothing(self, tmp_path: Path) -> None:
+        stopped(tmp_path / "out", 4)
         (tmp_path / "out").write_bytes(b"somebody else's")
         with pytest.raises(UsageError, match="already exists"):
-            _work(tmp_path / "out")
-        assert _work(tmp_path / "out", force=True) == list(PIECES)[4:]
+            work(tmp_path / "out")
+        assert work(tmp_path / "out", force=True) == list(PIECES)[4:]
 
     def test_clean(self, tmp_path: Path) -> None:
-        _stopped(tmp_path / "out", 4)
-        (found,) = clean(tmp_path / "out")
-        assert found.removed and found.nbytes >= 4096
+        stopped(tmp_path / "out", 4)
+        (leftover,) = clean(tmp_path / "out")
+        assert leftover.removed and leftover.nbytes >= 4096
         assert os.listdir(tmp_path) == []
 
 
 class TestDamaged:
-    """Whatever the journal or the staged files have become: whole output, from what can be trusted."""
+    """Whatever happened to the journal or the staged files: a complete output, made from what can be trusted."""
 
     def _journal(self, tmp_path: Path) -> Path:
-        _stopped(tmp_path / "out", 4)
-        _stopped(tmp_path / "out", 8)
+        stopped(tmp_path / "out", 4)
+        stopped(tmp_path / "out", 8)
         return tmp_path / PLACE / "journal"
 
-    def test_cut_anywhere(self, tmp_path: Path) -> None:
+    def test_truncated_anywhere(self, tmp_path: Path) -> None:
         data = self._journal(tmp_path).read_bytes()
         counts = set()
         for length in range(len(data) + 1):
-            found = staging_journal.parse(data[:length])
-            pieces = 0 if found is None else len(found.pieces)
-            assert found is None or found.valid_bytes <= length
+            run = staging_journal.parse(data[:length])
+            pieces = 0 if run is None else len(run.pieces)
+            assert run is None or run.valid_bytes <= length
             counts.add(pieces)
         assert len(counts) > 1 and max(counts) == 8
 
@@ -235,20 +201,20 @@ class TestDamaged:
         data = bytearray(path.read_bytes())
         data[share * len(data) // 40] ^= 4
         path.write_bytes(data)
-        _work(tmp_path / "out")
+        work(tmp_path / "out")
         assert (tmp_path / "out").read_bytes() == WHOLE
         assert os.listdir(tmp_path) == ["out"]
 
-    def test_a_torn_line_is_written_over(self, tmp_path: Path) -> None:
+    def test_a_torn_line_is_overwritten(self, tmp_path: Path) -> None:
         path = self._journal(tmp_path)
         with path.open("ab") as file:
             file.write(b'00000000 {"done":[["tensor 9",["ou')
-        assert _stopped(tmp_path / "out", 9)
-        assert _work(tmp_path / "out") == ["tensor 9"]
+        assert stopped(tmp_path / "out", 9)
+        assert work(tmp_path / "out") == ["tensor 9"]
         assert (tmp_path / "out").read_bytes() == WHOLE
 
     @pytest.mark.parametrize("kind", ["link", "hard link", "longer", "folder"])
-    def test_staged_files_that_are_others(self, tmp_path: Path, kind: str) -> None:
+    def test_staged_files_that_were_replaced(self, tmp_path: Path, kind: str) -> None:
         self._journal(tmp_path)
         victim, staged = tmp_path / "victim", tmp_path / PLACE / "new" / "out"
         victim.write_bytes(b"x" * len(WHOLE))
@@ -263,14 +229,14 @@ class TestDamaged:
             staged.mkdir()
         if kind == "folder":
             with pytest.raises(ResourceError):
-                _work(tmp_path / "out")
+                work(tmp_path / "out")
             clean(tmp_path / "out")
-        assert _work(tmp_path / "out") == list(PIECES)
+        assert work(tmp_path / "out") == list(PIECES)
         assert victim.read_bytes() == b"x" * len(WHOLE)
         assert (tmp_path / "out").read_bytes() == WHOLE
 
     @pytest.mark.parametrize("kind", ["folder", "link", "empty", "huge"])
-    def test_a_journal_that_is_none(self, tmp_path: Path, kind: str) -> None:
+    def test_an_invalid_journal(self, tmp_path: Path, kind: str) -> None:
         path = self._journal(tmp_path)
         path.unlink()
         if kind == "folder":
@@ -280,12 +246,12 @@ class TestDamaged:
         else:
             path.touch()
             os.truncate(path, (65 << 20) if kind == "huge" else 0)
-        assert _work(tmp_path / "out") == list(PIECES)
+        assert work(tmp_path / "out") == list(PIECES)
 
 
 class TestOrder:
     def test_bytes_are_durable_before_their_line_is(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """After every fdatasync of the journal, all that it names was synced before that line was written."""
+        """After every fdatasync of the journal, everything that it names was synced before that line was written."""
         events: list[tuple[str, str, int]] = []
         lock = threading.Lock()
 
@@ -312,21 +278,19 @@ class TestOrder:
         lines = [i for i, (name, where, at) in enumerate(events) if (name, where) == ("pwrite", "journal") and at > 0]
         assert len(lines) > 3
         journal = [event for event in events if event[1] == "journal"]
-        assert all(each[0] == "fdatasync" for each in journal[1::2])
+        assert all(call[0] == "fdatasync" for call in journal[1::2])
         for line, before in zip(lines, [0, *lines], strict=False):
             synced = [i for i in range(before, line) if events[i][:2] in (("fdatasync", "out"), ("fsync", "out"))]
             assert synced, events[before : line + 1]
         first = [event[:2] for event in events[: lines[0]]]
         assert ("fsync", "new") in first  # the file's name too
 
-    def test_a_file_may_be_closed_while_it_is_made_durable(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_a_file_may_be_closed_while_it_is_synced(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         sync, begun, closed = os.fdatasync, threading.Event(), threading.Event()
 
         def slowly(fd: int) -> None:
             begun.set()
-            closed.wait(0.3)  # it must wait for us, not we for it
+            closed.wait(0.3)  # it must wait for this thread, not the other way round
             sync(fd)
 
         with Staging(tmp_path / "out", fingerprint=PRINT, folder=True) as staging:
@@ -339,7 +303,7 @@ class TestOrder:
             closed.set()
             staging.commit()
 
-    def test_a_disk_that_fails_in_the_background_fails_the_run(
+    def test_a_disk_failure_in_the_background_fails_the_run(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         def fail(fd: int) -> None:
@@ -348,75 +312,6 @@ class TestOrder:
 
         monkeypatch.setattr(os, "fdatasync", fail)
         with pytest.raises(ResourceError) as caught:
-            _work(tmp_path / "out")
+            work(tmp_path / "out")
         assert caught.value.id == "disk.io"
         assert not (tmp_path / "out").exists()
-
-
-class TestInPlaceButNotSaid:
-    """Killed after the output was put in place, before the staging place was removed."""
-
-    CODE = """
-        import os, signal, sys
-        sys.path.insert(0, sys.argv[2])
-        from tests.storage.staging import test_resume as tests
-        from gemma2tool.storage import syscalls
-        from gemma2tool.storage.staging import recorder, staged_output
-        recorder.SYNC_SECONDS = 0.0
-        if sys.argv[3] == "moves":
-            syscalls.exchange = lambda *_: False
-        setattr(staged_output.Staging, sys.argv[4], lambda self: os.kill(os.getpid(), signal.SIGKILL))
-        tests._work(tests.Path(sys.argv[1]), force=True)
-    """
-
-    @pytest.mark.slow
-    @pytest.mark.parametrize("before", ["clear", "finish"])
-    @pytest.mark.parametrize("how", ["swaps", "moves"])
-    @pytest.mark.parametrize("old", [False, True])
-    def test_is_finished(self, tmp_path: Path, how: str, old: bool, before: str) -> None:
-        path = tmp_path / "out"
-        if old:
-            path.write_bytes(b"o" * len(WHOLE))
-        assert python(self.CODE, str(path), str(ROOT), how, before).returncode == -9
-        assert path.read_bytes() == WHOLE
-        assert (tmp_path / PLACE).exists()
-        with pytest.raises(Stop), Staging(path, fingerprint=PRINT) as staging:
-            assert staging.finished and staging.path == path
-            assert len(staging.completed) == len(PIECES)
-            raise Stop
-        assert _work(path) == []  # without force: it is this very output
-        assert path.read_bytes() == WHOLE
-        assert os.listdir(tmp_path) == ["out"]
-
-    def test_other_work_begins_anew(self, tmp_path: Path) -> None:
-        path = tmp_path / "out"
-        path.write_bytes(b"o" * len(WHOLE))
-        python(self.CODE, str(path), str(ROOT), "swaps", "clear")
-        other = PRINT | {"type": "q4_0"}
-        with pytest.raises(UsageError, match="already exists"):
-            _work(path, fingerprint=other)
-        assert _work(path, fingerprint=other, force=True) == list(PIECES)
-
-    def test_the_old_output_is_not_taken_for_the_new(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Swapped, and then the new one was taken away: what is staged now is the old one."""
-        path = tmp_path / "out"
-        path.write_bytes(b"o" * len(WHOLE))
-        python(self.CODE, str(path), str(ROOT), "swaps", "clear")
-        assert (tmp_path / PLACE / "new" / "out").read_bytes() == b"o" * len(WHOLE)
-        path.unlink()
-        assert _work(path) == list(PIECES)
-        assert path.read_bytes() == WHOLE
-
-    def test_a_rename_that_fails_is_tried_again(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        path = tmp_path / "out"
-        path.write_bytes(b"old")
-
-        def fail(*_: object) -> bool:
-            raise OSError(5, "Input/output error")
-
-        with monkeypatch.context() as broken, pytest.raises(ResourceError):
-            broken.setattr(syscalls, "exchange", fail)
-            _work(path, force=True)
-        assert path.read_bytes() == b"old"
-        assert _work(path, force=True) == []
-        assert path.read_bytes() == WHOLE

@@ -1,4 +1,4 @@
-"""Staged output undisturbed, left without a commit, and on machines that do not give what it needs."""
+"""Staged output: undisturbed, left without a commit, and on machines that lack something."""
 
 from __future__ import annotations
 
@@ -48,13 +48,13 @@ class TestUndisturbed:
             assert path.stat().st_mode & 0o7777 == (0o777 if path.is_dir() else 0o666) & ~umask
         assert (tmp_path / "out").stat().st_mode & 0o7777 == 0o777 & ~umask
 
-    def test_nobody_else_may_enter_the_staging_place(self, tmp_path: Path) -> None:
+    def test_only_the_owner_may_enter_the_staging_place(self, tmp_path: Path) -> None:
         with Staging(tmp_path / "out", folder=True) as staging:
             place = staging.path.parent.parent
             assert place.name == ".out.gemma2tool-staging"
             assert place.stat().st_mode & 0o777 == 0o700
 
-    def test_files_have_their_size_at_once(self, tmp_path: Path) -> None:
+    def test_files_have_their_final_size_at_once(self, tmp_path: Path) -> None:
         with Staging(tmp_path / "out", folder=True) as staging:
             staged = staging.file("model", 1 << 20)
             status = staged.path.stat()
@@ -97,13 +97,14 @@ class TestUndisturbed:
             staging.file("b", 1).pwrite(0, b"2")
             staging.commit()
         assert log == [
-            "pwrite new/out/a", "fsync new/out/a", "pwrite new/out/b", "fsync new/out/b", "fsync new/out", "fsync new", "rename out",
+            "pwrite new/out/a", "fsync new/out/a", "pwrite new/out/b", "fsync new/out/b", "fsync new/out", "fsync new",
+            "rename out",
             f"fsync {tmp_path.name}",
         ]  # fmt: skip
 
 
 class Boom(BaseException):
-    """An interruption that no code of ours could foresee."""
+    """An interruption that the code cannot foresee."""
 
 
 class TestLeftWithoutCommit:
@@ -111,13 +112,13 @@ class TestLeftWithoutCommit:
     @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit, Boom])
     def test_by_an_exception(self, tmp_path: Path, folder: bool, error: type[BaseException]) -> None:
         old = make_old(tmp_path / "out", folder)
-        with pytest.raises(error), Staging(tmp_path / "out", force=True, folder=folder) as staging:
+        with pytest.raises(error), Staging(tmp_path / "out", force=True, folder=folder) as staging:  # noqa: PT012 - the block is what is tested
             staging.file("out", 10).pwrite(0, b"half")
             raise error
         assert tree(tmp_path / "out") == old
         assert os.listdir(tmp_path) == ["out"]
 
-    def test_by_forgetting(self, tmp_path: Path) -> None:
+    def test_by_a_missing_commit(self, tmp_path: Path) -> None:
         with Staging(tmp_path / "out") as staging:
             staging.write_bytes("out", b"x")
         assert os.listdir(tmp_path) == []
@@ -131,7 +132,7 @@ class TestLeftWithoutCommit:
     def test_no_descriptor_is_left_open(self, tmp_path: Path, folder: bool) -> None:
         before = os.listdir("/proc/self/fd")
         write(tmp_path / "out", folder)
-        with pytest.raises(RuntimeError), Staging(tmp_path / "out", force=True, folder=folder) as staging:
+        with pytest.raises(RuntimeError), Staging(tmp_path / "out", force=True, folder=folder) as staging:  # noqa: PT012 - the block is what is tested
             staging.file("out", 10)
             raise RuntimeError
         with pytest.raises(UsageError), Staging(tmp_path / "none" / "out"):
@@ -140,7 +141,7 @@ class TestLeftWithoutCommit:
 
 
 def _killed_while_staging(path: Path) -> int:
-    """A process that dies with ``path`` half staged."""
+    """Runs a process that dies with ``path`` half staged."""
     code = """
         import os, sys
         from gemma2tool.storage.staging.staged_output import Staging
@@ -167,7 +168,7 @@ class TestResources:
         assert os.listdir(tmp_path) == []
 
     def test_file_size_limit(self, tmp_path: Path) -> None:
-        """With RLIMIT_FSIZE, torch.save and gguf-py leave a torso where the old output was."""
+        """Under RLIMIT_FSIZE, torch.save and gguf-py leave a truncated file in place of the old output."""
         (tmp_path / "out").write_bytes(b"old")
         code = """
             import resource, signal, sys
@@ -187,11 +188,11 @@ class TestResources:
         assert tree(tmp_path / "out") == b"old"
         assert os.listdir(tmp_path) == ["out"]
 
-    def test_more_files_than_may_be_open(self, tmp_path: Path) -> None:
+    def test_too_many_open_files(self, tmp_path: Path) -> None:
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 20, hard))
         try:
-            with pytest.raises(ResourceError) as caught, Staging(tmp_path / "out", folder=True) as staging:
+            with pytest.raises(ResourceError) as caught, Staging(tmp_path / "out", folder=True) as staging:  # noqa: PT012 - the block is what is tested
                 for number in range(40):
                     staging.file(f"{number}", 1)
         finally:
@@ -207,7 +208,7 @@ class TestResources:
         write(tmp_path / "out", folder=True)
         assert tree(tmp_path / "out") == NEW
 
-    def test_a_file_system_that_tells_nothing_of_its_space(
+    def test_a_file_system_that_does_not_report_its_space(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         silent = os.statvfs_result((4096, 4096, 0, 0, 0, 0, 0, 0, 0, 255))
@@ -241,13 +242,13 @@ class TestResources:
         assert caught.value.id == "output.name-too-long"
 
     @pytest.mark.parametrize("name", ["n" * 255, "\u00e4" * 127, "\u1234" * 85])
-    def test_names_as_long_as_the_file_system_takes(self, tmp_path: Path, name: str) -> None:
+    def test_names_as_long_as_the_file_system_allows(self, tmp_path: Path, name: str) -> None:
         write(tmp_path / name, folder=False)
         assert os.listdir(tmp_path) == [name]
         process = _killed_while_staging(tmp_path / name)
-        assert [found.destination for found in clean(tmp_path, dry_run=True)] == [tmp_path / name], process
+        assert [leftover.destination for leftover in clean(tmp_path, dry_run=True)] == [tmp_path / name], process
         assert len(os.listdir(tmp_path)) == 2
-        assert [found.destination for found in clean(tmp_path)] == [tmp_path / name]
+        assert [leftover.destination for leftover in clean(tmp_path)] == [tmp_path / name]
         assert os.listdir(tmp_path) == [name]
 
     def test_names_inside_stay_inside(self, tmp_path: Path) -> None:
@@ -269,7 +270,7 @@ class TestResources:
                 staged.pwrite(0, b"a")
 
     def test_a_name_taken_meanwhile_is_not_overwritten(self, tmp_path: Path) -> None:
-        with pytest.raises(UsageError) as caught, Staging(tmp_path / "out") as staging:
+        with pytest.raises(UsageError) as caught, Staging(tmp_path / "out") as staging:  # noqa: PT012 - the block is what is tested
             staging.write_bytes("out", b"new")
             (tmp_path / "out").write_bytes(b"somebody else's")
             staging.commit()

@@ -1,4 +1,6 @@
-"""Folders and files that merely have the name of a staging place, or lie in one: none of them is written to, waited for, or removed."""
+"""Folders and files that only look like a staging place, or are inside one: they are not written to, waited for or
+removed.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +50,8 @@ STRANGERS: dict[str, tuple[str, Callable[[Path], object]]] = {
     "an empty lock beside work": ("new", lambda place: (_put(place / "lock", b""), _put(place / "new" / "out"))),
     "an empty lock beside a thesis": ("thesis", lambda place: (_put(place / "lock", b""), _put(place / "thesis"))),
     "our lock beside a thesis": ("thesis", lambda place: (_ours(place), _put(place / "thesis"))),
-    "a thesis in new": ("new/thesis", lambda place: (_ours(place), _put(place / "new" / "out"), _put(place / "new" / "thesis"))),
+    "a thesis in new": ("new/thesis",
+        lambda place: (_ours(place), _put(place / "new" / "out"), _put(place / "new" / "thesis"))),
     "a thesis as new": ("new", lambda place: (_ours(place), _put(place / "new"))),
     "a thesis in journal": ("journal/thesis", lambda place: (_ours(place), _put(place / "journal" / "thesis"))),
     "a lock with two names": ("lock", _hard_link),
@@ -58,7 +61,7 @@ STRANGERS: dict[str, tuple[str, Callable[[Path], object]]] = {
 
 
 def _state(folder: Path) -> dict[str, tuple[int, bytes]]:
-    """All that lies below a folder: modes, and the bytes of files."""
+    """Everything below a folder: modes, and the bytes of files."""
     return {
         str(path.relative_to(folder)): (
             path.lstat().st_mode,
@@ -70,16 +73,16 @@ def _state(folder: Path) -> dict[str, tuple[int, bytes]]:
 
 @pytest.fixture(params=STRANGERS)
 def stranger(tmp_path: Path, request: pytest.FixtureRequest) -> str:
-    """Makes the folder; returns what in it is not ours."""
+    """Makes the folder and returns what in it is foreign."""
     named, make = STRANGERS[request.param]
     (tmp_path / PLACE).mkdir(mode=0o750)
     make(tmp_path / PLACE)
     return named
 
 
-class TestNotOurs:
+class TestForeign:
     @pytest.mark.parametrize("options", [{}, {"force": True}, {"fingerprint": {"a": "b"}, "restart": True}])
-    def test_no_run_takes_it(self, tmp_path: Path, stranger: str, options: dict) -> None:
+    def test_no_run_uses_it(self, tmp_path: Path, stranger: str, options: dict) -> None:
         before = _state(tmp_path)
         with pytest.raises(ResourceError) as caught, Staging(tmp_path / "out", **options):
             raise AssertionError
@@ -97,7 +100,7 @@ class TestNotOurs:
             assert stranger in result.stderr and "creating" not in result.stderr
             assert _state(tmp_path) == before
 
-    def test_clean_goes_on_with_the_others(self, tmp_path: Path, stranger: str) -> None:
+    def test_clean_continues_with_the_others(self, tmp_path: Path, stranger: str) -> None:
         for name in ("a", "z"):
             (tmp_path / f".{name}.gemma2tool-staging").mkdir()
             _ours(tmp_path / f".{name}.gemma2tool-staging", name)
@@ -106,7 +109,7 @@ class TestNotOurs:
         assert stranger
 
 
-def test_a_stranger_where_the_receipt_would_be_staged_is_told_before_the_work(tmp_path: Path) -> None:
+def test_a_foreign_folder_at_the_receipt_s_staging_place_is_reported_before_the_work(tmp_path: Path) -> None:
     _put(tmp_path / ".out.receipt.json.gemma2tool-staging" / "thesis")
     before = _state(tmp_path)
     with pytest.raises(ResourceError, match="thesis"):
@@ -114,9 +117,9 @@ def test_a_stranger_where_the_receipt_would_be_staged_is_told_before_the_work(tm
     assert _state(tmp_path) == before
 
 
-class TestOurs:
+class TestOwn:
     @pytest.mark.parametrize("state", ["empty", "empty lock", "lock", "pipe as journal", "all"])
-    def test_what_a_kill_leaves_is_cleaned_and_taken(self, tmp_path: Path, state: str) -> None:
+    def test_what_a_kill_leaves_is_cleaned_and_reused(self, tmp_path: Path, state: str) -> None:
         for again in (clean, lambda path: write(path, folder=False)):
             place = tmp_path / PLACE
             place.mkdir()
@@ -131,14 +134,14 @@ class TestOurs:
                     _put(place / name)
                 (tmp_path / "out").write_bytes(b"old")
             before = _state(tmp_path)
-            assert [found.problem for found in clean(tmp_path, dry_run=True)] == [None]
+            assert [leftover.problem for leftover in clean(tmp_path, dry_run=True)] == [None]
             assert _state(tmp_path) == before, "a dry run writes nothing"
             again(tmp_path / "out")
             assert not place.exists()
 
     @pytest.mark.slow
-    def test_the_lock_names_its_place_before_anything_is_put_there(self, tmp_path: Path) -> None:
-        """Killed before any of its system calls, a run leaves nothing that the next would take for a stranger's."""
+    def test_the_lock_is_signed_before_anything_is_staged(self, tmp_path: Path) -> None:
+        """Killed before any of its system calls, a run leaves nothing that looks foreign to the next."""
         code = """
             import os, sys
             from gemma2tool.storage.staging.staged_output import Staging
@@ -153,7 +156,7 @@ class TestOurs:
         """
         for number in range(100):
             done = python(code, str(tmp_path / "out"), str(number)).returncode
-            assert all(found.problem is None for found in clean(tmp_path))
+            assert all(leftover.problem is None for leftover in clean(tmp_path))
             assert [path.name for path in tmp_path.iterdir()] in ([], ["out"])
             if done == 0:
                 assert number > 12
@@ -164,7 +167,7 @@ class TestOurs:
 
 class TestPaths:
     @pytest.mark.parametrize("path", ["/", "//", "/..", "x" * 300, "x" * 300 + "/y"])
-    def test_what_can_be_no_output(self, path: str) -> None:
+    def test_paths_that_cannot_be_an_output(self, path: str) -> None:
         result = CliRunner().invoke(app, ["clean", path])
         assert result.exit_code == 2 and "error[" in result.stderr, result.output
 
@@ -174,20 +177,20 @@ class TestPaths:
 
 
 class TestAfterItIsInPlace:
-    def test_a_file_of_the_user_is_no_leftover(self, tmp_path: Path) -> None:
+    def test_a_file_of_the_user_is_not_a_leftover(self, tmp_path: Path) -> None:
         output = tmp_path / "out"
-        mine = tmp_path / f".{receipt_path(output).name}.gemma2tool-old"
-        mine.write_bytes(b"mine")
+        users_file = tmp_path / f".{receipt_path(output).name}.gemma2tool-old"
+        users_file.write_bytes(b"mine")
         output.write_bytes(b"old")
         receipt_path(output).write_bytes(RECEIPT)
         with Staging(output, force=True) as staging, receipts.stage(output, RECEIPT + b"\n") as beside:
             staging.write_bytes("out", b"new")
             receipts.commit([(staging, beside)])
-        assert mine.read_bytes() == b"mine"
+        assert users_file.read_bytes() == b"mine"
         assert receipt_path(output).read_bytes() == RECEIPT + b"\n"
         assert len(os.listdir(tmp_path)) == 3
 
-    def test_killed_with_the_old_receipt_taken_away(self, tmp_path: Path) -> None:
+    def test_killed_after_the_old_receipt_was_set_aside(self, tmp_path: Path) -> None:
         (tmp_path / "out").write_bytes(b"old")
         (tmp_path / "out.receipt.json").write_bytes(RECEIPT)
         code = """
@@ -206,7 +209,7 @@ class TestAfterItIsInPlace:
 
     @file_or_folder
     @pytest.mark.parametrize("error", [RecursionError, OSError, ValueError])
-    def test_tidying_up_fails_nothing(
+    def test_a_failed_clean_up_is_not_an_error(
         self, tmp_path: Path, folder: bool, error: type[Exception], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         def fail(*_: object, **__: object) -> None:
@@ -232,10 +235,10 @@ class TestAfterItIsInPlace:
         try:
             write(tmp_path / "out", folder=True)
             assert (tmp_path / "out" / "config.json").exists()
-            assert [found.problem is None or isinstance(found.problem, ResourceError) for found in clean(tmp_path)] == [
-                True
-            ]
-        finally:  # pytest's own tidying up cannot
+            assert [
+                leftover.problem is None or isinstance(leftover.problem, ResourceError) for leftover in clean(tmp_path)
+            ] == [True]
+        finally:  # pytest's own clean-up cannot remove it
             subprocess.run(["rm", "-rf", *tmp_path.iterdir()], check=True)
 
 

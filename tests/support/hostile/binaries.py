@@ -1,4 +1,4 @@
-"""Hostile models in binary formats of one file or folder: GGUF, gemma.cpp, Keras, Orbax. See ``hostile_cli``."""
+"""Hostile models in binary formats of one file or folder: GGUF, gemma.cpp, Keras, Orbax."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 from gemma2tool.storage.crc import crc32c
-from tests.support.hostile.refusal import Case, Honest
+from tests.support.hostile.refusal import Case, ValidCheckpoints
 
 # -- GGUF as a model ---------------------------------------------------------------------------------------------------
 
 
 def _gguf(name: str, id: str, change: Callable[[bytes], bytes], file: str = "model.gguf") -> Case:
-    def build(folder: Path, honest: Honest) -> Path:
-        (folder / file).write_bytes(change(honest["gguf"].read_bytes()))
+    def build(folder: Path, valid: ValidCheckpoints) -> Path:
+        (folder / file).write_bytes(change(valid["gguf"].read_bytes()))
         return folder / file
 
     return Case(f"gguf: {name}", build, id)
@@ -55,8 +55,8 @@ GGUF = [
 
 
 def _sbs(name: str, id: str, change: Callable[[bytearray], object]) -> Case:
-    def build(folder: Path, honest: Honest) -> Path:
-        data = bytearray(honest["sbs"].read_bytes())
+    def build(folder: Path, valid: ValidCheckpoints) -> Path:
+        data = bytearray(valid["sbs"].read_bytes())
         changed = change(data)
         (folder / "model.sbs").write_bytes(changed if isinstance(changed, (bytes, bytearray)) else data)
         return folder / "model.sbs"
@@ -125,14 +125,15 @@ SBS = [
 ]
 
 
-# -- Keras ---------------------------------------------------------------------------------------------------------------
+# -- Keras
+# ---------------------------------------------------------------------------------------------------------------
 
 DATA = "layers/rms_normalization/vars/0"
 
 
 def _keras(name: str, id: str, change: Callable[[Path], object]) -> Case:
-    def build(folder: Path, honest: Honest) -> Path:
-        shutil.copytree(honest["keras"], folder / "preset")
+    def build(folder: Path, valid: ValidCheckpoints) -> Path:
+        shutil.copytree(valid["keras"], folder / "preset")
         change(folder / "preset" / "model.weights.h5")
         return folder / "preset"
 
@@ -224,12 +225,13 @@ KERAS = [
 ]
 
 
-# -- Orbax ---------------------------------------------------------------------------------------------------------------
+# -- Orbax
+# ---------------------------------------------------------------------------------------------------------------
 
 
 def _orbax(name: str, id: str, change: Callable[[Path], object]) -> Case:
-    def build(folder: Path, honest: Honest) -> Path:
-        shutil.copytree(honest["flax"], folder / "model")
+    def build(folder: Path, valid: ValidCheckpoints) -> Path:
+        shutil.copytree(valid["flax"], folder / "model")
         change(folder / "model" / "ckpt")
         return folder / "model"
 
@@ -267,7 +269,7 @@ def database(
     height: int = 0,
     files: int = 1,
 ):
-    """A folder whose only tree node, or what is said of it, lies."""
+    """A folder whose only tree node, or what refers to it, is forged."""
     table = _varint(files) + _varint(len(path)) + _varint(0) + path
     leaf = _framed("0cdb20de", b"\0" + table + _varint(0)) if node is None else node
     version = (
@@ -293,7 +295,7 @@ def database(
 
 
 def _itself() -> Callable[[Path], None]:
-    """A node that has itself for a child: as deep as it says, and then no longer itself."""
+    """A node that is its own child, as often as its height says."""
     table = _varint(1) + _varint(3) + _varint(0) + b"d/x"
     body = (
         b"\3" + table + _varint(1) + _varint(1) + _varint(1) + b"a" + _varint(0) + _varint(0) + _varint(50) + bytes(3)
@@ -302,7 +304,7 @@ def _itself() -> Callable[[Path], None]:
 
 
 def _bomb() -> bytes:
-    """A zstandard frame of a few bytes a block that decodes to a gigabyte: blocks of one repeated byte."""
+    """A zstandard frame of a few bytes per block that decodes to a gigabyte: blocks of one repeated byte."""
     blocks = (
         b"".join(struct.pack("<I", (131072 << 3) | 2)[:3] + b"\0" for _ in range(8191))
         + struct.pack("<I", (131072 << 3) | 3)[:3]

@@ -1,4 +1,4 @@
-"""Hostile checkpoints as a user meets them: files and folders, and the id of the error that must come of each."""
+"""Hostile checkpoints as a user meets them: files and folders, and the id of the error for entry."""
 
 from __future__ import annotations
 
@@ -13,20 +13,21 @@ from tests.support.hostile import gguf as g
 from tests.support.hostile import safetensors as hostile_safetensors
 from tests.support.hostile import torch as hostile_torch
 from tests.support.hostile.binaries import GGUF, KERAS, ORBAX, SBS
-from tests.support.hostile.refusal import Case, Honest, Hostile
+from tests.support.hostile.refusal import Case, Hostile, ValidCheckpoints
 
 ESCAPE = "\x1b[2J\x1b]0;owned\x07\n\u202eok verified"
 
 
-# -- containers: what the readers' own tests hold, in the place where a user would have it ------------------------------
+# -- containers: what the readers' own tests hold, in the place where a user would have it
+# ------------------------------
 
 
 def _container(kind: str, case: Hostile, file: str) -> Case:
-    def build(folder: Path, honest: Honest) -> Path:
+    def build(folder: Path, valid: ValidCheckpoints) -> Path:
         if file.endswith(".gguf"):
             (folder / file).write_bytes(case.data)
             return folder / file
-        shutil.copy(honest["hf"] / "config.json", folder)
+        shutil.copy(valid["hf"] / "config.json", folder)
         (folder / file).write_bytes(case.data)
         return folder
 
@@ -45,8 +46,8 @@ CONTAINERS = [
 
 
 def _hf(name: str, id: str, spoil: Callable[[Path], object], options: tuple[str, ...] = ()) -> Case:
-    def build(folder: Path, honest: Honest) -> Path:
-        shutil.copytree(honest["hf"], folder / "model")
+    def build(folder: Path, valid: ValidCheckpoints) -> Path:
+        shutil.copytree(valid["hf"], folder / "model")
         spoil(folder / "model")
         return folder / "model"
 
@@ -74,19 +75,21 @@ def _link(name: str, id: str, file: str, target: str) -> Case:
 
 
 def _index(name: str, id: str, change: Callable[[dict], object]) -> Case:
-    """A folder of two shards whose index lies."""
+    """A folder of two shards with a forged index."""
 
     def spoil(folder: Path) -> None:
         header = safetensors.read_header(folder / "model.safetensors")
         raw = (folder / "model.safetensors").read_bytes()
         weight_map = {}
         for number, names in enumerate((list(header.tensors)[::2], list(header.tensors)[1::2]), 1):
-            entries = [header.tensors[each] for each in names]
-            head, offsets, size = safetensors.layout([(each.name, each.dtype, each.shape) for each in entries], None)
+            entries = [header.tensors[name] for name in names]
+            head, offsets, size = safetensors.layout(
+                [(entry.name, entry.dtype, entry.shape) for entry in entries], None
+            )
             out = bytearray(head) + bytes(size - len(head))
-            for each in entries:
-                out[offsets[each.name] : offsets[each.name] + each.nbytes] = raw[
-                    each.offset : each.offset + each.nbytes
+            for entry in entries:
+                out[offsets[entry.name] : offsets[entry.name] + entry.nbytes] = raw[
+                    entry.offset : entry.offset + entry.nbytes
                 ]
             (folder / f"model-{number}.safetensors").write_bytes(out)
             weight_map |= dict.fromkeys(names, f"model-{number}.safetensors")
@@ -103,7 +106,7 @@ def _shard(to: str) -> Callable[[dict], None]:
 
 
 def _renamed(old: str, new: str) -> Callable[[Path], None]:
-    """The tensor ``old`` under another name, in a header of another length."""
+    """Renames the tensor ``old``, in a header of another length."""
 
     def spoil(folder: Path) -> None:
         raw = (folder / "model.safetensors").read_bytes()
@@ -194,13 +197,14 @@ HF = [
 ]
 
 
-# -- what lies beside a model: adapters, importance matrices, tokenizers ---------------------------------------------------
+# -- files beside a model: adapters, importance matrices, tokenizers
+# ---------------------------------------------------
 
 
 def _adapter(name: str, id: str, **changed: object) -> Case:
-    def build(folder: Path, honest: Honest) -> Path:
+    def build(folder: Path, valid: ValidCheckpoints) -> Path:
         content = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]} | changed
-        shutil.copytree(honest["hf"], folder / "model")
+        shutil.copytree(valid["hf"], folder / "model")
         (folder / "adapter").mkdir()
         (folder / "adapter" / "adapter_config.json").write_text(json.dumps(content))
         prefix = "base_model.model.model.layers.0.self_attn.q_proj.lora_"

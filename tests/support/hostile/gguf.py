@@ -1,4 +1,6 @@
-"""GGUF files that lie, each in one way: the kinds of llama.cpp's test-gguf.cpp, those that gguf-py accepts or hangs on, and more."""
+"""GGUF files that are each wrong in one way: the kinds in llama.cpp's test-gguf.cpp, those that gguf-py accepts or
+hangs on, and others.
+"""
 
 from __future__ import annotations
 
@@ -100,7 +102,8 @@ CASES = [
     _kv("truncated", "a text of an array past the end", arr("k", STR, 2, text("a") + struct.pack("<Q", 1 << 40))),
     _kv("truncated", "the last text's length cut off", arr("k", STR, 8, text(b"a" * 100))),
     Hostile("5,000,000 empty texts", file([arr("k", STR, 5_000_000, bytes(40_000_000))]), "gguf.array-length"),
-    Hostile("1,000,000 texts twice", file([arr(k, STR, 1_000_000, bytes(8_000_000)) for k in "ab"]), "gguf.array-length"),
+    Hostile("1,000,000 texts twice", file([arr(k, STR, 1_000_000, bytes(8_000_000)) for k in "ab"]),
+        "gguf.array-length"),
     _alignment("alignment 0", U32, struct.pack("<I", 0)),
     _alignment("alignment 13", U32, struct.pack("<I", 13)),
     _alignment("alignment 2^31", U32, struct.pack("<I", 1 << 31)),
@@ -138,7 +141,8 @@ CASES = [
     _tensors("trailing-bytes", "a byte too many", tensor(), data=bytes(33)),
     Hostile("a zip at the end", file([ARCH]) + b"PK\5\6" + bytes(18), "gguf.trailing-bytes"),
     _tensors(
-        "unaligned", "offset that fits 32 but not the file's alignment", tensor(), tensor("b", offset=32), data=bytes(128),
+        "unaligned", "offset that fits 32 but not the file's alignment", tensor(), tensor("b", offset=32),
+        data=bytes(128),
         kvs=(kv("general.alignment", U32, struct.pack("<I", 64)),),
     ),
     _tensors("truncated", "tensor info cut off", tensor()[:-9], data=b""),

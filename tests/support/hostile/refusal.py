@@ -1,4 +1,4 @@
-"""What every refusal must be like, whichever reader refuses."""
+"""What every refusal must fulfill, whichever reader refuses."""
 
 from __future__ import annotations
 
@@ -32,30 +32,33 @@ _seen: list[str] | None = None
 
 
 class Hostile(NamedTuple):
-    """A file that must be refused: its bytes, and the id of the error that must say why."""
+    """A file that must be refused: its bytes and the id of the error."""
 
     name: str
     data: bytes
     id: str
 
 
-Honest = Mapping[str, Path]
-"""Honest tiny checkpoints by format, to copy and spoil."""
+ValidCheckpoints = Mapping[str, Path]
+"""Valid tiny checkpoints by format, to copy and damage."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """A hostile checkpoint as a user meets it. ``build`` makes it in an empty folder and returns its path; ``id`` begins the id of the
-    error that must come of it; ``options`` are of convert and quantize alone, and "@" stands for the case's folder."""
+    """A hostile checkpoint as a user meets it.
+
+    ``build`` makes it in an empty folder and returns its path. ``id`` is a prefix of the id of the expected error.
+    ``options`` are for convert and quantize only; "@" in them is the case's folder.
+    """
 
     name: str
-    build: Callable[[Path, Honest], Path]
+    build: Callable[[Path, ValidCheckpoints], Path]
     id: str
     options: tuple[str, ...] = ()
 
 
 def as_params(cases: list[Hostile]) -> Any:
-    """pytest parameters; two cases of one name would hide one another."""
+    """pytest parameters. The names of the cases must be unique, or one would hide the other."""
     assert len({case.name for case in cases}) == len(cases)
     return pytest.mark.parametrize("case", cases, ids=[case.name for case in cases])
 
@@ -74,7 +77,7 @@ sys.addaudithook(_hook)
 
 @contextmanager
 def nothing_runs() -> Iterator[None]:
-    """Fails when the block imports, compiles or executes code, starts a process, opens a socket or a file for writing."""
+    """Fails if the block imports, compiles or runs code, starts a process, or opens a socket or a file to write."""
     global _seen
     _seen = events = []
     try:
@@ -85,7 +88,7 @@ def nothing_runs() -> Iterator[None]:
 
 
 def assert_refused(call: Callable[[], object], id: str) -> InputRefused:
-    """Calls and checks: refused with this id, in one line, in time, with nothing run."""
+    """Checks that the call is refused with this id, in one line, in time, with nothing run."""
     error = assert_refused_somehow(call)
     assert error.id == id, error.message
     return error

@@ -1,9 +1,11 @@
-"""Runs command lines of gemma2tool, each in a fork of one warm process, under an audit hook: what they did stands in a JSON file.
+"""Runs command lines of gemma2tool, each in a fork of one warm process, under an audit hook.
+
+Writes what they did to a JSON file.
 
     python hostile_runner.py PLAN RESULTS
 
-PLAN: a list of {"argv": [...], "folder": ..., "may_write": [...]}. A forked child has what importing the tool costs behind it, and
-nothing of a test runner in it.
+PLAN is a list of {"argv": [...], "folder": ..., "may_write": [...]}. A forked child does not pay for importing the
+tool, and contains nothing of a test runner.
 """
 
 from __future__ import annotations
@@ -104,7 +106,8 @@ def _run(case: dict) -> dict:
     _events = None
     used = resource.getrusage(resource.RUSAGE_SELF)
     return {
-        "code": code, "out": out.getvalue(), "err": err.getvalue(), "events": seen, "seconds": used.ru_utime + used.ru_stime,
+        "code": code, "out": out.getvalue(), "err": err.getvalue(), "events": seen,
+        "seconds": used.ru_utime + used.ru_stime,
         "peak": used.ru_maxrss << 10, "heavy": [name for name in HEAVY if name in sys.modules and name not in before],
     }  # fmt: skip
 
@@ -126,7 +129,7 @@ def _forked(case: dict, scratch: Path) -> dict:
 
 
 def _warm() -> None:
-    """Everything that a command imports before it looks at its input, and every format."""
+    """Imports everything that a command imports before it looks at its input, and every format."""
     import gemma2tool.cli.main
     import gemma2tool.cli.terminal
     from gemma2tool.formats import registry

@@ -1,4 +1,4 @@
-"""safetensors files that lie, each in one way."""
+"""safetensors files that are each wrong in one way."""
 
 from __future__ import annotations
 
@@ -26,6 +26,8 @@ def _without(field: str) -> bytes:
     return file({"a": info}, bytes(4))
 
 
+EMPTY = b'"%d":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}'
+ONE_BYTE = b'{"dtype":"U8","shape":[1],"data_offsets":[0,1]}'
 CASES = [
     Hostile("empty file", b"", "safetensors.header-too-small"),
     Hostile("seven bytes", b"\2\0\0\0\0\0\0", "safetensors.header-too-small"),
@@ -53,12 +55,12 @@ CASES = [
     ),
     Hostile(
         "200,000 tensors",
-        file(b"{" + b",".join(b'"%d":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}' % i for i in range(200_000)) + b"}"),
+        file(b"{" + b",".join(EMPTY % i for i in range(200_000)) + b"}"),
         "safetensors.too-many-tensors",
     ),
     Hostile(
         "the same tensor twice",
-        file(b'{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}', b"0"),
+        file(b'{"a":' + ONE_BYTE + b',"a":' + ONE_BYTE + b"}", b"0"),
         "safetensors.duplicate-key",
     ),
     Hostile(
@@ -113,7 +115,8 @@ CASES = [
     Hostile("hole in the middle", file({"a": entry(0, 4), "b": entry(8, 12)}, bytes(12)), "safetensors.gap"),
     Hostile("offset far away", file({"a": entry(1 << 62, (1 << 62) + 4)}, bytes(4)), "safetensors.gap"),
     Hostile("one byte short", file({"a": entry()}, bytes(3)), "safetensors.truncated"),
-    Hostile("a terabyte of nothing", file({"a": entry(0, 1 << 40, "U8", [1 << 40])}, bytes(4)), "safetensors.truncated"),
+    Hostile("a terabyte of nothing", file({"a": entry(0, 1 << 40, "U8", [1 << 40])}, bytes(4)),
+        "safetensors.truncated"),
     Hostile("one byte too many", file({"a": entry()}, bytes(5)), "safetensors.trailing-bytes"),
     Hostile("a zip at the end", file({}, b"PK\5\6" + bytes(18)), "safetensors.trailing-bytes"),
     Hostile("a name of 70,000 letters", file({"n" * 70_000: entry()}, bytes(4)), "safetensors.name-too-long"),

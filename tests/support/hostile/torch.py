@@ -1,4 +1,4 @@
-"""torch.save files that lie or attack, each in one way."""
+"""torch.save files that are each wrong, or attack, in one way."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ OK_PICKLE = b"\x80\x02}."
 
 @dataclass(frozen=True)
 class Member:
-    """A member of a zip archive, with every field of its two headers open to lies (None: the truth)."""
+    """A member of a zip archive, in which every field of both headers can be forged (None: the correct value)."""
 
     name: str | bytes
     data: bytes = b""
@@ -39,7 +39,7 @@ class Member:
 
 
 def zip_members(data: bytes) -> list[Member]:
-    """The members of an honest archive, to be put together anew."""
+    """The members of a valid archive, to be assembled again."""
     with zipfile.ZipFile(io.BytesIO(data)) as file:
         return [Member(name, file.read(name)) for name in file.namelist()]
 
@@ -61,7 +61,7 @@ def archive(
     disk: int = 0,
     end64: dict[str, int] | None = None,
 ) -> bytes:
-    """A zip archive in the plainest form; ``end64`` adds zip64 end records with fields overridden by name."""
+    """A zip archive in the simplest form. ``end64`` adds zip64 end records with fields overridden by name."""
     out, directory = bytearray(prefix), b""
     for member in members:
         name = member.name if isinstance(member.name, bytes) else member.name.encode()
@@ -72,7 +72,8 @@ def archive(
         offset = _first(member.header_offset, len(out))
         out += struct.pack(
             "<4s5H3I2H", member.local_signature, 0, _first(member.local_flags, member.flags),
-            _first(member.local_method, member.method), 0, 0, _first(member.local_crc, crc), _first(member.local_size, packed),
+            _first(member.local_method, member.method), 0, 0, _first(member.local_crc, crc),
+            _first(member.local_size, packed),
             _first(member.local_size, size), len(local_name), 0,
         ) + local_name + member.data + between  # fmt: skip
         directory += struct.pack(
@@ -103,13 +104,13 @@ PKL = Member("a/data.pkl", OK_PICKLE)
 LAST = Member("a/byteorder", b"little")
 
 
-def _zip(id: str, case: str, /, *members: Member, **lies: Any) -> Hostile:
-    return Hostile(case, archive(list(members) or [PKL, LAST], **lies), id)
+def _zip(id: str, case: str, /, *members: Member, **fields: Any) -> Hostile:
+    return Hostile(case, archive(list(members) or [PKL, LAST], **fields), id)
 
 
-def _lie(id: str, case: str, /, **lies: Any) -> Hostile:
-    """The second member lies."""
-    return Hostile(case, archive([PKL, replace(LAST, **lies)]), id)
+def _forged(id: str, case: str, /, **fields: Any) -> Hostile:
+    """The second member is forged."""
+    return Hostile(case, archive([PKL, replace(LAST, **fields)]), id)
 
 
 def _zip64(**values: int) -> bytes:
@@ -135,13 +136,13 @@ ZIP_CASES = [
     _zip("zip.gap", "another zip in front", prefix=archive([Member("x", b"PK")]), directory_offset=None),
     _zip("zip.gap", "40 bytes between members", between=bytes(40)),
     _zip("zip.multi-disk", "on another disk", disk=1),
-    _lie("zip.multi-disk", "a member on another disk", disk=3),
+    _forged("zip.multi-disk", "a member on another disk", disk=3),
     _zip("zip.directory", "directory elsewhere", directory_offset=7),
     _zip("zip.directory", "directory size wrong", directory_size=5),
     _zip("zip.directory", "one member more than there is", count=3),
     _zip("zip.directory", "one member less than there is", count=1),
     _zip("zip.too-many-members", "30,000 members", count=30_000),
-    _lie("zip.directory", "broken directory entry", signature=b"PK\1\3"),
+    _forged("zip.directory", "broken directory entry", signature=b"PK\1\3"),
     _zip("zip.zip64", "directory at 2^32-1 without zip64", directory_offset=0xFFFFFFFF),
     _zip("zip.zip64", "zip64 contradicts the count", end64={"count": 7, "here": 7}),
     _zip("zip.zip64", "zip64 contradicts the size", end64={"size": 1}),
@@ -151,44 +152,45 @@ ZIP_CASES = [
     _zip("zip.multi-disk", "zip64 on another disk", end64={"disk": 1}),
     _zip("zip.zip64", "zip64 with three disks", end64={"disks": 3}),
     _zip("zip.directory", "zip64 offset near 2^64", directory_offset=0xFFFFFFFF, end64={"offset": (1 << 64) - 60}),
-    _lie("zip.size", "zip64 size of 2^63", size=0xFFFFFFFF, packed=0xFFFFFFFF, extra=_zip64(size=1 << 63, packed=1 << 63)),
-    _lie("zip.zip64", "saturated size without zip64", size=0xFFFFFFFF, packed=0xFFFFFFFF),
-    _lie("zip.zip64", "zip64 field without need", extra=_zip64(size=6)),
-    _lie("zip.zip64", "zip64 field too short", size=0xFFFFFFFF, packed=0xFFFFFFFF, extra=_zip64(size=6)),
-    _lie("zip.extra", "extra field cut off", extra=b"\1\0\x08\0abc"),
-    _lie("zip.extra", "two zip64 fields", extra=_zip64() + _zip64()),
-    _lie("zip.compressed", "deflated", data=_BOMB[:99], method=8, size=1 << 16, packed=99),
-    _lie("zip.compressed", "deflated 1000 to 1", data=_BOMB, method=8, size=1 << 26, packed=len(_BOMB)),
-    _lie("zip.compressed", "method 99", method=99),
-    _lie("zip.encrypted", "encrypted", flags=1),
-    _lie("zip.encrypted", "headers masked", flags=1 << 13),
-    _lie("zip.size", "sizes differ", packed=5, size=6),
-    _lie("zip.size", "a terabyte", size=0xFFFFFFF0, packed=0xFFFFFFF0),
-    _lie("zip.past-end", "larger than its part of the file", size=40, packed=40, local_size=40),
-    _lie("zip.gap", "begins beyond the file", header_offset=0xFFFFFF00),
+    _forged("zip.size", "zip64 size of 2^63", size=0xFFFFFFFF, packed=0xFFFFFFFF,
+        extra=_zip64(size=1 << 63, packed=1 << 63)),
+    _forged("zip.zip64", "saturated size without zip64", size=0xFFFFFFFF, packed=0xFFFFFFFF),
+    _forged("zip.zip64", "zip64 field without need", extra=_zip64(size=6)),
+    _forged("zip.zip64", "zip64 field too short", size=0xFFFFFFFF, packed=0xFFFFFFFF, extra=_zip64(size=6)),
+    _forged("zip.extra", "extra field cut off", extra=b"\1\0\x08\0abc"),
+    _forged("zip.extra", "two zip64 fields", extra=_zip64() + _zip64()),
+    _forged("zip.compressed", "deflated", data=_BOMB[:99], method=8, size=1 << 16, packed=99),
+    _forged("zip.compressed", "deflated 1000 to 1", data=_BOMB, method=8, size=1 << 26, packed=len(_BOMB)),
+    _forged("zip.compressed", "method 99", method=99),
+    _forged("zip.encrypted", "encrypted", flags=1),
+    _forged("zip.encrypted", "headers masked", flags=1 << 13),
+    _forged("zip.size", "sizes differ", packed=5, size=6),
+    _forged("zip.size", "a terabyte", size=0xFFFFFFF0, packed=0xFFFFFFF0),
+    _forged("zip.past-end", "larger than its part of the file", size=40, packed=40, local_size=40),
+    _forged("zip.gap", "begins beyond the file", header_offset=0xFFFFFF00),
     _zip("zip.duplicate-member", "the same name twice", PKL, LAST, LAST),
     _zip("zip.overlap", "two names for one place", PKL, replace(LAST, header_offset=0)),
     _zip("zip.overlap", "begins inside another", PKL, replace(LAST, header_offset=9)),
-    _lie("zip.local-header", "no local header", local_signature=b"PK\7\7"),
-    _lie("zip.local-header", "another name locally", local_name="a/byteordex"),
-    _lie("zip.local-header", "a longer name locally", local_name="a/byteorderr"),
-    _lie("zip.local-header", "another CRC locally", local_crc=1),
-    _lie("zip.local-header", "another size locally", local_size=5),
-    _lie("zip.local-header", "compressed only locally", local_method=8),
-    _lie("zip.local-header", "encrypted only locally", local_flags=1),
-    _lie("zip.member-name", "name leaves the archive", name="a/../../etc/passwd"),
-    _lie("zip.member-name", "absolute name", name="/etc/passwd"),
-    _lie("zip.member-name", "backslashes", name="a\\..\\b"),
-    _lie("zip.member-name", "a drive", name="C:/x"),
-    _lie("zip.member-name", "a NUL", name="a/b\0c"),
-    _lie("zip.member-name", "empty name", name=""),
-    _lie("zip.member-name", "a folder", name="a/"),
-    _lie("zip.member-name", "name is not UTF-8", name=b"a/\xff\xfe"),
-    _lie("zip.member-name", "name of 2,000 bytes", name="a/" + "n" * 2000),
-    _lie("torch.crc", "byteorder damaged", crc=1),
+    _forged("zip.local-header", "no local header", local_signature=b"PK\7\7"),
+    _forged("zip.local-header", "another name locally", local_name="a/byteordex"),
+    _forged("zip.local-header", "a longer name locally", local_name="a/byteorderr"),
+    _forged("zip.local-header", "another CRC locally", local_crc=1),
+    _forged("zip.local-header", "another size locally", local_size=5),
+    _forged("zip.local-header", "compressed only locally", local_method=8),
+    _forged("zip.local-header", "encrypted only locally", local_flags=1),
+    _forged("zip.member-name", "name leaves the archive", name="a/../../etc/passwd"),
+    _forged("zip.member-name", "absolute name", name="/etc/passwd"),
+    _forged("zip.member-name", "backslashes", name="a\\..\\b"),
+    _forged("zip.member-name", "a drive", name="C:/x"),
+    _forged("zip.member-name", "a NUL", name="a/b\0c"),
+    _forged("zip.member-name", "empty name", name=""),
+    _forged("zip.member-name", "a folder", name="a/"),
+    _forged("zip.member-name", "name is not UTF-8", name=b"a/\xff\xfe"),
+    _forged("zip.member-name", "name of 2,000 bytes", name="a/" + "n" * 2000),
+    _forged("torch.crc", "byteorder damaged", crc=1),
     _zip("torch.crc", "pickle damaged", replace(PKL, crc=1)),
-    _lie("torch.byteorder", "big-endian", data=b"big"),
-    _lie("torch.byteorder", "unknown byte order", data=b"middle"),
+    _forged("torch.byteorder", "big-endian", data=b"big"),
+    _forged("torch.byteorder", "unknown byte order", data=b"middle"),
     _zip("torch.archive", "no data.pkl", LAST),
     _zip("torch.archive", "two data.pkl", PKL, Member("b/data.pkl", OK_PICKLE)),
     _zip("torch.archive", "data.pkl deeper inside", Member("a/b/data.pkl", OK_PICKLE)),
@@ -228,7 +230,8 @@ def tensor(
     return (
         b"ctorch._utils\n" + function.encode() + b"\n"
         + _tuple(
-            storage() if place is None else place, _int(offset), _tuple(*map(_int, shape)), _tuple(*map(_int, stride)), b"\x89",
+            storage() if place is None else place, _int(offset), _tuple(*map(_int, shape)), _tuple(*map(_int, stride)),
+            b"\x89",
             hooks, rest,
         ) + b"R"
     )  # fmt: skip
@@ -278,7 +281,8 @@ TENSOR_CASES = [
     _tensor("pickle.storage", "not a storage tag", place=storage(tag="module")),
     _tensor("pickle.global", "quantized storage", place=storage("torch\nQInt8Storage")),
     _tensor("pickle.storage", "a function as storage class", place=storage("collections\nOrderedDict")),
-    _tensor("pickle.tensor", "v3 without dtype", function="_rebuild_tensor_v3", place=storage("torch.storage\nUntypedStorage", count=16)),
+    _tensor("pickle.tensor", "v3 without dtype", function="_rebuild_tensor_v3",
+        place=storage("torch.storage\nUntypedStorage", count=16)),
     _tensor("pickle.tensor", "v3 of a typed storage", function="_rebuild_tensor_v3", rest=b"ctorch\nfloat8_e4m3fn\n"),
     _tensor("pickle.tensor", "v2 of an untyped storage", place=storage("torch.storage\nUntypedStorage", count=16)),
     Hostile("20,001 tensors", pickled(body(
@@ -288,20 +292,29 @@ TENSOR_CASES = [
 
 
 _CALLS = {
-    "os.system": "os\nsystem", "posix.system": "posix\nsystem", "nt.system": "nt\nsystem", "subprocess.Popen": "subprocess\nPopen",
+    "os.system": "os\nsystem", "posix.system": "posix\nsystem", "nt.system": "nt\nsystem",
+    "subprocess.Popen": "subprocess\nPopen",
     "builtins.eval": "builtins\neval", "builtins.exec": "builtins\nexec", "__builtin__.eval": "__builtin__\neval",
-    "builtins.__import__": "builtins\n__import__", "builtins.getattr": "builtins\ngetattr", "builtins.open": "builtins\nopen",
+    "builtins.__import__": "builtins\n__import__", "builtins.getattr": "builtins\ngetattr",
+    "builtins.open": "builtins\nopen",
     "importlib.import_module": "importlib\nimport_module", "operator.attrgetter": "operator\nattrgetter",
-    "operator.methodcaller": "operator\nmethodcaller", "functools.partial": "functools\npartial", "pip.main": "pip\nmain",
-    "pip._internal": "pip._internal.cli.main\nmain", "runpy.run_path": "runpy\nrun_path", "webbrowser.open": "webbrowser\nopen",
+    "operator.methodcaller": "operator\nmethodcaller", "functools.partial": "functools\npartial",
+    "pip.main": "pip\nmain",
+    "pip._internal": "pip._internal.cli.main\nmain", "runpy.run_path": "runpy\nrun_path",
+    "webbrowser.open": "webbrowser\nopen",
     "socket.create_connection": "socket\ncreate_connection", "ctypes.CDLL": "ctypes\nCDLL", "pty.spawn": "pty\nspawn",
-    "timeit.timeit": "timeit\ntimeit", "bdb.Bdb.run": "bdb\nBdb", "code.InteractiveInterpreter": "code\nInteractiveInterpreter",
+    "timeit.timeit": "timeit\ntimeit", "bdb.Bdb.run": "bdb\nBdb",
+    "code.InteractiveInterpreter": "code\nInteractiveInterpreter",
     "marshal.loads": "marshal\nloads", "types.FunctionType": "types\nFunctionType", "shutil.rmtree": "shutil\nrmtree",
     "pickle.loads": "pickle\nloads", "_pickle.loads": "_pickle\nloads", "asyncio": "asyncio\ncreate_subprocess_shell",
-    "torch.load": "torch\nload", "torch.hub.load": "torch.hub\nload", "torch.storage._load_from_bytes": "torch.storage\n_load_from_bytes",
-    "torch.jit.load": "torch.jit\nload", "torch.ops": "torch\nops", "torch.serialization.load": "torch.serialization\nload",
-    "torch._utils._rebuild_tensor": "torch._utils\n_rebuild_tensor", "a dotted name": "torch._utils\n_rebuild_tensor_v2.__globals__",
-    "numpy._reconstruct": "numpy.core.multiarray\n_reconstruct", "a class of ours": "gemma2tool.storage.pickle_index\ninterpret",
+    "torch.load": "torch\nload", "torch.hub.load": "torch.hub\nload",
+    "torch.storage._load_from_bytes": "torch.storage\n_load_from_bytes",
+    "torch.jit.load": "torch.jit\nload", "torch.ops": "torch\nops",
+    "torch.serialization.load": "torch.serialization\nload",
+    "torch._utils._rebuild_tensor": "torch._utils\n_rebuild_tensor",
+    "a dotted name": "torch._utils\n_rebuild_tensor_v2.__globals__",
+    "numpy._reconstruct": "numpy.core.multiarray\n_reconstruct",
+    "a class of gemma2tool": "gemma2tool.containers.torch_zip.pickle_index\ninterpret",
     "__main__": "__main__\nEvil", "a control character": "os\x1b[2J\nsystem", "not ASCII": "ös\nsystem",
     "collections.defaultdict": "collections\ndefaultdict", "argparse.Namespace": "argparse\nNamespace",
 }  # fmt: skip
@@ -321,9 +334,11 @@ def _laughs(depth: int) -> bytes:
 
 _ORDERED = b"ccollections\nOrderedDict\n"
 PICKLE_CASES = [
-    *(_evil(f"calls {name}", "global", body(b"c" + target.encode() + b"\n(" + _text("true") + b"tR")) for name, target in _CALLS.items()),
+    *(_evil(f"calls {name}", "global", body(b"c" + target.encode() + b"\n(" + _text("true") + b"tR")) for name,
+        target in _CALLS.items()),
     _evil("a name as value only", "global", body(b"cos\nsystem\n")),
-    _evil("a call deep inside a dict", "global", body(b"}" + _text("w") + b"](cos\nsystem\n" + _text("true") + b"\x85Res")),
+    _evil("a call deep inside a dict", "global",
+        body(b"}" + _text("w") + b"](cos\nsystem\n" + _text("true") + b"\x85Res")),
     _evil("OBJ", "opcode", body(b"(" + _ORDERED + b"o")),
     _evil("INST", "opcode", body(b"(" + _text("true") + b"ios\nsystem\n")),
     _evil("NEWOBJ", "opcode", body(_ORDERED + b")\x81")),
