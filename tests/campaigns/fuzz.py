@@ -36,9 +36,9 @@ def main() -> int:
     parser.add_argument("--state", type=Path, default=Path("build/fuzz"))
     parser.add_argument("--seconds", type=float, default=600)
     parser.add_argument(
-        "--executions", type=int, default=10**12, help="stop when all readers together have had so many"
+        "--executions", type=int, default=10**12, help="stop after this many runs of all readers together"
     )
-    parser.add_argument("--executions", type=int, default=10**12, help="run every reader this many times, then stop")
+    parser.add_argument("--turn", type=int, default=10**12, help="run every reader this many times, then stop")
     parser.add_argument("--readers", nargs="*", help="only these")
     parser.add_argument("--slice", type=float, default=SLICE, help="seconds a reader before the next one's turn")
     parser.add_argument("--report", action="store_true", help="print the table and stop")
@@ -118,7 +118,7 @@ def run(options: argparse.Namespace, targets: dict[str, Target], state: State) -
                 fresh[name] += one_slice(
                     name, target, state, options, min(options.slice, end - time.monotonic()), interrupted
                 )
-        if options.executions < 10**12 or all(count >= MAX_FINDINGS for count in fresh.values()):
+        if options.turn < 10**12 or all(count >= MAX_FINDINGS for count in fresh.values()):
             return
 
 
@@ -129,7 +129,7 @@ def one_slice(
     log.unlink(missing_ok=True)
     seed = int.from_bytes(hashlib.sha256(f"{name} {row['slices']}".encode()).digest()[:4])
     began = time.monotonic()
-    pid = worker.spawn(target, shared, seed, max(seconds, 1.0), options.executions, options.state / "pool" / name, log)
+    pid = worker.spawn(target, shared, seed, max(seconds, 1.0), options.turn, options.state / "pool" / name, log)
     count, finding = worker.watch(pid, shared, log, interrupted)
     row["executions"] += count
     row["seconds"] = round(row["seconds"] + time.monotonic() - began, 1)

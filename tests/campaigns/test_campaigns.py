@@ -20,11 +20,11 @@ RUNS: dict[str, tuple[tuple[str, ...], str]] = {
     "false_alarms.py": (("--only", "type=int8", "--dtypes", "bf16", "--weights", "as drawn"), " 0 false alarms"),
     "faults.py": (("--kinds", "EIO", "--commands", "2", "--every", "50"), "calls failed with EIO"),
     "flipped_bits.py": (("--flips", "2", "hf"), "    2 of     2"),
-    "fuzz.py": (("--state", FOLDER, "--executions", "50", "--readers", "json"), "| all | 50 |"),
+    "fuzz.py": (("--state", FOLDER, "--turn", "50", "--readers", "json"), "| all | 50 |"),
     "gguf_kernels.py": (("--types", "Q8_0", "--values", "1e4"), "0 bytes differ, 0 floats differ"),
     "kill.py": (("--kills", "1", "--layers", "1", "--folder", FOLDER), '"faults": []'),
     "mutation_table.py": (
-        ("--pairs", "1", "--no-honest", "--only", "norm", "--sources", "small-f32", "--forms", "memory"),
+        ("--pairs", "1", "--no-correct", "--only", "norm", "--sources", "small-f32", "--forms", "memory"),
         "named right 100.0%",
     ),
     "record_ggml_digests.py": (("--types", "Q8_0", "--output", f"{FOLDER}/digests.json"), ""),

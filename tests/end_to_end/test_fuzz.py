@@ -16,7 +16,7 @@ from tests.support.paths import ROOT
 pytestmark = pytest.mark.slow
 
 NEEDS = {"zarr": "zstandard"}
-EACH = 1000
+EACH = 400
 
 
 def _campaign(state: Path, *arguments: str) -> tuple[dict, str]:
@@ -44,7 +44,7 @@ def _readers() -> list[str]:
 
 def test_every_reader_survives(tmp_path: Path) -> None:
     names = _readers()
-    state, output = _campaign(tmp_path, "--executions", str(EACH), "--slice", "60", "--readers", *names)
+    state, output = _campaign(tmp_path, "--turn", str(EACH), "--slice", "60", "--readers", *names)
     assert "did not start" not in output
     assert sorted(state) == sorted(names)
     assert [(name, row["findings"]) for name, row in state.items() if row["findings"]] == []
@@ -52,8 +52,8 @@ def test_every_reader_survives(tmp_path: Path) -> None:
 
 
 def test_a_campaign_continues_where_it_stopped(tmp_path: Path) -> None:
-    first, _ = _campaign(tmp_path, "--executions", "200", "--readers", "json")
-    again, output = _campaign(tmp_path, "--executions", "300", "--readers", "json", "journal")
+    first, _ = _campaign(tmp_path, "--turn", "200", "--readers", "json")
+    again, output = _campaign(tmp_path, "--turn", "300", "--readers", "json", "journal")
     assert first["json"]["executions"] == 200 and again["json"]["executions"] == 500
     assert again["json"]["slices"] == 2 and again["journal"]["executions"] == 300
     assert "| all | 800 |" in output

@@ -48,7 +48,8 @@ class SentencePieceLibrary(SentencePiece):
         from sentencepiece import SentencePieceProcessor
 
         self.load = SentencePieceProcessor
-        self.load(model_proto=self.seeds()[0])
+        with suppress(RuntimeError):  # the library may refuse a seed; it has imported what it needs by then
+            self.load(model_proto=self.seeds()[0])
 
     def seeds(self) -> list[bytes]:
         return SentencePiece().seeds()

@@ -46,7 +46,7 @@ class TestInPlaceButNotCleanedUp:
         assert python(self.CODE, str(path), str(ROOT), how, before).returncode == -9
         assert path.read_bytes() == WHOLE
         assert (tmp_path / PLACE).exists()
-        with pytest.raises(Stop), Staging(path, fingerprint=PRINT) as staging:  # noqa: PT012 - the block is what is tested
+        with pytest.raises(Stop), Staging(path, fingerprint=PRINT) as staging:
             assert staging.finished and staging.path == path
             assert len(staging.completed) == len(PIECES)
             raise Stop

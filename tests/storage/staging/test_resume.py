@@ -42,7 +42,7 @@ class TestContinued:
 
     def test_records_come_back(self, tmp_path: Path) -> None:
         stopped(tmp_path / "out", 3)
-        with pytest.raises(Stop), Staging(tmp_path / "out", fingerprint=PRINT) as staging:  # noqa: PT012 - the block is what is tested
+        with pytest.raises(Stop), Staging(tmp_path / "out", fingerprint=PRINT) as staging:
             assert staging.completed == {}  # its file has not been asked for
             staging.file("out", len(WHOLE))
             assert staging.completed == {f"tensor {i}": {"crc": i + 1} for i in range(3)}
@@ -72,7 +72,7 @@ class TestContinued:
         assert tree(tmp_path / "out") == {"a": b"four", "sub/b": b"four", "sub/c": b"four", "config": b"{}"}
 
     def test_without_a_complete_piece_nothing_is_kept(self, tmp_path: Path) -> None:
-        with pytest.raises(Stop), Staging(tmp_path / "out", fingerprint=PRINT) as staging:  # noqa: PT012 - the block is what is tested
+        with pytest.raises(Stop), Staging(tmp_path / "out", fingerprint=PRINT) as staging:
             staging.file("out", 10).pwrite(0, b"x")
             raise Stop
         assert os.listdir(tmp_path) == []

@@ -112,7 +112,7 @@ class TestLeftWithoutCommit:
     @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit, Boom])
     def test_by_an_exception(self, tmp_path: Path, folder: bool, error: type[BaseException]) -> None:
         old = make_old(tmp_path / "out", folder)
-        with pytest.raises(error), Staging(tmp_path / "out", force=True, folder=folder) as staging:  # noqa: PT012 - the block is what is tested
+        with pytest.raises(error), Staging(tmp_path / "out", force=True, folder=folder) as staging:
             staging.file("out", 10).pwrite(0, b"half")
             raise error
         assert tree(tmp_path / "out") == old
@@ -132,7 +132,7 @@ class TestLeftWithoutCommit:
     def test_no_descriptor_is_left_open(self, tmp_path: Path, folder: bool) -> None:
         before = os.listdir("/proc/self/fd")
         write(tmp_path / "out", folder)
-        with pytest.raises(RuntimeError), Staging(tmp_path / "out", force=True, folder=folder) as staging:  # noqa: PT012 - the block is what is tested
+        with pytest.raises(RuntimeError), Staging(tmp_path / "out", force=True, folder=folder) as staging:
             staging.file("out", 10)
             raise RuntimeError
         with pytest.raises(UsageError), Staging(tmp_path / "none" / "out"):
@@ -192,7 +192,7 @@ class TestResources:
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 20, hard))
         try:
-            with pytest.raises(ResourceError) as caught, Staging(tmp_path / "out", folder=True) as staging:  # noqa: PT012 - the block is what is tested
+            with pytest.raises(ResourceError) as caught, Staging(tmp_path / "out", folder=True) as staging:
                 for number in range(40):
                     staging.file(f"{number}", 1)
         finally:
@@ -270,7 +270,7 @@ class TestResources:
                 staged.pwrite(0, b"a")
 
     def test_a_name_taken_meanwhile_is_not_overwritten(self, tmp_path: Path) -> None:
-        with pytest.raises(UsageError) as caught, Staging(tmp_path / "out") as staging:  # noqa: PT012 - the block is what is tested
+        with pytest.raises(UsageError) as caught, Staging(tmp_path / "out") as staging:
             staging.write_bytes("out", b"new")
             (tmp_path / "out").write_bytes(b"somebody else's")
             staging.commit()
