@@ -25,7 +25,7 @@ RUNS: dict[str, tuple[tuple[str, ...], str]] = {
     "kill.py": (("--kills", "1", "--layers", "1", "--folder", FOLDER), '"faults": []'),
     "mutation_table.py": (
         ("--pairs", "1", "--no-correct", "--only", "norm", "--sources", "small-f32", "--forms", "memory"),
-        "named right 100.0%",
+        "named correctly 100.0%",
     ),
     "record_ggml_digests.py": (("--types", "Q8_0", "--output", f"{FOLDER}/digests.json"), ""),
 }
