@@ -16,7 +16,6 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from gemma2tool.containers.ggml_types import BLOCKS
 from gemma2tool.errors import InputRefused
 from gemma2tool.storage.quoting import quoted
 from gemma2tool.storage.reading import FileReader, open_for_reading
@@ -82,7 +81,7 @@ class GGUFHeader:
     file_size: int
 
 
-def read_header(path: str | os.PathLike[str], blocks: Mapping[int, tuple[int, int]] = BLOCKS) -> GGUFHeader:
+def read_header(path: str | os.PathLike[str], blocks: Mapping[int, tuple[int, int]]) -> GGUFHeader:
     """Reads the header of a GGUF file and checks it against the file's size. Raises InputRefused (``gguf.*``).
 
     ``blocks`` maps each accepted tensor type to (elements, bytes) per block.

@@ -72,6 +72,24 @@ _ROWS = (
 
 GGUF_TYPES: Mapping[str, GGUFType] = MappingProxyType({row.name: row for row in _ROWS})
 
+_OTHER_ROWS = (
+    GGUFType("Q8_1", 9, 32, 36),  # gguf-py 0.19 has 40, from before its scales became float16
+    GGUFType("Q8_K", 15, 256, 292),
+    GGUFType("I8", 24, 1, 1),
+    GGUFType("I16", 25, 1, 2),
+    GGUFType("I32", 26, 1, 4),
+    GGUFType("I64", 27, 1, 8),
+    GGUFType("F64", 28, 1, 8),
+    GGUFType("NVFP4", 40, 64, 36),
+    GGUFType("Q1_0", 41, 128, 18),
+)
+"""Types that a GGUF file may have and that are neither read nor written. The numbers that are missing were withdrawn."""
+
+GGML_BLOCKS: Mapping[int, tuple[int, int]] = MappingProxyType(
+    {row.id: (row.block_elements, row.block_bytes) for row in (*_ROWS, *_OTHER_ROWS)}
+)
+"""Every type of ggml by its number: (elements, bytes) per block."""
+
 _FLOATS = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 
 

@@ -20,6 +20,7 @@ from gemma2tool.containers.gguf import GGUFValue
 from gemma2tool.containers.torch_zip import pickle_index
 from gemma2tool.containers.torch_zip import reader as torch_zip
 from gemma2tool.errors import InputRefused
+from gemma2tool.quantizers.gguf_types import GGML_BLOCKS
 from tests.support.hostile import gguf as hostile_gguf
 from tests.support.hostile import safetensors as hostile_safetensors
 from tests.support.hostile import torch as hostile_torch
@@ -99,7 +100,7 @@ def _valid_gguf() -> bytes:
 def test_gguf(data: bytes, path: Path) -> None:
     path.write_bytes(data)
     with _refused_or_fine():
-        header = gguf.read_header(path)
+        header = gguf.read_header(path, GGML_BLOCKS)
         ends = [t.offset + t.nbytes for t in header.tensors.values()]
         assert all(header.data_start <= t.offset for t in header.tensors.values())
         assert max(ends, default=0) <= len(data)

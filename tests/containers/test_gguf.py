@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from gemma2tool.containers import gguf as container
-from gemma2tool.containers.ggml_types import BLOCKS
 from gemma2tool.containers.gguf import GGUFValue
+from gemma2tool.quantizers.gguf_types import GGML_BLOCKS
 from tests.support.hostile.gguf import ARCH, CASES, F32, STR, U8, U16, arr, file, kv, tensor, text
 from tests.support.hostile.refusal import Hostile, as_params, assert_refused
 
@@ -67,7 +67,7 @@ def test_reads_and_rewrites_files_of_the_library(tmp_path: Path, alignment: int 
     path = tmp_path / "model.gguf"
     tensors = _library_file(path, alignment=alignment)
     data = path.read_bytes()
-    header = container.read_header(path)
+    header = container.read_header(path, GGML_BLOCKS)
     assert (header.version, header.alignment, header.file_size) == (3, alignment or 32, len(data))
     entries = {
         t.name: (t.dims, t.type_id, data[t.offset : t.offset + t.nbytes]) for t in header.tensors.values()
@@ -88,7 +88,7 @@ def test_values_equal_those_of_the_library(tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
     _library_file(path)
     reader = gguf.GGUFReader(path)
-    header = container.read_header(path)
+    header = container.read_header(path, GGML_BLOCKS)
     assert [key for key in reader.fields if not key.startswith("GGUF.")] == list(header.kv)
     for key, value in header.kv.items():
         field = reader.fields[key]
@@ -125,12 +125,12 @@ def test_block_sizes_equal_those_of_the_library() -> None:
         32,
         36,
     )  # ggml's block_q8_1: two float16 and 32 codes; gguf-py 0.19 is outdated
-    assert expected == BLOCKS
+    assert expected == GGML_BLOCKS
 
 
 def test_oracle_files_are_rewritten_byte_for_byte(oracles: Path) -> None:
     for name in ("checkpoints/gguf/hd.gguf", "checkpoints/gguf/27b.gguf", "gguf/imatrix/tiny_gqa4.gguf"):
-        header = container.read_header(oracles / name)
+        header = container.read_header(oracles / name, GGML_BLOCKS)
         again, _, size = container.encode_header(
             list(header.kv.items()), [(t.name, t.dims, t.type_id, t.nbytes) for t in header.tensors.values()]
         )
@@ -149,7 +149,7 @@ def test_a_vocabulary_of_256000_is_read_in_two_seconds(tmp_path: Path) -> None:
     path = tmp_path / "vocabulary.gguf"
     path.write_bytes(container.encode_header(values, [])[0])
     begin = time.process_time()
-    header = container.read_header(path)
+    header = container.read_header(path, GGML_BLOCKS)
     assert time.process_time() - begin < 2
     assert header.kv["tokenizer.ggml.tokens"].value == tokens
 
@@ -159,7 +159,7 @@ def test_a_vocabulary_of_256000_is_read_in_two_seconds(tmp_path: Path) -> None:
 def test_hostile_file_is_refused(case: Hostile, tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
     path.write_bytes(case.data)
-    assert_refused(lambda: container.read_header(path), case.id)
+    assert_refused(lambda: container.read_header(path, GGML_BLOCKS), case.id)
 
 
 @pytest.mark.parametrize(
@@ -184,7 +184,7 @@ def test_hostile_file_is_refused(case: Hostile, tmp_path: Path) -> None:
 def test_harmless_oddities_are_read(data: bytes, tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
     path.write_bytes(data)
-    header = container.read_header(path)
+    header = container.read_header(path, GGML_BLOCKS)
     assert all(t.offset + t.nbytes <= header.file_size for t in header.tensors.values())
 
 
@@ -193,7 +193,7 @@ def test_text_that_is_not_utf8_is_kept(tmp_path: Path) -> None:
     path.write_bytes(
         file([kv("text", STR, text(b"\xff\xfe")), arr("texts", STR, 1, text(b"a\x80")), arr("bytes", U8, 1, b"\x80")])
     )
-    header = container.read_header(path)
+    header = container.read_header(path, GGML_BLOCKS)
     assert header.kv["text"].value.encode("utf-8", "surrogateescape") == b"\xff\xfe"
     assert path.read_bytes().startswith(container.encode_header(list(header.kv.items()), [])[0].rstrip(b"\0"))
 
@@ -208,7 +208,7 @@ def test_array_of_int8_keeps_its_type(tmp_path: Path) -> None:
     """A file may store its scores as int8; the caller must be able to see that."""
     path = tmp_path / "model.gguf"
     path.write_bytes(file([arr("scores", 1, 2, b"\xff\1"), arr("shorts", U16, 1, b"\1\0")]))
-    value = container.read_header(path).kv["scores"]
+    value = container.read_header(path, GGML_BLOCKS).kv["scores"]
     assert (value.element_type, list(value.value)) == (container.INT8, [-1, 1])
 
 

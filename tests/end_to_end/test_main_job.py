@@ -13,6 +13,7 @@ import pytest
 
 from gemma2tool.errors import InputRefused
 from gemma2tool.formats import registry
+from gemma2tool.quantizers.gguf_types import GGML_BLOCKS
 from gemma2tool.reference.streaming import logits
 from gemma2tool.verify.run import VerifySettings, verify
 from tests.support.assets import file_assets
@@ -223,7 +224,7 @@ def test_gguf_outputs_run_in_llama_cpp(made, llama, fixture_dir: Path, kind: str
 def test_control_tokens_and_template_reach_the_gguf(made) -> None:
     from gemma2tool.containers import gguf
 
-    kv = gguf.read_header(made("f32.gguf", dtype="f32")).kv
+    kv = gguf.read_header(made("f32.gguf", dtype="f32"), GGML_BLOCKS).kv
     types = kv["tokenizer.ggml.token_type"].value
     assert [types[i] for i in (0, 1, 2, 106, 107)] == [3] * 5
     assert kv["tokenizer.ggml.bos_token_id"].value == 2

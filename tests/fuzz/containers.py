@@ -92,11 +92,12 @@ class GGUF(FileTarget):
 
     def prepare(self) -> None:
         from gemma2tool.containers import gguf
+        from gemma2tool.quantizers.gguf_types import GGML_BLOCKS
 
-        self.read, self.file = gguf.read_header, MemoryFile()
+        self.read, self.file, self.blocks = gguf.read_header, MemoryFile(), GGML_BLOCKS
 
     def run(self, path: Path) -> object:
-        header = self.read(path)
+        header = self.read(path, self.blocks)
         if any(
             not header.data_start <= t.offset <= t.offset + t.nbytes <= header.file_size
             for t in header.tensors.values()

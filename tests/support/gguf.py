@@ -12,6 +12,7 @@ from pathlib import Path
 from gemma2tool.containers import gguf
 from gemma2tool.formats.base import Output, WriteOptions
 from gemma2tool.pipeline.write import write_output
+from gemma2tool.quantizers.gguf_types import GGML_BLOCKS
 from tests.support.options import write_options
 
 VALUE_TYPES = [
@@ -86,7 +87,7 @@ def write(output: Output, folder: Path, *, memory: int = 64 << 20) -> list[Path]
 
 def described(path: Path) -> dict:
     """A GGUF file in the terms of expected.json."""
-    header = gguf.read_header(path)
+    header = gguf.read_header(path, GGML_BLOCKS)
     data = path.read_bytes()
     kv = []
     for key, value in header.kv.items():

@@ -1,4 +1,4 @@
-"""A Gemma 2 config as ``gemma2.*`` key-values, back, and what llama.cpp would compute whatever the config says."""
+"""A Gemma 2 config to ``gemma2.*`` key-values and back, and what llama.cpp computes whatever the config says."""
 
 from __future__ import annotations
 
@@ -7,15 +7,17 @@ from typing import TypeVar
 
 from gemma2tool.containers.gguf import GGUFValue
 from gemma2tool.errors import InputRefused
-from gemma2tool.formats.gguf.key_values import KeyValue, Reading, f32, u32
+from gemma2tool.formats.gguf.key_values import KeyReader, KeyValue, f32, u32
 from gemma2tool.formats.gguf.stops import stop_ids
 from gemma2tool.model.config import Gemma2Config
 from gemma2tool.model.config_fields import FULL, SLIDING
 from gemma2tool.model.tensors import HEADS
 
+T = TypeVar("T", int, float)
+
 ARCHITECTURE = "gemma2"
 LAYERS_OF_27B = 46
-"""llama.cpp takes a Gemma 2 of this many layers for the 27B, and scales its queries by D / H instead of head_dim."""
+"""llama.cpp takes a Gemma 2 with this many layers for the 27B and scales its queries by D / H instead of head_dim."""
 
 ROPE_THETA = 10000.0
 WINDOW = 4096
@@ -23,15 +25,13 @@ ATTENTION_SOFTCAP = 50.0
 FINAL_SOFTCAP = 30.0
 MAX_LAYERS = 4096
 
-Number = TypeVar("Number", int, float)
-
 
 def shape_keys(config: Gemma2Config) -> list[KeyValue]:
-    """The keys before ``general.file_type`` in the converter's order, and one that the converter lacks: a rotary base
-    other than 10000.
+    """The keys before ``general.file_type`` in the converter's order, and one that it leaves out: a rotary base other
+    than 10000.
 
-    llama.cpp reads ``rope.freq_base`` of every architecture, Gemma 2's too (measured: logits with base 160000 within
-    4e-3 of our forward pass, with the key left out 4.6 off).
+    llama.cpp reads ``rope.freq_base`` of every architecture, Gemma 2's too (measured with a base of 160000: logits
+    within 4e-3 of the reference forward pass with the key, 4.6 off without it).
     """
     keys = [
         _key("context_length", u32, config.max_position_embeddings),
@@ -50,7 +50,7 @@ def shape_keys(config: Gemma2Config) -> list[KeyValue]:
 
 
 def cap_keys(config: Gemma2Config) -> list[KeyValue]:
-    """The keys behind ``general.file_type``. A cap that the config lacks is left out; llama.cpp then applies its
+    """The keys after ``general.file_type``. A cap that the config does not have is left out; llama.cpp then applies its
     default.
     """
     keys = []
@@ -63,20 +63,18 @@ def cap_keys(config: Gemma2Config) -> list[KeyValue]:
     return keys
 
 
-def _key(name: str, make: Callable[[Number], GGUFValue], value: Number) -> KeyValue:
+def _key(name: str, make: Callable[[T], GGUFValue], value: T) -> KeyValue:
     try:
         return f"{ARCHITECTURE}.{name}", make(value)
     except OverflowError:
-        raise InputRefused(
-            "gguf.range", f"config: a GGUF cannot hold {name} {value}", hint="correct the config"
-        ) from None
+        raise InputRefused("gguf.range", f"config: the GGUF key of {name} cannot hold {value}") from None
 
 
-def read_config(keys: Reading, embedding_rows: int, dtype: str) -> Gemma2Config:
-    """The config as llama.cpp will run the file: what GGUF does not store is what llama.cpp assumes.
+def read_config(keys: KeyReader, embedding_rows: int, dtype: str) -> Gemma2Config:
+    """The config with which llama.cpp runs the file: what GGUF does not store is what llama.cpp assumes.
 
-    ``embedding_rows`` is the vocabulary's size where the file has no tokens; ``dtype`` is Hugging Face's name of the
-    type most weights are stored in. Raises ``InputRefused`` for missing or impossible keys.
+    ``embedding_rows``: the vocabulary's size where the file has no tokens. ``dtype``: Hugging Face's name of the type
+    that most weights are stored in. Raises ``InputRefused`` for missing or impossible keys.
     """
     layers = keys.integer("gemma2.block_count")
     hidden = keys.integer("gemma2.embedding_length")
@@ -84,11 +82,6 @@ def read_config(keys: Reading, embedding_rows: int, dtype: str) -> Gemma2Config:
     head_dim = keys.integer("gemma2.attention.key_length", hidden // heads if heads > 0 else 0)
     tokens = keys.texts("tokenizer.ggml.tokens", None)
     stops = stop_ids(keys)
-    fields = {
-        "bos_token_id": keys.integer("tokenizer.ggml.bos_token_id", 2),
-        "eos_token_id": stops[0] if len(stops) == 1 else stops,
-        "pad_token_id": keys.integer("tokenizer.ggml.padding_token_id", 0),
-    }
     return Gemma2Config(
         vocab_size=embedding_rows if tokens is None else len(tokens),
         hidden_size=hidden,
@@ -108,11 +101,13 @@ def read_config(keys: Reading, embedding_rows: int, dtype: str) -> Gemma2Config:
         sliding_window=keys.integer("gemma2.attention.sliding_window", WINDOW),
         dtype=dtype,
         architectures=("Gemma2ForCausalLM",),
-        **fields,
+        bos_token_id=keys.integer("tokenizer.ggml.bos_token_id", 2),
+        eos_token_id=stops[0] if len(stops) == 1 else stops,
+        pad_token_id=keys.integer("tokenizer.ggml.padding_token_id", 0),
     )
 
 
-def _layer_types(keys: Reading, layers: int) -> tuple[str, ...]:
+def _layer_types(keys: KeyReader, layers: int) -> tuple[str, ...]:
     """Empty for Gemma 2's own pattern, else every period-th layer full, as llama.cpp reads the key."""
     period = keys.integer("gemma2.attention.sliding_window_pattern", 2)
     if period == 2 or not 0 < layers <= MAX_LAYERS:
@@ -120,7 +115,7 @@ def _layer_types(keys: Reading, layers: int) -> tuple[str, ...]:
     return tuple(SLIDING if period <= 0 or layer % period < period - 1 else FULL for layer in range(layers))
 
 
-def _rope_scaling(keys: Reading) -> dict[str, object] | None:
+def _rope_scaling(keys: KeyReader) -> dict[str, object] | None:
     kind = keys.text("gemma2.rope.scaling.type", "none")
     if kind == "none":
         return None
@@ -128,21 +123,20 @@ def _rope_scaling(keys: Reading) -> dict[str, object] | None:
     if kind != "linear":
         raise InputRefused(
             "gguf.rope-scaling",
-            f"{keys.where}: rotary scaling of the kind {kind!r}, which no Gemma 2 has",
-            hint="is it a Gemma 2?",
+            f"{keys.where}: rotary scaling of type {kind!r}, which no Gemma 2 has",
         )
     return None if factor in (0.0, 1.0) else {"rope_type": "linear", "factor": _decimal(factor)}
 
 
 def _query_scalar(layers: int, hidden: int, heads: int, head_dim: int) -> int | float:
-    """query_pre_attn_scalar as llama.cpp will use it."""
+    """The query_pre_attn_scalar that llama.cpp uses."""
     if layers != LAYERS_OF_27B or heads <= 0:
         return head_dim
     return hidden // heads if hidden % heads == 0 else hidden / heads
 
 
 def _decimal(value: float) -> float:
-    """The shortest decimal that a float32 stands for: 1e-06 where the file has 9.99999997e-07."""
+    """The shortest decimal with the same float32 value: 1e-06 where the file has 9.99999997e-07."""
     for digits in range(1, 9):
         short = float(f"{value:.{digits}g}")
         if f32(short).value == value:
@@ -150,46 +144,39 @@ def _decimal(value: float) -> float:
     return value
 
 
-def unusual(config: Gemma2Config) -> list[str]:
-    """What a GGUF can say and llama.cpp heeds, though its converter leaves it out: other readers may
-    not look for it.
-    """
+def unusual_keys(config: Gemma2Config) -> list[str]:
+    """Warnings on keys that llama.cpp reads although its converter never writes them: other readers may ignore them."""
     if config.rope_theta == ROPE_THETA:
         return []
-    base = (
+    warning = (
         f"rope_theta is {config.rope_theta:g}: stored as gemma2.rope.freq_base, which llama.cpp uses; a reader that"
-        " ignores the key computes with 10000, and llama.cpp's own converter does not write it"
+        " ignores the key computes with 10000, and llama.cpp's own converter leaves it out"
     )
-    return [base]
+    return [warning]
 
 
 def unrepresentable(config: Gemma2Config, tensors: Iterable[str]) -> list[str]:
-    """What GGUF cannot represent of the config or the tensors, each with what llama.cpp would compute instead."""
-    found = []
+    """What the config or the tensors have and GGUF cannot represent, each with what llama.cpp would compute instead."""
+    reasons = []
     scalar = _query_scalar(config.num_hidden_layers, config.hidden_size, config.num_attention_heads, config.head_dim)
     if config.query_pre_attn_scalar != scalar:
-        found.append(f"query_pre_attn_scalar is {config.query_pre_attn_scalar}; llama.cpp would use {scalar}")
+        reasons.append(f"query_pre_attn_scalar is {config.query_pre_attn_scalar}; llama.cpp would use {scalar}")
     scaling = (config.rope_scaling or {}).get("rope_type", "default")
     if scaling != "default":
-        found.append(f"rope scaling is {scaling!r}; llama.cpp would not scale")
-    pattern = tuple(FULL if layer % 2 else SLIDING for layer in range(config.num_hidden_layers))
-    if config.layer_types != pattern:
-        found.append(
-            "layer_types do not alternate; llama.cpp would use the sliding window in every even layer and in no odd one"
-        )
+        reasons.append(f"rope scaling is {scaling!r}; llama.cpp would not scale")
+    if config.layer_types != tuple(FULL if layer % 2 else SLIDING for layer in range(config.num_hidden_layers)):
+        reasons.append("layer_types do not alternate; llama.cpp would use the sliding window in every even layer")
     for name, default in (("attn_logit_softcapping", ATTENTION_SOFTCAP), ("final_logit_softcapping", FINAL_SOFTCAP)):
         if getattr(config, name) is None:
-            found.append(f"{name} is null; llama.cpp would cap at {default:g}")
+            reasons.append(f"{name} is null; llama.cpp would cap at {default:g}")
     if config.hidden_activation not in ("gelu_pytorch_tanh", "gelu_new"):
-        found.append(f"hidden_activation is {config.hidden_activation!r}; llama.cpp would use gelu_pytorch_tanh")
+        reasons.append(f"hidden_activation is {config.hidden_activation!r}; llama.cpp would use gelu_pytorch_tanh")
     if config.use_bidirectional_attention:
-        found.append("use_bidirectional_attention is true; llama.cpp would mask what lies ahead")
+        reasons.append("use_bidirectional_attention is true; llama.cpp would apply a causal mask")
     names = set(tensors)
     if "lm_head.weight" in names:
-        found.append("lm_head.weight is not tied; llama.cpp would use the embedding in its place")
-    heads = [name for name in HEADS if name in names]
-    if heads:
-        found.append(f"{heads[0]} is a classification head; a Gemma 2 GGUF has none")
+        reasons.append("lm_head.weight is not tied; llama.cpp would use the embedding instead")
+    reasons += [f"{name} is a classification head; a Gemma 2 GGUF has none" for name in HEADS if name in names][:1]
     if config.attention_bias:
-        found.append("attention_bias is true; llama.cpp would leave the biases out")
-    return found
+        reasons.append("attention_bias is true; llama.cpp would leave the biases out")
+    return reasons

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-import numpy as np
-
 from gemma2tool.errors import UsageError
 from gemma2tool.formats.gguf.config import ARCHITECTURE, cap_keys, shape_keys
 from gemma2tool.formats.gguf.key_values import KeyValue, string, u32
@@ -18,16 +16,27 @@ from gemma2tool.formats.gguf.tokenizer_keys import TokenizerKeys, tokenizer_keys
 from gemma2tool.formats.mapping.float_dtypes import auto_dtype
 from gemma2tool.formats.mapping.transforms import TableRow, to_disk
 from gemma2tool.model.checkpoint import Checkpoint
-from gemma2tool.model.lazy import BFLOAT16, DTYPE_NAMES, FLOAT16, FLOAT32, LazyTensor, MappedRows
+from gemma2tool.model.lazy import BFLOAT16, DTYPE_NAMES, FLOAT16, FLOAT32, Array, DType, LazyTensor, MappedRows
 from gemma2tool.model.tokenizer import Tokenizer
+from gemma2tool.quantizers.base import Encoder
 from gemma2tool.quantizers.floats import Float
 from gemma2tool.quantizers.gguf_encoders import Blocks, block_elements
 
 FILE_TYPES = {"f32": 0, "f16": 1, "bf16": 32, "q8_0": 7, "tq1_0": 36, "tq2_0": 37}
 """The converter's --outtype names to general.file_type."""
 
-_TOKENIZER = "gguf tokenizer keys"
 TERNARY = ("tq1_0", "tq2_0")
+
+_TOKENIZER = "gguf tokenizer keys"
+
+
+@dataclass(frozen=True)
+class DiskTensor:
+    """A tensor as GGUF holds it: its GGUF ``name``, the ``canonical`` names, the ``tensor``."""
+
+    name: str
+    canonical: tuple[str, ...]
+    tensor: LazyTensor
 
 
 @dataclass(frozen=True)
@@ -53,59 +62,53 @@ def out_type(checkpoint: Checkpoint, dtype: str | None) -> str:
     return dtype
 
 
-def common_type(dtypes: Iterable[np.dtype]) -> str:
-    """The narrowest float type of a GGUF that holds matrices of all these types."""
-    found = set(dtypes)
-    kept = found.pop() if len(found) == 1 else FLOAT32
-    return DTYPE_NAMES[kept] if kept in (FLOAT32, FLOAT16, BFLOAT16) else "f32"
+def common_type(dtypes: Iterable[DType]) -> str:
+    """The narrowest float type of GGUF that holds matrices of all these types."""
+    distinct = set(dtypes)
+    common = distinct.pop() if len(distinct) == 1 else FLOAT32
+    return DTYPE_NAMES[common] if common in (FLOAT32, FLOAT16, BFLOAT16) else "f32"
 
 
-def disk_tensors(checkpoint: Checkpoint) -> list[tuple[str, tuple[str, ...], LazyTensor]]:
-    """(GGUF name, canonical names, tensor as GGUF holds it) in the converter's order: shard by shard, by canonical name
-    within.
-    """
-    found = to_disk(TABLE, checkpoint.tensors, checkpoint.config)
+def disk_tensors(checkpoint: Checkpoint) -> list[DiskTensor]:
+    """The tensors in the converter's order: shard by shard, by canonical name within a shard."""
 
     def order(item: tuple[TableRow, LazyTensor]) -> tuple[str, bytes]:
         name = item[0].canonical[0]
         shard = checkpoint.tensors[name].origin.split(":", 1)[0] if checkpoint.format in ("hf", "hf-bin") else ""
         return shard, name.encode()
 
-    return [(entry.disk, entry.canonical, _as_float(tensor)) for entry, tensor in sorted(found, key=order)]
+    tensors = to_disk(TABLE, checkpoint.tensors, checkpoint.config)
+    return [DiskTensor(entry.disk, entry.canonical, _as_float(tensor)) for entry, tensor in sorted(tensors, key=order)]
 
 
-def converter_types(
-    tensors: Iterable[tuple[str, tuple[int, ...]]], outtype: str, warnings: list[str]
-) -> dict[str, str]:
-    """GGUF type by name, from (name, shape): vectors are F32; rows that do not divide into the type's
-    blocks stay F16.
-    """
+def converter_types(tensors: Iterable[DiskTensor], outtype: str, warnings: list[str]) -> dict[str, str]:
+    """GGUF type by name. Vectors are F32; a matrix whose rows do not divide into the type's blocks is F16."""
     blocks = block_elements()
-    types, undivided = {}, []
-    for name, shape in tensors:
+    types: dict[str, str] = {}
+    undivided = []
+    for tensor in tensors:
+        shape = tensor.tensor.shape
         type = outtype.upper()
         if len(shape) < 2:
             type = "F32"
-        elif outtype in TERNARY and name == "token_embd.weight":
+        elif outtype in TERNARY and tensor.name == "token_embd.weight":
             type = "F16"
         elif shape[-1] % blocks[type]:
             type = "F16"
-            undivided.append(name)
-        types[name] = type
+            undivided.append(tensor.name)
+        types[tensor.name] = type
     if undivided:
         warnings.append(
             f"{len(undivided)} tensors have rows that do not divide into {outtype}'s blocks and stay f16:"
-            f" {listed(undivided)}"
+            f" {first_names(undivided)}"
         )
     return types
 
 
-def planned_as(
-    name: str, canonical: tuple[str, ...], tensor: LazyTensor, type: str, importance: np.ndarray | None
-) -> GGUFTensorPlan:
+def plan_tensor(tensor: DiskTensor, type: str, importance: Array | None = None) -> GGUFTensorPlan:
     """The tensor with the encoder for its GGUF type."""
-    encoder = Float(FLOATS[type]) if type in FLOATS else Blocks(type, importance)
-    return GGUFTensorPlan(name, canonical, tensor.shape, tensor, encoder)
+    encoder: Encoder = Float(FLOATS[type]) if type in FLOATS else Blocks(type, importance)
+    return GGUFTensorPlan(tensor.name, tensor.canonical, tensor.tensor.shape, tensor.tensor, encoder)
 
 
 def converter_keys(checkpoint: Checkpoint, file_type: int, warnings: list[str]) -> list[KeyValue]:
@@ -133,8 +136,8 @@ def _tokenizer_keys(checkpoint: Checkpoint) -> TokenizerKeys:
     return made.keys
 
 
-def listed(names: list[str]) -> str:
-    """The first names and how many more there are."""
+def first_names(names: list[str]) -> str:
+    """The first names and the number of the others."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 

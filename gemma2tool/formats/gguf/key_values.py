@@ -1,12 +1,12 @@
-"""GGUF's typed key-values: making them, and reading them as what they must be."""
+"""GGUF's typed key-values: making them, and reading them with the type that a key must have."""
 
 from __future__ import annotations
 
 import math
 import struct
 from array import array
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TypeVar, overload
 
 from gemma2tool.containers import gguf
 from gemma2tool.containers.gguf import GGUFValue
@@ -14,9 +14,11 @@ from gemma2tool.errors import InputRefused
 from gemma2tool.storage.quoting import quoted
 
 KeyValue = tuple[str, GGUFValue]
+Number = int | float
+T = TypeVar("T")
 
 _INTEGERS = (gguf.UINT8, gguf.INT8, gguf.UINT16, gguf.INT16, gguf.UINT32, gguf.INT32, gguf.UINT64, gguf.INT64)
-_FLOATS = (gguf.FLOAT32, gguf.FLOAT64)
+_NUMBERS = (*_INTEGERS, gguf.FLOAT32, gguf.FLOAT64)
 
 
 def u16(value: int) -> GGUFValue:
@@ -32,14 +34,14 @@ def i32(value: int) -> GGUFValue:
 
 
 def f32(value: float) -> GGUFValue:
-    """As the file holds it: rounded to float32, so that equal values compare equal before and after writing."""
+    """Rounded to float32, as in the file, so that equal values compare equal before and after writing."""
     return _number(gguf.FLOAT32, "<f", value)
 
 
-def _number(kind: int, code: str, value: float) -> GGUFValue:
-    """Raises ``OverflowError`` for what the type cannot hold."""
+def _number(type: int, code: str, value: Number) -> GGUFValue:
+    """Raises ``OverflowError`` for a value that the type cannot hold."""
     try:
-        return GGUFValue(kind, None, struct.unpack(code, struct.pack(code, value))[0])
+        return GGUFValue(type, None, struct.unpack(code, struct.pack(code, value))[0])
     except struct.error as error:
         raise OverflowError(f"{value} does not fit: {error}") from None
 
@@ -64,70 +66,91 @@ def integers(values: Iterable[int]) -> GGUFValue:
     return GGUFValue(gguf.ARRAY, gguf.INT32, array("i", values))
 
 
-class Reading:
-    """Key-values read as what they must be; ``InputRefused`` (``gguf.key``) names the file and the key where they are
-    not.
+class _Required:
+    """The default of a key that must be there."""
 
-    Every method returns ``default`` for an absent key, or refuses where no default is given.
+
+_REQUIRED = _Required()
+
+
+class KeyReader:
+    """The key-values of a file, each read with the type that it must have.
+
+    Every method returns ``default`` for an absent key. ``InputRefused`` (``gguf.key``) names the file and the key where
+    the type is another one, or the key is absent and has no default.
     """
-
-    _REQUIRED: Any = object()
 
     def __init__(self, kv: Mapping[str, GGUFValue], where: str) -> None:
         self.kv, self.where = kv, where
 
-    def integer(self, key: str, default: Any = _REQUIRED) -> Any:
-        """A whole number of any width; a float is taken where it is whole, an array where it holds one value many
-        times.
-        """
-        value = self._get(key, default, "a whole number", lambda v: v.type in (*_INTEGERS, *_FLOATS, gguf.ARRAY))
-        if not isinstance(value, GGUFValue):
-            return value
-        found = value.value
+    @overload
+    def integer(self, key: str) -> int: ...
+    @overload
+    def integer(self, key: str, default: T) -> int | T: ...
+    def integer(self, key: str, default: object = _REQUIRED) -> object:
+        """An integer of any width, an integral float, or an array of equal integers."""
+        value = self._get(key, default, "an integer", lambda v: v.type in (*_NUMBERS, gguf.ARRAY))
+        if value is None:
+            return default
+        number = value.value
         if value.type == gguf.ARRAY:
-            same = value.element_type in _INTEGERS and len(set(found)) == 1
-            if not same:
-                raise self._refused(key, "holds different values for different layers, which a Gemma 2 has not")
-            found = found[0]
-        if isinstance(found, float) and not (math.isfinite(found) and found == int(found)):
-            raise self._refused(key, f"is {found!r}, which is not a whole number")
-        return int(found)
+            if value.element_type not in _INTEGERS or len(set(number)) != 1:
+                raise self._refusal(key, "has different values for different layers, which no Gemma 2 has")
+            number = number[0]
+        if isinstance(number, float) and not (math.isfinite(number) and number == int(number)):
+            raise self._refusal(key, f"is {number!r}, which is not an integer")
+        return int(number)
 
-    def number(self, key: str, default: Any = _REQUIRED) -> Any:
-        value = self._get(key, default, "a number", lambda v: v.type in (*_INTEGERS, *_FLOATS))
-        return float(value.value) if isinstance(value, GGUFValue) else value
+    @overload
+    def number(self, key: str) -> float: ...
+    @overload
+    def number(self, key: str, default: T) -> float | T: ...
+    def number(self, key: str, default: object = _REQUIRED) -> object:
+        value = self._get(key, default, "a number", lambda v: v.type in _NUMBERS)
+        return default if value is None else float(value.value)
 
-    def text(self, key: str, default: Any = _REQUIRED) -> Any:
+    @overload
+    def text(self, key: str) -> str: ...
+    @overload
+    def text(self, key: str, default: T) -> str | T: ...
+    def text(self, key: str, default: object = _REQUIRED) -> object:
         value = self._get(key, default, "a text", lambda v: v.type == gguf.STRING)
-        return value.value if isinstance(value, GGUFValue) else value
+        return default if value is None else value.value
 
-    def flag(self, key: str, default: Any = _REQUIRED) -> Any:
+    @overload
+    def flag(self, key: str) -> bool: ...
+    @overload
+    def flag(self, key: str, default: T) -> bool | T: ...
+    def flag(self, key: str, default: object = _REQUIRED) -> object:
         value = self._get(key, default, "true or false", lambda v: v.type == gguf.BOOL)
-        return value.value if isinstance(value, GGUFValue) else value
+        return default if value is None else value.value
 
-    def texts(self, key: str, default: Any = _REQUIRED) -> Sequence[str]:
+    @overload
+    def texts(self, key: str) -> Sequence[str]: ...
+    @overload
+    def texts(self, key: str, default: T) -> Sequence[str] | T: ...
+    def texts(self, key: str, default: object = _REQUIRED) -> object:
         value = self._get(key, default, "a list of texts", lambda v: v.element_type == gguf.STRING)
-        texts: Sequence[str] = value.value if isinstance(value, GGUFValue) else value
-        return texts
+        return default if value is None else value.value
 
-    def numbers(self, key: str, default: Any = _REQUIRED) -> Any:
-        kinds = (*_INTEGERS, *_FLOATS)
-        value = self._get(key, default, "a list of numbers", lambda v: v.element_type in kinds)
-        return value.value if isinstance(value, GGUFValue) else value
+    @overload
+    def numbers(self, key: str) -> Sequence[Number]: ...
+    @overload
+    def numbers(self, key: str, default: T) -> Sequence[Number] | T: ...
+    def numbers(self, key: str, default: object = _REQUIRED) -> object:
+        value = self._get(key, default, "a list of numbers", lambda v: v.element_type in _NUMBERS)
+        return default if value is None else value.value
 
-    def _get(self, key: str, default: Any, expected: str, fits: Any) -> Any:
+    def _get(self, key: str, default: object, expected: str, fits: Callable[[GGUFValue], bool]) -> GGUFValue | None:
+        """The value; None where the key is absent and has a default."""
         value = self.kv.get(key)
         if value is None:
-            if default is self._REQUIRED:
-                raise self._refused(key, "is missing")
-            return default
+            if default is _REQUIRED:
+                raise self._refusal(key, "is missing")
+            return None
         if not fits(value):
-            raise self._refused(key, f"is not {expected}")
+            raise self._refusal(key, f"is not {expected}")
         return value
 
-    def _refused(self, key: str, what: str) -> InputRefused:
-        return InputRefused(
-            "gguf.key",
-            f"{self.where}: the key {quoted(key)} {what}",
-            hint="the file is damaged or not a Gemma 2; fetch it again",
-        )
+    def _refusal(self, key: str, problem: str) -> InputRefused:
+        return InputRefused("gguf.key", f"{self.where}: the key {quoted(key)} {problem}")

@@ -1,17 +1,17 @@
-"""The ``general.*`` keys that say what a model is and whose: from its model card, config, generation config and folder
-name.
+"""The ``general.*`` keys, which describe a model: from its model card, config, generation config and folder name.
 
-The heuristics on names are gguf-py's own (``gguf.metadata``), which llama.cpp's converter runs too.
+The heuristics on names are those of gguf-py (``gguf.metadata``), which llama.cpp's converter uses too.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from gemma2tool.containers import strict_json, strict_yaml
+from gemma2tool.containers.gguf import GGUFValue
 from gemma2tool.errors import InputRefused
 from gemma2tool.formats.gguf.key_values import KeyValue, f32, i32, string, strings, u32
 from gemma2tool.model.checkpoint import Checkpoint
@@ -19,9 +19,9 @@ from gemma2tool.model.checkpoint import Checkpoint
 MAX_CARD_BYTES = 1 << 20
 MAX_FRONT_MATTER = 1 << 16
 GENERIC_NAMES = ("model", "pytorch_model", "consolidated", "checkpoint", "ckpt")
-"""Names of weights files that say nothing about the model; their folder's does."""
+"""Names of weights files that say nothing about the model; the name of their folder does."""
 
-_SAMPLING = (
+_SAMPLING: tuple[tuple[str, tuple[str, ...], Callable[[Any], GGUFValue]], ...] = (
     ("sequence", ("sequence",), string),
     ("top_k", ("top_k",), i32),
     ("top_p", ("top_p",), f32),
@@ -35,11 +35,11 @@ _SAMPLING = (
     ("mirostat_tau", ("mirostat_tau",), f32),
     ("mirostat_eta", ("mirostat_eta",), f32),
 )
-"""general.sampling key, the names in generation_config.json, how it is written."""
+"""The general.sampling key, its names in generation_config.json, and how it is written."""
 
 
 def model_name(path: Path) -> str:
-    """What the model is called: its folder, or its file where that has a name of its own."""
+    """The name of the model's folder, or of its file where that is not generic."""
     path = path.absolute()
     if path.is_dir():
         return path.name
@@ -59,12 +59,21 @@ def _sampling_keys(checkpoint: Checkpoint, warnings: list[str]) -> list[KeyValue
         if value is None:
             continue
         try:
-            if isinstance(value, str) != (make is string) or isinstance(value, (bool, list, dict)):
-                raise ValueError
-            keys.append((f"general.sampling.{key}", i32(int(value)) if make is i32 else make(value)))
+            keys.append((f"general.sampling.{key}", _sampling_value(make, value)))
         except (ValueError, OverflowError):
             warnings.append(f"generation_config.json: {names[0]} is {value!r}: left out")
     return keys
+
+
+def _sampling_value(make: Callable[[Any], GGUFValue], value: object) -> GGUFValue:
+    """Raises ValueError or OverflowError for a value that does not fit."""
+    if (
+        isinstance(value, str) != (make is string)
+        or not isinstance(value, (str, int, float))
+        or isinstance(value, bool)
+    ):
+        raise ValueError
+    return make(int(value) if make is i32 else value)
 
 
 def _authorship_keys(checkpoint: Checkpoint, warnings: list[str]) -> list[KeyValue]:
@@ -76,25 +85,29 @@ def _authorship_keys(checkpoint: Checkpoint, warnings: list[str]) -> list[KeyVal
     card = _model_card(checkpoint, warnings)
     logging.getLogger("metadata").setLevel(logging.CRITICAL)
     try:
-        found = Metadata.apply_metadata_heuristic(Metadata(), card, dict(checkpoint.config.extra), Path(name), total)
+        metadata = Metadata.apply_metadata_heuristic(Metadata(), card, dict(checkpoint.config.extra), Path(name), total)
     except (TypeError, ValueError, AttributeError, KeyError):
-        warnings.append("README.md: its front matter is not what a model card's is: nothing of it is kept")
-        found = Metadata.apply_metadata_heuristic(Metadata(), {}, dict(checkpoint.config.extra), Path(name), total)
+        warnings.append("README.md: its front matter is not that of a model card: none of it is kept")
+        metadata = Metadata.apply_metadata_heuristic(Metadata(), {}, dict(checkpoint.config.extra), Path(name), total)
     keys: list[KeyValue] = []
-    _add(keys, "name", found.name or name)
+    _add(keys, "name", metadata.name or name)
     for field in ("author", "version", "organization", "finetune", "basename", "description", "quantized_by"):
-        _add(keys, field, getattr(found, field))
-    _add(keys, "size_label", found.size_label or gguf.size_label(total, total, 0, 0))
-    _add(keys, "license", ",".join(map(str, found.license)) if isinstance(found.license, list) else found.license)
-    _add(keys, "license.name", found.license_name)
-    _add(keys, "license.link", found.license_link)
+        _add(keys, field, getattr(metadata, field))
+    _add(keys, "size_label", metadata.size_label or gguf.size_label(total, total, 0, 0))
+    _add(
+        keys,
+        "license",
+        ",".join(map(str, metadata.license)) if isinstance(metadata.license, list) else metadata.license,
+    )
+    _add(keys, "license.name", metadata.license_name)
+    _add(keys, "license.link", metadata.license_link)
     for field in ("url", "doi", "uuid", "repo_url"):
-        _add(keys, field, getattr(found, field))
+        _add(keys, field, getattr(metadata, field))
     for field in ("url", "doi", "uuid", "repo_url"):
-        _add(keys, f"source.{field}", getattr(found, f"source_{field}"))
-    _add_entries(keys, "base_model", found.base_models)
-    _add_entries(keys, "dataset", found.datasets)
-    for field, values in (("tags", found.tags), ("languages", found.languages)):
+        _add(keys, f"source.{field}", getattr(metadata, f"source_{field}"))
+    _add_entries(keys, "base_model", metadata.base_models)
+    _add_entries(keys, "dataset", metadata.datasets)
+    for field, values in (("tags", metadata.tags), ("languages", metadata.languages)):
         if values:
             keys.append((f"general.{field}", strings(str(value) for value in values)))
     return keys
@@ -121,7 +134,7 @@ def _json_asset(checkpoint: Checkpoint, name: str, warnings: list[str]) -> Mappi
     try:
         content = strict_json.load(checkpoint.assets[name], what=name, max_bytes=MAX_CARD_BYTES)
     except InputRefused as error:
-        warnings.append(f"{error.message}: nothing of it is kept")
+        warnings.append(f"{error.message}: none of it is kept")
         return {}
     return content if isinstance(content, Mapping) else {}
 
@@ -139,6 +152,6 @@ def _model_card(checkpoint: Checkpoint, warnings: list[str]) -> dict[str, Any]:
     try:
         content = strict_yaml.load(text, what="README.md's front matter", max_chars=MAX_FRONT_MATTER)
     except InputRefused as error:
-        warnings.append(f"{error.message}: nothing of it is kept")
+        warnings.append(f"{error.message}: none of it is kept")
         return {}
     return content if isinstance(content, dict) else {}

@@ -1,4 +1,4 @@
-"""From planned tensors and key-values to GGUF files: key order, tensor order, shards, offsets."""
+"""From tensor plans and key-values to GGUF files: the order of keys and tensors, shards, offsets."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from gemma2tool.quantizers.gguf_types import GGUF_TYPES
 QUANTIZATION_VERSION = ("general.quantization_version", u32(2))
 SPLIT_KEYS = ("split.no", "split.count", "split.tensors.count")
 MAX_OVERRIDE_BYTES = 127
-"""llama.cpp keeps texts of --override-kv, and of the importance matrix's keys, in 128 bytes."""
+"""llama.cpp keeps the texts of --override-kv and of the importance matrix's keys in 128 bytes."""
 
 _LAYER = re.compile(r"blk\.(\d+)\.")
 
 
 @dataclass(frozen=True)
 class GGUFTensorPlan:
-    """A tensor to write: its GGUF name, the canonical ones it carries, its logical shape, what is read and how it is
-    stored.
+    """A tensor to write: its GGUF ``name`` and logical ``shape``, the ``canonical`` tensors it carries, the ``source``
+    that is read, and the ``encoder`` of its rows.
     """
 
     name: str
@@ -46,28 +46,28 @@ class GGUFTensorPlan:
 
 @dataclass(frozen=True)
 class Split:
-    """How to cut the output into shards; 0: no limit."""
+    """The limits of a shard; 0: no limit."""
 
     max_tensors: int = 0
     max_bytes: int = 0
 
     @property
-    def wanted(self) -> bool:
+    def is_limited(self) -> bool:
         return bool(self.max_tensors or self.max_bytes)
 
 
-def quantized_order(planned: Sequence[GGUFTensorPlan]) -> list[GGUFTensorPlan]:
-    """llama-quantize's order: tensors outside layers first, then layer by layer, by name within."""
+def quantized_order(plans: Sequence[GGUFTensorPlan]) -> list[GGUFTensorPlan]:
+    """llama-quantize's order: tensors outside the layers first, then layer by layer, by name within a layer."""
 
-    def key(tensor: GGUFTensorPlan) -> tuple[int, bytes]:
-        layer = _LAYER.match(tensor.name)
-        return (int(layer[1]) if layer else -1, tensor.name.encode())
+    def key(plan: GGUFTensorPlan) -> tuple[int, bytes]:
+        layer = _LAYER.match(plan.name)
+        return (int(layer[1]) if layer else -1, plan.name.encode())
 
-    return sorted(planned, key=key)
+    return sorted(plans, key=key)
 
 
 def quantized_keys(kv: Sequence[KeyValue], file_type: int, more: Sequence[KeyValue]) -> list[KeyValue]:
-    """llama-quantize's key-values: the source's, without those of a split, and every key that is set anew moved to the
+    """llama-quantize's key-values: the source's without those of a split, with every key that is set again at the
     end.
     """
     keys = {key: value for key, value in kv if key not in SPLIT_KEYS}
@@ -78,89 +78,86 @@ def quantized_keys(kv: Sequence[KeyValue], file_type: int, more: Sequence[KeyVal
 
 
 def parse_override(text: str) -> KeyValue:
-    """``KEY=TYPE:VALUE`` of --override-kv, TYPE one of int, float, bool, str; an int is stored as the uint32 of its
-    magnitude.
+    """``KEY=TYPE:VALUE`` of --override-kv; TYPE is int, float, bool or str.
+
+    An int is stored as the uint32 of its magnitude. Raises ``UsageError`` (``gguf.override``).
     """
-    key, _, rest = text.partition("=")
-    kind, colon, value = rest.partition(":")
+    key, _, typed = text.partition("=")
+    type, colon, value = typed.partition(":")
     try:
         if not key or not colon or len(key.encode()) > MAX_OVERRIDE_BYTES:
             raise ValueError
-        if kind == "int":
-            number = abs(int(value))
-            if number >= 1 << 32:
-                raise ValueError
-            return key, u32(number)
-        if kind == "float":
+        if type == "int":
+            return key, u32(abs(int(value)))
+        if type == "float":
             return key, f32(float(value))
-        if kind == "bool" and value in ("true", "false"):
+        if type == "bool" and value in ("true", "false"):
             return key, boolean(value == "true")
-        if kind == "str" and len(value.encode()) <= MAX_OVERRIDE_BYTES:
+        if type == "str" and len(value.encode()) <= MAX_OVERRIDE_BYTES:
             return key, string(value)
         raise ValueError
     except (ValueError, OverflowError):
-        raise UsageError(
-            "gguf.override", f"{text!r} is not KEY=TYPE:VALUE", hint="for example gemma2.context_length=int:2048"
-        ) from None
+        raise UsageError("gguf.override", f"{text!r} is not KEY=TYPE:VALUE") from None
 
 
-def clipped(text: str) -> GGUFValue:
-    """A text cut to what llama.cpp keeps of it."""
+def clipped_string(text: str) -> GGUFValue:
+    """The part of a text that llama.cpp keeps."""
     return string(text.encode("utf-8", "surrogateescape")[:MAX_OVERRIDE_BYTES].decode("utf-8", "surrogateescape"))
 
 
 def place(
-    planned: Sequence[GGUFTensorPlan], kv: Sequence[KeyValue], name: str, split: Split = Split()
+    plans: Sequence[GGUFTensorPlan], kv: Sequence[KeyValue], name: str, split: Split = Split()
 ) -> tuple[list[OutputFile], list[OutputTensor]]:
-    """Files and tensors with every byte's place. ``name``: of the file, or of which the shards' names are made.
+    """Files and tensors with the place of every byte. ``name``: the file's, or the one that shards' names are made
+    from.
 
-    The first shard holds all key-values, the others only which shard they are.
+    The first shard holds all key-values, the others only their place among the shards.
     """
-    shards = _shards(planned, split)
+    shards = _shards(plans, split)
     files: list[OutputFile] = []
     tensors: list[OutputTensor] = []
     for number, shard in enumerate(shards):
         file, keys = name, list(kv)
-        if split.wanted:
+        if split.is_limited:
             file = f"{name.removesuffix('.gguf')}-{number + 1:05d}-of-{len(shards):05d}.gguf"
             keys = keys if number == 0 else []
             keys += [
                 ("split.no", u16(number)),
                 ("split.count", u16(len(shards))),
-                ("split.tensors.count", i32(len(planned))),
+                ("split.tensors.count", i32(len(plans))),
             ]
-        infos = [(each.name, tuple(reversed(each.shape)), GGUF_TYPES[each.type].id, each.nbytes) for each in shard]
+        infos = [(plan.name, tuple(reversed(plan.shape)), GGUF_TYPES[plan.type].id, plan.nbytes) for plan in shard]
         header, offsets, total = gguf.encode_header(keys, infos)
-        files.append(OutputFile(file, total, _fixed(header, shard, offsets, total)))
-        for each in shard:
-            where = Placement(each.name, file, offsets[each.name], each.nbytes)
-            tensors.append(OutputTensor(each.name, each.canonical, each.source, each.encoder, {"": where}))
+        files.append(OutputFile(file, total, _fixed_bytes(header, shard, offsets, total)))
+        for plan in shard:
+            placement = Placement(plan.name, file, offsets[plan.name], plan.nbytes)
+            tensors.append(OutputTensor(plan.name, plan.canonical, plan.source, plan.encoder, {"": placement}))
     return files, tensors
 
 
-def _fixed(
+def _fixed_bytes(
     header: bytes, shard: Sequence[GGUFTensorPlan], offsets: Mapping[str, int], total: int
 ) -> list[tuple[int, bytes]]:
-    """The header and the zeros between tensors."""
+    """The header and the zeros between tensors, as (offset, bytes)."""
     fixed = [(0, header)]
-    starts = sorted(offsets[each.name] for each in shard)
-    ends = sorted(offsets[each.name] + each.nbytes for each in shard)
+    starts = sorted(offsets[plan.name] for plan in shard)
+    ends = sorted(offsets[plan.name] + plan.nbytes for plan in shard)
     for end, start in zip(ends, [*starts[1:], total], strict=True):
         if start > end:
             fixed.append((end, bytes(start - end)))
     return fixed
 
 
-def _shards(planned: Sequence[GGUFTensorPlan], split: Split) -> list[list[GGUFTensorPlan]]:
-    """As gguf-py cuts: a new shard where the next tensor would be one too many, or its bytes too much."""
+def _shards(plans: Sequence[GGUFTensorPlan], split: Split) -> list[list[GGUFTensorPlan]]:
+    """Cut as gguf-py does: a new shard starts before the tensor that would exceed a limit."""
     shards: list[list[GGUFTensorPlan]] = [[]]
     size = 0
-    for each in planned:
-        full = split.max_tensors and len(shards[-1]) >= split.max_tensors
-        heavy = split.max_bytes and size + each.nbytes > split.max_bytes
-        if shards[-1] and (full or heavy):
+    for plan in plans:
+        too_many = split.max_tensors and len(shards[-1]) >= split.max_tensors
+        too_large = split.max_bytes and size + plan.nbytes > split.max_bytes
+        if shards[-1] and (too_many or too_large):
             shards.append([])
             size = 0
-        shards[-1].append(each)
-        size += each.nbytes
+        shards[-1].append(plan)
+        size += plan.nbytes
     return shards

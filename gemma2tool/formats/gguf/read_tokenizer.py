@@ -18,7 +18,7 @@ from gemma2tool.containers.tokenizer_model import (
     Piece,
 )
 from gemma2tool.errors import InputRefused
-from gemma2tool.formats.gguf.key_values import Reading
+from gemma2tool.formats.gguf.key_values import KeyReader
 from gemma2tool.formats.gguf.stops import stop_ids
 from gemma2tool.formats.tokenizers.writing import derived_files
 from gemma2tool.model.checkpoint import Assets
@@ -26,15 +26,15 @@ from gemma2tool.model.tokenizer import DEFAULT_TEMPLATE, AddedToken, Pieces, Tok
 
 ROLE_KEYS = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
 _SAMPLING = {
-    "top_k": ("general.sampling.top_k", Reading.integer),
-    "top_p": ("general.sampling.top_p", Reading.number),
-    "min_p": ("general.sampling.min_p", Reading.number),
-    "temperature": ("general.sampling.temp", Reading.number),
-    "repetition_penalty": ("general.sampling.penalty_repeat", Reading.number),
+    "top_k": ("general.sampling.top_k", KeyReader.integer),
+    "top_p": ("general.sampling.top_p", KeyReader.number),
+    "min_p": ("general.sampling.min_p", KeyReader.number),
+    "temperature": ("general.sampling.temp", KeyReader.number),
+    "repetition_penalty": ("general.sampling.penalty_repeat", KeyReader.number),
 }
 
 
-def tokenizer_assets(keys: Reading) -> Assets:
+def tokenizer_assets(keys: KeyReader) -> Assets:
     """The canonical tokenizer and the files made from it, read when they are asked for.
 
     No files where the GGUF has no vocabulary. Raises ``InputRefused`` (``gguf.tokenizer``) for a tokenizer of another
@@ -54,7 +54,7 @@ def tokenizer_assets(keys: Reading) -> Assets:
     return Assets(files, lambda assets, config: tokenizer(), derived=True)
 
 
-def read_tokenizer(keys: Reading) -> Tokenizer:
+def read_tokenizer(keys: KeyReader) -> Tokenizer:
     """Raises ``InputRefused`` (``gguf.tokenizer``) for lists of different lengths."""
     tokens = list(keys.texts("tokenizer.ggml.tokens"))
     count = len(tokens)
@@ -69,7 +69,7 @@ def read_tokenizer(keys: Reading) -> Tokenizer:
     roles = _roles(keys, tokens)
     while count and types[count - 1] == UNUSED and tokens[count - 1] == f"[PAD{count - 1}]":
         count -= 1  # ids that the converter made up to fill the vocabulary
-    listed = [Piece(*entry) for entry in zip(tokens[:count], scores, types, strict=False)]
+    listed = [Piece(*entry) for entry in zip(tokens[:count], scores, map(int, types), strict=False)]
     # llama.cpp's defaults for this kind of tokenizer are bos before a text, no eos after it, a space before it.
     adds = {
         "bos": keys.flag("tokenizer.ggml.add_bos_token", True),
@@ -87,7 +87,7 @@ def read_tokenizer(keys: Reading) -> Tokenizer:
     )
 
 
-def _roles(keys: Reading, tokens: list[str]) -> dict[str, int]:
+def _roles(keys: KeyReader, tokens: list[str]) -> dict[str, int]:
     roles: dict[str, int] = {}
     for role, name in ROLE_KEYS.items():
         token = keys.integer(f"tokenizer.ggml.{name}_token_id", None)
@@ -136,7 +136,7 @@ def _added_tokens(tokens: list[Piece], roles: Mapping[str, int]) -> dict[int, Ad
     return added
 
 
-def _templates(keys: Reading) -> dict[str, str]:
+def _templates(keys: KeyReader) -> dict[str, str]:
     default = keys.text("tokenizer.chat_template", None)
     templates = {} if default is None else {DEFAULT_TEMPLATE: default}
     for name in keys.texts("tokenizer.chat_templates", ()):
@@ -144,7 +144,7 @@ def _templates(keys: Reading) -> dict[str, str]:
     return templates
 
 
-def _generation_config(keys: Reading, tokenizer: Tokenizer) -> dict[str, Any]:
+def _generation_config(keys: KeyReader, tokenizer: Tokenizer) -> dict[str, Any]:
     """Ids and sampling."""
     config: dict[str, Any] = {
         f"{role}_token_id": tokenizer.roles[role] for role in ("bos", "eos", "pad") if role in tokenizer.roles

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gemma2tool.formats.gguf.key_values import Reading
+from gemma2tool.formats.gguf.key_values import KeyReader
 
 END_TEXTS = frozenset(
     {
@@ -15,7 +15,7 @@ END_TEXTS = frozenset(
 (measured with llama_vocab_is_eog). It does so for fill-in-the-middle tokens too, which no Gemma 2 has."""
 
 
-def stop_ids(keys: Reading) -> tuple[int, ...]:
+def stop_ids(keys: KeyReader) -> tuple[int, ...]:
     """eos, the end of a turn that a key names, and the tokens that llama.cpp knows by their texts."""
     stops = [keys.integer("tokenizer.ggml.eos_token_id", 1)]
     for name in ("eot", "eom"):

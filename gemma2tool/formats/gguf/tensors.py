@@ -1,12 +1,13 @@
-"""GGUF's tensors: read row by row, dequantized or as the blocks they are."""
+"""GGUF's tensors: read row by row, dequantized or as stored blocks."""
 
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import NDArray
 
 from gemma2tool.containers.gguf import GGUFTensorEntry
 from gemma2tool.errors import InputRefused
-from gemma2tool.model.lazy import BFLOAT16, FLOAT16, FLOAT32, LazyTensor
+from gemma2tool.model.lazy import BFLOAT16, FLOAT16, FLOAT32, Array, LazyTensor
 from gemma2tool.quantizers.gguf_types import GGUF_TYPES, dequantize, row_bytes
 from gemma2tool.storage.quoting import quoted
 from gemma2tool.storage.reading import FileReader
@@ -16,27 +17,24 @@ FLOATS = {"F32": FLOAT32, "F16": FLOAT16, "BF16": BFLOAT16}
 
 
 class GGUFTensor(LazyTensor):
-    """A tensor of an open file. Float types come in their own dtype, block types dequantized to float32."""
+    """A tensor of an open file. A float type keeps its dtype, a block type is dequantized to float32."""
 
     def __init__(self, reader: FileReader, entry: GGUFTensorEntry) -> None:
         self.reader, self.offset = reader, entry.offset
         self.origin = f"{reader.path.name}: {entry.name}"
         self.shape = tuple(reversed(entry.dims))
-        type_name = TYPE_NAMES.get(entry.type_id)
-        if type_name is None:
+        if entry.type_id not in TYPE_NAMES:
             raise InputRefused(
                 "gguf.tensor-type",
-                f"{reader.path.name}: {quoted(entry.name)} is of type {entry.type_id},"
-                " which gemma2tool cannot dequantize",
+                f"{reader.path.name}: {quoted(entry.name)} is of type {entry.type_id}, which cannot be dequantized",
                 hint=f"types that can be read: {', '.join(GGUF_TYPES)}",
             )
-        self.type: str = type_name
+        self.type = TYPE_NAMES[entry.type_id]
         if self.type not in FLOATS and len(self.shape) != 2:
             raise InputRefused(
                 "gguf.tensor-shape",
-                f"{reader.path.name}: {quoted(entry.name)} is {self.type} of shape {self.shape};"
-                " only matrices are quantized",
-                hint="check that the file is a Gemma 2 model",
+                f"{reader.path.name}: {quoted(entry.name)} is {self.type} of shape {self.shape}; only matrices can be"
+                " quantized",
             )
         self.dtype = FLOATS.get(self.type, FLOAT32)
         self.stored = self.type.lower()
@@ -48,14 +46,14 @@ class GGUFTensor(LazyTensor):
             return self.row_size * self.dtype.itemsize
         return row_bytes(self.type, self.row_size)
 
-    def load_blocks(self, first: int, last: int) -> np.ndarray:
+    def load_blocks(self, first: int, last: int) -> NDArray[np.uint8]:
         """Rows ``first`` to ``last`` as they are stored: uint8 (last - first, bytes per row)."""
         blocks = np.empty((last - first, self.bytes_per_row), np.uint8)
         if blocks.size:
             self.reader.pread_into(self.offset + first * self.bytes_per_row, blocks.reshape(-1))
         return blocks
 
-    def load_rows(self, first: int, last: int) -> np.ndarray:
+    def load_rows(self, first: int, last: int) -> Array:
         blocks = self.load_blocks(first, last)
         if self.type in FLOATS:
             return blocks.reshape(-1).view(self.dtype).reshape(last - first, *self.shape[1:])
@@ -63,7 +61,7 @@ class GGUFTensor(LazyTensor):
 
 
 class StoredBlocks(LazyTensor):
-    """The same tensor as the bytes it is stored in: uint8 (rows, bytes per row)."""
+    """The same tensor as its stored bytes: uint8 (rows, bytes per row)."""
 
     dtype = np.dtype(np.uint8)
 
@@ -72,5 +70,5 @@ class StoredBlocks(LazyTensor):
         self.shape = (tensor.rows, tensor.bytes_per_row)
         self.stored, self.origin = tensor.stored, tensor.origin
 
-    def load_rows(self, first: int, last: int) -> np.ndarray:
+    def load_rows(self, first: int, last: int) -> Array:
         return self.tensor.load_blocks(first, last)

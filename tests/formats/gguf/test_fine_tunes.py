@@ -16,7 +16,7 @@ import pytest
 from gemma2tool.containers import tokenizer_model
 from gemma2tool.formats import registry
 from gemma2tool.formats.gguf.format import GGUF
-from gemma2tool.formats.gguf.key_values import KeyValue, Reading, boolean, u32
+from gemma2tool.formats.gguf.key_values import KeyReader, KeyValue, boolean, u32
 from gemma2tool.formats.gguf.read_tokenizer import tokenizer_assets
 from gemma2tool.formats.gguf.tokenizer_keys import tokenizer_keys
 from gemma2tool.formats.tokenizers.tokenizer_json import tokenizer_json
@@ -84,7 +84,7 @@ def keys(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def from_keys(kv: Mapping[str, Any], config: Gemma2Config) -> Checkpoint:
-    assets = tokenizer_assets(Reading(kv, "model.gguf"))
+    assets = tokenizer_assets(KeyReader(kv, "model.gguf"))
     return Checkpoint(Path("model.gguf"), GGUF.facts, config, {}, assets)
 
 

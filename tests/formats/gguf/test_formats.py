@@ -21,6 +21,7 @@ from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.config import SIZES
 from gemma2tool.model.config_fields import FULL, SLIDING
 from gemma2tool.model.lazy import ArrayTensor
+from gemma2tool.quantizers.gguf_types import GGML_BLOCKS
 from tests.support.assets import file_assets
 from tests.support.checkpoints import SMALL, random_checkpoint, write_checkpoint
 from tests.support.gguf import options, write
@@ -116,10 +117,10 @@ def test_old_files_without_caps_and_window(tmp_path: Path) -> None:
 @pytest.mark.parametrize("field", ["query_pre_attn_scalar", "layer_types"])
 def test_46_layers_are_taken_for_the_27b(field: str) -> None:
     from gemma2tool.formats.gguf.config import cap_keys, read_config, shape_keys
-    from gemma2tool.formats.gguf.key_values import Reading
+    from gemma2tool.formats.gguf.key_values import KeyReader
 
     for size, row in SIZES.items():
-        keys = Reading(dict([*shape_keys(row), *cap_keys(row)]), "file")
+        keys = KeyReader(dict([*shape_keys(row), *cap_keys(row)]), "file")
         assert getattr(read_config(keys, row.vocab_size, "bfloat16"), field) == getattr(row, field), size
 
 
@@ -263,7 +264,7 @@ WRONG = {
     "patterns without a type": ({"tensor_types": [("ffn", "q4_0")]}, "--type"),
     "low bits without a matrix": ({"type": "iq2_xxs"}, "importance matrix"),
     "override": ({"type": "q8_0", "override_kv": ["gemma2.context_length=2048"]}, "KEY=TYPE:VALUE"),
-    "choosing from no matrix": ({"type": "q8_0", "exclude_weights": ["ffn"]}, "from an importance matrix"),
+    "choosing from no matrix": ({"type": "q8_0", "exclude_weights": ["ffn"]}, "entries of an importance matrix"),
 }
 
 
@@ -338,7 +339,7 @@ def test_metadata_of_a_model_card(tmp_path: Path) -> None:
     (folder / "generation_config.json").write_text(json.dumps(generation))
     with HuggingFace().open(folder) as source:
         output = GGUF().layout(source, options())
-        kv = read_header(write(output, tmp_path)[0]).kv
+        kv = read_header(write(output, tmp_path)[0], GGML_BLOCKS).kv
     values = {key: value.value for key, value in kv.items() if key.startswith("general.")}
     assert values["general.name"] == "Gemma 2 2b It Tuned"
     assert values["general.license"] == "gemma"
@@ -366,15 +367,15 @@ def test_numbers_beyond_their_keys(tmp_path: Path) -> None:
 
 
 def test_the_end_of_a_turn_is_a_stop_whatever_the_chat_template(tmp_path: Path) -> None:
-    from gemma2tool.formats.gguf.key_values import Reading, string, strings, u32
+    from gemma2tool.formats.gguf.key_values import KeyReader, string, strings, u32
     from gemma2tool.formats.gguf.stops import stop_ids
 
     kv = {"tokenizer.ggml.eos_token_id": u32(1), "tokenizer.ggml.tokens": strings(["<pad>", "<eos>", "<end_of_turn>"])}
-    assert stop_ids(Reading(kv, "file")) == (1, 2)
+    assert stop_ids(KeyReader(kv, "file")) == (1, 2)
     kv["tokenizer.ggml.eos_token_id"] = u32(2)
-    assert stop_ids(Reading(kv, "file")) == (2, 1)
+    assert stop_ids(KeyReader(kv, "file")) == (2, 1)
     kv["tokenizer.chat_template"] = string("{{ x }}<end_of_turn>")
-    assert stop_ids(Reading(kv, "file")) == (2, 1)
+    assert stop_ids(KeyReader(kv, "file")) == (2, 1)
 
 
 def test_a_gguf_beside_the_weights_is_not_the_model(tmp_path: Path) -> None:
@@ -393,4 +394,4 @@ def test_one_source_written_twice_keeps_its_keys(tmp_path: Path) -> None:
     assert first.files[0].fixed == second.files[0].fixed and first.warnings == second.warnings
     source.config = dataclasses.replace(source.config, vocab_size=161)
     (path,) = write(GGUF().layout(source, options()), tmp_path)
-    assert read_header(path).kv["gemma2.vocab_size"].value == 161
+    assert read_header(path, GGML_BLOCKS).kv["gemma2.vocab_size"].value == 161

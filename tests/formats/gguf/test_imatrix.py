@@ -16,6 +16,7 @@ from gemma2tool.errors import InputRefused, UsageError
 from gemma2tool.formats.gguf.format import GGUF
 from gemma2tool.formats.gguf.imatrix import read_imatrix
 from gemma2tool.model.checkpoint import Checkpoint
+from gemma2tool.quantizers.gguf_types import GGML_BLOCKS
 from tests.support.checkpoints import SMALL, random_checkpoint
 from tests.support.gguf import expected, options, write
 
@@ -133,7 +134,7 @@ def source() -> Checkpoint:
 
 
 def blocks(path: Path, name: str) -> bytes:
-    entry = read_header(path).tensors[name]
+    entry = read_header(path, GGML_BLOCKS).tensors[name]
     return path.read_bytes()[entry.offset : entry.offset + entry.nbytes]
 
 
@@ -148,10 +149,10 @@ def test_weights_change_the_blocks_and_are_recorded(source: Checkpoint, tmp_path
     up, gate = "blk.1.ffn_up.weight", "blk.1.ffn_gate.weight"
     assert blocks(plain, up) != blocks(weighed, up) and blocks(plain, up) == blocks(some, up)
     assert blocks(plain, gate) != blocks(weighed, gate) == blocks(some, gate)
-    keys = read_header(some).kv
+    keys = read_header(some, GGML_BLOCKS).kv
     assert keys["quantize.imatrix.file"].value == str(matrix)[:127]
     assert keys["quantize.imatrix.entries_count"].value == 18
-    assert any("nothing on 3 tensors" in warning for warning in GGUF().layout(
+    assert any("no entry for 3 tensors" in warning for warning in GGUF().layout(
         source, options(type="q4_k_m", imatrix=str(matrix), exclude_weights=["ffn_up"])).warnings)  # fmt: skip
 
 

@@ -17,7 +17,7 @@ from gemma2tool.containers.tokenizer_model import BYTE, CONTROL, NORMAL, UNKNOWN
 from gemma2tool.errors import InputRefused
 from gemma2tool.formats.gguf import tokenizer_keys as keys_of_tokenizer
 from gemma2tool.formats.gguf.format import GGUF
-from gemma2tool.formats.gguf.key_values import Reading
+from gemma2tool.formats.gguf.key_values import KeyReader
 from gemma2tool.formats.gguf.read_tokenizer import tokenizer_assets
 from gemma2tool.formats.gguf.tokenizer_keys import TokenizerKeys
 from gemma2tool.formats.tokenizers.reading import read_tokenizer
@@ -235,7 +235,7 @@ def test_other_tokenizers_are_refused(trained: bytes, model: dict) -> None:
 
 def test_files_rebuilt_from_the_keys(trained: bytes) -> None:
     kv = dict(tokenizer_keys(assets_of(trained, *FILES), config_of(503)).kv)
-    assets = tokenizer_assets(Reading(kv, "file"))
+    assets = tokenizer_assets(KeyReader(kv, "file"))
     rebuilt = spm.SentencePieceProcessor(model_proto=assets["tokenizer.model"])
     assert rebuilt.vocab_size() == 500
     assert rebuilt.encode(TEXT) == spm.SentencePieceProcessor(model_proto=trained).encode(TEXT)
@@ -260,7 +260,7 @@ def test_tokens_that_are_no_pieces(trained: bytes) -> None:
     kv = dict(tokenizer_keys(assets_of(trained, *FILES), config_of()).kv)
     tokens = kv["tokenizer.ggml.tokens"].value
     tokens[490:493] = ["", tokens[480], "\udcff\udc80"]
-    model = tokenizer_assets(Reading(kv, "file"))["tokenizer.model"]
+    model = tokenizer_assets(KeyReader(kv, "file"))["tokenizer.model"]
     rebuilt = spm.SentencePieceProcessor(model_proto=model)
     assert rebuilt.vocab_size() == 500 and rebuilt.is_unused(490) and rebuilt.is_unused(491) and rebuilt.is_unused(492)
     assert rebuilt.piece_to_id(tokens[480]) == 480
@@ -269,7 +269,7 @@ def test_tokens_that_are_no_pieces(trained: bytes) -> None:
 def test_transformers_reads_the_rebuilt_files(trained: bytes, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     kv = dict(tokenizer_keys(assets_of(trained, *FILES), config_of()).kv)
-    for name, data in tokenizer_assets(Reading(kv, "file")).items():
+    for name, data in tokenizer_assets(KeyReader(kv, "file")).items():
         (tmp_path / name).write_bytes(data)
     (tmp_path / "config.json").write_text(json.dumps(SMALL.to_hf()))
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)

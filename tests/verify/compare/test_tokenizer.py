@@ -11,7 +11,7 @@ import pytest
 
 from gemma2tool.formats import registry
 from gemma2tool.formats.gguf.format import GGUF
-from gemma2tool.formats.gguf.key_values import Reading
+from gemma2tool.formats.gguf.key_values import KeyReader
 from gemma2tool.formats.gguf.read_tokenizer import tokenizer_assets
 from gemma2tool.formats.gguf.tokenizer_keys import tokenizer_keys
 from gemma2tool.formats.tokenizers.tokenizer_json import tokenizer_json as tokenizer_json_of
@@ -81,7 +81,9 @@ def derived_json(model: bytes) -> bytes:
 def through_gguf(checkpoint: Checkpoint) -> Checkpoint:
     """The checkpoint's tokenizer as it comes back from a GGUF."""
     kv = dict(tokenizer_keys(checkpoint.tokenizer, checkpoint.config).kv)
-    return Checkpoint(Path("side.gguf"), GGUF.facts, checkpoint.config, {}, tokenizer_assets(Reading(kv, "side.gguf")))
+    return Checkpoint(
+        Path("side.gguf"), GGUF.facts, checkpoint.config, {}, tokenizer_assets(KeyReader(kv, "side.gguf"))
+    )
 
 
 def compare(ours: bytes, theirs: bytes) -> GateResult:
