@@ -16,10 +16,9 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Mapping
+from ctypes import c_float
 from dataclasses import dataclass
 from typing import Any
-
-import numpy as np
 
 SLIDING = "sliding_attention"
 FULL = "full_attention"
@@ -148,7 +147,7 @@ def comparable_value(name: str, value: Any) -> Any:
     arithmetic."""
     field = CONFIG_FIELDS[name]
     if field.kept_in_float32 and value is not None:
-        return float(np.float32(value))
+        return c_float(value).value  # rounded to float32, without importing numpy
     if name == "use_bidirectional_attention":
         return bool(value)
     if name == "rope_scaling":  # no scaling has several spellings

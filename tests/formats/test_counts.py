@@ -1,4 +1,4 @@
-"""How many of a thing a file may have is checked before anything is done for each."""
+"""Counts are checked before anything is done for each item."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_an_index_of_too_many_names(tmp_path: Path) -> None:
         assert time.process_time() - began < 1
 
 
-def test_types_are_those_that_the_format_writes(tmp_path: Path) -> None:
+def test_dtype_offers_what_the_format_writes(tmp_path: Path) -> None:
     source = write_as("hf", random_checkpoint(np.dtype(ml_dtypes.bfloat16)), tmp_path / "hf")
 
     def convert(name: str, dtype: str) -> str:

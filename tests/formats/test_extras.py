@@ -1,4 +1,4 @@
-"""The list of formats says what is true, and a library that is missing is told with the command that installs it."""
+"""The list of formats is right, and the error for a missing library names the command that installs it."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ def _listed() -> list[dict]:
 
 
 def test_every_format_is_listed_with_its_extra() -> None:
-    listed = {each["format"]: each for each in _listed()}
+    listed = {entry["format"]: entry for entry in _listed()}
     assert tuple(listed) == registry.NAMES
-    for each in listed.values():
-        extra = re.search(r"\[(\w+)\]", each["install"] or "")
-        assert (extra is None) == (each["install_to"] is None)
+    for entry in listed.values():
+        extra = re.search(r"\[(\w+)\]", entry["install"] or "")
+        assert (extra is None) == (entry["install_to"] is None)
         assert extra is None or EXTRAS[extra[1]]
     words = " ".join(CliRunner().invoke(app, ["formats"]).stdout.split())
-    for each in listed.values():
-        assert f"{each['format']}: {each['files']} {each['remarks']}" in words
-        assert each["install"] is None or f"to {each['install_to']} it: {each['install']}" in words
+    for entry in listed.values():
+        assert f"{entry['format']}: {entry['files']} {entry['remarks']}" in words
+        assert entry["install"] is None or f"to {entry['install_to']} it: {entry['install']}" in words
 
 
 def test_libraries_asked_for_are_in_their_extras() -> None:
@@ -57,7 +57,7 @@ def test_plain_types_are_written_or_refused_as_listed(tmp_path: Path, name: str)
     source = random_checkpoint(np.dtype(ml_dtypes.bfloat16), SMALL if name != "maxtext" else _even())
     folder = write_checkpoint(source, tmp_path / "hf")
     ending = suffix_of(name)
-    types = next(each["types"] for each in _listed() if each["format"] == name)
+    types = next(entry["types"] for entry in _listed() if entry["format"] == name)
     for dtype in ("f32", "f16", "bf16"):
         arguments = [
             "convert",

@@ -23,9 +23,9 @@ GEMMA_PYTORCH = ["hd", "27b", "hd_bf16", "27b_bf16", "hd_sharded", "27b_sharded"
 def same_tensors(a: Checkpoint, b: Checkpoint) -> None:
     assert a.tensors.keys() == b.tensors.keys()
     for name, tensor in a.tensors.items():
-        mine, other = tensor.load(), b.tensors[name].load()
-        assert mine.dtype == other.dtype, name
-        assert mine.tobytes() == other.tobytes(), name
+        written, other = tensor.load(), b.tensors[name].load()
+        assert written.dtype == other.dtype, name
+        assert written.tobytes() == other.tobytes(), name
 
 
 @pytest.mark.parametrize("variant", GEMMA_PYTORCH)
@@ -35,16 +35,16 @@ def test_gemma_pytorch_oracles_give_the_tensors_of_hf(oracles: Path, variant: st
     truth = HuggingFace().open(oracles / "checkpoints" / "hf" / variant.split("_")[0])
     checkpoint = registry.open_checkpoint(path)
     for name, tensor in truth.tensors.items():
-        expected, found = tensor.load(), checkpoint.tensors[name].load().astype(np.float32)
+        expected, result = tensor.load(), checkpoint.tensors[name].load().astype(np.float32)
         if "int8" in variant and not name.endswith("norm.weight"):
             row = np.abs(expected).max(axis=1, keepdims=True)
-            assert np.abs(found - expected).max() > 0
-            assert (np.abs(found - expected) <= row / 127 * 0.5001).all(), name
+            assert np.abs(result - expected).max() > 0
+            assert (np.abs(result - expected) <= row / 127 * 0.5001).all(), name
         else:
-            assert np.array_equal(found, expected), name
+            assert np.array_equal(result, expected), name
 
 
-def test_a_range_of_rows_is_that_range(oracles: Path) -> None:
+def test_a_range_of_rows(oracles: Path) -> None:
     for variant in ("hd_bf16", "hd_int8"):
         checkpoint = registry.open_checkpoint(oracles / "checkpoints" / "gemma_pytorch" / variant)
         for tensor in checkpoint.tensors.values():
@@ -63,8 +63,8 @@ def test_round_trips_are_exact(tmp_path: Path, dtype: str, path: str) -> None:
     back = registry.open_checkpoint(other)
     same_tensors(source, back)
     written_by_hf = {"architectures", "dtype"}  # what a config.json says beyond the model itself
-    configs = [registry.open_checkpoint(each).config.to_hf() for each in (first, other)]
-    assert len({str(sorted((k, v) for k, v in each.items() if k not in written_by_hf)) for each in configs}) == 1
+    configs = [registry.open_checkpoint(path).config.to_hf() for path in (first, other)]
+    assert len({str(sorted((k, v) for k, v in config.items() if k not in written_by_hf)) for config in configs}) == 1
 
 
 def test_ckpt_loads_as_gemma_pytorch_loads_it(tmp_path: Path) -> None:
@@ -87,29 +87,29 @@ def test_ckpt_loads_as_gemma_pytorch_loads_it(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("limit", [50_000_000_000, 40_000])
 def test_hf_folder_is_byte_identical_to_save_pretrained(tmp_path: Path, limit: int) -> None:
-    """What transformers saves of the model it loaded from a plain file, shards and index included."""
+    """What transformers saves after it loaded a plain file, shards and index included."""
     from safetensors.numpy import save_file
     from transformers import Gemma2ForCausalLM
 
     source = random_checkpoint(np.dtype(ml_dtypes.bfloat16))
-    mine = write_checkpoint(source, tmp_path / "mine", max_shard_size=limit)
+    written = write_checkpoint(source, tmp_path / "written", max_shard_size=limit)
     plain = tmp_path / "plain"
     plain.mkdir()
     save_file(
         {name: tensor.load() for name, tensor in source.tensors.items()}, plain / "model.safetensors", {"format": "pt"}
     )
-    (plain / "config.json").write_bytes((mine / "config.json").read_bytes())
-    Gemma2ForCausalLM.from_pretrained(plain, dtype="auto").save_pretrained(tmp_path / "theirs", max_shard_size=limit)
-    weights = sorted(path.name for path in (tmp_path / "theirs").glob("model*"))
-    assert sorted(path.name for path in mine.glob("model*")) == weights
+    (plain / "config.json").write_bytes((written / "config.json").read_bytes())
+    Gemma2ForCausalLM.from_pretrained(plain, dtype="auto").save_pretrained(tmp_path / "reference", max_shard_size=limit)
+    weights = sorted(path.name for path in (tmp_path / "reference").glob("model*"))
+    assert sorted(path.name for path in written.glob("model*")) == weights
     assert (len(weights) > 2) == (limit < 50_000_000_000)
     for name in weights:
-        assert (mine / name).read_bytes() == (tmp_path / "theirs" / name).read_bytes(), name
-    theirs = json.loads((tmp_path / "theirs" / "config.json").read_text())
-    ours = json.loads((mine / "config.json").read_text())
-    theirs.pop("transformers_version")
-    ours.pop("transformers_version", None)
-    assert ours == theirs
+        assert (written / name).read_bytes() == (tmp_path / "reference" / name).read_bytes(), name
+    reference = json.loads((tmp_path / "reference" / "config.json").read_text())
+    actual = json.loads((written / "config.json").read_text())
+    reference.pop("transformers_version")
+    actual.pop("transformers_version", None)
+    assert actual == reference
 
 
 def test_hf_folder_loads_in_transformers(tmp_path: Path) -> None:
@@ -124,9 +124,9 @@ def test_hf_folder_loads_in_transformers(tmp_path: Path) -> None:
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
     ids = np.random.default_rng(0).integers(0, source.config.vocab_size, (2, 24))
     with torch.no_grad():
-        theirs = model(torch.from_numpy(ids)).logits.numpy()
-    ours = logits(registry.open_checkpoint(path), ids)
-    assert (np.abs(ours - theirs) <= 5e-5 + 1e-5 * np.abs(theirs)).all()
+        reference = model(torch.from_numpy(ids)).logits.numpy()
+    actual = logits(registry.open_checkpoint(path), ids)
+    assert (np.abs(actual - reference) <= 5e-5 + 1e-5 * np.abs(reference)).all()
 
 
 def test_a_model_without_a_head_is_read(tmp_path: Path) -> None:
@@ -142,7 +142,7 @@ def test_a_model_without_a_head_is_read(tmp_path: Path) -> None:
 
 
 def test_source_config_survives(oracles: Path, tmp_path: Path) -> None:
-    """A config that transformers wrote comes out as it went in, unknown keys and all."""
+    """A config that transformers wrote is written unchanged, with its unknown keys."""
     folder = oracles / "quantized" / "source"
     path = write_checkpoint(registry.open_checkpoint(folder), tmp_path / "out")
     assert (path / "config.json").read_bytes() == (folder / "config.json").read_bytes()
@@ -203,7 +203,7 @@ def test_equal_lm_head_is_dropped_and_another_refused(hf_folder: Path) -> None:
         registry.open_checkpoint(hf_folder)
 
 
-def test_index_that_lies_is_refused(tmp_path: Path) -> None:
+def test_forged_index_is_refused(tmp_path: Path) -> None:
     source = random_checkpoint(np.dtype(np.float32))
     folder = write_checkpoint(source, tmp_path / "sharded", max_shard_size=60_000)
     same_tensors(source, registry.open_checkpoint(folder))

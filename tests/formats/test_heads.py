@@ -1,5 +1,5 @@
-"""Classification heads: through the formats that can hold them, and refused by name, before anything is written, by the
-others.
+"""Classification heads: formats that can hold them keep them; the others refuse them by name before anything is
+written.
 """
 
 from __future__ import annotations
@@ -13,14 +13,13 @@ from typer.testing import CliRunner
 
 from gemma2tool.cli.main import app
 from gemma2tool.formats import registry
-from tests.support.formats import assert_same_tensors, refused, write_as
+from tests.support.formats import assert_same_tensors, refused, suffix_of, write_as
 
 pytestmark = pytest.mark.slow
 
 KINDS = {"Gemma2ForSequenceClassification": 3, "Gemma2ForTokenClassification": 5}
-HOLDERS = {"hf": "out", "hf-bin": "out", "mlx": "out", "gemma-pytorch": "out.ckpt"}
+HOLDERS = ("hf", "hf-bin", "mlx", "gemma-pytorch")
 OTHERS = [name for name in registry.NAMES if name not in HOLDERS]
-NAMES = {"gguf": "out.gguf", "gemma-cpp": "out.sbs"}
 
 
 @pytest.fixture(scope="module", params=list(KINDS))
@@ -77,12 +76,12 @@ def _as_bin(folder: Path, to: Path) -> Path:
     return to
 
 
-@pytest.mark.parametrize("name", list(HOLDERS))
+@pytest.mark.parametrize("name", HOLDERS)
 @pytest.mark.parametrize("container", ["safetensors", "bin"])
 def test_heads_pass_through(classifier: Path, tmp_path: Path, container: str, name: str) -> None:
     """There and back to Hugging Face by the commands; transformers computes the same classes to the last bit."""
     source = classifier if container == "safetensors" else _as_bin(classifier, tmp_path / "bin")
-    middle, back = tmp_path / HOLDERS[name], tmp_path / "back"
+    middle, back = tmp_path / f"out{suffix_of(name)}", tmp_path / "back"
     for arguments in ([source, middle, "--to", name], [middle, back]):
         result = CliRunner().invoke(app, ["convert", *map(str, arguments), "--quiet"])
         assert result.exit_code == 0, result.output
@@ -105,8 +104,8 @@ def test_a_head_named_classifier_passes_too(classifier: Path, tmp_path: Path) ->
     from safetensors.numpy import load_file, save_file
 
     tensors = {
-        name.replace("score.", "classifier."): each
-        for name, each in load_file(classifier / "model.safetensors").items()
+        name.replace("score.", "classifier."): array
+        for name, array in load_file(classifier / "model.safetensors").items()
     }
     folder = tmp_path / "renamed"
     folder.mkdir()
@@ -114,18 +113,19 @@ def test_a_head_named_classifier_passes_too(classifier: Path, tmp_path: Path) ->
     (folder / "config.json").write_bytes((classifier / "config.json").read_bytes())
     source = registry.open_checkpoint(folder)
     assert "classifier.weight" in source.tensors
-    for name, path in HOLDERS.items():
-        assert_same_tensors(source, registry.open_checkpoint(write_as(name, source, tmp_path / f"{name}-{path}")))
+    for name in HOLDERS:
+        path = write_as(name, source, tmp_path / f"{name}-out{suffix_of(name)}")
+        assert_same_tensors(source, registry.open_checkpoint(path))
     with refused("classifier.weight"):
         write_as("gguf", source, tmp_path / "out.gguf")
 
 
-def test_what_their_own_loaders_make_of_a_head_is_told(classifier: Path, tmp_path: Path) -> None:
-    """mlx-lm refuses a tensor it does not know unless told otherwise; gemma_pytorch loads with strict=False."""
+def test_a_warning_says_what_the_consumers_loader_does_with_a_head(classifier: Path, tmp_path: Path) -> None:
+    """mlx-lm refuses an unknown tensor unless it loads with strict=False; gemma_pytorch always does."""
     from gemma2tool.formats.base import WriteOptions
 
     source = registry.open_checkpoint(classifier)
-    for name, words in (("mlx", "strict=False"), ("gemma-pytorch", "leaves score.weight")):
+    for name, words in (("mlx", "strict=False"), ("gemma-pytorch", "ignores score.weight")):
         assert any(words in line for line in registry.by_name(name).layout(source, WriteOptions(name="x")).warnings)
     mlx_lm = pytest.importorskip("mlx_lm", reason="mlx-lm is not installed")
     folder = write_as("mlx", source, tmp_path / "mlx")
@@ -136,7 +136,7 @@ def test_what_their_own_loaders_make_of_a_head_is_told(classifier: Path, tmp_pat
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_formats_without_a_place_refuse_before_they_write(classifier: Path, tmp_path: Path, name: str) -> None:
-    destination = tmp_path / NAMES.get(name, "out")
+    destination = tmp_path / f"out{suffix_of(name)}"
     for more in ([], ["--dry-run"]):
         result = CliRunner().invoke(app, ["convert", str(classifier), str(destination), "--to", name, *more])
         assert result.exit_code == 3 and "score." in result.output, result.output

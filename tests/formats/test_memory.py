@@ -54,7 +54,7 @@ class Nowhere:
 
 
 class Disk:
-    """A sparse file: zeros are left as holes, so that a source of any size takes no room."""
+    """A sparse file: zeros are left as holes, so that a source of any size takes no space."""
 
     def __init__(self, path: Path, size: int) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -85,7 +85,7 @@ def test_peak_is_a_few_matrices_of_one_layer(tmp_path: Path, name: str) -> None:
     path = tmp_path / "model"
     bound = 3 * MATRIX + (16 << 20)
     assert 4 * bound < MODEL
-    registry.by_name(name).layout(source, WriteOptions(name="warm"))  # imports are no part of what is measured
+    registry.by_name(name).layout(source, WriteOptions(name="warm"))  # so that imports are not measured
 
     tracemalloc.start()
     try:

@@ -21,8 +21,8 @@ def _checkpoints(root: Path) -> list[str]:
     """``format/variant`` of each checkpoint: the folders and weight files below the formats' folders."""
     if not root.is_dir():
         return []
-    found = [each for kind in root.iterdir() if kind.is_dir() for each in kind.iterdir()]
-    return sorted(str(each.relative_to(root)) for each in found if each.is_dir() or each.suffix == ".gguf")
+    paths = [path for folder in root.iterdir() if folder.is_dir() for path in folder.iterdir()]
+    return sorted(str(path.relative_to(root)) for path in paths if path.is_dir() or path.suffix == ".gguf")
 
 
 ALL = _checkpoints(ORACLES / "checkpoints")
@@ -33,11 +33,11 @@ def _lacks_config(path: Path) -> bool:
 
 
 def _flavour(name: str) -> str:
-    found = re.search(r"(?:^|[/-])(hd|27b)(?=[._]|$)", name)
-    if found is None:
+    match = re.search(r"(?:^|[/-])(hd|27b)(?=[._]|$)", name)
+    if match is None:
         assert name == "keras/sharded", f"whose logits should {name} have?"
         return "hd"
-    return found[1]
+    return match[1]
 
 
 def _open(oracles: Path, name: str) -> Checkpoint:
@@ -48,11 +48,11 @@ def _open(oracles: Path, name: str) -> Checkpoint:
     return registry.open_checkpoint(path, config=config)
 
 
-def _assert_within_bound(found: np.ndarray, truth: np.ndarray) -> None:
-    assert (np.abs(found - truth) <= 5e-5 + 1e-5 * np.abs(truth)).all(), np.abs(found - truth).max()
+def _assert_within_bound(actual: np.ndarray, truth: np.ndarray) -> None:
+    assert (np.abs(actual - truth) <= 5e-5 + 1e-5 * np.abs(truth)).all(), np.abs(actual - truth).max()
 
 
-def test_all_of_them_are_here(oracles: Path) -> None:
+def test_the_oracles_are_complete(oracles: Path) -> None:
     formats = {name.split("/")[0] for name in ALL}
     assert {"gemma_pytorch", "flax", "keras", "hf", "mlx", "litgpt", "torchtune", "gguf"} <= formats and len(ALL) >= 28
 
@@ -67,13 +67,13 @@ def test_logits_of_gemma_pytorch(oracles: Path, name: str) -> None:
 
     truth = _flavour(name) + ("_int8" if name.endswith("_int8") else "")
     with _open(oracles, name) as checkpoint:
-        found = logits(checkpoint, np.load(oracles / "checkpoints" / "ids.npy"))
-    _assert_within_bound(found, np.load(oracles / "checkpoints" / "gemma_pytorch" / truth / "logits.npy"))
+        actual = logits(checkpoint, np.load(oracles / "checkpoints" / "ids.npy"))
+    _assert_within_bound(actual, np.load(oracles / "checkpoints" / "gemma_pytorch" / truth / "logits.npy"))
 
 
 @pytest.mark.parametrize("name", [name for name in ALL if name.endswith("_q4")])
-def test_quantized_ones_through_their_dequantized_weights(oracles: Path, tmp_path: Path, name: str) -> None:
-    """mlx keeps no logits: transformers computes them from the weights that mlx itself dequantizes."""
+def test_quantized_checkpoints_through_their_dequantized_weights(oracles: Path, tmp_path: Path, name: str) -> None:
+    """The oracles have no logits of mlx: transformers computes them from the weights that mlx itself dequantizes."""
     import torch
     from transformers import Gemma2ForCausalLM
 

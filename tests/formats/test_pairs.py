@@ -1,6 +1,6 @@
-"""Through any two formats and back, for configs of every shape that the formats must tell apart: every tensor bit for
-bit, but for those that a format's own convention rounds, which are named before anything is written and come back
-exactly as the convention says.
+"""Through any two formats, for configs of every shape that the formats must distinguish: every tensor bit for bit,
+except those that a format's own convention rounds. These are named before anything is written, and come back exactly
+as the convention says.
 """
 
 from __future__ import annotations
@@ -25,25 +25,24 @@ from gemma2tool.formats.base import Output, WriteOptions
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.config import Gemma2Config
 from tests.support.checkpoints import SMALL, random_checkpoint
-from tests.support.formats import assert_ranges_agree, assert_same_tensors, refused, write_as
+from tests.support.formats import assert_ranges_agree, assert_same_tensors, refused, suffix_of, write_as
 
 pytestmark = pytest.mark.slow
 
 ROUNDING = {"gguf", "maxtext"}
-"""Formats that store w + 1 of a norm, or more, of which low bits can be lost. The others are lossless."""
+"""Formats that store w + 1 of a norm, or other sums and products, and can lose low bits. The others are lossless."""
 OWN_HEAD = {"hf", "hf-bin", "mlx", "litgpt"}
-"""Formats with a place for a head that is not the embedding."""
-NAME = {"gemma-pytorch": "model.ckpt", "gguf": "model.gguf", "gemma-cpp": "model.sbs"}
+"""Formats that can hold a head that is not the embedding."""
 RAM = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-"""Hundreds of small files are synced here, which a disk takes its time for."""
+"""Hundreds of small files are synced here, which is slow on a disk."""
 F32, F16, BF16 = np.dtype(np.float32), np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)
 
 
 @st.composite
 def configs(draw, pair: set[str]) -> Gemma2Config:
     """Small models: 1 to 8 kv heads, head_dim times heads equal to D or not, F more or less than D or equal to it, a
-    head of its own where both formats have one. What one of the formats cannot say at all is left out: its refusal has
-    tests of its own.
+    head of its own where both formats have one. What one of the formats cannot represent is left out; its refusal has
+    its own tests.
     """
     kv = draw(st.sampled_from((1, 2, 4, 8)))
     head_dim = draw(st.sampled_from((2, 4, 6)))
@@ -83,7 +82,7 @@ def test_there_and_back(first: str, second: str, data: st.DataObject) -> None:
         for number, name in enumerate((first, second)):
             folder = place / str(number)
             folder.mkdir()
-            written = folder / NAME.get(name, "model")
+            written = folder / f"model{suffix_of(name)}"
             with mock.patch(
                 "gemma2tool.formats.orbax.flax.format._shaped_like", return_value=like_2b
             ):  # the order of gating_einsum
@@ -91,10 +90,10 @@ def test_there_and_back(first: str, second: str, data: st.DataObject) -> None:
                 write_as(name, checkpoint, written, memory=1 << 16)
             assert registry.detect(written).name == name
             back = registry.open_checkpoint(written)
-            kept = registry.by_name(name).expected_after_roundtrip(checkpoint, back)
-            assert name in ROUNDING or not kept
-            _assert_named(name, output, checkpoint, kept)
-            expected = {**expected, **kept}
+            rounded = registry.by_name(name).expected_after_roundtrip(checkpoint, back)
+            assert name in ROUNDING or not rounded
+            _assert_named(name, output, checkpoint, rounded)
+            expected = {**expected, **rounded}
             checkpoint = back
         assert_same_tensors(replace(source, tensors=dict(expected)), checkpoint, dtypes=not pair & ROUNDING)
         assert_ranges_agree(checkpoint)
@@ -112,43 +111,43 @@ def test_there_and_back(first: str, second: str, data: st.DataObject) -> None:
         shutil.rmtree(place)
 
 
-def _assert_named(name: str, output: Output, source: Checkpoint, kept: Mapping) -> None:
+def _assert_named(format_name: str, output: Output, source: Checkpoint, rounded: Mapping) -> None:
     """Each tensor that changes was named when the output was laid out, and no GGUF tensor that does not."""
     changed = {
-        each
-        for each, tensor in kept.items()
-        if not np.array_equal(tensor.load().astype(np.float32), source.tensors[each].load().astype(np.float32))
+        name
+        for name, tensor in rounded.items()
+        if not np.array_equal(tensor.load().astype(np.float32), source.tensors[name].load().astype(np.float32))
     }
-    if name == "gguf":
-        assert {each for each, _ in output.losses} == changed
+    if format_name == "gguf":
+        assert {name for name, _ in output.losses} == changed
     words = {"norm": "all norms", "q_proj": "all q_proj", "embed_tokens": "the embedding"}
-    for each in changed if name == "maxtext" else ():
-        told = next(said for part, said in words.items() if part in each)
-        assert any(told in line for line in output.warnings), each
+    for name in changed if format_name == "maxtext" else ():
+        phrase = next(phrase for part, phrase in words.items() if part in name)
+        assert any(phrase in line for line in output.warnings), name
 
 
 @pytest.mark.parametrize("name", registry.NAMES)
 def test_norms_of_bfloat16_lose_nothing_in_float32(tmp_path: Path, name: str) -> None:
-    """What released models have: no format, GGUF and MaxText included, changes a bit of them."""
+    """As in released models: no format, not even GGUF or MaxText, changes a bit of them."""
     config = replace(
         SMALL, num_hidden_layers=2, layer_types=(), head_dim=16, query_pre_attn_scalar=16
     )  # scales are powers of two
     source = random_checkpoint(BF16, config)
-    for each, tensor in source.tensors.items():
-        if "norm" in each:  # of 2 ** -16 at least, or zero
+    for tensor_name, tensor in source.tensors.items():
+        if "norm" in tensor_name:  # of 2 ** -16 at least, or zero
             tensor.array[np.abs(tensor.array.astype(np.float32)) < 2**-16] = 0
-    output = registry.by_name(name).layout(source, WriteOptions(name=NAME.get(name, "x"), dtype="f32"))
+    output = registry.by_name(name).layout(source, WriteOptions(name=f"x{suffix_of(name)}", dtype="f32"))
     assert not output.losses
-    back = registry.open_checkpoint(write_as(name, source, tmp_path / NAME.get(name, "out"), dtype="f32"))
+    back = registry.open_checkpoint(write_as(name, source, tmp_path / f"out{suffix_of(name)}", dtype="f32"))
     assert_same_tensors(source, back, dtypes=False)
 
 
 @pytest.mark.parametrize("name", registry.NAMES)
-def test_a_head_of_its_own_travels_or_is_refused_by_name(tmp_path: Path, name: str) -> None:
+def test_an_untied_head_is_kept_or_refused_by_name(tmp_path: Path, name: str) -> None:
     config = replace(SMALL, num_hidden_layers=2, layer_types=(), tie_word_embeddings=False)
     source = random_checkpoint(F32, config)
     assert "lm_head.weight" in source.tensors
-    path = tmp_path / NAME.get(name, "out")
+    path = tmp_path / f"out{suffix_of(name)}"
     if name in OWN_HEAD:
         assert_same_tensors(source, registry.open_checkpoint(write_as(name, source, path)))
         return

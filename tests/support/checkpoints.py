@@ -1,4 +1,4 @@
-"""Small random Gemma 2 checkpoints, and the shortest way from one to a file."""
+"""Small random Gemma 2 checkpoints, in memory and as files."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""What the tests of the exchange formats share: writing in a named format, equality bit for bit, the truth of the
-oracles.
-"""
+"""What tests of formats share: writing in a named format, equality bit for bit, and the oracles."""
 
 from __future__ import annotations
 
@@ -38,17 +36,17 @@ def suffix_of(name: str) -> str:
     return next(iter(registry.FACTS[name].suffixes), "")
 
 
-def assert_same_tensors(expected: Checkpoint, found: Checkpoint, *, dtypes: bool = True) -> None:
-    """Equal names and, bit for bit, equal values; ``dtypes``: stored in the same types too."""
-    assert expected.tensors.keys() == found.tensors.keys()
+def assert_same_tensors(expected: Checkpoint, actual: Checkpoint, *, dtypes: bool = True) -> None:
+    """Equal names and, bit for bit, equal values; with ``dtypes``, also equal types."""
+    assert expected.tensors.keys() == actual.tensors.keys()
     for name, tensor in expected.tensors.items():
-        mine, other = tensor.load(), found.tensors[name].load()
+        expected_values, actual_values = tensor.load(), actual.tensors[name].load()
         if dtypes:
-            assert mine.dtype == other.dtype, name
-            assert mine.tobytes() == other.tobytes(), name
+            assert expected_values.dtype == actual_values.dtype, name
+            assert expected_values.tobytes() == actual_values.tobytes(), name
         else:
-            assert mine.shape == other.shape, name
-            assert mine.astype(np.float32).tobytes() == other.astype(np.float32).tobytes(), name
+            assert expected_values.shape == actual_values.shape, name
+            assert expected_values.astype(np.float32).tobytes() == actual_values.astype(np.float32).tobytes(), name
 
 
 def assert_ranges_agree(checkpoint: Checkpoint) -> None:
@@ -62,28 +60,28 @@ def assert_ranges_agree(checkpoint: Checkpoint) -> None:
 
 
 def assert_true_logits(oracles: Path, checkpoint: Checkpoint, flavour: str) -> None:
-    """Float32 logits as Google's gemma_pytorch gives them for these weights."""
+    """Float32 logits within rounding of those that Google's gemma_pytorch gives for these weights."""
     from gemma2tool.reference.streaming import logits
 
     ids = np.load(oracles / "checkpoints" / "ids.npy")
     truth = np.load(oracles / "checkpoints" / "gemma_pytorch" / flavour / "logits.npy")
-    found = logits(checkpoint, ids)
-    assert (np.abs(found - truth) <= 5e-5 + 1e-5 * np.abs(truth)).all(), np.abs(found - truth).max()
+    actual = logits(checkpoint, ids)
+    assert (np.abs(actual - truth) <= 5e-5 + 1e-5 * np.abs(truth)).all(), np.abs(actual - truth).max()
 
 
 def truth_of(oracles: Path, flavour: str) -> Checkpoint:
-    """The weights of the oracles as the transformers conversion script made them."""
+    """The oracles' weights as the transformers conversion script wrote them."""
     return registry.open_checkpoint(oracles / "checkpoints" / "hf" / flavour)
 
 
 def oracle_config(oracles: Path, flavour: str):
-    """The config of the oracles, for formats that store none."""
+    """The oracles' config, for formats that store none."""
     return truth_of(oracles, flavour).config
 
 
 @contextmanager
 def refused(match: str):
-    """A ``ToolError`` that says ``match``, in less than a second of work."""
+    """Expects a ``ToolError`` whose message matches, after less than a second of work."""
     started = time.process_time()
     with pytest.raises(ToolError, match=match) as caught:
         yield caught

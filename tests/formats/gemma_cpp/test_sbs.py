@@ -49,7 +49,7 @@ GOLDEN = [
     (1.11758708954e-07, 1.49011611938e-07),
     (0.013841, 0.013671875),
 ]
-"""(value, what it becomes), from gemma.cpp's compression/sfp_test.cc."""
+"""(value, encoded and decoded), from gemma.cpp's compression/sfp_test.cc."""
 
 
 @pytest.mark.parametrize("sign", [1, -1])
@@ -110,7 +110,7 @@ NUQ_OF_GEMMA_CPP = bytes.fromhex(
     "0c7588c95187981c7588da5288a82d8688da6288a83e8688ea6388b93e8798fb7488b94f87980b7488c95087981c7588c95187a81d8588da6288a82d8688ea63"
     "88a83e8688eb6388b94f8798fb7488b9e0dfdedcdad3d1cdbe31454a5558595a5098a91c8599ca6298a93d8699db7398b94e8799fb74"
 )
-"""What gemma.cpp's NuqCodec::Enc (3ed403e) makes of ((37 k mod 256 - 128) / 256) ** 3 for k up to 300."""
+"""What gemma.cpp's NuqCodec::Enc (3ed403e) gives for ((37 k mod 256 - 128) / 256) ** 3 for k up to 300."""
 
 
 def test_nuq_stream_of_gemma_cpp_decodes_as_there() -> None:
@@ -164,13 +164,13 @@ def test_sfp_file_holds_the_nearest_codes(tmp_path: Path) -> None:
     back = registry.open_checkpoint(write_as("gemma-cpp", source, tmp_path / "model.sbs", type="sfp"))
     assert_ranges_agree(back)
     for name, tensor in back.tensors.items():
-        mine, original = tensor.load().astype(np.float32), source.tensors[name].load().astype(np.float32)
+        written, original = tensor.load().astype(np.float32), source.tensors[name].load().astype(np.float32)
         if name.endswith("norm.weight") or "embed" in name:
-            assert np.array_equal(mine, original) and tensor.stored == "bf16", name
+            assert np.array_equal(written, original) and tensor.stored == "bf16", name
             continue
-        assert tensor.stored == "sfp" and not np.array_equal(mine, original), name
+        assert tensor.stored == "sfp" and not np.array_equal(written, original), name
         scale = max(np.abs(original).max() / 1.875, 1)
-        assert (np.abs(mine - original) <= np.maximum(np.abs(original) / 8, scale * 2.0**-23)).all(), name
+        assert (np.abs(written - original) <= np.maximum(np.abs(original) / 8, scale * 2.0**-23)).all(), name
 
 
 def test_container_is_gemma_cpps(tmp_path: Path) -> None:
@@ -253,7 +253,7 @@ def _old_blobs(source, kinds: dict[str, str]) -> dict[str, bytes]:
 
 
 def _nuq(array: np.ndarray, *, together: bool) -> bytes:
-    """Sixteen quantiles of each group of 256 values as centres, and the nearest centre of each value."""
+    """Sixteen quantiles of each group of 256 values as centers, and the nearest center of each value."""
     flat = array.reshape(-1)
     tables, indices = [], []
     for first in range(0, len(flat), 256):
@@ -297,7 +297,7 @@ def test_scales_are_taken_layer_by_layer(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("together", [False, True])
 def test_nuq_in_both_orders(tmp_path: Path, together: bool) -> None:
-    """All centres in front until January 2025, each group's centres before its indices since."""
+    """All centers in front until January 2025, each group's centers before its indices since."""
     source = random_checkpoint(np.dtype(np.float32))
     blobs = _old_blobs(source, {"gating_ein": "2", "linear_w": "2"})
     if together:
@@ -310,24 +310,24 @@ def test_nuq_in_both_orders(tmp_path: Path, together: bool) -> None:
     checkpoint = registry.open_checkpoint(_file(tmp_path / "old.sbs", blobs), config=SMALL)
     assert_ranges_agree(checkpoint)
     for name in ("model.layers.1.mlp.up_proj.weight", "model.layers.2.mlp.down_proj.weight"):
-        mine, original = checkpoint.tensors[name].load().astype(np.float32), source.tensors[name].load()
+        written, original = checkpoint.tensors[name].load().astype(np.float32), source.tensors[name].load()
         assert checkpoint.tensors[name].stored == "nuq"
-        # Sixteen quantiles: most values lie close to their centre.
-        assert np.quantile(np.abs(mine - original), 0.9) < np.std(original) / 4, name
+        # Sixteen quantiles: most values lie close to their center.
+        assert np.quantile(np.abs(written - original), 0.9) < np.std(original) / 4, name
 
 
-def test_the_released_model_is_told_by_its_layers() -> None:
+def test_the_number_of_layers_identifies_a_released_model() -> None:
     from gemma2tool.formats.gemma_cpp import config as sbs_config
 
     for config in SIZES.values():
-        found = sbs_config.deduced(config.num_hidden_layers, Path("x.sbs"))
-        assert replace(found, eos_token_id=config.eos_token_id) == config
-        data = sbs_config.write(found, 3)
+        result = sbs_config.deduced(config.num_hidden_layers, Path("x.sbs"))
+        assert replace(result, eos_token_id=config.eos_token_id) == config
+        data = sbs_config.write(result, 3)
         again = sbs_config.read(data, Path("x.sbs"), None)
-        assert replace(again, dtype=found.dtype, architectures=found.architectures) == found
+        assert replace(again, dtype=result.dtype, architectures=result.architectures) == result
 
 
-def test_what_gemma_cpp_cannot_say(tmp_path: Path) -> None:
+def test_what_gemma_cpp_cannot_represent(tmp_path: Path) -> None:
     odd = random_checkpoint(np.dtype(np.float32), replace(SMALL, rope_theta=160000.0))
     with refused("rope_theta: gemma.cpp always uses 10000.0, not 160000.0"):
         write_as("gemma-cpp", odd, tmp_path / "a.sbs")
@@ -336,8 +336,8 @@ def test_what_gemma_cpp_cannot_say(tmp_path: Path) -> None:
         write_as("gemma-cpp", source, tmp_path / "b.sbs", dtype="f16")
     with refused("cannot hold q4_0"):
         write_as("gemma-cpp", source, tmp_path / "c.sbs", type="q4_0")
-    told = registry.by_name("gemma-cpp").layout(source, WriteOptions(name="d.sbs")).warnings
-    assert any("released sizes" in line for line in told) and any("tokenizer" in line for line in told)
+    warnings = registry.by_name("gemma-cpp").layout(source, WriteOptions(name="d.sbs")).warnings
+    assert any("released sizes" in line for line in warnings) and any("tokenizer" in line for line in warnings)
 
 
 @pytest.mark.parametrize(
@@ -359,7 +359,7 @@ def test_broken_files(tmp_path: Path, change, match: str) -> None:
         registry.by_name("gemma-cpp").open(path)
 
 
-def test_contents_that_lie(tmp_path: Path) -> None:
+def test_forged_contents(tmp_path: Path) -> None:
     source = random_checkpoint(np.dtype(np.float32))
     blobs = _old_blobs(source, {})
     for key, data, match in (

@@ -57,7 +57,7 @@ def test_round_trip(tmp_path: Path, dtype: str, limit: int) -> None:
     assert back.config == source.config
 
 
-def test_written_twice_is_written_alike(tmp_path: Path) -> None:
+def test_output_is_deterministic(tmp_path: Path) -> None:
     source = random_checkpoint(np.dtype(ml_dtypes.bfloat16))
     one, other = (write_as("keras", source, tmp_path / name, threads=n) for name, n in (("a", 1), ("b", 4)))
     for path in one.rglob("*"):
@@ -65,29 +65,29 @@ def test_written_twice_is_written_alike(tmp_path: Path) -> None:
 
 
 def test_same_arrays_as_keras_hub(oracles: Path, tmp_path: Path) -> None:
-    theirs = oracles / "checkpoints" / "keras" / "hd_bf16"
-    mine = write_as("keras", registry.open_checkpoint(theirs), tmp_path / "out")
+    reference = oracles / "checkpoints" / "keras" / "hd_bf16"
+    written = write_as("keras", registry.open_checkpoint(reference), tmp_path / "out")
 
-    def arrays(folder: Path) -> dict:
-        found = {}
+    def arrays(folder: Path) -> dict[str, tuple[bytes, tuple[int, ...], np.dtype, str]]:
+        stored = {}
+
+        def keep(name: str, item: object) -> None:
+            if isinstance(item, h5py.Dataset):
+                stored[name] = (item[()].tobytes(), item.shape, item.dtype, item.attrs["dtype"])
+
         with h5py.File(folder / "model.weights.h5") as file:
-
-            def keep(name: str, item: object) -> None:
-                if isinstance(item, h5py.Dataset):
-                    found[name] = (item[()].tobytes(), item.shape, item.dtype, item.attrs["dtype"])
-
             file.visititems(keep)
-        return found
+        return stored
 
-    assert arrays(mine) == arrays(theirs)
-    ours, config = (json.loads((each / "config.json").read_text()) for each in (mine, theirs))
-    config["config"]["name"] = ours["config"]["name"]  # Keras numbers the objects of a session
-    assert ours == config
-    ours, metadata = (json.loads((each / "metadata.json").read_text()) for each in (mine, theirs))
-    assert ours["parameter_count"] == metadata["parameter_count"]
+    assert arrays(written) == arrays(reference)
+    actual, config = (json.loads((folder / "config.json").read_text()) for folder in (written, reference))
+    config["config"]["name"] = actual["config"]["name"]  # Keras numbers the objects of a session
+    assert actual == config
+    actual, metadata = (json.loads((folder / "metadata.json").read_text()) for folder in (written, reference))
+    assert actual["parameter_count"] == metadata["parameter_count"]
 
 
-def test_tokenizer_travels(oracles: Path, tmp_path: Path) -> None:
+def test_the_tokenizer_is_kept(oracles: Path, tmp_path: Path) -> None:
 
     source = random_checkpoint(np.dtype(np.float32))
     vocabulary = (oracles / "checkpoints" / "tokenizer.model").read_bytes()
@@ -111,12 +111,12 @@ def test_keras_hub_loads_it_and_computes_the_same(tmp_path: Path, limit: int, mo
     backbone = hub.models.GemmaBackbone.from_preset(str(folder))
     ids = np.random.default_rng(0).integers(3, SMALL.vocab_size, (2, 24))
     hidden = backbone({"token_ids": ids, "padding_mask": np.ones_like(ids)})
-    theirs = backbone.token_embedding(hidden, reverse=True).detach().numpy()
-    ours = logits(registry.open_checkpoint(folder), ids)
-    assert (np.abs(ours - theirs) <= 5e-5 + 1e-5 * np.abs(ours)).all(), np.abs(ours - theirs).max()
+    reference = backbone.token_embedding(hidden, reverse=True).detach().numpy()
+    actual = logits(registry.open_checkpoint(folder), ids)
+    assert (np.abs(actual - reference) <= 5e-5 + 1e-5 * np.abs(actual)).all(), np.abs(actual - reference).max()
 
 
-def test_27b_is_told_apart_from_head_dim(tmp_path: Path) -> None:
+def test_query_scales_other_than_head_dim(tmp_path: Path) -> None:
     config = replace(SMALL, query_pre_attn_scalar=16)  # hidden 64 / 4 heads
     source = random_checkpoint(np.dtype(np.float32), config)
     output = registry.by_name("keras").layout(source, WriteOptions())
@@ -213,7 +213,7 @@ def test_broken_files(preset: Path, tmp_path: Path) -> None:
         registry.by_name("keras").open(preset)
 
 
-def test_index_and_config_that_lie(tmp_path: Path) -> None:
+def test_forged_index_and_config(tmp_path: Path) -> None:
     folder = write_as("keras", random_checkpoint(np.dtype(np.float32)), tmp_path / "out", max_shard_size=60_000)
     index = folder / "model.weights.json"
     content = json.loads(index.read_text())

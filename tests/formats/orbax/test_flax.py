@@ -100,14 +100,14 @@ def _tree_of(folder: Path) -> dict[str, np.ndarray]:
 
 
 def test_same_arrays_as_google_deepmind_gemma(oracles: Path, tmp_path: Path) -> None:
-    """Each array of ours equals theirs, read by tensorstore; the 27b and hd oracles in (2, F, D) order."""
-    theirs = oracles / "checkpoints" / "flax" / "orbax-0.12-27b_T_bf16" / "ckpt"
-    source = registry.open_checkpoint(theirs, config=oracle_config(oracles, "27b"))
-    mine = _tree_of(write_as("flax", source, tmp_path / "out") / "ckpt")
-    kvstore = {"driver": "ocdbt", "base": f"file://{theirs}/"}
+    """Every array equals the one that google-deepmind/gemma wrote, read by tensorstore; gating_einsum is (2, F, D)."""
+    reference = oracles / "checkpoints" / "flax" / "orbax-0.12-27b_T_bf16" / "ckpt"
+    source = registry.open_checkpoint(reference, config=oracle_config(oracles, "27b"))
+    written = _tree_of(write_as("flax", source, tmp_path / "out") / "ckpt")
+    kvstore = {"driver": "ocdbt", "base": f"file://{reference}/"}
     keys = [key.decode() for key in tensorstore.KvStore.open(kvstore).result().list().result()]
     names = {key.rpartition("/")[0] for key in keys}
-    assert mine.keys() == names
+    assert written.keys() == names
     for name in names:
         array = (
             tensorstore.open({"driver": "zarr", "kvstore": kvstore | {"path": name + "/"}}, open=True)
@@ -116,13 +116,15 @@ def test_same_arrays_as_google_deepmind_gemma(oracles: Path, tmp_path: Path) -> 
             .result()
         )
         rows = SIZES["2b"].vocab_size if name != "transformer/embedder.input_embedding" else source.config.vocab_size
-        assert mine[name].shape == array.shape and mine[name].dtype == array.dtype, name
-        assert mine[name][:rows].tobytes() == array[:rows].tobytes(), name
-    ours, metadata = (json.loads((folder / "_METADATA").read_text()) for folder in (tmp_path / "out" / "ckpt", theirs))
-    assert ours.keys() == metadata.keys()
+        assert written[name].shape == array.shape and written[name].dtype == array.dtype, name
+        assert written[name][:rows].tobytes() == array[:rows].tobytes(), name
+    actual, metadata = (
+        json.loads((folder / "_METADATA").read_text()) for folder in (tmp_path / "out" / "ckpt", reference)
+    )
+    assert actual.keys() == metadata.keys()
     for key, entry in metadata["tree_metadata"].items():
-        assert ours["tree_metadata"][key]["key_metadata"] == entry["key_metadata"]
-        assert ours["tree_metadata"][key]["value_metadata"]["write_shape"] == entry["value_metadata"]["write_shape"]
+        assert actual["tree_metadata"][key]["key_metadata"] == entry["key_metadata"]
+        assert actual["tree_metadata"][key]["value_metadata"]["write_shape"] == entry["value_metadata"]["write_shape"]
 
 
 @pytest.mark.slow
@@ -142,8 +144,8 @@ def test_orbax_restores_it(tmp_path: Path) -> None:
     assert all(map(np.array_equal, jax.tree.leaves(plain), jax.tree.leaves(restored)))
     assert restored["transformer/layer_0/attn/q_einsum"]["w"].shape == (4, 64, 32)
     q = np.asarray(restored["transformer/layer_2/attn/q_einsum"]["w"])
-    mine = source.tensors["model.layers.2.self_attn.q_proj.weight"].load()
-    assert q.transpose(0, 2, 1).reshape(mine.shape).tobytes() == mine.tobytes()
+    written = source.tensors["model.layers.2.self_attn.q_proj.weight"].load()
+    assert q.transpose(0, 2, 1).reshape(written.shape).tobytes() == written.tobytes()
     assert np.asarray(restored["transformer/embedder"]["input_embedding"]).shape == (256, 64)
     assert len(jax.tree.leaves(restored)) == 2 + 9 * 3
 
@@ -153,7 +155,7 @@ def test_orbax_restores_it(tmp_path: Path) -> None:
 def test_google_deepmind_gemma_loads_it_and_computes_the_same(
     tmp_path: Path, like_2b: bool, scalar: int, monkeypatch
 ) -> None:
-    """Both orders of gating_einsum, both query scales, past the sliding window."""
+    """Both orders of gating_einsum, both query scales, beyond the sliding window."""
     pytest.importorskip("gemma.transformer", reason="Google DeepMind's gemma 2.0 is not installed")
     import jax
     import jax.numpy as jnp
@@ -190,12 +192,12 @@ def test_google_deepmind_gemma_loads_it_and_computes_the_same(
     positions = jnp.broadcast_to(jnp.arange(24), ids.shape)
     mask = jnp.broadcast_to(jnp.tril(jnp.ones((24, 24), bool)), (2, 24, 24))
     with jax.default_matmul_precision("highest"):
-        theirs, _ = Transformer(config).apply(
+        reference, _ = Transformer(config).apply(
             {"params": loaded["transformer"]}, jnp.asarray(ids), positions, None, mask
         )
-    ours = logits(registry.open_checkpoint(folder.parent), ids)
-    theirs = np.asarray(theirs)[..., : SMALL.vocab_size]
-    assert (np.abs(ours - theirs) <= 5e-5 + 1e-5 * np.abs(ours)).all(), np.abs(ours - theirs).max()
+    actual = logits(registry.open_checkpoint(folder.parent), ids)
+    reference = np.asarray(reference)[..., : SMALL.vocab_size]
+    assert (np.abs(actual - reference) <= 5e-5 + 1e-5 * np.abs(actual)).all(), np.abs(actual - reference).max()
 
 
 # -- other forms of the tree -------------------------------------------------------------------------------------------
@@ -256,7 +258,7 @@ def test_stacked_tree(tmp_path: Path, tree: tuple, ocdbt: bool) -> None:
     assert_ranges_agree(checkpoint)
 
 
-def test_gating_order_is_told_by_shape(tmp_path: Path, tree: tuple) -> None:
+def test_the_shape_shows_the_order_of_gating_einsum(tmp_path: Path, tree: tuple) -> None:
     source, flat = tree
     other = {name: array.swapaxes(1, 2) if "gating" in name else array for name, array in flat.items()}
     assert any(name.endswith("gating_einsum.w") for name in flat)
@@ -278,9 +280,9 @@ def test_released_shapes_need_no_config() -> None:
             shape = (256128, config.hidden_size) if dims is None else axis_sizes(dims, config)
             metadata = ArrayMetadata(shape, shape, np.dtype(np.float32))
             arrays[entry.disk] = flax._StoredParameter(StoredArray(Path("x"), entry.disk, metadata, {}))
-        found = flax.infer_from_shapes(flax._canonical_shapes(arrays, None))
-        assert found.query_pre_attn_scalar == config.query_pre_attn_scalar
-        assert (found.vocab_size, found.num_hidden_layers) == (256000, config.num_hidden_layers)
+        result = flax.infer_from_shapes(flax._canonical_shapes(arrays, None))
+        assert result.query_pre_attn_scalar == config.query_pre_attn_scalar
+        assert (result.vocab_size, result.num_hidden_layers) == (256000, config.num_hidden_layers)
         assert flax._is_gating_transposed(arrays, config) == transposed
 
 
@@ -359,7 +361,7 @@ def _shard(chunk: list[int], codecs: list, **more: object) -> dict:
 
 
 def _zarr3(folder: Path, array: np.ndarray, codecs: list, **more: object) -> Path:
-    """One array, as Orbax says that all its chunks are stored; returns the array's folder."""
+    """A folder with one array, all of whose chunks are stored according to Orbax; returns the array's folder."""
     metadata = {"shape": list(array.shape), "data_type": array.dtype.name, "codecs": codecs} | more
     metadata["chunk_grid"] = {"name": "regular", "configuration": {"chunk_shape": [10, *array.shape[1:]]}}
     spec = {
@@ -515,7 +517,7 @@ def test_broken_databases(oracles: Path, tmp_path: Path) -> None:
                 tensor.load()
 
 
-def test_missing_library_is_told(oracles: Path, monkeypatch) -> None:
+def test_a_missing_library_is_named(oracles: Path, monkeypatch) -> None:
     import sys
 
     monkeypatch.setitem(sys.modules, "zstandard", None)

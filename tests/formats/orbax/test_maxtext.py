@@ -1,4 +1,4 @@
-"""MaxText's parameters, against what its converter's arithmetic gives."""
+"""MaxText's parameters, against the arithmetic of its converter."""
 
 from __future__ import annotations
 
@@ -49,9 +49,9 @@ def test_arrays_are_those_of_the_converter(tmp_path: Path) -> None:
     assert np.array_equal(
         out[:, 1], values("model.layers.2.self_attn.o_proj.weight").reshape(64, 4, 32).transpose(1, 2, 0)
     )
-    for mine, theirs in (("wi_0", "gate_proj"), ("wi_1", "up_proj"), ("wo", "down_proj")):
-        kernel = arrays[f"params.params.decoder.layers.mlp_local.{mine}.kernel"]
-        assert np.array_equal(kernel[:, 0], values(f"model.layers.0.mlp.{theirs}.weight").T)
+    for name, hf_name in (("wi_0", "gate_proj"), ("wi_1", "up_proj"), ("wo", "down_proj")):
+        kernel = arrays[f"params.params.decoder.layers.mlp_local.{name}.kernel"]
+        assert np.array_equal(kernel[:, 0], values(f"model.layers.0.mlp.{hf_name}.weight").T)
     norm = arrays["params.params.decoder.layers.pre_ffw_norm_global.scale"]
     assert norm.shape == (64, 2) and np.array_equal(
         norm[:, 0], values("model.layers.1.pre_feedforward_layernorm.weight") + np.float32(1)
@@ -73,24 +73,24 @@ def test_there_and_back_but_for_rounding(tmp_path: Path, dtype: str) -> None:
     kept = maxtext.expected_after_roundtrip(source, back)
     unit = 2.0 ** (-23 if dtype == "float32" else -7)
     for name, tensor in source.tensors.items():
-        mine, original = back.tensors[name].load(), tensor.load()
+        written, original = back.tensors[name].load(), tensor.load()
         changed = re.search("norm|q_proj|embed", name) is not None
         assert (name in kept) == changed, name
         if changed:
-            assert mine.tobytes() == kept[name].load().tobytes(), name
+            assert written.tobytes() == kept[name].load().tobytes(), name
             exact = original.astype(np.float64)
             bound = np.abs(exact) * unit + (unit if "norm" in name else 0) * (1 + np.abs(exact))
-            assert (np.abs(mine.astype(np.float64) - exact) <= bound).all(), name
+            assert (np.abs(written.astype(np.float64) - exact) <= bound).all(), name
         else:
-            assert mine.tobytes() == original.tobytes(), name
-    told = maxtext.layout(source, WriteOptions()).warnings
-    assert any("not exact" in line and "q_proj" in line for line in told)
+            assert written.tobytes() == original.tobytes(), name
+    warnings = maxtext.layout(source, WriteOptions()).warnings
+    assert any("not exact" in line and "q_proj" in line for line in warnings)
 
 
 @pytest.mark.parametrize("dtype", [None, "f32", "bf16", "f16"])
 @pytest.mark.parametrize("origin", ["float32", "bfloat16", "gguf"])
 def test_it_passes_its_own_verification_and_faults_do_not(tmp_path: Path, origin: str, dtype: str | None) -> None:
-    """What the convention rounds, in whatever type it is stored, is no fault; the next float beside it is one."""
+    """What the convention rounds, in any stored type, passes; the next float beside it fails."""
     from gemma2tool.model.lazy import ArrayTensor
     from gemma2tool.verify.run import LEVELS, VerifySettings, verify
 
@@ -104,8 +104,8 @@ def test_it_passes_its_own_verification_and_faults_do_not(tmp_path: Path, origin
         return verify(source, candidate, VerifySettings(ids=np.arange(12), expected=expected, levels=levels))
 
     candidate = registry.open_checkpoint(write_as("maxtext", source, tmp_path / "out", dtype=dtype))
-    found = verdict(*LEVELS)
-    assert found.passed and found.gate("tensors").status == "passed", found.to_json()
+    result = verdict(*LEVELS)
+    assert result.passed and result.gate("tensors").status == "passed", result.to_json()
     for name in (
         "model.embed_tokens.weight",
         "model.layers.1.self_attn.q_proj.weight",
@@ -115,15 +115,15 @@ def test_it_passes_its_own_verification_and_faults_do_not(tmp_path: Path, origin
         values = whole.load()
         values.reshape(-1)[7:8].view(f"u{values.dtype.itemsize}")[:] += 1
         candidate.tensors[name] = ArrayTensor(values)
-        found = verdict("tensors")
-        assert not found.passed and name in found.gate("tensors").summary
+        result = verdict("tensors")
+        assert not result.passed and name in result.gate("tensors").summary
         candidate.tensors[name] = whole
 
 
-def test_a_power_of_two_loses_nothing_and_is_not_told(tmp_path: Path) -> None:
+def test_a_power_of_two_loses_nothing_and_gives_no_warning(tmp_path: Path) -> None:
     source = random_checkpoint(np.dtype(ml_dtypes.bfloat16), replace(CONFIG, head_dim=16, query_pre_attn_scalar=16))
-    (told,) = registry.by_name("maxtext").layout(source, WriteOptions()).warnings
-    assert told.startswith("all norms (plus one): rounded")  # sqrt(64) and 16 ** -0.5 are powers of two
+    [warning] = registry.by_name("maxtext").layout(source, WriteOptions()).warnings
+    assert warning.startswith("all norms (plus one): rounded")  # sqrt(64) and 16 ** -0.5 are powers of two
     back = registry.open_checkpoint(write_as("maxtext", source, tmp_path / "out"))
     for name, tensor in source.tensors.items():
         assert "norm" in name or tensor.load().tobytes() == back.tensors[name].load().tobytes(), name
@@ -137,10 +137,10 @@ def test_pairs_that_are_not_stacked(tmp_path: Path) -> None:
         pieces = {name: array}
         if ".layers." in name:
             pieces = {name.replace(".layers.", f".layers_{pair}."): array[:, pair] for pair in range(2)}
-        for each, part in pieces.items():
+        for key, part in pieces.items():
             spec = {
                 "driver": "zarr",
-                "kvstore": f"file://{folder}/{each}/",
+                "kvstore": f"file://{folder}/{key}/",
                 "metadata": {"dtype": "<f4", "shape": list(part.shape), "compressor": {"id": "zstd", "level": 1}},
             }
             spec["metadata"]["chunks"] = list(part.shape)

@@ -1,4 +1,4 @@
-"""torchtune and litgpt, against state dicts that their own converters made."""
+"""torchtune and litgpt, against state dicts that their own converters wrote."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ ORACLES = [("torchtune", "tune_state_dict.pt"), ("litgpt", "lit_model.pth")]
 def test_oracles(oracles: Path, name: str, file: str) -> None:
     path = oracles / "checkpoints" / name / "27b"
     config = oracle_config(oracles, "27b")
-    for each in (path, path / file):
-        assert registry.detect(each).name == name
-        checkpoint = registry.open_checkpoint(each, config=config)
+    for place in (path, path / file):
+        assert registry.detect(place).name == name
+        checkpoint = registry.open_checkpoint(place, config=config)
         assert_same_tensors(truth_of(oracles, "27b"), checkpoint)
     assert_ranges_agree(checkpoint)
     assert_true_logits(oracles, checkpoint, "27b")
@@ -38,14 +38,14 @@ def test_oracles(oracles: Path, name: str, file: str) -> None:
 
 @pytest.mark.parametrize(("name", "file"), ORACLES)
 def test_state_dicts_equal_their_converters(oracles: Path, tmp_path: Path, name: str, file: str) -> None:
-    """What we write of the same weights is, tensor by tensor, what the library's own converter made."""
+    """What is written for the same weights equals, tensor by tensor, what the library's own converter wrote."""
     import torch
 
-    mine = torch.load(write_as(name, truth_of(oracles, "27b"), tmp_path / "out") / file, weights_only=True)
-    theirs = torch.load(oracles / "checkpoints" / name / "27b" / file, weights_only=True)
-    assert mine.keys() == theirs.keys()
-    for key, tensor in theirs.items():
-        assert mine[key].dtype == tensor.dtype and torch.equal(mine[key], tensor), key
+    written = torch.load(write_as(name, truth_of(oracles, "27b"), tmp_path / "out") / file, weights_only=True)
+    reference = torch.load(oracles / "checkpoints" / name / "27b" / file, weights_only=True)
+    assert written.keys() == reference.keys()
+    for key, tensor in reference.items():
+        assert written[key].dtype == tensor.dtype and torch.equal(written[key], tensor), key
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -60,7 +60,7 @@ def test_round_trip(tmp_path: Path, name: str, dtype: str) -> None:
 
 
 def test_interleaved_fused_matrix_of_old_litgpt(tmp_path: Path) -> None:
-    """Per kv head its queries, its key, its value: the order that litgpt's qkv_reassemble takes apart."""
+    """For each kv head its queries, its key, its value: the order that litgpt's qkv_reassemble undoes."""
     import torch
 
     source = random_checkpoint(np.dtype(np.float32))
@@ -101,7 +101,7 @@ def test_litgpt_config_is_yaml(tmp_path: Path) -> None:
     assert content["attention_scores_scalar"] == 32 and content["final_logit_softcapping"] == 30.0
 
 
-def test_untied_head_travels_through_litgpt_and_is_refused_by_torchtune(tmp_path: Path) -> None:
+def test_litgpt_keeps_an_untied_head_and_torchtune_refuses_it(tmp_path: Path) -> None:
     from dataclasses import replace
 
     source = random_checkpoint(np.dtype(np.float32), replace(SMALL, tie_word_embeddings=False))

@@ -1,4 +1,6 @@
-"""gemma_pytorch checkpoints that we write, against ones that Google's code wrote, and in Google's own model class."""
+"""gemma_pytorch checkpoints that gemma2tool writes, against ones that Google's code wrote, and in Google's model
+class.
+"""
 
 from __future__ import annotations
 
@@ -27,19 +29,19 @@ def test_state_dicts_equal_those_of_googles_code(oracles: Path, tmp_path: Path, 
 
     dtype = "bf16" if variant.endswith("bf16") else None
     source = truth_of(oracles, variant.removesuffix("_bf16"))
-    mine = torch.load(write_as("gemma-pytorch", source, tmp_path / "model.ckpt", dtype=dtype), weights_only=True)[
+    written = torch.load(write_as("gemma-pytorch", source, tmp_path / "model.ckpt", dtype=dtype), weights_only=True)[
         "model_state_dict"
     ]
     folder = oracles / "checkpoints" / "gemma_pytorch" / variant
-    theirs = torch.load(folder / "model.ckpt", weights_only=True)["model_state_dict"]
-    assert list(mine) == list(theirs)
-    for name, tensor in theirs.items():
-        assert mine[name].dtype == tensor.dtype and torch.equal(mine[name], tensor), name
+    reference = torch.load(folder / "model.ckpt", weights_only=True)["model_state_dict"]
+    assert list(written) == list(reference)
+    for name, tensor in reference.items():
+        assert written[name].dtype == tensor.dtype and torch.equal(written[name], tensor), name
 
 
 @pytest.mark.slow
 def test_a_ckpt_has_no_tokenizer_and_passes_its_verification(fixture_dir: Path, tmp_path: Path) -> None:
-    """The source's lies beside its weights; a file of weights alone has nowhere to put it, a folder has."""
+    """The source has one beside its weights; a file of weights alone has no place for it, a folder has."""
     from typer.testing import CliRunner
 
     from gemma2tool.cli.main import app
@@ -97,14 +99,14 @@ def test_gemma_pytorch_loads_it_and_computes_the_same(oracles: Path, tmp_path: P
     length = ids.shape[1]
     far = torch.full((1, 1, length, length), -2.3819763e38)
     mask = torch.triu(far, diagonal=1)
-    theirs = []
+    reference = []
     for position in range(length):
         caches = [
             tuple(torch.zeros(len(ids), length, SMALL.num_key_value_heads, SMALL.head_dim) for _ in "kv")
             for _ in range(SMALL.num_hidden_layers)
         ]
         positions = torch.arange(length)
-        _, found = model(
+        _, result = model(
             input_token_ids=torch.from_numpy(ids),
             input_positions=positions,
             kv_write_indices=positions,
@@ -116,15 +118,15 @@ def test_gemma_pytorch_loads_it_and_computes_the_same(oracles: Path, tmp_path: P
             top_ps=torch.ones(len(ids)),
             top_ks=torch.ones(len(ids), dtype=torch.int64),
         )
-        theirs.append(found.numpy())
-    ours = logits(registry.open_checkpoint(path), ids)
-    assert (np.abs(ours - np.stack(theirs, axis=1)) <= 5e-5 + 1e-5 * np.abs(ours)).all(), np.abs(
-        ours - np.stack(theirs, 1)
+        reference.append(result.numpy())
+    actual = logits(registry.open_checkpoint(path), ids)
+    assert (np.abs(actual - np.stack(reference, axis=1)) <= 5e-5 + 1e-5 * np.abs(actual)).all(), np.abs(
+        actual - np.stack(reference, 1)
     ).max()
 
 
 def test_a_ckpt_alone_keeps_its_special_ids_in_a_gguf(tmp_path: Path, llama) -> None:
-    """Without a vocabulary to find <end_of_turn> in, its id is written; llama.cpp loads the file and is given ids."""
+    """Without a vocabulary that has <end_of_turn>, its id is written; llama.cpp loads the file and gets token ids."""
     from dataclasses import replace
 
     config = replace(SMALL, eos_token_id=(1, 107), bos_token_id=2, pad_token_id=0)
@@ -134,5 +136,5 @@ def test_a_ckpt_alone_keeps_its_special_ids_in_a_gguf(tmp_path: Path, llama) -> 
     path = write_as("gguf", source, tmp_path / "it.gguf")
     back = registry.open_checkpoint(path)
     assert (back.config.eos_token_id, back.config.bos_token_id, back.config.pad_token_id) == ((1, 107), 2, 0)
-    _, found = llama.logits(path, [2, 5, 9, 100])
-    assert np.isfinite(found).all() and found.shape[-1] == config.vocab_size
+    _, result = llama.logits(path, [2, 5, 9, 100])
+    assert np.isfinite(result).all() and result.shape[-1] == config.vocab_size
