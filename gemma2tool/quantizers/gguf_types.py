@@ -83,7 +83,9 @@ _OTHER_ROWS = (
     GGUFType("NVFP4", 40, 64, 36),
     GGUFType("Q1_0", 41, 128, 18),
 )
-"""Types that a GGUF file may have and that are neither read nor written. The numbers that are missing were withdrawn."""
+"""Types that a GGUF file may have and that are neither read nor written. The numbers that are missing
+were withdrawn.
+"""
 
 GGML_BLOCKS: Mapping[int, tuple[int, int]] = MappingProxyType(
     {row.id: (row.block_elements, row.block_bytes) for row in (*_ROWS, *_OTHER_ROWS)}

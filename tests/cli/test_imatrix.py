@@ -28,7 +28,10 @@ def test_equals_llama_imatrix(oracles: Path, tmp_path: Path) -> None:
     assert ours.weights.keys() == theirs.weights.keys()
     for name, weights in theirs.weights.items():  # llama.cpp's GELU is a float16 table, and it adds in float32
         assert np.abs(ours.weights[name] - weights).max() <= 5e-3 * weights.max(), name
-    mine, header = gguf.read_header(out, GGML_BLOCKS), gguf.read_header(folder / "imatrix" / "tiny_gqa4.gguf", GGML_BLOCKS)
+    mine, header = (
+        gguf.read_header(out, GGML_BLOCKS),
+        gguf.read_header(folder / "imatrix" / "tiny_gqa4.gguf", GGML_BLOCKS),
+    )
     assert list(mine.tensors) == list(header.tensors)
     assert list(mine.kv) == list(header.kv)
     assert mine.kv["imatrix.chunk_count"] == header.kv["imatrix.chunk_count"]
