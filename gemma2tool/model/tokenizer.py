@@ -124,7 +124,8 @@ class Tokenizer:
     - ``adds``: role -> whether a text gets the token ("bos" before it, "eos" after it, "sep" between two); a role that
       is absent is not known. ``declared``: the roles of ``adds`` that the files state, in their order.
     - ``normalizer``: what is done to a text first; ``normalizer.add_dummy_prefix`` is llama.cpp's add_space_prefix.
-    - ``stop_ids``: the ids that end a generated text; None where only the model's config says.
+    - ``stop_ids``: the ids that end a generated text; None where only the model's config says. ``implied_stops``: those
+      of them that no file states; the program that runs the model adds them.
     - ``chat_templates``: by name; ``DEFAULT_TEMPLATE`` is the one that is used unless another is asked for.
     - ``notes``: what reading had to assume.
     - ``find_conflicts``: compares the files with each other, which takes seconds; see ``conflicts``.
@@ -140,6 +141,7 @@ class Tokenizer:
     chat_templates: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     find_conflicts: Callable[[], tuple[Conflict, ...]] = _no_conflicts
+    implied_stops: frozenset[int] = frozenset()
 
     @property
     def has_vocabulary(self) -> bool:

@@ -24,6 +24,7 @@ from gemma2tool.verify.compare.measurements import Drift, depth_name, layer_and_
 from gemma2tool.verify.compare.tensor_diff import TensorDifference, compare_values
 from gemma2tool.verify.compare.token_ids import as_prompts
 from gemma2tool.verify.compare.tokenizer import compare_tokenizers
+from gemma2tool.verify.compare.tokenizer_use import implied_stops
 from gemma2tool.verify.diagnosis.cause import Cause
 from gemma2tool.verify.finding import Finding, GateResult, Sides
 from gemma2tool.verify.json_values import json_value, significant
@@ -114,7 +115,7 @@ def diff(
     """
     start = time.perf_counter()
     names = compare_names(a, b, sides=A_AND_B)
-    config = _both_ways(compare_configs, a.config, b.config)
+    config = _both_ways(_compare_configs, a, b)
     tokenizer = _both_ways(_compare_tokenizers, a, b)
     differences = _compare_tensors(a, b, expected, threads, progress)
     tensors = _tensors_part(differences)
@@ -144,6 +145,11 @@ def _both_ways(compare: _Compare[Compared], a: Compared, b: Compared) -> GateRes
     subjects = {finding.subject for finding in errors}
     others = tuple(finding for finding in forward.findings if finding.subject not in subjects)
     return replace(forward, status="failed", summary=backward.summary, findings=errors + others)
+
+
+def _compare_configs(a: Checkpoint, b: Checkpoint, /, *, sides: Sides) -> GateResult:
+    stops = implied_stops(a), implied_stops(b)
+    return compare_configs(a.config, b.config, sides=sides, implied_stops=stops)
 
 
 def _compare_tokenizers(a: Checkpoint, b: Checkpoint, /, *, sides: Sides) -> GateResult:

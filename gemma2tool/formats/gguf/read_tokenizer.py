@@ -19,7 +19,7 @@ from gemma2tool.containers.tokenizer_model import (
 )
 from gemma2tool.errors import InputRefused
 from gemma2tool.formats.gguf.key_values import KeyReader
-from gemma2tool.formats.gguf.stops import stop_ids
+from gemma2tool.formats.gguf.stops import implied_stops, stop_ids
 from gemma2tool.formats.tokenizers.writing import derived_files
 from gemma2tool.model.checkpoint import Assets
 from gemma2tool.model.tokenizer import DEFAULT_TEMPLATE, AddedToken, Pieces, Tokenizer, looks_special
@@ -84,6 +84,7 @@ def read_tokenizer(keys: KeyReader) -> Tokenizer:
         NormalizerSpec(add_dummy_prefix=keys.flag("tokenizer.ggml.add_space_prefix", True)),
         stop_ids(keys),
         _templates(keys),
+        implied_stops=implied_stops(keys),
     )
 
 

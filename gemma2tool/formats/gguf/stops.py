@@ -15,6 +15,9 @@ END_TEXTS = frozenset(
 (measured with llama_vocab_is_eog). It does so for fill-in-the-middle tokens too, which no Gemma 2 has."""
 
 
+END_OF_TURN = "<end_of_turn>"
+
+
 def stop_ids(keys: KeyReader) -> tuple[int, ...]:
     """eos, the end of a turn that a key names, and the tokens that llama.cpp knows by their texts."""
     stops = [keys.integer("tokenizer.ggml.eos_token_id", 1)]
@@ -24,3 +27,16 @@ def stop_ids(keys: KeyReader) -> tuple[int, ...]:
             stops.append(token)
     stops += (token for token, text in enumerate(keys.texts("tokenizer.ggml.tokens", ())) if text in END_TEXTS)
     return tuple(dict.fromkeys(stops))
+
+
+def implied_stops(keys: KeyReader) -> frozenset[int]:
+    """The stops that nothing in the file states: llama.cpp adds them for their texts.
+
+    A chat template that ends turns with a token states it as a stop.
+    """
+    template = keys.text("tokenizer.chat_template", "")
+    tokens = keys.texts("tokenizer.ggml.tokens", ())
+    stated = {keys.integer(f"tokenizer.ggml.{name}_token_id", None) for name in ("eot", "eom")}
+    stated.add(keys.integer("tokenizer.ggml.eos_token_id", 1))
+    implied = (token for token in stop_ids(keys) if token not in stated)
+    return frozenset(token for token in implied if tokens[token] != END_OF_TURN or END_OF_TURN not in template)

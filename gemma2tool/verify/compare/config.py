@@ -5,7 +5,7 @@ A field changes the arithmetic, or how the model is used, or is only a descripti
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 from itertools import chain
 from typing import Any
 
@@ -31,17 +31,20 @@ def compare_configs(
     sides: Sides = SIDES,
     cannot_represent: Mapping[str, str] | None = None,
     assumptions: Iterable[Assumption] = (),
+    implied_stops: tuple[Set[int], Set[int]] = (frozenset(), frozenset()),
 ) -> GateResult:
     """The config gate.
 
     It fails if a field of the arithmetic differs, or one that decides where a text begins and ends.
     ``cannot_represent``: field -> why the candidate's format cannot represent the source's value. ``assumptions``: what
-    the candidate's consumer computes whatever the file says; each becomes a warning.
+    the candidate's consumer computes whatever the file says; each becomes a warning. ``implied_stops``: of source and
+    candidate, the ids in eos_token_id that the format's consumer adds and the file does not state.
     """
     findings = tuple(
         chain(
             _arithmetic(source, candidate, sides, cannot_represent or {}),
             _use(source, candidate, sides),
+            _stops(source, candidate, sides, implied_stops),
             _description(source, candidate, sides),
             (Finding(GATE, "warning", name, f"{name}: {sentence}") for name, sentence in assumptions),
             _absent(source, candidate, sides),
@@ -76,11 +79,28 @@ def _use(source: Gemma2Config, candidate: Gemma2Config, sides: Sides) -> Iterato
     for field in USE_FIELDS:
         name = field.name
         values = getattr(source, name), getattr(candidate, name)
-        if name == "eos_token_id":
-            values = source.eos_token_ids or None, candidate.eos_token_ids or None
-        if values[0] != values[1]:
+        if name != "eos_token_id" and values[0] != values[1]:
             message = f"{name} ({field.meaning}): {_both(*values, sides)}"
             yield Finding(GATE, _use_severity(name, source, candidate), name, message)
+
+
+def _stops(
+    source: Gemma2Config, candidate: Gemma2Config, sides: Sides, implied: tuple[Set[int], Set[int]]
+) -> Iterator[Finding]:
+    """Without one of its stops a chat does not end; an additional stop can only end it. One that is not stated cannot
+    be lost.
+    """
+    stops = set(source.eos_token_ids), set(candidate.eos_token_ids)
+    if stops[0] == stops[1]:
+        return
+    severity: Severity = "note"
+    if all(stops) and stops[0] - implied[0] - stops[1]:
+        severity = "error"
+    elif all(stops) and stops[1] - implied[1] - stops[0]:
+        severity = "warning"
+    ids = source.eos_token_ids or None, candidate.eos_token_ids or None
+    meaning = CONFIG_FIELDS["eos_token_id"].meaning
+    yield Finding(GATE, severity, "eos_token_id", f"eos_token_id ({meaning}): {_both(*ids, sides)}")
 
 
 def _use_severity(name: str, source: Gemma2Config, candidate: Gemma2Config) -> Severity:
@@ -90,8 +110,6 @@ def _use_severity(name: str, source: Gemma2Config, candidate: Gemma2Config) -> S
         return "note"
     if name == "bos_token_id":
         return "error"
-    if name == "eos_token_id":  # without one of its stops a chat does not end; an additional stop can only end it
-        return "error" if set(source.eos_token_ids) - set(candidate.eos_token_ids) else "warning"
     if name == "max_position_embeddings":  # a smaller one refuses prompts; some rotary scalings compute with it
         computes = source.rope_parameters["rope_type"] in ("dynamic", "longrope", "yarn")
         return "error" if candidate_value < source_value or computes else "warning"

@@ -7,9 +7,19 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
+from gemma2tool.errors import InputRefused
+from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.tokenizer import DEFAULT_TEMPLATE, Tokenizer
 from gemma2tool.verify.compare.tokenizer_json import GATE
 from gemma2tool.verify.finding import Finding, Severity, Sides
+
+
+def implied_stops(checkpoint: Checkpoint) -> frozenset[int]:
+    """The stops that no file of the checkpoint states; none where its tokenizer cannot be read."""
+    try:
+        return checkpoint.tokenizer.implied_stops
+    except InputRefused:
+        return frozenset()
 
 
 def compare_use(left: Tokenizer, right: Tokenizer, sides: Sides, *, keeps_template: bool) -> Iterator[Finding]:
@@ -76,11 +86,11 @@ def _space_prefix(left: Tokenizer, right: Tokenizer, sides: Sides) -> Iterator[F
 
 
 def _stops(left: Tokenizer, right: Tokenizer, sides: Sides) -> Iterator[Finding]:
-    """A stop that is lost lets a chat run on, one more can only end it."""
+    """A stop that is lost lets a chat run on, one more can only end it; one that nothing states cannot be lost."""
     if left.stop_ids is None or right.stop_ids is None:
         return
     source, candidate = set(left.stop_ids), set(right.stop_ids)
     if source != candidate:
-        severity: Severity = "error" if source - candidate else "note"
+        severity: Severity = "error" if source - left.implied_stops - candidate else "note"
         message = f"generation stops at {sorted(source)}, in the {sides[1]} at {sorted(candidate)}"
         yield Finding(GATE, severity, "eos_token_id", message)

@@ -200,6 +200,28 @@ def test_an_archive_without_configs_passes(folder: Folder) -> None:
     assert verified(source, through_gguf(source)).status == "passed"
 
 
+def test_a_base_model_and_its_gguf_are_the_same_either_way(folder: Folder) -> None:
+    """llama.cpp stops at <end_of_turn> although nothing in the file of a base model says so."""
+    no_template(folder)
+    folder.generation["eos_token_id"] = 1
+    folder.model_config = dataclasses.replace(folder.model_config, eos_token_id=1)
+    source = folder.checkpoint()
+    candidate = through_gguf(source)
+    assert set(candidate.config.eos_token_ids) == {1, TURN} and candidate.tokenizer.implied_stops == {TURN}
+    for a, b in ((source, candidate), (candidate, source)):
+        stops = a.tokenizer.implied_stops, b.tokenizer.implied_stops
+        config = compare_configs(a.config, b.config, implied_stops=stops)
+        assert {finding.severity for finding in (*config.findings, *compare_tokenizers(a, b).findings)} == {"note"}
+
+
+def test_a_stop_of_a_chat_model_is_missed(folder: Folder) -> None:
+    candidate = folder.checkpoint()
+    source = through_gguf(candidate)
+    candidate.config = dataclasses.replace(candidate.config, eos_token_id=1)
+    assert not source.tokenizer.implied_stops, "the chat template states the end of a turn"
+    assert compare_configs(source.config, candidate.config, implied_stops=(frozenset(), frozenset())).failed
+
+
 def test_the_unused_token_that_was_made_special_is_named(folder: Folder) -> None:
     unused_made_special(folder)
     source = folder.checkpoint()
