@@ -1,4 +1,4 @@
-"""Hugging Face folders from before safetensors, in transformers itself and against what torch.save makes."""
+"""Hugging Face folders from before safetensors, loaded by transformers and compared with what torch.save writes."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from tests.support.checkpoints import SMALL, random_checkpoint
 from tests.support.formats import assert_ranges_agree, assert_same_tensors, refused, write_as
 
 
+@pytest.mark.peer
 @pytest.mark.parametrize("limit", [50_000_000_000, 60_000])
 def test_transformers_loads_it_and_computes_the_same(tmp_path: Path, limit: int) -> None:
     import torch
@@ -28,9 +29,9 @@ def test_transformers_loads_it_and_computes_the_same(tmp_path: Path, limit: int)
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
     ids = np.random.default_rng(0).integers(0, SMALL.vocab_size, (2, 24))
     with torch.no_grad():
-        theirs = model(torch.from_numpy(ids)).logits.numpy()
-    ours = logits(registry.open_checkpoint(folder), ids)
-    assert (np.abs(ours - theirs) <= 5e-5 + 1e-5 * np.abs(theirs)).all()
+        expected = model(torch.from_numpy(ids)).logits.numpy()
+    difference = np.abs(logits(registry.open_checkpoint(folder), ids) - expected)
+    assert (difference <= 5e-5 + 1e-5 * np.abs(expected)).all()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -45,7 +46,7 @@ def test_round_trip(tmp_path: Path, dtype: str, limit: int) -> None:
 
 
 def test_a_tied_head_that_shares_its_storage(tmp_path: Path) -> None:
-    """As transformers 4 saved them: the head and the embedding are one storage."""
+    """transformers 4 saved the head and the embedding as one storage."""
     import torch
 
     source = random_checkpoint(np.dtype(np.float32))
@@ -59,7 +60,7 @@ def test_a_tied_head_that_shares_its_storage(tmp_path: Path) -> None:
     assert any("copy" in line for line in checkpoint.warnings)
 
 
-def test_safetensors_beside_it_are_the_model(tmp_path: Path) -> None:
+def test_safetensors_in_the_same_folder_take_precedence(tmp_path: Path) -> None:
     source = random_checkpoint(np.dtype(np.float32))
     folder = write_as("hf", source, tmp_path / "out")
     (folder / "pytorch_model.bin").write_bytes(
@@ -68,7 +69,7 @@ def test_safetensors_beside_it_are_the_model(tmp_path: Path) -> None:
     assert registry.detect(folder).name == "hf"
 
 
-def test_what_is_refused(tmp_path: Path) -> None:
+def test_refusals(tmp_path: Path) -> None:
     source = random_checkpoint(np.dtype(np.float32))
     with refused("the hf-bin format cannot hold nf4"):
         write_as("hf-bin", source, tmp_path / "x", type="nf4")

@@ -1,58 +1,35 @@
-"""bitsandbytes checkpoints: byte equality with what transformers saved, reading back, and files that
-must be refused.
-"""
+"""bitsandbytes checkpoints: equality with files that transformers saved, reading, refusals."""
 
 from __future__ import annotations
 
 import json
 
-import bitsandbytes.functional as F
-import ml_dtypes
 import numpy as np
 import pytest
 import torch
+from bitsandbytes import functional
 
 from gemma2tool.errors import InputRefused, UsageError
 from gemma2tool.formats import packings
-from gemma2tool.formats.mapping.container_tensors import NUMPY_DTYPES, open_safetensors
+from gemma2tool.formats.mapping.container_tensors import open_safetensors
 from gemma2tool.formats.options import PackingOptions
 from gemma2tool.formats.packings import Settings
 from gemma2tool.formats.packings import bnb as packing
 from gemma2tool.model.lazy import ArrayTensor, LazyTensor
-from gemma2tool.model.tensors import TensorSpec
+from tests.support.packings import BF16, NAME, spec, stored_parts
 
-BF16 = np.dtype(ml_dtypes.bfloat16)
-NAME = "model.layers.0.mlp.up_proj.weight"
 SAVED = [("bnb-nf4", "nf4", False), ("bnb-nf4dq", "nf4", True), ("bnb-fp4", "fp4", False), ("bnb-fp4dq", "fp4", True)]
 SAVED += [("bnb-int8", "int8", False)]
 
 
-def spec(name: str, shape: tuple[int, ...]) -> TensorSpec:
-    layer = int(name.split(".")[2]) if name.startswith("model.layers.") else None
-    matrix = len(shape) == 2
-    return TensorSpec(name, shape, "norm" if "norm" in name else "mlp", layer, quantizable=matrix, required=True)
-
-
-def stored_parts(name: str, source: LazyTensor, type_name: str, double_quant: bool) -> dict[str, np.ndarray]:
-    """What a folder of this type holds for one canonical tensor, encoded a few rows at a time."""
-    encoder = packings.encoder_for(
-        spec(name, source.shape), Settings(type_name, PackingOptions(double_quant=double_quant)), source
-    )
-    if encoder is None:
-        return {name: source.load()}
-    step = 3 * encoder.row_multiple(source.shape)
-    pieces = [encoder.encode(source.load_rows(a, min(a + step, source.rows))) for a in range(0, source.rows, step)]
-    whole = {suffix: np.concatenate([piece[suffix] for piece in pieces]) for suffix in pieces[0]}
-    whole |= encoder.finish(source.shape, {suffix: whole[suffix] for suffix in encoder.collects})
-    for part in encoder.parts(source.shape):
-        assert (whole[part.suffix].shape, whole[part.suffix].dtype) == (part.shape, NUMPY_DTYPES[part.dtype])
-    return {packings.part_name(name, part.suffix): whole[part.suffix] for part in encoder.parts(source.shape)}
+def settings(type_name: str, double_quant: bool = False) -> Settings:
+    return Settings(type_name, PackingOptions(double_quant=double_quant))
 
 
 def raw_weight(type_name: str, double_quant: bool = False, shape=(48, 128), dtype=BF16) -> dict[str, ArrayTensor]:
     """The stored tensors of one quantized weight and of a norm beside it."""
     source = ArrayTensor((np.random.default_rng(7).standard_normal(shape) * 0.02).astype(dtype))
-    parts = stored_parts(NAME, source, type_name, double_quant)
+    parts = stored_parts(NAME, source, settings(type_name, double_quant))
     parts["model.norm.weight"] = np.zeros(shape[1], BF16)
     return {name: ArrayTensor(array, origin=f"model.safetensors: {name}") for name, array in parts.items()}
 
@@ -62,41 +39,41 @@ def unpacked(raw: dict[str, LazyTensor]) -> dict[str, LazyTensor]:
 
 
 @pytest.mark.parametrize(("folder", "type_name", "double_quant"), SAVED)
-def test_every_tensor_and_the_config_equal_what_transformers_saved(oracles, folder, type_name, double_quant):
+def test_tensors_and_config_equal_what_transformers_saved(oracles, folder, type_name, double_quant):
     source, _ = open_safetensors([oracles / "quantized/source/model.safetensors"], [])
     saved, _ = open_safetensors([oracles / "quantized" / folder / "model.safetensors"], [])
-    ours = {}
+    stored = {}
     for name, tensor in source.items():
-        ours |= stored_parts(name, tensor, type_name, double_quant)
-    assert sorted(ours) == sorted(saved)
+        stored |= stored_parts(name, tensor, settings(type_name, double_quant))
+    assert sorted(stored) == sorted(saved)
     for name, tensor in saved.items():
-        theirs = tensor.load()
-        assert (ours[name].shape, ours[name].dtype) == (theirs.shape, theirs.dtype), name
-        assert ours[name].tobytes() == theirs.tobytes(), name
+        expected = tensor.load()
+        assert (stored[name].shape, stored[name].dtype) == (expected.shape, expected.dtype), name
+        assert stored[name].tobytes() == expected.tobytes(), name
     config = json.loads((oracles / "quantized" / folder / "config.json").read_text())["quantization_config"]
-    assert packings.quantization_config(Settings(type_name, PackingOptions(double_quant=double_quant))) == config
+    assert packings.quantization_config(settings(type_name, double_quant)) == config
 
 
 @pytest.mark.parametrize(("folder", "type_name", "double_quant"), SAVED)
-def test_reading_gives_the_values_the_library_computes_with(oracles, folder, type_name, double_quant):
+def test_values_equal_those_the_library_computes_with(oracles, folder, type_name, double_quant):
     saved, _ = open_safetensors([oracles / "quantized" / folder / "model.safetensors"], [])
-    tensors = packings.unpack(
-        saved, packings.quantization_config(Settings(type_name, PackingOptions(double_quant=double_quant)))
-    )
+    tensors = packings.unpack(saved, packings.quantization_config(settings(type_name, double_quant)))
     source, _ = open_safetensors([oracles / "quantized/source/model.safetensors"], [])
     assert {name: tensor.shape for name, tensor in tensors.items()} == {name: t.shape for name, t in source.items()}
     for name in ("model.layers.1.mlp.down_proj.weight", "model.layers.3.self_attn.k_proj.weight"):
-        ours = tensors[name]
-        assert ours.stored == type_name + ("-dq" if double_quant else "")
+        tensor = tensors[name]
+        assert tensor.stored == type_name + ("-dq" if double_quant else "")
         parts = {key: torch.from_numpy(t.load()) for key, t in saved.items() if key.startswith(name[:-6])}
         if type_name == "int8":
-            theirs = F.int8_vectorwise_dequant(parts[name], parts[name[:-6] + "SCB"])
+            expected = functional.int8_vectorwise_dequant(parts[name], parts[name[:-6] + "SCB"])
         else:
             state = {key.removeprefix(name + "."): value for key, value in parts.items() if key.startswith(name + ".")}
-            theirs = F.dequantize_4bit(parts[name], F.QuantState.from_dict(state, torch.device("cpu")))
-            assert ours.dtype == BF16
-        assert np.array_equal(ours.load_rows_f32(0, ours.rows), theirs.float().numpy())
-        assert np.array_equal(ours.load_rows(5, 77), ours.load()[5:77])
+            expected = functional.dequantize_4bit(
+                parts[name], functional.QuantState.from_dict(state, torch.device("cpu"))
+            )
+            assert tensor.dtype == BF16
+        assert np.array_equal(tensor.load_rows_f32(0, tensor.rows), expected.float().numpy())
+        assert np.array_equal(tensor.load_rows(5, 77), tensor.load()[5:77])
 
 
 @pytest.mark.parametrize("double_quant", [False, True])
@@ -120,20 +97,20 @@ def test_unrounded_values():
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, BF16], ids=str)
-def test_the_type_is_that_of_the_weight_when_it_was_quantized(dtype):
+def test_the_dtype_is_that_of_the_weight_when_it_was_quantized(dtype):
     assert unpacked(raw_weight("fp4", dtype=dtype))[NAME].dtype == dtype
 
 
 def test_codes_stored_under_a_wider_type():
     raw = raw_weight("nf4")
-    want = unpacked(raw)[NAME].load()
+    expected = unpacked(raw)[NAME].load()
     codes = raw[NAME].array
     for storage in (BF16, np.float32):
         raw[NAME] = ArrayTensor(codes.reshape(-1).view(storage).reshape(-1, 1))
-        assert np.array_equal(unpacked(raw)[NAME].load_rows(3, 40), want[3:40])
+        assert np.array_equal(unpacked(raw)[NAME].load_rows(3, 40), expected[3:40])
 
 
-def test_what_is_quantized():
+def test_which_tensors_are_quantized():
     source = ArrayTensor(np.zeros((64, 64), np.float32))
     for name in ("model.embed_tokens.weight", "lm_head.weight", "score.weight"):
         assert packings.encoder_for(spec(name, (64, 64)), Settings("nf4"), source) is None
@@ -190,7 +167,7 @@ NESTED = STATE | {"nested_blocksize": 256, "nested_dtype": "float32", "nested_of
     ],
     ids=str,
 )
-def test_quant_states_that_lie_are_refused(state):
+def test_invalid_quant_states_are_refused(state):
     raw = raw_weight("nf4")
     data = state if isinstance(state, bytes) else json.dumps(state).encode()
     raw[NAME + ".quant_state.bitsandbytes__nf4"] = ArrayTensor(np.frombuffer(data, np.uint8), origin="m: state")

@@ -1,6 +1,4 @@
-"""compressed-tensors, torchao, MLX, GPTQ and AWQ checkpoints: equality with files those libraries wrote, reading,
-refusals.
-"""
+"""compressed-tensors, torchao, MLX, GPTQ and AWQ: equality with files that the libraries wrote, reading, refusals."""
 
 from __future__ import annotations
 
@@ -38,18 +36,18 @@ def saved_config(folder) -> dict:
 
 
 @pytest.mark.parametrize("folder", WRITTEN)
-def test_every_tensor_and_the_config_equal_what_the_library_wrote(oracles, folder):
+def test_tensors_and_config_equal_the_library_s_file(oracles, folder):
     type_name = WRITTEN[folder]
     source, _ = open_safetensors([oracles / "quantized/source/model.safetensors"], [])
     saved, _ = open_safetensors([oracles / "quantized" / folder / "model.safetensors"], [])
-    ours = {}
+    stored = {}
     for name, tensor in source.items():
-        ours |= stored_parts(name, tensor, type_name, rows_at_once=50)
-    assert sorted(ours) == sorted(saved)
+        stored |= stored_parts(name, tensor, type_name, rows_at_once=50)
+    assert sorted(stored) == sorted(saved)
     for name, tensor in saved.items():
-        theirs = tensor.load()
-        assert (ours[name].shape, ours[name].dtype) == (theirs.shape, theirs.dtype), name
-        assert ours[name].tobytes() == theirs.tobytes(), name
+        expected = tensor.load()
+        assert (stored[name].shape, stored[name].dtype) == (expected.shape, expected.dtype), name
+        assert stored[name].tobytes() == expected.tobytes(), name
     assert packings.quantization_config(Settings(type_name)) == saved_config(oracles / "quantized" / folder)
 
 
@@ -60,26 +58,26 @@ def test_reading_any_rows(oracles, folder):
     tensors = packings.unpack(saved, saved_config(oracles / "quantized" / folder))
     assert {name: tensor.shape for name, tensor in tensors.items()} == {name: t.shape for name, t in source.items()}
     for name in ("model.layers.1.mlp.down_proj.weight", "model.layers.3.self_attn.k_proj.weight"):
-        tensor, wanted = tensors[name], source[name].load().astype(np.float32)
+        tensor, values = tensors[name], source[name].load().astype(np.float32)
         assert tensor.stored == (WRITTEN | CALIBRATED)[folder]
         whole = tensor.load()
         assert whole.dtype == tensor.dtype
-        relative = np.sqrt(np.mean((whole.astype(np.float32) - wanted) ** 2) / np.mean(wanted**2))
+        relative = np.sqrt(np.mean((whole.astype(np.float32) - values) ** 2) / np.mean(values**2))
         assert relative < (0.17 if "4" in tensor.stored else 0.03)
         for first, last in [(0, 1), (5, 77), (100, 128), (13, 13)]:
             assert np.array_equal(tensor.load_rows(first, last), whole[first:last])
 
 
-def test_gptq_files_hold_what_our_encoder_would_name(oracles):
+def test_gptq_files_have_the_parts_that_the_encoder_writes(oracles):
     saved, _ = open_safetensors([oracles / "quantized/gq-gptq4/model.safetensors"], [])
     source, _ = open_safetensors([oracles / "quantized/source/model.safetensors"], [])
     for name in ("model.layers.0.mlp.down_proj.weight", "model.layers.0.self_attn.k_proj.weight"):
-        ours = stored_parts(name, source[name], "gptq-4")
-        for key, array in ours.items():
-            theirs = saved[key].load()
-            assert (array.shape, array.dtype) == (theirs.shape, theirs.dtype)
+        stored = stored_parts(name, source[name], "gptq-4")
+        for key, array in stored.items():
+            expected = saved[key].load()
+            assert (array.shape, array.dtype) == (expected.shape, expected.dtype)
             if key.endswith(("qzeros", "g_idx")):
-                assert np.array_equal(array, theirs)
+                assert np.array_equal(array, expected)
 
 
 def config(type_name: str) -> dict:
@@ -102,8 +100,7 @@ def test_round_trip(type_name):
     tensor = packings.unpack(lazy(encodings[0] | {"model.norm.weight": np.zeros(256, BF16)}), config(type_name))[NAME]
     assert tensor.stored == type_name and tensor.shape == (136, 256)
     error = np.abs(tensor.load_rows_f32(0, 136) - source.astype(np.float32))
-    # A coarse code's error is at most about a step: a seventh of the largest value for 4 bits, a hundredth for 8, a
-    # sixteenth for fp8.
+    # An error is at most about a step of the codes, as a fraction of the largest value.
     step = 1 / 7 if "4" in type_name else 1 / 14 if "fp8" in type_name else 1 / 100
     assert (error <= np.abs(source.astype(np.float32)).max() * step).all()
 
@@ -133,7 +130,7 @@ def test_double_quantization_is_refused(type_name):
 
 
 @pytest.mark.parametrize("type_name", OTHERS)
-def test_what_is_quantized(type_name):
+def test_which_tensors_are_quantized(type_name):
     source = ArrayTensor(np.zeros((64, 256), np.float32))
     for name in ("model.embed_tokens.weight", "lm_head.weight", "score.weight"):
         encoder = packings.encoder_for(spec(name, (64, 256)), Settings(type_name), source)
@@ -163,7 +160,7 @@ def test_mislabelled_zero_points_are_named(bits, label, actual):
 
 
 def test_act_order():
-    """Columns of one group may lie anywhere: a permuted file read through its g_idx is the plain one, permuted."""
+    """A file whose columns are permuted, read through its g_idx, has the values of the original, permuted."""
     raw = raw_weight("gptq-4", (64, 256))
     whole = packings.unpack(raw, config("gptq-4"))[NAME].load()
     prefix = NAME.removesuffix("weight")
@@ -222,7 +219,7 @@ def test_one_scale_for_a_whole_tensor():
         {"num_bits": 4, "type": "int", "strategy": "block", "block_structure": [0, 128]},
     ],
 )
-def test_compressed_tensors_configs_that_make_no_sense(weights):
+def test_invalid_configs_of_compressed_tensors_are_refused(weights):
     settings = {"quant_method": "compressed-tensors", "config_groups": {"group_0": {"weights": weights}}}
     with pytest.raises(InputRefused):
         packings.unpack(raw_weight("w4a16"), settings)
@@ -255,14 +252,14 @@ def test_torchao_metadata(oracles):
         shape = tensor.shape
         encoder = packings.encoder_for(spec(name, shape), Settings("torchao-int8"), tensor)
         tensors.append((name, shape, encoder))
-    ours = packings.metadata("torchao-int8", tensors)
+    metadata = packings.metadata("torchao-int8", tensors)
     # The library also names the tied head, whose tensor is not in the file.
-    assert {*json.loads(ours.pop("tensor_names")), "lm_head.weight"} == set(json.loads(saved.pop("tensor_names")))
+    assert {*json.loads(metadata.pop("tensor_names")), "lm_head.weight"} == set(json.loads(saved.pop("tensor_names")))
     del saved["lm_head.weight"]
-    assert ours == saved
+    assert metadata == saved
 
 
-def test_config_entries_and_metadata_of_the_others():
+def test_config_entries_and_metadata_by_type():
     settings = Settings("nf4", PackingOptions(double_quant=True))
     assert packings.config_entries(settings) == {"quantization_config": packings.quantization_config(settings)}
     assert set(packings.config_entries(Settings("mlx-4"))) == {"quantization", "quantization_config"}
