@@ -1,10 +1,9 @@
-"""Every quantized folder in the library it is for: the fixture, written by the pipeline, loaded and run on a CPU by its
-own consumer.
+"""Every quantized folder in the library it is for: the fixture, written by the pipeline, loaded and run on a CPU.
 
-Logits are held to our forward pass over the same file, on a prompt longer than the sliding window, within what the
-consumer computes with: float32 where it follows the model, bfloat16 where its CPU kernel is written in it, and 8-bit
-activations where the type has them. GPTQ and AWQ need GPTQModel, which no test environment gets by itself
-(tests/gptqmodel.txt); what they mean is tested without it in test_packing_formulas.py.
+Logits are compared with the built-in forward pass over the same file, on a prompt longer than the sliding window. The
+limits follow from what the consumer computes in: float32 if it follows the model, bfloat16 if its CPU kernel is written
+in it, and 8-bit activations if the type has them. GPTQ and AWQ need GPTQModel, which no test environment installs by
+itself (tests/gptqmodel.txt); test_quantized_sources.py tests their values without it.
 """
 
 from __future__ import annotations
@@ -19,10 +18,10 @@ import torch
 
 from gemma2tool.formats import registry
 from gemma2tool.reference.streaming import logits
-from tests.end_to_end.test_main_job import mean_kl
 from tests.support.checkpoints import write_checkpoint
+from tests.support.logits import mean_kl
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.peer]
 
 LENGTH = 150  # the fixture's window is 64
 SKIPPED = (
@@ -33,28 +32,28 @@ SKIPPED = (
 )
 SKIP = [r"layers\.0\.mlp", r"layers.3.self_attn.o_proj"]
 
-# What the consumer computes in, as a limit on the mean KL from our float32 forward pass. The types' own losses, which a
-# consumer that misreads them would exceed many times over, are 3e-5 (8 bits) and 5e-3 (4 bits).
+# What the consumer computes in, as a limit on the mean KL from the built-in float32 forward pass. Quantization itself
+# costs 3e-5 (8 bits) and 5e-3 (4 bits); a consumer that misread a type would exceed that many times over.
 FLOAT32, BFLOAT16_KERNEL, BFLOAT16, ACTIVATIONS = 1e-5, 1e-4, 2e-3, 3e-3
 
 GROUPS = ({}, {"group_size": 32}, {"group_size": -1}, {"skip": SKIP})
 BITSANDBYTES = [
-    *(("nf4", each, BFLOAT16) for each in ({}, {"double_quant": True}, {"skip": SKIP})),
-    *(("fp4", each, BFLOAT16) for each in ({}, {"only": [r"layers\.[1-5]\."]})),
-    *(("int8", each, BFLOAT16) for each in ({}, {"skip": SKIP})),
+    *(("nf4", options, BFLOAT16) for options in ({}, {"double_quant": True}, {"skip": SKIP})),
+    *(("fp4", options, BFLOAT16) for options in ({}, {"only": [r"layers\.[1-5]\."]})),
+    *(("int8", options, BFLOAT16) for options in ({}, {"skip": SKIP})),
 ]
 COMPRESSED = [
-    *(("w8a16", each, FLOAT32) for each in ({}, {"group_size": -1})),
-    *(("w4a16", each, FLOAT32) for each in GROUPS),
-    *(("w8a8-int8", each, ACTIVATIONS) for each in ({}, {"skip": SKIP})),
-    *(("fp8-dynamic", each, ACTIVATIONS) for each in ({}, {"skip": SKIP})),
+    *(("w8a16", options, FLOAT32) for options in ({}, {"group_size": -1})),
+    *(("w4a16", options, FLOAT32) for options in GROUPS),
+    *(("w8a8-int8", options, ACTIVATIONS) for options in ({}, {"skip": SKIP})),
+    *(("fp8-dynamic", options, ACTIVATIONS) for options in ({}, {"skip": SKIP})),
     ("fp8-block", {}, ACTIVATIONS),
 ]
-TORCHAO = [("torchao-int8", each, FLOAT32) for each in ({}, {"skip": SKIP})]
+TORCHAO = [("torchao-int8", options, FLOAT32) for options in ({}, {"skip": SKIP})]
 GPTQ = [
     *(
-        ("gptq-4", each, BFLOAT16_KERNEL)
-        for each in (
+        ("gptq-4", options, BFLOAT16_KERNEL)
+        for options in (
             {},
             {"group_size": 32},
             {"gptq_format": "gptq_v2"},
@@ -63,8 +62,8 @@ GPTQ = [
             {"skip": SKIP},
         )
     ),
-    *(("gptq-8", each, FLOAT32) for each in (*GROUPS, {"symmetric": False}, {"gptq_format": "gptq_v2"})),
-    *(("awq-4", each, BFLOAT16_KERNEL) for each in ({}, {"group_size": 64}, {"skip": SKIP})),
+    *(("gptq-8", options, FLOAT32) for options in (*GROUPS, {"symmetric": False}, {"gptq_format": "gptq_v2"})),
+    *(("awq-4", options, BFLOAT16_KERNEL) for options in ({}, {"group_size": 64}, {"skip": SKIP})),
 ]
 
 
@@ -89,14 +88,14 @@ def check(source, ids: np.ndarray, path: Path, type_name: str, options: dict, li
     )
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
     with torch.no_grad():
-        theirs = model(torch.from_numpy(ids)).logits.float().numpy()
-    with registry.open_checkpoint(path) as ours:
-        assert mean_kl(logits(ours, ids), theirs) < limit
+        consumer_logits = model(torch.from_numpy(ids)).logits.float().numpy()
+    with registry.open_checkpoint(path) as checkpoint:
+        assert mean_kl(logits(checkpoint, ids), consumer_logits) < limit
     return model
 
 
-def kinds(model: torch.nn.Module) -> tuple[set[type], set[type]]:
-    """The classes of the layers that were to be left alone, and of the others."""
+def layer_classes(model: torch.nn.Module) -> tuple[set[type], set[type]]:
+    """The classes of the layers that were to stay unquantized, and of the others."""
     layers = {
         name: type(module)
         for name, module in model.named_modules()
@@ -111,8 +110,8 @@ def test_bitsandbytes(source, ids, tmp_path: Path, type_name: str, options: dict
     model = check(source, ids, tmp_path / "out", type_name, options, limit)
     assert type(model.lm_head) is torch.nn.Linear
     if "skip" in options:
-        left, quantized = kinds(model)
-        assert left == {torch.nn.Linear} and torch.nn.Linear not in quantized
+        unquantized, quantized = layer_classes(model)
+        assert unquantized == {torch.nn.Linear} and torch.nn.Linear not in quantized
 
 
 @pytest.mark.parametrize(("type_name", "options", "limit"), COMPRESSED, ids=str)
@@ -125,8 +124,8 @@ def test_compressed_tensors(source, ids, tmp_path: Path, type_name: str, options
 
 
 @pytest.mark.parametrize("type_name", ["w4a16", "w4a16-asym", "w8a16", "w8a8-int8", "fp8-dynamic", "fp8-block"])
-def test_compressed_tensors_decompresses_to_our_values(source, ids, tmp_path: Path, type_name: str) -> None:
-    """Every weight, bit for bit; the only way in which transformers loads the asymmetric type (5.23 expects other zero
+def test_compressed_tensors_decompresses_to_the_same_values(source, ids, tmp_path: Path, type_name: str) -> None:
+    """Every weight, bit for bit. transformers loads the asymmetric type only like this (5.23 expects other zero
     points).
     """
     pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed")
@@ -140,20 +139,20 @@ def test_compressed_tensors_decompresses_to_our_values(source, ids, tmp_path: Pa
         quantization_config=CompressedTensorsConfig(dequantize=True),
         attn_implementation="eager",
     )
-    theirs = model.state_dict()
-    with registry.open_checkpoint(path) as ours:
-        for name, tensor in ours.tensors.items():
-            assert np.array_equal(tensor.load_rows_f32(0, tensor.rows), theirs[name].float().numpy()), name
+    weights = model.state_dict()
+    with registry.open_checkpoint(path) as checkpoint:
+        for name, tensor in checkpoint.tensors.items():
+            assert np.array_equal(tensor.load_rows_f32(0, tensor.rows), weights[name].float().numpy()), name
         with torch.no_grad():
-            found = model.float()(torch.from_numpy(ids)).logits.numpy()
-        assert mean_kl(logits(ours, ids), found) < 1e-9
+            consumer_logits = model.float()(torch.from_numpy(ids)).logits.numpy()
+        assert mean_kl(logits(checkpoint, ids), consumer_logits) < 1e-9
 
 
 @pytest.mark.parametrize(("type_name", "options", "limit"), TORCHAO, ids=str)
 def test_torchao(source, ids, tmp_path: Path, type_name: str, options: dict, limit: float) -> None:
     pytest.importorskip("torchao", reason="torchao is not installed")
     model = check(source, ids, tmp_path / "out", type_name, options, limit)
-    with registry.open_checkpoint(tmp_path / "out") as ours:
+    with registry.open_checkpoint(tmp_path / "out") as checkpoint:
         for name in ("model.layers.0.mlp.up_proj.weight", "model.layers.5.self_attn.k_proj.weight"):
             weight = model.get_parameter(name)
             quantized = type(weight.data).__name__ == "Int8Tensor"
@@ -161,7 +160,7 @@ def test_torchao(source, ids, tmp_path: Path, type_name: str, options: dict, lim
             values = weight.dequantize() if quantized else weight
             assert torch.equal(
                 values.to(torch.bfloat16).float(),
-                torch.from_numpy(ours.tensors[name].load_rows_f32(0, weight.shape[0])),
+                torch.from_numpy(checkpoint.tensors[name].load_rows_f32(0, weight.shape[0])),
             )
 
 
@@ -169,16 +168,14 @@ def test_torchao(source, ids, tmp_path: Path, type_name: str, options: dict, lim
 def test_gptqmodel(source, ids, tmp_path: Path, type_name: str, options: dict, limit: float) -> None:
     pytest.importorskip("gptqmodel", reason="GPTQModel is not installed: pip install --no-deps -r tests/gptqmodel.txt")
     model = check(source, ids, tmp_path / "out", type_name, options, limit)
-    left, quantized = kinds(model)
-    assert torch.nn.Linear not in quantized and (left == {torch.nn.Linear}) is ("skip" in options)
+    unquantized, quantized = layer_classes(model)
+    assert torch.nn.Linear not in quantized and (unquantized == {torch.nn.Linear}) is ("skip" in options)
 
 
 @pytest.mark.parametrize("options", [{}, {"group_size": 32}, {"skip": SKIP}, {"skip": ["embed_tokens"]}], ids=str)
 @pytest.mark.parametrize("type_name", ["mlx-4", "mlx-8"])
 def test_mlx(source, ids, tmp_path: Path, type_name: str, options: dict) -> None:
-    """Within the window, because mlx-lm has none. In float32 it does not round code * scale to bfloat16, as its own
-    dequantization does.
-    """
+    """Within the window, because mlx-lm has none; in float32, because its own dequantization rounds to bfloat16."""
     mlx_lm = pytest.importorskip("mlx_lm", reason="mlx-lm is not installed")
     import mlx.core as mx
 
@@ -186,10 +183,10 @@ def test_mlx(source, ids, tmp_path: Path, type_name: str, options: dict) -> None
     path = write_checkpoint(source, tmp_path / "out", type=type_name, **options)
     with mx.stream(mx.cpu):
         model, _ = mlx_lm.utils.load_model(path)
-        model.set_dtype(mx.float32)  # of scales and biases, too: what they hold stays, what is computed is float32
-        theirs = np.array(model(mx.array(ids)).astype(mx.float32))
-    with registry.open_checkpoint(path) as ours:
-        assert mean_kl(logits(ours, ids), theirs) < 1e-4
+        model.set_dtype(mx.float32)  # of scales and biases too: their values stay the same
+        consumer_logits = np.array(model(mx.array(ids)).astype(mx.float32))
+    with registry.open_checkpoint(path) as checkpoint:
+        assert mean_kl(logits(checkpoint, ids), consumer_logits) < 1e-4
 
 
 def test_every_type_has_a_consumer() -> None:
@@ -199,8 +196,8 @@ def test_every_type_has_a_consumer() -> None:
     assert tested == set(packings.TYPES)
 
 
-def test_gptq_says_the_same_in_both_files(source, tmp_path: Path) -> None:
-    """GPTQModel and AutoGPTQ read quantize_config.json first, the others config.json; vLLM's fast kernel asks for four
+def test_gptq_writes_the_same_config_into_both_files(source, tmp_path: Path) -> None:
+    """GPTQModel and AutoGPTQ read quantize_config.json first, others config.json; vLLM's fast kernel reads four
     fields.
     """
     path = write_checkpoint(source, tmp_path / "out", type="gptq-4", symmetric=False, gptq_format="gptq_v2", skip=SKIP)

@@ -1,8 +1,9 @@
-"""Faults that other tools are known to put into quantized files without noticing: made here, verified as a user would,
-and named.
+"""Faults that other tools are known to put into quantized files without noticing: planted here, verified as a user
+would.
 
-What contradicts itself is refused when the file is opened (exit code 3); what only a comparison with the source shows
-fails the verification (exit code 1). Each fault was seen in a released tool: see the test's own words.
+A fault that contradicts the rest of the file is refused when the file is opened (exit code 3). One that only a
+comparison with the source shows fails the verification (exit code 1). Each was seen in a released tool, which its test
+names.
 """
 
 from __future__ import annotations
@@ -90,11 +91,11 @@ def test_a_model_that_the_library_itself_saved_after_a_forward_pass(
     model.save_pretrained(tmp_path / "after")
     tensors, _ = open_safetensors([tmp_path / "after" / MODEL], [])
     if all(tensor.dtype == np.float32 for name, tensor in tensors.items() if name.endswith(".absmax")):
-        pytest.skip("this processor has no bfloat16 instructions: the library rearranges nothing")
+        pytest.skip("without bfloat16 instructions the library does not rearrange absmax")
     assert_refused(run("verify", tmp_path / "after", "--reference", original), 3, "saved after a forward pass")
 
 
-# -- GPTQ: labels that the content contradicts -------------------------------------------------------------------------
+# -- GPTQ: labels that contradict the content -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -103,9 +104,7 @@ def test_a_model_that_the_library_itself_saved_after_a_forward_pass(
 def test_mislabelled_zero_points(
     source: Checkpoint, original: Path, tmp_path: Path, bits: int, label: str, other: str, symmetric: bool
 ) -> None:
-    """Every weight is off by one step, and libraries load it without an error; zero points that differ tell by the
-    codes' mean.
-    """
+    """Every weight is off by one step, and libraries load it without an error."""
     folder = write_checkpoint(source, tmp_path / "out", type=f"gptq-{bits}", symmetric=symmetric, gptq_format=label)
     with registry.open_checkpoint(folder) as good:
         assert good.is_quantized
@@ -135,7 +134,7 @@ def test_relabelled_files_of_gptqmodel(oracles: Path, tmp_path: Path, folder: st
 
 
 def test_zero_points_that_the_label_denies(source: Checkpoint, original: Path, tmp_path: Path) -> None:
-    """vLLM's fast kernel does not read them where the config says sym."""
+    """vLLM's fast kernel does not read them if the config says sym."""
     folder = write_checkpoint(source, tmp_path / "out", type="gptq-4", symmetric=False)
     change_config(folder, sym=True)
     assert_refused(run("verify", folder, "--reference", original), 3, "sym true")
@@ -163,14 +162,12 @@ def smoothed(source: Checkpoint, norm: str) -> Checkpoint:
 
 @pytest.mark.parametrize("kind", ["w8a16", "gptq-8", "awq-4"])
 def test_smoothing_folded_into_a_post_norm(source: Checkpoint, original: Path, tmp_path: Path, kind: str) -> None:
-    """llm-compressor's SmoothQuant mapping and GPTQModel's AWQ fold into post_attention_layernorm, which feeds the
-    residual stream.
-    """
+    """llm-compressor's SmoothQuant mapping and GPTQModel's AWQ do this; the norm feeds the residual stream."""
     folder = write_checkpoint(smoothed(source, "post_attention_layernorm.weight"), tmp_path / "out", type=kind)
     result = run("verify", folder, "--reference", original)
     assert result.exit_code == 1
     assert "post_attention_layernorm" in result.output
-    assert "smoothing was folded into a wrong norm" in result.output
+    assert "the scales were folded into the wrong norm" in result.output
 
 
 # -- static schemes saved without calibration --------------------------------------------------------------------------
@@ -180,7 +177,7 @@ def test_smoothing_folded_into_a_post_norm(source: Checkpoint, original: Path, t
 def test_static_scales_that_were_never_calibrated(
     source: Checkpoint, original: Path, tmp_path: Path, value: float
 ) -> None:
-    """llm-compressor's static FP8 scheme in its data-free pipeline saves whatever was in memory."""
+    """llm-compressor's static FP8 scheme in its data-free pipeline saves uninitialized memory."""
     folder = write_checkpoint(source, tmp_path / "out", type="fp8-dynamic")
 
     def add(arrays: dict[str, np.ndarray], scale: float) -> None:
@@ -210,9 +207,7 @@ def test_static_scales_that_were_never_calibrated(
 def test_one_flipped_bit_of_a_code(
     source: Checkpoint, original: Path, tmp_path: Path, kind: str, codes: str, bit: int
 ) -> None:
-    """Where all other codes are the nearest, one that is two steps away (four of w8a16's, which computes in bfloat16)
-    is damage.
-    """
+    """If all other codes are the nearest, one that is two steps away is damage (four steps for w8a16)."""
     folder = write_checkpoint(source, tmp_path / "out", type=kind)
 
     def flip(arrays: dict[str, np.ndarray]) -> None:

@@ -18,24 +18,10 @@ from tests.support.checkpoints import write_checkpoint
 pytestmark = pytest.mark.slow
 
 WRITTEN_BY_LIBRARIES = (
-    "ao-int8wo-v2",
-    "bnb-fp4",
-    "bnb-fp4dq",
-    "bnb-int8",
-    "bnb-nf4",
-    "bnb-nf4dq",
-    "ctmf-FP8_BLOCK",
-    "ctmf-FP8_DYNAMIC",
-    "ctmf-INT8",
-    "ctmf-W4A16",
-    "ctmf-W8A16",
-    "gq-gptq4",
-    "gq-gptq4-desc",
-    "gq-gptq4-v2",
-    "gq-gptq8",
-    "mlx-q4",
+    "ao-int8wo-v2", "bnb-fp4", "bnb-fp4dq", "bnb-int8", "bnb-nf4", "bnb-nf4dq", "ctmf-FP8_BLOCK", "ctmf-FP8_DYNAMIC",
+    "ctmf-INT8", "ctmf-W4A16", "ctmf-W8A16", "gq-gptq4", "gq-gptq4-desc", "gq-gptq4-v2", "gq-gptq8", "mlx-q4",
     "own-awq",
-)
+)  # fmt: skip
 MATRIX = "model.layers.2.mlp.down_proj.weight"
 
 
@@ -46,11 +32,11 @@ def source(fixture_dir: Path) -> Iterator[Checkpoint]:
 
 
 @pytest.fixture(scope="module")
-def made(source: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The fixture in every type of a folder, and in doubly quantized nf4."""
-    folder = tmp_path_factory.mktemp("made")
-    found = {kind: write_checkpoint(source, folder / kind, type=kind) for kind in packings.TYPES}
-    return found | {"nf4-dq": write_checkpoint(source, folder / "nf4-dq", type="nf4", double_quant=True)}
+def quantized(source: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The fixture in every type of a folder, and in doubly quantized nf4: type to path."""
+    folder = tmp_path_factory.mktemp("quantized")
+    paths = {kind: write_checkpoint(source, folder / kind, type=kind) for kind in packings.TYPES}
+    return paths | {"nf4-dq": write_checkpoint(source, folder / "nf4-dq", type="nf4", double_quant=True)}
 
 
 def test_the_list_of_oracles_is_complete(oracles: Path) -> None:
@@ -59,9 +45,7 @@ def test_the_list_of_oracles_is_complete(oracles: Path) -> None:
 
 @pytest.mark.parametrize("folder", WRITTEN_BY_LIBRARIES)
 def test_files_of_libraries_are_verified(oracles: Path, folder: str) -> None:
-    """Tensors within their types' bounds; logits no worse than noise of that size, which is all that random weights
-    allow.
-    """
+    """Tensors are within their types' bounds; logits are no worse than noise of that size."""
     result = run("verify", oracles / "quantized" / folder, "--reference", oracles / "quantized" / "source", "--json")
     assert result.exit_code == 0, result.output
 
@@ -73,12 +57,12 @@ PAIRS = [(kind, TARGETS[(number + step) % len(TARGETS)]) for number, kind in enu
 
 
 @pytest.mark.parametrize(("kind", "target"), PAIRS)
-def test_any_type_into_any_format(made: dict[str, Path], tmp_path: Path, kind: str, target: str) -> None:
-    """The dequantized values, bit for bit, in the type that was asked for."""
+def test_any_type_into_any_format(quantized: dict[str, Path], tmp_path: Path, kind: str, target: str) -> None:
+    """The dequantized values are equal bit for bit."""
     to = [] if "." in target or target == "hf" else ["--to", target]
-    result = run("convert", made[kind], tmp_path / target, *to, "--dtype", "f32", "--no-verify", "--quiet")
+    result = run("convert", quantized[kind], tmp_path / target, *to, "--dtype", "f32", "--no-verify", "--quiet")
     assert result.exit_code == 0, result.output
-    with registry.open_checkpoint(made[kind]) as before, registry.open_checkpoint(tmp_path / target) as after:
+    with registry.open_checkpoint(quantized[kind]) as before, registry.open_checkpoint(tmp_path / target) as after:
         assert not after.is_quantized
         for name in (MATRIX, "model.embed_tokens.weight"):
             rows = before.tensors[name].rows
@@ -89,32 +73,33 @@ def test_any_type_into_any_format(made: dict[str, Path], tmp_path: Path, kind: s
 
 @pytest.mark.parametrize("kind", ["nf4-dq", "gptq-4", "w4a16-asym", "mlx-8"])
 def test_a_conversion_is_verified_against_the_quantized_source(
-    made: dict[str, Path], tmp_path: Path, kind: str
+    quantized: dict[str, Path], tmp_path: Path, kind: str
 ) -> None:
-    result = run("convert", made[kind], tmp_path / "out", "--quiet", "--json")
+    result = run("convert", quantized[kind], tmp_path / "out", "--quiet", "--json")
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["verified"]
 
 
 @pytest.mark.parametrize(("kind", "other"), list(zip(packings.TYPES, reversed(packings.TYPES), strict=True)))
-def test_from_one_quantization_to_another(made: dict[str, Path], tmp_path: Path, kind: str, other: str) -> None:
-    """Only on request, because both losses add up."""
-    assert_refused(run("quantize", made[kind], tmp_path / "out", "--type", other), 2, "is already quantized")
+def test_from_one_quantization_to_another(quantized: dict[str, Path], tmp_path: Path, kind: str, other: str) -> None:
+    """Only on request, because both errors add up."""
+    assert_refused(run("quantize", quantized[kind], tmp_path / "out", "--type", other), 2, "is already quantized")
     words = ("--type", other, "--allow-requantize", "--dtype", "bf16", "--no-verify", "--quiet")
-    result = run("quantize", made[kind], tmp_path / "out", *words)
+    result = run("quantize", quantized[kind], tmp_path / "out", *words)
     assert result.exit_code == 0, result.output
     with registry.open_checkpoint(tmp_path / "out") as after:
         assert after.tensors[MATRIX].stored == other
 
 
-# -- what the parts mean, straight from the formats' documentation
-# ------------------------------------------------------
+# -- values by the formulas in the formats' documentation --------------------------------------------------------------
 
 
 def parts_of(folder: Path, name: str) -> dict[str, np.ndarray]:
     prefix = name.removesuffix("weight")
     tensors, _ = open_safetensors([folder / "model.safetensors"], [])
-    return {each.removeprefix(prefix): tensor.load() for each, tensor in tensors.items() if each.startswith(prefix)}
+    return {
+        stored.removeprefix(prefix): tensor.load() for stored, tensor in tensors.items() if stored.startswith(prefix)
+    }
 
 
 def bit_field(word: int, index: int, bits: int) -> int:
@@ -130,17 +115,15 @@ def gptq_value(parts: dict[str, np.ndarray], bits: int, version: int, o: int, i:
 
 
 def awq_value(parts: dict[str, np.ndarray], group_size: int, o: int, i: int) -> float:
-    """AutoAWQ's gemm layout: eight outputs a word, output k of them at the nibble where the order names it."""
-    at = (0, 2, 4, 6, 1, 3, 5, 7).index(o % 8)
-    code = bit_field(parts["qweight"][i, o // 8], at, 4)
-    zero = bit_field(parts["qzeros"][i // group_size, o // 8], at, 4)
+    """AutoAWQ's gemm layout: eight outputs in a word, in a fixed order of nibbles."""
+    nibble = (0, 2, 4, 6, 1, 3, 5, 7).index(o % 8)
+    code = bit_field(parts["qweight"][i, o // 8], nibble, 4)
+    zero = bit_field(parts["qzeros"][i // group_size, o // 8], nibble, 4)
     return (code - zero) * np.float32(parts["scales"][i // group_size, o])
 
 
 def asymmetric_value(parts: dict[str, np.ndarray], group_size: int, o: int, i: int) -> np.floating:
-    """compressed-tensors: codes packed along the input, zero points along the output, both eight above
-    what they mean.
-    """
+    """compressed-tensors: codes packed along the input, zero points along the output, both stored plus eight."""
     code = bit_field(parts["weight_packed"][o, i // 8], i % 8, 4) - 8
     zero = bit_field(parts["weight_zero_point"][o // 8, i // group_size], o % 8, 4) - 8
     scale = parts["weight_scale"][o, i // group_size]
@@ -168,12 +151,12 @@ PLACES = [(0, 0), (1, 7), (5, 8), (13, 129), (77, 1000), (200, 511), (255, 1023)
     ],
 )
 def test_values_by_the_documented_formula(source: Checkpoint, tmp_path: Path, kind: str, options: dict, value) -> None:
-    """Bit for bit what we read, and within a step of the source: for consumers that cannot be installed everywhere."""
+    """The reader gives these values bit for bit, within a step of the source; not every consumer can be installed."""
     path = write_checkpoint(source, tmp_path / "out", type=kind, **options)
     parts = parts_of(path, MATRIX)
-    with registry.open_checkpoint(path) as made:
-        ours = made.tensors[MATRIX].load_rows_f32(0, 256)
+    with registry.open_checkpoint(path) as checkpoint:
+        values = checkpoint.tensors[MATRIX].load_rows_f32(0, 256)
     original = source.tensors[MATRIX].load_rows_f32(0, 256)
     for o, i in PLACES:
-        assert np.float32(value(parts, o, i)) == ours[o, i]
-    assert np.abs(ours - original).max() <= np.abs(original).max() / (7 if "4" in kind else 100)
+        assert np.float32(value(parts, o, i)) == values[o, i]
+    assert np.abs(values - original).max() <= np.abs(original).max() / (7 if "4" in kind else 100)

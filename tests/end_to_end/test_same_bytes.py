@@ -1,5 +1,7 @@
-"""Same input, same bytes: with any number of threads, any hash seed, any memory budget, resumed or not; in every format
-and many types. And as many bytes as the plan said, with the modes that the umask asks for.
+"""The same input gives the same bytes: with any number of threads, hash seed and memory budget, resumed or not, in
+every format.
+
+Outputs also have as many bytes as planned, and the modes that the umask asks for.
 """
 
 from __future__ import annotations
@@ -48,15 +50,15 @@ SCRIPT = """
     recorder.SYNC_SECONDS = 0.0
     done = recorder.Journal.done
 
-    def deadly(journal, pieces):
+    def done_then_killed(journal, pieces):
         done(journal, pieces)
         os.kill(os.getpid(), signal.SIGKILL)
 
     for words in commands:
-        if kill:  # a run that dies with its first tensors in the journal comes first
+        if kill:  # first, a run that is killed with its first tensors in the journal
             child = os.fork()
             if child == 0:
-                recorder.Journal.done = deadly
+                recorder.Journal.done = done_then_killed
                 CliRunner().invoke(app, [*words, *options])
                 os._exit(0)
             assert os.waitpid(child, 0)[1] == signal.SIGKILL
@@ -76,8 +78,8 @@ def commands(source: Path) -> list[list[str]]:
     return [[str(source) if word == "SRC" else word for word in words] + ["--no-verify"] for words in COMMANDS.values()]
 
 
-def make(place: Path, source: Path, seed: str, *options: str, kill: bool = False) -> None:
-    """All outputs, in a process of its own with that hash seed."""
+def write_all(place: Path, source: Path, seed: str, *options: str, kill: bool = False) -> None:
+    """Write all outputs, in a process of its own with that hash seed."""
     place.mkdir()
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(SCRIPT), json.dumps([commands(source), options, kill])],
@@ -94,7 +96,7 @@ def make(place: Path, source: Path, seed: str, *options: str, kill: bool = False
 @pytest.fixture(scope="module")
 def first(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("outputs") / "first"
-    make(place, source, "0", "--threads", "1")
+    write_all(place, source, "0", "--threads", "1")
     return place
 
 
@@ -106,8 +108,10 @@ def first(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
     ids=["four threads", "two threads and resumed"],
 )
-def test_again(first: Path, source: Path, tmp_path: Path, seed: str, options: tuple[str, ...], kill: bool) -> None:
-    make(tmp_path / "again", source, seed, *options, kill=kill)
+def test_a_second_run_writes_the_same_bytes(
+    first: Path, source: Path, tmp_path: Path, seed: str, options: tuple[str, ...], kill: bool
+) -> None:
+    write_all(tmp_path / "again", source, seed, *options, kill=kill)
     names = sorted(path.name for path in first.iterdir())
     assert len(names) == len(COMMANDS)
     assert sorted(path.name for path in (tmp_path / "again").iterdir()) == names
@@ -124,15 +128,15 @@ def test_as_many_bytes_as_planned(first: Path, source: Path, tmp_path: Path) -> 
         planned = CliRunner().invoke(app, [*words, "--dry-run", "--json"])
         assert planned.exit_code == 0, planned.output
         content = json.loads(planned.stdout)
-        for each in content.get("outputs", [content]):
-            path = first / each["destination"]["path"]
+        for output in content.get("outputs", [content]):
+            path = first / output["destination"]["path"]
             sizes = {
                 str(file.relative_to(path)) if path.is_dir() else path.name: file.stat().st_size
                 for file in ([path] if path.is_file() else path.rglob("*"))
                 if file.is_file()
             }
-            assert sizes == {file["name"]: file["bytes"] for file in each["files"]} | each["assets"]
-            assert sum(sizes.values()) == each["bytes"]
+            assert sizes == {file["name"]: file["bytes"] for file in output["files"]} | output["assets"]
+            assert sum(sizes.values()) == output["bytes"]
 
 
 def test_modes_follow_the_umask(first: Path) -> None:
