@@ -68,8 +68,11 @@ def compare_tokenizers(source: Checkpoint, candidate: Checkpoint, *, sides: Side
         try:
             tokenizers.append(checkpoint.tokenizer.within(checkpoint.config.vocab_size))
         except InputRefused as error:
-            broken = Finding(GATE, "error", "tokenizer", f"the {side}'s tokenizer cannot be read: {error.message}")
-            return _result([broken], "", {})
+            message = f"the {side}'s tokenizer cannot be read: {error.message}"
+            if error.id == "tokenizer.kind" and _same_tokenizer_json(source, candidate):
+                kind = Finding(GATE, "warning", "tokenizer", message)
+                return _result([kind], f"{message}; vocabularies not compared", {}, compared=False)
+            return _result([Finding(GATE, "error", "tokenizer", message)], "", {})
     left, right = tokenizers
     findings = [*compare_use(left, right, sides, keeps_template=_keeps_template(candidate, right))]
     findings += compare_files(source, candidate, sides)
@@ -116,6 +119,12 @@ def _same_files(source: Checkpoint, candidate: Checkpoint) -> bool:
         return False
     same_added = source.tokenizer.added_tokens == candidate.tokenizer.added_tokens
     return same_added and source.assets[name] == candidate.assets[name]
+
+
+def _same_tokenizer_json(source: Checkpoint, candidate: Checkpoint) -> bool:
+    """Whether the two carry the same tokenizer.json, or one of them carries none."""
+    contents = [checkpoint.assets.get("tokenizer.json") for checkpoint in (source, candidate)]
+    return None in contents or contents[0] == contents[1]
 
 
 def _result(findings: list[Finding], summary: str, metrics: dict[str, Any], compared: bool = True) -> GateResult:
