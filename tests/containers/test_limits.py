@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from gemma2tool.quantizers.gguf_types import GGML_BLOCKS
 from tests.support.hostile import gguf as hostile_gguf
 from tests.support.hostile import safetensors as hostile_safetensors
 from tests.support.hostile import torch as hostile_torch
@@ -35,7 +36,12 @@ def test_refusals_are_cheap(tmp_path: Path) -> None:
         from gemma2tool.errors import InputRefused
         from gemma2tool.containers import gguf, safetensors
         from gemma2tool.containers.torch_zip import reader as torch_zip
-        readers = {"safetensors": safetensors.read_header, "gguf": gguf.read_header, "torch_zip": torch_zip.read_index}
+        blocks = {int(number): tuple(sizes) for number, sizes in json.loads(sys.argv[1]).items()}
+        readers = {
+            "safetensors": safetensors.read_header,
+            "gguf": lambda path: gguf.read_header(path, blocks),
+            "torch_zip": torch_zip.read_index,
+        }
         wrong = []
         for module, path, id in json.load(open("plan.json")):
             try:
@@ -52,7 +58,7 @@ def test_refusals_are_cheap(tmp_path: Path) -> None:
     """
     root = ROOT
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)], cwd=tmp_path, capture_output=True, text=True, timeout=120,
+        [sys.executable, "-c", textwrap.dedent(code), json.dumps(dict(GGML_BLOCKS))], cwd=tmp_path, capture_output=True, text=True, timeout=120,
         check=True,
         env=os.environ | {"PYTHONPATH": str(root)},
     )  # fmt: skip
