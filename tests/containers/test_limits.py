@@ -58,10 +58,14 @@ def test_refusals_are_cheap(tmp_path: Path) -> None:
     """
     root = ROOT
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code), json.dumps(dict(GGML_BLOCKS))], cwd=tmp_path, capture_output=True, text=True, timeout=120,
+        [sys.executable, "-c", textwrap.dedent(code), json.dumps(dict(GGML_BLOCKS))],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
         check=True,
         env=os.environ | {"PYTHONPATH": str(root)},
-    )  # fmt: skip
+    )
     wrong, heavy, peak_kib = json.loads(done.stdout)
     assert wrong == []
     assert heavy == []
