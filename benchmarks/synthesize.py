@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from processes import SIZES, argument_parser
 
 from gemma2tool.formats import registry
-from gemma2tool.formats.base import WriteOptions
+from gemma2tool.formats.options import WriteOptions
 from gemma2tool.model import config
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.config import Gemma2Config

@@ -14,40 +14,41 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from gemma2tool.formats import registry
-from gemma2tool.formats.catalogue import FormatEntry, format_entries
 from gemma2tool.formats.option_info import parse_size
 from gemma2tool.formats.options import Adapter, Calibration, GGUFOptions, PackingOptions, SplitOptions, WriteOptions
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.config import Gemma2Config
-from gemma2tool.model.digest import Hashes, hash_checkpoint
-from gemma2tool.pipeline import conversion, inspection, verification
+from gemma2tool.pipeline import conversion, verification
 from gemma2tool.pipeline.events import ProgressCallback, ProgressEvent, as_progress
-from gemma2tool.pipeline.generation import Generation, GenerationOptions
-from gemma2tool.pipeline.importance import ImatrixOptions, ImatrixResult, collect_imatrix
 from gemma2tool.pipeline.inputs import read_tokens, resolve_config
-from gemma2tool.pipeline.inspection import Inspection
-from gemma2tool.pipeline.leftovers import Leftover, remove_leftovers
-from gemma2tool.pipeline.plan import PlanSummary, TensorPlan
+from gemma2tool.pipeline.plan import PlanSummary, TensorSummary
 from gemma2tool.pipeline.receipts import outputs_with_receipts
 from gemma2tool.pipeline.report_files import ReportFiles
 from gemma2tool.pipeline.requests import Checks, ConversionRequest, RunOptions, default_threads
 from gemma2tool.pipeline.run import ConversionResult
 from gemma2tool.pipeline.verification import DiffRequest, VerifyRequest, log_warnings
 from gemma2tool.storage.paths import refuse_existing, refuse_overwriting_input
-from gemma2tool.verify.diagnosis.cause import Cause
-from gemma2tool.verify.difference import Difference
-from gemma2tool.verify.finding import Finding, GateResult
 from gemma2tool.verify.gates import gate_names, parse_gates
-from gemma2tool.verify.result import Verification
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+
+    from gemma2tool.formats.catalogue import FormatEntry
+    from gemma2tool.model.digest import Hashes
+    from gemma2tool.pipeline.generation import Generation, GenerationOptions
+    from gemma2tool.pipeline.importance import ImatrixOptions, ImatrixResult
+    from gemma2tool.pipeline.inspection import Inspection
+    from gemma2tool.pipeline.leftovers import Leftover
+    from gemma2tool.verify.diagnosis.cause import Cause
+    from gemma2tool.verify.difference import Difference
+    from gemma2tool.verify.finding import Finding, GateResult
+    from gemma2tool.verify.result import Verification
 
 PathLike = str | Path
 Source = str | Path | Checkpoint
@@ -57,11 +58,27 @@ __all__ = [
     "Adapter", "Calibration", "Cause", "Checkpoint", "Checks", "ConversionRequest", "ConversionResult",
     "DiffRequest", "Difference", "Finding", "FormatEntry", "GGUFOptions", "GateResult", "Gemma2Config",
     "Generation", "GenerationOptions", "Hashes", "ImatrixOptions", "ImatrixResult", "Inspection", "Leftover",
-    "PackingOptions", "PlanSummary", "ProgressEvent", "ReportFiles", "RunOptions", "SplitOptions", "TensorPlan",
+    "PackingOptions", "PlanSummary", "ProgressEvent", "ReportFiles", "RunOptions", "SplitOptions", "TensorSummary",
     "Verification", "VerifyRequest", "WriteOptions", "clean", "convert", "default_threads", "diff", "formats",
     "gate_names", "generate", "hash", "imatrix", "inspect", "log_warnings", "logits", "open",
     "outputs_with_receipts", "parse_gates", "plan", "quantize", "run", "verify",
 ]  # fmt: skip
+
+
+_ELSEWHERE = {
+    "Cause": "verify.diagnosis.cause", "Difference": "verify.difference", "Finding": "verify.finding",
+    "FormatEntry": "formats.catalogue", "GateResult": "verify.finding", "Generation": "pipeline.generation",
+    "GenerationOptions": "pipeline.generation", "Hashes": "model.digest", "ImatrixOptions": "pipeline.importance",
+    "ImatrixResult": "pipeline.importance", "Inspection": "pipeline.inspection", "Leftover": "pipeline.leftovers",
+    "Verification": "verify.result",
+}  # fmt: skip
+"""Classes that a conversion starts without, and their modules."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _ELSEWHERE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"gemma2tool.{_ELSEWHERE[name]}"), name)
 
 
 def open(path: PathLike, *, config: Config | None = None, format: str | None = None) -> Checkpoint:
@@ -113,14 +130,14 @@ def convert(
         to=to,
         options=WriteOptions(
             dtype=dtype,
-            max_shard_size=_size(max_shard_size),
+            max_shard_size=parse_size(max_shard_size) if isinstance(max_shard_size, str) else max_shard_size,
             allow_mismatch=allow_mismatch,
             split=split or SplitOptions(),
-            adapters=_adapters(adapters),
+            adapters=tuple(map(Adapter.of, adapters)),
         ),
         config=config,
-        checks=_checks(tokens, text, gates) if verify else None,
-        run=replace(run or RunOptions(), force=force or (run is not None and run.force)),
+        checks=Checks.of(tokens, text, gates) if verify else None,
+        run=(run or RunOptions()).with_force(force),
         reports=reports or ReportFiles(),
     )
     return conversion.convert(request, as_progress(progress))[0]
@@ -170,28 +187,23 @@ def quantize(
             gguf=gguf or GGUFOptions(),
             packing=packing or PackingOptions(),
             calibration=calibration or Calibration(),
-            adapters=_adapters(adapters),
+            adapters=tuple(map(Adapter.of, adapters)),
         ),
         config=config,
-        checks=_checks(tokens, text, gates) if verify else None,
-        run=replace(run or RunOptions(), force=force or (run is not None and run.force)),
+        checks=Checks.of(tokens, text, gates) if verify else None,
+        run=(run or RunOptions()).with_force(force),
         reports=reports or ReportFiles(),
     )
     return conversion.convert(request, as_progress(progress))[0]
 
 
 def run(request: ConversionRequest, *, progress: ProgressCallback | None = None) -> tuple[ConversionResult, ...]:
-    """Carry out a whole request: one source, one output for each type, in one pass over the source.
-
-    ``convert`` and ``quantize`` are this with one output.
-    """
+    """Carry out a whole request: one output for each type, in one pass over the source."""
     return conversion.convert(request, as_progress(progress))
 
 
 def plan(request: ConversionRequest) -> tuple[PlanSummary, ...]:
-    """What a request would write, from headers alone: every file with its exact size, every tensor's type, warnings,
-    costs.
-    """
+    """What a request would write, from headers alone: files with their exact sizes, types, warnings, costs."""
     return conversion.summarize(request)
 
 
@@ -222,7 +234,7 @@ def verify(
         reference=_path(reference),
         receipt=_path(receipt),
         logits=_path(logits),
-        checks=_checks(tokens, text, gates),
+        checks=Checks.of(tokens, text, gates),
         config=config,
         reference_config=reference_config,
         threads=threads or default_threads(),
@@ -242,13 +254,11 @@ def diff(
     threads: int | None = None,
     progress: ProgressCallback | None = None,
 ) -> Difference:
-    """Compare two checkpoints of any formats, neither of which is the truth: ``result.same`` if they are the same
-    model.
-    """
+    """Compare two checkpoints of any formats, neither of which is the truth; ``result.same`` is the verdict."""
     request = DiffRequest(
         a=Path(a),
         b=Path(b),
-        checks=_checks(tokens, text, None),
+        checks=Checks.of(tokens, text, None),
         with_logits=with_logits,
         config=config,
         threads=threads or default_threads(),
@@ -263,9 +273,8 @@ def hash(
     threads: int | None = None,
     progress: ProgressCallback | None = None,
 ) -> Hashes:
-    """Digests of a checkpoint's values: equal for the same model in any format, stored type, layout or
-    number of files.
-    """
+    """Digests of a checkpoint's values: equal for the same model in any format, type, layout, number of files."""
+    from gemma2tool.model.digest import hash_checkpoint
     from gemma2tool.model.progress import progress_or_null
 
     with _opened(source, config) as checkpoint:
@@ -291,7 +300,8 @@ def logits(
     """
     import numpy as np
 
-    from gemma2tool.pipeline.logits import check_device, compute_logits, write_logits
+    from gemma2tool.pipeline.logits import check_device, write_logits
+    from gemma2tool.reference import streaming
 
     threads = threads or default_threads()
     with _opened(source, config) as checkpoint:
@@ -303,7 +313,7 @@ def logits(
         else:
             ids = np.atleast_2d(np.asarray(tokens, np.int64))
         if out is None:
-            return compute_logits(checkpoint, ids, threads=threads, device=check_device(device))
+            return streaming.logits(checkpoint, ids, threads=threads, device=check_device(device))
         write_logits(checkpoint, ids, Path(out), force=force, threads=threads, device=check_device(device))
     mapped: NDArray[np.float32] = np.load(out, mmap_mode="r")
     return mapped
@@ -321,10 +331,12 @@ def imatrix(
     """Collect an importance matrix from a text, for ``GGUFOptions(imatrix=...)`` and llama-quantize, and write it to
     ``out``.
     """
-    options = options or ImatrixOptions(threads=default_threads())
+    from gemma2tool.pipeline import importance
+
+    options = options or importance.ImatrixOptions(threads=default_threads())
     refuse_existing(Path(out), force=options.force, folder=False)
     with _opened(source, config) as checkpoint:
-        return collect_imatrix(checkpoint, Path(text), Path(out), options, as_progress(progress))
+        return importance.collect_imatrix(checkpoint, Path(text), Path(out), options, as_progress(progress))
 
 
 def generate(
@@ -341,23 +353,29 @@ def generate(
     from gemma2tool.pipeline import generation
 
     with _opened(source, config) as checkpoint:
-        return generation.generate(checkpoint, prompt, options or GenerationOptions(), on_text)
+        return generation.generate(checkpoint, prompt, options or generation.GenerationOptions(), on_text)
 
 
 def inspect(source: Source, *, config: Config | None = None) -> Inspection:
     """Format, config, tensors and types of a checkpoint, from its headers alone."""
+    from gemma2tool.pipeline import inspection
+
     with _opened(source, config, warn=False) as checkpoint:
         return inspection.inspect(checkpoint)
 
 
 def formats() -> tuple[FormatEntry, ...]:
     """The formats that can be read and written, with their types."""
-    return format_entries()
+    from gemma2tool.formats import catalogue
+
+    return catalogue.format_entries()
 
 
 def clean(path: PathLike, *, dry_run: bool = False) -> list[Leftover]:
     """Remove what interrupted runs left beside ``path`` and, if it is a folder, directly inside it."""
-    return remove_leftovers(Path(path), dry_run=dry_run)
+    from gemma2tool.pipeline import leftovers
+
+    return leftovers.remove_leftovers(Path(path), dry_run=dry_run)
 
 
 def _source(source: Source) -> Path | Checkpoint:
@@ -366,18 +384,6 @@ def _source(source: Source) -> Path | Checkpoint:
 
 def _path(path: PathLike | None) -> Path | None:
     return None if path is None else Path(path)
-
-
-def _size(size: int | str) -> int:
-    return parse_size(size) if isinstance(size, str) else size
-
-
-def _adapters(adapters: Sequence[PathLike | Adapter]) -> tuple[Adapter, ...]:
-    return tuple(adapter if isinstance(adapter, Adapter) else Adapter(Path(adapter)) for adapter in adapters)
-
-
-def _checks(tokens: PathLike | None, text: PathLike | None, gates: Mapping[str, float] | None) -> Checks:
-    return Checks(tokens=_path(tokens), text=_path(text), gates=dict(gates or {}))
 
 
 @contextmanager

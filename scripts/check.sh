@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What continuous integration runs: lint, formatting, types and tests, in .venv. Arguments are passed to pytest:
+# What continuous integration runs: lint, formatting, types and, by scripts/test.sh, the tests. Arguments go to pytest:
 #   scripts/check.sh                  everything
 #   scripts/check.sh -m "not slow"    the quick run
 set -euo pipefail
@@ -8,4 +8,4 @@ bash scripts/setup.sh test,dev
 .venv/bin/python -m ruff check .
 .venv/bin/python -m ruff format --check .
 .venv/bin/python -m mypy
-exec .venv/bin/python -m pytest -q -n 2 "$@"
+exec bash scripts/test.sh "$@"

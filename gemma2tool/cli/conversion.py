@@ -26,7 +26,6 @@ def carry_out(
 ) -> None:
     """Carry out one conversion or quantization from the command line."""
     from gemma2tool import api
-    from gemma2tool.verify.reports.terminal import render_verification
 
     console = Console(quiet=output.quiet, json=output.json_output)
     _refuse_unused(output, reports)
@@ -40,6 +39,8 @@ def carry_out(
         console.emit_json(contents[0] if len(contents) == 1 else {"outputs": contents})
     for result in results:
         if result.verification is not None:
+            from gemma2tool.verify.reports.terminal import render_verification
+
             render_verification(result.verification, console)
         console.print(result.sentence())
     reports.print_card([result.verification for result in results if result.verification is not None], console)

@@ -22,7 +22,7 @@ class ProgressDisplay:
     def __call__(self, event: ProgressEvent) -> None:
         if event.step not in self._bars:
             stack = ExitStack()
-            bar = stack.enter_context(self._console.progress(event.total, event.step))
+            bar = stack.enter_context(self._console.progress(event.total, event.step, unit=event.unit))
             self._bars[event.step] = (stack, bar, 0)
         stack, bar, done = self._bars[event.step]
         if event.ended:

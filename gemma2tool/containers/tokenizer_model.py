@@ -241,7 +241,7 @@ def encode(
     settings += _number(_ESCAPE_SPACES, int(normalizer.escape_whitespaces))
     out = bytearray()
     for piece in pieces:
-        body = _bytes(1, piece.text.encode()) + bytes([2 << 3 | _FIXED32]) + struct.pack("<f", piece.score)
+        body = _bytes(1, piece.text.encode()) + _SCORE_TAG + struct.pack("<f", piece.score)
         out += _bytes(1, body if piece.type == NORMAL else body + _number(3, piece.type))
     return bytes(out) + _bytes(2, trainer) + _bytes(3, settings)
 
@@ -254,7 +254,13 @@ def _bytes(field_number: int, value: bytes) -> bytes:
     return _encoded_varint(field_number << 3 | _LENGTH) + _encoded_varint(len(value)) + value
 
 
+_SCORE_TAG = bytes([2 << 3 | _FIXED32])
+_ONE_BYTE = tuple(bytes([value]) for value in range(0x80))
+
+
 def _encoded_varint(value: int) -> bytes:
+    if value < 0x80:  # nearly all of them, and a vocabulary has a million
+        return _ONE_BYTE[value]
     out = bytearray()
     while value >= 0x80:
         out.append(value & 0x7F | 0x80)

@@ -16,7 +16,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from gemma2tool.formats.options import WriteOptions as WriteOptions
+from gemma2tool.formats.options import WriteOptions
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.config import Gemma2Config
 from gemma2tool.model.format_facts import FormatFacts

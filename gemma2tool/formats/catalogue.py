@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from gemma2tool.formats import registry
+from gemma2tool.formats.extras import install_command
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ def format_entries() -> tuple[FormatEntry, ...]:
             facts.name,
             facts.files,
             facts.remarks,
-            None if facts.extra is None else f"pip install 'gemma2tool[{facts.extra}]'",
+            None if facts.extra is None else install_command(facts.extra),
             facts.extra_to,
             tuple(dict.fromkeys((*facts.float_dtypes, *registry.by_name(facts.name).types))),
         )

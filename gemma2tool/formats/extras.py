@@ -8,6 +8,11 @@ from types import ModuleType
 from gemma2tool.errors import UsageError
 
 
+def install_command(extra: str) -> str:
+    """What a user types to install an extra of the package."""
+    return f"pip install 'gemma2tool[{extra}]'"
+
+
 def require(module: str, extra: str, purpose: str) -> ModuleType:
     """The library ``module``; ``UsageError`` with the command that installs it where it is missing."""
     try:
@@ -16,5 +21,5 @@ def require(module: str, extra: str, purpose: str) -> ModuleType:
         raise UsageError(
             "extra.missing",
             f"{purpose} needs {module}, which is not installed",
-            hint=f"pip install 'gemma2tool[{extra}]'",
+            hint=install_command(extra),
         ) from None

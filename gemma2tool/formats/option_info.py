@@ -80,7 +80,7 @@ class OptionInfo:
         return f"{self.takers}: {self.help}" if self.takers else self.help
 
     def is_taken_by(self, format_name: str, type_name: str | None) -> bool:
-        """Whether an output of this format and type heeds the option."""
+        """Whether the option has an effect on an output of this format and type."""
         if self.formats and (format_name not in self.formats or (format_name in QUANTIZED_FOLDERS and not type_name)):
             return False
         return not self.types or type_name in self.types

@@ -247,6 +247,11 @@ class Adapter:
     path: Path
     scale: float = 1.0
 
+    @classmethod
+    def of(cls, adapter: Adapter | Path | str) -> Adapter:
+        """An adapter as it is, or the one at a path with its own strength."""
+        return adapter if isinstance(adapter, Adapter) else cls(Path(adapter))
+
 
 @dataclass(frozen=True)
 class WriteOptions:

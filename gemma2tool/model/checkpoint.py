@@ -95,6 +95,11 @@ class Checkpoint:
         """The name of the format it came from: "hf", "gguf", ..."""
         return self.facts.name
 
+    @property
+    def all_warnings(self) -> tuple[str, ...]:
+        """What the user should know of the checkpoint: the reader's warnings, then those of its config."""
+        return (*self.warnings, *self.config.warnings)
+
     def __enter__(self) -> Checkpoint:
         return self
 

@@ -4,13 +4,15 @@ starts from.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
+from gemma2tool.containers import tokenizer_model
 from gemma2tool.containers.tokenizer_model import (
     BYTE,
     CONTROL,
@@ -27,6 +29,10 @@ ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 """What a token can be for, in the order in which llama.cpp's converter writes them."""
 
 DEFAULT_TEMPLATE = "default"
+
+_PLACEHOLDER = "\ufdd0"
+"""Begins the texts of pieces that no text leads to; a code point that is not a character."""
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 _GEMMAS_PLAIN_TOKENS = ("<mask>", "<2mass>", "[@BOS@]")
 """Added tokens of Gemma's that look special and are not, beside the unused ones."""
@@ -175,6 +181,43 @@ class Tokenizer:
         for token, added in self.added_tokens.items():
             texts[token], scores[token], types[token] = added.content.replace(" ", SPACE), 0.0, USER_DEFINED
         return Pieces(tuple(texts), scores, types)
+
+    @cached_property
+    def model_file(self) -> bytes:
+        """The tokenizer as a model file that sentencepiece can run; equal bytes encode and decode alike."""
+        vocabulary = self.vocabulary
+        types = vocabulary.types.tolist()
+        unknown = self._unknown_id(types)
+        byte_fallback = types.count(BYTE) == 256
+        taken = {text for text, type in zip(vocabulary.texts, types, strict=True) if type == USER_DEFINED}
+
+        def pieces() -> Iterator[Piece]:
+            seen: set[str] = set()
+            for token, (text, score) in enumerate(zip(vocabulary.texts, vocabulary.scores.tolist(), strict=True)):
+                type = types[token]
+                if token == unknown:
+                    type = UNKNOWN
+                elif type == UNKNOWN or (type == BYTE and not byte_fallback):
+                    type = NORMAL
+                shadowed = type not in (USER_DEFINED, UNKNOWN) and text in taken
+                if not text or text in seen or shadowed or _SURROGATE.search(text):
+                    # SentencePiece takes no empty, repeated or non-UTF-8 pieces.
+                    text, type = f"{_PLACEHOLDER}{token}", (UNKNOWN if type == UNKNOWN else UNUSED)
+                seen.add(text)
+                yield Piece(text, score, type)
+            if unknown is None:
+                yield Piece(_PLACEHOLDER, 0.0, UNKNOWN)
+
+        special = {"unk": len(types) if unknown is None else unknown}
+        return tokenizer_model.encode(pieces(), special, self.normalizer, byte_fallback=byte_fallback)
+
+    def _unknown_id(self, types: list[int]) -> int | None:
+        """The id of the unknown token; SentencePiece needs exactly one."""
+        token = self.roles.get("unk")
+        if token is not None and token < len(types):
+            return token
+        places = np.flatnonzero(self.pieces.types == UNKNOWN)
+        return int(places[0]) if len(places) else None
 
     def text(self, token: int) -> str:
         """A token as text, a space where SentencePiece writes U+2581; ``<ID>`` for an id without a token."""

@@ -61,6 +61,6 @@ def inspect(checkpoint: Checkpoint) -> Inspection:
             (name, tuple(checkpoint.tensors[name].shape), checkpoint.tensors[name].stored) for name in checkpoint.specs
         ),
         assets=tuple(sorted(checkpoint.assets)),
-        warnings=(*checkpoint.warnings, *checkpoint.config.warnings),
+        warnings=checkpoint.all_warnings,
         config=checkpoint.config.to_hf(),
     )

@@ -27,19 +27,6 @@ def check_device(name: str) -> str:
     return name
 
 
-def compute_logits(
-    checkpoint: Checkpoint, ids: NDArray[np.int64], *, threads: int, device: str = "cpu"
-) -> NDArray[np.float32]:
-    """The float32 logits (B, T, V) of ``ids`` (B, T), whole in memory."""
-    from gemma2tool.reference.streaming import StreamedForward, use_threads
-
-    logits = np.empty((*ids.shape, checkpoint.config.vocab_size), np.float32)
-    with use_threads(threads):
-        for first, last, block in StreamedForward(checkpoint, ids, device=device).vocabulary_slices():
-            logits[..., first:last] = block.float().cpu().numpy()
-    return logits
-
-
 def write_logits(
     checkpoint: Checkpoint, ids: NDArray[np.int64], out: Path, *, force: bool, threads: int, device: str = "cpu"
 ) -> tuple[int, int, int]:

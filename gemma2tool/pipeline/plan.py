@@ -26,7 +26,7 @@ _PLAIN_TYPES = frozenset({"f32", "f16", "bf16", "f64"})
 
 
 @dataclass(frozen=True)
-class TensorPlan:
+class TensorSummary:
     """One tensor of an output: its name there, its shape and stored type at the source, its type and size in the
     output.
     """
@@ -52,10 +52,10 @@ class Plan:
     cost: Cost | None = None
 
     @property
-    def tensors(self) -> list[TensorPlan]:
+    def tensors(self) -> list[TensorSummary]:
         """The tensors of the output, in its order."""
         return [
-            TensorPlan(
+            TensorSummary(
                 item.name,
                 tuple(item.source.shape),
                 item.source.stored,
@@ -87,7 +87,7 @@ class Plan:
             tensors=tuple(self.tensors),
             types=tuple(self.types()),
             losses=tuple(self.output.losses),
-            warnings=(*self.source.warnings, *self.source.config.warnings, *self.output.warnings),
+            warnings=(*self.source.all_warnings, *self.output.warnings),
             cost=self.cost,
         )
 
@@ -107,7 +107,7 @@ class PlanSummary:
     nbytes: int
     files: tuple[tuple[str, int], ...]
     assets: tuple[tuple[str, int], ...]
-    tensors: tuple[TensorPlan, ...]
+    tensors: tuple[TensorSummary, ...]
     types: tuple[tuple[str, int, int], ...]
     losses: tuple[tuple[str, float], ...]
     warnings: tuple[str, ...]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from gemma2tool.formats.options import WriteOptions
@@ -33,6 +33,15 @@ class Checks:
     text: Path | None = None
     gates: Mapping[str, float] = field(default_factory=dict)
 
+    @classmethod
+    def of(cls, tokens: Path | str | None, text: Path | str | None, gates: Mapping[str, float] | None) -> Checks:
+        """From paths as texts or ``Path``."""
+        return cls(
+            tokens=None if tokens is None else Path(tokens),
+            text=None if text is None else Path(text),
+            gates=dict(gates or {}),
+        )
+
     @property
     def files(self) -> tuple[Path, ...]:
         return tuple(path for path in (self.tokens, self.text) if path is not None)
@@ -55,6 +64,10 @@ class RunOptions:
     receipt: bool = True
     threads: int = field(default_factory=default_threads)
     memory: int = DEFAULT_MEMORY
+
+    def with_force(self, force: bool) -> RunOptions:
+        """These options, with ``force`` if either asks for it."""
+        return replace(self, force=self.force or force)
 
 
 @dataclass(frozen=True, kw_only=True)

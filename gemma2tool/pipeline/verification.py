@@ -199,7 +199,7 @@ def _receipt(candidate: Path, receipt: Path | None) -> Receipt:
 
 def log_warnings(checkpoint: Checkpoint, label: str = "") -> None:
     """What reading the checkpoint noticed, to the log, behind ``label`` where several are read."""
-    for warning in (*checkpoint.warnings, *checkpoint.config.warnings):
+    for warning in checkpoint.all_warnings:
         logger.warning("%s", f"{label}: {warning}" if label else warning)
 
 

@@ -9,13 +9,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gemma2tool.model.checkpoint import Checkpoint
-from gemma2tool.verify.compare.measurements import Measurements
 from gemma2tool.verify.diagnosis.cause import Cause
 from gemma2tool.verify.finding import Finding, GateResult
 from gemma2tool.verify.json_values import json_value
+
+if TYPE_CHECKING:
+    from gemma2tool.verify.compare.measurements import Measurements
 
 SCHEMA_VERSION = 1
 

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from gemma2tool.formats import registry
-from gemma2tool.formats.base import WriteOptions
+from gemma2tool.formats.options import WriteOptions
 from gemma2tool.pipeline.plan import make_plan
 from gemma2tool.pipeline.requests import RunOptions
 from gemma2tool.pipeline.run import ResolvedChecks, run

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from gemma2tool.formats import registry
-from gemma2tool.formats.base import Output, WriteOptions
+from gemma2tool.formats.base import Output
+from gemma2tool.formats.options import WriteOptions
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.config import Gemma2Config
 from gemma2tool.model.format_facts import FormatFacts

@@ -21,7 +21,8 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from gemma2tool.formats import registry
-from gemma2tool.formats.base import Output, WriteOptions
+from gemma2tool.formats.base import Output
+from gemma2tool.formats.options import WriteOptions
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.config import Gemma2Config
 from tests.support.checkpoints import SMALL, random_checkpoint

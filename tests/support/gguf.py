@@ -10,7 +10,8 @@ import os
 from pathlib import Path
 
 from gemma2tool.containers import gguf
-from gemma2tool.formats.base import Output, WriteOptions
+from gemma2tool.formats.base import Output
+from gemma2tool.formats.options import WriteOptions
 from gemma2tool.pipeline.write import write_output
 from gemma2tool.quantizers.gguf_types import GGML_BLOCKS
 from tests.support.options import write_options

@@ -10,9 +10,9 @@ from typing import Any
 
 from gemma2tool.containers.sbs import RecordReader, Schema, pack_record
 from gemma2tool.errors import InputRefused, UsageError
-from gemma2tool.formats.base import WriteOptions
 from gemma2tool.formats.consumers import refuse_mismatches
 from gemma2tool.formats.gemma_cpp import FACTS
+from gemma2tool.formats.options import WriteOptions
 from gemma2tool.model.config import SIZES, Gemma2Config
 from gemma2tool.model.config_fields import FULL, SLIDING
 

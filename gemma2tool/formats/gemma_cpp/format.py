@@ -21,7 +21,7 @@ from gemma2tool.containers import sbs, strict_json
 from gemma2tool.containers.sbs import Blob, RecordReader, refusal
 from gemma2tool.errors import UsageError
 from gemma2tool.formats import assets
-from gemma2tool.formats.base import Format, Output, OutputFile, OutputTensor, Placement, WriteOptions, opening
+from gemma2tool.formats.base import Format, Output, OutputFile, OutputTensor, Placement, opening
 from gemma2tool.formats.gemma_cpp import FACTS
 from gemma2tool.formats.gemma_cpp import config as sbs_config
 from gemma2tool.formats.gemma_cpp.table import ALTERNATIVES, TABLE, disk_shapes, stored_shape
@@ -29,6 +29,7 @@ from gemma2tool.formats.gemma_cpp.tensors import NuqTensor, SfpTensor, interleav
 from gemma2tool.formats.mapping.container_tensors import FileTensor
 from gemma2tool.formats.mapping.float_layout import TensorPlan, plan_floats
 from gemma2tool.formats.mapping.transforms import to_canonical
+from gemma2tool.formats.options import WriteOptions
 from gemma2tool.formats.tokenizers.reading import read_tokenizer
 from gemma2tool.model.checkpoint import Assets, Checkpoint
 from gemma2tool.model.config import Gemma2Config

@@ -13,7 +13,7 @@ from pathlib import Path
 from gemma2tool.containers import gguf
 from gemma2tool.containers.gguf import GGUFHeader, GGUFValue
 from gemma2tool.errors import InputRefused, UsageError
-from gemma2tool.formats.base import Format, Output, WriteOptions, opening
+from gemma2tool.formats.base import Format, Output, opening
 from gemma2tool.formats.gguf import FACTS
 from gemma2tool.formats.gguf.config import ARCHITECTURE, read_config, unrepresentable, unusual_keys
 from gemma2tool.formats.gguf.convert import (
@@ -34,6 +34,7 @@ from gemma2tool.formats.gguf.shards import only_model, read_headers
 from gemma2tool.formats.gguf.table import TABLE
 from gemma2tool.formats.gguf.tensors import FLOATS, GGUFTensor
 from gemma2tool.formats.mapping.transforms import convention_losses, entries, expected_after_roundtrip, to_canonical
+from gemma2tool.formats.options import WriteOptions
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.config import Gemma2Config
 from gemma2tool.model.lazy import DTYPE_NAMES, LazyTensor, MappedRows

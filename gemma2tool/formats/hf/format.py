@@ -11,12 +11,13 @@ from pathlib import Path
 
 from gemma2tool.errors import InputRefused
 from gemma2tool.formats import assets, packings
-from gemma2tool.formats.base import Format, Output, WriteOptions
+from gemma2tool.formats.base import Format, Output
 from gemma2tool.formats.config_folder import CONFIG, FolderFormat, WeightFiles, open_folder
 from gemma2tool.formats.hf import FACTS
 from gemma2tool.formats.hf.tokenizer import transformers_tokenizer_files
 from gemma2tool.formats.mapping import container_tensors
 from gemma2tool.formats.mapping.float_dtypes import as_dtype, stored_dtypes
+from gemma2tool.formats.options import WriteOptions
 from gemma2tool.formats.safetensors_output import (
     INDEX,
     SINGLE,

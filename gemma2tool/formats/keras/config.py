@@ -16,9 +16,9 @@ from typing import Any
 from gemma2tool.containers import strict_json
 from gemma2tool.errors import InputRefused
 from gemma2tool.formats import assets
-from gemma2tool.formats.base import WriteOptions
 from gemma2tool.formats.consumers import refuse_mismatches
 from gemma2tool.formats.keras import FACTS
+from gemma2tool.formats.options import WriteOptions
 from gemma2tool.model.config import Gemma2Config
 from gemma2tool.model.config_fields import FULL
 from gemma2tool.storage.paths import confined_path

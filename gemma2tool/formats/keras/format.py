@@ -15,7 +15,7 @@ from pathlib import Path
 
 from gemma2tool.errors import InputRefused
 from gemma2tool.formats import assets
-from gemma2tool.formats.base import Closers, Format, Output, OutputFile, OutputTensor, Placement, WriteOptions, opening
+from gemma2tool.formats.base import Closers, Format, Output, OutputFile, OutputTensor, Placement, opening
 from gemma2tool.formats.keras import FACTS, hdf5
 from gemma2tool.formats.keras import config as keras_config
 from gemma2tool.formats.mapping import container_tensors
@@ -23,6 +23,7 @@ from gemma2tool.formats.mapping.container_tensors import FileTensor
 from gemma2tool.formats.mapping.float_layout import TensorPlan, expect_shape, plan_floats
 from gemma2tool.formats.mapping.layout_transforms import TransposeBlocks, axis_sizes
 from gemma2tool.formats.mapping.transforms import TableRow, entries, to_canonical
+from gemma2tool.formats.options import WriteOptions
 from gemma2tool.formats.tokenizers.reading import read_tokenizer
 from gemma2tool.model.checkpoint import Assets, Checkpoint
 from gemma2tool.model.config import Gemma2Config

@@ -12,10 +12,11 @@ from gemma2tool.containers.torch_zip import reader as torch_zip
 from gemma2tool.containers.torch_zip.layout import TorchZipLayout
 from gemma2tool.errors import InputRefused, UsageError
 from gemma2tool.formats import assets
-from gemma2tool.formats.base import Format, Output, OutputFile, OutputTensor, Placement, WriteOptions, opening
+from gemma2tool.formats.base import Format, Output, OutputFile, OutputTensor, Placement, opening
 from gemma2tool.formats.mapping.container_tensors import open_torch
 from gemma2tool.formats.mapping.float_layout import TensorPlan, drop_equal_head, plan_floats
 from gemma2tool.formats.mapping.transforms import TableRow, to_canonical
+from gemma2tool.formats.options import WriteOptions
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.config import Gemma2Config
 from gemma2tool.storage.paths import path_within_folder

@@ -14,7 +14,7 @@ from gemma2tool.errors import InputRefused
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.lazy import Array
 from gemma2tool.model.tokenizer import Pieces, Tokenizer
-from gemma2tool.model.tokenizer_runner import TokenizerRunner, serialized
+from gemma2tool.model.tokenizer_runner import TokenizerRunner
 from gemma2tool.verify.compare.consumers import holds_tokenizer, is_weights_file
 from gemma2tool.verify.compare.tokenizer_files import compare_files
 from gemma2tool.verify.compare.tokenizer_json import GATE, LOOKS_SPECIAL
@@ -150,8 +150,7 @@ def _compare_vocabularies(left: Tokenizer, right: Tokenizer, sides: Sides) -> tu
     texts = [*DIFFICULT, *_added_texts(left), *_added_texts(right)]
     metrics: dict[str, Any] = {"identical": False, "pieces": len(left.vocabulary), "strings": len(texts)}
     findings = [*_pieces(left.vocabulary, right.vocabulary, sides), *_added_flags(left, right, sides)]
-    models = serialized(left), serialized(right)
-    if models[0] == models[1]:
+    if left.model_file == right.model_file:
         return findings, metrics
     runners = []
     for side, tokenizer in zip(sides, (left, right), strict=True):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from gemma2tool.verify.diagnosis.cause import Cause
-from gemma2tool.verify.difference import Difference
 from gemma2tool.verify.finding import GateResult
 from gemma2tool.verify.result import Verification
+
+if TYPE_CHECKING:
+    from gemma2tool.verify.difference import Difference
 
 _MAX_NAMES = 6
 """Names shown of the tensors and fields that a cause explains."""

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from gemma2tool.formats import registry
-from gemma2tool.formats.base import WriteOptions
 from gemma2tool.formats.gemma_cpp.tensors import NuqTensor, interleaved
+from gemma2tool.formats.options import WriteOptions
 from gemma2tool.model.config import SIZES
 from gemma2tool.model.lazy import ArrayTensor
 from gemma2tool.quantizers import sfp

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from gemma2tool.formats import registry
-from gemma2tool.formats.base import WriteOptions
+from gemma2tool.formats.options import WriteOptions
 from gemma2tool.model.config import SIZES
 from tests.support.assets import file_assets
 from tests.support.checkpoints import SMALL, random_checkpoint

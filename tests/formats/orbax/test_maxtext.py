@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from gemma2tool.formats import registry
-from gemma2tool.formats.base import WriteOptions
+from gemma2tool.formats.options import WriteOptions
 from tests.support.checkpoints import SMALL, random_checkpoint
 from tests.support.formats import assert_ranges_agree, assert_same_tensors, refused, write_as
 

@@ -15,13 +15,14 @@ from pathlib import Path
 from gemma2tool.containers.torch_zip import reader as torch_zip
 from gemma2tool.errors import InputRefused
 from gemma2tool.formats import assets
-from gemma2tool.formats.base import Closers, Format, Output, OutputFile, OutputTensor, Placement, WriteOptions
+from gemma2tool.formats.base import Closers, Format, Output, OutputFile, OutputTensor, Placement
 from gemma2tool.formats.config_folder import CONFIG, FolderFormat, WeightFiles, open_folder
 from gemma2tool.formats.hf.bin import FACTS
 from gemma2tool.formats.hf.tokenizer import transformers_tokenizer_files
 from gemma2tool.formats.mapping import container_tensors
 from gemma2tool.formats.mapping.float_dtypes import stored_dtypes
 from gemma2tool.formats.mapping.float_layout import refuse_type
+from gemma2tool.formats.options import WriteOptions
 from gemma2tool.formats.safetensors_output import config_content, group_by_size, natural_key, other_assets
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.config import Gemma2Config

@@ -16,10 +16,11 @@ from pathlib import Path
 from gemma2tool.containers import tokenizer_model
 from gemma2tool.errors import InputRefused
 from gemma2tool.formats import assets
-from gemma2tool.formats.base import Format, Output, WriteOptions
+from gemma2tool.formats.base import Format, Output
 from gemma2tool.formats.mapping.float_layout import expect_shape, plan_floats
 from gemma2tool.formats.mapping.layout_transforms import PadVocabulary, TransposeBlocks, axis_sizes, padded_vocabulary
 from gemma2tool.formats.mapping.transforms import TableRow, entries, to_canonical
+from gemma2tool.formats.options import WriteOptions
 from gemma2tool.formats.orbax import output as orbax_output
 from gemma2tool.formats.orbax import zarr_arrays
 from gemma2tool.formats.orbax.flax import FACTS

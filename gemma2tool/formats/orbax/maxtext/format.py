@@ -18,12 +18,13 @@ import numpy as np
 
 from gemma2tool.errors import InputRefused, UsageError
 from gemma2tool.formats import assets
-from gemma2tool.formats.base import Format, Output, WriteOptions
+from gemma2tool.formats.base import Format, Output
 from gemma2tool.formats.consumers import refuse_mismatches
 from gemma2tool.formats.mapping.float_dtypes import as_dtype, stored_dtypes
 from gemma2tool.formats.mapping.float_layout import expect_shape, plan_floats
 from gemma2tool.formats.mapping.layout_transforms import PadVocabulary, TransposeBlocks, WideRows, axis_sizes
 from gemma2tool.formats.mapping.transforms import TableRow, applied, entries, inverted, to_canonical
+from gemma2tool.formats.options import WriteOptions
 from gemma2tool.formats.orbax import output as orbax_output
 from gemma2tool.formats.orbax import zarr_arrays
 from gemma2tool.formats.orbax.maxtext import FACTS

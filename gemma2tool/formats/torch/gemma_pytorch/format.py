@@ -21,10 +21,11 @@ from gemma2tool.containers.torch_zip import reader as torch_zip
 from gemma2tool.containers.torch_zip.layout import TorchZipLayout
 from gemma2tool.errors import InputRefused, UsageError
 from gemma2tool.formats import assets
-from gemma2tool.formats.base import Closers, Format, Output, OutputFile, OutputTensor, Placement, WriteOptions, opening
+from gemma2tool.formats.base import Closers, Format, Output, OutputFile, OutputTensor, Placement, opening
 from gemma2tool.formats.mapping import container_tensors
 from gemma2tool.formats.mapping.float_layout import TensorPlan, plan_floats
 from gemma2tool.formats.mapping.transforms import TableRow, entries, to_canonical
+from gemma2tool.formats.options import WriteOptions
 from gemma2tool.formats.torch.gemma_pytorch import FACTS
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.config import Gemma2Config, infer_from_shapes

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import json
 
-from gemma2tool.formats.base import Output, WriteOptions
+from gemma2tool.formats.base import Output
 from gemma2tool.formats.mapping.float_layout import EMBEDDING, HEAD, TensorPlan
 from gemma2tool.formats.mapping.layout_transforms import GroupByKeyValueHead
 from gemma2tool.formats.mapping.transforms import TableRow
+from gemma2tool.formats.options import WriteOptions
 from gemma2tool.formats.torch.litgpt import FACTS
 from gemma2tool.formats.torch.state_dict import StateDictFolder
 from gemma2tool.model.checkpoint import Checkpoint
