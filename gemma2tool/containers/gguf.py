@@ -126,7 +126,10 @@ class _Cursor:
 
     def need(self, count: int) -> None:
         """Reads on until ``data`` has ``count`` bytes after the position."""
-        end = self.position + count
+        self.read_to(self.position + count)
+
+    def read_to(self, end: int) -> None:
+        """Reads on until ``data`` has ``end`` bytes."""
         if end <= len(self.data):
             return
         if end > self.reader.size:
@@ -169,15 +172,20 @@ class _Cursor:
     def texts(self, count: int) -> list[str]:
         """Reads ``count`` strings, fast, because a vocabulary has hundreds of thousands."""
         result = []
-        unpack, need = _U64.unpack_from, self.need
+        data, unpack = self.data, _U64.unpack_from  # the buffer stays the same object as it grows
+        position, available = self.position, len(data)
         for _ in range(count):
-            need(8)
-            begin = self.position + 8
-            self.position = begin
-            (length,) = unpack(self.data, begin - 8)
-            need(length)
-            self.position = begin + length
-            result.append(self.data[begin : begin + length].decode("utf-8", "surrogateescape"))
+            begin = position + 8
+            if begin > available:
+                self.read_to(begin)
+                available = len(data)
+            (length,) = unpack(data, position)
+            position = begin + length
+            if position > available:
+                self.read_to(position)
+                available = len(data)
+            result.append(data[begin:position].decode("utf-8", "surrogateescape"))
+        self.position = position
         return result
 
 
