@@ -16,6 +16,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from gemma2tool.containers import file_kind
 from gemma2tool.errors import InputRefused
 from gemma2tool.storage.quoting import quoted
 from gemma2tool.storage.reading import FileReader, open_for_reading
@@ -191,6 +192,7 @@ class _Cursor:
 
 def _version(cursor: _Cursor) -> int:
     if cursor.reader.size < 4 or cursor.bytes(4) != MAGIC:
+        file_kind.refuse_foreign(cursor.reader, "gguf")
         raise cursor.refusal("magic", "does not begin with GGUF")
     version = cursor.integer(_U32)
     if version not in VERSIONS:

@@ -14,7 +14,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from gemma2tool.containers import strict_json
+from gemma2tool.containers import file_kind, strict_json
 from gemma2tool.errors import InputRefused
 from gemma2tool.storage.quoting import quoted
 from gemma2tool.storage.reading import open_for_reading
@@ -73,9 +73,11 @@ def read_header(path: str | os.PathLike[str]) -> SafetensorsHeader:
     path = Path(path)
     with open_for_reading(path) as reader:
         if reader.size < 8:
+            file_kind.refuse_foreign(reader, "safetensors")
             raise _refusal("header-too-small", path, f"has {reader.size} bytes, too few for a header")
         length = int.from_bytes(reader.pread(0, 8), "little")
         if length > MAX_HEADER_BYTES:
+            file_kind.refuse_foreign(reader, "safetensors")
             raise _refusal(
                 "header-too-large",
                 path,
@@ -89,8 +91,9 @@ def read_header(path: str | os.PathLike[str]) -> SafetensorsHeader:
             )
         raw = bytes(reader.pread(8, length))
         size = reader.size
-    if not raw.startswith(b"{"):
-        raise _refusal("invalid-header-start", path, "its header does not begin with {")
+        if not raw.startswith(b"{"):
+            file_kind.refuse_foreign(reader, "safetensors")
+            raise _refusal("invalid-header-start", path, "its header does not begin with {")
     header = _parse(raw, path)
     metadata = _metadata(header.pop("__metadata__", {}), path)
     if len(header) > MAX_TENSORS:

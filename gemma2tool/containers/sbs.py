@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
+from gemma2tool.containers import file_kind
 from gemma2tool.errors import InputRefused
 from gemma2tool.storage.quoting import quoted
 from gemma2tool.storage.reading import FileReader
@@ -35,9 +36,11 @@ class Blob:
 def read_directory(reader: FileReader) -> dict[str, Blob]:
     """Reads the blobs by key, in file order. Raises InputRefused (``sbs.*``) unless they fill the file without gaps."""
     if reader.size < _HEADER.size:
+        file_kind.refuse_foreign(reader, "sbs")
         raise refusal("truncated", reader.path, "is too short for a header")
     magic, count, size = _HEADER.unpack(reader.pread(0, _HEADER.size))
     if magic != MAGIC:
+        file_kind.refuse_foreign(reader, "sbs")
         raise refusal("magic", reader.path, "does not begin with SBS")
     at_end = count == 0
     if at_end:

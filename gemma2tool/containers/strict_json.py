@@ -12,6 +12,7 @@ from itertools import accumulate
 from math import isfinite
 from typing import Any, NoReturn
 
+from gemma2tool.containers import file_kind
 from gemma2tool.errors import InputRefused
 from gemma2tool.storage.quoting import quoted
 from gemma2tool.storage.reading import read_whole
@@ -48,6 +49,7 @@ def load(
             raise InputRefused("json.too-large", f"{where}: {len(data)} bytes; at most {max_bytes} are accepted")
     else:
         data, where = read_whole(source, what=what, max_bytes=max_bytes), str(source)
+        _refuse_pages(data, where)
     _check_size(data, where, max_depth, max_values)
     try:
         text = data.decode("utf-8")
@@ -80,6 +82,14 @@ def load(
         ) from error
     except (ValueError, RecursionError) as error:  # an integer with thousands of digits; brackets that are never closed
         raise InputRefused("json.syntax", f"{where}: not acceptable JSON: {quoted(str(error))}") from error
+
+
+def _refuse_pages(data: bytes, where: str) -> None:
+    """Raises InputRefused for a file that a download left in place of JSON: a pointer, a page."""
+    if data.lstrip()[:1] not in (b"{", b"["):
+        kind = file_kind.identify(data[: file_kind.HEAD_BYTES], len(data))
+        if kind is not None and kind.name in ("lfs-pointer", "html", "xml", "zeros"):
+            raise file_kind.foreign(kind, where)
 
 
 def _check_size(data: bytes, where: str, max_depth: int, max_values: int) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from gemma2tool.containers import file_kind
 from gemma2tool.errors import InputRefused
 
 PIECES, TRAINER, NORMALIZER, SELF_TEST, DENORMALIZER = 1, 2, 3, 4, 5
@@ -112,7 +113,7 @@ def check(data: bytes, where: str = "tokenizer.model") -> None:
                 if number == PIECES and inner == 1 and isinstance(text, bytes):
                     text.decode("utf-8")
     except ValueError as error:
-        raise damaged(where, str(error)) from error
+        raise _refusal(data, where, str(error)) from error
 
 
 def parse(data: bytes, where: str = "tokenizer.model") -> SentencePieceModel:
@@ -129,9 +130,9 @@ def parse(data: bytes, where: str = "tokenizer.model") -> SentencePieceModel:
             elif number == NORMALIZER:
                 normalizer.update(fields(value))
     except (ValueError, struct.error) as error:
-        raise damaged(where, str(error)) from error
+        raise _refusal(data, where, str(error)) from error
     if not pieces:
-        raise damaged(where, "it has no pieces")
+        raise _refusal(data, where, "it has no pieces")
     return SentencePieceModel(tuple(pieces), trainer, normalizer)
 
 
@@ -168,6 +169,12 @@ def messages(data: bytes) -> Iterator[tuple[int, bytes]]:
         if len(value) > (MAX_PIECE_BYTES if number == PIECES else MAX_MESSAGE_BYTES):
             raise ValueError(f"a part has {len(value)} bytes")
         yield number, value
+
+
+def _refusal(data: bytes, where: str, what: str) -> InputRefused:
+    """The error for ``data`` that is not a model file: what it is, if that can be seen, else what is damaged."""
+    kind = file_kind.identify(data[: file_kind.HEAD_BYTES], len(data))
+    return damaged(where, what) if kind is None else file_kind.foreign(kind, where)
 
 
 def damaged(where: str, what: str) -> InputRefused:

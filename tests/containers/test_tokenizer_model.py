@@ -27,7 +27,7 @@ from tests.support.paths import TINY
         b"\x0a\x03\x0a\x01\xff",
         b"\x0a\xf4\x03\x0a\xf0\x03" + b"a" * 3,
         b"\x0a" + bytes([0x80, 0x80, 0x08]) + b"\x0a" + bytes(1 << 17),
-        bytes(65 << 20),
+        b"\n" + bytes(65 << 20),
     ],
     ids=[
         "no message",

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
+from gemma2tool.containers import file_kind
 from gemma2tool.containers.hdf5 import messages
 from gemma2tool.containers.hdf5.messages import Message, NumberReader
 from gemma2tool.errors import InputRefused
@@ -90,6 +91,7 @@ class _File:
     def root(self) -> int:
         """The address of the root group's object header."""
         if self.reader.size < 48 or self.reader.pread(0, 8) != MAGIC:
+            file_kind.refuse_foreign(self.reader, "hdf5")
             raise self.refusal("magic", "is not an HDF5 file")
         raw = bytes(self.reader.pread(0, min(96 + 4, self.reader.size)))
         version = raw[8]

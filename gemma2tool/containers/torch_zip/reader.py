@@ -16,6 +16,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from gemma2tool.containers import file_kind
 from gemma2tool.containers.torch_zip import pickle_index, zip_index
 from gemma2tool.containers.torch_zip.layout import DTYPE_BYTES, TorchZipLayout
 from gemma2tool.containers.torch_zip.pickle_index import TensorRef
@@ -143,6 +144,7 @@ def _check_kind(reader: FileReader) -> None:
             reader.path, "legacy", "is a pickle, as written by torch.save before torch 1.6, which cannot be read safely"
         )
     if not start.startswith(zip_index.LOCAL_SIGNATURE):
+        file_kind.refuse_foreign(reader, "torch")
         raise _refusal(
             reader.path,
             "not-zip",
@@ -152,6 +154,8 @@ def _check_kind(reader: FileReader) -> None:
 
 def _root(reader: FileReader, members: Mapping[str, Member]) -> str:
     roots = [name.removesuffix("/data.pkl") for name in members if name.endswith("/data.pkl")]
+    if not roots:
+        file_kind.refuse_foreign(reader, "torch")
     if len(roots) != 1 or "/" in roots[0] or not all(name.startswith(roots[0] + "/") for name in members):
         raise _refusal(reader.path, "archive", "has no data.pkl, or members outside a single top-level folder")
     if f"{roots[0]}/constants.pkl" in members:

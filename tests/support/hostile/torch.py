@@ -123,11 +123,11 @@ _BOMB = _DEFLATED.compress(bytes(1 << 26)) + _DEFLATED.flush()
 
 ZIP_CASES = [
     Hostile("empty file", b"", "torch.not-zip"),
-    Hostile("a text", b"model: gemma\n" * 9, "torch.not-zip"),
+    Hostile("a text", b"model: gemma\n" * 9, "file.message"),
     Hostile("a tar", b"data.pkl" + bytes(1016), "torch.not-zip"),
     Hostile("legacy torch.save", b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19." + OK_PICKLE, "torch.legacy"),
     Hostile("a bare pickle of protocol 4", pickle.dumps({}, 4), "torch.legacy"),
-    Hostile("a bare pickle of protocol 0", b"cos\nsystem\n(S'true'\ntR.", "torch.not-zip"),
+    Hostile("a bare pickle of protocol 0", b"cos\nsystem\n(S'true'\ntR.", "file.message"),
     Hostile("only a signature", b"PK\3\4", "zip.truncated"),
     Hostile("cut in the middle", _GOOD[: len(_GOOD) // 2], "zip.end"),
     Hostile("last byte missing", _GOOD[:-1], "zip.end"),
