@@ -43,7 +43,8 @@ class Gemma2Config:
       with the base, which is how transformers 5 writes both.
     - ``sliding_window`` (4096): W; key j is visible to query i of a sliding layer when 0 <= i - j < W.
     - ``layer_types``: "sliding_attention" or "full_attention" for each layer; (): even layers slide.
-    - ``use_bidirectional_attention`` (None): True drops the causal mask, for encoders derived from Gemma 2.
+    - ``use_bidirectional_attention`` (None): True drops the causal mask, for encoders derived from Gemma 2; a sliding
+      layer then sees the keys j with abs(i - j) <= W. ``is_causal`` false in a file means the same.
     - ``attention_bias`` (False): biases in the q, k, v and o projections.
     - ``attention_dropout`` (0.0): share of attention weights dropped in training; no effect at inference.
     - ``tie_word_embeddings`` (True): lm_head is the embedding matrix.

@@ -10,6 +10,8 @@ sliding_window         also ``sliding_window_size`` (27B)           ``sliding_wi
 rotary embedding       ``rope_theta``, ``rope_scaling``             ``rope_parameters``
 dtype                  ``torch_dtype``                              ``dtype``
 layer_types            absent: even layers slide                    written out
+bidirectional          (none)                                       ``use_bidirectional_attention``,
+                                                                    ``is_causal`` false
 =====================  ==========================================  =========================================
 
 ``read`` returns the keyword arguments of ``Gemma2Config`` for either; ``write`` returns transformers 5's spelling with
@@ -121,6 +123,7 @@ def read(source: Mapping[str, Any]) -> dict[str, Any]:
     fields |= _activation(source, notes)
     fields |= _rope(source)
     fields |= _labels(source)
+    fields |= _bidirectional(source, notes)
     window = _one_of(source, "sliding_window", "sliding_window_size")
     if window is not _ABSENT:
         fields["sliding_window"] = window
@@ -212,6 +215,20 @@ def _activation(source: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
         notes.append("hidden_act 'gelu' is read as gelu_pytorch_tanh, as transformers does for Gemma")
         name = "gelu_pytorch_tanh"
     return {"hidden_activation": name}
+
+
+def _bidirectional(source: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
+    """``is_causal`` is a key of all of transformers' decoders (since 5.2) and stays among the others for writing."""
+    if "is_causal" not in source:
+        return {}
+    causal, both_ways = source["is_causal"], source.get("use_bidirectional_attention")
+    if causal is not None and not isinstance(causal, bool):
+        raise InputRefused("config.value", f"config: is_causal is {causal!r}; it must be true or false")
+    if causal and both_ways:
+        raise contradiction("is_causal is true but use_bidirectional_attention is true")
+    if causal is None:
+        notes.append("is_causal is null, which transformers reads as false: tokens attend both ways")
+    return {} if causal else {"use_bidirectional_attention": True}
 
 
 def _rope(source: Mapping[str, Any]) -> dict[str, Any]:

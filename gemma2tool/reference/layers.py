@@ -73,10 +73,16 @@ def soft_cap(x: Tensor, cap: float | None) -> Tensor:
 
 def visible(queries: Tensor, keys: Tensor, window: int | Tensor | None, causal: bool) -> Tensor:
     """Which slots ``keys`` (S,) each of the slots ``queries`` (T,) sees: bool (T, S), or (B, 1, T, S) for a ``window``
-    (B, 1, 1, 1) that differs between rows."""
+    W (B, 1, 1, 1) that differs between rows.
+
+    A causal window is W keys wide with the query's own, a bidirectional one reaches W keys to either side
+    (transformers 5.23 ``masking_utils.py``).
+    """
     distance = queries[:, None] - keys[None, :]
-    mask = distance >= 0 if causal else torch.ones_like(distance, dtype=torch.bool)
-    return mask if window is None else mask & (distance.abs() < window)
+    if causal:
+        mask = distance >= 0
+        return mask if window is None else mask & (distance < window)
+    return torch.ones_like(distance, dtype=torch.bool) if window is None else distance.abs() <= window
 
 
 def key_value_head(query_head: int, config: Gemma2Config) -> int:

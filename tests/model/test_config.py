@@ -211,6 +211,20 @@ def test_impossible_values_are_refused_by_name(field, value):
     ) in refused.value.message
 
 
+def test_is_causal_false_is_bidirectional_attention():
+    config = Gemma2Config.from_hf(old(is_causal=False))
+    assert config.use_bidirectional_attention and config.to_hf()["is_causal"] is False
+    assert Gemma2Config.from_hf(config.to_hf()) == config
+    null = Gemma2Config.from_hf(old(is_causal=None))
+    assert null.use_bidirectional_attention and any("is_causal is null" in line for line in null.warnings)
+    causal = Gemma2Config.from_hf(old(is_causal=True))
+    assert not causal.use_bidirectional_attention and causal.to_hf()["is_causal"] is True
+    with pytest.raises(InputRefused, match="is_causal is true but use_bidirectional_attention is true"):
+        Gemma2Config.from_hf(old(is_causal=True, use_bidirectional_attention=True))
+    with pytest.raises(InputRefused, match="is_causal is 0"):
+        Gemma2Config.from_hf(old(is_causal=0))
+
+
 def test_an_empty_list_of_layer_types_is_refused_and_null_is_absent():
     with pytest.raises(InputRefused, match="layer_types has 0 entries but num_hidden_layers is 26"):
         Gemma2Config.from_hf(old(layer_types=[]))

@@ -270,21 +270,18 @@ def test_rotary_scalings_agree(scaling, length):
 
 
 @pytest.mark.peer
-def test_bidirectional_attention_agrees_with_prepared_masks():
-    """transformers' eager attention takes prepared masks; with these it attends both ways within the window."""
-    config = dataclasses.replace(SMALL, use_bidirectional_attention=True)
+@pytest.mark.parametrize("length", [4, 5, 6, 11])
+def test_bidirectional_attention_agrees(length):
+    """transformers' eager attention goes by ``is_causal``; its two-sided window includes the distance W."""
+    config = Gemma2Config.from_hf(SMALL.to_hf() | {"is_causal": False})
+    assert config.sliding_window == 4
     state = random_state(config, "Gemma2Model")
-    ids, mask = prompts((2, 11), config.vocab_size, 3), padding("right", 2, 11)
-    distance = (torch.arange(11)[:, None] - torch.arange(11)[None]).abs()
-    real = mask.bool()[:, None, None, :]
-    low = torch.finfo(torch.float32).min
-    masks = {
-        "full_attention": torch.where(real & (distance >= 0), 0.0, low),
-        "sliding_attention": torch.where(real & (distance < config.sliding_window), 0.0, low),
-    }
-    expected = transformers_model(SMALL, "Gemma2Model", state)(ids, attention_mask=masks).last_hidden_state
+    ids, mask = prompts((2, length), config.vocab_size, 3), padding("right", 2, length)
+    expected = transformers_model(config, "Gemma2Model", state)(ids, attention_mask=mask).last_hidden_state
     actual = reference_model(config, "Gemma2Model", state)(ids, attention_mask=mask).last_hidden_state
     assert_agree(actual[mask.bool()], expected[mask.bool()])
+    causal = reference_model(SMALL, "Gemma2Model", state)(ids).last_hidden_state
+    assert (actual - causal).abs().max() > 0.1
     with pytest.raises(UsageError, match="bidirectional"):
         reference_model(config, "Gemma2Model", state)(ids, use_cache=True)
 

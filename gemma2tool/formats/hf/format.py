@@ -13,6 +13,7 @@ from gemma2tool.errors import InputRefused
 from gemma2tool.formats import assets, packings
 from gemma2tool.formats.base import Format, Output
 from gemma2tool.formats.config_folder import CONFIG, FolderFormat, WeightFiles, open_folder
+from gemma2tool.formats.consumers import sentences
 from gemma2tool.formats.hf import FACTS
 from gemma2tool.formats.hf.tokenizer import transformers_tokenizer_files
 from gemma2tool.formats.mapping import container_tensors
@@ -79,7 +80,8 @@ class HuggingFace(Format):
         small_files |= tokenizer_files | {CONFIG: assets.dump_json(content)}
         if len(shards.files) > 1:
             small_files[INDEX] = assets.dump_json(shards.index)
-        return Output(self.name, False, shards.files, shards.tensors, small_files, warnings=[*chosen.remarks, *remarks])
+        warnings = [*sentences(FACTS.assumptions(checkpoint.config)), *chosen.remarks, *remarks]
+        return Output(self.name, False, shards.files, shards.tensors, small_files, warnings=warnings)
 
 
 def _weight_files(path: Path) -> WeightFiles:

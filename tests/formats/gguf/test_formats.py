@@ -192,7 +192,6 @@ UNSAYABLE = {
     "layers": ({"layer_types": (FULL, SLIDING, FULL)}, "every even layer"),
     "cap": ({"attn_logit_softcapping": None}, "would cap at 50"),
     "activation": ({"hidden_activation": "silu"}, "gelu_pytorch_tanh"),
-    "both ways": ({"use_bidirectional_attention": True}, "mask"),
 }
 
 
@@ -234,6 +233,18 @@ def test_another_rotary_base_is_written_and_warned_of(tmp_path: Path) -> None:
     with GGUF().open(write(output, tmp_path)[0]) as back:
         assert back.config.rope_theta == 160000.0
     assert not any("rope" in warning for warning in GGUF().layout(random_checkpoint(BF16), options()).warnings)
+
+
+def test_bidirectional_attention_is_written_and_warned_of(tmp_path: Path) -> None:
+    """As the key that llama.cpp reads; back in a folder, as the key that transformers' default attention reads."""
+    source = random_checkpoint(BF16)
+    source.config = dataclasses.replace(source.config, use_bidirectional_attention=True)
+    output = GGUF().layout(source, options())
+    assert any("gemma2.attention.causal false" in warning for warning in output.warnings)
+    with GGUF().open(write(output, tmp_path)[0]) as back:
+        assert back.config.use_bidirectional_attention
+        assert back.config.to_hf()["is_causal"] is False
+        assert any("sliding window" in sentence for _, sentence in back.facts.assumptions(back.config))
 
 
 def test_bad_weights_name_the_tensor(tmp_path: Path) -> None:

@@ -57,6 +57,18 @@ def test_f32_logits(llama: ModuleType, oracles: Path, tmp_path: Path, theta: flo
         assert np.abs(ours(back, ids) - truth).max() < 5e-5
 
 
+def test_bidirectional_logits(llama: ModuleType, fixture_dir: Path, tmp_path: Path) -> None:
+    """llama.cpp attends both ways; beyond the window of 64 its mask is another, as the warning says."""
+    ids = np.load(fixture_dir / "heldout.npy").reshape(-1)[:64]
+    with registry.open_checkpoint(fixture_dir / "model.ckpt") as source:
+        causal = ours(source, ids)
+        source.config = dataclasses.replace(source.config, use_bidirectional_attention=True)
+        truth = ours(source, ids)
+        (path,) = write(GGUF().layout(source, options(dtype="f32")), tmp_path)
+    _, theirs = llama.logits(path, ids.tolist())
+    assert np.abs(theirs - truth).max() < 1e-2 and np.abs(theirs - causal).max() > 1
+
+
 def test_the_config_read_is_the_model_llama_cpp_runs(llama: ModuleType, oracles: Path) -> None:
     """The oracle's 27B flavour lost its query scale in the GGUF: our reader says so, where the source's own logits are
     0.3 off.

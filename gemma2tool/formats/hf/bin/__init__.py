@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from gemma2tool.formats.hf import assumptions
 from gemma2tool.model.format_facts import FormatFacts
 
 FACTS = FormatFacts(
@@ -10,4 +11,5 @@ FACTS = FormatFacts(
     remarks="Hugging Face before safetensors",
     holds_tokenizer=True,
     weight_suffixes=(".bin", ".pt", ".pth"),
+    assumptions=assumptions,
 )

@@ -17,6 +17,7 @@ from gemma2tool.errors import InputRefused
 from gemma2tool.formats import assets
 from gemma2tool.formats.base import Closers, Format, Output, OutputFile, OutputTensor, Placement
 from gemma2tool.formats.config_folder import CONFIG, FolderFormat, WeightFiles, open_folder
+from gemma2tool.formats.consumers import sentences
 from gemma2tool.formats.hf.bin import FACTS
 from gemma2tool.formats.hf.tokenizer import transformers_tokenizer_files
 from gemma2tool.formats.mapping import container_tensors
@@ -67,13 +68,14 @@ class HuggingFaceBin(Format):
                 place = Placement(name, file, zipped.offsets[(name,)], parts[name].nbytes)
                 tensors.append(OutputTensor(name, (name,), checkpoint.tensors[name], encoders[name], {"": place}))
                 weight_map[name] = file
+        warnings = sentences(FACTS.assumptions(checkpoint.config))
         tokenizer_files, remarks = transformers_tokenizer_files(checkpoint)
         small_files = other_assets(checkpoint) | tokenizer_files
         small_files[CONFIG] = assets.dump_json(config_content(checkpoint, dtypes))
         if len(groups) > 1:
             total = {"total_size": sum(part.nbytes for part in parts.values())}
             small_files[INDEX] = assets.dump_json({"metadata": total, "weight_map": weight_map})
-        return Output(self.name, False, files, tensors, small_files, warnings=remarks)
+        return Output(self.name, False, files, tensors, small_files, warnings=[*warnings, *remarks])
 
 
 def _finish(zipped: torch_zip.TorchZipLayout, checksums: Mapping[str, int]) -> list[tuple[int, bytes]]:
