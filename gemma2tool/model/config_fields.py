@@ -20,6 +20,8 @@ from ctypes import c_float
 from dataclasses import dataclass
 from typing import Any
 
+from gemma2tool.model.rope_scaling import comparable_scaling
+
 SLIDING = "sliding_attention"
 FULL = "full_attention"
 
@@ -150,7 +152,6 @@ def comparable_value(name: str, value: Any) -> Any:
         return c_float(value).value  # rounded to float32, without importing numpy
     if name == "use_bidirectional_attention":
         return bool(value)
-    if name == "rope_scaling":  # no scaling has several spellings
-        parameters = dict(value or {})
-        return {} if parameters.get("rope_type", "default") == "default" else parameters
+    if name == "rope_scaling":  # one scaling has several spellings
+        return comparable_scaling(value or {})
     return value

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from gemma2tool.model.config import Gemma2Config
+from gemma2tool.model.rope_scaling import BETA_FAST, BETA_SLOW, yarn_attention_factor
 
 
 def rotate_half(x: Tensor) -> Tensor:
@@ -63,7 +64,7 @@ def inverse_frequencies(config: Gemma2Config, length: int, dtype: torch.dtype) -
     if kind == "llama3":
         return _llama3(unscaled, parameters, trained), 1.0
     if kind == "yarn":
-        return _yarn(unscaled, parameters, trained, theta), _yarn_attention_factor(parameters)
+        return _yarn(unscaled, parameters, trained, theta), yarn_attention_factor(parameters)
     raise ValueError(f"rope_type {kind!r}")
 
 
@@ -91,7 +92,9 @@ def _yarn(frequencies: Tensor, parameters: Mapping[str, Any], trained: int, thet
     def dimension(turns: float) -> float:
         return half * math.log(trained / (turns * 2 * math.pi)) / math.log(theta)
 
-    low, high = dimension(parameters.get("beta_fast") or 32), dimension(parameters.get("beta_slow") or 1)
+    low, high = (
+        dimension(parameters.get(name) or turns) for name, turns in (("beta_fast", BETA_FAST), ("beta_slow", BETA_SLOW))
+    )
     if parameters.get("truncate", True):
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, 2 * half - 1)
@@ -100,15 +103,3 @@ def _yarn(frequencies: Tensor, parameters: Mapping[str, Any], trained: int, thet
     unchanged = 1 - ((torch.arange(half, dtype=frequencies.dtype) - low) / (high - low)).clamp(0, 1)
     scaled: Tensor = (1 - unchanged) * frequencies / parameters["factor"] + unchanged * frequencies
     return scaled
-
-
-def _yarn_attention_factor(parameters: Mapping[str, Any]) -> float:
-    if parameters.get("attention_factor") is not None:
-        return float(parameters["attention_factor"])
-
-    def magnitude(weight: float) -> float:
-        return 1.0 if parameters["factor"] <= 1 else 0.1 * weight * math.log(parameters["factor"]) + 1.0
-
-    if parameters.get("mscale") and parameters.get("mscale_all_dim"):
-        return magnitude(parameters["mscale"]) / magnitude(parameters["mscale_all_dim"])
-    return magnitude(1.0)

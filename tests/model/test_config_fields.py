@@ -55,6 +55,12 @@ def test_values_compare_in_float32_and_whatever_their_spelling() -> None:
     assert comparable_value("rms_norm_eps", 1e-6) == comparable_value("rms_norm_eps", 9.999999974752427e-07)
     assert comparable_value("query_pre_attn_scalar", 1e-6) != comparable_value("query_pre_attn_scalar", 9.99999997e-07)
     assert comparable_value("rope_scaling", None) == comparable_value("rope_scaling", {"rope_type": "default"})
+    plain = {"rope_type": "yarn", "factor": 4.0}
+    spelled = {**plain, "beta_fast": 32, "beta_slow": None, "truncate": True, "mscale": 1.0, "mscale_all_dim": 0.0}
+    assert comparable_value("rope_scaling", plain) == comparable_value("rope_scaling", spelled)
+    assert comparable_value("rope_scaling", plain) != comparable_value(
+        "rope_scaling", {**plain, "mscale_all_dim": 2.0, "mscale": 1.0}
+    )
     assert comparable_value("use_bidirectional_attention", None) is comparable_value(
         "use_bidirectional_attention", False
     )

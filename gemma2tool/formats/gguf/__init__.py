@@ -46,8 +46,8 @@ FACTS = FormatFacts(
     cannot_represent={
         "query_pre_attn_scalar": "GGUF cannot represent it; llama.cpp uses head_dim, or for 46 layers"
         " hidden_size / heads",
-        "rope_scaling": "a GGUF of Gemma 2 can represent linear scaling only",
-        "layer_types": "llama.cpp uses the sliding window in every even layer",
+        "rope_scaling": "llama.cpp scales a Gemma 2 linearly or by yarn with its default betas",
+        "layer_types": "llama.cpp uses the sliding window in every even layer if sliding_window_pattern is missing",
         "attn_logit_softcapping": "llama.cpp uses 50 if the key is missing",
         "final_logit_softcapping": "llama.cpp uses 30 if the key is missing",
         "sliding_window": "llama.cpp uses 4096 if the key is missing",

@@ -7,10 +7,19 @@ from typing import TypeVar
 
 from gemma2tool.containers.gguf import GGUFValue
 from gemma2tool.errors import InputRefused
-from gemma2tool.formats.gguf.key_values import KeyReader, KeyValue, boolean, f32, u32
+from gemma2tool.formats.gguf.key_values import KeyReader, KeyValue, boolean, f32, shortest_decimal, u32
+from gemma2tool.formats.gguf.rope import (
+    THETA,
+    pattern_keys,
+    read_layer_types,
+    read_scaling,
+    rope_keys,
+    scaling_problem,
+    unusual_rope_keys,
+)
 from gemma2tool.formats.gguf.stops import stop_ids
 from gemma2tool.model.config import Gemma2Config
-from gemma2tool.model.config_fields import FULL, SLIDING
+from gemma2tool.model.config_fields import SLIDING
 from gemma2tool.model.tensors import HEADS
 
 T = TypeVar("T", int, float)
@@ -19,20 +28,18 @@ ARCHITECTURE = "gemma2"
 LAYERS_OF_27B = 46
 """llama.cpp takes a Gemma 2 with this many layers for the 27B and scales its queries by D / H instead of head_dim."""
 
-ROPE_THETA = 10000.0
 WINDOW = 4096
 ATTENTION_SOFTCAP = 50.0
 FINAL_SOFTCAP = 30.0
-MAX_LAYERS = 4096
 
 
 def shape_keys(config: Gemma2Config) -> list[KeyValue]:
-    """The keys before ``general.file_type`` in the converter's order, and two that it leaves out of a Gemma 2: a rotary
-    base other than 10000, and bidirectional attention.
+    """The keys before ``general.file_type`` in the converter's order, then those that it leaves out of a Gemma 2.
 
-    llama.cpp reads ``rope.freq_base`` and ``attention.causal`` of every architecture, Gemma 2's too (measured with a
-    base of 160000: logits within 4e-3 of the reference forward pass with the key, 4.6 off without it; bidirectional:
-    within 3e-3 with the key, 6.0 off without it).
+    These are of the rotary embedding (see ``rope``) and of bidirectional attention.
+
+    llama.cpp reads ``attention.causal`` of every architecture, Gemma 2's too (measured: logits within 3e-3 of the
+    reference forward pass with the key, 6.0 off without it).
     """
     keys = [
         _key("context_length", u32, config.max_position_embeddings),
@@ -45,8 +52,7 @@ def shape_keys(config: Gemma2Config) -> list[KeyValue]:
         _key("attention.key_length", u32, config.head_dim),
         _key("attention.value_length", u32, config.head_dim),
     ]
-    if config.rope_theta != ROPE_THETA:
-        keys.append(_key("rope.freq_base", f32, config.rope_theta))
+    keys += _rope_keys(config)
     if config.use_bidirectional_attention:
         keys.append((f"{ARCHITECTURE}.attention.causal", boolean(False)))
     return keys
@@ -63,7 +69,14 @@ def cap_keys(config: Gemma2Config) -> list[KeyValue]:
         keys.append(_key("final_logit_softcapping", f32, config.final_logit_softcapping))
     if config.sliding_window is not None:
         keys.append(_key("attention.sliding_window", u32, config.sliding_window))
-    return keys
+    return [*keys, *pattern_keys(config)]
+
+
+def _rope_keys(config: Gemma2Config) -> list[KeyValue]:
+    try:
+        return list(rope_keys(config))
+    except OverflowError as error:
+        raise InputRefused("gguf.range", f"config: a GGUF key of the rotary embedding: {error}") from None
 
 
 def _key(name: str, make: Callable[[T], GGUFValue], value: T) -> KeyValue:
@@ -95,13 +108,13 @@ def read_config(keys: KeyReader, embedding_rows: int, dtype: str) -> Gemma2Confi
         num_key_value_heads=keys.integer("gemma2.attention.head_count_kv", heads),
         head_dim=head_dim,
         max_position_embeddings=keys.integer("gemma2.context_length", 8192),
-        rms_norm_eps=_decimal(keys.number("gemma2.attention.layer_norm_rms_epsilon")),
+        rms_norm_eps=shortest_decimal(keys.number("gemma2.attention.layer_norm_rms_epsilon")),
         query_pre_attn_scalar=_query_scalar(layers, hidden, heads, head_dim),
-        layer_types=_layer_types(keys, layers),
-        rope_scaling=_rope_scaling(keys),
-        rope_theta=_decimal(keys.number("gemma2.rope.freq_base", ROPE_THETA)),
-        attn_logit_softcapping=_decimal(keys.number("gemma2.attn_logit_softcapping", ATTENTION_SOFTCAP)),
-        final_logit_softcapping=_decimal(keys.number("gemma2.final_logit_softcapping", FINAL_SOFTCAP)),
+        layer_types=read_layer_types(keys, layers),
+        rope_scaling=read_scaling(keys),
+        rope_theta=shortest_decimal(keys.number("gemma2.rope.freq_base", THETA)),
+        attn_logit_softcapping=shortest_decimal(keys.number("gemma2.attn_logit_softcapping", ATTENTION_SOFTCAP)),
+        final_logit_softcapping=shortest_decimal(keys.number("gemma2.final_logit_softcapping", FINAL_SOFTCAP)),
         sliding_window=keys.integer("gemma2.attention.sliding_window", WINDOW),
         use_bidirectional_attention=None if causal else True,
         dtype=dtype,
@@ -113,27 +126,6 @@ def read_config(keys: KeyReader, embedding_rows: int, dtype: str) -> Gemma2Confi
     )
 
 
-def _layer_types(keys: KeyReader, layers: int) -> tuple[str, ...]:
-    """Empty for Gemma 2's own pattern, else every period-th layer full, as llama.cpp reads the key."""
-    period = keys.integer("gemma2.attention.sliding_window_pattern", 2)
-    if period == 2 or not 0 < layers <= MAX_LAYERS:
-        return ()
-    return tuple(SLIDING if period <= 0 or layer % period < period - 1 else FULL for layer in range(layers))
-
-
-def _rope_scaling(keys: KeyReader) -> dict[str, object] | None:
-    kind = keys.text("gemma2.rope.scaling.type", "none")
-    if kind == "none":
-        return None
-    factor = keys.number("gemma2.rope.scaling.factor", 1.0)
-    if kind != "linear":
-        raise InputRefused(
-            "gguf.rope-scaling",
-            f"{keys.where}: rotary scaling of type {kind!r}, which no Gemma 2 has",
-        )
-    return None if factor in (0.0, 1.0) else {"rope_type": "linear", "factor": _decimal(factor)}
-
-
 def _query_scalar(layers: int, hidden: int, heads: int, head_dim: int) -> int | float:
     """The query_pre_attn_scalar that llama.cpp uses."""
     if layers != LAYERS_OF_27B or heads <= 0:
@@ -141,23 +133,9 @@ def _query_scalar(layers: int, hidden: int, heads: int, head_dim: int) -> int | 
     return hidden // heads if hidden % heads == 0 else hidden / heads
 
 
-def _decimal(value: float) -> float:
-    """The shortest decimal with the same float32 value: 1e-06 where the file has 9.99999997e-07."""
-    for digits in range(1, 9):
-        short = float(f"{value:.{digits}g}")
-        if f32(short).value == value:
-            return short
-    return value
-
-
 def unusual_keys(config: Gemma2Config) -> list[str]:
     """Warnings on keys that llama.cpp reads although its converter never writes them: other readers may ignore them."""
-    warnings = []
-    if config.rope_theta != ROPE_THETA:
-        warnings.append(
-            f"rope_theta is {config.rope_theta:g}: stored as gemma2.rope.freq_base, which llama.cpp uses; a reader that"
-            " ignores the key computes with 10000, and llama.cpp's own converter leaves it out"
-        )
+    warnings = unusual_rope_keys(config)
     if config.use_bidirectional_attention:
         warnings.append(
             "use_bidirectional_attention is true: stored as gemma2.attention.causal false, which llama.cpp uses; a"
@@ -172,11 +150,11 @@ def unrepresentable(config: Gemma2Config, tensors: Iterable[str]) -> list[str]:
     scalar = _query_scalar(config.num_hidden_layers, config.hidden_size, config.num_attention_heads, config.head_dim)
     if config.query_pre_attn_scalar != scalar:
         reasons.append(f"query_pre_attn_scalar is {config.query_pre_attn_scalar}; llama.cpp would use {scalar}")
-    scaling = (config.rope_scaling or {}).get("rope_type", "default")
-    if scaling != "default":
-        reasons.append(f"rope scaling is {scaling!r}; llama.cpp would not scale")
-    if config.layer_types != tuple(FULL if layer % 2 else SLIDING for layer in range(config.num_hidden_layers)):
-        reasons.append("layer_types do not alternate; llama.cpp would use the sliding window in every even layer")
+    scaling = scaling_problem(config)
+    if scaling is not None:
+        reasons.append(scaling)
+    if SLIDING not in config.layer_types:
+        reasons.append("no layer slides; llama.cpp would use the sliding window in every even layer")
     for name, default in (("attn_logit_softcapping", ATTENTION_SOFTCAP), ("final_logit_softcapping", FINAL_SOFTCAP)):
         if getattr(config, name) is None:
             reasons.append(f"{name} is null; llama.cpp would cap at {default:g}")

@@ -50,6 +50,10 @@ def boolean(value: bool) -> GGUFValue:
     return GGUFValue(gguf.BOOL, None, bool(value))
 
 
+def booleans(values: Iterable[bool]) -> GGUFValue:
+    return GGUFValue(gguf.ARRAY, gguf.BOOL, list(values))
+
+
 def string(value: str) -> GGUFValue:
     return GGUFValue(gguf.STRING, None, value)
 
@@ -64,6 +68,17 @@ def floats(values: Iterable[float]) -> GGUFValue:
 
 def integers(values: Iterable[int]) -> GGUFValue:
     return GGUFValue(gguf.ARRAY, gguf.INT32, array("i", values))
+
+
+def shortest_decimal(value: float, *, times: float = 1.0) -> float:
+    """The shortest decimal that is stored as float32 ``value`` when divided by ``times``: 1e-06 where the file has
+    9.99999997e-07.
+    """
+    for digits in range(1, 9):
+        short = float(f"{value * times:.{digits}g}")
+        if f32(short / times).value == value:
+            return short
+    return value * times
 
 
 class _Required:

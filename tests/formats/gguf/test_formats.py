@@ -19,7 +19,7 @@ from gemma2tool.formats.hf.format import HuggingFace
 from gemma2tool.formats.mapping.transforms import entries
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.config import SIZES
-from gemma2tool.model.config_fields import FULL, SLIDING
+from gemma2tool.model.config_fields import FULL
 from gemma2tool.model.lazy import ArrayTensor
 from gemma2tool.quantizers.gguf_types import GGML_BLOCKS
 from tests.support.assets import file_assets
@@ -188,8 +188,10 @@ def test_requantizing_needs_leave(tmp_path: Path) -> None:
 
 UNSAYABLE = {
     "query_pre_attn_scalar": ({"query_pre_attn_scalar": 24}, "llama.cpp would use 32"),
-    "rope scaling": ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "would not scale"),
-    "layers": ({"layer_types": (FULL, SLIDING, FULL)}, "every even layer"),
+    "rope scaling": ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "linear and yarn"),
+    "betas": ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "beta_fast": 16}}, "yarn's beta_fast is 16"),
+    "stretched": ({"rope_scaling": {"rope_type": "yarn", "factor": 0.5}}, "factors below 1"),
+    "layers": ({"layer_types": (FULL, FULL, FULL)}, "every even layer"),
     "cap": ({"attn_logit_softcapping": None}, "would cap at 50"),
     "activation": ({"hidden_activation": "silu"}, "gelu_pytorch_tanh"),
 }
