@@ -130,7 +130,7 @@ def _said(config: Gemma2Config, field: str, value: object) -> tuple[str, str]:
     if field == "rope_theta":
         return f"{config.rope_theta:g}", f"{THETA:g}"
     if field == "rope_scaling":
-        return f"{value} by {(config.rope_scaling or {})['factor']:g}", "none"
+        return f"{value} by {(config.rope_scaling or {})['factor']:g}", "no scaling"
     return "not Gemma 2's pattern", "a sliding window in every even layer"
 
 
