@@ -30,7 +30,8 @@ _COLUMNS = (32, 64, 128)
 GROUP_SIZES: Mapping[str, tuple[int, ...]] = MappingProxyType(
     {
         **dict.fromkeys(("gptq-4", "gptq-8", "awq-4", "w4a16", "w4a16-asym", "w8a16"), (*_COLUMNS, WHOLE_ROW)),
-        **dict.fromkeys(("mlx-4", "mlx-8"), _COLUMNS),
+        **dict.fromkeys((f"mlx-{bits}" for bits in (2, 3, 4, 5, 6, 8)), _COLUMNS),
+        **dict.fromkeys((f"mlx-mixed-{bits}" for bits in ("2-6", "3-4", "3-6", "4-6")), _COLUMNS),
     }
 )
 """Quantization type -> the group sizes (columns that share a scale) that its consumers have kernels for."""

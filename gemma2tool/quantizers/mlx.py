@@ -1,16 +1,21 @@
-"""MLX's affine types: weight = code * scale + bias, with a scale and a bias for each group of columns.
+"""MLX's types, as mlx 0.32 computes them.
 
-The end of a group's range that is farther from zero is represented exactly, and its distance from zero is a multiple of
-the scale. Arithmetic is in float32; scales and biases are stored in the model's dtype, but codes are computed from the
-unrounded ones. Compared with mlx 0.32.
+Affine: weight = code * scale + bias, with a scale and a bias for each group of columns. The end of a group's range that
+is farther from zero is represented exactly, and its distance from zero is a multiple of the scale. Arithmetic is in
+float32; scales and biases are stored in the model's dtype, but codes are computed from the unrounded ones.
+
+Floats (mxfp4, mxfp8, nvfp4): weight = code * scale, where both are floats of one byte or less and the product is exact
+in bfloat16. They are read, not written.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import ClassVar
 
+import ml_dtypes
 import numpy as np
 
 from gemma2tool.model.lazy import BFLOAT16, Array, DType, to_float32
@@ -21,6 +26,8 @@ from gemma2tool.quantizers.compressed import FLOAT_NAMES
 from gemma2tool.quantizers.groups import GroupScales, Rule, dequantize_groups, group_ranges, quantize_groups
 
 GROUP_SIZE = 64
+BITS = 4
+"""The bits of affine codes where none are given."""
 _SMALLEST_SCALE = np.float32(1e-7)
 
 
@@ -54,9 +61,41 @@ def unpack(words: Array, bits: int) -> Array:
     return unpack_words(words, bits)
 
 
+_FLOAT4 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
+_FLOAT8 = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+_POWERS_OF_TWO = np.array([2.0**exponent for exponent in range(-127, 128)] + [np.inf], np.float32)
+"""float8_e8m0: code - 127 is the exponent; MLX reads 255 as infinity."""
+
+
+@dataclass(frozen=True)
+class FloatMode:
+    """One of MLX's float types: bits of a code, columns that share a scale, and the values of both by their bytes."""
+
+    bits: int
+    group_size: int
+    values: Array
+    scales: Array
+
+
+FLOAT_MODES = MappingProxyType(
+    {
+        "mxfp4": FloatMode(4, 32, _FLOAT4, _POWERS_OF_TWO),
+        "mxfp8": FloatMode(8, 32, _FLOAT8, _POWERS_OF_TWO),
+        "nvfp4": FloatMode(4, 16, _FLOAT4, _FLOAT8),
+    }
+)
+
+
+def dequantize_floats(words: Array, scales: Array, mode: FloatMode) -> Array:
+    """code * scale of words (n, I * bits / 32) and scales uint8 (n, I / group size): bfloat16 (n, I)."""
+    values = mode.values[unpack(words, mode.bits)].reshape(*scales.shape, mode.group_size)
+    with np.errstate(over="ignore", invalid="ignore"):
+        return cast((values * mode.scales[scales][..., None]).reshape(len(words), -1), BFLOAT16)
+
+
 @dataclass(frozen=True)
 class Affine:
-    """Encoder for ``mlx-4`` and ``mlx-8``. ``dtype``: of scales and biases; rows of another dtype are cast to it
+    """Encoder for ``mlx-2`` to ``mlx-8``. ``dtype``: of scales and biases; rows of another dtype are cast to it
     first."""
 
     bits: int

@@ -85,6 +85,8 @@ GATES: Mapping[str, Gates] = {
     "gptq-8": Gates(kl=0.02, top1=0.92),
     "torchao-int8": Gates(kl=0.02, top1=0.92),
     "mlx-8": Gates(kl=0.02, top1=0.92),
+    "mlx-6": Gates(kl=0.02, top1=0.92),
+    "mlx-mxfp8": Gates(kl=0.03, top1=0.90),
     "fp8-dynamic": Gates(kl=0.03, top1=0.90),
     "fp8-block": Gates(kl=0.03, top1=0.90),
     "sfp": Gates(kl=0.05, top1=0.88),
@@ -92,6 +94,7 @@ GATES: Mapping[str, Gates] = {
     "q5_k": Gates(kl=0.04, top1=0.88),
     "q5_1": Gates(kl=0.05, top1=0.87),
     "q5_0": Gates(kl=0.05, top1=0.87),
+    "mlx-5": Gates(kl=0.05, top1=0.87),
     "q4_k": Gates(kl=0.15, top1=0.80),
     "nf4": Gates(kl=0.15, top1=0.80),
     "nf4-dq": Gates(kl=0.15, top1=0.80),
@@ -106,9 +109,12 @@ GATES: Mapping[str, Gates] = {
     "mlx-4": Gates(kl=0.22, top1=0.76),
     "fp4": Gates(kl=0.22, top1=0.76),
     "fp4-dq": Gates(kl=0.22, top1=0.76),
+    "mlx-nvfp4": Gates(kl=0.25, top1=0.74),
     "mxfp4": Gates(kl=0.4, top1=0.68),
+    "mlx-mxfp4": Gates(kl=0.4, top1=0.68),
     "q3_k": Gates(kl=0.6, top1=0.60),
     "iq3_s": Gates(kl=0.8, top1=0.60),
+    "mlx-3": Gates(kl=0.8, top1=0.60),
     "iq3_xxs": Gates(kl=1.0, top1=0.55),
     "q2_k": Gates(kl=2.0, top1=0.45),
     "iq2_s": Gates(kl=2.0, top1=0.45),
@@ -116,6 +122,7 @@ GATES: Mapping[str, Gates] = {
     "iq2_xxs": Gates(kl=3.0, top1=0.35),
     "iq1_m": Gates(kl=4.0, top1=0.20),
     "iq1_s": Gates(kl=5.0, top1=0.15),
+    "mlx-2": Gates(kl=8.0),
     "tq1_0": Gates(kl=8.0),
     "tq2_0": Gates(kl=8.0),
     "unknown": Gates(),
@@ -124,7 +131,7 @@ GATES: Mapping[str, Gates] = {
 
 KL: about ten times what the type costs the repository's small trained model on random tokens (on text it is a third
 less), and at least three times what llama.cpp's README gives for Llama 3 8B (0.0014 Q8_0, 0.0055 Q6_K, 0.031 Q4_K_M,
-0.072 Q4_0). Ternary types destroy a model that was not trained for them, so their limits mean little.
+0.072 Q4_0). Ternary types and mlx-2 destroy a model that was not trained for them, so their limits mean little.
 """
 
 

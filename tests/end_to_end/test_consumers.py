@@ -50,6 +50,7 @@ COMPRESSED = [
     ("fp8-block", {}, ACTIVATIONS),
 ]
 TORCHAO = [("torchao-int8", options, FLOAT32) for options in ({}, {"skip": SKIP})]
+MLX = [f"mlx-{bits}" for bits in (2, 3, 4, 5, 6, 8)]
 GPTQ = [
     *(
         ("gptq-4", options, BFLOAT16_KERNEL)
@@ -173,7 +174,7 @@ def test_gptqmodel(source, ids, tmp_path: Path, type_name: str, options: dict, l
 
 
 @pytest.mark.parametrize("options", [{}, {"group_size": 32}, {"skip": SKIP}, {"skip": ["embed_tokens"]}], ids=str)
-@pytest.mark.parametrize("type_name", ["mlx-4", "mlx-8"])
+@pytest.mark.parametrize("type_name", MLX)
 def test_mlx(source, ids, tmp_path: Path, type_name: str, options: dict) -> None:
     """Within the window, because mlx-lm has none; in float32, because its own dequantization rounds to bfloat16."""
     mlx_lm = pytest.importorskip("mlx_lm", reason="mlx-lm is not installed")
@@ -192,7 +193,7 @@ def test_mlx(source, ids, tmp_path: Path, type_name: str, options: dict) -> None
 def test_every_type_has_a_consumer() -> None:
     from gemma2tool.formats import packings
 
-    tested = {case[0] for case in (*BITSANDBYTES, *COMPRESSED, *TORCHAO, *GPTQ)} | {"mlx-4", "mlx-8", "w4a16-asym"}
+    tested = {case[0] for case in (*BITSANDBYTES, *COMPRESSED, *TORCHAO, *GPTQ)} | {*MLX, "w4a16-asym"}
     assert tested == set(packings.TYPES)
 
 

@@ -95,7 +95,9 @@ ENTRIES = (
         "choose another format with --to",
     ),
     refused(
-        "mlx.config", "MLX's quantization is of a kind that is not read", "use affine quantization with 4 or 8 bits"
+        "mlx.config",
+        "MLX's quantization is of a kind that is not read",
+        "use affine quantization, mxfp4, mxfp8 or nvfp4",
     ),
     refused("orbax.broken", "a part of an array is damaged", _DOWNLOAD),
     refused(

@@ -30,7 +30,7 @@ def _assumptions(config: Gemma2Config) -> Iterator[Assumption]:
 FACTS = FormatFacts(
     "mlx",
     files="a folder with config.json and .safetensors of mlx-lm",
-    remarks="plain or affine-quantized",
+    remarks="plain or quantized",
     holds_tokenizer=True,
     weight_suffixes=(".safetensors",),
     assumptions=_assumptions,

@@ -1,13 +1,15 @@
 """Apple's MLX format, as mlx-lm saves it: Hugging Face's names and layout in safetensors marked ``format: mlx``, with
 an index.
 
-Plain, or with its affine quantization (4 or 8 bits) of every matrix, the tied embedding too, whose columns are a
-multiple of the group size.
+Plain, or quantized: every matrix, the tied embedding too, whose columns are a multiple of the group size. Affine types
+of 2 to 8 bits and mlx-lm's mixed recipes are written; its float types are read.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from gemma2tool.containers import safetensors
@@ -19,8 +21,9 @@ from gemma2tool.formats.consumers import sentences
 from gemma2tool.formats.mapping import container_tensors
 from gemma2tool.formats.mapping.float_dtypes import as_dtype, stored_dtypes
 from gemma2tool.formats.mlx import FACTS
+from gemma2tool.formats.mlx.recipes import MODEL_TYPE, RECIPES, tensor_types
 from gemma2tool.formats.options import WriteOptions
-from gemma2tool.formats.packings.mlx import MLXPacking
+from gemma2tool.formats.packings.mlx import MLXPacking, module_entries
 from gemma2tool.formats.safetensors_output import (
     INDEX,
     SINGLE,
@@ -31,12 +34,13 @@ from gemma2tool.formats.safetensors_output import (
 )
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.config import Gemma2Config
+from gemma2tool.model.lazy import LazyTensor
 from gemma2tool.model.tensors import HEADS
 from gemma2tool.quantizers.floats import Float
 from gemma2tool.storage.paths import confined_path
 
 TAG = MLXPacking.safetensors_format
-TYPES = MLXPacking.types
+TYPES = (*MLXPacking.types, *RECIPES)
 
 
 class MLX(Format):
@@ -59,10 +63,7 @@ class MLX(Format):
     def layout(self, checkpoint: Checkpoint, options: WriteOptions) -> Output:
         dtypes = stored_dtypes(checkpoint, options)
         sources = {name: as_dtype(checkpoint.tensors[name], dtypes[name]) for name in checkpoint.specs}
-        settings = packings.settings_for(options, self.name, TYPES)
-        chosen = packings.Choice()
-        if settings is not None:
-            chosen = packings.choose_encoders(checkpoint.specs, sources, settings)
+        chosen, quantization = _quantization(checkpoint, sources, options)
         plans = [
             TensorPlan(name, sources[name], chosen.encoders.get(name) or Float(dtypes[name]))
             for name in checkpoint.specs
@@ -71,11 +72,25 @@ class MLX(Format):
         content = config_content(checkpoint, dtypes)
         # mlx-lm reads rope_theta only here; transformers 5 writes it inside rope_parameters.
         content["rope_theta"] = checkpoint.config.rope_theta
-        if settings is not None:
-            content |= packings.config_entries(settings)
+        content |= dict.fromkeys(MLXPacking.config_keys, quantization) if quantization else {}
         small_files = other_assets(checkpoint) | {CONFIG: _dump(content), INDEX: _dump(shards.index)}
         warnings = [*chosen.remarks, *_warnings(checkpoint)]
         return Output(self.name, False, shards.files, shards.tensors, small_files, warnings=warnings)
+
+
+def _quantization(
+    checkpoint: Checkpoint, sources: Mapping[str, LazyTensor], options: WriteOptions
+) -> tuple[packings.Choice, dict[str, object]]:
+    """The encoders of the tensors to quantize, and what config.json says of them; both empty without a type."""
+    recipe = RECIPES.get(options.type or "")
+    of_model = options if recipe is None else replace(options, type=MODEL_TYPE)
+    settings = packings.settings_for(of_model, FACTS.name, TYPES)
+    if settings is None:
+        return packings.Choice(), {}
+    own_types = {} if recipe is None else tensor_types(recipe, checkpoint.specs)
+    chosen = packings.choose_encoders(checkpoint.specs, sources, settings, own_types)
+    entries = {} if recipe is None else module_entries(chosen.encoders)
+    return chosen, packings.quantization_config(settings) | entries
 
 
 def _warnings(checkpoint: Checkpoint) -> list[str]:

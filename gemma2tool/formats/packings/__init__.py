@@ -8,7 +8,7 @@ A packing (``base.Packing``) stores some weights as several tensors each (codes,
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 from gemma2tool.errors import InputRefused, UsageError
@@ -60,6 +60,7 @@ _PACKINGS: tuple[Packing, ...] = (
 )
 _BY_TYPE = {type_name: packing for packing in _PACKINGS for type_name in packing.types}
 _NO_MODULES: Mapping[str, bool] = MappingProxyType({})
+_NO_TYPES: Mapping[str, str] = MappingProxyType({})
 
 TYPES = tuple(_BY_TYPE)
 """Names of the quantization types that a folder of safetensors can be written in."""
@@ -116,18 +117,25 @@ class Choice:
     remarks: Sequence[str] = ()
 
 
-def choose_encoders(specs: Mapping[str, TensorSpec], sources: Mapping[str, LazyTensor], settings: Settings) -> Choice:
+def choose_encoders(
+    specs: Mapping[str, TensorSpec],
+    sources: Mapping[str, LazyTensor],
+    settings: Settings,
+    own_types: Mapping[str, str] = _NO_TYPES,
+) -> Choice:
     """Which tensors to quantize, and how.
 
+    ``own_types``: the types of tensors that differ from ``settings.type``, by name; of the same packing.
     Raises ``UsageError`` for patterns that match nothing, and if nothing would be quantized.
     """
     packing = _packing(settings.type)
     excluded = excluded_tensors(specs, settings)
-    chosen = {
-        name: encoder
-        for name, spec in specs.items()
-        if name not in excluded and (encoder := packing.encoder_for(spec, settings, sources[name])) is not None
-    }
+    by_type = {type_name: replace(settings, type=type_name) for type_name in {settings.type, *own_types.values()}}
+    chosen = {}
+    for name, spec in specs.items():
+        own = by_type[own_types.get(name, settings.type)]
+        if name not in excluded and (encoder := packing.encoder_for(spec, own, sources[name])) is not None:
+            chosen[name] = encoder
     if not chosen:
         raise UsageError(
             "quantize.nothing",

@@ -1,28 +1,30 @@
-"""MLX's affine quantization, as mlx-lm saves it: P.weight (uint32 words), P.scales and P.biases. The tied embedding is
-quantized too.
+"""MLX's quantization, as mlx-lm saves it: P.weight (uint32 words), P.scales and, of affine types, P.biases. The tied
+embedding is quantized too.
 
 The config names no method: ``quantization`` and ``quantization_config`` hold group_size, bits and mode, and for mixed
-models an entry for each module that differs. Checked against mlx-lm 0.32.
+models an entry for each module. Checked against mlx-lm 0.32.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import NamedTuple
 
 from gemma2tool.errors import InputRefused
 from gemma2tool.formats.packings.base import Packing, QuantizedWeight
-from gemma2tool.formats.packings.parts import FLOATS, HINT, UINT32, quantized_dtype, required_part
+from gemma2tool.formats.packings.parts import FLOATS, HINT, UINT8, UINT32, quantized_dtype, required_part
 from gemma2tool.formats.packings.settings import Settings
-from gemma2tool.model.lazy import Array, LazyTensor
+from gemma2tool.model.lazy import BFLOAT16, Array, LazyTensor
 from gemma2tool.model.tensors import TensorSpec
 from gemma2tool.quantizers import mlx
 from gemma2tool.quantizers.base import Encoder
+from gemma2tool.quantizers.bitpack import BITS as READ_BITS
 from gemma2tool.quantizers.bitpack import WORD_BITS
 from gemma2tool.storage.quoting import quoted
 
-BITS = {mlx.Affine(bits).name: bits for bits in (4, 8)}
+BITS = {mlx.Affine(bits).name: bits for bits in (2, 3, 4, 5, 6, 8)}
 """Type to the bits of its codes."""
-MODE = "affine"
+AFFINE = "affine"
 SCALES = ".scales"
 
 
@@ -41,7 +43,7 @@ class MLXPacking(Packing):
 
     def quantization_config(self, settings: Settings, modules: Mapping[str, bool], dtype: str) -> dict[str, object]:
         """Modules are not listed: mlx-lm takes those for quantized that have scales."""
-        return {"group_size": settings.group_size_or(mlx.GROUP_SIZE), "bits": BITS[settings.type], "mode": MODE}
+        return _entry(BITS[settings.type], settings.group_size_or(mlx.GROUP_SIZE))
 
     def encoder_for(self, spec: TensorSpec, settings: Settings, source: LazyTensor) -> Encoder | None:
         """As mlx-lm chooses: a matrix whose columns are not a multiple of the group size stays unquantized."""
@@ -54,49 +56,88 @@ class MLXPacking(Packing):
         self, raw: Mapping[str, LazyTensor], quantization_config: Mapping[str, object]
     ) -> Iterator[QuantizedWeight]:
         for name in raw:
-            if not name.endswith(SCALES):
-                continue
-            module = name.removesuffix(SCALES)
-            bits, group_size = _module_settings(quantization_config, module)
-            words = required_part(raw, f"{module}.weight", (UINT32,), None)
-            scales = required_part(raw, name, FLOATS, None)
-            biases = required_part(raw, f"{module}.biases", (scales.dtype,), scales.shape)
-            if len(words.shape) != 2 or scales.shape != (words.rows, _columns(words, bits) // group_size):
-                raise InputRefused(
-                    "packing.part-shape",
-                    f"{words.origin}: the shape {words.shape} of the words contradicts the shape {scales.shape} of the"
-                    f" scales, at {bits} bits in groups of {group_size}",
-                    hint=HINT,
-                )
-            parts = {name, f"{module}.weight", f"{module}.biases"}
-            yield QuantizedWeight(f"{module}.weight", AffineTensor(words, scales, biases, bits), parts)
+            if name.endswith(SCALES):
+                module = name.removesuffix(SCALES)
+                settings = _module_settings(quantization_config, module)
+                yield _affine(raw, module, settings) if settings.mode == AFFINE else _floats(raw, module, settings)
+
+
+def module_entries(encoders: Mapping[str, Encoder]) -> dict[str, object]:
+    """The entries of a mixed model's config: module to group_size, bits and mode, from the encoders by tensor name."""
+    return {
+        name.removesuffix(".weight"): _entry(encoder.bits, encoder.group_size)
+        for name, encoder in encoders.items()
+        if isinstance(encoder, mlx.Affine)
+    }
+
+
+def _entry(bits: int, group_size: int) -> dict[str, object]:
+    return {"group_size": group_size, "bits": bits, "mode": AFFINE}
+
+
+class _ModuleSettings(NamedTuple):
+    mode: str
+    bits: int
+    group_size: int
+
+
+def _module_settings(quantization_config: Mapping[str, object], module: str) -> _ModuleSettings:
+    """A module's own entry, or the settings of the whole model. Raises ``InputRefused`` for what MLX does not have.
+
+    As in mlx's ``to_quantized``, a missing or null value stands for the mode's default: mlx-lm's recipes write
+    ``group_size: null``.
+    """
+    own = quantization_config.get(module)
+    settings = own if isinstance(own, dict) else quantization_config
+    mode = settings.get("mode") or AFFINE
+    known = mlx.FLOAT_MODES.get(mode) if isinstance(mode, str) else None
+    bits = settings.get("bits") or (known.bits if known else mlx.BITS)
+    group_size = settings.get("group_size") or (known.group_size if known else mlx.GROUP_SIZE)
+    if type(bits) is int and type(group_size) is int:
+        if known is not None and (bits, group_size) == (known.bits, known.group_size):
+            return _ModuleSettings(str(mode), bits, group_size)
+        if mode == AFFINE and bits in READ_BITS and group_size > 0:
+            return _ModuleSettings(AFFINE, bits, group_size)
+    raise InputRefused(
+        "mlx.config",
+        f"config.json: {quoted(module)} has {quoted(bits)} bits in groups of {quoted(group_size)}, mode {quoted(mode)}",
+        hint=f"affine quantization and {', '.join(mlx.FLOAT_MODES)} are supported",
+    )
+
+
+def _affine(raw: Mapping[str, LazyTensor], module: str, settings: _ModuleSettings) -> QuantizedWeight:
+    scales = required_part(raw, module + SCALES, FLOATS, None)
+    words = _words(raw, module, scales, settings)
+    biases = required_part(raw, f"{module}.biases", (scales.dtype,), scales.shape)
+    parts = {module + SCALES, f"{module}.weight", f"{module}.biases"}
+    return QuantizedWeight(f"{module}.weight", AffineTensor(words, scales, biases, settings.bits), parts)
+
+
+def _floats(raw: Mapping[str, LazyTensor], module: str, settings: _ModuleSettings) -> QuantizedWeight:
+    scales = required_part(raw, module + SCALES, (UINT8,), None)
+    words = _words(raw, module, scales, settings)
+    return QuantizedWeight(
+        f"{module}.weight", FloatTensor(words, scales, settings.mode), {module + SCALES, f"{module}.weight"}
+    )
+
+
+def _words(raw: Mapping[str, LazyTensor], module: str, scales: LazyTensor, settings: _ModuleSettings) -> LazyTensor:
+    """The words of a module's codes. Raises ``InputRefused`` if their shape contradicts that of the scales."""
+    words = required_part(raw, f"{module}.weight", (UINT32,), None)
+    columns = _columns(words, settings.bits)
+    is_whole = columns * settings.bits == words.row_size * WORD_BITS and columns % settings.group_size == 0
+    if len(words.shape) != 2 or not is_whole or scales.shape != (words.rows, columns // settings.group_size):
+        raise InputRefused(
+            "packing.part-shape",
+            f"{words.origin}: the shape {words.shape} of the words contradicts the shape {scales.shape} of the scales,"
+            f" at {settings.bits} bits in groups of {settings.group_size}",
+            hint=HINT,
+        )
+    return words
 
 
 def _columns(words: LazyTensor, bits: int) -> int:
     return words.row_size * WORD_BITS // bits
-
-
-def _module_settings(quantization_config: Mapping[str, object], module: str) -> tuple[int, int]:
-    """Bits and group size of a module: its own entry, or those of the whole model. Raises ``InputRefused`` for other
-    modes.
-    """
-    own = quantization_config.get(module)
-    settings = own if isinstance(own, dict) else quantization_config
-    bits, group_size = settings.get("bits"), settings.get("group_size")
-    if (
-        settings.get("mode", MODE) != MODE
-        or type(bits) is not int
-        or bits not in BITS.values()
-        or type(group_size) is not int
-        or group_size < 1
-    ):
-        raise InputRefused(
-            "mlx.config",
-            f"config.json: {quoted(module)} has {quoted(bits)} bits in groups of {quoted(group_size)},"
-            f" mode {quoted(settings.get('mode'))}",
-            hint="affine quantization with 4 or 8 bits is supported",
-        )
-    return bits, group_size
 
 
 class AffineTensor(LazyTensor):
@@ -110,3 +151,15 @@ class AffineTensor(LazyTensor):
     def load_rows(self, first: int, last: int) -> Array:
         codes = mlx.unpack(self.words.load_rows(first, last), self.bits)
         return mlx.dequantize(codes, self.scales.load_rows(first, last), self.biases.load_rows(first, last))
+
+
+class FloatTensor(LazyTensor):
+    """A weight (O, I) of one of ``mlx.FLOAT_MODES``, exact in bfloat16."""
+
+    def __init__(self, words: LazyTensor, scales: LazyTensor, mode: str) -> None:
+        self.words, self.scales, self.mode = words, scales, mlx.FLOAT_MODES[mode]
+        self.shape, self.dtype, self.origin = (words.rows, _columns(words, self.mode.bits)), BFLOAT16, words.origin
+        self.stored, self.group_size = f"mlx-{mode}", self.mode.group_size
+
+    def load_rows(self, first: int, last: int) -> Array:
+        return mlx.dequantize_floats(self.words.load_rows(first, last), self.scales.load_rows(first, last), self.mode)

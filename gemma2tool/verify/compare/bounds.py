@@ -162,10 +162,20 @@ BOUNDS: Mapping[str, Bound] = {
     "fp8-block": Bound(0, 2.0**-4 + 2.0**-8, 0.05, codes=448, tile=128, tile_floor=1.01 * 2.0**-10 / 448),
     # torchao's scales are at least float32's epsilon, 2^-23.
     "torchao-int8": Bound(0, 1.5 / 127.5, 0.05, floor=2.0**-24, codes=128),
-    # Range / 15 (255) steps from a stored bias, both in the model's type: a step, plus bfloat16's rounding of both
-    # ends. A step is at least 1e-7.
+    # Steps of range / (2**bits - 1) from a stored bias, both in the model's type: a step, plus bfloat16's rounding of
+    # both ends. A step is at least 1e-7.
+    "mlx-2": Bound(0, 2 / 3 + 2.0**-7, 0.90, floor=1e-7, codes=4),
+    "mlx-3": Bound(0, 2 / 7 + 2.0**-7, 0.55, floor=1e-7, codes=8),
     "mlx-4": Bound(0, 2 / 15 + 2.0**-7, 0.35, floor=1e-7, codes=16),
+    "mlx-5": Bound(0, 2 / 31 + 2.0**-7, 0.18, floor=1e-7, codes=32),
+    "mlx-6": Bound(0, 2 / 63 + 2.0**-7, 0.09, floor=1e-7, codes=64),
     "mlx-8": Bound(0, 2 / 255 + 2.0**-7, 0.05, floor=1e-7, codes=256),
+    # MLX rounds a scale of absmax / 6 (448) to the nearest power of two, up to a factor of sqrt(2) below it, which
+    # cuts off the largest values.
+    "mlx-mxfp4": Bound(32, 1 - 2.0**-0.5 + 1e-5, 0.30),
+    "mlx-mxfp8": Bound(32, 1 - 2.0**-0.5 + 1e-5, 0.30),
+    # A scale of absmax / 6 in float8 e4m3: a sixteenth above or below, and a smallest step of 2^-9.
+    "mlx-nvfp4": Bound(16, 17 / 96 + 1e-5, 0.30, floor=6 * 2.0**-10),
     # Half a step of range / 15 (255), where the range is at most twice absmax; the scale is rounded to float16, and
     # that error is multiplied by the code. AWQ's smallest range is 1e-5.
     "awq-4": Bound(0, 0.6, 0.35, floor=1e-5, nearest=1 / 15 + 3 * _F16),
