@@ -8,10 +8,12 @@ import functools
 import os
 import signal
 import sys
+from collections import Counter
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from gemma2tool.cli.groups import expanded
 from gemma2tool.errors import EXIT_BUG, EXIT_INTERRUPTED, ResourceError, ToolError
@@ -27,6 +29,18 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+
+class _Command(TyperCommand):
+    """A command that refuses a second value for an option that takes one: click would silently keep the last."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        _, _, given = self.make_parser(ctx).parse_args(args=list(args))
+        for option, count in Counter(given).items():
+            takes_one = not (getattr(option, "multiple", True) or getattr(option, "is_flag", False))
+            if count > 1 and takes_one and not ctx.resilient_parsing:
+                ctx.fail(f"{option.opts[0]} is given twice and takes one value")
+        return super().parse_args(ctx, args)
 
 
 def _version(wanted: bool) -> None:
@@ -140,7 +154,7 @@ def _register() -> None:
         formats.formats,
     )
     for command in commands:
-        app.command(command.__name__)(guarded(expanded(command)))
+        app.command(command.__name__, cls=_Command)(guarded(expanded(command)))
 
 
 _register()

@@ -18,12 +18,12 @@ def quantize(
     src: o.Source,
     dst: o.Destination,
     type: Annotated[
-        str,
+        list[str],
         typer.Option(
             "--type",
             metavar="TYPE",
             help="For GGUF: q8_0, q4_0, q4_k_m, ... For a folder: nf4, fp4, int8, ... 'gemma2tool formats' lists all. "
-            "Several, with commas, go into the folder DST in one pass over SRC.",
+            "Several, with commas or repeated, go into the folder DST in one pass over SRC.",
             autocompletion=completion(o.type_names),
         ),
     ],
@@ -48,7 +48,7 @@ def quantize(
         split=split,
         calibration=calibration,
     )
-    carry_out(src, dst, output, reports, options, _types(type))
+    carry_out(src, dst, output, reports, options, _types(",".join(type)))
 
 
 def _types(text: str) -> list[str]:

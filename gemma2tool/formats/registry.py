@@ -10,7 +10,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gemma2tool.errors import InputRefused, UsageError
+from gemma2tool.errors import InputRefused, UsageError, choices
 from gemma2tool.model.config import Gemma2Config
 from gemma2tool.model.format_facts import FormatFacts
 
@@ -55,9 +55,7 @@ _PACKAGE_BY_NAME = dict(zip(NAMES, PACKAGES, strict=True))
 def by_name(name: str) -> Format:
     """The format called ``name``. Raises ``UsageError`` if there is none."""
     if name not in _PACKAGE_BY_NAME:
-        raise UsageError(
-            "format.unknown", f"there is no format {name!r}", hint=f"choose one of {', '.join(sorted(NAMES))}"
-        )
+        raise UsageError("format.unknown", f"there is no format {name!r}", hint=choices.hint(name, sorted(NAMES)))
     chosen: Format = import_module(f"{_PACKAGE_BY_NAME[name]}.format").FORMAT
     return chosen
 

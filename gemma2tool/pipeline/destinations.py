@@ -10,16 +10,14 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from gemma2tool.errors import InputRefused, UsageError
+from gemma2tool.errors import InputRefused, UsageError, choices
 from gemma2tool.formats import packings, registry
 from gemma2tool.formats.options import WriteOptions
+from gemma2tool.pipeline.output_names import check_name, check_type
 from gemma2tool.pipeline.requests import ConversionRequest
-from gemma2tool.quantizers.mixtures import FILE_TYPES
 from gemma2tool.storage.paths import refuse_existing, refuse_overwriting_input
 from gemma2tool.storage.staging import place as staging_place
 from gemma2tool.storage.syscalls import translate_os_errors
-
-FLOAT_DTYPES = ("f32", "f16", "bf16")
 
 
 @dataclass(frozen=True)
@@ -45,7 +43,8 @@ def destinations(request: ConversionRequest) -> list[Destination]:
     options = request.options
     for output in outputs:
         _check_dtype(options.dtype, output.format)
-        _check_type(output)
+        check_type(output.format, output.type)
+        check_name(output.path, output.format, is_file=output.is_file)
         options_for(options, output).check_target(output.format)
         if not staging_place.exists(output.path):  # otherwise what is staged decides
             refuse_existing(output.path, force=request.run.force, folder=not output.is_file)
@@ -94,28 +93,10 @@ def _check_dtype(dtype: str | None, format_name: str) -> None:
     allowed = (*facts.float_dtypes, "auto", *facts.more_dtypes)
     if dtype is None or dtype in allowed:
         return
-    hint = f"choose one of {', '.join(allowed)}"
+    hint = choices.hint(dtype, allowed)
     if dtype in registry.by_name(format_name).types:
         hint += f"; {dtype} is a quantization type: 'gemma2tool quantize --type {dtype}'"
     raise UsageError("option.dtype", f"--dtype {dtype} is not a stored type of {format_name}", hint=hint)
-
-
-def _check_type(output: Destination) -> None:
-    """Refuse a type that belongs to another format."""
-    if output.format == "gguf":
-        return
-    if output.type in FLOAT_DTYPES:
-        raise UsageError(
-            "type.unknown",
-            f"{output.type} is not a quantization type of {output.format}",
-            hint=f"use 'gemma2tool convert --dtype {output.type}'",
-        )
-    if output.type in FILE_TYPES:
-        raise UsageError(
-            "type.unknown",
-            f"{output.type} is a GGUF type, but the output format is {output.format}",
-            hint="name it NAME.gguf",
-        )
 
 
 def _input_files(request: ConversionRequest) -> list[Path]:

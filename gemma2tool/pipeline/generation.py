@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from gemma2tool.errors import UsageError
+from gemma2tool.errors import UsageError, choices
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.pipeline.logits import check_device
 from gemma2tool.pipeline.prompt import PromptTokenizer
@@ -38,7 +38,9 @@ class GenerationOptions:
     def __post_init__(self) -> None:
         if self.dtype not in COMPUTE_DTYPES:
             raise UsageError(
-                "option.dtype", f"--dtype {self.dtype} is not a computation type", hint="choose f32, bf16 or f16"
+                "option.dtype",
+                f"--dtype {self.dtype} is not a computation type",
+                hint=choices.hint(self.dtype, ("f32", "bf16", "f16")),
             )
 
 

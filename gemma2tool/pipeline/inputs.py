@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from gemma2tool.errors import InputRefused, UsageError
+from gemma2tool.errors import InputRefused, UsageError, choices
 from gemma2tool.formats.assets import read_config
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.config import SIZES, Gemma2Config
@@ -17,6 +17,7 @@ from gemma2tool.model.lazy import Array
 from gemma2tool.storage.reading import open_for_reading, read_whole
 from gemma2tool.storage.text_file import read_text
 
+_OR_CONFIG = ", or give the path of a config.json"
 MAX_TOKEN_FILE = 256 << 20
 MAX_NPY_HEADER = 1 << 16
 
@@ -25,8 +26,13 @@ def resolve_config(config: Gemma2Config | Path | str | None) -> Gemma2Config | N
     """A config as it is, of a released size ("2b", "9b", "27b"), or from a config.json."""
     if config is None or isinstance(config, Gemma2Config):
         return config
-    if str(config) in SIZES and not Path(config).exists():
-        return SIZES[str(config)]
+    name = str(config).lower()
+    if not Path(config).exists():
+        if name in SIZES:
+            return SIZES[name]
+        if not Path(config).suffix:
+            hint = choices.hint(name, SIZES, more=_OR_CONFIG)
+            raise InputRefused("file.missing", f"{config}: no such file", hint=hint)
     return read_config(Path(config))
 
 

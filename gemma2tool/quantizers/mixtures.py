@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from gemma2tool.errors import UsageError
+from gemma2tool.errors import UsageError, choices
 
 
 @dataclass(frozen=True)
@@ -238,10 +238,8 @@ def file_type(name: str) -> FileType:
     try:
         return FILE_TYPES[ALIASES.get(name, name)]
     except KeyError:
-        known = ", ".join((*FILE_TYPES, *ALIASES, COPY))
-        raise UsageError(
-            "quantize.unknown-type", f"unknown GGUF file type {name!r}", hint=f"choose one of {known}"
-        ) from None
+        hint = choices.hint(name, (*FILE_TYPES, *ALIASES, COPY))
+        raise UsageError("quantize.unknown-type", f"unknown GGUF file type {name!r}", hint=hint) from None
 
 
 def choose(
@@ -344,5 +342,5 @@ def _check_type(type: str | None, blocks: Mapping[str, int]) -> None:
         raise UsageError(
             "quantize.unknown-type",
             f"unknown GGUF tensor type {type!r}",
-            hint=f"choose one of {', '.join(blocks).lower()}",
+            hint=choices.hint(type, [block.lower() for block in blocks]),
         )

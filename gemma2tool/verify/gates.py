@@ -12,7 +12,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from gemma2tool.errors import UsageError
+from gemma2tool.errors import UsageError, choices
 
 
 @dataclass(frozen=True)
@@ -40,11 +40,7 @@ class Gates:
         given = {name.replace("-", "_"): value for name, value in limits.items()}
         for name in given:
             if name not in names:
-                raise UsageError(
-                    "gate.unknown",
-                    f"{name!r} is not a gate",
-                    hint="gates are " + ", ".join(gate_names()),
-                )
+                raise UsageError("gate.unknown", f"{name!r} is not a gate", hint=choices.hint(name, gate_names()))
         return dataclasses.replace(self, **given)
 
 

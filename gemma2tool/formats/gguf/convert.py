@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from gemma2tool.errors import UsageError
+from gemma2tool.errors import UsageError, choices
 from gemma2tool.formats.gguf.config import ARCHITECTURE, cap_keys, shape_keys
 from gemma2tool.formats.gguf.key_values import KeyValue, string, u32
 from gemma2tool.formats.gguf.metadata import metadata_keys
@@ -57,7 +57,7 @@ def out_type(checkpoint: Checkpoint, dtype: str | None) -> str:
         raise UsageError(
             "gguf.dtype",
             f"a GGUF cannot be converted to {dtype!r}",
-            hint=f"choose one of auto, {', '.join(FILE_TYPES)}",
+            hint=choices.hint(dtype, ("auto", *FILE_TYPES)),
         )
     return dtype
 

@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
-from gemma2tool.errors import InputRefused, UsageError
+from gemma2tool.errors import InputRefused, UsageError, choices
 from gemma2tool.formats.options import WriteOptions
 from gemma2tool.formats.packings.awq import AwqPacking
 from gemma2tool.formats.packings.base import Packing
@@ -104,7 +104,7 @@ def settings_for(options: WriteOptions, format_name: str, types: Collection[str]
         raise UsageError(
             "format.type",
             f"the {format_name} format cannot hold {options.type}",
-            hint=f"choose one of {', '.join(types)}, or another format",
+            hint=choices.hint(options.type, list(types), more=", or another format"),
         )
     return Settings(options.type, options.packing, options.act_order)
 
@@ -187,5 +187,5 @@ def _packing(type_name: str) -> Packing:
         raise UsageError(
             "quantize.type",
             f"a Hugging Face folder has no type {quoted(type_name)}",
-            hint=f"choose one of {', '.join(TYPES)}",
+            hint=choices.hint(type_name, TYPES),
         ) from None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from gemma2tool.errors import UsageError
+from gemma2tool.errors import UsageError, choices
 from gemma2tool.formats.option_info import refuse_ignored
 from gemma2tool.formats.options import GROUP_SIZES, WHOLE_ROW, PackingOptions
 from gemma2tool.quantizers.gptq import CHECKPOINT_FORMATS
@@ -31,7 +31,7 @@ class Settings:
             raise UsageError(
                 "quantize.gptq-format",
                 f"GPTQ has no checkpoint format {quoted(self.gptq_format)}",
-                hint=f"choose one of {', '.join(CHECKPOINT_FORMATS)}",
+                hint=choices.hint(self.gptq_format, CHECKPOINT_FORMATS),
             )
         for flag, patterns in (("--skip", self.options.skip), ("--only", self.options.only)):
             if "" in patterns:
