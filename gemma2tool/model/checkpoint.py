@@ -52,6 +52,10 @@ class Assets(Mapping[str, bytes]):
     def __getitem__(self, name: str) -> bytes:
         return self._readers[name]()
 
+    def reader(self, name: str) -> Callable[[], bytes]:
+        """What reads the file of that name."""
+        return self._readers[name]
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._readers)
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from gemma2tool.formats import registry
-from gemma2tool.formats.lora import merge
+from gemma2tool.formats.adapters.merging import merge
 from gemma2tool.formats.options import WriteOptions
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.lazy import SharedRows

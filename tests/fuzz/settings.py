@@ -122,23 +122,24 @@ class LoraConfig(JsonTarget):
         import ml_dtypes  # noqa: F401
         import numpy as np
 
-        from gemma2tool.formats import lora
+        from gemma2tool.formats.adapters.peft import config, names, reader
         from gemma2tool.model.lazy import ArrayTensor
 
-        self.lora, self.folder, self.path = lora, MemoryFolder(self.name), Path("adapter_model.safetensors")
+        self.read_config, self.names, self.reader = config.AdapterConfig.read, names, reader
+        self.folder, self.path = MemoryFolder(self.name), Path("adapter_model.safetensors")
         module = "model.layers.0.self_attn.q_proj"
         self.parts = {side: ArrayTensor(np.zeros((8, 8), np.float32), origin=side) for side in "AB"}
         self.module = module
-        self.weights = {f"{self.lora.PREFIX}{module}.lora_{side}.weight": tensor for side, tensor in self.parts.items()}
+        self.weights = {f"{names.PREFIX}{module}.lora_{side}.weight": tensor for side, tensor in self.parts.items()}
 
     def place(self, data: bytes) -> Path:
         return self.folder.put("adapter_config.json", data).parent
 
     def run(self, folder: Path) -> object:
-        config = self.lora.AdapterConfig.read(folder)
-        tensors = self.lora.AdapterTensors.named(self.weights, self.path)
-        config.check_targets(tensors.modules, self.path)
-        return self.lora.adapter_delta(self.module, tensors.parts[self.module], config, 1.0, self.path).scaling > 0
+        config = self.read_config(folder)
+        tensors = self.names.PeftTensors.named(self.weights, self.path)
+        self.reader.check_targets(config, tensors, (), {f"{self.module}.weight": self.parts["A"]})
+        return self.reader.adapter_deltas(config, tensors)[f"{self.module}.weight"].scaling > 0
 
 
 class Packing(JsonTarget):

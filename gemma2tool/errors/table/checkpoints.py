@@ -72,13 +72,22 @@ ENTRIES = (
     refused("lora.config", "adapter_config.json has an unknown form or a setting that cannot be merged", _ADAPTER),
     refused("lora.dora", "the adapter's weights contradict its use_dora", _ADAPTER),
     refused("lora.empty", "the folder holds no adapter weights", "download the adapter again"),
-    refused("lora.kind", "the adapter is not LoRA", "use a LoRA adapter: no other can be merged"),
+    refused(
+        "lora.kind",
+        "the adapter is not LoRA",
+        "merge the adapter with the library that trained it, then convert the merged model",
+    ),
     refused(
         "lora.missing",
         "the adapter's folder, or its weights, do not exist",
         "give the folder that holds adapter_config.json",
     ),
     refused("lora.name", "a tensor of the adapter does not have peft's name", _ADAPTER),
+    refused(
+        "lora.option",
+        "adapter_config.json sets an option that cannot be merged or is not known",
+        "merge the adapter with the library that trained it, then convert the merged model",
+    ),
     refused("lora.part", "a pair of LoRA matrices is incomplete", _ADAPTER),
     refused(
         "lora.pattern",
