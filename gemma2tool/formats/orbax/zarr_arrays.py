@@ -1,22 +1,21 @@
 """Folders of zarr arrays, plain or inside an OCDBT database: how Orbax stores a tree of parameters.
 
-Where every value lies is found and bounded before any is read. A chunk may be as large as an array: it is decompressed
-piece by piece into the memory of the matrix that it belongs to, and never held beside it.
+Every value is located and its size is bounded before any is read. A chunk may be as large as an array: it is
+decompressed piece by piece into the memory of the matrix that it belongs to, and never held beside it.
 """
 
 from __future__ import annotations
 
 import io
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import product
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from gemma2tool.containers import strict_json
 from gemma2tool.containers.orbax import ocdbt
@@ -28,7 +27,7 @@ from gemma2tool.formats.orbax.zarr_metadata import (
     ZARR2,
     ZARR3,
     ArrayMetadata,
-    inner_chunk,
+    chunk_in_shard,
     parse_zarr2,
     parse_zarr3,
     refused,
@@ -47,18 +46,18 @@ MAX_WINDOW = 128 << 20
 """Bytes that a zstandard frame may require to be kept in memory."""
 MAX_EXPANDED_BYTES, MAX_RATIO = 64 << 20, 1000
 """An array larger than this may not be more than this many times as large as what is stored of it."""
-READ_BYTES = 8 << 20
-"""Bytes decompressed or skipped at once."""
 
 
 @dataclass(frozen=True)
 class StoredArray:
-    """An array of a checkpoint folder: what its ``metadata`` say, and the folder's ``values`` by key."""
+    """An array of a checkpoint folder: what its ``metadata`` say, and its ``chunks`` by their place in the grid of
+    chunks, without those that are not stored because they contain only zeros.
+    """
 
     folder: Path
     name: str
     metadata: ArrayMetadata
-    values: Mapping[str, StoredValue] = field(repr=False)
+    chunks: Mapping[tuple[int, ...], StoredValue] = field(repr=False)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -72,16 +71,6 @@ class StoredArray:
     def origin(self) -> str:
         """Where the array is, for messages."""
         return f"{self.folder.name}: {self.name}"
-
-    def key(self, place: Sequence[int]) -> str:
-        """The key of a chunk, by its place in the grid of chunks."""
-        if self.metadata.is_zarr3:
-            return f"{self.name}/c/{'/'.join(map(str, place))}"
-        return f"{self.name}/{'.'.join(map(str, place))}"
-
-    def grid(self) -> list[range]:
-        """The places of the chunks along each axis."""
-        return [range(-(-dim // chunk)) for dim, chunk in zip(self.shape, self.metadata.chunks, strict=True)]
 
     def matrix(self, *fixed: tuple[int, int]) -> ZarrMatrix:
         """The array as the matrix of its last axis' rows, without the axes fixed by (axis, index)."""
@@ -114,15 +103,13 @@ def read_arrays(folder: Path) -> dict[str, StoredArray]:
         metadata = (
             parse_zarr2(content, origin) if file == ZARR2 else parse_zarr3(content, origin, stores_zeros=stores_zeros)
         )
-        array = StoredArray(folder, name, metadata, values)
-        chunk_count += prod(map(len, array.grid()))
+        chunk_count += prod(map(len, metadata.grid))
         if chunk_count > MAX_FILES:
             raise refused(
                 "too-many-chunks",
                 f"{folder.name}: its arrays have {chunk_count} chunks or more; at most {MAX_FILES} are accepted",
             )
-        _check_chunks(array, origin)
-        arrays[name] = replace(array, values=_inner_chunks(array, origin)) if metadata.is_sharded else array
+        arrays[name] = StoredArray(folder, name, metadata, _chunks(values, name, metadata, origin))
     return arrays
 
 
@@ -172,32 +159,30 @@ def _stores_zeros(folder: Path) -> bool:
     return isinstance(content, dict) and content.get("store_array_data_equal_to_fill_value") is True
 
 
-def _check_chunks(array: StoredArray, origin: str) -> None:
-    """Refuse an array with a missing chunk, or one that would expand to more bytes than weights do."""
-    stored = 0
-    for place in product(*array.grid()):
-        value = array.values.get(array.key(place))
-        if value is None and not array.metadata.missing_is_zero:
+def _chunks(
+    values: Mapping[str, StoredValue], name: str, metadata: ArrayMetadata, origin: str
+) -> dict[tuple[int, ...], StoredValue]:
+    """The chunks of an array. Refuses an array that lacks one, or that would expand to more bytes than weights do."""
+    chunks: dict[tuple[int, ...], StoredValue] = {}
+    for place in product(*metadata.grid):
+        value = values.get(f"{name}/{metadata.chunk_key(place)}")
+        if value is not None:
+            chunks[place] = _chunk_of(value, origin) if metadata.is_zarr3 else value
+        elif not metadata.missing_is_zero:
             raise refused("missing-chunk", f"{origin} lacks its chunk {place}")
-        stored += 0 if value is None else value.nbytes
-    nbytes = prod(array.shape) * array.dtype.itemsize
+    stored = sum(chunk.nbytes for chunk in chunks.values())
+    nbytes = prod(metadata.shape) * metadata.dtype.itemsize
     if nbytes > max(MAX_EXPANDED_BYTES, MAX_RATIO * stored):
         raise refused("expands", f"{origin} would expand from {stored} to {nbytes} bytes, more than weights do")
+    return chunks
 
 
-def _inner_chunks(array: StoredArray, origin: str) -> dict[str, StoredValue]:
-    """The only inner chunk of each shard of an array, by the shard's key."""
-    inner: dict[str, StoredValue] = {}
-    for place in product(*array.grid()):
-        key = array.key(place)
-        shard = array.values.get(key)
-        if shard is None:
-            continue
-        if shard.nbytes < INDEX_BYTES:
-            raise refused("broken", f"{origin} has a shard without an index")
-        index = read_value(_part(shard, shard.nbytes - INDEX_BYTES, INDEX_BYTES))
-        inner[key] = _part(shard, *inner_chunk(index, shard.nbytes, origin))
-    return inner
+def _chunk_of(shard: StoredValue, origin: str) -> StoredValue:
+    """The only chunk in a shard."""
+    if shard.nbytes < INDEX_BYTES:
+        raise refused("broken", f"{origin} has a shard without an index")
+    index = read_value(_part(shard, shard.nbytes - INDEX_BYTES, INDEX_BYTES))
+    return _part(shard, *chunk_in_shard(index, shard.nbytes, origin))
 
 
 def _part(value: StoredValue, first: int, nbytes: int) -> StoredValue:
@@ -215,95 +200,82 @@ class ZarrMatrix(BlockwiseTensor):
         self.array, self.fixed = array, fixed
         self.shape = (prod(free[:-1]), free[-1]) if len(free) > 1 else tuple(free)
         self.dtype, self.stored, self.origin = array.dtype, DTYPE_NAMES[array.dtype], array.origin
-        chunks = array.metadata.chunks
-        self.places = list(
-            product(
-                *([fixed[axis] // chunks[axis]] if axis in fixed else along for axis, along in enumerate(array.grid()))
-            )
-        )
-        starts, _, count = self._runs(self.places[0])
-        is_in_order = len(starts) == 1 and count % self.row_size == 0 and count * len(self.places) == self.size
-        self.block_rows = count // self.row_size if is_in_order else self.rows
-        self.is_plain = is_in_order and not array.metadata.is_compressed
+        chunks, grid = array.metadata.chunks, array.metadata.grid
+        along = ([fixed[axis] // chunks[axis]] if axis in fixed else places for axis, places in enumerate(grid))
+        self.places = list(product(*along))
+        first, *others = self._runs(self.places[0])
+        count = first[2]
+        self.is_in_order = not others and count % self.row_size == 0 and count * len(self.places) == self.size
+        self.block_rows = count // self.row_size if self.is_in_order else self.rows
 
     def load_rows(self, first: int, last: int) -> Array:
-        if not self.is_plain:
-            return super().load_rows(first, last)
-        pieces = [np.empty((0, *self.shape[1:]), self.dtype)]
-        while first < last:
-            index, start = divmod(first, self.block_rows)
-            count = min(self.block_rows - start, last - first)
-            pieces.append(self._stored_rows(self.places[index], start, count))
-            first += count
-        return pieces[1] if len(pieces) == 2 else np.concatenate(pieces)
-
-    def _stored_rows(self, place: Sequence[int], start: int, count: int) -> Array:
-        """Rows of a chunk that has the matrix's rows one after the other, read from their place in the file."""
-        rows = np.zeros((count, *self.shape[1:]), self.dtype)
-        value = self.array.values.get(self.array.key(place))
-        if value is not None:
-            expected = prod(self.array.metadata.chunks) * self.dtype.itemsize
-            if value.nbytes != expected:
-                raise refused("broken", f"{self.origin}: a chunk has {value.nbytes} bytes, not {expected}")
-            _, in_chunk, _ = self._runs(place)
-            with _ValueReader(value) as source:
-                source.position = (int(in_chunk[0]) + start * self.row_size) * self.dtype.itemsize
-                _fill(source, rows.reshape(-1).view(np.uint8).data)
-        return rows
+        if self.is_in_order and not self.array.metadata.is_compressed:
+            return self._load(first, last)  # any rows can be read from their place in the file
+        return super().load_rows(first, last)
 
     def load_block(self, index: int) -> Array:
-        first = index * self.block_rows
-        block = np.zeros((min(self.block_rows, self.rows - first), *self.shape[1:]), self.dtype)
-        target = block.reshape(-1).view(np.uint8).data
-        for place in self.places if self.block_rows == self.rows else self.places[index : index + 1]:
-            value = self.array.values.get(self.array.key(place))
-            if value is not None:
-                self._read_chunk(value, place, target, first * self.row_size)
-        return block
+        return self._load(index * self.block_rows, min((index + 1) * self.block_rows, self.rows))
 
-    def _read_chunk(self, value: StoredValue, place: Sequence[int], target: memoryview, origin: int) -> None:
-        """Fill ``target``, which begins at value ``origin`` of the matrix, with what a chunk has of it."""
-        metadata, itemsize, position = self.array.metadata, self.dtype.itemsize, 0
+    def _load(self, first: int, last: int) -> Array:
+        rows = np.zeros((last - first, *self.shape[1:]), self.dtype)
+        target = rows.reshape(-1).view(np.uint8).data
+        places = self.places
+        if self.is_in_order:
+            places = places[first // self.block_rows : -(-last // self.block_rows)]
+        for place in places:
+            chunk = self.array.chunks.get(place)
+            if chunk is not None:
+                self._read_chunk(chunk, place, target, first * self.row_size * self.dtype.itemsize)
+        return rows
+
+    def _read_chunk(self, chunk: StoredValue, place: Sequence[int], target: memoryview, origin: int) -> None:
+        """Fill ``target``, which begins at byte ``origin`` of the matrix, with the chunk's part of it."""
+        metadata, itemsize = self.array.metadata, self.dtype.itemsize
         errors: tuple[type[Exception], ...] = (ValueError, EOFError)
         try:
-            with _ValueReader(value) as source:
+            with _ValueReader(chunk) as source:
                 stream: io.RawIOBase = source
                 if metadata.is_compressed:
                     zstandard = require("zstandard", "flax", "reading Orbax checkpoints")
                     errors = (*errors, zstandard.ZstdError)
                     stream = zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW).stream_reader(source)
-                in_matrix, in_chunk, count = self._runs(place)
-                for to, at in zip((in_matrix - origin) * itemsize, in_chunk * itemsize, strict=True):
-                    _skip(stream, at - position)
-                    _fill(stream, target[to : to + count * itemsize])
-                    position = at + count * itemsize
-                _skip(stream, prod(metadata.chunks) * itemsize - position)
-                if stream.read(1):
-                    raise ValueError("a chunk is longer than its shape")
+                for in_matrix, in_chunk, count in self._runs(place):
+                    start, end = (
+                        min(max(at * itemsize - origin, 0), len(target)) for at in (in_matrix, in_matrix + count)
+                    )
+                    if start < end:
+                        stream.seek(in_chunk * itemsize + start + origin - in_matrix * itemsize)
+                        if stream.readinto(target[start:end]) != end - start:
+                            raise EOFError("a chunk ends early")
+                nbytes = prod(metadata.chunks) * itemsize
+                if stream.seek(nbytes) != nbytes or stream.read(1):
+                    raise ValueError(f"a chunk does not have the {nbytes} bytes of its shape")
         except errors as error:
             raise refused("broken", f"{self.origin}: {quoted(str(error).partition(chr(10))[0])}") from error
 
-    def _runs(self, place: Sequence[int]) -> tuple[NDArray[np.int64], NDArray[np.int64], int]:
-        """The runs of values that lie side by side both in the chunk at ``place`` and in the matrix, in the chunk's
-        order: where each begins in the matrix, where in the chunk, and how many values every run has.
+    def _runs(self, place: Sequence[int]) -> Iterator[tuple[int, int, int]]:
+        """(position in the matrix, position in the chunk, length): the runs of values that are contiguous in both, in
+        the chunk's order.
         """
         shape, chunks, fixed = self.array.shape, self.array.metadata.chunks, self.fixed
-        inner = len(shape)
-        while inner and chunks[inner - 1] == (1 if inner - 1 in fixed else shape[inner - 1]):
-            inner -= 1
-        count = prod(chunks[inner:])
-        in_matrix = in_chunk = np.zeros(1, np.int64)
-        for axis in range(inner):
-            start = place[axis] * chunks[axis]
+        starts = [index * chunk for index, chunk in zip(place, chunks, strict=True)]
+        spans = [
+            range(fixed[axis], fixed[axis] + 1) if axis in fixed else range(start, min(start + chunk, dim))
+            for axis, (start, chunk, dim) in enumerate(zip(starts, chunks, shape, strict=True))
+        ]
+        outer = len(shape)
+        while outer and len(spans[outer - 1]) == chunks[outer - 1] == (1 if outer - 1 in fixed else shape[outer - 1]):
+            outer -= 1
+        count = prod(chunks[outer:])
+        if outer and outer - 1 not in fixed:  # along the innermost of these axes, runs continue one another
+            count, spans[outer - 1] = count * len(spans[outer - 1]), spans[outer - 1][:1]
+        in_matrix = in_chunk = np.zeros((), np.int64)
+        for axis in range(outer):
             stride = 0 if axis in fixed else prod(dim for i, dim in enumerate(shape) if i > axis and i not in fixed)
-            indices = (
-                np.array([fixed[axis] - start]) if axis in fixed else np.arange(min(chunks[axis], shape[axis] - start))
-            )
-            if axis == inner - 1 and axis not in fixed:  # along the innermost of these axes, runs continue one another
-                count, indices = count * len(indices), indices[:1]
-            in_matrix = (in_matrix[:, None] + (start + indices) * stride).reshape(-1)
-            in_chunk = (in_chunk[:, None] + indices * prod(chunks[axis + 1 :])).reshape(-1)
-        return in_matrix, in_chunk, count
+            indices = np.array(spans[axis])
+            in_matrix = np.add.outer(in_matrix, indices * stride)
+            in_chunk = np.add.outer(in_chunk, (indices - starts[axis]) * prod(chunks[axis + 1 :]))
+        return ((to, at, count) for to, at in zip(in_matrix.ravel().tolist(), in_chunk.ravel().tolist(), strict=True))
 
 
 class _ValueReader(io.RawIOBase):
@@ -315,6 +287,10 @@ class _ValueReader(io.RawIOBase):
 
     def readable(self) -> bool:
         return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self.position = min(offset, self.value.nbytes)
+        return self.position
 
     def readinto(self, buffer: Any) -> int:
         view = memoryview(buffer).cast("B")
@@ -330,18 +306,3 @@ class _ValueReader(io.RawIOBase):
         if self.file is not None:
             self.file.close()
         super().close()
-
-
-def _fill(source: io.RawIOBase, target: memoryview) -> None:
-    while target:
-        count = source.readinto(target[:READ_BYTES])
-        if not count:
-            raise EOFError("a chunk ends early")
-        target = target[count:]
-
-
-def _skip(source: io.RawIOBase, nbytes: int) -> None:
-    scratch = memoryview(bytearray(min(nbytes, READ_BYTES)))
-    while nbytes:
-        _fill(source, scratch[:nbytes])
-        nbytes -= min(nbytes, len(scratch))

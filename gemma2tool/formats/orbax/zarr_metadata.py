@@ -1,13 +1,13 @@
 """The metadata of zarr 2 (``.zarray``) and zarr 3 (``zarr.json``) arrays, limited to what Orbax writes by default.
 
-Chunks are little-endian floats in C order, uncompressed or one zstandard frame each. With zarr 3, Orbax makes each
-chunk a shard of a single inner chunk, which an index at the end of the shard locates.
+Chunks are little-endian floats in C order, uncompressed or one zstandard frame each. With zarr 3, Orbax (0.5.3 to
+0.12) makes each chunk a shard of a single chunk, which an index at the end of the shard locates.
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any, TypeGuard
@@ -22,7 +22,7 @@ from gemma2tool.storage.quoting import quoted
 ZARR2, ZARR3 = ".zarray", "zarr.json"
 MAX_DIMS = 8
 INDEX_BYTES = 20
-"""Size of a shard's index: offset and size of the only inner chunk in 64 bits each, and the CRC-32C of both."""
+"""Size of a shard's index: offset and size of the only chunk in 64 bits each, and the CRC-32C of both."""
 
 _DTYPES = {"<f4": FLOAT32, "<f2": FLOAT16, "<f8": np.dtype(np.float64), "bfloat16": BFLOAT16}
 _ZARR3_DTYPES = {"float32": "<f4", "float16": "<f2", "float64": "<f8", "bfloat16": "bfloat16"}
@@ -31,8 +31,7 @@ _ZARR3_DTYPES = {"float32": "<f4", "float16": "<f2", "float64": "<f8", "bfloat16
 @dataclass(frozen=True)
 class ArrayMetadata:
     """``shape`` and ``chunks`` have one length. ``is_compressed``: whether each chunk is a zstandard frame.
-    ``is_sharded``: whether it is the inner chunk of a shard. ``missing_is_zero``: whether a chunk that is not stored
-    stands for zeros.
+    ``missing_is_zero``: whether a chunk that is not stored stands for zeros.
     """
 
     shape: tuple[int, ...]
@@ -40,8 +39,16 @@ class ArrayMetadata:
     dtype: DType
     is_zarr3: bool = False
     is_compressed: bool = False
-    is_sharded: bool = False
     missing_is_zero: bool = False
+
+    @property
+    def grid(self) -> list[range]:
+        """The places of the chunks along each axis."""
+        return [range(-(-dim // chunk)) for dim, chunk in zip(self.shape, self.chunks, strict=True)]
+
+    def chunk_key(self, place: Sequence[int]) -> str:
+        """The key of a chunk after the array's name, by its place in the grid of chunks."""
+        return f"c/{'/'.join(map(str, place))}" if self.is_zarr3 else ".".join(map(str, place))
 
 
 def refused(kind: str, message: str) -> InputRefused:
@@ -78,22 +85,23 @@ def parse_zarr3(content: object, origin: str, *, stores_zeros: bool) -> ArrayMet
         raise refused("metadata", f"{origin} has storage transformers or a fill value, which Orbax does not write")
     shape, chunks = _sizes(content.get("shape"), grid_options.get("chunk_shape"), origin)
     codecs = _codecs(content.get("codecs"), origin)
-    shard = codecs["sharding_indexed"] if list(codecs) == ["sharding_indexed"] else None
-    if shard is not None:
-        index = (list(_codecs(shard.get("index_codecs"), origin)), shard.get("index_location", "end"))
-        if shard.get("chunk_shape") != list(chunks) or index != (["bytes", "crc32c"], "end"):
-            raise refused("compressor", f"{origin} has shards of several chunks, or an index that Orbax does not write")
-        codecs = _codecs(shard.get("codecs"), origin)
+    shard = codecs.get("sharding_indexed", {}) if len(codecs) == 1 else {}
+    index = (list(_codecs(shard.get("index_codecs"), origin)), shard.get("index_location", "end"))
+    if shard.get("chunk_shape") != list(chunks) or index != (["bytes", "crc32c"], "end"):
+        raise refused(
+            "compressor", f"{origin} is not stored as shards of one chunk, with their index at the end, as Orbax does"
+        )
+    codecs = _codecs(shard.get("codecs"), origin)
     if list(codecs) not in (["bytes"], ["bytes", "zstd"]) or codecs["bytes"].get("endian") != "little":
         raise refused(
             "compressor", f"{origin} has the codecs {quoted(list(codecs))}; little-endian bytes and zstd are read"
         )
     dtype = _dtype(_ZARR3_DTYPES.get(str(content.get("data_type")), content.get("data_type")), origin)
-    return ArrayMetadata(shape, chunks, dtype, True, "zstd" in codecs, shard is not None, not stores_zeros)
+    return ArrayMetadata(shape, chunks, dtype, True, "zstd" in codecs, not stores_zeros)
 
 
-def inner_chunk(index: bytes, shard_bytes: int, origin: str) -> tuple[int, int]:
-    """Offset and size of a shard's only inner chunk, from the last ``INDEX_BYTES`` of the shard."""
+def chunk_in_shard(index: bytes, shard_bytes: int, origin: str) -> tuple[int, int]:
+    """Offset and size of the only chunk in a shard, from the last ``INDEX_BYTES`` of the shard."""
     offset, nbytes, checksum = struct.unpack("<QQI", index)
     if crc32c(index[:-4]) != checksum or offset + nbytes > shard_bytes - INDEX_BYTES:
         raise refused("broken", f"{origin} has a shard with a damaged index")
