@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gemma2tool.errors import InputRefused, UsageError, choices
+from gemma2tool.formats.folder_files import unread_files
 from gemma2tool.model.config import Gemma2Config
 from gemma2tool.model.format_facts import FormatFacts
 
@@ -80,8 +81,14 @@ def detect(path: Path) -> Format:
 
 
 def open_checkpoint(path: Path, *, config: Gemma2Config | None = None, format: str | None = None) -> Checkpoint:
-    """Open a checkpoint of any format: reads headers only, and checks them against the tensor table."""
-    return (by_name(format) if format else detect(path)).open(path, config=config)
+    """Open a checkpoint of any format: reads headers only, and checks them against the tensor table.
+
+    What else lies in its folder and a loader acts on is in ``Checkpoint.loader_files``.
+    """
+    checkpoint = (by_name(format) if format else detect(path)).open(path, config=config)
+    if path.is_dir():
+        checkpoint.loader_files = unread_files(checkpoint, path)
+    return checkpoint
 
 
 def config_for(path: Path, config: Gemma2Config | None) -> Gemma2Config | None:

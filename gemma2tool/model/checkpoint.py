@@ -27,6 +27,20 @@ ASSET_NAMES = (
 """Files that belong to a model besides its weights and config, as Hugging Face repositories name them."""
 
 
+@dataclass(frozen=True)
+class LoaderFiles:
+    """Files of a folder that a ``loader`` acts on: "transformers" "applies the adapter to the weights"."""
+
+    names: tuple[str, ...]
+    loader: str
+    effect: str
+    remedy: str
+
+    @property
+    def sentence(self) -> str:
+        return f"{self.loader} {self.effect}"
+
+
 TokenizerReader = Callable[[Mapping[str, bytes], Gemma2Config], Tokenizer]
 """Makes the canonical tokenizer from a checkpoint's assets and config."""
 
@@ -87,6 +101,9 @@ class Checkpoint:
     """The files that make up the checkpoint (weights and config), for hashes and to protect the input from being
     overwritten."""
 
+    loader_files: tuple[LoaderFiles, ...] = ()
+    """Files of its folder that were not read although a loader acts on them, see ``model.loaders``."""
+
     buffers: dict[str, LazyTensor] = field(default_factory=dict)
     """Tensors that the format stores although the config determines them (a rotary table), by the file's names."""
 
@@ -101,8 +118,11 @@ class Checkpoint:
 
     @property
     def all_warnings(self) -> tuple[str, ...]:
-        """What the user should know of the checkpoint: the reader's warnings, then those of its config."""
-        return (*self.warnings, *self.config.warnings)
+        """What the user should know of the checkpoint: the reader's warnings, those of its config, files not read."""
+        unread = (
+            f"{', '.join(files.names)}: not read, but {files.sentence}: {files.remedy}" for files in self.loader_files
+        )
+        return (*self.warnings, *self.config.warnings, *unread)
 
     def __enter__(self) -> Checkpoint:
         return self

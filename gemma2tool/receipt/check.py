@@ -3,8 +3,9 @@ needed."""
 
 from __future__ import annotations
 
+import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.digest import ALGORITHM, Hashes, hash_tensors, tokenizer_digest
+from gemma2tool.model.loaders import files_acted_on
 from gemma2tool.model.progress import Advance, Progress, progress_or_null
 from gemma2tool.receipt.document import Receipt
 from gemma2tool.receipt.files import FileDigest, digest_files, file_names, file_path
@@ -22,6 +24,9 @@ from gemma2tool.verify.finding import Finding, GateResult
 from gemma2tool.verify.gates import GATES
 from gemma2tool.verify.json_values import significant
 from gemma2tool.verify.result import Side, Verification
+
+_HARMLESS = re.compile(r"\.(?:git|cache)(?:/|$)|\.git[a-z]+$|\.DS_Store$")
+"""What git, the hub's client and file managers leave in a folder."""
 
 LEVELS = ("completeness", "config", "tokenizer", "files", "tensors", "logits")
 
@@ -114,11 +119,24 @@ def _files_gate(candidate: Checkpoint, receipt: Receipt, threads: int, advance: 
             findings.append(Finding(gate, "error", actual.name, message))
     findings.sort(key=lambda finding: str(finding.subject))
     if output == candidate.path:
-        added = [name for name in file_names(output) if name not in recorded and not name.startswith(".")]
-        findings += [Finding(gate, "note", name, "was not there when the receipt was written") for name in added]
+        findings += _added_files(candidate, recorded.keys())
     metrics = {"files": len(recorded), "bytes": sum(file.nbytes for file in recorded.values())}
     summary = f"the bytes of {len(recorded)} file{'s' * (len(recorded) != 1)} are those that were written"
     return _result(gate, summary, metrics, findings)
+
+
+def _added_files(candidate: Checkpoint, recorded: Set[str]) -> Iterator[Finding]:
+    """Files that the receipt does not list: an error if a loader acts on them, else a note."""
+    present = set(file_names(candidate.path))
+    added = {name for name in present - recorded if not _HARMLESS.match(name)}
+    names_code = bool({"auto_map", "model_file"} & candidate.config.extra.keys())
+    for files in files_acted_on(candidate.format, present, added, names_code=names_code):
+        for name in files.names:
+            message = f"was not there when the receipt was written, and {files.sentence}"
+            yield Finding("files", "error", name, message)
+        added -= set(files.names)
+    for name in sorted(added):
+        yield Finding("files", "note", name, "was not there when the receipt was written")
 
 
 def _recorded_files(path: Path, receipt: Receipt) -> tuple[Path, dict[str, FileDigest]]:

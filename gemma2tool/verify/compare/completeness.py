@@ -39,12 +39,17 @@ def compare_names(source: Checkpoint, candidate: Checkpoint, *, sides: Sides = S
         if not spec.quantizable and stored not in DTYPE_NAMES.values() and name in source.tensors:
             error(name, f"quantized to {stored} in {candidate_name}; tensors of its kind are never quantized")
     metrics = {"source_tensors": len(source.tensors), "candidate_tensors": len(candidate.tensors)}
+    unread = [
+        Finding(GATE, "warning", ", ".join(files.names), f"not compared, but {files.sentence}")
+        for files in candidate.loader_files
+    ]
     if not findings:
         summary = f"all {len(source.tensors)} tensors, each in its shape, and no others"
-        return GateResult(GATE, "passed", summary, metrics)
+        summary += f"; {len(unread)} warning{'s' * (len(unread) != 1)}" if unread else ""
+        return GateResult(GATE, "passed", summary, metrics, tuple(unread))
     first = findings[0]
     more = f" (and {len(findings) - 1} more)" if len(findings) > 1 else ""
-    return GateResult(GATE, "failed", f"{first.subject}: {first.message}{more}", metrics, tuple(findings))
+    return GateResult(GATE, "failed", f"{first.subject}: {first.message}{more}", metrics, (*findings, *unread))
 
 
 def is_comparable(source: Checkpoint, candidate: Checkpoint) -> bool:
