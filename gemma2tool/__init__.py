@@ -9,9 +9,9 @@
     with gemma2tool.open("model.gguf") as checkpoint:
         checkpoint.tensors["model.norm.weight"].load()
 
-Functions: ``open``, ``convert``, ``quantize``, ``run``, ``plan``, ``verify``, ``diff``, ``hash``, ``logits``,
-``imatrix``, ``generate``, ``inspect``, ``formats``, ``clean``; see ``help(gemma2tool.api)`` for these and for the
-classes of requests and results. Errors are the exceptions of ``gemma2tool.errors``.
+Functions: ``open``, ``convert``, ``quantize``, ``run``, ``plan``, ``verify``, ``check``, ``diff``, ``hash``,
+``logits``, ``imatrix``, ``generate``, ``inspect``, ``formats``, ``clean``; see ``help(gemma2tool.api)`` for these and
+for the classes of requests and results. Errors are the exceptions of ``gemma2tool.errors``.
 """
 
 from __future__ import annotations

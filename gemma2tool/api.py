@@ -12,8 +12,7 @@ the exceptions of ``gemma2tool.errors``. Warnings and notes go to the logger "ge
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,14 +24,15 @@ from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.config import Gemma2Config
 from gemma2tool.pipeline import conversion, verification
 from gemma2tool.pipeline.events import ProgressCallback, ProgressEvent, as_progress
-from gemma2tool.pipeline.inputs import read_tokens, resolve_config
+from gemma2tool.pipeline.inputs import resolve_config
+from gemma2tool.pipeline.opening import log_warnings, opened
 from gemma2tool.pipeline.plan import PlanSummary, TensorSummary
 from gemma2tool.pipeline.receipts import outputs_with_receipts
 from gemma2tool.pipeline.report_files import ReportFiles
 from gemma2tool.pipeline.requests import Checks, ConversionRequest, RunOptions, default_threads
 from gemma2tool.pipeline.run import ConversionResult
-from gemma2tool.pipeline.verification import DiffRequest, VerifyRequest, log_warnings
-from gemma2tool.storage.paths import refuse_existing, refuse_overwriting_input
+from gemma2tool.pipeline.verification import DiffRequest, VerifyRequest
+from gemma2tool.storage.paths import refuse_existing
 from gemma2tool.verify.gates import gate_names, parse_gates
 
 if TYPE_CHECKING:
@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 
     from gemma2tool.formats.catalogue import FormatEntry
     from gemma2tool.model.digest import Hashes
+    from gemma2tool.pipeline.checks.finding import CheckFinding, CheckResult
+    from gemma2tool.pipeline.checks.run import CheckRequest
     from gemma2tool.pipeline.generation import Generation, GenerationOptions
     from gemma2tool.pipeline.importance import ImatrixOptions, ImatrixResult
     from gemma2tool.pipeline.inspection import Inspection
@@ -55,22 +57,23 @@ Source = str | Path | Checkpoint
 Config = Gemma2Config | str | Path
 
 __all__ = [
-    "Adapter", "Calibration", "Cause", "Checkpoint", "Checks", "ConversionRequest", "ConversionResult",
-    "DiffRequest", "Difference", "Finding", "FormatEntry", "GGUFOptions", "GateResult", "Gemma2Config",
-    "Generation", "GenerationOptions", "Hashes", "ImatrixOptions", "ImatrixResult", "Inspection", "Leftover",
-    "PackingOptions", "PlanSummary", "ProgressEvent", "ReportFiles", "RunOptions", "SplitOptions", "TensorSummary",
-    "Verification", "VerifyRequest", "WriteOptions", "clean", "convert", "default_threads", "diff", "formats",
-    "gate_names", "generate", "hash", "imatrix", "inspect", "log_warnings", "logits", "open",
-    "outputs_with_receipts", "parse_gates", "plan", "quantize", "run", "verify",
+    "Adapter", "Calibration", "Cause", "CheckFinding", "CheckRequest", "CheckResult", "Checkpoint", "Checks",
+    "ConversionRequest", "ConversionResult", "DiffRequest", "Difference", "Finding", "FormatEntry", "GGUFOptions",
+    "GateResult", "Gemma2Config", "Generation", "GenerationOptions", "Hashes", "ImatrixOptions", "ImatrixResult",
+    "Inspection", "Leftover", "PackingOptions", "PlanSummary", "ProgressEvent", "ReportFiles", "RunOptions",
+    "SplitOptions", "TensorSummary", "Verification", "VerifyRequest", "WriteOptions", "check", "clean", "convert",
+    "default_threads", "diff", "formats", "gate_names", "generate", "hash", "imatrix", "inspect", "log_warnings",
+    "logits", "open", "outputs_with_receipts", "parse_gates", "plan", "quantize", "run", "verify",
 ]  # fmt: skip
 
 
 _ELSEWHERE = {
-    "Cause": "verify.diagnosis.cause", "Difference": "verify.difference", "Finding": "verify.finding",
-    "FormatEntry": "formats.catalogue", "GateResult": "verify.finding", "Generation": "pipeline.generation",
-    "GenerationOptions": "pipeline.generation", "Hashes": "model.digest", "ImatrixOptions": "pipeline.importance",
-    "ImatrixResult": "pipeline.importance", "Inspection": "pipeline.inspection", "Leftover": "pipeline.leftovers",
-    "Verification": "verify.result",
+    "Cause": "verify.diagnosis.cause", "CheckFinding": "pipeline.checks.finding",
+    "CheckRequest": "pipeline.checks.run", "CheckResult": "pipeline.checks.finding",
+    "Difference": "verify.difference", "Finding": "verify.finding", "FormatEntry": "formats.catalogue",
+    "GateResult": "verify.finding", "Generation": "pipeline.generation", "GenerationOptions": "pipeline.generation",
+    "Hashes": "model.digest", "ImatrixOptions": "pipeline.importance", "ImatrixResult": "pipeline.importance",
+    "Inspection": "pipeline.inspection", "Leftover": "pipeline.leftovers", "Verification": "verify.result",
 }  # fmt: skip
 """Classes that a conversion starts without, and their modules."""
 
@@ -243,6 +246,31 @@ def verify(
     return verification.verify(request, as_progress(progress))
 
 
+def check(
+    source: Source,
+    *,
+    perplexity: bool = False,
+    text: PathLike | None = None,
+    sample: bool = False,
+    config: Config | None = None,
+    threads: int | None = None,
+    progress: ProgressCallback | None = None,
+) -> CheckResult:
+    """Whether a checkpoint is sane, without its source: ``result.sane``, ``result.findings``. docs/check.md lists
+    what is checked. Raises ``InputRefused`` for a file that cannot be read.
+
+    ``perplexity``, ``text``: also run the forward pass over the built-in text, or over this file. ``sample``: let the
+    model answer a question.
+    """
+    from gemma2tool.pipeline.checks import run as checks
+
+    weights, threads = _source(source), threads or default_threads()
+    request = checks.CheckRequest(
+        source=weights, perplexity=perplexity, text=_path(text), sample=sample, config=config, threads=threads
+    )
+    return checks.check(request, as_progress(progress))
+
+
 def diff(
     a: PathLike,
     b: PathLike,
@@ -275,12 +303,9 @@ def hash(
 ) -> Hashes:
     """Digests of a checkpoint's values: equal for the same model in any format, type, layout, number of files."""
     from gemma2tool.model.digest import hash_checkpoint
-    from gemma2tool.model.progress import progress_or_null
 
-    with _opened(source, config) as checkpoint:
-        total = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
-        with progress_or_null(as_progress(progress), total, checkpoint.path.name) as bar:
-            return hash_checkpoint(checkpoint, threads=threads or default_threads(), advance=bar.advance)
+    with opened(source, config) as checkpoint:
+        return hash_checkpoint(checkpoint, threads=threads or default_threads(), progress=as_progress(progress))
 
 
 def logits(
@@ -298,25 +323,11 @@ def logits(
 
     ``out``: also write them to this .npy file; the result is then a read-only map of it.
     """
-    import numpy as np
+    from gemma2tool.pipeline.logits import compute_logits
 
-    from gemma2tool.pipeline.logits import check_device, write_logits
-    from gemma2tool.reference import streaming
-
-    threads = threads or default_threads()
-    with _opened(source, config) as checkpoint:
-        if out is not None:
-            inputs = [Path(tokens)] if isinstance(tokens, (str, Path)) else []
-            refuse_overwriting_input((*checkpoint.files, *inputs), Path(out))
-        if isinstance(tokens, (str, Path)):
-            ids = read_tokens(Path(tokens), checkpoint.config)
-        else:
-            ids = np.atleast_2d(np.asarray(tokens, np.int64))
-        if out is None:
-            return streaming.logits(checkpoint, ids, threads=threads, device=check_device(device))
-        write_logits(checkpoint, ids, Path(out), force=force, threads=threads, device=check_device(device))
-    mapped: NDArray[np.float32] = np.load(out, mmap_mode="r")
-    return mapped
+    with opened(source, config) as checkpoint:
+        threads = threads or default_threads()
+        return compute_logits(checkpoint, tokens, _path(out), force=force, threads=threads, device=device)
 
 
 def imatrix(
@@ -335,7 +346,7 @@ def imatrix(
 
     options = options or importance.ImatrixOptions(threads=default_threads())
     refuse_existing(Path(out), force=options.force, folder=False)
-    with _opened(source, config) as checkpoint:
+    with opened(source, config) as checkpoint:
         return importance.collect_imatrix(checkpoint, Path(text), Path(out), options, as_progress(progress))
 
 
@@ -352,7 +363,7 @@ def generate(
     """
     from gemma2tool.pipeline import generation
 
-    with _opened(source, config) as checkpoint:
+    with opened(source, config) as checkpoint:
         return generation.generate(checkpoint, prompt, options or generation.GenerationOptions(), on_text)
 
 
@@ -360,7 +371,7 @@ def inspect(source: Source, *, config: Config | None = None) -> Inspection:
     """Format, config, tensors and types of a checkpoint, from its headers alone."""
     from gemma2tool.pipeline import inspection
 
-    with _opened(source, config, warn=False) as checkpoint:
+    with opened(source, config, warn=False) as checkpoint:
         return inspection.inspect(checkpoint)
 
 
@@ -384,15 +395,3 @@ def _source(source: Source) -> Path | Checkpoint:
 
 def _path(path: PathLike | None) -> Path | None:
     return None if path is None else Path(path)
-
-
-@contextmanager
-def _opened(source: Source, config: Config | None, *, warn: bool = True) -> Iterator[Checkpoint]:
-    """The checkpoint, closed again unless the caller opened it; its warnings in the log."""
-    if isinstance(source, Checkpoint):
-        yield source
-        return
-    with open(source, config=config) as checkpoint:
-        if warn:
-            log_warnings(checkpoint)
-        yield checkpoint

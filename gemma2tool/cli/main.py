@@ -138,12 +138,26 @@ def _terminate(signum: int, frame: object) -> None:
 
 
 def _register() -> None:
-    from gemma2tool.cli import clean, convert, diff, formats, generate, hash, imatrix, inspect, logits, quantize, verify
+    from gemma2tool.cli import (
+        check,
+        clean,
+        convert,
+        diff,
+        formats,
+        generate,
+        hash,
+        imatrix,
+        inspect,
+        logits,
+        quantize,
+        verify,
+    )
 
     commands: tuple[Callable[..., None], ...] = (
         convert.convert,
         quantize.quantize,
         verify.verify,
+        check.check,
         diff.diff,
         logits.logits,
         generate.generate,

@@ -62,6 +62,23 @@ class Console:
         if not self.json:
             self._line(False, *((one_line(text), style) for text, style in spans))
 
+    def item(self, label: tuple[str, str], *spans: tuple[str, str]) -> None:
+        """Print a labeled item of a list to stdout. On a terminal its text wraps behind the label; elsewhere it is one
+        line.
+        """
+        if not self._console(False).is_terminal:
+            self.line((f"{label[0]}: ", label[1]), *spans)
+        elif not self.json:
+            from rich.table import Table
+
+            grid = Table.grid(padding=(0, 2, 0, 0))
+            grid.add_column(no_wrap=True)
+            grid.add_column(overflow="fold")
+            grid.add_row(
+                *(self._text(False, *((one_line(t), style) for t, style in part)) for part in ([label], spans))
+            )
+            self._console(False).print(grid, markup=False, highlight=False)
+
     def can_show(self, text: str) -> bool:
         """Whether the encoding of stdout can represent ``text``."""
         try:

@@ -36,7 +36,7 @@ from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.config import Gemma2Config
 from gemma2tool.model.config_fields import ARITHMETIC_FIELDS, comparable_value
 from gemma2tool.model.lazy import BFLOAT16, FLOAT16, FLOAT32, Array, LazyTensor, row_ranges
-from gemma2tool.model.progress import Advance
+from gemma2tool.model.progress import Advance, Progress, progress_or_null
 from gemma2tool.model.tokenizer import Pieces
 
 ALGORITHM = "gemma2tool-1"
@@ -203,7 +203,9 @@ def chunk_ranges(tensor: LazyTensor) -> Iterator[tuple[int, int]]:
     return row_ranges(tensor.rows, tensor.row_size, CHUNK_VALUES)
 
 
-def hash_checkpoint(checkpoint: Checkpoint, *, threads: int = 1, advance: Advance | None = None) -> Hashes:
+def hash_checkpoint(checkpoint: Checkpoint, *, threads: int = 1, progress: Progress | None = None) -> Hashes:
     """All digests of a checkpoint of any format; reads every tensor once."""
-    each = hash_tensors(checkpoint.tensors, threads=threads, advance=advance)
+    total = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
+    with progress_or_null(progress, total, checkpoint.path.name) as bar:
+        each = hash_tensors(checkpoint.tensors, threads=threads, advance=bar.advance)
     return Hashes.of(each, checkpoint)

@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 
 from gemma2tool.errors import ResourceError, UsageError
 from gemma2tool.model.checkpoint import Checkpoint
+from gemma2tool.pipeline.inputs import read_tokens
+from gemma2tool.storage.paths import refuse_overwriting_input
 from gemma2tool.storage.staging.staged_output import Staging
 
 
@@ -25,6 +27,34 @@ def check_device(name: str) -> str:
     if name != "cpu" and not torch.cuda.is_available():
         raise ResourceError("device.missing", f"--device {name}: no GPU that torch can use", hint="use --device cpu")
     return name
+
+
+def compute_logits(
+    checkpoint: Checkpoint,
+    tokens: Path | str | NDArray[np.integer],
+    out: Path | None,
+    *,
+    force: bool,
+    threads: int,
+    device: str,
+) -> NDArray[np.float32]:
+    """Float32 logits (B, T, V) of ``tokens``, ids or a .npy file of them; a read-only map of ``out`` where one is
+    given.
+    """
+    from gemma2tool.reference import streaming
+
+    if out is not None:
+        inputs = [Path(tokens)] if isinstance(tokens, (str, Path)) else []
+        refuse_overwriting_input((*checkpoint.files, *inputs), out)
+    if isinstance(tokens, (str, Path)):
+        ids = read_tokens(Path(tokens), checkpoint.config)
+    else:
+        ids = np.atleast_2d(np.asarray(tokens, np.int64))
+    if out is None:
+        return streaming.logits(checkpoint, ids, threads=threads, device=check_device(device))
+    write_logits(checkpoint, ids, out, force=force, threads=threads, device=check_device(device))
+    mapped: NDArray[np.float32] = np.load(out, mmap_mode="r")
+    return mapped
 
 
 def write_logits(

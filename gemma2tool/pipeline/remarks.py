@@ -32,12 +32,12 @@ def rounding_lines(losses: Sequence[tuple[str, float]]) -> list[str]:
         layers.setdefault(pattern, []).extend(int(number) for number in re.findall(r"\.layers\.(\d+)\.", name))
         largest[pattern] = max(loss, largest.get(pattern, 0.0))
     return [
-        f"{pattern.replace('{}', '{' + _ranges(sorted(layers[pattern])) + '}')} loses up to {loss:.3g}"
+        f"{pattern.replace('{}', '{' + number_ranges(sorted(layers[pattern])) + '}')} loses up to {loss:.3g}"
         for pattern, loss in largest.items()
     ]
 
 
-def _ranges(numbers: Sequence[int]) -> str:
+def number_ranges(numbers: Sequence[int]) -> str:
     """0, 1, 2, 5 as "0-2,5"."""
     runs: list[list[int]] = []
     for number in numbers:

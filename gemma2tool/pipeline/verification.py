@@ -19,6 +19,7 @@ from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.config import Gemma2Config
 from gemma2tool.model.progress import Progress
 from gemma2tool.pipeline.inputs import read_logits, read_prompts, read_tokens, resolve_config
+from gemma2tool.pipeline.opening import log_warnings
 from gemma2tool.pipeline.report_files import ReportFiles
 from gemma2tool.pipeline.requests import Checks, default_threads
 
@@ -195,12 +196,6 @@ def _receipt(candidate: Path, receipt: Path | None) -> Receipt:
             hint="name the checkpoint it was made from with --reference, or a receipt with --against",
         )
     return read_receipt(receipt or beside)
-
-
-def log_warnings(checkpoint: Checkpoint, label: str = "") -> None:
-    """What reading the checkpoint noticed, to the log, behind ``label`` where several are read."""
-    for warning in checkpoint.all_warnings:
-        logger.warning("%s", f"{label}: {warning}" if label else warning)
 
 
 def _opened(path: Path, config: Gemma2Config | None) -> Checkpoint:

@@ -1,0 +1,86 @@
+"""``gemma2tool check``: is this file sane, without any other to compare it with?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from gemma2tool.cli import options as o
+from gemma2tool.errors import EXIT_VERIFICATION_FAILED
+
+if TYPE_CHECKING:
+    from gemma2tool.api import CheckResult
+    from gemma2tool.cli.terminal import Console
+
+_STYLES = {"error": "bold red", "doubt": "bold yellow", "note": "dim"}
+
+
+def check(
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="A checkpoint, in any format.")],
+    perplexity: Annotated[
+        bool, typer.Option("--perplexity", help="Also measure the perplexity of the built-in sample text.")
+    ] = False,
+    text: Annotated[
+        Path | None,
+        typer.Option("--text", metavar="FILE", help="Measure the perplexity of this text (UTF-8) instead."),
+    ] = None,
+    sample: Annotated[bool, typer.Option("--sample", help="Also let the model answer a question.")] = False,
+    config: o.ConfigFile = None,
+    threads: o.Threads = None,
+    quiet: o.Quiet = False,
+    json_output: o.Json = False,
+) -> None:
+    """Check whether a checkpoint is sane, without its source; reads every tensor once.
+
+    Values, norms, config, tokenizer, chat template, quantization, known faults of the program that wrote it. Exit code
+    0: sane, 1: doubts, 3: cannot be read. docs/check.md lists what is checked.
+    """
+    from gemma2tool import api
+    from gemma2tool.cli.progress import ProgressDisplay
+    from gemma2tool.cli.terminal import Console
+
+    console = Console(quiet=quiet, json=json_output)
+    result = api.check(
+        path,
+        perplexity=perplexity,
+        text=text,
+        sample=sample,
+        config=config,
+        threads=threads,
+        progress=ProgressDisplay(console),
+    )
+    if json_output:
+        console.emit_json(result.to_json())
+    _show(result, console)
+    if not result.sane:
+        raise typer.Exit(EXIT_VERIFICATION_FAILED)
+
+
+def _show(result: CheckResult, console: Console) -> None:
+    """The verdict, then a line for each finding and measurement."""
+    word, style = ("SANE", "bold green") if result.sane else ("DOUBTFUL", _STYLES["doubt"])
+    if result.count("error"):
+        word, style = "BROKEN", _STYLES["error"]
+    counts = [
+        f"{count} {severity}{'s' * (count != 1)}"
+        for severity in ("error", "doubt", "note")
+        if (count := result.count(severity))
+    ]
+    stored = ", ".join(name for name, _ in result.stored)
+    what = f"{result.path} ({result.format}: {stored}; {result.parameters:,} parameters)"
+    console.line((word, style), (f": {', '.join(counts) or 'no doubts'} in {what}", ""))
+    for finding in result.findings:
+        console.item(
+            (finding.severity, _STYLES[finding.severity]),
+            (f"{finding.where}: ", "bold"),
+            (f"{finding.message}; {finding.remedy} ", ""),
+            (f"[{finding.id}]", "dim"),
+        )
+    if result.perplexity is not None:
+        console.item(("perplexity", "dim"), (f"{result.perplexity:.5g}", ""))
+    if result.sample is not None:
+        console.item(("sample", "dim"), (result.sample, ""))
+    for name, reason in result.skipped.items():
+        console.item(("skipped", "dim"), (f"{name}: {reason}", ""))

@@ -1,0 +1,82 @@
+"""``python -m gemma2tool.pipeline.checks`` prints docs/check.md, made from the catalog."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+
+from gemma2tool.pipeline.checks.catalog import CATALOG
+
+_HEAD = """\
+# Checks
+
+<!-- Made by `python -m gemma2tool.pipeline.checks > docs/check.md`. Edit gemma2tool/pipeline/checks/ instead. -->
+
+`gemma2tool check PATH` says whether a checkpoint of any format is sane, without the one it was made from. It reads
+every tensor once, in ranges of rows, and never runs what it reads; a chat template is rendered in a sandbox with
+limits of time and memory. `--perplexity` (or `--text FILE`) also runs the float32 forward pass over a text,
+`--sample` lets the model answer a question.
+
+The first line is the verdict: `SANE`, `DOUBTFUL`, or `BROKEN` where there is an error. Every finding follows on a line:
+its severity, where, what was seen and what it means, what to do, and its id. With `--json` they are objects with these
+fields.
+
+| exit code | meaning |
+|---:|---|
+| 0 | sane: notes at most |
+| 1 | doubts or errors |
+| 3 | the file cannot be read: truncated, a pointer or a page instead of weights, not a Gemma 2 |
+
+An *error* cannot be right. A *doubt* is unlikely to be right. A *note* can be right and should be known. Ids and
+severities are stable, messages are not. Where a finding has another severity than its row, its evidence was stronger.
+
+`verify --reference SRC` finds much more: use it where the source is at hand. What a check without a source cannot find:
+heads in another order, rotary embeddings of the other convention, gate and up exchanged, rows in another order; most of
+these show in `--perplexity`.
+"""
+
+_TAIL = """
+## How the limits were chosen
+
+A false alarm is as bad as a missed fault, so a limit lies far from every honest file and every planted mistake: the
+trained fixture in every format and type, files that other projects' own code wrote, and random weights of several
+distributions. No finding depends on a mean or a spread that only released models have, because norms of trained models
+have means from below 0 to above 10.
+
+- **A 1 too much or missing.** Exact evidence first: in float32 norms of a model in 16 bits, w is a bfloat16 (or
+  float16) value; if hardly any value is and every value less 1 (or plus 1) is, then 1 was added (or subtracted).
+  Otherwise the signs of all norms of the layers together: w starts at 0 and moves both ways, so 20 to 70 percent of
+  the values are negative in honest files, and fewer than 0.2 percent where 1 was added; 1 + w below 0 is rare (0.1
+  percent at most), and half of the values where 1 is missing.
+- **Norms exchanged.** Training by gradients keeps the difference between the squared scale of a channel and the
+  squared norm of the column (or row) beside it, so norms are correlated with the matrices that they belong to (0.5 to
+  0.9 in the trained fixture) and with no others (about 0). Only norms that follow the matrices of another place by 0.3
+  more than their own are reported; random weights follow none.
+- **Embedding scaled.** Rows have a median length of 0.5 to 7 in honest files; sqrt(hidden_size) is 48 to 68 in the
+  released models. The limits are 0.1 and 18, and an RMS of 1.05.
+- **Queries scaled.** The RMS of q_proj is 0.5 to 2 times that of k_proj. It is reported where it is less than twice
+  head_dim ** -0.5 (1/8 in the 2B and 9B). A factor near 1, such as that between the scales of 128 and 144, cannot be
+  seen.
+- **Flipped bits.** The largest weights of trained models are about a thousand times the RMS. The limit is ten thousand:
+  a flipped bit of the low exponent is below it.
+- **Holes.** 512 consecutive zeros in a row of a matrix. Pruning to half of the weights leaves runs of about 30.
+- **Rows.** Equal rows are reported from 1 percent of a projection, from 10 percent of the embedding: tokens that never
+  occur in training can have equal rows.
+"""
+
+
+def document() -> str:
+    """The text of docs/check.md."""
+    return "\n".join(_lines()) + "\n" + _TAIL
+
+
+def _lines() -> Iterator[str]:
+    yield _HEAD
+    yield "| id | severity | meaning | what to do |"
+    yield "|---|---|---|---|"
+    for entry in CATALOG.values():
+        yield f"| `{entry.id}` | {entry.severity} | {entry.meaning} | {entry.remedy} |"
+
+
+if __name__ == "__main__":
+    sys.stdout.write(document())

@@ -1,0 +1,123 @@
+"""Planted mistakes are found without the source, and named."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gemma2tool import api
+from gemma2tool.formats import registry
+from gemma2tool.model.checkpoint import Checkpoint
+from tests.support.checkpoints import write_checkpoint
+from tests.support.paths import TINY
+from tests.support.planted.faults import FAULTS, Victim
+from tests.support.planted.trials import planted, sources
+from tests.support.sanity import NAMED
+
+
+@pytest.fixture(scope="module")
+def fixture() -> Victim:
+    return sources(["fixture"], TINY / "model.ckpt")["fixture"]
+
+
+def ids(checkpoint: Checkpoint | Path) -> list[str]:
+    return [finding.id for finding in api.check(checkpoint).findings if finding.severity != "note"]
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_is_named(fixture: Victim, name: str) -> None:
+    fault = next(fault for fault in FAULTS if fault.name == name)
+    pair = planted((fault,), fixture)
+    assert pair is not None
+    assert NAMED[name] in ids(pair[1].checkpoint("hf"))
+
+
+@pytest.mark.parametrize(("one", "id"), [(1, "norm.plus-one"), (2, "norm.plus-one"), (-1, "norm.minus-one")])
+def test_a_one_too_much_in_a_gguf_is_proven_by_exact_values(
+    fixture: Victim, tmp_path: Path, one: float, id: str
+) -> None:
+    """Also in one norm alone, which no statistic shows."""
+    victim = fixture.copy()
+    name = "model.layers.3.post_attention_layernorm.weight"
+    victim.arrays[name] = victim.arrays[name].astype(np.float32) + np.float32(one)
+    path = write_checkpoint(victim.checkpoint(), tmp_path / "x.gguf")
+    result = api.check(path)
+    assert [(finding.id, finding.severity, finding.where) for finding in result.findings] == [
+        (id, "error", "post_attention_layernorm of layer 3")
+    ]
+
+
+def test_feed_forward_norms_exchanged_as_in_torchtune(fixture: Victim) -> None:
+    victim = fixture.copy()
+    for layer in victim.layers:
+        pre, post = (victim.name(f"{kind}_feedforward_layernorm", layer) for kind in ("pre", "post"))
+        victim.arrays[pre], victim.arrays[post] = victim.arrays[post], victim.arrays[pre]
+    (finding,) = api.check(victim.checkpoint("hf")).findings
+    assert finding.id == "norm.exchanged" and "torchtune 0.5 and 0.6" in finding.message
+
+
+def test_exchanged_norms_are_seen_through_a_quantization(fixture: Victim, tmp_path: Path) -> None:
+    fault = next(fault for fault in FAULTS if fault.name == "attention_norms_swapped")
+    pair = planted((fault,), fixture)
+    assert pair is not None
+    path = write_checkpoint(pair[1].checkpoint(), tmp_path / "x.gguf", type="q4_0")
+    assert ids(path) == ["norm.exchanged"]
+
+
+def test_zero_and_constant_matrices(fixture: Victim) -> None:
+    victim = fixture.copy()
+    victim.arrays[victim.name("o_proj", 2)][:] = 0
+    victim.arrays[victim.name("up_proj", 1)][:] = 0.25
+    assert sorted(ids(victim.checkpoint("hf"))) == ["tensor.constant", "tensor.zero"]
+
+
+def test_a_flipped_bit_of_the_exponent(fixture: Victim) -> None:
+    victim = fixture.copy()
+    victim.arrays[victim.name("q_proj", 2)][5, 6] = 1e30
+    (finding,) = api.check(victim.checkpoint("hf")).findings
+    assert finding.id == "tensor.outlier" and finding.where == "self_attn.q_proj of layer 2"
+
+
+def test_equal_rows_and_repeated_layers(fixture: Victim) -> None:
+    victim = fixture.copy()
+    array = victim.arrays[victim.name("down_proj", 0)]
+    array[10:20] = array[30]
+    for kind in ("q_proj", "gate_proj"):
+        victim.arrays[victim.name(kind, 4)] = victim.arrays[victim.name(kind, 3)].copy()
+    result = api.check(victim.checkpoint("hf"))
+    assert [finding.id for finding in result.findings] == ["tensor.duplicate-rows", "tensor.equal-layers"]
+    assert "10 of 256 rows" in result.findings[0].message and "layers 4" not in result.findings[0].message
+
+
+def test_lost_scales_of_a_gguf(fixture: Victim, tmp_path: Path) -> None:
+    path = write_checkpoint(fixture.checkpoint(), tmp_path / "x.gguf", type="q8_0")
+    with registry.open_checkpoint(path) as checkpoint:
+        tensor = checkpoint.metadata["gguf"].tensors["blk.1.ffn_down.weight"]
+        offset = tensor.offset + 34 * 100
+    data = bytearray(path.read_bytes())
+    data[offset : offset + 2] = bytes(2)
+    path.write_bytes(data)
+    (finding,) = api.check(path).findings
+    assert finding.id == "quantization.zero-blocks" and finding.where == "mlp.down_proj of layer 1"
+    assert finding.message.startswith("1 of ")
+
+
+def test_untrained_norms_are_a_note(fixture: Victim) -> None:
+    victim = fixture.copy()
+    for name in victim.norms():
+        victim.arrays[name] = np.zeros_like(victim.arrays[name])
+    result = api.check(victim.checkpoint("hf"))
+    assert result.sane and [finding.id for finding in result.findings] == ["norm.untrained"]
+
+
+def test_a_departure_from_a_release(fixture: Victim) -> None:
+    from gemma2tool.model.config import SIZES
+    from gemma2tool.pipeline.checks.provenance import check_config
+
+    config = dataclasses.replace(SIZES["9b"], query_pre_attn_scalar=224, sliding_window=8192)
+    checkpoint = dataclasses.replace(fixture.checkpoint("hf"), config=config)
+    found = [(finding.id, finding.message.split(" ")[0]) for finding in check_config(checkpoint)]
+    assert ("config.departure", "query_pre_attn_scalar") in found and ("config.unusual", "sliding_window") in found
