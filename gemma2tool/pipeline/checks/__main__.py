@@ -30,9 +30,9 @@ fields.
 An *error* cannot be right. A *doubt* is unlikely to be right. A *note* can be right and should be known. Ids and
 severities are stable, messages are not. Where a finding has another severity than its row, its evidence was stronger.
 
-`verify --reference SRC` finds much more: use it where the source is at hand. What a check without a source cannot find:
-heads in another order, rotary embeddings of the other convention, gate and up exchanged, rows in another order; most of
-these show in `--perplexity`.
+`verify --reference SRC` finds much more: use it where the source is at hand. What a check without a source cannot
+find: layers in another order, rotary embeddings of the other convention, gate and up exchanged, tokens in another
+order. Most of these show in `--perplexity`.
 """
 
 _TAIL = """
@@ -48,10 +48,12 @@ have means from below 0 to above 10.
   Otherwise the signs of all norms of the layers together: w starts at 0 and moves both ways, so 20 to 70 percent of
   the values are negative in honest files, and fewer than 0.2 percent where 1 was added; 1 + w below 0 is rare (0.1
   percent at most), and half of the values where 1 is missing.
-- **Norms exchanged.** Training by gradients keeps the difference between the squared scale of a channel and the
-  squared norm of the column (or row) beside it, so norms are correlated with the matrices that they belong to (0.5 to
-  0.9 in the trained fixture) and with no others (about 0). Only norms that follow the matrices of another place by 0.3
-  more than their own are reported; random weights follow none.
+- **Fit.** Training by gradients keeps the difference between the squared norms of two parameters that are multiplied
+  by each other, channel by channel. So a norm's scale is correlated with the matrices that it belongs to, the rows of
+  up_proj with the columns of down_proj, and the rows of v_proj with the columns of o_proj: 0.45 to 0.95 in the trained
+  fixture, and about 0 where tensors do not belong together. A finding needs a model in which other tensors fit (0.5 at
+  least), or another arrangement that fits better by 0.25 (norms: 0.3). In random weights nothing fits, and nothing is
+  reported.
 - **Embedding scaled.** Rows have a median length of 0.5 to 7 in honest files; sqrt(hidden_size) is 48 to 68 in the
   released models. The limits are 0.1 and 18, and an RMS of 1.05.
 - **Queries scaled.** The RMS of q_proj is 0.5 to 2 times that of k_proj. It is reported where it is less than twice

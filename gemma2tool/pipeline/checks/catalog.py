@@ -47,6 +47,8 @@ _ROWS: tuple[tuple[str, Severity, str, str], ...] = (
     ("norm.minus-one", "doubt", "the 1 of w + 1 is missing in a format that stores it, or was subtracted twice",
      _CONVERT),
     ("norm.exchanged", "doubt", "norms of one kind follow the matrices that another kind belongs to", _CONVERT),
+    ("fit.arrangement", "doubt", "the channels of two matrices that belong together do not fit each other", _CONVERT),
+    ("fit.layer", "doubt", "tensors of one layer do not fit each other, as they do in the other layers", _CONVERT),
     ("norm.constant", "doubt", "all values of some norms are equal, while those of others differ", _CONVERT),
     ("norm.untrained", "note", "all norms still have the value that training starts from",
      "nothing, if the model was never trained"),

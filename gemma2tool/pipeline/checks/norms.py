@@ -1,18 +1,8 @@
-"""Norms, and scales that belong elsewhere: a 1 too much or missing, norms of another place, scaled embeddings and
-queries.
-
-A norm's scale s = 1 + w and the matrix W beside it enter the model only as a product, W diag(s) before a projection and
-diag(s) W after one. Gradient flow keeps the difference of their squared norms, channel by channel, so that channels
-with a large scale have large columns (or rows) too. In the trained fixture the correlation is 0.7 to 0.9 at the right
-place and about 0 at every other; in random weights it is about 0 everywhere. So a norm that follows the matrices of
-another place, and not its own, is at the wrong place.
-"""
+"""Scales that are off: a 1 too much or missing in norms, scaled embeddings and queries."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from itertools import permutations
 
 import ml_dtypes
 import numpy as np
@@ -26,16 +16,6 @@ from gemma2tool.pipeline.checks.statistics import TensorStatistics
 
 Statistics = Mapping[str, TensorStatistics]
 Values = NDArray[np.float64]
-
-KINDS = ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm")
-_READERS = {
-    "input_layernorm": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    "pre_feedforward_layernorm": ("mlp.gate_proj", "mlp.up_proj"),
-}
-_WRITERS = {"post_attention_layernorm": "self_attn.o_proj", "post_feedforward_layernorm": "mlp.down_proj"}
-
-FOLLOWS = 0.3
-"""Correlation above which a norm follows the matrices of a place."""
 
 NEGATIVE_WEIGHTS = 0.002
 """w starts at 0 and is trained in both directions: in honest files 20 to 70 percent of all values are negative. Where 1
@@ -52,7 +32,7 @@ SHORTEST_ROW, LONGEST_ROW, LARGEST_VALUE = 0.1, 18.0, 1.05
 the layers, a row is 16 to 68 times as long; honest files have lengths of 0.5 to 7, and random ones an RMS of 1."""
 
 
-def check_norms(statistics: Statistics, config: Gemma2Config) -> Iterator[CheckFinding]:
+def check_norms(statistics: Statistics) -> Iterator[CheckFinding]:
     norms = {name: tensor.values for name, tensor in statistics.items() if "norm" in name and tensor.values is not None}
     norms = {name: values for name, values in norms.items() if np.isfinite(values).all()}
     constant = [name for name, values in norms.items() if len(values) > 1 and np.ptp(values) == 0]
@@ -63,7 +43,6 @@ def check_norms(statistics: Statistics, config: Gemma2Config) -> Iterator[CheckF
         yield finding("norm.constant", enumerated(constant), f"every value is {norms[constant[0]][0]:g}")
     offsets = list(_offsets(norms))
     yield from offsets or _distribution(norms)
-    yield from _exchanged(statistics, config)
 
 
 # -- one too much, or missing ------------------------------------------------------------------------------------------
@@ -128,75 +107,6 @@ def _distribution(norms: Mapping[str, Values]) -> Iterator[CheckFinding]:
             f"{len(names)} norms of the layers",
             f"1 + w is below 0 in {below:.0%} of the values, which is rare: 1 was subtracted, or never added",
         )
-
-
-# -- norms of another place --------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Place:
-    """Channel norms (D,) of the matrices beside a norm."""
-
-    channels: Values
-
-    def correlation(self, scale: Values) -> float:
-        if np.ptp(scale) == 0 or np.ptp(self.channels) == 0:
-            return 0.0
-        return float(np.corrcoef(np.abs(scale), self.channels)[0, 1])
-
-
-def _exchanged(statistics: Statistics, config: Gemma2Config) -> Iterator[CheckFinding]:
-    """Compares the order of the norms in the file with every other order, over all layers."""
-    tables = []
-    for layer in range(config.num_hidden_layers):
-        table = _correlations(statistics, f"model.layers.{layer}.")
-        if table is not None:
-            tables.append(table)
-    if not tables:
-        return
-    mean = np.mean(tables, axis=0)  # [norm, place]
-    identity = tuple(range(len(KINDS)))
-    best = max(permutations(identity), key=lambda order: sum(mean[kind, order[kind]] for kind in identity))
-    moved = [kind for kind in identity if best[kind] != kind]
-    if not moved:
-        return
-    own = float(np.mean([mean[kind, kind] for kind in moved]))
-    there = min(float(mean[kind, best[kind]]) for kind in moved)
-    if there < FOLLOWS or there - own < FOLLOWS:
-        return
-    places = "; ".join(f"{KINDS[kind]} belongs to {KINDS[best[kind]]}" for kind in moved)
-    torchtune = ""
-    if {KINDS[kind] for kind in moved} == {"pre_feedforward_layernorm", "post_feedforward_layernorm"}:
-        torchtune = "; torchtune 0.5 and 0.6 exchange these two"
-    yield finding(
-        "norm.exchanged",
-        "norms of the layers",
-        f"by their correlation with the matrices ({own:.2f} where they are, at least {there:.2f} there),"
-        f" {places}{torchtune}",
-    )
-
-
-def _correlations(statistics: Statistics, prefix: str) -> NDArray[np.float64] | None:
-    """(norms, places) of one layer; None where a tensor is missing or not finite."""
-    norms = [statistics.get(f"{prefix}{kind}.weight") for kind in KINDS]
-    scales = [1 + norm.values for norm in norms if norm is not None and norm.values is not None]
-    places = []
-    for kind in KINDS:
-        if kind in _READERS:
-            readers = [statistics.get(f"{prefix}{name}.weight") for name in _READERS[kind]]
-            squares = [reader.column_squares for reader in readers if reader is not None]
-            if len(squares) < len(readers):
-                return None
-            places.append(_Place(np.sqrt(sum(squares, np.zeros(1)))))
-        else:
-            writer = statistics.get(f"{prefix}{_WRITERS[kind]}.weight")
-            if writer is None:
-                return None
-            places.append(_Place(np.sqrt(writer.row_squares)))
-    if len(scales) < len(KINDS) or any(len(place.channels) != len(scales[0]) for place in places):
-        return None
-    table = np.array([[place.correlation(scale) for place in places] for scale in scales])
-    return table if np.isfinite(table).all() else None
 
 
 # -- scales ------------------------------------------------------------------------------------------------------------

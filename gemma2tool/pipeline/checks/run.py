@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.config import Gemma2Config
 from gemma2tool.model.progress import Progress, progress_or_null
-from gemma2tool.model.tensors import TensorSpec
 from gemma2tool.pipeline.checks import speech
 from gemma2tool.pipeline.checks.files import check_files
 from gemma2tool.pipeline.checks.finding import SEVERITIES, CheckFinding, CheckResult
+from gemma2tool.pipeline.checks.fit import check_fit
 from gemma2tool.pipeline.checks.norms import check_norms, check_scales
 from gemma2tool.pipeline.checks.provenance import check_config, check_writer
 from gemma2tool.pipeline.checks.quantization import check_blocks, check_quantization
@@ -84,7 +84,7 @@ def check(request: CheckRequest, progress: Progress | None = None) -> CheckResul
         )
 
 
-def _weights(checkpoint: Checkpoint, threads: int, progress: Progress | None) -> Iterator[CheckFinding]:
+def _weights(checkpoint: Checkpoint, threads: int, progress: Progress | None) -> list[CheckFinding]:
     specs = checkpoint.specs
     tensors = {name: checkpoint.tensors[name] for name in specs}
     check, kept = TensorCheck(specs), dict[str, TensorStatistics]()
@@ -92,19 +92,12 @@ def _weights(checkpoint: Checkpoint, threads: int, progress: Progress | None) ->
     with progress_or_null(progress, nbytes, "checking tensors") as bar:
         for name, tensor in measure_tensors(tensors, threads=threads, advance=bar.advance):
             check.add(name, tensor)
-            kept[name] = _reduced(tensor, specs[name])
-    yield from check.findings()
-    yield from check_norms(kept, checkpoint.config)
-    yield from check_scales(kept, checkpoint.config)
-    yield from check_blocks(kept)
-
-
-def _reduced(tensor: TensorStatistics, spec: TensorSpec) -> TensorStatistics:
-    """Without what no later check needs, so that memory stays small."""
-    tensor.row_hashes = tensor.row_hashes[:0]
-    if spec.role == "mlp" and len(tensor.row_squares) > len(tensor.column_squares):
-        tensor.row_squares = tensor.row_squares[:0]
-    return tensor
+            tensor.row_hashes = tensor.row_hashes[:0]  # so that memory stays small
+            kept[name] = tensor
+    findings = [*check.findings(), *check_norms(kept)]
+    if all(finding.severity == "note" for finding in findings):  # a damaged tensor fits nothing
+        findings += check_fit(kept, checkpoint.config)
+    return [*findings, *check_scales(kept, checkpoint.config), *check_blocks(kept)]
 
 
 def _perplexity(
