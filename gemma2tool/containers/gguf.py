@@ -82,10 +82,14 @@ class GGUFHeader:
     file_size: int
 
 
-def read_header(path: str | os.PathLike[str], blocks: Mapping[int, tuple[int, int]]) -> GGUFHeader:
+def read_header(
+    path: str | os.PathLike[str],
+    blocks: Mapping[int, tuple[int, int]],
+    other_types: Mapping[int, str] | None = None,
+) -> GGUFHeader:
     """Reads the header of a GGUF file and checks it against the file's size. Raises InputRefused (``gguf.*``).
 
-    ``blocks`` maps each accepted tensor type to (elements, bytes) per block.
+    ``blocks`` maps each accepted tensor type to (elements, bytes) per block; ``other_types`` names types that are not.
     """
     path = Path(path)
     with open_for_reading(path) as reader:
@@ -107,7 +111,7 @@ def read_header(path: str | os.PathLike[str], blocks: Mapping[int, tuple[int, in
                 raise cursor.refusal("duplicate-key", f"the key {quoted(key)} appears twice")
             kv[key] = _value(cursor, key)
         alignment = _alignment(cursor, kv)
-        infos = _tensor_infos(cursor, tensor_count, blocks)
+        infos = _tensor_infos(cursor, tensor_count, blocks, other_types or {})
         data_start = _padded(cursor.position, alignment)
         tensors = _entries(cursor, infos, data_start, alignment)
         return GGUFHeader(path, version, alignment, kv, tensors, data_start, reader.size)
@@ -271,7 +275,9 @@ class _TensorInfo:
     nbytes: int
 
 
-def _tensor_infos(cursor: _Cursor, count: int, blocks: Mapping[int, tuple[int, int]]) -> dict[str, _TensorInfo]:
+def _tensor_infos(
+    cursor: _Cursor, count: int, blocks: Mapping[int, tuple[int, int]], other_types: Mapping[int, str]
+) -> dict[str, _TensorInfo]:
     infos: dict[str, _TensorInfo] = {}
     for _ in range(count):
         name = cursor.name("tensor name")
@@ -284,7 +290,8 @@ def _tensor_infos(cursor: _Cursor, count: int, blocks: Mapping[int, tuple[int, i
         dims = tuple(cursor.integer(_U64) for _ in range(ndim))
         type_id, offset = cursor.integer(_U32), cursor.integer(_U64)
         if type_id not in blocks:
-            raise cursor.refusal("tensor-type", f"{where} has the unknown type {type_id}")
+            known = f", {other_types[type_id]}" if type_id in other_types else ""
+            raise cursor.refusal("tensor-type", f"{where} has the type {type_id}{known}, which is not read")
         elements, size = blocks[type_id]
         # Without the zeros, so that a dimension of 0 does not hide an overflow of the others.
         if prod(dim for dim in dims if dim) * size >= 1 << 63:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gemma2tool.errors import InputRefused, UsageError, choices
+from gemma2tool.formats import other_files
 from gemma2tool.formats.folder_files import unread_files
 from gemma2tool.model.config import Gemma2Config
 from gemma2tool.model.format_facts import FormatFacts
@@ -64,7 +65,7 @@ def by_name(name: str) -> Format:
 def detect(path: Path) -> Format:
     """The format of the files at ``path``. Raises ``InputRefused`` if they are of none."""
     if not path.exists():
-        raise InputRefused("input.missing", f"{path}: no such file or folder", hint="check the path of the checkpoint")
+        raise other_files.missing(path)
     if not path.is_file() and not path.is_dir():
         raise InputRefused("input.kind", f"{path}: neither a file nor a folder", hint="give the path of a checkpoint")
     if path.is_file() and path.stat().st_size == 0:
@@ -73,6 +74,9 @@ def detect(path: Path) -> Format:
         candidate = by_name(name)
         if candidate.detect(path):
             return candidate
+    other = other_files.other_file(path)
+    if other is not None:
+        raise other
     raise InputRefused(
         "input.unknown",
         f"{path}: not a Gemma 2 checkpoint in a known format",

@@ -92,6 +92,24 @@ GGML_BLOCKS: Mapping[int, tuple[int, int]] = MappingProxyType(
 )
 """Every type of ggml by its number: (elements, bytes) per block."""
 
+UNREAD_TYPES: Mapping[int, str] = MappingProxyType(
+    {
+        **dict.fromkeys((4, 5), "Q4_2 or Q4_3, withdrawn by ggml"),
+        **dict.fromkeys((31, 32, 33, 36, 37, 38), "a repacked Q4_0 or IQ4_NL, withdrawn by ggml"),
+        42: "Q2_0 of newer releases of ggml",
+        **{
+            number: f"{name} of ik_llama.cpp"
+            for number, name in {
+                133: "Q6_0", 134: "IQ1_BN", 135: "IQ2_BN", 137: "IQ2_K", 138: "IQ3_K", 139: "IQ4_K", 140: "IQ5_K",
+                141: "IQ6_K", 144: "IQ4_KS", 145: "IQ2_KS", 146: "IQ4_KSS", 152: "IQ5_KS", 153: "IQ2_KT",
+                154: "IQ3_KT", 155: "IQ4_KT", 156: "IQ3_KS", 157: "IQ2_KL", 158: "IQ1_KT",
+            }.items()
+        },
+        **dict.fromkeys(range(200, 400), "a row-interleaved type of ik_llama.cpp"),
+    }
+)  # fmt: skip
+"""Tensor types of forks and of the past by their numbers in files, for messages."""
+
 _FLOATS = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 
 

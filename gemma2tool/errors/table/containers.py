@@ -15,7 +15,11 @@ ENTRIES = (
     refused("gguf.architecture", "general.architecture is not gemma2", "use a Gemma 2 model: no other can be read"),
     refused("gguf.array-length", "an array claims more elements than the file can hold", _DOWNLOAD),
     refused("gguf.array-type", "an array has elements of an unknown type, or arrays", _DOWNLOAD),
-    refused("gguf.big-endian", "the file is big-endian", "convert it with gguf-convert-endian"),
+    refused(
+        "gguf.big-endian",
+        "the file is big-endian",
+        "convert it with 'gguf-convert-endian FILE little' of the gguf package",
+    ),
     refused("gguf.block", "the rows of a tensor do not divide into the blocks of its type", _DOWNLOAD),
     refused("gguf.bool", "a truth value is neither 0 nor 1", _DOWNLOAD),
     refused(
@@ -50,7 +54,11 @@ ENTRIES = (
     refused("gguf.split", "the shards do not belong together, or one is missing", "download the shards again"),
     refused("gguf.split-name", "a shard does not have a shard's file name", "give the shards their original names"),
     refused("gguf.tensor-shape", "a tensor that is not a matrix is quantized", _KIND),
-    refused("gguf.tensor-type", "a tensor has an unknown type", "use a newer gemma2tool, or download the file again"),
+    refused(
+        "gguf.tensor-type",
+        "a tensor has a type that is not read",
+        "use a file of one of the types that 'gemma2tool formats' lists, or the model that it was made from",
+    ),
     refused("gguf.tokenizer", "the tokenizer is not of Gemma's kind, or its lists differ in length", _KIND),
     refused("gguf.too-many-keys", "the file claims more keys than are accepted", _DOWNLOAD),
     refused("gguf.too-many-tensors", "the file claims more tensors than are accepted", _DOWNLOAD),

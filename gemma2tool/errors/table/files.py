@@ -53,12 +53,26 @@ ENTRIES = (
     refused("input.empty", "the file is empty", _DOWNLOAD),
     refused("input.kind", "the path is neither a file nor a folder", "give the path of a checkpoint"),
     refused("input.missing", "the path does not exist", "check the path of the checkpoint"),
+    refused("input.not-local", "the source is a URL or on a hub", "download it first, then give the path"),
+    refused(
+        "input.other-file",
+        "the path is a file that belongs to a model, such as its config, its receipt or an adapter",
+        "give the checkpoint itself",
+    ),
     refused(
         "input.unknown",
         "the path holds no Gemma 2 checkpoint in a known format",
         "run 'gemma2tool formats' for the formats that can be read",
     ),
     resource("memory.exhausted", "memory ran out", "close other programs, or lower --memory and --threads"),
+    refused(
+        "shards.incomplete", "shards of a checkpoint are missing", "download the missing shards into the same folder"
+    ),
+    refused(
+        "shards.several",
+        "a folder holds shards of several checkpoints and no index",
+        "move the shards that do not belong to the model out of the folder",
+    ),
     refused("text.binary", "the text file contains NUL bytes", "give a text file in UTF-8"),
     usage("text.empty", "the text has no content", "give a file with text in it"),
     refused("text.encoding", "the text file is not UTF-8", "convert the file to UTF-8"),

@@ -13,6 +13,7 @@ from pathlib import Path
 from gemma2tool.containers import gguf
 from gemma2tool.containers.gguf import GGUFHeader, GGUFValue
 from gemma2tool.errors import InputRefused, UsageError
+from gemma2tool.formats import other_files
 from gemma2tool.formats.base import Format, Output, opening
 from gemma2tool.formats.gguf import FACTS
 from gemma2tool.formats.gguf.config import ARCHITECTURE, read_config, unrepresentable, unusual_keys
@@ -87,15 +88,13 @@ class GGUF(Format):
         """
         file = path if not path.is_dir() else only_model(path)
         if file is None:
-            raise InputRefused("gguf.several", f"{path}: the folder holds no GGUF, or several")
+            raise other_files.other_file(path) or InputRefused("gguf.several", f"{path}: the folder holds no GGUF")
         headers = read_headers(file if file == path else path_within_folder(file))
         kv = {key: value for key, value in headers[0].kv.items() if not key.startswith("split.")}
         keys = KeyReader(kv, file.name)
         architecture = keys.text("general.architecture", None)
         if architecture != ARCHITECTURE:
-            raise InputRefused(
-                "gguf.architecture", f"{file.name}: general.architecture is {architecture!r}, not {ARCHITECTURE!r}"
-            )
+            raise _not_a_model(keys, architecture)
         with opening() as closers:
             tensors = _open_tensors(headers, closers)
             if config is None:
@@ -176,9 +175,32 @@ class GGUF(Format):
             raise UsageError("gguf.dtype-and-type", "--dtype and --type are one choice for a GGUF source")
         plans, number = plan_quantized(tensors, type, checkpoint.config, request, warnings)
         if number is None:
-            number = KeyReader(source.kv, checkpoint.path.name).integer("general.file_type", 0)
+            number = _file_type(source, checkpoint.path.name)
         keys = quantized_keys(list(source.kv.items()), number, [*request.keys, *request.imatrix_keys()])
         return _Plan(quantized_order(plans), keys)
+
+
+def _not_a_model(keys: KeyReader, architecture: str | None) -> InputRefused:
+    """The error for a GGUF of something else than a Gemma 2."""
+    kind = keys.text("general.type", None)
+    if kind == "imatrix":
+        hint = "give the model as SRC, and --imatrix with this file"
+        return InputRefused("gguf.architecture", f"{keys.where}: is an importance matrix", hint=hint)
+    if kind in ("adapter", "mmproj"):
+        what = "a LoRA adapter" if kind == "adapter" else "the projector of a vision model"
+        return InputRefused("gguf.architecture", f"{keys.where}: is {what}, not a model", hint="give the model's GGUF")
+    return InputRefused(
+        "gguf.architecture", f"{keys.where}: general.architecture is {architecture!r}, not {ARCHITECTURE!r}"
+    )
+
+
+def _file_type(source: Source, where: str) -> int:
+    """The source's ``general.file_type``. Raises ``InputRefused`` for a number that llama.cpp cannot read."""
+    number = KeyReader(source.kv, where).integer("general.file_type", 0)
+    if not 0 <= number < 1 << 32:
+        message = f"{where}: general.file_type is {number}, which llama.cpp cannot read"
+        raise InputRefused("gguf.key", message, hint="set it to the file's type with gguf-set-metadata")
+    return number
 
 
 def _open_tensors(headers: list[GGUFHeader], closers: list[Callable[[], None]]) -> dict[str, GGUFTensor]:

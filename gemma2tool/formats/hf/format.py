@@ -18,6 +18,7 @@ from gemma2tool.formats.hf import FACTS
 from gemma2tool.formats.hf.tokenizer import transformers_tokenizer_files
 from gemma2tool.formats.mapping import container_tensors
 from gemma2tool.formats.mapping.float_dtypes import as_dtype, stored_dtypes
+from gemma2tool.formats.mapping.shards import shards_without_index
 from gemma2tool.formats.options import WriteOptions
 from gemma2tool.formats.safetensors_output import (
     INDEX,
@@ -44,7 +45,8 @@ class HuggingFace(Format):
 
     def detect(self, path: Path) -> bool:
         if path.is_dir():
-            return any((path / name).is_file() for name in (SINGLE, INDEX)) or _lone_safetensors(path) is not None
+            named = any((path / name).is_file() for name in (SINGLE, INDEX))
+            return named or _lone_safetensors(path) is not None or _has_shards(path)
         return path.is_file() and path.suffix == ".safetensors"
 
     def open(self, path: Path, *, config: Gemma2Config | None = None) -> Checkpoint:
@@ -91,10 +93,20 @@ def _weight_files(path: Path) -> WeightFiles:
         return WeightFiles([path_within_folder(path / SINGLE)])
     if (path / INDEX).is_file():
         return WeightFiles.from_index(path / INDEX)
+    shards = shards_without_index(path, ".safetensors")
+    if shards is not None:
+        return WeightFiles(shards)
     lone = _lone_safetensors(path)
     if lone is None:
         raise InputRefused("hf.no-weights", f"{path}: no .safetensors file in the folder", hint="download the weights")
     return WeightFiles([path_within_folder(lone)])
+
+
+def _has_shards(folder: Path) -> bool:
+    try:
+        return shards_without_index(folder, ".safetensors") is not None
+    except InputRefused:
+        return True  # opening names what is missing
 
 
 def _lone_safetensors(folder: Path) -> Path | None:

@@ -20,6 +20,7 @@ from gemma2tool.formats.config_folder import CONFIG, FolderFormat, WeightFiles, 
 from gemma2tool.formats.consumers import sentences
 from gemma2tool.formats.mapping import container_tensors
 from gemma2tool.formats.mapping.float_dtypes import as_dtype, stored_dtypes
+from gemma2tool.formats.mapping.shards import shards_without_index
 from gemma2tool.formats.mlx import FACTS
 from gemma2tool.formats.mlx.recipes import MODEL_TYPE, RECIPES, tensor_types
 from gemma2tool.formats.options import WriteOptions
@@ -107,6 +108,9 @@ def _warnings(checkpoint: Checkpoint) -> list[str]:
 def _weight_files(folder: Path) -> WeightFiles:
     if (folder / INDEX).is_file():
         return WeightFiles.from_index(folder / INDEX)
+    shards = None if (folder / SINGLE).is_file() else shards_without_index(folder, ".safetensors")
+    if shards is not None:
+        return WeightFiles(shards)
     return WeightFiles([confined_path(folder, SINGLE)])
 
 

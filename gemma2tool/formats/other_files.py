@@ -1,0 +1,116 @@
+"""Paths that are given in place of a checkpoint by mistake: what they are, and what to type instead."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import struct
+from pathlib import Path
+
+from gemma2tool.containers import strict_json
+from gemma2tool.errors import InputRefused, ToolError
+from gemma2tool.storage.quoting import quoted
+from gemma2tool.storage.reading import open_for_reading
+
+_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_MAX_JSON = 64 << 20
+_MAX_NAME = 256
+_MODELS = (".safetensors", ".bin", ".gguf", ".ckpt", ".pt", ".pth", ".sbs", ".h5")
+
+
+def missing(path: Path) -> InputRefused:
+    """The error for a path that does not exist: perhaps a URL, or a name on the Hugging Face hub."""
+    text = str(path)
+    url = _URL.match(text)
+    if url:
+        text = f"{url[1]}://{text[url.end() :]}"  # a path has lost one of the slashes
+        url = _URL.match(text) or url
+        if url[1].lower() in ("hf", "huggingface"):
+            return _not_local(text, "an address on the Hugging Face hub", text[url.end() :])
+        hub = re.match(r"https?:/+(?:www\.)?(?:huggingface\.co|hf\.co)/([^/]+/[^/]+)", text)
+        return _not_local(text, "a URL", hub[1] if hub else "")
+    if _HUB_ID.fullmatch(text) and not path.parent.exists() and path.suffix.lower() not in _MODELS:
+        return InputRefused(
+            "input.missing",
+            f"{path}: no such file or folder",
+            hint=f"if it is a model on the Hugging Face hub, download it first: {_download(text)}",
+        )
+    return InputRefused("input.missing", f"{path}: no such file or folder", hint="check the path of the checkpoint")
+
+
+def _not_local(text: str, what: str, hub_id: str) -> InputRefused:
+    hint = f"download it first: {_download(hub_id)}" if hub_id else "download it first, then give the path"
+    return InputRefused("input.not-local", f"{text}: is {what}; only local files are read", hint=hint)
+
+
+def _download(hub_id: str) -> str:
+    name = "/".join(hub_id.split("/")[:2])
+    return f"hf download {shlex.quote(name)} --local-dir {shlex.quote(name.rpartition('/')[2])}"
+
+
+def other_file(path: Path) -> InputRefused | None:
+    """The error for a file or folder that belongs to a model and is not one; None if it is nothing that is known."""
+    try:
+        return _folder(path) if path.is_dir() else _file(path)
+    except (ToolError, OSError):
+        return None
+
+
+def _folder(path: Path) -> InputRefused | None:
+    ggufs = sorted(file.name for file in path.glob("*.gguf") if file.is_file())
+    if len(ggufs) > 1:
+        listed = ", ".join(ggufs[:5]) + (f" and {len(ggufs) - 5} more" if len(ggufs) > 5 else "")
+        return InputRefused(
+            "gguf.several",
+            f"{path}: holds {len(ggufs)} GGUF files: {listed}",
+            hint=f"name one of them, such as {shlex.quote(str(path / ggufs[0]))}",
+        )
+    if (path / "adapter_config.json").is_file():
+        return _kind(
+            path, "an adapter without its model", f"give the model as SRC, and --lora {shlex.quote(str(path))}"
+        )
+    if path.name.startswith("models--") and (path / "snapshots").is_dir():
+        snapshots = sorted((path / "snapshots").iterdir(), key=lambda snapshot: snapshot.stat().st_mtime)
+        if snapshots:
+            return _kind(path, "a folder of the hub's cache", f"give {shlex.quote(str(snapshots[-1]))}")
+    return None
+
+
+def _file(path: Path) -> InputRefused | None:
+    if _is_imatrix(path):
+        return _kind(path, "an importance matrix", "give the model as SRC, and --imatrix with this file")
+    with open_for_reading(path) as reader:
+        if bytes(reader.pread(0, min(reader.size, 64))).lstrip()[:1] != b"{":
+            return None
+    content = strict_json.load(path, what=path.name, max_bytes=_MAX_JSON)
+    folder = shlex.quote(str(path.parent))
+    if not isinstance(content, dict):
+        return None
+    if content.get("schema") == "gemma2tool.receipt":
+        output = path.name.removesuffix(".receipt.json")
+        return _kind(path, "a receipt of gemma2tool", f"give the output that it describes ({quoted(output)[1:-1]})")
+    if isinstance(content.get("weight_map"), dict):
+        return _kind(path, "an index of shards", f"give its folder: {folder}")
+    if "peft_type" in content:
+        return _kind(path, "an adapter's config", f"give the model as SRC, and --lora {folder}")
+    if "model_type" in content or "architectures" in content:
+        return _kind(path, "a model's config, without weights", f"give its folder ({folder}), or pass it with --config")
+    if isinstance(content.get("model"), dict) and "vocab" in content["model"]:
+        return _kind(path, "a tokenizer, without weights", f"give its folder: {folder}")
+    return None
+
+
+def _kind(path: Path, what: str, hint: str) -> InputRefused:
+    return InputRefused("input.other-file", f"{path}: is {what}", hint=hint)
+
+
+def _is_imatrix(path: Path) -> bool:
+    """Whether a file begins like llama.cpp's legacy importance matrix: a count, a length, the name of a tensor."""
+    with open_for_reading(path) as reader:
+        head = bytes(reader.pread(0, min(reader.size, 8 + _MAX_NAME)))
+    if len(head) < 16:
+        return False
+    count, length = struct.unpack_from("<ii", head)
+    name = head[8 : 8 + length] if 0 < length <= _MAX_NAME else b""
+    return 0 < count < 1 << 16 and name.startswith((b"blk.", b"output", b"token_embd")) and name.endswith(b".weight")
