@@ -76,6 +76,7 @@ GATES: Mapping[str, Gates] = {
     "bf16": Gates(kl=0.005, top1=0.95),
     "q8_0": Gates(kl=0.005, top1=0.95),
     "int8": Gates(kl=0.02, top1=0.92),
+    "keras-int8": Gates(kl=0.02, top1=0.92),
     "w8a8-int8": Gates(kl=0.02, top1=0.92),
     "w8a16": Gates(kl=0.02, top1=0.92),
     "gptq-8": Gates(kl=0.02, top1=0.92),

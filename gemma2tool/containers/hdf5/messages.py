@@ -23,7 +23,14 @@ _FLOATS = {
     bytes.fromhex("20 1f 00 04000000 0000 2000 17 08 00 17 7f000000"): ("F32", 4),
     bytes.fromhex("20 3f 00 08000000 0000 4000 34 0b 00 34 ff030000"): ("F64", 8),
 }
-_FLOAT, _STRING, _OPAQUE, _VARIABLE = 1, 3, 5, 9
+# Class 0 (fixed point), the same way: little-endian, all bits used.
+_INTEGERS = {
+    bytes.fromhex("08 00 00 01000000 0000 0800"): ("I8", 1),
+    bytes.fromhex("00 00 00 01000000 0000 0800"): ("U8", 1),
+    bytes.fromhex("08 00 00 04000000 0000 2000"): ("I32", 4),
+    bytes.fromhex("08 00 00 08000000 0000 4000"): ("I64", 8),
+}
+_FIXED, _FLOAT, _STRING, _OPAQUE, _VARIABLE = 0, 1, 3, 5, 9
 _LAYOUTS = {
     0: ("compact", "is stored inside its header"),
     2: ("chunked", "is stored in chunks; Keras stores arrays contiguously"),
@@ -174,18 +181,23 @@ def shape(data: bytes, where: str, refusal: Refusal) -> tuple[int, ...]:
 
 
 def datatype(data: bytes, where: str, refusal: Refusal) -> tuple[str, int]:
-    """Returns (F16, F32, F64 or OPAQUE; bytes per value)."""
+    """Returns (F16, F32, F64, I8, U8, I32, I64 or OPAQUE; bytes per value)."""
     if len(data) < 8:
         raise refusal("broken", f"{where} has a truncated type")
     kind, version = data[0] & 15, data[0] >> 4
     size = int.from_bytes(data[4:8], "little")
     if version in (1, 2, 3) and kind == _FLOAT and data[1:20] in _FLOATS:
         return _FLOATS[data[1:20]]
+    if version in (1, 2, 3) and kind == _FIXED and data[1:12] in _INTEGERS:
+        return _INTEGERS[data[1:12]]
     if kind == _OPAQUE and size == 2:
         return "OPAQUE", 2
-    names = {0: "integers", 3: "strings", 6: "records", 7: "references", 9: "variable-length values", 10: "arrays"}
+    names = {
+        0: "integers of an unsupported kind", 3: "strings", 6: "records", 7: "references", 9: "variable-length values",
+        10: "arrays",
+    }  # fmt: skip
     raise refusal(
-        "dtype", f"{where} contains {names.get(kind, 'values of an unsupported type')}, not floating-point values"
+        "dtype", f"{where} contains {names.get(kind, 'values of an unsupported type')}, not floats or plain integers"
     )
 
 

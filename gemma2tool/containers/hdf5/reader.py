@@ -2,9 +2,9 @@
 
 On damaged files libhdf5 crashes, hangs or allocates without limit, and it follows links into other files. This module
 reads the small part of the format that saved weights use (HDF5 File Format Specification 3.0; sections in brackets):
-superblocks 0 to 3; groups as symbol tables or link messages; contiguous arrays of IEEE floats, or of opaque two-byte
-values with an attribute that says bfloat16. Everything else is refused with a message that names it: links other than
-hard links, chunks and filters, external and virtual storage, other types.
+superblocks 0 to 3; groups as symbol tables or link messages; contiguous arrays of IEEE floats, of integers, or of
+opaque two-byte values with an attribute that says bfloat16. Everything else is refused with a message that names it:
+links other than hard links, chunks and filters, external and virtual storage, other types.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _U64 = struct.Struct("<Q")
 
 @dataclass(frozen=True, slots=True)
 class HDF5Array:
-    """The place of an array. ``offset`` is from the start of the file; ``dtype`` is F64, F32, F16 or BF16."""
+    """The place of an array. ``offset`` is from the start of the file; ``dtype``: safetensors' name (F32, BF16, I8)."""
 
     name: str
     dtype: str

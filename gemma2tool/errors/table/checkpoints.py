@@ -65,9 +65,29 @@ ENTRIES = (
     ),
     refused("hf.no-weights", "the folder has no weights", "download the weights, too"),
     refused(
+        "keras.archive",
+        "a .keras archive, not a preset",
+        "unzip it into a folder of its own and give the folder, or save a preset: model.save_to_preset(...)",
+    ),
+    refused(
+        "keras.backbones",
+        "the file holds the weights of two backbones",
+        "save one of them: model.backbone.save_to_preset(...)",
+    ),
+    refused(
         "keras.config",
         "the preset is not a Gemma 2 backbone",
         "use a preset of a Gemma 2 backbone: no other can be read",
+    ),
+    refused(
+        "keras.quantized",
+        "the weights are quantized in a way that is not read",
+        "give the preset that was quantized, or quantize it to int8",
+    ),
+    refused(
+        "keras.scales",
+        "the scales of an int8 weight do not fit it",
+        "the file is damaged or was not saved by Keras: download it again",
     ),
     refused("lora.config", "adapter_config.json has an unknown form or a setting that cannot be merged", _ADAPTER),
     refused("lora.dora", "the adapter's weights contradict its use_dora", _ADAPTER),

@@ -30,6 +30,15 @@ HF_CONFIG = "hf_config.json"
 VERSIONS = {"keras_version": "3.15.1", "keras_hub_version": "0.32.0"}
 """Written to metadata.json: the versions that the layout is taken from."""
 
+MISSING_HINT = (
+    "put the file as model.weights.h5 into a folder with the preset's config.json, or pass the model's config with"
+    " --config: 2b, 9b, 27b or a config.json"
+)
+
+STOPS_NOTE = (
+    "eos_token_id is not in a preset: 1 is assumed; an instruction-tuned model also stops at <end_of_turn>, which"
+    " keras-hub's generate() takes as stop_token_ids"
+)
 _FIELDS = {
     "vocabulary_size": "vocab_size",
     "num_layers": "num_hidden_layers",
@@ -51,8 +60,11 @@ def backbone_class(folder: Path) -> object:
 
 def read(folder: Path) -> Gemma2Config:
     """The config of a preset. Raises ``InputRefused`` for another backbone, and for one without Gemma 2's norms."""
+    if not (folder / CONFIG).is_file():
+        raise InputRefused("config.missing", f"{folder}: no {CONFIG} beside the weights", hint=MISSING_HINT)
     content = strict_json.load(confined_path(folder, CONFIG), what=CONFIG, max_bytes=assets.MAX_CONFIG_BYTES)
-    fields = content.get("config") if isinstance(content, dict) else None
+    content = _backbone(content)
+    fields = content.get("config")
     if not isinstance(fields, dict) or content.get("class_name") != CLASS:
         raise _refused(f"does not describe a {CLASS}")
     missing = [name for name in (*_FIELDS, "intermediate_dim") if name not in fields]
@@ -74,7 +86,7 @@ def read(folder: Path) -> Gemma2Config:
         base = assets.read_config(confined_path(folder, HF_CONFIG))
         layers = base.layer_types if len(base.layer_types) == values["num_hidden_layers"] else ()
     else:
-        base, layers = Gemma2Config(dtype=_dtype(fields)), ()
+        base, layers = Gemma2Config(dtype=_dtype(fields), notes=(STOPS_NOTE,)), ()
     return replace(
         base,
         **values,
@@ -83,6 +95,15 @@ def read(folder: Path) -> Gemma2Config:
         sliding_window=fields.get("sliding_window_size", 4096) if slides else base.sliding_window,
         layer_types=layers if slides else (FULL,) * values["num_hidden_layers"],
     )
+
+
+def _backbone(content: object) -> dict[str, Any]:
+    """The serialized backbone: the object itself, or the one in a task (the config.json of a .keras archive)."""
+    if not isinstance(content, dict):
+        return {}
+    fields = content.get("config")
+    inner = fields.get("backbone") if isinstance(fields, dict) else None
+    return inner if isinstance(inner, dict) else content
 
 
 def _dtype(fields: Mapping[str, Any]) -> str | None:
@@ -104,7 +125,9 @@ def warnings(config: Gemma2Config, options: WriteOptions) -> list[str]:
 
 
 def small_files(config: Gemma2Config, dtype: str, parameters: int, tokenizer: bytes | None) -> dict[str, bytes]:
-    """config.json, metadata.json and hf_config.json; the tokenizer's files if there is a sentencepiece model."""
+    """config.json, metadata.json and hf_config.json; with a sentencepiece model also the tokenizer's files and those of
+    the task: without a task.json, keras-hub up to 0.21 loads a CausalLM in the preset's dtype, whatever it is asked.
+    """
     window = config.sliding_window
     backbone = {
         "name": "gemma_backbone",
@@ -119,34 +142,65 @@ def small_files(config: Gemma2Config, dtype: str, parameters: int, tokenizer: by
         "sliding_window_size": 4096 if window is None else window,
         "use_sliding_window_attention": window is not None,
     }
+    model = _serialized("gemma_backbone", CLASS, backbone)
     files = {
-        CONFIG: _object("keras_hub.src.models.gemma.gemma_backbone", CLASS, backbone),
+        CONFIG: _dump(model),
         "metadata.json": _dump({**VERSIONS, "parameter_count": parameters, "tasks": ["CausalLM"]}),
         HF_CONFIG: assets.dump_json(config.to_hf()),
     }
     if tokenizer is not None:
-        vocabulary = {
-            "name": "gemma_tokenizer",
-            "trainable": True,
-            "dtype": _policy("int32"),
-            "config_file": "tokenizer.json",
-            "proto": None,
-            "sequence_length": None,
-            "add_bos": False,
-            "add_eos": False,
-        }
-        files["tokenizer.json"] = _object("keras_hub.src.models.gemma.gemma_tokenizer", "GemmaTokenizer", vocabulary)
+        preprocessor = _preprocessor(config.max_position_embeddings)
+        task = {"backbone": model, "preprocessor": preprocessor, "name": "gemma_causal_lm"}
+        files["task.json"] = _dump(_serialized("gemma_causal_lm", "GemmaCausalLM", task))
+        files["preprocessor.json"] = _dump(preprocessor)
+        files["tokenizer.json"] = _dump(_TOKENIZER)
         files["assets/tokenizer/vocabulary.spm"] = tokenizer
     return files
+
+
+def _preprocessor(sequence_length: int) -> dict[str, object]:
+    """keras-hub's own default for ``sequence_length`` is 1024; a shorter model cannot take as many."""
+    return _serialized(
+        "gemma_causal_lm_preprocessor",
+        "GemmaCausalLMPreprocessor",
+        {
+            "name": "gemma_causal_lm_preprocessor",
+            "trainable": True,
+            "dtype": _policy("float32"),
+            "tokenizer": _TOKENIZER,
+            "config_file": "preprocessor.json",
+            "sequence_length": min(sequence_length, 1024),
+            "add_start_token": True,
+            "add_end_token": True,
+        },
+    )
 
 
 def _policy(name: str) -> dict[str, object]:
     return {"module": "keras", "class_name": "DTypePolicy", "config": {"name": name}, "registered_name": None}
 
 
-def _object(module: str, kind: str, config: dict[str, object]) -> bytes:
-    return _dump({"module": module, "class_name": kind, "config": config, "registered_name": f"keras_hub>{kind}"})
+def _serialized(module: str, kind: str, config: Mapping[str, object]) -> dict[str, object]:
+    """An object of keras-hub's Gemma as Keras serializes it."""
+    path = f"keras_hub.src.models.gemma.{module}"
+    return {"module": path, "class_name": kind, "config": config, "registered_name": f"keras_hub>{kind}"}
 
 
 def _dump(content: object) -> bytes:
     return json.dumps(content, indent=4).encode()
+
+
+_TOKENIZER = _serialized(
+    "gemma_tokenizer",
+    "GemmaTokenizer",
+    {
+        "name": "gemma_tokenizer",
+        "trainable": True,
+        "dtype": _policy("int32"),
+        "config_file": "tokenizer.json",
+        "proto": None,
+        "sequence_length": None,
+        "add_bos": False,
+        "add_eos": False,
+    },
+)

@@ -1,7 +1,8 @@
 """A preset of keras-hub's Gemma 2 backbone: config.json and model.weights.h5, or shards with model.weights.json.
 
 Paths inside the file come from Keras's classes (``layers/gemma_decoder_block_1/attention/query_dense/vars/0``),
-shapes from keras-hub 0.32 ``models/gemma``. The matrices are (in, out), split by heads.
+shapes from keras-hub 0.32 ``models/gemma``. The matrices are (in, out), split by heads. Files that a model around the
+backbone saved, and int8 presets, are read too.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from gemma2tool.formats import assets
 from gemma2tool.formats.base import Closers, Format, Output, OutputFile, OutputTensor, Placement, opening
 from gemma2tool.formats.keras import FACTS, hdf5
 from gemma2tool.formats.keras import config as keras_config
+from gemma2tool.formats.keras.arrays import BackboneArrays, Int8Rows, backbone_arrays
 from gemma2tool.formats.mapping import container_tensors
 from gemma2tool.formats.mapping.container_tensors import FileTensor
 from gemma2tool.formats.mapping.float_layout import TensorPlan, expect_shape, plan_floats
@@ -33,7 +35,13 @@ from gemma2tool.storage.reading import read_whole
 
 SINGLE = "model.weights.h5"
 INDEX = "model.weights.json"
-VOCABULARY = ("assets", "tokenizer", "vocabulary.spm")
+ARCHIVE = ".keras"
+VOCABULARIES = (
+    ("assets", "tokenizer", "vocabulary.spm"),
+    ("assets", "preprocessor", "tokenizer", "vocabulary.spm"),
+    ("vocabulary.spm",),
+)
+"""Where the sentencepiece model is: in a preset, in an unpacked archive, where ``tokenizer.save_assets`` puts it."""
 DTYPES = {"f64": "float64", "f32": "float32", "f16": "float16", "bf16": "bfloat16"}
 
 _HF, _KERAS = "model.layers.{i}.", "layers/gemma_decoder_block_{i}/"
@@ -52,6 +60,8 @@ TABLE: tuple[TableRow, ...] = (
     TableRow(_KERAS + "post_ffw_norm", (_HF + "post_feedforward_layernorm.weight",)),
     TableRow("layers/rms_normalization", ("model.norm.weight",)),
 )
+_WEIGHTLESS = ("", "attention/", "attention/dropout_layer/", "attention/rope_layer/", "attention/softmax/")
+"""The objects of a block that have no weights of their own."""
 SHAPES = {
     "query_dense": ("H", "D", "h"),
     "key_dense": ("K", "D", "h"),
@@ -67,27 +77,41 @@ class Keras(Format):
     facts = FACTS
 
     def detect(self, path: Path) -> bool:
+        if path.is_file():
+            return path.suffix == ARCHIVE or hdf5.is_hdf5(path)
         try:
-            if not path.is_dir() or not any((path / name).is_file() for name in (SINGLE, INDEX)):
+            if not any((path / name).is_file() for name in (SINGLE, INDEX)):
                 return False
             return keras_config.backbone_class(path) is not None
         except (InputRefused, OSError):
             return hdf5.is_hdf5(path / SINGLE)
 
+    def lacks_config(self, path: Path) -> bool:
+        """Also where the config.json beside the weights is not Keras's."""
+        try:
+            return keras_config.backbone_class(_folder(path)) is None
+        except InputRefused:
+            return super().lacks_config(path)
+
     def open(self, path: Path, *, config: Gemma2Config | None = None) -> Checkpoint:
+        if path.suffix == ARCHIVE and path.is_file():
+            raise InputRefused("keras.archive", f"{path.name}: a Keras archive, not a preset")
+        folder = _folder(path)
         with opening() as closers:
-            config_files = [] if config is not None else [path / keras_config.CONFIG]
-            config = config or keras_config.read(path)
-            disk, weights = _open_weights(path, closers)
+            config_files = [] if config is not None else [folder / keras_config.CONFIG]
+            config = config or keras_config.read(folder)
+            stored, weights = _open_weights(path, closers)
+            arrays = backbone_arrays(stored)
             checkpoint = Checkpoint(
                 path,
                 self.facts,
                 config,
-                to_canonical(TABLE, _matrices(disk, config), config),
-                _assets(path),
+                _dequantized(to_canonical(TABLE, _matrices(arrays, config), config), arrays, config),
+                _assets(folder),
                 files=(*weights, *config_files),
                 closers=closers,
             )
+            checkpoint.warnings += arrays.notes
             checkpoint.check()
         return checkpoint
 
@@ -114,8 +138,14 @@ def _path(disk: str) -> str:
     return disk.replace("gemma_decoder_block_0/", "gemma_decoder_block/")
 
 
+def _folder(path: Path) -> Path:
+    return path if path.is_dir() else path.parent
+
+
 def _open_weights(folder: Path, closers: Closers) -> tuple[dict[str, FileTensor], list[Path]]:
-    """The arrays by their full names, and the files."""
+    """The arrays by their full names, and the files. ``folder``: or a single file of weights."""
+    if folder.is_file():
+        return hdf5.read_datasets(folder, closers), [folder]
     if (folder / SINGLE).is_file():
         path = confined_path(folder, SINGLE)
         return hdf5.read_datasets(path, closers), [path]
@@ -129,11 +159,11 @@ def _open_weights(folder: Path, closers: Closers) -> tuple[dict[str, FileTensor]
     return arrays, [*files, index]
 
 
-def _matrices(disk: Mapping[str, FileTensor], config: Gemma2Config) -> dict[str, LazyTensor]:
-    """The file's arrays under the table's names; those of three axes as the matrix of their last axis' rows."""
-    names = {f"{_path(entry.disk)}/vars/0": entry.disk for entry in entries(TABLE, config)}
+def _matrices(arrays: BackboneArrays, config: Gemma2Config) -> dict[str, LazyTensor]:
+    """The backbone's weights under the table's names; those of three axes as the matrix of their last axis' rows."""
+    names = {_path(entry.disk): entry.disk for entry in entries(TABLE, config)}
     matrices: dict[str, LazyTensor] = {}
-    for path, array in disk.items():
+    for path, array in arrays.weights.items():
         name = names.get(path, path)
         dims = SHAPES.get(name.rpartition("/")[2])
         if dims is not None:
@@ -143,6 +173,18 @@ def _matrices(disk: Mapping[str, FileTensor], config: Gemma2Config) -> dict[str,
             array = FileTensor(array.reader, array.offset, array.dtype, shape, array.origin)
         matrices[name] = array
     return matrices
+
+
+def _dequantized(
+    tensors: Mapping[str, LazyTensor], arrays: BackboneArrays, config: Gemma2Config
+) -> dict[str, LazyTensor]:
+    """The canonical tensors with the int8 ones divided by their scales."""
+    scales = {
+        entry.canonical[0]: arrays.scales[_path(entry.disk)]
+        for entry in entries(TABLE, config)
+        if _path(entry.disk) in arrays.scales
+    }
+    return {name: Int8Rows(codes, scales[name]) if name in scales else codes for name, codes in tensors.items()}
 
 
 def _shards(
@@ -158,7 +200,8 @@ def _shards(
     for number, shard in enumerate(shards):
         file = SINGLE if len(shards) == 1 else f"model_{number:05d}.weights.h5"
         arrays = {f"{_path(plan.disk)}/vars/0": (plan.encoder.dtype, _shape(plan, config)) for plan in shard}
-        fixed, offsets, file_size = hdf5.layout(arrays)
+        groups = _empty_groups(config) if len(shards) == 1 else ()
+        fixed, offsets, file_size = hdf5.layout(arrays, groups)
         files.append(OutputFile(file, file_size, fixed))
         for plan, (name, (dtype, shape)) in zip(shard, arrays.items(), strict=True):
             place = Placement(name, file, offsets[name], prod(shape) * dtype.itemsize)
@@ -169,6 +212,15 @@ def _shards(
     total = sum(tensor.parts[""].nbytes for tensor in tensors)
     index = {"metadata": {"total_size": float(total)}, "weight_map": weight_map}
     return files, tensors, json.dumps(index, indent=4).encode()
+
+
+def _empty_groups(config: Gemma2Config) -> list[str]:
+    """The groups of objects without weights: Keras up to 3.5 does not load a file that lacks them. Shards, which it
+    does not read at all, go without."""
+    blocks = [_path(_KERAS.format(i=layer)) for layer in range(config.num_hidden_layers)]
+    owners = ["", "layers/input_layer/", "layers/input_layer_1/"]
+    owners += [block + part for block in blocks for part in _WEIGHTLESS]
+    return [f"{owner}vars" for owner in owners]
 
 
 def _divided(plans: Sequence[TensorPlan], max_shard_size: int) -> list[list[TensorPlan]]:
@@ -195,20 +247,25 @@ def _assets(folder: Path) -> Assets:
     Keras's own.
     """
     readers = {}
-    holder = folder
-    for part in VOCABULARY[:-1]:
-        holder = holder / part
-        if holder.is_symlink():
-            raise InputRefused(
-                "index.link", f"{holder}: is a symbolic link", hint="put the folder itself into the preset"
-            )
-    if (holder / VOCABULARY[-1]).is_file():
-        path = confined_path(holder, VOCABULARY[-1])
+    vocabulary = next((path for path in VOCABULARIES if folder.joinpath(*path).is_file()), None)
+    if vocabulary is not None:
+        path = confined_path(_real_folder(folder, vocabulary[:-1]), vocabulary[-1])
         readers["tokenizer.model"] = partial(read_whole, path, what=path.name, max_bytes=assets.MAX_ASSET_BYTES)
     if (folder / "generation_config.json").is_file():
         path = confined_path(folder, "generation_config.json")
         readers[path.name] = partial(read_whole, path, what=path.name, max_bytes=assets.MAX_CONFIG_BYTES)
     return Assets(readers, read_tokenizer)
+
+
+def _real_folder(folder: Path, parts: Sequence[str]) -> Path:
+    """A folder in ``folder``. Raises ``InputRefused`` if a symbolic link leads there."""
+    for part in parts:
+        folder = folder / part
+        if folder.is_symlink():
+            raise InputRefused(
+                "index.link", f"{folder}: is a symbolic link", hint="put the folder itself into the preset"
+            )
+    return folder
 
 
 FORMAT = Keras()

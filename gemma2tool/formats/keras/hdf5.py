@@ -7,7 +7,7 @@ reads a file's structure, without libhdf5; h5py writes it.
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -45,9 +45,10 @@ def read_datasets(path: Path, closers: Closers) -> dict[str, FileTensor]:
 
 def layout(
     arrays: Mapping[str, tuple[DType, tuple[int, ...]]],
+    empty_groups: Iterable[str] = (),
 ) -> tuple[list[tuple[int, bytes]], dict[str, int], int]:
-    """The file of contiguous ``arrays`` (dtype, shape): the bytes around the values, the offset of each array, the
-    size.
+    """The file of contiguous ``arrays`` (dtype, shape) and of groups without any: the bytes around the values, the
+    offset of each array, the size.
     """
     h5py = require("h5py", "keras", "writing Keras presets")
     sparse = _SparseFile()
@@ -66,6 +67,8 @@ def layout(
             if dtype == BFLOAT16:
                 data.attrs["dtype"] = "bfloat16"
             offsets[name] = data.id.get_offset()
+        for name in empty_groups:
+            file.require_group(name)
     extents = sorted(
         (offsets[name], offsets[name] + int(np.prod(shape, dtype=np.int64)) * dtype.itemsize)
         for name, (dtype, shape) in arrays.items()

@@ -147,6 +147,8 @@ BOUNDS: Mapping[str, Bound] = {
     "fp4-dq": Bound(BLOCKSIZE, _FP4 + 1e-6, 0.25, 1e-6, nested=True),
     # LLM.int8(): cast to float16 first, the row's absmax too, then the row's absmax / 127, nearest.
     "int8": Bound(0, 1 / 254 + _F16, 0.05, _F16 + 1e-6, (1 + 1 / 254) * _F16_STEP),
+    # Keras: value * (127 / (absmax + 1e-7)), both rounded to the model's type; in bfloat16 a code may be off by one.
+    "keras-int8": Bound(0, 1 / 127 + 2.0**-8, 0.05, floor=1e-7),
     # Serving libraries. A block is a group of the size that the user chose. ``worst`` is for calibrated codes (and
     # clipped ranges): GPTQ's compensate for the errors of earlier columns, by up to 8 steps of absmax / 7.5 (127.5)
     # seen with few inputs. ``nearest`` follows from the definition. compressed-tensors divides by a bfloat16 scale in

@@ -88,19 +88,24 @@ def _stops(
     source: Gemma2Config, candidate: Gemma2Config, sides: Sides, implied: tuple[Set[int], Set[int]]
 ) -> Iterator[Finding]:
     """Without one of its stops a chat does not end; an additional stop can only end it. One that is not stated cannot
-    be lost.
+    be lost, and a file that states none at all, as the reader's note says, contradicts nothing.
     """
     stops = set(source.eos_token_ids), set(candidate.eos_token_ids)
     if stops[0] == stops[1]:
         return
     severity: Severity = "note"
     if all(stops) and stops[0] - implied[0] - stops[1]:
-        severity = "error"
+        severity = "warning" if _is_assumed("eos_token_id", candidate) else "error"
     elif all(stops) and stops[1] - implied[1] - stops[0]:
         severity = "warning"
     ids = source.eos_token_ids or None, candidate.eos_token_ids or None
     meaning = CONFIG_FIELDS["eos_token_id"].meaning
     yield Finding(GATE, severity, "eos_token_id", f"eos_token_id ({meaning}): {_both(*ids, sides)}")
+
+
+def _is_assumed(name: str, config: Gemma2Config) -> bool:
+    """Whether the reader had to assume the field: a note that starts with its name says so."""
+    return any(note.startswith(f"{name} ") for note in config.notes)
 
 
 def _use_severity(name: str, source: Gemma2Config, candidate: Gemma2Config) -> Severity:

@@ -12,6 +12,7 @@ from gemma2tool.model.format_facts import Assumption
 
 _ACTIVATIONS = {
     "w8a8-int8": "int8",
+    "keras-int8": "int8",
     "fp8-dynamic": "float8",
     "fp8-block": "float8",
     "int8": "float16, outliers aside int8",

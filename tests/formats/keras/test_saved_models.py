@@ -1,0 +1,216 @@
+"""Files that Keras saves of more than a plain backbone: models around it, archives, quantized presets."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from gemma2tool.formats import registry
+from gemma2tool.model.checkpoint import Checkpoint
+from gemma2tool.reference.streaming import logits
+from gemma2tool.verify.compare.config import compare_configs
+from tests.support.assets import file_assets
+from tests.support.checkpoints import SMALL, random_checkpoint
+from tests.support.formats import assert_ranges_agree, assert_same_tensors, refused, write_as
+
+h5py = pytest.importorskip("h5py", reason="the keras extra is not installed")
+
+QUERY = "layers/gemma_decoder_block_1/attention/query_dense/vars"
+VOCABULARY = b"a sentencepiece model"
+
+
+@pytest.fixture(scope="module")
+def source() -> Checkpoint:
+    checkpoint = random_checkpoint(np.dtype(np.float32))
+    checkpoint.assets = file_assets({"tokenizer.model": VOCABULARY})
+    return checkpoint
+
+
+@pytest.fixture
+def preset(source: Checkpoint, tmp_path: Path) -> Path:
+    return write_as("keras", source, tmp_path / "preset")
+
+
+@pytest.fixture
+def weights(preset: Path) -> Iterator[h5py.File]:
+    """The preset's file, open for changes."""
+    with h5py.File(preset / "model.weights.h5", "a") as file:
+        yield file
+
+
+def nest(file: h5py.File, name: str = "gemma_backbone") -> None:
+    """What ``CausalLM.save_weights`` writes: the backbone below the model's layers, and the optimizer's state."""
+    file.create_group("outer")
+    file.move("layers", f"outer/{name}/layers")
+    file.move("outer", "layers")
+    file["optimizer/vars/0"], file["optimizer/vars/1"] = np.int32(7), np.float32(1e-4)
+    file["optimizer/vars/2"] = np.zeros((4, 3), "f4")
+    file.create_group("preprocessor/tokenizer/vars")
+
+
+# -- models around a backbone ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["gemma_backbone", "gemma_backbone_3"])
+def test_weights_of_a_causal_lm_in_a_preset(source: Checkpoint, preset: Path, weights: h5py.File, name: str) -> None:
+    nest(weights, name)
+    weights.close()
+    checkpoint = registry.open_checkpoint(preset)
+    assert_same_tensors(source, checkpoint)
+    assert "left out, because they are not part of the model: optimizer" in checkpoint.warnings
+
+
+def test_an_unpacked_archive(source: Checkpoint, preset: Path, weights: h5py.File, tmp_path: Path) -> None:
+    """``model.save("x.keras")``: the task's config in config.json, its tokenizer below assets/preprocessor."""
+    nest(weights)
+    weights.close()
+    (tmp_path / "folder" / "assets" / "preprocessor").mkdir(parents=True)
+    folder = tmp_path / "folder"
+    shutil.copy(preset / "model.weights.h5", folder)
+    shutil.copy(preset / "task.json", folder / "config.json")
+    shutil.copytree(preset / "assets" / "tokenizer", folder / "assets" / "preprocessor" / "tokenizer")
+    checkpoint = registry.open_checkpoint(folder)
+    assert_same_tensors(source, checkpoint)
+    assert checkpoint.assets["tokenizer.model"] == VOCABULARY
+    archive = Path(shutil.make_archive(str(tmp_path / "x"), "zip", folder)).rename(tmp_path / "x.keras")
+    with refused("a Keras archive") as caught:
+        registry.open_checkpoint(archive)
+    assert "unzip" in caught.value.hint
+
+
+def test_a_file_alone_needs_a_config(source: Checkpoint, preset: Path, weights: h5py.File, tmp_path: Path) -> None:
+    """The Gemma tutorials save with ``save_weights("dir/x.weights.h5")`` and ``tokenizer.save_assets("dir")``
+    (generative-ai-docs 271)."""
+    nest(weights)
+    weights.close()
+    folder = tmp_path / "alone"
+    folder.mkdir()
+    file = shutil.copy(preset / "model.weights.h5", folder / "x.weights.h5")
+    (folder / "vocabulary.spm").write_bytes(VOCABULARY)
+    with refused("no config.json beside the weights") as caught:
+        registry.open_checkpoint(file)
+    assert "model.weights.h5" in caught.value.hint and "--config" in caught.value.hint
+    checkpoint = registry.open_checkpoint(file, config=SMALL)
+    assert_same_tensors(source, checkpoint)
+    assert checkpoint.assets["tokenizer.model"] == VOCABULARY
+    assert registry.config_for(file, SMALL) == SMALL
+    assert registry.config_for(preset / "model.weights.h5", SMALL) is None
+
+
+def test_two_backbones_are_refused(preset: Path, weights: h5py.File) -> None:
+    weights.copy("layers", "layers/gemma_backbone_1/layers")
+    weights.close()
+    with refused("the file also has"):
+        registry.open_checkpoint(preset)
+
+
+# -- quantized presets -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.oracle
+def test_int8_preset(oracles: Path, fixture_dir: Path) -> None:
+    """Every value is code / scale, as Keras computes it; the model is the fixture's."""
+    path = oracles / "frameworks" / "keras_int8"
+    checkpoint = registry.open_checkpoint(path)
+    assert_ranges_agree(checkpoint)
+    block = "model.layers.1."
+    with h5py.File(path / "model.weights.h5") as file:
+
+        def dequantized(name: str, *axes: int) -> np.ndarray:
+            codes, scales = (file[f"{name}/vars/{number}"][()] for number in (0, 1))
+            return codes / np.expand_dims(scales.squeeze(), axes)
+
+        layer = "layers/gemma_decoder_block_1/"
+        expected = {
+            "model.embed_tokens.weight": dequantized("layers/reversible_embedding", 1),
+            f"{block}self_attn.v_proj.weight": np.hstack(dequantized(f"{layer}attention/value_dense", 1)).T,
+            f"{block}self_attn.o_proj.weight": np.vstack(dequantized(f"{layer}attention/output_dense", 0, 1)).T,
+            f"{block}mlp.up_proj.weight": dequantized(f"{layer}gating_ffw_2", 0).T,
+            f"{block}mlp.down_proj.weight": dequantized(f"{layer}ffw_linear", 0).T,
+        }
+    for name, values in expected.items():
+        assert checkpoint.tensors[name].stored == "keras-int8"
+        assert np.array_equal(checkpoint.tensors[name].load(), values), name
+    ids = np.random.default_rng(0).integers(3, 2048, (1, 24))
+    with registry.open_checkpoint(fixture_dir / "model.ckpt") as fixture:
+        assert np.abs(logits(checkpoint, ids) - logits(fixture, ids)).max() < 0.4
+        gate = compare_configs(fixture.config, checkpoint.config)
+    assert gate.status == "passed", gate.findings
+
+
+@pytest.mark.parametrize("scale_dtype", ["float32", "bfloat16"])
+def test_int8_scales_are_of_the_output(preset: Path, weights: h5py.File, source: Checkpoint, scale_dtype: str) -> None:
+    kernel = weights[f"{QUERY}/0"][()]  # heads, D, head_dim
+    scales = (127 / np.abs(kernel).max(1)).astype(getattr(ml_dtypes, scale_dtype, scale_dtype))
+    del weights[f"{QUERY}/0"]
+    weights[f"{QUERY}/0"] = np.rint(kernel * scales.astype("f4")[:, None]).clip(-127, 127).astype("i1")
+    if scale_dtype == "bfloat16":
+        weights[f"{QUERY}/1"] = scales.view("V2")[None, None]
+        weights[f"{QUERY}/1"].attrs["dtype"] = "bfloat16"
+    else:
+        weights[f"{QUERY}/1"] = scales[None, None]
+    weights.close()
+    name = "model.layers.1.self_attn.q_proj.weight"
+    actual, original = registry.open_checkpoint(preset).tensors[name].load(), source.tensors[name].load()
+    assert (np.abs(actual - original) <= np.abs(original).max(1, keepdims=True) / 100).all()
+
+
+def test_float8_training_state_is_left_out(source: Checkpoint, preset: Path, weights: h5py.File) -> None:
+    for number in range(1, 7):
+        weights[f"{QUERY}/{number}"] = np.float32(1) if number % 2 else np.zeros(16, "f4")
+    weights.close()
+    checkpoint = registry.open_checkpoint(preset)
+    assert_same_tensors(source, checkpoint)
+    assert any("float8" in warning for warning in checkpoint.warnings)
+
+
+@pytest.mark.parametrize("shapes", [[(64, 64), (1, 128), (1, 128), (64,)], [(4, 64, 32), (3,)], [(4, 64, 32)]])
+def test_other_quantized_layers_are_refused(preset: Path, weights: h5py.File, shapes: list) -> None:
+    """int4 keeps scales, zero points and groups; none of them may be dropped."""
+    del weights[f"{QUERY}/0"]
+    for number, shape in enumerate(shapes):
+        weights[f"{QUERY}/{number}"] = np.ones(shape, "f4" if number else "i1")
+    weights.close()
+    with refused("only int8 with one"):
+        registry.open_checkpoint(preset)
+
+
+# -- what older releases of Keras need ---------------------------------------------------------------------------------
+
+
+@pytest.mark.oracle
+def test_objects_without_weights_have_their_groups(oracles: Path, tmp_path: Path) -> None:
+    """Keras 3.4 and 3.5 look up every object's group, also of those that have no weights."""
+
+    def groups(folder: Path) -> set[str]:
+        names: set[str] = set()
+        with h5py.File(folder / "model.weights.h5") as file:
+            file.visit(names.add)
+        return names
+
+    reference = oracles / "checkpoints" / "keras" / "hd"
+    assert groups(write_as("keras", registry.open_checkpoint(reference), tmp_path / "out")) == groups(reference)
+
+
+@pytest.mark.oracle
+def test_the_task_is_keras_hubs_own(oracles: Path, fixture_dir: Path, tmp_path: Path) -> None:
+    """Without a task.json keras-hub up to 0.21 ignores ``from_preset(..., dtype=...)``."""
+
+    def read(folder: Path, name: str) -> dict:
+        content = json.loads((folder / name).read_text())
+        for serialized in (content, content["config"].get("backbone", {}), content["config"].get("preprocessor", {})):
+            serialized.get("config", {}).pop("name", None)  # Keras numbers the objects of a session
+            if serialized.get("class_name") == "GemmaBackbone":
+                serialized["config"].pop("dtype")
+        return content
+
+    with registry.open_checkpoint(fixture_dir / "model.ckpt") as fixture:
+        written = write_as("keras", fixture, tmp_path / "out")
+    for name in ("task.json", "preprocessor.json", "tokenizer.json"):
+        assert read(written, name) == read(oracles / "frameworks" / "keras_int8", name), name
