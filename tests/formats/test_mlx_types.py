@@ -241,3 +241,96 @@ def test_words_that_hold_no_whole_codes_are_refused(bits: int, columns: int) -> 
     parts = parts_of() | {f"{MODULE}.weight": np.zeros((2, columns), np.uint32)}
     with refused("the words contradicts"):
         packings.unpack(lazy(parts), {"group_size": 64, "bits": bits})
+
+
+# -- situations of users -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def mixed(source: Checkpoint, tmp_path: Path) -> Path:
+    """A folder of mlx-lm's recipe with 4 and 6 bits."""
+    return write_as("mlx", source, tmp_path / "mixed", type="mlx-mixed-4-6")
+
+
+def edit_quantization(folder: Path, change) -> None:
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    config["quantization"] = config["quantization_config"] = change(config["quantization"])
+    path.write_text(json.dumps(config))
+
+
+def change_tensors(folder: Path, change) -> None:
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    path = folder / "model.safetensors"
+    with safe_open(path, "pt") as file:
+        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+    save_file(change(tensors), path, {"format": "mlx"})
+    (folder / "model.safetensors.index.json").unlink()
+
+
+def assert_reads_as(folder: Path, expected: Checkpoint) -> None:
+    with registry.open_checkpoint(folder) as actual:
+        for name, tensor in expected.tensors.items():
+            assert np.array_equal(actual.tensors[name].load(), tensor.load()), name
+
+
+def test_modules_without_an_entry_have_the_bits_of_their_shapes(mixed: Path, tmp_path: Path) -> None:
+    """The default of the whole model can be wrong for them (mlx-lm 1451, 1482)."""
+    with registry.open_checkpoint(mixed) as expected:
+        edit_quantization(mixed, lambda settings: {"group_size": 32, "bits": 8})
+        assert_reads_as(mixed, expected)
+
+
+@pytest.mark.peer
+def test_mlx_lm_takes_the_bits_of_the_shapes_too(mixed: Path) -> None:
+    core = mlx_core()
+    mlx_lm = pytest.importorskip("mlx_lm", reason="mlx-lm is not installed")
+    edit_quantization(mixed, lambda settings: {"group_size": 32, "bits": 8})
+    model, _ = mlx_lm.utils.load_model(mixed)
+    model.set_dtype(core.float32)
+    ids = np.arange(6)[None]
+    with registry.open_checkpoint(mixed) as back:
+        assert mean_kl(np.array(model(core.array(ids))), logits(back, ids)) < 1e-4
+
+
+def test_entries_of_a_base_model_are_found(mixed: Path) -> None:
+    """The names in the files and in the config lack "model.", as those of other towers differ (mlx-lm 1214)."""
+
+    def shorter(names: dict) -> dict:
+        return {name.removeprefix("model."): value for name, value in names.items()}
+
+    with registry.open_checkpoint(mixed) as expected:
+        values = {name: tensor.load() for name, tensor in expected.tensors.items()}
+    edit_quantization(mixed, shorter)
+    change_tensors(mixed, shorter)
+    with registry.open_checkpoint(mixed) as actual:
+        assert all(np.array_equal(actual.tensors[name].load(), value) for name, value in values.items())
+
+
+def test_a_quantized_copy_of_the_tied_head_is_dropped(mixed: Path) -> None:
+    """Fused MLX models carry lm_head.scales and lm_head.biases (llama.cpp 14467, 22431)."""
+    parts = ("weight", "scales", "biases")
+    with registry.open_checkpoint(mixed) as expected:
+        values = {name: tensor.load() for name, tensor in expected.tensors.items()}
+    change_tensors(
+        mixed,
+        lambda stored: stored | {f"lm_head.{part}": stored[f"model.embed_tokens.{part}"].clone() for part in parts},
+    )
+    with registry.open_checkpoint(mixed) as actual:
+        assert actual.tensors.keys() == values.keys()
+        assert any("copy of the tied embedding" in warning for warning in actual.warnings)
+
+
+@pytest.mark.parametrize("key", ["quantization", "quantization_config"])
+def test_either_key_alone_describes_the_quantization(mixed: Path, key: str) -> None:
+    """mlx-lm of mid-2024 wrote ``quantization`` alone; other programs look for ``quantization_config``, which names no
+    method (sglang 25191)."""
+    other = {"quantization": "quantization_config", "quantization_config": "quantization"}[key]
+    path = mixed / "config.json"
+    with registry.open_checkpoint(mixed) as expected:
+        config = json.loads(path.read_text())
+        del config[other]
+        path.write_text(json.dumps(config))
+        assert_reads_as(mixed, expected)

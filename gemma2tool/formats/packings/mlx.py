@@ -58,7 +58,9 @@ class MLXPacking(Packing):
         for name in raw:
             if name.endswith(SCALES):
                 module = name.removesuffix(SCALES)
-                settings = _module_settings(quantization_config, module)
+                settings = _module_settings(quantization_config, module) or _inferred(raw, module)
+                if settings is None:
+                    settings = _checked(module, quantization_config)
                 yield _affine(raw, module, settings) if settings.mode == AFFINE else _floats(raw, module, settings)
 
 
@@ -81,14 +83,47 @@ class _ModuleSettings(NamedTuple):
     group_size: int
 
 
-def _module_settings(quantization_config: Mapping[str, object], module: str) -> _ModuleSettings:
-    """A module's own entry, or the settings of the whole model. Raises ``InputRefused`` for what MLX does not have.
+def _module_settings(quantization_config: Mapping[str, object], module: str) -> _ModuleSettings | None:
+    """A module's own entry; None if it has none. The base class's checkpoints name modules without "model."."""
+    names = (module, module.removeprefix("model."))
+    own = next((entry for name in names if isinstance(entry := quantization_config.get(name), dict)), None)
+    return None if own is None else _checked(module, own)
+
+
+def _inferred(raw: Mapping[str, LazyTensor], module: str) -> _ModuleSettings | None:
+    """The settings that the shapes imply, which mlx-lm takes for modules without an entry, whatever the settings of the
+    whole model say. None for shapes that imply none.
+
+    ``utils.infer_quant_config``: the columns of the weight are known from the model.
+    """
+    words, scales = raw.get(f"{module}.weight"), raw[module + SCALES]
+    columns = _model_columns(raw, module)
+    if words is None or columns is None or not scales.shape or not scales.row_size:
+        return None
+    bits, group_size = words.row_size * WORD_BITS // columns, columns // scales.row_size
+    if scales.dtype != UINT8:
+        is_known = bits in READ_BITS and words.row_size * WORD_BITS == bits * columns
+        return _ModuleSettings(AFFINE, bits, group_size) if is_known and group_size else None
+    for name, mode in mlx.FLOAT_MODES.items():
+        if (bits, group_size) == (mode.bits, mode.group_size):
+            return _ModuleSettings(name, bits, group_size)
+    return None
+
+
+def _model_columns(raw: Mapping[str, LazyTensor], module: str) -> int | None:
+    """How many columns a weight has by the rows of others: of the norm, or of the matrix whose output it takes."""
+    block, _, name = module.rpartition(".")
+    giver = {"o_proj": f"{block}.q_proj.weight", "down_proj": f"{block}.gate_proj.weight"}
+    tensor = raw.get(giver.get(name, "model.norm.weight"))
+    return None if tensor is None or not tensor.rows else tensor.rows
+
+
+def _checked(module: str, settings: Mapping[str, object]) -> _ModuleSettings:
+    """Settings from config.json. Raises ``InputRefused`` for what MLX does not have.
 
     As in mlx's ``to_quantized``, a missing or null value stands for the mode's default: mlx-lm's recipes write
     ``group_size: null``.
     """
-    own = quantization_config.get(module)
-    settings = own if isinstance(own, dict) else quantization_config
     mode = settings.get("mode") or AFFINE
     known = mlx.FLOAT_MODES.get(mode) if isinstance(mode, str) else None
     bits = settings.get("bits") or (known.bits if known else mlx.BITS)
