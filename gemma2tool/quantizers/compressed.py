@@ -16,7 +16,7 @@ import numpy as np
 
 from gemma2tool.model.lazy import BFLOAT16, FLOAT16, FLOAT32, Array, DType, to_float32
 from gemma2tool.quantizers.base import Part
-from gemma2tool.quantizers.bitpack import pack_words, unpack_words
+from gemma2tool.quantizers.bitpack import WORD_BITS, pack_words, unpack_words
 from gemma2tool.quantizers.casts import cast
 from gemma2tool.quantizers.groups import GroupScales, Rule, dequantize_groups, group_ranges, quantize_groups
 
@@ -134,16 +134,21 @@ def _groups_of_rows(scheme: Scheme, columns: int, scales: Array, zero_points: Ar
     return GroupScales(scheme.group_size or columns, of_rows(scales), offsets)
 
 
+def word_count(columns: int, bits: int) -> int:
+    """The words that a row of codes takes; the last may have bits that stay 0."""
+    return -(-columns * bits // WORD_BITS)
+
+
 def pack(codes: Array, bits: int) -> Array:
     """Pack int8 codes (n, m), offset to be unsigned, into int32 words along the last axis."""
-    return pack_words((codes.view(np.uint8) + np.uint8(1 << (bits - 1))) & np.uint8((1 << bits) - 1), bits).view(
-        np.int32
-    )
+    unsigned = (codes.view(np.uint8) + np.uint8(1 << (bits - 1))) & np.uint8((1 << bits) - 1)
+    missing = word_count(codes.shape[-1], bits) * WORD_BITS // bits - codes.shape[-1]
+    return pack_words(np.pad(unsigned, ((0, 0), (0, missing))) if missing else unsigned, bits).view(np.int32)
 
 
-def unpack(words: Array, bits: int) -> Array:
-    """The inverse of ``pack``: int8 codes."""
-    return (unpack_words(words, bits) - np.uint8(1 << (bits - 1))).view(np.int8)
+def unpack(words: Array, bits: int, columns: int | None = None) -> Array:
+    """The inverse of ``pack``: int8 codes, the first ``columns`` of each row."""
+    return (unpack_words(words, bits)[..., :columns] - np.uint8(1 << (bits - 1))).view(np.int8)
 
 
 @dataclass(frozen=True)
@@ -176,7 +181,7 @@ class Compressed:
         scale = Part("weight_scale", FLOAT_NAMES[self.dtype.name], scales, scales[0] * scales[1] * self.dtype.itemsize)
         if not scheme.packed:
             return Part("", "F8_E4M3" if scheme.kind == "float" else "I8", shape, rows * columns), scale
-        words = columns * scheme.bits // 32
+        words = word_count(columns, scheme.bits)
         parts = [Part("weight_packed", "I32", (rows, words), rows * words * 4), scale]
         if not scheme.symmetric:
             zero_rows = -(-rows * scheme.bits // 32)

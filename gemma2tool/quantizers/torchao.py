@@ -15,6 +15,7 @@ import numpy as np
 from gemma2tool.model.lazy import BFLOAT16, Array, DType, to_float32
 from gemma2tool.quantizers.base import Part
 from gemma2tool.quantizers.casts import cast
+from gemma2tool.quantizers.compressed import FP8
 from gemma2tool.quantizers.groups import GroupScales, Rule, dequantize_groups, group_ranges, quantize_groups
 
 _SMALLEST_SCALE = np.float32(2**-23)
@@ -30,8 +31,12 @@ def quantize(rows: Array) -> tuple[Array, Array]:
 
 
 def dequantize(codes: Array, scales: Array, dtype: DType, zero_points: Array | None = None) -> Array:
-    """(code - zero point) * scale in float32, rounded to ``dtype``: (n, I), (n, 1) to (n, I)."""
-    return cast(dequantize_groups(codes, GroupScales(codes.shape[1], scales, zero_points)), dtype)
+    """(code - zero point) * scale in float32, rounded to ``dtype``: int8 or float8 (n, I), (n, G) to (n, I)."""
+    width = codes.shape[1] // scales.shape[1]
+    if codes.dtype == FP8:
+        values = to_float32(codes).reshape(*scales.shape, width) * to_float32(scales)[..., None]
+        return cast(values.reshape(codes.shape), dtype)
+    return cast(dequantize_groups(codes, GroupScales(width, scales, zero_points)), dtype)
 
 
 @dataclass(frozen=True)

@@ -86,6 +86,7 @@ GATES: Mapping[str, Gates] = {
     "mlx-mxfp8": Gates(kl=0.03, top1=0.90),
     "fp8-dynamic": Gates(kl=0.03, top1=0.90),
     "fp8-block": Gates(kl=0.03, top1=0.90),
+    "torchao-fp8": Gates(kl=0.03, top1=0.90),
     "sfp": Gates(kl=0.05, top1=0.88),
     "q6_k": Gates(kl=0.02, top1=0.92),
     "q5_k": Gates(kl=0.04, top1=0.88),

@@ -131,4 +131,9 @@ ENTRIES = (
     ),
     usage("quantize.type", "a Hugging Face folder has no such type", "run 'gemma2tool formats' and choose a type"),
     usage("quantize.unknown-type", "GGUF has no such type", "run 'gemma2tool formats' and choose a type"),
+    refused(
+        "torchao.layout",
+        "the torchao layout is not read",
+        "load the model with torchao, dequantize it and save it again",
+    ),
 )

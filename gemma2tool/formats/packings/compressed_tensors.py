@@ -166,8 +166,8 @@ def _packed_codes(parts: _ModuleParts, declared: WeightScheme) -> tuple[LazyTens
     """The words of packed codes, and the shape of the weight."""
     words = parts.required(".weight_packed", (INT32,))
     shape = tuple(int(size) for size in parts.required(".weight_shape", (INT64, INT32), (2,)).load())
-    expected = (shape[0], shape[1] * declared.bits // WORD_BITS)
-    if declared.kind != "int" or min(shape) <= 0 or shape[1] * declared.bits % WORD_BITS or words.shape != expected:
+    expected = (shape[0], compressed.word_count(shape[1], declared.bits))
+    if declared.kind != "int" or min(shape) <= 0 or words.shape != expected:
         raise InputRefused(
             "packing.part-shape",
             f"{words.origin}: words of shape {words.shape} do not hold {declared.bits}-bit codes of a weight {shape}",
@@ -219,7 +219,7 @@ class CompressedTensor(LazyTensor):
         begin = first - first % height
         codes = self.weight.codes.load_rows(begin, last)
         if self.scheme.packed:
-            codes = compressed.unpack(codes, self.scheme.bits)
+            codes = compressed.unpack(codes, self.scheme.bits, self.shape[1])
         scales = self._scale_rows(begin // height, -(-last // height))
         zero_points = self._zero_point_rows(begin // height, -(-last // height))
         if self.weight.g_idx is not None:

@@ -1,7 +1,8 @@
-"""torchao's int8 weight-only type, as transformers saves it: P._weight_qdata, P._weight_scale, P._weight_zero_point.
+"""torchao's types, as transformers saves them: P._weight_qdata, P._weight_scale, P._weight_zero_point.
 
-The library rebuilds its tensors from the safetensors metadata, which has an entry for every parameter. Checked against
-torchao 0.18.
+int8 weights with a scale for each row are written. Read are all layouts with one code in an element, int8 or float8,
+and a scale for the tensor, for each row or for groups of columns. The library rebuilds its tensors from the safetensors
+metadata, which has an entry for every parameter. Checked against torchao 0.18.
 """
 
 from __future__ import annotations
@@ -9,8 +10,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping
 
+import numpy as np
+
+from gemma2tool.errors import InputRefused
 from gemma2tool.formats.packings.base import Packing, QuantizedWeight
 from gemma2tool.formats.packings.parts import (
+    FLOATS,
     INT8,
     is_linear_weight,
     model_dtype,
@@ -23,8 +28,10 @@ from gemma2tool.model.lazy import FLOAT32, Array, DType, LazyTensor
 from gemma2tool.model.tensors import TensorSpec
 from gemma2tool.quantizers import torchao
 from gemma2tool.quantizers.base import Encoder
+from gemma2tool.quantizers.compressed import FP8
 
 CODES = "._weight_qdata"
+SCALES = "._weight_scale"
 
 
 class TorchaoPacking(Packing):
@@ -65,30 +72,63 @@ class TorchaoPacking(Packing):
     def weights(
         self, raw: Mapping[str, LazyTensor], quantization_config: Mapping[str, object]
     ) -> Iterator[QuantizedWeight]:
+        dtype = model_dtype({name: tensor for name, tensor in raw.items() if not name.endswith(SCALES)})
         for name in raw:
-            if not name.endswith(CODES):
-                continue
-            module = name.removesuffix(CODES)
-            codes = required_part(raw, name, (INT8,), (raw[name].rows, raw[name].row_size))
-            scales = required_part(raw, f"{module}._weight_scale", (FLOAT32,), (codes.rows, 1))
-            parts = {name, f"{module}._weight_scale"}
-            zero_points = None
-            if f"{module}._weight_zero_point" in raw:
-                zero_points = required_part(raw, f"{module}._weight_zero_point", (INT8,), (codes.rows, 1))
-                parts.add(f"{module}._weight_zero_point")
-            tensor = Int8Tensor(codes, scales, zero_points, model_dtype(raw))
-            yield QuantizedWeight(f"{module}.weight", tensor, parts)
+            if name.endswith(CODES):
+                yield _weight(raw, name.removesuffix(CODES), dtype)
 
 
-class Int8Tensor(LazyTensor):
+def _weight(raw: Mapping[str, LazyTensor], module: str, dtype: DType) -> QuantizedWeight:
+    codes, scales = raw[module + CODES], required_part(raw, module + SCALES, FLOATS, None)
+    rows, columns = codes.rows, codes.row_size
+    if codes.dtype not in (INT8, FP8) or len(codes.shape) != 2 or not _fits(scales.shape, rows, columns):
+        raise InputRefused(
+            "torchao.layout",
+            f"{codes.origin}: {codes.dtype.name} codes of shape {codes.shape} with scales of shape {scales.shape}",
+            hint="only int8 and float8 layouts with one code in an element are read: load the model with torchao,"
+            " dequantize it and save it again",
+        )
+    parts = {module + CODES, module + SCALES}
+    zero_points = None
+    if f"{module}._weight_zero_point" in raw:
+        zero_points = required_part(raw, f"{module}._weight_zero_point", (INT8,), scales.shape)
+        parts.add(f"{module}._weight_zero_point")
+    return QuantizedWeight(f"{module}.weight", CodesTensor(codes, scales, zero_points, dtype), parts)
+
+
+def _fits(scales: tuple[int, ...], rows: int, columns: int) -> bool:
+    """Whether scales of this shape are for the whole tensor, or for rows in groups of equal length."""
+    if scales in ((), (1,), (1, 1)):
+        return True
+    return len(scales) == 2 and scales[0] == rows and scales[1] > 0 and columns % scales[1] == 0
+
+
+class CodesTensor(LazyTensor):
     """A weight (O, I) in the model's type: (code - zero point) * scale in float32, rounded to that type."""
 
     def __init__(self, codes: LazyTensor, scales: LazyTensor, zero_points: LazyTensor | None, dtype: DType) -> None:
         self.codes, self.scales, self.zero_points = codes, scales, zero_points
         self.shape, self.dtype, self.origin = codes.shape, dtype, codes.origin
-        self.stored = torchao.Int8WeightOnly.name
+        self.is_whole = scales.size == 1 and codes.rows != 1
+        self.group_size = None if self.is_whole else self.shape[1] // scales.row_size
+        self.stored = self._stored_name()
+
+    def _stored_name(self) -> str:
+        """A type whose limits are known, or "torchao": IntxUnpackedToInt8Tensor's scales are of the model's type, and
+        its codes may have fewer than 8 bits."""
+        if self.is_whole:
+            return "torchao"
+        if self.codes.dtype == FP8:
+            return "torchao-fp8"
+        return torchao.Int8WeightOnly.name if self.scales.dtype == FLOAT32 else "torchao"
 
     def load_rows(self, first: int, last: int) -> Array:
-        zero_points = None if self.zero_points is None else self.zero_points.load_rows(first, last)
-        codes, scales = self.codes.load_rows(first, last), self.scales.load_rows(first, last)
+        zero_points = None if self.zero_points is None else self._by_row(self.zero_points, first, last)
+        codes, scales = self.codes.load_rows(first, last), self._by_row(self.scales, first, last)
         return torchao.dequantize(codes, scales, self.dtype, zero_points)
+
+    def _by_row(self, stored: LazyTensor, first: int, last: int) -> Array:
+        """Scales or zero points of a range of rows: (n, groups)."""
+        if self.is_whole:
+            return np.repeat(stored.load().reshape(1, 1), last - first, axis=0)
+        return stored.load_rows(first, last).reshape(last - first, stored.row_size)
