@@ -40,6 +40,8 @@ def _half_gap(codes: Sequence[float]) -> float:
     return max(b - a for a, b in pairwise(ordered)) / 2
 
 
+_SMALLEST = 2.0**-126
+"""The smallest normal float32."""
 _NF4 = _half_gap(CODES["nf4"].tolist())
 _FP4 = _half_gap(CODES["fp4"].tolist())
 
@@ -140,11 +142,12 @@ BOUNDS: Mapping[str, Bound] = {
     "iq2_xxs": _search(256, math.inf, 0.95, codes=170, weighted=math.inf),
     "iq1_s": _search(256, math.inf, 0.95, codes=17, weighted=math.inf),
     "iq1_m": _search(256, math.inf, 0.95, codes=17, weighted=math.inf),
-    # bitsandbytes: nearest of sixteen values times a float32 absmax; +-absmax are codes of their own.
-    "nf4": Bound(BLOCKSIZE, _NF4 + 1e-6, 0.16, 1e-6),
-    "fp4": Bound(BLOCKSIZE, _FP4 + 1e-6, 0.25, 1e-6),
-    "nf4-dq": Bound(BLOCKSIZE, _NF4 + 1e-6, 0.16, 1e-6, nested=True),
-    "fp4-dq": Bound(BLOCKSIZE, _FP4 + 1e-6, 0.25, 1e-6, nested=True),
+    # bitsandbytes: nearest of sixteen values times a float32 absmax; +-absmax are codes of their own. It multiplies by
+    # 1 / absmax, which is infinite below 2^-128.
+    "nf4": Bound(BLOCKSIZE, _NF4 + 1e-6, 0.16, 1e-6, floor=_SMALLEST),
+    "fp4": Bound(BLOCKSIZE, _FP4 + 1e-6, 0.25, 1e-6, floor=_SMALLEST),
+    "nf4-dq": Bound(BLOCKSIZE, _NF4 + 1e-6, 0.16, 1e-6, floor=_SMALLEST, nested=True),
+    "fp4-dq": Bound(BLOCKSIZE, _FP4 + 1e-6, 0.25, 1e-6, floor=_SMALLEST, nested=True),
     # LLM.int8(): cast to float16 first, the row's absmax too, then the row's absmax / 127, nearest.
     "int8": Bound(0, 1 / 254 + _F16, 0.05, _F16 + 1e-6, (1 + 1 / 254) * _F16_STEP),
     # Keras: value * (127 / (absmax + 1e-7)), both rounded to the model's type; in bfloat16 a code may be off by one.
@@ -162,6 +165,7 @@ BOUNDS: Mapping[str, Bound] = {
     # type, one for a row or for 128 by 128 values.
     "fp8-dynamic": Bound(0, 2.0**-4 + 2.0**-8, 0.05, codes=448),
     "fp8-block": Bound(0, 2.0**-4 + 2.0**-8, 0.05, codes=448, tile=128, tile_floor=1.01 * 2.0**-10 / 448),
+    "torchao-fp8": Bound(0, 2.0**-4 + 2.0**-8, 0.05, codes=448),
     # torchao's scales are at least float32's epsilon, 2^-23.
     "torchao-int8": Bound(0, 1.5 / 127.5, 0.05, floor=2.0**-24, codes=128),
     # Steps of range / (2**bits - 1) from a stored bias, both in the model's type: a step, plus bfloat16's rounding of
