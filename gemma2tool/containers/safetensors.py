@@ -115,6 +115,8 @@ def _parse(raw: bytes, path: Path) -> dict[str, Any]:
 
 
 def _metadata(value: object, path: Path) -> dict[str, str]:
+    if value is None:  # as MLX writes it where there is none
+        return {}
     if not isinstance(value, dict) or not all(isinstance(item, str) for item in value.values()):
         raise _refusal("metadata", path, "__metadata__ does not map strings to strings")
     return value
