@@ -124,8 +124,8 @@ Lora = Annotated[
     list[str] | None,
     typer.Option(
         "--lora",
-        metavar="DIR[=SCALE]",
-        help="Merge a PEFT LoRA adapter, its strength times SCALE. Repeatable, in order.",
+        metavar="PATH[=SCALE]",
+        help="Merge a LoRA adapter (peft, mlx-lm, torchtune, litgpt, keras-hub), its strength times SCALE. Repeatable.",
     ),
 ]
 Device = Annotated[

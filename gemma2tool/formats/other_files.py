@@ -9,6 +9,7 @@ from pathlib import Path
 
 from gemma2tool.containers import strict_json
 from gemma2tool.errors import InputRefused, ToolError
+from gemma2tool.formats.adapters import naming
 from gemma2tool.storage.quoting import quoted
 from gemma2tool.storage.reading import open_for_reading
 
@@ -52,9 +53,18 @@ def _download(hub_id: str) -> str:
 def other_file(path: Path) -> InputRefused | None:
     """The error for a file or folder that belongs to a model and is not one; None if it is nothing that is known."""
     try:
-        return _folder(path) if path.is_dir() else _file(path)
+        return adapter(path) or (_folder(path) if path.is_dir() else _file(path))
     except (ToolError, OSError):
         return None
+
+
+def adapter(path: Path) -> InputRefused | None:
+    """The error for an adapter, by the names of its files; None for anything else."""
+    if not naming.is_adapter(path):
+        return None
+    what = "an adapter's config" if path.suffix == ".json" else "an adapter without its model"
+    given = path if path.is_dir() or path.name.endswith(naming.SUFFIXES) else path.parent
+    return _kind(path, what, f"give the model as SRC, and --lora {shlex.quote(str(given))}")
 
 
 def _folder(path: Path) -> InputRefused | None:
@@ -65,10 +75,6 @@ def _folder(path: Path) -> InputRefused | None:
             "gguf.several",
             f"{path}: holds {len(ggufs)} GGUF files: {listed}",
             hint=f"name one of them, such as {shlex.quote(str(path / ggufs[0]))}",
-        )
-    if (path / "adapter_config.json").is_file():
-        return _kind(
-            path, "an adapter without its model", f"give the model as SRC, and --lora {shlex.quote(str(path))}"
         )
     if path.name.startswith("models--") and (path / "snapshots").is_dir():
         snapshots = sorted((path / "snapshots").iterdir(), key=lambda snapshot: snapshot.stat().st_mtime)

@@ -70,6 +70,8 @@ def detect(path: Path) -> Format:
         raise InputRefused("input.kind", f"{path}: neither a file nor a folder", hint="give the path of a checkpoint")
     if path.is_file() and path.stat().st_size == 0:
         raise InputRefused("input.empty", f"{path}: the file is empty", hint="download the file again")
+    if path.is_file() and (adapter := other_files.adapter(path)) is not None:
+        raise adapter
     for name in NAMES:
         candidate = by_name(name)
         if candidate.detect(path):

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from gemma2tool.errors import ToolError, UsageError
+from gemma2tool.formats.adapters.naming import READ
 from gemma2tool.formats.options import Adapter, WriteOptions
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.pipeline.plan import Plan
@@ -87,9 +88,9 @@ def _plain(value: Any) -> Any:
 
 def _adapter(adapter: Adapter) -> dict[str, Any]:
     """An adapter without where it lies."""
-    names = []
+    names = [adapter.path.name] if adapter.path.is_file() else []
     if adapter.path.is_dir():
-        names = [name for name in file_names(adapter.path) if name.startswith("adapter_")]
+        names = [name for name in file_names(adapter.path) if name.startswith("adapter_") or name in READ]
     files = digest_files(adapter.path, names)
     return {"folder": adapter.path.name, "scale": adapter.scale, "files": [file.to_json() for file in files]}
 
