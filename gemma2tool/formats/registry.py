@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 
 from gemma2tool.errors import InputRefused, UsageError, choices
 from gemma2tool.formats import other_files
-from gemma2tool.formats.folder_files import unread_files
 from gemma2tool.model.config import Gemma2Config
 from gemma2tool.model.format_facts import FormatFacts
 
@@ -93,6 +92,8 @@ def open_checkpoint(path: Path, *, config: Gemma2Config | None = None, format: s
     """
     checkpoint = (by_name(format) if format else detect(path)).open(path, config=config)
     if path.is_dir():
+        from gemma2tool.formats.folder_files import unread_files
+
         checkpoint.loader_files = unread_files(checkpoint, path)
     return checkpoint
 

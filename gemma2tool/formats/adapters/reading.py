@@ -6,7 +6,7 @@ from pathlib import Path
 
 from gemma2tool.containers import gguf
 from gemma2tool.errors import InputRefused
-from gemma2tool.formats.adapters import keras, litgpt, mlx, torchtune
+from gemma2tool.formats.adapters import gm, keras, litgpt, mlx, torchtune
 from gemma2tool.formats.adapters.adapter import MERGE_ELSEWHERE, Adapter, refused
 from gemma2tool.formats.adapters.peft import reader as peft
 from gemma2tool.formats.adapters.peft.config import CONFIG
@@ -49,6 +49,8 @@ def _read_folder(folder: Path, checkpoint: Checkpoint) -> Adapter:
     if native is not None and not has_peft:
         return torchtune.read(native, checkpoint)
     if not (folder / CONFIG).is_file():
+        if (tree := gm.find(folder)) is not None:
+            return gm.read(tree, checkpoint)
         _refuse_without_config(folder)
     if (folder / mlx.WEIGHTS).is_file():
         if has_peft:

@@ -180,6 +180,50 @@ def test_an_adapter_of_litgpt(source: Checkpoint, tmp_path: Path) -> None:
         merge(source, tmp_path)
 
 
+# -- gemma (Google DeepMind) ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("with_base", [False, True])
+@pytest.mark.parametrize("place", ["", "ckpt"])
+def test_an_adapter_of_gm(source: Checkpoint, tmp_path: Path, with_base: bool, place: str) -> None:
+    """The tree of gm.nn.LoRA as its init makes it, with the shapes and einsums of gemma.peft, saved by Orbax."""
+    utils = pytest.importorskip("gemma.peft._einsum_utils", reason="gemma is not installed")
+    ocp = pytest.importorskip("orbax.checkpoint", reason="orbax-checkpoint is not installed")
+    einsums = {  # the einsums of gemma's Attention and FeedForward, and the shapes of their weights
+        "attn/q_einsum/_LoRAEinsum_0": ("BTD,NDH->BTNH", (4, 64, 32), ("q_proj",)),
+        "attn/kv_einsum/_LoRAEinsum_0": ("BSD,CKDH->CBSKH", (2, 2, 64, 32), ("k_proj", "v_proj")),
+        "attn/attn_vec_einsum/_LoRAEinsum_0": ("BTNH,NHD->BTD", (4, 32, 64), ("o_proj",)),
+        "mlp/_LoRAEinsum_gating_einsum": ("...F,NFH->...NH", (2, 64, 96), ("gate_proj", "up_proj")),
+        "mlp/_LoRAEinsum_linear": ("...H,HF->...F", (96, 64), ("down_proj",)),
+    }
+    tree: dict = {}
+    expected = {}
+    for layer in range(3):
+        for name, (einsum, shape, modules) in einsums.items():
+            text, a_shape, b_shape = utils.get_lora_einsum_str_and_shapes(
+                einsum_str=einsum, weights_shape=shape, rank=3
+            )
+            a, b = random(*a_shape, seed=layer), random(*b_shape, seed=layer + 5)
+            node = tree.setdefault(f"layer_{layer}", {})
+            for part in (*name.split("/"), "lora"):
+                node = node.setdefault(part, {})
+            node |= {"a": a, "b": b}
+            inputs = einsum.split(",")[0].replace("...", "")
+            identity = np.eye(a[..., 0].size, dtype=np.float64).reshape(
+                -1, *(1,) * (inputs.count("T") + inputs.count("S")), *a.shape[:-1]
+            )
+            difference = np.einsum(text, identity, a, b)
+            blocks = np.split(difference, 2, axis=0 if "C" in einsum else -2) if len(modules) > 1 else [difference]
+            for module, block in zip(modules, blocks, strict=True):
+                kind = "mlp" if name.startswith("mlp") else "self_attn"
+                expected[f"model.layers.{layer}.{kind}.{module}.weight"] = block.reshape(len(identity), -1).T
+    if with_base:
+        tree["embedder"] = {"input_embedding": random(160, 64)}
+    folder = tmp_path / place / "x"
+    ocp.PyTreeCheckpointer().save(folder, tree)
+    assert_deltas(source, merge(source, folder if not place else folder.parent), expected)
+
+
 # -- what is not an adapter that is read ------------------------------------------------------------------------------
 
 
