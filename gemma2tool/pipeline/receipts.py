@@ -90,7 +90,8 @@ def _adapter(adapter: Adapter) -> dict[str, Any]:
     """An adapter without where it lies."""
     names = [adapter.path.name] if adapter.path.is_file() else []
     if adapter.path.is_dir():
-        names = [name for name in file_names(adapter.path) if name.startswith("adapter_") or name in READ]
+        present = file_names(adapter.path)
+        names = [name for name in present if name.startswith("adapter_") or name in READ] or list(present)
     files = digest_files(adapter.path, names)
     return {"folder": adapter.path.name, "scale": adapter.scale, "files": [file.to_json() for file in files]}
 
