@@ -125,7 +125,7 @@ class LoraConfig(JsonTarget):
         from gemma2tool.formats.adapters.peft import config, names, reader
         from gemma2tool.model.lazy import ArrayTensor
 
-        self.read_config, self.names, self.reader = config.AdapterConfig.read, names, reader
+        self.read_config, self.read_tensors, self.reader = config.AdapterConfig.read, names.PeftTensors.named, reader
         self.folder, self.path = MemoryFolder(self.name), Path("adapter_model.safetensors")
         module = "model.layers.0.self_attn.q_proj"
         self.parts = {side: ArrayTensor(np.zeros((8, 8), np.float32), origin=side) for side in "AB"}
@@ -137,7 +137,7 @@ class LoraConfig(JsonTarget):
 
     def run(self, folder: Path) -> object:
         config = self.read_config(folder)
-        tensors = self.names.PeftTensors.named(self.weights, self.path)
+        tensors = self.read_tensors(self.weights, self.path)
         self.reader.check_targets(config, tensors, (), {f"{self.module}.weight": self.parts["A"]})
         return self.reader.adapter_deltas(config, tensors)[f"{self.module}.weight"].scaling > 0
 
