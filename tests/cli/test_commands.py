@@ -20,6 +20,7 @@ from typer.testing import CliRunner, Result
 from gemma2tool.cli.main import app
 from gemma2tool.formats import registry
 from tests.support.checkpoints import random_checkpoint, write_checkpoint
+from tests.support.signals import accept_interrupts
 
 runner = CliRunner()
 
@@ -357,7 +358,7 @@ def test_disk_that_takes_no_more(place: Path) -> None:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupt_leaves_nothing_at_the_destination(place: Path, number: int) -> None:
     words = [sys.executable, "-m", "gemma2tool", "convert", place / "src", place / "out.gguf"]
-    process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, preexec_fn=accept_interrupts)
     deadline = time.monotonic() + 30
     while len(list(place.iterdir())) < 2 and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)  # until the staging place appears

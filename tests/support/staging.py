@@ -14,6 +14,7 @@ import pytest
 from gemma2tool.storage import syscalls
 from gemma2tool.storage.staging.staged_output import Staging
 from tests.support.paths import ROOT
+from tests.support.signals import accept_interrupts
 
 NEW = {"config.json": b"{}\n", "model.safetensors": bytes(range(256)) * 40, "sub/deep/tokenizer.model": b"tok"}
 OLD = {"config.json": b"old", "unrelated.txt": b"the user's"}
@@ -74,5 +75,5 @@ def start_python(code: str, *args: str) -> subprocess.Popen:
     """Starts code in its own process, with pipes to its standard input and output."""
     return subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(code), *args], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        env=os.environ | {"PYTHONPATH": str(ROOT)}, preexec_fn=accept_interrupts,
     )  # fmt: skip

@@ -1,0 +1,12 @@
+"""How child processes of the tests receive signals."""
+
+from __future__ import annotations
+
+import signal
+
+
+def accept_interrupts() -> None:
+    """A ``preexec_fn`` for a child that is sent SIGINT: if the tests run as a background job of a script, the shell makes
+    them ignore the signal, and their children inherit that.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
