@@ -17,7 +17,7 @@ import pytest
 
 from gemma2tool.formats import registry
 from tests.support.paths import ROOT
-from tests.support.source import PACKAGE, PATHS, module_name, nodes, tree
+from tests.support.source import PACKAGE, PATHS, import_statements, module_name, nodes, tree
 
 MAY_IMPORT = {
     "errors": set(),
@@ -57,10 +57,10 @@ def imports(path: Path) -> set[str]:
     ``from package import name`` is an import of ``package.name`` where that is a module, otherwise of ``package``.
     """
     imported: set[str] = set()
-    for node in nodes(path):
+    for node in import_statements(path):
         if isinstance(node, ast.Import):
             imported.update(alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module:
+        elif node.module:
             members = {f"{node.module}.{alias.name}" for alias in node.names}
             imported |= members & MODULES.keys()
             if members - MODULES.keys():

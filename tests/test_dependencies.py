@@ -13,7 +13,7 @@ import pytest
 
 import gemma2tool
 from tests.support.paths import ROOT
-from tests.support.source import PATHS, nodes
+from tests.support.source import PATHS, import_statements, nodes
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
@@ -66,15 +66,15 @@ def declared(*extras: str) -> set[str]:
 
 def imported(path: Path, functions: tuple[str, ...]) -> Iterator[str]:
     """The modules that a file imports; ``functions``: the names of functions that import the module they are given."""
-    for node in nodes(path):
-        match node:
+    for statement in import_statements(path):
+        match statement:
             case ast.Import(aliases):
                 yield from (alias.name for alias in aliases)
             case ast.ImportFrom(str(module), level=0):
                 yield module
-            case ast.Call(ast.Name(name) | ast.Attribute(attr=name), [ast.Constant(str(module)), *_]):
-                if name in functions:
-                    yield module
+    text = path.read_text()
+    for function in functions:
+        yield from re.findall(rf"\b{function}\(\s*[\"']([\w.]+)", text)
 
 
 def distributions(*folders: str, functions: tuple[str, ...] = ()) -> set[str]:

@@ -112,6 +112,7 @@ HARMLESS = {("flax", "wrong magic"), ("maxtext", "wrong magic"), ("keras", "one 
 """An uncompressed zarr chunk holds values only; an HDF5 file states its end, and what comes after it is never read."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "damage"), [case for case in product(registry.NAMES, DAMAGE) if case not in HARMLESS])
 def test_damaged_weights(copied, tmp_path: Path, name: str, damage: str) -> None:
     path = copied(name)
@@ -171,6 +172,7 @@ def _config_of(path: Path) -> Path | None:
     return next((file for file in files if file.is_file()), None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
     [
@@ -203,6 +205,7 @@ CONTRADICTIONS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("field", "value"), CONTRADICTIONS)
 @pytest.mark.parametrize("name", registry.NAMES)
 def test_a_config_that_contradicts_the_weights(copied, tmp_path: Path, name: str, field: str, value: int) -> None:

@@ -206,6 +206,7 @@ def test_int8_rounds_to_half_as_torch_does(instruction_set):
     assert_int8(values[np.isfinite(values).all(1)])
 
 
+@pytest.mark.slow
 @settings(max_examples=100, deadline=None)
 @given(
     st.lists(st.floats(width=32), min_size=1, max_size=150),

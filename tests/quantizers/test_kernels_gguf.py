@@ -65,6 +65,7 @@ def test_codes_are_ggmls(type, instruction_set):
         assert_same_blocks(type, case, quantize(type, x, weights), llama_peer.quantize(type, x, weights))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("type", BLOCK_TYPES)
 def test_codes_are_those_recorded_from_ggml(type, instruction_set):
     compared = 0

@@ -21,6 +21,7 @@ from tests.support.formats import write_as
 from tests.support.receipts import BF16, OUTPUTS, content_of, run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OUTPUTS)
 def test_an_output_is_verified_without_its_source(outputs: Path, name: str) -> None:
     shutil.rmtree(outputs / "src")
@@ -69,6 +70,7 @@ def test_any_shard_identifies_the_folder(outputs: Path) -> None:
     assert run("verify", outputs / "split", "--quiet").exit_code in (1, 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("damage", "gate", "subject"),
     [

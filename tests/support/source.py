@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -26,3 +27,15 @@ def tree(path: Path) -> ast.Module:
 @cache
 def nodes(path: Path) -> list[ast.AST]:
     return list(ast.walk(tree(path)))
+
+
+def import_statements(path: Path) -> Iterator[ast.Import | ast.ImportFrom]:
+    """The imports in a file, those inside functions and blocks included. Expressions are not searched."""
+    pending: list[ast.AST] = [tree(path)]
+    while pending:
+        node = pending.pop()
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            yield node
+        for name in ("body", "orelse", "finalbody", "handlers", "cases"):
+            inner = getattr(node, name, ())
+            pending += inner if isinstance(inner, list) else ()

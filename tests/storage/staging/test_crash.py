@@ -117,6 +117,7 @@ class TestTwoProcesses:
         assert os.listdir(tmp_path) == ["out"]
 
 
+@pytest.mark.slow
 def test_many_competing_processes(tmp_path: Path) -> None:
     """Processes that lock and release one place as fast as they can: each writes a complete output or is refused."""
     code = """

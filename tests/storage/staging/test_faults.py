@@ -78,6 +78,7 @@ class TestEveryCallFails:
         set_swaps(swaps, monkeypatch)
 
     # EINTR must be handled only for calls that are repeated here; Python itself repeats open and mkdir.
+    @pytest.mark.slow
     @pytest.mark.parametrize("kind", ["ENOSPC", "EIO", "short", "interrupt", "interrupt after"])
     def test_once(self, place: Path, folder: bool, swaps: bool, with_old: bool, kind: str) -> None:
         seen = _sweep(place, folder, with_old, kind)
