@@ -5,9 +5,9 @@
     result = gemma2tool.quantize("model.ckpt", "model.gguf", type="q4_k_m")
     result.verification.passed
 
-Paths are texts or ``pathlib.Path``. A checkpoint may be given by its path or as one that ``open`` returned. Errors are
-the exceptions of ``gemma2tool.errors``. Warnings and notes go to the logger "gemma2tool". ``progress`` is called with a
-``ProgressEvent`` now and then, from any thread.
+Paths are strings or ``pathlib.Path``. A checkpoint may be given by its path or as one that ``open`` returned. Errors
+are the exceptions of ``gemma2tool.errors``. Warnings and notes go to the logger "gemma2tool". ``progress`` is called
+with a ``ProgressEvent`` from time to time, from any thread.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def __getattr__(name: str) -> Any:
 
 
 def open(path: PathLike, *, config: Config | None = None, format: str | None = None) -> Checkpoint:
-    """Open a checkpoint of any format. Headers are read now, tensors when they are asked for.
+    """Open a checkpoint of any format. Headers are read now, tensors when they are requested.
 
     ``config``: a ``Gemma2Config``, "2b", "9b", "27b" or the path of a config.json, for weights that come without one.
     ``format``: skip the detection. The result is a context manager: ``checkpoint.tensors[name].load()`` is an array of
@@ -121,10 +121,10 @@ def convert(
     ``to``: the target format; default: by the destination's name (.gguf, .ckpt, .sbs, otherwise a Hugging Face folder).
     ``dtype``: "f32", "f16", "bf16"; default: the source's. ``adapters``: LoRA adapters to merge, in order. ``tokens``,
     ``text``: what the forward passes of the verification run; ``gates``: limits that replace the defaults, such as
-    ``{"kl": 0.02}``. ``force``: replace an existing destination. ``run``: the rest of how it is carried out.
+    ``{"kl": 0.02}``. ``force``: replace an existing destination. ``run``: threads, memory and other settings.
 
-    If the verification fails, nothing is written at the destination: look at ``result.written`` and
-    ``result.verification``. Raises ``UsageError``, ``InputRefused`` or ``ResourceError``; then the destination is as it
+    If the verification fails, nothing is written at the destination: ``result.written`` and ``result.verification``
+    show it. Raises ``UsageError``, ``InputRefused`` or ``ResourceError``; then the destination is as it
     was.
     """
     request = ConversionRequest(
@@ -282,7 +282,7 @@ def diff(
     threads: int | None = None,
     progress: ProgressCallback | None = None,
 ) -> Difference:
-    """Compare two checkpoints of any formats, neither of which is the truth; ``result.same`` is the verdict."""
+    """Compare two checkpoints of any formats, neither of which is the reference; ``result.same`` is the verdict."""
     request = DiffRequest(
         a=Path(a),
         b=Path(b),

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def clean(
     path: Annotated[
-        Path, typer.Argument(metavar="PATH", help="A destination that was not finished, or a folder that holds some.")
+        Path, typer.Argument(metavar="PATH", help="An unfinished destination, or a folder that contains some.")
     ],
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be removed, and remove nothing.")] = False,
     quiet: o.Quiet = False,
@@ -24,8 +24,8 @@ def clean(
 ) -> None:
     """Remove what interrupted runs staged beside PATH and, if it is a folder, directly inside it.
 
-    Finished outputs are not touched. What a running process is working on, and what gemma2tool did not make, is left
-    alone (exit code 4).
+    Finished outputs are not touched. What a running process is working on, and files that gemma2tool did not create,
+    are left alone (exit code 4).
     """
     from gemma2tool import api
     from gemma2tool.cli.terminal import Console

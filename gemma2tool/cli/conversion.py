@@ -83,7 +83,7 @@ def _request(
 
 
 def _refuse_unused(output: o.OutputOptions, reports: Reports) -> None:
-    """Refuse options that ``--no-verify`` would ignore: they are a mistake, or a name misremembered."""
+    """Refuse options that ``--no-verify`` would ignore: they were given by mistake."""
     if not output.no_verify:
         return
     given = {"--gate": output.gate, "--tokens": output.tokens, "--text": output.text, **reports.given}

@@ -33,7 +33,7 @@ def convert(
 ) -> None:
     """Convert a checkpoint to another format, and verify the result.
 
-    The target follows from the name of DST (.gguf: GGUF; .ckpt: gemma_pytorch; else a Hugging Face folder) or from
-    --to.
+    The target format is chosen by --to or by the name of DST (.gguf: GGUF; .ckpt: gemma_pytorch; else a Hugging Face
+    folder).
     """
     carry_out(src, dst, output, reports, WriteOptions(dtype=dtype, split=split))

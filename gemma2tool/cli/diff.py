@@ -1,4 +1,4 @@
-"""``gemma2tool diff``: what two checkpoints have in common and what not, whatever their formats."""
+"""``gemma2tool diff``: how two checkpoints of any formats differ."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from gemma2tool.errors import EXIT_VERIFICATION_FAILED
 
 def diff(
     a: Annotated[Path, typer.Argument(metavar="A", help="A checkpoint, in any format.")],
-    b: Annotated[Path, typer.Argument(metavar="B", help="Another, in any format.")],
+    b: Annotated[Path, typer.Argument(metavar="B", help="Another checkpoint, in any format.")],
     tokens: o.Tokens = None,
     text: o.Text = None,
     no_logits: Annotated[bool, typer.Option("--no-logits", help="Leave out the forward passes.")] = False,
@@ -22,7 +22,7 @@ def diff(
     quiet: o.Quiet = False,
     json_output: o.Json = False,
 ) -> None:
-    """Compare two checkpoints, neither of which is the truth: tensors as values, config, tokenizer, logits.
+    """Compare two checkpoints, neither of which is the reference: tensors as values, config, tokenizer, logits.
 
     Exit code 0 if they are the same model, 1 if not.
     """

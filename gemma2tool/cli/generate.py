@@ -1,4 +1,4 @@
-"""``gemma2tool generate``: talk to a checkpoint of any format with the built-in forward pass."""
+"""``gemma2tool generate``: generate text from a checkpoint of any format with the built-in forward pass."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from gemma2tool.cli.groups import completion
 class GenerateOptions:
     """What ``generate`` takes; the fields are the options, see ``groups``."""
 
-    raw: Annotated[bool, typer.Option("--raw", help="Give the prompt as it is, without the chat template.")] = False
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", min=1, help="Stop after so many tokens.")] = (
-        128
-    )
-    temperature: Annotated[float, typer.Option("--temperature", min=0.0, help="0 takes the likeliest token.")] = 0.0
+    raw: Annotated[bool, typer.Option("--raw", help="Pass the prompt as it is, without the chat template.")] = False
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", "-n", min=1, help="Stop after this many tokens.")
+    ] = 128
+    temperature: Annotated[float, typer.Option("--temperature", min=0.0, help="0: always the likeliest token.")] = 0.0
     top_k: Annotated[int | None, typer.Option("--top-k", min=1, help="Draw from the K likeliest tokens.")] = None
     top_p: Annotated[
         float | None, typer.Option("--top-p", help="Draw from the smallest set with this probability.")
     ] = None
-    seed: Annotated[int, typer.Option("--seed", help="Same seed, same text.")] = 0
+    seed: Annotated[int, typer.Option("--seed", help="The same seed gives the same text.")] = 0
     stream_weights: Annotated[
         bool, typer.Option("--stream-weights", help="Read the weights again for every token instead of holding them.")
     ] = False
     dtype: Annotated[
         str,
         typer.Option(
-            "--dtype", help="Computation: f32, bf16 or f16.", autocompletion=completion(("f32", "bf16", "f16"))
+            "--dtype", help="Type to compute in: f32, bf16 or f16.", autocompletion=completion(("f32", "bf16", "f16"))
         ),
     ] = "f32"
     device: o.Device = "cpu"
@@ -43,7 +43,7 @@ class GenerateOptions:
 
 def generate(
     src: o.Source,
-    prompt: Annotated[str, typer.Option("--prompt", "-p", metavar="TEXT", help="What to say to the model.")],
+    prompt: Annotated[str, typer.Option("--prompt", "-p", metavar="TEXT", help="The prompt.")],
     options: GenerateOptions,
 ) -> None:
     """Generate text from a prompt, token by token, in the chat template if the checkpoint has one."""

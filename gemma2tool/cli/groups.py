@@ -2,7 +2,7 @@
 
 A parameter annotated with a dataclass is expanded into the dataclass's fields when the command is registered, and
 collected into an instance of it when the command runs. A field is either annotated with a Typer option of its own, or
-an option of ``gemma2tool.formats.options``, which says all there is to say about it.
+an option of ``gemma2tool.formats.options``, which describes it.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def _parameters(parameter: str, group: type) -> list[inspect.Parameter]:
 
 
 def _typer_option(hint: Any, info: OptionInfo) -> Any:
-    """The option as Typer takes it: sequences as lists of texts, what is parsed as text."""
+    """The option as Typer takes it: sequences as lists of strings, parsed values as strings."""
     repeated = typing.get_origin(hint) is tuple
     kind = str if repeated or info.parse else hint
     if isinstance(kind, types.UnionType):

@@ -1,4 +1,4 @@
-"""``gemma2tool hash``: what a checkpoint means, in 32 bytes."""
+"""``gemma2tool hash``: digests of a checkpoint's values."""
 
 from __future__ import annotations
 

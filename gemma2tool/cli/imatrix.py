@@ -14,11 +14,12 @@ def imatrix(
     src: o.Source,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The importance matrix to write (.gguf).")],
     text: Annotated[
-        Path, typer.Option("--text", metavar="FILE", help="Text to run, UTF-8: like what the model will be used for.")
+        Path,
+        typer.Option("--text", metavar="FILE", help="Text to run (UTF-8), similar to what the model will be used for."),
     ],
-    chunk: Annotated[int, typer.Option("--chunk", min=16, help="Tokens of a chunk.")] = 512,
+    chunk: Annotated[int, typer.Option("--chunk", min=16, help="Tokens per chunk.")] = 512,
     chunks: Annotated[
-        int | None, typer.Option("--chunks", min=1, help="Stop after so many chunks. Default: the whole text.")
+        int | None, typer.Option("--chunks", min=1, help="Stop after this many chunks. Default: the whole text.")
     ] = None,
     config: o.ConfigFile = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,

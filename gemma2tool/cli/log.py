@@ -1,4 +1,4 @@
-"""What the program below logs, on the terminal: warnings as warnings, the rest as notes."""
+"""Shows the package's log messages on the terminal: warnings as warnings, the rest as notes."""
 
 from __future__ import annotations
 

@@ -82,7 +82,7 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
                 "interrupted; nothing was written at the destination" if not _notes(stop, console) else "interrupted"
             )
             raise typer.Exit(EXIT_INTERRUPTED) from None
-        except BrokenPipeError:  # whoever read our output has seen enough
+        except BrokenPipeError:  # the reader closed the pipe, as head does
             _silence_stdout()
             raise typer.Exit(0) from None
         except (typer.Exit, typer.Abort):
@@ -100,7 +100,7 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _notes(error: BaseException, console: Console) -> list[str]:
-    """Shows, and returns, what was noted on the way out: where staged output is, and what to do with it."""
+    """Shows and returns the notes on an exception: where staged output is, and what to do with it."""
     notes = getattr(error, "__notes__", [])
     for note in notes:
         console.warn(note)
@@ -108,13 +108,13 @@ def _notes(error: BaseException, console: Console) -> list[str]:
 
 
 def _silence_stdout() -> None:
-    """Nothing more can be written there; the interpreter must not try when it ends."""
+    """Redirects stdout to the null device, so that the interpreter does not fail when it flushes at exit."""
     with contextlib.suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _resources(error: Exception) -> ToolError | None:
-    """What the machine would not give, where an error of the system says so."""
+    """The resource that ran out, if the exception shows one."""
     if isinstance(error, MemoryError) or (isinstance(error, ImportError) and "failed to map" in str(error)):
         return ResourceError(
             "memory.exhausted", "not enough memory", hint="close other programs, or lower --memory and --threads"
@@ -130,7 +130,7 @@ def _resources(error: Exception) -> ToolError | None:
 
 
 class _Terminated(BaseException):
-    """SIGTERM arrived: unwind like an interrupt, so that nothing half-written stays behind."""
+    """Raised on SIGTERM, so that the stack unwinds as for an interrupt and no partial output is left."""
 
 
 def _terminate(signum: int, frame: object) -> None:

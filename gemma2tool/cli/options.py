@@ -1,4 +1,4 @@
-"""Options that several commands share, and how their texts are read."""
+"""Options that several commands share, and how their values are parsed."""
 
 from __future__ import annotations
 
@@ -75,9 +75,7 @@ Force = Annotated[
 ]
 NoVerify = Annotated[bool, typer.Option("--no-verify", help="Don't verify the output; the result says so.")]
 NoReceipt = Annotated[bool, typer.Option("--no-receipt", help="Write no DST.receipt.json beside the output.")]
-Threads = Annotated[
-    int | None, typer.Option("--threads", min=1, max=256, help="Threads. Default: one for each processor.")
-]
+Threads = Annotated[int | None, typer.Option("--threads", min=1, max=256, help="Threads. Default: one per processor.")]
 Memory = Annotated[str, typer.Option("--memory", metavar="SIZE", help="Byte budget for data in flight.")]
 MaxShardSize = Annotated[
     str, typer.Option("--max-shard-size", metavar="SIZE", help="Largest file of a sharded output.")
@@ -95,7 +93,7 @@ AllowNonfinite = Annotated[bool, typer.Option("--allow-nonfinite", help="Accept 
 AllowMismatch = Annotated[
     bool,
     typer.Option(
-        "--allow-mismatch", help="Write even what the target's consumer will compute differently; warn instead."
+        "--allow-mismatch", help="Warn instead of refusing if the target's consumer will compute something else."
     ),
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would be written, and write nothing.")]

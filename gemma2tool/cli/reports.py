@@ -1,4 +1,4 @@
-"""The options that write a verification down for others: ``--junit``, ``--summary``, ``--html``, ``--card``."""
+"""The options that write a verification as a report: ``--junit``, ``--summary``, ``--html``, ``--card``."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Reports:
     html: Annotated[
         Path | None, typer.Option("--html", metavar="FILE", help="Write a page with plots; replaces FILE.")
     ] = None
-    card: Annotated[bool, typer.Option("--card", help="Print the table of qualities for a model card.")] = False
+    card: Annotated[bool, typer.Option("--card", help="Print the quality table for a model card.")] = False
 
     @property
     def files(self) -> ReportFiles:
@@ -45,7 +45,7 @@ class Reports:
         return {"--junit": self.junit, "--summary": self.summary, "--html": self.html, "--card": self.card}
 
     def print_card(self, verifications: Sequence[Verification], console: Console) -> None:
-        """Print the table of qualities, if it was asked for and anything was verified."""
+        """Print the quality table, if it was requested and something was verified."""
         if not self.card or not verifications:
             return
         from gemma2tool.verify.reports import markdown

@@ -139,7 +139,7 @@ class Console:
     # -- messages ------------------------------------------------------------------------------------------------------
 
     def note(self, message: object) -> None:
-        """Print a remark that can be ignored to stderr."""
+        """Print to stderr a remark that can be ignored."""
         if not self.quiet:
             self._line(True, (one_line(message), "dim"))
 
@@ -189,7 +189,7 @@ class Console:
 
             class RichConsole(_Console):
                 def on_broken_pipe(self) -> None:
-                    raise BrokenPipeError  # the command line decides what that means, not rich
+                    raise BrokenPipeError  # the command line handles it, not rich
 
             stream = self._stderr if err else self._stdout
             console = RichConsole(

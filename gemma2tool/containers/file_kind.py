@@ -73,7 +73,7 @@ def refuse_foreign(reader: FileReader, expected: str) -> None:
     """Raises ``InputRefused`` that says what an open file is, if that can be seen and is not ``expected``: a name of
     ``FileKind``, or empty.
 
-    For a reader whose container the file is not; what the reader says itself is less than this.
+    Readers call it before they report that the file is not their container, because this message is more specific.
     """
     kind = _identify_open(reader)
     if kind is not None and kind.name != expected:

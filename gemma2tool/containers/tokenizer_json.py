@@ -142,5 +142,5 @@ def _leaves_no_space(normalizer: list[dict[str, Any]]) -> bool:
 
 
 def objects(value: object) -> list[dict[str, Any]]:
-    """The objects in a list; nothing else of it."""
+    """The items of a list that are objects."""
     return [entry for entry in value if isinstance(entry, dict)] if isinstance(value, list) else []

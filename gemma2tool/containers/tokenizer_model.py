@@ -228,7 +228,7 @@ def encode(
     *,
     byte_fallback: bool = True,
 ) -> bytes:
-    """A model file with Gemma's settings: BPE, digits split, bytes as the last resort, and the ``normalizer`` given.
+    """A model file with Gemma's settings: BPE, digits split, byte fallback, and the ``normalizer`` given.
 
     ``special`` has the ids of ``unk``, ``bos``, ``eos`` and ``pad``; an absent one is written as -1.
     """

@@ -116,8 +116,8 @@ def _unpacked(tensors: dict[str, LazyTensor], checkpoint: Checkpoint, keys: Sequ
 
 
 def _table_tensors(tensors: Mapping[str, LazyTensor], checkpoint: Checkpoint) -> dict[str, LazyTensor]:
-    """Without what such files may hold beyond the tensor table: rotary buffers, and an lm_head equal to the
-    embedding.
+    """The tensors without those that files may contain beyond the tensor table: rotary buffers, and an lm_head equal
+    to the embedding.
     """
     without_buffers = {name: tensor for name, tensor in tensors.items() if not name.endswith(".rotary_emb.inv_freq")}
     without_head = drop_equal_head(without_buffers, checkpoint.config)

@@ -1,8 +1,8 @@
 """What the programs that run a format's files compute whatever the config says.
 
 Sources: llama.cpp's gemma2 graph and hparams; mlx-lm 0.32 ``models/gemma2.py``; keras-hub 0.32 ``models/gemma``;
-torchtune's ``models/gemma2``; transformers 5.23 ``modeling_gguf_pytorch_utils.py``. Each was seen in logits, beside
-gemma2tool's own forward pass.
+torchtune's ``models/gemma2``; transformers 5.23 ``modeling_gguf_pytorch_utils.py``. Each was confirmed by comparing
+logits with gemma2tool's own forward pass.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""A model's tokenizer in canonical form: what every format's reader makes of its files and keys, and every writer
-starts from.
+"""A model's tokenizer in canonical form: what every format's reader produces from its files and keys, and what every
+writer starts from.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 DEFAULT_TEMPLATE = "default"
 
 _PLACEHOLDER = "\ufdd0"
-"""Begins the texts of pieces that no text leads to; a code point that is not a character."""
+"""Prefix of the texts of pieces that cannot occur in a text: a code point that is not a character."""
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 _GEMMAS_PLAIN_TOKENS = ("<mask>", "<2mass>", "[@BOS@]")

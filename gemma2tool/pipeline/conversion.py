@@ -108,7 +108,7 @@ def _opened(request: ConversionRequest, stack: ExitStack) -> Checkpoint:
 
 
 def _split_into_folder(request: ConversionRequest) -> ConversionRequest:
-    """A split GGUF is a folder of files, named for the file that was asked for."""
+    """A split GGUF is a folder of files, named after the requested file."""
     if request.destination.suffix.lower() != ".gguf" or not request.options.split.is_asked:
         return request
     folder = request.destination.with_suffix("")
@@ -117,7 +117,7 @@ def _split_into_folder(request: ConversionRequest) -> ConversionRequest:
 
 
 def shared(source: Checkpoint) -> Checkpoint:
-    """``source`` with tensors that several outputs go through in one pass."""
+    """``source`` with tensors that several outputs read in one pass."""
     return replace(source, tensors={name: SharedRows(tensor) for name, tensor in source.tensors.items()}, closers=[])
 
 

@@ -109,7 +109,7 @@ def _input_files(request: ConversionRequest) -> list[Path]:
 
 
 def _refuse_foreign_folder(destination: Path) -> None:
-    """``--force`` replaces checkpoints only: a folder of anything else could be lost by a typing error."""
+    """``--force`` replaces checkpoints only: a folder with other content could be lost by a typing error."""
     if not destination.is_dir() or not any(destination.iterdir()):
         return
     try:

@@ -31,7 +31,7 @@ ProgressCallback = Callable[[ProgressEvent], None]
 
 
 def as_progress(callback: ProgressCallback | None) -> Progress | None:
-    """The callback as what the work reports to; None for none."""
+    """The callback as the interface that the work reports to; None without a callback."""
     if callback is None:
         return None
 

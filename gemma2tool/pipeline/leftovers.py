@@ -12,7 +12,7 @@ from gemma2tool.storage.staging.clean import Leftover as Leftover
 
 
 def remove_leftovers(path: Path, *, dry_run: bool = False) -> list[Leftover]:
-    """Remove them, or only find them; a list of what was there. What a running process works on stays."""
+    """Remove them, or only list them; returns the list. What a running process works on is kept."""
     leftovers = staging_clean.clean(path, dry_run=dry_run)
     with suppress(UsageError):  # a name that leaves no room for a receipt's has none
         leftovers += staging_clean.clean(receipt_path(path), dry_run=dry_run)

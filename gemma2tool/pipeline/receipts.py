@@ -72,7 +72,7 @@ def make(
 
 
 def options(asked: WriteOptions) -> dict[str, Any]:
-    """What was asked for beyond the defaults; files (an importance matrix, an adapter) by their names and SHA-256."""
+    """The options that differ from the defaults; files (importance matrix, adapter) by their names and SHA-256."""
     return {name: _plain(value) for name, value in sorted(asked.given().items())}
 
 

@@ -25,7 +25,7 @@ class ReportFiles:
 
     @property
     def by_option(self) -> dict[str, Path]:
-        """The files that were asked for, by the command line's options."""
+        """The requested files, by the command line's options."""
         named = {"--junit": self.junit, "--summary": self.summary, "--html": self.html}
         return {option: path for option, path in named.items() if path is not None}
 
@@ -47,7 +47,7 @@ class ReportFiles:
             refuse_overwriting_input(others, path)
 
     def write(self, verifications: Sequence[Verification]) -> None:
-        """Write what was asked for; nothing where nothing was verified."""
+        """Write the requested reports; none if nothing was verified."""
         if not verifications or not self.by_option:
             return
         from gemma2tool.verify.reports import junit, markdown, page

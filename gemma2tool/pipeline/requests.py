@@ -35,7 +35,7 @@ class Checks:
 
     @classmethod
     def of(cls, tokens: Path | str | None, text: Path | str | None, gates: Mapping[str, float] | None) -> Checks:
-        """From paths as texts or ``Path``."""
+        """From paths as strings or ``Path``."""
         return cls(
             tokens=None if tokens is None else Path(tokens),
             text=None if text is None else Path(text),

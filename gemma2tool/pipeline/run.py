@@ -48,7 +48,7 @@ class ConversionResult:
     """What was written, and what its verification says.
 
     ``nbytes``: size of the output. ``seconds``: to write it. ``source_bytes``: read from the source by this run.
-    ``verification``: None where it was not asked for; then nothing is claimed. ``receipt``: where it was written, if it
+    ``verification``: None if it was not requested; then nothing is claimed. ``receipt``: where it was written, if it
     was. ``tensors``: in the output; ``resumed_tensors``: of these, completed by an earlier run. ``clipped``: values
     clipped to the largest float16, by tensor. ``losses``: (canonical name, largest absolute loss) of tensors that the
     target's convention rounds.
@@ -72,7 +72,7 @@ class ConversionResult:
         return self.verification is None or self.verification.passed
 
     def sentence(self) -> str:
-        """One line for a person."""
+        """One line for people."""
         if not self.written:
             return f"{self.destination}: NOT written, the verification failed"
         rate = self.source_bytes / max(self.seconds, 1e-9) / 1e6

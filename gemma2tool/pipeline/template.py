@@ -1,8 +1,8 @@
-"""A chat template rendered: it is a program, and comes with the checkpoint.
+"""Renders a chat template, which is a program that comes with the checkpoint.
 
-jinja2's sandbox keeps it from the machine, but lets it loop for ever, take all memory, and Python's own errors out.
-Here it is compiled and run in a fork with bounds of its own, and whatever it raises is a refusal. Where a system cannot
-fork, only the time between two lines of Python is bounded.
+jinja2's sandbox denies it access to the machine, but does not prevent endless loops, unlimited memory or Python's own
+exceptions. Here it is compiled and run in a fork with limits, and any exception becomes a refusal. On systems without
+fork, only the time between two lines of Python is limited.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from gemma2tool.storage.quoting import quoted
 MAX_TEMPLATE_CHARS = 1 << 18
 MAX_TEXT_CHARS = 1 << 20
 SECONDS = 2
-"""Of processor time; a template of Gemma's takes some thousandths of one."""
+"""Of processor time; Gemma's templates take a few milliseconds."""
 MEMORY = 256 << 20
 _ROOM = 1 << 10
 
 
 class _TooLong(Exception):
-    """The time is over."""
+    """The time limit was reached."""
 
 
 def render(template: str, values: Mapping[str, Any], where: str) -> str:
     """The text of ``template`` for ``values``. Raises InputRefused (``template.*``), naming ``where``, if it cannot be
-    had.
+    rendered.
     """
     import jinja2.sandbox  # noqa: F401 - before the fork, so that it is loaded once
 
@@ -70,7 +70,7 @@ def _outcome(template: str, values: Mapping[str, Any]) -> str:
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Environment(ImmutableSandboxedEnvironment):
-        intercepted_binops = frozenset({"**"})  # one step of which can take for ever
+        intercepted_binops = frozenset({"**"})  # a single step of these can take forever
 
         def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> NoReturn:
             raise TemplateError(f"{operator} is not calculated")

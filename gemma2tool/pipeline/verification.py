@@ -102,7 +102,7 @@ def verify_output(
 
 @dataclass(frozen=True, kw_only=True)
 class DiffRequest:
-    """Two checkpoints to compare, neither of which is the truth. ``with_logits``: run both forward passes too."""
+    """Two checkpoints to compare, neither of which is the reference. ``with_logits``: run both forward passes too."""
 
     a: Path
     b: Path
@@ -113,7 +113,7 @@ class DiffRequest:
 
 
 def diff(request: DiffRequest, progress: Progress | None = None) -> Difference:
-    """What two checkpoints have in common: tensors as values, config, tokenizer, logits."""
+    """How two checkpoints differ: tensors as values, config, tokenizer, logits."""
     from gemma2tool.verify.difference import diff as compare
 
     config = resolve_config(request.config)

@@ -78,7 +78,7 @@ def _names_gate(candidate: Checkpoint, receipt: Receipt) -> GateResult:
     extra = sorted(candidate.tensors.keys() - receipt.shapes.keys())
     findings += [Finding(gate, "error", name, "is in the candidate, but not in the receipt") for name in extra]
     metrics = {"receipt_tensors": len(receipt.shapes), "candidate_tensors": len(candidate.tensors)}
-    summary = f"all {len(receipt.shapes)} tensors of the receipt are there, in their shapes"
+    summary = f"all {len(receipt.shapes)} tensors of the receipt are there, with the same shapes"
     return _result(gate, summary, metrics, findings)
 
 
@@ -96,7 +96,7 @@ def _tokenizer_gate(candidate: Checkpoint, receipt: Receipt) -> GateResult:
             else "the tokenizer.model is missing or cannot be loaded"
         )
         findings.append(Finding(gate, "error", "tokenizer.model", message))
-    return _result(gate, "pieces, scores and kinds are those of the receipt", metrics, findings)
+    return _result(gate, "pieces, scores and types are those of the receipt", metrics, findings)
 
 
 def _files_gate(candidate: Checkpoint, receipt: Receipt, threads: int, advance: Advance) -> GateResult:

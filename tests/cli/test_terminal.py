@@ -227,7 +227,7 @@ def test_verification_names_every_gate_and_the_verdict() -> None:
     for gate in ("completeness", "tokenizer", "tensors", "logits", "distribution"):
         assert sum(bool(re.match(rf"\S+ {gate} ", line)) for line in lines) == 1
     assert "and 8 more" in out.getvalue(), "findings beyond the limit are counted"
-    assert lines[-1] == "FAILED: 20 findings (not looked at: tokenizer)"
+    assert lines[-1] == "FAILED: 20 findings (not compared: tokenizer)"
     shown, out, _ = console()
     render_verification(verification(status="passed"), shown)
     assert out.getvalue().splitlines()[-1].startswith("PASSED: the same model, within q8_0 tolerance")

@@ -194,5 +194,5 @@ def test_the_environment_selects_the_instruction_set(name, expected):
 
 
 def test_an_unsupported_instruction_set_is_refused():
-    with pytest.raises(ValueError, match="no instruction set 'avx1024'"):
+    with pytest.raises(ValueError, match="instruction set 'avx1024'"):
         kernels.use_instruction_set("avx1024")

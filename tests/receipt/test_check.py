@@ -29,7 +29,7 @@ def test_an_output_is_verified_without_its_source(outputs: Path, name: str) -> N
     last_line = run("verify", outputs / name, "--quiet").stdout.splitlines()[-1]
     assert (
         last_line
-        == f"PASSED: matches its receipt (verified as {kind} when the receipt was written) (not looked at: tokenizer)"
+        == f"PASSED: matches its receipt (verified as {kind} when the receipt was written) (not compared: tokenizer)"
     )
     result = run("verify", outputs / name, "--json", "--quiet")
     assert result.exit_code == 0, result.output

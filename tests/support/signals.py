@@ -6,7 +6,8 @@ import signal
 
 
 def accept_interrupts() -> None:
-    """A ``preexec_fn`` for a child that is sent SIGINT: if the tests run as a background job of a script, the shell makes
-    them ignore the signal, and their children inherit that.
+    """A ``preexec_fn`` for a child that will be sent SIGINT.
+
+    A script's background jobs ignore the signal, and their children inherit that.
     """
     signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -19,7 +19,7 @@ ENTRIES = (
         "a group keeps its links in a fractal heap, which is not read",
         "save it again with a current Keras",
     ),
-    refused("hdf5.dtype", "an array does not hold floating-point values", _KERAS),
+    refused("hdf5.dtype", "an array does not hold floating-point values", "check that the file is a Gemma 2 model"),
     refused("hdf5.duplicate-name", "a group holds a name twice", _KERAS),
     refused("hdf5.empty", "an array has no values", _KERAS),
     refused("hdf5.extent", "the values of an array lie outside the file", _KERAS),

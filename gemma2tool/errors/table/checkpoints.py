@@ -15,7 +15,7 @@ ENTRIES = (
     ),
     refused(
         "checkpoint.missing-tensor",
-        "tensors that the config asks for are missing",
+        "tensors that the config requires are missing",
         "the checkpoint is incomplete: download it again, or check num_hidden_layers in its config",
     ),
     refused(
@@ -25,7 +25,7 @@ ENTRIES = (
     ),
     refused(
         "checkpoint.shape",
-        "a tensor has another shape than the config asks for",
+        "a tensor has another shape than the config requires",
         "the config contradicts the weights: pass the right one with --config",
     ),
     refused(
@@ -40,8 +40,8 @@ ENTRIES = (
     ),
     refused(
         "format.mismatch",
-        "programs that read the format would compute something else than this model",
-        "choose another format, or write it all the same with --allow-mismatch",
+        "programs that read the format would compute something other than this model",
+        "choose another format, or write it anyway with --allow-mismatch",
     ),
     refused(
         "format.no-place", "the format cannot hold one of the tensors", "write a Hugging Face folder instead: --to hf"
@@ -63,7 +63,7 @@ ENTRIES = (
         "the format cannot hold the quantization type",
         "choose a .gguf file or a Hugging Face folder",
     ),
-    refused("hf.no-weights", "the folder has no weights", "download the weights, too"),
+    refused("hf.no-weights", "the folder has no weights", "download the weights"),
     refused(
         "keras.archive",
         "a .keras archive, not a preset",
@@ -111,7 +111,7 @@ ENTRIES = (
     refused("lora.part", "a pair of LoRA matrices is incomplete", _ADAPTER),
     refused(
         "lora.pattern",
-        "target_modules is a pattern that is not read, or could match for ever",
+        "target_modules is a pattern that is not read, or could match forever",
         "list the modules by name",
     ),
     refused("lora.rank", "the rank of the matrices is not the config's", _ADAPTER),
@@ -134,10 +134,14 @@ ENTRIES = (
         "an array is compressed in a way that is not read",
         "save it again with Orbax's default settings",
     ),
-    refused("orbax.dtype", "an array does not hold floating-point values", _DOWNLOAD),
+    refused("orbax.dtype", "an array does not hold floating-point values", "check that it is a Gemma 2 checkpoint"),
     refused("orbax.expands", "a small file would expand to far more bytes than weights do", _DOWNLOAD),
     refused("orbax.link", "the checkpoint contains a symbolic link", "replace the link by a copy"),
-    refused("orbax.metadata", "the metadata of an array is damaged or of a kind that is not read", _DOWNLOAD),
+    refused(
+        "orbax.metadata",
+        "the metadata of an array is damaged or of a kind that is not read",
+        "download the checkpoint again, or save it with Orbax's default settings",
+    ),
     refused("orbax.missing", "the folder holds no Orbax checkpoint", "give the checkpoint's folder"),
     refused("orbax.missing-chunk", "a part of an array is missing", _DOWNLOAD),
     refused("orbax.shape", "the shape or the chunks of an array are impossible", _DOWNLOAD),

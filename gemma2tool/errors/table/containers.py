@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from gemma2tool.errors.entry import refused, usage
 
-_DOWNLOAD = "the file is damaged or hostile: download it again"
+_DOWNLOAD = "the file is not a valid GGUF: download it again, or convert the model again"
 _JSON = "correct the file, or download it again"
 _YAML = "download the checkpoint again"
 _SAFETENSORS = "the file is damaged or was not written by safetensors: download it again"
@@ -93,7 +93,11 @@ ENTRIES = (
     refused("safetensors.name-too-long", "a tensor has a longer name than is accepted", _SAFETENSORS),
     refused("safetensors.overlap", "two tensors overlap", _SAFETENSORS),
     refused("safetensors.shape", "a tensor's shape is not a list of sizes", _SAFETENSORS),
-    refused("safetensors.tensor-fields", "a tensor has not exactly dtype, shape and data_offsets", _SAFETENSORS),
+    refused(
+        "safetensors.tensor-fields",
+        "the fields of a tensor are not exactly dtype, shape and data_offsets",
+        _SAFETENSORS,
+    ),
     refused("safetensors.tensor-invalid-info", "a tensor's offsets contradict its shape and dtype", _SAFETENSORS),
     refused("safetensors.too-many-tensors", "the file has more tensors than are accepted", _SAFETENSORS),
     refused("safetensors.trailing-bytes", "bytes follow the last tensor", _SAFETENSORS),

@@ -16,7 +16,7 @@ ENTRIES = (
     ),
     usage(
         "config.needed",
-        "the checkpoint has no config, and its tensors do not tell which model it is",
+        "the checkpoint has no config, and its tensors do not determine which model it is",
         "pass the model's config.json, or 2b, 9b or 27b, with --config",
     ),
     refused("config.not-an-object", "the config is not a JSON object", _CONFIG),
@@ -26,7 +26,7 @@ ENTRIES = (
     refused("config.rope", "the rotary settings of the config are not one flat object", _CONFIG),
     refused(
         "config.shape",
-        "a tensor that tells the model's size is missing or not a matrix",
+        "a tensor that determines the model's size is missing or not a matrix",
         "pass the config with --config",
     ),
     refused(
@@ -83,7 +83,7 @@ ENTRIES = (
     refused(
         "sentencepiece.damaged",
         "the tokenizer is not a SentencePiece model",
-        "download the tokenizer again; a Git LFS pointer is a common cause",
+        "download the tokenizer again",
     ),
     refused("template.broken", "the chat template cannot be rendered", "use --raw to pass the prompt unchanged"),
     refused(
@@ -123,5 +123,5 @@ ENTRIES = (
         "values are too large for float16",
         "use --dtype bf16 or f32, another type, or --clip-f16",
     ),
-    refused("weights.nonfinite", "weights are NaN or infinite", "the checkpoint is damaged: download it again"),
+    refused("weights.nonfinite", "weights are NaN or infinite", "use another copy of the checkpoint"),
 )

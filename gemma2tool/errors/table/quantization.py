@@ -15,7 +15,7 @@ ENTRIES = (
     refused(
         "bnb.saved-after-forward",
         "bitsandbytes saved the model after a forward pass on CPU, which rearranged its scales",
-        "libraries load this and compute nonsense: quantize again and save before the first forward pass",
+        "libraries load this and compute wrong values: quantize again and save before the first forward pass",
     ),
     refused("bnb.state", "a quant_state is damaged or contradicts its tensor", _DOWNLOAD),
     refused(
@@ -37,7 +37,7 @@ ENTRIES = (
     usage(
         "calibration.type",
         "no calibration exists for this type",
-        "choose a type that can be calibrated, or leave it out",
+        "choose a type that can be calibrated, or leave out --calibration",
     ),
     refused("compressed.config", "the compressed-tensors scheme is not read", "use one scheme for the whole model"),
     refused("compressed.order", "the order of columns names a group that does not exist", _DOWNLOAD),
@@ -49,19 +49,19 @@ ENTRIES = (
     refused(
         "gptq.act-order",
         "groups are in act-order, but the config says desc_act false",
-        "vLLM would ignore the order and compute nonsense: set desc_act to true in config.json",
+        "vLLM would ignore the order and compute wrong values: set desc_act to true in config.json",
     ),
     refused("gptq.config", "the GPTQ format or number of bits is not read", "use 4 or 8 bits in gptq or gptq_v2"),
     refused("gptq.g-idx", "g_idx names a group that does not exist", _DOWNLOAD),
     refused(
         "gptq.mislabelled",
         "zero points are stored in another convention than the config says",
-        "libraries load this without an error and compute nonsense: correct checkpoint_format in config.json",
+        "libraries load this without an error and compute wrong values: correct checkpoint_format in config.json",
     ),
     refused(
         "gptq.symmetric",
         "zero points differ from group to group, but the config says sym true",
-        "vLLM would ignore them and compute nonsense: set sym to false in config.json",
+        "vLLM would ignore them and compute wrong values: set sym to false in config.json",
     ),
     refused("imatrix.damaged", "the file is not an importance matrix", _IMATRIX),
     refused("imatrix.empty", "the importance matrix has no entries", _IMATRIX),
@@ -107,7 +107,7 @@ ENTRIES = (
     refused(
         "quantize.nonfinite",
         "NaN or infinite weights cannot be quantized",
-        "the checkpoint is damaged: download it again",
+        "use another copy of the checkpoint",
     ),
     usage(
         "quantize.nothing",

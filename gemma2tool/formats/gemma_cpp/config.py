@@ -90,7 +90,7 @@ def read(data: bytes, path: Path, base: Gemma2Config | None) -> Gemma2Config:
         raise _refused(path, "its layers differ from one another or are missing")
     layer = layers[0]
     if layer.get("post_norm") != 1 or layer.get("use_qk_norm") or layer.get("type", 0) != 0:
-        raise _refused(path, "its layers are not Gemma 2's (norms after attention, none of queries and keys)")
+        raise _refused(path, "its layers are not Gemma 2's (norms after attention, no norms of queries and keys)")
     windows, length = record.get("attention_window_sizes", []), record["max_seq_len"]
     if len(windows) != len(layers):
         raise _refused(path, "does not have one attention window for each layer")

@@ -75,7 +75,7 @@ def _filled(codes: LazyTensor, first: int, last: int, length: int | None = None)
 def interleaved(codes: LazyTensor, values: int) -> bool:
     """Whether a NUQ stream of ``values`` has each group's centers before its indices.
 
-    Centres ascend within a group; the first bytes of a stream with all centers in front ascend in every sixteen.
+    Centers ascend within a group; the first bytes of a stream with all centers in front ascend in every sixteen.
     """
     groups = min(-(-values // GROUP), _TABLE_SAMPLE)
     centers = sfp.decoding()[codes.load_rows(0, groups * CLUSTERS)].reshape(-1, CLUSTERS)

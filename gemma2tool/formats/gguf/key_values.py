@@ -145,7 +145,7 @@ class KeyReader:
     @overload
     def texts(self, key: str, default: T) -> Sequence[str] | T: ...
     def texts(self, key: str, default: object = _REQUIRED) -> object:
-        value = self._get(key, default, "a list of texts", lambda v: v.element_type == gguf.STRING)
+        value = self._get(key, default, "a list of strings", lambda v: v.element_type == gguf.STRING)
         return default if value is None else value.value
 
     @overload

@@ -87,7 +87,7 @@ def _authorship_keys(checkpoint: Checkpoint, warnings: list[str]) -> list[KeyVal
     try:
         metadata = Metadata.apply_metadata_heuristic(Metadata(), card, dict(checkpoint.config.extra), Path(name), total)
     except (TypeError, ValueError, AttributeError, KeyError):
-        warnings.append("README.md: its front matter is not that of a model card: none of it is kept")
+        warnings.append("README.md: its front matter is not that of a model card and is ignored")
         metadata = Metadata.apply_metadata_heuristic(Metadata(), {}, dict(checkpoint.config.extra), Path(name), total)
     keys: list[KeyValue] = []
     _add(keys, "name", metadata.name or name)

@@ -35,10 +35,10 @@ _SAMPLING = {
 
 
 def tokenizer_assets(keys: KeyReader) -> Assets:
-    """The canonical tokenizer and the files made from it, read when they are asked for.
+    """The canonical tokenizer and the files made from it, read when they are requested.
 
-    No files where the GGUF has no vocabulary. Raises ``InputRefused`` (``gguf.tokenizer``) for a tokenizer of another
-    kind than Gemma's.
+    There are no files if the GGUF has no vocabulary. Raises ``InputRefused`` (``gguf.tokenizer``) for a tokenizer of
+    another kind than Gemma's.
     """
     if keys.texts("tokenizer.ggml.tokens", None) is None:
         return Assets({}, lambda assets, config: Tokenizer(chat_templates=_templates(keys)), derived=True)
@@ -100,7 +100,7 @@ def _roles(keys: KeyReader, tokens: list[str]) -> dict[str, int]:
 
 
 def _pieces(tokens: list[Piece], roles: Mapping[str, int]) -> list[Piece]:
-    """SentencePiece's vocabulary. It takes no empty, repeated or non-UTF-8 pieces; no text leads to those either."""
+    """SentencePiece's vocabulary. It accepts no empty, repeated or non-UTF-8 pieces, and no text produces them."""
     pieces = []
     seen: set[str] = set()
     for token, (text, score, type) in enumerate(tokens):
@@ -122,8 +122,8 @@ def _pieces(tokens: list[Piece], roles: Mapping[str, int]) -> list[Piece]:
 def _added_tokens(tokens: list[Piece], roles: Mapping[str, int]) -> dict[int, AddedToken]:
     """The tokens that are found in a text before it is cut into pieces.
 
-    A control token is special; what the source said is not known of those that the converter makes control tokens for
-    their looks alone.
+    A control token is special; for those that the converter makes control tokens because of their text alone, the
+    source's flag is unknown.
     """
     added = {}
     for token, piece in enumerate(tokens):

@@ -70,7 +70,7 @@ def read_scaling(keys: KeyReader) -> dict[str, object] | None:
 
 
 def scaling_problem(config: Gemma2Config) -> str | None:
-    """Why no key says the config's rotary scaling; None if there is none, or llama.cpp reads it."""
+    """Why no key can represent the config's rotary scaling; None if it has none, or if llama.cpp reads it."""
     scaling = comparable_scaling(config.rope_scaling or {})
     kind = scaling.get("rope_type", "linear")
     if kind not in ("linear", "yarn"):

@@ -2,8 +2,8 @@
 
 With tokenizer.model, tokenizer.json and tokenizer_config.json the keys are the converter's, byte for byte. Where it
 would fail or write a broken file (tokenizer.json alone, no tokenizer_config.json, an eos list in the config), they hold
-what the other files state, and ``warnings`` name what no file states. A chat_template.jinja beside a template in
-tokenizer_config.json wins, as in transformers; the converter takes the other one.
+what the other files state, and ``warnings`` name what no file states. A chat_template.jinja takes precedence over a
+template in tokenizer_config.json, as in transformers; the converter uses the latter.
 """
 
 from __future__ import annotations

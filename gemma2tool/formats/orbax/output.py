@@ -145,7 +145,7 @@ def _placeholders(parameters: Sequence[Parameter]) -> bytes:
 
 
 def _msgpack(value: object) -> bytes:
-    """Maps and texts in MessagePack."""
+    """Maps and strings in MessagePack."""
     if isinstance(value, Mapping):
         size = len(value)
         head = bytes([0x80 | size]) if size < 16 else b"\xde" + struct.pack(">H", size)

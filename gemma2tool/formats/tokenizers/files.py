@@ -90,7 +90,7 @@ class TokenizerFiles:
         return tokens
 
     def chat_templates(self) -> dict[str, str]:
-        """By name; files of their own win over tokenizer_config.json, as in transformers."""
+        """By name; separate files take precedence over tokenizer_config.json, as in transformers."""
         if self.templates:
             return dict(self.templates)
         template = (self.config or {}).get("chat_template")

@@ -1,4 +1,4 @@
-"""Which ids are bos, eos, unk and pad, and whether a text gets them: the rules of llama.cpp's converter, its gaps
+"""Which ids are bos, eos, unk and pad, and whether a text gets them: the rules of llama.cpp's converter, with its gaps
 filled.
 """
 
@@ -62,7 +62,7 @@ def read_roles(files: TokenizerFiles, texts: Sequence[str], config: Gemma2Config
 def _fill_gaps(
     roles: Roles, files: TokenizerFiles, named: Mapping[str, str], places: Mapping[str, int], config: Gemma2Config
 ) -> None:
-    """What the converter leaves out though the files tell it: llama.cpp would use its own defaults, not Gemma's."""
+    """Fills in what the files state and the converter omits: llama.cpp would use its own defaults, not Gemma's."""
     needed = ("bos", "eos") if files.config is not None else ("bos", "eos", "unk", "pad")
     for role in needed:
         text = named.get(role, GEMMA_TOKENS[role])

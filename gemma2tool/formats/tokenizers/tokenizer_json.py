@@ -86,7 +86,7 @@ def with_control_pieces(pieces: Sequence[Piece], roles: Mapping[str, int]) -> li
 
 
 def json_normalizer(tokenizer: Object) -> NormalizerSpec:
-    """A space that is put before a text (``Prepend``); nothing else that a file may do has a place there."""
+    """The space that is put before a text (``Prepend``). The model file cannot represent any other step."""
     flat = flat_steps(tokenizer.get("normalizer"), "normalizers")
     return NormalizerSpec(add_dummy_prefix=any(step == _PREPEND for step in flat))
 

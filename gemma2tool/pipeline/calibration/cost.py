@@ -40,7 +40,7 @@ class Cost:
     shape: tuple[int, int]
 
     def sentence(self) -> str:
-        """One line for a person."""
+        """One line for people."""
         sequences, length = self.shape
         threads = f"{self.threads} thread{'s' if self.threads > 1 else ''}"
         return (

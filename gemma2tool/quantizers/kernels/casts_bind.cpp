@@ -21,14 +21,14 @@ void cast(const std::string& from, const std::string& to, uintptr_t in, uintptr_
               : pair == "bf16>f16" ? k.bf16_to_f16
               : pair == "f16>bf16" ? k.f16_to_bf16
                                    : nullptr;
-    if (!f) throw nb::value_error(("no cast " + pair).c_str());
+    if (!f) throw nb::value_error(("unsupported conversion: " + pair).c_str());
     nb::gil_scoped_release release;
     f((const void*)in, (void*)out, n);
 }
 
 size_t count_nonfinite(const std::string& type, uintptr_t in, size_t n) {
     const CastKernels& k = cast_kernels::chosen();
-    if (type != "f32" && type != "f16" && type != "bf16") throw nb::value_error(("no such float: " + type).c_str());
+    if (type != "f32" && type != "f16" && type != "bf16") throw nb::value_error(("unknown float type: " + type).c_str());
     nb::gil_scoped_release release;
     if (type == "f32") return k.nonfinite_f32((const void*)in, n);
     return k.nonfinite_16((const void*)in, n, type == "f16" ? 0x7c00 : 0x7f80);

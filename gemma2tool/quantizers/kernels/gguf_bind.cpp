@@ -17,7 +17,7 @@ const BlockKernel& kernel(const std::string& type) {
     if (type == name) return gguf_##id::chosen();
     GGUF_BLOCK_TYPES(X)
 #undef X
-    throw nb::value_error(("no kernel for " + type).c_str());
+    throw nb::value_error(("unknown GGUF type: " + type).c_str());
 }
 
 void quantize(const std::string& type, uintptr_t x, uintptr_t importance, int64_t rows, int64_t cols, uintptr_t out) {
@@ -39,14 +39,14 @@ void set_grid(const std::string& name, nb::bytes coordinates) {
         if (name != names[g]) continue;
         const uint8_t* c = (const uint8_t*)coordinates.c_str();
         if (coordinates.size() != (size_t)sizes[g] * dims[g])
-            throw nb::value_error(("grid of the wrong size: " + name).c_str());
+            throw nb::value_error(("wrong grid size for " + name).c_str());
         for (size_t i = 0; i < coordinates.size(); ++i)
             if (c[i] >= (dims[g] == 8 ? 3 : 8))
-                throw nb::value_error(("grid with a coordinate out of range: " + name).c_str());
+                throw nb::value_error(("grid coordinate out of range for " + name).c_str());
         set_gguf_grid((GridName)g, c, sizes[g]);
         return;
     }
-    throw nb::value_error(("no grid " + name).c_str());
+    throw nb::value_error(("unknown grid: " + name).c_str());
 }
 
 }  // namespace

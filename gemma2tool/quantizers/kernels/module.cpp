@@ -26,7 +26,7 @@ NB_MODULE(_native, m) {
         "use_instruction_set",
         [](const std::string& name) {
             if (!kernels::use_instruction_set(name.c_str()))
-                throw nb::value_error(("this machine has no instruction set '" + name + "'").c_str());
+                throw nb::value_error(("unsupported instruction set '" + name + "'").c_str());
         },
         nb::arg("name"));
 #define F(family) register_##family(m);

@@ -44,7 +44,7 @@ def compare_names(source: Checkpoint, candidate: Checkpoint, *, sides: Sides = S
         for files in candidate.loader_files
     ]
     if not findings:
-        summary = f"all {len(source.tensors)} tensors, each in its shape, and no others"
+        summary = f"all {len(source.tensors)} tensors, with the right shapes, and no others"
         summary += f"; {len(unread)} warning{'s' * (len(unread) != 1)}" if unread else ""
         return GateResult(GATE, "passed", summary, metrics, tuple(unread))
     first = findings[0]

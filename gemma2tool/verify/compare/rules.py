@@ -80,7 +80,7 @@ def rule_for(source: LazyTensor, candidate: LazyTensor, *, is_expected: bool) ->
 
 
 def cast(rows: Array, stored: str, dtype: DType) -> Array:
-    """``rows`` as a candidate must return them that stores ``stored`` and returns ``dtype``: rounded once, to nearest,
+    """``rows`` as a candidate that stores ``stored`` and returns ``dtype`` must return them: rounded once, to nearest,
     ties to even."""
     target = dtype if dtype == rows.dtype == np.float64 else FLOAT_DTYPES.get(stored, dtype)
     if rows.dtype != target:

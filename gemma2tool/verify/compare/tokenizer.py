@@ -23,7 +23,7 @@ from gemma2tool.verify.finding import SIDES, Finding, GateResult, Sides
 
 __all__ = ["DIFFICULT", "GATE", "compare_tokenizers", "text_pieces"]
 
-# Each takes another way through Gemma's tokenizer: leading, repeated and trailing spaces, runs of newlines and tabs,
+# Each exercises another part of Gemma's tokenizer: leading, repeated and trailing spaces, runs of newlines and tabs,
 # digits, accents composed and not, scripts without spaces, joined emoji, bytes without a piece, markup, a space that is
 # not U+0020, special tokens in the middle of text.
 DIFFICULT = (
@@ -262,7 +262,7 @@ def _added_flags(left: Tokenizer, right: Tokenizer, sides: Sides) -> Iterator[Fi
 
 
 def _unknown_special(left: Tokenizer, right: Tokenizer, tokens: list[int]) -> Iterator[Finding]:
-    """Tokens of which a side does not say whether they are special, or that programs call special by their looks."""
+    """Tokens for which a side does not say whether they are special, or that programs treat as special by text."""
     wrong = [token for token in tokens if left.added_tokens[token].is_special != right.added_tokens[token].is_special]
     if wrong:
         first = wrong[0]

@@ -1,4 +1,4 @@
-"""tokenizer.json against tokenizer.json: would the same text become other ids, or the same ids another text?
+"""tokenizer.json against tokenizer.json: would the same text give different ids, or the same ids a different text?
 
 Decided from the contents, with no library to run them: spellings that mean the same are brought to one form
 (``containers.tokenizer_json``), and whatever differs then is a difference.
@@ -64,7 +64,7 @@ def _models(left: Object, right: Object, sides: Sides) -> Iterator[Finding]:
     for name in sorted(options[0].keys() | options[1].keys()):
         values = options[0].get(name), options[1].get(name)
         if name == "unk_token" and None in values and all(map(spells_every_byte, models)):
-            continue  # no text leads to it
+            continue  # no text produces it
         if values[0] != values[1]:
             yield _error(f"{name} of {NAME}'s model is {_short(values[0])}, in the {sides[1]} {_short(values[1])}")
 

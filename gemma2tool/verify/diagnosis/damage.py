@@ -117,10 +117,7 @@ def _name_damage(differing: _Differing, candidate: LazyTensor) -> Pattern | None
     span = differing.last - differing.first + 1
     compact = span <= 1.5 * count and span < 0.95 * candidate.size
     if compact and differing.zero == count > 1:
-        template = (
-            f"in {{what}}, {count} values from {first} to {last} are zero: a hole in the file, as an interrupted "
-            "write leaves"
-        )
+        template = f"in {{what}}, {count} values from {first} to {last} are zero: the file has a hole there"
         return Pattern("damage.hole", template, evidence)
     if compact or few or count == 1:
         where = f"one value, at {first}, differs" if count == 1 else f"{count} values from {first} to {last} differ"

@@ -76,7 +76,7 @@ def render_verification(result: Verification, out: Out, *, findings: int = _MAX_
     _render_measurements(result, out)
     for cause in result.causes:
         _render_cause(cause, out)
-    skipped = f" (not looked at: {', '.join(result.skipped)})" if result.skipped else ""
+    skipped = f" (not compared: {', '.join(result.skipped)})" if result.skipped else ""
     failures = len(result.failures)
     verdict = result.verdict if result.passed else f"{failures} finding{'s' * (failures != 1)}"
     out.line(("PASSED", "bold green") if result.passed else ("FAILED", "bold red"), (f": {verdict}{skipped}", ""))
@@ -91,7 +91,7 @@ def render_difference(result: Difference, out: Out, *, findings: int = 4) -> Non
     for part in result.parts:
         _render_gate(part, style, out)
     if result.causes:
-        out.line(("if B was made of A:", "bold"))
+        out.line(("if B was made from A:", "bold"))
     for cause in result.causes:
         _render_cause(cause, out)
     differing = [tensor for tensor in result.tensors if tensor.differing]
