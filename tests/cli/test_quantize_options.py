@@ -21,8 +21,8 @@ from gemma2tool.formats.option_info import option_fields
 from gemma2tool.formats.options import GROUP_SIZES, Calibration, GGUFOptions, PackingOptions, SplitOptions
 from gemma2tool.formats.packings import Settings
 from gemma2tool.model.lazy import ArrayTensor
-from tests.cli.test_commands import assert_refused, run
 from tests.support.checkpoints import SMALL, random_checkpoint, write_checkpoint
+from tests.support.commands import assert_refused, run
 from tests.support.packings import NAME, encoded, spec
 
 CONFIG = dataclasses.replace(

@@ -20,8 +20,8 @@ from gemma2tool.formats import registry
 from gemma2tool.formats.mapping.container_tensors import open_safetensors
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.lazy import ArrayTensor, to_float32
-from tests.cli.test_commands import assert_refused, run
 from tests.support.checkpoints import write_checkpoint
+from tests.support.commands import assert_refused, run
 from tests.support.packings import BF16, to_torch
 
 pytestmark = pytest.mark.slow

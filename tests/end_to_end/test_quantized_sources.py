@@ -12,8 +12,8 @@ import pytest
 from gemma2tool.formats import packings, registry
 from gemma2tool.formats.mapping.container_tensors import open_safetensors
 from gemma2tool.model.checkpoint import Checkpoint
-from tests.cli.test_commands import assert_refused, run
 from tests.support.checkpoints import write_checkpoint
+from tests.support.commands import assert_refused, run
 
 pytestmark = pytest.mark.slow
 
