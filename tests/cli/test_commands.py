@@ -162,6 +162,6 @@ def test_several_types_may_be_written_with_spaces(place: Path) -> None:
     assert sorted(p.name for p in (place / "out").iterdir()) == ["out-q4_0.gguf", "out-q8_0.gguf"]
 
 
-def test_a_lost_tokenizer_is_warned_of(place: Path) -> None:
+def test_a_lost_tokenizer_gets_a_warning(place: Path) -> None:
     result = run("convert", place / "src", place / "out")
     assert result.exit_code == 0 and "no tokenizer" in result.stderr

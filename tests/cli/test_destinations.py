@@ -157,7 +157,7 @@ class TestInputs:
 
 
 class TestRoom:
-    def test_is_asked_for_before_the_first_byte(self, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_is_checked_before_the_first_byte(self, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         full = os.statvfs_result((4096, 4096, 1000, 0, 0, 0, 0, 0, 0, 255))
         monkeypatch.setattr(os, "statvfs", lambda _: full)
         started = time.monotonic()
@@ -180,11 +180,11 @@ class TestFolderOfSeveral:
 
     WORDS = ("quantize", "src", "many", "--type", "q8_0,q4_0")
 
-    def test_goes_when_all_fail(self, place: Path) -> None:
+    def test_is_removed_when_all_fail(self, place: Path) -> None:
         assert run(*self.WORDS, "--gate", "kl=0").exit_code == 1
         assert names(place) == []
 
-    def test_stays_when_it_was_there(self, place: Path) -> None:
+    def test_is_kept_when_it_existed(self, place: Path) -> None:
         (place / "many").mkdir()
         assert run(*self.WORDS, "--gate", "kl=0").exit_code == 1
         assert names(place) == ["many"]

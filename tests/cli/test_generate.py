@@ -76,7 +76,7 @@ def test_a_hostile_template_stays_in_its_sandbox(fixture_dir: Path) -> None:
             PromptTokenizer(checkpoint).chat("hi")
 
 
-def test_devices_that_are_none_or_not_there(fixture_dir: Path, tmp_path: Path) -> None:
+def test_unknown_and_missing_devices(fixture_dir: Path, tmp_path: Path) -> None:
     import numpy as np
     import torch
 

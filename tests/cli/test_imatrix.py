@@ -54,7 +54,9 @@ def test_steers_a_quantization(fixture_dir: Path, tmp_path: Path) -> None:
         (b"", 2, "is empty"),
     ],
 )
-def test_what_is_no_text_is_refused(fixture_dir: Path, tmp_path: Path, content: bytes, code: int, told: str) -> None:
+def test_files_without_text_are_refused(
+    fixture_dir: Path, tmp_path: Path, content: bytes, code: int, told: str
+) -> None:
     text = tmp_path / "t.txt"
     text.write_bytes(content)
     result = run(fixture_dir, tmp_path / "m.gguf", "--text", text)

@@ -24,7 +24,7 @@ def limited(limit: int):
 
 
 @pytest.mark.slow
-def test_disk_that_takes_no_more(place: Path) -> None:
+def test_a_full_disk(place: Path) -> None:
     """A file size limit stands in for a full disk: the write fails half way."""
     before = listing(place)
     words = [sys.executable, "-m", "gemma2tool", "convert", place / "src", place / "out.gguf", "--no-verify"]
@@ -54,7 +54,7 @@ def test_interrupt_leaves_nothing_at_the_destination(place: Path, number: int) -
 
 
 @pytest.mark.slow
-def test_a_reader_that_has_seen_enough(place: Path) -> None:
+def test_a_reader_that_closes_the_pipe(place: Path) -> None:
     words = [sys.executable, "-m", "gemma2tool", "inspect", str(place / "src"), "--tensors"]
     first = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     first.stdout.close()
@@ -64,7 +64,7 @@ def test_a_reader_that_has_seen_enough(place: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
-def test_standard_output_that_takes_nothing(place: Path) -> None:
+def test_standard_output_that_cannot_be_written(place: Path) -> None:
     with open("/dev/full", "w") as full:
         words = [sys.executable, "-m", "gemma2tool", "inspect", str(place / "src")]
         done = subprocess.run(words, stdout=full, stderr=subprocess.PIPE, text=True, check=False)

@@ -169,7 +169,7 @@ def test_gguf_has_options_of_its_own(source: Path, tmp_path: Path, words: tuple,
             )
 
 
-def test_a_pattern_for_tensors_of_a_gguf_that_is_none(source: Path, tmp_path: Path) -> None:
+def test_an_invalid_pattern_for_tensors_of_a_gguf(source: Path, tmp_path: Path) -> None:
     result = run(
         "quantize", source, tmp_path / "x.gguf", "--type", "q8_0", "--tensor-type", "(=q4_0", "--allow-mismatch"
     )

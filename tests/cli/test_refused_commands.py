@@ -69,7 +69,7 @@ def test_gguf_type_for_a_folder(place: Path) -> None:
 @pytest.mark.parametrize(
     "words", [["--dtype", "f8"], ["--to", "onnx"], ["--memory", "lots"], ["--gate", "kl"], ["--gate", "nonsense=1"]]
 )
-def test_options_that_make_no_sense(place: Path, words: list[str]) -> None:
+def test_options_with_invalid_values(place: Path, words: list[str]) -> None:
     assert_refused(run("convert", place / "src", place / "out", *words), 2, words[1].split("=")[0])
     assert sorted(p.name for p in place.iterdir()) == ["src"]
 
@@ -145,13 +145,13 @@ def test_usage_errors_exit_with_2() -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no FIFOs")
-def test_a_pipe_is_no_checkpoint(place: Path) -> None:
+def test_a_pipe_is_not_a_checkpoint(place: Path) -> None:
     os.mkfifo(place / "pipe")
     assert_refused(run("inspect", place / "pipe"), 3, "pipe", "input.kind")
 
 
 @pytest.mark.parametrize("name", ["x.gguf", "x.ckpt", "x.safetensors", "x.sbs"])
-def test_empty_files_are_said_to_be_empty(place: Path, name: str) -> None:
+def test_empty_files_are_reported_as_empty(place: Path, name: str) -> None:
     (place / name).write_bytes(b"")
     assert_refused(run("inspect", place / name), 3, name, "is empty")
 
@@ -163,7 +163,7 @@ def test_ids_beyond_32_bits(place: Path, value: int) -> None:
     assert_refused(run("convert", place / "src", place / "out.gguf"), 3, "bos_token_id")
 
 
-def test_token_files_that_lie(place: Path) -> None:
+def test_invalid_token_files(place: Path) -> None:
     header = b"{'descr': '<i8', 'fortran_order': False, 'shape': (9999999999999,), }"
     bomb = b"\x93NUMPY\x01\x00" + (len(header) + 1).to_bytes(2, "little") + header + b"\n"
     huge = place / "huge.npy"
@@ -192,7 +192,7 @@ def test_options_and_types_that_the_target_would_ignore(place: Path, words: list
 
 
 @pytest.mark.parametrize("first", ["nf4", "int8"])
-def test_quantizing_what_is_quantized_needs_leave(place: Path, first: str) -> None:
+def test_quantizing_again_needs_allow_requantize(place: Path, first: str) -> None:
     assert run("quantize", place / "src", place / "once", "--type", first, "--no-verify").exit_code == 0
     words = ["quantize", place / "once", place / "twice.gguf", "--type", "q4_0"]
     assert_refused(run(*words), 2, first, "--allow-requantize")
@@ -223,7 +223,7 @@ def test_what_no_verify_would_ignore_is_refused(place: Path, option: tuple[str, 
     assert_refused(run("convert", place / "src", place / "out", "--no-verify", *option), 2, option[0], "option.ignored")
 
 
-def test_no_type_is_no_quantization(place: Path) -> None:
+def test_an_empty_type_is_refused(place: Path) -> None:
     for nothing in ("", ","):
         assert_refused(run("quantize", place / "src", place / "out", "--type", nothing), 2, "--type", "type.missing")
 

@@ -105,7 +105,7 @@ def test_hostile_text_is_shown_and_does_nothing(text: str) -> None:
 
 
 @pytest.mark.parametrize("text", HOSTILE)
-def test_hostile_text_on_a_terminal_brings_no_control_of_its_own(text: str) -> None:
+def test_hostile_text_cannot_control_a_terminal(text: str) -> None:
     out, err = Terminal(), Terminal()
     shown = Console(stdout=out, stderr=err)
     render_verification(verification(text), shown)
@@ -210,7 +210,7 @@ def test_debug_adds_the_traceback() -> None:
     assert "Traceback" in err.getvalue() and "ValueError: inner" in err.getvalue()
 
 
-def test_a_bug_says_that_it_is_one() -> None:
+def test_a_bug_is_reported_as_one() -> None:
     shown, out, err = console(json=True)
     shown.bug(ZeroDivisionError("x"))
     assert "error[bug]: ZeroDivisionError: x" in err.getvalue() and "this is a bug" in err.getvalue()
@@ -249,7 +249,7 @@ def test_a_receipts_verdict_is_not_that_of_a_comparison() -> None:
 # -- progress ----------------------------------------------------------------------------------------------------------
 
 
-def test_plain_progress_speaks_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plain_progress_prints_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     shown, out, err = console()
@@ -265,7 +265,7 @@ def test_plain_progress_speaks_now_and_then(monkeypatch: pytest.MonkeyPatch) -> 
     assert lines[-1] == "tensors: 1 GB in 20 s (50 MB/s)"
 
 
-def test_short_work_is_not_talked_about() -> None:
+def test_short_steps_show_no_progress() -> None:
     shown, _, err = console()
     with shown.progress(0, "nothing") as bar:
         bar.advance(0)

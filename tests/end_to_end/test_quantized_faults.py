@@ -133,7 +133,7 @@ def test_relabelled_files_of_gptqmodel(oracles: Path, tmp_path: Path, folder: st
     assert_refused(run("verify", tmp_path, "--reference", reference), 3, words)
 
 
-def test_zero_points_that_the_label_denies(source: Checkpoint, original: Path, tmp_path: Path) -> None:
+def test_zero_points_that_contradict_the_label(source: Checkpoint, original: Path, tmp_path: Path) -> None:
     """vLLM's fast kernel does not read them if the config says sym."""
     folder = write_checkpoint(source, tmp_path / "out", type="gptq-4", symmetric=False)
     change_config(folder, sym=True)

@@ -237,7 +237,7 @@ def test_types_that_mlx_does_not_have_are_refused(config: dict) -> None:
 
 
 @pytest.mark.parametrize(("bits", "columns"), [(3, 4), (5, 4), (6, 5)])
-def test_words_that_hold_no_whole_codes_are_refused(bits: int, columns: int) -> None:
+def test_words_with_partial_codes_are_refused(bits: int, columns: int) -> None:
     parts = parts_of() | {f"{MODULE}.weight": np.zeros((2, columns), np.uint32)}
     with refused("the words contradicts"):
         packings.unpack(lazy(parts), {"group_size": 64, "bits": bits})

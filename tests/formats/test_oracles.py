@@ -118,7 +118,7 @@ def test_each_is_converted_to_hugging_face(oracles: Path, tmp_path: Path, name: 
 
 
 @pytest.mark.parametrize("name", [name for name in ALL if _lacks_config(ORACLES / "checkpoints" / name)])
-def test_a_config_that_is_stored_nowhere_is_asked_for(oracles: Path, name: str) -> None:
+def test_a_config_that_is_stored_nowhere_is_required(oracles: Path, name: str) -> None:
     with pytest.raises(ToolError) as caught:
         registry.open_checkpoint(oracles / "checkpoints" / name)
     assert "--config" in caught.value.hint

@@ -215,7 +215,7 @@ def test_scales_fold_away_exactly(tmp_path: Path) -> None:
     assert np.abs(ours - theirs).max() < 1e-3 * np.abs(theirs).max()
 
 
-def test_codes_are_let_go_as_they_are_written(tmp_path: Path) -> None:
+def test_codes_are_freed_as_they_are_written(tmp_path: Path) -> None:
     """However many layers there are, no more are held than are being written."""
     source, held = small(layers=6), []
     output = registry.by_name("hf").layout(source, write_options(type="gptq-4", group_size=32))
@@ -264,7 +264,9 @@ def test_what_cannot_be_calibrated_is_refused(tmp_path: Path, kind: str, extra: 
     ("content", "code"),
     [(b"GGUF\3\0\0\0" * 9999, "text.binary"), (bytes(range(1, 256)) * 99, "text.encoding"), (b"", "text.empty")],
 )
-def test_what_is_no_calibration_text_is_refused(fixture_dir: Path, tmp_path: Path, content: bytes, code: str) -> None:
+def test_calibration_files_without_text_are_refused(
+    fixture_dir: Path, tmp_path: Path, content: bytes, code: str
+) -> None:
     text = tmp_path / "calibration.txt"
     text.write_bytes(content)
     words = [

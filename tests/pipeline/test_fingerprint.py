@@ -82,7 +82,7 @@ def test_the_files_of_the_source(plan: Plan) -> None:
     assert fingerprint(plan, {}) == before
 
 
-def test_a_calibrated_plan_is_like_no_other(plan: Plan) -> None:
+def test_a_calibrated_plan_is_unique(plan: Plan) -> None:
     calibrated = replace(plan, cost=object())
     assert differences(calibrated, calibrated) == {"plan"}
 
@@ -97,7 +97,7 @@ class Two:
     a: object
 
 
-def test_no_two_settings_are_fed_alike() -> None:
+def test_different_settings_have_different_fingerprints() -> None:
     values = [
         ["ab", "c"],
         ["a", "bc"],

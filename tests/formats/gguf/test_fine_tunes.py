@@ -214,7 +214,7 @@ def test_a_base_model_and_its_gguf_are_the_same_either_way(folder: Folder) -> No
         assert {finding.severity for finding in (*config.findings, *compare_tokenizers(a, b).findings)} == {"note"}
 
 
-def test_a_stop_of_a_chat_model_is_missed(folder: Folder) -> None:
+def test_a_lost_stop_of_a_chat_model_fails(folder: Folder) -> None:
     candidate = folder.checkpoint()
     source = through_gguf(candidate)
     candidate.config = dataclasses.replace(candidate.config, eos_token_id=1)

@@ -169,7 +169,7 @@ def test_a_copy_of_a_quantized_file_keeps_every_byte(tmp_path: Path) -> None:
             }
 
 
-def test_requantizing_needs_leave(tmp_path: Path) -> None:
+def test_requantizing_needs_allow_requantize(tmp_path: Path) -> None:
     truth = library_file(tmp_path / "model.gguf", type="Q4_1")
     with GGUF().open(tmp_path / "model.gguf") as source:
         with pytest.raises(UsageError, match="already q4_1") as refused:
@@ -198,7 +198,7 @@ UNSAYABLE = {
 
 
 @pytest.mark.parametrize(("change", "words"), UNSAYABLE.values(), ids=UNSAYABLE)
-def test_what_a_gguf_cannot_say_is_refused(change: dict, words: str) -> None:
+def test_what_gguf_cannot_represent_is_refused(change: dict, words: str) -> None:
     source = random_checkpoint(BF16)
     source.config = dataclasses.replace(source.config, **change)
     for asked in (options(), options(type="q8_0")):
@@ -216,7 +216,7 @@ def test_heads_are_refused(name: str) -> None:
         GGUF().layout(source, options())
 
 
-def test_the_27b_scalar_is_said_by_46_layers_only() -> None:
+def test_only_46_layers_imply_the_27b_scalar() -> None:
     from gemma2tool.formats.gguf.config import unrepresentable
 
     for row in SIZES.values():
@@ -227,7 +227,7 @@ def test_the_27b_scalar_is_said_by_46_layers_only() -> None:
     assert "would use 224" in unrepresentable(more, ())[0]
 
 
-def test_another_rotary_base_is_written_and_warned_of(tmp_path: Path) -> None:
+def test_another_rotary_base_is_written_with_a_warning(tmp_path: Path) -> None:
     source = random_checkpoint(BF16)
     source.config = dataclasses.replace(source.config, rope_theta=160000.0)
     output = GGUF().layout(source, options())
@@ -237,7 +237,7 @@ def test_another_rotary_base_is_written_and_warned_of(tmp_path: Path) -> None:
     assert not any("rope" in warning for warning in GGUF().layout(random_checkpoint(BF16), options()).warnings)
 
 
-def test_bidirectional_attention_is_written_and_warned_of(tmp_path: Path) -> None:
+def test_bidirectional_attention_is_written_with_a_warning(tmp_path: Path) -> None:
     """As the key that llama.cpp reads; back in a folder, as the key that transformers' default attention reads."""
     source = random_checkpoint(BF16)
     source.config = dataclasses.replace(source.config, use_bidirectional_attention=True)
@@ -261,7 +261,7 @@ def test_bad_weights_name_the_tensor(tmp_path: Path) -> None:
             assert refused.value.id == id
 
 
-def test_the_largest_float16_is_no_overflow(tmp_path: Path) -> None:
+def test_the_largest_float16_is_not_an_overflow(tmp_path: Path) -> None:
     source = random_checkpoint(F32)
     source.tensors["model.layers.1.mlp.up_proj.weight"].array[5, 3:5] = (65519.0, -65519.0)
     write(GGUF().layout(source, options(type="q8_0")), tmp_path)
@@ -288,7 +288,7 @@ def test_options_that_cannot_work(asked: dict, words: str) -> None:
         GGUF().layout(random_checkpoint(BF16, wide), options(**asked))
 
 
-def test_rows_that_do_not_divide_are_told(tmp_path: Path) -> None:
+def test_rows_that_do_not_divide_are_reported(tmp_path: Path) -> None:
     source = random_checkpoint(BF16, dataclasses.replace(SMALL, hidden_size=40))
     for asked in ({"type": "q4_0"}, {"dtype": "q8_0"}):
         output = GGUF().layout(source, options(**asked))

@@ -89,7 +89,7 @@ def test_the_file_of_llama_imatrix(oracles: Path) -> None:
     assert matrix.dataset == wanted["quantize.imatrix.dataset"]
 
 
-def test_an_entry_that_saw_nothing_weighs_all_alike(tmp_path: Path) -> None:
+def test_an_entry_without_tokens_weighs_all_columns_alike(tmp_path: Path) -> None:
     matrix = read_imatrix(write_gguf(tmp_path / "m.gguf", sums(), count=0.0))
     assert all((weights == 1).all() for weights in matrix.weights.values())
 

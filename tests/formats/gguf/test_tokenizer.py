@@ -255,7 +255,7 @@ def test_files_rebuilt_from_the_keys(trained: bytes) -> None:
         assert again[f"tokenizer.ggml.{key}"] == first[f"tokenizer.ggml.{key}"], key
 
 
-def test_tokens_that_are_no_pieces(trained: bytes) -> None:
+def test_tokens_that_are_not_pieces(trained: bytes) -> None:
     """Empty, repeated and non-UTF-8 tokens keep their ids, as pieces that no text leads to."""
     kv = dict(tokenizer_keys(assets_of(trained, *FILES), config_of()).kv)
     tokens = kv["tokenizer.ggml.tokens"].value

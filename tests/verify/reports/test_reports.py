@@ -211,7 +211,7 @@ def test_a_scale_holds_its_values_and_has_ticks(values: tuple[float, ...]) -> No
     assert all(0 <= scale.at(value) <= 100 for value in values)
 
 
-def test_nothing_above_zero_draws_nothing() -> None:
+def test_plots_without_positive_values_are_left_out() -> None:
     assert plots.lines([plots.Line("a", "source", (0.0, 0.0))], x_label="x", title="y") is None
     assert plots.histogram(np.zeros(3), [], x_label="x", title="y") is None
 
