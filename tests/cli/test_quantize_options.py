@@ -29,7 +29,10 @@ CONFIG = dataclasses.replace(
     SMALL, hidden_size=256, intermediate_size=384, num_attention_heads=4, head_dim=64, num_key_value_heads=2
 )
 LINEAR = 7 * CONFIG.num_hidden_layers
-PAIRS = [(kind, size) for kind, sizes in GROUP_SIZES.items() for size in sizes]
+SINGLE_TYPES = {kind: sizes for kind, sizes in GROUP_SIZES.items() if kind in packings.TYPES}
+"""Without mlx-lm's recipes, which mix several types."""
+
+PAIRS = [(kind, size) for kind, sizes in SINGLE_TYPES.items() for size in sizes]
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +50,7 @@ def stored(path: Path) -> dict[str, str]:
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "size"), PAIRS)
 def test_every_group_size(source: Path, tmp_path: Path, kind: str, size: int) -> None:
-    """Written, said in the config, read back by it, within the type's bound group by group."""
+    """Written, stated in the config, read back accordingly, within the type's bound group by group."""
     result = run("quantize", source, tmp_path / "out", "--type", kind, "--group-size", size, "--quiet")
     assert result.exit_code == 0, result.output
     with registry.open_checkpoint(tmp_path / "out") as made:
@@ -63,7 +66,7 @@ def test_every_group_size(source: Path, tmp_path: Path, kind: str, size: int) ->
 
 def test_smaller_groups_are_closer() -> None:
     values = np.random.default_rng(0).standard_t(4, (64, 512)).astype(np.float32) * 0.02
-    for kind, sizes in GROUP_SIZES.items():
+    for kind, sizes in SINGLE_TYPES.items():
         errors = []
         for size in sizes:
             settings = Settings(kind, PackingOptions(group_size=size))
