@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from gemma2tool.formats.catalogue import FormatEntry
+    from gemma2tool.formats.catalog import FormatEntry
     from gemma2tool.model.digest import Hashes
     from gemma2tool.pipeline.checks.finding import CheckFinding, CheckResult
     from gemma2tool.pipeline.checks.run import CheckRequest
@@ -70,7 +70,7 @@ __all__ = [
 _ELSEWHERE = {
     "Cause": "verify.diagnosis.cause", "CheckFinding": "pipeline.checks.finding",
     "CheckRequest": "pipeline.checks.run", "CheckResult": "pipeline.checks.finding",
-    "Difference": "verify.difference", "Finding": "verify.finding", "FormatEntry": "formats.catalogue",
+    "Difference": "verify.difference", "Finding": "verify.finding", "FormatEntry": "formats.catalog",
     "GateResult": "verify.finding", "Generation": "pipeline.generation", "GenerationOptions": "pipeline.generation",
     "Hashes": "model.digest", "ImatrixOptions": "pipeline.importance", "ImatrixResult": "pipeline.importance",
     "Inspection": "pipeline.inspection", "Leftover": "pipeline.leftovers", "Verification": "verify.result",
@@ -377,9 +377,9 @@ def inspect(source: Source, *, config: Config | None = None) -> Inspection:
 
 def formats() -> tuple[FormatEntry, ...]:
     """The formats that can be read and written, with their types."""
-    from gemma2tool.formats import catalogue
+    from gemma2tool.formats import catalog
 
-    return catalogue.format_entries()
+    return catalog.format_entries()
 
 
 def clean(path: PathLike, *, dry_run: bool = False) -> list[Leftover]:

@@ -19,7 +19,7 @@ TORCH_DTYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
 """The command line's names of float types to torch's, which config.json has."""
 
 
-class TensorPlan(NamedTuple):
+class StoredTensorPlan(NamedTuple):
     """A canonical tensor to write: its name, its rows, and how they are stored."""
 
     name: str
@@ -84,7 +84,7 @@ def group_by_size(sizes: Sequence[tuple[str, int]], limit: int) -> list[list[str
     return [*groups, current] if current else groups
 
 
-def lay_out_shards(plans: Sequence[TensorPlan], limit: int, metadata: Mapping[str, str]) -> Shards:
+def lay_out_shards(plans: Sequence[StoredTensorPlan], limit: int, metadata: Mapping[str, str]) -> Shards:
     """Distribute the stored parts of the tensors over files of at most ``limit`` bytes, in natural order.
 
     ``metadata``: of every file's header, with ``format`` at least.

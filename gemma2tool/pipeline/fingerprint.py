@@ -46,7 +46,7 @@ def fingerprint(plan: Plan, options: Mapping[str, object]) -> Fingerprint:
         "tool": f"gemma2tool {__version__}, numpy {np.__version__}, kernels {_kernels()}",
         "format": plan.output.format,
         **{name.replace("_", "-"): _shown(value) for name, value in sorted(asked.items()) if value},
-        **{f"source {name}": said for name, said in _files(plan).items()},
+        **{f"source {name}": state for name, state in _files(plan).items()},
     }
     return {
         **found,

@@ -69,9 +69,9 @@ def check_type(format_name: str, type_name: str | None) -> None:
     if choices.meant(type_name, registry.by_name(format_name).types):
         return  # the format itself says which
     for gguf_type in choices.meant(type_name, tuple(FILE_TYPES))[:1]:
-        said = type_name if type_name == gguf_type else f"{type_name} (did you mean {gguf_type}?)"
+        suggestion = type_name if type_name == gguf_type else f"{type_name} (did you mean {gguf_type}?)"
         raise UsageError(
             "type.unknown",
-            f"{said} is a GGUF type, but the output format is {format_name}",
+            f"{suggestion} is a GGUF type, but the output format is {format_name}",
             hint="name it NAME.gguf",
         )

@@ -11,8 +11,6 @@ from gemma2tool.quantizers.base import FLOAT16_LIMIT, Part
 from gemma2tool.quantizers.casts import cast
 from gemma2tool.quantizers.gguf_types import GGUF_TYPES, quantize, row_bytes
 
-FLOAT_TYPES = ("F32", "F16", "BF16")
-
 
 def _part(type: str, shape: tuple[int, ...]) -> Part:
     rows, cols = (1, shape[0]) if len(shape) == 1 else shape

@@ -63,7 +63,7 @@ module = type(sys)("gemma2tool.formats.registry")
 sys.modules["gemma2tool.formats.registry"] = gemma2tool.formats.registry = module
 exec(compile(source.replace(first, '    "made_up",' + chr(10) + first), "registry", "exec"), module.__dict__)
 from gemma2tool import api
-from gemma2tool.formats.catalogue import format_entries
+from gemma2tool.formats.catalog import format_entries
 assert [entry.files for entry in format_entries() if entry.format == "made-up"] == ["NAME.made"]
 assert module.for_destination(Path("x.made"), None) == "made-up" and ".made" in module.FILE_SUFFIXES
 api.convert(sys.argv[1], sys.argv[2], verify=False)

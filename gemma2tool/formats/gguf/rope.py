@@ -118,15 +118,16 @@ def unusual_rope_keys(config: Gemma2Config) -> list[str]:
     for key, value in (*rope_keys(config), *pattern_keys(config)):
         if key in (_BASE, f"{_SCALING}type", _PATTERN):
             field = {_BASE: "rope_theta", _PATTERN: "layer_types"}.get(key, "rope_scaling")
-            said, default = _said(config, field, value.value)
+            stated, default = _descriptions(config, field, value.value)
             warnings.append(
-                f"{field} is {said}: stored as {key}, which llama.cpp uses; a reader that ignores the key computes"
+                f"{field} is {stated}: stored as {key}, which llama.cpp uses; a reader that ignores the key computes"
                 f" with {default}, and llama.cpp's own converter leaves it out"
             )
     return warnings
 
 
-def _said(config: Gemma2Config, field: str, value: object) -> tuple[str, str]:
+def _descriptions(config: Gemma2Config, field: str, value: object) -> tuple[str, str]:
+    """What the config states, and what a reader that ignores the key computes with."""
     if field == "rope_theta":
         return f"{config.rope_theta:g}", f"{THETA:g}"
     if field == "rope_scaling":

@@ -23,7 +23,7 @@ from gemma2tool.formats.options import WriteOptions
 from gemma2tool.formats.safetensors_output import (
     INDEX,
     SINGLE,
-    TensorPlan,
+    StoredTensorPlan,
     config_content,
     lay_out_shards,
     other_assets,
@@ -69,7 +69,7 @@ class HuggingFace(Format):
             more_files = packings.more_files(settings, modules)
             small_files |= {name: assets.dump_json(file) for name, file in more_files.items()}
         plans = [
-            TensorPlan(name, sources[name], chosen.encoders.get(name) or Float(dtypes[name]))
+            StoredTensorPlan(name, sources[name], chosen.encoders.get(name) or Float(dtypes[name]))
             for name in checkpoint.specs
         ]
         metadata = {"format": "pt"}

@@ -75,7 +75,7 @@ def entries(table: Sequence[TableRow], config: Gemma2Config) -> list[TableRow]:
         if "{i}" not in row.disk:
             expanded.append(row)
         elif row is layered[0]:
-            expanded += [_of_layer(each, layer) for layer in range(config.num_hidden_layers) for each in layered]
+            expanded += [_of_layer(line, layer) for layer in range(config.num_hidden_layers) for line in layered]
     return expanded
 
 

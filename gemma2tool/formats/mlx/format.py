@@ -28,7 +28,7 @@ from gemma2tool.formats.packings.mlx import MLXPacking, module_entries
 from gemma2tool.formats.safetensors_output import (
     INDEX,
     SINGLE,
-    TensorPlan,
+    StoredTensorPlan,
     config_content,
     lay_out_shards,
     other_assets,
@@ -66,7 +66,7 @@ class MLX(Format):
         sources = {name: as_dtype(checkpoint.tensors[name], dtypes[name]) for name in checkpoint.specs}
         chosen, quantization = _quantization(checkpoint, sources, options)
         plans = [
-            TensorPlan(name, sources[name], chosen.encoders.get(name) or Float(dtypes[name]))
+            StoredTensorPlan(name, sources[name], chosen.encoders.get(name) or Float(dtypes[name]))
             for name in checkpoint.specs
         ]
         shards = lay_out_shards(plans, options.max_shard_size, {"format": TAG})
