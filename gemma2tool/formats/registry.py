@@ -90,6 +90,8 @@ def open_checkpoint(path: Path, *, config: Gemma2Config | None = None, format: s
 
     What else lies in its folder and a loader acts on is in ``Checkpoint.loader_files``.
     """
+    from gemma2tool.formats.folder_files import unread_files  # imports numpy
+
     checkpoint = (by_name(format) if format else detect(path)).open(path, config=config)
     if path.is_dir():
         from gemma2tool.formats.folder_files import unread_files
