@@ -27,11 +27,12 @@ class FormatFacts:
     ``--dtype``.
 
     For verification: ``holds_tokenizer`` says that the consumer takes the tokenizer and the chat template from the
-    checkpoint's folder or file; ``weights_alone`` that a single file of weights is a complete checkpoint and has no
-    place for a tokenizer. ``weight_suffixes`` are suffixes of single files that hold weights and no tokenizer; empty
-    where a single file holds the tokenizer too (GGUF). ``cannot_represent`` maps a config field to why a file of this
-    format may have another value than its source. ``assumptions`` gives, for a config, the fields that the file states
-    and its consumer computes otherwise, each with a sentence.
+    checkpoint's folder or file; ``weights_alone`` that weights (a single file of them, if ``weight_suffixes`` names
+    such files) are a complete checkpoint, whose consumer takes the tokenizer from elsewhere. ``weight_suffixes`` are
+    suffixes of single files that hold weights and no tokenizer; empty where a single file holds the tokenizer too
+    (GGUF). ``cannot_represent`` maps a config field to why a file of this format may have another value than its
+    source. ``assumptions`` gives, for a config, the fields that the file states and its consumer computes otherwise,
+    each with a sentence.
     """
 
     name: str

@@ -143,9 +143,20 @@ ENTRIES = (
         "download the checkpoint again, or save it with Orbax's default settings",
     ),
     refused("orbax.missing", "the folder holds no Orbax checkpoint", "give the checkpoint's folder"),
+    refused(
+        "orbax.models",
+        "a saved state holds several models",
+        "save the parameters of one of them in a checkpoint of their own",
+    ),
     refused("orbax.missing-chunk", "a part of an array is missing", _DOWNLOAD),
     refused("orbax.shape", "the shape or the chunks of an array are impossible", _DOWNLOAD),
+    refused("orbax.steps", "the folder holds several checkpoints", "give the folder of one of them"),
     refused("orbax.too-many-arrays", "the checkpoint has more arrays than are accepted", _DOWNLOAD),
     refused("orbax.too-many-chunks", "the arrays have more chunks than are accepted", _DOWNLOAD),
     refused("orbax.too-many-files", "the checkpoint has more files than are accepted", _DOWNLOAD),
+    refused(
+        "orbax.unfinished",
+        "the folder is of a checkpoint whose saving was not completed",
+        "give the folder of an earlier step, or save the checkpoint again",
+    ),
 )

@@ -15,6 +15,7 @@ import numpy as np
 from gemma2tool.formats.adapters.adapter import Adapter, Delta, refused
 from gemma2tool.formats.mapping.layout_transforms import axis_sizes
 from gemma2tool.formats.orbax import zarr_arrays
+from gemma2tool.formats.orbax.state import split_keys
 from gemma2tool.formats.orbax.zarr_arrays import StoredArray
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.lazy import Array, to_float32
@@ -50,12 +51,13 @@ def read(folder: Path, checkpoint: Checkpoint) -> Adapter:
     """The adapter in the Orbax tree ``folder``. Raises ``InputRefused`` (``lora.*``) for one that cannot be merged."""
     path = folder / next(name for name in _STATE if (folder / name).is_file())
     pairs: dict[tuple[int, str], dict[str, StoredArray]] = {}
-    for name, array in zarr_arrays.read_arrays(folder).items():
-        parts = "/".join(part for part in re.split(r"[./]", name) if part)
-        if match := _PART.fullmatch(parts):
-            pairs.setdefault((int(match[1]), match[2]), {})[match[3]] = array
-        elif "/lora/" in f"/{parts}/":
-            raise refused("name", path, f"{parts} is not a parameter of an adapter for Gemma 2")
+    listing = zarr_arrays.list_arrays(folder)
+    keys_of = {name: "/".join(split_keys(name)) for name in listing.files}
+    for name, array in listing.read([name for name, keys in keys_of.items() if "/lora/" in f"/{keys}/"]).items():
+        match = _PART.fullmatch(keys_of[name])
+        if match is None:
+            raise refused("name", path, f"{keys_of[name]} is not a parameter of an adapter for Gemma 2")
+        pairs.setdefault((int(match[1]), match[2]), {})[match[3]] = array
     if not pairs:
         raise refused("empty", path, "contains no parameters called lora/a and lora/b")
     deltas = {}

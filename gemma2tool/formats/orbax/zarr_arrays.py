@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from math import prod
@@ -77,8 +77,47 @@ class StoredArray:
         return ZarrMatrix(self, dict(fixed))
 
 
-def read_arrays(folder: Path) -> dict[str, StoredArray]:
-    """The arrays of a folder by name. Raises ``InputRefused`` (``orbax.*``, ``ocdbt.*``)."""
+@dataclass(frozen=True)
+class ArrayFolder:
+    """A folder of arrays whose metadata are not read yet.
+
+    ``files``: the metadata file of each array, by the array's name. ``values``: all values of the folder by key.
+    """
+
+    folder: Path
+    files: Mapping[str, str]
+    values: Mapping[str, StoredValue] = field(repr=False)
+
+    def read(self, names: Iterable[str] | None = None) -> dict[str, StoredArray]:
+        """The arrays called ``names``, or all of them. Raises ``InputRefused`` (``orbax.*``)."""
+        folder, files = self.folder, {name: self.files[name] for name in (self.files if names is None else names)}
+        stores_zeros = ZARR3 in files.values() and _stores_zeros(folder)
+        arrays: dict[str, StoredArray] = {}
+        chunk_count = 0
+        for name, file in files.items():
+            origin = f"{folder.name}: {quoted(name)}"
+            metadata = self._metadata(name, file, origin, stores_zeros)
+            chunk_count += prod(map(len, metadata.grid))
+            if chunk_count > MAX_FILES:
+                raise refused(
+                    "too-many-chunks",
+                    f"{folder.name}: its arrays have {chunk_count} chunks or more; at most {MAX_FILES} are accepted",
+                )
+            arrays[name] = StoredArray(folder, name, metadata, _chunks(self.values, name, metadata, origin))
+        return arrays
+
+    def _metadata(self, name: str, file: str, origin: str, stores_zeros: bool) -> ArrayMetadata:
+        value = self.values[f"{name}/{file}"]
+        if value.nbytes > MAX_METADATA_BYTES:
+            raise refused("metadata", f"{origin} has metadata of {value.nbytes} bytes")
+        content = strict_json.load(read_value(value), what=f"{origin}: {file}", max_bytes=MAX_METADATA_BYTES)
+        if file == ZARR2:
+            return parse_zarr2(content, origin)
+        return parse_zarr3(content, origin, stores_zeros=stores_zeros)
+
+
+def list_arrays(folder: Path) -> ArrayFolder:
+    """Which arrays a folder holds. Raises ``InputRefused`` (``orbax.*``, ``ocdbt.*``)."""
     sizes = _file_sizes(folder)
     if OCDBT_MANIFEST in sizes:
         values = ocdbt.read_entries(folder, decompress)
@@ -89,28 +128,12 @@ def read_arrays(folder: Path) -> dict[str, StoredArray]:
         raise refused(
             "too-many-arrays", f"{folder.name}: holds {len(described)} arrays; at most {MAX_ARRAYS} are accepted"
         )
-    stores_zeros = any(file == ZARR3 for _, file in described) and _stores_zeros(folder)
-    arrays: dict[str, StoredArray] = {}
-    chunk_count = 0
+    files: dict[str, str] = {}
     for name, file in described:
-        origin = f"{folder.name}: {quoted(name)}"
-        if name in arrays:
-            raise refused("metadata", f"{origin} is described twice")
-        value = values[f"{name}/{file}"]
-        if value.nbytes > MAX_METADATA_BYTES:
-            raise refused("metadata", f"{origin} has metadata of {value.nbytes} bytes")
-        content = strict_json.load(read_value(value), what=f"{origin}: {file}", max_bytes=MAX_METADATA_BYTES)
-        metadata = (
-            parse_zarr2(content, origin) if file == ZARR2 else parse_zarr3(content, origin, stores_zeros=stores_zeros)
-        )
-        chunk_count += prod(map(len, metadata.grid))
-        if chunk_count > MAX_FILES:
-            raise refused(
-                "too-many-chunks",
-                f"{folder.name}: its arrays have {chunk_count} chunks or more; at most {MAX_FILES} are accepted",
-            )
-        arrays[name] = StoredArray(folder, name, metadata, _chunks(values, name, metadata, origin))
-    return arrays
+        if name in files:
+            raise refused("metadata", f"{folder.name}: {quoted(name)} is described twice")
+        files[name] = file
+    return ArrayFolder(folder, files, values)
 
 
 def decompress(data: bytes, limit: int) -> bytes:

@@ -34,6 +34,11 @@ def holds_tokenizer(checkpoint: Checkpoint) -> bool:
     return checkpoint.facts.holds_tokenizer and not is_weights_file(checkpoint)
 
 
+def is_weights_alone(checkpoint: Checkpoint) -> bool:
+    """Whether the checkpoint is complete without a tokenizer, which its consumer takes from elsewhere."""
+    return checkpoint.facts.weights_alone and (not checkpoint.facts.weight_suffixes or is_weights_file(checkpoint))
+
+
 def assumptions(checkpoint: Checkpoint) -> list[Assumption]:
     """Where the consumer of the checkpoint's format or stored types computes otherwise than the checkpoint says."""
     assumed = list(checkpoint.facts.assumptions(checkpoint.config))

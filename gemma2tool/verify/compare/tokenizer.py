@@ -15,7 +15,7 @@ from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.lazy import Array
 from gemma2tool.model.tokenizer import Pieces, Tokenizer
 from gemma2tool.model.tokenizer_runner import TokenizerRunner
-from gemma2tool.verify.compare.consumers import holds_tokenizer, is_weights_file
+from gemma2tool.verify.compare.consumers import holds_tokenizer, is_weights_alone
 from gemma2tool.verify.compare.tokenizer_files import compare_files
 from gemma2tool.verify.compare.tokenizer_json import GATE, LOOKS_SPECIAL
 from gemma2tool.verify.compare.tokenizer_use import compare_use
@@ -77,9 +77,8 @@ def compare_tokenizers(source: Checkpoint, candidate: Checkpoint, *, sides: Side
     findings = [*compare_use(left, right, sides, keeps_template=_keeps_template(candidate, right))]
     findings += compare_files(source, candidate, sides)
     if left.has_vocabulary and not right.has_vocabulary:
-        # An output that is being verified has no file at its destination yet, but a name.
-        if candidate.facts.weights_alone and is_weights_file(candidate):
-            reason = f"the {sides[1]} is a file of weights alone: vocabularies not compared"
+        if is_weights_alone(candidate):
+            reason = f"the {sides[1]} is weights alone: vocabularies not compared"
             return _result(findings, reason, {}, compared=False)
         if "tokenizer.model" not in source.assets:  # the only file that some formats have a place for
             reason = f"the {sides[1]} has no vocabulary: vocabularies not compared"

@@ -14,6 +14,7 @@ from gemma2tool.formats import registry
 from gemma2tool.formats.options import WriteOptions
 from tests.support.checkpoints import SMALL, random_checkpoint
 from tests.support.formats import assert_ranges_agree, assert_same_tensors, refused, write_as
+from tests.support.orbax import store_arrays, stored_arrays
 
 pytestmark = pytest.mark.slow
 
@@ -22,20 +23,10 @@ tensorstore = pytest.importorskip("tensorstore", reason="the flax extra is not i
 CONFIG = replace(SMALL, num_hidden_layers=4, layer_types=())
 
 
-def _arrays(folder: Path) -> dict[str, np.ndarray]:
-    return {
-        path.parent.name: tensorstore.open({"driver": "zarr", "kvstore": f"file://{path.parent}/"}, open=True)
-        .result()
-        .read()
-        .result()
-        for path in folder.rglob(".zarray")
-    }
-
-
 def test_arrays_are_those_of_the_converter(tmp_path: Path) -> None:
     """From the Flax layout: q.transpose(1, 0, 2) * scale, pairs stacked on axis 1, norms + 1, embedding * sqrt(D)."""
     source = random_checkpoint(np.dtype(np.float32), CONFIG)
-    arrays = _arrays(write_as("maxtext", source, tmp_path / "out"))
+    arrays = stored_arrays(write_as("maxtext", source, tmp_path / "out") / "0" / "items")
     assert all(name.startswith("params.params.") for name in arrays)
 
     def values(name: str) -> np.ndarray:
@@ -132,20 +123,14 @@ def test_a_power_of_two_loses_nothing_and_gives_no_warning(tmp_path: Path) -> No
 def test_pairs_that_are_not_stacked(tmp_path: Path) -> None:
     source = random_checkpoint(np.dtype(np.float32), CONFIG)
     stacked = write_as("maxtext", source, tmp_path / "out")
-    folder = tmp_path / "apart" / "items"
-    for name, array in _arrays(stacked).items():
-        pieces = {name: array}
-        if ".layers." in name:
-            pieces = {name.replace(".layers.", f".layers_{pair}."): array[:, pair] for pair in range(2)}
-        for key, part in pieces.items():
-            spec = {
-                "driver": "zarr",
-                "kvstore": f"file://{folder}/{key}/",
-                "metadata": {"dtype": "<f4", "shape": list(part.shape), "compressor": {"id": "zstd", "level": 1}},
-            }
-            spec["metadata"]["chunks"] = list(part.shape)
-            tensorstore.open(spec, create=True).result().write(np.ascontiguousarray(part)).result()
-    (folder / "_METADATA").write_text('{"tree_metadata": {"params.token_embedder": 1}}')
+    apart: dict[str, np.ndarray] = {}
+    for name, array in stored_arrays(stacked / "0" / "items").items():
+        if ".layers." not in name:
+            apart[name] = array
+            continue
+        for pair in range(2):
+            apart[name.replace(".layers.", f".layers_{pair}.")] = array[:, pair]
+    store_arrays(tmp_path / "apart" / "items", apart, ocdbt=False)
     assert registry.detect(tmp_path / "apart").name == "maxtext"
     assert_same_tensors(registry.open_checkpoint(stacked), registry.open_checkpoint(tmp_path / "apart", config=CONFIG))
 
@@ -157,5 +142,33 @@ def test_what_is_refused(tmp_path: Path) -> None:
     with refused("has shape"):
         registry.open_checkpoint(path, config=replace(CONFIG, head_dim=16, num_attention_heads=8))
     (path / "config.json").unlink()
-    with refused("no config.json beside"):
+    with refused("no released Gemma 2 has their shapes"):
         registry.open_checkpoint(path)
+
+
+@pytest.mark.parametrize("stacked", [True, False])
+def test_released_shapes_need_no_config(stacked: bool) -> None:
+    from gemma2tool.formats.mapping.layout_transforms import axis_sizes
+    from gemma2tool.formats.orbax.maxtext import format as maxtext
+    from gemma2tool.formats.orbax.zarr_arrays import StoredArray
+    from gemma2tool.formats.orbax.zarr_metadata import ArrayMetadata
+    from gemma2tool.model.config import SIZES, infer_from_shapes
+
+    for config in SIZES.values():
+        shapes = {"token_embedder/embedding": (256128, config.hidden_size)}
+        pairs = config.num_hidden_layers // 2
+        for kernel, dims in maxtext.DIMS.items():
+            first, *rest = axis_sizes(dims, config)
+            module = "mlp" if kernel.startswith("w") else "self_attention"
+            for kind in ("local", "global"):
+                if stacked:
+                    shapes[f"decoder/layers/{module}_{kind}/{kernel}"] = (first, pairs, *rest)
+                else:
+                    shapes |= {f"decoder/layers_{i}/{module}_{kind}/{kernel}": (first, *rest) for i in range(pairs)}
+        arrays = {
+            name: StoredArray(Path("x"), name, ArrayMetadata(shape, shape, np.dtype(np.float32)), {})
+            for name, shape in shapes.items()
+        }
+        result = infer_from_shapes(maxtext._canonical_shapes(arrays))
+        assert result.query_pre_attn_scalar == config.query_pre_attn_scalar
+        assert (result.vocab_size, result.num_hidden_layers) == (256000, config.num_hidden_layers)

@@ -87,6 +87,13 @@ def test_a_file_of_weights_alone_has_no_tokenizer_to_lose(model: bytes, tmp_path
     assert found.status == "skipped" and "weights alone" in found.summary
 
 
+@pytest.mark.parametrize("name", ["maxtext", "flax"])
+def test_a_folder_of_weights_alone_has_no_tokenizer_to_lose(model: bytes, name: str) -> None:
+    """MaxText, Kauldron and gm.ckpts take the tokenizer from elsewhere, and save none."""
+    found = compare_tokenizers(side(tokenizer__model=model), dataclasses.replace(side(), facts=registry.FACTS[name]))
+    assert found.status == "skipped" and "weights alone" in found.summary
+
+
 def test_special_tokens_in_the_midst_of_text() -> None:
     """A token that is special on one side only: a decoded text has it on one side, and not on the other."""
     source, candidate = trained(user_defined_symbols=["<turn>"]), trained(control_symbols=["<turn>"])

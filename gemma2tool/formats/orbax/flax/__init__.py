@@ -11,5 +11,6 @@ FACTS = FormatFacts(
     remarks="Google's JAX release; needs --config for other shapes than the released ones",
     extra="flax",
     extra_to="read",
+    weights_alone=True,
     assumptions=Consumer("gemma's Flax code").assumptions,
 )

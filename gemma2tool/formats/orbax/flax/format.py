@@ -14,27 +14,24 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gemma2tool.containers import tokenizer_model
-from gemma2tool.errors import InputRefused
 from gemma2tool.formats import assets
 from gemma2tool.formats.base import Format, Output
 from gemma2tool.formats.mapping.float_layout import expect_shape, plan_floats
 from gemma2tool.formats.mapping.layout_transforms import PadVocabulary, TransposeBlocks, axis_sizes, padded_vocabulary
 from gemma2tool.formats.mapping.transforms import TableRow, entries, to_canonical
 from gemma2tool.formats.options import WriteOptions
+from gemma2tool.formats.orbax import folders, reading
 from gemma2tool.formats.orbax import output as orbax_output
-from gemma2tool.formats.orbax import zarr_arrays
 from gemma2tool.formats.orbax.flax import FACTS
 from gemma2tool.formats.orbax.zarr_arrays import StoredArray
 from gemma2tool.model.checkpoint import Assets, Checkpoint
 from gemma2tool.model.config import SIZES, Gemma2Config, infer_from_shapes
 from gemma2tool.model.lazy import LazyTensor
-from gemma2tool.storage.paths import confined_path
 
 FOLDER = "ckpt"
-CONFIG = "config.json"
 TOKENIZER = "tokenizer.model"
 EMBEDDING = "embedder/input_embedding"
-_STATE_FILES = ("_METADATA", "checkpoint", zarr_arrays.OCDBT_MANIFEST)
+_EMBEDDING_KEYS = ("embedder", "input_embedding")
 _STACKED = re.compile(r"stacked_layers/attention_type_(\d{1,3})/(.+)")
 
 _HF, _LAYER = "model.layers.{i}.", "layer_{i}/"
@@ -85,34 +82,25 @@ class Flax(Format):
 
     def detect(self, path: Path) -> bool:
         try:
-            return path.is_dir() and _checkpoint_folder(path) is not None
+            return path.is_dir() and bool(folders.trees(path))
         except OSError:
             return False
 
     def open(self, path: Path, *, config: Gemma2Config | None = None) -> Checkpoint:
-        folder = _checkpoint_folder(path)
-        if folder is None:
-            raise InputRefused(
-                "orbax.missing", f"{path.name}: holds no Orbax checkpoint", hint="give the checkpoint's folder"
-            )
-        files = [file for file in folder.rglob("*") if file.is_file()]
-        parameters = _parameters(zarr_arrays.read_arrays(folder))
-        config_path, small_files = _beside(path, folder, CONFIG), _assets(path, folder)
-        if config is None and config_path is not None:
-            config = assets.read_config(config_path)
-            files.append(config_path)
-        elif config is None:
-            config = infer_from_shapes(_canonical_shapes(parameters, _vocabulary_size(small_files)))
+        saved = reading.read_model(path, _EMBEDDING_KEYS)
+        parameters = _parameters(saved.arrays)
+        config = config or saved.config
+        if config is None:
+            config = infer_from_shapes(_canonical_shapes(parameters, _vocabulary_size(saved.assets)))
         transposed = _is_gating_transposed(parameters, config)
         disk = _matrices(parameters, config, transposed)
         tensors = to_canonical(table(config, gating_transposed=transposed), disk, config)
-        checkpoint = Checkpoint(path, self.facts, config, tensors, small_files, files=tuple(files))
+        checkpoint = Checkpoint(path, self.facts, config, tensors, saved.assets, files=saved.files)
         checkpoint.check()
         return checkpoint
 
     def lacks_config(self, path: Path) -> bool:
-        folder = _checkpoint_folder(path)
-        return folder is None or _beside(path, folder, CONFIG) is None
+        return reading.lacks_config(path, _EMBEDDING_KEYS)
 
     def layout(self, checkpoint: Checkpoint, options: WriteOptions) -> Output:
         config = checkpoint.config
@@ -124,7 +112,7 @@ class Flax(Format):
             parameters.append(orbax_output.Parameter(_keys(plan.disk), shape, (plan,)))
         files, tensors, small_files = orbax_output.layout(FOLDER, parameters)
         small_files |= {name: data for name, data in checkpoint.assets.items() if name != "README.md"}
-        small_files[CONFIG] = assets.dump_json(config.to_hf())
+        small_files[reading.CONFIG] = assets.dump_json(config.to_hf())
         return Output(self.name, False, files, tensors, small_files)
 
 
@@ -147,33 +135,13 @@ def _keys(disk: str) -> tuple[str, str]:
     return (f"transformer/{outer}", leaf) if leaf in ("scale", "input_embedding") else (f"transformer/{disk}", "w")
 
 
-def _checkpoint_folder(path: Path) -> Path | None:
-    """``path``, its folder ``default`` (a trainer's), or its only subfolder with an Orbax checkpoint."""
-    if _is_checkpoint(path):
-        return path
-    folders = [folder for folder in path.iterdir() if folder.is_dir() and _is_checkpoint(folder)]
-    return folders[0] if len(folders) == 1 else None
-
-
-def _is_checkpoint(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in _STATE_FILES)
-
-
 def _parameters(arrays: Mapping[str, StoredArray]) -> dict[str, _StoredParameter]:
     """The model's parameters by the table's names, whatever form the tree has."""
-    split = {name: [part for part in re.split(r"[./]", name) if part] for name in arrays}
-    if any(parts[:1] == ["params"] for parts in split.values()):  # a trainer's state holds more than the parameters
-        split = {name: parts for name, parts in split.items() if parts[:1] == ["params"]}
-    names: dict[str, str] = {}
-    for name, parts in split.items():
-        while parts and parts[0] in ("params", "transformer"):
-            parts = parts[1:]
-        names["/".join(parts[:-1] if parts[-1:] == ["w"] else parts)] = name
-    stacked = {name: match for name in names if (match := _STACKED.fullmatch(name))}
+    named = {name.removesuffix("/w"): array for name, array in arrays.items()}
+    stacked = {name: match for name in named if (match := _STACKED.fullmatch(name))}
     period = 1 + max((int(match[1]) for match in stacked.values()), default=0)
     parameters: dict[str, _StoredParameter] = {}
-    for name, array_name in names.items():
-        array = arrays[array_name]
+    for name, array in named.items():
         if name not in stacked:
             parameters[name] = _StoredParameter(array)
             continue
@@ -235,26 +203,6 @@ def _vocabulary_size(small_files: Assets) -> int | None:
 
 def _shaped_like(config: Gemma2Config, released: Gemma2Config) -> bool:
     return (config.hidden_size, config.intermediate_size) == (released.hidden_size, released.intermediate_size)
-
-
-def _beside(path: Path, folder: Path, name: str) -> Path | None:
-    """A file of the folder that was given, or of the one around the checkpoint's."""
-    for place in dict.fromkeys((path, folder.absolute().parent)):
-        if (place / name).is_file():
-            return confined_path(place, name)
-    return None
-
-
-def _assets(path: Path, folder: Path) -> Assets:
-    """The files beside the checkpoint; for a checkpoint that was given itself, the tokenizer of the folder around
-    it.
-    """
-    if path != folder:
-        return assets.folder_assets(path)
-    tokenizer = _beside(path, folder, TOKENIZER)
-    if tokenizer is None:
-        return Assets({})
-    return assets.single_asset(TOKENIZER, tokenizer)
 
 
 FORMAT = Flax()

@@ -13,5 +13,6 @@ FACTS = FormatFacts(
     remarks="not exact: embeddings and queries are stored scaled; needs --config if it has no config.json",
     extra="flax",
     extra_to="read",
+    weights_alone=True,
     assumptions=CONSUMER.assumptions,
 )

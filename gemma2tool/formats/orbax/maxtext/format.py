@@ -12,39 +12,50 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 
 import numpy as np
 
-from gemma2tool.errors import InputRefused, UsageError
+from gemma2tool.errors import InputRefused
 from gemma2tool.formats import assets
 from gemma2tool.formats.base import Format, Output
 from gemma2tool.formats.consumers import refuse_mismatches
 from gemma2tool.formats.mapping.float_dtypes import as_dtype, stored_dtypes
 from gemma2tool.formats.mapping.float_layout import expect_shape, plan_floats
-from gemma2tool.formats.mapping.layout_transforms import PadVocabulary, TransposeBlocks, WideRows, axis_sizes
+from gemma2tool.formats.mapping.layout_transforms import (
+    PadVocabulary,
+    TransposeBlocks,
+    WideRows,
+    axis_sizes,
+    padded_vocabulary,
+)
 from gemma2tool.formats.mapping.transforms import TableRow, applied, entries, inverted, to_canonical
 from gemma2tool.formats.options import WriteOptions
+from gemma2tool.formats.orbax import folders, reading
 from gemma2tool.formats.orbax import output as orbax_output
-from gemma2tool.formats.orbax import zarr_arrays
 from gemma2tool.formats.orbax.maxtext import FACTS
 from gemma2tool.formats.orbax.zarr_arrays import StoredArray
 from gemma2tool.model.checkpoint import Checkpoint
-from gemma2tool.model.config import Gemma2Config
+from gemma2tool.model.config import SIZES, Gemma2Config, infer_from_shapes
 from gemma2tool.model.lazy import FLOAT16, FLOAT32, Array, DType, LazyTensor, MappedRows, to_float32
 from gemma2tool.quantizers.casts import cast
-from gemma2tool.storage.paths import confined_path
-from gemma2tool.storage.reading import read_whole
 
 FOLDER = "0/items"
-CONFIG = "config.json"
 EMBEDDING = "token_embedder/embedding"
-MAX_METADATA_BYTES = 64 << 20
 ROUNDING = (
     "MaxText stores the embedding times sqrt(D), queries times their scale and norms plus one: undoing this leaves"
     " their rounding, up to one unit in the last place of the stored type (for norms, of 1 + w)"
 )
-_PLACES = ("", "items", "0/items", "default")
+_EMBEDDING_KEYS = ("token_embedder", "embedding")
+_PAIR = re.compile(r"decoder/layers(?:_(\d{1,4}))?/(\w+)_(local|global)/(.+)")
+"""A parameter of a pair of layers, or of all pairs, stacked."""
+_SHOW_SIZES = {
+    ("self_attention", "query/kernel"): "self_attn.q_proj",
+    ("self_attention", "key/kernel"): "self_attn.k_proj",
+    ("mlp", "wi_0/kernel"): "mlp.gate_proj",
+}
+"""What shows a model's size, by its name in a pair."""
 
 
 @dataclass(frozen=True)
@@ -131,32 +142,20 @@ class MaxText(Format):
 
     def detect(self, path: Path) -> bool:
         try:
-            return path.is_dir() and _checkpoint_folder(path) is not None
-        except (InputRefused, OSError):
+            return path.is_dir() and bool(folders.models(path, _EMBEDDING_KEYS))
+        except OSError:
             return False
 
     def open(self, path: Path, *, config: Gemma2Config | None = None) -> Checkpoint:
-        folder = _checkpoint_folder(path)
-        if folder is None:
-            raise InputRefused(
-                "orbax.missing", f"{path.name}: holds no MaxText checkpoint", hint="give the folder 'items'"
-            )
-        files = [file for file in folder.rglob("*") if file.is_file()]
-        if config is None:
-            if not (path / CONFIG).is_file():
-                raise UsageError(
-                    "config.needed",
-                    f"{path.name}: no config.json beside MaxText's parameters",
-                    hint="pass the model's config.json, or 2b, 9b or 27b, with --config",
-                )
-            config = assets.read_config(confined_path(path, CONFIG))
-            files.append(path / CONFIG)
-        tensors = to_canonical(TABLE, _matrices(zarr_arrays.read_arrays(folder), config), config)
-        checkpoint = Checkpoint(
-            path, self.facts, config, tensors, assets.folder_assets(path), [ROUNDING], files=tuple(files)
-        )
+        saved = reading.read_model(path, _EMBEDDING_KEYS)
+        config = config or saved.config or infer_from_shapes(_canonical_shapes(saved.arrays))
+        tensors = to_canonical(TABLE, _matrices(saved.arrays, config), config)
+        checkpoint = Checkpoint(path, self.facts, config, tensors, saved.assets, [ROUNDING], files=saved.files)
         checkpoint.check()
         return checkpoint
+
+    def lacks_config(self, path: Path) -> bool:
+        return reading.lacks_config(path, _EMBEDDING_KEYS)
 
     def expected_after_roundtrip(self, source: Checkpoint, candidate: Checkpoint) -> dict[str, LazyTensor]:
         """The embedding, the queries and the norms, after their arithmetic in the candidate's stored types."""
@@ -193,7 +192,7 @@ class MaxText(Format):
                 parameters.append(orbax_output.Parameter(keys, shape, layers, stacked=1))
         files, tensors, small_files = orbax_output.layout(FOLDER, parameters)
         small_files |= {name: data for name, data in checkpoint.assets.items() if name != "README.md"}
-        small_files[CONFIG] = assets.dump_json(config.to_hf())
+        small_files[reading.CONFIG] = assets.dump_json(config.to_hf())
         warnings.append(_rounding_warning(config, dtypes))
         return Output(self.name, False, files, tensors, small_files, warnings=warnings)
 
@@ -216,28 +215,13 @@ def _dims(name: str) -> tuple[str, ...]:
     return DIMS.get("/".join(name.split("/")[-2:]), ("D",))
 
 
-def _checkpoint_folder(path: Path) -> Path | None:
-    """The Orbax checkpoint that names MaxText's embedding: ``path``, or a folder below it where MaxText puts one."""
-    for place in _PLACES:
-        metadata = path / place / "_METADATA"
-        if metadata.is_file() and b"token_embedder" in read_whole(
-            metadata, what="_METADATA", max_bytes=MAX_METADATA_BYTES
-        ):
-            return metadata.parent
-    return None
-
-
 def _matrices(arrays: Mapping[str, StoredArray], config: Gemma2Config) -> dict[str, LazyTensor]:
     """The model's arrays under the table's names, a matrix for each layer."""
     matrices: dict[str, LazyTensor] = {}
     for name, array in arrays.items():
-        parts = [part for part in re.split(r"[./]", name) if part]
-        if parts[:1] != ["params"]:  # step, optimizer state
-            continue
-        logical = "/".join(part for part in parts if part != "params")
-        pair = re.fullmatch(r"decoder/layers(?:_(\d{1,4}))?/(\w+)_(local|global)/(.+)", logical)
+        pair = _PAIR.fullmatch(name)
         if pair is None:
-            matrices[logical] = array.matrix()
+            matrices[name] = array.matrix()
             continue
         kernel = f"{pair[2]}/{pair[4]}"
         shape = axis_sizes(_dims(kernel), config)
@@ -250,6 +234,25 @@ def _matrices(arrays: Mapping[str, StoredArray], config: Gemma2Config) -> dict[s
                 matrix = WideRows(matrix, shape[1])
             matrices[f"layer_{2 * index + (pair[3] == 'global')}/{kernel}"] = matrix
     return matrices
+
+
+def _canonical_shapes(arrays: Mapping[str, StoredArray]) -> dict[str, tuple[int, ...]]:
+    """Shapes by canonical name, without a config, of the tensors that show the model's size."""
+    rows, width = (*arrays[EMBEDDING].shape, 0)[:2]
+    released = SIZES["2b"].vocab_size
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (released if rows == padded_vocabulary(released) else rows, width)
+    }
+    for name, array in arrays.items():
+        pair = _PAIR.fullmatch(name)
+        if pair is None or (pair[2], pair[4]) not in _SHOW_SIZES:
+            continue
+        kind = _SHOW_SIZES[pair[2], pair[4]]
+        shape = array.shape if pair[1] else (*array.shape[:1], *array.shape[2:])
+        for index in (int(pair[1]),) if pair[1] else range(array.shape[1]):
+            layer = 2 * index + (pair[3] == "global")
+            shapes[f"model.layers.{layer}.{kind}.weight"] = (prod(shape[1:]), shape[0])
+    return shapes
 
 
 FORMAT = MaxText()
