@@ -119,6 +119,11 @@ ENTRIES = (
     refused("lora.shape", "the adapter has other shapes than the model", _ADAPTER),
     refused("lora.target", "the adapter changes weights that the model does not have", _ADAPTER),
     refused(
+        "maxtext.converter",
+        "maxtext_converter in config.json is not the name of one of MaxText's converters",
+        "write convert_gemma2_chkpt or to_maxtext, or remove it",
+    ),
+    refused(
         "maxtext.layers",
         "MaxText stores layers in pairs, and the model has an odd number",
         "choose another format with --to",

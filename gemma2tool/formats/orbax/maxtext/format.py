@@ -1,21 +1,18 @@
 """MaxText's parameters in Orbax: layers in pairs (local, global), stacked on axis 1; embedding, queries and norms
 scaled.
 
-The embedding is stored times sqrt(D), queries times query_pre_attn_scalar ** -0.5, norms as w + 1. Values and factors
-are rounded to the stored type first, results once more, so that the inverse is not exact. Names and arithmetic:
-MaxText ``convert_gemma2_chkpt.py``. Pairs that are not stacked (``layers_0``, ...) are read too.
+What is written is what ``convert_gemma2_chkpt.py`` makes (``table.py``). Pairs that are not stacked (``layers_0``, ...)
+are read too. Nothing in a checkpoint says which converter it comes from: config.json may, under ``CONVERTER``.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from math import prod
 from pathlib import Path
-
-import numpy as np
 
 from gemma2tool.errors import InputRefused
 from gemma2tool.formats import assets
@@ -23,26 +20,32 @@ from gemma2tool.formats.base import Format, Output
 from gemma2tool.formats.consumers import refuse_mismatches
 from gemma2tool.formats.mapping.float_dtypes import as_dtype, stored_dtypes
 from gemma2tool.formats.mapping.float_layout import expect_shape, plan_floats
-from gemma2tool.formats.mapping.layout_transforms import (
-    PadVocabulary,
-    TransposeBlocks,
-    WideRows,
-    axis_sizes,
-    padded_vocabulary,
-)
-from gemma2tool.formats.mapping.transforms import TableRow, applied, entries, inverted, to_canonical
+from gemma2tool.formats.mapping.layout_transforms import WideRows, axis_sizes, padded_vocabulary
+from gemma2tool.formats.mapping.transforms import applied, entries, inverted, to_canonical
 from gemma2tool.formats.options import WriteOptions
 from gemma2tool.formats.orbax import folders, reading
 from gemma2tool.formats.orbax import output as orbax_output
 from gemma2tool.formats.orbax.maxtext import FACTS
+from gemma2tool.formats.orbax.maxtext.table import (
+    CONVERTERS,
+    EMBEDDING,
+    FLAX_CONVERTER,
+    HF_CONVERTER,
+    LAYER,
+    Converter,
+    converters_differ,
+    narrowest,
+    table,
+)
 from gemma2tool.formats.orbax.zarr_arrays import StoredArray
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.config import SIZES, Gemma2Config, infer_from_shapes
-from gemma2tool.model.lazy import FLOAT16, FLOAT32, Array, DType, LazyTensor, MappedRows, to_float32
-from gemma2tool.quantizers.casts import cast
+from gemma2tool.model.lazy import FLOAT16, DType, LazyTensor
+from gemma2tool.storage.quoting import quoted
 
 FOLDER = "0/items"
-EMBEDDING = "token_embedder/embedding"
+CONVERTER = "maxtext_converter"
+"""A key of config.json: the converter whose factors the parameters have. gemma2tool writes it where they differ."""
 ROUNDING = (
     "MaxText stores the embedding times sqrt(D), queries times their scale and norms plus one: undoing this leaves"
     " their rounding, up to one unit in the last place of the stored type (for norms, of 1 + w)"
@@ -58,71 +61,6 @@ _SHOW_SIZES = {
 """What shows a model's size, by its name in a pair."""
 
 
-@dataclass(frozen=True)
-class Multiplied:
-    """Stored times ``factor(config)``, the factor and the product rounded to the stored type."""
-
-    factor: Callable[[Gemma2Config], float]
-    exact: bool = False
-
-    def apply(self, tensor: LazyTensor, config: Gemma2Config) -> LazyTensor:
-        factor = _rounded(self.factor(config), tensor.dtype)
-        return _mapped(tensor, lambda values: values * factor)
-
-    def invert(self, tensor: LazyTensor, config: Gemma2Config) -> LazyTensor:
-        factor = _rounded(self.factor(config), tensor.dtype)
-        return _mapped(tensor, lambda values: values / factor)
-
-
-@dataclass(frozen=True)
-class PlusOne:
-    """Stored as w + 1 in the stored type."""
-
-    exact: bool = False
-
-    def apply(self, tensor: LazyTensor, config: Gemma2Config) -> LazyTensor:
-        return _mapped(tensor, lambda values: values + np.float32(1))
-
-    def invert(self, tensor: LazyTensor, config: Gemma2Config) -> LazyTensor:
-        return _mapped(tensor, lambda values: values - np.float32(1))
-
-
-def _width(dtype: DType) -> int:
-    return dtype.itemsize
-
-
-def _rounded(factor: float, dtype: DType) -> np.float32:
-    return np.float32(np.array(factor, FLOAT32).astype(dtype))
-
-
-def _mapped(tensor: LazyTensor, function: Callable[[Array], Array]) -> LazyTensor:
-    """``function`` of float32 values, rounded to the tensor's own type, float32 at most."""
-    dtype = min(tensor.dtype, FLOAT32, key=_width)
-    return MappedRows(tensor, lambda values: cast(function(to_float32(values)), dtype), dtype)
-
-
-_HF, _MAX = "model.layers.{i}.", "layer_{i}/"
-_NORMS = {
-    "pre_self_attention_norm": "input_layernorm",
-    "post_self_attention_norm": "post_attention_layernorm",
-    "pre_ffw_norm": "pre_feedforward_layernorm",
-    "post_ffw_norm": "post_feedforward_layernorm",
-}
-_QUERY = Multiplied(lambda config: config.query_scale)
-TABLE: tuple[TableRow, ...] = (
-    TableRow(
-        EMBEDDING, ("model.embed_tokens.weight",), (PadVocabulary(), Multiplied(lambda config: config.embed_scale))
-    ),
-    TableRow("decoder/decoder_norm/scale", ("model.norm.weight",), (PlusOne(),)),
-    TableRow(_MAX + "self_attention/query/kernel", (_HF + "self_attn.q_proj.weight",), (TransposeBlocks(), _QUERY)),
-    TableRow(_MAX + "self_attention/key/kernel", (_HF + "self_attn.k_proj.weight",), (TransposeBlocks(),)),
-    TableRow(_MAX + "self_attention/value/kernel", (_HF + "self_attn.v_proj.weight",), (TransposeBlocks(),)),
-    TableRow(_MAX + "self_attention/out/kernel", (_HF + "self_attn.o_proj.weight",), (TransposeBlocks(),)),
-    TableRow(_MAX + "mlp/wi_0/kernel", (_HF + "mlp.gate_proj.weight",), (TransposeBlocks(),)),
-    TableRow(_MAX + "mlp/wi_1/kernel", (_HF + "mlp.up_proj.weight",), (TransposeBlocks(),)),
-    TableRow(_MAX + "mlp/wo/kernel", (_HF + "mlp.down_proj.weight",), (TransposeBlocks(),)),
-    *(TableRow(f"{_MAX}{name}/scale", (f"{_HF}{hf_name}.weight",), (PlusOne(),)) for name, hf_name in _NORMS.items()),
-)
 DIMS = {
     "query/kernel": ("D", "H", "h"),
     "key/kernel": ("D", "K", "h"),
@@ -149,8 +87,15 @@ class MaxText(Format):
     def open(self, path: Path, *, config: Gemma2Config | None = None) -> Checkpoint:
         saved = reading.read_model(path, _EMBEDDING_KEYS)
         config = config or saved.config or infer_from_shapes(_canonical_shapes(saved.arrays))
-        tensors = to_canonical(TABLE, _matrices(saved.arrays, config), config)
-        checkpoint = Checkpoint(path, self.facts, config, tensors, saved.assets, [ROUNDING], files=saved.files)
+        name = config.extra.get(CONVERTER)
+        config = replace(config, extra={key: value for key, value in config.extra.items() if key != CONVERTER})
+        warnings = [ROUNDING]
+        dtype = narrowest(saved.arrays[EMBEDDING].dtype)
+        if name is None and converters_differ(config, dtype):
+            warnings.append(_unknown_converter(config, dtype))
+        tensors = to_canonical(table(_converter(name)), _matrices(saved.arrays, config), config)
+        checkpoint = Checkpoint(path, self.facts, config, tensors, saved.assets, warnings, files=saved.files)
+        checkpoint.metadata[CONVERTER] = name
         checkpoint.check()
         return checkpoint
 
@@ -160,7 +105,7 @@ class MaxText(Format):
     def expected_after_roundtrip(self, source: Checkpoint, candidate: Checkpoint) -> dict[str, LazyTensor]:
         """The embedding, the queries and the norms, after their arithmetic in the candidate's stored types."""
         expected: dict[str, LazyTensor] = {}
-        for entry in entries(TABLE, source.config):
+        for entry in entries(table(_converter(candidate.metadata.get(CONVERTER))), source.config):
             (name,) = entry.canonical
             inexact = [transform for transform in entry.transforms if not transform.exact]
             if inexact and name in source.tensors and name in candidate.tensors:
@@ -174,16 +119,17 @@ class MaxText(Format):
             raise InputRefused(
                 "maxtext.layers", f"MaxText stores Gemma 2's layers in pairs; this model has {config.num_hidden_layers}"
             )
-        dtypes = {name: min(dtype, FLOAT32, key=_width) for name, dtype in stored_dtypes(checkpoint, options).items()}
+        dtypes = {name: narrowest(dtype) for name, dtype in stored_dtypes(checkpoint, options).items()}
+        rows = table(CONVERTERS[FLAX_CONVERTER])
         stored = {name: as_dtype(tensor, dtypes[name]) for name, tensor in checkpoint.tensors.items()}
         rounded = replace(checkpoint, tensors=stored)
-        plans = {plan.disk: plan for plan in plan_floats(TABLE, rounded, replace(options, dtype=None), self.name)}
+        plans = {plan.disk: plan for plan in plan_floats(rows, rounded, replace(options, dtype=None), self.name)}
         warnings = refuse_mismatches(self.facts.assumptions(config), options)
         parameters = [
             orbax_output.Parameter(("params", "params", *name.split("/")), plans[name].source.shape, (plans[name],))
             for name in (EMBEDDING, "decoder/decoder_norm/scale")
         ]
-        for name in (row.disk.removeprefix(_MAX) for row in TABLE if row.disk.startswith(_MAX)):
+        for name in (row.disk.removeprefix(LAYER) for row in rows if row.disk.startswith(LAYER)):
             for first, kind in enumerate(("local", "global")):
                 layers = tuple(plans[f"layer_{i}/{name}"] for i in range(first, config.num_hidden_layers, 2))
                 shape = axis_sizes(_dims(name), config)
@@ -192,9 +138,33 @@ class MaxText(Format):
                 parameters.append(orbax_output.Parameter(keys, shape, layers, stacked=1))
         files, tensors, small_files = orbax_output.layout(FOLDER, parameters)
         small_files |= {name: data for name, data in checkpoint.assets.items() if name != "README.md"}
-        small_files[reading.CONFIG] = assets.dump_json(config.to_hf())
+        ambiguous = any(converters_differ(config, dtype) for dtype in set(dtypes.values()))
+        small_files[reading.CONFIG] = assets.dump_json(
+            config.to_hf() | ({CONVERTER: FLAX_CONVERTER} if ambiguous else {})
+        )
         warnings.append(_rounding_warning(config, dtypes))
         return Output(self.name, False, files, tensors, small_files, warnings=warnings)
+
+
+def _converter(name: object) -> Converter:
+    """The converter that config.json names, or the one whose files nothing names."""
+    if name is None:
+        name = FLAX_CONVERTER
+    if not isinstance(name, str) or name not in CONVERTERS:
+        raise InputRefused(
+            "maxtext.converter", f"config.json: {CONVERTER} is {quoted(name)}, not one of {', '.join(CONVERTERS)}"
+        )
+    return CONVERTERS[name]
+
+
+def _unknown_converter(config: Gemma2Config, dtype: DType) -> str:
+    factors = ((name, converter.factors(config, dtype)) for name, converter in CONVERTERS.items())
+    scales = [f"{name}.py: embedding {embedding:g}, queries {query:g}" for name, (embedding, query) in factors]
+    return (
+        f"MaxText's converters scale this model by different factors ({'; '.join(scales)}), and nothing in the"
+        f" checkpoint says which wrote it: read as {FLAX_CONVERTER}.py's; if {HF_CONVERTER}.py wrote it, pass --config"
+        f' with a config.json that has "{CONVERTER}": "{HF_CONVERTER}"'
+    )
 
 
 def _rounding_warning(config: Gemma2Config, dtypes: Mapping[str, DType]) -> str:
