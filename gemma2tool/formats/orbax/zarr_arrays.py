@@ -72,9 +72,22 @@ class StoredArray:
         """Where the array is, for messages."""
         return f"{self.folder.name}: {self.name}"
 
+    @property
+    def holds_codes(self) -> bool:
+        """Whether the values are a quantizer's integers."""
+        return self.dtype not in DTYPE_NAMES
+
     def matrix(self, *fixed: tuple[int, int]) -> ZarrMatrix:
-        """The array as the matrix of its last axis' rows, without the axes fixed by (axis, index)."""
+        """The array as the matrix of its last axis' rows, without the axes fixed by (axis, index). Raises
+        ``InputRefused`` for integers.
+        """
+        if self.holds_codes:
+            raise refused("dtype", f"{self.origin} holds {self.dtype.name} values without the scales of a quantizer")
         return ZarrMatrix(self, dict(fixed))
+
+    def codes(self) -> ZarrMatrix:
+        """The array's integers as the matrix of its last axis' rows."""
+        return ZarrMatrix(self, {})
 
 
 @dataclass(frozen=True)
@@ -222,7 +235,7 @@ class ZarrMatrix(BlockwiseTensor):
         free = [dim for axis, dim in enumerate(array.shape) if axis not in fixed]
         self.array, self.fixed = array, fixed
         self.shape = (prod(free[:-1]), free[-1]) if len(free) > 1 else tuple(free)
-        self.dtype, self.stored, self.origin = array.dtype, DTYPE_NAMES[array.dtype], array.origin
+        self.dtype, self.stored, self.origin = array.dtype, DTYPE_NAMES.get(array.dtype, array.dtype.name), array.origin
         chunks, grid = array.metadata.chunks, array.metadata.grid
         along = ([fixed[axis] // chunks[axis]] if axis in fixed else places for axis, places in enumerate(grid))
         self.places = list(product(*along))

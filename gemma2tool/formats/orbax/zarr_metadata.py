@@ -1,7 +1,8 @@
 """The metadata of zarr 2 (``.zarray``) and zarr 3 (``zarr.json``) arrays, limited to what Orbax writes by default.
 
-Chunks are little-endian floats in C order, uncompressed or one zstandard frame each. With zarr 3, Orbax (0.5.3 to
-0.12) makes each chunk a shard of a single chunk, which an index at the end of the shard locates.
+Chunks are little-endian floats, or codes of 4 or 8 bits, in C order, uncompressed or one zstandard frame each. With
+zarr 3, Orbax (0.5.3 to 0.12) makes each chunk a shard of a single chunk, which an index at the end of the shard
+locates.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any, TypeGuard
 
+import ml_dtypes
 import numpy as np
 
 from gemma2tool.errors import InputRefused
@@ -24,8 +26,16 @@ MAX_DIMS = 8
 INDEX_BYTES = 20
 """Size of a shard's index: offset and size of the only chunk in 64 bits each, and the CRC-32C of both."""
 
-_DTYPES = {"<f4": FLOAT32, "<f2": FLOAT16, "<f8": np.dtype(np.float64), "bfloat16": BFLOAT16}
-_ZARR3_DTYPES = {"float32": "<f4", "float16": "<f2", "float64": "<f8", "bfloat16": "bfloat16"}
+_DTYPES = {
+    "<f4": FLOAT32,
+    "<f2": FLOAT16,
+    "<f8": np.dtype(np.float64),
+    "bfloat16": BFLOAT16,
+    "|i1": np.dtype(np.int8),
+    "int4": np.dtype(ml_dtypes.int4),  # a byte for each value
+}
+_ZARR3_DTYPES = {"float32": "<f4", "float16": "<f2", "float64": "<f8", "int8": "|i1"}
+"""The names that differ."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +135,7 @@ def _are_sizes(values: object) -> TypeGuard[list[int]]:
 
 def _dtype(name: object, origin: str) -> DType:
     if not isinstance(name, str) or name not in _DTYPES:
-        raise refused("dtype", f"{origin} holds {quoted(name)}, not floating-point values")
+        raise refused("dtype", f"{origin} holds {quoted(name)}, neither floating-point values nor codes of 4 or 8 bits")
     dtype: DType = _DTYPES[name]
     return dtype
 

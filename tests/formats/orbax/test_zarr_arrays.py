@@ -141,7 +141,7 @@ def test_zarr2_that_orbax_does_not_write_is_refused(tmp_path: Path, change: dict
         ("c/1/0", lambda data: None, "lacks its chunk"),
         ("zarr.json", lambda data: data.replace(b"regular", b"random"), "a 'random' grid"),
         ("zarr.json", lambda data: data.replace(b'"zarr_format":3', b'"zarr_format":4'), "is not a zarr array"),
-        ("zarr.json", lambda data: data.replace(b"float32", b"string"), "not floating-point"),
+        ("zarr.json", lambda data: data.replace(b"float32", b"string"), "neither floating-point"),
         ("zarr.json", lambda data: data.replace(b"[20,6]", b"[20,900000000000]"), "has the shape"),
         ("zarr.json", lambda data: data.replace(b"zstd", b"exec"), "codecs .*exec"),
         (
@@ -170,7 +170,7 @@ def test_broken_zarr3(tmp_path: Path, file: str, change, match: str) -> None:
             lambda path: path.write_text(path.read_text().replace("[96,64]", "[96,1000000000000000]")),
             "has the shape",
         ),
-        (".zarray", lambda path: path.write_text(path.read_text().replace("<f4", "|O")), "not floating-point"),
+        (".zarray", lambda path: path.write_text(path.read_text().replace("<f4", "|O")), "neither floating-point"),
         (".zarray", lambda path: path.write_text(path.read_text().replace("[96,64]", "[96,-1]")), "has the shape"),
         ("0.0", lambda path: (path.unlink(), path.symlink_to("/etc/passwd")), "symbolic link"),
     ],

@@ -1,9 +1,9 @@
 """Google's JAX release: an Orbax checkpoint of the Flax parameters, with tokenizer.model beside its folder.
 
 The tree is flat ("transformer/layer_0/attn/q_einsum": {"w": ...}) as released, nested, stacked by attention type, or
-inside a trainer's state, as in google-deepmind/gemma 3.3 ``gemma/gm/ckpts/_checkpoint.py``. The released, flat form
-is written. The embedding has 128 more rows than the vocabulary; ``gating_einsum`` is (2, D, F) in 2B and (2, F, D) in
-9B and 27B.
+inside a trainer's state, as in google-deepmind/gemma 3.3 ``gemma/gm/ckpts/_checkpoint.py``; ``peft`` may have wrapped
+its parameters. The released, flat form is written. The embedding has 128 more rows than the vocabulary;
+``gating_einsum`` is (2, D, F) in 2B and (2, F, D) in 9B and 27B.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from gemma2tool.formats.options import WriteOptions
 from gemma2tool.formats.orbax import folders, reading
 from gemma2tool.formats.orbax import output as orbax_output
 from gemma2tool.formats.orbax.flax import FACTS
+from gemma2tool.formats.orbax.flax.wrapped import Dequantized, unwrapped
 from gemma2tool.formats.orbax.zarr_arrays import StoredArray
 from gemma2tool.model.checkpoint import Assets, Checkpoint
 from gemma2tool.model.config import SIZES, Gemma2Config, infer_from_shapes
@@ -118,15 +119,21 @@ class Flax(Format):
 
 @dataclass(frozen=True)
 class _StoredParameter:
-    """A parameter, or a layer's part of a stacked one, whose axes in ``fixed`` have one (axis, index) each."""
+    """A parameter, or a layer's part of a stacked one, whose axes in ``fixed`` have one (axis, index) each; with
+    ``scales`` if it is quantized.
+    """
 
     array: StoredArray
     fixed: tuple[tuple[int, int], ...] = ()
+    scales: StoredArray | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Only the first axes are fixed."""
         return self.array.shape[len(self.fixed) :]
+
+    def matrix(self) -> LazyTensor:
+        return self.array.matrix(*self.fixed) if self.scales is None else Dequantized(self.array, self.scales)
 
 
 def _keys(disk: str) -> tuple[str, str]:
@@ -137,13 +144,13 @@ def _keys(disk: str) -> tuple[str, str]:
 
 def _parameters(arrays: Mapping[str, StoredArray]) -> dict[str, _StoredParameter]:
     """The model's parameters by the table's names, whatever form the tree has."""
-    named = {name.removesuffix("/w"): array for name, array in arrays.items()}
+    named, scales = unwrapped({name.removesuffix("/w"): array for name, array in arrays.items()})
     stacked = {name: match for name in named if (match := _STACKED.fullmatch(name))}
     period = 1 + max((int(match[1]) for match in stacked.values()), default=0)
     parameters: dict[str, _StoredParameter] = {}
     for name, array in named.items():
         if name not in stacked:
-            parameters[name] = _StoredParameter(array)
+            parameters[name] = _StoredParameter(array, scales=scales.get(name))
             continue
         for index in range(min(array.shape[0], 4096)):
             layer = index * period + int(stacked[name][1])
@@ -168,7 +175,7 @@ def _matrices(
         dims = _dims(name, gating_transposed=transposed) if name in known else None
         if dims is not None:
             expect_shape(parameter.array.origin, parameter.shape, axis_sizes(dims, config))
-        matrices[name] = parameter.array.matrix(*parameter.fixed)
+        matrices[name] = parameter.matrix()
     return matrices
 
 
