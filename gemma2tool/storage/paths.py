@@ -53,14 +53,25 @@ def path_within_folder(path: Path) -> Path:
     return path
 
 
-def _may_follow(path: Path, folder: Path) -> bool:
-    try:
-        target = path.resolve(strict=True)
-    except (OSError, RuntimeError):  # dangling, or a loop
+def leads_to_blob(path: Path) -> bool:
+    """Whether a link leads to a file of the Hugging Face hub cache (``models--*/blobs/HASH``)."""
+    target = _target(path)
+    if target is None or not _BLOB.fullmatch(target.name):
         return False
-    blobs = target.parent
-    in_cache = blobs.name == "blobs" and blobs.parent.name.startswith("models--") and _BLOB.fullmatch(target.name)
-    return blobs == folder.resolve() or bool(in_cache)
+    return target.parent.name == "blobs" and target.parent.parent.name.startswith("models--")
+
+
+def _may_follow(path: Path, folder: Path) -> bool:
+    target = _target(path)
+    return target is not None and (target.parent == folder.resolve() or leads_to_blob(path))
+
+
+def _target(path: Path) -> Path | None:
+    """What a link leads to; None if it is dangling, or a loop."""
+    try:
+        return path.resolve(strict=True)
+    except (OSError, RuntimeError):
+        return None
 
 
 def same_file(a: str | os.PathLike[str], b: str | os.PathLike[str]) -> bool:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from gemma2tool.errors import InputRefused
 from gemma2tool.storage.crc import crc32c
+from gemma2tool.storage.paths import leads_to_blob
 from gemma2tool.storage.quoting import quoted
 from gemma2tool.storage.reading import open_for_reading, read_whole
 
@@ -184,12 +185,12 @@ class _Database:
         return files[number]
 
     def size(self, path: str) -> int:
-        """The size of a data file. Links are not followed."""
+        """The size of a data file. Links are not followed, but for those of the Hugging Face hub's cache."""
         if path not in self.sizes:
             full = self.folder
             for part in path.split("/"):
                 full = full / part
-                if full.is_symlink():
+                if full.is_symlink() and not leads_to_blob(full):
                     raise self.refusal("link", f"the file {quoted(path)} is a symbolic link, or is reached through one")
             with open_for_reading(full) as reader:
                 self.sizes[path] = reader.size

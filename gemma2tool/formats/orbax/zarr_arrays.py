@@ -33,6 +33,7 @@ from gemma2tool.formats.orbax.zarr_metadata import (
     refused,
 )
 from gemma2tool.model.lazy import DTYPE_NAMES, Array, DType
+from gemma2tool.storage.paths import leads_to_blob
 from gemma2tool.storage.quoting import quoted
 from gemma2tool.storage.reading import open_for_reading
 
@@ -170,17 +171,18 @@ def read_value(value: StoredValue) -> bytes:
 
 
 def _file_sizes(folder: Path) -> dict[str, int]:
-    """Sizes of all files below ``folder`` by name, with forward slashes. Links are refused: they could lead
-    anywhere.
+    """Sizes of all files below ``folder`` by name, with forward slashes. Links are refused, because they could lead
+    anywhere, but for those of the Hugging Face hub's cache.
     """
     sizes: dict[str, int] = {}
     for place, folders, names in os.walk(folder, followlinks=False):
         for name in (*folders, *names):
-            if os.path.islink(os.path.join(place, name)):
+            path = os.path.join(place, name)
+            if os.path.islink(path) and not leads_to_blob(Path(path)):
                 raise refused("link", f"{folder.name}: {quoted(name)} inside it is a symbolic link")
         for name in names:
             path = os.path.join(place, name)
-            sizes[os.path.relpath(path, folder).replace(os.sep, "/")] = os.stat(path, follow_symlinks=False).st_size
+            sizes[os.path.relpath(path, folder).replace(os.sep, "/")] = os.stat(path).st_size
         if len(sizes) > MAX_FILES:
             raise refused("too-many-files", f"{folder.name}: holds more than {MAX_FILES} files")
     return sizes

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -142,3 +144,19 @@ def test_what_is_refused(oracles: Path, tmp_path: Path, tree: tuple) -> None:
     store_arrays(tmp_path / "less", {name: array for name, array in flat.items() if "final_norm" not in name})
     with refused("model.norm.weight is missing"):
         _read(tmp_path / "less", source)
+
+
+@pytest.mark.parametrize("ocdbt", [True, False])
+def test_snapshot_of_the_hub_cache(tmp_path: Path, tree: tuple, ocdbt: bool) -> None:
+    """Every file of a snapshot that huggingface_hub downloads is a link to a blob of its repository."""
+    source, flat = tree
+    store_arrays(tmp_path / "saved", flat, ocdbt=ocdbt)
+    repository = tmp_path / "models--someone--gemma-2-flax"
+    (repository / "blobs").mkdir(parents=True)
+    for number, file in enumerate(sorted(path for path in (tmp_path / "saved").rglob("*") if path.is_file())):
+        blob = repository / "blobs" / f"{number:064x}"
+        shutil.copy(file, blob)
+        link = repository / "snapshots" / f"{1:040x}" / "ckpt" / file.relative_to(tmp_path / "saved")
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(os.path.relpath(blob, link.parent))
+    assert_same_tensors(source, _read(repository / "snapshots" / f"{1:040x}", source))
