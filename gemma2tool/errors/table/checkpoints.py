@@ -133,6 +133,11 @@ ENTRIES = (
         "MLX's quantization is of a kind that is not read",
         "use affine quantization, mxfp4, mxfp8 or nvfp4",
     ),
+    refused(
+        "orbax.adapter",
+        "a saved state holds a LoRA adapter, alone or beside the model",
+        "merge it into the model (peft.fuse_params, MaxText's to_huggingface.py), and save the result",
+    ),
     refused("orbax.broken", "a part of an array is damaged", _DOWNLOAD),
     refused(
         "orbax.compressor",
@@ -154,6 +159,7 @@ ENTRIES = (
         "save the parameters of one of them in a checkpoint of their own",
     ),
     refused("orbax.missing-chunk", "a part of an array is missing", _DOWNLOAD),
+    refused("orbax.quantized", "a saved state holds quantized weights", "give the checkpoint that was quantized"),
     refused("orbax.shape", "the shape or the chunks of an array are impossible", _DOWNLOAD),
     refused("orbax.steps", "the folder holds several checkpoints", "give the folder of one of them"),
     refused("orbax.too-many-arrays", "the checkpoint has more arrays than are accepted", _DOWNLOAD),

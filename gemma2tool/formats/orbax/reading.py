@@ -10,7 +10,7 @@ from gemma2tool.containers import strict_json
 from gemma2tool.errors import InputRefused
 from gemma2tool.formats import assets
 from gemma2tool.formats.orbax import folders
-from gemma2tool.formats.orbax.state import Keys, model_arrays, split_keys
+from gemma2tool.formats.orbax.state import Keys, model_arrays, refuse_unmerged, split_keys
 from gemma2tool.formats.orbax.zarr_arrays import StoredArray, list_arrays
 from gemma2tool.model.checkpoint import ASSET_NAMES, Assets
 from gemma2tool.model.config import Gemma2Config
@@ -37,6 +37,7 @@ def read_model(path: Path, embedding: Keys) -> SavedModel:
     """
     tree = folders.only_model(path, embedding)
     listing = list_arrays(tree)
+    refuse_unmerged(listing.files, str(tree))
     names = model_arrays(listing.files, embedding, str(tree))
     if not names:
         raise InputRefused(

@@ -18,6 +18,9 @@ Keys = tuple[str, ...]
 _OPTIMIZER = frozenset({"opt_state", "optimizer", "optimizer_state", "mu", "nu", "trace", "acc_grads"})
 """Keys of optax's states and of the places that trainers give them."""
 _RANDOM_STATE = frozenset({"rngs", "to_nnx__rngs", "dropout"})
+_QUANTIZERS = {"aqt": "AQT", "qvalue": "Qwix"}
+"""Keys of what MaxText stores in place of a kernel, and what quantized it."""
+_LORA = re.compile(r"(?:.*_)?lora(?:_[ab])?")
 _NNX_LEAF = "value"
 """Flax NNX stores each variable as a box with this key."""
 
@@ -53,3 +56,16 @@ def model_arrays(names: Iterable[str], embedding: Keys, origin: str) -> dict[str
         for name, keys in keys_of.items()
         if keys[: len(root)] == root and (_OPTIMIZER | _RANDOM_STATE).isdisjoint(keys[len(root) :])
     }
+
+
+def refuse_unmerged(names: Iterable[str], origin: str) -> None:
+    """Raises ``InputRefused`` for a state with LoRA weights, and for one with weights that a quantizer has replaced."""
+    for keys in map(split_keys, names):
+        quantizer = next((_QUANTIZERS[key] for key in keys if key in _QUANTIZERS), None)
+        if quantizer is not None:
+            raise InputRefused("orbax.quantized", f"{origin}: its weights are quantized by {quantizer}")
+        if any(_LORA.fullmatch(key) for key in keys):
+            hint = f"give the base model as SRC, and --lora {origin}" if "lora" in keys else None
+            raise InputRefused(
+                "orbax.adapter", f"{origin}: holds the weights of a LoRA adapter ({'.'.join(keys)})", hint=hint
+            )

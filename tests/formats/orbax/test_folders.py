@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from gemma2tool.formats import registry
-from gemma2tool.formats.orbax import folders
+from gemma2tool.formats.orbax import folders, state
 from tests.support.formats import refused
 
 EMBEDDING = ("embedder", "input_embedding")
@@ -96,3 +96,19 @@ def test_the_folders_of_the_config(tmp_path: Path, place: str) -> None:
     around = folders.surroundings(tmp_path / "run" / place, tree)
     assert around[0] == tmp_path / "run" / place
     assert tmp_path / "run" in around and tmp_path not in around
+
+
+@pytest.mark.parametrize(
+    ("name", "match", "id"),
+    [
+        ("layer_0.attn.q_einsum.lora.a", "a LoRA adapter .layer_0.attn.q_einsum.lora.a", "orbax.adapter"),
+        ("layers.0.attn.q_einsum.w_lora_a.value", "a LoRA adapter .layers.0.attn.q_einsum.w_lora_a", "orbax.adapter"),
+        ("params.aqt.decoder.mlp.AqtDotGeneral_0.qrhs.frozen", "quantized by AQT", "orbax.quantized"),
+        ("params.params.decoder.layers.mlp_local.wo.kernel.qvalue", "quantized by Qwix", "orbax.quantized"),
+    ],
+)
+def test_what_takes_the_place_of_weights_is_named(name: str, match: str, id: str) -> None:
+    """google-deepmind/gemma 254, maxtext 731: LoRA of gm and of tunix, MaxText's quantized checkpoints."""
+    with refused(match) as caught:
+        state.refuse_unmerged(["params.embedder.input_embedding", name], "here")
+    assert caught.value.id == id
