@@ -78,11 +78,24 @@ def detect(path: Path) -> Format:
     other = other_files.other_file(path)
     if other is not None:
         raise other
+    run = _run_folder(path)
+    if run is not None:
+        raise run
     raise InputRefused(
         "input.unknown",
         f"{path}: not a Gemma 2 checkpoint in a known format",
         hint=f"formats that can be read: {', '.join(sorted(NAMES))}; see 'gemma2tool formats'",
     )
+
+
+def _run_folder(path: Path) -> InputRefused | None:
+    """The error for a folder that is not a checkpoint, and holds checkpoints."""
+    from gemma2tool.formats import run_folder
+
+    def format_of(folder: Path) -> str | None:
+        return next((name for name in NAMES if by_name(name).detect(folder)), None)
+
+    return run_folder.refusal(path, format_of) if path.is_dir() else None
 
 
 def open_checkpoint(path: Path, *, config: Gemma2Config | None = None, format: str | None = None) -> Checkpoint:

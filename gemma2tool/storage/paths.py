@@ -74,6 +74,12 @@ def _target(path: Path) -> Path | None:
         return None
 
 
+def natural_order(path: Path) -> list[tuple[str, int]]:
+    """A key that sorts names by the numbers in them: step-5, step-10, step-100."""
+    parts = (part for name in path.parts for part in re.findall(r"([^0-9]+)|([0-9]{1,18})", name))
+    return [(text, int(number or 0)) for text, number in parts]
+
+
 def same_file(a: str | os.PathLike[str], b: str | os.PathLike[str]) -> bool:
     """Whether two paths lead to the same file or folder, through links or names that differ only in case."""
     try:

@@ -59,6 +59,7 @@ ENTRIES = (
         "the path is a file that belongs to a model, such as its config, its receipt or an adapter",
         "give the checkpoint itself",
     ),
+    refused("input.run", "the folder is not a checkpoint, and holds checkpoints", "give the folder of one of them"),
     refused(
         "input.unknown",
         "the path holds no Gemma 2 checkpoint in a known format",

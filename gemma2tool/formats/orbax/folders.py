@@ -16,6 +16,7 @@ from gemma2tool.containers import strict_json
 from gemma2tool.errors import InputRefused, ToolError
 from gemma2tool.formats.orbax.state import Keys, model_roots, split_keys
 from gemma2tool.formats.orbax.zarr_arrays import MAX_TREE_BYTES, OCDBT_MANIFEST, TREE, list_arrays
+from gemma2tool.storage.paths import natural_order
 
 RUN_STEPS = "checkpoints"
 """The folder of a run that holds its steps."""
@@ -37,7 +38,7 @@ def trees(path: Path) -> list[Path]:
         return [path]
     if any(child.suffix.lower() in _OTHER_WEIGHTS and child.is_file() for child in _children(path)):
         return []
-    below = sorted(_below(path, _MAX_DEPTH, [_MAX_FOLDERS]), key=lambda tree: _in_order(tree.relative_to(path)))
+    below = sorted(_below(path, _MAX_DEPTH, [_MAX_FOLDERS]), key=lambda tree: natural_order(tree.relative_to(path)))
     return [tree for tree in below if not _is_unfinished(tree)] or below
 
 
@@ -126,12 +127,6 @@ def _keys_of(tree: Path, path: Path) -> list[Keys]:
         except (ToolError, OSError):
             return []
     return [(*place, *split_keys(name)) for name in names]
-
-
-def _in_order(path: Path) -> list[tuple[str, int]]:
-    """A key that sorts step 10 after step 5."""
-    parts = (part for name in path.parts for part in re.findall(r"([^0-9]+)|([0-9]{1,18})", name))
-    return [(text, int(number or 0)) for text, number in parts]
 
 
 def _short(tree: Path, found: list[Path], path: Path) -> str:
