@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -160,3 +161,32 @@ def test_snapshot_of_the_hub_cache(tmp_path: Path, tree: tuple, ocdbt: bool) -> 
         link.parent.mkdir(parents=True, exist_ok=True)
         link.symlink_to(os.path.relpath(blob, link.parent))
     assert_same_tensors(source, _read(repository / "snapshots" / f"{1:040x}", source))
+
+
+@pytest.mark.parametrize("kv_heads", [2, 4])
+def test_tree_of_tunix(tmp_path: Path, kv_heads: int) -> None:
+    """tunix's model in Flax NNX, as its ``params_safetensors.py`` maps it: layers in a list, gate and up apart."""
+    config = replace(SMALL, num_hidden_layers=2, layer_types=(), num_key_value_heads=kv_heads)
+    source = random_checkpoint(np.dtype(np.float32), config)
+    arrays: dict[str, np.ndarray] = {}
+    for name, array in stored_arrays(write_as("flax", source, tmp_path / "flat") / "ckpt").items():
+        name = re.sub(r"layer_(\d+)", r"layers.\1", name.removeprefix("transformer/").replace("/", "."))
+        if "gating_einsum" in name:
+            gate, up = array if array.shape[1] == SMALL.hidden_size else array.swapaxes(1, 2)
+            arrays |= {
+                name.replace("gating_einsum.w", f"{kind}_proj.kernel"): part
+                for kind, part in (("gate", gate), ("up", up))
+            }
+            continue
+        name = name.replace("mlp.linear.w", "mlp.down_proj.kernel").replace("post_attention_norm", "post_attn_norm")
+        arrays[name] = array
+    assert "layers.1.mlp.gate_proj.kernel" in arrays and "layers.0.post_attn_norm.scale" in arrays
+    boxes = {f"{name}.value": array for name, array in arrays.items()}
+    store_arrays(tmp_path / "run" / "500" / "model_params", boxes | {"layers.0.attn.rngs.key": np.zeros(2, np.float32)})
+    checkpoint = _read(tmp_path / "run", source)
+    assert_same_tensors(source, checkpoint)
+    assert_ranges_agree(checkpoint)
+    with refused("gate_proj.kernel.value: has shape"):
+        wrong = {name: array.T if "gate_proj" in name else array for name, array in boxes.items()}
+        store_arrays(tmp_path / "wrong", wrong)
+        _read(tmp_path / "wrong", source)

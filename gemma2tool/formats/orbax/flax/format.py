@@ -2,14 +2,14 @@
 
 The tree is flat ("transformer/layer_0/attn/q_einsum": {"w": ...}) as released, nested, stacked by attention type, or
 inside a trainer's state, as in google-deepmind/gemma 3.3 ``gemma/gm/ckpts/_checkpoint.py``; ``peft`` may have wrapped
-its parameters. The released, flat form is written. The embedding has 128 more rows than the vocabulary;
-``gating_einsum`` is (2, D, F) in 2B and (2, F, D) in 9B and 27B.
+its parameters. tunix's model (``tunix/models/gemma``) has names of its own. The released, flat form is written. The
+embedding has 128 more rows than the vocabulary; ``gating_einsum`` is (2, D, F) in 2B and (2, F, D) in 9B and 27B.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,6 +33,9 @@ FOLDER = "ckpt"
 TOKENIZER = "tokenizer.model"
 EMBEDDING = "embedder/input_embedding"
 _EMBEDDING_KEYS = ("embedder", "input_embedding")
+_TUNIX_LAYER = re.compile(r"layers/(\d{1,6})/(.+)")
+_TUNIX = {"post_attn_norm/scale": "post_attention_norm/scale", "mlp/down_proj/kernel": "mlp/linear"}
+"""What tunix calls otherwise in a layer; it keeps gate and up apart."""
 _STACKED = re.compile(r"stacked_layers/attention_type_(\d{1,3})/(.+)")
 
 _HF, _LAYER = "model.layers.{i}.", "layer_{i}/"
@@ -40,8 +43,14 @@ _Q, _K, _V = (_HF + f"self_attn.{x}_proj.weight" for x in "qkv")
 _GATING = (_HF + "mlp.gate_proj.weight", _HF + "mlp.up_proj.weight")
 
 
-def table(config: Gemma2Config, *, gating_transposed: bool) -> tuple[TableRow, ...]:
-    """The parameters of a config. If every query head has its own key-value head, q, k and v are one parameter."""
+def table(config: Gemma2Config, *, gating_transposed: bool, tunix: bool = False) -> tuple[TableRow, ...]:
+    """The parameters of a config. If every query head has its own key-value head, q, k and v are one parameter. With
+    ``tunix``, gate and up are two, under tunix's names.
+    """
+    gating = [TableRow(_LAYER + "mlp/gating_einsum", _GATING, () if gating_transposed else (TransposeBlocks("2"),))]
+    if tunix:
+        names = ("mlp/gate_proj/kernel", "mlp/up_proj/kernel")
+        gating = [TableRow(_LAYER + name, (hf,), (TransposeBlocks(),)) for name, hf in zip(names, _GATING, strict=True)]
     attention: tuple[TableRow, ...]
     if config.num_key_value_heads == config.num_attention_heads:
         attention = (TableRow(_LAYER + "attn/qkv_einsum", (_Q, _K, _V), (TransposeBlocks("3*H"),)),)
@@ -55,7 +64,7 @@ def table(config: Gemma2Config, *, gating_transposed: bool) -> tuple[TableRow, .
         TableRow("final_norm/scale", ("model.norm.weight",)),
         TableRow(_LAYER + "attn/attn_vec_einsum", (_HF + "self_attn.o_proj.weight",), (TransposeBlocks(),)),
         *attention,
-        TableRow(_LAYER + "mlp/gating_einsum", _GATING, () if gating_transposed else (TransposeBlocks("2"),)),
+        *gating,
         TableRow(_LAYER + "mlp/linear", (_HF + "mlp.down_proj.weight",), (TransposeBlocks(),)),
         TableRow(_LAYER + "post_attention_norm/scale", (_HF + "post_attention_layernorm.weight",)),
         TableRow(_LAYER + "post_ffw_norm/scale", (_HF + "post_feedforward_layernorm.weight",)),
@@ -73,6 +82,7 @@ def _dims(name: str, *, gating_transposed: bool) -> tuple[str, ...] | None:
         "attn_vec_einsum": ("H", "h", "D"),
         "gating_einsum": ("2", "F", "D") if gating_transposed else ("2", "D", "F"),
         "linear": ("F", "D"),
+        "kernel": ("D", "F"),
     }.get(name.rpartition("/")[2])
 
 
@@ -94,8 +104,8 @@ class Flax(Format):
         if config is None:
             config = infer_from_shapes(_canonical_shapes(parameters, _vocabulary_size(saved.assets)))
         transposed = _is_gating_transposed(parameters, config)
-        disk = _matrices(parameters, config, transposed)
-        tensors = to_canonical(table(config, gating_transposed=transposed), disk, config)
+        rows = table(config, gating_transposed=transposed, tunix="layer_0/mlp/gate_proj/kernel" in parameters)
+        tensors = to_canonical(rows, _matrices(parameters, config, transposed, rows), config)
         checkpoint = Checkpoint(path, self.facts, config, tensors, saved.assets, files=saved.files)
         checkpoint.check()
         return checkpoint
@@ -144,7 +154,7 @@ def _keys(disk: str) -> tuple[str, str]:
 
 def _parameters(arrays: Mapping[str, StoredArray]) -> dict[str, _StoredParameter]:
     """The model's parameters by the table's names, whatever form the tree has."""
-    named, scales = unwrapped({name.removesuffix("/w"): array for name, array in arrays.items()})
+    named, scales = unwrapped({_common_name(name): array for name, array in arrays.items()})
     stacked = {name: match for name in named if (match := _STACKED.fullmatch(name))}
     period = 1 + max((int(match[1]) for match in stacked.values()), default=0)
     parameters: dict[str, _StoredParameter] = {}
@@ -158,6 +168,12 @@ def _parameters(arrays: Mapping[str, StoredArray]) -> dict[str, _StoredParameter
     return parameters
 
 
+def _common_name(name: str) -> str:
+    """A parameter's name in the table, without the key "w", and with tunix's layers renamed."""
+    layer = _TUNIX_LAYER.fullmatch(name.removesuffix("/w"))
+    return f"layer_{layer[1]}/{_TUNIX.get(layer[2], layer[2])}" if layer else name.removesuffix("/w")
+
+
 def _is_gating_transposed(parameters: Mapping[str, _StoredParameter], config: Gemma2Config) -> bool:
     """Whether gating_einsum is (2, F, D). If F equals D, the shape does not show it, and the larger models' order is
     assumed.
@@ -167,9 +183,9 @@ def _is_gating_transposed(parameters: Mapping[str, _StoredParameter], config: Ge
 
 
 def _matrices(
-    parameters: Mapping[str, _StoredParameter], config: Gemma2Config, transposed: bool
+    parameters: Mapping[str, _StoredParameter], config: Gemma2Config, transposed: bool, rows: Sequence[TableRow]
 ) -> dict[str, LazyTensor]:
-    known = {entry.disk for entry in entries(table(config, gating_transposed=transposed), config)}
+    known = {entry.disk for entry in entries(rows, config)}
     matrices: dict[str, LazyTensor] = {}
     for name, parameter in parameters.items():
         dims = _dims(name, gating_transposed=transposed) if name in known else None
