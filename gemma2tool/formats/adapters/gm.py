@@ -15,7 +15,7 @@ import numpy as np
 from gemma2tool.formats.adapters.adapter import Adapter, Delta, refused
 from gemma2tool.formats.mapping.layout_transforms import axis_sizes
 from gemma2tool.formats.orbax import zarr_arrays
-from gemma2tool.formats.orbax.state import split_keys
+from gemma2tool.formats.orbax.state import is_of_optimizer, split_keys
 from gemma2tool.formats.orbax.zarr_arrays import StoredArray
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.lazy import Array, to_float32
@@ -52,7 +52,8 @@ def read(folder: Path, checkpoint: Checkpoint) -> Adapter:
     path = folder / next(name for name in _STATE if (folder / name).is_file())
     pairs: dict[tuple[int, str], dict[str, StoredArray]] = {}
     listing = zarr_arrays.list_arrays(folder)
-    keys_of = {name: "/".join(split_keys(name)) for name in listing.files}
+    split = {name: split_keys(name) for name in listing.files}
+    keys_of = {name: "/".join(keys) for name, keys in split.items() if not is_of_optimizer(keys)}
     for name, array in listing.read([name for name, keys in keys_of.items() if "/lora/" in f"/{keys}/"]).items():
         match = _PART.fullmatch(keys_of[name])
         if match is None:

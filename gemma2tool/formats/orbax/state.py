@@ -31,10 +31,15 @@ def split_keys(name: str) -> Keys:
     return keys[:-1] if keys[-1:] == (_NNX_LEAF,) else keys
 
 
+def is_of_optimizer(keys: Keys) -> bool:
+    """Whether an array is the optimizer's: its name ends like a parameter's."""
+    return not _OPTIMIZER.isdisjoint(keys)
+
+
 def model_roots(trees: Iterable[Keys], embedding: Keys) -> list[Keys]:
     """The keys under which the arrays ``trees`` hold models, found by the keys of their ``embedding``."""
     roots = {keys[: -len(embedding)] for keys in trees if keys[-len(embedding) :] == embedding}
-    return sorted(root for root in roots if _OPTIMIZER.isdisjoint(root))
+    return sorted(root for root in roots if not is_of_optimizer(root))
 
 
 def model_arrays(names: Iterable[str], embedding: Keys, origin: str) -> dict[str, Keys]:
@@ -65,7 +70,7 @@ def refuse_unmerged(names: Iterable[str], origin: str) -> None:
         if quantizer is not None:
             raise InputRefused("orbax.quantized", f"{origin}: its weights are quantized by {quantizer}")
         if any(_LORA.fullmatch(key) for key in keys):
-            hint = f"give the base model as SRC, and --lora {origin}" if "lora" in keys else None
+            hint = f"give the base model as SRC, and --lora {origin}" if "lora" in keys else ""
             raise InputRefused(
                 "orbax.adapter", f"{origin}: holds the weights of a LoRA adapter ({'.'.join(keys)})", hint=hint
             )
