@@ -4,6 +4,7 @@
     python benchmarks/quality.py --types all            # every type; those that need an importance matrix get one
     python benchmarks/quality.py --types q4_k_m,iq4_xs
     python benchmarks/quality.py --calibrated           # GPTQ and AWQ beside the same types rounded to nearest
+    python benchmarks/quality.py --calibrated-gguf      # GGUF's types, calibrated, beside an importance matrix
 
 Prints a Markdown table. Every type is written by gemma2tool from fixtures/tiny-gemma2/model.ckpt, read back from its
 file and run, dequantized, by the built-in float32 forward pass over the held-out tokens. KL is KL(source || type) in
@@ -52,6 +53,8 @@ CALIBRATED: tuple[tuple[str, str, PackingOptions, Calibration], ...] = (
     ("awq-4", "groups of 128", PackingOptions(group_size=128), Calibration()),
 )
 """Type, description, and the options of the packing and of the calibration."""
+CALIBRATED_GGUF = ("q4_k_m", "q4_k_s", "q5_k_m", "q3_k_m", "q3_k_s", "q2_k", "q4_0", "iq4_xs", "iq4_nl", "iq3_s",
+                   "iq3_xxs", "iq2_m", "iq2_xs", "iq2_xxs")  # fmt: skip
 BOOTSTRAP_DRAWS = 4000
 
 
@@ -59,6 +62,7 @@ def main() -> int:
     parser = argument_parser(__doc__)
     parser.add_argument("--types", default=",".join(QUOTED))
     parser.add_argument("--calibrated", nargs="?", const="all", metavar="TYPES", help="all of them, or these")
+    parser.add_argument("--calibrated-gguf", nargs="?", const=",".join(CALIBRATED_GGUF), metavar="TYPES")
     parser.add_argument("--tokens", type=Path, default=FIXTURE / "heldout.npy")
     parser.add_argument("--windows", type=int, help="use only the first windows of the held-out tokens")
     parser.add_argument("--samples", type=int, default=64, help="windows of calibration text")
@@ -67,7 +71,9 @@ def main() -> int:
     print(f"{ids.shape[0] * (ids.shape[1] - 1):,} predicted tokens in {ids.shape[0]} windows of {ids.shape[1]}\n")
     with registry.open_checkpoint(FIXTURE / "model.ckpt") as source, tempfile.TemporaryDirectory() as folder:
         run = Run(source, Path(folder), ids, arguments.samples)
-        if arguments.calibrated:
+        if arguments.calibrated_gguf:
+            compare_with_matrix(run, arguments.calibrated_gguf.split(","))
+        elif arguments.calibrated:
             all_types = [type for type, *_ in CALIBRATED]
             compare_with_nearest(run, all_types if arguments.calibrated == "all" else arguments.calibrated.split(","))
         else:
@@ -186,6 +192,27 @@ def compare_with_nearest(run: Run, types: Sequence[str]) -> None:
             f"| {type} | {description} | {bits_per_weight:.2f} | {kl_nearest.mean():.5f} | {kl_calibrated.mean():.5f} |"
             f" {(kl_calibrated - kl_nearest).mean():+.5f} ({low:+.5f} to {high:+.5f}) |"
             f" {nearest.top1:.2%}, {calibrated.top1:.2%} | {perplexity[0]:.3f}, {perplexity[1]:.3f} |",
+            flush=True,
+        )
+
+
+def compare_with_matrix(run: Run, types: Sequence[str]) -> None:
+    """The table of GGUF types: with an importance matrix beside calibrated, from the same text, with a 95 % interval of
+    the ratio of their KL.
+    """
+    print("| type | bytes | KL importance matrix | calibrated | ratio, 95 % interval |")
+    print("|---|---:|---:|---:|---|")
+    for type in types:
+        with_matrix, calibrated = run.write(f"{type} im"), run.folder / "calibrated.gguf"
+        calibration = Calibration(text=run.calibration_text, length=run.ids.shape[1], samples=run.samples)
+        save(run.source, calibrated, WriteOptions(type=type, calibration=calibration), force=True, threads=2)
+        sizes = {path.stat().st_size for path in (with_matrix, calibrated)}
+        first, second = (run.text_metrics(path).kl.reshape(run.ids.shape).mean(1) for path in (with_matrix, calibrated))
+        drawn = np.random.default_rng(0).integers(0, len(first), (BOOTSTRAP_DRAWS, len(first)))
+        low, high = np.quantile(second[drawn].mean(1) / first[drawn].mean(1), [0.025, 0.975])
+        print(
+            f"| {type} | {' and '.join(f'{size:,}' for size in sorted(sizes))} | {first.mean():.5f} |"
+            f" {second.mean():.5f} | {second.mean() / first.mean():.3f} ({low:.3f} to {high:.3f}) |",
             flush=True,
         )
 

@@ -7,15 +7,19 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from gemma2tool.errors import UsageError
+from gemma2tool.quantizers.mixtures import ALIASES, FILE_TYPES, FLOATS
 
 QUANTIZED_FOLDERS = ("hf", "mlx")
 """Formats whose outputs are quantized folders."""
+
+GGUF_QUANTIZED = (*(name for name in FILE_TYPES if name not in FLOATS), *ALIASES)
+"""GGUF's quantized types, by the names of --type."""
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
@@ -68,7 +72,7 @@ class OptionInfo:
     def takers(self) -> str:
         """Who takes it, for help and hints: "GGUF", "nf4 and fp4", "quantized folders"."""
         if self.types:
-            *others, last = self.types
+            *others, last = type_names(self.types)
             return f"{', '.join(others)} and {last}" if others else last
         if self.formats == QUANTIZED_FOLDERS:
             return "quantized folders"
@@ -83,7 +87,15 @@ class OptionInfo:
         """Whether the option has an effect on an output of this format and type."""
         if self.formats and (format_name not in self.formats or (format_name in QUANTIZED_FOLDERS and not type_name)):
             return False
-        return not self.types or type_name in self.types
+        return not self.types or (type_name is not None and type_name.lower() in self.types)
+
+
+def type_names(types: Iterable[str]) -> list[str]:
+    """Types for a sentence: GGUF's, where all quantized ones are among them, as one."""
+    names = list(types)
+    if set(GGUF_QUANTIZED) <= set(names):
+        return [*(name for name in names if name not in GGUF_QUANTIZED), "GGUF's quantized types"]
+    return names
 
 
 def option(default: Any, flag: str, help: str, **more: Any) -> Any:

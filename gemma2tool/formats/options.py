@@ -14,6 +14,7 @@ from typing import Any
 
 from gemma2tool.errors import UsageError
 from gemma2tool.formats.option_info import (
+    GGUF_QUANTIZED,
     QUANTIZED_FOLDERS,
     normalize,
     option,
@@ -22,6 +23,7 @@ from gemma2tool.formats.option_info import (
     parse_tensor_type,
     refuse_ignored,
 )
+from gemma2tool.model.format_facts import Rounding
 
 WHOLE_ROW = -1
 """The group size that stands for a whole row."""
@@ -36,8 +38,8 @@ GROUP_SIZES: Mapping[str, tuple[int, ...]] = MappingProxyType(
 )
 """Quantization type -> the group sizes (columns that share a scale) that its consumers have kernels for."""
 
-CALIBRATED_TYPES = ("gptq-4", "gptq-8", "w4a16", "w4a16-asym", "awq-4")
-_HESSIAN_TYPES = ("gptq-4", "gptq-8", "w4a16", "w4a16-asym")
+_HESSIAN_TYPES = ("gptq-4", "gptq-8", "w4a16", "w4a16-asym", *GGUF_QUANTIZED)
+CALIBRATED_TYPES = (*_HESSIAN_TYPES, "awq-4")
 _GPTQ_TYPES = ("gptq-4", "gptq-8")
 _GGUF = ("gguf",)
 
@@ -175,7 +177,8 @@ class PackingOptions:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Codes are chosen by what the model does with a text: GPTQ for most types, AWQ for awq-4.
+    """Codes are chosen by what the model does with a text: GPTQ for most types, AWQ for awq-4. A GGUF's embedding is
+    calibrated too, as the output head that it also is.
 
     ``text``: a file of UTF-8 text, or of token ids (.npy); None: no calibration. ``samples``: sequences to run (128),
     ``length``: tokens of a sequence (512). ``act_order``: columns with large inputs are rounded first. ``damping``:
@@ -282,6 +285,13 @@ class WriteOptions:
     def act_order(self) -> bool:
         """Whether calibration rounds columns with large inputs first, which the file must then say."""
         return self.calibration.act_order
+
+    @property
+    def rounding(self) -> Rounding:
+        """How codes are chosen."""
+        if self.calibration.is_asked:
+            return "calibration"
+        return "nearest" if self.gguf.imatrix is None else "imatrix"
 
     def given(self) -> dict[str, Any]:
         """The options that differ from their defaults, by their names in receipts."""

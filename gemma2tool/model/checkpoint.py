@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from gemma2tool.model.config import Gemma2Config
-from gemma2tool.model.format_facts import FormatFacts
+from gemma2tool.model.format_facts import FormatFacts, Rounding
 from gemma2tool.model.lazy import FLOAT32, DType, LazyTensor
 from gemma2tool.model.tensors import TensorSpec, check_tensors, tensor_specs
 from gemma2tool.model.tokenizer import Tokenizer
@@ -106,6 +106,9 @@ class Checkpoint:
 
     buffers: dict[str, LazyTensor] = field(default_factory=dict)
     """Tensors that the format stores although the config determines them (a rotary table), by the file's names."""
+
+    rounding: Rounding = "nearest"
+    """How the file says that its codes were chosen."""
 
     closers: list[Callable[[], None]] = field(default_factory=list)
 

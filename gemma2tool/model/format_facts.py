@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 from gemma2tool.model.config import Gemma2Config
+
+Rounding = Literal["nearest", "imatrix", "calibration"]
+"""How the codes of quantized tensors were chosen: by their own values, with an importance matrix, by a calibration."""
 
 Assumption = tuple[str, str]
 """A config field (or "quantization") and a sentence: what the consumer computes whatever the file says."""

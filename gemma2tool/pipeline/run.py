@@ -219,7 +219,7 @@ def _verify(
             gates=checks.gates,
             threads=options.threads,
             progress=progress,
-            weighted=plan.options.gguf.imatrix is not None,
+            rounding=plan.options.rounding,
         )
         if not (options.receipt and verification.passed):
             return verification, None

@@ -24,6 +24,7 @@ from gemma2tool.pipeline.report_files import ReportFiles
 from gemma2tool.pipeline.requests import Checks, default_threads
 
 if TYPE_CHECKING:
+    from gemma2tool.model.format_facts import Rounding
     from gemma2tool.receipt.document import Receipt
     from gemma2tool.verify.difference import Difference
     from gemma2tool.verify.result import Verification
@@ -79,12 +80,12 @@ def verify_output(
     gates: Mapping[str, float],
     threads: int,
     progress: Progress | None,
-    weighted: bool | None = None,
+    rounding: Rounding | None = None,
 ) -> Verification:
     """Verify ``candidate`` against ``source``.
 
-    ``gates`` replaces default limits. ``weighted`` says whether an importance matrix steered the quantization (None: as
-    the candidate says). What the candidate's format cannot represent of the source is reported, not an error.
+    ``gates`` replaces default limits. ``rounding`` says how the candidate's codes were chosen (None: as the candidate
+    says). What the candidate's format cannot represent of the source is reported, not an error.
     """
     from gemma2tool.verify.run import VerifySettings
     from gemma2tool.verify.run import verify as compare
@@ -93,7 +94,7 @@ def verify_output(
         ids=ids,
         gates=gates,
         expected=registry.by_name(candidate.format).expected_after_roundtrip(source, candidate),
-        weighted=weighted,
+        rounding=rounding,
         threads=threads,
         progress=progress,
     )

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from numpy.typing import ArrayLike
 
 from gemma2tool.model.checkpoint import Checkpoint
+from gemma2tool.model.format_facts import Rounding
 from gemma2tool.model.lazy import LazyTensor
 from gemma2tool.model.progress import Progress, progress_or_null
 from gemma2tool.verify import gate_results
@@ -44,8 +45,8 @@ class VerifySettings:
     has a perplexity; other ids run with a sliding window that ends within the prompt. ``gates``: limits that replace
     the defaults, by the names of ``gates.Gates``. ``levels``: which comparisons to make, of ``LEVELS``. ``expected``:
     canonical tensors as the target's own convention gives them, bit for bit (GGUF's w + 1 and back); what they lose is
-    reported, not an error. ``weighted``: whether an importance matrix steered the quantization, so that single values
-    may have large errors (default: whether the candidate's metadata have an "importance_matrix"). ``threads``: for
+    reported, not an error. ``rounding``: how the candidate's codes were chosen, on which depends how far single values
+    may be off (default: as the candidate says). ``threads``: for
     reading, comparing and the forward passes; the results of comparing tensors do not depend on it.
     """
 
@@ -54,7 +55,7 @@ class VerifySettings:
     gates: Mapping[str, float] = field(default_factory=dict)
     levels: Sequence[str] = LEVELS
     expected: Mapping[str, LazyTensor] = field(default_factory=dict)
-    weighted: bool | None = None
+    rounding: Rounding | None = None
     threads: int = 1
     progress: Progress | None = None
 
@@ -86,8 +87,7 @@ class _Run:
 
     def __init__(self, source: Checkpoint, candidate: Checkpoint, settings: VerifySettings) -> None:
         self.source, self.candidate, self.settings = source, candidate, settings
-        weighted = settings.weighted
-        self.weighted = bool(candidate.metadata.get("importance_matrix")) if weighted is None else weighted
+        self.rounding: Rounding = settings.rounding or candidate.rounding
         self.common = {
             name: tensor
             for name, tensor in source.tensors.items()
@@ -145,7 +145,7 @@ class _Run:
         rules = TensorRules(
             expected=settings.expected,
             folded=folded_source(self.source, candidate),
-            weighted=self.weighted,
+            rounding=self.rounding,
             max_relative_rmse=settings.gates.get("rmse"),
         )
         nbytes = sum(candidate.tensors[name].nbytes for name in self.common)
@@ -207,7 +207,7 @@ class _Run:
             self.gates,
             self.comparisons,
             expected=self.settings.expected,
-            weighted=self.weighted,
+            rounding=self.rounding,
             threads=threads,
         )
         explained = {name for cause in causes for name in cause.tensors}

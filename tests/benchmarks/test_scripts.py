@@ -69,6 +69,12 @@ def test_gguf_rates_runs_the_kernels(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_quality_of_calibrated_gguf_types(tmp_path: Path) -> None:
+    arguments = ("--calibrated-gguf", "q4_0", "--windows", "1", "--samples", "2")
+    assert "| q4_0 |" in run("quality.py", arguments, tmp_path)
+
+
+@pytest.mark.slow
 def test_quality_of_calibrated_types(tmp_path: Path) -> None:
     assert "| awq-4 |" in run("quality.py", ("--calibrated", "awq-4", "--windows", "2", "--samples", "2"), tmp_path)
 

@@ -224,11 +224,11 @@ def test_codes_are_freed_as_they_are_written(tmp_path: Path) -> None:
 
     class Nowhere:
         def pwrite(self, offset: int, data: object) -> None:
-            held.append(len(session._codes))
+            held.append(len(session._rounded))
 
     write_output(output, {file.name: Nowhere() for file in output.files}, threads=1)
     assert max(held) <= 7
-    assert not session._codes
+    assert not session._rounded
 
 
 def test_a_damaged_source_is_refused(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from gemma2tool.pipeline.calibration.methods import folded_norm
 from gemma2tool.quantizers import awq, gptq
 from gemma2tool.quantizers.awq import Awq
 from gemma2tool.quantizers.calibration import clipping, rounding, scales
-from gemma2tool.quantizers.calibration.grid import QuantizedMatrix, grid_of, quantize_to_nearest
+from gemma2tool.quantizers.calibration.grid import RoundedMatrix, grid_of, quantize_to_nearest
 from gemma2tool.quantizers.calibration.hessian import Hessian, inverse_factor, inverse_factors, invert_lower_
 from gemma2tool.quantizers.gptq import Gptq
 from gemma2tool.reference.readahead import one_thread_each
@@ -231,12 +231,13 @@ def test_a_folded_norm_and_its_columns_compute_the_same(dtype: np.dtype) -> None
 
 
 def test_records_hold_codes_zeros_and_scales() -> None:
-    w = weights()
-    codes = QuantizedMatrix(*gptq.quantize(w, 4, 64, False), np.arange(COLUMNS) // 64, "w")
-    rows = codes.load_records(5, 9)
-    assert rows.shape == (4,)
-    assert np.array_equal(rows["codes"], codes.codes[5:9])
+    w, grid = weights(), grid_of(Gptq(4, 64, False), COLUMNS)
+    codes, zeros, scales = gptq.quantize(w, 4, 64, False)
+    matrix = RoundedMatrix(grid, grid.records(codes, zeros, scales), np.arange(COLUMNS) // 64, "w")
+    rows = matrix.records[5:9]
+    assert matrix.shape == w.shape
+    assert np.array_equal(rows["codes"], codes[5:9])
     expected = (rows["codes"].astype(np.float32) - np.repeat(rows["zeros"], 64, 1)) * np.repeat(
         to_float32(rows["scales"]), 64, 1
     )
-    assert np.array_equal(codes.load_rows(5, 9), expected)
+    assert np.array_equal(matrix.load_rows(5, 9), expected)

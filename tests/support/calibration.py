@@ -8,12 +8,12 @@ import numpy as np
 
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.pipeline.prompt import PromptTokenizer
-from gemma2tool.quantizers.calibration.grid import Grid
+from gemma2tool.quantizers.calibration.grid import AffineGrid
 from tests.support.paths import FIXTURES
 
 
 def textbook_gptq(
-    weight: np.ndarray, hessian: np.ndarray, grid: Grid, damping: float, act_order: bool
+    weight: np.ndarray, hessian: np.ndarray, grid: AffineGrid, damping: float, act_order: bool
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Optimal brain surgeon, column by column, in float64, updating the whole inverse after each column (equations 2
     and 3 of the paper).

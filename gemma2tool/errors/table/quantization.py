@@ -63,6 +63,9 @@ ENTRIES = (
         "zero points differ from group to group, but the config says sym true",
         "vLLM would ignore them and compute wrong values: set sym to false in config.json",
     ),
+    usage(
+        "imatrix.calibration", "an importance matrix and a calibration text are both given", "leave out one of the two"
+    ),
     refused("imatrix.damaged", "the file is not an importance matrix", _IMATRIX),
     refused("imatrix.empty", "the importance matrix has no entries", _IMATRIX),
     usage(

@@ -6,7 +6,7 @@ what llama-quantize makes of that file. From a GGUF source, both write what llam
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,7 +29,7 @@ from gemma2tool.formats.gguf.convert import (
 )
 from gemma2tool.formats.gguf.key_values import KeyReader, KeyValue
 from gemma2tool.formats.gguf.output import GGUFTensorPlan, place, quantized_keys, quantized_order
-from gemma2tool.formats.gguf.quantize import QuantizationRequest, plan_quantized
+from gemma2tool.formats.gguf.quantize import CALIBRATION_KEYS, QuantizationRequest, plan_quantized
 from gemma2tool.formats.gguf.read_tokenizer import tokenizer_assets
 from gemma2tool.formats.gguf.shards import only_model, read_headers
 from gemma2tool.formats.gguf.table import TABLE
@@ -38,6 +38,7 @@ from gemma2tool.formats.mapping.transforms import convention_losses, entries, ex
 from gemma2tool.formats.options import WriteOptions
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.config import Gemma2Config
+from gemma2tool.model.format_facts import Rounding
 from gemma2tool.model.lazy import DTYPE_NAMES, LazyTensor, MappedRows
 from gemma2tool.quantizers.casts import cast
 from gemma2tool.quantizers.mixtures import COPY
@@ -105,10 +106,8 @@ class GGUF(Format):
                 config,
                 to_canonical(TABLE, tensors, config),
                 tokenizer_assets(keys),
-                metadata={
-                    self.name: Source(kv, tensors),
-                    "importance_matrix": any(key.startswith("quantize.imatrix.") for key in kv),
-                },
+                metadata={self.name: Source(kv, tensors)},
+                rounding=_rounding(kv),
                 files=tuple(header.path for header in headers),
                 closers=closers,
             )
@@ -156,7 +155,7 @@ class GGUF(Format):
         plans, number = plan_quantized(tensors, options.type, checkpoint.config, request, warnings)
         kv = converter_keys(checkpoint, FILE_TYPES[middle], warnings)
         number = FILE_TYPES[middle] if number is None else number
-        return _Plan(quantized_order(plans), quantized_keys(kv, number, [*request.keys, *request.imatrix_keys()]))
+        return _Plan(quantized_order(plans), quantized_keys(kv, number, [*request.keys, *request.origin_keys()]))
 
     def _from_gguf(
         self,
@@ -176,7 +175,7 @@ class GGUF(Format):
         plans, number = plan_quantized(tensors, type, checkpoint.config, request, warnings)
         if number is None:
             number = _file_type(source, checkpoint.path.name)
-        keys = quantized_keys(list(source.kv.items()), number, [*request.keys, *request.imatrix_keys()])
+        keys = quantized_keys(list(source.kv.items()), number, [*request.keys, *request.origin_keys()])
         return _Plan(quantized_order(plans), keys)
 
 
@@ -201,6 +200,13 @@ def _file_type(source: Source, where: str) -> int:
         message = f"{where}: general.file_type is {number}, which llama.cpp cannot read"
         raise InputRefused("gguf.key", message, hint="set it to the file's type with gguf-set-metadata")
     return number
+
+
+def _rounding(keys: Iterable[str]) -> Rounding:
+    """How the file says that its codes were chosen."""
+    if any(key.startswith(CALIBRATION_KEYS) for key in keys):
+        return "calibration"
+    return "imatrix" if any(key.startswith("quantize.imatrix.") for key in keys) else "nearest"
 
 
 def _open_tensors(headers: list[GGUFHeader], closers: list[Callable[[], None]]) -> dict[str, GGUFTensor]:

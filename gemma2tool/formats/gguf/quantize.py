@@ -14,7 +14,7 @@ from gemma2tool.formats.gguf.key_values import KeyValue, u32
 from gemma2tool.formats.gguf.output import GGUFTensorPlan, Split, clipped_string, parse_override
 from gemma2tool.formats.gguf.table import kind_and_layer
 from gemma2tool.formats.gguf.tensors import FLOATS, GGUFTensor, StoredBlocks
-from gemma2tool.formats.options import WriteOptions
+from gemma2tool.formats.options import Calibration, WriteOptions
 from gemma2tool.model.config import Gemma2Config
 from gemma2tool.model.lazy import DTYPE_NAMES, Array, LazyTensor
 from gemma2tool.quantizers.gguf_encoders import Copied, block_elements
@@ -22,12 +22,16 @@ from gemma2tool.quantizers.gguf_types import GGUF_TYPES
 from gemma2tool.quantizers.mixtures import COPY, FileType, Matrix, Model, Overrides, choose, file_type, needs_imatrix
 from gemma2tool.quantizers.mixtures import FLOATS as FLOAT_FILES
 
+CALIBRATION_KEYS = "gemma2tool.calibration."
+"""The prefix of the keys of a file whose codes were calibrated. llama.cpp ignores keys that it does not know."""
+
 
 @dataclass(frozen=True)
 class QuantizationRequest:
     """The options of a quantization, parsed."""
 
     imatrix: ImportanceMatrix | None = None
+    calibration: Calibration = field(default_factory=Calibration)
     overrides: Overrides = field(default_factory=Overrides)
     allow_requantize: bool = False
     keys: Sequence[KeyValue] = ()
@@ -43,6 +47,8 @@ class QuantizationRequest:
             raise UsageError(
                 "imatrix.none", "--include-weights and --exclude-weights select entries of an importance matrix"
             )
+        if imatrix is not None and options.calibration.is_asked:
+            raise UsageError("imatrix.calibration", "--imatrix and --calibration both decide the codes")
         overrides = Overrides(
             pure=gguf.pure,
             token_embedding=_type_name(gguf.token_embedding_type),
@@ -52,10 +58,17 @@ class QuantizationRequest:
         )
         split = Split(options.split.split_max_tensors or 0, options.split.split_max_size or 0)
         keys = tuple(parse_override(text) for text in gguf.override_kv)
-        return cls(imatrix, overrides, options.allow_requantize, keys, split)
+        return cls(imatrix, options.calibration, overrides, options.allow_requantize, keys, split)
 
-    def imatrix_keys(self) -> list[KeyValue]:
-        """The keys that say which importance matrix was used."""
+    @property
+    def weighs_columns(self) -> bool:
+        """Whether the importance of columns is known."""
+        return self.imatrix is not None or self.calibration.is_asked
+
+    def origin_keys(self) -> list[KeyValue]:
+        """The keys that say which importance matrix or calibration text was used."""
+        if self.calibration.text is not None:
+            return [(f"{CALIBRATION_KEYS}file", clipped_string(self.calibration.text.name))]
         if self.imatrix is None:
             return []
         keys = [("quantize.imatrix.file", clipped_string(str(self.imatrix.path)))]
@@ -111,7 +124,7 @@ def _mixture_types(
         for tensor in tensors
         if len(tensor.tensor.shape) == 2
     ]
-    model = Model(config.num_hidden_layers, config.num_key_value_groups, request.imatrix is not None)
+    model = Model(config.num_hidden_layers, config.num_key_value_groups, request.weighs_columns)
     choice = choose(ftype, matrices, model, block_elements(), request.overrides)
     replaced: dict[tuple[str, str], list[str]] = {}
     for name, preferred in choice.fallbacks.items():
@@ -122,7 +135,7 @@ def _mixture_types(
             f" {first_names(names)}"
         )
     needing = [matrix.name for matrix in matrices if needs_imatrix(ftype, matrix, choice.types[matrix.name])]
-    if request.imatrix is None and needing:
+    if not request.weighs_columns and needing:
         raise UsageError(
             "imatrix.needed",
             f"{ftype.name} needs an importance matrix: {needing[0]} becomes {choice.types[needing[0]]}",

@@ -20,7 +20,7 @@ from gemma2tool.errors import InputRefused
 from gemma2tool.model.config import Gemma2Config
 from gemma2tool.model.lazy import FLOAT32, Array, LazyTensor, row_ranges
 from gemma2tool.quantizers.calibration import Map
-from gemma2tool.quantizers.calibration.grid import QuantizedMatrix
+from gemma2tool.quantizers.calibration.grid import RoundedMatrix
 from gemma2tool.quantizers.calibration.hessian import Hessian
 from gemma2tool.reference.layers import DecoderLayer, RMSNorm
 from gemma2tool.reference.tensors import load_tensor
@@ -82,8 +82,8 @@ class CalibratedLayer:
     ) -> None:
         self.config, self.prefix, self.tensors, self.quantized = config, f"model.layers.{index}.", tensors, quantized
         self.hessian_block, self.run = hessian_block, run
-        self.codes: dict[str, QuantizedMatrix] = {}
-        """Weights in codes, by canonical name."""
+        self.rounded: dict[str, RoundedMatrix] = {}
+        """Rounded weights, by canonical name."""
         self.norms: dict[str, Array] = {}
         """Norms whose values changed, as they will be stored, by canonical name."""
 
@@ -145,10 +145,10 @@ class CalibratedLayer:
             )
         return rows
 
-    def set_codes(self, name: str, codes: QuantizedMatrix) -> None:
-        """Replace the projection's weight by its codes."""
-        self.codes[f"{self.prefix}{name}.weight"] = codes
-        self.projection(name).weight = codes
+    def set_rounded(self, name: str, matrix: RoundedMatrix) -> None:
+        """Replace the projection's weight by the rounded one."""
+        self.rounded[f"{self.prefix}{name}.weight"] = matrix
+        self.projection(name).weight = matrix
 
     def set_norm(self, name: str, stored: Array) -> None:
         """Replace a norm's weight (D,) by the values that will be stored."""

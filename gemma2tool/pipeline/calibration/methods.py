@@ -11,7 +11,7 @@ from gemma2tool.model.lazy import FLOAT32, Array, DType, LazyTensor, row_ranges,
 from gemma2tool.pipeline.calibration.layer import DOWN, GATE, KEY, OUTPUT, QUERY, UP, VALUE, CalibratedLayer
 from gemma2tool.quantizers.calibration import rounding, scales
 from gemma2tool.quantizers.calibration.clipping import HessianBlock, hessian_blocks, quantize_clipped
-from gemma2tool.quantizers.calibration.grid import Grid, QuantizedMatrix
+from gemma2tool.quantizers.calibration.grid import AffineGrid, Grid, RoundedMatrix
 from gemma2tool.quantizers.calibration.hessian import Hessian, inverse_factors
 from gemma2tool.quantizers.casts import cast
 
@@ -53,12 +53,12 @@ class ByHessian:
             weight, grid = layer.projection(name).weight, self.grids[f"{layer.prefix}{name}.weight"]
             ranges = list(row_ranges(weight.rows, 1, rounding.ROWS))
 
-            def piece(span: tuple[int, int], name: str = name, grid: Grid = grid) -> tuple[Array, Array, Array]:
-                return rounding.round_rows(layer.rows(name, *span), cholesky, grid)
+            def piece(span: tuple[int, int], name: str = name, grid: Grid = grid) -> Array:
+                return grid.round_rows(layer.rows(name, *span), cholesky)
 
-            codes, zeros, steps = (np.concatenate(arrays) for arrays in zip(*layer.run(piece, ranges), strict=True))
+            records = np.concatenate(list(layer.run(piece, ranges)))
             groups = rounding.group_of_column(cholesky, columns, grid.group_size)
-            layer.set_codes(name, QuantizedMatrix(codes, zeros, steps, groups, weight.origin))
+            layer.set_rounded(name, RoundedMatrix(grid, records, groups, weight.origin))
 
 
 class ByScale:
@@ -73,7 +73,7 @@ class ByScale:
     ``grids`` and ``norms`` (the types that norms are stored in): by canonical name. One instance serves one layer.
     """
 
-    def __init__(self, grids: Mapping[str, Grid], norms: Mapping[str, DType]) -> None:
+    def __init__(self, grids: Mapping[str, AffineGrid], norms: Mapping[str, DType]) -> None:
         self.grids, self.norms = grids, norms
         self._blocks: dict[str, list[HessianBlock]] = {}
 
@@ -144,15 +144,15 @@ class ByScale:
             ranges = list(row_ranges(weight.rows, weight.row_size * FLOAT32.itemsize, ROUNDED_BYTES))
 
             def piece(
-                span: tuple[int, int], name: str = name, grid: Grid = grid, costs: list[HessianBlock] = costs
-            ) -> tuple[Array, Array, Array]:
-                return quantize_clipped(layer.rows(name, *span), grid, costs)
+                span: tuple[int, int], name: str = name, grid: AffineGrid = grid, costs: list[HessianBlock] = costs
+            ) -> Array:
+                return grid.records(*quantize_clipped(layer.rows(name, *span), grid, costs))
 
-            codes, zeros, steps = (np.concatenate(arrays) for arrays in zip(*layer.run(piece, ranges), strict=True))
+            records = np.concatenate(list(layer.run(piece, ranges)))
             groups = np.arange(weight.row_size, dtype=np.int32) // np.int32(grid.group_size)
-            layer.set_codes(name, QuantizedMatrix(codes, zeros, steps, groups, weight.origin))
+            layer.set_rounded(name, RoundedMatrix(grid, records, groups, weight.origin))
 
-    def _grid(self, layer: CalibratedLayer, name: str) -> Grid:
+    def _grid(self, layer: CalibratedLayer, name: str) -> AffineGrid:
         return self.grids[f"{layer.prefix}{name}.weight"]
 
 

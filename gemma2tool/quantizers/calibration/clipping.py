@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from gemma2tool.model.lazy import Array
-from gemma2tool.quantizers.calibration.grid import Grid
+from gemma2tool.quantizers.calibration.grid import AffineGrid
 from gemma2tool.quantizers.calibration.hessian import Hessian
 from gemma2tool.quantizers.groups import GroupScales, Rule, dequantize_groups, group_ranges, quantize_groups
 
@@ -50,7 +50,7 @@ def hessian_blocks(hessian: Hessian, group_size: int, scales: Array | None) -> l
     return blocks
 
 
-def quantize_clipped(rows: Array, grid: Grid, blocks: Sequence[HessianBlock]) -> tuple[Array, Array, Array]:
+def quantize_clipped(rows: Array, grid: AffineGrid, blocks: Sequence[HessianBlock]) -> tuple[Array, Array, Array]:
     """Quantize float32 rows (n, I) to nearest in the best clipped ranges: codes uint8 (n, I), zeros and scales (n,
     G)."""
     low, high = group_ranges(rows, grid.group_size)
@@ -69,11 +69,11 @@ def quantize_clipped(rows: Array, grid: Grid, blocks: Sequence[HessianBlock]) ->
     return _codes(rows, best_zeros, best_scales, grid), best_zeros, best_scales
 
 
-def _codes(rows: Array, zeros: Array, scales: Array, grid: Grid) -> Array:
+def _codes(rows: Array, zeros: Array, scales: Array, grid: AffineGrid) -> Array:
     return quantize_groups(rows, GroupScales(grid.group_size, scales, zeros), Rule.ADD_ZERO, 0, grid.top)
 
 
-def _group_errors(rows: Array, zeros: Array, scales: Array, grid: Grid, blocks: Sequence[HessianBlock]) -> Array:
+def _group_errors(rows: Array, zeros: Array, scales: Array, grid: AffineGrid, blocks: Sequence[HessianBlock]) -> Array:
     """The output error of each group of each row, float64 (n, G)."""
     codes = _codes(rows, zeros, scales, grid)
     error = torch.from_numpy(dequantize_groups(codes, GroupScales(grid.group_size, scales, zeros)) - rows)

@@ -1,10 +1,15 @@
-"""The grid of values that a type can store, and a matrix quantized to it."""
+"""The grids of values that types can store, and a matrix that was rounded to one.
+
+A grid decides how rows are rounded with error feedback, and what a rounded row is: a record, from which the values
+follow and which the encoder stores as it stores rows that it quantizes itself.
+"""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -12,8 +17,11 @@ from gemma2tool.model.lazy import FLOAT32, Array, DType, LazyTensor
 from gemma2tool.quantizers import awq, compressed, gptq
 from gemma2tool.quantizers.awq import Awq
 from gemma2tool.quantizers.base import Encoder
+from gemma2tool.quantizers.calibration.hessian import Factor
 from gemma2tool.quantizers.casts import cast
 from gemma2tool.quantizers.compressed import Compressed, Scheme
+from gemma2tool.quantizers.gguf_encoders import Blocks
+from gemma2tool.quantizers.gguf_types import GGUF_TYPES, dequantize, row_bytes
 from gemma2tool.quantizers.gptq import Gptq
 from gemma2tool.quantizers.groups import GroupScales, Rule, group_ranges, quantize_groups
 
@@ -21,8 +29,35 @@ Parameters = Callable[[Array, Array], tuple[Array, Array]]
 """Zeros (uint8) and scales of groups from their smallest and largest values, float32 (n,) each."""
 
 
+class Grid(Protocol):
+    """The values that an encoder can store. ``group_size`` columns share scales."""
+
+    @property
+    def group_size(self) -> int: ...
+
+    def record_dtype(self, columns: int) -> DType:
+        """The dtype of a rounded row."""
+
+    def round_rows(self, rows: Array, factors: Sequence[Factor]) -> Array:
+        """Round float rows (n, I) with error feedback to records (n,)."""
+
+    def values(self, records: Array, group_of_column: Array) -> Array:
+        """The values, float32 (n, I), of records. ``group_of_column`` (I,): the group of scales of each column."""
+
+    def pack(self, encoder: Encoder, records: Array) -> Mapping[str, Array]:
+        """The parts of records as ``encoder`` stores them."""
+
+
+@runtime_checkable
+class CodesEncoder(Encoder, Protocol):
+    """An encoder that can also store rows that are codes already."""
+
+    def pack(self, codes: Array, zeros: Array, scales: Array) -> Mapping[str, Array]:
+        """The parts of rows (n, I) of codes with zeros and scales (n, G)."""
+
+
 @dataclass(frozen=True)
-class Grid:
+class AffineGrid:
     """The values (code - zero) * scale for codes 0 to ``top``. ``group_size`` columns share zero and scale, which
     ``parameters`` derives from their range."""
 
@@ -30,19 +65,75 @@ class Grid:
     group_size: int
     parameters: Parameters
 
+    def record_dtype(self, columns: int) -> DType:
+        scale = self.parameters(np.zeros(1, FLOAT32), np.ones(1, FLOAT32))[1].dtype
+        groups = columns // self.group_size
+        return np.dtype([("codes", np.uint8, (columns,)), ("zeros", np.uint8, (groups,)), ("scales", scale, (groups,))])
 
-def grid_of(encoder: Encoder, columns: int) -> Grid | None:
+    def round_rows(self, rows: Array, factors: Sequence[Factor]) -> Array:
+        from gemma2tool.quantizers.calibration.rounding import round_rows
+
+        return self.records(*round_rows(rows, factors, self))
+
+    def records(self, codes: Array, zeros: Array, scales: Array) -> Array:
+        """Codes uint8 (n, I), zeros uint8 and scales (n, G) as records (n,)."""
+        records = np.empty(len(codes), self.record_dtype(codes.shape[1]))
+        records["codes"], records["zeros"], records["scales"] = codes, zeros, scales
+        return records
+
+    def values(self, records: Array, group_of_column: Array) -> Array:
+        return gptq.dequantize(*_fields(records), group_of_column)
+
+    def pack(self, encoder: Encoder, records: Array) -> Mapping[str, Array]:
+        assert isinstance(encoder, CodesEncoder)
+        return encoder.pack(*_fields(records))
+
+
+def _fields(records: Array) -> tuple[Array, Array, Array]:
+    codes, zeros, scales = (np.ascontiguousarray(records[name]) for name in ("codes", "zeros", "scales"))
+    return codes, zeros, scales
+
+
+@dataclass(frozen=True)
+class BlockGrid:
+    """The values of a GGUF block type."""
+
+    type: str
+
+    @property
+    def group_size(self) -> int:
+        """Columns of a block."""
+        return GGUF_TYPES[self.type].block_elements
+
+    def record_dtype(self, columns: int) -> DType:
+        return np.dtype([("blocks", np.uint8, (row_bytes(self.type, columns),))])
+
+    def round_rows(self, rows: Array, factors: Sequence[Factor]) -> Array:
+        from gemma2tool.quantizers.calibration.block_rounding import round_blocks
+
+        return round_blocks(self.type, rows, factors).view(self.record_dtype(rows.shape[1]))[:, 0]
+
+    def values(self, records: Array, group_of_column: Array) -> Array:
+        return dequantize(self.type, np.ascontiguousarray(records["blocks"]), len(group_of_column))
+
+    def pack(self, encoder: Encoder, records: Array) -> Mapping[str, Array]:
+        return {"": np.ascontiguousarray(records["blocks"])}
+
+
+def grid_of(encoder: Encoder, columns: int) -> AffineGrid | BlockGrid | None:
     """The grid of an encoder whose codes can be chosen freely, for rows of this many columns; None for any other
     encoder."""
+    if isinstance(encoder, Blocks):
+        return BlockGrid(encoder.type)
     if isinstance(encoder, Gptq):
         parameters = functools.partial(gptq.grid, bits=encoder.bits, symmetric=encoder.symmetric)
-        return Grid(2**encoder.bits - 1, encoder.columns_per_group(columns), parameters)
+        return AffineGrid(2**encoder.bits - 1, encoder.columns_per_group(columns), parameters)
     if isinstance(encoder, Awq):
-        return Grid(2**awq.BITS - 1, encoder.columns_per_group(columns), awq.grid)
+        return AffineGrid(2**awq.BITS - 1, encoder.columns_per_group(columns), awq.grid)
     if isinstance(encoder, Compressed) and encoder.scheme.packed and encoder.scheme.bits == 4:
         scheme = encoder.scheme
         parameters = functools.partial(_compressed_parameters, scheme=scheme, dtype=encoder.dtype)
-        return Grid(2**scheme.bits - 1, scheme.group_size or columns, parameters)
+        return AffineGrid(2**scheme.bits - 1, scheme.group_size or columns, parameters)
     return None
 
 
@@ -52,42 +143,24 @@ def _compressed_parameters(low: Array, high: Array, scheme: Scheme, dtype: DType
     return np.full(low.shape, lowest) if zeros is None else zeros.view(np.uint8) + lowest, cast(scales, dtype)
 
 
-class QuantizedMatrix(LazyTensor):
-    """A quantized matrix: ``codes`` uint8 (O, I), ``zeros`` uint8 and ``scales`` (O, G), ``group_of_column`` (I,)."""
+class RoundedMatrix(LazyTensor):
+    """A matrix (O, I) rounded to ``grid``: ``records`` (O,). ``group_of_column`` (I,): the group of scales of each
+    column.
+    """
 
     dtype = FLOAT32
     stored = "codes"
 
-    def __init__(self, codes: Array, zeros: Array, scales: Array, group_of_column: Array, origin: str) -> None:
-        self.codes, self.zeros, self.scales, self.group_of_column = codes, zeros, scales, group_of_column
-        self.shape, self.origin = codes.shape, origin
+    def __init__(self, grid: Grid, records: Array, group_of_column: Array, origin: str) -> None:
+        self.grid, self.records, self.group_of_column = grid, records, group_of_column
+        self.shape, self.origin = (len(records), len(group_of_column)), origin
 
     def load_rows(self, first: int, last: int) -> Array:
         """The values of these rows, float32 (n, I)."""
-        rows = slice(first, last)
-        return gptq.dequantize(self.codes[rows], self.zeros[rows], self.scales[rows], self.group_of_column)
-
-    @property
-    def record_dtype(self) -> DType:
-        """The dtype of a row as ``load_records`` returns it."""
-        return record_dtype(self.shape[1], self.zeros.shape[1], self.scales.dtype)
-
-    def load_records(self, first: int, last: int) -> Array:
-        """These rows as records of codes, zeros and scales: (last - first,) of ``record_dtype``."""
-        rows = np.empty(last - first, self.record_dtype)
-        for name in ("codes", "zeros", "scales"):
-            rows[name] = getattr(self, name)[first:last]
-        return rows
+        return self.grid.values(self.records[first:last], self.group_of_column)
 
 
-def record_dtype(columns: int, groups: int, scale_dtype: DType) -> DType:
-    """The dtype of a row of a quantized matrix: codes, zeros and scales."""
-    return np.dtype(
-        [("codes", np.uint8, (columns,)), ("zeros", np.uint8, (groups,)), ("scales", scale_dtype, (groups,))]
-    )
-
-
-def quantize_to_nearest(rows: Array, grid: Grid) -> tuple[Array, Array, Array]:
+def quantize_to_nearest(rows: Array, grid: AffineGrid) -> tuple[Array, Array, Array]:
     """Quantize float32 rows (n, I) to the nearest codes: codes uint8 (n, I), zeros and scales (n, G)."""
     zeros, scales = grid.parameters(*group_ranges(rows, grid.group_size))
     codes = quantize_groups(rows, GroupScales(grid.group_size, scales, zeros), Rule.ADD_ZERO, 0, grid.top)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from gemma2tool.model.lazy import Array, to_float32
-from gemma2tool.quantizers.calibration.grid import Grid
+from gemma2tool.quantizers.calibration.grid import AffineGrid
 from gemma2tool.quantizers.calibration.hessian import Factor
 
 BLOCK = 128
@@ -26,7 +26,7 @@ ROWS = 1024
 """Rows in a piece of work: a block of them stays in the second-level cache."""
 
 
-def round_rows(rows: Array, factors: Sequence[Factor], grid: Grid) -> tuple[Array, Array, Array]:
+def round_rows(rows: Array, factors: Sequence[Factor], grid: AffineGrid) -> tuple[Array, Array, Array]:
     """Quantize float rows (n, I) to codes uint8 (n, I), zeros uint8 and scales (n, G), in the factors' precision.
 
     Rows are independent. Groups are numbered in the order of rounding; ``group_of_column`` gives the group of each
@@ -72,7 +72,7 @@ def group_of_column(factors: Sequence[Factor], columns: int, group_size: int) ->
     return groups
 
 
-def _parameters(columns: Tensor, grid: Grid) -> tuple[Array, Array, Tensor, Tensor]:
+def _parameters(columns: Tensor, grid: AffineGrid) -> tuple[Array, Array, Tensor, Tensor]:
     """Zeros and scales of one group (group_size, n): as stored, and in the dtype of the arithmetic."""
     low, high = torch.aminmax(columns, dim=0)
     zeros, scales = grid.parameters(low.float().numpy(), high.float().numpy())

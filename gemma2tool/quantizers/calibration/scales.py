@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gemma2tool.model.lazy import Array
 from gemma2tool.quantizers.calibration import Map
-from gemma2tool.quantizers.calibration.grid import Grid, quantize_to_nearest
+from gemma2tool.quantizers.calibration.grid import AffineGrid, quantize_to_nearest
 from gemma2tool.quantizers.calibration.hessian import Hessian
 from gemma2tool.quantizers.groups import GroupScales, dequantize_groups
 
@@ -25,7 +25,9 @@ ROWS = 1024
 effect."""
 
 
-def search_scales(weights: Sequence[Array], hessian: Hessian, magnitude: Tensor, grid: Grid, run: Map = map) -> Array:
+def search_scales(
+    weights: Sequence[Array], hessian: Hessian, magnitude: Tensor, grid: AffineGrid, run: Map = map
+) -> Array:
     """The scales, float32 (I,), with the smallest output error of the matrices (n, I) that share these inputs, rounded
     to nearest.
 
@@ -44,7 +46,7 @@ def scales_of_power(magnitude: Tensor, power: float) -> Array:
     return normalized
 
 
-def output_error(rows: Array, scales: Array, hessian: Hessian, grid: Grid) -> float:
+def output_error(rows: Array, scales: Array, hessian: Hessian, grid: AffineGrid) -> float:
     """The squared error of the outputs, summed over the text, of float32 rows (n, I) rounded with ``scales``."""
     codes, zeros, steps = quantize_to_nearest(rows * scales, grid)
     error = torch.from_numpy(dequantize_groups(codes, GroupScales(grid.group_size, steps, zeros)) / scales - rows)

@@ -44,3 +44,46 @@ def group_values(
 ) -> None: ...
 def pack_nibbles(codes: int, bytes: int, out: int) -> None: ...
 def unpack_nibbles(packed: int, bytes: int, out: int) -> None: ...
+
+# feedback_bind.cpp
+def feedback_round_scalars(
+    x: int,
+    rows: int,
+    stride: int,
+    upper: int,
+    upper_stride: int,
+    levels: int,
+    level_count: int,
+    uniform: bool,
+    width: int,
+    groups: int,
+    scales: int,
+    scale_count: int,
+    offsets: int,
+    offset_count: int,
+    codes: int,
+    scale_choices: int,
+    offset_choices: int,
+    errors: int,
+    losses: int,
+) -> None: ...
+def feedback_round_vectors(
+    x: int,
+    rows: int,
+    stride: int,
+    upper: int,
+    upper_stride: int,
+    entries: int,
+    entry_count: int,
+    size: int,
+    even_signs: bool,
+    width: int,
+    groups: int,
+    scales: int,
+    scale_count: int,
+    codes: int,
+    signs: int,
+    scale_choices: int,
+    errors: int,
+    losses: int,
+) -> None: ...

@@ -15,7 +15,8 @@ deserves an alarm.)
 
 An importance matrix makes every ggml type except Q8_0 and the ternary ones a search type, in which a value that the
 matrix calls unimportant may lose most of itself: ``weighted`` is the ceiling in that case, and ``WEIGHTED_RMSE`` the
-factor of the RMSE's ceiling.
+factor of the RMSE's ceiling. Calibration goes further: a code may be steps away from the nearest to make up for the
+errors of other columns, as far as ``calibrated``.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
+from gemma2tool.model.format_facts import Rounding
 from gemma2tool.quantizers.bnb_tables import BLOCKSIZE, CODES
 
 _F16 = 2.0**-11
@@ -51,6 +53,9 @@ largest."""
 
 WEIGHTED_RMSE = 2.5
 """Factor of the RMSE's ceiling with an importance matrix. Q6_K loses the most, from 0.031 to 0.097 on outliers."""
+CALIBRATED = 2.5
+"""Factor of ``weighted`` for calibrated codes. On the trained fixture Q3_K loses the most, 1.1 times ``weighted``."""
+
 WEIGHTED_RMSE_MAX = 0.95
 """The ceiling stays below 1, at which nothing of a tensor is left."""
 
@@ -59,15 +64,16 @@ WEIGHTED_RMSE_MAX = 0.95
 class Bound:
     """Limits on the error of one stored type. Fractions are of the block's absmax.
 
-    ``block``: number of values that share a scale (0: a row of the matrix, or the candidate's group size). ``worst``:
-    limit on the error of any value, and ``anchor``: on that of the value of largest magnitude, as fractions; infinite
-    if there is none. ``floor``: absolute error that is always allowed, because the scale has a smallest step.
-    ``relative_rmse``: limit on RMSE / RMS of a whole tensor. ``weighted``: ``worst`` with an importance matrix (None:
-    the type ignores it). ``nearest``: ``worst`` if every code is the nearest one, for types whose codes may also be
-    calibrated against inputs and then compensate for each other's errors. ``codes``: the outermost code, if its scale
-    is of the model's type (whose smallest step is then multiplied by it). ``nested``: block scales are themselves
-    quantized, 256 at a time (bitsandbytes' double quantization). ``tile``: number of rows that share a scale; values
-    too small for it have errors of up to ``tile_floor`` of the tile's absmax.
+    ``block``: number of values that share a scale (0: a row of the matrix, or the candidate's group size).
+    ``worst``: limit on the error of any value, and ``anchor``: on that of the value of largest magnitude, as
+    fractions; infinite if there is none. ``floor``: absolute error that is always allowed, because the scale has a
+    smallest step. ``relative_rmse``: limit on RMSE / RMS of a whole tensor. ``weighted``: ``worst`` with an
+    importance matrix (None: the type ignores it), ``calibrated``: with a calibration (None: ``CALIBRATED`` times
+    that). ``nearest``: ``worst`` if every code is the nearest one, for types whose codes may also be calibrated
+    against inputs and then compensate for each other's errors. ``codes``: the outermost code, if its scale is of
+    the model's type (whose smallest step is then multiplied by it). ``nested``: block scales are themselves
+    quantized, 256 at a time (bitsandbytes' double quantization). ``tile``: number of rows that share a scale;
+    values too small for it have errors of up to ``tile_floor`` of the tile's absmax.
     """
 
     block: int
@@ -76,18 +82,22 @@ class Bound:
     anchor: float = math.inf
     floor: float = 0.0
     weighted: float | None = None
+    calibrated: float | None = None
     nearest: float = math.inf
     codes: int = 0
     nested: bool = False
     tile: int = 0
     tile_floor: float = 0.0
 
-    def for_importance_matrix(self) -> Bound:
-        """The limits if an importance matrix steered the codes."""
-        if self.weighted is None:
+    def for_rounding(self, rounding: Rounding) -> Bound:
+        """The limits for codes that were chosen in this way."""
+        worst = None if rounding == "nearest" else self.weighted
+        if rounding == "calibration":
+            worst = self.calibrated if worst is None else CALIBRATED * worst
+        if worst is None:
             return self
         rmse = min(WEIGHTED_RMSE * self.relative_rmse, WEIGHTED_RMSE_MAX)
-        return replace(self, worst=self.weighted, anchor=math.inf, relative_rmse=rmse)
+        return replace(self, worst=worst, anchor=math.inf, relative_rmse=rmse)
 
     def with_rounding(self, relative: float, step: float = 0.0) -> Bound:
         """The limits if scales and decoded values are rounded to a float type, with errors up to ``relative`` or
@@ -115,7 +125,7 @@ def _search(block: int, worst: float, rmse: float, *, codes: int, weighted: floa
 
 BOUNDS: Mapping[str, Bound] = {
     # d = absmax / 127, to nearest: half a step.
-    "q8_0": _rounding(32, 1 / 254, 0.02, codes=127),
+    "q8_0": replace(_rounding(32, 1 / 254, 0.02, codes=127), calibrated=0.12),
     # d = value of largest magnitude / -8; nearest of -8..7: half a step (1/16), but a whole step if a value of the
     # other sign is as large.
     "q4_0": _rounding(32, 1 / 8, 0.18, codes=8, weighted=0.60),
@@ -124,10 +134,10 @@ BOUNDS: Mapping[str, Bound] = {
     "q4_1": _rounding(32, 1 / 15 + 2 * _F16, 0.16, codes=16, anchor=2 * _F16, weighted=0.80),
     "q5_1": _rounding(32, 1 / 31 + 2 * _F16, 0.10, codes=32, anchor=2 * _F16, weighted=0.75),
     # Ternary: d = absmax, nearest of -1, 0, 1.
-    "tq1_0": _rounding(256, 1 / 2, 0.95, codes=1),
-    "tq2_0": _rounding(256, 1 / 2, 0.95, codes=1),
+    "tq1_0": replace(_rounding(256, 1 / 2, 0.95, codes=1), calibrated=3.0),
+    "tq2_0": replace(_rounding(256, 1 / 2, 0.95, codes=1), calibrated=3.0),
     # Power-of-two scale that puts absmax in [4, 8) over codes that end at 6, with steps of 2 above 4.
-    "mxfp4": Bound(32, 1 / 4, 0.28, 1 / 4),
+    "mxfp4": Bound(32, 1 / 4, 0.28, 1 / 4, calibrated=2.0),
     "q2_k": _search(256, 0.65, 0.50, codes=60, weighted=1.30),
     "q3_k": _search(256, 0.33, 0.26, codes=128, weighted=0.75),
     "q4_k": _search(256, 0.20, 0.20, codes=1008, weighted=1.00),

@@ -9,6 +9,7 @@ from typing import Literal
 
 import numpy as np
 
+from gemma2tool.model.format_facts import Rounding
 from gemma2tool.model.lazy import (
     BFLOAT16,
     FLOAT16,
@@ -47,21 +48,19 @@ class TensorRules:
     """What a comparison of tensors depends on besides the tensors.
 
     ``expected``: the values that the candidate must have, bit for bit, where the target's convention changes them.
-    ``folded``: the source's tensors with the scales that the candidate folded (see ``folding``). ``weighted``: an
-    importance matrix steered the candidate's codes. ``max_relative_rmse``: limit on RMSE / RMS in place of each type's
+    ``folded``: the source's tensors with the scales that the candidate folded (see ``folding``). ``rounding``: how the
+    candidate's codes were chosen. ``max_relative_rmse``: limit on RMSE / RMS in place of each type's
     own.
     """
 
     expected: Mapping[str, LazyTensor] = field(default_factory=dict)
     folded: Mapping[str, LazyTensor] = field(default_factory=dict)
-    weighted: bool = False
+    rounding: Rounding = "nearest"
     max_relative_rmse: float | None = None
 
     def bound(self, candidate: LazyTensor, *, is_folded: bool) -> Bound:
         """The bound of a tensor of a type in ``BOUNDS``."""
-        bound = BOUNDS[candidate.stored]
-        if self.weighted:
-            bound = bound.for_importance_matrix()
+        bound = BOUNDS[candidate.stored].for_rounding(self.rounding)
         bound = bound.with_rounding(*_ROUNDING.get(candidate.dtype, (0.0, 0.0)))
         if self.max_relative_rmse is not None:
             bound = replace(bound, relative_rmse=self.max_relative_rmse)

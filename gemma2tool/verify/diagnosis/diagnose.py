@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.config import Gemma2Config
+from gemma2tool.model.format_facts import Rounding
 from gemma2tool.model.lazy import LazyTensor
 from gemma2tool.verify.compare.comparison import TensorComparison
 from gemma2tool.verify.compare.rules import TensorRules
@@ -39,13 +40,13 @@ def diagnose(
     comparisons: Sequence[TensorComparison] | None = None,
     *,
     expected: Mapping[str, LazyTensor] | None = None,
-    weighted: bool = False,
+    rounding: Rounding = "nearest",
     threads: int = 1,
 ) -> tuple[Cause, ...]:
     """Why ``candidate`` differs from ``source``; empty where no known mistake fits.
 
     ``results``: the gates' results, some of them failed. ``comparisons``: of the tensors; None: they are compared here.
-    ``expected``, ``weighted``: as for ``verify``. A tensor in which two mistakes were made is named by both. Reads the
+    ``expected``, ``rounding``: as for ``verify``. A tensor in which two mistakes were made is named by both. Reads the
     tensors that differ and some rows of others, and holds a few MiB of them at a time.
     """
     base = Weights({**source.tensors, **(expected or {})}, source.config)
@@ -53,11 +54,11 @@ def diagnose(
         comparisons = compare_tensors(
             _same_shapes(source, candidate),
             candidate.tensors,
-            TensorRules(expected=expected or {}, weighted=weighted),
+            TensorRules(expected=expected or {}, rounding=rounding),
             threads=threads,
         )
     by_name = {comparison.name: comparison for comparison in comparisons}
-    case = Case(base, Weights(source.tensors, source.config), candidate.tensors, by_name, weighted, threads)
+    case = Case(base, Weights(source.tensors, source.config), candidate.tensors, by_name, rounding, threads)
     causes = causes_of_names(case, candidate)
     claimed = {name for cause in causes for name in cause.tensors}
     wrong = [name for name in candidate.tensors if name not in claimed and not (name in by_name and by_name[name].ok)]

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from gemma2tool.model.format_facts import Rounding
 from gemma2tool.model.lazy import FLOAT_DTYPES, Array, LazyTensor, row_ranges, to_float32
 from gemma2tool.verify.compare.bounds import BOUNDS
 from gemma2tool.verify.compare.rules import cast
@@ -134,17 +135,17 @@ def is_float(tensor: LazyTensor) -> bool:
     return tensor.stored in FLOAT_DTYPES
 
 
-def error_limit(source: LazyTensor, candidate: LazyTensor, weighted: bool = False) -> float:
+def error_limit(source: LazyTensor, candidate: LazyTensor, rounding: Rounding = "nearest") -> float:
     """The largest error that rounding explains: a few units of a float type, the bound of a quantized type.
 
-    ``weighted``: an importance matrix steered the quantization.
+    ``rounding``: how the codes were chosen.
     """
     if is_float(candidate):
         return 4 * max(_EPSILON.get(candidate.stored, 0.0), _EPSILON[_float_name(source)])
     bound = BOUNDS.get(candidate.stored)
     if bound is None:
         return _UNBOUNDED_LIMIT
-    return (bound.for_importance_matrix() if weighted else bound).relative_rmse
+    return bound.for_rounding(rounding).relative_rmse
 
 
 def _float_name(tensor: LazyTensor) -> str:

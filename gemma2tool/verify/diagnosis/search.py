@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import permutations, product
 
+from gemma2tool.model.format_facts import Rounding
 from gemma2tool.model.lazy import Array, LazyTensor
 from gemma2tool.verify.compare.comparison import TensorComparison
 from gemma2tool.verify.diagnosis import attention, embedding, mlp, norms, numbers, transposed
@@ -56,15 +57,15 @@ class Case:
     """What the diagnosis works on.
 
     ``weights``: the source's tensors as the target's own conventions leave them; ``originals``: as they are.
-    ``candidate``: the candidate's tensors. ``comparisons``: what comparing them found. ``weighted``: an importance
-    matrix steered the quantization.
+    ``candidate``: the candidate's tensors. ``comparisons``: what comparing them found. ``rounding``: how the
+    candidate's codes were chosen.
     """
 
     weights: Weights
     originals: Weights
     candidate: Mapping[str, LazyTensor]
     comparisons: Mapping[str, TensorComparison] = field(default_factory=dict)
-    weighted: bool = False
+    rounding: Rounding = "nearest"
     threads: int = 1
     _samples: dict[str, list[Array]] = field(default_factory=dict)
     _baselines: dict[str, float] = field(default_factory=dict)
@@ -89,7 +90,7 @@ class Case:
 
     def error_limit(self, supposed: LazyTensor, name: str) -> float:
         """The largest error that the candidate's type explains."""
-        return error_limit(self.originals.get(name, supposed), self.candidate[name], self.weighted)
+        return error_limit(self.originals.get(name, supposed), self.candidate[name], self.rounding)
 
     def explained(self, fit: Fit, supposed: LazyTensor, name: str) -> bool:
         """Whether the fit is good enough to explain the candidate's tensor."""

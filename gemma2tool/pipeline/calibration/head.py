@@ -1,0 +1,27 @@
+"""The inputs of the output head: what the embedding, where it is tied, is multiplied with at the end."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from gemma2tool.model.checkpoint import Checkpoint
+from gemma2tool.pipeline.calibration.layer import SEQUENCES
+from gemma2tool.quantizers.calibration import Map
+from gemma2tool.quantizers.calibration.hessian import Hessian
+from gemma2tool.reference.layers import RMSNorm
+from gemma2tool.reference.tensors import load_tensor
+
+
+def head_hessian(checkpoint: Checkpoint, residual: list[Tensor], block: int | None, run: Map) -> Hessian:
+    """The Hessian (D, D) of the final normed hidden states; ``residual``: (1, T, D) after the last layer, for each
+    sequence.
+    """
+    norm = RMSNorm(checkpoint.config.hidden_size, checkpoint.config.rms_norm_eps)
+    weight = load_tensor(checkpoint.tensors["model.norm.weight"], torch.float32, "cpu")
+    norm.weight = nn.Parameter(weight, requires_grad=False)
+    hessian = Hessian(checkpoint.config.hidden_size, block)
+    for first in range(0, len(residual), SEQUENCES):
+        batch = run(norm, residual[first : first + SEQUENCES])
+        hessian.add(torch.cat([sequence.flatten(0, 1) for sequence in batch]), run)
+    return hessian

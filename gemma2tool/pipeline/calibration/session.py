@@ -1,0 +1,204 @@
+"""Runs the layers of a model over the calibration text, in order and as far as their rounded weights are requested.
+
+The first weight requested of a layer rounds all of the layer's: all sequences run through it (see ``layer``), and the
+output of the quantized layer is the next one's input. Memory holds the residual streams and the rounded weights that
+have not been handed out. Results depend neither on the number of threads nor on the order of requests.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gemma2tool.formats.base import OutputTensor
+from gemma2tool.model.checkpoint import Checkpoint
+from gemma2tool.model.lazy import Array, DType
+from gemma2tool.quantizers.awq import Awq
+from gemma2tool.quantizers.calibration.grid import AffineGrid, Grid, RoundedMatrix
+from gemma2tool.quantizers.floats import Float
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from gemma2tool.pipeline.calibration.cost import Cost
+    from gemma2tool.pipeline.calibration.layer import Method
+    from gemma2tool.quantizers.calibration.hessian import Factor
+
+DAMPING = 0.01
+
+
+@dataclass(frozen=True)
+class CalibrationSettings:
+    """How an output is calibrated: token ids (N, T), each row on its own, and GPTQ's settings (see
+    ``hessian.inverse_factors``).
+
+    ``hessian_block``: columns of a square of the block-diagonal Hessian, None for the whole.
+    """
+
+    ids: NDArray[np.int64]
+    damping: float = DAMPING
+    act_order: bool = False
+    hessian_block: int | None = None
+
+
+class Session:
+    """Runs the layers in order, as far as they are requested, and keeps their results until they are handed out."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        items: Mapping[str, OutputTensor],
+        grids: Mapping[str, Grid],
+        calibration: CalibrationSettings,
+        threads: int,
+    ) -> None:
+        """``items`` and ``grids``: by canonical name."""
+        self.checkpoint, self.items, self.grids = checkpoint, items, grids
+        self.calibration, self.threads = calibration, threads
+        self.folds_scales = all(isinstance(items[name].encoder, Awq) for name in grids)
+        """Whether the method moves scales into norms."""
+        self._sources = {
+            name: items[name].source if name in grids else tensor for name, tensor in checkpoint.tensors.items()
+        }
+        self._lock = threading.Lock()
+        self._done = 0
+        self._failure: BaseException | None = None
+        self._residual: list[Tensor] | None = None
+        self._rounded: dict[str, RoundedMatrix] = {}
+        self._norms: dict[str, Array] = {}
+        self._head: Sequence[Factor] | None = None
+
+    def cost(self) -> Cost:
+        """What all layers together will take."""
+        from gemma2tool.pipeline.calibration.cost import estimate
+
+        config = self.checkpoint.config
+        matrices = sum(spec.layer is not None and spec.quantizable for spec in self.checkpoint.specs.values())
+        return estimate(
+            config,
+            config.num_hidden_layers * len(self.grids) / matrices,
+            self.calibration.ids.shape,
+            scales=self.folds_scales,
+            hessian_block=self.calibration.hessian_block,
+            threads=self.threads,
+        )
+
+    def rounded(self, name: str) -> RoundedMatrix:
+        """A layer's weight, rounded. May take as long as all layers up to its own."""
+        with self._lock:
+            self._run_through(self._layer_of(name))
+            if name not in self._rounded:
+                raise RuntimeError(f"{name} has already been handed out")
+            return self._rounded[name]
+
+    def head_factors(self) -> Sequence[Factor]:
+        """The factors of the inverse Hessian of the head's inputs. May take as long as all layers."""
+        with self._lock:
+            self._run_through(self.checkpoint.config.num_hidden_layers)
+            assert self._head is not None
+            return self._head
+
+    def norm(self, name: str) -> Array | None:
+        """A norm as it will be stored; None if calibration leaves it as it is. May take as long as all layers up to its
+        own.
+        """
+        with self._lock:
+            self._run_through(self._layer_of(name))
+            return self._norms.get(name)
+
+    def release(self, name: str) -> None:
+        """Drop a weight that will not be requested again."""
+        with self._lock:
+            self._rounded.pop(name, None)
+
+    def _layer_of(self, name: str) -> int:
+        layer = self.checkpoint.specs[name].layer
+        assert layer is not None
+        return layer
+
+    def _run_through(self, stage: int) -> None:
+        """Run the layers up to ``stage``; the stage after the last layer is the head. The caller holds the lock."""
+        while self._done <= stage:
+            if self._failure is not None:  # other threads have been waiting for the layer that failed
+                raise self._failure
+            try:
+                if self._done < self.checkpoint.config.num_hidden_layers:
+                    self._next_layer()
+                else:
+                    self._run_head()
+            except BaseException as failure:
+                self._failure = failure
+                raise
+            self._done += 1
+            if self._done > self._last_stage:
+                self._residual = []
+
+    def _next_layer(self) -> None:
+        from gemma2tool.pipeline.calibration.layer import CalibratedLayer
+        from gemma2tool.reference.readahead import one_thread_each
+        from gemma2tool.reference.rotary import cos_sin
+
+        config = self.checkpoint.config
+        with one_thread_each(), ThreadPoolExecutor(self.threads, thread_name_prefix="calibrate") as pool:
+            if self._residual is None:
+                self._residual = self._embeddings()
+            layer = CalibratedLayer(
+                config,
+                self._done,
+                self._sources,
+                self.grids.keys(),
+                hessian_block=self.calibration.hessian_block,
+                run=pool.map,
+            )
+            cos, sin = cos_sin(config, _positions(self.calibration.ids.shape[1]), self._residual[0].dtype)
+            layer.calibrate(self._method(), self._residual, cos, sin)
+        self._rounded |= layer.rounded
+        self._norms |= layer.norms
+
+    @property
+    def _last_stage(self) -> int:
+        """The last layer, or the head if it is calibrated."""
+        has_head = any(self.checkpoint.specs[name].layer is None for name in self.grids)
+        return self.checkpoint.config.num_hidden_layers - (0 if has_head else 1)
+
+    def _run_head(self) -> None:
+        from gemma2tool.pipeline.calibration.head import head_hessian
+        from gemma2tool.quantizers.calibration.hessian import inverse_factors
+        from gemma2tool.reference.readahead import one_thread_each
+
+        assert self._residual is not None
+        block = self.calibration.hessian_block
+        with one_thread_each(), ThreadPoolExecutor(self.threads, thread_name_prefix="calibrate") as pool:
+            hessian = head_hessian(self.checkpoint, self._residual, block, pool.map)
+        self._head = inverse_factors(hessian, self.calibration.damping, act_order=False)
+
+    def _method(self) -> Method:
+        from gemma2tool.pipeline.calibration.methods import ByHessian, ByScale
+
+        if self.folds_scales:
+            norms = {name: dtype_of(item) for name, item in self.items.items() if name.endswith("norm.weight")}
+            return ByScale({name: grid for name, grid in self.grids.items() if isinstance(grid, AffineGrid)}, norms)
+        return ByHessian(self.grids, damping=self.calibration.damping, act_order=self.calibration.act_order)
+
+    def _embeddings(self) -> list[Tensor]:
+        from gemma2tool.reference.streaming import StreamedForward
+
+        return [next(StreamedForward(self.checkpoint, row[None]).hidden_states()) for row in self.calibration.ids]
+
+
+def _positions(length: int) -> Tensor:
+    import torch
+
+    return torch.arange(length)[None]
+
+
+def dtype_of(item: OutputTensor) -> DType:
+    """The dtype that a tensor of plain floats is stored in."""
+    assert isinstance(item.encoder, Float)
+    return item.encoder.dtype

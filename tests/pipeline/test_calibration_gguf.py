@@ -1,0 +1,164 @@
+"""Calibrated GGUF files: as large as the file with an importance matrix, and nearer to the source."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from gemma2tool.errors import UsageError
+from gemma2tool.formats import registry
+from gemma2tool.formats.gguf.tensors import StoredBlocks
+from gemma2tool.formats.options import Calibration, GGUFOptions, WriteOptions
+from gemma2tool.model.checkpoint import Checkpoint
+from gemma2tool.pipeline.calibration.output import CalibratedHead, CalibrationSettings, calibrated
+from gemma2tool.pipeline.conversion import save
+from gemma2tool.pipeline.importance import ImatrixOptions, collect_imatrix
+from gemma2tool.pipeline.write import write_output
+from gemma2tool.reference.streaming import StreamedForward
+from gemma2tool.verify.compare.metrics import LogitComparison
+from gemma2tool.verify.run import VerifySettings, verify
+from tests.support.calibration import calibration_ids, calibration_text
+from tests.support.checkpoints import SMALL, random_checkpoint
+
+pytestmark = pytest.mark.slow
+
+SEQUENCES, LENGTH, WINDOWS = 24, 256, 8
+
+
+@pytest.fixture(scope="module")
+def source(fixture_dir: Path):
+    with registry.open_checkpoint(fixture_dir / "model.ckpt") as checkpoint:
+        yield checkpoint
+
+
+@pytest.fixture(scope="module")
+def folder(source: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Calibration ids and an importance matrix from as much of the same text."""
+    path = tmp_path_factory.mktemp("calibration")
+    np.save(path / "ids.npy", calibration_ids(source, SEQUENCES, LENGTH))
+    (path / "text.txt").write_text(calibration_text())
+    options = ImatrixOptions(chunk_size=LENGTH, max_chunks=SEQUENCES, threads=2)
+    collect_imatrix(source, path / "text.txt", path / "imatrix.gguf", options)
+    return path
+
+
+@pytest.fixture(scope="module")
+def heldout(fixture_dir: Path) -> np.ndarray:
+    return np.load(fixture_dir / "heldout.npy")[::6][:WINDOWS]
+
+
+@pytest.fixture(scope="module")
+def true_logits(source: Checkpoint, heldout: np.ndarray) -> np.ndarray:
+    return StreamedForward(source, heldout).logits().reshape(heldout.size, -1)
+
+
+def divergence(path: Path, heldout: np.ndarray, true_logits: np.ndarray) -> float:
+    """Mean KL(source || candidate)."""
+    with registry.open_checkpoint(path) as candidate:
+        logits = StreamedForward(candidate, heldout).logits().reshape(heldout.size, -1)
+    compared = LogitComparison(heldout.size, np.full(heldout.size, -1))
+    compared.add(0, true_logits, logits)
+    return float(compared.finish().kl.mean())
+
+
+@pytest.mark.parametrize(("type", "limit"), [("q4_k_m", 0.6), ("q2_k", 0.7), ("iq3_xxs", 0.75)])
+def test_nearer_to_the_source_at_the_same_size(
+    type: str,
+    limit: float,
+    source: Checkpoint,
+    folder: Path,
+    heldout: np.ndarray,
+    true_logits: np.ndarray,
+    tmp_path: Path,
+) -> None:
+    with_matrix, chosen = tmp_path / "imatrix.gguf", tmp_path / "calibrated.gguf"
+    save(source, with_matrix, WriteOptions(type=type, gguf=GGUFOptions(imatrix=folder / "imatrix.gguf")))
+    save(source, chosen, WriteOptions(type=type, calibration=Calibration(text=folder / "ids.npy")), threads=2)
+    with registry.open_checkpoint(with_matrix) as one, registry.open_checkpoint(chosen) as other:
+        assert {name: tensor.stored for name, tensor in one.tensors.items()} == {
+            name: tensor.stored for name, tensor in other.tensors.items()
+        }
+        found = verify(source, other, VerifySettings(levels=("completeness", "config", "tensors")))
+    assert found.passed, [finding.message for finding in found.failures]
+    ratio = divergence(chosen, heldout, true_logits) / divergence(with_matrix, heldout, true_logits)
+    assert ratio < limit
+
+
+@pytest.mark.peer
+def test_llama_cpp_finds_the_same_values(source: Checkpoint, folder: Path, tmp_path: Path) -> None:
+    from tests.support.llama_peer import dequantize
+
+    path = tmp_path / "model.gguf"
+    save(source, path, WriteOptions(type="q3_k_m", calibration=Calibration(text=folder / "ids.npy", samples=4)))
+    with registry.open_checkpoint(path) as candidate:
+        tensors = [tensor for tensor in candidate.tensors.values() if tensor.stored in ("q3_k", "q4_k", "q5_k", "q6_k")]
+        assert len(tensors) > 40
+        for tensor in tensors[::5]:
+            blocks = StoredBlocks(tensor).load_rows(0, 8)
+            assert np.array_equal(dequantize(tensor.type, blocks, tensor.row_size), tensor.load_rows_f32(0, 8))
+
+
+def small(layers: int = 2) -> Checkpoint:
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64, "query_pre_attn_scalar": 64}
+    config = dataclasses.replace(SMALL, **sizes, num_hidden_layers=layers, layer_types=())
+    return random_checkpoint(np.dtype(ml_dtypes.bfloat16), config)
+
+
+def small_ids(path: Path) -> Path:
+    np.save(path / "ids.npy", np.random.default_rng(0).integers(3, SMALL.vocab_size, (6, 48)))
+    return path / "ids.npy"
+
+
+@pytest.mark.parametrize("type", ["q4_k_m", "iq2_m", "q4_0", "tq2_0", "iq1_s"])
+def test_same_bytes_for_any_number_of_threads(tmp_path: Path, type: str) -> None:
+    source, ids = small(), small_ids(tmp_path)
+    files = []
+    for threads in (1, 2, 5):
+        path = tmp_path / str(threads) / "model.gguf"
+        path.parent.mkdir()
+        save(source, path, WriteOptions(type=type, calibration=Calibration(text=ids)), threads=threads)
+        files.append(path.read_bytes())
+    assert len(set(files)) == 1
+
+
+def test_the_embedding_is_written_last_and_no_more_than_a_layer_is_held(tmp_path: Path) -> None:
+    """It stands first in the file; waiting for it, every layer would be held."""
+    source, held = small(layers=6), []
+    output = registry.by_name("gguf").layout(source, WriteOptions(type="q4_k_m"))
+    output, _ = calibrated(output, source, CalibrationSettings(np.load(small_ids(tmp_path))), threads=2)
+    last = output.tensors[-1]
+    assert isinstance(last.source, CalibratedHead)
+    assert last.name == "token_embd.weight"
+
+    class Nowhere:
+        def pwrite(self, offset: int, data: object) -> None:
+            held.append(len(last.source.session._rounded))
+
+    write_output(output, {file.name: Nowhere() for file in output.files}, threads=1)
+    assert max(held) <= 7
+
+
+def test_an_importance_matrix_beside_a_text_is_refused(source: Checkpoint, folder: Path, tmp_path: Path) -> None:
+    options = WriteOptions(
+        type="q4_k_m",
+        gguf=GGUFOptions(imatrix=folder / "imatrix.gguf"),
+        calibration=Calibration(text=folder / "ids.npy"),
+    )
+    with pytest.raises(UsageError) as caught:
+        save(source, tmp_path / "model.gguf", options)
+    assert caught.value.id == "imatrix.calibration"
+
+
+def test_a_calibrated_file_says_so_and_is_verified_without_being_told(tmp_path: Path) -> None:
+    source, path = small(), tmp_path / "model.gguf"
+    save(source, path, WriteOptions(type="q3_k_s", calibration=Calibration(text=small_ids(tmp_path))))
+    assert b"gemma2tool.calibration.file" in path.read_bytes()
+    with registry.open_checkpoint(path) as candidate:
+        expected = registry.by_name("gguf").expected_after_roundtrip(source, candidate)
+        settings = VerifySettings(levels=("completeness", "config", "tensors"), expected=expected)
+        found = verify(source, candidate, settings)
+    assert found.passed, [finding.message for finding in found.failures]
