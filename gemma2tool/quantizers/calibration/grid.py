@@ -7,9 +7,9 @@ follow and which the encoder stores as it stores rows that it quantizes itself.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -17,7 +17,6 @@ from gemma2tool.model.lazy import FLOAT32, Array, DType, LazyTensor
 from gemma2tool.quantizers import awq, compressed, gptq
 from gemma2tool.quantizers.awq import Awq
 from gemma2tool.quantizers.base import Encoder
-from gemma2tool.quantizers.calibration.hessian import Factor
 from gemma2tool.quantizers.casts import cast
 from gemma2tool.quantizers.compressed import Compressed, Scheme
 from gemma2tool.quantizers.gguf_encoders import Blocks
@@ -25,8 +24,9 @@ from gemma2tool.quantizers.gguf_types import GGUF_TYPES, dequantize, row_bytes
 from gemma2tool.quantizers.gptq import Gptq
 from gemma2tool.quantizers.groups import GroupScales, Rule, group_ranges, quantize_groups
 
-Parameters = Callable[[Array, Array], tuple[Array, Array]]
-"""Zeros (uint8) and scales of groups from their smallest and largest values, float32 (n,) each."""
+if TYPE_CHECKING:
+    from gemma2tool.quantizers.calibration.hessian import Factor
+    from gemma2tool.quantizers.calibration.rounding import Parameters
 
 
 class Grid(Protocol):

@@ -9,15 +9,32 @@ column is reached.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from gemma2tool.model.lazy import Array, to_float32
-from gemma2tool.quantizers.calibration.grid import AffineGrid
 from gemma2tool.quantizers.calibration.hessian import Factor
+
+Parameters = Callable[[Array, Array], tuple[Array, Array]]
+"""Zeros (uint8) and scales of groups from their smallest and largest values, float32 (n,) each."""
+
+
+class Affine(Protocol):
+    """The values (code - zero) * scale for codes 0 to ``top``, ``group_size`` columns sharing zero and scale."""
+
+    @property
+    def top(self) -> int: ...
+
+    @property
+    def group_size(self) -> int: ...
+
+    @property
+    def parameters(self) -> Parameters: ...
+
 
 BLOCK = 128
 """Columns of a block; a group that is wider is a block."""
@@ -26,7 +43,7 @@ ROWS = 1024
 """Rows in a piece of work: a block of them stays in the second-level cache."""
 
 
-def round_rows(rows: Array, factors: Sequence[Factor], grid: AffineGrid) -> tuple[Array, Array, Array]:
+def round_rows(rows: Array, factors: Sequence[Factor], grid: Affine) -> tuple[Array, Array, Array]:
     """Quantize float rows (n, I) to codes uint8 (n, I), zeros uint8 and scales (n, G), in the factors' precision.
 
     Rows are independent. Groups are numbered in the order of rounding; ``group_of_column`` gives the group of each
@@ -72,7 +89,7 @@ def group_of_column(factors: Sequence[Factor], columns: int, group_size: int) ->
     return groups
 
 
-def _parameters(columns: Tensor, grid: AffineGrid) -> tuple[Array, Array, Tensor, Tensor]:
+def _parameters(columns: Tensor, grid: Affine) -> tuple[Array, Array, Tensor, Tensor]:
     """Zeros and scales of one group (group_size, n): as stored, and in the dtype of the arithmetic."""
     low, high = torch.aminmax(columns, dim=0)
     zeros, scales = grid.parameters(low.float().numpy(), high.float().numpy())
