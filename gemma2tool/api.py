@@ -87,7 +87,8 @@ def __getattr__(name: str) -> Any:
 def open(path: PathLike, *, config: Config | None = None, format: str | None = None) -> Checkpoint:
     """Open a checkpoint of any format. Headers are read now, tensors when they are requested.
 
-    ``config``: a ``Gemma2Config``, "2b", "9b", "27b" or the path of a config.json, for weights that come without one.
+    ``config``: for weights that come without one: a ``Gemma2Config``, the path of a config.json, or "2b", "9b", "27b",
+    with "-it" for the instruction-tuned ones.
     ``format``: skip the detection. The result is a context manager: ``checkpoint.tensors[name].load()`` is an array of
     shape (out, in), names are Hugging Face's.
 

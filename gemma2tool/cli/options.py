@@ -56,8 +56,8 @@ ConfigFile = Annotated[
     typer.Option(
         "--config",
         metavar="FILE",
-        help="The model's config.json, or 2b, 9b or 27b, for weights that come without one.",
-        autocompletion=completion(("2b", "9b", "27b")),
+        help="The model's config.json, or 2b, 9b, 27b, 2b-it, 9b-it, 27b-it, for weights that come without one.",
+        autocompletion=completion(("2b", "9b", "27b", "2b-it", "9b-it", "27b-it")),
     ),
 ]
 Dtype = Annotated[

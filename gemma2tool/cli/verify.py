@@ -42,7 +42,7 @@ class VerifyOptions:
         typer.Option(
             "--config",
             metavar="FILE",
-            help="config.json, or 2b, 9b or 27b, of a CANDIDATE (and SRC) that comes without one.",
+            help="config.json, or 2b, 9b, 27b, 2b-it, 9b-it, 27b-it, of a CANDIDATE (and SRC) that comes without one.",
         ),
     ] = None
     reference_config: Annotated[

@@ -21,7 +21,8 @@ HEAD_BYTES = 4096
 """How many of a file's first bytes ``identify`` is given; fewer only if the file is shorter."""
 
 _MAX_TEXT = 160  # of a message that is quoted
-_POINTER = re.compile(rb"version https://git-lfs\.github\.com/spec/v1\n(?s:.*?)\nsize (\d{1,19})\n")
+_POINTER = b"version https://git-lfs.github.com/spec/"
+_POINTER_SIZE = re.compile(rb"\nsize (\d{1,19})\n")
 _PAGE = re.compile(rb"\s*(?:<!--.*?-->\s*)*<(?:!doctype\s+html|html|head|body)\b", re.IGNORECASE | re.DOTALL)
 _XML = re.compile(rb"\s*<(?:\?xml|Error>)")
 _XML_MESSAGE = re.compile(rb"<Message>([^<]*)</Message>")
@@ -128,10 +129,16 @@ def _archive(head: bytes) -> FileKind | None:
 
 
 def _not_downloaded(head: bytes, size: int) -> FileKind | None:
-    pointer = _POINTER.match(head)
-    if pointer:
-        text = f"a Git LFS pointer to a file of {int(pointer[1]):,} bytes, not that file"
-        return FileKind("lfs-pointer", text, "run 'git lfs pull' in its repository", id="file.lfs-pointer")
+    if head.startswith(_POINTER):
+        target = _POINTER_SIZE.search(head)
+        of_size = f" of {int(target[1]):,} bytes" if target else ""
+        text = f"a Git LFS pointer to a file{of_size}, not that file"
+        return FileKind(
+            "lfs-pointer",
+            text,
+            "run 'git lfs pull' in its repository, or download the file itself",
+            id="file.lfs-pointer",
+        )
     if len(head) >= 64 and not any(head):
         text = f"{size:,} bytes of which the first {len(head):,} are zero"
         return FileKind("zeros", text, "download the file again", id="file.zeros")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 
 from gemma2tool.containers import strict_json
 from gemma2tool.errors import InputRefused
@@ -18,10 +20,11 @@ MAX_ASSET_BYTES = 64 << 20
 MAX_CONFIG_BYTES = 4 << 20
 TEMPLATES = "additional_chat_templates"
 MAX_TEMPLATES = 64
+_NONE: Mapping[str, Callable[[], bytes]] = MappingProxyType({})
 
 
-def folder_assets(folder: Path) -> Assets:
-    """The asset files of a folder, and its model card."""
+def folder_assets(folder: Path, more: Mapping[str, Callable[[], bytes]] = _NONE) -> Assets:
+    """The asset files of a folder, and its model card; ``more``: assets that are elsewhere and that it may lack."""
     readers = {}
     for name in (*ASSET_NAMES, "README.md"):
         if (folder / name).is_file():
@@ -33,7 +36,7 @@ def folder_assets(folder: Path) -> Assets:
             path = confined_path(templates, path.name)
             name = f"{TEMPLATES}/{path.name}"
             readers[name] = partial(read_whole, path, what=name, max_bytes=MAX_ASSET_BYTES)
-    return Assets(readers, read_tokenizer)
+    return Assets({**more, **readers}, read_tokenizer)
 
 
 def single_asset(name: str, path: Path) -> Assets:

@@ -4,15 +4,20 @@ in.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+
+import numpy as np
 
 from gemma2tool.errors import InputRefused
 from gemma2tool.formats import assets, packings
 from gemma2tool.formats.base import Closers, opening
 from gemma2tool.formats.mapping import container_tensors
+from gemma2tool.formats.mapping.float8 import widened
 from gemma2tool.formats.mapping.float_layout import drop_equal_head
+from gemma2tool.formats.mapping.wrappers import HUGGING_FACE, plain_names
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.config import Gemma2Config
 from gemma2tool.model.format_facts import FormatFacts
@@ -20,6 +25,11 @@ from gemma2tool.model.lazy import LazyTensor
 from gemma2tool.storage.paths import path_within_folder
 
 CONFIG = "config.json"
+_BUFFER = re.compile(r"(?:^|\.)(?:rotary_emb\.(?:original_)?inv_freq|normalizer|embed_scale)$")
+"""What the config determines: transformers computes it, and ignores it in a file."""
+_COMFY_TOKENIZER = "spiece_model"
+_VALUE_HEAD = "v_head."
+"""Of trl's AutoModelForCausalLMWithValueHead."""
 
 ReadFiles = Callable[[Sequence[Path], Closers], tuple[dict[str, LazyTensor], dict[str, str]]]
 """From the weight files, the tensors by name and the containers' metadata; adds what closes the files to the list."""
@@ -73,13 +83,26 @@ def open_folder(path: Path, folder_format: FolderFormat, config: Gemma2Config | 
         weights = folder_format.find(path)
         stored, metadata = folder_format.read(weights.files, closers)
         weights.check(stored)
+        _take_tokenizer(stored, checkpoint, folder)
         index_files = [] if weights.index is None else [weights.index]
         checkpoint.files = (*weights.files, *index_files, *config_files)
         checkpoint.metadata = {"safetensors": metadata}
-        tensors = _unpacked(_with_model_prefix(stored), checkpoint, folder_format.quantization_keys)
-        checkpoint.tensors = _table_tensors(tensors, checkpoint)
+        plain, remarks = plain_names(stored, HUGGING_FACE, path.name)
+        checkpoint.warnings += remarks
+        tensors = _unpacked(plain, checkpoint, folder_format.quantization_keys)
+        checkpoint.tensors, remarks = widened(_table_tensors(tensors, checkpoint), path.name)
+        checkpoint.warnings += remarks
         checkpoint.check()
     return checkpoint
+
+
+def _take_tokenizer(stored: dict[str, LazyTensor], checkpoint: Checkpoint, folder: Path) -> None:
+    """Makes an asset of the tokenizer.model that ComfyUI's files of a text encoder hold as a tensor of bytes."""
+    tokenizer = stored.get(_COMFY_TOKENIZER)
+    if tokenizer is None or tokenizer.dtype != np.uint8 or len(tokenizer.shape) != 1:
+        return
+    del stored[_COMFY_TOKENIZER]
+    checkpoint.assets = assets.folder_assets(folder, {"tokenizer.model": lambda: tokenizer.load().tobytes()})
 
 
 def _read_config(config_path: Path, path: Path) -> Gemma2Config:
@@ -88,15 +111,6 @@ def _read_config(config_path: Path, path: Path) -> Gemma2Config:
             "config.missing", f"{path.name}: no {CONFIG} beside the weights", hint="pass one with --config"
         )
     return assets.read_config(path_within_folder(config_path))
-
-
-def _with_model_prefix(tensors: dict[str, LazyTensor]) -> dict[str, LazyTensor]:
-    """The tensors under the names of a whole model. transformers saves a ``Gemma2Model``, which has no head, without
-    "model.".
-    """
-    if "embed_tokens.weight" not in tensors or any(name.startswith("model.") for name in tensors):
-        return tensors
-    return {f"model.{name}": tensor for name, tensor in tensors.items()}
 
 
 def _unpacked(tensors: dict[str, LazyTensor], checkpoint: Checkpoint, keys: Sequence[str]) -> dict[str, LazyTensor]:
@@ -116,11 +130,15 @@ def _unpacked(tensors: dict[str, LazyTensor], checkpoint: Checkpoint, keys: Sequ
 
 
 def _table_tensors(tensors: Mapping[str, LazyTensor], checkpoint: Checkpoint) -> dict[str, LazyTensor]:
-    """The tensors without those that files may contain beyond the tensor table: rotary buffers, and an lm_head equal
-    to the embedding.
+    """The tensors without those that files may contain beyond the tensor table: buffers, a value head, and an lm_head
+    equal to the embedding.
     """
-    without_buffers = {name: tensor for name, tensor in tensors.items() if not name.endswith(".rotary_emb.inv_freq")}
-    without_head = drop_equal_head(without_buffers, checkpoint.config)
-    if len(without_head) < len(without_buffers):
+    kept = {name: tensor for name, tensor in tensors.items() if not _BUFFER.search(name)}
+    value_head = [name for name in kept if name.startswith(_VALUE_HEAD)]
+    if value_head:
+        checkpoint.warnings.append(f"{', '.join(value_head)}: a value head, which Gemma 2 does not have, is left out")
+        kept = {name: tensor for name, tensor in kept.items() if name not in value_head}
+    without_head = drop_equal_head(kept, checkpoint.config)
+    if len(without_head) < len(kept):
         checkpoint.warnings.append("lm_head.weight is a copy of the tied embedding: dropped")
     return without_head

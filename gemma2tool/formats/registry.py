@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gemma2tool.errors import InputRefused, UsageError, choices
-from gemma2tool.formats import other_files
 from gemma2tool.model.config import Gemma2Config
 from gemma2tool.model.format_facts import FormatFacts
 
@@ -26,6 +25,7 @@ PACKAGES = (
     "gemma2tool.formats.orbax.maxtext",
     "gemma2tool.formats.orbax.flax",
     "gemma2tool.formats.keras",
+    "gemma2tool.formats.torch.torchtune_0_6",
     "gemma2tool.formats.torch.torchtune",
     "gemma2tool.formats.torch.litgpt",
     "gemma2tool.formats.mlx",
@@ -63,6 +63,8 @@ def by_name(name: str) -> Format:
 
 def detect(path: Path) -> Format:
     """The format of the files at ``path``. Raises ``InputRefused`` if they are of none."""
+    from gemma2tool.formats import other_files, unknown
+
     if not path.exists():
         raise other_files.missing(path)
     if not path.is_file() and not path.is_dir():
@@ -75,17 +77,7 @@ def detect(path: Path) -> Format:
         candidate = by_name(name)
         if candidate.detect(path):
             return candidate
-    other = other_files.other_file(path)
-    if other is not None:
-        raise other
-    run = _run_folder(path)
-    if run is not None:
-        raise run
-    raise InputRefused(
-        "input.unknown",
-        f"{path}: not a Gemma 2 checkpoint in a known format",
-        hint=f"formats that can be read: {', '.join(sorted(NAMES))}; see 'gemma2tool formats'",
-    )
+    raise other_files.other_file(path) or _run_folder(path) or unknown.refusal(path, FACTS.values())
 
 
 def _run_folder(path: Path) -> InputRefused | None:
@@ -101,7 +93,8 @@ def _run_folder(path: Path) -> InputRefused | None:
 def open_checkpoint(path: Path, *, config: Gemma2Config | None = None, format: str | None = None) -> Checkpoint:
     """Open a checkpoint of any format: reads headers only, and checks them against the tensor table.
 
-    What else lies in its folder and a loader acts on is in ``Checkpoint.loader_files``.
+    What else lies in its folder and a loader acts on is in ``Checkpoint.loader_files``. Where the folder holds weights
+    of several formats, a warning says which are read.
     """
     from gemma2tool.formats.folder_files import unread_files  # imports numpy
 
@@ -110,7 +103,27 @@ def open_checkpoint(path: Path, *, config: Gemma2Config | None = None, format: s
         from gemma2tool.formats.folder_files import unread_files
 
         checkpoint.loader_files = unread_files(checkpoint, path)
+        checkpoint.warnings += _choice(checkpoint)
     return checkpoint
+
+
+def _choice(checkpoint: Checkpoint) -> list[str]:
+    """A warning if a folder holds weights that were not read and that no loader of this format acts on."""
+    from gemma2tool.formats import unknown
+
+    known = [name for files in checkpoint.loader_files for name in files.names]
+    unread = unknown.unread_weights(checkpoint.path, {*known, *_file_names(checkpoint)}, FACTS.values())
+    if not unread:
+        return []
+    weights = checkpoint.files[0].name if checkpoint.files else checkpoint.path.name
+    names = [f"{file} ({name})" for file, name in unread[: unknown.MAX_LISTED]]
+    more = [f"{len(unread) - len(names)} more"] if len(unread) > len(names) else []
+    listed = ", ".join([*names, *more])
+    return [f"{weights} ({checkpoint.format}) is read, not {listed} beside it: name a file to choose it"]
+
+
+def _file_names(checkpoint: Checkpoint) -> list[str]:
+    return [file.name for file in checkpoint.files]
 
 
 def config_for(path: Path, config: Gemma2Config | None) -> Gemma2Config | None:

@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from gemma2tool.errors import InputRefused
 from gemma2tool.model.config import Gemma2Config
 from gemma2tool.model.format_facts import FormatFacts, Rounding
-from gemma2tool.model.lazy import FLOAT32, DType, LazyTensor
+from gemma2tool.model.lazy import FLOAT32, FLOAT64, FLOAT_DTYPES, DType, LazyTensor
 from gemma2tool.model.tensors import TensorSpec, check_tensors, tensor_specs
 from gemma2tool.model.tokenizer import Tokenizer
 
@@ -139,8 +140,14 @@ class Checkpoint:
             self.closers.pop()()
 
     def check(self) -> None:
-        """Compare the tensors with the table; see ``check_tensors``."""
+        """Compare the tensors with the table, see ``check_tensors``, and refuse values that are not floats."""
         check_tensors(self.config, {name: tensor.shape for name, tensor in self.tensors.items()}, self.path.name)
+        for name, tensor in self.tensors.items():
+            if tensor.dtype not in (*FLOAT_DTYPES.values(), FLOAT64):
+                raise InputRefused(
+                    "checkpoint.dtype",
+                    f"{self.path.name}: {name} holds {tensor.dtype} values, and nothing says how they make weights",
+                )
 
     @property
     def tokenizer(self) -> Tokenizer:

@@ -26,6 +26,9 @@ class FormatFacts:
     For the list of formats: ``files`` is what a checkpoint looks like on disk; ``extra`` is the extra of gemma2tool
     that must be installed to ``extra_to`` ("read", "write") it.
 
+    For reading: ``weight_names`` are patterns of the names that files with its weights have in a folder, where the name
+    shows the format.
+
     For writing: a destination whose name ends in one of ``suffixes`` is written in this format, as a single file.
     ``float_dtypes`` are the types that unquantized values are written in; ``more_dtypes`` are other values of
     ``--dtype``.
@@ -44,6 +47,7 @@ class FormatFacts:
     remarks: str = ""
     extra: str | None = None
     extra_to: str | None = None
+    weight_names: tuple[str, ...] = ()
     suffixes: tuple[str, ...] = ()
     float_dtypes: tuple[str, ...] = ("f32", "f16", "bf16")
     more_dtypes: tuple[str, ...] = ()

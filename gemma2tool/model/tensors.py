@@ -122,6 +122,9 @@ def tensor_specs(config: Gemma2Config) -> dict[str, TensorSpec]:
     return specs
 
 
+_NAMES_HINT = "give the weights under the names of Gemma2ForCausalLM, or the config of the model that has these tensors"
+
+
 def check_tensors(config: Gemma2Config, shapes: Mapping[str, tuple[int, ...]], where: str) -> None:
     """Compare the tensors of a checkpoint with the table; raises ``InputRefused`` with the missing, unexpected or
     misshapen tensors.
@@ -129,14 +132,20 @@ def check_tensors(config: Gemma2Config, shapes: Mapping[str, tuple[int, ...]], w
     ``shapes``: by canonical name. ``where``: the file or folder, for the message.
     """
     specs = tensor_specs(config)
+    empty = [name for name, shape in shapes.items() if 0 in shape]
+    if empty:
+        raise InputRefused(
+            "checkpoint.empty-tensor",
+            f"{where}: {len(empty)} tensors are empty, such as {empty[0]} of shape {tuple(shapes[empty[0]])}",
+        )
     missing = [name for name, spec in specs.items() if spec.required and name not in shapes]
+    unexpected = [name for name in shapes if name not in specs]
     if missing:
         raise InputRefused(
             "checkpoint.missing-tensor",
-            f"{where}: {_enumerate(missing)} missing",
-            hint="download the checkpoint again, or check num_hidden_layers in its config",
+            f"{where}: {_enumerate(missing)} missing" + (f", {_enumerate(unexpected)} there" if unexpected else ""),
+            hint=_NAMES_HINT if unexpected else "",
         )
-    unexpected = [name for name in shapes if name not in specs]
     if unexpected:
         raise InputRefused(
             "checkpoint.unexpected-tensor",

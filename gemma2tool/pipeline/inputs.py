@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from gemma2tool.errors import InputRefused, UsageError, choices
 from gemma2tool.formats.assets import read_config
 from gemma2tool.model.checkpoint import Checkpoint
-from gemma2tool.model.config import SIZES, Gemma2Config
+from gemma2tool.model.config import Gemma2Config
+from gemma2tool.model.instruction_tuned import RELEASED
 from gemma2tool.model.lazy import Array
 from gemma2tool.storage.reading import open_for_reading, read_whole
 from gemma2tool.storage.text_file import read_text
@@ -23,15 +24,17 @@ MAX_NPY_HEADER = 1 << 16
 
 
 def resolve_config(config: Gemma2Config | Path | str | None) -> Gemma2Config | None:
-    """A config as it is, of a released size ("2b", "9b", "27b"), or from a config.json."""
+    """A config as it is, of a released model ("2b", "9b", "27b", instruction-tuned "2b-it" and so on), or from a
+    config.json.
+    """
     if config is None or isinstance(config, Gemma2Config):
         return config
     name = str(config).lower()
     if not Path(config).exists():
-        if name in SIZES:
-            return SIZES[name]
+        if name in RELEASED:
+            return RELEASED[name]
         if not Path(config).suffix:
-            hint = choices.hint(name, SIZES, more=_OR_CONFIG)
+            hint = choices.hint(name, RELEASED, more=_OR_CONFIG)
             raise InputRefused("file.missing", f"{config}: no such file", hint=hint)
     return read_config(Path(config))
 

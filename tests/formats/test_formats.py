@@ -247,7 +247,7 @@ def test_released_shapes_need_no_config() -> None:
 
 
 def test_not_a_checkpoint(tmp_path: Path) -> None:
-    (tmp_path / "x.bin").write_bytes(b"hello")
+    (tmp_path / "x.bin").write_bytes(b"\x93\xc8hello")
     with pytest.raises(InputRefused, match="not a Gemma 2 checkpoint"):
         registry.detect(tmp_path / "x.bin")
     with pytest.raises(InputRefused, match="no such file"):

@@ -16,7 +16,7 @@ from hashlib import sha256
 from math import prod
 from typing import Any
 
-from gemma2tool.containers.torch_zip.pickle_index import STORAGE_DTYPES, TORCH_DTYPES
+from gemma2tool.containers.torch_zip.tensor_refs import STORAGE_DTYPES, TORCH_DTYPES
 from gemma2tool.containers.torch_zip.zip_index import (
     CENTRAL,
     CENTRAL_SIGNATURE,

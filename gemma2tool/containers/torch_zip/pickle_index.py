@@ -1,8 +1,11 @@
 """Reads the contents of a torch.save pickle without unpickling it.
 
-A pickle is a program. This interpreter knows only the opcodes that torch.save emits (protocol 2, like torch's own
-weights_only unpickler) and only the names in a short list. A name builds an inert record; nothing is imported or
-called. The steps, the stack, the memo and the lengths of texts are limited.
+A pickle is a program. This interpreter knows only the opcodes that torch.save emits for plain values and tensors
+(protocol 2, and with ``pickle_protocol`` 3 to 5) and only the names in a short list. A name builds an inert record;
+nothing is imported or called. The steps, the stack, the memo and the lengths of texts are limited.
+
+Sources: CPython's pickletools.py, torch/serialization.py, and litgpt's ``incremental_save``, which numbers storages
+with integers and wrote protocol 5 before 2025.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NoReturn, TypeVar
 
+from gemma2tool.containers.torch_zip.tensor_refs import STORAGE_DTYPES, TORCH_DTYPES, StorageRef, TensorRef
 from gemma2tool.errors import InputRefused
 from gemma2tool.storage.quoting import quoted
 
@@ -23,39 +27,7 @@ FREE_STEPS = 150_000  # for everything that is not a tensor
 STEPS_PER_TENSOR = 60
 MAX_STACK = 200_000
 MAX_INT_BYTES = 16
-
-# dtype name in torch -> in safetensors (and C64, C128, which safetensors lacks)
-TORCH_DTYPES = {
-    "bool": "BOOL", "uint8": "U8", "int8": "I8", "int16": "I16", "uint16": "U16", "float16": "F16", "bfloat16": "BF16",
-    "int32": "I32", "uint32": "U32", "float32": "F32", "complex64": "C64", "float64": "F64", "int64": "I64",
-    "uint64": "U64", "complex128": "C128", "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2",
-    "float8_e8m0fnu": "F8_E8M0", "float8_e4m3fnuz": "F8_E4M3FNUZ", "float8_e5m2fnuz": "F8_E5M2FNUZ",
-}  # fmt: skip
-STORAGE_DTYPES = {
-    "BoolStorage": "BOOL", "ByteStorage": "U8", "CharStorage": "I8", "ShortStorage": "I16", "HalfStorage": "F16",
-    "BFloat16Storage": "BF16", "IntStorage": "I32", "FloatStorage": "F32", "ComplexFloatStorage": "C64",
-    "DoubleStorage": "F64", "LongStorage": "I64", "ComplexDoubleStorage": "C128",
-}  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True)
-class StorageRef:
-    """A storage. ``dtype`` None means untyped bytes; ``count`` is in elements of the dtype, or in bytes."""
-
-    dtype: str | None
-    key: str
-    count: int
-
-
-@dataclass(frozen=True, slots=True)
-class TensorRef:
-    """A tensor as a view of a storage, not checked yet. ``storage_offset`` and ``stride`` are in elements."""
-
-    storage: StorageRef
-    dtype: str
-    storage_offset: int
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
+PROTOCOLS = (b"\2", b"\3", b"\4", b"\5")
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,14 +48,25 @@ def interpret(data: bytes, where: str) -> Any:
     ``where`` names the file in messages. Raises InputRefused (``pickle.*``) for any opcode, name or argument that
     torch.save does not write for these.
     """
-    return _Interpreter(data, where).run()
+    interpreter = _Interpreter(data, where)
+    value = interpreter.run()
+    if interpreter.at != len(data):
+        raise interpreter.refusal("stop", "the pickle ends with objects or bytes left over")
+    return value
+
+
+def interpret_next(data: bytes, at: int, where: str) -> tuple[Any, dict[str, StorageRef], int]:
+    """``interpret`` of the pickle that begins at byte ``at``, its storages by key, and the byte after it."""
+    interpreter = _Interpreter(data, where, at)
+    return interpreter.run(), interpreter.storages, interpreter.at
 
 
 class _Interpreter:
-    def __init__(self, data: bytes, where: str) -> None:
+    def __init__(self, data: bytes, where: str, at: int = 0) -> None:
         self.data = data
         self.where = where
-        self.at = 0
+        self.at = at
+        self.storages: dict[str, StorageRef] = {}
         self.stack: list[Any] = []
         self.memo: dict[int, Any] = {}
         self.max_steps = FREE_STEPS
@@ -92,9 +75,9 @@ class _Interpreter:
         return InputRefused(f"pickle.{kind}", f"{self.where}: {message} (byte {self.at} of the pickle)")
 
     def run(self) -> Any:
-        if self.data[:2] != b"\x80\x02":
-            raise self.refusal("protocol", "is not a pickle of protocol 2, as torch.save writes")
-        self.at = 2
+        if self.data[self.at : self.at + 1] != b"\x80" or self.data[self.at + 1 : self.at + 2] not in PROTOCOLS:
+            raise self.refusal("protocol", "is not a pickle of the protocols 2 to 5, as torch.save writes")
+        self.at += 2
         actions, data, steps = _ACTIONS, self.data, 0
         while steps < self.max_steps:
             steps += 1
@@ -103,7 +86,7 @@ class _Interpreter:
             opcode = data[self.at]
             self.at += 1
             if opcode == 0x2E:  # STOP
-                if len(self.stack) != 1 or self.at != len(data):
+                if len(self.stack) != 1:
                     raise self.refusal("stop", "the pickle ends with objects or bytes left over")
                 return self.pop()
             action = actions.get(opcode)
@@ -186,16 +169,29 @@ class _Interpreter:
         self.stack.append(_BUILDERS[function.name](self, arguments))
 
     def global_(self) -> None:
-        name = f"{self.line()}.{self.line()}"
+        self.push_global(f"{self.line()}.{self.line()}")
+
+    def stack_global(self) -> None:
+        name, module = self.pop(), self.pop()
+        if type(name) is not str or type(module) is not str:
+            raise self.refusal("global", "a global name is not text")
+        self.push_global(f"{module}.{name}")
+
+    def push_global(self, name: str) -> None:
+        if name.startswith(_SHARDED):
+            raise self.refusal("sharded", f"holds one rank's part of a sharded tensor ({quoted(name)})")
         if name not in _KNOWN:
             raise self.refusal("global", f"names {quoted(name)}, which is not needed to store tensors")
         self.stack.append(_Global(name))
 
     def persistent(self) -> None:
-        """('storage', storage class, key, device, number of elements)"""
+        """('storage', storage class, key, device, number of elements), and None in files without an archive"""
         match self.pop():
-            case ("storage", _Global(name), str(key), str(_), int(count)) if name in _STORAGES and count >= 0:
-                self.stack.append(StorageRef(_STORAGES[name], key, count))
+            case ("storage", _Global(name), str(key) | int(key), str(_), int(count), *rest) if (
+                name in _STORAGES and count >= 0 and rest in ([], [None])
+            ):
+                self.stack.append(StorageRef(_STORAGES[name], str(key), count))
+                self.storages[str(key)] = self.stack[-1]
             case _:
                 raise self.refusal("storage", "the pickle has a persistent id that is not a storage")
 
@@ -214,8 +210,13 @@ class _Interpreter:
             )
         self.stack.append(int.from_bytes(self.take(length), "little", signed=True))
 
-    def text(self) -> None:
-        raw = self.take(int(self.number(_U32)))
+    def frame(self) -> None:
+        """Frames only tell a reader of streams how much to buffer."""
+        if self.number(_U64) > len(self.data) - self.at:
+            raise self.refusal("truncated", "the pickle ends early")
+
+    def text(self, length: struct.Struct) -> None:
+        raw = self.take(int(self.number(length)))
         try:
             self.stack.append(raw.decode("utf-8", "surrogatepass"))
         except UnicodeDecodeError as error:
@@ -287,6 +288,16 @@ def _parameter(interpreter: _Interpreter, arguments: Arguments) -> TensorRef:
     raise interpreter.refusal("tensor", "a parameter is described in an unknown way")
 
 
+def _from_type(interpreter: _Interpreter, arguments: Arguments) -> Any:
+    """_rebuild_from_type_v2(function, type, arguments, state): a tensor with attributes of its own, as FSDP leaves
+    them; the attributes are ignored.
+    """
+    match arguments:
+        case (_Global(name), _Global(kind), tuple(inner), _) if kind in _TENSOR_TYPES and name in _REBUILDERS:
+            return _BUILDERS[name](interpreter, inner)
+    raise interpreter.refusal("tensor", "a tensor is described in an unknown way")
+
+
 def _ordered_dict(interpreter: _Interpreter, arguments: Arguments) -> dict[str, Any]:
     if arguments:
         raise interpreter.refusal("reduce", "an OrderedDict is described in an unknown way")
@@ -315,25 +326,31 @@ def _encoded(interpreter: _Interpreter, arguments: Arguments) -> bytes:
 
 
 def _no_call(interpreter: _Interpreter, arguments: Arguments) -> NoReturn:
-    raise interpreter.refusal("reduce", "the pickle calls a dtype or storage class")
+    raise interpreter.refusal("reduce", "the pickle calls a dtype, or the class of a storage or tensor")
 
 
 _STORAGES: dict[str, str | None] = {f"torch.{name}": dtype for name, dtype in STORAGE_DTYPES.items()}
 _STORAGES["torch.storage.UntypedStorage"] = None
+_REBUILDERS = frozenset(
+    f"torch._utils._rebuild_{kind}" for kind in ("tensor_v2", "tensor_v3", "parameter", "parameter_with_state")
+)
+_TENSOR_TYPES = frozenset({"torch.Tensor", "torch.nn.parameter.Parameter"})
+_SHARDED = ("torch.distributed.tensor.", "torch.distributed._tensor.", "torch.distributed._shard.")
 _BUILDERS: dict[str, Callable[[_Interpreter, Arguments], Any]] = {
     "collections.OrderedDict": _ordered_dict,
     "torch._utils._rebuild_tensor_v2": _rebuild_tensor,
     "torch._utils._rebuild_tensor_v3": _rebuild_tensor_v3,
     "torch._utils._rebuild_parameter": _parameter,
     "torch._utils._rebuild_parameter_with_state": _parameter,
+    "torch._tensor._rebuild_from_type_v2": _from_type,
     "torch.Size": _size,
     "torch.device": _device,
     "_codecs.encode": _encoded,
 }
-_BUILDERS |= dict.fromkeys([*_STORAGES, *(f"torch.{name}" for name in TORCH_DTYPES)], _no_call)
+_BUILDERS |= dict.fromkeys([*_STORAGES, *_TENSOR_TYPES, *(f"torch.{name}" for name in TORCH_DTYPES)], _no_call)
 _KNOWN = frozenset(_BUILDERS)
 
-_U8, _U16, _U32, _I32, _F64 = (struct.Struct(code) for code in ("<B", "<H", "<I", "<i", ">d"))
+_U8, _U16, _U32, _U64, _I32, _F64 = (struct.Struct(code) for code in ("<B", "<H", "<I", "<Q", "<i", ">d"))
 
 
 def _pushes(value: Callable[[_Interpreter], Any]) -> Callable[[_Interpreter], None]:
@@ -349,7 +366,10 @@ _ACTIONS: dict[int, Callable[[_Interpreter], None]] = {
     ord("J"): _pushes(lambda self: self.number(_I32)),
     0x8A: _Interpreter.long,
     ord("G"): _pushes(lambda self: self.number(_F64)),
-    ord("X"): _Interpreter.text,
+    ord("X"): lambda self: self.text(_U32),
+    0x8C: lambda self: self.text(_U8),
+    ord("C"): _pushes(lambda self: self.take(self.number(_U8))),
+    ord("B"): _pushes(lambda self: self.take(self.number(_U32))),
     ord("("): _pushes(lambda self: _Mark),
     ord("}"): _pushes(lambda self: {}),
     ord("]"): _pushes(lambda self: []),
@@ -366,7 +386,10 @@ _ACTIONS: dict[int, Callable[[_Interpreter], None]] = {
     ord("r"): lambda self: self.remember(self.number(_U32)),
     ord("h"): lambda self: self.recall(self.number(_U8)),
     ord("j"): lambda self: self.recall(self.number(_U32)),
+    0x94: lambda self: self.remember(len(self.memo)),
+    0x95: _Interpreter.frame,
     ord("c"): _Interpreter.global_,
+    0x93: _Interpreter.stack_global,
     ord("R"): _Interpreter.reduce,
     ord("b"): _Interpreter.build,
     ord("Q"): _Interpreter.persistent,

@@ -1,9 +1,9 @@
 """Finds the bytes of each tensor in a file of torch.save, without running code from the file and without importing
 torch.
 
-The file is a zip archive of stored members: ``ROOT/data.pkl`` (a pickle of protocol 2), ``ROOT/data/KEY`` (one per
-storage), ``ROOT/version``, ``ROOT/byteorder`` and others. Sources: torch/serialization.py,
-caffe2/serialize/inline_container.cc.
+The file is a zip archive of stored members: ``ROOT/data.pkl`` (a pickle), ``ROOT/data/KEY`` (one per storage),
+``ROOT/version``, ``ROOT/byteorder`` and others; or it is without an archive, see ``legacy``. Sources:
+torch/serialization.py, caffe2/serialize/inline_container.cc.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from gemma2tool.containers import file_kind
-from gemma2tool.containers.torch_zip import pickle_index, zip_index
+from gemma2tool.containers.torch_zip import legacy, pickle_index, zip_index
 from gemma2tool.containers.torch_zip.layout import DTYPE_BYTES, TorchZipLayout
-from gemma2tool.containers.torch_zip.pickle_index import TensorRef
+from gemma2tool.containers.torch_zip.tensor_refs import TensorRef
 from gemma2tool.containers.torch_zip.zip_index import Member
 from gemma2tool.errors import InputRefused
 from gemma2tool.storage.buffers import AnyBuffer
@@ -42,7 +42,7 @@ class TorchTensor:
     ``name`` is its key in the innermost dict; ``dtype`` is spelled as in safetensors (and C64, C128); ``stride`` is in
     elements. ``offset`` is the byte of its first element from the start of the file, and ``nbytes`` the number of
     elements times their size. Its storage is the member ``member``: ``storage_nbytes`` bytes at ``storage_offset``,
-    with the CRC-32 ``crc32``.
+    with the CRC-32 ``crc32`` (None: the file has none).
     """
 
     name: str
@@ -51,7 +51,7 @@ class TorchTensor:
     stride: tuple[int, ...]
     offset: int
     nbytes: int
-    crc32: int
+    crc32: int | None
     member: str
     storage_offset: int
     storage_nbytes: int
@@ -67,6 +67,11 @@ class TorchTensor:
         return True
 
     @property
+    def transposed(self) -> bool:
+        """Whether the ``nbytes`` bytes at ``offset`` are the elements of a matrix column after column."""
+        return len(self.shape) == 2 and self.stride == (1, self.shape[0])
+
+    @property
     def covers_storage(self) -> bool:
         """Whether the member's CRC-32 is that of this tensor's bytes."""
         return self.contiguous and self.nbytes == self.storage_nbytes
@@ -80,7 +85,9 @@ def read_index(path: str | os.PathLike[str]) -> dict[str, Any]:
     ``zip.*``, ``pickle.*``).
     """
     with open_for_reading(path) as reader:
-        _check_kind(reader)
+        if _is_legacy(reader):
+            tree, members = legacy.read(reader)
+            return _resolved(tree, reader.path, members, legacy.ROOT)
         members = zip_index.read_members(reader)
         root = _root(reader, members)
         if members.get(f"{root}/byteorder") and _read_small(reader, members[f"{root}/byteorder"], 16) != b"little":
@@ -88,10 +95,13 @@ def read_index(path: str | os.PathLike[str]) -> dict[str, Any]:
                 reader.path, "byteorder", "was saved on a big-endian machine; only little-endian files are read"
             )
         pickle = _read_small(reader, members[f"{root}/data.pkl"], MAX_PICKLE_BYTES)
-    tree = pickle_index.interpret(pickle, str(reader.path))
+    return _resolved(pickle_index.interpret(pickle, str(reader.path)), reader.path, members, root)
+
+
+def _resolved(tree: object, path: Path, members: Mapping[str, Member], root: str) -> dict[str, Any]:
     if type(tree) is not dict:
-        raise _refusal(reader.path, "not-a-dict", "does not contain a dict of tensors")
-    index: dict[str, Any] = _Resolver(reader.path, members, root).resolve(tree)
+        raise _refusal(path, "not-a-dict", "does not contain a dict of tensors")
+    index: dict[str, Any] = _Resolver(path, members, root).resolve(tree)
     return index
 
 
@@ -121,7 +131,7 @@ class MemberCheck:
 
         Raises InputRefused ``torch.crc`` if these were the last missing bytes and the CRC-32 does not match.
         """
-        if self._crc.is_complete():
+        if self.tensor.crc32 is None or self._crc.is_complete():
             return
         self._crc.update(offset - self.tensor.storage_offset, data)
         if self._crc.is_complete() and self._crc.value != self.tensor.crc32:
@@ -137,19 +147,15 @@ def _refusal(path: Path, kind: str, message: str) -> InputRefused:
     return InputRefused(f"torch.{kind}", f"{path}: {message}")
 
 
-def _check_kind(reader: FileReader) -> None:
+def _is_legacy(reader: FileReader) -> bool:
+    """Whether the file is one without an archive. Raises InputRefused for what torch.save never writes."""
     start = bytes(reader.pread(0, min(reader.size, 16)))
     if start.startswith(b"\x80"):
-        raise _refusal(
-            reader.path, "legacy", "is a pickle, as written by torch.save before torch 1.6, which cannot be read safely"
-        )
+        return True
     if not start.startswith(zip_index.LOCAL_SIGNATURE):
         file_kind.refuse_foreign(reader, "torch")
-        raise _refusal(
-            reader.path,
-            "not-zip",
-            "was not written by torch.save",
-        )
+        raise _refusal(reader.path, "not-zip", "was not written by torch.save")
+    return False
 
 
 def _root(reader: FileReader, members: Mapping[str, Member]) -> str:

@@ -35,12 +35,12 @@ _MAX_DESCRIPTOR = 24
 @dataclass(frozen=True, slots=True)
 class Member:
     """A stored member: ``size`` bytes of data at ``offset`` in the file, with the CRC-32 ``crc32`` according to the
-    archive."""
+    archive; None: it has none."""
 
     name: str
     offset: int
     size: int
-    crc32: int
+    crc32: int | None
 
 
 @dataclass(frozen=True, slots=True)

@@ -53,8 +53,13 @@ ENTRIES = (
     refused("pickle.key", "the key of a dictionary is not text", _PICKLE),
     refused("pickle.memo", "the pickle recalls an object that it did not store", _PICKLE),
     refused("pickle.opcode", "the pickle has an opcode that torch.save does not write for tensors", _PICKLE),
-    refused("pickle.protocol", "the pickle is not of protocol 2", _PICKLE),
+    refused("pickle.protocol", "the pickle is not of the protocols 2 to 5", _PICKLE),
     refused("pickle.reduce", "the pickle calls something that a file of tensors does not need", _PICKLE),
+    refused(
+        "pickle.sharded",
+        "the file holds one rank's part of tensors that a training run has sharded",
+        "save whole tensors: full_tensor() of each, or get_model_state_dict with full_state_dict=True",
+    ),
     refused("pickle.stack", "the pickle takes from an empty stack", _PICKLE),
     refused("pickle.stop", "the pickle ends with objects or bytes left over", _PICKLE),
     refused("pickle.storage", "the pickle refers to something that is not a storage", _PICKLE),
@@ -85,7 +90,7 @@ ENTRIES = (
     refused("torch.crc", "the CRC-32 of a member does not match", _TORCH),
     refused(
         "torch.legacy",
-        "the file is a bare pickle, as torch wrote before version 1.6, which cannot be read safely",
+        "a pickle without an archive is not what torch wrote before version 1.6, or is damaged",
         "load it with torch.load(path, weights_only=True) and torch.save it again",
     ),
     refused(

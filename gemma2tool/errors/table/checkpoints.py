@@ -10,8 +10,15 @@ _DOWNLOAD = "the checkpoint is damaged or incomplete: download it again"
 ENTRIES = (
     refused(
         "checkpoint.dtype",
-        "a tensor has a type that no Gemma 2 file uses",
-        "save the weights again as float32, float16 or bfloat16",
+        "a tensor has a type that plain weights do not have",
+        "save the weights as float32, float16 or bfloat16; codes of a quantization need their scales and the"
+        " quantization_config of the library that wrote them",
+    ),
+    refused(
+        "checkpoint.empty-tensor",
+        "tensors have the shape (0,), as DeepSpeed ZeRO-3 and FSDP save the ones that they have not gathered",
+        "save gathered weights: zero_to_fp32.py or stage3_gather_16bit_weights_on_model_save of DeepSpeed,"
+        " FULL_STATE_DICT of FSDP",
     ),
     refused(
         "checkpoint.missing-tensor",
@@ -24,6 +31,11 @@ ENTRIES = (
         "remove the file that does not belong to the checkpoint",
     ),
     refused(
+        "checkpoint.several-models",
+        "a file holds the weights of several models",
+        "save the one that you want with torch.save or safetensors",
+    ),
+    refused(
         "checkpoint.shape",
         "a tensor has another shape than the config requires",
         "the config contradicts the weights: pass the right one with --config",
@@ -32,6 +44,11 @@ ENTRIES = (
         "checkpoint.unexpected-tensor",
         "the checkpoint holds tensors that a Gemma 2 with its config does not have",
         "pass the config of these weights with --config; only plain Gemma 2 models can be read",
+    ),
+    refused(
+        "checkpoint.unmerged-adapter",
+        "an adapter lies in the state dict beside the weights, not merged into them",
+        "load it with peft and save what merge_and_unload() returns",
     ),
     refused(
         "checkpoint.untied-head",

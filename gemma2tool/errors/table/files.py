@@ -50,6 +50,11 @@ ENTRIES = (
     refused("index.name", "the index names a file that is not in the checkpoint's folder", "correct the index file"),
     refused("index.too-many-tensors", "the index names more tensors than are accepted", "download the index again"),
     refused("index.weight-map", "the index has no map from tensors to files", "download the index again"),
+    refused(
+        "input.distributed",
+        "the folder holds the shards of a training run, which are not whole tensors",
+        "merge the shards with the library that wrote them",
+    ),
     refused("input.empty", "the file is empty", _DOWNLOAD),
     refused("input.kind", "the path is neither a file nor a folder", "give the path of a checkpoint"),
     refused("input.missing", "the path does not exist", "check the path of the checkpoint"),
@@ -60,6 +65,7 @@ ENTRIES = (
         "give the checkpoint itself",
     ),
     refused("input.run", "the folder is not a checkpoint, and holds checkpoints", "give the folder of one of them"),
+    refused("input.several", "the folder holds several files of weights", "name the file to read"),
     refused(
         "input.unknown",
         "the path holds no Gemma 2 checkpoint in a known format",

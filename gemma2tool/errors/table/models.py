@@ -17,7 +17,7 @@ ENTRIES = (
     usage(
         "config.needed",
         "the checkpoint has no config, and its tensors do not determine which model it is",
-        "pass the model's config.json, or 2b, 9b or 27b, with --config",
+        "pass the model's config.json, or 2b, 9b, 27b, 2b-it, 9b-it or 27b-it, with --config",
     ),
     refused("config.not-an-object", "the config is not a JSON object", _CONFIG),
     refused(

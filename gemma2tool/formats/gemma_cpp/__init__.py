@@ -10,6 +10,7 @@ CONSUMER = Consumer("gemma.cpp", {**CONSTANTS, **ROTARY_CONSTANTS, "rms_norm_eps
 FACTS = FormatFacts(
     "gemma-cpp",
     files="NAME.sbs",
+    weight_names=("*.sbs",),
     remarks="gemma.cpp; 8-bit SFP; 4-bit NUQ is read",
     suffixes=(".sbs",),
     float_dtypes=("f32", "bf16"),

@@ -15,6 +15,7 @@ from gemma2tool.formats.gemma_cpp import FACTS
 from gemma2tool.formats.options import WriteOptions
 from gemma2tool.model.config import SIZES, Gemma2Config
 from gemma2tool.model.config_fields import FULL, SLIDING
+from gemma2tool.model.instruction_tuned import END_OF_TURN
 
 LAYER: Schema = {
     "model_dim": "u32",
@@ -70,7 +71,6 @@ MODEL: Schema = {
 MODELS = {"9b": 3, "27b": 4, "2b": 7}
 """gemma.cpp's numbers for the models; 5 and 6 belong to other models."""
 INSTRUCTED, PRETRAINED = 0, 1
-END_OF_TURN = 107
 SCALED = ("att_ein", "qkv_ein", "gating_ein", "linear_w")
 """The tensors that have a scale in files from before 2025, in the order in which gemma.cpp reads the scales of a
 layer.

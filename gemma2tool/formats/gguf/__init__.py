@@ -39,6 +39,7 @@ def _one_sided_window(config: Gemma2Config) -> Iterator[Assumption]:
 FACTS = FormatFacts(
     "gguf",
     files="NAME.gguf",
+    weight_names=("*.gguf",),
     remarks="llama.cpp; split files too",
     suffixes=(".gguf",),
     more_dtypes=("q8_0", "tq1_0", "tq2_0"),

@@ -21,6 +21,7 @@ def assumptions(config: Gemma2Config) -> Iterator[Assumption]:
 FACTS = FormatFacts(
     "hf",
     files="a folder with config.json and .safetensors",
+    weight_names=("*.safetensors",),
     remarks="Hugging Face; plain or quantized",
     holds_tokenizer=True,
     weight_suffixes=(".safetensors",),

@@ -24,6 +24,7 @@ def _assumptions(config: Gemma2Config) -> Iterator[Assumption]:
 FACTS = FormatFacts(
     "keras",
     files="a folder with config.json and model.weights.h5, or shards",
+    weight_names=("*.weights.h5", "*.keras"),
     remarks="keras-hub preset",
     extra="keras",
     extra_to="write",

@@ -13,6 +13,7 @@ from gemma2tool.containers import safetensors, strict_json
 from gemma2tool.containers.torch_zip import reader as torch_zip
 from gemma2tool.errors import InputRefused
 from gemma2tool.formats.base import Closers
+from gemma2tool.formats.mapping.layout_transforms import BlocksTransposed
 from gemma2tool.model.lazy import DTYPE_NAMES, Array, DType, LazyTensor
 from gemma2tool.storage.paths import confined_path, path_within_folder
 from gemma2tool.storage.reading import FileReader, open_for_reading
@@ -98,15 +99,17 @@ def open_torch(tree: Mapping[str, object], path: Path, closers: Closers) -> dict
     for name, entry in tree.items():
         if not isinstance(entry, torch_zip.TorchTensor):
             continue
-        if not entry.contiguous:
+        if not entry.contiguous and not entry.transposed:
             raise InputRefused(
                 "torch.strides",
-                f"{path.name}: {name} is stored with strides {entry.stride}, not row after row",
+                f"{path.name}: {name} is stored with strides {entry.stride}, neither by rows nor by columns",
                 hint="save the state dict again with contiguous tensors",
             )
         dtype = _numpy_dtype(entry.dtype, name, path)
         check = checks.setdefault(entry.member, torch_zip.MemberCheck(path, entry))
-        tensors[name] = FileTensor(reader, entry.offset, dtype, tuple(entry.shape), f"{path.name}: {name}", check)
+        shape = entry.shape if entry.contiguous else entry.shape[::-1]
+        stored = FileTensor(reader, entry.offset, dtype, shape, f"{path.name}: {name}", check)
+        tensors[name] = stored if entry.contiguous else BlocksTransposed(stored, 1)
     return tensors
 
 

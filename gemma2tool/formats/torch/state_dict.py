@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from gemma2tool.containers.torch_zip import reader as torch_zip
 from gemma2tool.containers.torch_zip.layout import TorchZipLayout
@@ -14,41 +14,36 @@ from gemma2tool.errors import InputRefused, UsageError
 from gemma2tool.formats import assets
 from gemma2tool.formats.base import Format, Output, OutputFile, OutputTensor, Placement, opening
 from gemma2tool.formats.mapping.container_tensors import open_torch
+from gemma2tool.formats.mapping.float8 import widened
 from gemma2tool.formats.mapping.float_layout import TensorPlan, drop_equal_head, plan_floats
 from gemma2tool.formats.mapping.transforms import TableRow, to_canonical
+from gemma2tool.formats.mapping.wrappers import Root, find_state, has_state, plain_names, torch_files
 from gemma2tool.formats.options import WriteOptions
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.config import Gemma2Config
 from gemma2tool.storage.paths import path_within_folder
 
 CONFIG = "config.json"
-ZIP_MAGIC = b"PK\x03\x04"
 
 
 class StateDictFolder(Format):
     """A torch file, or the folder that holds it.
 
-    ``file``: the name of the file that is written. ``pattern``: of other names that are read. ``table``: the tensors
-    that are written. ``legacy``: rows of older files. ``telltale``: a tensor that only this format has.
-    ``containers``: keys under which the format's own trainers save the state dict.
+    ``file``: the name of the file that is written; a file of any name is read. ``table``: the tensors that are written.
+    ``legacy``: rows of older files. ``root``: the embedding, whose name only this format has.
     """
 
     file: ClassVar[str]
-    pattern: ClassVar[str]
     table: ClassVar[tuple[TableRow, ...]]
     legacy: ClassVar[tuple[TableRow, ...]] = ()
-    telltale: ClassVar[str]
-    containers: ClassVar[tuple[str, ...]] = ()
+    root: ClassVar[Root]
 
     def detect(self, path: Path) -> bool:
         try:
             weights = self._weights(path)
             if weights is None:
                 return False
-            with weights.open("rb") as file:
-                if file.read(len(ZIP_MAGIC)) != ZIP_MAGIC:
-                    return False
-            return self.telltale in self._state_dict(weights)
+            return weights.name == self.file or has_state(torch_zip.read_index(weights), self.root)
         except (InputRefused, OSError):
             return False
 
@@ -59,15 +54,17 @@ class StateDictFolder(Format):
             files.append(self._config_file(weights))
             config = assets.read_config(path_within_folder(files[-1]))
         with opening() as closers:
-            tensors = to_canonical(
-                (*self.table, *self.legacy), open_torch(self._state_dict(weights), weights, closers), config
-            )
+            state, remarks = find_state(torch_zip.read_index(weights), self.root, weights.name)
+            plain, more = plain_names(state, self.root, weights.name)
+            stored, wide = widened(open_torch(plain, weights, closers), weights.name)
+            tensors = to_canonical((*self.table, *self.legacy), stored, config)
             checkpoint = Checkpoint(
                 path,
                 self.facts,
                 config,
                 drop_equal_head(tensors, config),
                 assets.folder_assets(weights.parent),
+                [*remarks, *more, *wide, *self.remarks(weights)],
                 files=tuple(files),
                 closers=closers,
             )
@@ -105,24 +102,18 @@ class StateDictFolder(Format):
         """Small files of the format's own, by name."""
         return {}
 
+    def remarks(self, weights: Path) -> list[str]:
+        """What the user should know of a file of this format that is read."""
+        return []
+
     def _weights(self, path: Path) -> Path | None:
-        """The weights: ``path`` itself, or the only file of a folder that has one of the format's names."""
+        """The weights: ``path`` itself, or of a folder the file of the format's name or the only one of torch.save."""
         if path.is_file():
             return path
-        for pattern in (self.file, self.pattern):
-            matches = list(path.glob(pattern)) if path.is_dir() else []
-            if len(matches) == 1 and matches[0].is_file():
-                return matches[0]
-        return None
-
-    def _state_dict(self, weights: Path) -> Mapping[str, Any]:
-        """The state dict of a file: under the first of ``containers`` that it has, otherwise the whole tree."""
-        tree = torch_zip.read_index(weights)
-        for name in self.containers:
-            if isinstance(tree.get(name), Mapping):
-                state: Mapping[str, Any] = tree[name]
-                return state
-        return tree
+        if (path / self.file).is_file():
+            return path / self.file
+        files = torch_files(path)
+        return files[0] if len(files) == 1 else None
 
     @staticmethod
     def _config_file(weights: Path) -> Path:
@@ -131,6 +122,6 @@ class StateDictFolder(Format):
             raise UsageError(
                 "config.needed",
                 f"{weights.name}: no config.json beside the weights",
-                hint="pass the model's config.json, or 2b, 9b or 27b, with --config",
+                hint="pass the model's config.json, or 2b, 9b, 27b, 2b-it, 9b-it or 27b-it, with --config",
             )
         return path

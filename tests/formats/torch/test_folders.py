@@ -48,8 +48,47 @@ def test_state_dicts_equal_their_converters(oracles: Path, tmp_path: Path, name:
         assert written[key].dtype == tensor.dtype and torch.equal(written[key], tensor), key
 
 
+def test_what_litgpts_converter_saves_is_read(oracles: Path, fixture_dir: Path) -> None:
+    """litgpt 0.5.13's convert_hf_checkpoint of the fixture, through ``incremental_save``."""
+    folder = oracles / "frameworks" / "litgpt_converter"
+    assert registry.detect(folder).name == "litgpt"
+    assert_same_tensors(registry.open_checkpoint(fixture_dir / "model.ckpt"), registry.open_checkpoint(folder))
+
+
+def test_torchtunes_releases_exchange_two_norms(oracles: Path, tmp_path: Path) -> None:
+    """torchtune 0.5.0 to 0.6.1 give pre- and post-feedforward norms each other's names (torchtune 2850): the oracle,
+    which later code wrote, with these names exchanged is what they write.
+    """
+    import torch
+
+    later = torch.load(oracles / "checkpoints" / "torchtune" / "27b" / "tune_state_dict.pt", weights_only=True)
+    other = {"mlp_norm": "mlp_scale", "mlp_scale": "mlp_norm"}
+    released = {".".join(other.get(part, part) for part in name.split(".")): t for name, t in later.items()}
+    truth, config = truth_of(oracles, "27b"), oracle_config(oracles, "27b")
+    folder = write_as("torchtune-0.6", truth, tmp_path / "written")
+    written = torch.load(folder / "tune_state_dict-0.6.pt", weights_only=True)
+    assert written.keys() == released.keys()
+    assert all(torch.equal(written[name], tensor) for name, tensor in released.items())
+    assert registry.detect(folder).name == "torchtune-0.6"
+    assert_same_tensors(truth, registry.open_checkpoint(folder))
+    torch.save(released, tmp_path / "model-00001-of-00001.bin")  # as torchtune's own checkpointer calls it
+    checkpoint = registry.open_checkpoint(tmp_path / "model-00001-of-00001.bin", config=config)
+    norms = {
+        name.replace("pre_feed", "post_feed") if "pre_feed" in name else name.replace("post_feed", "pre_feed"): tensor
+        for name, tensor in truth.tensors.items()
+    }
+    for name, tensor in norms.items():
+        assert checkpoint.tensors[name].load().tobytes() == tensor.load().tobytes(), name
+    (warning,) = [text for text in checkpoint.warnings if "mlp_norm" in text]
+    assert (
+        "0.5.0 to 0.6.1" in warning
+        and "call the file tune_state_dict-0.6.pt" in warning
+        and "gemma2tool check" in warning
+    )
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", ["torchtune", "litgpt"])
+@pytest.mark.parametrize("name", ["torchtune", "torchtune-0.6", "litgpt"])
 def test_round_trip(tmp_path: Path, name: str, dtype: str) -> None:
     source = random_checkpoint(np.dtype(getattr(ml_dtypes, dtype, dtype)))
     folder = write_as(name, source, tmp_path / "out")

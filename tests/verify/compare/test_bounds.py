@@ -61,7 +61,9 @@ def skip_unless_quick(kind: str) -> None:
 
 def compare(kind: str, rows: np.ndarray, codes: np.ndarray, weighted: bool) -> TensorComparison:
     dequantized = ArrayTensor(llama_peer.dequantize(kind.upper(), codes, COLS), stored=kind)
-    return compare_tensors({"t": ArrayTensor(rows)}, {"t": dequantized}, TensorRules(rounding="imatrix" if weighted else "nearest"))[0]
+    return compare_tensors(
+        {"t": ArrayTensor(rows)}, {"t": dequantized}, TensorRules(rounding="imatrix" if weighted else "nearest")
+    )[0]
 
 
 @pytest.mark.slow

@@ -2,7 +2,8 @@
 index.
 
 A file is what torch.save writes for a flat state dict; names and layout are the canonical ones. transformers saved it
-with ``safe_serialization=False`` up to release 4, and still loads it.
+with ``safe_serialization=False`` up to release 4, and still loads it. What training code saves beside a config
+(``pytorch_model_fsdp.bin``, a ``.ckpt`` of Lightning, ``{"module": state dict}`` of DeepSpeed) is read, too.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from gemma2tool.formats.hf.tokenizer import transformers_tokenizer_files
 from gemma2tool.formats.mapping import container_tensors
 from gemma2tool.formats.mapping.float_dtypes import stored_dtypes
 from gemma2tool.formats.mapping.float_layout import refuse_type
+from gemma2tool.formats.mapping.wrappers import HUGGING_FACE, Root, find_state, has_state, torch_files
 from gemma2tool.formats.options import WriteOptions
 from gemma2tool.formats.safetensors_output import config_content, group_by_size, natural_key, other_assets
 from gemma2tool.model.checkpoint import Checkpoint
@@ -33,6 +35,9 @@ from gemma2tool.storage.paths import path_within_folder
 
 INDEX = "pytorch_model.bin.index.json"
 SINGLE = "pytorch_model.bin"
+SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
+FUSED = Root("embedder.weight")
+"""The embedding of gemma_pytorch, whose shards have the same file names."""
 
 
 class HuggingFaceBin(Format):
@@ -41,12 +46,21 @@ class HuggingFaceBin(Format):
     facts = FACTS
 
     def detect(self, path: Path) -> bool:
-        if not path.is_dir() or not any((path / name).is_file() for name in (INDEX, SINGLE)):
+        """As transformers does, safetensors of their usual names are preferred to torch files."""
+        if path.is_file():
+            return _has_own_names(path)
+        if not path.is_dir() or any((path / name).is_file() for name in SAFETENSORS):
             return False
-        return next(path.glob("*.safetensors"), None) is None and not _has_fused_names(path)
+        if any((path / name).is_file() for name in (INDEX, SINGLE)):
+            return not _has_fused_names(path)
+        lone = _lone_file(path)
+        return lone is not None and next(path.glob("*.safetensors"), None) is None and _has_own_names(lone)
 
     def open(self, path: Path, *, config: Gemma2Config | None = None) -> Checkpoint:
-        return open_folder(path, FolderFormat(FACTS, _weight_files, _read), config)
+        remarks: list[str] = []
+        checkpoint = open_folder(path, FolderFormat(FACTS, _weight_files, partial(_read, remarks)), config)
+        checkpoint.warnings[:0] = remarks
+        return checkpoint
 
     def layout(self, checkpoint: Checkpoint, options: WriteOptions) -> Output:
         refuse_type(options, self.name)
@@ -82,16 +96,35 @@ def _finish(zipped: torch_zip.TorchZipLayout, checksums: Mapping[str, int]) -> l
     return zipped.finish({(name,): checksum for name, checksum in checksums.items()})
 
 
-def _weight_files(folder: Path) -> WeightFiles:
-    index = folder / INDEX
-    return WeightFiles.from_index(index) if index.is_file() else WeightFiles([path_within_folder(folder / SINGLE)])
+def _weight_files(path: Path) -> WeightFiles:
+    if path.is_file():
+        return WeightFiles([path])
+    if (path / INDEX).is_file():
+        return WeightFiles.from_index(path / INDEX)
+    single = path / SINGLE
+    return WeightFiles([path_within_folder(single if single.is_file() else _lone_file(path) or single)])
 
 
-def _read(files: Sequence[Path], closers: Closers) -> tuple[dict[str, LazyTensor], dict[str, str]]:
+def _lone_file(folder: Path) -> Path | None:
+    """The only file of a folder that torch.save may have written weights to; it may have any name."""
+    files = torch_files(folder)
+    return files[0] if len(files) == 1 else None
+
+
+def _read(remarks: list[str], files: Sequence[Path], closers: Closers) -> tuple[dict[str, LazyTensor], dict[str, str]]:
     tensors: dict[str, LazyTensor] = {}
     for file in files:
-        container_tensors.merge(tensors, container_tensors.open_torch(torch_zip.read_index(file), file, closers), file)
+        state, more = find_state(torch_zip.read_index(file), HUGGING_FACE, file.name)
+        remarks += more
+        container_tensors.merge(tensors, container_tensors.open_torch(state, file, closers), file)
     return tensors, {}
+
+
+def _has_own_names(file: Path) -> bool:
+    try:
+        return has_state(torch_zip.read_index(file), HUGGING_FACE)
+    except (InputRefused, OSError):
+        return False
 
 
 def _has_fused_names(folder: Path) -> bool:
@@ -100,8 +133,8 @@ def _has_fused_names(folder: Path) -> bool:
         index = folder / INDEX
         if index.is_file():
             return any(".qkv_proj." in name for name in container_tensors.indexed_files(index)[1])
-        return any(".qkv_proj." in name for name in torch_zip.read_index(folder / SINGLE))
-    except InputRefused:
+        return has_state(torch_zip.read_index(folder / SINGLE), FUSED)
+    except (InputRefused, OSError):
         return False
 
 

@@ -27,6 +27,7 @@ from gemma2tool.formats.orbax.flax.wrapped import Dequantized, unwrapped
 from gemma2tool.formats.orbax.zarr_arrays import StoredArray
 from gemma2tool.model.checkpoint import Assets, Checkpoint
 from gemma2tool.model.config import SIZES, Gemma2Config, infer_from_shapes
+from gemma2tool.model.instruction_tuned import guessed
 from gemma2tool.model.lazy import LazyTensor
 
 FOLDER = "ckpt"
@@ -102,7 +103,7 @@ class Flax(Format):
         parameters = _parameters(saved.arrays)
         config = config or saved.config
         if config is None:
-            config = infer_from_shapes(_canonical_shapes(parameters, _vocabulary_size(saved.assets)))
+            config = guessed(infer_from_shapes(_canonical_shapes(parameters, _vocabulary_size(saved.assets))), path)
         transposed = _is_gating_transposed(parameters, config)
         rows = table(config, gating_transposed=transposed, tunix="layer_0/mlp/gate_proj/kernel" in parameters)
         tensors = to_canonical(rows, _matrices(parameters, config, transposed, rows), config)

@@ -23,17 +23,21 @@ from gemma2tool.errors import InputRefused, UsageError
 from gemma2tool.formats import assets
 from gemma2tool.formats.base import Closers, Format, Output, OutputFile, OutputTensor, Placement, opening
 from gemma2tool.formats.mapping import container_tensors
+from gemma2tool.formats.mapping.float8 import widened
 from gemma2tool.formats.mapping.float_layout import TensorPlan, plan_floats
 from gemma2tool.formats.mapping.transforms import TableRow, entries, to_canonical
+from gemma2tool.formats.mapping.wrappers import HUGGING_FACE, Root, find_state, has_state, plain_names
 from gemma2tool.formats.options import WriteOptions
 from gemma2tool.formats.torch.gemma_pytorch import FACTS
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.config import Gemma2Config, infer_from_shapes
+from gemma2tool.model.instruction_tuned import guessed
 from gemma2tool.model.lazy import FLOAT32, Array, ArrayTensor, LazyTensor, to_float32
 from gemma2tool.model.tensors import HEADS
 from gemma2tool.quantizers.floats import Float
 from gemma2tool.storage.paths import path_within_folder
 
+ROOT = Root("embedder.weight")
 STATE_DICT = "model_state_dict"
 CONFIG_KEY = "config"
 INDEX = "pytorch_model.bin.index.json"
@@ -97,14 +101,11 @@ class GemmaPytorch(Format):
                 index = path / INDEX
                 if index.is_file():
                     return any(".qkv_proj." in name for name in container_tensors.indexed_files(index)[1])
-                return len(list(path.glob("*.ckpt"))) == 1
+                files = list(path.glob("*.ckpt"))
+                return len(files) == 1 and self.detect(files[0])
             if not path.is_file() or path.stat().st_size < 4:
                 return False
-            with path.open("rb") as file:
-                if file.read(4) != b"PK\x03\x04":
-                    return path.suffix == ".ckpt"
-            tree = torch_zip.read_index(path)
-            return STATE_DICT in tree or "embedder.weight" in tree
+            return _is_own(torch_zip.read_index(path), path)
         except InputRefused:
             return path.suffix == ".ckpt"
         except OSError:
@@ -113,8 +114,8 @@ class GemmaPytorch(Format):
     def open(self, path: Path, *, config: Gemma2Config | None = None) -> Checkpoint:
         folder = path if path.is_dir() else path.parent
         with opening() as closers:
-            disk, files, embedded = _open_weights(path, closers)
-            weights = _dequantized(disk)
+            disk, files, embedded, remarks = _open_weights(path, closers)
+            weights, wide = widened(_dequantized(disk), path.name)
             config_path = folder / "config.json"
             if config is None and embedded is not None:
                 config = Gemma2Config.from_hf(embedded)
@@ -122,13 +123,14 @@ class GemmaPytorch(Format):
                 config = assets.read_config(path_within_folder(config_path))
                 files = [*files, config_path]
             elif config is None:
-                config = infer_from_shapes(_canonical_shapes(weights))
+                config = guessed(infer_from_shapes(_canonical_shapes(weights)), path)
             checkpoint = Checkpoint(
                 path,
                 self.facts,
                 config,
                 to_canonical(TABLE, weights, config),
                 assets.folder_assets(folder),
+                [*remarks, *wide],
                 files=tuple(files),
                 buffers={name: tensor for name, tensor in disk.items() if name == BUFFER},
                 closers=closers,
@@ -174,18 +176,29 @@ class GemmaPytorch(Format):
         return Output(self.name, is_file, [weights], tensors, small_files, warnings=warnings)
 
 
-def _open_weights(path: Path, closers: Closers) -> tuple[dict[str, LazyTensor], list[Path], dict[str, Any] | None]:
-    """The tensors by the file's names, the files, and the config stored in the file."""
+def _is_own(tree: Mapping[str, Any], path: Path) -> bool:
+    """Whether a file of torch.save is of this format: by its embedding, or as ``.ckpt`` that is not of another."""
+    return has_state(tree, ROOT) or (path.suffix == ".ckpt" and not has_state(tree, HUGGING_FACE))
+
+
+def _open_weights(
+    path: Path, closers: Closers
+) -> tuple[dict[str, LazyTensor], list[Path], dict[str, Any] | None, list[str]]:
+    """The tensors by the file's names, the files, the config stored in the file, and remarks."""
     if path.is_dir() and (path / INDEX).is_file():
-        return *container_tensors.open_torch_shards(path / INDEX, closers), None
+        tensors, files = container_tensors.open_torch_shards(path / INDEX, closers)
+        plain, remarks = plain_names(tensors, ROOT, path.name)
+        return plain, files, None, remarks
     file = _weights_file(path)
     tree = torch_zip.read_index(file)
-    state = tree.get(STATE_DICT, tree)
-    if not isinstance(state, Mapping):
+    if STATE_DICT in tree and not isinstance(tree[STATE_DICT], Mapping):
         raise InputRefused(
             "gemma-pytorch.state-dict", f"{file.name}: {STATE_DICT} holds no tensors", hint="is it a Gemma 2 .ckpt?"
         )
-    return container_tensors.open_torch(state, file, closers), [file], _embedded_config(tree, file)
+    state, remarks = find_state(tree, ROOT, file.name)
+    names, more = plain_names(state, ROOT, file.name)
+    tensors = container_tensors.open_torch(names, file, closers)
+    return tensors, [file], _embedded_config(tree, file), remarks + more
 
 
 def _weights_file(path: Path) -> Path:

@@ -13,6 +13,7 @@ from gemma2tool.formats.base import Output
 from gemma2tool.formats.mapping.float_layout import EMBEDDING, HEAD, TensorPlan
 from gemma2tool.formats.mapping.layout_transforms import GroupByKeyValueHead
 from gemma2tool.formats.mapping.transforms import TableRow
+from gemma2tool.formats.mapping.wrappers import Root
 from gemma2tool.formats.options import WriteOptions
 from gemma2tool.formats.torch.litgpt import FACTS
 from gemma2tool.formats.torch.state_dict import StateDictFolder
@@ -44,11 +45,9 @@ class LitGPT(StateDictFolder):
 
     facts = FACTS
     file = "lit_model.pth"
-    pattern = "*.pth"
     table = TABLE
     legacy = (INTERLEAVED_QKV,)
-    telltale = "transformer.wte.weight"
-    containers = ("model",)
+    root = Root("transformer.wte.weight")
 
     def plan(self, checkpoint: Checkpoint, options: WriteOptions) -> list[TensorPlan]:
         plans = super().plan(checkpoint, options)

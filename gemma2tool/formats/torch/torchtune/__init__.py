@@ -1,28 +1,14 @@
-"""torchtune's native state dict."""
+"""torchtune's native state dict, as torchtune's code after release 0.6.1 names the norms."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-from gemma2tool.formats.consumers import Consumer
-from gemma2tool.model.config import Gemma2Config
-from gemma2tool.model.format_facts import Assumption, FormatFacts
-
-_CONSUMER = Consumer("torchtune", alternates_layers=True)
-
-
-def _assumptions(config: Gemma2Config) -> Iterator[Assumption]:
-    if config.final_logit_softcapping is not None:
-        yield (
-            "final_logit_softcapping",
-            "torchtune caps the last hidden state instead of the logits: its own logits differ",
-        )
-    yield from _CONSUMER.assumptions(config)
-
+from gemma2tool.formats.torch.tune_facts import FILE, assumptions
+from gemma2tool.model.format_facts import FormatFacts
 
 FACTS = FormatFacts(
     "torchtune",
-    files="a folder with tune_state_dict.pt",
-    remarks="torchtune's own state dict",
-    assumptions=_assumptions,
+    files=f"a folder with {FILE}",
+    remarks="torchtune's own state dict, of its code after 0.6.1",
+    weight_names=(FILE,),
+    assumptions=assumptions,
 )
