@@ -20,6 +20,7 @@ from gemma2tool.formats.base import Closers, Format, Output, OutputFile, OutputT
 from gemma2tool.formats.keras import FACTS, hdf5
 from gemma2tool.formats.keras import config as keras_config
 from gemma2tool.formats.keras.arrays import BackboneArrays, Int8Rows, backbone_arrays
+from gemma2tool.formats.keras.tokenizer import KEPT, tokenizer_files
 from gemma2tool.formats.mapping import container_tensors
 from gemma2tool.formats.mapping.container_tensors import FileTensor
 from gemma2tool.formats.mapping.float_layout import TensorPlan, expect_shape, plan_floats
@@ -124,10 +125,9 @@ class Keras(Format):
         for plan in plans:
             sizes[plan.encoder.dtype] += plan.source.size
         dtype = DTYPES[DTYPE_NAMES[max(sizes, key=sizes.__getitem__)]]
-        tokenizer = checkpoint.assets.get("tokenizer.model")
-        small_files = keras_config.small_files(config, dtype, sum(sizes.values()), tokenizer)
-        if "generation_config.json" in checkpoint.assets:
-            small_files["generation_config.json"] = checkpoint.assets["generation_config.json"]
+        kept = tokenizer_files(checkpoint)
+        small_files = keras_config.small_files(config, dtype, sum(sizes.values()), kept.pop("tokenizer.model", None))
+        small_files |= kept
         if index is not None:
             small_files[INDEX] = index
         return Output(self.name, False, files, tensors, small_files, warnings=warnings)
@@ -243,17 +243,18 @@ def _shape(plan: TensorPlan, config: Gemma2Config) -> tuple[int, ...]:
 
 
 def _assets(folder: Path) -> Assets:
-    """The sentencepiece model, and a generation config, which Keras itself does not write. A preset's tokenizer.json is
-    Keras's own.
+    """The sentencepiece model, and the files that Keras itself does not write. A preset's tokenizer.json is Keras's
+    own.
     """
     readers = {}
     vocabulary = next((path for path in VOCABULARIES if folder.joinpath(*path).is_file()), None)
     if vocabulary is not None:
         path = confined_path(_real_folder(folder, vocabulary[:-1]), vocabulary[-1])
         readers["tokenizer.model"] = partial(read_whole, path, what=path.name, max_bytes=assets.MAX_ASSET_BYTES)
-    if (folder / "generation_config.json").is_file():
-        path = confined_path(folder, "generation_config.json")
-        readers[path.name] = partial(read_whole, path, what=path.name, max_bytes=assets.MAX_CONFIG_BYTES)
+    for name in KEPT:
+        if (folder / name).is_file():
+            path = confined_path(folder, name)
+            readers[name] = partial(read_whole, path, what=name, max_bytes=assets.MAX_ASSET_BYTES)
     return Assets(readers, read_tokenizer)
 
 
