@@ -219,7 +219,7 @@ def _verify(
             gates=checks.gates,
             threads=options.threads,
             progress=progress,
-            rounding=plan.options.rounding,
+            options=plan.options,
         )
         if not (options.receipt and verification.passed):
             return verification, None

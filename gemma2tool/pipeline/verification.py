@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from gemma2tool.errors import UsageError
 from gemma2tool.formats import registry
+from gemma2tool.formats.options import WriteOptions
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.config import Gemma2Config
 from gemma2tool.model.progress import Progress
@@ -24,7 +25,6 @@ from gemma2tool.pipeline.report_files import ReportFiles
 from gemma2tool.pipeline.requests import Checks, default_threads
 
 if TYPE_CHECKING:
-    from gemma2tool.model.format_facts import Rounding
     from gemma2tool.receipt.document import Receipt
     from gemma2tool.verify.difference import Difference
     from gemma2tool.verify.result import Verification
@@ -80,13 +80,16 @@ def verify_output(
     gates: Mapping[str, float],
     threads: int,
     progress: Progress | None,
-    rounding: Rounding | None = None,
+    options: WriteOptions | None = None,
 ) -> Verification:
     """Verify ``candidate`` against ``source``.
 
-    ``gates`` replaces default limits. ``rounding`` says how the candidate's codes were chosen (None: as the candidate
-    says). What the candidate's format cannot represent of the source is reported, not an error.
+    ``gates`` replaces default limits. ``options``: with which the candidate was written; what they asked for is
+    reported as chosen, and they say how its codes were chosen (None: as the candidate says). What the candidate's
+    format cannot represent of the source is reported, not an error.
     """
+    from gemma2tool.pipeline.chosen import chosen_differences
+    from gemma2tool.verify.chosen import Chosen
     from gemma2tool.verify.run import VerifySettings
     from gemma2tool.verify.run import verify as compare
 
@@ -94,9 +97,10 @@ def verify_output(
         ids=ids,
         gates=gates,
         expected=registry.by_name(candidate.format).expected_after_roundtrip(source, candidate),
-        rounding=rounding,
+        rounding=None if options is None else options.rounding,
         threads=threads,
         progress=progress,
+        chosen=Chosen() if options is None else chosen_differences(options, source, candidate),
     )
     return compare(source, candidate, settings)
 

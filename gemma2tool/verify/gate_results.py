@@ -12,7 +12,7 @@ from gemma2tool.verify.compare.comparison import TensorComparison
 from gemma2tool.verify.compare.measurements import depth_name
 from gemma2tool.verify.compare.metrics import LogitMetrics
 from gemma2tool.verify.finding import Finding, GateResult
-from gemma2tool.verify.gates import Gates
+from gemma2tool.verify.gates import GATES, Gates
 from gemma2tool.verify.json_values import significant
 
 if TYPE_CHECKING:
@@ -128,6 +128,19 @@ def logits_gates(
 ) -> list[GateResult]:
     """The logits gate, the probe gate and the distribution gate. ``envelope``: metrics of equally large noise."""
     return [_logits(run, limits), _probe(run.probe, limits), _distribution(run.metrics, kind, limits, text, envelope)]
+
+
+def usual_gates(run: LogitRun, kind: str, text: bool) -> list[GateResult]:
+    """The same gates by the usual limits of the kind, of a run that counted logits beyond other ones."""
+    usual = GATES[kind]
+
+    def counted(metrics: LogitMetrics) -> LogitMetrics:
+        within = usual.logits is None or metrics.max_abs_difference <= usual.logits
+        return dataclasses.replace(metrics, beyond_limit=0) if within else metrics
+
+    probe = None if run.probe is None else dataclasses.replace(run.probe, metrics=counted(run.probe.metrics))
+    recounted = dataclasses.replace(run, metrics=counted(run.metrics), probe=probe)
+    return logits_gates(recounted, kind, usual, text, None)
 
 
 def engine_gates(metrics: LogitMetrics, kind: str, limits: Gates) -> list[GateResult]:

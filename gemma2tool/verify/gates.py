@@ -35,12 +35,15 @@ class Gates:
     rmse: float | None = None
 
     def overridden(self, limits: Mapping[str, float]) -> Gates:
-        """These limits with some replaced; names with "-" or "_". Raises ``UsageError`` for an unknown name."""
+        """These limits with some replaced; names with "-" or "_". Raises ``UsageError`` for an unknown
+        name, and for limits of which one makes another void.
+        """
         names = {field.name for field in dataclasses.fields(self)}
         given = {name.replace("-", "_"): value for name, value in limits.items()}
         for name in given:
             if name not in names:
                 raise UsageError("gate.unknown", f"{name!r} is not a gate", hint=choices.hint(name, gate_names()))
+        _check_limits(Gates(**given))
         return dataclasses.replace(self, **given)
 
 
@@ -54,6 +57,8 @@ def parse_gates(pairs: Iterable[str]) -> dict[str, float]:
     limits: dict[str, float] = {}
     for pair in pairs:
         name, equals, text = pair.partition("=")
+        if name.strip() in limits:
+            raise UsageError("gate.contradiction", f"{name.strip()} is given two limits", hint="give one of them")
         try:
             limits[name.strip()] = float(text) if equals else float("nan")
         except ValueError:
@@ -61,7 +66,22 @@ def parse_gates(pairs: Iterable[str]) -> dict[str, float]:
         if not limits[name.strip()] >= 0:
             raise UsageError("gate.value", f"{pair!r} is not name=number", hint="write for example --gate kl=0.05")
     Gates().overridden(limits)
+    if limits.get("top1", 0.0) > 1:  # perhaps meant as a percentage
+        raise UsageError(
+            "gate.contradiction", f"top1={limits['top1']:g} is more than all positions", hint="top1=1 is all"
+        )
     return limits
+
+
+def _check_limits(gates: Gates) -> None:
+    """Raises ``UsageError`` (``gate.contradiction``) for a limit that has no effect beside another."""
+    for name, limit in (("kl", gates.kl), ("kl-p99", gates.kl_p99)):
+        if limit is not None and gates.kl_max is not None and limit > gates.kl_max:
+            raise UsageError(
+                "gate.contradiction",
+                f"{name}={limit:g} has no effect beside kl-max={gates.kl_max:g}, which is stricter",
+                hint=f"leave out {name}, or raise kl-max",
+            )
 
 
 # Float32 forward passes of equal weights differ only by the order of additions: by up to 3.2e-5 between

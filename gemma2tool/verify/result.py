@@ -52,7 +52,8 @@ class Verification:
 
     ``kind``: what the candidate is held to, a row of ``gates.GATES`` ("lossless", "bf16", "q4_0", ...). ``causes``:
     what explains the failures, likeliest first. ``seconds``: wall time per level; not part of ``to_json``.
-    ``measurements``: the data of reports; ``to_json`` has only their drift.
+    ``measurements``: the data of reports; ``to_json`` has only their drift. ``chosen``: what differs because an option
+    asked for it. ``beyond_chosen_limits``: it failed limits that were chosen, and meets the usual ones.
     """
 
     source: Side
@@ -62,6 +63,8 @@ class Verification:
     seconds: Mapping[str, float] = field(default_factory=dict, compare=False)
     causes: tuple[Cause, ...] = ()
     measurements: Measurements | None = field(default=None, compare=False, repr=False)
+    chosen: tuple[str, ...] = ()
+    beyond_chosen_limits: bool = False
 
     @property
     def passed(self) -> bool:
@@ -80,13 +83,13 @@ class Verification:
             if self.passed:
                 return f"matches its receipt (verified as {self.kind} when the receipt was written)"
             return "does not match its receipt"
+        if self.beyond_chosen_limits:
+            return f"beyond a limit that --gate sets; within {self.kind} tolerance"
         if not self.passed:
             return "not the same model"
-        return (
-            "the same model, bit for bit"
-            if self.kind == "lossless"
-            else f"the same model, within {self.kind} tolerance"
-        )
+        tolerance = "bit for bit" if self.kind == "lossless" else f"within {self.kind} tolerance"
+        chosen = f", but for what was chosen: {', '.join(dict.fromkeys(self.chosen))}" if self.chosen else ""
+        return f"the same model, {tolerance}{chosen}"
 
     @property
     def failures(self) -> tuple[Finding, ...]:
@@ -110,9 +113,11 @@ class Verification:
 
     def to_json(self) -> dict[str, Any]:
         drift = None if self.measurements is None else self.measurements.drift
+        chosen = {"chosen": list(self.chosen)} if self.chosen else {}
         return {
             "schema_version": SCHEMA_VERSION,
             "passed": self.passed,
+            **chosen,
             "kind": self.kind,
             "source": self.source.to_json(),
             "candidate": self.candidate.to_json(),

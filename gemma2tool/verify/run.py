@@ -14,6 +14,7 @@ from gemma2tool.model.format_facts import Rounding
 from gemma2tool.model.lazy import LazyTensor
 from gemma2tool.model.progress import Progress, progress_or_null
 from gemma2tool.verify import gate_results
+from gemma2tool.verify.chosen import Chosen, only_beyond_chosen_limits, said_as_chosen
 from gemma2tool.verify.compare.comparison import TensorComparison
 from gemma2tool.verify.compare.completeness import compare_names, is_comparable
 from gemma2tool.verify.compare.config import compare_configs
@@ -47,7 +48,8 @@ class VerifySettings:
     canonical tensors as the target's own convention gives them, bit for bit (GGUF's w + 1 and back); what they lose is
     reported, not an error. ``rounding``: how the candidate's codes were chosen, on which depends how far single values
     may be off (default: as the candidate says). ``threads``: for
-    reading, comparing and the forward passes; the results of comparing tensors do not depend on it.
+    reading, comparing and the forward passes; the results of comparing tensors do not depend on it. ``chosen``: what
+    an option asked to be otherwise than in the source.
     """
 
     ids: ArrayLike | None = None
@@ -58,6 +60,7 @@ class VerifySettings:
     rounding: Rounding | None = None
     threads: int = 1
     progress: Progress | None = None
+    chosen: Chosen = field(default_factory=Chosen)
 
 
 def verify(source: Checkpoint, candidate: Checkpoint, settings: VerifySettings | None = None) -> Verification:
@@ -86,7 +89,8 @@ class _Run:
     """One verification: its inputs, and the results so far."""
 
     def __init__(self, source: Checkpoint, candidate: Checkpoint, settings: VerifySettings) -> None:
-        self.source, self.candidate, self.settings = source, candidate, settings
+        self.original, self.candidate, self.settings = source, candidate, settings
+        self.source = source = settings.chosen.source_as_chosen(source, candidate)
         self.rounding: Rounding = settings.rounding or candidate.rounding
         self.common = {
             name: tensor
@@ -94,6 +98,8 @@ class _Run:
             if name in candidate.tensors and tuple(candidate.tensors[name].shape) == tuple(tensor.shape)
         }
         self.gates: list[GateResult] = []
+        self.usual: list[GateResult] = []
+        self.chosen: tuple[str, ...] = ()
         self.seconds: dict[str, float] = {}
         self.comparisons: list[TensorComparison] | None = None
         self.logits: _LogitsResult | None = None
@@ -102,13 +108,13 @@ class _Run:
         levels = self.settings.levels
         if "completeness" in levels:
             with self._timed("completeness"):
-                self.gates.append(compare_names(self.source, self.candidate))
+                self._report(compare_names(self.original, self.candidate))
         if "config" in levels:
             with self._timed("config"):
-                self.gates.append(self._compare_configs())
+                self._report(self._compare_configs())
         if "tokenizer" in levels:
             with self._timed("tokenizer"):
-                self.gates.append(compare_tokenizers(self.source, self.candidate))
+                self._report(compare_tokenizers(self.original, self.candidate))
         if "tensors" in levels:
             with self._timed("tensors"):
                 self.comparisons = self._compare_tensors()
@@ -119,11 +125,23 @@ class _Run:
             with self._timed("logits"):
                 self._compare_logits(kind, limits)
         causes: tuple[Cause, ...] = ()
-        if any(gate.failed for gate in self.gates):
+        own_limits = only_beyond_chosen_limits(self.gates, self.usual, self.comparisons or (), self.settings.gates)
+        if own_limits:
+            self.gates = [said_as_chosen(gate, kind) for gate in self.gates]
+        elif any(gate.failed for gate in self.gates):
             with self._timed("diagnosis"):
                 causes = self._diagnose(kind)
-        sides = Side.of(self.source), Side.of(self.candidate)
-        return Verification(*sides, kind, tuple(self.gates), self.seconds, causes, self._measurements())
+        sides = Side.of(self.original), Side.of(self.candidate)
+        return Verification(
+            *sides, kind, tuple(self.gates), self.seconds, causes, self._measurements(), self.chosen, own_limits
+        )
+
+    def _report(self, gate: GateResult) -> None:
+        """Add a gate's result, with chosen differences as such."""
+        reported = self.settings.chosen.reported(gate)
+        pairs = zip(reported.findings, gate.findings, strict=True)
+        self.chosen += tuple(str(new.subject) for new, old in pairs if new is not old)
+        self.gates.append(reported)
 
     @contextmanager
     def _timed(self, level: str) -> Iterator[None]:
@@ -133,11 +151,11 @@ class _Run:
 
     def _compare_configs(self) -> GateResult:
         return compare_configs(
-            self.source.config,
+            self.original.config,
             self.candidate.config,
             cannot_represent=self.candidate.facts.cannot_represent,
             assumptions=assumptions(self.candidate),
-            implied_stops=(implied_stops(self.source), implied_stops(self.candidate)),
+            implied_stops=(implied_stops(self.original), implied_stops(self.candidate)),
         )
 
     def _compare_tensors(self) -> list[TensorComparison]:
@@ -174,6 +192,8 @@ class _Run:
         if comparisons and not settings.gates and gate_results.needs_envelope(result.metrics, limits, comparisons):
             envelope = self._noise_envelope(comparisons, ids, text)
         self.gates += gate_results.logits_gates(result, kind, limits, text, envelope)
+        if settings.gates:
+            self.usual = gate_results.usual_gates(result, kind, text)
         tokens = Tokens.of(result.ids, result.metrics, text, text_pieces(source, result.ids))
         self.logits = _LogitsResult(result.drift, tokens, result.reference)
 
@@ -199,8 +219,12 @@ class _Run:
         added.
         """
         from gemma2tool.verify.diagnosis.diagnose import diagnose
+        from gemma2tool.verify.diagnosis.swapped import swapped_arguments
 
         source, candidate, threads = self.source, self.candidate, self.settings.threads
+        swapped = swapped_arguments(source, candidate, self.comparisons or (), threads)
+        if swapped is not None:
+            return (swapped,)
         causes = diagnose(
             source,
             candidate,

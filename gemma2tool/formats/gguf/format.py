@@ -149,7 +149,8 @@ class GGUF(Format):
             _refuse_without_type(request)
             types = converter_types(tensors, outtype, warnings)
             plans = [plan_tensor(tensor, types[tensor.name]) for tensor in tensors]
-            return _Plan(plans, [*converter_keys(checkpoint, FILE_TYPES[outtype], warnings), *request.keys])
+            keys = dict(converter_keys(checkpoint, FILE_TYPES[outtype], warnings)) | dict(request.keys)
+            return _Plan(plans, list(keys.items()))
         middle = _intermediate_type(checkpoint, options.dtype, options.type)
         tensors = [DiskTensor(tensor.name, tensor.canonical, _narrowed(tensor.tensor, middle)) for tensor in tensors]
         plans, number = plan_quantized(tensors, options.type, checkpoint.config, request, warnings)

@@ -85,6 +85,7 @@ CATALOG: Mapping[str, str] = {
     "quant.not-quantizable": "a quantized norm",
     # Another model
     "weights.all-differ": "all matrices slightly off without a pattern, as after further training",
+    "arguments.swapped": "the original given as the candidate, and what was made from it as the reference",
     # Damage
     "damage.bit-flip": "flipped bits",
     "damage.hole": "a run of zeros that the source does not have",

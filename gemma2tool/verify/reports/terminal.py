@@ -78,7 +78,8 @@ def render_verification(result: Verification, out: Out, *, findings: int = _MAX_
         _render_cause(cause, out)
     skipped = f" (not compared: {', '.join(result.skipped)})" if result.skipped else ""
     failures = len(result.failures)
-    verdict = result.verdict if result.passed else f"{failures} finding{'s' * (failures != 1)}"
+    says_all = result.passed or result.beyond_chosen_limits
+    verdict = result.verdict if says_all else f"{failures} finding{'s' * (failures != 1)}"
     out.line(("PASSED", "bold green") if result.passed else ("FAILED", "bold red"), (f": {verdict}{skipped}", ""))
 
 
