@@ -17,6 +17,7 @@ from typer.core import TyperCommand
 
 from gemma2tool.cli.groups import expanded
 from gemma2tool.errors import EXIT_BUG, EXIT_INTERRUPTED, ResourceError, ToolError
+from gemma2tool.storage.memory import is_out_of_memory
 from gemma2tool.version import __version__
 
 if TYPE_CHECKING:
@@ -115,7 +116,7 @@ def _silence_stdout() -> None:
 
 def _resources(error: Exception) -> ToolError | None:
     """The resource that ran out, if the exception shows one."""
-    if isinstance(error, MemoryError) or (isinstance(error, ImportError) and "failed to map" in str(error)):
+    if is_out_of_memory(error):
         return ResourceError(
             "memory.exhausted", "not enough memory", hint="close other programs, or lower --memory and --threads"
         )

@@ -10,6 +10,7 @@ from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.pipeline.logits import check_device
 from gemma2tool.pipeline.prompt import PromptTokenizer
 from gemma2tool.pipeline.requests import default_threads
+from gemma2tool.storage.memory import out_of_memory_as_error
 
 COMPUTE_DTYPES = ("f32", "bf16", "f16")
 
@@ -68,7 +69,19 @@ def generate(
 ) -> Generation:
     """Generate token by token, in the chat template if the checkpoint has one. ``on_text`` receives each piece of text
     as it comes.
+
+    Raises ``ResourceError`` if memory runs out.
     """
+    hint = "read the layers again for every token with --stream-weights, or use --dtype bf16"
+    if options.stream_weights:
+        hint = "close other programs, or generate fewer tokens"
+    with out_of_memory_as_error("the model's weights and its cache", hint):
+        return _generate(checkpoint, prompt, options, on_text)
+
+
+def _generate(
+    checkpoint: Checkpoint, prompt: str, options: GenerationOptions, on_text: Callable[[str], None] | None
+) -> Generation:
     tokenizer = PromptTokenizer(checkpoint)
     ids = tokenizer.encode(prompt if options.raw else tokenizer.chat(prompt) or prompt)
 

@@ -23,6 +23,7 @@ from gemma2tool.formats.mapping.transforms import entries
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.progress import Progress, progress_or_null
 from gemma2tool.pipeline.prompt import PromptTokenizer, rows_of
+from gemma2tool.storage.memory import out_of_memory_as_error
 from gemma2tool.storage.paths import refuse_overwriting_input
 from gemma2tool.storage.staging.staged_output import Staging
 from gemma2tool.storage.text_file import read_text
@@ -105,7 +106,8 @@ def collect(
         squares = inputs.double().square().sum(dim=(0, 1)).cpu().numpy()
         sums[name] = squares if name not in sums else sums[name] + squares
 
-    with use_threads(threads):
+    hint = "use a smaller --chunk, or close other programs"
+    with use_threads(threads), out_of_memory_as_error(f"chunks of {chunks.shape[1]} tokens", hint):
         for first in range(0, len(chunks), BATCH):
             batch = chunks[first : first + BATCH]
             StreamedForward(checkpoint, batch, on_input=add_squares).last_hidden_state()

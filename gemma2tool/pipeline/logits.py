@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from gemma2tool.errors import ResourceError, UsageError
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.pipeline.inputs import read_tokens
+from gemma2tool.storage.memory import out_of_memory_as_error
 from gemma2tool.storage.paths import refuse_overwriting_input
 from gemma2tool.storage.staging.staged_output import Staging
 
@@ -72,7 +73,12 @@ def write_logits(
     np.lib.format.write_array_header_1_0(header, {"descr": "<f4", "fortran_order": False, "shape": shape})
     start, row = len(header.getvalue()), 4 * shape[2]
     size = start + batch * length * row
-    with Staging(out, force=force, expected_bytes=size, folder=False) as staging, use_threads(threads):
+    hint = "give fewer or shorter rows of tokens, or close other programs"
+    with (
+        out_of_memory_as_error(f"a forward pass over {batch} rows of {length} tokens", hint),
+        Staging(out, force=force, expected_bytes=size, folder=False) as staging,
+        use_threads(threads),
+    ):
         file = staging.file(out.name, size)
         file.pwrite(0, header.getvalue())
         for first, _, block in StreamedForward(checkpoint, ids, device=device).vocabulary_slices():

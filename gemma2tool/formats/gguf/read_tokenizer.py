@@ -19,7 +19,7 @@ from gemma2tool.containers.tokenizer_model import (
 )
 from gemma2tool.errors import InputRefused
 from gemma2tool.formats.gguf.key_values import KeyReader
-from gemma2tool.formats.gguf.stops import implied_stops, stop_ids
+from gemma2tool.formats.gguf.stops import all_stop_ids, implied_stops, stop_ids
 from gemma2tool.formats.tokenizers.writing import derived_files
 from gemma2tool.model.checkpoint import Assets
 from gemma2tool.model.tokenizer import DEFAULT_TEMPLATE, AddedToken, Pieces, Tokenizer, looks_special
@@ -82,7 +82,7 @@ def read_tokenizer(keys: KeyReader) -> Tokenizer:
         adds,
         tuple(role for role in adds if f"tokenizer.ggml.add_{role}_token" in keys.kv),
         NormalizerSpec(add_dummy_prefix=keys.flag("tokenizer.ggml.add_space_prefix", True)),
-        stop_ids(keys),
+        all_stop_ids(keys),
         _templates(keys),
         implied_stops=implied_stops(keys),
     )
@@ -150,8 +150,9 @@ def _generation_config(keys: KeyReader, tokenizer: Tokenizer) -> dict[str, Any]:
     config: dict[str, Any] = {
         f"{role}_token_id": tokenizer.roles[role] for role in ("bos", "eos", "pad") if role in tokenizer.roles
     }
-    if tokenizer.stop_ids is not None and len(tokenizer.stop_ids) > 1:
-        config["eos_token_id"] = list(tokenizer.stop_ids)
+    stops = stop_ids(keys)
+    if len(stops) > 1:
+        config["eos_token_id"] = list(stops)
     for name, (key, read) in _SAMPLING.items():
         value = read(keys, key, None)
         if value is not None:
