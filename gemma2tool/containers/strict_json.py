@@ -49,7 +49,7 @@ def load(
             raise InputRefused("json.too-large", f"{where}: {len(data)} bytes; at most {max_bytes} are accepted")
     else:
         data, where = read_whole(source, what=what, max_bytes=max_bytes), str(source)
-        _refuse_pages(data, where)
+    _refuse_pages(data, where)
     _check_size(data, where, max_depth, max_values)
     try:
         text = data.decode("utf-8")

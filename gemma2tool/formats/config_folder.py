@@ -18,6 +18,7 @@ from gemma2tool.formats.mapping import container_tensors
 from gemma2tool.formats.mapping.float8 import widened
 from gemma2tool.formats.mapping.float_layout import drop_equal_head
 from gemma2tool.formats.mapping.wrappers import HUGGING_FACE, plain_names
+from gemma2tool.formats.packings.unlabelled import refuse_unlabelled
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.config import Gemma2Config
 from gemma2tool.model.format_facts import FormatFacts
@@ -108,7 +109,9 @@ def _take_tokenizer(stored: dict[str, LazyTensor], checkpoint: Checkpoint, folde
 def _read_config(config_path: Path, path: Path) -> Gemma2Config:
     if not config_path.is_file():
         raise InputRefused(
-            "config.missing", f"{path.name}: no {CONFIG} beside the weights", hint="pass one with --config"
+            "config.missing",
+            f"{path.name}: no {CONFIG} beside the weights",
+            hint="pass one with --config FILE, or --config 2b for a release",
         )
     return assets.read_config(path_within_folder(config_path))
 
@@ -120,6 +123,7 @@ def _unpacked(tensors: dict[str, LazyTensor], checkpoint: Checkpoint, keys: Sequ
     extra = checkpoint.config.extra
     quantization = next((extra[key] for key in keys if extra.get(key) is not None), None)
     if quantization is None:
+        refuse_unlabelled(tensors, checkpoint.path.name)
         return tensors
     weights = packings.unpack(tensors, quantization)
     checkpoint.metadata["quantization_config"] = quantization

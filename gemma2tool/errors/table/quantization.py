@@ -10,6 +10,11 @@ _DOWNLOAD = (
 _IMATRIX = "make the importance matrix again with llama-imatrix"
 
 ENTRIES = (
+    refused(
+        "quantization.unlabelled",
+        "the weights are quantized, and config.json does not say how",
+        "give the config.json that the quantized weights came with, or the weights that they were made from",
+    ),
     refused("awq.config", "the AWQ layout or number of bits is not read", 'use 4 bits in the layout "gemm"'),
     refused("bnb.quant-map", "the values of a quant_map are not those of its type", _DOWNLOAD),
     refused(

@@ -7,7 +7,7 @@ what llama-quantize makes of that file. From a GGUF source, both write what llam
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from gemma2tool.containers import gguf
@@ -34,6 +34,7 @@ from gemma2tool.formats.gguf.read_tokenizer import tokenizer_assets
 from gemma2tool.formats.gguf.shards import only_model, read_headers
 from gemma2tool.formats.gguf.table import TABLE
 from gemma2tool.formats.gguf.tensors import FLOATS, GGUFTensor
+from gemma2tool.formats.mapping.float_layout import HEAD, drop_equal_head
 from gemma2tool.formats.mapping.transforms import convention_losses, entries, expected_after_roundtrip, to_canonical
 from gemma2tool.formats.options import WriteOptions
 from gemma2tool.model.checkpoint import Checkpoint
@@ -46,6 +47,7 @@ from gemma2tool.quantizers.mixtures import FILE_TYPES as MIXTURES
 from gemma2tool.storage.paths import path_within_folder
 from gemma2tool.storage.reading import open_for_reading
 
+OUTPUT = "output.weight"
 CONFIG_DTYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
 OTHER_WEIGHTS = ("*.safetensors", "*.bin", "*.ckpt", "*.h5", "*.pth")
 
@@ -98,19 +100,25 @@ class GGUF(Format):
             raise _not_a_model(keys, architecture)
         with opening() as closers:
             tensors = _open_tensors(headers, closers)
+            head = tensors.pop(OUTPUT, None)
             if config is None:
-                config = read_config(keys, _embedding_rows(tensors, file), _config_dtype(tensors))
+                config = read_config(keys, _embedding_rows(tensors, keys), _config_dtype(tensors))
+            canonical = to_canonical(TABLE, tensors, config)
+            if head is not None:
+                canonical, config = _with_head(canonical, head, config)
             checkpoint = Checkpoint(
                 path,
                 self.facts,
                 config,
-                to_canonical(TABLE, tensors, config),
+                canonical,
                 tokenizer_assets(keys),
                 metadata={self.name: Source(kv, tensors)},
                 rounding=_rounding(kv),
                 files=tuple(header.path for header in headers),
                 closers=closers,
             )
+            if head is not None:
+                checkpoint.warnings.append(f"{OUTPUT}: llama.cpp does not load a Gemma 2 with it; Ollama does")
             checkpoint.check()
         return checkpoint
 
@@ -131,6 +139,8 @@ class GGUF(Format):
         warnings: list[str] = []
         source = checkpoint.metadata.get(self.name)
         if isinstance(source, Source):
+            if HEAD in checkpoint.tensors:
+                warnings += _representable(checkpoint, options.allow_mismatch)
             plan = self._from_gguf(checkpoint, source, options, request, warnings)
             losses = []
         else:
@@ -222,11 +232,30 @@ def _open_tensors(headers: list[GGUFHeader], closers: list[Callable[[], None]]) 
     return tensors
 
 
-def _embedding_rows(tensors: Mapping[str, GGUFTensor], file: Path) -> int:
+def _embedding_rows(tensors: Mapping[str, GGUFTensor], keys: KeyReader) -> int:
+    """Raises ``InputRefused`` for a vocabulary of another size, with which llama.cpp does not load the file."""
     embedding = tensors.get("token_embd.weight")
     if embedding is None or len(embedding.shape) != 2:
-        raise InputRefused("gguf.embedding", f"{file.name}: no token_embd.weight")
+        raise InputRefused("gguf.embedding", f"{keys.where}: no token_embd.weight")
+    tokens = keys.texts("tokenizer.ggml.tokens", None)
+    if tokens is not None and len(tokens) != embedding.rows:
+        message = (
+            f"{keys.where}: {len(tokens)} tokens and {embedding.rows} rows of token_embd: llama.cpp does not load it"
+        )
+        hint = "convert the model again: the vocabulary and the weights are of different models, or one was resized"
+        raise InputRefused("gguf.tokenizer", message, hint=hint)
     return embedding.rows
+
+
+def _with_head(
+    canonical: Mapping[str, LazyTensor], head: LazyTensor, config: Gemma2Config
+) -> tuple[dict[str, LazyTensor], Gemma2Config]:
+    """The tensors and the config of a file with an output matrix of its own; one equal to the embedding is none."""
+    tensors = {**canonical, HEAD: head}
+    try:
+        return drop_equal_head(tensors, config), config
+    except InputRefused:
+        return tensors, replace(config, tie_word_embeddings=False)
 
 
 def _config_dtype(tensors: Mapping[str, GGUFTensor]) -> str:

@@ -93,4 +93,7 @@ def _stops(left: Tokenizer, right: Tokenizer, sides: Sides) -> Iterator[Finding]
     if source != candidate:
         severity: Severity = "error" if source - left.implied_stops - candidate else "note"
         message = f"generation stops at {sorted(source)}, in the {sides[1]} at {sorted(candidate)}"
+        if source < candidate:
+            more = ", ".join(f"{right.text(token)!r} ({token})" for token in sorted(candidate - source))
+            message = f"generation stops at {sorted(source)}, in the {sides[1]} also at {more}"
         yield Finding(GATE, severity, "eos_token_id", message)
