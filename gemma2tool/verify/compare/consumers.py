@@ -35,7 +35,11 @@ def holds_tokenizer(checkpoint: Checkpoint) -> bool:
 
 
 def is_weights_alone(checkpoint: Checkpoint) -> bool:
-    """Whether the checkpoint is complete without a tokenizer, which its consumer takes from elsewhere."""
+    """Whether the checkpoint is complete without a tokenizer, which its consumer takes from elsewhere, or is a single
+    file of the weights of a folder.
+    """
+    if is_weights_file(checkpoint) and checkpoint.path.is_file():
+        return True
     return checkpoint.facts.weights_alone and (not checkpoint.facts.weight_suffixes or is_weights_file(checkpoint))
 
 

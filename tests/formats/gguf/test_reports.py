@@ -179,6 +179,9 @@ def test_weights_alone_under_another_name(made: Path, tmp_path: Path) -> None:
     assert result.exit_code == 3 and "no config.json" in result.stderr and "--config" in result.stderr
     config = ("--config", made / "src" / "config.json")
     assert run("convert", tmp_path / "gemma.safetensors", tmp_path / "out.gguf", *config, "--quiet").exit_code == 0
+    result = run("verify", tmp_path / "gemma.safetensors", "--reference", made / "src", *config, "--json")
+    gates = {gate["name"]: gate for gate in json.loads(result.stdout)["gates"]}
+    assert result.exit_code == 0 and "weights alone" in gates["tokenizer"]["summary"]
 
 
 def test_a_tensor_that_is_not_there(made: Path, tmp_path: Path) -> None:
