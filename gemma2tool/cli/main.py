@@ -17,7 +17,7 @@ from typer.core import TyperCommand
 
 from gemma2tool.cli.groups import expanded
 from gemma2tool.errors import EXIT_BUG, EXIT_INTERRUPTED, ResourceError, ToolError
-from gemma2tool.storage.memory import is_out_of_memory
+from gemma2tool.errors.memory import is_out_of_memory
 from gemma2tool.version import __version__
 
 if TYPE_CHECKING:

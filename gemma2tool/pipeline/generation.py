@@ -6,11 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from gemma2tool.errors import UsageError, choices
+from gemma2tool.errors.memory import out_of_memory_as_error
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.pipeline.logits import check_device
 from gemma2tool.pipeline.prompt import PromptTokenizer
 from gemma2tool.pipeline.requests import default_threads
-from gemma2tool.storage.memory import out_of_memory_as_error
 
 COMPUTE_DTYPES = ("f32", "bf16", "f16")
 

@@ -18,12 +18,12 @@ from numpy.typing import NDArray
 from gemma2tool.containers import gguf
 from gemma2tool.containers.gguf import GGUFValue
 from gemma2tool.errors import UsageError
+from gemma2tool.errors.memory import out_of_memory_as_error
 from gemma2tool.formats.gguf.table import TABLE
 from gemma2tool.formats.mapping.transforms import entries
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.progress import Progress, progress_or_null
 from gemma2tool.pipeline.prompt import PromptTokenizer, rows_of
-from gemma2tool.storage.memory import out_of_memory_as_error
 from gemma2tool.storage.paths import refuse_overwriting_input
 from gemma2tool.storage.staging.staged_output import Staging
 from gemma2tool.storage.text_file import read_text

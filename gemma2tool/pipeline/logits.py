@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gemma2tool.errors import ResourceError, UsageError
+from gemma2tool.errors.memory import out_of_memory_as_error
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.pipeline.inputs import read_tokens
-from gemma2tool.storage.memory import out_of_memory_as_error
 from gemma2tool.storage.paths import refuse_overwriting_input
 from gemma2tool.storage.staging.staged_output import Staging
 

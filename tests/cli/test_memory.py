@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from gemma2tool.errors import InputRefused, ResourceError
-from gemma2tool.storage.memory import is_out_of_memory, out_of_memory_as_error
+from gemma2tool.errors.memory import is_out_of_memory, out_of_memory_as_error
 from tests.support.checkpoints import SMALL, random_checkpoint, write_checkpoint
 
 LIMITED = """
