@@ -1,4 +1,4 @@
-"""Adapters as users bring them. Each test names the public thread that it was rebuilt from."""
+"""Adapters as users bring them, with the public threads that they were rebuilt from."""
 
 from __future__ import annotations
 
@@ -71,8 +71,8 @@ def _edit(trained: Trained, **fields: object) -> None:
     ids=["compiled", "compiled-outside", "wrapped-twice", "bare", "ddp", "language-model", "default", "named"],
 )
 def test_names_under_wrappers(base: Path, tmp_path: Path, trained: Trained, new: Callable[[str], str]) -> None:
-    """Soup 335, peft 2957 (torch.compile), trl 4713 (PeftModel in a PeftModel), peft 2699 (adapter names): peft loads
-    none of these weights, warns, and merges nothing.
+    """Soup 335, peft 2957 (torch.compile), peft 2699 (adapter names): peft loads none of these weights, warns, and
+    merges nothing.
     """
     _rename(trained, new)
     assert_merged(base, trained, tmp_path)
@@ -182,7 +182,7 @@ def test_a_head_equal_to_the_embedding_stays_tied(base: Path, tmp_path: Path, tr
 
 
 def test_both_copies_of_a_trained_module(base: Path, tmp_path: Path) -> None:
-    """peft before 0.3 kept original_module beside modules_to_save in the file."""
+    """As early releases of peft wrote it: original_module is the base's, modules_to_save the trained one."""
     config = _config(modules_to_save=["norm"])
     trained = train(base, tmp_path / "adapter", config)
     tensors = load_file(trained.folder / WEIGHTS)
@@ -211,7 +211,7 @@ def test_weights_that_the_config_does_not_target(base: Path, trained: Trained) -
 
 
 def test_an_adapter_of_a_larger_model(trained: Trained) -> None:
-    """peft 2885 and many others: the adapter was trained on another base."""
+    """peft 460: the adapter was trained on another base."""
     from dataclasses import replace
 
     from tests.support.checkpoints import SMALL

@@ -234,7 +234,7 @@ def test_a_gguf_adapter_is_named(source: Checkpoint, tmp_path: Path) -> None:
 
 
 def test_a_run_with_checkpoints_names_them(source: Checkpoint, tmp_path: Path) -> None:
-    """transformers 24252: the adapters of a training run are in its checkpoint-N folders."""
+    """The adapters of a training run are in its checkpoint-N folders (LLaMA-Factory 446)."""
     for step in (100, 200):
         (tmp_path / f"checkpoint-{step}").mkdir()
         (tmp_path / f"checkpoint-{step}" / "adapter_config.json").write_text("{}")
