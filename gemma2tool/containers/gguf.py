@@ -32,6 +32,8 @@ MAX_STRINGS = 1_500_000  # in all arrays together; a vocabulary and its merges h
 MAX_ALIGNMENT = 1 << 16
 DEFAULT_ALIGNMENT = 32
 ALIGNMENT_KEY = "general.alignment"
+MAX_PADDING = 1 << 20
+"""Zeros that may follow the last tensor."""
 
 # Value types, by their numbers in the file. The type codes below have the same sizes in struct and in array.
 UINT8, INT8, UINT16, INT16, UINT32, INT32, FLOAT32, BOOL, STRING, ARRAY, UINT64, INT64, FLOAT64 = range(13)
@@ -326,9 +328,15 @@ def _entries(
     size = cursor.reader.size
     if infos and size < data_start + end:
         raise cursor.refusal("past-end", f"has {size} bytes, but its tensors end at byte {data_start + end}")
-    if size > data_start + expected:
-        raise cursor.refusal("trailing-bytes", f"{size - data_start - expected} bytes follow its last tensor")
+    more = size - data_start - expected
+    if more > 0 and not _are_zeros(cursor.reader, size - more, more):
+        raise cursor.refusal("trailing-bytes", f"{more} bytes follow its last tensor")
     return tensors
+
+
+def _are_zeros(reader: FileReader, offset: int, count: int) -> bool:
+    """Whether a file's end is more padding than the alignment requires, as some storage adds."""
+    return count <= MAX_PADDING and not any(reader.pread(offset, count))
 
 
 def _padded(size: int, alignment: int) -> int:

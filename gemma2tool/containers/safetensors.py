@@ -91,7 +91,7 @@ def read_header(path: str | os.PathLike[str]) -> SafetensorsHeader:
             )
         raw = bytes(reader.pread(8, length))
         size = reader.size
-        if not raw.startswith(b"{"):
+        if not raw.lstrip(b" \t\r\n").startswith(b"{"):  # the library accepts white space
             file_kind.refuse_foreign(reader, "safetensors")
             raise _refusal("invalid-header-start", path, "its header does not begin with {")
     header = _parse(raw, path)

@@ -10,6 +10,7 @@ from types import MappingProxyType
 
 from gemma2tool.containers import strict_json
 from gemma2tool.errors import InputRefused
+from gemma2tool.formats.multimodal import gemma2_config
 from gemma2tool.formats.tokenizers.reading import read_tokenizer
 from gemma2tool.model.checkpoint import ASSET_NAMES, Assets, Checkpoint
 from gemma2tool.model.config import Gemma2Config
@@ -49,14 +50,7 @@ def read_config(path: Path) -> Gemma2Config:
     content = strict_json.load(path, what=path.name, max_bytes=MAX_CONFIG_BYTES)
     if not isinstance(content, dict):
         raise InputRefused("config.type", f"{path.name}: not a JSON object", hint="pass the right file with --config")
-    model_type = content.get("model_type", "gemma2")
-    if model_type != "gemma2":
-        raise InputRefused(
-            "config.model-type",
-            f"{path.name}: model_type is {model_type!r}, this tool reads gemma2",
-            hint="only Gemma 2 (2B, 9B, 27B and models of their architecture) can be read",
-        )
-    return Gemma2Config.from_hf(content)
+    return gemma2_config(content, path.name)
 
 
 def dump_json(content: object) -> bytes:

@@ -14,15 +14,16 @@ import numpy as np
 from gemma2tool.errors import InputRefused
 from gemma2tool.formats import assets, packings
 from gemma2tool.formats.base import Closers, opening
+from gemma2tool.formats.folder_tensors import gemma2_tensors
 from gemma2tool.formats.mapping import container_tensors
 from gemma2tool.formats.mapping.float8 import widened
-from gemma2tool.formats.mapping.float_layout import drop_equal_head
+from gemma2tool.formats.mapping.float_layout import HEAD, drop_equal_head
 from gemma2tool.formats.mapping.wrappers import HUGGING_FACE, plain_names
 from gemma2tool.formats.packings.unlabelled import refuse_unlabelled
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.config import Gemma2Config
 from gemma2tool.model.format_facts import FormatFacts
-from gemma2tool.model.lazy import LazyTensor
+from gemma2tool.model.lazy import DTYPE_NAMES, LazyTensor
 from gemma2tool.storage.paths import path_within_folder
 
 CONFIG = "config.json"
@@ -53,8 +54,12 @@ class WeightFiles:
 
     def check(self, tensors: Mapping[str, LazyTensor]) -> None:
         """Raises ``InputRefused`` if the index contradicts the files."""
-        if self.index is not None and self.weight_map is not None:
-            container_tensors.check_index(self.index, self.weight_map, container_tensors.file_names(tensors))
+        if self.index is None or self.weight_map is None:
+            return
+        found = container_tensors.file_names(tensors)
+        # A tied head may be named although no file holds it. One that is not tied is missed by the tensor table.
+        weight_map = {name: file for name, file in self.weight_map.items() if name in found or name != HEAD}
+        container_tensors.check_index(self.index, weight_map, found)
 
 
 @dataclass(frozen=True)
@@ -68,7 +73,7 @@ class FolderFormat:
     facts: FormatFacts
     find: Callable[[Path], WeightFiles]
     read: ReadFiles
-    quantization_keys: tuple[str, ...] = ("quantization_config",)
+    quantization_keys: tuple[str, ...] = ("quantization_config", "compression_config")
 
 
 def open_folder(path: Path, folder_format: FolderFormat, config: Gemma2Config | None) -> Checkpoint:
@@ -94,6 +99,7 @@ def open_folder(path: Path, folder_format: FolderFormat, config: Gemma2Config | 
         checkpoint.tensors, remarks = widened(_table_tensors(tensors, checkpoint), path.name)
         checkpoint.warnings += remarks
         checkpoint.check()
+        checkpoint.misread = _misread(checkpoint)
     return checkpoint
 
 
@@ -120,6 +126,7 @@ def _unpacked(tensors: dict[str, LazyTensor], checkpoint: Checkpoint, keys: Sequ
     """The weights, dequantized where config.json says so; moves that entry from the checkpoint's config to its
     metadata.
     """
+    tensors = gemma2_tensors(tensors, checkpoint)
     extra = checkpoint.config.extra
     quantization = next((extra[key] for key in keys if extra.get(key) is not None), None)
     if quantization is None:
@@ -131,6 +138,14 @@ def _unpacked(tensors: dict[str, LazyTensor], checkpoint: Checkpoint, keys: Sequ
         checkpoint.config, extra={key: value for key, value in extra.items() if key not in keys}
     )
     return weights
+
+
+def _misread(checkpoint: Checkpoint) -> dict[str, str]:
+    quantization = checkpoint.metadata.get("quantization_config")
+    if quantization is None:
+        return {}
+    floats = {name for name, tensor in checkpoint.tensors.items() if tensor.stored in DTYPE_NAMES.values()}
+    return packings.misread(quantization, checkpoint.specs, floats)
 
 
 def _table_tensors(tensors: Mapping[str, LazyTensor], checkpoint: Checkpoint) -> dict[str, LazyTensor]:

@@ -15,14 +15,17 @@ from gemma2tool.quantizers.base import Encoder, Part
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+BASE_CLASS = "Gemma2Model"
+PREFIX = "model."
 TORCH_DTYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
 """The command line's names of float types to torch's, which config.json has."""
 
 
 class StoredTensorPlan(NamedTuple):
-    """A canonical tensor to write: its name, its rows, and how they are stored."""
+    """A canonical tensor to write: its name, its name in the files, its rows, and how they are stored."""
 
     name: str
+    disk: str
     source: LazyTensor
     encoder: Encoder
 
@@ -50,6 +53,16 @@ def config_content(checkpoint: Checkpoint, dtypes: Mapping[str, DType]) -> dict[
     content: dict[str, object] = replace(config, dtype=TORCH_DTYPES.get(dtype, config.dtype)).to_hf()
     content.setdefault("architectures", ["Gemma2ForCausalLM"])
     return content
+
+
+def disk_names(checkpoint: Checkpoint) -> dict[str, str]:
+    """The names of the checkpoint's tensors as transformers saves them, by canonical name.
+
+    ``Gemma2Model``, the base class, saves its tensors without "model.". Quantized modules go by these names too.
+    """
+    names = list(checkpoint.specs)
+    is_base = checkpoint.config.architectures == (BASE_CLASS,) and all(name.startswith(PREFIX) for name in names)
+    return {name: name.removeprefix(PREFIX) if is_base else name for name in names}
 
 
 def other_assets(checkpoint: Checkpoint) -> dict[str, bytes]:
@@ -90,7 +103,7 @@ def lay_out_shards(plans: Sequence[StoredTensorPlan], limit: int, metadata: Mapp
     ``metadata``: of every file's header, with ``format`` at least.
     """
     stored = [
-        _StoredPart(packings.part_name(plan.name, part.suffix), part, plan.name)
+        _StoredPart(packings.part_name(plan.disk, part.suffix), part, plan.name)
         for plan in plans
         for part in plan.encoder.parts(plan.source.shape)
     ]
@@ -110,7 +123,7 @@ def lay_out_shards(plans: Sequence[StoredTensorPlan], limit: int, metadata: Mapp
         for name, part, tensor in (by_name[name] for name in group):
             places[tensor][part.suffix] = Placement(name, file, offsets[name], part.nbytes)
             weight_map[name] = file
-    tensors = [OutputTensor(plan.name, (plan.name,), plan.source, plan.encoder, places[plan.name]) for plan in plans]
+    tensors = [OutputTensor(plan.disk, (plan.name,), plan.source, plan.encoder, places[plan.name]) for plan in plans]
     totals = {
         "total_parameters": sum(plan.source.size for plan in plans),
         "total_size": sum(part.part.nbytes for part in stored),

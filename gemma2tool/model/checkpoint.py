@@ -111,6 +111,9 @@ class Checkpoint:
     rounding: Rounding = "nearest"
     """How the file says that its codes were chosen."""
 
+    misread: dict[str, str] = field(default_factory=dict)
+    """Tensors that the reader has right and the program that loads the files would not, each with a sentence."""
+
     closers: list[Callable[[], None]] = field(default_factory=list)
 
     _tokenizer: tuple[Assets, Gemma2Config, Tokenizer] | None = field(default=None, repr=False, compare=False)
@@ -123,10 +126,11 @@ class Checkpoint:
     @property
     def all_warnings(self) -> tuple[str, ...]:
         """What the user should know of the checkpoint: the reader's warnings, those of its config, files not read."""
+        misread = (f"{name} {sentence}" for name, sentence in self.misread.items())
         unread = (
             f"{', '.join(files.names)}: not read, but {files.sentence}: {files.remedy}" for files in self.loader_files
         )
-        return (*self.warnings, *self.config.warnings, *unread)
+        return (*self.warnings, *misread, *self.config.warnings, *unread)
 
     def __enter__(self) -> Checkpoint:
         return self

@@ -21,7 +21,7 @@ every field.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from gemma2tool.errors import InputRefused
@@ -122,14 +122,10 @@ def read(source: Mapping[str, Any]) -> dict[str, Any]:
         raise contradiction(f"layer_types has 0 entries but num_hidden_layers is {fields['num_hidden_layers']}")
     fields |= _activation(source, notes)
     fields |= _rope(source)
-    fields |= _labels(source)
+    fields |= _labels(source, notes)
     fields |= _bidirectional(source, notes)
-    window = _one_of(source, "sliding_window", "sliding_window_size")
-    if window is not _ABSENT:
-        fields["sliding_window"] = window
-    dtype = _one_of(source, "dtype", "torch_dtype", normalize=_dtype_name)
-    if dtype is not _ABSENT and dtype is not None:
-        fields["dtype"] = dtype
+    fields |= _window(source, notes)
+    fields |= _dtype(source, notes)
     if "attn_logit_softcapping" not in source:
         notes.append(
             "attn_logit_softcapping is absent (transformers 4.42.0 omitted and ignored it); 50.0 is assumed, with which"
@@ -165,24 +161,24 @@ def rope_parameters(rope_theta: float, rope_scaling: Mapping[str, Any] | None) -
     return {"rope_theta": rope_theta, "rope_type": "default"} | dict(rope_scaling or {})
 
 
-_ABSENT = object()
+def _window(source: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
+    """``sliding_window_size`` stands in the first 27B files; transformers reads ``sliding_window`` alone."""
+    names = [name for name in ("sliding_window", "sliding_window_size") if name in source]
+    values = [source[name] for name in names if source[name] is not None]
+    if len(values) == 2 and values[0] != values[1]:
+        notes.append(
+            f"sliding_window_size {values[1]!r} is ignored, as in transformers: sliding_window is {values[0]!r}"
+        )
+    return {"sliding_window": values[0] if values else None} if names else {}
 
 
-def _unchanged(value: Any) -> Any:
-    return value
-
-
-def _one_of(source: Mapping[str, Any], name: str, alias: str, normalize: Callable[[Any], Any] = _unchanged) -> Any:
-    """The value under either of two names; ``_ABSENT`` where neither is present; refused where they disagree."""
-    if name in source and alias in source:
-        value, other = normalize(source[name]), normalize(source[alias])
-        if value is not None and other is not None and value != other:
-            raise contradiction(f"{name} is {source[name]!r} but {alias} is {source[alias]!r}")
-        return other if value is None else value
-    for key in (name, alias):
-        if key in source:
-            return normalize(source[key])
-    return _ABSENT
+def _dtype(source: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
+    """transformers prefers ``dtype``. The weights' own types count in any case."""
+    dtype, old = (_dtype_name(source.get(key)) for key in ("dtype", "torch_dtype"))
+    if dtype is not None and old is not None and dtype != old:
+        notes.append(f"torch_dtype is {old!r} but dtype is {dtype!r}, which is used, as in transformers")
+    used = old if dtype is None else dtype
+    return {} if used is None else {"dtype": used}
 
 
 def _dtype_name(value: Any) -> Any:
@@ -207,14 +203,13 @@ def _sizes(source: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _activation(source: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
-    name = _one_of(source, "hidden_activation", "hidden_act")
-    if name is _ABSENT or name is None:
-        return {}
-    if name == "gelu" and source.get("hidden_activation") is None:
-        # The first Gemma files have "gelu" under the old name for the tanh form they were trained with.
-        notes.append("hidden_act 'gelu' is read as gelu_pytorch_tanh, as transformers does for Gemma")
-        name = "gelu_pytorch_tanh"
-    return {"hidden_activation": name}
+    """transformers reads ``hidden_activation`` alone; ``hidden_act`` is a leftover of the first Gemma's files."""
+    name, leftover = source.get("hidden_activation"), source.get("hidden_act")
+    used = "gelu_pytorch_tanh" if name is None else name
+    if leftover is not None and leftover != used:
+        assumed = " (the default)" if name is None else ""
+        notes.append(f"hidden_act {leftover!r} is ignored, as in transformers: hidden_activation is {used}{assumed}")
+    return {} if name is None else {"hidden_activation": name}
 
 
 def _bidirectional(source: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
@@ -259,7 +254,7 @@ def _rope_object(value: Any, key: str) -> dict[str, Any]:
     return parameters
 
 
-def _labels(source: Mapping[str, Any]) -> dict[str, Any]:
+def _labels(source: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
     id2label, count = source.get("id2label"), source.get("num_labels")
     if id2label is not None:
         try:
@@ -272,9 +267,21 @@ def _labels(source: Mapping[str, Any]) -> dict[str, Any]:
             raise InputRefused("config.labels", message)
         if count is not None and count != len(id2label):
             raise contradiction(f"num_labels is {count!r} but id2label has {len(id2label)} labels")
-        return {"id2label": id2label}
+        return {"id2label": id2label} | _label2id(source, id2label, notes)
     if count is None:
         return {}
     if not isinstance(count, int) or isinstance(count, bool) or not 1 <= count <= 1_000_000:
         raise InputRefused("config.labels", f"config: num_labels must be a positive integer, found {count!r}")
     return {"id2label": {index: f"LABEL_{index}" for index in range(count)}}
+
+
+def _label2id(source: Mapping[str, Any], id2label: Mapping[int, str], notes: list[str]) -> dict[str, Any]:
+    """The inverse of ``id2label``, by which transformers names classes, where the file has another one."""
+    label2id, inverse = source.get("label2id"), {label: index for index, label in id2label.items()}
+    if not isinstance(label2id, Mapping) or label2id == inverse:
+        return {}
+    if label2id != {label: str(index) for label, index in inverse.items()}:
+        notes.append(
+            "label2id is not the inverse of id2label, by which classes are named; it is written as the inverse"
+        )
+    return {"label2id": inverse}

@@ -7,7 +7,7 @@ separate, a norm weight is stored as w and applied as (1 + w), the embedding is 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from gemma2tool.errors import InputRefused
@@ -56,6 +56,11 @@ TENSOR_TABLE: tuple[TensorRow, ...] = (
 
 HEADS = tuple(row.name for row in TENSOR_TABLE if row.when == "head")
 """Tensors of classification heads: ``score`` in Hugging Face's classes, ``classifier`` in others."""
+
+HEAD_MODULES = frozenset(
+    row.name.removesuffix(".weight") for row in TENSOR_TABLE if row.role == "head" and row.name.endswith(".weight")
+)
+"""The modules of all heads: ``lm_head``, ``score``, ``classifier``."""
 
 
 @dataclass(frozen=True)
@@ -140,6 +145,8 @@ def check_tensors(config: Gemma2Config, shapes: Mapping[str, tuple[int, ...]], w
         )
     missing = [name for name, spec in specs.items() if spec.required and name not in shapes]
     unexpected = [name for name in shapes if name not in specs]
+    if missing and (relative := _relative(missing, config.num_hidden_layers)):
+        raise InputRefused("checkpoint.other-model", f"{where}: {_enumerate(missing)} missing: {relative}")
     if missing:
         raise InputRefused(
             "checkpoint.missing-tensor",
@@ -159,6 +166,21 @@ def check_tensors(config: Gemma2Config, shapes: Mapping[str, tuple[int, ...]], w
                 f"{where}: {name} has shape {tuple(shapes[name])}, the config requires {spec.shape}",
                 hint="pass the config of these weights with --config",
             )
+
+
+def _relative(missing: Sequence[str], layers: int) -> str | None:
+    """The model that lacks exactly these norms of a Gemma 2, in words; None if it is none of them."""
+    if len(missing) != 2 * layers:
+        return None
+    kinds = {name.split(".")[-2] for name in missing}
+    if kinds == {"post_attention_layernorm", "post_feedforward_layernorm"}:
+        return "a VaultGemma has no norms after attention and feed-forward, a Gemma 2 has"
+    if kinds == {"pre_feedforward_layernorm", "post_feedforward_layernorm"}:
+        return (
+            "a first Gemma or a Llama has two norms in a layer, a Gemma 2 has four; unsloth's merged files of before"
+            " 2024-07-07 lost these two"
+        )
+    return None
 
 
 def _enumerate(names: list[str]) -> str:

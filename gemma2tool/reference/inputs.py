@@ -95,6 +95,22 @@ def check_positions(
     return positions
 
 
+def refuse_packed(positions: Tensor) -> None:
+    """Raises ``UsageError`` for positions (B or 1, T) that do not increase by one from token to token.
+
+    Without a mask and a cache, transformers 5 takes each run for a sequence of its own; transformers 4 does not.
+    """
+    steps = positions.diff(dim=-1)
+    if bool((steps != 1).any()):
+        row, column = (steps != 1).nonzero()[0].tolist()
+        raise UsageError(
+            "forward.packed",
+            f"position_ids continue with {int(positions[row, column + 1])} after {int(positions[row, column])}: several"
+            " sequences in one row",
+            hint="give each sequence a row of its own, padded and with an attention_mask",
+        )
+
+
 def _longest(config: Gemma2Config) -> int:
     """max_position_embeddings; times the factor where the rotary scaling leaves that field at the trained length."""
     scaling = config.rope_scaling or {}

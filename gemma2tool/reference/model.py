@@ -24,7 +24,7 @@ from gemma2tool.errors import UsageError
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.config import Gemma2Config
 from gemma2tool.reference.cache import KeyValueCache, choose_cache
-from gemma2tool.reference.inputs import check_embeds, check_ids, check_mask, check_positions
+from gemma2tool.reference.inputs import check_embeds, check_ids, check_mask, check_positions, refuse_packed
 from gemma2tool.reference.layers import DecoderLayer, Linear, RMSNorm, soft_cap
 from gemma2tool.reference.loss_functions import causal_lm_loss, sequence_loss, token_loss
 from gemma2tool.reference.outputs import (
@@ -137,6 +137,8 @@ class Gemma2Model(Gemma2PreTrainedModel):
         past = cache.get_seq_length() if cache is not None else 0
         mask = check_mask(attention_mask, batch, past + length, x.device)
         positions = check_positions(position_ids, cache_position, past, batch, length, config, x.device)
+        if cache is None and attention_mask is None and not config.use_bidirectional_attention:
+            refuse_packed(positions)
         cos, sin = cos_sin(config, positions, x.dtype)
 
         hidden_states, attentions = [x], []

@@ -130,16 +130,12 @@ def test_missing_attention_softcap_is_assumed_with_a_warning():
     [
         ({"num_key_value_heads": 3}, ("num_attention_heads", "num_key_value_heads")),
         ({"layer_types": [SLIDING, FULL]}, ("layer_types", "num_hidden_layers")),
-        ({"hidden_act": "silu"}, ("hidden_activation", "hidden_act")),
         (
             {"rope_parameters": {"rope_theta": 1e6, "rope_type": "default"}},
             ("rope_theta", "rope_parameters.rope_theta"),
         ),
-        ({"sliding_window_size": 2048}, ("sliding_window", "sliding_window_size")),
-        ({"dtype": "float32"}, ("dtype", "torch_dtype")),
         ({"sliding_window": None}, ("sliding_window", "layer_types")),
         ({"num_labels": 3, "id2label": {"0": "a", "1": "b"}}, ("num_labels", "id2label")),
-        ({"id2label": {"0": "a", "1": "b"}, "label2id": {"a": 1, "b": 0}}, ("label2id", "id2label")),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, ("rope_type", "low_freq_factor")),
         ({"rope_scaling": {"rope_type": "linear", "type": "yarn", "factor": 2.0}}, ("rope_type", "type")),
         (
@@ -209,6 +205,30 @@ def test_impossible_values_are_refused_by_name(field, value):
     assert {"rope_parameters": "rope", "rope_scaling": "factor"}.get(field, field).removeprefix(
         "torch_"
     ) in refused.value.message
+
+
+@pytest.mark.parametrize(
+    ("changes", "field", "value", "words"),
+    [
+        ({"hidden_act": "silu"}, "hidden_activation", "gelu_pytorch_tanh", "hidden_act 'silu' is ignored"),
+        ({"hidden_act": "gelu", "hidden_activation": ...}, "hidden_activation", "gelu_pytorch_tanh", "(the default)"),
+        ({"sliding_window_size": 2048}, "sliding_window", 4096, "sliding_window_size 2048 is ignored"),
+        ({"dtype": "float32"}, "dtype", "float32", "torch_dtype is 'bfloat16' but dtype is 'float32'"),
+        (
+            {"id2label": {"0": "a", "1": "b"}, "label2id": {"a": 1, "b": 0}},
+            "label2id",
+            {"a": 0, "b": 1},
+            "label2id is not the inverse",
+        ),
+        ({"id2label": {"0": "a"}, "label2id": {"a": 0, "b": 1}}, "label2id", {"a": 0}, "label2id is not the inverse"),
+        ({"id2label": {"0": "a"}, "label2id": {"a": "0"}}, "label2id", {"a": 0}, ""),
+    ],
+)
+def test_leftovers_are_ignored_as_in_transformers(changes, field, value, words):
+    config = Gemma2Config.from_hf(old(**changes))
+    assert getattr(config, field) == value
+    assert any(words in note for note in config.notes) if words else not config.notes
+    assert Gemma2Config.from_hf(config.to_hf()) == config
 
 
 def test_is_causal_false_is_bidirectional_attention():

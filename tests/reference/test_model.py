@@ -286,6 +286,23 @@ def test_bidirectional_attention_agrees(length):
         reference_model(config, "Gemma2Model", state)(ids, use_cache=True)
 
 
+@pytest.mark.peer
+def test_packed_sequences_are_refused_where_transformers_separates_them():
+    """Positions that restart, without a mask and without a cache; with one of them, both ignore the restart."""
+    state = random_state(SMALL, "Gemma2Model")
+    ids = prompts((1, 10), SMALL.vocab_size, 3)
+    positions = torch.tensor([[0, 1, 2, 3, 4, 5, 0, 1, 2, 3]])
+    model, peer = reference_model(SMALL, "Gemma2Model", state), transformers_model(SMALL, "Gemma2Model", state)
+    with pytest.raises(UsageError, match="continue with 0 after 5") as packed:
+        model(ids, position_ids=positions, use_cache=False)
+    assert packed.value.id == "forward.packed"
+    separate = peer(ids, position_ids=positions, use_cache=False).last_hidden_state
+    assert_agree(model(ids[:, 6:], use_cache=False).last_hidden_state, separate[:, 6:])
+    for more in ({"use_cache": True}, {"use_cache": False, "attention_mask": torch.ones_like(ids)}):
+        actual = model(ids, position_ids=positions, **more).last_hidden_state
+        assert_agree(actual, peer(ids, position_ids=positions, **more).last_hidden_state)
+
+
 def test_query_blocks_have_no_effect(monkeypatch):
     state = random_state(SMALL, "Gemma2ForCausalLM")
     model, ids, mask = (

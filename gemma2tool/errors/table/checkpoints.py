@@ -26,6 +26,11 @@ ENTRIES = (
         "the checkpoint is incomplete: download it again, or check num_hidden_layers in its config",
     ),
     refused(
+        "checkpoint.other-model",
+        "the checkpoint has no tensor of two kinds that a Gemma 2 has in every layer: it is another model",
+        "only Gemma 2 (2B, 9B, 27B and models of their architecture) can be read",
+    ),
+    refused(
         "checkpoint.repeated-tensor",
         "two files of the checkpoint hold the same tensor",
         "remove the file that does not belong to the checkpoint",

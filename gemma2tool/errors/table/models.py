@@ -60,6 +60,11 @@ ENTRIES = (
         "set pad_token_id in the config",
     ),
     usage("forward.positions", "position_ids has the wrong shape", "pass positions of shape (B, T) or (1, T)"),
+    usage(
+        "forward.packed",
+        "position_ids hold several sequences in one row",
+        "give each sequence a row of its own, padded and with an attention_mask",
+    ),
     usage("forward.too-long", "a position lies beyond max_position_embeddings", "shorten the prompt"),
     usage(
         "forward.vocabulary",

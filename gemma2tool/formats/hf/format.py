@@ -25,6 +25,7 @@ from gemma2tool.formats.safetensors_output import (
     SINGLE,
     StoredTensorPlan,
     config_content,
+    disk_names,
     lay_out_shards,
     other_assets,
 )
@@ -55,6 +56,7 @@ class HuggingFace(Format):
     def layout(self, checkpoint: Checkpoint, options: WriteOptions) -> Output:
         dtypes = stored_dtypes(checkpoint, options)
         sources = dict(checkpoint.tensors)
+        disk = disk_names(checkpoint)
         content = config_content(checkpoint, dtypes)
         small_files = other_assets(checkpoint)
         settings = packings.settings_for(options, self.name, TYPES)
@@ -64,18 +66,19 @@ class HuggingFace(Format):
             chosen = packings.choose_encoders(checkpoint.specs, cast, settings)
             if options.dtype is not None:  # otherwise only merged weights differ, which are quantized without a cast
                 sources |= {name: cast[name] for name in chosen.encoders}
-            modules = packings.quantized_modules(checkpoint.specs, chosen.encoders)
+            specs = {disk[name]: spec for name, spec in checkpoint.specs.items()}
+            modules = packings.quantized_modules(specs, {disk[name] for name in chosen.encoders})
             content |= packings.config_entries(settings, modules, dtype=str(content.get("dtype") or "bfloat16"))
             more_files = packings.more_files(settings, modules)
             small_files |= {name: assets.dump_json(file) for name, file in more_files.items()}
         plans = [
-            StoredTensorPlan(name, sources[name], chosen.encoders.get(name) or Float(dtypes[name]))
+            StoredTensorPlan(name, disk[name], sources[name], chosen.encoders.get(name) or Float(dtypes[name]))
             for name in checkpoint.specs
         ]
         metadata = {"format": "pt"}
         if settings is not None:
             metadata = packings.metadata(
-                settings.type, [(plan.name, plan.source.shape, plan.encoder) for plan in plans]
+                settings.type, [(plan.disk, plan.source.shape, plan.encoder) for plan in plans]
             )
         shards = lay_out_shards(plans, options.max_shard_size, metadata)
         tokenizer_files, remarks = transformers_tokenizer_files(checkpoint)

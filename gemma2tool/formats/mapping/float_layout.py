@@ -105,12 +105,19 @@ def drop_equal_head(tensors: Mapping[str, LazyTensor], config: Gemma2Config) -> 
 
 
 def _are_equal(a: LazyTensor, b: LazyTensor) -> bool:
-    if a.shape != b.shape or a.dtype != b.dtype:
+    if a.shape != b.shape:
         return False
     if isinstance(a, FileTensor) and isinstance(b, FileTensor) and a.reader is b.reader and a.offset == b.offset:
         return True  # torch.save stores a tied pair once
     ranges = row_ranges(a.rows, a.row_size * a.dtype.itemsize, _COMPARE_BYTES)
-    return all(np.array_equal(_bits(a.load_rows(*rows)), _bits(b.load_rows(*rows))) for rows in ranges)
+    return all(_same_values(a.load_rows(*rows), b.load_rows(*rows)) for rows in ranges)
+
+
+def _same_values(a: Array, b: Array) -> bool:
+    """Bit for bit; arrays of two types as float32."""
+    if a.dtype != b.dtype:
+        a, b = to_float32(a), to_float32(b)
+    return np.array_equal(_bits(a), _bits(b))
 
 
 def _bits(rows: Array) -> Array:

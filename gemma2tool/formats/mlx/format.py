@@ -66,7 +66,7 @@ class MLX(Format):
         sources = {name: as_dtype(checkpoint.tensors[name], dtypes[name]) for name in checkpoint.specs}
         chosen, quantization = _quantization(checkpoint, sources, options)
         plans = [
-            StoredTensorPlan(name, sources[name], chosen.encoders.get(name) or Float(dtypes[name]))
+            StoredTensorPlan(name, name, sources[name], chosen.encoders.get(name) or Float(dtypes[name]))
             for name in checkpoint.specs
         ]
         shards = lay_out_shards(plans, options.max_shard_size, {"format": TAG})

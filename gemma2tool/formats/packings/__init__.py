@@ -25,12 +25,13 @@ from gemma2tool.formats.packings.selection import (
     excluded_tensors,
     fusion_remarks,
     is_named,
+    linear_layers,
     quantized_modules,
 )
 from gemma2tool.formats.packings.settings import Settings
 from gemma2tool.formats.packings.torchao import TorchaoPacking
 from gemma2tool.model.lazy import LazyTensor
-from gemma2tool.model.tensors import TensorSpec
+from gemma2tool.model.tensors import HEAD_MODULES, TensorSpec
 from gemma2tool.quantizers.base import Encoder
 from gemma2tool.storage.quoting import quoted
 
@@ -42,6 +43,7 @@ __all__ = [
     "config_entries",
     "encoder_for",
     "metadata",
+    "misread",
     "more_files",
     "part_name",
     "quantization_config",
@@ -74,9 +76,43 @@ def unpack(raw: Mapping[str, LazyTensor], quantization_config: object) -> dict[s
     contradict one another, or have a known fault.
     """
     config = quantization_config if isinstance(quantization_config, Mapping) else {}
+    return _recognized(config).unpack(raw, config)
+
+
+def misread(quantization_config: object, specs: Mapping[str, TensorSpec], stored: Collection[str]) -> dict[str, str]:
+    """Weights that are stored unquantized and that libraries take for quantized ones, because config.json does not list
+    their modules: name -> a sentence.
+
+    ``specs``: of the checkpoint's tensors. ``stored``: the names of those that are not quantized.
+    """
+    config = quantization_config if isinstance(quantization_config, Mapping) else {}
+    packing = _recognized(config)
+    modules = {name: name.removesuffix(".weight") for name in linear_layers(specs) if name in stored}
+    default = {"lm_head", *(module for module in modules.values() if f"{module}.bias" not in specs)}
+    # The base class's modules have no prefix; a file may be meant for either.
+    spellings = {*modules.values(), *(module.removeprefix("model.") for module in modules.values())}
+    unlisted = packing.misread(spellings, default & HEAD_MODULES, config)
+    names = [
+        name for name, module in modules.items() if module in unlisted and module.removeprefix("model.") in unlisted
+    ]
+    if names and len(modules) == len(linear_layers(specs)):
+        # A merge of an adapter into dequantized weights leaves the base's entry behind.
+        sentence = (
+            f"and all others are stored unquantized, but config.json has a quantization_config: {packing.title} takes"
+            " them for quantized; remove that entry, or convert the folder, which leaves it out"
+        )
+        return {names[0]: sentence}
+    return {
+        name: f"is stored unquantized, and config.json does not list {modules[name]} as unquantized:"
+        f" {packing.title} takes it for a quantized layer"
+        for name in names
+    }
+
+
+def _recognized(config: Mapping[str, object]) -> Packing:
     for packing in _PACKINGS:
         if packing.recognizes(config):
-            return packing.unpack(raw, config)
+            return packing
     raise InputRefused(
         "packing.unknown",
         f"config.json: quantization_config has the unknown quant_method {quoted(config.get('quant_method'))}",

@@ -8,7 +8,7 @@ A packing reads and writes the stored tensors and the ``quantization_config`` th
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Set
+from collections.abc import Collection, Iterable, Iterator, Mapping, Set
 from typing import ClassVar, NamedTuple
 
 from gemma2tool.formats.packings.parts import unquantized_tensors
@@ -72,6 +72,16 @@ class Packing(ABC):
     @abstractmethod
     def quantization_config(self, settings: Settings, modules: Mapping[str, bool], dtype: str) -> dict[str, object]:
         """The ``quantization_config`` that the library writes; see ``packings.quantization_config``."""
+
+    def misread(
+        self, modules: Collection[str], default: Collection[str], quantization_config: Mapping[str, object]
+    ) -> Collection[str]:
+        """The unquantized linear layers among ``modules`` that the library takes for quantized ones, because the config
+        does not list them.
+
+        ``default``: the modules that transformers leaves alone where the config has no list.
+        """
+        return ()
 
     def more_files(self, settings: Settings, modules: Mapping[str, bool]) -> dict[str, object]:
         """Further JSON files beside config.json: name to content."""

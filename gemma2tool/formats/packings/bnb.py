@@ -9,11 +9,12 @@ transformers 5.23 with bitsandbytes 0.50.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 import numpy as np
 
 from gemma2tool.errors import InputRefused
+from gemma2tool.formats.packings import listed
 from gemma2tool.formats.packings.base import Packing, QuantizedWeight
 from gemma2tool.formats.packings.bnb_state import NestedState, QuantState, read_state
 from gemma2tool.formats.packings.parts import (
@@ -66,6 +67,13 @@ class BitsAndBytesPacking(Packing):
             "load_in_8bit": not four_bit,
             "quant_method": self.method,
         }
+
+    def misread(
+        self, modules: Collection[str], default: Collection[str], quantization_config: Mapping[str, object]
+    ) -> Collection[str]:
+        skipped = quantization_config.get("llm_int8_skip_modules")
+        skips = set(default) if skipped is None else listed.skipped(modules, skipped)
+        return set(modules) - skips
 
     def encoder_for(self, spec: TensorSpec, settings: Settings, source: LazyTensor) -> Encoder | None:
         if not is_linear_weight(spec):

@@ -7,13 +7,14 @@ activations). Checked against compressed-tensors 0.20.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from gemma2tool.errors import InputRefused
 from gemma2tool.formats.options import WHOLE_ROW
+from gemma2tool.formats.packings import listed
 from gemma2tool.formats.packings.base import Packing, QuantizedWeight
 from gemma2tool.formats.packings.compressed_scheme import WeightScheme, read_weight_scheme
 from gemma2tool.formats.packings.parts import (
@@ -72,6 +73,11 @@ class CompressedTensorsPacking(Packing):
             "transform_config": {},
             "version": VERSION,
         }
+
+    def misread(
+        self, modules: Collection[str], default: Collection[str], quantization_config: Mapping[str, object]
+    ) -> Collection[str]:
+        return listed.compressed(modules, quantization_config)
 
     def encoder_for(self, spec: TensorSpec, settings: Settings, source: LazyTensor) -> Encoder | None:
         if not is_linear_weight(spec):

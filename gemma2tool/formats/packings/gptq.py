@@ -63,6 +63,7 @@ class GptqPacking(Packing):
         unquantized = [name for name, is_quantized in modules.items() if not is_quantized]
         if unquantized:
             config["dynamic"] = {f"-:^{re.escape(name)}$": {} for name in unquantized}
+        if any("layers." in name for name in unquantized):
             config["modules_in_block_to_quantize"] = [[name for name, is_quantized in modules.items() if is_quantized]]
         return config
 

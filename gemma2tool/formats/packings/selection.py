@@ -44,8 +44,21 @@ def is_named(name: str, settings: Settings) -> bool:
 
 
 def quantized_modules(specs: Mapping[str, TensorSpec], quantized: Collection[str]) -> dict[str, bool]:
-    """The model's linear layers by module name, and whether each is quantized."""
-    return {name.removesuffix(".weight"): name in quantized for name, spec in specs.items() if is_linear_weight(spec)}
+    """The model's linear layers by module name, and whether each is quantized.
+
+    A classifier's head is among them: transformers and vLLM take it for a quantized layer unless it is listed as an
+    unquantized one.
+    """
+    return {name.removesuffix(".weight"): name in quantized for name in linear_layers(specs) if name != TIED_HEAD}
+
+
+def linear_layers(specs: Mapping[str, TensorSpec]) -> list[str]:
+    """The weights of all linear layers, those of heads among them."""
+    return [name for name, spec in specs.items() if is_linear_weight(spec) or _is_head(name, spec)]
+
+
+def _is_head(name: str, spec: TensorSpec) -> bool:
+    return spec.role == "head" and name.endswith(".weight")
 
 
 def consumer_remarks(settings: Settings) -> list[str]:

@@ -36,8 +36,10 @@ def compare_names(source: Checkpoint, candidate: Checkpoint, *, sides: Sides = S
             error(name, f"missing from both, although the config of {candidate_name} requires it")
     for name, spec in candidate.specs.items():
         stored = candidate.tensors[name].stored
-        if not spec.quantizable and stored not in DTYPE_NAMES.values() and name in source.tensors:
+        if len(spec.shape) < 2 and stored not in DTYPE_NAMES.values() and name in source.tensors:
             error(name, f"quantized to {stored} in {candidate_name}; tensors of its kind are never quantized")
+    for name, sentence in candidate.misread.items():
+        error(name, sentence)
     metrics = {"source_tensors": len(source.tensors), "candidate_tensors": len(candidate.tensors)}
     unread = [
         Finding(GATE, "warning", ", ".join(files.names), f"not compared, but {files.sentence}")

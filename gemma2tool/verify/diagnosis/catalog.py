@@ -83,6 +83,7 @@ CATALOG: Mapping[str, str] = {
     "quant.twice": "already quantized before it was quantized, or before it was used as the original",
     "quant.lossy": "a larger error than the type allows",
     "quant.not-quantizable": "a quantized norm",
+    "quant.unlisted": "an unquantized layer that the config does not list as such",
     # Another model
     "weights.all-differ": "all matrices slightly off without a pattern, as after further training",
     "arguments.swapped": "the original given as the candidate, and what was made from it as the reference",

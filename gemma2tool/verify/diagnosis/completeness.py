@@ -6,7 +6,7 @@ from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.lazy import LazyTensor
 from gemma2tool.verify.diagnosis.cause import Cause
 from gemma2tool.verify.diagnosis.fit import is_float
-from gemma2tool.verify.diagnosis.names import describe, join_words, number_ranges, place
+from gemma2tool.verify.diagnosis.names import describe, fill, join_words, number_ranges, place
 from gemma2tool.verify.diagnosis.search import Case
 
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
@@ -54,16 +54,28 @@ def causes_of_names(case: Case, candidate: Checkpoint) -> list[Cause]:
 
 
 def causes_of_types(candidate: Checkpoint) -> list[Cause]:
-    """Tensors stored in a quantized type that are never quantized."""
+    """Tensors stored in a quantized type that are never quantized, and unquantized ones that are not listed as such."""
+    causes = _unlisted(candidate)
     names = [
-        name for name, spec in candidate.specs.items() if not spec.quantizable and not is_float(candidate.tensors[name])
+        name for name, spec in candidate.specs.items() if len(spec.shape) < 2 and not is_float(candidate.tensors[name])
     ]
     if not names:
-        return []
+        return causes
     types = join_words(sorted({candidate.tensors[name].stored for name in names}))
     verb = "are" if len(names) > 1 else "is"
     message = f"{describe(names, candidate.config)} {verb} quantized ({types}), but Gemma 2's norms are never quantized"
-    return [Cause("quant.not-quantizable", message, tuple(names), evidence={"types": types})]
+    return [*causes, Cause("quant.not-quantizable", message, tuple(names), evidence={"types": types})]
+
+
+def _unlisted(candidate: Checkpoint) -> list[Cause]:
+    names = list(candidate.misread)
+    if not names:
+        return []
+    template = (
+        "{what} {are} stored unquantized, and the candidate's config does not list them as unquantized: libraries take"
+        " what is not listed for quantized layers"
+    )
+    return [Cause("quant.unlisted", fill(template, names, candidate.config), tuple(names))]
 
 
 def _head_cause(case: Case, missing: list[str], extra: list[str]) -> Cause | None:

@@ -138,7 +138,7 @@ CASES = [
     _tensors("past-end", "one byte short", tensor(), data=bytes(31)),
     _tensors("past-end", "no data", tensor(), data=b""),
     _tensors("past-end", "a terabyte of nothing", tensor(dims=(1 << 40,))),
-    _tensors("trailing-bytes", "a byte too many", tensor(), data=bytes(33)),
+    _tensors("trailing-bytes", "a byte too many", tensor(), data=bytes(32) + b"\1"),
     Hostile("a zip at the end", file([ARCH]) + b"PK\5\6" + bytes(18), "gguf.trailing-bytes"),
     _tensors(
         "unaligned", "offset that fits 32 but not the file's alignment", tensor(), tensor("b", offset=32),

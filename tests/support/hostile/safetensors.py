@@ -36,7 +36,7 @@ CASES = [
     Hostile("length 100 MB and one", file({}, length=100_000_001), "safetensors.header-too-large"),
     Hostile("length past the end", file({}, length=3), "safetensors.invalid-header-length"),
     Hostile("length 0", bytes(8), "safetensors.invalid-header-start"),
-    Hostile("header begins with a space", file(b" {}"), "safetensors.invalid-header-start"),
+    Hostile("header begins with a NUL", file(b"\0{}"), "safetensors.invalid-header-start"),
     Hostile("header is an array", file(b"[]"), "safetensors.invalid-header-start"),
     Hostile("header is not UTF-8", file(b'{"\xff":1}'), "safetensors.invalid-header"),
     Hostile("header is UTF-16", file('{"a":1}'.encode("utf-16-le")), "safetensors.invalid-header-json"),

@@ -31,12 +31,15 @@ LAYER = "model.layers.{}."
 
 @dataclass
 class Victim:
-    """A checkpoint in memory. ``stored``: the quantized types of some arrays, which hold the dequantized values."""
+    """A checkpoint in memory. ``stored``: the quantized types of some arrays, which hold the dequantized values.
+    ``misread``: as a checkpoint's.
+    """
 
     config: Gemma2Config
     arrays: dict[str, np.ndarray]
     assets: dict[str, bytes] = field(default_factory=dict)
     stored: dict[str, str] = field(default_factory=dict)
+    misread: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> Victim:
@@ -49,12 +52,14 @@ class Victim:
             {name: array.copy() for name, array in self.arrays.items()},
             dict(self.assets),
             dict(self.stored),
+            dict(self.misread),
         )
 
     def checkpoint(self, format: str = "memory") -> Checkpoint:
         tensors = {name: ArrayTensor(array, stored=self.stored.get(name)) for name, array in self.arrays.items()}
         facts = registry.FACTS.get(format, FormatFacts(format))
-        return Checkpoint(Path("planted"), facts, self.config, tensors, file_assets(self.assets))
+        assets = file_assets(self.assets)
+        return Checkpoint(Path("planted"), facts, self.config, tensors, assets, misread=self.misread)
 
     # -- helpers for faults ----------------------------------------------------------------------------------------
 

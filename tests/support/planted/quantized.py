@@ -156,6 +156,13 @@ def norms_quantized(v: Victim) -> None:
     store(v, "q8_0", lambda w: ggml("Q8_0")(w[None])[0], v.norms())
 
 
+@fault("quant.unlisted", forms=MEMORY)
+def layer_unquantized_and_unlisted(v: Victim) -> None:
+    name = v.name("down_proj", 1)
+    store(v, "q8_0", ggml("Q8_0"), [other for other in matrices(v) if other != name])
+    v.misread[name] = "is stored unquantized and not listed"
+
+
 @fault("norm.plus-one", forms=MEMORY)
 def norms_with_one_beside_q4_0(v: Victim) -> None:
     store(v, "q4_0", ggml("Q4_0"))

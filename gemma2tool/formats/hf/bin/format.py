@@ -26,7 +26,7 @@ from gemma2tool.formats.mapping.float_dtypes import stored_dtypes
 from gemma2tool.formats.mapping.float_layout import refuse_type
 from gemma2tool.formats.mapping.wrappers import HUGGING_FACE, Root, find_state, has_state, torch_files
 from gemma2tool.formats.options import WriteOptions
-from gemma2tool.formats.safetensors_output import config_content, group_by_size, natural_key, other_assets
+from gemma2tool.formats.safetensors_output import config_content, disk_names, group_by_size, natural_key, other_assets
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.config import Gemma2Config
 from gemma2tool.model.lazy import LazyTensor
@@ -65,9 +65,11 @@ class HuggingFaceBin(Format):
     def layout(self, checkpoint: Checkpoint, options: WriteOptions) -> Output:
         refuse_type(options, self.name)
         dtypes = stored_dtypes(checkpoint, options)
-        names = sorted(checkpoint.specs, key=natural_key)
-        encoders = {name: Float(dtypes[name]) for name in names}
-        parts = {name: encoders[name].parts(checkpoint.tensors[name].shape)[0] for name in names}
+        canonical = {disk: name for name, disk in disk_names(checkpoint).items()}
+        names = sorted(canonical, key=natural_key)
+        encoders = {name: Float(dtypes[canonical[name]]) for name in names}
+        sources = {name: checkpoint.tensors[canonical[name]] for name in names}
+        parts = {name: encoders[name].parts(sources[name].shape)[0] for name in names}
         groups = group_by_size([(name, parts[name].nbytes) for name in names], options.max_shard_size)
         files: list[OutputFile] = []
         tensors: list[OutputTensor] = []
@@ -80,7 +82,7 @@ class HuggingFaceBin(Format):
             files.append(OutputFile(file, zipped.total_size, (), partial(_finish, zipped)))
             for name in group:
                 place = Placement(name, file, zipped.offsets[(name,)], parts[name].nbytes)
-                tensors.append(OutputTensor(name, (name,), checkpoint.tensors[name], encoders[name], {"": place}))
+                tensors.append(OutputTensor(name, (canonical[name],), sources[name], encoders[name], {"": place}))
                 weight_map[name] = file
         warnings = sentences(FACTS.assumptions(checkpoint.config))
         tokenizer_files, remarks = transformers_tokenizer_files(checkpoint)

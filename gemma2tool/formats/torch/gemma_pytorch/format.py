@@ -29,10 +29,11 @@ from gemma2tool.formats.mapping.transforms import TableRow, entries, to_canonica
 from gemma2tool.formats.mapping.wrappers import HUGGING_FACE, Root, find_state, has_state, plain_names
 from gemma2tool.formats.options import WriteOptions
 from gemma2tool.formats.torch.gemma_pytorch import FACTS
+from gemma2tool.formats.torch.gemma_pytorch.freqs_cis import FreqsCis
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.config import Gemma2Config, infer_from_shapes
 from gemma2tool.model.instruction_tuned import guessed
-from gemma2tool.model.lazy import FLOAT32, Array, ArrayTensor, LazyTensor, to_float32
+from gemma2tool.model.lazy import FLOAT32, Array, LazyTensor, to_float32
 from gemma2tool.model.tensors import HEADS
 from gemma2tool.quantizers.floats import Float
 from gemma2tool.storage.paths import path_within_folder
@@ -160,7 +161,7 @@ class GemmaPytorch(Format):
                     f"the gemma-pytorch format has no place for {name}",
                     hint="write a Hugging Face folder instead",
                 )
-        freqs = ArrayTensor(_freqs_cis(checkpoint.config), stored="c64", origin=BUFFER)
+        freqs = FreqsCis(checkpoint.config, BUFFER)
         plans = [
             TensorPlan(BUFFER, (), freqs, Float(freqs.dtype)),
             *plan_floats(TABLE, checkpoint, options, self.name),
@@ -270,18 +271,6 @@ def _canonical_shapes(disk: Mapping[str, LazyTensor]) -> dict[str, tuple[int, ..
         else:
             shapes[name] = tensor.shape
     return shapes
-
-
-def _freqs_cis(config: Gemma2Config) -> Array:
-    """The rotary buffer of gemma_pytorch's model class, complex64 (2 * max positions, head_dim / 2), computed by
-    torch.
-    """
-    import torch
-
-    dim = config.head_dim
-    freqs = 1.0 / (config.rope_theta ** (torch.arange(0, dim, 2)[: dim // 2].float() / dim))
-    angles = torch.outer(torch.arange(config.max_position_embeddings * 2), freqs).float()
-    return torch.polar(torch.ones_like(angles), angles).numpy()
 
 
 FORMAT = GemmaPytorch()

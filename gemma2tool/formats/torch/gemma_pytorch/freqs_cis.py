@@ -1,0 +1,40 @@
+"""The rotary buffer of gemma_pytorch's model class."""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+
+from gemma2tool.model.config import Gemma2Config
+from gemma2tool.model.lazy import Array, LazyTensor
+
+BLOCK = 1 << 14
+"""Rows that are computed at once: all of a model of 8192 positions. The buffer grows with max_position_embeddings."""
+
+
+class FreqsCis(LazyTensor):
+    """complex64 (2 * max positions, head_dim / 2): a unit number of angle position * theta ** (-2d / head_dim),
+    computed by torch, as the class does.
+    """
+
+    def __init__(self, config: Gemma2Config, origin: str) -> None:
+        self.shape = (config.max_position_embeddings * 2, config.head_dim // 2)
+        self.dtype, self.stored, self.origin = np.dtype(np.complex64), "c64", origin
+        self._block = functools.lru_cache(maxsize=2)(functools.partial(_rows, config))
+
+    def load_rows(self, first: int, last: int) -> Array:
+        blocks = [self._block(start) for start in range(first - first % BLOCK, last, BLOCK)]
+        rows = blocks[0] if len(blocks) == 1 else np.concatenate(blocks)
+        skipped = first % BLOCK
+        return rows[skipped : skipped + last - first].copy()
+
+
+def _rows(config: Gemma2Config, first: int) -> Array:
+    import torch
+
+    dim, last = config.head_dim, min(first + BLOCK, config.max_position_embeddings * 2)
+    freqs = 1.0 / (config.rope_theta ** (torch.arange(0, dim, 2)[: dim // 2].float() / dim))
+    angles = torch.outer(torch.arange(first, last), freqs).float()
+    rows: Array = torch.polar(torch.ones_like(angles), angles).numpy()
+    return rows
