@@ -7,9 +7,11 @@ fork, only the time between two lines of Python is limited.
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections.abc import Mapping
+from datetime import datetime
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -66,8 +68,20 @@ def _outcome(template: str, values: Mapping[str, Any]) -> str:
     """An empty line and the text, or a line that says what is wrong. Raises MemoryError and ``LimitExceeded`` beyond
     the limits.
     """
+    from jinja2 import nodes
     from jinja2.exceptions import TemplateError
+    from jinja2.ext import Extension
+    from jinja2.parser import Parser
     from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(Extension):
+        """``generation`` marks what the assistant said, for training; the text is that of its body."""
+
+        tags = {"generation"}  # noqa: RUF012 - jinja2 reads a plain set
+
+        def parse(self, parser: Parser) -> list[nodes.Node]:
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
     class Environment(ImmutableSandboxedEnvironment):
         intercepted_binops = frozenset({"**"})  # a single step of these can take forever
@@ -78,8 +92,10 @@ def _outcome(template: str, values: Mapping[str, Any]) -> str:
     def raise_exception(message: str) -> NoReturn:
         raise TemplateError(message)
 
-    environment = Environment(trim_blocks=True, lstrip_blocks=True)
-    environment.globals["raise_exception"] = raise_exception
+    # As transformers renders templates: with these extensions, globals and this filter.
+    environment = Environment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"])
+    environment.globals |= {"raise_exception": raise_exception, "strftime_now": _strftime_now}
+    environment.filters["tojson"] = _to_json
     pieces, size = ["\n"], 0
     try:
         for piece in environment.from_string(template).generate(**values):
@@ -101,6 +117,14 @@ def _outcome(template: str, values: Mapping[str, Any]) -> str:
     ) as error:
         return f"{type(error).__name__}: {quoted(str(error))}\n"
     return "".join(pieces)
+
+
+def _strftime_now(format: str) -> str:
+    return datetime.now().strftime(format)
+
+
+def _to_json(value: object, indent: int | None = None, **_: object) -> str:
+    return json.dumps(value, ensure_ascii=False, indent=indent)
 
 
 class _Deadline:

@@ -82,7 +82,11 @@ def test_template_and_stops(copy: Path) -> None:
     edit(config, chat_template="{{ messages[0].nothing.at_all }}")
     assert findings(copy) == [("doubt", "template.broken")]
     edit(config, chat_template="{% for m in messages %}{{ m.role }}{% endfor %}")
-    assert findings(copy) == [("doubt", "template.text-lost"), ("note", "template.no-answer-turn")]
+    assert findings(copy) == [
+        ("doubt", "template.text-lost"),
+        ("note", "template.no-answer-turn"),
+        ("note", "template.system-lost"),
+    ]
     edit(config, chat_template="{{ ''.__class__.__mro__ }}" + template)
     assert findings(copy) == [("error", "template.hostile")]
     edit(config, chat_template=template)

@@ -79,6 +79,14 @@ def test_without_fork(monkeypatch: pytest.MonkeyPatch) -> None:
         render("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", VALUES, "here")
 
 
+def test_what_transformers_offers_beyond_jinja() -> None:
+    template = (
+        "{% for m in messages %}{% generation %}{{ m | tojson }}{% endgeneration %}"
+        "{% if loop.index == 2 %}{% break %}{% endif %}{% endfor %}{{ strftime_now('%%') }}"
+    )
+    assert render(template, {"messages": [{"a": "<\u00e9>"}] * 5}, "here") == '{"a": "<\u00e9>"}' * 2 + "%"
+
+
 def test_text_is_returned_unchanged() -> None:
     text = "\n\0\ud800\u00e9\U0001f600\n" * 100_000
     assert render("{{ text }}\n\n", {"text": text}, "here") == text + "\n"

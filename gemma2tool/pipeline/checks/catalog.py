@@ -96,6 +96,8 @@ _ROWS: tuple[tuple[str, Severity, str, str], ...] = (
      "do not run this model with programs that render templates without a sandbox"),
     ("template.text-lost", "doubt", "the rendered conversation lacks what was said",
      "use the chat template of the base model"),
+    ("template.system-lost", "note", "the template leaves a system message out without a word",
+     "put instructions into the user's message"),
     ("template.no-answer-turn", "note", "the template does not open the model's turn when asked to",
      "nothing, if the model was trained so"),
     ("template.two", "doubt", "chat_template.jinja and tokenizer_config.json have different chat templates",

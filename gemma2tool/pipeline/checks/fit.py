@@ -40,6 +40,9 @@ FOLLOWS = 0.3
 NORMS = ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm")
 _UP, _GATE, _VALUES = "up_proj and down_proj", "gate_proj and down_proj", "v_proj and o_proj"
 _AT_ITS_PLACE = {norm: f"{norm} and its matrices" for norm in NORMS}
+_FOLDED = ("awq", "w4a16", "w8a8")
+"""Types that tools make after moving scales between the tensors of a pair, which hides whether they fit."""
+
 _MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
 
 
@@ -89,7 +92,12 @@ class _Layer:
         }
 
 
-def check_fit(statistics: Mapping[str, TensorStatistics], config: Gemma2Config) -> Iterator[CheckFinding]:
+def check_fit(
+    statistics: Mapping[str, TensorStatistics], config: Gemma2Config, *, damaged: bool = False
+) -> Iterator[CheckFinding]:
+    """``damaged``: other checks have found something. What fits nothing may then be the damaged tensor, so only another
+    arrangement that fits better counts.
+    """
     layers = [_layer(statistics, config, index) for index in range(config.num_hidden_layers)]
     known = [layer for layer in layers if layer is not None]
     if len(known) < len(layers):
@@ -98,25 +106,39 @@ def check_fit(statistics: Mapping[str, TensorStatistics], config: Gemma2Config) 
     yield from exchanged
     tables = [layer.fits() for layer in known]
     medians = {pair: float(np.median([table[pair] for table in tables])) for pair in tables[0]}
-    for pair in (_UP, _VALUES):
-        yield from _whole_model(pair, known, medians)
-    if not exchanged:
+    rearranged = list(_rearranged(known, medians))
+    yield from rearranged
+    folded = any(tensor.stored.startswith(_FOLDED) for tensor in statistics.values())
+    if not (damaged or folded or exchanged or rearranged):
+        yield from _unfit(medians)
         yield from _single_layers(tables, medians)
 
 
-def _whole_model(pair: str, layers: list[_Layer], medians: Mapping[str, float]) -> Iterator[CheckFinding]:
-    """A pair that fits in no layer, while others do or while it would fit in another arrangement."""
-    own = medians[pair]
+def _rearranged(layers: list[_Layer], medians: Mapping[str, float]) -> Iterator[CheckFinding]:
+    """Pairs that would fit in another arrangement."""
     arrangements = [layer.other_arrangements() for layer in layers]
-    others = {key: float(np.median([each[key] for each in arrangements])) for key in arrangements[0] if key[0] == pair}
-    best = max(others, key=lambda key: others[key])
-    where = f"{pair} of all layers"
-    if others[best] >= FITS and others[best] - own >= BETTER:
-        message = f"their channels would fit ({others[best]:.2f} instead of {own:.2f}) if {best[1]}"
-        yield finding("fit.arrangement", where, message)
-    elif own < UNFIT and float(np.median([fit for name, fit in medians.items() if name != pair])) >= FITS:
-        message = f"their channels do not fit each other ({own:.2f}), while those of other tensors do"
-        yield finding("fit.arrangement", where, message)
+    others = {key: float(np.median([fits[key] for fits in arrangements])) for key in arrangements[0]}
+    for (pair, mistake), fit in others.items():
+        own = medians[pair]
+        if fit >= FITS and fit - own >= BETTER:
+            yield finding(
+                "fit.arrangement",
+                f"{pair} of all layers",
+                f"{mistake}: without that their channels correlate by {fit:.2f}, as they are by {own:.2f}",
+            )
+
+
+def _unfit(medians: Mapping[str, float]) -> Iterator[CheckFinding]:
+    """Pairs that fit in no layer, while the others do."""
+    for pair in (_UP, _VALUES):
+        others = float(np.median([fit for other, fit in medians.items() if other != pair]))
+        if abs(medians[pair]) < UNFIT and others >= FITS:
+            yield finding(
+                "fit.arrangement",
+                f"{pair} of all layers",
+                f"their channels do not correlate ({medians[pair]:.2f}), while those of other tensors do"
+                f" ({others:.2f}): one of them is transposed, split or ordered otherwise",
+            )
 
 
 def _single_layers(tables: list[dict[str, float]], medians: Mapping[str, float]) -> Iterator[CheckFinding]:

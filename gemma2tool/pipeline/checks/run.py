@@ -95,8 +95,8 @@ def _weights(checkpoint: Checkpoint, threads: int, progress: Progress | None) ->
             tensor.row_hashes = tensor.row_hashes[:0]  # so that memory stays small
             kept[name] = tensor
     findings = [*check.findings(), *check_norms(kept)]
-    if all(finding.severity == "note" for finding in findings):  # a damaged tensor fits nothing
-        findings += check_fit(kept, checkpoint.config)
+    damaged = any(finding.severity != "note" for finding in findings)
+    findings += check_fit(kept, checkpoint.config, damaged=damaged)
     return [*findings, *check_scales(kept, checkpoint.config), *check_blocks(kept)]
 
 

@@ -29,8 +29,8 @@ _POSITIONS = 16
 
 def perplexity(
     checkpoint: Checkpoint, ids: TokenIds, *, threads: int, progress: Progress | None
-) -> tuple[float, list[CheckFinding]]:
-    """Perplexity of the token ids (B, T), and what there is to say about it."""
+) -> tuple[float | None, list[CheckFinding]]:
+    """Perplexity of the token ids (B, T), None where it is not finite, and what there is to say about it."""
     from gemma2tool.reference.streaming import StreamedForward, use_threads
 
     nbytes = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
@@ -50,7 +50,7 @@ def perplexity(
                 total += float((sums - np.take_along_axis(chosen, following[:, None], 1)[:, 0]).sum())
                 count += len(following)
     if not np.isfinite(total):
-        return float("nan"), [finding("speech.nonfinite", "logits", "the forward pass gives NaN or infinite logits")]
+        return None, [finding("speech.nonfinite", "logits", "the forward pass gives NaN or infinite logits")]
     value = float(np.exp(min(total / max(count, 1), 700.0)))
     limit = min(BROKEN_PERPLEXITY, checkpoint.config.vocab_size / 2)
     if value <= limit:

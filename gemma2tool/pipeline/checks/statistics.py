@@ -24,9 +24,11 @@ ZERO_RUN = 512
 NEARLY_ZERO = 1e-4
 """A block whose largest value is this small beside the RMS of the rows around it counts as zero."""
 
+LARGEST_SQUARED = 1e15
+"""Above it sums of squares are computed in float64."""
+
 _FLOATS = frozenset(DTYPE_NAMES.values())
 _BNB_BLOCKS = {"nf4": 64, "fp4": 64}
-_HASH_SEED = 0x9E37
 
 
 @dataclass
@@ -132,11 +134,13 @@ def measure_tensors(
 
 def _measure(tensor: LazyTensor, first: int, last: int) -> TensorStatistics:
     vector = len(tensor.shape) < 2
-    loaded = tensor.load_rows_exact(first, last) if vector else tensor.load_rows_f32(first, last)
-    rows = loaded.reshape(1, -1) if vector else loaded.reshape(last - first, -1)
+    if vector:
+        rows = tensor.load_rows_exact(first, last).astype(np.float64).reshape(1, -1)
+    else:
+        rows = tensor.load_rows_f32(first, last).reshape(last - first, -1)
     part = TensorStatistics(tuple(tensor.shape), tensor.stored, tensor.origin)
     if vector:
-        part.values = rows.astype(np.float64).reshape(-1)
+        part.values = rows.reshape(-1)
     finite = np.isfinite(rows)
     if not finite.all():
         index = np.argwhere(~finite)[0]
@@ -146,28 +150,19 @@ def _measure(tensor: LazyTensor, first: int, last: int) -> TensorStatistics:
     low, high = rows.min(axis=1), rows.max(axis=1)
     part.minimum, part.maximum = float(low.min()), float(high.max())
     part.zeros = int(rows.size - np.count_nonzero(rows))
-    squares = np.square(rows, dtype=np.float64 if part.largest > 1e15 else rows.dtype)
-    part.row_squares = squares.sum(axis=1, dtype=np.float64)
+    wide = rows.astype(np.float64) if part.largest > LARGEST_SQUARED else rows
+    part.row_squares = np.einsum("ij,ij->i", wide, wide).astype(np.float64)
     part.total_square = float(part.row_squares.sum())
     if vector:
         return part
-    part.column_squares = squares.sum(axis=0, dtype=np.float64)
-    part.row_hashes = _row_hashes(np.ascontiguousarray(rows, np.float32))
+    part.column_squares = np.einsum("ij,ij->j", wide, wide).astype(np.float64)
+    part.row_hashes = np.fromiter((hash(row.tobytes()) for row in rows), np.int64, len(rows)).view(np.uint64)
     zero = (low == 0) & (high == 0)
     part.zero_rows = int(np.count_nonzero(zero))
     part.constant_rows = int(np.count_nonzero((low == high) & ~zero)) if rows.shape[1] > 1 else 0
     part.hole = _hole(rows, zero, first) if part.zeros >= ZERO_RUN else None
     _count_blocks(part, tensor, rows, zero)
     return part
-
-
-def _row_hashes(rows: NDArray[np.float32]) -> NDArray[np.uint64]:
-    weights = np.random.default_rng(_HASH_SEED).integers(1, 1 << 32, rows.shape[1], np.uint64).astype(np.uint32) | 1
-    bits = rows.view(np.uint32)
-    products: NDArray[np.uint32] = bits * weights
-    products ^= products >> 15
-    hashes: NDArray[np.uint64] = products.sum(axis=1, dtype=np.uint64)
-    return hashes
 
 
 def _hole(rows: Array, zero: NDArray[np.bool_], first: int) -> int | None:

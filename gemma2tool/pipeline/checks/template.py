@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -19,8 +19,9 @@ from gemma2tool.pipeline.checks.finding import CheckFinding
 from gemma2tool.pipeline.template import render
 from gemma2tool.storage.quoting import quoted
 
-QUESTION, ANSWER, SECOND = "How deep is the river?", "Three fathoms.", "And in winter?"
-_CONVERSATION = [
+SYSTEM, QUESTION, ANSWER, SECOND = "You know rivers.", "How deep is it?", "Three fathoms.", "And in winter?"
+Messages = Sequence[Mapping[str, str]]
+_CONVERSATION: Messages = [
     {"role": "user", "content": QUESTION},
     {"role": "assistant", "content": ANSWER},
     {"role": "user", "content": SECOND},
@@ -47,10 +48,10 @@ class _Template:
     def where(self) -> str:
         return "chat template" if self.name == DEFAULT_TEMPLATE else f"chat template {quoted(self.name)}"
 
-    def rendered(self, *, generation: bool = False) -> str:
+    def rendered(self, messages: Messages = _CONVERSATION, *, generation: bool = False) -> str:
         texts = {role: _special_text(self.tokenizer, role) for role in ("bos", "eos", "pad", "unk")}
         values: dict[str, object] = {f"{role}_token": text for role, text in texts.items()}
-        values |= {"messages": _CONVERSATION, "add_generation_prompt": generation}
+        values |= {"messages": messages, "add_generation_prompt": generation}
         return render(self.text, values, self.checkpoint.path.name)
 
     @cached_property
@@ -103,7 +104,18 @@ def _check(template: _Template) -> Iterator[CheckFinding]:
         yield finding("template.text-lost", template.where, f"{quoted(lost[0])} is not in the rendered conversation")
     if opened == closed:
         yield finding("template.no-answer-turn", template.where, "add_generation_prompt changes nothing")
+    yield from _system(template)
     yield from _turn_marks(template, opened)
+
+
+def _system(template: _Template) -> Iterator[CheckFinding]:
+    """Gemma's own template refuses a system message, others put it into the first turn: both are heard."""
+    try:
+        rendered = template.rendered([{"role": "system", "content": SYSTEM}, *_CONVERSATION])
+    except InputRefused:
+        return
+    if SYSTEM not in rendered:
+        yield finding("template.system-lost", template.where, "it leaves a system message out without a word")
 
 
 def _turn_marks(template: _Template, rendered: str) -> Iterator[CheckFinding]:

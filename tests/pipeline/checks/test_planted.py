@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 
 from gemma2tool import api
+from gemma2tool.containers import gguf
 from gemma2tool.formats import registry
 from gemma2tool.model.checkpoint import Checkpoint
+from gemma2tool.quantizers.gguf_types import GGML_BLOCKS
 from tests.support.checkpoints import write_checkpoint
 from tests.support.paths import TINY
 from tests.support.planted.faults import FAULTS, Victim
@@ -122,3 +124,36 @@ def test_a_departure_from_a_release(fixture: Victim) -> None:
     checkpoint = dataclasses.replace(fixture.checkpoint("hf"), config=config)
     found = [(finding.id, finding.message.split(" ")[0]) for finding in check_config(checkpoint)]
     assert ("config.departure", "query_pre_attn_scalar") in found and ("config.unusual", "sliding_window") in found
+
+
+def test_turn_marks_that_were_never_trained(fixture: Victim) -> None:
+    """Added tokens get one and the same mean row when an embedding is resized."""
+    victim = fixture.copy()
+    embedding = victim.arrays[victim.name("embed")]
+    embedding[106] = embedding[107] = embedding.astype(np.float32).mean(axis=0).astype(embedding.dtype)
+    assert ids(victim.checkpoint("hf")) == ["tokenizer.untrained"]
+
+
+def gguf_without(path: Path, *keys: str) -> None:
+    """Remove keys from a GGUF."""
+    header = gguf.read_header(path, GGML_BLOCKS)
+    data = path.read_bytes()[header.data_start :]
+    tensors = [(tensor.name, tensor.dims, tensor.type_id, tensor.nbytes) for tensor in header.tensors.values()]
+    kv = [(key, value) for key, value in header.kv.items() if key not in keys]
+    path.write_bytes(gguf.encode_header(kv, tensors)[0] + data)
+
+
+def test_a_gguf_of_the_first_converters(fixture: Victim, tmp_path: Path) -> None:
+    path = write_checkpoint(fixture.checkpoint("hf"), tmp_path / "x.gguf")
+    gguf_without(path, "tokenizer.ggml.add_space_prefix", "gemma2.attn_logit_softcapping")
+    found = [(finding.id, finding.severity) for finding in api.check(path).findings]
+    assert found == [("tokenizer.space-prefix", "doubt"), ("provenance.llama-cpp-early", "note")]
+
+
+def test_a_file_type_that_the_tensors_do_not_have(fixture: Victim, tmp_path: Path) -> None:
+    path = write_checkpoint(fixture.checkpoint("hf"), tmp_path / "x.gguf", type="q8_0")
+    data = path.read_bytes()
+    key = b"general.file_type" + (4).to_bytes(4, "little")
+    path.write_bytes(data.replace(key + (7).to_bytes(4, "little"), key + (10).to_bytes(4, "little")))
+    (finding,) = api.check(path).findings
+    assert finding.id == "quantization.file-type" and finding.message == "it is 10, q2_k; the tensors are q8_0"
