@@ -121,6 +121,16 @@ def test_unfinished_downloads(copy: Path) -> None:
     assert findings(copy) == [("doubt", "files.partial")]
 
 
+def test_files_that_a_loader_acts_on(copy: Path) -> None:
+    (copy / "adapter_config.json").write_text("{}")
+    (copy / "adapter_model.safetensors").write_bytes(b"x")
+    assert findings(copy) == [("doubt", "files.loaded-too")]
+    for path in copy.glob("adapter_*"):
+        path.unlink()
+    (copy / "modules.json").write_text("[]")
+    assert findings(copy) == [("note", "files.loaded-too")]
+
+
 @pytest.mark.slow
 def test_perplexity_and_sample(copy: Path) -> None:
     code, lines = check(copy, "--perplexity", "--sample")

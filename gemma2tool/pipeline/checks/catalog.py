@@ -25,10 +25,8 @@ _ROWS: tuple[tuple[str, Severity, str, str], ...] = (
     # -- files
     ("files.warning", "note", "what the reader of the format warns of", "see the message"),
     ("files.partial", "doubt", "a file in the folder has the suffix of an unfinished download", _DOWNLOAD),
-    ("files.loaded-too", "doubt", "a loader acts on a file beside the weights and runs another model",
-     "move the file out of the folder, or merge it into the weights"),
-    ("files.damaged", "error", "a small file that belongs to the model is damaged or is not what its name says",
-     _DOWNLOAD),
+    ("files.loaded-too", "doubt", "a loader acts on a file that was not checked, such as an adapter or other weights (a"
+     " note where it is code, pooling or settings)", "move the file out of the folder, or merge it"),
     # -- tensors
     ("tensor.nonfinite", "error", "a tensor has NaN or infinite values", "use another copy of the checkpoint"),
     ("tensor.zero", "error", "all values of a matrix are zero", _DOWNLOAD),
