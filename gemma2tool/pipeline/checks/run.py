@@ -10,6 +10,7 @@ from pathlib import Path
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.config import Gemma2Config
 from gemma2tool.model.progress import Progress, progress_or_null
+from gemma2tool.model.tensors import HEADS
 from gemma2tool.pipeline.checks import speech
 from gemma2tool.pipeline.checks.files import check_files
 from gemma2tool.pipeline.checks.finding import SEVERITIES, CheckFinding, CheckResult
@@ -124,7 +125,7 @@ def _can_speak(checkpoint: Checkpoint, skipped: dict[str, str]) -> bool:
 
 
 def _is_causal(checkpoint: Checkpoint, skipped: dict[str, str]) -> bool:
-    if checkpoint.config.use_bidirectional_attention or "score.weight" in checkpoint.tensors:
+    if checkpoint.config.use_bidirectional_attention or any(name in checkpoint.tensors for name in HEADS):
         skipped["speech"] = "the model does not predict text"
         return False
     return True
