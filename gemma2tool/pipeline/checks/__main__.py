@@ -53,7 +53,7 @@ have means from below 0 to above 10.
   up_proj with the columns of down_proj, and the rows of v_proj with the columns of o_proj: 0.45 to 0.95 in the trained
   fixture, and about 0 where tensors do not belong together. A finding needs a model in which other tensors fit (0.5 at
   least), or another arrangement that fits better by 0.25 (norms: 0.3). In random weights nothing fits, and nothing is
-  reported.
+  reported. What does not fit in a single layer is a note: a trained model may have such a layer.
 - **Embedding scaled.** Rows have a median length of 0.5 to 7 in honest files; sqrt(hidden_size) is 48 to 68 in the
   released models. The limits are 0.1 and 18, and an RMS of 1.05.
 - **Queries scaled.** The RMS of q_proj is 0.5 to 2 times that of k_proj. It is reported where it is less than twice

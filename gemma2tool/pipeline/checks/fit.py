@@ -110,7 +110,7 @@ def check_fit(
     yield from rearranged
     folded = any(tensor.stored.startswith(_FOLDED) for tensor in statistics.values())
     if not (damaged or folded or exchanged or rearranged):
-        yield from _unfit(medians)
+        yield from _unfit(tables, medians)
         yield from _single_layers(tables, medians)
 
 
@@ -128,11 +128,12 @@ def _rearranged(layers: list[_Layer], medians: Mapping[str, float]) -> Iterator[
             )
 
 
-def _unfit(medians: Mapping[str, float]) -> Iterator[CheckFinding]:
+def _unfit(tables: list[dict[str, float]], medians: Mapping[str, float]) -> Iterator[CheckFinding]:
     """Pairs that fit in no layer, while the others do."""
     for pair in (_UP, _VALUES):
         others = float(np.median([fit for other, fit in medians.items() if other != pair]))
-        if abs(medians[pair]) < UNFIT and others >= FITS:
+        largest = max(abs(table[pair]) for table in tables)
+        if abs(medians[pair]) < UNFIT and largest < FOLLOWS and others >= FITS:
             yield finding(
                 "fit.arrangement",
                 f"{pair} of all layers",

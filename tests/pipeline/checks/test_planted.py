@@ -34,7 +34,7 @@ def test_is_named(fixture: Victim, name: str) -> None:
     fault = next(fault for fault in FAULTS if fault.name == name)
     pair = planted((fault,), fixture)
     assert pair is not None
-    assert NAMED[name] in ids(pair[1].checkpoint("hf"))
+    assert NAMED[name] in [finding.id for finding in api.check(pair[1].checkpoint("hf")).findings]
 
 
 @pytest.mark.parametrize(("one", "id"), [(1, "norm.plus-one"), (2, "norm.plus-one"), (-1, "norm.minus-one")])
