@@ -30,9 +30,9 @@ fields.
 An *error* cannot be right. A *doubt* is unlikely to be right. A *note* can be right and should be known. Ids and
 severities are stable, messages are not. Where a finding has another severity than its row, its evidence was stronger.
 
-`verify --reference SRC` finds much more: use it where the source is at hand. What a check without a source cannot
-find: layers in another order, rotary embeddings of the other convention, gate and up exchanged, tokens in another
-order. Most of these show in `--perplexity`.
+`verify --reference SRC` finds much more: use it where the source is at hand. Without it, layers or tokens in another
+order, gate and up exchanged, or a final norm with a 1 too much show in `--perplexity` only, and rotary embeddings of
+the other convention, heads in another order and values that are slightly off hardly at all.
 """
 
 _TAIL = """
