@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from gemma2tool.containers import file_kind
 from gemma2tool.errors import InputRefused
 from gemma2tool.formats import assets, packings
 from gemma2tool.formats.base import Closers, opening
@@ -114,6 +115,9 @@ def _take_tokenizer(stored: dict[str, LazyTensor], checkpoint: Checkpoint, folde
 
 def _read_config(config_path: Path, path: Path) -> Gemma2Config:
     if not config_path.is_file():
+        kind = file_kind.identify_file(path) if path.is_file() else None
+        if kind is not None and kind.id != "file.other-container":
+            raise file_kind.foreign(kind, path.name)  # no config would help a pointer or a page
         raise InputRefused(
             "config.missing",
             f"{path.name}: no {CONFIG} beside the weights",

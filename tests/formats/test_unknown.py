@@ -123,3 +123,13 @@ def test_a_whole_module_is_refused_with_its_reason(tmp_path: Path) -> None:
     with pytest.raises(InputRefused) as refusal:
         registry.open_checkpoint(tmp_path / "whole.pt")
     assert refusal.value.id == "pickle.global" and "state dict" in refusal.value.hint
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_a_pointer_without_a_config_is_a_pointer(tmp_path: Path, name: str) -> None:
+    """What is asked for next must help: a config would not."""
+    path = tmp_path / name
+    path.write_bytes(POINTER)
+    with pytest.raises(InputRefused) as caught:
+        registry.open_checkpoint(path)
+    assert caught.value.id == "file.lfs-pointer"
