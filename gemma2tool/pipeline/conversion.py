@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from gemma2tool.formats import registry
-from gemma2tool.formats.adapters.merging import merge
 from gemma2tool.formats.options import WriteOptions
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.lazy import SharedRows
@@ -57,8 +56,11 @@ def open_conversion(request: ConversionRequest) -> Iterator[Conversion]:
     outputs = destinations(request)
     with ExitStack() as stack:
         source = _opened(request, stack)
-        for adapter in request.options.adapters:
-            source = merge(source, adapter.path, adapter.scale)
+        if request.options.adapters:
+            from gemma2tool.formats.adapters.merging import merge
+
+            for adapter in request.options.adapters:
+                source = merge(source, adapter.path, adapter.scale)
         read = source if len(outputs) == 1 else shared(source)
         plans = []
         for output in outputs:

@@ -22,7 +22,7 @@ from tests.support.paths import ROOT
         ("gemma2tool convert a b --dtype b", {"bf16"}),
         ("gemma2tool verify a --gate kl", {"kl=", "kl-max=", "kl-p99="}),
         ("gemma2tool quantize a b --gptq-format gptq_", {"gptq_v2"}),
-        ("gemma2tool inspect a --config 2", {"2b", "27b"}),
+        ("gemma2tool inspect a --config 2", {"2b", "2b-it", "27b", "27b-it"}),
     ],
 )
 def test_values(words: str, expected: set[str]) -> None:

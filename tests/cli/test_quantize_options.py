@@ -17,7 +17,7 @@ import typer
 from gemma2tool.cli.main import app
 from gemma2tool.errors import UsageError
 from gemma2tool.formats import packings, registry
-from gemma2tool.formats.option_info import option_fields
+from gemma2tool.formats.option_info import option_fields, type_names
 from gemma2tool.formats.options import GROUP_SIZES, Calibration, GGUFOptions, PackingOptions, SplitOptions
 from gemma2tool.formats.packings import Settings
 from gemma2tool.model.lazy import ArrayTensor
@@ -152,7 +152,11 @@ def test_what_is_refused(source: Path, tmp_path: Path, words: tuple, said: str) 
 @pytest.mark.parametrize(
     ("words", "types"),
     [
-        (("--group-size", 64), "awq-4, gptq-4, gptq-8, mlx-4, mlx-8, w4a16, w4a16-asym and w8a16"),
+        (
+            ("--group-size", 64),
+            "awq-4, gptq-4, gptq-8, mlx-2, mlx-3, mlx-4, mlx-5, mlx-6, mlx-8, mlx-mixed-2-6, mlx-mixed-3-4,"
+            " mlx-mixed-3-6, mlx-mixed-4-6, w4a16, w4a16-asym and w8a16",
+        ),
         (("--asym",), "gptq-4 and gptq-8"),
         (("--sym",), "gptq-4 and gptq-8"),
         (("--gptq-format", "gptq"), "gptq-4 and gptq-8"),
@@ -190,7 +194,7 @@ def test_help_names_the_types_that_take_an_option() -> None:
         for _, info in option_fields(group):
             help_text = help_texts[info.flag.split("/")[0]]
             assert help_text == info.full_help
-            assert all(re.search(rf"(?<![\w-]){kind}(?![\w-])", help_text) for kind in info.types)
+            assert all(re.search(rf"(?<![\w-]){kind}(?![\w-])", help_text) for kind in type_names(info.types))
     whole = {kind for kind, sizes in GROUP_SIZES.items() if -1 in sizes}
     assert "all but MLX also -1" in help_texts["--group-size"]
     assert whole == {kind for kind in GROUP_SIZES if not kind.startswith("mlx-")}

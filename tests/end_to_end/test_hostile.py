@@ -144,7 +144,9 @@ def test_containers(tmp_path: Path, valid: dict[str, Path]) -> None:
     ["hf: index, an absolute shard", "gguf: 2^32-1 layers", "sbs: cut in half", "keras: chunks", "orbax: an absolute"],
 )
 def test_a_whole_process(tmp_path: Path, valid: dict[str, Path], prefix: str) -> None:
-    """From the start of the interpreter: the time that a user waits, and the memory that the machine needs."""
+    """From the start of the interpreter: the memory that the machine needs, and the time beyond that of a missing
+    source.
+    """
     case = next(case for case in CASES if case.name.startswith(prefix))
     (tmp_path / "in").mkdir()
     source = case.build(tmp_path / "in", valid)
@@ -152,25 +154,28 @@ def test_a_whole_process(tmp_path: Path, valid: dict[str, Path], prefix: str) ->
     peak = r"re.search(r'VmHWM:\s+(\d+)', open('/proc/self/status').read())[1]"
     code = f"import atexit, re; atexit.register(lambda: open('peak', 'w').write({peak}))"
     code += "; from gemma2tool.cli.main import main; main()"
-    command = [sys.executable, "-c", code, "convert", str(source), str(tmp_path / "out.gguf"), "--json"]
-    fastest = float("inf")
+    fastest = {"missing": float("inf"), source: float("inf")}
     for _ in range(3):  # other work on the machine can slow a processor down but not speed it up
-        child = subprocess.Popen(
-            command,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            cwd=tmp_path,
-            env=os.environ | {"PYTHONPATH": str(ROOT)},
-        )
-        out, _ = child.stdout.read(), child.stderr.read()
-        _, status, used = os.wait4(child.pid, 0)
-        child.returncode = os.waitstatus_to_exitcode(status)
-        assert child.returncode == 3 and json.loads(out)["error"]["id"].startswith(case.id)
-        assert int((tmp_path / "peak").read_text()) << 10 < MAX_BYTES
-        fastest = min(fastest, used.ru_utime + used.ru_stime)
-        if fastest < MAX_SECONDS:
+        for path in fastest:
+            command = [sys.executable, "-c", code, "convert", str(path), str(tmp_path / "out.gguf"), "--json"]
+            child = subprocess.Popen(
+                command,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                cwd=tmp_path,
+                env=os.environ | {"PYTHONPATH": str(ROOT)},
+            )
+            out, _ = child.stdout.read(), child.stderr.read()
+            _, status, used = os.wait4(child.pid, 0)
+            child.returncode = os.waitstatus_to_exitcode(status)
+            assert child.returncode == 3
+            error = json.loads(out)["error"]["id"]
+            assert error.startswith(case.id if path is source else "input.missing")
+            assert int((tmp_path / "peak").read_text()) << 10 < MAX_BYTES
+            fastest[path] = min(fastest[path], used.ru_utime + used.ru_stime)
+        if fastest[source] - fastest["missing"] < MAX_SECONDS / 2:
             break
-    assert fastest < MAX_SECONDS
+    assert fastest[source] - fastest["missing"] < MAX_SECONDS / 2
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "peak"]
 
 

@@ -368,7 +368,7 @@ class Zarr(JsonTarget):
         return self.folder.put(f"a/{name}", data).parent.parent
 
     def run(self, folder: Path) -> object:
-        array = self.zarr.read_arrays(folder)["a"]
+        array = self.zarr.list_arrays(folder).read(["a"])["a"]
         matrix = array.matrix()
         matrix.load_rows(0, 1)
         return array.dtype.name, len(array.shape), array.metadata.is_compressed

@@ -24,9 +24,6 @@ LIBRARIES = 640 << 20
 EFFICIENCY = 0.7
 """Fraction of the speed of one large matrix product that the whole calibration reaches."""
 
-STEPS = 400.0
-"""Operations of a large matrix product that take as long as rounding one value."""
-
 
 @dataclass(frozen=True)
 class Cost:
@@ -93,14 +90,16 @@ def estimate(
     shape: tuple[int, int],
     *,
     scales: bool,
+    steps: float,
+    head_steps: float,
     hessian_block: int | None,
     threads: int,
 ) -> Cost:
     """The cost of ``layers`` layers over ``shape`` (sequences, tokens).
 
-    ``layers`` is a fraction if not all projections are quantized.
-
-    ``scales``: AWQ, else GPTQ. ``hessian_block``: see ``Hessian``.
+    ``layers`` is a fraction if not all projections are quantized. ``scales``: AWQ, else GPTQ. ``steps``: operations of
+    a large matrix product that take as long as rounding one value of the layers; ``head_steps``: of the head, 0 if it
+    is not calibrated. ``hessian_block``: see ``Hessian``.
     """
     sequences, length = shape
     tokens, width, inner = sequences * length, config.hidden_size, config.intermediate_size
@@ -117,18 +116,21 @@ def estimate(
         operations += tokens * columns * square
         if scales:
             operations += (
-                (len(POWERS) * min(rows, 2 * ROWS) * square + len(SHRINKS) * rows * 128 + STEPS * rows) * 2 * columns
+                (len(POWERS) * min(rows, 2 * ROWS) * square + len(SHRINKS) * rows * 128 + steps * rows) * 2 * columns
             )
             deciding = (
                 width * min(hessian_block or width, width) * FLOAT
             )  # the Hessian of q, k and v outlives its stage
         else:
-            operations += (square**2 * 2 / 3 + rows * square + STEPS * rows) * columns
+            operations += (square**2 * 2 / 3 + rows * square + steps * rows) * columns
             deciding = 3 * square**2 * FLOAT
         deciding += threads * min(rows, ROWS) * columns * FLOAT * 4
         peaks.append(hessian + max(2 * activations + running, deciding))
+    operations *= layers
+    if head_steps:
+        operations += tokens * width**2 + width**3 + (head_steps + width) * width * config.vocab_size
     memory = LIBRARIES + tokens * width * FLOAT + max(peaks) + 2 * weights
-    return Cost(int(memory), operations * layers / (product_rate() * threads * EFFICIENCY), threads, shape)
+    return Cost(int(memory), operations / (product_rate() * threads * EFFICIENCY), threads, shape)
 
 
 @functools.cache

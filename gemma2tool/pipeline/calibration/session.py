@@ -78,13 +78,18 @@ class Session:
         """What all layers together will take."""
         from gemma2tool.pipeline.calibration.cost import estimate
 
-        config = self.checkpoint.config
-        matrices = sum(spec.layer is not None and spec.quantizable for spec in self.checkpoint.specs.values())
+        config, specs = self.checkpoint.config, self.checkpoint.specs
+        matrices = sum(spec.layer is not None and spec.quantizable for spec in specs.values())
+        inside = {name: grid.steps for name, grid in self.grids.items() if specs[name].layer is not None}
+        head = [grid.steps for name, grid in self.grids.items() if specs[name].layer is None]
+        sizes = {name: self.items[name].source.size for name in inside}
         return estimate(
             config,
-            config.num_hidden_layers * len(self.grids) / matrices,
+            config.num_hidden_layers * len(inside) / matrices,
             self.calibration.ids.shape,
             scales=self.folds_scales,
+            steps=sum(sizes[name] * steps for name, steps in inside.items()) / max(sum(sizes.values()), 1),
+            head_steps=sum(head),
             hessian_block=self.calibration.hessian_block,
             threads=self.threads,
         )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -29,11 +29,19 @@ if TYPE_CHECKING:
     from gemma2tool.quantizers.calibration.rounding import Parameters
 
 
+STEPS = {"IQ2_XXS": 1.0}
+"""Of the block types that take longer than others, see ``Grid.steps``."""
+
+
 class Grid(Protocol):
     """The values that an encoder can store. ``group_size`` columns share scales."""
 
     @property
     def group_size(self) -> int: ...
+
+    @property
+    def steps(self) -> float:
+        """Operations of a large matrix product that take as long as rounding one value."""
 
     def record_dtype(self, columns: int) -> DType:
         """The dtype of a rounded row."""
@@ -64,6 +72,8 @@ class AffineGrid:
     top: int
     group_size: int
     parameters: Parameters
+
+    steps: ClassVar[float] = 400.0
 
     def record_dtype(self, columns: int) -> DType:
         scale = self.parameters(np.zeros(1, FLOAT32), np.ones(1, FLOAT32))[1].dtype
@@ -104,6 +114,10 @@ class BlockGrid:
     def group_size(self) -> int:
         """Columns of a block."""
         return GGUF_TYPES[self.type].block_elements
+
+    @property
+    def steps(self) -> float:
+        return STEPS.get(self.type, 5000.0)
 
     def record_dtype(self, columns: int) -> DType:
         return np.dtype([("blocks", np.uint8, (row_bytes(self.type, columns),))])

@@ -180,7 +180,7 @@ HF = [
     _index("a shard name of 300 letters", "index.name", _shard("a" * 300)),
     _index("a shard that steers terminals", "index.name", _shard(ESCAPE)),
     _index("a shard that is not there", "file.missing", _shard("model-3.safetensors")),
-    _index("a shard that is the config", "safetensors.", _shard("config.json")),
+    _index("a shard that is the config", "file.message", _shard("config.json")),
     _index("a tensor in the other shard", "index.mismatch", _shard("model-2.safetensors")),
     _index(
         "a tensor in no shard", "index.mismatch", lambda c: c["weight_map"].__setitem__("ghost", "model-1.safetensors")
