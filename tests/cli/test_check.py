@@ -74,6 +74,7 @@ def test_what_is_no_checkpoint_cannot_be_read(tmp_path: Path) -> None:
     assert check(tmp_path / "missing") == (3, [])
 
 
+@pytest.mark.slow
 def test_template_and_stops(copy: Path) -> None:
     config = copy / "tokenizer_config.json"
     template = json.loads(config.read_text())["chat_template"]
@@ -96,6 +97,7 @@ def test_template_and_stops(copy: Path) -> None:
     assert findings(copy) == [("error", "tokenizer.stop-id")]
 
 
+@pytest.mark.slow
 def test_two_templates(copy: Path) -> None:
     template = json.loads((copy / "tokenizer_config.json").read_text())["chat_template"]
     (copy / "chat_template.jinja").write_text(template + "\n")
@@ -121,6 +123,7 @@ def test_unfinished_downloads(copy: Path) -> None:
     assert findings(copy) == [("doubt", "files.partial")]
 
 
+@pytest.mark.slow
 def test_files_that_a_loader_acts_on(copy: Path) -> None:
     (copy / "adapter_config.json").write_text("{}")
     (copy / "adapter_model.safetensors").write_bytes(b"x")

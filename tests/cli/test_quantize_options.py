@@ -121,6 +121,7 @@ def test_types_without_groups_say_so(source: Path, tmp_path: Path, kind: str) ->
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "said"),
     [

@@ -191,6 +191,7 @@ def test_options_and_types_that_the_target_would_ignore(place: Path, words: list
     assert sorted(p.name for p in place.iterdir()) == ["src"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", ["nf4", "int8"])
 def test_quantizing_again_needs_allow_requantize(place: Path, first: str) -> None:
     assert run("quantize", place / "src", place / "once", "--type", first, "--no-verify").exit_code == 0

@@ -51,6 +51,7 @@ def _ours(path: Path) -> dict[str, tuple]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("groups", [1, 2, 7, 8])
 @pytest.mark.parametrize("order", [False, True])
 @pytest.mark.parametrize("version", ["earliest", "v108", "v110", "latest"])

@@ -84,6 +84,7 @@ def test_metadata_that_is_null_is_none(tmp_path: Path) -> None:
     assert container.read_header(path).metadata == {} and "a" in safetensors.torch.load_file(path)
 
 
+@pytest.mark.slow
 @as_params(CASES)
 def test_hostile_file_is_refused(case: Hostile, tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"

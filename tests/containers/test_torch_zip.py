@@ -224,6 +224,7 @@ def test_oracle_checkpoints_are_indexed_as_torch_loads_them(oracles: Path) -> No
             assert data[entry.offset : entry.offset + entry.nbytes] == _raw(loaded[keys])
 
 
+@pytest.mark.slow
 @as_params(CASES)
 def test_hostile_file_is_refused(case: Hostile, tmp_path: Path) -> None:
     path = tmp_path / "model.ckpt"

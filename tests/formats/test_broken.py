@@ -109,8 +109,8 @@ DAMAGE: dict[str, Callable[[Path], None]] = {
 
 
 HARMLESS = {("flax", "wrong magic"), ("maxtext", "wrong magic"), ("keras", "one byte more"), ("gguf", "one byte more")}
-"""An uncompressed zarr chunk holds values only; an HDF5 file states its end, and what comes after it is never read; some
-tools write zeros after a GGUF's data, and llama.cpp loads such files."""
+"""An uncompressed zarr chunk holds values only; an HDF5 file states its end, and what comes after it is never read;
+some tools write zeros after a GGUF's data, and llama.cpp loads such files."""
 
 
 @pytest.mark.slow
@@ -121,6 +121,7 @@ def test_damaged_weights(copied, tmp_path: Path, name: str, damage: str) -> None
     _refused(path, tmp_path / "out", name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FOLDERS)
 def test_weights_that_are_a_link_out_of_the_folder(copied, tmp_path: Path, name: str) -> None:
     path = copied(name)
@@ -130,6 +131,7 @@ def test_weights_that_are_a_link_out_of_the_folder(copied, tmp_path: Path, name:
     assert "link" in _refused(path, tmp_path / "out", name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", ["../../outside", "/etc/passwd", "..", "", "a\0b", "absent"])
 @pytest.mark.parametrize("name", [f"{name} sharded" for name in SHARDED])
 def test_an_index_that_points_elsewhere(copied, tmp_path: Path, name: str, file: str) -> None:

@@ -40,6 +40,7 @@ def _cast(folder: Path, file: str, change: Callable[[torch.Tensor], torch.Tensor
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("float8", FLOAT8)
 @pytest.mark.parametrize("name", FILES)
@@ -77,6 +78,7 @@ def test_plain_float8_computes_what_transformers_computes(tmp_path: Path) -> Non
         assert np.abs(logits(checkpoint, ids) - expected).max() < 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["int8", "uint8", "int16", "uint16", "int32", "int64", "bool", "complex64"])
 @pytest.mark.parametrize("name", FILES)
 def test_what_is_not_a_float_is_refused(tmp_path: Path, name: str, dtype: str) -> None:

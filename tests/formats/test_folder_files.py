@@ -99,6 +99,7 @@ CASES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("format", "put", "words"), CASES, ids=[f"{name}-{put.__name__}" for name, put, _ in CASES])
 def test_every_command_names_them(place: Path, format: str, put: Callable[[Path], None], words: str) -> None:
     folder = place / format

@@ -94,6 +94,7 @@ def plain(quantization: dict[str, object]) -> dict[str, object]:
     return {key: value for key, value in quantization.items() if not isinstance(value, dict)}
 
 
+@pytest.mark.slow
 @pytest.mark.oracle
 @pytest.mark.parametrize("folder", SAVED)
 def test_saved_folders_are_the_model(oracles: Path, fixture_model: Checkpoint, folder: str) -> None:
@@ -125,6 +126,7 @@ def test_written_files_equal_those_of_mlx_lm_convert(
 # -- every width and recipe --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.peer
 @pytest.mark.parametrize("group_size", [32, 64, 128])
 @pytest.mark.parametrize("bits", [2, 3, 5, 6])

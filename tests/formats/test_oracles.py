@@ -100,6 +100,7 @@ def test_quantized_checkpoints_through_their_dequantized_weights(oracles: Path, 
     _assert_within_bound(logits(checkpoint, ids), truth)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in ALL if "_q4" not in name and "_int8" not in name])
 def test_the_same_tensors_as_hugging_face(oracles: Path, name: str) -> None:
     """Bit for bit those that the transformers conversion script made of the same weights, whatever type they are stored

@@ -68,6 +68,7 @@ def digest(array: np.ndarray) -> str:
     return hash_tensors({"t": ArrayTensor(array)})["t"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(), (1,), (7,), (3, 5), (300, 500), (2, 135_000), (5, 3, 2)])
 def test_the_definition_computed_another_way(shape: tuple[int, ...]) -> None:
     values = np.random.default_rng(3).standard_normal(shape)
@@ -213,6 +214,7 @@ def test_every_format_and_stored_type_has_the_fixtures_digest(
     assert found.tokenizer in (fixture_hashes.tokenizer, None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["hf", "gguf", "keras"])
 def test_sharding_does_not_matter(tmp_path: Path, fixture_dir: Path, fixture_hashes: Hashes, name: str) -> None:
     split = {"split_max_tensors": 9} if name == "gguf" else {"max_shard_size": 3_000_000}

@@ -101,6 +101,7 @@ def test_four_bit_next_to_midpoints(instruction_set, quant_type):
     assert_four_bit(cast(around_midpoints(quant_type, 1.7), BF16), quant_type)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quant_type", FOUR_BIT)
 @pytest.mark.parametrize("n", [1, 2, 3, 31, 63, 64, 65, 100, 127, 128, 129, 1000])
 def test_four_bit_of_every_length(instruction_set, quant_type, n):

@@ -89,6 +89,7 @@ def test_vector_blocks_are_put_together_as_ggml_takes_them_apart(type: str) -> N
     assert np.array_equal(layout.read_scales(written), scales)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("type", ["Q4_0", "Q4_K", "Q6_K", "IQ4_XS", "IQ2_S", "IQ3_XXS", "IQ1_S"])
 def test_errors_are_those_of_the_outputs(type: str, inputs: np.ndarray, rows: np.ndarray) -> None:
     """The sums of squares that choices are made by are the errors of the outputs, were no columns to follow."""
@@ -102,6 +103,7 @@ def test_errors_are_those_of_the_outputs(type: str, inputs: np.ndarray, rows: np
     assert np.allclose(rounded.errors.astype(np.float64) @ factor.upper.double().numpy(), lost, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("type", [*LAYOUTS, *VECTOR_LAYOUTS, *IQ1])
 def test_outputs_are_nearer_than_with_an_importance_matrix(type: str, inputs: np.ndarray, rows: np.ndarray) -> None:
     importance = np.square(inputs).sum(0)

@@ -40,6 +40,7 @@ def test_an_output_is_verified_without_its_source(outputs: Path, name: str) -> N
     )
 
 
+@pytest.mark.slow
 def test_another_format_of_the_same_model_matches_the_receipt(outputs: Path) -> None:
     result = run("verify", outputs / "out.ckpt", "--against", outputs / "hf.receipt.json", "--json", "--quiet")
     assert result.exit_code == 0, result.output

@@ -103,6 +103,7 @@ def test_an_override_excuses_nothing_else(tmp_path: Path) -> None:
     assert not result.passed and [cause.id for cause in result.causes] == ["config.eps"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gate", ["kl=1e-12", "rmse=1e-4"])
 def test_a_tighter_gate_is_not_explained_as_damage(source: Path, tmp_path: Path, gate: str) -> None:
     words = ("quantize", source, tmp_path / "out.gguf", "--type", "q4_0", "--gate", gate)
@@ -143,6 +144,7 @@ def test_gates_that_do_not_contradict_each_other() -> None:
         Gates().overridden({"kl": 1.0, "kl-max": 0.5})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "type"), [(("--dtype", "q8_0"), "q8_0"), (("--dtype", "f16"), "f16")], ids=["quantized", "rounded"]
 )

@@ -76,6 +76,7 @@ def test_differing_values_are_counted_and_measured_both_ways(source: Checkpoint)
     assert forwards.relative_rmse == backwards.relative_rmse and forwards.first_values == backwards.first_values[::-1]
 
 
+@pytest.mark.slow
 def test_measures_against_numpy(source: Checkpoint) -> None:
     tensors = {name: array.astype(np.float32) for name, array in arrays(source).items()}
     rough = block_quantized(arrays(source), 32, 8)
@@ -98,6 +99,7 @@ def test_nan_equals_nan_and_infinity_does_not_crash(source: Checkpoint) -> None:
         json.dumps(difference.to_json(), allow_nan=False)
 
 
+@pytest.mark.slow
 def test_two_quantized_checkpoints(source: Checkpoint) -> None:
     one = candidate(block_quantized(arrays(source), 32, 127), stored="q8_0")
     other = candidate(block_quantized(arrays(source), 64, 7), stored="nf4")
@@ -173,6 +175,7 @@ def test_command_says_same_across_formats(files: Path) -> None:
     assert content["same"] is True and content["schema_version"] == 1 and content["a"]["format"] == "gguf"
 
 
+@pytest.mark.slow
 def test_command_says_different_and_names_the_one_value(files: Path) -> None:
     for pair in (("a", "b"), ("b", "a.gguf")):
         result = run(app, ["diff", *(str(files / name) for name in pair), "-q"])

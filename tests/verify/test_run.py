@@ -155,6 +155,7 @@ def test_a_fault_in_the_weights_is_caught_and_its_tensors_named(
     assert blamed(result, "tensors") == touched
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", [
     {"query_pre_attn_scalar": 24}, {"attn_logit_softcapping": None}, {"attn_logit_softcapping": 30.0},
     {"final_logit_softcapping": None}, {"sliding_window": 7}, {"sliding_window": 9}, {"rope_theta": 1e6},

@@ -84,25 +84,33 @@ def available_memory() -> int | None:
     return None
 
 
+@dataclass(frozen=True)
+class Work:
+    """What is calibrated.
+
+    ``layers``: how many, a fraction if not all projections are quantized. ``scales``: AWQ, else GPTQ. ``steps``:
+    operations of a large matrix product that take as long as rounding one value of the layers; ``head_steps``: of the
+    head, 0 if it is not calibrated.
+    """
+
+    layers: float
+    scales: bool
+    steps: float
+    head_steps: float
+
+
 def estimate(
     config: Gemma2Config,
-    layers: float,
+    work: Work,
     shape: tuple[int, int],
     *,
-    scales: bool,
-    steps: float,
-    head_steps: float,
     hessian_block: int | None,
     threads: int,
 ) -> Cost:
-    """The cost of ``layers`` layers over ``shape`` (sequences, tokens).
-
-    ``layers`` is a fraction if not all projections are quantized. ``scales``: AWQ, else GPTQ. ``steps``: operations of
-    a large matrix product that take as long as rounding one value of the layers; ``head_steps``: of the head, 0 if it
-    is not calibrated. ``hessian_block``: see ``Hessian``.
-    """
+    """The cost of ``work`` over ``shape`` (sequences, tokens). ``hessian_block``: see ``Hessian``."""
     sequences, length = shape
-    tokens, width, inner = sequences * length, config.hidden_size, config.intermediate_size
+    steps, tokens = work.steps, sequences * length
+    width, inner = config.hidden_size, config.intermediate_size
     heads, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     stages = [(width, heads + 2 * keys), (heads, width), (width, 2 * inner), (inner, width)]  # inputs and outputs
     weights = sum(columns * rows for columns, rows in stages)
@@ -114,7 +122,7 @@ def estimate(
         hessian, activations = columns * square * FLOAT, SEQUENCES * length * columns * FLOAT
         running = min(threads, SEQUENCES) * (3 * length * inner * FLOAT + SCORE_BYTES)
         operations += tokens * columns * square
-        if scales:
+        if work.scales:
             operations += (
                 (len(POWERS) * min(rows, 2 * ROWS) * square + len(SHRINKS) * rows * 128 + steps * rows) * 2 * columns
             )
@@ -126,9 +134,9 @@ def estimate(
             deciding = 3 * square**2 * FLOAT
         deciding += threads * min(rows, ROWS) * columns * FLOAT * 4
         peaks.append(hessian + max(2 * activations + running, deciding))
-    operations *= layers
-    if head_steps:
-        operations += tokens * width**2 + width**3 + (head_steps + width) * width * config.vocab_size
+    operations *= work.layers
+    if work.head_steps:
+        operations += tokens * width**2 + width**3 + (work.head_steps + width) * width * config.vocab_size
     memory = LIBRARIES + tokens * width * FLOAT + max(peaks) + 2 * weights
     return Cost(int(memory), operations / (product_rate() * threads * EFFICIENCY), threads, shape)
 

@@ -76,23 +76,21 @@ class Session:
 
     def cost(self) -> Cost:
         """What all layers together will take."""
-        from gemma2tool.pipeline.calibration.cost import estimate
+        from gemma2tool.pipeline.calibration.cost import Work, estimate
 
         config, specs = self.checkpoint.config, self.checkpoint.specs
         matrices = sum(spec.layer is not None and spec.quantizable for spec in specs.values())
         inside = {name: grid.steps for name, grid in self.grids.items() if specs[name].layer is not None}
         head = [grid.steps for name, grid in self.grids.items() if specs[name].layer is None]
         sizes = {name: self.items[name].source.size for name in inside}
-        return estimate(
-            config,
+        work = Work(
             config.num_hidden_layers * len(inside) / matrices,
-            self.calibration.ids.shape,
-            scales=self.folds_scales,
-            steps=sum(sizes[name] * steps for name, steps in inside.items()) / max(sum(sizes.values()), 1),
-            head_steps=sum(head),
-            hessian_block=self.calibration.hessian_block,
-            threads=self.threads,
+            self.folds_scales,
+            sum(sizes[name] * steps for name, steps in inside.items()) / max(sum(sizes.values()), 1),
+            sum(head),
         )
+        block, threads = self.calibration.hessian_block, self.threads
+        return estimate(config, work, self.calibration.ids.shape, hessian_block=block, threads=threads)
 
     def rounded(self, name: str) -> RoundedMatrix:
         """A layer's weight, rounded. May take as long as all layers up to its own."""

@@ -183,6 +183,7 @@ def test_an_adapter_of_litgpt(source: Checkpoint, tmp_path: Path) -> None:
 # -- gemma (Google DeepMind) ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("with_base", [False, True])
 @pytest.mark.parametrize("place", ["", "ckpt"])
 def test_an_adapter_of_gm(source: Checkpoint, tmp_path: Path, with_base: bool, place: str) -> None:

@@ -284,6 +284,7 @@ def test_a_pattern_that_could_match_forever(tmp_path: Path, pattern: str) -> Non
     assert time.perf_counter() - before < 15
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pattern", ["(?:.*)q_proj", r"^(?!.*mlp).*(?:q_proj|v_proj)$", "ALL-LINEAR"])
 def test_a_pattern_that_names_the_weights(tmp_path: Path, pattern: str) -> None:
     adapter = _handmade(tmp_path / "a", PAIR, target_modules=pattern)

@@ -90,6 +90,7 @@ def test_an_output_matrix_equal_to_the_embedding(made: Path, tmp_path: Path) -> 
     assert run("convert", path, tmp_path / "hf", "--quiet", "--no-verify").exit_code == 0
 
 
+@pytest.mark.slow
 def test_an_output_matrix_of_its_own(made: Path, tmp_path: Path) -> None:
     """transformers 32577, ollama 10759: an untied head is the model's, in a folder too; a GGUF cannot have it again."""
     head = np.random.default_rng(0).standard_normal((2048, 64)).astype(np.float32)

@@ -289,6 +289,7 @@ def paligemma(request, tmp_path: Path) -> Path:
     return _folder(tmp_path / "paligemma", change)
 
 
+@pytest.mark.slow
 @pytest.mark.peer
 def test_the_text_model_of_paligemma_2(paligemma: Path, tmp_path: Path) -> None:
     """Its tensors are read, those for images named; what is written is a Gemma 2 that transformers loads. Given text

@@ -162,6 +162,7 @@ def _edited(preset: Path, change) -> None:
         change(file)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "match"),
     [

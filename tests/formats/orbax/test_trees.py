@@ -147,6 +147,7 @@ def test_what_is_refused(oracles: Path, tmp_path: Path, tree: tuple) -> None:
         _read(tmp_path / "less", source)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ocdbt", [True, False])
 def test_snapshot_of_the_hub_cache(tmp_path: Path, tree: tuple, ocdbt: bool) -> None:
     """Every file of a snapshot that huggingface_hub downloads is a link to a blob of its repository."""

@@ -118,6 +118,7 @@ def test_wrapped_names_are_read_and_named(written, tmp_path: Path, name: str, wr
     assert len(remarks) == 1, remarks
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrapper", NESTED)
 @pytest.mark.parametrize("name", [name for name, file in FORMATS.items() if not file.endswith(".safetensors")])
 def test_a_state_dict_in_other_dicts_is_read(written, tmp_path: Path, name: str, wrapper: str) -> None:

@@ -38,6 +38,7 @@ def test_the_fixture_has_nothing_to_remark() -> None:
     assert result.sane and result.findings == () and result.format == "gemma-pytorch"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"dtype": "f32"}, {"type": "q4_0"}, {"type": "q2_k"}], ids=str)
 def test_gguf(tmp_path: Path, options: dict[str, object]) -> None:
     with registry.open_checkpoint(TINY / "model.ckpt") as source:
@@ -45,6 +46,7 @@ def test_gguf(tmp_path: Path, options: dict[str, object]) -> None:
     assert result.findings == ()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("type", ["nf4", "w4a16", "int8"])
 def test_quantized_folders(tmp_path: Path, type: str) -> None:
     with registry.open_checkpoint(TINY / "model.ckpt") as source:

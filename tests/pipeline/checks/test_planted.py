@@ -29,6 +29,7 @@ def ids(checkpoint: Checkpoint | Path) -> list[str]:
     return [finding.id for finding in api.check(checkpoint).findings if finding.severity != "note"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMED)
 def test_is_named(fixture: Victim, name: str) -> None:
     fault = next(fault for fault in FAULTS if fault.name == name)
@@ -37,6 +38,7 @@ def test_is_named(fixture: Victim, name: str) -> None:
     assert NAMED[name] in [finding.id for finding in api.check(pair[1].checkpoint("hf")).findings]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("one", "id"), [(1, "norm.plus-one"), (2, "norm.plus-one"), (-1, "norm.minus-one")])
 def test_a_one_too_much_in_a_gguf_is_proven_by_exact_values(
     fixture: Victim, tmp_path: Path, one: float, id: str
@@ -61,6 +63,7 @@ def test_feed_forward_norms_exchanged_as_in_torchtune(fixture: Victim) -> None:
     assert finding.id == "norm.exchanged" and "torchtune 0.5 and 0.6" in finding.message
 
 
+@pytest.mark.slow
 def test_exchanged_norms_are_seen_through_a_quantization(fixture: Victim, tmp_path: Path) -> None:
     fault = next(fault for fault in FAULTS if fault.name == "attention_norms_swapped")
     pair = planted((fault,), fixture)
@@ -95,6 +98,7 @@ def test_equal_rows_and_repeated_layers(fixture: Victim) -> None:
     assert "10 of 256 rows" in result.findings[0].message and "layers 4" not in result.findings[0].message
 
 
+@pytest.mark.slow
 def test_lost_scales_of_a_gguf(fixture: Victim, tmp_path: Path) -> None:
     path = write_checkpoint(fixture.checkpoint(), tmp_path / "x.gguf", type="q8_0")
     with registry.open_checkpoint(path) as checkpoint:
@@ -143,6 +147,7 @@ def gguf_without(path: Path, *keys: str) -> None:
     path.write_bytes(gguf.encode_header(kv, tensors)[0] + data)
 
 
+@pytest.mark.slow
 def test_a_gguf_of_the_first_converters(fixture: Victim, tmp_path: Path) -> None:
     path = write_checkpoint(fixture.checkpoint("hf"), tmp_path / "x.gguf")
     gguf_without(path, "tokenizer.ggml.add_space_prefix", "gemma2.attn_logit_softcapping")
@@ -150,6 +155,7 @@ def test_a_gguf_of_the_first_converters(fixture: Victim, tmp_path: Path) -> None
     assert found == [("tokenizer.space-prefix", "doubt"), ("provenance.llama-cpp-early", "note")]
 
 
+@pytest.mark.slow
 def test_a_file_type_that_the_tensors_do_not_have(fixture: Victim, tmp_path: Path) -> None:
     path = write_checkpoint(fixture.checkpoint("hf"), tmp_path / "x.gguf", type="q8_0")
     data = path.read_bytes()

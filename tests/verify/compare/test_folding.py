@@ -182,6 +182,7 @@ def test_scales_folded_wrongly_fail(source: Checkpoint, apply: Callable, tmp_pat
     assert all("model.layers.1." in str(finding.subject) for finding in result.failures)
 
 
+@pytest.mark.slow
 def test_nothing_is_folded_in_a_lossless_copy(source: Checkpoint, tmp_path: Path) -> None:
     """Where no type rounds, a changed norm is a difference."""
     fold = Fold(source)

@@ -37,6 +37,7 @@ def pair(positions: int, vocabulary: int, distance: float, seed: int) -> tuple[n
     return source, candidate, np.append(generator.integers(0, vocabulary, positions - 1), -1)
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=60)
 @given(
     st.integers(1, 9), st.integers(2, 60), st.sampled_from([0.0, 1e-6, 0.01, 1.0, 30.0]), st.integers(0, 99),

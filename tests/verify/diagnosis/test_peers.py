@@ -131,6 +131,7 @@ def test_a_damaged_absmax_of_bitsandbytes(oracles: Path, tmp_path: Path) -> None
     assert cause.tensors == (name,) and cause.evidence["blocks"] == 1 and cause.evidence["first"] == 100
 
 
+@pytest.mark.slow
 def test_the_query_scale_of_llama_cpp(oracles: Path) -> None:
     """llama.cpp recognizes a 27B by its 46 layers; with fewer layers it scales queries by head_dim, which its logits
     show."""

@@ -115,6 +115,7 @@ class ParsedPage(HTMLParser):
         self.words.append(data)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", HOSTILE)
 def test_nothing_from_a_file_becomes_markup_in_the_page(text: str) -> None:
     harmless, hostile = ParsedPage(page.html([verification()])), ParsedPage(page.html([verification(text)]))
