@@ -106,6 +106,7 @@ def test_two_templates(copy: Path) -> None:
     assert findings(copy) == [("doubt", "template.two")]
 
 
+@pytest.mark.slow
 def test_a_tokenizer_of_another_size(copy: Path) -> None:
     edit(copy / "config.json", vocab_size=2048)
     for name in ("tokenizer.model", "tokenizer.json"):
@@ -113,11 +114,13 @@ def test_a_tokenizer_of_another_size(copy: Path) -> None:
     assert findings(copy) == [("note", "tokenizer.missing")]
 
 
+@pytest.mark.slow
 def test_a_stale_quantization_config(copy: Path) -> None:
     edit(copy / "config.json", quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
     assert findings(copy) == [("doubt", "quantization.stale")]
 
 
+@pytest.mark.slow
 def test_unfinished_downloads(copy: Path) -> None:
     (copy / "model-00002.safetensors.incomplete").touch()
     assert findings(copy) == [("doubt", "files.partial")]

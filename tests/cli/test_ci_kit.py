@@ -143,6 +143,7 @@ def test_the_hook_verifies_checkpoints_that_have_a_receipt(
     assert "FAILED" in capfd.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_entry_of_the_hook_runs() -> None:
     (hook,) = yaml.safe_load((ROOT / ".pre-commit-hooks.yaml").read_text())
     process = subprocess.run(

@@ -88,6 +88,7 @@ def test_output_does_not_depend_on_threads_or_memory(place: Path) -> None:
     assert made[0] == made[1] == made[2]
 
 
+@pytest.mark.slow
 def test_dry_run_writes_nothing_and_predicts_the_size(place: Path) -> None:
     before = listing(place)
     result = run("quantize", place / "src", place / "out.gguf", "--type", "q4_0", "--dry-run", "--json")
@@ -127,6 +128,7 @@ def test_many_outputs_in_one_pass_are_the_same_files(place: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_split_output_is_a_folder_of_shards(place: Path) -> None:
     result = run("quantize", place / "src", place / "out.gguf", "--type", "q8_0", "--split-max-tensors", 15)
     assert result.exit_code == 0, result.output

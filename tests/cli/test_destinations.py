@@ -110,6 +110,7 @@ class TestInputs:
         assert run("convert", "src", "a.gguf", "--no-verify").exit_code == 0
         return place / "a.gguf"
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("how", ["itself", "dots", "absolute", "hard link", "a link to its folder"])
     def test_a_file(self, place: Path, gguf: Path, how: str) -> None:
         before = gguf.read_bytes()
@@ -184,6 +185,7 @@ class TestFolderOfSeveral:
         assert run(*self.WORDS, "--gate", "kl=0").exit_code == 1
         assert names(place) == []
 
+    @pytest.mark.slow
     def test_is_kept_when_it_existed(self, place: Path) -> None:
         (place / "many").mkdir()
         assert run(*self.WORDS, "--gate", "kl=0").exit_code == 1

@@ -40,6 +40,7 @@ TYPES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "type", "meant"), TYPES)
 def test_types(source: Path, tmp_path: Path, name: str, type: str, meant: str) -> None:
     result = run("quantize", source, tmp_path / name, "--type", type)
@@ -82,6 +83,7 @@ def test_nonsense_is_not_guessed_at() -> None:
             assert choices.hint(text, names).startswith("choose one of ")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "options", "words"),
     [
@@ -108,6 +110,7 @@ def test_a_name_that_the_output_cannot_have(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gemma-2.5", "v1.bf16", "out", "GEMMA.GGUF", "model"])
 def test_names_with_a_dot_are_names(source: Path, tmp_path: Path, name: str) -> None:
     assert run("convert", source, tmp_path / name, "--dry-run").exit_code == 0

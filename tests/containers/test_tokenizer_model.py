@@ -78,6 +78,7 @@ def test_long_pieces_do_not_take_quadratic_time() -> None:
     assert time.process_time() - began < 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "field", "added"),
     [

@@ -148,6 +148,7 @@ def test_an_index_that_points_elsewhere(copied, tmp_path: Path, name: str, file:
     ), error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [f"{name} sharded" for name in SHARDED])
 def test_a_shard_that_is_missing_or_replaced(copied, tmp_path: Path, name: str) -> None:
     path = copied(name)

@@ -42,6 +42,7 @@ def test_the_frameworks_file_is_read_and_the_other_named(tmp_path: Path, name: s
         assert not any("is read, not" in text for text in checkpoint.all_warnings)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMED)
 @pytest.mark.parametrize("damage", ["cut", "text", "empty", "pickle"])
 def test_a_damaged_file_is_refused_and_the_base_model_not_read(tmp_path: Path, name: str, damage: str) -> None:

@@ -116,6 +116,7 @@ def test_every_command_names_them(place: Path, format: str, put: Callable[[Path]
     assert any(words in finding["message"] and finding["severity"] == "error" for finding in files["findings"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["chat_template.jinja", "added_tokens.json", "additional_chat_templates/tool.jinja"])
 def test_a_template_that_the_receipt_does_not_list_fails(place: Path, name: str) -> None:
     (place / "hf" / name).parent.mkdir(exist_ok=True)

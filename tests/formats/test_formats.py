@@ -53,6 +53,7 @@ def test_a_range_of_rows(oracles: Path) -> None:
             assert np.array_equal(tensor.load_rows(third, 2 * third), whole[third : 2 * third])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("path", ["hf", "model.ckpt"])
 def test_round_trips_are_exact(tmp_path: Path, dtype: str, path: str) -> None:

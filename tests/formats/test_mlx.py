@@ -171,6 +171,7 @@ def test_quantized_oracles_are_read(
     assert_same_tensors(checkpoint, registry.open_checkpoint(plain))
 
 
+@pytest.mark.slow
 @pytest.mark.peer
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("group_size", [32, 64, 128])

@@ -68,6 +68,7 @@ SAVED = {
 """Folder of the oracles -> its types, and a limit on the mean KL from the unquantized model."""
 
 
+@pytest.mark.slow
 @pytest.mark.oracle
 @pytest.mark.peer
 @pytest.mark.parametrize("folder", SAVED)

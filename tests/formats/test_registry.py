@@ -47,6 +47,7 @@ FORMAT = MadeUp()
 }
 
 
+@pytest.mark.slow
 def test_a_new_format_takes_a_package_and_a_line(tmp_path: Path) -> None:
     """In a process of its own, because the registry reads its lines when it is imported."""
     (tmp_path / "made_up").mkdir()

@@ -259,6 +259,7 @@ ORACLES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flavour", list(ORACLES))
 def test_peers_files_of_one_model_have_one_digest(oracles: Path, flavour: str) -> None:
     """All but the quantized (gemma_pytorch/*_int8, mlx/hd_q4), whose values are others."""
@@ -331,6 +332,7 @@ def test_the_tokenizer_counts_as_what_it_encodes_with(fixture_dir: Path) -> None
     assert digest_of(b"no tokenizer") is None
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path: Path, fixture_dir: Path, fixture_hashes: Hashes) -> None:
     shown = runner.invoke(app, ["hash", str(fixture_dir), "--tensors", "--quiet"])
     assert shown.exit_code == 0, shown.output

@@ -53,6 +53,7 @@ def names(place: Path) -> list[str]:
 
 
 class TestRefused:
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("dtype", "words"),
         [
@@ -151,6 +152,7 @@ class TestClipped:
         first, second = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("a", "b"))
         assert first == second
 
+    @pytest.mark.slow
     def test_another_fault_is_still_found(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """What was not beyond float16 must be as in the source, clipped tensor or not."""
         from gemma2tool.pipeline import value_check

@@ -71,6 +71,7 @@ def test_scalar_blocks_are_put_together_as_ggml_takes_them_apart(type: str) -> N
     assert np.array_equal(layout.read(written).scales, fields.scales)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("type", VECTOR_LAYOUTS)
 def test_vector_blocks_are_put_together_as_ggml_takes_them_apart(type: str) -> None:
     layout, blocks, generator = VECTOR_LAYOUTS[type], random_blocks(type), np.random.default_rng(3)

@@ -29,6 +29,7 @@ def floats_around_every_rounding() -> np.ndarray:
     return values[~np.isnan(values)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [np.float16, BF16], ids=str)
 def test_narrowing_rounds_as_numpy_does(dtype):
     x = floats_around_every_rounding()

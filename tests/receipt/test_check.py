@@ -48,6 +48,7 @@ def test_another_format_of_the_same_model_matches_the_receipt(outputs: Path) -> 
     assert gates["files"] == "skipped" and gates["tensors"] == "passed"
 
 
+@pytest.mark.slow
 def test_a_renamed_file_matches_its_receipt(outputs: Path) -> None:
     (outputs / "bf16.gguf").rename(outputs / "model.gguf")
     assert run("verify", outputs / "model.gguf", "--quiet").exit_code == 2
@@ -56,6 +57,7 @@ def test_a_renamed_file_matches_its_receipt(outputs: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_any_shard_identifies_the_folder(outputs: Path) -> None:
     assert (
         run(

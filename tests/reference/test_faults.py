@@ -283,6 +283,7 @@ def test_without_a_fault_it_agrees(peers):
     assert expected.logits.abs().max() > 15, "the logits must reach where the final soft cap bends"
 
 
+@pytest.mark.slow
 @pytest.mark.peer
 @pytest.mark.parametrize("name", FAULTS)
 def test_fault_breaks_agreement_with_transformers(name, peers, monkeypatch):

@@ -172,6 +172,7 @@ def test_inputs_of_every_projection_are_passed():
         assert_agree(seen[name], x, name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("few", [1, 256])
 def test_same_bits_from_run_to_run(few, monkeypatch):
     """And, while only the projections are shared among threads, with any number of them."""

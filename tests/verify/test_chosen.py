@@ -57,6 +57,7 @@ MISMATCHES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", MISMATCHES.values(), ids=MISMATCHES)
 def test_an_allowed_mismatch_is_reported(tmp_path: Path, changes: dict) -> None:
     result = converted(tmp_path, changes, WriteOptions(allow_mismatch=True, name="out.gguf"))

@@ -37,6 +37,7 @@ def test_equal_values_of_different_types_are_the_same(source: Checkpoint) -> Non
         assert "no forward pass" in difference.parts[-1].summary
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [
     {"eos_token_id": (1, 107)}, {"max_position_embeddings": 128}, {"attn_logit_softcapping": None},
     {"sliding_window": 7},
@@ -55,6 +56,7 @@ def test_a_field_differs_in_both_directions(source: Checkpoint, changes: dict[st
         assert not any("source" in sentence or "candidate" in sentence for sentence in sentences)
 
 
+@pytest.mark.slow
 def test_differing_values_are_counted_and_measured_both_ways(source: Checkpoint) -> None:
     tensors = arrays(source)
     name = LAYER + "mlp.up_proj.weight"
@@ -87,6 +89,7 @@ def test_measures_against_numpy(source: Checkpoint) -> None:
         assert tensor.rms == pytest.approx((np.sqrt((x**2).mean()), np.sqrt((y**2).mean())), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_nan_equals_nan_and_infinity_does_not_crash(source: Checkpoint) -> None:
     name = LAYER + "mlp.up_proj.weight"
     tensors = {tensor: array.astype(np.float32) for tensor, array in arrays(source).items()}

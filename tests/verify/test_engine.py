@@ -57,6 +57,7 @@ def test_an_engines_mistake_is_named_and_its_precision_passes(folder: Path, mist
     assert result.passed is (cause is None)
 
 
+@pytest.mark.slow
 def test_logits_of_the_last_positions_suffice(folder: Path) -> None:
     logits = engine(folder)[0, -3:]
     with registry.open_checkpoint(folder / "hf") as checkpoint:
@@ -80,6 +81,7 @@ def test_nonfinite_logits_are_reported_for_the_file(folder: Path, value: float) 
     assert "no known mistake" not in result.gate("mistakes").summary and result.gate("mistakes").status == "skipped"
 
 
+@pytest.mark.slow
 def test_the_command(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     np.save(folder / "logits.npy", engine(folder, final_logit_softcapping=None))
     command = ["verify", str(folder / "hf"), "--logits", str(folder / "logits.npy")]

@@ -67,6 +67,7 @@ def _assert_merged(base: Path, adapter: Path, truth: dict[str, np.ndarray], scal
     assert_ranges_agree(merged)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [
@@ -211,6 +212,7 @@ def test_a_head_of_its_own_unties_the_model(tmp_path: Path) -> None:
     assert any("no longer tied" in line for line in merged.warnings)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("tensors", "settings", "match"),
     [
@@ -323,6 +325,7 @@ def test_merged_weights_are_rounded_once_to_the_stored_dtype(
     assert compared[f"{Q}.weight"].rule == ("exact" if dtype == "f32" else "cast")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("type_name", ["q8_0", "gptq-8", "sfp"])
 @pytest.mark.parametrize("in_one_pass", [False, True])
 def test_quantizers_get_unrounded_values(tmp_path: Path, type_name: str, in_one_pass: bool) -> None:
@@ -343,6 +346,7 @@ def test_quantizers_get_unrounded_values(tmp_path: Path, type_name: str, in_one_
     assert np.array_equal(*outputs)
 
 
+@pytest.mark.slow
 def test_command_line(base: Path, tmp_path: Path) -> None:
     from typer.testing import CliRunner
 
@@ -372,6 +376,7 @@ def test_command_line(base: Path, tmp_path: Path) -> None:
         parse_lora("x=y")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [[], ["--dtype", "f32"]])
 def test_the_command_verifies_weights_merged_into_a_bfloat16_base(tmp_path: Path, options: list[str]) -> None:
     from typer.testing import CliRunner

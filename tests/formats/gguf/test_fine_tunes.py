@@ -307,6 +307,7 @@ def test_files_that_contradict_each_other_fail_against_a_gguf(folder: Folder) ->
     assert not compare_tokenizers(source, source).failed
 
 
+@pytest.mark.slow
 def test_a_tokenizer_of_another_model_is_a_warning(folder: Folder) -> None:
     folder.resize(256_000)
     source = folder.checkpoint()

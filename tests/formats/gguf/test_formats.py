@@ -78,6 +78,7 @@ def library_file(
     return truth
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("type", ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "MXFP4"])
 def test_reads_what_the_library_wrote(tmp_path: Path, type: str) -> None:
     truth = library_file(tmp_path / "model.gguf", type=type)
@@ -281,6 +282,7 @@ WRONG = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("asked", "words"), WRONG.values(), ids=WRONG)
 def test_options_that_cannot_work(asked: dict, words: str) -> None:
     wide = dataclasses.replace(SMALL, hidden_size=256, intermediate_size=512, num_attention_heads=8)

@@ -79,6 +79,7 @@ def verified(source: Path, candidate: Path) -> Verification:
         return verify_output(a, b, ids=None, gates={}, threads=1, progress=None)
 
 
+@pytest.mark.slow
 def test_an_output_matrix_equal_to_the_embedding(made: Path, tmp_path: Path) -> None:
     """transformers 32577: converters of before release wrote output.weight. Ollama reads it, llama.cpp does not."""
     embedding = load_file(made / "src" / "model.safetensors")["model.embed_tokens.weight"].astype(np.float32)
@@ -113,6 +114,7 @@ def test_fewer_tokens_than_rows(made: Path, tmp_path: Path) -> None:
     assert "--config" not in refused.value.hint
 
 
+@pytest.mark.slow
 def test_a_file_of_june_2024_with_the_released_window(made: Path, tmp_path: Path) -> None:
     """llama.cpp 8227: without soft caps and window llama.cpp takes 50, 30 and 4096, those of the releases."""
     path = edited(made, tmp_path / "june.gguf", without="gemma2.att")
@@ -173,6 +175,7 @@ def test_a_folder_without_tokenizer_model(folder: Path) -> None:
     assert result.exit_code == 0, result.output
 
 
+@pytest.mark.slow
 def test_weights_alone_under_another_name(made: Path, tmp_path: Path) -> None:
     """ollama 6273: llama.safetensors and no config.json; then with the config named."""
     shutil.copy(made / "src" / "model.safetensors", tmp_path / "gemma.safetensors")
@@ -185,6 +188,7 @@ def test_weights_alone_under_another_name(made: Path, tmp_path: Path) -> None:
     assert result.exit_code == 0 and "weights alone" in gates["tokenizer"]["summary"]
 
 
+@pytest.mark.slow
 def test_a_tensor_that_is_not_there(made: Path, tmp_path: Path) -> None:
     """LlamaFactory 7848, lmstudio 1824: "missing tensor"; the name is in the message."""
     reader = gguf.GGUFReader(made / "model.gguf")

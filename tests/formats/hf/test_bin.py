@@ -34,6 +34,7 @@ def test_transformers_loads_it_and_computes_the_same(tmp_path: Path, limit: int)
     assert (difference <= 5e-5 + 1e-5 * np.abs(expected)).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("limit", [50_000_000_000, 60_000])
 def test_round_trip(tmp_path: Path, dtype: str, limit: int) -> None:

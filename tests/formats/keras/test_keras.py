@@ -45,6 +45,7 @@ def test_oracles(oracles: Path, variant: str) -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", [50_000_000_000, 60_000])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_round_trip(tmp_path: Path, dtype: str, limit: int) -> None:

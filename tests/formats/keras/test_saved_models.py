@@ -198,6 +198,7 @@ def test_objects_without_weights_have_their_groups(oracles: Path, tmp_path: Path
     assert groups(write_as("keras", registry.open_checkpoint(reference), tmp_path / "out")) == groups(reference)
 
 
+@pytest.mark.slow
 @pytest.mark.oracle
 def test_the_task_is_keras_hubs_own(oracles: Path, fixture_dir: Path, tmp_path: Path) -> None:
     """Without a task.json keras-hub up to 0.21 ignores ``from_preset(..., dtype=...)``."""

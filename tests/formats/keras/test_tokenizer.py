@@ -45,6 +45,7 @@ def fine_tune(fixture_dir: Path) -> Iterator[Checkpoint]:
         yield checkpoint
 
 
+@pytest.mark.slow
 def test_added_tokens_are_pieces_and_come_back(fine_tune: Checkpoint, tmp_path: Path) -> None:
     folder = write_as("keras", fine_tune, tmp_path / "preset")
     pieces = tokenizer_model.parse((folder / "assets" / "tokenizer" / "vocabulary.spm").read_bytes()).pieces

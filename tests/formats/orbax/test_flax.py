@@ -46,6 +46,7 @@ def test_oracles(oracles: Path, variant: str) -> None:
     assert_true_logits(oracles, checkpoint, flavour)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_round_trip(tmp_path: Path, dtype: str) -> None:
     source = random_checkpoint(np.dtype(getattr(ml_dtypes, dtype, dtype)))

@@ -42,6 +42,7 @@ def _by_to_maxtext(source: Checkpoint, folder: Path) -> Path:
     return folder / "theirs"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_what_to_maxtext_wrote_is_read_by_its_factors_if_the_config_names_it(tmp_path: Path, dtype: str) -> None:
     source = random_checkpoint(np.dtype(getattr(ml_dtypes, dtype, dtype)), CONFIG)

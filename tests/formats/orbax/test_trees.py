@@ -54,6 +54,7 @@ def test_nested_and_trainer_trees(tmp_path: Path, tree: tuple, ocdbt: bool) -> N
     assert_same_tensors(source, _read(tmp_path / "run", source))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ocdbt", [True, False])
 def test_stacked_tree(tmp_path: Path, tree: tuple, ocdbt: bool) -> None:
     source, flat = tree
@@ -164,6 +165,7 @@ def test_snapshot_of_the_hub_cache(tmp_path: Path, tree: tuple, ocdbt: bool) -> 
     assert_same_tensors(source, _read(repository / "snapshots" / f"{1:040x}", source))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kv_heads", [2, 4])
 def test_tree_of_tunix(tmp_path: Path, kv_heads: int) -> None:
     """tunix's model in Flax NNX, as its ``params_safetensors.py`` maps it: layers in a list, gate and up apart."""

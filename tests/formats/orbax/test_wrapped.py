@@ -61,6 +61,7 @@ def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Checkpoint, 
     return source, flax_tree(source, tmp_path / "written")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [4, 8])
 def test_quantized(tmp_path: Path, model: tuple[Checkpoint, Tree], bits: int) -> None:
     source, params = model

@@ -38,6 +38,7 @@ def unpacked(raw: dict[str, LazyTensor]) -> dict[str, LazyTensor]:
     return packings.unpack(raw, packings.quantization_config(Settings("nf4")))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("folder", "type_name", "double_quant"), SAVED)
 def test_tensors_and_config_equal_what_transformers_saved(oracles, folder, type_name, double_quant):
     source, _ = open_safetensors([oracles / "quantized/source/model.safetensors"], [])

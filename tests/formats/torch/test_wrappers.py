@@ -107,6 +107,7 @@ def _changed(folder: Path, out: Path, file: str, change: Callable[[State], Any])
     return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrapper", RENAMED)
 @pytest.mark.parametrize("name", FORMATS)
 def test_wrapped_names_are_read_and_named(written, tmp_path: Path, name: str, wrapper: str) -> None:

@@ -54,6 +54,7 @@ def test_a_one_too_much_in_a_gguf_is_proven_by_exact_values(
     ]
 
 
+@pytest.mark.slow
 def test_feed_forward_norms_exchanged_as_in_torchtune(fixture: Victim) -> None:
     victim = fixture.copy()
     for layer in victim.layers:
@@ -72,6 +73,7 @@ def test_exchanged_norms_are_seen_through_a_quantization(fixture: Victim, tmp_pa
     assert ids(path) == ["norm.exchanged"]
 
 
+@pytest.mark.slow
 def test_zero_and_constant_matrices(fixture: Victim) -> None:
     victim = fixture.copy()
     victim.arrays[victim.name("o_proj", 2)][:] = 0
@@ -79,6 +81,7 @@ def test_zero_and_constant_matrices(fixture: Victim) -> None:
     assert sorted(ids(victim.checkpoint("hf"))) == ["tensor.constant", "tensor.zero"]
 
 
+@pytest.mark.slow
 def test_a_flipped_bit_of_the_exponent(fixture: Victim) -> None:
     victim = fixture.copy()
     victim.arrays[victim.name("q_proj", 2)][5, 6] = 1e30
@@ -86,6 +89,7 @@ def test_a_flipped_bit_of_the_exponent(fixture: Victim) -> None:
     assert finding.id == "tensor.outlier" and finding.where == "self_attn.q_proj of layer 2"
 
 
+@pytest.mark.slow
 def test_equal_rows_and_repeated_layers(fixture: Victim) -> None:
     victim = fixture.copy()
     array = victim.arrays[victim.name("down_proj", 0)]
@@ -112,6 +116,7 @@ def test_lost_scales_of_a_gguf(fixture: Victim, tmp_path: Path) -> None:
     assert finding.message.startswith("1 of ")
 
 
+@pytest.mark.slow
 def test_untrained_norms_are_a_note(fixture: Victim) -> None:
     victim = fixture.copy()
     for name in victim.norms():
@@ -130,6 +135,7 @@ def test_a_departure_from_a_release(fixture: Victim) -> None:
     assert ("config.departure", "query_pre_attn_scalar") in found and ("config.unusual", "sliding_window") in found
 
 
+@pytest.mark.slow
 def test_turn_marks_that_were_never_trained(fixture: Victim) -> None:
     """Added tokens get one and the same mean row when an embedding is resized."""
     victim = fixture.copy()

@@ -195,6 +195,7 @@ class TestDamaged:
             counts.add(pieces)
         assert len(counts) > 1 and max(counts) == 8
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("share", range(40))
     def test_a_flipped_bit_ends_it(self, tmp_path: Path, share: int) -> None:
         path = self._journal(tmp_path)
@@ -285,6 +286,7 @@ class TestOrder:
         first = [event[:2] for event in events[: lines[0]]]
         assert ("fsync", "new") in first  # the file's name too
 
+    @pytest.mark.slow
     def test_a_file_may_be_closed_while_it_is_synced(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         sync, begun, closed = os.fdatasync, threading.Event(), threading.Event()
 

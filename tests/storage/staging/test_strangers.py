@@ -100,6 +100,7 @@ class TestForeign:
             assert stranger in result.stderr and "creating" not in result.stderr
             assert _state(tmp_path) == before
 
+    @pytest.mark.slow
     def test_clean_continues_with_the_others(self, tmp_path: Path, stranger: str) -> None:
         for name in ("a", "z"):
             (tmp_path / f".{name}.gemma2tool-staging").mkdir()
@@ -190,6 +191,7 @@ class TestAfterItIsInPlace:
         assert receipt_path(output).read_bytes() == RECEIPT + b"\n"
         assert len(os.listdir(tmp_path)) == 3
 
+    @pytest.mark.slow
     def test_killed_after_the_old_receipt_was_set_aside(self, tmp_path: Path) -> None:
         (tmp_path / "out").write_bytes(b"old")
         (tmp_path / "out.receipt.json").write_bytes(RECEIPT)

@@ -54,6 +54,7 @@ def test_errors_of_earlier_layers_do_not_count(source: Checkpoint) -> None:
     assert find_first_divergence(source, candidate(scramble(arrays(source), late)), IDS).tensors == (late,)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("levels", [127, 8])
 def test_among_the_errors_of_quantization(source: Checkpoint, levels: int) -> None:
     name = LAYER + "mlp.up_proj.weight"
