@@ -36,16 +36,16 @@ class _Command(TyperCommand):
     """A command that refuses a second value for an option that takes one: click would silently keep the last."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        _, _, given = self.make_parser(ctx).parse_args(args=list(args))
-        for option, count in Counter(given).items():
+        _, _, options = self.make_parser(ctx).parse_args(args=list(args))
+        for option, count in Counter(options).items():
             takes_one = not (getattr(option, "multiple", True) or getattr(option, "is_flag", False))
             if count > 1 and takes_one and not ctx.resilient_parsing:
                 ctx.fail(f"{option.opts[0]} is given twice and takes one value")
         return super().parse_args(ctx, args)
 
 
-def _version(wanted: bool) -> None:
-    if wanted:
+def _version(is_given: bool) -> None:
+    if is_given:
         print(f"gemma2tool {__version__}")
         raise typer.Exit()
 

@@ -151,8 +151,8 @@ def _text(head: bytes, size: int) -> FileKind | None:
         return FileKind("html", "a web page (HTML)", _DOWNLOAD, id="file.web-page")
     if _XML.match(head):
         message = _XML_MESSAGE.search(head)
-        said = f" that says {_shown(message[1])}" if message else ""
-        return FileKind("xml", f"an XML document{said}", _DOWNLOAD, id="file.message")
+        quote = f" that says {_shown(message[1])}" if message else ""
+        return FileKind("xml", f"an XML document{quote}", _DOWNLOAD, id="file.message")
     try:
         text = head.decode("utf-8") if size <= len(head) else head[:-3].decode("utf-8", "ignore")
     except UnicodeDecodeError:
@@ -175,8 +175,8 @@ def _json(text: str, size: int) -> FileKind:
     if isinstance(content, dict):
         for key in _MESSAGE_KEYS:
             if content.get(key):
-                said = _shown(str(content[key]).encode("utf-8", "replace"))
-                return FileKind("json-message", f"a JSON message that says {said}", _DOWNLOAD, id="file.message")
+                message = _shown(str(content[key]).encode("utf-8", "replace"))
+                return FileKind("json-message", f"a JSON message that says {message}", _DOWNLOAD, id="file.message")
     return FileKind("json", f"a JSON document of {size:,} bytes", "give the file of the weights", id="file.message")
 
 

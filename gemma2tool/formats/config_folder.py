@@ -57,10 +57,10 @@ class WeightFiles:
         """Raises ``InputRefused`` if the index contradicts the files."""
         if self.index is None or self.weight_map is None:
             return
-        found = container_tensors.file_names(tensors)
+        stored = container_tensors.file_names(tensors)
         # A tied head may be named although no file holds it. One that is not tied is missed by the tensor table.
-        weight_map = {name: file for name, file in self.weight_map.items() if name in found or name != HEAD}
-        container_tensors.check_index(self.index, weight_map, found)
+        weight_map = {name: file for name, file in self.weight_map.items() if name in stored or name != HEAD}
+        container_tensors.check_index(self.index, weight_map, stored)
 
 
 @dataclass(frozen=True)

@@ -295,7 +295,7 @@ class WriteOptions:
 
     def given(self) -> dict[str, Any]:
         """The options that differ from their defaults, by their names in receipts."""
-        found = {
+        chosen = {
             info.key or option_field.name: getattr(group, option_field.name)
             for group in self._groups
             for option_field, info in option_fields(group)
@@ -304,7 +304,7 @@ class WriteOptions:
         plain: dict[str, Any] = {"dtype": self.dtype, "type": self.type, "lora": self.adapters}
         if self.max_shard_size != WriteOptions.max_shard_size:
             plain["max_shard_size"] = self.max_shard_size
-        return found | {name: value for name, value in plain.items() if value}
+        return chosen | {name: value for name, value in plain.items() if value}
 
     def check_target(self, format_name: str) -> None:
         """Raises ``UsageError`` for an option that an output of this format and type would ignore."""

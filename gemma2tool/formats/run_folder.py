@@ -20,19 +20,21 @@ def refusal(path: Path, format_of: Callable[[Path], str | None]) -> InputRefused
 
     ``format_of``: the name of the format of the files at a path, or None.
     """
-    found = sorted(_below(path, MAX_DEPTH, format_of, [MAX_FOLDERS]), key=lambda each: natural_order(each[0]))
-    if not found:
+    checkpoints = sorted(
+        _below(path, MAX_DEPTH, format_of, [MAX_FOLDERS]), key=lambda checkpoint: natural_order(checkpoint[0])
+    )
+    if not checkpoints:
         return None
-    names = [f"{place.relative_to(path)} ({name})" for place, name in found]
+    names = [f"{place.relative_to(path)} ({name})" for place, name in checkpoints]
     if len(names) > MAX_LISTED:
         names[MAX_LISTED // 2 : -MAX_LISTED // 2] = ["..."]
-    count = f"{len(found)} checkpoints" if len(found) > 1 else "a checkpoint"
-    last, name = found[-1]
+    count = f"{len(checkpoints)} checkpoints" if len(checkpoints) > 1 else "a checkpoint"
+    last, name = checkpoints[-1]
     hint = f"merge it into its base model: gemma2tool convert BASE DST --lora {last}" if name == ADAPTER else None
     return InputRefused(
         "input.run",
         f"{path}: not a checkpoint itself, but holds {count}: {', '.join(names)}",
-        hint=hint or f"{'choose one' if len(found) > 1 else 'give its folder'}: {last}",
+        hint=hint or f"{'choose one' if len(checkpoints) > 1 else 'give its folder'}: {last}",
     )
 
 

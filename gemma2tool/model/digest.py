@@ -63,10 +63,10 @@ class Hashes:
     each: Mapping[str, str]
 
     @classmethod
-    def of(cls, each: Mapping[str, str], checkpoint: Checkpoint) -> Hashes:
-        """``each``: the digests of the checkpoint's tensors by canonical name."""
-        tensors, config = tensors_digest(each), config_digest(checkpoint.config)
-        return cls(model_digest(tensors, config), tensors, config, tokenizer_digest(checkpoint), dict(each))
+    def of(cls, digests: Mapping[str, str], checkpoint: Checkpoint) -> Hashes:
+        """``digests``: the digests of the checkpoint's tensors by canonical name."""
+        tensors, config = tensors_digest(digests), config_digest(checkpoint.config)
+        return cls(model_digest(tensors, config), tensors, config, tokenizer_digest(checkpoint), dict(digests))
 
     def to_json(self) -> dict[str, str | None]:
         """All but ``each``."""
@@ -137,8 +137,8 @@ def tensor_digest(shape: Iterable[int], chunks: bytes) -> str:
     return hashlib.sha256(head + chunks).hexdigest()
 
 
-def tensors_digest(each: Mapping[str, str]) -> str:
-    lines = (f"{each[name]}  {name}\n" for name in sorted(each))
+def tensors_digest(digests: Mapping[str, str]) -> str:
+    lines = (f"{digests[name]}  {name}\n" for name in sorted(digests))
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
@@ -207,5 +207,5 @@ def hash_checkpoint(checkpoint: Checkpoint, *, threads: int = 1, progress: Progr
     """All digests of a checkpoint of any format; reads every tensor once."""
     total = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
     with progress_or_null(progress, total, checkpoint.path.name) as bar:
-        each = hash_tensors(checkpoint.tensors, threads=threads, advance=bar.advance)
-    return Hashes.of(each, checkpoint)
+        digests = hash_tensors(checkpoint.tensors, threads=threads, advance=bar.advance)
+    return Hashes.of(digests, checkpoint)

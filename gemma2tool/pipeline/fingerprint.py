@@ -41,15 +41,15 @@ def fingerprint(plan: Plan, options: Mapping[str, object]) -> Fingerprint:
     The fingerprint of a plan that cannot be resumed is unique.
     """
     allowed = {"allow_mismatch": plan.options.allow_mismatch, "allow_requantize": plan.options.allow_requantize}
-    asked = {**plan.options.given(), **allowed, **options}
-    found = {
+    options_given = {**plan.options.given(), **allowed, **options}
+    settings = {
         "tool": f"gemma2tool {__version__}, numpy {np.__version__}, kernels {_kernels()}",
         "format": plan.output.format,
-        **{name.replace("_", "-"): _shown(value) for name, value in sorted(asked.items()) if value},
+        **{name.replace("_", "-"): _shown(value) for name, value in sorted(options_given.items()) if value},
         **{f"source {name}": state for name, state in _files(plan).items()},
     }
     return {
-        **found,
+        **settings,
         "plan": _plan(plan) if can_continue(plan) else f"cannot be resumed ({secrets.token_hex(4)})",
     }
 

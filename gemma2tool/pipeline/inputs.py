@@ -71,10 +71,10 @@ def read_ids(path: Path, vocab_size: int) -> NDArray[np.int64]:
         or not np.issubdtype(ids.dtype, np.integer)
         or not ids.size
     ):
-        found = f"{ids.dtype} of shape {ids.shape}" if isinstance(ids, np.ndarray) else "an archive"
+        content = f"{ids.dtype} of shape {ids.shape}" if isinstance(ids, np.ndarray) else "an archive"
         raise InputRefused(
             "tokens.shape",
-            f"{path}: holds {found}",
+            f"{path}: holds {content}",
             hint="token ids are integers of shape (T,) or (B, T), at least one",
         )
     ids = np.atleast_2d(ids)
@@ -92,7 +92,7 @@ def read_logits(path: Path) -> Array:
     """Another program's logits from a ``.npy`` file of floats, whole in memory. Raises ``InputRefused`` for anything
     else.
     """
-    said = InputRefused(
+    refusal = InputRefused(
         "logits.npy",
         f"{path}: not a whole .npy file of float logits",
         hint="make it with numpy.save('logits.npy', float_array)",
@@ -104,10 +104,10 @@ def read_logits(path: Path) -> Array:
             header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
             shape, by_columns, dtype = header(head)
         except (ValueError, EOFError, OSError, OverflowError, SyntaxError):
-            raise said from None
+            raise refusal from None
         start, count = head.tell(), math.prod(shape)
         if dtype.kind != "f" or by_columns or not count or count * dtype.itemsize != reader.size - start:
-            raise said
+            raise refusal
         logits = np.empty(shape, dtype)
         reader.pread_into(start, logits)
         return logits

@@ -129,11 +129,11 @@ def converter_keys(checkpoint: Checkpoint, file_type: int, warnings: list[str]) 
 
 def _tokenizer_keys(checkpoint: Checkpoint) -> TokenizerKeys:
     """Made once per checkpoint: a vocabulary of 256,000 takes a second, and one source may be written many times."""
-    made = checkpoint.metadata.get(_TOKENIZER)
-    if not isinstance(made, _KeysOf) or made.tokenizer is not checkpoint.tokenizer:
-        made = _KeysOf(checkpoint.tokenizer, tokenizer_keys(checkpoint.tokenizer, checkpoint.config))
-        checkpoint.metadata[_TOKENIZER] = made
-    return made.keys
+    cached = checkpoint.metadata.get(_TOKENIZER)
+    if not isinstance(cached, _KeysOf) or cached.tokenizer is not checkpoint.tokenizer:
+        cached = _KeysOf(checkpoint.tokenizer, tokenizer_keys(checkpoint.tokenizer, checkpoint.config))
+        checkpoint.metadata[_TOKENIZER] = cached
+    return cached.keys
 
 
 def first_names(names: list[str]) -> str:

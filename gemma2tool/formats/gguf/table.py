@@ -31,7 +31,7 @@ _NAME = re.compile(r"(?:blk\.(\d+)\.)?(\w+)\.weight")
 
 def kind_and_layer(name: str) -> tuple[str, int | None]:
     """``blk.3.ffn_down.weight`` is the ffn_down of layer 3; outside layers the layer is None."""
-    found = _NAME.fullmatch(name)
-    if found is None:
+    match = _NAME.fullmatch(name)
+    if match is None:
         raise ValueError(f"{name} is not the name of a weight")
-    return found[2], None if found[1] is None else int(found[1])
+    return match[2], None if match[1] is None else int(match[1])

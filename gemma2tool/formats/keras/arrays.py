@@ -40,7 +40,7 @@ def backbone_arrays(arrays: Mapping[str, FileTensor]) -> BackboneArrays:
     """The backbone's arrays, by their paths in the backbone. Raises ``InputRefused`` for files with two backbones, and
     for quantized layers of a kind that is not read."""
     prefix = _prefix(arrays)
-    found = BackboneArrays()
+    backbone = BackboneArrays()
     variables: dict[str, dict[int, FileTensor]] = {}
     others: set[str] = set()
     for name, array in arrays.items():
@@ -50,15 +50,15 @@ def backbone_arrays(arrays: Mapping[str, FileTensor]) -> BackboneArrays:
         else:
             variables.setdefault(match[1], {})[int(match[2])] = array
     if others:
-        found.notes.append(f"left out, because they are not part of the model: {', '.join(sorted(others))}")
+        backbone.notes.append(f"left out, because they are not part of the model: {', '.join(sorted(others))}")
     trained_in_float8 = False
     for name, layer in variables.items():
         weight = layer.get(0)
         if weight is None:
             raise _refused(f"{next(iter(layer.values())).origin}: {name} has no variable 0")
-        found.weights[name] = weight
+        backbone.weights[name] = weight
         if weight.dtype == INT8 and set(layer) == {0, 1} and layer[1].size in weight_rows(weight):
-            found.scales[name] = layer[1]
+            backbone.scales[name] = layer[1]
         elif _is_float8(layer):
             trained_in_float8 = True
         elif len(layer) > 1 or weight.dtype.kind in "iu":
@@ -67,8 +67,8 @@ def backbone_arrays(arrays: Mapping[str, FileTensor]) -> BackboneArrays:
                 " scales, is read"
             )
     if trained_in_float8:
-        found.notes.append("left out: the scales of float8 training; the weights are floats")
-    return found
+        backbone.notes.append("left out: the scales of float8 training; the weights are floats")
+    return backbone
 
 
 def weight_rows(weight: LazyTensor) -> set[int]:

@@ -150,17 +150,17 @@ def indexed_files(index: Path) -> tuple[list[Path], dict[str, str]]:
     return files, weight_map
 
 
-def check_index(index: Path, weight_map: Mapping[str, str], found: Mapping[str, str]) -> None:
-    """Refuse an index that does not match the shards; ``found`` is the file name of each tensor in them."""
+def check_index(index: Path, weight_map: Mapping[str, str], files: Mapping[str, str]) -> None:
+    """Refuse an index that does not match the shards; ``files`` is the file name of each tensor in them."""
     for name, file in weight_map.items():
-        if found.get(name) != file:
-            place = f"is in {found[name]}" if name in found else "is in none of its files"
+        if files.get(name) != file:
+            place = f"is in {files[name]}" if name in files else "is in none of its files"
             raise InputRefused(
                 "index.mismatch",
                 f"{index.name}: {name} should be in {file} but {place}",
                 hint="the index and the shards do not belong together: download them again",
             )
-    for name, file in found.items():
+    for name, file in files.items():
         if name not in weight_map:
             raise InputRefused(
                 "index.mismatch",

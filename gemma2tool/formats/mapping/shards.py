@@ -27,10 +27,12 @@ def shards_without_index(folder: Path, suffix: str) -> list[Path] | None:
         sets = ", ".join(f"{stem}-...-of-{count:05d}{suffix}" for stem, count in shards)
         message = f"{folder}: holds shards of {len(shards)} checkpoints and no index: {sets}"
         raise InputRefused("shards.several", message)
-    ((stem, count), found) = next(iter(shards.items()))
-    missing = [f"{stem}-{number:05d}-of-{count:05d}{suffix}" for number in range(1, count + 1) if number not in found]
-    if missing or len(found) != count:
+    ((stem, count), by_number) = next(iter(shards.items()))
+    missing = [
+        f"{stem}-{number:05d}-of-{count:05d}{suffix}" for number in range(1, count + 1) if number not in by_number
+    ]
+    if missing or len(by_number) != count:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-        message = f"{folder}: {len(found)} of {count} shards are there; missing: {', '.join(missing[:3])}{more}"
+        message = f"{folder}: {len(by_number)} of {count} shards are there; missing: {', '.join(missing[:3])}{more}"
         raise InputRefused("shards.incomplete", message)
-    return [path_within_folder(found[number]) for number in sorted(found)]
+    return [path_within_folder(by_number[number]) for number in sorted(by_number)]

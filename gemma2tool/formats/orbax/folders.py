@@ -50,18 +50,18 @@ def models(path: Path, embedding: Keys) -> list[Path]:
 def only_model(path: Path, embedding: Keys) -> Path:
     """The only tree at ``path`` with a model, or the only tree. Raises ``InputRefused`` for none and for several."""
     everything = trees(path)
-    found = [tree for tree in everything if model_roots(_keys_of(tree, path), embedding)] or everything
-    if len(found) > 1:
-        names = [_short(tree, found, path) for tree in found]
+    models = [tree for tree in everything if model_roots(_keys_of(tree, path), embedding)] or everything
+    if len(models) > 1:
+        names = [_short(tree, models, path) for tree in models]
         listed = ", ".join(names if len(names) <= _MAX_NAMES else [*names[:5], "...", *names[-5:]])
         raise InputRefused(
             "orbax.steps", f"{path}: holds {len(names)} checkpoints: {listed}", hint=f"choose one: {path / names[-1]}"
         )
-    if not found:
+    if not models:
         raise InputRefused("orbax.missing", f"{path}: holds no Orbax checkpoint")
-    if _is_unfinished(found[0]):
-        raise InputRefused("orbax.unfinished", f"{found[0]}: Orbax has not completed this checkpoint")
-    return found[0]
+    if _is_unfinished(models[0]):
+        raise InputRefused("orbax.unfinished", f"{models[0]}: Orbax has not completed this checkpoint")
+    return models[0]
 
 
 def surroundings(path: Path, tree: Path) -> list[Path]:
@@ -129,9 +129,9 @@ def _keys_of(tree: Path, path: Path) -> list[Keys]:
     return [(*place, *split_keys(name)) for name in names]
 
 
-def _short(tree: Path, found: list[Path], path: Path) -> str:
-    """The shortest name below ``path`` that leads to this tree and to no other that was found."""
+def _short(tree: Path, others: list[Path], path: Path) -> str:
+    """The shortest name below ``path`` that leads to this tree and to none of the ``others``."""
     name = tree
-    while name.parent != path and all(other == tree or name.parent not in other.parents for other in found):
+    while name.parent != path and all(other == tree or name.parent not in other.parents for other in others):
         name = name.parent
     return name.relative_to(path).as_posix()

@@ -59,8 +59,8 @@ def read_model(path: Path, embedding: Keys) -> SavedModel:
 
 def lacks_config(path: Path, embedding: Keys) -> bool:
     """Whether the model at ``path`` has no config.json."""
-    found = folders.models(path, embedding) or folders.trees(path)
-    return len(found) != 1 or find_config(path, found[0]) is None
+    models = folders.models(path, embedding) or folders.trees(path)
+    return len(models) != 1 or find_config(path, models[0]) is None
 
 
 def find_config(path: Path, tree: Path) -> Path | None:

@@ -34,13 +34,13 @@ def check_quantization(checkpoint: Checkpoint) -> Iterator[CheckFinding]:
 
 
 def check_blocks(statistics: Mapping[str, TensorStatistics]) -> Iterator[CheckFinding]:
-    found = {name: tensor for name, tensor in statistics.items() if tensor.zero_blocks}
-    if not found:
+    damaged = {name: tensor for name, tensor in statistics.items() if tensor.zero_blocks}
+    if not damaged:
         return
-    zero, blocks = (sum(getattr(tensor, name) for tensor in found.values()) for name in ("zero_blocks", "blocks"))
+    zero, blocks = (sum(getattr(tensor, name) for tensor in damaged.values()) for name in ("zero_blocks", "blocks"))
     yield finding(
         "quantization.zero-blocks",
-        enumerated(list(found)),
+        enumerated(list(damaged)),
         f"{zero:,} of {blocks:,} blocks have no value above a ten-thousandth of their row's RMS",
     )
 
@@ -61,8 +61,8 @@ def _gguf(checkpoint: Checkpoint, source: Source) -> Iterator[CheckFinding]:
     quantized = sorted({type for type in types.values() if type not in _FLOATS})
     version = keys.integer("general.quantization_version", None)
     if quantized and version != QUANTIZATION_VERSION:
-        said = "is missing" if version is None else f"is {version}"
-        yield finding("quantization.version", "general.quantization_version", f"the key {said}")
+        state = "is missing" if version is None else f"is {version}"
+        yield finding("quantization.version", "general.quantization_version", f"the key {state}")
     needing = [type for type in quantized if GGUF_TYPES[type].needs_importance]
     if needing and not imatrix:
         shown = ", ".join(needing).lower()

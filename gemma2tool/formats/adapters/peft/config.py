@@ -112,14 +112,14 @@ class AdapterConfig:
         modules = set(modules)
         target = self.content.get("target_modules")
         if isinstance(target, str):
-            found = (
+            targeted = (
                 modules if target.lower() == "all-linear" else matching(target, modules, "target_modules", self.path)
             )
         elif target is None:
-            found = modules
+            targeted = modules
         else:
-            found = {module for module in modules if _ends_in(module, target) and self._is_in_layers(module)}
-        return found - self._excluded(found)
+            targeted = {module for module in modules if _ends_in(module, target) and self._is_in_layers(module)}
+        return targeted - self._excluded(targeted)
 
     def _excluded(self, modules: set[str]) -> set[str]:
         exclude = self.content.get("exclude_modules") or []

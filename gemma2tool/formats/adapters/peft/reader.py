@@ -115,11 +115,11 @@ def _token_rows(config: AdapterConfig, tensors: PeftTensors) -> dict[str, TokenR
     indices = {canonical_module(name): rows for name, rows in config.token_indices.items()}
     rows = {}
     for module, values in tensors.rows.items():
-        found = next((value for name, value in indices.items() if f".{module}".endswith(f".{name}")), None)
-        found = found if found is not None or len(indices) != 1 else next(iter(indices.values()))
-        if found is None:
+        trained = next((value for name, value in indices.items() if f".{module}".endswith(f".{name}")), None)
+        trained = trained if trained is not None or len(indices) != 1 else next(iter(indices.values()))
+        if trained is None:
             raise refused("target", tensors.path, f"{quoted(module)}: {CONFIG} does not say which rows were trained")
-        rows[f"{module}.weight"] = TokenRows(found, values)
+        rows[f"{module}.weight"] = TokenRows(trained, values)
     return rows
 
 

@@ -97,7 +97,7 @@ def _mapped(tensor: LazyTensor, function: Callable[[Array], Array]) -> LazyTenso
 
 def narrowest(dtype: DType) -> DType:
     """``dtype``, or float32 if that is narrower."""
-    return min(dtype, FLOAT32, key=lambda each: each.itemsize)
+    return min(dtype, FLOAT32, key=lambda candidate: candidate.itemsize)
 
 
 def table(converter: Converter) -> tuple[TableRow, ...]:
