@@ -22,7 +22,7 @@ from tests.support.paths import ROOT
 
 pytestmark = pytest.mark.slow
 
-MAX_SECONDS = 1.0
+MAX_SECONDS = 2.0
 MAX_BYTES = 200 << 20
 
 COMMANDS = (

@@ -15,7 +15,7 @@ import pytest
 import gemma2tool.errors.table  # noqa: F401  (otherwise imported when the first error is raised)
 from gemma2tool.errors import InputRefused
 
-MAX_SECONDS = 1.0
+MAX_SECONDS = 2.0
 _WATCHED = (
     "exec",
     "compile",
