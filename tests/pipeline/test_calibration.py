@@ -23,9 +23,8 @@ from gemma2tool.pipeline.calibration.text import read_sequences
 from gemma2tool.pipeline.conversion import save
 from gemma2tool.pipeline.write import write_output
 from gemma2tool.reference.streaming import StreamedForward
-from gemma2tool.verify.compare.metrics import LogitComparison
 from gemma2tool.verify.run import VerifySettings, verify
-from tests.support.calibration import calibration_ids, calibration_text, paired_bootstrap
+from tests.support.calibration import calibration_ids, calibration_text, divergence, paired_bootstrap
 from tests.support.checkpoints import SMALL, random_checkpoint
 from tests.support.options import write_options
 
@@ -60,15 +59,6 @@ def true_logits(source: Checkpoint, heldout: np.ndarray) -> np.ndarray:
 def written(source: Checkpoint, path: Path, kind: str, threads: int = 2, **extra: object) -> Path:
     save(source, path, write_options(type=kind, **extra), threads=threads)
     return path
-
-
-def divergence(path: Path, heldout: np.ndarray, true_logits: np.ndarray) -> np.ndarray:
-    """Mean KL(source || candidate) of each window of held-out text, (WINDOWS,)."""
-    with registry.open_checkpoint(path) as candidate:
-        logits = StreamedForward(candidate, heldout).logits().reshape(heldout.size, -1)
-    compared = LogitComparison(heldout.size, np.full(heldout.size, -1))
-    compared.add(0, true_logits, logits)
-    return compared.finish().kl.reshape(heldout.shape).mean(1)
 
 
 def test_the_texts_are_disjoint(fixture_dir: Path) -> None:

@@ -19,9 +19,8 @@ from gemma2tool.pipeline.conversion import save
 from gemma2tool.pipeline.importance import ImatrixOptions, collect_imatrix
 from gemma2tool.pipeline.write import write_output
 from gemma2tool.reference.streaming import StreamedForward
-from gemma2tool.verify.compare.metrics import LogitComparison
 from gemma2tool.verify.run import VerifySettings, verify
-from tests.support.calibration import calibration_ids, calibration_text
+from tests.support.calibration import calibration_ids, calibration_text, divergence
 from tests.support.checkpoints import SMALL, random_checkpoint
 
 pytestmark = pytest.mark.slow
@@ -56,15 +55,6 @@ def true_logits(source: Checkpoint, heldout: np.ndarray) -> np.ndarray:
     return StreamedForward(source, heldout).logits().reshape(heldout.size, -1)
 
 
-def divergence(path: Path, heldout: np.ndarray, true_logits: np.ndarray) -> float:
-    """Mean KL(source || candidate)."""
-    with registry.open_checkpoint(path) as candidate:
-        logits = StreamedForward(candidate, heldout).logits().reshape(heldout.size, -1)
-    compared = LogitComparison(heldout.size, np.full(heldout.size, -1))
-    compared.add(0, true_logits, logits)
-    return float(compared.finish().kl.mean())
-
-
 @pytest.mark.parametrize(("type", "limit"), [("q4_k_m", 0.6), ("q2_k", 0.7), ("iq3_xxs", 0.85)])
 def test_nearer_to_the_source_at_the_same_size(
     type: str,
@@ -84,7 +74,8 @@ def test_nearer_to_the_source_at_the_same_size(
         }
         found = verify(source, other, VerifySettings(levels=("completeness", "config", "tensors")))
     assert found.passed, [finding.message for finding in found.failures]
-    ratio = divergence(chosen, heldout, true_logits) / divergence(with_matrix, heldout, true_logits)
+    calibrated, weighted = (divergence(path, heldout, true_logits).mean() for path in (chosen, with_matrix))
+    ratio = calibrated / weighted
     assert ratio < limit
 
 

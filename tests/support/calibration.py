@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import numpy as np
 
+from gemma2tool.formats import registry
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.pipeline.prompt import PromptTokenizer
 from gemma2tool.quantizers.calibration.grid import AffineGrid
+from gemma2tool.reference.streaming import StreamedForward
+from gemma2tool.verify.compare.metrics import LogitComparison
 from tests.support.paths import FIXTURES
 
 
@@ -83,3 +87,12 @@ def paired_bootstrap(difference: np.ndarray, seed: int = 0, draws: int = 4000) -
     picked = np.random.default_rng(seed).integers(0, len(difference), (draws, len(difference)))
     low, high = np.quantile(difference[picked].mean(1), [0.025, 0.975])
     return float(low), float(high)
+
+
+def divergence(path: Path, heldout: np.ndarray, true_logits: np.ndarray) -> np.ndarray:
+    """Mean KL(source || candidate) of each window of held-out text, (windows,)."""
+    with registry.open_checkpoint(path) as candidate:
+        logits = StreamedForward(candidate, heldout).logits().reshape(heldout.size, -1)
+    compared = LogitComparison(heldout.size, np.full(heldout.size, -1))
+    compared.add(0, true_logits, logits)
+    return compared.finish().kl.reshape(heldout.shape).mean(1)

@@ -7,6 +7,7 @@ offset. Layouts are those of ggml-common.h. The types whose codes are vectors of
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -53,6 +54,13 @@ class Layout:
     @property
     def groups(self) -> int:
         return self.columns // self.width
+
+    @functools.cached_property
+    def ascending(self) -> tuple[Array, Array]:
+        """The stored codes (uint8) in the order of their levels, and the levels, float32."""
+        levels = np.array(self.levels, np.float32)
+        order = np.argsort(levels, kind="stable")
+        return order.astype(np.uint8), levels[order]
 
 
 def f16(blocks: Array, at: int) -> Array:

@@ -101,7 +101,7 @@ def round_blocks(type: str, rows: Array, factors: Sequence[Factor]) -> Array:
     for factor in factors:
         first, last = int(factor.columns[0]), int(factor.columns[-1]) + 1
         part = np.array(rows[:, first:last], np.float32, order="C")
-        blocks.append(_round_part(type, part, factor.upper.contiguous()))
+        blocks.append(_round_part(type, part, factor.row_major))
     return np.concatenate(blocks, axis=1)
 
 
@@ -163,8 +163,7 @@ def _as_searched(type: str, columns: Array, upper: Tensor, blocks: Array) -> Rou
 def _round_near(type: str, columns: Array, upper: Tensor, fields: Fields) -> Rounded:
     """Blocks whose scales and minima are near ``fields``."""
     layout, n = LAYOUTS[type], len(columns)
-    candidates, order = Candidates.near(layout, fields), np.argsort(np.array(layout.levels), kind="stable")
-    levels = np.array(layout.levels, np.float32)[order]
+    candidates, (order, levels) = Candidates.near(layout, fields), layout.ascending
     scales, offsets = np.ascontiguousarray(candidates.scales), candidates.offsets
     offsets = np.zeros((n, layout.groups, 0), np.float32) if offsets is None else np.ascontiguousarray(offsets)
     values = np.ascontiguousarray(columns)
@@ -193,5 +192,5 @@ def _round_near(type: str, columns: Array, upper: Tensor, fields: Fields) -> Rou
         losses=losses.ctypes.data,
     )
     blocks = np.zeros((n, GGUF_TYPES[type].block_bytes), np.uint8)
-    layout.write(blocks, order.astype(np.uint8)[codes], candidates.choose(*choices))
+    layout.write(blocks, order[codes], candidates.choose(*choices))
     return Rounded(blocks, errors, losses)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -71,6 +72,11 @@ class Factor:
 
     columns: Tensor
     upper: Tensor
+
+    @functools.cached_property
+    def row_major(self) -> Tensor:
+        """``upper`` with each row contiguous, as the kernels read it; copied once, however many pieces use it."""
+        return self.upper.contiguous()
 
 
 def inverse_factors(hessian: Hessian, damping: float, act_order: bool) -> list[Factor]:
