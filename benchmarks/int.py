@@ -174,7 +174,7 @@ def gptqmodel_lines(x: Array, weight: torch.Tensor, repeats: int) -> list[Line]:
         encoder = gptq.Gptq(bits)
         zeros, scales = gptq.quantize(x, bits, encoder.group_size, symmetric=True)[1:]
         wide = scales.astype(np.float32)
-        given = torch.from_numpy(wide), torch.from_numpy(zeros.astype(np.int32))
+        inputs = torch.from_numpy(wide), torch.from_numpy(zeros.astype(np.int32))
         packer = TorchLinear(bits, encoder.group_size, True, False, columns, rows)
 
         def gemma2tool() -> Array:
@@ -183,7 +183,7 @@ def gptqmodel_lines(x: Array, weight: torch.Tensor, repeats: int) -> list[Line]:
             )
             return encoder.finish(x.shape, encoder.pack(codes, zeros, scales))["qweight"]
 
-        rates = alternating_rates(gemma2tool, lambda: packer.pack(linear, *given, g_idx), x.size, repeats)
+        rates = alternating_rates(gemma2tool, lambda: packer.pack(linear, *inputs, g_idx), x.size, repeats)
         return Line(f"gptq-{bits} pack", rates, is_identical(gemma2tool(), packer.qweight), 5)
 
     return [line(4), line(8)]

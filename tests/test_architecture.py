@@ -244,7 +244,7 @@ def test_the_walk_of_a_matrix_names_functions_that_exist() -> None:
     walk = re.findall(r"`([a-z_0-9.]+):([A-Za-z_.]+)`", section)
     assert len(walk) > 20
     for module, name in walk:
-        found: object = importlib.import_module(f"gemma2tool.{module}")
+        target: object = importlib.import_module(f"gemma2tool.{module}")
         for part in name.split("."):
-            found = getattr(found, part)
-        assert callable(found), (module, name)
+            target = getattr(target, part)
+        assert callable(target), (module, name)

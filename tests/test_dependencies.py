@@ -113,9 +113,9 @@ def test_extras_are_what_the_formats_ask_for() -> None:
 
 
 def test_tests_and_benchmarks_import_what_is_declared() -> None:
-    found = distributions("tests", "benchmarks", "fixtures", functions=("importorskip",))
-    assert found - SEPARATE.keys() - declared("test") == set()
-    assert declared("test") - declared() - found - INDIRECT.keys() == set()
+    imported = distributions("tests", "benchmarks", "fixtures", functions=("importorskip",))
+    assert imported - SEPARATE.keys() - declared("test") == set()
+    assert declared("test") - declared() - imported - INDIRECT.keys() == set()
 
 
 @pytest.mark.parametrize("extra", [None, *PROJECT["optional-dependencies"]])

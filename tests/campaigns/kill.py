@@ -233,10 +233,14 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--layers", type=int, default=12, help="of the source: more layers, longer runs")
     parser.add_argument("--folder", type=Path, help="where to work (default: a temporary folder)")
-    asked = parser.parse_args()
-    with tempfile.TemporaryDirectory(dir=asked.folder) as folder:
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         totals = campaign(
-            Path(folder), asked.kills, asked.seed, layers=asked.layers, say=lambda line: print(line, flush=True)
+            Path(folder),
+            arguments.kills,
+            arguments.seed,
+            layers=arguments.layers,
+            say=lambda line: print(line, flush=True),
         )
     print(json.dumps(totals, indent=2))
     return 1 if totals["faults"] or totals["identical"] != totals["trials"] else 0

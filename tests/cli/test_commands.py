@@ -70,22 +70,22 @@ def test_logits_of_one_and_two_dimensions(place: Path) -> None:
         np.save(place / f"{name}.npy", array)
         result = run("logits", place / "src", "--tokens", place / f"{name}.npy", "--out", place / f"{name}-logits.npy")
         assert result.exit_code == 0, result.output
-        found = np.load(place / f"{name}-logits.npy")
-        assert found.dtype == np.float32
+        saved = np.load(place / f"{name}-logits.npy")
+        assert saved.dtype == np.float32
         reference = expected[:1] if name == "one" else expected
-        assert found.shape == reference.shape
-        assert np.abs(found - reference).max() <= 5e-5
+        assert saved.shape == reference.shape
+        assert np.abs(saved - reference).max() <= 5e-5
 
 
 def test_output_does_not_depend_on_threads_or_memory(place: Path) -> None:
-    made = []
+    outputs = []
     for number, (threads, memory) in enumerate([(1, "1MiB"), (2, "64KiB"), (4, "2MiB")]):
         path = place / f"{number}" / "out.gguf"
         path.parent.mkdir()
         options = ["--threads", threads, "--memory", memory, "--no-verify"]
         assert run("quantize", place / "src", path, "--type", "q8_0", *options).exit_code == 0
-        made.append(path.read_bytes())
-    assert made[0] == made[1] == made[2]
+        outputs.append(path.read_bytes())
+    assert outputs[0] == outputs[1] == outputs[2]
 
 
 @pytest.mark.slow

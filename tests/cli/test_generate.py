@@ -44,10 +44,10 @@ def test_same_tokens_as_transformers_in_the_chat_template(fixture_dir: Path, tmp
     ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
     model = Gemma2ForCausalLM.from_pretrained(out, dtype=torch.float32, attn_implementation="eager")
     with torch.no_grad():
-        theirs = model.generate(torch.tensor([ids]), max_new_tokens=24, do_sample=False)[0, len(ids) :].tolist()
-    ours = run(out, "--prompt", PROMPT, "-n", 24)
-    assert ours["prompt_tokens"] == ids
-    assert ours["tokens"] == theirs
+        expected = model.generate(torch.tensor([ids]), max_new_tokens=24, do_sample=False)[0, len(ids) :].tolist()
+    result = run(out, "--prompt", PROMPT, "-n", 24)
+    assert result["prompt_tokens"] == ids
+    assert result["tokens"] == expected
 
 
 @pytest.mark.slow
@@ -97,5 +97,5 @@ def test_cuda_gives_the_logits_of_the_cpu(fixture_dir: Path, tmp_path: Path) -> 
 
     with registry.open_checkpoint(fixture_dir) as checkpoint:
         ids = np.load(fixture_dir / "heldout.npy")[:1, :100]
-        ours, theirs = logits(checkpoint, ids), logits(checkpoint, ids, device="cuda")
-    assert np.abs(ours - theirs).max() < 1e-3
+        on_cpu, on_cuda = logits(checkpoint, ids), logits(checkpoint, ids, device="cuda")
+    assert np.abs(on_cpu - on_cuda).max() < 1e-3

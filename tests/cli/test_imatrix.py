@@ -24,10 +24,10 @@ def test_equals_llama_imatrix(oracles: Path, tmp_path: Path) -> None:
     out = tmp_path / "ours.gguf"
     result = run(folder / "tiny_gqa4", out, "--text", folder / "cal.txt", "--chunk", 256, "--chunks", 16)
     assert result.exit_code == 0, result.output
-    ours, theirs = read_imatrix(out), read_imatrix(folder / "imatrix" / "tiny_gqa4.gguf")
-    assert ours.weights.keys() == theirs.weights.keys()
-    for name, weights in theirs.weights.items():  # llama.cpp's GELU is a float16 table, and it adds in float32
-        assert np.abs(ours.weights[name] - weights).max() <= 5e-3 * weights.max(), name
+    written, expected = read_imatrix(out), read_imatrix(folder / "imatrix" / "tiny_gqa4.gguf")
+    assert written.weights.keys() == expected.weights.keys()
+    for name, weights in expected.weights.items():  # llama.cpp's GELU is a float16 table, and it adds in float32
+        assert np.abs(written.weights[name] - weights).max() <= 5e-3 * weights.max(), name
     mine, header = (
         gguf.read_header(out, GGML_BLOCKS),
         gguf.read_header(folder / "imatrix" / "tiny_gqa4.gguf", GGML_BLOCKS),
@@ -47,7 +47,7 @@ def test_steers_a_quantization(fixture_dir: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "code", "told"),
+    ("content", "code", "message"),
     [
         (b"GGUF\3\0\0\0" * 9999, 3, "byte 5 is NUL"),
         (b"import os\n" * 999 + b"\xff", 3, "not UTF-8"),
@@ -55,12 +55,12 @@ def test_steers_a_quantization(fixture_dir: Path, tmp_path: Path) -> None:
     ],
 )
 def test_files_without_text_are_refused(
-    fixture_dir: Path, tmp_path: Path, content: bytes, code: int, told: str
+    fixture_dir: Path, tmp_path: Path, content: bytes, code: int, message: str
 ) -> None:
     text = tmp_path / "t.txt"
     text.write_bytes(content)
     result = run(fixture_dir, tmp_path / "m.gguf", "--text", text)
-    assert result.exit_code == code and told in result.output
+    assert result.exit_code == code and message in result.output
     assert not (tmp_path / "m.gguf").exists()
 
 

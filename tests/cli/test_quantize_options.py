@@ -53,10 +53,10 @@ def test_every_group_size(source: Path, tmp_path: Path, kind: str, size: int) ->
     """Written, stated in the config, read back accordingly, within the type's bound group by group."""
     result = run("quantize", source, tmp_path / "out", "--type", kind, "--group-size", size, "--quiet")
     assert result.exit_code == 0, result.output
-    with registry.open_checkpoint(tmp_path / "out") as made:
-        tensor = made.tensors["model.layers.0.mlp.down_proj.weight"]
+    with registry.open_checkpoint(tmp_path / "out") as output:
+        tensor = output.tensors["model.layers.0.mlp.down_proj.weight"]
         assert tensor.stored == kind and (tensor.group_size or 384) == (384 if size == -1 else size)
-        config = made.metadata["quantization_config"]
+        config = output.metadata["quantization_config"]
     if "config_groups" in config:
         weights = next(iter(config["config_groups"].values()))["weights"]
         assert (weights["strategy"], weights["group_size"]) == (("channel", None) if size == -1 else ("group", size))
@@ -99,16 +99,16 @@ def test_both_conventions_hold_the_same_values() -> None:
 
     values = np.abs(np.random.default_rng(0).standard_normal((16, 256))).astype(np.float32) + 0.5
     values[8:] -= 1
-    found = []
+    dequantized = []
     for label in gptq.CHECKPOINT_FORMATS:
         encoder = gptq.Gptq(4, 64, symmetric=False, checkpoint_format=label)
         parts = encoder.finish(values.shape, encoder.encode(values))
         assert label != "gptq" or unpack_words(parts["qzeros"], 4).max() < 15
         codes = unpack_words(np.ascontiguousarray(parts["qweight"].T), 4)
         zeros = gptq.unpack_zeros(parts["qzeros"], 4, label).T
-        found.append(gptq.dequantize(codes, zeros, parts["scales"].T, parts["g_idx"]))
-    assert np.array_equal(*found)
-    assert np.abs(found[0] - values).max() <= (values.max() + 1) / 14 / 2 * 1.01
+        dequantized.append(gptq.dequantize(codes, zeros, parts["scales"].T, parts["g_idx"]))
+    assert np.array_equal(*dequantized)
+    assert np.abs(dequantized[0] - values).max() <= (values.max() + 1) / 14 / 2 * 1.01
 
 
 @pytest.mark.parametrize("kind", [name for name in packings.TYPES if name not in GROUP_SIZES])
@@ -123,7 +123,7 @@ def test_types_without_groups_say_so(source: Path, tmp_path: Path, kind: str) ->
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (("--type", "gptq-4", "--group-size", 100), "no groups of 100"),
         (("--type", "mlx-4", "--group-size", -1), "no groups of -1"),
@@ -144,8 +144,8 @@ def test_types_without_groups_say_so(source: Path, tmp_path: Path, kind: str) ->
         (("--type", "nf4", "--to", "mlx"), "nf4"),
     ],
 )
-def test_what_is_refused(source: Path, tmp_path: Path, words: tuple, said: str) -> None:
-    assert_refused(run("quantize", source, tmp_path / "out", *words), 2, said)
+def test_what_is_refused(source: Path, tmp_path: Path, words: tuple, message: str) -> None:
+    assert_refused(run("quantize", source, tmp_path / "out", *words), 2, message)
     assert not (tmp_path / "out").exists()
 
 
@@ -224,7 +224,7 @@ def test_skip_and_only(source: Path, tmp_path: Path, kind: str) -> None:
     types = stored(tmp_path / "out")
     quantized = {name for name, each in types.items() if each != "bf16"}
     expected = {f"model.layers.{layer}.self_attn.q_proj.weight" for layer in range(3)}
-    expected |= {f"model.layers.{layer}.mlp.{each}_proj.weight" for layer in (0, 2) for each in ("gate", "up", "down")}
+    expected |= {f"model.layers.{layer}.mlp.{part}_proj.weight" for layer in (0, 2) for part in ("gate", "up", "down")}
     expected -= {"model.layers.2.mlp.down_proj.weight"}
     assert quantized == expected
     config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
@@ -317,7 +317,7 @@ def test_what_is_collected_of_a_tensor_does_not_wait_for_the_last(
 
     def counting(self: Gptq, shape: tuple, collected: dict) -> dict:
         nonlocal most
-        most = max(most, sum(each() is not None for each in pieces))
+        most = max(most, sum(piece() is not None for piece in pieces))
         return finish(self, shape, collected)
 
     monkeypatch.setattr(Gptq, "encode", noting)

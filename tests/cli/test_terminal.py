@@ -89,14 +89,14 @@ def verification(name: str = "model.norm.weight", status: str = "failed") -> Ver
 @pytest.mark.parametrize("text", HOSTILE)
 def test_hostile_text_is_shown_and_does_nothing(text: str) -> None:
     assert not FORBIDDEN.search(one_line(text)) and "\n" not in one_line(text)
-    shown, out, err = console(debug=True)
-    shown.print(text)
-    shown.note(text)
-    shown.warn(text)
-    shown.error(InputRefused(text, text, hint=text))
-    shown.bug(RuntimeError(text))
-    shown.table((text, "n#"), [(text, text)], title=text)
-    render_verification(verification(text), shown)
+    terminal, out, err = console(debug=True)
+    terminal.print(text)
+    terminal.note(text)
+    terminal.warn(text)
+    terminal.error(InputRefused(text, text, hint=text))
+    terminal.bug(RuntimeError(text))
+    terminal.table((text, "n#"), [(text, text)], title=text)
+    render_verification(verification(text), terminal)
     for stream in (out, err):
         assert not FORBIDDEN.search(stream.getvalue())
     lines = (out.getvalue() + err.getvalue()).splitlines()
@@ -107,13 +107,13 @@ def test_hostile_text_is_shown_and_does_nothing(text: str) -> None:
 @pytest.mark.parametrize("text", HOSTILE)
 def test_hostile_text_cannot_control_a_terminal(text: str) -> None:
     out, err = Terminal(), Terminal()
-    shown = Console(stdout=out, stderr=err)
-    render_verification(verification(text), shown)
-    shown.error(InputRefused("id", text))
-    with shown.progress(100, text) as bar:
+    terminal = Console(stdout=out, stderr=err)
+    render_verification(verification(text), terminal)
+    terminal.error(InputRefused("id", text))
+    with terminal.progress(100, text) as bar:
         bar.advance(100, text)
-    ours = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\r")  # colours, and the bar redrawing itself
-    written = ours.sub("", out.getvalue() + err.getvalue())
+    own_sequences = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\r")  # colours, and the bar redrawing itself
+    written = own_sequences.sub("", out.getvalue() + err.getvalue())
     assert not FORBIDDEN.search(written) and "evil\x1b" not in written
     assert "\x1b]8" not in out.getvalue() + err.getvalue(), "no hyperlinks"
     assert "\x1b[2J" not in out.getvalue() + err.getvalue(), "no clearing"
@@ -130,8 +130,8 @@ def test_ordinary_names_stay_as_they_are() -> None:
 
 
 def test_json_cannot_steer_a_terminal_either() -> None:
-    shown, out, _ = console(json=True)
-    shown.emit_json({"names": HOSTILE})
+    terminal, out, _ = console(json=True)
+    terminal.emit_json({"names": HOSTILE})
     assert re.fullmatch("[\n -~]*", out.getvalue())
     assert json.loads(out.getvalue())["names"] == HOSTILE
 
@@ -139,9 +139,9 @@ def test_json_cannot_steer_a_terminal_either() -> None:
 def test_a_terminal_without_the_letters_gets_escapes() -> None:
     raw = io.BytesIO()
     latin = io.TextIOWrapper(raw, encoding="ascii", errors="strict")
-    shown = Console(stdout=latin, stderr=latin)
-    shown.print("mod\u00e8le")
-    render_verification(verification("mod\u00e8le"), shown)
+    terminal = Console(stdout=latin, stderr=latin)
+    terminal.print("mod\u00e8le")
+    render_verification(verification("mod\u00e8le"), terminal)
     latin.flush()
     assert b"mod\\xe8le" in raw.getvalue() and b"FAIL" in raw.getvalue()
 
@@ -150,42 +150,42 @@ def test_a_terminal_without_the_letters_gets_escapes() -> None:
 
 
 def test_results_to_stdout_messages_to_stderr() -> None:
-    shown, out, err = console()
-    shown.print("result")
-    shown.table(("a",), [("row",)])
-    shown.note("note")
-    shown.warn("careful")
+    terminal, out, err = console()
+    terminal.print("result")
+    terminal.table(("a",), [("row",)])
+    terminal.note("note")
+    terminal.warn("careful")
     assert "result" in out.getvalue() and "row" in out.getvalue()
     assert err.getvalue().splitlines() == ["note", "warning: careful"]
 
 
 def test_errors_are_two_lines_and_long_ones_are_not_broken() -> None:
-    shown, out, err = console()
-    shown.error(InputRefused("a.b", "long " * 100, hint="do " * 100))
+    terminal, out, err = console()
+    terminal.error(InputRefused("a.b", "long " * 100, hint="do " * 100))
     lines = err.getvalue().splitlines()
     assert len(lines) == 2 and lines[0].startswith("error[a.b]: long") and lines[1].startswith("hint: do")
     assert out.getvalue() == ""
-    shown.error(InputRefused("a.b", "short"))
+    terminal.error(InputRefused("a.b", "short"))
     assert err.getvalue().splitlines()[2:] == ["error[a.b]: short"]
 
 
 def test_quiet_keeps_warnings_errors_and_results() -> None:
-    shown, out, err = console(quiet=True)
-    shown.note("note")
-    with shown.progress(10, "work") as bar:
+    terminal, out, err = console(quiet=True)
+    terminal.note("note")
+    with terminal.progress(10, "work") as bar:
         bar.advance(10, "t")
-    shown.warn("careful")
-    shown.print("result")
+    terminal.warn("careful")
+    terminal.print("result")
     assert err.getvalue() == "warning: careful\n" and out.getvalue() == "result\n"
 
 
 def test_json_mode_keeps_stdout_for_one_object() -> None:
-    shown, out, err = console(json=True)
-    shown.print("result")
-    shown.table(("a",), [("row",)])
-    render_verification(verification(), shown)
+    terminal, out, err = console(json=True)
+    terminal.print("result")
+    terminal.table(("a",), [("row",)])
+    render_verification(verification(), terminal)
     assert out.getvalue() == ""
-    shown.error(InputRefused("a.b", "broken", hint="mend it"))
+    terminal.error(InputRefused("a.b", "broken", hint="mend it"))
     assert json.loads(out.getvalue()) == {
         "error": {"id": "a.b", "message": "broken", "hint": "mend it", "exit_code": 3}
     }
@@ -193,26 +193,26 @@ def test_json_mode_keeps_stdout_for_one_object() -> None:
 
 
 def test_debug_adds_the_traceback() -> None:
-    def fail(shown: Console) -> None:
+    def fail(terminal: Console) -> None:
         try:
             raise ValueError("inner")
         except ValueError as cause:
             try:
                 raise InputRefused("a.b", "outer") from cause
             except InputRefused as error:
-                shown.error(error)
+                terminal.error(error)
 
     plain, _, quiet = console()
     fail(plain)
     assert "Traceback" not in quiet.getvalue()
-    shown, _, err = console(debug=True)
-    fail(shown)
+    terminal, _, err = console(debug=True)
+    fail(terminal)
     assert "Traceback" in err.getvalue() and "ValueError: inner" in err.getvalue()
 
 
 def test_a_bug_is_reported_as_one() -> None:
-    shown, out, err = console(json=True)
-    shown.bug(ZeroDivisionError("x"))
+    terminal, out, err = console(json=True)
+    terminal.bug(ZeroDivisionError("x"))
     assert "error[bug]: ZeroDivisionError: x" in err.getvalue() and "this is a bug" in err.getvalue()
     assert json.loads(out.getvalue())["error"]["exit_code"] == 70
 
@@ -221,24 +221,24 @@ def test_a_bug_is_reported_as_one() -> None:
 
 
 def test_verification_names_every_gate_and_the_verdict() -> None:
-    shown, out, _ = console()
-    render_verification(verification(), shown)
+    terminal, out, _ = console()
+    render_verification(verification(), terminal)
     lines = out.getvalue().splitlines()
     for gate in ("completeness", "tokenizer", "tensors", "logits", "distribution"):
         assert sum(bool(re.match(rf"\S+ {gate} ", line)) for line in lines) == 1
     assert "and 8 more" in out.getvalue(), "findings beyond the limit are counted"
     assert lines[-1] == "FAILED: 20 findings (not compared: tokenizer)"
-    shown, out, _ = console()
-    render_verification(verification(status="passed"), shown)
+    terminal, out, _ = console()
+    render_verification(verification(status="passed"), terminal)
     assert out.getvalue().splitlines()[-1].startswith("PASSED: the same model, within q8_0 tolerance")
 
 
 def test_a_receipts_verdict_is_not_that_of_a_comparison() -> None:
     for kind in ("lossless", "q4_k"):
-        shown, out, _ = console()
+        terminal, out, _ = console()
         gate = GateResult("tensors", "passed", "digests are equal")
         render_verification(
-            Verification(Side("r.json", "receipt"), Side("m.gguf", "gguf", {"q4_k": 1}), kind, (gate,)), shown
+            Verification(Side("r.json", "receipt"), Side("m.gguf", "gguf", {"q4_k": 1}), kind, (gate,)), terminal
         )
         assert (
             out.getvalue().splitlines()[-1]
@@ -252,8 +252,8 @@ def test_a_receipts_verdict_is_not_that_of_a_comparison() -> None:
 def test_plain_progress_prints_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
-    shown, out, err = console()
-    with shown.progress(1_000_000_000, "tensors") as bar:
+    terminal, out, err = console()
+    with terminal.progress(1_000_000_000, "tensors") as bar:
         for step in range(100):
             clock[0] += 0.2
             bar.advance(10_000_000, f"model.layers.{step}\x1b[2J")
@@ -266,8 +266,8 @@ def test_plain_progress_prints_a_line_now_and_then(monkeypatch: pytest.MonkeyPat
 
 
 def test_short_steps_show_no_progress() -> None:
-    shown, _, err = console()
-    with shown.progress(0, "nothing") as bar:
+    terminal, _, err = console()
+    with terminal.progress(0, "nothing") as bar:
         bar.advance(0)
     assert err.getvalue() == ""
 
@@ -276,8 +276,8 @@ def test_short_steps_show_no_progress() -> None:
 def test_any_thread_may_advance(stream: type[io.StringIO], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(subject, "_PLAIN_SECONDS", 0.0)
     err = stream()
-    shown = Console(stdout=io.StringIO(), stderr=err)
-    with shown.progress(800, "work") as bar:
+    terminal = Console(stdout=io.StringIO(), stderr=err)
+    with terminal.progress(800, "work") as bar:
         threads = [threading.Thread(target=lambda: [bar.advance(1, "t") for _ in range(100)]) for _ in range(8)]
         for thread in threads:
             thread.start()

@@ -93,9 +93,9 @@ def _faults(case: Case, result: dict, place: Path) -> list[str]:
     faults = []
     if not error["id"].startswith(case.id) or "." not in error["id"] or error["exit_code"] != 3:
         faults.append(f"id {error['id']}, not {case.id}: {error['message']}")
-    shown = result["out"] + result["err"]
-    if not all(char.isprintable() or char == "\n" for char in shown) or "\u202e" in shown or len(shown) > 10_000:
-        faults.append(f"unfit to be shown: {shown[:200]!r}")
+    text = result["out"] + result["err"]
+    if not all(char.isprintable() or char == "\n" for char in text) or "\u202e" in text or len(text) > 10_000:
+        faults.append(f"unfit to be text: {text[:200]!r}")
     if f"error[{error['id']}]: " not in result["err"].splitlines()[-2 if error["hint"] else -1]:
         faults.append(f"no line for people: {result['err']!r}")
     if result["events"]:

@@ -70,8 +70,8 @@ def test_every_command(tmp_path: Path, model: Path, machine: bool) -> None:
         (argv[0], result["code"], result.get("err", "")[-300:]) for argv, result in zip(commands, results, strict=True)
     ]
     for argv, result in zip(commands, results, strict=True):
-        shown = result["out"] + result["err"]
-        assert not UNSEEN & set(shown), (argv, shown[:2000])
-        assert not any(line.startswith("error[fake]") for line in shown.splitlines()), (argv, shown)
+        text = result["out"] + result["err"]
+        assert not UNSEEN & set(text), (argv, text[:2000])
+        assert not any(line.startswith("error[fake]") for line in text.splitlines()), (argv, text)
         if machine and argv[0] != "formats":
             json.loads(result["out"])

@@ -43,11 +43,11 @@ def test_every_format_is_listed_with_its_extra() -> None:
 
 def test_libraries_asked_for_are_in_their_extras() -> None:
     """Each ``require(module, extra, ...)`` in the formats names an extra that brings the module."""
-    asked = set()
+    libraries = set()
     for path in (ROOT / "gemma2tool" / "formats").rglob("*.py"):
-        asked |= set(re.findall(r'\brequire\("(\w+)", "(\w+)"', path.read_text()))
-    assert {"keras", "flax"} <= {extra for _, extra in asked}
-    for module, extra in asked:
+        libraries |= set(re.findall(r'\brequire\("(\w+)", "(\w+)"', path.read_text()))
+    assert {"keras", "flax"} <= {extra for _, extra in libraries}
+    for module, extra in libraries:
         assert any(re.match(rf"{module}\b", requirement) for requirement in EXTRAS[extra]), (module, extra)
 
 

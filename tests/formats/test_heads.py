@@ -88,16 +88,16 @@ def test_heads_pass_through(classifier: Path, tmp_path: Path, container: str, na
     original = registry.open_checkpoint(classifier)
     assert "score.weight" in original.tensors
     assert_same_tensors(original, registry.open_checkpoint(middle))
-    found, expected = _logits(back), _logits(classifier)
-    assert found.shape[-1] == KINDS[classifier.name] and found.tobytes() == expected.tobytes()
+    logits, expected = _logits(back), _logits(classifier)
+    assert logits.shape[-1] == KINDS[classifier.name] and logits.tobytes() == expected.tobytes()
 
 
 def test_a_head_is_never_quantized(classifier: Path, tmp_path: Path) -> None:
     source = registry.open_checkpoint(classifier)
     for kind in ("nf4", "int8"):
-        found = registry.open_checkpoint(write_as("hf", source, tmp_path / kind, type=kind))
+        output = registry.open_checkpoint(write_as("hf", source, tmp_path / kind, type=kind))
         for name in (name for name in source.tensors if name.startswith("score")):
-            assert found.tensors[name].load().tobytes() == source.tensors[name].load().tobytes()
+            assert output.tensors[name].load().tobytes() == source.tensors[name].load().tobytes()
 
 
 def test_a_head_named_classifier_passes_too(classifier: Path, tmp_path: Path) -> None:

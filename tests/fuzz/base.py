@@ -80,7 +80,7 @@ class Target:
         """Prepares the argument of ``run``. Returns None for an input that cannot test the reader."""
         return data
 
-    def run(self, given: Any) -> object:
+    def run(self, argument: Any) -> object:
         raise NotImplementedError
 
 

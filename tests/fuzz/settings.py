@@ -198,8 +198,8 @@ class Packing(JsonTarget):
             stored[name] = self.array(values.astype(self.dtypes[entry[0]]), origin=name)
         return stored, content.get("quantization_config")
 
-    def run(self, given: tuple[dict, object]) -> object:
-        decoded = self.packings.unpack(*given)
+    def run(self, argument: tuple[dict, object]) -> object:
+        decoded = self.packings.unpack(*argument)
         for tensor in decoded.values():
             if tensor.shape and tensor.rows:
                 tensor.load_rows(0, 1)

@@ -84,12 +84,12 @@ class Finding:
 def outcome(target: Target, data: bytes, *, watched: bool = True) -> object:
     """Returns what distinguishes this run: what was understood, or where it was refused. Raises findings."""
     global _watching
-    given = target.place(data)
-    if given is None:
+    argument = target.place(data)
+    if argument is None:
         return None
     _watching = watched
     try:
-        return target.run(given)
+        return target.run(argument)
     except ToolError as error:
         if not error.message.isprintable() or len(error.message) > 4000 or "." not in error.id:
             raise AssertionError(f"an unfit message: {error.id} {error.message[:200]!r}") from error
@@ -107,13 +107,13 @@ def work(
     seed: int,
     seconds: float,
     executions: int,
-    kept: Path | None,
+    crash_folder: Path | None,
     *,
     limit_memory: bool = True,
 ) -> None:
     """Runs until the time or the number of executions is over. Raises what a reader raised.
 
-    ``kept`` is a folder for inputs with new outcomes.
+    ``crash_folder`` is a folder for inputs with new outcomes.
     """
     global _imports
     _imports = target.imports
@@ -128,9 +128,9 @@ def work(
         shared.put(0, data)
         outcome(target, data, watched=False)  # imports on demand
         seen.add(outcome(target, data))
-    if kept is not None:
-        kept.mkdir(parents=True, exist_ok=True)
-        for path in sorted(kept.iterdir()):
+    if crash_folder is not None:
+        crash_folder.mkdir(parents=True, exist_ok=True)
+        for path in sorted(crash_folder.iterdir()):
             pool.append(path.read_bytes())
             shared.put(0, pool[-1])
             seen.add(outcome(target, pool[-1]))
@@ -156,8 +156,8 @@ def work(
             seen.add(result)
             if len(data) <= 1 << 14:
                 pool.append(data)
-                if kept is not None and len(pool) < 3000:
-                    (kept / f"{seed:08x}-{count:08x}").write_bytes(data)
+                if crash_folder is not None and len(pool) < 3000:
+                    (crash_folder / f"{seed:08x}-{count:08x}").write_bytes(data)
 
 
 def _data_bytes() -> int:
@@ -166,7 +166,7 @@ def _data_bytes() -> int:
 
 
 def spawn(
-    target: Target, shared: Shared, seed: int, seconds: float, executions: int, kept: Path | None, log: Path
+    target: Target, shared: Shared, seed: int, seconds: float, executions: int, crash_folder: Path | None, log: Path
 ) -> int:
     """Forks a worker and returns its process id.
 
@@ -179,7 +179,7 @@ def spawn(
     try:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         os.setpgid(0, 0)
-        work(target, shared, seed, seconds, executions, kept)
+        work(target, shared, seed, seconds, executions, crash_folder)
         status = 0
     except BaseException as error:  # whatever it is, the campaign looks for it
         import traceback

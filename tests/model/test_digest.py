@@ -43,25 +43,25 @@ def plainly(values: list[float | int], shape: tuple[int, ...], kind: str) -> str
     for dim in shape[1:]:
         row *= dim
     step = max(131072 // row, 1) * row
-    found = b""
+    chunk_digests = b""
     for first in range(0, len(values), step):
         chunk = values[first : first + step]
         if kind == "<Q":
             singles = [struct.pack("<f", struct.unpack("<d", struct.pack("<Q", bits))[0]) for bits in chunk]
-            back = [struct.unpack("<Q", struct.pack("<d", struct.unpack("<f", each)[0]))[0] for each in singles]
+            back = [struct.unpack("<Q", struct.pack("<d", struct.unpack("<f", single)[0]))[0] for single in singles]
             kind_of_chunk, bits = (
-                ("<I", [struct.unpack("<I", each)[0] for each in singles]) if back == chunk else (kind, chunk)
+                ("<I", [struct.unpack("<I", single)[0] for single in singles]) if back == chunk else (kind, chunk)
             )
         elif kind == "<H":
-            kind_of_chunk, bits = "<I", [each << 16 for each in chunk]
+            kind_of_chunk, bits = "<I", [half << 16 for half in chunk]
         else:
             kind_of_chunk, bits = kind, chunk
-        if kind_of_chunk == "<I" and all(each & 0xFFFF == 0 for each in bits):
-            kind_of_chunk, bits = "<H", [each >> 16 for each in bits]
-        data = b"".join(struct.pack(kind_of_chunk, each) for each in bits)
-        found += hashlib.sha256(data + bytes([struct.calcsize(kind_of_chunk)])).digest()
+        if kind_of_chunk == "<I" and all(single & 0xFFFF == 0 for single in bits):
+            kind_of_chunk, bits = "<H", [single >> 16 for single in bits]
+        data = b"".join(struct.pack(kind_of_chunk, value) for value in bits)
+        chunk_digests += hashlib.sha256(data + bytes([struct.calcsize(kind_of_chunk)])).digest()
     head = "gemma2tool tensor 1\n" + "x".join(str(dim) for dim in shape) + "\n"
-    return hashlib.sha256(head.encode() + found).hexdigest()
+    return hashlib.sha256(head.encode() + chunk_digests).hexdigest()
 
 
 def digest(array: np.ndarray) -> str:
@@ -90,9 +90,9 @@ def test_known_digests() -> None:
 @pytest.mark.parametrize("narrow", [np.dtype(np.float16), BF16, np.dtype(np.float32)])
 def test_the_stored_type_does_not_matter(narrow: np.dtype) -> None:
     values = np.random.default_rng(0).standard_normal((40, 33)).astype(narrow)
-    wanted = digest(values)
-    assert digest(values.astype(np.float32)) == wanted
-    assert digest(values.astype(np.float64)) == wanted
+    expected = digest(values)
+    assert digest(values.astype(np.float32)) == expected
+    assert digest(values.astype(np.float64)) == expected
 
 
 def test_every_float16_and_bfloat16_has_one_digest_in_every_type() -> None:
@@ -172,19 +172,24 @@ def test_the_tensors_gate_gives_both_sides_digests(dtypes: tuple[np.dtype, np.dt
     source = random_checkpoint(np.dtype(dtypes[0])).tensors
     candidate = {name: ArrayTensor(tensor.load().astype(dtypes[1])) for name, tensor in source.items()}
     candidate["model.norm.weight"].array[3] += dtypes[1].type(1)
-    ours, theirs = hash_tensors(source), hash_tensors(candidate)
-    for each in compare_tensors(source, candidate, threads=2):
-        assert (each.source_digest, each.candidate_digest) == (ours[each.name], theirs[each.name]), each.name
+    source_digests, candidate_digests = hash_tensors(source), hash_tensors(candidate)
+    for tensor in compare_tensors(source, candidate, threads=2):
+        assert (tensor.source_digest, tensor.candidate_digest) == (
+            source_digests[tensor.name],
+            candidate_digests[tensor.name],
+        ), tensor.name
 
 
 @pytest.mark.parametrize("kind", ["q8_0", "q4_0", "nf4"])
 def test_the_tensors_gate_gives_digests_of_quantized_values(tmp_path: Path, kind: str) -> None:
     source = random_checkpoint(BF16)
     path = write_checkpoint(source, tmp_path / ("out" if kind == "nf4" else "out.gguf"), type=kind)
-    with registry.open_checkpoint(path) as made:
-        found = {each.name: each for each in compare_tensors(source.tensors, made.tensors)}
-        assert {name: each.candidate_digest for name, each in found.items()} == hash_tensors(made.tensors)
-        assert {name: each.source_digest for name, each in found.items()} == hash_tensors(source.tensors)
+    with registry.open_checkpoint(path) as candidate:
+        comparisons = {tensor.name: tensor for tensor in compare_tensors(source.tensors, candidate.tensors)}
+        assert {name: tensor.candidate_digest for name, tensor in comparisons.items()} == hash_tensors(
+            candidate.tensors
+        )
+        assert {name: tensor.source_digest for name, tensor in comparisons.items()} == hash_tensors(source.tensors)
 
 
 EXACT = [name for name in registry.NAMES if name != "maxtext"]
@@ -207,11 +212,11 @@ def test_every_format_and_stored_type_has_the_fixtures_digest(
     suffix = suffix_of(name)
     with registry.open_checkpoint(fixture_dir) as fixture:
         path = write_as(name, fixture, tmp_path / f"out{suffix}", dtype=dtype)
-        with registry.open_checkpoint(path, config=fixture.config if name == "flax" else None) as made:
-            found = hash_checkpoint(made, threads=2)
-    assert found.each == fixture_hashes.each
-    assert (found.model, found.config) == (fixture_hashes.model, fixture_hashes.config)
-    assert found.tokenizer in (fixture_hashes.tokenizer, None)
+        with registry.open_checkpoint(path, config=fixture.config if name == "flax" else None) as candidate:
+            digest_of_file = hash_checkpoint(candidate, threads=2)
+    assert digest_of_file.each == fixture_hashes.each
+    assert (digest_of_file.model, digest_of_file.config) == (fixture_hashes.model, fixture_hashes.config)
+    assert digest_of_file.tokenizer in (fixture_hashes.tokenizer, None)
 
 
 @pytest.mark.slow
@@ -222,8 +227,8 @@ def test_sharding_does_not_matter(tmp_path: Path, fixture_dir: Path, fixture_has
         path = write_as(name, fixture, tmp_path / "out", **split)
     files = [file for file in path.rglob("*") if file.suffix in (".safetensors", ".gguf", ".h5", ".bin")]
     assert len(files) > 2
-    with registry.open_checkpoint(path) as made:
-        assert hash_checkpoint(made).model == fixture_hashes.model
+    with registry.open_checkpoint(path) as candidate:
+        assert hash_checkpoint(candidate).model == fixture_hashes.model
 
 
 ORACLES = {
@@ -265,10 +270,10 @@ def test_peers_files_of_one_model_have_one_digest(oracles: Path, flavour: str) -
     """All but the quantized (gemma_pytorch/*_int8, mlx/hd_q4), whose values are others."""
     folder = oracles / "checkpoints"
     with registry.open_checkpoint(folder / "hf" / flavour) as truth:
-        config, wanted = truth.config, hash_checkpoint(truth)
+        config, expected = truth.config, hash_checkpoint(truth)
     for name in ORACLES[flavour]:
         with registry.open_checkpoint(folder / name, config=_config(name, config)) as peer:
-            assert hash_tensors(peer.tensors) == wanted.each, name
+            assert hash_tensors(peer.tensors) == expected.each, name
 
 
 def _config(name: str, config):
@@ -310,34 +315,34 @@ def test_the_tokenizer_counts_as_what_it_encodes_with(fixture_dir: Path) -> None
 
     def plainly(pieces: Sequence[tokenizer_model.Piece]) -> str:
         texts = [piece.text.replace("\u2581", " ").encode() for piece in pieces]
-        found = f"gemma2tool tokenizer 1\n{len(pieces)}\n".encode()
-        found += b"".join(struct.pack("<I", len(text)) for text in texts) + b"".join(texts)
-        found += b"".join(struct.pack("<f", piece.score) for piece in pieces)
+        message = f"gemma2tool tokenizer 1\n{len(pieces)}\n".encode()
+        message += b"".join(struct.pack("<I", len(text)) for text in texts) + b"".join(texts)
+        message += b"".join(struct.pack("<f", piece.score) for piece in pieces)
         return hashlib.sha256(
-            found + bytes(piece.type == kind for kind in (2, 3, 5, 6) for piece in pieces)
+            message + bytes(piece.type == kind for kind in (2, 3, 5, 6) for piece in pieces)
         ).hexdigest()
 
     def digest_of(data: bytes) -> str:
         assets = file_assets({"tokenizer.model": data})
         return digests.tokenizer_digest(Checkpoint(Path("side"), FormatFacts("memory"), SMALL, {}, assets))
 
-    found = digest_of(data)
-    assert found == plainly(pieces)
+    original = digest_of(data)
+    assert original == plainly(pieces)
     text = pieces[1500].text.encode()
     renamed = data.replace(b"\n%c%s\x15" % (len(text), text), b"\n%c%s\x15" % (len(text), b"x" * len(text)))
-    assert digest_of(renamed) not in (found, None)
+    assert digest_of(renamed) not in (original, None)
     score = struct.pack("<f", pieces[1500].score)
     rescored = data.replace(b"\x15" + score, b"\x15" + struct.pack("<f", pieces[1500].score - 0.5))
-    assert digest_of(rescored) not in (found, None)
+    assert digest_of(rescored) not in (original, None)
     assert digest_of(b"no tokenizer") is None
 
 
 @pytest.mark.slow
 def test_the_command(tmp_path: Path, fixture_dir: Path, fixture_hashes: Hashes) -> None:
-    shown = runner.invoke(app, ["hash", str(fixture_dir), "--tensors", "--quiet"])
-    assert shown.exit_code == 0, shown.output
-    assert f"model      {fixture_hashes.model}" in shown.stdout.splitlines()
-    listed = [line for line in shown.stdout.splitlines() if line.endswith(".weight")]
+    result = runner.invoke(app, ["hash", str(fixture_dir), "--tensors", "--quiet"])
+    assert result.exit_code == 0, result.output
+    assert f"model      {fixture_hashes.model}" in result.stdout.splitlines()
+    listed = [line for line in result.stdout.splitlines() if line.endswith(".weight")]
     assert hashlib.sha256("".join(f"{line}\n" for line in listed).encode()).hexdigest() == fixture_hashes.tensors
     content = json.loads(runner.invoke(app, ["hash", str(fixture_dir), "--json", "--quiet"]).stdout)
     assert content["model"] == fixture_hashes.model and content["algorithm"] == "gemma2tool-1" and "each" not in content

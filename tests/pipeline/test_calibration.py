@@ -87,8 +87,8 @@ def test_calibrated_beats_rounded_to_nearest_on_unseen_text(
     low, high = paired_bootstrap(better)
     assert high < 0, f"KL changes by {better.mean():.6f}, 95 % interval {low:.6f} to {high:.6f}"
     with registry.open_checkpoint(chosen) as candidate:
-        found = verify(source, candidate, VerifySettings(levels=("completeness", "config", "tensors")))
-    assert found.passed, [finding.message for finding in found.failures]
+        verification = verify(source, candidate, VerifySettings(levels=("completeness", "config", "tensors")))
+    assert verification.passed, [finding.message for finding in verification.failures]
 
 
 def small(dtype: type = ml_dtypes.bfloat16, layers: int = 2) -> Checkpoint:
@@ -123,8 +123,8 @@ def test_same_bytes_for_any_number_of_threads(tmp_path: Path, kind: str, extra: 
     ]
     assert len({file.read_bytes() for file in files}) == 1
     with registry.open_checkpoint(files[0].parent) as candidate:
-        found = verify(source, candidate, VerifySettings(levels=("completeness", "tensors")))
-    assert found.passed, [finding.message for finding in found.failures]
+        verification = verify(source, candidate, VerifySettings(levels=("completeness", "tensors")))
+    assert verification.passed, [finding.message for finding in verification.failures]
     nearest = {name: value for name, value in extra.items() if name not in ("act_order", "hessian_block")}
     assert (
         files[0].read_bytes() != (written(source, tmp_path / "nearest", kind, **nearest) / files[0].name).read_bytes()
@@ -138,9 +138,9 @@ def test_what_is_skipped_stays_and_the_rest_is_calibrated(tmp_path: Path, kind: 
     source = small()
     path = written(source, tmp_path / "out", kind, group_size=32, calibration=small_ids(tmp_path), skip=(skip,))
     with registry.open_checkpoint(path) as candidate:
-        found = verify(source, candidate, VerifySettings(levels=("completeness", "tensors")))
+        verification = verify(source, candidate, VerifySettings(levels=("completeness", "tensors")))
         stored = {name: tensor.stored for name, tensor in candidate.tensors.items()}
-    assert found.passed, [finding.message for finding in found.failures]
+    assert verification.passed, [finding.message for finding in verification.failures]
     assert {"bf16", kind} == set(stored.values())
 
 
@@ -151,7 +151,7 @@ def test_act_order_permutes_the_groups_and_says_so(tmp_path: Path) -> None:
     with registry.open_checkpoint(path) as candidate:
         groups = {name: tensor.g_idx for name, tensor in candidate.tensors.items() if tensor.stored == "gptq-4"}
         assert verify(source, candidate, VerifySettings(levels=("tensors",))).passed
-    assert all(np.array_equal(np.bincount(each), np.full(len(each) // 32, 32)) for each in groups.values())
+    assert all(np.array_equal(np.bincount(group), np.full(len(group) // 32, 32)) for group in groups.values())
     prefix = "model.layers.1."
     assert (np.diff(groups[f"{prefix}mlp.down_proj.weight"]) < 0).any()
     for fused in (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj")):
@@ -201,8 +201,8 @@ def test_scales_fold_away_exactly(tmp_path: Path) -> None:
     model = dataclasses.replace(
         source, tensors=source.tensors | {name: ArrayTensor(to_float32(v)) for name, v in folded.items()}
     )
-    ours, theirs = (StreamedForward(each, ids).logits() for each in (model, source))
-    assert np.abs(ours - theirs).max() < 1e-3 * np.abs(theirs).max()
+    after, before = (StreamedForward(checkpoint, ids).logits() for checkpoint in (model, source))
+    assert np.abs(after - before).max() < 1e-3 * np.abs(before).max()
 
 
 def test_codes_are_freed_as_they_are_written(tmp_path: Path) -> None:
@@ -270,8 +270,8 @@ def test_calibration_files_without_text_are_refused(
         "--calibration",
         text,
     ]
-    status, told = command(*words)
-    assert status == (2 if code == "text.empty" else 3) and code in told and "hint" in told
+    status, message = command(*words)
+    assert status == (2 if code == "text.empty" else 3) and code in message and "hint" in message
     assert not (tmp_path / "out").exists()
 
 
@@ -294,20 +294,20 @@ def command(*words: object) -> tuple[int, str]:
 def test_command_line_tells_the_cost_first(fixture_dir: Path, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text(calibration_text()[:60_000])
-    asked = ["quantize", fixture_dir / "model.ckpt", tmp_path / "out", "--type", "awq-4", "--calibration", text]
-    asked += ["--calibration-samples", "4", "--calibration-length", "128"]
-    status, told = command(*asked, "--dry-run")
+    arguments = ["quantize", fixture_dir / "model.ckpt", tmp_path / "out", "--type", "awq-4", "--calibration", text]
+    arguments += ["--calibration-samples", "4", "--calibration-length", "128"]
+    status, message = command(*arguments, "--dry-run")
     assert status == 0
-    assert "calibration on 4 sequences of 128 tokens: about" in told
-    assert "GiB of memory at its peak" in told
+    assert "calibration on 4 sequences of 128 tokens: about" in message
+    assert "GiB of memory at its peak" in message
     assert not (tmp_path / "out").exists()
-    status, told = command(*asked, "--dry-run", "--json", "--quiet")
-    cost = json.loads(told)["calibration"]
+    status, message = command(*arguments, "--dry-run", "--json", "--quiet")
+    cost = json.loads(message)["calibration"]
     assert cost["sequences"] == 4
     assert cost["estimated_peak_bytes"] > 100 << 20
     assert cost["estimated_seconds"] > 0
-    status, told = command(*asked)
-    assert status == 0, told
+    status, message = command(*arguments)
+    assert status == 0, message
     assert json.loads((tmp_path / "out.receipt.json").read_text())
 
 
@@ -320,6 +320,6 @@ def test_command_line_tells_the_cost_first(fixture_dir: Path, tmp_path: Path) ->
     ],
 )
 def test_options_that_would_do_nothing_are_refused(fixture_dir: Path, tmp_path: Path, words: list[str]) -> None:
-    status, told = command("quantize", fixture_dir / "model.ckpt", tmp_path / "out", *words)
+    status, message = command("quantize", fixture_dir / "model.ckpt", tmp_path / "out", *words)
     assert status == 2
-    assert "option.ignored" in told
+    assert "option.ignored" in message

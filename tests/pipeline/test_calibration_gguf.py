@@ -72,8 +72,8 @@ def test_nearer_to_the_source_at_the_same_size(
         assert {name: tensor.stored for name, tensor in one.tensors.items()} == {
             name: tensor.stored for name, tensor in other.tensors.items()
         }
-        found = verify(source, other, VerifySettings(levels=("completeness", "config", "tensors")))
-    assert found.passed, [finding.message for finding in found.failures]
+        verification = verify(source, other, VerifySettings(levels=("completeness", "config", "tensors")))
+    assert verification.passed, [finding.message for finding in verification.failures]
     calibrated, weighted = (divergence(path, heldout, true_logits).mean() for path in (chosen, with_matrix))
     ratio = calibrated / weighted
     assert ratio < limit
@@ -151,5 +151,5 @@ def test_a_calibrated_file_says_so_and_is_verified_without_being_told(tmp_path: 
     with registry.open_checkpoint(path) as candidate:
         expected = registry.by_name("gguf").expected_after_roundtrip(source, candidate)
         settings = VerifySettings(levels=("completeness", "config", "tensors"), expected=expected)
-        found = verify(source, candidate, settings)
-    assert found.passed, [finding.message for finding in found.failures]
+        verification = verify(source, candidate, settings)
+    assert verification.passed, [finding.message for finding in verification.failures]

@@ -48,10 +48,10 @@ def test_options_by_their_names(plan: Plan) -> None:
 def test_what_is_laid_out(plan: Plan) -> None:
     output, item = plan.output, plan.output.tensors[0]
     weighed = [
-        replace(each, encoder=Blocks(each.encoder.type, np.ones(each.source.shape[-1], np.float32)))
-        if isinstance(each.encoder, Blocks)
-        else each
-        for each in output.tensors
+        replace(tensor, encoder=Blocks(tensor.encoder.type, np.ones(tensor.source.shape[-1], np.float32)))
+        if isinstance(tensor.encoder, Blocks)
+        else tensor
+        for tensor in output.tensors
     ]
     other = [replace(item, encoder=replace(item.encoder)), *output.tensors[1:]]
     assert differences(plan, replace(plan, output=replace(output, tensors=other))) == set()

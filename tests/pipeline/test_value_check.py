@@ -108,8 +108,8 @@ class TestTaken:
     def test_nan_stays_nan(self, tmp_path: Path) -> None:
         path = source(tmp_path, {UP.format(0): [((1, 2), np.nan), ((3, 4), -np.inf)]})
         assert run("convert", path, tmp_path / "out.gguf", "--allow-nonfinite", "--no-verify").exit_code == 0
-        with registry.open_checkpoint(tmp_path / "out.gguf") as found:
-            values = found.tensors[UP.format(0)].load().astype(np.float32)
+        with registry.open_checkpoint(tmp_path / "out.gguf") as output:
+            values = output.tensors[UP.format(0)].load().astype(np.float32)
         assert np.isnan(values[1, 2]) and values[3, 4] == -np.inf and np.count_nonzero(~np.isfinite(values)) == 2
 
     @pytest.mark.parametrize(
@@ -128,21 +128,21 @@ class TestClipped:
         assert result.exit_code == 0, result.output
         content = json.loads(result.stdout)
         assert content["verified"]
-        counts = {each["tensor"]: each["values"] for each in content["clipped"]}
+        counts = {entry["tensor"]: entry["values"] for entry in content["clipped"]}
         assert counts == {name: len(cells) for name, cells in HUGE.items()}
         assert "4 values beyond float16 were clipped" in result.stderr
-        with registry.open_checkpoint(tmp_path / "out") as found, registry.open_checkpoint(path) as before:
-            for name, tensor in found.tensors.items():
-                wanted = before.tensors[name].load().astype(np.float32)
+        with registry.open_checkpoint(tmp_path / "out") as output, registry.open_checkpoint(path) as before:
+            for name, tensor in output.tensors.items():
+                expected = before.tensors[name].load().astype(np.float32)
                 for index, value in HUGE.get(name, []):
-                    wanted[index] = np.copysign(65504, value)
-                assert np.array_equal(tensor.load(), wanted.astype(np.float16)), name
+                    expected[index] = np.copysign(65504, value)
+                assert np.array_equal(tensor.load(), expected.astype(np.float16)), name
 
     def test_of_blocks_with_float16_scales(self, tmp_path: Path) -> None:
         path = source(tmp_path, {UP.format(1): HUGE[UP.format(1)]})
         result = run("quantize", path, tmp_path / "out.gguf", "--type", "q8_0", "--clip-f16", "--json", "--no-verify")
         assert result.exit_code == 0, result.output
-        assert [each["values"] for each in json.loads(result.stdout)["clipped"]] == [1]
+        assert [entry["values"] for entry in json.loads(result.stdout)["clipped"]] == [1]
 
     def test_nothing_to_clip_changes_nothing(self, tmp_path: Path) -> None:
         path = source(tmp_path, {})
@@ -160,9 +160,9 @@ class TestClipped:
         wrong = value_check.clipped
 
         def off(rows: np.ndarray) -> np.ndarray:
-            found = wrong(rows)
-            found[-1, -1] += 1
-            return found
+            changed = wrong(rows)
+            changed[-1, -1] += 1
+            return changed
 
         path = source(tmp_path, {UP.format(0): HUGE[UP.format(0)]})
         admit = value_check.ValueCheck.admit
@@ -170,8 +170,8 @@ class TestClipped:
         def admitting(
             self: ValueCheck, item: OutputTensor, rows: np.ndarray, first: int
         ) -> tuple[np.ndarray | None, int]:
-            found, count = admit(self, item, rows, first)
-            return (off(found) if count else found), count
+            changed, count = admit(self, item, rows, first)
+            return (off(changed) if count else changed), count
 
         monkeypatch.setattr(value_check.ValueCheck, "admit", admitting)
         result = run("convert", path, tmp_path / "out", "--dtype", "f16", "--clip-f16")
@@ -225,12 +225,12 @@ def test_counts_do_not_depend_on_the_order_of_ranges() -> None:
     array = np.zeros((100, 10), np.float32)
     array[[3, 50, 99], [2, 0, 9]] = 1e9
     item = OutputTensor("x", ("x",), ArrayTensor(array, origin="x"), Float(FLOAT16), {})
-    said = set()
+    counts = set()
     for order in ([0, 1, 2, 3], [3, 2, 1, 0], [2, 0, 3, 1]):
         check = ValueCheck()
         for part in order:
             check.admit(item, array[25 * part : 25 * part + 25], 25 * part)
         with pytest.raises(Exception, match=r"x: 3 values, the first at \(3, 2\): 1e\+09") as caught:
             check.raise_refusal()
-        said.add(str(caught.value))
-    assert len(said) == 1
+        counts.add(str(caught.value))
+    assert len(counts) == 1

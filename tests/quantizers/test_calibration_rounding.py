@@ -49,12 +49,12 @@ def test_codes_are_those_of_the_paper(bits: int, group_size: int, symmetric: boo
     x, w = correlated_inputs(TOKENS, COLUMNS), weights()
     grid = grid_of(Gptq(bits, group_size, symmetric), COLUMNS)
     factors = inverse_factors(hessian_of(x), 0.01, act_order)
-    codes, zeros, steps = rounding.round_rows(w, factors, grid)
+    codes, zeros, scales = rounding.round_rows(w, factors, grid)
     groups = rounding.group_of_column(factors, COLUMNS, grid.group_size)
     expected = textbook_gptq(w, x.T @ x, grid, 0.01, act_order)
     assert np.array_equal(codes, expected[0])
     assert np.array_equal(zeros, expected[1])
-    assert np.array_equal(steps, expected[2])
+    assert np.array_equal(scales, expected[2])
     assert np.array_equal(groups, expected[3])
 
 
@@ -62,11 +62,13 @@ def test_float32_finds_nearly_the_same_codes_and_as_small_an_error() -> None:
     x, w = correlated_inputs(TOKENS, COLUMNS), weights()
     grid = grid_of(Gptq(4, 32), COLUMNS)
     expected = textbook_gptq(w, x.T @ x, grid, 0.01, False)
-    codes, zeros, steps = rounding.round_rows(w, inverse_factors(hessian_of(x, dtype=torch.float32), 0.01, False), grid)
+    codes, zeros, scales = rounding.round_rows(
+        w, inverse_factors(hessian_of(x, dtype=torch.float32), 0.01, False), grid
+    )
     assert (codes != expected[0]).mean() < 0.002
     error, expected_error = (
         np.linalg.norm(x @ (w - dequantized(*quantized, expected[3])).T)
-        for quantized in ((codes, zeros, steps), expected[:3])
+        for quantized in ((codes, zeros, scales), expected[:3])
     )
     assert error == pytest.approx(expected_error, rel=1e-3)
 
@@ -90,14 +92,14 @@ def test_blocks_of_the_hessian_are_independent(act_order: bool) -> None:
     grid = grid_of(Gptq(4, 32, False), COLUMNS)
     factors = inverse_factors(hessian_of(x, 96), 0.02, act_order)
     assert [len(factor.upper) for factor in factors] == [96, 96, 64]
-    codes, zeros, steps = rounding.round_rows(w, factors, grid)
+    codes, zeros, scales = rounding.round_rows(w, factors, grid)
     groups = rounding.group_of_column(factors, COLUMNS, grid.group_size)
     for first, last in ((0, 96), (96, 192), (192, 256)):
         part = x[:, first:last]
         expected = textbook_gptq(w[:, first:last], part.T @ part, grid, 0.02, act_order)
         assert np.array_equal(codes[:, first:last], expected[0])
         assert np.array_equal(zeros[:, first // 32 : last // 32], expected[1])
-        assert np.array_equal(steps[:, first // 32 : last // 32], expected[2])
+        assert np.array_equal(scales[:, first // 32 : last // 32], expected[2])
         assert np.array_equal(groups[first:last], expected[3] + first // 32)
 
 
@@ -105,10 +107,10 @@ def test_columns_that_no_input_reaches_are_rounded_to_nearest() -> None:
     x, w = correlated_inputs(TOKENS, COLUMNS), weights()
     x[:, 32:64] = 0
     grid = grid_of(Gptq(4, 32), COLUMNS)
-    codes, _, steps = rounding.round_rows(w, inverse_factors(hessian_of(x), 0.01, False), grid)
+    codes, _, scales = rounding.round_rows(w, inverse_factors(hessian_of(x), 0.01, False), grid)
     nearest, _, nearest_steps = gptq.quantize(w, 4, 32, True)
     assert np.array_equal(codes[:, 32:64], nearest[:, 32:64])
-    assert np.array_equal(steps[:, 1], nearest_steps[:, 1])
+    assert np.array_equal(scales[:, 1], nearest_steps[:, 1])
 
 
 def test_the_factor_is_of_the_damped_inverse() -> None:

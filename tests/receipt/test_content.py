@@ -84,9 +84,9 @@ def test_options_are_recorded_with_files_as_digests(tmp_path: Path) -> None:
         "allow_mismatch": True,
         "calibration": tmp_path / "gone",
     }
-    given = write_options(type="q4_0", adapters=(Adapter(tmp_path / "adapter", 0.5),), **extra)
+    options = write_options(type="q4_0", adapters=(Adapter(tmp_path / "adapter", 0.5),), **extra)
     config = {"name": "adapter_config.json", "bytes": 2, "sha256": hashlib.sha256(b"{}").hexdigest()}
-    assert receipts.options(given) == {
+    assert receipts.options(options) == {
         "calibration": {"file": "gone"},
         "lora": [{"folder": "adapter", "scale": 0.5, "files": [config]}],
         "type": "q4_0",

@@ -161,7 +161,7 @@ def test_top_logits_of_slices_are_those_of_the_whole() -> None:
     top = TopLogits(3, 5)
     for first in range(0, 500, 70):
         top.add(first, whole[:, first : first + 70])
-    wanted = np.argsort(-whole, axis=1, kind="stable")[:, :5]
-    assert np.array_equal(top.tokens, wanted) and top.tokens[1, :2].tolist() == [7, 300]
-    assert np.array_equal(top.logits, np.take_along_axis(whole, wanted, 1))
+    expected = np.argsort(-whole, axis=1, kind="stable")[:, :5]
+    assert np.array_equal(top.tokens, expected) and top.tokens[1, :2].tolist() == [7, 300]
+    assert np.array_equal(top.logits, np.take_along_axis(whole, expected, 1))
     assert np.allclose(top.log_sum, np.log(np.exp(whole.astype(np.float64)).sum(axis=1)), rtol=1e-6)

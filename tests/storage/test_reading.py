@@ -294,10 +294,10 @@ class TestExisting:
     ["\x1b[2J", "a\nb", "\u202eevil", "x" * 100_000, "\n" * 70_000, b"\xff" * 5000, "\ud800", "é", ["\n"] * 9999],
 )
 def test_quoted_names_fit_one_line(text: object) -> None:
-    shown = quoted(text)
-    assert shown.isprintable()
-    assert len(shown) <= 120
-    shown.encode()
+    text_shown = quoted(text)
+    assert text_shown.isprintable()
+    assert len(text_shown) <= 120
+    text_shown.encode()
 
 
 def test_refusals_have_one_class(tmp_path: Path) -> None:

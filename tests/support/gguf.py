@@ -110,25 +110,25 @@ def described(path: Path) -> dict:
     return {"kv": kv, "tensors": tensors, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
-def differences(got: dict, wanted: dict) -> list[str]:
+def differences(got: dict, reference: dict) -> list[str]:
     """What of ``wanted`` is otherwise in ``got``; empty when all that the oracle recorded is reproduced."""
-    found = []
-    if got["kv"] != wanted["kv"]:
-        theirs = {entry[0]: entry for entry in wanted["kv"]}
-        found += [
-            f"{entry[0]}: {entry[1:]} instead of {theirs.get(entry[0])}"
+    differing = []
+    if got["kv"] != reference["kv"]:
+        expected = {entry[0]: entry for entry in reference["kv"]}
+        differing += [
+            f"{entry[0]}: {entry[1:]} instead of {expected.get(entry[0])}"
             for entry in got["kv"]
-            if entry != theirs.get(entry[0])
+            if entry != expected.get(entry[0])
         ]
-        found += [f"keys {[e[0] for e in got['kv']]} instead of {[e[0] for e in wanted['kv']]}"]
-    if [entry[:3] for entry in got["tensors"]] != [entry[:3] for entry in wanted["tensors"]]:
-        found.append("the tensors' names, types, shapes or order differ")
-    digests = {entry[0]: entry[3] for entry in wanted["tensors"]}
-    found += [
+        differing += [f"keys {[e[0] for e in got['kv']]} instead of {[e[0] for e in reference['kv']]}"]
+    if [entry[:3] for entry in got["tensors"]] != [entry[:3] for entry in reference["tensors"]]:
+        differing.append("the tensors' names, types, shapes or order differ")
+    digests = {entry[0]: entry[3] for entry in reference["tensors"]}
+    differing += [
         f"{name}: bytes of {type} differ" for name, type, _, digest in got["tensors"] if digests.get(name) != digest
     ]
-    found += [key for key in ("bytes", "sha256") if key in wanted and got[key] != wanted[key]]
-    return found
+    differing += [key for key in ("bytes", "sha256") if key in reference and got[key] != reference[key]]
+    return differing
 
 
 def options(

@@ -78,5 +78,5 @@ def through_gguf(checkpoint: Checkpoint) -> Checkpoint:
     )
 
 
-def compare(ours: bytes, theirs: bytes) -> GateResult:
-    return compare_tokenizers(side(tokenizer__model=ours), side(tokenizer__model=theirs))
+def compare(source: bytes, candidate: bytes) -> GateResult:
+    return compare_tokenizers(side(tokenizer__model=source), side(tokenizer__model=candidate))

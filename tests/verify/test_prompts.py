@@ -133,8 +133,8 @@ def test_a_file_that_is_not_text_is_refused(
 ) -> None:
     text = tmp_path / "text.txt"
     text.write_bytes(content)
-    given = ["verify", str(folder), "--reference", str(folder), "--text", str(text), "-q", *more]
-    assert CliRunner().invoke(app, given).exit_code == code
+    arguments = ["verify", str(folder), "--reference", str(folder), "--text", str(text), "-q", *more]
+    assert CliRunner().invoke(app, arguments).exit_code == code
 
 
 def test_the_callers_ids_are_text_by_default(model: bytes) -> None:

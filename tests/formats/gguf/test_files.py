@@ -63,9 +63,9 @@ FILE_TYPES = [
 _QUANTIZED = re.compile(r"quantize/(tiny_\w+?)-f32-(.*?)(-im)?")
 
 
-def check(checkpoint: Checkpoint, wanted: dict, folder: Path, **asked: object) -> None:
-    (path,) = write(GGUF().layout(checkpoint, options(**asked)), folder)
-    assert not differences(described(path), wanted)
+def check(checkpoint: Checkpoint, reference: dict, folder: Path, **parameters: object) -> None:
+    (path,) = write(GGUF().layout(checkpoint, options(**parameters)), folder)
+    assert not differences(described(path), reference)
 
 
 @pytest.mark.parametrize("entry", CONVERTED)
@@ -83,12 +83,12 @@ def test_every_conversion_is_listed(oracles: Path) -> None:
 @pytest.mark.parametrize("file_type", FILE_TYPES)
 def test_quantization_is_llama_quantizes_file(oracles: Path, tmp_path: Path, file_type: str) -> None:
     entries = {
-        key: found for key in expected(oracles) if (found := _QUANTIZED.fullmatch(key)) and found[2] == file_type
+        key: entry for key in expected(oracles) if (entry := _QUANTIZED.fullmatch(key)) and entry[2] == file_type
     }
     done = 0
-    for key, found in entries.items():
-        extra = {"imatrix": str(oracles / "gguf" / "imatrix" / f"{found[1]}.gguf")} if found[3] else {}
-        with HuggingFace().open(oracles / "gguf" / found[1]) as checkpoint:
+    for key, entry in entries.items():
+        extra = {"imatrix": str(oracles / "gguf" / "imatrix" / f"{entry[1]}.gguf")} if entry[3] else {}
+        with HuggingFace().open(oracles / "gguf" / entry[1]) as checkpoint:
             check(checkpoint, expected(oracles)[key], tmp_path, dtype="f32", type=file_type.lower(), **extra)
         done += 1
     print(f"{file_type}: {done} of {len(entries)}")
@@ -144,24 +144,24 @@ OPTIONS = [
 
 def test_every_option_is_listed(oracles: Path) -> None:
     assert sorted(key for key in expected(oracles) if key.startswith("options/")) == sorted(
-        f"options/tiny_gqa4-bf16 {each}" for each in OPTIONS
+        f"options/tiny_gqa4-bf16 {option}" for option in OPTIONS
     )
 
 
 @pytest.mark.parametrize("source", ["hf", "gguf"])
-@pytest.mark.parametrize("asked", OPTIONS)
+@pytest.mark.parametrize("parameters", OPTIONS)
 def test_options_from_the_original_and_from_its_gguf(
-    oracles: Path, bf16: Path, tmp_path: Path, asked: str, source: str
+    oracles: Path, bf16: Path, tmp_path: Path, parameters: str, source: str
 ) -> None:
-    *words, file_type = asked.split()
+    *words, file_type = parameters.split()
     extra = _parsed(words, oracles / "gguf")
-    wanted = expected(oracles)[f"options/tiny_gqa4-bf16 {asked}"]
+    reference = expected(oracles)[f"options/tiny_gqa4-bf16 {parameters}"]
     if source == "gguf":
         with GGUF().open(bf16) as checkpoint:
-            check(checkpoint, wanted, tmp_path, type=file_type.lower(), **extra)
+            check(checkpoint, reference, tmp_path, type=file_type.lower(), **extra)
     else:
         with HuggingFace().open(oracles / "gguf" / "tiny_gqa4") as checkpoint:
-            check(checkpoint, wanted, tmp_path, dtype="bf16", type=file_type.lower(), **extra)
+            check(checkpoint, reference, tmp_path, dtype="bf16", type=file_type.lower(), **extra)
 
 
 def test_split_conversion_is_the_converters_shards(oracles: Path, tmp_path: Path) -> None:

@@ -29,8 +29,8 @@ from tests.support.gguf import options, write
 F32, F16, BF16 = np.dtype(np.float32), np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)
 
 
-def written(checkpoint: Checkpoint, folder: Path, **asked: object) -> Path:
-    return write(GGUF().layout(checkpoint, options(**asked)), folder)[0]
+def written(checkpoint: Checkpoint, folder: Path, **parameters: object) -> Path:
+    return write(GGUF().layout(checkpoint, options(**parameters)), folder)[0]
 
 
 def library_file(
@@ -97,10 +97,10 @@ def test_the_config_is_what_llama_cpp_will_run(tmp_path: Path) -> None:
     library_file(tmp_path / "model.gguf")
     with GGUF().open(tmp_path / "model.gguf") as checkpoint:
         config = checkpoint.config
-        wanted = dataclasses.replace(SMALL, attn_logit_softcapping=12.5, final_logit_softcapping=12.5)
-        for field in dataclasses.fields(wanted):
+        expected = dataclasses.replace(SMALL, attn_logit_softcapping=12.5, final_logit_softcapping=12.5)
+        for field in dataclasses.fields(expected):
             if field.name not in ("dtype", "architectures", "notes"):
-                assert getattr(config, field.name) == getattr(wanted, field.name), field.name
+                assert getattr(config, field.name) == getattr(expected, field.name), field.name
         assert config.rms_norm_eps == 1e-6
 
 
@@ -143,9 +143,9 @@ def test_there_and_back_bit_for_bit(tmp_path: Path, dtype: np.dtype) -> None:
         second = write_checkpoint(middle, tmp_path / "second")
     with HuggingFace().open(second) as last:
         for name, tensor in source.tensors.items():
-            found = last.tensors[name].load()
+            rows = last.tensors[name].load()
             if name not in lossy:
-                assert found.dtype == dtype and found.tobytes() == tensor.load().tobytes(), name
+                assert rows.dtype == dtype and rows.tobytes() == tensor.load().tobytes(), name
 
 
 def test_losses_say_how_much(tmp_path: Path) -> None:
@@ -160,13 +160,13 @@ def test_a_copy_of_a_quantized_file_keeps_every_byte(tmp_path: Path) -> None:
     with GGUF().open(tmp_path / "model.gguf") as source:
         copy = written(source, tmp_path, name="copy.gguf")
         with GGUF().open(copy) as again:
-            mine, theirs = source.metadata["gguf"], again.metadata["gguf"]
-            assert mine.tensors.keys() == theirs.tensors.keys()
-            for name, tensor in mine.tensors.items():
-                other = theirs.tensors[name]
+            original, copied = source.metadata["gguf"], again.metadata["gguf"]
+            assert original.tensors.keys() == copied.tensors.keys()
+            for name, tensor in original.tensors.items():
+                other = copied.tensors[name]
                 assert tensor.load_blocks(0, tensor.rows).tobytes() == other.load_blocks(0, other.rows).tobytes(), name
-            assert {key: v for key, v in theirs.kv.items() if not key.startswith("general.")} == {
-                key: v for key, v in mine.kv.items() if not key.startswith("general.")
+            assert {key: v for key, v in copied.kv.items() if not key.startswith("general.")} == {
+                key: v for key, v in original.kv.items() if not key.startswith("general.")
             }
 
 
@@ -183,8 +183,8 @@ def test_requantizing_needs_allow_requantize(tmp_path: Path) -> None:
             assert np.array_equal(floats.tensors[name].load(), values), name
             if len(values.shape) == 2:
                 blocks = gguf.quants.quantize(values, gguf.GGMLQuantizationType.Q8_0)
-                wanted = gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType.Q8_0)
-                assert np.array_equal(checkpoint.tensors[name].load(), wanted), name
+                expected = gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType.Q8_0)
+                assert np.array_equal(checkpoint.tensors[name].load(), expected), name
 
 
 UNSAYABLE = {
@@ -202,9 +202,9 @@ UNSAYABLE = {
 def test_what_gguf_cannot_represent_is_refused(change: dict, words: str) -> None:
     source = random_checkpoint(BF16)
     source.config = dataclasses.replace(source.config, **change)
-    for asked in (options(), options(type="q8_0")):
+    for parameters in (options(), options(type="q8_0")):
         with pytest.raises(InputRefused, match=words) as refused:
-            GGUF().layout(source, asked)
+            GGUF().layout(source, parameters)
         assert refused.value.id == "gguf.cannot-say" and "--allow-mismatch" in refused.value.hint
     assert any(words in warning for warning in GGUF().layout(source, options(allow_mismatch=True)).warnings)
 
@@ -283,17 +283,17 @@ WRONG = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("asked", "words"), WRONG.values(), ids=WRONG)
-def test_options_that_cannot_work(asked: dict, words: str) -> None:
+@pytest.mark.parametrize(("parameters", "words"), WRONG.values(), ids=WRONG)
+def test_options_that_cannot_work(parameters: dict, words: str) -> None:
     wide = dataclasses.replace(SMALL, hidden_size=256, intermediate_size=512, num_attention_heads=8)
     with pytest.raises(UsageError, match=words):
-        GGUF().layout(random_checkpoint(BF16, wide), options(**asked))
+        GGUF().layout(random_checkpoint(BF16, wide), options(**parameters))
 
 
 def test_rows_that_do_not_divide_are_reported(tmp_path: Path) -> None:
     source = random_checkpoint(BF16, dataclasses.replace(SMALL, hidden_size=40))
-    for asked in ({"type": "q4_0"}, {"dtype": "q8_0"}):
-        output = GGUF().layout(source, options(**asked))
+    for parameters in ({"type": "q4_0"}, {"dtype": "q8_0"}):
+        output = GGUF().layout(source, options(**parameters))
         assert any("do not divide" in warning for warning in output.warnings)
         with GGUF().open(write(output, tmp_path)[0]) as back:
             assert back.tensors["model.layers.0.self_attn.q_proj.weight"].stored == "f16"

@@ -83,10 +83,10 @@ def test_both_kinds_give_the_same_weights(tmp_path: Path) -> None:
 
 def test_the_file_of_llama_imatrix(oracles: Path) -> None:
     matrix = read_imatrix(oracles / "gguf" / "imatrix" / "tiny_gqa4.gguf")
-    wanted = {entry[0]: entry[2] for entry in expected(oracles)["quantize/tiny_gqa4-f32-Q4_K_M-im"]["kv"]}
-    assert len(matrix.weights) == wanted["quantize.imatrix.entries_count"]
-    assert matrix.chunks == wanted["quantize.imatrix.chunks_count"]
-    assert matrix.dataset == wanted["quantize.imatrix.dataset"]
+    reference = {entry[0]: entry[2] for entry in expected(oracles)["quantize/tiny_gqa4-f32-Q4_K_M-im"]["kv"]}
+    assert len(matrix.weights) == reference["quantize.imatrix.entries_count"]
+    assert matrix.chunks == reference["quantize.imatrix.chunks_count"]
+    assert matrix.dataset == reference["quantize.imatrix.dataset"]
 
 
 def test_an_entry_without_tokens_weighs_all_columns_alike(tmp_path: Path) -> None:

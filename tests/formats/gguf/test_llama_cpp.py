@@ -51,8 +51,8 @@ def test_f32_logits(llama: ModuleType, oracles: Path, tmp_path: Path, theta: flo
         source.config = dataclasses.replace(source.config, rope_theta=theta)
         truth = ours(source, ids)
         (path,) = write(GGUF().layout(source, options(dtype="f32")), tmp_path)
-    _, theirs = llama.logits(path, ids.tolist())
-    assert np.abs(theirs - truth).max() < 1e-2
+    _, expected = llama.logits(path, ids.tolist())
+    assert np.abs(expected - truth).max() < 1e-2
     with GGUF().open(path) as back:
         assert np.abs(ours(back, ids) - truth).max() < 5e-5
 
@@ -65,8 +65,8 @@ def test_bidirectional_logits(llama: ModuleType, fixture_dir: Path, tmp_path: Pa
         source.config = dataclasses.replace(source.config, use_bidirectional_attention=True)
         truth = ours(source, ids)
         (path,) = write(GGUF().layout(source, options(dtype="f32")), tmp_path)
-    _, theirs = llama.logits(path, ids.tolist())
-    assert np.abs(theirs - truth).max() < 1e-2 and np.abs(theirs - causal).max() > 1
+    _, expected = llama.logits(path, ids.tolist())
+    assert np.abs(expected - truth).max() < 1e-2 and np.abs(expected - causal).max() > 1
 
 
 def test_the_config_read_is_the_model_llama_cpp_runs(llama: ModuleType, oracles: Path) -> None:
@@ -80,8 +80,8 @@ def test_the_config_read_is_the_model_llama_cpp_runs(llama: ModuleType, oracles:
             assert checkpoint.config.query_pre_attn_scalar == 16
             mine = ours(checkpoint, ids[0])
         stored = np.load(folder / "gguf" / f"{name}.llama_cpp_logits.npy")
-        _, theirs = llama.logits(folder / "gguf" / f"{name}.gguf", ids[0].tolist())
-        assert np.abs(mine - theirs).max() < 1e-2
+        _, expected = llama.logits(folder / "gguf" / f"{name}.gguf", ids[0].tolist())
+        assert np.abs(mine - expected).max() < 1e-2
         assert np.abs(mine - stored.reshape(-1, *mine.shape)[0]).max() < 1e-2
 
 
@@ -96,6 +96,6 @@ def test_quantized_files_compute_alike(llama: ModuleType, fixture_dir: Path, tmp
     ids = np.load(next(fixture_dir.glob("heldout*.npy"))).reshape(-1)[:600].astype(np.int64)
     with registry.open_checkpoint(fixture_dir) as source:
         (path,) = write(GGUF().layout(source, options(type=type)), tmp_path)
-        _, theirs = llama.logits(path, ids.tolist())
+        _, expected = llama.logits(path, ids.tolist())
     with GGUF().open(path) as back:
-        assert mean_kl(ours(back, ids), theirs) < 2e-3
+        assert mean_kl(ours(back, ids), expected) < 2e-3

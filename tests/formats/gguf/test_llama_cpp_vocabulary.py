@@ -93,7 +93,7 @@ def test_ids_and_stops(
             (tmp_path / name).write_bytes(source.assets[name])
     config = {"model_type": "gemma2"} | {"vocab_size": source.config.vocab_size}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
     keys = keys_of(source)
     tokens = [added.content for added in source.tokenizer.added_tokens.values()]
     texts = [*DIFFICULT, *tokens, *(f"one {token}two {token} three" for token in tokens)]
@@ -101,12 +101,12 @@ def test_ids_and_stops(
         for text in texts:
             if "\u2581" in text:  # llama.cpp looks for tokens of spaces in the text, where this is not a space
                 continue
-            assert vocabulary.encode(text) == theirs(text)["input_ids"], text
+            assert vocabulary.encode(text) == tokenizer(text)["input_ids"], text
         predicted = set(all_stop_ids(KeyReader(keys, "model.gguf")))
         assert vocabulary.stops() == predicted
         generation = folder.generation["eos_token_id"]
-        wanted = {generation} if isinstance(generation, int) else set(generation)
-        assert wanted <= predicted, "what transformers stops at"
+        stops = {generation} if isinstance(generation, int) else set(generation)
+        assert stops <= predicted, "what transformers stops at"
 
 
 def added(folder: Folder, *texts: str, special: bool) -> dict[str, GGUFValue]:

@@ -32,9 +32,9 @@ def run(*words: object) -> Result:
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory, fixture_dir: Path) -> Path:
+def model_folder(tmp_path_factory: pytest.TempPathFactory, fixture_dir: Path) -> Path:
     """A random model with the fixture's tokenizer, and its GGUF."""
-    folder = tmp_path_factory.mktemp("made")
+    folder = tmp_path_factory.mktemp("model")
     checkpoint = random_checkpoint(BF16, dataclasses.replace(random_checkpoint(BF16).config, vocab_size=2048))
     source = write_checkpoint(checkpoint, folder / "src")
     for name in ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
@@ -44,14 +44,16 @@ def made(tmp_path_factory: pytest.TempPathFactory, fixture_dir: Path) -> Path:
 
 
 @pytest.fixture
-def folder(made: Path, tmp_path: Path) -> Path:
-    shutil.copytree(made / "src", tmp_path / "src")
+def folder(model_folder: Path, tmp_path: Path) -> Path:
+    shutil.copytree(model_folder / "src", tmp_path / "src")
     return tmp_path / "src"
 
 
-def edited(made: Path, path: Path, *, without: str = "", more: dict[str, np.ndarray] | None = None, tokens: int = 0):
+def edited(
+    model_folder: Path, path: Path, *, without: str = "", more: dict[str, np.ndarray] | None = None, tokens: int = 0
+):
     """The GGUF again by gguf-py's own writer, with changes."""
-    reader = gguf.GGUFReader(made / "model.gguf")
+    reader = gguf.GGUFReader(model_folder / "model.gguf")
     writer = gguf.GGUFWriter(path, "gemma2")
     for key, field in reader.fields.items():
         if key.startswith("GGUF.") or key == "general.architecture" or (without and key.startswith(without)):
@@ -80,22 +82,22 @@ def verified(source: Path, candidate: Path) -> Verification:
 
 
 @pytest.mark.slow
-def test_an_output_matrix_equal_to_the_embedding(made: Path, tmp_path: Path) -> None:
+def test_an_output_matrix_equal_to_the_embedding(model_folder: Path, tmp_path: Path) -> None:
     """transformers 32577: converters of before release wrote output.weight. Ollama reads it, llama.cpp does not."""
-    embedding = load_file(made / "src" / "model.safetensors")["model.embed_tokens.weight"].astype(np.float32)
-    with registry.open_checkpoint(made / "model.gguf") as plain:
+    embedding = load_file(model_folder / "src" / "model.safetensors")["model.embed_tokens.weight"].astype(np.float32)
+    with registry.open_checkpoint(model_folder / "model.gguf") as plain:
         assert plain.tensors["model.embed_tokens.weight"].stored == "bf16"
-    path = edited(made, tmp_path / "equal.gguf", more={"output.weight": embedding})
+    path = edited(model_folder, tmp_path / "equal.gguf", more={"output.weight": embedding})
     with registry.open_checkpoint(path) as checkpoint:
         assert any("llama.cpp does not load" in warning for warning in checkpoint.warnings)
     assert run("convert", path, tmp_path / "hf", "--quiet", "--no-verify").exit_code == 0
 
 
 @pytest.mark.slow
-def test_an_output_matrix_of_its_own(made: Path, tmp_path: Path) -> None:
+def test_an_output_matrix_of_its_own(model_folder: Path, tmp_path: Path) -> None:
     """transformers 32577, ollama 10759: an untied head is the model's, in a folder too; a GGUF cannot have it again."""
     head = np.random.default_rng(0).standard_normal((2048, 64)).astype(np.float32)
-    path = edited(made, tmp_path / "own.gguf", more={"output.weight": head})
+    path = edited(model_folder, tmp_path / "own.gguf", more={"output.weight": head})
     with registry.open_checkpoint(path) as checkpoint:
         assert not checkpoint.config.tie_word_embeddings
         assert np.array_equal(checkpoint.tensors["lm_head.weight"].load(), head)
@@ -106,34 +108,34 @@ def test_an_output_matrix_of_its_own(made: Path, tmp_path: Path) -> None:
     assert written["tie_word_embeddings"] is False
 
 
-def test_fewer_tokens_than_rows(made: Path, tmp_path: Path) -> None:
+def test_fewer_tokens_than_rows(model_folder: Path, tmp_path: Path) -> None:
     """llama.cpp 8445: an embedding that was resized beside a vocabulary that was not."""
-    path = edited(made, tmp_path / "fewer.gguf", tokens=2000)
+    path = edited(model_folder, tmp_path / "fewer.gguf", tokens=2000)
     with pytest.raises(InputRefused, match="2000 tokens and 2048 rows") as refused:
         registry.open_checkpoint(path)
     assert "--config" not in refused.value.hint
 
 
 @pytest.mark.slow
-def test_a_file_of_june_2024_with_the_released_window(made: Path, tmp_path: Path) -> None:
+def test_a_file_of_june_2024_with_the_released_window(model_folder: Path, tmp_path: Path) -> None:
     """llama.cpp 8227: without soft caps and window llama.cpp takes 50, 30 and 4096, those of the releases."""
-    path = edited(made, tmp_path / "june.gguf", without="gemma2.att")
+    path = edited(model_folder, tmp_path / "june.gguf", without="gemma2.att")
     with pytest.raises(InputRefused, match="layer_norm_rms_epsilon|head_count"):
         registry.open_checkpoint(path)
-    path = edited(made, tmp_path / "june2.gguf", without="gemma2.attn_logit_softcapping")
+    path = edited(model_folder, tmp_path / "june2.gguf", without="gemma2.attn_logit_softcapping")
     with registry.open_checkpoint(path) as checkpoint:
         assert checkpoint.config.attn_logit_softcapping == 50.0
-    assert verified(made / "src", path).passed
+    assert verified(model_folder / "src", path).passed
 
 
-def test_norms_mapped_to_each_other(made: Path, folder: Path) -> None:
+def test_norms_mapped_to_each_other(model_folder: Path, folder: Path) -> None:
     """transformers 32577: a patch that many used read ffn_norm as post_attention_layernorm."""
     weights = load_file(folder / "model.safetensors")
     for layer in range(3):
         names = [f"model.layers.{layer}.{kind}_layernorm.weight" for kind in ("post_attention", "pre_feedforward")]
         weights[names[0]], weights[names[1]] = weights[names[1]], weights[names[0]]
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    result = verified(made / "model.gguf", folder)
+    result = verified(model_folder / "model.gguf", folder)
     assert not result.passed and result.causes[0].id == "norm.swapped"
 
 
@@ -176,22 +178,22 @@ def test_a_folder_without_tokenizer_model(folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_weights_alone_under_another_name(made: Path, tmp_path: Path) -> None:
+def test_weights_alone_under_another_name(model_folder: Path, tmp_path: Path) -> None:
     """ollama 6273: llama.safetensors and no config.json; then with the config named."""
-    shutil.copy(made / "src" / "model.safetensors", tmp_path / "gemma.safetensors")
+    shutil.copy(model_folder / "src" / "model.safetensors", tmp_path / "gemma.safetensors")
     result = run("convert", tmp_path / "gemma.safetensors", tmp_path / "out.gguf")
     assert result.exit_code == 3 and "no config.json" in result.stderr and "--config" in result.stderr
-    config = ("--config", made / "src" / "config.json")
+    config = ("--config", model_folder / "src" / "config.json")
     assert run("convert", tmp_path / "gemma.safetensors", tmp_path / "out.gguf", *config, "--quiet").exit_code == 0
-    result = run("verify", tmp_path / "gemma.safetensors", "--reference", made / "src", *config, "--json")
+    result = run("verify", tmp_path / "gemma.safetensors", "--reference", model_folder / "src", *config, "--json")
     gates = {gate["name"]: gate for gate in json.loads(result.stdout)["gates"]}
     assert result.exit_code == 0 and "weights alone" in gates["tokenizer"]["summary"]
 
 
 @pytest.mark.slow
-def test_a_tensor_that_is_not_there(made: Path, tmp_path: Path) -> None:
+def test_a_tensor_that_is_not_there(model_folder: Path, tmp_path: Path) -> None:
     """LlamaFactory 7848, lmstudio 1824: "missing tensor"; the name is in the message."""
-    reader = gguf.GGUFReader(made / "model.gguf")
+    reader = gguf.GGUFReader(model_folder / "model.gguf")
     writer = gguf.GGUFWriter(tmp_path / "missing.gguf", "gemma2")
     for key, field in reader.fields.items():
         if key.startswith("gemma2."):
@@ -208,13 +210,13 @@ def test_a_tensor_that_is_not_there(made: Path, tmp_path: Path) -> None:
     assert result.exit_code == 3 and "layers.1.self_attn.k_proj.weight" in result.stderr
 
 
-def test_a_stop_of_the_vocabulary_is_a_note(made: Path) -> None:
+def test_a_stop_of_the_vocabulary_is_a_note(model_folder: Path) -> None:
     """koboldcpp 2003: "control-looking token '</s>' was not control-type"; llama.cpp stops there."""
-    result = verified(made / "src", made / "model.gguf")
+    result = verified(model_folder / "src", model_folder / "model.gguf")
     notes = [finding for finding in result.gate("tokenizer").findings if finding.subject == "eos_token_id"]
     assert result.passed and {finding.severity for finding in notes} == {"note"}
     assert any("'</s>' (213)" in finding.message for finding in notes)
-    with registry.open_checkpoint(made / "model.gguf") as checkpoint:
+    with registry.open_checkpoint(model_folder / "model.gguf") as checkpoint:
         texts = [checkpoint.tokenizer.text(token) for token in checkpoint.tokenizer.stop_ids]
         assert "</s>" in texts
         assert "</s>" not in [checkpoint.tokenizer.text(token) for token in checkpoint.config.eos_token_ids]

@@ -111,8 +111,8 @@ def test_llama_cpp_computes_it(llama: Any, fixture_dir: Path, tmp_path: Path, ch
         source.config = dataclasses.replace(source.config, sliding_window=32, **change)
         truth = ours(source, ids)
         (path,) = write(GGUF().layout(source, options(dtype="f32")), tmp_path)
-    _, theirs = llama.logits(path, ids.tolist())
+    _, expected = llama.logits(path, ids.tolist())
     assert np.abs(plain - truth).max() > 1
-    assert np.abs(theirs - truth).max() < 0.02
+    assert np.abs(expected - truth).max() < 0.02
     with GGUF().open(path) as back:
         assert np.abs(ours(back, ids) - truth).max() < 5e-5

@@ -170,7 +170,7 @@ def test_fewer_files_give_the_same_vocabulary(trained: bytes, present: tuple[str
         assert less[f"tokenizer.ggml.{key}"] == whole[f"tokenizer.ggml.{key}"], key
     warnings = tokenizer_keys(assets_of(trained, *present), config_of()).warnings
     assert ("tokenizer.chat_template" in less) == ("tokenizer_config.json" in present)
-    assert any("chat template" in each for each in warnings) == ("tokenizer_config.json" not in present)
+    assert any("chat template" in warning for warning in warnings) == ("tokenizer_config.json" not in present)
     assert any("which tokens are special" in each for each in warnings) == (present == FILES[:1])
 
 
@@ -241,8 +241,8 @@ def test_files_rebuilt_from_the_keys(trained: bytes) -> None:
     assert rebuilt.encode(TEXT) == spm.SentencePieceProcessor(model_proto=trained).encode(TEXT)
     assert tokenizer_model.parse(assets["tokenizer.model"]).pieces == tokenizer_model.parse(trained).pieces
     config = json.loads(assets["tokenizer_config.json"])
-    found = {token: (entry["content"], entry["special"]) for token, entry in config["added_tokens_decoder"].items()}
-    assert found == {token: (entry["content"], entry["special"]) for token, entry in added_decoder().items()}
+    added = {token: (entry["content"], entry["special"]) for token, entry in config["added_tokens_decoder"].items()}
+    assert added == {token: (entry["content"], entry["special"]) for token, entry in added_decoder().items()}
     assert config["chat_template"] == CONFIG["chat_template"] and config["additional_special_tokens"] == list(TURNS)
     assert json.loads(assets["generation_config.json"])["eos_token_id"] == [1, 7]
     json_file, truth = json.loads(assets["tokenizer.json"]), tokenizer_json(trained)
@@ -290,9 +290,9 @@ def test_transformers_reads_the_rebuilt_files(trained: bytes, tmp_path: Path) ->
 @pytest.mark.parametrize("folder", ["gguf/tiny_gqa4"])
 def test_tokenizer_json_as_transformers_made_it(oracles: Path, folder: str) -> None:
     pieces = tokenizer_model.parse((oracles / folder / "tokenizer.model").read_bytes()).pieces
-    theirs = json.loads((oracles / folder / "tokenizer.json").read_bytes())["model"]["merges"]
+    expected = json.loads((oracles / folder / "tokenizer.json").read_bytes())["model"]["merges"]
     user_defined = {piece.text for piece in pieces if piece.type == USER_DEFINED}
-    assert [list(merge) for merge in merges(pieces) if "".join(merge) not in user_defined] == theirs
+    assert [list(merge) for merge in merges(pieces) if "".join(merge) not in user_defined] == expected
 
 
 @pytest.mark.parametrize("present", [FILES, FILES[1:2], FILES[:1]], ids=" ".join)

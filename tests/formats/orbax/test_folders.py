@@ -56,9 +56,9 @@ def test_models_in_several_items_of_a_step_are_listed(tmp_path: Path) -> None:
 
 def test_the_items_of_another_model_are_not_taken_for_this_one(tmp_path: Path) -> None:
     """A folder of MaxText's and the optimizer's items: each is found by its own embedding."""
-    ours = _tree(tmp_path / "0/items", "params.params.token_embedder.embedding")
+    tree = _tree(tmp_path / "0/items", "params.params.token_embedder.embedding")
     _tree(tmp_path / "0/optimizer_state", "mu.token_embedder.embedding")
-    assert folders.models(tmp_path, ("token_embedder", "embedding")) == [ours]
+    assert folders.models(tmp_path, ("token_embedder", "embedding")) == [tree]
     assert registry.detect(tmp_path).name == "maxtext"
     assert not folders.models(tmp_path, EMBEDDING)
 

@@ -25,8 +25,8 @@ def checked(source: Checkpoint, to: str, folder: Path, **options: object) -> Che
     """The result for ``source`` written in the format ``to``."""
     path = folder / f"out{suffix_of(to)}"
     save(source, path, write_options(**options), to=to, threads=2)
-    given = source.config if registry.by_name(to).lacks_config(path) else None
-    return api.check(path, config=given)
+    config = source.config if registry.by_name(to).lacks_config(path) else None
+    return api.check(path, config=config)
 
 
 def findings(result: CheckResult) -> list[tuple[str, str]]:

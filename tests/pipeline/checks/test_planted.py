@@ -131,8 +131,11 @@ def test_a_departure_from_a_release(fixture: Victim) -> None:
 
     config = dataclasses.replace(SIZES["9b"], query_pre_attn_scalar=224, sliding_window=8192)
     checkpoint = dataclasses.replace(fixture.checkpoint("hf"), config=config)
-    found = [(finding.id, finding.message.split(" ")[0]) for finding in check_config(checkpoint)]
-    assert ("config.departure", "query_pre_attn_scalar") in found and ("config.unusual", "sliding_window") in found
+    findings = [(finding.id, finding.message.split(" ")[0]) for finding in check_config(checkpoint)]
+    assert ("config.departure", "query_pre_attn_scalar") in findings and (
+        "config.unusual",
+        "sliding_window",
+    ) in findings
 
 
 @pytest.mark.slow
@@ -157,8 +160,8 @@ def gguf_without(path: Path, *keys: str) -> None:
 def test_a_gguf_of_the_first_converters(fixture: Victim, tmp_path: Path) -> None:
     path = write_checkpoint(fixture.checkpoint("hf"), tmp_path / "x.gguf")
     gguf_without(path, "tokenizer.ggml.add_space_prefix", "gemma2.attn_logit_softcapping")
-    found = [(finding.id, finding.severity) for finding in api.check(path).findings]
-    assert found == [("tokenizer.space-prefix", "doubt"), ("provenance.llama-cpp-early", "note")]
+    findings = [(finding.id, finding.severity) for finding in api.check(path).findings]
+    assert findings == [("tokenizer.space-prefix", "doubt"), ("provenance.llama-cpp-early", "note")]
 
 
 @pytest.mark.slow

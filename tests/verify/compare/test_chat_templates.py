@@ -13,7 +13,7 @@ from tests.support.tokenizers import side
 
 
 @pytest.mark.parametrize(
-    ("ours", "theirs", "status", "severity"),
+    ("before", "after", "status", "severity"),
     [
         ("{{a}}", "{{a}}", "passed", None),
         ("{{a}}", "{{b}}", "failed", "error"),
@@ -21,12 +21,12 @@ from tests.support.tokenizers import side
         (None, "{{a}}", "passed", None),
     ],
 )
-def test_chat_templates(model: bytes, ours: str | None, theirs: str | None, status: str, severity: str | None) -> None:
-    left = side(tokenizer__model=model, **({"tokenizer_config__json": {"chat_template": ours}} if ours else {}))
-    right = side(tokenizer__model=model, **({"chat_template__jinja": theirs} if theirs else {}))
-    found = compare_tokenizers(left, right)
-    assert found.status == status
-    assert [finding.severity for finding in found.findings] == ([severity] if severity else [])
+def test_chat_templates(model: bytes, before: str | None, after: str | None, status: str, severity: str | None) -> None:
+    left = side(tokenizer__model=model, **({"tokenizer_config__json": {"chat_template": before}} if before else {}))
+    right = side(tokenizer__model=model, **({"chat_template__jinja": after} if after else {}))
+    gate = compare_tokenizers(left, right)
+    assert gate.status == status
+    assert [finding.severity for finding in gate.findings] == ([severity] if severity else [])
 
 
 @pytest.mark.parametrize(
@@ -48,10 +48,10 @@ def test_a_chat_template_is_lost_where_there_is_a_place_for_it(
     model: bytes, format: str, path: str, status: str
 ) -> None:
     source = side(tokenizer__model=model, tokenizer_config__json={"chat_template": "{{a}}"})
-    found = compare_tokenizers(
+    gate = compare_tokenizers(
         source, dataclasses.replace(side(tokenizer__model=model), facts=registry.FACTS[format], path=Path(path))
     )
-    assert found.status == status and "chat template is not in the candidate" in found.summary
+    assert gate.status == status and "chat template is not in the candidate" in gate.summary
 
 
 def test_named_templates_and_damaged_files() -> None:

@@ -116,12 +116,12 @@ def test_a_tokenizer_json_that_gives_other_ids_or_texts_fails(
     model: bytes, changes: dict, subject: str, named: str
 ) -> None:
     """Beside the same tokenizer.model, which says nothing of it."""
-    ours, theirs = (
-        side(tokenizer__model=model, tokenizer__json=each) for each in (gemma_json(), gemma_json(**changes))
+    source, candidate = (
+        side(tokenizer__model=model, tokenizer__json=content) for content in (gemma_json(), gemma_json(**changes))
     )
-    found = compare_tokenizers(ours, theirs)
-    wrong = [each for each in found.findings if each.severity == "error"]
-    assert found.failed and [each.subject for each in wrong][:1] == [subject]
+    gate = compare_tokenizers(source, candidate)
+    wrong = [finding for finding in gate.findings if finding.severity == "error"]
+    assert gate.failed and [finding.subject for finding in wrong][:1] == [subject]
     assert any(word in wrong[0].message for word in named.split("|")), wrong[0].message
 
 
@@ -140,8 +140,8 @@ def test_a_tokenizer_json_that_gives_other_ids_or_texts_fails(
     ],
 )
 def test_other_spellings_of_the_same_tokenizer_json_pass(changes: dict) -> None:
-    ours, theirs = side(tokenizer__json=gemma_json()), side(tokenizer__json=gemma_json(**changes))
-    assert not compare_tokenizers(ours, theirs).findings and not compare_tokenizers(theirs, ours).findings
+    source, candidate = side(tokenizer__json=gemma_json()), side(tokenizer__json=gemma_json(**changes))
+    assert not compare_tokenizers(source, candidate).findings and not compare_tokenizers(candidate, source).findings
 
 
 @pytest.mark.parametrize(
@@ -163,34 +163,34 @@ def test_other_spellings_of_the_same_tokenizer_json_pass(changes: dict) -> None:
 def test_the_verdict_is_that_of_the_library_that_runs_the_files(changes: dict) -> None:
     tokenizers = pytest.importorskip("tokenizers")
     sides = [gemma_json(), gemma_json(**changes)]
-    told = []
-    for each in sides:
-        each["model"]["vocab"] |= {"<": 264, "turn>": 265, "\u2581b": 266}
-        each["model"]["merges"] = [*each["model"]["merges"], ["\u2581", "b"]]
-        run = tokenizers.Tokenizer.from_str(json.dumps({"version": "1.0"} | each))
+    answers = []
+    for content in sides:
+        content["model"]["vocab"] |= {"<": 264, "turn>": 265, "\u2581b": 266}
+        content["model"]["merges"] = [*content["model"]["merges"], ["\u2581", "b"]]
+        run = tokenizers.Tokenizer.from_str(json.dumps({"version": "1.0"} | content))
         ids = [run.encode(text).ids for text in ("ab a  b", "a<turn>b ab", "x<turn>", "\u00e9<mask> ")]
-        told.append((ids, run.decode([3, 6, 4, 8 + 0xC3, 8 + 0xA9])))
-    found = compare_tokenizers(*(side(tokenizer__json=each) for each in sides))
-    assert found.failed == (told[0] != told[1])
+        answers.append((ids, run.decode([3, 6, 4, 8 + 0xC3, 8 + 0xA9])))
+    gate = compare_tokenizers(*(side(tokenizer__json=content) for content in sides))
+    assert gate.failed == (answers[0] != answers[1])
 
 
 def test_tokens_whose_flag_a_gguf_does_not_keep_are_reported() -> None:
-    found = compare_tokenizers(
+    gate = compare_tokenizers(
         side(tokenizer__json=gemma_json()), side(tokenizer__json=gemma_json(added_tokens=added(2, special=False)))
     )
     assert (
-        not found.failed
-        and {each.severity for each in found.findings} == {"warning"}
-        and "<mask>" in found.findings[0].message
+        not gate.failed
+        and {finding.severity for finding in gate.findings} == {"warning"}
+        and "<mask>" in gate.findings[0].message
     )
 
 
 @pytest.mark.parametrize("name", ["truncation", "padding"])
 def test_limits_that_transformers_resets_are_reported(name: str) -> None:
-    found = compare_tokenizers(
+    gate = compare_tokenizers(
         side(tokenizer__json=gemma_json()), side(tokenizer__json=gemma_json(**{name: {"max_length": 8}}))
     )
-    assert not found.failed and [each.subject for each in found.findings] == [name]
+    assert not gate.failed and [finding.subject for finding in gate.findings] == [name]
 
 
 def test_runs_of_spaces_that_a_gguf_merges_are_reported() -> None:
@@ -210,7 +210,7 @@ def test_bos_that_tokenizer_json_no_longer_puts() -> None:
     puts, not_ = side(tokenizer__json=gemma_json()), side(tokenizer__json=gemma_json(post_processor=None))
     lost = compare_tokenizers(puts, not_)
     assert lost.failed and any(
-        "puts <bos> [0] around a text, in the candidate nothing" in each.message for each in lost.errors
+        "puts <bos> [0] around a text, in the candidate nothing" in finding.message for finding in lost.errors
     )
     assert compare_tokenizers(not_, puts).failed
     supplied = side(
@@ -221,13 +221,13 @@ def test_bos_that_tokenizer_json_no_longer_puts() -> None:
 
 
 def test_a_hostile_tokenizer_json_is_compared_all_the_same() -> None:
-    ours = side(tokenizer__json={"model": {"vocab": {"a": 0}}})
+    source = side(tokenizer__json={"model": {"vocab": {"a": 0}}})
     odd = {
         "model": {"vocab": 3, "merges": [3]},
         "added_tokens": [{"id": []}, 7],
         "post_processor": {"single": [{"SpecialToken": 1}, 2]},
     }
-    assert compare_tokenizers(ours, side(tokenizer__json=odd)).failed
+    assert compare_tokenizers(source, side(tokenizer__json=odd)).failed
 
 
 def tokenizer_json(vocab: dict[str, int], merges: list[object]) -> bytes:
@@ -235,7 +235,7 @@ def tokenizer_json(vocab: dict[str, int], merges: list[object]) -> bytes:
 
 
 @pytest.mark.parametrize(
-    ("theirs", "status"),
+    ("candidate", "status"),
     [
         (tokenizer_json({"a": 0, "b": 1}, ["a b"]), "passed"),
         (tokenizer_json({"b": 1, "a": 0}, [["a", "b"]]), "passed"),
@@ -244,23 +244,22 @@ def tokenizer_json(vocab: dict[str, int], merges: list[object]) -> bytes:
         (b"{", "failed"),
     ],
 )
-def test_tokenizer_json_counts_too(model: bytes, theirs: bytes, status: str) -> None:
+def test_tokenizer_json_counts_too(model: bytes, candidate: bytes, status: str) -> None:
     """It is what transformers loads, whatever tokenizer.model says."""
-    ours = tokenizer_json({"a": 0, "b": 1}, ["a b"])
-    source = side(tokenizer__model=model, tokenizer__json=ours)
-    assert compare_tokenizers(source, side(tokenizer__model=model, tokenizer__json=theirs)).status == status
+    source = side(tokenizer__model=model, tokenizer__json=tokenizer_json({"a": 0, "b": 1}, ["a b"]))
+    assert compare_tokenizers(source, side(tokenizer__model=model, tokenizer__json=candidate)).status == status
 
 
-@pytest.mark.parametrize(("format", "told"), [("hf", True), ("mlx", True), ("flax", False), ("gemma-cpp", False)])
-def test_a_lost_tokenizer_json_is_reported(model: bytes, format: str, told: bool) -> None:
+@pytest.mark.parametrize(("format", "reported"), [("hf", True), ("mlx", True), ("flax", False), ("gemma-cpp", False)])
+def test_a_lost_tokenizer_json_is_reported(model: bytes, format: str, reported: bool) -> None:
     source = side(tokenizer__model=model, tokenizer__json=derived_json(model))
-    found = compare_tokenizers(source, dataclasses.replace(side(tokenizer__model=model), facts=registry.FACTS[format]))
+    gate = compare_tokenizers(source, dataclasses.replace(side(tokenizer__model=model), facts=registry.FACTS[format]))
     assert (
-        not found.failed
-        and [each.severity for each in found.findings] == ["warning"] * told
-        and ("protobuf" in found.summary) == told
+        not gate.failed
+        and [finding.severity for finding in gate.findings] == ["warning"] * reported
+        and ("protobuf" in gate.summary) == reported
     )
     only = compare_tokenizers(
         side(tokenizer__json=gemma_json()), dataclasses.replace(side(), facts=registry.FACTS[format])
     )
-    assert [each.subject for each in only.findings] == ["tokenizer.json"] * told
+    assert [finding.subject for finding in only.findings] == ["tokenizer.json"] * reported

@@ -147,10 +147,10 @@ def test_nothing_from_a_file_becomes_markdown(text: str) -> None:
     parser = pytest.importorskip("markdown_it").MarkdownIt("gfm-like", {"linkify": False})
     harmless, hostile = (ParsedPage(parser.render(markdown.summary([verification(name)]))) for name in ("model", text))
     assert hostile.elements == harmless.elements
-    shown = " ".join(hostile.words)
+    words = " ".join(hostile.words)
     assert "https://" not in markdown.summary([verification(text)])
     if "|" in text or "`" in text:
-        assert text in shown
+        assert text in words
 
 
 def test_equal_verifications_give_equal_bytes() -> None:
