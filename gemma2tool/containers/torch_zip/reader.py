@@ -71,11 +71,6 @@ class TorchTensor:
         """Whether the ``nbytes`` bytes at ``offset`` are the elements of a matrix column after column."""
         return len(self.shape) == 2 and self.stride == (1, self.shape[0])
 
-    @property
-    def covers_storage(self) -> bool:
-        """Whether the member's CRC-32 is that of this tensor's bytes."""
-        return self.contiguous and self.nbytes == self.storage_nbytes
-
 
 def read_index(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Returns the saved dict: nested dicts, lists and tuples of TorchTensor, int, float, str, bytes, bool and None.
