@@ -18,13 +18,14 @@ from gemma2tool.formats.base import Closers, opening
 from gemma2tool.formats.folder_tensors import gemma2_tensors
 from gemma2tool.formats.mapping import container_tensors
 from gemma2tool.formats.mapping.float8 import widened
-from gemma2tool.formats.mapping.float_layout import HEAD, drop_equal_head
+from gemma2tool.formats.mapping.float_layout import drop_equal_head
 from gemma2tool.formats.mapping.wrappers import HUGGING_FACE, plain_names
 from gemma2tool.formats.packings.unlabelled import refuse_unlabelled
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.config import Gemma2Config
 from gemma2tool.model.format_facts import FormatFacts
 from gemma2tool.model.lazy import DTYPE_NAMES, LazyTensor
+from gemma2tool.model.tied_head import HEAD
 from gemma2tool.storage.paths import path_within_folder
 
 CONFIG = "config.json"

@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from gemma2tool.formats.mapping.float_layout import EMBEDDING, HEAD
 from gemma2tool.formats.multimodal import text_tensors
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.lazy import LazyTensor
+from gemma2tool.model.tied_head import EMBEDDING, HEAD
 
 _CACHE_SCALE = re.compile(
     r"model\.layers\.\d+\.self_attn\.(?:[qkv]_(?:scale|zero_point)|kv_scale|[kv]_proj\.output_scale)"

@@ -37,9 +37,10 @@ class FormatFacts:
     checkpoint's folder or file; ``weights_alone`` that weights (a single file of them, if ``weight_suffixes`` names
     such files) are a complete checkpoint, whose consumer takes the tokenizer from elsewhere. ``weight_suffixes`` are
     suffixes of single files that hold weights and no tokenizer; empty where a single file holds the tokenizer too
-    (GGUF). ``cannot_represent`` maps a config field to why a file of this format may have another value than its
-    source. ``assumptions`` gives, for a config, the fields that the file states and its consumer computes otherwise,
-    each with a sentence.
+    (GGUF). ``ties_head`` says that the consumer uses the embedding as output matrix, whatever else is stored.
+    ``cannot_represent`` maps a config field to why a file of this format may have another value than its source.
+    ``assumptions`` gives, for a config, the fields that the file states and its consumer computes otherwise, each with
+    a sentence.
     """
 
     name: str
@@ -53,6 +54,7 @@ class FormatFacts:
     more_dtypes: tuple[str, ...] = ()
     holds_tokenizer: bool = False
     weights_alone: bool = False
+    ties_head: bool = False
     weight_suffixes: tuple[str, ...] = ()
     cannot_represent: Mapping[str, str] = field(default_factory=dict)
     assumptions: Callable[[Gemma2Config], Iterable[Assumption]] = _no_assumptions

@@ -66,7 +66,7 @@ def open_conversion(request: ConversionRequest) -> Iterator[Conversion]:
         for output in outputs:
             options = options_for(request.options, output)
             plan = make_plan(read, output.path, to=output.format, options=options, threads=request.run.threads)
-            plans.append(replace(plan, source=source))
+            plans.append(replace(plan, source=_unshared(plan.source)))
         request.reports.check((*source.files, *(path for plan in plans for path in _written(plan))))
         for remark in plan_remarks(plans):
             logger.warning("%s", remark)
@@ -121,6 +121,14 @@ def _split_into_folder(request: ConversionRequest) -> ConversionRequest:
 def shared(source: Checkpoint) -> Checkpoint:
     """``source`` with tensors that several outputs read in one pass."""
     return replace(source, tensors={name: SharedRows(tensor) for name, tensor in source.tensors.items()}, closers=[])
+
+
+def _unshared(checkpoint: Checkpoint) -> Checkpoint:
+    tensors = checkpoint.tensors.items()
+    return replace(
+        checkpoint,
+        tensors={name: tensor.source if isinstance(tensor, SharedRows) else tensor for name, tensor in tensors},
+    )
 
 
 def _resolved(checks: Checks, source: Checkpoint) -> ResolvedChecks:

@@ -7,7 +7,7 @@ size of every file, what the target cannot hold, and what a calibration will cos
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +16,7 @@ from gemma2tool.formats import registry
 from gemma2tool.formats.base import Output
 from gemma2tool.formats.options import WriteOptions
 from gemma2tool.model.checkpoint import Checkpoint
+from gemma2tool.model.tied_head import HEAD, with_tied_head
 from gemma2tool.pipeline.calibration.output import calibrated, settings_of
 from gemma2tool.storage.paths import refuse_overwriting_input
 
@@ -42,6 +43,7 @@ class TensorSummary:
 class Plan:
     """A checked request: ``source`` is open, ``output`` is laid out, the destination is not one of the source's files.
 
+    ``source``: as it was opened, but with a tied head where the target has one and the values are equal.
     ``cost``: of the calibration that happens while it is written, if any.
     """
 
@@ -146,6 +148,7 @@ def make_plan(
     target would ignore, and for a quantized source that may not be quantized again.
     """
     format_name = registry.for_destination(destination, to, options.type)
+    source = _with_one_matrix(source, format_name)
     options.check_target(format_name)
     refuse_overwriting_input((source.path, *source.files), destination)
     if options.type not in (None, "copy") and source.is_quantized and not options.allow_requantize:
@@ -160,3 +163,14 @@ def make_plan(
         settings = settings_of(options.calibration, source)
         output, cost = calibrated(output, source, settings, threads=threads)
     return Plan(source, destination, output, options, cost)
+
+
+def _with_one_matrix(source: Checkpoint, format_name: str) -> Checkpoint:
+    """The source with a tied head, if the format has no other and its own is a copy of the embedding."""
+    if not registry.FACTS[format_name].ties_head:
+        return source
+    tied = with_tied_head(source)
+    if tied is source:
+        return source
+    remark = f"{HEAD} equals the embedding: stored once, as {format_name} uses the embedding for both"
+    return replace(tied, warnings=[*source.warnings, remark])

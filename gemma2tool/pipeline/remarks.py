@@ -10,8 +10,7 @@ from gemma2tool.pipeline.plan import Plan
 
 def plan_remarks(plans: Sequence[Plan]) -> list[str]:
     """The warnings of plans that share a source, each once."""
-    source = plans[0].source
-    remarks = list(source.all_warnings)
+    remarks = [warning for plan in plans for warning in plan.source.all_warnings]
     for plan in plans:
         remarks += plan.output.warnings
         remarks += [] if plan.cost is None else plan.cost.remarks()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from numpy.typing import ArrayLike
 
@@ -13,6 +13,7 @@ from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.format_facts import Rounding
 from gemma2tool.model.lazy import LazyTensor
 from gemma2tool.model.progress import Progress, progress_or_null
+from gemma2tool.model.tied_head import HEAD, has_equal_head, with_tied_head
 from gemma2tool.verify import gate_results
 from gemma2tool.verify.chosen import Chosen, only_beyond_chosen_limits, said_as_chosen
 from gemma2tool.verify.compare.comparison import TensorComparison
@@ -29,7 +30,7 @@ from gemma2tool.verify.compare.token_ids import TokenIds, as_prompts
 from gemma2tool.verify.compare.tokenizer import compare_tokenizers, text_pieces
 from gemma2tool.verify.compare.tokenizer_use import implied_stops
 from gemma2tool.verify.diagnosis.cause import Cause
-from gemma2tool.verify.finding import GateResult
+from gemma2tool.verify.finding import Finding, GateResult
 from gemma2tool.verify.gates import GATES, Gates
 from gemma2tool.verify.prompts import prompt_for
 from gemma2tool.verify.result import Side, Verification
@@ -89,6 +90,9 @@ class _Run:
     """One verification: its inputs, and the results so far."""
 
     def __init__(self, source: Checkpoint, candidate: Checkpoint, settings: VerifySettings) -> None:
+        self.has_copied_head = HEAD not in candidate.tensors and has_equal_head(source.tensors)
+        if self.has_copied_head:
+            source = with_tied_head(source)
         self.original, self.candidate, self.settings = source, candidate, settings
         self.source = source = settings.chosen.source_as_chosen(source, candidate)
         self.rounding: Rounding = settings.rounding or candidate.rounding
@@ -108,7 +112,7 @@ class _Run:
         levels = self.settings.levels
         if "completeness" in levels:
             with self._timed("completeness"):
-                self._report(compare_names(self.original, self.candidate))
+                self._report(self._compare_names())
         if "config" in levels:
             with self._timed("config"):
                 self._report(self._compare_configs())
@@ -148,6 +152,13 @@ class _Run:
         start = time.perf_counter()
         yield
         self.seconds[level] = time.perf_counter() - start
+
+    def _compare_names(self) -> GateResult:
+        gate = compare_names(self.original, self.candidate)
+        if not self.has_copied_head:
+            return gate
+        message = "the source's equals its embedding, which the candidate uses for both"
+        return replace(gate, findings=(*gate.findings, Finding(gate.name, "note", HEAD, message)))
 
     def _compare_configs(self) -> GateResult:
         return compare_configs(

@@ -25,6 +25,8 @@ from gemma2tool.formats.base import Output
 from gemma2tool.formats.options import WriteOptions
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.config import Gemma2Config
+from gemma2tool.pipeline.conversion import save
+from gemma2tool.verify.run import VerifySettings, verify
 from tests.support.checkpoints import SMALL, random_checkpoint
 from tests.support.formats import assert_ranges_agree, assert_same_tensors, refused, suffix_of, write_as
 
@@ -155,3 +157,18 @@ def test_an_untied_head_is_kept_or_refused_by_name(tmp_path: Path, name: str) ->
     with refused("lm_head.weight"):
         write_as(name, source, path)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", registry.NAMES)
+def test_an_untied_copy_of_the_embedding_becomes_one_matrix_where_the_format_has_one(tmp_path: Path, name: str) -> None:
+    """mergekit PR 406: two equal matrices compute what one does; a format with one place writes the tied model."""
+    config = replace(SMALL, num_hidden_layers=2, layer_types=())
+    tied = random_checkpoint(F32, config)
+    head = {"lm_head.weight": tied.tensors["model.embed_tokens.weight"]}
+    source = replace(tied, config=replace(config, tie_word_embeddings=False), tensors=tied.tensors | head)
+    path, like = tmp_path / f"out{suffix_of(name)}", tmp_path / f"like{suffix_of(name)}"
+    save(source, path, to=name)
+    save(tied if registry.FACTS[name].ties_head else source, like, to=name)
+    with registry.open_checkpoint(path) as candidate, registry.open_checkpoint(like) as expected:
+        assert_same_tensors(expected, candidate)
+        assert verify(source, candidate, VerifySettings(levels=("completeness", "config"))).passed

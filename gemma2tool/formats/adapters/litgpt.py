@@ -14,10 +14,10 @@ from gemma2tool.containers import strict_yaml
 from gemma2tool.containers.torch_zip import reader as torch_zip
 from gemma2tool.formats.adapters.adapter import FLOAT32_MAX, Adapter, Delta, refused
 from gemma2tool.formats.mapping import container_tensors
-from gemma2tool.formats.mapping.float_layout import HEAD
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.lazy import LazyTensor, RowRange
 from gemma2tool.model.tensors import tensor_specs
+from gemma2tool.model.tied_head import HEAD
 from gemma2tool.storage.paths import confined_path
 from gemma2tool.storage.quoting import quoted
 from gemma2tool.storage.text_file import read_text

@@ -14,9 +14,9 @@ from gemma2tool.formats.adapters import vocabulary
 from gemma2tool.formats.adapters.adapter import FLOAT32_MAX, Adapter, refused
 from gemma2tool.formats.adapters.merged import MergedTensor, ReplacedRows
 from gemma2tool.formats.adapters.reading import read_adapter
-from gemma2tool.formats.mapping.float_layout import EMBEDDING, HEAD
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.lazy import LazyTensor, row_ranges
+from gemma2tool.model.tied_head import EMBEDDING, HEAD
 from gemma2tool.storage.quoting import quoted
 
 _VOCABULARY = (EMBEDDING, HEAD)

@@ -15,9 +15,9 @@ from gemma2tool.containers import strict_json
 from gemma2tool.formats.adapters.adapter import FLOAT32_MAX, MERGE_ELSEWHERE, Adapter, Delta, refused
 from gemma2tool.formats.adapters.names import canonical_module
 from gemma2tool.formats.mapping import container_tensors
-from gemma2tool.formats.mapping.float_layout import EMBEDDING
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.lazy import LazyTensor
+from gemma2tool.model.tied_head import EMBEDDING
 from gemma2tool.storage.paths import confined_path
 from gemma2tool.storage.quoting import quoted
 

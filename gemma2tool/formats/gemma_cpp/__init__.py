@@ -12,6 +12,7 @@ FACTS = FormatFacts(
     files="NAME.sbs",
     weight_names=("*.sbs",),
     remarks="gemma.cpp; 8-bit SFP; 4-bit NUQ is read",
+    ties_head=True,
     suffixes=(".sbs",),
     float_dtypes=("f32", "bf16"),
     cannot_represent={"query_pre_attn_scalar": "gemma.cpp can represent head_dim and hidden_size / heads only"},

@@ -41,6 +41,7 @@ FACTS = FormatFacts(
     files="NAME.gguf",
     weight_names=("*.gguf",),
     remarks="llama.cpp; split files too",
+    ties_head=True,
     suffixes=(".gguf",),
     more_dtypes=("q8_0", "tq1_0", "tq2_0"),
     holds_tokenizer=True,

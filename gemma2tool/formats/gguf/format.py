@@ -34,13 +34,14 @@ from gemma2tool.formats.gguf.read_tokenizer import tokenizer_assets
 from gemma2tool.formats.gguf.shards import only_model, read_headers
 from gemma2tool.formats.gguf.table import TABLE
 from gemma2tool.formats.gguf.tensors import FLOATS, GGUFTensor
-from gemma2tool.formats.mapping.float_layout import HEAD, drop_equal_head
+from gemma2tool.formats.mapping.float_layout import drop_equal_head
 from gemma2tool.formats.mapping.transforms import convention_losses, entries, expected_after_roundtrip, to_canonical
 from gemma2tool.formats.options import WriteOptions
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.config import Gemma2Config
 from gemma2tool.model.format_facts import Rounding
 from gemma2tool.model.lazy import DTYPE_NAMES, LazyTensor, MappedRows
+from gemma2tool.model.tied_head import HEAD
 from gemma2tool.quantizers.casts import cast
 from gemma2tool.quantizers.mixtures import COPY
 from gemma2tool.quantizers.mixtures import FILE_TYPES as MIXTURES

@@ -28,6 +28,7 @@ FACTS = FormatFacts(
     remarks="keras-hub preset",
     extra="keras",
     extra_to="write",
+    ties_head=True,
     cannot_represent={"query_pre_attn_scalar": "a preset can represent head_dim and hidden_size / heads only"},
     assumptions=_assumptions,
 )

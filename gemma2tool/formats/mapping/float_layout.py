@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from gemma2tool.errors import InputRefused, UsageError
 from gemma2tool.formats.mapping.container_tensors import FileTensor
 from gemma2tool.formats.mapping.float_dtypes import stored_dtypes
@@ -14,12 +12,9 @@ from gemma2tool.formats.mapping.transforms import TableRow, entries, to_disk
 from gemma2tool.formats.options import WriteOptions
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.config import Gemma2Config
-from gemma2tool.model.lazy import FLOAT32, Array, LazyTensor, MappedRows, row_ranges, to_float32
+from gemma2tool.model.lazy import FLOAT32, LazyTensor, MappedRows, to_float32
+from gemma2tool.model.tied_head import EMBEDDING, HEAD, are_equal
 from gemma2tool.quantizers.floats import Float
-
-HEAD = "lm_head.weight"
-EMBEDDING = "model.embed_tokens.weight"
-_COMPARE_BYTES = 4 << 20
 
 
 @dataclass(frozen=True)
@@ -105,20 +100,6 @@ def drop_equal_head(tensors: Mapping[str, LazyTensor], config: Gemma2Config) -> 
 
 
 def _are_equal(a: LazyTensor, b: LazyTensor) -> bool:
-    if a.shape != b.shape:
-        return False
     if isinstance(a, FileTensor) and isinstance(b, FileTensor) and a.reader is b.reader and a.offset == b.offset:
-        return True  # torch.save stores a tied pair once
-    ranges = row_ranges(a.rows, a.row_size * a.dtype.itemsize, _COMPARE_BYTES)
-    return all(_same_values(a.load_rows(*rows), b.load_rows(*rows)) for rows in ranges)
-
-
-def _same_values(a: Array, b: Array) -> bool:
-    """Bit for bit; arrays of two types as float32."""
-    if a.dtype != b.dtype:
-        a, b = to_float32(a), to_float32(b)
-    return np.array_equal(_bits(a), _bits(b))
-
-
-def _bits(rows: Array) -> Array:
-    return rows.reshape(-1).view(np.uint8)
+        return a.shape == b.shape  # torch.save stores a tied pair once
+    return are_equal(a, b)

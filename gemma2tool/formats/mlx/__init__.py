@@ -32,6 +32,7 @@ FACTS = FormatFacts(
     files="a folder with config.json and .safetensors of mlx-lm",
     remarks="plain or quantized",
     holds_tokenizer=True,
+    ties_head=True,
     weight_suffixes=(".safetensors",),
     assumptions=_assumptions,
 )

@@ -12,5 +12,6 @@ FACTS = FormatFacts(
     extra="flax",
     extra_to="read",
     weights_alone=True,
+    ties_head=True,
     assumptions=Consumer("gemma's Flax code").assumptions,
 )

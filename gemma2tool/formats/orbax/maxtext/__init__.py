@@ -14,5 +14,6 @@ FACTS = FormatFacts(
     extra="flax",
     extra_to="read",
     weights_alone=True,
+    ties_head=True,
     assumptions=CONSUMER.assumptions,
 )

@@ -9,6 +9,7 @@ FACTS = FormatFacts(
     files="NAME.ckpt, or a folder with one",
     weight_names=("*.ckpt",),
     remarks="Google's original; shards with an index and the int8 variant are read",
+    ties_head=True,
     suffixes=(".ckpt",),
     weights_alone=True,
     weight_suffixes=(".ckpt",),

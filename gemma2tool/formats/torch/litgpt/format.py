@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 
 from gemma2tool.formats.base import Output
-from gemma2tool.formats.mapping.float_layout import EMBEDDING, HEAD, TensorPlan
+from gemma2tool.formats.mapping.float_layout import TensorPlan
 from gemma2tool.formats.mapping.layout_transforms import GroupByKeyValueHead
 from gemma2tool.formats.mapping.transforms import TableRow
 from gemma2tool.formats.mapping.wrappers import Root
@@ -20,6 +20,7 @@ from gemma2tool.formats.torch.state_dict import StateDictFolder
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.config import Gemma2Config
 from gemma2tool.model.config_fields import SLIDING
+from gemma2tool.model.tied_head import EMBEDDING, HEAD
 
 _HF, _LIT = "model.layers.{i}.", "transformer.h.{i}."
 _QKV = tuple(_HF + f"self_attn.{x}_proj.weight" for x in "qkv")

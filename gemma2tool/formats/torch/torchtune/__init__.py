@@ -10,5 +10,6 @@ FACTS = FormatFacts(
     files=f"a folder with {FILE}",
     remarks="torchtune's own state dict, of its code after 0.6.1",
     weight_names=(FILE,),
+    ties_head=True,
     assumptions=assumptions,
 )

@@ -10,5 +10,6 @@ FACTS = FormatFacts(
     files=f"a folder with {FILE_0_6}",
     remarks="torchtune's own state dict, of its releases 0.5.0 to 0.6.1",
     weight_names=(FILE_0_6,),
+    ties_head=True,
     assumptions=assumptions,
 )
