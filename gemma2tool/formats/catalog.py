@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from gemma2tool.errors.extras import install_command
 from gemma2tool.formats import registry
-from gemma2tool.formats.extras import install_command
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """What must be equal for two runs to write the same bytes, so that one can resume the other.
 
-The source's files by name, size, modification time and their first and last bytes; the tool's version and libraries;
-the options by name, so that a refusal can say which one differs; and the whole plan: every header, placement and
-encoder.
+The source's files by name, size, version (the modification time of local ones) and their first and last bytes; the
+tool's version and libraries; the options by name, so that a refusal can say which one differs; and the whole plan:
+every header, placement and encoder.
 """
 
 from __future__ import annotations
@@ -68,14 +68,13 @@ def _files(plan: Plan) -> dict[str, str]:
 
 
 def _identity(path: Path) -> str:
-    status = path.stat()
     with open_for_reading(path) as reader:
         ends = (
             reader.pread(0, min(_ENDS, reader.size)),
             reader.pread(max(reader.size - _ENDS, 0), min(_ENDS, reader.size)),
         )
-    digest = hashlib.sha256(b"".join(ends)).hexdigest()[:_DIGITS]
-    return f"{status.st_size} bytes changed at {status.st_mtime_ns} ns with digest {digest}"
+        digest = hashlib.sha256(b"".join(ends)).hexdigest()[:_DIGITS]
+        return f"{reader.size} bytes {reader.version} with digest {digest}"
 
 
 def _shown(value: object) -> str:

@@ -51,7 +51,7 @@ def digest_file(path: Path, name: str, advance: Advance | None = None) -> FileDi
     with open_for_reading(path) as reader:
         for first in range(0, reader.size, _CHUNK_BYTES):
             piece = memoryview(buffer)[: min(_CHUNK_BYTES, reader.size - first)]
-            reader.pread_into(first, piece)
+            reader.pread_into(first, piece, ahead=reader.size - first - len(piece))
             digest.update(piece)
             if advance is not None:
                 advance(len(piece), name)

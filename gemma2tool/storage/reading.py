@@ -6,58 +6,38 @@ With ``mmap`` every page read would count towards the peak resident set, and a t
 
 from __future__ import annotations
 
-import errno
 import os
-import stat
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Self
 
-from gemma2tool.errors import InputRefused, ResourceError
+from gemma2tool.errors import InputRefused
+from gemma2tool.storage import attached
 from gemma2tool.storage.buffers import AnyBuffer, byte_view
-from gemma2tool.storage.quoting import quoted
+from gemma2tool.storage.ranges import LocalFile, RangeFile
 
 
 class FileReader:
-    """A regular file opened for reading by offset.
+    """A regular file opened for reading by offset: of this machine, or of an attached source.
 
-    ``path`` is the path as given, ``size`` the length in bytes when the file was opened. Any number of threads may
-    read. Close the reader when all of them have finished.
+    ``path`` is the path as given, ``size`` the length in bytes when the file was opened, ``version`` a text that is
+    different if the file has changed. Any number of threads may read. Close the reader when all of them have finished.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self._fd = -1
         self.path = Path(path)
-        if "\0" in str(path):
-            raise InputRefused("file.missing", f"{quoted(str(path))}: a path cannot contain NUL")
-        # O_NONBLOCK: opening a FIFO or a device must not wait for the other end.
-        flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
-        with _translate_read_errors(self.path):
-            self._fd = os.open(self.path, flags)
-        try:
-            status = os.fstat(self._fd)
-            if not stat.S_ISREG(status.st_mode):
-                kind = "folder" if stat.S_ISDIR(status.st_mode) else "pipe, socket or device"
-                raise InputRefused(
-                    "file.not-regular", f"{self.path}: is a {kind}, not a regular file", hint="give the path of a file"
-                )
-            self.size = status.st_size
-            self.identity = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
-        except BaseException:
-            self.close()
-            raise
+        self._file: RangeFile = attached.open_file(path) or LocalFile(path)
+        self.size, self.version = self._file.size, self._file.version
 
-    def pread_into(self, offset: int, buffer: AnyBuffer) -> None:
+    def pread_into(self, offset: int, buffer: AnyBuffer, *, ahead: int = 0) -> None:
         """Fills ``buffer`` (any writable contiguous buffer) with the bytes starting at ``offset``.
 
+        ``ahead``: how many bytes after these will be read next; a source that is far away fetches them meanwhile.
         Raises InputRefused ``file.truncated`` if the file ends first.
         """
         view = byte_view(buffer)
         done = 0
         while done < len(view):
-            with _translate_read_errors(self.path):
-                count = os.preadv(self._descriptor(), [view[done:]], offset + done)
+            count = self._file.read_into(offset + done, view[done:], ahead)
             if count == 0:
                 raise InputRefused(
                     "file.truncated",
@@ -82,32 +62,16 @@ class FileReader:
         return buffer
 
     def check_unchanged(self) -> None:
-        """Raises InputRefused ``file.changed`` if the file's size or modification time changed since it was opened."""
-        status = os.fstat(self._descriptor())
-        if (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns) != self.identity:
-            raise InputRefused(
-                "file.changed",
-                f"{self.path}: changed while it was being read",
-                hint="wait until the file is complete, then run the command again",
-            )
+        """Raises InputRefused ``file.changed`` if the file changed since it was opened."""
+        self._file.check_unchanged()
 
     def close(self) -> None:
-        fd, self._fd = self._fd, -1
-        if fd >= 0:
-            os.close(fd)
-
-    def _descriptor(self) -> int:
-        if self._fd < 0:
-            raise ValueError(f"{self.path}: read after close")
-        return self._fd
+        self._file.close()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        self.close()
-
-    def __del__(self) -> None:
         self.close()
 
 
@@ -129,13 +93,7 @@ def read_whole(path: str | os.PathLike[str], *, what: str, max_bytes: int) -> by
         return bytes(reader.pread(0, reader.size))
 
 
-@contextmanager
-def _translate_read_errors(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno == errno.EIO:
-            raise ResourceError("file.io", f"{path}: the disk reported a read error", hint="check the disk") from error
-        if error.errno in (errno.ENOENT, errno.ENOTDIR):
-            raise InputRefused("file.missing", f"{path}: no such file", hint="check the path") from error
-        raise InputRefused("file.unreadable", f"{path}: cannot be read: {error.strerror}") from error
+def starts_with(path: str | os.PathLike[str], magic: bytes) -> bool:
+    """Whether a file begins with ``magic``. Raises InputRefused if it cannot be read."""
+    with open_for_reading(path) as reader:
+        return reader.size >= len(magic) and reader.pread(0, len(magic)) == magic

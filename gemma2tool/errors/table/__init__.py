@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from gemma2tool.errors.entry import Entry
-from gemma2tool.errors.table import archives, checkpoints, containers, files, models, quantization, requests
+from gemma2tool.errors.table import archives, checkpoints, containers, files, models, quantization, requests, sources
 
 AREAS = {
     "Requests": requests.ENTRIES,
     "Files, folders and the machine": files.ENTRIES,
+    "Hubs, object stores, web servers and archives": sources.ENTRIES,
     "safetensors, GGUF, JSON and YAML": containers.ENTRIES,
     "torch files, HDF5, OCDBT and gemma.cpp files": archives.ENTRIES,
     "Checkpoints and formats": checkpoints.ENTRIES,

@@ -11,6 +11,7 @@ from gemma2tool.formats.adapters.adapter import MERGE_ELSEWHERE, Adapter, refuse
 from gemma2tool.formats.adapters.peft import reader as peft
 from gemma2tool.formats.adapters.peft.config import CONFIG
 from gemma2tool.model.checkpoint import Checkpoint
+from gemma2tool.storage.reading import starts_with
 
 _SHOWN = 5
 
@@ -32,9 +33,7 @@ def read_adapter(path: Path, checkpoint: Checkpoint) -> Adapter:
         return _read_folder(path.parent, checkpoint)
     if path.suffix == ".pt":
         return torchtune.read(path, checkpoint)
-    with path.open("rb") as file:
-        is_gguf = file.read(len(gguf.MAGIC)) == gguf.MAGIC
-    if is_gguf:
+    if starts_with(path, gguf.MAGIC):
         raise refused(
             "kind", path, "is a GGUF LoRA adapter, which is not read", hint="give the adapter it was made from"
         )

@@ -19,7 +19,7 @@ import numpy as np
 
 from gemma2tool.containers import sbs, strict_json
 from gemma2tool.containers.sbs import Blob, RecordReader, refusal
-from gemma2tool.errors import UsageError
+from gemma2tool.errors import ToolError, UsageError
 from gemma2tool.formats import assets
 from gemma2tool.formats.base import Format, Output, OutputFile, OutputTensor, Placement, opening
 from gemma2tool.formats.gemma_cpp import FACTS
@@ -37,7 +37,7 @@ from gemma2tool.model.lazy import BFLOAT16, FLOAT32, LazyTensor, row_ranges, to_
 from gemma2tool.quantizers.floats import Float
 from gemma2tool.quantizers.sfp import Sfp, nuq_bytes, scale_for
 from gemma2tool.storage.paths import confined_path
-from gemma2tool.storage.reading import FileReader, open_for_reading
+from gemma2tool.storage.reading import FileReader, open_for_reading, starts_with
 
 CONFIG, TOKENIZER, CONTENTS, HF_CONFIG, SCALES = "config", "tokenizer", "toc", "hf_config", "Fscales"
 NO_TOKENIZER = b"unavailable"
@@ -80,9 +80,8 @@ class GemmaCpp(Format):
 
     def detect(self, path: Path) -> bool:
         try:
-            with path.open("rb") as file:
-                return file.read(4) == sbs.MAGIC.to_bytes(4, "little")
-        except OSError:
+            return starts_with(path, sbs.MAGIC.to_bytes(4, "little"))
+        except ToolError:
             return False
 
     def open(self, path: Path, *, config: Gemma2Config | None = None) -> Checkpoint:

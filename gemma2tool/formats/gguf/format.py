@@ -12,7 +12,7 @@ from pathlib import Path
 
 from gemma2tool.containers import gguf
 from gemma2tool.containers.gguf import GGUFHeader, GGUFValue
-from gemma2tool.errors import InputRefused, UsageError
+from gemma2tool.errors import InputRefused, ToolError, UsageError
 from gemma2tool.formats import other_files
 from gemma2tool.formats.base import Format, Output, opening
 from gemma2tool.formats.gguf import FACTS
@@ -46,7 +46,7 @@ from gemma2tool.quantizers.casts import cast
 from gemma2tool.quantizers.mixtures import COPY
 from gemma2tool.quantizers.mixtures import FILE_TYPES as MIXTURES
 from gemma2tool.storage.paths import path_within_folder
-from gemma2tool.storage.reading import open_for_reading
+from gemma2tool.storage.reading import open_for_reading, starts_with
 
 OUTPUT = "output.weight"
 CONFIG_DTYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
@@ -81,9 +81,8 @@ class GGUF(Format):
                 # Repositories put a GGUF beside the weights that it was made from: those are the model then.
                 others = any(next(path.glob(pattern), None) for pattern in OTHER_WEIGHTS)
                 return not others and only_model(path) is not None
-            with path.open("rb") as file:
-                return file.read(len(gguf.MAGIC)) == gguf.MAGIC
-        except OSError:
+            return starts_with(path, gguf.MAGIC)
+        except (OSError, ToolError):
             return False
 
     def open(self, path: Path, *, config: Gemma2Config | None = None) -> Checkpoint:

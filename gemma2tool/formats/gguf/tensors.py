@@ -50,7 +50,8 @@ class GGUFTensor(LazyTensor):
         """Rows ``first`` to ``last`` as they are stored: uint8 (last - first, bytes per row)."""
         blocks = np.empty((last - first, self.bytes_per_row), np.uint8)
         if blocks.size:
-            self.reader.pread_into(self.offset + first * self.bytes_per_row, blocks.reshape(-1))
+            start, ahead = self.offset + first * self.bytes_per_row, (self.rows - last) * self.bytes_per_row
+            self.reader.pread_into(start, blocks.reshape(-1), ahead=ahead)
         return blocks
 
     def load_rows(self, first: int, last: int) -> Array:

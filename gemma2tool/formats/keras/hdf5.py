@@ -13,12 +13,13 @@ from pathlib import Path
 import numpy as np
 
 from gemma2tool.containers.hdf5 import reader as hdf5
+from gemma2tool.errors import ToolError
+from gemma2tool.errors.extras import require
 from gemma2tool.formats.base import Closers
-from gemma2tool.formats.extras import require
 from gemma2tool.formats.mapping.container_tensors import NUMPY_DTYPES, FileTensor
 from gemma2tool.model.lazy import BFLOAT16, DType
 from gemma2tool.storage.buffers import AnyBuffer, byte_view
-from gemma2tool.storage.reading import open_for_reading
+from gemma2tool.storage.reading import open_for_reading, starts_with
 
 _PAGE = 1 << 16
 
@@ -26,9 +27,8 @@ _PAGE = 1 << 16
 def is_hdf5(path: Path) -> bool:
     """Whether a file begins with HDF5's signature. Never raises."""
     try:
-        with path.open("rb") as file:
-            return file.read(len(hdf5.MAGIC)) == hdf5.MAGIC
-    except OSError:
+        return starts_with(path, hdf5.MAGIC)
+    except ToolError:
         return False
 
 

@@ -66,9 +66,9 @@ class FileTensor(LazyTensor):
     def load_rows(self, first: int, last: int) -> Array:
         rows = np.empty((last - first, *self.shape[1:]), self.dtype)
         if rows.nbytes:
-            start = self.offset + first * self.row_size * self.dtype.itemsize
-            data = rows.reshape(-1).view(np.uint8).data
-            self.reader.pread_into(start, data)
+            row_bytes = self.row_size * self.dtype.itemsize
+            start, data = self.offset + first * row_bytes, rows.reshape(-1).view(np.uint8).data
+            self.reader.pread_into(start, data, ahead=(self.rows - last) * row_bytes)
             if self.check is not None:
                 self.check.update(start, data)
         return rows

@@ -20,7 +20,7 @@ import numpy as np
 from gemma2tool.containers import strict_json
 from gemma2tool.containers.orbax import ocdbt
 from gemma2tool.containers.orbax.ocdbt import StoredValue
-from gemma2tool.formats.extras import require
+from gemma2tool.errors.extras import require
 from gemma2tool.formats.mapping.blockwise import BlockwiseTensor
 from gemma2tool.formats.orbax.zarr_metadata import (
     INDEX_BYTES,
@@ -336,7 +336,8 @@ class _ValueReader(io.RawIOBase):
         if self.file is None:
             view[:] = self.value.inline[self.position : self.position + len(view)]
         else:
-            self.file.pread_into(self.value.offset + self.position, view)
+            ahead = self.value.nbytes - self.position - len(view)
+            self.file.pread_into(self.value.offset + self.position, view, ahead=ahead)
         self.position += len(view)
         return len(view)
 

@@ -1,4 +1,4 @@
-"""Libraries that only some formats need, installed as extras of the package."""
+"""Libraries that only some inputs and outputs need, installed as extras of the package."""
 
 from __future__ import annotations
 
