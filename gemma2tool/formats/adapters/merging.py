@@ -53,10 +53,8 @@ class _Merge:
         self._add_deltas()
         self._put_token_rows()
         self._tie_again()
-        assets = self.checkpoint.assets
-        if self.config.vocab_size != self.checkpoint.config.vocab_size:
-            assets, warnings = vocabulary.resized_assets(self.adapter.path.parent, self.checkpoint.assets)
-            self.warnings += warnings
+        assets, warnings = vocabulary.merged_assets(self.adapter.path, self.checkpoint, self.config.vocab_size)
+        self.warnings += warnings
         if self.scale != 1 and (whole := [*self.adapter.replacements, *self.adapter.token_rows]):
             self.warnings.append(f"{', '.join(whole)}: trained as a whole; the scale has no effect on them")
         merged = replace(

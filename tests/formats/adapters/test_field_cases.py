@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 from gemma2tool.formats import registry
 from gemma2tool.formats.adapters.merging import merge
 from gemma2tool.model.checkpoint import Checkpoint
-from tests.support.checkpoints import random_checkpoint
+from tests.support.checkpoints import SMALL, random_checkpoint
 from tests.support.formats import refused, write_as
 from tests.support.peft_peer import LINEAR, Trained, assert_merged, train
 
@@ -153,6 +154,48 @@ def test_another_number_of_tokens_with_its_tokenizer(tmp_path: Path, base: Path)
     (trained.folder / "tokenizer.json").write_text("{}")
     merged = merge(registry.open_checkpoint(base), trained.folder)
     assert merged.assets["tokenizer.json"] == b"{}"
+
+
+@pytest.mark.parametrize(
+    ("edit", "expected"),
+    [
+        (None, None),
+        ({"chat_template": "{{ messages }}"}, "the chat template differs"),
+        ({"eos_token": "<end_of_turn>"}, "eos is 1 in the base, 107 beside the adapter"),
+        ("<end_of_turn>", "1 token differs, the first is 107: '<end_of_turn>' in the base, '<|im_end|>' beside"),
+    ],
+    ids=["saved-again", "template", "eos", "renamed"],
+)
+def test_another_tokenizer_of_the_same_size(
+    tmp_path: Path, fixture_dir: Path, edit: dict | str | None, expected: str | None
+) -> None:
+    """unsloth 188, open-instruct PR 56: trainers save an edited tokenizer beside the adapter. The base's is written and
+    both are named; one that was only saved again is the same.
+    """
+    transformers = pytest.importorskip("transformers")
+    config = replace(SMALL, vocab_size=2048, num_hidden_layers=1, layer_types=())
+    base = write_as("hf", random_checkpoint(np.dtype(np.float32), config), tmp_path / "base")
+    for path in fixture_dir.glob("*token*"):
+        shutil.copy(path, base)
+    trained = train(base, tmp_path / "adapter", _config())
+    transformers.AutoTokenizer.from_pretrained(base).save_pretrained(trained.folder)
+    if isinstance(edit, dict):
+        path = trained.folder / "tokenizer_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | edit))
+        if "chat_template" in edit:
+            (trained.folder / "chat_template.jinja").unlink(missing_ok=True)
+    elif edit is not None:
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            path = trained.folder / name
+            path.write_text(path.read_text().replace(edit, "<|im_end|>"))
+    with registry.open_checkpoint(base) as checkpoint:
+        warnings = [line for line in merge(checkpoint, trained.folder).warnings if "tokenizer" in line]
+        assert merge(checkpoint, trained.folder).assets["tokenizer.json"] == (base / "tokenizer.json").read_bytes()
+    if expected is None:
+        assert not warnings
+    else:
+        assert len(warnings) == 1 and expected in warnings[0]
+        assert str(base) in warnings[0] and str(trained.folder) in warnings[0]
 
 
 def test_added_tokens_whose_head_is_not_in_the_adapter(base: Path, tmp_path: Path) -> None:
