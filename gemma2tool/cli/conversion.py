@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from gemma2tool.cli import options as o
+from gemma2tool.cli.outcome import show_results
 from gemma2tool.cli.progress import ProgressDisplay
 from gemma2tool.cli.reports import Reports
 from gemma2tool.cli.terminal import Console
@@ -37,12 +38,7 @@ def carry_out(
     if output.json_output:
         contents = [result.to_json() for result in results]
         console.emit_json(contents[0] if len(contents) == 1 else {"outputs": contents})
-    for result in results:
-        if result.verification is not None:
-            from gemma2tool.verify.reports.terminal import render_verification
-
-            render_verification(result.verification, console)
-        console.print(result.sentence())
+    show_results(results, console, verbose=output.verbose)
     reports.print_card([result.verification for result in results if result.verification is not None], console)
     if not all(result.written for result in results):
         raise typer.Exit(EXIT_VERIFICATION_FAILED)

@@ -60,7 +60,8 @@ def _parameters(parameter: str, group: type) -> list[inspect.Parameter]:
     for field in dataclasses.fields(group):
         annotation, default = hints[field.name], field.default
         if field.name in infos:
-            annotation, default = _typer_option(annotation, infos[field.name]), default if default != () else None
+            annotation = _typer_option(annotation, infos[field.name], getattr(group, "HEADING", None))
+            default = default if default != () else None
         parameters.append(
             inspect.Parameter(
                 _name(parameter, field), inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation
@@ -69,8 +70,10 @@ def _parameters(parameter: str, group: type) -> list[inspect.Parameter]:
     return parameters
 
 
-def _typer_option(hint: Any, info: OptionInfo) -> Any:
-    """The option as Typer takes it: sequences as lists of strings, parsed values as strings."""
+def _typer_option(hint: Any, info: OptionInfo, heading: str | None) -> Any:
+    """The option as Typer takes it: sequences as lists of strings, parsed values as strings. Its help need not say what
+    its heading says.
+    """
     repeated = typing.get_origin(hint) is tuple
     kind = str if repeated or info.parse else hint
     if isinstance(kind, types.UnionType):
@@ -81,7 +84,8 @@ def _typer_option(hint: Any, info: OptionInfo) -> Any:
         kind | None if optional else kind,
         typer.Option(
             info.flag,
-            help=info.full_help,
+            help=info.help_below(heading),
+            rich_help_panel=heading,
             metavar=info.metavar,
             min=info.minimum,
             max=info.maximum,

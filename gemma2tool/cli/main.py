@@ -29,6 +29,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 
@@ -43,6 +44,19 @@ class _Command(TyperCommand):
                 ctx.fail(f"{option.opts[0]} is given twice and takes one value")
         return super().parse_args(ctx, args)
 
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Arguments, then options under their headings, in the order in which the headings first occur."""
+        sections: dict[str, list[tuple[str, str]]] = {}
+        for param in self.get_params(ctx):
+            record = param.get_help_record(ctx)
+            if record is not None:
+                is_argument = param.param_type_name == "argument"
+                heading = "Arguments" if is_argument else getattr(param, "rich_help_panel", None) or "Options"
+                sections.setdefault(heading, []).append(record)
+        for heading, records in sections.items():
+            with formatter.section(heading):
+                formatter.write_dl(records)
+
 
 def _version(is_given: bool) -> None:
     if is_given:
@@ -53,10 +67,29 @@ def _version(is_given: bool) -> None:
 @app.callback()
 def root(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+        bool, typer.Option("--version", "-V", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
     """Convert, quantize and verify Gemma 2 checkpoints."""
+
+
+@app.command("version", hidden=True)
+def version_command() -> None:
+    """Print the version."""
+    _version(True)
+
+
+@app.command("help", hidden=True)
+def help_command(
+    ctx: typer.Context, command: Annotated[str | None, typer.Argument(metavar="COMMAND", help="A command.")] = None
+) -> None:
+    """Show the help of gemma2tool, or of one command."""
+    parent: Any = ctx.parent
+    if command is None:
+        print(parent.get_help())
+        return
+    name, known, _ = parent.command.resolve_command(parent, [command])
+    print(known.get_help(typer.Context(known, info_name=name, parent=parent)))
 
 
 def guarded(command: Callable[..., None]) -> Callable[..., None]:

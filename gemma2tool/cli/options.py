@@ -71,42 +71,86 @@ Dtype = Annotated[
 ]
 Force = Annotated[
     bool,
-    typer.Option("--force", help="Replace an existing destination, once its replacement is complete and verified."),
+    typer.Option(
+        "--force",
+        help="Replace an existing destination, once its replacement is complete and verified.",
+        rich_help_panel="Output",
+    ),
 ]
-NoVerify = Annotated[bool, typer.Option("--no-verify", help="Don't verify the output; the result says so.")]
-NoReceipt = Annotated[bool, typer.Option("--no-receipt", help="Write no DST.receipt.json beside the output.")]
-Threads = Annotated[int | None, typer.Option("--threads", min=1, max=256, help="Threads. Default: one per processor.")]
-Memory = Annotated[str, typer.Option("--memory", metavar="SIZE", help="Byte budget for data in flight.")]
+NoVerify = Annotated[
+    bool,
+    typer.Option("--no-verify", help="Don't verify the output; the result says so.", rich_help_panel="Verification"),
+]
+NoReceipt = Annotated[
+    bool,
+    typer.Option("--no-receipt", help="Write no DST.receipt.json beside the output.", rich_help_panel="Verification"),
+]
+Threads = Annotated[
+    int | None,
+    typer.Option("--threads", min=1, max=256, help="Threads. Default: one per processor.", rich_help_panel="Resources"),
+]
+Memory = Annotated[
+    str, typer.Option("--memory", metavar="SIZE", help="Byte budget for data in flight.", rich_help_panel="Resources")
+]
 MaxShardSize = Annotated[
-    str, typer.Option("--max-shard-size", metavar="SIZE", help="Largest file of a sharded output.")
+    str,
+    typer.Option(
+        "--max-shard-size", metavar="SIZE", help="Largest file of a sharded output.", rich_help_panel="Output"
+    ),
 ]
 Restart = Annotated[
-    bool, typer.Option("--restart", help="Start over; discard what an interrupted run left beside the destination.")
+    bool,
+    typer.Option(
+        "--restart",
+        help="Start over; discard what an interrupted run left beside the destination.",
+        rich_help_panel="Output",
+    ),
 ]
 ClipFloat16 = Annotated[
     bool,
     typer.Option(
-        "--clip-f16", help="Store the largest float16 instead of refusing values beyond it; the result says how many."
+        "--clip-f16",
+        help="Store the largest float16 instead of refusing values beyond it; the result says how many.",
+        rich_help_panel="Output",
     ),
 ]
-AllowNonfinite = Annotated[bool, typer.Option("--allow-nonfinite", help="Accept NaN and infinities in the source.")]
+AllowNonfinite = Annotated[
+    bool, typer.Option("--allow-nonfinite", help="Accept NaN and infinities in the source.", rich_help_panel="Output")
+]
 AllowMismatch = Annotated[
     bool,
     typer.Option(
-        "--allow-mismatch", help="Warn instead of refusing if the target's consumer will compute something else."
+        "--allow-mismatch",
+        help="Warn instead of refusing if the target's consumer will compute something else.",
+        rich_help_panel="Output",
     ),
 ]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would be written, and write nothing.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no notes; results, warnings and errors only.")]
-Json = Annotated[bool, typer.Option("--json", help="Results as JSON on standard output.")]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Show what would be written, and write nothing.", rich_help_panel="Output")
+]
+Quiet = Annotated[
+    bool, typer.Option("--quiet", "-q", help="One line a result; no progress, no notes.", rich_help_panel="Screen")
+]
+Verbose = Annotated[
+    bool, typer.Option("--verbose", "-v", help="Show every gate and every measurement.", rich_help_panel="Screen")
+]
+Json = Annotated[bool, typer.Option("--json", help="Results as JSON on standard output.", rich_help_panel="Screen")]
 Tokens = Annotated[
     Path | None,
-    typer.Option("--tokens", metavar="FILE", help="Token ids (.npy, integers, (T,) or (B, T)) for the logits gates."),
+    typer.Option(
+        "--tokens",
+        metavar="FILE",
+        help="Token ids (.npy, integers, (T,) or (B, T)) for the logits gates.",
+        rich_help_panel="Verification",
+    ),
 ]
 Text = Annotated[
     Path | None,
     typer.Option(
-        "--text", metavar="FILE", help="Text (UTF-8) for the logits gates, instead of the built-in sample text."
+        "--text",
+        metavar="FILE",
+        help="Text (UTF-8) for the logits gates, instead of the built-in sample text.",
+        rich_help_panel="Verification",
     ),
 ]
 Gate = Annotated[
@@ -116,6 +160,7 @@ Gate = Annotated[
         metavar="NAME=LIMIT",
         help="Override a gate of the verification, e.g. kl=0.05. Repeatable.",
         autocompletion=completion(gate_names),
+        rich_help_panel="Verification",
     ),
 ]
 Lora = Annotated[
@@ -133,6 +178,7 @@ Device = Annotated[
         metavar="DEVICE",
         help="Where to compute: cpu, or cuda.",
         autocompletion=completion(("cpu", "cuda")),
+        rich_help_panel="Resources",
     ),
 ]
 
@@ -158,6 +204,7 @@ class OutputOptions:
     threads: Threads = None
     memory: Memory = "256MiB"
     dry_run: DryRun = False
+    verbose: Verbose = False
     quiet: Quiet = False
     json_output: Json = False
 

@@ -15,22 +15,35 @@ if TYPE_CHECKING:
     from gemma2tool.api import ReportFiles
     from gemma2tool.verify.result import Verification
 
+_PANEL = "Reports"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Reports:
     """Which reports of a verification to write; the fields are the options, see ``groups``."""
 
     junit: Annotated[
-        Path | None, typer.Option("--junit", metavar="FILE", help="Write the gates as JUnit XML; replaces FILE.")
+        Path | None,
+        typer.Option(
+            "--junit", metavar="FILE", help="Write the gates as JUnit XML; replaces FILE.", rich_help_panel=_PANEL
+        ),
     ] = None
     summary: Annotated[
         Path | None,
-        typer.Option("--summary", metavar="FILE", help="Append a Markdown summary, as for $GITHUB_STEP_SUMMARY."),
+        typer.Option(
+            "--summary",
+            metavar="FILE",
+            help="Append a Markdown summary, as for $GITHUB_STEP_SUMMARY.",
+            rich_help_panel=_PANEL,
+        ),
     ] = None
     html: Annotated[
-        Path | None, typer.Option("--html", metavar="FILE", help="Write a page with plots; replaces FILE.")
+        Path | None,
+        typer.Option("--html", metavar="FILE", help="Write a page with plots; replaces FILE.", rich_help_panel=_PANEL),
     ] = None
-    card: Annotated[bool, typer.Option("--card", help="Print the quality table for a model card.")] = False
+    card: Annotated[
+        bool, typer.Option("--card", help="Print the quality table for a model card.", rich_help_panel=_PANEL)
+    ] = False
 
     @property
     def files(self) -> ReportFiles:

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 _PLAIN_WIDTH = 160
 """Width of tables, in characters, where the output is not a terminal."""
+_LABEL_WIDTH = 12
+"""Width of the labels of items on a terminal, so that their texts are aligned."""
 _PLAIN_SECONDS = 5.0
 """Time between two lines of progress where the output is not a terminal."""
 
@@ -72,7 +74,7 @@ class Console:
             from rich.table import Table
 
             grid = Table.grid(padding=(0, 2, 0, 0))
-            grid.add_column(no_wrap=True)
+            grid.add_column(no_wrap=True, min_width=_LABEL_WIDTH)
             grid.add_column(overflow="fold")
             grid.add_row(
                 *(self._text(False, *((one_line(t), style) for t, style in part)) for part in ([label], spans))

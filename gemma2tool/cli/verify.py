@@ -50,6 +50,7 @@ class VerifyOptions:
         typer.Option("--reference-config", metavar="FILE", help="The same for SRC, where it differs from --config."),
     ] = None
     threads: o.Threads = None
+    verbose: o.Verbose = False
     quiet: o.Quiet = False
     json_output: o.Json = False
 
@@ -67,7 +68,7 @@ def verify(
     its mistake.
     """
     from gemma2tool import api
-    from gemma2tool.verify.reports.terminal import render_verification
+    from gemma2tool.verify.reports.terminal import render_verdict, render_verification
 
     console = Console(quiet=options.quiet, json=options.json_output)
     result = api.verify(
@@ -86,7 +87,10 @@ def verify(
     )
     if options.json_output:
         console.emit_json(result.to_json())
-    render_verification(result, console)
+    if console.quiet and result.passed:
+        render_verdict(result, console)
+    else:
+        render_verification(result, console, verbose=options.verbose)
     reports.print_card([result], console)
     if not result.passed:
         raise typer.Exit(EXIT_VERIFICATION_FAILED)

@@ -83,6 +83,14 @@ class OptionInfo:
         """The help text, with who takes the option in front."""
         return f"{self.takers}: {self.help}" if self.takers else self.help
 
+    def help_below(self, heading: str | None) -> str:
+        """The help text below a heading, which need not be repeated."""
+        return self.help[:1].upper() + self.help[1:] if heading == self._heading else self.full_help
+
+    @property
+    def _heading(self) -> str:
+        return self.takers[:1].upper() + self.takers[1:]
+
     def is_taken_by(self, format_name: str, type_name: str | None) -> bool:
         """Whether the option has an effect on an output of this format and type."""
         if self.formats and (format_name not in self.formats or (format_name in QUANTIZED_FOLDERS and not type_name)):

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, ClassVar
 
 from gemma2tool.errors import UsageError
 from gemma2tool.formats.option_info import (
@@ -48,6 +48,8 @@ _GGUF = ("gguf",)
 class SplitOptions:
     """How a GGUF is cut into several files."""
 
+    HEADING: ClassVar[str] = "GGUF"
+
     split_max_size: int | None = option(
         None,
         "--split-max-size",
@@ -72,6 +74,8 @@ class GGUFOptions:
     ``tensor_types``: pairs of a regular expression and a type; the first that matches a tensor's GGUF name counts.
     ``override_kv``: texts KEY=TYPE:VALUE.
     """
+
+    HEADING: ClassVar[str] = "GGUF"
 
     imatrix: Path | None = option(
         None, "--imatrix", "importance matrix (GGUF or legacy .dat).", metavar="FILE", formats=_GGUF
@@ -125,6 +129,8 @@ class PackingOptions:
     in the middle (the default) or chosen by group. ``skip``, ``only``: regular expressions searched in tensor names;
     what ``skip`` matches, and what ``only`` does not, is left as it is.
     """
+
+    HEADING: ClassVar[str] = "Quantized folders"
 
     double_quant: bool = option(
         False,
@@ -185,6 +191,8 @@ class Calibration:
     share of its mean that is added to the Hessian's diagonal (0.01). ``hessian_block``: columns of different blocks
     count as independent; None for the whole.
     """
+
+    HEADING: ClassVar[str] = "Calibration"
 
     text: Path | None = option(
         None,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from gemma2tool.model.config import Gemma2Config
@@ -33,6 +35,8 @@ class FormatFacts:
     ``float_dtypes`` are the types that unquantized values are written in; ``more_dtypes`` are other values of
     ``--dtype``.
 
+    ``run_command`` is a command line that runs the consumer on a checkpoint called ``{path}``.
+
     For verification: ``holds_tokenizer`` says that the consumer takes the tokenizer and the chat template from the
     checkpoint's folder or file; ``weights_alone`` that weights (a single file of them, if ``weight_suffixes`` names
     such files) are a complete checkpoint, whose consumer takes the tokenizer from elsewhere. ``weight_suffixes`` are
@@ -52,9 +56,14 @@ class FormatFacts:
     suffixes: tuple[str, ...] = ()
     float_dtypes: tuple[str, ...] = ("f32", "f16", "bf16")
     more_dtypes: tuple[str, ...] = ()
+    run_command: str = ""
     holds_tokenizer: bool = False
     weights_alone: bool = False
     ties_head: bool = False
     weight_suffixes: tuple[str, ...] = ()
     cannot_represent: Mapping[str, str] = field(default_factory=dict)
     assumptions: Callable[[Gemma2Config], Iterable[Assumption]] = _no_assumptions
+
+    def command_for(self, path: Path) -> str:
+        """``run_command`` for a checkpoint, quoted for a shell; empty if there is none."""
+        return self.run_command.replace("{path}", shlex.quote(str(path)))

@@ -7,13 +7,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gemma2tool.errors import InputRefused
 from gemma2tool.model.checkpoint import Checkpoint
+from gemma2tool.model.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
 class Inspection:
     """``stored``: (stored type, tensors, values). ``tensors``: (name, shape, stored type), in the model's order.
-    ``size``: of a release ("2b"), or None. ``config``: as Hugging Face's config.json spells it.
+    ``size``: of a release ("2b"), or None. ``config``: as Hugging Face's config.json spells it. ``nbytes``: size of its
+    files. ``vocabulary``: pieces of its tokenizer, 0 if it has none. ``stops``: (id, text) of the tokens at which its
+    consumer ends a text; the text is None where no tokenizer has it. ``templates``: names of its chat templates.
+    ``run_command``: a command line that runs its usual consumer on it; empty if there is none.
     """
 
     path: Path
@@ -25,6 +30,16 @@ class Inspection:
     assets: tuple[str, ...]
     warnings: tuple[str, ...]
     config: dict[str, Any]
+    nbytes: int = 0
+    vocabulary: int = 0
+    stops: tuple[tuple[int, str | None], ...] = ()
+    templates: tuple[str, ...] = ()
+    run_command: str = ""
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits of its files for each of its values."""
+        return 8 * self.nbytes / max(self.parameters, 1)
 
     def to_json(self, *, tensors: bool = False) -> dict[str, object]:
         """The inspection as ``--json`` prints it, with every tensor if asked for."""
@@ -32,7 +47,12 @@ class Inspection:
             "path": str(self.path),
             "format": self.format,
             "size": self.size,
+            "bytes": self.nbytes,
             "parameters": self.parameters,
+            "bits_per_weight": round(self.bits_per_weight, 3),
+            "stops": [{"id": id, "text": text} for id, text in self.stops],
+            "chat_templates": list(self.templates),
+            "run": self.run_command,
             "stored": {name: {"tensors": count, "values": values} for name, count, values in self.stored},
             "assets": list(self.assets),
             "warnings": list(self.warnings),
@@ -51,6 +71,7 @@ def inspect(checkpoint: Checkpoint) -> Inspection:
     for tensor in checkpoint.tensors.values():
         stored[tensor.stored][0] += 1
         stored[tensor.stored][1] += tensor.size
+    tokenizer = _tokenizer(checkpoint)
     return Inspection(
         path=checkpoint.path,
         format=checkpoint.format,
@@ -63,4 +84,28 @@ def inspect(checkpoint: Checkpoint) -> Inspection:
         assets=tuple(sorted(checkpoint.assets)),
         warnings=checkpoint.all_warnings,
         config=checkpoint.config.to_hf(),
+        nbytes=sum(path.stat().st_size for path in checkpoint.files),
+        vocabulary=tokenizer.size,
+        stops=tuple((id, _text(tokenizer, id)) for id in sorted(_stops(checkpoint, tokenizer))),
+        templates=tuple(tokenizer.chat_templates),
+        run_command=checkpoint.facts.command_for(checkpoint.path),
     )
+
+
+def _tokenizer(checkpoint: Checkpoint) -> Tokenizer:
+    """Its tokenizer; an empty one where it cannot be read, which is for other commands to refuse."""
+    try:
+        return checkpoint.tokenizer
+    except InputRefused as error:
+        checkpoint.warnings.append(f"its tokenizer cannot be read: {error.message}")
+        return Tokenizer()
+
+
+def _stops(checkpoint: Checkpoint, tokenizer: Tokenizer) -> set[int]:
+    return {*(tokenizer.stop_ids or checkpoint.config.eos_token_ids), *tokenizer.implied_stops}
+
+
+def _text(tokenizer: Tokenizer, id: int) -> str | None:
+    if id in tokenizer.added_tokens:
+        return tokenizer.added_tokens[id].content
+    return tokenizer.pieces.texts[id] if id < len(tokenizer.pieces) else None

@@ -51,7 +51,7 @@ class ConversionResult:
     ``verification``: None if it was not requested; then nothing is claimed. ``receipt``: where it was written, if it
     was. ``tensors``: in the output; ``resumed_tensors``: of these, completed by an earlier run. ``clipped``: values
     clipped to the largest float16, by tensor. ``losses``: (canonical name, largest absolute loss) of tensors that the
-    target's convention rounds.
+    target's convention rounds. ``run_command``: a command line that runs its usual consumer on it, if there is one.
     """
 
     destination: Path
@@ -65,6 +65,7 @@ class ConversionResult:
     resumed_tensors: int = 0
     clipped: Mapping[str, int] = field(default_factory=dict)
     losses: tuple[tuple[str, float], ...] = ()
+    run_command: str = ""
 
     @property
     def written(self) -> bool:
@@ -243,6 +244,7 @@ def _result(
         resumed_tensors=len(output.resumed),
         clipped=output.target.clipped(),
         losses=tuple(plan.output.losses),
+        run_command=registry.FACTS[plan.output.format].command_for(plan.destination),
     )
 
 

@@ -167,3 +167,35 @@ def test_several_types_may_be_written_with_spaces(place: Path) -> None:
 def test_a_lost_tokenizer_gets_a_warning(place: Path) -> None:
     result = run("convert", place / "src", place / "out")
     assert result.exit_code == 0 and "no tokenizer" in result.stderr
+
+
+@pytest.mark.slow
+def test_a_passing_conversion_fits_on_one_screen(fixture_dir: Path, tmp_path: Path) -> None:
+    """The verdict first, at most twelve lines; -v has the gates, -q one line, several outputs one table."""
+    source = fixture_dir / "model.ckpt"
+    result = run("quantize", source, tmp_path / "a.gguf", "--type", "q4_k_m")
+    lines = result.stdout.splitlines()
+    assert lines[0] == "PASSED: the same model, within q4_k tolerance" and len(lines) <= 12
+    assert any(line.startswith("quality: KL 0.00") for line in lines) and lines[-1].startswith("next: llama-cli -m ")
+    assert not any(line.startswith(("\u2713", "\u00b7")) for line in lines)
+    result = run("quantize", source, tmp_path / "a.gguf", "--type", "q4_k_m", "--force", "-v")
+    assert sum(line.startswith("\u2713 ") for line in result.stdout.splitlines()) >= 5
+    result = run("quantize", source, tmp_path / "several", "--type", "q4_k_m,q8_0", "-q")
+    assert [line.split(":")[0] for line in result.stdout.splitlines()] == ["PASSED", "PASSED"]
+    result = run("quantize", source, tmp_path / "several", "--type", "q4_k_m,q8_0", "--force")
+    assert "bits/weight" in result.stdout and len(result.stdout.splitlines()) <= 12
+
+
+def test_help_and_version_by_every_spelling() -> None:
+    whole = run("--help").stdout
+    assert run("-h").stdout == run("help").stdout == whole
+    assert run("help", "verify").stdout == run("verify", "-h").stdout
+    assert run("-V").stdout == run("version").stdout == run("--version").stdout
+    assert run("help", "verfy").exit_code == 2
+    assert "\nVerification:\n" in run("quantize", "-h").stdout and "\nGGUF:\n" in run("quantize", "-h").stdout
+
+
+def test_inspect_lists_the_tensors_that_match(place: Path) -> None:
+    result = run("inspect", place / "src", "--match", r"layers\.0\.mlp", "--json")
+    assert {row["name"].split(".")[3] for row in json.loads(result.stdout)["tensors"]} == {"mlp"}
+    assert_refused(run("inspect", place / "src", "--match", "("), 2, "--match", "option.regex")

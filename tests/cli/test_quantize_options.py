@@ -194,7 +194,7 @@ def test_help_names_the_types_that_take_an_option() -> None:
     for group in (GGUFOptions, PackingOptions, Calibration, SplitOptions):
         for _, info in option_fields(group):
             help_text = help_texts[info.flag.split("/")[0]]
-            assert help_text == info.full_help
+            assert help_text == info.help_below(group.HEADING)
             assert all(re.search(rf"(?<![\w-]){kind}(?![\w-])", help_text) for kind in type_names(info.types))
     whole = {kind for kind, sizes in GROUP_SIZES.items() if -1 in sizes}
     assert "all but MLX also -1" in help_texts["--group-size"]

@@ -220,17 +220,17 @@ def test_a_bug_is_reported_as_one() -> None:
 # -- a verification ----------------------------------------------------------------------------------------------------
 
 
-def test_verification_names_every_gate_and_the_verdict() -> None:
+def test_verification_begins_with_the_verdict_and_names_every_gate() -> None:
     terminal, out, _ = console()
-    render_verification(verification(), terminal)
+    render_verification(verification(), terminal, verbose=True)
     lines = out.getvalue().splitlines()
     for gate in ("completeness", "tokenizer", "tensors", "logits", "distribution"):
         assert sum(bool(re.match(rf"\S+ {gate} ", line)) for line in lines) == 1
     assert "and 8 more" in out.getvalue(), "findings beyond the limit are counted"
-    assert lines[-1] == "FAILED: 20 findings (not compared: tokenizer)"
+    assert lines[0] == "FAILED: not the same model, 20 findings (not compared: tokenizer)"
     terminal, out, _ = console()
     render_verification(verification(status="passed"), terminal)
-    assert out.getvalue().splitlines()[-1].startswith("PASSED: the same model, within q8_0 tolerance")
+    assert out.getvalue().splitlines()[0].startswith("PASSED: the same model, within q8_0 tolerance")
 
 
 def test_a_receipts_verdict_is_not_that_of_a_comparison() -> None:
@@ -241,7 +241,7 @@ def test_a_receipts_verdict_is_not_that_of_a_comparison() -> None:
             Verification(Side("r.json", "receipt"), Side("m.gguf", "gguf", {"q4_k": 1}), kind, (gate,)), terminal
         )
         assert (
-            out.getvalue().splitlines()[-1]
+            out.getvalue().splitlines()[0]
             == f"PASSED: matches its receipt (verified as {kind} when the receipt was written)"
         )
 

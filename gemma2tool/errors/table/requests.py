@@ -30,6 +30,7 @@ ENTRIES = (
         "write it as the hint shows",
     ),
     usage("option.prompts", "several options each give a prompt", "give only one of them"),
+    usage("option.regex", "--match is not a regular expression", "write for example --match 'layers.0.mlp'"),
     usage("option.size", "a size is not a number with a unit", "write it like 512MiB or 5GB"),
     usage("output.exists", "the destination exists", "choose another name, or replace it with --force"),
     usage("output.is-input", "the destination is an input, or contains one", "choose another destination"),

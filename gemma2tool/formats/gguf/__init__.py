@@ -44,6 +44,7 @@ FACTS = FormatFacts(
     ties_head=True,
     suffixes=(".gguf",),
     more_dtypes=("q8_0", "tq1_0", "tq2_0"),
+    run_command="llama-cli -m {path}",
     holds_tokenizer=True,
     cannot_represent={
         "query_pre_attn_scalar": "GGUF cannot represent it; llama.cpp uses head_dim, or for 46 layers"

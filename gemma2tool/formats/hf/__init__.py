@@ -23,6 +23,7 @@ FACTS = FormatFacts(
     files="a folder with config.json and .safetensors",
     weight_names=("*.safetensors",),
     remarks="Hugging Face; plain or quantized",
+    run_command="vllm serve {path}",
     holds_tokenizer=True,
     weight_suffixes=(".safetensors",),
     assumptions=assumptions,

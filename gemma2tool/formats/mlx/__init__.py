@@ -31,6 +31,7 @@ FACTS = FormatFacts(
     "mlx",
     files="a folder with config.json and .safetensors of mlx-lm",
     remarks="plain or quantized",
+    run_command="mlx_lm.generate --model {path} --prompt Hello",
     holds_tokenizer=True,
     ties_head=True,
     weight_suffixes=(".safetensors",),

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from gemma2tool.verify.diagnosis.cause import Cause
 from gemma2tool.verify.finding import GateResult
+from gemma2tool.verify.reports.quality import quality_line
 from gemma2tool.verify.result import Verification
 
 if TYPE_CHECKING:
@@ -27,6 +28,8 @@ class Out(Protocol):
     """Where the lines go. It escapes every text; styles are rich's."""
 
     def line(self, *spans: tuple[str, str]) -> None: ...
+
+    def item(self, label: tuple[str, str], *spans: tuple[str, str]) -> None: ...
 
     def table(self, columns: Sequence[str], rows: Iterable[Sequence[object]], *, title: str = "") -> None: ...
 
@@ -55,32 +58,77 @@ _KL_STATISTICS = (
 
 @dataclass(frozen=True)
 class _GateStyle:
-    """How gates are shown: the width of their names, the number of findings, the marks, and the words for
-    severities."""
+    """How gates are shown: the width of their names, the number of findings, the marks, the words for severities, and
+    whether ``notes`` are among the findings.
+    """
 
     width: int
     findings: int
     marks: Marks = field(default_factory=lambda: _MARKS)
     words: Mapping[str, str] = field(default_factory=dict)
+    notes: bool = True
 
 
-def render_verification(result: Verification, out: Out, *, findings: int = _MAX_FINDINGS) -> None:
-    """Show a verification: a line per gate with its findings, the measurements, the causes and the verdict."""
-    stored = ", ".join(sorted(result.candidate.stored))
-    out.line(("source     ", "dim"), (f"{result.source.path} ({result.source.format})", ""))
-    out.line(("candidate  ", "dim"), (f"{result.candidate.path} ({result.candidate.format}: {stored})", ""))
-    width = max((len(gate.name) for gate in result.gates), default=0)
-    style = _GateStyle(width, min(findings, _MAX_EXPLAINED) if result.causes else findings)
-    for gate in result.gates:
-        _render_gate(gate, style, out)
-    _render_measurements(result, out)
+def render_verification(
+    result: Verification, out: Out, *, verbose: bool = False, findings: int = _MAX_FINDINGS
+) -> None:
+    """Show a verification, the verdict first.
+
+    One that passed: its quality in a line, and the gates that have something to say. One that failed: the causes, then
+    every gate that did not pass with its findings, then the measurements. ``verbose``: every gate with all findings,
+    and the measurements.
+    """
+    render_verdict(result, out)
     for cause in result.causes:
         _render_cause(cause, out)
+    if verbose or not result.passed:
+        _render_sides(result, out)
+    width = max((len(gate.name) for gate in result.gates), default=0)
+    if verbose:
+        style = _GateStyle(width, min(findings, _MAX_EXPLAINED) if result.causes else findings)
+        for gate in result.gates:
+            _render_gate(gate, style, out)
+        _render_measurements(result, out)
+        return
+    style = _GateStyle(width, min(findings, _MAX_EXPLAINED) if result.causes else findings, notes=False)
+    line = quality_line(result)
+    if line and result.passed:
+        out.item(("quality", "bold"), (line, ""))
+    for gate in sorted(result.gates, key=lambda gate: not gate.failed):
+        if gate.failed:
+            _render_gate(gate, style, out)
+        elif gate.status == "skipped":
+            out.item((gate.name, "bold"), ("not compared: ", "yellow"), (gate.summary, ""))
+        else:
+            _render_warnings(gate, out)
+    if not result.passed:
+        passed = [gate.name for gate in result.gates if gate.status == "passed"]
+        if passed:
+            out.item(("passed", "bold"), (", ".join(passed), ""))
+        _render_measurements(result, out)
+
+
+def render_verdict(result: Verification, out: Out) -> None:
+    """Show the verdict in one line."""
     skipped = f" (not compared: {', '.join(result.skipped)})" if result.skipped else ""
     failures = len(result.failures)
     says_all = result.passed or result.beyond_chosen_limits
-    verdict = result.verdict if says_all else f"{failures} finding{'s' * (failures != 1)}"
+    verdict = result.verdict if says_all else f"{result.verdict}, {failures} finding{'s' * (failures != 1)}"
     out.line(("PASSED", "bold green") if result.passed else ("FAILED", "bold red"), (f": {verdict}{skipped}", ""))
+
+
+def _render_sides(result: Verification, out: Out) -> None:
+    stored = ", ".join(sorted(result.candidate.stored))
+    out.item(("source", "dim"), (f"{result.source.path} ({result.source.format})", ""))
+    out.item(("candidate", "dim"), (f"{result.candidate.path} ({result.candidate.format}: {stored})", ""))
+
+
+def _render_warnings(gate: GateResult, out: Out) -> None:
+    """The findings of a gate that passed, without the notes."""
+    for finding in [finding for finding in gate.findings if finding.severity != "note"][:_MAX_EXPLAINED]:
+        out.item(
+            (gate.name, "bold"), (f"{finding.severity}: ", _SEVERITY_STYLES[finding.severity]), (finding.sentence, "")
+        )
 
 
 def render_difference(result: Difference, out: Out, *, findings: int = 4) -> None:
@@ -119,7 +167,11 @@ def _render_gate(gate: GateResult, style: _GateStyle, out: Out) -> None:
     mark, ascii_mark, mark_style = style.marks[gate.status]
     mark = mark if out.can_show(mark) else ascii_mark
     out.line((f"{mark} ", mark_style), (f"{gate.name:<{style.width}}  ", "bold"), (gate.summary, ""))
-    findings = [finding for finding in gate.findings if finding.message != gate.summary]
+    findings = [
+        finding
+        for finding in gate.findings
+        if finding.message != gate.summary and (style.notes or finding.severity != "note")
+    ]
     notes = [finding for finding in findings if finding.severity == "note"]
     if len(notes) > 3:
         notes = notes[:1]
