@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from gemma2tool.pipeline.importance import ImatrixOptions, ImatrixResult
     from gemma2tool.pipeline.inspection import Inspection
     from gemma2tool.pipeline.leftovers import Leftover
+    from gemma2tool.pipeline.trust import ScanFinding, ScanResult, scan
     from gemma2tool.verify.diagnosis.cause import Cause
     from gemma2tool.verify.difference import Difference
     from gemma2tool.verify.finding import Finding, GateResult
@@ -61,9 +62,10 @@ __all__ = [
     "ConversionRequest", "ConversionResult", "DiffRequest", "Difference", "Finding", "FormatEntry", "GGUFOptions",
     "GateResult", "Gemma2Config", "Generation", "GenerationOptions", "Hashes", "ImatrixOptions", "ImatrixResult",
     "Inspection", "Leftover", "PackingOptions", "PlanSummary", "ProgressEvent", "ReportFiles", "RunOptions",
-    "SplitOptions", "TensorSummary", "Verification", "VerifyRequest", "WriteOptions", "check", "clean", "convert",
-    "default_threads", "diff", "formats", "gate_names", "generate", "hash", "imatrix", "inspect", "log_warnings",
-    "logits", "open", "outputs_with_receipts", "parse_gates", "plan", "quantize", "run", "verify",
+    "ScanFinding", "ScanResult", "SplitOptions", "TensorSummary", "Verification", "VerifyRequest", "WriteOptions",
+    "check", "clean", "convert", "default_threads", "diff", "formats", "gate_names", "generate", "hash", "imatrix",
+    "inspect", "log_warnings", "logits", "open", "outputs_with_receipts", "parse_gates", "plan", "quantize", "run",
+    "scan", "verify",
 ]  # fmt: skip
 
 
@@ -73,9 +75,10 @@ _ELSEWHERE = {
     "Difference": "verify.difference", "Finding": "verify.finding", "FormatEntry": "formats.catalog",
     "GateResult": "verify.finding", "Generation": "pipeline.generation", "GenerationOptions": "pipeline.generation",
     "Hashes": "model.digest", "ImatrixOptions": "pipeline.importance", "ImatrixResult": "pipeline.importance",
-    "Inspection": "pipeline.inspection", "Leftover": "pipeline.leftovers", "Verification": "verify.result",
+    "Inspection": "pipeline.inspection", "Leftover": "pipeline.leftovers", "ScanFinding": "pipeline.trust",
+    "ScanResult": "pipeline.trust", "Verification": "verify.result", "scan": "pipeline.trust",
 }  # fmt: skip
-"""Classes that a conversion starts without, and their modules."""
+"""What a conversion starts without, and their modules."""
 
 
 def __getattr__(name: str) -> Any:
@@ -359,9 +362,7 @@ def generate(
     options: GenerationOptions | None = None,
     on_text: Callable[[str], None] | None = None,
 ) -> Generation:
-    """Generate text, in the chat template if the checkpoint has one. ``on_text`` receives each piece of text as it
-    comes.
-    """
+    """Generate text, in the chat template if the checkpoint has one. ``on_text`` receives each piece of text."""
     from gemma2tool.pipeline import generation
 
     with opened(source, config) as checkpoint:

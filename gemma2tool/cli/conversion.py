@@ -70,6 +70,7 @@ def _request(
             restart=output.restart,
             allow_nonfinite=output.allow_nonfinite,
             clip_f16=output.clip_f16,
+            allow_unsafe_template=output.allow_unsafe_template,
             receipt=not output.no_receipt,
             threads=output.threads or api.default_threads(),
             memory=parse_size(output.memory),

@@ -184,6 +184,7 @@ def _register() -> None:
         inspect,
         logits,
         quantize,
+        scan,
         verify,
     )
 
@@ -192,6 +193,7 @@ def _register() -> None:
         quantize.quantize,
         verify.verify,
         check.check,
+        scan.scan,
         diff.diff,
         logits.logits,
         generate.generate,

@@ -125,6 +125,14 @@ AllowMismatch = Annotated[
         rich_help_panel="Output",
     ),
 ]
+AllowUnsafeTemplate = Annotated[
+    bool,
+    typer.Option(
+        "--allow-unsafe-template",
+        help="Carry a chat template that 'gemma2tool scan' calls dangerous.",
+        rich_help_panel="Output",
+    ),
+]
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Show what would be written, and write nothing.", rich_help_panel="Output")
 ]
@@ -200,6 +208,7 @@ class OutputOptions:
     allow_nonfinite: AllowNonfinite = False
     clip_f16: ClipFloat16 = False
     allow_mismatch: AllowMismatch = False
+    allow_unsafe_template: AllowUnsafeTemplate = False
     restart: Restart = False
     threads: Threads = None
     memory: Memory = "256MiB"

@@ -95,8 +95,8 @@ def read_header(
     """
     path = Path(path)
     with open_for_reading(path) as reader:
-        cursor = _Cursor(reader)
-        version = _version(cursor)
+        cursor = Cursor(reader)
+        version = read_version(cursor)
         tensor_count, kv_count = cursor.integer(_U64), cursor.integer(_U64)
         if tensor_count > MAX_TENSORS:
             raise cursor.refusal(
@@ -111,7 +111,7 @@ def read_header(
             key = cursor.name("key")
             if key in kv:
                 raise cursor.refusal("duplicate-key", f"the key {quoted(key)} appears twice")
-            kv[key] = _value(cursor, key)
+            kv[key] = read_value(cursor, key)
         alignment = _alignment(cursor, kv)
         infos = _tensor_infos(cursor, tensor_count, blocks, other_types or {})
         data_start = _padded(cursor.position, alignment)
@@ -119,7 +119,7 @@ def read_header(
         return GGUFHeader(path, version, alignment, kv, tensors, data_start, reader.size)
 
 
-class _Cursor:
+class Cursor:
     """A position in the header, which is read as far as needed."""
 
     def __init__(self, reader: FileReader) -> None:
@@ -196,7 +196,7 @@ class _Cursor:
         return result
 
 
-def _version(cursor: _Cursor) -> int:
+def read_version(cursor: Cursor) -> int:
     if cursor.reader.size < 4 or cursor.bytes(4) != MAGIC:
         file_kind.refuse_foreign(cursor.reader, "gguf")
         raise cursor.refusal("magic", "does not begin with GGUF")
@@ -208,7 +208,7 @@ def _version(cursor: _Cursor) -> int:
     return version
 
 
-def _value(cursor: _Cursor, key: str) -> GGUFValue:
+def read_value(cursor: Cursor, key: str) -> GGUFValue:
     kind = cursor.integer(_U32)
     if kind in _SCALARS:
         return GGUFValue(kind, None, cursor.number(_SCALARS[kind]))
@@ -222,7 +222,7 @@ def _value(cursor: _Cursor, key: str) -> GGUFValue:
     return GGUFValue(kind, element_type, _elements(cursor, key, element_type, count))
 
 
-def _elements(cursor: _Cursor, key: str, kind: int, count: int) -> Any:
+def _elements(cursor: Cursor, key: str, kind: int, count: int) -> Any:
     size = {STRING: _U64.size, BOOL: 1}.get(kind) or (_SCALARS[kind].size if kind in _SCALARS else None)
     if size is None:
         what = "is an array of arrays" if kind == ARRAY else f"is an array of the unknown value type {kind}"
@@ -247,14 +247,14 @@ def _elements(cursor: _Cursor, key: str, kind: int, count: int) -> Any:
     return values
 
 
-def _bools(cursor: _Cursor, key: str, count: int) -> list[bool]:
+def _bools(cursor: Cursor, key: str, count: int) -> list[bool]:
     raw = cursor.bytes(count)
     if raw.strip(b"\0\1"):
         raise cursor.refusal("bool", f"the key {quoted(key)} has a bool other than 0 and 1")
     return [value == 1 for value in raw]
 
 
-def _alignment(cursor: _Cursor, kv: Mapping[str, GGUFValue]) -> int:
+def _alignment(cursor: Cursor, kv: Mapping[str, GGUFValue]) -> int:
     value = kv.get(ALIGNMENT_KEY)
     if value is None:
         return DEFAULT_ALIGNMENT
@@ -278,7 +278,7 @@ class _TensorInfo:
 
 
 def _tensor_infos(
-    cursor: _Cursor, count: int, blocks: Mapping[int, tuple[int, int]], other_types: Mapping[int, str]
+    cursor: Cursor, count: int, blocks: Mapping[int, tuple[int, int]], other_types: Mapping[int, str]
 ) -> dict[str, _TensorInfo]:
     infos: dict[str, _TensorInfo] = {}
     for _ in range(count):
@@ -307,7 +307,7 @@ def _tensor_infos(
 
 
 def _entries(
-    cursor: _Cursor, infos: Mapping[str, _TensorInfo], data_start: int, alignment: int
+    cursor: Cursor, infos: Mapping[str, _TensorInfo], data_start: int, alignment: int
 ) -> dict[str, GGUFTensorEntry]:
     """Checks that each tensor begins where the previous one, padded, ends (as llama.cpp requires), and the file ends
     with the last.

@@ -85,6 +85,14 @@ _RULES = (
 """The first rule that matches a name counts."""
 
 
+_WEIGHTS = ("adapter_*", "*.safetensors", "*.bin", "*.index.json", "hf_quant_config.json")
+
+
+def changes_weights(files: LoaderFiles) -> bool:
+    """Whether a loader runs other weights with these files than those that were read."""
+    return any(fnmatchcase(name, pattern) for name in files.names for pattern in _WEIGHTS)
+
+
 def files_acted_on(
     format_name: str, present: Set[str], judged: Iterable[str], *, names_code: bool = False
 ) -> list[LoaderFiles]:

@@ -19,6 +19,7 @@ from gemma2tool.pipeline.plan import Plan, PlanSummary, make_plan
 from gemma2tool.pipeline.remarks import plan_remarks
 from gemma2tool.pipeline.requests import DEFAULT_MEMORY, Checks, ConversionRequest, RunOptions
 from gemma2tool.pipeline.run import ConversionResult, ResolvedChecks, run
+from gemma2tool.pipeline.scan.gate import refuse_dangerous
 from gemma2tool.receipt.document import receipt_path
 
 logger = logging.getLogger("gemma2tool")
@@ -61,6 +62,7 @@ def open_conversion(request: ConversionRequest) -> Iterator[Conversion]:
 
             for adapter in request.options.adapters:
                 source = merge(source, adapter.path, adapter.scale)
+        refuse_dangerous(source, allow_unsafe_template=request.run.allow_unsafe_template)
         read = source if len(outputs) == 1 else shared(source)
         plans = []
         for output in outputs:
@@ -97,8 +99,9 @@ def save(
 ) -> ConversionResult:
     """Write an open checkpoint, without verification, by the same plan and run as a conversion."""
     options = replace(options or WriteOptions(), name=destination.name)
-    plan = make_plan(checkpoint, destination, to=to, options=options, threads=threads)
     how = RunOptions(force=force, receipt=False, threads=threads, memory=memory)
+    refuse_dangerous(checkpoint, allow_unsafe_template=how.allow_unsafe_template)
+    plan = make_plan(checkpoint, destination, to=to, options=options, threads=threads)
     return run([plan], None, how)[0]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -33,18 +33,7 @@ class ReportFiles:
         """Raises ``UsageError``, before any work, for a report that cannot be written or would overwrite one of
         ``others``.
         """
-        others = list(others)
-        seen: dict[Path, str] = {}
-        for option, path in self.by_option.items():
-            if path.is_dir():
-                raise UsageError("report.folder", f"{option} {path}: is a folder", hint="name a file")
-            if not path.absolute().parent.is_dir():
-                raise UsageError(
-                    "report.folder", f"{option} {path}: no such folder", hint=f"create it first: mkdir -p {path.parent}"
-                )
-            if (other := seen.setdefault(path.absolute(), option)) != option:
-                raise UsageError("report.same", f"{other} and {option} both name {path}", hint="name two files")
-            refuse_overwriting_input(others, path)
+        check_reports(self.by_option, others)
 
     def write(self, verifications: Sequence[Verification]) -> None:
         """Write the requested reports; none if nothing was verified."""
@@ -53,14 +42,35 @@ class ReportFiles:
         from gemma2tool.verify.reports import junit, markdown, page
 
         if self.junit is not None:
-            _replace(self.junit, junit.junit(verifications))
+            replace_report(self.junit, junit.junit(verifications))
         if self.html is not None:
-            _replace(self.html, page.html(verifications))
+            replace_report(self.html, page.html(verifications))
         if self.summary is not None:
             _append(self.summary, markdown.summary(verifications))
 
 
-def _replace(path: Path, text: str) -> None:
+def check_reports(named: Mapping[str, Path], others: Iterable[Path]) -> None:
+    """Raises ``UsageError`` for a report, by its option, that cannot be written or would overwrite one of ``others``;
+    ``ResourceError`` for one whose folder or file may not be written.
+    """
+    others = list(others)
+    seen: dict[Path, str] = {}
+    for option, path in named.items():
+        if path.is_dir():
+            raise UsageError("report.folder", f"{option} {path}: is a folder", hint="name a file")
+        if not path.absolute().parent.is_dir():
+            raise UsageError(
+                "report.folder", f"{option} {path}: no such folder", hint=f"create it first: mkdir -p {path.parent}"
+            )
+        if (other := seen.setdefault(path.absolute(), option)) != option:
+            raise UsageError("report.same", f"{other} and {option} both name {path}", hint="name two files")
+        refuse_overwriting_input(others, path)
+        appended = option == "--summary" and path.exists()
+        if not os.access(path if appended else path.absolute().parent, os.W_OK):
+            raise ResourceError("report.unwritable", f"{option} {path}: may not be written")
+
+
+def replace_report(path: Path, text: str) -> None:
     from gemma2tool.storage.staging.staged_output import Staging
 
     data = text.encode()

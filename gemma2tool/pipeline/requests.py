@@ -53,7 +53,8 @@ class RunOptions:
 
     ``force``: replace an existing destination once its replacement is complete and verified. ``restart``: discard what
     an interrupted run left. ``allow_nonfinite``: accept NaN and infinities in the source. ``clip_f16``: store the
-    largest float16 instead of refusing values beyond it. ``receipt``: write one beside each verified output.
+    largest float16 instead of refusing values beyond it. ``allow_unsafe_template``: carry a chat
+    template that ``scan`` calls dangerous. ``receipt``: write one beside each verified output.
     ``memory``: bytes of data in flight.
     """
 
@@ -61,6 +62,7 @@ class RunOptions:
     restart: bool = False
     allow_nonfinite: bool = False
     clip_f16: bool = False
+    allow_unsafe_template: bool = False
     receipt: bool = True
     threads: int = field(default_factory=default_threads)
     memory: int = DEFAULT_MEMORY

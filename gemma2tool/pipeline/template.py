@@ -10,14 +10,17 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import datetime
 from types import FrameType
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from gemma2tool.errors import InputRefused
 from gemma2tool.storage import limited_process
 from gemma2tool.storage.quoting import quoted
+
+if TYPE_CHECKING:
+    from jinja2.sandbox import SandboxedEnvironment
 
 MAX_TEMPLATE_CHARS = 1 << 18
 MAX_TEXT_CHARS = 1 << 20
@@ -25,6 +28,16 @@ SECONDS = 2
 """Of processor time; Gemma's templates take a few milliseconds."""
 MEMORY = 256 << 20
 _ROOM = 1 << 10
+PYTHON_ERRORS = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RecursionError,
+    SyntaxError,
+    TypeError,
+    ValueError,
+)
+"""What a template can raise besides jinja's own errors."""
 
 
 class _TooLong(Exception):
@@ -68,6 +81,26 @@ def _outcome(template: str, values: Mapping[str, Any]) -> str:
     """An empty line and the text, or a line that says what is wrong. Raises MemoryError and ``LimitExceeded`` beyond
     the limits.
     """
+    from jinja2.exceptions import TemplateError
+
+    pieces, size = ["\n"], 0
+    try:
+        for piece in environment().from_string(template).generate(**values):
+            size += len(piece)
+            if size > MAX_TEXT_CHARS:
+                raise limited_process.LimitExceeded
+            pieces.append(piece)
+    except MemoryError:
+        raise limited_process.LimitExceeded from None
+    except (TemplateError, *PYTHON_ERRORS) as error:
+        return f"{type(error).__name__}: {quoted(str(error))}\n"
+    return "".join(pieces)
+
+
+def environment(watch: Callable[[str], None] | None = None) -> SandboxedEnvironment:
+    """The sandbox, with what transformers offers beyond jinja. ``watch`` is called with every attribute that leads to
+    Python's internals and that a template asks for; the sandbox denies it.
+    """
     from jinja2 import nodes
     from jinja2.exceptions import TemplateError
     from jinja2.ext import Extension
@@ -89,34 +122,19 @@ def _outcome(template: str, values: Mapping[str, Any]) -> str:
         def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> NoReturn:
             raise TemplateError(f"{operator} is not calculated")
 
+        def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
+            if watch is not None and attr.startswith("__"):
+                watch(attr)
+            return super().is_safe_attribute(obj, attr, value)
+
     def raise_exception(message: str) -> NoReturn:
         raise TemplateError(message)
 
     # As transformers renders templates: with these extensions, globals and this filter.
-    environment = Environment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"])
-    environment.globals |= {"raise_exception": raise_exception, "strftime_now": _strftime_now}
-    environment.filters["tojson"] = _to_json
-    pieces, size = ["\n"], 0
-    try:
-        for piece in environment.from_string(template).generate(**values):
-            size += len(piece)
-            if size > MAX_TEXT_CHARS:
-                raise limited_process.LimitExceeded
-            pieces.append(piece)
-    except MemoryError:
-        raise limited_process.LimitExceeded from None
-    except (
-        TemplateError,
-        ArithmeticError,
-        AttributeError,
-        LookupError,
-        RecursionError,
-        SyntaxError,
-        TypeError,
-        ValueError,
-    ) as error:
-        return f"{type(error).__name__}: {quoted(str(error))}\n"
-    return "".join(pieces)
+    made = Environment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"])
+    made.globals |= {"raise_exception": raise_exception, "strftime_now": _strftime_now}
+    made.filters["tojson"] = _to_json
+    return made
 
 
 def _strftime_now(format: str) -> str:

@@ -80,6 +80,17 @@ def natural_order(path: Path) -> list[tuple[str, int]]:
     return [(text, int(number or 0)) for text, number in parts]
 
 
+def workspace_path(path: str | os.PathLike[str]) -> str:
+    """``path`` as a report names it: with "/", relative to the workspace of a CI job (``GITHUB_WORKSPACE``) or to the
+    working folder if it is inside, otherwise as given.
+    """
+    absolute = Path(os.path.abspath(path))
+    for root in (os.environ.get("GITHUB_WORKSPACE"), os.getcwd()):
+        if root and absolute.is_relative_to(os.path.abspath(root)):
+            return absolute.relative_to(os.path.abspath(root)).as_posix()
+    return str(path)
+
+
 def same_file(a: str | os.PathLike[str], b: str | os.PathLike[str]) -> bool:
     """Whether two paths lead to the same file or folder, through links or names that differ only in case."""
     try:

@@ -178,9 +178,9 @@ class _Interpreter:
         self.push_global(f"{module}.{name}")
 
     def push_global(self, name: str) -> None:
-        if name.startswith(_SHARDED):
+        if name.startswith(SHARDED):
             raise self.refusal("sharded", f"holds one rank's part of a sharded tensor ({quoted(name)})")
-        if name not in _KNOWN:
+        if name not in KNOWN_NAMES:
             raise self.refusal("global", f"names {quoted(name)}, which is not needed to store tensors")
         self.stack.append(_Global(name))
 
@@ -335,7 +335,7 @@ _REBUILDERS = frozenset(
     f"torch._utils._rebuild_{kind}" for kind in ("tensor_v2", "tensor_v3", "parameter", "parameter_with_state")
 )
 _TENSOR_TYPES = frozenset({"torch.Tensor", "torch.nn.parameter.Parameter"})
-_SHARDED = ("torch.distributed.tensor.", "torch.distributed._tensor.", "torch.distributed._shard.")
+SHARDED = ("torch.distributed.tensor.", "torch.distributed._tensor.", "torch.distributed._shard.")
 _BUILDERS: dict[str, Callable[[_Interpreter, Arguments], Any]] = {
     "collections.OrderedDict": _ordered_dict,
     "torch._utils._rebuild_tensor_v2": _rebuild_tensor,
@@ -348,7 +348,7 @@ _BUILDERS: dict[str, Callable[[_Interpreter, Arguments], Any]] = {
     "_codecs.encode": _encoded,
 }
 _BUILDERS |= dict.fromkeys([*_STORAGES, *_TENSOR_TYPES, *(f"torch.{name}" for name in TORCH_DTYPES)], _no_call)
-_KNOWN = frozenset(_BUILDERS)
+KNOWN_NAMES = frozenset(_BUILDERS)
 
 _U8, _U16, _U32, _U64, _I32, _F64 = (struct.Struct(code) for code in ("<B", "<H", "<I", "<Q", "<i", ">d"))
 

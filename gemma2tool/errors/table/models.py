@@ -90,6 +90,11 @@ ENTRIES = (
         "the tokenizer is not a SentencePiece model",
         "download the tokenizer again",
     ),
+    refused(
+        "template.unsafe",
+        "the chat template would run code, read files or never end where it is rendered without a sandbox",
+        "remove or replace the template, or carry it all the same with --allow-unsafe-template",
+    ),
     refused("template.broken", "the chat template cannot be rendered", "use --raw to pass the prompt unchanged"),
     refused(
         "template.limits", "the chat template takes too much time or memory", "use --raw to pass the prompt unchanged"

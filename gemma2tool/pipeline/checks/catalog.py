@@ -91,7 +91,7 @@ _ROWS: tuple[tuple[str, Severity, str, str], ...] = (
     # -- chat template
     ("template.broken", "doubt", "the chat template cannot be rendered for a question and an answer",
      "use the chat template of the base model"),
-    ("template.hostile", "error", "the chat template reaches for Python's internals",
+    ("template.hostile", "error", "the chat template reaches for Python's internals or other files, or never ends",
      "do not run this model with programs that render templates without a sandbox"),
     ("template.text-lost", "doubt", "the rendered conversation lacks what was said",
      "use the chat template of the base model"),

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from fnmatch import fnmatchcase
 from pathlib import Path
 
 from gemma2tool.model.checkpoint import Checkpoint
+from gemma2tool.model.loaders import changes_weights
 from gemma2tool.pipeline.checks.catalog import finding
 from gemma2tool.pipeline.checks.finding import CheckFinding
 from gemma2tool.storage.quoting import quoted
 
 _UNFINISHED = (".incomplete", ".part", ".partial", ".crdownload", ".aria2", ".download")
 """Suffixes that download tools give to files that are not complete."""
-
-_WEIGHTS = ("adapter_*", "*.safetensors", "*.bin", "*.index.json", "hf_quant_config.json")
-"""Files with which a loader runs other weights than those that were checked."""
 
 _MAX_ENTRIES = 10_000
 
@@ -24,13 +21,12 @@ def check_files(checkpoint: Checkpoint) -> Iterator[CheckFinding]:
     for warning in checkpoint.warnings:
         yield finding("files.warning", checkpoint.path.name, warning)
     for files in checkpoint.loader_files:
-        weights = any(fnmatchcase(name, pattern) for name in files.names for pattern in _WEIGHTS)
         yield finding(
             "files.loaded-too",
             ", ".join(map(quoted, files.names)),
             f"{files.sentence}; it was not read here",
             remedy=files.remedy,
-            severity="doubt" if weights else "note",
+            severity="doubt" if changes_weights(files) else "note",
         )
     if checkpoint.path.is_dir():
         yield from _unfinished(checkpoint.path)

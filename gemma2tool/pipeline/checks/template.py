@@ -16,6 +16,7 @@ from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.tokenizer import DEFAULT_TEMPLATE, Tokenizer
 from gemma2tool.pipeline.checks.catalog import finding
 from gemma2tool.pipeline.checks.finding import CheckFinding
+from gemma2tool.pipeline.scan.template import hostile
 from gemma2tool.pipeline.template import render
 from gemma2tool.storage.quoting import quoted
 
@@ -27,7 +28,6 @@ _CONVERSATION: Messages = [
     {"role": "user", "content": SECOND},
 ]
 
-_INTERNALS = re.compile(r"__(class|globals|init|builtins|base|bases|mro|subclasses|import|code|reduce)__")
 _TURN_MARK = re.compile(r"<\|[^|<>\s]{1,40}\|>|<(?:start|end)_of_turn>")
 """What turns are marked with. Other tags, such as <think>, are often meant as plain text."""
 
@@ -67,10 +67,10 @@ def check_templates(checkpoint: Checkpoint) -> Iterator[CheckFinding]:
         return  # the tokenizer's check reports it
     yield from _two_templates(checkpoint, tokenizer)
     for name, text in tokenizer.chat_templates.items():
-        internal = _INTERNALS.search(text)
+        danger = hostile(text)
         template = _Template(checkpoint, tokenizer, name, text)
-        if internal:
-            yield finding("template.hostile", template.where, f"it names {internal[0]}")
+        if danger is not None:
+            yield finding("template.hostile", template.where, danger.message)
         elif name == DEFAULT_TEMPLATE:
             yield from _check(template)
 

@@ -1,0 +1,87 @@
+"""``python -m gemma2tool.pipeline.scan`` prints docs/scan.md, made from the catalog."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+
+from gemma2tool.pipeline.scan.catalog import CATALOG
+
+_HEAD = """\
+# Scan
+
+<!-- Made by `python -m gemma2tool.pipeline.scan > docs/scan.md`. Edit gemma2tool/pipeline/scan/ instead. -->
+
+`gemma2tool scan PATH` says what the files at PATH would do to whoever uses them. It loads, unpacks and runs nothing:
+pickles are followed opcode by opcode, chat templates are read as syntax trees and rendered in a sandbox in a process
+with limits of time and memory. PATH is a file or a folder, of any model.
+
+```
+$ gemma2tool scan model/
+DANGEROUS: 1 danger, 1 odd in 7 files of model
+danger: pytorch_model.bin (archive/data.pkl): it calls "os.system('id')", which no tensor needs: ...
+odd: tokenizer_config.json (eos_token): U+202E (RIGHT-TO-LEFT OVERRIDE) at character 5: ...
+```
+
+`--json` prints one object with these fields: `path`, `files`, `clean`, `skipped`, and for each of the `findings` its
+`id`, `severity`, `file`, `where`, `line`, `message`, `gain` and `remedy`. `--sarif FILE` writes SARIF 2.1.0 for code
+scanning; its paths are relative to the workspace.
+
+| exit code | meaning |
+|---:|---|
+| 0 | clean: notes at most |
+| 1 | something is dangerous or odd |
+| 3 | there is nothing at PATH |
+
+A *danger* harms whoever loads or uses the file. What is *odd* no honest file needs, or it changes what is loaded. A
+*note* should be known. Ids and severities are stable, messages are not.
+
+## What a conversion does
+
+Every conversion asks the same of what it carries: chat templates, tokens, metadata. A dangerous chat template is
+refused (exit code 3, `template.unsafe`); `--allow-unsafe-template` carries it all the same, with a warning. What is odd
+is a warning. Nothing is left out or changed without a word. Pickles are never loaded: the built-in reader knows only
+what stores tensors, and refuses the rest.
+
+## What is looked for
+"""
+
+_TAIL = """
+## How it decides
+
+- **Pickles**: by what tensors need, not by a list of what is bad. A name that is not known to be harmless is a danger,
+  whatever module it is in; classes of libraries that trainers save (`transformers.training_args.TrainingArguments`) are
+  odd. Protocols 0 to 5, several pickles in a file, damaged ones (what precedes the damage is executed), members of zip
+  and tar archives with wrong flags, names or checksums, arrays of objects in .npy and .npz.
+- **Chat templates**: every branch of the syntax tree, after names that are put together (concatenated, reversed,
+  formatted, joined, from variables) are evaluated; then rendered for conversations with and without a system message,
+  tools, parts, an answer; then once more with all branches taken. Jinja has no endless loop, so what counts is time,
+  memory, ranges and repetitions.
+- **Triggers**: a template that looks for plain words in what a message says. Markup such as `</think>` or `/no_think`
+  is not one.
+- **Text**: control characters, the bidirectional controls of UAX 9, characters of zero width and tags; joiners where
+  scripts and emoji need them are not reported. SentencePiece's vocabulary is not looked at, because it holds such
+  characters rightly.
+
+## What is not looked for
+
+What the code of a `.py` file does; TensorFlow's SavedModel, ONNX and other formats that hold no Gemma 2; payloads that
+are texts in another encoding and that nothing decodes; behavior that was trained into the weights.
+"""
+
+
+def document() -> str:
+    """The text of docs/scan.md, without the comparison with other scanners."""
+    return "\n".join(_lines()) + "\n" + _TAIL
+
+
+def _lines() -> Iterator[str]:
+    yield _HEAD
+    yield "| id | severity | meaning | what an attacker gains |"
+    yield "|---|---|---|---|"
+    for entry in CATALOG.values():
+        yield f"| `{entry.id}` | {entry.severity} | {entry.meaning} | {entry.gain} |"
+
+
+if __name__ == "__main__":
+    sys.stdout.write(document())

@@ -1,0 +1,205 @@
+"""Files by what they are: the scan of one file's content, or of one member of an archive."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from gemma2tool.containers import file_kind, gguf, gguf_keys, safetensors, strict_json
+from gemma2tool.containers.hdf5 import reader as hdf5
+from gemma2tool.containers.pickle_program import MAGIC
+from gemma2tool.containers.tokenizer_json import added_entries
+from gemma2tool.errors import InputRefused
+from gemma2tool.formats.tokenizers.files import MAX_JSON_BYTES, templates_of
+from gemma2tool.model.tokenizer import DEFAULT_TEMPLATE
+from gemma2tool.pipeline.scan import archives, keras, pickles
+from gemma2tool.pipeline.scan.catalog import Place
+from gemma2tool.pipeline.scan.finding import ScanFinding
+from gemma2tool.pipeline.scan.template import scan_template
+from gemma2tool.pipeline.scan.text import scan_text
+from gemma2tool.quantizers.gguf_types import GGML_BLOCKS, UNREAD_TYPES
+from gemma2tool.storage.quoting import quoted
+from gemma2tool.storage.reading import open_for_reading
+
+MAX_TEXT_BYTES = 4 << 20
+
+_REMOTE_KEYS = ("auto_map", "model_file", "custom_pipelines")
+"""Where configs name Python files: transformers, mlx-lm, transformers' pipelines."""
+_EXTERNAL = ("hdf5.external", "hdf5.link")
+"""Where an HDF5 file leads to others: values, links."""
+_TEMPLATE_KEY = re.compile(r"tokenizer\.chat_template(?:\.(.+))?")
+_YAML_OBJECT = re.compile(r"(?:!!python/|tag:yaml\.org,2002:python/)[a-z]+[\w:./]*")
+_TEMPLATES = (".jinja", ".jinja2", ".j2", ".template")
+_PLAIN_TEXT = (*_TEMPLATES, ".md", ".txt", ".yaml", ".yml", ".py")
+_ARCHIVES = (".7z", ".rar", ".zst")
+_MAGIC_NPY = b"\x93NUMPY"
+_PROGRAMS = (b"\x7fELF", b"MZ\x90", b"\xcf\xfa\xed\xfe", b"\xca\xfe\xba\xbe")
+
+
+def scan_file(path: Path, place: Place) -> Iterator[ScanFinding]:
+    """The findings of one file. Raises ``InputRefused`` if it cannot be read."""
+    with open_for_reading(path) as reader:
+        head = bytes(reader.pread(0, min(reader.size, file_kind.HEAD_BYTES)))
+        size = reader.size
+    kind = file_kind.identify(head, size)
+    name = kind.name if kind else ""
+    if name == "lfs-pointer" and kind is not None:
+        yield place.finding("files.pointer", f"it is {kind.text}")
+    elif name == "gguf":
+        yield from _gguf(path, place)
+    elif name == "safetensors":
+        yield from _safetensors(path, place)
+    elif name == "hdf5":
+        yield from keras.scan_hdf5(path, place)
+        yield from _hdf5(path, place)
+    elif head.startswith((b"PK\3\4", b"PK\5\6")) or (b"PK\3\4" in head and path.suffix == ".zip"):
+        yield from archives.scan_zip(path, place, scan_data)
+    elif name == "tar":
+        yield from archives.scan_tar(path, place, scan_data)
+    elif name in ("gzip", "bzip2", "xz"):
+        yield from archives.scan_compressed(path, place, scan_data)
+    elif name in ("7-zip", "rar", "zstandard") and path.suffix.lower() in _ARCHIVES:
+        yield place.finding("archive.unread", f"it is {kind.text if kind else name}")
+    else:
+        limit = archives.MAX_MEMBER_BYTES
+        with open_for_reading(path) as reader:
+            data = bytes(reader.pread(0, min(size, limit)))
+        yield from scan_data(path.name, data, size <= limit, place)
+
+
+def scan_data(name: str, data: bytes, whole: bool, place: Place) -> Iterator[ScanFinding]:
+    """The findings of a file or member of these first bytes; ``whole``: they are all."""
+    lower = name.lower()
+    if data.startswith(_PROGRAMS):
+        yield place.finding("code.binary", "it is a program or a library")
+    elif data[:2] in MAGIC:
+        yield from pickles.scan_pickle(data, place, whole=whole)
+    elif data.startswith(_MAGIC_NPY):
+        yield from _npy(data, place, whole)
+    elif lower.endswith(".json"):
+        yield from _json(name.rsplit("/", 1)[-1], data, place)
+    elif lower.endswith(_PLAIN_TEXT):
+        text = data[:MAX_TEXT_BYTES].decode("utf-8", "replace")
+        if lower.endswith((".yaml", ".yml")) and (tag := _YAML_OBJECT.search(text)):
+            line = text.count("\n", 0, tag.start()) + 1
+            yield place.finding("yaml.python", f"it has the tag {quoted(tag[0])}", line=line)
+        if lower.endswith(_TEMPLATES):
+            yield from scan_template(text, place, located=not place.where)
+        else:
+            yield from scan_text(text, place, located=not place.where)
+    elif pickles.looks_like_pickle(data, name):
+        yield from pickles.scan_pickle(data, place, whole=whole)
+
+
+def _gguf(path: Path, place: Place) -> Iterator[ScanFinding]:
+    """Its keys, whatever types its tensors have."""
+    try:
+        keys = gguf_keys.read_key_values(path)
+    except InputRefused as error:
+        yield place.finding("files.unread", error.message)
+        return
+    for key, value in keys.items():
+        part = place.part(key)
+        yield from scan_text(key, part, one_line=True)
+        if not isinstance(value.value, str):
+            continue
+        if _TEMPLATE_KEY.fullmatch(key):
+            yield from scan_template(value.value, part)
+        else:
+            yield from scan_text(value.value, part, one_line=key in ("general.name", "general.license"))
+    for key in ("general.tags", "general.languages", "general.datasets"):
+        if isinstance(listed := getattr(keys.get(key), "value", None), list):
+            yield from _each(map(str, listed), place.part(key))
+    try:
+        yield from _each(gguf.read_header(path, GGML_BLOCKS, UNREAD_TYPES).tensors, place.part("tensors"))
+    except InputRefused as error:
+        yield place.finding("files.unread", error.message)
+
+
+def _safetensors(path: Path, place: Place) -> Iterator[ScanFinding]:
+    try:
+        header = safetensors.read_header(path)
+    except InputRefused as error:
+        yield place.finding("files.unread", error.message)
+        return
+    yield from _each(header.tensors, place.part("tensors"))
+    for key, value in header.metadata.items():
+        yield from scan_text(key, place.part("metadata"), one_line=True)
+        yield from scan_text(value, place.part(f"metadata: {key}"))
+
+
+def _hdf5(path: Path, place: Place) -> Iterator[ScanFinding]:
+    try:
+        names = hdf5.read_arrays(path)
+    except InputRefused as error:
+        id = "hdf5.external" if error.id in _EXTERNAL else "files.unread"
+        yield place.finding(id, error.message)
+        return
+    yield from _each(names, place.part("datasets"))
+
+
+def _each(names: Any, place: Place) -> Iterator[ScanFinding]:
+    """The findings of names, each name's first ones at the place of all."""
+    for name in names:
+        for finding in scan_text(str(name), place, one_line=True):
+            yield place.finding(finding.id, f"{quoted(str(name))}: {finding.message}")
+
+
+def _npy(data: bytes, place: Place, whole: bool) -> Iterator[ScanFinding]:
+    """An array of objects is a pickle behind a header."""
+    wide = data[6:7] >= b"\2"
+    length = int.from_bytes(data[8 : 12 if wide else 10], "little")
+    start = (12 if wide else 10) + length
+    if b"'|O'" in data[:start] or b"'O'" in data[:start]:
+        yield from pickles.scan_pickle(data[start:], place, whole=whole)
+
+
+def _json(name: str, data: bytes, place: Place) -> Iterator[ScanFinding]:
+    try:
+        content = strict_json.load(data, what=name, max_bytes=MAX_JSON_BYTES)
+    except InputRefused as error:
+        yield place.finding("files.unread", error.message)
+        return
+    if not isinstance(content, dict):
+        return
+    for key in _REMOTE_KEYS:
+        if content.get(key):
+            yield place.finding("code.remote", f"{key} names {quoted(json.dumps(content[key]), 200)}")
+    if name == "tokenizer.json":
+        for entry in added_entries(content).values():
+            yield from _token(entry.content, place.part("added_tokens"))
+        return
+    for label, template in templates_of(content.get("chat_template")).items():
+        part = place.part("chat_template" if label == DEFAULT_TEMPLATE else f"chat_template {quoted(label)}")
+        yield from scan_template(template, part)
+    yield from _index(content.get("weight_map"), place)
+    yield from keras.scan_architecture(content, place)
+    yield from _texts({key: value for key, value in content.items() if key != "chat_template"}, place)
+
+
+def _index(weight_map: Any, place: Place) -> Iterator[ScanFinding]:
+    files = weight_map.values() if isinstance(weight_map, dict) else ()
+    escaping = [file for file in files if not isinstance(file, str) or "/" in file or "\\" in file or ".." in file]
+    if escaping:
+        yield place.finding("files.escape", f"it names the file {quoted(escaping[0])}")
+
+
+def _texts(content: Mapping[str, Any], place: Place) -> Iterator[ScanFinding]:
+    """The texts of a config: tokens, names, descriptions."""
+    queue: list[tuple[str, Any]] = list(content.items())
+    for key, value in queue:
+        if isinstance(value, str):
+            yield from scan_text(value, place.part(key))
+        elif isinstance(value, dict) and len(queue) < 100_000:
+            queue += value.items()
+        elif isinstance(value, list) and len(queue) < 100_000:
+            queue += [(key, item) for item in value]
+
+
+def _token(text: object, place: Place) -> Iterator[ScanFinding]:
+    if isinstance(text, str):
+        for finding in scan_text(text, place):
+            yield place.finding(finding.id, f"{quoted(text)}: {finding.message}")

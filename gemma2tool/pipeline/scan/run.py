@@ -1,0 +1,128 @@
+"""A scan of a file or a folder: every file by what it is, and what loaders of the checkpoint act on."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from gemma2tool.errors import InputRefused, ToolError
+from gemma2tool.formats import other_files, registry
+from gemma2tool.model.loaders import changes_weights
+from gemma2tool.pipeline.report_files import check_reports, replace_report
+from gemma2tool.pipeline.scan.catalog import Place
+from gemma2tool.pipeline.scan.contents import scan_file
+from gemma2tool.pipeline.scan.finding import SEVERITIES, ScanFinding, ScanResult, Severity
+from gemma2tool.pipeline.scan.sarif import sarif
+from gemma2tool.pipeline.scan.text import scan_text
+from gemma2tool.storage.paths import path_within_folder, workspace_path
+
+MAX_FILES = 20_000
+_SKIPPED_FOLDERS = (".git", "__pycache__")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScanRequest:
+    """What to scan: a file, or a folder with all that is in it. ``sarif``: where to write the result as SARIF."""
+
+    path: Path
+    sarif: Path | None = None
+
+
+def scan(request: ScanRequest) -> ScanResult:
+    """Scan without loading, unpacking or running anything.
+
+    It need not be a Gemma 2 checkpoint. Raises ``InputRefused`` if there is nothing at the path.
+    """
+    path = request.path
+    named = {} if request.sarif is None else {"--sarif": request.sarif}
+    check_reports(named, (path,) if path.is_file() else ())
+    result = _scanned(path)
+    if request.sarif is not None:
+        base = workspace_path(path if path.is_dir() else path.parent)
+        replace_report(request.sarif, sarif(result, "" if base == "." else base))
+    return result
+
+
+def _scanned(path: Path) -> ScanResult:
+    if not path.exists():
+        raise other_files.missing(path)
+    if not path.is_file() and not path.is_dir():
+        raise InputRefused("input.kind", f"{path}: neither a file nor a folder", hint="give the path of a checkpoint")
+    skipped: dict[str, str] = {}
+    findings: list[ScanFinding] = []
+    files = 0
+    for file in [path] if path.is_file() else _files(path, skipped):
+        files += 1
+        findings += _scan_file(file, path, skipped)
+    if path.is_dir():
+        findings += _code(path, findings)
+        findings += _loaded_too(path, skipped)
+    merged = sorted(_merged(findings), key=lambda finding: SEVERITIES.index(finding.severity))
+    return ScanResult(path, files, tuple(merged), skipped)
+
+
+def _files(folder: Path, skipped: dict[str, str]) -> Iterator[Path]:
+    count = 0
+    for root, folders, names in os.walk(folder):
+        folders[:] = sorted(name for name in folders if name not in _SKIPPED_FOLDERS)
+        for name in sorted(names):
+            count += 1
+            if count > MAX_FILES:
+                skipped["more files"] = f"more than {MAX_FILES} files"
+                return
+            yield Path(root) / name
+
+
+def _scan_file(file: Path, root: Path, skipped: dict[str, str]) -> Iterator[ScanFinding]:
+    name = file.name if file == root else file.relative_to(root).as_posix()
+    place = Place(name)
+    for finding in scan_text(name, place, one_line=True):
+        yield replace(finding, where="name")
+    try:
+        path_within_folder(file)
+    except InputRefused as error:
+        yield place.finding("files.escape", error.message)
+        return
+    if not file.is_file():
+        skipped[name] = "not a regular file"
+        return
+    try:
+        yield from scan_file(file, place)
+    except ToolError as error:
+        skipped[name] = error.message
+
+
+def _code(folder: Path, findings: list[ScanFinding]) -> Iterator[ScanFinding]:
+    """Python files: notes, where no config names them."""
+    if any(finding.id == "code.remote" for finding in findings):
+        return
+    for name in sorted(path.name for path in folder.glob("*.py")):
+        yield Place(name).finding("code.python", "no config names it")
+
+
+def _loaded_too(folder: Path, skipped: dict[str, str]) -> Iterator[ScanFinding]:
+    """What loaders act on besides the files that the checkpoint's reader uses."""
+    try:
+        with registry.open_checkpoint(folder) as checkpoint:
+            loader_files = checkpoint.loader_files
+    except ToolError as error:
+        skipped["the folder as a checkpoint"] = error.message
+        return
+    for files in loader_files:
+        severity: Severity = "odd" if changes_weights(files) else "note"
+        for name in files.names:
+            message = f"{files.sentence}; this format's reader does not use it"
+            yield Place(name).finding("files.loaded-too", message, severity=severity, remedy=files.remedy)
+
+
+def _merged(findings: list[ScanFinding]) -> list[ScanFinding]:
+    """One finding for each id, file and part: the first, which says how many more there are."""
+    groups: dict[tuple[str, str, str], list[ScanFinding]] = {}
+    for finding in findings:
+        groups.setdefault((finding.id, finding.file, finding.where), []).append(finding)
+    return [
+        group[0] if len(group) == 1 else replace(group[0], message=f"{group[0].message} (and {len(group) - 1} more)")
+        for group in groups.values()
+    ]

@@ -1,0 +1,176 @@
+"""Chat templates: what their syntax tree says, and what they do when they are rendered.
+
+A chat template is a program that comes with the model. transformers renders it in a sandbox; other programs do not, or
+did not (CVE-2024-34359 in llama-cpp-python, CVE-2026-5760 in SGLang).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from gemma2tool.pipeline.scan.catalog import Place
+from gemma2tool.pipeline.scan.conversations import conversations
+from gemma2tool.pipeline.scan.finding import ScanFinding
+from gemma2tool.pipeline.scan.jinja_tree import TreeFinding, tree_findings
+from gemma2tool.pipeline.scan.text import scan_text
+from gemma2tool.pipeline.template import MAX_TEMPLATE_CHARS, MAX_TEXT_CHARS, MEMORY, PYTHON_ERRORS, SECONDS, environment
+from gemma2tool.storage import limited_process
+from gemma2tool.storage.quoting import quoted
+
+if TYPE_CHECKING:
+    from jinja2 import nodes
+
+_MARKUP = re.compile(
+    r"<script\b|javascript:|<(?:img|iframe|object|embed)\b[^>]*\bsrc\s*=|!\[[^\]]*\]\(\s*https?:", re.I
+)
+_PLAIN_WORDS = re.compile(r"[^\W\d_]{2,}(?:[\s'-]+[^\W\d_]+)*[.!?]?")
+_MAX_ATTEMPTS = 8
+
+
+def scan_template(template: str, place: Place, *, located: bool = False) -> Iterator[ScanFinding]:
+    """The findings of one chat template. ``located``: it is a whole file, so that its lines are the file's."""
+    yield from scan_text(template, place, located=located)
+    if len(template) > MAX_TEMPLATE_CHARS:
+        yield place.finding("template.endless", f"it has {len(template)} characters; {MAX_TEMPLATE_CHARS} are rendered")
+        return
+    try:
+        tree = environment().parse(template)
+    except Exception as error:  # jinja's own errors, and Python's for constants that cannot be
+        from jinja2.exceptions import TemplateError
+
+        if not isinstance(error, (TemplateError, *PYTHON_ERRORS)):
+            raise
+        yield place.finding("template.syntax", f"{type(error).__name__}: {quoted(str(error))}")
+        return
+    findings = [*tree_findings(tree), *_constants(tree), *_markup(tree)]
+    for finding in _merged(findings):
+        message = finding.message if located else f"{finding.message}, in line {finding.line} of the template"
+        yield place.finding(finding.id, message, line=finding.line if located else None)
+    found = {finding.id for finding in findings}
+    for id, message in _rendered(template):
+        if id not in found:
+            yield place.finding(id, message)
+
+
+def hostile(template: str) -> ScanFinding | None:
+    """The first dangerous finding of a template, if there is one."""
+    findings = scan_template(template, Place("chat template"))
+    return next((finding for finding in findings if finding.severity == "danger"), None)
+
+
+def _merged(findings: list[TreeFinding]) -> Iterator[TreeFinding]:
+    """One finding for each id, at its first line, which says how many more there are."""
+    by_id: dict[str, dict[str, int]] = {}
+    for finding in findings:
+        by_id.setdefault(finding.id, {}).setdefault(finding.message, finding.line)
+    for id, lines in by_id.items():
+        message = min(lines, key=lambda message: lines[message])
+        more = f" (and {len(lines) - 1} more)" if len(lines) > 1 else ""
+        yield TreeFinding(id, f"{message}{more}", lines[message])
+
+
+def _constants(tree: nodes.Template) -> Iterator[TreeFinding]:
+    """Plain words that are looked for in what a message says: no template needs to know what people talk about."""
+    from jinja2 import nodes
+
+    for node in tree.find_all(nodes.Compare):
+        for operand in node.ops:
+            sides = {"in": (node.expr, operand.expr), "eq": (operand.expr, node.expr)}.get(operand.op)
+            for text, said in (sides, sides[::-1] if operand.op == "eq" else sides) if sides else ():
+                if (
+                    isinstance(text, nodes.Const)
+                    and isinstance(text.value, str)
+                    and _PLAIN_WORDS.fullmatch(text.value.strip())
+                    and _is_content(said)
+                ):
+                    message = f"it looks for {quoted(text.value)} in what a message says"
+                    yield TreeFinding("template.trigger", message, node.lineno)
+
+
+def _is_content(node: nodes.Node) -> bool:
+    """Whether an expression is what a message says: ``message.content``, ``messages[0]['content'] | lower``."""
+    from jinja2 import nodes
+
+    while isinstance(node, (nodes.Filter, nodes.Call)) and node.node is not None:
+        node = node.node.node if isinstance(node, nodes.Call) and isinstance(node.node, nodes.Getattr) else node.node
+    if isinstance(node, nodes.Getattr):
+        return node.attr == "content"
+    if isinstance(node, nodes.Getitem):
+        return isinstance(node.arg, nodes.Const) and node.arg.value == "content"
+    return False
+
+
+def _markup(tree: nodes.Template) -> Iterator[TreeFinding]:
+    from jinja2 import nodes
+
+    for node in tree.find_all((nodes.TemplateData, nodes.Const)):
+        text = node.data if isinstance(node, nodes.TemplateData) else getattr(node, "value", None)
+        if isinstance(text, str) and (match := _MARKUP.search(text)):
+            yield TreeFinding("template.markup", f"it writes {quoted(match[0])}", node.lineno)
+
+
+def _rendered(template: str) -> list[tuple[str, str]]:
+    """What happens when the template is rendered: as it is on every conversation, and once with every branch taken."""
+    if not limited_process.is_available():
+        return []
+    try:
+        answer = limited_process.call(
+            lambda: json.dumps(_attempts(template)),
+            cpu_seconds=SECONDS,
+            memory_bytes=MEMORY,
+            answer_bytes=MAX_TEXT_CHARS,
+        )
+    except limited_process.LimitExceeded:
+        limits = f"{SECONDS} seconds or {MEMORY >> 20} MiB of memory"
+        return [("template.endless", f"rendering a few short conversations takes more than {limits}")]
+    attempts: list[str] = json.loads(answer)
+    if not attempts:
+        return []
+    return [("template.internals", f"rendered, it reaches for {', '.join(map(repr, attempts[:_MAX_ATTEMPTS]))}")]
+
+
+def _attempts(template: str) -> list[str]:
+    """The attributes of Python's internals that renderings ask for. Raises ``LimitExceeded`` for too long a text."""
+    attempts: dict[str, None] = {}
+    sandbox = environment(lambda name: attempts.setdefault(name))
+    programs = [sandbox.from_string(template)]
+    if (everything := _every_branch(template)) is not None:
+        programs.append(everything[0].from_string(everything[1]))
+        everything[0].is_safe_attribute = sandbox.is_safe_attribute
+    for program in programs:
+        for values in conversations({}):
+            _render(program, values)
+    return list(attempts)
+
+
+def _render(program: Any, values: Mapping[str, Any]) -> None:
+    from jinja2.exceptions import TemplateError
+
+    size = 0
+    try:
+        for piece in program.generate(**values):
+            size += len(piece)
+            if size > MAX_TEXT_CHARS:
+                raise limited_process.LimitExceeded
+    except (TemplateError, *PYTHON_ERRORS):
+        return
+
+
+def _every_branch(template: str) -> tuple[Any, Any] | None:
+    """The template with the bodies of all branches in a row, and nothing that stops it."""
+    from jinja2 import ChainableUndefined, nodes
+
+    sandbox = environment()
+    sandbox.undefined = ChainableUndefined
+    sandbox.globals["raise_exception"] = lambda message: ""
+    tree = sandbox.parse(template)
+    if tree.find(nodes.If) is None:
+        return None
+    for branch in list(tree.find_all(nodes.If)):
+        others = [node for other in branch.elif_ for node in other.body]
+        branch.body, branch.elif_, branch.else_ = [*branch.body, *others, *branch.else_], [], []
+        branch.test = nodes.Const(True, lineno=branch.lineno).set_environment(sandbox)
+    return sandbox, tree

@@ -1,0 +1,175 @@
+"""Folders and files: each kind of danger is found where it lies; honest checkpoints of every format are clean."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import h5py
+import pytest
+
+from gemma2tool import api
+from gemma2tool.errors import InputRefused
+from gemma2tool.pipeline.scan.__main__ import document
+from gemma2tool.pipeline.scan.sarif import sarif
+from tests.support.paths import ROOT, TINY
+
+
+@pytest.fixture
+def model(tmp_path: Path, small_folder: Path) -> Path:
+    shutil.copytree(small_folder, tmp_path / "model")
+    return tmp_path / "model"
+
+
+def found(path: Path) -> dict[str, str]:
+    """The ids and files of what is not a note."""
+    return {finding.id: finding.file for finding in api.scan(path).findings if finding.severity != "note"}
+
+
+def edit(path: Path, **values: Any) -> None:
+    content = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps(content | values))
+
+
+def test_an_honest_folder_is_clean(model: Path) -> None:
+    result = api.scan(model)
+    assert result.clean and not result.findings and not result.skipped and result.files > 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["hf-bin", "keras", "gguf", "litgpt", "gemma-pytorch", "maxtext", "mlx", "gemma-cpp"])
+def test_honest_checkpoints_are_clean(tmp_path: Path, name: str) -> None:
+    suffix = {"gguf": ".gguf", "gemma-pytorch": ".ckpt", "gemma-cpp": ".sbs"}.get(name, "")
+    api.convert(TINY / "model.ckpt", tmp_path / f"m{suffix}", to=name, verify=False)
+    assert api.scan(tmp_path / f"m{suffix}").findings == ()
+
+
+def test_remote_code(model: Path) -> None:
+    edit(model / "config.json", auto_map={"AutoModelForCausalLM": "modeling.Model"})
+    (model / "modeling.py").write_text("import os\n")
+    assert found(model) == {"code.remote": "config.json"}
+    config = json.loads((model / "config.json").read_text())
+    del config["auto_map"]
+    (model / "config.json").write_text(json.dumps(config))
+    assert [finding.id for finding in api.scan(model).findings] == ["code.python"]
+
+
+def test_files_that_loaders_act_on(model: Path) -> None:
+    edit(model / "adapter_config.json", peft_type="LORA", r=1)
+    (model / "adapter_model.safetensors").write_bytes(b"\2\0\0\0\0\0\0\0{}")
+    assert "files.loaded-too" in found(model)
+    assert "applies the adapter" in " ".join(finding.message for finding in api.scan(model).findings)
+
+
+def test_what_leads_out_of_the_folder(model: Path) -> None:
+    (model / "vocab.txt").symlink_to("/etc/hostname")
+    assert found(model) == {"files.escape": "vocab.txt"}
+    (model / "vocab.txt").unlink()
+    edit(model / "model.safetensors.index.json", weight_map={"a": "../../x.safetensors"})
+    assert found(model)["files.escape"] == "model.safetensors.index.json"
+
+
+def test_a_pointer_is_a_note(model: Path) -> None:
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64 + "\nsize 5\n"
+    (model / "extra.safetensors").write_text(pointer)
+    assert "files.pointer" in {finding.id for finding in api.scan(model).findings}
+
+
+def test_texts_of_configs_and_names(model: Path) -> None:
+    edit(model / "tokenizer_config.json", eos_token="<eos>\u202e")
+    edit(model / "config.json", _name_or_path="a\x1b]0;owned\7")
+    (model / "a\u200b.txt").write_text("x")
+    assert found(model) == {
+        "text.bidirectional": "tokenizer_config.json",
+        "text.control": "config.json",
+        "text.invisible": "a\u200b.txt",
+    }
+
+
+def test_templates_wherever_they_are(model: Path) -> None:
+    hostile = "{{ ''.__class__ }}"
+    folder = model / "additional_chat_templates"
+    folder.mkdir()
+    edit(model / "tokenizer_config.json", chat_template=[{"name": "rag", "template": hostile}])
+    edit(model / "processor_config.json", chat_template=hostile)
+    for path in (model / "chat_template.jinja", folder / "tool.jinja"):
+        path.write_text("\n" + hostile)
+    findings = [finding for finding in api.scan(model).findings if finding.id == "template.internals"]
+    assert {finding.file: finding.line for finding in findings} == {
+        "tokenizer_config.json": None,
+        "processor_config.json": None,
+        "chat_template.jinja": 2,
+        "additional_chat_templates/tool.jinja": 2,
+    }
+
+
+def test_a_gguf_whose_tensors_are_unknown(tmp_path: Path, hostile_gguf: Path) -> None:
+    ids = found(hostile_gguf)
+    assert set(ids) == {"template.internals", "text.bidirectional", "text.control"}
+
+
+def test_keras(tmp_path: Path) -> None:
+    layer = {"class_name": "Lambda", "module": "keras.layers", "config": {"function": {"class_name": "__lambda__"}}}
+    custom = {"class_name": "Thing", "module": "my_package", "registered_name": "mine>Thing", "config": {}}
+    dense = {"class_name": "Dense", "module": "keras.layers", "registered_name": None, "config": {}}
+    for name, content in (("lambda", layer), ("foreign", custom), ("honest", dense)):
+        (tmp_path / name).mkdir()
+        edit(tmp_path / name / "config.json", module="keras", class_name="Model", config={"layers": [content]})
+    assert set(found(tmp_path / "lambda")) == {"keras.lambda"}
+    assert set(found(tmp_path / "foreign")) == {"keras.foreign"}
+    assert found(tmp_path / "honest") == {}
+    with h5py.File(tmp_path / "m.h5", "w") as file:
+        file.attrs["model_config"] = json.dumps({"config": {"layers": [layer]}})
+        file["w"] = [1.0]
+    assert set(found(tmp_path / "m.h5")) == {"keras.lambda"}
+
+
+def test_hdf5_that_reads_other_files(tmp_path: Path) -> None:
+    with h5py.File(tmp_path / "m.h5", "w") as file:
+        file["passwd"] = h5py.ExternalLink("/etc/passwd", "/")
+    assert set(found(tmp_path / "m.h5")) == {"hdf5.external"}
+
+
+def test_tar_and_yaml_and_programs(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "m.tar.gz", "w:gz") as archive:
+        member = tarfile.TarInfo("../x.pkl")
+        data = b"cos\nsystem\n(S'id'\ntR."
+        member.size = len(data)
+        archive.addfile(member, io.BytesIO(data))
+    (tmp_path / "a.yaml").write_text("a: 1\nb: !!python/object/apply:os.system ['id']\n")
+    (tmp_path / "tool").write_bytes(b"\x7fELF" + bytes(60))
+    findings = {finding.id: finding for finding in api.scan(tmp_path).findings}
+    assert set(findings) == {"archive.escape", "pickle.code", "yaml.python", "code.binary"}
+    assert findings["yaml.python"].line == 2
+
+
+def test_nothing_there(tmp_path: Path) -> None:
+    with pytest.raises(InputRefused):
+        api.scan(tmp_path / "nowhere")
+
+
+def test_sarif(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The parts that code scanning requires; the whole was validated against the official schema."""
+    monkeypatch.chdir(model.parent)
+    (model / "chat_template.jinja").write_text("\n{{ ''.__class__ }}")
+    edit(model / "tokenizer_config.json", eos_token="<\u202eeos>")
+    result = api.scan("model", sarif="out.sarif")
+    content = json.loads(Path("out.sarif").read_text())
+    assert content["version"] == "2.1.0" and len(content["runs"]) == 1
+    run = content["runs"][0]
+    rules = [rule["id"] for rule in run["tool"]["driver"]["rules"]]
+    assert len(run["results"]) == len(result.findings) and "\u202e" not in sarif(result)
+    by_rule = {entry["ruleId"]: entry for entry in run["results"]}
+    place = by_rule["template.internals"]["locations"][0]["physicalLocation"]
+    assert place["artifactLocation"]["uri"] == "model/chat_template.jinja" and place["region"] == {"startLine": 2}
+    assert by_rule["template.internals"]["level"] == "error"
+    assert all(rules[entry["ruleIndex"]] == entry["ruleId"] for entry in run["results"])
+
+
+def test_the_page_is_made_from_the_catalog() -> None:
+    page = (ROOT / "docs" / "scan.md").read_text()
+    assert page.startswith(document()), "run: python -m gemma2tool.pipeline.scan"

@@ -1,0 +1,54 @@
+"""Chat templates: every hostile one is a danger, no honest one is reported."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from gemma2tool.pipeline.scan.catalog import Place
+from gemma2tool.pipeline.scan.finding import ScanFinding
+from gemma2tool.pipeline.scan.template import hostile, scan_template
+from tests.pipeline.scan.templates import HONEST, HOSTILE, ODD
+from tests.support.paths import TINY
+
+
+def findings(template: str) -> list[ScanFinding]:
+    return list(scan_template(template, Place("t.jinja"), located=True))
+
+
+@pytest.mark.parametrize("name", HONEST)
+def test_an_honest_template_is_not_reported(name: str) -> None:
+    assert findings(HONEST[name]) == []
+
+
+def test_the_template_of_gemma_is_not_reported() -> None:
+    config = json.loads((TINY / "tokenizer_config.json").read_text())
+    assert findings(config["chat_template"]) == []
+
+
+SLOW = {"nested loops", "endless recursion that grows"}
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in HOSTILE])
+def test_a_hostile_template_is_a_danger(name: str) -> None:
+    danger = hostile(HOSTILE[name])
+    assert danger is not None and danger.gain
+
+
+@pytest.mark.parametrize("id", ODD)
+def test_an_odd_template_is_named(id: str) -> None:
+    found = findings(ODD[id])
+    assert [finding.id for finding in found] == [id]
+    assert found[0].severity == "odd"
+
+
+def test_the_line_is_named() -> None:
+    (finding,) = findings("{{ bos_token }}\n\n{{ ''.__class__ }}")
+    assert finding.line == 3 and "'__class__'" in finding.message
+    (finding,) = scan_template("\n{{ ''.__class__ }}", Place("tokenizer_config.json", "chat_template"))
+    assert finding.line is None and finding.message.endswith("in line 2 of the template")
+
+
+def test_a_template_of_many_characters_is_not_rendered() -> None:
+    assert [finding.id for finding in findings("a" * (1 << 19))] == ["template.endless"]
