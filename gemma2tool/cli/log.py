@@ -14,9 +14,13 @@ _LOGGER = logging.getLogger("gemma2tool")
 class _TerminalHandler(logging.Handler):
     def __init__(self, console: Console) -> None:
         super().__init__(logging.INFO)
-        self._console = console
+        self._console, self._shown = console, set[str]()
 
     def emit(self, record: logging.LogRecord) -> None:
+        """Show a message, once in a command."""
+        if record.getMessage() in self._shown:
+            return
+        self._shown.add(record.getMessage())
         show = self._console.warn if record.levelno >= logging.WARNING else self._console.note
         show(record.getMessage())
 

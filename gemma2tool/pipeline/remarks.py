@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 
 from gemma2tool.pipeline.plan import Plan
@@ -14,26 +13,16 @@ def plan_remarks(plans: Sequence[Plan]) -> list[str]:
     for plan in plans:
         remarks += plan.output.warnings
         remarks += [] if plan.cost is None else plan.cost.remarks()
-        remarks += [
-            f"{plan.output.format} stores w + 1 of a norm w: {line}" for line in rounding_lines(plan.output.losses)
-        ]
+        if plan.output.losses:
+            remarks.append(f"{plan.output.format} stores w + 1 of a norm w: {rounding(plan.output.losses)}")
     return list(dict.fromkeys(remarks))
 
 
-def rounding_lines(losses: Sequence[tuple[str, float]]) -> list[str]:
-    """One line for each kind of tensor that loses low bits: ``model.layers.{0-3,7}.input_layernorm.weight loses up to
-    3e-08``.
-    """
-    layers: dict[str, list[int]] = {}
-    largest: dict[str, float] = {}
-    for name, loss in losses:
-        pattern = re.sub(r"(?<=\.layers\.)\d+", "{}", name)
-        layers.setdefault(pattern, []).extend(int(number) for number in re.findall(r"\.layers\.(\d+)\.", name))
-        largest[pattern] = max(loss, largest.get(pattern, 0.0))
-    return [
-        f"{pattern.replace('{}', '{' + number_ranges(sorted(layers[pattern])) + '}')} loses up to {loss:.3g}"
-        for pattern, loss in largest.items()
-    ]
+def rounding(losses: Sequence[tuple[str, float]]) -> str:
+    """How many norms lose low bits, and how much at most, in one sentence."""
+    largest = max(loss for _, loss in losses)
+    norms = "1 norm loses" if len(losses) == 1 else f"{len(losses)} norms lose"
+    return f"{norms} up to {largest:.3g} (--json lists them)"
 
 
 def number_ranges(numbers: Sequence[int]) -> str:

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from gemma2tool.verify.compare.measurements import Measurements
 
 SCHEMA_VERSION = 1
+_TOLERANCES = {"lossless": "bit for bit", "convention": "but for the rounding of the format's own convention"}
+"""What the kinds that are no types promise."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ class Verification:
             return f"beyond a limit that --gate sets; within {self.kind} tolerance"
         if not self.passed:
             return "not the same model"
-        tolerance = "bit for bit" if self.kind == "lossless" else f"within {self.kind} tolerance"
+        tolerance = _TOLERANCES.get(self.kind, f"within {self.kind} tolerance")
         chosen = f", but for what was chosen: {', '.join(dict.fromkeys(self.chosen))}" if self.chosen else ""
         return f"the same model, {tolerance}{chosen}"
 

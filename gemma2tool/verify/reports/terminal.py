@@ -98,7 +98,7 @@ def render_verification(
         if gate.failed:
             _render_gate(gate, style, out)
         elif gate.status == "skipped":
-            out.item((gate.name, "bold"), ("not compared: ", "yellow"), (gate.summary, ""))
+            out.item((gate.name, "bold"), (gate.summary, "yellow"))
         else:
             _render_warnings(gate, out)
     if not result.passed:
