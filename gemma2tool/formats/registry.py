@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 from gemma2tool.errors import InputRefused, UsageError, choices
 from gemma2tool.model.config import Gemma2Config
 from gemma2tool.model.format_facts import FormatFacts
+from gemma2tool.storage.reading import open_for_reading
+from gemma2tool.storage.watching import Watch, watching
 
 if TYPE_CHECKING:
     from gemma2tool.formats.base import Format
@@ -98,7 +100,12 @@ def open_checkpoint(path: Path, *, config: Gemma2Config | None = None, format: s
     """
     from gemma2tool.formats.folder_files import unread_files  # imports numpy
 
-    checkpoint = (by_name(format) if format else detect(path)).open(path, config=config)
+    with watching(Watch()) as watch:
+        checkpoint = (by_name(format) if format else detect(path)).open(path, config=config)
+        for name in checkpoint.assets:  # read later
+            if (file := (path if path.is_dir() else path.parent) / name).is_file() and not checkpoint.assets.derived:
+                open_for_reading(file).close()
+    checkpoint.watch = watch
     if path.is_dir():
         from gemma2tool.formats.folder_files import unread_files
 

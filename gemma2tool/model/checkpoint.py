@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from gemma2tool.model.format_facts import FormatFacts, Rounding
 from gemma2tool.model.lazy import FLOAT32, FLOAT64, FLOAT_DTYPES, DType, LazyTensor
 from gemma2tool.model.tensors import TensorSpec, check_tensors, tensor_specs
 from gemma2tool.model.tokenizer import Tokenizer
+from gemma2tool.storage.watching import Watch
 
 ASSET_NAMES = (
     "tokenizer.model",
@@ -114,6 +116,9 @@ class Checkpoint:
     misread: dict[str, str] = field(default_factory=dict)
     """Tensors that the reader has right and the program that loads the files would not, each with a sentence."""
 
+    watch: Watch | None = field(default=None, repr=False, compare=False)
+    """The files that were read to open it; None where it was made in memory or is being written."""
+
     closers: list[Callable[[], None]] = field(default_factory=list)
 
     _tokenizer: tuple[Assets, Gemma2Config, Tokenizer] | None = field(default=None, repr=False, compare=False)
@@ -142,6 +147,11 @@ class Checkpoint:
         """Close the files behind the tensors."""
         while self.closers:
             self.closers.pop()()
+
+    def check_unchanged(self) -> None:
+        """Raises ``InputRefused`` (``file.changed``) if one of its files is not what it was when it was opened."""
+        if self.watch is not None:
+            self.watch.check()
 
     def check(self) -> None:
         """Compare the tensors with the table, see ``check_tensors``, and refuse values that are not floats."""
@@ -184,3 +194,18 @@ class Checkpoint:
     @property
     def is_quantized(self) -> bool:
         return any(tensor.stored not in ("f32", "f16", "bf16", "f64") for tensor in self.tensors.values())
+
+
+@contextmanager
+def unchanged(*checkpoints: Checkpoint) -> Iterator[None]:
+    """Raises ``InputRefused`` (``file.changed``) if a file of a checkpoint changed by the end of the block, also in
+    place of an error of the block: what was read of a changing file says nothing about it.
+    """
+    try:
+        yield
+    except InputRefused:
+        for checkpoint in checkpoints:
+            checkpoint.check_unchanged()
+        raise
+    for checkpoint in checkpoints:
+        checkpoint.check_unchanged()

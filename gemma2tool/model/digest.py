@@ -32,7 +32,7 @@ import numpy as np
 
 from gemma2tool.containers.tokenizer_model import BYTE, CONTROL, SPACE, UNKNOWN, UNUSED
 from gemma2tool.errors import InputRefused
-from gemma2tool.model.checkpoint import Checkpoint
+from gemma2tool.model.checkpoint import Checkpoint, unchanged
 from gemma2tool.model.config import Gemma2Config
 from gemma2tool.model.config_fields import ARITHMETIC_FIELDS, comparable_value
 from gemma2tool.model.lazy import BFLOAT16, FLOAT16, FLOAT32, Array, LazyTensor, row_ranges
@@ -206,6 +206,6 @@ def chunk_ranges(tensor: LazyTensor) -> Iterator[tuple[int, int]]:
 def hash_checkpoint(checkpoint: Checkpoint, *, threads: int = 1, progress: Progress | None = None) -> Hashes:
     """All digests of a checkpoint of any format; reads every tensor once."""
     total = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
-    with progress_or_null(progress, total, checkpoint.path.name) as bar:
+    with unchanged(checkpoint), progress_or_null(progress, total, checkpoint.path.name) as bar:
         digests = hash_tensors(checkpoint.tensors, threads=threads, advance=bar.advance)
     return Hashes.of(digests, checkpoint)

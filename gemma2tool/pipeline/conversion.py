@@ -21,6 +21,7 @@ from gemma2tool.pipeline.requests import DEFAULT_MEMORY, Checks, ConversionReque
 from gemma2tool.pipeline.run import ConversionResult, ResolvedChecks, run
 from gemma2tool.pipeline.scan.gate import refuse_dangerous
 from gemma2tool.receipt.document import receipt_path
+from gemma2tool.storage.watching import Watch, watching
 
 logger = logging.getLogger("gemma2tool")
 
@@ -61,7 +62,8 @@ def open_conversion(request: ConversionRequest) -> Iterator[Conversion]:
             from gemma2tool.formats.adapters.merging import merge
 
             for adapter in request.options.adapters:
-                source = merge(source, adapter.path, adapter.scale)
+                with watching(source.watch or Watch()):
+                    source = merge(source, adapter.path, adapter.scale)
         refuse_dangerous(source, allow_unsafe_template=request.run.allow_unsafe_template)
         read = source if len(outputs) == 1 else shared(source)
         plans = []

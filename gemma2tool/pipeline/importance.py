@@ -21,7 +21,7 @@ from gemma2tool.errors import UsageError
 from gemma2tool.errors.memory import out_of_memory_as_error
 from gemma2tool.formats.gguf.table import TABLE
 from gemma2tool.formats.mapping.transforms import entries
-from gemma2tool.model.checkpoint import Checkpoint
+from gemma2tool.model.checkpoint import Checkpoint, unchanged
 from gemma2tool.model.progress import Progress, progress_or_null
 from gemma2tool.pipeline.prompt import PromptTokenizer, rows_of
 from gemma2tool.storage.paths import refuse_overwriting_input
@@ -70,7 +70,7 @@ def collect_imatrix(
     refuse_overwriting_input((*checkpoint.files, text), out)
     ids = PromptTokenizer(checkpoint).encode(words)
     chunks = chunks_of(ids, options.chunk_size, checkpoint.config.bos_token_id, options.max_chunks)
-    with progress_or_null(progress, chunks.size, "tokens", unit="tokens") as bar:
+    with unchanged(checkpoint), progress_or_null(progress, chunks.size, "tokens", unit="tokens") as bar:
         sums = collect(checkpoint, chunks, threads=options.threads, advance=bar.advance)
     write(out, checkpoint, sums, dataset=str(text), chunks=chunks, force=options.force)
     return ImatrixResult(out, len(sums), len(chunks), options.chunk_size)

@@ -85,5 +85,6 @@ def write_logits(
             values = block.float().cpu().numpy().reshape(batch * length, -1)
             for position in range(batch * length):
                 file.pwrite(start + position * row + 4 * first, np.ascontiguousarray(values[position]).data.cast("B"))
+        checkpoint.check_unchanged()
         staging.commit()
     return shape

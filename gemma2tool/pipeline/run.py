@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gemma2tool.formats import registry
-from gemma2tool.model.checkpoint import Checkpoint
+from gemma2tool.model.checkpoint import Checkpoint, unchanged
 from gemma2tool.model.progress import Progress, progress_or_null
 from gemma2tool.pipeline import receipts
 from gemma2tool.pipeline.fingerprint import can_continue, fingerprint
@@ -139,7 +139,8 @@ def run(
         receipts.check_place(plan.destination)
     with ExitStack() as stack:
         outputs = [_stage(plan, options, stack) for plan in plans]
-        _write(outputs, options, progress)
+        with unchanged(*(plan.source for plan in plans)):
+            _write(outputs, options, progress)
         seconds = time.monotonic() - started
         results, commits = [], []
         for output in outputs:
@@ -151,6 +152,8 @@ def run(
             results.append(result)
             if result.written:
                 commits.append((output.staging, staged_receipt))
+        for plan in plans:
+            plan.source.check_unchanged()
         receipts.commit(commits)
     return tuple(results)
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from gemma2tool.model.checkpoint import Checkpoint
+from gemma2tool.model.checkpoint import Checkpoint, unchanged
 from gemma2tool.model.digest import ALGORITHM, Hashes, hash_tensors, tokenizer_digest
 from gemma2tool.model.loaders import files_acted_on
 from gemma2tool.model.progress import Advance, Progress, progress_or_null
@@ -42,8 +42,8 @@ def check_against_receipt(
     """Compare ``candidate`` with the output that ``receipt`` describes.
 
     Compared are the bytes of the files (if the format is the receipt's), the tensors' digests, the config, the
-    tokenizer and the reference logits. Never raises for a difference, only for what cannot be read or run. ``levels``:
-    which of ``LEVELS`` to compare.
+    tokenizer and the reference logits. Never raises for a difference, only for what cannot be read or run, or changes
+    meanwhile. ``levels``: which of ``LEVELS`` to compare.
     """
     results: list[GateResult] = []
     seconds: dict[str, float] = {}
@@ -51,7 +51,7 @@ def check_against_receipt(
     def run_level(level: str, nbytes: int, gate: Callable[[Advance], GateResult]) -> None:
         if level in levels:
             start = time.perf_counter()
-            with progress_or_null(progress if nbytes else None, nbytes, level) as bar:
+            with unchanged(candidate), progress_or_null(progress if nbytes else None, nbytes, level) as bar:
                 results.append(gate(bar.advance))
             seconds[level] = time.perf_counter() - start
 

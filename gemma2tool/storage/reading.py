@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Self
 
 from gemma2tool.errors import InputRefused
-from gemma2tool.storage import attached
+from gemma2tool.storage import attached, watching
 from gemma2tool.storage.buffers import AnyBuffer, byte_view
 from gemma2tool.storage.ranges import LocalFile, RangeFile
 
@@ -27,6 +27,8 @@ class FileReader:
         self.path = Path(path)
         self._file: RangeFile = attached.open_file(path) or LocalFile(path)
         self.size, self.version = self._file.size, self._file.version
+        if (watch := watching.active()) is not None:
+            watch.add(self.path, self.size, self.version)
 
     def pread_into(self, offset: int, buffer: AnyBuffer, *, ahead: int = 0) -> None:
         """Fills ``buffer`` (any writable contiguous buffer) with the bytes starting at ``offset``.

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 
 from numpy.typing import ArrayLike
 
-from gemma2tool.model.checkpoint import Checkpoint
+from gemma2tool.model.checkpoint import Checkpoint, unchanged
 from gemma2tool.model.format_facts import Rounding
 from gemma2tool.model.lazy import LazyTensor
 from gemma2tool.model.progress import Progress, progress_or_null
@@ -74,7 +74,8 @@ def verify(source: Checkpoint, candidate: Checkpoint, settings: VerifySettings |
     unknown = [level for level in settings.levels if level not in LEVELS]
     if unknown:
         raise ValueError(f"unknown levels: {unknown}; levels are {LEVELS}")
-    return _Run(source, candidate, settings).run()
+    with unchanged(source, candidate):
+        return _Run(source, candidate, settings).run()
 
 
 @dataclass(frozen=True)
@@ -123,11 +124,13 @@ class _Run:
             with self._timed("tensors"):
                 self.comparisons = self._compare_tensors()
             self.gates.append(gate_results.tensors_gate(self.comparisons))
+            self._check_unchanged()
         kind = kind_of(self.common, self.candidate.tensors, self.settings.expected.keys(), self.comparisons)
         limits = GATES[kind].overridden(self.settings.gates)
         if "logits" in levels:
             with self._timed("logits"):
                 self._compare_logits(kind, limits)
+        self._check_unchanged()
         causes: tuple[Cause, ...] = ()
         own_limits = only_beyond_chosen_limits(self.gates, self.usual, self.comparisons or (), self.settings.gates)
         if own_limits:
@@ -139,6 +142,11 @@ class _Run:
         return Verification(
             *sides, kind, tuple(self.gates), self.seconds, causes, self._measurements(), self.chosen, own_limits
         )
+
+    def _check_unchanged(self) -> None:
+        """Refuse files that changed: neither a verdict nor a cause would be of any version of them."""
+        self.original.check_unchanged()
+        self.candidate.check_unchanged()
 
     def _report(self, gate: GateResult) -> None:
         """Add a gate's result, with chosen differences as such."""
