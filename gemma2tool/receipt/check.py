@@ -15,6 +15,7 @@ from gemma2tool.model.checkpoint import Checkpoint, unchanged
 from gemma2tool.model.digest import ALGORITHM, Hashes, hash_tensors, tokenizer_digest
 from gemma2tool.model.loaders import files_acted_on
 from gemma2tool.model.progress import Advance, Progress, progress_or_null
+from gemma2tool.receipt.chat import chat_gate
 from gemma2tool.receipt.document import Receipt
 from gemma2tool.receipt.files import FileDigest, digest_files, file_names, file_path
 from gemma2tool.verify.compare.config import compare_configs
@@ -28,7 +29,7 @@ from gemma2tool.verify.result import Side, Verification
 _HARMLESS = re.compile(r"\.(?:git|cache)(?:/|$)|\.git[a-z]+$|\.DS_Store$")
 """What git, the hub's client and file managers leave in a folder."""
 
-LEVELS = ("completeness", "config", "tokenizer", "files", "tensors", "logits")
+LEVELS = ("completeness", "config", "tokenizer", "chat", "files", "tensors", "logits")
 
 
 def check_against_receipt(
@@ -42,8 +43,8 @@ def check_against_receipt(
     """Compare ``candidate`` with the output that ``receipt`` describes.
 
     Compared are the bytes of the files (if the format is the receipt's), the tensors' digests, the config, the
-    tokenizer and the reference logits. Never raises for a difference, only for what cannot be read or run, or changes
-    meanwhile. ``levels``: which of ``LEVELS`` to compare.
+    tokenizer, chat templates and stop tokens, and the reference logits. Never raises for a difference, only for what
+    cannot be read or run, or changes meanwhile. ``levels``: which of ``LEVELS`` to compare.
     """
     results: list[GateResult] = []
     seconds: dict[str, float] = {}
@@ -59,6 +60,8 @@ def check_against_receipt(
     run_level("completeness", 0, lambda _: _names_gate(candidate, receipt))
     run_level("config", 0, lambda _: compare_configs(receipt.config, candidate.config))
     run_level("tokenizer", 0, lambda _: _tokenizer_gate(candidate, receipt))
+    chat = receipt.content["output"].get("chat")
+    run_level("chat", 0, lambda _: chat_gate(candidate, chat))
     run_level("files", receipt.nbytes, lambda advance: _files_gate(candidate, receipt, threads, advance))
     run_level("tensors", nbytes, lambda advance: _tensors_gate(candidate, receipt, threads, advance))
     run_level("logits", nbytes, lambda advance: _logits_gate(candidate, receipt, threads, advance))

@@ -22,6 +22,7 @@ from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.config import Gemma2Config
 from gemma2tool.model.digest import Hashes, config_digest, model_digest, tensors_digest
 from gemma2tool.model.lazy import FLOAT_DTYPES
+from gemma2tool.receipt.chat import chat_entry
 from gemma2tool.receipt.files import FileDigest
 from gemma2tool.receipt.schema import schema, violation
 from gemma2tool.storage.quoting import quoted
@@ -92,6 +93,7 @@ def build_receipt(
             "hashes": Hashes.of(output_digests, output).to_json(),
             "config": json_value(output.config.to_hf()),
             "files": [file.to_json() for file in files],
+            "chat": chat_entry(output),
         },
         "plan": json_value(plan),
         "tensors": {comparison.name: _tensor_entry(comparison) for comparison in comparisons},
@@ -265,6 +267,13 @@ def _check_consistency(receipt: Receipt) -> None:
             refuse(f"{side}.hashes.tensors is not the digest of the tensors' digests")
         if model_digest(recorded["tensors"], recorded["config"]) != recorded["model"]:
             refuse(f"{side}.hashes.model is not the digest of its parts")
+    if receipt.kind == "lossless":
+        for name, tensor in content["tensors"].items():
+            # Values beyond float32 are compared in float32: float64 sources, and GGUF's w + 1 of a norm w.
+            of_gguf_norm = content["source"]["format"] == "gguf" and len(tensor["shape"]) == 1
+            is_wide = of_gguf_norm or tensor["source_type"] == "f64"
+            if tensor["rule"] == "exact" and not is_wide and tensor["source_digest"] != tensor["output_digest"]:
+                refuse(f"it says lossless, but the digests of {quoted(name)} differ between source and output")
     vocabulary = receipt.config.vocab_size
     for logits in (receipt.logits, receipt.source_logits):
         if logits is not None and max(int(logits.ids.max()), int(logits.tokens.max())) >= vocabulary:

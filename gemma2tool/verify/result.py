@@ -83,7 +83,7 @@ class Verification:
         """What the gates together prove or refute, to complete "verified: ..." or "failed: ..."."""
         if self.against_receipt:
             if self.passed:
-                return f"matches its receipt (verified as {self.kind} when the receipt was written)"
+                return f"matches its receipt (unsigned: it says that it was verified as {self.kind})"
             return "does not match its receipt"
         if self.beyond_chosen_limits:
             return f"beyond a limit that --gate sets; within {self.kind} tolerance"

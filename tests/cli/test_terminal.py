@@ -242,7 +242,7 @@ def test_a_receipts_verdict_is_not_that_of_a_comparison() -> None:
         )
         assert (
             out.getvalue().splitlines()[0]
-            == f"PASSED: matches its receipt (verified as {kind} when the receipt was written)"
+            == f"PASSED: matches its receipt (unsigned: it says that it was verified as {kind})"
         )
 
 
