@@ -7,6 +7,7 @@ With ``mmap`` every page read would count towards the peak resident set, and a t
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
 from typing import Self
 
@@ -28,7 +29,7 @@ class FileReader:
         self._file: RangeFile = attached.open_file(path) or LocalFile(path)
         self.size, self.version = self._file.size, self._file.version
         if (watch := watching.active()) is not None:
-            watch.add(self.path, self.size, self.version)
+            watch.add(self.path, (self.size, self.version), partial(_state, self.path))
 
     def pread_into(self, offset: int, buffer: AnyBuffer, *, ahead: int = 0) -> None:
         """Fills ``buffer`` (any writable contiguous buffer) with the bytes starting at ``offset``.
@@ -83,6 +84,11 @@ def open_for_reading(path: str | os.PathLike[str]) -> FileReader:
     Raises InputRefused, without waiting, if it is missing, unreadable, a folder, a pipe or a device.
     """
     return FileReader(path)
+
+
+def _state(path: Path) -> tuple[int, str]:
+    with open_for_reading(path) as reader:
+        return reader.size, reader.version
 
 
 def read_whole(path: str | os.PathLike[str], *, what: str, max_bytes: int) -> bytes:

@@ -7,39 +7,36 @@ or written to in between, what was read belongs to no version of it.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
 
 from gemma2tool.errors import InputRefused
 
-Identity = tuple[int, str, int, int]
-"""Size, version, device and inode."""
+State = tuple[int, str]
+"""Size and version."""
 
 
 class Watch:
     """The files that were opened while it was active, as they were then."""
 
     def __init__(self) -> None:
-        self._files: dict[Path, Identity] = {}
+        self._files: dict[Path, tuple[State, tuple[int, int], Callable[[], State]]] = {}
 
-    def add(self, path: Path, size: int, version: str) -> None:
-        """Remember a file as it was opened; the first time counts."""
+    def add(self, path: Path, state: State, look: Callable[[], State]) -> None:
+        """Remember a file as it was opened; the first time counts. ``look``: its state when it is called."""
         if path not in self._files:
-            self._files[path] = (size, version, *_inode(path))
+            self._files[path] = state, _inode(path), look
 
     def check(self) -> None:
         """Raises InputRefused ``file.changed`` for the first file that is not what it was."""
-        from gemma2tool.storage.reading import open_for_reading
-
-        for path, then in self._files.items():
+        for path, (then, inode, look) in self._files.items():
             try:
-                with open_for_reading(path) as reader:
-                    now = (reader.size, reader.version, *_inode(path))
+                now = look()
             except InputRefused:
                 raise InputRefused("file.changed", f"{path}: was removed while it was being read") from None
-            if now != then:
+            if now != then or _inode(path) != inode:
                 sizes = f" ({then[0]:,} bytes before, {now[0]:,} now)" if now[0] != then[0] else ""
                 raise InputRefused("file.changed", f"{path}: changed while it was being read{sizes}")
 
