@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from gemma2tool.api import ConversionRequest, PlanSummary
 
 
+_VERIFICATION_STEPS = 2
+"""Comparing tensors, and the forward passes."""
+
+
 def carry_out(
     src: Path, dst: Path, output: o.OutputOptions, reports: Reports, options: WriteOptions, types: Sequence[str] = ()
 ) -> None:
@@ -34,7 +38,8 @@ def carry_out(
     if output.dry_run:
         _show_plans(api.plan(request), console)
         return
-    results = api.run(request, progress=ProgressDisplay(console))
+    verified = 0 if request.checks is None else _VERIFICATION_STEPS * max(len(request.types), 1)
+    results = api.run(request, progress=ProgressDisplay(console, steps=1 + verified))
     if output.json_output:
         contents = [result.to_json() for result in results]
         console.emit_json(contents[0] if len(contents) == 1 else {"outputs": contents})

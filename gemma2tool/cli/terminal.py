@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 _PLAIN_WIDTH = 160
 """Width of tables, in characters, where the output is not a terminal."""
+_NARROW = 80
+"""Columns of a terminal below which a bar shows neither rate nor name, so that its numbers stay whole."""
 _LABEL_WIDTH = 12
 """Width of the labels of items on a terminal, so that their texts are aligned."""
 _PLAIN_SECONDS = 5.0
@@ -288,8 +290,12 @@ def _rich_bar(console: rich.console.Console, total: int, label: str, unit: str) 
         def render(self, task: Task) -> Text:
             return Text(task.fields[self.field], style=self.style, no_wrap=True, overflow="ellipsis")
 
-    amounts = (DownloadColumn(), TransferSpeedColumn()) if unit == "bytes" else (MofNCompleteColumn(),)
+    amounts: tuple[ProgressColumn, ...] = (MofNCompleteColumn(),)
+    if unit == "bytes":
+        amounts = (DownloadColumn(), TransferSpeedColumn())
     columns = (Name("label", "bold"), BarColumn(), *amounts, TimeRemainingColumn(), Name("at", "dim"))
+    if console.width < _NARROW:
+        columns = (Name("label", "bold"), BarColumn(10), amounts[0], TimeRemainingColumn(compact=True))
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("", total=total or None, label=one_line(label), at="")
 

@@ -12,7 +12,9 @@ import time
 
 import pytest
 
+from gemma2tool.api import ProgressEvent
 from gemma2tool.cli import terminal as subject
+from gemma2tool.cli.progress import ProgressDisplay
 from gemma2tool.cli.terminal import Console
 from gemma2tool.errors import InputRefused
 from gemma2tool.storage.quoting import one_line
@@ -312,3 +314,17 @@ def test_importing_it_brings_in_nothing_heavy() -> None:
     code = "import sys, gemma2tool.cli.terminal; print([m for m in ('rich', 'numpy', 'torch') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_bars_of_a_narrow_terminal_keep_their_numbers_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.setenv("TERM", "xterm")
+    out, err = io.StringIO(), Terminal()
+    display = ProgressDisplay(Console(stdout=out, stderr=err), steps=3)
+    display(ProgressEvent("forward passes", 0, 20_000_000_000, "bytes"))
+    display(
+        ProgressEvent("forward passes", 10_000_000_000, 20_000_000_000, "bytes", "model.layers.0.mlp.down_proj.weight")
+    )
+    display(ProgressEvent("forward passes", 10_000_000_000, 20_000_000_000, "bytes", ended=True))
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", err.getvalue())
+    assert "forward passes (1 of 3)" in shown and "10.0/20.0 GB" in shown
