@@ -10,8 +10,9 @@
         checkpoint.tensors["model.norm.weight"].load()
 
 Functions: ``open``, ``convert``, ``quantize``, ``run``, ``plan``, ``verify``, ``check``, ``diff``, ``hash``,
-``logits``, ``imatrix``, ``generate``, ``inspect``, ``formats``, ``clean``; see ``help(gemma2tool.api)`` for these and
-for the classes of requests and results. Errors are the exceptions of ``gemma2tool.errors``.
+``logits``, ``imatrix``, ``sensitivity``, ``generate``, ``inspect``, ``formats``, ``clean``; see
+``help(gemma2tool.api)`` for these and for the classes of requests and results. Errors are the
+exceptions of ``gemma2tool.errors``.
 """
 
 from __future__ import annotations

@@ -194,10 +194,10 @@ class FunctionShape:
 
     @property
     def parameters(self) -> int:
-        """How many parameters it has, without self and cls. In api.py keyword-only ones do not count."""
+        """How many parameters it has, without self and cls. In api keyword-only ones do not count."""
         arguments = self.node.args
         positional = [*arguments.posonlyargs, *arguments.args]
-        keyword_only = [] if self.path == PACKAGE / "api.py" else arguments.kwonlyargs
+        keyword_only = [] if self.path.parent == PACKAGE / "api" else arguments.kwonlyargs
         return len([argument for argument in (*positional, *keyword_only) if argument.arg not in ("self", "cls")])
 
     @property

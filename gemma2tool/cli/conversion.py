@@ -17,6 +17,7 @@ from gemma2tool.cli.terminal import Console
 from gemma2tool.errors import EXIT_VERIFICATION_FAILED, UsageError
 from gemma2tool.formats.option_info import parse_size
 from gemma2tool.formats.options import WriteOptions
+from gemma2tool.formats.options_budget import Budget
 
 if TYPE_CHECKING:
     from gemma2tool.api import ConversionRequest, PlanSummary
@@ -27,14 +28,20 @@ _VERIFICATION_STEPS = 2
 
 
 def carry_out(
-    src: Path, dst: Path, output: o.OutputOptions, reports: Reports, options: WriteOptions, types: Sequence[str] = ()
+    src: Path,
+    dst: Path,
+    output: o.OutputOptions,
+    reports: Reports,
+    options: WriteOptions,
+    types: Sequence[str] = (),
+    budget: Budget = Budget(),
 ) -> None:
     """Carry out one conversion or quantization from the command line."""
     from gemma2tool import api
 
     console = Console(quiet=output.quiet, json=output.json_output)
     _refuse_unused(output, reports)
-    request = _request(src, dst, output, reports, options, types)
+    request = replace(_request(src, dst, output, reports, options, types), budget=budget)
     if output.dry_run:
         _show_plans(api.plan(request), console)
         return
@@ -44,6 +51,10 @@ def carry_out(
         contents = [result.to_json() for result in results]
         console.emit_json(contents[0] if len(contents) == 1 else {"outputs": contents})
     show_results(results, console, verbose=output.verbose)
+    for result in results:
+        if result.budget is not None:
+            for line in (*result.budget.choice.lines(), result.budget.sentence()):
+                console.print(line)
     reports.print_card([result.verification for result in results if result.verification is not None], console)
     if not all(result.written for result in results):
         raise typer.Exit(EXIT_VERIFICATION_FAILED)
@@ -111,5 +122,10 @@ def _show_plans(plans: Sequence[PlanSummary], console: Console) -> None:
         )
         files = [(name, f"{size:,}") for name, size in (*plan.files, *plan.assets)]
         console.table(("file", "bytes"), files)
+        if plan.budget is not None:
+            header, *types = plan.budget.rows()
+            console.table(header, types)
+            for line in plan.budget.lines():
+                console.print(line)
         if plan.cost is not None:
             console.print(plan.cost.sentence())

@@ -185,6 +185,7 @@ def _register() -> None:
         logits,
         quantize,
         scan,
+        sensitivity,
         verify,
     )
 
@@ -198,6 +199,7 @@ def _register() -> None:
         logits.logits,
         generate.generate,
         imatrix.imatrix,
+        sensitivity.sensitivity,
         inspect.inspect,
         hash.hash,
         clean.clean,

@@ -12,13 +12,14 @@ from gemma2tool.cli.groups import completion
 from gemma2tool.cli.reports import Reports
 from gemma2tool.errors import UsageError
 from gemma2tool.formats.options import Calibration, GGUFOptions, PackingOptions, SplitOptions, WriteOptions
+from gemma2tool.formats.options_budget import Budget
 
 
 def quantize(
     src: o.Source,
     dst: o.Destination,
     type: Annotated[
-        list[str],
+        list[str] | None,
         typer.Option(
             "--type",
             metavar="TYPE",
@@ -26,7 +27,7 @@ def quantize(
             "Several, with commas or repeated, go into the folder DST in one pass over SRC.",
             autocompletion=completion(o.type_names),
         ),
-    ],
+    ] = None,
     dtype: o.Dtype = None,
     allow_requantize: Annotated[
         bool, typer.Option("--allow-requantize", help="Accept a source that is already quantized.")
@@ -36,6 +37,7 @@ def quantize(
     gguf: GGUFOptions,
     split: SplitOptions,
     calibration: Calibration,
+    budget: Budget,
     output: o.OutputOptions,
     reports: Reports,
 ) -> None:
@@ -48,7 +50,10 @@ def quantize(
         split=split,
         calibration=calibration,
     )
-    carry_out(src, dst, output, reports, options, _types(",".join(type)))
+    if type is None and not budget.is_asked:
+        hint = "give --type, or a target such as --target-size 1.6GiB"
+        raise UsageError("type.missing", "no --type is given", hint=hint)
+    carry_out(src, dst, output, reports, options, [] if type is None else _types(",".join(type)), budget)
 
 
 def _types(text: str) -> list[str]:

@@ -7,9 +7,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from gemma2tool.errors import UsageError
 from gemma2tool.formats import registry
 from gemma2tool.formats.options import WriteOptions
+from gemma2tool.formats.options_budget import PLACEHOLDER
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.lazy import SharedRows
 from gemma2tool.model.progress import Progress
@@ -23,6 +26,9 @@ from gemma2tool.pipeline.scan.gate import refuse_dangerous
 from gemma2tool.receipt.document import receipt_path
 from gemma2tool.storage.watching import Watch, watching
 
+if TYPE_CHECKING:
+    from gemma2tool.pipeline.budget.plan import PlannedBudget
+
 logger = logging.getLogger("gemma2tool")
 
 
@@ -34,6 +40,7 @@ class Conversion:
     source: Checkpoint
     outputs: Sequence[Destination]
     plans: Sequence[Plan]
+    budget: PlannedBudget | None = None
 
     def carry_out(self, progress: Progress | None = None) -> tuple[ConversionResult, ...]:
         """Write, verify and put in place every output; write the reports."""
@@ -44,18 +51,28 @@ class Conversion:
         checks = None if request.checks is None else _resolved(request.checks, self.source)
         with folder_of_several(self.outputs):
             results = run(self.plans, checks, request.run, progress)
+        if self.budget is not None and checks is not None and results[0].written:
+            results = (self._beside_prediction(self.budget, results[0]),)
         request.reports.write([result.verification for result in results if result.verification is not None])
         return results
 
+    def _beside_prediction(self, budget: PlannedBudget, result: ConversionResult) -> ConversionResult:
+        with registry.open_checkpoint(result.destination) as candidate:
+            outcome = budget.outcome(self.source, candidate)
+        if not outcome.holds:
+            logger.warning("the prediction does not hold: %s", outcome.sentence())
+        return replace(result, budget=outcome)
+
 
 @contextmanager
-def open_conversion(request: ConversionRequest) -> Iterator[Conversion]:
+def open_conversion(request: ConversionRequest, progress: Progress | None = None) -> Iterator[Conversion]:
     """Check the request, open its source and plan its outputs; nothing is written yet. Warnings go to the log.
 
     Raises ``UsageError`` for a request that cannot be carried out, ``InputRefused`` for a source that cannot be read.
     """
-    request = _split_into_folder(request)
+    request = _split_into_folder(_with_placeholder(request))
     outputs = destinations(request)
+    request.budget.check(request.options, outputs[0].format)
     with ExitStack() as stack:
         source = _opened(request, stack)
         if request.options.adapters:
@@ -65,21 +82,30 @@ def open_conversion(request: ConversionRequest) -> Iterator[Conversion]:
                 with watching(source.watch or Watch()):
                     source = merge(source, adapter.path, adapter.scale)
         refuse_dangerous(source, allow_unsafe_template=request.run.allow_unsafe_template)
+        budget = None
+        if request.budget.is_asked:
+            from gemma2tool.pipeline.budget.plan import plan_budget
+
+            options = options_for(request.options, outputs[0])
+            budget = plan_budget(source, request.budget, options, threads=request.run.threads, progress=progress)
+            outputs = [replace(outputs[0], type=budget.options.type)]
+            request = replace(request, options=budget.options)
         read = source if len(outputs) == 1 else shared(source)
         plans = []
         for output in outputs:
             options = options_for(request.options, output)
             plan = make_plan(read, output.path, to=output.format, options=options, threads=request.run.threads)
-            plans.append(replace(plan, source=_unshared(plan.source)))
+            choice = None if budget is None else budget.choice
+            plans.append(replace(plan, source=_unshared(plan.source), budget=choice))
         request.reports.check((*source.files, *(path for plan in plans for path in _written(plan))))
         for remark in plan_remarks(plans):
             logger.warning("%s", remark)
-        yield Conversion(request, source, outputs, plans)
+        yield Conversion(request, source, outputs, plans, budget)
 
 
 def convert(request: ConversionRequest, progress: Progress | None = None) -> tuple[ConversionResult, ...]:
     """Carry out a request; a result for each output, in the order of its types."""
-    with open_conversion(request) as conversion:
+    with open_conversion(request, progress) as conversion:
         return conversion.carry_out(progress)
 
 
@@ -112,6 +138,16 @@ def _opened(request: ConversionRequest, stack: ExitStack) -> Checkpoint:
         return request.source
     config = resolve_config(request.config)
     return stack.enter_context(registry.open_checkpoint(request.source, config=config))
+
+
+def _with_placeholder(request: ConversionRequest) -> ConversionRequest:
+    """A request with a budget has no types of its own: it is checked as one for any GGUF type."""
+    if not request.budget.is_asked:
+        return request
+    if request.types:
+        target = request.budget.targets[0]
+        raise UsageError("budget.options", f"--type and {target} both decide", hint="leave out --type")
+    return replace(request, types=(PLACEHOLDER,))
 
 
 def _split_into_folder(request: ConversionRequest) -> ConversionRequest:

@@ -21,6 +21,7 @@ from gemma2tool.pipeline.calibration.output import calibrated, settings_of
 from gemma2tool.storage.paths import refuse_overwriting_input
 
 if TYPE_CHECKING:
+    from gemma2tool.pipeline.budget.choice import BudgetChoice
     from gemma2tool.pipeline.calibration.cost import Cost
 
 _PLAIN_TYPES = frozenset({"f32", "f16", "bf16", "f64"})
@@ -43,8 +44,8 @@ class TensorSummary:
 class Plan:
     """A checked request: ``source`` is open, ``output`` is laid out, the destination is not one of the source's files.
 
-    ``source``: as it was opened, but with a tied head where the target has one and the values are equal.
-    ``cost``: of the calibration that happens while it is written, if any.
+    ``source``: as it was opened, but with a tied head where the target has one and the values are equal. ``cost``: of
+    the calibration that happens while it is written, if any. ``budget``: what a budget chose, if there is one.
     """
 
     source: Checkpoint
@@ -52,6 +53,7 @@ class Plan:
     output: Output
     options: WriteOptions
     cost: Cost | None = None
+    budget: BudgetChoice | None = None
 
     @property
     def tensors(self) -> list[TensorSummary]:
@@ -91,6 +93,7 @@ class Plan:
             losses=tuple(self.output.losses),
             warnings=(*self.source.all_warnings, *self.output.warnings),
             cost=self.cost,
+            budget=self.budget,
         )
 
 
@@ -114,6 +117,7 @@ class PlanSummary:
     losses: tuple[tuple[str, float], ...]
     warnings: tuple[str, ...]
     cost: Cost | None
+    budget: BudgetChoice | None = None
 
     def to_json(self) -> dict[str, object]:
         """The plan as ``--dry-run --json`` prints it."""
@@ -136,6 +140,7 @@ class PlanSummary:
             "losses": [{"tensor": name, "max_abs": loss} for name, loss in self.losses],
             "warnings": list(self.warnings),
             **({} if self.cost is None else {"calibration": self.cost.to_json()}),
+            **({} if self.budget is None else {"budget": self.budget.to_json()}),
         }
 
 

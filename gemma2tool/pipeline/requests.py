@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from gemma2tool.formats.options import WriteOptions
+from gemma2tool.formats.options_budget import Budget
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.config import Gemma2Config
 from gemma2tool.pipeline.report_files import ReportFiles
@@ -78,6 +79,7 @@ class ConversionRequest:
 
     ``source``: a path, or a checkpoint that is open already. ``types``: quantization types; none converts, several put
     one output each into the folder ``destination``. ``to``: the target format; None: by the destination's name.
+    ``budget``: the types are chosen for a target; then ``types`` is empty.
     ``options``: of the outputs; their ``type``, ``name`` and ``single_file`` are set for each output. ``checks``: None
     leaves out the verification.
     """
@@ -91,3 +93,4 @@ class ConversionRequest:
     checks: Checks | None = field(default_factory=Checks)
     run: RunOptions = field(default_factory=RunOptions)
     reports: ReportFiles = ReportFiles()
+    budget: Budget = Budget()

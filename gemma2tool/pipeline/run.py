@@ -28,6 +28,7 @@ from gemma2tool.pipeline.write import Target, write_outputs
 from gemma2tool.storage.staging.staged_output import Staging
 
 if TYPE_CHECKING:
+    from gemma2tool.pipeline.budget.choice import BudgetOutcome
     from gemma2tool.verify.result import Verification
 
 logger = logging.getLogger("gemma2tool")
@@ -52,6 +53,7 @@ class ConversionResult:
     was. ``tensors``: in the output; ``resumed_tensors``: of these, completed by an earlier run. ``clipped``: values
     clipped to the largest float16, by tensor. ``losses``: (canonical name, largest absolute loss) of tensors that the
     target's convention rounds. ``run_command``: a command line that runs its usual consumer on it, if there is one.
+    ``budget``: the file beside the prediction of its budget, if there is one.
     """
 
     destination: Path
@@ -66,6 +68,7 @@ class ConversionResult:
     clipped: Mapping[str, int] = field(default_factory=dict)
     losses: tuple[tuple[str, float], ...] = ()
     run_command: str = ""
+    budget: BudgetOutcome | None = None
 
     @property
     def written(self) -> bool:
@@ -104,6 +107,7 @@ class ConversionResult:
             "clipped": [{"tensor": name, "values": count} for name, count in self.clipped.items()],
             "losses": [{"tensor": name, "max_abs": loss} for name, loss in self.losses],
             "verification": None if self.verification is None else self.verification.to_json(),
+            **({} if self.budget is None else {"budget": self.budget.to_json()}),
         }
 
 

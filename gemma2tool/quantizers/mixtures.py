@@ -275,7 +275,7 @@ def choose(
             preferred = ftype.default
         else:
             preferred = _mixed(ftype, matrix, model, blocks, overrides)
-        types[matrix.name] = _dividing(preferred, matrix.cols, blocks)
+        types[matrix.name] = dividing(preferred, matrix.cols, blocks)
         if types[matrix.name] != preferred:
             fallbacks[matrix.name] = preferred
     for pattern, _ in patterns:
@@ -307,7 +307,8 @@ def _mixed(ftype: FileType, matrix: Matrix, model: Model, blocks: Mapping[str, i
     return _resolve(rule, model, 0) or ftype.default
 
 
-def _dividing(type: str, cols: int, blocks: Mapping[str, int]) -> str:
+def dividing(type: str, cols: int, blocks: Mapping[str, int]) -> str:
+    """``type``, or what llama-quantize stores rows of ``cols`` values in that do not divide into its blocks."""
     if cols % blocks[type] == 0:
         return type
     fallback = _FALLBACKS.get(type)

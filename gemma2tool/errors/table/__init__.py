@@ -3,7 +3,17 @@
 from __future__ import annotations
 
 from gemma2tool.errors.entry import Entry
-from gemma2tool.errors.table import archives, checkpoints, containers, files, models, quantization, requests, sources
+from gemma2tool.errors.table import (
+    archives,
+    budgets,
+    checkpoints,
+    containers,
+    files,
+    models,
+    quantization,
+    requests,
+    sources,
+)
 
 AREAS = {
     "Requests": requests.ENTRIES,
@@ -14,6 +24,7 @@ AREAS = {
     "Checkpoints and formats": checkpoints.ENTRIES,
     "Config, tokenizer, text and the forward pass": models.ENTRIES,
     "Quantization, calibration and importance matrices": quantization.ENTRIES,
+    "Sensitivity tables and budgets": budgets.ENTRIES,
 }
 """The entries by area, in the order of the documentation."""
 

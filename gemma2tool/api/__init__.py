@@ -17,9 +17,12 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gemma2tool.api.arguments import Config, PathLike, Source, as_path, as_source
+from gemma2tool.api.texts import imatrix, sensitivity
 from gemma2tool.formats import registry
 from gemma2tool.formats.option_info import parse_size
 from gemma2tool.formats.options import Adapter, Calibration, GGUFOptions, PackingOptions, SplitOptions, WriteOptions
+from gemma2tool.formats.options_budget import Budget, parse_candidates
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.config import Gemma2Config
 from gemma2tool.pipeline import conversion, verification
@@ -32,7 +35,6 @@ from gemma2tool.pipeline.report_files import ReportFiles
 from gemma2tool.pipeline.requests import Checks, ConversionRequest, RunOptions, default_threads
 from gemma2tool.pipeline.run import ConversionResult
 from gemma2tool.pipeline.verification import DiffRequest, VerifyRequest
-from gemma2tool.storage.paths import refuse_existing
 from gemma2tool.verify.gates import gate_names, parse_gates
 
 if TYPE_CHECKING:
@@ -41,42 +43,46 @@ if TYPE_CHECKING:
 
     from gemma2tool.formats.catalog import FormatEntry
     from gemma2tool.model.digest import Hashes
+    from gemma2tool.pipeline.budget.choice import BudgetChoice, BudgetOutcome
     from gemma2tool.pipeline.checks.finding import CheckFinding, CheckResult
     from gemma2tool.pipeline.checks.run import CheckRequest
     from gemma2tool.pipeline.generation import Generation, GenerationOptions
     from gemma2tool.pipeline.importance import ImatrixOptions, ImatrixResult
     from gemma2tool.pipeline.inspection import Inspection
     from gemma2tool.pipeline.leftovers import Leftover
+    from gemma2tool.pipeline.sensitivity.collect import SensitivityOptions
+    from gemma2tool.pipeline.sensitivity.run import SensitivityResult
+    from gemma2tool.pipeline.sensitivity.table import SensitivityTable
     from gemma2tool.pipeline.trust import ScanFinding, ScanResult, scan
     from gemma2tool.verify.diagnosis.cause import Cause
     from gemma2tool.verify.difference import Difference
     from gemma2tool.verify.finding import Finding, GateResult
     from gemma2tool.verify.result import Verification
 
-PathLike = str | Path
-Source = str | Path | Checkpoint
-Config = Gemma2Config | str | Path
-
 __all__ = [
-    "Adapter", "Calibration", "Cause", "CheckFinding", "CheckRequest", "CheckResult", "Checkpoint", "Checks",
-    "ConversionRequest", "ConversionResult", "DiffRequest", "Difference", "Finding", "FormatEntry", "GGUFOptions",
-    "GateResult", "Gemma2Config", "Generation", "GenerationOptions", "Hashes", "ImatrixOptions", "ImatrixResult",
-    "Inspection", "Leftover", "PackingOptions", "PlanSummary", "ProgressEvent", "ReportFiles", "RunOptions",
-    "ScanFinding", "ScanResult", "SplitOptions", "TensorSummary", "Verification", "VerifyRequest", "WriteOptions",
-    "check", "clean", "convert", "default_threads", "diff", "formats", "gate_names", "generate", "hash", "imatrix",
-    "inspect", "log_warnings", "logits", "open", "outputs_with_receipts", "parse_gates", "plan", "quantize", "run",
-    "scan", "verify",
+    "Adapter", "Budget", "BudgetChoice", "BudgetOutcome", "Calibration", "Cause", "CheckFinding", "CheckRequest",
+    "CheckResult", "Checkpoint", "Checks", "ConversionRequest", "ConversionResult", "DiffRequest", "Difference",
+    "Finding", "FormatEntry", "GGUFOptions", "GateResult", "Gemma2Config", "Generation", "GenerationOptions",
+    "Hashes", "ImatrixOptions", "ImatrixResult", "Inspection", "Leftover", "PackingOptions", "PlanSummary",
+    "ProgressEvent", "ReportFiles", "RunOptions", "ScanFinding", "ScanResult", "SensitivityOptions",
+    "SensitivityResult", "SensitivityTable", "SplitOptions", "TensorSummary", "Verification", "VerifyRequest",
+    "WriteOptions", "check", "clean", "convert", "default_threads", "diff", "formats", "gate_names", "generate",
+    "hash", "imatrix", "inspect", "log_warnings", "logits", "open", "outputs_with_receipts", "parse_candidates",
+    "parse_gates", "plan", "quantize", "run", "scan", "sensitivity", "verify",
 ]  # fmt: skip
 
 
 _ELSEWHERE = {
+    "BudgetChoice": "pipeline.budget.choice", "BudgetOutcome": "pipeline.budget.choice",
     "Cause": "verify.diagnosis.cause", "CheckFinding": "pipeline.checks.finding",
     "CheckRequest": "pipeline.checks.run", "CheckResult": "pipeline.checks.finding",
     "Difference": "verify.difference", "Finding": "verify.finding", "FormatEntry": "formats.catalog",
     "GateResult": "verify.finding", "Generation": "pipeline.generation", "GenerationOptions": "pipeline.generation",
     "Hashes": "model.digest", "ImatrixOptions": "pipeline.importance", "ImatrixResult": "pipeline.importance",
     "Inspection": "pipeline.inspection", "Leftover": "pipeline.leftovers", "ScanFinding": "pipeline.trust",
-    "ScanResult": "pipeline.trust", "Verification": "verify.result", "scan": "pipeline.trust",
+    "ScanResult": "pipeline.trust", "SensitivityOptions": "pipeline.sensitivity.collect",
+    "SensitivityResult": "pipeline.sensitivity.run", "SensitivityTable": "pipeline.sensitivity.table",
+    "Verification": "verify.result", "scan": "pipeline.trust",
 }  # fmt: skip
 """What a conversion starts without, and their modules."""
 
@@ -132,7 +138,7 @@ def convert(
     was.
     """
     request = ConversionRequest(
-        source=_source(source),
+        source=as_source(source),
         destination=Path(destination),
         to=to,
         options=WriteOptions(
@@ -154,7 +160,8 @@ def quantize(
     source: Source,
     destination: PathLike,
     *,
-    type: str,
+    type: str | None = None,
+    budget: Budget | None = None,
     to: str | None = None,
     dtype: str | None = None,
     config: Config | None = None,
@@ -176,15 +183,17 @@ def quantize(
 ) -> ConversionResult:
     """Quantize a checkpoint, straight from its original format, verify the output, and put it in place.
 
-    ``type``: "q4_k_m", "nf4", "w4a16", ...; ``formats()`` lists them. ``gguf``, ``packing``: options of llama.cpp's
-    types and of quantized folders. ``calibration``: choose codes by what the model does with a text.
+    ``type``: "q4_k_m", "nf4", "w4a16", ...; ``formats()`` lists them. ``budget``: instead of a type, the best mixture
+    for a size, bits per weight or a KL divergence. ``gguf``, ``packing``: options of llama.cpp's types and of quantized
+    folders. ``calibration``: choose codes by what the model does with a text.
     ``allow_requantize``: accept a source that is already quantized. The other arguments, the result and the errors are
     those of ``convert``.
     """
     request = ConversionRequest(
-        source=_source(source),
+        source=as_source(source),
         destination=Path(destination),
-        types=(type.lower(),),
+        types=() if type is None else (type.lower(),),
+        budget=budget or Budget(),
         to=to,
         options=WriteOptions(
             dtype=dtype,
@@ -238,9 +247,9 @@ def verify(
     """
     request = VerifyRequest(
         candidate=Path(candidate),
-        reference=_path(reference),
-        receipt=_path(receipt),
-        logits=_path(logits),
+        reference=as_path(reference),
+        receipt=as_path(receipt),
+        logits=as_path(logits),
         checks=Checks.of(tokens, text, gates),
         config=config,
         reference_config=reference_config,
@@ -268,9 +277,9 @@ def check(
     """
     from gemma2tool.pipeline.checks import run as checks
 
-    weights, threads = _source(source), threads or default_threads()
+    weights, threads = as_source(source), threads or default_threads()
     request = checks.CheckRequest(
-        source=weights, perplexity=perplexity, text=_path(text), sample=sample, config=config, threads=threads
+        source=weights, perplexity=perplexity, text=as_path(text), sample=sample, config=config, threads=threads
     )
     return checks.check(request, as_progress(progress))
 
@@ -331,27 +340,7 @@ def logits(
 
     with opened(source, config) as checkpoint:
         threads = threads or default_threads()
-        return compute_logits(checkpoint, tokens, _path(out), force=force, threads=threads, device=device)
-
-
-def imatrix(
-    source: Source,
-    out: PathLike,
-    *,
-    text: PathLike,
-    config: Config | None = None,
-    options: ImatrixOptions | None = None,
-    progress: ProgressCallback | None = None,
-) -> ImatrixResult:
-    """Collect an importance matrix from a text, for ``GGUFOptions(imatrix=...)`` and llama-quantize, and write it to
-    ``out``.
-    """
-    from gemma2tool.pipeline import importance
-
-    options = options or importance.ImatrixOptions(threads=default_threads())
-    refuse_existing(Path(out), force=options.force, folder=False)
-    with opened(source, config) as checkpoint:
-        return importance.collect_imatrix(checkpoint, Path(text), Path(out), options, as_progress(progress))
+        return compute_logits(checkpoint, tokens, as_path(out), force=force, threads=threads, device=device)
 
 
 def generate(
@@ -389,11 +378,3 @@ def clean(path: PathLike, *, dry_run: bool = False) -> list[Leftover]:
     from gemma2tool.pipeline import leftovers
 
     return leftovers.remove_leftovers(Path(path), dry_run=dry_run)
-
-
-def _source(source: Source) -> Path | Checkpoint:
-    return source if isinstance(source, Checkpoint) else Path(source)
-
-
-def _path(path: PathLike | None) -> Path | None:
-    return None if path is None else Path(path)

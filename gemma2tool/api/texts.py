@@ -1,0 +1,63 @@
+"""What a text tells about a model: importance matrices, sensitivity tables."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gemma2tool.api.arguments import Config, PathLike, Source, as_path
+from gemma2tool.pipeline.events import ProgressCallback, as_progress
+from gemma2tool.pipeline.opening import opened
+from gemma2tool.pipeline.requests import default_threads
+from gemma2tool.storage.paths import refuse_existing
+
+if TYPE_CHECKING:
+    from gemma2tool.pipeline.importance import ImatrixOptions, ImatrixResult
+    from gemma2tool.pipeline.sensitivity.collect import SensitivityOptions
+    from gemma2tool.pipeline.sensitivity.run import SensitivityResult
+
+
+def imatrix(
+    source: Source,
+    out: PathLike,
+    *,
+    text: PathLike,
+    config: Config | None = None,
+    options: ImatrixOptions | None = None,
+    progress: ProgressCallback | None = None,
+) -> ImatrixResult:
+    """Collect an importance matrix from a text, for ``GGUFOptions(imatrix=...)`` and llama-quantize, and write it to
+    ``out``.
+    """
+    from gemma2tool.pipeline import importance
+
+    options = options or importance.ImatrixOptions(threads=default_threads())
+    refuse_existing(Path(out), force=options.force, folder=False)
+    with opened(source, config) as checkpoint:
+        return importance.collect_imatrix(checkpoint, Path(text), Path(out), options, as_progress(progress))
+
+
+def sensitivity(
+    source: Source,
+    out: PathLike,
+    *,
+    calibration: PathLike | None = None,
+    text: PathLike | None = None,
+    merge: Sequence[PathLike] = (),
+    config: Config | None = None,
+    options: SensitivityOptions | None = None,
+    progress: ProgressCallback | None = None,
+) -> SensitivityResult:
+    """Collect what each matrix, stored in each type, costs in KL divergence at the output, and write it to ``out``, for
+    ``Budget(sensitivity=)``. An interrupted collection is continued.
+
+    ``calibration``: the text whose activations choose the codes. ``text``: the one that KL is summed over; default:
+    other windows of the same. ``merge``: collect nothing, add up these tables of the same model and different texts.
+    """
+    from gemma2tool.pipeline.sensitivity import collect, run
+
+    options = options or collect.SensitivityOptions(threads=default_threads())
+    paths = run.SensitivityPaths(Path(out), as_path(calibration), as_path(text), tuple(map(Path, merge)))
+    with opened(source, config) as checkpoint:
+        return run.collect_sensitivity(checkpoint, paths, options, as_progress(progress))

@@ -1,0 +1,96 @@
+"""The types that a matrix may be stored in, and its values in each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from gemma2tool.errors import UsageError, choices
+from gemma2tool.model.format_facts import Rounding
+from gemma2tool.model.lazy import Array, row_ranges
+from gemma2tool.quantizers.calibration import Map
+from gemma2tool.quantizers.gguf_types import GGUF_TYPES, dequantize, quantize
+from gemma2tool.quantizers.mixtures import dividing
+
+if TYPE_CHECKING:
+    from gemma2tool.quantizers.calibration.hessian import Factor, Hessian
+
+PLAIN = ("q2_k", "q3_k", "iq4_xs", "q4_k", "q5_k", "q6_k", "q8_0")
+WEIGHTED = ("iq2_xxs", "iq2_xs", "iq2_s", "iq3_xxs", "iq3_s")
+"""Candidates by default, the second ones if codes are chosen by activations."""
+QUANTIZED = tuple(name.lower() for name, type in GGUF_TYPES.items() if type.bits_per_weight < 16)
+ROWS = 1024
+"""Rows rounded at once."""
+
+
+def default_types(rounding: Rounding) -> tuple[str, ...]:
+    """The candidates where none are named, smallest first."""
+    return by_size((*PLAIN, *(() if rounding == "nearest" else WEIGHTED)))
+
+
+def check_types(types: Sequence[str], rounding: Rounding) -> tuple[str, ...]:
+    """The candidates, each once, smallest first.
+
+    Raises ``UsageError`` for one that is not a quantized GGUF type, or that needs a rounding by activations.
+    """
+    for name in types:
+        if name not in QUANTIZED:
+            hint = choices.hint(name, QUANTIZED)
+            raise UsageError("budget.candidates", f"{name!r} is not a quantized GGUF tensor type", hint=hint)
+        if rounding == "nearest" and GGUF_TYPES[name.upper()].needs_importance:
+            hint = "use --rounding calibration, or leave it out of --candidates"
+            raise UsageError("budget.candidates", f"{name} is unusable when rounded to nearest", hint=hint)
+    return by_size(dict.fromkeys(types))
+
+
+def by_size(types: Sequence[str] | Mapping[str, None]) -> tuple[str, ...]:
+    return tuple(sorted(types, key=lambda name: (GGUF_TYPES[name.upper()].bits_per_weight, name)))
+
+
+def fitting(types: Sequence[str], columns: int) -> tuple[str, ...]:
+    """The types that rows of this length are stored in where ``types`` are requested, as llama-quantize replaces those
+    whose blocks do not divide the rows; smallest first."""
+    blocks = {name: type.block_elements for name, type in GGUF_TYPES.items()}
+    return by_size(dict.fromkeys(dividing(name.upper(), columns, blocks).lower() for name in types))
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What is known of a matrix's inputs: the ``importance`` of its columns (I,), or the ``factors`` of the inverse
+    Hessian; neither: codes are the nearest."""
+
+    importance: Array | None = None
+    factors: Sequence[Factor] | None = None
+
+    @classmethod
+    def of(cls, hessian: Hessian, rounding: Rounding, damping: float) -> Inputs:
+        """From the sum of the inputs' products, which is emptied."""
+        from gemma2tool.quantizers.calibration.hessian import inverse_factors
+
+        if rounding == "calibration":
+            return cls(factors=inverse_factors(hessian, damping, act_order=False))
+        diagonal = np.concatenate([square.diagonal().numpy() for square in hessian.squares])
+        return cls(importance=(diagonal / hessian.count).astype(np.float32))
+
+
+def values(type: str, rows: Array, inputs: Inputs, run: Map = map) -> Array:
+    """Float32 rows (n, I) stored in ``type`` and read again. Rows are independent."""
+    from gemma2tool.quantizers.calibration.block_rounding import round_blocks
+    from gemma2tool.reference.readahead import one_thread_each
+
+    name = type.upper()
+
+    def piece(span: tuple[int, int]) -> Array:
+        part = np.ascontiguousarray(rows[slice(*span)], np.float32)
+        if inputs.factors is not None:
+            blocks = round_blocks(name, part, inputs.factors)
+        else:
+            importance = inputs.importance if GGUF_TYPES[name].takes_importance else None
+            blocks = quantize(name, part, importance)
+        return dequantize(name, blocks, rows.shape[1])
+
+    with one_thread_each():
+        return np.concatenate(list(run(piece, row_ranges(len(rows), 1, ROWS))))

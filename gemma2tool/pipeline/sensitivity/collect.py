@@ -1,0 +1,221 @@
+"""Collects a sensitivity table: one pass down through the gradients of the evaluation windows, one pass up through the
+layers, in which every matrix is rounded to every candidate.
+
+To second order, a change E of a matrix adds half the mean of (g^T E x)^2 to the KL, where x is the input at a token and
+g the gradient of the log probability of a next token, drawn from the model's own distribution, by the output there. One
+gradient serves all candidates. What several tokens have in common is left out; entries that are also measured show how
+much that is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from gemma2tool.errors import InputRefused
+from gemma2tool.model.checkpoint import Checkpoint
+from gemma2tool.model.format_facts import Rounding
+from gemma2tool.model.progress import Advance
+from gemma2tool.pipeline.calibration.head import head_hessian
+from gemma2tool.pipeline.calibration.layer import CalibratedLayer
+from gemma2tool.pipeline.calibration.session import DAMPING
+from gemma2tool.pipeline.sensitivity.candidates import Inputs, fitting, values
+from gemma2tool.pipeline.sensitivity.embedding import EmbeddingCost
+from gemma2tool.pipeline.sensitivity.head import EMBEDDING, Head, divergence, final_norm
+from gemma2tool.pipeline.sensitivity.hessians import LayerHessians
+from gemma2tool.pipeline.sensitivity.layer import Curvature, LoadedLayer
+from gemma2tool.pipeline.sensitivity.table import Entry, Sum
+from gemma2tool.pipeline.sensitivity.windows import Windows
+from gemma2tool.quantizers.calibration import Map
+from gemma2tool.reference.readahead import one_thread_each
+from gemma2tool.reference.rotary import cos_sin
+from gemma2tool.reference.streaming import StreamedForward
+
+Measure = Literal["none", "some", "all"]
+"""Which entries are also measured, each with the rest of the model: none; those of the first, the middle and the last
+layer and of the embedding in one type; or all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SensitivityOptions:
+    """How a table is collected.
+
+    ``rounding``: how the codes are chosen. ``types``: the candidates; empty: those that ``candidates`` lists.
+    ``samples``, ``length``: windows of calibration text and their tokens, as of ``Calibration``. ``windows``: of
+    evaluation text. ``measure``: see ``Measure``. ``damping``, ``hessian_block``: as of ``Calibration``. ``restart``:
+    discard what an interrupted run left.
+    """
+
+    rounding: Rounding = "calibration"
+    types: tuple[str, ...] = ()
+    samples: int | None = None
+    length: int | None = None
+    windows: int = 16
+    measure: Measure = "some"
+    damping: float = DAMPING
+    hessian_block: int | None = None
+    force: bool = False
+    restart: bool = False
+    threads: int = 1
+
+
+@dataclass
+class Streams:
+    """The residual streams at the layer that is next: of the ``evaluation`` windows (N, T, D), of each window of
+    ``calibration`` text (1, T, D), and of the evaluation windows with ``whole`` layers in one type, by type."""
+
+    evaluation: Tensor
+    calibration: list[Tensor]
+    whole: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Collection:
+    """One collection. ``run``: runs pieces of work, such as ``map`` or a thread pool's."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, windows: Windows, types: Sequence[str], options: SensitivityOptions, run: Map
+    ) -> None:
+        self.checkpoint, self.windows, self.types, self.options, self.run = checkpoint, windows, types, options, run
+        self.layers = checkpoint.config.num_hidden_layers
+        self.gradients: list[Tensor] = []
+        """By the residual stream before each layer and after the last one, (N, T, D)."""
+        self.final = torch.empty(0)
+        """The source's final normed states, (tokens, D)."""
+        self.perplexity = 0.0
+        """Of the evaluation windows under the source."""
+
+    @property
+    def whole_types(self) -> tuple[str, ...]:
+        """The smallest, the middle and the largest candidate, in which whole models are measured."""
+        return tuple(dict.fromkeys(self.types[index] for index in (0, len(self.types) // 2, -1)))
+
+    def embeddings(self, ids: NDArray[np.int64]) -> Tensor:
+        return StreamedForward(self.checkpoint, ids).embeddings()
+
+    def start(self) -> Streams:
+        """The streams before the first layer; computes the gradients."""
+        x = self.embeddings(self.windows.evaluation)
+        calibrates = self.options.rounding != "nearest"
+        calibration = [self.embeddings(row[None]) for row in self.windows.calibration] if calibrates else []
+        self._gradients(x)
+        return Streams(x, calibration, dict.fromkeys(self.whole_types, x))
+
+    def _gradients(self, x: Tensor) -> None:
+        streams = [x]
+        for index in range(self.layers):
+            streams.append(LoadedLayer(self.checkpoint, index, self.run).run(streams[-1]))
+            if not torch.isfinite(streams[-1]).all():
+                message = f"{self.checkpoint.path}: layer {index} computes values that are not finite from the text"
+                raise InputRefused("sensitivity.nonfinite", message)
+        norm, last = final_norm(self.checkpoint), streams[-1].requires_grad_()
+        with torch.enable_grad():
+            normed = norm(last)
+        self.final = normed.detach().flatten(0, 1)
+        head = Head(self.checkpoint, self.final)
+        self.perplexity = head.perplexity(torch.from_numpy(self.windows.evaluation))
+        gradient = torch.autograd.grad(normed, last, head.gradient().view_as(normed))[0]
+        self.gradients = [gradient]
+        for index in reversed(range(self.layers)):
+            gradient = LoadedLayer(self.checkpoint, index, self.run).backward(streams.pop(index), gradient)
+            self.gradients.insert(0, gradient)
+
+    def skip(self, index: int, streams: Streams) -> None:
+        """Move the streams of a layer that is in the table through it; ``streams.whole`` is set already."""
+        layer = LoadedLayer(self.checkpoint, index, self.run)
+        streams.evaluation = layer.run(streams.evaluation)
+        streams.calibration = [layer.run(sequence) for sequence in streams.calibration]
+
+    def layer(self, index: int, streams: Streams, advance: Advance) -> dict[str, dict[str, Entry]]:
+        """The entries of a layer's matrices; moves the streams through it."""
+        layer = LoadedLayer(self.checkpoint, index, self.run)
+        curvatures = layer.curvature(streams.evaluation, self.gradients[index + 1])
+        inputs = self._inputs(index, streams)
+        entries: dict[str, dict[str, Entry]] = {name: {} for name in curvatures}
+        for type in self.types:
+            stored = {}
+            for name, curvature in curvatures.items():
+                weight = layer.weight(name)
+                for fit in fitting([type], weight.shape[1]):
+                    stored[name] = torch.from_numpy(values(fit, weight.numpy(), inputs[name], self.run))
+                    entry = Entry(self._second_order(curvature, stored[name] - weight))
+                    if self._is_measured(index, type):
+                        entry += Entry(measured=self._measure(index, streams.evaluation, {name: stored[name]}))
+                    entries[name][fit] = entry
+                advance(weight.numel(), f"{name} {type}")
+            if type in streams.whole:
+                streams.whole[type] = LoadedLayer(self.checkpoint, index, self.run, stored).run(streams.whole[type])
+        streams.evaluation = layer.run(streams.evaluation)
+        return entries
+
+    def head(self, streams: Streams, advance: Advance) -> dict[str, Entry]:
+        """The entries of the embedding, with its part as the head if they are tied."""
+        inputs, block = Inputs(), self.options.hessian_block
+        if self.options.rounding == "calibration" and self.checkpoint.config.tie_word_embeddings:
+            hessian = head_hessian(self.checkpoint, streams.calibration, block, self.run)
+            inputs = Inputs.of(hessian, self.options.rounding, self.options.damping)
+        types = fitting(self.types, self.checkpoint.tensors[EMBEDDING].row_size)
+        cost = EmbeddingCost(self.checkpoint, self.windows.evaluation, types, inputs, self.run)
+        totals = cost.second_order(Head(self.checkpoint, self.final), self.gradients[0], advance)
+        tokens, entries = len(self.final), {}
+        for type in types:
+            entries[type] = Entry(Sum(float(totals[type].sum()), tokens))
+            if self._is_measured(0, type):
+                x = cost.embeddings(type)
+                kl = divergence(self.checkpoint, self.final, self._final(0, x), cost.head_rows(type))
+                entries[type] += Entry(measured=Sum(float(kl.sum()), tokens))
+        return entries
+
+    def whole(self, streams: Streams) -> dict[str, Sum]:
+        """The KL of all layers in one type, for the types of ``streams.whole``, which are after the last layer."""
+        norm = final_norm(self.checkpoint)
+        results = {}
+        for type, x in streams.whole.items():
+            kl = divergence(self.checkpoint, self.final, norm(x).flatten(0, 1))
+            results[type] = Sum(float(kl.sum()), len(kl))
+        return results
+
+    def _inputs(self, index: int, streams: Streams) -> Mapping[str, Inputs]:
+        """Of each matrix of a layer; moves the calibration's streams through it."""
+        options, hessians = self.options, LayerHessians()
+        if options.rounding != "nearest":
+            cos, sin = cos_sin(
+                self.checkpoint.config, torch.arange(self.windows.calibration.shape[1])[None], torch.float32
+            )
+            layer = CalibratedLayer(
+                self.checkpoint.config,
+                index,
+                self.checkpoint.tensors,
+                (),
+                hessian_block=options.hessian_block,
+                run=self.run,
+            )
+            with torch.no_grad(), one_thread_each():
+                layer.calibrate(hessians, streams.calibration, cos, sin)
+        return hessians.inputs(index, options.rounding, options.damping)
+
+    def _second_order(self, curvature: Curvature, error: Tensor) -> Sum:
+        per_token = curvature.second_order(error)
+        return Sum(float(per_token.double().sum()), len(per_token))
+
+    def _is_measured(self, index: int, type: str) -> bool:
+        if self.options.measure == "some":
+            return index in (0, self.layers // 2, self.layers - 1) and type == self.types[len(self.types) // 2]
+        return self.options.measure == "all"
+
+    def _measure(self, index: int, x: Tensor, replaced: dict[str, Tensor]) -> Sum:
+        x = LoadedLayer(self.checkpoint, index, self.run, replaced).run(x)
+        kl = divergence(self.checkpoint, self.final, self._final(index + 1, x))
+        return Sum(float(kl.sum()), len(kl))
+
+    def _final(self, index: int, x: Tensor) -> Tensor:
+        """The final normed states (tokens, D) of the streams ``x`` before layer ``index``."""
+        for later in range(index, self.layers):
+            x = LoadedLayer(self.checkpoint, later, self.run).run(x)
+        normed: Tensor = final_norm(self.checkpoint)(x)
+        return normed.flatten(0, 1)

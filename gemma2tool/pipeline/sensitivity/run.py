@@ -1,0 +1,215 @@
+"""From a text to a sensitivity table on disk, continued after an interruption at the layer that was under way."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import logging
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from gemma2tool.errors import InputRefused, UsageError
+from gemma2tool.errors.memory import out_of_memory_as_error
+from gemma2tool.model.checkpoint import Checkpoint
+from gemma2tool.model.digest import hash_checkpoint
+from gemma2tool.model.progress import Progress, progress_or_null
+from gemma2tool.pipeline.sensitivity.candidates import check_types, default_types
+from gemma2tool.pipeline.sensitivity.collect import Collection, SensitivityOptions, Streams
+from gemma2tool.pipeline.sensitivity.head import EMBEDDING
+from gemma2tool.pipeline.sensitivity.predict import Agreement, agreements
+from gemma2tool.pipeline.sensitivity.table import SensitivityTable, merge_tables, read_table, write_table
+from gemma2tool.pipeline.sensitivity.windows import read_windows
+from gemma2tool.storage.paths import refuse_existing, refuse_overwriting_input
+
+logger = logging.getLogger("gemma2tool")
+
+FOREIGN_PERPLEXITY = 500.0
+"""A text with a larger perplexity under the source is unlike what the model was trained on."""
+
+
+@dataclass(frozen=True)
+class SensitivityResult:
+    """What was written to ``out``: the ``table``, and how far second order and measurement agree, by type."""
+
+    out: Path
+    table: SensitivityTable
+    agreement: tuple[Agreement, ...]
+
+    def to_json(self) -> dict[str, object]:
+        """The result as ``--json`` prints it."""
+        return {
+            "out": str(self.out),
+            "rounding": self.table.rounding,
+            "tensors": len(self.table.entries),
+            "types": list(self.table.types),
+            "texts": [dataclasses.asdict(text) for text in self.table.texts],
+            "agreement": [dataclasses.asdict(row) for row in self.agreement],
+        }
+
+
+@dataclass(frozen=True)
+class SensitivityPaths:
+    """``out``: the table to write. ``calibration``: the text whose activations choose the codes; ``text``: the one that
+    KL is summed over, None: other windows of the same. ``merge``: tables to add up instead.
+    """
+
+    out: Path
+    calibration: Path | None = None
+    text: Path | None = None
+    merge: tuple[Path, ...] = ()
+
+
+def collect_sensitivity(
+    checkpoint: Checkpoint, paths: SensitivityPaths, options: SensitivityOptions, progress: Progress | None = None
+) -> SensitivityResult:
+    """Collect a table, or add up tables, and write it.
+
+    Raises ``UsageError`` for a text that is too short, candidates that cannot be used and tables that do not add up,
+    ``InputRefused`` for tables of another model, and where the model computes values that are not finite.
+    """
+    inputs = (*checkpoint.files, *(path for path in (paths.calibration, paths.text) if path), *paths.merge)
+    refuse_overwriting_input(inputs, paths.out)
+    refuse_existing(paths.out, force=options.force, folder=False)
+    partial = Partial(paths.out, options.restart)
+    if paths.merge:
+        if paths.calibration or paths.text:
+            hint = "leave out one of the two"
+            raise UsageError("sensitivity.merge", "--merge collects nothing, so no text is run", hint=hint)
+        table = merge_tables([(path, read_table_of(path, checkpoint, options.threads)) for path in paths.merge])
+    elif paths.calibration is None:
+        raise UsageError("sensitivity.no-text", "no --calibration text is given")
+    else:
+        table = collect_table(
+            checkpoint, paths.calibration, options, text=paths.text, partial=partial, progress=progress
+        )
+    write_table(table, paths.out, force=options.force)
+    partial.remove()
+    return SensitivityResult(paths.out, table, agreements(table))
+
+
+def read_table_of(path: Path, checkpoint: Checkpoint, threads: int) -> SensitivityTable:
+    """A finished table of this model. Raises ``InputRefused`` for any other file."""
+    table = read_table(path)
+    if not table.complete:
+        hint = "run 'gemma2tool sensitivity' again with the same options to finish it"
+        raise InputRefused("sensitivity.unfinished", f"{path}: unfinished", hint=hint)
+    model = hash_checkpoint(checkpoint, threads=threads).model
+    if table.model != model:
+        message = f"{path}: is of the model {table.model[:16]}, and {checkpoint.path} is {model[:16]}"
+        raise InputRefused("sensitivity.other-model", message)
+    return table
+
+
+def collect_table(
+    checkpoint: Checkpoint,
+    calibration: Path,
+    options: SensitivityOptions,
+    *,
+    text: Path | None = None,
+    partial: Partial | None = None,
+    progress: Progress | None = None,
+) -> SensitivityTable:
+    """The table; ``partial``: where it is kept while it is being collected."""
+    from gemma2tool.reference.streaming import use_threads
+
+    types = check_types(options.types, options.rounding) or default_types(options.rounding)
+    windows = read_windows(
+        checkpoint, calibration, text, samples=options.samples, length=options.length, windows=options.windows
+    )
+    digest = hash_checkpoint(checkpoint, threads=options.threads).model
+    table = SensitivityTable(
+        model=digest,
+        rounding=options.rounding,
+        texts=(windows.texts[1],),
+        calibration=() if options.rounding == "nearest" else (windows.texts[0],),
+        windows=(tuple(tuple(row) for row in windows.evaluation.tolist()),),
+        complete=False,
+    )
+    hint = "use fewer --windows, a smaller --length, or close other programs"
+    with (
+        use_threads(options.threads),
+        out_of_memory_as_error(f"windows of {windows.evaluation.shape[1]} tokens", hint),
+        ThreadPoolExecutor(options.threads, thread_name_prefix="sensitivity") as pool,
+    ):
+        collection = Collection(checkpoint, windows, types, options, pool.map)
+        return _collected(collection, table, partial, progress)
+
+
+def _collected(
+    collection: Collection, table: SensitivityTable, partial: Partial | None, progress: Progress | None
+) -> SensitivityTable:
+    streams = collection.start()
+    if collection.perplexity > FOREIGN_PERPLEXITY:
+        logger.warning(
+            "%s: perplexity %.0f under the model: it does not know text of this kind, and the table says little about"
+            " text that it knows",
+            table.texts[0].name,
+            collection.perplexity,
+        )
+    first = 0
+    if partial is not None and (earlier := partial.read(table, streams)) is not None:
+        table, first = earlier
+        logger.warning("continuing an interrupted collection at layer %d", first)
+        for index in range(first):
+            collection.skip(index, streams)
+    tensors = collection.checkpoint.tensors
+    matrices = [
+        s for s in collection.checkpoint.specs.values() if s.quantizable and (s.layer is None or s.layer >= first)
+    ]
+    left = sum(tensors[spec.name].size for spec in matrices)
+    with progress_or_null(progress, left * len(collection.types), "sensitivity", unit="values") as bar:
+        for index in range(first, collection.layers):
+            entries = {**table.entries, **collection.layer(index, streams, bar.advance)}
+            table = dataclasses.replace(table, entries=entries)
+            if partial is not None:
+                partial.write(table, streams)
+        embedding = collection.head(streams, bar.advance)
+    # The embedding's entries come first, as in the table of tensors.
+    entries = {EMBEDDING: embedding, **table.entries}
+    return dataclasses.replace(table, entries=entries, whole=collection.whole(streams), complete=True)
+
+
+class Partial:
+    """What an interrupted collection leaves beside its output: the table so far, and the streams that would take
+    rounding again to make."""
+
+    def __init__(self, out: Path, restart: bool) -> None:
+        self.table = out.with_name(f"{out.name}.partial")
+        self.streams = out.with_name(f"{out.name}.partial.npz")
+        self.restart = restart
+
+    def write(self, table: SensitivityTable, streams: Streams) -> None:
+        data = io.BytesIO()
+        arrays = {type: x.numpy() for type, x in streams.whole.items()}
+        np.savez(data, allow_pickle=False, layers=np.array(len(table.entries)), **arrays)
+        replacement = self.streams.with_name(f"{self.streams.name}.new")
+        replacement.write_bytes(data.getvalue())
+        replacement.replace(self.streams)
+        write_table(table, self.table, force=True)
+
+    def read(self, table: SensitivityTable, streams: Streams) -> tuple[SensitivityTable, int] | None:
+        """The table as far as it was collected and its number of layers, if it is of the same collection as ``table``;
+        sets ``streams.whole``."""
+        if self.restart or not (self.table.is_file() and self.streams.is_file()):
+            return None
+        try:
+            earlier = read_table(self.table)
+            with np.load(self.streams, allow_pickle=False) as arrays:
+                same = {**vars(earlier), "entries": {}} == {**vars(table), "entries": {}}
+                if not same or set(arrays.files) != {"layers", *streams.whole}:
+                    return None
+                if int(arrays["layers"]) != len(earlier.entries):
+                    return None
+                streams.whole = {type: torch.from_numpy(arrays[type]) for type in streams.whole}
+        except (InputRefused, ValueError, OSError, EOFError):
+            return None
+        layers = {int(name.split(".")[2]) for name in earlier.entries}
+        return earlier, max(layers) + 1
+
+    def remove(self) -> None:
+        for path in (self.table, self.streams):
+            path.unlink(missing_ok=True)

@@ -1,0 +1,183 @@
+"""A collection: its gradients, what it predicts, and that it continues where it was interrupted."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+
+from gemma2tool.errors import InputRefused, UsageError
+from gemma2tool.formats import registry
+from gemma2tool.model.checkpoint import Checkpoint
+from gemma2tool.model.lazy import ArrayTensor
+from gemma2tool.pipeline.sensitivity import run as sensitivity_run
+from gemma2tool.pipeline.sensitivity.collect import Collection, SensitivityOptions
+from gemma2tool.pipeline.sensitivity.head import EMBEDDING, Head, divergence, final_norm
+from gemma2tool.pipeline.sensitivity.measured import window_divergence
+from gemma2tool.pipeline.sensitivity.run import SensitivityPaths, collect_sensitivity
+from gemma2tool.pipeline.sensitivity.table import read_table
+from gemma2tool.pipeline.sensitivity.windows import read_windows
+from gemma2tool.reference.model import Gemma2ForCausalLM
+from gemma2tool.reference.streaming import StreamedForward
+from gemma2tool.verify.compare.logits import compare_logits
+from tests.support.checkpoints import SMALL, random_checkpoint
+
+QUICK = SensitivityOptions(rounding="nearest", types=("q4_0", "q8_0"), windows=4, measure="none")
+
+
+@pytest.fixture
+def source() -> Checkpoint:
+    return random_checkpoint(ml_dtypes.bfloat16)
+
+
+@pytest.fixture
+def ids(tmp_path: Path) -> Path:
+    """A long row of token ids: 24 windows of 32."""
+    path = tmp_path / "ids.npy"
+    np.save(path, np.random.default_rng(0).integers(0, SMALL.vocab_size, 24 * 32))
+    return path
+
+
+def collection(source: Checkpoint, ids: Path, options: SensitivityOptions) -> Collection:
+    windows = read_windows(source, ids, None, samples=options.samples, length=32, windows=options.windows)
+    return Collection(source, windows, options.types, options, map)
+
+
+def test_gradients_are_those_of_the_whole_model(source: Checkpoint, ids: Path) -> None:
+    collected = collection(source, ids, QUICK)
+    collected.start()
+    drawn = Head(source, collected.final).drawn
+    model = Gemma2ForCausalLM.from_checkpoint(source)
+    x = collected.embeddings(collected.windows.evaluation).requires_grad_()
+    logits = model(inputs_embeds=x).logits
+    loss = logits.flatten(0, 1).log_softmax(1).gather(1, drawn[:, None]).sum()
+    (expected,) = torch.autograd.grad(loss, x)
+    assert torch.allclose(collected.gradients[0], expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+    following = torch.from_numpy(collected.windows.evaluation[:, 1:])[..., None]
+    perplexity = torch.exp(-logits[:, :-1].log_softmax(-1).gather(2, following).mean())
+    assert collected.perplexity == pytest.approx(float(perplexity.detach()), rel=1e-4)
+
+
+def test_drawn_tokens_follow_the_model(source: Checkpoint) -> None:
+    hidden = torch.randn(1, SMALL.hidden_size).expand(4000, -1)
+    head = Head(source, hidden)
+    probabilities = torch.zeros(SMALL.vocab_size).index_add_(0, head.drawn, torch.full((4000,), 1 / 4000))
+    embedding = torch.from_numpy(source.tensors[EMBEDDING].load_rows_f32(0, SMALL.vocab_size))
+    logits = hidden[:1] @ embedding.T
+    cap = SMALL.final_logit_softcapping
+    assert cap is not None
+    expected = (torch.tanh(logits / cap) * cap).softmax(1)[0]
+    assert torch.allclose(probabilities, expected, atol=0.03)
+
+
+def test_divergence_is_that_of_the_verification(source: Checkpoint, ids: Path) -> None:
+    other = random_checkpoint(ml_dtypes.bfloat16, seed=1)
+    windows = np.load(ids)[: 5 * 32].reshape(5, 32)
+    expected = compare_logits(source, other, windows).metrics.kl.reshape(5, 32).mean(1)
+    assert np.allclose(window_divergence(source, other, windows), expected, rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_second_order_is_what_is_measured(fixture_dir: Path) -> None:
+    """In the trained fixture; a random model's predictions are too certain for a drawn token to say much."""
+    options = dataclasses.replace(QUICK, types=("q4_k",), measure="all")
+    with registry.open_checkpoint(fixture_dir / "model.ckpt") as trained:
+        windows = read_windows(
+            trained, fixture_dir / "heldout.txt", None, samples=8, length=96, windows=options.windows
+        )
+        collected = Collection(trained, windows, options.types, options, map)
+        streams = collected.start()
+        for index in range(5):
+            collected.skip(index, streams)
+        layer = collected.layer(5, streams, lambda *_: None)
+        entries = [types["q4_k"] for types in layer.values()]
+        entries.append(collected.head(streams, lambda *_: None)["q4_k"])
+    second_order, measured = (np.array([getattr(e, n).mean for e in entries]) for n in ("second_order", "measured"))
+    assert np.all((second_order / measured > 0.4) & (second_order / measured < 2.5))
+    assert second_order.sum() == pytest.approx(measured.sum(), rel=0.15)
+
+
+def test_types_that_do_not_divide_rows_are_replaced(source: Checkpoint, ids: Path, tmp_path: Path) -> None:
+    options = dataclasses.replace(QUICK, types=("q4_k",), length=32)
+    result = collect_sensitivity(source, SensitivityPaths(tmp_path / "t.json", ids), options)
+    assert result.table.types == ("q5_0",)  # 64 and 96 columns
+
+
+@pytest.mark.parametrize("rounding", ["calibration", "imatrix"])
+def test_an_interrupted_collection_is_continued(
+    rounding: str, source: Checkpoint, ids: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = dataclasses.replace(QUICK, rounding=rounding, length=32)
+    whole = collect_sensitivity(source, SensitivityPaths(tmp_path / "whole.json", ids), options).table
+    layers: list[int] = []
+    original = Collection.layer
+
+    def stopped(self: Collection, index: int, *arguments: object) -> object:
+        layers.append(index)
+        if layers == [0, 1]:
+            raise KeyboardInterrupt
+        return original(self, index, *arguments)
+
+    monkeypatch.setattr(Collection, "layer", stopped)
+    paths = SensitivityPaths(tmp_path / "t.json", ids)
+    with pytest.raises(KeyboardInterrupt):
+        collect_sensitivity(source, paths, options)
+    assert not paths.out.exists() and not read_table(tmp_path / "t.json.partial").complete
+    table = collect_sensitivity(source, paths, options).table
+    assert layers == [0, 1, 1, 2]
+    assert table == whole
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ids.npy", "t.json", "whole.json"]
+
+
+def test_what_another_collection_left_is_not_continued(source: Checkpoint, ids: Path, tmp_path: Path) -> None:
+    options = dataclasses.replace(QUICK, length=32)
+    paths = SensitivityPaths(tmp_path / "t.json", ids)
+    collected = collection(source, ids, options)
+    streams = collected.start()
+    table = dataclasses.replace(
+        collect_sensitivity(source, SensitivityPaths(tmp_path / "o.json", ids), options).table,
+        model="0" * 64,
+        complete=False,
+        whole={},
+    )
+    partial = sensitivity_run.Partial(paths.out, False)
+    partial.write(table, streams)
+    assert partial.read(dataclasses.replace(table, entries={}, model="1" * 64), streams) is None
+    assert collect_sensitivity(source, paths, options).table.model != table.model
+
+
+def test_a_text_that_is_too_short_is_refused(source: Checkpoint, ids: Path, tmp_path: Path) -> None:
+    options = dataclasses.replace(QUICK, windows=13, length=32)
+    with pytest.raises(UsageError) as refused:
+        collect_sensitivity(source, SensitivityPaths(tmp_path / "t.json", ids), options)
+    assert refused.value.id == "sensitivity.short" and "24 windows" in refused.value.message
+
+
+def test_values_that_are_not_finite_are_refused(source: Checkpoint, ids: Path, tmp_path: Path) -> None:
+    name = "model.layers.1.mlp.up_proj.weight"
+    huge = np.full(source.tensors[name].shape, 3e38, ml_dtypes.bfloat16)
+    broken = dataclasses.replace(source, tensors={**source.tensors, name: ArrayTensor(huge)})
+    with pytest.raises(InputRefused) as refused:
+        collect_sensitivity(broken, SensitivityPaths(tmp_path / "t.json", ids), dataclasses.replace(QUICK, length=32))
+    assert refused.value.id == "sensitivity.nonfinite" and "layer 1" in refused.value.message
+
+
+def test_a_text_that_the_model_does_not_know_is_named(
+    source: Checkpoint, ids: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    collect_sensitivity(source, SensitivityPaths(tmp_path / "t.json", ids), dataclasses.replace(QUICK, length=32))
+    assert "perplexity" in caplog.text and "ids.npy" in caplog.text
+
+
+def test_the_head_of_the_candidate_counts(source: Checkpoint) -> None:
+    x = torch.randn(8, SMALL.hidden_size)
+    embedding = torch.from_numpy(source.tensors[EMBEDDING].load_rows_f32(0, SMALL.vocab_size))
+    same = divergence(source, x, x, lambda first, last: embedding[first:last])
+    other = divergence(source, x, x, lambda first, last: 1.1 * embedding[first:last])
+    assert float(same.max()) < 1e-9 < float(other.min())
+    logits = StreamedForward(source, np.array([[2, 5, 7]]))
+    assert torch.allclose(final_norm(source)(list(logits.hidden_states())[-1]), logits.last_hidden_state())
