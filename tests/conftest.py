@@ -19,6 +19,13 @@ if TYPE_CHECKING:
     from playwright.sync_api import Browser
 
 
+@pytest.fixture(autouse=True)
+def _no_second_readers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A verification starts no process for the formats' libraries, unless a test is marked ``readers``."""
+    if request.node.get_closest_marker("readers") is None:
+        monkeypatch.setattr("gemma2tool.engines.readers.check.has_library", lambda format_name: False)
+
+
 @pytest.fixture(scope="session")
 def oracles() -> Path:
     """The folder of checkpoints, quantized files and expected bytes that other programs wrote."""

@@ -27,6 +27,7 @@ MAY_IMPORT = {
     "model": {"errors", "storage", "containers"},
     "quantizers": {"errors", "storage", "model"},
     "reference": {"errors", "model"},
+    "engines": {"errors", "storage", "containers", "model", "quantizers"},
     "formats": {"errors", "storage", "containers", "model", "quantizers"},
     "verify": {"version", "errors", "storage", "containers", "model", "reference", "quantizers"},
     "receipt": {"version", "errors", "storage", "containers", "model", "reference", "verify"},
@@ -42,6 +43,8 @@ FORMATS = {package.split(".")[2] for package in registry.PACKAGES}
 HEAVY = ("torch", "bitsandbytes", "transformers", "sentencepiece", "gguf", "safetensors", "numpy", "ml_dtypes")
 CODE_FROM_FILES = {"eval", "exec", "torch.load", "pickle.load", "pickle.loads", "pickle.Unpickler", "os.system"}
 OUTSIDE_WORLD = {"socket", "urllib", "requests", "http", "subprocess", "huggingface_hub"}
+STARTS_PROCESSES = PACKAGE / "engines" / "process.py"
+"""The one module that starts a program: Python, on a module of its own room."""
 
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
@@ -143,7 +146,8 @@ def test_no_file_is_executed() -> None:
                     or keywords.get("allow_pickle", "False") != "False"
                 ):
                     wrong.append(f"{path}:{node.lineno} calls {name}")
-        wrong += [f"{path} imports {name}" for name in imports(path) if name.split(".")[0] in OUTSIDE_WORLD]
+        outside = OUTSIDE_WORLD - ({"subprocess"} if path == STARTS_PROCESSES else set())
+        wrong += [f"{path} imports {name}" for name in imports(path) if name.split(".")[0] in outside]
     assert wrong == []
 
 

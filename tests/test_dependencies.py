@@ -26,14 +26,6 @@ DISTRIBUTIONS = {
 }
 """The distribution that a module comes from, where the two have different names."""
 
-WITNESSES = {
-    # The libraries that define a format. Their own readers open the output as a second witness.
-    "safetensors",
-    "gguf",
-    "bitsandbytes",
-}
-"""Declared whether or not the package imports them."""
-
 INDIRECT = {
     "accelerate": "transformers loads bitsandbytes' checkpoints with it",
     "flax": "Google DeepMind's gemma is written in it",
@@ -99,11 +91,7 @@ def extras() -> dict[str, set[str]]:
 
 def test_the_package_imports_what_is_declared() -> None:
     assert distributions("gemma2tool") - declared() == set()
-    assert declared() - distributions("gemma2tool") - WITNESSES == set()
-
-
-def test_witnesses_are_declared() -> None:
-    assert declared() >= WITNESSES
+    assert declared() - distributions("gemma2tool") == set()
 
 
 def test_extras_are_what_the_formats_ask_for() -> None:

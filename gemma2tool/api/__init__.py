@@ -234,6 +234,7 @@ def verify(
     gates: Mapping[str, float] | None = None,
     config: Config | None = None,
     reference_config: Config | None = None,
+    readers: bool = True,
     threads: int | None = None,
     reports: ReportFiles | None = None,
     progress: ProgressCallback | None = None,
@@ -242,8 +243,8 @@ def verify(
 
     ``reference``: the source. ``receipt``: default is the one beside the candidate. ``logits``: an engine's float
     logits (.npy) for ``tokens``. ``config``: of a candidate that has none of its own, and of such a reference unless
-    ``reference_config`` is given. A difference is a failed gate in the result (``result.passed``, ``result.causes``),
-    not an exception.
+    ``reference_config`` is given. ``readers``: the libraries of its format read the candidate too. A difference is a
+    failed gate in the result (``result.passed``, ``result.causes``), not an exception.
     """
     request = VerifyRequest(
         candidate=Path(candidate),
@@ -253,6 +254,7 @@ def verify(
         checks=Checks.of(tokens, text, gates),
         config=config,
         reference_config=reference_config,
+        readers=readers,
         threads=threads or default_threads(),
         reports=reports or ReportFiles(),
     )

@@ -88,6 +88,7 @@ def _request(
             clip_f16=output.clip_f16,
             allow_unsafe_template=output.allow_unsafe_template,
             receipt=not output.no_receipt,
+            readers=not output.no_readers,
             threads=output.threads or api.default_threads(),
             memory=parse_size(output.memory),
         ),

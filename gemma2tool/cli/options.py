@@ -92,6 +92,14 @@ Threads = Annotated[
 Memory = Annotated[
     str, typer.Option("--memory", metavar="SIZE", help="Byte budget for data in flight.", rich_help_panel="Resources")
 ]
+NoReaders = Annotated[
+    bool,
+    typer.Option(
+        "--no-readers",
+        help="Don't let safetensors, gguf or bitsandbytes read the candidate too.",
+        rich_help_panel="Verification",
+    ),
+]
 MaxShardSize = Annotated[
     str,
     typer.Option(
@@ -201,6 +209,7 @@ class OutputOptions:
     force: Force = False
     no_verify: NoVerify = False
     no_receipt: NoReceipt = False
+    no_readers: NoReaders = False
     tokens: Tokens = None
     text: Text = None
     gate: Gate = None

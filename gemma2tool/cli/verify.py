@@ -49,6 +49,7 @@ class VerifyOptions:
         Path | None,
         typer.Option("--reference-config", metavar="FILE", help="The same for SRC, where it differs from --config."),
     ] = None
+    no_readers: o.NoReaders = False
     threads: o.Threads = None
     verbose: o.Verbose = False
     quiet: o.Quiet = False
@@ -81,6 +82,7 @@ def verify(
         gates=api.parse_gates(options.gate or ()),
         config=options.config,
         reference_config=options.reference_config,
+        readers=not options.no_readers,
         threads=options.threads,
         reports=reports.files,
         progress=ProgressDisplay(console),

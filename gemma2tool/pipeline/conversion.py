@@ -21,8 +21,9 @@ from gemma2tool.pipeline.inputs import read_prompts, resolve_config
 from gemma2tool.pipeline.plan import Plan, PlanSummary, make_plan
 from gemma2tool.pipeline.remarks import plan_remarks
 from gemma2tool.pipeline.requests import DEFAULT_MEMORY, Checks, ConversionRequest, RunOptions
-from gemma2tool.pipeline.run import ConversionResult, ResolvedChecks, run
+from gemma2tool.pipeline.run import ConversionResult, run
 from gemma2tool.pipeline.scan.gate import refuse_dangerous
+from gemma2tool.pipeline.verification import ResolvedChecks
 from gemma2tool.receipt.document import receipt_path
 from gemma2tool.storage.watching import Watch, watching
 

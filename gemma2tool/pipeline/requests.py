@@ -55,8 +55,8 @@ class RunOptions:
     ``force``: replace an existing destination once its replacement is complete and verified. ``restart``: discard what
     an interrupted run left. ``allow_nonfinite``: accept NaN and infinities in the source. ``clip_f16``: store the
     largest float16 instead of refusing values beyond it. ``allow_unsafe_template``: carry a chat
-    template that ``scan`` calls dangerous. ``receipt``: write one beside each verified output.
-    ``memory``: bytes of data in flight.
+    template that ``scan`` calls dangerous. ``receipt``: write one beside each verified output. ``readers``: let the
+    libraries that define the output's format read it too. ``memory``: bytes of data in flight.
     """
 
     force: bool = False
@@ -65,6 +65,7 @@ class RunOptions:
     clip_f16: bool = False
     allow_unsafe_template: bool = False
     receipt: bool = True
+    readers: bool = True
     threads: int = field(default_factory=default_threads)
     memory: int = DEFAULT_MEMORY
 

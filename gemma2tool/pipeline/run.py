@@ -12,9 +12,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-from numpy.typing import NDArray
-
 from gemma2tool.formats import registry
 from gemma2tool.model.checkpoint import Checkpoint, unchanged
 from gemma2tool.model.progress import Progress, progress_or_null
@@ -23,7 +20,7 @@ from gemma2tool.pipeline.fingerprint import can_continue, fingerprint
 from gemma2tool.pipeline.plan import Plan
 from gemma2tool.pipeline.requests import RunOptions
 from gemma2tool.pipeline.value_check import ValueCheck, clipped_tensor
-from gemma2tool.pipeline.verification import verify_output
+from gemma2tool.pipeline.verification import ResolvedChecks, verify_output
 from gemma2tool.pipeline.write import Target, write_outputs
 from gemma2tool.storage.staging.staged_output import Staging
 
@@ -34,14 +31,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger("gemma2tool")
 
 _MAX_CLIPPED_NAMES = 5
-
-
-@dataclass(frozen=True)
-class ResolvedChecks:
-    """How outputs are verified: token ids (B, T) or None for the built-in ones, and the limits to override."""
-
-    ids: NDArray[np.int64] | None = None
-    gates: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -223,8 +212,7 @@ def _verify(
         verification = verify_output(
             _clipped_source(plan, clipped),
             candidate,
-            ids=checks.ids,
-            gates=checks.gates,
+            replace(checks, readers=checks.readers and options.readers),
             threads=options.threads,
             progress=progress,
             options=plan.options,

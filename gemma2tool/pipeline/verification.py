@@ -38,6 +38,7 @@ class VerifyRequest:
     ``logits``.
 
     ``config``: of a candidate that has none of its own, and of such a reference unless ``reference_config`` is given.
+    ``readers``: with ``reference``, let the libraries that define the candidate's format read it too.
     """
 
     candidate: Path
@@ -49,6 +50,17 @@ class VerifyRequest:
     reference_config: Gemma2Config | Path | str | None = None
     threads: int = field(default_factory=default_threads)
     reports: ReportFiles = ReportFiles()
+    readers: bool = True
+
+
+@dataclass(frozen=True)
+class ResolvedChecks:
+    """How a candidate is compared with its source: token ids (B, T) or None for the built-in ones, limits that replace
+    default ones, and whether the libraries that define the candidate's format read it too."""
+
+    ids: NDArray[np.int64] | None = None
+    gates: Mapping[str, float] = field(default_factory=dict)
+    readers: bool = True
 
 
 def verify(request: VerifyRequest, progress: Progress | None = None) -> Verification:
@@ -75,34 +87,35 @@ def verify(request: VerifyRequest, progress: Progress | None = None) -> Verifica
 def verify_output(
     source: Checkpoint,
     candidate: Checkpoint,
+    checks: ResolvedChecks,
     *,
-    ids: NDArray[np.int64] | None,
-    gates: Mapping[str, float],
     threads: int,
     progress: Progress | None,
     options: WriteOptions | None = None,
 ) -> Verification:
     """Verify ``candidate`` against ``source``.
 
-    ``gates`` replaces default limits. ``options``: with which the candidate was written; what they asked for is
-    reported as chosen, and they say how its codes were chosen (None: as the candidate says). What the candidate's
-    format cannot represent of the source is reported, not an error.
+    ``options``: with which the candidate was written; what they asked for is reported as chosen, and they say how its
+    codes were chosen (None: as the candidate says). What the candidate's format cannot represent of the source is
+    reported, not an error.
     """
     from gemma2tool.pipeline.chosen import chosen_differences
+    from gemma2tool.pipeline.readers import reading
     from gemma2tool.verify.chosen import Chosen
     from gemma2tool.verify.run import VerifySettings
     from gemma2tool.verify.run import verify as compare
 
     settings = VerifySettings(
-        ids=ids,
-        gates=gates,
+        ids=checks.ids,
+        gates=checks.gates,
         expected=registry.by_name(candidate.format).expected_after_roundtrip(source, candidate),
         rounding=None if options is None else options.rounding,
         threads=threads,
         progress=progress,
         chosen=Chosen() if options is None else chosen_differences(options, source, candidate),
     )
-    return compare(source, candidate, settings)
+    with reading(candidate, wanted=checks.readers, own_names=options is not None) as gate:
+        return gate.added_to(compare(source, candidate, settings))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,9 +160,8 @@ def _with_source(request: VerifyRequest, reference: Path, progress: Progress | N
         log_warnings(source, source.path.name)
         log_warnings(candidate, candidate.path.name)
         ids = read_prompts(request.checks.tokens, request.checks.text, source)
-        return verify_output(
-            source, candidate, ids=ids, gates=request.checks.gates, threads=request.threads, progress=progress
-        )
+        checks = ResolvedChecks(ids, request.checks.gates, request.readers)
+        return verify_output(source, candidate, checks, threads=request.threads, progress=progress)
 
 
 def _with_logits(request: VerifyRequest, logits: Path, progress: Progress | None) -> Verification:

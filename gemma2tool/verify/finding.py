@@ -57,7 +57,8 @@ class GateResult:
     """The outcome of one gate.
 
     ``status``: "reported" means that the gate measured and has no limit; "skipped" means that it did not run, and
-    ``summary`` says why. ``metrics``: measurements by name: numbers, strings, or nested mappings of these.
+    ``summary`` says why. ``metrics``: measurements by name: numbers, strings, or nested mappings of these. ``timing``:
+    what it cost, in words, where that is worth a remark; not part of ``to_json``.
     """
 
     name: str
@@ -65,6 +66,7 @@ class GateResult:
     summary: str
     metrics: Mapping[str, Any] = field(default_factory=dict)
     findings: tuple[Finding, ...] = ()
+    timing: str = field(default="", compare=False)
 
     @property
     def failed(self) -> bool:

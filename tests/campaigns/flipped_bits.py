@@ -22,7 +22,8 @@ from gemma2tool.formats import registry
 from gemma2tool.formats.options import WriteOptions
 from gemma2tool.pipeline.plan import make_plan
 from gemma2tool.pipeline.requests import RunOptions
-from gemma2tool.pipeline.run import ResolvedChecks, run
+from gemma2tool.pipeline.run import run
+from gemma2tool.pipeline.verification import ResolvedChecks
 from gemma2tool.receipt.document import read_receipt, receipt_path
 from tests.support.flipping import flips, is_found, with_receipt, with_source
 

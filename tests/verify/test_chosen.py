@@ -19,7 +19,7 @@ from gemma2tool.formats import registry
 from gemma2tool.formats.options import GGUFOptions, WriteOptions
 from gemma2tool.pipeline.chosen import chosen_differences
 from gemma2tool.pipeline.conversion import save
-from gemma2tool.pipeline.verification import verify_output
+from gemma2tool.pipeline.verification import ResolvedChecks, verify_output
 from gemma2tool.verify.gates import Gates, parse_gates
 from gemma2tool.verify.result import Verification
 from tests.support.checkpoints import random_checkpoint, write_checkpoint
@@ -45,7 +45,7 @@ def converted(tmp_path: Path, changes: dict, options: WriteOptions, name: str = 
         checkpoint.tensors["lm_head.weight"] = random_checkpoint(BF16, seed=5).tensors["model.embed_tokens.weight"]
     save(checkpoint, tmp_path / name, options)
     with registry.open_checkpoint(tmp_path / name) as candidate:
-        return verify_output(checkpoint, candidate, ids=None, gates={}, threads=1, progress=None, options=options)
+        return verify_output(checkpoint, candidate, ResolvedChecks(), threads=1, progress=None, options=options)
 
 
 MISMATCHES = {
@@ -73,7 +73,7 @@ def test_without_the_option_the_same_file_fails(tmp_path: Path) -> None:
     checkpoint.config = dataclasses.replace(checkpoint.config, query_pre_attn_scalar=24)
     save(checkpoint, tmp_path / "out.gguf", WriteOptions(allow_mismatch=True))
     with registry.open_checkpoint(tmp_path / "out.gguf") as candidate:
-        result = verify_output(checkpoint, candidate, ids=None, gates={}, threads=1, progress=None)
+        result = verify_output(checkpoint, candidate, ResolvedChecks(), threads=1, progress=None)
     assert not result.passed and result.causes[0].id == "config.query-scale" and not result.chosen
 
 
@@ -100,7 +100,7 @@ def test_an_override_excuses_nothing_else(tmp_path: Path) -> None:
     with registry.open_checkpoint(tmp_path / "out.gguf") as candidate:
         candidate.config = dataclasses.replace(candidate.config, rms_norm_eps=1e-3)
         assert chosen_differences(options, checkpoint, candidate).subjects.keys() == {"max_position_embeddings"}
-        result = verify_output(checkpoint, candidate, ids=None, gates={}, threads=1, progress=None, options=options)
+        result = verify_output(checkpoint, candidate, ResolvedChecks(), threads=1, progress=None, options=options)
     assert not result.passed and [cause.id for cause in result.causes] == ["config.eps"]
 
 
@@ -120,7 +120,7 @@ def test_damage_is_explained_whatever_the_gates(source: Path, tmp_path: Path) ->
     assert run("convert", source, tmp_path / "out.gguf", "--dtype", "f32", "--quiet").exit_code == 0
     with registry.open_checkpoint(source) as a, registry.open_checkpoint(tmp_path / "out.gguf") as b:
         b.tensors["model.layers.0.mlp.up_proj.weight"] = b.tensors["model.layers.0.mlp.gate_proj.weight"]
-        result = verify_output(a, b, ids=None, gates={"kl": 1e-12}, threads=1, progress=None)
+        result = verify_output(a, b, ResolvedChecks(gates={"kl": 1e-12}), threads=1, progress=None)
     assert not result.beyond_chosen_limits and result.causes
 
 

@@ -166,7 +166,8 @@ def render_difference(result: Difference, out: Out, *, findings: int = 4) -> Non
 def _render_gate(gate: GateResult, style: _GateStyle, out: Out) -> None:
     mark, ascii_mark, mark_style = style.marks[gate.status]
     mark = mark if out.can_show(mark) else ascii_mark
-    out.line((f"{mark} ", mark_style), (f"{gate.name:<{style.width}}  ", "bold"), (gate.summary, ""))
+    timing = (f" ({gate.timing})", "dim") if gate.timing else ("", "")
+    out.line((f"{mark} ", mark_style), (f"{gate.name:<{style.width}}  ", "bold"), (gate.summary, ""), timing)
     findings = [
         finding
         for finding in gate.findings

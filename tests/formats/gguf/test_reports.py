@@ -17,7 +17,7 @@ from gemma2tool.cli.main import app
 from gemma2tool.errors import InputRefused
 from gemma2tool.formats import registry
 from gemma2tool.formats.options import WriteOptions
-from gemma2tool.pipeline.verification import verify_output
+from gemma2tool.pipeline.verification import ResolvedChecks, verify_output
 from gemma2tool.verify.result import Verification
 from tests.support.checkpoints import random_checkpoint, write_checkpoint
 
@@ -78,7 +78,7 @@ def edited(
 
 def verified(source: Path, candidate: Path) -> Verification:
     with registry.open_checkpoint(source) as a, registry.open_checkpoint(candidate) as b:
-        return verify_output(a, b, ids=None, gates={}, threads=1, progress=None)
+        return verify_output(a, b, ResolvedChecks(), threads=1, progress=None)
 
 
 @pytest.mark.slow
