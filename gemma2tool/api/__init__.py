@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from gemma2tool.pipeline.budget.choice import BudgetChoice, BudgetOutcome
     from gemma2tool.pipeline.checks.finding import CheckFinding, CheckResult
     from gemma2tool.pipeline.checks.run import CheckRequest
+    from gemma2tool.pipeline.doctor import Diagnosis, Fact, doctor
     from gemma2tool.pipeline.generation import Generation, GenerationOptions
     from gemma2tool.pipeline.importance import ImatrixOptions, ImatrixResult
     from gemma2tool.pipeline.inspection import Inspection
@@ -61,28 +62,29 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Adapter", "Budget", "BudgetChoice", "BudgetOutcome", "Calibration", "Cause", "CheckFinding", "CheckRequest",
-    "CheckResult", "Checkpoint", "Checks", "ConversionRequest", "ConversionResult", "DiffRequest", "Difference",
-    "Finding", "FormatEntry", "GGUFOptions", "GateResult", "Gemma2Config", "Generation", "GenerationOptions",
-    "Hashes", "ImatrixOptions", "ImatrixResult", "Inspection", "Leftover", "PackingOptions", "PlanSummary",
-    "ProgressEvent", "ReportFiles", "RunOptions", "ScanFinding", "ScanResult", "SensitivityOptions",
+    "CheckResult", "Checkpoint", "Checks", "ConversionRequest", "ConversionResult", "Diagnosis", "DiffRequest",
+    "Difference", "Fact", "Finding", "FormatEntry", "GGUFOptions", "GateResult", "Gemma2Config", "Generation",
+    "GenerationOptions", "Hashes", "ImatrixOptions", "ImatrixResult", "Inspection", "Leftover", "PackingOptions",
+    "PlanSummary", "ProgressEvent", "ReportFiles", "RunOptions", "ScanFinding", "ScanResult", "SensitivityOptions",
     "SensitivityResult", "SensitivityTable", "SplitOptions", "TensorSummary", "Verification", "VerifyRequest",
-    "WriteOptions", "check", "clean", "convert", "default_threads", "diff", "formats", "gate_names", "generate",
-    "hash", "imatrix", "inspect", "log_warnings", "logits", "open", "outputs_with_receipts", "parse_candidates",
-    "parse_gates", "plan", "quantize", "run", "scan", "sensitivity", "verify",
+    "WriteOptions", "check", "clean", "convert", "default_threads", "diff", "doctor", "formats", "gate_names",
+    "generate", "hash", "imatrix", "inspect", "log_warnings", "logits", "open", "outputs_with_receipts",
+    "parse_candidates", "parse_gates", "plan", "quantize", "run", "scan", "sensitivity", "verify",
 ]  # fmt: skip
 
 
 _ELSEWHERE = {
     "BudgetChoice": "pipeline.budget.choice", "BudgetOutcome": "pipeline.budget.choice",
     "Cause": "verify.diagnosis.cause", "CheckFinding": "pipeline.checks.finding",
-    "CheckRequest": "pipeline.checks.run", "CheckResult": "pipeline.checks.finding",
-    "Difference": "verify.difference", "Finding": "verify.finding", "FormatEntry": "formats.catalog",
-    "GateResult": "verify.finding", "Generation": "pipeline.generation", "GenerationOptions": "pipeline.generation",
-    "Hashes": "model.digest", "ImatrixOptions": "pipeline.importance", "ImatrixResult": "pipeline.importance",
-    "Inspection": "pipeline.inspection", "Leftover": "pipeline.leftovers", "ScanFinding": "pipeline.trust",
-    "ScanResult": "pipeline.trust", "SensitivityOptions": "pipeline.sensitivity.collect",
-    "SensitivityResult": "pipeline.sensitivity.run", "SensitivityTable": "pipeline.sensitivity.table",
-    "Verification": "verify.result", "scan": "pipeline.trust",
+    "CheckRequest": "pipeline.checks.run", "CheckResult": "pipeline.checks.finding", "Diagnosis": "pipeline.doctor",
+    "Difference": "verify.difference", "Fact": "pipeline.doctor", "Finding": "verify.finding",
+    "FormatEntry": "formats.catalog", "GateResult": "verify.finding", "Generation": "pipeline.generation",
+    "GenerationOptions": "pipeline.generation", "Hashes": "model.digest", "ImatrixOptions": "pipeline.importance",
+    "ImatrixResult": "pipeline.importance", "Inspection": "pipeline.inspection", "Leftover": "pipeline.leftovers",
+    "ScanFinding": "pipeline.trust", "ScanResult": "pipeline.trust",
+    "SensitivityOptions": "pipeline.sensitivity.collect", "SensitivityResult": "pipeline.sensitivity.run",
+    "SensitivityTable": "pipeline.sensitivity.table", "Verification": "verify.result", "doctor": "pipeline.doctor",
+    "scan": "pipeline.trust",
 }  # fmt: skip
 """What a conversion starts without, and their modules."""
 

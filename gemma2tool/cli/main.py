@@ -177,6 +177,7 @@ def _register() -> None:
         clean,
         convert,
         diff,
+        doctor,
         formats,
         generate,
         hash,
@@ -204,6 +205,7 @@ def _register() -> None:
         hash.hash,
         clean.clean,
         formats.formats,
+        doctor.doctor,
     )
     for command in commands:
         app.command(command.__name__, cls=_Command)(guarded(expanded(command)))
