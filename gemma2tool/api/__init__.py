@@ -5,7 +5,8 @@
     result = gemma2tool.quantize("model.ckpt", "model.gguf", type="q4_k_m")
     result.verification.passed
 
-Paths are strings or ``pathlib.Path``. A checkpoint may be given by its path or as one that ``open`` returned. Errors
+Paths are strings or ``pathlib.Path``. A checkpoint may be given by its path, by an address ("hf://ORG/NAME", see
+docs/sources.md), or as one that ``open`` returned. Errors
 are the exceptions of ``gemma2tool.errors``. Warnings and notes go to the logger "gemma2tool". ``progress`` is called
 with a ``ProgressEvent`` from time to time, from any thread.
 """
@@ -17,9 +18,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gemma2tool.api.arguments import Config, PathLike, Source, as_path, as_source
+from gemma2tool.api.arguments import Config, PathLike, Source, as_path
 from gemma2tool.api.texts import imatrix, sensitivity
-from gemma2tool.formats import registry
 from gemma2tool.formats.option_info import parse_size
 from gemma2tool.formats.options import Adapter, Calibration, GGUFOptions, PackingOptions, SplitOptions, WriteOptions
 from gemma2tool.formats.options_budget import Budget, parse_candidates
@@ -27,8 +27,7 @@ from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.config import Gemma2Config
 from gemma2tool.pipeline import conversion, verification
 from gemma2tool.pipeline.events import ProgressCallback, ProgressEvent, as_progress
-from gemma2tool.pipeline.inputs import resolve_config
-from gemma2tool.pipeline.opening import log_warnings, opened
+from gemma2tool.pipeline.opening import log_warnings, open_source, opened
 from gemma2tool.pipeline.plan import PlanSummary, TensorSummary
 from gemma2tool.pipeline.receipts import outputs_with_receipts
 from gemma2tool.pipeline.report_files import ReportFiles
@@ -105,7 +104,7 @@ def open(path: PathLike, *, config: Config | None = None, format: str | None = N
 
     Raises ``InputRefused`` for files that are damaged, incomplete, hostile or not Gemma 2.
     """
-    return registry.open_checkpoint(Path(path), config=resolve_config(config), format=format)
+    return open_source(path, config, format=format)
 
 
 def convert(
@@ -140,7 +139,7 @@ def convert(
     was.
     """
     request = ConversionRequest(
-        source=as_source(source),
+        source=source,
         destination=Path(destination),
         to=to,
         options=WriteOptions(
@@ -192,7 +191,7 @@ def quantize(
     those of ``convert``.
     """
     request = ConversionRequest(
-        source=as_source(source),
+        source=source,
         destination=Path(destination),
         types=() if type is None else (type.lower(),),
         budget=budget or Budget(),
@@ -249,8 +248,8 @@ def verify(
     failed gate in the result (``result.passed``, ``result.causes``), not an exception.
     """
     request = VerifyRequest(
-        candidate=Path(candidate),
-        reference=as_path(reference),
+        candidate=candidate,
+        reference=reference,
         receipt=as_path(receipt),
         logits=as_path(logits),
         checks=Checks.of(tokens, text, gates),
@@ -281,9 +280,9 @@ def check(
     """
     from gemma2tool.pipeline.checks import run as checks
 
-    weights, threads = as_source(source), threads or default_threads()
+    threads = threads or default_threads()
     request = checks.CheckRequest(
-        source=weights, perplexity=perplexity, text=as_path(text), sample=sample, config=config, threads=threads
+        source=source, perplexity=perplexity, text=as_path(text), sample=sample, config=config, threads=threads
     )
     return checks.check(request, as_progress(progress))
 
@@ -301,8 +300,8 @@ def diff(
 ) -> Difference:
     """Compare two checkpoints of any formats, neither of which is the reference; ``result.same`` is the verdict."""
     request = DiffRequest(
-        a=Path(a),
-        b=Path(b),
+        a=a,
+        b=b,
         checks=Checks.of(tokens, text, None),
         with_logits=with_logits,
         config=config,

@@ -12,9 +12,5 @@ Source = str | Path | Checkpoint
 Config = Gemma2Config | str | Path
 
 
-def as_source(source: Source) -> Path | Checkpoint:
-    return source if isinstance(source, Checkpoint) else Path(source)
-
-
 def as_path(path: PathLike | None) -> Path | None:
     return None if path is None else Path(path)

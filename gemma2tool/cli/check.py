@@ -18,7 +18,7 @@ _STYLES = {"error": "bold red", "doubt": "bold yellow", "note": "dim"}
 
 
 def check(
-    path: Annotated[Path, typer.Argument(metavar="PATH", help="A checkpoint, in any format.")],
+    path: Annotated[str, typer.Argument(metavar="PATH", help="A checkpoint, in any format.")],
     perplexity: Annotated[
         bool, typer.Option("--perplexity", help="Also measure the perplexity of the built-in sample text.")
     ] = False,

@@ -28,7 +28,7 @@ _VERIFICATION_STEPS = 2
 
 
 def carry_out(
-    src: Path,
+    src: str,
     dst: Path,
     output: o.OutputOptions,
     reports: Reports,
@@ -61,7 +61,7 @@ def carry_out(
 
 
 def _request(
-    src: Path, dst: Path, output: o.OutputOptions, reports: Reports, options: WriteOptions, types: Sequence[str]
+    src: str, dst: Path, output: o.OutputOptions, reports: Reports, options: WriteOptions, types: Sequence[str]
 ) -> ConversionRequest:
     from gemma2tool import api
 
@@ -84,6 +84,7 @@ def _request(
         run=api.RunOptions(
             force=output.force,
             restart=output.restart,
+            keep_download=output.keep_download,
             allow_nonfinite=output.allow_nonfinite,
             clip_f16=output.clip_f16,
             allow_unsafe_template=output.allow_unsafe_template,

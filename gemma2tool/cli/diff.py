@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -12,8 +11,8 @@ from gemma2tool.errors import EXIT_VERIFICATION_FAILED
 
 
 def diff(
-    a: Annotated[Path, typer.Argument(metavar="A", help="A checkpoint, in any format.")],
-    b: Annotated[Path, typer.Argument(metavar="B", help="Another checkpoint, in any format.")],
+    a: Annotated[str, typer.Argument(metavar="A", help="A checkpoint, in any format.")],
+    b: Annotated[str, typer.Argument(metavar="B", help="Another checkpoint, in any format.")],
     tokens: o.Tokens = None,
     text: o.Text = None,
     no_logits: Annotated[bool, typer.Option("--no-logits", help="Leave out the forward passes.")] = False,

@@ -29,7 +29,7 @@ def hash(
     with api.open(checkpoint, config=config) as opened:
         api.log_warnings(opened)
         hashes = api.hash(opened, threads=threads, progress=ProgressDisplay(console))
-        content = {"path": str(checkpoint), "format": opened.format, **hashes.to_json()}
+        content = {"path": str(opened.known_as), "format": opened.format, **hashes.to_json()}
     if json_output:
         console.emit_json(content | ({"each": dict(hashes.each)} if tensors else {}))
         return

@@ -46,9 +46,9 @@ def inspect(
         console.emit_json(content)
         return
     if quiet:
-        console.print(f"{src}: {result.format}, {_size(result)}")
+        console.print(f"{result.path}: {result.format}, {_size(result)}")
     else:
-        _show(str(src), result, console, verbose=verbose)
+        _show(str(result.path), result, console, verbose=verbose)
     for warning in result.warnings:
         console.warn(warning)
     if tensors or match is not None:

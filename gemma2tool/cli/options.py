@@ -39,7 +39,12 @@ def gate_names() -> Iterable[str]:
 STORED_DTYPES = ("f32", "bf16", "f16")
 
 Source = Annotated[
-    Path, typer.Argument(metavar="SRC", help="Checkpoint: a file or a folder, in any format that can be read.")
+    str,
+    typer.Argument(
+        metavar="SRC",
+        help="Checkpoint in any format that can be read: a file or folder, hf://ORG/NAME (or ORG/NAME), s3://, gs://,"
+        " https://, .tar, .tar.gz.",
+    ),
 ]
 Destination = Annotated[Path, typer.Argument(metavar="DST", help="What to write: NAME.gguf, NAME.ckpt, or a folder.")]
 To = Annotated[
@@ -141,6 +146,12 @@ AllowUnsafeTemplate = Annotated[
         rich_help_panel="Output",
     ),
 ]
+KeepDownload = Annotated[
+    Path | None,
+    typer.Option(
+        "--keep-download", metavar="FOLDER", help="Download a SRC that is not local to FOLDER first, and keep it there."
+    ),
+]
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Show what would be written, and write nothing.", rich_help_panel="Output")
 ]
@@ -219,6 +230,7 @@ class OutputOptions:
     allow_mismatch: AllowMismatch = False
     allow_unsafe_template: AllowUnsafeTemplate = False
     restart: Restart = False
+    keep_download: KeepDownload = None
     threads: Threads = None
     memory: Memory = "256MiB"
     dry_run: DryRun = False

@@ -20,7 +20,7 @@ class VerifyOptions:
     """What ``verify`` takes; the fields are the options, see ``groups``."""
 
     reference: Annotated[
-        Path | None, typer.Option("--reference", metavar="SRC", help="The checkpoint it was made from.")
+        str | None, typer.Option("--reference", metavar="SRC", help="The checkpoint it was made from.")
     ] = None
     against: Annotated[
         Path | None,
@@ -57,7 +57,7 @@ class VerifyOptions:
 
 
 def verify(
-    candidate: Annotated[Path, typer.Argument(metavar="CANDIDATE", help="The checkpoint to verify, in any format.")],
+    candidate: Annotated[str, typer.Argument(metavar="CANDIDATE", help="The checkpoint to verify, in any format.")],
     options: VerifyOptions,
     reports: Reports,
 ) -> None:

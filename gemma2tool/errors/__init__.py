@@ -30,9 +30,21 @@ __all__ = [
     "ToolError",
     "UsageError",
     "escaped",
+    "renamed",
+    "stand_ins",
 ]
 
 _MAX_MESSAGE = 2000
+
+stand_ins: dict[str, str] = {}
+"""Local paths that stand for something else, and what people know that by: messages name the latter."""
+
+
+def renamed(text: str) -> str:
+    """``text`` with the addresses of what its local paths stand for."""
+    for path, address in list(stand_ins.items()):
+        text = text.replace(path, address)
+    return text
 
 
 def escaped(text: str) -> str:
@@ -69,11 +81,11 @@ class ToolError(Exception):
     exit_code = EXIT_BUG
 
     def __init__(self, id: str, message: str, *, hint: str = "") -> None:
-        message = escaped(_bounded(message))
+        message = escaped(_bounded(renamed(message)))
         super().__init__(message)
         self.id = id
         self.message = message
-        self.hint = escaped(_bounded(hint or _remedy(id)))
+        self.hint = escaped(_bounded(renamed(hint or _remedy(id))))
 
     def __reduce__(self) -> tuple[object, ...]:
         return _rebuild, (type(self), self.id, self.message, self.hint)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shlex
 import struct
 from pathlib import Path
@@ -13,41 +12,15 @@ from gemma2tool.formats.adapters import naming
 from gemma2tool.storage.quoting import quoted
 from gemma2tool.storage.reading import open_for_reading
 
-_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+")
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _MAX_JSON = 64 << 20
 _MAX_NAME = 256
-_MODELS = (".safetensors", ".bin", ".gguf", ".ckpt", ".pt", ".pth", ".sbs", ".h5")
+MODEL_SUFFIXES = (".safetensors", ".bin", ".gguf", ".ckpt", ".pt", ".pth", ".sbs", ".h5", ".keras", ".json")
+"""What the name of a file of a model ends in."""
 
 
 def missing(path: Path) -> InputRefused:
-    """The error for a path that does not exist: perhaps a URL, or a name on the Hugging Face hub."""
-    text = str(path)
-    url = _URL.match(text)
-    if url:
-        text = f"{url[1]}://{text[url.end() :]}"  # a path has lost one of the slashes
-        url = _URL.match(text) or url
-        if url[1].lower() in ("hf", "huggingface"):
-            return _not_local(text, "an address on the Hugging Face hub", text[url.end() :])
-        hub = re.match(r"https?:/+(?:www\.)?(?:huggingface\.co|hf\.co)/([^/]+/[^/]+)", text)
-        return _not_local(text, "a URL", hub[1] if hub else "")
-    if _HUB_ID.fullmatch(text) and not path.parent.exists() and path.suffix.lower() not in _MODELS:
-        return InputRefused(
-            "input.missing",
-            f"{path}: no such file or folder",
-            hint=f"if it is a model on the Hugging Face hub, download it first: {_download(text)}",
-        )
+    """The error for a path that does not exist."""
     return InputRefused("input.missing", f"{path}: no such file or folder", hint="check the path of the checkpoint")
-
-
-def _not_local(text: str, what: str, hub_id: str) -> InputRefused:
-    hint = f"download it first: {_download(hub_id)}" if hub_id else "download it first, then give the path"
-    return InputRefused("input.not-local", f"{text}: is {what}; only local files are read", hint=hint)
-
-
-def _download(hub_id: str) -> str:
-    name = "/".join(hub_id.split("/")[:2])
-    return f"hf download {shlex.quote(name)} --local-dir {shlex.quote(name.rpartition('/')[2])}"
 
 
 def other_file(path: Path) -> InputRefused | None:
@@ -76,10 +49,6 @@ def _folder(path: Path) -> InputRefused | None:
             f"{path}: holds {len(ggufs)} GGUF files: {listed}",
             hint=f"name one of them, such as {shlex.quote(str(path / ggufs[0]))}",
         )
-    if path.name.startswith("models--") and (path / "snapshots").is_dir():
-        snapshots = sorted((path / "snapshots").iterdir(), key=lambda snapshot: snapshot.stat().st_mtime)
-        if snapshots:
-            return _kind(path, "a folder of the hub's cache", f"give {shlex.quote(str(snapshots[-1]))}")
     return None
 
 

@@ -119,6 +119,12 @@ class Checkpoint:
     watch: Watch | None = field(default=None, repr=False, compare=False)
     """The files that were read to open it; None where it was made in memory or is being written."""
 
+    address: str | None = None
+    """What people know a source by that is not a local file or folder; ``path`` is then a stand-in."""
+
+    pinned: str | None = None
+    """The address of exactly this content, for receipts: with the commit of a revision."""
+
     closers: list[Callable[[], None]] = field(default_factory=list)
 
     _tokenizer: tuple[Assets, Gemma2Config, Tokenizer] | None = field(default=None, repr=False, compare=False)
@@ -127,6 +133,11 @@ class Checkpoint:
     def format(self) -> str:
         """The name of the format it came from: "hf", "gguf", ..."""
         return self.facts.name
+
+    @property
+    def known_as(self) -> Path | str:
+        """Its path, or its address if it is not local."""
+        return self.address or self.path
 
     @property
     def all_warnings(self) -> tuple[str, ...]:

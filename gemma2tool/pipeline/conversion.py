@@ -13,11 +13,13 @@ from gemma2tool.errors import UsageError
 from gemma2tool.formats import registry
 from gemma2tool.formats.options import WriteOptions
 from gemma2tool.formats.options_budget import PLACEHOLDER
+from gemma2tool.formats.other_files import MODEL_SUFFIXES
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.lazy import SharedRows
 from gemma2tool.model.progress import Progress
 from gemma2tool.pipeline.destinations import Destination, destinations, folder_of_several, options_for
-from gemma2tool.pipeline.inputs import read_prompts, resolve_config
+from gemma2tool.pipeline.inputs import read_prompts
+from gemma2tool.pipeline.opening import from_source, open_source
 from gemma2tool.pipeline.plan import Plan, PlanSummary, make_plan
 from gemma2tool.pipeline.remarks import plan_remarks
 from gemma2tool.pipeline.requests import DEFAULT_MEMORY, Checks, ConversionRequest, RunOptions
@@ -25,6 +27,7 @@ from gemma2tool.pipeline.run import ConversionResult, run
 from gemma2tool.pipeline.scan.gate import refuse_dangerous
 from gemma2tool.pipeline.verification import ResolvedChecks
 from gemma2tool.receipt.document import receipt_path
+from gemma2tool.sources.locate import locate
 from gemma2tool.storage.watching import Watch, watching
 
 if TYPE_CHECKING:
@@ -75,13 +78,9 @@ def open_conversion(request: ConversionRequest, progress: Progress | None = None
     outputs = destinations(request)
     request.budget.check(request.options, outputs[0].format)
     with ExitStack() as stack:
-        source = _opened(request, stack)
+        source = _opened(request, stack, progress)
         if request.options.adapters:
-            from gemma2tool.formats.adapters.merging import merge
-
-            for adapter in request.options.adapters:
-                with watching(source.watch or Watch()):
-                    source = merge(source, adapter.path, adapter.scale)
+            source, request = _merged(source, request, stack)
         refuse_dangerous(source, allow_unsafe_template=request.run.allow_unsafe_template)
         budget = None
         if request.budget.is_asked:
@@ -111,7 +110,8 @@ def convert(request: ConversionRequest, progress: Progress | None = None) -> tup
 
 
 def summarize(request: ConversionRequest) -> tuple[PlanSummary, ...]:
-    """What a request would write; nothing is written."""
+    """What a request would write; nothing is written, and no source is downloaded."""
+    request = replace(request, run=replace(request.run, keep_download=None))
     with open_conversion(request) as conversion:
         return tuple(plan.summary() for plan in conversion.plans)
 
@@ -134,11 +134,26 @@ def save(
     return run([plan], None, how)[0]
 
 
-def _opened(request: ConversionRequest, stack: ExitStack) -> Checkpoint:
+def _opened(request: ConversionRequest, stack: ExitStack, progress: Progress | None) -> Checkpoint:
     if isinstance(request.source, Checkpoint):
         return request.source
-    config = resolve_config(request.config)
-    return stack.enter_context(registry.open_checkpoint(request.source, config=config))
+    place = request.destination.absolute().parent
+    keep = request.run.keep_download
+    return stack.enter_context(open_source(request.source, request.config, place=place, keep=keep, progress=progress))
+
+
+def _merged(source: Checkpoint, request: ConversionRequest, stack: ExitStack) -> tuple[Checkpoint, ConversionRequest]:
+    """The source with the adapters of a request, and the request with the local paths of them."""
+    from gemma2tool.formats.adapters.merging import merge
+
+    adapters = []
+    for adapter in request.options.adapters:
+        located = locate(adapter.path, suffixes=MODEL_SUFFIXES)
+        stack.callback(located.close)
+        with from_source(located), watching(source.watch or Watch()):
+            source = merge(source, located.path, adapter.scale)
+        adapters.append(replace(adapter, path=located.path))
+    return source, replace(request, options=replace(request.options, adapters=tuple(adapters)))
 
 
 def _with_placeholder(request: ConversionRequest) -> ConversionRequest:

@@ -20,6 +20,7 @@ import numpy as np
 from gemma2tool.formats.options import Adapter
 from gemma2tool.pipeline.plan import Plan
 from gemma2tool.quantizers.kernels import _native
+from gemma2tool.storage import attached
 from gemma2tool.storage.reading import open_for_reading
 from gemma2tool.storage.staging.journal import Fingerprint
 from gemma2tool.version import __version__
@@ -61,10 +62,12 @@ def _kernels() -> str:
 
 
 def _files(plan: Plan) -> dict[str, str]:
-    """Every file of the source, by its path below their common folder."""
+    """Every file of the source: by its address, or for local ones by the path below their common folder."""
     files = sorted(set(plan.source.files))
-    folder = Path(os.path.commonpath([path.absolute().parent for path in files])) if files else Path()
-    return {str(path.absolute().relative_to(folder)): _identity(path) for path in files}
+    addresses = {path: attached.address_of(path) for path in files}
+    local = [path.absolute() for path in files if addresses[path] is None]
+    folder = Path(os.path.commonpath([path.parent for path in local])) if local else Path()
+    return {addresses[path] or str(path.absolute().relative_to(folder)): _identity(path) for path in files}
 
 
 def _identity(path: Path) -> str:
@@ -80,7 +83,7 @@ def _identity(path: Path) -> str:
 def _shown(value: object) -> str:
     """An option, roughly as a person wrote it."""
     if isinstance(value, Adapter):
-        return f"{value.path}={value.scale:g}"
+        return f"{attached.address_of(value.path) or value.path}={value.scale:g}"
     if isinstance(value, Mapping):
         return ",".join(f"{key}={_shown(part)}" for key, part in value.items())
     if isinstance(value, (list, tuple, set, frozenset)):

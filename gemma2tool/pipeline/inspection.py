@@ -21,7 +21,7 @@ class Inspection:
     ``run_command``: a command line that runs its usual consumer on it; empty if there is none.
     """
 
-    path: Path
+    path: Path | str
     format: str
     size: str | None
     parameters: int
@@ -73,7 +73,7 @@ def inspect(checkpoint: Checkpoint) -> Inspection:
         stored[tensor.stored][1] += tensor.size
     tokenizer = _tokenizer(checkpoint)
     return Inspection(
-        path=checkpoint.path,
+        path=checkpoint.known_as,
         format=checkpoint.format,
         size=checkpoint.config.size_name,
         parameters=sum(tensor.size for tensor in checkpoint.tensors.values()),
@@ -88,7 +88,7 @@ def inspect(checkpoint: Checkpoint) -> Inspection:
         vocabulary=tokenizer.size,
         stops=tuple((id, _text(tokenizer, id)) for id in sorted(_stops(checkpoint, tokenizer))),
         templates=tuple(tokenizer.chat_templates),
-        run_command=checkpoint.facts.command_for(checkpoint.path),
+        run_command="" if checkpoint.address else checkpoint.facts.command_for(checkpoint.path),
     )
 
 

@@ -81,7 +81,7 @@ class Plan:
     def summary(self) -> PlanSummary:
         """The plan without anything that is open."""
         return PlanSummary(
-            source=self.source.path,
+            source=self.source.known_as,
             source_format=self.source.format,
             destination=self.destination,
             format=self.output.format,
@@ -105,7 +105,7 @@ class PlanSummary:
     largest first. ``losses``: (canonical name, largest absolute loss) of tensors that the target's convention rounds.
     """
 
-    source: Path
+    source: Path | str
     source_format: str
     destination: Path
     format: str
@@ -160,7 +160,7 @@ def make_plan(
         stored = sorted({tensor.stored for tensor in source.tensors.values()} - _PLAIN_TYPES)
         raise UsageError(
             "quantize.requantize",
-            f"{source.path}: is already quantized ({', '.join(stored)})",
+            f"{source.known_as}: is already quantized ({', '.join(stored)})",
             hint="quantize the original, or compound the loss with --allow-requantize",
         )
     output, cost = registry.by_name(format_name).layout(source, options), None

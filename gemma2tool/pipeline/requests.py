@@ -56,7 +56,8 @@ class RunOptions:
     an interrupted run left. ``allow_nonfinite``: accept NaN and infinities in the source. ``clip_f16``: store the
     largest float16 instead of refusing values beyond it. ``allow_unsafe_template``: carry a chat
     template that ``scan`` calls dangerous. ``receipt``: write one beside each verified output. ``readers``: let the
-    libraries that define the output's format read it too. ``memory``: bytes of data in flight.
+    libraries that define the output's format read it too. ``memory``: bytes of data in flight. ``keep_download``:
+    download a source that is not local to this folder first, and read it there.
     """
 
     force: bool = False
@@ -68,6 +69,7 @@ class RunOptions:
     readers: bool = True
     threads: int = field(default_factory=default_threads)
     memory: int = DEFAULT_MEMORY
+    keep_download: Path | None = None
 
     def with_force(self, force: bool) -> RunOptions:
         """These options, with ``force`` if either asks for it."""
@@ -78,14 +80,14 @@ class RunOptions:
 class ConversionRequest:
     """One source, one or several outputs.
 
-    ``source``: a path, or a checkpoint that is open already. ``types``: quantization types; none converts, several put
-    one output each into the folder ``destination``. ``to``: the target format; None: by the destination's name.
-    ``budget``: the types are chosen for a target; then ``types`` is empty.
+    ``source``: a path, an address (docs/sources.md), or a checkpoint that is open already. ``types``: quantization
+    types; none converts, several put one output each into the folder ``destination``. ``to``: the target format; None:
+    by the destination's name. ``budget``: the types are chosen for a target; then ``types`` is empty.
     ``options``: of the outputs; their ``type``, ``name`` and ``single_file`` are set for each output. ``checks``: None
     leaves out the verification.
     """
 
-    source: Path | Checkpoint
+    source: Path | str | Checkpoint
     destination: Path
     types: tuple[str, ...] = ()
     to: str | None = None

@@ -20,7 +20,7 @@ from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.config import Gemma2Config
 from gemma2tool.model.progress import Progress
 from gemma2tool.pipeline.inputs import read_logits, read_prompts, read_tokens, resolve_config
-from gemma2tool.pipeline.opening import log_warnings
+from gemma2tool.pipeline.opening import log_warnings, open_source
 from gemma2tool.pipeline.report_files import ReportFiles
 from gemma2tool.pipeline.requests import Checks, default_threads
 
@@ -41,8 +41,8 @@ class VerifyRequest:
     ``readers``: with ``reference``, let the libraries that define the candidate's format read it too.
     """
 
-    candidate: Path
-    reference: Path | None = None
+    candidate: Path | str
+    reference: Path | str | None = None
     receipt: Path | None = None
     logits: Path | None = None
     checks: Checks = field(default_factory=Checks)
@@ -114,7 +114,8 @@ def verify_output(
         progress=progress,
         chosen=Chosen() if options is None else chosen_differences(options, source, candidate),
     )
-    with reading(candidate, wanted=checks.readers, own_names=options is not None) as gate:
+    wanted = checks.readers and candidate.address is None  # libraries read local files
+    with reading(candidate, wanted=wanted, own_names=options is not None) as gate:
         return gate.added_to(compare(source, candidate, settings))
 
 
@@ -122,8 +123,8 @@ def verify_output(
 class DiffRequest:
     """Two checkpoints to compare, neither of which is the reference. ``with_logits``: run both forward passes too."""
 
-    a: Path
-    b: Path
+    a: Path | str
+    b: Path | str
     checks: Checks = field(default_factory=Checks)
     with_logits: bool = True
     config: Gemma2Config | Path | str | None = None
@@ -152,7 +153,7 @@ def diff(request: DiffRequest, progress: Progress | None = None) -> Difference:
         )
 
 
-def _with_source(request: VerifyRequest, reference: Path, progress: Progress | None) -> Verification:
+def _with_source(request: VerifyRequest, reference: Path | str, progress: Progress | None) -> Verification:
     config = resolve_config(request.config)
     reference_config = resolve_config(request.reference_config) or config
     with _opened(reference, reference_config) as source, _opened(request.candidate, config) as candidate:
@@ -196,7 +197,7 @@ def _with_receipt(request: VerifyRequest, progress: Progress | None) -> Verifica
             hint="they are for --reference",
         )
     with _opened(request.candidate, resolve_config(request.config)) as candidate:
-        receipt = _receipt(request.candidate, request.receipt)
+        receipt = _receipt(candidate.path, request.receipt)
         request.reports.check((receipt.path, *candidate.files))
         log_warnings(candidate, candidate.path.name)
         return check_against_receipt(candidate, receipt, threads=request.threads, progress=progress)
@@ -215,9 +216,6 @@ def _receipt(candidate: Path, receipt: Path | None) -> Receipt:
     return read_receipt(receipt or beside)
 
 
-def _opened(path: Path, config: Gemma2Config | None) -> Checkpoint:
+def _opened(source: Path | str, config: Gemma2Config | None) -> Checkpoint:
     """Opened with ``config`` if it has none of its own, see ``registry.config_for``."""
-    used = registry.config_for(path, config)
-    if config is not None and used is None:
-        logger.info("%s", f"{path.name}: read with its own config, not with --config")
-    return registry.open_checkpoint(path, config=used)
+    return open_source(source, config, prefer_own_config=True)

@@ -83,6 +83,7 @@ def build_receipt(
         "tool": _versions(),
         "source": {
             "name": Path(os.path.abspath(source.path)).name,
+            **({} if source.pinned is None else {"address": source.pinned}),
             "format": source.format,
             "hashes": Hashes.of(source_digests, source).to_json(),
         },

@@ -10,12 +10,12 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from gemma2tool.errors import InputRefused, ResourceError
+from gemma2tool.errors import InputRefused, ResourceError, renamed, stand_ins
 from gemma2tool.storage.quoting import quoted
 from gemma2tool.storage.ranges import RangeFile
 
@@ -25,10 +25,11 @@ _MAX_NAME_BYTES = 255
 
 @dataclass(frozen=True)
 class SourceFile:
-    """A file of a source: its size, and what opens it."""
+    """A file of a source: its size, what opens it, and the SHA-256 that the source states, if it does."""
 
     size: int
     open: Callable[[], RangeFile]
+    sha256: str | None = None
 
 
 class AttachedFolder:
@@ -40,7 +41,7 @@ class AttachedFolder:
 
     def __init__(self, name: str, address: str, files: Mapping[str, SourceFile], *, place: Path | None = None) -> None:
         self.address, self.files = address, dict(files)
-        _check_names(address, self.files)
+        check_names(address, self.files)
         with _disk_errors(address):
             self._root = Path(os.path.realpath(tempfile.mkdtemp(prefix=".gemma2tool-source-", dir=place)))
         self.path = self._root / _folder_name(name)
@@ -51,14 +52,12 @@ class AttachedFolder:
             shutil.rmtree(self._root, ignore_errors=True)
             raise
         _attached[str(self.path)] = self
-
-    def readable(self, text: str) -> str:
-        """``text`` with the source's address instead of the path of the stand-ins."""
-        return text.replace(str(self.path), self.address)
+        stand_ins[str(self.path)] = address
 
     def close(self) -> None:
         """Detach the files and remove the stand-ins."""
         if _attached.pop(str(self.path), None) is not None:
+            stand_ins.pop(str(self.path), None)
             shutil.rmtree(self._root, ignore_errors=True)
 
     def _make_stand_ins(self) -> None:
@@ -74,20 +73,38 @@ _attached: dict[str, AttachedFolder] = {}
 """By the path of the folder."""
 
 
+def address_of(path: str | os.PathLike[str]) -> str | None:
+    """The address of what a stand-in stands for; None if ``path`` is not one."""
+    text = os.path.abspath(path)
+    return None if (address := renamed(text)) == text else address
+
+
 def open_file(path: str | os.PathLike[str]) -> RangeFile | None:
     """The file of a source behind a stand-in; None if ``path`` is not one."""
+    file = _find(path)
+    return None if file is None else file.open()
+
+
+def sha256_of(path: str | os.PathLike[str]) -> str | None:
+    """The SHA-256 that a source states of the file behind a stand-in, if it does."""
+    file = _find(path)
+    return None if file is None else file.sha256
+
+
+def _find(path: str | os.PathLike[str]) -> SourceFile | None:
     if not _attached:
         return None
     text = os.path.abspath(path)
     for root, folder in list(_attached.items()):
         if text.startswith(root + os.sep):
-            file = folder.files.get(text[len(root) + 1 :].replace(os.sep, "/"))
-            return None if file is None else file.open()
+            return folder.files.get(text[len(root) + 1 :].replace(os.sep, "/"))
     return None
 
 
-def _check_names(address: str, files: Mapping[str, SourceFile]) -> None:
-    """Refuse names that come from a server or an archive and would lead out of the folder."""
+def check_names(address: str, files: Collection[str]) -> None:
+    """Refuse names of files that come from a server or an archive and would lead out of their folder, or that are too
+    many.
+    """
     if len(files) > MAX_FILES:
         raise InputRefused(
             "source.too-many-files", f"{address}: lists {len(files)} files; at most {MAX_FILES} are read"
@@ -102,7 +119,7 @@ def _check_names(address: str, files: Mapping[str, SourceFile]) -> None:
         ):
             raise InputRefused("source.name", f"{address}: the file name {quoted(name)} is not a plain relative path")
         folders.update(str(parent) for parent in PurePosixPath(name).parents)
-    if both := folders & files.keys():
+    if both := folders.intersection(files):
         raise InputRefused("source.name", f"{address}: {quoted(min(both))} is both a file and a folder")
 
 

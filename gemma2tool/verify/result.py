@@ -42,7 +42,7 @@ class Side:
         for tensor in checkpoint.tensors.values():
             stored[tensor.stored] += tensor.size
         nbytes = sum(path.stat().st_size for path in checkpoint.files)
-        return cls(str(checkpoint.path), checkpoint.format, dict(stored), nbytes)
+        return cls(str(checkpoint.known_as), checkpoint.format, dict(stored), nbytes)
 
     def to_json(self) -> dict[str, Any]:
         return {"path": self.path, "format": self.format, "stored": json_value(self.stored), "bytes": self.nbytes}

@@ -81,24 +81,11 @@ def test_files_of_a_model(files: Path, name: str, message: str, hint: str) -> No
     assert message in error.message and hint in error.hint
 
 
-@pytest.mark.parametrize(
-    ("text", "message", "hint"),
-    [
-        ("google/gemma-2-2b-it", "no such file", "hf download google/gemma-2-2b-it --local-dir gemma-2-2b-it"),
-        ("https://huggingface.co/org/name/resolve/main/model.safetensors", "https://huggingface.co", "org/name"),
-        ("https://example.org/model.gguf", "is a URL", "download it first"),
-        ("hf://org/name", "on the Hugging Face hub", "hf download org/name"),
-        ("s3://bucket/model", "s3://bucket/model: is a URL", "download it first"),
-        ("no/such/model.gguf", "no such file", "check the path"),
-        ("models", "no such file", "check the path"),
-    ],
-)
-def test_what_is_not_on_this_disk(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, message: str, hint: str
-) -> None:
+@pytest.mark.parametrize("text", ["no/model.gguf", "no/such/model", "models", "./org/name"])
+def test_what_is_not_on_this_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     monkeypatch.chdir(tmp_path)
     result = run("inspect", text)
-    assert result.exit_code == 3 and message in result.stderr and hint in result.stderr.replace("\n", " ")
+    assert result.exit_code == 3 and "no such file" in result.stderr and "check the path" in result.stderr
 
 
 def test_a_folder_of_several_ggufs(files: Path, tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ def test_names_and_sizes_are_on_disk_and_bytes_are_not() -> None:
         assert read_whole(folder.path / "config.json", what="config", max_bytes=1 << 20) == b"{}" * 3000
         assert starts_with(weights, b"0123") and not starts_with(weights, b"x")
         assert not starts_with(weights, bytes(100))
-        assert folder.readable(f"{weights}: broken") == "mem://model/sub/weights.bin: broken"
+        assert InputRefused("file.missing", f"{weights}: broken").message == "mem://model/sub/weights.bin: broken"
         with pytest.raises(InputRefused):
             open_for_reading(folder.path / "sub" / "missing")
     finally:

@@ -58,7 +58,6 @@ ENTRIES = (
     refused("input.empty", "the file is empty", _DOWNLOAD),
     refused("input.kind", "the path is neither a file nor a folder", "give the path of a checkpoint"),
     refused("input.missing", "the path does not exist", "check the path of the checkpoint"),
-    refused("input.not-local", "the source is a URL or on a hub", "download it first, then give the path"),
     refused(
         "input.other-file",
         "the path is a file that belongs to a model, such as its config, its receipt or an adapter",

@@ -46,7 +46,7 @@ class CheckResult:
     it was asked for.
     """
 
-    path: Path
+    path: Path | str
     format: str
     parameters: int
     stored: tuple[tuple[str, int], ...]

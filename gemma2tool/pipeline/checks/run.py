@@ -47,7 +47,7 @@ class CheckRequest:
     come without one.
     """
 
-    source: Path | Checkpoint
+    source: Path | str | Checkpoint
     perplexity: bool = False
     text: Path | None = None
     sample: bool = False
@@ -73,7 +73,7 @@ def check(request: CheckRequest, progress: Progress | None = None) -> CheckResul
             findings += more
         findings.sort(key=lambda finding: SEVERITIES.index(finding.severity))
         return CheckResult(
-            path=checkpoint.path,
+            path=checkpoint.known_as,
             format=checkpoint.format,
             parameters=sum(tensor.size for tensor in checkpoint.tensors.values()),
             stored=tuple(Counter(tensor.stored for tensor in checkpoint.tensors.values()).most_common()),

@@ -1,0 +1,196 @@
+"""Reads ahead: a few large ranges of remote files at once, kept in a bounded window of memory.
+
+A *segment* is a range that is fetched as one. Readers say how many bytes they will read next, so that segments end
+where the tensor ends and no byte is fetched that is not needed. Small reads without such an announcement (headers) are
+widened, because the next one is usually beside it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+from gemma2tool.errors import InputRefused, ToolError
+from gemma2tool.sources.fetching import fetch_into
+from gemma2tool.sources.remote import RemoteFile
+
+SEGMENT = 4 << 20
+AHEAD = 16 << 20
+"""How far ahead of a reader segments are fetched."""
+WINDOW = 48 << 20
+"""Bytes of all segments together that are kept or being fetched."""
+WIDENED = 64 << 10
+"""What a smaller read without an announcement is widened to; four times as much where it follows another."""
+FETCHERS = 6
+
+
+@dataclass(eq=False)
+class _Segment:
+    file: int
+    start: int
+    end: int
+    data: Future[bytearray]
+    used: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        return self.end - self.start
+
+
+class ReadAhead:
+    """Fetches for all files of a source, with one pool of threads and one window."""
+
+    def __init__(self) -> None:
+        self.stop = threading.Event()
+        self.failure: ToolError | None = None
+        """The first failure; a reader that detects formats may have swallowed it."""
+        self._pool = ThreadPoolExecutor(FETCHERS, thread_name_prefix="source")
+        self._lock = threading.Lock()
+        self._segments: list[_Segment] = []
+        self._clock = 0
+
+    def opener(self, file: RemoteFile) -> Callable[[], _ReadAheadFile]:
+        """What opens ``file`` for a reader."""
+        return lambda: _ReadAheadFile(self, file)
+
+    def read(self, file: RemoteFile, offset: int, view: memoryview, ahead: int) -> int:
+        """Fills ``view`` or a part of it from its start; returns how many bytes."""
+        last = min(offset + len(view), file.size)
+        if offset >= last:
+            return 0
+        start, end = offset, min(last + ahead, file.size)
+        if not ahead and len(view) < WIDENED:
+            start = offset - offset % WIDENED
+            end = min(max(start + self._widened(file, start), last), file.size)
+        return self._copy(offset, last, view, self._cover(file, start, last, end))
+
+    def close(self) -> None:
+        """Ends what is being fetched; nothing may be read any more."""
+        self.stop.set()
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        with self._lock:
+            self._segments.clear()
+
+    def _cover(self, file: RemoteFile, start: int, needed: int, end: int) -> list[_Segment]:
+        """Segments without gaps from ``start`` to at least ``needed``, and as far ahead of it towards ``end`` as the
+        window has room for; missing ones are begun.
+        """
+        covering: list[_Segment] = []
+        with self._lock:
+            own = sorted((s for s in self._segments if s.file == id(file)), key=lambda s: s.start)
+            position = start
+            while position < min(needed + AHEAD, end):
+                segment = next((s for s in own if s.start <= position < s.end), None)
+                if segment is None:
+                    following = min((s.start for s in own if s.start > position), default=end)
+                    stop = min(position + SEGMENT, following, end)
+                    if not self._make_room(stop - position, covering) and position >= needed:
+                        break
+                    segment = self._begin(file, position, stop)
+                self._clock += 1
+                segment.used = self._clock
+                covering.append(segment)
+                position = segment.end
+        return covering
+
+    def _widened(self, file: RemoteFile, start: int) -> int:
+        """How much to fetch for a small read: more and more while each follows the one before."""
+        with self._lock:
+            before = [s.nbytes for s in self._segments if s.file == id(file) and s.end == start]
+        return min(max(before, default=WIDENED // 4) * 4, SEGMENT)
+
+    def _begin(self, file: RemoteFile, start: int, end: int) -> _Segment:
+        def fetch() -> bytearray:
+            data = bytearray(end - start)
+            fetch_into(file, start, memoryview(data), self.stop)
+            return data
+
+        segment = _Segment(id(file), start, end, self._pool.submit(fetch))
+        self._segments.append(segment)
+        return segment
+
+    def _make_room(self, nbytes: int, kept: list[_Segment]) -> bool:
+        """Forget segments that were not used for longest; whether ``nbytes`` fit then."""
+        total = sum(segment.nbytes for segment in self._segments) + nbytes
+        for segment in sorted(self._segments, key=lambda segment: segment.used):
+            if total <= WINDOW:
+                break
+            if segment.data.done() and segment not in kept:
+                self._segments.remove(segment)
+                total -= segment.nbytes
+        return total <= WINDOW
+
+    def _copy(self, start: int, end: int, view: memoryview, segments: list[_Segment]) -> int:
+        """Copies the bytes ``start`` to ``end`` as far as the first segments reach, waiting for them."""
+        position = start
+        for segment in segments:
+            if segment.start >= end or (position > start and not segment.data.done()):
+                break
+            if segment.end <= start:
+                continue
+            try:
+                data = segment.data.result()
+            except BaseException as failure:
+                self._forget(segment, failure)
+                raise
+            stop = min(segment.end, end)
+            view[position - start : stop - start] = memoryview(data)[position - segment.start : stop - segment.start]
+            position = stop
+        with self._lock:
+            self._make_room(0, [])
+        return position - start
+
+    def _forget(self, segment: _Segment, failure: BaseException) -> None:
+        with self._lock:
+            if segment in self._segments:
+                self._segments.remove(segment)
+            if isinstance(failure, ToolError) and self.failure is None:
+                self.failure = failure
+
+
+class _ReadAheadFile:
+    """A remote file as readers see it."""
+
+    def __init__(self, source: ReadAhead, file: RemoteFile) -> None:
+        self._source, self._file = source, file
+        self.size, self.version = file.size, file.version
+
+    def read_into(self, offset: int, view: memoryview, ahead: int = 0) -> int:
+        if offset == 0 and len(view) == self.size and self._file.digest is not None:
+            return self._read_whole(view)
+        return self._source.read(self._file, offset, view, ahead)
+
+    def check_unchanged(self) -> None:
+        """Each range is checked as it is fetched."""
+
+    def close(self) -> None: ...
+
+    def _read_whole(self, view: memoryview) -> int:
+        done = 0
+        while done < len(view):
+            done += self._source.read(self._file, done, view[done:], 0)
+        check_digest(self._file, hashlib.new(hash_name(self._file), git_prefix(self._file) + view))
+        return done
+
+
+def hash_name(file: RemoteFile) -> str:
+    """The name of the file's hash in ``hashlib``."""
+    return "sha1" if file.digest is not None and file.digest.algorithm == "git" else "sha256"
+
+
+def git_prefix(file: RemoteFile) -> bytes:
+    """What Git hashes before the content."""
+    return b"blob %d\0" % file.size if file.digest is not None and file.digest.algorithm == "git" else b""
+
+
+def check_digest(file: RemoteFile, content: hashlib._Hash) -> None:
+    """Raises InputRefused ``source.digest`` if a whole file is not what its server announced."""
+    if file.digest is not None and content.hexdigest() != file.digest.value:
+        raise InputRefused(
+            "source.digest",
+            f"{file.where}: its {hash_name(file).upper()} is {content.hexdigest()}, the server announced"
+            f" {file.digest.value}",
+        )
