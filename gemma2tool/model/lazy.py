@@ -66,6 +66,9 @@ class LazyTensor(ABC):
         digests."""
         return self.load_rows(first, last)
 
+    def announce(self) -> None:  # noqa: B027  (most tensors have nothing to say)
+        """The values will be read soon; a source that is far away fetches them meanwhile."""
+
     @property
     def stored_dtype(self) -> DType:
         """The float type of the values in an output for which no other is requested: ``dtype``, except for values that
@@ -134,6 +137,9 @@ class MappedRows(LazyTensor):
         self.source, self.function, self.exact = source, function, exact
         self.shape, self.dtype, self.stored, self.origin = source.shape, np.dtype(dtype), source.stored, source.origin
 
+    def announce(self) -> None:
+        self.source.announce()
+
     def load_rows(self, first: int, last: int) -> Array:
         return self.function(self.source.load_rows(first, last))
 
@@ -166,6 +172,10 @@ class StackedRows(LazyTensor):
         self.shape = (sum(source.shape[0] for source in self.sources), *head.shape[1:])
         self.dtype, self.stored, self.origin = head.dtype, head.stored, head.origin
 
+    def announce(self) -> None:
+        for source in self.sources:
+            source.announce()
+
     def load_rows(self, first: int, last: int) -> Array:
         pieces, start = [], 0
         for source in self.sources:
@@ -197,6 +207,9 @@ class SharedRows(LazyTensor):
     @property
     def stored_dtype(self) -> DType:
         return self.source.stored_dtype
+
+    def announce(self) -> None:
+        self.source.announce()
 
     def load_rows(self, first: int, last: int) -> Array:
         request = (self.source, first, last)

@@ -32,6 +32,9 @@ MAX_CHUNK_VALUES = 128 << 10
 of copying.
 """
 
+ANNOUNCED = 4
+"""Tensors after the one at hand that a source may fetch already."""
+
 Advance = Callable[[int, str], None]
 
 
@@ -109,7 +112,10 @@ def write_outputs(
     with ThreadPoolExecutor(threads, thread_name_prefix="gemma2tool") as pool:
         running: set[Future[None]] = set()
         try:
-            for group in _groups(files):
+            groups = list(_groups(files))
+            for number, group in enumerate(groups):
+                for later in groups[number + 1 : number + 1 + ANNOUNCED]:
+                    later[0].item.source.announce()
                 ranges = list(_ranges([tensor.item for tensor in group], memory // threads))
                 for tensor in group:
                     tensor.left = len(ranges)

@@ -45,6 +45,9 @@ class Member:
             self._reader.pread_into(self._offset + offset, view[:count], ahead=ahead)
         return count
 
+    def announce(self, offset: int, nbytes: int) -> None:
+        self._reader.announce(self._offset + offset, min(nbytes, self.size - offset))
+
     def check_unchanged(self) -> None:
         self._reader.check_unchanged()
 

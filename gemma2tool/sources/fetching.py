@@ -39,6 +39,8 @@ def fetch_into(file: RemoteFile, offset: int, view: memoryview, stop: threading.
                         raise InputRefused(
                             "source.length", f"{file.where}: the server sent more bytes than it was asked for"
                         )
+                    if stop.is_set():
+                        raise Stopped
                     view[done : done + len(piece)] = piece
                     done += len(piece)
             if done < len(view):

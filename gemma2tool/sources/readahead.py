@@ -20,11 +20,11 @@ from gemma2tool.sources.remote import RemoteFile
 SEGMENT = 4 << 20
 AHEAD = 16 << 20
 """How far ahead of a reader segments are fetched."""
-WINDOW = 48 << 20
+WINDOW = 32 << 20
 """Bytes of all segments together that are kept or being fetched."""
 WIDENED = 64 << 10
 """What a smaller read without an announcement is widened to; four times as much where it follows another."""
-FETCHERS = 6
+FETCHERS = 4
 
 
 @dataclass(eq=False)
@@ -34,6 +34,8 @@ class _Segment:
     end: int
     data: Future[bytearray]
     used: int = 0
+    left: int = 0
+    """Bytes of it that nobody has read yet."""
 
     @property
     def nbytes(self) -> int:
@@ -67,6 +69,21 @@ class ReadAhead:
             end = min(max(start + self._widened(file, start), last), file.size)
         return self._copy(offset, last, view, self._cover(file, start, last, end))
 
+    def announce(self, file: RemoteFile, offset: int, nbytes: int) -> None:
+        """These bytes will be read later: fetch as many of them as there is room for."""
+        with self._lock:
+            own = sorted((s for s in self._segments if s.file == id(file)), key=lambda s: s.start)
+            position, end = offset, min(offset + nbytes, file.size)
+            while position < end:
+                segment = next((s for s in own if s.start <= position < s.end), None)
+                if segment is None:
+                    following = min((s.start for s in own if s.start > position), default=end)
+                    stop = min(position + SEGMENT, following, end)
+                    if not self._make_room(stop - position, [], spare=True):
+                        return
+                    segment = self._begin(file, position, stop)
+                position = segment.end
+
     def close(self) -> None:
         """Ends what is being fetched; nothing may be read any more."""
         self.stop.set()
@@ -87,7 +104,8 @@ class ReadAhead:
                 if segment is None:
                     following = min((s.start for s in own if s.start > position), default=end)
                     stop = min(position + SEGMENT, following, end)
-                    if not self._make_room(stop - position, covering) and position >= needed:
+                    ahead = position >= needed
+                    if not self._make_room(stop - position, covering, spare=ahead) and ahead:
                         break
                     segment = self._begin(file, position, stop)
                 self._clock += 1
@@ -108,17 +126,22 @@ class ReadAhead:
             fetch_into(file, start, memoryview(data), self.stop)
             return data
 
-        segment = _Segment(id(file), start, end, self._pool.submit(fetch))
+        self._clock += 1
+        segment = _Segment(id(file), start, end, self._pool.submit(fetch), self._clock, end - start)
         self._segments.append(segment)
         return segment
 
-    def _make_room(self, nbytes: int, kept: list[_Segment]) -> bool:
-        """Forget segments that were not used for longest; whether ``nbytes`` fit then."""
+    def _make_room(self, nbytes: int, kept: list[_Segment], *, spare: bool) -> bool:
+        """Forget segments, those that were read first, then those not used for longest; whether ``nbytes`` fit then.
+
+        ``spare``: forget none that is still to be read.
+        """
         total = sum(segment.nbytes for segment in self._segments) + nbytes
-        for segment in sorted(self._segments, key=lambda segment: segment.used):
+        for segment in sorted(self._segments, key=lambda segment: (segment.left > 0, segment.used)):
             if total <= WINDOW:
                 break
-            if segment.data.done() and segment not in kept:
+            to_read = spare and segment.left > 0 and segment.nbytes > WIDENED
+            if segment.data.done() and segment not in kept and not to_read:
                 self._segments.remove(segment)
                 total -= segment.nbytes
         return total <= WINDOW
@@ -138,9 +161,10 @@ class ReadAhead:
                 raise
             stop = min(segment.end, end)
             view[position - start : stop - start] = memoryview(data)[position - segment.start : stop - segment.start]
+            segment.left -= stop - position
             position = stop
         with self._lock:
-            self._make_room(0, [])
+            self._make_room(0, [], spare=False)
         return position - start
 
     def _forget(self, segment: _Segment, failure: BaseException) -> None:
@@ -162,6 +186,9 @@ class _ReadAheadFile:
         if offset == 0 and len(view) == self.size and self._file.digest is not None:
             return self._read_whole(view)
         return self._source.read(self._file, offset, view, ahead)
+
+    def announce(self, offset: int, nbytes: int) -> None:
+        self._source.announce(self._file, offset, nbytes)
 
     def check_unchanged(self) -> None:
         """Each range is checked as it is fetched."""

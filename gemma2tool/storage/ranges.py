@@ -35,6 +35,10 @@ class RangeFile(Protocol):
         """
         ...
 
+    def announce(self, offset: int, nbytes: int) -> None:
+        """These bytes will be read later."""
+        ...
+
     def check_unchanged(self) -> None:
         """Raises InputRefused ``file.changed`` if the file changed since it was opened."""
         ...
@@ -74,6 +78,8 @@ class LocalFile:
     def read_into(self, offset: int, view: memoryview, ahead: int = 0) -> int:
         with _translate_read_errors(self.path):
             return os.preadv(self._descriptor(), [view], offset)
+
+    def announce(self, offset: int, nbytes: int) -> None: ...
 
     def check_unchanged(self) -> None:
         if _identity(os.fstat(self._descriptor())) != self._identity:

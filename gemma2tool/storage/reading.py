@@ -49,6 +49,10 @@ class FileReader:
                 )
             done += count
 
+    def announce(self, offset: int, nbytes: int) -> None:
+        """These bytes will be read later; a source that is far away fetches them meanwhile, if it has room."""
+        self._file.announce(offset, nbytes)
+
     def pread(self, offset: int, nbytes: int) -> bytearray:
         """Returns ``nbytes`` bytes starting at ``offset``.
 

@@ -28,6 +28,8 @@ class Memory:
         view[: len(piece)] = piece
         return len(piece)
 
+    def announce(self, offset: int, nbytes: int) -> None: ...
+
     def check_unchanged(self) -> None:
         raise InputRefused("file.changed", "changed")
 

@@ -54,6 +54,9 @@ class GGUFTensor(LazyTensor):
             self.reader.pread_into(start, blocks.reshape(-1), ahead=ahead)
         return blocks
 
+    def announce(self) -> None:
+        self.reader.announce(self.offset, self.rows * self.bytes_per_row)
+
     def load_rows(self, first: int, last: int) -> Array:
         blocks = self.load_blocks(first, last)
         if self.type in FLOATS:

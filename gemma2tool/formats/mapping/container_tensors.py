@@ -63,6 +63,9 @@ class FileTensor(LazyTensor):
         self.dtype, self.shape, self.origin = dtype, shape, origin
         self.stored = DTYPE_NAMES.get(dtype, dtype.name)
 
+    def announce(self) -> None:
+        self.reader.announce(self.offset, self.nbytes)
+
     def load_rows(self, first: int, last: int) -> Array:
         rows = np.empty((last - first, *self.shape[1:]), self.dtype)
         if rows.nbytes:

@@ -68,6 +68,9 @@ class BlocksTransposed(BlockwiseTensor):
         self.dtype, self.stored, self.origin = source.dtype, source.stored, source.origin
         self.block_rows = columns
 
+    def announce(self) -> None:
+        self.source.announce()
+
     def load_block(self, index: int) -> Array:
         rows = self.shape[1]
         offset = index * rows
@@ -102,6 +105,9 @@ class PermutedRows(LazyTensor):
             order = np.arange(source.rows)
         self.source, self.order = source, order
         self.shape, self.dtype, self.stored, self.origin = source.shape, source.dtype, source.stored, source.origin
+
+    def announce(self) -> None:
+        self.source.announce()
 
     def load_rows(self, first: int, last: int) -> Array:
         indices = self.order[first:last]

@@ -1,0 +1,162 @@
+"""Peak memory and rate of a conversion from a web server, compared with a plain download by range.
+
+    python benchmarks/sources.py                        # 200 MB at 100 MB/s
+    python benchmarks/sources.py --megabytes 5000 --rate 50
+
+The server, on the loopback interface, gives all connections together the rate. The conversion is lossless and without
+verification; the plain download reads the same file in ranges of 4 MiB, four at a time, and discards it. Exits with 1
+if the conversion took more than 300 MiB of memory, ran at less than 90 % of the download's rate, or wrote other bytes
+than from the local folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import filecmp
+import re
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+MAX_BYTES = 300 << 20
+MIN_SHARE = 0.9
+STEP, SEGMENT = 1 << 18, 4 << 20
+
+
+def write_model(folder: Path, megabytes: int) -> None:
+    """A folder of safetensors with random bfloat16 values, of about this size."""
+    import ml_dtypes
+    import numpy as np
+
+    from gemma2tool.model.checkpoint import Checkpoint
+    from gemma2tool.model.config import Gemma2Config
+    from gemma2tool.model.format_facts import FormatFacts
+    from gemma2tool.model.lazy import ArrayTensor
+    from gemma2tool.model.tensors import tensor_specs
+    from gemma2tool.pipeline.conversion import save
+
+    config = Gemma2Config(
+        vocab_size=8192, hidden_size=1024, intermediate_size=4096, num_hidden_layers=max(megabytes // 32, 1),
+        num_attention_heads=8, num_key_value_heads=4, head_dim=128, query_pre_attn_scalar=128,
+        max_position_embeddings=1024, sliding_window=512,
+    )  # fmt: skip
+    generator = np.random.default_rng(0)
+    tensors = {
+        name: ArrayTensor((generator.standard_normal(spec.shape) * 0.02).astype(ml_dtypes.bfloat16), origin=name)
+        for name, spec in tensor_specs(config).items()
+        if spec.required
+    }
+    save(Checkpoint(Path("random"), FormatFacts("memory"), config, tensors), folder)
+
+
+def write_in_a_process(folder: Path, megabytes: int) -> None:
+    """``write_model``, so that this process stays small: a child's peak starts at its parent's."""
+    code = (
+        "import sys; from pathlib import Path; from sources import write_model;"
+        "write_model(Path(sys.argv[1]), int(sys.argv[2]))"
+    )
+    subprocess.run([sys.executable, "-c", code, str(folder), str(megabytes)], check=True, cwd=Path(__file__).parent)
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Files of ``folder`` by range, at ``rate`` bytes per second for all connections together."""
+
+    protocol_version = "HTTP/1.1"
+    folder: Path
+    rate: float
+    lock = threading.Lock()
+    next_free = 0.0
+
+    def do_GET(self) -> None:
+        path = self.folder / self.path.lstrip("/")
+        if self.path == "/":
+            page = "".join(f'<a href="{file.name}">{file.name}</a>' for file in self.folder.iterdir()).encode()
+            self.reply(200, {"Content-Type": "text/html", "Content-Length": str(len(page))})
+            self.wfile.write(page)
+            return
+        if not path.is_file():
+            self.reply(404, {"Content-Length": "0"})
+            return
+        size = path.stat().st_size
+        match = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+        first, last = (int(match[1]), min(int(match[2]), size - 1)) if match else (0, size - 1)
+        self.reply(206, {"Content-Range": f"bytes {first}-{last}/{size}", "Content-Length": str(last - first + 1)})
+        with path.open("rb") as file:
+            file.seek(first)
+            left = last - first + 1
+            while left:
+                data = file.read(min(STEP, left))
+                with Handler.lock:
+                    start = max(Handler.next_free, time.monotonic())
+                    Handler.next_free = start + len(data) / self.rate
+                time.sleep(max(start - time.monotonic(), 0))
+                self.wfile.write(data)
+                left -= len(data)
+
+    def reply(self, status: int, headers: dict[str, str]) -> None:
+        self.send_response(status)
+        for name, value in {**headers, "ETag": '"1"'}.items():
+            self.send_header(name, value)
+        self.end_headers()
+
+    def log_message(self, *arguments: object) -> None: ...
+
+
+def plain_download(url: str, size: int) -> float:
+    """Seconds for all ranges of a file."""
+
+    def fetch(first: int) -> None:
+        headers = {"Range": f"bytes={first}-{min(first + SEGMENT, size) - 1}"}
+        with urllib.request.urlopen(urllib.request.Request(url, headers=headers)) as response:
+            while response.read(STEP):
+                pass
+
+    begin = time.monotonic()
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(fetch, range(0, size, SEGMENT)))
+    return time.monotonic() - begin
+
+
+def convert(source: str, destination: Path) -> tuple[float, int]:
+    """Seconds of the write, and the peak of resident memory in bytes, of a process of its own."""
+    code = (
+        "import resource, sys; from pathlib import Path; from gemma2tool import api;"
+        "result = api.convert(sys.argv[1], Path(sys.argv[2]), to='gemma-pytorch', verify=False);"
+        "print(result.seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, source, str(destination)], check=True, capture_output=True)
+    seconds, peak = done.stdout.split()
+    return float(seconds), int(peak)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--megabytes", type=int, default=200)
+    parser.add_argument("--rate", type=float, default=100.0, help="MB/s of the server")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_in_a_process(folder / "model", options.megabytes)
+        Handler.folder, Handler.rate = folder / "model", options.rate * 1e6
+        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/"
+        weights = folder / "model" / "model.safetensors"
+        plain = plain_download(url + weights.name, weights.stat().st_size)
+        seconds, peak = convert(url, folder / "remote.ckpt")
+        convert(str(folder / "model"), folder / "local.ckpt")
+        same = filecmp.cmp(folder / "remote.ckpt", folder / "local.ckpt", shallow=False)
+    share = plain / seconds
+    print(f"plain download {plain:.1f} s, conversion {seconds:.1f} s: {share:.0%} of its rate")
+    print(f"peak memory {peak / (1 << 20):.0f} MiB; output {'equal to' if same else 'DIFFERENT from'} the local one")
+    return 0 if same and peak <= MAX_BYTES and share >= MIN_SHARE else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
