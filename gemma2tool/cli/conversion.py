@@ -18,6 +18,7 @@ from gemma2tool.errors import EXIT_VERIFICATION_FAILED, UsageError
 from gemma2tool.formats.option_info import parse_size
 from gemma2tool.formats.options import WriteOptions
 from gemma2tool.formats.options_budget import Budget
+from gemma2tool.storage.units import human_bytes
 
 if TYPE_CHECKING:
     from gemma2tool.api import ConversionRequest, PlanSummary
@@ -43,7 +44,7 @@ def carry_out(
     _refuse_unused(output, reports)
     request = replace(_request(src, dst, output, reports, options, types), budget=budget)
     if output.dry_run:
-        _show_plans(api.plan(request), console)
+        _show_plans(api.plan(request), console, tensors=output.tensors)
         return
     verified = 0 if request.checks is None else _VERIFICATION_STEPS * max(len(request.types), 1)
     results = api.run(request, progress=ProgressDisplay(console, steps=1 + verified))
@@ -109,16 +110,26 @@ def _refuse_unused(output: o.OutputOptions, reports: Reports) -> None:
             )
 
 
-def _show_plans(plans: Sequence[PlanSummary], console: Console) -> None:
+def _needs(plan: PlanSummary) -> str:
+    """What is written, what is free, what is read."""
+    room = ""
+    if plan.free_bytes is not None:
+        room = f" of {human_bytes(plan.free_bytes)} free"
+        if plan.free_bytes < plan.nbytes:
+            room += ": NOT ENOUGH"
+    return f"writes {human_bytes(plan.nbytes)}{room}, reads {human_bytes(plan.source_bytes)} of {plan.source}"
+
+
+def _show_plans(plans: Sequence[PlanSummary], console: Console, *, tensors: bool) -> None:
     contents = [plan.to_json() for plan in plans]
     if console.json:
         console.emit_json(contents[0] if len(contents) == 1 else {"outputs": contents})
     for plan in plans:
         console.print(f"{plan.destination} ({plan.format}), {plan.nbytes:,} bytes")
-        rows = [
-            (tensor.name, "x".join(map(str, tensor.shape)), tensor.source_type, tensor.type) for tensor in plan.tensors
-        ]
-        console.table(("tensor", "shape", "from", "to"), rows)
+        console.print(_needs(plan))
+        if tensors:
+            rows = [(item.name, "x".join(map(str, item.shape)), item.source_type, item.type) for item in plan.tensors]
+            console.table(("tensor", "shape", "from", "to"), rows)
         console.table(
             ("type", "tensors", "bytes"), [(name, str(count), f"{size:,}") for name, count, size in plan.types]
         )

@@ -155,6 +155,7 @@ KeepDownload = Annotated[
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Show what would be written, and write nothing.", rich_help_panel="Output")
 ]
+Tensors = Annotated[bool, typer.Option("--tensors", help="With --dry-run: list every tensor too.")]
 Quiet = Annotated[
     bool, typer.Option("--quiet", "-q", help="One line a result; no progress, no notes.", rich_help_panel="Screen")
 ]
@@ -234,6 +235,7 @@ class OutputOptions:
     threads: Threads = None
     memory: Memory = "256MiB"
     dry_run: DryRun = False
+    tensors: Tensors = False
     verbose: Verbose = False
     quiet: Quiet = False
     json_output: Json = False

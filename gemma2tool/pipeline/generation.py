@@ -9,6 +9,7 @@ from gemma2tool.errors import UsageError, choices
 from gemma2tool.errors.memory import out_of_memory_as_error
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.pipeline.logits import check_device
+from gemma2tool.pipeline.memory import check_memory
 from gemma2tool.pipeline.prompt import PromptTokenizer
 from gemma2tool.pipeline.requests import default_threads
 
@@ -75,8 +76,15 @@ def generate(
     hint = "read the layers again for every token with --stream-weights, or use --dtype bf16"
     if options.stream_weights:
         hint = "close other programs, or generate fewer tokens"
+    elif options.device == "cpu":
+        check_memory(_weight_bytes(checkpoint, options.dtype), "the model's weights", hint)
     with out_of_memory_as_error("the model's weights and its cache", hint):
         return _generate(checkpoint, prompt, options, on_text)
+
+
+def _weight_bytes(checkpoint: Checkpoint, dtype: str) -> int:
+    """Bytes of all weights in memory."""
+    return sum(tensor.size for tensor in checkpoint.tensors.values()) * (4 if dtype == "f32" else 2)
 
 
 def _generate(

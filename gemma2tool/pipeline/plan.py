@@ -6,6 +6,7 @@ size of every file, what the target cannot hold, and what a calibration will cos
 
 from __future__ import annotations
 
+import shutil
 from collections import defaultdict
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -86,6 +87,8 @@ class Plan:
             destination=self.destination,
             format=self.output.format,
             nbytes=self.output.nbytes,
+            source_bytes=sum(item.source.nbytes for item in self.output.tensors),
+            free_bytes=_free_bytes(self.destination),
             files=tuple((file.name, file.size) for file in self.output.files),
             assets=tuple((name, len(data)) for name, data in sorted(self.output.assets.items())),
             tensors=tuple(self.tensors),
@@ -101,8 +104,10 @@ class Plan:
 class PlanSummary:
     """What would be written, for people and for scripts.
 
-    ``nbytes``: exact size of all files. ``files``, ``assets``: (name, bytes). ``types``: (stored type, tensors, bytes),
-    largest first. ``losses``: (canonical name, largest absolute loss) of tensors that the target's convention rounds.
+    ``nbytes``: exact size of all files. ``source_bytes``: of the tensors that are read. ``free_bytes``: on the disk of
+    the destination, None if it cannot be seen. ``files``, ``assets``: (name, bytes). ``types``: (stored type, tensors,
+    bytes), largest first. ``losses``: (canonical name, largest absolute loss) of tensors that the target's convention
+    rounds.
     """
 
     source: Path | str
@@ -110,6 +115,8 @@ class PlanSummary:
     destination: Path
     format: str
     nbytes: int
+    source_bytes: int
+    free_bytes: int | None
     files: tuple[tuple[str, int], ...]
     assets: tuple[tuple[str, int], ...]
     tensors: tuple[TensorSummary, ...]
@@ -122,9 +129,10 @@ class PlanSummary:
     def to_json(self) -> dict[str, object]:
         """The plan as ``--dry-run --json`` prints it."""
         return {
-            "source": {"path": str(self.source), "format": self.source_format},
+            "source": {"path": str(self.source), "format": self.source_format, "bytes": self.source_bytes},
             "destination": {"path": str(self.destination), "format": self.format},
             "bytes": self.nbytes,
+            "free_bytes": self.free_bytes,
             "files": [{"name": name, "bytes": size} for name, size in self.files],
             "assets": dict(self.assets),
             "tensors": [
@@ -142,6 +150,13 @@ class PlanSummary:
             **({} if self.cost is None else {"calibration": self.cost.to_json()}),
             **({} if self.budget is None else {"budget": self.budget.to_json()}),
         }
+
+
+def _free_bytes(destination: Path) -> int | None:
+    try:
+        return shutil.disk_usage(destination.absolute().parent).free
+    except OSError:  # the folder of several outputs is made later
+        return None
 
 
 def make_plan(

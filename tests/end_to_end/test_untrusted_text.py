@@ -52,7 +52,7 @@ def test_every_command(tmp_path: Path, model: Path, machine: bool) -> None:
         ["inspect", str(model) + EVIL],
         ["convert", str(model), f"{out}.gguf", "--no-verify"],
         ["convert", str(model), f"{out}.gguf", "--no-verify"],  # the output exists now
-        ["convert", str(model), str(out), "--dry-run"],
+        ["convert", str(model), str(out), "--dry-run", "--tensors"],
         ["convert", str(model), str(out), "--to", EVIL],
         ["quantize", str(model), f"{out}q.gguf", "--type", EVIL],
         ["hash", str(model), "--tensors"],
