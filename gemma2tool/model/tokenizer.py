@@ -134,6 +134,7 @@ class Tokenizer:
       of them that no file states; the program that runs the model adds them.
     - ``chat_templates``: by name; ``DEFAULT_TEMPLATE`` is the one that is used unless another is asked for.
     - ``notes``: what reading had to assume.
+    - ``states_special``: whether the files say which added tokens are special; otherwise it is concluded from texts.
     - ``find_conflicts``: compares the files with each other, which takes seconds; see ``conflicts``.
     """
 
@@ -148,6 +149,7 @@ class Tokenizer:
     notes: tuple[str, ...] = ()
     find_conflicts: Callable[[], tuple[Conflict, ...]] = _no_conflicts
     implied_stops: frozenset[int] = frozenset()
+    states_special: bool = True
 
     @property
     def has_vocabulary(self) -> bool:

@@ -28,7 +28,7 @@ from gemma2tool.verify.compare.rules import TensorRules, kind_of
 from gemma2tool.verify.compare.tensors import compare_tensors, read_through
 from gemma2tool.verify.compare.token_ids import TokenIds, as_prompts
 from gemma2tool.verify.compare.tokenizer import compare_tokenizers, text_pieces
-from gemma2tool.verify.compare.tokenizer_use import implied_stops
+from gemma2tool.verify.compare.tokenizer_use import implied_stops, put_first
 from gemma2tool.verify.diagnosis.cause import Cause
 from gemma2tool.verify.finding import Finding, GateResult
 from gemma2tool.verify.gates import GATES, Gates
@@ -175,6 +175,7 @@ class _Run:
             cannot_represent=self.candidate.facts.cannot_represent,
             assumptions=assumptions(self.candidate),
             implied_stops=(implied_stops(self.original), implied_stops(self.candidate)),
+            put_first=put_first(self.original),
         )
 
     def _compare_tensors(self) -> list[TensorComparison]:

@@ -18,6 +18,10 @@ FOLDER = "FOLDER"
 
 RUNS: dict[str, tuple[tuple[str, ...], str]] = {
     "false_alarms.py": (("--only", "type=int8", "--dtypes", "bf16", "--weights", "as drawn"), " 0 false alarms"),
+    "derived_models.py": (
+        ("--only", "as bf16", "--targets", "gguf", "--quantized", "0", "--faults", "2"),
+        "3 files, 0 refused as they must be, 0 alarms",
+    ),
     "faults.py": (("--kinds", "EIO", "--commands", "2", "--every", "50"), "calls failed with EIO"),
     "flipped_bits.py": (("--flips", "2", "hf"), "    2 of     2"),
     "fuzz.py": (("--state", FOLDER, "--turn", "50", "--readers", "json"), "| all | 50 |"),
@@ -30,7 +34,7 @@ RUNS: dict[str, tuple[tuple[str, ...], str]] = {
     "record_ggml_digests.py": (("--types", "Q8_0", "--output", f"{FOLDER}/digests.json"), ""),
 }
 """Script: its arguments, and a part of what it prints."""
-NEEDS = {"gguf_kernels.py": "xllamacpp", "record_ggml_digests.py": "xllamacpp"}
+NEEDS = {"derived_models.py": "peft", "gguf_kernels.py": "xllamacpp", "record_ggml_digests.py": "xllamacpp"}
 
 
 def test_every_campaign_has_a_run() -> None:

@@ -25,7 +25,6 @@ NAMED: Mapping[str, str] = {
     "one_tensor_of_another_layer": "fit.layer",
     "norms_never_loaded": "norm.constant",
     "v_holds_k": "tensor.equal-kinds",
-    "head_stored_twice": "tensor.equal-kinds",
     "queries_scaled_in_the_file": "scale.query",
     "embedding_scaled": "scale.embedding",
     "embedding_scale_divided_out": "scale.embedding",

@@ -55,6 +55,7 @@ def read_tokenizer(assets: Mapping[str, bytes], config: Gemma2Config) -> Tokeniz
         templates,
         (*notes, *roles.notes),
         conflicts,
+        states_special=not files.adds_nothing,
     )
 
 

@@ -45,6 +45,7 @@ def read_roles(files: TokenizerFiles, texts: Sequence[str], config: Gemma2Config
     size = config.vocab_size
     listed = {added.content: token for token, added in listed_tokens(files.json or {}).items()}
     places = {text: token for token, text in reversed(list(enumerate(texts))) if text}
+    _put_first(roles, files, listed, named, size)
     for role in ROLES:
         if named.get(role) in listed:
             roles.set(role, listed[named[role]], size)
@@ -57,6 +58,31 @@ def read_roles(files: TokenizerFiles, texts: Sequence[str], config: Gemma2Config
             roles.set(role, id, size)
     _fill_gaps(roles, files, named, places, config)
     return roles
+
+
+def _put_first(
+    roles: Roles, files: TokenizerFiles, listed: Mapping[str, int], named: Mapping[str, str], size: int
+) -> None:
+    """Where tokenizer.json puts another special token before a text than the one called bos: that one is bos.
+
+    trl's setup_chat_format calls <|im_start|> bos, and transformers 5 still puts <bos>. llama.cpp's converter would
+    write that nothing is put.
+    """
+    texts = _first_texts(files.json or {})
+    token = listed.get(texts[0]) if len(texts) == 1 else None
+    if roles.adds.get("bos") is False and token is not None and (files.config or {}).get("add_bos_token") is not False:
+        roles.set("bos", token, size)
+        roles.adds["bos"] = True
+        roles.notes.append(
+            f"tokenizer.json puts {texts[0]!r} before a text, tokenizer_config.json calls {named.get('bos')!r} bos: the"
+            " former is put"
+        )
+
+
+def _first_texts(tokenizer: Object) -> list[str]:
+    """The special token before a text, by each of the post-processor's templates that has one."""
+    singles = [_items(template.get("single")) for template in _templates(tokenizer)]
+    return [single[0][0] for single in singles if len(single) > 1 and single[0][0]]
 
 
 def _fill_gaps(
@@ -92,14 +118,21 @@ def _named_texts(source: Object | None) -> dict[str, str]:
 
 def _template_adds(tokenizer: Object, named: Mapping[str, str]) -> dict[str, bool]:
     """What the post-processor's template states: bos before a text, eos after it, a separator between two."""
+    adds: dict[str, bool] = {}
+    for template in _templates(tokenizer):
+        adds |= _adds_of_template(template, named)
+    return adds
+
+
+def _templates(tokenizer: Object) -> list[Object]:
     processor = tokenizer.get("post_processor")
     if not isinstance(processor, Mapping):
-        return {}
-    adds: dict[str, bool] = {}
-    for nested in objects(processor.get("processors", [processor])):
-        if nested.get("type") == "TemplateProcessing":
-            adds |= _adds_of_template(nested, named)
-    return adds
+        return []
+    return [
+        nested
+        for nested in objects(processor.get("processors", [processor]))
+        if nested.get("type") == "TemplateProcessing"
+    ]
 
 
 def _adds_of_template(processor: Object, named: Mapping[str, str]) -> dict[str, bool]:

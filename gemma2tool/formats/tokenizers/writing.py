@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from gemma2tool.containers import tokenizer_model
+from gemma2tool.containers.tokenizer_model import SPACE, UNUSED, USER_DEFINED, Piece
 from gemma2tool.formats.assets import dump_json
 from gemma2tool.formats.tokenizers.tokenizer_json import tokenizer_json
-from gemma2tool.model.tokenizer import DEFAULT_TEMPLATE, Tokenizer
+from gemma2tool.model.tokenizer import DEFAULT_TEMPLATE, Pieces, Tokenizer
 
 _CONFIG_ROLES = ("bos", "eos", "unk", "pad")
 
@@ -28,6 +30,23 @@ def derived_files(
 def tokenizer_model_file(tokenizer: Tokenizer) -> bytes:
     special = {role: tokenizer.roles[role] for role in _CONFIG_ROLES if role in tokenizer.roles}
     return tokenizer_model.encode(tokenizer.pieces.listed(), special, tokenizer.normalizer)
+
+
+def model_with_added_tokens(model: bytes, tokenizer: Tokenizer) -> bytes | None:
+    """A sentencepiece model with the tokens that only other files add; None where it has all of them.
+
+    They become USER_DEFINED pieces: SentencePiece finds those in a text before it splits the rest, as transformers
+    finds added tokens. Raises ``InputRefused`` for a damaged model.
+    """
+    pieces = list(tokenizer_model.parse(model).pieces)
+    texts = {token: added.content.replace(" ", SPACE) for token, added in tokenizer.added_tokens.items()}
+    missing = {token: text for token, text in texts.items() if token >= len(pieces) or pieces[token].text != text}
+    if not missing:
+        return None
+    pieces += [Piece(f"<unused_id_{token}>", 0.0, UNUSED) for token in range(len(pieces), max(missing) + 1)]
+    for token, text in missing.items():
+        pieces[token] = Piece(text, 0.0, USER_DEFINED)
+    return tokenizer_model_file(replace(tokenizer, pieces=Pieces.of(pieces)))
 
 
 def tokenizer_config(tokenizer: Tokenizer, *, chat_template: bool = True) -> dict[str, Any]:

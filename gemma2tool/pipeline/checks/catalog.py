@@ -38,6 +38,8 @@ _ROWS: tuple[tuple[str, Severity, str, str], ...] = (
     ("tensor.duplicate-rows", "doubt", "rows of a matrix are equal", _CONVERT),
     ("tensor.constant-rows", "doubt", "each of several rows of a matrix is one value, repeated", _CONVERT),
     ("tensor.equal-kinds", "error", "matrices of different kinds, such as gate and up, have equal values", _CONVERT),
+    ("tensor.head-copied", "note", "the output matrix is a copy of the embedding, stored and loaded twice",
+     "set tie_word_embeddings to true and remove lm_head.weight to save its space"),
     ("tensor.equal-layers", "note", "layers are equal to other layers",
      "nothing, if the model was merged with repeated layers; otherwise convert the original again"),
     # -- norms and scales

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 
 from gemma2tool.model.tensors import TensorSpec
+from gemma2tool.model.tied_head import EMBEDDING, HEAD
 from gemma2tool.pipeline.checks.catalog import finding
 from gemma2tool.pipeline.checks.finding import CheckFinding
 from gemma2tool.pipeline.checks.names import enumerated, pattern
@@ -86,13 +87,18 @@ class TensorCheck:
     def _equal_tensors(self) -> Iterator[CheckFinding]:
         layers: set[int] = set()
         equal: list[str] = []
+        head: list[str] = []
         for names in self.digests.values():
-            if len({pattern(name) for name in names}) > 1:
+            if set(names) == {HEAD, EMBEDDING}:
+                head = names
+            elif len({pattern(name) for name in names}) > 1:
                 equal += names
             elif len(names) > 1 and (layer := self.specs[names[1]].layer) is not None:
                 layers.add(layer)
         if equal:
             yield finding("tensor.equal-kinds", enumerated(equal, 4), "matrices of these kinds have equal values")
+        if head:
+            yield finding("tensor.head-copied", HEAD, "it has the embedding's values, and the config does not tie them")
         if layers:
             shown = ", ".join(map(str, sorted(layers)[:8])) + ("..." if len(layers) > 8 else "")
             yield finding("tensor.equal-layers", "layers", f"matrices of {shown} equal those of an earlier layer")

@@ -32,18 +32,20 @@ def compare_configs(
     cannot_represent: Mapping[str, str] | None = None,
     assumptions: Iterable[Assumption] = (),
     implied_stops: tuple[Set[int], Set[int]] = (frozenset(), frozenset()),
+    put_first: int | None = None,
 ) -> GateResult:
     """The config gate.
 
     It fails if a field of the arithmetic differs, or one that decides where a text begins and ends.
     ``cannot_represent``: field -> why the candidate's format cannot represent the source's value. ``assumptions``: what
     the candidate's consumer computes whatever the file says; each becomes a warning. ``implied_stops``: of source and
-    candidate, the ids in eos_token_id that the format's consumer adds and the file does not state.
+    candidate, the ids in eos_token_id that the format's consumer adds and the file does not state. ``put_first``:
+    the token that the source's tokenizer puts before a text, whatever its config calls bos.
     """
     findings = tuple(
         chain(
             _arithmetic(source, candidate, sides, cannot_represent or {}),
-            _use(source, candidate, sides),
+            _use(source, candidate, sides, put_first),
             _stops(source, candidate, sides, implied_stops),
             _description(source, candidate, sides),
             (Finding(GATE, "warning", name, f"{name}: {sentence}") for name, sentence in assumptions),
@@ -75,13 +77,14 @@ def _arithmetic(
             yield Finding(GATE, "error", name, f"{name} ({field.meaning}): {difference}{reason}")
 
 
-def _use(source: Gemma2Config, candidate: Gemma2Config, sides: Sides) -> Iterator[Finding]:
+def _use(source: Gemma2Config, candidate: Gemma2Config, sides: Sides, put_first: int | None) -> Iterator[Finding]:
     for field in USE_FIELDS:
         name = field.name
         values = getattr(source, name), getattr(candidate, name)
         if name != "eos_token_id" and values[0] != values[1]:
             message = f"{name} ({field.meaning}): {_both(*values, sides)}"
-            yield Finding(GATE, _use_severity(name, source, candidate), name, message)
+            harmless = name == "bos_token_id" and values[1] is not None and values[1] == put_first
+            yield Finding(GATE, "warning" if harmless else _use_severity(name, source, candidate), name, message)
 
 
 def _stops(

@@ -236,7 +236,12 @@ def _scores(left: Pieces, right: Pieces, sides: Sides) -> Iterator[Finding]:
 
 
 def _added_flags(left: Tokenizer, right: Tokenizer, sides: Sides) -> Iterator[Finding]:
-    """Flags of the tokens that both sides add; one finding per flag, naming the first token."""
+    """Flags of the tokens that both sides add; one finding per flag, naming the first token.
+
+    ``normalized`` matters for tokens with a U+2581 alone: Gemma's normalizer writes it for each space, in the text and
+    in the token alike.
+    """
+    unstated = left.states_special != right.states_special
     common = sorted(left.added_tokens.keys() & right.added_tokens.keys())
     for flag in ("special", "normalized", "lstrip", "rstrip", "single_word"):
         differing: list[int] = []
@@ -244,9 +249,9 @@ def _added_flags(left: Tokenizer, right: Tokenizer, sides: Sides) -> Iterator[Fi
         for token in common:
             content = left.added_tokens[token].content
             source, candidate = getattr(left.added_tokens[token], flag), getattr(right.added_tokens[token], flag)
-            if source == candidate or (flag == "normalized" and _has_no_space(content)):
+            if source == candidate or (flag == "normalized" and SPACE not in content):
                 continue
-            harmless = None in (source, candidate) or (flag == "special" and content in LOOKS_SPECIAL)
+            harmless = None in (source, candidate) or (flag == "special" and (unstated or content in LOOKS_SPECIAL))
             (unknown if harmless else differing).append(token)
         if differing:
             first = differing[0]
@@ -271,8 +276,3 @@ def _unknown_special(left: Tokenizer, right: Tokenizer, tokens: list[int]) -> It
             f" does not say{more}"
         )
         yield Finding(GATE, "warning", "added_tokens", message)
-
-
-def _has_no_space(content: str) -> bool:
-    """Whether Gemma's normalizer, which replaces spaces, leaves the text as it is."""
-    return " " not in content and SPACE not in content

@@ -24,6 +24,7 @@ from gemma2tool.containers.tokenizer_json import (
     spells_every_byte,
     steps,
 )
+from gemma2tool.containers.tokenizer_model import SPACE
 from gemma2tool.verify.finding import Finding, Severity, Sides
 
 GATE = "tokenizer"
@@ -31,6 +32,9 @@ NAME = "tokenizer.json"
 
 LOOKS_SPECIAL = ("<pad>", "<mask>", "<2mass>", "[@BOS@]")
 """Tokens that other programs call special by their texts, whatever the file says."""
+
+_NORMALIZER = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+"""Gemma's: a token without a U+2581 is found in the normalized text just where it is found in the text."""
 
 _ALONE, _PAIR = ("A",), ("A", "B")
 
@@ -55,7 +59,8 @@ def _error(message: str, subject: str = NAME) -> Finding:
 
 def _models(left: Object, right: Object, sides: Sides) -> Iterator[Finding]:
     models = model_of(left), model_of(right)
-    if models[0].get("vocab") != models[1].get("vocab"):
+    added = _added_texts(left) | _added_texts(right)
+    if _vocabulary(left) - added != _vocabulary(right) - added:
         yield _error(f"the vocabularies of {NAME} differ")
     idle = _found_whole(left) & _found_whole(right)
     if merge_pairs(models[0], idle) != merge_pairs(models[1], idle):
@@ -67,6 +72,17 @@ def _models(left: Object, right: Object, sides: Sides) -> Iterator[Finding]:
             continue  # no text produces it
         if values[0] != values[1]:
             yield _error(f"{name} of {NAME}'s model is {_short(values[0])}, in the {sides[1]} {_short(values[1])}")
+
+
+def _vocabulary(content: Object) -> set[tuple[str, Any]]:
+    """The model's texts with their ids."""
+    vocab = model_of(content).get("vocab")
+    return {(text, token) for text, token in vocab.items()} if isinstance(vocab, Mapping) else set()
+
+
+def _added_texts(content: Object) -> set[tuple[Any, int]]:
+    """Added tokens with their ids. Whether they stand in the model's vocabulary too makes no difference to any text."""
+    return {(entry.content, token) for token, entry in added_entries(content).items()}
 
 
 def _found_whole(content: Object) -> set[str]:
@@ -81,6 +97,7 @@ def _added_tokens(left: Object, right: Object, sides: Sides) -> Iterator[Finding
     lost = [token for token in source if token not in candidate]
     more = [token for token in candidate if token not in source]
     common = [token for token in source if token in candidate]
+    spaces_alone = steps(left)["normalizer"] == steps(right)["normalizer"] == [_NORMALIZER]
     renamed = [token for token in common if source[token].content != candidate[token].content]
     if lost:
         message = f"the {sides[1]}'s {NAME} lacks the added token {_token(source, lost[0])}{_others(lost)}"
@@ -97,6 +114,8 @@ def _added_tokens(left: Object, right: Object, sides: Sides) -> Iterator[Finding
         yield _error(message, "added_tokens")
     for flag in FLAGS:
         wrong = [token for token in common if source[token].flags[flag] != candidate[token].flags[flag]]
+        if flag == "normalized" and spaces_alone:
+            wrong = [token for token in wrong if SPACE in str(source[token].content)]
         wrong.sort(key=lambda token: source[token].content in LOOKS_SPECIAL)
         if wrong:
             first = wrong[0]

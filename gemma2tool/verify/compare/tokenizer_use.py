@@ -22,6 +22,15 @@ def implied_stops(checkpoint: Checkpoint) -> frozenset[int]:
         return frozenset()
 
 
+def put_first(checkpoint: Checkpoint) -> int | None:
+    """The token that is put before a text; None where none is, or where the tokenizer cannot be read."""
+    try:
+        tokenizer = checkpoint.tokenizer
+    except InputRefused:
+        return None
+    return tokenizer.roles.get("bos") if tokenizer.adds.get("bos") else None
+
+
 def compare_use(left: Tokenizer, right: Tokenizer, sides: Sides, *, keeps_template: bool) -> Iterator[Finding]:
     """The differences between the source's tokenizer, ``left``, and the candidate's.
 

@@ -13,6 +13,8 @@ from gemma2tool.model.lazy import LazyTensor
 from gemma2tool.verify.compare.comparison import TensorComparison
 from gemma2tool.verify.compare.rules import TensorRules
 from gemma2tool.verify.compare.tensors import compare_tensors
+from gemma2tool.verify.compare.tokenizer import GATE as TOKENIZER
+from gemma2tool.verify.compare.tokenizer import compare_tokenizers
 from gemma2tool.verify.diagnosis.cause import Cause
 from gemma2tool.verify.diagnosis.completeness import causes_of_names, causes_of_types
 from gemma2tool.verify.diagnosis.config import causes_of_config
@@ -71,6 +73,9 @@ def diagnose(
     fields = [field for cause in causes for field in (*cause.fields, *_IMPLIED_FIELDS.get(cause.id, ()))]
     cannot_represent = candidate.facts.cannot_represent
     causes += causes_of_config(source.config, candidate.config, cannot_represent=cannot_represent, explained=fields)
+    if any(cause.id == "embedding.truncated" for cause in causes):  # tokens without a row are no second mistake
+        cut = replace(source, config=replace(source.config, vocab_size=candidate.config.vocab_size))
+        results = [compare_tokenizers(cut, candidate) if gate.name == TOKENIZER else gate for gate in results]
     causes += causes_of_tokenizer(results)
     if not causes:
         unbounded = [name for name, comparison in by_name.items() if comparison.rule in ("bound", "reported")]

@@ -61,7 +61,15 @@ def exchanged_rows(case: Case, name: str) -> Pattern | None:
     source, candidate = case.weights.get(name), case.candidate[name]
     if source is None or source.shape != candidate.shape or len(candidate.shape) != 2:
         return None
-    where = _unlike_rows(source, candidate)
+    by_noise = _exchanged_among(case, name, source, candidate, _unlike_rows(source, candidate, _UNRELATED))
+    # Rows of tokens that were hardly trained are alike: where nothing is rounded, any difference counts.
+    return by_noise or _exchanged_among(case, name, source, candidate, _unlike_rows(source, candidate, 0.0))
+
+
+def _exchanged_among(
+    case: Case, name: str, source: LazyTensor, candidate: LazyTensor, where: list[int]
+) -> Pattern | None:
+    """The rows ``where`` in each other's place."""
     if not 1 < len(where) <= _MAX_EXCHANGED:
         return None
     sides = [np.concatenate([tensor.load_rows_f32(row, row + 1) for row in where]) for tensor in (source, candidate)]
@@ -107,14 +115,14 @@ def _first_rows_of_heads(tensor: LazyTensor, heads: int, head_dim: int) -> Array
     return np.stack([tensor.load_rows_f32(start, start + count).reshape(-1) for start in starts])
 
 
-def _unlike_rows(source: LazyTensor, candidate: LazyTensor) -> list[int]:
-    """Rows that may be other rows of the source; stops once there are too many."""
+def _unlike_rows(source: LazyTensor, candidate: LazyTensor, limit: float) -> list[int]:
+    """Rows whose relative difference is above ``limit``, which may be other rows; stops once there are too many."""
     where: list[int] = []
     for first, last in row_ranges(candidate.rows, max(candidate.row_size, 1), CHUNK_VALUES):
         source_rows, candidate_rows = (tensor.load_rows_f32(first, last) for tensor in (source, candidate))
         with np.errstate(over="ignore", invalid="ignore"):
             noise = np.square(candidate_rows - source_rows, dtype=np.float32).sum(1)
-            unlike = ~(noise <= _UNRELATED**2 * np.square(candidate_rows).sum(1))
+            unlike = ~(noise <= limit**2 * np.square(candidate_rows).sum(1))
         where += (first + np.flatnonzero(unlike)).tolist()
         if len(where) > _MAX_EXCHANGED:
             break

@@ -5,6 +5,7 @@ byte.
 from __future__ import annotations
 
 import hashlib
+import json
 import struct
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from gemma2tool.containers import tokenizer_model
 from gemma2tool.formats import registry
 from gemma2tool.formats.gemma_cpp.tensors import NuqTensor, interleaved
 from gemma2tool.formats.options import WriteOptions
@@ -372,3 +374,16 @@ def test_forged_contents(tmp_path: Path) -> None:
     del blobs["Blinear_w_2"]
     with refused("down_proj.weight is missing"):
         registry.open_checkpoint(_file(tmp_path / "x.sbs", blobs), config=SMALL)
+
+
+def test_added_tokens_are_pieces_of_the_tokenizer_inside(tmp_path: Path, fixture_dir: Path) -> None:
+    """The sentencepiece model is gemma.cpp's only tokenizer; tokens that other files add are found in texts by it."""
+    with registry.open_checkpoint(fixture_dir) as fixture:
+        model, config = fixture.assets["tokenizer.model"], replace(SMALL, vocab_size=2050)
+    names = {"added_tokens_decoder": {"2048": {"content": "<think>", "special": False}}, "bos_token": "<bos>"}
+    source = random_checkpoint(np.dtype(np.float32), config)
+    assets = {"tokenizer.model": model, "tokenizer_config.json": json.dumps(names).encode()}
+    source.assets = file_assets(assets)
+    with registry.open_checkpoint(write_as("gemma-cpp", source, tmp_path / "out.sbs")) as back:
+        piece = tokenizer_model.parse(back.assets["tokenizer.model"]).pieces[2048]
+    assert (piece.text, piece.type) == ("<think>", tokenizer_model.USER_DEFINED)

@@ -111,6 +111,13 @@ def chatml(folder: Folder) -> None:
     folder.resize(SIZE + 2)
 
 
+def bos_of_chatml(folder: Folder) -> None:
+    """trl's setup_chat_format calls <|im_start|> bos; tokenizer.json still puts <bos>, and transformers 5 does."""
+    chatml(folder)
+    folder.config["bos_token"] = "<|im_start|>"
+    del folder.config["add_bos_token"]
+
+
 def padded(folder: Folder) -> None:
     chatml(folder)
     folder.resize(SIZE + 64)
@@ -180,8 +187,9 @@ def two_templates(folder: Folder) -> None:
 @pytest.mark.parametrize(
     "edit",
     [
-        chatml, padded, added_tokens_json_too, thinking, pad_is_eos, eos_is_the_end_of_turn, eos_in_the_tokenizer_only,
-        unused_made_special, added_pad, renamed_turns, no_template, named_templates_only, two_templates,
+        chatml, bos_of_chatml, padded, added_tokens_json_too, thinking, pad_is_eos, eos_is_the_end_of_turn,
+        eos_in_the_tokenizer_only, unused_made_special, added_pad, renamed_turns, no_template, named_templates_only,
+        two_templates,
     ],
     ids=lambda edit: edit.__name__,
 )  # fmt: skip

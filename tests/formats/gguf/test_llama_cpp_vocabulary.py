@@ -31,7 +31,8 @@ folder, llama = fine_tunes.folder, files.llama
 pytestmark = [pytest.mark.slow, pytest.mark.oracle]
 
 EDITS = [
-    fine_tunes.chatml, fine_tunes.padded, fine_tunes.added_tokens_json_too, fine_tunes.thinking, fine_tunes.pad_is_eos,
+    fine_tunes.chatml, fine_tunes.bos_of_chatml, fine_tunes.padded, fine_tunes.added_tokens_json_too,
+    fine_tunes.thinking, fine_tunes.pad_is_eos,
     fine_tunes.eos_is_the_end_of_turn, fine_tunes.eos_in_the_tokenizer_only, fine_tunes.unused_made_special,
     fine_tunes.added_pad, fine_tunes.no_template, fine_tunes.named_templates_only, fine_tunes.two_templates,
 ]  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -109,3 +110,13 @@ def test_files_of_other_programs() -> None:
     assert len(paths) > 30 and len(bare) > 4
     results = [api.check(path) for path in paths] + [api.check(path, config=config) for path in bare]
     assert [(result.path, finding) for result in results for finding in findings(result)] == []
+
+
+def test_an_untied_copy_of_the_embedding_is_a_note() -> None:
+    """mergekit PR 406: it computes what a tied model does."""
+    tied = random_checkpoint(np.dtype(np.float32), seed=1)
+    tensors = tied.tensors | {"lm_head.weight": tied.tensors["model.embed_tokens.weight"]}
+    untied = replace(tied, tensors=tensors, config=replace(tied.config, tie_word_embeddings=False))
+    result = api.check(untied)
+    assert findings(result) == []
+    assert "tensor.head-copied" in [finding.id for finding in result.findings]

@@ -187,3 +187,14 @@ def test_names_and_places() -> None:
     names = [name_of(kind, layer) for kind in ("q_proj", "k_proj") for layer in (0, 1)]
     assert describe(names, SMALL) == "q_proj and k_proj of layers 0 and 1"
     assert describe([*names, "model.norm.weight"], SMALL) == "q_proj and k_proj of layers 0 and 1 and the final norm"
+
+
+def test_alike_rows_exchanged_are_named() -> None:
+    """Rows of tokens that were hardly trained differ little."""
+    source = Victim.of(random_checkpoint(np.dtype(np.float32)))
+    table = source.arrays["model.embed_tokens.weight"]
+    table[90] = table[50] + 0.1 * table[91]
+    candidate = source.copy()
+    candidate.arrays["model.embed_tokens.weight"][[50, 90]] = table[[90, 50]]
+    result = verify(source.checkpoint(), candidate.checkpoint(), VerifySettings(levels=("tensors",)))
+    assert [cause.id for cause in result.causes] == ["tensor.rows-exchanged"]
