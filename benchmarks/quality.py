@@ -3,7 +3,7 @@
     python benchmarks/quality.py                        # the types that the README quotes
     python benchmarks/quality.py --types all            # every type; those that need an importance matrix get one
     python benchmarks/quality.py --types q4_k_m,iq4_xs
-    python benchmarks/quality.py --calibrated           # GPTQ and AWQ beside the same types rounded to nearest
+    python benchmarks/quality.py --calibrated           # folders' types, calibrated, beside rounded to nearest
     python benchmarks/quality.py --calibrated-gguf      # GGUF's types, calibrated, beside an importance matrix
 
 Prints a Markdown table. Every type is written by gemma2tool from fixtures/tiny-gemma2/model.ckpt, read back from its
@@ -38,19 +38,33 @@ FIXTURE = Path(__file__).resolve().parent.parent / "fixtures" / "tiny-gemma2"
 FOLDER_TYPES = ("nf4", "nf4 double", "fp4", "fp4 double", "int8")
 QUOTED = ("q8_0", "q4_0", "nf4", "int8")
 
+PLAIN, TEXTBOOK = Calibration(), Calibration(method="textbook")
 CALIBRATED: tuple[tuple[str, str, PackingOptions, Calibration], ...] = (
-    ("gptq-4", "groups of 32", PackingOptions(group_size=32), Calibration()),
-    ("gptq-4", "groups of 128", PackingOptions(group_size=128), Calibration()),
-    ("gptq-4", "groups of 128, act-order", PackingOptions(group_size=128), Calibration(act_order=True)),
-    ("gptq-4", "groups of 128, asymmetric", PackingOptions(group_size=128, symmetric=False), Calibration()),
-    ("gptq-4", "groups of 128, Hessian blocks of 256", PackingOptions(group_size=128), Calibration(hessian_block=256)),
-    ("gptq-4", "whole rows", PackingOptions(group_size=-1), Calibration()),
-    ("gptq-8", "groups of 128", PackingOptions(group_size=128), Calibration()),
-    ("w4a16", "groups of 128", PackingOptions(group_size=128), Calibration()),
-    ("w4a16-asym", "groups of 128", PackingOptions(group_size=128), Calibration()),
-    ("awq-4", "groups of 32", PackingOptions(group_size=32), Calibration()),
-    ("awq-4", "groups of 64", PackingOptions(group_size=64), Calibration()),
-    ("awq-4", "groups of 128", PackingOptions(group_size=128), Calibration()),
+    ("nf4", "", PackingOptions(), PLAIN),
+    ("nf4", "double quantization", PackingOptions(double_quant=True), PLAIN),
+    ("fp4", "", PackingOptions(), PLAIN),
+    ("int8", "", PackingOptions(), PLAIN),
+    *((f"mlx-{bits}", "", PackingOptions(), PLAIN) for bits in (2, 3, 4, 5, 6, 8)),
+    *((f"mlx-mixed-{bits}", "", PackingOptions(), PLAIN) for bits in ("2-6", "3-4", "3-6", "4-6")),
+    ("w4a16", "groups of 128", PackingOptions(), PLAIN),
+    ("w4a16-asym", "groups of 128", PackingOptions(), PLAIN),
+    ("w8a16", "groups of 128", PackingOptions(), PLAIN),
+    ("w8a8-int8", "", PackingOptions(), PLAIN),
+    ("fp8-dynamic", "", PackingOptions(), PLAIN),
+    ("fp8-block", "", PackingOptions(), PLAIN),
+    ("torchao-int8", "", PackingOptions(), PLAIN),
+    ("gptq-4", "groups of 32", PackingOptions(group_size=32), PLAIN),
+    ("gptq-4", "groups of 128", PackingOptions(), PLAIN),
+    ("gptq-4", "groups of 128, textbook", PackingOptions(), TEXTBOOK),
+    ("gptq-4", "groups of 128, act-order", PackingOptions(), Calibration(act_order=True)),
+    ("gptq-4", "groups of 128, asymmetric", PackingOptions(symmetric=False), PLAIN),
+    ("gptq-4", "groups of 128, Hessian blocks of 256", PackingOptions(), Calibration(hessian_block=256)),
+    ("gptq-4", "whole rows", PackingOptions(group_size=-1), PLAIN),
+    ("gptq-8", "groups of 128", PackingOptions(), PLAIN),
+    ("awq-4", "groups of 32", PackingOptions(group_size=32), PLAIN),
+    ("awq-4", "groups of 64", PackingOptions(group_size=64), PLAIN),
+    ("awq-4", "groups of 128", PackingOptions(), PLAIN),
+    ("awq-4", "groups of 128, textbook (AWQ)", PackingOptions(), TEXTBOOK),
 )
 """Type, description, and the options of the packing and of the calibration."""
 CALIBRATED_GGUF = ("q4_k_m", "q4_k_s", "q5_k_m", "q3_k_m", "q3_k_s", "q2_k", "q4_0", "iq4_xs", "iq4_nl", "iq3_s",
@@ -165,8 +179,8 @@ def print_types(run: Run, types: Sequence[str]) -> None:
 
 
 def compare_with_nearest(run: Run, types: Sequence[str]) -> None:
-    """The table of calibrated types: rounded to nearest beside calibrated, with a 95 % interval of the KL
-    difference.
+    """The table of calibrated types: rounded to nearest beside calibrated, with a 95 % interval of the ratio of their
+    KL.
     """
 
     @functools.cache
@@ -175,9 +189,7 @@ def compare_with_nearest(run: Run, types: Sequence[str]) -> None:
         save(run.source, path, WriteOptions(type=type, packing=packing, calibration=calibration), force=True)
         return run.text_metrics(path), run.bits_per_weight(path)
 
-    print(
-        "| type | | bits per weight | KL nearest | calibrated | difference, 95 % interval | same top-1 | perplexity |"
-    )
+    print("| type | | bits per weight | KL nearest | calibrated | ratio, 95 % interval | same top-1 | perplexity |")
     print("|---|---|---:|---:|---:|---|---:|---:|")
     for type, description, packing, calibration in CALIBRATED:
         if type not in types:
@@ -186,11 +198,10 @@ def compare_with_nearest(run: Run, types: Sequence[str]) -> None:
         nearest, _ = measure(type, packing, Calibration())
         calibrated, bits_per_weight = measure(type, packing, calibration)
         kl_nearest, kl_calibrated = (side.kl.reshape(run.ids.shape).mean(1) for side in (nearest, calibrated))
-        low, high = interval(kl_calibrated - kl_nearest)
         perplexity = [side.prediction()["perplexity_candidate"] for side in (nearest, calibrated)]
         print(
-            f"| {type} | {description} | {bits_per_weight:.2f} | {kl_nearest.mean():.5f} | {kl_calibrated.mean():.5f} |"
-            f" {(kl_calibrated - kl_nearest).mean():+.5f} ({low:+.5f} to {high:+.5f}) |"
+            f"| {type} | {description} | {bits_per_weight:.2f} | {kl_nearest.mean():.6f} | {kl_calibrated.mean():.6f} |"
+            f" {ratio(kl_nearest, kl_calibrated)} |"
             f" {nearest.top1:.2%}, {calibrated.top1:.2%} | {perplexity[0]:.3f}, {perplexity[1]:.3f} |",
             flush=True,
         )
@@ -208,20 +219,18 @@ def compare_with_matrix(run: Run, types: Sequence[str]) -> None:
         save(run.source, calibrated, WriteOptions(type=type, calibration=calibration), force=True, threads=2)
         sizes = {path.stat().st_size for path in (with_matrix, calibrated)}
         first, second = (run.text_metrics(path).kl.reshape(run.ids.shape).mean(1) for path in (with_matrix, calibrated))
-        drawn = np.random.default_rng(0).integers(0, len(first), (BOOTSTRAP_DRAWS, len(first)))
-        low, high = np.quantile(second[drawn].mean(1) / first[drawn].mean(1), [0.025, 0.975])
         print(
             f"| {type} | {' and '.join(f'{size:,}' for size in sorted(sizes))} | {first.mean():.5f} |"
-            f" {second.mean():.5f} | {second.mean() / first.mean():.3f} ({low:.3f} to {high:.3f}) |",
+            f" {second.mean():.5f} | {ratio(first, second)} |",
             flush=True,
         )
 
 
-def interval(differences: NDArray[np.float64]) -> tuple[float, float]:
-    """95 % bootstrap interval of the mean of ``differences``, (windows,)."""
-    drawn = np.random.default_rng(0).integers(0, len(differences), (BOOTSTRAP_DRAWS, len(differences)))
-    low, high = np.quantile(differences[drawn].mean(1), [0.025, 0.975])
-    return float(low), float(high)
+def ratio(first: NDArray[np.float64], second: NDArray[np.float64]) -> str:
+    """The ratio of the means, second over first, with its 95 % interval by bootstrap over windows; (windows,) each."""
+    drawn = np.random.default_rng(0).integers(0, len(first), (BOOTSTRAP_DRAWS, len(first)))
+    low, high = np.quantile(second[drawn].mean(1) / first[drawn].mean(1), [0.025, 0.975])
+    return f"{second.mean() / first.mean():.3f} ({low:.3f} to {high:.3f})"
 
 
 def weights_bytes(path: Path) -> int:

@@ -22,5 +22,10 @@ def formats(quiet: o.Quiet = False, json_output: o.Json = False) -> None:
         console.print(f"    {entry.remarks}")
         if entry.install:
             console.print(f"    to {entry.install_to} it: {entry.install}")
-        for line in textwrap.wrap("writes: " + " ".join(entry.types), 76):
-            console.print(f"    {line}")
+        lines = ["writes: " + " ".join(entry.types)]
+        if entry.calibrated:
+            floats = [type for type in entry.types if type not in entry.calibrated]
+            lines.append(f"takes --calibration: all but {' '.join(floats)}")
+        for line in lines:
+            for part in textwrap.wrap(line, 76):
+                console.print(f"    {part}")

@@ -6,12 +6,15 @@ from dataclasses import dataclass
 
 from gemma2tool.errors.extras import install_command
 from gemma2tool.formats import registry
+from gemma2tool.formats.options import CALIBRATED_TYPES
+from gemma2tool.model.format_facts import FormatFacts
 
 
 @dataclass(frozen=True)
 class FormatEntry:
     """``files``: what it looks like on disk. ``install``: the command that installs a library needed to ``install_to``
-    ("read", "write") it, or None. ``types``: that it can be written in.
+    ("read", "write") it, or None. ``types``: that it can be written in; ``calibrated``: those of them that take a
+    calibration.
     """
 
     format: str
@@ -20,6 +23,7 @@ class FormatEntry:
     install: str | None
     install_to: str | None
     types: tuple[str, ...]
+    calibrated: tuple[str, ...]
 
     def to_json(self) -> dict[str, object]:
         """The entry as ``--json`` prints it."""
@@ -30,19 +34,23 @@ class FormatEntry:
             "install": self.install,
             "install_to": self.install_to,
             "types": list(self.types),
+            "calibrated": list(self.calibrated),
         }
 
 
 def format_entries() -> tuple[FormatEntry, ...]:
     """All formats, in the order of detection."""
-    return tuple(
-        FormatEntry(
-            facts.name,
-            facts.files,
-            facts.remarks,
-            None if facts.extra is None else install_command(facts.extra),
-            facts.extra_to,
-            tuple(dict.fromkeys((*facts.float_dtypes, *registry.by_name(facts.name).types))),
-        )
-        for facts in registry.FACTS.values()
+    return tuple(_entry(facts) for facts in registry.FACTS.values())
+
+
+def _entry(facts: FormatFacts) -> FormatEntry:
+    types = tuple(dict.fromkeys((*facts.float_dtypes, *registry.by_name(facts.name).types)))
+    return FormatEntry(
+        facts.name,
+        facts.files,
+        facts.remarks,
+        None if facts.extra is None else install_command(facts.extra),
+        facts.extra_to,
+        types,
+        tuple(type for type in types if type in CALIBRATED_TYPES),
     )

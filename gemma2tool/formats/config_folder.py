@@ -23,7 +23,7 @@ from gemma2tool.formats.mapping.wrappers import HUGGING_FACE, plain_names
 from gemma2tool.formats.packings.unlabelled import refuse_unlabelled
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.config import Gemma2Config
-from gemma2tool.model.format_facts import FormatFacts
+from gemma2tool.model.format_facts import CALIBRATION_KEYS, FormatFacts
 from gemma2tool.model.lazy import DTYPE_NAMES, LazyTensor
 from gemma2tool.model.tied_head import HEAD
 from gemma2tool.storage.paths import path_within_folder
@@ -95,6 +95,8 @@ def open_folder(path: Path, folder_format: FolderFormat, config: Gemma2Config | 
         index_files = [] if weights.index is None else [weights.index]
         checkpoint.files = (*weights.files, *index_files, *config_files)
         checkpoint.metadata = {"safetensors": metadata}
+        if any(key.startswith(CALIBRATION_KEYS) for key in metadata):
+            checkpoint.rounding = "calibration"
         plain, remarks = plain_names(stored, HUGGING_FACE, path.name)
         checkpoint.warnings += remarks
         tensors = _unpacked(plain, checkpoint, folder_format.quantization_keys)

@@ -23,7 +23,7 @@ from gemma2tool.formats.option_info import (
     parse_tensor_type,
     refuse_ignored,
 )
-from gemma2tool.model.format_facts import Rounding
+from gemma2tool.model.format_facts import CALIBRATION_KEYS, Rounding
 
 WHOLE_ROW = -1
 """The group size that stands for a whole row."""
@@ -38,8 +38,19 @@ GROUP_SIZES: Mapping[str, tuple[int, ...]] = MappingProxyType(
 )
 """Quantization type -> the group sizes (columns that share a scale) that its consumers have kernels for."""
 
-_HESSIAN_TYPES = ("gptq-4", "gptq-8", "w4a16", "w4a16-asym", *GGUF_QUANTIZED)
-CALIBRATED_TYPES = (*_HESSIAN_TYPES, "awq-4")
+_BITSANDBYTES_TYPES = ("nf4", "fp4", "int8")
+_COMPRESSED_TYPES = ("w8a8-int8", "w8a16", "w4a16", "w4a16-asym", "fp8-dynamic", "fp8-block")
+CALIBRATED_TYPES = (
+    *_BITSANDBYTES_TYPES,
+    *_COMPRESSED_TYPES,
+    "gptq-4",
+    "gptq-8",
+    "awq-4",
+    "torchao-int8",
+    *(name for name in GROUP_SIZES if name.startswith("mlx-")),
+    *GGUF_QUANTIZED,
+)
+_TEXTBOOK_TYPES = ("gptq-4", "gptq-8", "w4a16", "w4a16-asym", "awq-4")
 _GPTQ_TYPES = ("gptq-4", "gptq-8")
 _GGUF = ("gguf",)
 
@@ -183,12 +194,13 @@ class PackingOptions:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Codes are chosen by what the model does with a text: GPTQ for most types, AWQ for awq-4. A GGUF's embedding is
+    """Codes and scales are chosen by what the model does with a text. An embedding that the type quantizes is
     calibrated too, as the output head that it also is.
 
     ``text``: a file of UTF-8 text, or of token ids (.npy); None: no calibration. ``samples``: sequences to run (128),
     ``length``: tokens of a sequence (512). ``act_order``: columns with large inputs are rounded first. ``damping``:
-    share of its mean that is added to the Hessian's diagonal (0.01). ``hessian_block``: columns of different blocks
+    share of its mean that is added to the Hessian's diagonal (0.01). ``method``: "refit" (the default), scales fitted
+    to the codes, or "textbook", GPTQ or AWQ as published. ``hessian_block``: columns of different blocks
     count as independent; None for the whole.
     """
 
@@ -231,9 +243,18 @@ class Calibration:
         None,
         "--damping",
         "share of its mean added to the Hessian's diagonal. Default: 0.01.",
-        types=_HESSIAN_TYPES,
+        types=CALIBRATED_TYPES,
         minimum=0.0,
         maximum=1.0,
+    )
+    method: str | None = option(
+        None,
+        "--calibration-method",
+        "refit (default): scales fitted to the codes; textbook: as GPTQ, or for awq-4 AWQ, is published.",
+        key="calibration_method",
+        metavar="METHOD",
+        types=_TEXTBOOK_TYPES,
+        choices=("refit", "textbook"),
     )
     hessian_block: int | None = option(
         None,
@@ -250,6 +271,11 @@ class Calibration:
     @property
     def is_asked(self) -> bool:
         return self.text is not None
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """What an output in safetensors says of its calibration; nothing without one."""
+        return {} if self.text is None else {f"{CALIBRATION_KEYS}file": self.text.name}
 
 
 @dataclass(frozen=True)

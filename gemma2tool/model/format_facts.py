@@ -13,6 +13,9 @@ from gemma2tool.model.config import Gemma2Config
 Rounding = Literal["nearest", "imatrix", "calibration"]
 """How the codes of quantized tensors were chosen: by their own values, with an importance matrix, by a calibration."""
 
+CALIBRATION_KEYS = "gemma2tool.calibration."
+"""What the keys begin with by which a file says that its codes were chosen by a calibration."""
+
 Assumption = tuple[str, str]
 """A config field (or "quantization") and a sentence: what the consumer computes whatever the file says."""
 

@@ -90,9 +90,10 @@ class Awq:
     def encode(self, rows: Array) -> Mapping[str, Array]:
         return self.pack(*quantize(rows, self.columns_per_group(rows.shape[1])))
 
-    def pack(self, codes: Array, zeros: Array, scales: Array) -> Mapping[str, Array]:
-        """The result of ``encode`` for rows that are already quantized."""
-        return {"qweight": pack(codes), "qzeros": pack(zeros), "scales": scales}
+    def pack(self, codes: Array, offsets: Array | None, scales: Array) -> Mapping[str, Array]:
+        """The result of ``encode`` for rows that are already quantized; the offsets are zeros."""
+        assert offsets is not None
+        return {"qweight": pack(codes), "qzeros": pack(offsets), "scales": scales}
 
     def finish(self, shape: tuple[int, ...], collected: Mapping[str, Array]) -> Mapping[str, Array]:
         return {suffix: transposed(array) for suffix, array in collected.items()}

@@ -149,6 +149,28 @@ def _sum_rows(rows: Array) -> Array:
 
 
 @dataclass(frozen=True)
+class NestedScales:
+    """Doubly quantized absmax values: ``codes`` uint8, and ``absmax``, float32, of the 256 that each belongs to; both
+    have the shape of the values.
+    """
+
+    codes: Array
+    absmax: Array
+
+    @classmethod
+    def of(cls, values: Array, offset: float) -> NestedScales:
+        """Quantize float32 values of any shape; they start at a multiple of 256 in their tensor."""
+        codes, absmax = quantize_8bit(values.reshape(-1) - np.float32(offset))
+        wide = np.repeat(absmax, NESTED_BLOCKSIZE)[: values.size]
+        return cls(codes.reshape(values.shape), wide.reshape(values.shape))
+
+    def values(self, offset: float) -> Array:
+        """The absmax values that the library dequantizes to, float32."""
+        values: Array = dynamic_map()[self.codes] * self.absmax + np.float32(offset)
+        return values
+
+
+@dataclass(frozen=True)
 class FourBit:
     """Encoder for nf4 or fp4.
 
@@ -221,18 +243,34 @@ class FourBit:
         packed, absmax = quantize_4bit(self._flat(rows), self.quant_type)
         return {"": packed.reshape(-1, 1), ".absmax": absmax}
 
+    def pack(self, codes: Array, offsets: Array | None, scales: Array) -> Mapping[str, Array]:
+        """The result of ``encode`` for rows of whole blocks that are already quantized; scales are absmax values."""
+        pairs = codes.reshape(-1, 2)
+        return {"": (pairs[:, :1] << 4 | pairs[:, 1:]), ".absmax": scales.reshape(-1)}
+
+    def pack_nested(self, codes: Array, scales: NestedScales) -> Mapping[str, Array]:
+        """The same with double quantization: the result also has what ``finish`` needs of the scales."""
+        nested = {".absmax": scales.codes.reshape(-1), ".nested_absmax": scales.absmax.reshape(-1)}
+        return {**self.pack(codes, None, scales.absmax), **nested}
+
     def finish(self, shape: tuple[int, ...], collected: Mapping[str, Array]) -> Mapping[str, Array]:
         parts = {
             ".quant_map": CODES[self.quant_type],
             self._state_suffix: np.frombuffer(self._state(shape), np.uint8),
         }
         if self.double_quant:
-            absmax = collected[".absmax"]
-            if float(mean_float32(absmax)) != self.nested_offset:
-                raise ValueError("the encoder was surveyed on a different tensor")
-            codes, nested_absmax = quantize_8bit(absmax - np.float32(self.nested_offset))
+            codes, nested_absmax = self._nested(collected)
             parts |= {".absmax": codes, ".nested_absmax": nested_absmax, ".nested_quant_map": dynamic_map()}
         return parts
+
+    def _nested(self, collected: Mapping[str, Array]) -> tuple[Array, Array]:
+        """The codes of the absmax values, and their own absmax values, from what ``encode`` or ``pack_nested`` gave."""
+        absmax = collected[".absmax"]
+        if ".nested_absmax" in collected:
+            return absmax, collected[".nested_absmax"][::NESTED_BLOCKSIZE]
+        if float(mean_float32(absmax)) != self.nested_offset:
+            raise ValueError("the encoder was surveyed on a different tensor")
+        return quantize_8bit(absmax - np.float32(self.nested_offset))
 
     @property
     def _state_suffix(self) -> str:
@@ -306,6 +344,10 @@ class Int8:
     def encode(self, rows: Array) -> Mapping[str, Array]:
         codes, absmax = quantize_int8(rows)
         return {"": codes, "SCB": absmax}
+
+    def pack(self, codes: Array, offsets: Array | None, scales: Array) -> Mapping[str, Array]:
+        """The result of ``encode`` for rows that are already quantized; a value is code * scale."""
+        return {"": codes.view(np.int8), "SCB": scales[:, 0] * np.float32(127)}
 
     def finish(self, shape: tuple[int, ...], collected: Mapping[str, Array]) -> Mapping[str, Array]:
         return {"weight_format": np.zeros((), np.uint8)}  # 0: row-major

@@ -113,6 +113,13 @@ def grid(low: Array, high: Array, scheme: Scheme, dtype: DType) -> tuple[Array |
     return zero_points, scales
 
 
+def unsigned_grid(low: Array, high: Array, scheme: Scheme, dtype: DType) -> tuple[Array, Array]:
+    """The same with zero points uint8, counted from the lowest code, and scales in ``dtype``."""
+    zeros, scales = grid(low, high, scheme, dtype)
+    lowest = np.uint8(1 << (scheme.bits - 1))
+    return np.full(low.shape, lowest) if zeros is None else zeros.view(np.uint8) + lowest, cast(scales, dtype)
+
+
 def dequantize(codes: Array, scales: Array, zero_points: Array | None, scheme: Scheme) -> Array:
     """(code - zero point) * scale in the dtype of the scales. A range of rows must start at a multiple of
     ``block_rows``."""
@@ -198,12 +205,23 @@ class Compressed:
             main["weight_zero_point"] = zero_points
         return main
 
-    def pack(self, codes: Array, zeros: Array, scales: Array) -> Mapping[str, Array]:
-        """The result of ``encode`` for rows that are already quantized; packed schemes only. Codes and zeros are uint8,
-        counted from the lowest code."""
-        lowest = np.uint8(1 << (self.scheme.bits - 1))
-        main = {"weight_packed": pack((codes - lowest).view(np.int8), self.scheme.bits), "weight_scale": scales}
-        return main if self.scheme.symmetric else main | {"weight_zero_point": (zeros - lowest).view(np.int8)}
+    def pack(self, codes: Array, offsets: Array | None, scales: Array) -> Mapping[str, Array]:
+        """The result of ``encode`` for rows that are already quantized. Codes and zero points are uint8, counted from
+        the lowest code; codes of floats are their bytes. Rows of a tile have the same scales.
+        """
+        scheme = self.scheme
+        scales = scales[:: scheme.block_rows]
+        if scheme.kind == "float":
+            return {"": codes.view(FP8), "weight_scale": scales}
+        lowest = np.uint8(1 << (scheme.bits - 1))
+        signed = (codes - lowest).view(np.int8)
+        main = {"weight_packed": pack(signed, scheme.bits)} if scheme.packed else {"": signed}
+        main["weight_scale"] = scales
+        return (
+            main
+            if scheme.symmetric or offsets is None
+            else main | {"weight_zero_point": (offsets - lowest).view(np.int8)}
+        )
 
     def finish(self, shape: tuple[int, ...], collected: Mapping[str, Array]) -> Mapping[str, Array]:
         scheme = self.scheme

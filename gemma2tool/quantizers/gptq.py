@@ -102,8 +102,11 @@ class Gptq:
     def encode(self, rows: Array) -> Mapping[str, Array]:
         return self.pack(*quantize(rows, self.bits, self.columns_per_group(rows.shape[1]), self.symmetric))
 
-    def pack(self, codes: Array, zeros: Array, scales: Array) -> Mapping[str, Array]:
-        """The result of ``encode`` for rows that are already quantized."""
+    def pack(self, codes: Array, offsets: Array | None, scales: Array) -> Mapping[str, Array]:
+        """The result of ``encode`` for rows that are already quantized; the offsets are zeros, None for those in the
+        middle.
+        """
+        zeros = np.full(scales.shape, 2 ** (self.bits - 1), np.uint8) if offsets is None else offsets
         return {"qweight": pack_words(codes, self.bits), "qzeros": zeros, "scales": scales}
 
     def finish(self, shape: tuple[int, ...], collected: Mapping[str, Array]) -> Mapping[str, Array]:

@@ -33,18 +33,21 @@ _SMALLEST_SCALE = np.float32(1e-7)
 
 def quantize(rows: Array, bits: int, group_size: int = GROUP_SIZE) -> tuple[Array, Array, Array]:
     """Quantize (n, I) to codes uint8 (n, I), scales and biases in the dtype of ``rows`` (n, I / group_size)."""
-    low, high = group_ranges(rows, group_size)
-    top = np.float32(2**bits - 1)
-    scales = np.maximum((high - low) / top, _SMALLEST_SCALE)
+    scales, biases = grid(*group_ranges(rows, group_size), bits)
+    codes = quantize_groups(rows, GroupScales(group_size, scales, biases), Rule.FROM_BIAS, 0, 2**bits - 1)
+    return codes, cast(scales, rows.dtype), cast(biases, rows.dtype)
+
+
+def grid(low: Array, high: Array, bits: int) -> tuple[Array, Array]:
+    """Scales and biases of groups from their smallest and largest values, float32 arrays of one shape."""
+    scales = np.maximum((high - low) / np.float32(2**bits - 1), _SMALLEST_SCALE)
     from_low = np.abs(low) > np.abs(high)
     scales = np.where(from_low, scales, -scales)
     edge = np.where(from_low, low, high)
     steps = np.rint(edge / scales)
     zero = steps == 0
     scales = np.where(zero, scales, edge / np.where(zero, np.float32(1), steps))
-    biases = np.where(zero, np.float32(0), edge)
-    codes = quantize_groups(rows, GroupScales(group_size, scales, biases), Rule.FROM_BIAS, 0, 2**bits - 1)
-    return codes, cast(scales, rows.dtype), cast(biases, rows.dtype)
+    return scales, np.where(zero, np.float32(0), edge)
 
 
 def dequantize(codes: Array, scales: Array, biases: Array) -> Array:
@@ -124,7 +127,12 @@ class Affine:
 
     def encode(self, rows: Array) -> Mapping[str, Array]:
         codes, scales, biases = quantize(cast(rows, self.dtype), self.bits, self.group_size)
-        return {"": pack_words(codes, self.bits), "scales": scales, "biases": biases}
+        return self.pack(codes, biases, scales)
+
+    def pack(self, codes: Array, offsets: Array | None, scales: Array) -> Mapping[str, Array]:
+        """The result of ``encode`` for rows that are already quantized; the offsets are biases."""
+        assert offsets is not None
+        return {"": pack_words(codes, self.bits), "scales": scales, "biases": offsets}
 
     def finish(self, shape: tuple[int, ...], collected: Mapping[str, Array]) -> Mapping[str, Array]:
         return {}

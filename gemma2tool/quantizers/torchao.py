@@ -63,8 +63,12 @@ class Int8WeightOnly:
 
     def encode(self, rows: Array) -> Mapping[str, Array]:
         codes, scales = quantize(cast(rows, self.dtype))
+        return self.pack(codes, None, scales)
+
+    def pack(self, codes: Array, offsets: Array | None, scales: Array) -> Mapping[str, Array]:
+        """The result of ``encode`` for rows that are already quantized."""
         return {
-            "_weight_qdata": codes,
+            "_weight_qdata": codes.view(np.int8),
             "_weight_scale": scales,
             "_weight_zero_point": np.zeros(scales.shape, np.int8),
         }

@@ -14,6 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 from gemma2tool.cli.main import app
+from gemma2tool.containers.safetensors import read_header
 from gemma2tool.errors import UsageError
 from gemma2tool.formats import registry
 from gemma2tool.model.checkpoint import Checkpoint
@@ -30,7 +31,7 @@ from tests.support.options import write_options
 
 pytestmark = pytest.mark.slow
 
-WINDOWS, SEQUENCES, LENGTH = 25, 16, 256
+WINDOWS, SEQUENCES, LENGTH = 12, 16, 256
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +49,7 @@ def ids_file(source: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 @pytest.fixture(scope="module")
 def heldout(fixture_dir: Path) -> np.ndarray:
-    return np.load(fixture_dir / "heldout.npy")[::3][:WINDOWS]
+    return np.load(fixture_dir / "heldout.npy")[::6][:WINDOWS]
 
 
 @pytest.fixture(scope="module")
@@ -68,27 +69,42 @@ def test_the_texts_are_disjoint(fixture_dir: Path) -> None:
     assert len(shared) <= len(lines) // 1000  # phrases of the language reference that topics repeat
 
 
-@pytest.mark.parametrize(("kind", "group_size"), [("gptq-4", 32), ("gptq-4", 128), ("awq-4", 32), ("awq-4", 128)])
+@pytest.mark.parametrize(
+    ("kind", "extra", "limit"),
+    [
+        ("gptq-4", {"group_size": 32, "calibration_method": "textbook"}, 1.0),
+        ("awq-4", {"group_size": 128, "calibration_method": "textbook"}, 1.0),
+        ("awq-4", {"group_size": 128}, 0.7),
+        ("mlx-4", {}, 0.7),
+        ("nf4", {}, 0.7),
+    ],
+)
 def test_calibrated_beats_rounded_to_nearest_on_unseen_text(
     kind: str,
-    group_size: int,
+    extra: dict,
+    limit: float,
     source: Checkpoint,
     ids_file: Path,
     heldout: np.ndarray,
     true_logits: np.ndarray,
     tmp_path: Path,
 ) -> None:
-    nearest = written(source, tmp_path / "nearest", kind, group_size=group_size)
-    chosen = written(source, tmp_path / "chosen", kind, group_size=group_size, calibration=ids_file)
-    assert [file.stat().st_size for file in sorted(chosen.glob("*.safetensors"))] == [
-        file.stat().st_size for file in sorted(nearest.glob("*.safetensors"))
-    ]
-    better = divergence(chosen, heldout, true_logits) - divergence(nearest, heldout, true_logits)
+    plain = {name: value for name, value in extra.items() if name != "calibration_method"}
+    nearest = written(source, tmp_path / "nearest", kind, **plain)
+    chosen = written(source, tmp_path / "chosen", kind, calibration=ids_file, **extra)
+    assert stored_tensors(chosen) == stored_tensors(nearest)
+    better = divergence(chosen, heldout, true_logits) - limit * divergence(nearest, heldout, true_logits)
     low, high = paired_bootstrap(better)
     assert high < 0, f"KL changes by {better.mean():.6f}, 95 % interval {low:.6f} to {high:.6f}"
     with registry.open_checkpoint(chosen) as candidate:
         verification = verify(source, candidate, VerifySettings(levels=("completeness", "config", "tensors")))
     assert verification.passed, [finding.message for finding in verification.failures]
+
+
+def stored_tensors(folder: Path) -> dict[str, tuple]:
+    """Dtype and shape of every stored tensor."""
+    header = read_header(folder / "model.safetensors")
+    return {name: (entry.dtype, entry.shape) for name, entry in header.tensors.items()}
 
 
 def small(dtype: type = ml_dtypes.bfloat16, layers: int = 2) -> Checkpoint:
@@ -108,11 +124,16 @@ def small_ids(tmp_path: Path, count: int = 6) -> Path:
     ("kind", "extra"),
     [
         ("gptq-4", {"group_size": 32, "act_order": True}),
+        ("gptq-4", {"group_size": 32, "act_order": True, "calibration_method": "textbook"}),
         ("gptq-8", {"group_size": -1, "symmetric": False, "hessian_block": 64}),
         ("awq-4", {"group_size": 32}),
-        ("awq-4", {"group_size": 64, "hessian_block": 64}),
+        ("awq-4", {"group_size": 64, "hessian_block": 64, "calibration_method": "textbook"}),
         ("w4a16", {"group_size": -1}),
-        ("w4a16-asym", {"group_size": 32}),
+        ("w4a16-asym", {"group_size": 32, "calibration_method": "textbook"}),
+        ("nf4", {"double_quant": True}),
+        ("mlx-3", {"group_size": 32}),
+        ("fp8-block", {}),
+        ("int8", {}),
     ],
 )
 def test_same_bytes_for_any_number_of_threads(tmp_path: Path, kind: str, extra: dict) -> None:
@@ -125,7 +146,8 @@ def test_same_bytes_for_any_number_of_threads(tmp_path: Path, kind: str, extra: 
     with registry.open_checkpoint(files[0].parent) as candidate:
         verification = verify(source, candidate, VerifySettings(levels=("completeness", "tensors")))
     assert verification.passed, [finding.message for finding in verification.failures]
-    nearest = {name: value for name, value in extra.items() if name not in ("act_order", "hessian_block")}
+    method = ("act_order", "hessian_block", "calibration_method")
+    nearest = {name: value for name, value in extra.items() if name not in method}
     assert (
         files[0].read_bytes() != (written(source, tmp_path / "nearest", kind, **nearest) / files[0].name).read_bytes()
     )
@@ -136,7 +158,8 @@ def test_same_bytes_for_any_number_of_threads(tmp_path: Path, kind: str, extra: 
 def test_what_is_skipped_stays_and_the_rest_is_calibrated(tmp_path: Path, kind: str, skip: str) -> None:
     """A scale is folded only where all that it meets is quantized; so what is left alone keeps every bit."""
     source = small()
-    path = written(source, tmp_path / "out", kind, group_size=32, calibration=small_ids(tmp_path), skip=(skip,))
+    asked = {"group_size": 32, "calibration": small_ids(tmp_path), "calibration_method": "textbook"}
+    path = written(source, tmp_path / "out", kind, skip=(skip,), **asked)
     with registry.open_checkpoint(path) as candidate:
         verification = verify(source, candidate, VerifySettings(levels=("completeness", "tensors")))
         stored = {name: tensor.stored for name, tensor in candidate.tensors.items()}
@@ -161,7 +184,8 @@ def test_act_order_permutes_the_groups_and_says_so(tmp_path: Path) -> None:
 
 def test_post_norms_are_never_touched_and_the_others_fold(tmp_path: Path) -> None:
     source = small()
-    path = written(source, tmp_path / "out", "awq-4", group_size=32, calibration=small_ids(tmp_path))
+    asked = {"group_size": 32, "calibration": small_ids(tmp_path), "calibration_method": "textbook"}
+    path = written(source, tmp_path / "out", "awq-4", **asked)
     with registry.open_checkpoint(path) as candidate:
         changed = {
             name.split(".", 3)[-1]
@@ -187,7 +211,7 @@ def test_scales_fold_away_exactly(tmp_path: Path) -> None:
                 folded[f"{layer.prefix}{name}.weight"] = weight.load_rows_f32(0, weight.rows)
 
     folded: dict[str, np.ndarray] = {}
-    calibrated_output, _ = calibrated(output, source, CalibrationSettings(ids), threads=1)
+    calibrated_output, _ = calibrated(output, source, CalibrationSettings(ids, textbook=True), threads=1)
     session = next(
         item.source.session for item in calibrated_output.tensors if isinstance(item.source, CalibratedMatrix)
     )
@@ -236,13 +260,13 @@ def test_a_damaged_source_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("kind", "extra", "expected"),
     [
-        ("nf4", {}, "calibration.type"),
-        ("w8a16", {"group_size": 32}, "calibration.type"),
+        (None, {}, "calibration.type"),
+        ("nf4", {"calibration_method": "textbook"}, "option.ignored"),
         ("gptq-4", {"group_size": 64, "hessian_block": 96}, "calibration.hessian-block"),
         ("gptq-4", {"group_size": 32, "calibration_length": 4096}, "calibration.length"),
     ],
 )
-def test_what_cannot_be_calibrated_is_refused(tmp_path: Path, kind: str, extra: dict, expected: str) -> None:
+def test_what_cannot_be_calibrated_is_refused(tmp_path: Path, kind: str | None, extra: dict, expected: str) -> None:
     ids = tmp_path / "ids.npy"
     np.save(ids, np.random.default_rng(0).integers(3, SMALL.vocab_size, 480))
     with pytest.raises(UsageError) as caught:
@@ -315,7 +339,7 @@ def test_command_line_tells_the_cost_first(fixture_dir: Path, tmp_path: Path) ->
     "words",
     [
         ["--type", "gptq-4", "--act-order"],
-        ["--type", "awq-4", "--calibration", "x.npy", "--damping", "0.1"],
+        ["--type", "nf4", "--calibration", "x.npy", "--calibration-method", "textbook"],
         ["--type", "w4a16", "--calibration", "x.npy", "--act-order"],
     ],
 )

@@ -47,7 +47,7 @@ def weights(seed: int = 1, rows: int = ROWS, columns: int = COLUMNS) -> np.ndarr
 @pytest.mark.parametrize("bits", [4, 8])
 def test_codes_are_those_of_the_paper(bits: int, group_size: int, symmetric: bool, act_order: bool) -> None:
     x, w = correlated_inputs(TOKENS, COLUMNS), weights()
-    grid = grid_of(Gptq(bits, group_size, symmetric), COLUMNS)
+    grid = grid_of(Gptq(bits, group_size, symmetric), COLUMNS, textbook=True)
     factors = inverse_factors(hessian_of(x), 0.01, act_order)
     codes, zeros, scales = rounding.round_rows(w, factors, grid)
     groups = rounding.group_of_column(factors, COLUMNS, grid.group_size)
@@ -60,7 +60,7 @@ def test_codes_are_those_of_the_paper(bits: int, group_size: int, symmetric: boo
 
 def test_float32_finds_nearly_the_same_codes_and_as_small_an_error() -> None:
     x, w = correlated_inputs(TOKENS, COLUMNS), weights()
-    grid = grid_of(Gptq(4, 32), COLUMNS)
+    grid = grid_of(Gptq(4, 32), COLUMNS, textbook=True)
     expected = textbook_gptq(w, x.T @ x, grid, 0.01, False)
     codes, zeros, scales = rounding.round_rows(
         w, inverse_factors(hessian_of(x, dtype=torch.float32), 0.01, False), grid
@@ -75,7 +75,7 @@ def test_float32_finds_nearly_the_same_codes_and_as_small_an_error() -> None:
 
 def test_output_error_is_smaller_than_with_rounding_to_nearest() -> None:
     x, w = correlated_inputs(TOKENS, COLUMNS), weights()
-    grid, groups = grid_of(Gptq(4, 32), COLUMNS), np.arange(COLUMNS) // 32
+    grid, groups = grid_of(Gptq(4, 32), COLUMNS, textbook=True), np.arange(COLUMNS) // 32
     output_error = [
         np.linalg.norm(x @ (w - dequantized(*quantized, groups)).T)
         for quantized in (
@@ -89,7 +89,7 @@ def test_output_error_is_smaller_than_with_rounding_to_nearest() -> None:
 @pytest.mark.parametrize("act_order", [False, True])
 def test_blocks_of_the_hessian_are_independent(act_order: bool) -> None:
     x, w = correlated_inputs(TOKENS, COLUMNS), weights()
-    grid = grid_of(Gptq(4, 32, False), COLUMNS)
+    grid = grid_of(Gptq(4, 32, False), COLUMNS, textbook=True)
     factors = inverse_factors(hessian_of(x, 96), 0.02, act_order)
     assert [len(factor.upper) for factor in factors] == [96, 96, 64]
     codes, zeros, scales = rounding.round_rows(w, factors, grid)
@@ -106,7 +106,7 @@ def test_blocks_of_the_hessian_are_independent(act_order: bool) -> None:
 def test_columns_that_no_input_reaches_are_rounded_to_nearest() -> None:
     x, w = correlated_inputs(TOKENS, COLUMNS), weights()
     x[:, 32:64] = 0
-    grid = grid_of(Gptq(4, 32), COLUMNS)
+    grid = grid_of(Gptq(4, 32), COLUMNS, textbook=True)
     codes, _, scales = rounding.round_rows(w, inverse_factors(hessian_of(x), 0.01, False), grid)
     nearest, _, nearest_steps = gptq.quantize(w, 4, 32, True)
     assert np.array_equal(codes[:, 32:64], nearest[:, 32:64])
@@ -157,7 +157,10 @@ def test_any_number_of_threads_gives_the_same_bits(threads: int) -> None:
     with ThreadPoolExecutor(threads) as pool:
         several.add(x, pool.map)
     assert torch.equal(one.squares[0], several.squares[0])
-    small, grid = hessian_of(x[:, : w.shape[1]].numpy(), dtype=torch.float32), grid_of(Awq(32), w.shape[1])
+    small, grid = (
+        hessian_of(x[:, : w.shape[1]].numpy(), dtype=torch.float32),
+        grid_of(Awq(32), w.shape[1], textbook=True),
+    )
     small.symmetrize()
     results = [scales.search_scales([w], small, small.mean_magnitude, grid)]
     with ThreadPoolExecutor(threads) as pool:
@@ -171,7 +174,7 @@ def test_scale_search_minimizes_the_output_error(block: int | None) -> None:
     """The error that is minimized is that of the outputs themselves, for the whole Hessian, and the search finds its
     minimum."""
     x, w = correlated_inputs(TOKENS, COLUMNS), weights()
-    grid, hessian = grid_of(Awq(32), COLUMNS), hessian_of(x, block, torch.float32)
+    grid, hessian = grid_of(Awq(32), COLUMNS, textbook=True), hessian_of(x, block, torch.float32)
     hessian.symmetrize()
     magnitude = torch.from_numpy(np.abs(x).mean(0))
 
@@ -196,7 +199,10 @@ def test_scale_search_minimizes_the_output_error(block: int | None) -> None:
 def test_clipping_never_increases_the_error_of_a_group(width: int, block: int | None) -> None:
     x, w = correlated_inputs(TOKENS, COLUMNS), weights()
     w[np.random.default_rng(2).random(w.shape) < 0.01] *= 5
-    grid, hessian = grid_of(Awq(width if width < COLUMNS else -1), COLUMNS), hessian_of(x, block, torch.float32)
+    grid, hessian = (
+        grid_of(Awq(width if width < COLUMNS else -1), COLUMNS, textbook=True),
+        hessian_of(x, block, torch.float32),
+    )
     hessian.symmetrize()
     s = scales.scales_of_power(hessian.mean_magnitude, 0.3)
     clipped = clipping.quantize_clipped(w * s, grid, clipping.hessian_blocks(hessian, grid.group_size, s))
@@ -233,7 +239,7 @@ def test_a_folded_norm_and_its_columns_compute_the_same(dtype: np.dtype) -> None
 
 
 def test_records_hold_codes_zeros_and_scales() -> None:
-    w, grid = weights(), grid_of(Gptq(4, 64, False), COLUMNS)
+    w, grid = weights(), grid_of(Gptq(4, 64, False), COLUMNS, textbook=True)
     codes, zeros, scales = gptq.quantize(w, 4, 64, False)
     matrix = RoundedMatrix(grid, grid.records(codes, zeros, scales), np.arange(COLUMNS) // 64, "w")
     rows = matrix.records[5:9]

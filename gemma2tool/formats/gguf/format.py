@@ -29,7 +29,7 @@ from gemma2tool.formats.gguf.convert import (
 )
 from gemma2tool.formats.gguf.key_values import KeyReader, KeyValue
 from gemma2tool.formats.gguf.output import GGUFTensorPlan, place, quantized_keys, quantized_order
-from gemma2tool.formats.gguf.quantize import CALIBRATION_KEYS, QuantizationRequest, plan_quantized
+from gemma2tool.formats.gguf.quantize import QuantizationRequest, plan_quantized
 from gemma2tool.formats.gguf.read_tokenizer import tokenizer_assets
 from gemma2tool.formats.gguf.shards import only_model, read_headers
 from gemma2tool.formats.gguf.table import TABLE
@@ -39,7 +39,7 @@ from gemma2tool.formats.mapping.transforms import convention_losses, entries, ex
 from gemma2tool.formats.options import WriteOptions
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.config import Gemma2Config
-from gemma2tool.model.format_facts import Rounding
+from gemma2tool.model.format_facts import CALIBRATION_KEYS, Rounding
 from gemma2tool.model.lazy import DTYPE_NAMES, LazyTensor, MappedRows
 from gemma2tool.model.tied_head import HEAD
 from gemma2tool.quantizers.casts import cast

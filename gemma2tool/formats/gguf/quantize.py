@@ -16,13 +16,13 @@ from gemma2tool.formats.gguf.table import kind_and_layer
 from gemma2tool.formats.gguf.tensors import FLOATS, GGUFTensor, StoredBlocks
 from gemma2tool.formats.options import Calibration, WriteOptions
 from gemma2tool.model.config import Gemma2Config
+from gemma2tool.model.format_facts import CALIBRATION_KEYS
 from gemma2tool.model.lazy import DTYPE_NAMES, Array, LazyTensor
 from gemma2tool.quantizers.gguf_encoders import Copied, block_elements
 from gemma2tool.quantizers.gguf_types import GGUF_TYPES
 from gemma2tool.quantizers.mixtures import COPY, FileType, Matrix, Model, Overrides, choose, file_type, needs_imatrix
 from gemma2tool.quantizers.mixtures import FLOATS as FLOAT_FILES
 
-CALIBRATION_KEYS = "gemma2tool.calibration."
 """The prefix of the keys of a file whose codes were calibrated. llama.cpp ignores keys that it does not know."""
 
 

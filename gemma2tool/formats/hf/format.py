@@ -80,7 +80,7 @@ class HuggingFace(Format):
             metadata = packings.metadata(
                 settings.type, [(plan.disk, plan.source.shape, plan.encoder) for plan in plans]
             )
-        shards = lay_out_shards(plans, options.max_shard_size, metadata)
+        shards = lay_out_shards(plans, options.max_shard_size, metadata | options.calibration.metadata)
         tokenizer_files, remarks = transformers_tokenizer_files(checkpoint)
         small_files |= tokenizer_files | {CONFIG: assets.dump_json(content)}
         if len(shards.files) > 1:

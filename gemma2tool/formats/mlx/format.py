@@ -69,7 +69,7 @@ class MLX(Format):
             StoredTensorPlan(name, name, sources[name], chosen.encoders.get(name) or Float(dtypes[name]))
             for name in checkpoint.specs
         ]
-        shards = lay_out_shards(plans, options.max_shard_size, {"format": TAG})
+        shards = lay_out_shards(plans, options.max_shard_size, {"format": TAG} | options.calibration.metadata)
         content = config_content(checkpoint, dtypes)
         # mlx-lm reads rope_theta only here; transformers 5 writes it inside rope_parameters.
         content["rope_theta"] = checkpoint.config.rope_theta

@@ -45,6 +45,7 @@ def settings_of(options: Calibration, checkpoint: Checkpoint) -> CalibrationSett
         DAMPING if options.damping is None else options.damping,
         options.act_order,
         options.hessian_block,
+        options.method == "textbook",
     )
 
 
@@ -56,7 +57,7 @@ def calibrated(
     Raises ``UsageError`` if no type of the output can be calibrated, and for Hessian blocks that would split a group.
     """
     items = {name: item for item in output.tensors for name in item.canonical}
-    grids = _grids(output, checkpoint)
+    grids = _grids(output, checkpoint, calibration)
     if not grids:
         raise UsageError(
             "calibration.type",
@@ -78,14 +79,15 @@ def calibrated(
     return replace(output, tensors=tensors), session.cost()
 
 
-def _grids(output: Output, checkpoint: Checkpoint) -> dict[str, Grid]:
+def _grids(output: Output, checkpoint: Checkpoint, calibration: CalibrationSettings) -> dict[str, Grid]:
     """The grids of the matrices that can be calibrated, by canonical name: the layers', and the tied embedding."""
     grids: dict[str, Grid] = {}
     for item in output.tensors:
         if len(item.canonical) != 1 or len(item.source.shape) != 2:
             continue
         (name,) = item.canonical
-        spec, grid = checkpoint.specs.get(name), grid_of(item.encoder, item.source.row_size)
+        spec = checkpoint.specs.get(name)
+        grid = grid_of(item.encoder, item.source.row_size, textbook=calibration.textbook)
         if grid is not None and spec is not None and (spec.layer is not None or name == EMBEDDING):
             grids[name] = grid
     return grids
@@ -194,7 +196,7 @@ class PackRounded:
 
     @property
     def collects(self) -> tuple[str, ...]:
-        return self.encoder.collects
+        return (*self.encoder.collects, *self.grid.collects)
 
     def parts(self, shape: tuple[int, ...]) -> tuple[Part, ...]:
         return self.encoder.parts(shape)

@@ -38,13 +38,15 @@ class CalibrationSettings:
     """How an output is calibrated: token ids (N, T), each row on its own, and GPTQ's settings (see
     ``hessian.inverse_factors``).
 
-    ``hessian_block``: columns of a square of the block-diagonal Hessian, None for the whole.
+    ``hessian_block``: columns of a square of the block-diagonal Hessian, None for the whole. ``textbook``: GPTQ and AWQ
+    as published, where a type is named for them.
     """
 
     ids: NDArray[np.int64]
     damping: float = DAMPING
     act_order: bool = False
     hessian_block: int | None = None
+    textbook: bool = False
 
 
 class Session:
@@ -61,7 +63,7 @@ class Session:
         """``items`` and ``grids``: by canonical name."""
         self.checkpoint, self.items, self.grids = checkpoint, items, grids
         self.calibration, self.threads = calibration, threads
-        self.folds_scales = all(isinstance(items[name].encoder, Awq) for name in grids)
+        self.folds_scales = calibration.textbook and all(isinstance(items[name].encoder, Awq) for name in grids)
         """Whether the method moves scales into norms."""
         self._sources = {
             name: items[name].source if name in grids else tensor for name, tensor in checkpoint.tensors.items()

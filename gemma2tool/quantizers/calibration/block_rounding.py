@@ -20,10 +20,10 @@ from gemma2tool.model.lazy import Array
 from gemma2tool.quantizers.calibration.block_layouts import LAYOUTS, Fields, Layout, f16, scales_and_offsets
 from gemma2tool.quantizers.calibration.hessian import Factor
 from gemma2tool.quantizers.calibration.rounded import Rounded
+from gemma2tool.quantizers.calibration.scalar_kernel import round_scalars
 from gemma2tool.quantizers.calibration.vector_layouts import VECTOR_LAYOUTS
 from gemma2tool.quantizers.calibration.vector_rounding import round_vectors
 from gemma2tool.quantizers.gguf_types import GGUF_TYPES, dequantize, quantize, row_bytes
-from gemma2tool.quantizers.kernels import _native
 
 PANEL = 256
 """Columns whose errors are subtracted from the columns beyond them at once."""
@@ -162,35 +162,9 @@ def _as_searched(type: str, columns: Array, upper: Tensor, blocks: Array) -> Rou
 
 def _round_near(type: str, columns: Array, upper: Tensor, fields: Fields) -> Rounded:
     """Blocks whose scales and minima are near ``fields``."""
-    layout, n = LAYOUTS[type], len(columns)
+    layout = LAYOUTS[type]
     candidates, (order, levels) = Candidates.near(layout, fields), layout.ascending
-    scales, offsets = np.ascontiguousarray(candidates.scales), candidates.offsets
-    offsets = np.zeros((n, layout.groups, 0), np.float32) if offsets is None else np.ascontiguousarray(offsets)
-    values = np.ascontiguousarray(columns)
-    codes, errors = np.empty((n, layout.columns), np.uint8), np.empty((n, layout.columns), np.float32)
-    choices, losses = np.empty((2, n, layout.groups), np.uint8), np.empty(n, np.float32)
-    assert scales.dtype == offsets.dtype == values.dtype == np.float32
-    _native.feedback_round_scalars(
-        x=values.ctypes.data,
-        rows=n,
-        stride=layout.columns,
-        upper=upper.data_ptr(),
-        upper_stride=upper.stride(0),
-        levels=levels.ctypes.data,
-        level_count=len(levels),
-        uniform=bool((np.diff(levels) == 1).all()),
-        width=layout.width,
-        groups=layout.groups,
-        scales=scales.ctypes.data,
-        scale_count=scales.shape[2],
-        offsets=offsets.ctypes.data if offsets.size else 0,
-        offset_count=offsets.shape[2],
-        codes=codes.ctypes.data,
-        scale_choices=choices[0].ctypes.data,
-        offset_choices=choices[1].ctypes.data,
-        errors=errors.ctypes.data,
-        losses=losses.ctypes.data,
-    )
-    blocks = np.zeros((n, GGUF_TYPES[type].block_bytes), np.uint8)
-    layout.write(blocks, order[codes], candidates.choose(*choices))
-    return Rounded(blocks, errors, losses)
+    rounded = round_scalars(columns, upper, levels, candidates.scales, candidates.offsets)
+    blocks = np.zeros((len(columns), GGUF_TYPES[type].block_bytes), np.uint8)
+    layout.write(blocks, order[rounded.codes], candidates.choose(rounded.scale_choices, rounded.offset_choices))
+    return Rounded(blocks, rounded.errors, rounded.losses)

@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 
-from gemma2tool.model.lazy import FLOAT32, Array, DType, LazyTensor
+from gemma2tool.model.lazy import FLOAT32, Array, DType, LazyTensor, to_float32
 from gemma2tool.quantizers import awq, compressed, gptq
 from gemma2tool.quantizers.awq import Awq
 from gemma2tool.quantizers.base import Encoder
-from gemma2tool.quantizers.casts import cast
-from gemma2tool.quantizers.compressed import Compressed, Scheme
+from gemma2tool.quantizers.bnb import FourBit, NestedScales
+from gemma2tool.quantizers.calibration.group_layouts import GroupCodes, GroupLayout, group_layout
+from gemma2tool.quantizers.compressed import Compressed
 from gemma2tool.quantizers.gguf_encoders import Blocks
 from gemma2tool.quantizers.gguf_types import GGUF_TYPES, dequantize, row_bytes
 from gemma2tool.quantizers.gptq import Gptq
@@ -55,6 +56,10 @@ class Grid(Protocol):
     def values(self, records: Array, group_of_column: Array) -> Array:
         """The values, float32 (n, I), of records. ``group_of_column`` (I,): the group of scales of each column."""
 
+    @property
+    def collects(self) -> tuple[str, ...]:
+        """Suffixes of parts that ``encoder.finish`` needs besides those of its own."""
+
     def pack(self, encoder: Encoder, records: Array) -> Mapping[str, Array]:
         """The parts of records as ``encoder`` stores them."""
 
@@ -63,8 +68,8 @@ class Grid(Protocol):
 class CodesEncoder(Encoder, Protocol):
     """An encoder that can also store rows that are codes already."""
 
-    def pack(self, codes: Array, zeros: Array, scales: Array) -> Mapping[str, Array]:
-        """The parts of rows (n, I) of codes with zeros and scales (n, G)."""
+    def pack(self, codes: Array, offsets: Array | None, scales: Array) -> Mapping[str, Array]:
+        """The parts of rows (n, I) of codes with scales (n, G) and the type's offsets (n, G), None if it has none."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +82,7 @@ class AffineGrid:
     parameters: Parameters
 
     steps: ClassVar[float] = 400.0
+    collects: ClassVar[tuple[str, ...]] = ()
 
     def record_dtype(self, columns: int) -> DType:
         scale = self.parameters(np.zeros(1, FLOAT32), np.ones(1, FLOAT32))[1].dtype
@@ -113,6 +119,8 @@ class BlockGrid:
 
     type: str
 
+    collects: ClassVar[tuple[str, ...]] = ()
+
     @property
     def group_size(self) -> int:
         """Columns of a block."""
@@ -137,11 +145,72 @@ class BlockGrid:
         return {"": np.ascontiguousarray(records["blocks"])}
 
 
-def grid_of(encoder: Encoder, columns: int) -> AffineGrid | BlockGrid | None:
+@dataclass(frozen=True)
+class GroupGrid:
+    """The values of a type whose groups, or rows, have a scale."""
+
+    layout: GroupLayout
+
+    steps: ClassVar[float] = 120e3
+
+    @property
+    def group_size(self) -> int:
+        return self.layout.width
+
+    @property
+    def collects(self) -> tuple[str, ...]:
+        return () if self.layout.nested_offset is None else (".nested_absmax",)
+
+    def record_dtype(self, columns: int) -> DType:
+        groups, layout = -(-columns // self.layout.width), self.layout
+        fields = [("codes", np.uint8, (columns,)), ("scales", layout.scale_dtype, (groups,))]
+        if layout.has_offsets:
+            fields.append(("offsets", np.int16 if layout.zeros else layout.scale_dtype, (groups,)))
+        if layout.nested_offset is not None:
+            fields += [("scale_codes", np.uint8, (groups,)), ("nested_absmax", np.float32, (groups,))]
+        return np.dtype(fields)
+
+    def round_rows(self, rows: Array, factors: Sequence[Factor]) -> Array:
+        from gemma2tool.quantizers.calibration.group_rounding import round_groups
+
+        result = round_groups(rows, factors, self.layout)
+        records = np.empty(len(rows), self.record_dtype(rows.shape[1]))
+        records["codes"], records["scales"] = result.codes, result.scales
+        if result.offsets is not None:
+            records["offsets"] = result.offsets
+        if result.nested is not None:
+            records["scale_codes"], records["nested_absmax"] = result.nested.codes, result.nested.absmax
+        return records
+
+    def values(self, records: Array, group_of_column: Array) -> Array:
+        offsets = to_float32(records["offsets"]) if self.layout.has_offsets else None
+        return self.layout.values(GroupCodes(records["codes"], to_float32(records["scales"]), offsets), group_of_column)
+
+    def pack(self, encoder: Encoder, records: Array) -> Mapping[str, Array]:
+        codes = self.layout.stored_codes(np.ascontiguousarray(records["codes"]))
+        if self.layout.nested_offset is not None:
+            assert isinstance(encoder, FourBit)
+            return encoder.pack_nested(codes, NestedScales(records["scale_codes"], records["nested_absmax"]))
+        assert isinstance(encoder, CodesEncoder)
+        offsets = np.ascontiguousarray(records["offsets"]) if self.layout.has_offsets else None
+        if offsets is not None and self.layout.zeros is not None:
+            offsets = (-offsets).astype(np.uint8)
+        return encoder.pack(codes, offsets, np.ascontiguousarray(records["scales"]))
+
+
+def grid_of(encoder: Encoder, columns: int, *, textbook: bool = False) -> Grid | None:
     """The grid of an encoder whose codes can be chosen freely, for rows of this many columns; None for any other
-    encoder."""
+    encoder. ``textbook``: scales by the type's own rule, where GPTQ or AWQ is defined by it.
+    """
     if isinstance(encoder, Blocks):
         return BlockGrid(encoder.type)
+    if textbook:
+        return _textbook_grid(encoder, columns)
+    layout = group_layout(encoder, columns)
+    return None if layout is None else GroupGrid(layout)
+
+
+def _textbook_grid(encoder: Encoder, columns: int) -> AffineGrid | None:
     if isinstance(encoder, Gptq):
         parameters = functools.partial(gptq.grid, bits=encoder.bits, symmetric=encoder.symmetric)
         return AffineGrid(2**encoder.bits - 1, encoder.columns_per_group(columns), parameters)
@@ -149,15 +218,9 @@ def grid_of(encoder: Encoder, columns: int) -> AffineGrid | BlockGrid | None:
         return AffineGrid(2**awq.BITS - 1, encoder.columns_per_group(columns), awq.grid)
     if isinstance(encoder, Compressed) and encoder.scheme.packed and encoder.scheme.bits == 4:
         scheme = encoder.scheme
-        parameters = functools.partial(_compressed_parameters, scheme=scheme, dtype=encoder.dtype)
+        parameters = functools.partial(compressed.unsigned_grid, scheme=scheme, dtype=encoder.dtype)
         return AffineGrid(2**scheme.bits - 1, scheme.group_size or columns, parameters)
     return None
-
-
-def _compressed_parameters(low: Array, high: Array, scheme: Scheme, dtype: DType) -> tuple[Array, Array]:
-    zeros, scales = compressed.grid(low, high, scheme, dtype)
-    lowest = np.uint8(1 << (scheme.bits - 1))
-    return np.full(low.shape, lowest) if zeros is None else zeros.view(np.uint8) + lowest, cast(scales, dtype)
 
 
 class RoundedMatrix(LazyTensor):

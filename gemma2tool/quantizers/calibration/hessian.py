@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,8 @@ PANEL = 512
 
 LEAF = 256
 """The largest triangular matrix that LAPACK inverts; larger ones are split in half."""
+
+_ONE_AT_A_TIME = threading.Lock()
 
 
 class Hessian:
@@ -77,6 +80,18 @@ class Factor:
     def row_major(self) -> Tensor:
         """``upper`` with each row contiguous, as the kernels read it; copied once, however many pieces use it."""
         return self.upper.contiguous()
+
+    @property
+    def hessian(self) -> Tensor:
+        """H + damping, in the order of rounding; computed once, whichever thread asks first."""
+        with _ONE_AT_A_TIME:
+            return self._hessian
+
+    @functools.cached_property
+    def _hessian(self) -> Tensor:
+        lower = self.upper.T.contiguous()
+        invert_lower_(lower)
+        return lower.T @ lower
 
 
 def inverse_factors(hessian: Hessian, damping: float, act_order: bool) -> list[Factor]:

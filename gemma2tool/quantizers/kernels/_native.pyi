@@ -61,6 +61,8 @@ def feedback_round_scalars(
     scale_count: int,
     offsets: int,
     offset_count: int,
+    scaled_offsets: bool = False,
+    *,
     codes: int,
     scale_choices: int,
     offset_choices: int,

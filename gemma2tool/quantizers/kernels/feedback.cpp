@@ -57,8 +57,9 @@ void round_rows(const FeedbackBlock& block, const ScalarGrid& grid, const Feedba
         const float* upper = block.upper + start * (stride + 1);
         F scale{}, offset{}, least = splat(LARGEST);
         I best_scale{}, best_offset{};
+        const auto shift = [&](F s, F o) __attribute__((always_inline)) { return grid.scaled_offsets ? s * o : o; };
         const auto attempt = [&](F s, F o, I scale_index, I offset_index) __attribute__((always_inline)) {
-            const F loss = round_group<uniform, false>(x + start, upper, stride, s, o, least, grid, nullptr, nullptr);
+            const F loss = round_group<uniform, false>(x + start, upper, stride, s, shift(s, o), least, grid, nullptr, nullptr);
             const I better = loss < least;
             least = better ? loss : least, scale = better ? s : scale, offset = better ? o : offset;
             best_scale = better ? scale_index : best_scale, best_offset = better ? offset_index : best_offset;
@@ -77,7 +78,8 @@ void round_rows(const FeedbackBlock& block, const ScalarGrid& grid, const Feedba
                 attempt(s, column(grid.offsets, grid.groups * offsets, g * offsets + i, first, rows), s_index,
                         splat((int32_t)i));
         }
-        losses += round_group<uniform, true>(x + start, upper, stride, scale, offset, least, grid, codes + start, errors + start);
+        losses += round_group<uniform, true>(x + start, upper, stride, scale, shift(scale, offset), least, grid, codes + start,
+                                             errors + start);
         compensate(x, errors, start, start + grid.width, columns, block.upper, stride);
         for (size_t l = 0; l < lanes; ++l) {
             result.scale_choices[(first + l) * grid.groups + g] = (uint8_t)best_scale[l];

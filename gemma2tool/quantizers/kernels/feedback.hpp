@@ -7,8 +7,8 @@
 
 #include "instruction_sets.hpp"
 
-// A value of a group is scale * level + offset. Every group of every row comes with scales and offsets to try, the first
-// of each being those that are known to be good.
+// A value of a group is scale * level + offset, or scale * (level + offset) with `scaled_offsets`. Every group of every row
+// comes with scales and offsets to try, the first of each being those that are known to be good.
 struct ScalarGrid {
     const float* levels;  // ascending
     size_t level_count;
@@ -18,6 +18,7 @@ struct ScalarGrid {
     size_t scale_count;
     const float* offsets;  // (rows, groups, offset_count), or null
     size_t offset_count;
+    bool scaled_offsets;
 };
 
 // A vector of `size` columns is scale * sign * entry: one of `entry_count` entries, and a sign for each column. With

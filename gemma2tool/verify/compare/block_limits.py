@@ -157,8 +157,10 @@ class BlockLimits:
 
     @property
     def _is_calibrated(self) -> bool:
-        """Whether too many blocks are beyond rounding to nearest for those to be damage."""
-        return self._beyond_nearest.blocks > NEAREST_SHARE * self._blocks
+        """Whether codes are known to be calibrated, or too many blocks are beyond rounding to nearest for those to be
+        damage.
+        """
+        return self.bound.is_calibrated or self._beyond_nearest.blocks > NEAREST_SHARE * self._blocks
 
     def _check(self, first: int, errors: BlockErrors, scale_error: Floats) -> None:
         is_bad, worst = self._beyond(first, errors, self.bound.worst, scale_error)

@@ -16,7 +16,8 @@ deserves an alarm.)
 An importance matrix makes every ggml type except Q8_0 and the ternary ones a search type, in which a value that the
 matrix calls unimportant may lose most of itself: ``weighted`` is the ceiling in that case, and ``WEIGHTED_RMSE`` the
 factor of the RMSE's ceiling. Calibration goes further: a code may be steps away from the nearest to make up for the
-errors of other columns, as far as ``calibrated``.
+errors of other columns, as far as ``calibrated``: at least twice the largest error seen for any type, with as few as
+96 tokens of calibration, where codes wander the farthest.
 """
 
 from __future__ import annotations
@@ -69,11 +70,13 @@ class Bound:
     fractions; infinite if there is none. ``floor``: absolute error that is always allowed, because the scale has a
     smallest step. ``relative_rmse``: limit on RMSE / RMS of a whole tensor. ``weighted``: ``worst`` with an
     importance matrix (None: the type ignores it), ``calibrated``: with a calibration (None: ``CALIBRATED`` times
-    that). ``nearest``: ``worst`` if every code is the nearest one, for types whose codes may also be calibrated
-    against inputs and then compensate for each other's errors. ``codes``: the outermost code, if its scale is of
+    that), and ``calibrated_rmse``: ``relative_rmse`` with one (None: ``WEIGHTED_RMSE`` times that). ``nearest``:
+    ``worst`` if every code is the nearest one, for types whose codes may also be calibrated against inputs and then
+    compensate for each other's errors. ``codes``: the outermost code, if its scale is of
     the model's type (whose smallest step is then multiplied by it). ``nested``: block scales are themselves
     quantized, 256 at a time (bitsandbytes' double quantization). ``tile``: number of rows that share a scale;
-    values too small for it have errors of up to ``tile_floor`` of the tile's absmax.
+    values too small for it have errors of up to ``tile_floor`` of the tile's absmax. ``is_calibrated``: codes are known
+    to be calibrated, so that errors beyond ``nearest`` are not damage.
     """
 
     block: int
@@ -83,21 +86,28 @@ class Bound:
     floor: float = 0.0
     weighted: float | None = None
     calibrated: float | None = None
+    calibrated_rmse: float | None = None
     nearest: float = math.inf
     codes: int = 0
     nested: bool = False
     tile: int = 0
     tile_floor: float = 0.0
+    is_calibrated: bool = False
 
     def for_rounding(self, rounding: Rounding) -> Bound:
         """The limits for codes that were chosen in this way."""
-        worst = None if rounding == "nearest" else self.weighted
+        if rounding == "nearest":
+            return self
+        bound, worst = self, self.weighted
         if rounding == "calibration":
+            bound = replace(self, nearest=min(self.nearest, self.worst), is_calibrated=True)
             worst = self.calibrated if worst is None else CALIBRATED * worst
         if worst is None:
-            return self
+            return bound
+        if rounding == "calibration" and self.calibrated_rmse is not None:
+            return replace(bound, worst=worst, anchor=math.inf, relative_rmse=self.calibrated_rmse)
         rmse = min(WEIGHTED_RMSE * self.relative_rmse, WEIGHTED_RMSE_MAX)
-        return replace(self, worst=worst, anchor=math.inf, relative_rmse=rmse)
+        return replace(bound, worst=worst, anchor=math.inf, relative_rmse=rmse)
 
     def with_rounding(self, relative: float, step: float = 0.0) -> Bound:
         """The limits if scales and decoded values are rounded to a float type, with errors up to ``relative`` or
@@ -154,12 +164,18 @@ BOUNDS: Mapping[str, Bound] = {
     "iq1_m": _search(256, math.inf, 0.95, codes=17, weighted=math.inf),
     # bitsandbytes: nearest of sixteen values times a float32 absmax; +-absmax are codes of their own. It multiplies by
     # 1 / absmax, which is infinite below 2^-128.
-    "nf4": Bound(BLOCKSIZE, _NF4 + 1e-6, 0.16, 1e-6, floor=_SMALLEST),
-    "fp4": Bound(BLOCKSIZE, _FP4 + 1e-6, 0.25, 1e-6, floor=_SMALLEST),
-    "nf4-dq": Bound(BLOCKSIZE, _NF4 + 1e-6, 0.16, 1e-6, floor=_SMALLEST, nested=True),
-    "fp4-dq": Bound(BLOCKSIZE, _FP4 + 1e-6, 0.25, 1e-6, floor=_SMALLEST, nested=True),
+    "nf4": Bound(BLOCKSIZE, _NF4 + 1e-6, 0.16, 1e-6, floor=_SMALLEST, calibrated=1.3, calibrated_rmse=0.28),
+    "fp4": Bound(BLOCKSIZE, _FP4 + 1e-6, 0.25, 1e-6, floor=_SMALLEST, calibrated=1.5, calibrated_rmse=0.38),
+    "nf4-dq": Bound(
+        BLOCKSIZE, _NF4 + 1e-6, 0.16, 1e-6, floor=_SMALLEST, nested=True, calibrated=1.3, calibrated_rmse=0.28
+    ),
+    "fp4-dq": Bound(
+        BLOCKSIZE, _FP4 + 1e-6, 0.25, 1e-6, floor=_SMALLEST, nested=True, calibrated=1.5, calibrated_rmse=0.38
+    ),
     # LLM.int8(): cast to float16 first, the row's absmax too, then the row's absmax / 127, nearest.
-    "int8": Bound(0, 1 / 254 + _F16, 0.05, _F16 + 1e-6, (1 + 1 / 254) * _F16_STEP),
+    "int8": Bound(
+        0, 1 / 254 + _F16, 0.05, _F16 + 1e-6, (1 + 1 / 254) * _F16_STEP, calibrated=0.15, calibrated_rmse=0.05
+    ),
     # Keras: value * (127 / (absmax + 1e-7)), both rounded to the model's type; in bfloat16 a code may be off by one.
     "keras-int8": Bound(0, 1 / 127 + 2.0**-8, 0.05, floor=1e-7),
     # Serving libraries. A block is a group of the size that the user chose. ``worst`` is for calibrated codes (and
@@ -173,19 +189,28 @@ BOUNDS: Mapping[str, Bound] = {
     "w4a16-asym": Bound(0, 2.0, 0.35, nearest=1.2 / 15 + 2.0**-7, codes=15),
     # float8 e4m3 with a scale of absmax / 448: 3 bits of mantissa, a smallest step of 2^-9, and a scale of the model's
     # type, one for a row or for 128 by 128 values.
-    "fp8-dynamic": Bound(0, 2.0**-4 + 2.0**-8, 0.05, codes=448),
-    "fp8-block": Bound(0, 2.0**-4 + 2.0**-8, 0.05, codes=448, tile=128, tile_floor=1.01 * 2.0**-10 / 448),
+    "fp8-dynamic": Bound(0, 2.0**-4 + 2.0**-8, 0.05, calibrated=0.45, calibrated_rmse=0.1, codes=448),
+    "fp8-block": Bound(
+        0,
+        2.0**-4 + 2.0**-8,
+        0.05,
+        calibrated=0.45,
+        calibrated_rmse=0.1,
+        codes=448,
+        tile=128,
+        tile_floor=1.01 * 2.0**-10 / 448,
+    ),
     "torchao-fp8": Bound(0, 2.0**-4 + 2.0**-8, 0.05, codes=448),
     # torchao's scales are at least float32's epsilon, 2^-23.
-    "torchao-int8": Bound(0, 1.5 / 127.5, 0.05, floor=2.0**-24, codes=128),
+    "torchao-int8": Bound(0, 1.5 / 127.5, 0.05, floor=2.0**-24, calibrated=0.15, calibrated_rmse=0.05, codes=128),
     # Steps of range / (2**bits - 1) from a stored bias, both in the model's type: a step, plus bfloat16's rounding of
     # both ends. A step is at least 1e-7.
-    "mlx-2": Bound(0, 2 / 3 + 2.0**-7, 0.90, floor=1e-7, codes=4),
-    "mlx-3": Bound(0, 2 / 7 + 2.0**-7, 0.55, floor=1e-7, codes=8),
-    "mlx-4": Bound(0, 2 / 15 + 2.0**-7, 0.35, floor=1e-7, codes=16),
-    "mlx-5": Bound(0, 2 / 31 + 2.0**-7, 0.18, floor=1e-7, codes=32),
-    "mlx-6": Bound(0, 2 / 63 + 2.0**-7, 0.09, floor=1e-7, codes=64),
-    "mlx-8": Bound(0, 2 / 255 + 2.0**-7, 0.05, floor=1e-7, codes=256),
+    "mlx-2": Bound(0, 2 / 3 + 2.0**-7, 0.90, floor=1e-7, calibrated=5.0, calibrated_rmse=0.9, codes=4),
+    "mlx-3": Bound(0, 2 / 7 + 2.0**-7, 0.55, floor=1e-7, calibrated=24 / 7, calibrated_rmse=0.55, codes=8),
+    "mlx-4": Bound(0, 2 / 15 + 2.0**-7, 0.35, floor=1e-7, calibrated=24 / 15, calibrated_rmse=0.35, codes=16),
+    "mlx-5": Bound(0, 2 / 31 + 2.0**-7, 0.18, floor=1e-7, calibrated=24 / 31, calibrated_rmse=0.18, codes=32),
+    "mlx-6": Bound(0, 2 / 63 + 2.0**-7, 0.09, floor=1e-7, calibrated=24 / 63, calibrated_rmse=0.09, codes=64),
+    "mlx-8": Bound(0, 2 / 255 + 2.0**-7, 0.05, floor=1e-7, calibrated=24 / 255, calibrated_rmse=0.05, codes=256),
     # MLX rounds a scale of absmax / 6 (448) to the nearest power of two, up to a factor of sqrt(2) below it, which
     # cuts off the largest values.
     "mlx-mxfp4": Bound(32, 1 - 2.0**-0.5 + 1e-5, 0.30),
@@ -194,7 +219,7 @@ BOUNDS: Mapping[str, Bound] = {
     "mlx-nvfp4": Bound(16, 17 / 96 + 1e-5, 0.30, floor=6 * 2.0**-10),
     # Half a step of range / 15 (255), where the range is at most twice absmax; the scale is rounded to float16, and
     # that error is multiplied by the code. AWQ's smallest range is 1e-5.
-    "awq-4": Bound(0, 0.6, 0.35, floor=1e-5, nearest=1 / 15 + 3 * _F16),
+    "awq-4": Bound(0, 0.6, 0.35, floor=1e-5, calibrated=2.0, calibrated_rmse=0.35, nearest=1 / 15 + 3 * _F16),
     "gptq-4": Bound(0, 2.0, 0.35, floor=15 * _F16_STEP, nearest=1 / 15 + 3 * _F16),
     "gptq-8": Bound(0, 0.12, 0.05, floor=255 * _F16_STEP, nearest=1 / 255 + 3 * _F16),
     # gemma.cpp's 8-bit floats: 3 bits of mantissa (2 for small values), truncated to 4 before rounding; the smallest is
