@@ -12,7 +12,7 @@ from gemma2tool.errors import InputRefused, ResourceError, ToolError, UsageError
 from gemma2tool.errors.extras import require
 from gemma2tool.sources.address import HubAddress
 from gemma2tool.sources.fetching import attempt
-from gemma2tool.sources.http import TRANSIENT, HTTPFile, reason
+from gemma2tool.sources.http import TRANSIENT, HTTPFile, make_client, reason
 from gemma2tool.sources.readahead import ReadAhead
 from gemma2tool.sources.remote import Digest, Transient
 from gemma2tool.storage.attached import SourceFile
@@ -37,6 +37,7 @@ class Repository:
 
     def __init__(self, address: HubAddress, source: ReadAhead) -> None:
         require("huggingface_hub", "hub", f"reading {address}")
+        self.client = make_client()  # not huggingface_hub's, which is shared: closing this one ends what is in flight
         self.address, self.files, self.cached = address, dict[str, SourceFile](), None
         try:
             info = attempt(str(address), lambda: self._asked(self._info), source.stop)
@@ -51,6 +52,9 @@ class Repository:
         for sibling in info.siblings or ():
             self.files[sibling.rfilename] = self._file(sibling, source)
 
+    def close(self) -> None:
+        self.client.close()
+
     def _info(self) -> Any:
         from huggingface_hub import HfApi
 
@@ -58,7 +62,7 @@ class Repository:
         return api.model_info(self.address.repository, revision=self.address.revision, files_metadata=True, timeout=30)
 
     def _file(self, sibling: Any, source: ReadAhead) -> SourceFile:
-        from huggingface_hub import get_session, hf_hub_url, try_to_load_from_cache
+        from huggingface_hub import hf_hub_url, try_to_load_from_cache
         from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
         name, repository = sibling.rfilename, self.address.repository
@@ -69,7 +73,7 @@ class Repository:
         if sibling.lfs:
             digest = Digest("sha256", sibling.lfs.sha256)
         file = HTTPFile(
-            get_session(),
+            self.client,
             hf_hub_url(repository, name, revision=self.commit),
             where=f"{self.address.at(self.address.revision)}/{name}",
             size=int(sibling.size or 0),

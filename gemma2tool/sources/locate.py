@@ -81,6 +81,7 @@ def _hub(located: Located, address: HubAddress) -> None:
 
     ahead = _read_ahead(located)
     repository = Repository(address, ahead)
+    located.closing(repository.close)
     below = f"/{address.path}" if address.path else ""
     located.address, located.pinned = str(address), address.at(repository.commit) + below
     if repository.cached is not None:
