@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gemma2tool.api.arguments import Config, PathLike, Source, as_path
-from gemma2tool.api.texts import imatrix, sensitivity
+from gemma2tool.api.texts import imatrix, quality, sensitivity, text_label
 from gemma2tool.formats.option_info import parse_size
 from gemma2tool.formats.options import Adapter, Calibration, GGUFOptions, PackingOptions, SplitOptions, WriteOptions
 from gemma2tool.formats.options_budget import Budget, parse_candidates
@@ -50,6 +50,9 @@ if TYPE_CHECKING:
     from gemma2tool.pipeline.importance import ImatrixOptions, ImatrixResult
     from gemma2tool.pipeline.inspection import Inspection
     from gemma2tool.pipeline.leftovers import Leftover
+    from gemma2tool.pipeline.quality.files import QualityFiles
+    from gemma2tool.pipeline.quality.result import Estimate, QualityPoint, QualityResult
+    from gemma2tool.pipeline.quality.run import QualityRequest
     from gemma2tool.pipeline.sensitivity.collect import SensitivityOptions
     from gemma2tool.pipeline.sensitivity.run import SensitivityResult
     from gemma2tool.pipeline.sensitivity.table import SensitivityTable
@@ -62,13 +65,15 @@ if TYPE_CHECKING:
 __all__ = [
     "Adapter", "Budget", "BudgetChoice", "BudgetOutcome", "Calibration", "Cause", "CheckFinding", "CheckRequest",
     "CheckResult", "Checkpoint", "Checks", "ConversionRequest", "ConversionResult", "Diagnosis", "DiffRequest",
-    "Difference", "Fact", "Finding", "FormatEntry", "GGUFOptions", "GateResult", "Gemma2Config", "Generation",
-    "GenerationOptions", "Hashes", "ImatrixOptions", "ImatrixResult", "Inspection", "Leftover", "PackingOptions",
-    "PlanSummary", "ProgressEvent", "ReportFiles", "RunOptions", "ScanFinding", "ScanResult", "SensitivityOptions",
+    "Difference", "Estimate", "Fact", "Finding", "FormatEntry", "GGUFOptions", "GateResult", "Gemma2Config",
+    "Generation", "GenerationOptions", "Hashes", "ImatrixOptions", "ImatrixResult", "Inspection", "Leftover",
+    "PackingOptions", "PlanSummary", "ProgressEvent", "QualityFiles", "QualityPoint", "QualityRequest",
+    "QualityResult", "ReportFiles", "RunOptions", "ScanFinding", "ScanResult", "SensitivityOptions",
     "SensitivityResult", "SensitivityTable", "SplitOptions", "TensorSummary", "Verification", "VerifyRequest",
     "WriteOptions", "check", "clean", "convert", "default_threads", "diff", "doctor", "formats", "gate_names",
     "generate", "hash", "imatrix", "inspect", "log_warnings", "logits", "open", "outputs_with_receipts",
-    "parse_candidates", "parse_gates", "plan", "quantize", "run", "scan", "sensitivity", "verify",
+    "parse_candidates", "parse_gates", "plan", "quality", "quantize", "run", "scan", "sensitivity", "text_label",
+    "verify",
 ]  # fmt: skip
 
 
@@ -76,11 +81,13 @@ _ELSEWHERE = {
     "BudgetChoice": "pipeline.budget.choice", "BudgetOutcome": "pipeline.budget.choice",
     "Cause": "verify.diagnosis.cause", "CheckFinding": "pipeline.checks.finding",
     "CheckRequest": "pipeline.checks.run", "CheckResult": "pipeline.checks.finding", "Diagnosis": "pipeline.doctor",
-    "Difference": "verify.difference", "Fact": "pipeline.doctor", "Finding": "verify.finding",
-    "FormatEntry": "formats.catalog", "GateResult": "verify.finding", "Generation": "pipeline.generation",
-    "GenerationOptions": "pipeline.generation", "Hashes": "model.digest", "ImatrixOptions": "pipeline.importance",
-    "ImatrixResult": "pipeline.importance", "Inspection": "pipeline.inspection", "Leftover": "pipeline.leftovers",
-    "ScanFinding": "pipeline.trust", "ScanResult": "pipeline.trust",
+    "Difference": "verify.difference", "Estimate": "pipeline.quality.result", "Fact": "pipeline.doctor",
+    "Finding": "verify.finding", "FormatEntry": "formats.catalog", "GateResult": "verify.finding",
+    "Generation": "pipeline.generation", "GenerationOptions": "pipeline.generation", "Hashes": "model.digest",
+    "ImatrixOptions": "pipeline.importance", "ImatrixResult": "pipeline.importance",
+    "Inspection": "pipeline.inspection", "Leftover": "pipeline.leftovers", "QualityFiles": "pipeline.quality.files",
+    "QualityPoint": "pipeline.quality.result", "QualityRequest": "pipeline.quality.run",
+    "QualityResult": "pipeline.quality.result", "ScanFinding": "pipeline.trust", "ScanResult": "pipeline.trust",
     "SensitivityOptions": "pipeline.sensitivity.collect", "SensitivityResult": "pipeline.sensitivity.run",
     "SensitivityTable": "pipeline.sensitivity.table", "Verification": "verify.result", "doctor": "pipeline.doctor",
     "scan": "pipeline.trust",

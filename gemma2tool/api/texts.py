@@ -1,4 +1,4 @@
-"""What a text tells about a model: importance matrices, sensitivity tables."""
+"""What a text tells about a model: importance matrices, sensitivity tables, quality at a size."""
 
 from __future__ import annotations
 
@@ -14,6 +14,9 @@ from gemma2tool.storage.paths import refuse_existing
 
 if TYPE_CHECKING:
     from gemma2tool.pipeline.importance import ImatrixOptions, ImatrixResult
+    from gemma2tool.pipeline.quality.files import QualityFiles
+    from gemma2tool.pipeline.quality.result import QualityResult
+    from gemma2tool.pipeline.quality.run import QualityRequest
     from gemma2tool.pipeline.sensitivity.collect import SensitivityOptions
     from gemma2tool.pipeline.sensitivity.run import SensitivityResult
 
@@ -61,3 +64,33 @@ def sensitivity(
     paths = run.SensitivityPaths(Path(out), as_path(calibration), as_path(text), tuple(map(Path, merge)))
     with opened(source, config) as checkpoint:
         return run.collect_sensitivity(checkpoint, paths, options, as_progress(progress))
+
+
+def quality(
+    source: Source,
+    request: QualityRequest,
+    *,
+    config: Config | None = None,
+    files: QualityFiles | None = None,
+    progress: ProgressCallback | None = None,
+) -> QualityResult:
+    """Measure KL divergence from the source against size: files of several GGUF types, which are written to a temporary
+    folder, and checkpoints that exist. ``files``: a table, a plot and a page to write.
+    """
+    from gemma2tool.pipeline.quality.run import measure_quality
+
+    with opened(source, config) as checkpoint:
+        if files is not None:
+            files.check((*checkpoint.files, *(path for _, path in request.texts), *request.files))
+        result = measure_quality(checkpoint, request, as_progress(progress))
+        if files is not None:
+            files.write(result)
+        return result
+
+
+def text_label(text: str) -> tuple[str, Path]:
+    """A label and a file from "LABEL=FILE", or from "FILE", whose label is its name without suffix."""
+    label, equals, path = text.partition("=")
+    if equals and label and path and not Path(text).exists():
+        return label, Path(path)
+    return Path(text).stem, Path(text)

@@ -56,9 +56,12 @@ def sensitivity(
     ] = "some",
     windows: Annotated[int, typer.Option("--windows", min=2, help="Windows of text that KL is summed over.")] = 16,
     samples: Annotated[
-        int | None, typer.Option("--samples", min=1, help="Windows of calibration text. Default: 128.")
+        int | None, typer.Option("--calibration-samples", min=1, help="Windows of calibration text. Default: 128.")
     ] = None,
-    length: Annotated[int | None, typer.Option("--length", min=16, help="Tokens of a window. Default: 512.")] = None,
+    length: Annotated[
+        int | None,
+        typer.Option("--calibration-length", min=16, help="Tokens of a window. Default: 512."),
+    ] = None,
     hessian_block: Annotated[
         int | None, typer.Option("--hessian-block", min=32, help="As of 'quantize --calibration'.")
     ] = None,

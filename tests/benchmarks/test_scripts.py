@@ -18,6 +18,10 @@ TINY = (FOLDER, "--size", "tiny")
 KERNEL_TYPES = "Q8_0,Q4_K"
 
 RUNS: dict[str, tuple[tuple[str, ...], str]] = {
+    "budget.py": (
+        ("--points", "2", "--windows", "2", "--samples", "2", "--candidates", "q4_k,q6_k"),
+        "of 2 within 10 %",
+    ),
     "end_to_end.py": ((*TINY, "--only", "hf", "--tokens", "8"), "verify out-hf by its receipt"),
     "forward.py": ((*TINY, "--tokens", "8"), "within 5e-5 + 1e-5 of the value: True"),
     "gguf_rates.py": (("--end-to-end", *TINY, "--only-end-to-end", "--values", "5e3"), "times cp plus"),

@@ -24,7 +24,7 @@ AREAS = {
     "Checkpoints and formats": checkpoints.ENTRIES,
     "Config, tokenizer, text and the forward pass": models.ENTRIES,
     "Quantization, calibration and importance matrices": quantization.ENTRIES,
-    "Sensitivity tables and budgets": budgets.ENTRIES,
+    "Sensitivity tables, budgets and quality at a size": budgets.ENTRIES,
 }
 """The entries by area, in the order of the documentation."""
 

@@ -1,4 +1,4 @@
-"""Sensitivity tables and budgets."""
+"""Sensitivity tables, budgets and quality at a size."""
 
 from __future__ import annotations
 
@@ -15,6 +15,9 @@ ENTRIES = (
     usage("budget.not-in-table", "the sensitivity table lacks a candidate", "collect it again with these --candidates"),
     usage("budget.options", "an option and a target decide the same", "leave out one of the two"),
     usage("budget.target", "several targets are given", "give one of --target-size, --target-bpw and --target-kl"),
+    usage("quality.label", "two texts have one label", "write --text LABEL=FILE"),
+    usage("quality.nothing", "nothing is given to measure, or no text to do so", "give --types or --file, and --text"),
+    usage("quality.short", "the text does not fill one window", "give a longer text, or a smaller --length"),
     usage("sensitivity.merge", "sensitivity tables do not add up", "merge tables of one model from different texts"),
     usage("sensitivity.no-text", "no text is given to collect a sensitivity table from", "give one with --calibration"),
     refused(
@@ -35,7 +38,7 @@ ENTRIES = (
     usage(
         "sensitivity.short",
         "the text is too short for a sensitivity table",
-        "give a longer text, a smaller --length, or fewer --windows",
+        "give a longer text, a smaller --calibration-length, or fewer --windows",
     ),
     refused("sensitivity.unfinished", "the collection of a sensitivity table was interrupted", "run it again"),
 )

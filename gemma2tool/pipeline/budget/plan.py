@@ -18,10 +18,11 @@ from gemma2tool.formats.options import WriteOptions
 from gemma2tool.formats.options_budget import PLACEHOLDER, Budget
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.progress import Progress
+from gemma2tool.model.tied_head import with_tied_head
 from gemma2tool.pipeline.budget.choice import BudgetChoice, BudgetOutcome, file_type_of
 from gemma2tool.pipeline.budget.solve import Group, solve
 from gemma2tool.pipeline.calibration.output import EMBEDDING
-from gemma2tool.pipeline.sensitivity.candidates import check_types, fitting
+from gemma2tool.pipeline.sensitivity.candidates import check_types, fitting, fitting_head
 from gemma2tool.pipeline.sensitivity.predict import Predictor
 from gemma2tool.pipeline.sensitivity.table import SensitivityTable
 from gemma2tool.quantizers.gguf_types import row_bytes
@@ -30,8 +31,6 @@ logger = logging.getLogger("gemma2tool")
 
 ALIGNMENT = 32
 """GGUF's, of every tensor."""
-
-BOOTSTRAP_DRAWS = 4000
 
 
 @dataclass(frozen=True)
@@ -44,15 +43,13 @@ class PlannedBudget:
 
     def outcome(self, source: Checkpoint, candidate: Checkpoint) -> BudgetOutcome:
         """The finished file beside its prediction."""
-        from gemma2tool.pipeline.sensitivity.measured import window_divergence
+        from gemma2tool.pipeline.sensitivity.measured import bootstrap_interval, window_divergence
 
         parts = [window_divergence(source, candidate, np.array(ids)) for ids in self.table.windows]
         kl = np.concatenate(parts)
-        length = np.repeat([text.length for text in self.table.texts], [len(part) for part in parts])
-        drawn = np.random.default_rng(0).integers(0, len(kl), (BOOTSTRAP_DRAWS, len(kl)))
-        means = (kl * length)[drawn].sum(1) / length[drawn].sum(1)
-        low, high = np.quantile(means, [0.025, 0.975])
-        return BudgetOutcome(self.choice, float((kl * length).sum() / length.sum()), (float(low), float(high)))
+        length = np.repeat([float(text.length) for text in self.table.texts], [len(part) for part in parts])
+        mean = float((kl * length).sum() / length.sum())
+        return BudgetOutcome(self.choice, mean, bootstrap_interval(kl, length))
 
 
 def plan_budget(
@@ -64,7 +61,7 @@ def plan_budget(
     target that no choice meets.
     """
     table = _table(source, budget, options, threads, progress)
-    problem = _Problem(source, table, budget, options)
+    problem = _Problem(with_tied_head(source), table, budget, options)
     choice = problem.choose()
     names = {entry.canonical[0]: entry.disk for entry in entries(TABLE, source.config)}
     patterns = tuple((f"^{re.escape(names[name])}$", type) for name, type in choice.types.items() if name != EMBEDDING)
@@ -125,7 +122,8 @@ class _Problem:
         result = {}
         for name in self._matrices():
             known = self.table.entries.get(name, {})
-            fits = fitting(wanted, self.source.tensors[name].row_size)
+            columns, is_head = self.source.tensors[name].row_size, name == EMBEDDING
+            fits = fitting_head(wanted, columns, self.table.rounding) if is_head else fitting(wanted, columns)
             missing = [type for type in fits if type not in known]
             if missing:
                 raise UsageError(

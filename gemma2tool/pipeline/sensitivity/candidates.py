@@ -57,6 +57,14 @@ def fitting(types: Sequence[str], columns: int) -> tuple[str, ...]:
     return by_size(dict.fromkeys(dividing(name.upper(), columns, blocks).lower() for name in types))
 
 
+def fitting_head(types: Sequence[str], columns: int, rounding: Rounding) -> tuple[str, ...]:
+    """``fitting`` for the embedding, whose inputs an importance matrix does not have."""
+    fits = fitting(types, columns)
+    if rounding == "calibration":
+        return fits
+    return tuple(name for name in fits if not GGUF_TYPES[name.upper()].needs_importance)
+
+
 @dataclass(frozen=True)
 class Inputs:
     """What is known of a matrix's inputs: the ``importance`` of its columns (I,), or the ``factors`` of the inverse

@@ -25,7 +25,7 @@ from gemma2tool.model.progress import Advance
 from gemma2tool.pipeline.calibration.head import head_hessian
 from gemma2tool.pipeline.calibration.layer import CalibratedLayer
 from gemma2tool.pipeline.calibration.session import DAMPING
-from gemma2tool.pipeline.sensitivity.candidates import Inputs, fitting, values
+from gemma2tool.pipeline.sensitivity.candidates import Inputs, fitting, fitting_head, values
 from gemma2tool.pipeline.sensitivity.embedding import EmbeddingCost
 from gemma2tool.pipeline.sensitivity.head import EMBEDDING, Head, divergence, final_norm
 from gemma2tool.pipeline.sensitivity.hessians import LayerHessians
@@ -159,7 +159,7 @@ class Collection:
         if self.options.rounding == "calibration" and self.checkpoint.config.tie_word_embeddings:
             hessian = head_hessian(self.checkpoint, streams.calibration, block, self.run)
             inputs = Inputs.of(hessian, self.options.rounding, self.options.damping)
-        types = fitting(self.types, self.checkpoint.tensors[EMBEDDING].row_size)
+        types = fitting_head(self.types, self.checkpoint.tensors[EMBEDDING].row_size, self.options.rounding)
         cost = EmbeddingCost(self.checkpoint, self.windows.evaluation, types, inputs, self.run)
         totals = cost.second_order(Head(self.checkpoint, self.final), self.gradients[0], advance)
         tokens, entries = len(self.final), {}

@@ -14,6 +14,8 @@ from gemma2tool.pipeline.sensitivity.head import EMBEDDING, HEAD, divergence
 from gemma2tool.pipeline.sensitivity.layer import WINDOWS
 from gemma2tool.reference.streaming import StreamedForward
 
+BOOTSTRAP_DRAWS = 4000
+
 
 def window_divergence(
     source: Checkpoint, candidate: Checkpoint, ids: NDArray[np.int64], advance: Advance | None = None
@@ -31,6 +33,15 @@ def window_divergence(
         if advance is not None:
             advance(batch.size, "windows")
     return np.concatenate(means)
+
+
+def bootstrap_interval(kl: NDArray[np.float64], weights: NDArray[np.float64] | None = None) -> tuple[float, float]:
+    """The 95 % interval of the mean of windows (N,), from windows drawn with replacement; ``weights``: their tokens."""
+    drawn = np.random.default_rng(0).integers(0, len(kl), (BOOTSTRAP_DRAWS, len(kl)))
+    weights = np.ones(len(kl)) if weights is None else weights
+    means = (kl * weights)[drawn].sum(1) / weights[drawn].sum(1)
+    low, high = np.quantile(means, [0.025, 0.975])
+    return float(low), float(high)
 
 
 def _batches(ids: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:

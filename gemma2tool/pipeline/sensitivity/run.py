@@ -17,6 +17,7 @@ from gemma2tool.errors.memory import out_of_memory_as_error
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.digest import hash_checkpoint
 from gemma2tool.model.progress import Progress, progress_or_null
+from gemma2tool.model.tied_head import with_tied_head
 from gemma2tool.pipeline.sensitivity.candidates import check_types, default_types
 from gemma2tool.pipeline.sensitivity.collect import Collection, SensitivityOptions, Streams
 from gemma2tool.pipeline.sensitivity.head import EMBEDDING
@@ -121,6 +122,7 @@ def collect_table(
         checkpoint, calibration, text, samples=options.samples, length=options.length, windows=options.windows
     )
     digest = hash_checkpoint(checkpoint, threads=options.threads).model
+    checkpoint = with_tied_head(checkpoint)
     table = SensitivityTable(
         model=digest,
         rounding=options.rounding,
@@ -129,7 +131,7 @@ def collect_table(
         windows=(tuple(tuple(row) for row in windows.evaluation.tolist()),),
         complete=False,
     )
-    hint = "use fewer --windows, a smaller --length, or close other programs"
+    hint = "use fewer --windows, a smaller --calibration-length, or close other programs"
     with (
         use_threads(options.threads),
         out_of_memory_as_error(f"windows of {windows.evaluation.shape[1]} tokens", hint),

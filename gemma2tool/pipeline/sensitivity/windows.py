@@ -49,7 +49,7 @@ def read_windows(
         raise UsageError(
             "sensitivity.short",
             f"{calibration}: fills {len(rows)} windows of {rows.shape[1]} tokens, and {2 * windows} are needed",
-            hint="give a longer text, a smaller --length, or fewer --windows",
+            hint="give a longer text, a smaller --calibration-length, or fewer --windows",
         )
     chosen = _spread(np.arange(len(rows)), min(samples or SAMPLES, len(rows) - windows))
     others = _spread(np.setdiff1d(np.arange(len(rows)), chosen), windows)

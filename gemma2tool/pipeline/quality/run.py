@@ -1,0 +1,174 @@
+"""Writes a file of each type, measures it on each text, and removes it again."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gemma2tool.errors import UsageError
+from gemma2tool.formats import registry
+from gemma2tool.formats.options import Calibration, GGUFOptions, WriteOptions
+from gemma2tool.formats.options_budget import PLACEHOLDER, Budget
+from gemma2tool.model.checkpoint import Checkpoint
+from gemma2tool.model.progress import Progress, progress_or_null
+from gemma2tool.pipeline.calibration.text import LENGTH, SAMPLES, read_sequences
+from gemma2tool.pipeline.output_names import check_type
+from gemma2tool.pipeline.quality.result import Estimate, QualityPoint, QualityResult
+from gemma2tool.pipeline.requests import default_threads
+from gemma2tool.pipeline.sensitivity.measured import bootstrap_interval, window_divergence
+from gemma2tool.pipeline.sensitivity.windows import describe
+
+
+@dataclass(frozen=True, kw_only=True)
+class QualityRequest:
+    """``types``: of GGUF files to write and measure. ``files``: checkpoints of any format to measure. ``texts``: label
+    and file of what they are measured on, in ``windows`` of ``length`` tokens. ``calibration``: also calibrate each
+    type, beside an importance matrix from the same text. ``imatrix``: that importance matrix. ``sensitivity``: with a
+    calibration, also the best choice of types at the size of each type's file.
+    """
+
+    types: tuple[str, ...] = ()
+    files: tuple[Path, ...] = ()
+    texts: tuple[tuple[str, Path], ...] = ()
+    windows: int = 32
+    length: int | None = None
+    calibration: Calibration = field(default_factory=Calibration)
+    imatrix: Path | None = None
+    sensitivity: Path | None = None
+    threads: int = field(default_factory=default_threads)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A file to measure: its name and variant, and how it is written; ``path``: one that exists."""
+
+    name: str
+    variant: str
+    options: WriteOptions | None = None
+    path: Path | None = None
+
+
+def measure_quality(source: Checkpoint, request: QualityRequest, progress: Progress | None = None) -> QualityResult:
+    """Measure every file of the request.
+
+    Raises ``UsageError`` for nothing to measure, types that GGUF does not have, and texts that are too short.
+    """
+    _check(request)
+    ids = {label: _windows(source, path, request) for label, path in request.texts}
+    texts = {label: describe(path, ids[label]) for label, path in request.texts}
+    measured = _Measurement(source, ids, request)
+    points: list[QualityPoint] = []
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="gemma2tool-quality-")))
+        jobs = list(_jobs(source, request, folder))
+        bar = stack.enter_context(progress_or_null(progress, len(jobs), "quality", unit="files"))
+        for job in jobs:
+            points += measured.points(job, folder)
+            bar.advance(1, f"{job.name} {job.variant}")
+    return QualityResult(source.path, texts, tuple(points), request.calibration.text)
+
+
+def _check(request: QualityRequest) -> None:
+    if not request.texts:
+        raise UsageError("quality.nothing", "no --text is given to measure on", hint="give one with --text FILE")
+    if not (request.types or request.files):
+        raise UsageError("quality.nothing", "no --types and no --file is given", hint="give what to measure")
+    labels = [label for label, _ in request.texts]
+    for label in labels:
+        if labels.count(label) > 1:
+            raise UsageError("quality.label", f"two texts are called {label!r}", hint="write --text LABEL=FILE")
+    for type in request.types:
+        check_type("gguf", type)
+    if request.sensitivity is not None and not request.calibration.is_asked:
+        hint = "give the text with --calibration"
+        raise UsageError("option.ignored", "--sensitivity has no effect without --calibration", hint=hint)
+
+
+def _windows(source: Checkpoint, path: Path, request: QualityRequest) -> NDArray[np.int64]:
+    try:
+        return read_sequences(path, source, samples=request.windows, length=request.length)
+    except UsageError as error:
+        if error.id != "calibration.short":
+            raise
+        hint = "give a longer text, or a smaller --length"
+        raise UsageError("quality.short", error.message, hint=hint) from None
+
+
+def _jobs(source: Checkpoint, request: QualityRequest, folder: Path) -> Iterator[_Job]:
+    imatrix = request.imatrix or _collected(source, request, folder)
+    for path in request.files:
+        yield _Job(path.name, "file", path=path)
+    for type in request.types:
+        options = WriteOptions(type=type, gguf=GGUFOptions(imatrix=imatrix))
+        yield _Job(type, "nearest" if imatrix is None else "imatrix", options)
+        if request.calibration.is_asked:
+            yield _Job(type, "calibration", WriteOptions(type=type, calibration=request.calibration))
+
+
+def _collected(source: Checkpoint, request: QualityRequest, folder: Path) -> Path | None:
+    """An importance matrix from the calibration text, if there is one."""
+    from gemma2tool.pipeline.importance import ImatrixOptions, collect_imatrix
+
+    calibration = request.calibration
+    if calibration.text is None or calibration.text.suffix == ".npy" or not request.types:
+        return None
+    options = ImatrixOptions(
+        chunk_size=calibration.length or min(LENGTH, source.config.max_position_embeddings),
+        max_chunks=calibration.samples or SAMPLES,
+        threads=request.threads,
+    )
+    return collect_imatrix(source, calibration.text, folder / "importance.gguf", options).out
+
+
+@dataclass(frozen=True)
+class _Measurement:
+    """Measures files on token ids (N, T) by label."""
+
+    source: Checkpoint
+    ids: dict[str, NDArray[np.int64]]
+    request: QualityRequest
+
+    def points(self, job: _Job, folder: Path) -> list[QualityPoint]:
+        """The point of a job; that of the types chosen for its size follows a calibrated one if there is a table."""
+        if job.options is None:
+            assert job.path is not None
+            return [self._point(job.name, job.variant, job.path)]
+        path = folder / f"{job.name}.gguf"
+        points = [self._written(job, path, job.options)]
+        if job.variant == "calibration" and self.request.sensitivity is not None:
+            options = self._chosen(points[0].nbytes, path.name)
+            points.append(self._written(replace(job, variant="budget"), path, options))
+        return points
+
+    def _chosen(self, size: int, name: str) -> WriteOptions:
+        from gemma2tool.pipeline.budget.plan import plan_budget
+
+        options = WriteOptions(type=PLACEHOLDER, name=name, calibration=self.request.calibration)
+        budget = Budget(target_size=size, sensitivity=self.request.sensitivity)
+        return plan_budget(self.source, budget, options, threads=self.request.threads).options
+
+    def _written(self, job: _Job, path: Path, options: WriteOptions) -> QualityPoint:
+        from gemma2tool.pipeline.conversion import save
+
+        save(self.source, path, options, to="gguf", threads=self.request.threads)
+        try:
+            return self._point(job.name, job.variant, path)
+        finally:
+            path.unlink()
+
+    def _point(self, name: str, variant: str, path: Path) -> QualityPoint:
+        with registry.open_checkpoint(path) as candidate:
+            kl = {label: _estimate(window_divergence(self.source, candidate, ids)) for label, ids in self.ids.items()}
+            nbytes = sum(file.stat().st_size for file in candidate.files)
+            values = sum(tensor.size for tensor in candidate.tensors.values())
+            return QualityPoint(name, variant, nbytes, 8 * nbytes / values, kl)
+
+
+def _estimate(kl: NDArray[np.float64]) -> Estimate:
+    return Estimate(float(kl.mean()), *bootstrap_interval(kl))
