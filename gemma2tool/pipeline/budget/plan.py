@@ -22,7 +22,7 @@ from gemma2tool.model.tied_head import with_tied_head
 from gemma2tool.pipeline.budget.choice import BudgetChoice, BudgetOutcome, file_type_of
 from gemma2tool.pipeline.budget.solve import Group, solve
 from gemma2tool.pipeline.calibration.output import EMBEDDING
-from gemma2tool.pipeline.sensitivity.candidates import check_types, fitting, fitting_head
+from gemma2tool.pipeline.sensitivity.candidates import check_types, fitting, fitting_head, usable
 from gemma2tool.pipeline.sensitivity.predict import Predictor
 from gemma2tool.pipeline.sensitivity.table import SensitivityTable
 from gemma2tool.quantizers.gguf_types import row_bytes
@@ -118,24 +118,29 @@ class _Problem:
     @cached_property
     def allowed(self) -> Mapping[str, tuple[str, ...]]:
         """The candidates of each matrix, smallest first."""
-        wanted = check_types(self.budget.candidates or self.table.types, self.options.rounding)
+        rounding = self.options.rounding
+        wanted = check_types(self.budget.candidates or usable(self.table.types, rounding), rounding)
         result = {}
         for name in self._matrices():
             known = self.table.entries.get(name, {})
             columns, is_head = self.source.tensors[name].row_size, name == EMBEDDING
             fits = fitting_head(wanted, columns, self.table.rounding) if is_head else fitting(wanted, columns)
             missing = [type for type in fits if type not in known]
+            if not fits:
+                continue  # its rows divide into no block: it keeps a float type
             if missing:
                 raise UsageError(
                     "budget.not-in-table",
                     f"the sensitivity table does not have {name} in {missing[0]}",
-                    hint=f"collect it with --candidates {','.join(wanted)}, or choose from {', '.join(known)}",
+                    hint=f"collect it with --candidates {','.join(wanted)}"
+                    + (f", or choose from {', '.join(known)}" if known else ""),
                 )
             result[name] = fits
         return result
 
     def _matrices(self) -> list[str]:
-        return [name for name in self.table.entries if name in self.source.tensors]
+        specs = self.source.specs.values()
+        return [spec.name for spec in specs if spec.quantizable and spec.name in self.source.tensors]
 
     def _nbytes(self, name: str, type: str) -> int:
         tensor = self.source.tensors[name]

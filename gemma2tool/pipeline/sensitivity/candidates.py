@@ -40,10 +40,15 @@ def check_types(types: Sequence[str], rounding: Rounding) -> tuple[str, ...]:
         if name not in QUANTIZED:
             hint = choices.hint(name, QUANTIZED)
             raise UsageError("budget.candidates", f"{name!r} is not a quantized GGUF tensor type", hint=hint)
-        if rounding == "nearest" and GGUF_TYPES[name.upper()].needs_importance:
-            hint = "use --rounding calibration, or leave it out of --candidates"
+        if not usable([name], rounding):
+            hint = "choose codes by calibration or with an importance matrix, or leave it out of --candidates"
             raise UsageError("budget.candidates", f"{name} is unusable when rounded to nearest", hint=hint)
     return by_size(dict.fromkeys(types))
+
+
+def usable(types: Sequence[str], rounding: Rounding) -> tuple[str, ...]:
+    """Those of ``types`` whose codes can be chosen like this: some are unusable when rounded to nearest."""
+    return tuple(name for name in types if rounding != "nearest" or not GGUF_TYPES[name.upper()].needs_importance)
 
 
 def by_size(types: Sequence[str] | Mapping[str, None]) -> tuple[str, ...]:
@@ -54,15 +59,13 @@ def fitting(types: Sequence[str], columns: int) -> tuple[str, ...]:
     """The types that rows of this length are stored in where ``types`` are requested, as llama-quantize replaces those
     whose blocks do not divide the rows; smallest first."""
     blocks = {name: type.block_elements for name, type in GGUF_TYPES.items()}
-    return by_size(dict.fromkeys(dividing(name.upper(), columns, blocks).lower() for name in types))
+    fits = dict.fromkeys(dividing(name.upper(), columns, blocks).lower() for name in types)
+    return by_size([name for name in fits if name in QUANTIZED])
 
 
 def fitting_head(types: Sequence[str], columns: int, rounding: Rounding) -> tuple[str, ...]:
     """``fitting`` for the embedding, whose inputs an importance matrix does not have."""
-    fits = fitting(types, columns)
-    if rounding == "calibration":
-        return fits
-    return tuple(name for name in fits if not GGUF_TYPES[name.upper()].needs_importance)
+    return usable(fitting(types, columns), rounding if rounding == "calibration" else "nearest")
 
 
 @dataclass(frozen=True)

@@ -115,7 +115,12 @@ def write_table(table: SensitivityTable, path: Path, *, force: bool) -> None:
 
 def read_table(path: Path) -> SensitivityTable:
     """Raises ``InputRefused`` (``sensitivity.schema``) for anything but a whole table."""
-    document = strict_json.load(path, what="sensitivity table", max_bytes=MAX_BYTES)
+    try:
+        document = strict_json.load(path, what="sensitivity table", max_bytes=MAX_BYTES)
+    except InputRefused as error:
+        if not error.id.startswith("json."):
+            raise
+        raise InputRefused("sensitivity.schema", f"{error.message}, and a sensitivity table is JSON") from None
     if not isinstance(document, dict) or document.get("schema") != SCHEMA:
         stated = document.get("schema") if isinstance(document, dict) else None
         raise InputRefused("sensitivity.schema", f"{path}: schema {stated!r} is not {SCHEMA!r}")

@@ -13,7 +13,7 @@ import pytest
 from gemma2tool import api
 from gemma2tool.formats import registry
 from gemma2tool.pipeline.budget.choice import file_type_of
-from gemma2tool.pipeline.sensitivity.table import SensitivityTable, read_table, write_table
+from gemma2tool.pipeline.sensitivity.table import SensitivityTable, Sum, read_table, write_table
 from gemma2tool.reference.streaming import StreamedForward
 from tests.support.commands import assert_refused, run
 
@@ -145,10 +145,24 @@ def test_a_table_of_another_model_is_refused(source: Path, table: Path, tmp_path
 def test_the_table_is_of_codes_chosen_in_another_way(
     source: Path, table: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    changed: SensitivityTable = dataclasses.replace(read_table(table), rounding="calibration")
+    known = read_table(table)
+    entries = {
+        name: {**types, "iq2_xxs": dataclasses.replace(types["q3_k"], second_order=Sum(0.0, 1))}
+        for name, types in known.entries.items()
+    }
+    changed: SensitivityTable = dataclasses.replace(known, rounding="calibration", entries=entries)
     write_table(changed, tmp_path / "t.json", force=False)
-    planned(source, tmp_path / "t.json", target_size=3_600_000)
+    choice = planned(source, tmp_path / "t.json", target_size=3_600_000)
+    assert "iq2_xxs" not in choice.types.values()  # although it costs nothing: nearest codes of it are useless
     assert "chosen by calibration" in caplog.text and "nearest" in caplog.text
+
+
+def test_a_table_that_lacks_a_matrix_is_refused(source: Path, table: Path, tmp_path: Path) -> None:
+    known = read_table(table)
+    entries = {name: types for name, types in known.entries.items() if "layers.2.mlp.up" not in name}
+    write_table(dataclasses.replace(known, entries=entries), tmp_path / "t.json", force=False)
+    options = ("--target-size", "3.6MB", "--sensitivity", tmp_path / "t.json")
+    assert_refused(run("quantize", source, tmp_path / "x.gguf", *options), 2, "model.layers.2.mlp.up_proj.weight")
 
 
 def test_the_file_type_is_that_of_most_values() -> None:

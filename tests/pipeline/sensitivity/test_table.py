@@ -61,6 +61,14 @@ def test_other_documents_are_refused(change: dict[str, object], tmp_path: Path) 
     assert refused.value.id == "sensitivity.schema"
 
 
+def test_files_that_are_not_json_are_refused(tmp_path: Path) -> None:
+    for content in (b"\xff\xfe", b"{", b"[1, 2]", b"null"):
+        (tmp_path / "t.json").write_bytes(content)
+        with pytest.raises(InputRefused) as refused:
+            read_table(tmp_path / "t.json")
+        assert refused.value.id == "sensitivity.schema"
+
+
 def test_sums_of_different_texts_add_up() -> None:
     other = dataclasses.replace(TABLE, texts=(Text("b.txt", "b" * 64, 1, 4),))
     merged = merge_tables([(Path("a"), TABLE), (Path("b"), other)])
