@@ -33,7 +33,7 @@ def table(fixture_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         TYPES,
         "--windows",
         8,
-        "--length",
+        "--calibration-length",
         96,
         "--measure",
         "none",
