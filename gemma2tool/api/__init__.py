@@ -237,6 +237,7 @@ def verify(
     reference: PathLike | None = None,
     receipt: PathLike | None = None,
     logits: PathLike | None = None,
+    engines: Sequence[str] = (),
     tokens: PathLike | None = None,
     text: PathLike | None = None,
     gates: Mapping[str, float] | None = None,
@@ -250,7 +251,8 @@ def verify(
     """Compare a checkpoint with the one it was made from, with its receipt, or with what an engine computes from it.
 
     ``reference``: the source. ``receipt``: default is the one beside the candidate. ``logits``: an engine's float
-    logits (.npy) for ``tokens``. ``config``: of a candidate that has none of its own, and of such a reference unless
+    logits (.npy) for ``tokens``. ``engines``: programs to run on it ("transformers", "llama.cpp", "mlx-lm",
+    "keras-hub"). ``config``: of a candidate that has none of its own, and of such a reference unless
     ``reference_config`` is given. ``readers``: the libraries of its format read the candidate too. A difference is a
     failed gate in the result (``result.passed``, ``result.causes``), not an exception.
     """
@@ -259,6 +261,7 @@ def verify(
         reference=reference,
         receipt=as_path(receipt),
         logits=as_path(logits),
+        engines=tuple(engines),
         checks=Checks.of(tokens, text, gates),
         config=config,
         reference_config=reference_config,

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from gemma2tool.cli import options as o
+from gemma2tool.cli.groups import completion
 from gemma2tool.cli.progress import ProgressDisplay
 from gemma2tool.cli.reports import Reports
 from gemma2tool.cli.terminal import Console
@@ -32,6 +33,15 @@ class VerifyOptions:
             "--logits",
             metavar="FILE",
             help="Float logits (.npy) of the last positions that another program computed from CANDIDATE and --tokens.",
+        ),
+    ] = None
+    engine: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--engine",
+            metavar="NAME",
+            help="Run transformers, llama.cpp, mlx-lm or keras-hub on CANDIDATE and compare. Repeatable, or A,B.",
+            autocompletion=completion(("transformers", "llama.cpp", "mlx-lm", "keras-hub")),
         ),
     ] = None
     tokens: o.Tokens = None
@@ -65,8 +75,8 @@ def verify(
     fails.
 
     With --reference: tensors, config, tokenizer, logits. With a receipt: whether files, values, config, tokenizer and
-    logits are those that were verified when it was written. With --logits: whether an engine runs it right, and if not,
-    its mistake.
+    logits are those that were verified when it was written. With --engine or --logits: whether an engine runs it right,
+    and if not, its mistake.
     """
     from gemma2tool import api
     from gemma2tool.verify.reports.terminal import render_verdict, render_verification
@@ -77,6 +87,7 @@ def verify(
         reference=options.reference,
         receipt=options.against,
         logits=options.logits,
+        engines=tuple(name.strip() for names in options.engine or () for name in names.split(",")),
         tokens=options.tokens,
         text=options.text,
         gates=api.parse_gates(options.gate or ()),

@@ -26,6 +26,10 @@ Answer = Callable[[Mapping[str, Any]], Iterator[Message]]
 """What a witness does: from a request to messages."""
 
 
+class Unable(Exception):
+    """A library cannot do something here: it is missing, broken or too old."""
+
+
 class BrokenAnswer(Exception):
     """The other side sent something that is not a message, or too much."""
 
@@ -59,8 +63,8 @@ def read_all(stream: BinaryIO, max_bytes: int) -> Iterator[Message]:
 def serve(answer: Answer) -> None:
     """The main function of a witness: read the request, send the messages of ``answer``.
 
-    What a library prints does not reach the answer: its standard output goes to standard error. An exception is sent as
-    ``broken``, with its type and its first line.
+    What a library prints does not reach the answer: its standard output goes to standard error. ``Unable`` is sent as
+    ``unable``, another exception as ``broken``, with its type and its first line.
     """
     request = json.loads(sys.stdin.buffer.read())
     stream = os.fdopen(os.dup(1), "wb")
@@ -72,6 +76,9 @@ def serve(answer: Answer) -> None:
         write(stream, Message({"kind": "done"}))
     except BrokenPipeError:
         os._exit(1)
+    except Unable as error:
+        write(stream, Message({"kind": "unable", "message": str(error)}))
+        write(stream, Message({"kind": "done"}))
     except Exception as error:
         write(stream, Message({"kind": "broken", "message": sentence(error)}))
     # Libraries' threads and exit handlers have nothing to add.

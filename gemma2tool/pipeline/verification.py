@@ -34,8 +34,8 @@ logger = logging.getLogger("gemma2tool")
 
 @dataclass(frozen=True, kw_only=True)
 class VerifyRequest:
-    """What to hold a candidate to: its source (``reference``), a receipt (default: the one beside it), or an engine's
-    ``logits``.
+    """What to hold a candidate to: its source (``reference``), a receipt (default: the one beside it), an engine's
+    ``logits``, or ``engines`` that are run on it, by the names of ``engines.run.ENGINES``.
 
     ``config``: of a candidate that has none of its own, and of such a reference unless ``reference_config`` is given.
     ``readers``: with ``reference``, let the libraries that define the candidate's format read it too.
@@ -45,6 +45,7 @@ class VerifyRequest:
     reference: Path | str | None = None
     receipt: Path | None = None
     logits: Path | None = None
+    engines: tuple[str, ...] = ()
     checks: Checks = field(default_factory=Checks)
     config: Gemma2Config | Path | str | None = None
     reference_config: Gemma2Config | Path | str | None = None
@@ -68,7 +69,12 @@ def verify(request: VerifyRequest, progress: Progress | None = None) -> Verifica
 
     Raises ``UsageError`` for a request that names several things to compare with, or none that exists.
     """
-    ways = {"--reference": request.reference, "--against": request.receipt, "--logits": request.logits}
+    ways = {
+        "--reference": request.reference,
+        "--against": request.receipt,
+        "--logits": request.logits,
+        "--engine": request.engines or None,
+    }
     chosen = [option for option, value in ways.items() if value is not None]
     if len(chosen) > 1:
         raise UsageError(
@@ -78,6 +84,8 @@ def verify(request: VerifyRequest, progress: Progress | None = None) -> Verifica
         result = _with_source(request, request.reference, progress)
     elif request.logits is not None:
         result = _with_logits(request, request.logits, progress)
+    elif request.engines:
+        result = _with_engines(request, progress)
     else:
         result = _with_receipt(request, progress)
     request.reports.write([result])
@@ -166,7 +174,7 @@ def _with_source(request: VerifyRequest, reference: Path | str, progress: Progre
 
 
 def _with_logits(request: VerifyRequest, logits: Path, progress: Progress | None) -> Verification:
-    from gemma2tool.verify.engine import verify_logits
+    from gemma2tool.verify.engine import LogitsSettings, verify_logits
 
     checks = request.checks
     if checks.tokens is None or checks.text is not None:
@@ -181,10 +189,20 @@ def _with_logits(request: VerifyRequest, logits: Path, progress: Progress | None
             read_tokens(checks.tokens, candidate.config),
             read_logits(logits),
             name=str(logits),
-            gates=checks.gates,
-            threads=request.threads,
-            progress=progress,
+            settings=LogitsSettings(gates=checks.gates, threads=request.threads, progress=progress),
         )
+
+
+def _with_engines(request: VerifyRequest, progress: Progress | None) -> Verification:
+    from gemma2tool.pipeline.engines import EngineChecks, verify_with_engines
+
+    checks = request.checks
+    with _opened(request.candidate, resolve_config(request.config)) as candidate:
+        request.reports.check((*checks.files, *candidate.files))
+        log_warnings(candidate, candidate.path.name)
+        ids = read_prompts(checks.tokens, checks.text, candidate)
+        settings = EngineChecks(names=request.engines, ids=ids, gates=checks.gates, threads=request.threads)
+        return verify_with_engines(candidate, settings, progress)
 
 
 def _with_receipt(request: VerifyRequest, progress: Progress | None) -> Verification:

@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gemma2tool.engines.readers import child, library
+from gemma2tool.engines.messages import Unable
+from gemma2tool.engines.readers import child
 from gemma2tool.engines.readers.question import Question, Reading
 from gemma2tool.formats import registry
 from gemma2tool.formats.gguf import convert as gguf_convert
@@ -215,7 +216,7 @@ class TestLibrariesThatFail:
 
     def test_a_missing_library(self, source, tmp_path: Path, monkeypatch) -> None:
         def missing(name: str, load: object) -> None:
-            raise library.Unable(f"{name} cannot be imported: ModuleNotFoundError: No module named '{name}'")
+            raise Unable(f"{name} cannot be imported: ModuleNotFoundError: No module named '{name}'")
 
         monkeypatch.setattr("gemma2tool.engines.readers.gguf_library.imported", missing)
         result = gate.gate_result(read(write_checkpoint(source, tmp_path / "model.gguf")))
@@ -231,7 +232,7 @@ class TestLibrariesThatFail:
 
     def test_bitsandbytes_alone_missing_leaves_the_rest(self, source, tmp_path: Path, monkeypatch) -> None:
         def missing(name: str, load: object) -> None:
-            raise library.Unable(f"{name} cannot be imported: ImportError: nothing")
+            raise Unable(f"{name} cannot be imported: ImportError: nothing")
 
         monkeypatch.setattr("gemma2tool.engines.readers.bitsandbytes_library.imported", missing)
         result = gate.gate_result(read(write_checkpoint(source, tmp_path / "out", type="int8")))

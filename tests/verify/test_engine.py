@@ -11,12 +11,13 @@ from gemma2tool.cli.main import app
 from gemma2tool.errors import InputRefused, UsageError
 from gemma2tool.formats import registry
 from gemma2tool.pipeline.inputs import read_logits
-from gemma2tool.verify.engine import verify_logits
+from gemma2tool.verify.engine import LogitsSettings, verify_logits
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 TOKENS = 80
+SETTINGS = LogitsSettings(threads=1)
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +53,7 @@ def engine(folder: Path, dtype: torch.dtype = torch.float32, **mistakes: object)
 def test_an_engines_mistake_is_named_and_its_precision_passes(folder: Path, mistakes: dict, cause: str | None) -> None:
     logits = engine(folder, **mistakes)
     with registry.open_checkpoint(folder / "hf") as checkpoint:
-        result = verify_logits(checkpoint, np.load(folder / "ids.npy"), logits, name="engine", threads=1)
+        result = verify_logits(checkpoint, np.load(folder / "ids.npy"), logits, name="engine", settings=SETTINGS)
     assert [cause.id for cause in result.causes] == ([cause] if cause else [])
     assert result.passed is (cause is None)
 
@@ -61,7 +62,7 @@ def test_an_engines_mistake_is_named_and_its_precision_passes(folder: Path, mist
 def test_logits_of_the_last_positions_suffice(folder: Path) -> None:
     logits = engine(folder)[0, -3:]
     with registry.open_checkpoint(folder / "hf") as checkpoint:
-        result = verify_logits(checkpoint, np.load(folder / "ids.npy"), logits, name="engine", threads=1)
+        result = verify_logits(checkpoint, np.load(folder / "ids.npy"), logits, name="engine", settings=SETTINGS)
         assert result.passed and result.gate("logits").metrics["max_abs_difference"] < 5e-5
         with pytest.raises(UsageError):
             verify_logits(checkpoint, np.load(folder / "ids.npy"), logits[:, 1:], name="engine")
@@ -74,7 +75,7 @@ def test_nonfinite_logits_are_reported_for_the_file(folder: Path, value: float) 
     logits = engine(folder)
     logits[0, 3, :5] = value
     with registry.open_checkpoint(folder / "hf") as checkpoint:
-        result = verify_logits(checkpoint, np.load(folder / "ids.npy"), logits, name="engine.npy", threads=1)
+        result = verify_logits(checkpoint, np.load(folder / "ids.npy"), logits, name="engine.npy", settings=SETTINGS)
     gate = result.gate("logits")
     assert gate.summary == f"5 of {logits.size} logits of engine.npy are NaN or infinite"
     assert gate.failed and gate.findings[0].message == gate.summary

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from gemma2tool.engines.library import imported
 from gemma2tool.engines.messages import Message, sentence
-from gemma2tool.engines.readers.library import imported
 
 Weights = Mapping[str, tuple[str, list[int], list[list[int]]]]
 """Canonical name -> its name in the file, shape, ranges of rows."""

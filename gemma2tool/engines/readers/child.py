@@ -22,8 +22,7 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from gemma2tool.engines.messages import Message, serve
-from gemma2tool.engines.readers.library import Unable
+from gemma2tool.engines.messages import Message, Unable, serve
 
 
 def answer(request: Mapping[str, Any]) -> Iterator[Message]:

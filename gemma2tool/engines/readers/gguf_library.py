@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from gemma2tool.engines.messages import Message, sentence
-from gemma2tool.engines.readers.library import Unable, imported
+from gemma2tool.engines.library import imported
+from gemma2tool.engines.messages import Message, Unable, sentence
 
 _ARRAY, _STRING = 9, 8
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from gemma2tool.engines.messages import Message, sentence
-from gemma2tool.engines.readers.library import Unable, imported
+from gemma2tool.engines.library import imported
+from gemma2tool.engines.messages import Message, Unable, sentence
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _FLOAT8 = ("float8_e4m3fn", "float8_e5m2", "float8_e8m0fnu")

@@ -7,6 +7,10 @@ from gemma2tool.errors.entry import refused, resource, usage
 ENTRIES = (
     usage("clean.path", "the path given to clean cannot be an output", "name the output, or the folder that it is in"),
     resource("device.missing", "torch cannot use the device that --device names", "use --device cpu"),
+    usage("engine.format", "the engine does not load checkpoints of this format", "choose one that the hint names"),
+    usage("engine.missing", "the engine that --engine names is not installed", "install it as the hint says"),
+    usage("engine.prompt", "an engine is given several prompts", "pass one prompt, or a shorter text"),
+    usage("engine.unknown", "--engine names an unknown engine", "choose one of those that the hint lists"),
     usage(
         "extra.missing",
         "the format needs a library that is not installed",

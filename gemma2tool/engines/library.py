@@ -5,20 +5,18 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
-from types import ModuleType
+from typing import Any
 
-from gemma2tool.engines.messages import Message, sentence
-
-
-class Unable(Exception):
-    """A library cannot do this here: it is missing, broken or too old."""
+from gemma2tool.engines.messages import Message, Unable, sentence
 
 
-def imported(name: str, load: Callable[[], ModuleType]) -> tuple[ModuleType, Message]:
+def imported(name: str, load: Callable[[], Any]) -> tuple[Any, Message]:
     """The library and its ``library`` message. Raises ``Unable`` if it cannot be imported."""
     start = time.process_time()
     try:
         module = load()
+    except Unable:
+        raise
     except Exception as error:
         raise Unable(f"{name} cannot be imported: {sentence(error)}") from error
     try:
