@@ -21,6 +21,14 @@ QUANTIZED_FOLDERS = ("hf", "mlx")
 GGUF_QUANTIZED = (*(name for name in FILE_TYPES if name not in FLOATS), *ALIASES)
 """GGUF's quantized types, by the names of --type."""
 
+FOLDERS_QUANTIZED = (
+    *("nf4", "fp4", "int8", "w8a8-int8", "w8a16", "w4a16", "w4a16-asym", "fp8-dynamic", "fp8-block"),
+    *("gptq-4", "gptq-8", "awq-4", "torchao-int8"),
+    *(f"mlx-{bits}" for bits in (2, 3, 4, 5, 6, 8)),
+    *(f"mlx-mixed-{bits}" for bits in ("2-6", "3-4", "3-6", "4-6")),
+)
+"""The types of quantized folders."""
+
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
 
@@ -99,10 +107,11 @@ class OptionInfo:
 
 
 def type_names(types: Iterable[str]) -> list[str]:
-    """Types for a sentence: GGUF's, where all quantized ones are among them, as one."""
+    """Types for a sentence: GGUF's, and those of folders, where all quantized ones are among them, as one."""
     names = list(types)
-    if set(GGUF_QUANTIZED) <= set(names):
-        return [*(name for name in names if name not in GGUF_QUANTIZED), "GGUF's quantized types"]
+    for group, name in ((GGUF_QUANTIZED, "GGUF's quantized types"), (FOLDERS_QUANTIZED, "those of folders")):
+        if set(group) <= set(names):
+            names = [*(other for other in names if other not in group), name]
     return names
 
 

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 from gemma2tool.errors import UsageError
 from gemma2tool.formats.option_info import (
+    FOLDERS_QUANTIZED,
     GGUF_QUANTIZED,
     QUANTIZED_FOLDERS,
     normalize,
@@ -38,18 +39,7 @@ GROUP_SIZES: Mapping[str, tuple[int, ...]] = MappingProxyType(
 )
 """Quantization type -> the group sizes (columns that share a scale) that its consumers have kernels for."""
 
-_BITSANDBYTES_TYPES = ("nf4", "fp4", "int8")
-_COMPRESSED_TYPES = ("w8a8-int8", "w8a16", "w4a16", "w4a16-asym", "fp8-dynamic", "fp8-block")
-CALIBRATED_TYPES = (
-    *_BITSANDBYTES_TYPES,
-    *_COMPRESSED_TYPES,
-    "gptq-4",
-    "gptq-8",
-    "awq-4",
-    "torchao-int8",
-    *(name for name in GROUP_SIZES if name.startswith("mlx-")),
-    *GGUF_QUANTIZED,
-)
+CALIBRATED_TYPES = (*FOLDERS_QUANTIZED, *GGUF_QUANTIZED)
 _TEXTBOOK_TYPES = ("gptq-4", "gptq-8", "w4a16", "w4a16-asym", "awq-4")
 _GPTQ_TYPES = ("gptq-4", "gptq-8")
 _GGUF = ("gguf",)

@@ -10,9 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gemma2tool.formats import registry
+from gemma2tool.formats import packings, registry
 from gemma2tool.formats.mapping.container_tensors import open_safetensors
-from gemma2tool.formats.options import CALIBRATED_TYPES, GGUF_QUANTIZED, GROUP_SIZES
+from gemma2tool.formats.mlx import format as mlx
+from gemma2tool.formats.option_info import FOLDERS_QUANTIZED
+from gemma2tool.formats.options import CALIBRATED_TYPES, GROUP_SIZES
 from gemma2tool.pipeline.calibration import session
 from gemma2tool.pipeline.conversion import save
 from gemma2tool.quantizers.calibration.grid import RoundedMatrix
@@ -24,7 +26,7 @@ from tests.support.packings import to_torch
 pytestmark = pytest.mark.slow
 
 LIKE_OTHERS = ("mlx-2", "mlx-5", "mlx-6", "mlx-8", "gptq-8", "mlx-mixed-2-6", "mlx-mixed-3-6", "mlx-mixed-4-6")
-FOLDER_TYPES = [name for name in CALIBRATED_TYPES if name not in GGUF_QUANTIZED and name not in LIKE_OTHERS]
+FOLDER_TYPES = [name for name in FOLDERS_QUANTIZED if name not in LIKE_OTHERS]
 
 
 def asked(kind: str, tmp_path: Path) -> dict:
@@ -55,6 +57,10 @@ def test_the_file_holds_what_was_chosen(
             assert np.allclose(stored.load_rows_f32(0, stored.rows), matrix.load_rows(0, stored.rows), rtol=1e-6), name
         verification = verify(source, candidate, VerifySettings(levels=("completeness", "tensors")))
     assert verification.passed, [finding.message for finding in verification.failures]
+
+
+def test_every_type_of_a_folder_can_be_calibrated() -> None:
+    assert {*packings.TYPES, *mlx.TYPES} == set(FOLDERS_QUANTIZED) <= set(CALIBRATED_TYPES)
 
 
 def scaled(arrays: dict[str, np.ndarray], name: str) -> None:

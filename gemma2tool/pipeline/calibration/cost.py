@@ -131,7 +131,7 @@ def estimate(
             )  # the Hessian of q, k and v outlives its stage
         else:
             operations += (square**2 * 2 / 3 + rows * square + steps * rows) * columns
-            deciding = 3 * square**2 * FLOAT
+            deciding = 4 * square**2 * FLOAT  # the factor twice, the Hessian again, and what that is made from
         deciding += threads * min(rows, ROWS) * columns * FLOAT * 4
         peaks.append(hessian + max(2 * activations + running, deciding))
     operations *= work.layers
