@@ -57,6 +57,12 @@ class Grid(Protocol):
         """The values, float32 (n, I), of records. ``group_of_column`` (I,): the group of scales of each column."""
 
     @property
+    def takes_few_rows(self) -> bool:
+        """Whether rows can be rounded a few at a time, in any order. If not, ranges of rows start at multiples of
+        ``rounding.ROWS``.
+        """
+
+    @property
     def collects(self) -> tuple[str, ...]:
         """Suffixes of parts that ``encoder.finish`` needs besides those of its own."""
 
@@ -82,6 +88,7 @@ class AffineGrid:
     parameters: Parameters
 
     steps: ClassVar[float] = 400.0
+    takes_few_rows: ClassVar[bool] = False
     collects: ClassVar[tuple[str, ...]] = ()
 
     def record_dtype(self, columns: int) -> DType:
@@ -119,6 +126,7 @@ class BlockGrid:
 
     type: str
 
+    takes_few_rows: ClassVar[bool] = True
     collects: ClassVar[tuple[str, ...]] = ()
 
     @property
@@ -152,6 +160,7 @@ class GroupGrid:
     layout: GroupLayout
 
     steps: ClassVar[float] = 120e3
+    takes_few_rows: ClassVar[bool] = False
 
     @property
     def group_size(self) -> int:
