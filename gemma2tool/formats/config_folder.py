@@ -21,6 +21,7 @@ from gemma2tool.formats.mapping.float8 import widened
 from gemma2tool.formats.mapping.float_layout import drop_equal_head
 from gemma2tool.formats.mapping.wrappers import HUGGING_FACE, plain_names
 from gemma2tool.formats.packings.unlabelled import refuse_unlabelled
+from gemma2tool.formats.sentence_transformers import module_files
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.config import Gemma2Config
 from gemma2tool.model.format_facts import CALIBRATION_KEYS, FormatFacts
@@ -87,7 +88,8 @@ def open_folder(path: Path, folder_format: FolderFormat, config: Gemma2Config | 
     config_files = [folder / CONFIG] if config is None else []
     config = config or _read_config(folder / CONFIG, path)
     with opening() as closers:
-        checkpoint = Checkpoint(path, folder_format.facts, config, {}, assets.folder_assets(folder), closers=closers)
+        small_files = assets.folder_assets(folder, module_files(folder))
+        checkpoint = Checkpoint(path, folder_format.facts, config, {}, small_files, closers=closers)
         weights = folder_format.find(path)
         stored, metadata = folder_format.read(weights.files, closers)
         weights.check(stored)
@@ -113,7 +115,9 @@ def _take_tokenizer(stored: dict[str, LazyTensor], checkpoint: Checkpoint, folde
     if tokenizer is None or tokenizer.dtype != np.uint8 or len(tokenizer.shape) != 1:
         return
     del stored[_COMFY_TOKENIZER]
-    checkpoint.assets = assets.folder_assets(folder, {"tokenizer.model": lambda: tokenizer.load().tobytes()})
+    checkpoint.assets = assets.folder_assets(
+        folder, {**module_files(folder), "tokenizer.model": lambda: tokenizer.load().tobytes()}
+    )
 
 
 def _read_config(config_path: Path, path: Path) -> Gemma2Config:

@@ -16,6 +16,7 @@ from gemma2tool.errors import UsageError
 from gemma2tool.formats import registry
 from gemma2tool.formats.base import Output
 from gemma2tool.formats.options import WriteOptions
+from gemma2tool.formats.sentence_transformers import left_behind
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.tied_head import HEAD, with_tied_head
 from gemma2tool.pipeline.calibration.output import calibrated, settings_of
@@ -179,6 +180,8 @@ def make_plan(
             hint="quantize the original, or compound the loss with --allow-requantize",
         )
     output, cost = registry.by_name(format_name).layout(source, options), None
+    if lost := left_behind(source.assets, output.assets):
+        output = replace(output, warnings=[*output.warnings, lost])
     if options.calibration.is_asked:
         settings = settings_of(options.calibration, source)
         output, cost = calibrated(output, source, settings, threads=threads)
