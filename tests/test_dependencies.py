@@ -18,10 +18,13 @@ from tests.support.source import PATHS, import_statements, nodes
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 DISTRIBUTIONS = {
+    "OpenSSL": "pyopenssl",
     "compressed_tensors": "compressed-tensors",
     "gcp_storage_emulator": "gcp-storage-emulator",
+    "cyclonedx": "cyclonedx-python-lib",
     "markdown_it": "markdown-it-py",
     "mlx_lm": "mlx-lm",
+    "model_signing": "model-signing",
     "orbax": "orbax-checkpoint",
     "yaml": "pyyaml",
 }
@@ -31,6 +34,7 @@ INDIRECT = {
     "accelerate": "transformers loads bitsandbytes' checkpoints with it",
     "flax": "Google DeepMind's gemma is written in it",
     "keras": "keras-hub is written in it",
+    "pyopenssl": "model-signing imports it and does not declare it",
     "pytest-xdist": "pytest's -n",
 }
 """Needed by the tests, but imported by other libraries only."""
@@ -86,7 +90,7 @@ def extras() -> dict[str, set[str]]:
         for node in nodes(path):
             match node:
                 case ast.Call(ast.Name("require"), [ast.Constant(str(module)), ast.Constant(str(extra)), *_]):
-                    required.setdefault(extra, set()).add(module)
+                    required.setdefault(extra, set()).add(DISTRIBUTIONS.get(module, module))
     return required
 
 

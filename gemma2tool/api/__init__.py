@@ -56,7 +56,7 @@ if TYPE_CHECKING:
     from gemma2tool.pipeline.sensitivity.collect import SensitivityOptions
     from gemma2tool.pipeline.sensitivity.run import SensitivityResult
     from gemma2tool.pipeline.sensitivity.table import SensitivityTable
-    from gemma2tool.pipeline.trust import ScanFinding, ScanResult, scan
+    from gemma2tool.pipeline.trust import ScanFinding, ScanResult, SignResult, scan, sign
     from gemma2tool.verify.diagnosis.cause import Cause
     from gemma2tool.verify.difference import Difference
     from gemma2tool.verify.finding import Finding, GateResult
@@ -69,11 +69,11 @@ __all__ = [
     "Generation", "GenerationOptions", "Hashes", "ImatrixOptions", "ImatrixResult", "Inspection", "Leftover",
     "PackingOptions", "PlanSummary", "ProgressEvent", "QualityFiles", "QualityPoint", "QualityRequest",
     "QualityResult", "ReportFiles", "RunOptions", "ScanFinding", "ScanResult", "SensitivityOptions",
-    "SensitivityResult", "SensitivityTable", "SplitOptions", "TensorSummary", "Verification", "VerifyRequest",
-    "WriteOptions", "check", "clean", "convert", "default_threads", "diff", "doctor", "formats", "gate_names",
-    "generate", "hash", "imatrix", "inspect", "log_warnings", "logits", "open", "outputs_with_receipts",
-    "parse_candidates", "parse_gates", "plan", "quality", "quantize", "run", "scan", "sensitivity", "text_label",
-    "verify",
+    "SensitivityResult", "SensitivityTable", "SignResult", "SplitOptions", "TensorSummary", "Verification",
+    "VerifyRequest", "WriteOptions", "check", "clean", "convert", "default_threads", "diff", "doctor", "formats",
+    "gate_names", "generate", "hash", "imatrix", "inspect", "log_warnings", "logits", "open", "outputs_with_receipts",
+    "parse_candidates", "parse_gates", "plan", "quality", "quantize", "run", "scan", "sensitivity", "sign",
+    "text_label", "verify",
 ]  # fmt: skip
 
 
@@ -90,7 +90,7 @@ _ELSEWHERE = {
     "QualityResult": "pipeline.quality.result", "ScanFinding": "pipeline.trust", "ScanResult": "pipeline.trust",
     "SensitivityOptions": "pipeline.sensitivity.collect", "SensitivityResult": "pipeline.sensitivity.run",
     "SensitivityTable": "pipeline.sensitivity.table", "Verification": "verify.result", "doctor": "pipeline.doctor",
-    "scan": "pipeline.trust",
+    "scan": "pipeline.trust", "SignResult": "pipeline.trust", "sign": "pipeline.trust",
 }  # fmt: skip
 """What a conversion starts without, and their modules."""
 
@@ -238,6 +238,8 @@ def verify(
     receipt: PathLike | None = None,
     logits: PathLike | None = None,
     engines: Sequence[str] = (),
+    signed_by: PathLike | None = None,
+    signature: PathLike | None = None,
     tokens: PathLike | None = None,
     text: PathLike | None = None,
     gates: Mapping[str, float] | None = None,
@@ -252,9 +254,10 @@ def verify(
 
     ``reference``: the source. ``receipt``: default is the one beside the candidate. ``logits``: an engine's float
     logits (.npy) for ``tokens``. ``engines``: programs to run on it ("transformers", "llama.cpp", "mlx-lm",
-    "keras-hub"). ``config``: of a candidate that has none of its own, and of such a reference unless
-    ``reference_config`` is given. ``readers``: the libraries of its format read the candidate too. A difference is a
-    failed gate in the result (``result.passed``, ``result.causes``), not an exception.
+    "keras-hub"). ``signed_by``: also hold it, and its receipt, to signatures of this public key or certificate;
+    ``signature``: default is beside it. ``config``: of a candidate that has none of its own, and of such a reference
+    unless ``reference_config`` is given. ``readers``: the libraries of its format read the candidate too. A difference
+    is a failed gate in the result (``result.passed``, ``result.causes``), not an exception.
     """
     request = VerifyRequest(
         candidate=candidate,
@@ -262,6 +265,8 @@ def verify(
         receipt=as_path(receipt),
         logits=as_path(logits),
         engines=tuple(engines),
+        signed_by=as_path(signed_by),
+        signature=as_path(signature),
         checks=Checks.of(tokens, text, gates),
         config=config,
         reference_config=reference_config,

@@ -188,6 +188,7 @@ def _register() -> None:
         quantize,
         scan,
         sensitivity,
+        sign,
         verify,
     )
 
@@ -197,6 +198,7 @@ def _register() -> None:
         verify.verify,
         check.check,
         scan.scan,
+        sign.sign,
         diff.diff,
         logits.logits,
         generate.generate,

@@ -41,6 +41,15 @@ class Reports:
         Path | None,
         typer.Option("--html", metavar="FILE", help="Write a page with plots; replaces FILE.", rich_help_panel=_PANEL),
     ] = None
+    bom: Annotated[
+        Path | None,
+        typer.Option(
+            "--bom",
+            metavar="FILE",
+            help="Write a bill of materials (CycloneDX) from the receipt; replaces FILE.",
+            rich_help_panel=_PANEL,
+        ),
+    ] = None
     card: Annotated[
         bool, typer.Option("--card", help="Print the quality table for a model card.", rich_help_panel=_PANEL)
     ] = False
@@ -50,12 +59,12 @@ class Reports:
         """The reports that are files."""
         from gemma2tool import api
 
-        return api.ReportFiles(junit=self.junit, summary=self.summary, html=self.html)
+        return api.ReportFiles(junit=self.junit, summary=self.summary, html=self.html, bom=self.bom)
 
     @property
     def given(self) -> dict[str, object]:
         """The options that were given."""
-        return {"--junit": self.junit, "--summary": self.summary, "--html": self.html, "--card": self.card}
+        return {**self.files.by_option, "--card": self.card}
 
     def print_card(self, verifications: Sequence[Verification], console: Console) -> None:
         """Print the quality table, if it was requested and something was verified."""

@@ -44,6 +44,18 @@ class VerifyOptions:
             autocompletion=completion(("transformers", "llama.cpp", "mlx-lm", "keras-hub")),
         ),
     ] = None
+    signed_by: Annotated[
+        Path | None,
+        typer.Option(
+            "--signed-by",
+            metavar="FILE",
+            help="Also check the signature, of this public key or certificate (PEM); alone if there is no receipt.",
+        ),
+    ] = None
+    signature: Annotated[
+        Path | None,
+        typer.Option("--signature", metavar="FILE", help="The signature. Default: CANDIDATE.sig, beside it."),
+    ] = None
     tokens: o.Tokens = None
     text: o.Text = None
     gate: o.Gate = None
@@ -88,6 +100,8 @@ def verify(
         receipt=options.against,
         logits=options.logits,
         engines=tuple(name.strip() for names in options.engine or () for name in names.split(",")),
+        signed_by=options.signed_by,
+        signature=options.signature,
         tokens=options.tokens,
         text=options.text,
         gates=api.parse_gates(options.gate or ()),

@@ -58,6 +58,8 @@ class Conversion:
         if self.budget is not None and checks is not None and results[0].written:
             results = (self._beside_prediction(self.budget, results[0]),)
         request.reports.write([result.verification for result in results if result.verification is not None])
+        if len(results) == 1 and results[0].written:
+            request.reports.write_bom(results[0].receipt, self.source)
         return results
 
     def _beside_prediction(self, budget: PlannedBudget, result: ConversionResult) -> ConversionResult:
@@ -74,6 +76,7 @@ def open_conversion(request: ConversionRequest, progress: Progress | None = None
 
     Raises ``UsageError`` for a request that cannot be carried out, ``InputRefused`` for a source that cannot be read.
     """
+    _check_bom(request)
     request = _split_into_folder(_with_placeholder(request))
     outputs = destinations(request)
     request.budget.check(request.options, outputs[0].format)
@@ -164,6 +167,17 @@ def _with_placeholder(request: ConversionRequest) -> ConversionRequest:
         target = request.budget.targets[0]
         raise UsageError("budget.options", f"--type and {target} both decide", hint="leave out --type")
     return replace(request, types=(PLACEHOLDER,))
+
+
+def _check_bom(request: ConversionRequest) -> None:
+    """A bill of materials is made from the receipt, of one output."""
+    if request.reports.bom is None:
+        return
+    if request.checks is None or not request.run.receipt:
+        raise UsageError("option.ignored", "--bom is made from the receipt, and none is written", hint="write one")
+    if len(request.types) > 1:
+        hint = "write each with 'gemma2tool verify OUTPUT --bom FILE'"
+        raise UsageError("option.ignored", "--bom is of one output, and several are written", hint=hint)
 
 
 def _split_into_folder(request: ConversionRequest) -> ConversionRequest:

@@ -12,21 +12,25 @@ from gemma2tool.errors import ResourceError, UsageError
 from gemma2tool.storage.paths import refuse_overwriting_input
 
 if TYPE_CHECKING:
+    from gemma2tool.model.checkpoint import Checkpoint
     from gemma2tool.verify.result import Verification
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReportFiles:
-    """Where reports go: ``junit`` and ``html`` are replaced, to ``summary`` is appended."""
+    """Where reports go: ``junit``, ``html`` and ``bom`` are replaced, to ``summary`` is appended. ``bom``: a bill of
+    materials (CycloneDX), made from the receipt.
+    """
 
     junit: Path | None = None
     summary: Path | None = None
     html: Path | None = None
+    bom: Path | None = None
 
     @property
     def by_option(self) -> dict[str, Path]:
         """The requested files, by the command line's options."""
-        named = {"--junit": self.junit, "--summary": self.summary, "--html": self.html}
+        named = {"--junit": self.junit, "--summary": self.summary, "--html": self.html, "--bom": self.bom}
         return {option: path for option, path in named.items() if path is not None}
 
     def check(self, others: Iterable[Path]) -> None:
@@ -47,6 +51,16 @@ class ReportFiles:
             replace_report(self.html, page.html(verifications))
         if self.summary is not None:
             _append(self.summary, markdown.summary(verifications))
+
+    def write_bom(self, receipt: Path | None, origin: Checkpoint) -> None:
+        """Write the bill of materials of the output of ``receipt``, if one is requested. ``origin``: what knows the
+        licence and, for a source, its repository.
+        """
+        if self.bom is not None and receipt is not None:
+            from gemma2tool.receipt.bom import Origin, bill
+            from gemma2tool.receipt.document import read_receipt
+
+            replace_report(self.bom, bill(read_receipt(receipt), Origin.of(origin)))
 
 
 def check_reports(named: Mapping[str, Path], others: Iterable[Path]) -> None:

@@ -2,18 +2,51 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
+from gemma2tool.pipeline import signing
 from gemma2tool.pipeline.scan import run
 from gemma2tool.pipeline.scan.finding import ScanFinding, ScanResult
+from gemma2tool.pipeline.signing import SignResult
 
-__all__ = ["ScanFinding", "ScanResult", "scan"]
+__all__ = ["ScanFinding", "ScanResult", "SignResult", "scan", "sign"]
 
 
-def scan(path: str | Path, *, sarif: str | Path | None = None) -> ScanResult:
+PathLike = str | Path
+
+
+def scan(path: PathLike, *, sarif: PathLike | None = None) -> ScanResult:
     """What the files at ``path`` would do to those who use them: pickles that run code, Keras's Lambda layers, hostile
     chat templates, hidden characters, remote code. Nothing is loaded or run. docs/scan.md lists what is looked for.
 
     ``sarif``: also write the result to this file, as SARIF 2.1.0. Raises ``InputRefused`` if there is nothing there.
     """
     return run.scan(run.ScanRequest(path=Path(path), sarif=None if sarif is None else Path(sarif)))
+
+
+def sign(
+    output: PathLike,
+    *,
+    key: PathLike | None = None,
+    password: str | None = None,
+    certificate: PathLike | None = None,
+    chain: Sequence[PathLike] = (),
+    statement: PathLike | None = None,
+    force: bool = False,
+) -> SignResult:
+    """Sign an output and the receipt beside it, as ``model_signing verify`` accepts it: ``model.gguf.sig``.
+
+    ``key``: a private key (PEM, elliptic curve), ``password`` its password. ``certificate``, ``chain``: of the key, and
+    what leads to a root. ``statement``: also write the receipt as an in-toto statement. ``force``: replace signatures.
+    """
+    request = signing.SignRequest(
+        output=Path(output),
+        key=None if key is None else Path(key),
+        password=password,
+        certificate=None if certificate is None else Path(certificate),
+        chain=tuple(map(Path, chain)),
+        statement=None if statement is None else Path(statement),
+        force=force,
+    )
+    return signing.sign(request)

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,10 +23,13 @@ from gemma2tool.pipeline.inputs import read_logits, read_prompts, read_tokens, r
 from gemma2tool.pipeline.opening import log_warnings, open_source
 from gemma2tool.pipeline.report_files import ReportFiles
 from gemma2tool.pipeline.requests import Checks, default_threads
+from gemma2tool.pipeline.signing import signature_alone, signature_gate
+from gemma2tool.receipt.document import receipt_path
 
 if TYPE_CHECKING:
     from gemma2tool.receipt.document import Receipt
     from gemma2tool.verify.difference import Difference
+    from gemma2tool.verify.finding import GateResult
     from gemma2tool.verify.result import Verification
 
 logger = logging.getLogger("gemma2tool")
@@ -37,8 +40,10 @@ class VerifyRequest:
     """What to hold a candidate to: its source (``reference``), a receipt (default: the one beside it), an engine's
     ``logits``, or ``engines`` that are run on it, by the names of ``engines.run.ENGINES``.
 
-    ``config``: of a candidate that has none of its own, and of such a reference unless ``reference_config`` is given.
-    ``readers``: with ``reference``, let the libraries that define the candidate's format read it too.
+    ``signed_by``: also hold it to the signature of this public key or certificate (PEM); ``signature``: where that is,
+    default beside the candidate. With these alone nothing else is compared. ``config``: of a candidate that has none of
+    its own, and of such a reference unless ``reference_config`` is given. ``readers``: with ``reference``, let the
+    libraries that define the candidate's format read it too.
     """
 
     candidate: Path | str
@@ -46,6 +51,8 @@ class VerifyRequest:
     receipt: Path | None = None
     logits: Path | None = None
     engines: tuple[str, ...] = ()
+    signed_by: Path | None = None
+    signature: Path | None = None
     checks: Checks = field(default_factory=Checks)
     config: Gemma2Config | Path | str | None = None
     reference_config: Gemma2Config | Path | str | None = None
@@ -80,7 +87,12 @@ def verify(request: VerifyRequest, progress: Progress | None = None) -> Verifica
         raise UsageError(
             "option.pair", f"{' and '.join(chosen)} are different ways to verify", hint="choose one of them"
         )
-    if request.reference is not None:
+    if request.reports.bom is not None and (request.reference or request.logits):
+        raise UsageError("option.ignored", "--bom is made from a receipt", hint="leave out --reference and --logits")
+    signature = None if request.signed_by is None else _signature(request, request.signed_by)
+    if signature is not None and not chosen and not receipt_path(request.candidate).exists():
+        result = signature_alone(request.candidate, signature)
+    elif request.reference is not None:
         result = _with_source(request, request.reference, progress)
     elif request.logits is not None:
         result = _with_logits(request, request.logits, progress)
@@ -88,8 +100,18 @@ def verify(request: VerifyRequest, progress: Progress | None = None) -> Verifica
         result = _with_engines(request, progress)
     else:
         result = _with_receipt(request, progress)
+    if signature is not None and signature not in result.gates:
+        result = replace(result, gates=(signature, *result.gates))
     request.reports.write([result])
     return result
+
+
+def _signature(request: VerifyRequest, signed_by: Path) -> GateResult:
+    """The gate of the candidate's signature, and of its receipt's where that is what it is held to."""
+    request.reports.check((signed_by, request.candidate))
+    receipt = request.receipt or receipt_path(request.candidate)
+    uses_receipt = request.reference is None and request.logits is None and receipt.exists()
+    return signature_gate(request.candidate, signed_by, request.signature, receipt if uses_receipt else None)
 
 
 def verify_output(
@@ -218,7 +240,10 @@ def _with_receipt(request: VerifyRequest, progress: Progress | None) -> Verifica
         receipt = _receipt(candidate.path, request.receipt)
         request.reports.check((receipt.path, *candidate.files))
         log_warnings(candidate, candidate.path.name)
-        return check_against_receipt(candidate, receipt, threads=request.threads, progress=progress)
+        result = check_against_receipt(candidate, receipt, threads=request.threads, progress=progress)
+        if result.passed:
+            request.reports.write_bom(receipt.path, candidate)
+        return result
 
 
 def _receipt(candidate: Path, receipt: Path | None) -> Receipt:

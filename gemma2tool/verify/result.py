@@ -79,11 +79,21 @@ class Verification:
         return self.source.format == "receipt"
 
     @property
+    def signature(self) -> GateResult | None:
+        """The gate of the signature, if one was asked for."""
+        return next((gate for gate in self.gates if gate.name == "signature"), None)
+
+    @property
     def verdict(self) -> str:
         """What the gates together prove or refute, to complete "verified: ..." or "failed: ..."."""
+        signature = self.signature
+        signer = None if signature is None else signature.metrics["signer"]
+        if signature is not None and (signature.failed or len(self.gates) == 1):
+            return f"not as {signer} signed it" if signature.failed else f"as {signer} signed it"
         if self.against_receipt:
             if self.passed:
-                return f"matches its receipt (unsigned: it says that it was verified as {self.kind})"
+                signed = "unsigned" if signer is None else f"signed by {signer}"
+                return f"matches its receipt ({signed}: it says that it was verified as {self.kind})"
             return "does not match its receipt"
         if self.beyond_chosen_limits:
             return f"beyond a limit that --gate sets; within {self.kind} tolerance"

@@ -89,6 +89,11 @@ ENTRIES = (
         "an unfinished run at the destination had other inputs or options",
         "repeat that run unchanged, start over with --restart, or remove it with 'gemma2tool clean'",
     ),
+    refused(
+        "signature.key",
+        "a key or certificate cannot be used, or is of another kind than is needed",
+        "name a PEM file: an elliptic-curve private key to sign, its public key or certificate to verify",
+    ),
     usage("type.missing", "--type names no type", "run 'gemma2tool formats' and choose a type"),
     usage("type.unknown", "the output format has no such type", "run 'gemma2tool formats' and choose a type it lists"),
 )

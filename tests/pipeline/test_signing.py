@@ -1,0 +1,211 @@
+"""Signatures: model-signing's own command accepts what is signed here and the other way round; both refuse the same."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
+
+from gemma2tool import api
+from gemma2tool.errors import InputRefused, UsageError
+from tests.support.paths import TINY
+
+pytest.importorskip("model_signing")
+pytestmark = pytest.mark.peer
+
+PEM = serialization.Encoding.PEM
+
+
+def write_key(folder: Path, name: str, password: bytes | None = None) -> ec.EllipticCurvePrivateKey:
+    key = ec.generate_private_key(ec.SECP256R1())
+    encryption = serialization.BestAvailableEncryption(password) if password else serialization.NoEncryption()
+    (folder / f"{name}.pem").write_bytes(key.private_bytes(PEM, serialization.PrivateFormat.PKCS8, encryption))
+    public = key.public_key().public_bytes(PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
+    (folder / f"{name}.pub").write_bytes(public)
+    return key
+
+
+def write_certificate(folder: Path, name: str, key: ec.EllipticCurvePrivateKey, issuer: str, by: object = None) -> None:
+    """A certificate of ``key`` for ``name``, by the key ``by`` of ``issuer``, or by itself."""
+    start = datetime.datetime(2026, 1, 1)
+    names = [x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, text)]) for text in (name, issuer)]
+    usage = {"digital_signature": True, "key_cert_sign": by is None, "crl_sign": False, "content_commitment": False}
+    usage |= dict.fromkeys(("key_encipherment", "data_encipherment", "key_agreement"), False)
+    usage |= dict.fromkeys(("encipher_only", "decipher_only"), False)
+    builder = (
+        x509.CertificateBuilder(names[1], names[0], key.public_key(), 7, start, start.replace(year=2050))
+        .add_extension(x509.KeyUsage(**usage), critical=True)
+        .add_extension(x509.BasicConstraints(ca=by is None, path_length=None), critical=True)
+    )
+    certificate = builder.sign(by or key, hashes.SHA256())  # type: ignore[arg-type]
+    (folder / f"{name}.crt").write_bytes(certificate.public_bytes(PEM))
+
+
+@pytest.fixture(scope="module")
+def keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("keys")
+    for name in ("alice", "mallory"):
+        write_key(folder, name)
+    root = write_key(folder, "root")
+    write_certificate(folder, "root", root, "root")
+    leaf = write_key(folder, "leaf")
+    write_certificate(folder, "leaf", leaf, "root", root)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("made")
+    api.convert(TINY / "model.ckpt", folder / "hf")
+    api.convert(TINY / "model.ckpt", folder / "m.gguf", verify=False)
+    return folder
+
+
+@pytest.fixture
+def outputs(made: Path, tmp_path: Path) -> Path:
+    shutil.copytree(made, tmp_path / "outputs")
+    return tmp_path / "outputs"
+
+
+def peer_accepts(output: Path, signature: Path, *words: object) -> bool:
+    """What the command of model-signing says."""
+    command = [str(Path(sys.executable).parent / "model_signing"), "verify", *map(str, words)]
+    if not Path(command[0]).exists():
+        command[0:1] = [sys.executable, "-m", "model_signing"]
+    process = subprocess.run(
+        [*command, "--signature", str(signature), str(output)], capture_output=True, text=True, check=False, timeout=120
+    )
+    return process.returncode == 0
+
+
+def ours(output: Path, signer: Path) -> bool:
+    result = api.verify(output, signed_by=signer)
+    return result.passed
+
+
+@pytest.mark.slow
+def test_a_key(outputs: Path, keys: Path) -> None:
+    signed = api.sign(outputs / "hf", key=keys / "alice.pem")
+    assert [path.name for path in signed.signatures] == ["hf.sig", "hf.receipt.json.sig"]
+    result = api.verify(outputs / "hf", signed_by=keys / "alice.pub")
+    assert result.verdict == "matches its receipt (signed by alice.pub: it says that it was verified as lossless)"
+    for path in (outputs / "hf", outputs / "hf.receipt.json"):
+        words = ("key", "--public_key", keys / "alice.pub")
+        assert peer_accepts(path, path.with_name(path.name + ".sig"), *words)
+        assert not peer_accepts(path, path.with_name(path.name + ".sig"), "key", "--public_key", keys / "mallory.pub")
+    assert not ours(outputs / "hf", keys / "mallory.pub")
+
+
+def flip(folder: Path) -> None:
+    data = bytearray((folder / "model.safetensors").read_bytes())
+    data[-9] ^= 1
+    (folder / "model.safetensors").write_bytes(data)
+
+
+def add(folder: Path) -> None:
+    (folder / "extra.txt").write_text("x")
+
+
+def remove(folder: Path) -> None:
+    (folder / "generation_config.json").unlink()
+
+
+def rename(folder: Path) -> None:
+    (folder / "generation_config.json").rename(folder / "generation_config2.json")
+
+
+@pytest.mark.slow
+def test_what_both_refuse(outputs: Path, keys: Path, tmp_path: Path) -> None:
+    """The signature alone: without a receipt, nothing else is compared."""
+    (outputs / "hf.receipt.json").unlink()
+    api.sign(outputs / "hf", key=keys / "alice.pem")
+    result = api.verify(outputs / "hf", signed_by=keys / "alice.pub")
+    assert result.passed and result.verdict == "as alice.pub signed it"
+    for change in (flip, add, remove, rename):
+        copy = tmp_path / change.__name__
+        shutil.copytree(outputs / "hf", copy)
+        change(copy)
+        result = api.verify(copy, signed_by=keys / "alice.pub", signature=outputs / "hf.sig")
+        assert not result.passed and "not as alice.pub signed it" in result.verdict, change
+        assert not peer_accepts(copy, outputs / "hf.sig", "key", "--public_key", keys / "alice.pub"), change
+
+
+@pytest.mark.slow
+def test_a_file_and_a_certificate(outputs: Path, keys: Path) -> None:
+    """A bundle signed by a certificate, whose root is given to verify, as catalogues of models sign."""
+    api.sign(outputs / "m.gguf", key=keys / "leaf.pem", certificate=keys / "leaf.crt", chain=[keys / "root.crt"])
+    assert ours(outputs / "m.gguf", keys / "root.crt")
+    words = ("certificate", "--certificate_chain", keys / "root.crt")
+    assert peer_accepts(outputs / "m.gguf", outputs / "m.gguf.sig", *words)
+    other = write_key(keys, "other")
+    write_certificate(keys, "other", other, "other")
+    assert not ours(outputs / "m.gguf", keys / "other.crt")
+
+
+@pytest.mark.slow
+def test_what_the_peer_signs_is_accepted(outputs: Path, keys: Path) -> None:
+    from model_signing import signing
+
+    signer = signing.Config().use_elliptic_key_signer(private_key=keys / "alice.pem")
+    signer.sign(outputs / "m.gguf", outputs / "other.sig")
+    result = api.verify(outputs / "m.gguf", signed_by=keys / "alice.pub", signature=outputs / "other.sig")
+    assert result.passed
+
+
+@pytest.mark.slow
+def test_a_receipt_of_another_is_refused(outputs: Path, keys: Path) -> None:
+    """A forged receipt beside an honest output: the output's signature holds, the receipt's does not."""
+    api.sign(outputs / "hf", key=keys / "alice.pem")
+    receipt = outputs / "hf.receipt.json"
+    receipt.write_text(receipt.read_text().replace('"passed"', '"passed" ', 1))
+    result = api.verify(outputs / "hf", signed_by=keys / "alice.pub")
+    assert not result.passed and "hf.receipt.json" in result.gate("signature").summary
+    (outputs / "hf.receipt.json.sig").unlink()
+    result = api.verify(outputs / "hf", signed_by=keys / "alice.pub")
+    assert "has no signature" in result.gate("signature").summary
+
+
+def test_refusals(outputs: Path, keys: Path, tmp_path: Path) -> None:
+    model = outputs / "m.gguf"
+    (tmp_path / "x.pem").write_text("nothing")
+    for key in (tmp_path / "x.pem", keys / "alice.pub"):
+        with pytest.raises(InputRefused) as refused:
+            api.sign(model, key=key)
+        assert refused.value.id == "signature.key"
+    with pytest.raises(InputRefused) as refused:
+        api.verify(model, signed_by=keys / "alice.pem")
+    assert "is a private key" in refused.value.message
+    with pytest.raises(UsageError):
+        api.sign(model)
+    api.sign(model, key=keys / "alice.pem")
+    with pytest.raises(UsageError) as exists:
+        api.sign(model, key=keys / "alice.pem")
+    assert exists.value.id == "output.exists"
+    write_key(tmp_path, "locked", b"secret")
+    with pytest.raises(InputRefused):
+        api.sign(model, key=tmp_path / "locked.pem", force=True)
+    api.sign(model, key=tmp_path / "locked.pem", password="secret", force=True)
+    assert ours(model, tmp_path / "locked.pub")
+    (outputs / "m.gguf.sig").write_text("{}")
+    assert not ours(model, tmp_path / "locked.pub")
+
+
+def test_a_receipt_as_a_statement(outputs: Path, tmp_path: Path) -> None:
+    result = api.sign(outputs / "hf", statement=tmp_path / "s.json")
+    assert result.signatures == ()
+    statement = json.loads((tmp_path / "s.json").read_text())
+    receipt = json.loads((outputs / "hf.receipt.json").read_text())
+    assert statement["_type"] == "https://in-toto.io/Statement/v1" and statement["predicate"] == receipt
+    digests = {subject["name"]: subject["digest"] for subject in statement["subject"]}
+    assert digests["hf (values)"] == {"gemma2tool-1": receipt["output"]["hashes"]["model"]}
+    files = {file["name"]: {"sha256": file["sha256"]} for file in receipt["output"]["files"]}
+    assert digests.items() >= files.items()
