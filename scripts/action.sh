@@ -28,7 +28,17 @@ if [ -n "${GITHUB_STEP_SUMMARY:-}" ]; then arguments+=(--summary "$GITHUB_STEP_S
 if [ -n "${G2T_HTML:-}" ]; then arguments+=(--html "$G2T_HTML"); fi
 if [ -n "${G2T_JUNIT:-}" ]; then arguments+=(--junit "$G2T_JUNIT"); fi
 
+# The runner takes commands from anything that is printed, also in the middle of a line (##[...]), and a file's name or
+# a token can hold them. It is told to stop until it reads a word that nobody can guess; annotations follow after that.
+export GEMMA2TOOL_ANNOTATIONS
+GEMMA2TOOL_ANNOTATIONS="$(mktemp)"
+fence="$(od -An -N32 -tx1 /dev/urandom | tr -d ' \n')"
 code=0
-gemma2tool "$G2T_COMMAND" "${arguments[@]}" || code=$?
+echo "::stop-commands::$fence"
+gemma2tool "$G2T_COMMAND" "${arguments[@]}" 2>&1 || code=$?
+echo
+echo "::$fence::"
+cat "$GEMMA2TOOL_ANNOTATIONS"
+rm -f "$GEMMA2TOOL_ANNOTATIONS"
 if [ -n "${GITHUB_OUTPUT:-}" ]; then echo "exit-code=$code" >>"$GITHUB_OUTPUT"; fi
 exit "$code"

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from gemma2tool.cli import options as o
+from gemma2tool.cli.failures import annotate
 from gemma2tool.cli.outcome import show_results
 from gemma2tool.cli.progress import ProgressDisplay
 from gemma2tool.cli.reports import Reports
@@ -18,6 +19,7 @@ from gemma2tool.errors import EXIT_VERIFICATION_FAILED, UsageError
 from gemma2tool.formats.option_info import parse_size
 from gemma2tool.formats.options import WriteOptions
 from gemma2tool.formats.options_budget import Budget
+from gemma2tool.storage.paths import workspace_path
 from gemma2tool.storage.units import human_bytes
 
 if TYPE_CHECKING:
@@ -58,6 +60,7 @@ def carry_out(
                 console.print(line)
     reports.print_card([result.verification for result in results if result.verification is not None], console)
     if not all(result.written for result in results):
+        annotate(workspace_path(dst), "verification failed", "the output was not written")
         raise typer.Exit(EXIT_VERIFICATION_FAILED)
 
 

@@ -9,22 +9,60 @@ import os
 import signal
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperGroup
 
+from gemma2tool.cli.failures import options_of, report_failure
 from gemma2tool.cli.groups import expanded
-from gemma2tool.errors import EXIT_BUG, EXIT_INTERRUPTED, ResourceError, ToolError
+from gemma2tool.errors import EXIT_BUG, EXIT_INTERRUPTED, EXIT_USAGE, ResourceError, ToolError
 from gemma2tool.errors.memory import is_out_of_memory
 from gemma2tool.version import __version__
 
 if TYPE_CHECKING:
     from gemma2tool.cli.terminal import Console
 
+
+class _Group(TyperGroup):
+    """The program: a command line that cannot be read gives a JSON object and reports too, if it asks for them."""
+
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        windows_expand_args: bool = True,
+        **extra: Any,
+    ) -> Any:
+        words = list(sys.argv[1:] if args is None else args)
+        if not standalone_mode:
+            return super().main(args, prog_name, complete_var, standalone_mode=False, **extra)
+        try:
+            code = super().main(args, prog_name, complete_var, standalone_mode=False, **extra)
+        except Exception as error:
+            if not hasattr(error, "format_message"):
+                raise
+            _show_usage_error(error, words)
+            code = EXIT_USAGE
+        sys.exit(code if isinstance(code, int) else 0)
+
+
+def _show_usage_error(error: Any, words: Sequence[str]) -> None:
+    """What the parser says, as it shows it; and as JSON and in reports, where the command line asks for these."""
+    from gemma2tool.cli.terminal import Console
+
+    error.show()
+    hint = "run the command with --help for its arguments and options"
+    Console(json="--json" in words).emit_failure("usage", error.format_message(), hint, EXIT_USAGE)
+    report_failure(next(iter(words), ""), options_of(words), ("usage", error.format_message(), hint, EXIT_USAGE))
+
+
 app = typer.Typer(
     name="gemma2tool",
+    cls=_Group,
     help="Convert, quantize and verify Gemma 2 checkpoints.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -102,6 +140,9 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
         from gemma2tool.cli.log import shown_on
         from gemma2tool.cli.terminal import Console
 
+        def report(error: ToolError) -> None:
+            report_failure(command.__name__, kwargs, (error.id, error.message, error.hint, error.exit_code))
+
         debug = os.environ.get("GEMMA2TOOL_DEBUG") == "1"
         console = Console(quiet=bool(kwargs.get("quiet")), json=bool(kwargs.get("json_output")), debug=debug)
         try:
@@ -110,11 +151,15 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
         except ToolError as error:
             console.error(error)
             _notes(error, console)
+            report(error)
             raise typer.Exit(error.exit_code) from None
         except (KeyboardInterrupt, _Terminated) as stop:
             console.warn(
                 "interrupted; nothing was written at the destination" if not _notes(stop, console) else "interrupted"
             )
+            error_of_stop = ("interrupted", "the run was interrupted", "run it again", EXIT_INTERRUPTED)
+            report_failure(command.__name__, kwargs, error_of_stop)
+            console.emit_failure("interrupted", "the run was interrupted", "", EXIT_INTERRUPTED)
             raise typer.Exit(EXIT_INTERRUPTED) from None
         except BrokenPipeError:  # the reader closed the pipe, as head does
             _silence_stdout()
@@ -125,9 +170,12 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
             known = _resources(error)
             if known is not None:
                 console.error(known)
+                report(known)
                 _silence_stdout()
                 raise typer.Exit(known.exit_code) from None
             console.bug(error)
+            bug = ("bug", f"{type(error).__name__}: {error}", "this is a bug in gemma2tool", EXIT_BUG)
+            report_failure(command.__name__, kwargs, bug)
             raise typer.Exit(EXIT_BUG) from None
 
     return run

@@ -158,7 +158,7 @@ class Console:
         self._line(True, (f"error[{one_line(error.id)}]: ", "bold red"), (one_line(error.message), ""))
         if error.hint:
             self._line(True, ("hint: ", "bold cyan"), (one_line(error.hint), ""))
-        self._emit_error(error.id, error.message, error.hint, error.exit_code)
+        self.emit_failure(error.id, error.message, error.hint, error.exit_code)
 
     def bug(self, error: BaseException) -> None:
         """Print an unexpected exception as one line, and its traceback when debugging."""
@@ -168,7 +168,7 @@ class Console:
             self._traceback(error)
         self._line(True, ("error[bug]: ", "bold red"), (one_line(message), ""))
         self._line(True, ("hint: ", "bold cyan"), (hint, ""))
-        self._emit_error("bug", message, hint, EXIT_BUG)
+        self.emit_failure("bug", message, hint, EXIT_BUG)
 
     # -- progress ------------------------------------------------------------------------------------------------------
 
@@ -225,7 +225,8 @@ class Console:
             for line in block.splitlines():
                 self._line(True, (f"| {one_line(line)}", "dim"))
 
-    def _emit_error(self, id: str, message: str, hint: str, exit_code: int) -> None:
+    def emit_failure(self, id: str, message: str, hint: str, exit_code: int) -> None:
+        """In JSON mode, print the object of a failure to stdout."""
         if self.json:
             self.emit_json({"error": {"id": id, "message": message, "hint": hint, "exit_code": exit_code}})
 

@@ -20,6 +20,7 @@ from gemma2tool.pipeline.plan import Plan
 from gemma2tool.receipt import document as receipt
 from gemma2tool.receipt.document import receipt_path
 from gemma2tool.receipt.files import digest_file, digest_files, file_names
+from gemma2tool.storage.paths import identity
 from gemma2tool.storage.staging import place as staging_place
 from gemma2tool.storage.staging.staged_output import Staging
 from gemma2tool.storage.syscalls import translate_os_errors
@@ -140,24 +141,16 @@ def commit(outputs: Sequence[tuple[Staging, Staging | None]]) -> None:
 @contextmanager
 def _withdrawn(output: Staging) -> Iterator[None]:
     """Remove the receipt of the present output; put it back if that output stays because the block fails."""
-    place, before = receipt_path(output.destination), _identity(output.destination)
+    place, before = receipt_path(output.destination), identity(output.destination)
     there = receipt.is_receipt(place)
     try:
         if there:
             output.set_aside(place)
         yield
     except BaseException as error:
-        if there and before is not None and _identity(output.destination) == before:
+        if there and before is not None and identity(output.destination) == before:
             try:
                 output.bring_back(place)
             except ToolError as failure:
                 error.add_note(f"{place}: was lost: {failure.message}")
         raise
-
-
-def _identity(path: Path) -> tuple[int, int] | None:
-    try:
-        status = os.lstat(path)
-    except OSError:
-        return None
-    return status.st_dev, status.st_ino

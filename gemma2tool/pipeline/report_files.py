@@ -13,6 +13,7 @@ from gemma2tool.storage.paths import refuse_overwriting_input
 
 if TYPE_CHECKING:
     from gemma2tool.model.checkpoint import Checkpoint
+    from gemma2tool.verify.reports.failure import Failure
     from gemma2tool.verify.result import Verification
 
 
@@ -51,6 +52,17 @@ class ReportFiles:
             replace_report(self.html, page.html(verifications))
         if self.summary is not None:
             _append(self.summary, markdown.summary(verifications))
+
+    def write_failure(self, failure: Failure) -> None:
+        """Write the requested reports of a run that has no result, in place of those of an earlier run."""
+        from gemma2tool.verify.reports import failure as reports
+
+        if self.junit is not None:
+            replace_report(self.junit, reports.junit(failure))
+        if self.html is not None:
+            replace_report(self.html, reports.html(failure))
+        if self.summary is not None:
+            _append(self.summary, reports.summary(failure))
 
     def write_bom(self, receipt: Path | None, origin: Checkpoint) -> None:
         """Write the bill of materials of the output of ``receipt``, if one is requested. ``origin``: what knows the

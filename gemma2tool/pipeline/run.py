@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gemma2tool.errors import UsageError
 from gemma2tool.formats import registry
 from gemma2tool.model.checkpoint import Checkpoint, unchanged
 from gemma2tool.model.progress import Progress, progress_or_null
@@ -22,6 +23,7 @@ from gemma2tool.pipeline.requests import RunOptions
 from gemma2tool.pipeline.value_check import ValueCheck, clipped_tensor
 from gemma2tool.pipeline.verification import ResolvedChecks, verify_output
 from gemma2tool.pipeline.write import Target, write_outputs
+from gemma2tool.storage.paths import identity
 from gemma2tool.storage.staging.staged_output import Staging
 
 if TYPE_CHECKING:
@@ -102,12 +104,23 @@ class ConversionResult:
 
 @dataclass(frozen=True)
 class _StagedOutput:
-    """One planned output on its way: ``resumed`` names the tensors that an earlier run completed."""
+    """One planned output on its way: ``resumed`` names the tensors that an earlier run completed; ``present``: the
+    identity of what was at the destination before, None if nothing was.
+    """
 
     plan: Plan
     staging: Staging
     target: Target
     resumed: frozenset[str]
+    present: tuple[int, int] | None
+
+    def refuse_newcomer(self) -> None:
+        """Raise ``UsageError`` if something else is at the destination now than when the run began: ``--force`` was
+        given for what was there then.
+        """
+        now = identity(self.plan.destination)
+        if now is not None and now != self.present and not self.staging.finished:
+            raise UsageError("output.appeared", f"{self.plan.destination}: was created or replaced during the run")
 
     @property
     def bytes_to_read(self) -> int:
@@ -147,13 +160,15 @@ def run(
                 commits.append((output.staging, staged_receipt))
         for plan in plans:
             plan.source.check_unchanged()
+        for output in outputs:
+            output.refuse_newcomer()
         receipts.commit(commits)
     return tuple(results)
 
 
 def _stage(plan: Plan, options: RunOptions, stack: ExitStack) -> _StagedOutput:
     """Open the place beside the destination; sinks for what an earlier run has not finished."""
-    output = plan.output
+    output, present = plan.output, identity(plan.destination)
     staging = stack.enter_context(
         Staging(
             plan.destination,
@@ -177,7 +192,7 @@ def _stage(plan: Plan, options: RunOptions, stack: ExitStack) -> _StagedOutput:
             len(staging.completed),
             len(output.tensors),
         )
-    return _StagedOutput(plan, staging, target, frozenset(target.records))
+    return _StagedOutput(plan, staging, target, frozenset(target.records), present)
 
 
 def _write(outputs: Sequence[_StagedOutput], options: RunOptions, progress: Progress | None) -> None:

@@ -91,6 +91,15 @@ def workspace_path(path: str | os.PathLike[str]) -> str:
     return str(path)
 
 
+def identity(path: str | os.PathLike[str]) -> tuple[int, int] | None:
+    """Device and inode of what is at ``path``, links not followed; None if there is nothing."""
+    try:
+        status = os.lstat(path)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
 def same_file(a: str | os.PathLike[str], b: str | os.PathLike[str]) -> bool:
     """Whether two paths lead to the same file or folder, through links or names that differ only in case."""
     try:

@@ -79,6 +79,65 @@ def test_reports_and_the_exit_code_are_passed_on(tmp_path: Path) -> None:
     assert process.returncode == 1 and output.read_text() == "exit-code=1\n"
 
 
+class Runner:
+    """GitHub's runner's rules for commands: ``::name`` at the start of a line, ``##[name]`` anywhere in it; nothing
+    between ``::stop-commands::TOKEN`` and ``::TOKEN::`` (actions/runner, ActionCommand.cs).
+    """
+
+    def __init__(self) -> None:
+        self.stopped: str | None = None
+        self.commands: list[str] = []
+
+    def read(self, output: str) -> None:
+        for line in output.splitlines():
+            text = line.strip()
+            if self.stopped is not None:
+                if text == f"::{self.stopped}::":
+                    self.stopped = None
+            elif text.startswith("::stop-commands::"):
+                self.stopped = text.removeprefix("::stop-commands::")
+            elif text.startswith("::") or "##[" in line:
+                self.commands.append(text)
+
+
+def test_what_the_tool_prints_is_no_command(tmp_path: Path) -> None:
+    """Names and tokens of files reach the log; the annotations, which the tool escapes, follow behind the fence."""
+    fake = tmp_path / "bin" / "gemma2tool"
+    fake.parent.mkdir()
+    fake.write_text(
+        f"#!{sys.executable}\nimport os, sys\n"
+        "print('bos ##[add-mask]PASSED'); print('::set-output name=a::b'); sys.stderr.write('::stop-commands::x\\n')\n"
+        "print('::x::'); sys.stdout.write('##[error]no line break')\n"
+        "open(os.environ['GEMMA2TOOL_ANNOTATIONS'], 'w').write('::error file=m.gguf::bad\\n')\n"
+        "sys.exit(3)\n"
+    )
+    fake.chmod(0o755)
+    environment = {
+        "PATH": f"{fake.parent}:{os.environ['PATH']}",
+        "G2T_COMMAND": "verify",
+        "G2T_ARGUMENTS": "m.gguf",
+        "G2T_HOME": str(ROOT),
+        "G2T_INSTALL": "no",
+    }
+    outputs = []
+    for _ in range(2):
+        process = subprocess.run(
+            ["bash", str(ROOT / "scripts" / "action.sh")],
+            env=environment,
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=60,
+        )
+        assert process.returncode == 3 and process.stderr == ""
+        runner = Runner()
+        runner.read(process.stdout)
+        assert runner.stopped is None and runner.commands == ["::error file=m.gguf::bad"]
+        outputs.append(process.stdout.splitlines()[0])
+    assert outputs[0] != outputs[1] and len(outputs[0]) > 60
+
+
 def test_other_commands_are_refused(tmp_path: Path) -> None:
     process = run_action(tmp_path, "m.gguf", command="generate")
     assert process.returncode == 2 and not (tmp_path / "called").exists()

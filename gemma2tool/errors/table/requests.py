@@ -37,6 +37,11 @@ ENTRIES = (
     usage("option.prompts", "several options each give a prompt", "give only one of them"),
     usage("option.regex", "--match is not a regular expression", "write for example --match 'layers.0.mlp'"),
     usage("option.size", "a size is not a number with a unit", "write it like 512MiB or 5GB"),
+    usage(
+        "output.appeared",
+        "something was put at the destination while the run was writing its replacement",
+        "look at it, then repeat the command with --force, or choose another name",
+    ),
     usage("output.exists", "the destination exists", "choose another name, or replace it with --force"),
     usage("output.is-input", "the destination is an input, or contains one", "choose another destination"),
     usage("output.kind", "the output format needs a file where a folder is named, or the reverse", "rename the output"),

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from xml.etree import ElementTree
 
+from gemma2tool.storage.paths import workspace_path
 from gemma2tool.storage.quoting import one_line
 from gemma2tool.verify.finding import GateResult
 from gemma2tool.verify.result import Verification
@@ -28,7 +29,7 @@ def _suite(verification: Verification) -> ElementTree.Element:
     gates = verification.gates
     suite = ElementTree.Element(
         "testsuite",
-        name=one_line(verification.candidate.path),
+        name=one_line(workspace_path(verification.candidate.path)),
         tests=str(len(gates)),
         failures=str(sum(gate.status == "failed" for gate in gates)),
         errors="0",

@@ -1,0 +1,72 @@
+"""Reports of a run that ended without a result: it was refused, it lacked something, it was interrupted.
+
+Without them, the reports of the run before would stay in place, and a CI server would show these.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from xml.etree import ElementTree
+
+from gemma2tool.storage.quoting import one_line
+from gemma2tool.verify.reports.markdown import escaped
+from gemma2tool.verify.reports.markup import Markup, tag
+from gemma2tool.verify.reports.page import POLICY
+from gemma2tool.version import __version__
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a run has no result. ``command``: what was run; ``subject``: the file that it was about, or empty."""
+
+    command: str
+    subject: str
+    id: str
+    message: str
+    hint: str
+    exit_code: int
+
+
+def junit(failure: Failure) -> str:
+    """One test case with an ``<error>``."""
+    root = ElementTree.Element("testsuites", name="gemma2tool")
+    suite = ElementTree.SubElement(root, "testsuite", name=one_line(failure.subject or failure.command))
+    for element in (root, suite):
+        for count, value in (("tests", "1"), ("failures", "0"), ("errors", "1"), ("skipped", "0")):
+            element.set(count, value)
+    case = ElementTree.SubElement(suite, "testcase", classname=f"gemma2tool.{failure.command}", name=failure.command)
+    error = ElementTree.SubElement(case, "error", message=one_line(failure.message), type=failure.id)
+    error.text = f"{one_line(failure.hint)} (exit code {failure.exit_code})"
+    ElementTree.indent(root)
+    return f'<?xml version="1.0" encoding="UTF-8"?>\n{ElementTree.tostring(root, encoding="unicode")}\n'
+
+
+def summary(failure: Failure) -> str:
+    """A section that says what happened."""
+    subject = f": {escaped(failure.subject)}" if failure.subject else ""
+    lines = [f"### \u274c {escaped(failure.command)} has no result{subject}", ""]
+    lines += [f"> **{escaped(failure.message)}** ({escaped(failure.id)}, exit code {failure.exit_code})"]
+    lines += [">", f"> {escaped(failure.hint)}"] if failure.hint else []
+    return "\n".join([*lines, ""])
+
+
+def html(failure: Failure) -> str:
+    """A page that says what happened."""
+    style = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
+    head = tag(
+        "head",
+        tag("meta", charset="utf-8"),
+        tag("meta", http_equiv="Content-Security-Policy", content=POLICY),
+        tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        tag("title", f"NO RESULT: {failure.subject or failure.command}"),
+        tag("style", Markup(style)),
+    )
+    lines = [
+        tag("h1", tag("b", "No result: "), f"{failure.command} ended with exit code {failure.exit_code}"),
+        tag("p", tag("span", failure.subject, class_="path")),
+        tag("p", f"{failure.message} [{failure.id}]"),
+        tag("p", failure.hint, class_="soft"),
+    ]
+    body = tag("body", tag("header", tag("div", *lines), class_="failed"), tag("footer", f"gemma2tool {__version__}."))
+    return f'<!doctype html>\n<html lang="en">{head}{body}</html>\n'

@@ -1,0 +1,111 @@
+"""A run without a result leaves no report of an earlier run in place, and one JSON document, whatever happens."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from gemma2tool.cli import main
+from gemma2tool.cli.failures import options_of
+from tests.support.receipts import run
+
+
+@pytest.fixture
+def reports(place: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Options for reports, which all hold yesterday's."""
+    monkeypatch.chdir(place)
+    for name in ("j.xml", "r.html"):
+        (place / name).write_text("yesterday: passed")
+    return ["--junit", "j.xml", "--html", "r.html", "--summary", "s.md"]
+
+
+def error_of(path: Path) -> ElementTree.Element:
+    root = ElementTree.parse(path).getroot()
+    assert root.get("errors") == "1" and root.get("tests") == "1"
+    error = root.find("testsuite/testcase/error")
+    assert error is not None
+    return error
+
+
+def check_reports(place: Path, id: str, code: int) -> None:
+    assert error_of(place / "j.xml").get("type") == id
+    page, summary = (place / "r.html").read_text(), (place / "s.md").read_text()
+    assert "No result" in page and "yesterday" not in page and id in page
+    assert "has no result" in summary and f"exit code {code}" in summary
+
+
+def test_a_refused_run(place: Path, reports: list[str]) -> None:
+    (place / "src" / "model.safetensors").write_bytes(b"nothing")
+    result = run("convert", "src", "out.gguf", "--json", *reports)
+    assert result.exit_code == 3
+    error = json.loads(result.stdout)["error"]
+    check_reports(place, error["id"], 3)
+    assert ElementTree.parse(place / "j.xml").getroot()[0].get("name") == "src"
+
+
+def test_a_request_that_cannot_work(place: Path, reports: list[str]) -> None:
+    assert run("verify", "src", "--gate", "nothing=1", *reports).exit_code == 2
+    check_reports(place, "gate.unknown", 2)
+
+
+@pytest.mark.parametrize("words", [["verify", "src", "--no-such-option"], ["convert", "src"], ["verfy", "src"]])
+def test_a_command_line_that_cannot_be_read(place: Path, reports: list[str], words: list[str]) -> None:
+    result = run(*words, "--json", *reports)
+    assert result.exit_code == 2
+    assert json.loads(result.stdout)["error"]["id"] == "usage"
+    check_reports(place, "usage", 2)
+    assert "Usage:" in result.stderr
+
+
+def test_a_bug_and_an_interruption(place: Path, reports: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    from gemma2tool import api
+
+    for raised, id, code in ((LookupError("x"), "bug", 70), (KeyboardInterrupt(), "interrupted", 130)):
+
+        def fail(*args: object, raised: BaseException = raised, **kwargs: object) -> None:
+            raise raised
+
+        monkeypatch.setattr(api, "verify", fail)
+        result = run("verify", "src", "--json", *reports)
+        assert result.exit_code == code and json.loads(result.stdout)["error"]["id"] == id
+        check_reports(place, id, code)
+
+
+def test_a_report_that_would_overwrite_an_input_is_not_written(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(place)
+    before = (place / "src" / "config.json").read_bytes()
+    result = run("convert", "src", "out.gguf", "--junit", "src/config.json")
+    assert result.exit_code == 2 and (place / "src" / "config.json").read_bytes() == before
+
+
+def test_a_report_that_cannot_be_written_is_found_before_the_work(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(place)
+    monkeypatch.setattr("gemma2tool.pipeline.report_files.os.access", lambda path, mode: mode != os.W_OK)
+    result = run("convert", "src", "out.gguf", "--summary", "s.md", "--json")
+    assert result.exit_code == 4 and json.loads(result.stdout)["error"]["id"] == "report.unwritable"
+    assert not (place / "out.gguf").exists()
+
+
+def test_annotations(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(place)
+    monkeypatch.setenv("GEMMA2TOOL_ANNOTATIONS", "lines")
+    run("verify", "a,b: ##[x]%", "--reference", "src")
+    (line,) = (place / "lines").read_text().splitlines()
+    assert line.startswith("::error file=a%2Cb%3A ## [x]%25,title=gemma2tool%3A input.missing::") and "##[" not in line
+
+
+def test_options_of_a_command_line() -> None:
+    words = ["verify", "x", "--junit", "a b.xml", "--html=c.html", "--summary"]
+    assert options_of(words) == {"junit": Path("a b.xml"), "html": Path("c.html")}
+
+
+def test_the_program_without_a_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["gemma2tool", "--version"])
+    with pytest.raises(SystemExit) as stop:
+        main.app()
+    assert stop.value.code == 0 and "gemma2tool" in capsys.readouterr().out

@@ -1,0 +1,51 @@
+"""``--force`` replaces what was there when the run began, and nothing that came later."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from gemma2tool import api
+from gemma2tool.errors import UsageError
+from gemma2tool.pipeline import run as pipeline_run
+from tests.support.checkpoints import random_checkpoint, write_checkpoint
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("newcomers") / "src"
+    return write_checkpoint(random_checkpoint(np.dtype(ml_dtypes.bfloat16)), folder)
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_what_appears_during_the_run_stays(
+    source: Path, tmp_path: Path, before: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    destination = tmp_path / "out"
+    if before:
+        shutil.copytree(source, destination)
+    write = pipeline_run._write
+
+    def then(*args: object) -> None:
+        write(*args)  # type: ignore[arg-type]
+        if destination.exists():
+            destination.rename(tmp_path / "moved")
+        destination.mkdir()
+        (destination / "thesis.txt").write_text("years of work")
+
+    monkeypatch.setattr(pipeline_run, "_write", then)
+    with pytest.raises(UsageError) as refused:
+        api.convert(source, destination, verify=False, force=True)
+    assert refused.value.id == "output.appeared"
+    assert [path.name for path in destination.iterdir()] == ["thesis.txt"]
+
+
+def test_what_was_there_is_replaced(source: Path, tmp_path: Path) -> None:
+    shutil.copytree(source, tmp_path / "out")
+    (tmp_path / "out" / "old.txt").write_text("old")
+    assert api.convert(source, tmp_path / "out", verify=False, force=True).written
+    assert not (tmp_path / "out" / "old.txt").exists()
