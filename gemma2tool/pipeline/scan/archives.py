@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from gemma2tool.containers.pickle_program import MAGIC
 from gemma2tool.containers.torch_zip import zip_index
 from gemma2tool.pipeline.scan.catalog import Place
 from gemma2tool.pipeline.scan.finding import ScanFinding
@@ -28,6 +29,7 @@ MAX_MEMBER_BYTES = 64 << 20
 MAX_RATIO, MIN_BOMB = 200, 256 << 20
 """An archive is a bomb if it unpacks to so many times its size, and to so many bytes."""
 
+_ENCRYPTED = 1 << 0 | 1 << 6
 _LOCAL_LENGTHS = struct.Struct("<2H")
 """Of the name and the extra field, at the end of a local header."""
 _NO_CONTENT = ("/version", "/byteorder", "/.data/serialization_id", "/.format_version", "/.storage_alignment")
@@ -78,11 +80,16 @@ def _member(
         with archive.open(member) as stream:
             data = stream.read(MAX_MEMBER_BYTES)
     except _ERRORS as error:
-        yield part.finding("archive.damaged", f"{type(error).__name__}: {quoted(str(error))}")
+        if member.flag_bits & _ENCRYPTED:
+            yield part.finding("archive.unread", "it is encrypted")
+        else:
+            yield part.finding("archive.damaged", f"{type(error).__name__}: {quoted(str(error))}")
         try:
             data = _raw(archive, member)
         except _ERRORS:
             return
+        if member.flag_bits & _ENCRYPTED and data[:2] not in MAGIC:
+            return  # it is really encrypted, not only said to be
     yield from scan_member(member.filename, data, len(data) >= member.file_size, part)
 
 

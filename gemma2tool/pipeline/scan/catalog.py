@@ -46,7 +46,8 @@ _ROWS: tuple[tuple[str, Severity, str, str, str], ...] = (
      "disk or memory of the machine that loads it is used up", "do not unpack it"),
     ("archive.damaged", "odd", "an archive contradicts itself or cannot be read",
      "programs that read it in different ways see different files", "download the file again"),
-    ("archive.unread", "note", "an archive that was not looked into", "", "unpack it, then scan the folder"),
+    ("archive.unread", "note", "an archive, or an encrypted member of one, that was not looked into", "",
+     "unpack it, then scan the folder"),
     # -- Keras
     ("keras.lambda", "danger", "a Keras model has a Lambda layer, which holds Python code", _CODE,
      "use the weights alone, with the architecture of keras-hub"),
