@@ -90,8 +90,8 @@ def verify(request: VerifyRequest, progress: Progress | None = None) -> Verifica
     if request.reports.bom is not None and (request.reference or request.logits):
         raise UsageError("option.ignored", "--bom is made from a receipt", hint="leave out --reference and --logits")
     signature = None if request.signed_by is None else _signature(request, request.signed_by)
-    if signature is not None and not chosen and not receipt_path(request.candidate).exists():
-        result = signature_alone(request.candidate, signature)
+    if signature is not None and not chosen and not receipt_path(Path(request.candidate)).exists():
+        result = signature_alone(Path(request.candidate), signature)
     elif request.reference is not None:
         result = _with_source(request, request.reference, progress)
     elif request.logits is not None:
@@ -108,10 +108,13 @@ def verify(request: VerifyRequest, progress: Progress | None = None) -> Verifica
 
 def _signature(request: VerifyRequest, signed_by: Path) -> GateResult:
     """The gate of the candidate's signature, and of its receipt's where that is what it is held to."""
-    request.reports.check((signed_by, request.candidate))
-    receipt = request.receipt or receipt_path(request.candidate)
+    candidate = request.candidate
+    if isinstance(candidate, str):
+        raise UsageError("option.ignored", "--signed-by is of files on this disk", hint="download the model first")
+    request.reports.check((signed_by, candidate))
+    receipt = request.receipt or receipt_path(candidate)
     uses_receipt = request.reference is None and request.logits is None and receipt.exists()
-    return signature_gate(request.candidate, signed_by, request.signature, receipt if uses_receipt else None)
+    return signature_gate(candidate, signed_by, request.signature, receipt if uses_receipt else None)
 
 
 def verify_output(
