@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 import typer
 
 from gemma2tool.cli import options as o
-from gemma2tool.cli.failures import annotate
 from gemma2tool.cli.outcome import show_results
 from gemma2tool.cli.progress import ProgressDisplay
 from gemma2tool.cli.reports import Reports
@@ -19,7 +18,6 @@ from gemma2tool.errors import EXIT_VERIFICATION_FAILED, UsageError
 from gemma2tool.formats.option_info import parse_size
 from gemma2tool.formats.options import WriteOptions
 from gemma2tool.formats.options_budget import Budget
-from gemma2tool.storage.paths import workspace_path
 from gemma2tool.storage.units import human_bytes
 
 if TYPE_CHECKING:
@@ -60,7 +58,9 @@ def carry_out(
                 console.print(line)
     reports.print_card([result.verification for result in results if result.verification is not None], console)
     if not all(result.written for result in results):
-        annotate(workspace_path(dst), "verification failed", "the output was not written")
+        from gemma2tool.verify.reports.annotations import annotate
+
+        annotate(str(dst), "verification failed", "the output was not written")
         raise typer.Exit(EXIT_VERIFICATION_FAILED)
 
 

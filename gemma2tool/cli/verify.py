@@ -9,13 +9,11 @@ from typing import Annotated
 import typer
 
 from gemma2tool.cli import options as o
-from gemma2tool.cli.failures import annotate
 from gemma2tool.cli.groups import completion
 from gemma2tool.cli.progress import ProgressDisplay
 from gemma2tool.cli.reports import Reports
 from gemma2tool.cli.terminal import Console
 from gemma2tool.errors import EXIT_VERIFICATION_FAILED
-from gemma2tool.storage.paths import workspace_path
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,5 +120,7 @@ def verify(
         render_verification(result, console, verbose=options.verbose)
     reports.print_card([result], console)
     if not result.passed:
-        annotate(workspace_path(candidate), "verification failed", result.verdict)
+        from gemma2tool.verify.reports.annotations import annotate
+
+        annotate(str(candidate), "verification failed", result.verdict)
         raise typer.Exit(EXIT_VERIFICATION_FAILED)

@@ -87,7 +87,7 @@ def verify(request: VerifyRequest, progress: Progress | None = None) -> Verifica
         raise UsageError(
             "option.pair", f"{' and '.join(chosen)} are different ways to verify", hint="choose one of them"
         )
-    if request.reports.bom is not None and (request.reference or request.logits):
+    if request.reports.bom is not None and (request.reference or request.logits or request.engines):
         raise UsageError("option.ignored", "--bom is made from a receipt", hint="leave out --reference and --logits")
     signature = None if request.signed_by is None else _signature(request, request.signed_by)
     if signature is not None and not chosen and not receipt_path(Path(request.candidate)).exists():
@@ -113,7 +113,7 @@ def _signature(request: VerifyRequest, signed_by: Path) -> GateResult:
         raise UsageError("option.ignored", "--signed-by is of files on this disk", hint="download the model first")
     request.reports.check((signed_by, candidate))
     receipt = request.receipt or receipt_path(candidate)
-    uses_receipt = request.reference is None and request.logits is None and receipt.exists()
+    uses_receipt = not (request.reference or request.logits or request.engines) and receipt.exists()
     return signature_gate(candidate, signed_by, request.signature, receipt if uses_receipt else None)
 
 

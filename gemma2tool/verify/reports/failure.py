@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree
 
+from gemma2tool.storage.paths import workspace_path
 from gemma2tool.storage.quoting import one_line
 from gemma2tool.verify.reports.markdown import escaped
 from gemma2tool.verify.reports.markup import Markup, tag
@@ -27,11 +28,16 @@ class Failure:
     hint: str
     exit_code: int
 
+    @property
+    def path(self) -> str:
+        """The subject, relative to the workspace."""
+        return workspace_path(self.subject) if self.subject else ""
+
 
 def junit(failure: Failure) -> str:
     """One test case with an ``<error>``."""
     root = ElementTree.Element("testsuites", name="gemma2tool")
-    suite = ElementTree.SubElement(root, "testsuite", name=one_line(failure.subject or failure.command))
+    suite = ElementTree.SubElement(root, "testsuite", name=one_line(failure.path or failure.command))
     for element in (root, suite):
         for count, value in (("tests", "1"), ("failures", "0"), ("errors", "1"), ("skipped", "0")):
             element.set(count, value)
@@ -44,7 +50,7 @@ def junit(failure: Failure) -> str:
 
 def summary(failure: Failure) -> str:
     """A section that says what happened."""
-    subject = f": {escaped(failure.subject)}" if failure.subject else ""
+    subject = f": {escaped(failure.path)}" if failure.subject else ""
     lines = [f"### \u274c {escaped(failure.command)} has no result{subject}", ""]
     lines += [f"> **{escaped(failure.message)}** ({escaped(failure.id)}, exit code {failure.exit_code})"]
     lines += [">", f"> {escaped(failure.hint)}"] if failure.hint else []
@@ -59,12 +65,12 @@ def html(failure: Failure) -> str:
         tag("meta", charset="utf-8"),
         tag("meta", http_equiv="Content-Security-Policy", content=POLICY),
         tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        tag("title", f"NO RESULT: {failure.subject or failure.command}"),
+        tag("title", f"NO RESULT: {failure.path or failure.command}"),
         tag("style", Markup(style)),
     )
     lines = [
         tag("h1", tag("b", "No result: "), f"{failure.command} ended with exit code {failure.exit_code}"),
-        tag("p", tag("span", failure.subject, class_="path")),
+        tag("p", tag("span", failure.path, class_="path")),
         tag("p", f"{failure.message} [{failure.id}]"),
         tag("p", failure.hint, class_="soft"),
     ]
