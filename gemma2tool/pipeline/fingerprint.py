@@ -10,10 +10,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
-import secrets
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -25,34 +25,33 @@ from gemma2tool.storage.reading import open_for_reading
 from gemma2tool.storage.staging.journal import Fingerprint
 from gemma2tool.version import __version__
 
+if TYPE_CHECKING:
+    from gemma2tool.pipeline.calibration.session import Session
+
 _ENDS = 1 << 16
 _DIGITS = 16
 
 
-def can_continue(plan: Plan) -> bool:
-    """Whether each tensor depends only on its own values and settings; calibrated codes depend on all
-    earlier layers.
-    """
-    return plan.cost is None
-
-
 def fingerprint(plan: Plan, options: Mapping[str, object]) -> Fingerprint:
-    """The fingerprint of a plan carried out with ``options`` (those of the run that change bytes, by name).
-
-    The fingerprint of a plan that cannot be resumed is unique.
-    """
+    """The fingerprint of a plan carried out with ``options`` (those of the run that change bytes, by name)."""
     allowed = {"allow_mismatch": plan.options.allow_mismatch, "allow_requantize": plan.options.allow_requantize}
     options_given = {**plan.options.given(), **allowed, **options}
     settings = {
         "tool": f"gemma2tool {__version__}, numpy {np.__version__}, kernels {_kernels()}",
+        **({} if plan.session is None else {"calibration-run": _calibration(plan.session)}),
         "format": plan.output.format,
         **{name.replace("_", "-"): _shown(value) for name, value in sorted(options_given.items()) if value},
         **{f"source {name}": state for name, state in _files(plan).items()},
     }
-    return {
-        **settings,
-        "plan": _plan(plan) if can_continue(plan) else f"cannot be resumed ({secrets.token_hex(4)})",
-    }
+    return {**settings, "plan": _plan(plan)}
+
+
+def _calibration(session: Session) -> str:
+    """The calibration's token ids and settings, and what the last bits of its products depend on."""
+    import torch
+
+    capability = torch.backends.cpu.get_cpu_capability()
+    return f"{_digest(session.calibration)} by torch {torch.__version__} with {capability}"
 
 
 @cache
@@ -114,13 +113,15 @@ def _plan(plan: Plan) -> str:
 
 
 def _feed(digest: hashlib._Hash, value: object) -> None:
-    """Feed a setting to the digest unambiguously; ``TypeError`` for any other object."""
+    """Feed a setting to the digest unambiguously; ``TypeError`` for any other object. Fields of a dataclass that do not
+    take part in comparisons follow from others."""
     if isinstance(value, Mapping):
         value = sorted(value.items())
     if isinstance(value, np.ndarray):
         value = [value.dtype, value.shape, np.ascontiguousarray(value).tobytes()]
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        value = [type(value).__qualname__, *(getattr(value, field.name) for field in dataclasses.fields(value))]
+        compared = (field.name for field in dataclasses.fields(value) if field.compare)
+        value = [type(value).__qualname__, *(getattr(value, name) for name in compared)]
     if isinstance(value, (list, tuple)):
         digest.update(b"[%d;" % len(value))
         for element in value:

@@ -6,6 +6,7 @@ size of every file, what the target cannot hold, and what a calibration will cos
 
 from __future__ import annotations
 
+import functools
 import shutil
 from collections import defaultdict
 from dataclasses import dataclass, replace
@@ -20,6 +21,7 @@ from gemma2tool.formats.sentence_transformers import left_behind
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.tied_head import HEAD, with_tied_head
 from gemma2tool.pipeline.calibration.output import calibrated, settings_of
+from gemma2tool.pipeline.calibration.session import Session
 from gemma2tool.storage.paths import refuse_overwriting_input
 
 if TYPE_CHECKING:
@@ -46,7 +48,7 @@ class TensorSummary:
 class Plan:
     """A checked request: ``source`` is open, ``output`` is laid out, the destination is not one of the source's files.
 
-    ``source``: as it was opened, but with a tied head where the target has one and the values are equal. ``cost``: of
+    ``source``: as it was opened, but with a tied head where the target has one and the values are equal. ``session``:
     the calibration that happens while it is written, if any. ``budget``: what a budget chose, if there is one.
     """
 
@@ -54,8 +56,13 @@ class Plan:
     destination: Path
     output: Output
     options: WriteOptions
-    cost: Cost | None = None
+    session: Session | None = None
     budget: BudgetChoice | None = None
+
+    @functools.cached_property
+    def cost(self) -> Cost | None:
+        """Of the calibration."""
+        return None if self.session is None else self.session.cost()
 
     @property
     def tensors(self) -> list[TensorSummary]:
@@ -179,13 +186,13 @@ def make_plan(
             f"{source.known_as}: is already quantized ({', '.join(stored)})",
             hint="quantize the original, or compound the loss with --allow-requantize",
         )
-    output, cost = registry.by_name(format_name).layout(source, options), None
+    output, session = registry.by_name(format_name).layout(source, options), None
     if lost := left_behind(source.assets, output.assets):
         output = replace(output, warnings=[*output.warnings, lost])
     if options.calibration.is_asked:
         settings = settings_of(options.calibration, source)
-        output, cost = calibrated(output, source, settings, threads=threads)
-    return Plan(source, destination, output, options, cost)
+        output, session = calibrated(output, source, settings, threads=threads)
+    return Plan(source, destination, output, options, session)
 
 
 def _with_one_matrix(source: Checkpoint, format_name: str) -> Checkpoint:

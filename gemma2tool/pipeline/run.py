@@ -17,7 +17,8 @@ from gemma2tool.formats import registry
 from gemma2tool.model.checkpoint import Checkpoint, unchanged
 from gemma2tool.model.progress import Progress, progress_or_null
 from gemma2tool.pipeline import receipts
-from gemma2tool.pipeline.fingerprint import can_continue, fingerprint
+from gemma2tool.pipeline.calibration.boundaries import Boundaries
+from gemma2tool.pipeline.fingerprint import fingerprint
 from gemma2tool.pipeline.plan import Plan
 from gemma2tool.pipeline.requests import RunOptions
 from gemma2tool.pipeline.value_check import ValueCheck, clipped_tensor
@@ -168,29 +169,31 @@ def run(
 
 def _stage(plan: Plan, options: RunOptions, stack: ExitStack) -> _StagedOutput:
     """Open the place beside the destination; sinks for what an earlier run has not finished."""
-    output, present = plan.output, identity(plan.destination)
+    output, session, present = plan.output, plan.session, identity(plan.destination)
     staging = stack.enter_context(
         Staging(
             plan.destination,
             force=options.force,
-            expected_bytes=output.nbytes,
+            expected_bytes=output.nbytes + (0 if session is None else session.kept_bytes),
             folder=not output.single_file,
             fingerprint=fingerprint(plan, {"allow_nonfinite": options.allow_nonfinite, "clip_f16": options.clip_f16}),
             restart=options.restart,
         )
     )
     sinks = {} if staging.finished else {file.name: staging.file(file.name, file.size) for file in output.files}
-    target = Target(output, sinks, staging.completed)
-    if can_continue(plan):
-        target = replace(target, complete=staging.complete)
+    target = Target(output, sinks, staging.completed, staging.complete)
+    stage = 0
+    if session is not None and not staging.finished:
+        stage = session.continue_with(Boundaries(staging.kept, staging.is_recorded, session.stages(output)))
     if staging.finished:
         logger.info("%s: an earlier run ended when this output was already in place", plan.destination)
-    elif staging.completed:
+    elif staging.completed or stage:
         logger.info(
-            "%s: resumed: %d of %d tensors were complete",
+            "%s: resumed: %d of %d tensors were complete%s",
             plan.destination,
             len(staging.completed),
             len(output.tensors),
+            f"; {stage} of {plan.source.config.num_hidden_layers} layers were calibrated" if stage else "",
         )
     return _StagedOutput(plan, staging, target, frozenset(target.records), present)
 
@@ -200,7 +203,7 @@ def _write(outputs: Sequence[_StagedOutput], options: RunOptions, progress: Prog
     check = ValueCheck(
         allow_nonfinite=options.allow_nonfinite,
         clip=options.clip_f16,
-        thorough=all(can_continue(output.plan) for output in outputs),
+        thorough=all(output.plan.session is None for output in outputs),
     )
     unfinished = [output for output in outputs if not output.staging.finished]
     label = outputs[0].plan.destination.name if len(outputs) == 1 else f"{len(outputs)} outputs"

@@ -44,7 +44,7 @@ STAGED = ".gemma2tool-staging"
 
 @dataclass(frozen=True)
 class Command:
-    """A command line with SRC and DST as placeholders, the names of its outputs, and whether old outputs exist."""
+    """A command line with SRC and IDS as placeholders, the names of its outputs, and whether old outputs exist."""
 
     words: tuple[str, ...]
     outputs: tuple[str, ...]
@@ -59,6 +59,7 @@ COMMANDS = (
         ("out",)),
     Command(("quantize", "SRC", "many", "--type", "q4_k_m,q8_0,nf4", "--no-verify"),
         ("many/many-q4_k_m.gguf", "many/many-q8_0.gguf", "many/many-nf4")),
+    Command(("quantize", "SRC", "out.gguf", "--type", "q4_0", "--calibration", "IDS", "--no-verify"), ("out.gguf",)),
     Command(("quantize", "SRC", "out.gguf", "--type", "q4_0", "--force"), ("out.gguf",), old=True),
     Command(("convert", "SRC", "out", "--force", "--max-shard-size", "20MB"), ("out",), old=True),
 )  # fmt: skip
@@ -79,6 +80,7 @@ def make_source(folder: Path, *, layers: int = 12) -> Path:
         max_position_embeddings=SMALL.max_position_embeddings,
         sliding_window=SMALL.sliding_window,
     )
+    np.save(folder / "ids.npy", np.arange(256).reshape(2, 128))
     return write_checkpoint(random_checkpoint(np.dtype(ml_dtypes.bfloat16), config), folder / "src")
 
 
@@ -124,7 +126,8 @@ class Trials:
         return place
 
     def _start(self, command: Command, place: Path) -> subprocess.Popen:
-        words = [str(self.source) if word == "SRC" else word for word in command.words]
+        places = {"SRC": str(self.source), "IDS": str(self.source.parent / "ids.npy")}
+        words = [places.get(word, word) for word in command.words]
         with open(place.with_suffix(".log"), "ab") as log:
             return subprocess.Popen(
                 [sys.executable, "-m", "gemma2tool", *words, "--threads", "2"],

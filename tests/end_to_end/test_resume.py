@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import ClassVar
 
 import ml_dtypes
 import numpy as np
@@ -18,8 +19,10 @@ from typer.testing import CliRunner, Result
 
 from gemma2tool.cli.main import app
 from gemma2tool.pipeline import fingerprint as fingerprints
+from gemma2tool.pipeline.calibration import boundaries
+from gemma2tool.pipeline.calibration.session import Session
+from gemma2tool.storage.staging import kept, staged_output
 from gemma2tool.storage.staging import recorder as staging_recorder
-from gemma2tool.storage.staging import staged_output
 from tests.campaigns.kill import COMMANDS, campaign, digest
 from tests.support.checkpoints import SMALL, random_checkpoint, write_checkpoint
 
@@ -104,7 +107,7 @@ def interrupted_after(tensors: int, monkeypatch: pytest.MonkeyPatch, *words: obj
             complete(self, *args)
             calls.append(args)
             if len(calls) == tensors:
-                while self._recorder.recorded < 1:
+                while not self._recorder.recorded:
                     time.sleep(0.001)
                 raise KeyboardInterrupt
 
@@ -304,24 +307,114 @@ class TestRefusedToContinue:
         assert result.exit_code == 0 and "resumed" not in result.stderr
         assert names(left) == ["out.gguf"]
 
-    def test_calibrated_codes(self, place: Path) -> None:
-        """They depend on all earlier layers, so such a run neither continues another nor can be continued."""
-        words = ("quantize", "src", "out", "--type", "gptq-4", "--group-size", "32", "--no-verify")
-        killed_after(5, *words)
-        np.save("ids.npy", np.arange(64).reshape(2, 32))
-        calibrated = (*words, "--calibration", "ids.npy", "--calibration-length", "32")
-        refused = run(*calibrated)
-        assert refused.exit_code == 2 and "resume.mismatch" in refused.stderr, refused.output
-        assert run(*calibrated, "--restart").exit_code == 0
-        shutil.rmtree("out")
-        with pytest.MonkeyPatch.context() as patched:
-            patched.setattr(staged_output.Staging, "commit", None)
-            patched.setattr(staged_output.Staging, "make_durable", _interrupt)
-            assert run(*calibrated).exit_code == 130
-        assert "out" not in names(place) and ".out.gemma2tool-staging" not in names(place)
-
     def test_a_moved_source_is_the_same(self, left: Path) -> None:
         (left / "elsewhere").mkdir()
         (left / "src").rename(left / "elsewhere" / "src")
         result = run("quantize", "elsewhere/src", *WORDS["gguf"][2:], "--no-verify")
         assert result.exit_code == 0 and "resumed" in result.stderr, result.output
+
+
+class TestCalibrated:
+    """Codes depend on all earlier layers, so the residual streams between layers are kept as well."""
+
+    WORDS: ClassVar = {
+        "gguf": ("quantize", "src", "out.gguf", "--type", "q4_0"),
+        "act-order": ("quantize", "src", "out", "--type", "gptq-4", "--group-size", "32", "--act-order"),
+        "awq": ("quantize", "src", "out", "--type", "awq-4", "--group-size", "32"),
+    }
+
+    @pytest.fixture(autouse=True)
+    def text(self, place: Path) -> None:
+        np.save("ids.npy", np.arange(128).reshape(4, 32))
+
+    def words(self, kind: str) -> tuple[str, ...]:
+        return (*self.WORDS[kind], "--calibration", "ids.npy", "--calibration-length", "32", "--no-verify")
+
+    def undisturbed(self, kind: str) -> str:
+        assert run(*self.words(kind)).exit_code == 0
+        out = Path(self.WORDS[kind][2])
+        whole = digest(out)
+        shutil.rmtree(out) if out.is_dir() else out.unlink()
+        return whole
+
+    def killed_in(self, kind: str, layer: int, *, torn: bool = False) -> None:
+        """Runs the command in its own process, which is killed in ``layer`` (2: the head) when all tensors of the
+        layers before it are in the journal; ``torn``: while the streams that enter it are being written.
+        """
+
+        def work() -> None:
+            save = boundaries.Boundaries.save
+
+            def kill(*args: object, **named: object) -> None:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+            def stop(self: boundaries.Boundaries, stage: int, residual: object) -> None:
+                save(self, stage, residual)
+                if stage == layer:
+
+                    def wait(*args: object) -> None:
+                        while self.first_missing() < layer:
+                            time.sleep(0.001)
+                        kill()
+
+                    Session._next_layer = Session._run_head = wait
+
+            if torn:
+                kept.os.rename = kill
+            boundaries.Boundaries.save = stop
+            run(*self.words(kind))
+
+        assert in_a_child(work) == signal.SIGKILL
+
+    @pytest.mark.parametrize("kind", WORDS)
+    def test_continues_at_the_layer_where_it_stopped(self, place: Path, kind: str) -> None:
+        whole = self.undisturbed(kind)
+        self.killed_in(kind, 1, torn=True)
+        self.killed_in(kind, 1)
+        again = run(*self.words(kind))
+        assert again.exit_code == 0 and "1 of 2 layers were calibrated" in again.stderr, again.output
+        assert digest(place / self.WORDS[kind][2]) == whole
+        assert names(place) == ["ids.npy", self.WORDS[kind][2]]
+
+    def test_killed_again_at_the_head(self, place: Path) -> None:
+        whole = self.undisturbed("gguf")
+        self.killed_in("gguf", 1)
+        self.killed_in("gguf", 2)
+        staged = place / ".out.gguf.gemma2tool-staging" / "kept"
+        assert sorted(path.name for path in staged.iterdir()) == ["residual-0001", "residual-0002"]
+        again = run(*self.words("gguf"))
+        assert again.exit_code == 0 and "2 of 2 layers were calibrated" in again.stderr, again.output
+        assert digest(place / "out.gguf") == whole
+
+    @pytest.mark.parametrize("tensors", [3, 9, 20])
+    def test_killed_while_a_layer_is_written(self, place: Path, tensors: int) -> None:
+        whole = self.undisturbed("gguf")
+        killed_after(tensors, *self.words("gguf"))
+        again = run(*self.words("gguf"), "--json")
+        assert again.exit_code == 0 and json.loads(again.stdout)["resumed_tensors"] >= tensors, again.output
+        assert digest(place / "out.gguf") == whole
+
+    def test_damaged_streams_are_computed_again(self, place: Path) -> None:
+        whole = self.undisturbed("gguf")
+        self.killed_in("gguf", 1)
+        (file,) = (place / ".out.gguf.gemma2tool-staging" / "kept").iterdir()
+        data = bytearray(file.read_bytes())
+        data[5] ^= 1
+        file.write_bytes(data)
+        again = run(*self.words("gguf"))
+        assert again.exit_code == 0 and "calibrated" not in again.stderr, again.output
+        assert digest(place / "out.gguf") == whole
+
+    def test_another_text(self, place: Path) -> None:
+        self.killed_in("gguf", 1)
+        np.save("ids.npy", np.arange(1, 129).reshape(4, 32))
+        refused = run(*self.words("gguf"))
+        assert refused.exit_code == 2 and "resume.mismatch" in refused.stderr, refused.output
+        assert "calibration-run was" in refused.stderr
+        assert run(*self.words("gguf"), "--restart").exit_code == 0
+        assert names(place) == ["ids.npy", "out.gguf"]
+
+    def test_clean_removes_the_streams(self, place: Path) -> None:
+        self.killed_in("gguf", 1)
+        assert run_clean("out.gguf").exit_code == 0
+        assert names(place) == ["ids.npy"]

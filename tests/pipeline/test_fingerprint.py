@@ -13,6 +13,8 @@ import pytest
 from gemma2tool.formats import registry
 from gemma2tool.formats.options import Adapter, WriteOptions
 from gemma2tool.model.lazy import BFLOAT16
+from gemma2tool.pipeline.calibration.output import calibrated
+from gemma2tool.pipeline.calibration.session import CalibrationSettings
 from gemma2tool.pipeline.fingerprint import _feed, fingerprint
 from gemma2tool.pipeline.plan import Plan, make_plan
 from gemma2tool.quantizers.gguf_encoders import Blocks
@@ -82,9 +84,20 @@ def test_the_files_of_the_source(plan: Plan) -> None:
     assert fingerprint(plan, {}) == before
 
 
-def test_a_calibrated_plan_is_unique(plan: Plan) -> None:
-    calibrated = replace(plan, cost=object())
-    assert differences(calibrated, calibrated) == {"plan"}
+class TestCalibrated:
+    IDS = np.arange(64).reshape(2, 32)
+
+    def plan(self, plan: Plan, ids: np.ndarray = IDS, **settings: object) -> Plan:
+        output, session = calibrated(plan.output, plan.source, CalibrationSettings(ids, **settings), threads=1)
+        return replace(plan, output=output, session=session)
+
+    def test_the_same_calibration(self, plan: Plan) -> None:
+        assert differences(self.plan(plan), self.plan(plan, self.IDS.copy())) == set()
+
+    def test_others(self, plan: Plan) -> None:
+        for other in (self.plan(plan, self.IDS + 1), self.plan(plan, damping=0.5), self.plan(plan, act_order=True)):
+            assert differences(self.plan(plan), other) == {"calibration-run"}
+        assert "calibration-run" in differences(plan, self.plan(plan))
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -25,9 +24,6 @@ from gemma2tool.model.lazy import Array, LazyTensor
 from gemma2tool.pipeline.calibration.session import DAMPING, CalibrationSettings, Session, dtype_of
 from gemma2tool.quantizers.base import Encoder, Part
 from gemma2tool.quantizers.calibration.grid import Grid, grid_of
-
-if TYPE_CHECKING:
-    from gemma2tool.pipeline.calibration.cost import Cost
 
 EMBEDDING = "model.embed_tokens.weight"
 
@@ -51,8 +47,8 @@ def settings_of(options: Calibration, checkpoint: Checkpoint) -> CalibrationSett
 
 def calibrated(
     output: Output, checkpoint: Checkpoint, calibration: CalibrationSettings, *, threads: int
-) -> tuple[Output, Cost]:
-    """``output`` with the codes of its weights chosen by ``calibration``, and what that will cost.
+) -> tuple[Output, Session]:
+    """``output`` with the codes of its weights chosen by ``calibration``, in the session that is returned.
 
     Raises ``UsageError`` if no type of the output can be calibrated, and for Hessian blocks that would split a group.
     """
@@ -74,9 +70,10 @@ def calibrated(
             )
     session = Session(checkpoint, items, grids, calibration, threads)
     tensors = [_output_tensor(session, item) for item in output.tensors]
-    # The embedding stands first in most files, but it is rounded after the layers, which would all wait in memory.
-    tensors.sort(key=lambda item: isinstance(item.source, CalibratedHead))
-    return replace(output, tensors=tensors), session.cost()
+    # A tensor that is read before its turn would make all layers before it wait in memory: the embedding, which stands
+    # first in most files and is rounded last, and layer 10 where names are sorted as text.
+    tensors.sort(key=lambda item: -1 if (stage := session.stage(item)) is None else stage)
+    return replace(output, tensors=tensors), session
 
 
 def _grids(output: Output, checkpoint: Checkpoint, calibration: CalibrationSettings) -> dict[str, Grid]:
@@ -104,8 +101,7 @@ def _output_tensor(session: Session, item: OutputTensor) -> OutputTensor:
             )
         source = CalibratedMatrix(session, item)
         return replace(item, source=source, encoder=PackRounded(item.encoder, grid, 1, source))
-    norms = ("input_layernorm.weight", "pre_feedforward_layernorm.weight")
-    if session.folds_scales and name.startswith("model.layers.") and name.endswith(norms):
+    if session.stage(item) is not None:
         return replace(item, source=CalibratedNorm(session, item))
     return item
 
@@ -180,13 +176,13 @@ class PackRounded:
     """Stores rows that are already rounded to ``grid`` the way ``encoder`` stores those that it quantizes itself.
 
     ``rows_at_once``: ranges of rows start at multiples of it. ``matrix``: the rounded one, which knows how its columns
-    are grouped; None if in order.
+    are grouped; None if in order. Both follow from the encoder and the calibration.
     """
 
     encoder: Encoder
-    grid: Grid
+    grid: Grid = field(compare=False)
     rows_at_once: int
-    matrix: CalibratedMatrix | None = None
+    matrix: CalibratedMatrix | None = field(default=None, compare=False)
 
     lossless = False
 

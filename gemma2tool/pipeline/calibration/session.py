@@ -2,7 +2,8 @@
 
 The first weight requested of a layer rounds all of the layer's: all sequences run through it (see ``layer``), and the
 output of the quantized layer is the next one's input. Memory holds the residual streams and the rounded weights that
-have not been handed out. Results depend neither on the number of threads nor on the order of requests.
+have not been handed out; the streams are also kept on the disk, so that a run can continue (see ``boundaries``).
+Results depend neither on the number of threads nor on the order of requests.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from gemma2tool.formats.base import OutputTensor
+from gemma2tool.formats.base import Output, OutputTensor
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.lazy import Array, DType
 from gemma2tool.quantizers.awq import Awq
@@ -26,11 +27,15 @@ from gemma2tool.quantizers.floats import Float
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from gemma2tool.pipeline.calibration.boundaries import Boundaries
     from gemma2tool.pipeline.calibration.cost import Cost
     from gemma2tool.pipeline.calibration.layer import Method
     from gemma2tool.quantizers.calibration.hessian import Factor
 
 DAMPING = 0.01
+
+FOLDING_NORMS = ("input_layernorm.weight", "pre_feedforward_layernorm.weight")
+"""Norms that may take over the scales of the projections that they feed."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +77,7 @@ class Session:
         self._done = 0
         self._failure: BaseException | None = None
         self._residual: list[Tensor] | None = None
+        self._boundaries: Boundaries | None = None
         self._rounded: dict[str, RoundedMatrix] = {}
         self._norms: dict[str, Array] = {}
         self._head: Sequence[Factor] | None = None
@@ -93,6 +99,40 @@ class Session:
         )
         block, threads = self.calibration.hessian_block, self.threads
         return estimate(config, work, self.calibration.ids.shape, hessian_block=block, threads=threads)
+
+    def stage(self, item: OutputTensor) -> int | None:
+        """The stage after which this tensor can be written: its layer's, or the head's, which comes after the layers;
+        None if it does not wait for the calibration.
+        """
+        name = item.canonical[0] if item.canonical else ""
+        if name not in self.grids and not (self.folds_scales and name.endswith(FOLDING_NORMS)):
+            return None
+        layer = self.checkpoint.specs[name].layer
+        return self.checkpoint.config.num_hidden_layers if layer is None else layer
+
+    def stages(self, output: Output) -> dict[str, int]:
+        """The stage of each tensor of the output that waits for the calibration, by its name there."""
+        stages = {item.name: self.stage(item) for item in output.tensors}
+        return {name: stage for name, stage in stages.items() if stage is not None}
+
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes on the disk that continuing takes, at most: the residual streams of two stages."""
+        return 2 * self.calibration.ids.size * self.checkpoint.config.hidden_size * np.dtype(np.float32).itemsize
+
+    def continue_with(self, boundaries: Boundaries) -> int:
+        """Keep what continuing takes in ``boundaries``, and start where an earlier run stopped: returns that stage, 0
+        at the beginning.
+        """
+        import torch
+
+        sequences, length = self.calibration.ids.shape
+        self._boundaries = boundaries
+        residual = [torch.empty(1, length, self.checkpoint.config.hidden_size) for _ in range(sequences)]
+        self._done = boundaries.load(residual)
+        if self._done:
+            self._residual = residual
+        return self._done
 
     def rounded(self, name: str) -> RoundedMatrix:
         """A layer's weight, rounded. May take as long as all layers up to its own."""
@@ -137,12 +177,17 @@ class Session:
                     self._next_layer()
                 else:
                     self._run_head()
+                self._end_stage()
             except BaseException as failure:
                 self._failure = failure
                 raise
-            self._done += 1
-            if self._done > self._last_stage:
-                self._residual = []
+
+    def _end_stage(self) -> None:
+        self._done += 1
+        if self._done > self._last_stage:
+            self._residual = []
+        elif self._boundaries is not None and self._residual is not None:
+            self._boundaries.save(self._done, self._residual)
 
     def _next_layer(self) -> None:
         from gemma2tool.pipeline.calibration.layer import CalibratedLayer

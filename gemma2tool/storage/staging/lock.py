@@ -11,8 +11,8 @@ import os
 import re
 import stat
 
-LOCK, NEW, OLD, ASIDE, JOURNAL = "lock", "new", "old", "aside", "journal"
-ENTRIES = frozenset((LOCK, NEW, OLD, ASIDE, JOURNAL))
+LOCK, NEW, OLD, ASIDE, JOURNAL, KEPT = "lock", "new", "old", "aside", "journal", "kept"
+ENTRIES = frozenset((LOCK, NEW, OLD, ASIDE, JOURNAL, KEPT))
 OPEN_LOCK = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 """Writable, because some network file systems can lock nothing else.
 
@@ -20,6 +20,7 @@ Does not wait if it turns out to be a pipe or a device.
 """
 
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_KEPT_NAME = re.compile(r"partial|[a-z]+-[0-9]{4}")
 _MAX_BYTES = 4096
 _CONTENT = re.compile(rb"gemma2tool staging 1\n([0-9]+) *\n(.+)", re.DOTALL)
 
@@ -72,19 +73,21 @@ def foreign_entry(fd: int, lock_fd: int, name: str) -> str | None:
 
 
 def _foreign_inside(entry: str, fd: int, name: str) -> str | None:
-    """Checks ``new``, which may contain only the output, and ``journal``, which may not be a folder with files.
+    """Checks ``new``, which may contain only the output, ``kept``, which may contain only files with names like its
+    own, and ``journal``, which may not be a folder with files.
 
     Links are not followed.
     """
-    if entry not in (NEW, JOURNAL):
+    if entry not in (NEW, JOURNAL, KEPT):
         return None
     mode = os.stat(entry, dir_fd=fd, follow_symlinks=False).st_mode
     if not stat.S_ISDIR(mode):
-        return NEW if entry == NEW and stat.S_ISREG(mode) else None
+        return entry if entry != JOURNAL and stat.S_ISREG(mode) else None
     folder_fd = os.open(entry, _FOLDER, dir_fd=fd)
     try:
         for inner in sorted(os.listdir(folder_fd)):
-            if entry == JOURNAL or inner != name:
+            is_known = {NEW: inner == name, KEPT: _KEPT_NAME.fullmatch(inner) is not None, JOURNAL: False}
+            if not is_known[entry]:
                 return f"{entry}/{inner}"
     finally:
         os.close(folder_fd)

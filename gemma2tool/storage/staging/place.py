@@ -5,6 +5,7 @@
 - ``lock``, held by the process that works here, whose id and NAME it contains;
 - ``new/NAME``, the output so far;
 - ``journal``, which pieces of it are complete, if the work can be continued;
+- ``kept``, intermediate results that the work needs to continue;
 - ``old``, what the destination held, only during a replacement on systems that cannot swap two names;
 - ``aside``, a file beside the destination that belongs to its old content.
 
@@ -26,7 +27,7 @@ from pathlib import Path
 
 from gemma2tool.errors import ResourceError, ToolError, UsageError
 from gemma2tool.storage.staging import lock as staging_lock
-from gemma2tool.storage.staging.lock import ASIDE, JOURNAL, LOCK, NEW, OLD
+from gemma2tool.storage.staging.lock import ASIDE, JOURNAL, KEPT, LOCK, NEW, OLD
 from gemma2tool.storage.syscalls import retrying, sync_data, translate_os_errors
 
 PREFIX, SUFFIX = ".", ".gemma2tool-staging"
@@ -210,7 +211,7 @@ class StagingPlace:
         """
         self.recover()
         with translate_os_errors(self.path, "removing staged files"):
-            for name in (ASIDE, NEW, OLD, *(() if keep_journal else (JOURNAL,))):
+            for name in (ASIDE, NEW, OLD, KEPT, *(() if keep_journal else (JOURNAL,))):
                 if self.identity(name, self.fd):
                     remove_tree(name, self.fd)
 

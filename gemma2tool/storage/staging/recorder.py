@@ -27,7 +27,8 @@ class Recorder:
 
     def __init__(self, journal: Journal, sync: Callable[[], None]) -> None:
         self.journal, self.sync = journal, sync
-        self.recorded = 0
+        self.recorded: set[str] = set()
+        """Pieces that are in the journal."""
         self._waiting: dict[str, Piece] = {}
         self._bytes = 0
         self._since = 0.0
@@ -91,4 +92,4 @@ class Recorder:
         if batch:
             self.sync()
             self.journal.done(batch)
-            self.recorded += len(batch)
+            self.recorded |= batch.keys()

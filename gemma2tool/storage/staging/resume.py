@@ -9,6 +9,7 @@ from pathlib import Path
 
 from gemma2tool.errors import UsageError
 from gemma2tool.storage.staging.journal import EarlierRun, Fingerprint
+from gemma2tool.storage.staging.kept import KeptFiles
 from gemma2tool.storage.staging.lock import NEW
 from gemma2tool.storage.staging.place import StagingPlace
 
@@ -19,7 +20,7 @@ _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 class LeftoverState(enum.Enum):
     """``FINISHED``: the output is at its destination, only the clean-up is missing.
 
-    ``USEFUL``: the same work, with complete pieces. ``FOREIGN``: other work, with complete pieces. ``USELESS``:
+    ``USEFUL``: the same work, with complete pieces or kept files. ``FOREIGN``: other work with such. ``USELESS``:
     anything else.
     """
 
@@ -35,7 +36,8 @@ def classify_leftovers(run: EarlierRun, place: StagingPlace, fingerprint: Finger
     destination = place.identity(place.name, place.parent_fd)
     if run.placed_inode is not None and destination is not None and destination[1] == run.placed_inode:
         return LeftoverState.FINISHED if same else LeftoverState.USELESS
-    if not run.pieces or not _is_sound(run, place):
+    has_progress = run.pieces or KeptFiles(place.fd, place.path).names()
+    if not has_progress or not _is_sound(run, place):
         return LeftoverState.USELESS
     return LeftoverState.USEFUL if same else LeftoverState.FOREIGN
 

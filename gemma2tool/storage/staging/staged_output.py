@@ -22,6 +22,7 @@ from gemma2tool.storage.staging import place as staging_place
 from gemma2tool.storage.staging import placement, staged_file
 from gemma2tool.storage.staging import resume as staging_resume
 from gemma2tool.storage.staging.journal import EarlierRun, Fingerprint, Journal
+from gemma2tool.storage.staging.kept import KeptFiles
 from gemma2tool.storage.staging.lock import NEW, OLD
 from gemma2tool.storage.staging.place import StagingPlace, remove_tree
 from gemma2tool.storage.staging.recorder import Recorder
@@ -93,6 +94,15 @@ class Staging:
             for name, piece in pieces.items()
             if self.finished or self._reopened.issuperset(piece.files)
         }
+
+    @property
+    def kept(self) -> KeptFiles:
+        """Intermediate results that the work needs to continue, this run's or an earlier one's."""
+        return KeptFiles(self._staging.fd, self._staging.path)
+
+    def is_recorded(self, name: str) -> bool:
+        """Whether the piece ``name`` would survive a kill now."""
+        return name in self.completed or (self._recorder is not None and name in self._recorder.recorded)
 
     @property
     def _staging(self) -> StagingPlace:
@@ -326,7 +336,8 @@ class Staging:
 
     @property
     def _has_progress(self) -> bool:
-        return self._earlier is not None or (self._recorder is not None and self._recorder.recorded > 0)
+        recorded = self._recorder is not None and bool(self._recorder.recorded)
+        return self._earlier is not None or recorded or (self._place is not None and bool(self.kept.names()))
 
     def _close(self) -> None:
         self._files.clear()

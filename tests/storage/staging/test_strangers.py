@@ -54,6 +54,8 @@ STRANGERS: dict[str, tuple[str, Callable[[Path], object]]] = {
         lambda place: (_ours(place), _put(place / "new" / "out"), _put(place / "new" / "thesis"))),
     "a thesis as new": ("new", lambda place: (_ours(place), _put(place / "new"))),
     "a thesis in journal": ("journal/thesis", lambda place: (_ours(place), _put(place / "journal" / "thesis"))),
+    "a thesis in kept": ("kept/thesis", lambda place: (_ours(place), _put(place / "kept" / "thesis"))),
+    "a thesis as kept": ("kept", lambda place: (_ours(place), _put(place / "kept"))),
     "a lock with two names": ("lock", _hard_link),
     "a pipe as lock": ("lock", lambda place: os.mkfifo(place / "lock")),
     "a folder as lock": ("lock", lambda place: _put(place / "lock" / "thesis")),
