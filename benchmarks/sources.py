@@ -139,6 +139,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--megabytes", type=int, default=200)
     parser.add_argument("--rate", type=float, default=100.0, help="MB/s of the server")
+    parser.add_argument("--no-goals", action="store_true", help="do not fail where a goal is missed")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -155,7 +156,7 @@ def main() -> int:
     share = plain / seconds
     print(f"plain download {plain:.1f} s, conversion {seconds:.1f} s: {share:.0%} of its rate")
     print(f"peak memory {peak / (1 << 20):.0f} MiB; output {'equal to' if same else 'DIFFERENT from'} the local one")
-    return 0 if same and peak <= MAX_BYTES and share >= MIN_SHARE else 1
+    return 0 if same and (options.no_goals or (peak <= MAX_BYTES and share >= MIN_SHARE)) else 1
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ RUNS: dict[str, tuple[tuple[str, ...], str]] = {
     "kernels.py": (("--types", KERNEL_TYPES, "--values", "5e3", "--no-goals"), "K-quants and IQ4"),
     "memory.py": (TINY, "flax"),
     "quality.py": (("--types", "q4_0,nf4 double", "--windows", "1"), "| nf4 double |"),
+    "sources.py": (("--megabytes", "4", "--rate", "200", "--no-goals"), "equal to the local one"),
     "synthesize.py": (("tiny", f"{FOLDER}/tiny-hf", "--dtype", "bf16"), ""),
 }
 """Script: its arguments, and a part of what it prints."""

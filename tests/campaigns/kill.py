@@ -80,7 +80,7 @@ def make_source(folder: Path, *, layers: int = 12) -> Path:
         max_position_embeddings=SMALL.max_position_embeddings,
         sliding_window=SMALL.sliding_window,
     )
-    np.save(folder / "ids.npy", np.arange(256).reshape(2, 128))
+    np.save(folder / "ids.npy", np.arange(256).reshape(4, 64))
     return write_checkpoint(random_checkpoint(np.dtype(ml_dtypes.bfloat16), config), folder / "src")
 
 

@@ -105,7 +105,7 @@ def test_commands(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     receipt = json.loads((tmp_path / "model.gguf.receipt.json").read_text())
     assert receipt["verification"]["gates"][-1]["metrics"]["libraries"][0].startswith("gguf ")
     assert run("verify", gguf).exit_code == 0
-    result = run("verify", model, "--reference", gguf)
+    result = run("verify", model, "--reference", gguf, "-v")
     assert "read alike by safetensors " in result.output and "in a process beside it" in result.output
     assert "readers" not in run("verify", model, "--reference", gguf, "--no-readers").output
 

@@ -58,6 +58,7 @@ def test_its_logits_are_those_of_source_and_output(shared_outputs: Path) -> None
 
 
 @pytest.mark.slow
+@pytest.mark.readers  # the shared outputs have been read by the libraries
 def test_the_same_work_gives_the_same_receipt_anywhere(tmp_path: Path, shared_outputs: Path) -> None:
     shutil.copytree(shared_outputs / "src", tmp_path / "elsewhere" / "src")
     for words in (

@@ -19,6 +19,7 @@ from gemma2tool.pipeline.conversion import save
 from gemma2tool.sources import fetching, readahead
 from gemma2tool.sources.locate import locate
 from gemma2tool.storage.reading import open_for_reading
+from gemma2tool.storage.staging import recorder
 from tests.support.audit import watched
 from tests.support.checkpoints import SMALL, random_checkpoint
 from tests.support.formats import suffix_of, write_as
@@ -204,13 +205,14 @@ def test_an_interrupted_conversion_is_resumed(tmp_path: Path, monkeypatch: pytes
     """The server fails in the middle; the same command then reads what is missing."""
     monkeypatch.undo()
     monkeypatch.setattr(fetching, "WAITS", (0.01, 0.01))
+    monkeypatch.setattr(recorder, "SYNC_SECONDS", 0.0)  # or a fast machine ends before anything is journaled
     with api.open(TINY) as checkpoint:
         save(checkpoint, tmp_path / "tiny")
     words = ("--no-verify", "--threads", 1)
     out = tmp_path / "out.gguf"
     with serving(FileServer(contents(tmp_path / "tiny", "/tiny/"))) as server:
-        with api.open(f"{server.url}/tiny/"):
-            server.faults.refuse_after = 2 * len(server.requests) + 30
+        assert run("convert", f"{server.url}/tiny/", tmp_path / "whole.gguf", *words).exit_code == 0
+        server.faults.refuse_after = int(1.8 * len(server.requests))
         result = run("convert", f"{server.url}/tiny/", out, *words)
         assert result.exit_code == 4 and "[source.unreachable]" in result.stderr and not out.exists()
         server.faults.refuse_after = 0

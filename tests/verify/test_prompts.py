@@ -119,7 +119,7 @@ def test_the_text_option(folder: Path, tmp_path: Path) -> None:
 def test_a_conversion_is_verified_on_the_text(folder: Path, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("the quick brown fox jumps. " * 60, encoding="utf-8")
-    result = CliRunner().invoke(app, ["convert", str(folder), str(tmp_path / "out.gguf"), "--text", str(text), "-q"])
+    result = CliRunner().invoke(app, ["convert", str(folder), str(tmp_path / "out.gguf"), "--text", str(text), "-v"])
     assert result.exit_code == 0, result.output
     assert "positions)" in result.output and "(128 positions)" not in result.output and "perplexity" in result.output
 

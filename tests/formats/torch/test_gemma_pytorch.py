@@ -47,7 +47,7 @@ def test_a_ckpt_has_no_tokenizer_and_passes_its_verification(fixture_dir: Path, 
     from gemma2tool.cli.main import app
 
     for name, words in (("new.ckpt", "weights alone"), ("folder", "same byte for byte")):
-        arguments = ["convert", str(fixture_dir / "model.ckpt"), str(tmp_path / name), "--to", "gemma-pytorch"]
+        arguments = ["convert", str(fixture_dir / "model.ckpt"), str(tmp_path / name), "--to", "gemma-pytorch", "-v"]
         result = CliRunner().invoke(app, arguments)
         assert result.exit_code == 0 and words in result.output, result.output
     assert (tmp_path / "folder" / "tokenizer.model").is_file()
