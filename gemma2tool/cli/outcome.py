@@ -102,8 +102,7 @@ def _one_line(result: ConversionResult) -> str:
 
 def _metrics(result: ConversionResult) -> Mapping[str, Any]:
     """What the distribution gate measured, if it ran."""
-    gates = result.verification.gates if result.verification is not None else ()
-    return next((gate.metrics for gate in gates if gate.name == "distribution"), {})
+    return {} if result.verification is None else result.verification.metrics("distribution")
 
 
 def _sizes(result: ConversionResult) -> list[str]:
@@ -115,8 +114,7 @@ def _sizes(result: ConversionResult) -> list[str]:
 
 
 def _bits_per_weight(result: ConversionResult) -> float | None:
-    values = sum(result.verification.candidate.stored.values()) if result.verification else 0
-    return 8 * result.verification.candidate.nbytes / values if result.verification and values else None
+    return None if result.verification is None else result.verification.candidate.bits_per_weight
 
 
 def _ratio(result: ConversionResult) -> float | None:

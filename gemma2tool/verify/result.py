@@ -44,6 +44,12 @@ class Side:
         nbytes = sum(path.stat().st_size for path in checkpoint.files)
         return cls(str(checkpoint.known_as), checkpoint.format, dict(stored), nbytes)
 
+    @property
+    def bits_per_weight(self) -> float | None:
+        """Bits of its files for each of its values; None where either is unknown."""
+        values = sum(self.stored.values())
+        return 8 * self.nbytes / values if self.nbytes and values else None
+
     def to_json(self) -> dict[str, Any]:
         return {"path": self.path, "format": self.format, "stored": json_value(self.stored), "bytes": self.nbytes}
 
@@ -122,6 +128,10 @@ class Verification:
             if gate.name == name:
                 return gate
         raise KeyError(name)
+
+    def metrics(self, gate: str) -> Mapping[str, Any]:
+        """What a gate measured; nothing where it was not requested."""
+        return next((result.metrics for result in self.gates if result.name == gate), {})
 
     def to_json(self) -> dict[str, Any]:
         drift = None if self.measurements is None else self.measurements.drift

@@ -220,7 +220,10 @@ def test_force_does_not_replace_a_folder_that_holds_no_checkpoint(place: Path) -
     [("--html", "x.html"), ("--junit", "x.xml"), ("--card",), ("--gate", "kl=1"), ("--text", "t.txt")],
     ids=str,
 )
-def test_what_no_verify_would_ignore_is_refused(place: Path, option: tuple[str, ...]) -> None:
+def test_what_no_verify_would_ignore_is_refused(
+    place: Path, option: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(place)  # a refused run writes its reports, too
     assert_refused(run("convert", place / "src", place / "out", "--no-verify", *option), 2, option[0], "option.ignored")
 
 

@@ -4,7 +4,6 @@ from the same file.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,22 +11,11 @@ import pytest
 
 from gemma2tool.formats import registry
 from gemma2tool.reference.streaming import logits
-from tests.end_to_end.test_consumers import ACTIVATIONS, BFLOAT16, FLOAT32, LENGTH, check
+from tests.end_to_end.test_consumers import ACTIVATIONS, BFLOAT16, FLOAT32, check
 from tests.support.checkpoints import write_checkpoint
 from tests.support.logits import mean_kl
 
 pytestmark = [pytest.mark.slow, pytest.mark.peer]
-
-
-@pytest.fixture(scope="module")
-def source(fixture_dir: Path) -> Iterator:
-    with registry.open_checkpoint(fixture_dir / "model.ckpt") as checkpoint:
-        yield checkpoint
-
-
-@pytest.fixture(scope="module")
-def ids(fixture_dir: Path) -> np.ndarray:
-    return np.load(fixture_dir / "heldout.npy")[:1, :LENGTH].astype(np.int64)
 
 
 @pytest.fixture(scope="module")

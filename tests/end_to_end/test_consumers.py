@@ -9,7 +9,6 @@ itself (tests/gptqmodel.txt); test_quantized_sources.py tests their values witho
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +22,6 @@ from tests.support.logits import mean_kl
 
 pytestmark = [pytest.mark.slow, pytest.mark.peer]
 
-LENGTH = 150  # the fixture's window is 64
 SKIPPED = (
     "model.layers.0.mlp.gate_proj",
     "model.layers.0.mlp.up_proj",
@@ -66,17 +64,6 @@ GPTQ = [
     *(("gptq-8", options, FLOAT32) for options in (*GROUPS, {"symmetric": False}, {"gptq_format": "gptq_v2"})),
     *(("awq-4", options, BFLOAT16_KERNEL) for options in ({}, {"group_size": 64}, {"skip": SKIP})),
 ]
-
-
-@pytest.fixture(scope="module")
-def source(fixture_dir: Path) -> Iterator:
-    with registry.open_checkpoint(fixture_dir / "model.ckpt") as checkpoint:
-        yield checkpoint
-
-
-@pytest.fixture(scope="module")
-def ids(fixture_dir: Path) -> np.ndarray:
-    return np.load(fixture_dir / "heldout.npy")[:1, :LENGTH].astype(np.int64)
 
 
 def check(source, ids: np.ndarray, path: Path, type_name: str, options: dict, limit: float, **load) -> torch.nn.Module:

@@ -32,12 +32,6 @@ BNB = {
 
 
 @pytest.fixture(scope="module")
-def source(fixture_dir: Path):
-    with registry.open_checkpoint(fixture_dir / "model.ckpt") as checkpoint:
-        yield checkpoint
-
-
-@pytest.fixture(scope="module")
 def heldout(fixture_dir: Path) -> np.ndarray:
     return np.load(fixture_dir / "heldout.npy")
 

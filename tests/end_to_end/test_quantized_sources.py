@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -23,12 +22,6 @@ WRITTEN_BY_LIBRARIES = (
     "own-awq",
 )  # fmt: skip
 MATRIX = "model.layers.2.mlp.down_proj.weight"
-
-
-@pytest.fixture(scope="module")
-def source(fixture_dir: Path) -> Iterator[Checkpoint]:
-    with registry.open_checkpoint(fixture_dir / "model.ckpt") as checkpoint:
-        yield checkpoint
 
 
 @pytest.fixture(scope="module")

@@ -6,44 +6,20 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import torch
 
 from gemma2tool.quantizers.calibration import block_rounding, vector_rounding
 from gemma2tool.quantizers.calibration.block_layouts import LAYOUTS, f16, scales_and_offsets
 from gemma2tool.quantizers.calibration.block_rounding import round_block, round_blocks
-from gemma2tool.quantizers.calibration.hessian import Hessian, inverse_factors
 from gemma2tool.quantizers.calibration.vector_layouts import VECTOR_LAYOUTS, VectorFields, entries_of
 from gemma2tool.quantizers.gguf_types import GGUF_TYPES, dequantize, quantize
 from gemma2tool.quantizers.kernels import _native
-from gemma2tool.reference.readahead import one_thread_each
-from tests.support.calibration import correlated_inputs
+from tests.support.calibration import COLUMNS, factors_of
 
-COLUMNS, ROWS = 512, 40
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 IQ1 = ("IQ1_S", "IQ1_M")
 LARGEST_RATIO = {"MXFP4": 0.85, "IQ1_S": 0.9, "IQ1_M": 0.9, "IQ2_XS": 0.75, "IQ2_S": 0.75}
 """Error beside that of the type's own search with an importance matrix; 0.7 for the other types."""
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    with one_thread_each():
-        yield
-
-
-@pytest.fixture(scope="module")
-def inputs() -> np.ndarray:
-    return correlated_inputs(2000, COLUMNS).astype(np.float32)
-
-
-@pytest.fixture(scope="module")
-def rows() -> np.ndarray:
-    return (np.random.default_rng(1).standard_normal((ROWS, COLUMNS)) * 0.05).astype(np.float32)
-
-
-def factors_of(x: np.ndarray, block: int | None = None):
-    hessian = Hessian(x.shape[1], block)
-    hessian.add(torch.from_numpy(x))
-    return inverse_factors(hessian, 0.01, act_order=False)
 
 
 def output_error(x: np.ndarray, difference: np.ndarray) -> float:

@@ -8,7 +8,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
 
 from gemma2tool.quantizers.awq import Awq
 from gemma2tool.quantizers.base import Encoder
@@ -18,16 +17,15 @@ from gemma2tool.quantizers.calibration.grid import grid_of
 from gemma2tool.quantizers.calibration.group_descent import descend
 from gemma2tool.quantizers.calibration.group_layouts import GroupCodes, GroupLayout, group_layout
 from gemma2tool.quantizers.calibration.group_rounding import round_groups
-from gemma2tool.quantizers.calibration.hessian import Hessian, inverse_factors
 from gemma2tool.quantizers.calibration.rounding import group_of_column
 from gemma2tool.quantizers.compressed import Compressed
 from gemma2tool.quantizers.gptq import Gptq
 from gemma2tool.quantizers.mlx import Affine
 from gemma2tool.quantizers.torchao import Int8WeightOnly
-from gemma2tool.reference.readahead import one_thread_each
-from tests.support.calibration import correlated_inputs
+from tests.support.calibration import COLUMNS, ROWS, factors_of
 
-COLUMNS, ROWS = 512, 40
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ENCODERS: dict[str, Encoder] = {
     "nf4": FourBit("nf4"),
     "fp4": FourBit("fp4"),
@@ -44,28 +42,6 @@ ENCODERS: dict[str, Encoder] = {
     "fp8-block": Compressed("fp8-block"),
     "torchao-int8": Int8WeightOnly(),
 }
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    with one_thread_each():
-        yield
-
-
-@pytest.fixture(scope="module")
-def inputs() -> np.ndarray:
-    return correlated_inputs(2000, COLUMNS).astype(np.float32)
-
-
-@pytest.fixture(scope="module")
-def rows() -> np.ndarray:
-    return (np.random.default_rng(1).standard_normal((ROWS, COLUMNS)) * 0.05).astype(np.float32)
-
-
-def factors_of(x: np.ndarray, block: int | None = None, *, act_order: bool = False):
-    hessian = Hessian(x.shape[1], block)
-    hessian.add(torch.from_numpy(x))
-    return inverse_factors(hessian, 0.01, act_order)
 
 
 def errors(x: np.ndarray, rows: np.ndarray, values: np.ndarray, block: int | None = None) -> np.ndarray:

@@ -6,14 +6,26 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from gemma2tool.formats import registry
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.pipeline.prompt import PromptTokenizer
 from gemma2tool.quantizers.calibration.grid import AffineGrid
+from gemma2tool.quantizers.calibration.hessian import Factor, Hessian, inverse_factors
 from gemma2tool.reference.streaming import StreamedForward
 from gemma2tool.verify.compare.metrics import LogitComparison
 from tests.support.paths import FIXTURES
+
+COLUMNS, ROWS = 512, 40
+"""Size of the matrix that the tests of error feedback round."""
+
+
+def factors_of(x: np.ndarray, block: int | None = None, *, act_order: bool = False) -> list[Factor]:
+    """The factors of the inverse Hessian of inputs (tokens, columns), float32."""
+    hessian = Hessian(x.shape[1], block)
+    hessian.add(torch.from_numpy(x))
+    return inverse_factors(hessian, 0.01, act_order)
 
 
 def textbook_gptq(

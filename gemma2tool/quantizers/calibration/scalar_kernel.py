@@ -49,7 +49,6 @@ def round_scalars(
         np.empty((n, width), np.float32),
         np.empty(n, np.float32),
     )
-    more = {"scaled_offsets": True} if are_scaled else {}
     assert near.dtype == shifts.dtype == values.dtype == levels.dtype == np.float32
     assert width <= WIDEST and upper.stride(1) == 1
     _native.feedback_round_scalars(
@@ -67,7 +66,7 @@ def round_scalars(
         scale_count=near.shape[2],
         offsets=shifts.ctypes.data if shifts.size else 0,
         offset_count=shifts.shape[2],
-        **more,
+        scaled_offsets=are_scaled,
         codes=result.codes.ctypes.data,
         scale_choices=result.scale_choices.ctypes.data,
         offset_choices=result.offset_choices.ctypes.data,

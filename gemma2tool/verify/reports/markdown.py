@@ -73,7 +73,7 @@ def card(verifications: Sequence[Verification]) -> str:
     measured = [
         (verification, metrics)
         for verification in verifications
-        if (metrics := _distribution(verification)) is not None
+        if "kl_mean" in (metrics := verification.metrics("distribution"))
     ]
     if not measured:
         return ""
@@ -92,23 +92,14 @@ def card(verifications: Sequence[Verification]) -> str:
     )
 
 
-def _distribution(verification: Verification) -> Mapping[str, Any] | None:
-    """The metrics of the distribution gate, where it measured."""
-    for gate in verification.gates:
-        if gate.name == "distribution" and "kl_mean" in gate.metrics:
-            return gate.metrics
-    return None
-
-
 def _row(verification: Verification, metrics: Mapping[str, Any]) -> str:
     candidate = verification.candidate
     main_type = max(candidate.stored, key=lambda name: (candidate.stored[name], name), default="")
-    values = sum(candidate.stored.values())
-    bits = f"{8 * candidate.nbytes / values:.2f}" if values and candidate.nbytes else ""
+    bits = candidate.bits_per_weight
     cells = [
         escaped(re.split(r"[/\\]", candidate.path.rstrip("/\\"))[-1]),
         escaped(main_type),
-        bits,
+        "" if bits is None else f"{bits:.2f}",
         f"{metrics['kl_mean']:.3g}",
         f"{metrics['kl_p99']:.3g}",
         f"{metrics['top1_agreement']:.2%}",

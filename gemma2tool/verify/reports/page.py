@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -91,15 +90,15 @@ def _describe_side(side: Side) -> str:
 
 
 def _tiles(verification: Verification) -> Markup:
-    distribution = _metrics(verification, "distribution")
-    tensors = _metrics(verification, "tensors").get("tensors", {})
+    distribution = verification.metrics("distribution")
+    tensors = verification.metrics("tensors").get("tensors", {})
     tiles = []
     if tensors:
         equal = sum(not row["rmse"] and not row["max_abs_error"] for row in tensors.values())
         tiles.append((f"{equal} of {len(tensors)}", "tensors equal bit for bit"))
-    values = sum(verification.candidate.stored.values())
-    if verification.candidate.nbytes and values:
-        tiles.append((f"{8 * verification.candidate.nbytes / values:.2f}", "bits per weight"))
+    bits = verification.candidate.bits_per_weight
+    if bits is not None:
+        tiles.append((f"{bits:.2f}", "bits per weight"))
     if "kl_mean" in distribution:
         tiles.append((f"{distribution['kl_mean']:.3g}", "mean KL divergence, nats"))
         positions = f"same likeliest token, {distribution['positions']:,} positions"
@@ -112,10 +111,6 @@ def _tiles(verification: Verification) -> Markup:
         *(tag("div", tag("b", number), tag("span", caption), class_="tile") for number, caption in tiles),
         class_="tiles",
     )
-
-
-def _metrics(verification: Verification, gate: str) -> Mapping[str, Any]:
-    return next((result.metrics for result in verification.gates if result.name == gate), {})
 
 
 def _causes(verification: Verification) -> list[Markup]:
@@ -228,7 +223,7 @@ def _kl_figures(kl: Array) -> list[Markup]:
 
 
 def _worst_tensors(verification: Verification) -> list[Markup]:
-    rows = _metrics(verification, "tensors").get("tensors", {})
+    rows = verification.metrics("tensors").get("tensors", {})
     worst = sorted(
         (name for name in rows if rows[name]["relative_rmse"]), key=lambda name: (-rows[name]["relative_rmse"], name)
     )[:WORST_TENSORS]
@@ -258,7 +253,7 @@ def _worst_tensors(verification: Verification) -> list[Markup]:
 
 
 def _types(verification: Verification) -> list[Markup]:
-    rows = _metrics(verification, "tensors").get("by_type", {})
+    rows = verification.metrics("tensors").get("by_type", {})
     if not rows:
         return []
     body = [

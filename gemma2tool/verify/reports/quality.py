@@ -26,7 +26,7 @@ def closeness(kl: float) -> str:
 
 def quality_line(result: Verification) -> str | None:
     """The distance of the candidate's predictions from the source's; None where none was measured, or there is none."""
-    metrics = next((gate.metrics for gate in result.gates if gate.name == "distribution"), {})
+    metrics = result.metrics("distribution")
     kl = metrics.get("kl_mean")
     if not kl or not math.isfinite(kl):
         return None

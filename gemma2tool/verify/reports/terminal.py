@@ -195,11 +195,11 @@ def _render_cause(cause: Cause, out: Out) -> None:
 
 
 def _render_measurements(result: Verification, out: Out) -> None:
-    metrics = {gate.name: gate.metrics for gate in result.gates}
-    if any(row["rmse"] for row in metrics.get("tensors", {}).get("by_type", {}).values()):
-        _render_tensor_errors(metrics["tensors"], out)
-    if metrics.get("distribution", {}).get("kl_mean"):
-        _render_distribution(metrics["distribution"], out)
+    tensors, distribution = result.metrics("tensors"), result.metrics("distribution")
+    if any(row["rmse"] for row in tensors.get("by_type", {}).values()):
+        _render_tensor_errors(tensors, out)
+    if distribution.get("kl_mean"):
+        _render_distribution(distribution, out)
 
 
 def _render_tensor_errors(metrics: Mapping[str, Any], out: Out) -> None:
