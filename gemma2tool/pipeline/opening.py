@@ -15,6 +15,8 @@ from gemma2tool.model.config import Gemma2Config
 from gemma2tool.model.progress import Progress, progress_or_null
 from gemma2tool.pipeline.inputs import resolve_config
 from gemma2tool.sources import keep as kept
+from gemma2tool.sources.address import hub_name, parse
+from gemma2tool.sources.archive import SUFFIXES
 from gemma2tool.sources.locate import Located, locate
 
 logger = logging.getLogger("gemma2tool")
@@ -66,6 +68,11 @@ def open_source(
     checkpoint.warnings = [renamed(warning) for warning in checkpoint.warnings]
     checkpoint.closers.insert(0, located.close)  # the last to be called
     return checkpoint
+
+
+def is_remote(source: str) -> bool:
+    """Whether this names a model that is not on this disk, as ``open_source`` would take it."""
+    return parse(source) is not None or hub_name(source, (*MODEL_SUFFIXES, *SUFFIXES)) is not None
 
 
 def _download(located: Located, folder: Path, progress: Progress | None) -> None:

@@ -4,7 +4,6 @@ checkpoints.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,7 +19,7 @@ from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.config import Gemma2Config
 from gemma2tool.model.progress import Progress
 from gemma2tool.pipeline.inputs import read_logits, read_prompts, read_tokens, resolve_config
-from gemma2tool.pipeline.opening import log_warnings, open_source
+from gemma2tool.pipeline.opening import is_remote, log_warnings, open_source
 from gemma2tool.pipeline.report_files import ReportFiles
 from gemma2tool.pipeline.requests import Checks, default_threads
 from gemma2tool.pipeline.signing import signature_alone, signature_gate
@@ -31,8 +30,6 @@ if TYPE_CHECKING:
     from gemma2tool.verify.difference import Difference
     from gemma2tool.verify.finding import GateResult
     from gemma2tool.verify.result import Verification
-
-logger = logging.getLogger("gemma2tool")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,9 +86,10 @@ def verify(request: VerifyRequest, progress: Progress | None = None) -> Verifica
         )
     if request.reports.bom is not None and (request.reference or request.logits or request.engines):
         raise UsageError("option.ignored", "--bom is made from a receipt", hint="leave out --reference and --logits")
-    signature = None if request.signed_by is None else _signature(request, request.signed_by)
-    if signature is not None and not chosen and not receipt_path(Path(request.candidate)).exists():
-        result = signature_alone(Path(request.candidate), signature)
+    local = Path(request.candidate)
+    signature = None if request.signed_by is None else _signature(request, local, request.signed_by)
+    if signature is not None and not chosen and not receipt_path(local).exists():
+        result = signature_alone(local, signature)
     elif request.reference is not None:
         result = _with_source(request, request.reference, progress)
     elif request.logits is not None:
@@ -106,10 +104,9 @@ def verify(request: VerifyRequest, progress: Progress | None = None) -> Verifica
     return result
 
 
-def _signature(request: VerifyRequest, signed_by: Path) -> GateResult:
+def _signature(request: VerifyRequest, candidate: Path, signed_by: Path) -> GateResult:
     """The gate of the candidate's signature, and of its receipt's where that is what it is held to."""
-    candidate = request.candidate
-    if isinstance(candidate, str):
+    if is_remote(str(request.candidate)):
         raise UsageError("option.ignored", "--signed-by is of files on this disk", hint="download the model first")
     request.reports.check((signed_by, candidate))
     receipt = request.receipt or receipt_path(candidate)
@@ -223,6 +220,8 @@ def _with_engines(request: VerifyRequest, progress: Progress | None) -> Verifica
 
     checks = request.checks
     with _opened(request.candidate, resolve_config(request.config)) as candidate:
+        if candidate.address is not None:  # an engine would read the stand-ins of its files
+            raise UsageError("option.ignored", "--engine is of files on this disk", hint="download the model first")
         request.reports.check((*checks.files, *candidate.files))
         log_warnings(candidate, candidate.path.name)
         ids = read_prompts(checks.tokens, checks.text, candidate)
@@ -250,7 +249,7 @@ def _with_receipt(request: VerifyRequest, progress: Progress | None) -> Verifica
 
 
 def _receipt(candidate: Path, receipt: Path | None) -> Receipt:
-    from gemma2tool.receipt.document import read_receipt, receipt_path
+    from gemma2tool.receipt.document import read_receipt
 
     beside = receipt_path(candidate)
     if receipt is None and not beside.exists():

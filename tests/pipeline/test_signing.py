@@ -17,6 +17,7 @@ from cryptography.x509.oid import NameOID
 
 from gemma2tool import api
 from gemma2tool.errors import InputRefused, UsageError
+from tests.support.commands import assert_refused, run
 from tests.support.paths import TINY
 
 pytest.importorskip("model_signing")
@@ -97,6 +98,9 @@ def test_a_key(outputs: Path, keys: Path) -> None:
     signed = api.sign(outputs / "hf", key=keys / "alice.pem")
     assert [path.name for path in signed.signatures] == ["hf.sig", "hf.receipt.json.sig"]
     result = api.verify(outputs / "hf", signed_by=keys / "alice.pub")
+    by_command = run("verify", outputs / "hf", "--signed-by", keys / "alice.pub")
+    assert by_command.exit_code == 0 and "signed by alice.pub" in by_command.stdout, by_command.output
+    assert run("verify", outputs / "hf", "--signed-by", keys / "mallory.pub").exit_code == 1
     assert result.verdict == "matches its receipt (signed by alice.pub: it says that it was verified as lossless)"
     for path in (outputs / "hf", outputs / "hf.receipt.json"):
         words = ("key", "--public_key", keys / "alice.pub")
@@ -209,3 +213,11 @@ def test_a_receipt_as_a_statement(outputs: Path, tmp_path: Path) -> None:
     assert digests["hf (values)"] == {"gemma2tool-1": receipt["output"]["hashes"]["model"]}
     files = {file["name"]: {"sha256": file["sha256"]} for file in receipt["output"]["files"]}
     assert digests.items() >= files.items()
+
+
+@pytest.mark.parametrize(
+    "address", ["hf://org/name", "org-that-is-no-folder/name", "https://example.invalid/model.gguf"]
+)
+def test_signatures_are_of_local_files(keys: Path, address: str) -> None:
+    result = run("verify", address, "--signed-by", keys / "alice.pub")
+    assert_refused(result, 2, "option.ignored", "--signed-by is of files on this disk")
