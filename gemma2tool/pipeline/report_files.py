@@ -16,6 +16,17 @@ if TYPE_CHECKING:
     from gemma2tool.verify.reports.failure import Failure
     from gemma2tool.verify.result import Verification
 
+_BEGINNINGS = {
+    "--junit": b"<?xml",
+    "--html": b"<!doctype html",
+    "--svg": b"<svg",
+    "--bom": b"{",
+    "--sarif": b"{",
+    "--statement": b"{",
+}
+"""Of what the options write; the others write plain text."""
+_HEAD_BYTES = 4096
+
 
 @dataclass(frozen=True, kw_only=True)
 class ReportFiles:
@@ -54,15 +65,19 @@ class ReportFiles:
             _append(self.summary, markdown.summary(verifications))
 
     def write_failure(self, failure: Failure) -> None:
-        """Write the requested reports of a run that has no result, in place of those of an earlier run."""
+        """Write the requested reports of a run that has no result, in place of those of an earlier run.
+
+        The run may have failed before it checked its reports, so files that are not reports are left as they are.
+        """
         from gemma2tool.verify.reports import failure as reports
 
-        if self.junit is not None:
-            replace_report(self.junit, reports.junit(failure))
-        if self.html is not None:
-            replace_report(self.html, reports.html(failure))
-        if self.summary is not None:
-            _append(self.summary, reports.summary(failure))
+        named = {option: path for option, path in self.by_option.items() if may_be_report(option, path)}
+        if "--junit" in named:
+            replace_report(named["--junit"], reports.junit(failure))
+        if "--html" in named:
+            replace_report(named["--html"], reports.html(failure))
+        if "--summary" in named:
+            _append(named["--summary"], reports.summary(failure))
 
     def write_bom(self, receipt: Path | None, origin: Checkpoint) -> None:
         """Write the bill of materials of the output of ``receipt``, if one is requested. ``origin``: what knows the
@@ -76,8 +91,8 @@ class ReportFiles:
 
 
 def check_reports(named: Mapping[str, Path], others: Iterable[Path]) -> None:
-    """Raises ``UsageError`` for a report, by its option, that cannot be written or would overwrite one of ``others``;
-    ``ResourceError`` for one whose folder or file may not be written.
+    """Raises ``UsageError`` for a report, by its option, that cannot be written or would overwrite one of ``others`` or
+    a file that is not a report; ``ResourceError`` for one whose folder or file may not be written.
     """
     others = list(others)
     seen: dict[Path, str] = {}
@@ -94,6 +109,22 @@ def check_reports(named: Mapping[str, Path], others: Iterable[Path]) -> None:
         appended = option == "--summary" and path.exists()
         if not os.access(path if appended else path.absolute().parent, os.W_OK):
             raise ResourceError("report.unwritable", f"{option} {path}: may not be written")
+        if not may_be_report(option, path):
+            raise UsageError("report.other-file", f"{option} {path}: exists and is not such a report")
+
+
+def may_be_report(option: str, path: Path) -> bool:
+    """Whether what is at ``path`` can be what ``option`` wrote earlier: nothing, an empty file, or one that begins like
+    its reports.
+    """
+    if not path.is_file():
+        return True  # there is nothing to lose; whoever writes there refuses folders and devices
+    try:
+        with path.open("rb") as file:
+            head = file.read(_HEAD_BYTES)
+    except OSError:
+        return False
+    return not head or (head.lower().startswith(_BEGINNINGS.get(option, b"")) and b"\0" not in head)
 
 
 def replace_report(path: Path, text: str) -> None:

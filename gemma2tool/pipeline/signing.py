@@ -17,10 +17,10 @@ from typing import Any
 
 from gemma2tool.errors import InputRefused, UsageError
 from gemma2tool.errors.extras import require
-from gemma2tool.pipeline.report_files import replace_report
+from gemma2tool.pipeline.report_files import check_reports, replace_report
 from gemma2tool.receipt.document import read_receipt, receipt_path
 from gemma2tool.receipt.statement import encode_statement
-from gemma2tool.storage.paths import refuse_existing, refuse_overwriting_input
+from gemma2tool.storage.paths import refuse_existing
 from gemma2tool.storage.quoting import one_line
 from gemma2tool.storage.reading import read_whole
 from gemma2tool.verify.finding import Finding, GateResult
@@ -88,7 +88,7 @@ def sign(request: SignRequest) -> SignResult:
     for path in signed:
         refuse_existing(_beside(path), force=request.force, folder=False)
     if request.statement is not None:
-        refuse_overwriting_input([output, receipt, *signed], request.statement)
+        check_reports({"--statement": request.statement}, (output, receipt, *signed))
         replace_report(request.statement, encode_statement(read_receipt(receipt)))
     if request.key is not None:
         signer = _signer(request, request.key)

@@ -19,8 +19,8 @@ from tests.support.receipts import run
 def reports(place: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Options for reports, which all hold yesterday's."""
     monkeypatch.chdir(place)
-    for name in ("j.xml", "r.html"):
-        (place / name).write_text("yesterday: passed")
+    (place / "j.xml").write_text("<?xml version='1.0'?><testsuites name='yesterday'/>")
+    (place / "r.html").write_text("<!DOCTYPE html><title>yesterday: passed</title>")
     return ["--junit", "j.xml", "--html", "r.html", "--summary", "s.md"]
 
 
@@ -81,6 +81,27 @@ def test_a_report_that_would_overwrite_an_input_is_not_written(place: Path, monk
     before = (place / "src" / "config.json").read_bytes()
     result = run("convert", "src", "out.gguf", "--junit", "src/config.json")
     assert result.exit_code == 2 and (place / "src" / "config.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("option", ["--junit", "--html", "--summary"])
+@pytest.mark.parametrize("words", [["verify"], ["verify", "src", "--no-such-option"], ["verify", "nothing"]])
+def test_a_model_that_is_named_as_a_report_survives(
+    place: Path, monkeypatch: pytest.MonkeyPatch, option: str, words: list[str]
+) -> None:
+    monkeypatch.chdir(place)
+    model = place / "src" / "model.safetensors"
+    before = model.read_bytes()
+    assert run(*words, option, "src/model.safetensors").exit_code in (2, 3)
+    assert model.read_bytes() == before
+
+
+@pytest.mark.parametrize("option", ["--junit", "--html", "--summary", "--bom"])
+def test_a_report_replaces_nothing_but_a_report(place: Path, monkeypatch: pytest.MonkeyPatch, option: str) -> None:
+    monkeypatch.chdir(place)
+    (place / "other").write_bytes(b"GGUF\0\0")
+    result = run("convert", "src", "out.gguf", option, "other", "--json")
+    assert result.exit_code == 2 and json.loads(result.stdout)["error"]["id"] == "report.other-file"
+    assert (place / "other").read_bytes() == b"GGUF\0\0" and not (place / "out.gguf").exists()
 
 
 def test_a_report_that_cannot_be_written_is_found_before_the_work(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -87,6 +87,11 @@ ENTRIES = (
         "use the gemma2tool that wrote it, or a newer one",
     ),
     usage("report.folder", "a report would be written to a folder", "name a file"),
+    usage(
+        "report.other-file",
+        "a report would replace or be appended to a file that is not a report of its kind",
+        "name another file, or remove this one",
+    ),
     usage("report.same", "two options name the same file", "name two files"),
     resource("report.unwritable", "a report could not be written", "name a file that can be written"),
     usage(
