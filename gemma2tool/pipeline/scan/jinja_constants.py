@@ -7,7 +7,7 @@ Only the methods and filters of texts are known here, within limits of size. Not
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -27,6 +27,15 @@ _WIDTH = re.compile(r"%[^%a-zA-Z(]*[\d*]")
 _PLAIN_FIELD = re.compile(r"\w*(?:![sra])?(?::?[sdcx])?")
 
 
+def walk(tree: nodes.Node) -> Iterator[nodes.Node]:
+    """All nodes below ``tree``, in the order of the text. No recursion: a long sum is a tree as deep as it is long."""
+    rest = list(tree.iter_child_nodes())[::-1]
+    while rest:
+        node = rest.pop()
+        yield node
+        rest += list(node.iter_child_nodes())[::-1]
+
+
 class Unknown(Exception):
     """An expression that is not of constants, or gives too much."""
 
@@ -38,12 +47,14 @@ class Constants:
         from jinja2 import nodes
 
         self.values: dict[str, Any] = {}
-        stored = {node.name for node in tree.find_all(nodes.Name) if node.ctx in ("store", "param")}
-        self.assigned = frozenset(stored | {node.name for node in tree.find_all(nodes.Macro)})
+        assigned: set[str] = set()
         once: dict[str, nodes.Node | None] = {}
-        for node in tree.find_all(nodes.Assign):
-            if isinstance(node.target, nodes.Name):
+        for node in walk(tree):
+            if isinstance(node, nodes.Macro) or (isinstance(node, nodes.Name) and node.ctx in ("store", "param")):
+                assigned.add(node.name)
+            elif isinstance(node, nodes.Assign) and isinstance(node.target, nodes.Name):
                 once[node.target.name] = None if node.target.name in once else node.node
+        self.assigned = frozenset(assigned)
         for name, expression in once.items():
             try:
                 if expression is not None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from gemma2tool.pipeline.scan.jinja_constants import Constants, Unknown
+from gemma2tool.pipeline.scan.jinja_constants import Constants, Unknown, walk
 from gemma2tool.storage.quoting import quoted
 
 if TYPE_CHECKING:
@@ -50,10 +50,8 @@ def is_internal(name: str) -> bool:
 
 def tree_findings(tree: nodes.Template) -> Iterator[TreeFinding]:
     """What is dangerous in a parsed template, by line."""
-    from jinja2 import nodes
-
     constants = Constants(tree)
-    for count, node in enumerate(tree.find_all(nodes.Node)):
+    for count, node in enumerate(walk(tree)):
         if count > MAX_NODES:
             yield TreeFinding("template.endless", f"it has more than {MAX_NODES} nodes", node.lineno)
             return

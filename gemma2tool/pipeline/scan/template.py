@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from gemma2tool.pipeline.scan.catalog import Place
 from gemma2tool.pipeline.scan.conversations import conversations
 from gemma2tool.pipeline.scan.finding import ScanFinding
+from gemma2tool.pipeline.scan.jinja_constants import walk
 from gemma2tool.pipeline.scan.jinja_tree import TreeFinding, tree_findings
 from gemma2tool.pipeline.scan.text import scan_text
 from gemma2tool.pipeline.template import MAX_TEMPLATE_CHARS, MAX_TEXT_CHARS, MEMORY, PYTHON_ERRORS, SECONDS, environment
@@ -36,14 +38,12 @@ def scan_template(template: str, place: Place, *, located: bool = False) -> Iter
     if len(template) > MAX_TEMPLATE_CHARS:
         yield place.finding("template.endless", f"it has {len(template)} characters; {MAX_TEMPLATE_CHARS} are rendered")
         return
+    from jinja2.exceptions import TemplateError
+
     try:
         tree = environment().parse(template)
-    except Exception as error:  # jinja's own errors, and Python's for constants that cannot be
-        from jinja2.exceptions import TemplateError
-
-        if not isinstance(error, (TemplateError, *PYTHON_ERRORS)):
-            raise
-        yield place.finding("template.syntax", f"{type(error).__name__}: {quoted(str(error))}")
+    except (TemplateError, *PYTHON_ERRORS) as error:
+        yield place.finding(*_invalid(error))
         return
     findings = [*tree_findings(tree), *_constants(tree), *_markup(tree)]
     for finding in _merged(findings):
@@ -53,6 +53,10 @@ def scan_template(template: str, place: Place, *, located: bool = False) -> Iter
     for id, message in _rendered(template):
         if id not in found:
             yield place.finding(id, message)
+
+
+def _invalid(error: Exception) -> tuple[str, str]:
+    return "template.syntax", f"{type(error).__name__}: {quoted(str(error))}"
 
 
 def hostile(template: str) -> ScanFinding | None:
@@ -76,7 +80,9 @@ def _constants(tree: nodes.Template) -> Iterator[TreeFinding]:
     """Plain words that are looked for in what a message says: no template needs to know what people talk about."""
     from jinja2 import nodes
 
-    for node in tree.find_all(nodes.Compare):
+    for node in walk(tree):
+        if not isinstance(node, nodes.Compare):
+            continue
         for operand in node.ops:
             sides = {"in": (node.expr, operand.expr), "eq": (operand.expr, node.expr)}.get(operand.op)
             for text, said in (sides, sides[::-1] if operand.op == "eq" else sides) if sides else ():
@@ -106,7 +112,7 @@ def _is_content(node: nodes.Node) -> bool:
 def _markup(tree: nodes.Template) -> Iterator[TreeFinding]:
     from jinja2 import nodes
 
-    for node in tree.find_all((nodes.TemplateData, nodes.Const)):
+    for node in walk(tree):
         text = node.data if isinstance(node, nodes.TemplateData) else getattr(node, "value", None)
         if isinstance(text, str) and (match := _MARKUP.search(text)):
             yield TreeFinding("template.markup", f"it writes {quoted(match[0])}", node.lineno)
@@ -118,7 +124,7 @@ def _rendered(template: str) -> list[tuple[str, str]]:
         return []
     try:
         answer = limited_process.call(
-            lambda: json.dumps(_attempts(template)),
+            lambda: json.dumps(_outcome(template)),
             cpu_seconds=SECONDS,
             memory_bytes=MEMORY,
             answer_bytes=MAX_TEXT_CHARS,
@@ -126,24 +132,29 @@ def _rendered(template: str) -> list[tuple[str, str]]:
     except limited_process.LimitExceeded:
         limits = f"{SECONDS} seconds or {MEMORY >> 20} MiB of memory"
         return [("template.endless", f"rendering a few short conversations takes more than {limits}")]
-    attempts: list[str] = json.loads(answer)
-    if not attempts:
-        return []
-    return [("template.internals", f"rendered, it reaches for {', '.join(map(repr, attempts[:_MAX_ATTEMPTS]))}")]
+    return [(id, message) for id, message in json.loads(answer)]
 
 
-def _attempts(template: str) -> list[str]:
-    """The attributes of Python's internals that renderings ask for. Raises ``LimitExceeded`` for too long a text."""
+def _outcome(template: str) -> list[tuple[str, str]]:
+    """Whether it can be compiled, and the attributes of Python's internals that renderings ask for.
+
+    Raises ``LimitExceeded`` for too long a text.
+    """
+    from jinja2.exceptions import TemplateError
+
     attempts: dict[str, None] = {}
-    sandbox = environment(lambda name: attempts.setdefault(name))
-    programs = [sandbox.from_string(template)]
-    if (everything := _every_branch(template)) is not None:
-        programs.append(everything[0].from_string(everything[1]))
-        everything[0].is_safe_attribute = sandbox.is_safe_attribute
+    try:
+        programs = [environment(attempts.setdefault).from_string(template)]
+    except (TemplateError, *PYTHON_ERRORS) as error:  # a filter that there is not, expressions nested too deeply
+        return [_invalid(error)]
+    with suppress(TemplateError, *PYTHON_ERRORS):
+        programs += _every_branch(template, attempts.setdefault)
     for program in programs:
         for values in conversations({}):
             _render(program, values)
-    return list(attempts)
+    if not attempts:
+        return []
+    return [("template.internals", f"rendered, it reaches for {', '.join(map(repr, list(attempts)[:_MAX_ATTEMPTS]))}")]
 
 
 def _render(program: Any, values: Mapping[str, Any]) -> None:
@@ -159,18 +170,17 @@ def _render(program: Any, values: Mapping[str, Any]) -> None:
         return
 
 
-def _every_branch(template: str) -> tuple[Any, Any] | None:
-    """The template with the bodies of all branches in a row, and nothing that stops it."""
+def _every_branch(template: str, watch: Callable[[str], None]) -> list[Any]:
+    """The template with the bodies of all branches in a row, and nothing that stops it; none without branches."""
     from jinja2 import ChainableUndefined, nodes
 
-    sandbox = environment()
+    sandbox = environment(watch)
     sandbox.undefined = ChainableUndefined
     sandbox.globals["raise_exception"] = lambda message: ""
     tree = sandbox.parse(template)
-    if tree.find(nodes.If) is None:
-        return None
-    for branch in list(tree.find_all(nodes.If)):
+    branches = [node for node in walk(tree) if isinstance(node, nodes.If)]
+    for branch in branches:
         others = [node for other in branch.elif_ for node in other.body]
         branch.body, branch.elif_, branch.else_ = [*branch.body, *others, *branch.else_], [], []
         branch.test = nodes.Const(True, lineno=branch.lineno).set_environment(sandbox)
-    return sandbox, tree
+    return [sandbox.from_string(tree)] if branches else []

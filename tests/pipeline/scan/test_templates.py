@@ -52,3 +52,30 @@ def test_the_line_is_named() -> None:
 
 def test_a_template_of_many_characters_is_not_rendered() -> None:
     assert [finding.id for finding in findings("a" * (1 << 19))] == ["template.endless"]
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ bos_token | no_such_filter }}",
+        "{% if messages %}{{ bos_token }}{% else %}{{ 1 is no_such_test }}{% endif %}",
+        "{{ " + " + ".join(["bos_token"] * 3000) + " }}",
+        "{{ " + "(" * 400 + "1" + ")" * 400 + " }}",
+        "{{ messages" + ".a" * 3000 + " }}",
+    ],
+    ids=["filter", "test in a branch", "long sum", "nested", "long chain"],
+)
+def test_a_template_that_cannot_be_compiled_is_not_called_endless(template: str) -> None:
+    assert {finding.id for finding in findings(template)} <= {"template.syntax"}
+
+
+def test_what_a_long_sum_hides_is_found() -> None:
+    found = findings("{{ " + " + ".join(["''.__class__", *["bos_token"] * 3000]) + " }}")
+    assert [finding.id for finding in found] == ["template.internals", "template.syntax"]
+
+
+def test_internals_in_a_branch_that_no_conversation_takes() -> None:
+    """The name is put together in a way that only rendering follows."""
+    name = "{% set n = namespace(s='__') %}{% if nothing %}{% set n.s = n.s ~ 'class__' %}"
+    (finding,) = findings(name + "{{ ''[n.s] }}{% endif %}")
+    assert finding.id == "template.internals" and "rendered" in finding.message
