@@ -41,6 +41,8 @@ _ERRORS = (
     zipfile.BadZipFile,
     tarfile.TarError,
     zlib.error,
+    lzma.LZMAError,
+    struct.error,
     OSError,
     ValueError,
     RuntimeError,
@@ -64,10 +66,17 @@ def scan_zip(path: Path, place: Place, scan_member: MemberScan) -> Iterator[Scan
             names = {member.filename for member in members}
             if is_program := any(name.endswith("/constants.pkl") for name in names):
                 yield place.finding("torch.program", "it has constants.pkl and code")
-            for member in members[:MAX_MEMBERS]:
-                if member.is_dir() or is_torch_storage(member.filename) or (is_program and "/code/" in member.filename):
-                    continue
+            looked_at = [
+                member
+                for member in members
+                if not (
+                    member.is_dir() or is_torch_storage(member.filename) or (is_program and "/code/" in member.filename)
+                )
+            ]
+            for member in looked_at[:MAX_MEMBERS]:
                 yield from _member(archive, member, place, scan_member)
+            if len(looked_at) > MAX_MEMBERS:
+                yield _too_many(place)
     except _ERRORS as error:
         yield place.finding("archive.damaged", f"{type(error).__name__}: {quoted(str(error))}")
 
@@ -114,7 +123,7 @@ def scan_compressed(path: Path, place: Place, scan_member: MemberScan) -> Iterat
             opener = openers[file.read(2)]
         with opener(path) as stream:
             data = stream.read(MAX_MEMBER_BYTES)
-    except (*_ERRORS, lzma.LZMAError) as error:
+    except _ERRORS as error:
         yield place.finding("archive.damaged", f"{type(error).__name__}: {quoted(str(error))}")
         return
     if data[257:262] == b"ustar":
@@ -131,8 +140,11 @@ def scan_tar(path: Path, place: Place, scan_member: MemberScan) -> Iterator[Scan
             for count, member in enumerate(archive):
                 names.append(member.name)
                 total += member.size
-                if count > MAX_MEMBERS or total > max(MIN_BOMB, MAX_RATIO * path.stat().st_size):
+                if total > max(MIN_BOMB, MAX_RATIO * path.stat().st_size):
                     yield place.finding("archive.bomb", f"its members have more than {total:,} bytes")
+                    break
+                if count >= MAX_MEMBERS:
+                    yield _too_many(place)
                     break
                 if member.islnk() or member.issym():
                     names.append(str(Path(member.name).parent / member.linkname) if member.issym() else member.linkname)
@@ -145,6 +157,10 @@ def scan_tar(path: Path, place: Place, scan_member: MemberScan) -> Iterator[Scan
             yield from _names(names, place)
     except _ERRORS as error:
         yield place.finding("archive.damaged", f"{type(error).__name__}: {quoted(str(error))}")
+
+
+def _too_many(place: Place) -> ScanFinding:
+    return place.finding("archive.too-many", f"only the first {MAX_MEMBERS:,} were looked at")
 
 
 def is_torch_storage(name: str) -> bool:

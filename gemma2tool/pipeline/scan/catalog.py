@@ -46,6 +46,8 @@ _ROWS: tuple[tuple[str, Severity, str, str, str], ...] = (
      "disk or memory of the machine that loads it is used up", "do not unpack it"),
     ("archive.damaged", "odd", "an archive contradicts itself or cannot be read",
      "programs that read it in different ways see different files", "download the file again"),
+    ("archive.too-many", "odd", "an archive has more members than were looked at", "what follows was not looked at",
+     "unpack it, then scan the folder"),
     ("archive.unread", "note", "an archive, or an encrypted member of one, that was not looked into", "",
      "unpack it, then scan the folder"),
     # -- Keras

@@ -63,10 +63,9 @@ def _foreign(value: dict[str, Any]) -> Iterator[str]:
 def scan_hdf5(path: Path, place: Place) -> Iterator[ScanFinding]:
     """A Lambda layer in the text of an HDF5 file's attributes, wherever they are stored."""
     with open_for_reading(path) as reader:
-        tail = b""
+        window = b""
         for first in range(0, reader.size, _CHUNK):
-            data = bytes(reader.pread(first, min(_CHUNK, reader.size - first)))
-            if b"ambda" in data and _LAMBDA.search(tail + data):
+            window = window[-_OVERLAP:] + reader.pread(first, min(_CHUNK, reader.size - first))
+            if b"ambda" in window and _LAMBDA.search(window):
                 yield place.finding("keras.lambda", "its model_config has a layer of class Lambda")
                 return
-            tail = data[-_OVERLAP:]

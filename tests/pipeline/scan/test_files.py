@@ -6,6 +6,7 @@ import io
 import json
 import shutil
 import tarfile
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ import pytest
 from gemma2tool import api
 from gemma2tool.errors import InputRefused
 from gemma2tool.pipeline.scan.__main__ import document
+from gemma2tool.pipeline.scan.catalog import Place
+from gemma2tool.pipeline.scan.keras import scan_hdf5
 from gemma2tool.pipeline.scan.sarif import sarif
 from tests.support.paths import ROOT, TINY
 
@@ -128,6 +131,43 @@ def test_keras(tmp_path: Path) -> None:
     assert set(found(tmp_path / "m.h5")) == {"keras.lambda"}
 
 
+@pytest.mark.parametrize("cut", [1, 15, 24])
+def test_a_lambda_at_the_border_of_two_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cut: int) -> None:
+    text = b'"class_name": "Lambda"'
+    monkeypatch.setattr("gemma2tool.pipeline.scan.keras._CHUNK", 64)
+    (tmp_path / "m.h5").write_bytes(bytes(64 - cut) + text + bytes(64))
+    assert [finding.id for finding in scan_hdf5(tmp_path / "m.h5", Place("m.h5"))] == ["keras.lambda"]
+
+
+def test_members_beyond_the_limit_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gemma2tool.pipeline.scan.archives.MAX_MEMBERS", 3)
+    with zipfile.ZipFile(tmp_path / "m.zip", "w") as archive, tarfile.open(tmp_path / "m.tar", "w") as tar:
+        for number in range(5):
+            archive.writestr(f"{number}.txt", "x")
+            tar.addfile(tarfile.TarInfo(f"{number}.txt"))
+    with zipfile.ZipFile(tmp_path / "storages.pt", "w") as archive:
+        for number in range(5):
+            archive.writestr(f"model/data/{number}", "x")
+    findings = [(finding.id, finding.file) for finding in api.scan(tmp_path).findings]
+    assert sorted(findings) == [("archive.too-many", "m.tar"), ("archive.too-many", "m.zip")]
+
+
+def test_members_that_cannot_be_read(tmp_path: Path) -> None:
+    """Compressed with LZMA and damaged; a local header beyond the end."""
+    for name, method in (("lzma.zip", zipfile.ZIP_LZMA), ("header.zip", zipfile.ZIP_STORED)):
+        with zipfile.ZipFile(tmp_path / name, "w", method) as archive:
+            archive.writestr("a.txt", b"some text" * 100)
+    damaged = bytearray((tmp_path / "lzma.zip").read_bytes())
+    damaged[45:60] = b"\xff" * 15
+    (tmp_path / "lzma.zip").write_bytes(damaged)
+    cut = bytearray((tmp_path / "header.zip").read_bytes())
+    entry = cut.rfind(b"PK\1\2")
+    cut[entry + 42 : entry + 46] = (len(cut) - 8).to_bytes(4, "little")
+    (tmp_path / "header.zip").write_bytes(cut)
+    damaged_files = [finding.file for finding in api.scan(tmp_path).findings if finding.id == "archive.damaged"]
+    assert sorted(damaged_files) == ["header.zip", "lzma.zip"]
+
+
 def test_hdf5_that_reads_other_files(tmp_path: Path) -> None:
     with h5py.File(tmp_path / "m.h5", "w") as file:
         file["passwd"] = h5py.ExternalLink("/etc/passwd", "/")
@@ -171,5 +211,4 @@ def test_sarif(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_page_is_made_from_the_catalog() -> None:
-    page = (ROOT / "docs" / "scan.md").read_text()
-    assert page.startswith(document()), "run: python -m gemma2tool.pipeline.scan"
+    assert (ROOT / "docs" / "scan.md").read_text() == document(), "run: python -m gemma2tool.pipeline.scan"
