@@ -59,7 +59,7 @@ class Conversion:
             results = (self._beside_prediction(self.budget, results[0]),)
         request.reports.write([result.verification for result in results if result.verification is not None])
         if len(results) == 1 and results[0].written:
-            request.reports.write_bom(results[0].receipt, self.source)
+            request.reports.write_bom(results[0].receipt, self.source, self.source.path)
         return results
 
     def _beside_prediction(self, budget: PlannedBudget, result: ConversionResult) -> ConversionResult:

@@ -79,15 +79,18 @@ class ReportFiles:
         if "--summary" in named:
             _append(named["--summary"], reports.summary(failure))
 
-    def write_bom(self, receipt: Path | None, origin: Checkpoint) -> None:
-        """Write the bill of materials of the output of ``receipt``, if one is requested. ``origin``: what knows the
-        licence and, for a source, its repository.
+    def write_bom(self, receipt: Path | None, model: Checkpoint, source: Path | None = None) -> None:
+        """Write the bill of materials of the output of ``receipt``, if one is requested.
+
+        ``model``: the output or its source, which states the licence. ``source``: where the source is, if that is known
+        besides what the receipt says.
         """
         if self.bom is not None and receipt is not None:
-            from gemma2tool.receipt.bom import Origin, bill
+            from gemma2tool.receipt.bom import Origin, Revision, bill, license_of
             from gemma2tool.receipt.document import read_receipt
 
-            replace_report(self.bom, bill(read_receipt(receipt), Origin.of(origin)))
+            revision = None if source is None else Revision.of_snapshot(source)
+            replace_report(self.bom, bill(read_receipt(receipt), Origin(license_of(model), revision)))
 
 
 def check_reports(named: Mapping[str, Path], others: Iterable[Path]) -> None:

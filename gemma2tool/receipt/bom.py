@@ -1,6 +1,6 @@
 """A bill of materials of an output, made from its receipt: CycloneDX 1.6 with a model card (ML-BOM).
 
-It contains nothing that changes from run to run, so equal outputs have equal bills. Source: bom-1.6.schema.json.
+It contains no times and no random numbers: equal receipts and origins give equal bytes. Source: bom-1.6.schema.json.
 """
 
 from __future__ import annotations
@@ -9,10 +9,12 @@ import json
 import re
 import uuid
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from gemma2tool.containers import strict_yaml
+from gemma2tool.containers.model_card import front_matter
 from gemma2tool.errors import InputRefused
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.receipt.document import Receipt
@@ -21,41 +23,52 @@ SPEC_VERSION = "1.6"
 _NAMESPACE = uuid.uuid5(uuid.NAMESPACE_URL, "https://github.com/gemma2tool/gemma2tool/bom")
 _SNAPSHOT = re.compile(r"models--([^/]+?)--([^/]+)/snapshots/([0-9a-f]{40})(?:/|$)")
 """Where the hub's client keeps a revision of a repository."""
-_FRONT_MATTER = re.compile(r"\A---\r?\n(.*?)\r?\n---", re.DOTALL)
+_ADDRESS = re.compile(r"hf://([^/@]+)/([^/@]+)@([0-9a-f]{40})(?:/|$)")
+"""How a receipt names one."""
 _MEASURES = {
     "kl_mean": "mean KL divergence from the source",
     "top1_agreement": "share of positions with the source's likeliest token",
     "perplexity_ratio": "perplexity, divided by the source's",
 }
-_MAX_LICENSE, _MAX_FRONT_MATTER = 200, 1 << 16
+_MAX_LICENSE = 200
+
+
+@dataclass(frozen=True)
+class Revision:
+    """A commit of a repository on the Hugging Face hub."""
+
+    group: str
+    name: str
+    commit: str
+
+    @classmethod
+    def of_receipt(cls, receipt: Receipt) -> Revision | None:
+        """What the source was read from, if that was the hub."""
+        address = _ADDRESS.match(receipt.content["source"].get("address", ""))
+        return cls(*address.groups()) if address else None
+
+    @classmethod
+    def of_snapshot(cls, path: Path) -> Revision | None:
+        """What a folder of the hub's cache, or a file in it, is."""
+        snapshot = _SNAPSHOT.search(path.absolute().as_posix())
+        return cls(*snapshot.groups()) if snapshot else None
 
 
 @dataclass(frozen=True)
 class Origin:
-    """What a receipt does not say: the source's repository and commit on a hub, and the licence that it states."""
+    """What a bill says and a receipt may not: the licence, and the ``revision`` of a source that was read from the
+    hub's cache. None: not known.
+    """
 
-    group: str | None = None
-    name: str | None = None
-    commit: str | None = None
     license: str | None = None
-
-    @classmethod
-    def of(cls, checkpoint: Checkpoint) -> Origin:
-        """From the path of a hub's snapshot, and from a model card or a GGUF's keys."""
-        snapshot = _SNAPSHOT.search(checkpoint.path.absolute().as_posix())
-        group, name, commit = snapshot.groups() if snapshot else (None, None, None)
-        return cls(group, name, commit, _license(checkpoint))
+    revision: Revision | None = None
 
 
-def _license(checkpoint: Checkpoint) -> str | None:
+def license_of(checkpoint: Checkpoint) -> str | None:
+    """The licence that a checkpoint states, in its model card or a GGUF's keys."""
     stated = None
-    if "README.md" in checkpoint.assets:
-        front = _FRONT_MATTER.match(checkpoint.assets["README.md"].decode("utf-8", "replace"))
-        try:
-            content = strict_yaml.load(front[1], what="README.md", max_chars=_MAX_FRONT_MATTER) if front else None
-        except InputRefused:
-            content = None
-        stated = content.get("license") if isinstance(content, Mapping) else None
+    with suppress(InputRefused):
+        stated = front_matter(checkpoint.assets.get("README.md", b"")).get("license")
     keys = getattr(checkpoint.metadata.get("gguf"), "kv", {})
     stated = stated or getattr(keys.get("general.license"), "value", None)
     return stated[:_MAX_LICENSE] if isinstance(stated, str) and stated.isprintable() else None
@@ -65,7 +78,7 @@ def bill(receipt: Receipt, origin: Origin) -> str:
     """The text of the file: ASCII JSON."""
     content, output = receipt.content, receipt.content["output"]
     serial = uuid.uuid5(_NAMESPACE, "".join(file.sha256 for file in receipt.files))
-    source, data = _source(content["source"], origin), list(_data(content["plan"]["options"]))
+    source, data = _source(receipt, origin), list(_data(content["plan"]["options"]))
     document = {
         "bomFormat": "CycloneDX",
         "specVersion": SPEC_VERSION,
@@ -112,12 +125,15 @@ def _tool(name: str, version: str) -> dict[str, Any]:
     return {"type": kind, "name": name, "version": version}
 
 
-def _source(source: Mapping[str, Any], origin: Origin) -> dict[str, Any]:
+def _source(receipt: Receipt, origin: Origin) -> dict[str, Any]:
+    source: Mapping[str, Any] = receipt.content["source"]
     component: dict[str, Any] = {"type": "machine-learning-model", "bom-ref": "source", "name": source["name"]}
-    if origin.commit:
-        component |= {"group": origin.group, "name": origin.name, "version": origin.commit}
-        component["purl"] = f"pkg:huggingface/{origin.group}/{origin.name}@{origin.commit}"
     properties = [*_digests(source["hashes"]), _property("format", source["format"])]
+    if (revision := Revision.of_receipt(receipt) or origin.revision) is not None:
+        component |= {"group": revision.group, "name": revision.name, "version": revision.commit}
+        component["purl"] = f"pkg:huggingface/{revision.group}/{revision.name}@{revision.commit}"
+    elif "address" in source:
+        properties.append(_property("address", source["address"]))
     return component | _licenses(origin) | {"properties": properties}
 
 

@@ -81,6 +81,36 @@ def test_it_is_the_same_for_the_same_output(repository: Path, tmp_path: Path) ->
     assert (tmp_path / "a.json").read_bytes() == (tmp_path / "b.json").read_bytes()
 
 
+@pytest.mark.peer
+def test_an_output_in_a_snapshot_of_the_hub_is_not_its_own_source(repository: Path, tmp_path: Path) -> None:
+    published = tmp_path / "models--org--gem-quantized" / "snapshots" / COMMIT[::-1] / "m.gguf"
+    published.parent.mkdir(parents=True)
+    api.convert(TINY / "model.ckpt", published)
+    api.verify(published, reports=api.ReportFiles(bom=tmp_path / "bom.json"))
+    (source,) = valid(tmp_path / "bom.json")["metadata"]["component"]["pedigree"]["ancestors"]
+    assert source["name"] == "model.ckpt" and "purl" not in source and "version" not in source
+
+
+@pytest.mark.peer
+@pytest.mark.parametrize(
+    ("address", "purl"),
+    [
+        (f"hf://org/gem@{COMMIT}/model.gguf", f"pkg:huggingface/org/gem@{COMMIT}"),
+        ("https://example.org/gem/", None),
+    ],
+)
+def test_the_address_in_a_receipt_names_the_source(tmp_path: Path, address: str, purl: str | None) -> None:
+    with api.open(TINY / "model.ckpt") as source:
+        source.pinned = address
+        api.convert(source, tmp_path / "m.gguf", reports=api.ReportFiles(bom=tmp_path / "a.json"))
+    api.verify(tmp_path / "m.gguf", reports=api.ReportFiles(bom=tmp_path / "b.json"))
+    for name in ("a.json", "b.json"):
+        (ancestor,) = valid(tmp_path / name)["metadata"]["component"]["pedigree"]["ancestors"]
+        assert ancestor.get("purl") == purl
+        properties = {entry["name"]: entry["value"] for entry in ancestor["properties"]}
+        assert properties.get("gemma2tool:address") == (None if purl else address)
+
+
 def test_what_has_no_receipt_has_no_bill(repository: Path, tmp_path: Path) -> None:
     reports = api.ReportFiles(bom=tmp_path / "bom.json")
     with pytest.raises(UsageError):

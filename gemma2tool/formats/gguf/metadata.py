@@ -10,14 +10,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from gemma2tool.containers import strict_json, strict_yaml
+from gemma2tool.containers import strict_json
 from gemma2tool.containers.gguf import GGUFValue
+from gemma2tool.containers.model_card import front_matter
 from gemma2tool.errors import InputRefused
 from gemma2tool.formats.gguf.key_values import KeyValue, f32, i32, string, strings, u32
 from gemma2tool.model.checkpoint import Checkpoint
 
-MAX_CARD_BYTES = 1 << 20
-MAX_FRONT_MATTER = 1 << 16
+MAX_JSON_BYTES = 1 << 20
 GENERIC_NAMES = ("model", "pytorch_model", "consolidated", "checkpoint", "ckpt")
 """Names of weights files that say nothing about the model; the name of their folder does."""
 
@@ -132,7 +132,7 @@ def _json_asset(checkpoint: Checkpoint, name: str, warnings: list[str]) -> Mappi
     if name not in checkpoint.assets:
         return {}
     try:
-        content = strict_json.load(checkpoint.assets[name], what=name, max_bytes=MAX_CARD_BYTES)
+        content = strict_json.load(checkpoint.assets[name], what=name, max_bytes=MAX_JSON_BYTES)
     except InputRefused as error:
         warnings.append(f"{error.message}: none of it is kept")
         return {}
@@ -140,18 +140,10 @@ def _json_asset(checkpoint: Checkpoint, name: str, warnings: list[str]) -> Mappi
 
 
 def _model_card(checkpoint: Checkpoint, warnings: list[str]) -> dict[str, Any]:
-    """The YAML between the first two ``---`` lines of README.md."""
     if "README.md" not in checkpoint.assets:
         return {}
-    lines = checkpoint.assets["README.md"][:MAX_CARD_BYTES].decode("utf-8", "replace").splitlines()
-    if not lines or lines[0] != "---" or "---" not in lines[1:]:
-        return {}
-    text = "\n".join(lines[1 : lines.index("---", 1)]) + "\n"
-    # YAML 1.1 reads the language code "no" as false; tabs are not YAML.
-    text = text.replace("- no\n", '- "no"\n').replace("\t", "  ")
     try:
-        content = strict_yaml.load(text, what="README.md's front matter", max_chars=MAX_FRONT_MATTER)
+        return front_matter(checkpoint.assets["README.md"])
     except InputRefused as error:
         warnings.append(f"{error.message}: none of it is kept")
         return {}
-    return content if isinstance(content, dict) else {}
