@@ -12,7 +12,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gemma2tool.errors import UsageError
 from gemma2tool.formats import registry
 from gemma2tool.model.checkpoint import Checkpoint, unchanged
 from gemma2tool.model.progress import Progress, progress_or_null
@@ -24,7 +23,6 @@ from gemma2tool.pipeline.requests import RunOptions
 from gemma2tool.pipeline.value_check import ValueCheck, clipped_tensor
 from gemma2tool.pipeline.verification import ResolvedChecks, verify_output
 from gemma2tool.pipeline.write import Target, write_outputs
-from gemma2tool.storage.paths import identity
 from gemma2tool.storage.staging.staged_output import Staging
 
 if TYPE_CHECKING:
@@ -67,24 +65,6 @@ class ConversionResult:
         """Whether the output is in place; an output that fails its verification is discarded."""
         return self.verification is None or self.verification.passed
 
-    def sentence(self) -> str:
-        """One line for people."""
-        if not self.written:
-            return f"{self.destination}: NOT written, the verification failed"
-        rate = self.source_bytes / max(self.seconds, 1e-9) / 1e6
-        verdict = "not verified (--no-verify)"
-        if self.verification is not None:
-            verdict = f"verified in {sum(self.verification.seconds.values()):.1f} s"
-        if self.receipt is not None:
-            verdict += f", receipt {self.receipt.name}"
-        resumed = ""
-        if self.resumed_tensors:
-            resumed = f", {self.resumed_tensors} of {self.tensors} tensors by an earlier run"
-        return (
-            f"{self.destination}: {self.nbytes:,} bytes written in {self.seconds:.1f} s ({rate:,.0f} MB/s of source)"
-            f"{resumed}, {verdict}"
-        )
-
     def to_json(self) -> dict[str, object]:
         """The result as ``--json`` prints it."""
         return {
@@ -105,23 +85,12 @@ class ConversionResult:
 
 @dataclass(frozen=True)
 class _StagedOutput:
-    """One planned output on its way: ``resumed`` names the tensors that an earlier run completed; ``present``: the
-    identity of what was at the destination before, None if nothing was.
-    """
+    """One planned output on its way: ``resumed`` names the tensors that an earlier run completed."""
 
     plan: Plan
     staging: Staging
     target: Target
     resumed: frozenset[str]
-    present: tuple[int, int] | None
-
-    def refuse_newcomer(self) -> None:
-        """Raise ``UsageError`` if something else is at the destination now than when the run began: ``--force`` was
-        given for what was there then.
-        """
-        now = identity(self.plan.destination)
-        if now is not None and now != self.present and not self.staging.finished:
-            raise UsageError("output.appeared", f"{self.plan.destination}: was created or replaced during the run")
 
     @property
     def bytes_to_read(self) -> int:
@@ -161,15 +130,13 @@ def run(
                 commits.append((output.staging, staged_receipt))
         for plan in plans:
             plan.source.check_unchanged()
-        for output in outputs:
-            output.refuse_newcomer()
         receipts.commit(commits)
     return tuple(results)
 
 
 def _stage(plan: Plan, options: RunOptions, stack: ExitStack) -> _StagedOutput:
     """Open the place beside the destination; sinks for what an earlier run has not finished."""
-    output, session, present = plan.output, plan.session, identity(plan.destination)
+    output, session = plan.output, plan.session
     staging = stack.enter_context(
         Staging(
             plan.destination,
@@ -195,7 +162,7 @@ def _stage(plan: Plan, options: RunOptions, stack: ExitStack) -> _StagedOutput:
             len(output.tensors),
             f"; {stage} of {plan.source.config.num_hidden_layers} layers were calibrated" if stage else "",
         )
-    return _StagedOutput(plan, staging, target, frozenset(target.records), present)
+    return _StagedOutput(plan, staging, target, frozenset(target.records))
 
 
 def _write(outputs: Sequence[_StagedOutput], options: RunOptions, progress: Progress | None) -> None:

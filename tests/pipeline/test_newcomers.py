@@ -12,6 +12,7 @@ import pytest
 from gemma2tool import api
 from gemma2tool.errors import UsageError
 from gemma2tool.pipeline import run as pipeline_run
+from gemma2tool.storage.staging.staged_output import Staging
 from tests.support.checkpoints import random_checkpoint, write_checkpoint
 
 
@@ -42,6 +43,36 @@ def test_what_appears_during_the_run_stays(
         api.convert(source, destination, verify=False, force=True)
     assert refused.value.id == "output.appeared"
     assert [path.name for path in destination.iterdir()] == ["thesis.txt"]
+
+
+def test_an_output_that_fails_its_verification_says_so(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It does not go to the destination, so what is there is not its concern."""
+    write = pipeline_run._write
+
+    def then(*args: object) -> None:
+        write(*args)  # type: ignore[arg-type]
+        (tmp_path / "out.gguf").write_text("years of work")
+
+    monkeypatch.setattr(pipeline_run, "_write", then)
+    result = api.quantize(source, tmp_path / "out.gguf", type="q4_0", gates={"kl": 1e-9}, force=True)
+    assert not result.written and (tmp_path / "out.gguf").read_text() == "years of work"
+
+
+def test_what_appears_while_files_are_made_durable_stays(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    durable = Staging.make_durable
+
+    def then(staging: Staging) -> None:
+        durable(staging)
+        (tmp_path / "out.gguf").write_text("years of work")
+
+    monkeypatch.setattr(Staging, "make_durable", then)
+    with pytest.raises(UsageError) as refused:
+        api.convert(source, tmp_path / "out.gguf", verify=False, force=True)
+    assert refused.value.id == "output.appeared" and (tmp_path / "out.gguf").read_text() == "years of work"
 
 
 def test_what_was_there_is_replaced(source: Path, tmp_path: Path) -> None:

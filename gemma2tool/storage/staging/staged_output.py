@@ -47,7 +47,8 @@ class Staging:
     is set. ``finished`` means that an earlier run was killed after its output was in place, so only ``commit`` remains.
 
     Raises UsageError if the destination exists and ``force`` is not set, or if work of another fingerprint is staged;
-    ResourceError for a lock, a full disk or a folder that may not be written.
+    ResourceError for a lock, a full disk or a folder that may not be written. What comes to the destination inside the
+    block is not replaced, even with ``force``.
     """
 
     def __init__(
@@ -75,6 +76,7 @@ class Staging:
         self._recorder: Recorder | None = None
         self._names_dirty = True
         self._new_fd = -1
+        self._present: tuple[int, int] | None = None
         self._placed = self._keep = False
 
     @property
@@ -120,6 +122,7 @@ class Staging:
         try:
             self._place.recover()
             self._take_over()
+            self._present = self._place.identity(self.destination.name, self._place.parent_fd)
             if not self.finished:
                 self._check_space()
                 self._prepare()
@@ -168,6 +171,12 @@ class Staging:
                 "output.name", f"{self.destination}: not a name for an output", hint="name a file or folder"
             )
         refuse_existing(self.destination, force=self.force, folder=self.folder)
+
+    def _refuse_newcomer(self) -> None:
+        """``force`` is for what was at the destination when the work began."""
+        now = self._staging.identity(self.destination.name, self._staging.parent_fd)
+        if now is not None and now != self._present:
+            raise UsageError("output.appeared", f"{self.destination}: was created or replaced during the run")
 
     def _check_space(self) -> None:
         with translate_os_errors(self.destination.parent, "asking for the free space"):
@@ -256,16 +265,20 @@ class Staging:
         self._sync_folders()
 
     def put_in_place(self) -> None:
-        """Second step: moves the new output to the destination."""
+        """Second step: moves the new output to the destination.
+
+        Raises UsageError if something came to the destination since the block was entered.
+        """
         if self.finished:
             return
         new = self._staging.identity(self.destination.name, self._new_fd)
         if new is None:
             raise ValueError(f"{self.destination}: nothing was staged")
+        self._refuse_newcomer()
+        self._check_destination()
         if self._journal is not None:
             self._journal.placing(new[1])
         try:
-            self._check_destination()
             placement.put_in_place(self._staging, self._new_fd)
             self._placed = True
         except BaseException as error:

@@ -274,6 +274,6 @@ class TestResources:
             staging.write_bytes("out", b"new")
             (tmp_path / "out").write_bytes(b"somebody else's")
             staging.commit()
-        assert caught.value.id == "output.exists"
+        assert caught.value.id == "output.appeared"
         assert (tmp_path / "out").read_bytes() == b"somebody else's"
         assert os.listdir(tmp_path) == ["out"]
