@@ -148,10 +148,11 @@ def _opened(request: ConversionRequest, stack: ExitStack, progress: Progress | N
 def _merged(source: Checkpoint, request: ConversionRequest, stack: ExitStack) -> tuple[Checkpoint, ConversionRequest]:
     """The source with the adapters of a request, and the request with the local paths of them."""
     from gemma2tool.formats.adapters.merging import merge
+    from gemma2tool.formats.adapters.naming import READ
 
     adapters = []
     for adapter in request.options.adapters:
-        located = locate(adapter.path, suffixes=MODEL_SUFFIXES)
+        located = locate(adapter.path, suffixes=MODEL_SUFFIXES, beside=READ)
         stack.callback(located.close)
         with from_source(located), watching(source.watch or Watch()):
             source = merge(source, located.path, adapter.scale)

@@ -9,8 +9,9 @@ from pathlib import Path
 
 from gemma2tool.errors import ToolError, UsageError, renamed
 from gemma2tool.formats import registry
+from gemma2tool.formats.config_folder import CONFIG
 from gemma2tool.formats.other_files import MODEL_SUFFIXES
-from gemma2tool.model.checkpoint import Checkpoint
+from gemma2tool.model.checkpoint import ASSET_NAMES, Checkpoint
 from gemma2tool.model.config import Gemma2Config
 from gemma2tool.model.progress import Progress, progress_or_null
 from gemma2tool.pipeline.inputs import resolve_config
@@ -52,7 +53,7 @@ def open_source(
     ``sources.locate``. ``keep``: the folder to which a source that is not local is downloaded first.
     """
     config = resolve_config(config)
-    located = locate(source, suffixes=MODEL_SUFFIXES, place=place)
+    located = locate(source, suffixes=MODEL_SUFFIXES, beside=(CONFIG, *ASSET_NAMES), place=place)
     try:
         with from_source(located):
             if keep is not None:

@@ -7,7 +7,6 @@ size of every file, what the target cannot hold, and what a calibration will cos
 from __future__ import annotations
 
 import functools
-import shutil
 from collections import defaultdict
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,6 +22,7 @@ from gemma2tool.model.tied_head import HEAD, with_tied_head
 from gemma2tool.pipeline.calibration.output import calibrated, settings_of
 from gemma2tool.pipeline.calibration.session import Session
 from gemma2tool.storage.paths import refuse_overwriting_input
+from gemma2tool.storage.syscalls import free_bytes
 
 if TYPE_CHECKING:
     from gemma2tool.pipeline.budget.choice import BudgetChoice
@@ -162,7 +162,7 @@ class PlanSummary:
 
 def _free_bytes(destination: Path) -> int | None:
     try:
-        return shutil.disk_usage(destination.absolute().parent).free
+        return free_bytes(destination.absolute().parent)
     except OSError:  # the folder of several outputs is made later
         return None
 

@@ -17,12 +17,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import IO, Any
 
 from gemma2tool.errors import InputRefused, ResourceError, stand_ins
 from gemma2tool.storage.attached import MAX_FILES, AttachedFolder, SourceFile, check_names
 from gemma2tool.storage.reading import FileReader, open_for_reading
-from gemma2tool.storage.syscalls import translate_os_errors
+from gemma2tool.storage.syscalls import free_bytes, translate_os_errors
 
 logger = logging.getLogger("gemma2tool")
 
@@ -47,9 +47,6 @@ class Member:
 
     def announce(self, offset: int, nbytes: int) -> None:
         self._reader.announce(self._offset + offset, min(nbytes, self.size - offset))
-
-    def check_unchanged(self) -> None:
-        self._reader.check_unchanged()
 
     def close(self) -> None: ...
 
@@ -101,7 +98,8 @@ class Unpacked:
         shutil.rmtree(self._root, ignore_errors=True)
 
     def _unpack(self, reader: FileReader, folder: Path) -> None:
-        folder.mkdir()
+        with translate_os_errors(folder, "making the folder"):
+            folder.mkdir()
         with gzip.GzipFile(fileobj=io.BufferedReader(_Stream(reader, sequential=True), _PIECE)) as content:
             with tarfile.open(fileobj=content, mode="r|") as tar:
                 for name, member in _files(tar, self.address):
@@ -110,8 +108,9 @@ class Unpacked:
                 pass
 
     def _write(self, tar: tarfile.TarFile, member: tarfile.TarInfo, path: Path) -> None:
-        free = shutil.disk_usage(self._root).free
-        if member.size + _MARGIN > free:
+        with translate_os_errors(self._root, "asking for the free space"):
+            free = free_bytes(self._root)
+        if free is not None and member.size + _MARGIN > free:
             raise ResourceError(
                 "disk.full",
                 f"{self.address}: its {path.name} takes {member.size:,} bytes, {free:,} are free"
@@ -119,9 +118,20 @@ class Unpacked:
             )
         source = tar.extractfile(member)
         assert source is not None, "only files are listed"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with translate_os_errors(path, "writing it"), path.open("xb") as target:
-            shutil.copyfileobj(source, target, _PIECE)
+        with translate_os_errors(path, "writing it"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("xb") as target:
+                target.writelines(_pieces(source, self.address))
+
+
+def _pieces(source: IO[bytes], address: str) -> Iterator[bytes]:
+    """The content of a member. What is wrong with the archive is not taken for a failure of what it is written to."""
+    while True:
+        with _archive_errors(address):
+            piece = source.read(_PIECE)
+        if not piece:
+            return
+        yield piece
 
 
 def _files(tar: tarfile.TarFile, address: str) -> Iterator[tuple[str, tarfile.TarInfo]]:
@@ -154,8 +164,9 @@ def _stem(archive: Path) -> str:
 
 def _only_folder(folder: Path) -> Path:
     """The folder in which all files of ``folder`` are."""
-    entries = list(folder.iterdir())
-    return _only_folder(entries[0]) if len(entries) == 1 and entries[0].is_dir() else folder
+    while len(entries := list(folder.iterdir())) == 1 and entries[0].is_dir():
+        folder = entries[0]
+    return folder
 
 
 class _Stream(io.RawIOBase):
@@ -188,9 +199,13 @@ class _Stream(io.RawIOBase):
         return len(view)
 
 
+_DAMAGE = (tarfile.TarError, gzip.BadGzipFile, EOFError, zlib.error, ValueError, OverflowError, RecursionError)
+"""What the standard library's readers raise for archives that are damaged or that are not archives."""
+
+
 @contextmanager
 def _archive_errors(address: str) -> Iterator[None]:
     try:
         yield
-    except (tarfile.TarError, gzip.BadGzipFile, EOFError, zlib.error) as error:
+    except _DAMAGE as error:
         raise InputRefused("source.archive", f"{address}: is damaged or not a tar archive: {error}") from error

@@ -12,10 +12,11 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import ModuleType
 from typing import TYPE_CHECKING
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import urlsplit
 
-from gemma2tool.errors import InputRefused, ToolError
+from gemma2tool.errors import InputRefused, ToolError, UsageError
 from gemma2tool.errors.extras import require
 from gemma2tool.sources.remote import Digest, Transient, changed
 
@@ -25,7 +26,8 @@ if TYPE_CHECKING:
 TRANSIENT = frozenset((408, 425, 429, 500, 502, 503, 504, 520, 521, 522, 523, 524))
 TIMEOUT = 30.0
 """Seconds without a byte after which a connection counts as broken."""
-_CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
+_NUMBER = re.compile(r"[0-9]{1,18}")
+_CONTENT_RANGE = re.compile(rf"bytes ({_NUMBER.pattern})-({_NUMBER.pattern})/({_NUMBER.pattern}|\*)")
 
 Refusal = Callable[["httpx2.Response"], ToolError | None]
 """The error for an answer that refuses; None: a general one."""
@@ -53,20 +55,16 @@ class HTTPFile:
 
     @contextmanager
     def stream(self, offset: int, nbytes: int) -> Iterator[Iterator[bytes]]:
-        import httpx2
-
         location = self._location
         headers = {"Range": f"bytes={offset}-{offset + nbytes - 1}", "Accept-Encoding": "identity"}
         if location is None:
             headers.update(self.headers)
-        try:
-            with self.client.stream("GET", location or self.url, headers=headers, timeout=TIMEOUT) as response:
-                self._check(response, location, offset, nbytes)
-                yield response.iter_raw()  # as it arrives: pieces of a fixed size would be lost where it breaks off
-        except httpx2.TooManyRedirects as error:
-            raise InputRefused("source.refused", f"{self.where}: the server redirects without end") from error
-        except (httpx2.TransportError, httpx2.StreamError) as error:
-            raise Transient(reason(error)) from error
+        with (
+            http_errors(self.where),
+            self.client.stream("GET", location or self.url, headers=headers, timeout=TIMEOUT) as response,
+        ):
+            self._check(response, location, offset, nbytes)
+            yield response.iter_raw()  # as it arrives: pieces of a fixed size would be lost where it breaks off
 
     def _check(self, response: httpx2.Response, location: str | None, offset: int, nbytes: int) -> None:
         """Raises for an answer that is not the bytes that were asked for."""
@@ -80,8 +78,8 @@ class HTTPFile:
             self._check_range(response.headers.get("content-range", ""), offset, nbytes)
         elif not whole:
             raise InputRefused("source.no-ranges", f"{self.where}: the server does not send parts of files")
-        elif "content-length" in response.headers and int(response.headers["content-length"]) != self.size:
-            raise changed(self.where, f"it had {self.size} bytes, now {response.headers['content-length']}")
+        elif (stated := response.headers.get("content-length")) is not None and number(stated) != self.size:
+            raise changed(self.where, f"it had {self.size} bytes, now {stated}")
         if response.headers.get("content-encoding", "identity") != "identity":
             raise InputRefused("source.no-ranges", f"{self.where}: the server compresses what it sends")
         self._check_validator(response.headers)
@@ -124,7 +122,7 @@ def check_status(response: httpx2.Response, where: str, refusal: Refusal = lambd
         return
     if status in TRANSIENT:
         seconds = response.headers.get("retry-after", "")
-        raise Transient(f"the server answered {status}", float(seconds) if seconds.isdigit() else None)
+        raise Transient(f"the server answered {status}", number(seconds))
     if (error := refusal(response)) is not None:
         raise error
     if status in (401, 403):
@@ -136,20 +134,61 @@ def check_status(response: httpx2.Response, where: str, refusal: Refusal = lambd
     raise InputRefused("source.refused", f"{where}: the server answered {status}")
 
 
-def reason(error: Exception) -> str:
-    """A failed connection in a few words."""
-    return str(error) or type(error).__name__
+def number(text: str) -> int | None:
+    """The number that a header states; None for any other text."""
+    return int(text) if _NUMBER.fullmatch(text) else None
+
+
+@contextmanager
+def http_errors(where: str) -> Iterator[None]:
+    """The errors of the client as errors of this program: ``Transient`` where another attempt may succeed,
+    ``InputRefused`` where it cannot.
+    """
+    import httpx2
+
+    try:
+        yield
+    except httpx2.TooManyRedirects as error:
+        raise InputRefused("source.refused", f"{where}: the server redirects without end") from error
+    except (httpx2.InvalidURL, httpx2.UnsupportedProtocol) as error:
+        raise InputRefused(
+            "source.refused", f"{where}: leads to an address that is not of a web server: {_words(error)}"
+        ) from error
+    except httpx2.DecodingError as error:
+        raise InputRefused("source.refused", f"{where}: the answer cannot be decompressed: {_words(error)}") from error
+    except (httpx2.TransportError, httpx2.StreamError) as error:
+        raise Transient(_words(error)) from error
+
+
+def _words(error: Exception) -> str:
+    """A failure in a few words."""
+    return " ".join((str(error) or type(error).__name__).split())[:200]
+
+
+def check_address(url: str) -> None:
+    """Raises UsageError ``source.address`` for a text that is not an address of a web server."""
+    library = _library()
+    try:
+        parts = urlsplit(url)
+        valid = bool(library.URL(url).host and parts.port != 0) and not re.search(r"\s", parts.netloc)
+    except (library.InvalidURL, ValueError):
+        valid = False
+    if not valid:
+        raise UsageError("source.address", f"{without_secrets(url)}: is not an address of a web server")
+
+
+def _library() -> ModuleType:
+    return require("httpx2", "https", "reading from https://")
 
 
 def make_client() -> httpx2.Client:
     """A client for web servers. A redirect to another host does not take credentials with it."""
-    library = require("httpx2", "https", "reading from https://")
-    client: httpx2.Client = library.Client(follow_redirects=True, timeout=TIMEOUT)
+    client: httpx2.Client = _library().Client(follow_redirects=True, timeout=TIMEOUT)
     return client
 
 
 def without_secrets(url: str) -> str:
     """``url`` without user, password, query and fragment, which may be secrets."""
-    parts = urlsplit(url)
-    host = parts.netloc.rpartition("@")[2]
-    return urlunsplit((parts.scheme, host, parts.path, "", ""))
+    scheme, colon, rest = re.split("[?#]", url, maxsplit=1)[0].partition("://")
+    host, slash, path = rest.partition("/")
+    return scheme + colon + host.rpartition("@")[2] + slash + path

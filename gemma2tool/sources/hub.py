@@ -12,7 +12,7 @@ from gemma2tool.errors import InputRefused, ResourceError, ToolError, UsageError
 from gemma2tool.errors.extras import require
 from gemma2tool.sources.address import HubAddress
 from gemma2tool.sources.fetching import attempt
-from gemma2tool.sources.http import TRANSIENT, HTTPFile, make_client, reason
+from gemma2tool.sources.http import TRANSIENT, HTTPFile, http_errors, make_client
 from gemma2tool.sources.readahead import ReadAhead
 from gemma2tool.sources.remote import Digest, Transient
 from gemma2tool.storage.attached import SourceFile
@@ -35,9 +35,8 @@ class Repository:
     cannot be reached and the revision is in the cache, ``cached`` is its folder instead.
     """
 
-    def __init__(self, address: HubAddress, source: ReadAhead) -> None:
-        require("huggingface_hub", "hub", f"reading {address}")
-        self.client = make_client()  # not huggingface_hub's, which is shared: closing this one ends what is in flight
+    def __init__(self, address: HubAddress, client: httpx2.Client, source: ReadAhead) -> None:
+        self.client = client
         self.address, self.files, self.cached = address, dict[str, SourceFile](), None
         try:
             info = attempt(str(address), lambda: self._asked(self._info), source.stop)
@@ -51,9 +50,6 @@ class Repository:
         self.commit = str(info.sha)
         for sibling in info.siblings or ():
             self.files[sibling.rfilename] = self._file(sibling, source)
-
-    def close(self) -> None:
-        self.client.close()
 
     def _info(self) -> Any:
         from huggingface_hub import HfApi
@@ -93,12 +89,12 @@ class Repository:
 
     def _asked(self, call: Callable[[], Result]) -> Result:
         """``call()``, with the errors of the hub's client as errors of this program."""
-        import httpx2
         from huggingface_hub import errors
 
         repository = self.address.repository
         try:
-            return call()
+            with http_errors(str(self.address)):
+                return call()
         except errors.GatedRepoError as error:
             raise self._gated() from error
         except errors.RevisionNotFoundError as error:
@@ -120,8 +116,6 @@ class Repository:
             if status in (401, 403):
                 raise self._no_access() from error
             raise InputRefused("source.refused", f"{self.address}: the hub answered {status}") from error
-        except httpx2.TransportError as error:
-            raise Transient(reason(error)) from error
         except (TypeError, KeyError, ValueError) as error:
             raise InputRefused("source.refused", f"{self.address}: the hub's answer cannot be read") from error
 
@@ -143,6 +137,14 @@ class Repository:
             f"{self.address}: the hub has no such repository, or does not show it to you",
             hint=f"check the name; {then}",
         )
+
+
+def hub_client(address: HubAddress) -> httpx2.Client:
+    """A client for the files of the hub; not huggingface_hub's, which is shared: closing this one ends what is in
+    flight.
+    """
+    require("huggingface_hub", "hub", f"reading {address}")
+    return make_client()
 
 
 def _token_is_known() -> bool:

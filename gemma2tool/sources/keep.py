@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from gemma2tool.errors import InputRefused, ResourceError
+from gemma2tool.sources.remote import Digest
 from gemma2tool.storage import attached
 from gemma2tool.storage.reading import FileReader, open_for_reading
-from gemma2tool.storage.syscalls import translate_os_errors
+from gemma2tool.storage.syscalls import free_bytes, translate_os_errors
 
 RECORD = ".gemma2tool-source.json"
 """Beside the files: which version of each is complete, or begun."""
@@ -48,7 +47,8 @@ def download(path: Path, folder: Path, advance: Advance = lambda nbytes, name: N
             resumes = record.get(name) == version
             record[name] = version
             _write_record(folder, record)
-            _copy(reader, target, attached.sha256_of(file), advance, resumes=resumes)
+            sha256 = attached.sha256_of(file)
+            _copy(reader, target, Digest("sha256", sha256) if sha256 else None, advance, resumes=resumes)
     return folder if path.is_dir() else folder / path.name
 
 
@@ -67,9 +67,9 @@ def _wanted(path: Path) -> Iterator[Path]:
             yield file
 
 
-def _copy(reader: FileReader, target: Path, sha256: str | None, advance: Advance, *, resumes: bool) -> None:
+def _copy(reader: FileReader, target: Path, digest: Digest | None, advance: Advance, *, resumes: bool) -> None:
     partial = target.with_name(target.name + _PARTIAL)
-    digest, buffer = hashlib.sha256(), bytearray(_PIECE)
+    content, buffer = None if digest is None else digest.hasher(reader.size), bytearray(_PIECE)
     with translate_os_errors(target, "writing it"):
         target.parent.mkdir(parents=True, exist_ok=True)
         if not resumes:
@@ -78,24 +78,26 @@ def _copy(reader: FileReader, target: Path, sha256: str | None, advance: Advance
             file.seek(0)
             position = 0
             while piece := file.read(_PIECE):
-                digest.update(piece)
+                if content is not None:
+                    content.update(piece)
                 position += len(piece)
             advance(position, target.name)
             while position < reader.size:
                 view = memoryview(buffer)[: min(_PIECE, reader.size - position)]
                 reader.pread_into(position, view, ahead=reader.size - position - len(view))
                 file.write(view)
-                digest.update(view)
+                if content is not None:
+                    content.update(view)
                 position += len(view)
                 advance(len(view), target.name)
             file.flush()
             os.fsync(file.fileno())
-        if sha256 is not None and digest.hexdigest() != sha256:
-            partial.unlink()
-            raise InputRefused(
-                "source.digest",
-                f"{reader.path}: its SHA256 is {digest.hexdigest()}, the server announced {sha256}",
-            )
+        if digest is not None and content is not None:
+            try:
+                digest.check(content, str(reader.path))
+            except InputRefused:
+                partial.unlink()
+                raise
         partial.replace(target)
 
 
@@ -103,8 +105,9 @@ def _check_room(folder: Path, sizes: Mapping[str, int]) -> None:
     needed = sum(sizes.values())
     places = (place for name in sizes for place in (folder / name, folder / (name + _PARTIAL)))
     present = sum(place.stat().st_size for place in places if place.exists())
-    free = shutil.disk_usage(folder).free
-    if needed - present + _MARGIN > free:
+    with translate_os_errors(folder, "asking for the free space"):
+        free = free_bytes(folder)
+    if free is not None and needed - present + _MARGIN > free:
         raise ResourceError("disk.full", f"{folder}: the download takes {needed:,} bytes, {free:,} are free")
 
 

@@ -50,12 +50,15 @@ class Located:
         self._stack.callback(close)
 
 
-def locate(source: Path | str, *, suffixes: Collection[str] = (), place: Path | None = None) -> Located:
+def locate(
+    source: Path | str, *, suffixes: Collection[str] = (), beside: Collection[str] = (), place: Path | None = None
+) -> Located:
     """What ``source`` names: a path, an address (hf://, s3://, gs://, https://), or the name of a model on the hub.
 
     Archives (.tar, .tar.gz) and folders of the hub's cache are looked into. The network is touched only for an address
-    or a name on the hub; the latter is logged first. ``suffixes``: of files that are no names on the hub. ``place``:
-    where a compressed archive is unpacked.
+    or a name on the hub; the latter is logged first. ``suffixes``: of files that are no names on the hub. ``beside``:
+    names of the small files of a model, which a web server need not list. ``place``: where a compressed archive is
+    unpacked.
     """
     text = str(source)
     address = parse(text)
@@ -66,7 +69,7 @@ def locate(source: Path | str, *, suffixes: Collection[str] = (), place: Path | 
         if isinstance(address, HubAddress):
             _hub(located, address)
         elif address is not None:
-            _server(located, address)
+            _server(located, address, beside)
         elif located.path.is_dir():
             located.path = hub_cache.snapshot(located.path)
         _look_into_archive(located, place)
@@ -77,11 +80,12 @@ def locate(source: Path | str, *, suffixes: Collection[str] = (), place: Path | 
 
 
 def _hub(located: Located, address: HubAddress) -> None:
-    from gemma2tool.sources.hub import Repository
+    from gemma2tool.sources.hub import Repository, hub_client
 
     ahead = _read_ahead(located)
-    repository = Repository(address, ahead)
-    located.closing(repository.close)
+    client = hub_client(address)
+    located.closing(client.close)
+    repository = Repository(address, client, ahead)
     below = f"/{address.path}" if address.path else ""
     located.address, located.pinned = str(address), address.at(repository.commit) + below
     if repository.cached is not None:
@@ -92,10 +96,8 @@ def _hub(located: Located, address: HubAddress) -> None:
     )
 
 
-def _server(located: Located, address: Address) -> None:
+def _server(located: Located, address: Address, beside: Collection[str]) -> None:
     """A file or folder of an object store or a web server."""
-    from gemma2tool.sources.http import without_secrets
-
     ahead = _read_ahead(located)
     text = str(address)
     if address.scheme in ("s3", "gs"):
@@ -103,10 +105,13 @@ def _server(located: Located, address: Address) -> None:
 
         name, files = objects(address, ahead)
     else:
+        from gemma2tool.sources.http import check_address, make_client, without_secrets
         from gemma2tool.sources.web import Website
 
-        site = Website(address, ahead)
-        located.closing(site.close)
+        check_address(text)
+        client = make_client()
+        located.closing(client.close)
+        site = Website(address, client, ahead, beside)
         name, files, text = site.name, site.files, without_secrets(text)
     located.address = located.pinned = text
     folder = text.rstrip("/")

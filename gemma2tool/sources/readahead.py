@@ -7,15 +7,14 @@ widened, because the next one is usually beside it.
 
 from __future__ import annotations
 
-import hashlib
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
-from gemma2tool.errors import InputRefused, ToolError
+from gemma2tool.errors import ToolError
 from gemma2tool.sources.fetching import fetch_into
-from gemma2tool.sources.remote import RemoteFile
+from gemma2tool.sources.remote import Digest, RemoteFile
 
 SEGMENT = 4 << 20
 AHEAD = 16 << 20
@@ -184,40 +183,19 @@ class _ReadAheadFile:
 
     def read_into(self, offset: int, view: memoryview, ahead: int = 0) -> int:
         if offset == 0 and len(view) == self.size and self._file.digest is not None:
-            return self._read_whole(view)
+            return self._read_whole(view, self._file.digest)
         return self._source.read(self._file, offset, view, ahead)
 
     def announce(self, offset: int, nbytes: int) -> None:
         self._source.announce(self._file, offset, nbytes)
 
-    def check_unchanged(self) -> None:
-        """Each range is checked as it is fetched."""
-
     def close(self) -> None: ...
 
-    def _read_whole(self, view: memoryview) -> int:
+    def _read_whole(self, view: memoryview, digest: Digest) -> int:
         done = 0
         while done < len(view):
             done += self._source.read(self._file, done, view[done:], 0)
-        check_digest(self._file, hashlib.new(hash_name(self._file), git_prefix(self._file) + view))
+        content = digest.hasher(self.size)
+        content.update(view)
+        digest.check(content, self._file.where)
         return done
-
-
-def hash_name(file: RemoteFile) -> str:
-    """The name of the file's hash in ``hashlib``."""
-    return "sha1" if file.digest is not None and file.digest.algorithm == "git" else "sha256"
-
-
-def git_prefix(file: RemoteFile) -> bytes:
-    """What Git hashes before the content."""
-    return b"blob %d\0" % file.size if file.digest is not None and file.digest.algorithm == "git" else b""
-
-
-def check_digest(file: RemoteFile, content: hashlib._Hash) -> None:
-    """Raises InputRefused ``source.digest`` if a whole file is not what its server announced."""
-    if file.digest is not None and content.hexdigest() != file.digest.value:
-        raise InputRefused(
-            "source.digest",
-            f"{file.where}: its {hash_name(file).upper()} is {content.hexdigest()}, the server announced"
-            f" {file.digest.value}",
-        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import NamedTuple, Protocol
@@ -14,6 +15,18 @@ class Digest(NamedTuple):
 
     algorithm: str
     value: str
+
+    def hasher(self, nbytes: int) -> hashlib._Hash:
+        """What is fed with the content of a file of ``nbytes`` bytes."""
+        return hashlib.sha1(b"blob %d\0" % nbytes) if self.algorithm == "git" else hashlib.sha256()
+
+    def check(self, content: hashlib._Hash, where: str) -> None:
+        """Raises InputRefused ``source.digest`` if the content of the file at ``where`` is not what was announced."""
+        if content.hexdigest() != self.value:
+            raise InputRefused(
+                "source.digest",
+                f"{where}: its {content.name.upper()} is {content.hexdigest()}, the server announced {self.value}",
+            )
 
 
 class RemoteFile(Protocol):

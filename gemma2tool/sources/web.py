@@ -2,34 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from html.parser import HTMLParser
 from typing import TYPE_CHECKING
 from urllib.parse import unquote, urljoin, urlsplit
 
-from gemma2tool.errors import InputRefused, UsageError
+from gemma2tool.errors import InputRefused
 from gemma2tool.sources.address import Address
 from gemma2tool.sources.fetching import attempt
-from gemma2tool.sources.http import HTTPFile, check_status, make_client, reason, validator, without_secrets
+from gemma2tool.sources.http import HTTPFile, check_status, http_errors, number, validator, without_secrets
 from gemma2tool.sources.readahead import ReadAhead
-from gemma2tool.sources.remote import Transient
 from gemma2tool.storage.attached import MAX_FILES, SourceFile
 
 if TYPE_CHECKING:
     import httpx2
 
-BESIDE = (
-    "config.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "generation_config.json",
-    "chat_template.jinja",
-)
-"""What is looked for beside a file of weights: a server need not list its files."""
 _COMPLETE = (".gguf", ".sbs", ".tar", ".tar.gz", ".tgz")
 """Suffixes of files that need no other."""
 _MAX_LISTING = 4 << 20
@@ -38,25 +26,22 @@ _PROBES = 8
 
 
 class Website:
-    """What is at an address: ``name`` of the file, empty for a folder; all ``files`` by their names in the folder."""
+    """What is at an address: ``name`` of the file, empty for a folder; all ``files`` by their names in the folder.
 
-    def __init__(self, address: Address, source: ReadAhead) -> None:
-        self.client, self.source, self.url = make_client(), source, str(address)
+    ``beside``: names that are looked for beside a file of weights, because a server need not list its files.
+    """
+
+    def __init__(self, address: Address, client: httpx2.Client, source: ReadAhead, beside: Collection[str]) -> None:
+        self.client, self.source, self.beside, self.url = client, source, beside, str(address)
         self.where = without_secrets(self.url)
         self.name, self.files = "", dict[str, SourceFile]()
-        try:
-            file = attempt(self.where, lambda: self._probe(self.url), source.stop)
-        except httpx2_invalid_url() as error:
-            raise UsageError("source.address", f"{self.where}: is not an address of a web server") from error
+        file = attempt(self.where, lambda: self._probe(self.url), source.stop)
         if isinstance(file, HTTPFile):
             self._take_file(file)
         else:
             self._take_listing(file, urlsplit(file).path, 1)
         if not self.files:
             raise InputRefused("source.listing", f"{self.where}: lists no files")
-
-    def close(self) -> None:
-        self.client.close()
 
     def _take_file(self, file: HTTPFile) -> None:
         parts = urlsplit(self.url)
@@ -65,7 +50,7 @@ class Website:
         if self.name.lower().endswith(_COMPLETE) or parts.query:
             return
         base = self.url.rpartition("/")[0]
-        names = [name for name in BESIDE if name != self.name]
+        names = [name for name in self.beside if name != self.name]
         with ThreadPoolExecutor(_PROBES) as pool:
             for name, other in zip(
                 names, pool.map(lambda name: self._probe_beside(f"{base}/{name}"), names), strict=True
@@ -100,49 +85,30 @@ class Website:
 
     def _probe(self, url: str) -> HTTPFile | str:
         """The file at ``url``, from the answer to a request for its first byte; the address of a listing instead."""
-        import httpx2
-
         where = without_secrets(url)
         headers = {"Range": "bytes=0-0", "Accept-Encoding": "identity"}
-        try:
-            with self.client.stream("GET", url, headers=headers) as response:
-                if response.status_code != 416:  # an empty file
-                    check_status(response, where)
-                final = str(response.url)
-                if urlsplit(final).path.endswith("/") and "html" in response.headers.get("content-type", ""):
-                    return final
-                size = _size(response)
-                if size is None:
-                    raise InputRefused("source.no-ranges", f"{where}: the server does not say how large the file is")
-                now = validator(response.headers)
-                version = f"{now[0]} {now[1]}" if now else f"{size} bytes"
-                return HTTPFile(self.client, url, where, size, version, validator=now)
-        except httpx2.TooManyRedirects as error:
-            raise InputRefused("source.refused", f"{where}: the server redirects without end") from error
-        except httpx2.TransportError as error:
-            raise Transient(reason(error)) from error
+        with http_errors(where), self.client.stream("GET", url, headers=headers) as response:
+            if response.status_code != 416:  # an empty file
+                check_status(response, where)
+            if response.url.path.endswith("/") and "html" in response.headers.get("content-type", ""):
+                return str(response.url)
+            size = _size(response)
+            if size is None:
+                raise InputRefused("source.no-ranges", f"{where}: the server does not say how large the file is")
+            now = validator(response.headers)
+            version = f"{now[0]} {now[1]}" if now else f"{size} bytes"
+            return HTTPFile(self.client, url, where, size, version, validator=now)
 
     def _page(self, url: str) -> str:
-        import httpx2
-
-        try:
-            with self.client.stream("GET", url) as response:
-                check_status(response, without_secrets(url))
-                page = bytearray()
-                for piece in response.iter_bytes():
-                    page += piece
-                    if len(page) > _MAX_LISTING:
-                        raise InputRefused("source.listing", f"{self.where}: its listing is too long")
-                return page.decode("utf-8", "replace")
-        except httpx2.TransportError as error:
-            raise Transient(reason(error)) from error
-
-
-def httpx2_invalid_url() -> type[Exception]:
-    """The error for a text that is not an address."""
-    import httpx2
-
-    return httpx2.InvalidURL
+        where = without_secrets(url)
+        with http_errors(where), self.client.stream("GET", url) as response:
+            check_status(response, where)
+            page = bytearray()
+            for piece in response.iter_bytes():
+                page += piece
+                if len(page) > _MAX_LISTING:
+                    raise InputRefused("source.listing", f"{self.where}: its listing is too long")
+            return page.decode("utf-8", "replace")
 
 
 def _size(response: httpx2.Response) -> int | None:
@@ -150,7 +116,7 @@ def _size(response: httpx2.Response) -> int | None:
     total = response.headers.get("content-range", "").rpartition("/")[2]
     if response.status_code == 200:
         total = response.headers.get("content-length", "")
-    return int(total) if total.isdigit() else None
+    return number(total)
 
 
 class _Links(HTMLParser):
@@ -162,12 +128,20 @@ class _Links(HTMLParser):
         self.found += [value for name, value in attrs if tag == "a" and name == "href" and value]
 
 
+def _joined(base: str, link: str) -> str:
+    """The address that a link leads to, without its fragment; empty where it is not an address."""
+    try:
+        return urljoin(base, link).partition("#")[0]
+    except ValueError:
+        return ""
+
+
 def _links(page: str, url: str) -> Iterable[str]:
     """The addresses directly below ``url`` that a listing names, each once."""
     parser = _Links()
     parser.feed(page)
     base = url.partition("?")[0]
-    joined = (urljoin(base, link).partition("#")[0] for link in parser.found)
+    joined = (_joined(base, link) for link in parser.found)
     below = (link for link in joined if "?" not in link and link.startswith(base))
     return dict.fromkeys(
         link for link in below if link != base and "/" not in link.removeprefix(base).removesuffix("/")

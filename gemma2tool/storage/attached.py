@@ -21,6 +21,8 @@ from gemma2tool.storage.ranges import RangeFile
 
 MAX_FILES = 10_000
 _MAX_NAME_BYTES = 255
+_MAX_PATH_BYTES, _MAX_DEPTH = 1024, 64
+"""Of a file in a folder; the folder itself takes some of what systems allow."""
 
 
 @dataclass(frozen=True)
@@ -114,6 +116,8 @@ def check_names(address: str, files: Collection[str]) -> None:
         parts = name.split("/")
         if (
             any(part in ("", ".", "..") or len(os.fsencode(part)) > _MAX_NAME_BYTES for part in parts)
+            or len(os.fsencode(name)) > _MAX_PATH_BYTES
+            or len(parts) > _MAX_DEPTH
             or not name.isprintable()
             or "\\" in name
         ):

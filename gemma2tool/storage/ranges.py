@@ -39,10 +39,6 @@ class RangeFile(Protocol):
         """These bytes will be read later."""
         ...
 
-    def check_unchanged(self) -> None:
-        """Raises InputRefused ``file.changed`` if the file changed since it was opened."""
-        ...
-
     def close(self) -> None: ...
 
 
@@ -70,7 +66,6 @@ class LocalFile:
                 )
             self.size = status.st_size
             self.version = f"changed at {status.st_mtime_ns} ns"
-            self._identity = _identity(status)
         except BaseException:
             self.close()
             raise
@@ -80,14 +75,6 @@ class LocalFile:
             return os.preadv(self._descriptor(), [view], offset)
 
     def announce(self, offset: int, nbytes: int) -> None: ...
-
-    def check_unchanged(self) -> None:
-        if _identity(os.fstat(self._descriptor())) != self._identity:
-            raise InputRefused(
-                "file.changed",
-                f"{self.path}: changed while it was being read",
-                hint="wait until the file is complete, then run the command again",
-            )
 
     def close(self) -> None:
         fd, self._fd = self._fd, -1
@@ -101,10 +88,6 @@ class LocalFile:
 
     def __del__(self) -> None:
         self.close()
-
-
-def _identity(status: os.stat_result) -> tuple[int, int, int, int]:
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 @contextmanager

@@ -68,10 +68,6 @@ class FileReader:
         self.pread_into(offset, buffer)
         return buffer
 
-    def check_unchanged(self) -> None:
-        """Raises InputRefused ``file.changed`` if the file changed since it was opened."""
-        self._file.check_unchanged()
-
     def close(self) -> None:
         self._file.close()
 

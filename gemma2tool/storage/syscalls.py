@@ -66,6 +66,15 @@ def write_at(fd: int, data: memoryview, offset: int) -> None:
         done += written
 
 
+def free_bytes(place: str | os.PathLike[str] | int) -> int | None:
+    """Bytes that may still be written to the disk of ``place``, a path or an open file.
+
+    None where the file system does not say, as some network file systems. Raises OSError if there is no such place.
+    """
+    disk = os.statvfs(place)
+    return disk.f_bavail * disk.f_frsize if disk.f_blocks else None
+
+
 def preallocate(fd: int, size: int) -> None:
     """Sets the file's size and, if the file system can, allocates its blocks, so a full disk is noticed before any work
     is done.

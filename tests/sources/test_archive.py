@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import gzip
 import io
 import tarfile
 from pathlib import Path
@@ -80,6 +82,8 @@ def bad(path: Path, *members: tuple[str, bytes | None]) -> Path:
         ([("a", b"x"), ("a/b", b"y")], "source.archive"),
         ([("a/b", b"x"), ("a", b"y")], "source.archive"),
         ([("a\x1b[2J", b"x")], "source.name"),
+        ([("a/" * 800 + "x", b"x")], "source.name"),
+        ([("/".join(["abcdefghi" * 20] * 8), b"x")], "source.name"),
     ],
 )
 def test_hostile_archives(tmp_path: Path, name: str, members: list, id: str) -> None:
@@ -99,6 +103,48 @@ def test_damaged_archives(model: Path, tmp_path: Path, name: str) -> None:
         with pytest.raises(InputRefused) as caught:
             api.inspect(tmp_path / name)
         assert caught.value.id in ("source.archive", "input.unknown", "source.name"), caught.value.message
+
+
+def test_a_wrong_checksum_is_not_taken_for_a_failing_disk(model: Path, tmp_path: Path) -> None:
+    """The stream is read while a member is being written."""
+    path = tmp_path / "m.tar.gz"
+    with tarfile.open(path, "w:gz") as tar:
+        tar.add(model / "config.json", "config.json")
+        member = tarfile.TarInfo("model.safetensors")
+        member.size = 1 << 20
+        tar.addfile(member, io.BytesIO(bytes(member.size)))
+    data = path.read_bytes()
+    content = gzip.decompress(data)[: -(1 << 19)]  # it ends inside a member, with a checksum of other bytes
+    packed = bytearray(gzip.compress(content))
+    packed[-8:-4] = b"\0\0\0\0"
+    path.write_bytes(packed)
+    with pytest.raises(InputRefused) as caught:
+        api.inspect(path)
+    assert caught.value.id == "source.archive"
+
+
+@pytest.mark.parametrize("name", ["m.tar", "m.tar.gz"])
+def test_headers_of_headers(tmp_path: Path, name: str) -> None:
+    """Each says how to read the next one."""
+    header = tarfile.TarInfo("x")
+    header.type, header.size = tarfile.XHDTYPE, 0
+    data = header.tobuf() * 3000
+    (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith("gz") else data)
+    with pytest.raises(InputRefused) as caught:
+        api.inspect(tmp_path / name)
+    assert caught.value.id == "source.archive"
+
+
+def test_a_folder_that_cannot_be_made(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = pack(model, tmp_path / "m.tar.gz", "top/")
+
+    def fail(self: Path, *args: object, **options: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "mkdir", fail)
+    with pytest.raises(ResourceError) as caught:
+        api.inspect(path)
+    assert caught.value.id == "disk.full"
 
 
 def test_no_room_to_unpack(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -163,6 +163,82 @@ class Redirecting(FileServer):
         handler.end_headers()
 
 
+class Odd(FileServer):
+    """Answers everything with the same status, headers and page."""
+
+    def __init__(self, status: int, headers: dict[str, str], page: bytes = b"") -> None:
+        super().__init__({})
+        self.status, self.headers, self.page = status, headers, page
+
+    def answer(self, handler) -> None:
+        handler.send_response(self.status)
+        for name, value in ({"Content-Length": str(len(self.page))} | self.headers).items():
+            handler.send_header(name, value)
+        handler.end_headers()
+        handler.wfile.write(self.page)
+
+
+HTML = {"Content-Type": "text/html"}
+
+
+@pytest.mark.parametrize(
+    ("server", "id"),
+    [
+        (lambda: Odd(302, {"Location": "/m/"}), "source.refused"),
+        (lambda: Odd(302, {"Location": "ftp://host/x"}), "source.refused"),
+        (lambda: Odd(302, {"Location": "file:///etc/passwd"}), "source.refused"),
+        (lambda: Odd(302, {"Location": "http://[::1"}), "source.unreachable"),
+        (lambda: Odd(200, HTML | {"Content-Encoding": "gzip"}, b"not gzip"), "source.refused"),
+        (lambda: Odd(200, HTML, b"<a href='http://[x'>x</a><a href='//[y/'>y</a><![if x]"), "source.listing"),
+        (lambda: Odd(206, {"Content-Range": "bytes 0-0/\xb2"}), "source.no-ranges"),
+        (lambda: Odd(206, {"Content-Range": "bytes 0-0/" + "9" * 5000}), "source.no-ranges"),
+        (lambda: Odd(503, {"Retry-After": "\xb2"}), "source.unreachable"),
+    ],
+    ids=["loop", "ftp", "file", "bad address", "not gzip", "odd links", "odd size", "long size", "odd wait"],
+)
+def test_odd_answers_are_one_line(server, id: str) -> None:
+    with serving(server()) as served:
+        result = run("inspect", f"{served.url}/m/")
+    assert result.exit_code == (4 if id == "source.unreachable" else 3), result.output
+    assert f"[{id}]" in result.stderr and "Traceback" not in result.output
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["https://[", "https://[::1/x", "https://a b/x", "https://host:port/x", "https://host:99999999/x"],
+)
+def test_what_is_not_an_address(address: str) -> None:
+    result = run("inspect", address)
+    assert result.exit_code == 2 and "[source.address]" in result.stderr, result.output
+
+
+def test_secrets_of_what_is_not_an_address_are_not_shown() -> None:
+    result = run("inspect", "https://user:hidden@[/m.gguf?key=hidden")
+    assert result.exit_code == 2 and "hidden" not in result.output + result.stderr
+
+
+def test_connections_of_a_source_that_cannot_be_opened_are_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    import httpx2
+
+    made: list[httpx2.Client] = []
+    init = httpx2.Client.__init__
+
+    def noted(self: httpx2.Client, *args, **options) -> None:
+        made.append(self)
+        init(self, *args, **options)
+
+    monkeypatch.setattr(httpx2.Client, "__init__", noted)
+    with serving(FileServer({})) as server, pytest.raises(InputRefused):
+        locate(f"{server.url}/m.gguf")
+    assert made and all(client.is_closed for client in made)
+
+
+def test_a_chat_template_beside_a_file_is_read(model: Path, tmp_path: Path) -> None:
+    files = contents(model, "/m/") | {"/m/chat_template.json": b'{"chat_template": "{{ bos_token }}"}'}
+    with serving(FileServer(files)) as server, api.open(f"{server.url}/m/model.safetensors") as checkpoint:
+        assert "chat_template.json" in checkpoint.assets
+
+
 def save_as_gguf(model: Path, path: Path) -> None:
     with api.open(model) as checkpoint:
         save(checkpoint, path, WriteOptions())

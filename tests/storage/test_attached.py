@@ -30,9 +30,6 @@ class Memory:
 
     def announce(self, offset: int, nbytes: int) -> None: ...
 
-    def check_unchanged(self) -> None:
-        raise InputRefused("file.changed", "changed")
-
     def close(self) -> None: ...
 
 
@@ -53,9 +50,6 @@ def test_names_and_sizes_are_on_disk_and_bytes_are_not() -> None:
         with open_for_reading(weights) as reader:
             assert (reader.size, reader.version) == (10, "of memory")
             assert reader.pread(2, 7) == b"2345678"
-            with pytest.raises(InputRefused) as caught:
-                reader.check_unchanged()
-            assert caught.value.id == "file.changed"
         assert read_whole(folder.path / "config.json", what="config", max_bytes=1 << 20) == b"{}" * 3000
         assert starts_with(weights, b"0123") and not starts_with(weights, b"x")
         assert not starts_with(weights, bytes(100))

@@ -67,7 +67,6 @@ def test_threads_read_by_offset(tmp_path: Path) -> None:
         assert all(pool.map(read, range(0, len(data), 997)))
         assert reader.size == len(data)
         assert reader.pread(5, 10) == data[5:15]
-        reader.check_unchanged()
 
 
 def test_short_reads_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,7 +85,6 @@ def test_a_file_truncated_while_being_read_is_refused(tmp_path: Path) -> None:
         os.truncate(path, 500)
         assert_refused(lambda: reader.pread(0, 1000), "file.truncated")
         assert_refused(lambda: reader.pread_into(400, bytearray(200)), "file.truncated")
-        assert_refused(reader.check_unchanged, "file.changed")
 
 
 def test_more_than_the_file_is_refused_before_allocating(tmp_path: Path) -> None:

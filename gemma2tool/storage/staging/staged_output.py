@@ -28,7 +28,7 @@ from gemma2tool.storage.staging.place import StagingPlace, remove_tree
 from gemma2tool.storage.staging.recorder import Recorder
 from gemma2tool.storage.staging.resume import LeftoverState
 from gemma2tool.storage.staging.staged_file import StagedFile
-from gemma2tool.storage.syscalls import sync_folder, translate_os_errors
+from gemma2tool.storage.syscalls import free_bytes, sync_folder, translate_os_errors
 
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
@@ -180,10 +180,9 @@ class Staging:
 
     def _check_space(self) -> None:
         with translate_os_errors(self.destination.parent, "asking for the free space"):
-            disk = os.statvfs(self._staging.parent_fd)
-        free = disk.f_bavail * disk.f_frsize
+            free = free_bytes(self._staging.parent_fd)
         needed = self.expected_bytes - (0 if self._earlier is None else self._staging.allocated())
-        if disk.f_blocks and needed > free:  # some network file systems report nothing at all
+        if free is not None and needed > free:
             raise ResourceError(
                 "disk.full",
                 f"{self.destination}: needs {needed} bytes, {free} are free on its disk",
