@@ -3,6 +3,7 @@ threads."""
 
 from __future__ import annotations
 
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -15,7 +16,7 @@ from gemma2tool.quantizers import awq, gptq
 from gemma2tool.quantizers.awq import Awq
 from gemma2tool.quantizers.calibration import clipping, rounding, scales
 from gemma2tool.quantizers.calibration.grid import RoundedMatrix, grid_of, quantize_to_nearest
-from gemma2tool.quantizers.calibration.hessian import Hessian, inverse_factor, inverse_factors, invert_lower_
+from gemma2tool.quantizers.calibration.hessian import Factor, Hessian, inverse_factor, inverse_factors, invert_lower_
 from gemma2tool.quantizers.gptq import Gptq
 from gemma2tool.reference.readahead import one_thread_each
 from tests.support.calibration import correlated_inputs, dequantized, textbook_gptq
@@ -120,6 +121,21 @@ def test_the_factor_is_of_the_damped_inverse() -> None:
     damped = h + 0.01 * h.diagonal().mean() * torch.eye(300, dtype=h.dtype)
     assert torch.equal(upper, upper.triu())
     assert torch.allclose(upper.T @ upper @ damped, torch.eye(300, dtype=h.dtype), atol=1e-8)
+
+
+def test_a_factor_is_copied_once_for_all_threads() -> None:
+    copies: list[object] = []
+
+    class Slow:
+        def contiguous(self) -> object:
+            time.sleep(0.02)
+            copies.append(object())
+            return copies[-1]
+
+    factor = Factor(torch.arange(1), Slow())  # type: ignore[arg-type]
+    with ThreadPoolExecutor(4) as pool:
+        seen = list(pool.map(lambda _: factor.row_major, range(8)))
+    assert len(copies) == 1 and set(seen) == set(copies)
 
 
 def test_more_damping_where_the_hessian_is_singular() -> None:

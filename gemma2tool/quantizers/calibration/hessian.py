@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -16,8 +16,6 @@ PANEL = 512
 
 LEAF = 256
 """The largest triangular matrix that LAPACK inverts; larger ones are split in half."""
-
-_ONE_AT_A_TIME = threading.Lock()
 
 
 class Hessian:
@@ -71,21 +69,29 @@ class Hessian:
 @dataclass(frozen=True)
 class Factor:
     """``upper`` U with U^T U = (H + damping)^-1 of the ``columns`` (indices into the matrix, in the order of
-    rounding)."""
+    rounding). What follows from it is computed once, whichever thread asks first: ``cached_property`` alone does not
+    make the others wait.
+    """
 
     columns: Tensor
     upper: Tensor
+    _lock: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False, compare=False)
 
-    @functools.cached_property
+    @property
     def row_major(self) -> Tensor:
-        """``upper`` with each row contiguous, as the kernels read it; copied once, however many pieces use it."""
-        return self.upper.contiguous()
+        """``upper`` with each row contiguous, as the kernels read it."""
+        with self._lock:
+            return self._row_major
 
     @property
     def hessian(self) -> Tensor:
-        """H + damping, in the order of rounding; computed once, whichever thread asks first."""
-        with _ONE_AT_A_TIME:
+        """H + damping, in the order of rounding."""
+        with self._lock:
             return self._hessian
+
+    @functools.cached_property
+    def _row_major(self) -> Tensor:
+        return self.upper.contiguous()
 
     @functools.cached_property
     def _hessian(self) -> Tensor:
