@@ -3,8 +3,8 @@
 A block's scales and minima come from the type's own search, on the columns as error feedback has left them, weighted by
 what an error of each column costs. Then, group after group, scales and minima near those are tried, codes are chosen
 column by column, and the candidate with the smallest error is taken. The error of a choice is GPTQ's own: what remains
-when later columns have compensated for it. IQ1 keeps the codes of its
-search, and the columns after a block compensate for the block as a whole.
+when later columns have compensated for it. IQ1 keeps the codes of its search, and the columns after a block compensate
+for the block as a whole.
 """
 
 from __future__ import annotations
@@ -18,15 +18,13 @@ from torch import Tensor
 
 from gemma2tool.model.lazy import Array
 from gemma2tool.quantizers.calibration.block_layouts import LAYOUTS, Fields, Layout, f16, scales_and_offsets
+from gemma2tool.quantizers.calibration.feedback import feed_back
 from gemma2tool.quantizers.calibration.hessian import Factor
 from gemma2tool.quantizers.calibration.rounded import Rounded
 from gemma2tool.quantizers.calibration.scalar_kernel import round_scalars
 from gemma2tool.quantizers.calibration.vector_layouts import VECTOR_LAYOUTS
 from gemma2tool.quantizers.calibration.vector_rounding import round_vectors
 from gemma2tool.quantizers.gguf_types import GGUF_TYPES, dequantize, quantize, row_bytes
-
-PANEL = 256
-"""Columns whose errors are subtracted from the columns beyond them at once."""
 
 STEPS = (0, -1, 1, -2, 2, -3, 3, -4, 4, -6, 6, -8, 8)
 """Stored integers near those of the type's search that are tried, for scales and for minima."""
@@ -107,22 +105,16 @@ def round_blocks(type: str, rows: Array, factors: Sequence[Factor]) -> Array:
 
 def _round_part(type: str, part: Array, upper: Tensor) -> Array:
     """Rounds the columns of one factor. Overwrites ``part``."""
-    columns, block_bytes = GGUF_TYPES[type].block_elements, GGUF_TYPES[type].block_bytes
+    width, block_bytes = GGUF_TYPES[type].block_elements, GGUF_TYPES[type].block_bytes
     out = np.empty((len(part), row_bytes(type, part.shape[1])), np.uint8)
-    values, panel = torch.from_numpy(part), max(PANEL // columns, 1) * columns
-    for start in range(0, part.shape[1], panel):
-        end = min(start + panel, part.shape[1])
-        errors = torch.empty(len(part), end - start)
-        for first in range(start, end, columns):
-            last = first + columns
-            rounded = round_block(type, part[:, first:last], upper[first:last, first:last])
-            at = first // columns * block_bytes
-            out[:, at : at + block_bytes] = rounded.blocks
-            lost = torch.from_numpy(rounded.errors)
-            errors[:, first - start : last - start] = lost
-            if last < end:
-                values[:, last:end].addmm_(lost, upper[first:last, last:end], alpha=-1)
-        values[:, end:].addmm_(errors, upper[start:end, end:], alpha=-1)
+
+    def rounder(columns: Array, upper: Tensor, span: slice) -> Array:
+        rounded = round_block(type, columns, upper)
+        at = span.start // width * block_bytes
+        out[:, at : at + block_bytes] = rounded.blocks
+        return rounded.errors
+
+    feed_back(part, upper, width, rounder)
     return out
 
 

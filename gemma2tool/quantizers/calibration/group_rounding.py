@@ -9,7 +9,7 @@ through again with all columns in view (see ``group_descent``).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -18,13 +18,11 @@ from torch import Tensor
 
 from gemma2tool.model.lazy import Array
 from gemma2tool.quantizers.bnb import NestedScales
+from gemma2tool.quantizers.calibration.feedback import feed_back
 from gemma2tool.quantizers.calibration.group_descent import descend, fitted_scale, fitted_scale_and_bias
 from gemma2tool.quantizers.calibration.group_layouts import GroupCodes, GroupLayout
 from gemma2tool.quantizers.calibration.hessian import Factor
 from gemma2tool.quantizers.calibration.scalar_kernel import WIDEST, Scalars, round_scalars
-
-PANEL = 256
-"""Columns whose errors are subtracted from the columns beyond them at once."""
 
 FACTORS = (1.0, 0.97, 1.03, 0.94, 1.06, 0.91, 0.88, 0.85, 0.82, 0.79, 0.76, 0.73, 0.7)
 """Scales that are tried, relative to the type's own."""
@@ -101,27 +99,6 @@ def has_own_scales(layout: GroupLayout, factors: Sequence[Factor]) -> bool:
     return layout.width <= WIDEST and layout.tile == 1 and not is_split
 
 
-Rounder = Callable[[Array, Tensor, slice], Array]
-"""Rounds the columns of a slice, (n, columns), with their factor; returns the errors."""
-
-
-def _feed_back(part: Array, upper: Tensor, width: int, rounder: Rounder) -> None:
-    """Calls ``rounder`` for every ``width`` columns of ``part`` (n, I), from left to right, and subtracts what their
-    errors cost the columns after them. Overwrites ``part``.
-    """
-    values, panel = torch.from_numpy(part), max(PANEL // width, 1) * width
-    for start in range(0, part.shape[1], panel):
-        end = min(start + panel, part.shape[1])
-        errors = torch.empty(len(part), end - start)
-        for first in range(start, end, width):
-            last = min(first + width, end)
-            lost = torch.from_numpy(rounder(part[:, first:last], upper[first:last, first:last], slice(first, last)))
-            errors[:, first - start : last - start] = lost
-            if last < end:
-                values[:, last:end].addmm_(lost, upper[first:last, last:end], alpha=-1)
-        values[:, end:].addmm_(errors, upper[start:end, end:], alpha=-1)
-
-
 def _parts(rows: Array, factors: Sequence[Factor]) -> Iterator[tuple[Array, Array, Tensor]]:
     """The columns of each factor: their indices, a copy of their values in the order of rounding, and the factor."""
     for factor in factors:
@@ -139,7 +116,7 @@ def _round_by_group(rows: Array, factors: Sequence[Factor], layout: GroupLayout)
             groups.append(replace(group, codes=group.codes[:, :0], errors=group.errors[:, :0]))
             return group.errors
 
-        _feed_back(part, upper, layout.width, rounder)
+        feed_back(part, upper, layout.width, rounder)
     offsets = [group.offsets for group in groups if group.offsets is not None]
     return GroupCodes(codes, np.stack([group.scales for group in groups], 1), np.stack(offsets, 1) if offsets else None)
 
@@ -240,6 +217,6 @@ def _round_with(
             losses[:] += rounded.losses
             return rounded.errors
 
-        _feed_back(part, upper, width, rounder)
+        feed_back(part, upper, width, rounder)
         begin += part.shape[1]
     return codes, losses
