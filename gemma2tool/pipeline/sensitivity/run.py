@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import io
+import functools
 import logging
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-
-import numpy as np
-import torch
+from typing import TYPE_CHECKING
 
 from gemma2tool.errors import InputRefused, UsageError
 from gemma2tool.errors.memory import out_of_memory_as_error
@@ -19,14 +18,23 @@ from gemma2tool.model.digest import hash_checkpoint
 from gemma2tool.model.progress import Progress, progress_or_null
 from gemma2tool.model.tied_head import with_tied_head
 from gemma2tool.pipeline.sensitivity.candidates import check_types, default_types
-from gemma2tool.pipeline.sensitivity.collect import Collection, SensitivityOptions, Streams
+from gemma2tool.pipeline.sensitivity.collect import Collection, SensitivityOptions
 from gemma2tool.pipeline.sensitivity.head import EMBEDDING
+from gemma2tool.pipeline.sensitivity.partial import Earlier, Partial
 from gemma2tool.pipeline.sensitivity.predict import Agreement, agreements
-from gemma2tool.pipeline.sensitivity.table import SensitivityTable, merge_tables, read_table, write_table
+from gemma2tool.pipeline.sensitivity.table import SensitivityTable, Text, merge_tables, read_table, write_table
 from gemma2tool.pipeline.sensitivity.windows import read_windows
 from gemma2tool.storage.paths import refuse_existing, refuse_overwriting_input
+from gemma2tool.storage.staging.journal import Fingerprint
+from gemma2tool.version import __version__
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 logger = logging.getLogger("gemma2tool")
+
+Keep = Callable[[SensitivityTable, Mapping[str, "Tensor"]], None]
+"""Keeps a table so far, and the streams of ``Earlier.whole``."""
 
 FOREIGN_PERPLEXITY = 500.0
 """A text with a larger perplexity under the source is unlike what the model was trained on."""
@@ -114,7 +122,10 @@ def collect_table(
     partial: Partial | None = None,
     progress: Progress | None = None,
 ) -> SensitivityTable:
-    """The table; ``partial``: where it is kept while it is being collected."""
+    """The table; ``partial``: where it is kept while it is being collected.
+
+    Raises ``UsageError`` (``resume.mismatch``) if what is there is of another collection.
+    """
     from gemma2tool.reference.streaming import use_threads
 
     types = check_types(options.types, options.rounding) or default_types(options.rounding)
@@ -131,6 +142,10 @@ def collect_table(
         windows=(tuple(tuple(row) for row in windows.evaluation.tolist()),),
         complete=False,
     )
+    keep, earlier = _keep_nothing, None
+    if partial is not None:
+        settings = _settings(table, types, options)
+        keep, earlier = functools.partial(partial.write, settings), partial.read(settings)
     hint = "use fewer --windows, a smaller --calibration-length, or close other programs"
     with (
         use_threads(options.threads),
@@ -138,11 +153,34 @@ def collect_table(
         ThreadPoolExecutor(options.threads, thread_name_prefix="sensitivity") as pool,
     ):
         collection = Collection(checkpoint, windows, types, options, pool.map)
-        return _collected(collection, table, partial, progress)
+        return _collected(collection, table, earlier, keep, progress)
+
+
+def _settings(table: SensitivityTable, types: Sequence[str], options: SensitivityOptions) -> Fingerprint:
+    """What must be equal for a run to continue another's ``table``."""
+
+    def shown(text: Text) -> str:
+        return f"{text.windows} windows of {text.length} tokens with digest {text.sha256[:16]}"
+
+    return {
+        "tool": f"gemma2tool {__version__}",
+        "model": table.model[:16],
+        "rounding": table.rounding,
+        "candidates": ",".join(types),
+        "measure": options.measure,
+        "text": shown(table.texts[0]),
+        "calibration": ", ".join(map(shown, table.calibration)),
+        "hessian-block": str(options.hessian_block),
+        "damping": str(options.damping),
+    }
+
+
+def _keep_nothing(table: SensitivityTable, whole: Mapping[str, Tensor]) -> None:
+    """For a collection that does not have to survive."""
 
 
 def _collected(
-    collection: Collection, table: SensitivityTable, partial: Partial | None, progress: Progress | None
+    collection: Collection, table: SensitivityTable, earlier: Earlier | None, keep: Keep, progress: Progress | None
 ) -> SensitivityTable:
     streams = collection.start()
     if collection.perplexity > FOREIGN_PERPLEXITY:
@@ -153,8 +191,8 @@ def _collected(
             collection.perplexity,
         )
     first = 0
-    if partial is not None and (earlier := partial.read(table, streams)) is not None:
-        table, first = earlier
+    if earlier is not None:
+        table, first, streams.whole = earlier.table, earlier.layers, dict(earlier.whole)
         logger.warning("continuing an interrupted collection at layer %d", first)
         for index in range(first):
             collection.skip(index, streams)
@@ -167,51 +205,8 @@ def _collected(
         for index in range(first, collection.layers):
             entries = {**table.entries, **collection.layer(index, streams, bar.advance)}
             table = dataclasses.replace(table, entries=entries)
-            if partial is not None:
-                partial.write(table, streams)
+            keep(table, streams.whole)
         embedding = collection.head(streams, bar.advance)
     # The embedding's entries come first, as in the table of tensors.
     entries = {EMBEDDING: embedding, **table.entries}
     return dataclasses.replace(table, entries=entries, whole=collection.whole(streams), complete=True)
-
-
-class Partial:
-    """What an interrupted collection leaves beside its output: the table so far, and the streams that would take
-    rounding again to make."""
-
-    def __init__(self, out: Path, restart: bool) -> None:
-        self.table = out.with_name(f"{out.name}.partial")
-        self.streams = out.with_name(f"{out.name}.partial.npz")
-        self.restart = restart
-
-    def write(self, table: SensitivityTable, streams: Streams) -> None:
-        data = io.BytesIO()
-        arrays = {type: x.numpy() for type, x in streams.whole.items()}
-        np.savez(data, allow_pickle=False, layers=np.array(len(table.entries)), **arrays)
-        replacement = self.streams.with_name(f"{self.streams.name}.new")
-        replacement.write_bytes(data.getvalue())
-        replacement.replace(self.streams)
-        write_table(table, self.table, force=True)
-
-    def read(self, table: SensitivityTable, streams: Streams) -> tuple[SensitivityTable, int] | None:
-        """The table as far as it was collected and its number of layers, if it is of the same collection as ``table``;
-        sets ``streams.whole``."""
-        if self.restart or not (self.table.is_file() and self.streams.is_file()):
-            return None
-        try:
-            earlier = read_table(self.table)
-            with np.load(self.streams, allow_pickle=False) as arrays:
-                same = {**vars(earlier), "entries": {}} == {**vars(table), "entries": {}}
-                if not same or set(arrays.files) != {"layers", *streams.whole}:
-                    return None
-                if int(arrays["layers"]) != len(earlier.entries):
-                    return None
-                streams.whole = {type: torch.from_numpy(arrays[type]) for type in streams.whole}
-        except (InputRefused, ValueError, OSError, EOFError):
-            return None
-        layers = {int(name.split(".")[2]) for name in earlier.entries}
-        return earlier, max(layers) + 1
-
-    def remove(self) -> None:
-        for path in (self.table, self.streams):
-            path.unlink(missing_ok=True)

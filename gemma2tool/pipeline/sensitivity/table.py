@@ -121,6 +121,13 @@ def read_table(path: Path) -> SensitivityTable:
         if not error.id.startswith("json."):
             raise
         raise InputRefused("sensitivity.schema", f"{error.message}, and a sensitivity table is JSON") from None
+    return parse_table(document, path)
+
+
+def parse_table(document: Any, path: Path) -> SensitivityTable:
+    """The table of a document in the file ``path``. Raises ``InputRefused`` (``sensitivity.schema``) for any other
+    document.
+    """
     if not isinstance(document, dict) or document.get("schema") != SCHEMA:
         stated = document.get("schema") if isinstance(document, dict) else None
         raise InputRefused("sensitivity.schema", f"{path}: schema {stated!r} is not {SCHEMA!r}")

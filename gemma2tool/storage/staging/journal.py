@@ -49,14 +49,15 @@ class EarlierRun:
     valid_bytes: int = 0
 
     def differences(self, fingerprint: Fingerprint) -> list[str]:
-        """How ``fingerprint`` differs from this run's, one phrase per name: ``type was q8_0, is q4_0``."""
-        names = [*fingerprint, *(name for name in self.fingerprint if name not in fingerprint)]
-        phrases = []
-        for name in names:
-            before, now = self.fingerprint.get(name, "absent"), fingerprint.get(name, "absent")
-            if before != now:
-                phrases.append(f"{name} was {before}, is {now}")
-        return phrases
+        """How ``fingerprint`` differs from this run's."""
+        return differences(self.fingerprint, fingerprint)
+
+
+def differences(before: Fingerprint, now: Fingerprint) -> list[str]:
+    """How ``now`` differs from ``before``, one phrase per name: ``type was q8_0, is q4_0``."""
+    names = [*now, *(name for name in before if name not in now)]
+    pairs = {name: (before.get(name, "absent"), now.get(name, "absent")) for name in names}
+    return [f"{name} was {old}, is {new}" for name, (old, new) in pairs.items() if old != new]
 
 
 def read(place_fd: int) -> EarlierRun | None:

@@ -14,12 +14,11 @@ from gemma2tool.errors import InputRefused, UsageError
 from gemma2tool.formats import registry
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.lazy import ArrayTensor
-from gemma2tool.pipeline.sensitivity import run as sensitivity_run
 from gemma2tool.pipeline.sensitivity.collect import Collection, SensitivityOptions
 from gemma2tool.pipeline.sensitivity.head import EMBEDDING, Head, divergence, final_norm
 from gemma2tool.pipeline.sensitivity.measured import window_divergence
+from gemma2tool.pipeline.sensitivity.partial import Partial
 from gemma2tool.pipeline.sensitivity.run import SensitivityPaths, collect_sensitivity
-from gemma2tool.pipeline.sensitivity.table import read_table
 from gemma2tool.pipeline.sensitivity.windows import read_windows
 from gemma2tool.reference.model import Gemma2ForCausalLM
 from gemma2tool.reference.streaming import StreamedForward
@@ -126,28 +125,61 @@ def test_an_interrupted_collection_is_continued(
     paths = SensitivityPaths(tmp_path / "t.json", ids)
     with pytest.raises(KeyboardInterrupt):
         collect_sensitivity(source, paths, options)
-    assert not paths.out.exists() and not read_table(tmp_path / "t.json.partial").complete
+    assert not paths.out.exists() and (tmp_path / "t.json.partial").exists()
     table = collect_sensitivity(source, paths, options).table
     assert layers == [0, 1, 1, 2]
     assert table == whole
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ids.npy", "t.json", "whole.json"]
 
 
-def test_what_another_collection_left_is_not_continued(source: Checkpoint, ids: Path, tmp_path: Path) -> None:
-    options = dataclasses.replace(QUICK, length=32)
+@pytest.fixture
+def unfinished(source: Checkpoint, ids: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SensitivityPaths:
+    """A collection with ``QUICK`` that was interrupted after two layers."""
+
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt
+
     paths = SensitivityPaths(tmp_path / "t.json", ids)
-    collected = collection(source, ids, options)
-    streams = collected.start()
-    table = dataclasses.replace(
-        collect_sensitivity(source, SensitivityPaths(tmp_path / "o.json", ids), options).table,
-        model="0" * 64,
-        complete=False,
-        whole={},
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Collection, "head", stopped)
+        collect_sensitivity(source, paths, dataclasses.replace(QUICK, length=32))
+    return paths
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"types": ("q4_0",)}, "candidates was q4_0,q8_0, is q4_0"),
+        ({"measure": "all"}, "measure was none, is all"),
+        ({"rounding": "calibration", "damping": 0.1}, "damping was 0.01, is 0.1"),
+        ({"rounding": "calibration", "hessian_block": 32}, "hessian-block was None, is 32"),
+        ({"windows": 3}, "text was 4 windows of 32 tokens"),
+    ],
+)
+def test_what_another_collection_left_is_not_continued(
+    change: dict[str, object], words: str, source: Checkpoint, unfinished: SensitivityPaths
+) -> None:
+    options = dataclasses.replace(QUICK, length=32, **change)
+    with pytest.raises(UsageError) as refused:
+        collect_sensitivity(source, unfinished, options)
+    assert (
+        refused.value.id == "resume.mismatch" and words in refused.value.message and "--restart" in refused.value.hint
     )
-    partial = sensitivity_run.Partial(paths.out, False)
-    partial.write(table, streams)
-    assert partial.read(dataclasses.replace(table, entries={}, model="1" * 64), streams) is None
-    assert collect_sensitivity(source, paths, options).table.model != table.model
+    table = collect_sensitivity(source, unfinished, dataclasses.replace(options, restart=True)).table
+    assert table.complete and table.types == options.types
+    assert not (unfinished.out.with_name("t.json.partial")).exists()
+
+
+def test_a_damaged_file_of_an_interrupted_collection_is_not_continued(
+    source: Checkpoint, unfinished: SensitivityPaths, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = unfinished.out.with_name("t.json.partial")
+    whole = path.read_bytes()
+    for damaged in (b"", b"PK", whole[: len(whole) // 2], b"{}", whole.replace(b"sensitivity/1", b"sensitivity/9")):
+        path.write_bytes(damaged)
+        assert Partial(unfinished.out, False).read({}) is None
+        assert "starts over" in caplog.text
+        caplog.clear()
 
 
 def test_a_text_that_is_too_short_is_refused(source: Checkpoint, ids: Path, tmp_path: Path) -> None:
