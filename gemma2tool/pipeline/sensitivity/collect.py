@@ -9,6 +9,7 @@ much that is.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -27,7 +28,7 @@ from gemma2tool.pipeline.calibration.layer import CalibratedLayer
 from gemma2tool.pipeline.calibration.session import DAMPING
 from gemma2tool.pipeline.sensitivity.candidates import Inputs, fitting, fitting_head, values
 from gemma2tool.pipeline.sensitivity.embedding import EmbeddingCost
-from gemma2tool.pipeline.sensitivity.head import EMBEDDING, Head, divergence, final_norm
+from gemma2tool.pipeline.sensitivity.head import EMBEDDING, Head, HeadRows, divergence, final_norm
 from gemma2tool.pipeline.sensitivity.hessians import LayerHessians
 from gemma2tool.pipeline.sensitivity.layer import Curvature, LoadedLayer
 from gemma2tool.pipeline.sensitivity.table import Entry, Sum
@@ -90,6 +91,11 @@ class Collection:
         self.perplexity = 0.0
         """Of the evaluation windows under the source."""
 
+    @functools.cached_property
+    def source_head(self) -> Head:
+        """The source's head over ``final``."""
+        return Head(self.checkpoint, self.final)
+
     @property
     def whole_types(self) -> tuple[str, ...]:
         """The smallest, the middle and the largest candidate, in which whole models are measured."""
@@ -117,9 +123,8 @@ class Collection:
         with torch.enable_grad():
             normed = norm(last)
         self.final = normed.detach().flatten(0, 1)
-        head = Head(self.checkpoint, self.final)
-        self.perplexity = head.perplexity(torch.from_numpy(self.windows.evaluation))
-        gradient = torch.autograd.grad(normed, last, head.gradient().view_as(normed))[0]
+        self.perplexity = self.source_head.perplexity(torch.from_numpy(self.windows.evaluation))
+        gradient = torch.autograd.grad(normed, last, self.source_head.gradient().view_as(normed))[0]
         self.gradients = [gradient]
         for index in reversed(range(self.layers)):
             gradient = LoadedLayer(self.checkpoint, index, self.run).backward(streams.pop(index), gradient)
@@ -138,18 +143,21 @@ class Collection:
         inputs = self._inputs(index, streams)
         entries: dict[str, dict[str, Entry]] = {name: {} for name in curvatures}
         for type in self.types:
-            stored = {}
+            fits, stored = dict[str, str](), dict[str, Tensor]()
             for name, curvature in curvatures.items():
                 weight = layer.weight(name)
                 for fit in fitting([type], weight.shape[1]):
+                    fits[name] = fit
                     stored[name] = torch.from_numpy(values(fit, weight.numpy(), inputs[name], self.run))
-                    entry = Entry(self._second_order(curvature, stored[name] - weight))
-                    if self._is_measured(index, type):
-                        entry += Entry(measured=self._measure(index, streams.evaluation, {name: stored[name]}))
-                    entries[name][fit] = entry
+                    if fit not in entries[name]:  # another candidate may have been replaced by the same type
+                        entries[name][fit] = Entry(self._second_order(curvature, stored[name] - weight))
                 advance(weight.numel(), f"{name} {type}")
+            if self._is_measured(index, type):
+                new = {name: weight for name, weight in stored.items() if not entries[name][fits[name]].measured.tokens}
+                for name, measured in self._measure(layer, streams.evaluation, new).items():
+                    entries[name][fits[name]] += Entry(measured=measured)
             if type in streams.whole:
-                streams.whole[type] = LoadedLayer(self.checkpoint, index, self.run, stored).run(streams.whole[type])
+                streams.whole[type] = layer.with_weights(stored).run(streams.whole[type])
         streams.evaluation = layer.run(streams.evaluation)
         return entries
 
@@ -161,24 +169,16 @@ class Collection:
             inputs = Inputs.of(hessian, self.options.rounding, self.options.damping)
         types = fitting_head(self.types, self.checkpoint.tensors[EMBEDDING].row_size, self.options.rounding)
         cost = EmbeddingCost(self.checkpoint, self.windows.evaluation, types, inputs, self.run)
-        totals = cost.second_order(Head(self.checkpoint, self.final), self.gradients[0], advance)
-        tokens, entries = len(self.final), {}
-        for type in types:
-            entries[type] = Entry(Sum(float(totals[type].sum()), tokens))
-            if self._is_measured(0, type):
-                x = cost.embeddings(type)
-                kl = divergence(self.checkpoint, self.final, self._final(0, x), cost.head_rows(type))
-                entries[type] += Entry(measured=Sum(float(kl.sum()), tokens))
+        totals = cost.second_order(self.source_head, self.gradients[0], advance)
+        entries = {type: Entry(Sum(float(totals[type].sum()), len(self.final))) for type in types}
+        embeddings = {type: cost.embeddings(type) for type in types if self._is_measured(0, type)}
+        for type, final in self._final(0, embeddings).items():
+            entries[type] += Entry(measured=self._divergence(final, cost.head_rows(type)))
         return entries
 
     def whole(self, streams: Streams) -> dict[str, Sum]:
         """The KL of all layers in one type, for the types of ``streams.whole``, which are after the last layer."""
-        norm = final_norm(self.checkpoint)
-        results = {}
-        for type, x in streams.whole.items():
-            kl = divergence(self.checkpoint, self.final, norm(x).flatten(0, 1))
-            results[type] = Sum(float(kl.sum()), len(kl))
-        return results
+        return {type: self._divergence(x) for type, x in self._final(self.layers, streams.whole).items()}
 
     def _inputs(self, index: int, streams: Streams) -> Mapping[str, Inputs]:
         """Of each matrix of a layer; moves the calibration's streams through it."""
@@ -208,14 +208,20 @@ class Collection:
             return index in (0, self.layers // 2, self.layers - 1) and type == self.types[len(self.types) // 2]
         return self.options.measure == "all"
 
-    def _measure(self, index: int, x: Tensor, replaced: dict[str, Tensor]) -> Sum:
-        x = LoadedLayer(self.checkpoint, index, self.run, replaced).run(x)
-        kl = divergence(self.checkpoint, self.final, self._final(index + 1, x))
-        return Sum(float(kl.sum()), len(kl))
+    def _measure(self, layer: LoadedLayer, x: Tensor, stored: Mapping[str, Tensor]) -> dict[str, Sum]:
+        """The KL with each of these weights alone in a layer whose input is ``x``, by canonical name."""
+        alone = {name: layer.with_weights({name: weight}).run(x) for name, weight in stored.items()}
+        return {name: self._divergence(final) for name, final in self._final(layer.index + 1, alone).items()}
 
-    def _final(self, index: int, x: Tensor) -> Tensor:
-        """The final normed states (tokens, D) of the streams ``x`` before layer ``index``."""
-        for later in range(index, self.layers):
-            x = LoadedLayer(self.checkpoint, later, self.run).run(x)
-        normed: Tensor = final_norm(self.checkpoint)(x)
-        return normed.flatten(0, 1)
+    def _final(self, index: int, streams: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The final normed states (tokens, D) of streams before layer ``index``, each later layer being loaded once."""
+        for later in range(index, self.layers if streams else index):
+            layer = LoadedLayer(self.checkpoint, later, self.run)
+            streams = {name: layer.run(x) for name, x in streams.items()}
+        norm = final_norm(self.checkpoint)
+        return {name: norm(x).flatten(0, 1) for name, x in streams.items()}
+
+    def _divergence(self, final: Tensor, head: HeadRows | None = None) -> Sum:
+        """The KL of final normed states, with the source's head or another."""
+        kl = divergence(self.checkpoint, self.final, final, head)
+        return Sum(float(kl.sum()), len(kl))

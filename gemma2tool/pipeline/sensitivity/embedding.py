@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.progress import Advance
 from gemma2tool.pipeline.sensitivity.candidates import Inputs, values
-from gemma2tool.pipeline.sensitivity.head import EMBEDDING, Block, Head
+from gemma2tool.pipeline.sensitivity.head import EMBEDDING, Block, Head, HeadRows
 from gemma2tool.quantizers.calibration import Map
 from gemma2tool.reference.model import scale_embeddings
 
@@ -60,7 +60,7 @@ class EmbeddingCost:
         stored = torch.from_numpy(values(type, rows, self.inputs, self.run))
         return scale_embeddings(stored[indices], self.checkpoint.config)
 
-    def head_rows(self, type: str) -> Callable[[int, int], Tensor] | None:
+    def head_rows(self, type: str) -> HeadRows | None:
         """Rows of the head with the embedding in ``type``; None if it has its own."""
         if not self.checkpoint.config.tie_word_embeddings:
             return None

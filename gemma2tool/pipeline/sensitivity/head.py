@@ -17,6 +17,9 @@ from gemma2tool.reference.layers import RMSNorm, soft_cap
 from gemma2tool.reference.tensors import load_tensor, to_torch
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+HeadRows = Callable[[int, int], Tensor]
+"""Rows of a head, from one token of the vocabulary to another."""
+
 BLOCK_BYTES = 8 << 20
 """Rows of the vocabulary that are multiplied with at once, as float32."""
 
@@ -103,9 +106,7 @@ class Head:
 
 
 @torch.no_grad()
-def divergence(
-    checkpoint: Checkpoint, source: Tensor, candidate: Tensor, head: Callable[[int, int], Tensor] | None = None
-) -> Tensor:
+def divergence(checkpoint: Checkpoint, source: Tensor, candidate: Tensor, head: HeadRows | None = None) -> Tensor:
     """KL(source || candidate) at each position of final normed states (tokens, D). ``head``: rows of the candidate's,
     if it differs."""
     cap, tensors = checkpoint.config.final_logit_softcapping, checkpoint.tensors

@@ -3,6 +3,7 @@ its projections."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -35,21 +36,28 @@ class Curvature:
 
 
 class LoadedLayer:
-    """Layer ``index`` of a checkpoint, float32. ``replaced``: weights in place of the checkpoint's, by canonical name.
-    ``run``: runs pieces of work, each of a few windows, such as ``map`` or a thread pool's."""
+    """Layer ``index`` of a checkpoint, float32. ``run``: runs pieces of work, each of a few windows, such as ``map`` or
+    a thread pool's."""
 
-    def __init__(
-        self, checkpoint: Checkpoint, index: int, run: Map, replaced: Mapping[str, Tensor] | None = None
-    ) -> None:
-        self.config, self.prefix, replaced = checkpoint.config, f"model.layers.{index}.", replaced or {}
-        self._run = run
-        with torch.device("meta"):
-            self.module = DecoderLayer(self.config, index)
+    def __init__(self, checkpoint: Checkpoint, index: int, run: Map) -> None:
+        self.config, self.index, self.prefix, self._run = checkpoint.config, index, f"model.layers.{index}.", run
+        self.module = self._empty()
         names = {key: f"{self.prefix}{key}" for key in self.module.state_dict()}
-        state = {
-            key: replaced[name] if name in replaced else load_tensor(checkpoint.tensors[name], torch.float32, "cpu")
-            for key, name in names.items()
-        }
+        self._fill({key: load_tensor(checkpoint.tensors[name], torch.float32, "cpu") for key, name in names.items()})
+
+    def with_weights(self, weights: Mapping[str, Tensor]) -> LoadedLayer:
+        """The layer with other weights, by canonical name; the rest is shared."""
+        other = copy.copy(self)
+        other.module = self._empty()
+        replaced = {name.removeprefix(self.prefix): weight for name, weight in weights.items()}
+        other._fill({**self.module.state_dict(), **replaced})
+        return other
+
+    def _empty(self) -> DecoderLayer:
+        with torch.device("meta"):
+            return DecoderLayer(self.config, self.index)
+
+    def _fill(self, state: Mapping[str, Tensor]) -> None:
         self.module.load_state_dict(state, assign=True)
         self.module.requires_grad_(False).eval()
 

@@ -14,8 +14,10 @@ from gemma2tool.errors import InputRefused, UsageError
 from gemma2tool.formats import registry
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.lazy import ArrayTensor
+from gemma2tool.pipeline.sensitivity.candidates import Inputs, values
 from gemma2tool.pipeline.sensitivity.collect import Collection, SensitivityOptions
 from gemma2tool.pipeline.sensitivity.head import EMBEDDING, Head, divergence, final_norm
+from gemma2tool.pipeline.sensitivity.layer import LoadedLayer
 from gemma2tool.pipeline.sensitivity.measured import window_divergence
 from gemma2tool.pipeline.sensitivity.partial import Partial
 from gemma2tool.pipeline.sensitivity.run import SensitivityPaths, collect_sensitivity
@@ -203,6 +205,37 @@ def test_a_text_that_the_model_does_not_know_is_named(
 ) -> None:
     collect_sensitivity(source, SensitivityPaths(tmp_path / "t.json", ids), dataclasses.replace(QUICK, length=32))
     assert "perplexity" in caplog.text and "ids.npy" in caplog.text
+
+
+def test_a_layer_is_loaded_once_for_all_measurements_of_a_type(
+    source: Checkpoint, ids: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[int] = []
+    heads: list[Head] = []
+    load, build = LoadedLayer.__init__, Head.__init__
+
+    def counted_load(self: LoadedLayer, checkpoint: Checkpoint, index: int, *arguments: object) -> None:
+        loaded.append(index)
+        load(self, checkpoint, index, *arguments)
+
+    def counted_build(self: Head, *arguments: object) -> None:
+        heads.append(self)
+        build(self, *arguments)
+
+    monkeypatch.setattr(LoadedLayer, "__init__", counted_load)
+    monkeypatch.setattr(Head, "__init__", counted_build)
+    collected = collection(source, ids, dataclasses.replace(QUICK, measure="all"))
+    streams = collected.start()
+    loaded.clear()
+    entries = collected.layer(0, streams, lambda *_: None)
+    assert loaded == [0, 1, 2, 1, 2]  # the layer, then those behind it for each of two types
+    collected.head(streams, lambda *_: None)
+    assert len(heads) == 1
+    name = "model.layers.0.mlp.up_proj.weight"
+    changed = ArrayTensor(values("q4_0", source.tensors[name].load_rows_f32(0, SMALL.intermediate_size), Inputs()))
+    other = dataclasses.replace(source, tensors={**source.tensors, name: changed})
+    kl = window_divergence(source, other, collected.windows.evaluation)
+    assert entries[name]["q4_0"].measured.mean == pytest.approx(kl.mean(), rel=1e-4)
 
 
 def test_the_head_of_the_candidate_counts(source: Checkpoint) -> None:
