@@ -96,7 +96,8 @@ class Predictor:
             layers = [costs for name, costs in self.costs.items() if ".layers." in name]
             if all(type in costs for costs in layers) and whole.tokens and whole.kl > 0:
                 alone = sum(costs[type] for costs in layers)
-                points.append((math.log(alone), min(max(whole.mean / alone, 1 / MAX_RATIO), MAX_RATIO)))
+                if alone > 0:
+                    points.append((math.log(alone), min(max(whole.mean / alone, 1 / MAX_RATIO), MAX_RATIO)))
         return sorted(points)
 
     def _interaction(self, sum_of_costs: float) -> float:

@@ -110,6 +110,11 @@ def read_table_of(path: Path, checkpoint: Checkpoint, threads: int) -> Sensitivi
     if table.model != model:
         message = f"{path}: is of the model {table.model[:16]}, and {checkpoint.path} is {model[:16]}"
         raise InputRefused("sensitivity.other-model", message)
+    vocabulary = range(checkpoint.config.vocab_size)
+    for text, rows in zip(table.texts, table.windows, strict=True):
+        if strange := {token for row in rows for token in row if token not in vocabulary}:
+            message = f"{path}: {text.name}: token {min(strange)} is not in the model's vocabulary of {len(vocabulary)}"
+            raise InputRefused("sensitivity.schema", message)
     return table
 
 

@@ -16,10 +16,13 @@ from typing import Any
 from gemma2tool.containers import strict_json
 from gemma2tool.errors import InputRefused, UsageError
 from gemma2tool.model.format_facts import Rounding
+from gemma2tool.pipeline.sensitivity.candidates import QUANTIZED
 from gemma2tool.storage.staging.staged_output import Staging
 
 SCHEMA = "gemma2tool.sensitivity/1"
 MAX_BYTES = 256 << 20
+MAX_KL, MAX_TOKENS = 1e30, 1 << 50
+"""Sums beyond these are no measurements, and would overflow further sums."""
 
 
 @dataclass(frozen=True)
@@ -132,21 +135,29 @@ def parse_table(document: Any, path: Path) -> SensitivityTable:
         stated = document.get("schema") if isinstance(document, dict) else None
         raise InputRefused("sensitivity.schema", f"{path}: schema {stated!r} is not {SCHEMA!r}")
     try:
-        return SensitivityTable(
+        table = SensitivityTable(
             model=_typed(document["model"], str),
             rounding=_rounding(document["rounding"]),
             texts=_texts(document["texts"]),
             calibration=_texts(document["calibration"]),
             windows=_windows(document["windows"]),
-            entries={
-                name: {type: _entry(value) for type, value in _typed(entries, dict).items()}
-                for name, entries in _typed(document["tensors"], dict).items()
-            },
-            whole={type: _sum(value) for type, value in _typed(document["whole"], dict).items()},
+            entries={name: _entries(value) for name, value in _typed(document["tensors"], dict).items()},
+            whole={_type(type): _sum(value) for type, value in _typed(document["whole"], dict).items()},
             complete=_typed(document["complete"], bool),
         )
+        _check_windows(table)
     except (KeyError, TypeError, ValueError) as error:
         raise InputRefused("sensitivity.schema", f"{path}: does not follow {SCHEMA}: {error}") from None
+    return table
+
+
+def _check_windows(table: SensitivityTable) -> None:
+    """Raises ``ValueError`` if the token ids are not those of the texts."""
+    if len(table.windows) != len(table.texts) or not table.texts:
+        raise ValueError(f"windows of {len(table.windows)} texts, and {len(table.texts)} texts")
+    for text, rows in zip(table.texts, table.windows, strict=True):
+        if len(rows) != text.windows or {len(row) for row in rows} != {text.length}:
+            raise ValueError(f"{text.name}: other windows than {text.windows} of {text.length} tokens")
 
 
 def _typed(value: Any, kind: type) -> Any:
@@ -174,6 +185,19 @@ def _windows(value: Any) -> tuple[tuple[tuple[int, ...], ...], ...]:
     )
 
 
+def _entries(value: Any) -> dict[str, Entry]:
+    entries = {_type(type): _entry(part) for type, part in _typed(value, dict).items()}
+    if not entries:
+        raise ValueError("a tensor without entries")
+    return entries
+
+
+def _type(name: str) -> str:
+    if name not in QUANTIZED:
+        raise ValueError(f"{name[:40]!r} is not a quantized GGUF tensor type")
+    return name
+
+
 def _entry(value: Any) -> Entry:
     sums = {name: _sum(part) for name, part in _typed(value, dict).items()}
     if not sums:
@@ -183,8 +207,8 @@ def _entry(value: Any) -> Entry:
 
 def _sum(value: Any) -> Sum:
     kl, tokens = _typed(value, list)
-    if not (isinstance(kl, (int, float)) and kl >= 0 and _typed(tokens, int) >= 0):
-        raise ValueError(f"{value} is not a sum of KL and its tokens")
+    if not (type(kl) in (int, float) and 0 <= kl <= MAX_KL and 0 < _typed(tokens, int) <= MAX_TOKENS):
+        raise ValueError(f"{str(value)[:80]} is not a sum of KL and its tokens")
     return Sum(float(kl), tokens)
 
 

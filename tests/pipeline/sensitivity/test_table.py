@@ -47,6 +47,22 @@ def test_what_is_written_is_read_again(tmp_path: Path) -> None:
         {"rounding": "guessed"},
         {"tensors": {Q: {"q4_k": {"second_order": [-1.0, 4]}}}},
         {"tensors": {Q: {"q4_k": {"second_order": [0.1]}}}},
+        {"tensors": {Q: {"q4_k": {"second_order": [0.1, 0]}}}},
+        {"tensors": {Q: {"q4_k": {"second_order": [True, 4]}}}},
+        {"tensors": {Q: {"q4_k": {"second_order": [1e300, 4]}}}},
+        {"tensors": {Q: {"q4_k": {"second_order": [10**400, 4]}}}},
+        {"tensors": {Q: {"q4_k": {"second_order": [0.1, 10**400]}}}},
+        {"tensors": {Q: {"q4_q": {"second_order": [0.1, 4]}}}},
+        {"tensors": {Q: {"f16": {"second_order": [0.1, 4]}}}},
+        {"tensors": {Q: {}}},
+        {"whole": {"q4_k": [0.1, 0]}},
+        {"whole": {"q4_q": [0.1, 4]}},
+        {"windows": []},
+        {"windows": [[]]},
+        {"windows": [[[2, 3, 4]]]},
+        {"windows": [[[2, 3, 4, 5], [2, 3, 4]]]},
+        {"windows": [[[2, 3, 4, 5]], [[2, 3, 4, 5]]]},
+        {"texts": [], "windows": []},
         {"tensors": {Q: [1]}},
         {"tensors": {Q: {"q4_k": {}}}},
         {"windows": [[["2"]]]},
@@ -83,6 +99,12 @@ def test_what_does_not_add_up_is_refused() -> None:
         with pytest.raises(UsageError) as refused:
             merge_tables([(Path("a"), TABLE), (Path("b"), other)])
         assert refused.value.id == "sensitivity.merge"
+
+
+def test_a_whole_whose_parts_cost_nothing_corrects_nothing() -> None:
+    free = {type: Entry(Sum(0.0, 4)) for type in ("q4_k", "q6_k")}
+    predictor = Predictor(dataclasses.replace(TABLE, entries={Q: free, K: free}))
+    assert predictor.total(0.1) == 0.1 and predictor.total(0.0) == 0.0
 
 
 def test_predictions_use_measurements_where_there_are_some() -> None:
