@@ -17,6 +17,7 @@ ENTRIES = (
     usage("budget.target", "several targets are given", "give one of --target-size, --target-bpw and --target-kl"),
     usage("quality.label", "two texts have one label", "write --text LABEL=FILE"),
     usage("quality.nothing", "nothing is given to measure, or no text to do so", "give --types or --file, and --text"),
+    refused("quality.other-model", "a file to measure is not of the source's shape", "give a file of the same model"),
     usage("quality.short", "the text does not fill one window", "give a longer text, or a smaller --length"),
     usage("sensitivity.merge", "sensitivity tables do not add up", "merge tables of one model from different texts"),
     usage("sensitivity.no-text", "no text is given to collect a sensitivity table from", "give one with --calibration"),

@@ -2,37 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
+from gemma2tool.errors import InputRefused
 from gemma2tool.model.checkpoint import Checkpoint
-from gemma2tool.model.progress import Advance
-from gemma2tool.pipeline.sensitivity.head import EMBEDDING, HEAD, divergence
-from gemma2tool.pipeline.sensitivity.layer import WINDOWS
-from gemma2tool.reference.streaming import StreamedForward
+from gemma2tool.verify.compare.logits import LogitOptions, compare_logits
 
 BOOTSTRAP_DRAWS = 4000
 
+_SHAPE = ("vocab_size", "num_hidden_layers", "hidden_size")
+
 
 def window_divergence(
-    source: Checkpoint, candidate: Checkpoint, ids: NDArray[np.int64], advance: Advance | None = None
+    source: Checkpoint, candidate: Checkpoint, ids: NDArray[np.int64], *, threads: int | None = None
 ) -> NDArray[np.float64]:
-    """Mean KL(source || candidate), in nats, over the positions of each window of token ids (N, T): (N,)."""
-    tensor = candidate.tensors[EMBEDDING if candidate.config.tie_word_embeddings else HEAD]
+    """Mean KL(source || candidate), in nats, over the positions of each window of token ids (N, T): (N,).
 
-    def head(first: int, last: int) -> torch.Tensor:
-        return torch.from_numpy(tensor.load_rows_f32(first, last))
+    Raises ``InputRefused`` (``sensitivity.nonfinite``) where one of them computes values that are not finite.
+    """
+    options = LogitOptions(text=True, probe=False)
+    metrics = compare_logits(source, candidate, ids, options, threads=threads).metrics
+    for side, count in zip((source, candidate), metrics.nonfinite, strict=True):
+        if count:
+            message = f"{side.path}: {count:,} logits are NaN or infinite"
+            raise InputRefused("sensitivity.nonfinite", message)
+    kl: NDArray[np.float64] = metrics.kl.reshape(ids.shape).mean(1)
+    return kl
 
-    means = []
-    for batch in _batches(ids):
-        a, b = (StreamedForward(side, batch).last_hidden_state().flatten(0, 1) for side in (source, candidate))
-        means.append(divergence(source, a, b, head).view(len(batch), -1).mean(1).numpy())
-        if advance is not None:
-            advance(batch.size, "windows")
-    return np.concatenate(means)
+
+def check_comparable(source: Checkpoint, candidate: Checkpoint) -> None:
+    """Raises ``InputRefused`` (``quality.other-model``) for a candidate whose logits or layers have no counterpart."""
+    for name in _SHAPE:
+        a, b = (getattr(side.config, name) for side in (source, candidate))
+        if a != b:
+            message = f"{candidate.path}: {name} is {b}, and {a} in {source.path}"
+            raise InputRefused("quality.other-model", message)
 
 
 def bootstrap_interval(kl: NDArray[np.float64], weights: NDArray[np.float64] | None = None) -> tuple[float, float]:
@@ -42,8 +47,3 @@ def bootstrap_interval(kl: NDArray[np.float64], weights: NDArray[np.float64] | N
     means = (kl * weights)[drawn].sum(1) / weights[drawn].sum(1)
     low, high = np.quantile(means, [0.025, 0.975])
     return float(low), float(high)
-
-
-def _batches(ids: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
-    for first in range(0, len(ids), WINDOWS):
-        yield ids[first : first + WINDOWS]

@@ -82,6 +82,37 @@ def test_divergence_is_that_of_the_verification(source: Checkpoint, ids: Path) -
     assert np.allclose(window_divergence(source, other, windows), expected, rtol=1e-4)
 
 
+def test_each_side_of_a_divergence_has_its_own_soft_cap(source: Checkpoint, ids: Path) -> None:
+    windows = np.load(ids)[: 2 * 32].reshape(2, 32)
+    uncapped = dataclasses.replace(source, config=dataclasses.replace(SMALL, final_logit_softcapping=None))
+    a, b = (torch.from_numpy(StreamedForward(side, windows).logits()).log_softmax(-1) for side in (source, uncapped))
+    expected = (a.exp() * (a - b)).sum(-1).mean(1)
+    kl = window_divergence(source, uncapped, windows, threads=1)
+    assert kl.min() > 1e-3 and np.allclose(kl, expected, rtol=1e-3)
+
+
+def test_a_divergence_has_the_threads_that_are_asked_for(
+    source: Checkpoint, ids: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used: list[int] = []
+    original = StreamedForward.hidden_states
+
+    def watched(self: StreamedForward) -> object:
+        used.append(torch.get_num_threads())
+        return original(self)
+
+    monkeypatch.setattr(StreamedForward, "hidden_states", watched)
+    window_divergence(source, source, np.load(ids)[None, :32], threads=3)
+    assert set(used) == {3}
+
+
+def test_a_divergence_that_is_not_a_number_is_refused(source: Checkpoint, ids: Path) -> None:
+    broken = {**source.tensors, EMBEDDING: ArrayTensor(np.full(source.tensors[EMBEDDING].shape, np.nan, np.float32))}
+    with pytest.raises(InputRefused) as refused:
+        window_divergence(source, dataclasses.replace(source, tensors=broken), np.load(ids)[None, :32])
+    assert refused.value.id == "sensitivity.nonfinite"
+
+
 @pytest.mark.slow
 def test_second_order_is_what_is_measured(fixture_dir: Path) -> None:
     """In the trained fixture; a random model's predictions are too certain for a drawn token to say much."""
