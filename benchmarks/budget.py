@@ -30,6 +30,7 @@ from gemma2tool.pipeline.conversion import save
 from gemma2tool.pipeline.sensitivity.collect import SensitivityOptions
 from gemma2tool.pipeline.sensitivity.measured import window_divergence
 from gemma2tool.pipeline.sensitivity.run import SensitivityPaths, collect_sensitivity
+from gemma2tool.pipeline.sensitivity.table import SensitivityTable, read_table
 from gemma2tool.verify.reports.quality_chart import Dot, Series, chart
 
 MIXTURES = ("q2_k", "q3_k_s", "q3_k_m", "q3_k_l", "q4_k_s", "q4_k_m", "q5_k_s", "q5_k_m", "q6_k", "iq2_xxs", "iq2_xs",
@@ -41,12 +42,11 @@ class Campaign:
     """The fixture, the table of a rounding, and how files are written."""
 
     run: Run
-    table: Path
+    table: SensitivityTable
     write_options: WriteOptions
 
-    def choose(self, size: int) -> PlannedBudget:
-        budget = Budget(target_size=size, sensitivity=self.table)
-        return plan_budget(self.run.source, budget, self.write_options, threads=1)
+    def choose(self, **target: float) -> PlannedBudget:
+        return plan_budget(self.run.source, self.table, Budget(**target), self.write_options)  # type: ignore[arg-type]
 
     def write(self, planned: PlannedBudget) -> Path:
         path = self.run.folder / "budget.gguf"
@@ -82,11 +82,12 @@ def main() -> int:
             collect_sensitivity(source, SensitivityPaths(table, run.calibration_text), options)
         if arguments.points:
             how = WriteOptions(type="q8_0", gguf=GGUFOptions(imatrix=run.importance_matrix))
-            print_points(Campaign(run, table, how), arguments.points, arguments.svg)
+            print_points(Campaign(run, read_table(table), how), arguments.points, arguments.svg)
         else:
             text = Calibration(text=run.calibration_text, samples=arguments.samples, length=ids.shape[1])
             print_mixtures(
-                Campaign(run, table, WriteOptions(type="q8_0", calibration=text)), arguments.types.split(",")
+                Campaign(run, read_table(table), WriteOptions(type="q8_0", calibration=text)),
+                arguments.types.split(","),
             )
     return 0
 
@@ -99,7 +100,7 @@ def print_mixtures(campaign: Campaign, types: list[str]) -> None:
     for type in types:
         standard = run.write(f"{type} im")
         size = standard.stat().st_size
-        planned = campaign.choose(size)
+        planned = campaign.choose(target_size=size)
         path = campaign.write(planned)
         assert path.stat().st_size <= size
         kl = []
@@ -121,15 +122,13 @@ def print_mixtures(campaign: Campaign, types: list[str]) -> None:
 def print_points(campaign: Campaign, count: int, svg: Path | None) -> None:
     """Predictions beside measurements at ``count`` sizes, spread between the smallest and the largest file."""
     run = campaign.run
-    least = campaign.choose(1 << 40)
-    smallest = Budget(target_kl=1e9, sensitivity=campaign.table)
-    low = plan_budget(run.source, smallest, campaign.write_options, threads=1).choice.nbytes
+    sizes = [campaign.choose(**target).choice.nbytes for target in ({"target_kl": 1e9}, {"target_size": 1 << 40})]
     print("| bytes | predicted | measured | | on held-out text |")
     print("|---:|---:|---:|---:|---:|")
     dots: dict[str, list[Dot]] = {"predicted": [], "measured, same kind of text": [], "measured, held-out text": []}
     errors = []
-    for size in np.linspace(low, least.choice.nbytes, count).astype(int):
-        planned = campaign.choose(int(size))
+    for size in np.linspace(*sizes, count).astype(int):
+        planned = campaign.choose(target_size=int(size))
         path = campaign.write(planned)
         with registry.open_checkpoint(path) as candidate:
             outcome = planned.outcome(run.source, candidate)

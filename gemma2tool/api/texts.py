@@ -81,7 +81,7 @@ def quality(
 
     with opened(source, config) as checkpoint:
         if files is not None:
-            files.check((*checkpoint.files, *(path for _, path in request.texts), *request.files))
+            files.check((*checkpoint.files, *request.inputs))
         result = measure_quality(checkpoint, request, as_progress(progress))
         if files is not None:
             files.write(result)

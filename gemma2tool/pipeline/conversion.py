@@ -17,7 +17,7 @@ from gemma2tool.formats.other_files import MODEL_SUFFIXES
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.lazy import SharedRows
 from gemma2tool.model.progress import Progress
-from gemma2tool.pipeline.destinations import Destination, destinations, folder_of_several, options_for
+from gemma2tool.pipeline.destinations import Destination, destinations, folder_of_several, input_files, options_for
 from gemma2tool.pipeline.inputs import read_prompts
 from gemma2tool.pipeline.opening import from_source, open_source
 from gemma2tool.pipeline.plan import Plan, PlanSummary, make_plan
@@ -64,7 +64,7 @@ class Conversion:
 
     def _beside_prediction(self, budget: PlannedBudget, result: ConversionResult) -> ConversionResult:
         with registry.open_checkpoint(result.destination) as candidate:
-            outcome = budget.outcome(self.source, candidate)
+            outcome = budget.outcome(self.source, candidate, threads=self.request.run.threads)
         if not outcome.holds:
             logger.warning("the prediction does not hold: %s", outcome.sentence())
         return replace(result, budget=outcome)
@@ -85,22 +85,19 @@ def open_conversion(request: ConversionRequest, progress: Progress | None = None
         if request.options.adapters:
             source, request = _merged(source, request, stack)
         refuse_dangerous(source, allow_unsafe_template=request.run.allow_unsafe_template)
-        budget = None
-        if request.budget.is_asked:
-            from gemma2tool.pipeline.budget.plan import plan_budget
+        read = source if len(outputs) == 1 else shared(source)
+        plans, budget = _plans(read, outputs, request), None
+        written = (path for plan in plans for path in _written(plan))
+        request.reports.check((*source.files, *input_files(request), *written))
+        if request.budget.is_asked:  # its table may take hours: what can be refused is refused by now
+            from gemma2tool.pipeline.budget.plan import budget_table, plan_budget
 
-            options = options_for(request.options, outputs[0])
-            budget = plan_budget(source, request.budget, options, threads=request.run.threads, progress=progress)
+            options, threads = options_for(request.options, outputs[0]), request.run.threads
+            table = budget_table(source, request.budget, options, threads=threads, progress=progress)
+            budget = plan_budget(source, table, request.budget, options)
             outputs = [replace(outputs[0], type=budget.options.type)]
             request = replace(request, options=budget.options)
-        read = source if len(outputs) == 1 else shared(source)
-        plans = []
-        for output in outputs:
-            options = options_for(request.options, output)
-            plan = make_plan(read, output.path, to=output.format, options=options, threads=request.run.threads)
-            choice = None if budget is None else budget.choice
-            plans.append(replace(plan, source=_unshared(plan.source), budget=choice))
-        request.reports.check((*source.files, *(path for plan in plans for path in _written(plan))))
+            plans = [replace(plan, budget=budget.choice) for plan in _plans(read, outputs, request)]
         for remark in plan_remarks(plans):
             logger.warning("%s", remark)
         yield Conversion(request, source, outputs, plans, budget)
@@ -143,6 +140,15 @@ def _opened(request: ConversionRequest, stack: ExitStack, progress: Progress | N
     place = request.destination.absolute().parent
     keep = request.run.keep_download
     return stack.enter_context(open_source(request.source, request.config, place=place, keep=keep, progress=progress))
+
+
+def _plans(source: Checkpoint, outputs: Sequence[Destination], request: ConversionRequest) -> list[Plan]:
+    plans = []
+    for output in outputs:
+        options = options_for(request.options, output)
+        plan = make_plan(source, output.path, to=output.format, options=options, threads=request.run.threads)
+        plans.append(replace(plan, source=_unshared(plan.source)))
+    return plans
 
 
 def _merged(source: Checkpoint, request: ConversionRequest, stack: ExitStack) -> tuple[Checkpoint, ConversionRequest]:

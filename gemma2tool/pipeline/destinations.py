@@ -48,7 +48,7 @@ def destinations(request: ConversionRequest) -> list[Destination]:
         options_for(options, output).check_target(output.format)
         if not staging_place.exists(output.path):  # otherwise what is staged decides
             refuse_existing(output.path, force=request.run.force, folder=not output.is_file)
-        refuse_overwriting_input(_input_files(request), output.path)
+        refuse_overwriting_input(input_files(request), output.path)
         _refuse_foreign_folder(output.path)
     return outputs
 
@@ -99,12 +99,12 @@ def _check_dtype(dtype: str | None, format_name: str) -> None:
     raise UsageError("option.dtype", f"--dtype {dtype} is not a stored type of {format_name}", hint=hint)
 
 
-def _input_files(request: ConversionRequest) -> list[Path]:
+def input_files(request: ConversionRequest) -> list[Path]:
     """Files that are read beside the source, and must not be overwritten."""
     options = request.options
     paths = [Path(request.config)] if isinstance(request.config, (str, Path)) else []
     paths += [*(request.checks.files if request.checks else ()), *(adapter.path for adapter in options.adapters)]
-    paths += [path for path in (options.gguf.imatrix, options.calibration.text) if path]
+    paths += [path for path in (options.gguf.imatrix, options.calibration.text, request.budget.sensitivity) if path]
     return [path for path in paths if path.exists()]
 
 

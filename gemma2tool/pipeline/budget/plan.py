@@ -41,26 +41,22 @@ class PlannedBudget:
     options: WriteOptions
     table: SensitivityTable
 
-    def outcome(self, source: Checkpoint, candidate: Checkpoint) -> BudgetOutcome:
+    def outcome(self, source: Checkpoint, candidate: Checkpoint, *, threads: int | None = None) -> BudgetOutcome:
         """The finished file beside its prediction."""
         from gemma2tool.pipeline.sensitivity.measured import bootstrap_interval, window_divergence
 
-        parts = [window_divergence(source, candidate, np.array(ids)) for ids in self.table.windows]
+        parts = [window_divergence(source, candidate, np.array(ids), threads=threads) for ids in self.table.windows]
         kl = np.concatenate(parts)
         length = np.repeat([float(text.length) for text in self.table.texts], [len(part) for part in parts])
         mean = float((kl * length).sum() / length.sum())
         return BudgetOutcome(self.choice, mean, bootstrap_interval(kl, length))
 
 
-def plan_budget(
-    source: Checkpoint, budget: Budget, options: WriteOptions, *, threads: int, progress: Progress | None = None
-) -> PlannedBudget:
+def plan_budget(source: Checkpoint, table: SensitivityTable, budget: Budget, options: WriteOptions) -> PlannedBudget:
     """Solve ``budget`` for the matrices of ``source``.
 
-    Raises ``InputRefused`` for a table of another model, ``UsageError`` for candidates that it does not have, and for a
-    target that no choice meets.
+    Raises ``UsageError`` for candidates that the table does not have, and for a target that no choice meets.
     """
-    table = _table(source, budget, options, threads, progress)
     problem = _Problem(with_tied_head(source), table, budget, options)
     choice = problem.choose()
     names = {entry.canonical[0]: entry.disk for entry in entries(TABLE, source.config)}
@@ -69,10 +65,13 @@ def plan_budget(
     return PlannedBudget(choice, replace(options, type=choice.file_type, gguf=gguf), table)
 
 
-def _table(
-    source: Checkpoint, budget: Budget, options: WriteOptions, threads: int, progress: Progress | None
+def budget_table(
+    source: Checkpoint, budget: Budget, options: WriteOptions, *, threads: int, progress: Progress | None = None
 ) -> SensitivityTable:
-    """The table that is named, or one collected from the calibration text."""
+    """The table that a budget names, or one collected from the calibration text.
+
+    Raises ``InputRefused`` for a table of another model.
+    """
     if budget.sensitivity is None:
         from gemma2tool.pipeline.sensitivity.collect import SensitivityOptions
         from gemma2tool.pipeline.sensitivity.run import collect_table

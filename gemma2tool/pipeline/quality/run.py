@@ -19,9 +19,10 @@ from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.progress import Progress, progress_or_null
 from gemma2tool.pipeline.calibration.text import LENGTH, SAMPLES, read_sequences
 from gemma2tool.pipeline.output_names import check_type
+from gemma2tool.pipeline.plan import make_plan
 from gemma2tool.pipeline.quality.result import Estimate, QualityPoint, QualityResult
 from gemma2tool.pipeline.requests import default_threads
-from gemma2tool.pipeline.sensitivity.measured import bootstrap_interval, window_divergence
+from gemma2tool.pipeline.sensitivity.measured import bootstrap_interval, check_comparable, window_divergence
 from gemma2tool.pipeline.sensitivity.windows import describe
 
 
@@ -43,6 +44,12 @@ class QualityRequest:
     sensitivity: Path | None = None
     threads: int = field(default_factory=default_threads)
 
+    @property
+    def inputs(self) -> tuple[Path, ...]:
+        """The files that are read besides the source."""
+        others = (self.calibration.text, self.imatrix, self.sensitivity)
+        return (*(path for _, path in self.texts), *self.files, *(path for path in others if path is not None))
+
 
 @dataclass(frozen=True)
 class _Job:
@@ -57,19 +64,23 @@ class _Job:
 def measure_quality(source: Checkpoint, request: QualityRequest, progress: Progress | None = None) -> QualityResult:
     """Measure every file of the request.
 
-    Raises ``UsageError`` for nothing to measure, types that GGUF does not have, and texts that are too short.
+    Raises ``UsageError`` for nothing to measure, types that GGUF does not have, texts that are too short, and a size
+    that no choice of types meets; ``InputRefused`` for a file or a table of another model.
     """
     _check(request)
     ids = {label: _windows(source, path, request) for label, path in request.texts}
     texts = {label: describe(path, ids[label]) for label, path in request.texts}
-    measured = _Measurement(source, ids, request)
+    for path in request.files:
+        with registry.open_checkpoint(path) as candidate:
+            check_comparable(source, candidate)
+    measured = _Measurement(source, ids, request.threads)
     points: list[QualityPoint] = []
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="gemma2tool-quality-")))
         jobs = list(_jobs(source, request, folder))
         bar = stack.enter_context(progress_or_null(progress, len(jobs), "quality", unit="files"))
         for job in jobs:
-            points += measured.points(job, folder)
+            points.append(measured.point(job, folder))
             bar.advance(1, f"{job.name} {job.variant}")
     return QualityResult(source.path, texts, tuple(points), request.calibration.text)
 
@@ -101,6 +112,7 @@ def _windows(source: Checkpoint, path: Path, request: QualityRequest) -> NDArray
 
 
 def _jobs(source: Checkpoint, request: QualityRequest, folder: Path) -> Iterator[_Job]:
+    chosen = _chosen(source, request)
     imatrix = request.imatrix or _collected(source, request, folder)
     for path in request.files:
         yield _Job(path.name, "file", path=path)
@@ -109,6 +121,25 @@ def _jobs(source: Checkpoint, request: QualityRequest, folder: Path) -> Iterator
         yield _Job(type, "nearest" if imatrix is None else "imatrix", options)
         if request.calibration.is_asked:
             yield _Job(type, "calibration", WriteOptions(type=type, calibration=request.calibration))
+        if type in chosen:
+            yield _Job(type, "budget", chosen[type])
+
+
+def _chosen(source: Checkpoint, request: QualityRequest) -> dict[str, WriteOptions]:
+    """The best choice of types at the size of each type's calibrated file, if a table is given."""
+    if request.sensitivity is None:
+        return {}
+    from gemma2tool.pipeline.budget.plan import budget_table, plan_budget
+
+    options = WriteOptions(type=PLACEHOLDER, calibration=request.calibration)
+    budget = Budget(sensitivity=request.sensitivity)
+    table = budget_table(source, budget, options, threads=request.threads)
+    chosen = {}
+    for type in request.types:
+        options = replace(options, type=type, name=f"{type}.gguf", single_file=True)
+        size = make_plan(source, Path(f"{type}.gguf"), to="gguf", options=options).output.nbytes
+        chosen[type] = plan_budget(source, table, replace(budget, target_size=size), options).options
+    return chosen
 
 
 def _collected(source: Checkpoint, request: QualityRequest, folder: Path) -> Path | None:
@@ -132,42 +163,30 @@ class _Measurement:
 
     source: Checkpoint
     ids: dict[str, NDArray[np.int64]]
-    request: QualityRequest
+    threads: int
 
-    def points(self, job: _Job, folder: Path) -> list[QualityPoint]:
-        """The point of a job; that of the types chosen for its size follows a calibrated one if there is a table."""
+    def point(self, job: _Job, folder: Path) -> QualityPoint:
         if job.options is None:
             assert job.path is not None
-            return [self._point(job.name, job.variant, job.path)]
-        path = folder / f"{job.name}.gguf"
-        points = [self._written(job, path, job.options)]
-        if job.variant == "calibration" and self.request.sensitivity is not None:
-            options = self._chosen(points[0].nbytes, path.name)
-            points.append(self._written(replace(job, variant="budget"), path, options))
-        return points
-
-    def _chosen(self, size: int, name: str) -> WriteOptions:
-        from gemma2tool.pipeline.budget.plan import plan_budget
-
-        options = WriteOptions(type=PLACEHOLDER, name=name, calibration=self.request.calibration)
-        budget = Budget(target_size=size, sensitivity=self.request.sensitivity)
-        return plan_budget(self.source, budget, options, threads=self.request.threads).options
-
-    def _written(self, job: _Job, path: Path, options: WriteOptions) -> QualityPoint:
+            return self._point(job, job.path)
         from gemma2tool.pipeline.conversion import save
 
-        save(self.source, path, options, to="gguf", threads=self.request.threads)
+        path = folder / f"{job.name}.gguf"
+        save(self.source, path, job.options, to="gguf", threads=self.threads)
         try:
-            return self._point(job.name, job.variant, path)
+            return self._point(job, path)
         finally:
             path.unlink()
 
-    def _point(self, name: str, variant: str, path: Path) -> QualityPoint:
+    def _point(self, job: _Job, path: Path) -> QualityPoint:
         with registry.open_checkpoint(path) as candidate:
-            kl = {label: _estimate(window_divergence(self.source, candidate, ids)) for label, ids in self.ids.items()}
+            kl = {
+                label: _estimate(window_divergence(self.source, candidate, ids, threads=self.threads))
+                for label, ids in self.ids.items()
+            }
             nbytes = sum(file.stat().st_size for file in candidate.files)
             values = sum(tensor.size for tensor in candidate.tensors.values())
-            return QualityPoint(name, variant, nbytes, 8 * nbytes / values, kl)
+            return QualityPoint(job.name, job.variant, nbytes, 8 * nbytes / values, kl)
 
 
 def _estimate(kl: NDArray[np.float64]) -> Estimate:

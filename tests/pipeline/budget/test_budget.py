@@ -13,6 +13,7 @@ import pytest
 from gemma2tool import api
 from gemma2tool.formats import registry
 from gemma2tool.pipeline.budget.choice import file_type_of
+from gemma2tool.pipeline.sensitivity import run as sensitivity_run
 from gemma2tool.pipeline.sensitivity.table import SensitivityTable, Sum, read_table, write_table
 from gemma2tool.reference.streaming import StreamedForward
 from tests.support.commands import assert_refused, run
@@ -140,6 +141,29 @@ def test_a_table_of_another_model_is_refused(source: Path, table: Path, tmp_path
         assert_refused(run("quantize", source, tmp_path / "x.gguf", *options), 3, word)
     options = ("--target-size", "3.6MB")
     assert_refused(run("quantize", source, tmp_path / "x.gguf", *options), 2, "--sensitivity FILE or --calibration")
+
+
+def test_what_can_be_refused_is_refused_before_a_table_is_collected(
+    source: Path, tmp_path: Path, fixture_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sensitivity_run, "collect_table", None)
+    text = fixture_dir / "heldout.txt"
+    budget = ("quantize", source, tmp_path / "x.gguf", "--target-size", "3.6MB", "--calibration", text)
+    for options, word in (
+        (("--junit", tmp_path / "no" / "j.xml"), "no such folder"),
+        (("--html", text), "heldout.txt"),
+        (("--calibration-length", 9000), "9000"),
+    ):
+        assert_refused(run(*budget, *options), 2, word)
+
+
+def test_a_table_with_other_tokens_is_refused(source: Path, table: Path, tmp_path: Path) -> None:
+    document = json.loads(table.read_text())
+    for token in (-1, 1 << 40):
+        document["windows"][0][1][2] = token
+        (tmp_path / "t.json").write_text(json.dumps(document))
+        options = ("--target-size", "3.6MB", "--sensitivity", tmp_path / "t.json")
+        assert_refused(run("quantize", source, tmp_path / "x.gguf", *options), 3, f"token {token}")
 
 
 def test_the_table_is_of_codes_chosen_in_another_way(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
@@ -11,7 +12,14 @@ import numpy as np
 import pytest
 
 from gemma2tool import api
+from gemma2tool.errors import ToolError
+from gemma2tool.model.checkpoint import Checkpoint
+from gemma2tool.model.digest import hash_checkpoint
+from gemma2tool.pipeline import conversion
+from gemma2tool.pipeline.conversion import save
+from gemma2tool.pipeline.sensitivity import run as sensitivity_run
 from gemma2tool.pipeline.sensitivity.measured import bootstrap_interval
+from gemma2tool.pipeline.sensitivity.table import read_table, write_table
 from gemma2tool.verify.reports.quality_chart import Dot, Series, chart
 from tests.support.calibration import calibration_text, divergence
 from tests.support.checkpoints import SMALL, random_checkpoint
@@ -54,25 +62,60 @@ def test_types_and_files_on_two_texts(fixture_dir: Path, ids: Path, tmp_path: Pa
     assert files["html"].read_text().count("<svg") == 2
 
 
-@pytest.mark.slow
-def test_a_calibration_is_shown_beside_nearest_and_a_budget(tmp_path: Path) -> None:
+@pytest.fixture
+def random_quality(tmp_path: Path) -> tuple[Checkpoint, api.QualityRequest]:
+    """A random model, and a request for two types, calibrated, and the best choices at their sizes."""
     source, ids, table = random_checkpoint(ml_dtypes.bfloat16), tmp_path / "ids.npy", tmp_path / "table.json"
     np.save(ids, np.random.default_rng(0).integers(0, SMALL.vocab_size, 24 * 32))
     how = api.SensitivityOptions(types=("q4_0", "q5_0", "q8_0"), length=32, windows=4, measure="none")
     api.sensitivity(source, table, calibration=ids, options=how)
     calibration = api.Calibration(text=ids, length=32, samples=20)
-    request = api.QualityRequest(
-        types=("q5_0",),
-        texts=(("ids", ids),),
-        length=32,
-        windows=4,
-        calibration=calibration,
-        sensitivity=table,
-        threads=1,
+    texts = (("ids", ids),)
+    return source, api.QualityRequest(
+        types=("q5_0", "q8_0"), texts=texts, length=32, windows=4, calibration=calibration, sensitivity=table, threads=1
     )
-    points = api.quality(source, request).points
-    assert [point.variant for point in points] == ["nearest", "calibration", "budget"]
-    assert points[2].nbytes <= points[1].nbytes
+
+
+@pytest.mark.slow
+def test_a_calibration_is_shown_beside_nearest_and_a_budget(
+    random_quality: tuple[Checkpoint, api.QualityRequest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hashed: list[Checkpoint] = []
+
+    def counted(checkpoint: Checkpoint, *, threads: int) -> object:
+        hashed.append(checkpoint)
+        return hash_checkpoint(checkpoint, threads=threads)
+
+    monkeypatch.setattr(sensitivity_run, "hash_checkpoint", counted)
+    points = api.quality(*random_quality).points
+    assert [point.variant for point in points] == 2 * ["nearest", "calibration", "budget"]
+    assert [point.name for point in points] == 3 * ["q5_0"] + 3 * ["q8_0"]
+    assert points[2].nbytes <= points[1].nbytes and points[5].nbytes <= points[4].nbytes
+    assert len(hashed) == 1
+
+
+@pytest.mark.slow
+def test_what_cannot_be_measured_is_refused_before_anything_is_written(
+    random_quality: tuple[Checkpoint, api.QualityRequest], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, request = random_quality
+    assert request.sensitivity is not None
+    table = read_table(request.sensitivity)
+    foreign, large = tmp_path / "foreign.json", tmp_path / "large.json"
+    write_table(dataclasses.replace(table, model="0" * 64), foreign, force=False)
+    entries = {name: {"q8_0": types["q8_0"]} for name, types in table.entries.items()}
+    write_table(dataclasses.replace(table, entries=entries), large, force=False)
+    other = tmp_path / "other.gguf"
+    save(random_checkpoint(ml_dtypes.bfloat16, dataclasses.replace(SMALL, vocab_size=SMALL.vocab_size + 64)), other)
+    monkeypatch.setattr(conversion, "save", None)
+    for change, id in (
+        ({"sensitivity": foreign}, "sensitivity.other-model"),
+        ({"sensitivity": large}, "budget.impossible"),
+        ({"files": (other,)}, "quality.other-model"),
+    ):
+        with pytest.raises(ToolError) as refused:
+            api.quality(source, dataclasses.replace(request, **change))
+        assert refused.value.id == id
 
 
 @pytest.mark.parametrize(
