@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gemma2tool.api.arguments import Config, PathLike, Source, as_path
+from gemma2tool.api.elsewhere import ELSEWHERE
+from gemma2tool.api.recipes import read_recipe
 from gemma2tool.api.texts import imatrix, quality, sensitivity, text_label
 from gemma2tool.formats.option_info import parse_size
 from gemma2tool.formats.options import Adapter, Calibration, GGUFOptions, PackingOptions, SplitOptions, WriteOptions
@@ -31,7 +33,7 @@ from gemma2tool.pipeline.opening import log_warnings, open_source, opened
 from gemma2tool.pipeline.plan import PlanSummary, TensorSummary
 from gemma2tool.pipeline.receipts import outputs_with_receipts
 from gemma2tool.pipeline.report_files import ReportFiles
-from gemma2tool.pipeline.requests import Checks, ConversionRequest, RunOptions, default_threads
+from gemma2tool.pipeline.requests import Checks, ConversionRequest, OutputRequest, RunOptions, default_threads
 from gemma2tool.pipeline.run import ConversionResult
 from gemma2tool.pipeline.verification import DiffRequest, VerifyRequest
 from gemma2tool.verify.gates import gate_names, parse_gates
@@ -53,6 +55,7 @@ if TYPE_CHECKING:
     from gemma2tool.pipeline.quality.files import QualityFiles
     from gemma2tool.pipeline.quality.result import Estimate, QualityPoint, QualityResult
     from gemma2tool.pipeline.quality.run import QualityRequest
+    from gemma2tool.pipeline.recipe.run import RecipeRun
     from gemma2tool.pipeline.sensitivity.collect import SensitivityOptions
     from gemma2tool.pipeline.sensitivity.run import SensitivityResult
     from gemma2tool.pipeline.sensitivity.table import SensitivityTable
@@ -67,38 +70,20 @@ __all__ = [
     "CheckResult", "Checkpoint", "Checks", "ConversionRequest", "ConversionResult", "Diagnosis", "DiffRequest",
     "Difference", "Estimate", "Fact", "Finding", "FormatEntry", "GGUFOptions", "GateResult", "Gemma2Config",
     "Generation", "GenerationOptions", "Hashes", "ImatrixOptions", "ImatrixResult", "Inspection", "Leftover",
-    "PackingOptions", "PlanSummary", "ProgressEvent", "QualityFiles", "QualityPoint", "QualityRequest",
-    "QualityResult", "ReportFiles", "RunOptions", "ScanFinding", "ScanResult", "SensitivityOptions",
+    "OutputRequest", "PackingOptions", "PlanSummary", "ProgressEvent", "QualityFiles", "QualityPoint", "QualityRequest",
+    "QualityResult", "RecipeRun", "ReportFiles", "RunOptions", "ScanFinding", "ScanResult", "SensitivityOptions",
     "SensitivityResult", "SensitivityTable", "SignResult", "SplitOptions", "TensorSummary", "Verification",
     "VerifyRequest", "WriteOptions", "check", "clean", "convert", "default_threads", "diff", "doctor", "formats",
     "gate_names", "generate", "hash", "imatrix", "inspect", "log_warnings", "logits", "open", "outputs_with_receipts",
-    "parse_candidates", "parse_gates", "plan", "quality", "quantize", "run", "scan", "sensitivity", "sign",
-    "text_label", "verify",
+    "parse_candidates", "parse_gates", "plan", "quality", "quantize", "read_recipe", "run", "scan", "sensitivity",
+    "sign", "text_label", "verify",
 ]  # fmt: skip
 
 
-_ELSEWHERE = {
-    "BudgetChoice": "pipeline.budget.choice", "BudgetOutcome": "pipeline.budget.choice",
-    "Cause": "verify.diagnosis.cause", "CheckFinding": "pipeline.checks.finding",
-    "CheckRequest": "pipeline.checks.run", "CheckResult": "pipeline.checks.finding", "Diagnosis": "pipeline.doctor",
-    "Difference": "verify.difference", "Estimate": "pipeline.quality.result", "Fact": "pipeline.doctor",
-    "Finding": "verify.finding", "FormatEntry": "formats.catalog", "GateResult": "verify.finding",
-    "Generation": "pipeline.generation", "GenerationOptions": "pipeline.generation", "Hashes": "model.digest",
-    "ImatrixOptions": "pipeline.importance", "ImatrixResult": "pipeline.importance",
-    "Inspection": "pipeline.inspection", "Leftover": "pipeline.leftovers", "QualityFiles": "pipeline.quality.files",
-    "QualityPoint": "pipeline.quality.result", "QualityRequest": "pipeline.quality.run",
-    "QualityResult": "pipeline.quality.result", "ScanFinding": "pipeline.trust", "ScanResult": "pipeline.trust",
-    "SensitivityOptions": "pipeline.sensitivity.collect", "SensitivityResult": "pipeline.sensitivity.run",
-    "SensitivityTable": "pipeline.sensitivity.table", "Verification": "verify.result", "doctor": "pipeline.doctor",
-    "scan": "pipeline.trust", "SignResult": "pipeline.trust", "sign": "pipeline.trust",
-}  # fmt: skip
-"""What a conversion starts without, and their modules."""
-
-
 def __getattr__(name: str) -> Any:
-    if name not in _ELSEWHERE:
+    if name not in ELSEWHERE:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"gemma2tool.{_ELSEWHERE[name]}"), name)
+    return getattr(import_module(f"gemma2tool.{ELSEWHERE[name]}"), name)
 
 
 def open(path: PathLike, *, config: Config | None = None, format: str | None = None) -> Checkpoint:
@@ -221,14 +206,26 @@ def quantize(
     return conversion.convert(request, as_progress(progress))[0]
 
 
-def run(request: ConversionRequest, *, progress: ProgressCallback | None = None) -> tuple[ConversionResult, ...]:
-    """Carry out a whole request: one output for each type, in one pass over the source."""
-    return conversion.convert(request, as_progress(progress))
+def run(
+    request: ConversionRequest | RecipeRun | PathLike, *, progress: ProgressCallback | None = None
+) -> tuple[ConversionResult, ...]:
+    """Carry out a whole request, one output for each type, in one pass over the source; or a recipe (docs/recipes.md),
+    by its path or one of the runs that ``read_recipe`` returned.
+    """
+    if isinstance(request, ConversionRequest):
+        return conversion.convert(request, as_progress(progress))
+    runs = read_recipe(request) if isinstance(request, (str, Path)) else (request,)
+    return tuple(result for one in runs for result in one.carry_out(as_progress(progress)))
 
 
-def plan(request: ConversionRequest) -> tuple[PlanSummary, ...]:
-    """What a request would write, from headers alone: files with their exact sizes, types, warnings, costs."""
-    return conversion.summarize(request)
+def plan(request: ConversionRequest | RecipeRun | PathLike) -> tuple[PlanSummary, ...]:
+    """What a request or a recipe would write, from headers alone: files with their exact sizes, types, warnings,
+    costs.
+    """
+    if isinstance(request, ConversionRequest):
+        return conversion.summarize(request)
+    runs = read_recipe(request) if isinstance(request, (str, Path)) else (request,)
+    return tuple(summary for one in runs for summary in one.summarize())
 
 
 def verify(

@@ -44,7 +44,7 @@ def carry_out(
     _refuse_unused(output, reports)
     request = replace(_request(src, dst, output, reports, options, types), budget=budget)
     if output.dry_run:
-        _show_plans(api.plan(request), console, tensors=output.tensors)
+        show_plans(api.plan(request), console, tensors=output.tensors)
         return
     verified = 0 if request.checks is None else _VERIFICATION_STEPS * max(len(request.types), 1)
     results = api.run(request, progress=ProgressDisplay(console, steps=1 + verified))
@@ -123,7 +123,8 @@ def _needs(plan: PlanSummary) -> str:
     return f"writes {human_bytes(plan.nbytes)}{room}, reads {human_bytes(plan.source_bytes)} of {plan.source}"
 
 
-def _show_plans(plans: Sequence[PlanSummary], console: Console, *, tensors: bool) -> None:
+def show_plans(plans: Sequence[PlanSummary], console: Console, *, tensors: bool) -> None:
+    """Show what would be written."""
     contents = [plan.to_json() for plan in plans]
     if console.json:
         console.emit_json(contents[0] if len(contents) == 1 else {"outputs": contents})

@@ -234,6 +234,7 @@ def _register() -> None:
         logits,
         quality,
         quantize,
+        run,
         scan,
         sensitivity,
         sign,
@@ -243,6 +244,7 @@ def _register() -> None:
     commands: tuple[Callable[..., None], ...] = (
         convert.convert,
         quantize.quantize,
+        run.run,
         verify.verify,
         check.check,
         scan.scan,

@@ -7,10 +7,16 @@ some invalid texts.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from gemma2tool.errors import InputRefused
 from gemma2tool.storage.quoting import quoted
+
+if TYPE_CHECKING:
+    from yaml import MappingNode, ScalarNode, SequenceNode
+
+    Node = ScalarNode | SequenceNode | MappingNode
 
 MAX_DEPTH = 32
 
@@ -20,6 +26,20 @@ def load(text: str, *, what: str, max_chars: int) -> Any:
 
     Raises InputRefused (``yaml.*``) for more than ``max_chars`` characters, aliases, tags and invalid YAML.
     """
+    import yaml
+
+    return _parsed(yaml.load, text, what, max_chars)  # a SafeLoader makes plain data only
+
+
+def compose(text: str, *, what: str, max_chars: int) -> Node | None:
+    """The nodes of a YAML document, which know their lines; None for an empty one. Raises the same errors."""
+    import yaml
+
+    node: Node | None = _parsed(yaml.compose, text, what, max_chars)
+    return node
+
+
+def _parsed(parse: Callable[..., Any], text: str, what: str, max_chars: int) -> Any:
     import yaml
 
     if len(text) > max_chars:
@@ -42,6 +62,15 @@ def load(text: str, *, what: str, max_chars: int) -> Any:
             return node
 
     try:
-        return yaml.load(text, Loader)  # a SafeLoader makes plain data only
+        return parse(text, Loader)
     except (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-        raise InputRefused("yaml.syntax", f"{what}: not valid YAML: {quoted(str(error))}") from error
+        raise InputRefused("yaml.syntax", f"{what}: not valid YAML: {_problem(error)}") from error
+
+
+def _problem(error: Exception) -> str:
+    """What the parser says, with the line where it says one."""
+    import yaml
+
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        return f"{quoted(error.problem)} in line {error.problem_mark.line + 1}"
+    return quoted(str(error))

@@ -17,12 +17,12 @@ from gemma2tool.formats.other_files import MODEL_SUFFIXES
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.lazy import SharedRows
 from gemma2tool.model.progress import Progress
-from gemma2tool.pipeline.destinations import Destination, destinations, folder_of_several, input_files, options_for
+from gemma2tool.pipeline.destinations import Destination, destinations, folder_of_several, input_files
 from gemma2tool.pipeline.inputs import read_prompts
 from gemma2tool.pipeline.opening import from_source, open_source
 from gemma2tool.pipeline.plan import Plan, PlanSummary, make_plan
 from gemma2tool.pipeline.remarks import plan_remarks
-from gemma2tool.pipeline.requests import DEFAULT_MEMORY, Checks, ConversionRequest, RunOptions
+from gemma2tool.pipeline.requests import DEFAULT_MEMORY, Checks, ConversionRequest, OutputRequest, RunOptions
 from gemma2tool.pipeline.run import ConversionResult, run
 from gemma2tool.pipeline.scan.gate import refuse_dangerous
 from gemma2tool.pipeline.verification import ResolvedChecks
@@ -76,10 +76,7 @@ def open_conversion(request: ConversionRequest, progress: Progress | None = None
 
     Raises ``UsageError`` for a request that cannot be carried out, ``InputRefused`` for a source that cannot be read.
     """
-    _check_bom(request)
-    request = _split_into_folder(_with_placeholder(request))
-    outputs = destinations(request)
-    request.budget.check(request.options, outputs[0].format)
+    request, outputs = check_request(request)
     with ExitStack() as stack:
         source = _opened(request, stack, progress)
         if request.options.adapters:
@@ -92,15 +89,26 @@ def open_conversion(request: ConversionRequest, progress: Progress | None = None
         if request.budget.is_asked:  # its table may take hours: what can be refused is refused by now
             from gemma2tool.pipeline.budget.plan import budget_table, plan_budget
 
-            options, threads = options_for(request.options, outputs[0]), request.run.threads
+            options = replace(outputs[0].options, adapters=request.options.adapters)
+            threads = request.run.threads
             table = budget_table(source, request.budget, options, threads=threads, progress=progress)
             budget = plan_budget(source, table, request.budget, options)
-            outputs = [replace(outputs[0], type=budget.options.type)]
-            request = replace(request, options=budget.options)
+            outputs = [outputs[0].with_options(budget.options)]
             plans = [replace(plan, budget=budget.choice) for plan in _plans(read, outputs, request)]
         for remark in plan_remarks(plans):
             logger.warning("%s", remark)
         yield Conversion(request, source, outputs, plans, budget)
+
+
+def check_request(request: ConversionRequest) -> tuple[ConversionRequest, list[Destination]]:
+    """The request as it is carried out, and its outputs; raises ``UsageError`` for what can be refused before a source
+    is opened.
+    """
+    _check_bom(request)
+    request = _split_into_folders(_with_placeholder(request))
+    outputs = destinations(request)
+    request.budget.check(outputs[0].options, outputs[0].format)
+    return request, outputs
 
 
 def convert(request: ConversionRequest, progress: Progress | None = None) -> tuple[ConversionResult, ...]:
@@ -145,9 +153,9 @@ def _opened(request: ConversionRequest, stack: ExitStack, progress: Progress | N
 def _plans(source: Checkpoint, outputs: Sequence[Destination], request: ConversionRequest) -> list[Plan]:
     plans = []
     for output in outputs:
-        options = options_for(request.options, output)
+        options = replace(output.options, adapters=request.options.adapters)
         plan = make_plan(source, output.path, to=output.format, options=options, threads=request.run.threads)
-        plans.append(replace(plan, source=_unshared(plan.source)))
+        plans.append(replace(plan, source=_unshared(plan.source), recipe=output.part.recipe))
     return plans
 
 
@@ -170,10 +178,12 @@ def _with_placeholder(request: ConversionRequest) -> ConversionRequest:
     """A request with a budget has no types of its own: it is checked as one for any GGUF type."""
     if not request.budget.is_asked:
         return request
-    if request.types:
-        target = request.budget.targets[0]
+    target = request.budget.targets[0]
+    if any(part.types for part in request.parts):
         raise UsageError("budget.options", f"--type and {target} both decide", hint="leave out --type")
-    return replace(request, types=(PLACEHOLDER,))
+    if len(request.parts) > 1:
+        raise UsageError("budget.options", f"{target} is of one output, and {len(request.parts)} are asked for")
+    return _with_parts(request, [replace(part, types=(PLACEHOLDER,)) for part in request.parts])
 
 
 def _check_bom(request: ConversionRequest) -> None:
@@ -182,18 +192,30 @@ def _check_bom(request: ConversionRequest) -> None:
         return
     if request.checks is None or not request.run.receipt:
         raise UsageError("option.ignored", "--bom is made from the receipt, and none is written", hint="write one")
-    if len(request.types) > 1:
+    if len(request.parts) > 1 or len(request.parts[0].types) > 1:
         hint = "write each with 'gemma2tool verify OUTPUT --bom FILE'"
         raise UsageError("option.ignored", "--bom is of one output, and several are written", hint=hint)
 
 
-def _split_into_folder(request: ConversionRequest) -> ConversionRequest:
+def _split_into_folders(request: ConversionRequest) -> ConversionRequest:
     """A split GGUF is a folder of files, named after the requested file."""
-    if request.destination.suffix.lower() != ".gguf" or not request.options.split.is_asked:
-        return request
-    folder = request.destination.with_suffix("")
+    return _with_parts(request, [_split_into_folder(part) for part in request.parts])
+
+
+def _split_into_folder(part: OutputRequest) -> OutputRequest:
+    if part.destination.suffix.lower() != ".gguf" or not part.options.split.is_asked:
+        return part
+    folder = part.destination.with_suffix("")
     logger.info("%s: a folder for the files of the split", folder)
-    return replace(request, destination=folder, to="gguf")
+    return replace(part, destination=folder, to="gguf")
+
+
+def _with_parts(request: ConversionRequest, parts: Sequence[OutputRequest]) -> ConversionRequest:
+    """The request for other outputs."""
+    if request.outputs:
+        return replace(request, outputs=tuple(parts))
+    [part] = parts
+    return replace(request, destination=part.destination, types=part.types, to=part.to, options=part.options)
 
 
 def shared(source: Checkpoint) -> Checkpoint:

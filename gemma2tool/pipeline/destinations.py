@@ -14,7 +14,7 @@ from gemma2tool.errors import InputRefused, UsageError, choices
 from gemma2tool.formats import packings, registry
 from gemma2tool.formats.options import WriteOptions
 from gemma2tool.pipeline.output_names import check_name, check_type
-from gemma2tool.pipeline.requests import ConversionRequest
+from gemma2tool.pipeline.requests import ConversionRequest, OutputRequest
 from gemma2tool.storage.paths import refuse_existing, refuse_overwriting_input
 from gemma2tool.storage.staging import place as staging_place
 from gemma2tool.storage.syscalls import translate_os_errors
@@ -22,15 +22,25 @@ from gemma2tool.storage.syscalls import translate_os_errors
 
 @dataclass(frozen=True)
 class Destination:
-    """One output's place: ``path``, ``format``, quantization ``type`` or None."""
+    """One output's place: ``path``, ``format``, quantization ``type`` or None. ``part``: what was asked for."""
 
     path: Path
     format: str
     type: str | None
+    part: OutputRequest
 
     @property
     def is_file(self) -> bool:
         return self.path.suffix.lower() in registry.FILE_SUFFIXES
+
+    @property
+    def options(self) -> WriteOptions:
+        """The options of the request as they are for this output."""
+        return replace(self.part.options, type=self.type, name=self.path.name, single_file=self.is_file)
+
+    def with_options(self, options: WriteOptions) -> Destination:
+        """The same place for the type of ``options``."""
+        return replace(self, type=options.type, part=replace(self.part, options=options))
 
 
 def destinations(request: ConversionRequest) -> list[Destination]:
@@ -38,14 +48,16 @@ def destinations(request: ConversionRequest) -> list[Destination]:
 
     Raises ``UsageError`` for anything that could not be written, or that would overwrite what must stay.
     """
-    outputs = _outputs(request.destination, request.to, request.types)
-    check_parent(request.destination)
-    options = request.options
+    outputs: list[Destination] = []
+    for part in request.parts:
+        outputs += _outputs(part)
+        check_parent(part.destination)
+    _refuse_twice(outputs)
     for output in outputs:
-        _check_dtype(options.dtype, output.format)
+        _check_dtype(output.options.dtype, output.format)
         check_type(output.format, output.type)
         check_name(output.path, output.format, is_file=output.is_file)
-        options_for(options, output).check_target(output.format)
+        output.options.check_target(output.format)
         if not staging_place.exists(output.path):  # otherwise what is staged decides
             refuse_existing(output.path, force=request.run.force, folder=not output.is_file)
         refuse_overwriting_input(input_files(request), output.path)
@@ -53,15 +65,11 @@ def destinations(request: ConversionRequest) -> list[Destination]:
     return outputs
 
 
-def options_for(options: WriteOptions, output: Destination) -> WriteOptions:
-    """A request's options as they are for one of its outputs."""
-    return replace(options, type=output.type, name=output.path.name, single_file=output.is_file)
-
-
-def _outputs(destination: Path, to: str | None, types: Sequence[str]) -> list[Destination]:
+def _outputs(part: OutputRequest) -> list[Destination]:
+    destination, to, types = part.destination, part.to, part.types
     if len(types) <= 1:
         type_name = types[0] if types else None
-        return [Destination(destination, registry.for_destination(destination, to, type_name), type_name)]
+        return [Destination(destination, registry.for_destination(destination, to, type_name), type_name, part)]
     if destination.suffix.lower() in registry.FILE_SUFFIXES or (destination.exists() and not destination.is_dir()):
         raise UsageError(
             "output.kind",
@@ -74,8 +82,15 @@ def _outputs(destination: Path, to: str | None, types: Sequence[str]) -> list[De
         format_name = registry.for_destination(destination, to, type_name) if is_packing else "gguf"
         suffix = next(iter(registry.FACTS[format_name].suffixes), "")
         path = destination / f"{destination.resolve().name}-{type_name}{suffix}"
-        outputs.append(Destination(path, format_name, type_name))
+        outputs.append(Destination(path, format_name, type_name, part))
     return outputs
+
+
+def _refuse_twice(outputs: Sequence[Destination]) -> None:
+    paths = [output.path.absolute() for output in outputs]
+    for path in paths:
+        if paths.count(path) > 1:
+            raise UsageError("output.twice", f"{path}: two outputs have this name")
 
 
 def check_parent(destination: Path) -> None:
@@ -101,10 +116,11 @@ def _check_dtype(dtype: str | None, format_name: str) -> None:
 
 def input_files(request: ConversionRequest) -> list[Path]:
     """Files that are read beside the source, and must not be overwritten."""
-    options = request.options
     paths = [Path(request.config)] if isinstance(request.config, (str, Path)) else []
-    paths += [*(request.checks.files if request.checks else ()), *(adapter.path for adapter in options.adapters)]
-    paths += [path for path in (options.gguf.imatrix, options.calibration.text, request.budget.sensitivity) if path]
+    paths += [path for path in (*(request.checks.files if request.checks else ()), request.budget.sensitivity) if path]
+    for options in (part.options for part in request.parts):
+        paths += [adapter.path for adapter in options.adapters]
+        paths += [path for path in (options.gguf.imatrix, options.calibration.text) if path]
     return [path for path in paths if path.exists()]
 
 
@@ -124,21 +140,24 @@ def _refuse_foreign_folder(destination: Path) -> None:
 
 @contextmanager
 def folder_of_several(outputs: Sequence[Destination]) -> Iterator[None]:
-    """The folder that several outputs go into; removed again if it was created here and stays empty."""
+    """The folders that several outputs go into; removed again if they were created here and stay empty."""
     if len(outputs) == 1:
         yield
         return
-    folder = outputs[0].path.parent
-    created_here = not folder.exists() or any(staging_place.exists(output.path) for output in outputs)
-    with translate_os_errors(folder, "creating the folder"):
-        try:
-            folder.mkdir(exist_ok=True)
-        except FileNotFoundError:
-            check_parent(folder)
-            raise
+    created = []
+    for folder in dict.fromkeys(output.path.parent for output in outputs):
+        inside = [output for output in outputs if output.path.parent == folder]
+        if not folder.exists() or any(staging_place.exists(output.path) for output in inside):
+            created.append(folder)
+        with translate_os_errors(folder, "creating the folder"):
+            try:
+                folder.mkdir(exist_ok=True)
+            except FileNotFoundError:
+                check_parent(folder)
+                raise
     try:
         yield
     finally:
-        if created_here:
+        for folder in created:
             with suppress(OSError):  # rmdir refuses a folder that is not empty
                 folder.rmdir()

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import functools
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from gemma2tool.errors import UsageError
 from gemma2tool.formats import registry
@@ -50,6 +51,7 @@ class Plan:
 
     ``source``: as it was opened, but with a tied head where the target has one and the values are equal. ``session``:
     the calibration that happens while it is written, if any. ``budget``: what a budget chose, if there is one.
+    ``recipe``: what a recipe says of the output, if it is in one.
     """
 
     source: Checkpoint
@@ -58,6 +60,7 @@ class Plan:
     options: WriteOptions
     session: Session | None = None
     budget: BudgetChoice | None = None
+    recipe: Mapping[str, Any] | None = None
 
     @functools.cached_property
     def cost(self) -> Cost | None:

@@ -68,6 +68,7 @@ def make(
         "types": [{"type": name, "tensors": count, "bytes": size} for name, count, size in plan.types()],
         "losses": [{"tensor": name, "max_abs": loss} for name, loss in plan.output.losses],
         "clipped": [{"tensor": name, "values": count} for name, count in clipped.items()],
+        **({} if plan.recipe is None else {"recipe": plan.recipe}),
     }
     return receipt.encode_receipt(receipt.build_receipt(plan.source, candidate, files, what, verification))
 

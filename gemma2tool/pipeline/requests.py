@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from gemma2tool.formats.options import WriteOptions
 from gemma2tool.formats.options_budget import Budget
@@ -77,6 +78,20 @@ class RunOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class OutputRequest:
+    """One output, or one of each of several ``types`` in the folder ``destination``.
+
+    ``types``, ``to``, ``options``: as in ``ConversionRequest``. ``recipe``: what a recipe says of it, for its receipt.
+    """
+
+    destination: Path
+    types: tuple[str, ...] = ()
+    to: str | None = None
+    options: WriteOptions = WriteOptions()
+    recipe: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class ConversionRequest:
     """One source, one or several outputs.
 
@@ -84,7 +99,9 @@ class ConversionRequest:
     types; none converts, several put one output each into the folder ``destination``. ``to``: the target format; None:
     by the destination's name. ``budget``: the types are chosen for a target; then ``types`` is empty.
     ``options``: of the outputs; their ``type``, ``name`` and ``single_file`` are set for each output. ``checks``: None
-    leaves out the verification.
+    leaves out the verification. ``outputs``: outputs with places and options of their own, in place of the one that
+    ``destination``, ``types``, ``to`` and ``options`` describe; then ``destination`` is beside what is unpacked, and
+    ``options`` has the adapters.
     """
 
     source: Path | str | Checkpoint
@@ -97,3 +114,12 @@ class ConversionRequest:
     run: RunOptions = field(default_factory=RunOptions)
     reports: ReportFiles = ReportFiles()
     budget: Budget = Budget()
+    outputs: tuple[OutputRequest, ...] = ()
+
+    @property
+    def parts(self) -> tuple[OutputRequest, ...]:
+        """The outputs, each with its own options."""
+        if self.outputs:
+            adapters = self.options.adapters
+            return tuple(replace(part, options=replace(part.options, adapters=adapters)) for part in self.outputs)
+        return (OutputRequest(destination=self.destination, types=self.types, to=self.to, options=self.options),)

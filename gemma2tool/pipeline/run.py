@@ -43,7 +43,8 @@ class ConversionResult:
     was. ``tensors``: in the output; ``resumed_tensors``: of these, completed by an earlier run. ``clipped``: values
     clipped to the largest float16, by tensor. ``losses``: (canonical name, largest absolute loss) of tensors that the
     target's convention rounds. ``run_command``: a command line that runs its usual consumer on it, if there is one.
-    ``budget``: the file beside the prediction of its budget, if there is one.
+    ``budget``: the file beside the prediction of its budget, if there is one. ``pinned``: the address of exactly what
+    was read, if the source is not local.
     """
 
     destination: Path
@@ -59,6 +60,7 @@ class ConversionResult:
     losses: tuple[tuple[str, float], ...] = ()
     run_command: str = ""
     budget: BudgetOutcome | None = None
+    pinned: str | None = None
 
     @property
     def written(self) -> bool:
@@ -225,6 +227,7 @@ def _result(
         clipped=output.target.clipped(),
         losses=tuple(plan.output.losses),
         run_command=registry.FACTS[plan.output.format].command_for(plan.destination),
+        pinned=plan.source.pinned,
     )
 
 

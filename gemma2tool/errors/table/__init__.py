@@ -10,6 +10,7 @@ from gemma2tool.errors.table import (
     containers,
     files,
     models,
+    publishing,
     quantization,
     requests,
     sources,
@@ -24,6 +25,7 @@ AREAS = {
     "Checkpoints and formats": checkpoints.ENTRIES,
     "Config, tokenizer, text and the forward pass": models.ENTRIES,
     "Quantization, calibration and importance matrices": quantization.ENTRIES,
+    "Recipes, releases and publishing": publishing.ENTRIES,
     "Sensitivity tables, budgets and quality at a size": budgets.ENTRIES,
 }
 """The entries by area, in the order of the documentation."""

@@ -64,6 +64,7 @@ ENTRIES = (
     resource(
         "output.staging", "staged output could not be created, moved or removed", "remove it by hand and run again"
     ),
+    usage("output.twice", "two outputs of one run have the same name", "name each output differently"),
     resource("output.unwritable", "the standard output could not be written", "free some space, or write elsewhere"),
     refused(
         "receipt.contradiction",

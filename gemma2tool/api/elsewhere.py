@@ -1,0 +1,20 @@
+"""What a conversion starts without, and the modules that define it: loaded when it is first used."""
+
+from __future__ import annotations
+
+ELSEWHERE = {
+    "BudgetChoice": "pipeline.budget.choice", "BudgetOutcome": "pipeline.budget.choice",
+    "Cause": "verify.diagnosis.cause", "CheckFinding": "pipeline.checks.finding",
+    "CheckRequest": "pipeline.checks.run", "CheckResult": "pipeline.checks.finding", "Diagnosis": "pipeline.doctor",
+    "Difference": "verify.difference", "Estimate": "pipeline.quality.result", "Fact": "pipeline.doctor",
+    "Finding": "verify.finding", "FormatEntry": "formats.catalog", "GateResult": "verify.finding",
+    "Generation": "pipeline.generation", "GenerationOptions": "pipeline.generation", "Hashes": "model.digest",
+    "ImatrixOptions": "pipeline.importance", "ImatrixResult": "pipeline.importance",
+    "Inspection": "pipeline.inspection", "Leftover": "pipeline.leftovers", "QualityFiles": "pipeline.quality.files",
+    "QualityPoint": "pipeline.quality.result", "QualityRequest": "pipeline.quality.run",
+    "QualityResult": "pipeline.quality.result", "ScanFinding": "pipeline.trust", "ScanResult": "pipeline.trust",
+    "SensitivityOptions": "pipeline.sensitivity.collect", "SensitivityResult": "pipeline.sensitivity.run",
+    "SensitivityTable": "pipeline.sensitivity.table", "Verification": "verify.result", "doctor": "pipeline.doctor",
+    "RecipeRun": "pipeline.recipe.run", "scan": "pipeline.trust", "SignResult": "pipeline.trust",
+    "sign": "pipeline.trust",
+}  # fmt: skip

@@ -1,0 +1,49 @@
+"""``gemma2tool run``: what a recipe says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from gemma2tool.cli import options as o
+from gemma2tool.cli.conversion import show_plans
+from gemma2tool.cli.outcome import show_results
+from gemma2tool.cli.progress import ProgressDisplay
+from gemma2tool.cli.terminal import Console
+from gemma2tool.errors import EXIT_VERIFICATION_FAILED
+
+_STEPS = 3
+"""Writing an output, comparing its tensors, and the forward passes."""
+
+
+def run(
+    recipe: Annotated[
+        Path, typer.Argument(metavar="RECIPE", help="A YAML file: sources, outputs and their options; docs/recipes.md.")
+    ],
+    force: o.Force = False,
+    dry_run: o.DryRun = False,
+    tensors: o.Tensors = False,
+    verbose: o.Verbose = False,
+    quiet: o.Quiet = False,
+    json_output: o.Json = False,
+) -> None:
+    """Convert and quantize as a recipe says."""
+    from gemma2tool import api
+
+    console = Console(quiet=quiet, json=json_output)
+    runs = api.read_recipe(recipe, force=force)
+    if dry_run:
+        show_plans([plan for one in runs for plan in api.plan(one)], console, tensors=tensors)
+        return
+    contents, written = [], True
+    for one in runs:
+        results = api.run(one, progress=ProgressDisplay(console, steps=_STEPS * len(one.request.outputs)))
+        contents += [result.to_json() for result in results]
+        show_results(results, console, verbose=verbose)
+        written &= all(result.written for result in results)
+    if json_output:
+        console.emit_json({"outputs": contents})
+    if not written:
+        raise typer.Exit(EXIT_VERIFICATION_FAILED)

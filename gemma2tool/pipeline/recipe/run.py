@@ -1,0 +1,126 @@
+"""Reads a recipe and carries it out, run by run."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from gemma2tool.errors import UsageError
+from gemma2tool.model.progress import Progress
+from gemma2tool.pipeline import conversion
+from gemma2tool.pipeline.plan import PlanSummary
+from gemma2tool.pipeline.recipe.build import as_run, located, request_of
+from gemma2tool.pipeline.recipe.document import Run, Section, read_document
+from gemma2tool.pipeline.report_files import replace_report
+from gemma2tool.pipeline.requests import ConversionRequest
+from gemma2tool.pipeline.run import ConversionResult
+from gemma2tool.version import __version__
+
+SUFFIX = ".recipe.yaml"
+
+
+@dataclass(frozen=True)
+class RecipeRun:
+    """One source of a recipe with its outputs: ``request``. ``path``, ``line``: where it is written."""
+
+    path: Path
+    request: ConversionRequest
+    run: Run
+
+    @property
+    def line(self) -> int:
+        return self.run.line
+
+    def summarize(self) -> tuple[PlanSummary, ...]:
+        """What it would write, from headers alone."""
+        with self._named():
+            return conversion.summarize(self.request)
+
+    def carry_out(self, progress: Progress | None = None) -> tuple[ConversionResult, ...]:
+        """Write and verify the outputs in one pass; what was run is saved beside each that was written."""
+        with self._named():
+            results = conversion.convert(self.request, progress)
+        remaining = iter(results)
+        for part, section in zip(self.request.outputs, self.run.outputs, strict=True):
+            for type in part.types or (None,):
+                result = next(remaining)
+                if result.written:
+                    self._save(result, section, type)
+        return results
+
+    def _save(self, result: ConversionResult, section: Section, type: str | None) -> None:
+        """Write what was run beside an output: ``gemma2tool run`` makes the output again from there."""
+        import yaml
+
+        output = result.destination
+
+        def place(text: str) -> str:
+            return os.path.relpath(located(text, self.path.parent), output.absolute().parent)
+
+        content = as_run(self.run.shared, section, place)
+        content["output"] = output.name
+        if type is not None:
+            content["type"] = type
+        if result.pinned is not None:
+            content["source"] = result.pinned
+        header = f"# gemma2tool {__version__}: what was run for {output.name}. Paths are relative to this file.\n"
+        text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=120)
+        replace_report(recipe_path(output), header + text)
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        """Errors about the request name the recipe and the line of the run."""
+        try:
+            yield
+        except UsageError as error:
+            values = [value for section in (self.run.shared, *self.run.outputs) for value in section.values()]
+            named = (value.line for value in values if error.message.startswith(f"--{value.key.name} "))
+            line = next(named, self.line)
+            raise UsageError(error.id, f"{self.path}:{line}: {error.message}", hint=error.hint) from error
+
+
+def recipe_path(output: Path) -> Path:
+    """Where the recipe of an output is saved: ``OUTPUT.recipe.yaml``."""
+    return output.with_name(output.name + SUFFIX)
+
+
+def read_recipe(path: Path, *, force: bool = False) -> tuple[RecipeRun, ...]:
+    """The runs of a recipe, with everything checked that can be checked before a source is opened.
+
+    ``force``: replace existing outputs, as the key does. Raises ``UsageError`` with file, line and key.
+    """
+    runs = tuple(_recipe_run(path, run, force) for run in read_document(path))
+    _refuse_conflicts(runs)
+    for run in runs:
+        with run._named():
+            conversion.check_request(run.request)
+    return runs
+
+
+def _recipe_run(path: Path, run: Run, force: bool) -> RecipeRun:
+    """The run with its request, and with what the receipts of its outputs say of the recipe: files by their names."""
+    request = request_of(run, path)
+    outputs = tuple(
+        replace(part, recipe=as_run(_of_result(run.shared), _of_result(section), lambda text: Path(text).name))
+        for part, section in zip(request.outputs, run.outputs, strict=True)
+    )
+    return RecipeRun(path, replace(request, outputs=outputs, run=request.run.with_force(force)), run)
+
+
+def _of_result(section: Section) -> Section:
+    """What decides what an output is: a receipt is the same for every number of threads."""
+    return {name: value for name, value in section.items() if value.key.decides}
+
+
+def _refuse_conflicts(runs: Sequence[RecipeRun]) -> None:
+    """Two runs that write the same file."""
+    seen: dict[Path, int] = {}
+    for run in runs:
+        files = [*(part.destination for part in run.request.outputs), *run.request.reports.by_option.values()]
+        for file in files:
+            first = seen.setdefault(file.absolute(), run.line)
+            if first != run.line:
+                raise UsageError("output.twice", f"{run.path}:{run.line}: writes {file}, as the run in line {first}")
