@@ -93,7 +93,7 @@ def _run_folder(path: Path) -> InputRefused | None:
 
 
 def open_checkpoint(path: Path, *, config: Gemma2Config | None = None, format: str | None = None) -> Checkpoint:
-    """Open a checkpoint of any format: reads headers only, and checks them against the tensor table.
+    """Open a checkpoint of any format: reads headers, seldom a few rows, and checks them against the tensor table.
 
     What else lies in its folder and a loader acts on is in ``Checkpoint.loader_files``. Where the folder holds weights
     of several formats, a warning says which are read.

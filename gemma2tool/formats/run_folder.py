@@ -52,7 +52,7 @@ def _below(
         left[0] -= 1
         if left[0] < 0:
             return
-        name = ADAPTER if (child / "adapter_config.json").is_file() else format_of(child)
+        name = format_of(child) or (ADAPTER if (child / "adapter_config.json").is_file() else None)
         if name is not None:
             yield child, name
         elif depth > 1 and not child.is_symlink():

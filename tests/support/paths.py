@@ -8,3 +8,6 @@ ROOT = Path(__file__).resolve().parents[2]
 FIXTURES = ROOT / "fixtures"
 TINY = FIXTURES / "tiny-gemma2"
 """The small trained Gemma 2."""
+
+FRAMEWORKS = FIXTURES / "frameworks"
+"""Files that frameworks saved which the tests cannot install."""

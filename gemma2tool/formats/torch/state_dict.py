@@ -21,6 +21,7 @@ from gemma2tool.formats.mapping.wrappers import Root, find_state, has_state, pla
 from gemma2tool.formats.options import WriteOptions
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.config import Gemma2Config
+from gemma2tool.model.lazy import LazyTensor
 from gemma2tool.storage.paths import path_within_folder
 
 CONFIG = "config.json"
@@ -57,14 +58,15 @@ class StateDictFolder(Format):
             state, remarks = find_state(torch_zip.read_index(weights), self.root, weights.name)
             plain, more = plain_names(state, self.root, weights.name)
             stored, wide = widened(open_torch(plain, weights, closers), weights.name)
-            tensors = to_canonical((*self.table, *self.legacy), stored, config)
+            rows, remarks_on_table = self.table_of(stored, config, weights)
+            tensors = to_canonical(rows, stored, config)
             checkpoint = Checkpoint(
                 path,
                 self.facts,
                 config,
                 drop_equal_head(tensors, config),
                 assets.folder_assets(weights.parent),
-                [*remarks, *more, *wide, *self.remarks(weights)],
+                [*remarks, *more, *wide, *remarks_on_table],
                 files=tuple(files),
                 closers=closers,
             )
@@ -102,9 +104,11 @@ class StateDictFolder(Format):
         """Small files of the format's own, by name."""
         return {}
 
-    def remarks(self, weights: Path) -> list[str]:
-        """What the user should know of a file of this format that is read."""
-        return []
+    def table_of(
+        self, stored: Mapping[str, LazyTensor], config: Gemma2Config, weights: Path
+    ) -> tuple[Sequence[TableRow], list[str]]:
+        """The rows that the tensors ``stored`` in the file ``weights`` are read by, and remarks for the user."""
+        return (*self.table, *self.legacy), []
 
     def _weights(self, path: Path) -> Path | None:
         """The weights: ``path`` itself, or of a folder the file of the format's name or the only one of torch.save."""

@@ -16,7 +16,6 @@ WARNINGS = tuple(
         r"^MaxText stores the embedding times sqrt",
         r"^all norms \(plus one\)|^the embedding .*rounded|^all q_proj",
         r"torchtune caps the last hidden state",
-        r"^tune_state_dict\.pt: torchtune 0\.5\.0 to 0\.6\.1 exchange",
         r"torchtune(-0\.6)? has the names of",
         r"^gemma\.cpp knows the released sizes only",
         r"litgpt's own gemma-2 configs have norm_eps",

@@ -8,7 +8,7 @@ from gemma2tool.model.format_facts import FormatFacts
 FACTS = FormatFacts(
     "torchtune",
     files=f"a folder with {FILE}",
-    remarks="torchtune's own state dict, of its code after 0.6.1",
+    remarks="torchtune's own state dict, from which every release computes Gemma 2",
     weight_names=(FILE,),
     ties_head=True,
     assumptions=assumptions,

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from gemma2tool.formats.mapping.transforms import TableRow
 from gemma2tool.formats.torch import tune
 from gemma2tool.formats.torch.state_dict import StateDictFolder
 from gemma2tool.formats.torch.torchtune import FACTS
 from gemma2tool.formats.torch.tune_facts import FILE
+from gemma2tool.model.config import Gemma2Config
+from gemma2tool.model.lazy import LazyTensor
 
 
 class Torchtune(StateDictFolder):
@@ -18,8 +22,13 @@ class Torchtune(StateDictFolder):
     table = tune.table(norms_exchanged=False)
     root = tune.ROOT
 
-    def remarks(self, weights: Path) -> list[str]:
-        return [tune.names_remark(weights)]
+    def table_of(
+        self, stored: Mapping[str, LazyTensor], config: Gemma2Config, weights: Path
+    ) -> tuple[Sequence[TableRow], list[str]]:
+        exchanged = tune.norms_exchanged(stored, config)
+        if exchanged is None:
+            return self.table, [tune.names_remark(weights)]
+        return tune.table(norms_exchanged=exchanged), [tune.exchanged_remark(weights)] if exchanged else []
 
 
 FORMAT = Torchtune()

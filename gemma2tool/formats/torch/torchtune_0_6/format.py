@@ -5,12 +5,16 @@ A dict says nothing of the release, so the file's name does: ``tune_state_dict-0
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from gemma2tool.formats.mapping.transforms import TableRow
 from gemma2tool.formats.torch import tune
 from gemma2tool.formats.torch.state_dict import StateDictFolder
 from gemma2tool.formats.torch.torchtune_0_6 import FACTS
 from gemma2tool.formats.torch.tune_facts import FILE_0_6
+from gemma2tool.model.config import Gemma2Config
+from gemma2tool.model.lazy import LazyTensor
 
 
 class Torchtune06(StateDictFolder):
@@ -24,6 +28,12 @@ class Torchtune06(StateDictFolder):
     def detect(self, path: Path) -> bool:
         weights = self._weights(path)
         return weights is not None and weights.name == self.file
+
+    def table_of(
+        self, stored: Mapping[str, LazyTensor], config: Gemma2Config, weights: Path
+    ) -> tuple[Sequence[TableRow], list[str]]:
+        contrary = tune.norms_exchanged(stored, config) is False
+        return self.table, [tune.contrary_remark(weights)] if contrary else []
 
 
 FORMAT = Torchtune06()
