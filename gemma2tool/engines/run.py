@@ -136,7 +136,7 @@ def engine_for(name: str, format_name: str) -> Engine:
 def ask(engine: Engine, checkpoint: Checkpoint, question: EngineQuestion) -> EngineAnswer:
     """Run the engine on the checkpoint's files, in a process of its own."""
     logits_bytes = 4 * question.positions * checkpoint.config.vocab_size
-    size = sum(file.stat().st_size for file in checkpoint.files)
+    size = checkpoint.file_bytes
     limits = Limits(
         wall_seconds=600 + size // (10 << 20),
         grace_seconds=60,

@@ -26,7 +26,7 @@ from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.config import Gemma2Config
 from gemma2tool.model.format_facts import CALIBRATION_KEYS, FormatFacts
 from gemma2tool.model.lazy import DTYPE_NAMES, LazyTensor
-from gemma2tool.model.tied_head import HEAD
+from gemma2tool.model.names import HEAD
 from gemma2tool.storage.paths import path_within_folder
 
 CONFIG = "config.json"

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from gemma2tool.formats.multimodal import text_tensors
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.lazy import LazyTensor
-from gemma2tool.model.tied_head import EMBEDDING, HEAD
+from gemma2tool.model.names import EMBEDDING, HEAD
 
 _CACHE_SCALE = re.compile(
     r"model\.layers\.\d+\.self_attn\.(?:[qkv]_(?:scale|zero_point)|kv_scale|[kv]_proj\.output_scale)"

@@ -12,7 +12,8 @@ from pathlib import Path
 from gemma2tool.errors import InputRefused
 from gemma2tool.model.config import Gemma2Config
 from gemma2tool.model.format_facts import FormatFacts, Rounding
-from gemma2tool.model.lazy import FLOAT32, FLOAT64, FLOAT_DTYPES, DType, LazyTensor
+from gemma2tool.model.lazy import FLOAT32, FLOAT64, FLOAT_DTYPES, DType, LazyTensor, equal_values
+from gemma2tool.model.names import EMBEDDING, HEAD
 from gemma2tool.model.tensors import TensorSpec, check_tensors, tensor_specs
 from gemma2tool.model.tokenizer import Tokenizer
 from gemma2tool.storage.watching import Watch
@@ -127,6 +128,7 @@ class Checkpoint:
 
     closers: list[Callable[[], None]] = field(default_factory=list)
 
+    _equal_head: tuple[LazyTensor, LazyTensor, bool] | None = field(default=None, repr=False, compare=False)
     _tokenizer: tuple[Assets, Gemma2Config, Tokenizer] | None = field(default=None, repr=False, compare=False)
 
     @property
@@ -188,9 +190,29 @@ class Checkpoint:
         return cached[2]
 
     @property
+    def has_equal_head(self) -> bool:
+        """Whether there is an output matrix whose values are the embedding's. The first use reads both."""
+        head, embedding = self.tensors.get(HEAD), self.tensors.get(EMBEDDING)
+        if head is None or embedding is None:
+            return False
+        if self._equal_head is None or self._equal_head[0] is not head or self._equal_head[1] is not embedding:
+            self._equal_head = head, embedding, equal_values(head, embedding)
+        return self._equal_head[2]
+
+    @property
     def specs(self) -> dict[str, TensorSpec]:
         """The specs of the tensors that this checkpoint has, in table order."""
         return {name: spec for name, spec in tensor_specs(self.config).items() if name in self.tensors}
+
+    @property
+    def parameters(self) -> int:
+        """How many values its tensors have together."""
+        return sum(tensor.size for tensor in self.tensors.values())
+
+    @property
+    def file_bytes(self) -> int:
+        """The size of its files together."""
+        return sum(path.stat().st_size for path in self.files)
 
     @property
     def dtype(self) -> DType:

@@ -12,6 +12,7 @@ from gemma2tool.errors import InputRefused, UsageError
 from gemma2tool.model import config_hf
 from gemma2tool.model.config_checks import check_agreement, check_values
 from gemma2tool.model.config_fields import FULL, IDENTIFYING_FIELDS, RELEASE_COMPARED_FIELDS, SLIDING
+from gemma2tool.model.names import EMBEDDING, HEAD
 
 _FLOATS = ("attn_logit_softcapping", "final_logit_softcapping", "rms_norm_eps", "rope_theta", "initializer_range")
 
@@ -270,7 +271,7 @@ def infer_from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> Gemma2Config:
     model (with any number of layers or vocabulary rows) are enough. Raises ``UsageError`` (``config.needed``) for other
     widths and ``InputRefused`` where a tensor that shows a size is missing.
     """
-    vocab_size, hidden_size = _matrix_shape(shapes, "model.embed_tokens.weight")
+    vocab_size, hidden_size = _matrix_shape(shapes, EMBEDDING)
     intermediate_size, _ = _matrix_shape(shapes, "model.layers.0.mlp.gate_proj.weight")
     query_width, _ = _matrix_shape(shapes, "model.layers.0.self_attn.q_proj.weight")
     key_width, _ = _matrix_shape(shapes, "model.layers.0.self_attn.k_proj.weight")
@@ -314,7 +315,7 @@ def _matrix_shape(shapes: Mapping[str, tuple[int, ...]], name: str) -> tuple[int
 def _head_fields(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     """A classification head's fields: Hugging Face gives the token classifier a bias, the sequence classifier none."""
     if "score.weight" not in shapes:
-        return {"tie_word_embeddings": "lm_head.weight" not in shapes}
+        return {"tie_word_embeddings": HEAD not in shapes}
     kind = "Gemma2ForTokenClassification" if "score.bias" in shapes else "Gemma2ForSequenceClassification"
     count, _ = _matrix_shape(shapes, "score.weight")
     return {"architectures": (kind,), "id2label": {index: f"LABEL_{index}" for index in range(count)}}

@@ -28,6 +28,8 @@ FLOAT64 = np.dtype(np.float64)
 DTYPE_NAMES = {FLOAT32: "f32", FLOAT16: "f16", BFLOAT16: "bf16", FLOAT64: "f64"}
 """Names of the float types, as the command line spells them."""
 
+_COMPARE_BYTES = 4 << 20
+
 FLOAT_DTYPES = {"f32": FLOAT32, "f16": FLOAT16, "bf16": BFLOAT16}
 
 
@@ -218,6 +220,22 @@ class SharedRows(LazyTensor):
             rows.flags.writeable = False
             self._last.request, self._last.rows = request, rows
         return self._last.rows
+
+
+def equal_values(a: LazyTensor, b: LazyTensor) -> bool:
+    """Whether two tensors have equal values: bit for bit, or as float32 where their types differ. Reads up to the first
+    difference.
+    """
+    if a.shape != b.shape:
+        return False
+    ranges = row_ranges(a.rows, a.row_size * a.dtype.itemsize, _COMPARE_BYTES)
+    return all(_have_equal_bits(a.load_rows(*rows), b.load_rows(*rows)) for rows in ranges)
+
+
+def _have_equal_bits(a: Array, b: Array) -> bool:
+    if a.dtype != b.dtype:
+        a, b = to_float32(a), to_float32(b)
+    return np.array_equal(a.reshape(-1).view(np.uint8), b.reshape(-1).view(np.uint8))
 
 
 def row_ranges(rows: int, row_bytes: int, chunk_bytes: int, multiple: int = 1) -> Iterator[tuple[int, int]]:

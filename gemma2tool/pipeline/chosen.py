@@ -8,6 +8,7 @@ from gemma2tool.formats.gguf.output import parse_override
 from gemma2tool.formats.options import WriteOptions
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.config_fields import ARITHMETIC_FIELDS
+from gemma2tool.model.names import HEAD
 from gemma2tool.model.tensors import HEADS
 from gemma2tool.verify.chosen import Chosen
 
@@ -52,6 +53,6 @@ def _mismatches(source: Checkpoint, candidate: Checkpoint) -> Iterator[str]:
     } | candidate.facts.cannot_represent.keys()
     yield from (field.name for field in ARITHMETIC_FIELDS if field.name in fields)
     for name in source.tensors.keys() - candidate.tensors.keys():
-        is_head = name in HEADS or name == "lm_head.weight"
+        is_head = name in HEADS or name == HEAD
         if is_head or name.endswith("_proj.bias"):
             yield name

@@ -207,7 +207,7 @@ class _Comparison:
     def _logits(self, name: str, logits: Array, progress: Progress | None) -> Verification:
         from gemma2tool.verify.engine import LogitsSettings, verify_logits
 
-        parameters = sum(tensor.size for tensor in self.candidate.tensors.values())
+        parameters = self.candidate.parameters
         own = self.engine.quantized_limits if self.candidate.is_quantized else self.engine.limits
         settings = LogitsSettings(
             gates={**own, **self.checks.gates},

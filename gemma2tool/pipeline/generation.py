@@ -84,7 +84,7 @@ def generate(
 
 def _weight_bytes(checkpoint: Checkpoint, dtype: str) -> int:
     """Bytes of all weights in memory."""
-    return sum(tensor.size for tensor in checkpoint.tensors.values()) * (4 if dtype == "f32" else 2)
+    return checkpoint.parameters * (4 if dtype == "f32" else 2)
 
 
 def _generate(

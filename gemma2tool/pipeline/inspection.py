@@ -76,7 +76,7 @@ def inspect(checkpoint: Checkpoint) -> Inspection:
         path=checkpoint.known_as,
         format=checkpoint.format,
         size=checkpoint.config.size_name,
-        parameters=sum(tensor.size for tensor in checkpoint.tensors.values()),
+        parameters=checkpoint.parameters,
         stored=tuple((name, count, values) for name, (count, values) in sorted(stored.items())),
         tensors=tuple(
             (name, tuple(checkpoint.tensors[name].shape), checkpoint.tensors[name].stored) for name in checkpoint.specs
@@ -84,7 +84,7 @@ def inspect(checkpoint: Checkpoint) -> Inspection:
         assets=tuple(sorted(checkpoint.assets)),
         warnings=checkpoint.all_warnings,
         config=checkpoint.config.to_hf(),
-        nbytes=sum(path.stat().st_size for path in checkpoint.files),
+        nbytes=checkpoint.file_bytes,
         vocabulary=tokenizer.size,
         stops=tuple((id, _text(tokenizer, id)) for id in sorted(_stops(checkpoint, tokenizer))),
         templates=tuple(tokenizer.chat_templates),

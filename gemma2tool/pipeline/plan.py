@@ -19,7 +19,8 @@ from gemma2tool.formats.base import Output
 from gemma2tool.formats.options import WriteOptions
 from gemma2tool.formats.sentence_transformers import left_behind
 from gemma2tool.model.checkpoint import Checkpoint
-from gemma2tool.model.tied_head import HEAD, with_tied_head
+from gemma2tool.model.names import HEAD
+from gemma2tool.model.tied_head import with_tied_head
 from gemma2tool.pipeline.calibration.output import calibrated, settings_of
 from gemma2tool.pipeline.calibration.session import Session
 from gemma2tool.storage.paths import refuse_overwriting_input

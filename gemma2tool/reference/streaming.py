@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.config import Gemma2Config
 from gemma2tool.model.lazy import Array, LazyTensor
+from gemma2tool.model.names import EMBEDDING, HEAD
 from gemma2tool.model.tensors import tensor_specs
 from gemma2tool.reference.amplify import Amplifier
 from gemma2tool.reference.cache import KeyValueCache, choose_cache
@@ -150,7 +151,7 @@ class StreamedForward:
         """Logits of positions ``first`` to ``last``, a slice of the vocabulary at a time: its bounds and (B, positions,
         slice)."""
         hidden = self.last_hidden_state()[:, first:last]
-        name = "model.embed_tokens.weight" if self.config.tie_word_embeddings else "lm_head.weight"
+        name = EMBEDDING if self.config.tie_word_embeddings else HEAD
         if self.on_input is not None:
             self.on_input(name, hidden)
         cap = self.config.final_logit_softcapping
@@ -185,7 +186,7 @@ class StreamedForward:
 
     def _embed(self) -> Tensor:
         """Embeddings (B, T, D); reads only the rows of the tokens that occur."""
-        table = self.tensors["model.embed_tokens.weight"]
+        table = self.tensors[EMBEDDING]
         tokens, indices = torch.unique(self.input_ids, return_inverse=True)
         rows = torch.cat([to_torch(table.load_rows(token, token + 1)) for token in tokens.tolist()])
         return rows.to(self.device, self.dtype)[indices]

@@ -41,7 +41,7 @@ class Side:
         stored: Counter[str] = Counter()
         for tensor in checkpoint.tensors.values():
             stored[tensor.stored] += tensor.size
-        nbytes = sum(path.stat().st_size for path in checkpoint.files)
+        nbytes = checkpoint.file_bytes
         return cls(str(checkpoint.known_as), checkpoint.format, dict(stored), nbytes)
 
     @property

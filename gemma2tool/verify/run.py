@@ -12,8 +12,9 @@ from numpy.typing import ArrayLike
 from gemma2tool.model.checkpoint import Checkpoint, unchanged
 from gemma2tool.model.format_facts import Rounding
 from gemma2tool.model.lazy import LazyTensor
+from gemma2tool.model.names import HEAD
 from gemma2tool.model.progress import Progress, progress_or_null
-from gemma2tool.model.tied_head import HEAD, has_equal_head, with_tied_head
+from gemma2tool.model.tied_head import with_tied_head
 from gemma2tool.verify import gate_results
 from gemma2tool.verify.chosen import Chosen, only_beyond_chosen_limits, said_as_chosen
 from gemma2tool.verify.compare.comparison import TensorComparison
@@ -91,9 +92,8 @@ class _Run:
     """One verification: its inputs, and the results so far."""
 
     def __init__(self, source: Checkpoint, candidate: Checkpoint, settings: VerifySettings) -> None:
-        self.has_copied_head = HEAD not in candidate.tensors and has_equal_head(source.tensors)
-        if self.has_copied_head:
-            source = with_tied_head(source)
+        given, source = source, source if HEAD in candidate.tensors else with_tied_head(source)
+        self.has_copied_head = source is not given
         self.original, self.candidate, self.settings = source, candidate, settings
         self.source = source = settings.chosen.source_as_chosen(source, candidate)
         self.rounding: Rounding = settings.rounding or candidate.rounding

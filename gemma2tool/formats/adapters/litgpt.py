@@ -16,8 +16,8 @@ from gemma2tool.formats.adapters.adapter import FLOAT32_MAX, Adapter, Delta, ref
 from gemma2tool.formats.mapping import container_tensors
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.lazy import LazyTensor, RowRange
+from gemma2tool.model.names import HEAD
 from gemma2tool.model.tensors import tensor_specs
-from gemma2tool.model.tied_head import HEAD
 from gemma2tool.storage.paths import confined_path
 from gemma2tool.storage.quoting import quoted
 from gemma2tool.storage.text_file import read_text

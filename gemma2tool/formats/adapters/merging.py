@@ -16,7 +16,7 @@ from gemma2tool.formats.adapters.merged import MergedTensor, ReplacedRows
 from gemma2tool.formats.adapters.reading import read_adapter
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.lazy import LazyTensor, row_ranges
-from gemma2tool.model.tied_head import EMBEDDING, HEAD
+from gemma2tool.model.names import EMBEDDING, HEAD
 from gemma2tool.storage.quoting import quoted
 
 _VOCABULARY = (EMBEDDING, HEAD)

@@ -20,6 +20,7 @@ from gemma2tool.formats.gguf.rope import (
 from gemma2tool.formats.gguf.stops import stop_ids
 from gemma2tool.model.config import Gemma2Config
 from gemma2tool.model.config_fields import SLIDING
+from gemma2tool.model.names import HEAD
 from gemma2tool.model.tensors import HEADS
 
 T = TypeVar("T", int, float)
@@ -161,8 +162,8 @@ def unrepresentable(config: Gemma2Config, tensors: Iterable[str]) -> list[str]:
     if config.hidden_activation not in ("gelu_pytorch_tanh", "gelu_new"):
         reasons.append(f"hidden_activation is {config.hidden_activation!r}; llama.cpp would use gelu_pytorch_tanh")
     names = set(tensors)
-    if "lm_head.weight" in names:
-        reasons.append("lm_head.weight is not tied; llama.cpp would use the embedding instead")
+    if HEAD in names:
+        reasons.append(f"{HEAD} is not tied; llama.cpp would use the embedding instead")
     reasons += [f"{name} is a classification head; a Gemma 2 GGUF has none" for name in HEADS if name in names][:1]
     if config.attention_bias:
         reasons.append("attention_bias is true; llama.cpp would leave the biases out")

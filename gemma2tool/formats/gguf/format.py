@@ -41,7 +41,7 @@ from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.config import Gemma2Config
 from gemma2tool.model.format_facts import CALIBRATION_KEYS, Rounding
 from gemma2tool.model.lazy import DTYPE_NAMES, LazyTensor, MappedRows
-from gemma2tool.model.tied_head import HEAD
+from gemma2tool.model.names import HEAD
 from gemma2tool.quantizers.casts import cast
 from gemma2tool.quantizers.mixtures import COPY
 from gemma2tool.quantizers.mixtures import FILE_TYPES as MIXTURES

@@ -80,7 +80,7 @@ def _authorship_keys(checkpoint: Checkpoint, warnings: list[str]) -> list[KeyVal
     import gguf
     from gguf.metadata import Metadata
 
-    total = sum(tensor.size for tensor in checkpoint.tensors.values())
+    total = checkpoint.parameters
     name = model_name(checkpoint.path)
     card = _model_card(checkpoint, warnings)
     logging.getLogger("metadata").setLevel(logging.CRITICAL)

@@ -12,8 +12,8 @@ from gemma2tool.formats.mapping.transforms import TableRow, entries, to_disk
 from gemma2tool.formats.options import WriteOptions
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.config import Gemma2Config
-from gemma2tool.model.lazy import FLOAT32, LazyTensor, MappedRows, to_float32
-from gemma2tool.model.tied_head import EMBEDDING, HEAD, are_equal
+from gemma2tool.model.lazy import FLOAT32, LazyTensor, MappedRows, equal_values, to_float32
+from gemma2tool.model.names import EMBEDDING, HEAD
 from gemma2tool.quantizers.floats import Float
 
 
@@ -102,4 +102,4 @@ def drop_equal_head(tensors: Mapping[str, LazyTensor], config: Gemma2Config) -> 
 def _are_equal(a: LazyTensor, b: LazyTensor) -> bool:
     if isinstance(a, FileTensor) and isinstance(b, FileTensor) and a.reader is b.reader and a.offset == b.offset:
         return a.shape == b.shape  # torch.save stores a tied pair once
-    return are_equal(a, b)
+    return equal_values(a, b)

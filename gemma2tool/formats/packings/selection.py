@@ -9,10 +9,10 @@ from gemma2tool.errors import UsageError
 from gemma2tool.formats.options import WHOLE_ROW
 from gemma2tool.formats.packings.parts import is_linear_weight
 from gemma2tool.formats.packings.settings import Settings
+from gemma2tool.model.names import HEAD
 from gemma2tool.model.tensors import TensorSpec
 from gemma2tool.quantizers.mixtures import REGEX_HINT
 
-TIED_HEAD = "lm_head.weight"
 _FUSED = (
     ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     ("mlp.gate_proj", "mlp.up_proj"),
@@ -27,7 +27,7 @@ def excluded_tensors(specs: Mapping[str, TensorSpec], settings: Settings) -> set
     head counts as one).
     """
     skip, only = _compiled(settings.options.skip), _compiled(settings.options.only)
-    names = [*specs, *([] if TIED_HEAD in specs else [TIED_HEAD])]
+    names = [*specs, *([] if HEAD in specs else [HEAD])]
     for pattern in (*skip, *only):
         if not any(_matches([pattern], name) for name in names):
             raise UsageError(
@@ -49,7 +49,7 @@ def quantized_modules(specs: Mapping[str, TensorSpec], quantized: Collection[str
     A classifier's head is among them: transformers and vLLM take it for a quantized layer unless it is listed as an
     unquantized one.
     """
-    return {name.removesuffix(".weight"): name in quantized for name in linear_layers(specs) if name != TIED_HEAD}
+    return {name.removesuffix(".weight"): name in quantized for name in linear_layers(specs) if name != HEAD}
 
 
 def linear_layers(specs: Mapping[str, TensorSpec]) -> list[str]:

@@ -17,11 +17,11 @@ from gemma2tool.formats.mapping.transforms import entries
 from gemma2tool.formats.options import WriteOptions
 from gemma2tool.formats.options_budget import PLACEHOLDER, Budget
 from gemma2tool.model.checkpoint import Checkpoint
+from gemma2tool.model.names import EMBEDDING
 from gemma2tool.model.progress import Progress
 from gemma2tool.model.tied_head import with_tied_head
 from gemma2tool.pipeline.budget.choice import BudgetChoice, BudgetOutcome, file_type_of
 from gemma2tool.pipeline.budget.solve import Group, solve
-from gemma2tool.pipeline.calibration.output import EMBEDDING
 from gemma2tool.pipeline.sensitivity.candidates import check_types, fitting, fitting_head, usable
 from gemma2tool.pipeline.sensitivity.predict import Predictor
 from gemma2tool.pipeline.sensitivity.table import SensitivityTable
@@ -160,7 +160,7 @@ class _Problem:
         costs = [[self.predictor.costs[name][type] for type in self.allowed[name]] for name in names]
         nbytes = [[self._nbytes(name, type) for type in self.allowed[name]] for name in names]
         padded = [[_padded(size) for size in sizes] for sizes in nbytes]
-        parameters = sum(tensor.size for tensor in self.source.tensors.values())
+        parameters = self.source.parameters
         limit: int | None = None
         if budget.target_kl is not None:
             self._check_kl(sum(map(min, costs)), budget.target_kl)

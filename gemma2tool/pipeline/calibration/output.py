@@ -21,11 +21,10 @@ from gemma2tool.formats.option_info import type_names
 from gemma2tool.formats.options import CALIBRATED_TYPES, Calibration
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.lazy import Array, LazyTensor
+from gemma2tool.model.names import EMBEDDING
 from gemma2tool.pipeline.calibration.session import DAMPING, CalibrationSettings, Session, dtype_of
 from gemma2tool.quantizers.base import Encoder, Part
 from gemma2tool.quantizers.calibration.grid import Grid, grid_of
-
-EMBEDDING = "model.embed_tokens.weight"
 
 HEAD_ROWS = 1024
 """Rows of the head that are rounded at once: a fixed number, because the products' last bits depend on it."""

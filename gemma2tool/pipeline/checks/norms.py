@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gemma2tool.model.config import Gemma2Config
+from gemma2tool.model.names import EMBEDDING
 from gemma2tool.pipeline.checks.catalog import finding
 from gemma2tool.pipeline.checks.finding import CheckFinding
 from gemma2tool.pipeline.checks.names import enumerated
@@ -113,7 +114,7 @@ def _distribution(norms: Mapping[str, Values]) -> Iterator[CheckFinding]:
 
 
 def check_scales(statistics: Statistics, config: Gemma2Config) -> Iterator[CheckFinding]:
-    embedding = statistics.get("model.embed_tokens.weight")
+    embedding = statistics.get(EMBEDDING)
     if embedding is not None and embedding.nonfinite == 0 and embedding.total_square > 0:
         lengths = np.sqrt(embedding.row_squares[embedding.row_squares > 0])
         median = float(np.median(lengths))

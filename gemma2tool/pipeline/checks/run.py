@@ -75,7 +75,7 @@ def check(request: CheckRequest, progress: Progress | None = None) -> CheckResul
         return CheckResult(
             path=checkpoint.known_as,
             format=checkpoint.format,
-            parameters=sum(tensor.size for tensor in checkpoint.tensors.values()),
+            parameters=checkpoint.parameters,
             stored=tuple(Counter(tensor.stored for tensor in checkpoint.tensors.values()).most_common()),
             findings=tuple(dict.fromkeys(findings)),
             areas=("files", "tensors", "norms", *(area for area in _HEADERS if area != "files")),

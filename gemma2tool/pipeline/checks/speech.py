@@ -80,4 +80,4 @@ def _most_common_share(tokens: Sequence[int]) -> float:
 def _is_larger_than_memory(checkpoint: Checkpoint) -> bool:
     """Whether the weights as float32 take more than half of the machine's memory."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return 8 * sum(tensor.size for tensor in checkpoint.tensors.values()) > memory
+    return 8 * checkpoint.parameters > memory

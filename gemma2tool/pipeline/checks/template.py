@@ -13,6 +13,7 @@ from gemma2tool.containers import strict_json
 from gemma2tool.errors import InputRefused
 from gemma2tool.formats.tokenizers.files import MAX_JSON_BYTES, templates_of
 from gemma2tool.model.checkpoint import Checkpoint
+from gemma2tool.model.names import EMBEDDING
 from gemma2tool.model.tokenizer import DEFAULT_TEMPLATE, Tokenizer
 from gemma2tool.pipeline.checks.catalog import finding
 from gemma2tool.pipeline.checks.finding import CheckFinding
@@ -149,7 +150,7 @@ def _stop_at_turn(template: _Template, rendered: str) -> Iterator[CheckFinding]:
 
 
 def _untrained(template: _Template, tokens: list[int]) -> Iterator[CheckFinding]:
-    embedding = template.checkpoint.tensors.get("model.embed_tokens.weight")
+    embedding = template.checkpoint.tensors.get(EMBEDDING)
     inside = [token for token in tokens if embedding is not None and token < embedding.rows]
     if embedding is None or not inside:
         return

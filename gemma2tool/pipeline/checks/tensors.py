@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
+from gemma2tool.model.names import EMBEDDING, HEAD
 from gemma2tool.model.tensors import TensorSpec
-from gemma2tool.model.tied_head import EMBEDDING, HEAD
 from gemma2tool.pipeline.checks.catalog import finding
 from gemma2tool.pipeline.checks.finding import CheckFinding
 from gemma2tool.pipeline.checks.names import enumerated, pattern

@@ -184,9 +184,8 @@ class _Measurement:
                 label: _estimate(window_divergence(self.source, candidate, ids, threads=self.threads))
                 for label, ids in self.ids.items()
             }
-            nbytes = sum(file.stat().st_size for file in candidate.files)
-            values = sum(tensor.size for tensor in candidate.tensors.values())
-            return QualityPoint(job.name, job.variant, nbytes, 8 * nbytes / values, kl)
+            nbytes = candidate.file_bytes
+            return QualityPoint(job.name, job.variant, nbytes, 8 * nbytes / candidate.parameters, kl)
 
 
 def _estimate(kl: NDArray[np.float64]) -> Estimate:

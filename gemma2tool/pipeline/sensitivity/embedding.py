@@ -11,9 +11,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gemma2tool.model.checkpoint import Checkpoint
+from gemma2tool.model.names import EMBEDDING
 from gemma2tool.model.progress import Advance
 from gemma2tool.pipeline.sensitivity.candidates import Inputs, values
-from gemma2tool.pipeline.sensitivity.head import EMBEDDING, Block, Head, HeadRows
+from gemma2tool.pipeline.sensitivity.head import Block, Head, HeadRows
 from gemma2tool.quantizers.calibration import Map
 from gemma2tool.reference.model import scale_embeddings
 

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.lazy import FLOAT32, row_ranges
+from gemma2tool.model.names import EMBEDDING, HEAD
 from gemma2tool.reference.layers import RMSNorm, soft_cap
 from gemma2tool.reference.tensors import load_tensor, to_torch
 
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 HeadRows = Callable[[int, int], Tensor]
 """Rows of a head, from one token of the vocabulary to another."""
 

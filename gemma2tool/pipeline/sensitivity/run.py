@@ -15,11 +15,11 @@ from gemma2tool.errors import InputRefused, UsageError
 from gemma2tool.errors.memory import out_of_memory_as_error
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.digest import hash_checkpoint
+from gemma2tool.model.names import EMBEDDING
 from gemma2tool.model.progress import Progress, progress_or_null
 from gemma2tool.model.tied_head import with_tied_head
 from gemma2tool.pipeline.sensitivity.candidates import check_types, default_types
 from gemma2tool.pipeline.sensitivity.collect import Collection, SensitivityOptions
-from gemma2tool.pipeline.sensitivity.head import EMBEDDING
 from gemma2tool.pipeline.sensitivity.partial import Earlier, Partial
 from gemma2tool.pipeline.sensitivity.predict import Agreement, agreements
 from gemma2tool.pipeline.sensitivity.table import SensitivityTable, Text, merge_tables, read_table, write_table

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.lazy import LazyTensor
+from gemma2tool.model.names import EMBEDDING, HEAD
 from gemma2tool.verify.diagnosis.cause import Cause
 from gemma2tool.verify.diagnosis.fit import is_float
 from gemma2tool.verify.diagnosis.names import describe, fill, join_words, number_ranges, place
 from gemma2tool.verify.diagnosis.search import Case
 
-_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 _MAX_LISTED = 4
 _EQUAL_APART_FROM_TYPE = 0.9
 """Error up to which an output matrix of another type counts as the embedding."""
@@ -80,27 +80,27 @@ def _unlisted(candidate: Checkpoint) -> list[Cause]:
 
 def _head_cause(case: Case, missing: list[str], extra: list[str]) -> Cause | None:
     fields = ("tie_word_embeddings",)
-    if _HEAD in missing:
+    if HEAD in missing:
         message = (
             "lm_head.weight is lost: the source has a separate output matrix, the candidate uses the embedding instead"
         )
-        return Cause("head.lost", message, (_HEAD,), fields)
-    if _HEAD not in extra:
+        return Cause("head.lost", message, (HEAD,), fields)
+    if HEAD not in extra:
         return None
-    head = case.candidate[_HEAD]
+    head = case.candidate[HEAD]
     for side, tensors in (("source", case.weights), ("candidate", case.candidate)):
-        table = tensors.get(_EMBEDDING)
+        table = tensors.get(EMBEDDING)
         if table is not None and table.shape == head.shape and _is_same_table(case, table):
             message = (
                 f"lm_head.weight is a copy of the {side}'s embedding, to which the source ties it: {head.size} values "
                 "are stored twice"
             )
-            return Cause("head.duplicated", message, (_HEAD,), fields, {"values": head.size})
+            return Cause("head.duplicated", message, (HEAD,), fields, {"values": head.size})
     message = "lm_head.weight differs from the embedding, to which the source ties it: the output matrix is wrong"
-    return Cause("head.untied", message, (_HEAD,), fields)
+    return Cause("head.untied", message, (HEAD,), fields)
 
 
 def _is_same_table(case: Case, table: LazyTensor) -> bool:
-    limit = 0.0 if case.candidate[_HEAD].stored == table.stored else _EQUAL_APART_FROM_TYPE
-    fit = case.fit(table, _HEAD)
+    limit = 0.0 if case.candidate[HEAD].stored == table.stored else _EQUAL_APART_FROM_TYPE
+    fit = case.fit(table, HEAD)
     return fit.exact or fit.error <= limit

@@ -19,6 +19,7 @@ from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.config import Gemma2Config
 from gemma2tool.model.config_fields import FULL, SLIDING
 from gemma2tool.model.lazy import FLOAT32, Array, MappedRows, to_float32
+from gemma2tool.model.names import EMBEDDING, HEAD
 from gemma2tool.verify.diagnosis import attention, embedding, norms, transposed
 from gemma2tool.verify.diagnosis.cause import Cause
 from gemma2tool.verify.diagnosis.config import causes_of_config
@@ -234,15 +235,14 @@ def _exchanged(source: Checkpoint, ids: Array, id: str, one: str, other: str) ->
 
 def _unscaled_embeddings(source: Checkpoint, ids: Array) -> Hypothesis:
     """Only the input is affected: the output matrix, which is the same table, is never scaled."""
-    embed, factor = "model.embed_tokens.weight", np.float32(1 / source.config.embed_scale)
-    table = source.tensors[embed]
+    factor, table = np.float32(1 / source.config.embed_scale), source.tensors[EMBEDDING]
 
     def multiply(rows: Array) -> Array:
         return to_float32(rows) * factor
 
-    tensors = {**source.tensors, embed: MappedRows(table, multiply, FLOAT32), "lm_head.weight": table}
+    tensors = {**source.tensors, EMBEDDING: MappedRows(table, multiply, FLOAT32), HEAD: table}
     config = dataclasses.replace(source.config, tie_word_embeddings=False)
-    cause = Cause("embedding.unscaled", "embeddings are not multiplied by sqrt(D)", (embed,))
+    cause = Cause("embedding.unscaled", "embeddings are not multiplied by sqrt(D)", (EMBEDDING,))
     return Hypothesis(cause, dataclasses.replace(source, config=config, tensors=tensors, closers=[]), ids)
 
 

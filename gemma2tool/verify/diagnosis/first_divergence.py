@@ -19,6 +19,7 @@ from torch import Tensor
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.config_fields import ARITHMETIC_FIELDS
 from gemma2tool.model.lazy import Array
+from gemma2tool.model.names import EMBEDDING, HEAD
 from gemma2tool.reference.streaming import StreamedForward, use_threads
 from gemma2tool.verify.compare.measurements import layer_and_kind
 from gemma2tool.verify.diagnosis.cause import Cause
@@ -69,7 +70,7 @@ def find_first_divergence(
         typical = 0.0 if exact else median(errors)
         if embedding_error > max(_ROUNDING, _OUT_OF_LINE * typical):
             divergence = _Divergence("at the embeddings", "the scaled embeddings are", embedding_error)
-            return divergence.cause(("model.embed_tokens.weight",))
+            return divergence.cause((EMBEDDING,))
         layer = _first_out_of_line(errors, typical)
         if layer is None:
             layers = (layer_and_kind(name)[0] for name in suspects)
@@ -153,7 +154,7 @@ def _after_layers(models: _Models, state: Tensor, typical: float) -> Cause | Non
     if error <= max(_ROUNDING, _OUT_OF_LINE * typical):
         return None
     divergence = _Divergence("after the last layer", "the logits of the source's hidden states are", error)
-    names = ("model.norm.weight", "lm_head.weight", "model.embed_tokens.weight")
+    names = ("model.norm.weight", HEAD, EMBEDDING)
     names_present = [name for name in names if name in models.candidate.tensors]
     agrees = max(_ROUNDING, _TYPICAL * typical)
     return _repair(models, divergence, names_present, agrees, error_of) or divergence.cause()

@@ -15,7 +15,7 @@ from gemma2tool.formats.adapters.peft.names import PeftTensors
 from gemma2tool.formats.mapping import container_tensors
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.lazy import LazyTensor
-from gemma2tool.model.tied_head import EMBEDDING, HEAD
+from gemma2tool.model.names import EMBEDDING, HEAD
 from gemma2tool.storage.paths import confined_path
 from gemma2tool.storage.quoting import quoted
 

@@ -20,7 +20,7 @@ from gemma2tool.formats.torch.state_dict import StateDictFolder
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.config import Gemma2Config
 from gemma2tool.model.config_fields import SLIDING
-from gemma2tool.model.tied_head import EMBEDDING, HEAD
+from gemma2tool.model.names import EMBEDDING, HEAD
 
 _HF, _LIT = "model.layers.{i}.", "transformer.h.{i}."
 _QKV = tuple(_HF + f"self_attn.{x}_proj.weight" for x in "qkv")
