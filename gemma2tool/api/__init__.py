@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from gemma2tool.api.trust import ScanFinding, ScanResult, SignResult, scan, sign
     from gemma2tool.formats.catalog import FormatEntry
     from gemma2tool.model.digest import Hashes
     from gemma2tool.pipeline.budget.choice import BudgetChoice, BudgetOutcome
@@ -59,7 +60,6 @@ if TYPE_CHECKING:
     from gemma2tool.pipeline.sensitivity.collect import SensitivityOptions
     from gemma2tool.pipeline.sensitivity.run import SensitivityResult
     from gemma2tool.pipeline.sensitivity.table import SensitivityTable
-    from gemma2tool.pipeline.trust import ScanFinding, ScanResult, SignResult, scan, sign
     from gemma2tool.verify.diagnosis.cause import Cause
     from gemma2tool.verify.difference import Difference
     from gemma2tool.verify.finding import Finding, GateResult

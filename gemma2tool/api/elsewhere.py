@@ -12,9 +12,9 @@ ELSEWHERE = {
     "ImatrixOptions": "pipeline.importance", "ImatrixResult": "pipeline.importance",
     "Inspection": "pipeline.inspection", "Leftover": "pipeline.leftovers", "QualityFiles": "pipeline.quality.files",
     "QualityPoint": "pipeline.quality.result", "QualityRequest": "pipeline.quality.run",
-    "QualityResult": "pipeline.quality.result", "ScanFinding": "pipeline.trust", "ScanResult": "pipeline.trust",
+    "QualityResult": "pipeline.quality.result", "ScanFinding": "api.trust", "ScanResult": "api.trust",
     "SensitivityOptions": "pipeline.sensitivity.collect", "SensitivityResult": "pipeline.sensitivity.run",
     "SensitivityTable": "pipeline.sensitivity.table", "Verification": "verify.result", "doctor": "pipeline.doctor",
-    "RecipeRun": "pipeline.recipe.run", "scan": "pipeline.trust", "SignResult": "pipeline.trust",
-    "sign": "pipeline.trust",
+    "RecipeRun": "pipeline.recipe.run", "scan": "api.trust", "SignResult": "api.trust",
+    "sign": "api.trust",
 }  # fmt: skip

@@ -14,9 +14,9 @@ from gemma2tool.model.progress import Progress
 class ProgressEvent:
     """How far a step has come.
 
-    ``step``: what is being done. ``done`` of ``total`` ``unit``s ("bytes" or "tokens") are finished; ``name`` is the
-    tensor or chunk at hand. ``ended``: the step is over, also where an error ended it early. Events of one step come in
-    order, from any thread.
+    ``step``: what is being done. ``done`` of ``total`` ``unit``s ("bytes", "tokens", "values" or "files") are finished;
+    a ``total`` of 0 is not known. ``name`` is the tensor, chunk or file at hand. ``ended``: the step is over, also
+    where an error ended it early. Events of one step come in order, from any thread.
     """
 
     step: str

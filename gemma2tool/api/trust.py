@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from gemma2tool.api.arguments import PathLike, as_path
 from gemma2tool.pipeline import signing
 from gemma2tool.pipeline.scan import run
 from gemma2tool.pipeline.scan.finding import ScanFinding, ScanResult
@@ -13,16 +14,13 @@ from gemma2tool.pipeline.signing import SignResult
 __all__ = ["ScanFinding", "ScanResult", "SignResult", "scan", "sign"]
 
 
-PathLike = str | Path
-
-
 def scan(path: PathLike, *, sarif: PathLike | None = None) -> ScanResult:
     """What the files at ``path`` would do to those who use them: pickles that run code, Keras's Lambda layers, hostile
     chat templates, hidden characters, remote code. Nothing is loaded or run. docs/scan.md lists what is looked for.
 
     ``sarif``: also write the result to this file, as SARIF 2.1.0. Raises ``InputRefused`` if there is nothing there.
     """
-    return run.scan(run.ScanRequest(path=Path(path), sarif=None if sarif is None else Path(sarif)))
+    return run.scan(run.ScanRequest(path=Path(path), sarif=as_path(sarif)))
 
 
 def sign(
@@ -42,11 +40,11 @@ def sign(
     """
     request = signing.SignRequest(
         output=Path(output),
-        key=None if key is None else Path(key),
+        key=as_path(key),
         password=password,
-        certificate=None if certificate is None else Path(certificate),
+        certificate=as_path(certificate),
         chain=tuple(map(Path, chain)),
-        statement=None if statement is None else Path(statement),
+        statement=as_path(statement),
         force=force,
     )
     return signing.sign(request)
