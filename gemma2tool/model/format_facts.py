@@ -13,6 +13,9 @@ from gemma2tool.model.config import Gemma2Config
 Rounding = Literal["nearest", "imatrix", "calibration"]
 """How the codes of quantized tensors were chosen: by their own values, with an importance matrix, by a calibration."""
 
+TypeFamily = Literal["folders", "gguf"]
+"""The quantization types of folders of safetensors, or those of llama.cpp."""
+
 CALIBRATION_KEYS = "gemma2tool.calibration."
 """What the keys begin with by which a file says that its codes were chosen by a calibration."""
 
@@ -38,6 +41,8 @@ class FormatFacts:
     ``float_dtypes`` are the types that unquantized values are written in; ``more_dtypes`` are other values of
     ``--dtype``.
 
+    ``type_family`` says which quantization types are meant where one of them is named for this format.
+
     ``run_command`` is a command line that runs the consumer on a checkpoint called ``{path}``.
 
     For verification: ``holds_tokenizer`` says that the consumer takes the tokenizer and the chat template from the
@@ -46,8 +51,9 @@ class FormatFacts:
     suffixes of single files that hold weights and no tokenizer; empty where a single file holds the tokenizer too
     (GGUF). ``ties_head`` says that the consumer uses the embedding as output matrix, whatever else is stored.
     ``cannot_represent`` maps a config field to why a file of this format may have another value than its source.
-    ``assumptions`` gives, for a config, the fields that the file states and its consumer computes otherwise, each with
-    a sentence.
+    ``metadata_formats`` are the values of ``format`` in a safetensors file's metadata that its consumer accepts; empty
+    where it does not look. ``assumptions`` gives, for a config, the fields that the file states and its consumer
+    computes otherwise, each with a sentence.
     """
 
     name: str
@@ -59,11 +65,13 @@ class FormatFacts:
     suffixes: tuple[str, ...] = ()
     float_dtypes: tuple[str, ...] = ("f32", "f16", "bf16")
     more_dtypes: tuple[str, ...] = ()
+    type_family: TypeFamily = "folders"
     run_command: str = ""
     holds_tokenizer: bool = False
     weights_alone: bool = False
     ties_head: bool = False
     weight_suffixes: tuple[str, ...] = ()
+    metadata_formats: tuple[str, ...] = ()
     cannot_represent: Mapping[str, str] = field(default_factory=dict)
     assumptions: Callable[[Gemma2Config], Iterable[Assumption]] = _no_assumptions
 

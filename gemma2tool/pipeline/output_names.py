@@ -5,10 +5,13 @@ another format.
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from gemma2tool.errors import UsageError, choices
 from gemma2tool.formats import packings, registry
+from gemma2tool.model.format_facts import TypeFamily
 from gemma2tool.quantizers.mixtures import FILE_TYPES
 
 FLOAT_DTYPES = ("f32", "f16", "bf16")
@@ -19,6 +22,25 @@ _OTHER = (
     ".npz", ".npy", ".txt", ".json", ".yaml", ".yml", ".csv", ".md", ".log", ".pkl", ".pickle", ".onnx", ".msgpack",
     ".tflite", ".pb", ".model", ".ggml", ".dat", ".parquet", ".py",
 )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Family:
+    """Types, what one of them is, and what to do to get it."""
+
+    types: tuple[str, ...]
+    kind: str
+    hint: str
+
+    def refusal(self, type_name: str, format_name: str) -> UsageError:
+        message = f"{type_name} is {self.kind}, but the output format is {format_name}"
+        return UsageError("type.unknown", message, hint=self.hint)
+
+
+_FAMILIES: Mapping[TypeFamily, _Family] = {
+    "folders": _Family(packings.TYPES, "a type of quantized folders", "name a folder as DST, without .gguf"),
+    "gguf": _Family(tuple(FILE_TYPES), "a GGUF type", "name it NAME.gguf"),
+}
 
 
 def check_name(destination: Path, format_name: str, *, is_file: bool) -> None:
@@ -50,15 +72,8 @@ def check_name(destination: Path, format_name: str, *, is_file: bool) -> None:
 
 def check_type(format_name: str, type_name: str | None) -> None:
     """Raises ``UsageError`` (``type.unknown``) for a type that belongs to another format."""
-    if type_name is None:
-        return
-    if format_name == "gguf":
-        if type_name in packings.TYPES:
-            raise UsageError(
-                "type.unknown",
-                f"{type_name} is a type of quantized folders, but the output format is gguf",
-                hint="name a folder as DST, without .gguf",
-            )
+    own = registry.FACTS[format_name].type_family
+    if type_name is None or type_name in _FAMILIES[own].types:
         return
     if type_name in FLOAT_DTYPES:
         raise UsageError(
@@ -66,12 +81,12 @@ def check_type(format_name: str, type_name: str | None) -> None:
             f"{type_name} is not a quantization type of {format_name}",
             hint=f"use 'gemma2tool convert --dtype {type_name}'",
         )
+    others = [family for name, family in _FAMILIES.items() if name != own]
+    for family in others:
+        if type_name in family.types:
+            raise family.refusal(type_name, format_name)
     if choices.meant(type_name, registry.by_name(format_name).types):
         return  # the format itself says which
-    for gguf_type in choices.meant(type_name, tuple(FILE_TYPES))[:1]:
-        suggestion = type_name if type_name == gguf_type else f"{type_name} (did you mean {gguf_type}?)"
-        raise UsageError(
-            "type.unknown",
-            f"{suggestion} is a GGUF type, but the output format is {format_name}",
-            hint="name it NAME.gguf",
-        )
+    for family in others:
+        for meant in choices.meant(type_name, family.types)[:1]:
+            raise family.refusal(f"{type_name} (did you mean {meant}?)", format_name)

@@ -43,6 +43,7 @@ FACTS = FormatFacts(
     remarks="llama.cpp; split files too",
     ties_head=True,
     suffixes=(".gguf",),
+    type_family="gguf",
     more_dtypes=("q8_0", "tq1_0", "tq2_0"),
     run_command="llama-cli -m {path}",
     holds_tokenizer=True,

@@ -25,6 +25,7 @@ FACTS = FormatFacts(
     remarks="Hugging Face; plain or quantized",
     run_command="vllm serve {path}",
     holds_tokenizer=True,
+    metadata_formats=("pt", "tf", "flax", "mlx"),
     weight_suffixes=(".safetensors",),
     assumptions=assumptions,
 )

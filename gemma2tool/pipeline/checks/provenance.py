@@ -20,9 +20,6 @@ _NEVER_CHANGED = (
 )
 """Fields that no fine-tune of a release changes. Windows, contexts and rotary bases are changed on purpose."""
 
-_FORMATS = ("pt", "tf", "flax", "mlx")
-"""Values of ``format`` that transformers accepts; a file without any metadata passes too."""
-
 _LATER_KEYS = {
     "gemma2.attn_logit_softcapping": "50",
     "gemma2.final_logit_softcapping": "30",
@@ -44,12 +41,12 @@ def check_writer(checkpoint: Checkpoint) -> Iterator[CheckFinding]:
     source = checkpoint.metadata.get("gguf")
     if isinstance(source, Source):
         yield from _gguf(checkpoint, source)
-    metadata = checkpoint.metadata.get("safetensors")
-    if checkpoint.format == "hf" and isinstance(metadata, dict) and metadata and metadata.get("format") not in _FORMATS:
+    metadata, accepted = checkpoint.metadata.get("safetensors"), checkpoint.facts.metadata_formats
+    if accepted and isinstance(metadata, dict) and metadata and metadata.get("format") not in accepted:
         yield finding(
             "provenance.no-format",
             "safetensors metadata",
-            f"format is {metadata.get('format')!r}; transformers 4 refuses all but pt, tf, flax and mlx",
+            f"format is {metadata.get('format')!r}; transformers 4 refuses all but {', '.join(accepted)}",
         )
 
 
