@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     from gemma2tool.api import CheckResult
     from gemma2tool.cli.terminal import Console
 
-_STYLES = {"error": "bold red", "doubt": "bold yellow", "note": "dim"}
-
 
 def check(
     path: Annotated[str, typer.Argument(metavar="PATH", help="A checkpoint, in any format.")],
@@ -60,27 +58,17 @@ def check(
 
 def _show(result: CheckResult, console: Console) -> None:
     """The verdict, then a line for each finding and measurement."""
-    word, style = ("SANE", "bold green") if result.sane else ("DOUBTFUL", _STYLES["doubt"])
-    if result.count("error"):
-        word, style = "BROKEN", _STYLES["error"]
-    counts = [
-        f"{count} {severity}{'s' * (count != 1)}"
-        for severity in ("error", "doubt", "note")
-        if (count := result.count(severity))
-    ]
+    from gemma2tool.cli.findings import Shown, show_skipped, show_verdict
+
+    findings = (
+        Shown(finding.severity, finding.where, f"{finding.message}; {finding.remedy}", finding.id)
+        for finding in result.findings
+    )
     stored = ", ".join(name for name, _ in result.stored)
-    what = f"{result.path} ({result.format}: {stored}; {result.parameters:,} parameters)"
-    console.line((word, style), (f": {', '.join(counts) or 'no doubts'} in {what}", ""))
-    for finding in result.findings:
-        console.item(
-            (finding.severity, _STYLES[finding.severity]),
-            (f"{finding.where}: ", "bold"),
-            (f"{finding.message}; {finding.remedy} ", ""),
-            (f"[{finding.id}]", "dim"),
-        )
+    subject = f"{result.path} ({result.format}: {stored}; {result.parameters:,} parameters)"
+    show_verdict(("BROKEN", "DOUBTFUL", "SANE"), ("error", "doubt", "note"), findings, subject, console)
     if result.perplexity is not None:
         console.item(("perplexity", "dim"), (f"{result.perplexity:.5g}", ""))
     if result.sample is not None:
         console.item(("sample", "dim"), (result.sample, ""))
-    for name, reason in result.skipped.items():
-        console.item(("skipped", "dim"), (f"{name}: {reason}", ""))
+    show_skipped(result.skipped, console)

@@ -46,8 +46,7 @@ def carry_out(
     if output.dry_run:
         show_plans(api.plan(request), console, tensors=output.tensors)
         return
-    verified = 0 if request.checks is None else _VERIFICATION_STEPS * max(len(request.types), 1)
-    results = api.run(request, progress=ProgressDisplay(console, steps=1 + verified))
+    results = api.run(request, progress=ProgressDisplay(console, steps=step_count(request)))
     if output.json_output:
         contents = [result.to_json() for result in results]
         console.emit_json(contents[0] if len(contents) == 1 else {"outputs": contents})
@@ -62,6 +61,14 @@ def carry_out(
 
         annotate(str(dst), "verification failed", "the output was not written")
         raise typer.Exit(EXIT_VERIFICATION_FAILED)
+
+
+def step_count(request: ConversionRequest) -> int:
+    """How many bars the work shows: a download, a table of sensitivities, the writing, verifications."""
+    downloads = request.run.keep_download is not None
+    collects = request.budget.is_asked and request.budget.sensitivity is None
+    verified = 0 if request.checks is None else _VERIFICATION_STEPS * max(len(request.types), 1)
+    return downloads + collects + 1 + verified
 
 
 def _request(

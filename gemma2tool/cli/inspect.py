@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -38,12 +39,10 @@ def inspect(
     console = Console(quiet=quiet, json=json_output)
     pattern = _compiled(match)
     result = api.inspect(src, config=config)
-    shown = [row for row in result.tensors if pattern is None or pattern.search(row[0])]
+    if pattern is not None:
+        result = replace(result, tensors=tuple(row for row in result.tensors if pattern.search(row[0])))
     if json_output:
-        content = result.to_json(tensors=tensors or match is not None)
-        if pattern is not None:
-            content["tensors"] = [{"name": n, "shape": list(shape), "stored": stored} for n, shape, stored in shown]
-        console.emit_json(content)
+        console.emit_json(result.to_json(tensors=tensors or match is not None))
         return
     if quiet:
         console.print(f"{result.path}: {result.format}, {_size(result)}")
@@ -52,7 +51,7 @@ def inspect(
     for warning in result.warnings:
         console.warn(warning)
     if tensors or match is not None:
-        lines = [(name, "x".join(map(str, shape)), stored) for name, shape, stored in shown]
+        lines = [(name, "x".join(map(str, shape)), stored) for name, shape, stored in result.tensors]
         console.table(("tensor", "shape", "stored"), lines)
 
 

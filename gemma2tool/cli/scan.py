@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     from gemma2tool.api import ScanResult
     from gemma2tool.cli.terminal import Console
 
-_STYLES = {"danger": "bold red", "odd": "bold yellow", "note": "dim"}
-
 
 def scan(
     path: Annotated[Path, typer.Argument(metavar="PATH", help="A file or a folder; any model, not only a Gemma 2.")],
@@ -45,23 +43,17 @@ def scan(
 
 def _show(result: ScanResult, console: Console) -> None:
     """The verdict, then a line for each finding."""
-    word, style = ("CLEAN", "bold green") if result.clean else ("ODD", _STYLES["odd"])
-    if result.count("danger"):
-        word, style = "DANGEROUS", _STYLES["danger"]
-    counts = [
-        f"{count} {severity}{'s' * (severity != 'odd' and count != 1)}"
-        for severity in ("danger", "odd", "note")
-        if (count := result.count(severity))
-    ]
-    files = f"{result.files} file{'s' * (result.files != 1)}"
-    console.line((word, style), (f": {', '.join(counts) or 'nothing found'} in {files} of {result.path}", ""))
-    for finding in result.findings:
-        gain = f": {finding.gain}" if finding.gain else ""
-        console.item(
-            (finding.severity, _STYLES[finding.severity]),
-            (f"{finding.place}: ", "bold"),
-            (f"{finding.message}{gain}; {finding.remedy} ", ""),
-            (f"[{finding.id}]", "dim"),
+    from gemma2tool.cli.findings import Shown, show_skipped, show_verdict
+
+    findings = (
+        Shown(
+            finding.severity,
+            finding.place,
+            f"{finding.message}{f': {finding.gain}' if finding.gain else ''}; {finding.remedy}",
+            finding.id,
         )
-    for name, reason in result.skipped.items():
-        console.item(("skipped", "dim"), (f"{name}: {reason}", ""))
+        for finding in result.findings
+    )
+    subject = f"{result.files} file{'s' * (result.files != 1)} of {result.path}"
+    show_verdict(("DANGEROUS", "ODD", "CLEAN"), ("danger", "odd", "note"), findings, subject, console)
+    show_skipped(result.skipped, console)

@@ -50,7 +50,7 @@ def findings(path: Path) -> list[tuple[str, str]]:
 def test_a_sane_file_is_one_line() -> None:
     code, lines = check(TINY / "model.ckpt")
     assert code == 0
-    assert lines == [f"SANE: no doubts in {TINY / 'model.ckpt'} (gemma-pytorch: bf16; 6,428,928 parameters)"]
+    assert lines == [f"SANE: nothing found in {TINY / 'model.ckpt'} (gemma-pytorch: bf16; 6,428,928 parameters)"]
 
 
 def test_a_finding_is_one_line_after_the_verdict(copy: Path) -> None:

@@ -9,11 +9,13 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
-from gemma2tool.api import ProgressEvent
+from gemma2tool.api import Budget, ConversionRequest, ProgressEvent, RunOptions
 from gemma2tool.cli import terminal as subject
+from gemma2tool.cli.conversion import step_count
 from gemma2tool.cli.progress import ProgressDisplay
 from gemma2tool.cli.terminal import Console
 from gemma2tool.errors import InputRefused
@@ -328,3 +330,18 @@ def test_bars_of_a_narrow_terminal_keep_their_numbers_whole(monkeypatch: pytest.
     display(ProgressEvent("forward passes", 10_000_000_000, 20_000_000_000, "bytes", ended=True))
     shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", err.getvalue())
     assert "forward passes (1 of 3)" in shown and "10.0/20.0 GB" in shown
+
+
+@pytest.mark.parametrize(
+    ("asked", "steps"),
+    [
+        (ConversionRequest(source="a", destination=Path("b")), 3),
+        (ConversionRequest(source="a", destination=Path("b"), checks=None), 1),
+        (ConversionRequest(source="a", destination=Path("b"), types=("q8_0", "q4_0")), 5),
+        (ConversionRequest(source="hf://a/b", destination=Path("b"), run=RunOptions(keep_download=Path("k"))), 4),
+        (ConversionRequest(source="a", destination=Path("b"), budget=Budget(target_size=1 << 20)), 4),
+        (ConversionRequest(source="a", destination=Path("b"), budget=Budget(target_size=1, sensitivity=Path("t"))), 3),
+    ],
+)
+def test_every_bar_counts_as_a_step(asked: ConversionRequest, steps: int) -> None:
+    assert step_count(asked) == steps
