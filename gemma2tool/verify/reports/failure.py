@@ -6,14 +6,14 @@ Without them, the reports of the run before would stay in place, and a CI server
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from xml.etree import ElementTree
 
 from gemma2tool.storage.paths import workspace_path
 from gemma2tool.storage.quoting import one_line
+from gemma2tool.verify.reports.junit import encoded
 from gemma2tool.verify.reports.markdown import escaped
-from gemma2tool.verify.reports.markup import Markup, tag
-from gemma2tool.verify.reports.page import POLICY
+from gemma2tool.verify.reports.markup import tag
+from gemma2tool.verify.reports.page import document
 from gemma2tool.version import __version__
 
 
@@ -44,8 +44,7 @@ def junit(failure: Failure) -> str:
     case = ElementTree.SubElement(suite, "testcase", classname=f"gemma2tool.{failure.command}", name=failure.command)
     error = ElementTree.SubElement(case, "error", message=one_line(failure.message), type=failure.id)
     error.text = f"{one_line(failure.hint)} (exit code {failure.exit_code})"
-    ElementTree.indent(root)
-    return f'<?xml version="1.0" encoding="UTF-8"?>\n{ElementTree.tostring(root, encoding="unicode")}\n'
+    return encoded(root)
 
 
 def summary(failure: Failure) -> str:
@@ -59,20 +58,13 @@ def summary(failure: Failure) -> str:
 
 def html(failure: Failure) -> str:
     """A page that says what happened."""
-    style = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
-    head = tag(
-        "head",
-        tag("meta", charset="utf-8"),
-        tag("meta", http_equiv="Content-Security-Policy", content=POLICY),
-        tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        tag("title", f"NO RESULT: {failure.path or failure.command}"),
-        tag("style", Markup(style)),
-    )
     lines = [
         tag("h1", tag("b", "No result: "), f"{failure.command} ended with exit code {failure.exit_code}"),
         tag("p", tag("span", failure.path, class_="path")),
         tag("p", f"{failure.message} [{failure.id}]"),
         tag("p", failure.hint, class_="soft"),
     ]
-    body = tag("body", tag("header", tag("div", *lines), class_="failed"), tag("footer", f"gemma2tool {__version__}."))
-    return f'<!doctype html>\n<html lang="en">{head}{body}</html>\n'
+    header = tag("header", tag("div", *lines), class_="failed")
+    return document(
+        f"NO RESULT: {failure.path or failure.command}", header, tag("footer", f"gemma2tool {__version__}.")
+    )

@@ -21,6 +21,11 @@ def junit(verifications: Sequence[Verification]) -> str:
         root.append(_suite(verification))
     for count in ("tests", "failures", "skipped"):
         root.set(count, str(sum(int(suite.get(count, "0")) for suite in root)))
+    return encoded(root)
+
+
+def encoded(root: ElementTree.Element) -> str:
+    """The text of a document."""
     ElementTree.indent(root)
     return f'<?xml version="1.0" encoding="UTF-8"?>\n{ElementTree.tostring(root, encoding="unicode")}\n'
 

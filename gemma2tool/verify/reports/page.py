@@ -25,9 +25,19 @@ POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 def html(verifications: Sequence[Verification]) -> str:
     """The page, with a part per verification; equal verifications give equal bytes."""
-    style = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
     names = [_name(verification.candidate.path) for verification in verifications]
     passed = all(verification.passed for verification in verifications)
+    parts = [part for verification in verifications for part in _part(verification)]
+    footer = (
+        f"gemma2tool {__version__}. RMSE / RMS is a tensor's error relative to its own size; KL is in nats, relative "
+        "to the source's logits."
+    )
+    return document(f"{'verified' if passed else 'FAILED'}: {', '.join(names)}", *parts, tag("footer", footer))
+
+
+def document(title: str, *body: Markup) -> str:
+    """A page with this body."""
+    style = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
     head = tag(
         "head",
         tag("meta", charset="utf-8"),
@@ -35,15 +45,10 @@ def html(verifications: Sequence[Verification]) -> str:
         tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
         tag("meta", name="referrer", content="no-referrer"),
         tag("link", rel="icon", href="data:,"),
-        tag("title", f"{'verified' if passed else 'FAILED'}: {', '.join(names)}"),
+        tag("title", title),
         tag("style", Markup(style)),
     )
-    parts = [part for verification in verifications for part in _part(verification)]
-    footer = (
-        f"gemma2tool {__version__}. RMSE / RMS is a tensor's error relative to its own size; KL is in nats, relative "
-        "to the source's logits."
-    )
-    return f'<!doctype html>\n<html lang="en">{head}{tag("body", *parts, tag("footer", footer))}</html>\n'
+    return f'<!doctype html>\n<html lang="en">{head}{tag("body", *body)}</html>\n'
 
 
 def _part(verification: Verification) -> list[Markup]:

@@ -69,9 +69,7 @@ class _GateStyle:
     notes: bool = True
 
 
-def render_verification(
-    result: Verification, out: Out, *, verbose: bool = False, findings: int = _MAX_FINDINGS
-) -> None:
+def render_verification(result: Verification, out: Out, *, verbose: bool = False) -> None:
     """Show a verification, the verdict first.
 
     One that passed: its quality in a line, and the gates that have something to say. One that failed: the causes, then
@@ -84,13 +82,12 @@ def render_verification(
     if verbose or not result.passed:
         _render_sides(result, out)
     width = max((len(gate.name) for gate in result.gates), default=0)
+    style = _GateStyle(width, _MAX_EXPLAINED if result.causes else _MAX_FINDINGS, notes=verbose)
     if verbose:
-        style = _GateStyle(width, min(findings, _MAX_EXPLAINED) if result.causes else findings)
         for gate in result.gates:
             _render_gate(gate, style, out)
         _render_measurements(result, out)
         return
-    style = _GateStyle(width, min(findings, _MAX_EXPLAINED) if result.causes else findings, notes=False)
     line = quality_line(result)
     if line and result.passed:
         out.item(("quality", "bold"), (line, ""))
