@@ -10,19 +10,17 @@ from pathlib import Path
 from gemma2tool.containers import strict_json
 from gemma2tool.errors import ToolError
 from gemma2tool.model.checkpoint import Checkpoint, LoaderFiles
-from gemma2tool.model.loaders import files_acted_on
+from gemma2tool.model.loaders import CODE_KEYS, files_acted_on
 
 _INDEX = "model.safetensors.index.json"
 _MAX_NAMES, _MAX_INDEX_BYTES = 10_000, 64 << 20
-_CODE_KEYS = {"auto_map", "model_file"}
-"""Where config.json names Python files: for transformers, for mlx-lm."""
 
 
 def unread_files(checkpoint: Checkpoint, folder: Path) -> tuple[LoaderFiles, ...]:
     """The files of ``folder`` that a loader acts on and the checkpoint's reader did not use."""
     present = set(islice(_names(folder), _MAX_NAMES))
     used = {path.name for path in checkpoint.files} | set(checkpoint.assets)
-    names_code = bool(_CODE_KEYS & checkpoint.config.extra.keys())
+    names_code = not checkpoint.config.extra.keys().isdisjoint(CODE_KEYS)
     judged = present - used
     if _INDEX in judged and _index_agrees(folder / _INDEX, used):
         judged.remove(_INDEX)

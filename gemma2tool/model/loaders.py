@@ -15,6 +15,8 @@ from fnmatch import fnmatchcase
 
 from gemma2tool.model.checkpoint import ASSET_NAMES, LoaderFiles
 
+CODE_KEYS = ("auto_map", "model_file")
+"""Where a config names Python files: for transformers, for mlx-lm."""
 _INDEX = "model.safetensors.index.json"
 _FOLDERS = ("hf", "hf-bin", "mlx")
 

@@ -24,6 +24,7 @@ from gemma2tool.containers.tokenizer_model import (
     NormalizerSpec,
     Piece,
 )
+from gemma2tool.model.config import Gemma2Config
 
 ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 """What a token can be for, in the order in which llama.cpp's converter writes them."""
@@ -221,11 +222,22 @@ class Tokenizer:
         places = np.flatnonzero(self.pieces.types == UNKNOWN)
         return int(places[0]) if len(places) else None
 
+    def spelling(self, token: int) -> str | None:
+        """A token as the files spell it; None for an id without a token."""
+        if token in self.added_tokens:
+            return self.added_tokens[token].content
+        return self.pieces.texts[token] if 0 <= token < len(self.pieces) else None
+
     def text(self, token: int) -> str:
         """A token as text, a space where SentencePiece writes U+2581; ``<ID>`` for an id without a token."""
-        if token in self.added_tokens:
-            return self.added_tokens[token].content.replace(SPACE, " ")
-        return self.pieces.texts[token].replace(SPACE, " ") if 0 <= token < len(self.pieces) else f"<{token}>"
+        spelling = self.spelling(token)
+        return f"<{token}>" if spelling is None else spelling.replace(SPACE, " ")
+
+    def stops(self, config: Gemma2Config) -> tuple[int, ...]:
+        """The ids that end an answer of a model of ``config``: those that the tokenizer's files state, else the
+        config's.
+        """
+        return self.stop_ids or config.eos_token_ids
 
     def within(self, vocab_size: int) -> Tokenizer:
         """Without the tokens that a model of ``vocab_size`` embedding rows cannot be given."""

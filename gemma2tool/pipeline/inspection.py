@@ -72,6 +72,7 @@ def inspect(checkpoint: Checkpoint) -> Inspection:
         stored[tensor.stored][0] += 1
         stored[tensor.stored][1] += tensor.size
     tokenizer = _tokenizer(checkpoint)
+    stops = sorted({*tokenizer.stops(checkpoint.config), *tokenizer.implied_stops})
     return Inspection(
         path=checkpoint.known_as,
         format=checkpoint.format,
@@ -86,7 +87,7 @@ def inspect(checkpoint: Checkpoint) -> Inspection:
         config=checkpoint.config.to_hf(),
         nbytes=checkpoint.file_bytes,
         vocabulary=tokenizer.size,
-        stops=tuple((id, _text(tokenizer, id)) for id in sorted(_stops(checkpoint, tokenizer))),
+        stops=tuple((id, tokenizer.spelling(id)) for id in stops),
         templates=tuple(tokenizer.chat_templates),
         run_command="" if checkpoint.address else checkpoint.facts.command_for(checkpoint.path),
     )
@@ -99,13 +100,3 @@ def _tokenizer(checkpoint: Checkpoint) -> Tokenizer:
     except InputRefused as error:
         checkpoint.warnings.append(f"its tokenizer cannot be read: {error.message}")
         return Tokenizer()
-
-
-def _stops(checkpoint: Checkpoint, tokenizer: Tokenizer) -> set[int]:
-    return {*(tokenizer.stop_ids or checkpoint.config.eos_token_ids), *tokenizer.implied_stops}
-
-
-def _text(tokenizer: Tokenizer, id: int) -> str | None:
-    if id in tokenizer.added_tokens:
-        return tokenizer.added_tokens[id].content
-    return tokenizer.pieces.texts[id] if id < len(tokenizer.pieces) else None

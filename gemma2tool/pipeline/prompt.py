@@ -66,7 +66,7 @@ class PromptTokenizer:
 
     def stop_ids(self) -> tuple[int, ...]:
         """Ids that end an answer: those that the tokenizer's files state, else the config's."""
-        return self.tokenizer.stop_ids or self.checkpoint.config.eos_token_ids
+        return self.tokenizer.stops(self.checkpoint.config)
 
     def _special_text(self, role: str) -> str:
         token = self.tokenizer.roles.get(role)

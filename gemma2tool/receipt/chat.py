@@ -6,12 +6,12 @@ A checkpoint of another format may have neither: then they are not compared, and
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from gemma2tool.errors import InputRefused
 from gemma2tool.model.checkpoint import Checkpoint
+from gemma2tool.verify.compare.tokenizer_use import label_of_template, severity_of_stops, spelled
 from gemma2tool.verify.finding import Finding, GateResult
 
 GATE = "chat"
@@ -24,7 +24,7 @@ def chat_entry(checkpoint: Checkpoint) -> dict[str, Any]:
     except InputRefused:
         return {"templates": {}, "stops": None, "implied_stops": []}
     templates = {
-        re.sub(r"[^A-Za-z0-9]", "_", name): hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+        spelled(name): hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
         for name, text in sorted(tokenizer.chat_templates.items())
     }
     stops = tokenizer.stop_ids
@@ -53,7 +53,7 @@ def chat_gate(candidate: Checkpoint, recorded: Mapping[str, Any] | None) -> Gate
 
 def _templates(then: Mapping[str, str], now: Mapping[str, str]) -> Iterator[Finding]:
     for name in sorted(then.keys() | now.keys()):
-        what = "the chat template" if name == "default" else f"the chat template {name!r}"
+        what = f"the {label_of_template(name)}"
         if name not in now:
             yield Finding(GATE, "error", "chat_template", f"{what} of the receipt is missing")
         elif name not in then:
@@ -63,9 +63,9 @@ def _templates(then: Mapping[str, str], now: Mapping[str, str]) -> Iterator[Find
 
 
 def _stops(then: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[Finding]:
-    """As a verification with the source judges them: a stop that is lost lets a chat run on, one more can end it."""
+    """Judged as a verification with the source judges them."""
     if then["stops"] is None or now["stops"] is None or then["stops"] == now["stops"]:
         return
-    lost = set(then["stops"]) - set(then["implied_stops"]) - set(now["stops"])
+    severity = severity_of_stops(then["stops"], now["stops"], then["implied_stops"])
     message = f"generation stops at {then['stops']} in the receipt, now at {now['stops']}"
-    yield Finding(GATE, "error" if lost else "note", "eos_token_id", message)
+    yield Finding(GATE, severity, "eos_token_id", message)

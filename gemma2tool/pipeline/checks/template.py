@@ -139,7 +139,7 @@ def _stop_at_turn(template: _Template, rendered: str) -> Iterator[CheckFinding]:
     """The mark after the answer must end a generation."""
     after = _TURN_MARK.search(rendered, rendered.rfind(ANSWER) + len(ANSWER)) if ANSWER in rendered else None
     token = template.ids.get(after[0]) if after else None
-    stops = template.tokenizer.stop_ids or template.checkpoint.config.eos_token_ids
+    stops = template.tokenizer.stops(template.checkpoint.config)
     if after and token is not None and token not in stops:
         yield finding(
             "tokenizer.stops",

@@ -72,7 +72,7 @@ def _special(checkpoint: Checkpoint, tokenizer: Tokenizer) -> Iterator[CheckFind
 
 
 def _stops(checkpoint: Checkpoint, tokenizer: Tokenizer) -> Iterator[CheckFinding]:
-    stops = tokenizer.stop_ids or checkpoint.config.eos_token_ids
+    stops = tokenizer.stops(checkpoint.config)
     rows, bos = checkpoint.config.vocab_size, checkpoint.config.bos_token_id
     wrong = [token for token in stops if not 0 <= token < rows or token == bos]
     if wrong:

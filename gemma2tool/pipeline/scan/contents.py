@@ -14,6 +14,7 @@ from gemma2tool.containers.pickle_program import MAGIC
 from gemma2tool.containers.tokenizer_json import added_entries
 from gemma2tool.errors import InputRefused
 from gemma2tool.formats.tokenizers.files import MAX_JSON_BYTES, templates_of
+from gemma2tool.model.loaders import CODE_KEYS
 from gemma2tool.model.tokenizer import DEFAULT_TEMPLATE
 from gemma2tool.pipeline.scan import archives, keras, pickles
 from gemma2tool.pipeline.scan.catalog import Place
@@ -26,8 +27,8 @@ from gemma2tool.storage.reading import open_for_reading
 
 MAX_TEXT_BYTES = 4 << 20
 
-_REMOTE_KEYS = ("auto_map", "model_file", "custom_pipelines")
-"""Where configs name Python files: transformers, mlx-lm, transformers' pipelines."""
+_REMOTE_KEYS = (*CODE_KEYS, "custom_pipelines")
+"""The last one is for transformers' pipelines."""
 _EXTERNAL = ("hdf5.external", "hdf5.link")
 """Where an HDF5 file leads to others: values, links."""
 _TEMPLATE_KEY = re.compile(r"tokenizer\.chat_template(?:\.(.+))?")

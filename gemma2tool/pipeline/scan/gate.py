@@ -8,6 +8,7 @@ from typing import Any
 
 from gemma2tool.errors import InputRefused
 from gemma2tool.model.checkpoint import Checkpoint
+from gemma2tool.model.loaders import CODE_KEYS
 from gemma2tool.model.tokenizer import DEFAULT_TEMPLATE
 from gemma2tool.pipeline.scan.catalog import Place
 from gemma2tool.pipeline.scan.finding import ScanFinding
@@ -16,8 +17,6 @@ from gemma2tool.pipeline.scan.text import scan_text
 from gemma2tool.storage.quoting import quoted
 
 logger = logging.getLogger("gemma2tool")
-
-_REMOTE_KEYS = ("auto_map", "model_file")
 
 
 def refuse_dangerous(source: Checkpoint, *, allow_unsafe_template: bool) -> None:
@@ -50,7 +49,7 @@ def _carried(source: Checkpoint) -> Iterator[ScanFinding]:
         yield from scan_text(added.content, place.part(f"token {quoted(added.content)}"))
     for key, text in _metadata(source.metadata):
         yield from scan_text(text, place.part(key), one_line=key in ("general.name", "general.license"))
-    for key in _REMOTE_KEYS:
+    for key in CODE_KEYS:
         if source.config.extra.get(key):
             message = f"config.json names Python files ({key}); they are not carried into the output"
             yield place.part("config").finding("code.remote", message)

@@ -5,7 +5,7 @@ stops.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from gemma2tool.errors import InputRefused
 from gemma2tool.model.checkpoint import Checkpoint
@@ -45,10 +45,10 @@ def compare_use(left: Tokenizer, right: Tokenizer, sides: Sides, *, keeps_templa
 
 def _templates(left: Tokenizer, right: Tokenizer, sides: Sides, keeps_template: bool) -> Iterator[Finding]:
     source, candidate = (
-        {_spelled(name): template for name, template in tokenizer.chat_templates.items()} for tokenizer in (left, right)
+        {spelled(name): template for name, template in tokenizer.chat_templates.items()} for tokenizer in (left, right)
     )
     for name, template in source.items():
-        what = "chat template" if name == DEFAULT_TEMPLATE else f"chat template {name!r}"
+        what = label_of_template(name)
         if name not in candidate:
             severity: Severity = "error" if keeps_template and name == DEFAULT_TEMPLATE else "warning"
             yield Finding(GATE, severity, "chat_template", f"the {sides[0]}'s {what} is not in the {sides[1]}")
@@ -57,9 +57,21 @@ def _templates(left: Tokenizer, right: Tokenizer, sides: Sides, keeps_template: 
             yield Finding(GATE, "error", "chat_template", differ)
 
 
-def _spelled(name: str) -> str:
-    """A template's name as every format can write it."""
+def spelled(name: str) -> str:
+    """A chat template's name as every format can write it."""
     return re.sub(r"[^A-Za-z0-9]", "_", name)
+
+
+def label_of_template(name: str) -> str:
+    """What a chat template is called in a sentence."""
+    return "chat template" if name == DEFAULT_TEMPLATE else f"chat template {name!r}"
+
+
+def severity_of_stops(source: Iterable[int], candidate: Iterable[int], implied: Iterable[int]) -> Severity:
+    """Of stops that differ. One that is lost lets a chat run on, one more can only end it; one that nothing states
+    (``implied``) cannot be lost.
+    """
+    return "error" if set(source) - set(implied) - set(candidate) else "note"
 
 
 def _adds(left: Tokenizer, right: Tokenizer, sides: Sides) -> Iterator[Finding]:
@@ -95,12 +107,11 @@ def _space_prefix(left: Tokenizer, right: Tokenizer, sides: Sides) -> Iterator[F
 
 
 def _stops(left: Tokenizer, right: Tokenizer, sides: Sides) -> Iterator[Finding]:
-    """A stop that is lost lets a chat run on, one more can only end it; one that nothing states cannot be lost."""
     if left.stop_ids is None or right.stop_ids is None:
         return
     source, candidate = set(left.stop_ids), set(right.stop_ids)
     if source != candidate:
-        severity: Severity = "error" if source - left.implied_stops - candidate else "note"
+        severity = severity_of_stops(source, candidate, left.implied_stops)
         message = f"generation stops at {sorted(source)}, in the {sides[1]} at {sorted(candidate)}"
         if source < candidate:
             more = ", ".join(f"{right.text(token)!r} ({token})" for token in sorted(candidate - source))
