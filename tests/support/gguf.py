@@ -111,7 +111,7 @@ def described(path: Path) -> dict:
 
 
 def differences(got: dict, reference: dict) -> list[str]:
-    """What of ``wanted`` is otherwise in ``got``; empty when all that the oracle recorded is reproduced."""
+    """What of ``reference``, which an oracle recorded, is otherwise in ``got``; empty where all is reproduced."""
     differing = []
     if got["kv"] != reference["kv"]:
         expected = {entry[0]: entry for entry in reference["kv"]}

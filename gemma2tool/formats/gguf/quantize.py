@@ -23,8 +23,6 @@ from gemma2tool.quantizers.gguf_types import GGUF_TYPES
 from gemma2tool.quantizers.mixtures import COPY, FileType, Matrix, Model, Overrides, choose, file_type, needs_imatrix
 from gemma2tool.quantizers.mixtures import FLOATS as FLOAT_FILES
 
-"""The prefix of the keys of a file whose codes were calibrated. llama.cpp ignores keys that it does not know."""
-
 
 @dataclass(frozen=True)
 class QuantizationRequest:

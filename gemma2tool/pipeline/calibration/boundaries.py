@@ -59,18 +59,13 @@ class Boundaries:
         """Remove what no run will need, then keep those that enter ``stage``."""
         missing = self.first_missing()
         start = max((kept for kept in self._kept_stages() if missing is None or kept <= missing), default=0)
-        for name in self.kept.names():
-            if _stage(name) < start:
-                self.kept.remove(name)
+        for kept in self._kept_stages():
+            if kept < start:
+                self.kept.remove(_name(kept))
         self.kept.write(_name(stage), _buffers(residual))
 
     def _kept_stages(self) -> list[int]:
-        return [_stage(name) for name in self.kept.names() if name.startswith(_PREFIX)]
-
-
-def _stage(name: str) -> int:
-    """The stage that needs the kept file ``name``; other kinds of files have numbers like the streams'."""
-    return int(name.rpartition("-")[2])
+        return [int(name.removeprefix(_PREFIX)) for name in self.kept.names() if name.startswith(_PREFIX)]
 
 
 def _name(stage: int) -> str:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gemma2tool.pipeline.sensitivity.table import Text
+from gemma2tool.verify.reports.markdown import escaped
 
 VARIANTS: Mapping[str, str] = {
     "nearest": "rounded to nearest",
@@ -83,10 +84,11 @@ class QualityResult:
         header = [column.removesuffix("#") for column in self.header()]
         marks = ["---:" if column.endswith("#") else "---" for column in self.header()]
         texts = [
-            f"{label}: {text.windows} windows of {text.length} tokens of {text.name}"
+            f"{escaped(label)}: {text.windows} windows of {text.length} tokens of {escaped(text.name)}"
             for label, text in self.texts.items()
         ]
-        calibration = "" if self.calibration is None else f" Codes chosen with {self.calibration.name}."
-        lines = ["| " + " | ".join(cells) + " |" for cells in (header, marks, *self.rows())]
+        calibration = "" if self.calibration is None else f" Codes chosen with {escaped(self.calibration.name)}."
+        rows = (map(escaped, header), marks, *(map(escaped, row) for row in self.rows()))
+        lines = ["| " + " | ".join(cells) + " |" for cells in rows]
         note = f"KL(source || file) in nats, 95 % interval by bootstrap over windows. {'; '.join(texts)}.{calibration}"
         return "\n".join([*lines, "", note, ""])

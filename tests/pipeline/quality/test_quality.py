@@ -17,9 +17,10 @@ from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.digest import hash_checkpoint
 from gemma2tool.pipeline import conversion
 from gemma2tool.pipeline.conversion import save
+from gemma2tool.pipeline.quality.result import Estimate, QualityPoint, QualityResult
 from gemma2tool.pipeline.sensitivity import run as sensitivity_run
 from gemma2tool.pipeline.sensitivity.measured import bootstrap_interval
-from gemma2tool.pipeline.sensitivity.table import read_table, write_table
+from gemma2tool.pipeline.sensitivity.table import Text, read_table, write_table
 from gemma2tool.verify.reports.quality_chart import Dot, Series, chart
 from tests.support.calibration import calibration_text, divergence
 from tests.support.checkpoints import SMALL, random_checkpoint
@@ -149,3 +150,11 @@ def test_a_plot_of_one_file_and_of_none() -> None:
     drawn = chart([Series("<a>", [Dot("<x>", 1.0, 0.1, 0.0, 0.2)])], title="t")
     assert drawn is not None and "&lt;x&gt;" in drawn
     ElementTree.fromstring(drawn)
+
+
+def test_a_name_is_shown_literally_in_markdown() -> None:
+    text = Text(name="<b>a|b</b>.txt", sha256="0" * 64, windows=1, length=8)
+    point = QualityPoint("x|[y](z)", "file", 10, 1.0, {"a*b": Estimate(0.1, 0.0, 0.2)})
+    lines = QualityResult(Path("src"), {"a*b": text}, (point,), Path("c_d_e.txt")).markdown().splitlines()
+    assert lines[0].count(" | ") == lines[1].count(" | ") == lines[2].count(" | ") == 4
+    assert r"x\|\[y\](z)" in lines[2] and "<b>" not in lines[-1] and r"c\_d\_e" in lines[-1]
