@@ -16,13 +16,12 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
-from typer.testing import CliRunner, Result
+from typer.testing import Result
 
-from gemma2tool.cli.main import app
 from gemma2tool.storage import paths
 from tests.support.checkpoints import SMALL, random_checkpoint, write_checkpoint
+from tests.support.commands import run
 
-runner = CliRunner()
 SMALLER = replace(SMALL, num_hidden_layers=1, layer_types=())
 
 
@@ -38,10 +37,6 @@ def place(tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> Path
     shutil.copytree(source, tmp_path / "src")
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
-
-def run(*words: object) -> Result:
-    return runner.invoke(app, [str(word) for word in words])
 
 
 def assert_refused(result: Result, code: int, *words: str) -> None:

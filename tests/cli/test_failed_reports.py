@@ -12,7 +12,7 @@ import pytest
 
 from gemma2tool.cli import main
 from gemma2tool.cli.failures import options_of
-from tests.support.receipts import run
+from tests.support.commands import run
 
 
 @pytest.fixture

@@ -4,27 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import ml_dtypes
-import numpy as np
 import pytest
-from typer.testing import CliRunner, Result
 
-from gemma2tool.cli.main import app
-from gemma2tool.errors import choices
+from gemma2tool.errors import UsageError, choices
 from gemma2tool.formats import registry
-from tests.support.checkpoints import random_checkpoint, write_checkpoint
-
-runner = CliRunner()
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_checkpoint(random_checkpoint(np.dtype(ml_dtypes.bfloat16)), tmp_path_factory.mktemp("s") / "src")
-
-
-def run(*words: object) -> Result:
-    return runner.invoke(app, [str(word) for word in words])
-
+from gemma2tool.pipeline.output_names import check_type
+from tests.support.commands import run
 
 TYPES = [
     ("out.gguf", "q4km", "q4_k_m"),
@@ -74,6 +59,30 @@ def test_the_type_of_a_tensor(source: Path, tmp_path: Path) -> None:
 def test_a_type_of_the_other_kind_of_output(source: Path, tmp_path: Path) -> None:
     result = run("quantize", source, tmp_path / "out.gguf", "--type", "nf4")
     assert result.exit_code == 2 and "type of quantized folders" in result.stderr and "name a folder" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("format_name", "type_name", "words"),
+    [
+        ("gguf", "w4a16", "a type of quantized folders"),
+        ("gguf", "mlx-4", "a type of quantized folders"),
+        ("hf", "q4_k_m", "a GGUF type"),
+        ("mlx", "Q4KM", "did you mean q4_k_m"),
+        ("gemma-pytorch", "q8_0", "a GGUF type"),
+        ("hf", "bf16", "not a quantization type"),
+    ],
+)
+def test_a_type_of_another_family(format_name: str, type_name: str, words: str) -> None:
+    with pytest.raises(UsageError, match=words) as refused:
+        check_type(format_name, type_name)
+    assert refused.value.id == "type.unknown"
+
+
+@pytest.mark.parametrize(
+    ("format_name", "type_name"), [("gguf", "f16"), ("gguf", "q4_k_m"), ("hf", "nf4"), ("mlx", "mlx-4"), ("hf", "nf5")]
+)
+def test_a_type_that_the_format_judges_itself(format_name: str, type_name: str) -> None:
+    check_type(format_name, type_name)
 
 
 def test_nonsense_is_not_guessed_at() -> None:

@@ -13,20 +13,14 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
-from typer.testing import CliRunner, Result
 
-from gemma2tool.cli.main import app
 from gemma2tool.formats import registry
 from gemma2tool.model.loaders import files_acted_on
 from gemma2tool.verify.compare.completeness import compare_names
 from tests.support.checkpoints import random_checkpoint, write_checkpoint
+from tests.support.commands import run
 
-runner = CliRunner()
 INDEX = "model.safetensors.index.json"
-
-
-def run(*words: object) -> Result:
-    return runner.invoke(app, [str(word) for word in words])
 
 
 @pytest.fixture(scope="module")

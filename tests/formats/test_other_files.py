@@ -13,23 +13,17 @@ import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from typer.testing import CliRunner, Result
 
-from gemma2tool.cli.main import app
 from gemma2tool.containers.gguf import INT64, GGUFValue
 from gemma2tool.errors import InputRefused
 from gemma2tool.formats import registry
 from gemma2tool.formats.options import WriteOptions
 from tests.support.checkpoints import random_checkpoint, write_checkpoint
+from tests.support.commands import run
 
 gguf = pytest.importorskip("gguf")
 
-runner = CliRunner()
 INDEX = "model.safetensors.index.json"
-
-
-def run(*words: object) -> Result:
-    return runner.invoke(app, [str(word) for word in words])
 
 
 @pytest.fixture(scope="module")

@@ -12,9 +12,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
-from typer.testing import CliRunner, Result
 
-from gemma2tool.cli.main import app
 from gemma2tool.formats import registry
 from gemma2tool.formats.base import OutputTensor
 from gemma2tool.model.lazy import BFLOAT16, FLOAT16, FLOAT32, ArrayTensor
@@ -22,8 +20,8 @@ from gemma2tool.pipeline.value_check import ValueCheck, clipped
 from gemma2tool.quantizers.casts import any_beyond
 from gemma2tool.quantizers.floats import Float
 from tests.support.checkpoints import SMALL, random_checkpoint, write_checkpoint
+from tests.support.commands import run
 
-runner = CliRunner()
 SMALLER = replace(SMALL, num_hidden_layers=2, layer_types=())
 UP = "model.layers.{}.mlp.up_proj.weight"
 HUGE = {
@@ -31,10 +29,6 @@ HUGE = {
     UP.format(1): [((95, 63), 65536.0)],
     "model.embed_tokens.weight": [((7, 7), 3e38)],
 }
-
-
-def run(*words: object) -> Result:
-    return runner.invoke(app, [str(word) for word in words])
 
 
 def source(place: Path, values: dict[str, list[tuple[tuple[int, ...], float]]], dtype: np.dtype = BFLOAT16) -> Path:

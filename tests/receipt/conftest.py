@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from tests.support.checkpoints import random_checkpoint, write_checkpoint
-from tests.support.receipts import BF16, run
+from tests.support.commands import run
+from tests.support.receipts import BF16
 
 
 @pytest.fixture(scope="session")

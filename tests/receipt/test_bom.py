@@ -11,8 +11,9 @@ import pytest
 from gemma2tool import api
 from gemma2tool.errors import UsageError
 from tests.support.checkpoints import random_checkpoint, write_checkpoint
+from tests.support.commands import run
 from tests.support.paths import TINY
-from tests.support.receipts import BF16, run
+from tests.support.receipts import BF16
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 

@@ -16,9 +16,10 @@ from gemma2tool.pipeline.plan import make_plan
 from gemma2tool.receipt.check import check_against_receipt
 from gemma2tool.receipt.document import read_receipt, receipt_path
 from tests.support.checkpoints import random_checkpoint
+from tests.support.commands import run
 from tests.support.flipping import Flip, flips, is_found, with_receipt, with_source
 from tests.support.formats import write_as
-from tests.support.receipts import BF16, OUTPUTS, content_of, run
+from tests.support.receipts import BF16, OUTPUTS, content_of
 
 GATES = {"files", "tensors", "logits", "config", "chat", "completeness"}
 

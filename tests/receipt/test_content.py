@@ -17,8 +17,9 @@ from gemma2tool.pipeline import receipts
 from gemma2tool.receipt.document import receipt_path
 from gemma2tool.receipt.schema import schema, violation
 from gemma2tool.verify.compare.reference_logits import POSITIONS, TOKENS
+from tests.support.commands import run
 from tests.support.options import write_options
-from tests.support.receipts import OUTPUTS, content_of, run
+from tests.support.receipts import OUTPUTS, content_of
 
 
 @pytest.mark.slow

@@ -16,7 +16,8 @@ from gemma2tool.receipt.document import receipt_path
 from gemma2tool.storage import syscalls
 from gemma2tool.storage.staging.staged_output import Staging
 from tests.support.checkpoints import random_checkpoint
-from tests.support.receipts import BF16, content_of, run
+from tests.support.commands import run
+from tests.support.receipts import BF16, content_of
 
 
 def test_without_receipt_or_reference_the_error_says_what_to_do(outputs: Path) -> None:

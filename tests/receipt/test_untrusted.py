@@ -15,7 +15,8 @@ from gemma2tool.receipt.document import MAX_BYTES, read_receipt, receipt_path
 from gemma2tool.receipt.files import file_path
 from gemma2tool.verify.compare.reference_logits import TopLogits
 from tests.support.checkpoints import random_checkpoint, write_checkpoint
-from tests.support.receipts import BF16, content_of, run
+from tests.support.commands import run
+from tests.support.receipts import BF16, content_of
 
 
 def refused(path: Path, content: object) -> ToolError:

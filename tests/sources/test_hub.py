@@ -7,25 +7,19 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner, Result
 
 from gemma2tool import api
-from gemma2tool.cli.main import app
 from gemma2tool.errors import InputRefused, ResourceError, ToolError, UsageError
 from gemma2tool.sources.locate import locate
 from gemma2tool.storage.reading import open_for_reading
+from tests.support.commands import run
 from tests.support.paths import TINY
 from tests.support.servers import COMMIT, Hub, contents, serving
 
 pytest.importorskip("httpx2")
 hub_constants = pytest.importorskip("huggingface_hub.constants")
 
-runner = CliRunner()
 NAME = "org/tiny"
-
-
-def run(*words: object) -> Result:
-    return runner.invoke(app, [str(word) for word in words])
 
 
 def point_to(server: Hub) -> None:

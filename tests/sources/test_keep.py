@@ -6,19 +6,14 @@ import hashlib
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner, Result
 
 from gemma2tool import api
-from gemma2tool.cli.main import app
 from gemma2tool.errors import InputRefused
 from gemma2tool.sources import keep
 from gemma2tool.storage.attached import AttachedFolder, SourceFile
 from tests.storage.test_attached import Memory
+from tests.support.commands import run
 from tests.support.servers import FileServer, contents, serving
-
-
-def run(*words: object) -> Result:
-    return CliRunner().invoke(app, [str(word) for word in words])
 
 
 def test_a_source_is_downloaded_once(model: Path, tmp_path: Path) -> None:

@@ -8,10 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from typer.testing import CliRunner, Result
 
 from gemma2tool import api
-from gemma2tool.cli.main import app
 from gemma2tool.errors import InputRefused, ResourceError
 from gemma2tool.formats import registry
 from gemma2tool.formats.options import WriteOptions
@@ -22,19 +20,15 @@ from gemma2tool.storage.reading import open_for_reading
 from gemma2tool.storage.staging import recorder
 from tests.support.audit import watched
 from tests.support.checkpoints import SMALL, random_checkpoint
+from tests.support.commands import run
 from tests.support.formats import suffix_of, write_as
 from tests.support.paths import TINY
 from tests.support.servers import Faults, FileServer, contents, serving
 
 pytest.importorskip("httpx2")
 
-runner = CliRunner()
 CONFIG = replace(SMALL, num_hidden_layers=2, layer_types=SMALL.layer_types[:2])
 DATA = bytes(range(251)) * 4000
-
-
-def run(*words: object) -> Result:
-    return runner.invoke(app, [str(word) for word in words])
 
 
 def read(server: FileServer) -> bytes:

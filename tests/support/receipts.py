@@ -1,4 +1,4 @@
-"""Receipts of tests: commands run in this process, and the receipts beside outputs."""
+"""Receipts of tests: those beside outputs."""
 
 from __future__ import annotations
 
@@ -8,18 +8,12 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-from typer.testing import CliRunner, Result
 
-from gemma2tool.cli.main import app
 from gemma2tool.receipt.document import receipt_path
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 OUTPUTS = ("hf", "bf16.gguf", "f32.gguf", "out.ckpt", "q8_0.gguf", "nf4")
 """What ``shared_outputs`` contains beside its source, "src"."""
-
-
-def run(*words: object) -> Result:
-    return CliRunner().invoke(app, [str(word) for word in words])
 
 
 def content_of(output: Path) -> dict[str, Any]:

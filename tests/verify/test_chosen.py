@@ -11,9 +11,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
-from typer.testing import CliRunner, Result
 
-from gemma2tool.cli.main import app
 from gemma2tool.errors import UsageError
 from gemma2tool.formats import registry
 from gemma2tool.formats.options import GGUFOptions, WriteOptions
@@ -23,13 +21,9 @@ from gemma2tool.pipeline.verification import ResolvedChecks, verify_output
 from gemma2tool.verify.gates import Gates, parse_gates
 from gemma2tool.verify.result import Verification
 from tests.support.checkpoints import random_checkpoint, write_checkpoint
+from tests.support.commands import run
 
-runner = CliRunner()
 BF16 = np.dtype(ml_dtypes.bfloat16)
-
-
-def run(*words: object) -> Result:
-    return runner.invoke(app, [str(word) for word in words])
 
 
 @pytest.fixture(scope="module")
