@@ -21,6 +21,8 @@ from gemma2tool.formats.keras import FACTS
 from gemma2tool.formats.options import WriteOptions
 from gemma2tool.model.config import Gemma2Config
 from gemma2tool.model.config_fields import FULL
+from gemma2tool.model.instruction_tuned import guess
+from gemma2tool.model.lazy import LazyTensor
 from gemma2tool.storage.paths import confined_path
 from gemma2tool.storage.quoting import quoted
 
@@ -35,10 +37,6 @@ MISSING_HINT = (
     " --config: 2b, 9b, 27b or a config.json"
 )
 
-STOPS_NOTE = (
-    "eos_token_id is not in a preset: 1 is assumed; an instruction-tuned model also stops at <end_of_turn>, which"
-    " keras-hub's generate() takes as stop_token_ids"
-)
 _FIELDS = {
     "vocabulary_size": "vocab_size",
     "num_layers": "num_hidden_layers",
@@ -86,7 +84,7 @@ def read(folder: Path) -> Gemma2Config:
         base = assets.read_config(confined_path(folder, HF_CONFIG))
         layers = base.layer_types if len(base.layer_types) == values["num_hidden_layers"] else ()
     else:
-        base, layers = Gemma2Config(dtype=_dtype(fields), notes=(STOPS_NOTE,)), ()
+        base, layers = Gemma2Config(dtype=_dtype(fields)), ()
     return replace(
         base,
         **values,
@@ -95,6 +93,18 @@ def read(folder: Path) -> Gemma2Config:
         sliding_window=fields.get("sliding_window_size", 4096) if slides else base.sliding_window,
         layer_types=layers if slides else (FULL,) * values["num_hidden_layers"],
     )
+
+
+def with_stops(config: Gemma2Config, folder: Path, embedding: LazyTensor) -> Gemma2Config:
+    """``config`` of ``read`` with the stop tokens that only hf_config.json states: otherwise guessed, with a note."""
+    if (folder / HF_CONFIG).is_file():
+        return config
+    guessed = guess(folder, embedding)
+    because = f", because {guessed.reason}" if guessed.reason else ""
+    stops = "1 and 107 are assumed" if guessed.tuned else "1 is assumed"
+    advice = "takes 107" if guessed.tuned else "takes 107, if the model is instruction-tuned,"
+    note = f"eos_token_id is not in a preset: {stops}{because}; keras-hub's generate() {advice} as stop_token_ids"
+    return replace(config, eos_token_id=guessed.stops, notes=(*config.notes, note))
 
 
 def _backbone(content: object) -> dict[str, Any]:

@@ -99,7 +99,7 @@ class Keras(Format):
             raise InputRefused("keras.archive", f"{path.name}: a Keras archive, not a preset")
         folder = _folder(path)
         with opening() as closers:
-            config_files = [] if config is not None else [folder / keras_config.CONFIG]
+            own_config, config_files = config is None, [] if config is not None else [folder / keras_config.CONFIG]
             config = config or keras_config.read(folder)
             stored, weights = _open_weights(path, closers)
             arrays = backbone_arrays(stored)
@@ -114,6 +114,9 @@ class Keras(Format):
             )
             checkpoint.warnings += arrays.notes
             checkpoint.check()
+            if own_config:
+                embedding = checkpoint.tensors["model.embed_tokens.weight"]
+                checkpoint.config = keras_config.with_stops(config, folder, embedding)
         return checkpoint
 
     def layout(self, checkpoint: Checkpoint, options: WriteOptions) -> Output:

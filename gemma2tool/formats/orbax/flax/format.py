@@ -103,7 +103,8 @@ class Flax(Format):
         parameters = _parameters(saved.arrays)
         config = config or saved.config
         if config is None:
-            config = guessed(infer_from_shapes(_canonical_shapes(parameters, _vocabulary_size(saved.assets))), path)
+            inferred = infer_from_shapes(_canonical_shapes(parameters, _vocabulary_size(saved.assets)))
+            config = guessed(inferred, path, parameters[EMBEDDING].matrix())
         transposed = _is_gating_transposed(parameters, config)
         rows = table(config, gating_transposed=transposed, tunix="layer_0/mlp/gate_proj/kernel" in parameters)
         tensors = to_canonical(rows, _matrices(parameters, config, transposed, rows), config)

@@ -40,6 +40,7 @@ from gemma2tool.formats.orbax.maxtext.table import (
 from gemma2tool.formats.orbax.zarr_arrays import StoredArray
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.config import SIZES, Gemma2Config, infer_from_shapes
+from gemma2tool.model.instruction_tuned import guessed
 from gemma2tool.model.lazy import FLOAT16, DType, LazyTensor
 from gemma2tool.storage.quoting import quoted
 
@@ -86,7 +87,9 @@ class MaxText(Format):
 
     def open(self, path: Path, *, config: Gemma2Config | None = None) -> Checkpoint:
         saved = reading.read_model(path, _EMBEDDING_KEYS)
-        config = config or saved.config or infer_from_shapes(_canonical_shapes(saved.arrays))
+        config = config or saved.config
+        if config is None:
+            config = guessed(infer_from_shapes(_canonical_shapes(saved.arrays)), path, saved.arrays[EMBEDDING].matrix())
         name = config.extra.get(CONVERTER)
         config = replace(config, extra={key: value for key, value in config.extra.items() if key != CONVERTER})
         warnings = [ROUNDING]

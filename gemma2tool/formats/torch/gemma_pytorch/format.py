@@ -124,7 +124,8 @@ class GemmaPytorch(Format):
                 config = assets.read_config(path_within_folder(config_path))
                 files = [*files, config_path]
             elif config is None:
-                config = guessed(infer_from_shapes(_canonical_shapes(weights)), path)
+                inferred = infer_from_shapes(_canonical_shapes(weights))
+                config = guessed(inferred, path, weights.get("embedder.weight"))
             checkpoint = Checkpoint(
                 path,
                 self.facts,
