@@ -10,7 +10,8 @@
         checkpoint.tensors["model.norm.weight"].load()
 
 Functions: ``open``, ``convert``, ``quantize``, ``run``, ``plan``, ``verify``, ``check``, ``diff``, ``hash``,
-``logits``, ``imatrix``, ``sensitivity``, ``generate``, ``inspect``, ``formats``, ``clean``; see
+``logits``, ``imatrix``, ``sensitivity``, ``generate``, ``inspect``, ``formats``, ``clean``,
+``release``; see
 ``help(gemma2tool.api)`` for these and for the classes of requests and results. Errors are the
 exceptions of ``gemma2tool.errors``.
 """

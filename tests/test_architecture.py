@@ -35,6 +35,7 @@ MAY_IMPORT = {
 }
 """A room and the rooms that it may import. docs/architecture.md says what each holds."""
 MAY_IMPORT["pipeline"] = set(MAY_IMPORT)
+MAY_IMPORT["publish"] = set(MAY_IMPORT)
 MAY_IMPORT["api"] = set(MAY_IMPORT)
 MAY_IMPORT["cli"] = set(MAY_IMPORT)
 
@@ -95,7 +96,9 @@ def test_imports_go_downwards() -> None:
 def test_the_documented_rooms_are_these() -> None:
     rows = re.findall(r"^\| `(\w+)` \|[^|]*\|([^|]*)\|$", (ROOT / "docs" / "architecture.md").read_text(), re.MULTILINE)
     documented = {name: set(re.findall(r"`(\w+)`", below)) for name, below in rows if "every room above" not in below}
-    assert documented == {name: below for name, below in MAY_IMPORT.items() if name not in ("pipeline", "api", "cli")}
+    assert documented == {
+        name: below for name, below in MAY_IMPORT.items() if name not in ("pipeline", "publish", "api", "cli")
+    }
     assert [name for name, _ in rows] == list(MAY_IMPORT)
     assert {room(name) for name in MODULES} - {"", "__main__"} == MAY_IMPORT.keys()
 

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from gemma2tool.api.arguments import Config, PathLike, Source, as_path
 from gemma2tool.api.elsewhere import ELSEWHERE
+from gemma2tool.api.publishing import plan_release, release
 from gemma2tool.api.recipes import read_recipe
 from gemma2tool.api.texts import imatrix, quality, sensitivity, text_label
 from gemma2tool.formats.option_info import parse_size
@@ -60,23 +61,26 @@ if TYPE_CHECKING:
     from gemma2tool.pipeline.sensitivity.collect import SensitivityOptions
     from gemma2tool.pipeline.sensitivity.run import SensitivityResult
     from gemma2tool.pipeline.sensitivity.table import SensitivityTable
+    from gemma2tool.publish.estimate import ReleasePlan
+    from gemma2tool.publish.request import CardOptions, ReleaseRequest, ReleaseResult
     from gemma2tool.verify.diagnosis.cause import Cause
     from gemma2tool.verify.difference import Difference
     from gemma2tool.verify.finding import Finding, GateResult
     from gemma2tool.verify.result import Verification
 
 __all__ = [
-    "Adapter", "Budget", "BudgetChoice", "BudgetOutcome", "Calibration", "Cause", "CheckFinding", "CheckRequest",
-    "CheckResult", "Checkpoint", "Checks", "ConversionRequest", "ConversionResult", "Diagnosis", "DiffRequest",
-    "Difference", "Estimate", "Fact", "Finding", "FormatEntry", "GGUFOptions", "GateResult", "Gemma2Config",
-    "Generation", "GenerationOptions", "Hashes", "ImatrixOptions", "ImatrixResult", "Inspection", "Leftover",
-    "OutputRequest", "PackingOptions", "PlanSummary", "ProgressEvent", "QualityFiles", "QualityPoint", "QualityRequest",
-    "QualityResult", "RecipeRun", "ReportFiles", "RunOptions", "ScanFinding", "ScanResult", "SensitivityOptions",
+    "Adapter", "Budget", "BudgetChoice", "BudgetOutcome", "Calibration", "CardOptions", "Cause", "CheckFinding",
+    "CheckRequest", "CheckResult", "Checkpoint", "Checks", "ConversionRequest", "ConversionResult", "Diagnosis",
+    "DiffRequest", "Difference", "Estimate", "Fact", "Finding", "FormatEntry", "GGUFOptions", "GateResult",
+    "Gemma2Config", "Generation", "GenerationOptions", "Hashes", "ImatrixOptions", "ImatrixResult", "Inspection",
+    "Leftover", "OutputRequest", "PackingOptions", "PlanSummary", "ProgressEvent", "QualityFiles",
+    "QualityPoint", "QualityRequest", "QualityResult", "RecipeRun", "ReleasePlan", "ReleaseRequest",
+    "ReleaseResult", "ReportFiles", "RunOptions", "ScanFinding", "ScanResult", "SensitivityOptions",
     "SensitivityResult", "SensitivityTable", "SignResult", "SplitOptions", "TensorSummary", "Verification",
     "VerifyRequest", "WriteOptions", "check", "clean", "convert", "default_threads", "diff", "doctor", "formats",
-    "gate_names", "generate", "hash", "imatrix", "inspect", "log_warnings", "logits", "open", "outputs_with_receipts",
-    "parse_candidates", "parse_gates", "plan", "quality", "quantize", "read_recipe", "run", "scan", "sensitivity",
-    "sign", "text_label", "verify",
+    "gate_names", "generate", "hash", "imatrix", "inspect", "log_warnings", "logits", "open",
+    "outputs_with_receipts", "parse_candidates", "parse_gates", "plan", "plan_release", "quality",
+    "quantize", "read_recipe", "release", "run", "scan", "sensitivity", "sign", "text_label", "verify",
 ]  # fmt: skip
 
 

@@ -16,5 +16,6 @@ ELSEWHERE = {
     "SensitivityOptions": "pipeline.sensitivity.collect", "SensitivityResult": "pipeline.sensitivity.run",
     "SensitivityTable": "pipeline.sensitivity.table", "Verification": "verify.result", "doctor": "pipeline.doctor",
     "RecipeRun": "pipeline.recipe.run", "scan": "api.trust", "SignResult": "api.trust",
-    "sign": "api.trust",
+    "sign": "api.trust", "CardOptions": "publish.request",
+    "ReleasePlan": "publish.estimate", "ReleaseRequest": "publish.request", "ReleaseResult": "publish.request",
 }  # fmt: skip

@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from gemma2tool.formats.options import Adapter
+from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.pipeline.plan import Plan
 from gemma2tool.quantizers.kernels import _native
 from gemma2tool.storage import attached
-from gemma2tool.storage.reading import open_for_reading
+from gemma2tool.storage.reading import FileReader, open_for_reading
 from gemma2tool.storage.staging.journal import Fingerprint
 from gemma2tool.version import __version__
 
@@ -71,12 +72,28 @@ def _files(plan: Plan) -> dict[str, str]:
 
 def _identity(path: Path) -> str:
     with open_for_reading(path) as reader:
-        ends = (
-            reader.pread(0, min(_ENDS, reader.size)),
-            reader.pread(max(reader.size - _ENDS, 0), min(_ENDS, reader.size)),
-        )
-        digest = hashlib.sha256(b"".join(ends)).hexdigest()[:_DIGITS]
+        digest = hashlib.sha256(b"".join(_ends(reader))).hexdigest()[:_DIGITS]
         return f"{reader.size} bytes {reader.version} with digest {digest}"
+
+
+def source_identity(source: Checkpoint) -> str:
+    """What a source is recognised by in a later run, wherever it is then: the commit of a repository, or a digest of
+    its files' names, sizes, first and last bytes.
+    """
+    if source.pinned is not None and source.pinned.startswith("hf://"):
+        return source.pinned
+    states = []
+    for path in sorted(set(source.files)):
+        with open_for_reading(path) as reader:
+            states.append([path.name, reader.size, *_ends(reader)])
+    digest = hashlib.sha256()
+    _feed(digest, states)
+    return digest.hexdigest()
+
+
+def _ends(reader: FileReader) -> tuple[bytearray, bytearray]:
+    """The first and the last bytes of a file."""
+    return reader.pread(0, min(_ENDS, reader.size)), reader.pread(max(reader.size - _ENDS, 0), min(_ENDS, reader.size))
 
 
 def _shown(value: object) -> str:

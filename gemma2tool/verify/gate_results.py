@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from gemma2tool.verify.compare.comparison import TensorComparison
+from gemma2tool.verify.compare.interval import bootstrap_interval
 from gemma2tool.verify.compare.measurements import depth_name
 from gemma2tool.verify.compare.metrics import LogitMetrics
 from gemma2tool.verify.finding import Finding, GateResult
@@ -23,6 +24,9 @@ ENVELOPE = 3.0
 
 Rounding errors that share a scale are correlated, so they have somewhat more effect than independent ones.
 """
+
+INTERVAL_PROMPTS = 8
+"""Prompts of text from which on their mean KL gets an interval."""
 
 
 def tensors_gate(comparisons: Sequence[TensorComparison]) -> GateResult:
@@ -127,7 +131,13 @@ def logits_gates(
     run: LogitRun, kind: str, limits: Gates, text: bool, envelope: LogitMetrics | None
 ) -> list[GateResult]:
     """The logits gate, the probe gate and the distribution gate. ``envelope``: metrics of equally large noise."""
-    return [_logits(run, limits), _probe(run.probe, limits), _distribution(run.metrics, kind, limits, text, envelope)]
+    distribution = _distribution(run.metrics, kind, limits, text, envelope)
+    prompts = len(run.ids)
+    if text and prompts >= INTERVAL_PROMPTS and "kl_mean" in distribution.metrics:
+        interval = bootstrap_interval(run.metrics.kl.reshape(prompts, -1).mean(1))
+        metrics = {**distribution.metrics, "kl_interval": [significant(bound) for bound in interval]}
+        distribution = dataclasses.replace(distribution, metrics=metrics)
+    return [_logits(run, limits), _probe(run.probe, limits), distribution]
 
 
 def usual_gates(run: LogitRun, kind: str, text: bool) -> list[GateResult]:

@@ -43,7 +43,8 @@ class PlannedBudget:
 
     def outcome(self, source: Checkpoint, candidate: Checkpoint, *, threads: int | None = None) -> BudgetOutcome:
         """The finished file beside its prediction."""
-        from gemma2tool.pipeline.sensitivity.measured import bootstrap_interval, window_divergence
+        from gemma2tool.pipeline.sensitivity.measured import window_divergence
+        from gemma2tool.verify.compare.interval import bootstrap_interval
 
         parts = [window_divergence(source, candidate, np.array(ids), threads=threads) for ids in self.table.windows]
         kl = np.concatenate(parts)

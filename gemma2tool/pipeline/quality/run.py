@@ -22,8 +22,9 @@ from gemma2tool.pipeline.output_names import check_type
 from gemma2tool.pipeline.plan import make_plan
 from gemma2tool.pipeline.quality.result import Estimate, QualityPoint, QualityResult
 from gemma2tool.pipeline.requests import default_threads
-from gemma2tool.pipeline.sensitivity.measured import bootstrap_interval, check_comparable, window_divergence
+from gemma2tool.pipeline.sensitivity.measured import check_comparable, window_divergence
 from gemma2tool.pipeline.sensitivity.windows import describe
+from gemma2tool.verify.compare.interval import bootstrap_interval
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,8 +9,6 @@ from gemma2tool.errors import InputRefused
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.verify.compare.logits import LogitOptions, compare_logits
 
-BOOTSTRAP_DRAWS = 4000
-
 _SHAPE = ("vocab_size", "num_hidden_layers", "hidden_size")
 
 
@@ -38,12 +36,3 @@ def check_comparable(source: Checkpoint, candidate: Checkpoint) -> None:
         if a != b:
             message = f"{candidate.path}: {name} is {b}, and {a} in {source.path}"
             raise InputRefused("quality.other-model", message)
-
-
-def bootstrap_interval(kl: NDArray[np.float64], weights: NDArray[np.float64] | None = None) -> tuple[float, float]:
-    """The 95 % interval of the mean of windows (N,), from windows drawn with replacement; ``weights``: their tokens."""
-    drawn = np.random.default_rng(0).integers(0, len(kl), (BOOTSTRAP_DRAWS, len(kl)))
-    weights = np.ones(len(kl)) if weights is None else weights
-    means = (kl * weights)[drawn].sum(1) / weights[drawn].sum(1)
-    low, high = np.quantile(means, [0.025, 0.975])
-    return float(low), float(high)

@@ -19,8 +19,8 @@ from gemma2tool.pipeline import conversion
 from gemma2tool.pipeline.conversion import save
 from gemma2tool.pipeline.quality.result import Estimate, QualityPoint, QualityResult
 from gemma2tool.pipeline.sensitivity import run as sensitivity_run
-from gemma2tool.pipeline.sensitivity.measured import bootstrap_interval
 from gemma2tool.pipeline.sensitivity.table import Text, read_table, write_table
+from gemma2tool.verify.compare.interval import bootstrap_interval
 from gemma2tool.verify.reports.quality_chart import Dot, Series, chart
 from tests.support.calibration import calibration_text, divergence
 from tests.support.checkpoints import SMALL, random_checkpoint

@@ -1,0 +1,31 @@
+"""Releases and their upload."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from gemma2tool.pipeline.events import ProgressCallback, as_progress
+
+if TYPE_CHECKING:
+    from gemma2tool.publish.estimate import ReleasePlan
+    from gemma2tool.publish.request import ReleaseRequest, ReleaseResult
+
+
+def release(request: ReleaseRequest, *, progress: ProgressCallback | None = None) -> ReleaseResult:
+    """Write what is missing of a release: quantized files as publishers name them, verified and measured, with
+    receipts, checksums and a card (docs/publish.md). Nothing is uploaded.
+
+    An output that fails its verification is in ``result.failed``, and not in the folder.
+    """
+    from gemma2tool.publish import release
+
+    return release.release(request, as_progress(progress))
+
+
+def plan_release(request: ReleaseRequest) -> ReleasePlan:
+    """What a release would write, read and take; nothing is written."""
+    from gemma2tool.publish.estimate import estimate
+    from gemma2tool.publish.release import planned_release
+
+    with planned_release(request) as opened:
+        return estimate(opened)

@@ -1,0 +1,193 @@
+"""``gemma2tool release``: a model's files as publishers offer them, in a folder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from gemma2tool.cli import options as o
+from gemma2tool.cli.groups import completion
+from gemma2tool.cli.outcome import show_results
+from gemma2tool.cli.progress import ProgressDisplay
+from gemma2tool.cli.terminal import Console
+from gemma2tool.errors import EXIT_VERIFICATION_FAILED
+from gemma2tool.formats.option_info import parse_size
+from gemma2tool.formats.options_budget import parse_candidates
+from gemma2tool.storage.units import human_bytes
+
+if TYPE_CHECKING:
+    from gemma2tool.api import ReleasePlan, ReleaseRequest, ReleaseResult
+
+_QUALITY, _CARD = "Quality", "Card"
+_STEPS = 3
+"""Writing an output, comparing its tensors, and the forward passes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReleaseOptions:
+    """What ``release`` and ``publish`` both take; the fields are the options, see ``groups``."""
+
+    types: Annotated[
+        str,
+        typer.Option(
+            "--types",
+            metavar="TYPES",
+            help="Types of GGUF files (q4_k_m, ...) and of folders (nf4, w4a16, ...), with commas.",
+            autocompletion=completion(o.type_names),
+        ),
+    ]
+    name: Annotated[
+        str | None,
+        typer.Option("--name", metavar="NAME", help="What file names begin with. Default: the source's name."),
+    ] = None
+    template: Annotated[
+        str, typer.Option("--name-template", metavar="TEMPLATE", help="Names of the files, from {model} and {type}.")
+    ] = "{model}-{type}"
+    config: o.ConfigFile = None
+    imatrix: Annotated[
+        Path | None,
+        typer.Option(
+            "--imatrix", metavar="FILE", help="Importance matrix for the GGUF types.", rich_help_panel=_QUALITY
+        ),
+    ] = None
+    imatrix_text: Annotated[
+        str | None,
+        typer.Option(
+            "--imatrix-text",
+            metavar="FILE",
+            help="Collect an importance matrix from this text, or from built-in; it becomes part of the release.",
+            rich_help_panel=_QUALITY,
+        ),
+    ] = None
+    calibration: Annotated[
+        str | None,
+        typer.Option(
+            "--calibration",
+            metavar="FILE",
+            help="Choose the codes of all types by what the model does with this text, or with built-in.",
+            rich_help_panel=_QUALITY,
+        ),
+    ] = None
+    text: Annotated[
+        str,
+        typer.Option(
+            "--text", metavar="FILE", help="Text (UTF-8 or .npy) to measure quality on.", rich_help_panel=_QUALITY
+        ),
+    ] = "built-in"
+    tokens: Annotated[
+        int,
+        typer.Option("--tokens", metavar="N", min=1, help="How many tokens of it, at least.", rich_help_panel=_QUALITY),
+    ] = 10_000
+    license: Annotated[
+        str | None,
+        typer.Option("--license", metavar="ID", help="Default: as the source's card, or gemma.", rich_help_panel=_CARD),
+    ] = None
+    base_model: Annotated[
+        str | None,
+        typer.Option(
+            "--base-model",
+            metavar="ORG/NAME",
+            help="Default: a source from the hub.",
+            rich_help_panel=_CARD,
+        ),
+    ] = None
+    quantized_by: Annotated[
+        str | None, typer.Option("--quantized-by", metavar="NAME", help="Who made the files.", rich_help_panel=_CARD)
+    ] = None
+    force: o.Force = False
+    allow_unsafe_template: o.AllowUnsafeTemplate = False
+    keep_download: o.KeepDownload = None
+    threads: o.Threads = None
+    memory: o.Memory = "256MiB"
+    dry_run: o.DryRun = False
+    verbose: o.Verbose = False
+    quiet: o.Quiet = False
+    json_output: o.Json = False
+
+    def request(self, source: str, folder: Path) -> ReleaseRequest:
+        """What is asked, as the Python interface takes it."""
+        from gemma2tool import api
+
+        return api.ReleaseRequest(
+            source=source,
+            folder=folder,
+            types=parse_candidates(self.types),
+            model=self.name,
+            template=self.template,
+            imatrix=self.imatrix,
+            imatrix_text=self.imatrix_text,
+            calibration=self.calibration,
+            text=self.text,
+            tokens=self.tokens,
+            config=self.config,
+            card=api.CardOptions(license=self.license, base_model=self.base_model, quantized_by=self.quantized_by),
+            run=api.RunOptions(
+                force=self.force,
+                allow_unsafe_template=self.allow_unsafe_template,
+                keep_download=self.keep_download,
+                threads=self.threads or api.default_threads(),
+                memory=parse_size(self.memory),
+            ),
+        )
+
+
+def release(
+    src: o.Source,
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where the files go; made if it is not there.")],
+    *,
+    options: ReleaseOptions,
+) -> None:
+    """Make the files of a release: quantized, verified, measured, with receipts, checksums and a card."""
+    from gemma2tool import api
+
+    console = Console(quiet=options.quiet, json=options.json_output)
+    request = options.request(src, folder)
+    plan = api.plan_release(request)
+    if options.dry_run:
+        show_plan(plan, console)
+        return
+    announce(plan, console)
+    show_release(api.release(request, progress=progress_of(options, console)), console, verbose=options.verbose)
+
+
+def progress_of(options: ReleaseOptions, console: Console) -> ProgressDisplay:
+    return ProgressDisplay(console, steps=_STEPS * len(parse_candidates(options.types)))
+
+
+def show_plan(plan: ReleasePlan, console: Console) -> None:
+    """Show what would be done."""
+    if console.json:
+        console.emit_json(plan.to_json())
+    rows = [
+        (
+            str(plan.folder / file.name),
+            file.type,
+            "?" if file.nbytes is None else human_bytes(file.nbytes),
+            "is there" if file.finished else "missing",
+        )
+        for file in plan.files
+    ]
+    console.table(("output", "type", "size#", ""), rows)
+    for line in plan.lines():
+        console.print(line)
+
+
+def announce(plan: ReleasePlan, console: Console) -> None:
+    """Say what a run will take, before it begins."""
+    if any(not file.finished for file in plan.files):
+        for line in plan.lines():
+            console.note(line)
+
+
+def show_release(result: ReleaseResult, console: Console, *, verbose: bool) -> None:
+    """Show what was written. Ends with exit code 1 if an output failed its verification."""
+    if console.json:
+        console.emit_json(result.to_json())
+    if result.results:
+        show_results(result.results, console, verbose=verbose)
+    console.item(("release", "bold"), (f"{result.folder}: {len(result.files)} files, README.md is its card", ""))
+    if result.failed:
+        raise typer.Exit(EXIT_VERIFICATION_FAILED)

@@ -1,0 +1,78 @@
+"""Which programs take a file of a release, and how they are run on it."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+_VLLM = ("w4a16", "w4a16-asym", "w8a16", "w8a8-int8", "fp8-dynamic", "fp8-block", "gptq-4", "gptq-8", "awq-4")
+"""The types whose folders vLLM serves; what it fuses has one type in them."""
+
+_LIBRARIES = {
+    "bitsandbytes": ("nf4", "fp4", "int8"),
+    "compressed-tensors": ("w4a16", "w4a16-asym", "w8a16", "w8a8-int8", "fp8-dynamic", "fp8-block"),
+    "gptqmodel": ("gptq-4", "gptq-8", "awq-4"),
+    "torchao": ("torchao-int8",),
+}
+"""What transformers needs to load a type."""
+
+
+@dataclass(frozen=True)
+class Usage:
+    """How a ``program`` is run: ``code`` in ``language`` ("bash", "python")."""
+
+    program: str
+    language: str
+    code: str
+
+
+def programs(format: str, type: str) -> tuple[str, ...]:
+    """The programs that run an output of this format and type."""
+    if format == "gguf":
+        return ("llama.cpp", "Ollama", "LM Studio")
+    if format == "mlx":
+        return ("MLX",)
+    return ("vLLM", "transformers") if type in _VLLM else ("transformers",)
+
+
+def usages(outputs: Sequence[tuple[str, str, str]], repository: str | None) -> list[Usage]:
+    """For each program that takes one of the outputs (name, format, type), how it runs the first that it takes.
+    ``repository``: on the hub, if they are there.
+    """
+    shown: dict[str, Usage] = {}
+    for name, format, type in outputs:
+        for program in programs(format, type):
+            if program not in shown:
+                shown[program] = _usage(program, name, type, repository)
+    order = ("llama.cpp", "Ollama", "LM Studio", "vLLM", "transformers", "MLX")
+    return sorted(shown.values(), key=lambda usage: order.index(usage.program))
+
+
+def _usage(program: str, name: str, type: str, repository: str | None) -> Usage:
+    path = shlex.quote(name)
+    is_file = name.endswith(".gguf")
+    fetch = ""
+    if repository is not None:
+        pattern = path if is_file else shlex.quote(f"{name}/*")
+        fetch = f"hf download {repository} --include {pattern} --local-dir .\n"
+    lines = {
+        "llama.cpp": f"{fetch}llama-cli -m {path}",
+        "Ollama": f"{fetch}echo FROM ./{path} > Modelfile\nollama create my-gemma -f Modelfile\nollama run my-gemma",
+        "LM Studio": f"{fetch}lms import {path}",
+        "vLLM": f"{fetch}vllm serve ./{path}",
+        "MLX": f"{fetch}mlx_lm.generate --model {path} --prompt Hello",
+    }
+    if program in lines:
+        return Usage(program, "bash", lines[program])
+    library = next((library for library, types in _LIBRARIES.items() if type in types), "")
+    place = f'"{repository}", subfolder="{name}"' if repository is not None else f'"{name}"'
+    code = (
+        f"# pip install transformers accelerate {library}".rstrip()
+        + f"""
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained({place})
+model = AutoModelForCausalLM.from_pretrained({place}, device_map="auto", attn_implementation="eager")"""
+    )
+    return Usage(program, "python", code)

@@ -1,0 +1,165 @@
+"""What a release will take: files and their sizes, passes over the source, time. Known before anything is written."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from gemma2tool.errors import UsageError
+from gemma2tool.pipeline.calibration.cost import EFFICIENCY, product_rate
+from gemma2tool.pipeline.calibration.text import LENGTH, SAMPLES
+from gemma2tool.pipeline.importance import BATCH
+from gemma2tool.pipeline.plan import Plan, make_plan
+from gemma2tool.publish.names import format_of
+from gemma2tool.publish.plan import Output, Release
+from gemma2tool.storage.units import human_bytes, human_seconds
+
+LOGIT_OPERATIONS = 200.0
+"""Operations of a matrix product that take as long as comparing one logit of two models, in double precision."""
+_VERIFICATION_PASSES = 2
+"""Values, and the forward pass."""
+
+
+@dataclass(frozen=True)
+class PlannedFile:
+    """An output: ``nbytes`` is None where its layout depends on an importance matrix that is yet to be collected."""
+
+    name: str
+    type: str
+    nbytes: int | None
+    finished: bool
+
+
+@dataclass(frozen=True)
+class ReleasePlan:
+    """``passes``: how often the source is read, and ``bytes_read`` by them. ``bytes_written``: of what is missing;
+    ``peak_bytes``: on the disk at one time. ``seconds``: roughly, of its arithmetic. ``text``: what quality is measured
+    on. ``upload_to``: a repository.
+    """
+
+    folder: Path
+    files: tuple[PlannedFile, ...]
+    remote: bool
+    passes: int
+    bytes_read: int
+    bytes_written: int
+    peak_bytes: int
+    free_bytes: int
+    seconds: float
+    text: str
+    upload_to: str | None = None
+
+    def lines(self) -> list[str]:
+        """For people, after the table of files."""
+        missing = [file for file in self.files if not file.finished]
+        if not missing:
+            return ["everything is there; the card and the checksums are written again"]
+        room = "" if self.peak_bytes <= self.free_bytes else ": NOT ENOUGH"
+        lines = [
+            f"writes {human_bytes(self.bytes_written)}, needs {human_bytes(self.peak_bytes)} of"
+            f" {human_bytes(self.free_bytes)} free{room}",
+            f"reads the source {self.passes} times ({human_bytes(self.bytes_read)}"
+            + (" to download; --keep-download FOLDER downloads it once)" if self.remote else ")"),
+            f"measures on {self.text}",
+            f"takes about {human_seconds(self.seconds)} of computing, and the time to read and write",
+        ]
+        if self.upload_to is not None:
+            lines.append(f"uploads to hf://{self.upload_to}: the files above, their receipts, checksums, README.md")
+        return lines
+
+    def to_json(self) -> dict[str, object]:
+        """The plan as ``--dry-run --json`` prints it."""
+        return {
+            "folder": str(self.folder),
+            "files": [
+                {"name": file.name, "type": file.type, "bytes": file.nbytes, "finished": file.finished}
+                for file in self.files
+            ],
+            "passes": self.passes,
+            "bytes_read": self.bytes_read,
+            "bytes_written": self.bytes_written,
+            "peak_bytes": self.peak_bytes,
+            "free_bytes": self.free_bytes,
+            "estimated_seconds": round(self.seconds, 1),
+            "upload_to": self.upload_to,
+        }
+
+
+def estimate(
+    opened: Release, *, upload_to: str | None = None, discard: bool = False, elsewhere: Sequence[Path] = ()
+) -> ReleasePlan:
+    """What a release will take. ``discard``: outputs are written in passes of their own, and removed. ``elsewhere``:
+    outputs that are uploaded already.
+    """
+    request, outputs = opened.request, opened.outputs()
+    threads, folder = request.run.threads, request.folder
+    finished = {
+        output.path
+        for output in outputs
+        if output.path in elsewhere or output.finished(force=request.run.force, threads=threads) is not None
+    }
+    plans = {output.path: _plan(opened, output) for output in outputs}
+    files = tuple(
+        PlannedFile(output.path.name, output.type, _nbytes(plans[output.path]), output.path in finished)
+        for output in outputs
+    )
+    missing = [output for output in outputs if output.path not in finished]
+    sizes = [_nbytes(plans[output.path]) or 0 for output in missing]
+    source_bytes = sum(tensor.nbytes for tensor in opened.source.tensors.values())
+    values = sum(tensor.size for tensor in opened.source.tensors.values())
+    passes = len(missing) * _VERIFICATION_PASSES + (len(missing) if discard else bool(missing))
+    logits = opened.ids.size * opened.source.config.vocab_size
+    operations = (2.0 * 2 * values * opened.ids.size + LOGIT_OPERATIONS * logits) * len(missing)
+    if (matrix := opened.release_imatrix) is not None and not matrix.exists():
+        passes += math.ceil(SAMPLES / BATCH)
+        operations += 2.0 * values * SAMPLES * LENGTH
+    seconds = operations / (product_rate() * threads * EFFICIENCY)
+    for output in missing:
+        plan = plans[output.path]
+        if plan is not None and plan.cost is not None:
+            passes, seconds = passes + 1, seconds + plan.cost.seconds
+    return ReleasePlan(
+        folder=folder,
+        files=files,
+        remote=opened.source.pinned is not None,
+        passes=passes,
+        bytes_read=passes * source_bytes,
+        bytes_written=sum(sizes),
+        peak_bytes=max(sizes, default=0) if discard else sum(sizes),
+        free_bytes=shutil.disk_usage(_existing(folder)).free,
+        seconds=seconds,
+        text=opened.sentence(),
+        upload_to=upload_to,
+    )
+
+
+def _plan(opened: Release, output: Output) -> Plan | None:
+    """The layout of an output, as far as it can be told without an importance matrix that is yet to be collected."""
+    options, matrix = output.options, output.options.gguf.imatrix
+    is_missing = matrix is not None and matrix == opened.release_imatrix and not matrix.exists()
+    if is_missing:
+        options = replace(options, gguf=replace(options.gguf, imatrix=None))
+    is_file = output.path.suffix == ".gguf"
+    options = replace(options, type=output.type, name=output.path.name, single_file=is_file)
+    threads = opened.request.run.threads
+    try:
+        return make_plan(opened.source, output.path, to=format_of(output.type), options=options, threads=threads)
+    except UsageError:
+        if is_missing:
+            return None
+        raise
+
+
+def _nbytes(plan: Plan | None) -> int | None:
+    return None if plan is None else plan.output.nbytes
+
+
+def _existing(folder: Path) -> Path:
+    """The folder, or the nearest one above it that exists."""
+    place = folder.absolute()
+    while not place.exists():
+        place = place.parent
+    return place

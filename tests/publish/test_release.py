@@ -1,0 +1,206 @@
+"""Releases: what their folder holds, that a run adds what is missing, and that the card is one that hubs read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+import gemma2tool
+from gemma2tool.errors import UsageError
+from gemma2tool.pipeline import conversion
+from gemma2tool.publish import texts
+from gemma2tool.publish.names import model_name, output_name
+from tests.support.commands import listing, run
+from tests.support.paths import TINY
+
+TYPES = "q4_0,Q8_0,nf4"
+
+
+def release(model: Path, text: Path, folder: Path, *options: object, types: str = TYPES, code: int = 0) -> str:
+    result = run("release", model, folder, "--types", types, "--text", text, "--tokens", 256, *options)
+    assert result.exit_code == code, result.output
+    return result.output
+
+
+@pytest.fixture(scope="module")
+def released(model: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("release") / "out"
+    release(model, text, folder, "--base-model", "org/small-it", "--quantized-by", "me")
+    return folder
+
+
+@pytest.mark.slow
+def test_the_folder_holds_what_publishers_offer(released: Path) -> None:
+    names = {path.name for path in released.iterdir()}
+    outputs = {"Small-it-Q4_0.gguf", "Small-it-Q8_0.gguf", "Small-it-nf4"}
+    assert names == outputs | {f"{name}.receipt.json" for name in outputs} | {"README.md", "SHA256SUMS"}
+    sums = dict(reversed(line.split("  ")) for line in (released / "SHA256SUMS").read_text().splitlines())
+    files = set(listing(released)) - {"README.md", "SHA256SUMS"}
+    assert sums == {name: hashlib.sha256((released / name).read_bytes()).hexdigest() for name in files}
+    for name in outputs:
+        assert gemma2tool.verify(released / name).passed
+
+
+@pytest.mark.slow
+def test_the_card_is_one_that_the_hub_reads(released: Path) -> None:
+    hub = pytest.importorskip("huggingface_hub")
+    card = hub.ModelCard((released / "README.md").read_text("utf-8"))
+    assert card.data.to_dict() == {
+        "license": "gemma",
+        "base_model": "org/small-it",
+        "base_model_relation": "quantized",
+        "quantized_by": "me",
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["gemma2", "gguf", "bitsandbytes", "gemma2tool"],
+    }
+    rows = re.findall(r"^\| `(.*?)` \| (.*?) \| (.*?) \| (.*?) \| (.*?) \| (.*?) \| (.*?) \|$", card.text, re.M)
+    assert {row[0] for row in rows} == {"Small-it-Q4_0.gguf", "Small-it-Q8_0.gguf", "Small-it-nf4"}
+    for name, _, _, bits, divergence, top1, good_for in rows:
+        receipt = json.loads((released / f"{name}.receipt.json").read_text())
+        [metrics] = [gate["metrics"] for gate in receipt["verification"]["gates"] if gate["name"] == "distribution"]
+        low, high = metrics["kl_interval"]
+        assert metrics["positions"] == 256 and low <= metrics["kl_mean"] <= high
+        assert divergence == f"{metrics['kl_mean']:.2g} ({low:.2g} to {high:.2g})"
+        assert top1 == f"{metrics['top1_agreement']:.1%}" and 4 < float(bits) < 16
+        assert ("transformers" in good_for) == name.endswith("nf4")
+    assert "8 windows of 32" in card.text and "Gemma Terms of Use" in card.text
+    headings = re.findall(r"^### (.*)$", card.text, re.M)
+    assert headings == ["llama.cpp", "Ollama", "LM Studio", "transformers"]
+
+
+@pytest.mark.slow
+def test_a_run_adds_what_is_missing(model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "out"
+    release(model, text, folder, types="q4_0,q5_0")
+    (folder / "Small-it-Q4_0.gguf").unlink()
+    before = {name: os.stat(folder / name).st_ino for name in listing(folder) if "Q5_0" in name}
+    output = release(model, text, folder, "--dry-run", types="q4_0,q5_0,q8_0")
+    assert output.count("missing") == 2 and "is there" in output
+    release(model, text, folder, types="q4_0,q8_0")
+    assert {name: os.stat(folder / name).st_ino for name in before} == before
+    card = (folder / "README.md").read_text()
+    assert all(f"`Small-it-{type}.gguf`" in card for type in ("Q4_0", "Q5_0", "Q8_0"))
+    content = listing(folder)
+    monkeypatch.setattr(conversion, "convert", None)
+    release(model, text, folder, types="q4_0,q8_0")
+    assert listing(folder) == content
+
+
+@pytest.mark.slow
+def test_files_in_the_way_are_refused(model: Path, text: Path, tmp_path: Path) -> None:
+    """Another file, a changed one, and one that was measured on another text."""
+    folder = tmp_path / "out"
+    release(model, text, folder, types="q4_0")
+    output, receipt = folder / "Small-it-Q4_0.gguf", folder / "Small-it-Q4_0.gguf.receipt.json"
+    content = output.read_bytes()
+    output.write_bytes(content[:-1] + b"x")
+    assert "is not what its receipt describes" in release(model, text, folder, types="q4_0", code=2)
+    output.write_bytes(content)
+    receipt.rename(tmp_path / "kept")
+    assert "no receipt of this release" in release(model, text, folder, types="q4_0", code=2)
+    (tmp_path / "kept").rename(receipt)
+    other = run("release", model, folder, "--types", "q4_0", "--text", text, "--tokens", 32)
+    assert other.exit_code == 2 and "release.other" in other.output
+    assert output.read_bytes() == content
+    release(model, text, folder, "--force", types="q4_0")
+    output.write_bytes(b"x")
+    release(model, text, folder, "--force", types="q4_0")
+    assert output.read_bytes() == content
+
+
+@pytest.mark.slow
+def test_an_output_that_fails_is_not_released(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: object, **options: object) -> object:
+        verification = verify(*arguments, **options)
+        gates = tuple(gate for gate in verification.gates if verification.kind != "q4_0" or gate.name != "tensors")
+        assert len(gates) >= 6
+        if verification.kind != "q4_0":
+            return verification
+        from dataclasses import replace
+
+        return replace(verification, gates=(*gates, replace(gates[0], name="tensors", status="failed")))
+
+    from gemma2tool.pipeline import run as pipeline_run
+
+    verify = pipeline_run.verify_output
+    monkeypatch.setattr(pipeline_run, "verify_output", fail)
+    release(model, text, tmp_path / "out", types="q4_0,q8_0", code=1)
+    names = set(listing(tmp_path / "out"))
+    assert names == {"Small-it-Q8_0.gguf", "Small-it-Q8_0.gguf.receipt.json", "README.md", "SHA256SUMS"}
+    assert "Q4_0" not in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.slow
+def test_an_importance_matrix_is_collected_once_and_released(tmp_path: Path) -> None:
+    words, folder = tmp_path / "words.txt", tmp_path / "out"
+    words.write_text((TINY / "heldout.txt").read_text("utf-8")[:6000], "utf-8")
+    options = ("--imatrix-text", words, "--text", TINY / "heldout.npy", "--tokens", 200, "--name", "T")
+    assert run("release", TINY, folder, "--types", "q4_k_m", *options).exit_code == 0
+    matrix = folder / "T.imatrix.gguf"
+    inode = matrix.stat().st_ino
+    assert "T.imatrix.gguf" in (folder / "SHA256SUMS").read_text() + (folder / "README.md").read_text()
+    assert run("release", TINY, folder, "--types", "q4_k_m", *options).exit_code == 0
+    assert matrix.stat().st_ino == inode
+    words.write_text("another text " * 400)
+    other = run("release", TINY, folder, "--types", "q4_k_m", *options)
+    assert other.exit_code == 2 and "is of another text or source" in other.output
+
+
+def test_a_plan_writes_nothing(model: Path, text: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "none" / "out"
+    options = ("--text", text, "--tokens", 256, "--dry-run", "--json")
+    plan = json.loads(run("release", model, folder, "--types", TYPES, *options).stdout)
+    assert [file["name"] for file in plan["files"]] == ["Small-it-Q4_0.gguf", "Small-it-Q8_0.gguf", "Small-it-nf4"]
+    assert plan["passes"] == 7 and plan["bytes_written"] == sum(file["bytes"] for file in plan["files"])
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "id"),
+    [
+        (("--types", ""), "type.missing"),
+        (("--types", "q4_9"), "quantize.unknown-type"),
+        (("--types", "q4_0,q8_0", "--name-template", "{model}"), "release.template"),
+        (("--types", "q4_0", "--name-template", "{models}-{type}"), "release.template"),
+        (("--types", "q4_0", "--name-template", "../{type}"), "release.template"),
+        (("--types", "q4_0", "--imatrix-text", "built-in", "--calibration", "built-in"), "release.options"),
+        (("--types", "q4_0", "--tokens", "100000"), "release.text"),
+    ],
+)
+def test_what_is_refused(model: Path, text: Path, tmp_path: Path, options: tuple[str, ...], id: str) -> None:
+    result = run("release", model, tmp_path / "out", *options, "--text", text)
+    assert result.exit_code == 2 and f"error[{id}]" in result.output, result.output
+    assert not list((tmp_path).rglob("*.gguf"))
+
+
+def test_names(model: Path) -> None:
+    with gemma2tool.open(model) as source:
+        assert model_name(source) == "Small-it"
+        source.address = "hf://google/gemma-2-9b-it@main"
+        assert model_name(source) == "Gemma-2-9b-it"
+    assert output_name("{model}-{type}", "Gemma-2-9b-it", "q4_k_m") == "Gemma-2-9b-it-Q4_K_M.gguf"
+    assert output_name("{model}.{type}", "M", "nf4") == "M.nf4"
+
+
+def test_the_built_in_texts_have_nothing_in_common() -> None:
+    calibration, measurement = (texts.built_in(use) for use in ("calibration", "measurement"))
+    lines = [{line for line in text.splitlines() if len(line) > 60} for text in (calibration, measurement)]
+    assert all(len(text) > 150_000 and "def " in text for text in (calibration, measurement))
+    assert len(lines[0] & lines[1]) < 40  # a few sentences recur in the reference
+
+
+def test_types_without_a_template_are_one(model: Path, text: Path, tmp_path: Path) -> None:
+    request = gemma2tool.ReleaseRequest(
+        source=model, folder=tmp_path, types=("q8_0",), text=text, tokens=64, template="only"
+    )
+    assert gemma2tool.plan_release(request).files[0].name == "only.gguf"
+    with pytest.raises(UsageError):
+        gemma2tool.release(gemma2tool.ReleaseRequest(source=model, folder=tmp_path, types=()))
