@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from importlib import import_module
 from types import ModuleType
 
@@ -9,8 +10,11 @@ from gemma2tool.errors import UsageError
 
 
 def install_command(extra: str) -> str:
-    """What a user types to install an extra of the package."""
-    return f"pip install 'gemma2tool[{extra}]'"
+    """What a user types to install what an extra of the package asks for: the libraries themselves, which works however
+    the package was installed.
+    """
+    libraries = " ".join(f"'{name}'" for name in _requirements(extra))
+    return f"pip install {libraries}" if libraries else f"pip install 'gemma2tool[{extra}]'"
 
 
 def require(module: str, extra: str, purpose: str) -> ModuleType:
@@ -23,3 +27,17 @@ def require(module: str, extra: str, purpose: str) -> ModuleType:
             f"{purpose} needs {module}, which is not installed",
             hint=install_command(extra),
         ) from None
+
+
+def _requirements(extra: str) -> Iterator[str]:
+    """The requirements of an extra in the metadata of the installed package; none where it is not installed."""
+    from importlib.metadata import PackageNotFoundError, requires
+
+    try:
+        lines = requires("gemma2tool") or []
+    except PackageNotFoundError:
+        return
+    for line in lines:
+        requirement, _, marker = line.partition(";")
+        if marker.strip().replace("'", '"') == f'extra == "{extra}"':
+            yield requirement.strip()

@@ -6,6 +6,7 @@ import json
 import re
 import sys
 import tomllib
+from importlib import metadata
 from pathlib import Path
 
 import ml_dtypes
@@ -14,6 +15,7 @@ import pytest
 from typer.testing import CliRunner
 
 from gemma2tool.cli.main import app
+from gemma2tool.errors.extras import install_command
 from gemma2tool.formats import registry
 from tests.support.checkpoints import SMALL, random_checkpoint, write_checkpoint
 from tests.support.formats import suffix_of, write_as
@@ -32,9 +34,9 @@ def test_every_format_is_listed_with_its_extra() -> None:
     listed = {entry["format"]: entry for entry in _listed()}
     assert tuple(listed) == registry.NAMES
     for entry in listed.values():
-        extra = re.search(r"\[(\w+)\]", entry["install"] or "")
-        assert (extra is None) == (entry["install_to"] is None)
-        assert extra is None or EXTRAS[extra[1]]
+        libraries = re.findall(r"'([^']+)'", entry["install"] or "")
+        assert bool(libraries) == (entry["install_to"] is not None)
+        assert not libraries or libraries in EXTRAS.values()
     words = " ".join(CliRunner().invoke(app, ["formats"]).stdout.split())
     for entry in listed.values():
         assert f"{entry['format']}: {entry['files']} {entry['remarks']}" in words
@@ -107,5 +109,18 @@ def test_a_missing_library_is_one_line_and_a_command(tmp_path: Path, monkeypatch
     result = CliRunner().invoke(app, ["convert", *map(str, arguments), "--no-verify"])
     assert result.exit_code == 2
     error, hint = result.output.strip().splitlines()[-2:]
-    assert f"needs {module}, which is not installed" in error and f"pip install 'gemma2tool[{extra}]'" in hint
+    assert f"needs {module}, which is not installed" in error and f"pip install '{module}>=" in hint
     assert not (tmp_path / "out").exists()
+
+
+def test_the_command_names_the_libraries_themselves(monkeypatch) -> None:
+    """It works before the package is on an index, and in a checkout."""
+    lines = [
+        "torch>=2.10",
+        'model-signing>=1.1; extra == "trust"',
+        "pyopenssl>=24; extra == 'trust'",
+        'x; extra == "t"',
+    ]
+    monkeypatch.setattr(metadata, "requires", lambda name: lines)
+    assert install_command("trust") == "pip install 'model-signing>=1.1' 'pyopenssl>=24'"
+    assert install_command("unknown") == "pip install 'gemma2tool[unknown]'"

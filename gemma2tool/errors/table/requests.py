@@ -14,7 +14,7 @@ ENTRIES = (
     usage(
         "extra.missing",
         "the format needs a library that is not installed",
-        "install the extra that the message names, such as pip install 'gemma2tool[flax]'",
+        "run the command of the hint, such as pip install 'zstandard>=0.22'",
     ),
     usage("format.unknown", "--to names an unknown format", "run 'gemma2tool formats' and choose one of its list"),
     usage("gate.unknown", "--gate names an unknown gate", "choose one of the gates that the hint lists"),
