@@ -50,7 +50,7 @@ def stepwise(model, ids, mask, pieces):
 
 @pytest.mark.peer
 @pytest.mark.slow
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=25, deadline=None, derandomize=True)
 @given(
     config=CONFIGS,
     side=st.sampled_from(["none", "left"]),
