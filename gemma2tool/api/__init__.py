@@ -28,7 +28,7 @@ from gemma2tool.formats.options import Adapter, Calibration, GGUFOptions, Packin
 from gemma2tool.formats.options_budget import Budget, parse_candidates
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.config import Gemma2Config
-from gemma2tool.pipeline import conversion, verification
+from gemma2tool.pipeline import conversion
 from gemma2tool.pipeline.events import ProgressCallback, ProgressEvent, as_progress
 from gemma2tool.pipeline.opening import log_warnings, open_source, opened
 from gemma2tool.pipeline.plan import PlanSummary, TensorSummary
@@ -44,9 +44,11 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from gemma2tool.api.trust import ScanFinding, ScanResult, SignResult, scan, sign
+    from gemma2tool.api.verifying import candidates, diff, verify, verify_request, verify_several
     from gemma2tool.formats.catalog import FormatEntry
     from gemma2tool.model.digest import Hashes
     from gemma2tool.pipeline.budget.choice import BudgetChoice, BudgetOutcome
+    from gemma2tool.pipeline.candidates import CandidateResult
     from gemma2tool.pipeline.checks.finding import CheckFinding, CheckResult
     from gemma2tool.pipeline.checks.run import CheckRequest
     from gemma2tool.pipeline.doctor import Diagnosis, Fact, doctor
@@ -66,21 +68,21 @@ if TYPE_CHECKING:
     from gemma2tool.verify.diagnosis.cause import Cause
     from gemma2tool.verify.difference import Difference
     from gemma2tool.verify.finding import Finding, GateResult
-    from gemma2tool.verify.result import Verification
+    from gemma2tool.verify.result import Failure, Verification
 
 __all__ = [
-    "Adapter", "Budget", "BudgetChoice", "BudgetOutcome", "Calibration", "CardOptions", "Cause", "CheckFinding",
-    "CheckRequest", "CheckResult", "Checkpoint", "Checks", "ConversionRequest", "ConversionResult", "Diagnosis",
-    "DiffRequest", "Difference", "Estimate", "Fact", "Finding", "FormatEntry", "GGUFOptions", "GateResult",
-    "Gemma2Config", "Generation", "GenerationOptions", "Hashes", "ImatrixOptions", "ImatrixResult", "Inspection",
-    "Leftover", "OutputRequest", "PackingOptions", "PlanSummary", "ProgressEvent", "QualityFiles",
-    "QualityPoint", "QualityRequest", "QualityResult", "RecipeRun", "ReleasePlan", "ReleaseRequest",
-    "ReleaseResult", "ReportFiles", "RunOptions", "ScanFinding", "ScanResult", "SensitivityOptions",
-    "SensitivityResult", "SensitivityTable", "SignResult", "SplitOptions", "TensorSummary", "Verification",
-    "VerifyRequest", "WriteOptions", "check", "clean", "convert", "default_threads", "diff", "doctor", "formats",
-    "gate_names", "generate", "hash", "imatrix", "inspect", "log_warnings", "logits", "open",
-    "outputs_with_receipts", "parse_candidates", "parse_gates", "plan", "plan_release", "quality",
-    "quantize", "read_recipe", "release", "run", "scan", "sensitivity", "sign", "text_label", "verify",
+    "Adapter", "Budget", "BudgetChoice", "BudgetOutcome", "Calibration", "CandidateResult", "CardOptions", "Cause",
+    "CheckFinding", "CheckRequest", "CheckResult", "Checkpoint", "Checks", "ConversionRequest", "ConversionResult",
+    "Diagnosis", "DiffRequest", "Difference", "Estimate", "Fact", "Failure", "Finding", "FormatEntry", "GGUFOptions",
+    "GateResult", "Gemma2Config", "Generation", "GenerationOptions", "Hashes", "ImatrixOptions", "ImatrixResult",
+    "Inspection", "Leftover", "OutputRequest", "PackingOptions", "PlanSummary", "ProgressEvent", "QualityFiles",
+    "QualityPoint", "QualityRequest", "QualityResult", "RecipeRun", "ReleasePlan", "ReleaseRequest", "ReleaseResult",
+    "ReportFiles", "RunOptions", "ScanFinding", "ScanResult", "SensitivityOptions", "SensitivityResult",
+    "SensitivityTable", "SignResult", "SplitOptions", "TensorSummary", "Verification", "VerifyRequest", "WriteOptions",
+    "candidates", "check", "clean", "convert", "default_threads", "diff", "doctor", "formats", "gate_names",
+    "generate", "hash", "imatrix", "inspect", "log_warnings", "logits", "open", "outputs_with_receipts",
+    "parse_candidates", "parse_gates", "plan", "plan_release", "quality", "quantize", "read_recipe", "release", "run",
+    "scan", "sensitivity", "sign", "text_label", "verify", "verify_request", "verify_several",
 ]  # fmt: skip
 
 
@@ -232,52 +234,6 @@ def plan(request: ConversionRequest | RecipeRun | PathLike) -> tuple[PlanSummary
     return tuple(summary for one in runs for summary in one.summarize())
 
 
-def verify(
-    candidate: PathLike,
-    *,
-    reference: PathLike | None = None,
-    receipt: PathLike | None = None,
-    logits: PathLike | None = None,
-    engines: Sequence[str] = (),
-    signed_by: PathLike | None = None,
-    signature: PathLike | None = None,
-    tokens: PathLike | None = None,
-    text: PathLike | None = None,
-    gates: Mapping[str, float] | None = None,
-    config: Config | None = None,
-    reference_config: Config | None = None,
-    readers: bool = True,
-    threads: int | None = None,
-    reports: ReportFiles | None = None,
-    progress: ProgressCallback | None = None,
-) -> Verification:
-    """Compare a checkpoint with the one it was made from, with its receipt, or with what an engine computes from it.
-
-    ``reference``: the source. ``receipt``: default is the one beside the candidate. ``logits``: an engine's float
-    logits (.npy) for ``tokens``. ``engines``: programs to run on it ("transformers", "llama.cpp", "mlx-lm",
-    "keras-hub"). ``signed_by``: also hold it, and its receipt, to signatures of this public key or certificate;
-    ``signature``: default is beside it. ``config``: of a candidate that has none of its own, and of such a reference
-    unless ``reference_config`` is given. ``readers``: the libraries of its format read the candidate too. A difference
-    is a failed gate in the result (``result.passed``, ``result.causes``), not an exception.
-    """
-    request = VerifyRequest(
-        candidate=candidate,
-        reference=reference,
-        receipt=as_path(receipt),
-        logits=as_path(logits),
-        engines=tuple(engines),
-        signed_by=as_path(signed_by),
-        signature=as_path(signature),
-        checks=Checks.of(tokens, text, gates),
-        config=config,
-        reference_config=reference_config,
-        readers=readers,
-        threads=threads or default_threads(),
-        reports=reports or ReportFiles(),
-    )
-    return verification.verify(request, as_progress(progress))
-
-
 def check(
     source: Source,
     *,
@@ -301,29 +257,6 @@ def check(
         source=source, perplexity=perplexity, text=as_path(text), sample=sample, config=config, threads=threads
     )
     return checks.check(request, as_progress(progress))
-
-
-def diff(
-    a: PathLike,
-    b: PathLike,
-    *,
-    tokens: PathLike | None = None,
-    text: PathLike | None = None,
-    with_logits: bool = True,
-    config: Config | None = None,
-    threads: int | None = None,
-    progress: ProgressCallback | None = None,
-) -> Difference:
-    """Compare two checkpoints of any formats, neither of which is the reference; ``result.same`` is the verdict."""
-    request = DiffRequest(
-        a=a,
-        b=b,
-        checks=Checks.of(tokens, text, None),
-        with_logits=with_logits,
-        config=config,
-        threads=threads or default_threads(),
-    )
-    return verification.diff(request, as_progress(progress))
 
 
 def hash(

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 ELSEWHERE = {
     "BudgetChoice": "pipeline.budget.choice", "BudgetOutcome": "pipeline.budget.choice",
-    "Cause": "verify.diagnosis.cause", "CheckFinding": "pipeline.checks.finding",
-    "CheckRequest": "pipeline.checks.run", "CheckResult": "pipeline.checks.finding", "Diagnosis": "pipeline.doctor",
-    "Difference": "verify.difference", "Estimate": "pipeline.quality.result", "Fact": "pipeline.doctor",
+    "CandidateResult": "pipeline.candidates", "Cause": "verify.diagnosis.cause",
+    "CheckFinding": "pipeline.checks.finding", "CheckRequest": "pipeline.checks.run",
+    "CheckResult": "pipeline.checks.finding", "Diagnosis": "pipeline.doctor", "Difference": "verify.difference",
+    "Estimate": "pipeline.quality.result", "Fact": "pipeline.doctor", "Failure": "verify.result",
     "Finding": "verify.finding", "FormatEntry": "formats.catalog", "GateResult": "verify.finding",
     "Generation": "pipeline.generation", "GenerationOptions": "pipeline.generation", "Hashes": "model.digest",
     "ImatrixOptions": "pipeline.importance", "ImatrixResult": "pipeline.importance",
@@ -15,7 +16,8 @@ ELSEWHERE = {
     "QualityResult": "pipeline.quality.result", "ScanFinding": "api.trust", "ScanResult": "api.trust",
     "SensitivityOptions": "pipeline.sensitivity.collect", "SensitivityResult": "pipeline.sensitivity.run",
     "SensitivityTable": "pipeline.sensitivity.table", "Verification": "verify.result", "doctor": "pipeline.doctor",
-    "RecipeRun": "pipeline.recipe.run", "scan": "api.trust", "SignResult": "api.trust",
-    "sign": "api.trust", "CardOptions": "publish.request",
-    "ReleasePlan": "publish.estimate", "ReleaseRequest": "publish.request", "ReleaseResult": "publish.request",
+    "RecipeRun": "pipeline.recipe.run", "scan": "api.trust", "SignResult": "api.trust", "sign": "api.trust",
+    "CardOptions": "publish.request", "ReleasePlan": "publish.estimate", "ReleaseRequest": "publish.request",
+    "ReleaseResult": "publish.request", "candidates": "api.verifying", "diff": "api.verifying",
+    "verify": "api.verifying", "verify_request": "api.verifying", "verify_several": "api.verifying",
 }  # fmt: skip

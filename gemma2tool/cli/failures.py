@@ -10,7 +10,7 @@ from typing import Any
 from gemma2tool.errors import ToolError
 from gemma2tool.verify.reports.annotations import annotate
 
-_SUBJECTS = ("candidate", "src", "path", "output", "checkpoint", "a")
+_SUBJECTS = ("candidates", "src", "path", "output", "checkpoint", "a")
 _OWN = ("report.", "output.is-input")
 """Errors of the reports themselves, after which nothing is written to them."""
 
@@ -18,16 +18,16 @@ _OWN = ("report.", "output.is-input")
 def report_failure(command: str, options: Mapping[str, Any], error: tuple[str, str, str, int]) -> None:
     """Write the reports that ``options`` names, if any. ``error``: id, message, hint, exit code."""
     id, message, hint, exit_code = error
-    subject = next((str(options[name]) for name in _SUBJECTS if options.get(name)), "")
+    subject = next((options[name] for name in _SUBJECTS if options.get(name)), "")
+    subject = ", ".join(map(str, subject)) if isinstance(subject, list) else str(subject)
     annotate(subject, id, message)
     files = {name: options.get(name) for name in ("junit", "summary", "html") if options.get(name)}
     if not files or id.startswith(_OWN):
         return
     from gemma2tool import api
-    from gemma2tool.verify.reports.failure import Failure
 
     with suppress(ToolError, OSError):  # the failure itself has been shown
-        api.ReportFiles(**files).write_failure(Failure(command, subject, id, message, hint, exit_code))
+        api.ReportFiles(**files).write_failure(api.Failure(command, subject, id, message, hint, exit_code))
 
 
 def options_of(words: Sequence[str]) -> dict[str, Any]:

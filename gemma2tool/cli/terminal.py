@@ -155,10 +155,14 @@ class Console:
         """Print ``error[id]: message`` and ``hint: ...`` to stderr; in JSON mode also an object to stdout."""
         if self.debug:
             self._traceback(error)
-        self._line(True, (f"error[{one_line(error.id)}]: ", "bold red"), (one_line(error.message), ""))
-        if error.hint:
-            self._line(True, ("hint: ", "bold cyan"), (one_line(error.hint), ""))
+        self.failure(error.id, error.message, error.hint)
         self.emit_failure(error.id, error.message, error.hint, error.exit_code)
+
+    def failure(self, id: str, message: str, hint: str) -> None:
+        """Print ``error[id]: message`` and ``hint: ...`` to stderr."""
+        self._line(True, (f"error[{one_line(id)}]: ", "bold red"), (one_line(message), ""))
+        if hint:
+            self._line(True, ("hint: ", "bold cyan"), (one_line(hint), ""))
 
     def bug(self, error: BaseException) -> None:
         """Print an unexpected exception as one line, and its traceback when debugging."""

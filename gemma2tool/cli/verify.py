@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -14,6 +15,10 @@ from gemma2tool.cli.progress import ProgressDisplay
 from gemma2tool.cli.reports import Reports
 from gemma2tool.cli.terminal import Console
 from gemma2tool.errors import EXIT_VERIFICATION_FAILED
+from gemma2tool.verify.reports.annotations import annotate
+
+if TYPE_CHECKING:
+    from gemma2tool.api import CandidateResult, Verification, VerifyRequest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +84,10 @@ class VerifyOptions:
 
 
 def verify(
-    candidate: Annotated[str, typer.Argument(metavar="CANDIDATE", help="The checkpoint to verify, in any format.")],
+    candidates: Annotated[
+        list[str],
+        typer.Argument(metavar="CANDIDATE...", help="The checkpoints to verify, in any format, or a folder of them."),
+    ],
     options: VerifyOptions,
     reports: Reports,
 ) -> None:
@@ -88,39 +96,101 @@ def verify(
 
     With --reference: tensors, config, tokenizer, logits. With a receipt: whether files, values, config, tokenizer and
     logits are those that were verified when it was written. With --engine or --logits: whether an engine runs it right,
-    and if not, its mistake.
+    and if not, its mistake. Of several, each is verified in the same way, and the exit code is the largest.
     """
     from gemma2tool import api
-    from gemma2tool.verify.reports.terminal import render_verdict, render_verification
 
     console = Console(quiet=options.quiet, json=options.json_output)
-    result = api.verify(
-        candidate,
+    request = _request(candidates[0], options, reports)
+    listed = api.candidates(candidates)
+    if listed != candidates[:1]:
+        _verify_several(request, listed, options, reports, console)
+        return
+    result = api.verify_request(request, progress=ProgressDisplay(console))
+    if options.json_output:
+        console.emit_json(result.to_json())
+    _show(result, console, options)
+    reports.print_card([result], console)
+    if not result.passed:
+        annotate(candidates[0], "verification failed", result.verdict)
+        raise typer.Exit(EXIT_VERIFICATION_FAILED)
+
+
+def _request(candidate: str, options: VerifyOptions, reports: Reports) -> VerifyRequest:
+    from gemma2tool import api
+
+    return api.VerifyRequest(
+        candidate=candidate,
         reference=options.reference,
         receipt=options.against,
         logits=options.logits,
         engines=tuple(name.strip() for names in options.engine or () for name in names.split(",")),
         signed_by=options.signed_by,
         signature=options.signature,
-        tokens=options.tokens,
-        text=options.text,
-        gates=api.parse_gates(options.gate or ()),
+        checks=api.Checks(tokens=options.tokens, text=options.text, gates=api.parse_gates(options.gate or ())),
         config=options.config,
         reference_config=options.reference_config,
         readers=not options.no_readers,
-        threads=options.threads,
+        threads=options.threads or api.default_threads(),
         reports=reports.files,
-        progress=ProgressDisplay(console),
     )
-    if options.json_output:
-        console.emit_json(result.to_json())
+
+
+def _show(result: Verification, console: Console, options: VerifyOptions) -> None:
+    from gemma2tool.verify.reports.terminal import render_verdict, render_verification
+
     if console.quiet and result.passed:
         render_verdict(result, console)
     else:
         render_verification(result, console, verbose=options.verbose)
-    reports.print_card([result], console)
-    if not result.passed:
-        from gemma2tool.verify.reports.annotations import annotate
 
-        annotate(str(candidate), "verification failed", result.verdict)
-        raise typer.Exit(EXIT_VERIFICATION_FAILED)
+
+def _verify_several(
+    request: VerifyRequest, candidates: Sequence[str | Path], options: VerifyOptions, reports: Reports, console: Console
+) -> None:
+    """One document, one report and one table; what failed follows in full."""
+    from gemma2tool import api
+
+    results = api.verify_several(request, candidates, progress=ProgressDisplay(console))
+    exit_code = max(result.exit_code for result in results)
+    if options.json_output:
+        contents = [result.to_json() for result in results]
+        console.emit_json({"passed": exit_code == 0, "exit_code": exit_code, "candidates": contents})
+    if not console.quiet:
+        _table(results, console)
+    for result in results:
+        if isinstance(result.result, api.Failure):
+            console.failure(result.result.id, result.result.message, result.result.hint)
+            annotate(str(result.candidate), result.result.id, result.result.message)
+        elif options.verbose or console.quiet or not result.passed:
+            _show(result.result, console, options)
+            if not result.passed:
+                annotate(str(result.candidate), "verification failed", result.result.verdict)
+    reports.print_card([result.verification for result in results if result.verification is not None], console)
+    if exit_code:
+        raise typer.Exit(exit_code)
+
+
+def _table(results: Sequence[CandidateResult], console: Console) -> None:
+    """A row for each, without columns that say nothing."""
+    columns = ("", "candidate", "compared with", "bits/weight#", "KL#", "same top#", "exit code#")
+    rows = [_row(result) for result in results]
+    kept = [index for index in range(len(columns)) if any(row[index] for row in rows)]
+    console.table([columns[index] for index in kept], [[row[index] for index in kept] for row in rows])
+
+
+def _row(result: CandidateResult) -> tuple[str, ...]:
+    verification = result.verification
+    if verification is None:
+        return ("NO RESULT", str(result.candidate), "", "", "", "", str(result.exit_code))
+    metrics = verification.metrics("distribution")
+    bits, kl, top1 = verification.candidate.bits_per_weight, metrics.get("kl_mean"), metrics.get("top1_agreement")
+    return (
+        "PASSED" if result.passed else "FAILED",
+        str(result.candidate),
+        "its receipt" if verification.against_receipt else verification.source.path,
+        "" if bits is None else f"{bits:.2f}",
+        "" if kl is None else f"{kl:.2g}",
+        "" if top1 is None else f"{top1:.1%}",
+        str(result.exit_code or ""),
+    )

@@ -13,8 +13,7 @@ from gemma2tool.storage.paths import refuse_overwriting_input
 
 if TYPE_CHECKING:
     from gemma2tool.model.checkpoint import Checkpoint
-    from gemma2tool.verify.reports.failure import Failure
-    from gemma2tool.verify.result import Verification
+    from gemma2tool.verify.result import Failure, Result
 
 _BEGINNINGS = {
     "--junit": b"<?xml",
@@ -51,33 +50,17 @@ class ReportFiles:
         """
         check_reports(self.by_option, others)
 
-    def write(self, verifications: Sequence[Verification]) -> None:
+    def write(self, results: Sequence[Result]) -> None:
         """Write the requested reports; none if nothing was verified."""
-        if not verifications or not self.by_option:
-            return
-        from gemma2tool.verify.reports import junit, markdown, page
-
-        if self.junit is not None:
-            replace_report(self.junit, junit.junit(verifications))
-        if self.html is not None:
-            replace_report(self.html, page.html(verifications))
-        if self.summary is not None:
-            _append(self.summary, markdown.summary(verifications))
+        if results:
+            _write(self.by_option, results)
 
     def write_failure(self, failure: Failure) -> None:
         """Write the requested reports of a run that has no result, in place of those of an earlier run.
 
         The run may have failed before it checked its reports, so files that are not reports are left as they are.
         """
-        from gemma2tool.verify.reports import failure as reports
-
-        named = {option: path for option, path in self.by_option.items() if may_be_report(option, path)}
-        if "--junit" in named:
-            replace_report(named["--junit"], reports.junit(failure))
-        if "--html" in named:
-            replace_report(named["--html"], reports.html(failure))
-        if "--summary" in named:
-            _append(named["--summary"], reports.summary(failure))
+        _write({option: path for option, path in self.by_option.items() if may_be_report(option, path)}, [failure])
 
     def write_bom(self, receipt: Path | None, model: Checkpoint, source: Path | None = None) -> None:
         """Write the bill of materials of the output of ``receipt``, if one is requested.
@@ -91,6 +74,20 @@ class ReportFiles:
 
             revision = None if source is None else Revision.of_snapshot(source)
             replace_report(self.bom, bill(read_receipt(receipt), Origin(license_of(model), revision)))
+
+
+def _write(named: Mapping[str, Path], results: Sequence[Result]) -> None:
+    """Write reports of results, by option."""
+    if not named:
+        return
+    from gemma2tool.verify.reports import junit, markdown, page
+
+    if "--junit" in named:
+        replace_report(named["--junit"], junit.junit(results))
+    if "--html" in named:
+        replace_report(named["--html"], page.html(results))
+    if "--summary" in named:
+        _append(named["--summary"], markdown.summary(results))
 
 
 def check_reports(named: Mapping[str, Path], others: Iterable[Path]) -> None:

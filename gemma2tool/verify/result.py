@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from gemma2tool.model.checkpoint import Checkpoint
+from gemma2tool.storage.paths import workspace_path
 from gemma2tool.verify.diagnosis.cause import Cause
 from gemma2tool.verify.finding import Finding, GateResult
 from gemma2tool.verify.json_values import json_value
@@ -147,3 +148,31 @@ class Verification:
             "causes": [json_value(cause.to_json()) for cause in self.causes],
             "drift": json_value(drift.to_json()) if drift is not None else None,
         }
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why there is no verification: the run was refused, lacked something, or was interrupted.
+
+    ``command``: what was run; ``subject``: the file that it was about, or empty. The others are those of the error.
+    """
+
+    command: str
+    subject: str
+    id: str
+    message: str
+    hint: str
+    exit_code: int
+    passed: ClassVar[bool] = False
+
+    @property
+    def path(self) -> str:
+        """The subject, relative to the workspace."""
+        return workspace_path(self.subject) if self.subject else ""
+
+    def to_json(self) -> dict[str, Any]:
+        """The error as ``--json`` prints it."""
+        return {"id": self.id, "message": self.message, "hint": self.hint, "exit_code": self.exit_code}
+
+
+Result = Verification | Failure

@@ -70,7 +70,7 @@ def test_a_bug_and_an_interruption(place: Path, reports: list[str], monkeypatch:
         def fail(*args: object, raised: BaseException = raised, **kwargs: object) -> None:
             raise raised
 
-        monkeypatch.setattr(api, "verify", fail)
+        monkeypatch.setattr(api, "verify_request", fail)
         result = run("verify", "src", "--json", *reports)
         assert result.exit_code == code and json.loads(result.stdout)["error"]["id"] == id
         check_reports(place, id, code)

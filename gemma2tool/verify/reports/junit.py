@@ -1,5 +1,6 @@
 """JUnit XML as CI servers read it: a suite per verification, a test case per gate, causes and findings in the failure
-text."""
+text. A run without a result is a suite with an error: otherwise a server would show the report of the run before.
+"""
 
 from __future__ import annotations
 
@@ -9,23 +10,18 @@ from xml.etree import ElementTree
 from gemma2tool.storage.paths import workspace_path
 from gemma2tool.storage.quoting import one_line
 from gemma2tool.verify.finding import GateResult
-from gemma2tool.verify.result import Verification
+from gemma2tool.verify.result import Failure, Result, Verification
 
 MAX_FINDINGS = 100
 
 
-def junit(verifications: Sequence[Verification]) -> str:
+def junit(results: Sequence[Result]) -> str:
     """The document. It contains no times, so that equal results give equal bytes."""
     root = ElementTree.Element("testsuites", name="gemma2tool")
-    for verification in verifications:
-        root.append(_suite(verification))
-    for count in ("tests", "failures", "skipped"):
+    for result in results:
+        root.append(_failed_suite(result) if isinstance(result, Failure) else _suite(result))
+    for count in ("tests", "failures", "errors", "skipped"):
         root.set(count, str(sum(int(suite.get(count, "0")) for suite in root)))
-    return encoded(root)
-
-
-def encoded(root: ElementTree.Element) -> str:
-    """The text of a document."""
     ElementTree.indent(root)
     return f'<?xml version="1.0" encoding="UTF-8"?>\n{ElementTree.tostring(root, encoding="unicode")}\n'
 
@@ -58,6 +54,16 @@ def _suite(verification: Verification) -> ElementTree.Element:
             ElementTree.SubElement(case, "skipped", message=one_line(gate.summary))
         else:
             ElementTree.SubElement(case, "system-out").text = one_line(gate.summary)
+    return suite
+
+
+def _failed_suite(failure: Failure) -> ElementTree.Element:
+    """One test case with an ``<error>``."""
+    name = one_line(failure.path or failure.command)
+    suite = ElementTree.Element("testsuite", name=name, tests="1", failures="0", errors="1", skipped="0")
+    case = ElementTree.SubElement(suite, "testcase", classname=f"gemma2tool.{failure.command}", name=failure.command)
+    error = ElementTree.SubElement(case, "error", message=one_line(failure.message), type=failure.id)
+    error.text = f"{one_line(failure.hint)} (exit code {failure.exit_code})"
     return suite
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from gemma2tool.storage.quoting import one_line
 from gemma2tool.verify.finding import GateResult, count_by_severity
-from gemma2tool.verify.result import Verification
+from gemma2tool.verify.result import Failure, Result, Verification
 
 MARKS = {"passed": "\u2705", "failed": "\u274c", "skipped": "\u2796", "reported": "\u2139\ufe0f"}
 MAX_FINDINGS = 10
@@ -21,13 +21,22 @@ def escaped(text: object) -> str:
     return _SPECIAL.sub(r"\\\1", one_line(text)).replace("://", ":&#47;/").replace("www.", "www&#46;")
 
 
-def summary(verifications: Sequence[Verification]) -> str:
-    """A section per verification (verdict, causes, gates, findings), and the quality table where logits were
-    compared."""
-    parts = [_section(verification) for verification in verifications]
-    if table := card(verifications):
+def summary(results: Sequence[Result]) -> str:
+    """A section per verification (verdict, causes, gates, findings), or for what has none, and the quality table where
+    logits were compared.
+    """
+    parts = [_failure(result) if isinstance(result, Failure) else _section(result) for result in results]
+    if table := card([result for result in results if isinstance(result, Verification)]):
         parts.append(table)
     return "\n".join(parts)
+
+
+def _failure(failure: Failure) -> str:
+    subject = f": {escaped(failure.path)}" if failure.subject else ""
+    lines = [f"### \u274c {escaped(failure.command)} has no result{subject}", ""]
+    lines += [f"> **{escaped(failure.message)}** ({escaped(failure.id)}, exit code {failure.exit_code})"]
+    lines += [">", f"> {escaped(failure.hint)}"] if failure.hint else []
+    return "\n".join([*lines, ""])
 
 
 def _section(verification: Verification) -> str:

@@ -14,7 +14,7 @@ from gemma2tool.verify.compare.measurements import Drift, Measurements
 from gemma2tool.verify.finding import GateResult, count_by_severity
 from gemma2tool.verify.reports import plots, tensor_map, texts
 from gemma2tool.verify.reports.markup import Markup, tag
-from gemma2tool.verify.result import Side, Verification
+from gemma2tool.verify.result import Failure, Result, Side, Verification
 from gemma2tool.version import __version__
 
 MARKS = {"passed": "✓", "failed": "✗", "skipped": "\u2013", "reported": "·"}
@@ -23,20 +23,23 @@ WORST_TENSORS = 10
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 
-def html(verifications: Sequence[Verification]) -> str:
-    """The page, with a part per verification; equal verifications give equal bytes."""
-    names = [_name(verification.candidate.path) for verification in verifications]
-    passed = all(verification.passed for verification in verifications)
-    parts = [part for verification in verifications for part in _part(verification)]
-    footer = (
-        f"gemma2tool {__version__}. RMSE / RMS is a tensor's error relative to its own size; KL is in nats, relative "
-        "to the source's logits."
-    )
-    return document(f"{'verified' if passed else 'FAILED'}: {', '.join(names)}", *parts, tag("footer", footer))
-
-
-def document(title: str, *body: Markup) -> str:
-    """A page with this body."""
+def html(results: Sequence[Result]) -> str:
+    """The page, with a part per verification, or for what has none; equal results give equal bytes."""
+    names, parts = [], list[Markup]()
+    for result in results:
+        if isinstance(result, Failure):
+            names.append(result.path or result.command)
+            parts += _failure(result)
+        else:
+            names.append(_name(result.candidate.path))
+            parts += _part(result)
+    footer = f"gemma2tool {__version__}."
+    if measured := [result for result in results if isinstance(result, Verification)]:
+        footer += (
+            " RMSE / RMS is a tensor's error relative to its own size; KL is in nats, relative to the source's logits."
+        )
+    passed = all(result.passed for result in results)
+    verdict = "verified" if passed else "FAILED" if measured else "NO RESULT"
     style = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
     head = tag(
         "head",
@@ -45,10 +48,20 @@ def document(title: str, *body: Markup) -> str:
         tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
         tag("meta", name="referrer", content="no-referrer"),
         tag("link", rel="icon", href="data:,"),
-        tag("title", title),
+        tag("title", f"{verdict}: {', '.join(names)}"),
         tag("style", Markup(style)),
     )
-    return f'<!doctype html>\n<html lang="en">{head}{tag("body", *body)}</html>\n'
+    return f'<!doctype html>\n<html lang="en">{head}{tag("body", *parts, tag("footer", footer))}</html>\n'
+
+
+def _failure(failure: Failure) -> list[Markup]:
+    lines = [
+        tag("h1", tag("b", "No result: "), f"{failure.command} ended with exit code {failure.exit_code}"),
+        tag("p", tag("span", failure.path, class_="path")),
+        tag("p", f"{failure.message} [{failure.id}]"),
+        tag("p", failure.hint, class_="soft"),
+    ]
+    return [tag("header", tag("div", *lines), class_="failed")]
 
 
 def _part(verification: Verification) -> list[Markup]:

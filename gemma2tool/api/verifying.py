@@ -1,0 +1,110 @@
+"""Verifications and comparisons from Python, of one checkpoint and of several."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from gemma2tool.api.arguments import Config, PathLike, as_path
+from gemma2tool.pipeline import candidates as several
+from gemma2tool.pipeline import verification
+from gemma2tool.pipeline.candidates import CandidateResult
+from gemma2tool.pipeline.events import ProgressCallback, as_progress
+from gemma2tool.pipeline.report_files import ReportFiles
+from gemma2tool.pipeline.requests import Checks, default_threads
+from gemma2tool.pipeline.verification import DiffRequest, VerifyRequest
+
+if TYPE_CHECKING:
+    from gemma2tool.verify.difference import Difference
+    from gemma2tool.verify.result import Verification
+
+
+def verify(
+    candidate: PathLike,
+    *,
+    reference: PathLike | None = None,
+    receipt: PathLike | None = None,
+    logits: PathLike | None = None,
+    engines: Sequence[str] = (),
+    signed_by: PathLike | None = None,
+    signature: PathLike | None = None,
+    tokens: PathLike | None = None,
+    text: PathLike | None = None,
+    gates: Mapping[str, float] | None = None,
+    config: Config | None = None,
+    reference_config: Config | None = None,
+    readers: bool = True,
+    threads: int | None = None,
+    reports: ReportFiles | None = None,
+    progress: ProgressCallback | None = None,
+) -> Verification:
+    """Compare a checkpoint with the one it was made from, with its receipt, or with what an engine computes from it.
+
+    ``reference``: the source. ``receipt``: default is the one beside the candidate. ``logits``: an engine's float
+    logits (.npy) for ``tokens``. ``engines``: programs to run on it ("transformers", "llama.cpp", "mlx-lm",
+    "keras-hub"). ``signed_by``: also hold it, and its receipt, to signatures of this public key or certificate;
+    ``signature``: default is beside it. ``config``: of a candidate that has none of its own, and of such a reference
+    unless ``reference_config`` is given. ``readers``: the libraries of its format read the candidate too. A difference
+    is a failed gate in the result (``result.passed``, ``result.causes``), not an exception.
+    """
+    request = VerifyRequest(
+        candidate=candidate,
+        reference=reference,
+        receipt=as_path(receipt),
+        logits=as_path(logits),
+        engines=tuple(engines),
+        signed_by=as_path(signed_by),
+        signature=as_path(signature),
+        checks=Checks.of(tokens, text, gates),
+        config=config,
+        reference_config=reference_config,
+        readers=readers,
+        threads=threads or default_threads(),
+        reports=reports or ReportFiles(),
+    )
+    return verify_request(request, progress=progress)
+
+
+def candidates(paths: Iterable[PathLike]) -> list[PathLike]:
+    """The checkpoints that paths name, each once: a folder that is not one itself stands for those directly in it."""
+    return several.candidates(paths)
+
+
+def verify_request(request: VerifyRequest, *, progress: ProgressCallback | None = None) -> Verification:
+    """Carry out a whole request; ``verify`` makes one from its arguments."""
+    return verification.verify(request, as_progress(progress))
+
+
+def verify_several(
+    request: VerifyRequest, candidates: Sequence[PathLike], *, progress: ProgressCallback | None = None
+) -> tuple[CandidateResult, ...]:
+    """Verify each of ``candidates`` as ``request`` says of its own, against its receipt or against the request's
+    reference, and write one report of all.
+
+    A candidate that is refused has the error in its result and does not stop the others. Raises ``UsageError`` for a
+    request that can be of one candidate only.
+    """
+    return several.verify_several(request, candidates, as_progress(progress))
+
+
+def diff(
+    a: PathLike,
+    b: PathLike,
+    *,
+    tokens: PathLike | None = None,
+    text: PathLike | None = None,
+    with_logits: bool = True,
+    config: Config | None = None,
+    threads: int | None = None,
+    progress: ProgressCallback | None = None,
+) -> Difference:
+    """Compare two checkpoints of any formats, neither of which is the reference; ``result.same`` is the verdict."""
+    request = DiffRequest(
+        a=a,
+        b=b,
+        checks=Checks.of(tokens, text, None),
+        with_logits=with_logits,
+        config=config,
+        threads=threads or default_threads(),
+    )
+    return verification.diff(request, as_progress(progress))
