@@ -21,6 +21,12 @@ def imatrix(
     chunks: Annotated[
         int | None, typer.Option("--chunks", min=1, help="Stop after this many chunks. Default: the whole text.")
     ] = None,
+    output_weights: Annotated[
+        bool,
+        typer.Option(
+            "--output-weights", help="Collect the output head, too; a tied embedding is then quantized by it."
+        ),
+    ] = False,
     config: o.ConfigFile = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
     threads: o.Threads = None,
@@ -34,7 +40,11 @@ def imatrix(
 
     console = Console(quiet=quiet, json=json_output)
     options = api.ImatrixOptions(
-        chunk_size=chunk, max_chunks=chunks, force=force, threads=threads or api.default_threads()
+        chunk_size=chunk,
+        max_chunks=chunks,
+        output_weights=output_weights,
+        force=force,
+        threads=threads or api.default_threads(),
     )
     result = api.imatrix(src, out, text=text, config=config, options=options, progress=ProgressDisplay(console))
     if json_output:

@@ -19,9 +19,11 @@ from gemma2tool.containers import gguf
 from gemma2tool.containers.gguf import GGUFValue
 from gemma2tool.errors import UsageError
 from gemma2tool.errors.memory import out_of_memory_as_error
+from gemma2tool.formats.gguf.imatrix import OUTPUT
 from gemma2tool.formats.gguf.table import TABLE
 from gemma2tool.formats.mapping.transforms import entries
 from gemma2tool.model.checkpoint import Checkpoint, unchanged
+from gemma2tool.model.names import HEAD
 from gemma2tool.model.progress import Progress, progress_or_null
 from gemma2tool.pipeline.prompt import PromptTokenizer, rows_of
 from gemma2tool.storage.paths import refuse_overwriting_input
@@ -54,10 +56,13 @@ class ImatrixResult:
 
 @dataclass(frozen=True, kw_only=True)
 class ImatrixOptions:
-    """How a text is run: whole chunks of ``chunk_size`` tokens, at most ``max_chunks`` of them."""
+    """How a text is run: whole chunks of ``chunk_size`` tokens, at most ``max_chunks`` of them. ``output_weights``:
+    collect the inputs of the output head, too.
+    """
 
     chunk_size: int = 512
     max_chunks: int | None = None
+    output_weights: bool = False
     force: bool = False
     threads: int = 1
 
@@ -71,7 +76,9 @@ def collect_imatrix(
     ids = PromptTokenizer(checkpoint).encode(words)
     chunks = chunks_of(ids, options.chunk_size, checkpoint.config.bos_token_id, options.max_chunks)
     with unchanged(checkpoint), progress_or_null(progress, chunks.size, "tokens", unit="tokens") as bar:
-        sums = collect(checkpoint, chunks, threads=options.threads, advance=bar.advance)
+        sums = collect(
+            checkpoint, chunks, output_weights=options.output_weights, threads=options.threads, advance=bar.advance
+        )
     write(out, checkpoint, sums, dataset=str(text), chunks=chunks, force=options.force)
     return ImatrixResult(out, len(sums), len(chunks), options.chunk_size)
 
@@ -92,11 +99,12 @@ def collect(
     checkpoint: Checkpoint,
     chunks: NDArray[np.int64],
     *,
+    output_weights: bool = False,
     threads: int,
     advance: Callable[[int, str], None] = lambda count, name: None,
 ) -> Sums:
-    """By canonical name of every matrix in the layers: the sums of squares (in,) in float32, and the number of
-    positions.
+    """By canonical name of every matrix in the layers, and of the head with ``output_weights``: the sums of squares
+    (in,) in float32, and the number of positions.
     """
     from gemma2tool.reference.streaming import StreamedForward, use_threads
 
@@ -110,9 +118,11 @@ def collect(
     with use_threads(threads), out_of_memory_as_error(f"chunks of {chunks.shape[1]} tokens", hint):
         for first in range(0, len(chunks), BATCH):
             batch = chunks[first : first + BATCH]
-            StreamedForward(checkpoint, batch, on_input=add_squares).last_hidden_state()
+            hidden = StreamedForward(checkpoint, batch, on_input=add_squares).last_hidden_state()
+            if output_weights:
+                add_squares(HEAD, hidden)
             advance(batch.size, f"chunk {first + len(batch)} of {len(chunks)}")
-    return {name: (values.astype(np.float32), chunks.size) for name, values in sums.items() if ".layers." in name}
+    return {name: (values.astype(np.float32), chunks.size) for name, values in sums.items()}
 
 
 def write(
@@ -125,7 +135,7 @@ def write(
     force: bool,
 ) -> None:
     """The GGUF file that llama-imatrix writes: ``NAME.in_sum2`` and ``NAME.counts`` by GGUF's names."""
-    disk = {entry.canonical[0]: entry.disk for entry in entries(TABLE, checkpoint.config)}
+    disk = {entry.canonical[0]: entry.disk for entry in entries(TABLE, checkpoint.config)} | {HEAD: OUTPUT}
     arrays: list[tuple[str, NDArray[np.float32]]] = []
     for name, (values, count) in sorted(sums.items(), key=lambda item: disk[item[0]]):
         arrays.append((f"{disk[name]}.in_sum2", values))

@@ -10,8 +10,11 @@ from typer.testing import CliRunner
 
 from gemma2tool.cli.main import app
 from gemma2tool.containers import gguf
+from gemma2tool.formats import registry
 from gemma2tool.formats.gguf.imatrix import read_imatrix
+from gemma2tool.pipeline.prompt import PromptTokenizer, rows_of
 from gemma2tool.quantizers.gguf_types import GGML_BLOCKS
+from gemma2tool.reference.streaming import StreamedForward
 
 
 def run(*words: object):
@@ -44,6 +47,28 @@ def test_steers_a_quantization(fixture_dir: Path, tmp_path: Path) -> None:
     words = ["quantize", fixture_dir, tmp_path / "iq2.gguf", "--type", "iq2_s", "--imatrix", out, "--quiet"]
     result = CliRunner().invoke(app, [str(word) for word in words])
     assert result.exit_code == 0, result.output
+
+
+@pytest.mark.slow
+def test_the_head_serves_the_tied_embedding(fixture_dir: Path, tmp_path: Path) -> None:
+    words = (fixture_dir, tmp_path / "m.gguf", "--text", fixture_dir / "heldout.txt", "--chunk", 128, "--chunks", 2)
+    assert run(*words, "--output-weights").exit_code == 0
+    with registry.open_checkpoint(fixture_dir / "model.ckpt") as source:
+        words_of_text = (fixture_dir / "heldout.txt").read_text()
+        ids = rows_of(PromptTokenizer(source).encode(words_of_text), 128, source.config.bos_token_id)[:2]
+        hidden = StreamedForward(source, ids).last_hidden_state().double().numpy()
+    weights = read_imatrix(tmp_path / "m.gguf").weights
+    assert len(weights) == 43
+    np.testing.assert_allclose(weights["output.weight"], np.square(hidden).mean((0, 1)), rtol=1e-4)
+    embeddings = []
+    for options in ((), ("--exclude-weights", "output")):
+        out = tmp_path / f"{len(embeddings)}.gguf"
+        quantize = ("quantize", fixture_dir, out, "--type", "q4_k_m", "--imatrix", tmp_path / "m.gguf", "--no-verify")
+        result = CliRunner().invoke(app, [str(word) for word in (*quantize, *options)])
+        assert result.exit_code == 0 and "does not have" not in result.output, result.output
+        entry = gguf.read_header(out, GGML_BLOCKS).tensors["token_embd.weight"]
+        embeddings.append(out.read_bytes()[entry.offset : entry.offset + entry.nbytes])
+    assert embeddings[0] != embeddings[1]
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ columns.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,6 +20,9 @@ from gemma2tool.storage.reading import FileReader, open_for_reading
 
 MAX_DAT_BYTES = 128 << 20
 MAX_NAME_BYTES = 1 << 12
+
+OUTPUT, EMBEDDING = "output.weight", "token_embd.weight"
+"""The head, which llama-imatrix calls so with --output-weights (in a tied model it has none), and the embedding."""
 
 _SUMS, _COUNTS = ".in_sum2", ".counts"
 _F32 = 0
@@ -56,6 +59,16 @@ class ImportanceMatrix:
         else:
             return self
         return replace(self, weights=selected)
+
+    def for_tensors(self, names: Collection[str]) -> ImportanceMatrix:
+        """The matrix for a model with these tensors: where the embedding is the head, too, and has no entry of its own,
+        the head's serves it.
+        """
+        if OUTPUT in names or OUTPUT not in self.weights:
+            return self
+        weights = dict(self.weights)
+        head = weights.pop(OUTPUT)
+        return replace(self, weights={EMBEDDING: head} | weights)
 
     def column_weights(self, name: str, cols: int, type: str) -> NDArray[np.float32] | None:
         """The weights, (cols,), of a tensor that becomes ``type``; None where the matrix has no entry for it.

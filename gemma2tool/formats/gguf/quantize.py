@@ -5,7 +5,7 @@ keys.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from gemma2tool.errors import InputRefused, UsageError
 from gemma2tool.formats.gguf.convert import DiskTensor, first_names, plan_tensor
@@ -101,6 +101,8 @@ def plan_quantized(
             f"--tensor-type has no effect on {ftype.name}",
             hint="choose a quantized type, or leave it out",
         )
+    if request.imatrix is not None:
+        request = replace(request, imatrix=request.imatrix.for_tensors({tensor.name for tensor in tensors}))
     types = _mixture_types(tensors, ftype, config, request, warnings)
     plans = []
     for tensor in tensors:
