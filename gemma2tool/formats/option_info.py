@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from gemma2tool.errors import UsageError
+from gemma2tool.errors import UsageError, choices
 from gemma2tool.quantizers.mixtures import ALIASES, FILE_TYPES, FLOATS
 
 QUANTIZED_FOLDERS = ("hf", "mlx")
@@ -135,6 +135,15 @@ def normalize(options: Any) -> None:
             object.__setattr__(options, option_field.name, tuple(value))
         elif info.metavar == "FILE" and isinstance(value, str):
             object.__setattr__(options, option_field.name, Path(value))
+
+
+def refuse_unknown(group: Any) -> None:
+    """Raises ``UsageError`` (``option.choice``) for an option of ``group`` whose value is not among its choices."""
+    for option_field, info in option_fields(group):
+        value = getattr(group, option_field.name)
+        if isinstance(value, str) and info.choices and value not in info.choices:
+            hint = choices.hint(value, info.choices)
+            raise UsageError("option.choice", f"{info.flag} {value!r} is not a choice", hint=hint)
 
 
 def refuse_ignored(group: Any, format_name: str, type_name: str | None) -> None:

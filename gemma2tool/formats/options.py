@@ -23,6 +23,7 @@ from gemma2tool.formats.option_info import (
     parse_size,
     parse_tensor_type,
     refuse_ignored,
+    refuse_unknown,
 )
 from gemma2tool.model.format_facts import CALIBRATION_KEYS, Rounding
 
@@ -342,6 +343,7 @@ class WriteOptions:
                     )
         for group in self._groups:
             refuse_ignored(group, format_name, self.type)
+            refuse_unknown(group)
 
     @property
     def _groups(self) -> tuple[SplitOptions, GGUFOptions, PackingOptions, Calibration]:

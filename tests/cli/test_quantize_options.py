@@ -128,6 +128,7 @@ def test_types_without_groups_say_so(source: Path, tmp_path: Path, kind: str) ->
         (("--type", "gptq-4", "--group-size", 100), "no groups of 100"),
         (("--type", "mlx-4", "--group-size", -1), "no groups of -1"),
         (("--type", "gptq-4", "--gptq-format", "gptq_v3"), "gptq_v3"),
+        (("--type", "gptq-4", "--calibration", "x.npy", "--calibration-method", "textbok"), "textbook"),
         (("--type", "awq-4", "--gptq-format", "gptq_v2"), "--gptq-format"),
         (("--type", "nf4", "--asym"), "--asym"),
         (("--type", "w4a16", "--double-quant"), "--double-quant has no effect for w4a16"),

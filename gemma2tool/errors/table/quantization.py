@@ -106,7 +106,6 @@ ENTRIES = (
     refused("packing.unknown", "quant_method is unknown", "use one of the methods that 'gemma2tool formats' lists"),
     usage("quantize.block", "rows do not divide into the blocks of the type", "choose another type for the tensor"),
     usage("quantize.double-quant", "--double-quant has no effect for the type", "choose nf4 or fp4, or leave it out"),
-    usage("quantize.gptq-format", "GPTQ has no such checkpoint format", "choose gptq or gptq_v2"),
     usage(
         "quantize.group-size",
         "the columns do not divide into groups, or the type has none",

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from gemma2tool.errors import UsageError, choices
-from gemma2tool.formats.option_info import refuse_ignored
+from gemma2tool.errors import UsageError
+from gemma2tool.formats.option_info import refuse_ignored, refuse_unknown
 from gemma2tool.formats.options import GROUP_SIZES, WHOLE_ROW, PackingOptions
-from gemma2tool.quantizers.gptq import CHECKPOINT_FORMATS
-from gemma2tool.storage.quoting import quoted
 
 
 @dataclass(frozen=True)
@@ -26,13 +24,8 @@ class Settings:
 
     def __post_init__(self) -> None:
         refuse_ignored(self.options, "hf", self.type)
+        refuse_unknown(self.options)
         _check_group_size(self.type, self.options.group_size)
-        if self.gptq_format not in CHECKPOINT_FORMATS:
-            raise UsageError(
-                "quantize.gptq-format",
-                f"GPTQ has no checkpoint format {quoted(self.gptq_format)}",
-                hint=choices.hint(self.gptq_format, CHECKPOINT_FORMATS),
-            )
         for flag, patterns in (("--skip", self.options.skip), ("--only", self.options.only)):
             if "" in patterns:
                 raise UsageError(
