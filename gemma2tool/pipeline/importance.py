@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from gemma2tool.containers import gguf
 from gemma2tool.containers.gguf import GGUFValue
-from gemma2tool.errors import UsageError
+from gemma2tool.errors import InputRefused, UsageError
 from gemma2tool.errors.memory import out_of_memory_as_error
 from gemma2tool.formats.gguf.imatrix import OUTPUT
 from gemma2tool.formats.gguf.table import TABLE
@@ -122,6 +122,9 @@ def collect(
             if output_weights:
                 add_squares(HEAD, hidden)
             advance(batch.size, f"chunk {first + len(batch)} of {len(chunks)}")
+    for name, values in sums.items():
+        if not np.isfinite(values).all():
+            raise InputRefused("calibration.nonfinite", f"inputs of {name}: the text gives NaN or infinities")
     return {name: (values.astype(np.float32), chunks.size) for name, values in sums.items()}
 
 

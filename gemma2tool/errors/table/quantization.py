@@ -34,6 +34,11 @@ ENTRIES = (
         "calibration sequences are longer than the model's positions",
         "use a smaller --calibration-length",
     ),
+    refused(
+        "calibration.nonfinite",
+        "the model computes NaN or infinities from the calibration text",
+        "check the weights: gemma2tool check SRC",
+    ),
     usage(
         "calibration.short",
         "the text does not fill one sequence",

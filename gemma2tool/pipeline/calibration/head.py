@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from gemma2tool.model.checkpoint import Checkpoint
-from gemma2tool.pipeline.calibration.layer import SEQUENCES
+from gemma2tool.pipeline.calibration.layer import SEQUENCES, refuse_nonfinite
 from gemma2tool.quantizers.calibration import Map
 from gemma2tool.quantizers.calibration.hessian import Hessian
 from gemma2tool.reference.layers import RMSNorm
@@ -24,4 +24,5 @@ def head_hessian(checkpoint: Checkpoint, residual: list[Tensor], block: int | No
     for first in range(0, len(residual), SEQUENCES):
         batch = run(norm, residual[first : first + SEQUENCES])
         hessian.add(torch.cat([sequence.flatten(0, 1) for sequence in batch]), run)
+    refuse_nonfinite(hessian, "inputs of the head")
     return hessian

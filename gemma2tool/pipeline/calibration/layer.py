@@ -47,6 +47,15 @@ class Method(Protocol):
     def mlp_output(self, layer: CalibratedLayer, hessian: Hessian) -> None: ...
 
 
+def refuse_nonfinite(hessian: Hessian, where: str) -> None:
+    """Raises ``InputRefused`` (``calibration.nonfinite``) if the sums of squares are not finite. ``where``: what they
+    are of.
+    """
+    if not all(bool(torch.isfinite(square.diagonal()).all()) for square in hessian.squares):
+        message = f"{where}: the calibration text gives NaN, infinities or values too large for float32"
+        raise InputRefused("calibration.nonfinite", message)
+
+
 class Projection(nn.Module):
     """x times a weight that is read, or decoded, a block of rows at a time."""
 
@@ -108,15 +117,15 @@ class CalibratedLayer:
             output: Tensor = attention(layer.input_layernorm(x), cos, sin, None, None, False)[0]
             return output
 
-        method.attention_input(self, self._collect(layer.input_layernorm, residual))
+        method.attention_input(self, self._collect(QUERY, layer.input_layernorm, residual))
         with _Without(attention, "o_proj"):
-            hessian = self._collect(attend, residual)
+            hessian = self._collect(OUTPUT, attend, residual)
         method.attention_output(self, hessian)
         del hessian
         self._replace(lambda x: x + layer.post_attention_layernorm(attend(x)), residual)
-        method.mlp_input(self, self._collect(layer.pre_feedforward_layernorm, residual))
+        method.mlp_input(self, self._collect(GATE, layer.pre_feedforward_layernorm, residual))
         with _Without(mlp, "down_proj"):
-            hessian = self._collect(lambda x: mlp(layer.pre_feedforward_layernorm(x)), residual)
+            hessian = self._collect(DOWN, lambda x: mlp(layer.pre_feedforward_layernorm(x)), residual)
         method.mlp_output(self, hessian)
         del hessian
         self._replace(lambda x: x + layer.post_feedforward_layernorm(mlp(layer.pre_feedforward_layernorm(x))), residual)
@@ -160,7 +169,8 @@ class CalibratedLayer:
     def _set_norm(self, norm: RMSNorm, values: Tensor) -> None:
         norm.weight = nn.Parameter(values, requires_grad=False)
 
-    def _collect(self, inputs: Callable[[Tensor], Tensor], residual: list[Tensor]) -> Hessian:
+    def _collect(self, name: str, inputs: Callable[[Tensor], Tensor], residual: list[Tensor]) -> Hessian:
+        """The Hessian of the inputs of projection ``name``, and of those that share them."""
         hessian: Hessian | None = None
         for first in range(0, len(residual), SEQUENCES):
             batch = self.run(inputs, residual[first : first + SEQUENCES])
@@ -169,6 +179,7 @@ class CalibratedLayer:
                 hessian = Hessian(activations.shape[1], self.hessian_block)
             hessian.add(activations, self.run)
         assert hessian is not None
+        refuse_nonfinite(hessian, f"inputs of {self.prefix}{name}")
         return hessian
 
     def _replace(self, step: Callable[[Tensor], Tensor], residual: list[Tensor]) -> None:
