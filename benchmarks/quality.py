@@ -5,6 +5,7 @@
     python benchmarks/quality.py --types q4_k_m,iq4_xs
     python benchmarks/quality.py --calibrated           # folders' types, calibrated, beside rounded to nearest
     python benchmarks/quality.py --calibrated-gguf      # GGUF's types, calibrated, beside an importance matrix
+    python benchmarks/quality.py --hessians             # GGUF's types, calibrated with both kinds of Hessian
 
 Prints a Markdown table. Every type is written by gemma2tool from fixtures/tiny-gemma2/model.ckpt, read back from its
 file and run, dequantized, by the built-in float32 forward pass over the held-out tokens. KL is KL(source || type) in
@@ -17,6 +18,7 @@ from __future__ import annotations
 import functools
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,7 +28,7 @@ from numpy.typing import NDArray
 from processes import argument_parser
 
 from gemma2tool.formats import registry
-from gemma2tool.formats.options import Calibration, GGUFOptions, PackingOptions, WriteOptions
+from gemma2tool.formats.options import HESSIANS, Calibration, GGUFOptions, PackingOptions, WriteOptions
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.pipeline.conversion import save
 from gemma2tool.pipeline.importance import ImatrixOptions, collect_imatrix
@@ -77,6 +79,7 @@ def main() -> int:
     parser.add_argument("--types", default=",".join(QUOTED))
     parser.add_argument("--calibrated", nargs="?", const="all", metavar="TYPES", help="all of them, or these")
     parser.add_argument("--calibrated-gguf", nargs="?", const=",".join(CALIBRATED_GGUF), metavar="TYPES")
+    parser.add_argument("--hessians", nargs="?", const=",".join(CALIBRATED_GGUF), metavar="TYPES")
     parser.add_argument("--tokens", type=Path, default=FIXTURE / "heldout.npy")
     parser.add_argument("--windows", type=int, help="use only the first windows of the held-out tokens")
     parser.add_argument("--samples", type=int, default=64, help="windows of calibration text")
@@ -85,7 +88,9 @@ def main() -> int:
     print(f"{ids.shape[0] * (ids.shape[1] - 1):,} predicted tokens in {ids.shape[0]} windows of {ids.shape[1]}\n")
     with registry.open_checkpoint(FIXTURE / "model.ckpt") as source, tempfile.TemporaryDirectory() as folder:
         run = Run(source, Path(folder), ids, arguments.samples)
-        if arguments.calibrated_gguf:
+        if arguments.hessians:
+            compare_hessians(run, arguments.hessians.split(","))
+        elif arguments.calibrated_gguf:
             compare_with_matrix(run, arguments.calibrated_gguf.split(","))
         elif arguments.calibrated:
             all_types = [type for type, *_ in CALIBRATED]
@@ -224,6 +229,24 @@ def compare_with_matrix(run: Run, types: Sequence[str]) -> None:
             f" {second.mean():.5f} | {ratio(first, second)} |",
             flush=True,
         )
+
+
+def compare_hessians(run: Run, types: Sequence[str]) -> None:
+    """The table of GGUF types, calibrated: errors weighed by the layer beside errors weighed by the model, with a 95 %
+    interval of the ratio of their KL, and the processor time of both.
+    """
+    print("| type | KL by layer | by model | ratio, 95 % interval | processor time |")
+    print("|---|---:|---:|---|---:|")
+    for type in types:
+        kl, seconds = [], []
+        for hessian in HESSIANS[::-1]:
+            path, begin = run.folder / "out.gguf", time.process_time()
+            text = Calibration(text=run.calibration_text, length=run.ids.shape[1], samples=run.samples, hessian=hessian)
+            save(run.source, path, WriteOptions(type=type, calibration=text), force=True, threads=2)
+            seconds.append(time.process_time() - begin)
+            kl.append(run.text_metrics(path).kl.reshape(run.ids.shape).mean(1))
+        means = " | ".join(f"{side.mean():.5f}" for side in kl)
+        print(f"| {type} | {means} | {ratio(*kl)} | {seconds[0]:.0f} s, {seconds[1]:.0f} s |", flush=True)
 
 
 def ratio(first: NDArray[np.float64], second: NDArray[np.float64]) -> str:

@@ -7,7 +7,7 @@ target would ignore; a receipt records what was given. Nothing heavy is imported
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar
@@ -44,6 +44,8 @@ CALIBRATED_TYPES = (*FOLDERS_QUANTIZED, *GGUF_QUANTIZED)
 _TEXTBOOK_TYPES = ("gptq-4", "gptq-8", "w4a16", "w4a16-asym", "awq-4")
 _GPTQ_TYPES = ("gptq-4", "gptq-8")
 _GGUF = ("gguf",)
+HESSIANS = ("model", "layer")
+"""What an error is weighed by; the first is the default."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,8 +193,9 @@ class Calibration:
     ``text``: a file of UTF-8 text, or of token ids (.npy); None: no calibration. ``samples``: sequences to run (128),
     ``length``: tokens of a sequence (512). ``act_order``: columns with large inputs are rounded first. ``damping``:
     share of its mean that is added to the Hessian's diagonal (0.01). ``method``: "refit" (the default), scales fitted
-    to the codes, or "textbook", GPTQ or AWQ as published. ``hessian_block``: columns of different blocks
-    count as independent; None for the whole.
+    to the codes, or "textbook", GPTQ or AWQ as published. ``hessian_block``: columns of different blocks count as
+    independent; None for the whole. ``hessian``: "model" (the default) keeps the KL divergence of the model's
+    predictions low, "layer" the error of each layer's outputs, which needs no gradients.
     """
 
     HEADING: ClassVar[str] = "Calibration"
@@ -255,6 +258,14 @@ class Calibration:
         types=CALIBRATED_TYPES,
         minimum=32,
     )
+    hessian: str | None = option(
+        None,
+        "--hessian",
+        "model (default): the codes keep the model's predictions; layer: each layer's outputs, in less time.",
+        metavar="WHOSE",
+        types=GGUF_QUANTIZED,
+        choices=HESSIANS,
+    )
 
     def __post_init__(self) -> None:
         normalize(self)
@@ -263,10 +274,19 @@ class Calibration:
     def is_asked(self) -> bool:
         return self.text is not None
 
+    def for_type(self, type: str | None) -> Calibration:
+        """With the Hessian that a type has by default, if it has a choice: so plans and receipts name it."""
+        if not self.is_asked or self.hessian is not None or type not in GGUF_QUANTIZED:
+            return self
+        return replace(self, hessian=HESSIANS[0])
+
     @property
     def metadata(self) -> dict[str, str]:
-        """What an output in safetensors says of its calibration; nothing without one."""
-        return {} if self.text is None else {f"{CALIBRATION_KEYS}file": self.text.name}
+        """What an output says of its calibration; nothing without one."""
+        if self.text is None:
+            return {}
+        hessian = {} if self.hessian is None else {f"{CALIBRATION_KEYS}hessian": self.hessian}
+        return {f"{CALIBRATION_KEYS}file": self.text.name, **hessian}
 
 
 @dataclass(frozen=True)

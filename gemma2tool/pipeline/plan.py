@@ -182,6 +182,7 @@ def make_plan(
     format_name = registry.for_destination(destination, to, options.type)
     source = _with_one_matrix(source, format_name)
     options.check_target(format_name)
+    options = replace(options, calibration=options.calibration.for_type(options.type))
     refuse_overwriting_input((source.path, *source.files), destination)
     if options.type not in (None, "copy") and source.is_quantized and not options.allow_requantize:
         stored = sorted({tensor.stored for tensor in source.tensors.values()} - _PLAIN_TYPES)

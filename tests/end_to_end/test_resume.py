@@ -337,9 +337,9 @@ class TestCalibrated:
         shutil.rmtree(out) if out.is_dir() else out.unlink()
         return whole
 
-    def killed_in(self, kind: str, layer: int, *, torn: bool = False) -> None:
+    def killed_in(self, kind: str, layer: int, *, torn: str = "") -> None:
         """Runs the command in its own process, which is killed in ``layer`` (2: the head) when all tensors of the
-        layers before it are in the journal; ``torn``: while the streams that enter it are being written.
+        layers before it are in the journal; ``torn``: while the kept file of that name is being written.
         """
 
         def work() -> None:
@@ -359,8 +359,15 @@ class TestCalibrated:
 
                     Session._next_layer = Session._run_head = wait
 
+            rename = os.rename
+
+            def tear(source: str, destination: str, **named: int) -> None:
+                if torn in destination:
+                    kill()
+                rename(source, destination, **named)
+
             if torn:
-                kept.os.rename = kill
+                kept.os.rename = tear
             boundaries.Boundaries.save = stop
             run(*self.words(kind))
 
@@ -369,7 +376,7 @@ class TestCalibrated:
     @pytest.mark.parametrize("kind", WORDS)
     def test_continues_at_the_layer_where_it_stopped(self, place: Path, kind: str) -> None:
         whole = self.undisturbed(kind)
-        self.killed_in(kind, 1, torn=True)
+        self.killed_in(kind, 1, torn="residual-0001")
         self.killed_in(kind, 1)
         again = run(*self.words(kind))
         assert again.exit_code == 0 and "1 of 2 layers were calibrated" in again.stderr, again.output
@@ -381,7 +388,7 @@ class TestCalibrated:
         self.killed_in("gguf", 1)
         self.killed_in("gguf", 2)
         staged = place / ".out.gguf.gemma2tool-staging" / "kept"
-        assert sorted(path.name for path in staged.iterdir()) == ["residual-0001", "residual-0002"]
+        assert sorted(path.name for path in staged.iterdir()) == ["output-0001", "residual-0001", "residual-0002"]
         again = run(*self.words("gguf"))
         assert again.exit_code == 0 and "2 of 2 layers were calibrated" in again.stderr, again.output
         assert digest(place / "out.gguf") == whole
@@ -394,15 +401,23 @@ class TestCalibrated:
         assert again.exit_code == 0 and json.loads(again.stdout)["resumed_tensors"] >= tensors, again.output
         assert digest(place / "out.gguf") == whole
 
-    def test_damaged_streams_are_computed_again(self, place: Path) -> None:
+    def test_killed_while_the_gradients_are_collected(self, place: Path) -> None:
+        whole = self.undisturbed("gguf")
+        self.killed_in("gguf", 1, torn="output-0000")
+        again = run(*self.words("gguf"))
+        assert again.exit_code == 0, again.output
+        assert digest(place / "out.gguf") == whole
+
+    @pytest.mark.parametrize("name", ["residual-0001", "output-0001"])
+    def test_what_is_kept_and_damaged_is_computed_again(self, place: Path, name: str) -> None:
         whole = self.undisturbed("gguf")
         self.killed_in("gguf", 1)
-        (file,) = (place / ".out.gguf.gemma2tool-staging" / "kept").iterdir()
+        file = place / ".out.gguf.gemma2tool-staging" / "kept" / name
         data = bytearray(file.read_bytes())
         data[5] ^= 1
         file.write_bytes(data)
         again = run(*self.words("gguf"))
-        assert again.exit_code == 0 and "calibrated" not in again.stderr, again.output
+        assert again.exit_code == 0 and ("calibrated" in again.stderr) == (name == "output-0001"), again.output
         assert digest(place / "out.gguf") == whole
 
     def test_another_text(self, place: Path) -> None:

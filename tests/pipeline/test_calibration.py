@@ -216,7 +216,7 @@ def test_scales_fold_away_exactly(tmp_path: Path) -> None:
         item.source.session for item in calibrated_output.tensors if isinstance(item.source, CalibratedMatrix)
     )
     norms = {item.name: item.encoder.dtype for item in output.tensors if item.name.endswith("norm.weight")}
-    session._method = lambda: Unrounded(session.grids, norms)
+    session._method = lambda run: Unrounded(session.grids, norms)
     for item in calibrated_output.tensors:
         if item.name.endswith("layernorm.weight"):
             folded[item.name] = item.source.load()
@@ -322,8 +322,8 @@ def test_command_line_tells_the_cost_first(fixture_dir: Path, tmp_path: Path) ->
     arguments += ["--calibration-samples", "4", "--calibration-length", "128"]
     status, message = command(*arguments, "--dry-run")
     assert status == 0
-    assert "calibration on 4 sequences of 128 tokens: about" in message
-    assert "GiB of memory at its peak" in message
+    assert "calibration on 4 sequences of 128 tokens, errors weighed by the layer: about" in message
+    assert "GiB of memory at its peak, " in message and "of disk" in message
     assert not (tmp_path / "out").exists()
     status, message = command(*arguments, "--dry-run", "--json", "--quiet")
     cost = json.loads(message)["calibration"]

@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 import pytest
 
-from gemma2tool.errors import UsageError
+from gemma2tool.containers import gguf
+from gemma2tool.errors import InputRefused, UsageError
 from gemma2tool.formats import registry
 from gemma2tool.formats.gguf.tensors import StoredBlocks
 from gemma2tool.formats.options import Calibration, GGUFOptions, WriteOptions
 from gemma2tool.model.checkpoint import Checkpoint
+from gemma2tool.model.lazy import ArrayTensor
 from gemma2tool.pipeline.calibration.output import CalibratedHead, CalibrationSettings, calibrated
 from gemma2tool.pipeline.conversion import save
-from gemma2tool.pipeline.importance import ImatrixOptions, collect_imatrix
+from gemma2tool.pipeline.importance import ImatrixOptions, collect, collect_imatrix
 from gemma2tool.pipeline.write import write_output
+from gemma2tool.quantizers.gguf_types import GGML_BLOCKS
 from gemma2tool.reference.streaming import StreamedForward
 from gemma2tool.verify.run import VerifySettings, verify
 from tests.support.calibration import calibration_ids, calibration_text, divergence
 from tests.support.checkpoints import SMALL, random_checkpoint
+from tests.support.commands import run
 
 pytestmark = pytest.mark.slow
 
@@ -55,9 +60,13 @@ def true_logits(source: Checkpoint, heldout: np.ndarray) -> np.ndarray:
     return StreamedForward(source, heldout).logits().reshape(heldout.size, -1)
 
 
-@pytest.mark.parametrize(("type", "limit"), [("q4_k_m", 0.6), ("q2_k", 0.7), ("iq3_xxs", 0.85)])
+@pytest.mark.parametrize(
+    ("type", "hessian", "limit"),
+    [("q4_k_m", "layer", 0.6), ("q4_k_m", "model", 0.5), ("q2_k", "layer", 0.7), ("iq3_xxs", "layer", 0.85)],
+)
 def test_nearer_to_the_source_at_the_same_size(
     type: str,
+    hessian: str,
     limit: float,
     source: Checkpoint,
     folder: Path,
@@ -67,7 +76,8 @@ def test_nearer_to_the_source_at_the_same_size(
 ) -> None:
     with_matrix, chosen = tmp_path / "imatrix.gguf", tmp_path / "calibrated.gguf"
     save(source, with_matrix, WriteOptions(type=type, gguf=GGUFOptions(imatrix=folder / "imatrix.gguf")))
-    save(source, chosen, WriteOptions(type=type, calibration=Calibration(text=folder / "ids.npy")), threads=2)
+    calibration = Calibration(text=folder / "ids.npy", hessian=hessian)
+    save(source, chosen, WriteOptions(type=type, calibration=calibration), threads=2)
     with registry.open_checkpoint(with_matrix) as one, registry.open_checkpoint(chosen) as other:
         assert {name: tensor.stored for name, tensor in one.tensors.items()} == {
             name: tensor.stored for name, tensor in other.tensors.items()
@@ -144,6 +154,24 @@ def test_an_importance_matrix_beside_a_text_is_refused(source: Checkpoint, folde
     assert caught.value.id == "imatrix.calibration"
 
 
+@pytest.mark.parametrize(("words", "expected"), [((), "model"), (("--hessian", "layer"), "layer")])
+def test_plan_file_and_receipt_say_what_errors_were_weighed_by(
+    words: tuple[str, ...], expected: str, tmp_path: Path
+) -> None:
+    source, out = tmp_path / "source", tmp_path / "q.gguf"
+    save(small(), source, WriteOptions())
+    options = ("--type", "q4_0", "--calibration", small_ids(tmp_path))
+    command = ("quantize", source, out, *options, *words, "--no-readers")
+    plan = run(*command, "--dry-run")
+    assert plan.exit_code == 0 and f"errors weighed by the {expected}" in plan.stdout, plan.output
+    written = run(*command, "--json")
+    assert written.exit_code == 0, written.output
+    receipt = json.loads((tmp_path / "q.gguf.receipt.json").read_text())
+    assert receipt["plan"]["options"]["hessian"] == expected
+    header = gguf.read_header(out, GGML_BLOCKS)
+    assert header.kv["gemma2tool.calibration.hessian"].value == expected
+
+
 def test_a_calibrated_file_says_so_and_is_verified_without_being_told(tmp_path: Path) -> None:
     source, path = small(), tmp_path / "model.gguf"
     save(source, path, WriteOptions(type="q3_k_s", calibration=Calibration(text=small_ids(tmp_path))))
@@ -153,3 +181,24 @@ def test_a_calibrated_file_says_so_and_is_verified_without_being_told(tmp_path: 
         settings = VerifySettings(levels=("completeness", "config", "tensors"), expected=expected)
         verification = verify(source, candidate, settings)
     assert verification.passed, [finding.message for finding in verification.failures]
+
+
+def test_values_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+    source, ids, name = small(), small_ids(tmp_path), "model.layers.1.mlp.up_proj.weight"
+    huge = ArrayTensor(np.full(source.tensors[name].shape, 3e38, ml_dtypes.bfloat16), origin=name)
+    broken = dataclasses.replace(source, tensors={**source.tensors, name: huge})
+    for hessian, where in (("model", "outputs of model.layers.1:"), ("layer", "model.layers.1.mlp.down_proj:")):
+        with pytest.raises(InputRefused) as refused:
+            save(broken, tmp_path / "q.gguf", WriteOptions(type="q4_0", calibration=Calibration(ids, hessian=hessian)))
+        assert refused.value.id == "calibration.nonfinite" and where in refused.value.message
+    with pytest.raises(InputRefused) as refused:
+        collect(broken, np.load(ids), threads=1)
+    assert refused.value.id == "calibration.nonfinite" and "model.layers.1.mlp.down_proj" in refused.value.message
+
+
+@pytest.mark.parametrize("change", [{"hessian": "modle"}, {"method": "textbok"}])
+def test_misspelled_choices_are_refused(change: dict[str, str], tmp_path: Path) -> None:
+    type, format_name = ("q4_0", "gguf") if "hessian" in change else ("gptq-4", "hf")
+    with pytest.raises(UsageError) as refused:
+        WriteOptions(type=type, calibration=Calibration(tmp_path, **change)).check_target(format_name)
+    assert refused.value.id == "option.choice" and "did you mean" in refused.value.hint

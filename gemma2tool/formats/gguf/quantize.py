@@ -16,7 +16,6 @@ from gemma2tool.formats.gguf.table import kind_and_layer
 from gemma2tool.formats.gguf.tensors import FLOATS, GGUFTensor, StoredBlocks
 from gemma2tool.formats.options import Calibration, WriteOptions
 from gemma2tool.model.config import Gemma2Config
-from gemma2tool.model.format_facts import CALIBRATION_KEYS
 from gemma2tool.model.lazy import DTYPE_NAMES, Array, LazyTensor
 from gemma2tool.quantizers.gguf_encoders import Copied, block_elements
 from gemma2tool.quantizers.gguf_types import GGUF_TYPES
@@ -65,8 +64,8 @@ class QuantizationRequest:
 
     def origin_keys(self) -> list[KeyValue]:
         """The keys that say which importance matrix or calibration text was used."""
-        if self.calibration.text is not None:
-            return [(f"{CALIBRATION_KEYS}file", clipped_string(self.calibration.text.name))]
+        if self.calibration.is_asked:
+            return [(key, clipped_string(value)) for key, value in self.calibration.metadata.items()]
         if self.imatrix is None:
             return []
         keys = [("quantize.imatrix.file", clipped_string(str(self.imatrix.path)))]

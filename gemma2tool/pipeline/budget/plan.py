@@ -63,7 +63,12 @@ def plan_budget(source: Checkpoint, table: SensitivityTable, budget: Budget, opt
     names = {entry.canonical[0]: entry.disk for entry in entries(TABLE, source.config)}
     patterns = tuple((f"^{re.escape(names[name])}$", type) for name, type in choice.types.items() if name != EMBEDDING)
     gguf = replace(options.gguf, tensor_types=patterns, token_embedding_type=choice.types[EMBEDDING])
-    return PlannedBudget(choice, replace(options, type=choice.file_type, gguf=gguf), table)
+    calibration = options.calibration
+    if calibration.hessian == "model":
+        logger.warning("the table predicts codes chosen with --hessian layer: model gives about a quarter less KL")
+    elif calibration.is_asked:
+        calibration = replace(calibration, hessian="layer")
+    return PlannedBudget(choice, replace(options, type=choice.file_type, gguf=gguf, calibration=calibration), table)
 
 
 def budget_table(

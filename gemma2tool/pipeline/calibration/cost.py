@@ -10,7 +10,9 @@ from pathlib import Path
 import torch
 
 from gemma2tool.model.config import Gemma2Config
+from gemma2tool.pipeline.calibration.gradients import POSITIONS, STREAM, TOKENS
 from gemma2tool.pipeline.calibration.layer import SEQUENCES
+from gemma2tool.pipeline.calibration.output_side import layer_bytes, output_sizes
 from gemma2tool.quantizers.calibration.clipping import SHRINKS
 from gemma2tool.quantizers.calibration.rounding import ROWS
 from gemma2tool.quantizers.calibration.scales import POWERS
@@ -28,21 +30,25 @@ EFFICIENCY = 0.7
 @dataclass(frozen=True)
 class Cost:
     """``memory``: peak bytes; ``seconds``: roughly, with ``threads`` on this machine; ``shape``: (sequences, tokens of
-    each).
+    each); ``hessian``: what an error is weighed by (see ``Calibration``); ``disk``: bytes kept beside the output
+    meanwhile.
     """
 
     memory: int
     seconds: float
     threads: int
     shape: tuple[int, int]
+    hessian: str
+    disk: int = 0
 
     def sentence(self) -> str:
         """One line for people."""
         sequences, length = self.shape
         threads = f"{self.threads} thread{'s' if self.threads > 1 else ''}"
         return (
-            f"calibration on {sequences} sequences of {length} tokens: about {_duration(self.seconds)} with {threads},"
-            f" and {_size(self.memory)} of memory at its peak"
+            f"calibration on {sequences} sequences of {length} tokens, errors weighed by the {self.hessian}: about"
+            f" {_duration(self.seconds)} with {threads}, {_size(self.memory)} of memory at its peak,"
+            f" {_size(self.disk)} of disk"
         )
 
     def remarks(self) -> list[str]:
@@ -51,20 +57,23 @@ class Cost:
         if free is None or self.memory <= free:
             return []
         need = f"calibration needs about {_size(self.memory)} of memory, and {_size(free)} are free"
-        return [f"{need}: --hessian-block 1024 and fewer or shorter samples need less"]
+        more = "--hessian layer, " if self.hessian == "model" else ""
+        return [f"{need}: {more}--hessian-block 1024 and fewer or shorter samples need less"]
 
     def to_json(self) -> dict[str, object]:
         sequences, length = self.shape
         return {
             "sequences": sequences,
             "length": length,
+            "hessian": self.hessian,
+            "kept_bytes": self.disk,
             "estimated_peak_bytes": self.memory,
             "estimated_seconds": round(self.seconds, 1),
         }
 
 
 def _size(nbytes: int) -> str:
-    return f"{nbytes / 2**30:.1f} GiB"
+    return f"{nbytes / 2**30:.1f} GiB" if nbytes >= 100 << 20 else f"{nbytes / 2**20:.1f} MiB"
 
 
 def _duration(seconds: float) -> str:
@@ -90,13 +99,14 @@ class Work:
 
     ``layers``: how many, a fraction if not all projections are quantized. ``scales``: AWQ, else GPTQ. ``steps``:
     operations of a large matrix product that take as long as rounding one value of the layers; ``head_steps``: of the
-    head, 0 if it is not calibrated.
+    head, 0 if it is not calibrated. ``by_model``: whether gradients weigh the errors, too.
     """
 
     layers: float
     scales: bool
     steps: float
     head_steps: float
+    by_model: bool = False
 
 
 def estimate(
@@ -135,10 +145,29 @@ def estimate(
         deciding += threads * min(rows, ROWS) * columns * FLOAT * 4
         peaks.append(hessian + max(2 * activations + running, deciding))
     operations *= work.layers
+    before = held = 0
+    if work.by_model:
+        more, before = _gradients(config, weights, shape, threads)
+        operations += more
+        held = layer_bytes(config)
     if work.head_steps:
         operations += tokens * width**2 + width**3 + (work.head_steps + width) * width * config.vocab_size
-    memory = LIBRARIES + tokens * width * FLOAT + max(peaks) + 2 * weights
-    return Cost(int(memory), operations / (product_rate() * threads * EFFICIENCY), threads, shape)
+    memory = LIBRARIES + 2 * weights + max(tokens * width * FLOAT + max(peaks) + held, before)
+    seconds = operations / (product_rate() * threads * EFFICIENCY)
+    return Cost(int(memory), seconds, threads, shape, "model" if work.by_model else "layer")
+
+
+def _gradients(config: Gemma2Config, weights: int, shape: tuple[int, int], threads: int) -> tuple[float, int]:
+    """Operations of the gradient pass, and its memory: each product runs forward twice and backward once."""
+    length, at_once = shape[1], min(threads, SEQUENCES)
+    tokens = min(max(TOKENS // length, 1), shape[0]) * length
+    width, vocabulary, layers = config.hidden_size, config.vocab_size, config.num_hidden_layers
+    sums = sum(outputs * min(block or outputs, outputs) for outputs, block in output_sizes(config).values())
+    operations = tokens * (6.0 * (layers * weights + width * vocabulary) + layers * sums)
+    running = at_once * (8 * length * config.intermediate_size * FLOAT + SCORE_BYTES)
+    head = at_once * 3 * min(POSITIONS, length) * vocabulary * FLOAT
+    streams = tokens * width * (STREAM.itemsize * layers + FLOAT)
+    return operations, streams + max(running + layer_bytes(config), head)
 
 
 @functools.cache

@@ -47,6 +47,18 @@ class Method(Protocol):
     def mlp_output(self, layer: CalibratedLayer, hessian: Hessian) -> None: ...
 
 
+def finite_rows(weight: LazyTensor, first: int, last: int) -> Array:
+    """Rows of a weight, float32. Raises ``InputRefused`` if they are not finite."""
+    rows = weight.load_rows_f32(first, last)
+    if not np.isfinite(rows).all():
+        raise InputRefused(
+            "weights.nonfinite",
+            f"{weight.origin}: contains NaN or infinite values",
+            hint="such a checkpoint cannot be calibrated; quantize without --calibration, or use another copy",
+        )
+    return rows
+
+
 def refuse_nonfinite(hessian: Hessian, where: str) -> None:
     """Raises ``InputRefused`` (``calibration.nonfinite``) if the sums of squares are not finite. ``where``: what they
     are of.
@@ -144,15 +156,7 @@ class CalibratedLayer:
         """Rows of a projection's weight in its present state, float32. Raises ``InputRefused`` if they
         are not finite.
         """
-        weight = self.projection(name).weight
-        rows = weight.load_rows_f32(first, last)
-        if not np.isfinite(rows).all():
-            raise InputRefused(
-                "weights.nonfinite",
-                f"{weight.origin}: contains NaN or infinite values",
-                hint="such a checkpoint cannot be calibrated; quantize without --calibration, or use another copy",
-            )
-        return rows
+        return finite_rows(self.projection(name).weight, first, last)
 
     def set_rounded(self, name: str, matrix: RoundedMatrix) -> None:
         """Replace the projection's weight by the rounded one."""

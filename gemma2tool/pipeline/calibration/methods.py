@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 
 import numpy as np
 from torch import Tensor
@@ -12,11 +13,14 @@ from gemma2tool.pipeline.calibration.layer import DOWN, GATE, KEY, OUTPUT, QUERY
 from gemma2tool.quantizers.calibration import rounding, scales
 from gemma2tool.quantizers.calibration.clipping import HessianBlock, hessian_blocks, quantize_clipped
 from gemma2tool.quantizers.calibration.grid import AffineGrid, Grid, RoundedMatrix
-from gemma2tool.quantizers.calibration.hessian import Hessian, inverse_factors
+from gemma2tool.quantizers.calibration.hessian import Factor, Hessian, inverse_factors
+from gemma2tool.quantizers.calibration.row_feedback import round_matrix
 from gemma2tool.quantizers.casts import cast
 
 LEAST_SPREAD = 0.02
 """Standard deviation of the scales' logarithms below which they are not worth folding."""
+
+Load = Callable[[int, int], Array]
 
 ROUNDED_BYTES = 4 << 20
 """Rows rounded at once, as float32."""
@@ -24,13 +28,21 @@ ROUNDED_BYTES = 4 << 20
 
 class ByHessian:
     """GPTQ: each column's rounding error is compensated by the later columns of its row, for the inputs of the
-    quantized model.
+    quantized model. With ``outputs``, also by the later rows (see ``row_feedback``).
 
-    ``grids``: by canonical name. ``damping``, ``act_order``: see ``hessian.inverse_factors``.
+    ``grids``: by canonical name. ``damping``, ``act_order``: see ``hessian.inverse_factors``. ``outputs``: factors of
+    the rows' inverse Hessians, by canonical name.
     """
 
-    def __init__(self, grids: Mapping[str, Grid], *, damping: float, act_order: bool) -> None:
-        self.grids, self.damping, self.act_order = grids, damping, act_order
+    def __init__(
+        self,
+        grids: Mapping[str, Grid],
+        *,
+        damping: float,
+        act_order: bool,
+        outputs: Mapping[str, Sequence[Factor]] = MappingProxyType({}),
+    ) -> None:
+        self.grids, self.damping, self.act_order, self.outputs = grids, damping, act_order, outputs
 
     def attention_input(self, layer: CalibratedLayer, hessian: Hessian) -> None:
         self._round(layer, hessian, QUERY, KEY, VALUE)
@@ -51,13 +63,20 @@ class ByHessian:
         columns, cholesky = hessian.columns, inverse_factors(hessian, self.damping, self.act_order)
         for name in quantized:
             weight, grid = layer.projection(name).weight, self.grids[f"{layer.prefix}{name}.weight"]
+            groups = rounding.group_of_column(cholesky, columns, grid.group_size)
             ranges = list(row_ranges(weight.rows, 1, rounding.ROWS))
 
-            def piece(span: tuple[int, int], name: str = name, grid: Grid = grid) -> Array:
-                return grid.round_rows(layer.rows(name, *span), cholesky)
+            def load(first: int, last: int, name: str = name) -> Array:
+                return layer.rows(name, first, last)
 
-            records = np.concatenate(list(layer.run(piece, ranges)))
-            groups = rounding.group_of_column(cholesky, columns, grid.group_size)
+            def piece(span: tuple[int, int], load: Load = load, grid: Grid = grid) -> Array:
+                return grid.round_rows(load(*span), cholesky)
+
+            outputs = self.outputs.get(f"{layer.prefix}{name}.weight")
+            if outputs is None:
+                records = np.concatenate(list(layer.run(piece, ranges)))
+            else:
+                records = round_matrix(load, grid, groups, cholesky, outputs, layer.run)
             layer.set_rounded(name, RoundedMatrix(grid, records, groups, weight.origin))
 
 

@@ -40,6 +40,7 @@ def settings_of(options: Calibration, checkpoint: Checkpoint) -> CalibrationSett
         DAMPING if options.damping is None else options.damping,
         options.act_order,
         options.hessian_block,
+        options.hessian == "model",
         options.method == "textbook",
     )
 

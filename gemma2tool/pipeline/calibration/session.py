@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from gemma2tool.pipeline.calibration.boundaries import Boundaries
     from gemma2tool.pipeline.calibration.cost import Cost
     from gemma2tool.pipeline.calibration.layer import Method
+    from gemma2tool.pipeline.calibration.output_side import OutputSide
+    from gemma2tool.quantizers.calibration import Map
     from gemma2tool.quantizers.calibration.hessian import Factor
 
 DAMPING = 0.01
@@ -43,14 +45,16 @@ class CalibrationSettings:
     """How an output is calibrated: token ids (N, T), each row on its own, and GPTQ's settings (see
     ``hessian.inverse_factors``).
 
-    ``hessian_block``: columns of a square of the block-diagonal Hessian, None for the whole. ``textbook``: GPTQ and AWQ
-    as published, where a type is named for them.
+    ``hessian_block``: columns of a square of the block-diagonal Hessian, None for the whole. ``by_model``: an error is
+    weighed by what it costs the model's predictions, else by what it changes of its layer's outputs. ``textbook``: GPTQ
+    and AWQ as published, where a type is named for them.
     """
 
     ids: NDArray[np.int64]
     damping: float = DAMPING
     act_order: bool = False
     hessian_block: int | None = None
+    by_model: bool = False
     textbook: bool = False
 
 
@@ -78,6 +82,7 @@ class Session:
         self._failure: BaseException | None = None
         self._residual: list[Tensor] | None = None
         self._boundaries: Boundaries | None = None
+        self._outputs: OutputSide | None = None
         self._rounded: dict[str, RoundedMatrix] = {}
         self._norms: dict[str, Array] = {}
         self._head: Sequence[Factor] | None = None
@@ -96,9 +101,11 @@ class Session:
             self.folds_scales,
             sum(sizes[name] * steps for name, steps in inside.items()) / max(sum(sizes.values()), 1),
             sum(head),
+            self._uses_outputs,
         )
         block, threads = self.calibration.hessian_block, self.threads
-        return estimate(config, work, self.calibration.ids.shape, hessian_block=block, threads=threads)
+        cost = estimate(config, work, self.calibration.ids.shape, hessian_block=block, threads=threads)
+        return replace(cost, disk=self.kept_bytes)
 
     def stage(self, item: OutputTensor) -> int | None:
         """The stage after which this tensor can be written: its layer's, or the head's, which comes after the layers;
@@ -117,8 +124,18 @@ class Session:
 
     @property
     def kept_bytes(self) -> int:
-        """Bytes on the disk that continuing takes, at most: the residual streams of two stages."""
-        return 2 * self.calibration.ids.size * self.checkpoint.config.hidden_size * np.dtype(np.float32).itemsize
+        """Bytes on the disk that a run keeps, at most: the residual streams of two stages, and the output sides of the
+        layers' Hessians.
+        """
+        from gemma2tool.pipeline.calibration.output_side import layer_bytes
+
+        config = self.checkpoint.config
+        streams = 2 * self.calibration.ids.size * config.hidden_size * np.dtype(np.float32).itemsize
+        return streams + (config.num_hidden_layers * layer_bytes(config) if self._uses_outputs else 0)
+
+    @property
+    def _uses_outputs(self) -> bool:
+        return self.calibration.by_model and any(grid.takes_few_rows for grid in self.grids.values())
 
     def continue_with(self, boundaries: Boundaries) -> int:
         """Keep what continuing takes in ``boundaries``, and start where an earlier run stopped: returns that stage, 0
@@ -207,7 +224,7 @@ class Session:
                 run=pool.map,
             )
             cos, sin = cos_sin(config, _positions(self.calibration.ids.shape[1]), self._residual[0].dtype)
-            layer.calibrate(self._method(), self._residual, cos, sin)
+            layer.calibrate(self._method(pool.map), self._residual, cos, sin)
         self._rounded |= layer.rounded
         self._norms |= layer.norms
 
@@ -228,13 +245,23 @@ class Session:
             hessian = head_hessian(self.checkpoint, self._residual, block, pool.map)
         self._head = inverse_factors(hessian, self.calibration.damping, act_order=False)
 
-    def _method(self) -> Method:
+    def _method(self, run: Map) -> Method:
         from gemma2tool.pipeline.calibration.methods import ByHessian, ByScale
 
         if self.folds_scales:
             norms = {name: dtype_of(item) for name, item in self.items.items() if name.endswith("norm.weight")}
             return ByScale({name: grid for name, grid in self.grids.items() if isinstance(grid, AffineGrid)}, norms)
-        return ByHessian(self.grids, damping=self.calibration.damping, act_order=self.calibration.act_order)
+        settings = self.calibration
+        outputs = self._output_side().factors(self._done, run) if self._uses_outputs else {}
+        return ByHessian(self.grids, damping=settings.damping, act_order=settings.act_order, outputs=outputs)
+
+    def _output_side(self) -> OutputSide:
+        from gemma2tool.pipeline.calibration.output_side import OutputSide
+
+        if self._outputs is None:
+            kept = None if self._boundaries is None else self._boundaries.kept
+            self._outputs = OutputSide(self.checkpoint, self._sources, self.calibration.ids, self.grids.keys(), kept)
+        return self._outputs
 
     def _embeddings(self) -> list[Tensor]:
         from gemma2tool.reference.streaming import StreamedForward

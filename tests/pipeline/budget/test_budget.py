@@ -181,6 +181,22 @@ def test_the_table_is_of_codes_chosen_in_another_way(
     assert "chosen by calibration" in caplog.text and "nearest" in caplog.text
 
 
+@pytest.mark.parametrize(("given", "expected"), [(None, "layer"), ("model", "model")])
+def test_codes_are_chosen_as_those_of_the_table_unless_asked_otherwise(
+    given: str | None, expected: str, source: Path, table: Path, fixture_dir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    calibration = api.Calibration(text=fixture_dir / "heldout.npy", samples=2, hessian=given)
+    request = api.ConversionRequest(
+        source=source,
+        destination=table.parent / "plan.gguf",
+        options=api.WriteOptions(calibration=calibration),
+        budget=api.Budget(sensitivity=table, target_size=3_600_000),
+    )
+    (plan,) = api.plan(request)
+    assert plan.cost is not None and plan.cost.hessian == expected
+    assert ("a quarter less" in caplog.text) == (expected == "model")
+
+
 def test_a_table_that_lacks_a_matrix_is_refused(source: Path, table: Path, tmp_path: Path) -> None:
     known = read_table(table)
     entries = {name: types for name, types in known.entries.items() if "layers.2.mlp.up" not in name}

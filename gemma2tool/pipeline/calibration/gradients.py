@@ -1,0 +1,224 @@
+"""What an error in each projection's outputs costs the model: the output side of the Hessian of its KL divergence.
+
+The second derivative of KL(model || changed model) at no change is the Fisher information: the mean of g g^T, where g
+is the gradient of the log-likelihood of tokens drawn from the model's own predictions (YAQA, arXiv 2505.22988, its
+first sketch). One forward pass of the unquantized model over the calibration text keeps the residual streams between
+layers, in bfloat16; then the layers are passed from the last to the first, each run again and differentiated by itself.
+Memory holds the streams and one layer's sums.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from gemma2tool.errors import InputRefused
+from gemma2tool.model.checkpoint import Checkpoint
+from gemma2tool.model.lazy import FLOAT32, LazyTensor, row_ranges
+from gemma2tool.model.names import EMBEDDING, HEAD
+from gemma2tool.pipeline.calibration.layer import BLOCK_BYTES, SEQUENCES, finite_rows, refuse_nonfinite
+from gemma2tool.quantizers.calibration import Map
+from gemma2tool.quantizers.calibration.hessian import Hessian
+from gemma2tool.reference.layers import DecoderLayer, RMSNorm, soft_cap
+from gemma2tool.reference.rotary import cos_sin
+from gemma2tool.reference.tensors import load_tensor
+
+TOKENS = 8192
+"""At most so many tokens of the calibration text, in whole sequences, evenly spread."""
+
+POSITIONS = 128
+"""Positions whose logits are held at once."""
+
+STREAM = torch.bfloat16
+"""The dtype in which the residual streams are kept."""
+
+
+def some_sequences(ids: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The sequences (n, T) of ``ids`` (N, T) that are differentiated."""
+    count = min(max(TOKENS // ids.shape[1], 1), len(ids))
+    return ids[np.linspace(0, len(ids) - 1, count).astype(np.int64)]
+
+
+def output_hessians(
+    checkpoint: Checkpoint,
+    tensors: Mapping[str, LazyTensor],
+    ids: NDArray[np.int64],
+    blocks: Mapping[str, int | None],
+    run: Map,
+) -> Iterator[tuple[int, dict[str, Hessian]]]:
+    """Yield each layer, from the last to the first, with the Hessians (O, O) of its projections' outputs.
+
+    ``tensors``: the unquantized ones, by canonical name. ``ids`` (n, T). ``blocks``: the projections (such as
+    "self_attn.q_proj") that are collected, with the size of the blocks of their Hessians.
+    """
+    config = checkpoint.config
+    cos, sin = cos_sin(config, torch.arange(ids.shape[1])[None], torch.float32)
+    layers = [_Layer(checkpoint, index, tensors, cos, sin) for index in range(config.num_hidden_layers)]
+    streams: list[list[Tensor]] = []
+    gradients: list[Tensor] = []
+
+    def forward(row: NDArray[np.int64]) -> tuple[list[Tensor], Tensor]:
+        from gemma2tool.reference.streaming import StreamedForward
+
+        x, kept = StreamedForward(checkpoint, row[None]).embeddings(), []
+        for layer in layers:
+            kept.append(x.to(STREAM))
+            x = layer.forward(x)
+            if not torch.isfinite(x).all():
+                message = f"outputs of model.layers.{layer.index}: the calibration text gives NaN or infinities"
+                raise InputRefused("calibration.nonfinite", message)
+        return kept, x
+
+    for first in range(0, len(ids), SEQUENCES):
+        batch = list(run(forward, ids[first : first + SEQUENCES]))
+        streams += [kept for kept, _ in batch]
+        numbered = [(first + number, x) for number, (_, x) in enumerate(batch)]
+        gradients += list(run(lambda item: _head_gradient(checkpoint, tensors, *item), numbered))
+    for layer in reversed(layers):
+        hessians: dict[str, Hessian] = {}
+        for first in range(0, len(ids), SEQUENCES):
+            batch_of = range(first, min(first + SEQUENCES, len(ids)))
+            passed = list(run(functools.partial(_backward, layer, streams, gradients), batch_of))
+            for i, (collected, gradient) in zip(batch_of, passed, strict=True):
+                gradients[i] = gradient
+                for name in collected.keys() & blocks.keys():
+                    output = collected[name]
+                    hessian = hessians.setdefault(name, Hessian(output.shape[1], blocks[name]))
+                    hessian.add(output, run)
+        for name, hessian in hessians.items():
+            refuse_nonfinite(hessian, f"gradients of model.layers.{layer.index}.{name}")
+        yield layer.index, hessians
+
+
+def _backward(
+    layer: _Layer, streams: list[list[Tensor]], gradients: list[Tensor], number: int
+) -> tuple[dict[str, Tensor], Tensor]:
+    return layer.backward(streams[number].pop().float(), gradients[number])
+
+
+class _Layer:
+    """A layer of the unquantized model over one sequence, forward and backward."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, index: int, tensors: Mapping[str, LazyTensor], cos: Tensor, sin: Tensor
+    ) -> None:
+        self.config, self.index, self.tensors, self.cos, self.sin = checkpoint.config, index, tensors, cos, sin
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            output: Tensor = self._module()(x, self.cos, self.sin)[0]
+        return output
+
+    def backward(self, x: Tensor, gradient: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """The gradients (T, O) of the projections' outputs, by name, and that of ``x``, from the gradient of the
+        layer's output; all (1, T, D).
+        """
+        module = self._module()
+        with torch.enable_grad():
+            x = x.requires_grad_()
+            module(x, self.cos, self.sin)[0].backward(gradient)
+        assert x.grad is not None
+        projections = {name: part for name, part in module.named_modules() if isinstance(part, _Projection)}
+        return {name: part.gradient.flatten(0, 1) for name, part in projections.items()}, x.grad
+
+    def _module(self) -> DecoderLayer:
+        prefix = f"model.layers.{self.index}."
+
+        def projection(in_features: int, out_features: int, bias: bool, name: str) -> nn.Module:
+            return _Projection(
+                self.tensors[f"{prefix}{name}.weight"], self.tensors[f"{prefix}{name}.bias"] if bias else None
+            )
+
+        with torch.device("meta"):
+            module = DecoderLayer(self.config, self.index, projection).eval()
+        for name, norm in module.named_modules():
+            if isinstance(norm, RMSNorm):
+                weight = load_tensor(self.tensors[f"{prefix}{name}.weight"], torch.float32, "cpu")
+                norm.weight = nn.Parameter(weight, requires_grad=False)
+        return module
+
+
+class _Projection(nn.Module):
+    """x times a weight that is read a block of rows at a time, in both directions; remembers its output's gradient."""
+
+    gradient: Tensor
+
+    def __init__(self, weight: LazyTensor, bias: LazyTensor | None) -> None:
+        super().__init__()
+        self.weight = weight
+        self.bias = None if bias is None else load_tensor(bias, torch.float32, "cpu")
+
+    def forward(self, x: Tensor) -> Tensor:
+        product: Tensor = _Product.apply(x, self)  # type: ignore[no-untyped-call]
+        return product if self.bias is None else product + self.bias
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, projection: _Projection) -> Tensor:
+        ctx.projection = projection  # type: ignore[attr-defined]  # torch's class takes any attribute
+        return _times(x, projection.weight)
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, *gradients: Tensor) -> tuple[Tensor, None]:
+        projection: _Projection = ctx.projection  # type: ignore[attr-defined]
+        projection.gradient = gradients[0]
+        return _times_transposed(gradients[0], projection.weight), None
+
+
+def _blocks(weight: LazyTensor) -> Iterator[tuple[int, int, Tensor]]:
+    """Rows of a weight, a block at a time. Raises ``InputRefused`` if they are not finite."""
+    for first, last in row_ranges(weight.rows, weight.row_size * FLOAT32.itemsize, BLOCK_BYTES):
+        rows = finite_rows(weight, first, last)
+        yield first, last, torch.from_numpy(rows if rows.flags.writeable else rows.copy())
+
+
+def _times(x: Tensor, weight: LazyTensor) -> Tensor:
+    """x (..., I) times the transpose of a weight (O, I)."""
+    product = x.new_empty(*x.shape[:-1], weight.rows)
+    for first, last, rows in _blocks(weight):
+        product[..., first:last] = F.linear(x, rows)
+    return product
+
+
+def _times_transposed(y: Tensor, weight: LazyTensor) -> Tensor:
+    """y (..., O) times a weight (O, I)."""
+    product = y.new_zeros(*y.shape[:-1], weight.row_size)
+    for first, last, rows in _blocks(weight):
+        product += y[..., first:last] @ rows
+    return product
+
+
+def _head_gradient(checkpoint: Checkpoint, tensors: Mapping[str, LazyTensor], number: int, x: Tensor) -> Tensor:
+    """The gradient of -log p(token), summed over positions, for the residual stream ``x`` (1, T, D) after the last
+    layer; tokens are drawn from p. ``number`` of the sequence: the seed.
+    """
+    config = checkpoint.config
+    head = tensors[EMBEDDING if config.tie_word_embeddings else HEAD]
+    norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+    weight = load_tensor(tensors["model.norm.weight"], torch.float32, "cpu")
+    norm.weight = nn.Parameter(weight, requires_grad=False)
+    draws = np.random.default_rng(number).random(x.shape[1])
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        hidden = norm(x)
+    gradient = torch.empty_like(hidden)
+    for first in range(0, x.shape[1], POSITIONS):
+        positions = slice(first, first + POSITIONS)
+        raw = _times(hidden.detach()[0, positions], head)
+        logits = soft_cap(raw, config.final_logit_softcapping)
+        slope = 1.0 if config.final_logit_softcapping is None else 1 - (logits / config.final_logit_softcapping) ** 2
+        chances = torch.softmax(logits, dim=-1)
+        for row, draw in zip(chances.numpy(), draws[positions], strict=True):
+            sums = np.cumsum(row, dtype=np.float64)
+            row[min(int(np.searchsorted(sums, draw * sums[-1], side="right")), len(row) - 1)] -= 1
+        gradient[0, positions] = _times_transposed(chances * slope, head)
+    hidden.backward(gradient)
+    assert x.grad is not None
+    return x.grad

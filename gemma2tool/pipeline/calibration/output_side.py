@@ -1,0 +1,121 @@
+"""The output sides of the layers' Hessians (see ``gradients``): computed from the last layer to the first, used from
+the first to the last.
+
+Meanwhile they are kept beside the output, which also serves a run that continues; in memory where nothing is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gemma2tool.model.checkpoint import Checkpoint
+from gemma2tool.model.config import Gemma2Config
+from gemma2tool.model.lazy import LazyTensor
+from gemma2tool.pipeline.calibration.boundaries import Kept
+from gemma2tool.pipeline.calibration.gradients import output_hessians, some_sequences
+from gemma2tool.pipeline.calibration.layer import DOWN, GATE, KEY, OUTPUT, QUERY, UP, VALUE
+from gemma2tool.quantizers.calibration import Map
+from gemma2tool.quantizers.calibration.hessian import Factor, Hessian, inverse_factors
+from gemma2tool.storage.buffers import AnyBuffer
+
+DAMPING = 0.1
+"""Share of its mean that is added to the diagonal, and another share of outputs over tokens: with few tokens, what lies
+beside the diagonal is mostly chance.
+"""
+
+INNER_BLOCK = 512
+"""Rows of gate and up whose outputs count as dependent: they have four times as many as the others, and more."""
+
+
+def output_sizes(config: Gemma2Config) -> dict[str, tuple[int, int | None]]:
+    """The outputs of each projection and the size of its Hessian's blocks, None for the whole."""
+    queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    width, inner = (config.hidden_size, None), (config.intermediate_size, INNER_BLOCK)
+    return {
+        QUERY: (queries, None),
+        KEY: (keys, None),
+        VALUE: (keys, None),
+        OUTPUT: width,
+        GATE: inner,
+        UP: inner,
+        DOWN: width,
+    }
+
+
+def layer_bytes(config: Gemma2Config) -> int:
+    """Bytes of one layer's Hessians."""
+    return sum(outputs * min(block or outputs, outputs) for outputs, block in output_sizes(config).values()) * 4
+
+
+@dataclass
+class OutputSide:
+    """Hands out the factors of each layer.
+
+    ``tensors``: the unquantized ones, by canonical name. ``ids``: of the calibration, (N, T). ``kept``: where they
+    wait for their layer; None for memory.
+    """
+
+    checkpoint: Checkpoint
+    tensors: Mapping[str, LazyTensor]
+    ids: NDArray[np.int64]
+    quantized: Iterable[str]
+    kept: Kept | None = None
+    _waiting: dict[int, dict[str, Hessian]] = field(default_factory=dict)
+
+    def factors(self, layer: int, run: Map) -> dict[str, list[Factor]]:
+        """The factors of the inverse Hessian of each quantized projection's outputs, by canonical name: rows are
+        rounded from the largest diagonal element to the smallest.
+        """
+        names = self._names(layer)
+        if not names:
+            return {}
+        hessians = self._load(layer, names)
+        if hessians is None:
+            self._compute(run)
+            hessians = self._load(layer, names)
+        assert hessians is not None
+        prefix = f"model.layers.{layer}."
+        tokens = some_sequences(self.ids).size
+        return {
+            f"{prefix}{name}.weight": inverse_factors(
+                hessian, DAMPING + len(hessian.squares[0]) / tokens, act_order=True
+            )
+            for name, hessian in hessians.items()
+        }
+
+    def _names(self, layer: int) -> list[str]:
+        """The layer's quantized projections."""
+        return [name for name in output_sizes(self.checkpoint.config) if self._is_quantized(layer, name)]
+
+    def _is_quantized(self, layer: int, name: str) -> bool:
+        return f"model.layers.{layer}.{name}.weight" in self.quantized
+
+    def _compute(self, run: Map) -> None:
+        sizes = output_sizes(self.checkpoint.config)
+        blocks = {name: block for name, (_, block) in sizes.items()}
+        ids = some_sequences(self.ids)
+        for layer, hessians in output_hessians(self.checkpoint, self.tensors, ids, blocks, run):
+            wanted = {name: hessians[name] for name in self._names(layer)}
+            if self.kept is None:
+                self._waiting[layer] = wanted
+            else:
+                self.kept.write(_name(layer), _buffers(wanted))
+
+    def _load(self, layer: int, names: Iterable[str]) -> dict[str, Hessian] | None:
+        if self.kept is None:
+            return self._waiting.pop(layer, None)
+        sizes = output_sizes(self.checkpoint.config)
+        hessians = {name: Hessian(*sizes[name]) for name in names}
+        return hessians if self.kept.read_into(_name(layer), _buffers(hessians)) else None
+
+
+def _name(layer: int) -> str:
+    return f"output-{layer:04}"
+
+
+def _buffers(hessians: Mapping[str, Hessian]) -> list[AnyBuffer]:
+    return [square.numpy() for hessian in hessians.values() for square in hessian.squares]
