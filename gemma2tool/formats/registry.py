@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gemma2tool.errors import InputRefused, UsageError, choices
+from gemma2tool.formats.sentence_transformers import model_folder
 from gemma2tool.model.config import Gemma2Config
 from gemma2tool.model.format_facts import FormatFacts
 from gemma2tool.storage.reading import open_for_reading
@@ -69,6 +70,7 @@ def detect(path: Path) -> Format:
 
     if not path.exists():
         raise other_files.missing(path)
+    path = model_folder(path)
     if not path.is_file() and not path.is_dir():
         raise InputRefused("input.kind", f"{path}: neither a file nor a folder", hint="give the path of a checkpoint")
     if path.is_file() and path.stat().st_size == 0:
@@ -100,6 +102,7 @@ def open_checkpoint(path: Path, *, config: Gemma2Config | None = None, format: s
     """
     from gemma2tool.formats.folder_files import unread_files  # imports numpy
 
+    path = model_folder(path)
     with watching(Watch()) as watch:
         checkpoint = (by_name(format) if format else detect(path)).open(path, config=config)
         for name in checkpoint.assets:  # read later
@@ -135,6 +138,7 @@ def _file_names(checkpoint: Checkpoint) -> list[str]:
 
 def config_for(path: Path, config: Gemma2Config | None) -> Gemma2Config | None:
     """``config`` if the checkpoint at ``path`` has none of its own; otherwise None, because its own counts."""
+    path = model_folder(path)
     return config if config is not None and detect(path).lacks_config(path) else None
 
 

@@ -62,9 +62,10 @@ def backbone_arrays(arrays: Mapping[str, FileTensor]) -> BackboneArrays:
         elif _is_float8(layer):
             trained_in_float8 = True
         elif len(layer) > 1 or weight.dtype.kind in "iu":
+            shapes = ", ".join(str(layer[number].shape) for number in sorted(layer) if number)
             raise _refused(
-                f"{weight.origin}: {weight.dtype.name} with {len(layer) - 1} further variables; only int8 with one, its"
-                " scales, is read"
+                f"{weight.origin}: {weight.dtype.name} of shape {weight.shape} with further variables of the shapes"
+                f" {shapes}, which are not the scales of an int8 weight; int4, GPTQ and AWQ are not read"
             )
     if trained_in_float8:
         backbone.notes.append("left out: the scales of float8 training; the weights are floats")

@@ -37,6 +37,9 @@ MISSING_HINT = (
     " --config: 2b, 9b, 27b or a config.json"
 )
 
+READ_MODES = ("int8", "float8")
+"""The quantizations of Keras that are read."""
+
 _FIELDS = {
     "vocabulary_size": "vocab_size",
     "num_layers": "num_hidden_layers",
@@ -73,6 +76,11 @@ def read(folder: Path) -> Gemma2Config:
     gate_and_up = fields["intermediate_dim"]
     if not isinstance(gate_and_up, int) or isinstance(gate_and_up, bool) or gate_and_up % 2:
         raise _refused(f"intermediate_dim is {quoted(gate_and_up)}; it must be even, because it counts gate and up")
+    unread = next((mode for mode in _modes(fields.get("dtype")) if mode not in READ_MODES), None)
+    if unread is not None:
+        raise InputRefused(
+            "keras.quantized", f"{CONFIG}: quantized as {quoted(unread)}; only {' and '.join(READ_MODES)} are read"
+        )
     values = {name: fields[keras_name] for keras_name, name in _FIELDS.items()}
     for name in ("hidden_size", "num_attention_heads", "num_hidden_layers", "head_dim"):
         if type(values[name]) is not int or not 0 < values[name] < 1 << 31:
@@ -114,6 +122,19 @@ def _backbone(content: object) -> dict[str, Any]:
     fields = content.get("config")
     inner = fields.get("backbone") if isinstance(fields, dict) else None
     return inner if isinstance(inner, dict) else content
+
+
+def _modes(policy: object) -> list[str]:
+    """The modes of quantization in a dtype policy of Keras: ``int8``, ``int4``, ``gptq``, ... Source: Keras 3.15
+    ``dtype_policies/dtype_policy.py``.
+    """
+    content = policy.get("config") if isinstance(policy, dict) else None
+    if not isinstance(content, dict):
+        return []
+    parts = content.get("policy_map")
+    modes = [mode for part in parts.values() for mode in _modes(part)] if isinstance(parts, dict) else []
+    mode = content.get("mode")
+    return [*modes, mode.partition("/")[0]] if isinstance(mode, str) else modes
 
 
 def _dtype(fields: Mapping[str, Any]) -> str | None:

@@ -11,7 +11,7 @@ import pytest
 from gemma2tool.formats import registry
 from gemma2tool.pipeline.plan import make_plan
 from tests.support.checkpoints import random_checkpoint, write_checkpoint
-from tests.support.formats import suffix_of
+from tests.support.formats import refused, suffix_of
 from tests.support.options import write_options
 
 FILES = {
@@ -58,3 +58,41 @@ def test_a_list_that_names_other_places_carries_nothing(model: Path, listed: obj
     with registry.open_checkpoint(model) as checkpoint:
         assert not set(FILES) & set(checkpoint.assets)
         assert checkpoint.loader_files
+
+
+@pytest.fixture
+def in_a_folder(model: Path) -> Path:
+    """The layout of older releases: the model itself is a module with a folder."""
+    inner = model / "0_Transformer"
+    inner.mkdir()
+    for file in list(model.iterdir()):
+        if file.is_file() and file.name not in FILES:
+            file.rename(inner / file.name)
+    (inner / "sentence_bert_config.json").write_text('{"max_seq_length": 32}')
+    listed = json.loads(FILES["modules.json"])
+    listed[0] |= {"path": inner.name, "type": "sentence_transformers.models.Transformer"}
+    (model / "modules.json").write_text(json.dumps(listed))
+    return model
+
+
+@pytest.mark.parametrize("place", ["", "0_Transformer"])
+def test_a_model_in_a_folder_of_its_own_is_written_at_the_top(in_a_folder: Path, place: str) -> None:
+    """sentence-transformers 6.2 gives equal embeddings for both (by hand)."""
+    assert registry.detect(in_a_folder).name == "hf"
+    with registry.open_checkpoint(in_a_folder / place) as checkpoint:
+        assert checkpoint.path == in_a_folder / "0_Transformer" and not checkpoint.loader_files
+        output = registry.by_name("hf").layout(checkpoint, write_options(name="out"))
+    first, *others = json.loads(output.assets["modules.json"])
+    assert first["path"] == "" and others == json.loads(FILES["modules.json"])[1:]
+    assert output.assets["sentence_bert_config.json"] == b'{"max_seq_length": 32}'
+    for name in FILES.keys() - {"modules.json"}:
+        assert output.assets[name].decode() == FILES[name], name
+
+
+@pytest.mark.parametrize("listed", ["../1_Pooling", "0_Transformer/..", "1_Pooling", 3])
+def test_a_list_whose_first_module_is_not_the_model_is_not_followed(in_a_folder: Path, listed: object) -> None:
+    (in_a_folder / "modules.json").write_text(
+        json.dumps([{"path": listed, "type": "x.Transformer" if listed != "1_Pooling" else "x.Pooling"}])
+    )
+    with refused("not a checkpoint itself, but holds .*0_Transformer .hf."):
+        registry.detect(in_a_folder)

@@ -177,7 +177,19 @@ def test_other_quantized_layers_are_refused(preset: Path, weights: h5py.File, sh
     for number, shape in enumerate(shapes):
         weights[f"{QUERY}/{number}"] = np.ones(shape, "f4" if number else "i1")
     weights.close()
-    with refused("only int8 with one"):
+    with refused("not the scales of an int8 weight; int4, GPTQ and AWQ are not read"):
+        registry.open_checkpoint(preset)
+
+
+@pytest.mark.parametrize("mode", ["int4/128", "int4/-1", "gptq/4/128", "awq/4/128"])
+def test_the_mode_that_a_preset_was_quantized_in_is_named(preset: Path, mode: str) -> None:
+    """``quantize("int4")`` of Keras 3.15; with a block size of -1 the codes have one further variable, as int8 has."""
+    policy = {"class_name": "Int4DTypePolicy", "config": {"mode": mode, "source_name": None}}
+    config = json.loads((preset / "config.json").read_text())
+    policies = {"token_embedding": policy, "decoder_block_0/ffw_linear": policy}
+    config["config"]["dtype"] = {"class_name": "DTypePolicyMap", "config": {"policy_map": policies}}
+    (preset / "config.json").write_text(json.dumps(config))
+    with refused(f"config.json: quantized as '{mode.partition('/')[0]}'; only int8 and float8 are read"):
         registry.open_checkpoint(preset)
 
 
