@@ -11,7 +11,7 @@
 
 Functions: ``open``, ``convert``, ``quantize``, ``run``, ``plan``, ``verify``, ``check``, ``diff``, ``hash``,
 ``logits``, ``imatrix``, ``sensitivity``, ``generate``, ``inspect``, ``formats``, ``clean``,
-``release``; see
+``release``, ``publish``; see
 ``help(gemma2tool.api)`` for these and for the classes of requests and results. Errors are the
 exceptions of ``gemma2tool.errors``.
 """
@@ -45,7 +45,7 @@ def __dir__() -> list[str]:
 
 
 class _Package(ModuleType):
-    """Two functions have the names of packages inside this one. The import system would put the packages in their
+    """Three functions have the names of packages inside this one. The import system would put the packages in their
     place.
     """
 
@@ -63,6 +63,14 @@ class _Package(ModuleType):
 
     @formats.setter
     def formats(self, package: ModuleType) -> None:
+        pass
+
+    @property
+    def publish(self) -> Any:
+        return __getattr__("publish")
+
+    @publish.setter
+    def publish(self, package: ModuleType) -> None:
         pass
 
 

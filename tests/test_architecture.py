@@ -45,6 +45,8 @@ FORMATS = {package.split(".")[2] for package in registry.PACKAGES}
 HEAVY = ("torch", "bitsandbytes", "transformers", "sentencepiece", "gguf", "safetensors", "numpy", "ml_dtypes")
 CODE_FROM_FILES = {"eval", "exec", "torch.load", "pickle.load", "pickle.loads", "pickle.Unpickler", "os.system"}
 OUTSIDE_WORLD = {"socket", "urllib", "requests", "http", "subprocess", "huggingface_hub", "httpx2", "fsspec"}
+UPLOADS = PACKAGE / "publish" / "hub.py"
+"""The one module that sends something."""
 STARTS_PROCESSES = PACKAGE / "engines" / "process.py"
 """The one module that starts a program: Python, on a module of its own room."""
 
@@ -151,7 +153,7 @@ def test_no_file_is_executed() -> None:
                 ):
                     wrong.append(f"{path}:{node.lineno} calls {name}")
         outside = OUTSIDE_WORLD - ({"subprocess"} if path == STARTS_PROCESSES else set())
-        if room(module_name(path)) != "sources":
+        if room(module_name(path)) != "sources" and path != UPLOADS:
             wrong += [f"{path} imports {name}" for name in imports(path) if name.split(".")[0] in outside]
     assert wrong == []
 

@@ -17,7 +17,8 @@ ELSEWHERE = {
     "SensitivityOptions": "pipeline.sensitivity.collect", "SensitivityResult": "pipeline.sensitivity.run",
     "SensitivityTable": "pipeline.sensitivity.table", "Verification": "verify.result", "doctor": "pipeline.doctor",
     "RecipeRun": "pipeline.recipe.run", "scan": "api.trust", "SignResult": "api.trust", "sign": "api.trust",
-    "CardOptions": "publish.request", "ReleasePlan": "publish.estimate", "ReleaseRequest": "publish.request",
+    "CardOptions": "publish.request", "PublishRequest": "publish.request",
+    "ReleasePlan": "publish.estimate", "ReleaseRequest": "publish.request",
     "ReleaseResult": "publish.request", "candidates": "api.verifying", "diff": "api.verifying",
     "verify": "api.verifying", "verify_request": "api.verifying", "verify_several": "api.verifying",
 }  # fmt: skip

@@ -8,7 +8,7 @@ from gemma2tool.pipeline.events import ProgressCallback, as_progress
 
 if TYPE_CHECKING:
     from gemma2tool.publish.estimate import ReleasePlan
-    from gemma2tool.publish.request import ReleaseRequest, ReleaseResult
+    from gemma2tool.publish.request import PublishRequest, ReleaseRequest, ReleaseResult
 
 
 def release(request: ReleaseRequest, *, progress: ProgressCallback | None = None) -> ReleaseResult:
@@ -22,10 +22,24 @@ def release(request: ReleaseRequest, *, progress: ProgressCallback | None = None
     return release.release(request, as_progress(progress))
 
 
-def plan_release(request: ReleaseRequest) -> ReleasePlan:
-    """What a release would write, read and take; nothing is written."""
+def plan_release(request: ReleaseRequest | PublishRequest) -> ReleasePlan:
+    """What a release would write, read and take; nothing is written. For a ``PublishRequest`` the hub is asked what is
+    there.
+    """
     from gemma2tool.publish.estimate import estimate
     from gemma2tool.publish.release import planned_release
+    from gemma2tool.publish.request import ReleaseRequest
 
-    with planned_release(request) as opened:
-        return estimate(opened)
+    if isinstance(request, ReleaseRequest):
+        with planned_release(request) as opened:
+            return estimate(opened)
+    from gemma2tool.publish.upload import plan_publish
+
+    return plan_publish(request)
+
+
+def publish(request: PublishRequest, *, progress: ProgressCallback | None = None) -> ReleaseResult:
+    """Write what is missing of a release, and upload what is finished and verified to a repository on the hub."""
+    from gemma2tool.publish import upload
+
+    return upload.publish(request, as_progress(progress))

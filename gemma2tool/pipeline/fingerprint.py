@@ -91,9 +91,10 @@ def source_identity(source: Checkpoint) -> str:
     return digest.hexdigest()
 
 
-def _ends(reader: FileReader) -> tuple[bytearray, bytearray]:
+def _ends(reader: FileReader) -> tuple[bytes, bytes]:
     """The first and the last bytes of a file."""
-    return reader.pread(0, min(_ENDS, reader.size)), reader.pread(max(reader.size - _ENDS, 0), min(_ENDS, reader.size))
+    size = min(_ENDS, reader.size)
+    return bytes(reader.pread(0, size)), bytes(reader.pread(reader.size - size, size))
 
 
 def _shown(value: object) -> str:

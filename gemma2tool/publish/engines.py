@@ -73,6 +73,8 @@ def _usage(program: str, name: str, type: str, repository: str | None) -> Usage:
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained({place})
-model = AutoModelForCausalLM.from_pretrained({place}, device_map="auto", attn_implementation="eager")"""
+model = AutoModelForCausalLM.from_pretrained(
+    {place}, device_map="auto", attn_implementation="eager"
+)"""
     )
     return Usage(program, "python", code)

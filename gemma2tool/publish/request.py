@@ -55,15 +55,29 @@ class ReleaseRequest:
     run: RunOptions = field(default_factory=RunOptions)
 
 
+@dataclass(frozen=True, kw_only=True)
+class PublishRequest:
+    """A release whose finished files are uploaded to the repository ``to`` (ORG/NAME) on the hub. ``private``: of a
+    repository that is created. ``discard``: remove a file from the disk when it is uploaded; then each output is
+    written in a pass of its own, so that the disk holds one at a time.
+    """
+
+    release: ReleaseRequest
+    to: str
+    private: bool = False
+    discard: bool = False
+
+
 @dataclass(frozen=True)
 class ReleaseResult:
     """``files``: what the folder holds, by path below it. ``results``: of the outputs that were written by this run.
-    ``failed``: those whose verification failed.
+    ``failed``: those whose verification failed. ``uploaded``: files that this run sent.
     """
 
     folder: Path
     files: tuple[str, ...]
     results: tuple[ConversionResult, ...] = ()
+    uploaded: tuple[str, ...] = ()
 
     @property
     def failed(self) -> tuple[ConversionResult, ...]:
@@ -75,4 +89,5 @@ class ReleaseResult:
             "folder": str(self.folder),
             "files": list(self.files),
             "outputs": [result.to_json() for result in self.results],
+            "uploaded": list(self.uploaded),
         }

@@ -6,15 +6,19 @@ import hashlib
 import json
 import os
 import re
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 import gemma2tool
 from gemma2tool.errors import UsageError
+from gemma2tool.model.lazy import BFLOAT16
 from gemma2tool.pipeline import conversion
 from gemma2tool.publish import texts
 from gemma2tool.publish.names import model_name, output_name
+from tests.support.checkpoints import SMALL, random_checkpoint, write_checkpoint
 from tests.support.commands import listing, run
 from tests.support.paths import TINY
 
@@ -124,8 +128,6 @@ def test_an_output_that_fails_is_not_released(
         assert len(gates) >= 6
         if verification.kind != "q4_0":
             return verification
-        from dataclasses import replace
-
         return replace(verification, gates=(*gates, replace(gates[0], name="tensors", status="failed")))
 
     from gemma2tool.pipeline import run as pipeline_run
@@ -139,19 +141,23 @@ def test_an_output_that_fails_is_not_released(
 
 
 @pytest.mark.slow
-def test_an_importance_matrix_is_collected_once_and_released(tmp_path: Path) -> None:
-    words, folder = tmp_path / "words.txt", tmp_path / "out"
-    words.write_text((TINY / "heldout.txt").read_text("utf-8")[:6000], "utf-8")
-    options = ("--imatrix-text", words, "--text", TINY / "heldout.npy", "--tokens", 200, "--name", "T")
-    assert run("release", TINY, folder, "--types", "q4_k_m", *options).exit_code == 0
+def test_an_importance_matrix_is_collected_once_and_released(text: Path, tmp_path: Path) -> None:
+    with gemma2tool.open(TINY / "model.ckpt") as tiny:
+        config = replace(SMALL, vocab_size=tiny.config.vocab_size)
+    model, words, folder = tmp_path / "model", tmp_path / "words.txt", tmp_path / "out"
+    write_checkpoint(random_checkpoint(BFLOAT16, config), model)
+    shutil.copy(TINY / "tokenizer.model", model)
+    words.write_text("some words to collect from " * 40, "utf-8")
+    options = ("--imatrix-text", words, "--name", "T")
+    release(model, text, folder, *options, types="q4_0")
     matrix = folder / "T.imatrix.gguf"
     inode = matrix.stat().st_ino
-    assert "T.imatrix.gguf" in (folder / "SHA256SUMS").read_text() + (folder / "README.md").read_text()
-    assert run("release", TINY, folder, "--types", "q4_k_m", *options).exit_code == 0
+    assert "T.imatrix.gguf" in (folder / "SHA256SUMS").read_text()
+    assert "`T.imatrix.gguf`" in (folder / "README.md").read_text()
+    release(model, text, folder, *options, types="q4_0")
     assert matrix.stat().st_ino == inode
     words.write_text("another text " * 400)
-    other = run("release", TINY, folder, "--types", "q4_k_m", *options)
-    assert other.exit_code == 2 and "is of another text or source" in other.output
+    assert "is of another text or source" in release(model, text, folder, *options, types="q4_0", code=2)
 
 
 def test_a_plan_writes_nothing(model: Path, text: Path, tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ class FileServer:
             def do_GET(self) -> None:
                 outer.answer(self)
 
-            do_HEAD = do_GET  # noqa: N815
+            do_HEAD = do_POST = do_PUT = do_GET  # noqa: N815
 
             def log_message(self, *arguments: object) -> None: ...
 

@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
-from gemma2tool.errors.entry import usage
+from gemma2tool.errors.entry import refused, resource, usage
 
 _KEYS = "keys are the options of convert and quantize without their dashes; docs/recipes.md lists them"
 
 ENTRIES = (
+    usage(
+        "publish.card",
+        "the repository has a card that is not of a release",
+        "choose another one, or replace it with --force",
+    ),
+    refused("publish.changed", "a file is not the one that was verified", "run the command again with --force"),
+    usage("publish.name", "--to is not the name of a repository on the hub", "write ORG/NAME"),
+    refused("publish.refused", "the hub does not accept an upload", "check the name of the repository and the token"),
+    resource(
+        "publish.unreachable",
+        "the hub could not be reached after several attempts",
+        "run the same command again: what is there is not sent again",
+    ),
     usage("recipe.key", "a recipe has a key that there is not, or in the wrong place", _KEYS),
     usage("recipe.missing", "a recipe lacks a key that is needed", "write source, and output or outputs"),
     usage("recipe.syntax", "a recipe is not YAML of the form that is read", "docs/recipes.md shows the form"),

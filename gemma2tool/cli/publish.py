@@ -1,0 +1,50 @@
+"""``gemma2tool publish``: the files of a release, to a repository on the hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from gemma2tool.cli import options as o
+from gemma2tool.cli.release import ReleaseOptions, announce, progress_of, show_plan, show_release
+from gemma2tool.cli.terminal import Console
+
+
+def publish(
+    src: o.Source,
+    to: Annotated[
+        str,
+        typer.Option("--to", metavar="ORG/REPO", help="Repository of models on the Hugging Face hub; made if missing."),
+    ],
+    folder: Annotated[
+        Path | None, typer.Option("--folder", metavar="FOLDER", help="Where the files are made. Default: ./REPO.")
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="A repository that is made is private.")] = False,
+    discard: Annotated[
+        bool,
+        typer.Option(
+            "--discard-uploaded",
+            help="Remove each output when it is uploaded; each is then written in a pass of its own.",
+        ),
+    ] = False,
+    *,
+    options: ReleaseOptions,
+) -> None:
+    """Make the files of a release, and upload what is finished and verified."""
+    from gemma2tool import api
+
+    console = Console(quiet=options.quiet, json=options.json_output)
+    place = folder or Path(to.rstrip("/").rpartition("/")[2])
+    request = api.PublishRequest(release=options.request(src, place), to=to, private=private, discard=discard)
+    plan = api.plan_release(request)
+    if options.dry_run:
+        show_plan(plan, console)
+        return
+    announce(plan, console)
+    result = api.publish(request, progress=progress_of(options, console))
+    if not options.json_output:
+        count = len(result.uploaded)
+        console.item(("uploaded", "bold"), (f"{count} file{'s' * (count != 1)} to hf://{plan.upload_to}", ""))
+    show_release(result, console, verbose=options.verbose)
