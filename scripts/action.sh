@@ -1,12 +1,11 @@
 #!/usr/bin/env bash
-# What action.yml runs: install gemma2tool unless G2T_INSTALL is "no", run one command, and pass its exit code on.
-# Input comes from environment variables. Arguments are split at line ends only and never evaluated.
+# What action.yml runs. Input comes from environment variables. Arguments are split at line ends only and never evaluated.
+#   scripts/action.sh place   say where gemma2tool is installed, and by which key an earlier run has kept it
+#   scripts/action.sh run     install it there, unless it is there or G2T_INSTALL is "no", run one command, and pass its
+#                             exit code on
 set -euo pipefail
 
-case "$G2T_COMMAND" in
-  convert | quantize | verify) ;;
-  *) printf 'command: %q is not one of convert, quantize, verify\n' "$G2T_COMMAND" >&2; exit 2 ;;
-esac
+place="${RUNNER_TEMP:-${HOME:-$PWD}/.cache}/gemma2tool"
 
 split_lines() { # put the lines of $1 that are not empty into the array "lines"
   lines=()
@@ -17,9 +16,61 @@ split_lines() { # put the lines of $1 that are not empty into the array "lines"
   done <<<"$1"
 }
 
-if [ "${G2T_INSTALL:-}" != no ]; then
+output() { # set the output $1 of the step to $2
+  if [ -n "${GITHUB_OUTPUT:-}" ]; then echo "$1=$2" >>"$GITHUB_OUTPUT"; fi
+}
+
+key() { # what the installation is made from: machine, Python, sources, options
+  python - "$G2T_HOME" "${G2T_INSTALL:-}" <<'PYTHON'
+import hashlib, pathlib, platform, sys
+home, options = pathlib.Path(sys.argv[1]), sys.argv[2]
+files = [home / "pyproject.toml", home / "CMakeLists.txt", *sorted((home / "gemma2tool").rglob("*"))]
+digest = hashlib.sha256(f"{sys.executable}\n{options}\n".encode())
+for file in files:
+    if file.is_file() and file.suffix not in (".pyc", ".so"):
+        digest.update(f"{file.relative_to(home)}\n".encode() + hashlib.sha256(file.read_bytes()).digest())
+version = "".join(platform.python_version_tuple()[:2])
+print(f"gemma2tool-{platform.system()}-{platform.machine()}-python{version}-{digest.hexdigest()[:32]}".lower())
+PYTHON
+}
+
+install() { # make the installation of the key $1; only a complete one has a file "key"
+  rm -rf "$place"
+  python -m venv "$place"
+  local pip=("$place/bin/python" -m pip install --disable-pip-version-check --no-input)
   split_lines "${G2T_INSTALL:-}"
-  python -m pip install --disable-pip-version-check ${lines[@]+"${lines[@]}"} "$G2T_HOME"
+  if [ ${#lines[@]} -eq 0 ] && [ "$(uname -s)" = Linux ]; then # elsewhere there is no build for CUDA
+    "${pip[@]}" --index-url https://download.pytorch.org/whl/cpu torch
+  fi
+  "${pip[@]}" ${lines[@]+"${lines[@]}"} "$G2T_HOME"
+  mkdir "$place/command" # what later steps find, and not this Python
+  ln -s ../bin/gemma2tool "$place/command/gemma2tool"
+  echo "$1" >"$place/key"
+}
+
+if [ "${1:-}" = install ]; then # in a shell of its own, which ends at the first command that fails
+  install "$2"
+  exit
+fi
+
+if [ "${1:-}" = place ]; then
+  output path "$place"
+  if [ "${G2T_INSTALL:-}" != no ]; then output key "$(key)"; fi
+  exit
+fi
+
+case "$G2T_COMMAND" in
+  convert | quantize | verify) ;;
+  *) printf 'command: %q is not one of convert, quantize, verify\n' "$G2T_COMMAND" >&2; output exit-code 2; exit 2 ;;
+esac
+
+if [ "${G2T_INSTALL:-}" != no ]; then
+  wanted="$(key)"
+  if [ "$(cat "$place/key" 2>/dev/null || true)" != "$wanted" ]; then
+    bash "${BASH_SOURCE[0]}" install "$wanted" || { echo "gemma2tool could not be installed" >&2; output exit-code 4; exit 4; }
+  fi
+  export PATH="$place/command:$PATH"
+  if [ -n "${GITHUB_PATH:-}" ]; then echo "$place/command" >>"$GITHUB_PATH"; fi
 fi
 
 split_lines "$G2T_ARGUMENTS"
@@ -40,5 +91,5 @@ echo
 echo "::$fence::"
 cat "$GEMMA2TOOL_ANNOTATIONS"
 rm -f "$GEMMA2TOOL_ANNOTATIONS"
-if [ -n "${GITHUB_OUTPUT:-}" ]; then echo "exit-code=$code" >>"$GITHUB_OUTPUT"; fi
+output exit-code "$code"
 exit "$code"

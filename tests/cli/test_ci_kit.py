@@ -14,6 +14,7 @@ import yaml
 from gemma2tool import api
 from gemma2tool.cli import precommit
 from gemma2tool.cli.main import app
+from tests.support.github_runner import Log
 from tests.support.paths import ROOT
 
 ACTION = yaml.safe_load((ROOT / "action.yml").read_text())
@@ -38,7 +39,7 @@ def run_action(
         "G2T_INSTALL": "no",
         **variables,
     }
-    script = ["bash", str(ROOT / "scripts" / "action.sh")]
+    script = ["bash", str(ROOT / "scripts" / "action.sh"), "run"]
     return subprocess.run(
         script, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=60
     )
@@ -79,27 +80,6 @@ def test_reports_and_the_exit_code_are_passed_on(tmp_path: Path) -> None:
     assert process.returncode == 1 and output.read_text() == "exit-code=1\n"
 
 
-class Runner:
-    """GitHub's runner's rules for commands: ``::name`` at the start of a line, ``##[name]`` anywhere in it; nothing
-    between ``::stop-commands::TOKEN`` and ``::TOKEN::`` (actions/runner, ActionCommand.cs).
-    """
-
-    def __init__(self) -> None:
-        self.stopped: str | None = None
-        self.commands: list[str] = []
-
-    def read(self, output: str) -> None:
-        for line in output.splitlines():
-            text = line.strip()
-            if self.stopped is not None:
-                if text == f"::{self.stopped}::":
-                    self.stopped = None
-            elif text.startswith("::stop-commands::"):
-                self.stopped = text.removeprefix("::stop-commands::")
-            elif text.startswith("::") or "##[" in line:
-                self.commands.append(text)
-
-
 def test_what_the_tool_prints_is_no_command(tmp_path: Path) -> None:
     """Names and tokens of files reach the log; the annotations, which the tool escapes, follow behind the fence."""
     fake = tmp_path / "bin" / "gemma2tool"
@@ -122,7 +102,7 @@ def test_what_the_tool_prints_is_no_command(tmp_path: Path) -> None:
     outputs = []
     for _ in range(2):
         process = subprocess.run(
-            ["bash", str(ROOT / "scripts" / "action.sh")],
+            ["bash", str(ROOT / "scripts" / "action.sh"), "run"],
             env=environment,
             cwd=tmp_path,
             capture_output=True,
@@ -131,9 +111,9 @@ def test_what_the_tool_prints_is_no_command(tmp_path: Path) -> None:
             timeout=60,
         )
         assert process.returncode == 3 and process.stderr == ""
-        runner = Runner()
-        runner.read(process.stdout)
-        assert runner.stopped is None and runner.commands == ["::error file=m.gguf::bad"]
+        log = Log()
+        log.read(process.stdout)
+        assert log.stopped is None and log.commands == ["::error file=m.gguf::bad"]
         outputs.append(process.stdout.splitlines()[0])
     assert outputs[0] != outputs[1] and len(outputs[0]) > 60
 
@@ -144,10 +124,10 @@ def test_other_commands_are_refused(tmp_path: Path) -> None:
 
 
 def test_inputs_reach_the_script_in_the_environment_only() -> None:
-    for step in ACTION["runs"]["steps"]:
-        assert "${{" not in step["run"]
-    environment = ACTION["runs"]["steps"][0]["env"]
-    assert {f"${{{{ inputs.{name} }}}}" for name in ACTION["inputs"]} <= set(environment.values())
+    steps = ACTION["runs"]["steps"]
+    assert not any("${{" in step.get("run", "") for step in steps)
+    used = {text for step in steps for text in (*step.get("env", {}).values(), step.get("if", ""))}
+    assert all(any(f"inputs.{name} " in text for text in used) for name in ACTION["inputs"])
 
 
 def test_the_example_names_inputs_that_exist() -> None:
@@ -168,7 +148,7 @@ def test_the_action_converts_and_verifies(tmp_path: Path, fixture_dir: Path) -> 
         "G2T_HTML": str(tmp_path / "report.html"),
         "GITHUB_STEP_SUMMARY": str(summary),
     }
-    script = ["bash", str(ROOT / "scripts" / "action.sh")]
+    script = ["bash", str(ROOT / "scripts" / "action.sh"), "run"]
     process = subprocess.run(
         script, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=300
     )
