@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from html.parser import HTMLParser
 from typing import TYPE_CHECKING
 from urllib.parse import unquote, urljoin, urlsplit
@@ -139,7 +140,8 @@ def _joined(base: str, link: str) -> str:
 def _links(page: str, url: str) -> Iterable[str]:
     """The addresses directly below ``url`` that a listing names, each once."""
     parser = _Links()
-    parser.feed(page)
+    with suppress(AssertionError):  # html.parser's, for a marked section that it does not know
+        parser.feed(page)
     base = url.partition("?")[0]
     joined = (_joined(base, link) for link in parser.found)
     below = (link for link in joined if "?" not in link and link.startswith(base))
