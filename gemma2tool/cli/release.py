@@ -31,14 +31,14 @@ class ReleaseOptions:
     """What ``release`` and ``publish`` both take; the fields are the options, see ``groups``."""
 
     types: Annotated[
-        str,
+        str | None,
         typer.Option(
             "--types",
             metavar="TYPES",
             help="Types of GGUF files (q4_k_m, ...) and of folders (nf4, w4a16, ...), with commas.",
             autocompletion=completion(o.type_names),
         ),
-    ]
+    ] = None
     name: Annotated[
         str | None,
         typer.Option("--name", metavar="NAME", help="What file names begin with. Default: the source's name."),
@@ -114,7 +114,7 @@ class ReleaseOptions:
         return api.ReleaseRequest(
             source=source,
             folder=folder,
-            types=parse_candidates(self.types),
+            types=parse_candidates(self.types or ""),
             model=self.name,
             template=self.template,
             imatrix=self.imatrix,
@@ -154,7 +154,7 @@ def release(
 
 
 def progress_of(options: ReleaseOptions, console: Console) -> ProgressDisplay:
-    return ProgressDisplay(console, steps=_STEPS * len(parse_candidates(options.types)))
+    return ProgressDisplay(console, steps=_STEPS * len(parse_candidates(options.types or "")))
 
 
 def show_plan(plan: ReleasePlan, console: Console) -> None:

@@ -64,7 +64,7 @@ class ReleasePlan:
             f"reads the source {self.passes} times ({human_bytes(self.bytes_read)}"
             + (" to download; --keep-download FOLDER downloads it once)" if self.remote else ")"),
             f"measures on {self.text}",
-            f"takes about {human_seconds(self.seconds)} of computing, and the time to read and write",
+            f"takes about {human_seconds(max(self.seconds, 1))} of computing, and the time to read and write",
         ]
         if self.upload_to is not None:
             lines.append(f"uploads to hf://{self.upload_to}: the files above, their receipts, checksums, README.md")

@@ -7,6 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 
 from gemma2tool.errors import InputRefused, UsageError
@@ -59,18 +60,23 @@ def opened_release(request: ReleaseRequest, progress: Progress | None = None) ->
     with translate_os_errors(folder, "creating the folder"):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / _MEANWHILE).mkdir(exist_ok=True)
-    with _source(request, progress) as source:
-        opened = open_release(request, source, folder / _MEANWHILE)
-        if opened.release_imatrix is not None:
-            _collect_imatrix(opened, opened.release_imatrix, progress)
-        yield opened
-    shutil.rmtree(folder / _MEANWHILE, ignore_errors=True)
+    try:
+        with _source(request, progress) as source:
+            opened = open_release(request, source, folder / _MEANWHILE)
+            if opened.release_imatrix is not None:
+                _collect_imatrix(opened, opened.release_imatrix, progress)
+            yield opened
+    finally:
+        shutil.rmtree(folder / _MEANWHILE, ignore_errors=True)
+        with suppress(OSError):  # rmdir refuses a folder that is not empty
+            folder.rmdir()
 
 
 @contextmanager
 def planned_release(request: ReleaseRequest) -> Iterator[Release]:
     """The release with its source open; nothing is written, and no source is downloaded."""
     check_request(request)
+    request = replace(request, run=replace(request.run, keep_download=None))
     with tempfile.TemporaryDirectory(prefix="gemma2tool-release-") as folder, _source(request, None) as source:
         yield open_release(request, source, Path(folder))
 
@@ -80,7 +86,7 @@ def _source(request: ReleaseRequest, progress: Progress | None) -> Iterator[Chec
     if isinstance(request.source, Checkpoint):
         yield request.source
         return
-    keep, place = request.run.keep_download, request.folder
+    keep, place = request.run.keep_download, request.folder if request.folder.is_dir() else None
     with open_source(request.source, request.config, place=place, keep=keep, progress=progress) as source:
         yield source
 
