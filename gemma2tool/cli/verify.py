@@ -86,7 +86,7 @@ class VerifyOptions:
 def verify(
     candidates: Annotated[
         list[str],
-        typer.Argument(metavar="CANDIDATE...", help="The checkpoints to verify, in any format, or a folder of them."),
+        typer.Argument(metavar="CANDIDATE", help="The checkpoints to verify, in any format, or a folder of them."),
     ],
     options: VerifyOptions,
     reports: Reports,
