@@ -67,7 +67,13 @@ def _inside(path: PathLike) -> list[Path]:
     folder = Path(path)
     if is_remote(str(path)) or not folder.is_dir() or receipt_path(folder).exists():
         return []
-    names = {entry.name.removesuffix(SUFFIX) for entry in folder.iterdir() if not entry.name.startswith(".")}
+    is_checkpoint = _is_checkpoint(folder)
+    if is_checkpoint and not _is_of_outputs(folder):
+        return []
+    try:
+        names = {entry.name.removesuffix(SUFFIX) for entry in folder.iterdir() if not entry.name.startswith(".")}
+    except OSError:  # the folder is refused as it would be alone
+        return []
     inside, seen = [], set[Path]()
     for place in (folder / name for name in sorted(names)):
         if place.suffix.lower() in registry.FILE_SUFFIXES or receipt_path(place).exists() or _is_checkpoint(place):
@@ -75,12 +81,12 @@ def _inside(path: PathLike) -> list[Path]:
             if not files or not files <= seen:
                 inside.append(place)
             seen |= files
-    return [] if _is_checkpoint(folder) and not (len(inside) > 1 and _is_of_outputs(folder)) else inside
+    return [] if is_checkpoint and len(inside) == 1 else inside
 
 
 def _is_of_outputs(folder: Path) -> bool:
     """Whether what the folder would be read as is an output of its own beside others, as a .ckpt with its receipt."""
-    files = _files(folder)
+    files = _files(folder) if any(folder.glob(f"*{SUFFIX}")) else ()
     return bool(files) and all(receipt_path(file).exists() for file in files)
 
 
@@ -99,8 +105,10 @@ def verify_several(
     }
     for option, value in of_one.items():
         if value is not None:
-            raise UsageError("option.pair", f"{option} is of one file, and {len(candidates)} are to be verified")
-    local = [Path(candidate) for candidate in candidates if not is_remote(str(candidate))]
+            message = f"{option} is of one file, and {len(candidates)} are to be verified"
+            raise UsageError("option.pair", message, hint="verify each of them alone")
+    given = [*candidates, *([] if request.reference is None else [request.reference])]
+    local = [Path(path) for path in given if not is_remote(str(path))]
     request.reports.check((*request.checks.files, *local, *map(receipt_path, local)))
     alone = replace(request, reports=ReportFiles())
     results = [CandidateResult(candidate, _verified(alone, candidate, progress)) for candidate in candidates]
