@@ -51,6 +51,8 @@ def carry_out(
         contents = [result.to_json() for result in results]
         console.emit_json(contents[0] if len(contents) == 1 else {"outputs": contents})
     show_results(results, console, verbose=output.verbose)
+    if not output.verbose and any(result.written and result.verification is not None for result in results):
+        console.note("every gate and measurement: -v, or --html report.html")
     for result in results:
         if result.budget is not None:
             for line in (*result.budget.choice.lines(), result.budget.sentence()):

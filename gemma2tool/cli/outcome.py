@@ -45,7 +45,7 @@ def _show(result: ConversionResult, console: Console, *, verbose: bool = False) 
         return
     console.item(("output", "bold"), (f"{result.destination}: {', '.join(_sizes(result))}", ""))
     console.item(("time", "bold"), (_times([result]), ""))
-    _show_next(result, console, verbose=verbose)
+    _show_next(result, console)
 
 
 def _show_table(results: Sequence[ConversionResult], console: Console) -> None:
@@ -138,9 +138,7 @@ def _times(results: Sequence[ConversionResult]) -> str:
     return times
 
 
-def _show_next(result: ConversionResult, console: Console, *, verbose: bool = False) -> None:
-    """What people usually type next, and where the rest of the measurements is."""
+def _show_next(result: ConversionResult, console: Console) -> None:
+    """What people usually type next."""
     if result.run_command:
         console.item(("next", "bold"), (result.run_command, "cyan"))
-    if not verbose and result.verification is not None:
-        console.note("every gate and measurement: -v, or --html report.html")

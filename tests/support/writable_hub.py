@@ -19,7 +19,7 @@ class WritableHub(Hub):
 
     ``commits``: the paths that each commit added. ``objects``: LFS objects by SHA-256, ``received``: how often each was
     sent. ``refuse``: statuses for the first requests that write, ``refuse_objects``: for the first objects. ``lose``:
-    commits that are carried out without an answer.
+    commits that are carried out without an answer. ``writes``: requests that write, so far.
     """
 
     def __init__(self, *, name: str, large: int = 10_000) -> None:
@@ -30,7 +30,7 @@ class WritableHub(Hub):
         self.received: list[str] = []
         self.refuse: list[int] = []
         self.refuse_objects: list[int] = []
-        self.lose = 0
+        self.lose = self.writes = 0
 
     def answer(self, handler: BaseHTTPRequestHandler) -> None:
         path = unquote(urlsplit(handler.path).path)
@@ -44,6 +44,7 @@ class WritableHub(Hub):
             super().answer(handler)
 
     def _write(self, handler: BaseHTTPRequestHandler, path: str, body: bytes) -> None:
+        self.writes += 1
         if self.refuse:
             status(handler, self.refuse.pop(0))
         elif path.startswith("/lfs/") and self.refuse_objects:
