@@ -60,10 +60,14 @@ def test_the_gradients_of_the_whole_model(changes: dict[str, object], monkeypatc
     monkeypatch.setattr(gradients, "STREAM", torch.float32)
     monkeypatch.setattr(gradients, "POSITIONS", 10)
     checkpoint = small(**changes)
-    expected = autograd_hessians(checkpoint)
+    expected, perplexities = autograd_hessians(checkpoint), list[float]()
+    monkeypatch.setattr(gradients, "warn_of_foreign_text", perplexities.append)
     blocks = dict.fromkeys(NAMES, None)
     layers = list(gradients.output_hessians(checkpoint, checkpoint.tensors, IDS, blocks, map))
     assert [layer for layer, _ in layers] == [2, 1, 0]
+    logits = Gemma2ForCausalLM.from_checkpoint(checkpoint)(torch.from_numpy(IDS)).logits[:, :-1]
+    chances = logits.log_softmax(-1).gather(2, torch.from_numpy(IDS[:, 1:, None]))
+    assert perplexities == [pytest.approx(float(torch.exp(-chances.mean()).detach()), rel=1e-3)]
     for layer, hessians in layers:
         assert hessians.keys() == set(NAMES)
         for name, hessian in hessians.items():

@@ -10,6 +10,7 @@ Memory holds the streams and one layer's sums.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator, Mapping
 
 import numpy as np
@@ -23,6 +24,7 @@ from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.lazy import FLOAT32, LazyTensor, row_ranges
 from gemma2tool.model.names import EMBEDDING, HEAD
 from gemma2tool.pipeline.calibration.layer import BLOCK_BYTES, SEQUENCES, finite_rows, refuse_nonfinite
+from gemma2tool.pipeline.calibration.text import warn_of_foreign_text
 from gemma2tool.quantizers.calibration import Map
 from gemma2tool.quantizers.calibration.hessian import Hessian
 from gemma2tool.reference.layers import DecoderLayer, RMSNorm, soft_cap
@@ -34,6 +36,9 @@ TOKENS = 8192
 
 POSITIONS = 128
 """Positions whose logits are held at once."""
+
+MAX_LOSS = 100.0
+"""Of a token, in nats: more is the same, and would overflow."""
 
 STREAM = torch.bfloat16
 """The dtype in which the residual streams are kept."""
@@ -62,6 +67,7 @@ def output_hessians(
     layers = [_Layer(checkpoint, index, tensors, cos, sin) for index in range(config.num_hidden_layers)]
     streams: list[list[Tensor]] = []
     gradients: list[Tensor] = []
+    loss = 0.0
 
     def forward(row: NDArray[np.int64]) -> tuple[list[Tensor], Tensor]:
         from gemma2tool.reference.streaming import StreamedForward
@@ -78,8 +84,11 @@ def output_hessians(
     for first in range(0, len(ids), SEQUENCES):
         batch = list(run(forward, ids[first : first + SEQUENCES]))
         streams += [kept for kept, _ in batch]
-        numbered = [(first + number, x) for number, (_, x) in enumerate(batch)]
-        gradients += list(run(lambda item: _head_gradient(checkpoint, tensors, *item), numbered))
+        numbered = [(ids[first + number], first + number, x) for number, (_, x) in enumerate(batch)]
+        for gradient, loss_of_text in run(lambda item: _head_gradient(checkpoint, tensors, *item), numbered):
+            gradients.append(gradient)
+            loss += loss_of_text
+    warn_of_foreign_text(math.exp(min(loss / max(ids[:, 1:].size, 1), MAX_LOSS)))
     for layer in reversed(layers):
         hessians: dict[str, Hessian] = {}
         for first in range(0, len(ids), SEQUENCES):
@@ -195,16 +204,18 @@ def _times_transposed(y: Tensor, weight: LazyTensor) -> Tensor:
     return product
 
 
-def _head_gradient(checkpoint: Checkpoint, tensors: Mapping[str, LazyTensor], number: int, x: Tensor) -> Tensor:
+def _head_gradient(
+    checkpoint: Checkpoint, tensors: Mapping[str, LazyTensor], ids: NDArray[np.int64], seed: int, x: Tensor
+) -> tuple[Tensor, float]:
     """The gradient of -log p(token), summed over positions, for the residual stream ``x`` (1, T, D) after the last
-    layer; tokens are drawn from p. ``number`` of the sequence: the seed.
+    layer, where tokens are drawn from p; and the sum of -log p of the tokens that follow in the text, ``ids`` (T,).
     """
     config = checkpoint.config
     head = tensors[EMBEDDING if config.tie_word_embeddings else HEAD]
     norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
     weight = load_tensor(tensors["model.norm.weight"], torch.float32, "cpu")
     norm.weight = nn.Parameter(weight, requires_grad=False)
-    draws = np.random.default_rng(number).random(x.shape[1])
+    draws, loss = np.random.default_rng(seed).random(x.shape[1]), 0.0
     with torch.enable_grad():
         x = x.detach().requires_grad_()
         hidden = norm(x)
@@ -215,10 +226,12 @@ def _head_gradient(checkpoint: Checkpoint, tensors: Mapping[str, LazyTensor], nu
         logits = soft_cap(raw, config.final_logit_softcapping)
         slope = 1.0 if config.final_logit_softcapping is None else 1 - (logits / config.final_logit_softcapping) ** 2
         chances = torch.softmax(logits, dim=-1)
+        following = torch.from_numpy(ids[1:][positions])
+        loss -= float(chances[torch.arange(len(following)), following].log().clamp(min=-MAX_LOSS).sum())
         for row, draw in zip(chances.numpy(), draws[positions], strict=True):
             sums = np.cumsum(row, dtype=np.float64)
             row[min(int(np.searchsorted(sums, draw * sums[-1], side="right")), len(row) - 1)] -= 1
         gradient[0, positions] = _times_transposed(chances * slope, head)
     hidden.backward(gradient)
     assert x.grad is not None
-    return x.grad
+    return x.grad, loss

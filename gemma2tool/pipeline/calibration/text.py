@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,12 @@ from gemma2tool.pipeline.inputs import read_ids
 from gemma2tool.pipeline.prompt import PromptTokenizer, rows_of
 from gemma2tool.storage.text_file import read_text
 
+logger = logging.getLogger("gemma2tool")
+
 SAMPLES, LENGTH = 128, 512
+
+FOREIGN_PERPLEXITY = 500.0
+"""A text with a larger perplexity under the source is unlike what the model was trained on."""
 
 
 def read_sequences(path: Path, checkpoint: Checkpoint, *, samples: int | None, length: int | None) -> NDArray[np.int64]:
@@ -50,6 +56,17 @@ def read_sequences(path: Path, checkpoint: Checkpoint, *, samples: int | None, l
             hint="give a longer text, or a smaller --calibration-length",
         )
     return _spread(ids, samples or SAMPLES)
+
+
+def warn_of_foreign_text(perplexity: float, name: str = "the calibration text") -> None:
+    """Warn of a text that the model does not know."""
+    if perplexity > FOREIGN_PERPLEXITY:
+        logger.warning(
+            "%s: perplexity %.3g under the model, which does not know text of this kind: what is chosen by it serves"
+            " other text less",
+            name,
+            perplexity,
+        )
 
 
 def _check_length(length: int, maximum: int) -> None:

@@ -18,6 +18,7 @@ from gemma2tool.model.digest import hash_checkpoint
 from gemma2tool.model.names import EMBEDDING
 from gemma2tool.model.progress import Progress, progress_or_null
 from gemma2tool.model.tied_head import with_tied_head
+from gemma2tool.pipeline.calibration.text import warn_of_foreign_text
 from gemma2tool.pipeline.sensitivity.candidates import check_types, default_types
 from gemma2tool.pipeline.sensitivity.collect import Collection, SensitivityOptions
 from gemma2tool.pipeline.sensitivity.partial import Earlier, Partial
@@ -35,9 +36,6 @@ logger = logging.getLogger("gemma2tool")
 
 Keep = Callable[[SensitivityTable, Mapping[str, "Tensor"]], None]
 """Keeps a table so far, and the streams of ``Earlier.whole``."""
-
-FOREIGN_PERPLEXITY = 500.0
-"""A text with a larger perplexity under the source is unlike what the model was trained on."""
 
 
 @dataclass(frozen=True)
@@ -188,13 +186,7 @@ def _collected(
     collection: Collection, table: SensitivityTable, earlier: Earlier | None, keep: Keep, progress: Progress | None
 ) -> SensitivityTable:
     streams = collection.start()
-    if collection.perplexity > FOREIGN_PERPLEXITY:
-        logger.warning(
-            "%s: perplexity %.0f under the model: it does not know text of this kind, and the table says little about"
-            " text that it knows",
-            table.texts[0].name,
-            collection.perplexity,
-        )
+    warn_of_foreign_text(collection.perplexity, table.texts[0].name)
     first = 0
     if earlier is not None:
         table, first, streams.whole = earlier.table, earlier.layers, dict(earlier.whole)
