@@ -21,6 +21,7 @@ from gemma2tool.publish.names import model_name, output_name
 from tests.support.checkpoints import SMALL, random_checkpoint, write_checkpoint
 from tests.support.commands import listing, run
 from tests.support.paths import TINY
+from tests.support.servers import COMMIT, Hub, contents, serving
 
 TYPES = "q4_0,Q8_0,nf4"
 
@@ -158,6 +159,27 @@ def test_an_importance_matrix_is_collected_once_and_released(text: Path, tmp_pat
     assert matrix.stat().st_ino == inode
     words.write_text("another text " * 400)
     assert "is of another text or source" in release(model, text, folder, *options, types="q4_0", code=2)
+
+
+@pytest.mark.slow
+def test_a_source_on_the_hub_is_the_base_model(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    constants = pytest.importorskip("huggingface_hub.constants")
+    card = b"---\nlicense: apache-2.0\n---\n"
+    with serving(Hub({**contents(model), "README.md": card}, name="org/small-it")) as hub:
+        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+        template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.chdir(tmp_path)
+        assert "to download" in release(Path("org/small-it"), text, tmp_path / "out", "--dry-run", types="q4_0")
+        release(Path("org/small-it"), text, tmp_path / "out", types="q4_0")
+    written = (tmp_path / "out" / "README.md").read_text()
+    assert "license: apache-2.0\nbase_model: org/small-it\nbase_model_relation: quantized\n" in written
+    assert "Gemma Terms of Use" not in written
+    receipt = json.loads((tmp_path / "out" / "Small-it-Q4_0.gguf.receipt.json").read_text())
+    assert receipt["plan"]["recipe"]["release"]["source"] == f"hf://org/small-it@{COMMIT}"
 
 
 def test_a_plan_writes_nothing(model: Path, text: Path, tmp_path: Path) -> None:
