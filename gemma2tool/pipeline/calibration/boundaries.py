@@ -59,13 +59,18 @@ class Boundaries:
         """Remove what no run will need, then keep those that enter ``stage``."""
         missing = self.first_missing()
         start = max((kept for kept in self._kept_stages() if missing is None or kept <= missing), default=0)
-        for kept in self._kept_stages():
-            if kept < start:
-                self.kept.remove(_name(kept))
+        for name in self.kept.names():
+            if _stage(name) < start:
+                self.kept.remove(name)
         self.kept.write(_name(stage), _buffers(residual))
 
     def _kept_stages(self) -> list[int]:
-        return [int(name.removeprefix(_PREFIX)) for name in self.kept.names() if name.startswith(_PREFIX)]
+        return [_stage(name) for name in self.kept.names() if name.startswith(_PREFIX)]
+
+
+def _stage(name: str) -> int:
+    """The stage that a kept file is for: the number at its end, whatever kind of file it is."""
+    return int(name.rpartition("-")[2])
 
 
 def _name(stage: int) -> str:
