@@ -19,8 +19,8 @@ KERNEL_TYPES = "Q8_0,Q4_K"
 
 RUNS: dict[str, tuple[tuple[str, ...], str]] = {
     "budget.py": (
-        ("--points", "2", "--windows", "2", "--samples", "2", "--candidates", "q4_k,q6_k"),
-        "of 2 within 10 %",
+        ("--points", "1", "--windows", "2", "--samples", "2", "--candidates", "q4_k,q6_k"),
+        "of 1 within 10 %",
     ),
     "end_to_end.py": ((*TINY, "--only", "hf", "--tokens", "8"), "verify out-hf by its receipt"),
     "forward.py": ((*TINY, "--tokens", "8"), "within 5e-5 + 1e-5 of the value: True"),
@@ -81,7 +81,7 @@ def test_quality_of_calibrated_gguf_types(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_quality_of_calibrated_types(tmp_path: Path) -> None:
-    assert "| awq-4 |" in run("quality.py", ("--calibrated", "awq-4", "--windows", "2", "--samples", "2"), tmp_path)
+    assert "| awq-4 |" in run("quality.py", ("--calibrated", "awq-4", "--windows", "1", "--samples", "1"), tmp_path)
 
 
 @pytest.mark.slow

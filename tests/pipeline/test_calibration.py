@@ -31,7 +31,7 @@ from tests.support.options import write_options
 
 pytestmark = pytest.mark.slow
 
-WINDOWS, SEQUENCES, LENGTH = 12, 16, 256
+WINDOWS, SEQUENCES, LENGTH = 12, 16, 160
 
 
 @pytest.fixture(scope="module")
