@@ -43,6 +43,8 @@ SEPARATE = {
     "gemma": "scripts/setup.sh installs it without its dependencies",
     "keras_hub": "scripts/setup.sh installs it without its dependencies",
     "gptqmodel": "tests/gptqmodel.txt",
+    "litgpt": "fixtures/frameworks/litgpt_files.py",
+    "torchtune": "fixtures/frameworks/torchtune_files.py",
 }
 """Imported by tests or benchmarks, but not installed by the extra."""
 

@@ -13,7 +13,7 @@ from gemma2tool.verify.result import Failure, Result, Verification
 MARKS = {"passed": "\u2705", "failed": "\u274c", "skipped": "\u2796", "reported": "\u2139\ufe0f"}
 MAX_FINDINGS = 10
 
-_SPECIAL = re.compile(r"([\\`*_{}\[\]<>|~&@$])")
+_SPECIAL = re.compile(r"([\\`*{}\[\]<>|~&@$]|(?<![^\W_])_|_(?![^\W_]))")  # an underscore inside a word is one anyway
 
 
 def escaped(text: object) -> str:

@@ -155,6 +155,6 @@ def test_a_plot_of_one_file_and_of_none() -> None:
 def test_a_name_is_shown_literally_in_markdown() -> None:
     text = Text(name="<b>a|b</b>.txt", sha256="0" * 64, windows=1, length=8)
     point = QualityPoint("x|[y](z)", "file", 10, 1.0, {"a*b": Estimate(0.1, 0.0, 0.2)})
-    lines = QualityResult(Path("src"), {"a*b": text}, (point,), Path("c_d_e.txt")).markdown().splitlines()
+    lines = QualityResult(Path("src"), {"a*b": text}, (point,), Path("_d_.txt")).markdown().splitlines()
     assert lines[0].count(" | ") == lines[1].count(" | ") == lines[2].count(" | ") == 4
     assert r"x\|\[y\](z)" in lines[2] and "<b>" not in lines[-1] and r"c\_d\_e" in lines[-1]
