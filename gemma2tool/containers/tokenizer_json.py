@@ -93,14 +93,16 @@ def added_entries(content: Object) -> dict[int, AddedEntry]:
 
 def found_whole(contents: Mapping[str, bool]) -> tuple[set[str], set[str]]:
     """Texts of added tokens that are cut out of a text before anything is merged, wherever they stand in it, so that no
-    merge makes them. ``contents``: their texts, and whether each is single_word.
+    merge makes them, with their spaces as SentencePiece writes them too. ``contents``: their texts, and whether each is
+    single_word.
 
     The second set holds the texts of spaces alone, which are not cut out: the normalizer makes their U+2581 after the
     cut.
     """
     texts = {text for text, single_word in contents.items() if not single_word}
     spaces = {text for text in texts if text and not text.strip(SPACE)}
-    return {text for text in texts if SPACE not in text}, spaces
+    whole = {text for text in texts if SPACE not in text}
+    return whole | {text.replace(" ", SPACE) for text in whole}, spaces
 
 
 def steps(content: Object) -> dict[str, list[dict[str, Any]]]:

@@ -16,14 +16,16 @@ if TYPE_CHECKING:
     from gemma2tool.verify.result import Failure, Result
 
 _BEGINNINGS = {
-    "--junit": b"<?xml",
-    "--html": b"<!doctype html",
-    "--svg": b"<svg",
-    "--bom": b"{",
-    "--sarif": b"{",
-    "--statement": b"{",
+    "--junit": (b"<?xml",),
+    "--html": (b"<!doctype html",),
+    "--svg": (b"<svg",),
+    "--bom": (b"{", b'"bomformat"'),
+    "--sarif": (b"{", b"sarif-2.1.0"),
+    "--statement": (b"{", b"in-toto.io/statement"),
 }
-"""Of what the options write; the others write plain text."""
+"""Of what the options write: what it begins with and, for JSON, what its first bytes contain; the others write plain
+text.
+"""
 _HEAD_BYTES = 4096
 
 
@@ -124,7 +126,9 @@ def may_be_report(option: str, path: Path) -> bool:
             head = file.read(_HEAD_BYTES)
     except OSError:
         return False
-    return not head or (head.lower().startswith(_BEGINNINGS.get(option, b"")) and b"\0" not in head)
+    begins, *contains = _BEGINNINGS.get(option, (b"",))
+    text = head.lower()
+    return not head or (text.startswith(begins) and all(mark in text for mark in contains) and b"\0" not in head)
 
 
 def replace_report(path: Path, text: str) -> None:

@@ -81,7 +81,7 @@ def test_quality_of_calibrated_gguf_types(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_quality_of_calibrated_types(tmp_path: Path) -> None:
-    assert "| awq-4 |" in run("quality.py", ("--calibrated", "awq-4", "--windows", "1", "--samples", "1"), tmp_path)
+    assert "| fp4 |" in run("quality.py", ("--calibrated", "fp4", "--windows", "1", "--samples", "1"), tmp_path)
 
 
 @pytest.mark.slow

@@ -22,7 +22,7 @@ RUNS: dict[str, tuple[tuple[str, ...], str]] = {
         ("--only", "as bf16", "--targets", "gguf", "--quantized", "0", "--faults", "2"),
         "3 files, 0 refused as they must be, 0 alarms",
     ),
-    "faults.py": (("--kinds", "EIO", "--commands", "2", "--every", "50"), "calls failed with EIO"),
+    "faults.py": (("--kinds", "EIO", "--commands", "1", "--every", "100"), "calls failed with EIO"),
     "flipped_bits.py": (("--flips", "2", "hf"), "    2 of     2"),
     "fuzz.py": (("--state", FOLDER, "--turn", "50", "--readers", "json"), "| all | 50 |"),
     "gguf_kernels.py": (("--types", "Q8_0", "--values", "1e4"), "0 bytes differ, 0 floats differ"),

@@ -104,6 +104,26 @@ def test_a_report_replaces_nothing_but_a_report(place: Path, monkeypatch: pytest
     assert (place / "other").read_bytes() == b"GGUF\0\0" and not (place / "out.gguf").exists()
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("verify", "out.gguf", "--bom"),
+        ("scan", "out.gguf", "--sarif"),
+        ("sign", "out.gguf", "--key", "k", "--statement"),
+    ],
+    ids=["bom", "sarif", "statement"],
+)
+def test_a_report_in_json_replaces_no_other_json(
+    place: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]
+) -> None:
+    monkeypatch.chdir(place)
+    assert run("convert", "src", "out.gguf").exit_code == 0
+    config = (place / "src" / "config.json").read_bytes()
+    result = run(*words, "src/config.json", "--json")
+    assert result.exit_code == 2 and json.loads(result.stdout)["error"]["id"] == "report.other-file", result.output
+    assert (place / "src" / "config.json").read_bytes() == config
+
+
 def test_a_report_that_cannot_be_written_is_found_before_the_work(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(place)
     monkeypatch.setattr("gemma2tool.pipeline.report_files.os.access", lambda path, mode: mode != os.W_OK)

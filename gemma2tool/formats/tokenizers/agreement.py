@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from gemma2tool.containers.tokenizer_json import found_whole, merge_pairs, model_of, model_options, steps
+from gemma2tool.containers.tokenizer_json import added_entries, found_whole, merge_pairs, model_of, model_options, steps
 from gemma2tool.containers.tokenizer_model import SPACE, Piece
 from gemma2tool.formats.tokenizers.files import Object
 from gemma2tool.formats.tokenizers.tokenizer_json import DECODER, is_byte_fallback_bpe, merges
@@ -29,6 +29,7 @@ def find_conflicts(tokenizer: Object, pieces: Sequence[Piece], added: Mapping[in
 def _conflicts(tokenizer: Object, pieces: Sequence[Piece], added: Mapping[int, AddedToken]) -> Iterator[Conflict]:
     model = model_of(tokenizer)
     yield from _vocabulary(model["vocab"], pieces, added)
+    yield from _assigned_ids(tokenizer, model["vocab"])
     texts = {piece.text: False for token, piece in enumerate(pieces) if token in added}
     texts |= {token.content: token.single_word for token in added.values()}
     idle, spaces = found_whole(texts)
@@ -52,6 +53,23 @@ def _conflicts(tokenizer: Object, pieces: Sequence[Piece], added: Mapping[int, A
         yield Conflict("the pre_tokenizer of tokenizer.json cuts texts where tokenizer.model does not")
     if flat["decoder"] != DECODER:
         yield Conflict("the decoder of tokenizer.json is not that of tokenizer.model")
+
+
+def _assigned_ids(tokenizer: Object, vocab: Mapping[str, int]) -> Iterator[Conflict]:
+    """The tokenizers library takes an added token's id from the vocabulary, or gives it the next free one, whatever id
+    the file states (tokenizers 0.22, added_vocabulary.rs).
+    """
+    assigned: dict[str, int] = {}
+    for token, entry in added_entries(tokenizer).items():
+        if not isinstance(entry.content, str):
+            continue
+        actual = vocab.get(entry.content, assigned.get(entry.content))
+        if actual is None:
+            actual = max(len(vocab), max(assigned.values(), default=-1) + 1)
+        assigned[entry.content] = actual
+        if actual != token:
+            yield Conflict(f"token {token}, {entry.content!r}, is {actual} for the library that reads tokenizer.json")
+            return
 
 
 def _vocabulary(

@@ -133,7 +133,7 @@ _PREPEND = {"type": "Prepend", "prepend": SPACE}
 
 def tokenizer_json(tokenizer: Tokenizer) -> bytes:
     """The file's bytes; bos is put before every text unless ``tokenizer.adds`` says otherwise."""
-    pieces = tokenizer.pieces.listed()
+    pieces = _as_found(tokenizer)
     vocab = {piece.text: token for token, piece in enumerate(pieces)}
     unknown = next((piece.text for piece in pieces if piece.type == UNKNOWN), None)
     bos = tokenizer.roles.get("bos") if tokenizer.adds.get("bos", True) else None
@@ -177,6 +177,18 @@ def tokenizer_json(tokenizer: Tokenizer) -> bytes:
         },
     }
     return json.dumps(content, ensure_ascii=False).encode("utf-8", "replace")
+
+
+def _as_found(tokenizer: Tokenizer) -> list[Piece]:
+    """The pieces; an added token's has the token's own text, spaces included: the tokenizers library gives a token
+    whose text is not in the vocabulary an id of its own choice.
+    """
+    pieces = tokenizer.pieces.listed()
+    known = set(tokenizer.pieces.texts)
+    for token, added in tokenizer.added_tokens.items():
+        if token < len(pieces) and added.content not in known:
+            pieces[token] = pieces[token]._replace(text=added.content)
+    return pieces
 
 
 DECODER: list[dict[str, Any]] = [

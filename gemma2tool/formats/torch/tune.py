@@ -13,6 +13,7 @@ Gemma 2 from a dict with the later names, and another model from what its own co
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -33,6 +34,10 @@ MAX_LAYERS, MAX_ROWS = 6, 256
 FOLLOWS = 0.3
 """Correlation above which a norm follows the matrices after it, and by which it must do so better than the other. In
 the trained fixture the one has 0.68 to 0.82, the other -0.27 to 0.25."""
+
+SIGMAS = 6.0
+"""Standard deviations of the correlation of random values that a correlation must have to say anything: those of a few
+columns are large by chance."""
 
 _HF, _TUNE = "model.layers.{i}.", "layers.{i}."
 
@@ -67,7 +72,8 @@ def norms_exchanged(stored: Mapping[str, LazyTensor], config: Gemma2Config) -> b
     if not fits:
         return None
     norm, scale = np.mean(fits, axis=0)
-    if max(norm, scale) < FOLLOWS or not abs(norm - scale) >= FOLLOWS:
+    limit = max(FOLLOWS, SIGMAS / math.sqrt(len(fits) * config.hidden_size))
+    if max(norm, scale) < limit or not abs(norm - scale) >= limit:
         return None
     return bool(scale > norm)
 

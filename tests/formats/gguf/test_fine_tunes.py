@@ -331,3 +331,30 @@ def test_tokens_beyond_the_embedding_are_not_compared(folder: Folder) -> None:
     folder.resize(SIZE)
     source = folder.checkpoint()
     assert verified(source, through_gguf(source)).status == "passed"
+
+
+def test_an_added_token_with_spaces_keeps_its_id(folder: Folder) -> None:
+    """The tokenizers library takes the id of an added token from the vocabulary, where it looks for the token's own
+    text; with U+2581 for its spaces there, it gave the token another id, beyond the embedding.
+    """
+    tokenizers = pytest.importorskip("tokenizers")
+    for token, content in enumerate((" fooBar", "x y", "<a b>"), SIZE):
+        folder.add(token, content, special=False)
+    folder.resize(SIZE + 3)
+    source = folder.checkpoint()
+    back = through_gguf(source)
+    written = tokenizer_json(back.tokenizer)
+    a, b = (tokenizers.Tokenizer.from_str(text) for text in (json.dumps(folder.json), written.decode()))
+    for text in ("a fooBar", "x y", "b <a b>", "afooBar", "  "):
+        assert a.encode(text).ids == b.encode(text).ids
+    assert b.token_to_id(" fooBar") == SIZE
+
+    folder.json = json.loads(written)
+    assert not folder.checkpoint().tokenizer.conflicts
+    folder.json["model"]["vocab"] = {
+        text.replace(" ", "\u2581"): token for text, token in folder.json["model"]["vocab"].items()
+    }
+    folder.json["model"]["merges"] = []
+    actual = tokenizers.Tokenizer.from_str(json.dumps(folder.json)).token_to_id(" fooBar")
+    reasons = [conflict.message for conflict in folder.checkpoint().tokenizer.conflicts]
+    assert any(f"token {SIZE}, ' fooBar', is {actual} for the library" in reason for reason in reasons), reasons
