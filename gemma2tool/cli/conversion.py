@@ -69,7 +69,8 @@ def step_count(request: ConversionRequest) -> int:
     """How many bars the work shows: a download, a table of sensitivities, the writing, verifications."""
     downloads = request.run.keep_download is not None
     collects = request.budget.is_asked and request.budget.sensitivity is None
-    verified = 0 if request.checks is None else _VERIFICATION_STEPS * max(len(request.types), 1)
+    outputs = sum(max(len(part.types), 1) for part in request.parts)
+    verified = 0 if request.checks is None else _VERIFICATION_STEPS * outputs
     return downloads + collects + 1 + verified
 
 

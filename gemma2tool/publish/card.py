@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from gemma2tool.formats import packings
 from gemma2tool.publish.engines import programs, usages
 from gemma2tool.receipt.document import Receipt
 from gemma2tool.storage.units import human_bytes
@@ -17,13 +18,6 @@ from gemma2tool.version import __version__
 NAME = "README.md"
 _HOMEPAGE = "https://github.com/gemma2tool/gemma2tool"
 _TERMS = "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms."
-_TAGS = {
-    "bitsandbytes": ("nf4", "fp4", "int8"),
-    "compressed-tensors": ("w4a16", "w4a16-asym", "w8a16", "w8a8-int8", "fp8-dynamic", "fp8-block"),
-    "gptq": ("gptq-4", "gptq-8"),
-    "awq": ("awq-4",),
-    "torchao": ("torchao-int8",),
-}
 
 
 @dataclass(frozen=True)
@@ -37,6 +31,13 @@ class CardEntry:
     @property
     def format(self) -> str:
         return self.receipt.format
+
+    def digests(self) -> Iterator[tuple[str, str]]:
+        """Its files below the release's folder, and their SHA-256."""
+        files = self.receipt.files
+        is_file = files[0].name == self.name and len(files) == 1
+        for file in files:
+            yield (self.name if is_file else f"{self.name}/{file.name}"), file.sha256
 
     @property
     def metrics(self) -> Mapping[str, Any]:
@@ -89,7 +90,7 @@ class Card:
         formats = {entry.format for entry in self.entries}
         types = {entry.type for entry in self.entries}
         tags = ["gemma2", *(["gguf"] if "gguf" in formats else []), *(["mlx"] if "mlx" in formats else [])]
-        tags += [tag for tag, its_types in _TAGS.items() if types & set(its_types)]
+        tags += [method for method in packings.methods(types) if method not in tags]
         tags += [*(["imatrix"] if self.imatrix else []), "gemma2tool"]
         library = "transformers" if "hf" in formats else "mlx" if "mlx" in formats else "gguf"
         fields = {

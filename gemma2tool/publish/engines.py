@@ -6,16 +6,13 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-_VLLM = ("w4a16", "w4a16-asym", "w8a16", "w8a8-int8", "fp8-dynamic", "fp8-block", "gptq-4", "gptq-8", "awq-4")
-"""The types whose folders vLLM serves; what it fuses has one type in them."""
+from gemma2tool.formats import packings
 
-_LIBRARIES = {
-    "bitsandbytes": ("nf4", "fp4", "int8"),
-    "compressed-tensors": ("w4a16", "w4a16-asym", "w8a16", "w8a8-int8", "fp8-dynamic", "fp8-block"),
-    "gptqmodel": ("gptq-4", "gptq-8", "awq-4"),
-    "torchao": ("torchao-int8",),
-}
-"""What transformers needs to load a type."""
+_VLLM = ("compressed-tensors", "gptq", "awq")
+"""The methods whose folders vLLM serves; what it fuses has one type in them."""
+
+_LIBRARIES = {"gptq": "gptqmodel", "awq": "gptqmodel"}
+"""What transformers needs to load what a method quantized, where its name is another."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +30,7 @@ def programs(format: str, type: str) -> tuple[str, ...]:
         return ("llama.cpp", "Ollama", "LM Studio")
     if format == "mlx":
         return ("MLX",)
-    return ("vLLM", "transformers") if type in _VLLM else ("transformers",)
+    return ("vLLM", "transformers") if _method(type) in _VLLM else ("transformers",)
 
 
 def usages(outputs: Sequence[tuple[str, str, str]], repository: str | None) -> list[Usage]:
@@ -65,7 +62,7 @@ def _usage(program: str, name: str, type: str, repository: str | None) -> Usage:
     }
     if program in lines:
         return Usage(program, "bash", lines[program])
-    library = next((library for library, types in _LIBRARIES.items() if type in types), "")
+    library = _LIBRARIES.get(_method(type), _method(type))
     place = f'"{repository}", subfolder="{name}"' if repository is not None else f'"{name}"'
     code = (
         f"# pip install transformers accelerate {library}".rstrip()
@@ -78,3 +75,8 @@ model = AutoModelForCausalLM.from_pretrained(
 )"""
     )
     return Usage(program, "python", code)
+
+
+def _method(type: str) -> str:
+    """What quantized a folder of this type; empty for one that is not quantized."""
+    return next(iter(packings.methods([type])), "")

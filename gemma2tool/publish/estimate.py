@@ -96,20 +96,16 @@ def estimate(
     """
     request, outputs = opened.request, opened.outputs()
     threads, folder = request.run.threads, request.folder
-    finished = {
-        output.path
-        for output in outputs
-        if output.path in elsewhere or output.finished(force=request.run.force, threads=threads) is not None
-    }
+    missing = opened.missing(elsewhere)
+    unfinished = {output.path for output in missing}
     plans = {output.path: _plan(opened, output) for output in outputs}
     files = tuple(
-        PlannedFile(output.path.name, output.type, _nbytes(plans[output.path]), output.path in finished)
+        PlannedFile(output.path.name, output.type, _nbytes(plans[output.path]), output.path not in unfinished)
         for output in outputs
     )
-    missing = [output for output in outputs if output.path not in finished]
     sizes = [_nbytes(plans[output.path]) or 0 for output in missing]
     source_bytes = sum(tensor.nbytes for tensor in opened.source.tensors.values())
-    values = sum(tensor.size for tensor in opened.source.tensors.values())
+    values = opened.source.parameters
     passes = len(missing) * _VERIFICATION_PASSES + (len(missing) if discard else bool(missing))
     logits = opened.ids.size * opened.source.config.vocab_size
     operations = (2.0 * 2 * values * opened.ids.size + LOGIT_OPERATIONS * logits) * len(missing)

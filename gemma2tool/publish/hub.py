@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import TypeVar
 
 from gemma2tool.errors import InputRefused, ResourceError, UsageError
 from gemma2tool.errors.extras import require
+from gemma2tool.receipt.files import digest_file
 from gemma2tool.sources.fetching import attempt
 from gemma2tool.sources.http import TRANSIENT, http_errors
 from gemma2tool.sources.remote import Digest, Transient
@@ -134,9 +134,6 @@ class Target:
             raise InputRefused("publish.refused", f"{self.address}: {error}") from error
 
 
-def local_file(path: Path, sha256: str | None = None) -> LocalFile:
-    """A file with its SHA-256, which is computed unless it is known."""
-    if sha256 is None:
-        with path.open("rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    return LocalFile(path, sha256)
+def local_file(path: Path) -> LocalFile:
+    """A file as it is now."""
+    return LocalFile(path, digest_file(path, path.name).sha256)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -116,6 +116,14 @@ class Release:
     def outputs(self) -> tuple[Output, ...]:
         """The outputs of the request; the importance matrix is there by now."""
         return tuple(self._output(type) for type in self.request.types)
+
+    def missing(self, elsewhere: Collection[Path] = ()) -> tuple[Output, ...]:
+        """The outputs that are neither finished nor ``elsewhere``. Raises ``UsageError`` (``release.other``) for files
+        in their way.
+        """
+        force, threads = self.request.run.force, self.request.run.threads
+        left = (output for output in self.outputs() if output.path not in elsewhere)
+        return tuple(output for output in left if output.finished(force=force, threads=threads) is None)
 
     def _output(self, type: str) -> Output:
         name = output_name(self.request.template, self.model, type)

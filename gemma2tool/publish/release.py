@@ -46,8 +46,7 @@ def release(request: ReleaseRequest, progress: Progress | None = None) -> Releas
     for a source that cannot be read. An output that fails its verification is in the result, and not in the folder.
     """
     with opened_release(request, progress) as opened:
-        missing = missing_outputs(opened)
-        results = write_outputs(opened, missing, progress)
+        results = write_outputs(opened, opened.missing(), progress)
         files = finish(opened, repository=None)
     return ReleaseResult(request.folder, files, results)
 
@@ -89,13 +88,6 @@ def _source(request: ReleaseRequest, progress: Progress | None) -> Iterator[Chec
     keep, place = request.run.keep_download, request.folder if request.folder.is_dir() else None
     with open_source(request.source, request.config, place=place, keep=keep, progress=progress) as source:
         yield source
-
-
-def missing_outputs(opened: Release) -> tuple[Output, ...]:
-    """The outputs that are not finished. Raises ``UsageError`` (``release.other``) for files in their way."""
-    run = opened.request.run
-    outputs = opened.outputs()
-    return tuple(output for output in outputs if output.finished(force=run.force, threads=run.threads) is None)
 
 
 def write_outputs(
@@ -150,9 +142,7 @@ def _digests(opened: Release, entries: Sequence[CardEntry]) -> Iterator[tuple[st
     """The files of a release below its folder, and their SHA-256: of outputs as their receipts have them."""
     folder = opened.request.folder
     for entry in entries:
-        is_file = entry.receipt.files[0].name == entry.name and len(entry.receipt.files) == 1
-        for file in entry.receipt.files:
-            yield (entry.name if is_file else f"{entry.name}/{file.name}"), file.sha256
+        yield from entry.digests()
         place = receipt_path(folder / entry.name)
         yield place.name, digest_file(place, place.name).sha256
     matrix = opened.release_imatrix

@@ -89,14 +89,10 @@ class _Upload:
 
     def outputs(self, progress: Progress | None) -> tuple[ConversionResult, ...]:
         """Write what is missing, in one pass or, where outputs are removed after it, in one for each; upload each."""
-        run, gone = self.opened.request.run, set(self.elsewhere())
+        gone = self.elsewhere()
         for path in gone:
             _remove(path)  # what an interrupted removal left
-        missing = tuple(
-            output
-            for output in self.opened.outputs()
-            if output.path not in gone and output.finished(force=run.force, threads=run.threads) is None
-        )
+        missing = self.opened.missing(gone)
         self._send_finished(missing)
         results: list[ConversionResult] = []
         for outputs in [(output,) for output in missing] if self.request.discard else [missing]:
@@ -126,7 +122,7 @@ class _Upload:
             path = self.folder / entry.name
             if entry.name in self.sent or path in gone or path in unfinished:
                 continue
-            files = dict(_files(entry, path))
+            files = dict(_files(entry, self.folder))
             self._send(files, f"Add {entry.name}")
             self.sent.add(entry.name)
             if self.request.discard:
@@ -170,16 +166,12 @@ class _Upload:
             return {}
 
 
-def _files(entry: CardEntry, path: Path) -> Iterator[tuple[str, LocalFile]]:
+def _files(entry: CardEntry, folder: Path) -> Iterator[tuple[str, LocalFile]]:
     """The files of an output and its receipt, by their paths in the repository; as the receipt states them."""
-    is_file = path.is_file()
-    for file in entry.receipt.files:
-        yield (
-            (entry.name, LocalFile(path, file.sha256))
-            if is_file
-            else (f"{entry.name}/{file.name}", LocalFile(path / file.name, file.sha256))
-        )
-    yield receipt_path(path).name, local_file(receipt_path(path))
+    for name, sha256 in entry.digests():
+        yield name, LocalFile(folder / name, sha256)
+    place = receipt_path(folder / entry.name)
+    yield place.name, local_file(place)
 
 
 def _remove(path: Path) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 
 from gemma2tool.model.checkpoint import Checkpoint, unchanged
 from gemma2tool.model.digest import ALGORITHM, Hashes, hash_tensors, tokenizer_digest
-from gemma2tool.model.loaders import CODE_KEYS, files_acted_on
+from gemma2tool.model.loaders import config_names_code, files_acted_on
 from gemma2tool.model.progress import Advance, Progress, progress_or_null
 from gemma2tool.receipt.chat import chat_gate
 from gemma2tool.receipt.document import Receipt
@@ -132,8 +132,7 @@ def _added_files(candidate: Checkpoint, recorded: Set[str]) -> Iterator[Finding]
     """Files that the receipt does not list: an error if a loader acts on them, else a note."""
     present = set(file_names(candidate.path))
     added = {name for name in present - recorded if not _HARMLESS.match(name)}
-    names_code = not candidate.config.extra.keys().isdisjoint(CODE_KEYS)
-    for files in files_acted_on(candidate.format, present, added, names_code=names_code):
+    for files in files_acted_on(candidate.format, present, added, names_code=config_names_code(candidate.config)):
         for name in files.names:
             message = f"was not there when the receipt was written, and {files.sentence}"
             yield Finding("files", "error", name, message)

@@ -43,6 +43,7 @@ __all__ = [
     "config_entries",
     "encoder_for",
     "metadata",
+    "methods",
     "misread",
     "more_files",
     "part_name",
@@ -66,6 +67,11 @@ _NO_TYPES: Mapping[str, str] = MappingProxyType({})
 
 TYPES = tuple(_BY_TYPE)
 """Names of the quantization types that a folder of safetensors can be written in."""
+
+
+def methods(types: Collection[str]) -> tuple[str, ...]:
+    """The quantization methods, by their names in configs, that have one of ``types``."""
+    return tuple(packing.method for packing in _PACKINGS if not set(packing.types).isdisjoint(types))
 
 
 def unpack(raw: Mapping[str, LazyTensor], quantization_config: object) -> dict[str, LazyTensor]:
