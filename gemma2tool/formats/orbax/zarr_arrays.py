@@ -78,17 +78,17 @@ class StoredArray:
         """Whether the values are a quantizer's integers."""
         return self.dtype not in DTYPE_NAMES
 
-    def matrix(self, *fixed: tuple[int, int]) -> ZarrMatrix:
-        """The array as the matrix of its last axis' rows, without the axes fixed by (axis, index). Raises
-        ``InputRefused`` for integers.
+    def matrix(self, *fixed: tuple[int, int], kept: bool = True) -> ZarrMatrix:
+        """The array as the matrix of its last axis' rows, without the axes fixed by (axis, index). ``kept``: see
+        ``ZarrMatrix``. Raises ``InputRefused`` for integers.
         """
         if self.holds_codes:
             raise refused("dtype", f"{self.origin} holds {self.dtype.name} values without the scales of a quantizer")
-        return ZarrMatrix(self, dict(fixed))
+        return ZarrMatrix(self, dict(fixed), kept=kept)
 
-    def codes(self) -> ZarrMatrix:
+    def codes(self, *, kept: bool = True) -> ZarrMatrix:
         """The array's integers as the matrix of its last axis' rows."""
-        return ZarrMatrix(self, {})
+        return ZarrMatrix(self, {}, kept=kept)
 
 
 @dataclass(frozen=True)
@@ -230,12 +230,13 @@ def _part(value: StoredValue, first: int, nbytes: int) -> StoredValue:
 class ZarrMatrix(BlockwiseTensor):
     """A stored array, or the part of it where some axes have fixed indices, as the matrix of its last axis' rows.
 
-    A block is the part of the matrix in one chunk, or the whole matrix if the rows of its chunks interleave.
+    A block is the part of the matrix in one chunk, or the whole matrix if the rows of its chunks interleave. Blocks
+    that are decompressed are ``kept`` for the rows that follow; who reads a few rows and no more has no use for them.
     """
 
-    def __init__(self, array: StoredArray, fixed: Mapping[int, int]) -> None:
+    def __init__(self, array: StoredArray, fixed: Mapping[int, int], *, kept: bool = True) -> None:
         free = [dim for axis, dim in enumerate(array.shape) if axis not in fixed]
-        self.array, self.fixed = array, fixed
+        self.array, self.fixed, self.kept = array, fixed, kept
         self.shape = (prod(free[:-1]), free[-1]) if len(free) > 1 else tuple(free)
         self.dtype, self.stored, self.origin = array.dtype, DTYPE_NAMES.get(array.dtype, array.dtype.name), array.origin
         chunks, grid = array.metadata.chunks, array.metadata.grid
@@ -247,8 +248,8 @@ class ZarrMatrix(BlockwiseTensor):
         self.block_rows = count // self.row_size if self.is_in_order else self.rows
 
     def load_rows(self, first: int, last: int) -> Array:
-        if self.is_in_order and not self.array.metadata.is_compressed:
-            return self._load(first, last)  # any rows can be read from their place in the file
+        if self.is_in_order and not (self.kept and self.array.metadata.is_compressed):
+            return self._load(first, last)  # the rows alone; of an uncompressed chunk, from their place in the file
         return super().load_rows(first, last)
 
     def load_block(self, index: int) -> Array:

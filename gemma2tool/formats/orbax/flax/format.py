@@ -104,7 +104,7 @@ class Flax(Format):
         config = config or saved.config
         if config is None:
             inferred = infer_from_shapes(_canonical_shapes(parameters, _vocabulary_size(saved.assets)))
-            config = guessed(inferred, path, parameters[EMBEDDING].matrix())
+            config = guessed(inferred, path, parameters[EMBEDDING].matrix(kept=False))
         transposed = _is_gating_transposed(parameters, config)
         rows = table(config, gating_transposed=transposed, tunix="layer_0/mlp/gate_proj/kernel" in parameters)
         tensors = to_canonical(rows, _matrices(parameters, config, transposed, rows), config)
@@ -144,8 +144,10 @@ class _StoredParameter:
         """Only the first axes are fixed."""
         return self.array.shape[len(self.fixed) :]
 
-    def matrix(self) -> LazyTensor:
-        return self.array.matrix(*self.fixed) if self.scales is None else Dequantized(self.array, self.scales)
+    def matrix(self, *, kept: bool = True) -> LazyTensor:
+        if self.scales is not None:
+            return Dequantized(self.array, self.scales, kept=kept)
+        return self.array.matrix(*self.fixed, kept=kept)
 
 
 def _keys(disk: str) -> tuple[str, str]:

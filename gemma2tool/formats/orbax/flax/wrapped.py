@@ -43,7 +43,7 @@ class Dequantized(LazyTensor):
     A scale has as many axes as the codes, each of the codes' length or of length 1.
     """
 
-    def __init__(self, codes: StoredArray, scales: StoredArray) -> None:
+    def __init__(self, codes: StoredArray, scales: StoredArray, *, kept: bool = True) -> None:
         fits = len(codes.shape) == len(scales.shape) > 1 and all(
             size in (1, dim) for size, dim in zip(scales.shape, codes.shape, strict=True)
         )
@@ -52,7 +52,7 @@ class Dequantized(LazyTensor):
                 "checkpoint.shape",
                 f"{scales.origin}: scales of shape {scales.shape} do not fit codes of shape {codes.shape}",
             )
-        self.codes, self.scales = codes.codes(), scales.matrix()
+        self.codes, self.scales = codes.codes(kept=kept), scales.matrix(kept=kept)
         rows = np.arange(prod(scales.shape[:-1])).reshape(scales.shape[:-1])
         self.scale_rows = np.broadcast_to(rows, codes.shape[:-1]).reshape(-1)
         self.shape, self.dtype = self.codes.shape, FLOAT32
