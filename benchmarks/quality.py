@@ -113,10 +113,6 @@ class Run:
     samples: int
 
     @functools.cached_property
-    def parameters(self) -> int:
-        return sum(tensor.size for tensor in self.source.tensors.values())
-
-    @functools.cached_property
     def source_logits(self) -> NDArray[np.float32]:
         """(windows * T, V)"""
         return StreamedForward(self.source, self.ids).logits().reshape(self.ids.size, -1)
@@ -159,7 +155,7 @@ class Run:
         return comparison.finish()
 
     def bits_per_weight(self, path: Path) -> float:
-        return 8 * weights_bytes(path) / self.parameters
+        return 8 * weights_bytes(path) / self.source.parameters
 
 
 def print_types(run: Run, types: Sequence[str]) -> None:

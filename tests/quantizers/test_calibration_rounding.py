@@ -18,16 +18,12 @@ from gemma2tool.quantizers.calibration import clipping, rounding, scales
 from gemma2tool.quantizers.calibration.grid import RoundedMatrix, grid_of, quantize_to_nearest
 from gemma2tool.quantizers.calibration.hessian import Factor, Hessian, inverse_factor, inverse_factors, invert_lower_
 from gemma2tool.quantizers.gptq import Gptq
-from gemma2tool.reference.readahead import one_thread_each
 from tests.support.calibration import correlated_inputs, dequantized, textbook_gptq
 
 COLUMNS, ROWS, TOKENS = 256, 48, 1500
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    with one_thread_each():
-        yield
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def hessian_of(x: np.ndarray, block: int | None = None, dtype: torch.dtype = torch.float64) -> Hessian:

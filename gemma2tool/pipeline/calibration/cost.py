@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 
 from gemma2tool.model.config import Gemma2Config
-from gemma2tool.pipeline.calibration.gradients import POSITIONS, STREAM, TOKENS
+from gemma2tool.pipeline.calibration.gradients import POSITIONS, STREAM, sequence_count
 from gemma2tool.pipeline.calibration.layer import SEQUENCES
-from gemma2tool.pipeline.calibration.output_side import layer_bytes, output_sizes
+from gemma2tool.pipeline.calibration.output_side import layer_bytes
 from gemma2tool.quantizers.calibration.clipping import SHRINKS
 from gemma2tool.quantizers.calibration.rounding import ROWS
 from gemma2tool.quantizers.calibration.scales import POWERS
@@ -160,9 +160,9 @@ def estimate(
 def _gradients(config: Gemma2Config, weights: int, shape: tuple[int, int], threads: int) -> tuple[float, int]:
     """Operations of the gradient pass, and its memory: each product runs forward twice and backward once."""
     length, at_once = shape[1], min(threads, SEQUENCES)
-    tokens = min(max(TOKENS // length, 1), shape[0]) * length
+    tokens = sequence_count(shape) * length
     width, vocabulary, layers = config.hidden_size, config.vocab_size, config.num_hidden_layers
-    sums = sum(outputs * min(block or outputs, outputs) for outputs, block in output_sizes(config).values())
+    sums = layer_bytes(config) // FLOAT
     operations = tokens * (6.0 * (layers * weights + width * vocabulary) + layers * sums)
     running = at_once * (8 * length * config.intermediate_size * FLOAT + SCORE_BYTES)
     head = at_once * 3 * min(POSITIONS, length) * vocabulary * FLOAT

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -23,8 +23,9 @@ from gemma2tool.errors import InputRefused
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.lazy import FLOAT32, LazyTensor, row_ranges
 from gemma2tool.model.names import EMBEDDING, HEAD
-from gemma2tool.pipeline.calibration.layer import BLOCK_BYTES, SEQUENCES, finite_rows, refuse_nonfinite
-from gemma2tool.pipeline.calibration.text import warn_of_foreign_text
+from gemma2tool.pipeline.calibration.head import final_norm
+from gemma2tool.pipeline.calibration.layer import BLOCK_BYTES, SEQUENCES, Projection, finite_rows, refuse_nonfinite
+from gemma2tool.pipeline.calibration.text import spread, warn_of_foreign_text
 from gemma2tool.quantizers.calibration import Map
 from gemma2tool.quantizers.calibration.hessian import Hessian
 from gemma2tool.reference.layers import DecoderLayer, RMSNorm, soft_cap
@@ -46,8 +47,12 @@ STREAM = torch.bfloat16
 
 def some_sequences(ids: NDArray[np.int64]) -> NDArray[np.int64]:
     """The sequences (n, T) of ``ids`` (N, T) that are differentiated."""
-    count = min(max(TOKENS // ids.shape[1], 1), len(ids))
-    return ids[np.linspace(0, len(ids) - 1, count).astype(np.int64)]
+    return spread(ids, sequence_count(ids.shape))
+
+
+def sequence_count(shape: tuple[int, ...]) -> int:
+    """How many sequences of ids (N, T) are differentiated."""
+    return min(max(TOKENS // shape[1], 1), shape[0])
 
 
 def output_hessians(
@@ -65,44 +70,56 @@ def output_hessians(
     config = checkpoint.config
     cos, sin = cos_sin(config, torch.arange(ids.shape[1])[None], torch.float32)
     layers = [_Layer(checkpoint, index, tensors, cos, sin) for index in range(config.num_hidden_layers)]
-    streams: list[list[Tensor]] = []
-    gradients: list[Tensor] = []
+    streams, gradients = _forward(checkpoint, layers, ids, run)
     loss = 0.0
-
-    def forward(row: NDArray[np.int64]) -> tuple[list[Tensor], Tensor]:
-        from gemma2tool.reference.streaming import StreamedForward
-
-        x, kept = StreamedForward(checkpoint, row[None]).embeddings(), []
-        for layer in layers:
-            kept.append(x.to(STREAM))
-            x = layer.forward(x)
-            if not torch.isfinite(x).all():
-                message = f"outputs of model.layers.{layer.index}: the calibration text gives NaN or infinities"
-                raise InputRefused("calibration.nonfinite", message)
-        return kept, x
-
-    for first in range(0, len(ids), SEQUENCES):
-        batch = list(run(forward, ids[first : first + SEQUENCES]))
-        streams += [kept for kept, _ in batch]
-        numbered = [(ids[first + number], first + number, x) for number, (_, x) in enumerate(batch)]
-        for gradient, loss_of_text in run(lambda item: _head_gradient(checkpoint, tensors, *item), numbered):
-            gradients.append(gradient)
+    for batch in _batches(len(ids)):
+        numbered = [(ids[number], number, gradients[number]) for number in batch]
+        passed = list(run(lambda item: _head_gradient(checkpoint, tensors, *item), numbered))
+        for number, (gradient, loss_of_text) in zip(batch, passed, strict=True):
+            gradients[number] = gradient
             loss += loss_of_text
-    warn_of_foreign_text(math.exp(min(loss / max(ids[:, 1:].size, 1), MAX_LOSS)))
+    warn_of_foreign_text(math.exp(loss / max(ids[:, 1:].size, 1)))
     for layer in reversed(layers):
         hessians: dict[str, Hessian] = {}
-        for first in range(0, len(ids), SEQUENCES):
-            batch_of = range(first, min(first + SEQUENCES, len(ids)))
-            passed = list(run(functools.partial(_backward, layer, streams, gradients), batch_of))
-            for i, (collected, gradient) in zip(batch_of, passed, strict=True):
-                gradients[i] = gradient
-                for name in collected.keys() & blocks.keys():
+        for batch in _batches(len(ids)):
+            returned = list(run(functools.partial(_backward, layer, streams, gradients), batch))
+            for number, (collected, gradient) in zip(batch, returned, strict=True):
+                gradients[number] = gradient
+                for name, block in blocks.items():
                     output = collected[name]
-                    hessian = hessians.setdefault(name, Hessian(output.shape[1], blocks[name]))
-                    hessian.add(output, run)
+                    if name not in hessians:
+                        hessians[name] = Hessian(output.shape[1], block)
+                    hessians[name].add(output, run)
         for name, hessian in hessians.items():
             refuse_nonfinite(hessian, f"gradients of model.layers.{layer.index}.{name}")
         yield layer.index, hessians
+
+
+def _forward(
+    checkpoint: Checkpoint, layers: Sequence[_Layer], ids: NDArray[np.int64], run: Map
+) -> tuple[list[list[Tensor]], list[Tensor]]:
+    """The residual streams of each sequence before each layer, and after the last one. Each layer is read once for all
+    sequences.
+    """
+    from gemma2tool.reference.streaming import StreamedForward
+
+    xs = list(run(lambda row: StreamedForward(checkpoint, row[None]).embeddings(), ids))
+    streams: list[list[Tensor]] = [[] for _ in xs]
+    for layer in layers:
+        through = layer.forward()
+        for batch in _batches(len(xs)):
+            for number, x in zip(batch, list(run(through, [xs[number] for number in batch])), strict=True):
+                streams[number].append(xs[number].to(STREAM))
+                xs[number] = x
+                if not torch.isfinite(x).all():
+                    message = f"outputs of model.layers.{layer.index}: the calibration text gives NaN or infinities"
+                    raise InputRefused("calibration.nonfinite", message)
+    return streams, xs
+
+
+def _batches(count: int) -> Iterator[range]:
+    """The numbers of the sequences that are run at once."""
+    return (range(first, min(first + SEQUENCES, count)) for first in range(0, count, SEQUENCES))
 
 
 def _backward(
@@ -119,10 +136,16 @@ class _Layer:
     ) -> None:
         self.config, self.index, self.tensors, self.cos, self.sin = checkpoint.config, index, tensors, cos, sin
 
-    def forward(self, x: Tensor) -> Tensor:
-        with torch.no_grad():
-            output: Tensor = self._module()(x, self.cos, self.sin)[0]
-        return output
+    def forward(self) -> Callable[[Tensor], Tensor]:
+        """The layer as a function of the residual stream (1, T, D); several threads may call it at once."""
+        module = self._module()
+
+        def through(x: Tensor) -> Tensor:
+            with torch.no_grad():
+                output: Tensor = module(x, self.cos, self.sin)[0]
+            return output
+
+        return through
 
     def backward(self, x: Tensor, gradient: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         """The gradients (T, O) of the projections' outputs, by name, and that of ``x``, from the gradient of the
@@ -153,15 +176,10 @@ class _Layer:
         return module
 
 
-class _Projection(nn.Module):
+class _Projection(Projection):
     """x times a weight that is read a block of rows at a time, in both directions; remembers its output's gradient."""
 
     gradient: Tensor
-
-    def __init__(self, weight: LazyTensor, bias: LazyTensor | None) -> None:
-        super().__init__()
-        self.weight = weight
-        self.bias = None if bias is None else load_tensor(bias, torch.float32, "cpu")
 
     def forward(self, x: Tensor) -> Tensor:
         product: Tensor = _Product.apply(x, self)  # type: ignore[no-untyped-call]
@@ -212,9 +230,7 @@ def _head_gradient(
     """
     config = checkpoint.config
     head = tensors[EMBEDDING if config.tie_word_embeddings else HEAD]
-    norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-    weight = load_tensor(tensors["model.norm.weight"], torch.float32, "cpu")
-    norm.weight = nn.Parameter(weight, requires_grad=False)
+    norm = final_norm(checkpoint)
     draws, loss = np.random.default_rng(seed).random(x.shape[1]), 0.0
     with torch.enable_grad():
         x = x.detach().requires_grad_()

@@ -13,13 +13,20 @@ from gemma2tool.reference.layers import RMSNorm
 from gemma2tool.reference.tensors import load_tensor
 
 
+def final_norm(checkpoint: Checkpoint) -> RMSNorm:
+    """The norm before the head."""
+    with torch.device("meta"):
+        norm = RMSNorm(checkpoint.config.hidden_size, checkpoint.config.rms_norm_eps)
+    weight = load_tensor(checkpoint.tensors["model.norm.weight"], torch.float32, "cpu")
+    norm.weight = nn.Parameter(weight, requires_grad=False)
+    return norm
+
+
 def head_hessian(checkpoint: Checkpoint, residual: list[Tensor], block: int | None, run: Map) -> Hessian:
     """The Hessian (D, D) of the final normed hidden states; ``residual``: (1, T, D) after the last layer, for each
     sequence.
     """
-    norm = RMSNorm(checkpoint.config.hidden_size, checkpoint.config.rms_norm_eps)
-    weight = load_tensor(checkpoint.tensors["model.norm.weight"], torch.float32, "cpu")
-    norm.weight = nn.Parameter(weight, requires_grad=False)
+    norm = final_norm(checkpoint)
     hessian = Hessian(checkpoint.config.hidden_size, block)
     for first in range(0, len(residual), SEQUENCES):
         batch = run(norm, residual[first : first + SEQUENCES])

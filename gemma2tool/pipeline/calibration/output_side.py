@@ -16,7 +16,7 @@ from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.config import Gemma2Config
 from gemma2tool.model.lazy import LazyTensor
 from gemma2tool.pipeline.calibration.boundaries import Kept
-from gemma2tool.pipeline.calibration.gradients import output_hessians, some_sequences
+from gemma2tool.pipeline.calibration.gradients import output_hessians, sequence_count, some_sequences
 from gemma2tool.pipeline.calibration.layer import DOWN, GATE, KEY, OUTPUT, QUERY, UP, VALUE
 from gemma2tool.quantizers.calibration import Map
 from gemma2tool.quantizers.calibration.hessian import Factor, Hessian, inverse_factors
@@ -79,7 +79,7 @@ class OutputSide:
             hessians = self._load(layer, names)
         assert hessians is not None
         prefix = f"model.layers.{layer}."
-        tokens = some_sequences(self.ids).size
+        tokens = sequence_count(self.ids.shape) * self.ids.shape[1]
         return {
             f"{prefix}{name}.weight": inverse_factors(
                 hessian, DAMPING + len(hessian.squares[0]) / tokens, act_order=True

@@ -42,7 +42,7 @@ def read_sequences(path: Path, checkpoint: Checkpoint, *, samples: int | None, l
                     hint="leave out --calibration-length, or give the ids as one long row",
                 )
             _check_length(ids.shape[1], config.max_position_embeddings)
-            return _spread(ids, samples or SAMPLES)
+            return spread(ids, samples or SAMPLES)
         row = ids[0].tolist()
     else:
         row = PromptTokenizer(checkpoint).encode(read_text(path, what="calibration text"))
@@ -55,7 +55,7 @@ def read_sequences(path: Path, checkpoint: Checkpoint, *, samples: int | None, l
             f"{path}: {len(row)} tokens do not fill one sequence of {length}",
             hint="give a longer text, or a smaller --calibration-length",
         )
-    return _spread(ids, samples or SAMPLES)
+    return spread(ids, samples or SAMPLES)
 
 
 def warn_of_foreign_text(perplexity: float, name: str = "the calibration text") -> None:
@@ -78,7 +78,8 @@ def _check_length(length: int, maximum: int) -> None:
         )
 
 
-def _spread(ids: NDArray[np.int64], samples: int) -> NDArray[np.int64]:
+def spread(ids: NDArray[np.int64], samples: int) -> NDArray[np.int64]:
+    """At most ``samples`` of the entries, evenly spread."""
     if len(ids) <= samples:
         return ids
     return ids[np.linspace(0, len(ids) - 1, samples).astype(np.int64)]

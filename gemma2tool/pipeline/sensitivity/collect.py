@@ -24,12 +24,12 @@ from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.format_facts import Rounding
 from gemma2tool.model.names import EMBEDDING
 from gemma2tool.model.progress import Advance
-from gemma2tool.pipeline.calibration.head import head_hessian
+from gemma2tool.pipeline.calibration.head import final_norm, head_hessian
 from gemma2tool.pipeline.calibration.layer import CalibratedLayer
 from gemma2tool.pipeline.calibration.session import DAMPING
 from gemma2tool.pipeline.sensitivity.candidates import Inputs, fitting, fitting_head, values
 from gemma2tool.pipeline.sensitivity.embedding import EmbeddingCost
-from gemma2tool.pipeline.sensitivity.head import Head, HeadRows, divergence, final_norm
+from gemma2tool.pipeline.sensitivity.head import Head, HeadRows, divergence
 from gemma2tool.pipeline.sensitivity.hessians import LayerHessians
 from gemma2tool.pipeline.sensitivity.layer import Curvature, LoadedLayer
 from gemma2tool.pipeline.sensitivity.table import Entry, Sum

@@ -9,28 +9,19 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.lazy import FLOAT32, row_ranges
 from gemma2tool.model.names import EMBEDDING, HEAD
-from gemma2tool.reference.layers import RMSNorm, soft_cap
-from gemma2tool.reference.tensors import load_tensor, to_torch
+from gemma2tool.reference.layers import soft_cap
+from gemma2tool.reference.tensors import to_torch
 
 HeadRows = Callable[[int, int], Tensor]
 """Rows of a head, from one token of the vocabulary to another."""
 
 BLOCK_BYTES = 8 << 20
 """Rows of the vocabulary that are multiplied with at once, as float32."""
-
-
-def final_norm(checkpoint: Checkpoint) -> RMSNorm:
-    """The norm before the head."""
-    with torch.device("meta"):
-        norm = RMSNorm(checkpoint.config.hidden_size, checkpoint.config.rms_norm_eps)
-    weight = load_tensor(checkpoint.tensors["model.norm.weight"], torch.float32, "cpu")
-    norm.weight = nn.Parameter(weight, requires_grad=False)
-    return norm
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from gemma2tool.errors import UsageError
 from gemma2tool.model.checkpoint import Checkpoint
-from gemma2tool.pipeline.calibration.text import SAMPLES, read_sequences
+from gemma2tool.pipeline.calibration.text import SAMPLES, read_sequences, spread
 from gemma2tool.pipeline.sensitivity.table import Text
 
 ALL = 1 << 31
@@ -43,7 +43,7 @@ def read_windows(
     rows = read_sequences(calibration, checkpoint, samples=ALL, length=length)
     if evaluation is not None:
         judged = read_sequences(evaluation, checkpoint, samples=windows, length=length)
-        chosen = _spread(np.arange(len(rows)), samples or SAMPLES)
+        chosen = spread(np.arange(len(rows)), samples or SAMPLES)
         return Windows(rows[chosen], judged, (describe(calibration, rows[chosen]), describe(evaluation, judged)))
     if len(rows) < 2 * windows:
         raise UsageError(
@@ -51,8 +51,8 @@ def read_windows(
             f"{calibration}: fills {len(rows)} windows of {rows.shape[1]} tokens, and {2 * windows} are needed",
             hint="give a longer text, a smaller --calibration-length, or fewer --windows",
         )
-    chosen = _spread(np.arange(len(rows)), min(samples or SAMPLES, len(rows) - windows))
-    others = _spread(np.setdiff1d(np.arange(len(rows)), chosen), windows)
+    chosen = spread(np.arange(len(rows)), min(samples or SAMPLES, len(rows) - windows))
+    others = spread(np.setdiff1d(np.arange(len(rows)), chosen), windows)
     texts = describe(calibration, rows[chosen]), describe(calibration, rows[others])
     return Windows(rows[chosen], rows[others], texts)
 
@@ -61,10 +61,3 @@ def describe(path: Path, ids: NDArray[np.int64]) -> Text:
     """The name of a text with the digest and the shape of the windows taken from it."""
     digest = hashlib.sha256(np.ascontiguousarray(ids, "<i8").tobytes()).hexdigest()
     return Text(path.name, digest, *ids.shape)
-
-
-def _spread(indices: NDArray[np.int64], count: int) -> NDArray[np.int64]:
-    if len(indices) <= count:
-        return indices
-    chosen: NDArray[np.int64] = indices[np.linspace(0, len(indices) - 1, count).astype(np.int64)]
-    return chosen
