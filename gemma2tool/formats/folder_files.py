@@ -10,7 +10,7 @@ from pathlib import Path
 from gemma2tool.containers import strict_json
 from gemma2tool.errors import ToolError
 from gemma2tool.model.checkpoint import Checkpoint, LoaderFiles
-from gemma2tool.model.loaders import CODE_KEYS, files_acted_on
+from gemma2tool.model.loaders import config_names_code, files_acted_on
 
 _INDEX = "model.safetensors.index.json"
 _MAX_NAMES, _MAX_INDEX_BYTES = 10_000, 64 << 20
@@ -20,11 +20,10 @@ def unread_files(checkpoint: Checkpoint, folder: Path) -> tuple[LoaderFiles, ...
     """The files of ``folder`` that a loader acts on and the checkpoint's reader did not use."""
     present = set(islice(_names(folder), _MAX_NAMES))
     used = {path.name for path in checkpoint.files} | set(checkpoint.assets)
-    names_code = not checkpoint.config.extra.keys().isdisjoint(CODE_KEYS)
     judged = present - used
     if _INDEX in judged and _index_agrees(folder / _INDEX, used):
         judged.remove(_INDEX)
-    return tuple(files_acted_on(checkpoint.format, present, judged, names_code=names_code))
+    return tuple(files_acted_on(checkpoint.format, present, judged, names_code=config_names_code(checkpoint.config)))
 
 
 def _index_agrees(index: Path, used: set[str]) -> bool:

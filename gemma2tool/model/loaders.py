@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from gemma2tool.model.checkpoint import ASSET_NAMES, LoaderFiles
+from gemma2tool.model.config import Gemma2Config
 
 CODE_KEYS = ("auto_map", "model_file")
 """Where a config names Python files: for transformers, for mlx-lm."""
@@ -93,6 +94,11 @@ _WEIGHTS = ("adapter_*", "*.safetensors", "*.bin", "*.index.json", "hf_quant_con
 def changes_weights(files: LoaderFiles) -> bool:
     """Whether a loader runs other weights with these files than those that were read."""
     return any(fnmatchcase(name, pattern) for name in files.names for pattern in _WEIGHTS)
+
+
+def config_names_code(config: Gemma2Config) -> bool:
+    """Whether a config names Python files for a loader to run."""
+    return not config.extra.keys().isdisjoint(CODE_KEYS)
 
 
 def files_acted_on(

@@ -152,15 +152,15 @@ def http_errors(where: str) -> Iterator[None]:
         raise InputRefused("source.refused", f"{where}: the server redirects without end") from error
     except (httpx2.InvalidURL, httpx2.UnsupportedProtocol) as error:
         raise InputRefused(
-            "source.refused", f"{where}: leads to an address that is not of a web server: {_words(error)}"
+            "source.refused", f"{where}: leads to an address that is not of a web server: {words(error)}"
         ) from error
     except httpx2.DecodingError as error:
-        raise InputRefused("source.refused", f"{where}: the answer cannot be decompressed: {_words(error)}") from error
+        raise InputRefused("source.refused", f"{where}: the answer cannot be decompressed: {words(error)}") from error
     except (httpx2.TransportError, httpx2.StreamError) as error:
-        raise Transient(_words(error)) from error
+        raise Transient(words(error)) from error
 
 
-def _words(error: Exception) -> str:
+def words(error: Exception) -> str:
     """A failure in a few words."""
     return " ".join((str(error) or type(error).__name__).split())[:200]
 

@@ -12,7 +12,7 @@ from gemma2tool.errors import InputRefused, ToolError
 from gemma2tool.errors.extras import require
 from gemma2tool.sources.address import Address
 from gemma2tool.sources.fetching import attempt
-from gemma2tool.sources.http import TIMEOUT
+from gemma2tool.sources.http import TIMEOUT, words
 from gemma2tool.sources.readahead import ReadAhead
 from gemma2tool.sources.remote import Digest, Transient, changed
 from gemma2tool.storage.attached import SourceFile
@@ -131,19 +131,15 @@ def _driver_errors(where: str) -> Iterator[None]:
     except FileNotFoundError as error:
         raise InputRefused("source.missing", f"{where}: there is no such object or folder") from error
     except PermissionError as error:
-        raise InputRefused("source.unauthorized", f"{where}: the store refuses access: {_words(error)}") from error
+        raise InputRefused("source.unauthorized", f"{where}: the store refuses access: {words(error)}") from error
     except Exception as error:
         kind = type(error).__name__
         if kind == "FileExpired":
             raise changed(where, "its ETag is another one") from error
         if isinstance(error, (OSError, TimeoutError)) or type(error).__module__.split(".")[0] in _LIBRARIES:
-            raise Transient(_words(error)) from error
+            raise Transient(words(error)) from error
         raise
 
 
 _LIBRARIES = ("aiohttp", "botocore", "aiobotocore", "gcsfs", "s3fs", "google", "fsspec")
 """Whose errors mean that the store was not reached or answered with an error."""
-
-
-def _words(error: BaseException) -> str:
-    return " ".join((str(error) or type(error).__name__).split())[:200]

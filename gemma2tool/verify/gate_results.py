@@ -131,12 +131,7 @@ def logits_gates(
     run: LogitRun, kind: str, limits: Gates, text: bool, envelope: LogitMetrics | None
 ) -> list[GateResult]:
     """The logits gate, the probe gate and the distribution gate. ``envelope``: metrics of equally large noise."""
-    distribution = _distribution(run.metrics, kind, limits, text, envelope)
-    prompts = len(run.ids)
-    if text and prompts >= INTERVAL_PROMPTS and "kl_mean" in distribution.metrics:
-        interval = bootstrap_interval(run.metrics.kl.reshape(prompts, -1).mean(1))
-        metrics = {**distribution.metrics, "kl_interval": [significant(bound) for bound in interval]}
-        distribution = dataclasses.replace(distribution, metrics=metrics)
+    distribution = _distribution(run.metrics, kind, limits, text, envelope, prompts=len(run.ids))
     return [_logits(run, limits), _probe(run.probe, limits), distribution]
 
 
@@ -234,7 +229,7 @@ def _windows(windows: tuple[int, int]) -> str:
 
 
 def _distribution(
-    metrics: LogitMetrics, kind: str, limits: Gates, text: bool, envelope: LogitMetrics | None
+    metrics: LogitMetrics, kind: str, limits: Gates, text: bool, envelope: LogitMetrics | None, prompts: int = 0
 ) -> GateResult:
     gate = "distribution"
     if any(metrics.nonfinite):
@@ -249,6 +244,9 @@ def _distribution(
     exceeded = [message for _, message in _exceeded(metrics, limits, text)]
     if envelope is not None:
         report["noise_envelope"] = envelope.distribution()
+    if text and prompts >= INTERVAL_PROMPTS:
+        interval = bootstrap_interval(metrics.kl.reshape(prompts, -1).mean(1))
+        report["kl_interval"] = [significant(bound) for bound in interval]
     if exceeded and envelope is not None and _is_like_noise(metrics, envelope):
         message = (
             "; ".join(exceeded)

@@ -27,6 +27,7 @@ from gemma2tool.formats.gguf.convert import (
     out_type,
     plan_tensor,
 )
+from gemma2tool.formats.gguf.imatrix import OUTPUT
 from gemma2tool.formats.gguf.key_values import KeyReader, KeyValue
 from gemma2tool.formats.gguf.output import GGUFTensorPlan, place, quantized_keys, quantized_order
 from gemma2tool.formats.gguf.quantize import QuantizationRequest, plan_quantized
@@ -48,7 +49,6 @@ from gemma2tool.quantizers.mixtures import FILE_TYPES as MIXTURES
 from gemma2tool.storage.paths import path_within_folder
 from gemma2tool.storage.reading import open_for_reading, starts_with
 
-OUTPUT = "output.weight"
 CONFIG_DTYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
 OTHER_WEIGHTS = ("*.safetensors", "*.bin", "*.ckpt", "*.h5", "*.pth")
 

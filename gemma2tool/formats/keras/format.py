@@ -31,6 +31,7 @@ from gemma2tool.formats.tokenizers.reading import read_tokenizer
 from gemma2tool.model.checkpoint import Assets, Checkpoint
 from gemma2tool.model.config import Gemma2Config
 from gemma2tool.model.lazy import DTYPE_NAMES, DType, LazyTensor
+from gemma2tool.model.names import EMBEDDING
 from gemma2tool.storage.paths import confined_path
 from gemma2tool.storage.reading import read_whole
 
@@ -99,7 +100,7 @@ class Keras(Format):
             raise InputRefused("keras.archive", f"{path.name}: a Keras archive, not a preset")
         folder = _folder(path)
         with opening() as closers:
-            own_config, config_files = config is None, [] if config is not None else [folder / keras_config.CONFIG]
+            config_files = [] if config is not None else [folder / keras_config.CONFIG]
             config = config or keras_config.read(folder)
             stored, weights = _open_weights(path, closers)
             arrays = backbone_arrays(stored)
@@ -114,8 +115,8 @@ class Keras(Format):
             )
             checkpoint.warnings += arrays.notes
             checkpoint.check()
-            if own_config:
-                embedding = checkpoint.tensors["model.embed_tokens.weight"]
+            if config_files:
+                embedding = checkpoint.tensors[EMBEDDING]
                 checkpoint.config = keras_config.with_stops(config, folder, embedding)
         return checkpoint
 
