@@ -46,11 +46,16 @@ class ReportFiles:
         named = {"--junit": self.junit, "--summary": self.summary, "--html": self.html, "--bom": self.bom}
         return {option: path for option, path in named.items() if path is not None}
 
-    def check(self, others: Iterable[Path]) -> None:
-        """Raises ``UsageError``, before any work, for a report that cannot be written or would overwrite one of
-        ``others``.
+    def check(self, others: Iterable[Path], written: Iterable[Path] = ()) -> None:
+        """Raises ``UsageError``, before any work, for a report that cannot be written, would overwrite one of
+        ``others``, or has the place of one of the files that will be ``written``.
         """
-        check_reports(self.by_option, others)
+        outputs = {path.absolute(): path for path in written}
+        for option, path in self.by_option.items():
+            if path.absolute() in outputs:
+                message = f"{option} {path}: is where the output goes"
+                raise UsageError("report.same", message, hint="name another file")
+        check_reports(self.by_option, (*others, *outputs.values()))
 
     def write(self, results: Sequence[Result]) -> None:
         """Write the requested reports; none if nothing was verified."""

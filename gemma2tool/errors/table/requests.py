@@ -93,7 +93,7 @@ ENTRIES = (
         "a report would replace or be appended to a file that is not a report of its kind",
         "name another file, or remove this one",
     ),
-    usage("report.same", "two options name the same file", "name two files"),
+    usage("report.same", "a report has the name of another file that is written", "name two files"),
     resource("report.unwritable", "a report could not be written", "name a file that can be written"),
     usage(
         "resume.mismatch",

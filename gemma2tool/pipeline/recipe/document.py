@@ -117,7 +117,9 @@ class _Reader:
         return values, nodes
 
     def _list(self, node: Node, name: str) -> list[Node]:
-        if node.id != "sequence" or not node.value:
+        if node.id == "sequence" and not node.value:
+            raise self._error("recipe.value", node, f"{name}: is an empty list", hint="write at least one entry")
+        if node.id != "sequence":
             raise self._error("recipe.value", node, f"{name}: is not a list", hint="begin each entry with '- '")
         entries: list[Node] = node.value
         return entries

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,23 +20,32 @@ from gemma2tool.pipeline.requests import ConversionRequest
 from gemma2tool.pipeline.run import ConversionResult
 from gemma2tool.version import __version__
 
+logger = logging.getLogger("gemma2tool")
+
 SUFFIX = ".recipe.yaml"
 
 
 @dataclass(frozen=True)
 class RecipeRun:
-    """One source of a recipe with its outputs: ``request``. ``path``, ``line``: where it is written."""
+    """One source of a recipe with its outputs: ``request``. ``path``, ``line``: where it is written. ``made_in``: the
+    line of the run before it that makes its source.
+    """
 
     path: Path
     request: ConversionRequest
     run: Run
+    made_in: int | None = None
 
     @property
     def line(self) -> int:
         return self.run.line
 
     def summarize(self) -> tuple[PlanSummary, ...]:
-        """What it would write, from headers alone."""
+        """What it would write, from headers alone; nothing if its source is yet to be made by a run before it."""
+        if self.made_in is not None and not Path(str(self.request.source)).exists():
+            made = f"the run in line {self.made_in} makes its source, {self.request.source}"
+            logger.warning("%s:%d: cannot be planned yet: %s", self.path, self.line, made)
+            return ()
         with self._named():
             return conversion.summarize(self.request)
 
@@ -94,10 +104,29 @@ def read_recipe(path: Path, *, force: bool = False) -> tuple[RecipeRun, ...]:
     """
     runs = tuple(_recipe_run(path, run, force) for run in read_document(path))
     _refuse_conflicts(runs)
+    outputs = []
     for run in runs:
         with run._named():
-            conversion.check_request(run.request)
-    return runs
+            outputs.append([output.path for output in conversion.check_request(run.request)[1]])
+    return tuple(replace(run, made_in=_made_in(run, runs, outputs)) for run in runs)
+
+
+def _made_in(run: RecipeRun, runs: Sequence[RecipeRun], outputs: Sequence[Sequence[Path]]) -> int | None:
+    """The line of the run that makes the source of ``run``; ``outputs``: of the runs.
+
+    Raises ``UsageError`` (``recipe.order``) if that is not one before it, and the source is not there.
+    """
+    source = Path(str(run.request.source)).absolute()
+    before = True
+    for other, written in zip(runs, outputs, strict=True):
+        before &= other is not run
+        if any(source.is_relative_to(path.absolute()) for path in written):
+            if not before and not source.exists():
+                which = "this run itself" if other is run else f"the run in line {other.line}"
+                message = f"{run.path}:{run.line}: the source {run.request.source} is written by {which}"
+                raise UsageError("recipe.order", message)
+            return other.line if before else None
+    return None
 
 
 def _recipe_run(path: Path, run: Run, force: bool) -> RecipeRun:

@@ -109,6 +109,27 @@ runs:
     assert run("run", path, "--force", "--quiet").exit_code == 0
 
 
+def test_the_source_of_a_run_may_be_what_an_earlier_one_writes(place: Path) -> None:
+    path = recipe(
+        place,
+        "no-verify: true\nruns:\n  - {source: model, output: mid}\n  - {source: mid, output: x.gguf, type: q8_0}\n",
+    )
+    result = run("run", path, "--dry-run")
+    assert result.exit_code == 0 and "r.yaml:4: cannot be planned yet: the run in line 3 makes" in result.stderr
+    assert run("run", path, "--quiet").exit_code == 0
+    assert run("quantize", place / "model", "y.gguf", "--type", "q8_0", "--no-verify").exit_code == 0
+    with gemma2tool.open(place / "x.gguf") as made, gemma2tool.open("y.gguf") as direct:
+        assert all((made.tensors[name].load() == tensor.load()).all() for name, tensor in direct.tensors.items())
+
+
+@pytest.mark.parametrize("option", ["html", "junit", "summary", "bom"])
+def test_a_report_where_the_output_goes_is_refused(place: Path, option: str) -> None:
+    path = recipe(place, f"source: model\noutput: x.gguf\n{option}: x.gguf\n")
+    with pytest.raises(UsageError) as caught:
+        gemma2tool.run(path)
+    assert caught.value.id == "report.same" and f"r.yaml:3: --{option}" in caught.value.message
+
+
 @pytest.mark.parametrize(
     ("text", "id", "words"),
     [
@@ -139,6 +160,12 @@ runs:
         ("source: model\noutput: x\nno-verify: yes\ntext: t.txt", "option.ignored", "r.yaml:4: text has no effect"),
         ("- source", "recipe.syntax", "r.yaml:1: not a mapping"),
         ("a: [", "recipe.syntax", "in line 1"),
+        ("source: model\noutputs: []", "recipe.value", "r.yaml:2: outputs: is an empty list"),
+        (
+            "runs:\n  - {source: mid, output: x.gguf}\n  - {source: model, output: mid}",
+            "recipe.order",
+            "r.yaml:2: the source",
+        ),
         ("a: &b c", "recipe.syntax", "anchor"),
         ("", "text.empty", "is empty"),
         ("# nothing", "recipe.syntax", "is empty"),
