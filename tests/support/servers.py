@@ -217,8 +217,8 @@ class Hub(FileServer):
         status(handler, 302, {**linked, "Location": f"{self.store.url}/{name}?signature=secret"})
 
 
-def send(handler: BaseHTTPRequestHandler, body: bytes, content_type: str) -> None:
-    handler.send_response(200)
+def send(handler: BaseHTTPRequestHandler, body: bytes, content_type: str, code: int = 200) -> None:
+    handler.send_response(code)
     handler.send_header("Content-Type", content_type)
     handler.send_header("Content-Length", str(len(body)))
     handler.end_headers()

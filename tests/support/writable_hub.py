@@ -9,7 +9,7 @@ from http.server import BaseHTTPRequestHandler
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from tests.support.servers import Hub, status
+from tests.support.servers import Hub, send, status
 
 TOKEN = "secret"
 
@@ -119,9 +119,4 @@ class WritableHub(Hub):
 
 
 def answer(handler: BaseHTTPRequestHandler, content: object, code: int = 200) -> None:
-    body = json.dumps(content).encode()
-    handler.send_response(code)
-    handler.send_header("Content-Type", "application/json")
-    handler.send_header("Content-Length", str(len(body)))
-    handler.end_headers()
-    handler.wfile.write(body)
+    send(handler, json.dumps(content).encode(), "application/json", code)
