@@ -32,7 +32,7 @@ def plan_release(request: ReleaseRequest | PublishRequest) -> ReleasePlan:
 
     if isinstance(request, ReleaseRequest):
         with planned_release(request) as opened:
-            return estimate(opened)
+            return estimate(opened, opened.missing())
     from gemma2tool.publish.upload import plan_publish
 
     return plan_publish(request)

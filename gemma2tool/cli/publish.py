@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from gemma2tool.cli import options as o
-from gemma2tool.cli.release import ReleaseOptions, announce, progress_of, show_plan, show_release
+from gemma2tool.cli.progress import ProgressDisplay
+from gemma2tool.cli.release import ReleaseOptions, show_plan, show_release
 from gemma2tool.cli.terminal import Console
 
 
@@ -38,13 +39,11 @@ def publish(
     console = Console(quiet=options.quiet, json=options.json_output)
     place = folder or Path(to.rstrip("/").rpartition("/")[2])
     request = api.PublishRequest(release=options.request(src, place), to=to, private=private, discard=discard)
-    plan = api.plan_release(request)
     if options.dry_run:
-        show_plan(plan, console)
+        show_plan(api.plan_release(request), console)
         return
-    announce(plan, console)
-    result = api.publish(request, progress=progress_of(options, console))
+    result = api.publish(request, progress=ProgressDisplay(console))
     if not options.json_output:
         count = len(result.uploaded)
-        console.item(("uploaded", "bold"), (f"{count} file{'s' * (count != 1)} to hf://{plan.upload_to}", ""))
+        console.item(("uploaded", "bold"), (f"{count} file{'s' * (count != 1)} to hf://{result.repository}", ""))
     show_release(result, console, verbose=options.verbose)

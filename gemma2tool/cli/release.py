@@ -16,14 +16,13 @@ from gemma2tool.cli.terminal import Console
 from gemma2tool.errors import EXIT_VERIFICATION_FAILED
 from gemma2tool.formats.option_info import parse_size
 from gemma2tool.formats.options_budget import parse_candidates
+from gemma2tool.publish.defaults import BUILT_IN, TEMPLATE, TOKENS
 from gemma2tool.storage.units import human_bytes
 
 if TYPE_CHECKING:
     from gemma2tool.api import ReleasePlan, ReleaseRequest, ReleaseResult
 
 _QUALITY, _CARD = "Quality", "Card"
-_STEPS = 3
-"""Writing an output, comparing its tensors, and the forward passes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,8 +44,9 @@ class ReleaseOptions:
     ] = None
     template: Annotated[
         str, typer.Option("--name-template", metavar="TEMPLATE", help="Names of the files, from {model} and {type}.")
-    ] = "{model}-{type}"
+    ] = TEMPLATE
     config: o.ConfigFile = None
+    lora: o.Lora = None
     imatrix: Annotated[
         Path | None,
         typer.Option(
@@ -76,11 +76,11 @@ class ReleaseOptions:
         typer.Option(
             "--text", metavar="FILE", help="Text (UTF-8 or .npy) to measure quality on.", rich_help_panel=_QUALITY
         ),
-    ] = "built-in"
+    ] = BUILT_IN
     tokens: Annotated[
         int,
         typer.Option("--tokens", metavar="N", min=1, help="How many tokens of it, at least.", rich_help_panel=_QUALITY),
-    ] = 10_000
+    ] = TOKENS
     license: Annotated[
         str | None,
         typer.Option("--license", metavar="ID", help="Default: as the source's card, or gemma.", rich_help_panel=_CARD),
@@ -116,6 +116,7 @@ class ReleaseOptions:
             folder=folder,
             types=parse_candidates(self.types or ""),
             model=self.name,
+            adapters=tuple(o.parse_lora(text) for text in self.lora or ()),
             template=self.template,
             imatrix=self.imatrix,
             imatrix_text=self.imatrix_text,
@@ -145,16 +146,10 @@ def release(
 
     console = Console(quiet=options.quiet, json=options.json_output)
     request = options.request(src, folder)
-    plan = api.plan_release(request)
     if options.dry_run:
-        show_plan(plan, console)
+        show_plan(api.plan_release(request), console)
         return
-    announce(plan, console)
-    show_release(api.release(request, progress=progress_of(options, console)), console, verbose=options.verbose)
-
-
-def progress_of(options: ReleaseOptions, console: Console) -> ProgressDisplay:
-    return ProgressDisplay(console, steps=_STEPS * len(parse_candidates(options.types or "")))
+    show_release(api.release(request, progress=ProgressDisplay(console)), console, verbose=options.verbose)
 
 
 def show_plan(plan: ReleasePlan, console: Console) -> None:
@@ -173,13 +168,6 @@ def show_plan(plan: ReleasePlan, console: Console) -> None:
     console.table(("output", "type", "size#", ""), rows)
     for line in plan.lines():
         console.print(line)
-
-
-def announce(plan: ReleasePlan, console: Console) -> None:
-    """Say what a run will take, before it begins."""
-    if any(not file.finished for file in plan.files):
-        for line in plan.lines():
-            console.note(line)
 
 
 def show_release(result: ReleaseResult, console: Console, *, verbose: bool) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from gemma2tool.errors import UsageError
 from gemma2tool.formats import registry
-from gemma2tool.formats.options import WriteOptions
+from gemma2tool.formats.options import Adapter, WriteOptions
 from gemma2tool.formats.options_budget import PLACEHOLDER
 from gemma2tool.formats.other_files import MODEL_SUFFIXES
 from gemma2tool.model.checkpoint import Checkpoint
@@ -80,12 +80,13 @@ def open_conversion(request: ConversionRequest, progress: Progress | None = None
     with ExitStack() as stack:
         source = _opened(request, stack, progress)
         if request.options.adapters:
-            source, request = _merged(source, request, stack)
+            source, adapters = with_adapters(source, request.options.adapters, stack)
+            request = replace(request, options=replace(request.options, adapters=adapters))
         refuse_dangerous(source, allow_unsafe_template=request.run.allow_unsafe_template)
         read = source if len(outputs) == 1 else shared(source)
         plans, budget = _plans(read, outputs, request), None
         written = (path for plan in plans for path in _written(plan))
-        request.reports.check((*source.files, *input_files(request), *written))
+        request.reports.check((*source.files, *input_files(request)), written)
         if request.budget.is_asked:  # its table may take hours: what can be refused is refused by now
             from gemma2tool.pipeline.budget.plan import budget_table, plan_budget
 
@@ -159,19 +160,21 @@ def _plans(source: Checkpoint, outputs: Sequence[Destination], request: Conversi
     return plans
 
 
-def _merged(source: Checkpoint, request: ConversionRequest, stack: ExitStack) -> tuple[Checkpoint, ConversionRequest]:
-    """The source with the adapters of a request, and the request with the local paths of them."""
+def with_adapters(
+    source: Checkpoint, adapters: Sequence[Adapter], stack: ExitStack
+) -> tuple[Checkpoint, tuple[Adapter, ...]]:
+    """The source with adapters merged, and these with their local paths, until ``stack`` is closed."""
     from gemma2tool.formats.adapters.merging import merge
     from gemma2tool.formats.adapters.naming import READ
 
-    adapters = []
-    for adapter in request.options.adapters:
+    local = []
+    for adapter in adapters:
         located = locate(adapter.path, suffixes=MODEL_SUFFIXES, beside=READ)
         stack.callback(located.close)
         with from_source(located), watching(source.watch or Watch()):
             source = merge(source, located.path, adapter.scale)
-        adapters.append(replace(adapter, path=located.path))
-    return source, replace(request, options=replace(request.options, adapters=tuple(adapters)))
+        local.append(replace(adapter, path=located.path))
+    return source, tuple(local)
 
 
 def _with_placeholder(request: ConversionRequest) -> ConversionRequest:

@@ -15,7 +15,6 @@ from gemma2tool.verify.reports.markdown import escaped
 from gemma2tool.verify.reports.quality import closeness
 from gemma2tool.version import __version__
 
-NAME = "README.md"
 _HOMEPAGE = "https://github.com/gemma2tool/gemma2tool"
 _TERMS = "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms."
 
@@ -56,6 +55,7 @@ class CardEntry:
 class Card:
     """What a card says besides its entries. ``repository``: on the hub, if the release goes there. ``made``: a sentence
     on how codes were chosen. ``text``: what quality was measured on. ``imatrix``: the file of the importance matrix.
+    ``adapters``: merged into the base model, with their scales.
     """
 
     model: str
@@ -67,6 +67,7 @@ class Card:
     made: str
     text: str
     imatrix: str | None = None
+    adapters: tuple[str, ...] = ()
 
     def markdown(self) -> str:
         """The whole file."""
@@ -96,7 +97,7 @@ class Card:
         fields = {
             "license": self.license,
             "base_model": self.base_model,
-            "base_model_relation": "quantized" if self.base_model else None,
+            "base_model_relation": ("finetune" if self.adapters else "quantized") if self.base_model else None,
             "quantized_by": self.quantized_by,
             "library_name": library,
             "pipeline_tag": "text-generation",
@@ -109,6 +110,8 @@ class Card:
         if self.base_model:
             base = f"[{escaped(self.base_model)}](https://huggingface.co/{self.base_model})"
         terms = f" {_TERMS}" if self.license == "gemma" else ""
+        if self.adapters:
+            base += f" with the merged LoRA adapter {escaped(', '.join(self.adapters))}"
         return f"Files of {base}, made and verified by [gemma2tool]({_HOMEPAGE}) {__version__}.{terms}\n"
 
     def _table(self) -> str:
@@ -119,8 +122,8 @@ class Card:
         ]
         note = (
             "KL: divergence of the next token's distribution from that of the source in float32, in nats; the mean over"
-            f" {self.text}, with its 95 % interval by bootstrap over windows. Same top-1: the share of positions with"
-            " the source's likeliest token. Both were computed from the files themselves."
+            f" {escaped(self.text)}, with its 95 % interval by bootstrap over windows. Same top-1: the share of"
+            " positions with the source's likeliest token. Both were computed from the files themselves."
         )
         return "\n".join([*lines, "", note, ""])
 
@@ -129,7 +132,7 @@ class Card:
 
     def _making(self) -> str:
         imatrix = f" The matrix is `{self.imatrix}`." if self.imatrix else ""
-        return f"## How it was made\n\n{self.made}{imatrix}\n"
+        return f"## How it was made\n\n{escaped(self.made)}{imatrix}\n"
 
     def _verification(self) -> str:
         example = self.entries[0].name

@@ -89,14 +89,13 @@ class ReleasePlan:
 
 
 def estimate(
-    opened: Release, *, upload_to: str | None = None, discard: bool = False, elsewhere: Sequence[Path] = ()
+    opened: Release, missing: Sequence[Output], *, upload_to: str | None = None, discard: bool = False
 ) -> ReleasePlan:
-    """What a release will take. ``discard``: outputs are written in passes of their own, and removed. ``elsewhere``:
-    outputs that are uploaded already.
+    """What a release will take whose outputs ``missing`` are to be written. ``discard``: in passes of their own, and
+    each is removed after it.
     """
     request, outputs = opened.request, opened.outputs()
     threads, folder = request.run.threads, request.folder
-    missing = opened.missing(elsewhere)
     unfinished = {output.path for output in missing}
     plans = {output.path: _plan(opened, output) for output in outputs}
     files = tuple(

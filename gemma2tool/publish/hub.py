@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from gemma2tool.errors import InputRefused, ResourceError, UsageError
+from gemma2tool.errors import InputRefused, ResourceError
 from gemma2tool.errors.extras import require
 from gemma2tool.receipt.files import digest_file
 from gemma2tool.sources.fetching import attempt
@@ -17,7 +16,6 @@ from gemma2tool.sources.remote import Digest, Transient
 from gemma2tool.version import __version__
 
 Result = TypeVar("Result")
-_NAME = re.compile(r"(?:hf://)?([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)")
 _LOG_IN = "log in with 'hf auth login', or set HF_TOKEN, with a token that may write"
 
 
@@ -36,14 +34,6 @@ class LocalFile:
         blob = remote.hasher(len(content))
         blob.update(content)
         return blob.hexdigest() == remote.value
-
-
-def repository_name(text: str) -> str:
-    """ORG/NAME from "ORG/NAME" or "hf://ORG/NAME"; raises ``UsageError`` for anything else."""
-    match = _NAME.fullmatch(text)
-    if match is None:
-        raise UsageError("publish.name", f"--to {text!r} is not the name of a repository", hint="write ORG/NAME")
-    return match[1]
 
 
 class Target:

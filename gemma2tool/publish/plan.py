@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Collection, Mapping
 from contextlib import suppress
@@ -14,22 +16,33 @@ from numpy.typing import NDArray
 
 from gemma2tool.errors import InputRefused, UsageError
 from gemma2tool.formats import packings
-from gemma2tool.formats.options import Calibration, GGUFOptions, WriteOptions
+from gemma2tool.formats.options import Adapter, Calibration, GGUFOptions, WriteOptions
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.pipeline import receipts
-from gemma2tool.pipeline.calibration.text import read_sequences
+from gemma2tool.pipeline.calibration.text import LENGTH, SAMPLES, read_sequences
 from gemma2tool.pipeline.fingerprint import source_identity
-from gemma2tool.pipeline.output_names import FLOAT_DTYPES, check_type
+from gemma2tool.pipeline.importance import chunks_of
+from gemma2tool.pipeline.output_names import FLOAT_DTYPES
+from gemma2tool.pipeline.prompt import PromptTokenizer
 from gemma2tool.pipeline.requests import Checks, ConversionRequest, OutputRequest
 from gemma2tool.pipeline.sensitivity.table import Text
 from gemma2tool.pipeline.sensitivity.windows import ALL, describe
-from gemma2tool.publish.names import check_template, format_of, model_name, output_name
+from gemma2tool.publish.names import (
+    IMATRIX,
+    check_model_name,
+    check_names,
+    check_template,
+    check_types,
+    model_name,
+    output_name,
+    repository_name,
+)
 from gemma2tool.publish.request import ReleaseRequest
 from gemma2tool.publish.texts import described, text_file
-from gemma2tool.quantizers.mixtures import file_type
 from gemma2tool.receipt.document import Receipt, read_receipt, receipt_path
 from gemma2tool.receipt.files import digest_files, file_names
 from gemma2tool.storage.staging import place as staging_place
+from gemma2tool.storage.text_file import read_text
 
 RECORD = "release"
 """The key of a release's record among what a receipt's recipe says."""
@@ -38,13 +51,14 @@ RECORD = "release"
 @dataclass(frozen=True)
 class Output:
     """One output of a release: its ``path`` in the folder, the ``type`` it was asked for, and how it is written.
-    ``record``: what its receipt says of the release.
+    ``record``: what its receipt says of the release. ``adapters``: merged into the source.
     """
 
     path: Path
     type: str
     options: WriteOptions
     record: Mapping[str, Any]
+    adapters: tuple[Adapter, ...] = ()
 
     @property
     def request(self) -> OutputRequest:
@@ -53,10 +67,12 @@ class Output:
     def finished(self, *, force: bool, threads: int) -> Receipt | None:
         """Its receipt if it is in place and what would be written; None if it is to be written.
 
-        Raises ``UsageError`` (``release.other``) for another output of its name, unless ``force`` says that it may be
+        An output that waits for the importance matrix of the release is told only when that is there. Raises
+        ``UsageError`` (``release.other``) for another output of its name, unless ``force`` says that it may be
         replaced.
         """
-        if staging_place.exists(self.path) or not self.path.exists():
+        matrix = self.options.gguf.imatrix
+        if staging_place.exists(self.path) or not self.path.exists() or (matrix is not None and not matrix.exists()):
             return None
         try:
             return self._checked(threads)
@@ -87,18 +103,25 @@ class Output:
     @property
     def _written(self) -> WriteOptions:
         return WriteOptions(
-            type=self.type, gguf=self.options.gguf, calibration=self.options.calibration, packing=self.options.packing
+            type=self.type,
+            gguf=self.options.gguf,
+            calibration=self.options.calibration,
+            packing=self.options.packing,
+            adapters=self.adapters,
         )
 
 
 @dataclass(frozen=True)
 class Release:
-    """A request with its source open. ``ids``: token ids (N, T) that quality is measured on, ``text``: what they are.
-    ``identity``: of the source. ``imatrix``: where the importance matrix is, or will be.
+    """A request with its source open. ``source``: with ``adapters`` merged into ``base``. ``ids``: token ids (N, T)
+    that quality is measured on, ``text``: what they are. ``identity``: of the source. ``imatrix``: where the importance
+    matrix is, or will be.
     """
 
     request: ReleaseRequest
+    base: Checkpoint
     source: Checkpoint
+    adapters: tuple[Adapter, ...]
     model: str
     identity: str
     ids: NDArray[np.int64]
@@ -114,7 +137,7 @@ class Release:
         return self.imatrix if self.request.imatrix_text is not None else None
 
     def outputs(self) -> tuple[Output, ...]:
-        """The outputs of the request; the importance matrix is there by now."""
+        """The outputs of the request."""
         return tuple(self._output(type) for type in self.request.types)
 
     def missing(self, elsewhere: Collection[Path] = ()) -> tuple[Output, ...]:
@@ -145,19 +168,29 @@ class Release:
                 },
             }
         }
-        return Output(self.request.folder / name, type, options, record)
+        return Output(self.request.folder / name, type, options, record, self.adapters)
 
     def conversion(self, outputs: tuple[Output, ...]) -> ConversionRequest:
         """The request that writes some outputs in one pass, verified and measured on the text."""
         tokens = self.folder / "measured.npy"
         np.save(tokens, self.ids)
         return ConversionRequest(
-            source=self.source,
+            source=self.base,
             destination=outputs[0].path,
             outputs=tuple(output.request for output in outputs),
+            options=WriteOptions(adapters=self.adapters),
             checks=Checks(tokens=tokens),
             run=self.request.run,
         )
+
+    def imatrix_chunks(self) -> tuple[NDArray[np.int64], str]:
+        """What the importance matrix of the release is collected from: token ids (N, T), and their name in its file."""
+        assert self.request.imatrix_text is not None
+        text = text_file(self.request.imatrix_text, "calibration", self.folder)
+        ids = PromptTokenizer(self.source).encode(read_text(text, what="text"))
+        config = self.source.config
+        chunks = chunks_of(ids, min(LENGTH, config.max_position_embeddings), config.bos_token_id, SAMPLES)
+        return chunks, f"{text.name}, tokens {describe(text, chunks).sha256[:16]}, of {self.identity}"
 
     def sentence(self) -> str:
         """What quality is measured on."""
@@ -169,11 +202,16 @@ def check_request(request: ReleaseRequest) -> None:
     """Raises ``UsageError`` for what can be refused before the source is opened."""
     if not request.types:
         raise UsageError("type.missing", "--types names no type", hint="'gemma2tool formats' lists them")
-    for type in request.types:
-        check_type(format_of(type), type)
-        if format_of(type) == "gguf":
-            file_type(type)  # raises for an unknown one
+    check_types(request.types)
     check_template(request.template, request.types)
+    if request.model is not None:
+        check_model_name(request.model)
+    elif request.adapters:
+        message = "--lora makes another model, which needs a name of its own"
+        raise UsageError("release.options", message, hint="name it with --name")
+    if request.card.base_model is not None:
+        repository_name(request.card.base_model, "--base-model")
+    _check_folder(request.folder)
     given = {
         "--imatrix": request.imatrix,
         "--imatrix-text": request.imatrix_text,
@@ -189,11 +227,24 @@ def check_request(request: ReleaseRequest) -> None:
         raise UsageError("release.options", "a release needs receipts: they say what is finished")
 
 
-def open_release(request: ReleaseRequest, source: Checkpoint, folder: Path) -> Release:
-    """The release of an open source. ``folder``: for files that are needed meanwhile.
+def _check_folder(folder: Path) -> None:
+    """Raises ``UsageError`` (``release.folder``) if the folder, or one above it, is a file."""
+    place = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+    if not place.is_dir():
+        raise UsageError("release.folder", f"{folder}: {'it' if place == folder.absolute() else place} is a file")
+
+
+def open_release(
+    request: ReleaseRequest, base: Checkpoint, folder: Path, merged: tuple[Checkpoint, tuple[Adapter, ...]]
+) -> Release:
+    """The release of an open source ``base``. ``folder``: for files that are needed meanwhile. ``merged``: the source
+    with the adapters of the request, and these with local paths.
 
     Raises ``UsageError`` (``release.text``) for a text that has too few tokens.
     """
+    source, adapters = merged
+    model = request.model or model_name(source)
+    check_names((output_name(request.template, model, type) for type in request.types), request.template, model)
     path = text_file(request.text, "measurement", folder)
     ids = read_sequences(path, source, samples=ALL, length=None)
     count = min(math.ceil(request.tokens / ids.shape[1]), len(ids))
@@ -204,12 +255,20 @@ def open_release(request: ReleaseRequest, source: Checkpoint, folder: Path) -> R
             f"{path}: has {ids.size:,} tokens in whole windows, and {request.tokens:,} are asked for",
             hint="give a longer text with --text, or fewer --tokens",
         )
-    model = request.model or model_name(source)
     imatrix = request.imatrix
     if request.imatrix_text is not None:
-        imatrix = request.folder / f"{model}.imatrix.gguf"
+        imatrix = request.folder / f"{model}{IMATRIX}"
     calibration = None
     if request.calibration is not None:
         calibration = text_file(request.calibration, "calibration", folder)
-    identity = source_identity(source)
-    return Release(request, source, model, identity, ids, describe(path, ids), imatrix, calibration, folder)
+    identity = _identity(base, adapters)
+    text = describe(path, ids)
+    return Release(request, base, source, adapters, model, identity, ids, text, imatrix, calibration, folder)
+
+
+def _identity(base: Checkpoint, adapters: tuple[Adapter, ...]) -> str:
+    """What the source is recognised by, with the adapters that are merged into it."""
+    if not adapters:
+        return source_identity(base)
+    merged = json.dumps(receipts.options(WriteOptions(adapters=adapters)), sort_keys=True)
+    return f"{source_identity(base)} with adapters {hashlib.sha256(merged.encode()).hexdigest()[:16]}"

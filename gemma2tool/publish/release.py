@@ -6,7 +6,7 @@ import logging
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,26 +15,22 @@ from gemma2tool.formats.gguf.imatrix import read_imatrix
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.progress import Progress, progress_or_null
 from gemma2tool.pipeline import conversion, importance
-from gemma2tool.pipeline.calibration.text import LENGTH, SAMPLES
 from gemma2tool.pipeline.opening import open_source
-from gemma2tool.pipeline.prompt import PromptTokenizer
 from gemma2tool.pipeline.report_files import replace_report
 from gemma2tool.pipeline.run import ConversionResult
-from gemma2tool.pipeline.sensitivity.windows import describe
-from gemma2tool.publish.card import NAME as CARD
 from gemma2tool.publish.card import Card, CardEntry
+from gemma2tool.publish.estimate import ReleasePlan, estimate
+from gemma2tool.publish.names import CARD, CHECKSUMS, repository_name
 from gemma2tool.publish.plan import RECORD, Output, Release, check_request, open_release
 from gemma2tool.publish.request import ReleaseRequest, ReleaseResult
-from gemma2tool.publish.texts import described, text_file
+from gemma2tool.publish.texts import described
 from gemma2tool.receipt.bom import Revision, license_of
 from gemma2tool.receipt.document import SUFFIX, Receipt, read_receipt, receipt_path
 from gemma2tool.receipt.files import digest_file
 from gemma2tool.storage.syscalls import translate_os_errors
-from gemma2tool.storage.text_file import read_text
 
 logger = logging.getLogger("gemma2tool")
 
-CHECKSUMS = "SHA256SUMS"
 _MEANWHILE = ".gemma2tool-release"
 """The folder in a release's folder for texts and token ids; removed when the release is done."""
 
@@ -46,24 +42,25 @@ def release(request: ReleaseRequest, progress: Progress | None = None) -> Releas
     for a source that cannot be read. An output that fails its verification is in the result, and not in the folder.
     """
     with opened_release(request, progress) as opened:
-        results = write_outputs(opened, opened.missing(), progress)
+        missing = opened.missing()
+        announce(estimate(opened, missing))
+        if collect_imatrix(opened, progress):
+            missing = opened.missing()
+        results = write_outputs(opened, missing, progress)
         files = finish(opened, repository=None)
     return ReleaseResult(request.folder, files, results)
 
 
 @contextmanager
 def opened_release(request: ReleaseRequest, progress: Progress | None = None) -> Iterator[Release]:
-    """The release with its source open and its folder made; the importance matrix is collected if one is asked for."""
+    """The release with its source open and its folder made."""
     check_request(request)
     folder = request.folder
     with translate_os_errors(folder, "creating the folder"):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / _MEANWHILE).mkdir(exist_ok=True)
     try:
-        with _source(request, progress) as source:
-            opened = open_release(request, source, folder / _MEANWHILE)
-            if opened.release_imatrix is not None:
-                _collect_imatrix(opened, opened.release_imatrix, progress)
+        with _opened(request, folder / _MEANWHILE, progress) as opened:
             yield opened
     finally:
         shutil.rmtree(folder / _MEANWHILE, ignore_errors=True)
@@ -76,18 +73,28 @@ def planned_release(request: ReleaseRequest) -> Iterator[Release]:
     """The release with its source open; nothing is written, and no source is downloaded."""
     check_request(request)
     request = replace(request, run=replace(request.run, keep_download=None))
-    with tempfile.TemporaryDirectory(prefix="gemma2tool-release-") as folder, _source(request, None) as source:
-        yield open_release(request, source, Path(folder))
+    with tempfile.TemporaryDirectory(prefix="gemma2tool-release-") as folder, _opened(request, Path(folder)) as opened:
+        yield opened
 
 
 @contextmanager
-def _source(request: ReleaseRequest, progress: Progress | None) -> Iterator[Checkpoint]:
-    if isinstance(request.source, Checkpoint):
-        yield request.source
-        return
-    keep, place = request.run.keep_download, request.folder if request.folder.is_dir() else None
-    with open_source(request.source, request.config, place=place, keep=keep, progress=progress) as source:
-        yield source
+def _opened(request: ReleaseRequest, folder: Path, progress: Progress | None = None) -> Iterator[Release]:
+    """``folder``: for files that are needed meanwhile."""
+    with ExitStack() as stack:
+        source = request.source
+        if not isinstance(source, Checkpoint):
+            keep, place = request.run.keep_download, request.folder if request.folder.is_dir() else None
+            opened = open_source(source, request.config, place=place, keep=keep, progress=progress)
+            source = stack.enter_context(opened)
+        merged = conversion.with_adapters(source, request.adapters, stack)
+        yield open_release(request, source, folder, merged)
+
+
+def announce(plan: ReleasePlan) -> None:
+    """Say in the log what a run will take."""
+    if any(not file.finished for file in plan.files):
+        for line in plan.lines():
+            logger.info("%s", line)
 
 
 def write_outputs(
@@ -152,14 +159,16 @@ def _digests(opened: Release, entries: Sequence[CardEntry]) -> Iterator[tuple[st
 
 def card(opened: Release, entries: Sequence[CardEntry], repository: str | None) -> Card:
     """The card of what is finished."""
-    asked, source = opened.request.card, opened.source
-    base = asked.base_model or _repository(source)
+    request, source = opened.request, opened.source
+    asked = request.card
+    base = repository_name(asked.base_model, "--base-model") if asked.base_model else _repository(source)
     if base is None:
         logger.warning("the card names no base model: give it with --base-model ORG/NAME")
     by = asked.quantized_by or (repository.partition("/")[0] if repository else None)
     return Card(
         model=opened.model,
         entries=entries,
+        adapters=tuple(f"{adapter.path.name} ({adapter.scale:g})" for adapter in request.adapters),
         license=asked.license or license_of(source) or "gemma",
         base_model=base,
         quantized_by=by,
@@ -194,21 +203,21 @@ def _made(opened: Release) -> str:
     return "The source was quantized in one step, rounding to nearest."
 
 
-def _collect_imatrix(opened: Release, place: Path, progress: Progress | None) -> None:
-    """Collect the importance matrix of a release, unless it is there from an earlier run."""
-    request, source = opened.request, opened.source
-    assert request.imatrix_text is not None
-    text = text_file(request.imatrix_text, "calibration", opened.folder)
-    ids = PromptTokenizer(source).encode(read_text(text, what="text"))
-    size = min(LENGTH, source.config.max_position_embeddings)
-    chunks = importance.chunks_of(ids, size, source.config.bos_token_id, SAMPLES)
-    dataset = f"{text.name}, tokens {describe(text, chunks).sha256[:16]}, of {opened.identity}"
+def collect_imatrix(opened: Release, progress: Progress | None) -> bool:
+    """Collect the importance matrix of a release if it has one that is not there from an earlier run; whether this was
+    done.
+    """
+    place, request, source = opened.release_imatrix, opened.request, opened.source
+    if place is None or request.imatrix_text is None:
+        return False
+    chunks, dataset = opened.imatrix_chunks()
     if place.exists():
         with suppress(InputRefused):
             if read_imatrix(place).dataset == dataset:
-                return
+                return False
         if not request.run.force:
             raise UsageError("release.other", f"{place}: is there, and is of another text or source")
     with progress_or_null(progress, chunks.size, "importance matrix", unit="tokens") as bar:
         sums = importance.collect(source, chunks, threads=request.run.threads, advance=bar.advance)
     importance.write(place, source, sums, dataset=dataset, chunks=chunks, force=request.run.force)
+    return True

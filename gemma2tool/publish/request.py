@@ -5,16 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from gemma2tool.formats.options import Adapter
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.config import Gemma2Config
 from gemma2tool.pipeline.requests import RunOptions
 from gemma2tool.pipeline.run import ConversionResult
-
-BUILT_IN = "built-in"
-"""In place of a file of text: the documentation and the modules of the Python that runs."""
-
-TEMPLATE = "{model}-{type}"
-TOKENS = 10_000
+from gemma2tool.publish.defaults import BUILT_IN, TEMPLATE, TOKENS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,15 +31,17 @@ class ReleaseRequest:
     """One source and a folder for its files.
 
     ``types``: of GGUF and of quantized folders. ``model``: the name that files begin with; None: the source's.
-    ``template``: of the files' names, with {model} and {type}. ``imatrix``: an importance matrix for the GGUF types,
-    or ``imatrix_text``: the text to collect one from. ``calibration``: the text that codes are chosen by. ``text``:
-    what quality is measured on, at least ``tokens`` tokens of it. Texts are files, or "built-in".
+    ``adapters``: LoRA adapters to merge; then ``model`` is needed, as it is another model. ``template``: of the files'
+    names, with {model} and {type}. ``imatrix``: an importance matrix for the GGUF types, or ``imatrix_text``: the text
+    to collect one from. ``calibration``: the text that codes are chosen by. ``text``: what quality is measured on, at
+    least ``tokens`` tokens of it. Texts are files, or "built-in".
     """
 
     source: Path | str | Checkpoint
     folder: Path
     types: tuple[str, ...]
     model: str | None = None
+    adapters: tuple[Adapter, ...] = ()
     template: str = TEMPLATE
     imatrix: Path | None = None
     imatrix_text: Path | str | None = None
@@ -71,13 +69,14 @@ class PublishRequest:
 @dataclass(frozen=True)
 class ReleaseResult:
     """``files``: what the folder holds, by path below it. ``results``: of the outputs that were written by this run.
-    ``failed``: those whose verification failed. ``uploaded``: files that this run sent.
+    ``failed``: those whose verification failed. ``uploaded``: files that this run sent to ``repository``.
     """
 
     folder: Path
     files: tuple[str, ...]
     results: tuple[ConversionResult, ...] = ()
     uploaded: tuple[str, ...] = ()
+    repository: str | None = None
 
     @property
     def failed(self) -> tuple[ConversionResult, ...]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from gemma2tool.errors import UsageError
-from gemma2tool.publish.request import BUILT_IN
+from gemma2tool.publish.defaults import BUILT_IN
 
 Use = Literal["calibration", "measurement"]
 

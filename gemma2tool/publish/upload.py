@@ -19,13 +19,14 @@ from gemma2tool.errors import InputRefused, UsageError
 from gemma2tool.model.progress import Progress
 from gemma2tool.pipeline.report_files import replace_report
 from gemma2tool.pipeline.run import ConversionResult
-from gemma2tool.publish.card import NAME as CARD
 from gemma2tool.publish.card import CardEntry
 from gemma2tool.publish.estimate import ReleasePlan, estimate
-from gemma2tool.publish.hub import LocalFile, Target, local_file, repository_name
+from gemma2tool.publish.hub import LocalFile, Target, local_file
+from gemma2tool.publish.names import CARD, CHECKSUMS, repository_name
 from gemma2tool.publish.plan import Output, Release, check_request
 from gemma2tool.publish.release import (
-    CHECKSUMS,
+    announce,
+    collect_imatrix,
     finish,
     finished_entries,
     opened_release,
@@ -50,26 +51,31 @@ def publish(request: PublishRequest, progress: Progress | None = None) -> Releas
     Raises ``InputRefused`` (``publish.refused``) where the hub does not accept it, ``ResourceError`` where it cannot be
     reached; the same request continues. Files of the repository that the release does not have are left as they are.
     """
-    target = Target(repository_name(request.to))
+    target = Target(repository_name(request.to, "--to"))
     check_request(request.release)
     remote = target.files()
     _refuse_other_card(target, remote, force=request.release.run.force)
     target.create(private=request.private)  # also shows, before the long work, that this may be written to
     with opened_release(request.release, progress) as opened:
         upload = _Upload(request, opened, target, remote)
-        results = upload.outputs(progress)
+        gone = upload.elsewhere()
+        missing = opened.missing(gone)
+        announce(estimate(opened, missing, upload_to=target.name, discard=request.discard))
+        if collect_imatrix(opened, progress):
+            missing = opened.missing(gone)
+        results = upload.outputs(missing, gone, progress)
         files = finish(opened, repository=target.name, elsewhere=upload.elsewhere())
         if files:
             upload.send_rest()
-    return ReleaseResult(request.release.folder, files, results, tuple(upload.uploaded))
+    return ReleaseResult(request.release.folder, files, results, tuple(upload.uploaded), target.name)
 
 
 def plan_publish(request: PublishRequest) -> ReleasePlan:
     """What would be written and uploaded. The hub is asked what is there."""
-    target = Target(repository_name(request.to))
+    target = Target(repository_name(request.to, "--to"))
     with planned_release(request.release) as opened:
-        elsewhere = _Upload(request, opened, target, target.files()).elsewhere()
-        return estimate(opened, upload_to=target.name, discard=request.discard, elsewhere=elsewhere)
+        missing = opened.missing(_Upload(request, opened, target, target.files()).elsewhere())
+        return estimate(opened, missing, upload_to=target.name, discard=request.discard)
 
 
 @dataclass
@@ -87,12 +93,14 @@ class _Upload:
     def folder(self) -> Path:
         return self.opened.request.folder
 
-    def outputs(self, progress: Progress | None) -> tuple[ConversionResult, ...]:
-        """Write what is missing, in one pass or, where outputs are removed after it, in one for each; upload each."""
-        gone = self.elsewhere()
+    def outputs(
+        self, missing: Sequence[Output], gone: Sequence[Path], progress: Progress | None
+    ) -> tuple[ConversionResult, ...]:
+        """Write what is missing, in one pass or, where outputs are removed after it, in one for each; upload each.
+        ``gone``: see ``elsewhere``.
+        """
         for path in gone:
             _remove(path)  # what an interrupted removal left
-        missing = self.opened.missing(gone)
         self._send_finished(missing)
         results: list[ConversionResult] = []
         for outputs in [(output,) for output in missing] if self.request.discard else [missing]:

@@ -164,7 +164,7 @@ def test_refusals_come_before_the_work(
     del hub.files["README.md"]
     assert refused(model, text, folder).id == "publish.refused"
     with pytest.raises(UsageError) as caught:
-        upload.repository_name("only-a-name")
+        upload.repository_name("only-a-name", "--to")
     assert caught.value.id == "publish.name"
 
 

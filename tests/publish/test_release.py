@@ -10,6 +10,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import gemma2tool
@@ -162,6 +163,33 @@ def test_an_importance_matrix_is_collected_once_and_released(text: Path, tmp_pat
 
 
 @pytest.mark.slow
+def test_adapters_are_merged_into_another_model(model: Path, text: Path, tmp_path: Path) -> None:
+    safetensors = pytest.importorskip("safetensors.numpy")
+    adapter = tmp_path / "style"
+    adapter.mkdir()
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    name = "base_model.model.model.layers.0.self_attn.q_proj"
+    out_features = SMALL.num_attention_heads * SMALL.head_dim
+    random = np.random.default_rng(0)
+    parts = {"A": (2, SMALL.hidden_size), "B": (out_features, 2)}
+    tensors = {f"{name}.lora_{part}.weight": random.standard_normal(shape, "f4") for part, shape in parts.items()}
+    safetensors.save_file(tensors, adapter / "adapter_model.safetensors")
+    folder, options = tmp_path / "out", ("--lora", f"{adapter}=0.5", "--base-model", "org/small-it")
+    release(model, text, folder, *options, "--name", "Styled", types="q4_0")
+    gemma2tool.quantize(
+        model, tmp_path / "direct.gguf", type="q4_0", adapters=[gemma2tool.Adapter(adapter, 0.5)], verify=False
+    )
+    with gemma2tool.open(folder / "Styled-Q4_0.gguf") as made, gemma2tool.open(tmp_path / "direct.gguf") as direct:
+        assert all((made.tensors[name].load() == tensor.load()).all() for name, tensor in direct.tensors.items())
+    card = (folder / "README.md").read_text("utf-8")
+    assert "base_model_relation: finetune" in card and "with the merged LoRA adapter style (0.5)" in card
+    assert "is there" in release(model, text, folder, *options, "--name", "Styled", "--dry-run", types="q4_0")
+    other = ("--lora", f"{adapter}=0.4", "--name", "Styled")
+    assert "no receipt of this release" in release(model, text, folder, *other, types="q4_0", code=2)
+
+
+@pytest.mark.slow
 def test_a_source_on_the_hub_is_the_base_model(
     model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -196,7 +224,16 @@ def test_a_plan_writes_nothing(model: Path, text: Path, tmp_path: Path) -> None:
     [
         ((), "type.missing"),
         (("--types", ""), "type.missing"),
-        (("--types", "q4_9"), "quantize.unknown-type"),
+        (("--types", "q4_9"), "type.unknown"),
+        (("--types", "nf5"), "type.unknown"),
+        (("--types", "q4_0", "--name", "a\nb"), "release.name"),
+        (("--types", "q4_0", "--name", "a`b"), "release.name"),
+        (("--types", "q4_0", "--base-model", "org/a\nb"), "publish.name"),
+        (("--types", "nf4", "--name-template", "SHA256SUMS"), "release.template"),
+        (("--types", "nf4", "--name-template", "readme.MD"), "release.template"),
+        (("--types", "nf4", "--name-template", "{type}.receipt.json"), "release.template"),
+        (("--types", "q4_0", "--name-template", "{model}.imatrix"), "release.template"),
+        (("--types", "q4_0", "--lora", "adapter"), "release.options"),
         (("--types", "q4_0,q8_0", "--name-template", "{model}"), "release.template"),
         (("--types", "q4_0", "--name-template", "{models}-{type}"), "release.template"),
         (("--types", "q4_0", "--name-template", "../{type}"), "release.template"),
@@ -208,6 +245,22 @@ def test_what_is_refused(model: Path, text: Path, tmp_path: Path, options: tuple
     result = run("release", model, tmp_path / "out", *options, "--text", text)
     assert result.exit_code == 2 and f"error[{id}]" in result.output, result.output
     assert not list(tmp_path.iterdir())
+
+
+def test_a_misspelt_type_is_answered_with_types_of_both_kinds(model: Path, tmp_path: Path) -> None:
+    result = run("release", model, tmp_path / "out", "--types", "nf-4")
+    assert "did you mean nf4?" in result.output and "q4_k_m" in result.output
+
+
+@pytest.mark.parametrize("place", ["file", "file/out"])
+@pytest.mark.parametrize("dry_run", [(), ("--dry-run",)])
+def test_a_folder_that_is_a_file_is_refused(
+    model: Path, text: Path, tmp_path: Path, place: str, dry_run: tuple[str, ...]
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    result = run("release", model, tmp_path / place, "--types", "q4_0", "--text", text, *dry_run)
+    assert result.exit_code == 2 and "error[release.folder]" in result.output
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_names(model: Path) -> None:

@@ -13,7 +13,7 @@ ENTRIES = (
         "choose another one, or replace it with --force",
     ),
     refused("publish.changed", "a file is not the one that was verified", "run the command again with --force"),
-    usage("publish.name", "--to is not the name of a repository on the hub", "write ORG/NAME"),
+    usage("publish.name", "an option does not have the name of a repository on the hub", "write ORG/NAME"),
     refused("publish.refused", "the hub does not accept an upload", "check the name of the repository and the token"),
     resource(
         "publish.unreachable",
@@ -22,8 +22,15 @@ ENTRIES = (
     ),
     usage("recipe.key", "a recipe has a key that there is not, or in the wrong place", _KEYS),
     usage("recipe.missing", "a recipe lacks a key that is needed", "write source, and output or outputs"),
+    usage("recipe.order", "a run of a recipe reads what a later one writes", "put the run that writes it first"),
     usage("recipe.syntax", "a recipe is not YAML of the form that is read", "docs/recipes.md shows the form"),
     usage("recipe.value", "a key of a recipe has a value that it cannot have", "docs/recipes.md lists the values"),
+    usage("release.folder", "the folder of a release is a file, or is in one", "name another folder"),
+    usage(
+        "release.name",
+        "the name of a model cannot be in the names of files",
+        "use letters, digits and . _ + -, and begin with a letter or digit",
+    ),
     usage("release.options", "options of a release exclude each other", "leave out one of them"),
     usage(
         "release.other",
