@@ -11,6 +11,7 @@ Source: CPython's pickletools.py and pickle.py.
 from __future__ import annotations
 
 import pickletools
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from io import BytesIO
@@ -21,13 +22,18 @@ from gemma2tool.storage.quoting import quoted
 MAX_OPCODES = 1_000_000
 MAX_STACK = 200_000
 MAX_USES = 1_000
-MAX_NESTED = 16
+MAX_DEPTH = 4
+"""Of pickles inside of each other."""
 MAGIC = tuple(b"\x80" + bytes([protocol]) for protocol in range(2, 6))
 """The first bytes of the protocols 2 to 5; 0 and 1 have none."""
 COMPUTED = "?"
 """Part of a name that the pickle computes instead of stating it."""
 
 _MAX_SHOWN = 120
+_NAMES = re.compile(rb"[ci][\w.]+\n[\w.]+\n|\x93")
+"""What a pickle without a first opcode of its own has if it names anything: GLOBAL, INST or STACK_GLOBAL."""
+_VALUES = ("STRING", "UNICODE", "UNICODE8", "BYTES", "BYTES8", "BYTEARRAY8")
+"""Ends of the names of opcodes whose argument is a text or bytes."""
 
 
 @dataclass(frozen=True)
@@ -45,14 +51,14 @@ class PickleUse:
 class PickleProgram:
     """The names that a pickle uses, each once. ``end``: the byte after its last opcode. ``complete``: it ends as a
     pickle does. ``too_long``: it has more opcodes than were followed.
-    ``nested``: byte strings in it that begin as pickles do.
+    ``nested``: the names that pickles use which it holds as bytes or, as the protocols 0 to 2 store bytes, as texts.
     """
 
     uses: tuple[PickleUse, ...]
     end: int
     complete: bool
     too_long: bool = False
-    nested: tuple[bytes, ...] = ()
+    nested: tuple[PickleUse, ...] = ()
 
 
 class _Mark:
@@ -82,34 +88,53 @@ def read_programs(data: bytes, *, most: int = 16) -> Iterator[PickleProgram]:
             return
 
 
-def read_program(data: bytes, start: int = 0) -> PickleProgram:
-    """The pickle that begins at byte ``start``."""
-    machine, count, end, complete = _Machine(), 0, start, False
+def read_program(data: bytes, start: int = 0, *, depth: int = 0) -> PickleProgram:
+    """The pickle that begins at byte ``start``. ``depth``: in how many other pickles it is."""
+    machine, count, end, complete = _Machine(depth), 0, start, False
     stream = BytesIO(data)
     stream.seek(start)
     try:
         for opcode, argument, position in pickletools.genops(stream):
             count += 1
             if count > MAX_OPCODES or len(machine.stack) > MAX_STACK or len(machine.uses) > MAX_USES:
-                return PickleProgram(tuple(machine.uses.values()), end, False, too_long=True)
+                return machine.program(end, complete=False, too_long=True)
             machine.step(opcode, argument, position or 0)
             end = stream.tell()
         complete = True
     except (ValueError, IndexError, OverflowError, AttributeError, TypeError):
         pass  # the program ends here: an unknown opcode, a bad argument, no more bytes
-    return PickleProgram(tuple(machine.uses.values()), end, complete, nested=tuple(machine.nested))
+    return machine.program(end, complete=complete)
+
+
+def _nested_uses(value: str | bytes | bytearray, depth: int) -> Iterator[PickleUse]:
+    """The names that a value uses if it is a pickle itself, and those of the pickles in it."""
+    try:
+        data = value.encode("latin-1") if isinstance(value, str) else bytes(value)
+    except UnicodeEncodeError:
+        return
+    starts_as_pickle = data[:2] in MAGIC
+    if depth > MAX_DEPTH or not (starts_as_pickle or _NAMES.search(data)):
+        return
+    program = read_program(data, depth=depth)
+    if starts_as_pickle or program.complete:
+        yield from (use for use in (*program.uses, *program.nested) if use.name != f"{COMPUTED}.{COMPUTED}")
 
 
 class _Machine:
     """The stack and memo of the pickle machine; values that are not names, texts or tuples are ``_Unknown``."""
 
-    def __init__(self) -> None:
+    def __init__(self, depth: int) -> None:
+        self.depth = depth
         self.stack: list[Any] = []
         self.memo: dict[int, Any] = {}
         self.uses: dict[str, PickleUse] = {}
-        self.nested: list[bytes] = []
+        self.nested: dict[str, PickleUse] = {}
 
     def step(self, opcode: pickletools.OpcodeInfo, argument: Any, offset: int) -> None:
+        if isinstance(argument, (str, bytes, bytearray)) and opcode.name.endswith(_VALUES):
+            for use in _nested_uses(argument, self.depth + 1):
+                if len(self.nested) < MAX_USES:
+                    self.nested.setdefault(use.name, use)
         action = getattr(self, f"op_{opcode.name.lower()}", None)
         if action is not None:
             action(argument, offset)
@@ -120,9 +145,11 @@ class _Machine:
         elif isinstance(argument, str) and opcode.name.endswith(("STRING", "UNICODE", "UNICODE8")):
             self.stack.append(argument)
         else:
-            if isinstance(argument, (bytes, bytearray)) and argument[:2] in MAGIC and len(self.nested) < MAX_NESTED:
-                self.nested.append(bytes(argument))
             self._other(opcode)
+
+    def program(self, end: int, *, complete: bool, too_long: bool = False) -> PickleProgram:
+        """What was followed so far."""
+        return PickleProgram(tuple(self.uses.values()), end, complete, too_long, tuple(self.nested.values()))
 
     def _other(self, opcode: pickletools.OpcodeInfo) -> None:
         """By the table of pickletools: what is popped, and how many objects are pushed."""

@@ -18,6 +18,8 @@ from gemma2tool.model.config import Gemma2Config
 
 CODE_KEYS = ("auto_map", "model_file")
 """Where a config names Python files: for transformers, for mlx-lm."""
+CUSTOM_GENERATE = "custom_generate/generate.py"
+"""What transformers generates with, if it is told to trust remote code."""
 _INDEX = "model.safetensors.index.json"
 _FOLDERS = ("hf", "hf-bin", "mlx")
 
@@ -67,7 +69,7 @@ _RULES = (
         absent=_INDEX,
     ),
     _Rule(("*.py", "custom_generate/*"), "transformers", "runs it with trust_remote_code", "read it first", code=True),
-    _Rule(("custom_generate/generate.py",), "transformers", "generates with it if trust_remote_code is given", _MOVE),
+    _Rule((CUSTOM_GENERATE,), "transformers", "generates with it if trust_remote_code is given", _MOVE),
     _Rule(
         ("modules.json", "config_sentence_transformers.json", "sentence_bert_config.json", "[0-9]_*/*"),
         "sentence-transformers",

@@ -60,6 +60,9 @@ COMMANDS = (
     Command(("quantize", "SRC", "many", "--type", "q4_k_m,q8_0,nf4", "--no-verify"),
         ("many/many-q4_k_m.gguf", "many/many-q8_0.gguf", "many/many-nf4")),
     Command(("quantize", "SRC", "out.gguf", "--type", "q4_0", "--calibration", "IDS", "--no-verify"), ("out.gguf",)),
+    Command(("quantize", "SRC", "out.gguf", "--type", "q4_k_m", "--calibration", "IDS", "--no-verify"), ("out.gguf",)),
+    Command(("quantize", "SRC", "many", "--type", "q3_k_s,w4a16", "--calibration", "IDS", "--force", "--no-verify"),
+        ("many/many-q3_k_s.gguf", "many/many-w4a16"), old=True),
     Command(("quantize", "SRC", "out.gguf", "--type", "q4_0", "--force"), ("out.gguf",), old=True),
     Command(("convert", "SRC", "out", "--force", "--max-shard-size", "20MB"), ("out",), old=True),
 )  # fmt: skip
@@ -118,6 +121,7 @@ class Trials:
         place.mkdir()
         for output in command.outputs if old else ():
             path = place / output
+            path.parent.mkdir(exist_ok=True)
             if path.suffix:
                 path.write_bytes(b"old")
             else:

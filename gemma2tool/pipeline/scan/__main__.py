@@ -51,8 +51,11 @@ _TAIL = """
 
 - **Pickles**: by what tensors need, not by a list of what is bad. A name that is not known to be harmless is a danger,
   whatever module it is in; classes of libraries that trainers save (`transformers.training_args.TrainingArguments`) are
-  odd. Protocols 0 to 5, several pickles in a file, damaged ones (what precedes the damage is executed), members of zip
-  and tar archives with wrong flags, names or checksums, arrays of objects in .npy and .npz.
+  odd. Protocols 0 to 5, several pickles in a file, pickles in pickles as bytes or text, damaged ones (what precedes the
+  damage is executed), arrays of objects in .npy and .npz.
+- **Archives**: zip, tar, and files compressed by gzip, bzip2, xz, lzma or zlib, whatever their names, up to five inside
+  of each other; members with wrong flags, names, types or checksums; a zip archive at the end of another file. What is
+  not looked into is a note: other archives, encrypted members, an archive of more than 64 MiB inside of another one.
 - **Chat templates**: every branch of the syntax tree, after names that are put together (concatenated, reversed,
   formatted, joined, from variables) are evaluated; then rendered for conversations with and without a system message,
   tools, parts, an answer; then once more with all branches taken. Jinja has no endless loop, so what counts is time,

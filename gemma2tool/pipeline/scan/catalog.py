@@ -30,7 +30,7 @@ _ROWS: tuple[tuple[str, Severity, str, str, str], ...] = (
     ("pickle.objects", "odd", "a pickle builds objects of known libraries beside tensors, such as training arguments",
      "code of these libraries runs when the file is loaded without weights_only",
      "leave the file out, unless training is to be continued"),
-    ("pickle.nested", "odd", "a pickle holds another one as bytes, which names what no tensor needs",
+    ("pickle.nested", "odd", "a pickle holds another one as bytes or as text, which names what no tensor needs",
      "scanners do not see it; code runs when something unpickles the bytes", _TENSORS),
     ("pickle.damaged", "odd", "a pickle ends early or has opcodes that there are not",
      "what precedes the damage is executed, and scanners may stop at it", "download the file again"),

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import re
-from collections.abc import Iterator, Mapping
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,8 @@ from gemma2tool.errors import InputRefused
 from gemma2tool.formats.tokenizers.files import MAX_JSON_BYTES, templates_of
 from gemma2tool.model.loaders import CODE_KEYS
 from gemma2tool.model.tokenizer import DEFAULT_TEMPLATE
-from gemma2tool.pipeline.scan import archives, keras, pickles
+from gemma2tool.pipeline.scan import archives, keras, pickles, yaml_tags
+from gemma2tool.pipeline.scan.archives import Content, Unpacked
 from gemma2tool.pipeline.scan.catalog import Place
 from gemma2tool.pipeline.scan.finding import ScanFinding
 from gemma2tool.pipeline.scan.template import scan_template
@@ -32,10 +36,11 @@ _REMOTE_KEYS = (*CODE_KEYS, "custom_pipelines")
 _EXTERNAL = ("hdf5.external", "hdf5.link")
 """Where an HDF5 file leads to others: values, links."""
 _TEMPLATE_KEY = re.compile(r"tokenizer\.chat_template(?:\.(.+))?")
-_YAML_OBJECT = re.compile(r"(?:!!python/|tag:yaml\.org,2002:python/)[a-z]+[\w:./]*")
 _TEMPLATES = (".jinja", ".jinja2", ".j2", ".template")
 _PLAIN_TEXT = (*_TEMPLATES, ".md", ".txt", ".yaml", ".yml", ".py")
-_ARCHIVES = (".7z", ".rar", ".zst")
+_MAX_SPARSE = 1 << 40
+"""Of the file in which a member stands for reading."""
+_ScanPath = Callable[[Path, Place], Iterator[ScanFinding]]
 _MAGIC_NPY = b"\x93NUMPY"
 _PROGRAMS = (b"\x7fELF", b"MZ\x90", b"\xcf\xfa\xed\xfe", b"\xca\xfe\xba\xbe")
 
@@ -43,37 +48,53 @@ _PROGRAMS = (b"\x7fELF", b"MZ\x90", b"\xcf\xfa\xed\xfe", b"\xca\xfe\xba\xbe")
 def scan_file(path: Path, place: Place) -> Iterator[ScanFinding]:
     """The findings of one file. Raises ``InputRefused`` if it cannot be read."""
     with open_for_reading(path) as reader:
-        head = bytes(reader.pread(0, min(reader.size, file_kind.HEAD_BYTES)))
-        size = reader.size
-    kind = file_kind.identify(head, size)
-    name = kind.name if kind else ""
-    if name == "lfs-pointer" and kind is not None:
+        nbytes = reader.size
+    with path.open("rb") as stream:
+        content = Content(path.name, stream, nbytes, nbytes, Unpacked.of_file(nbytes), path)
+        yield from scan_content(content, place)
+
+
+def scan_content(content: Content, place: Place) -> Iterator[ScanFinding]:
+    """The findings of a file or of a member of an archive."""
+    head = content.head(file_kind.HEAD_BYTES)
+    kind = file_kind.identify(head, content.nbytes)
+    if kind is not None and kind.name == "lfs-pointer":
         yield place.finding("files.pointer", f"it is {kind.text}")
-    elif name == "gguf":
-        yield from _gguf(path, place)
-    elif name == "safetensors":
-        yield from _safetensors(path, place)
-    elif name == "hdf5":
-        yield from keras.scan_hdf5(path, place)
-        yield from _hdf5(path, place)
-    elif head.startswith((b"PK\3\4", b"PK\5\6")) or (b"PK\3\4" in head and path.suffix == ".zip"):
-        yield from archives.scan_zip(path, place, scan_data)
-    elif name == "tar":
-        yield from archives.scan_tar(path, place, scan_data)
-    elif name in ("gzip", "bzip2", "xz"):
-        yield from archives.scan_compressed(path, place, scan_data)
-    elif name in ("7-zip", "rar", "zstandard") and path.suffix.lower() in _ARCHIVES:
-        yield place.finding("archive.unread", f"it is {kind.text if kind else name}")
+        return
+    if archive := archives.kind_of(head):
+        yield from archives.scan_archive(content, archive, place, scan_content)
+        return
+    if kind is not None and kind.name in _CONTAINERS:
+        yield from _container(content, _CONTAINERS[kind.name], place)
     else:
-        limit = archives.MAX_MEMBER_BYTES
-        with open_for_reading(path) as reader:
-            data = bytes(reader.pread(0, min(size, limit)))
-        yield from scan_data(path.name, data, size <= limit, place)
+        yield from _scan_data(content, place)
+    yield from archives.scan_appended(content, place, scan_content)
 
 
-def scan_data(name: str, data: bytes, whole: bool, place: Place) -> Iterator[ScanFinding]:
-    """The findings of a file or member of these first bytes; ``whole``: they are all."""
-    lower = name.lower()
+def _container(content: Content, scan: _ScanPath, place: Place) -> Iterator[ScanFinding]:
+    """The findings of a container, whose reader needs a file. Of a large one in an archive the beginning is enough:
+    what is looked at is there, except in HDF5.
+    """
+    if content.path is not None:
+        yield from scan(content.path, place)
+        return
+    if not content.whole and (scan is _hdf5 or content.nbytes > _MAX_SPARSE):
+        yield place.finding("archive.unread", f"of its {content.nbytes:,} bytes only {content.held:,} were looked at")
+        return
+    with tempfile.TemporaryDirectory(prefix="gemma2tool-") as folder:
+        path = Path(folder) / "member"
+        with path.open("wb") as file:
+            file.write(content.head(content.held))
+            file.truncate(content.nbytes)
+        for finding in scan(path, place):
+            yield replace(finding, message=finding.message.replace(str(path), content.name))
+
+
+def _scan_data(content: Content, place: Place) -> Iterator[ScanFinding]:
+    """The findings of a file that is neither an archive nor a container of tensors."""
+    data = content.head(archives.MAX_MEMBER_BYTES)
+    whole = len(data) >= content.nbytes
+    lower = content.name.lower()
     if data.startswith(_PROGRAMS):
         yield place.finding("code.binary", "it is a program or a library")
     elif data[:2] in MAGIC:
@@ -81,18 +102,25 @@ def scan_data(name: str, data: bytes, whole: bool, place: Place) -> Iterator[Sca
     elif data.startswith(_MAGIC_NPY):
         yield from _npy(data, place, whole)
     elif lower.endswith(".json"):
-        yield from _json(name.rsplit("/", 1)[-1], data, place)
+        yield from _json(content.name.rsplit("/", 1)[-1], data, place)
     elif lower.endswith(_PLAIN_TEXT):
-        text = data[:MAX_TEXT_BYTES].decode("utf-8", "replace")
-        if lower.endswith((".yaml", ".yml")) and (tag := _YAML_OBJECT.search(text)):
-            line = text.count("\n", 0, tag.start()) + 1
-            yield place.finding("yaml.python", f"it has the tag {quoted(tag[0])}", line=line)
+        text = _decoded(data[:MAX_TEXT_BYTES])
+        if lower.endswith((".yaml", ".yml")):
+            yield from yaml_tags.scan_yaml(text, place)
         if lower.endswith(_TEMPLATES):
             yield from scan_template(text, place, located=not place.where)
         else:
             yield from scan_text(text, place, located=not place.where)
-    elif pickles.looks_like_pickle(data, name):
+    elif pickles.looks_like_pickle(data, content.name):
         yield from pickles.scan_pickle(data, place, whole=whole)
+
+
+def _decoded(data: bytes) -> str:
+    """A text as readers decode it: by its byte order mark, else as UTF-8."""
+    for mark, encoding in ((codecs.BOM_UTF16_LE, "utf-16-le"), (codecs.BOM_UTF16_BE, "utf-16-be")):
+        if data.startswith(mark):
+            return data[len(mark) :].decode(encoding, "replace")
+    return data.decode("utf-8", "replace")
 
 
 def _gguf(path: Path, place: Place) -> Iterator[ScanFinding]:
@@ -133,6 +161,7 @@ def _safetensors(path: Path, place: Place) -> Iterator[ScanFinding]:
 
 
 def _hdf5(path: Path, place: Place) -> Iterator[ScanFinding]:
+    yield from keras.scan_hdf5(path, place)
     try:
         names = hdf5.read_arrays(path)
     except InputRefused as error:
@@ -140,6 +169,10 @@ def _hdf5(path: Path, place: Place) -> Iterator[ScanFinding]:
         yield place.finding(id, error.message)
         return
     yield from _each(names, place.part("datasets"))
+
+
+_CONTAINERS: Mapping[str, _ScanPath] = {"gguf": _gguf, "safetensors": _safetensors, "hdf5": _hdf5}
+"""By the names of ``file_kind``."""
 
 
 def _each(names: Any, place: Place) -> Iterator[ScanFinding]:
@@ -164,6 +197,8 @@ def _json(name: str, data: bytes, place: Place) -> Iterator[ScanFinding]:
     except InputRefused as error:
         yield place.finding("files.unread", error.message)
         return
+    if name == "modules.json":
+        yield from _modules(content, place)
     if not isinstance(content, dict):
         return
     for key in _REMOTE_KEYS:
@@ -179,6 +214,14 @@ def _json(name: str, data: bytes, place: Place) -> Iterator[ScanFinding]:
     yield from _index(content.get("weight_map"), place)
     yield from keras.scan_architecture(content, place)
     yield from _texts({key: value for key, value in content.items() if key != "chat_template"}, place)
+
+
+def _modules(modules: Any, place: Place) -> Iterator[ScanFinding]:
+    """Classes that sentence-transformers imports from the folder, or from anywhere."""
+    entries = modules if isinstance(modules, list) else []
+    types = [str(entry.get("type")) for entry in entries if isinstance(entry, dict)]
+    if foreign := [name for name in types if not name.startswith("sentence_transformers.")]:
+        yield place.finding("code.remote", f"it names the class {quoted(foreign[0])}")
 
 
 def _index(weight_map: Any, place: Place) -> Iterator[ScanFinding]:

@@ -98,10 +98,8 @@ def is_harmless(name: str) -> bool:
 
 
 def _judged(program: PickleProgram, place: Place) -> Iterator[ScanFinding]:
-    for data in program.nested:
-        inner = [use for nested in read_programs(data) for use in nested.uses if not is_harmless(use.name)]
-        if inner:
-            yield place.finding("pickle.nested", f"a pickle inside it {_listed(inner)}")
+    if inner := [use for use in program.nested if not is_harmless(use.name)]:
+        yield place.finding("pickle.nested", f"a pickle inside it {_listed(inner)}")
     computed = [use for use in program.uses if COMPUTED in use.name.split(".")]
     other = [use for use in program.uses if use not in computed and not is_harmless(use.name)]
     objects = [use for use in other if _LIBRARY_OBJECT.fullmatch(use.name) or use.name.startswith(SHARDED)]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from gemma2tool.errors import InputRefused, ToolError
 from gemma2tool.formats import other_files, registry
-from gemma2tool.model.loaders import changes_weights
+from gemma2tool.model.loaders import CUSTOM_GENERATE, changes_weights
 from gemma2tool.pipeline.report_files import check_reports, replace_report
 from gemma2tool.pipeline.scan.catalog import Place
 from gemma2tool.pipeline.scan.contents import scan_file
@@ -95,11 +95,16 @@ def _scan_file(file: Path, root: Path, skipped: dict[str, str]) -> Iterator[Scan
 
 
 def _code(folder: Path, findings: list[ScanFinding]) -> Iterator[ScanFinding]:
-    """Python files: notes, where no config names them."""
+    """Python files: what transformers generates with, whatever the config says; the others are notes where no config
+    names any.
+    """
+    if (folder / CUSTOM_GENERATE).is_file():
+        yield Place(CUSTOM_GENERATE).finding("code.remote", "transformers generates with it if it trusts remote code")
     if any(finding.id == "code.remote" for finding in findings):
         return
-    for name in sorted(path.name for path in folder.glob("*.py")):
-        yield Place(name).finding("code.python", "no config names it")
+    for name in sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.py")):
+        if name != CUSTOM_GENERATE:
+            yield Place(name).finding("code.python", "no config names it")
 
 
 def _loaded_too(folder: Path, skipped: dict[str, str]) -> Iterator[ScanFinding]:

@@ -212,3 +212,41 @@ def test_sarif(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_page_is_made_from_the_catalog() -> None:
     assert (ROOT / "docs" / "scan.md").read_text() == document(), "run: python -m gemma2tool.pipeline.scan"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a: !!python/object/apply:os.system ['id']",
+        "%TAG ! tag:yaml.org,2002:python/\n---\n!object/apply:os.system ['id']",
+        "%TAG !p! tag:yaml.org,2002:pyth\n---\na: [!p!on/object/apply:os.system ['id']]",
+        "%TAG !! tag:yaml.org,2002:python/\n---\n!!object/apply:os.system ['id']",
+        "!!%70ython/object/apply:os.system ['id']",
+        "!<tag:yaml.org,2002:python/object/apply:os.system> ['id']",
+        "!<tag:yaml.org,2002:%70ython/object/apply:os.system> ['id']",
+    ],
+)
+def test_python_tags_of_yaml(tmp_path: Path, text: str) -> None:
+    for name, encoding in (("a.yaml", "utf-8"), ("b.yml", "utf-16")):
+        (tmp_path / name).write_bytes(text.encode(encoding))
+        assert found(tmp_path / name) == {"yaml.python": name}
+
+
+def test_other_tags_of_yaml_are_not_reported(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text(
+        "%TAG !e! tag:example.org,2026:\n---\na: !e!x 1\nb: !!str 2\nc: !local 3\nd: 'Hi!'"
+    )
+    assert found(tmp_path / "a.yaml") == {}
+
+
+def test_code_that_no_config_names(model: Path) -> None:
+    """transformers generates with it; sentence-transformers imports the classes of its modules."""
+    (model / "custom_generate").mkdir()
+    (model / "custom_generate" / "generate.py").write_text("def generate(model, **kwargs): ...\n")
+    assert found(model) == {"code.remote": "custom_generate/generate.py"}
+    shutil.rmtree(model / "custom_generate")
+    modules = [{"type": "sentence_transformers.models.Pooling", "path": "1_Pooling"}]
+    (model / "modules.json").write_text(json.dumps(modules))
+    assert "code.remote" not in found(model)
+    (model / "modules.json").write_text(json.dumps([*modules, {"type": "custom.Transformer"}]))
+    assert found(model)["code.remote"] == "modules.json"

@@ -74,9 +74,19 @@ def test_a_damaged_pickle_without_names_is_odd() -> None:
     assert [finding.id for finding in findings(b"\x80\2]q\0(K\1")] == ["pickle.damaged"]
 
 
-def test_a_pickle_as_bytes_in_a_pickle() -> None:
-    data = pickle.dumps({"blob": pickle.dumps(Runs(os.system, "id"))})
-    assert [finding.id for finding in findings(data)] == ["pickle.nested"]
+@pytest.mark.parametrize("protocol", range(6))
+def test_a_pickle_in_a_pickle(protocol: int) -> None:
+    """As bytes, which protocols 0 to 2 store as a text, as a text, and one deeper; of any protocol."""
+    for inner in (pickle.dumps(Runs(os.system, "id"), number) for number in range(6)):
+        for value in (inner, bytearray(inner), inner.decode("latin-1"), pickle.dumps([inner], protocol)):
+            found = findings(pickle.dumps({"blob": value}, protocol))
+            assert [finding.id for finding in found] == ["pickle.nested"]
+            assert ".system('id')" in found[0].message
+
+
+def test_texts_and_harmless_pickles_in_a_pickle_are_not_reported() -> None:
+    texts = ["cos\nsystem\n is how it begins.", "\x93.", "import os\nos.system\n", pickle.dumps([1, OrderedDict(a=2)])]
+    assert findings(pickle.dumps(texts, 2)) == [] and findings(pickle.dumps(texts, 4)) == []
 
 
 def test_objects_of_trainers_are_odd() -> None:
