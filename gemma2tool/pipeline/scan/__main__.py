@@ -60,8 +60,10 @@ _TAIL = """
   formatted, joined, from variables) are evaluated; then rendered for conversations with and without a system message,
   tools, parts, an answer; then once more with all branches taken. Jinja has no endless loop, so what counts is time,
   memory, ranges and repetitions.
-- **Triggers**: a template that looks for plain words in what a message says. Markup such as `</think>` or `/no_think`
-  is not one.
+- **Triggers**: what messages say is followed through the syntax tree (variables, loops, macros, blocks, filters), and
+  wherever it meets a text of the template, in a comparison, a search, a replacement or a table, the template looks for
+  that text. Markup of conversations such as `</think>` or `/no_think`, and markup that the template itself writes, is
+  no trigger. Conditions on how long a message is are not looked at.
 - **Text**: control characters, the bidirectional controls of UAX 9, characters of zero width and tags; joiners where
   scripts and emoji need them are not reported. SentencePiece's vocabulary is not looked at, because it holds such
   characters rightly.

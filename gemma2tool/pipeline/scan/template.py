@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 from gemma2tool.pipeline.scan.catalog import Place
 from gemma2tool.pipeline.scan.conversations import conversations
 from gemma2tool.pipeline.scan.finding import ScanFinding
-from gemma2tool.pipeline.scan.jinja_constants import walk
+from gemma2tool.pipeline.scan.jinja_constants import Unknown, walk
 from gemma2tool.pipeline.scan.jinja_tree import TreeFinding, tree_findings
 from gemma2tool.pipeline.scan.text import scan_text
+from gemma2tool.pipeline.scan.triggers import triggers
 from gemma2tool.pipeline.template import MAX_TEMPLATE_CHARS, MAX_TEXT_CHARS, MEMORY, PYTHON_ERRORS, SECONDS, environment
 from gemma2tool.storage import limited_process
 from gemma2tool.storage.quoting import quoted
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 _MARKUP = re.compile(
     r"<script\b|javascript:|<(?:img|iframe|object|embed)\b[^>]*\bsrc\s*=|!\[[^\]]*\]\(\s*https?:", re.I
 )
-_PLAIN_WORDS = re.compile(r"[^\W\d_]{2,}(?:[\s'-]+[^\W\d_]+)*[.!?]?")
 _MAX_ATTEMPTS = 8
 
 
@@ -45,7 +45,7 @@ def scan_template(template: str, place: Place, *, located: bool = False) -> Iter
     except (TemplateError, *PYTHON_ERRORS) as error:
         yield place.finding(*_invalid(error))
         return
-    findings = [*tree_findings(tree), *_constants(tree), *_markup(tree)]
+    findings = [*tree_findings(tree), *_triggers(tree), *_markup(tree)]
     for finding in _merged(findings):
         message = finding.message if located else f"{finding.message}, in line {finding.line} of the template"
         yield place.finding(finding.id, message, line=finding.line if located else None)
@@ -76,37 +76,12 @@ def _merged(findings: list[TreeFinding]) -> Iterator[TreeFinding]:
         yield TreeFinding(id, f"{message}{more}", lines[message])
 
 
-def _constants(tree: nodes.Template) -> Iterator[TreeFinding]:
-    """Plain words that are looked for in what a message says: no template needs to know what people talk about."""
-    from jinja2 import nodes
-
-    for node in walk(tree):
-        if not isinstance(node, nodes.Compare):
-            continue
-        for operand in node.ops:
-            sides = {"in": (node.expr, operand.expr), "eq": (operand.expr, node.expr)}.get(operand.op)
-            for text, said in (sides, sides[::-1] if operand.op == "eq" else sides) if sides else ():
-                if (
-                    isinstance(text, nodes.Const)
-                    and isinstance(text.value, str)
-                    and _PLAIN_WORDS.fullmatch(text.value.strip())
-                    and _is_content(said)
-                ):
-                    message = f"it looks for {quoted(text.value)} in what a message says"
-                    yield TreeFinding("template.trigger", message, node.lineno)
-
-
-def _is_content(node: nodes.Node) -> bool:
-    """Whether an expression is what a message says: ``message.content``, ``messages[0]['content'] | lower``."""
-    from jinja2 import nodes
-
-    while isinstance(node, (nodes.Filter, nodes.Call)) and node.node is not None:
-        node = node.node.node if isinstance(node, nodes.Call) and isinstance(node.node, nodes.Getattr) else node.node
-    if isinstance(node, nodes.Getattr):
-        return node.attr == "content"
-    if isinstance(node, nodes.Getitem):
-        return isinstance(node.arg, nodes.Const) and node.arg.value == "content"
-    return False
+def _triggers(tree: nodes.Template) -> Iterator[TreeFinding]:
+    try:
+        for text, line in triggers(tree):
+            yield TreeFinding("template.trigger", f"it looks for {quoted(text)} in what a message says", line)
+    except Unknown:
+        yield TreeFinding("template.endless", "what it asks of messages takes too long to follow", 1)
 
 
 def _markup(tree: nodes.Template) -> Iterator[TreeFinding]:

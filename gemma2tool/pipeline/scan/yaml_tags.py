@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from urllib.parse import unquote
 
 from gemma2tool.pipeline.scan.catalog import Place
 from gemma2tool.pipeline.scan.finding import ScanFinding
@@ -17,6 +16,7 @@ from gemma2tool.storage.quoting import quoted
 
 _PYTHON = "tag:yaml.org,2002:python/"
 _DIRECTIVE = re.compile(r"^%TAG[ \t]+(![\w-]*!?)[ \t]+(\S+)", re.M)
+_ENCODED = re.compile(r"%([0-9a-fA-F]{2})")
 _TAG = re.compile(r"!<([^>\s]*)>|(![\w-]*!|!)([^\s,\[\]{}!]*)")
 
 
@@ -28,7 +28,11 @@ def scan_yaml(text: str, place: Place) -> Iterator[ScanFinding]:
     for match in _TAG.finditer(text):
         verbatim, handle, suffix = match.groups()
         prefixes = [""] if verbatim is not None else handles.get(handle, [])
-        if any(unquote(prefix + (verbatim or suffix or "")).startswith(_PYTHON) for prefix in prefixes):
+        if any(_decoded(prefix + (verbatim or suffix or "")).startswith(_PYTHON) for prefix in prefixes):
             line = text.count("\n", 0, match.start()) + 1
             yield place.finding("yaml.python", f"it has the tag {quoted(match[0])}", line=line)
             return
+
+
+def _decoded(tag: str) -> str:
+    return _ENCODED.sub(lambda match: chr(int(match[1], 16)), tag)

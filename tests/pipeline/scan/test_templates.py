@@ -6,10 +6,13 @@ import json
 
 import pytest
 
+from gemma2tool.pipeline.scan import jinja_flow
 from gemma2tool.pipeline.scan.catalog import Place
 from gemma2tool.pipeline.scan.finding import ScanFinding
 from gemma2tool.pipeline.scan.template import hostile, scan_template
-from tests.pipeline.scan.templates import HONEST, HOSTILE, ODD
+from gemma2tool.pipeline.scan.triggers import triggers
+from gemma2tool.pipeline.template import environment
+from tests.pipeline.scan.templates import HONEST, HOSTILE, ODD, TRIGGERS
 from tests.support.paths import TINY
 
 
@@ -41,6 +44,21 @@ def test_an_odd_template_is_named(id: str) -> None:
     found = findings(ODD[id])
     assert [finding.id for finding in found] == [id]
     assert found[0].severity == "odd"
+
+
+@pytest.mark.parametrize("name", TRIGGERS)
+def test_a_text_that_a_template_looks_for_is_named_in_any_form(name: str) -> None:
+    assert list(triggers(environment().parse(TRIGGERS[name])))
+    assert not list(triggers(environment().parse(TRIGGERS[name].replace("messages", "tools"))))
+
+
+def test_an_entangled_template_is_not_followed_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jinja_flow, "MAX_STEPS", 1000)
+    names = [f"a{number}" for number in range(40)]
+    sums = "".join(f"{{% set {name} = [{', '.join(names)}] %}}" for name in names)
+    asked = "".join(f"{{% if messages[0].content in {name} %}}1{{% endif %}}" for name in names)
+    (finding,) = findings(sums + asked)
+    assert finding.id == "template.endless" and "too long to follow" in finding.message
 
 
 def test_the_line_is_named() -> None:
