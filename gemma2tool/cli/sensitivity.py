@@ -34,7 +34,8 @@ def sensitivity(
         typer.Option("--text", metavar="FILE", help="Text that KL is summed over. Default: other parts of the same."),
     ] = None,
     candidates: Annotated[
-        str | None, typer.Option("--candidates", metavar="TYPES", help="GGUF tensor types, with commas.")
+        str | None,
+        typer.Option("--candidates", metavar="TYPES", help="Tensor types of GGUF, or of folders, with commas."),
     ] = None,
     rounding: Annotated[
         str,

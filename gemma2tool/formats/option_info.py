@@ -43,16 +43,19 @@ def parse_size(text: str) -> int:
     return size
 
 
-def parse_tensor_type(text: str) -> tuple[str, str]:
+def parse_tensor_type(text: str, flag: str = "--tensor-type") -> tuple[str, str]:
     """A pattern and a type from "REGEX=TYPE", split at the last equals sign."""
     pattern, equals, type_name = text.rpartition("=")
     if not equals or not pattern or not type_name:
         raise UsageError(
-            "option.pair",
-            f"--tensor-type {text!r} is not of the form REGEX=TYPE",
-            hint="write --tensor-type REGEX=TYPE",
+            "option.pair", f"{flag} {text!r} is not of the form REGEX=TYPE", hint=f"write {flag} REGEX=TYPE"
         )
     return pattern, type_name
+
+
+def parse_module_type(text: str) -> tuple[str, str]:
+    """``parse_tensor_type`` for --module-type."""
+    return parse_tensor_type(text, "--module-type")
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from gemma2tool.formats.option_info import (
     normalize,
     option,
     option_fields,
+    parse_module_type,
     parse_size,
     parse_tensor_type,
     refuse_ignored,
@@ -131,7 +132,8 @@ class PackingOptions:
 
     ``group_size``: columns that share a scale, -1 for a whole row, None for the type's own. ``symmetric``: zero points
     in the middle (the default) or chosen by group. ``skip``, ``only``: regular expressions searched in tensor names;
-    what ``skip`` matches, and what ``only`` does not, is left as it is.
+    what ``skip`` matches, and what ``only`` does not, is left as it is. ``module_types``: pairs of a regular expression
+    and a type, for MLX; the first that matches a tensor's name counts.
     """
 
     HEADING: ClassVar[str] = "Quantized folders"
@@ -176,6 +178,15 @@ class PackingOptions:
         "leave the tensors whose names match as they are. Repeatable.",
         metavar="REGEX",
         formats=QUANTIZED_FOLDERS,
+    )
+    module_types: tuple[tuple[str, str], ...] = option(
+        (),
+        "--module-type",
+        "type of the matrices that match; the first match wins. Repeatable.",
+        metavar="REGEX=TYPE",
+        formats=QUANTIZED_FOLDERS,
+        types=tuple(f"mlx-{bits}" for bits in (2, 3, 4, 5, 6, 8)),
+        parse=parse_module_type,
     )
     only: tuple[str, ...] = option(
         (), "--only", "quantize only the tensors that match. Repeatable.", metavar="REGEX", formats=QUANTIZED_FOLDERS

@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import ClassVar
 
 from gemma2tool.errors import UsageError
-from gemma2tool.formats.option_info import normalize, option, parse_size
+from gemma2tool.formats.option_info import FOLDERS_QUANTIZED, normalize, option, parse_size
 from gemma2tool.formats.options import WriteOptions
 
 PLACEHOLDER = "q8_0"
-"""The type of an output until its budget has chosen: any GGUF type that takes every option."""
+"""The type of a GGUF until its budget has chosen: any that takes every option."""
+_FOLDER_PLACEHOLDERS = {"mlx": "mlx-4", "hf": "nf4"}
+_FORMATS = ("gguf", "hf", "mlx")
 
 TARGETS = ("--target-size", "--target-bpw", "--target-kl")
 
@@ -23,11 +25,12 @@ def parse_candidates(text: str) -> tuple[str, ...]:
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """A type for each matrix, chosen for a target: the best GGUF of a size, or the smallest of a KL divergence.
+    """A type for each matrix, chosen for a target: the best file of a size, or the smallest of a KL divergence.
 
-    ``target_size``: bytes of the whole file. ``target_bpw``: bits per weight as llama.cpp counts them, of all tensors.
-    ``target_kl``: mean KL(source || file) in nats, as predicted. ``candidates``: types; empty: all of the sensitivity
-    table. ``sensitivity``: a table; None: collected from the calibration text.
+    ``target_size``: bytes of the whole file, or of all files of a folder. ``target_bpw``: bits per weight as llama.cpp
+    counts them, of all tensors. ``target_kl``: mean KL(source || file) in nats, as predicted. ``candidates``: types;
+    empty: all of the sensitivity table that the format has. ``sensitivity``: a table; None: collected from the
+    calibration text.
     """
 
     HEADING: ClassVar[str] = "Budget"
@@ -35,27 +38,23 @@ class Budget:
     target_size: int | None = option(
         None,
         "--target-size",
-        "the best file of at most this size.",
+        "The best output of at most this size.",
         metavar="SIZE",
-        formats=("gguf",),
         parse=parse_size,
     )
     target_bpw: float | None = option(
-        None, "--target-bpw", "the best file of at most so many bits per weight.", formats=("gguf",), minimum=0.1
+        None, "--target-bpw", "The best output of at most so many bits per weight.", minimum=0.1
     )
-    target_kl: float | None = option(
-        None, "--target-kl", "the smallest file with this KL divergence.", formats=("gguf",), minimum=0.0
-    )
+    target_kl: float | None = option(None, "--target-kl", "The smallest output with this KL divergence.", minimum=0.0)
     candidates: tuple[str, ...] | None = option(
         None,
         "--candidates",
-        "types to choose from, with commas. Default: those of the sensitivity table.",
+        "Types to choose from, with commas. Default: those of the sensitivity table.",
         metavar="TYPES",
-        formats=("gguf",),
         parse=parse_candidates,
     )
     sensitivity: Path | None = option(
-        None, "--sensitivity", "table that 'gemma2tool sensitivity' wrote.", metavar="FILE", formats=("gguf",)
+        None, "--sensitivity", "Table that 'gemma2tool sensitivity' wrote.", metavar="FILE"
     )
 
     def __post_init__(self) -> None:
@@ -71,6 +70,11 @@ class Budget:
     def is_asked(self) -> bool:
         return bool(self.targets)
 
+    def placeholder(self, to: str | None) -> str:
+        """The type of an output until the budget has chosen; ``to``: the format that was asked for."""
+        of_folders = [name for name in self.candidates or () if name in FOLDERS_QUANTIZED]
+        return of_folders[0] if of_folders else _FOLDER_PLACEHOLDERS.get(to or "", PLACEHOLDER)
+
     def check(self, options: WriteOptions, format_name: str) -> None:
         """Raises ``UsageError`` for targets that contradict each other or the options of the output."""
         if not self.is_asked:
@@ -81,11 +85,13 @@ class Budget:
             return
         if len(self.targets) > 1:
             raise UsageError("budget.target", f"{' and '.join(self.targets)} are both targets")
-        if format_name != "gguf":
+        if format_name not in _FORMATS:
             raise UsageError(
-                "option.ignored", f"{self.targets[0]} has no effect for {format_name}", hint="it is for GGUF"
+                "option.ignored",
+                f"{self.targets[0]} has no effect for {format_name}",
+                hint="it is for GGUF and for quantized folders",
             )
-        gguf, chosen = options.gguf, self.targets[0]
+        gguf, packing, chosen = options.gguf, options.packing, self.targets[0]
         taken = {
             "--pure": gguf.pure,
             "--tensor-type": gguf.tensor_types,
@@ -93,9 +99,17 @@ class Budget:
             "--output-tensor-type": gguf.output_tensor_type,
             "--split-max-size": options.split.split_max_size,
             "--split-max-tensors": options.split.split_max_tensors,
+            "--skip": packing.skip,
+            "--only": packing.only,
+            "--module-type": packing.module_types,
+            "--group-size": packing.group_size,
+            "--double-quant": packing.double_quant,
         }
         for name, value in taken.items():
             if value:
                 raise UsageError("budget.options", f"{name} and {chosen} both decide", hint=f"leave out {name}")
         if self.sensitivity is None and not options.calibration.is_asked:
             raise UsageError("budget.no-table", f"{chosen} needs --sensitivity FILE or --calibration TEXT")
+        if self.sensitivity is None and format_name == "hf" and not self.candidates:
+            hint = "write --candidates nf4: matrices are quantized to it or left as they are"
+            raise UsageError("budget.candidates", f"{chosen} needs the type of the folder", hint=hint)

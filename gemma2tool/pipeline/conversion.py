@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 from gemma2tool.errors import UsageError
 from gemma2tool.formats import registry
 from gemma2tool.formats.options import Adapter, WriteOptions
-from gemma2tool.formats.options_budget import PLACEHOLDER
 from gemma2tool.formats.other_files import MODEL_SUFFIXES
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.lazy import SharedRows
@@ -92,8 +91,9 @@ def open_conversion(request: ConversionRequest, progress: Progress | None = None
 
             options = replace(outputs[0].options, adapters=request.options.adapters)
             threads = request.run.threads
-            table = budget_table(source, request.budget, options, threads=threads, progress=progress)
-            budget = plan_budget(source, table, request.budget, options)
+            name = outputs[0].format
+            table = budget_table(source, request.budget, options, format_name=name, threads=threads, progress=progress)
+            budget = plan_budget(source, table, request.budget, options, name)
             outputs = [outputs[0].with_options(budget.options)]
             plans = [replace(plan, budget=budget.choice) for plan in _plans(read, outputs, request)]
         for remark in plan_remarks(plans):
@@ -178,7 +178,7 @@ def with_adapters(
 
 
 def _with_placeholder(request: ConversionRequest) -> ConversionRequest:
-    """A request with a budget has no types of its own: it is checked as one for any GGUF type."""
+    """A request with a budget has no types of its own: it is checked as one for any type of its format."""
     if not request.budget.is_asked:
         return request
     target = request.budget.targets[0]
@@ -186,7 +186,7 @@ def _with_placeholder(request: ConversionRequest) -> ConversionRequest:
         raise UsageError("budget.options", f"--type and {target} both decide", hint="leave out --type")
     if len(request.parts) > 1:
         raise UsageError("budget.options", f"{target} is of one output, and {len(request.parts)} are asked for")
-    return _with_parts(request, [replace(part, types=(PLACEHOLDER,)) for part in request.parts])
+    return _with_parts(request, [replace(part, types=(request.budget.placeholder(part.to),)) for part in request.parts])
 
 
 def _check_bom(request: ConversionRequest) -> None:

@@ -15,6 +15,7 @@ ENTRIES = (
     usage("budget.not-in-table", "the sensitivity table lacks a candidate", "collect it again with these --candidates"),
     usage("budget.options", "an option and a target decide the same", "leave out one of the two"),
     usage("budget.target", "several targets are given", "give one of --target-size, --target-bpw and --target-kl"),
+    usage("budget.unquantized", "the target is met without quantizing anything", "convert the model, or allow less"),
     usage("quality.label", "two texts have one label", "write --text LABEL=FILE"),
     usage("quality.nothing", "nothing is given to measure, or no text to do so", "give --types or --file, and --text"),
     refused("quality.other-model", "a file to measure is not of the source's shape", "give a file of the same model"),

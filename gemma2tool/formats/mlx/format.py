@@ -88,9 +88,12 @@ def _quantization(
     settings = packings.settings_for(of_model, FACTS.name, TYPES)
     if settings is None:
         return packings.Choice(), {}
-    own_types = {} if recipe is None else tensor_types(recipe, checkpoint.specs)
+    if recipe is None:
+        own_types = packings.own_types(checkpoint.specs, settings, MLXPacking.types)
+    else:
+        own_types = tensor_types(recipe, checkpoint.specs)
     chosen = packings.choose_encoders(checkpoint.specs, sources, settings, own_types)
-    entries = {} if recipe is None else module_entries(chosen.encoders)
+    entries = module_entries(chosen.encoders) if own_types else {}
     return chosen, packings.quantization_config(settings) | entries
 
 

@@ -26,6 +26,7 @@ from gemma2tool.formats.packings.selection import (
     fusion_remarks,
     is_named,
     linear_layers,
+    own_types,
     quantized_modules,
 )
 from gemma2tool.formats.packings.settings import Settings
@@ -46,6 +47,7 @@ __all__ = [
     "methods",
     "misread",
     "more_files",
+    "own_types",
     "part_name",
     "quantization_config",
     "quantized_modules",

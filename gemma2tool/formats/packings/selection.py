@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
-from gemma2tool.errors import UsageError
+from gemma2tool.errors import UsageError, choices
 from gemma2tool.formats.options import WHOLE_ROW
 from gemma2tool.formats.packings.parts import is_linear_weight
 from gemma2tool.formats.packings.settings import Settings
@@ -50,6 +50,42 @@ def quantized_modules(specs: Mapping[str, TensorSpec], quantized: Collection[str
     unquantized one.
     """
     return {name.removesuffix(".weight"): name in quantized for name in linear_layers(specs) if name != HEAD}
+
+
+def fused_weights(names: Sequence[str]) -> list[tuple[str, ...]]:
+    """Weights, by canonical name, in tuples of those that serving engines run as one matrix."""
+    units: dict[tuple[str, object], list[str]] = {}
+    for name in names:
+        module = name.removesuffix(".weight")
+        fused = next((modules for modules in _FUSED for end in modules if module.endswith("." + end)), None)
+        layer = module.rsplit(".", 2)[0]
+        units.setdefault((layer, fused) if fused else (name, None), []).append(name)
+    return [tuple(unit) for unit in units.values()]
+
+
+def own_types(specs: Mapping[str, TensorSpec], settings: Settings, types: Collection[str]) -> dict[str, str]:
+    """The types that ``module_types`` gives to weights, by name; the first pattern that matches counts.
+
+    ``types``: those that go beside ``settings.type``. Raises ``UsageError`` for any other, and for a pattern that is
+    not a regular expression or that matches no weight.
+    """
+    pairs = settings.options.module_types
+    patterns = _compiled([pattern for pattern, _ in pairs])
+    weights = [name for name, spec in specs.items() if spec.quantizable]
+    for pattern, (text, type_name) in zip(patterns, pairs, strict=True):
+        if type_name not in types:
+            hint = choices.hint(type_name, list(types))
+            raise UsageError(
+                "format.type", f"--module-type {text}={type_name}: not a type of {settings.type}'s", hint=hint
+            )
+        if not any(_matches([pattern], name) for name in weights):
+            raise UsageError("quantize.pattern", f"the pattern {text!r} of --module-type matches no weight")
+    named = {}
+    for name in weights:
+        first = next((i for i, pattern in enumerate(patterns) if _matches([pattern], name)), None)
+        if first is not None:
+            named[name] = pairs[first][1]
+    return named
 
 
 def linear_layers(specs: Mapping[str, TensorSpec]) -> list[str]:

@@ -120,13 +120,22 @@ def file_type_of(types: Mapping[str, str], sizes: Mapping[str, int]) -> str:
     """The mixture whose default type most values have, for ``general.file_type``. ``types`` and ``sizes``: by name of
     matrix.
     """
-    values: dict[str, int] = {}
-    for name, type in types.items():
-        values[type] = values.get(type, 0) + sizes[name]
-    for type in sorted(values, key=lambda type: (-values[type], type)):
+    for type in _by_values(types, sizes):
         by_default = [row.name for row in FILE_TYPES.values() if row.default == type.upper()]
         if ALIASES.get(type, type) in by_default:
             return ALIASES.get(type, type)
         if by_default:
             return by_default[0]
     return "q8_0"
+
+
+def most_used(types: Mapping[str, str], sizes: Mapping[str, int]) -> str:
+    """The type that most values have; arguments as of ``file_type_of``."""
+    return _by_values(types, sizes)[0]
+
+
+def _by_values(types: Mapping[str, str], sizes: Mapping[str, int]) -> list[str]:
+    values: dict[str, int] = {}
+    for name, type in types.items():
+        values[type] = values.get(type, 0) + sizes[name]
+    return sorted(values, key=lambda type: (-values[type], type))

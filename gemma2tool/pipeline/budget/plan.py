@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -11,26 +10,26 @@ from functools import cached_property
 import numpy as np
 
 from gemma2tool.errors import UsageError
-from gemma2tool.formats import registry
-from gemma2tool.formats.gguf.table import TABLE
-from gemma2tool.formats.mapping.transforms import entries
 from gemma2tool.formats.options import WriteOptions
-from gemma2tool.formats.options_budget import PLACEHOLDER, Budget
+from gemma2tool.formats.options_budget import Budget
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.names import EMBEDDING
 from gemma2tool.model.progress import Progress
 from gemma2tool.model.tied_head import with_tied_head
-from gemma2tool.pipeline.budget.choice import BudgetChoice, BudgetOutcome, file_type_of
-from gemma2tool.pipeline.budget.solve import Group, solve
+from gemma2tool.pipeline.budget.choice import BudgetChoice, BudgetOutcome
+from gemma2tool.pipeline.budget.solve import Group, Solution, solve
+from gemma2tool.pipeline.budget.targets import Target, target_for
 from gemma2tool.pipeline.sensitivity.candidates import check_types, fitting, fitting_head, usable
 from gemma2tool.pipeline.sensitivity.predict import Predictor
 from gemma2tool.pipeline.sensitivity.table import SensitivityTable
-from gemma2tool.quantizers.gguf_types import row_bytes
 
 logger = logging.getLogger("gemma2tool")
 
-ALIGNMENT = 32
-"""GGUF's, of every tensor."""
+MLX_TYPES = ("mlx-3", "mlx-4", "mlx-5", "mlx-6", "mlx-8")
+"""The candidates of an MLX folder by default."""
+
+TRIES = 8
+"""How often a choice is made again for a size, where headers are larger than was reckoned."""
 
 
 @dataclass(frozen=True)
@@ -53,28 +52,35 @@ class PlannedBudget:
         return BudgetOutcome(self.choice, mean, bootstrap_interval(kl, length))
 
 
-def plan_budget(source: Checkpoint, table: SensitivityTable, budget: Budget, options: WriteOptions) -> PlannedBudget:
-    """Solve ``budget`` for the matrices of ``source``.
+def plan_budget(
+    source: Checkpoint, table: SensitivityTable, budget: Budget, options: WriteOptions, format_name: str = "gguf"
+) -> PlannedBudget:
+    """Solve ``budget`` for the matrices of ``source`` in a format.
 
-    Raises ``UsageError`` for candidates that the table does not have, and for a target that no choice meets.
+    Raises ``UsageError`` for candidates that the table or the format does not have, and for a target that no choice
+    meets.
     """
-    problem = _Problem(with_tied_head(source), table, budget, options)
-    choice = problem.choose()
-    names = {entry.canonical[0]: entry.disk for entry in entries(TABLE, source.config)}
-    patterns = tuple((f"^{re.escape(names[name])}$", type) for name, type in choice.types.items() if name != EMBEDDING)
-    gguf = replace(options.gguf, tensor_types=patterns, token_embedding_type=choice.types[EMBEDDING])
+    target = target_for(format_name, with_tied_head(source), options)
+    choice = _Problem(with_tied_head(source), table, budget, options, target).choose()
+    options = target.options(choice.types)
     calibration = options.calibration
     if calibration.hessian == "model":
         logger.warning("the table predicts codes chosen with --hessian layer: model gives about a quarter less KL")
-    elif calibration.is_asked:
-        calibration = replace(calibration, hessian="layer")
-    return PlannedBudget(choice, replace(options, type=choice.file_type, gguf=gguf, calibration=calibration), table)
+    elif calibration.is_asked and format_name == "gguf":
+        options = replace(options, calibration=replace(calibration, hessian="layer"))
+    return PlannedBudget(choice, options, table)
 
 
 def budget_table(
-    source: Checkpoint, budget: Budget, options: WriteOptions, *, threads: int, progress: Progress | None = None
+    source: Checkpoint,
+    budget: Budget,
+    options: WriteOptions,
+    *,
+    format_name: str = "gguf",
+    threads: int,
+    progress: Progress | None = None,
 ) -> SensitivityTable:
-    """The table that a budget names, or one collected from the calibration text.
+    """The table that a budget names, or one collected from the calibration text for a format.
 
     Raises ``InputRefused`` for a table of another model.
     """
@@ -85,7 +91,7 @@ def budget_table(
         calibration = options.calibration
         assert calibration.text is not None
         how = SensitivityOptions(
-            types=budget.candidates or (),
+            types=budget.candidates or (MLX_TYPES if format_name == "mlx" else ()),
             samples=calibration.samples,
             length=calibration.length,
             hessian_block=calibration.hessian_block,
@@ -115,62 +121,82 @@ class _Problem:
     table: SensitivityTable
     budget: Budget
     options: WriteOptions
+    target: Target
 
     @cached_property
     def predictor(self) -> Predictor:
         return Predictor(self.table)
 
     @cached_property
-    def allowed(self) -> Mapping[str, tuple[str, ...]]:
-        """The candidates of each matrix, smallest first."""
+    def candidates(self) -> tuple[str, ...]:
+        """The types to choose from, smallest first."""
         rounding = self.options.rounding
-        wanted = check_types(self.budget.candidates or usable(self.table.types, rounding), rounding)
+        known = [type for type in usable(self.table.types, rounding) if self.target.takes(type)]
+        types = check_types(self.budget.candidates or known, rounding)
+        foreign = [type for type in types if not self.target.takes(type)]
+        if foreign or not types:
+            what = f"{foreign[0]} is not a type of this format" if foreign else "the table has no type of this format"
+            raise UsageError("budget.candidates", what, hint="collect a table with --candidates of the format's types")
+        self.target.check(types)
+        return types
+
+    @cached_property
+    def allowed(self) -> Mapping[str, tuple[str, ...]]:
+        """The types of each matrix, smallest first, and its float type if it may keep it."""
         result = {}
         for name in self._matrices():
             known = self.table.entries.get(name, {})
             columns, is_head = self.source.tensors[name].row_size, name == EMBEDDING
-            fits = fitting_head(wanted, columns, self.table.rounding) if is_head else fitting(wanted, columns)
+            fits = (
+                fitting_head(self.candidates, columns, self.table.rounding)
+                if is_head
+                else fitting(self.candidates, columns)
+            )
             missing = [type for type in fits if type not in known]
             if not fits:
-                continue  # its rows divide into no block: it keeps a float type
+                continue  # its rows divide into no block, or the format does not quantize it: it keeps a float type
             if missing:
                 raise UsageError(
                     "budget.not-in-table",
                     f"the sensitivity table does not have {name} in {missing[0]}",
-                    hint=f"collect it with --candidates {','.join(wanted)}"
+                    hint=f"collect it with --candidates {','.join(self.candidates)}"
                     + (f", or choose from {', '.join(known)}" if known else ""),
                 )
-            result[name] = fits
+            plain = self.target.unquantized(name)
+            result[name] = fits if plain is None else (*fits, plain)
         return result
 
     def _matrices(self) -> list[str]:
         specs = self.source.specs.values()
         return [spec.name for spec in specs if spec.quantizable and spec.name in self.source.tensors]
 
-    def _nbytes(self, name: str, type: str) -> int:
-        tensor = self.source.tensors[name]
-        return tensor.rows * row_bytes(type.upper(), tensor.row_size)
+    def _cost(self, name: str, type: str) -> float:
+        return 0.0 if type == self.target.unquantized(name) else self.predictor.costs[name][type]
+
+    @cached_property
+    def units(self) -> list[tuple[str, ...]]:
+        """The matrices that must have one type; their options are those of the first."""
+        return self.target.units(list(self.allowed))
 
     @cached_property
     def _rest(self) -> tuple[int, int]:
-        """Bytes of the file, and of its tensors' data, besides the matrices."""
-        gguf = replace(self.options.gguf, pure=True, token_embedding_type=PLACEHOLDER)
-        output = registry.by_name("gguf").layout(self.source, replace(self.options, type=PLACEHOLDER, gguf=gguf))
-        file, data = output.nbytes, sum(place.nbytes for item in output.tensors for place in item.parts.values())
-        placed = {item.canonical[0]: sum(p.nbytes for p in item.parts.values()) for item in output.tensors}
-        own = [placed[name] for name in self.allowed]
-        return file - sum(map(_padded, own)), data - sum(own)
+        """Bytes of the output, and of its tensors' data, besides the matrices."""
+        return self.target.rest(list(self.allowed), self.candidates)
+
+    def _summed(self, values: Mapping[tuple[str, str], float]) -> list[list[float]]:
+        """By unit and option."""
+        return [[sum(values[name, type] for name in unit) for type in self.allowed[unit[0]]] for unit in self.units]
 
     def choose(self) -> BudgetChoice:
-        names, budget = list(self.allowed), self.budget
-        costs = [[self.predictor.costs[name][type] for type in self.allowed[name]] for name in names]
-        nbytes = [[self._nbytes(name, type) for type in self.allowed[name]] for name in names]
-        padded = [[_padded(size) for size in sizes] for sizes in nbytes]
-        parameters = self.source.parameters
-        limit: int | None = None
+        pairs = [(name, type) for name, types in self.allowed.items() for type in types]
+        costs = self._summed({pair: self._cost(*pair) for pair in pairs})
+        sizes = {pair: self.target.nbytes(*pair) for pair in pairs}
+        nbytes = self._summed(sizes)
+        placed = self._summed({pair: self.target.placed(size) for pair, size in sizes.items()})
+        budget, parameters, limit = self.budget, self.source.parameters, self.budget.target_size
         if budget.target_kl is not None:
             self._check_kl(sum(map(min, costs)), budget.target_kl)
-            solution = solve(_groups(padded, costs), self.predictor.sum_for(budget.target_kl))
+            solution = solve(_groups(placed, costs), self.predictor.sum_for(budget.target_kl))
             target = f"KL {budget.target_kl:g}"
         elif budget.target_bpw is not None:
             allowed = int(budget.target_bpw * parameters / 8) - self._rest[1]
@@ -178,26 +204,41 @@ class _Problem:
             self._check_size(sum(map(min, nbytes)) <= allowed, f"{least:.3f} bits per weight")
             solution, target = solve(_groups(costs, nbytes), allowed), f"{budget.target_bpw:g} bits per weight"
         else:
-            limit = budget.target_size
             assert limit is not None
-            least_size = sum(map(min, padded)) + self._rest[0]
-            self._check_size(least_size <= limit, f"{least_size:,} bytes")
-            solution, target = solve(_groups(costs, padded), limit - self._rest[0]), f"{limit:,} bytes"
-        chosen = {name: self.allowed[name][at] for name, at in zip(names, solution.choices, strict=True)}
-        data = sum(self._nbytes(name, type) for name, type in chosen.items()) + self._rest[1]
-        sizes = {name: self.source.tensors[name].size for name in names}
+            solution, target = self._of_size(costs, placed, limit), f"{limit:,} bytes"
+        chosen = self._types(solution)
+        data = sum(sizes[name, type] for name, type in chosen.items()) + self._rest[1]
         return BudgetChoice(
             target,
             chosen,
-            file_type_of(chosen, sizes),
-            sum(_padded(self._nbytes(name, type)) for name, type in chosen.items()) + self._rest[0],
+            self.target.options(chosen).type or "",
+            self.target.file_bytes(chosen),
             limit,
             8 * data / parameters,
-            self.predictor.total(sum(self.predictor.costs[name][type] for name, type in chosen.items())),
+            self.predictor.total(sum(self._cost(name, type) for name, type in chosen.items())),
             solution.gap,
             solution.proven,
             self.table.rounding,
         )
+
+    def _of_size(self, costs: Sequence[Sequence[float]], placed: Sequence[Sequence[float]], limit: int) -> Solution:
+        """The best choice whose output takes at most ``limit`` bytes."""
+        left = limit - self._rest[0]
+        for _ in range(TRIES):
+            least = sum(map(min, placed))
+            self._check_size(least <= left, f"{int(least) + limit - left:,} bytes")
+            solution = solve(_groups(costs, placed), left)
+            over = self.target.file_bytes(self._types(solution)) - limit
+            if over <= 0:
+                break
+            left -= over
+        return solution
+
+    def _types(self, solution: Solution) -> dict[str, str]:
+        chosen = {
+            name: self.allowed[name][at] for unit, at in zip(self.units, solution.choices, strict=True) for name in unit
+        }
+        return {name: chosen[name] for name in self.allowed}
 
     def _check_size(self, is_possible: bool, least: str) -> None:
         if not is_possible:
@@ -219,7 +260,3 @@ class _Problem:
 
 def _groups(objective: Sequence[Sequence[float]], weight: Sequence[Sequence[float]]) -> list[Group]:
     return [Group.of(a, b) for a, b in zip(objective, weight, strict=True)]
-
-
-def _padded(nbytes: int) -> int:
-    return -(-nbytes // ALIGNMENT) * ALIGNMENT

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -163,12 +163,18 @@ class Collection:
         return entries
 
     def head(self, streams: Streams, advance: Advance) -> dict[str, Entry]:
-        """The entries of the embedding, with its part as the head if they are tied."""
+        """The entries of the embedding, with its part as the head if they are tied; none if no candidate quantizes
+        it.
+        """
+        tensor, rounding = self.checkpoint.tensors[EMBEDDING], self.options.rounding
+        types = fitting_head(self.types, tensor.row_size, rounding)
+        if not types:
+            return {}
         inputs, block = Inputs(), self.options.hessian_block
-        if self.options.rounding == "calibration" and self.checkpoint.config.tie_word_embeddings:
+        if rounding == "calibration" and self.checkpoint.config.tie_word_embeddings:
             hessian = head_hessian(self.checkpoint, streams.calibration, block, self.run)
-            inputs = Inputs.of(hessian, self.options.rounding, self.options.damping)
-        types = fitting_head(self.types, self.checkpoint.tensors[EMBEDDING].row_size, self.options.rounding)
+            inputs = Inputs.of(hessian, rounding, self.options.damping)
+        inputs = replace(inputs, dtype=tensor.dtype)
         cost = EmbeddingCost(self.checkpoint, self.windows.evaluation, types, inputs, self.run)
         totals = cost.second_order(self.source_head, self.gradients[0], advance)
         entries = {type: Entry(Sum(float(totals[type].sum()), len(self.final))) for type in types}
@@ -198,7 +204,8 @@ class Collection:
             )
             with torch.no_grad(), one_thread_each():
                 layer.calibrate(hessians, streams.calibration, cos, sin)
-        return hessians.inputs(index, options.rounding, options.damping)
+        known = hessians.inputs(index, options.rounding, options.damping)
+        return {name: replace(inputs, dtype=self.checkpoint.tensors[name].dtype) for name, inputs in known.items()}
 
     def _second_order(self, curvature: Curvature, error: Tensor) -> Sum:
         per_token = curvature.second_order(error)

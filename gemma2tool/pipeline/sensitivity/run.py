@@ -205,5 +205,5 @@ def _collected(
             keep(table, streams.whole)
         embedding = collection.head(streams, bar.advance)
     # The embedding's entries come first, as in the table of tensors.
-    entries = {EMBEDDING: embedding, **table.entries}
+    entries = {**({EMBEDDING: embedding} if embedding else {}), **table.entries}
     return dataclasses.replace(table, entries=entries, whole=collection.whole(streams), complete=True)

@@ -16,7 +16,7 @@ from typing import Any
 from gemma2tool.containers import strict_json
 from gemma2tool.errors import InputRefused, UsageError
 from gemma2tool.model.format_facts import Rounding
-from gemma2tool.pipeline.sensitivity.candidates import QUANTIZED
+from gemma2tool.pipeline.sensitivity.candidates import CANDIDATES
 from gemma2tool.storage.staging.staged_output import Staging
 
 SCHEMA = "gemma2tool.sensitivity/1"
@@ -193,8 +193,8 @@ def _entries(value: Any) -> dict[str, Entry]:
 
 
 def _type(name: str) -> str:
-    if name not in QUANTIZED:
-        raise ValueError(f"{name[:40]!r} is not a quantized GGUF tensor type")
+    if name not in CANDIDATES:
+        raise ValueError(f"{name[:40]!r} is not a quantized tensor type")
     return name
 
 
