@@ -6,11 +6,13 @@
     python benchmarks/quality.py --calibrated           # folders' types, calibrated, beside rounded to nearest
     python benchmarks/quality.py --calibrated-gguf      # GGUF's types, calibrated, beside an importance matrix
     python benchmarks/quality.py --hessians             # GGUF's types, calibrated with both kinds of Hessian
+    python benchmarks/quality.py --model FOLDER --cross q4_k_m   # calibrated on one kind of text, judged on each
 
 Prints a Markdown table. Every type is written by gemma2tool from fixtures/tiny-gemma2/model.ckpt, read back from its
 file and run, dequantized, by the built-in float32 forward pass over the held-out tokens. KL is KL(source || type) in
 nats, mean over positions; perplexity with its standard error. The calibration text is Python's language topics, without
-those of the held-out text. ``--windows`` and ``--samples`` use less of both texts.
+those of the held-out text. ``--windows`` and ``--samples`` use less of both texts, ``--every`` spreads the windows.
+``--model`` measures another model, such as second_model.py's, with the texts beside it.
 """
 
 from __future__ import annotations
@@ -72,6 +74,8 @@ CALIBRATED: tuple[tuple[str, str, PackingOptions, Calibration], ...] = (
 CALIBRATED_GGUF = ("q4_k_m", "q4_k_s", "q5_k_m", "q3_k_m", "q3_k_s", "q2_k", "q4_0", "iq4_xs", "iq4_nl", "iq3_s",
                    "iq3_xxs", "iq2_m", "iq2_xs", "iq2_xxs")  # fmt: skip
 BOOTSTRAP_DRAWS = 4000
+JUDGING_WINDOWS = 12
+"""Of each kind of text, for ``--cross``."""
 
 
 def main() -> int:
@@ -80,15 +84,22 @@ def main() -> int:
     parser.add_argument("--calibrated", nargs="?", const="all", metavar="TYPES", help="all of them, or these")
     parser.add_argument("--calibrated-gguf", nargs="?", const=",".join(CALIBRATED_GGUF), metavar="TYPES")
     parser.add_argument("--hessians", nargs="?", const=",".join(CALIBRATED_GGUF), metavar="TYPES")
-    parser.add_argument("--tokens", type=Path, default=FIXTURE / "heldout.npy")
+    parser.add_argument("--cross", metavar="TYPES", help="GGUF types, on the kinds of text of --model")
+    parser.add_argument("--model", type=Path, default=FIXTURE, help="a folder with model.ckpt and heldout.npy")
+    parser.add_argument("--tokens", type=Path, help="held-out tokens; default: those of the model")
     parser.add_argument("--windows", type=int, help="use only the first windows of the held-out tokens")
+    parser.add_argument("--every", type=int, default=1, help="use every N-th window only")
     parser.add_argument("--samples", type=int, default=64, help="windows of calibration text")
     arguments = parser.parse_args()
-    ids = np.atleast_2d(np.load(arguments.tokens))[: arguments.windows]
+    tokens = np.load(arguments.tokens or arguments.model / "heldout.npy")
+    ids = np.atleast_2d(tokens).astype(np.int64)[:: arguments.every][: arguments.windows]
     print(f"{ids.shape[0] * (ids.shape[1] - 1):,} predicted tokens in {ids.shape[0]} windows of {ids.shape[1]}\n")
-    with registry.open_checkpoint(FIXTURE / "model.ckpt") as source, tempfile.TemporaryDirectory() as folder:
-        run = Run(source, Path(folder), ids, arguments.samples)
-        if arguments.hessians:
+    text = arguments.model / "calibration.txt"
+    with registry.open_checkpoint(arguments.model / "model.ckpt") as source, tempfile.TemporaryDirectory() as folder:
+        run = Run(source, Path(folder), ids, arguments.samples, text if text.exists() else None)
+        if arguments.cross:
+            compare_texts(run, arguments.model, arguments.cross.split(","))
+        elif arguments.hessians:
             compare_hessians(run, arguments.hessians.split(","))
         elif arguments.calibrated_gguf:
             compare_with_matrix(run, arguments.calibrated_gguf.split(","))
@@ -103,22 +114,27 @@ def main() -> int:
 
 @dataclass(frozen=True)
 class Run:
-    """The fixture, a temporary folder, the held-out ids, (windows, T), and the number of windows of calibration
-    text.
+    """A model, a temporary folder, the held-out ids, (windows, T), the number of windows of calibration text, and the
+    text; None: ``topics``.
     """
 
     source: Checkpoint
     folder: Path
     ids: NDArray[np.int64]
     samples: int
+    text: Path | None = None
 
     @functools.cached_property
     def source_logits(self) -> NDArray[np.float32]:
         """(windows * T, V)"""
         return StreamedForward(self.source, self.ids).logits().reshape(self.ids.size, -1)
 
-    @functools.cached_property
+    @property
     def calibration_text(self) -> Path:
+        return self.text or self.topics
+
+    @functools.cached_property
+    def topics(self) -> Path:
         """A file of Python's language topics, without those of the held-out text."""
         from pydoc_data.topics import topics
 
@@ -144,6 +160,18 @@ class Run:
         packing = PackingOptions(double_quant=variant == "double")
         save(self.source, path, WriteOptions(type=name, gguf=gguf, packing=packing))
         return path
+
+    def write_calibrated(self, type: str) -> Path:
+        """Write a GGUF of this type, calibrated."""
+        path = self.folder / "calibrated.gguf"
+        text = Calibration(text=self.calibration_text, length=self.ids.shape[1], samples=self.samples)
+        save(self.source, path, WriteOptions(type=type, calibration=text), force=True, threads=2)
+        return path
+
+    def window_kl(self, path: Path) -> NDArray[np.float64]:
+        """The mean KL of each window of a file, (windows,)."""
+        kl: NDArray[np.float64] = self.text_metrics(path).kl.reshape(self.ids.shape).mean(1)
+        return kl
 
     def text_metrics(self, path: Path) -> LogitMetrics:
         """The metrics of a file's logits against the source's, each model with its own attention windows."""
@@ -215,16 +243,34 @@ def compare_with_matrix(run: Run, types: Sequence[str]) -> None:
     print("| type | bytes | KL importance matrix | calibrated | ratio, 95 % interval |")
     print("|---|---:|---:|---:|---|")
     for type in types:
-        with_matrix, calibrated = run.write(f"{type} im"), run.folder / "calibrated.gguf"
-        calibration = Calibration(text=run.calibration_text, length=run.ids.shape[1], samples=run.samples)
-        save(run.source, calibrated, WriteOptions(type=type, calibration=calibration), force=True, threads=2)
+        with_matrix, calibrated = run.write(f"{type} im"), run.write_calibrated(type)
         sizes = {path.stat().st_size for path in (with_matrix, calibrated)}
-        first, second = (run.text_metrics(path).kl.reshape(run.ids.shape).mean(1) for path in (with_matrix, calibrated))
+        first, second = run.window_kl(with_matrix), run.window_kl(calibrated)
         print(
             f"| {type} | {' and '.join(f'{size:,}' for size in sorted(sizes))} | {first.mean():.5f} |"
             f" {second.mean():.5f} | {ratio(first, second)} |",
             flush=True,
         )
+
+
+def compare_texts(run: Run, model: Path, types: Sequence[str]) -> None:
+    """The table of GGUF types for which each kind of text beside ``model`` chooses the codes, and each one judges: the
+    ratio of the calibrated file's KL to that with an importance matrix from the same text.
+    """
+    kinds = {path.stem.partition("-")[2]: path for path in sorted(model.glob("calibration-*.txt"))}
+    print(f"| type | calibrated on | judged on: {' | '.join(kinds)} |")
+    print(f"|---|---|{'---|' * len(kinds)}")
+    for type in types:
+        for kind, text in kinds.items():
+            ratios = []
+            side = replace(run, text=text, folder=run.folder / kind)
+            side.folder.mkdir(exist_ok=True)
+            files = side.write(f"{type} im"), side.write_calibrated(type)
+            for judge in kinds:
+                ids = np.load(model / f"heldout-{judge}.npy").astype(np.int64)
+                judged = replace(run, ids=ids[:: max(1, len(ids) // JUDGING_WINDOWS)])
+                ratios.append(ratio(*(judged.window_kl(path) for path in files)))
+            print(f"| {type} | {kind} | {' | '.join(ratios)} |", flush=True)
 
 
 def compare_hessians(run: Run, types: Sequence[str]) -> None:
