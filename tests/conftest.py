@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 import shutil
 from collections.abc import Iterator
+from io import StringIO
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -24,6 +26,17 @@ def _no_second_readers(request: pytest.FixtureRequest, monkeypatch: pytest.Monke
     """A verification starts no process for the formats' libraries, unless a test is marked ``readers``."""
     if request.node.get_closest_marker("readers") is None:
         monkeypatch.setattr("gemma2tool.engines.readers.check.has_library", lambda format_name: False)
+
+
+@pytest.fixture
+def logged() -> Iterator[StringIO]:
+    """What is logged during the test. Pytest's own fixture for it is off with its plugin, which takes a millisecond for
+    every test once transformers and JAX are imported, with their thousands of loggers."""
+    text = StringIO()
+    handler = logging.StreamHandler(text)
+    logging.getLogger().addHandler(handler)
+    yield text
+    logging.getLogger().removeHandler(handler)
 
 
 @pytest.fixture(scope="session")

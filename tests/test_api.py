@@ -28,6 +28,7 @@ def test_the_example_of_the_documentation(tmp_path: Path) -> None:
     assert gemma2tool.verify(tmp_path / "x.gguf").passed
 
 
+@pytest.mark.slow
 def test_convert_open_hash_and_diff(tmp_path: Path) -> None:
     result = gemma2tool.convert(TINY / "model.ckpt", tmp_path / "hf", verify=False)
     assert result.verification is None and result.receipt is None
@@ -45,6 +46,7 @@ def test_a_verification_that_fails_is_a_result(tmp_path: Path) -> None:
     assert result.verification is not None and not result.verification.passed
 
 
+@pytest.mark.slow
 def test_several_outputs_in_one_pass(tmp_path: Path) -> None:
     options = gemma2tool.WriteOptions(gguf=gemma2tool.GGUFOptions(pure=True))
     request = gemma2tool.ConversionRequest(
@@ -82,6 +84,7 @@ def test_logits_generation_and_inspection(tmp_path: Path) -> None:
     assert gemma2tool.inspect(TINY).format == "gemma-pytorch"
 
 
+@pytest.mark.slow
 def test_progress_comes_as_events(tmp_path: Path) -> None:
     events: list[gemma2tool.ProgressEvent] = []
     gemma2tool.convert(TINY / "model.ckpt", tmp_path / "x", progress=events.append)
@@ -148,6 +151,7 @@ def test_commands_call_nothing_below_the_face(path: Path) -> None:
             assert is_own or name.startswith((*allowed, *small)), f"{path.name} imports {name}"
 
 
+@pytest.mark.slow
 def test_the_api_page_is_what_the_docstrings_give() -> None:
     done = subprocess.run([sys.executable, "scripts/api_docs.py", "--check"], cwd=ROOT, check=False)
     assert done.returncode == 0, "run: python scripts/api_docs.py"

@@ -109,7 +109,7 @@ def test_extras_are_what_the_formats_ask_for() -> None:
 
 
 def test_tests_and_benchmarks_import_what_is_declared() -> None:
-    imported = distributions("tests", "benchmarks", "fixtures", "scripts", functions=("importorskip",))
+    imported = distributions("tests", "benchmarks", "fixtures", "scripts", functions=("importorskip", "Peer"))
     assert imported - SEPARATE.keys() - declared("test") == set()
     assert declared("test") - declared() - imported - INDIRECT.keys() == set()
 

@@ -71,6 +71,7 @@ def test_every_command_works(fixture_dir: Path, tmp_path: Path, monkeypatch: pyt
             assert result.exit_code == 0, (page, words, result.output)
 
 
+@pytest.mark.slow
 def test_sizes_are_those_of_the_layouts() -> None:
     assert type_sizes.table() in (GUIDE / "types.md").read_text("utf-8")
 

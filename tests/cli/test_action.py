@@ -61,6 +61,7 @@ class Job(Runner):
         return calls.read_text().splitlines() if calls.exists() else []
 
 
+@pytest.mark.slow
 def test_torch_is_the_one_for_the_processor(tmp_path: Path, action: Path) -> None:
     job = Job(tmp_path, "job")
     assert job.use(action, **ONE_FILE) == (0, {"exit-code": "0"}), job.printed
@@ -70,12 +71,14 @@ def test_torch_is_the_one_for_the_processor(tmp_path: Path, action: Path) -> Non
     assert "installed: verify m.gguf" in job.printed
 
 
+@pytest.mark.slow
 def test_elsewhere_than_on_linux_there_is_one_torch(tmp_path: Path, action: Path) -> None:
     job = Job(tmp_path, "job", system="Darwin")
     assert job.use(action, **ONE_FILE)[0] == 0
     assert len(job.calls) == 1
 
 
+@pytest.mark.slow
 def test_options_of_pip_decide_themselves(tmp_path: Path, action: Path) -> None:
     job = Job(tmp_path, "job")
     assert job.use(action, install="--find-links\na folder", **ONE_FILE)[0] == 0

@@ -47,12 +47,14 @@ def findings(path: Path) -> list[tuple[str, str]]:
     return [(finding["severity"], finding["id"]) for finding in result["findings"]]
 
 
+@pytest.mark.slow
 def test_a_sane_file_is_one_line() -> None:
     code, lines = check(TINY / "model.ckpt")
     assert code == 0
     assert lines == [f"SANE: nothing found in {TINY / 'model.ckpt'} (gemma-pytorch: bf16; 6,428,928 parameters)"]
 
 
+@pytest.mark.slow
 def test_a_finding_is_one_line_after_the_verdict(copy: Path) -> None:
     (copy / "tokenizer.model").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5000\n")
     code, lines = check(copy)

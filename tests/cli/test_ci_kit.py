@@ -50,6 +50,7 @@ def recorded_arguments(tmp_path: Path) -> list[str]:
     return arguments
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["a b.gguf", "$(touch owned)", "`touch owned`", "x; touch owned", "*", "'\"", "-n"])
 def test_an_argument_is_a_line_and_is_not_evaluated(tmp_path: Path, name: str) -> None:
     process = run_action(tmp_path, f"{name}\n--reference\n\nother file\r\n")

@@ -13,6 +13,7 @@ from gemma2tool.formats import registry
 from tests.support.commands import assert_refused, listing, run
 
 
+@pytest.mark.slow
 def test_convert_verifies_and_reports(place: Path) -> None:
     result = run("convert", place / "src", place / "out.ckpt")
     assert result.exit_code == 0, result.output
@@ -29,6 +30,7 @@ def test_no_verify_says_so(place: Path) -> None:
     assert result.exit_code == 0 and "not verified" in result.output
 
 
+@pytest.mark.slow
 def test_json_is_one_object_on_stdout(place: Path) -> None:
     result = run("quantize", place / "src", place / "out.gguf", "--type", "q8_0", "--json")
     assert result.exit_code == 0, result.output
@@ -37,6 +39,7 @@ def test_json_is_one_object_on_stdout(place: Path) -> None:
     assert content["bytes"] == (place / "out.gguf").stat().st_size
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["nf4", "fp4", "int8"])
 def test_quantize_to_a_folder(place: Path, kind: str) -> None:
     result = run("quantize", place / "src", place / "out", "--type", kind)
@@ -61,6 +64,7 @@ def test_verify_command(place: Path) -> None:
     assert not json.loads(result.stdout)["passed"]
 
 
+@pytest.mark.slow
 def test_logits_of_one_and_two_dimensions(place: Path) -> None:
     from gemma2tool.reference.streaming import logits
 
@@ -77,6 +81,7 @@ def test_logits_of_one_and_two_dimensions(place: Path) -> None:
         assert np.abs(saved - reference).max() <= 5e-5
 
 
+@pytest.mark.slow
 def test_output_does_not_depend_on_threads_or_memory(place: Path) -> None:
     outputs = []
     for number, (threads, memory) in enumerate([(1, "1MiB"), (2, "64KiB"), (4, "2MiB")]):
@@ -137,6 +142,7 @@ def test_split_output_is_a_folder_of_shards(place: Path) -> None:
     assert run("verify", place / "out" / names[1], "--reference", place / "src").exit_code == 0
 
 
+@pytest.mark.slow
 def test_what_norms_lose_is_one_line(place: Path) -> None:
     from gemma2tool.pipeline.remarks import rounding
 
@@ -159,6 +165,7 @@ def test_several_types_may_be_written_with_spaces(place: Path) -> None:
     assert sorted(p.name for p in (place / "out").iterdir()) == ["out-q4_0.gguf", "out-q8_0.gguf"]
 
 
+@pytest.mark.slow
 def test_a_lost_tokenizer_gets_a_warning(place: Path) -> None:
     result = run("convert", place / "src", place / "out")
     assert result.exit_code == 0 and "no tokenizer" in result.stderr
@@ -181,6 +188,7 @@ def test_a_passing_conversion_fits_on_one_screen(fixture_dir: Path, tmp_path: Pa
     assert "bits/weight" in result.stdout and len(result.stdout.splitlines()) <= 12
 
 
+@pytest.mark.slow
 def test_help_and_version_by_every_spelling() -> None:
     whole = run("--help").stdout
     assert run("-h").stdout == run("help").stdout == whole

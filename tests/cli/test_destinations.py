@@ -176,6 +176,7 @@ class TestFolderOfSeveral:
 
     WORDS = ("quantize", "src", "many", "--type", "q8_0,q4_0")
 
+    @pytest.mark.slow
     def test_is_removed_when_all_fail(self, place: Path) -> None:
         assert run(*self.WORDS, "--gate", "kl=0").exit_code == 1
         assert names(place) == []
@@ -200,6 +201,7 @@ def test_a_name_that_is_too_long(place: Path) -> None:
     assert_refused(run("quantize", "src", "n" * 251 + ".gguf", "--type", "q8_0"), 2, "output.name-too-long")
 
 
+@pytest.mark.slow
 def test_a_receipt_whose_name_would_be_too_long_is_refused_before_the_work(place: Path) -> None:
     name = "n" * 245 + ".gguf"
     assert_refused(run("quantize", "src", name, "--type", "q8_0"), 2, "output.name-too-long", "receipt.json")

@@ -62,6 +62,7 @@ def test_a_command_line_that_cannot_be_read(place: Path, reports: list[str], wor
     assert "Usage:" in result.stderr
 
 
+@pytest.mark.slow
 def test_a_bug_and_an_interruption(place: Path, reports: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     from gemma2tool import api
 
@@ -95,6 +96,7 @@ def test_a_model_that_is_named_as_a_report_survives(
     assert model.read_bytes() == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("option", ["--junit", "--html", "--summary", "--bom"])
 def test_a_report_replaces_nothing_but_a_report(place: Path, monkeypatch: pytest.MonkeyPatch, option: str) -> None:
     monkeypatch.chdir(place)
@@ -104,6 +106,7 @@ def test_a_report_replaces_nothing_but_a_report(place: Path, monkeypatch: pytest
     assert (place / "other").read_bytes() == b"GGUF\0\0" and not (place / "out.gguf").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "words",
     [

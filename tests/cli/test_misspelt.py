@@ -33,6 +33,7 @@ def test_types(source: Path, tmp_path: Path, name: str, type: str, meant: str) -
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "meant"),
     [

@@ -111,6 +111,7 @@ def test_both_conventions_hold_the_same_values() -> None:
     assert np.abs(dequantized[0] - values).max() <= (values.max() + 1) / 14 / 2 * 1.01
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [name for name in packings.TYPES if name not in GROUP_SIZES])
 def test_types_without_groups_say_so(source: Path, tmp_path: Path, kind: str) -> None:
     assert_refused(
@@ -261,6 +262,7 @@ def test_heads_and_embeddings_are_never_quantized_but_by_mlx(tmp_path: Path, kin
     assert types["model.layers.0.mlp.down_proj.weight"] == kind
 
 
+@pytest.mark.slow
 def test_remarks(source: Path, tmp_path: Path) -> None:
     """A request that cannot be met in full, and a choice that one of the consumers cannot load, are said."""
     result = run("quantize", source, tmp_path / "out", "--type", "gptq-4", "--only", "embed|q_proj", "--no-verify")
@@ -291,6 +293,7 @@ def test_settings_of_an_unknown_type_are_refused() -> None:
         packings.quantization_config(Settings("q9"))
 
 
+@pytest.mark.slow
 def test_compute_dtype_is_the_models(source: Path, tmp_path: Path) -> None:
     """transformers' default, float32, makes a bfloat16 model slow and large; a float32 model keeps it."""
     for dtype, name in (("bf16", "bfloat16"), ("f16", "float16"), ("f32", "float32")):

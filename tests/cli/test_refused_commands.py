@@ -12,6 +12,7 @@ import pytest
 from tests.support.commands import assert_refused, listing, run
 
 
+@pytest.mark.slow
 def test_existing_destination_needs_force(place: Path) -> None:
     (place / "out.gguf").write_bytes(b"mine")
     assert_refused(run("convert", place / "src", place / "out.gguf"), 2, "out.gguf", "--force")
@@ -66,6 +67,7 @@ def test_gguf_type_for_a_folder(place: Path) -> None:
     assert_refused(run("quantize", place / "src", place / "out", "--type", "q8_0"), 2, "q8_0")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "words", [["--dtype", "f8"], ["--to", "onnx"], ["--memory", "lots"], ["--gate", "kl"], ["--gate", "nonsense=1"]]
 )
@@ -81,6 +83,7 @@ def test_truncated_weights(place: Path) -> None:
     assert sorted(p.name for p in place.iterdir()) == ["src"]
 
 
+@pytest.mark.slow
 def test_flipped_bit_in_a_torch_file(place: Path) -> None:
     """The container's own checksum is checked while the bytes stream past: torch.load would not notice."""
     assert run("convert", place / "src", place / "a.ckpt", "--no-verify").exit_code == 0
@@ -100,6 +103,7 @@ def test_git_repository_is_not_replaced(place: Path) -> None:
     assert_refused(run("convert", place / "src", place / "repo", "--force"), 2, "git")
 
 
+@pytest.mark.slow
 def test_nonfinite_weights(place: Path) -> None:
     from safetensors.numpy import load_file, save_file
 
@@ -204,6 +208,7 @@ def test_too_many_threads(place: Path) -> None:
     assert run("convert", place / "src", place / "out", "--threads", 100_000).exit_code == 2
 
 
+@pytest.mark.slow
 def test_force_does_not_replace_a_folder_that_holds_no_checkpoint(place: Path) -> None:
     own = place / "own"
     own.mkdir()

@@ -30,6 +30,7 @@ def folder(tmp_path: Path, release: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
     return tmp_path / "release"
 
 
+@pytest.mark.slow
 def test_a_folder_that_passes(folder: Path) -> None:
     result = run("verify", "release")
     assert result.exit_code == 0, result.output
@@ -38,6 +39,7 @@ def test_a_folder_that_passes(folder: Path) -> None:
     assert "exit" not in result.stdout, "columns that say nothing are not shown"
 
 
+@pytest.mark.slow
 def test_every_report_names_every_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GEMMA2TOOL_ANNOTATIONS", "lines")
     damaged = bytearray((folder / "a.gguf").read_bytes())
@@ -68,6 +70,7 @@ def test_every_report_names_every_file(folder: Path, monkeypatch: pytest.MonkeyP
     ]
 
 
+@pytest.mark.slow
 def test_files_against_one_source(folder: Path, source: Path) -> None:
     shutil.copyfile(folder / "b.ckpt", "b.ckpt")
     words = ("release/a.gguf", "b.ckpt", "--reference", source, "--no-readers", "--tokens", "ids.npy")

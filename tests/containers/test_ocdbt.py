@@ -58,6 +58,7 @@ def test_empty_database(tmp_path: Path) -> None:
     assert _read(tmp_path) == _expected(store) == {}
 
 
+@pytest.mark.slow
 def test_databases_of_orbax(oracles: Path) -> None:
     folders = sorted((oracles / "checkpoints" / "flax").glob("*/ckpt"))
     assert len(folders) >= 8

@@ -106,6 +106,7 @@ def test_payloads_are_refused_and_not_run(tmp_path: Path, protocol: int) -> None
     assert not (tmp_path / "owned").exists()
 
 
+@pytest.mark.slow
 def test_changed_bytes_never_crash(path: Path) -> None:
     generator, data = random.Random(0), path.read_bytes()
     for _ in range(400):

@@ -5,12 +5,19 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 import sentencepiece
 import torch
-from transformers import AutoConfig, AutoTokenizer, Gemma2ForCausalLM
+
+from tests.support.peers import Peer
+
+if TYPE_CHECKING:
+    from transformers import Gemma2ForCausalLM
+
+transformers = Peer("transformers")
 
 WINDOWS = 8  # of the held-out text: enough to distinguish a trained model from an untrained one
 
@@ -34,12 +41,12 @@ def heldout(fixture_dir: Path) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def tokenizer(fixture_dir: Path):
-    return AutoTokenizer.from_pretrained(fixture_dir)
+    return transformers.AutoTokenizer.from_pretrained(fixture_dir)
 
 
 def peer(fixture_dir: Path, state: dict[str, torch.Tensor], **changes: object) -> Gemma2ForCausalLM:
     """transformers' model of the checkpoint in float32, with `changes` to its config."""
-    config = AutoConfig.from_pretrained(fixture_dir, attn_implementation="eager", **changes)
+    config = transformers.AutoConfig.from_pretrained(fixture_dir, attn_implementation="eager", **changes)
     renamed = {}
     for name, tensor in state.items():
         if name == "freqs_cis":
@@ -51,7 +58,7 @@ def peer(fixture_dir: Path, state: dict[str, torch.Tensor], **changes: object) -
         else:
             renamed[name.replace("embedder.weight", "model.embed_tokens.weight")] = tensor.float()
     renamed["lm_head.weight"] = renamed["model.embed_tokens.weight"]
-    model = Gemma2ForCausalLM(config).float().eval()
+    model = transformers.Gemma2ForCausalLM(config).float().eval()
     model.load_state_dict(renamed)
     return model
 
@@ -80,7 +87,7 @@ def test_the_folder_is_small_and_complete(fixture_dir):
 
 
 def test_the_config_is_gemma_2_in_small(fixture_dir):
-    config = AutoConfig.from_pretrained(fixture_dir)
+    config = transformers.AutoConfig.from_pretrained(fixture_dir)
     assert config.model_type == "gemma2"
     assert config.query_pre_attn_scalar == config.head_dim
     assert config.num_attention_heads > config.num_key_value_heads > 1
@@ -104,7 +111,7 @@ def test_the_files_have_every_field_of_the_released_ones(fixture_dir, oracles):
 
 
 def test_the_checkpoint_is_gemma_pytorchs_layout_in_bfloat16(fixture_dir, state):
-    c = AutoConfig.from_pretrained(fixture_dir)
+    c = transformers.AutoConfig.from_pretrained(fixture_dir)
     d, f, h = c.hidden_size, c.intermediate_size, c.head_dim
     expected = {"freqs_cis": (2 * c.max_position_embeddings, h // 2), "embedder.weight": (c.vocab_size, d)}
     for i in range(c.num_hidden_layers):

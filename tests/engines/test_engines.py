@@ -246,12 +246,14 @@ class TestRequests:
                 engine_for(name, engine.formats[0])
             assert caught.value.hint.startswith("pip install ")
 
+    @pytest.mark.slow
     def test_the_command_line(self, place: Path) -> None:
         folder = written(place, "hf")
         assert_refused(run("verify", folder, "--engine", "lama.cpp"), 2, "not an engine", "llama.cpp")
         assert_refused(run("verify", folder, "--engine", "llama.cpp"), 2, "does not load the format hf")
         assert_refused(run("verify", folder, "--engine", "transformers", "--reference", folder), 2, "--engine")
 
+    @pytest.mark.slow
     def test_a_process_that_dies_is_a_failed_gate(self, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         engine = replace(ENGINES["llama.cpp"], module="nowhere", formats=("hf",))
         with registry.open_checkpoint(written(place, "hf")) as checkpoint:

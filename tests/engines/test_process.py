@@ -44,6 +44,7 @@ def test_failures_are_one_line(what: str, problem: str) -> None:
     assert messages[0].payload == b"12345"
 
 
+@pytest.mark.slow
 def test_a_witness_that_hangs_is_ended() -> None:
     start = time.monotonic()
     assert answer("hang", Limits(wall_seconds=1, grace_seconds=1))[1] == "did not finish in 1 s"
@@ -110,6 +111,7 @@ def test_commands(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert "readers" not in run("verify", model, "--reference", gguf, "--no-readers").output
 
 
+@pytest.mark.slow
 @pytest.mark.readers
 def test_a_broken_library_is_skipped_with_its_reason(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

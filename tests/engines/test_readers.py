@@ -47,6 +47,7 @@ def source():
 
 
 class TestIntactFiles:
+    @pytest.mark.slow
     @pytest.mark.parametrize("name", ["model.gguf", "folder"])
     @pytest.mark.parametrize("dtype", ["f32", "f16", "bf16"])
     def test_floats(self, source, tmp_path: Path, name: str, dtype: str) -> None:
@@ -60,6 +61,7 @@ class TestIntactFiles:
         assert_read_alike(reading, len(source.tensors))
         assert reading.libraries[0].startswith("gguf ")
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("type_name", ["w4a16", "gptq-4", "torchao-int8", "fp8-dynamic", "mlx-4"])
     def test_types_without_a_library_are_compared_as_stored(self, source, tmp_path: Path, type_name: str) -> None:
         wide = random_checkpoint(np.dtype(np.float32), replace(SMALL, hidden_size=128, intermediate_size=128))
@@ -153,6 +155,7 @@ def with_names_swapped(one: str, other: str) -> Callable[[tuple[TableRow, ...]],
 class TestFaultsThatReaderAndWriterShare:
     """Each passes every other gate: what the writer does, the reader undoes."""
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("fault", "names"),
         [

@@ -159,6 +159,7 @@ def test_a_shard_that_is_missing_or_replaced(copied, tmp_path: Path, name: str) 
     _refused(path, tmp_path / "out", name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ZIPS)
 def test_a_zip_with_a_member_twice(copied, tmp_path: Path, name: str) -> None:
     path = copied(name)

@@ -29,6 +29,7 @@ def _both(tmp_path: Path, name: str) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMED)
 def test_the_frameworks_file_is_read_and_the_other_named(tmp_path: Path, name: str) -> None:
     """litgpt converts inside the folder that holds the downloaded model.safetensors."""
@@ -55,6 +56,7 @@ def test_a_damaged_file_is_refused_and_the_base_model_not_read(tmp_path: Path, n
         registry.open_checkpoint(folder)
 
 
+@pytest.mark.slow
 def test_safetensors_come_before_torch_files_as_in_transformers(tmp_path: Path) -> None:
     folder = _both(tmp_path, "hf-bin")
     with registry.open_checkpoint(folder) as checkpoint:
@@ -64,6 +66,7 @@ def test_safetensors_come_before_torch_files_as_in_transformers(tmp_path: Path) 
         assert_same_tensors(TUNED, checkpoint)
 
 
+@pytest.mark.slow
 def test_a_single_file_comes_before_the_shards_of_another_save(tmp_path: Path) -> None:
     """transformers reads model.safetensors where there is one, whatever shards and index are beside it."""
     folder = write_as("hf", BASE, tmp_path / "hf")

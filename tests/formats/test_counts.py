@@ -63,6 +63,7 @@ def test_an_index_of_too_many_names(tmp_path: Path) -> None:
         assert time.process_time() - began < 1
 
 
+@pytest.mark.slow
 def test_dtype_offers_what_the_format_writes(tmp_path: Path) -> None:
     source = write_as("hf", random_checkpoint(np.dtype(ml_dtypes.bfloat16)), tmp_path / "hf")
 

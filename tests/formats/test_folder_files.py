@@ -119,6 +119,7 @@ def test_a_template_that_the_receipt_does_not_list_fails(place: Path, name: str)
     assert result.exit_code == 1 and "transformers reads it as part of the tokenizer" in result.stdout
 
 
+@pytest.mark.slow
 def test_other_files_are_notes(place: Path) -> None:
     """Hidden ones too, but not what git, the hub's client and file managers leave."""
     names = (".hidden", "README.md", "notes.txt", "modeling.py", "optimizer.pt", ".gitattributes", ".DS_Store")
@@ -133,6 +134,7 @@ def test_other_files_are_notes(place: Path) -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_folders_as_they_are_published_have_no_warning(place: Path) -> None:
     (place / "hf" / INDEX).write_text(json.dumps({"weight_map": {"a": "model.safetensors"}}))
     for name in ("training_args.bin", "trainer_state.json", "README.md", "modeling.py", "quantize_config.json"):

@@ -86,6 +86,7 @@ def test_ckpt_loads_as_gemma_pytorch_loads_it(tmp_path: Path) -> None:
     assert len(state) == 1 + 1 + 8 * config.num_hidden_layers + 1 + config.num_hidden_layers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", [50_000_000_000, 40_000])
 def test_hf_folder_is_byte_identical_to_save_pretrained(tmp_path: Path, limit: int) -> None:
     """What transformers saves after it loaded a plain file, shards and index included."""
@@ -130,6 +131,7 @@ def test_hf_folder_loads_in_transformers(tmp_path: Path) -> None:
     assert (np.abs(actual - reference) <= 5e-5 + 1e-5 * np.abs(reference)).all()
 
 
+@pytest.mark.slow
 def test_a_model_without_a_head_is_read(tmp_path: Path) -> None:
     """Embedding models are saved from transformers' Gemma2Model, whose names lack the prefix."""
     from safetensors import safe_open

@@ -111,6 +111,7 @@ def mean_kl(truth: np.ndarray, actual: np.ndarray) -> float:
     return float((np.exp(p) * (p - q)).sum(-1).mean())
 
 
+@pytest.mark.slow
 @pytest.mark.oracle
 @pytest.mark.parametrize(("folder", "kind"), [("mlx_q3", "mlx-3"), ("mlx_mixed_4_6", "mlx-mixed-4-6")])
 def test_written_files_equal_those_of_mlx_lm_convert(
@@ -279,6 +280,7 @@ def assert_reads_as(folder: Path, expected: Checkpoint) -> None:
             assert np.array_equal(actual.tensors[name].load(), tensor.load()), name
 
 
+@pytest.mark.slow
 def test_modules_without_an_entry_have_the_bits_of_their_shapes(mixed: Path, tmp_path: Path) -> None:
     """The default of the whole model can be wrong for them (mlx-lm 1451, 1482)."""
     with registry.open_checkpoint(mixed) as expected:
@@ -286,6 +288,7 @@ def test_modules_without_an_entry_have_the_bits_of_their_shapes(mixed: Path, tmp
         assert_reads_as(mixed, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.peer
 def test_mlx_lm_takes_the_bits_of_the_shapes_too(mixed: Path) -> None:
     core = mlx_core()
@@ -326,6 +329,7 @@ def test_a_quantized_copy_of_the_tied_head_is_dropped(mixed: Path) -> None:
         assert any("copy of the tied embedding" in warning for warning in actual.warnings)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", ["quantization", "quantization_config"])
 def test_either_key_alone_describes_the_quantization(mixed: Path, key: str) -> None:
     """mlx-lm of mid-2024 wrote ``quantization`` alone; other programs look for ``quantization_config``, which names no

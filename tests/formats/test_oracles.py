@@ -71,6 +71,7 @@ def test_logits_of_gemma_pytorch(oracles: Path, name: str) -> None:
     _assert_within_bound(actual, np.load(oracles / "checkpoints" / "gemma_pytorch" / truth / "logits.npy"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in ALL if name.endswith("_q4")])
 def test_quantized_checkpoints_through_their_dequantized_weights(oracles: Path, tmp_path: Path, name: str) -> None:
     """The oracles have no logits of mlx: transformers computes them from the weights that mlx itself dequantizes."""

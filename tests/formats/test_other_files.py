@@ -56,6 +56,7 @@ def refused(path: Path) -> InputRefused:
     return caught.value
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "message", "hint"),
     [
@@ -82,6 +83,7 @@ def test_what_is_not_on_this_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert result.exit_code == 3 and "no such file" in result.stderr and "check the path" in result.stderr
 
 
+@pytest.mark.slow
 def test_a_folder_of_several_ggufs(files: Path, tmp_path: Path) -> None:
     for name in ("model-q4_0.gguf", "model-q8_0.gguf"):
         shutil.copy(files / "model.gguf", tmp_path / name)
@@ -92,6 +94,7 @@ def test_a_folder_of_several_ggufs(files: Path, tmp_path: Path) -> None:
     assert result.exit_code == 2 and len(list(tmp_path.iterdir())) == 2, "it is nobody's to replace"
 
 
+@pytest.mark.slow
 def test_shards_of_a_gguf_that_are_missing_are_named(files: Path, tmp_path: Path) -> None:
     words = ("convert", files / "src", tmp_path / "s", "--to", "gguf", "--split-max-tensors", 8, "--quiet")
     assert run(*words).exit_code == 0

@@ -94,6 +94,7 @@ def test_facts_import_nothing_heavy() -> None:
     assert done.stdout.split() == ["False", "False"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", registry.NAMES)
 def test_a_given_config_is_for_checkpoints_without_one(tmp_path: Path, name: str) -> None:
     source = random_checkpoint(np.dtype(np.float32), replace(SMALL, num_hidden_layers=2, layer_types=()))

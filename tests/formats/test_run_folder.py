@@ -30,6 +30,7 @@ def _run(folder: Path, checkpoints: Path, name: str, *places: str) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_steps_of_a_trainer_are_named_in_their_order(tmp_path: Path, checkpoints: Path) -> None:
     """transformers' and trl's ``output_dir/checkpoint-STEP``."""
     run = _run(tmp_path / "out", checkpoints, "hf", "checkpoint-1000", "checkpoint-500", "checkpoint-1500")

@@ -86,6 +86,7 @@ def test_rows_that_tell_nothing() -> None:
         assert turn_marks_trained(ArrayTensor(rows)) is None
 
 
+@pytest.mark.slow
 def test_the_trained_fixture_and_its_formats(tmp_path: Path) -> None:
     """Its questions and answers are in turns."""
     with registry.open_checkpoint(TINY / "model.ckpt") as fixture:
@@ -97,6 +98,7 @@ def test_the_trained_fixture_and_its_formats(tmp_path: Path) -> None:
     assert any("1 and 107 are assumed, because" in text for text in preset.config.warnings)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gemma-pytorch", "flax", "maxtext"])
 def test_every_format_of_weights_alone_asks_the_rows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str

@@ -84,6 +84,7 @@ def then(function: Callable[..., Any], act: Callable[[], None], *, before: bool 
     return wrapped
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("step", ["_write", "_verify"])
 def test_a_conversion_writes_nothing(
@@ -120,6 +121,7 @@ def test_a_verification_names_no_cause(
     assert refused.value.id == "file.changed" and weights(changed).name in refused.value.message
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("level", ["_files_gate", "_tensors_gate", "_logits_gate"])
 def test_a_check_against_a_receipt(source: Path, tmp_path: Path, level: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The bytes that were hashed are those that the forward pass read."""
@@ -144,6 +146,7 @@ def test_a_tokenizer_that_changes(source: Path, tmp_path: Path, monkeypatch: pyt
     assert refused.value.id == "file.changed"
 
 
+@pytest.mark.slow
 def test_a_source_that_is_only_read_is_not_refused(source: Path, tmp_path: Path) -> None:
     os.utime(source / "config.json", ns=(1, (source / "config.json").stat().st_mtime_ns))
     assert api.convert(source, tmp_path / "x.gguf").written

@@ -55,6 +55,7 @@ def autograd_hessians(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
     return sums
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, {"final_logit_softcapping": None, "tie_word_embeddings": False}])
 def test_the_gradients_of_the_whole_model(changes: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gradients, "STREAM", torch.float32)

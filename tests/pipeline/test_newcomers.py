@@ -22,6 +22,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_checkpoint(random_checkpoint(np.dtype(ml_dtypes.bfloat16)), folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("before", [False, True])
 def test_what_appears_during_the_run_stays(
     source: Path, tmp_path: Path, before: bool, monkeypatch: pytest.MonkeyPatch

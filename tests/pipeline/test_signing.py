@@ -178,6 +178,7 @@ def test_a_receipt_of_another_is_refused(outputs: Path, keys: Path) -> None:
     assert "has no signature" in result.gate("signature").summary
 
 
+@pytest.mark.slow
 def test_refusals(outputs: Path, keys: Path, tmp_path: Path) -> None:
     model = outputs / "m.gguf"
     (tmp_path / "x.pem").write_text("nothing")
@@ -203,6 +204,7 @@ def test_refusals(outputs: Path, keys: Path, tmp_path: Path) -> None:
     assert not ours(model, tmp_path / "locked.pub")
 
 
+@pytest.mark.slow
 def test_a_receipt_as_a_statement(outputs: Path, tmp_path: Path) -> None:
     result = api.sign(outputs / "hf", statement=tmp_path / "s.json")
     assert result.signatures == ()

@@ -71,6 +71,7 @@ def usage(whose: str) -> tuple[float, int]:
     return used.ru_utime + used.ru_stime, used.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
+@pytest.mark.slow
 def test_without_fork(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr("os.fork")
     monkeypatch.setattr("gemma2tool.pipeline.template.SECONDS", 0.2)

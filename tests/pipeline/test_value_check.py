@@ -91,6 +91,7 @@ class TestRefused:
         count = len(shapes)
         assert f"in {count} tensors" in result.stderr and f"and {count - 5} more" in result.stderr
 
+    @pytest.mark.slow
     def test_several_outputs_count_a_tensor_once(self, tmp_path: Path) -> None:
         path = source(tmp_path, {UP.format(1): HUGE[UP.format(1)]})
         result = run("quantize", path, tmp_path / "many", "--type", "q8_0,q4_0,f16")
@@ -99,6 +100,7 @@ class TestRefused:
 
 
 class TestTaken:
+    @pytest.mark.slow
     def test_nan_stays_nan(self, tmp_path: Path) -> None:
         path = source(tmp_path, {UP.format(0): [((1, 2), np.nan), ((3, 4), -np.inf)]})
         assert run("convert", path, tmp_path / "out.gguf", "--allow-nonfinite", "--no-verify").exit_code == 0
@@ -106,6 +108,7 @@ class TestTaken:
             values = output.tensors[UP.format(0)].load().astype(np.float32)
         assert np.isnan(values[1, 2]) and values[3, 4] == -np.inf and np.count_nonzero(~np.isfinite(values)) == 2
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         "words", [("out.gguf", "--type", "q4_0"), ("out", "--type", "nf4"), ("out", "--type", "int8")]
     )
@@ -116,6 +119,7 @@ class TestTaken:
 
 
 class TestClipped:
+    @pytest.mark.slow
     def test_says_how_many_and_passes_its_verification(self, tmp_path: Path) -> None:
         path = source(tmp_path, HUGE)
         result = run("convert", path, tmp_path / "out", "--dtype", "f16", "--clip-f16", "--json")
@@ -138,6 +142,7 @@ class TestClipped:
         assert result.exit_code == 0, result.output
         assert [entry["values"] for entry in json.loads(result.stdout)["clipped"]] == [1]
 
+    @pytest.mark.slow
     def test_nothing_to_clip_changes_nothing(self, tmp_path: Path) -> None:
         path = source(tmp_path, {})
         for name, words in (("a", ()), ("b", ("--clip-f16",))):

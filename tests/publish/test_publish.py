@@ -168,6 +168,7 @@ def test_refusals_come_before_the_work(
     assert caught.value.id == "publish.name"
 
 
+@pytest.mark.slow
 def test_a_release_connects_to_nothing(model: Path, text: Path, tmp_path: Path) -> None:
     command = ("release", model, tmp_path / "out", "--types", "q4_0", "--text", text, "--tokens", 64)
     with watched() as seen:

@@ -69,6 +69,7 @@ def nearest(layout: GroupLayout, rows: np.ndarray) -> GroupCodes:
     return GroupCodes(codes, layout.round_scales(scales), offsets)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ENCODERS)
 def test_errors_are_far_smaller_than_by_the_types_own_rule(name: str, inputs: np.ndarray, rows: np.ndarray) -> None:
     grid, factors = grid_of(ENCODERS[name], COLUMNS), factors_of(inputs)
@@ -78,6 +79,7 @@ def test_errors_are_far_smaller_than_by_the_types_own_rule(name: str, inputs: np
     assert errors(inputs, rows, chosen).sum() < 0.55 * errors(inputs, rows, own).sum()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["nf4", "mlx-4", "awq-4", "gptq-4 whole rows", "fp8-block"])
 @pytest.mark.parametrize(("block", "act_order"), [(None, False), (128, False), (None, True)])
 def test_descent_never_raises_the_error_of_a_row(
@@ -112,6 +114,7 @@ def test_fitting_never_raises_the_error_of_a_row(inputs: np.ndarray, rows: np.nd
     assert fitted.losses.sum() < 0.97 * tried.losses.sum() < 0.9 * own.losses.sum()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["nf4", "mlx-4", "awq-4", "int8"])
 def test_rows_are_independent(name: str, inputs: np.ndarray, rows: np.ndarray) -> None:
     layout, factors = group_layout(ENCODERS[name], COLUMNS), factors_of(inputs)
@@ -119,6 +122,7 @@ def test_rows_are_independent(name: str, inputs: np.ndarray, rows: np.ndarray) -
     assert (together.codes[8:16] != alone.codes).mean() < 0.01  # products of other shapes differ in their last bits
 
 
+@pytest.mark.slow
 def test_a_scale_of_a_row_knows_all_blocks_of_the_hessian(inputs: np.ndarray, rows: np.ndarray) -> None:
     layout = group_layout(Gptq(4, -1), COLUMNS)
     result = round_groups(rows, factors_of(inputs, 64), layout)
@@ -129,6 +133,7 @@ def test_a_scale_of_a_row_knows_all_blocks_of_the_hessian(inputs: np.ndarray, ro
     assert errors(inputs, rows, layout.values(result, groups), 64).sum() < 0.6 * wanted
 
 
+@pytest.mark.slow
 def test_scales_that_are_quantized_themselves(inputs: np.ndarray, rows: np.ndarray) -> None:
     """The scales are those that the library dequantizes to, and the codes were chosen for them."""
     layout, factors = group_layout(FourBit("nf4", True, nested_offset=0.12), COLUMNS), factors_of(inputs)
@@ -146,6 +151,7 @@ def test_rows_of_no_whole_blocks_are_left_to_rounding_to_nearest() -> None:
     assert group_layout(FourBit("nf4"), 128) is not None
 
 
+@pytest.mark.slow
 def test_a_group_of_zeros_stays_zero(inputs: np.ndarray, rows: np.ndarray) -> None:
     rows = rows.copy()
     rows[:, 128:256] = 0

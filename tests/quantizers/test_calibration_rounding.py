@@ -55,6 +55,7 @@ def test_codes_are_those_of_the_paper(bits: int, group_size: int, symmetric: boo
     assert np.array_equal(groups, expected[3])
 
 
+@pytest.mark.slow
 def test_float32_finds_nearly_the_same_codes_and_as_small_an_error() -> None:
     x, w = correlated_inputs(TOKENS, COLUMNS), weights()
     grid = grid_of(Gptq(4, 32), COLUMNS, textbook=True)

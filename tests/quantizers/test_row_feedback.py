@@ -48,6 +48,7 @@ def rounded(weight: np.ndarray, inputs: list[Factor], outputs: list[Factor]) -> 
     return row_feedback.round_matrix(lambda first, last: weight[first:last], GRID, GROUPS, inputs, outputs)
 
 
+@pytest.mark.slow
 def test_the_textbook_over_the_whole_matrix(weight: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
     """GPTQ of all values as one row, whose Hessian is the Kronecker product of both sides."""
     monkeypatch.setattr(row_feedback, "STEPS", ROWS)

@@ -31,6 +31,13 @@ def shared_outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The runs of the command make the first test that uses ``shared_outputs`` slow, whichever that is."""
+    for item in items:
+        if "shared_outputs" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture
 def outputs(tmp_path: Path, shared_outputs: Path) -> Path:
     """A copy of ``shared_outputs`` that may be changed."""

@@ -39,6 +39,7 @@ def valid(path: Path) -> dict[str, Any]:
     return content
 
 
+@pytest.mark.slow
 @pytest.mark.peer
 def test_a_quantized_output_of_a_hub_model(repository: Path, tmp_path: Path) -> None:
     reports = api.ReportFiles(bom=tmp_path / "bom.json")
@@ -72,6 +73,7 @@ def test_the_text_of_a_calibration_is_named_by_its_digest(tmp_path: Path) -> Non
     assert parameters["datasets"] == [{"ref": data["bom-ref"]}]
 
 
+@pytest.mark.slow
 @pytest.mark.peer
 def test_it_is_the_same_for_the_same_output(repository: Path, tmp_path: Path) -> None:
     api.convert(repository, tmp_path / "hf")
@@ -82,6 +84,7 @@ def test_it_is_the_same_for_the_same_output(repository: Path, tmp_path: Path) ->
     assert (tmp_path / "a.json").read_bytes() == (tmp_path / "b.json").read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.peer
 def test_an_output_in_a_snapshot_of_the_hub_is_not_its_own_source(repository: Path, tmp_path: Path) -> None:
     published = tmp_path / "models--org--gem-quantized" / "snapshots" / COMMIT[::-1] / "m.gguf"
@@ -92,6 +95,7 @@ def test_an_output_in_a_snapshot_of_the_hub_is_not_its_own_source(repository: Pa
     assert source["name"] == "model.ckpt" and "purl" not in source and "version" not in source
 
 
+@pytest.mark.slow
 @pytest.mark.peer
 @pytest.mark.parametrize(
     ("address", "purl"),

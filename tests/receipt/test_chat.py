@@ -34,6 +34,7 @@ def chat(candidate: Path, receipt: Path) -> tuple[str, str]:
     return gate.status, gate.summary
 
 
+@pytest.mark.slow
 def test_another_format(folder: Path) -> None:
     receipt = receipt_path(folder / "hf")
     assert chat(folder / "hf", receipt)[0] == "passed"
@@ -42,6 +43,7 @@ def test_another_format(folder: Path) -> None:
     assert status == "failed" and "the chat template differs from the receipt's" in summary
 
 
+@pytest.mark.slow
 def test_a_lost_stop(folder: Path, tmp_path: Path) -> None:
     receipt = json.loads(receipt_path(folder / "hf").read_text())
     receipt["output"]["chat"]["stops"] = sorted({*(receipt["output"]["chat"]["stops"] or []), 9})
@@ -50,6 +52,7 @@ def test_a_lost_stop(folder: Path, tmp_path: Path) -> None:
     assert status == "failed" and "generation stops at" in summary
 
 
+@pytest.mark.slow
 def test_what_is_not_known_is_said(folder: Path, tmp_path: Path) -> None:
     api.convert(folder / "hf", tmp_path / "m.ckpt", verify=False)
     status, summary = chat(tmp_path / "m.ckpt", receipt_path(folder / "hf"))

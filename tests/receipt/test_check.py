@@ -111,6 +111,7 @@ def edit(path: Path, key: str, value: object) -> None:
     path.write_text(json.dumps(content))
 
 
+@pytest.mark.slow
 def test_one_changed_tensor_is_named(outputs: Path) -> None:
     with registry.open_checkpoint(outputs / "src") as source:
         output = registry.by_name("gguf").layout(source, WriteOptions(dtype="f32", name="f32.gguf"))
@@ -125,6 +126,7 @@ def test_one_changed_tensor_is_named(outputs: Path) -> None:
     assert "files         f32.gguf: its bytes differ from those that were written" in result.stdout
 
 
+@pytest.mark.slow
 def test_exchanged_tensors_are_named(shared_outputs: Path) -> None:
     """The digests tell which tensor's values a tensor has."""
     first, second = (f"model.layers.{layer}.self_attn.o_proj.weight" for layer in (0, 2))

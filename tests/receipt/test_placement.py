@@ -146,6 +146,7 @@ def test_after_a_kill_a_receipt_describes_the_output_beside_it(tmp_path: Path, o
     assert {(b"old", old), (b"new", new)} <= states
 
 
+@pytest.mark.slow
 def test_another_file_with_the_name_of_a_receipt_is_not_replaced(outputs: Path) -> None:
     receipt_path(outputs / "new.gguf").write_text('{"mine": 1}')
     result = run("convert", outputs / "src", outputs / "new.gguf", "--quiet")
@@ -155,6 +156,7 @@ def test_another_file_with_the_name_of_a_receipt_is_not_replaced(outputs: Path) 
     assert receipt_path(outputs / "new.gguf").read_text() == '{"mine": 1}'
 
 
+@pytest.mark.slow
 def test_a_receipt_without_its_output_is_replaced(outputs: Path) -> None:
     (outputs / "bf16.gguf").unlink()
     assert run("convert", outputs / "src", outputs / "bf16.gguf", "--quiet").exit_code == 0

@@ -27,6 +27,7 @@ def refused(path: Path, content: object) -> ToolError:
     return caught.value
 
 
+@pytest.mark.slow
 def test_invalid_receipts_are_refused(tmp_path: Path, shared_outputs: Path) -> None:
     good, path = content_of(shared_outputs / "hf"), tmp_path / "r.json"
 

@@ -293,6 +293,7 @@ def test_fault_breaks_agreement_with_transformers(name, peers, monkeypatch):
         compare(config, faulty, ids, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.oracle
 @pytest.mark.parametrize("name", FAULTS)
 def test_fault_breaks_agreement_with_gemma_pytorch(name, oracles, monkeypatch):

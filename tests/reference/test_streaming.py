@@ -68,6 +68,7 @@ def test_streamed_equals_whole_equals_transformers(config, block, side, seed):
         assert_agree(seen[layer][real], expected.hidden_states[layer][real])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stored", [ml_dtypes.bfloat16, np.float16])
 def test_stored_types_widen_exactly(stored):
     state = random_state(SMALL, CAUSAL)

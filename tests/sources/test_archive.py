@@ -25,6 +25,7 @@ def pack(folder: Path, path: Path, top: str = "") -> Path:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["m.tar", "m.tar.gz", "m.tgz"])
 @pytest.mark.parametrize("top", ["", "./", "gemma-2/1/"])
 def test_an_archive_is_read_as_its_folder(model: Path, tmp_path: Path, name: str, top: str) -> None:
@@ -39,6 +40,7 @@ def test_an_archive_is_read_as_its_folder(model: Path, tmp_path: Path, name: str
     assert bool(unpacked) == (not name.endswith(".tar"))
 
 
+@pytest.mark.slow
 def test_an_archive_on_a_server(model: Path, tmp_path: Path) -> None:
     pytest.importorskip("httpx2")
     files = {f"/{name}": pack(model, tmp_path / name).read_bytes() for name in ("m.tar", "m.tar.gz")}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from io import StringIO
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,7 @@ def refused(source: str) -> ToolError:
     return caught.value
 
 
+@pytest.mark.slow
 def test_a_model_is_converted_as_from_its_folder(hub: Hub, tmp_path: Path) -> None:
     """Byte for byte, by its name alone; every byte of the weights is fetched once, and none is kept."""
     hub.close()
@@ -77,6 +79,7 @@ def test_receipt_and_verification(hub: Hub) -> None:
     assert json.loads(verified.stdout)["source"]["path"] == f"hf://{NAME}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "source", [f"hf://{NAME}", f"hf://{NAME}@main", f"hf://{NAME}@{COMMIT}/model.safetensors", f"hf:/{NAME}", NAME]
 )
@@ -87,6 +90,7 @@ def test_ways_to_write_it(hub: Hub, source: str) -> None:
     assert json.loads(result.stdout)["path"].startswith(f"hf://{NAME}")
 
 
+@pytest.mark.slow
 def test_a_name_is_announced_before_the_hub_is_asked(hub: Hub) -> None:
     assert f"looked up on the Hugging Face hub: hf://{NAME}" in run("inspect", NAME).stderr
     Path("org").mkdir()
@@ -119,6 +123,7 @@ def test_addresses_that_are_none(source: str) -> None:
     assert caught.value.id == "source.address"
 
 
+@pytest.mark.slow
 def test_a_gated_repository_names_the_next_step(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     hub.token, hub.gated = "secret", True
     error = refused(f"hf://{NAME}")
@@ -131,6 +136,7 @@ def test_a_gated_repository_names_the_next_step(hub: Hub, monkeypatch: pytest.Mo
     assert result.exit_code == 3 and sorted(path.name for path in Path().iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_private_repository_and_its_token(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     """The token goes to the hub, never to the store to which it redirects."""
     hub.token = "secret"
@@ -180,20 +186,22 @@ def test_files_in_the_cache_are_not_fetched(hub: Hub, tmp_path: Path) -> None:
     assert caught.value.id == "source.snapshots"
 
 
+@pytest.mark.slow
 def test_the_cache_serves_when_the_hub_does_not(
-    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, logged: StringIO
 ) -> None:
     monkeypatch.setattr(hub_constants, "HF_HUB_OFFLINE", True)
     assert refused(f"hf://{NAME}").id == "source.offline"
     fill_cache(hub, tmp_path / "cache")
     with api.open(f"hf://{NAME}") as checkpoint:
         assert checkpoint.pinned == f"hf://{NAME}@{COMMIT}"
-    assert "read from the cache" in caplog.text
+    assert "read from the cache" in logged.getvalue()
     monkeypatch.setattr(hub_constants, "HF_HUB_OFFLINE", False)
     hub.refuse_api = [503] * 9
     assert api.inspect(f"hf://{NAME}").format == "hf"
 
 
+@pytest.mark.slow
 def test_the_hub_is_asked_again(hub: Hub) -> None:
     hub.refuse_api = [429, 503]
     assert api.inspect(f"hf://{NAME}").format == "hf"

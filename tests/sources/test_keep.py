@@ -16,6 +16,7 @@ from tests.support.commands import run
 from tests.support.servers import FileServer, contents, serving
 
 
+@pytest.mark.slow
 def test_a_source_is_downloaded_once(model: Path, tmp_path: Path) -> None:
     pytest.importorskip("httpx2")
     words = ("--no-verify", "--keep-download", tmp_path / "kept", "--force", "--quiet")

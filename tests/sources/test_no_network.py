@@ -32,6 +32,7 @@ def run(*words: object) -> int:
     return CliRunner().invoke(app, [str(word) for word in words]).exit_code
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command[0])
 def test_local_sources(command: tuple[str, ...], model: Path, tmp_path: Path) -> None:
     with watched() as seen:
@@ -39,6 +40,7 @@ def test_local_sources(command: tuple[str, ...], model: Path, tmp_path: Path) ->
     assert code in (0, 1) and not seen.connections and not seen.hosts
 
 
+@pytest.mark.slow
 def test_paths_that_look_like_names_on_the_hub(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     shutil.copytree(model, "org/name")
@@ -52,6 +54,7 @@ def test_paths_that_look_like_names_on_the_hub(model: Path, tmp_path: Path, monk
     assert not seen.connections and not seen.hosts
 
 
+@pytest.mark.slow
 def test_no_library_of_a_source_is_imported_for_local_files(model: Path) -> None:
     code = (
         f"import sys; from gemma2tool import api; api.inspect({str(model)!r});"
@@ -61,6 +64,7 @@ def test_no_library_of_a_source_is_imported_for_local_files(model: Path) -> None
     assert done.stdout.strip() == "[]"
 
 
+@pytest.mark.slow
 def test_an_address_connects_to_its_server_alone(model: Path, tmp_path: Path) -> None:
     pytest.importorskip("httpx2")
     with serving(FileServer(contents(model, "/tiny/"))) as server, watched() as seen:

@@ -77,6 +77,7 @@ def bucket(request: pytest.FixtureRequest, model: Path, monkeypatch: pytest.Monk
     return Bucket(request.param, port, put)
 
 
+@pytest.mark.slow
 def test_a_folder_and_an_object(bucket: Bucket, model: Path) -> None:
     expected = api.hash(model)
     with watched() as seen:
@@ -99,6 +100,7 @@ def test_conversion_and_verification(bucket: Bucket, model: Path, tmp_path: Path
     assert api.verify(f"{bucket.scheme}://models/out/m.gguf", reference=model).passed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", ["models/none", "models/a/tiny/none.gguf", "none/x"])
 def test_what_is_not_there(bucket: Bucket, place: str) -> None:
     with pytest.raises(InputRefused) as caught:
@@ -106,6 +108,7 @@ def test_what_is_not_there(bucket: Bucket, place: str) -> None:
     assert caught.value.id == "source.missing" and caught.value.message.startswith(f"{bucket.scheme}://{place}: ")
 
 
+@pytest.mark.slow
 def test_an_object_that_is_replaced(bucket: Bucket) -> None:
     """S3 is asked for the ETag that was listed. The emulator of Google's store does not know generations."""
     if bucket.scheme == "gs":
@@ -123,6 +126,7 @@ def test_an_object_that_is_replaced(bucket: Bucket) -> None:
     assert caught.value.id == "file.changed"
 
 
+@pytest.mark.slow
 def test_a_public_object_needs_no_credentials(s3: tuple[int, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     port, put = s3
     put("p/x.gguf", b"GGUF....", ACL="public-read")

@@ -52,6 +52,7 @@ def small_segments(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(readahead, "WINDOW", 500_000)
 
 
+@pytest.mark.slow
 def test_every_byte_is_fetched_once() -> None:
     with serving(FileServer({"/big.gguf": DATA})) as server:
         assert read(server) == DATA
@@ -77,6 +78,7 @@ def test_what_is_announced_is_fetched_before_it_is_read() -> None:
         assert len(server.requests) - first == 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "faults",
     [
@@ -93,6 +95,7 @@ def test_what_a_second_attempt_overcomes(faults: Faults) -> None:
         assert read(server) == DATA
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("faults", "id", "words"),
     [
@@ -126,6 +129,7 @@ def test_a_server_that_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
     assert caught.value.id == "source.unreachable" and "6 attempts failed" in caught.value.message
 
 
+@pytest.mark.slow
 def test_secrets_of_an_address_are_not_shown_and_do_not_follow_a_redirect(model: Path, tmp_path: Path) -> None:
     save_as_gguf(model, tmp_path / "m.gguf")
     with serving(FileServer({"/m.gguf": (tmp_path / "m.gguf").read_bytes()})) as store:
@@ -175,6 +179,7 @@ class Odd(FileServer):
 HTML = {"Content-Type": "text/html"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("server", "id"),
     [
@@ -238,6 +243,7 @@ def save_as_gguf(model: Path, path: Path) -> None:
         save(checkpoint, path, WriteOptions())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("address", ["/models/tiny", "/models/tiny/", "/models/tiny/model.safetensors"])
 def test_a_folder_and_a_file_with_what_is_beside_it(model: Path, tmp_path: Path, address: str) -> None:
     with serving(FileServer(contents(model, "/models/tiny/"))) as server, watched() as seen:

@@ -79,6 +79,7 @@ OVERRIDES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("override", "subject"), OVERRIDES.values(), ids=OVERRIDES)
 def test_an_override_is_reported(tmp_path: Path, override: str, subject: str) -> None:
     result = converted(tmp_path, {}, WriteOptions(gguf=GGUFOptions(override_kv=(override,)), name="out.gguf"))
@@ -110,6 +111,7 @@ def test_a_tighter_gate_is_not_explained_as_damage(source: Path, tmp_path: Path,
     assert "was chosen with --gate" in text and "FAILED: beyond a limit that --gate sets" in text
 
 
+@pytest.mark.slow
 def test_damage_is_explained_whatever_the_gates(source: Path, tmp_path: Path) -> None:
     assert run("convert", source, tmp_path / "out.gguf", "--dtype", "f32", "--quiet").exit_code == 0
     with registry.open_checkpoint(source) as a, registry.open_checkpoint(tmp_path / "out.gguf") as b:

@@ -6,8 +6,6 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("peft", reason="peft is not installed")
-
 from tests.support.derived import CASES, make_base
 from tests.support.derived.expected import is_expected, may_be_refused
 from tests.support.derived.trial import FLOATS, checked, there_and_back

@@ -115,6 +115,7 @@ def test_two_quantized_checkpoints(source: Checkpoint) -> None:
     )
 
 
+@pytest.mark.slow
 def test_values_changed_by_a_formats_convention_count_as_equal() -> None:
     wide = sensitive_checkpoint(np.dtype(np.float32))
     norms = {name: tensor for name, tensor in wide.tensors.items() if "norm" in name}
@@ -171,6 +172,7 @@ def files(source: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_command_says_same_across_formats(files: Path) -> None:
     result = run(app, ["diff", str(files / "a"), str(files / "a.gguf"), "-q"])
     assert result.exit_code == 0 and "SAME" in result.output, result.output

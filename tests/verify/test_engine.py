@@ -12,9 +12,10 @@ from gemma2tool.errors import InputRefused, UsageError
 from gemma2tool.formats import registry
 from gemma2tool.pipeline.inputs import read_logits
 from gemma2tool.verify.engine import LogitsSettings, verify_logits
+from tests.support.peers import Peer
 
 torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
+transformers = Peer("transformers")
 
 TOKENS = 80
 SETTINGS = LogitsSettings(threads=1)
@@ -70,6 +71,7 @@ def test_logits_of_the_last_positions_suffice(folder: Path) -> None:
             verify_logits(checkpoint, np.load(folder / "ids.npy")[:2], logits, name="engine")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_nonfinite_logits_are_reported_for_the_file(folder: Path, value: float) -> None:
     logits = engine(folder)

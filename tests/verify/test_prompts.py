@@ -124,6 +124,7 @@ def test_a_conversion_is_verified_on_the_text(folder: Path, tmp_path: Path) -> N
     assert "positions)" in result.output and "(128 positions)" not in result.output and "perplexity" in result.output
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("content", "more", "code"),
     [(b"\xff\xfe\x00", [], 3), (b"wo\0rds", [], 3), (b"words", ["--tokens", "x.npy"], 2), (b"", [], 2)],
@@ -137,6 +138,7 @@ def test_a_file_that_is_not_text_is_refused(
     assert CliRunner().invoke(app, arguments).exit_code == code
 
 
+@pytest.mark.slow
 def test_the_callers_ids_are_text_by_default(model: bytes) -> None:
     checkpoint = reader(model)
     ids = np.arange(2, 40)

@@ -59,6 +59,7 @@ def test_correct_casts_of_float32_pass(dtype: np.dtype) -> None:
     assert result.kind == {BF16: "bf16"}.get(dtype, "f16")
 
 
+@pytest.mark.slow
 def test_norms_stored_as_one_plus_w_are_reported_and_pass() -> None:
     wide = sensitive_checkpoint(np.dtype(np.float32))
     norms = {name: tensor for name, tensor in wide.tensors.items() if "norm" in name}
@@ -80,6 +81,7 @@ def test_correct_quantization_passes_even_on_untrained_weights(source: Checkpoin
     assert result.passed and result.kind == "q8_0", [gate.summary for gate in result.gates]
 
 
+@pytest.mark.slow
 def test_divergence_beyond_the_limit_passes_if_noise_explains_it(source: Checkpoint) -> None:
     """Four-bit codes on random weights: beyond every limit for trained ones, but only by the effect of such noise."""
     converted = candidate(block_quantized(arrays(source), 32, 8), stored="q4_0")
@@ -245,6 +247,7 @@ def test_only_the_requested_levels_run(source: Checkpoint) -> None:
         verify(source, source, VerifySettings(levels=("vibes",)))
 
 
+@pytest.mark.slow
 def test_the_result_is_deterministic_and_is_json(source: Checkpoint) -> None:
     converted = candidate(block_quantized(arrays(source), 32, 127), stored="q8_0")
     ids = np.arange(2, 50)

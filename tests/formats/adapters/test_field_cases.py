@@ -17,9 +17,10 @@ from gemma2tool.formats.adapters.merging import merge
 from gemma2tool.model.checkpoint import Checkpoint
 from tests.support.checkpoints import SMALL, random_checkpoint
 from tests.support.formats import refused, write_as
+from tests.support.peers import Peer
 from tests.support.peft_peer import LINEAR, Trained, assert_merged, train
 
-peft = pytest.importorskip("peft", reason="peft is not installed")
+peft = Peer("peft")
 pytestmark = [pytest.mark.peer, pytest.mark.slow]
 
 WEIGHTS = "adapter_model.safetensors"

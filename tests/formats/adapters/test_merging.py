@@ -110,6 +110,7 @@ def test_equals_peft(base: Path, tmp_path: Path, settings: dict) -> None:
     _assert_merged(base, adapter, truth)
 
 
+@pytest.mark.slow
 def test_a_classification_head_comes_with_the_adapter(base: Path, tmp_path: Path) -> None:
     settings = {"r": 2, "lora_alpha": 2, "target_modules": ["v_proj"], "task_type": "SEQ_CLS"}
     adapter, truth = _adapter(base, tmp_path / "adapter", kind="SequenceClassification", **settings)
@@ -120,6 +121,7 @@ def test_a_classification_head_comes_with_the_adapter(base: Path, tmp_path: Path
     assert_same_tensors(merged, back)
 
 
+@pytest.mark.slow
 def test_a_token_classification_head_with_its_bias(base: Path, tmp_path: Path) -> None:
     settings = {"r": 2, "lora_alpha": 2, "target_modules": ["v_proj"], "task_type": "TOKEN_CLS"}
     adapter, truth = _adapter(base, tmp_path / "adapter", kind="TokenClassification", **settings)
@@ -141,6 +143,7 @@ def test_adapters_of_peft_that_cannot_be_merged(base: Path, tmp_path: Path, sett
         merge(registry.open_checkpoint(base), adapter)
 
 
+@pytest.mark.slow
 def test_an_adapter_in_a_bin_file(base: Path, tmp_path: Path) -> None:
     """peft saved adapters like this by default until 2023."""
     import torch

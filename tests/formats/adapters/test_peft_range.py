@@ -15,9 +15,10 @@ from gemma2tool.formats import registry
 from gemma2tool.formats.adapters.merging import merge
 from tests.support.checkpoints import random_checkpoint
 from tests.support.formats import refused, write_as
+from tests.support.peers import Peer
 from tests.support.peft_peer import LINEAR, Trained, assert_merged, train
 
-peft = pytest.importorskip("peft", reason="peft is not installed")
+peft = Peer("peft")
 pytestmark = [pytest.mark.peer, pytest.mark.slow]
 
 PLAIN = {"r": 4, "lora_alpha": 6, "target_modules": LINEAR, "task_type": "CAUSAL_LM"}
@@ -28,15 +29,13 @@ def base(tmp_path_factory) -> Path:
     return write_as("hf", random_checkpoint(np.dtype(np.float32)), tmp_path_factory.mktemp("base") / "hf")
 
 
-@pytest.mark.parametrize("tuner", [tuner.value for tuner in peft.PeftType])
-def test_every_tuner_but_lora_is_refused_by_its_name(base: Path, tmp_path: Path, tuner: str) -> None:
-    if tuner in ("LORA", "TRAINABLE_TOKENS"):
-        return
-    folder = tmp_path / "adapter"
-    folder.mkdir()
-    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": tuner}))
-    with refused(f"peft_type is '{tuner}'"):
-        merge(registry.open_checkpoint(base), folder)
+def test_every_tuner_but_lora_is_refused_by_its_name(base: Path, tmp_path: Path) -> None:
+    others = {tuner.value for tuner in peft.PeftType} - {"LORA", "TRAINABLE_TOKENS"}
+    assert len(others) > 20
+    for tuner in others:
+        (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": tuner}))
+        with refused(f"peft_type is '{tuner}'"):
+            merge(registry.open_checkpoint(base), tmp_path)
 
 
 def _lora(**options: object) -> object:
@@ -157,14 +156,17 @@ def test_an_option_that_is_refused_by_name(base: Path, tmp_path: Path, field: st
         merge(registry.open_checkpoint(base), folder)
 
 
-def _initializations() -> list[object]:
+NAMED = ["gaussian", "eva", "olora", "pissa", "corda", "loftq", "orthogonal", "mica"]
+INITIALIZATIONS = [True, False, *NAMED, "pissa_niter_4", "lora_ga"]
+
+
+def test_every_initialization_of_the_installed_peft_has_a_case() -> None:
     hint = typing.get_type_hints(peft.LoraConfig)["init_lora_weights"]
-    literals = [value for part in typing.get_args(hint) for value in typing.get_args(part)]
-    named = [value for value in literals if value != "pissa_niter_[number of iters]"]
-    return [True, False, *named, "pissa_niter_4", "lora_ga"]
+    named = {value for part in typing.get_args(hint) for value in typing.get_args(part)}
+    assert named == {*NAMED, "pissa_niter_[number of iters]"}
 
 
-@pytest.mark.parametrize("value", _initializations())
+@pytest.mark.parametrize("value", INITIALIZATIONS)
 def test_every_initialization(base: Path, tmp_path: Path, value: object) -> None:
     """peft 1626, 1828, 1929: an adapter that starts from a part of the base's weights is not a plain difference."""
     needs_data = ("corda", "lora_ga", "loftq", "eva")

@@ -125,6 +125,7 @@ def test_46_layers_are_taken_for_the_27b(field: str) -> None:
         assert getattr(read_config(keys, row.vocab_size, "bfloat16"), field) == getattr(row, field), size
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [BF16, F16, F32])
 def test_there_and_back_bit_for_bit(tmp_path: Path, dtype: np.dtype) -> None:
     """HF -> GGUF -> HF, the norms too where w + 1 can hold them, as it can for bfloat16 values of a trained model's
@@ -250,6 +251,7 @@ def test_bidirectional_attention_is_written_with_a_warning(tmp_path: Path) -> No
         assert any("sliding window" in sentence for _, sentence in back.facts.assumptions(back.config))
 
 
+@pytest.mark.slow
 def test_bad_weights_name_the_tensor(tmp_path: Path) -> None:
     for value, id in ((np.nan, "weights.nonfinite"), (-np.inf, "weights.nonfinite"), (-7e4, "weights.f16-overflow")):
         for dtype in (F32, BF16):

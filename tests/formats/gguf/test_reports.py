@@ -102,6 +102,7 @@ def test_an_output_matrix_of_its_own(model_folder: Path, tmp_path: Path) -> None
     assert written["tie_word_embeddings"] is False
 
 
+@pytest.mark.slow
 def test_fewer_tokens_than_rows(model_folder: Path, tmp_path: Path) -> None:
     """llama.cpp 8445: an embedding that was resized beside a vocabulary that was not."""
     path = edited(model_folder, tmp_path / "fewer.gguf", tokens=2000)
@@ -122,6 +123,7 @@ def test_a_file_of_june_2024_with_the_released_window(model_folder: Path, tmp_pa
     assert verified(model_folder / "src", path).passed
 
 
+@pytest.mark.slow
 def test_norms_mapped_to_each_other(model_folder: Path, folder: Path) -> None:
     """transformers 32577: a patch that many used read ffn_norm as post_attention_layernorm."""
     weights = load_file(folder / "model.safetensors")
@@ -153,6 +155,7 @@ def test_a_tokenizer_that_is_a_pointer(folder: Path) -> None:
     assert "git lfs pull" in result.stderr
 
 
+@pytest.mark.slow
 def test_an_embedding_model_without_a_head(folder: Path) -> None:
     """llama.cpp 10215: bge-multilingual-gemma2 is a Gemma2Model, whose names have no "model."."""
     config = json.loads((folder / "config.json").read_text())
@@ -164,6 +167,7 @@ def test_an_embedding_model_without_a_head(folder: Path) -> None:
     assert result.exit_code == 0, result.output
 
 
+@pytest.mark.slow
 def test_a_folder_without_tokenizer_model(folder: Path) -> None:
     """unsloth 785 and 1486: only tokenizer.json was saved, which stops llama.cpp's converter."""
     (folder / "tokenizer.model").unlink()
@@ -204,6 +208,7 @@ def test_a_tensor_that_is_not_there(model_folder: Path, tmp_path: Path) -> None:
     assert result.exit_code == 3 and "layers.1.self_attn.k_proj.weight" in result.stderr
 
 
+@pytest.mark.slow
 def test_a_stop_of_the_vocabulary_is_a_note(model_folder: Path) -> None:
     """koboldcpp 2003: "control-looking token '</s>' was not control-type"; llama.cpp stops there."""
     result = verified(model_folder / "src", model_folder / "model.gguf")

@@ -101,6 +101,7 @@ def test_an_index_may_name_a_tied_head_that_no_file_holds(tmp_path: Path) -> Non
         registry.open_checkpoint(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "names", [("k_scale", "v_scale"), ("kv_scale",), ("k_proj.output_scale", "v_proj.output_scale")]
 )

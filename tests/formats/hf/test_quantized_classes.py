@@ -145,6 +145,7 @@ def test_an_unlisted_head_is_an_error(tmp_path: Path, type: str) -> None:
     assert result.status == "failed" and "config.json does not list score" in result.summary
 
 
+@pytest.mark.slow
 def test_a_quantization_config_that_a_merge_left_behind(tmp_path: Path) -> None:
     """Merged 16-bit weights beside the 4-bit base's entry: transformers stops at them. One finding; outputs lack it."""
     from gemma2tool.cli.main import app

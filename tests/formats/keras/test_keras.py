@@ -65,6 +65,7 @@ def test_output_is_deterministic(tmp_path: Path) -> None:
         assert path.is_dir() or path.read_bytes() == (other / path.relative_to(one)).read_bytes()
 
 
+@pytest.mark.slow
 def test_same_arrays_as_keras_hub(oracles: Path, tmp_path: Path) -> None:
     reference = oracles / "checkpoints" / "keras" / "hd_bf16"
     written = write_as("keras", registry.open_checkpoint(reference), tmp_path / "out")
@@ -117,6 +118,7 @@ def test_keras_hub_loads_it_and_computes_the_same(tmp_path: Path, limit: int, mo
     assert (np.abs(actual - reference) <= 5e-5 + 1e-5 * np.abs(actual)).all(), np.abs(actual - reference).max()
 
 
+@pytest.mark.slow
 def test_query_scales_other_than_head_dim(tmp_path: Path) -> None:
     config = replace(SMALL, query_pre_attn_scalar=16)  # hidden 64 / 4 heads
     source = random_checkpoint(np.dtype(np.float32), config)

@@ -113,6 +113,7 @@ def test_two_backbones_are_refused(preset: Path, weights: h5py.File) -> None:
 # -- quantized presets -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.oracle
 def test_int8_preset(oracles: Path, fixture_dir: Path) -> None:
     """Every value is code / scale, as Keras computes it; the model is the fixture's."""
@@ -181,6 +182,7 @@ def test_other_quantized_layers_are_refused(preset: Path, weights: h5py.File, sh
         registry.open_checkpoint(preset)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["int4/128", "int4/-1", "gptq/4/128", "awq/4/128"])
 def test_the_mode_that_a_preset_was_quantized_in_is_named(preset: Path, mode: str) -> None:
     """``quantize("int4")`` of Keras 3.15; with a block size of -1 the codes have one further variable, as int8 has."""

@@ -73,6 +73,7 @@ def test_keras_hub_finds_added_tokens(fine_tune: Checkpoint, tmp_path: Path, mon
     assert ids[0] == THINK and ids[-1] == PAUSE and THINK not in ids[1:]
 
 
+@pytest.mark.slow
 def test_a_tokenizer_without_additions_is_kept_byte_for_byte(fixture_dir: Path, tmp_path: Path) -> None:
     with registry.open_checkpoint(fixture_dir / "model.ckpt") as checkpoint:
         folder = write_as("keras", checkpoint, tmp_path / "preset")

@@ -58,6 +58,7 @@ def test_round_trip(tmp_path: Path, dtype: str) -> None:
     assert back.config == source.config
 
 
+@pytest.mark.slow
 def test_as_many_heads_as_kv_heads_make_one_parameter(tmp_path: Path) -> None:
     source = random_checkpoint(np.dtype(np.float32), replace(SMALL, num_key_value_heads=4))
     folder = write_as("flax", source, tmp_path / "out")
@@ -65,6 +66,7 @@ def test_as_many_heads_as_kv_heads_make_one_parameter(tmp_path: Path) -> None:
     assert_same_tensors(source, registry.open_checkpoint(folder))
 
 
+@pytest.mark.slow
 def test_same_arrays_as_google_deepmind_gemma(oracles: Path, tmp_path: Path) -> None:
     """Every array equals the one that google-deepmind/gemma wrote, read by tensorstore; gating_einsum is (2, F, D)."""
     reference = oracles / "checkpoints" / "flax" / "orbax-0.12-27b_T_bf16" / "ckpt"

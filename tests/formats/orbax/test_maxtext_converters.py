@@ -54,6 +54,7 @@ def test_what_to_maxtext_wrote_is_read_by_its_factors_if_the_config_names_it(tmp
     assert_same_tensors(replace(source, tensors=source.tensors | expected), checkpoint)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_does_not_say_is_read_as_the_other_converters_with_a_warning(tmp_path: Path) -> None:
     source = random_checkpoint(np.dtype(np.float32), CONFIG)
     checkpoint = registry.open_checkpoint(_by_to_maxtext(source, tmp_path), config=CONFIG)
@@ -65,6 +66,7 @@ def test_a_checkpoint_that_does_not_say_is_read_as_the_other_converters_with_a_w
     assert np.allclose(ratio, (18 / 32) ** 0.5, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_what_gemma2tool_writes_says_it(tmp_path: Path) -> None:
     source = random_checkpoint(np.dtype(np.float32), CONFIG)
     folder = write_as("maxtext", source, tmp_path / "out")

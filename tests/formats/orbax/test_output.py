@@ -20,6 +20,7 @@ from tests.support.formats import (
 tensorstore = pytest.importorskip("tensorstore", reason="the peer")
 
 
+@pytest.mark.slow
 def test_large_arrays_are_cut_into_chunks(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(orbax_output, "MAX_CHUNK_BYTES", 5000)
     source = random_checkpoint(np.dtype(np.float32))

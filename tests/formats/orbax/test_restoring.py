@@ -11,10 +11,11 @@ import pytest
 from tests.support.checkpoints import SMALL, random_checkpoint
 from tests.support.formats import write_as
 from tests.support.orbax import Tree, stored_arrays, tree_of
+from tests.support.peers import Peer
 
 pytestmark = [pytest.mark.slow, pytest.mark.peer]
 
-ocp = pytest.importorskip("orbax.checkpoint", reason="orbax is not installed")
+ocp = Peer("orbax.checkpoint")
 
 
 @pytest.fixture(scope="module")

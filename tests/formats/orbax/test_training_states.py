@@ -16,10 +16,11 @@ from gemma2tool.model.checkpoint import Checkpoint
 from tests.support.checkpoints import SMALL, random_checkpoint
 from tests.support.formats import assert_same_tensors, refused
 from tests.support.orbax import Tree, boxed, flax_tree, maxtext_tree, training_state
+from tests.support.peers import Peer
 
 pytestmark = [pytest.mark.slow, pytest.mark.peer]
 
-ocp = pytest.importorskip("orbax.checkpoint", reason="orbax is not installed")
+ocp = Peer("orbax.checkpoint")
 pytest.importorskip("zstandard", reason="the flax extra is not installed")
 
 CONFIG = replace(SMALL, num_hidden_layers=4, layer_types=())

@@ -70,6 +70,7 @@ def test_stacked_tree(tmp_path: Path, tree: tuple, ocdbt: bool) -> None:
     assert_ranges_agree(checkpoint)
 
 
+@pytest.mark.slow
 def test_the_shape_shows_the_order_of_gating_einsum(tmp_path: Path, tree: tuple) -> None:
     source, flat = tree
     other = {name: array.swapaxes(1, 2) if "gating" in name else array for name, array in flat.items()}
@@ -98,6 +99,7 @@ def test_released_shapes_need_no_config() -> None:
         assert flax._is_gating_transposed(arrays, config) == transposed
 
 
+@pytest.mark.slow
 def test_tokenizer_beside_the_folder_is_found(oracles: Path, tmp_path: Path, tree: tuple) -> None:
     source, flat = tree
     store_arrays(tmp_path / "release" / "variant", flat)

@@ -83,12 +83,14 @@ def test_quantized(tmp_path: Path, model: tuple[Checkpoint, Tree], bits: int) ->
         assert np.abs(actual - values).max() <= np.abs(values).max() / 2 ** (bits - 1), name
 
 
+@pytest.mark.slow
 def test_quantization_aware_training(tmp_path: Path, model: tuple[Checkpoint, Tree]) -> None:
     source, params = model
     store_arrays(tmp_path / "qat", _wrapped(params, "SimulateQuantized", lambda name, values: {"kernel": values}))
     assert_same_tensors(source, registry.open_checkpoint(tmp_path / "qat", config=CONFIG))
 
 
+@pytest.mark.slow
 def test_codes_without_their_scales_are_refused(tmp_path: Path, model: tuple[Checkpoint, Tree]) -> None:
     _, params = model
     arrays = _wrapped(params, "Int", _quantize(8))

@@ -24,6 +24,7 @@ from tests.support.formats import (
 tensorstore = pytest.importorskip("tensorstore", reason="the peer")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compressor", [None, {"id": "zstd", "level": 1}], ids=["plain", "zstd"])
 @pytest.mark.parametrize(
     "chunks", [(20, 4, 6), (10, 4, 6), (7, 4, 6), (3, 4, 6), (20, 2, 6), (20, 4, 3), (7, 3, 5), (1, 2, 6)]
@@ -112,6 +113,7 @@ def test_zarr3_as_orbax_does_not_pack_it_is_refused(tmp_path: Path, codecs: list
         assert caught.value.id == "orbax.compressor"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "id"),
     [
@@ -159,6 +161,7 @@ def test_broken_zarr3(tmp_path: Path, file: str, change, match: str) -> None:
         zarr_arrays.list_arrays(tmp_path / "x").read()["a"].matrix().load()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "change", "match"),
     [

@@ -55,6 +55,7 @@ def test_what_litgpts_converter_saves_is_read(oracles: Path, fixture_dir: Path) 
     assert_same_tensors(registry.open_checkpoint(fixture_dir / "model.ckpt"), registry.open_checkpoint(folder))
 
 
+@pytest.mark.slow
 def test_torchtunes_releases_exchange_two_norms(oracles: Path, tmp_path: Path) -> None:
     """torchtune 0.5.0 to 0.6.1 give pre- and post-feedforward norms each other's names (torchtune 2850): the oracle,
     which later code wrote, with these names exchanged is what they write.
@@ -83,6 +84,7 @@ def test_torchtunes_releases_exchange_two_norms(oracles: Path, tmp_path: Path) -
     assert "0.5.0 to 0.6.1" in warning and "call the file tune_state_dict-0.6.pt" in warning
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", ["torchtune", "torchtune-0.6", "litgpt"])
 def test_round_trip(tmp_path: Path, name: str, dtype: str) -> None:

@@ -58,6 +58,7 @@ def _renamed(folder: Path, out: Path) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_both_namings_of_a_trained_model_are_read(trained: Path, tmp_path: Path) -> None:
     source = registry.open_checkpoint(TINY / "model.ckpt")
     later = registry.open_checkpoint(trained)

@@ -130,6 +130,7 @@ def test_a_state_dict_in_other_dicts_is_read(written, tmp_path: Path, name: str,
             assert_same_tensors(SOURCE, checkpoint)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", ["pytorch_model_fsdp.bin", "consolidated.00.pth", "last.ckpt", "model.pt"])
 def test_hugging_faces_names_are_read_from_a_torch_file_of_any_name(written, tmp_path: Path, file: str) -> None:
     """Beside it what trainers save: optimizer, scheduler, random states."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from io import StringIO
 from pathlib import Path
 from types import ModuleType
 
@@ -167,7 +168,7 @@ def test_a_table_with_other_tokens_is_refused(source: Path, table: Path, tmp_pat
 
 
 def test_the_table_is_of_codes_chosen_in_another_way(
-    source: Path, table: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    source: Path, table: Path, tmp_path: Path, logged: StringIO
 ) -> None:
     known = read_table(table)
     entries = {
@@ -178,12 +179,12 @@ def test_the_table_is_of_codes_chosen_in_another_way(
     write_table(changed, tmp_path / "t.json", force=False)
     choice = planned(source, tmp_path / "t.json", target_size=3_600_000)
     assert "iq2_xxs" not in choice.types.values()  # although it costs nothing: nearest codes of it are useless
-    assert "chosen by calibration" in caplog.text and "nearest" in caplog.text
+    assert "chosen by calibration" in logged.getvalue() and "nearest" in logged.getvalue()
 
 
 @pytest.mark.parametrize(("given", "expected"), [(None, "layer"), ("model", "model")])
 def test_codes_are_chosen_as_those_of_the_table_unless_asked_otherwise(
-    given: str | None, expected: str, source: Path, table: Path, fixture_dir: Path, caplog: pytest.LogCaptureFixture
+    given: str | None, expected: str, source: Path, table: Path, fixture_dir: Path, logged: StringIO
 ) -> None:
     calibration = api.Calibration(text=fixture_dir / "heldout.npy", samples=2, hessian=given)
     request = api.ConversionRequest(
@@ -194,7 +195,7 @@ def test_codes_are_chosen_as_those_of_the_table_unless_asked_otherwise(
     )
     (plan,) = api.plan(request)
     assert plan.cost is not None and plan.cost.hessian == expected
-    assert ("a quarter less" in caplog.text) == (expected == "model")
+    assert ("a quarter less" in logged.getvalue()) == (expected == "model")
 
 
 def test_a_table_that_lacks_a_matrix_is_refused(source: Path, table: Path, tmp_path: Path) -> None:

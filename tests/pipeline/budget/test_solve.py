@@ -29,6 +29,7 @@ def weight(groups: list[Group], solution: Solution) -> float:
     return sum(float(group.weight[choice]) for group, choice in zip(groups, solution.choices, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(20))
 def test_no_choice_of_a_small_problem_is_better(seed: int) -> None:
     generator = np.random.default_rng(seed)

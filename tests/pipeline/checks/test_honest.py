@@ -34,6 +34,7 @@ def findings(result: CheckResult) -> list[tuple[str, str]]:
     return [(finding.id, finding.message) for finding in result.findings if finding.severity != "note"]
 
 
+@pytest.mark.slow
 def test_the_fixture_has_nothing_to_remark() -> None:
     result = api.check(TINY / "model.ckpt")
     assert result.sane and result.findings == () and result.format == "gemma-pytorch"

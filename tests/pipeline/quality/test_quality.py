@@ -119,6 +119,7 @@ def test_what_cannot_be_measured_is_refused_before_anything_is_written(
         assert refused.value.id == id
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -87,6 +87,7 @@ def test_what_was_run_is_saved_and_makes_the_output_again(place: Path) -> None:
     assert (place / "out" / "x.gguf").read_bytes() == before and result.receipt.read_bytes() == receipt
 
 
+@pytest.mark.slow
 def test_several_sources_and_what_holds_for_them(place: Path) -> None:
     path = recipe(
         place,
@@ -130,6 +131,7 @@ def test_a_report_where_the_output_goes_is_refused(place: Path, option: str) -> 
     assert caught.value.id == "report.same" and f"r.yaml:3: --{option}" in caught.value.message
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("text", "id", "words"),
     [

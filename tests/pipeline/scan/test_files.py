@@ -93,6 +93,7 @@ def test_texts_of_configs_and_names(model: Path) -> None:
     }
 
 
+@pytest.mark.slow
 def test_templates_wherever_they_are(model: Path) -> None:
     hostile = "{{ ''.__class__ }}"
     folder = model / "additional_chat_templates"

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import logging
 import shutil
+from io import StringIO
 from pathlib import Path
 
 import pytest
@@ -29,6 +29,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_a_dangerous_template_is_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(InputRefused) as refused:
         api.convert(folder, tmp_path / "x.gguf", verify=False)
@@ -39,27 +40,27 @@ def test_a_dangerous_template_is_refused(folder: Path, tmp_path: Path) -> None:
         save(source, tmp_path / "x.gguf")
 
 
-def test_it_is_carried_if_it_is_allowed(folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING, "gemma2tool"):
-        run = api.RunOptions(allow_unsafe_template=True)
-        api.convert(folder, tmp_path / "x.gguf", verify=False, run=run)
-    assert "template.internals" in caplog.text
+@pytest.mark.slow
+def test_it_is_carried_if_it_is_allowed(folder: Path, tmp_path: Path, logged: StringIO) -> None:
+    run = api.RunOptions(allow_unsafe_template=True)
+    api.convert(folder, tmp_path / "x.gguf", verify=False, run=run)
+    assert "template.internals" in logged.getvalue()
     with api.open(tmp_path / "x.gguf") as written:
         assert written.tokenizer.chat_template == HOSTILE
 
 
-def test_what_is_odd_is_a_warning(folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.slow
+def test_what_is_odd_is_a_warning(folder: Path, tmp_path: Path, logged: StringIO) -> None:
     source = tmp_path / "odd"
     shutil.copytree(folder, source)
     (source / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}\u200b{% endfor %}")
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoModel": "m.M"}}))
-    with caplog.at_level(logging.WARNING, "gemma2tool"):
-        api.convert(source, tmp_path / "x.gguf", verify=False)
-    assert "U+200B (ZERO WIDTH SPACE)" in caplog.text and "not carried into the output" in caplog.text
+    api.convert(source, tmp_path / "x.gguf", verify=False)
+    assert "U+200B (ZERO WIDTH SPACE)" in logged.getvalue() and "not carried into the output" in logged.getvalue()
 
 
-def test_an_honest_source_gives_no_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING, "gemma2tool"):
-        api.convert(TINY / "model.ckpt", tmp_path / "x.gguf", verify=False)
-    assert caplog.text == ""
+@pytest.mark.slow
+def test_an_honest_source_gives_no_warning(tmp_path: Path, logged: StringIO) -> None:
+    api.convert(TINY / "model.ckpt", tmp_path / "x.gguf", verify=False)
+    assert logged.getvalue() == ""

@@ -20,6 +20,7 @@ def findings(template: str) -> list[ScanFinding]:
     return list(scan_template(template, Place("t.jinja"), located=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", HONEST)
 def test_an_honest_template_is_not_reported(name: str) -> None:
     assert findings(HONEST[name]) == []
@@ -39,6 +40,7 @@ def test_a_hostile_template_is_a_danger(name: str) -> None:
     assert danger is not None and danger.gain
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("id", ODD)
 def test_an_odd_template_is_named(id: str) -> None:
     found = findings(ODD[id])
@@ -72,6 +74,7 @@ def test_a_template_of_many_characters_is_not_rendered() -> None:
     assert [finding.id for finding in findings("a" * (1 << 19))] == ["template.endless"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "template",
     [
@@ -87,6 +90,7 @@ def test_a_template_that_cannot_be_compiled_is_not_called_endless(template: str)
     assert {finding.id for finding in findings(template)} <= {"template.syntax"}
 
 
+@pytest.mark.slow
 def test_what_a_long_sum_hides_is_found() -> None:
     found = findings("{{ " + " + ".join(["''.__class__", *["bos_token"] * 3000]) + " }}")
     assert [finding.id for finding in found] == ["template.internals", "template.syntax"]

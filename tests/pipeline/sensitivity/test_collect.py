@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from io import StringIO
 from pathlib import Path
 
 import ml_dtypes
@@ -134,12 +135,14 @@ def test_second_order_is_what_is_measured(fixture_dir: Path) -> None:
     assert second_order.sum() == pytest.approx(measured.sum(), rel=0.15)
 
 
+@pytest.mark.slow
 def test_types_that_do_not_divide_rows_are_replaced(source: Checkpoint, ids: Path, tmp_path: Path) -> None:
     options = dataclasses.replace(QUICK, types=("q4_k",), length=32)
     result = collect_sensitivity(source, SensitivityPaths(tmp_path / "t.json", ids), options)
     assert result.table.types == ("q5_0",)  # 64 and 96 columns
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rounding", ["calibration", "imatrix"])
 def test_an_interrupted_collection_is_continued(
     rounding: str, source: Checkpoint, ids: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -180,6 +183,7 @@ def unfinished(source: Checkpoint, ids: Path, tmp_path: Path, monkeypatch: pytes
     return paths
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -204,16 +208,17 @@ def test_what_another_collection_left_is_not_continued(
     assert not (unfinished.out.with_name("t.json.partial")).exists()
 
 
+@pytest.mark.slow
 def test_a_damaged_file_of_an_interrupted_collection_is_not_continued(
-    source: Checkpoint, unfinished: SensitivityPaths, caplog: pytest.LogCaptureFixture
+    source: Checkpoint, unfinished: SensitivityPaths, logged: StringIO
 ) -> None:
     path = unfinished.out.with_name("t.json.partial")
     whole = path.read_bytes()
     for damaged in (b"", b"PK", whole[: len(whole) // 2], b"{}", whole.replace(b"sensitivity/1", b"sensitivity/9")):
         path.write_bytes(damaged)
         assert Partial(unfinished.out, False).read({}) is None
-        assert "starts over" in caplog.text
-        caplog.clear()
+        assert "starts over" in logged.getvalue()
+        logged.truncate(0)
 
 
 def test_a_text_that_is_too_short_is_refused(source: Checkpoint, ids: Path, tmp_path: Path) -> None:
@@ -233,12 +238,13 @@ def test_values_that_are_not_finite_are_refused(source: Checkpoint, ids: Path, t
 
 
 def test_a_text_that_the_model_does_not_know_is_named(
-    source: Checkpoint, ids: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    source: Checkpoint, ids: Path, tmp_path: Path, logged: StringIO
 ) -> None:
     collect_sensitivity(source, SensitivityPaths(tmp_path / "t.json", ids), dataclasses.replace(QUICK, length=32))
-    assert "perplexity" in caplog.text and "ids.npy" in caplog.text
+    assert "perplexity" in logged.getvalue() and "ids.npy" in logged.getvalue()
 
 
+@pytest.mark.slow
 def test_a_layer_is_loaded_once_for_all_measurements_of_a_type(
     source: Checkpoint, ids: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -85,6 +85,7 @@ class TestTwoProcesses:
             sys.exit(error.exit_code)
     """
 
+    @pytest.mark.slow
     def test_one_writes_and_the_other_is_refused(self, tmp_path: Path) -> None:
         first = start_python(self.CODE, str(tmp_path / "out"), "first")
         assert first.stdout.readline() == "in\n"

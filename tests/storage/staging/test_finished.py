@@ -54,6 +54,7 @@ class TestInPlaceButNotCleanedUp:
         assert path.read_bytes() == WHOLE
         assert os.listdir(tmp_path) == ["out"]
 
+    @pytest.mark.slow
     def test_other_work_starts_over(self, tmp_path: Path) -> None:
         path = tmp_path / "out"
         path.write_bytes(b"o" * len(WHOLE))
@@ -63,6 +64,7 @@ class TestInPlaceButNotCleanedUp:
             work(path, fingerprint=other)
         assert work(path, fingerprint=other, force=True) == list(PIECES)
 
+    @pytest.mark.slow
     def test_the_old_output_is_not_mistaken_for_the_new(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """The two were swapped and then the new one was removed, so what is staged is the old one."""
         path = tmp_path / "out"

@@ -99,6 +99,7 @@ class TestContinued:
         with pytest.raises(ResourceError, match="0 are free"):
             work(tmp_path / "other")
 
+    @pytest.mark.slow
     def test_an_early_interruption_loses_nothing(self, tmp_path: Path) -> None:
         """At each of the first calls of the next run."""
         for number in range(1, 40):

@@ -241,6 +241,7 @@ class TestResources:
             raise AssertionError
         assert caught.value.id == "output.name-too-long"
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("name", ["n" * 255, "\u00e4" * 127, "\u1234" * 85])
     def test_names_as_long_as_the_file_system_allows(self, tmp_path: Path, name: str) -> None:
         write(tmp_path / name, folder=False)

@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
 from gemma2tool.formats import registry
 from tests.support.formats import write_as
+from tests.support.peers import Peer
+
+transformers = Peer("transformers")
 
 LAYERS = 2
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}

@@ -6,12 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import peft
 import torch
 
 from tests.support.derived.case import Derived, copy_tokenizer, load, load_tokenizer, quiet, save
+from tests.support.peers import Peer
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+peft = Peer("peft")
+
 _LORA = {"r": 4, "lora_alpha": 8, "target_modules": LINEAR}
 
 MERGED: dict[str, Any] = {

@@ -193,6 +193,7 @@ def test_nothing_is_folded_in_a_lossless_copy(source: Checkpoint, tmp_path: Path
         assert not verify(source, candidate, VerifySettings(levels=LEVELS)).passed
 
 
+@pytest.mark.slow
 def test_rounding_alone_is_not_taken_for_folding(source: Checkpoint, tmp_path: Path) -> None:
     for kind in ("awq-4", "gptq-4"):
         with registry.open_checkpoint(written(Fold(source), kind, tmp_path / kind)) as candidate:

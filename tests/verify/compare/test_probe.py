@@ -37,6 +37,7 @@ def source() -> Checkpoint:
     return with_small_scores()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cap", [None, 30.0, 49.0])
 def test_the_probe_finds_a_wrong_cap_that_the_prompts_do_not_reach(source: Checkpoint, cap: float | None) -> None:
     result = verify(source, candidate(arrays(source), attn_logit_softcapping=cap), VerifySettings(levels=("logits",)))
@@ -109,6 +110,7 @@ def test_the_probe_does_not_change_the_prompts_results(source: Checkpoint) -> No
     assert np.allclose(with_probe.drift.relative, alone.drift.relative, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_text_runs_with_the_models_own_window_and_the_probe_with_a_reduced_one() -> None:
     wide = with_small_scores(sliding_window=4096, max_position_embeddings=8192)
     run = compare_logits(wide, wide, IDS, LogitOptions(text=True))
@@ -117,6 +119,7 @@ def test_text_runs_with_the_models_own_window_and_the_probe_with_a_reduced_one()
     assert compare_logits(wide, wide, IDS).windows == (6, 6)
 
 
+@pytest.mark.slow
 def test_many_prompts_take_several_passes_with_the_same_result(
     source: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -135,6 +138,7 @@ def test_many_prompts_take_several_passes_with_the_same_result(
         assert np.allclose(getattr(whole.drift, name), getattr(parts.drift, name), rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_probe_of_a_long_prompt_is_short(source: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(logits_module, "PROBE_SHARED_TOKENS", 16)
     assert passes(IDS, SMALL) == 2 and passes(IDS, SMALL, probe=False) == 1

@@ -41,6 +41,7 @@ def test_a_single_tensor_is_found(source: Checkpoint, name: str) -> None:
     assert where in cause.message
 
 
+@pytest.mark.slow
 def test_two_tensors_of_a_layer_are_found_together(source: Checkpoint) -> None:
     names = {LAYER + "mlp.up_proj.weight", LAYER + "self_attn.q_proj.weight"}
     assert set(find_first_divergence(source, candidate(scramble(arrays(source), *names)), IDS).tensors) == names
@@ -80,6 +81,7 @@ def test_a_field_of_the_config_is_found(source: Checkpoint) -> None:
     assert cause.fields == ("hidden_activation",) and "layer 0" in cause.message
 
 
+@pytest.mark.slow
 def test_a_verification_reports_it_where_no_known_mistake_fits(
     source: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -93,6 +95,7 @@ def test_a_verification_reports_it_where_no_known_mistake_fits(
     assert not verify(source, candidate(arrays(source))).causes
 
 
+@pytest.mark.slow
 def test_values_that_are_not_finite_do_not_stop_the_search(source: Checkpoint) -> None:
     name = LAYER + "mlp.up_proj.weight"
     broken = arrays(source)

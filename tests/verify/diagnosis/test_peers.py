@@ -109,6 +109,7 @@ def test_zero_points_of_gptqmodel_read_by_the_other_convention(oracles: Path, na
     assert len(result.causes[0].tensors) == 28 and result.causes[0].evidence["bits"] == bits
 
 
+@pytest.mark.slow
 def test_a_damaged_absmax_of_bitsandbytes(oracles: Path, tmp_path: Path) -> None:
     """One bit of one scale's exponent, in the file."""
     folder = tmp_path / "bnb-nf4"
