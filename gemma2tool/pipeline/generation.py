@@ -73,7 +73,9 @@ def generate(
 
     Raises ``ResourceError`` if memory runs out.
     """
-    hint = "read the layers again for every token with --stream-weights, or use --dtype bf16"
+    hint = "read the layers again for every token with --stream-weights"
+    if options.dtype == "f32":
+        hint += ", or use --dtype bf16"
     if options.stream_weights:
         hint = "close other programs, or generate fewer tokens"
     elif options.device == "cpu":

@@ -25,6 +25,7 @@ from gemma2tool.formats.mapping.transforms import entries
 from gemma2tool.model.checkpoint import Checkpoint, unchanged
 from gemma2tool.model.names import HEAD
 from gemma2tool.model.progress import Progress, progress_or_null
+from gemma2tool.pipeline.memory import check_memory, forward_bytes
 from gemma2tool.pipeline.prompt import PromptTokenizer, rows_of
 from gemma2tool.storage.paths import refuse_overwriting_input
 from gemma2tool.storage.staging.staged_output import Staging
@@ -77,7 +78,12 @@ def collect_imatrix(
     chunks = chunks_of(ids, options.chunk_size, checkpoint.config.bos_token_id, options.max_chunks)
     with unchanged(checkpoint), progress_or_null(progress, chunks.size, "tokens", unit="tokens") as bar:
         sums = collect(
-            checkpoint, chunks, output_weights=options.output_weights, threads=options.threads, advance=bar.advance
+            checkpoint,
+            chunks,
+            output_weights=options.output_weights,
+            threads=options.threads,
+            folder=out.absolute().parent,
+            advance=bar.advance,
         )
     write(out, checkpoint, sums, dataset=str(text), chunks=chunks, force=options.force)
     return ImatrixResult(out, len(sums), len(chunks), options.chunk_size)
@@ -101,12 +107,14 @@ def collect(
     *,
     output_weights: bool = False,
     threads: int,
+    folder: Path,
     advance: Callable[[int, str], None] = lambda count, name: None,
 ) -> Sums:
     """By canonical name of every matrix in the layers, and of the head with ``output_weights``: the sums of squares
-    (in,) in float32, and the number of positions.
+    (in,) in float32, and the number of positions. ``folder``: for a temporary file.
     """
-    from gemma2tool.reference.streaming import StreamedForward, use_threads
+    from gemma2tool.pipeline.layer_by_layer import layer_bytes, run_layers
+    from gemma2tool.reference.streaming import use_threads
 
     sums: dict[str, NDArray[np.float64]] = {}
 
@@ -115,13 +123,12 @@ def collect(
         sums[name] = squares if name not in sums else sums[name] + squares
 
     hint = "use a smaller --chunk, or close other programs"
+    activations = forward_bytes(checkpoint.config, min(BATCH, len(chunks)), chunks.shape[1])
+    check_memory(layer_bytes(checkpoint) + activations, "one layer and its activations", hint)
     with use_threads(threads), out_of_memory_as_error(f"chunks of {chunks.shape[1]} tokens", hint):
-        for first in range(0, len(chunks), BATCH):
-            batch = chunks[first : first + BATCH]
-            hidden = StreamedForward(checkpoint, batch, on_input=add_squares).last_hidden_state()
+        for hidden in run_layers(checkpoint, chunks, batch=BATCH, folder=folder, on_input=add_squares, advance=advance):
             if output_weights:
                 add_squares(HEAD, hidden)
-            advance(batch.size, f"chunk {first + len(batch)} of {len(chunks)}")
     for name, values in sums.items():
         if not np.isfinite(values).all():
             raise InputRefused("calibration.nonfinite", f"inputs of {name}: the text gives NaN or infinities")

@@ -13,6 +13,7 @@ from gemma2tool.errors import ResourceError, UsageError
 from gemma2tool.errors.memory import out_of_memory_as_error
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.pipeline.inputs import read_tokens
+from gemma2tool.pipeline.memory import check_memory, forward_bytes
 from gemma2tool.storage.paths import refuse_overwriting_input
 from gemma2tool.storage.staging.staged_output import Staging
 
@@ -74,6 +75,8 @@ def write_logits(
     start, row = len(header.getvalue()), 4 * shape[2]
     size = start + batch * length * row
     hint = "give fewer or shorter rows of tokens, or close other programs"
+    if device == "cpu":
+        check_memory(forward_bytes(checkpoint.config, batch, length), "activations of a layer", hint)
     with (
         out_of_memory_as_error(f"a forward pass over {batch} rows of {length} tokens", hint),
         Staging(out, force=force, expected_bytes=size, folder=False) as staging,

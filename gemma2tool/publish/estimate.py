@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from gemma2tool.errors import UsageError
-from gemma2tool.pipeline.calibration.cost import EFFICIENCY, product_rate
+from gemma2tool.pipeline.calibration.cost import product_rate
 from gemma2tool.pipeline.calibration.text import LENGTH, SAMPLES
-from gemma2tool.pipeline.importance import BATCH
+from gemma2tool.pipeline.layer_by_layer import pass_count
 from gemma2tool.pipeline.plan import Plan, make_plan
 from gemma2tool.publish.names import format_of
 from gemma2tool.publish.plan import Output, Release
 from gemma2tool.storage.units import human_bytes, human_seconds
 
+EFFICIENCY = 0.5
+"""Fraction of the speed of one large matrix product that a forward pass reaches."""
 LOGIT_OPERATIONS = 200.0
 """Operations of a matrix product that take as long as comparing one logit of two models, in double precision."""
-_VERIFICATION_PASSES = 2
-"""Values, and the forward pass."""
+VALUE_OPERATIONS = 4000.0
+"""As many as take as long as encoding a value, reading it back and comparing it."""
+_CALIBRATION_PASSES = {"layer": 1, "model": 3}
+"""Over the layers, by what errors are weighed by: the gradients take one forward and one backward."""
+READER_SECONDS = 4.0
+"""For the library that reads an output in a process of its own, to start."""
 
 
 @dataclass(frozen=True)
@@ -104,18 +109,17 @@ def estimate(
     )
     sizes = [_nbytes(plans[output.path]) or 0 for output in missing]
     source_bytes = sum(tensor.nbytes for tensor in opened.source.tensors.values())
-    values = opened.source.parameters
-    passes = len(missing) * _VERIFICATION_PASSES + (len(missing) if discard else bool(missing))
-    logits = opened.ids.size * opened.source.config.vocab_size
-    operations = (2.0 * 2 * values * opened.ids.size + LOGIT_OPERATIONS * logits) * len(missing)
+    passes = (len(missing) if discard else bool(missing)) + len(missing) * _verification_passes(opened)
+    operations = _verification_operations(opened) * len(missing)
     if (matrix := opened.release_imatrix) is not None and not matrix.exists():
-        passes += math.ceil(SAMPLES / BATCH)
-        operations += 2.0 * values * SAMPLES * LENGTH
-    seconds = operations / (product_rate() * threads * EFFICIENCY)
+        passes += pass_count(opened.source.config, SAMPLES, LENGTH)
+        operations += 2.0 * opened.source.parameters * SAMPLES * LENGTH / EFFICIENCY
+    seconds = operations / (product_rate() * threads) + READER_SECONDS * len(missing)
     for output in missing:
         plan = plans[output.path]
         if plan is not None and plan.cost is not None:
-            passes, seconds = passes + 1, seconds + plan.cost.seconds
+            passes += _CALIBRATION_PASSES[plan.cost.hessian]
+            seconds += plan.cost.seconds
     return ReleasePlan(
         folder=folder,
         files=files,
@@ -129,6 +133,22 @@ def estimate(
         text=opened.sentence(),
         upload_to=upload_to,
     )
+
+
+def _verification_passes(opened: Release) -> int:
+    """How often the source is read to verify an output: for the values, and for the forward passes."""
+    from gemma2tool.verify.compare.logits import passes
+
+    return 1 + passes(opened.ids, opened.source.config)
+
+
+def _verification_operations(opened: Release) -> float:
+    """Operations of a matrix product that take as long as encoding and verifying an output: the forward passes of both
+    models over the text and the probe, and what is done with each logit and value.
+    """
+    source, tokens = opened.source, int(opened.ids.size + opened.ids.shape[1])
+    forward = 2 * 2.0 * source.parameters * tokens / EFFICIENCY
+    return forward + LOGIT_OPERATIONS * tokens * source.config.vocab_size + VALUE_OPERATIONS * source.parameters
 
 
 def _plan(opened: Release, output: Output) -> Plan | None:

@@ -218,6 +218,8 @@ def collect_imatrix(opened: Release, progress: Progress | None) -> bool:
         if not request.run.force:
             raise UsageError("release.other", f"{place}: is there, and is of another text or source")
     with progress_or_null(progress, chunks.size, "importance matrix", unit="tokens") as bar:
-        sums = importance.collect(source, chunks, threads=request.run.threads, advance=bar.advance)
+        sums = importance.collect(
+            source, chunks, threads=request.run.threads, folder=opened.folder, advance=bar.advance
+        )
     importance.write(place, source, sums, dataset=dataset, chunks=chunks, force=request.run.force)
     return True

@@ -113,7 +113,7 @@ class StreamedForward:
                 with one_thread_each() if one_thread else contextlib.nullcontext():
                     x, _ = layer(x, cos, sin, self.attention_mask, self.cache)
                 yield x
-        self._last = self._norm("model.norm.weight")(x)
+        self._last = self.final_norm(x)
 
     @torch.no_grad()
     def embeddings(self) -> Tensor:
@@ -123,18 +123,23 @@ class StreamedForward:
     @torch.no_grad()
     def run_layer(self, index: int, x: Tensor) -> Tensor:
         """The output of layer ``index`` for the residual stream ``x`` (B, T, D); reads only that layer."""
-        prefix = f"model.layers.{index}."
-        matrices = {name: tensor for name, tensor in self._matrices().items() if name.startswith(prefix)}
+        matrices = self._matrices(index)
         cos, sin = cos_sin(self.config, self.positions, self.dtype)
         with ReadAhead(matrices, torch.get_num_threads()) as weights:
             output: Tensor = self._layer(index, weights)(x, cos, sin, self.attention_mask)[0]
             return output
 
     @torch.no_grad()
+    def final_norm(self, x: Tensor) -> Tensor:
+        """The residual stream ``x`` (B, T, D) after the last layer, normalized."""
+        normalized: Tensor = self._norm("model.norm.weight")(x)
+        return normalized
+
+    @torch.no_grad()
     def head_logits(self, x: Tensor, last: int = 1) -> Tensor:
         """Logits (B, ``last``, V) of the residual stream ``x`` (B, T, D) after the last layer, at its last
         positions."""
-        self._last = self._norm("model.norm.weight")(x[:, -last:])
+        self._last = self.final_norm(x[:, -last:])
         return torch.cat([logits for _, _, logits in self.vocabulary_slices()], dim=-1)
 
     def last_hidden_state(self) -> Tensor:
@@ -214,10 +219,10 @@ class StreamedForward:
         norm.weight = nn.Parameter(load_tensor(self.tensors[name], self.dtype, self.device), requires_grad=False)
         return norm
 
-    def _matrices(self) -> dict[str, LazyTensor]:
-        """The layers' projections in the order in which the layers use them."""
-        specs = tensor_specs(self.config).values()
-        return {spec.name: self.tensors[spec.name] for spec in specs if spec.layer is not None and len(spec.shape) == 2}
+    def _matrices(self, layer: int | None = None) -> dict[str, LazyTensor]:
+        """The projections of a layer, or of all layers, in the order in which they are used."""
+        specs = (spec for spec in tensor_specs(self.config).values() if spec.layer is not None and len(spec.shape) == 2)
+        return {spec.name: self.tensors[spec.name] for spec in specs if layer in (None, spec.layer)}
 
 
 class StreamedLinear(nn.Module):
