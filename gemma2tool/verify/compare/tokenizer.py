@@ -13,11 +13,11 @@ from gemma2tool.containers.tokenizer_model import BYTE, CONTROL, NORMAL, SPACE, 
 from gemma2tool.errors import InputRefused
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.lazy import Array
-from gemma2tool.model.tokenizer import Pieces, Tokenizer
+from gemma2tool.model.tokenizer import Pieces, Tokenizer, looks_special
 from gemma2tool.model.tokenizer_runner import TokenizerRunner
 from gemma2tool.verify.compare.consumers import holds_tokenizer, is_weights_alone
 from gemma2tool.verify.compare.tokenizer_files import compare_files
-from gemma2tool.verify.compare.tokenizer_json import GATE, LOOKS_SPECIAL
+from gemma2tool.verify.compare.tokenizer_json import GATE, SPECIAL
 from gemma2tool.verify.compare.tokenizer_use import compare_use
 from gemma2tool.verify.finding import SIDES, Finding, GateResult, Sides
 
@@ -251,7 +251,7 @@ def _added_flags(left: Tokenizer, right: Tokenizer, sides: Sides) -> Iterator[Fi
             source, candidate = getattr(left.added_tokens[token], flag), getattr(right.added_tokens[token], flag)
             if source == candidate or (flag == "normalized" and SPACE not in content):
                 continue
-            harmless = None in (source, candidate) or (flag == "special" and (unstated or content in LOOKS_SPECIAL))
+            harmless = None in (source, candidate) or (flag == "special" and (unstated or looks_special(content)))
             (unknown if harmless else differing).append(token)
         if differing:
             first = differing[0]
@@ -261,7 +261,7 @@ def _added_flags(left: Tokenizer, right: Tokenizer, sides: Sides) -> Iterator[Fi
                 f" {getattr(left.added_tokens[first], flag)}, in the {sides[1]}"
                 f" {getattr(right.added_tokens[first], flag)}{more}"
             )
-            yield Finding(GATE, "error", "added_tokens", message)
+            yield Finding(GATE, "error", SPECIAL if flag == "special" else "added_tokens", message)
         yield from _unknown_special(left, right, unknown)
 
 
@@ -275,4 +275,4 @@ def _unknown_special(left: Tokenizer, right: Tokenizer, tokens: list[int]) -> It
             f"the added token {left.added_tokens[first].content!r} ({first}) is special on one side only, or a side"
             f" does not say{more}"
         )
-        yield Finding(GATE, "warning", "added_tokens", message)
+        yield Finding(GATE, "warning", SPECIAL, message)

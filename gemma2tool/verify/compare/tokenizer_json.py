@@ -25,13 +25,14 @@ from gemma2tool.containers.tokenizer_json import (
     steps,
 )
 from gemma2tool.containers.tokenizer_model import SPACE
+from gemma2tool.model.tokenizer import looks_special
 from gemma2tool.verify.finding import Finding, Severity, Sides
 
 GATE = "tokenizer"
 NAME = "tokenizer.json"
 
-LOOKS_SPECIAL = ("<pad>", "<mask>", "<2mass>", "[@BOS@]")
-"""Tokens that other programs call special by their texts, whatever the file says."""
+SPECIAL = "added_tokens.special"
+"""The subject of findings about what a decoded text leaves out on request; texts have the same ids."""
 
 _NORMALIZER = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
 """Gemma's: a token without a U+2581 is found in the normalized text just where it is found in the text."""
@@ -116,16 +117,16 @@ def _added_tokens(left: Object, right: Object, sides: Sides) -> Iterator[Finding
         wrong = [token for token in common if source[token].flags[flag] != candidate[token].flags[flag]]
         if flag == "normalized" and spaces_alone:
             wrong = [token for token in wrong if SPACE in str(source[token].content)]
-        wrong.sort(key=lambda token: source[token].content in LOOKS_SPECIAL)
+        wrong.sort(key=lambda token: looks_special(str(source[token].content)))
         if wrong:
             first = wrong[0]
             message = (
                 f"the added token {_token(source, first)} of {NAME} has {flag} {source[first].flags[flag]}, in the"
                 f" {sides[1]} {candidate[first].flags[flag]}{_others(wrong)}"
             )
-            harmless = flag == "special" and source[first].content in LOOKS_SPECIAL
+            harmless = flag == "special" and looks_special(str(source[first].content))
             severity: Severity = "warning" if harmless else "error"
-            yield Finding(GATE, severity, "added_tokens", message)
+            yield Finding(GATE, severity, SPECIAL if flag == "special" else "added_tokens", message)
 
 
 def _token(entries: Mapping[int, AddedEntry], token: int) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from gemma2tool.verify.compare.tokenizer import GATE
+from gemma2tool.verify.compare.tokenizer_json import SPECIAL
 from gemma2tool.verify.diagnosis.cause import Cause
 from gemma2tool.verify.finding import Finding, GateResult
 
@@ -33,7 +34,9 @@ def causes_of_tokenizer(results: Sequence[GateResult]) -> list[Cause]:
     special = [finding for finding in errors if str(finding.subject).endswith("_id")]
     other = [finding for finding in errors if finding not in lost and finding not in special]
     if other:
-        sentence = "the tokenizer differs: the same text gives different tokens"
+        decoding_only = all(finding.subject == SPECIAL for finding in other)
+        difference = "a decoded text leaves out other tokens" if decoding_only else "the same text gives other tokens"
+        sentence = f"the tokenizer differs: {difference}"
         causes.append(_cause("tokenizer.wrong", sentence, other + special))
     elif special:
         causes.append(_cause("tokenizer.special-ids", "special tokens have different ids", special))

@@ -36,7 +36,7 @@ WARNINGS = tuple(
         r"^no tokenizer_config\.json or",
         r"^the source has no tokenizer\.model",
         r"is special on one side only, or a side does not say",
-        r"'<mask>' \(4\) of tokenizer\.json has special",
+        r"'(<mask>' \(4\)|<unused12>' \(19\)) of tokenizer\.json has special",
         r"eos_token_id \(generation stops at it\): source .*, candidate .*",
         # what the source is
         r"lm_head\.weight equals the embedding: stored once",

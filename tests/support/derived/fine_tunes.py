@@ -85,8 +85,7 @@ def _added_pad(model: Any, tokenizer: Any) -> None:
 
 
 def _unused_made_special(model: Any, tokenizer: Any) -> None:
-    unused = next(token for token in tokenizer.get_vocab() if token.startswith("<unused"))
-    tokenizer.add_special_tokens({"additional_special_tokens": [unused]})
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<unused12>"]})
 
 
 def _template(model: Any, tokenizer: Any) -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from gemma2tool.formats import registry
 from gemma2tool.verify.compare.tokenizer import compare_tokenizers
+from gemma2tool.verify.diagnosis.tokenizer import causes_of_tokenizer
 from tests.support.tokenizers import derived_json, side, through_gguf, trained
 
 
@@ -100,7 +101,7 @@ MERGED = {"model": {"merges": [["a", "b"], ["<0x41>", "b"]]}}
             ({"added_tokens": added(1, **{flag: True})}, "added_tokens", f"'<turn>' (2) of tokenizer.json has {flag}")
             for flag in ("lstrip", "rstrip", "single_word")
         ),
-        ({"added_tokens": added(1, special=False)}, "added_tokens", "special True, in the candidate False"),
+        ({"added_tokens": added(1, special=False)}, "added_tokens.special", "special True, in the candidate False"),
         ({"post_processor": None}, "add_bos_token", "add_bos_token is True, in the candidate False"),
         ({"post_processor": BOS_AS_OTHER_ID}, "post_processor", "<bos> [0] around a text, in the candidate <bos> [1]"),
         ({"model": {"byte_fallback": False}}, "tokenizer.json", "byte_fallback"),
@@ -176,15 +177,20 @@ def test_the_verdict_is_that_of_the_library_that_runs_the_files(changes: dict) -
     assert gate.failed == (answers[0] != answers[1])
 
 
-def test_tokens_whose_flag_a_gguf_does_not_keep_are_reported() -> None:
-    gate = compare_tokenizers(
-        side(tokenizer__json=gemma_json()), side(tokenizer__json=gemma_json(added_tokens=added(2, special=False)))
-    )
-    assert (
-        not gate.failed
-        and {finding.severity for finding in gate.findings} == {"warning"}
-        and "<mask>" in gate.findings[0].message
-    )
+@pytest.mark.parametrize("text", ["<mask>", "<unused12>", "<|im_end|>"])
+def test_tokens_whose_flag_a_gguf_does_not_keep_are_reported(text: str) -> None:
+    """llama.cpp's converter writes them as control tokens, whether they are special or not."""
+    source, candidate = (gemma_json(added_tokens=added(1, content=text, special=flag)) for flag in (True, False))
+    gate = compare_tokenizers(side(tokenizer__json=source), side(tokenizer__json=candidate))
+    assert not gate.failed and {finding.severity for finding in gate.findings} == {"warning"}
+    assert text in gate.findings[0].message
+
+
+def test_a_token_that_is_special_on_one_side_only_is_the_cause_of_other_decoded_texts() -> None:
+    candidate = gemma_json(added_tokens=added(1, special=False))
+    gate = compare_tokenizers(side(tokenizer__json=gemma_json()), side(tokenizer__json=candidate))
+    (cause,) = causes_of_tokenizer([gate])
+    assert cause.id == "tokenizer.wrong" and "a decoded text leaves out other tokens" in cause.message
 
 
 @pytest.mark.parametrize("name", ["truncation", "padding"])
