@@ -26,6 +26,7 @@ DISTRIBUTIONS = {
     "mlx_lm": "mlx-lm",
     "model_signing": "model-signing",
     "orbax": "orbax-checkpoint",
+    "resvg_py": "resvg-py",
     "yaml": "pyyaml",
 }
 """The distribution that a module comes from, where the two have different names."""

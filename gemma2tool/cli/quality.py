@@ -50,6 +50,9 @@ def quality(
         Path | None, typer.Option("--markdown", metavar="FILE", help="Write the table for a model card.")
     ] = None,
     svg: Annotated[Path | None, typer.Option("--svg", metavar="FILE", help="Write the plot of the first text.")] = None,
+    png: Annotated[
+        Path | None, typer.Option("--png", metavar="FILE", help="Write the plot of the first text as a picture.")
+    ] = None,
     html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write a page with all plots.")] = None,
     config: o.ConfigFile = None,
     threads: o.Threads = None,
@@ -79,7 +82,7 @@ def quality(
         sensitivity=sensitivity,
         threads=threads or api.default_threads(),
     )
-    files = api.QualityFiles(markdown=markdown, svg=svg, html=html)
+    files = api.QualityFiles(markdown=markdown, svg=svg, png=png, html=html)
     result = api.quality(src, request, config=config, files=files, progress=ProgressDisplay(console))
     if json_output:
         console.emit_json(result.to_json())

@@ -19,6 +19,7 @@ _BEGINNINGS = {
     "--junit": (b"<?xml",),
     "--html": (b"<!doctype html",),
     "--svg": (b"<svg",),
+    "--png": (b"\x89png",),
     "--bom": (b"{", b'"bomformat"'),
     "--sarif": (b"{", b"sarif-2.1.0"),
     "--statement": (b"{", b"in-toto.io/statement"),
@@ -26,6 +27,7 @@ _BEGINNINGS = {
 """Of what the options write: what it begins with and, for JSON, what its first bytes contain; the others write plain
 text.
 """
+_BINARY = ("--png",)
 _HEAD_BYTES = 4096
 
 
@@ -133,13 +135,14 @@ def may_be_report(option: str, path: Path) -> bool:
         return False
     begins, *contains = _BEGINNINGS.get(option, (b"",))
     text = head.lower()
-    return not head or (text.startswith(begins) and all(mark in text for mark in contains) and b"\0" not in head)
+    is_of_kind = option in _BINARY or b"\0" not in head
+    return not head or (text.startswith(begins) and all(mark in text for mark in contains) and is_of_kind)
 
 
-def replace_report(path: Path, text: str) -> None:
+def replace_report(path: Path, content: str | bytes) -> None:
     from gemma2tool.storage.staging.staged_output import Staging
 
-    data = text.encode()
+    data = content.encode() if isinstance(content, str) else content
     with Staging(path, force=True, expected_bytes=len(data), folder=False) as staging:
         staging.write_bytes(path.name, data)
         staging.commit()

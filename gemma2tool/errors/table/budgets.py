@@ -17,6 +17,7 @@ ENTRIES = (
     usage("budget.target", "several targets are given", "give one of --target-size, --target-bpw and --target-kl"),
     usage("budget.unquantized", "the target is met without quantizing anything", "convert the model, or allow less"),
     usage("quality.label", "two texts have one label", "write --text LABEL=FILE"),
+    usage("quality.no-font", "a picture needs a font for its labels", "install one, such as DejaVu, or use --svg"),
     usage("quality.nothing", "nothing is given to measure, or no text to do so", "give --types or --file, and --text"),
     refused("quality.other-model", "a file to measure is not of the source's shape", "give a file of the same model"),
     usage("quality.short", "the text does not fill one window", "give a longer text, or a smaller --length"),

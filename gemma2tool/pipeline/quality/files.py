@@ -9,26 +9,30 @@ from pathlib import Path
 from gemma2tool.pipeline.quality.result import VARIANTS, QualityResult
 from gemma2tool.pipeline.report_files import check_reports, replace_report
 from gemma2tool.verify.reports.markup import Markup, tag
-from gemma2tool.verify.reports.quality_chart import Dot, Series, chart
+from gemma2tool.verify.reports.picture import check_png, png
+from gemma2tool.verify.reports.quality_chart import Dot, Series, chart, sentence
 
 
 @dataclass(frozen=True, kw_only=True)
 class QualityFiles:
-    """``markdown``: the table. ``svg``: the plot of the first text. ``html``: the table and the plots of all texts.
-    Existing files are replaced."""
+    """``markdown``: the table. ``svg``, ``png``: the plot of the first text. ``html``: the table and the plots of all
+    texts. Existing files are replaced."""
 
     markdown: Path | None = None
     svg: Path | None = None
+    png: Path | None = None
     html: Path | None = None
 
     @property
     def by_option(self) -> dict[str, Path]:
-        named = {"--markdown": self.markdown, "--svg": self.svg, "--html": self.html}
+        named = {"--markdown": self.markdown, "--svg": self.svg, "--png": self.png, "--html": self.html}
         return {option: path for option, path in named.items() if path is not None}
 
     def check(self, others: Iterable[Path]) -> None:
         """Raises ``UsageError`` for a file that cannot be written, before any work."""
         check_reports(self.by_option, others)
+        if self.png is not None:
+            check_png()
 
     def write(self, result: QualityResult) -> None:
         plots = [plot(result, label) for label in result.texts]
@@ -36,6 +40,8 @@ class QualityFiles:
             replace_report(self.markdown, result.markdown())
         if self.svg is not None:
             replace_report(self.svg, f"{plots[0]}\n")
+        if self.png is not None:
+            replace_report(self.png, png(plots[0]))
         if self.html is not None:
             replace_report(self.html, page(result, plots))
 
@@ -51,8 +57,8 @@ def plot(result: QualityResult, label: str) -> Markup:
         ]
         if dots:
             series.append(Series(called, dots))
-    drawn = chart(series, title=f"{result.source.name}: {label}")
-    return tag("p", f"{label}: every file computes what the source does") if drawn is None else drawn
+    title = f"{result.source.name}: {label}"
+    return chart(series, title=title) or sentence(title, "every file computes what the source does")
 
 
 def page(result: QualityResult, plots: Iterable[Markup]) -> str:

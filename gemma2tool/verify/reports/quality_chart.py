@@ -57,6 +57,14 @@ def chart(series: Sequence[Series], *, title: str) -> Markup | None:
     return svg.svg(WIDTH, HEIGHT, title, *parts, _legend(series))
 
 
+def sentence(title: str, text: str) -> Markup:
+    """What stands in place of a plot that would be empty."""
+    height = 56
+    background = tag("rect", width=WIDTH, height=height, class_="background")
+    texts = svg.text(12, 22, title, "title"), svg.text(12, 42, text, "soft")
+    return svg.svg(WIDTH, height, title, tag("style", Markup(STYLE)), background, *texts)
+
+
 @dataclass(frozen=True)
 class _SizeAxis:
     """A linear axis of megabytes."""

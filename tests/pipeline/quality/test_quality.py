@@ -18,10 +18,12 @@ from gemma2tool.model.digest import hash_checkpoint
 from gemma2tool.pipeline import conversion
 from gemma2tool.pipeline.conversion import save
 from gemma2tool.pipeline.quality.result import Estimate, QualityPoint, QualityResult
+from gemma2tool.pipeline.report_files import may_be_report, replace_report
 from gemma2tool.pipeline.sensitivity import run as sensitivity_run
 from gemma2tool.pipeline.sensitivity.table import Text, read_table, write_table
 from gemma2tool.verify.compare.interval import bootstrap_interval
-from gemma2tool.verify.reports.quality_chart import Dot, Series, chart
+from gemma2tool.verify.reports import picture
+from gemma2tool.verify.reports.quality_chart import Dot, Series, chart, sentence
 from tests.support.calibration import calibration_text, divergence
 from tests.support.checkpoints import SMALL, random_checkpoint
 from tests.support.commands import assert_refused, run
@@ -61,6 +63,20 @@ def test_types_and_files_on_two_texts(fixture_dir: Path, ids: Path, tmp_path: Pa
     assert "| q2_k | rounded to nearest |" in files["markdown"].read_text()
     ElementTree.fromstring(files["svg"].read_text())
     assert files["html"].read_text().count("<svg") == 2
+
+
+def test_the_picture_is_the_plot_with_its_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("resvg_py")
+    drawn = chart([Series("a", [Dot("q4_0", 4.0, 0.01, 0.009, 0.011)])], title="title")
+    out = tmp_path / "plot.png"
+    replace_report(out, picture.png(f"{drawn}"))
+    assert out.read_bytes().startswith(b"\x89PNG") and may_be_report("--png", out)
+    assert not may_be_report("--svg", out)
+    assert picture.png(f"{drawn}".replace(">q4_0<", ">q8_0<")) != out.read_bytes()  # labels are drawn
+    assert picture.png(sentence("title", "nothing differs")).startswith(b"\x89PNG")
+    monkeypatch.setattr(picture, "FAMILIES", ("no such font",))
+    with pytest.raises(ToolError, match="no such font is installed"):
+        api.QualityFiles(png=out).check([])
 
 
 @pytest.fixture
