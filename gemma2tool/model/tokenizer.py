@@ -136,6 +136,7 @@ class Tokenizer:
     - ``chat_templates``: by name; ``DEFAULT_TEMPLATE`` is the one that is used unless another is asked for.
     - ``notes``: what reading had to assume.
     - ``states_special``: whether the files say which added tokens are special; otherwise it is concluded from texts.
+    - ``splits_special``: special tokens in a text are cut into pieces like any other text.
     - ``find_conflicts``: compares the files with each other, which takes seconds; see ``conflicts``.
     """
 
@@ -151,6 +152,7 @@ class Tokenizer:
     find_conflicts: Callable[[], tuple[Conflict, ...]] = _no_conflicts
     implied_stops: frozenset[int] = frozenset()
     states_special: bool = True
+    splits_special: bool = False
 
     @property
     def has_vocabulary(self) -> bool:
@@ -227,6 +229,12 @@ class Tokenizer:
         if token in self.added_tokens:
             return self.added_tokens[token].content
         return self.pieces.texts[token] if 0 <= token < len(self.pieces) else None
+
+    def is_found_whole(self, token: int) -> bool:
+        """Whether it is a token of its own in a text, and not one of the pieces that texts are cut into."""
+        return token in self.added_tokens or not (
+            token < len(self.pieces) and self.pieces.types[token] in (NORMAL, BYTE)
+        )
 
     def text(self, token: int) -> str:
         """A token as text, a space where SentencePiece writes U+2581; ``<ID>`` for an id without a token."""

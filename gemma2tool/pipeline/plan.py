@@ -18,6 +18,7 @@ from gemma2tool.formats import registry
 from gemma2tool.formats.base import Output
 from gemma2tool.formats.options import WriteOptions
 from gemma2tool.formats.sentence_transformers import left_behind
+from gemma2tool.formats.text_settings import settings_remarks, text_settings
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.names import HEAD
 from gemma2tool.model.tied_head import with_tied_head
@@ -192,8 +193,10 @@ def make_plan(
             hint="quantize the original, or compound the loss with --allow-requantize",
         )
     output, session = registry.by_name(format_name).layout(source, options), None
-    if lost := left_behind(source.assets, output.assets):
-        output = replace(output, warnings=[*output.warnings, lost])
+    lost = left_behind(source.assets, output.assets)
+    remarks = [*([lost] if lost else []), *settings_remarks(text_settings(source), output)]
+    if remarks:
+        output = replace(output, warnings=[*output.warnings, *remarks])
     if options.calibration.is_asked:
         settings = settings_of(options.calibration, source)
         output, session = calibrated(output, source, settings, threads=threads)

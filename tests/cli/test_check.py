@@ -97,6 +97,18 @@ def test_template_and_stops(copy: Path) -> None:
     assert findings(copy) == [("doubt", "tokenizer.stops")]
     edit(copy / "generation_config.json", eos_token_id=[1, 107, 99_999])
     assert findings(copy) == [("error", "tokenizer.stop-id")]
+    edit(copy / "generation_config.json", eos_token_id=[1, 107, 2020])
+    assert findings(copy) == [("doubt", "tokenizer.stop-piece")]
+    edit(copy / "generation_config.json", eos_token_id=[1, 107], suppress_tokens=[1, 107], bad_words_ids=[[5]])
+    assert findings(copy) == [("doubt", "generation.endless"), ("note", "generation.constraint")]
+
+
+@pytest.mark.slow
+def test_settings_that_change_texts(copy: Path) -> None:
+    edit(copy / "tokenizer.json", truncation={"max_length": 4}, padding={"strategy": "BatchLongest"})
+    assert findings(copy) == [("note", "tokenizer.limits"), ("note", "tokenizer.limits")]
+    edit(copy / "tokenizer_config.json", split_special_tokens=True)
+    assert findings(copy)[0] == ("doubt", "tokenizer.splits-special")
 
 
 @pytest.mark.slow

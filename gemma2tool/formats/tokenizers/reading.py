@@ -56,6 +56,7 @@ def read_tokenizer(assets: Mapping[str, bytes], config: Gemma2Config) -> Tokeniz
         (*notes, *roles.notes),
         conflicts,
         states_special=not files.adds_nothing,
+        splits_special=(files.config or {}).get("split_special_tokens") is True,
     )
 
 

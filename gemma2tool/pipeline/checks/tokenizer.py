@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from gemma2tool.errors import InputRefused
 from gemma2tool.formats.gguf import FACTS as GGUF
+from gemma2tool.formats.text_settings import CUTS, FORBIDS, SILENCES, SPLITS, text_settings
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.tokenizer import Tokenizer
 from gemma2tool.pipeline.checks.catalog import finding
@@ -16,6 +17,13 @@ SMALLEST_SHARE = 0.9
 """Share of the embedding's rows that have a token. Rows are padded to multiples of up to 256."""
 
 PADDING = 256
+
+_SETTINGS = {
+    SPLITS: "tokenizer.splits-special",
+    CUTS: "tokenizer.limits",
+    FORBIDS: "generation.constraint",
+    SILENCES: "generation.endless",
+}
 
 
 def check_tokenizer(checkpoint: Checkpoint) -> Iterator[CheckFinding]:
@@ -29,6 +37,8 @@ def check_tokenizer(checkpoint: Checkpoint) -> Iterator[CheckFinding]:
         if _has_place_for_tokenizer(checkpoint):
             yield finding("tokenizer.missing", "tokenizer", "there is none beside the weights")
         return
+    for setting in text_settings(checkpoint):
+        yield finding(_SETTINGS[setting.kind], setting.file, f"{setting.name}: {setting.effect}")
     yield from _size(checkpoint, tokenizer)
     yield from _special(checkpoint, tokenizer)
     yield from _stops(checkpoint, tokenizer)
@@ -78,6 +88,11 @@ def _stops(checkpoint: Checkpoint, tokenizer: Tokenizer) -> Iterator[CheckFindin
     if wrong:
         reason = "is bos" if wrong[0] == bos else f"is beyond the {rows:,} rows of the embedding"
         yield finding("tokenizer.stop-id", "eos", f"the stop token {wrong[0]} {reason}")
+    pieces = [token for token in stops if token not in wrong and not tokenizer.is_found_whole(token)]
+    if pieces:
+        shown = ", ".join(f"{token} {quoted(tokenizer.text(token))}" for token in pieces[:4])
+        message = f"generation stops at {shown}, an ordinary piece of text: answers end where they contain it"
+        yield finding("tokenizer.stop-piece", "eos", message)
     eos = tokenizer.roles.get("eos")
     if stops and eos is not None and eos not in stops and not _ends_turns(tokenizer, stops):
         shown = ", ".join(f"{token} {quoted(tokenizer.text(token))}" for token in stops[:4])

@@ -40,6 +40,7 @@ def compare_use(left: Tokenizer, right: Tokenizer, sides: Sides, *, keeps_templa
     yield from _adds(left, right, sides)
     yield from _roles(left, right, sides)
     yield from _space_prefix(left, right, sides)
+    yield from _split_special(left, right, sides)
     yield from _stops(left, right, sides)
 
 
@@ -104,6 +105,18 @@ def _space_prefix(left: Tokenizer, right: Tokenizer, sides: Sides) -> Iterator[F
         yield Finding(
             GATE, "warning", name, f"{name} is true or missing in the {sides[0]}, in the {sides[1]} it is false"
         )
+
+
+def _split_special(left: Tokenizer, right: Tokenizer, sides: Sides) -> Iterator[Finding]:
+    """Turn marks cut into pieces are an error where the source's are not; the other way round they are whole again."""
+    name = "split_special_tokens"
+    if left.splits_special != right.splits_special and right.has_vocabulary:
+        severity: Severity = "error" if right.splits_special else "warning"
+        side, other = sides if left.splits_special else reversed(sides)
+        message = (
+            f"{name} is true in the {side}: transformers cuts turn marks into pieces, in the {other} they are whole"
+        )
+        yield Finding(GATE, severity, name, message)
 
 
 def _stops(left: Tokenizer, right: Tokenizer, sides: Sides) -> Iterator[Finding]:

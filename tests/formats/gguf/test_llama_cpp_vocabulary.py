@@ -129,6 +129,16 @@ def test_every_text_of_an_end(llama: ModuleType, folder: Folder, tmp_path: Path,
         assert (SIZE in vocabulary.stops()) == (text not in NEARLY)
 
 
+def test_an_ordinary_piece_set_as_eos_is_a_stop(llama: ModuleType, folder: Folder, tmp_path: Path) -> None:
+    """What ``check`` says of it: llama.cpp ends answers at a piece of text, whatever its type."""
+    source = folder.checkpoint()
+    piece = next(token for token in range(SIZE) if not source.tokenizer.is_found_whole(token))
+    keys = keys_of(source, ("tokenizer.ggml.eos_token_id", u32(piece)))
+    with loaded(llama, written(keys, tmp_path / "model.gguf")) as vocabulary:
+        assert piece in vocabulary.stops()
+        assert vocabulary.stops() == set(all_stop_ids(KeyReader(keys, "model.gguf")))
+
+
 @pytest.mark.parametrize(
     "texts",
     [
