@@ -9,7 +9,7 @@ from gemma2tool.cli.terminal import Console
 from gemma2tool.storage.units import human_bytes
 
 if TYPE_CHECKING:
-    from gemma2tool.api import ConversionResult
+    from gemma2tool.api import ConversionResult, Verification
 
 
 _RATE_BYTES = 100 << 20
@@ -24,6 +24,7 @@ def show_results(results: Sequence[ConversionResult], console: Console, *, verbo
         for result in results:
             if result.written:
                 console.print(_one_line(result))
+                show_warnings(result.verification, console)
             else:
                 _show(result, console)
     elif len(results) == 1 or verbose:
@@ -31,6 +32,13 @@ def show_results(results: Sequence[ConversionResult], console: Console, *, verbo
             _show(result, console, verbose=verbose)
     else:
         _show_table(results, console)
+
+
+def show_warnings(result: Verification | None, console: Console) -> None:
+    """Show on stderr what a verification that passed warns of, where its screen is left out."""
+    for finding in () if result is None else result.findings:
+        if finding.severity == "warning":
+            console.warn(finding.sentence)
 
 
 def _show(result: ConversionResult, console: Console, *, verbose: bool = False) -> None:
@@ -94,7 +102,8 @@ def _verdict(result: ConversionResult) -> str:
 def _one_line(result: ConversionResult) -> str:
     parts = [f"{_verdict(result)}: {result.destination}"]
     if result.verification is not None:
-        parts.append(result.verification.verdict)
+        skipped = result.verification.skipped
+        parts.append(result.verification.verdict + (f" (not compared: {', '.join(skipped)})" if skipped else ""))
         kl = _metrics(result).get("kl_mean")
         parts += [f"KL {kl:.2g}"] if kl else []
     return "; ".join([*parts, human_bytes(result.nbytes)])

@@ -11,6 +11,7 @@ import typer
 
 from gemma2tool.cli import options as o
 from gemma2tool.cli.groups import completion
+from gemma2tool.cli.outcome import show_warnings
 from gemma2tool.cli.progress import ProgressDisplay
 from gemma2tool.cli.reports import Reports
 from gemma2tool.cli.terminal import Console
@@ -141,6 +142,7 @@ def _show(result: Verification, console: Console, options: VerifyOptions) -> Non
 
     if console.quiet and result.passed:
         render_verdict(result, console)
+        show_warnings(result, console)
     else:
         render_verification(result, console, verbose=options.verbose)
 

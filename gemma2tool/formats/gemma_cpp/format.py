@@ -19,7 +19,7 @@ import numpy as np
 
 from gemma2tool.containers import sbs, strict_json
 from gemma2tool.containers.sbs import Blob, RecordReader, refusal
-from gemma2tool.errors import InputRefused, ToolError, UsageError
+from gemma2tool.errors import ToolError, UsageError
 from gemma2tool.formats import assets
 from gemma2tool.formats.base import Format, Output, OutputFile, OutputTensor, Placement, opening
 from gemma2tool.formats.gemma_cpp import FACTS
@@ -31,7 +31,7 @@ from gemma2tool.formats.mapping.float_layout import TensorPlan, plan_floats
 from gemma2tool.formats.mapping.transforms import to_canonical
 from gemma2tool.formats.options import WriteOptions
 from gemma2tool.formats.tokenizers.reading import read_tokenizer
-from gemma2tool.formats.tokenizers.writing import model_with_added_tokens
+from gemma2tool.formats.tokenizers.writing import sentencepiece_file
 from gemma2tool.model.checkpoint import Assets, Checkpoint
 from gemma2tool.model.config import Gemma2Config
 from gemma2tool.model.lazy import BFLOAT16, FLOAT32, LazyTensor, row_ranges, to_float32
@@ -120,12 +120,12 @@ class GemmaCpp(Format):
         plans = plan_floats(TABLE, checkpoint, replace(options, type=None), self.name)
         warnings = sbs_config.warnings(config, options)
         encodings = {plan.disk: _encoding(plan, options.type) for plan in plans}
-        tokenizer = _sentencepiece(checkpoint)
-        if tokenizer is None:
-            warnings.append("the source has no tokenizer.model: gemma.cpp will require one with --tokenizer")
+        tokenizer = sentencepiece_file(checkpoint)
+        if tokenizer.lost:
+            warnings.append(f"{tokenizer.lost}: gemma.cpp will require a tokenizer.model with --tokenizer")
         small_blobs = {
             CONFIG: sbs_config.write(config, max(encoding.type for encoding in encodings.values())),
-            TOKENIZER: tokenizer or NO_TOKENIZER,
+            TOKENIZER: tokenizer.data or NO_TOKENIZER,
             CONTENTS: b"".join(_record(plan, encodings[plan.disk]) for plan in plans),
             HF_CONFIG: json.dumps(config.to_hf(), sort_keys=True).encode(),
         }
@@ -217,18 +217,6 @@ def _assets(path: Path, reader: FileReader, blobs: Mapping[str, Blob]) -> Assets
         if (path.parent / name).is_file():
             return assets.single_asset("tokenizer.model", confined_path(path.parent, name))
     return Assets({})
-
-
-def _sentencepiece(checkpoint: Checkpoint) -> bytes | None:
-    """The source's sentencepiece model, with the tokens that only other files add; the only tokenizer of gemma.cpp."""
-    model = checkpoint.assets.get("tokenizer.model")
-    if model is None:
-        return None
-    try:
-        tokenizer = checkpoint.tokenizer.within(checkpoint.config.vocab_size)
-        return model_with_added_tokens(model, tokenizer) or model
-    except InputRefused:  # a verification says why
-        return model
 
 
 def _contents(reader: FileReader, blobs: Mapping[str, Blob]) -> dict[str, Stored]:

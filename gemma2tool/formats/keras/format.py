@@ -129,7 +129,7 @@ class Keras(Format):
         for plan in plans:
             sizes[plan.encoder.dtype] += plan.source.size
         dtype = DTYPES[DTYPE_NAMES[max(sizes, key=sizes.__getitem__)]]
-        kept = tokenizer_files(checkpoint)
+        kept = tokenizer_files(checkpoint, warnings)
         small_files = keras_config.small_files(config, dtype, sum(sizes.values()), kept.pop("tokenizer.model", None))
         small_files |= kept
         if index is not None:

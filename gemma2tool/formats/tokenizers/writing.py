@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
-from gemma2tool.containers import tokenizer_model
+from gemma2tool.containers import strict_json, tokenizer_model
 from gemma2tool.containers.tokenizer_model import SPACE, UNUSED, USER_DEFINED, Piece
+from gemma2tool.errors import InputRefused
 from gemma2tool.formats.assets import dump_json
+from gemma2tool.formats.tokenizers.agreement import find_conflicts
+from gemma2tool.formats.tokenizers.files import MAX_JSON_BYTES
 from gemma2tool.formats.tokenizers.tokenizer_json import tokenizer_json
+from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.tokenizer import DEFAULT_TEMPLATE, Pieces, Tokenizer
 
 _CONFIG_ROLES = ("bos", "eos", "unk", "pad")
@@ -47,6 +51,51 @@ def model_with_added_tokens(model: bytes, tokenizer: Tokenizer) -> bytes | None:
     for token, text in missing.items():
         pieces[token] = Piece(text, 0.0, USER_DEFINED)
     return tokenizer_model_file(replace(tokenizer, pieces=Pieces.of(pieces)))
+
+
+@dataclass(frozen=True)
+class SentencePieceFile:
+    """The only tokenizer of a format whose programs read SentencePiece's models alone.
+
+    ``data``: the file; None where the source has no tokenizer, or none that such a model can be, which ``lost`` says.
+    ``tokenizer``: the canonical one that it is made of; None where it is the source's own file as it is.
+    """
+
+    data: bytes | None
+    tokenizer: Tokenizer | None = None
+    lost: str = ""
+
+
+def sentencepiece_file(checkpoint: Checkpoint) -> SentencePieceFile:
+    """The source's tokenizer.model, with the tokens that only other files add; made from tokenizer.json where there is
+    no other, unless texts would get other ids.
+    """
+    model = checkpoint.assets.get("tokenizer.model")
+    try:
+        tokenizer = checkpoint.tokenizer.within(checkpoint.config.vocab_size)
+        if model is not None:
+            more = model_with_added_tokens(model, tokenizer)
+            return SentencePieceFile(model) if more is None else SentencePieceFile(more, tokenizer)
+        if not tokenizer.has_vocabulary:
+            return SentencePieceFile(None, lost="the source has no tokenizer")
+        reason = _cannot_be_pieces(checkpoint, tokenizer)
+        if reason:
+            return SentencePieceFile(
+                None, lost=f"tokenizer.json, the source's only tokenizer, is left behind: {reason}"
+            )
+        model = tokenizer_model_file(tokenizer)
+        return SentencePieceFile(model_with_added_tokens(model, tokenizer) or model, tokenizer)
+    except InputRefused as error:  # of a model, a verification says why
+        lost = "" if model is not None else f"the source's tokenizer is left behind: {error.message}"
+        return SentencePieceFile(model, lost=lost)
+
+
+def _cannot_be_pieces(checkpoint: Checkpoint, tokenizer: Tokenizer) -> str:
+    """Why a model made of the pieces of tokenizer.json would give texts other ids; empty where it would not."""
+    data = checkpoint.assets.get("tokenizer.json", b"")
+    content = strict_json.load(data, what="tokenizer.json", max_bytes=MAX_JSON_BYTES)
+    conflicts = find_conflicts(content, tokenizer.pieces.listed(), tokenizer.added_tokens)
+    return next((conflict.message for conflict in conflicts if conflict.serious), "")
 
 
 def tokenizer_config(tokenizer: Tokenizer, *, chat_template: bool = True) -> dict[str, Any]:
