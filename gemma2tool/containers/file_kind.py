@@ -50,13 +50,14 @@ class FileKind:
 
     ``name``: a short fixed name ("lfs-pointer", "html", "gzip", "safetensors", ...). ``text``: what it is, for a
     message after "is ". ``remedy``: what to do, as an imperative. ``id``: of the error that it causes where another
-    kind is expected.
+    kind is expected. ``suffixes``: with which its readers find it.
     """
 
     name: str
     text: str
     remedy: str
     id: str = "file.other-container"
+    suffixes: tuple[str, ...] = ()
 
 
 def identify(head: bytes, size: int) -> FileKind | None:
@@ -93,13 +94,14 @@ def _identify_open(reader: FileReader) -> FileKind | None:
 def _container(head: bytes) -> FileKind | None:
     for magic, (name, text, suffix) in _CONTAINERS.items():
         if head.startswith(magic):
-            return FileKind(name, text, f"rename it: its name should end in {suffix}")
+            return FileKind(name, text, f"rename it: its name should end in {suffix}", suffixes=(suffix,))
     if head.startswith(b"GGUF"[::-1]):
         return FileKind(
             "gguf-big-endian", "a big-endian GGUF file", "use a little-endian file: llama.cpp's gguf_convert_endian.py"
         )
     if head[8:10] in (b'{"', b"{ ", b"{\n", b"{}") and 2 <= int.from_bytes(head[:8], "little") < 1 << 32:
-        return FileKind("safetensors", "a safetensors file", "rename it: its name should end in .safetensors")
+        remedy = "rename it: its name should end in .safetensors"
+        return FileKind("safetensors", "a safetensors file", remedy, suffixes=(".safetensors",))
     if head[:1] == b"\x80" and head[1:2] in (b"\2", b"\3", b"\4", b"\5"):
         return FileKind("pickle", "a Python pickle", "save the tensors alone, as a state dict, with torch.save")
     if head.startswith(b"PK\x03\x04"):

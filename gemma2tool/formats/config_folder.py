@@ -101,6 +101,7 @@ def open_folder(path: Path, folder_format: FolderFormat, config: Gemma2Config | 
             checkpoint.rounding = "calibration"
         plain, remarks = plain_names(stored, HUGGING_FACE, path.name)
         checkpoint.warnings += remarks
+        _take_zeros_for_biases(plain, checkpoint)
         tensors = _unpacked(plain, checkpoint, folder_format.quantization_keys)
         checkpoint.tensors, remarks = widened(_table_tensors(tensors, checkpoint), path.name)
         checkpoint.warnings += remarks
@@ -118,6 +119,18 @@ def _take_tokenizer(stored: dict[str, LazyTensor], checkpoint: Checkpoint, folde
     checkpoint.assets = assets.folder_assets(
         folder, {**module_files(folder), "tokenizer.model": lambda: tokenizer.load().tobytes()}
     )
+
+
+def _take_zeros_for_biases(stored: Mapping[str, LazyTensor], checkpoint: Checkpoint) -> None:
+    """A config that says ``attention_bias`` beside weights without any bias: transformers computes the model without
+    biases, because new ones are zero.
+    """
+    if checkpoint.config.attention_bias and not any(name.endswith("_proj.bias") for name in stored):
+        checkpoint.config = replace(checkpoint.config, attention_bias=False)
+        checkpoint.warnings.append(
+            "attention_bias is true and the file has no biases: read as false; transformers adds zeros, other programs"
+            " may not load it"
+        )
 
 
 def _read_config(config_path: Path, path: Path) -> Gemma2Config:

@@ -16,7 +16,7 @@ ADAPTER = "adapter"
 
 
 def refusal(path: Path, format_of: Callable[[Path], str | None]) -> InputRefused | None:
-    """The error for a folder that holds checkpoints below it, with their names; None if there are none.
+    """The error for a folder that holds checkpoints below it, with the names of several; None if there are none.
 
     ``format_of``: the name of the format of the files at a path, or None.
     """
@@ -28,12 +28,12 @@ def refusal(path: Path, format_of: Callable[[Path], str | None]) -> InputRefused
     names = [f"{place.relative_to(path)} ({name})" for place, name in checkpoints]
     if len(names) > MAX_LISTED:
         names[MAX_LISTED // 2 : -MAX_LISTED // 2] = ["..."]
-    count = f"{len(checkpoints)} checkpoints" if len(checkpoints) > 1 else "a checkpoint"
     last, name = checkpoints[-1]
+    held = f"{len(checkpoints)} checkpoints: {', '.join(names)}" if len(checkpoints) > 1 else f"one ({name})"
     hint = f"merge it into its base model: gemma2tool convert BASE DST --lora {last}" if name == ADAPTER else None
     return InputRefused(
         "input.run",
-        f"{path}: not a checkpoint itself, but holds {count}: {', '.join(names)}",
+        f"{path}: not a checkpoint itself, but holds {held}",
         hint=hint or f"{'choose one' if len(checkpoints) > 1 else 'give its folder'}: {last}",
     )
 

@@ -39,7 +39,8 @@ def _file(path: Path, formats: str) -> InputRefused:
     kind = file_kind.identify_file(path)
     if kind is not None and kind.name in ("torch", "pickle"):
         return _torch(path, formats)
-    if kind is not None and kind.id != "file.other-container":
+    misnamed = kind is not None and bool(kind.suffixes) and path.suffix not in kind.suffixes
+    if kind is not None and (misnamed or kind.id != "file.other-container"):
         return file_kind.foreign(kind, str(path))
     seen = f"is {kind.text}, but not" if kind is not None else "not"
     return InputRefused("input.unknown", f"{path}: {seen} a Gemma 2 checkpoint in a known format", hint=formats)
@@ -76,6 +77,9 @@ def _folder(path: Path, formats: str) -> InputRefused:
             f" {_listed(file.name for file in weights)}",
         )
     archives = [file.name for file in files if file.name.endswith(_ARCHIVES)]
+    for kind in (file_kind.identify_file(path / name) for name in archives[:1]):
+        if kind is not None and kind.id != "file.archive":
+            return file_kind.foreign(kind, str(path / archives[0]))
     if archives:
         return InputRefused("file.archive", f"{path}: holds no weights but an archive: {_listed(archives)}")
     held = f"it holds {_listed(entry.name for entry in entries)}" if entries else "it is empty"

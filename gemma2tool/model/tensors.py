@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from gemma2tool.errors import InputRefused
 from gemma2tool.model.config import Gemma2Config
+from gemma2tool.model.names import HEAD
 
 
 @dataclass(frozen=True)
@@ -151,7 +152,7 @@ def check_tensors(config: Gemma2Config, shapes: Mapping[str, tuple[int, ...]], w
         raise InputRefused(
             "checkpoint.missing-tensor",
             f"{where}: {_enumerate(missing)} missing" + (f", {_enumerate(unexpected)} there" if unexpected else ""),
-            hint=_NAMES_HINT if unexpected else "",
+            hint=_NAMES_HINT if unexpected else _hint(missing),
         )
     if unexpected:
         raise InputRefused(
@@ -166,6 +167,20 @@ def check_tensors(config: Gemma2Config, shapes: Mapping[str, tuple[int, ...]], w
                 f"{where}: {name} has shape {tuple(shapes[name])}, the config requires {spec.shape}",
                 hint="pass the config of these weights with --config",
             )
+
+
+def _hint(missing: Sequence[str]) -> str:
+    """What to do where the config alone asks for the missing tensors; empty where anything else is missing."""
+    if list(missing) == [HEAD]:
+        return (
+            "set tie_word_embeddings to true in config.json if the embedding is the output matrix, as in every released"
+            " Gemma 2; otherwise save the model with its lm_head: transformers fills a missing one with random values"
+        )
+    if all(name.endswith("_proj.bias") for name in missing):
+        return (
+            "set attention_bias to false in config.json, or save all biases: transformers takes missing ones for zero"
+        )
+    return ""
 
 
 def _relative(missing: Sequence[str], layers: int) -> str | None:

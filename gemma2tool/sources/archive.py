@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import io
 import logging
+import re
 import shutil
 import tarfile
 import tempfile
@@ -28,8 +29,20 @@ logger = logging.getLogger("gemma2tool")
 
 COMPRESSED = (".tar.gz", ".tgz")
 SUFFIXES = (".tar", *COMPRESSED)
+_CHECKSUM = re.compile(rb"[ \0]*[0-7]+[ \0]*")
 _PIECE = 1 << 20
 _MARGIN = 64 << 20
+
+
+def is_something_else(path: Path) -> bool:
+    """Whether a file named like an archive is neither compressed by gzip nor begins with a tar's header, of which the
+    checksum is an octal number. A file that is too short may be a damaged one.
+    """
+    with open_for_reading(path) as reader:
+        head = bytes(reader.pread(0, min(reader.size, tarfile.BLOCKSIZE)))
+    if path.name.lower().endswith(COMPRESSED):
+        return len(head) >= 2 and not head.startswith(b"\x1f\x8b")
+    return len(head) == tarfile.BLOCKSIZE and any(head) and not _CHECKSUM.fullmatch(head[148:156])
 
 
 class Member:

@@ -145,6 +145,8 @@ def _look_into_archive(located: Located, place: Path | None) -> None:
     name, address = located.path.name.lower(), located.address or str(located.path)
     if not name.endswith(archive.SUFFIXES) or not located.path.is_file():
         return
+    if archive.is_something_else(located.path):
+        return  # the readers say what it is
     if name.endswith(archive.COMPRESSED):
         unpacked = archive.Unpacked(located.path, address, place)
         located.take(unpacked.path, unpacked)

@@ -12,6 +12,7 @@ import pytest
 
 from gemma2tool.errors import InputRefused
 from gemma2tool.formats import registry
+from gemma2tool.pipeline.opening import open_source
 from tests.containers.test_file_kind import PAGE, POINTER
 from tests.support.checkpoints import SMALL, random_checkpoint
 from tests.support.formats import write_as
@@ -116,6 +117,33 @@ def test_a_kaggle_archive_as_a_file(tmp_path: Path) -> None:
     with pytest.raises(InputRefused, match="is a gzip archive") as refusal:
         registry.open_checkpoint(tmp_path / "model.tar.gz")
     assert "unpack it" in refusal.value.hint
+
+
+SAFETENSORS = (20).to_bytes(8, "little") + b'{"__metadata__": {}}'
+TAR = b"model".ljust(257, b"\0") + b"ustar\x0000" + bytes(248)
+MISNAMED = {
+    "model.gguf": (SAFETENSORS, "a safetensors file"),
+    "model.pth": (SAFETENSORS, "a safetensors file"),
+    "model.keras": (SAFETENSORS, "a safetensors file"),
+    "model.zip": (SAFETENSORS, "a safetensors file"),
+    "model.tar": (SAFETENSORS + bytes(512), "a safetensors file"),
+    "gemma.keras": (TAR, "a tar archive"),
+    "gemma.tar": (b"\x1f\x8b\x08" + bytes(range(1, 255)) * 4, "a gzip archive"),
+    "gemma.tar.gz": (b"PK\x03\x04" + bytes(600), "a zip archive"),
+}
+
+
+@pytest.mark.parametrize("in_a_folder", [False, True])
+@pytest.mark.parametrize("name", MISNAMED)
+def test_a_file_under_another_kinds_name_is_named_by_its_content(tmp_path: Path, name: str, in_a_folder: bool) -> None:
+    data, text = MISNAMED[name]
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(InputRefused) as refusal:
+        open_source(tmp_path if in_a_folder else tmp_path / name)
+    assert refusal.value.id in ("file.other-container", "file.archive"), refusal.value.message
+    assert f"{name}: is {text}" in refusal.value.message or (
+        in_a_folder and f"archive: {name}" in refusal.value.message
+    )
 
 
 def test_a_whole_module_is_refused_with_its_reason(tmp_path: Path) -> None:

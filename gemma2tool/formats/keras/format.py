@@ -33,7 +33,7 @@ from gemma2tool.model.config import Gemma2Config
 from gemma2tool.model.lazy import DTYPE_NAMES, DType, LazyTensor
 from gemma2tool.model.names import EMBEDDING
 from gemma2tool.storage.paths import confined_path
-from gemma2tool.storage.reading import read_whole
+from gemma2tool.storage.reading import read_whole, starts_with
 
 SINGLE = "model.weights.h5"
 INDEX = "model.weights.json"
@@ -80,7 +80,7 @@ class Keras(Format):
 
     def detect(self, path: Path) -> bool:
         if path.is_file():
-            return path.suffix == ARCHIVE or hdf5.is_hdf5(path)
+            return _is_archive(path) or hdf5.is_hdf5(path)
         try:
             if not any((path / name).is_file() for name in (SINGLE, INDEX)):
                 return False
@@ -96,7 +96,7 @@ class Keras(Format):
             return super().lacks_config(path)
 
     def open(self, path: Path, *, config: Gemma2Config | None = None) -> Checkpoint:
-        if path.suffix == ARCHIVE and path.is_file():
+        if path.is_file() and _is_archive(path):
             raise InputRefused("keras.archive", f"{path.name}: a Keras archive, not a preset")
         folder = _folder(path)
         with opening() as closers:
@@ -140,6 +140,14 @@ class Keras(Format):
 def _path(disk: str) -> str:
     """The group of a name in the table: Keras numbers the objects of a class from the second one on."""
     return disk.replace("gemma_decoder_block_0/", "gemma_decoder_block/")
+
+
+def _is_archive(path: Path) -> bool:
+    """Whether a file is one of ``model.save``; a zip archive, its members are in any order."""
+    try:
+        return path.suffix == ARCHIVE and starts_with(path, b"PK")
+    except InputRefused:
+        return False
 
 
 def _folder(path: Path) -> Path:

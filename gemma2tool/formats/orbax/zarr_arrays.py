@@ -290,7 +290,7 @@ class ZarrMatrix(BlockwiseTensor):
                 if stream.seek(nbytes) != nbytes or stream.read(1):
                     raise ValueError(f"a chunk does not have the {nbytes} bytes of its shape")
         except errors as error:
-            raise refused("broken", f"{self.origin}: {quoted(str(error).partition(chr(10))[0])}") from error
+            raise refused("broken", f"{self.origin}: {quoted(str(error).partition(chr(10))[0])[1:-1]}") from error
 
     def _runs(self, place: Sequence[int]) -> Iterator[tuple[int, int, int]]:
         """(position in the matrix, position in the chunk, length): the runs of values that are contiguous in both, in

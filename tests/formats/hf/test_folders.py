@@ -67,6 +67,33 @@ def test_an_untied_head_alone_is_incomplete(tmp_path: Path) -> None:
         registry.open_checkpoint(_folder(tmp_path / "head", change))
 
 
+def test_an_untied_head_that_is_not_there(tmp_path: Path) -> None:
+    """transformers would fill it with random values: refused with the field that usually is wrong."""
+    folder = _folder(tmp_path / "head", lambda _, config: config.update(tie_word_embeddings=False))
+    with refused(rf"{HEAD} is missing") as caught:
+        registry.open_checkpoint(folder)
+    assert "tie_word_embeddings" in caught.value.hint and "random" in caught.value.hint
+
+
+@pytest.mark.peer
+def test_biases_that_are_not_there_are_zero(tmp_path: Path) -> None:
+    """As transformers starts them; where some are there, the missing ones are named."""
+    folder = _folder(tmp_path / "bias", lambda _, config: config.update(attention_bias=True))
+    checkpoint = registry.open_checkpoint(folder)
+    assert_same_tensors(random_checkpoint(BF16), checkpoint)
+    assert not checkpoint.config.attention_bias and _warned(checkpoint, "attention_bias is true")
+    _assert_transformers_agrees(folder)
+
+    def one_bias(tensors, config):
+        config["attention_bias"] = True
+        rows = tensors["model.layers.0.self_attn.q_proj.weight"].shape[0]
+        tensors["model.layers.0.self_attn.q_proj.bias"] = np.zeros(rows, BF16)
+
+    with refused("k_proj.bias.*missing") as caught:
+        registry.open_checkpoint(_folder(tmp_path / "one", one_bias))
+    assert "attention_bias" in caught.value.hint
+
+
 @pytest.mark.peer
 @pytest.mark.parametrize("wide", [HEAD, EMBEDDING])
 def test_a_tied_head_of_another_type(tmp_path: Path, wide: str) -> None:

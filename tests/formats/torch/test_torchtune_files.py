@@ -35,10 +35,10 @@ def test_the_norms_of_its_own_checkpointer_are_told_by_their_values() -> None:
 
 
 def test_a_run_with_the_model_and_its_adapter_is_a_models_run() -> None:
-    with refused("holds a checkpoint: epoch_0 .hf.") as caught:
+    with refused("but holds one .hf.") as caught:
         registry.detect(SAVED / "hf")
     assert caught.value.hint == f"give its folder: {SAVED / 'hf' / 'epoch_0'}"
-    with refused("holds a checkpoint: epoch_0 .adapter."):
+    with refused("but holds one .adapter."):
         registry.detect(SAVED / "hf-adapter")
 
 
