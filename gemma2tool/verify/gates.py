@@ -125,6 +125,7 @@ GATES: Mapping[str, Gates] = {
     "w4a16": Gates(kl=0.22, top1=0.76),
     "gptq-4": Gates(kl=0.22, top1=0.76),
     "mlx-4": Gates(kl=0.22, top1=0.76),
+    "keras-int4": Gates(kl=0.4, top1=0.68),
     "fp4": Gates(kl=0.22, top1=0.76),
     "fp4-dq": Gates(kl=0.22, top1=0.76),
     "mlx-nvfp4": Gates(kl=0.25, top1=0.74),

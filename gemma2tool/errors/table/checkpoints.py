@@ -104,11 +104,11 @@ ENTRIES = (
     refused(
         "keras.quantized",
         "the weights are quantized in a way that is not read",
-        "give the preset that was quantized, or quantize it to int8",
+        "give the preset that was quantized, or quantize it to int8 or int4",
     ),
     refused(
         "keras.scales",
-        "the scales of an int8 weight do not fit it",
+        "the scales of an int8 or int4 weight do not fit it",
         "the file is damaged or was not saved by Keras: download it again",
     ),
     refused("lora.config", "adapter_config.json has an unknown form or a setting that cannot be merged", _ADAPTER),

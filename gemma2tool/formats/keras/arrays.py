@@ -2,8 +2,9 @@
 
 A backbone saves ``layers/.../vars/0``. A model around it, such as a ``CausalLM``, saves the same paths below
 ``layers/<name of the backbone>/``, and beside them what a backbone does not have: the optimizer's state, metrics. A
-quantized layer has further variables: the scales of int8 weights (``vars/1``), or what float8 training keeps beside
-weights that stay floats. Source: Keras 3.15 ``layers/core/{einsum_dense,reversible_embedding}.py``.
+quantized layer has further variables: the scales of int8 weights (``vars/1``), scales, zero points and groups of int4
+weights, or what float8 training keeps beside weights that stay floats. Source: Keras 3.15
+``layers/core/{einsum_dense,reversible_embedding}.py``.
 """
 
 from __future__ import annotations
@@ -15,11 +16,13 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from gemma2tool.errors import InputRefused
+from gemma2tool.formats.keras.int4 import Int4Variables
 from gemma2tool.formats.mapping.container_tensors import FileTensor
 from gemma2tool.model.lazy import FLOAT32, Array, DType, LazyTensor, to_float32
 from gemma2tool.storage.quoting import quoted
 
 EMBEDDING = "layers/reversible_embedding/vars/0"
+FINAL_NORM = "layers/rms_normalization"
 INT8 = np.dtype(np.int8)
 FLOAT8_VARIABLES = 7
 """Of a float8 layer: the weight, and a scale and a history of maxima for each of inputs, weight and gradients."""
@@ -28,11 +31,12 @@ _VARIABLE = re.compile(r"(.*)/vars/(\d+)")
 
 @dataclass(frozen=True)
 class BackboneArrays:
-    """``weights``: by object ("layers/rms_normalization"). ``scales``: those of int8 weights, by object. ``notes``:
-    what was left out."""
+    """``weights``: by object ("layers/rms_normalization"). ``scales``: those of int8 weights, by object. ``int4``: the
+    variables of int4 weights, by object. ``notes``: what was left out."""
 
     weights: dict[str, FileTensor] = field(default_factory=dict)
     scales: dict[str, FileTensor] = field(default_factory=dict)
+    int4: dict[str, Int4Variables] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
 
@@ -52,12 +56,17 @@ def backbone_arrays(arrays: Mapping[str, FileTensor]) -> BackboneArrays:
     if others:
         backbone.notes.append(f"left out, because they are not part of the model: {', '.join(sorted(others))}")
     trained_in_float8 = False
+    norm = variables.get(FINAL_NORM, {}).get(0)
     for name, layer in variables.items():
         weight = layer.get(0)
         if weight is None:
             raise _refused(f"{next(iter(layer.values())).origin}: {name} has no variable 0")
         backbone.weights[name] = weight
-        if weight.dtype == INT8 and set(layer) == {0, 1} and layer[1].size in weight_rows(weight):
+        by_row = f"{name}/vars/0" == EMBEDDING
+        int4 = None if norm is None else Int4Variables.of(layer, norm.size, by_row=by_row)
+        if int4 is not None:
+            backbone.int4[name] = int4
+        elif weight.dtype == INT8 and set(layer) == {0, 1} and layer[1].size in weight_rows(weight):
             backbone.scales[name] = layer[1]
         elif _is_float8(layer):
             trained_in_float8 = True
@@ -65,7 +74,7 @@ def backbone_arrays(arrays: Mapping[str, FileTensor]) -> BackboneArrays:
             shapes = ", ".join(str(layer[number].shape) for number in sorted(layer) if number)
             raise _refused(
                 f"{weight.origin}: {weight.dtype.name} of shape {weight.shape} with further variables of the shapes"
-                f" {shapes}, which are not the scales of an int8 weight; int4, GPTQ and AWQ are not read"
+                f" {shapes}, which are not those of an int8 or int4 weight; GPTQ and AWQ are not read"
             )
     if trained_in_float8:
         backbone.notes.append("left out: the scales of float8 training; the weights are floats")

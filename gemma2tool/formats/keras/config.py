@@ -37,7 +37,7 @@ MISSING_HINT = (
     " --config: 2b, 9b, 27b or a config.json"
 )
 
-READ_MODES = ("int8", "float8")
+READ_MODES = ("int8", "int4", "float8")
 """The quantizations of Keras that are read."""
 
 _FIELDS = {
@@ -79,7 +79,7 @@ def read(folder: Path) -> Gemma2Config:
     unread = next((mode for mode in _modes(fields.get("dtype")) if mode not in READ_MODES), None)
     if unread is not None:
         raise InputRefused(
-            "keras.quantized", f"{CONFIG}: quantized as {quoted(unread)}; only {' and '.join(READ_MODES)} are read"
+            "keras.quantized", f"{CONFIG}: quantized as {quoted(unread)}; only {', '.join(READ_MODES)} are read"
         )
     values = {name: fields[keras_name] for keras_name, name in _FIELDS.items()}
     for name in ("hidden_size", "num_attention_heads", "num_hidden_layers", "head_dim"):

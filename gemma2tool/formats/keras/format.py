@@ -2,7 +2,7 @@
 
 Paths inside the file come from Keras's classes (``layers/gemma_decoder_block_1/attention/query_dense/vars/0``),
 shapes from keras-hub 0.32 ``models/gemma``. The matrices are (in, out), split by heads. Files that a model around the
-backbone saved, and int8 presets, are read too.
+backbone saved, and presets in int8 and int4, are read too.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from gemma2tool.formats.base import Closers, Format, Output, OutputFile, OutputT
 from gemma2tool.formats.keras import FACTS, hdf5
 from gemma2tool.formats.keras import config as keras_config
 from gemma2tool.formats.keras.arrays import BackboneArrays, Int8Rows, backbone_arrays
+from gemma2tool.formats.keras.int4 import Int4Rows
 from gemma2tool.formats.keras.tokenizer import KEPT, tokenizer_files
 from gemma2tool.formats.mapping import container_tensors
 from gemma2tool.formats.mapping.container_tensors import FileTensor
@@ -178,8 +179,13 @@ def _matrices(arrays: BackboneArrays, config: Gemma2Config) -> dict[str, LazyTen
     for path, array in arrays.weights.items():
         name = names.get(path, path)
         dims = SHAPES.get(name.rpartition("/")[2])
-        if dims is not None:
-            expected = axis_sizes(dims, config)
+        expected = () if dims is None else axis_sizes(dims, config)
+        if path in arrays.int4:
+            variables = arrays.int4[path]
+            shape = (expected[0] * expected[1], expected[2]) if expected else (array.rows, variables.columns)
+            matrices[name] = Int4Rows(variables, shape)
+            continue
+        if expected:
             expect_shape(array.origin, array.shape, expected)
             shape = (expected[0] * expected[1], expected[2])
             array = FileTensor(array.reader, array.offset, array.dtype, shape, array.origin)

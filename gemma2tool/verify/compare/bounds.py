@@ -183,6 +183,10 @@ BOUNDS: Mapping[str, Bound] = {
     ),
     # Keras: value * (127 / (absmax + 1e-7)), both rounded to the model's type; in bfloat16 a code may be off by one.
     "keras-int8": Bound(0, 1 / 127 + 2.0**-8, 0.05, floor=1e-7),
+    # Keras: a scale for a column, or for 128 rows of it, of a kernel that it reshapes first: several outputs of
+    # queries, keys and values share scales, so that one of small values loses more than
+    # its own largest value tells.
+    "keras-int4": Bound(0, 1.0, 0.5, floor=1e-7),
     # Serving libraries. A block is a group of the size that the user chose. ``worst`` is for calibrated codes (and
     # clipped ranges): GPTQ's compensate for the errors of earlier columns, by up to 8 steps of absmax / 7.5
     # seen with few inputs. ``nearest`` follows from the definition. compressed-tensors divides by a bfloat16 scale in

@@ -12,16 +12,21 @@ import numpy as np
 import pytest
 
 from gemma2tool.formats import registry
+from gemma2tool.formats.keras.int4 import Int4Rows, Int4Variables
+from gemma2tool.formats.mapping.container_tensors import FileTensor
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.reference.streaming import logits
+from gemma2tool.storage.reading import open_for_reading
 from gemma2tool.verify.compare.config import compare_configs
 from tests.support.assets import file_assets
 from tests.support.checkpoints import SMALL, random_checkpoint
 from tests.support.formats import assert_ranges_agree, assert_same_tensors, refused, write_as
+from tests.support.paths import ROOT
 
 h5py = pytest.importorskip("h5py", reason="the keras extra is not installed")
 
 QUERY = "layers/gemma_decoder_block_1/attention/query_dense/vars"
+INT4 = ROOT / "fixtures" / "frameworks" / "keras"
 VOCABULARY = b"a sentencepiece model"
 
 
@@ -171,27 +176,109 @@ def test_float8_training_state_is_left_out(source: Checkpoint, preset: Path, wei
     assert any("float8" in warning for warning in checkpoint.warnings)
 
 
+def test_int4_preset() -> None:
+    """A preset that keras-hub quantized in groups of 16: gemma2tool's logits of it are keras-hub's."""
+    checkpoint = registry.open_checkpoint(INT4)
+    assert_ranges_agree(checkpoint)
+    expected = np.load(INT4 / "logits.npz")
+    assert np.abs(logits(checkpoint, expected["ids"]) - expected["logits"]).max() < 2e-5
+    stored = {name: tensor.stored for name, tensor in checkpoint.tensors.items()}
+    assert all((kind == "keras-int4") == ("norm" not in name) for name, kind in stored.items())
+
+
+def packed(codes: np.ndarray) -> np.ndarray:
+    """Two int4 codes of a row in a byte, the even column in the low half."""
+    even = np.pad(codes, ((0, 0), (0, codes.shape[1] % 2)))
+    return ((even[:, 1::2] << 4) | (even[:, 0::2] & 15)).astype("i1")
+
+
+def in_int4(kernel: np.ndarray, shape: tuple[int, int], group: int | None) -> tuple[list[np.ndarray], np.ndarray]:
+    """The variables of a kernel reshaped to (rows, columns), and its values after it, as Keras' definition has them."""
+    matrix = kernel.reshape(shape)
+    if group is None:
+        scales = 7 / np.abs(matrix).max(0)
+        codes = np.rint(matrix * scales).astype("i1")
+        return [packed(codes), scales.astype("f4")], (codes / scales.astype("f4")).reshape(kernel.shape)
+    groups = np.arange(shape[0]) // group
+    count = groups[-1] + 1
+    low = np.stack([matrix[groups == g].min(0) for g in range(count)])
+    high = np.stack([matrix[groups == g].max(0) for g in range(count)])
+    scales = ((high - low) / 15).astype("f4")
+    zeros = np.clip(np.rint(-8 - low / scales), -8, 7).astype("i1")
+    codes = np.clip(np.rint(matrix / scales[groups]) + zeros[groups], -8, 7).astype("i1")
+    values = (codes.astype("f4") - zeros[groups]) * scales[groups]
+    return [packed(codes), scales, zeros, groups.astype("f4")], values.reshape(kernel.shape)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("group", [None, 24])
+def test_int4_by_its_definition(preset: Path, weights: h5py.File, group: int | None) -> None:
+    """Queries are reshaped from (heads, D, head_dim) to (D, heads * head_dim), whatever the axes mean."""
+    kernel = weights[f"{QUERY}/0"][()]
+    heads, hidden, head_dim = kernel.shape
+    variables, values = in_int4(kernel, (hidden, heads * head_dim), group)
+    del weights[f"{QUERY}/0"]
+    for number, array in enumerate(variables):
+        weights[f"{QUERY}/{number}"] = array
+    weights.close()
+    tensor = registry.open_checkpoint(preset).tensors["model.layers.1.self_attn.q_proj.weight"]
+    assert tensor.stored == "keras-int4"
+    assert np.array_equal(tensor.load(), values.transpose(0, 2, 1).reshape(-1, hidden))
+
+
+@pytest.mark.parametrize("by_row", [False, True])
+def test_an_odd_number_of_columns(tmp_path: Path, by_row: bool) -> None:
+    codes = np.random.default_rng(0).integers(-8, 8, (6, 5)).astype("i1")
+    scales = np.arange(1, 7 if by_row else 6).astype("f4")
+    (tmp_path / "x").write_bytes(packed(codes).tobytes() + scales.tobytes())
+    with open_for_reading(tmp_path / "x") as reader:
+        layer = {
+            0: FileTensor(reader, 0, np.dtype("i1"), (6, 3), "x"),
+            1: FileTensor(reader, 18, np.dtype("f4"), scales.shape, "x"),
+        }
+        variables = Int4Variables.of(layer, 5, by_row=by_row)
+        assert variables is not None
+        rows = Int4Rows(variables, (10, 3))
+        expected = (codes / (scales[:, None] if by_row else scales)).reshape(10, 3)
+        assert np.array_equal(rows.load(), expected) and np.array_equal(rows.load_rows(3, 8), expected[3:8])
+        with refused("int4 codes of 30 values"):
+            Int4Rows(variables, (10, 4))
+
+
+@pytest.mark.slow
+def test_int4_groups_that_there_are_not(preset: Path, weights: h5py.File) -> None:
+    kernel = weights[f"{QUERY}/0"][()]
+    heads, hidden, head_dim = kernel.shape
+    variables, _ = in_int4(kernel, (hidden, heads * head_dim), 24)
+    variables[3][-1] = 3
+    del weights[f"{QUERY}/0"]
+    for number, array in enumerate(variables):
+        weights[f"{QUERY}/{number}"] = array
+    weights.close()
+    with refused("names groups beyond the 3"):
+        registry.open_checkpoint(preset).tensors["model.layers.1.self_attn.q_proj.weight"].load()
+
+
 @pytest.mark.parametrize("shapes", [[(64, 64), (1, 128), (1, 128), (64,)], [(4, 64, 32), (3,)], [(4, 64, 32)]])
 def test_other_quantized_layers_are_refused(preset: Path, weights: h5py.File, shapes: list) -> None:
-    """int4 keeps scales, zero points and groups; none of them may be dropped."""
+    """GPTQ and AWQ keep other variables; none of them may be dropped."""
     del weights[f"{QUERY}/0"]
     for number, shape in enumerate(shapes):
         weights[f"{QUERY}/{number}"] = np.ones(shape, "f4" if number else "i1")
     weights.close()
-    with refused("not the scales of an int8 weight; int4, GPTQ and AWQ are not read"):
+    with refused("not those of an int8 or int4 weight; GPTQ and AWQ are not read"):
         registry.open_checkpoint(preset)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["int4/128", "int4/-1", "gptq/4/128", "awq/4/128"])
+@pytest.mark.parametrize("mode", ["gptq/4/128", "awq/4/128"])
 def test_the_mode_that_a_preset_was_quantized_in_is_named(preset: Path, mode: str) -> None:
-    """``quantize("int4")`` of Keras 3.15; with a block size of -1 the codes have one further variable, as int8 has."""
-    policy = {"class_name": "Int4DTypePolicy", "config": {"mode": mode, "source_name": None}}
+    policy = {"class_name": "GPTQDTypePolicy", "config": {"mode": mode, "source_name": None}}
     config = json.loads((preset / "config.json").read_text())
     policies = {"token_embedding": policy, "decoder_block_0/ffw_linear": policy}
     config["config"]["dtype"] = {"class_name": "DTypePolicyMap", "config": {"policy_map": policies}}
     (preset / "config.json").write_text(json.dumps(config))
-    with refused(f"config.json: quantized as '{mode.partition('/')[0]}'; only int8 and float8 are read"):
+    with refused(f"config.json: quantized as '{mode.partition('/')[0]}'; only int8, int4, float8 are read"):
         registry.open_checkpoint(preset)
 
 
