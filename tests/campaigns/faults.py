@@ -40,6 +40,7 @@ def main() -> int:
     parser.add_argument("--kinds", default=",".join(KINDS))
     parser.add_argument("--commands", default=",".join(map(str, range(len(COMMANDS)))), help="their numbers, from 0")
     parser.add_argument("--every", type=int, default=1, help="fail only every Nth call")
+    parser.add_argument("--only", default="", help="fail only calls whose name or target contains this")
     arguments = parser.parse_args()
     staging_recorder.SYNC_SECONDS = 0.0
     memory = "/dev/shm" if Path("/dev/shm").is_dir() else None
@@ -53,7 +54,7 @@ def main() -> int:
                 place = Path(folder) / "place"
                 place.mkdir()
                 with Sweep(words, source, place, old_words=older) as sweep:
-                    count = sweep.all(kind, every=arguments.every)
+                    count = sweep.all(kind, every=arguments.every, only=arguments.only)
                 seconds = time.monotonic() - started
                 print(f"{' '.join(words)}: {count} calls failed with {kind} in turn, {seconds:.0f} s", flush=True)
     return 0

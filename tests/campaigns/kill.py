@@ -2,7 +2,7 @@
 
 The bytes must be the same every time.
 
-    python tests/campaigns/kill.py [--kills 200] [--seed 0] [--layers 12] [--folder DIR]
+    python tests/campaigns/kill.py [--kills 200] [--seed 0] [--layers 12] [--commands 0,2] [--folder DIR]
 
 Every trial runs one of the commands below in its own process and kills it after a random time: half of the time
 anywhere between start and end, half of the time after it began to write. After each kill every output must be the old
@@ -239,6 +239,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--layers", type=int, default=12, help="of the source: more layers, longer runs")
+    parser.add_argument("--commands", default=",".join(map(str, range(len(COMMANDS)))), help="their numbers, from 0")
     parser.add_argument("--folder", type=Path, help="where to work (default: a temporary folder)")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
@@ -246,6 +247,7 @@ def main() -> int:
             Path(folder),
             arguments.kills,
             arguments.seed,
+            commands=[COMMANDS[int(number)] for number in arguments.commands.split(",")],
             layers=arguments.layers,
             say=lambda line: print(line, flush=True),
         )

@@ -22,11 +22,11 @@ RUNS: dict[str, tuple[tuple[str, ...], str]] = {
         ("--only", "as bf16", "--targets", "gguf", "--quantized", "0", "--faults", "2"),
         "3 files, 0 refused as they must be, 0 alarms",
     ),
-    "faults.py": (("--kinds", "EIO", "--commands", "1", "--every", "100"), "calls failed with EIO"),
+    "faults.py": (("--kinds", "EIO", "--commands", "1", "--every", "100", "--only", "fsync"), "calls failed with EIO"),
     "flipped_bits.py": (("--flips", "2", "hf"), "    2 of     2"),
     "fuzz.py": (("--state", FOLDER, "--turn", "50", "--readers", "json"), "| all | 50 |"),
     "gguf_kernels.py": (("--types", "Q8_0", "--values", "1e4"), "0 bytes differ, 0 floats differ"),
-    "kill.py": (("--kills", "1", "--layers", "1", "--folder", FOLDER), '"faults": []'),
+    "kill.py": (("--kills", "1", "--layers", "1", "--commands", "0", "--folder", FOLDER), '"faults": []'),
     "mutation_table.py": (
         ("--pairs", "1", "--no-correct", "--only", "norm", "--sources", "small-f32", "--forms", "memory"),
         "named correctly 100.0%",

@@ -29,7 +29,6 @@ def calibration(fixture_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     ("kind", "options", "limit", "library"),
     [
         ("nf4", {"double_quant": True}, BFLOAT16, "bitsandbytes"),
-        ("int8", {}, BFLOAT16, "bitsandbytes"),
         ("w4a16", {"group_size": 32}, FLOAT32, "compressed_tensors"),
         ("fp8-dynamic", {}, ACTIVATIONS, "compressed_tensors"),
         ("torchao-int8", {}, FLOAT32, "torchao"),

@@ -201,7 +201,7 @@ class TestKilled:
     def test_at_random(self, tmp_path: Path) -> None:
         """Some kills of the long campaign (tests/campaigns/kill.py)."""
         (tmp_path / "kill").mkdir()
-        totals = campaign(tmp_path / "kill", 5, seed=1, commands=COMMANDS[1:2], layers=3, say=lambda line: None)
+        totals = campaign(tmp_path / "kill", 3, seed=1, commands=COMMANDS[1:2], layers=3, say=lambda line: None)
         assert totals["faults"] == []
         assert totals["identical"] == totals["trials"]
 

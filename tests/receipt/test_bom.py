@@ -63,7 +63,7 @@ def test_a_quantized_output_of_a_hub_model(repository: Path, tmp_path: Path) -> 
 @pytest.mark.slow
 def test_the_text_of_a_calibration_is_named_by_its_digest(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("The river is deep. " * 200)
-    calibration = api.Calibration(text=tmp_path / "text.txt")
+    calibration = api.Calibration(text=tmp_path / "text.txt", samples=1, length=32)
     reports = api.ReportFiles(bom=tmp_path / "bom.json")
     api.quantize(TINY / "model.ckpt", tmp_path / "m", type="w4a16", calibration=calibration, reports=reports)
     content = valid(tmp_path / "bom.json")
