@@ -41,6 +41,7 @@ RUNS: dict[str, tuple[tuple[str, ...], str]] = {
         ),
         "| q4_0 |",
     ),
+    "remote.py": (("--size", "tiny", "--servers", "hub", "--operations", "convert"), "as from the local folder"),
     "sources.py": (("--megabytes", "4", "--rate", "200", "--no-goals"), "equal to the local one"),
     "synthesize.py": (("tiny", f"{FOLDER}/tiny-hf", "--dtype", "bf16"), ""),
 }
