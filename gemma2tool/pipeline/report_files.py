@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,19 +16,23 @@ if TYPE_CHECKING:
     from gemma2tool.model.checkpoint import Checkpoint
     from gemma2tool.verify.result import Failure, Result
 
-_BEGINNINGS = {
-    "--junit": (b"<?xml",),
-    "--html": (b"<!doctype html",),
-    "--svg": (b"<svg",),
-    "--png": (b"\x89png",),
-    "--bom": (b"{", b'"bomformat"'),
-    "--sarif": (b"{", b"sarif-2.1.0"),
-    "--statement": (b"{", b"in-toto.io/statement"),
+_KINDS = {
+    "--junit": r"<\?xml\b[^>]*>\s*<testsuites?\b",
+    "--html": r'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+    r"(<meta [^>]*Content-Security-Policy|<title>Quality at a size: )",
+    "--svg": r'<svg viewBox="[\d. ]+" role="img" xmlns=',
+    "--png": "\ufffdPNG\r\n",
+    "--markdown": r"\| [^\n]*\n\| -{3}",
+    "--bom": r'\{.*"bomFormat"',
+    "--sarif": r"\{.*sarif-2\.1\.0",
+    "--statement": r"\{.*in-toto\.io/Statement",
+    "--summary": "### [\u2705\u274c] ",
 }
-"""Of what the options write: what it begins with and, for JSON, what its first bytes contain; the others write plain
-text.
-"""
+"""How the files begin that the options write, decoded as UTF-8."""
 _BINARY = ("--png",)
+_MARKDOWN = (".md", ".markdown")
+"""Names of files to which a summary is appended, whatever they say."""
+_STEP_SUMMARY = "GITHUB_STEP_SUMMARY"
 _HEAD_BYTES = 4096
 
 
@@ -124,7 +129,7 @@ def check_reports(named: Mapping[str, Path], others: Iterable[Path]) -> None:
 
 def may_be_report(option: str, path: Path) -> bool:
     """Whether what is at ``path`` can be what ``option`` wrote earlier: nothing, an empty file, or one that begins like
-    its reports.
+    its reports. A summary may also be appended to a Markdown file, and to the summary of a CI step.
     """
     if not path.is_file():
         return True  # there is nothing to lose; whoever writes there refuses folders and devices
@@ -133,10 +138,20 @@ def may_be_report(option: str, path: Path) -> bool:
             head = file.read(_HEAD_BYTES)
     except OSError:
         return False
-    begins, *contains = _BEGINNINGS.get(option, (b"",))
-    text = head.lower()
-    is_of_kind = option in _BINARY or b"\0" not in head
-    return not head or (text.startswith(begins) and all(mark in text for mark in contains) and is_of_kind)
+    if not head:
+        return True
+    if b"\0" in head and option not in _BINARY:
+        return False
+    if option == "--summary" and (path.suffix.lower() in _MARKDOWN or _is_step_summary(path)):
+        return True
+    kind = _KINDS.get(option)
+    return kind is None or re.match(kind, head.decode("utf-8", "replace"), re.DOTALL) is not None
+
+
+def _is_step_summary(path: Path) -> bool:
+    """Whether a file is the summary of the CI step that runs this."""
+    summary = os.environ.get(_STEP_SUMMARY, "")
+    return bool(summary) and path.absolute() == Path(summary).absolute()
 
 
 def replace_report(path: Path, content: str | bytes) -> None:

@@ -17,7 +17,10 @@ from typing import Any
 
 from gemma2tool.errors import InputRefused, UsageError
 from gemma2tool.errors.extras import require
+from gemma2tool.model.loaders import config_names_code
+from gemma2tool.pipeline.key_files import CURVES, MAX_KEY_BYTES, material_kind, unusable_kind
 from gemma2tool.pipeline.report_files import check_reports, replace_report
+from gemma2tool.receipt.check import file_findings
 from gemma2tool.receipt.document import read_receipt, receipt_path
 from gemma2tool.receipt.statement import encode_statement
 from gemma2tool.storage.paths import refuse_existing
@@ -28,7 +31,6 @@ from gemma2tool.verify.result import Side, Verification
 
 SUFFIX = ".sig"
 GATE = "signature"
-MAX_KEY_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +77,7 @@ def sign(request: SignRequest) -> SignResult:
     """Sign an output and the receipt beside it.
 
     Raises ``UsageError`` for a request that does nothing or where a signature exists, ``InputRefused`` for a key or
-    certificate that cannot be used.
+    certificate that cannot be used and for an output that is not what the receipt beside it describes.
     """
     output, receipt = request.output, receipt_path(request.output)
     if not output.exists():
@@ -87,6 +89,8 @@ def sign(request: SignRequest) -> SignResult:
     signed = [output, *([receipt] if receipt.exists() else [])] if request.key is not None else []
     for path in signed:
         refuse_existing(_beside(path), force=request.force, folder=False)
+    if receipt in signed:
+        _refuse_undescribed(output, receipt)
     if request.statement is not None:
         check_reports({"--statement": request.statement}, (output, receipt, *signed))
         replace_report(request.statement, encode_statement(read_receipt(receipt)))
@@ -95,6 +99,16 @@ def sign(request: SignRequest) -> SignResult:
         for path in signed:
             _write_signature(signer, path)
     return SignResult(output, tuple(map(_beside, signed)), request.statement)
+
+
+def _refuse_undescribed(output: Path, path: Path) -> None:
+    """Raise ``InputRefused`` (``signature.receipt``) for an output that is not what its receipt describes: the two
+    signatures would say different things.
+    """
+    receipt = read_receipt(path)
+    for finding in file_findings(output, receipt, names_code=config_names_code(receipt.config)):
+        if finding.severity == "error":
+            raise InputRefused("signature.receipt", f"{output}: not what {path.name} describes: {finding.sentence}")
 
 
 def _beside(path: Path) -> Path:
@@ -112,7 +126,7 @@ def _signer(request: SignRequest, key: Path) -> Any:
     for file in files:
         read_whole(file, what="key or certificate", max_bytes=MAX_KEY_BYTES)
     config = library.signing.Config()
-    with _key_errors(", ".join(map(str, files))):
+    with _key_errors(*files):
         if request.certificate is None and request.password is None:
             return config.use_elliptic_key_signer(private_key=key)
         if request.certificate is None:
@@ -124,22 +138,24 @@ def _signer(request: SignRequest, key: Path) -> Any:
 
 
 @contextmanager
-def _key_errors(files: str) -> Iterator[None]:
+def _key_errors(*files: Path) -> Iterator[None]:
     """What the library raises for a key or certificate that it cannot use."""
     try:
         yield
     except Exception as error:
         if isinstance(error, (MemoryError, InputRefused)):
             raise
-        raise InputRefused(
-            "signature.key", f"{files}: cannot be used: {one_line(error) or type(error).__name__}"
-        ) from error
+        for file in files:
+            if (kind := unusable_kind(file)) is not None:
+                raise InputRefused("signature.key", f"{file}: holds {kind}; signatures here are {CURVES}") from error
+        names, said = ", ".join(map(str, files)), one_line(error) or type(error).__name__
+        raise InputRefused("signature.key", f"{names}: cannot be used: {said}") from error
 
 
 def _write_signature(signer: Any, path: Path) -> None:
     with tempfile.TemporaryDirectory(prefix="gemma2tool-") as folder:
         draft = Path(folder) / "signature"
-        with _key_errors(str(path)):
+        with _key_errors(path):
             signer.sign(path, draft)
         replace_report(_beside(path), draft.read_text("utf-8"))
 
@@ -191,7 +207,10 @@ def _problem(path: Path, signature: Path, signer: Path, kind: str) -> str | None
     """Why a signature does not hold; None if it does. The library's sentence says which files differ."""
     library = _library()
     config = library.verifying.Config()
-    with _key_errors(str(signer)):
+    if (other := material_kind(signature)) not in (kind, None):
+        article = "an" if other == "identity" else "a"
+        return f"its signature {signature.name} was made with {article} {other}, not with the {kind} {signer.name}"
+    with _key_errors(signer):
         if kind == "key":
             config.use_elliptic_key_verifier(public_key=signer)
         else:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence, Set
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -107,13 +108,36 @@ def _files_gate(candidate: Checkpoint, receipt: Receipt, threads: int, advance: 
     if candidate.format != receipt.format:
         formats = f"the receipt is for {receipt.format}, the candidate is {candidate.format}"
         return GateResult(gate, "skipped", f"{formats}: values are compared, bytes are not")
-    output, recorded = _recorded_files(candidate.path, receipt)
+    findings = file_findings(
+        candidate.path,
+        receipt,
+        names_code=config_names_code(candidate.config),
+        digest=partial(digest_files, threads=threads, advance=advance),
+    )
+    metrics = {"files": len(receipt.files), "bytes": receipt.nbytes}
+    summary = f"the bytes of {len(receipt.files)} file{'s' * (len(receipt.files) != 1)} are those that were written"
+    return _result(gate, summary, metrics, findings)
+
+
+def file_findings(
+    path: Path,
+    receipt: Receipt,
+    *,
+    names_code: bool = False,
+    digest: Callable[[Path, list[str]], list[FileDigest]] = digest_files,
+) -> list[Finding]:
+    """Where the files at ``path`` are not those of the receipt: missing, changed, or added.
+
+    ``names_code``: whether the config names Python files for loaders to run. ``digest``: hashes files of an output.
+    """
+    gate = "files"
+    output, recorded = _recorded_files(path, receipt)
     paths = {name: file_path(output, name) for name in recorded}
-    present = [name for name, path in paths.items() if path is not None and path.is_file()]
+    present = [name for name, file in paths.items() if file is not None and file.is_file()]
     findings = [
         Finding(gate, "error", name, "is in the receipt, but missing") for name in recorded.keys() - set(present)
     ]
-    for actual in digest_files(output, present, threads=threads, advance=advance):
+    for actual in digest(output, present):
         expected = recorded[actual.name]
         if actual.sha256 != expected.sha256:
             sizes = "" if actual.nbytes == expected.nbytes else f", {expected.nbytes} bytes then, {actual.nbytes} now"
@@ -121,18 +145,16 @@ def _files_gate(candidate: Checkpoint, receipt: Receipt, threads: int, advance: 
             message = f"its bytes differ from those that were written ({digests}{sizes})"
             findings.append(Finding(gate, "error", actual.name, message))
     findings.sort(key=lambda finding: str(finding.subject))
-    if output == candidate.path:
-        findings += _added_files(candidate, recorded.keys())
-    metrics = {"files": len(recorded), "bytes": sum(file.nbytes for file in recorded.values())}
-    summary = f"the bytes of {len(recorded)} file{'s' * (len(recorded) != 1)} are those that were written"
-    return _result(gate, summary, metrics, findings)
+    if output == path:
+        findings += _added_files(path, receipt.format, recorded.keys(), names_code=names_code)
+    return findings
 
 
-def _added_files(candidate: Checkpoint, recorded: Set[str]) -> Iterator[Finding]:
+def _added_files(path: Path, format_name: str, recorded: Set[str], *, names_code: bool) -> Iterator[Finding]:
     """Files that the receipt does not list: an error if a loader acts on them, else a note."""
-    present = set(file_names(candidate.path))
+    present = set(file_names(path))
     added = {name for name in present - recorded if not _HARMLESS.match(name)}
-    for files in files_acted_on(candidate.format, present, added, names_code=config_names_code(candidate.config)):
+    for files in files_acted_on(format_name, present, added, names_code=names_code):
         for name in files.names:
             message = f"was not there when the receipt was written, and {files.sentence}"
             yield Finding("files", "error", name, message)

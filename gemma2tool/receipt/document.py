@@ -253,8 +253,12 @@ def _check_consistency(receipt: Receipt) -> None:
 
     if not content["verification"]["passed"]:
         refuse("the output failed its verification")
-    if failed := [gate["name"] for gate in content["verification"]["gates"] if gate["status"] == "failed"]:
+    statuses = {gate["name"]: gate["status"] for gate in content["verification"]["gates"]}
+    if failed := [name for name, status in statuses.items() if status == "failed"]:
         refuse(f"verification.passed is true, but its gate {quoted(failed[0])} failed")
+    for gate in ("tensors", *(["logits"] if receipt.logits is not None else [])):
+        if statuses.get(gate, "skipped") == "skipped":
+            refuse(f"verification.passed is true, but its gates have no result of {quoted(gate)}")
     if (kind := _kind(content["tensors"])) != receipt.kind:
         refuse(f"verification.kind is {quoted(receipt.kind)}, but {kind} follows from its tensors")
     if config_digest(receipt.config) != hashes["config"]:

@@ -12,6 +12,9 @@ import pytest
 
 from gemma2tool.cli import main
 from gemma2tool.cli.failures import options_of
+from gemma2tool.pipeline.report_files import may_be_report
+from gemma2tool.verify.reports import page
+from gemma2tool.verify.result import Failure
 from tests.support.commands import run
 
 
@@ -20,7 +23,7 @@ def reports(place: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Options for reports, which all hold yesterday's."""
     monkeypatch.chdir(place)
     (place / "j.xml").write_text("<?xml version='1.0'?><testsuites name='yesterday'/>")
-    (place / "r.html").write_text("<!DOCTYPE html><title>yesterday: passed</title>")
+    (place / "r.html").write_text(page.html([Failure("verify", "", "id", "yesterday: passed", "", 0)]))
     return ["--junit", "j.xml", "--html", "r.html", "--summary", "s.md"]
 
 
@@ -96,14 +99,44 @@ def test_a_model_that_is_named_as_a_report_survives(
     assert model.read_bytes() == before
 
 
+FOREIGN = {
+    "a model": b"GGUF\0\0",
+    "checksums": b"0" * 64 + b"  model.gguf\n",
+    "a page": b"<!doctype html>\n<html><head><title>Rivers</title></head></html>\n",
+    "a drawing": b'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 9 9"></svg>\n',
+    "XML": b'<?xml version="1.0"?>\n<project/>\n',
+    "a text": b"# Rivers\n",
+}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("option", ["--junit", "--html", "--summary", "--bom"])
 def test_a_report_replaces_nothing_but_a_report(place: Path, monkeypatch: pytest.MonkeyPatch, option: str) -> None:
     monkeypatch.chdir(place)
-    (place / "other").write_bytes(b"GGUF\0\0")
-    result = run("convert", "src", "out.gguf", option, "other", "--json")
-    assert result.exit_code == 2 and json.loads(result.stdout)["error"]["id"] == "report.other-file"
-    assert (place / "other").read_bytes() == b"GGUF\0\0" and not (place / "out.gguf").exists()
+    for content in FOREIGN.values():
+        (place / "other").write_bytes(content)
+        result = run("convert", "src", "out.gguf", option, "other", "--json")
+        assert result.exit_code == 2 and json.loads(result.stdout)["error"]["id"] == "report.other-file"
+        assert (place / "other").read_bytes() == content and not (place / "out.gguf").exists()
+
+
+@pytest.mark.parametrize("option", ["--svg", "--markdown", "--sarif", "--statement"])
+def test_other_files_are_not_reports_of_other_options(tmp_path: Path, option: str) -> None:
+    for content in FOREIGN.values():
+        (tmp_path / "other").write_bytes(content)
+        assert not may_be_report(option, tmp_path / "other")
+
+
+def test_a_summary_is_appended_to_markdown_and_to_that_of_a_step(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(place)
+    for name in ("notes.md", "step"):
+        (place / name).write_text("Of another command.\n")
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(place / "step"))
+    (place / "earlier").write_text("### \u274c verify has no result\n")
+    for name in ("notes.md", "step", "earlier", "new"):
+        before = (place / name).read_text() if (place / name).exists() else ""
+        assert run("verify", "nothing", "--summary", name).exit_code == 3
+        assert (place / name).read_text().startswith(f"{before}### ")
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.x509.oid import NameOID
 
 from gemma2tool import api
@@ -223,3 +223,40 @@ def test_a_receipt_as_a_statement(outputs: Path, tmp_path: Path) -> None:
 def test_signatures_are_of_local_files(keys: Path, address: str) -> None:
     result = run("verify", address, "--signed-by", keys / "alice.pub")
     assert_refused(result, 2, "option.ignored", "--signed-by is of files on this disk")
+
+
+@pytest.mark.parametrize("change", [flip, remove, "adapter"])
+def test_an_output_that_its_receipt_does_not_describe_is_not_signed(outputs: Path, keys: Path, change: object) -> None:
+    if callable(change):
+        change(outputs / "hf")
+    else:
+        (outputs / "hf" / "adapter_config.json").write_text("{}")
+    with pytest.raises(InputRefused) as refused:
+        api.sign(outputs / "hf", key=keys / "alice.pem")
+    assert refused.value.id == "signature.receipt" and not list(outputs.glob("*.sig"))
+    (outputs / "hf.receipt.json").unlink()
+    assert api.sign(outputs / "hf", key=keys / "alice.pem").signatures == (outputs / "hf.sig",)
+
+
+@pytest.mark.parametrize("kind", ["RSA", "Ed25519", "secp256k1"])
+def test_a_key_of_another_kind_is_named(outputs: Path, keys: Path, tmp_path: Path, kind: str) -> None:
+    key = {
+        "RSA": lambda: rsa.generate_private_key(65537, 2048),
+        "Ed25519": ed25519.Ed25519PrivateKey.generate,
+        "secp256k1": lambda: ec.generate_private_key(ec.SECP256K1()),
+    }[kind]()
+    private, public = tmp_path / "key.pem", tmp_path / "key.pub"
+    public.write_bytes(key.public_key().public_bytes(PEM, serialization.PublicFormat.SubjectPublicKeyInfo))
+    api.sign(outputs / "m.gguf", key=keys / "alice.pem")
+    assert_refused(run("verify", outputs / "m.gguf", "--signed-by", public), 3, "signature.key", kind, "P-256")
+    for form in (serialization.PrivateFormat.PKCS8, serialization.PrivateFormat.TraditionalOpenSSL):
+        if kind == "RSA" or form == serialization.PrivateFormat.PKCS8:
+            private.write_bytes(key.private_bytes(PEM, form, serialization.NoEncryption()))
+            refused = run("sign", outputs / "m.gguf", "--key", private, "--force")
+            assert_refused(refused, 3, "signature.key", kind, "P-256")
+
+
+def test_a_signature_of_the_other_kind_is_named(outputs: Path, keys: Path) -> None:
+    api.sign(outputs / "m.gguf", key=keys / "alice.pem")
+    result = run("verify", outputs / "m.gguf", "--signed-by", keys / "root.crt")
+    assert result.exit_code == 1 and "was made with a key, not with the certificate root.crt" in result.stdout

@@ -55,6 +55,8 @@ def test_invalid_receipts_are_refused(tmp_path: Path, shared_outputs: Path) -> N
         (lambda c: c["output"]["config"].update(hidden_size="wide"), "config.value"),
         (lambda c: c["verification"].update(passed=False), "receipt.contradiction"),
         (lambda c: c["verification"]["gates"][2].update(status="failed"), "receipt.contradiction"),
+        (lambda c: c["verification"].update(gates=[]), "receipt.contradiction"),
+        (lambda c: [gate.update(status="skipped") for gate in c["verification"]["gates"]], "receipt.contradiction"),
         (lambda c: c["verification"].update(kind="q8_0"), "receipt.contradiction"),
         (lambda c: c["tensors"][first].pop("rule"), "receipt.schema"),
         (lambda c: c["tensors"][first].pop("max_abs_error"), "receipt.schema"),

@@ -105,6 +105,11 @@ ENTRIES = (
         "a key or certificate cannot be used, or is of another kind than is needed",
         "name a PEM file: an elliptic-curve private key to sign, its public key or certificate to verify",
     ),
+    refused(
+        "signature.receipt",
+        "the output to sign is not what the receipt beside it describes",
+        "verify the output; to sign it without its receipt, move the receipt away",
+    ),
     usage("type.missing", "--type names no type", "run 'gemma2tool formats' and choose a type"),
     usage("type.unknown", "the output format has no such type", "run 'gemma2tool formats' and choose a type it lists"),
 )
