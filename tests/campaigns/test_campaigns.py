@@ -17,6 +17,7 @@ CAMPAIGNS = ROOT / "tests" / "campaigns"
 FOLDER = "FOLDER"
 
 RUNS: dict[str, tuple[tuple[str, ...], str]] = {
+    "changing.py": (("--trials", "2"), '"faults": []'),
     "false_alarms.py": (("--only", "type=int8", "--dtypes", "bf16", "--weights", "as drawn"), " 0 false alarms"),
     "derived_models.py": (
         ("--only", "as bf16", "--targets", "gguf", "--quantized", "0", "--faults", "2"),

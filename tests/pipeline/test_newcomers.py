@@ -46,6 +46,31 @@ def test_what_appears_during_the_run_stays(
     assert [path.name for path in destination.iterdir()] == ["thesis.txt"]
 
 
+@pytest.mark.parametrize("change", ["added", "edited", "removed"])
+def test_what_is_changed_during_the_run_stays(
+    source: Path, tmp_path: Path, change: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    destination = tmp_path / "out"
+    shutil.copytree(source, destination)
+    write = pipeline_run._write
+
+    def then(*args: object) -> None:
+        write(*args)  # type: ignore[arg-type]
+        if change == "added":
+            (destination / "notes").mkdir()
+            (destination / "notes" / "thesis.txt").write_text("years of work")
+        elif change == "edited":
+            (destination / "config.json").write_text("{}")
+        else:
+            (destination / "config.json").unlink()
+
+    monkeypatch.setattr(pipeline_run, "_write", then)
+    with pytest.raises(UsageError) as refused:
+        api.convert(source, destination, verify=False, force=True)
+    assert refused.value.id == "output.appeared" and "changed during the run" in refused.value.message
+    assert (destination / "notes" / "thesis.txt").exists() == (change == "added")
+
+
 def test_an_output_that_fails_its_verification_says_so(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -39,7 +39,7 @@ ENTRIES = (
     usage("option.size", "a size is not a number with a unit", "write it like 512MiB or 5GB"),
     usage(
         "output.appeared",
-        "something was put at the destination while the run was writing its replacement",
+        "something was put at the destination, or changed there, while the run was writing its replacement",
         "look at it, then repeat the command with --force, or choose another name",
     ),
     usage("output.exists", "the destination exists", "choose another name, or replace it with --force"),

@@ -196,6 +196,24 @@ class StagingPlace:
         except FileNotFoundError:
             return None
 
+    def content_stamp(self, name: str, fd: int) -> tuple[object, ...] | None:
+        """What changes when a file, or the files of a folder, are replaced, edited, added or removed: identities, sizes
+        and times of modification. None if there is nothing. Links are not followed.
+        """
+        with translate_os_errors(self.parent / name, "looking at what is there"):
+            try:
+                status = os.stat(name, dir_fd=fd, follow_symlinks=False)
+                if not stat.S_ISDIR(status.st_mode):
+                    return (_stamp(status),)
+                stamps = [
+                    (folder, file, _stamp(os.stat(file, dir_fd=folder_fd, follow_symlinks=False)))
+                    for folder, _, files, folder_fd in os.fwalk(name, dir_fd=fd, follow_symlinks=False)
+                    for file in files
+                ]
+            except FileNotFoundError:
+                return None
+        return (_identity(status), *sorted(stamps))
+
     def recover(self) -> bool:
         """After a crash, moves an old destination back if nothing has taken its place. Returns whether it did."""
         with translate_os_errors(self.path, "recovering"):
@@ -273,6 +291,10 @@ class StagingPlace:
 
 def _identity(status: os.stat_result) -> tuple[int, int]:
     return status.st_dev, status.st_ino
+
+
+def _stamp(status: os.stat_result) -> tuple[int, ...]:
+    return (*_identity(status), status.st_size, status.st_mtime_ns)
 
 
 def remove_tree(name: str, folder_fd: int) -> None:

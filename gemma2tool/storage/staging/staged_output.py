@@ -48,7 +48,7 @@ class Staging:
 
     Raises UsageError if the destination exists and ``force`` is not set, or if work of another fingerprint is staged;
     ResourceError for a lock, a full disk or a folder that may not be written. What comes to the destination inside the
-    block is not replaced, even with ``force``.
+    block, or is changed there, is not replaced, even with ``force``.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class Staging:
         self._recorder: Recorder | None = None
         self._names_dirty = True
         self._new_fd = -1
-        self._present: tuple[int, int] | None = None
+        self._present: tuple[object, ...] | None = None
         self._placed = self._keep = False
 
     @property
@@ -122,7 +122,7 @@ class Staging:
         try:
             self._place.recover()
             self._take_over()
-            self._present = self._place.identity(self.destination.name, self._place.parent_fd)
+            self._present = self._place.content_stamp(self.destination.name, self._place.parent_fd)
             if not self.finished:
                 self._check_space()
                 self._prepare()
@@ -174,9 +174,9 @@ class Staging:
 
     def _refuse_newcomer(self) -> None:
         """``force`` is for what was at the destination when the work began."""
-        now = self._staging.identity(self.destination.name, self._staging.parent_fd)
+        now = self._staging.content_stamp(self.destination.name, self._staging.parent_fd)
         if now is not None and now != self._present:
-            raise UsageError("output.appeared", f"{self.destination}: was created or replaced during the run")
+            raise UsageError("output.appeared", f"{self.destination}: was created, replaced or changed during the run")
 
     def _check_space(self) -> None:
         with translate_os_errors(self.destination.parent, "asking for the free space"):
