@@ -19,6 +19,7 @@ FOLDER = "FOLDER"
 RUNS: dict[str, tuple[tuple[str, ...], str]] = {
     "changing.py": (("--trials", "2"), '"faults": []'),
     "false_alarms.py": (("--only", "type=int8", "--dtypes", "bf16", "--weights", "as drawn"), " 0 false alarms"),
+    "coverage.py": (("--state", FOLDER, "--seconds", "1", "--readers", "json"), "| json |"),
     "derived_models.py": (
         ("--only", "as bf16", "--targets", "gguf", "--quantized", "0", "--faults", "2"),
         "3 files, 0 refused as they must be, 0 alarms",
@@ -37,7 +38,12 @@ RUNS: dict[str, tuple[tuple[str, ...], str]] = {
     "record_ggml_digests.py": (("--types", "Q8_0", "--output", f"{FOLDER}/digests.json"), ""),
 }
 """Script: its arguments, and a part of what it prints."""
-NEEDS = {"derived_models.py": "peft", "gguf_kernels.py": "xllamacpp", "record_ggml_digests.py": "xllamacpp"}
+NEEDS = {
+    "coverage.py": "atheris",
+    "derived_models.py": "peft",
+    "gguf_kernels.py": "xllamacpp",
+    "record_ggml_digests.py": "xllamacpp",
+}
 
 
 def test_every_campaign_has_a_run() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from tests.fuzz import containers as c
 from tests.fuzz import settings as s
 from tests.fuzz import texts as t
+from tests.fuzz import trust as u
 from tests.fuzz.base import Target
 
 KINDS: tuple[type[Target], ...] = (
@@ -12,6 +13,7 @@ KINDS: tuple[type[Target], ...] = (
     c.SbsConfig,
     s.HFConfig, s.HFIndex, s.KerasConfig, s.LoraConfig, s.Packing, s.Receipt, s.Journal,
     t.SentencePiece, t.SentencePieceLibrary, t.Tokenizer, t.ModelCard, t.GGUFModel, t.Imatrix,
+    u.PickleScan, u.ArchiveScan, u.TemplateTree, u.YamlTags, u.Recipe, u.Bundle,
 )  # fmt: skip
 
 

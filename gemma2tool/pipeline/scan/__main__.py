@@ -86,7 +86,9 @@ PYTHON` repeats it; the files are the projects' own and are not part of this rep
 | modelaudit's hostile pickles, archive, Keras and torch files: 20 | 20 | 18 (1) | 19 | 17 (3) | 19 |
 | GlyphHound's hostile chat templates, in tokenizer_config.json: 36 | 36 | 0 | 0 | 0 (36) | 18 |
 | honest: both projects' safe files, state dicts of torch, litgpt and torchtune: 34 | 0 | 0 (7) | 0 | 0 (25) | 19 |
-| honest: chat templates of public repositories: 120 | 0 | 0 | 0 | 0 (120) | 8 |
+| honest: chat templates of public repositories: 120 | 1 | 0 | 0 | 0 (120) | 8 |
+
+The one is a trigger: it adds a text to the prompt when the answer of a tool says "command not found" or the like.
 """
 
 
