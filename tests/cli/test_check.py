@@ -135,6 +135,12 @@ def test_a_stale_quantization_config(copy: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_classifier_without_its_head(copy: Path) -> None:
+    edit(copy / "config.json", architectures=["Gemma2ForSequenceClassification"])
+    assert findings(copy) == [("doubt", "config.no-head")]
+
+
+@pytest.mark.slow
 def test_unfinished_downloads(copy: Path) -> None:
     (copy / "model-00002.safetensors.incomplete").touch()
     assert findings(copy) == [("doubt", "files.partial")]

@@ -48,6 +48,7 @@ class _Merge:
 
     def result(self) -> Checkpoint:
         self._put_base_weights()
+        self._drop_rows_of_the_tied_head()
         self._untie()
         self._put_replacements()
         self._add_deltas()
@@ -84,6 +85,15 @@ class _Merge:
             self._check_tensor(name, tensor)
             self.tensors[name] = tensor
         self._resize(weights)
+
+    def _drop_rows_of_the_tied_head(self) -> None:
+        """peft stores the trained tokens of a resized model under both names of its one matrix."""
+        rows = dict(self.adapter.token_rows)
+        head, embedding = rows.pop(HEAD, None), rows.get(EMBEDDING)
+        if not self.config.tie_word_embeddings or head is None or embedding is None:
+            return
+        if tuple(head.indices) == tuple(embedding.indices) and _are_equal(head.values, embedding.values):
+            self.adapter = replace(self.adapter, token_rows=rows)
 
     def _untie(self) -> None:
         """Give the model a head of its own if the adapter treats head and embedding differently."""

@@ -60,6 +60,8 @@ _ROWS: tuple[tuple[str, Severity, str, str], ...] = (
     ("config.departure", "doubt", "the config differs from the released model of this size where no fine-tune does",
      "correct the field in config.json, or pass the right config with --config"),
     ("config.unusual", "note", "the config has an unusual value", "nothing, if the value was chosen"),
+    ("config.no-head", "doubt", "the config names a classifier, whose head is not in the file",
+     "save the model with its head, or name Gemma2ForCausalLM in architectures"),
     ("config.dtype", "note", "config.json names another dtype than the weights have",
      "nothing; transformers loads the weights in the dtype of the config"),
     # -- tokenizer

@@ -8,6 +8,7 @@ from gemma2tool.formats.gguf.config import LAYERS_OF_27B
 from gemma2tool.formats.gguf.format import Source
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.config import SIZES
+from gemma2tool.model.tensors import HEADS
 from gemma2tool.pipeline.checks.catalog import finding
 from gemma2tool.pipeline.checks.finding import CheckFinding
 
@@ -19,6 +20,9 @@ _NEVER_CHANGED = (
     "hidden_activation",
 )
 """Fields that no fine-tune of a release changes. Windows, contexts and rotary bases are changed on purpose."""
+
+_WITH_HEADS = ("hf", "hf-bin")
+"""Formats whose programs build the class that the config names."""
 
 _LATER_KEYS = {
     "gemma2.attn_logit_softcapping": "50",
@@ -35,6 +39,11 @@ def check_config(checkpoint: Checkpoint) -> Iterator[CheckFinding]:
         released = checkpoint.config.size_name is not None and name in _NEVER_CHANGED
         grave = released or "outside the vocabulary" in warning
         yield finding("config.departure" if grave else "config.unusual", "config", warning)
+    named = next((name for name in checkpoint.config.architectures or () if name.endswith("Classification")), None)
+    if named and checkpoint.format in _WITH_HEADS and not any(head in checkpoint.tensors for head in HEADS):
+        yield finding(
+            "config.no-head", "config", f"{named} has a score, the file has none: transformers starts a random one"
+        )
 
 
 def check_writer(checkpoint: Checkpoint) -> Iterator[CheckFinding]:

@@ -136,8 +136,9 @@ def _resized(rows: int) -> Callable[[object], None]:
         ({"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}, {}),
         ({}, {"save_embedding_layers": True}),
         ({"modules_to_save": ["embed_tokens"]}, {}),
+        ({"trainable_token_indices": [5, 9]}, {"save_embedding_layers": True}),
     ],
-    ids=["both", "tied", "saved-beside", "saved-by-itself"],
+    ids=["both", "tied", "saved-beside", "saved-by-itself", "trained-tokens"],
 )
 def test_another_number_of_tokens(base: Path, tmp_path: Path, rows: int, options: dict, save: dict) -> None:
     """axolotl 2277, LLaMA-Factory 3125 and 7997, peft 2898: tokens were added, or the padding was cut off."""

@@ -23,7 +23,7 @@ _TRAINING_STATE = re.compile(r".+\.lora_(?:velora|monteclora)_.+")
 _OTHER_PART = re.compile(r".+\.(?:\w+_)?(?:lora_\w+|lora)\b.*")
 _ROWS = re.compile(r"(.+?)(?:\.token_adapter)?\.trainable_tokens_delta(?:\.(\w+))?")
 _WEIGHT = re.compile(r"(.+)\.(weight|bias)")
-_WRAPPED = re.compile(r"(.+)\.(base_layer|modules_to_save|original_module)(?:\.(\w+))?")
+_WRAPPED = re.compile(r"(.+?)(?:\.token_adapter)?\.(base_layer|modules_to_save|original_module)(?:\.(\w+))?")
 
 
 @dataclass
