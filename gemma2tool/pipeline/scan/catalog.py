@@ -79,7 +79,7 @@ _ROWS: tuple[tuple[str, Severity, str, str, str], ...] = (
     ("text.workflow", "odd", "text that GitHub's runner takes for a command",
      "a log that shows it masks, sets or stops what the author chose", "remove the text"),
     # -- files
-    ("code.remote", "odd", "a config names Python files that loaders run when they are told to trust it",
+    ("code.remote", "odd", "Python files or classes that loaders run or import when they are told to trust the model",
      "code of the author's choice runs with trust_remote_code", "read the files, or load the model without them"),
     ("code.python", "note", "Python files beside the weights that no config names", "",
      "read them before running them"),
