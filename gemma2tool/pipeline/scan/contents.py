@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from gemma2tool.containers import file_kind, gguf, gguf_keys, safetensors, strict_json
+from gemma2tool.containers import file_kind, gguf, gguf_keys, safetensors, strict_json, strict_yaml
 from gemma2tool.containers.hdf5 import reader as hdf5
 from gemma2tool.containers.pickle_program import MAGIC
 from gemma2tool.containers.tokenizer_json import added_entries
@@ -30,6 +30,7 @@ from gemma2tool.storage.quoting import quoted
 from gemma2tool.storage.reading import open_for_reading
 
 MAX_TEXT_BYTES = 4 << 20
+MAX_YAML_CHARS = 1 << 18
 
 _REMOTE_KEYS = (*CODE_KEYS, "custom_pipelines")
 """The last one is for transformers' pipelines."""
@@ -107,12 +108,31 @@ def _scan_data(content: Content, place: Place) -> Iterator[ScanFinding]:
         text = _decoded(data[:MAX_TEXT_BYTES])
         if lower.endswith((".yaml", ".yml")):
             yield from yaml_tags.scan_yaml(text, place)
+            yield from _yaml_templates(text, place)
         if lower.endswith(_TEMPLATES):
             yield from scan_template(text, place, located=not place.where)
         else:
             yield from scan_text(text, place, located=not place.where)
     elif pickles.looks_like_pickle(data, content.name):
         yield from pickles.scan_pickle(data, place, whole=whole)
+
+
+def _yaml_templates(text: str, place: Place) -> Iterator[ScanFinding]:
+    """The chat templates of a config in YAML; a small one, as the library is slow."""
+    if "chat_template" not in text:
+        return
+    try:
+        content = strict_yaml.load(text, what=place.file, max_chars=MAX_YAML_CHARS)
+    except InputRefused:
+        return
+    if isinstance(content, dict):
+        yield from _templates(content, place)
+
+
+def _templates(content: Mapping[str, Any], place: Place) -> Iterator[ScanFinding]:
+    for label, template in templates_of(content.get("chat_template")).items():
+        part = place.part("chat_template" if label == DEFAULT_TEMPLATE else f"chat_template {quoted(label)}")
+        yield from scan_template(template, part)
 
 
 def _decoded(data: bytes) -> str:
@@ -208,9 +228,7 @@ def _json(name: str, data: bytes, place: Place) -> Iterator[ScanFinding]:
         for entry in added_entries(content).values():
             yield from _token(entry.content, place.part("added_tokens"))
         return
-    for label, template in templates_of(content.get("chat_template")).items():
-        part = place.part("chat_template" if label == DEFAULT_TEMPLATE else f"chat_template {quoted(label)}")
-        yield from scan_template(template, part)
+    yield from _templates(content, place)
     yield from _index(content.get("weight_map"), place)
     yield from keras.scan_architecture(content, place)
     yield from _texts({key: value for key, value in content.items() if key != "chat_template"}, place)

@@ -100,12 +100,14 @@ def test_templates_wherever_they_are(model: Path) -> None:
     folder.mkdir()
     edit(model / "tokenizer_config.json", chat_template=[{"name": "rag", "template": hostile}])
     edit(model / "processor_config.json", chat_template=hostile)
+    (model / "config.yaml").write_text(f"name: x\nchat_template: |\n  {hostile}\n")
     for path in (model / "chat_template.jinja", folder / "tool.jinja"):
         path.write_text("\n" + hostile)
     findings = [finding for finding in api.scan(model).findings if finding.id == "template.internals"]
     assert {finding.file: finding.line for finding in findings} == {
         "tokenizer_config.json": None,
         "processor_config.json": None,
+        "config.yaml": None,
         "chat_template.jinja": 2,
         "additional_chat_templates/tool.jinja": 2,
     }
