@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ from gemma2tool.storage.units import human_bytes
 if TYPE_CHECKING:
     from gemma2tool.api import ConversionResult, Verification
 
-
+_logger = logging.getLogger("gemma2tool")
 _RATE_BYTES = 100 << 20
 """Size of a source from which on a rate says something."""
 
@@ -24,7 +25,7 @@ def show_results(results: Sequence[ConversionResult], console: Console, *, verbo
         for result in results:
             if result.written:
                 console.print(_one_line(result))
-                show_warnings(result.verification, console)
+                show_warnings(result.verification)
             else:
                 _show(result, console)
     elif len(results) == 1 or verbose:
@@ -34,11 +35,13 @@ def show_results(results: Sequence[ConversionResult], console: Console, *, verbo
         _show_table(results, console)
 
 
-def show_warnings(result: Verification | None, console: Console) -> None:
-    """Show on stderr what a verification that passed warns of, where its screen is left out."""
+def show_warnings(result: Verification | None) -> None:
+    """Show on stderr what a verification that passed warns of, where its screen is left out; not again what was logged
+    before.
+    """
     for finding in () if result is None else result.findings:
         if finding.severity == "warning":
-            console.warn(finding.sentence)
+            _logger.warning("%s", finding.sentence)
 
 
 def _show(result: ConversionResult, console: Console, *, verbose: bool = False) -> None:

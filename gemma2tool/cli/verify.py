@@ -142,7 +142,7 @@ def _show(result: Verification, console: Console, options: VerifyOptions) -> Non
 
     if console.quiet and result.passed:
         render_verdict(result, console)
-        show_warnings(result, console)
+        show_warnings(result)
     else:
         render_verification(result, console, verbose=options.verbose)
 

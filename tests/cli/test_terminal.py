@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import re
 import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from gemma2tool.api import Budget, ConversionRequest, ProgressEvent, RunOptions
 from gemma2tool.cli import terminal as subject
 from gemma2tool.cli.conversion import step_count
+from gemma2tool.cli.log import shown_on
+from gemma2tool.cli.outcome import show_warnings
 from gemma2tool.cli.progress import ProgressDisplay
 from gemma2tool.cli.terminal import Console
 from gemma2tool.errors import InputRefused
@@ -345,3 +349,13 @@ def test_bars_of_a_narrow_terminal_keep_their_numbers_whole(monkeypatch: pytest.
 )
 def test_every_bar_counts_as_a_step(asked: ConversionRequest, steps: int) -> None:
     assert step_count(asked) == steps
+
+
+def test_warnings_of_a_verification_that_passed_are_shown_once_when_quiet() -> None:
+    errors = io.StringIO()
+    findings = [Finding("tokenizer", "warning", None, "it is lost"), Finding("tokenizer", "note", None, "it is kept")]
+    with shown_on(Console(quiet=True, stderr=errors)):
+        logging.getLogger("gemma2tool").warning("it is lost")
+        show_warnings(SimpleNamespace(findings=findings))
+        show_warnings(None)
+    assert errors.getvalue() == "warning: it is lost\n"
