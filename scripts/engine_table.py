@@ -29,10 +29,11 @@ TOKENS = 72
 
 GGUF = [
     *("q8_0", "q6_k", "q5_k_m", "q5_0", "q5_1", "q4_k_m", "q4_0", "q4_1", "q3_k_m", "q2_k"),
-    *("iq4_nl", "iq4_xs", "iq3_s", "tq1_0", "tq2_0", "mxfp4_moe"),
+    *("iq4_nl", "iq4_xs", "iq3_s", "tq1_0", "tq2_0", "mxfp4_moe", "mxfp4", "nvfp4", "q1_0", "q2_0"),
 ]
 FOLDERS = ["nf4", "fp4", "int8", "w4a16", "w8a16", "w8a8-int8", "fp8-dynamic", "fp8-block", "torchao-int8"]
-MLX = ["mlx-8", "mlx-6", "mlx-5", "mlx-4", "mlx-3", "mlx-2"]
+
+MLX = ["mlx-8", "mlx-6", "mlx-5", "mlx-4", "mlx-3", "mlx-2", "mlx-mxfp8", "mlx-mxfp4", "mlx-nvfp4"]
 
 BEGIN, END = "<!-- table: scripts/engine_table.py -->", "<!-- end of table -->"
 HEADER = (

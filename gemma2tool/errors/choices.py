@@ -23,7 +23,12 @@ _OTHER_NAMES = {
     "q5_k_m": ("q5", "q5_k", "5bit"),
     "q3_k_m": ("q3", "q3_k", "3bit"),
     "q2_k": ("q2", "2bit"),
-    "mxfp4_moe": ("mxfp4",),
+    "mxfp4a16": ("mxfp4",),
+    "mxfp8a16": ("mxfp8",),
+    "nvfp4a16": ("nvfp4",),
+    "mlx-mxfp4": ("mxfp4",),
+    "mlx-mxfp8": ("mxfp8",),
+    "mlx-nvfp4": ("nvfp4",),
     "mlx-4": ("int4", "4bit", "q4"),
     "mlx-8": ("int8", "8bit", "q8"),
     # formats

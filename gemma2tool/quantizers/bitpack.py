@@ -27,9 +27,7 @@ def pack_words(codes: Array, bits: int) -> Array:
         raise ValueError(f"{codes.shape[-1]} codes of {bits} bits do not fill whole words")
     codes = np.ascontiguousarray(codes, np.uint8)
     if bits == 4:
-        packed = np.empty((*codes.shape[:-1], codes.shape[-1] // 2), np.uint8)
-        _native.pack_nibbles(codes.ctypes.data, packed.size, packed.ctypes.data)
-        codes = packed
+        codes = pack_nibbles(codes)
     elif bits < 8:
         codes = _pack_eights(codes, bits)
     return codes.view("<u4").astype(np.uint32, copy=False)
@@ -49,10 +47,24 @@ def unpack_words(words: Array, bits: int) -> Array:
     if bits == 8:
         return values
     if bits == 4:
-        codes = np.empty((*values.shape[:-1], values.shape[-1] * 2), np.uint8)
-        _native.unpack_nibbles(values.ctypes.data, values.size, codes.ctypes.data)
-        return codes
+        return unpack_nibbles(values)
     return _unpack_eights(values, bits)
+
+
+def pack_nibbles(codes: Array) -> Array:
+    """Pack uint8 codes below 16, (..., n), into bytes (..., n / 2), the first code in the low half."""
+    codes = np.ascontiguousarray(codes, np.uint8)
+    packed = np.empty((*codes.shape[:-1], codes.shape[-1] // 2), np.uint8)
+    _native.pack_nibbles(codes.ctypes.data, packed.size, packed.ctypes.data)
+    return packed
+
+
+def unpack_nibbles(packed: Array) -> Array:
+    """The inverse of ``pack_nibbles``."""
+    packed = np.ascontiguousarray(packed, np.uint8)
+    codes = np.empty((*packed.shape[:-1], packed.shape[-1] * 2), np.uint8)
+    _native.unpack_nibbles(packed.ctypes.data, packed.size, codes.ctypes.data)
+    return codes
 
 
 def _pack_eights(codes: Array, bits: int) -> Array:

@@ -11,18 +11,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-import ml_dtypes
 import numpy as np
 
 from gemma2tool.model.lazy import BFLOAT16, FLOAT16, FLOAT32, Array, DType, to_float32
 from gemma2tool.quantizers.base import Part
 from gemma2tool.quantizers.bitpack import WORD_BITS, pack_words, unpack_words
 from gemma2tool.quantizers.casts import cast
+from gemma2tool.quantizers.float_codes import FLOAT8, FP8, FP8_MAX
 from gemma2tool.quantizers.groups import GroupScales, Rule, dequantize_groups, group_ranges, quantize_groups
 
-FP8 = np.dtype(ml_dtypes.float8_e4m3fn)
-FP8_MAX = 448.0
-_FP8_VALUES = np.arange(256, dtype=np.uint8).view(FP8).astype(np.float32)
 _EPS = {FLOAT32: np.float32(2**-23), FLOAT16: np.float32(2**-10), BFLOAT16: np.float32(2**-7)}
 FLOAT_NAMES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
@@ -69,7 +66,7 @@ SCHEMES = {
 }
 
 
-def _round_to(dtype: DType, values: Array) -> Array:
+def round_to(dtype: DType, values: Array) -> Array:
     """float32 values rounded to ``dtype``, as float32."""
     return values if dtype == np.float32 else to_float32(cast(values, dtype))
 
@@ -102,11 +99,11 @@ def grid(low: Array, high: Array, scheme: Scheme, dtype: DType) -> tuple[Array |
     zero_points = None
     with np.errstate(invalid="ignore", divide="ignore"):
         if scheme.symmetric:
-            scales = _round_to(dtype, np.maximum(-low, high) / (levels / 2))
+            scales = round_to(dtype, np.maximum(-low, high) / (levels / 2))
         else:
-            scales = _round_to(dtype, _round_to(dtype, high - low) / levels)
+            scales = round_to(dtype, round_to(dtype, high - low) / levels)
             zeros = np.clip(
-                _round_to(dtype, np.float32(scheme.low) - _round_to(dtype, low / scales)), scheme.low, scheme.high
+                round_to(dtype, np.float32(scheme.low) - round_to(dtype, low / scales)), scheme.low, scheme.high
             )
             zero_points = np.where(np.isnan(zeros), 0, np.rint(zeros)).astype(np.int8)
     scales[scales == 0] = _EPS[dtype]
@@ -127,7 +124,7 @@ def dequantize(codes: Array, scales: Array, zero_points: Array | None, scheme: S
     groups = _groups_of_rows(scheme, columns, scales, zero_points, n)
     if codes.dtype == FP8:
         wide = np.repeat(to_float32(groups.scales), groups.group_size, axis=1)[:, :columns]
-        return cast(_FP8_VALUES[codes.view(np.uint8)] * wide, scales.dtype)
+        return cast(FLOAT8[codes.view(np.uint8)] * wide, scales.dtype)
     return cast(dequantize_groups(codes, groups), scales.dtype)
 
 

@@ -68,6 +68,9 @@ _ROWS = (
     GGUFType("TQ1_0", 34, 256, 54),
     GGUFType("TQ2_0", 35, 256, 66),
     GGUFType("MXFP4", 39, 32, 17),
+    GGUFType("NVFP4", 40, 64, 36),
+    GGUFType("Q1_0", 41, 128, 18),
+    GGUFType("Q2_0", 42, 64, 18),
 )
 
 GGUF_TYPES: Mapping[str, GGUFType] = MappingProxyType({row.name: row for row in _ROWS})
@@ -80,8 +83,6 @@ _OTHER_ROWS = (
     GGUFType("I32", 26, 1, 4),
     GGUFType("I64", 27, 1, 8),
     GGUFType("F64", 28, 1, 8),
-    GGUFType("NVFP4", 40, 64, 36),
-    GGUFType("Q1_0", 41, 128, 18),
 )
 """Types that a GGUF file may have and that are neither read nor written. The numbers that are missing
 were withdrawn.
@@ -96,7 +97,6 @@ UNREAD_TYPES: Mapping[int, str] = MappingProxyType(
     {
         **dict.fromkeys((4, 5), "Q4_2 or Q4_3, withdrawn by ggml"),
         **dict.fromkeys((31, 32, 33, 36, 37, 38), "a repacked Q4_0 or IQ4_NL, withdrawn by ggml"),
-        42: "Q2_0 of newer releases of ggml",
         **{
             number: f"{name} of ik_llama.cpp"
             for number, name in {

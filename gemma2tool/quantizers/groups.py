@@ -32,6 +32,11 @@ class Rule(enum.IntEnum):
     """clamp(round((x - z) / s))"""
     ADD_ZERO = 4
     """clamp(round(x / s) + z)"""
+    FLOAT4 = 5
+    """float4_e2m1(x / s), the quotient rounded to ``arithmetic``: of two equally near values the smaller, zeros
+    positive, infinity and NaN as zero"""
+    FLOAT4_EVEN = 6
+    """the same: of two equally near values the one with an even code, zeros with the sign of x, infinity as 6"""
 
 
 @dataclass(frozen=True)

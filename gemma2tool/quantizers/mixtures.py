@@ -186,6 +186,11 @@ _ROWS = (
     FileType("tq1_0", 36, "TQ1_0"),
     FileType("tq2_0", 37, "TQ2_0"),
     # A mixture for mixture-of-experts models; every matrix of a dense model is Q8_0.
+    FileType("q1_0", 40, "Q1_0"),
+    FileType("q2_0", 41, "Q2_0"),
+    # llama-quantize makes neither; its --tensor-type makes the tensors.
+    FileType("mxfp4", 38, "MXFP4", {"token_embd": "Q8_0"}),
+    FileType("nvfp4", 39, "NVFP4", {"token_embd": "Q8_0"}),
     FileType("mxfp4_moe", 38, "MXFP4", dict.fromkeys(("token_embd", *_MATRICES), "Q8_0")),
 )
 
@@ -197,13 +202,12 @@ FLOATS = ("f32", "f16", "bf16")
 
 _FALLBACKS = {
     **dict.fromkeys(("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_XS"), "IQ4_NL"),
-    **dict.fromkeys(("Q2_K", "Q3_K", "TQ1_0", "TQ2_0"), "Q4_0"),
+    **dict.fromkeys(("Q2_K", "Q3_K", "TQ1_0", "TQ2_0", "Q2_0"), "Q4_0"),
     "Q4_K": "Q5_0",
     "Q5_K": "Q5_1",
     "Q6_K": "Q8_0",
 }
-"""Types with blocks of 256 values -> the type with blocks of 32 that replaces them where rows do not divide into
-blocks."""
+"""Types with large blocks -> the type with blocks of 32 that replaces them where rows do not divide into blocks."""
 
 _NEEDS_IMATRIX = ("IQ3_XXS", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ1_M", "IQ1_S")
 

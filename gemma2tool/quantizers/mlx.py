@@ -5,7 +5,8 @@ is farther from zero is represented exactly, and its distance from zero is a mul
 float32; scales and biases are stored in the model's dtype, but codes are computed from the unrounded ones.
 
 Floats (mxfp4, mxfp8, nvfp4): weight = code * scale, where both are floats of one byte or less and the product is exact
-in bfloat16. They are read, not written.
+in bfloat16. Scales are those of the largest magnitude over the largest code: rounded up to a power of two (mxfp4,
+mxfp8), or to the nearest float8 (nvfp4). Each operation is rounded to the model's dtype.
 """
 
 from __future__ import annotations
@@ -15,14 +16,23 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import ClassVar
 
-import ml_dtypes
 import numpy as np
 
 from gemma2tool.model.lazy import BFLOAT16, Array, DType, to_float32
 from gemma2tool.quantizers.base import Part
 from gemma2tool.quantizers.bitpack import pack_words, unpack_words
 from gemma2tool.quantizers.casts import cast
-from gemma2tool.quantizers.compressed import FLOAT_NAMES
+from gemma2tool.quantizers.compressed import FLOAT_NAMES, round_to
+from gemma2tool.quantizers.float_codes import (
+    FLOAT4,
+    FLOAT8,
+    FP8,
+    FP8_MAX,
+    POWERS_OF_TWO,
+    SMALLEST_FP8,
+    exponent_bytes,
+    nearest_power,
+)
 from gemma2tool.quantizers.groups import GroupScales, Rule, dequantize_groups, group_ranges, quantize_groups
 
 GROUP_SIZE = 64
@@ -64,12 +74,6 @@ def unpack(words: Array, bits: int) -> Array:
     return unpack_words(words, bits)
 
 
-_FLOAT4 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
-_FLOAT8 = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
-_POWERS_OF_TWO = np.array([2.0**exponent for exponent in range(-127, 128)] + [np.inf], np.float32)
-"""float8_e8m0: code - 127 is the exponent; MLX reads 255 as infinity."""
-
-
 @dataclass(frozen=True)
 class FloatMode:
     """One of MLX's float types: bits of a code, columns that share a scale, and the values of both by their bytes."""
@@ -79,14 +83,44 @@ class FloatMode:
     values: Array
     scales: Array
 
+    @property
+    def has_power_scales(self) -> bool:
+        """Whether scales are powers of two."""
+        return self.scales is POWERS_OF_TWO
+
+    def scale_bytes(self, absmax: Array, dtype: DType) -> Array:
+        """The scales, uint8, of groups by their largest magnitudes, float32, in the arithmetic of ``dtype``."""
+        scales = round_to(dtype, absmax / np.float32(448 if self.bits == 8 else 6))
+        if not self.has_power_scales:
+            return np.minimum(scales, FP8_MAX).astype(FP8).view(np.uint8)
+        with np.errstate(divide="ignore"):
+            exponents = np.where(scales == 0, np.float32(0), np.ceil(np.log2(scales)))
+        return (exponents.astype(np.int32) + 127).astype(np.uint8)
+
+    def nearest_scales(self, scales: Array) -> Array:
+        """float32 scales rounded to the positive ones that can be stored."""
+        if self.has_power_scales:
+            return nearest_power(scales)
+        return to_float32(np.clip(scales, SMALLEST_FP8, FP8_MAX).astype(FP8))
+
 
 FLOAT_MODES = MappingProxyType(
     {
-        "mxfp4": FloatMode(4, 32, _FLOAT4, _POWERS_OF_TWO),
-        "mxfp8": FloatMode(8, 32, _FLOAT8, _POWERS_OF_TWO),
-        "nvfp4": FloatMode(4, 16, _FLOAT4, _FLOAT8),
+        "mxfp4": FloatMode(4, 32, FLOAT4, POWERS_OF_TWO),
+        "mxfp8": FloatMode(8, 32, FLOAT8, POWERS_OF_TWO),
+        "nvfp4": FloatMode(4, 16, FLOAT4, FLOAT8),
     }
 )
+
+
+def quantize_floats(rows: Array, mode: FloatMode) -> tuple[Array, Array]:
+    """Quantize (n, I), in the arithmetic of its dtype, to codes uint8 (n, I) and scales uint8 (n, I / group size)."""
+    low, high = group_ranges(rows, mode.group_size)
+    scales = mode.scale_bytes(np.maximum(-low, high), rows.dtype)
+    used = round_to(rows.dtype, mode.scales[scales])
+    values = GroupScales(mode.group_size, used, np.full_like(used, -0.0))  # added; 0 would lose the sign of -0
+    rule = Rule.FLOAT8 if mode.bits == 8 else Rule.FLOAT4
+    return quantize_groups(rows, values, rule, -FP8_MAX, FP8_MAX, rows.dtype), scales
 
 
 def dequantize_floats(words: Array, scales: Array, mode: FloatMode) -> Array:
@@ -133,6 +167,46 @@ class Affine:
         """The result of ``encode`` for rows that are already quantized; the offsets are biases."""
         assert offsets is not None
         return {"": pack_words(codes, self.bits), "scales": scales, "biases": offsets}
+
+    def finish(self, shape: tuple[int, ...], collected: Mapping[str, Array]) -> Mapping[str, Array]:
+        return {}
+
+
+@dataclass(frozen=True)
+class Floats:
+    """Encoder for ``mlx-mxfp4``, ``mlx-mxfp8`` and ``mlx-nvfp4``. ``dtype``: of the arithmetic; rows of another dtype
+    are cast to it first."""
+
+    mode_name: str
+    dtype: DType = BFLOAT16
+
+    lossless: ClassVar[bool] = False
+    collects: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def name(self) -> str:
+        return f"mlx-{self.mode_name}"
+
+    @property
+    def mode(self) -> FloatMode:
+        return FLOAT_MODES[self.mode_name]
+
+    def parts(self, shape: tuple[int, ...]) -> tuple[Part, ...]:
+        rows, columns = shape
+        words, groups = columns * self.mode.bits // 32, columns // self.mode.group_size
+        return Part("", "U32", (rows, words), rows * words * 4), Part("scales", "U8", (rows, groups), rows * groups)
+
+    def row_multiple(self, shape: tuple[int, ...]) -> int:
+        return 1
+
+    def encode(self, rows: Array) -> Mapping[str, Array]:
+        codes, scales = quantize_floats(cast(rows, self.dtype), self.mode)
+        return {"": pack_words(codes, self.mode.bits), "scales": scales}
+
+    def pack(self, codes: Array, offsets: Array | None, scales: Array) -> Mapping[str, Array]:
+        """The result of ``encode`` for rows that are already quantized; float32 scales that can be stored."""
+        stored = exponent_bytes(scales) if self.mode.has_power_scales else scales.astype(FP8).view(np.uint8)
+        return {"": pack_words(codes, self.mode.bits), "scales": stored}
 
     def finish(self, shape: tuple[int, ...], collected: Mapping[str, Array]) -> Mapping[str, Array]:
         return {}

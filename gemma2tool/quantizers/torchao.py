@@ -15,7 +15,7 @@ import numpy as np
 from gemma2tool.model.lazy import BFLOAT16, Array, DType, to_float32
 from gemma2tool.quantizers.base import Part
 from gemma2tool.quantizers.casts import cast
-from gemma2tool.quantizers.compressed import FP8
+from gemma2tool.quantizers.float_codes import FP8
 from gemma2tool.quantizers.groups import GroupScales, Rule, dequantize_groups, group_ranges, quantize_groups
 
 _SMALLEST_SCALE = np.float32(2**-23)

@@ -106,6 +106,7 @@ GATES: Mapping[str, Gates] = {
     "mlx-mxfp8": Gates(kl=0.03, top1=0.90),
     "fp8-dynamic": Gates(kl=0.03, top1=0.90),
     "fp8-block": Gates(kl=0.03, top1=0.90),
+    "mxfp8a16": Gates(kl=0.03, top1=0.90),
     "torchao-fp8": Gates(kl=0.03, top1=0.90),
     "sfp": Gates(kl=0.05, top1=0.88),
     "q6_k": Gates(kl=0.02, top1=0.92),
@@ -128,7 +129,10 @@ GATES: Mapping[str, Gates] = {
     "keras-int4": Gates(kl=0.4, top1=0.68),
     "fp4": Gates(kl=0.22, top1=0.76),
     "fp4-dq": Gates(kl=0.22, top1=0.76),
+    "nvfp4": Gates(kl=0.25, top1=0.74),
     "mlx-nvfp4": Gates(kl=0.25, top1=0.74),
+    "nvfp4a16": Gates(kl=0.25, top1=0.74),
+    "mxfp4a16": Gates(kl=0.4, top1=0.68),
     "mxfp4": Gates(kl=0.4, top1=0.68),
     "mlx-mxfp4": Gates(kl=0.4, top1=0.68),
     "q3_k": Gates(kl=0.6, top1=0.60),
@@ -142,6 +146,8 @@ GATES: Mapping[str, Gates] = {
     "iq1_m": Gates(kl=4.0, top1=0.20),
     "iq1_s": Gates(kl=5.0, top1=0.15),
     "mlx-2": Gates(kl=8.0),
+    "q1_0": Gates(kl=8.0),
+    "q2_0": Gates(kl=8.0),
     "tq1_0": Gates(kl=8.0),
     "tq2_0": Gates(kl=8.0),
     "unknown": Gates(),
@@ -150,7 +156,8 @@ GATES: Mapping[str, Gates] = {
 
 KL: about ten times what the type costs the repository's small trained model on random tokens (on text it is a third
 less), and at least three times what llama.cpp's README gives for Llama 3 8B (0.0014 Q8_0, 0.0055 Q6_K, 0.031 Q4_K_M,
-0.072 Q4_0). Ternary types and mlx-2 destroy a model that was not trained for them, so their limits mean little.
+0.072 Q4_0). Ternary types, q1_0, q2_0 and mlx-2 destroy a model that was not trained for them, so their limits mean
+little.
 """
 
 

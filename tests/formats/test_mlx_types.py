@@ -113,7 +113,15 @@ def mean_kl(truth: np.ndarray, actual: np.ndarray) -> float:
 
 @pytest.mark.slow
 @pytest.mark.oracle
-@pytest.mark.parametrize(("folder", "kind"), [("mlx_q3", "mlx-3"), ("mlx_mixed_4_6", "mlx-mixed-4-6")])
+@pytest.mark.parametrize(
+    ("folder", "kind"),
+    [
+        ("mlx_q3", "mlx-3"),
+        ("mlx_mixed_4_6", "mlx-mixed-4-6"),
+        ("mlx_mxfp4", "mlx-mxfp4"),
+        ("mlx_nvfp4", "mlx-nvfp4"),
+    ],
+)
 def test_written_files_equal_those_of_mlx_lm_convert(
     oracles: Path, fixture_model: Checkpoint, tmp_path: Path, folder: str, kind: str
 ) -> None:

@@ -18,7 +18,7 @@ from tests.support.calibration import COLUMNS, factors_of
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 IQ1 = ("IQ1_S", "IQ1_M")
-LARGEST_RATIO = {"MXFP4": 0.85, "IQ1_S": 0.9, "IQ1_M": 0.9, "IQ2_XS": 0.75, "IQ2_S": 0.75}
+LARGEST_RATIO = {"MXFP4": 0.85, "Q1_0": 0.8, "IQ1_S": 0.9, "IQ1_M": 0.9, "IQ2_XS": 0.75, "IQ2_S": 0.75}
 """Error beside that of the type's own search with an importance matrix; 0.7 for the other types."""
 
 

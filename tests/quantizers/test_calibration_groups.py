@@ -19,8 +19,9 @@ from gemma2tool.quantizers.calibration.group_layouts import GroupCodes, GroupLay
 from gemma2tool.quantizers.calibration.group_rounding import round_groups
 from gemma2tool.quantizers.calibration.rounding import group_of_column
 from gemma2tool.quantizers.compressed import Compressed
+from gemma2tool.quantizers.compressed_floats import CompressedFloats
 from gemma2tool.quantizers.gptq import Gptq
-from gemma2tool.quantizers.mlx import Affine
+from gemma2tool.quantizers.mlx import Affine, Floats
 from gemma2tool.quantizers.torchao import Int8WeightOnly
 from tests.support.calibration import COLUMNS, ROWS, factors_of
 
@@ -31,6 +32,8 @@ ENCODERS: dict[str, Encoder] = {
     "fp4": FourBit("fp4"),
     "int8": Int8(),
     "mlx-4": Affine(4),
+    "mlx-mxfp8": Floats("mxfp8"),
+    "nvfp4a16": CompressedFloats("nvfp4a16", absmax=4.0),
     "mlx-2": Affine(2, group_size=32),
     "gptq-4": Gptq(4),
     "gptq-4 with zeros": Gptq(4, symmetric=False),

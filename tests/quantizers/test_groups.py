@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import functools
 
+import ml_dtypes
 import numpy as np
 import pytest
 import torch
 
 from gemma2tool.model.lazy import ArrayTensor
-from gemma2tool.quantizers import awq, bitpack, compressed, gptq, groups, kernels, mlx, torchao
+from gemma2tool.quantizers import awq, bitpack, compressed, float_codes, gptq, groups, kernels, mlx, torchao
 from tests.support.kernel_data import ROWS, rows
 from tests.support.packings import BF16, DTYPES, bits, encoded, to_torch
 
@@ -188,6 +189,10 @@ def by_definition(rule: groups.Rule, x: np.ndarray, s: np.ndarray, z: np.ndarray
         return np.rint(np.clip(x / s + z, low, high))
     if rule == groups.Rule.FLOAT8:
         return np.clip(x / s + z, low, high).astype(compressed.FP8)
+    if rule == groups.Rule.FLOAT4:
+        return np.abs((x / s)[..., None] - float_codes.FLOAT4).argmin(-1).astype(np.uint8)
+    if rule == groups.Rule.FLOAT4_EVEN:
+        return np.clip(x / s, -6, 6).astype(ml_dtypes.float4_e2m1fn).view(np.uint8) & 15
     if rule == groups.Rule.RECIPROCAL:
         return np.clip(np.rint(x * (np.float32(1) / s)), low, high)
     if rule == groups.Rule.FROM_BIAS:
@@ -213,7 +218,7 @@ def test_group_kernels_follow_their_definition(instruction_set, rule, shape):
         expected = by_definition(rule, array, s, z, low, high)
         parameters = groups.GroupScales(width, scales, offsets)
         codes = groups.quantize_groups(array, parameters, rule, low, high)
-        if rule == groups.Rule.FLOAT8:
+        if rule.name.startswith("FLOAT"):
             assert bits(codes) == bits(expected)
             continue
         assert np.array_equal(codes.view(np.int8), expected)

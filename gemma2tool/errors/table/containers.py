@@ -53,6 +53,11 @@ ENTRIES = (
     refused("gguf.several", "the folder holds no GGUF, or several", "name the file"),
     refused("gguf.split", "the shards do not belong together, or one is missing", "download the shards again"),
     refused("gguf.split-name", "a shard does not have a shard's file name", "give the shards their original names"),
+    refused(
+        "gguf.tensor-scale",
+        "an NVFP4 tensor has a scale of its own, which llama.cpp leaves out",
+        "convert the model that the file was made from with --type nvfp4, which needs no such scales",
+    ),
     refused("gguf.tensor-shape", "a tensor that is not a matrix is quantized", _KIND),
     refused(
         "gguf.tensor-type",

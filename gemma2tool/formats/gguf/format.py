@@ -47,6 +47,7 @@ from gemma2tool.quantizers.casts import cast
 from gemma2tool.quantizers.mixtures import COPY
 from gemma2tool.quantizers.mixtures import FILE_TYPES as MIXTURES
 from gemma2tool.storage.paths import path_within_folder
+from gemma2tool.storage.quoting import quoted
 from gemma2tool.storage.reading import open_for_reading, starts_with
 
 CONFIG_DTYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
@@ -226,10 +227,26 @@ def _open_tensors(headers: list[GGUFHeader], closers: list[Callable[[], None]]) 
         reader = open_for_reading(header.path)
         closers.append(reader.close)
         for name, entry in header.tensors.items():
+            _refuse_scales(header, name)
             if name in tensors:
                 raise InputRefused("gguf.duplicate-tensor", f"{header.path.name}: {name} is in another shard too")
             tensors[name] = GGUFTensor(reader, entry)
     return tensors
+
+
+def _refuse_scales(header: GGUFHeader, name: str) -> None:
+    """Raises ``InputRefused`` for the scale of a whole NVFP4 tensor, as convert_hf_to_gguf.py writes it.
+
+    llama.cpp's graph of Gemma 2 multiplies attention by it and leaves it out of the feed-forward layers, which gives
+    NaN or wrong logits.
+    """
+    for ending in (".scale", ".input_scale"):
+        if name.endswith(ending) and f"{name.removesuffix(ending)}.weight" in header.tensors:
+            message = (
+                f"{header.path.name}: {quoted(name)} is the scale of a whole tensor, which llama.cpp leaves out of"
+                " Gemma 2's feed-forward layers: its logits are NaN or wrong"
+            )
+            raise InputRefused("gguf.tensor-scale", message)
 
 
 def _embedding_rows(tensors: Mapping[str, GGUFTensor], keys: KeyReader) -> int:

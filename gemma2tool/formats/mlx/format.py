@@ -2,7 +2,7 @@
 an index.
 
 Plain, or quantized: every matrix, the tied embedding too, whose columns are a multiple of the group size. Affine types
-of 2 to 8 bits and mlx-lm's mixed recipes are written; its float types are read.
+of 2 to 8 bits, mlx-lm's mixed recipes of them, and its float types are written.
 """
 
 from __future__ import annotations

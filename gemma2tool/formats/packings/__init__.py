@@ -192,7 +192,7 @@ def choose_encoders(
             remarks.append(f"{name} is left unquantized: consumers of {settings.type} cannot load it quantized")
     if packing.is_fused_by_engines:
         remarks += fusion_remarks(quantized_modules(specs, chosen))
-    return Choice(chosen, remarks)
+    return Choice(packing.together(chosen), remarks)
 
 
 def quantization_config(

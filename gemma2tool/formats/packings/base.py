@@ -69,6 +69,10 @@ class Packing(ABC):
     def encoder_for(self, spec: TensorSpec, settings: Settings, source: LazyTensor) -> Encoder | None:
         """The encoder for a tensor; None if this packing does not quantize it. See ``packings.encoder_for``."""
 
+    def together(self, encoders: Mapping[str, Encoder]) -> Mapping[str, Encoder]:
+        """The encoders of all tensors that are quantized, by name, where those of several depend on one another."""
+        return encoders
+
     @abstractmethod
     def quantization_config(self, settings: Settings, modules: Mapping[str, bool], dtype: str) -> dict[str, object]:
         """The ``quantization_config`` that the library writes; see ``packings.quantization_config``."""

@@ -62,8 +62,8 @@ class WeightScheme:
         return scheme
 
 
-def read_weight_scheme(quantization_config: Mapping[str, object]) -> WeightScheme:
-    """The scheme that all ``config_groups`` share. Raises ``InputRefused`` for several, and for unsupported types."""
+def weight_arguments(quantization_config: Mapping[str, object]) -> Mapping[str, object]:
+    """The ``weights`` entry that all ``config_groups`` share. Raises ``InputRefused`` for several."""
     groups = quantization_config.get("config_groups")
     entries = (
         [group.get("weights") for group in groups.values() if isinstance(group, dict)]
@@ -77,12 +77,19 @@ def read_weight_scheme(quantization_config: Mapping[str, object]) -> WeightSchem
             "config.json: config_groups has no weights entry, or several that differ",
             hint="one weight scheme for the whole model is supported",
         )
+    return weights
+
+
+def read_weight_scheme(quantization_config: Mapping[str, object]) -> WeightScheme:
+    """The scheme of integers, or of float8 with scales in the model's dtype. Raises ``InputRefused`` for unsupported
+    types."""
+    weights = weight_arguments(quantization_config)
     bits, kind = weights.get("num_bits"), weights.get("type")
     if type(bits) is not int or bits not in (4, 8) or not isinstance(kind, str) or kind not in ("int", "float"):
         raise InputRefused(
             "compressed.config",
             f"config.json: weights of {quoted(bits)} bits of type {quoted(kind)}",
-            hint="4-bit and 8-bit integers and 8-bit floats are supported",
+            hint="4-bit and 8-bit integers, 8-bit floats, nvfp4, mxfp4 and mxfp8 are supported",
         )
     return WeightScheme(
         bits,

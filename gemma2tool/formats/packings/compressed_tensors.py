@@ -2,7 +2,8 @@
 
 Depending on the scheme, a weight P.weight is stored as P.weight (int8 or float8), or P.weight_packed with
 P.weight_shape; and P.weight_scale, P.weight_zero_point, P.weight_g_idx (act-order) and P.input_scale (static
-activations). Checked against compressed-tensors 0.20.
+activations). The types whose codes are floats in small groups are in ``compressed_floats``. Checked against
+compressed-tensors 0.20.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ import numpy as np
 
 from gemma2tool.errors import InputRefused
 from gemma2tool.formats.options import WHOLE_ROW
-from gemma2tool.formats.packings import listed
+from gemma2tool.formats.packings import compressed_floats, listed
 from gemma2tool.formats.packings.base import Packing, QuantizedWeight
-from gemma2tool.formats.packings.compressed_scheme import WeightScheme, read_weight_scheme
+from gemma2tool.formats.packings.compressed_scheme import WeightScheme, read_weight_scheme, weight_arguments
 from gemma2tool.formats.packings.parts import (
     FLOATS,
     HINT,
@@ -34,7 +35,9 @@ from gemma2tool.model.tensors import TensorSpec
 from gemma2tool.quantizers import compressed
 from gemma2tool.quantizers.base import Encoder
 from gemma2tool.quantizers.bitpack import WORD_BITS
-from gemma2tool.quantizers.compressed import FP8, SCHEMES, Compressed, Scheme
+from gemma2tool.quantizers.compressed import SCHEMES, Compressed, Scheme
+from gemma2tool.quantizers.compressed_floats import FLOAT_SCHEMES
+from gemma2tool.quantizers.float_codes import FP8
 from gemma2tool.storage.quoting import quoted
 
 VERSION = "0.20.0"
@@ -46,24 +49,17 @@ SCALE = ".weight_scale"
 class CompressedTensorsPacking(Packing):
     method = "compressed-tensors"
     title = "compressed-tensors"
-    types = tuple(SCHEMES)
+    types = (*SCHEMES, *FLOAT_SCHEMES)
 
     def quantization_config(self, settings: Settings, modules: Mapping[str, bool], dtype: str) -> dict[str, object]:
         """As llm-compressor writes it. Activations of the 8-bit types are quantized while the model runs."""
-        scheme = _scheme_for(settings)
-        layout = "pack-quantized" if scheme.packed else f"{scheme.kind}-quantized"
         preset = PRESETS.get(settings.type, settings.type.upper().replace("-", "_"))
-        group = {
-            "format": layout,
-            "input_activations": None if scheme.packed else _activation_arguments(scheme),
-            "output_activations": None,
-            "targets": ["Linear"],
-            "weights": _weight_arguments(scheme),
-        }
+        is_float = settings.type in FLOAT_SCHEMES
+        group = compressed_floats.config_group(settings.type) if is_float else _config_group(_scheme_for(settings))
         unquantized = [name for name, is_quantized in modules.items() if not is_quantized]
         return {
             "config_groups": {preset: group},
-            "format": layout,
+            "format": group["format"],
             "global_compression_ratio": None,
             "ignore": ["lm_head", "model.embed_tokens", *unquantized],
             "kv_cache_scheme": None,
@@ -82,19 +78,38 @@ class CompressedTensorsPacking(Packing):
     def encoder_for(self, spec: TensorSpec, settings: Settings, source: LazyTensor) -> Encoder | None:
         if not is_linear_weight(spec):
             return None
+        if settings.type in FLOAT_SCHEMES:
+            return compressed_floats.encoder_for(settings.type, spec, source)
         scheme = _scheme_for(settings)
         if scheme.block_rows == 1 and scheme.group_size:
             check_group_size(spec, scheme.group_size)
         variant = None if scheme == SCHEMES[settings.type] else scheme
         return Compressed(settings.type, quantized_dtype(source), variant)
 
+    def together(self, encoders: Mapping[str, Encoder]) -> Mapping[str, Encoder]:
+        return compressed_floats.with_shared_scales(encoders)
+
     def weights(
         self, raw: Mapping[str, LazyTensor], quantization_config: Mapping[str, object]
     ) -> Iterator[QuantizedWeight]:
+        floats = compressed_floats.read_scheme(weight_arguments(quantization_config))
+        if floats is not None:
+            yield from compressed_floats.weights(raw, *floats)
+            return
         scheme = read_weight_scheme(quantization_config)
         for name in raw:
             if name.endswith(SCALE):
                 yield _weight(_ModuleParts(raw, name.removesuffix(SCALE)), scheme)
+
+
+def _config_group(scheme: Scheme) -> dict[str, object]:
+    return {
+        "format": "pack-quantized" if scheme.packed else f"{scheme.kind}-quantized",
+        "input_activations": None if scheme.packed else _activation_arguments(scheme),
+        "output_activations": None,
+        "targets": ["Linear"],
+        "weights": _weight_arguments(scheme),
+    }
 
 
 def _scheme_for(settings: Settings) -> Scheme:

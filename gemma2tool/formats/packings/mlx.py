@@ -24,6 +24,8 @@ from gemma2tool.storage.quoting import quoted
 
 BITS = {mlx.Affine(bits).name: bits for bits in (2, 3, 4, 5, 6, 8)}
 """Type to the bits of its codes."""
+MODES = {mlx.Floats(mode).name: mode for mode in mlx.FLOAT_MODES}
+"""Type to the mode, of the types whose codes are floats."""
 AFFINE = "affine"
 SCALES = ".scales"
 
@@ -31,7 +33,7 @@ SCALES = ".scales"
 class MLXPacking(Packing):
     method = "mlx"
     title = "MLX"
-    types = tuple(BITS)
+    types = (*BITS, *MODES)
     config_keys = ("quantization", "quantization_config")
     """mlx-lm writes the same object under both names."""
     safetensors_format = "mlx"
@@ -43,13 +45,19 @@ class MLXPacking(Packing):
 
     def quantization_config(self, settings: Settings, modules: Mapping[str, bool], dtype: str) -> dict[str, object]:
         """Modules are not listed: mlx-lm takes those for quantized that have scales."""
+        if settings.type in MODES:
+            mode = mlx.FLOAT_MODES[MODES[settings.type]]
+            return {"group_size": mode.group_size, "bits": mode.bits, "mode": MODES[settings.type]}
         return _entry(BITS[settings.type], settings.group_size_or(mlx.GROUP_SIZE))
 
     def encoder_for(self, spec: TensorSpec, settings: Settings, source: LazyTensor) -> Encoder | None:
         """As mlx-lm chooses: a matrix whose columns are not a multiple of the group size stays unquantized."""
-        group_size = settings.group_size_or(mlx.GROUP_SIZE)
+        mode = MODES.get(settings.type)
+        group_size = mlx.FLOAT_MODES[mode].group_size if mode else settings.group_size_or(mlx.GROUP_SIZE)
         if not spec.quantizable or spec.shape[1] % group_size:
             return None
+        if mode is not None:
+            return mlx.Floats(mode, quantized_dtype(source))
         return mlx.Affine(BITS[settings.type], quantized_dtype(source), group_size)
 
     def weights(
@@ -194,7 +202,7 @@ class FloatTensor(LazyTensor):
     def __init__(self, words: LazyTensor, scales: LazyTensor, mode: str) -> None:
         self.words, self.scales, self.mode = words, scales, mlx.FLOAT_MODES[mode]
         self.shape, self.dtype, self.origin = (words.rows, _columns(words, self.mode.bits)), BFLOAT16, words.origin
-        self.stored, self.group_size = f"mlx-{mode}", self.mode.group_size
+        self.stored, self.group_size = mlx.Floats(mode).name, self.mode.group_size
 
     def load_rows(self, first: int, last: int) -> Array:
         return mlx.dequantize_floats(self.words.load_rows(first, last), self.scales.load_rows(first, last), self.mode)

@@ -113,6 +113,17 @@ def consumer_remarks(settings: Settings) -> list[str]:
     return remarks
 
 
+def fused_tensors(names: Iterable[str]) -> list[list[str]]:
+    """The weights among ``names`` that serving engines run as one matrix, two or more at a time."""
+    together: dict[tuple[str, int], list[str]] = {}
+    for name in names:
+        for number, fused in enumerate(_FUSED):
+            suffix = next((f"{module}.weight" for module in fused if name.endswith(f".{module}.weight")), None)
+            if suffix is not None:
+                together.setdefault((name.removesuffix(suffix), number), []).append(name)
+    return [group for group in together.values() if len(group) > 1]
+
+
 def fusion_remarks(modules: Mapping[str, bool]) -> list[str]:
     """A remark if some modules are unquantized although others of the same fused matrix are quantized.
 

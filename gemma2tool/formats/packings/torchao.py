@@ -28,7 +28,7 @@ from gemma2tool.model.lazy import FLOAT32, Array, DType, LazyTensor
 from gemma2tool.model.tensors import TensorSpec
 from gemma2tool.quantizers import torchao
 from gemma2tool.quantizers.base import Encoder
-from gemma2tool.quantizers.compressed import FP8
+from gemma2tool.quantizers.float_codes import FP8
 
 CODES = "._weight_qdata"
 SCALES = "._weight_scale"

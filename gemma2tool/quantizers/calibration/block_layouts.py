@@ -15,9 +15,10 @@ from types import MappingProxyType
 import numpy as np
 
 from gemma2tool.model.lazy import Array
+from gemma2tool.quantizers.float_codes import FLOAT8
 
 IQ4_LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
-MXFP4_LEVELS = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
+FLOAT4_LEVELS = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class Layout:
     ``columns``: values of a block; ``width``: of a group. ``levels``: float32, by stored code. ``scale_range`` and
     ``minimum_range``: smallest and largest stored integer; None for float16. ``read``: the fields of blocks.
     ``write``: puts codes (n, columns) and fields into blocks, in place. ``sign``: of the minimum in a value's offset.
+    ``scale_values``: what stored integers stand for, if not for themselves.
     """
 
     columns: int
@@ -50,6 +52,7 @@ class Layout:
     scale_range: tuple[int, int] | None = None
     minimum_range: tuple[int, int] | None = None
     sign: int = 1
+    scale_values: Array | None = None
 
     @property
     def groups(self) -> int:
@@ -251,6 +254,19 @@ def _write_tq2_0(blocks: Array, codes: Array, fields: Fields) -> None:
     put_f16(blocks, 64, fields.scales[:, 0])
 
 
+# Q1_0 and Q2_0: d, codes of one or two bits in the order of the columns.
+
+
+def _write_q1_0(blocks: Array, codes: Array, fields: Fields) -> None:
+    blocks[:, _put_plain(blocks, fields) :] = np.packbits(codes, axis=1, bitorder="little")
+
+
+def _write_q2_0(blocks: Array, codes: Array, fields: Fields) -> None:
+    fours = codes.reshape(len(codes), -1, 4)
+    packed = np.bitwise_or.reduce(fours << np.array([0, 2, 4, 6], np.uint8), axis=2)
+    blocks[:, _put_plain(blocks, fields) :] = packed
+
+
 # MXFP4: an exponent, codes. A level is twice the float4 value, so that the scale is 2^(e - 128).
 
 
@@ -263,6 +279,20 @@ def _write_mxfp4(blocks: Array, codes: Array, fields: Fields) -> None:
     blocks[:, 1:] = _halves(codes, 16)
 
 
+# NVFP4: four float8 scales, codes. A level is twice the float4 value, so that the scale is half of the float8.
+
+
+def _read_nvfp4(blocks: Array) -> Fields:
+    return Fields(None, None, blocks[:, :4].astype(np.int16), None)
+
+
+def _write_nvfp4(blocks: Array, codes: Array, fields: Fields) -> None:
+    blocks[:, :4] = fields.scales.astype(np.uint8)
+    blocks[:, 4:] = _halves(codes, 8)
+
+
+_HALF_POWERS = np.ldexp(np.float32(1), np.arange(255) - 128)
+_HALF_FLOAT8 = FLOAT8[:127] / 2
 SIX_BITS, SIGNED_SIX_BITS = (0, 63), (-32, 31)
 
 LAYOUTS: Mapping[str, Layout] = MappingProxyType(
@@ -281,7 +311,10 @@ LAYOUTS: Mapping[str, Layout] = MappingProxyType(
         "IQ4_XS": Layout(256, 32, IQ4_LEVELS, _read_iq4_xs, _write_iq4_xs, SIGNED_SIX_BITS),
         "TQ1_0": Layout(256, 256, (-1, 0, 1), _read_last_scale, _write_tq1_0),
         "TQ2_0": Layout(256, 256, (-1, 0, 1), _read_last_scale, _write_tq2_0),
-        "MXFP4": Layout(32, 32, MXFP4_LEVELS, _read_mxfp4, _write_mxfp4, (0, 254)),
+        "Q1_0": Layout(128, 128, (-1, 1), _read_plain, _write_q1_0),
+        "Q2_0": Layout(64, 64, (-1, 0, 1, 2), _read_plain, _write_q2_0),
+        "MXFP4": Layout(32, 32, FLOAT4_LEVELS, _read_mxfp4, _write_mxfp4, (0, 254), scale_values=_HALF_POWERS),
+        "NVFP4": Layout(64, 16, FLOAT4_LEVELS, _read_nvfp4, _write_nvfp4, (0, 126), scale_values=_HALF_FLOAT8),
     }
 )
 """The types whose codes are scalars."""
@@ -291,8 +324,8 @@ def scales_and_offsets(layout: Layout, fields: Fields) -> tuple[Array, Array | N
     """The scale and offset of each group, float32, from fields of n blocks (any trailing axes), rounded as ggml's
     dequantization rounds them.
     """
-    if layout.levels is MXFP4_LEVELS:
-        return np.ldexp(np.float32(1), fields.scales.astype(np.int32) - 128), None
+    if layout.scale_values is not None:
+        return layout.scale_values[fields.scales], None
     scales, minima = fields.scales.astype(np.float32), fields.minima
     if fields.super_scale is not None:
         scales = scales * fields.super_scale.reshape(-1, *[1] * (scales.ndim - 1))

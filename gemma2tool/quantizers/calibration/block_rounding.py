@@ -30,7 +30,7 @@ STEPS = (0, -1, 1, -2, 2, -3, 3, -4, 4, -6, 6, -8, 8)
 """Stored integers near those of the type's search that are tried, for scales and for minima."""
 
 SCALE_FACTORS = (1.0, 0.98, 1.02, 0.96, 1.04, 0.94, 1.06, 0.92, 1.08, 0.9, 1.1, 0.85, 0.8)
-TERNARY_FACTORS = (1.0, *(step / 40 for step in range(39, 5, -1)))
+FEW_LEVELS_FACTORS = (1.0, *(step / 40 for step in range(39, 5, -1)))
 MINIMUM_SHIFTS = (0.0, -0.1, 0.1, -0.2, 0.2, -0.35, 0.35, -0.5, 0.5)
 """The same for float16 scales, and for float16 minima in scales."""
 
@@ -57,7 +57,7 @@ class Candidates:
         if layout.scale_range is not None:
             scales = _integers_near(fields.scales, layout.scale_range)
         else:
-            factors = TERNARY_FACTORS if len(layout.levels) == 3 else SCALE_FACTORS
+            factors = FEW_LEVELS_FACTORS if len(layout.levels) in (3, 4) else SCALE_FACTORS
             scales = _f16(fields.scales[:, :, None] * np.array(factors, np.float32))
         minima = None
         if fields.minima is not None:

@@ -20,6 +20,8 @@ from gemma2tool.quantizers.bnb import FourBit, Int8, NestedScales
 from gemma2tool.quantizers.bnb_tables import ASCENDING, BLOCKSIZE, CODES
 from gemma2tool.quantizers.casts import cast
 from gemma2tool.quantizers.compressed import Compressed
+from gemma2tool.quantizers.compressed_floats import CompressedFloats, group_scales
+from gemma2tool.quantizers.float_codes import FLOAT4, FP8
 from gemma2tool.quantizers.gptq import Gptq
 from gemma2tool.quantizers.groups import group_ranges
 from gemma2tool.quantizers.torchao import Int8WeightOnly
@@ -48,7 +50,8 @@ class GroupLayout:
     narrower. ``tile``: rows that share them. ``scale_dtype``: of stored scales and biases. ``zeros``: the smallest and
     the largest offset, if offsets are whole numbers. ``dtype``: of the values that a reader computes, rounded after
     each operation. ``codes``: the stored code of each level, or ``first_code``: of the first, if they are consecutive.
-    ``nested_offset``: of scales that are themselves quantized (see ``bnb.FourBit``).
+    ``nested_offset``: of scales that are themselves quantized (see ``bnb.FourBit``). ``nearest_scales``: rounds float32
+    scales to those that can be stored, which are then kept as float32; None: they are stored in ``scale_dtype``.
     """
 
     levels: Array
@@ -61,6 +64,7 @@ class GroupLayout:
     codes: Array | None = None
     first_code: int = 0
     nested_offset: float | None = None
+    nearest_scales: Callable[[Array], Array] | None = None
 
     @property
     def has_offsets(self) -> bool:
@@ -75,6 +79,8 @@ class GroupLayout:
 
     def round_scales(self, scales: Array) -> Array:
         """float32 scales, or biases, as they are after they have been stored."""
+        if self.nearest_scales is not None:
+            return self.nearest_scales(np.asarray(scales, np.float32))
         return to_float32(cast(np.asarray(scales, np.float32), self.scale_dtype))
 
     def ranges(self, rows: Array) -> tuple[Array, Array]:
@@ -109,6 +115,15 @@ def group_layout(encoder: Encoder, columns: int) -> GroupLayout | None:
     if isinstance(encoder, mlx.Affine):
         start = functools.partial(mlx.grid, bits=encoder.bits)
         return GroupLayout(_range(0, 2**encoder.bits - 1), encoder.group_size, start, encoder.dtype, encoder.dtype)
+    if isinstance(encoder, mlx.Floats):
+        mode, dtype = encoder.mode, encoder.dtype
+        of_mode = _of_ranges(lambda absmax: mode.scales[mode.scale_bytes(absmax, dtype)])
+        return _float_layout(mode.bits, mode.group_size, of_mode, mode.nearest_scales)
+    if isinstance(encoder, CompressedFloats):
+        own = functools.partial(
+            group_scales, scheme=encoder.scheme, dtype=encoder.dtype, global_scale=encoder.global_scale
+        )
+        return _float_layout(encoder.scheme.bits, encoder.scheme.group_size, _of_ranges(own), encoder.nearest_scales)
     if isinstance(encoder, Int8WeightOnly):
         return GroupLayout(_range(-128, 127), columns, _of_absmax(127.5), dtype=encoder.dtype, first_code=-128)
     if isinstance(encoder, Int8):
@@ -132,6 +147,12 @@ def _with_zeros(encoder: Gptq | Awq, columns: int) -> GroupLayout:
     return GroupLayout(_range(0, 2 * half - 1), width, _negated(grid), FLOAT16, zeros=(1 - 2 * half, -1))
 
 
+def _float_layout(bits: int, width: int, start: Start, nearest: Callable[[Array], Array]) -> GroupLayout:
+    """Codes that are floats, with scales of one byte."""
+    levels, codes = (_FP4_LEVELS, _FP4_CODES) if bits == 4 else (_FP8_LEVELS, _FP8_CODES)
+    return GroupLayout(levels, width, start, codes=codes, nearest_scales=nearest)
+
+
 def _compressed(encoder: Compressed, columns: int) -> GroupLayout:
     scheme, dtype = encoder.scheme, encoder.dtype
     grid = functools.partial(compressed.unsigned_grid, scheme=scheme, dtype=dtype)
@@ -153,12 +174,14 @@ def _range(low: int, high: int) -> Array:
 def _fp8_levels() -> tuple[Array, Array]:
     """The finite values of float8 e4m3, ascending, and their bytes; one zero."""
     codes = np.array([code for code in range(256) if code & 127 != 127 and code != 128], np.uint8)
-    values = to_float32(codes.view(compressed.FP8))
+    values = to_float32(codes.view(FP8))
     order = np.argsort(values)
     return np.ascontiguousarray(values[order]), codes[order]
 
 
 _FP8_LEVELS, _FP8_CODES = _fp8_levels()
+_FP4_CODES = np.array([*range(15, 8, -1), *range(8)], np.uint8)
+_FP4_LEVELS = FLOAT4[_FP4_CODES]
 
 Grid = Callable[[Array, Array], tuple[Array, Array]]
 """Zero points and scales of groups from their smallest and largest values."""
@@ -174,6 +197,11 @@ def _negated(grid: Grid) -> Start:
 
 def _without_zeros(grid: Grid) -> Start:
     return lambda low, high: (to_float32(grid(low, high)[1]), None)
+
+
+def _of_ranges(scales: Callable[[Array], Array]) -> Start:
+    """Scales from the largest magnitudes."""
+    return lambda low, high: (scales(np.maximum(-low, high)), None)
 
 
 def _of_absmax(highest: float) -> Start:

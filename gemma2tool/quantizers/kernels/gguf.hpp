@@ -29,6 +29,9 @@ struct BlockKernel {
     X(tq1_0, "TQ1_0")       \
     X(tq2_0, "TQ2_0")       \
     X(mxfp4, "MXFP4")       \
+    X(nvfp4, "NVFP4")       \
+    X(q1_0, "Q1_0")         \
+    X(q2_0, "Q2_0")         \
     X(iq3_xxs, "IQ3_XXS")   \
     X(iq3_s, "IQ3_S")       \
     X(iq2_xxs, "IQ2_XXS")   \

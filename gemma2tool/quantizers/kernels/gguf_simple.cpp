@@ -1,7 +1,8 @@
-// TQ1_0, TQ2_0, MXFP4: types that round to nearest and ignore importance.
+// TQ1_0, TQ2_0, MXFP4, NVFP4, Q1_0, Q2_0: types that round to nearest and ignore importance.
 //
 // Layouts (bytes): TQ1_0: 48 of five trits, 4 of four trits, half d. TQ2_0: 64 of four 2-bit codes, half d. MXFP4:
-// exponent, 16 of four-bit floats (element j low, j + 16 high).
+// exponent, 16 of four-bit floats (element j low, j + 16 high). NVFP4: 4 scales of 16 elements each, for each of them 8
+// of four-bit floats (element j low, j + 8 high). Q1_0: half d, 16 of eight signs. Q2_0: half d, 16 of four 2-bit codes.
 #include "gguf.hpp"
 #include "gguf_blocks.hpp"
 #include "gguf_search.hpp"
@@ -110,6 +111,77 @@ void mxfp4(const float* x, const float*, int64_t rows, int64_t cols, uint8_t* ou
     });
 }
 
+// A positive float8 e4m3 as ggml rounds to it: half away from zero, 448 from 256 on.
+INLINE I to_scale_byte(F x) {
+    const I u = bits(min(x, splat(448.f)));
+    const I normal = (u >> 20) - (120 << 3) + (u >> 19 & 1);
+    const I subnormal = truncate(x * 512.f + 0.5f);
+    const I byte = u < 0x3c800000 ? (subnormal < 7 ? subnormal : splat(7)) : normal;
+    return byte >= 120 ? splat(126) : byte;
+}
+
+// Half of the value of a scale's byte; its sign is ignored, and 127 is 0.
+struct ScaleValues {
+    float half[256];
+};
+constexpr ScaleValues scale_values() {
+    ScaleValues values = {};
+    for (int byte = 0; byte < 256; ++byte) {
+        const int exponent = byte >> 3 & 15, mantissa = byte & 7;
+        float value = exponent ? 8 + mantissa : mantissa;  // times 2^-10 is half of the smallest normal's binade
+        for (int e = 1; e < exponent; ++e) value *= 2;
+        values.half[byte] = byte == 127 ? 0 : value * 0x1p-10f;
+    }
+    return values;
+}
+constexpr ScaleValues SCALES = scale_values();
+
+void nvfp4(const float* x, const float*, int64_t rows, int64_t cols, uint8_t* out) {
+    for_blocks<64, 36, false>(x, nullptr, rows, cols, out, [](const F* x, const F*, F, uint8_t* out) {
+        I words[9], scales[4];
+        for (int s = 0; s < 4; ++s) {
+            const F* part = x + 16 * s;
+            scales[s] = to_scale_byte(largest_magnitude<16>(part) / 6.f);
+            F d;
+            for (int l = 0; l < LANES; ++l) d[l] = SCALES.half[scales[s][l]];
+            for (int w = 0; w < 2; ++w) {
+                I bytes[4];
+                for (int j = 0; j < 4; ++j)
+                    bytes[j] = nearest_float4(part[4 * w + j], d) | (nearest_float4(part[4 * w + j + 8], d) << 4);
+                words[1 + 2 * s + w] = word(bytes);
+            }
+        }
+        words[0] = word(scales);
+        store_words<9>(words, out, 36);
+    });
+}
+
+void q1_0(const float* x, const float*, int64_t rows, int64_t cols, uint8_t* out) {
+    for_blocks<128, 18, false>(x, nullptr, rows, cols, out, [](const F* x, const F*, F, uint8_t* out) {
+        F total = {};
+        I words[4] = {};
+        for (int i = 0; i < 128; ++i) {
+            total += abs(x[i]);
+            words[i / 32] |= (x[i] >= 0.f) & (int32_t)(1u << (i % 32));
+        }
+        store_shorts(to_half(total / 128.f), out, 18);
+        store_words<4>(words, out + 2, 18);
+    });
+}
+
+void q2_0(const float* x, const float*, int64_t rows, int64_t cols, uint8_t* out) {
+    for_blocks<64, 18, false>(x, nullptr, rows, cols, out, [](const F* x, const F*, F, uint8_t* out) {
+        const F d = largest_magnitude<64>(x), id = inverse_or_zero(d);
+        I words[4] = {};
+        for (int i = 0; i < 64; ++i) {
+            const I q = trit(x[i] * id), low = q < 0 ? I{} : q;
+            words[i / 16] |= (low > 3 ? splat(3) : low) << (2 * (i % 16));
+        }
+        store_shorts(to_half(d), out, 18);
+        store_words<4>(words, out + 2, 18);
+    });
+}
+
 void from_tq1_0(const uint8_t* in, int64_t blocks, float* out) {
     constexpr uint8_t POWERS[5] = {1, 3, 9, 27, 81};
     for (; blocks > 0; --blocks, in += 54, out += 256) {
@@ -149,9 +221,38 @@ void from_mxfp4(const uint8_t* in, int64_t blocks, float* out) {
     }
 }
 
+void from_nvfp4(const uint8_t* in, int64_t blocks, float* out) {
+    for (; blocks > 0; --blocks, in += 36)
+        for (int s = 0; s < 4; ++s, out += 16) {
+            const float d = SCALES.half[in[s]];
+            for (int j = 0; j < 8; ++j) {
+                const uint8_t pair = in[4 + 8 * s + j];
+                out[j] = TWICE[pair & 15] * d;
+                out[j + 8] = TWICE[pair >> 4] * d;
+            }
+        }
+}
+
+void from_q1_0(const uint8_t* in, int64_t blocks, float* out) {
+    for (; blocks > 0; --blocks, in += 18, out += 128) {
+        const float d = load_half(in);
+        for (int i = 0; i < 128; ++i) out[i] = in[2 + i / 8] >> (i % 8) & 1 ? d : -d;
+    }
+}
+
+void from_q2_0(const uint8_t* in, int64_t blocks, float* out) {
+    for (; blocks > 0; --blocks, in += 18, out += 64) {
+        const float d = load_half(in);
+        for (int i = 0; i < 64; ++i) out[i] = (float)((in[2 + i / 4] >> (2 * (i % 4)) & 3) - 1) * d;
+    }
+}
+
 }  // namespace
 }  // namespace KERNELS_ISA
 
 KERNEL_TABLE_HERE(BlockKernel, gguf_tq1_0) = {KERNELS_ISA::tq1_0, KERNELS_ISA::from_tq1_0};
 KERNEL_TABLE_HERE(BlockKernel, gguf_tq2_0) = {KERNELS_ISA::tq2_0, KERNELS_ISA::from_tq2_0};
 KERNEL_TABLE_HERE(BlockKernel, gguf_mxfp4) = {KERNELS_ISA::mxfp4, KERNELS_ISA::from_mxfp4};
+KERNEL_TABLE_HERE(BlockKernel, gguf_nvfp4) = {KERNELS_ISA::nvfp4, KERNELS_ISA::from_nvfp4};
+KERNEL_TABLE_HERE(BlockKernel, gguf_q1_0) = {KERNELS_ISA::q1_0, KERNELS_ISA::from_q1_0};
+KERNEL_TABLE_HERE(BlockKernel, gguf_q2_0) = {KERNELS_ISA::q2_0, KERNELS_ISA::from_q2_0};

@@ -56,6 +56,19 @@ INLINE float clamp(float x, float low, float high) {
 // rounding is the same as after it.
 INLINE uint8_t nearest_byte(float x) { return (uint8_t)bits_of(x + ROUNDER); }
 
+// float4_e2m1: a sign and the index of 0, 0.5, 1, 1.5, 2, 3, 4 or 6. Of two equally near values, MLX takes the smaller
+// and compressed-tensors the one with an even index. Only the latter has a negative zero. In MLX, what has no distance
+// from any value (infinity and NaN: a scale of zero) is 0.
+template <bool even>
+INLINE uint8_t to_float4(float x) {
+    const float a = __builtin_fabsf(x);
+    const bool odd = even ? a >= 0.75f : a > 0.75f, third = even ? a >= 1.75f : a > 1.75f, fifth = even ? a >= 3.5f : a > 3.5f;
+    const int32_t code = (a > 0.25f) + odd + (a > 1.25f) + third + (a > 2.5f) + fifth + (a > 5.f);
+    const int32_t sign = (x < 0.f) << 3;
+    if (even) return (uint8_t)(code | sign);
+    return (uint8_t)(code && a < __builtin_inff() ? code | sign : 0);
+}
+
 template <class Bits, CodeRule rule, Arithmetic arithmetic>
 INLINE void codes_of(const Grouped& in, const float* scales, const float* offsets, float low, float high, uint8_t* out) {
     const Bits* x = (const Bits*)in.x;
@@ -68,6 +81,8 @@ INLINE void codes_of(const Grouped& in, const float* scales, const float* offset
                 const float scaled = in_arithmetic<arithmetic>(in_arithmetic<arithmetic>(v / scale) + offset);
                 const float clamped = clamp(scaled, low, high);
                 out[first + i] = rule == CodeRule::float8 ? to_float8(clamped) : nearest_byte(clamped);
+            } else if (rule == CodeRule::float4 || rule == CodeRule::float4_even) {
+                out[first + i] = to_float4<rule == CodeRule::float4_even>(in_arithmetic<arithmetic>(v / scale));
             } else if (rule == CodeRule::reciprocal) {
                 out[first + i] = nearest_byte(clamp(v * inverse, low, high));
             } else if (rule == CodeRule::from_bias) {
@@ -97,6 +112,9 @@ void codes_by(CodeRule rule, Arithmetic arithmetic, const Grouped& in, const flo
         case CodeRule::reciprocal: return codes_of<Bits, CodeRule::reciprocal, f32>(in, scales, offsets, low, high, out);
         case CodeRule::from_bias: return codes_of<Bits, CodeRule::from_bias, f32>(in, scales, offsets, low, high, out);
         case CodeRule::add_zero: return codes_of<Bits, CodeRule::add_zero, f32>(in, scales, offsets, low, high, out);
+        case CodeRule::float4: return codes_in<Bits, CodeRule::float4>(arithmetic, in, scales, offsets, low, high, out);
+        case CodeRule::float4_even:
+            return codes_in<Bits, CodeRule::float4_even>(arithmetic, in, scales, offsets, low, high, out);
     }
 }
 

@@ -14,6 +14,8 @@ enum class CodeRule : int {
     reciprocal,  // clamp(round(x * (1 / s)))                                     torchao
     from_bias,   // clamp(round((x - z) / s))                                     MLX
     add_zero,    // clamp(round(x / s) + z)                                       GPTQ, AWQ
+    float4,      // float4_e2m1(x / s), the quotient in `arithmetic`              MLX
+    float4_even, // float4_e2m1(x / s), the quotient in `arithmetic`              compressed-tensors
 };
 enum class Arithmetic : int { float32, bfloat16, float16 };
 

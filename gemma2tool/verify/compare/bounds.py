@@ -153,6 +153,12 @@ BOUNDS: Mapping[str, Bound] = {
     "tq2_0": replace(_rounding(256, 1 / 2, 0.95, codes=1), calibrated=3.0),
     # Power-of-two scale that puts absmax in [4, 8) over codes that end at 6, with steps of 2 above 4.
     "mxfp4": Bound(32, 1 / 4, 0.28, 1 / 4, calibrated=2.0),
+    # Floats of 4 bits with a scale of absmax / 6 in float8: a sixteenth above or below, and a smallest step of 2^-9.
+    "nvfp4": Bound(16, 17 / 96 + 1e-5, 0.30, floor=6 * 2.0**-10, calibrated=2.0),
+    # Signs, times the mean magnitude.
+    "q1_0": replace(_rounding(128, 1.0, 0.95, codes=1, anchor=math.inf), calibrated=3.0),
+    # Ternary, with blocks of 64.
+    "q2_0": replace(_rounding(64, 1 / 2, 0.95, codes=1), calibrated=3.0),
     "q2_k": _search(256, 0.65, 0.50, codes=60, weighted=1.30),
     "q3_k": _search(256, 0.33, 0.26, codes=128, weighted=0.75),
     "q4_k": _search(256, 0.20, 0.20, codes=1008, weighted=1.00),
@@ -209,6 +215,12 @@ BOUNDS: Mapping[str, Bound] = {
         tile=128,
         tile_floor=1.01 * 2.0**-10 / 448,
     ),
+    # The same float4 and float8 codes with scales of one byte. Of nvfp4, a scale of absmax / 6 rounded to bfloat16 and
+    # then to float8. A power of two that is rounded up from 1.75 on leaves a largest code of 3.5 to 7 (224 to 448), and
+    # 5 is as far from 4 as from 6.
+    "nvfp4a16": Bound(16, 17 / 96 + 2.0**-7, 0.30, floor=1e-7, calibrated=2.0, calibrated_rmse=0.40),
+    "mxfp4a16": Bound(32, 1 / 5 + 1e-5, 0.30, floor=_SMALLEST, calibrated=2.0, calibrated_rmse=0.40),
+    "mxfp8a16": Bound(32, 2.0**-4 + 1e-5, 0.05, floor=_SMALLEST, calibrated=0.5, calibrated_rmse=0.1),
     "torchao-fp8": Bound(0, 2.0**-4 + 2.0**-8, 0.05, codes=448),
     # torchao's scales are at least float32's epsilon, 2^-23.
     "torchao-int8": Bound(
@@ -222,12 +234,12 @@ BOUNDS: Mapping[str, Bound] = {
     "mlx-5": Bound(0, 2 / 31 + 2.0**-7, 0.18, floor=1e-7, calibrated=24 / 31, calibrated_rmse=0.18, codes=32),
     "mlx-6": Bound(0, 2 / 63 + 2.0**-7, 0.09, floor=1e-7, calibrated=24 / 63, calibrated_rmse=0.09, codes=64),
     "mlx-8": Bound(0, 2 / 255 + 2.0**-7, 0.05, floor=1e-7, calibrated=_EIGHT_BITS, calibrated_rmse=0.05, codes=256),
-    # MLX rounds a scale of absmax / 6 (448) to the nearest power of two, up to a factor of sqrt(2) below it, which
-    # cuts off the largest values.
-    "mlx-mxfp4": Bound(32, 1 - 2.0**-0.5 + 1e-5, 0.30),
-    "mlx-mxfp8": Bound(32, 1 - 2.0**-0.5 + 1e-5, 0.30),
+    # MLX rounds a scale of absmax / 6 (448) up to a power of two; older releases rounded to the nearest, up to a factor
+    # of sqrt(2) below it, which cuts off the largest values.
+    "mlx-mxfp4": Bound(32, 1 - 2.0**-0.5 + 1e-5, 0.30, calibrated=2.0, calibrated_rmse=0.40),
+    "mlx-mxfp8": Bound(32, 1 - 2.0**-0.5 + 1e-5, 0.30, calibrated=0.5, calibrated_rmse=0.30),
     # A scale of absmax / 6 in float8 e4m3: a sixteenth above or below, and a smallest step of 2^-9.
-    "mlx-nvfp4": Bound(16, 17 / 96 + 1e-5, 0.30, floor=6 * 2.0**-10),
+    "mlx-nvfp4": Bound(16, 17 / 96 + 1e-5, 0.30, floor=6 * 2.0**-10, calibrated=2.0, calibrated_rmse=0.40),
     # Half a step of range / 15 (255), where the range is at most twice absmax; the scale is rounded to float16, and
     # that error is multiplied by the code. AWQ's smallest range is 1e-5.
     "awq-4": Bound(0, 0.6, 0.35, floor=1e-5, calibrated=2.0, calibrated_rmse=0.35, nearest=1 / 15 + 3 * _F16),
