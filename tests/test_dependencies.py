@@ -41,6 +41,7 @@ INDIRECT = {
 """Needed by the tests, but imported by other libraries only."""
 
 SEPARATE = {
+    "atheris": "tests/campaigns/coverage.py",
     "gemma": "scripts/setup.sh installs it without its dependencies",
     "keras_hub": "scripts/setup.sh installs it without its dependencies",
     "gptqmodel": "tests/gptqmodel.txt",

@@ -113,7 +113,6 @@ def test_shards_of_a_gguf_that_are_missing_are_named(files: Path, tmp_path: Path
         (139, "IQ4_K of ik_llama.cpp"),
         (31, "withdrawn by ggml"),
         (77, "the type 77"),
-        (42, "Q2_0"),
         (344, "interleaved"),
     ],
 )
