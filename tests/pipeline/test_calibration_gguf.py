@@ -89,10 +89,13 @@ def test_nearer_to_the_source_at_the_same_size(
     assert ratio < limit
 
 
-def test_codes_that_wander_far_with_little_text_are_no_damage(source: Checkpoint, folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("type", ["q8_0", "q1_0", "q2_0"])
+def test_codes_that_wander_far_with_little_text_are_no_damage(
+    type: str, source: Checkpoint, folder: Path, tmp_path: Path
+) -> None:
     calibration = Calibration(text=folder / "text.txt", samples=2, length=48, hessian="layer")
-    save(source, tmp_path / "q8.gguf", WriteOptions(type="q8_0", calibration=calibration))
-    with registry.open_checkpoint(tmp_path / "q8.gguf") as candidate:
+    save(source, tmp_path / "x.gguf", WriteOptions(type=type, calibration=calibration))
+    with registry.open_checkpoint(tmp_path / "x.gguf") as candidate:
         verification = verify(source, candidate, VerifySettings(levels=("tensors",)))
     assert verification.passed, [finding.message for finding in verification.failures]
 

@@ -1,4 +1,4 @@
-"""In its process: transformers, in float32 with eager attention, whatever the folder's scheme."""
+"""In its process: transformers with eager attention, in float32 where the folder's scheme can be run in it."""
 
 from __future__ import annotations
 
@@ -25,14 +25,7 @@ def answer(request: Mapping[str, Any]) -> Iterator[Message]:
     torch.set_num_threads(request["threads"])
     path = request["path"]
     try:
-        model, info = transformers.AutoModelForCausalLM.from_pretrained(
-            path,
-            dtype=torch.float32,
-            attn_implementation=_ATTENTION,
-            local_files_only=True,
-            output_loading_info=True,
-            **({"device_map": "cpu"} if request["quantized"] else {}),
-        )
+        model, info = _load(transformers, request, torch.float32)
     except ImportError as error:
         raise Unable(f"transformers needs another library for this type: {sentence(error)}") from error
     except Exception as error:
@@ -42,10 +35,36 @@ def answer(request: Mapping[str, Any]) -> Iterator[Message]:
     yield from _tokenizer(transformers, path, request)
     stops = getattr(model.generation_config, "eos_token_id", None)
     yield Message({"kind": "stops", "ids": [stops] if isinstance(stops, int) else list(stops or ())})
-    with torch.no_grad():
-        outputs = model(torch.tensor([request["ids"]]), logits_to_keep=request["positions"])
+    try:
+        outputs = _run(model, request)
+    except RuntimeError:
+        if not request["quantized"]:
+            raise
+        # compressed-tensors unpacks microscaling types to bfloat16, which is not multiplied by float32
+        model, _ = _load(transformers, request, torch.bfloat16)
+        outputs = _run(model, request)
     logits = np.ascontiguousarray(outputs.logits[0].float().numpy())
     yield Message({"kind": "logits", "shape": list(logits.shape)}, logits.tobytes())
+
+
+def _load(transformers: ModuleType, request: Mapping[str, Any], dtype: Any) -> tuple[Any, Mapping[str, Any]]:
+    """The model in ``dtype`` and what was said about loading it."""
+    loaded: tuple[Any, Mapping[str, Any]] = transformers.AutoModelForCausalLM.from_pretrained(
+        request["path"],
+        dtype=dtype,
+        attn_implementation=_ATTENTION,
+        local_files_only=True,
+        output_loading_info=True,
+        **({"device_map": "cpu"} if request["quantized"] else {}),
+    )
+    return loaded
+
+
+def _run(model: Any, request: Mapping[str, Any]) -> Any:
+    import torch
+
+    with torch.no_grad():
+        return model(torch.tensor([request["ids"]]), logits_to_keep=request["positions"])
 
 
 def _problems(info: Mapping[str, Any]) -> Iterator[str]:

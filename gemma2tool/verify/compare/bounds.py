@@ -156,9 +156,10 @@ BOUNDS: Mapping[str, Bound] = {
     # Floats of 4 bits with a scale of absmax / 6 in float8: a sixteenth above or below, and a smallest step of 2^-9.
     "nvfp4": Bound(16, 17 / 96 + 1e-5, 0.30, floor=6 * 2.0**-10, calibrated=2.0),
     # Signs, times the mean magnitude.
-    "q1_0": replace(_rounding(128, 1.0, 0.95, codes=1, anchor=math.inf), calibrated=3.0),
-    # Ternary, with blocks of 64.
-    "q2_0": replace(_rounding(64, 1 / 2, 0.95, codes=1), calibrated=3.0),
+    # Calibrated, values may be as far from their own as they are large, and take over the errors of others.
+    "q1_0": replace(_rounding(128, 1.0, 0.95, codes=1, anchor=math.inf), calibrated=math.inf, calibrated_rmse=2.0),
+    # -1, 0, 1 and 2 times absmax, with blocks of 64.
+    "q2_0": replace(_rounding(64, 1 / 2, 0.95, codes=2), calibrated=math.inf, calibrated_rmse=1.3),
     "q2_k": _search(256, 0.65, 0.50, codes=60, weighted=1.30),
     "q3_k": _search(256, 0.33, 0.26, codes=128, weighted=0.75),
     "q4_k": _search(256, 0.20, 0.20, codes=1008, weighted=1.00),
@@ -234,8 +235,8 @@ BOUNDS: Mapping[str, Bound] = {
     "mlx-5": Bound(0, 2 / 31 + 2.0**-7, 0.18, floor=1e-7, calibrated=24 / 31, calibrated_rmse=0.18, codes=32),
     "mlx-6": Bound(0, 2 / 63 + 2.0**-7, 0.09, floor=1e-7, calibrated=24 / 63, calibrated_rmse=0.09, codes=64),
     "mlx-8": Bound(0, 2 / 255 + 2.0**-7, 0.05, floor=1e-7, calibrated=_EIGHT_BITS, calibrated_rmse=0.05, codes=256),
-    # MLX rounds a scale of absmax / 6 (448) up to a power of two; older releases rounded to the nearest, up to a factor
-    # of sqrt(2) below it, which cuts off the largest values.
+    # MLX rounds a scale of absmax / 6 (448) up to a power of two. The limits also allow the nearest, up to a factor of
+    # sqrt(2) below, which cuts off the largest values.
     "mlx-mxfp4": Bound(32, 1 - 2.0**-0.5 + 1e-5, 0.30, calibrated=2.0, calibrated_rmse=0.40),
     "mlx-mxfp8": Bound(32, 1 - 2.0**-0.5 + 1e-5, 0.30, calibrated=0.5, calibrated_rmse=0.30),
     # A scale of absmax / 6 in float8 e4m3: a sixteenth above or below, and a smallest step of 2^-9.
