@@ -49,6 +49,9 @@ COMPRESSED = [
 ]
 TORCHAO = [("torchao-int8", options, FLOAT32) for options in ({}, {"skip": SKIP})]
 MLX = [f"mlx-{bits}" for bits in (2, 3, 4, 5, 6, 8)]
+MLX_FLOATS = ["mlx-nvfp4", "mlx-mxfp4", "mlx-mxfp8"]
+IN_BFLOAT16 = ["nvfp4a16", "mxfp4a16", "mxfp8a16"]
+"""Types of compressed-tensors whose weights it unpacks to bfloat16."""
 GPTQ = [
     *(
         ("gptq-4", options, BFLOAT16_KERNEL)
@@ -67,12 +70,16 @@ GPTQ = [
 
 
 def check(source, ids: np.ndarray, path: Path, type_name: str, options: dict, limit: float, **load) -> torch.nn.Module:
-    """Write the folder, load it with transformers in float32, and compare; returns the consumer's model."""
+    """Write the folder, load it with transformers (in float32 by default), compare; returns the consumer's model."""
     from transformers import AutoModelForCausalLM
 
     write_checkpoint(source, path, type=type_name, **options)
     model, info = AutoModelForCausalLM.from_pretrained(
-        path, dtype=torch.float32, attn_implementation="eager", device_map="cpu", output_loading_info=True, **load
+        path,
+        **{"dtype": torch.float32, **load},
+        attn_implementation="eager",
+        device_map="cpu",
+        output_loading_info=True,
     )
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
     with torch.no_grad():
@@ -109,6 +116,12 @@ def test_compressed_tensors(source, ids, tmp_path: Path, type_name: str, options
     quantized = {name for name, module in model.named_modules() if hasattr(module, "quantization_scheme")}
     assert "lm_head" not in quantized
     assert bool(quantized.isdisjoint(SKIPPED)) is ("skip" in options)
+
+
+@pytest.mark.parametrize("type_name", IN_BFLOAT16)
+def test_compressed_tensors_of_float_codes(source, ids, tmp_path: Path, type_name: str) -> None:
+    pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed")
+    check(source, ids, tmp_path / "out", type_name, {}, BFLOAT16, dtype=torch.bfloat16)
 
 
 @pytest.mark.parametrize("type_name", ["w4a16", "w4a16-asym", "w8a16", "w8a8-int8", "fp8-dynamic", "fp8-block"])
@@ -160,8 +173,15 @@ def test_gptqmodel(source, ids, tmp_path: Path, type_name: str, options: dict, l
     assert torch.nn.Linear not in quantized and (unquantized == {torch.nn.Linear}) is ("skip" in options)
 
 
-@pytest.mark.parametrize("options", [{}, {"group_size": 32}, {"skip": SKIP}, {"skip": ["embed_tokens"]}], ids=str)
-@pytest.mark.parametrize("type_name", MLX)
+@pytest.mark.parametrize(
+    ("type_name", "options"),
+    [
+        *((name, options) for name in MLX for options in ({}, {"skip": ["embed_tokens"]})),
+        *(("mlx-4", options) for options in ({"group_size": 32}, {"skip": SKIP})),
+        *((name, {}) for name in MLX_FLOATS),
+    ],
+    ids=str,
+)
 def test_mlx(source, ids, tmp_path: Path, type_name: str, options: dict) -> None:
     """Within the window, because mlx-lm has none; in float32, because its own dequantization rounds to bfloat16."""
     mlx_lm = pytest.importorskip("mlx_lm", reason="mlx-lm is not installed")
@@ -180,7 +200,12 @@ def test_mlx(source, ids, tmp_path: Path, type_name: str, options: dict) -> None
 def test_every_type_has_a_consumer() -> None:
     from gemma2tool.formats import packings
 
-    tested = {case[0] for case in (*BITSANDBYTES, *COMPRESSED, *TORCHAO, *GPTQ)} | {*MLX, "w4a16-asym"}
+    tested = {case[0] for case in (*BITSANDBYTES, *COMPRESSED, *TORCHAO, *GPTQ)} | {
+        *MLX,
+        *MLX_FLOATS,
+        *IN_BFLOAT16,
+        "w4a16-asym",
+    }
     assert tested == set(packings.TYPES)
 
 

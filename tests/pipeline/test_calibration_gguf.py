@@ -206,7 +206,7 @@ def test_values_that_are_not_finite_are_refused(tmp_path: Path) -> None:
             save(broken, tmp_path / "q.gguf", WriteOptions(type="q4_0", calibration=Calibration(ids, hessian=hessian)))
         assert refused.value.id == "calibration.nonfinite" and where in refused.value.message
     with pytest.raises(InputRefused) as refused:
-        collect(broken, np.load(ids), threads=1)
+        collect(broken, np.load(ids), threads=1, folder=tmp_path)
     assert refused.value.id == "calibration.nonfinite" and "model.layers.1.mlp.down_proj" in refused.value.message
 
 

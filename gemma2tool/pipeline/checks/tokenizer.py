@@ -81,6 +81,12 @@ def _special(checkpoint: Checkpoint, tokenizer: Tokenizer) -> Iterator[CheckFind
         )
 
 
+def _is_ordinary(tokenizer: Tokenizer, token: int) -> bool:
+    """Whether a text can contain it by chance: it is not a marker, in a vocabulary that does not say so either."""
+    text = tokenizer.text(token)
+    return not tokenizer.is_found_whole(token) and not (text.startswith("<") and text.endswith(">"))
+
+
 def _stops(checkpoint: Checkpoint, tokenizer: Tokenizer) -> Iterator[CheckFinding]:
     stops = tokenizer.stops(checkpoint.config)
     rows, bos = checkpoint.config.vocab_size, checkpoint.config.bos_token_id
@@ -88,7 +94,7 @@ def _stops(checkpoint: Checkpoint, tokenizer: Tokenizer) -> Iterator[CheckFindin
     if wrong:
         reason = "is bos" if wrong[0] == bos else f"is beyond the {rows:,} rows of the embedding"
         yield finding("tokenizer.stop-id", "eos", f"the stop token {wrong[0]} {reason}")
-    pieces = [token for token in stops if token not in wrong and not tokenizer.is_found_whole(token)]
+    pieces = [token for token in stops if token not in wrong and _is_ordinary(tokenizer, token)]
     if pieces:
         shown = ", ".join(f"{token} {quoted(tokenizer.text(token))}" for token in pieces[:4])
         message = f"generation stops at {shown}, an ordinary piece of text: answers end where they contain it"

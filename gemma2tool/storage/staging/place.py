@@ -212,6 +212,8 @@ class StagingPlace:
                 ]
             except FileNotFoundError:
                 return None
+            except RecursionError:  # fwalk's, of folders a thousand deep; the folder itself is still compared
+                stamps = []
         return (_identity(status), *sorted(stamps))
 
     def recover(self) -> bool:

@@ -219,7 +219,7 @@ BOUNDS: Mapping[str, Bound] = {
     # The same float4 and float8 codes with scales of one byte. Of nvfp4, a scale of absmax / 6 rounded to bfloat16 and
     # then to float8. A power of two that is rounded up from 1.75 on leaves a largest code of 3.5 to 7 (224 to 448), and
     # 5 is as far from 4 as from 6.
-    "nvfp4a16": Bound(16, 17 / 96 + 2.0**-7, 0.30, floor=1e-7, calibrated=2.0, calibrated_rmse=0.40),
+    "nvfp4a16": Bound(16, 17 / 96 + 2.0**-7, 0.30, floor=1e-6, calibrated=2.0, calibrated_rmse=0.40),
     "mxfp4a16": Bound(32, 1 / 5 + 1e-5, 0.30, floor=_SMALLEST, calibrated=2.0, calibrated_rmse=0.40),
     "mxfp8a16": Bound(32, 2.0**-4 + 1e-5, 0.05, floor=_SMALLEST, calibrated=0.5, calibrated_rmse=0.1),
     "torchao-fp8": Bound(0, 2.0**-4 + 2.0**-8, 0.05, codes=448),
@@ -236,9 +236,9 @@ BOUNDS: Mapping[str, Bound] = {
     "mlx-6": Bound(0, 2 / 63 + 2.0**-7, 0.09, floor=1e-7, calibrated=24 / 63, calibrated_rmse=0.09, codes=64),
     "mlx-8": Bound(0, 2 / 255 + 2.0**-7, 0.05, floor=1e-7, calibrated=_EIGHT_BITS, calibrated_rmse=0.05, codes=256),
     # MLX rounds a scale of absmax / 6 (448) up to a power of two. The limits also allow the nearest, up to a factor of
-    # sqrt(2) below, which cuts off the largest values.
-    "mlx-mxfp4": Bound(32, 1 - 2.0**-0.5 + 1e-5, 0.30, calibrated=2.0, calibrated_rmse=0.40),
-    "mlx-mxfp8": Bound(32, 1 - 2.0**-0.5 + 1e-5, 0.30, calibrated=0.5, calibrated_rmse=0.30),
+    # sqrt(2) below, which cuts off the largest values. Scales are of the type of the weights, as small as float16's.
+    "mlx-mxfp4": Bound(32, 1 - 2.0**-0.5 + 1e-5, 0.30, floor=6 * _F16_STEP, calibrated=2.0, calibrated_rmse=0.40),
+    "mlx-mxfp8": Bound(32, 1 - 2.0**-0.5 + 1e-5, 0.30, floor=448 * _F16_STEP, calibrated=0.5, calibrated_rmse=0.30),
     # A scale of absmax / 6 in float8 e4m3: a sixteenth above or below, and a smallest step of 2^-9.
     "mlx-nvfp4": Bound(16, 17 / 96 + 1e-5, 0.30, floor=6 * 2.0**-10, calibrated=2.0, calibrated_rmse=0.40),
     # Half a step of range / 15 (255), where the range is at most twice absmax; the scale is rounded to float16, and

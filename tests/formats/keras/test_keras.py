@@ -177,7 +177,7 @@ def _edited(preset: Path, change) -> None:
         ),
         (lambda file: file.create_dataset(DATA, data=np.zeros(64, "f4"), chunks=(8,), compression="gzip"), "in chunks"),
         (lambda file: file.create_dataset(DATA, (64,), h5py.string_dtype()), "not floats"),
-        (lambda file: file.create_dataset(DATA, data=np.zeros(64, "i4")), "not the scales of an int8"),
+        (lambda file: file.create_dataset(DATA, data=np.zeros(64, "i4")), "not those of an int8 or int4 weight"),
         (lambda file: file.create_dataset(DATA, data=np.zeros(64, "V2")), "not marked as bfloat16"),
         (lambda file: file.create_dataset(DATA, data=np.zeros(63, "f4")), "has shape"),
         (lambda file: file.create_dataset(DATA, (64,), "f4"), "has no values"),
