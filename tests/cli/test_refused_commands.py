@@ -21,6 +21,7 @@ def test_existing_destination_needs_force(place: Path) -> None:
     assert (place / "out.gguf").read_bytes()[:4] == b"GGUF"
 
 
+@pytest.mark.slow
 def test_failing_verification_leaves_the_old_output(place: Path) -> None:
     (place / "out.gguf").write_bytes(b"mine")
     words = ["quantize", place / "src", place / "out.gguf", "--type", "q4_0", "--force", "--gate", "kl=0"]

@@ -238,6 +238,7 @@ def test_an_output_that_its_receipt_does_not_describe_is_not_signed(outputs: Pat
     assert api.sign(outputs / "hf", key=keys / "alice.pem").signatures == (outputs / "hf.sig",)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["RSA", "Ed25519", "secp256k1"])
 def test_a_key_of_another_kind_is_named(outputs: Path, keys: Path, tmp_path: Path, kind: str) -> None:
     key = {

@@ -219,6 +219,7 @@ def test_a_plan_writes_nothing(model: Path, text: Path, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "id"),
     [

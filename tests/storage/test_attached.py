@@ -95,6 +95,7 @@ def test_a_name_that_is_both_file_and_folder_is_refused() -> None:
     assert caught.value.id == "source.name"
 
 
+@pytest.mark.slow
 def test_too_many_files_are_refused() -> None:
     with pytest.raises(InputRefused) as caught:
         attach({str(number): b"" for number in range(attached.MAX_FILES + 1)})

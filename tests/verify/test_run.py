@@ -227,6 +227,7 @@ def test_a_truncated_vocabulary_with_a_matching_config_is_caught(source: Checkpo
     assert {"completeness", "config"} <= failed(result)
 
 
+@pytest.mark.slow
 def test_nan_is_reported_for_the_side_that_has_it(source: Checkpoint) -> None:
     tensors = arrays(source)
     tensors["model.norm.weight"][5] = np.nan

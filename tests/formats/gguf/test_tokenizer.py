@@ -287,6 +287,7 @@ def test_transformers_reads_the_rebuilt_files(trained: bytes, tmp_path: Path) ->
 # ------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("folder", ["gguf/tiny_gqa4"])
 def test_tokenizer_json_as_transformers_made_it(oracles: Path, folder: str) -> None:
     pieces = tokenizer_model.parse((oracles / folder / "tokenizer.model").read_bytes()).pieces

@@ -14,6 +14,7 @@ from tests.support.checkpoints import SMALL, random_checkpoint
 from tests.support.formats import assert_ranges_agree, assert_same_tensors, refused, write_as
 
 
+@pytest.mark.slow
 @pytest.mark.peer
 @pytest.mark.parametrize("limit", [50_000_000_000, 60_000])
 def test_transformers_loads_it_and_computes_the_same(tmp_path: Path, limit: int) -> None:

@@ -75,6 +75,7 @@ def test_an_untied_head_that_is_not_there(tmp_path: Path) -> None:
     assert "tie_word_embeddings" in caught.value.hint and "random" in caught.value.hint
 
 
+@pytest.mark.slow
 @pytest.mark.peer
 def test_biases_that_are_not_there_are_zero(tmp_path: Path) -> None:
     """As transformers starts them; where some are there, the missing ones are named."""

@@ -65,6 +65,7 @@ def test_types_and_files_on_two_texts(fixture_dir: Path, ids: Path, tmp_path: Pa
     assert files["html"].read_text().count("<svg") == 2
 
 
+@pytest.mark.slow
 def test_the_picture_is_the_plot_with_its_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("resvg_py")
     drawn = chart([Series("a", [Dot("q4_0", 4.0, 0.01, 0.009, 0.011)])], title="title")

@@ -110,6 +110,7 @@ runs:
     assert run("run", path, "--force", "--quiet").exit_code == 0
 
 
+@pytest.mark.slow
 def test_the_source_of_a_run_may_be_what_an_earlier_one_writes(place: Path) -> None:
     path = recipe(
         place,

@@ -54,6 +54,7 @@ def test_a_text_that_a_template_looks_for_is_named_in_any_form(name: str) -> Non
     assert not list(triggers(environment().parse(TRIGGERS[name].replace("messages", "tools"))))
 
 
+@pytest.mark.slow
 def test_an_entangled_template_is_not_followed_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jinja_flow, "MAX_STEPS", 1000)
     names = [f"a{number}" for number in range(40)]

@@ -50,6 +50,7 @@ def collection(source: Checkpoint, ids: Path, options: SensitivityOptions) -> Co
     return Collection(source, windows, options.types, options, map)
 
 
+@pytest.mark.slow
 def test_gradients_are_those_of_the_whole_model(source: Checkpoint, ids: Path) -> None:
     collected = collection(source, ids, QUICK)
     collected.start()

@@ -36,6 +36,7 @@ def source():
     return checkpoint_of(CONFIG, STATE)
 
 
+@pytest.mark.slow
 def test_correct_logits_have_no_cause(source) -> None:
     assert counterfactual(source, IDS, peer_logits(), threads=1) is None
 
@@ -133,6 +134,7 @@ def test_right_logits_in_the_wrong_place(source, id: str, moved: Callable[[np.nd
     assert cause is not None and cause.id == id and len(passes) == 1
 
 
+@pytest.mark.slow
 def test_the_last_position_is_enough(source) -> None:
     assert (
         counterfactual(source, IDS, peer_logits(final_logit_softcapping=None)[-1], threads=1).id

@@ -74,6 +74,7 @@ def test_correct_copies_do_not_diverge(dtype: type) -> None:
     )
 
 
+@pytest.mark.slow
 def test_a_field_of_the_config_is_found(source: Checkpoint) -> None:
     cause = find_first_divergence(source, candidate(arrays(source), final_logit_softcapping=None), IDS)
     assert cause.fields == ("final_logit_softcapping",) and not cause.tensors
