@@ -110,6 +110,7 @@ def test_extras_are_what_the_formats_ask_for() -> None:
     assert formats["all"] == set().union(*extras().values())
 
 
+@pytest.mark.slow
 def test_tests_and_benchmarks_import_what_is_declared() -> None:
     imported = distributions("tests", "benchmarks", "fixtures", "scripts", functions=("importorskip", "Peer"))
     assert imported - SEPARATE.keys() - declared("test") == set()

@@ -86,6 +86,7 @@ def test_the_folder_is_small_and_complete(fixture_dir):
     assert (fixture_dir / "heldout.txt").stat().st_size <= 200e3
 
 
+@pytest.mark.slow
 def test_the_config_is_gemma_2_in_small(fixture_dir):
     config = transformers.AutoConfig.from_pretrained(fixture_dir)
     assert config.model_type == "gemma2"

@@ -225,6 +225,7 @@ def test_signatures_are_of_local_files(keys: Path, address: str) -> None:
     assert_refused(result, 2, "option.ignored", "--signed-by is of files on this disk")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [flip, remove, "adapter"])
 def test_an_output_that_its_receipt_does_not_describe_is_not_signed(outputs: Path, keys: Path, change: object) -> None:
     if callable(change):

@@ -64,6 +64,7 @@ def test_what_is_not_known_is_said(folder: Path, tmp_path: Path) -> None:
     assert status == "skipped" and "says nothing" in summary
 
 
+@pytest.mark.slow
 def test_a_receipt_that_says_lossless_of_two_models_is_refused(folder: Path, tmp_path: Path) -> None:
     from gemma2tool.model.digest import model_digest, tensors_digest
 

@@ -276,6 +276,7 @@ def compare(config, state, ids, expected):
     assert_agree(actual.logits, expected.logits, "logits")
 
 
+@pytest.mark.slow
 @pytest.mark.peer
 def test_without_a_fault_it_agrees(peers):
     ids, state, expected = peers

@@ -130,6 +130,7 @@ def test_a_token_classification_head_with_its_bias(base: Path, tmp_path: Path) -
     assert merged.config.architectures == ("Gemma2ForTokenClassification",) and "score.bias" in merged.tensors
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "match"),
     [
