@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
 
+from gemma2tool.containers import tokenizer_model
 from gemma2tool.formats.keras.tokenizer import tokenizer_files
-from gemma2tool.formats.tokenizers.writing import sentencepiece_file
+from gemma2tool.formats.tokenizers.writing import sentencepiece_file, tokenizer_model_file
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.verify.compare.tokenizer import DIFFICULT, compare_tokenizers
 from tests.support.tokenizers import derived_json, side, trained
@@ -56,3 +58,10 @@ def test_both_libraries_give_the_same_ids() -> None:
     for text in DIFFICULT:
         if "<" not in text:
             assert model.encode(text) == bpe.encode(text, add_special_tokens=False).ids, text
+
+
+def test_an_added_padding_token_has_no_piece() -> None:
+    tokenizer = json_alone().tokenizer
+    added = dataclasses.replace(tokenizer, roles={**tokenizer.roles, "pad": len(tokenizer.pieces)})
+    model = tokenizer_model.parse(tokenizer_model_file(added))
+    assert len(model.pieces) == len(tokenizer.pieces)

@@ -32,7 +32,8 @@ def derived_files(
 
 
 def tokenizer_model_file(tokenizer: Tokenizer) -> bytes:
-    special = {role: tokenizer.roles[role] for role in _CONFIG_ROLES if role in tokenizer.roles}
+    size = len(tokenizer.pieces)  # an added token, such as [PAD], has no piece
+    special = {role: token for role in _CONFIG_ROLES if (token := tokenizer.roles.get(role, -1)) < size}
     return tokenizer_model.encode(tokenizer.pieces.listed(), special, tokenizer.normalizer)
 
 
