@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from gemma2tool.containers import sbs, strict_json
+from gemma2tool.containers import sbs, strict_json, tokenizer_model
 from gemma2tool.containers.sbs import Blob, RecordReader, refusal
 from gemma2tool.errors import ToolError, UsageError
 from gemma2tool.formats import assets
@@ -35,6 +35,7 @@ from gemma2tool.formats.tokenizers.writing import sentencepiece_file
 from gemma2tool.model.checkpoint import Assets, Checkpoint
 from gemma2tool.model.config import Gemma2Config
 from gemma2tool.model.lazy import BFLOAT16, FLOAT32, LazyTensor, row_ranges, to_float32
+from gemma2tool.model.tokenizer import Tokenizer
 from gemma2tool.quantizers.floats import Float
 from gemma2tool.quantizers.sfp import Sfp, nuq_bytes, scale_for
 from gemma2tool.storage.paths import confined_path
@@ -207,16 +208,23 @@ def _assets(path: Path, reader: FileReader, blobs: Mapping[str, Blob]) -> Assets
     """The tokenizer inside the file, otherwise the one beside it."""
     if TOKENIZER in blobs:
         start = bytes(reader.pread(blobs[TOKENIZER].offset, min(blobs[TOKENIZER].nbytes, len(NO_TOKENIZER))))
-        return Assets(
-            {}
-            if start == NO_TOKENIZER
-            else {"tokenizer.model": partial(_blob, reader, blobs[TOKENIZER], assets.MAX_ASSET_BYTES)},
-            read_tokenizer,
-        )
+        if start == NO_TOKENIZER:
+            return Assets({}, read_tokenizer)
+        inside = partial(_blob, reader, blobs[TOKENIZER], assets.MAX_ASSET_BYTES)
+        return Assets({"tokenizer.model": inside}, _read_tokenizer)
     for name in ("tokenizer.spm", "tokenizer.model"):
         if (path.parent / name).is_file():
             return assets.single_asset("tokenizer.model", confined_path(path.parent, name))
     return Assets({})
+
+
+def _read_tokenizer(files: Mapping[str, bytes], config: Gemma2Config) -> Tokenizer:
+    """The canonical tokenizer of the model inside. gemma.cpp reads nothing else, so that the model's own bos is put
+    before a text, whichever the config names.
+    """
+    tokenizer = read_tokenizer(files, config)
+    bos = tokenizer_model.parse(files["tokenizer.model"]).special_ids()["bos"]
+    return tokenizer if bos < 0 else replace(tokenizer, roles={**tokenizer.roles, "bos": bos})
 
 
 def _contents(reader: FileReader, blobs: Mapping[str, Blob]) -> dict[str, Stored]:

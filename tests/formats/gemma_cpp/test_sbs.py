@@ -387,3 +387,13 @@ def test_added_tokens_are_pieces_of_the_tokenizer_inside(tmp_path: Path, fixture
     with registry.open_checkpoint(write_as("gemma-cpp", source, tmp_path / "out.sbs")) as back:
         piece = tokenizer_model.parse(back.assets["tokenizer.model"]).pieces[2048]
     assert (piece.text, piece.type) == ("<think>", tokenizer_model.USER_DEFINED)
+
+
+def test_bos_is_that_of_the_tokenizer_inside(tmp_path: Path, fixture_dir: Path) -> None:
+    """trl's setup_chat_format calls <|im_start|> bos, and <bos> is still put before a text."""
+    with registry.open_checkpoint(fixture_dir) as fixture:
+        model = fixture.assets["tokenizer.model"]
+    source = random_checkpoint(np.dtype(np.float32), replace(SMALL, vocab_size=2050, bos_token_id=2048))
+    source.assets = file_assets({"tokenizer.model": model})
+    with registry.open_checkpoint(write_as("gemma-cpp", source, tmp_path / "out.sbs")) as back:
+        assert back.config.bos_token_id == 2048 and back.tokenizer.roles["bos"] == 2
