@@ -22,11 +22,12 @@ from gemma2tool.formats.packings.parts import (
     required_matrix,
     required_part,
 )
-from gemma2tool.formats.packings.selection import fused_tensors
+from gemma2tool.formats.packings.selection import fused_weights
 from gemma2tool.model.lazy import BFLOAT16, FLOAT32, Array, LazyTensor
 from gemma2tool.model.tensors import TensorSpec
 from gemma2tool.quantizers import compressed_floats
 from gemma2tool.quantizers.base import Encoder
+from gemma2tool.quantizers.bitpack import unpack_nibbles
 from gemma2tool.quantizers.compressed_floats import FLOAT_SCHEMES, CompressedFloats, FloatScheme
 from gemma2tool.quantizers.float_codes import FP8
 from gemma2tool.storage.quoting import quoted
@@ -70,7 +71,7 @@ def encoder_for(type_name: str, spec: TensorSpec, source: LazyTensor) -> Compres
 def with_shared_scales(encoders: Mapping[str, Encoder]) -> dict[str, Encoder]:
     """The encoders, where those of tensors that engines run as one matrix have one tensor scale."""
     shared = dict(encoders)
-    for names in fused_tensors(encoders):
+    for names in fused_weights(encoders):
         own = {name: encoder for name in names if isinstance(encoder := encoders[name], CompressedFloats)}
         absmax = max((encoder.absmax for encoder in own.values()), default=0.0)
         shared |= {name: replace(encoder, absmax=absmax) for name, encoder in own.items()}
@@ -144,6 +145,6 @@ class FloatCodesTensor(LazyTensor):
 
     def load_rows(self, first: int, last: int) -> Array:
         raw = self.codes.load_rows(first, last)
-        codes = compressed_floats.unpack(raw) if self.scheme.bits == 4 else raw.view(np.uint8)
+        codes = unpack_nibbles(raw) if self.scheme.bits == 4 else raw.view(np.uint8)
         scales = compressed_floats.stored_scales(self.scales.load_rows(first, last), self.scheme, self.of_tensor)
         return compressed_floats.dequantize(codes, scales, self.scheme)

@@ -52,7 +52,7 @@ def quantized_modules(specs: Mapping[str, TensorSpec], quantized: Collection[str
     return {name.removesuffix(".weight"): name in quantized for name in linear_layers(specs) if name != HEAD}
 
 
-def fused_weights(names: Sequence[str]) -> list[tuple[str, ...]]:
+def fused_weights(names: Iterable[str]) -> list[tuple[str, ...]]:
     """Weights, by canonical name, in tuples of those that serving engines run as one matrix."""
     units: dict[tuple[str, object], list[str]] = {}
     for name in names:
@@ -111,17 +111,6 @@ def consumer_remarks(settings: Settings) -> list[str]:
             " kernels do"
         )
     return remarks
-
-
-def fused_tensors(names: Iterable[str]) -> list[list[str]]:
-    """The weights among ``names`` that serving engines run as one matrix, two or more at a time."""
-    together: dict[tuple[str, int], list[str]] = {}
-    for name in names:
-        for number, fused in enumerate(_FUSED):
-            suffix = next((f"{module}.weight" for module in fused if name.endswith(f".{module}.weight")), None)
-            if suffix is not None:
-                together.setdefault((name.removesuffix(suffix), number), []).append(name)
-    return [group for group in together.values() if len(group) > 1]
 
 
 def fusion_remarks(modules: Mapping[str, bool]) -> list[str]:

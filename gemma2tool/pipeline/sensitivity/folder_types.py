@@ -10,12 +10,12 @@ import numpy as np
 
 from gemma2tool.formats import packings
 from gemma2tool.model.lazy import Array, ArrayTensor, DType, to_float32
+from gemma2tool.model.tensors import TensorSpec
 from gemma2tool.quantizers import mlx
 from gemma2tool.quantizers.base import Encoder
-from gemma2tool.quantizers.bnb import FourBit, Int8
 from gemma2tool.quantizers.calibration.grid import grid_of
 from gemma2tool.quantizers.casts import cast
-from gemma2tool.quantizers.compressed import SCHEMES, Compressed
+from gemma2tool.quantizers.compressed import SCHEMES
 
 if TYPE_CHECKING:
     from gemma2tool.quantizers.calibration.hessian import Factor
@@ -51,21 +51,16 @@ def values(type: str, rows: Array, dtype: DType, factors: Sequence[Factor] | Non
     """Float32 rows (n, I) stored in ``type`` and read again. ``dtype``: of the weight before it is quantized.
     ``factors``: of the inverse Hessian of its inputs; None: codes are the nearest.
     """
-    encoder, columns = _encoder(type, dtype), rows.shape[1]
+    columns, typed = rows.shape[1], cast(rows, dtype)
+    spec = TensorSpec(_NAME, rows.shape, role="mlp", layer=0, quantizable=True, required=True)
+    encoder = packings.encoder_for(spec, packings.Settings(type), ArrayTensor(typed))
+    assert encoder is not None
     if factors is None:
-        return _read_again(type, encoder, cast(rows, dtype))
+        return _read_again(type, encoder, typed)
     grid = grid_of(encoder, columns)
     assert grid is not None
     groups = np.arange(columns, dtype=np.int32) // np.int32(grid.group_size)
     return grid.values(grid.round_rows(rows, factors), groups)
-
-
-def _encoder(type: str, dtype: DType) -> Encoder:
-    if type.startswith("mlx-"):
-        return mlx.Affine(int(type.removeprefix("mlx-")), dtype)
-    if type == Int8.name:
-        return Int8()
-    return Compressed(type, dtype, None) if type in SCHEMES else FourBit(type, False, dtype)
 
 
 def _read_again(type: str, encoder: Encoder, rows: Array) -> Array:
