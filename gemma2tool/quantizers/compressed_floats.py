@@ -19,7 +19,7 @@ import numpy as np
 
 from gemma2tool.model.lazy import BFLOAT16, FLOAT16, Array, DType, LazyTensor
 from gemma2tool.quantizers.base import Part
-from gemma2tool.quantizers.bitpack import pack_nibbles, unpack_nibbles
+from gemma2tool.quantizers.bitpack import pack_nibbles
 from gemma2tool.quantizers.casts import cast
 from gemma2tool.quantizers.compressed import round_to
 from gemma2tool.quantizers.float_codes import (
@@ -29,9 +29,10 @@ from gemma2tool.quantizers.float_codes import (
     FP8,
     FP8_MAX,
     POWERS_OF_TWO,
-    SMALLEST_FP8,
     exponent_bytes,
+    nearest_fp8,
     nearest_power,
+    scaled,
 )
 from gemma2tool.quantizers.groups import GroupScales, Rule, group_ranges, quantize_groups
 
@@ -92,20 +93,13 @@ def quantize(rows: Array, scheme: FloatScheme, global_scale: float) -> tuple[Arr
     low, high = group_ranges(rows, scheme.group_size)
     scales = group_scales(np.maximum(-low, high), scheme, rows.dtype, global_scale)
     rule = Rule.FLOAT4_EVEN if scheme.bits == 4 else Rule.FLOAT8
-    groups = GroupScales(scheme.group_size, scales, np.full_like(scales, -0.0))  # added; 0 would lose the sign of -0
+    groups = GroupScales.of_signed_zeros(scheme.group_size, scales)
     return quantize_groups(rows, groups, rule, -FP8_MAX, FP8_MAX), scales
 
 
 def dequantize(codes: Array, scales: Array, scheme: FloatScheme, dtype: DType = BFLOAT16) -> Array:
     """code * scale of codes uint8 (n, I) and float32 scales (n, G), rounded to ``dtype``."""
-    values = scheme.values[codes].reshape(*scales.shape, scheme.group_size)
-    with np.errstate(over="ignore", invalid="ignore"):
-        return cast((values * scales[..., None]).reshape(codes.shape), dtype)
-
-
-def unpack(packed: Array) -> Array:
-    """Codes uint8 (n, I) of bytes (n, I / 2), the first in the low half."""
-    return unpack_nibbles(packed)
+    return scaled(scheme.values[codes], scales, dtype)
 
 
 def stored_scales(raw: Array, scheme: FloatScheme, global_scale: float) -> Array:
@@ -180,7 +174,7 @@ class CompressedFloats:
         if not self.scheme.has_tensor_scale:
             return nearest_power(scales)
         of_tensor = np.float32(self.global_scale)
-        return np.clip(scales * of_tensor, SMALLEST_FP8, FP8_MAX).astype(FP8).astype(np.float32) / of_tensor
+        return nearest_fp8(scales * of_tensor) / of_tensor
 
     def finish(self, shape: tuple[int, ...], collected: Mapping[str, Array]) -> Mapping[str, Array]:
         if not self.scheme.has_tensor_scale:

@@ -8,7 +8,8 @@ from __future__ import annotations
 import ml_dtypes
 import numpy as np
 
-from gemma2tool.model.lazy import Array
+from gemma2tool.model.lazy import Array, DType
+from gemma2tool.quantizers.casts import cast
 
 FP8 = np.dtype(ml_dtypes.float8_e4m3fn)
 FP8_MAX = 448.0
@@ -32,6 +33,19 @@ def nearest_power(scales: Array) -> Array:
     exponents = np.rint(np.log2(np.clip(scales, _LOWEST, _HIGHEST))).astype(np.int32)
     powers: Array = POWERS_OF_TWO[exponents + 127]
     return powers
+
+
+def nearest_fp8(scales: Array) -> Array:
+    """float32 scales rounded to the positive ones of float8."""
+    rounded: Array = np.clip(scales, SMALLEST_FP8, FP8_MAX).astype(FP8).astype(np.float32)
+    return rounded
+
+
+def scaled(values: Array, scales: Array, dtype: DType) -> Array:
+    """float32 values (n, I) times the scales (n, G) of their groups of columns, rounded to ``dtype``."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        products = values.reshape(*scales.shape, -1) * scales[..., None]
+    return cast(products.reshape(values.shape), dtype)
 
 
 def exponent_bytes(powers: Array) -> Array:

@@ -50,6 +50,11 @@ class GroupScales:
     scales: Array
     offsets: Array | None = None
 
+    @classmethod
+    def of_signed_zeros(cls, group_size: int, scales: Array) -> GroupScales:
+        """Scales alone, for codes with a -0: an offset is added, and one of 0 would make it 0."""
+        return cls(group_size, scales, np.full_like(scales, -0.0))
+
     def contiguous(self, shape: tuple[int, ...]) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
         """Scales and offsets as the kernels take them; raises ValueError where they do not fit a matrix of
         ``shape``."""

@@ -25,13 +25,15 @@ from gemma2tool.quantizers.casts import cast
 from gemma2tool.quantizers.compressed import FLOAT_NAMES, round_to
 from gemma2tool.quantizers.float_codes import (
     FLOAT4,
+    FLOAT4_MAX,
     FLOAT8,
     FP8,
     FP8_MAX,
     POWERS_OF_TWO,
-    SMALLEST_FP8,
     exponent_bytes,
+    nearest_fp8,
     nearest_power,
+    scaled,
 )
 from gemma2tool.quantizers.groups import GroupScales, Rule, dequantize_groups, group_ranges, quantize_groups
 
@@ -90,7 +92,7 @@ class FloatMode:
 
     def scale_bytes(self, absmax: Array, dtype: DType) -> Array:
         """The scales, uint8, of groups by their largest magnitudes, float32, in the arithmetic of ``dtype``."""
-        scales = round_to(dtype, absmax / np.float32(448 if self.bits == 8 else 6))
+        scales = round_to(dtype, absmax / np.float32(FP8_MAX if self.bits == 8 else FLOAT4_MAX))
         if not self.has_power_scales:
             return np.minimum(scales, FP8_MAX).astype(FP8).view(np.uint8)
         with np.errstate(divide="ignore"):
@@ -101,7 +103,7 @@ class FloatMode:
         """float32 scales rounded to the positive ones that can be stored."""
         if self.has_power_scales:
             return nearest_power(scales)
-        return to_float32(np.clip(scales, SMALLEST_FP8, FP8_MAX).astype(FP8))
+        return nearest_fp8(scales)
 
 
 FLOAT_MODES = MappingProxyType(
@@ -118,16 +120,14 @@ def quantize_floats(rows: Array, mode: FloatMode) -> tuple[Array, Array]:
     low, high = group_ranges(rows, mode.group_size)
     scales = mode.scale_bytes(np.maximum(-low, high), rows.dtype)
     used = round_to(rows.dtype, mode.scales[scales])
-    values = GroupScales(mode.group_size, used, np.full_like(used, -0.0))  # added; 0 would lose the sign of -0
+    values = GroupScales.of_signed_zeros(mode.group_size, used)
     rule = Rule.FLOAT8 if mode.bits == 8 else Rule.FLOAT4
     return quantize_groups(rows, values, rule, -FP8_MAX, FP8_MAX, rows.dtype), scales
 
 
 def dequantize_floats(words: Array, scales: Array, mode: FloatMode) -> Array:
     """code * scale of words (n, I * bits / 32) and scales uint8 (n, I / group size): bfloat16 (n, I)."""
-    values = mode.values[unpack(words, mode.bits)].reshape(*scales.shape, mode.group_size)
-    with np.errstate(over="ignore", invalid="ignore"):
-        return cast((values * mode.scales[scales][..., None]).reshape(len(words), -1), BFLOAT16)
+    return scaled(mode.values[unpack(words, mode.bits)], mode.scales[scales], BFLOAT16)
 
 
 @dataclass(frozen=True)
