@@ -70,6 +70,11 @@ class _TooMuch(Exception):
     """The archives in a file unpack to more bytes than they may."""
 
 
+def _most_bytes(nbytes: int) -> int:
+    """What an archive of so many bytes may unpack to."""
+    return max(MIN_BOMB, MAX_RATIO * nbytes)
+
+
 @dataclass
 class Unpacked:
     """How many bytes all archives in one file may still unpack to."""
@@ -79,7 +84,7 @@ class Unpacked:
     @classmethod
     def of_file(cls, nbytes: int) -> Unpacked:
         """The limit for a file of so many bytes."""
-        return cls(max(MIN_BOMB, MAX_RATIO * nbytes))
+        return cls(_most_bytes(nbytes))
 
     def read(self, stream: IO[bytes]) -> bytes:
         """The first bytes of a member. Raises ``_TooMuch`` beyond the limit."""
@@ -202,7 +207,7 @@ def _zip(content: Content, place: Place, scan: Scan) -> Iterator[ScanFinding]:
         members = archive.infolist()
         yield from _names([member.filename for member in members], place, unique=True)
         total = sum(member.file_size for member in members)
-        if total > max(MIN_BOMB, MAX_RATIO * content.nbytes):
+        if total > _most_bytes(content.nbytes):
             yield place.finding("archive.bomb", f"its members have {total:,} bytes")
             return
         names = {member.filename for member in members}
@@ -264,10 +269,8 @@ def _compressed(content: Content, place: Place, scan: Scan) -> Iterator[ScanFind
         "gzip": lambda stream: gzip.GzipFile(fileobj=stream),
         "bzip2": bz2.BZ2File,
         "xz": lzma.LZMAFile,
-        "lzma": lambda stream: BytesIO(_legacy_lzma().decompress(stream.read(MAX_MEMBER_BYTES), MAX_MEMBER_BYTES)),
-        "zlib": lambda stream: BytesIO(
-            zlib.decompressobj().decompress(stream.read(MAX_MEMBER_BYTES), MAX_MEMBER_BYTES)
-        ),
+        "lzma": lambda stream: _beginning(_legacy_lzma(), stream),
+        "zlib": lambda stream: _beginning(zlib.decompressobj(), stream),
     }
     with openers[kind](content.stream) as stream:
         head = stream.read(tarfile.BLOCKSIZE)
@@ -293,7 +296,7 @@ def _tar(content: Content, place: Place, scan: Scan) -> Iterator[ScanFinding]:
         for count, member in enumerate(archive):
             names.append(member.name)
             total += member.size
-            if total > max(MIN_BOMB, MAX_RATIO * content.nbytes):
+            if total > _most_bytes(content.nbytes):
                 yield place.finding("archive.bomb", f"its members have more than {total:,} bytes")
                 break
             if count >= MAX_MEMBERS:
