@@ -28,9 +28,6 @@ logger = logging.getLogger("gemma2tool")
 MLX_TYPES = ("mlx-3", "mlx-4", "mlx-5", "mlx-6", "mlx-8")
 """The candidates of an MLX folder by default."""
 
-TRIES = 8
-"""How often a choice is made again for a size, where headers are larger than was reckoned."""
-
 
 @dataclass(frozen=True)
 class PlannedBudget:
@@ -60,8 +57,9 @@ def plan_budget(
     Raises ``UsageError`` for candidates that the table or the format does not have, and for a target that no choice
     meets.
     """
-    target = target_for(format_name, with_tied_head(source), options)
-    choice = _Problem(with_tied_head(source), table, budget, options, target).choose()
+    whole = with_tied_head(source)
+    target = target_for(format_name, whole, options)
+    choice = _Problem(whole, table, budget, options, target).choose()
     options = target.options(choice.types)
     calibration = options.calibration
     if calibration.hessian == "model":
@@ -224,15 +222,14 @@ class _Problem:
     def _of_size(self, costs: Sequence[Sequence[float]], placed: Sequence[Sequence[float]], limit: int) -> Solution:
         """The best choice whose output takes at most ``limit`` bytes."""
         left = limit - self._rest[0]
-        for _ in range(TRIES):
+        while True:  # each round leaves less, until a choice fits or none can
             least = sum(map(min, placed))
             self._check_size(least <= left, f"{int(least) + limit - left:,} bytes")
             solution = solve(_groups(costs, placed), left)
             over = self.target.file_bytes(self._types(solution)) - limit
             if over <= 0:
-                break
+                return solution
             left -= over
-        return solution
 
     def _types(self, solution: Solution) -> dict[str, str]:
         chosen = {
