@@ -6,6 +6,7 @@ import importlib.util
 import logging
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from io import StringIO
 from pathlib import Path
@@ -58,6 +59,7 @@ def llama(oracles: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location("llama_cpp_peer", oracles / "llama_cpp.py")
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # llama.cpp logs to a function of this module for as long as the process lives
     spec.loader.exec_module(module)
     return module
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 from pathlib import Path
 from types import ModuleType
 
@@ -17,15 +16,6 @@ from gemma2tool.model.checkpoint import Checkpoint
 from tests.support.gguf import options, write
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def llama(oracles: Path) -> ModuleType:
-    pytest.importorskip("xllamacpp")
-    spec = importlib.util.spec_from_file_location("llama_cpp_peer", oracles / "llama_cpp.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def ours(checkpoint: Checkpoint, ids: np.ndarray) -> np.ndarray:

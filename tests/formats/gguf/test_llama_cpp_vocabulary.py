@@ -23,10 +23,9 @@ from gemma2tool.formats.gguf.tokenizer_keys import tokenizer_keys
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.verify.compare.tokenizer import DIFFICULT
 from tests.formats.gguf import test_fine_tunes as fine_tunes
-from tests.formats.gguf import test_llama_cpp as files
 from tests.formats.gguf.test_fine_tunes import SIZE, TURN, Folder
 
-folder, llama = fine_tunes.folder, files.llama
+folder = fine_tunes.folder
 
 pytestmark = [pytest.mark.slow, pytest.mark.oracle]
 
