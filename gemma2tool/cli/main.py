@@ -6,7 +6,6 @@ import contextlib
 import errno
 import functools
 import os
-import signal
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from gemma2tool.cli import interrupts
 from gemma2tool.cli.failures import options_of, report_failure
 from gemma2tool.cli.groups import expanded
 from gemma2tool.errors import EXIT_BUG, EXIT_INTERRUPTED, EXIT_USAGE, ResourceError, ToolError
@@ -153,7 +153,7 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
             _notes(error, console)
             report(error)
             raise typer.Exit(error.exit_code) from None
-        except (KeyboardInterrupt, _Terminated) as stop:
+        except (KeyboardInterrupt, interrupts.Terminated) as stop:
             console.warn(
                 "interrupted; nothing was written at the destination" if not _notes(stop, console) else "interrupted"
             )
@@ -211,14 +211,6 @@ def _resources(error: Exception) -> ToolError | None:
     return None
 
 
-class _Terminated(BaseException):
-    """Raised on SIGTERM, so that the stack unwinds as for an interrupt and no partial output is left."""
-
-
-def _terminate(signum: int, frame: object) -> None:
-    raise _Terminated
-
-
 def _register() -> None:
     from gemma2tool.cli import (
         check,
@@ -274,9 +266,7 @@ _register()
 
 def main() -> None:
     """Entry point of the ``gemma2tool`` command."""
-    signal.signal(signal.SIGTERM, _terminate)
-    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup stays nohup
-        signal.signal(signal.SIGHUP, _terminate)
+    interrupts.install()
     app()
 
 

@@ -53,6 +53,30 @@ def test_interrupt_leaves_nothing_at_the_destination(place: Path, number: int) -
         assert left == ["src"] or (left == [".out.gguf.gemma2tool-staging", "src"] and "gemma2tool clean" in errors)
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_that_leaves_a_lock_held_ends_the_process(number: int) -> None:
+    """As in a thread pool whose submit() was interrupted: its thread and its shutdown wait for each other."""
+    code = (
+        "import os, threading\n"
+        "from gemma2tool.cli import interrupts\n"
+        "interrupts.SECONDS = 0.2\n"
+        "interrupts.install()\n"
+        "lock = threading.Lock()\n"
+        "lock.acquire()\n"
+        "try:\n"
+        f"    os.kill(os.getpid(), {int(number)})\n"
+        "except (KeyboardInterrupt, interrupts.Terminated):\n"
+        "    thread = threading.Thread(target=lock.acquire)\n"
+        "    thread.start()\n"
+        "    thread.join()\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, preexec_fn=accept_interrupts
+    )
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and errors.count("\n") == 1 and "gemma2tool clean" in errors
+
+
 @pytest.mark.slow
 def test_a_reader_that_closes_the_pipe(place: Path) -> None:
     words = [sys.executable, "-m", "gemma2tool", "inspect", str(place / "src"), "--tensors"]
