@@ -24,7 +24,7 @@ class Terminated(BaseException):
 
 
 def install() -> None:
-    """Let the signals that end a process unwind it. Those that the parent had ignored stay so (nohup, background jobs)."""
+    """Let the signals that end a process unwind it. What the parent ignores stays ignored: nohup, background jobs."""
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         number = getattr(signal, name, None)
         if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
