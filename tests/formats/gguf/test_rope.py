@@ -18,7 +18,7 @@ from gemma2tool.formats.gguf.key_values import KeyReader, booleans, f32, string,
 from gemma2tool.formats.gguf.rope import read_layer_types, read_scaling
 from gemma2tool.model.config import Gemma2Config
 from gemma2tool.model.config_fields import FULL, SLIDING, comparable_value
-from tests.formats.gguf.test_llama_cpp import llama, ours  # noqa: F401
+from tests.formats.gguf.test_llama_cpp import ours
 from tests.support.checkpoints import SMALL
 from tests.support.gguf import options, write
 
