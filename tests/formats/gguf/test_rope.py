@@ -103,7 +103,7 @@ CHANGES: Mapping[str, Mapping[str, Any]] = {
 @pytest.mark.slow
 @pytest.mark.oracle
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_llama_cpp_computes_it(llama: Any, fixture_dir: Path, tmp_path: Path, change: Mapping[str, Any]) -> None:  # noqa: F811
+def test_llama_cpp_computes_it(llama: Any, fixture_dir: Path, tmp_path: Path, change: Mapping[str, Any]) -> None:
     """Past a window of 32. llama.cpp's GELU is a float16 table: the largest difference without any change is 0.003."""
     ids = np.load(next(fixture_dir.glob("heldout*.npy"))).reshape(-1)[:140].astype(np.int64)
     with registry.open_checkpoint(fixture_dir) as source:
