@@ -22,7 +22,7 @@ from gemma2tool.api.arguments import Config, PathLike, Source, as_path
 from gemma2tool.api.elsewhere import ELSEWHERE
 from gemma2tool.api.publishing import plan_release, publish, release
 from gemma2tool.api.recipes import read_recipe
-from gemma2tool.api.texts import imatrix, quality, sensitivity, text_label
+from gemma2tool.api.texts import imatrix, merge, quality, sensitivity, text_label
 from gemma2tool.formats.option_info import parse_size
 from gemma2tool.formats.options import Adapter, Calibration, GGUFOptions, PackingOptions, SplitOptions, WriteOptions
 from gemma2tool.formats.options_budget import Budget, parse_candidates
@@ -63,6 +63,8 @@ if TYPE_CHECKING:
     from gemma2tool.pipeline.sensitivity.collect import SensitivityOptions
     from gemma2tool.pipeline.sensitivity.run import SensitivityResult
     from gemma2tool.pipeline.sensitivity.table import SensitivityTable
+    from gemma2tool.pipeline.sharding.merge import MergeResult
+    from gemma2tool.pipeline.sharding.shard import Shard, parse_shard, shard_from_environment
     from gemma2tool.publish.estimate import ReleasePlan
     from gemma2tool.publish.request import CardOptions, PublishRequest, ReleaseRequest, ReleaseResult
     from gemma2tool.verify.diagnosis.cause import Cause
@@ -75,15 +77,15 @@ __all__ = [
     "CheckFinding", "CheckRequest", "CheckResult", "Checkpoint", "Checks", "ConversionRequest", "ConversionResult",
     "Diagnosis", "DiffRequest", "Difference", "Estimate", "Fact", "Failure", "Finding", "FormatEntry", "GGUFOptions",
     "GateResult", "Gemma2Config", "Generation", "GenerationOptions", "Hashes", "ImatrixOptions", "ImatrixResult",
-    "Inspection", "Leftover", "OutputRequest", "PackingOptions", "PlanSummary", "ProgressEvent", "PublishRequest",
-    "QualityFiles", "QualityPoint", "QualityRequest", "QualityResult", "RecipeRun", "ReleasePlan", "ReleaseRequest",
-    "ReleaseResult", "ReportFiles", "RunOptions", "ScanFinding", "ScanResult", "SensitivityOptions",
-    "SensitivityResult", "SensitivityTable", "SignResult", "SplitOptions", "TensorSummary", "Verification",
+    "Inspection", "Leftover", "MergeResult", "OutputRequest", "PackingOptions", "PlanSummary", "ProgressEvent",
+    "PublishRequest", "QualityFiles", "QualityPoint", "QualityRequest", "QualityResult", "RecipeRun", "ReleasePlan",
+    "ReleaseRequest", "ReleaseResult", "ReportFiles", "RunOptions", "ScanFinding", "ScanResult", "SensitivityOptions",
+    "SensitivityResult", "SensitivityTable", "Shard", "SignResult", "SplitOptions", "TensorSummary", "Verification",
     "VerifyRequest", "WriteOptions", "candidates", "check", "clean", "convert", "default_threads", "diff", "doctor",
-    "formats", "gate_names", "generate", "hash", "imatrix", "inspect", "log_warnings", "logits", "open",
-    "outputs_with_receipts", "parse_candidates", "parse_gates", "plan", "plan_release", "publish", "quality",
-    "quantize", "read_recipe", "release", "run", "scan", "sensitivity", "sign", "text_label", "verify",
-    "verify_request", "verify_several",
+    "formats", "gate_names", "generate", "hash", "imatrix", "inspect", "log_warnings", "logits", "merge", "open",
+    "outputs_with_receipts", "parse_candidates", "parse_gates", "parse_shard", "plan", "plan_release", "publish",
+    "quality", "quantize", "read_recipe", "release", "run", "scan", "sensitivity", "shard_from_environment", "sign",
+    "text_label", "verify", "verify_request", "verify_several",
 ]  # fmt: skip
 
 

@@ -17,6 +17,8 @@ ELSEWHERE = {
     "SensitivityOptions": "pipeline.sensitivity.collect", "SensitivityResult": "pipeline.sensitivity.run",
     "SensitivityTable": "pipeline.sensitivity.table", "Verification": "verify.result", "doctor": "pipeline.doctor",
     "RecipeRun": "pipeline.recipe.run", "scan": "api.trust", "SignResult": "api.trust", "sign": "api.trust",
+    "MergeResult": "pipeline.sharding.merge", "Shard": "pipeline.sharding.shard",
+    "parse_shard": "pipeline.sharding.shard", "shard_from_environment": "pipeline.sharding.shard",
     "CardOptions": "publish.request", "PublishRequest": "publish.request",
     "ReleasePlan": "publish.estimate", "ReleaseRequest": "publish.request",
     "ReleaseResult": "publish.request", "candidates": "api.verifying", "diff": "api.verifying",

@@ -10,7 +10,6 @@ from gemma2tool.api.arguments import Config, PathLike, Source, as_path
 from gemma2tool.pipeline.events import ProgressCallback, as_progress
 from gemma2tool.pipeline.opening import opened
 from gemma2tool.pipeline.requests import default_threads
-from gemma2tool.storage.paths import refuse_existing
 
 if TYPE_CHECKING:
     from gemma2tool.pipeline.importance import ImatrixOptions, ImatrixResult
@@ -19,6 +18,7 @@ if TYPE_CHECKING:
     from gemma2tool.pipeline.quality.run import QualityRequest
     from gemma2tool.pipeline.sensitivity.collect import SensitivityOptions
     from gemma2tool.pipeline.sensitivity.run import SensitivityResult
+    from gemma2tool.pipeline.sharding.merge import MergeResult
 
 
 def imatrix(
@@ -32,11 +32,12 @@ def imatrix(
 ) -> ImatrixResult:
     """Collect an importance matrix from a text, for ``GGUFOptions(imatrix=...)`` and llama-quantize, and write it to
     ``out``.
+
+    ``options.shard``: write the part of this shard beside ``out`` instead, for ``merge``.
     """
     from gemma2tool.pipeline import importance
 
     options = options or importance.ImatrixOptions(threads=default_threads())
-    refuse_existing(Path(out), force=options.force, folder=False)
     with opened(source, config) as checkpoint:
         return importance.collect_imatrix(checkpoint, Path(text), Path(out), options, as_progress(progress))
 
@@ -86,6 +87,17 @@ def quality(
         if files is not None:
             files.write(result)
         return result
+
+
+def merge(out: PathLike, parts: Sequence[PathLike] = (), *, force: bool = False) -> MergeResult:
+    """Put the parts that the shards of ``imatrix`` wrote together, and write to ``out`` what one machine would have
+    written. ``parts``: by default, those beside ``out``.
+
+    Raises ``UsageError`` for parts that do not make up one result.
+    """
+    from gemma2tool.pipeline.sharding.merge import merge_parts
+
+    return merge_parts(Path(out), tuple(map(Path, parts)), force=force)
 
 
 def text_label(text: str) -> tuple[str, Path]:

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from gemma2tool.cli import options as o
+from gemma2tool.cli.sharding import ShardOption, shard_of
 
 
 def imatrix(
@@ -27,6 +28,7 @@ def imatrix(
             "--output-weights", help="Collect the output head, too; a tied embedding is then quantized by it."
         ),
     ] = False,
+    shard: ShardOption = None,
     config: o.ConfigFile = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
     threads: o.Threads = None,
@@ -43,10 +45,12 @@ def imatrix(
         chunk_size=chunk,
         max_chunks=chunks,
         output_weights=output_weights,
+        shard=shard_of(shard),
         force=force,
         threads=threads or api.default_threads(),
     )
     result = api.imatrix(src, out, text=text, config=config, options=options, progress=ProgressDisplay(console))
     if json_output:
         console.emit_json(result.to_json())
-    console.print(f"{out}: {result.matrices} matrices, {result.chunks} chunks of {chunk} tokens")
+    part = "" if result.shard is None else f"part of shard {result.shard}: "
+    console.print(f"{result.out}: {part}{result.matrices} matrices, {result.chunks} chunks of {chunk} tokens")

@@ -69,7 +69,7 @@ def run_layers(
 
     Raises ``ResourceError`` if the disk has no room.
     """
-    size = group_size(checkpoint.config, ids.shape[1])
+    size = max(group_size(checkpoint.config, ids.shape[1]) // batch, 1) * batch  # batches do not depend on the groups
     for first in range(0, len(ids), size):
         with _Streams(checkpoint.config, ids[first : first + size], folder) as streams:
             yield from _Group(checkpoint, streams, batch, on_input, advance).run()

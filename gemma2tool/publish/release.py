@@ -221,5 +221,5 @@ def collect_imatrix(opened: Release, progress: Progress | None) -> bool:
         sums = importance.collect(
             source, chunks, threads=request.run.threads, folder=opened.folder, advance=bar.advance
         )
-    importance.write(place, source, sums, dataset=dataset, chunks=chunks, force=request.run.force)
+    importance.CollectedMatrix.of(source.config, sums, dataset, chunks.shape).write(place, force=request.run.force)
     return True

@@ -13,6 +13,7 @@ from gemma2tool.errors.table import (
     publishing,
     quantization,
     requests,
+    sharding,
     sources,
 )
 
@@ -27,6 +28,7 @@ AREAS = {
     "Quantization, calibration and importance matrices": quantization.ENTRIES,
     "Recipes, releases and publishing": publishing.ENTRIES,
     "Sensitivity tables, budgets and quality at a size": budgets.ENTRIES,
+    "Several machines": sharding.ENTRIES,
 }
 """The entries by area, in the order of the documentation."""
 

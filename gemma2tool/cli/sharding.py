@@ -1,0 +1,38 @@
+"""The option ``--shard`` of commands whose work several machines share."""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from gemma2tool.api import Shard
+
+logger = logging.getLogger("gemma2tool")
+
+ShardOption = Annotated[
+    str | None,
+    typer.Option(
+        "--shard",
+        metavar="I/N",
+        help="Do shard I (from 0) of N and write its part beside OUT, for 'gemma2tool merge OUT'. Default: as torchrun,"
+        " a Slurm array or an indexed Kubernetes job says; 0/1 is everything.",
+    ),
+]
+
+
+def shard_of(option: str | None) -> Shard | None:
+    """The shard of the option, else of the environment; None for all of the work."""
+    from gemma2tool import api
+
+    if option is not None:
+        return api.parse_shard(option)
+    found = api.shard_from_environment(os.environ)
+    if found is None:
+        return None
+    shard, variable = found
+    logger.warning("shard %s, as %s says; --shard 0/1 does everything here", shard, variable)
+    return shard

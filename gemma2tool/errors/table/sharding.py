@@ -1,0 +1,18 @@
+"""Work over several machines: shards, their parts, ranks."""
+
+from __future__ import annotations
+
+from gemma2tool.errors.entry import refused, usage
+
+ENTRIES = (
+    refused("part.damaged", "the file is not a part that a shard wrote, or is damaged", "run that shard again"),
+    usage(
+        "part.mismatch",
+        "parts are of different models, texts, options or versions",
+        "give the parts of one command, run with the same model, text and options on every machine",
+    ),
+    usage("part.missing", "the part of a shard is missing", "run that shard, or name its part too"),
+    usage("part.none", "there are no parts to merge", "name the parts, or give OUT as the shards were given it"),
+    usage("part.twice", "two parts are of one shard", "leave out one of the two"),
+    usage("shard.value", "the shard is not I/N with I from 0 to N - 1", "give one such as --shard 0/4"),
+)
