@@ -35,6 +35,7 @@ def verify(
     reference_config: Config | None = None,
     readers: bool = True,
     threads: int | None = None,
+    device: str = "cpu",
     reports: ReportFiles | None = None,
     progress: ProgressCallback | None = None,
 ) -> Verification:
@@ -60,6 +61,7 @@ def verify(
         reference_config=reference_config,
         readers=readers,
         threads=threads or default_threads(),
+        device=device,
         reports=reports or ReportFiles(),
     )
     return verify_request(request, progress=progress)

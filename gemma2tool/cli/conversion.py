@@ -106,6 +106,7 @@ def _request(
             readers=not output.no_readers,
             threads=output.threads or api.default_threads(),
             memory=parse_size(output.memory),
+            device=output.device,
         ),
         reports=reports.files,
     )

@@ -32,6 +32,7 @@ def imatrix(
     config: o.ConfigFile = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
     threads: o.Threads = None,
+    device: o.Device = "cpu",
     quiet: o.Quiet = False,
     json_output: o.Json = False,
 ) -> None:
@@ -48,6 +49,7 @@ def imatrix(
         shard=shard_of(shard),
         force=force,
         threads=threads or api.default_threads(),
+        device=device,
     )
     result = api.imatrix(src, out, text=text, config=config, options=options, progress=ProgressDisplay(console))
     if json_output:

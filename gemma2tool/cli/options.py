@@ -204,7 +204,7 @@ Device = Annotated[
     typer.Option(
         "--device",
         metavar="DEVICE",
-        help="Where to compute: cpu, or cuda.",
+        help="Where to compute forward passes and calibration: cpu, or cuda.",
         autocompletion=completion(("cpu", "cuda")),
         rich_help_panel="Resources",
     ),
@@ -234,6 +234,7 @@ class OutputOptions:
     keep_download: KeepDownload = None
     threads: Threads = None
     memory: Memory = "256MiB"
+    device: Device = "cpu"
     dry_run: DryRun = False
     tensors: Tensors = False
     verbose: Verbose = False

@@ -56,6 +56,7 @@ def quality(
     html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write a page with all plots.")] = None,
     config: o.ConfigFile = None,
     threads: o.Threads = None,
+    device: o.Device = "cpu",
     quiet: o.Quiet = False,
     json_output: o.Json = False,
     *,
@@ -81,6 +82,7 @@ def quality(
         imatrix=imatrix,
         sensitivity=sensitivity,
         threads=threads or api.default_threads(),
+        device=device,
     )
     files = api.QualityFiles(markdown=markdown, svg=svg, png=png, html=html)
     result = api.quality(src, request, config=config, files=files, progress=ProgressDisplay(console))

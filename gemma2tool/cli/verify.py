@@ -79,6 +79,7 @@ class VerifyOptions:
     ] = None
     no_readers: o.NoReaders = False
     threads: o.Threads = None
+    device: o.Device = "cpu"
     verbose: o.Verbose = False
     quiet: o.Quiet = False
     json_output: o.Json = False
@@ -133,6 +134,7 @@ def _request(candidate: str, options: VerifyOptions, reports: Reports) -> Verify
         reference_config=options.reference_config,
         readers=not options.no_readers,
         threads=options.threads or api.default_threads(),
+        device=options.device,
         reports=reports.files,
     )
 

@@ -75,8 +75,11 @@ def open_conversion(request: ConversionRequest, progress: Progress | None = None
 
     Raises ``UsageError`` for a request that cannot be carried out, ``InputRefused`` for a source that cannot be read.
     """
+    from gemma2tool.model.devices import use_device
+
     request, outputs = check_request(request)
     with ExitStack() as stack:
+        stack.enter_context(use_device(request.run.device))
         source = _opened(request, stack, progress)
         if request.options.adapters:
             source, adapters = with_adapters(source, request.options.adapters, stack)

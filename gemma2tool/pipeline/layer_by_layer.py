@@ -19,6 +19,7 @@ from torch import Tensor
 
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.config import Gemma2Config
+from gemma2tool.model.devices import on_device
 from gemma2tool.model.lazy import ArrayTensor, LazyTensor
 from gemma2tool.model.names import EMBEDDING
 from gemma2tool.model.tensors import tensor_specs
@@ -98,7 +99,7 @@ class _Streams:
     def write(self, position: int, x: Tensor) -> None:
         """Write ``x`` (..., D) from the token ``position`` on, counted through all prompts."""
         with translate_os_errors(self.folder, "keeping the residual streams"):
-            data = byte_view(np.ascontiguousarray(x.numpy()))
+            data = byte_view(np.ascontiguousarray(x.cpu().numpy()))
             write_at(self._file.fileno(), data, position * self.width * FLOAT)
 
     def read(self, first: int, count: int) -> Tensor:
@@ -113,7 +114,7 @@ class _Streams:
                 if not got:
                     raise OSError("the file of residual streams has become shorter")
                 view = view[got:]
-        return torch.from_numpy(out)
+        return on_device(torch.from_numpy(out))
 
 
 class _Group:

@@ -3,32 +3,17 @@
 from __future__ import annotations
 
 import io
-import re
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from gemma2tool.errors import ResourceError, UsageError
 from gemma2tool.errors.memory import out_of_memory_as_error
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.pipeline.inputs import read_tokens
 from gemma2tool.pipeline.memory import check_memory, forward_bytes
 from gemma2tool.storage.paths import refuse_overwriting_input
 from gemma2tool.storage.staging.staged_output import Staging
-
-
-def check_device(name: str) -> str:
-    """``name`` as torch takes it. Raises ``UsageError`` for an unknown device, ``ResourceError`` for one that is not
-    there.
-    """
-    import torch
-
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
-        raise UsageError("option.device", f"--device {name} is not a device", hint="choose cpu, cuda or cuda:1")
-    if name != "cpu" and not torch.cuda.is_available():
-        raise ResourceError("device.missing", f"--device {name}: no GPU that torch can use", hint="use --device cpu")
-    return name
 
 
 def compute_logits(
@@ -43,6 +28,7 @@ def compute_logits(
     """Float32 logits (B, T, V) of ``tokens``, ids or a .npy file of them; a read-only map of ``out`` where one is
     given.
     """
+    from gemma2tool.model.devices import check_device
     from gemma2tool.reference import streaming
 
     if out is not None:

@@ -58,7 +58,8 @@ class RunOptions:
     largest float16 instead of refusing values beyond it. ``allow_unsafe_template``: carry a chat
     template that ``scan`` calls dangerous. ``receipt``: write one beside each verified output. ``readers``: let the
     libraries that define the output's format read it too. ``memory``: bytes of data in flight. ``keep_download``:
-    download a source that is not local to this folder first, and read it there.
+    download a source that is not local to this folder first, and read it there. ``device``: where forward passes and
+    calibration compute, "cpu" or "cuda".
     """
 
     force: bool = False
@@ -70,6 +71,7 @@ class RunOptions:
     readers: bool = True
     threads: int = field(default_factory=default_threads)
     memory: int = DEFAULT_MEMORY
+    device: str = "cpu"
     keep_download: Path | None = None
 
     def with_force(self, force: bool) -> RunOptions:

@@ -17,6 +17,7 @@ from gemma2tool.formats import registry
 from gemma2tool.formats.options import WriteOptions
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.config import Gemma2Config
+from gemma2tool.model.devices import use_device
 from gemma2tool.model.progress import Progress
 from gemma2tool.pipeline.inputs import read_logits, read_prompts, read_tokens, resolve_config
 from gemma2tool.pipeline.opening import is_remote, log_warnings, open_source
@@ -40,7 +41,7 @@ class VerifyRequest:
     ``signed_by``: also hold it to the signature of this public key or certificate (PEM); ``signature``: where that is,
     default beside the candidate. With these alone nothing else is compared. ``config``: of a candidate that has none of
     its own, and of such a reference unless ``reference_config`` is given. ``readers``: with ``reference``, let the
-    libraries that define the candidate's format read it too.
+    libraries that define the candidate's format read it too. ``device``: where the forward passes compute.
     """
 
     candidate: Path | str
@@ -56,6 +57,7 @@ class VerifyRequest:
     threads: int = field(default_factory=default_threads)
     reports: ReportFiles = ReportFiles()
     readers: bool = True
+    device: str = "cpu"
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,11 @@ def verify(request: VerifyRequest, progress: Progress | None = None) -> Verifica
 
     Raises ``UsageError`` for a request that names several things to compare with, or none that exists.
     """
+    with use_device(request.device):
+        return _verify(request, progress)
+
+
+def _verify(request: VerifyRequest, progress: Progress | None) -> Verification:
     ways = {
         "--reference": request.reference,
         "--against": request.receipt,

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.config import Gemma2Config
+from gemma2tool.model.devices import current_device
 from gemma2tool.model.lazy import Array, LazyTensor
 from gemma2tool.model.names import EMBEDDING, HEAD
 from gemma2tool.model.tensors import tensor_specs
@@ -51,7 +52,7 @@ class ForwardOptions(TypedDict, total=False):
     attention_mask: Array | Tensor | None
     position_ids: Tensor | None
     past_key_values: KeyValueCache | None
-    device: str | torch.device
+    device: str | torch.device | None
     on_input: OnInput | None
 
 
@@ -61,7 +62,8 @@ class StreamedForward:
     ``dtype``: of activations and products. ``sliding_window``: replaces the config's, to test the window with a short
     prompt; one number, or one for each prompt. ``amplifier``: amplifies the attention scores of some prompts.
     ``attention_mask`` (B, tokens in the cache + T): 0 for padding. ``position_ids`` and ``past_key_values``: as for
-    ``Gemma2Model``; the pass adds to the cache. ``on_input``: see ``OnInput``. Raises ``UsageError`` for ids outside
+    ``Gemma2Model``; the pass adds to the cache. ``device``: None for the current one (see ``devices``). ``on_input``:
+    see ``OnInput``. Raises ``UsageError`` for ids outside
     the vocabulary, a mask of another shape, or a prompt beyond max_position_embeddings.
     """
 
@@ -76,10 +78,10 @@ class StreamedForward:
         attention_mask: Array | Tensor | None = None,
         position_ids: Tensor | None = None,
         past_key_values: KeyValueCache | None = None,
-        device: str | torch.device = "cpu",
+        device: str | torch.device | None = None,
         on_input: OnInput | None = None,
     ) -> None:
-        config = checkpoint.config
+        config, device = checkpoint.config, current_device() if device is None else torch.device(device)
         if isinstance(sliding_window, int):
             config = dataclasses.replace(config, sliding_window=sliding_window)
         self.config: Gemma2Config = config
@@ -87,7 +89,7 @@ class StreamedForward:
         if sliding_window is not None and not isinstance(sliding_window, int):
             self.windows = torch.tensor(sliding_window, device=device).view(-1, 1, 1, 1)
         self.amplifier = amplifier
-        self.tensors, self.dtype, self.device, self.on_input = checkpoint.tensors, dtype, torch.device(device), on_input
+        self.tensors, self.dtype, self.device, self.on_input = checkpoint.tensors, dtype, device, on_input
         self.input_ids = check_ids(torch.as_tensor(input_ids), config)
         batch, length = self.input_ids.shape
         mask = None if attention_mask is None else torch.as_tensor(attention_mask)

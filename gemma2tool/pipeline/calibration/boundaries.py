@@ -78,4 +78,4 @@ def _name(stage: int) -> str:
 
 
 def _buffers(residual: Sequence[Tensor]) -> list[AnyBuffer]:
-    return [stream.numpy() for stream in residual]
+    return [stream.cpu().numpy() for stream in residual]

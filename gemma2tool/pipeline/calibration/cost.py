@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from gemma2tool.model.config import Gemma2Config
+from gemma2tool.model.devices import current_device
 from gemma2tool.pipeline.calibration.gradients import POSITIONS, STREAM, sequence_count
 from gemma2tool.pipeline.calibration.layer import SEQUENCES
 from gemma2tool.pipeline.calibration.output_side import layer_bytes
@@ -22,6 +23,8 @@ from gemma2tool.reference.readahead import one_thread_each
 FLOAT = 4
 LIBRARIES = 640 << 20
 """Bytes that torch, numpy and the program take, with the blocks of weights in flight."""
+
+PROCESSOR = torch.device("cpu")
 
 EFFICIENCY = 0.7
 """Fraction of the speed of one large matrix product that the whole calibration reaches."""
@@ -126,6 +129,7 @@ def estimate(
     weights = sum(columns * rows for columns, rows in stages)
     # Each projection runs twice, but down once; scores and what they mix run twice.
     operations = 2.0 * tokens * (2 * weights - inner * width) + 8.0 * tokens * length * heads
+    rounding = 0.0  # on the processor, wherever the rest is computed
     peaks = []
     for columns, rows in stages:
         square = min(hessian_block or columns, columns)
@@ -133,27 +137,32 @@ def estimate(
         running = min(threads, SEQUENCES) * (3 * length * inner * FLOAT + SCORE_BYTES)
         operations += tokens * columns * square
         if work.scales:
-            operations += (
+            rounding += (
                 (len(POWERS) * min(rows, 2 * ROWS) * square + len(SHRINKS) * rows * 128 + steps * rows) * 2 * columns
             )
             deciding = (
                 width * min(hessian_block or width, width) * FLOAT
             )  # the Hessian of q, k and v outlives its stage
         else:
-            operations += (square**2 * 2 / 3 + rows * square + steps * rows) * columns
+            operations += square**2 * 2 / 3 * columns
+            rounding += (rows * square + steps * rows) * columns
             deciding = 4 * square**2 * FLOAT  # the factor twice, the Hessian again, and what that is made from
         deciding += threads * min(rows, ROWS) * columns * FLOAT * 4
         peaks.append(hessian + max(2 * activations + running, deciding))
-    operations *= work.layers
+    operations, rounding = operations * work.layers, rounding * work.layers
     before = held = 0
     if work.by_model:
         more, before = _gradients(config, weights, shape, threads)
         operations += more
         held = layer_bytes(config)
     if work.head_steps:
-        operations += tokens * width**2 + width**3 + (work.head_steps + width) * width * config.vocab_size
+        operations += tokens * width**2 + width**3
+        rounding += (work.head_steps + width) * width * config.vocab_size
     memory = LIBRARIES + 2 * weights + max(tokens * width * FLOAT + max(peaks) + held, before)
-    seconds = operations / (product_rate() * threads * EFFICIENCY)
+    seconds = rounding / (product_rate() * threads * EFFICIENCY)
+    device = current_device()
+    at_once = product_rate(device) * (threads if device.type == "cpu" else 1)
+    seconds += operations / (at_once * EFFICIENCY)
     return Cost(int(memory), seconds, threads, shape, "model" if work.by_model else "layer")
 
 
@@ -171,13 +180,15 @@ def _gradients(config: Gemma2Config, weights: int, shape: tuple[int, int], threa
 
 
 @functools.cache
-def product_rate() -> float:
-    """Floating-point operations per second of one thread of this machine, multiplying matrices of a thousand."""
-    size, best = 1024, float("inf")
-    a, b = torch.ones(size, size), torch.ones(size, size)
+def product_rate(device: torch.device = PROCESSOR) -> float:
+    """Floating-point operations per second of one thread of this machine, multiplying matrices of a thousand; or of a
+    GPU, with matrices of four thousand.
+    """
+    size, best = 1024 if device.type == "cpu" else 4096, float("inf")
+    a, b = torch.ones(size, size, device=device), torch.ones(size, size, device=device)
     with one_thread_each():
         for _ in range(4):
             start = time.perf_counter()
-            torch.mm(a, b)
+            torch.mm(a, b)[0, 0].item()  # waits for a GPU
             best = min(best, time.perf_counter() - start)
     return 2 * size**3 / best

@@ -15,17 +15,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from gemma2tool.errors import InputRefused
 from gemma2tool.model.checkpoint import Checkpoint
-from gemma2tool.model.lazy import FLOAT32, LazyTensor, row_ranges
+from gemma2tool.model.devices import current_device
+from gemma2tool.model.lazy import LazyTensor
 from gemma2tool.model.names import EMBEDDING, HEAD
 from gemma2tool.pipeline.calibration.head import final_norm
-from gemma2tool.pipeline.calibration.layer import BLOCK_BYTES, SEQUENCES, Projection, finite_rows, refuse_nonfinite
+from gemma2tool.pipeline.calibration.layer import SEQUENCES, Projection, refuse_nonfinite
 from gemma2tool.pipeline.calibration.text import spread, warn_of_foreign_text
+from gemma2tool.pipeline.calibration.weights import Weights
 from gemma2tool.quantizers.calibration import Map
 from gemma2tool.quantizers.calibration.hessian import Hessian
 from gemma2tool.reference.layers import DecoderLayer, RMSNorm, soft_cap
@@ -67,19 +68,21 @@ def output_hessians(
     ``tensors``: the unquantized ones, by canonical name. ``ids`` (n, T). ``blocks``: the projections (such as
     "self_attn.q_proj") that are collected, with the size of the blocks of their Hessians.
     """
-    config = checkpoint.config
-    cos, sin = cos_sin(config, torch.arange(ids.shape[1])[None], torch.float32)
-    layers = [_Layer(checkpoint, index, tensors, cos, sin) for index in range(config.num_hidden_layers)]
+    config, weights = checkpoint.config, Weights(current_device())
+    cos, sin = cos_sin(config, torch.arange(ids.shape[1], device=weights.device)[None], torch.float32)
+    layers = [_Layer(checkpoint, index, tensors, weights, (cos, sin)) for index in range(config.num_hidden_layers)]
     streams, gradients = _forward(checkpoint, layers, ids, run)
-    loss = 0.0
+    head, loss = _HeadGradient(checkpoint, tensors, weights), 0.0
+    weights.hold([head.weight], run)
     for batch in _batches(len(ids)):
         numbered = [(ids[number], number, gradients[number]) for number in batch]
-        passed = list(run(lambda item: _head_gradient(checkpoint, tensors, *item), numbered))
+        passed = list(run(lambda item: head.gradient(*item), numbered))
         for number, (gradient, loss_of_text) in zip(batch, passed, strict=True):
             gradients[number] = gradient
             loss += loss_of_text
     warn_of_foreign_text(math.exp(loss / max(ids[:, 1:].size, 1)))
     for layer in reversed(layers):
+        weights.hold(layer.matrices, run)
         hessians: dict[str, Hessian] = {}
         for batch in _batches(len(ids)):
             returned = list(run(functools.partial(_backward, layer, streams, gradients), batch))
@@ -88,7 +91,7 @@ def output_hessians(
                 for name, block in blocks.items():
                     output = collected[name]
                     if name not in hessians:
-                        hessians[name] = Hessian(output.shape[1], block)
+                        hessians[name] = Hessian(output.shape[1], block, device=weights.device)
                     hessians[name].add(output, run)
         for name, hessian in hessians.items():
             refuse_nonfinite(hessian, f"gradients of model.layers.{layer.index}.{name}")
@@ -106,6 +109,7 @@ def _forward(
     xs = list(run(lambda row: StreamedForward(checkpoint, row[None]).embeddings(), ids))
     streams: list[list[Tensor]] = [[] for _ in xs]
     for layer in layers:
+        layer.weights.hold(layer.matrices, run)
         through = layer.forward()
         for batch in _batches(len(xs)):
             for number, x in zip(batch, list(run(through, [xs[number] for number in batch])), strict=True):
@@ -132,9 +136,21 @@ class _Layer:
     """A layer of the unquantized model over one sequence, forward and backward."""
 
     def __init__(
-        self, checkpoint: Checkpoint, index: int, tensors: Mapping[str, LazyTensor], cos: Tensor, sin: Tensor
+        self,
+        checkpoint: Checkpoint,
+        index: int,
+        tensors: Mapping[str, LazyTensor],
+        weights: Weights,
+        rotary: tuple[Tensor, Tensor],
     ) -> None:
-        self.config, self.index, self.tensors, self.cos, self.sin = checkpoint.config, index, tensors, cos, sin
+        self.config, self.index, self.tensors, self.weights = checkpoint.config, index, tensors, weights
+        self.cos, self.sin = rotary
+
+    @property
+    def matrices(self) -> list[LazyTensor]:
+        """The weights of its projections."""
+        prefix = f"model.layers.{self.index}."
+        return [tensor for name, tensor in self.tensors.items() if name.startswith(prefix) and len(tensor.shape) == 2]
 
     def forward(self) -> Callable[[Tensor], Tensor]:
         """The layer as a function of the residual stream (1, T, D); several threads may call it at once."""
@@ -163,21 +179,20 @@ class _Layer:
         prefix = f"model.layers.{self.index}."
 
         def projection(in_features: int, out_features: int, bias: bool, name: str) -> nn.Module:
-            return _Projection(
-                self.tensors[f"{prefix}{name}.weight"], self.tensors[f"{prefix}{name}.bias"] if bias else None
-            )
+            offset = self.tensors[f"{prefix}{name}.bias"] if bias else None
+            return _Projection(self.tensors[f"{prefix}{name}.weight"], offset, self.weights)
 
         with torch.device("meta"):
             module = DecoderLayer(self.config, self.index, projection).eval()
         for name, norm in module.named_modules():
             if isinstance(norm, RMSNorm):
-                weight = load_tensor(self.tensors[f"{prefix}{name}.weight"], torch.float32, "cpu")
+                weight = load_tensor(self.tensors[f"{prefix}{name}.weight"], torch.float32, self.weights.device)
                 norm.weight = nn.Parameter(weight, requires_grad=False)
         return module
 
 
 class _Projection(Projection):
-    """x times a weight that is read a block of rows at a time, in both directions; remembers its output's gradient."""
+    """x times a weight, in both directions; remembers its output's gradient."""
 
     gradient: Tensor
 
@@ -190,64 +205,58 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, projection: _Projection) -> Tensor:
         ctx.projection = projection  # type: ignore[attr-defined]  # torch's class takes any attribute
-        return _times(x, projection.weight)
+        return projection.weights.times(x, projection.weight)
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, *gradients: Tensor) -> tuple[Tensor, None]:
         projection: _Projection = ctx.projection  # type: ignore[attr-defined]
         projection.gradient = gradients[0]
-        return _times_transposed(gradients[0], projection.weight), None
+        return projection.weights.times_transposed(gradients[0], projection.weight), None
 
 
-def _blocks(weight: LazyTensor) -> Iterator[tuple[int, int, Tensor]]:
-    """Rows of a weight, a block at a time. Raises ``InputRefused`` if they are not finite."""
-    for first, last in row_ranges(weight.rows, weight.row_size * FLOAT32.itemsize, BLOCK_BYTES):
-        rows = finite_rows(weight, first, last)
-        yield first, last, torch.from_numpy(rows if rows.flags.writeable else rows.copy())
+class _HeadGradient:
+    """The gradient at the output head."""
+
+    def __init__(self, checkpoint: Checkpoint, tensors: Mapping[str, LazyTensor], weights: Weights) -> None:
+        self.cap, self.weights = checkpoint.config.final_logit_softcapping, weights
+        self.weight = tensors[EMBEDDING if checkpoint.config.tie_word_embeddings else HEAD]
+        self.norm = final_norm(checkpoint)
+
+    def gradient(self, ids: NDArray[np.int64], seed: int, x: Tensor) -> tuple[Tensor, float]:
+        """The gradient of -log p(token), summed over positions, for the residual stream ``x`` (1, T, D) after the last
+        layer, where tokens are drawn from p; and the sum of -log p of the tokens that follow in the text, ``ids`` (T,).
+        """
+        draws, loss = np.random.default_rng(seed).random(x.shape[1]), 0.0
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            hidden = self.norm(x)
+        gradient = torch.empty_like(hidden)
+        for first in range(0, x.shape[1], POSITIONS):
+            positions = slice(first, first + POSITIONS)
+            raw = self.weights.times(hidden.detach()[0, positions], self.weight)
+            logits = soft_cap(raw, self.cap)
+            slope = 1.0 if self.cap is None else 1 - (logits / self.cap) ** 2
+            chances = torch.softmax(logits, dim=-1)
+            following = torch.from_numpy(ids[1:][positions]).to(x.device)
+            of_text = chances[torch.arange(len(following), device=x.device), following]
+            loss -= float(of_text.log().clamp(min=-MAX_LOSS).sum())
+            drawn = torch.tensor(_draw(chances, draws[positions]), device=x.device)
+            chances[torch.arange(len(drawn), device=x.device), drawn] -= 1
+            gradient[0, positions] = self.weights.times_transposed(chances * slope, self.weight)
+        hidden.backward(gradient)
+        assert x.grad is not None
+        return x.grad, loss
 
 
-def _times(x: Tensor, weight: LazyTensor) -> Tensor:
-    """x (..., I) times the transpose of a weight (O, I)."""
-    product = x.new_empty(*x.shape[:-1], weight.rows)
-    for first, last, rows in _blocks(weight):
-        product[..., first:last] = F.linear(x, rows)
-    return product
-
-
-def _times_transposed(y: Tensor, weight: LazyTensor) -> Tensor:
-    """y (..., O) times a weight (O, I)."""
-    product = y.new_zeros(*y.shape[:-1], weight.row_size)
-    for first, last, rows in _blocks(weight):
-        product += y[..., first:last] @ rows
-    return product
-
-
-def _head_gradient(
-    checkpoint: Checkpoint, tensors: Mapping[str, LazyTensor], ids: NDArray[np.int64], seed: int, x: Tensor
-) -> tuple[Tensor, float]:
-    """The gradient of -log p(token), summed over positions, for the residual stream ``x`` (1, T, D) after the last
-    layer, where tokens are drawn from p; and the sum of -log p of the tokens that follow in the text, ``ids`` (T,).
-    """
-    config = checkpoint.config
-    head = tensors[EMBEDDING if config.tie_word_embeddings else HEAD]
-    norm = final_norm(checkpoint)
-    draws, loss = np.random.default_rng(seed).random(x.shape[1]), 0.0
-    with torch.enable_grad():
-        x = x.detach().requires_grad_()
-        hidden = norm(x)
-    gradient = torch.empty_like(hidden)
-    for first in range(0, x.shape[1], POSITIONS):
-        positions = slice(first, first + POSITIONS)
-        raw = _times(hidden.detach()[0, positions], head)
-        logits = soft_cap(raw, config.final_logit_softcapping)
-        slope = 1.0 if config.final_logit_softcapping is None else 1 - (logits / config.final_logit_softcapping) ** 2
-        chances = torch.softmax(logits, dim=-1)
-        following = torch.from_numpy(ids[1:][positions])
-        loss -= float(chances[torch.arange(len(following)), following].log().clamp(min=-MAX_LOSS).sum())
-        for row, draw in zip(chances.numpy(), draws[positions], strict=True):
-            sums = np.cumsum(row, dtype=np.float64)
-            row[min(int(np.searchsorted(sums, draw * sums[-1], side="right")), len(row) - 1)] -= 1
-        gradient[0, positions] = _times_transposed(chances * slope, head)
-    hidden.backward(gradient)
-    assert x.grad is not None
-    return x.grad, loss
+def _draw(chances: Tensor, draws: NDArray[np.float64]) -> list[int]:
+    """The column of each row of ``chances`` (n, V) that a number from 0 to 1 falls to."""
+    if chances.device.type != "cpu":
+        sums = chances.double().cumsum(-1)
+        found = torch.searchsorted(sums, torch.from_numpy(draws).to(sums.device)[:, None] * sums[:, -1:], right=True)
+        columns: list[int] = found[:, 0].clamp(max=chances.shape[1] - 1).tolist()
+        return columns
+    columns = []
+    for row, draw in zip(chances.numpy(), draws, strict=True):
+        sums_of_row = np.cumsum(row, dtype=np.float64)
+        columns.append(min(int(np.searchsorted(sums_of_row, draw * sums_of_row[-1], side="right")), len(row) - 1))
+    return columns

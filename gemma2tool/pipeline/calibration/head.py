@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from gemma2tool.model.checkpoint import Checkpoint
+from gemma2tool.model.devices import current_device, on_device
 from gemma2tool.pipeline.calibration.layer import SEQUENCES, refuse_nonfinite
 from gemma2tool.quantizers.calibration import Map
 from gemma2tool.quantizers.calibration.hessian import Hessian
@@ -17,7 +18,7 @@ def final_norm(checkpoint: Checkpoint) -> RMSNorm:
     """The norm before the head."""
     with torch.device("meta"):
         norm = RMSNorm(checkpoint.config.hidden_size, checkpoint.config.rms_norm_eps)
-    weight = load_tensor(checkpoint.tensors["model.norm.weight"], torch.float32, "cpu")
+    weight = load_tensor(checkpoint.tensors["model.norm.weight"], torch.float32, current_device())
     norm.weight = nn.Parameter(weight, requires_grad=False)
     return norm
 
@@ -27,9 +28,9 @@ def head_hessian(checkpoint: Checkpoint, residual: list[Tensor], block: int | No
     sequence.
     """
     norm = final_norm(checkpoint)
-    hessian = Hessian(checkpoint.config.hidden_size, block)
+    hessian = Hessian(checkpoint.config.hidden_size, block, device=current_device())
     for first in range(0, len(residual), SEQUENCES):
-        batch = run(norm, residual[first : first + SEQUENCES])
+        batch = run(lambda x: norm(on_device(x)), residual[first : first + SEQUENCES])
         hessian.add(torch.cat([sequence.flatten(0, 1) for sequence in batch]), run)
     refuse_nonfinite(hessian, "inputs of the head")
     return hessian

@@ -13,12 +13,13 @@ from typing import Protocol
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gemma2tool.errors import InputRefused
 from gemma2tool.model.config import Gemma2Config
-from gemma2tool.model.lazy import FLOAT32, Array, LazyTensor, row_ranges
+from gemma2tool.model.devices import current_device
+from gemma2tool.model.lazy import Array, LazyTensor
+from gemma2tool.pipeline.calibration.weights import Weights, finite_rows
 from gemma2tool.quantizers.calibration import Map
 from gemma2tool.quantizers.calibration.grid import RoundedMatrix
 from gemma2tool.quantizers.calibration.hessian import Hessian
@@ -30,9 +31,6 @@ GATE, UP, DOWN = (f"mlp.{name}_proj" for name in ("gate", "up", "down"))
 
 SEQUENCES = 4
 """Sequences whose activations are held, and added to a Hessian, at once."""
-
-BLOCK_BYTES = 8 << 20
-"""Rows of a weight that are multiplied with at once, as float32."""
 
 
 class Method(Protocol):
@@ -47,18 +45,6 @@ class Method(Protocol):
     def mlp_output(self, layer: CalibratedLayer, hessian: Hessian) -> None: ...
 
 
-def finite_rows(weight: LazyTensor, first: int, last: int) -> Array:
-    """Rows of a weight, float32. Raises ``InputRefused`` if they are not finite."""
-    rows = weight.load_rows_f32(first, last)
-    if not np.isfinite(rows).all():
-        raise InputRefused(
-            "weights.nonfinite",
-            f"{weight.origin}: contains NaN or infinite values",
-            hint="such a checkpoint cannot be calibrated; quantize without --calibration, or use another copy",
-        )
-    return rows
-
-
 def refuse_nonfinite(hessian: Hessian, where: str) -> None:
     """Raises ``InputRefused`` (``calibration.nonfinite``) if the sums of squares are not finite. ``where``: what they
     are of.
@@ -69,18 +55,15 @@ def refuse_nonfinite(hessian: Hessian, where: str) -> None:
 
 
 class Projection(nn.Module):
-    """x times a weight that is read, or decoded, a block of rows at a time."""
+    """x times a weight (see ``Weights``)."""
 
-    def __init__(self, weight: LazyTensor, bias: LazyTensor | None) -> None:
+    def __init__(self, weight: LazyTensor, bias: LazyTensor | None, weights: Weights) -> None:
         super().__init__()
-        self.weight = weight
-        self.bias = None if bias is None else load_tensor(bias, torch.float32, "cpu")
+        self.weight, self.weights = weight, weights
+        self.bias = None if bias is None else load_tensor(bias, torch.float32, weights.device)
 
     def forward(self, x: Tensor) -> Tensor:
-        out = x.new_empty(*x.shape[:-1], self.weight.rows)
-        for first, last in row_ranges(self.weight.rows, self.weight.row_size * FLOAT32.itemsize, BLOCK_BYTES):
-            rows = self.weight.load_rows_f32(first, last)
-            out[..., first:last] = F.linear(x, torch.from_numpy(rows if rows.flags.writeable else rows.copy()))
+        out = self.weights.times(x, self.weight)
         return out if self.bias is None else out.add_(self.bias)
 
 
@@ -102,26 +85,26 @@ class CalibratedLayer:
         run: Map,
     ) -> None:
         self.config, self.prefix, self.tensors, self.quantized = config, f"model.layers.{index}.", tensors, quantized
-        self.hessian_block, self.run = hessian_block, run
+        self.hessian_block, self.run, self.device = hessian_block, run, current_device()
+        self._weights = Weights(self.device)
         self.rounded: dict[str, RoundedMatrix] = {}
         """Rounded weights, by canonical name."""
         self.norms: dict[str, Array] = {}
         """Norms whose values changed, as they will be stored, by canonical name."""
 
         def projection(in_features: int, out_features: int, bias: bool, name: str) -> nn.Module:
-            return Projection(
-                tensors[f"{self.prefix}{name}.weight"], tensors[f"{self.prefix}{name}.bias"] if bias else None
-            )
+            offset = tensors[f"{self.prefix}{name}.bias"] if bias else None
+            return Projection(tensors[f"{self.prefix}{name}.weight"], offset, self._weights)
 
         with torch.device("meta"):
             self.module = DecoderLayer(config, index, projection).eval()
         for name, norm in self.module.named_modules():
             if isinstance(norm, RMSNorm):
-                self._set_norm(norm, load_tensor(tensors[f"{self.prefix}{name}.weight"], torch.float32, "cpu"))
+                self._set_norm(norm, load_tensor(tensors[f"{self.prefix}{name}.weight"], torch.float32, self.device))
 
     def calibrate(self, method: Method, residual: list[Tensor], cos: Tensor, sin: Tensor) -> None:
         """Run the stages with ``method``; ``residual``, (1, T, D) for each sequence, is replaced by
-        the layer's output.
+        the layer's output. It may be on another device than the layer is.
         """
         layer, attention, mlp = self.module, self.module.self_attn, self.module.mlp
 
@@ -130,17 +113,22 @@ class CalibratedLayer:
             return output
 
         method.attention_input(self, self._collect(QUERY, layer.input_layernorm, residual))
+        self._hold(QUERY, KEY, VALUE)
         with _Without(attention, "o_proj"):
             hessian = self._collect(OUTPUT, attend, residual)
         method.attention_output(self, hessian)
         del hessian
+        self._hold(QUERY, KEY, VALUE, OUTPUT)
         self._replace(lambda x: x + layer.post_attention_layernorm(attend(x)), residual)
         method.mlp_input(self, self._collect(GATE, layer.pre_feedforward_layernorm, residual))
+        self._hold(GATE, UP)
         with _Without(mlp, "down_proj"):
             hessian = self._collect(DOWN, lambda x: mlp(layer.pre_feedforward_layernorm(x)), residual)
         method.mlp_output(self, hessian)
         del hessian
+        self._hold(GATE, UP, DOWN)
         self._replace(lambda x: x + layer.post_feedforward_layernorm(mlp(layer.pre_feedforward_layernorm(x))), residual)
+        self._hold()
 
     def quantizes(self, *names: str) -> bool:
         """Whether all these projections are to be quantized."""
@@ -168,19 +156,22 @@ class CalibratedLayer:
         self.norms[f"{self.prefix}{name}.weight"] = stored
         norm = self.module.get_submodule(name)
         assert isinstance(norm, RMSNorm)
-        self._set_norm(norm, torch.from_numpy(stored.astype(np.float32)))
+        self._set_norm(norm, torch.from_numpy(stored.astype(np.float32)).to(self.device))
 
     def _set_norm(self, norm: RMSNorm, values: Tensor) -> None:
         norm.weight = nn.Parameter(values, requires_grad=False)
+
+    def _hold(self, *names: str) -> None:
+        self._weights.hold([self.projection(name).weight for name in names], self.run)
 
     def _collect(self, name: str, inputs: Callable[[Tensor], Tensor], residual: list[Tensor]) -> Hessian:
         """The Hessian of the inputs of projection ``name``, and of those that share them."""
         hessian: Hessian | None = None
         for first in range(0, len(residual), SEQUENCES):
-            batch = self.run(inputs, residual[first : first + SEQUENCES])
+            batch = self.run(lambda x: inputs(x.to(self.device)), residual[first : first + SEQUENCES])
             activations = torch.cat([sequence.flatten(0, 1) for sequence in batch])
             if hessian is None:
-                hessian = Hessian(activations.shape[1], self.hessian_block)
+                hessian = Hessian(activations.shape[1], self.hessian_block, device=self.device)
             hessian.add(activations, self.run)
         assert hessian is not None
         refuse_nonfinite(hessian, f"inputs of {self.prefix}{name}")
@@ -189,7 +180,7 @@ class CalibratedLayer:
     def _replace(self, step: Callable[[Tensor], Tensor], residual: list[Tensor]) -> None:
         for first in range(0, len(residual), SEQUENCES):
             batch = slice(first, first + SEQUENCES)
-            residual[batch] = list(self.run(step, residual[batch]))
+            residual[batch] = list(self.run(lambda x: step(x.to(self.device)).to(x.device), residual[batch]))
 
 
 class _Without:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.config import Gemma2Config
+from gemma2tool.model.devices import current_device
 from gemma2tool.model.lazy import LazyTensor
 from gemma2tool.pipeline.calibration.boundaries import Kept
 from gemma2tool.pipeline.calibration.gradients import output_hessians, sequence_count, some_sequences
@@ -82,7 +83,7 @@ class OutputSide:
         tokens = sequence_count(self.ids.shape) * self.ids.shape[1]
         return {
             f"{prefix}{name}.weight": inverse_factors(
-                hessian, DAMPING + len(hessian.squares[0]) / tokens, act_order=True
+                hessian.to(current_device()), DAMPING + len(hessian.squares[0]) / tokens, act_order=True
             )
             for name, hessian in hessians.items()
         }
@@ -99,7 +100,7 @@ class OutputSide:
         blocks = {name: block for name, (_, block) in sizes.items()}
         ids = some_sequences(self.ids)
         for layer, hessians in output_hessians(self.checkpoint, self.tensors, ids, blocks, run):
-            wanted = {name: hessians[name] for name in self._names(layer)}
+            wanted = {name: hessians[name].to("cpu") for name in self._names(layer)}
             if self.kept is None:
                 self._waiting[layer] = wanted
             else:
@@ -118,4 +119,4 @@ def _name(layer: int) -> str:
 
 
 def _buffers(hessians: Mapping[str, Hessian]) -> list[AnyBuffer]:
-    return [square.numpy() for hessian in hessians.values() for square in hessian.squares]
+    return [square.numpy() for hessian in hessians.values() for square in hessian.squares]  # in main memory

@@ -148,7 +148,7 @@ class Session:
         residual = [torch.empty(1, length, self.checkpoint.config.hidden_size) for _ in range(sequences)]
         self._done = boundaries.load(residual)
         if self._done:
-            self._residual = residual
+            self._residual = self._at_home(residual)
         return self._done
 
     def rounded(self, name: str) -> RoundedMatrix:
@@ -207,6 +207,8 @@ class Session:
             self._boundaries.save(self._done, self._residual)
 
     def _next_layer(self) -> None:
+        import torch
+
         from gemma2tool.pipeline.calibration.layer import CalibratedLayer
         from gemma2tool.reference.readahead import one_thread_each
         from gemma2tool.reference.rotary import cos_sin
@@ -223,7 +225,8 @@ class Session:
                 hessian_block=self.calibration.hessian_block,
                 run=pool.map,
             )
-            cos, sin = cos_sin(config, _positions(self.calibration.ids.shape[1]), self._residual[0].dtype)
+            positions = torch.arange(self.calibration.ids.shape[1], device=layer.device)[None]
+            cos, sin = cos_sin(config, positions, self._residual[0].dtype)
             layer.calibrate(self._method(pool.map), self._residual, cos, sin)
         self._rounded |= layer.rounded
         self._norms |= layer.norms
@@ -266,13 +269,17 @@ class Session:
     def _embeddings(self) -> list[Tensor]:
         from gemma2tool.reference.streaming import StreamedForward
 
-        return [next(StreamedForward(self.checkpoint, row[None]).hidden_states()) for row in self.calibration.ids]
+        rows = self.calibration.ids
+        return self._at_home([StreamedForward(self.checkpoint, row[None], device="cpu").embeddings() for row in rows])
 
+    def _at_home(self, residual: list[Tensor]) -> list[Tensor]:
+        """The residual streams in a GPU's memory if they take a small part of it, else in main memory."""
+        from gemma2tool.model.devices import current_device, fits_on
 
-def _positions(length: int) -> Tensor:
-    import torch
-
-    return torch.arange(length)[None]
+        device = current_device()
+        if not fits_on(device, sum(x.nbytes for x in residual), share=0.25):
+            return residual
+        return [x.to(device) for x in residual]
 
 
 def dtype_of(item: OutputTensor) -> DType:

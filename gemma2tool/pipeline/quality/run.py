@@ -16,6 +16,7 @@ from gemma2tool.formats import registry
 from gemma2tool.formats.options import Calibration, GGUFOptions, WriteOptions
 from gemma2tool.formats.options_budget import PLACEHOLDER, Budget
 from gemma2tool.model.checkpoint import Checkpoint
+from gemma2tool.model.devices import use_device
 from gemma2tool.model.progress import Progress, progress_or_null
 from gemma2tool.pipeline.calibration.text import LENGTH, SAMPLES, read_sequences
 from gemma2tool.pipeline.output_names import check_type
@@ -32,7 +33,7 @@ class QualityRequest:
     """``types``: of GGUF files to write and measure. ``files``: checkpoints of any format to measure. ``texts``: label
     and file of what they are measured on, in ``windows`` of ``length`` tokens. ``calibration``: also calibrate each
     type, beside an importance matrix from the same text. ``imatrix``: that importance matrix. ``sensitivity``: with a
-    calibration, also the best choice of types at the size of each type's file.
+    calibration, also the best choice of types at the size of each type's file. ``device``: where to compute.
     """
 
     types: tuple[str, ...] = ()
@@ -44,6 +45,7 @@ class QualityRequest:
     imatrix: Path | None = None
     sensitivity: Path | None = None
     threads: int = field(default_factory=default_threads)
+    device: str = "cpu"
 
     @property
     def inputs(self) -> tuple[Path, ...]:
@@ -77,6 +79,7 @@ def measure_quality(source: Checkpoint, request: QualityRequest, progress: Progr
     measured = _Measurement(source, ids, request.threads)
     points: list[QualityPoint] = []
     with ExitStack() as stack:
+        stack.enter_context(use_device(request.device))
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="gemma2tool-quality-")))
         jobs = list(_jobs(source, request, folder))
         bar = stack.enter_context(progress_or_null(progress, len(jobs), "quality", unit="files"))
@@ -154,6 +157,7 @@ def _collected(source: Checkpoint, request: QualityRequest, folder: Path) -> Pat
         chunk_size=calibration.length or min(LENGTH, source.config.max_position_embeddings),
         max_chunks=calibration.samples or SAMPLES,
         threads=request.threads,
+        device=request.device,
     )
     return collect_imatrix(source, calibration.text, folder / "importance.gguf", options).out
 

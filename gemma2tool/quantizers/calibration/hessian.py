@@ -22,16 +22,31 @@ class Hessian:
     """H (I, I) in float32, and the sum of |x| per column (I,) in float64.
 
     ``block``: keep only blocks of this many columns on the diagonal, as if columns of different blocks were
-    independent; memory and time are divided by their number. Only the lower triangle is summed.
+    independent; memory and time are divided by their number. Only the lower triangle is summed. ``device``: where sums
+    and factors are computed.
     """
 
-    def __init__(self, columns: int, block: int | None = None, *, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self,
+        columns: int,
+        block: int | None = None,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
         width = min(block or columns, columns)
         self.columns = columns
         self.spans = [slice(start, min(start + width, columns)) for start in range(0, columns, width)]
-        self.squares = [torch.zeros(span.stop - span.start, span.stop - span.start, dtype=dtype) for span in self.spans]
-        self.magnitude = torch.zeros(columns, dtype=torch.float64)
+        sizes = [span.stop - span.start for span in self.spans]
+        self.squares = [torch.zeros(size, size, dtype=dtype, device=device) for size in sizes]
+        self.magnitude = torch.zeros(columns, dtype=torch.float64, device=device)
         self.count = 0
+
+    def to(self, device: torch.device | str) -> Hessian:
+        """These sums, moved to ``device``."""
+        self.squares = [square.to(device) for square in self.squares]
+        self.magnitude = self.magnitude.to(device)
+        return self
 
     def add(self, x: Tensor, run: Map = map) -> None:
         """Add inputs (tokens, I)."""
@@ -53,8 +68,8 @@ class Hessian:
 
     @property
     def mean_magnitude(self) -> Tensor:
-        """Mean |x| per column, float64 (I,)."""
-        return self.magnitude / self.count
+        """Mean |x| per column, float64 (I,), in main memory."""
+        return self.magnitude.cpu() / self.count
 
     def symmetrize(self) -> None:
         """Copy the lower triangles to the upper ones."""
@@ -101,7 +116,7 @@ class Factor:
 
 
 def inverse_factors(hessian: Hessian, damping: float, act_order: bool) -> list[Factor]:
-    """A factor for each block on the diagonal. Empties ``hessian``.
+    """A factor for each block on the diagonal, in main memory. Empties ``hessian``.
 
     ``damping``: this fraction of the diagonal's mean is added to the diagonal; where that is not enough, ten times as
     much. ``act_order``: columns are rounded from the largest diagonal element to the smallest, else from left to right.
@@ -115,9 +130,9 @@ def inverse_factors(hessian: Hessian, damping: float, act_order: bool) -> list[F
         diagonal[diagonal == 0] = 1  # the inputs of the column were all zero: it is rounded by itself
         if act_order:
             order = torch.argsort(diagonal, descending=True, stable=True)
-            square, columns = square[order][:, order], columns[order]
+            square, columns = square[order][:, order], columns[order.cpu()]
         square = square.flip(0, 1)
-        factors.append(Factor(columns, inverse_factor(square, damping)))
+        factors.append(Factor(columns, inverse_factor(square, damping).cpu()))
     return factors
 
 
@@ -148,7 +163,7 @@ def invert_lower_(lower: Tensor) -> None:
     """Invert a lower triangular matrix in place, recursively by halves."""
     size = len(lower)
     if size <= LEAF:
-        eye = torch.eye(size, dtype=lower.dtype)
+        eye = torch.eye(size, dtype=lower.dtype, device=lower.device)
         lower.copy_(torch.linalg.solve_triangular(lower, eye, upper=False))
         return
     half = size // 2
