@@ -152,6 +152,8 @@ def collect(
     """The sums of every matrix in the layers, and of the head with ``output_weights``. ``first``: the number of the
     first batch of ``chunks`` (N, T) in the text. ``folder``: for a temporary file.
     """
+    import torch
+
     from gemma2tool.model.devices import current_device
     from gemma2tool.pipeline.layer_by_layer import layer_bytes, run_layers
     from gemma2tool.reference.streaming import use_threads
@@ -162,7 +164,7 @@ def collect(
     sums: Sums = {}
 
     def add_squares(name: str, inputs: Tensor) -> None:
-        for part in inputs.split(BATCH):
+        for part in torch.split(inputs, BATCH):
             squares = part.double().square().sum(dim=(0, 1)).cpu().numpy()
             sums.setdefault(name, PairwiseSum(first)).add(squares)
 
