@@ -1,6 +1,7 @@
 """The residual streams between a calibration's stages, kept beside the output so that a killed run can continue.
 
-A stage is a layer, or the head after them. Once a stage is complete, the streams that enter the next one are kept.
+A stage is a layer, or the head after them. Once a stage is complete, the streams that enter the next one are kept,
+unless writing them would take more than a tenth of the time: then fewer stages are kept.
 Those of an earlier stage are removed once the journal has all its tensors and those of the stages before it. A later
 run continues at the last kept stage that is not beyond the first missing tensor. What it computes again is equal to
 what was lost.
@@ -8,6 +9,8 @@ what was lost.
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
@@ -17,6 +20,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _PREFIX = "residual-"
+
+SHARE = 0.1
+"""Of the time, that may go into keeping the streams, once that takes more than a second."""
 
 
 class Kept(Protocol):
@@ -40,6 +46,7 @@ class Boundaries:
 
     def __init__(self, kept: Kept, is_recorded: Callable[[str], bool], stages: Mapping[str, int]) -> None:
         self.kept, self.is_recorded, self.stages = kept, is_recorded, stages
+        self._kept_at, self._took = -math.inf, 0.0
 
     def first_missing(self) -> int | None:
         """The first stage of which a tensor is missing; None if all are recorded."""
@@ -56,13 +63,18 @@ class Boundaries:
         return 0
 
     def save(self, stage: int, residual: Sequence[Tensor]) -> None:
-        """Remove what no run will need, then keep those that enter ``stage``."""
+        """Remove what no run will need, then keep those that enter ``stage``, if it is time to."""
+        started = time.monotonic()
+        if self._took > 1 and started - self._kept_at < self._took / SHARE:
+            return
         missing = self.first_missing()
         start = max((kept for kept in self._kept_stages() if missing is None or kept <= missing), default=0)
         for name in self.kept.names():
             if _stage(name) < start:
                 self.kept.remove(name)
         self.kept.write(_name(stage), _buffers(residual))
+        self._kept_at = time.monotonic()
+        self._took = self._kept_at - started
 
     def _kept_stages(self) -> list[int]:
         return [_stage(name) for name in self.kept.names() if name.startswith(_PREFIX)]

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from gemma2tool.errors import InputRefused, UsageError
 from gemma2tool.errors.memory import out_of_memory_as_error
 from gemma2tool.model.checkpoint import Checkpoint
+from gemma2tool.model.devices import CPU, use_device
 from gemma2tool.model.digest import hash_checkpoint
 from gemma2tool.model.names import EMBEDDING
 from gemma2tool.model.progress import Progress, progress_or_null
@@ -151,6 +152,7 @@ def collect_table(
         keep, earlier = functools.partial(partial.write, settings), partial.read(settings)
     hint = "use fewer --windows, a smaller --calibration-length, or close other programs"
     with (
+        use_device(CPU),  # most of the time goes into rounding every matrix to every candidate
         use_threads(options.threads),
         out_of_memory_as_error(f"windows of {windows.evaluation.shape[1]} tokens", hint),
         ThreadPoolExecutor(options.threads, thread_name_prefix="sensitivity") as pool,
