@@ -30,13 +30,20 @@ def sign(
     password: str | None = None,
     certificate: PathLike | None = None,
     chain: Sequence[PathLike] = (),
+    keyless: bool = False,
+    identity_token: str | None = None,
+    interactive: bool = False,
+    trust_config: PathLike | None = None,
     statement: PathLike | None = None,
     force: bool = False,
 ) -> SignResult:
     """Sign an output and the receipt beside it, as ``model_signing verify`` accepts it: ``model.gguf.sig``.
 
     ``key``: a private key (PEM, elliptic curve), ``password`` its password. ``certificate``, ``chain``: of the key, and
-    what leads to a root. ``statement``: also write the receipt as an in-toto statement. ``force``: replace signatures.
+    what leads to a root. ``keyless``: sign with the identity of ``identity_token``, of the CI job, or, if
+    ``interactive``, of who logs in with a browser; ``trust_config``: of another Sigstore than the public one, which
+    shows the identity in its log. ``statement``: also write the receipt as an in-toto statement. ``force``: replace
+    signatures.
     """
     request = signing.SignRequest(
         output=Path(output),
@@ -44,6 +51,10 @@ def sign(
         password=password,
         certificate=as_path(certificate),
         chain=tuple(map(Path, chain)),
+        keyless=keyless,
+        identity_token=identity_token,
+        interactive=interactive,
+        trust_config=as_path(trust_config),
         statement=as_path(statement),
         force=force,
     )

@@ -27,6 +27,8 @@ def verify(
     logits: PathLike | None = None,
     engines: Sequence[str] = (),
     signed_by: PathLike | None = None,
+    issuer: str | None = None,
+    trust_config: PathLike | None = None,
     signature: PathLike | None = None,
     tokens: PathLike | None = None,
     text: PathLike | None = None,
@@ -43,7 +45,8 @@ def verify(
 
     ``reference``: the source. ``receipt``: default is the one beside the candidate. ``logits``: an engine's float
     logits (.npy) for ``tokens``. ``engines``: programs to run on it ("transformers", "llama.cpp", "mlx-lm",
-    "keras-hub"). ``signed_by``: also hold it, and its receipt, to signatures of this public key or certificate;
+    "keras-hub"). ``signed_by``: also hold it, and its receipt, to signatures of this public key or certificate,
+    or of this identity, for which ``issuer`` vouches (``trust_config``: through another Sigstore than the public one);
     ``signature``: default is beside it. ``config``: of a candidate that has none of its own, and of such a reference
     unless ``reference_config`` is given. ``readers``: the libraries of its format read the candidate too. A difference
     is a failed gate in the result (``result.passed``, ``result.causes``), not an exception.
@@ -54,7 +57,9 @@ def verify(
         receipt=as_path(receipt),
         logits=as_path(logits),
         engines=tuple(engines),
-        signed_by=as_path(signed_by),
+        signed_by=signed_by,
+        issuer=issuer,
+        trust_config=as_path(trust_config),
         signature=as_path(signature),
         checks=Checks.of(tokens, text, gates),
         config=config,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -23,6 +24,14 @@ def sign(
         list[Path] | None,
         typer.Option("--chain", metavar="FILE", help="Certificates that lead from it to a root. Repeatable."),
     ] = None,
+    keyless: Annotated[
+        bool,
+        typer.Option("--keyless", help="Sign with an identity, through Sigstore, whose public log then shows it."),
+    ] = False,
+    trust_config: Annotated[
+        Path | None,
+        typer.Option("--trust-config", metavar="FILE", help="With --keyless: another Sigstore than the public one."),
+    ] = None,
     statement: Annotated[
         Path | None,
         typer.Option("--statement", metavar="FILE", help="Write the receipt as an in-toto statement, unsigned."),
@@ -34,19 +43,23 @@ def sign(
     """Sign an output and its receipt; 'gemma2tool verify --signed-by' and 'model_signing verify' check it.
 
     Writes OUTPUT.sig and OUTPUT.receipt.json.sig, Sigstore bundles of the OpenSSF's model signing. The password of the
-    key, if it has one, is taken from GEMMA2TOOL_KEY_PASSWORD. Needs the extra "trust".
+    key, if it has one, is taken from GEMMA2TOOL_KEY_PASSWORD. With --keyless, the identity is that of the token in
+    SIGSTORE_IDENTITY_TOKEN, of the CI job, or of who logs in with a browser. Needs the extra "trust".
     """
     from gemma2tool import api
     from gemma2tool.cli.terminal import Console
 
     console = Console(quiet=quiet, json=json_output)
-    password = os.environ.get("GEMMA2TOOL_KEY_PASSWORD")
     result = api.sign(
         output,
         key=key,
-        password=password,
+        password=os.environ.get("GEMMA2TOOL_KEY_PASSWORD"),
         certificate=certificate,
         chain=chain or (),
+        keyless=keyless,
+        identity_token=os.environ.get("SIGSTORE_IDENTITY_TOKEN"),
+        interactive=sys.stdin.isatty() and sys.stderr.isatty(),
+        trust_config=trust_config,
         statement=statement,
         force=force,
     )

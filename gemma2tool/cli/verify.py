@@ -51,12 +51,20 @@ class VerifyOptions:
         ),
     ] = None
     signed_by: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
             "--signed-by",
-            metavar="FILE",
-            help="Also check the signature, of this public key or certificate (PEM); alone if there is no receipt.",
+            metavar="SIGNER",
+            help="Also check that this key, certificate (PEM) or identity signed it; alone if there is no receipt.",
         ),
+    ] = None
+    issuer: Annotated[
+        str | None,
+        typer.Option("--issuer", metavar="URL", help="Who vouches for the identity, e.g. https://accounts.google.com."),
+    ] = None
+    trust_config: Annotated[
+        Path | None,
+        typer.Option("--trust-config", metavar="FILE", help="Roots of trust of another Sigstore than the public one."),
     ] = None
     signature: Annotated[
         Path | None,
@@ -128,6 +136,8 @@ def _request(candidate: str, options: VerifyOptions, reports: Reports) -> Verify
         logits=options.logits,
         engines=tuple(name.strip() for names in options.engine or () for name in names.split(",")),
         signed_by=options.signed_by,
+        issuer=options.issuer,
+        trust_config=options.trust_config,
         signature=options.signature,
         checks=api.Checks(tokens=options.tokens, text=options.text, gates=api.parse_gates(options.gate or ())),
         config=options.config,

@@ -23,7 +23,7 @@ from gemma2tool.pipeline.inputs import read_logits, read_prompts, read_tokens, r
 from gemma2tool.pipeline.opening import is_remote, log_warnings, open_source
 from gemma2tool.pipeline.report_files import ReportFiles
 from gemma2tool.pipeline.requests import Checks, default_threads
-from gemma2tool.pipeline.signing import signature_alone, signature_gate
+from gemma2tool.pipeline.signatures import named_signer, signature_alone, signature_gate
 from gemma2tool.receipt.document import receipt_path
 
 if TYPE_CHECKING:
@@ -38,7 +38,8 @@ class VerifyRequest:
     """What to hold a candidate to: its source (``reference``), a receipt (default: the one beside it), an engine's
     ``logits``, or ``engines`` that are run on it, by the names of ``engines.run.ENGINES``.
 
-    ``signed_by``: also hold it to the signature of this public key or certificate (PEM); ``signature``: where that is,
+    ``signed_by``: also hold it to the signature of this public key or certificate (PEM), or of this identity, for which
+    ``issuer`` vouches (``trust_config``: through another Sigstore than the public one); ``signature``: where that is,
     default beside the candidate. With these alone nothing else is compared. ``config``: of a candidate that has none of
     its own, and of such a reference unless ``reference_config`` is given. ``readers``: with ``reference``, let the
     libraries that define the candidate's format read it too. ``device``: where the forward passes compute.
@@ -49,7 +50,9 @@ class VerifyRequest:
     receipt: Path | None = None
     logits: Path | None = None
     engines: tuple[str, ...] = ()
-    signed_by: Path | None = None
+    signed_by: Path | str | None = None
+    issuer: str | None = None
+    trust_config: Path | None = None
     signature: Path | None = None
     checks: Checks = field(default_factory=Checks)
     config: Gemma2Config | Path | str | None = None
@@ -93,8 +96,12 @@ def _verify(request: VerifyRequest, progress: Progress | None) -> Verification:
         )
     if request.reports.bom is not None and (request.reference or request.logits or request.engines):
         raise UsageError("option.ignored", "--bom is made from a receipt", hint="leave out --reference and --logits")
+    for option in ("signature", "issuer", "trust_config") if request.signed_by is None else ():
+        if getattr(request, option) is not None:
+            typed = f"--{option.replace('_', '-')}"
+            raise UsageError("option.pair", f"{typed} says nothing without a signer", hint="add --signed-by")
     local = Path(request.candidate)
-    signature = None if request.signed_by is None else _signature(request, local, request.signed_by)
+    signature = None if request.signed_by is None else _signature(request, local, str(request.signed_by))
     if signature is not None and not chosen and not receipt_path(local).exists():
         result = signature_alone(local, signature)
     elif request.reference is not None:
@@ -111,14 +118,15 @@ def _verify(request: VerifyRequest, progress: Progress | None) -> Verification:
     return result
 
 
-def _signature(request: VerifyRequest, candidate: Path, signed_by: Path) -> GateResult:
+def _signature(request: VerifyRequest, candidate: Path, signed_by: str) -> GateResult:
     """The gate of the candidate's signature, and of its receipt's where that is what it is held to."""
     if is_remote(str(request.candidate)):
         raise UsageError("option.ignored", "--signed-by is of files on this disk", hint="download the model first")
-    request.reports.check((signed_by, candidate))
+    signer = named_signer(signed_by, request.issuer, request.trust_config)
+    request.reports.check((*([] if signer.kind == "identity" else [Path(signed_by)]), candidate))
     receipt = request.receipt or receipt_path(candidate)
     uses_receipt = not (request.reference or request.logits or request.engines) and receipt.exists()
-    return signature_gate(candidate, signed_by, request.signature, receipt if uses_receipt else None)
+    return signature_gate(candidate, signer, request.signature, receipt if uses_receipt else None)
 
 
 def verify_output(

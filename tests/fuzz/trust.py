@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import io
+import json
 import pickle
 import tarfile
 import zipfile
 import zlib
+from datetime import datetime
 from pathlib import Path
 
 from tests.fuzz.base import JsonTarget, MemoryFile, Target
@@ -159,20 +162,40 @@ class Recipe(Target):
 
 
 class Bundle(JsonTarget):
-    """What a signature says that it was made with."""
+    """What a signature says that it was made with, by whom and of what."""
 
     name = "bundle"
-    names = ("verificationMaterial", "publicKey", "x509CertificateChain", "certificate", "dsseEnvelope", "hint")
+    names = (
+        "verificationMaterial", "publicKey", "x509CertificateChain", "certificate", "certificates", "rawBytes", "hint",
+        "tlogEntries", "dsseEnvelope", "payload",
+    )  # fmt: skip
 
     def prepare(self) -> None:
-        from gemma2tool.pipeline.key_files import material_kind, unusable_kind
+        from gemma2tool.pipeline.key_files import Bundle, unusable_kind
 
-        self.material, self.key, self.file = material_kind, unusable_kind, MemoryFile()
+        self.read, self.key, self.file = Bundle, unusable_kind, MemoryFile()
 
     def seeds(self) -> list[bytes]:
         pem = b"-----BEGIN PUBLIC KEY-----\nMCowBQYDK2VwAyEA" + b"A" * 43 + b"=\n-----END PUBLIC KEY-----\n"
-        return [b'{"verificationMaterial": {"publicKey": {"hint": "a"}}, "dsseEnvelope": {}}', pem, b"{}"]
+        resources = [{"name": "a", "algorithm": "sha256", "digest": "0" * 64}]
+        predicate = {"serialization": {"method": "files", "ignore_paths": [".git"]}, "resources": resources}
+        envelope = {"payload": base64.b64encode(json.dumps({"predicate": predicate}).encode()).decode()}
+        chain = {"certificates": [{"rawBytes": base64.b64encode(self._certificate()).decode()}]}
+        materials = ({"publicKey": {"hint": "a"}}, {"x509CertificateChain": chain}, {"certificate": {}})
+        bundles = [{"verificationMaterial": material, "dsseEnvelope": envelope} for material in materials]
+        return [pem, b"{}", *(json.dumps(bundle).encode() for bundle in bundles)]
+
+    def _certificate(self) -> bytes:
+        from cryptography import x509
+        from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+        from cryptography.hazmat.primitives.serialization import Encoding
+
+        key, name, begin = Ed25519PrivateKey.from_private_bytes(b"k" * 32), "CN=leaf,O=here", datetime(2026, 1, 1)
+        names = x509.Name.from_rfc4514_string(name)
+        builder = x509.CertificateBuilder(names, names, key.public_key(), 7, begin, begin.replace(year=2050))
+        return builder.sign(key, None).public_bytes(Encoding.DER)
 
     def run(self, data: bytes) -> object:
         path = Path(self.file.hold(data))
-        return self.material(path), self.key(path)
+        key, bundle = self.key(path), self.read(path)
+        return key, bundle.material, bundle.subject is None, bundle.files is None

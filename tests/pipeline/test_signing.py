@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -147,7 +148,8 @@ def test_what_both_refuse(outputs: Path, keys: Path, tmp_path: Path) -> None:
 def test_a_file_and_a_certificate(outputs: Path, keys: Path) -> None:
     """A bundle signed by a certificate, whose root is given to verify, as catalogues of models sign."""
     api.sign(outputs / "m.gguf", key=keys / "leaf.pem", certificate=keys / "leaf.crt", chain=[keys / "root.crt"])
-    assert ours(outputs / "m.gguf", keys / "root.crt")
+    gate = api.verify(outputs / "m.gguf", signed_by=keys / "root.crt").gate("signature")
+    assert gate.metrics["subject"] == "CN=leaf" and "root.crt (CN=leaf)" in gate.summary
     words = ("certificate", "--certificate_chain", keys / "root.crt")
     assert peer_accepts(outputs / "m.gguf", outputs / "m.gguf.sig", *words)
     other = write_key(keys, "other")
@@ -262,3 +264,60 @@ def test_a_signature_of_the_other_kind_is_named(outputs: Path, keys: Path) -> No
     api.sign(outputs / "m.gguf", key=keys / "alice.pem")
     result = run("verify", outputs / "m.gguf", "--signed-by", keys / "root.crt")
     assert result.exit_code == 1 and "was made with a key, not with the certificate root.crt" in result.stdout
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder that is no model: the signature alone is looked at."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    return tmp_path / "model"
+
+
+@pytest.mark.parametrize("kind", ["link", "dangling", "pipe"])
+def test_links_and_special_files(folder: Path, keys: Path, tmp_path: Path, kind: str) -> None:
+    """Not signed, and named where one is added to what was signed."""
+    api.sign(folder, key=keys / "alice.pem")
+    added = folder / "added"
+    if kind == "pipe":
+        os.mkfifo(added)
+    else:
+        added.symlink_to(tmp_path / "nothing" if kind == "dangling" else keys / "alice.pem")
+    refused = run("sign", folder, "--key", keys / "alice.pem", "--force")
+    assert_refused(refused, 3, "signature.files", "added: is not a plain file")
+    gate = api.verify(folder, signed_by=keys / "alice.pub").gate("signature")
+    assert gate.failed and "holds added, which is not a plain file" in gate.summary
+
+
+def test_what_a_signature_leaves_out_is_said(folder: Path, keys: Path) -> None:
+    """model-signing leaves out what Git keeps, and what the signer names; its own command does not say so."""
+    from model_signing import hashing, signing
+
+    (folder / ".git").mkdir()
+    (folder / ".git" / "config").write_text("[core]")
+    (folder / "adapter.bin").write_text("1")
+    chosen = hashing.Config().set_ignored_paths(paths=["adapter.bin"])
+    signer = signing.Config().use_elliptic_key_signer(private_key=keys / "alice.pem").set_hashing_config(chosen)
+    signer.sign(folder, folder.with_name("model.sig"))
+    (folder / "adapter.bin").write_text("2")
+    result = api.verify(folder, signed_by=keys / "alice.pub")
+    findings = {finding.subject: finding.severity for finding in result.gate("signature").findings}
+    assert result.passed and findings == {".git": "note", "adapter.bin": "warning"}
+    assert "adapter.bin: is not covered by" in run("verify", folder, "--signed-by", keys / "alice.pub").stdout
+
+
+DAMAGED = (b"\xff\xfe", b"[" * 100_000, b'{"a": 1, "a": 2}', b"{}", b"[]", b'{"mediaType": 1}')
+
+
+@pytest.mark.parametrize("content", DAMAGED, ids=range(len(DAMAGED)))
+def test_damaged_signatures_fail_the_gate(folder: Path, keys: Path, content: bytes) -> None:
+    folder.with_name("model.sig").write_bytes(content)
+    gate = api.verify(folder, signed_by=keys / "alice.pub").gate("signature")
+    assert gate.failed and "\n" not in gate.summary
+    with open(folder.with_name("model.sig"), "r+b") as file:
+        file.truncate(1 << 32)
+    assert "at most" in api.verify(folder, signed_by=keys / "alice.pub").gate("signature").summary
+
+
+def test_a_candidate_that_is_not_there(keys: Path, tmp_path: Path) -> None:
+    assert_refused(run("verify", tmp_path / "none", "--signed-by", keys / "alice.pub"), 3, "file.missing", "none")

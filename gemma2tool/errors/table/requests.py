@@ -101,6 +101,16 @@ ENTRIES = (
         "repeat that run unchanged, start over with --restart, or remove it with 'gemma2tool clean'",
     ),
     refused(
+        "signature.files",
+        "what is to be signed holds a link or a special file",
+        "copy the files to a folder of their own, as with 'cp -rL', and sign that one",
+    ),
+    refused(
+        "signature.identity",
+        "there is no identity to sign with, or Sigstore does not accept it",
+        "run it in a terminal or in a CI job that may ask for an identity, or set SIGSTORE_IDENTITY_TOKEN",
+    ),
+    refused(
         "signature.key",
         "a key or certificate cannot be used, or is of another kind than is needed",
         "name a PEM file: an elliptic-curve private key to sign, its public key or certificate to verify",
@@ -109,6 +119,16 @@ ENTRIES = (
         "signature.receipt",
         "the output to sign is not what the receipt beside it describes",
         "verify the output; to sign it without its receipt, move the receipt away",
+    ),
+    refused(
+        "signature.trust",
+        "the file that --trust-config names is not a trust configuration of Sigstore",
+        "name a client trust configuration (JSON), or leave out --trust-config",
+    ),
+    resource(
+        "signature.unreachable",
+        "Sigstore's services or its roots of trust could not be reached",
+        "check the network, or name a Sigstore that can be reached with --trust-config",
     ),
     usage("type.missing", "--type names no type", "run 'gemma2tool formats' and choose a type"),
     usage("type.unknown", "the output format has no such type", "run 'gemma2tool formats' and choose a type it lists"),
