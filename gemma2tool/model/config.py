@@ -6,6 +6,7 @@ import dataclasses
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from gemma2tool.errors import InputRefused, UsageError
@@ -264,8 +265,9 @@ def _known_departure(config: Gemma2Config, name: str) -> str:
 # -- from tensor shapes -----------------------------------------------------------------------------------------------
 
 
-def infer_from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> Gemma2Config:
-    """Infer the config of a checkpoint that has none from the canonical names and shapes of its tensors.
+def infer_from_shapes(shapes: Mapping[str, tuple[int, ...]], where: Path | None = None) -> Gemma2Config:
+    """Infer the config of a checkpoint that has none from the canonical names and shapes of its tensors. ``where``: its
+    path, for messages.
 
     Shapes give V, D, F, L, H * h and K * h, but not h alone and none of the scalars, so only the widths of a released
     model (with any number of layers or vocabulary rows) are enough. Raises ``UsageError`` (``config.needed``) for other
@@ -296,9 +298,9 @@ def infer_from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> Gemma2Config:
             )
     raise UsageError(
         "config.needed",
-        f"the weights have no config, and no released Gemma 2 has their shapes (hidden {hidden_size}, feed-forward"
-        f" {intermediate_size}, queries {query_width}, keys {key_width}): head_dim, query_pre_attn_scalar and the"
-        " window do not follow from shapes",
+        f"{where or 'the weights'}: no config, and no released Gemma 2 has their shapes (hidden {hidden_size},"
+        f" feed-forward {intermediate_size}, queries {query_width}, keys {key_width}): head_dim,"
+        " query_pre_attn_scalar and the window do not follow from shapes",
         hint="pass the model's config.json with --config",
     )
 

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import json
 import math
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -306,6 +307,8 @@ def test_other_widths_need_a_config():
     with pytest.raises(UsageError, match="head_dim") as needed:
         infer_from_shapes(shapes)
     assert "--config" in needed.value.hint
+    with pytest.raises(UsageError, match=r"/models/odd: no config"):
+        infer_from_shapes(shapes, Path("/models/odd"))
     with pytest.raises(InputRefused, match=r"model\.embed_tokens\.weight"):
         infer_from_shapes({})
 

@@ -103,7 +103,7 @@ class Flax(Format):
         parameters = _parameters(saved.arrays)
         config = config or saved.config
         if config is None:
-            inferred = infer_from_shapes(_canonical_shapes(parameters, _vocabulary_size(saved.assets)))
+            inferred = infer_from_shapes(_canonical_shapes(parameters, _vocabulary_size(saved.assets)), path)
             config = guessed(inferred, path, parameters[EMBEDDING].matrix(kept=False))
         transposed = _is_gating_transposed(parameters, config)
         rows = table(config, gating_transposed=transposed, tunix="layer_0/mlp/gate_proj/kernel" in parameters)

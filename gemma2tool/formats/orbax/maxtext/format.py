@@ -89,7 +89,7 @@ class MaxText(Format):
         saved = reading.read_model(path, _EMBEDDING_KEYS)
         config = config or saved.config
         if config is None:
-            inferred = infer_from_shapes(_canonical_shapes(saved.arrays))
+            inferred = infer_from_shapes(_canonical_shapes(saved.arrays), path)
             config = guessed(inferred, path, saved.arrays[EMBEDDING].matrix(kept=False))
         name = config.extra.get(CONVERTER)
         config = replace(config, extra={key: value for key, value in config.extra.items() if key != CONVERTER})

@@ -124,7 +124,7 @@ class GemmaPytorch(Format):
                 config = assets.read_config(path_within_folder(config_path))
                 files = [*files, config_path]
             elif config is None:
-                inferred = infer_from_shapes(_canonical_shapes(weights))
+                inferred = infer_from_shapes(_canonical_shapes(weights), path)
                 config = guessed(inferred, path, weights.get("embedder.weight"))
             checkpoint = Checkpoint(
                 path,
