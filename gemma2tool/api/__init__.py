@@ -43,10 +43,12 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from gemma2tool.api.adapters import convert_adapter, is_adapter_conversion
     from gemma2tool.api.trust import ScanFinding, ScanResult, SignResult, scan, sign
     from gemma2tool.api.verifying import candidates, diff, verify, verify_request, verify_several
     from gemma2tool.formats.catalog import FormatEntry
     from gemma2tool.model.digest import Hashes
+    from gemma2tool.pipeline.adapters import AdapterRequest, AdapterResult
     from gemma2tool.pipeline.budget.choice import BudgetChoice, BudgetOutcome
     from gemma2tool.pipeline.candidates import CandidateResult
     from gemma2tool.pipeline.checks.finding import CheckFinding, CheckResult
@@ -73,19 +75,21 @@ if TYPE_CHECKING:
     from gemma2tool.verify.result import Failure, Verification
 
 __all__ = [
-    "Adapter", "Budget", "BudgetChoice", "BudgetOutcome", "Calibration", "CandidateResult", "CardOptions", "Cause",
-    "CheckFinding", "CheckRequest", "CheckResult", "Checkpoint", "Checks", "ConversionRequest", "ConversionResult",
-    "Diagnosis", "DiffRequest", "Difference", "Estimate", "Fact", "Failure", "Finding", "FormatEntry", "GGUFOptions",
-    "GateResult", "Gemma2Config", "Generation", "GenerationOptions", "Hashes", "ImatrixOptions", "ImatrixResult",
-    "Inspection", "Leftover", "MergeResult", "OutputRequest", "PackingOptions", "PlanSummary", "ProgressEvent",
-    "PublishRequest", "QualityFiles", "QualityPoint", "QualityRequest", "QualityResult", "RecipeRun", "ReleasePlan",
-    "ReleaseRequest", "ReleaseResult", "ReportFiles", "RunOptions", "ScanFinding", "ScanResult", "SensitivityOptions",
+    "Adapter", "AdapterRequest", "AdapterResult", "Budget", "BudgetChoice", "BudgetOutcome", "Calibration",
+    "CandidateResult", "CardOptions", "Cause", "CheckFinding", "CheckRequest", "CheckResult", "Checkpoint",
+    "Checks", "ConversionRequest", "ConversionResult", "Diagnosis", "DiffRequest", "Difference", "Estimate", "Fact",
+    "Failure", "Finding", "FormatEntry", "GGUFOptions", "GateResult", "Gemma2Config", "Generation",
+    "GenerationOptions", "Hashes", "ImatrixOptions", "ImatrixResult", "Inspection", "Leftover", "MergeResult",
+    "OutputRequest", "PackingOptions", "PlanSummary", "ProgressEvent", "PublishRequest", "QualityFiles",
+    "QualityPoint", "QualityRequest", "QualityResult", "RecipeRun", "ReleasePlan", "ReleaseRequest",
+    "ReleaseResult", "ReportFiles", "RunOptions", "ScanFinding", "ScanResult", "SensitivityOptions",
     "SensitivityResult", "SensitivityTable", "Shard", "SignResult", "SplitOptions", "TensorSummary", "Verification",
-    "VerifyRequest", "WriteOptions", "candidates", "check", "clean", "convert", "default_threads", "diff", "doctor",
-    "formats", "gate_names", "generate", "hash", "imatrix", "inspect", "log_warnings", "logits", "merge", "open",
-    "outputs_with_receipts", "parse_candidates", "parse_gates", "parse_shard", "plan", "plan_release", "publish",
-    "quality", "quantize", "read_recipe", "release", "run", "scan", "sensitivity", "shard_from_environment", "sign",
-    "text_label", "verify", "verify_request", "verify_several",
+    "VerifyRequest", "WriteOptions", "candidates", "check", "clean", "convert", "convert_adapter",
+    "default_threads", "diff", "doctor", "formats", "gate_names", "generate", "hash", "imatrix", "inspect",
+    "is_adapter_conversion", "log_warnings", "logits", "merge", "open", "outputs_with_receipts", "parse_candidates",
+    "parse_gates", "parse_shard", "plan", "plan_release", "publish", "quality", "quantize", "read_recipe",
+    "release", "run", "scan", "sensitivity", "shard_from_environment", "sign", "text_label", "verify",
+    "verify_request", "verify_several",
 ]  # fmt: skip
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 ELSEWHERE = {
+    "AdapterRequest": "pipeline.adapters", "AdapterResult": "pipeline.adapters",
+    "convert_adapter": "api.adapters", "is_adapter_conversion": "api.adapters",
     "BudgetChoice": "pipeline.budget.choice", "BudgetOutcome": "pipeline.budget.choice",
     "CandidateResult": "pipeline.candidates", "Cause": "verify.diagnosis.cause",
     "CheckFinding": "pipeline.checks.finding", "CheckRequest": "pipeline.checks.run",

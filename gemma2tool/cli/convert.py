@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from gemma2tool.cli import options as o
+from gemma2tool.cli.adapter import convert_adapter
 from gemma2tool.cli.conversion import carry_out
 from gemma2tool.cli.groups import completion
 from gemma2tool.cli.reports import Reports
@@ -33,7 +34,14 @@ def convert(
 ) -> None:
     """Convert a checkpoint to another format, and verify the result.
 
+    An adapter as SRC and a DST.gguf make a LoRA adapter for llama.cpp; --config names its base model.
+
     The target format is chosen by --to or by the name of DST (.gguf: GGUF; .ckpt: gemma_pytorch; else a Hugging Face
     folder).
     """
-    carry_out(src, dst, output, reports, WriteOptions(dtype=dtype, split=split))
+    from gemma2tool import api
+
+    if api.is_adapter_conversion(src, dst, output.to):
+        convert_adapter(src, dst, output, reports, WriteOptions(dtype=dtype, split=split))
+    else:
+        carry_out(src, dst, output, reports, WriteOptions(dtype=dtype, split=split))

@@ -196,7 +196,7 @@ Lora = Annotated[
     typer.Option(
         "--lora",
         metavar="PATH[=SCALE]",
-        help="Merge a LoRA adapter (peft, mlx-lm, litgpt, torchtune, Keras, gm), its strength times SCALE. Repeatable.",
+        help="Merge a LoRA adapter (peft, mlx-lm, litgpt, torchtune, Keras, gm, GGUF), scaled by SCALE. Repeatable.",
     ),
 ]
 Device = Annotated[

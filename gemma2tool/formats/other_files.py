@@ -37,7 +37,8 @@ def adapter(path: Path) -> InputRefused | None:
         return None
     what = "an adapter's config" if path.suffix == ".json" else "an adapter without its model"
     given = path if path.is_dir() or path.name.endswith(naming.SUFFIXES) else path.parent
-    return _kind(path, what, f"give the model as SRC, and --lora {shlex.quote(str(given))}")
+    hint = f"give the model as SRC, and --lora {shlex.quote(str(given))}; or a DST.gguf for the adapter alone"
+    return _kind(path, what, hint)
 
 
 def _folder(path: Path) -> InputRefused | None:

@@ -111,9 +111,19 @@ ENTRIES = (
         "the scales of an int8 or int4 weight do not fit it",
         "the file is damaged or was not saved by Keras: download it again",
     ),
+    usage(
+        "lora.base",
+        "the config of the model that an adapter was trained on is not known",
+        "give it with --config FILE, or --config 2b for a release",
+    ),
     refused("lora.config", "adapter_config.json has an unknown form or a setting that cannot be merged", _ADAPTER),
     refused("lora.dora", "the adapter's weights contradict its use_dora", _ADAPTER),
     refused("lora.empty", "the folder holds no adapter weights", "download the adapter again"),
+    refused(
+        "lora.gguf",
+        "the adapter holds more than a LoRA adapter of llama.cpp can, or than llama.cpp applies",
+        "merge it: gemma2tool convert MODEL OUT.gguf --lora ADAPTER",
+    ),
     refused(
         "lora.kind",
         "the adapter is not LoRA",

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from gemma2tool.containers import gguf
+from gemma2tool.containers.gguf import MAGIC
 from gemma2tool.errors import InputRefused
-from gemma2tool.formats.adapters import gm, keras, litgpt, mlx, torchtune
+from gemma2tool.formats.adapters import gguf, gm, keras, litgpt, mlx, torchtune
 from gemma2tool.formats.adapters.adapter import MERGE_ELSEWHERE, Adapter, refused
 from gemma2tool.formats.adapters.peft import reader as peft
 from gemma2tool.formats.adapters.peft.config import CONFIG
@@ -33,10 +33,8 @@ def read_adapter(path: Path, checkpoint: Checkpoint) -> Adapter:
         return _read_folder(path.parent, checkpoint)
     if path.suffix == ".pt":
         return torchtune.read(path, checkpoint)
-    if starts_with(path, gguf.MAGIC):
-        raise refused(
-            "kind", path, "is a GGUF LoRA adapter, which is not read", hint="give the adapter it was made from"
-        )
+    if starts_with(path, MAGIC):
+        return gguf.read(path, checkpoint)
     raise refused("kind", path, "is not an adapter that is read", hint=f"give the folder that holds {CONFIG}")
 
 

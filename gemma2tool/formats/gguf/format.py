@@ -97,7 +97,7 @@ class GGUF(Format):
         kv = {key: value for key, value in headers[0].kv.items() if not key.startswith("split.")}
         keys = KeyReader(kv, file.name)
         architecture = keys.text("general.architecture", None)
-        if architecture != ARCHITECTURE:
+        if architecture != ARCHITECTURE or keys.text("general.type", None) == "adapter":
             raise _not_a_model(keys, architecture)
         with opening() as closers:
             tensors = _open_tensors(headers, closers)
@@ -199,7 +199,8 @@ def _not_a_model(keys: KeyReader, architecture: str | None) -> InputRefused:
         return InputRefused("gguf.architecture", f"{keys.where}: is an importance matrix", hint=hint)
     if kind in ("adapter", "mmproj"):
         what = "a LoRA adapter" if kind == "adapter" else "the projector of a vision model"
-        return InputRefused("gguf.architecture", f"{keys.where}: is {what}, not a model", hint="give the model's GGUF")
+        hint = "give the model as SRC, and --lora with this file" if kind == "adapter" else "give the model's GGUF"
+        return InputRefused("gguf.architecture", f"{keys.where}: is {what}, not a model", hint=hint)
     return InputRefused(
         "gguf.architecture", f"{keys.where}: general.architecture is {architecture!r}, not {ARCHITECTURE!r}"
     )

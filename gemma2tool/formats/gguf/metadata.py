@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -46,13 +47,31 @@ def model_name(path: Path) -> str:
     return path.parent.name if path.stem in GENERIC_NAMES else path.stem
 
 
+@dataclass(frozen=True)
+class Subject:
+    """What the keys describe: its ``path``, the small files beside it, ``extra`` fields of its config, how many
+    ``parameters`` it has; those of an adapter count as gguf-py counts them, below zero.
+    """
+
+    path: Path
+    assets: Mapping[str, bytes]
+    extra: Mapping[str, Any]
+    parameters: int
+
+
 def metadata_keys(checkpoint: Checkpoint, warnings: list[str]) -> list[KeyValue]:
     """``general.sampling.*`` and then authorship, in the converter's order."""
-    return [*_sampling_keys(checkpoint, warnings), *_authorship_keys(checkpoint, warnings)]
+    extra = checkpoint.config.extra
+    return keys_about(Subject(checkpoint.path, checkpoint.assets, extra, checkpoint.parameters), warnings)
 
 
-def _sampling_keys(checkpoint: Checkpoint, warnings: list[str]) -> list[KeyValue]:
-    content = _json_asset(checkpoint, "generation_config.json", warnings)
+def keys_about(subject: Subject, warnings: list[str]) -> list[KeyValue]:
+    """``metadata_keys`` of anything."""
+    return [*_sampling_keys(subject, warnings), *_authorship_keys(subject, warnings)]
+
+
+def _sampling_keys(subject: Subject, warnings: list[str]) -> list[KeyValue]:
+    content = _json_asset(subject, "generation_config.json", warnings)
     keys = []
     for key, names, make in _SAMPLING:
         value = next((content[name] for name in names if content.get(name) is not None), None)
@@ -76,24 +95,24 @@ def _sampling_value(make: Callable[[Any], GGUFValue], value: object) -> GGUFValu
     return make(int(value) if make is i32 else value)
 
 
-def _authorship_keys(checkpoint: Checkpoint, warnings: list[str]) -> list[KeyValue]:
+def _authorship_keys(subject: Subject, warnings: list[str]) -> list[KeyValue]:
     import gguf
     from gguf.metadata import Metadata
 
-    total = checkpoint.parameters
-    name = model_name(checkpoint.path)
-    card = _model_card(checkpoint, warnings)
+    total, extra = subject.parameters, dict(subject.extra)
+    name = model_name(subject.path)
+    card = _model_card(subject, warnings)
     logging.getLogger("metadata").setLevel(logging.CRITICAL)
     try:
-        metadata = Metadata.apply_metadata_heuristic(Metadata(), card, dict(checkpoint.config.extra), Path(name), total)
+        metadata = Metadata.apply_metadata_heuristic(Metadata(), card, extra, Path(name), total)
     except (TypeError, ValueError, AttributeError, KeyError):
         warnings.append("README.md: its front matter is not that of a model card and is ignored")
-        metadata = Metadata.apply_metadata_heuristic(Metadata(), {}, dict(checkpoint.config.extra), Path(name), total)
+        metadata = Metadata.apply_metadata_heuristic(Metadata(), {}, extra, Path(name), total)
     keys: list[KeyValue] = []
     _add(keys, "name", metadata.name or name)
     for field in ("author", "version", "organization", "finetune", "basename", "description", "quantized_by"):
         _add(keys, field, getattr(metadata, field))
-    _add(keys, "size_label", metadata.size_label or gguf.size_label(total, total, 0, 0))
+    _add(keys, "size_label", metadata.size_label or (gguf.size_label(total, total, 0, 0) if total > 0 else None))
     _add(
         keys,
         "license",
@@ -128,22 +147,22 @@ def _add_entries(keys: list[KeyValue], name: str, entries: list[Any] | None) -> 
             _add(keys, f"{name}.{number}.{field}", entry.get(field))
 
 
-def _json_asset(checkpoint: Checkpoint, name: str, warnings: list[str]) -> Mapping[str, Any]:
-    if name not in checkpoint.assets:
+def _json_asset(subject: Subject, name: str, warnings: list[str]) -> Mapping[str, Any]:
+    if name not in subject.assets:
         return {}
     try:
-        content = strict_json.load(checkpoint.assets[name], what=name, max_bytes=MAX_JSON_BYTES)
+        content = strict_json.load(subject.assets[name], what=name, max_bytes=MAX_JSON_BYTES)
     except InputRefused as error:
         warnings.append(f"{error.message}: none of it is kept")
         return {}
     return content if isinstance(content, Mapping) else {}
 
 
-def _model_card(checkpoint: Checkpoint, warnings: list[str]) -> dict[str, Any]:
-    if "README.md" not in checkpoint.assets:
+def _model_card(subject: Subject, warnings: list[str]) -> dict[str, Any]:
+    if "README.md" not in subject.assets:
         return {}
     try:
-        return front_matter(checkpoint.assets["README.md"])
+        return front_matter(subject.assets["README.md"])
     except InputRefused as error:
         warnings.append(f"{error.message}: none of it is kept")
         return {}

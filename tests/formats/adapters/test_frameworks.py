@@ -228,12 +228,6 @@ def test_an_adapter_of_gm(source: Checkpoint, tmp_path: Path, with_base: bool, p
 # -- what is not an adapter that is read ------------------------------------------------------------------------------
 
 
-def test_a_gguf_adapter_is_named(source: Checkpoint, tmp_path: Path) -> None:
-    (tmp_path / "lora.gguf").write_bytes(b"GGUF" + bytes(20))
-    with refused("is a GGUF LoRA adapter"):
-        merge(source, tmp_path / "lora.gguf")
-
-
 def test_a_run_with_checkpoints_names_them(source: Checkpoint, tmp_path: Path) -> None:
     """The adapters of a training run are in its checkpoint-N folders (LLaMA-Factory 446)."""
     for step in (100, 200):
