@@ -12,8 +12,9 @@ must be detected and named.
 
 Prints every alarm, every refusal, and the totals; exits with 1 if there was an alarm or a mistake was not named.
 
-Last run: 2026-11-27, ``--floats 4 --quantized 2 --faults 8``: 73 models, 976 files, 18 refused as they must be, no
-alarm; of 529 planted mistakes all were detected and named.
+Last runs: 2026-11-28, ``--floats 12 --quantized 0``: 73 models, 2,529 files, 33 refused as they must be, no alarm.
+2026-11-27, ``--floats 4 --quantized 2 --faults 8``: 976 files, 18 refused, no alarm; of 529 planted mistakes all were
+detected and named.
 """
 
 from __future__ import annotations
