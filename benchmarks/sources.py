@@ -1,12 +1,13 @@
 """Peak memory and rate of a conversion from a web server, compared with a plain download by range.
 
     python benchmarks/sources.py                        # 200 MB at 100 MB/s
-    python benchmarks/sources.py --megabytes 5000 --rate 50
+    python benchmarks/sources.py --megabytes 5000 --rate 50 --sources ckpt
 
-The server, on the loopback interface, gives all connections together the rate. The conversion is lossless and without
-verification; the plain download reads the same file in ranges of 4 MiB, four at a time, and discards it. Exits with 1
-if the conversion took more than 300 MiB of memory, ran at less than 90 % of the download's rate, or wrote other bytes
-than from the local folder.
+Sources: hf, a folder of safetensors, to gemma_pytorch; ckpt, a file of gemma_pytorch, to a folder. The server, on the
+loopback interface, gives all connections together the rate. The conversion is lossless and without verification; the
+plain download reads the same file in ranges of 4 MiB, four at a time, and discards it. Each is repeated in pairs, and
+the median of the pairs' ratios counts. Exits with 1 if a conversion took more than 300 MiB of memory, ran at less than
+90 % of the download's rate, or wrote other bytes than from the local folder.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from __future__ import annotations
 import argparse
 import filecmp
 import re
+import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -75,8 +78,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         path = self.folder / self.path.lstrip("/")
-        if self.path == "/":
-            page = "".join(f'<a href="{file.name}">{file.name}</a>' for file in self.folder.iterdir()).encode()
+        if self.path.endswith("/"):
+            page = "".join(f'<a href="{file.name}">{file.name}</a>' for file in path.iterdir()).encode()
             self.reply(200, {"Content-Type": "text/html", "Content-Length": str(len(page))})
             self.wfile.write(page)
             return
@@ -123,40 +126,74 @@ def plain_download(url: str, size: int) -> float:
     return time.monotonic() - begin
 
 
-def convert(source: str, destination: Path) -> tuple[float, int]:
-    """Seconds of the write, and the peak of resident memory in bytes, of a process of its own."""
+def convert(source: str, destination: Path, to: str) -> tuple[float, float, int]:
+    """Seconds of the write, seconds of processor time and the peak of resident memory in bytes, of a process of its
+    own.
+    """
     code = (
         "import resource, sys; from pathlib import Path; from gemma2tool import api;"
-        "result = api.convert(sys.argv[1], Path(sys.argv[2]), to='gemma-pytorch', verify=False);"
-        "print(result.seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10)"
+        "result = api.convert(sys.argv[1], Path(sys.argv[2]), to=sys.argv[3], verify=False, force=True);"
+        "usage = resource.getrusage(resource.RUSAGE_SELF);"
+        "print(result.seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss << 10)"
     )
-    done = subprocess.run([sys.executable, "-c", code, source, str(destination)], check=True, capture_output=True)
-    seconds, peak = done.stdout.split()
-    return float(seconds), int(peak)
+    command = [sys.executable, "-c", code, source, str(destination), to]
+    seconds, processor, peak = subprocess.run(command, check=True, capture_output=True).stdout.split()
+    return float(seconds), float(processor), int(peak)
+
+
+def are_equal(a: Path, b: Path) -> bool:
+    """Whether two files, or all files of two folders, have the same bytes."""
+    if not a.is_dir():
+        return filecmp.cmp(a, b, shallow=False)
+    names = sorted(path.name for path in a.iterdir())
+    return names == sorted(path.name for path in b.iterdir()) and all(are_equal(a / name, b / name) for name in names)
+
+
+def compare(kind: str, folder: Path, url: str, repeats: int) -> tuple[bool, float, int]:
+    """Convert from a kind of source: whether the bytes are the local conversion's, the median of the conversions' rates
+    over the plain download's, and the highest peak.
+    """
+    weights = folder / kind / ("model.safetensors" if kind == "hf" else "model.ckpt")
+    source, to = (f"{url}/hf/", "gemma-pytorch") if kind == "hf" else (f"{url}/ckpt/model.ckpt", "hf")
+    remote, local = folder / f"remote-{kind}.out", folder / f"local-{kind}.out"
+    shares, peaks = [], []
+    for _ in range(repeats):
+        plain = plain_download(f"{url}/{kind}/{weights.name}", weights.stat().st_size)
+        seconds, processor, peak = convert(source, remote, to)
+        shares.append(plain / seconds)
+        peaks.append(peak)
+        print(f"{kind}: plain download {plain:.1f} s, conversion {seconds:.1f} s, {processor:.1f} s of processor time")
+    convert(str(weights.parent if kind == "hf" else weights), local, to)
+    same = are_equal(remote, local)
+    share = statistics.median(shares)
+    print(f"{kind}: {share:.0%} of the plain download's rate, peak {max(peaks) / (1 << 20):.0f} MiB,", end=" ")
+    print(f"output {'equal to' if same else 'DIFFERENT from'} the local one", flush=True)
+    return same, share, max(peaks)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--megabytes", type=int, default=200)
     parser.add_argument("--rate", type=float, default=100.0, help="MB/s of the server")
+    parser.add_argument("--sources", default="hf,ckpt")
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--no-goals", action="store_true", help="do not fail where a goal is missed")
     options = parser.parse_args()
+    failed = False
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_in_a_process(folder / "model", options.megabytes)
-        Handler.folder, Handler.rate = folder / "model", options.rate * 1e6
+        write_in_a_process(folder / "hf", options.megabytes)
+        (folder / "ckpt").mkdir()
+        convert(str(folder / "hf"), folder / "ckpt" / "model.ckpt", "gemma-pytorch")
+        shutil.copy(folder / "hf" / "config.json", folder / "ckpt")
+        Handler.folder, Handler.rate = folder, options.rate * 1e6
         server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        url = f"http://127.0.0.1:{server.server_port}/"
-        weights = folder / "model" / "model.safetensors"
-        plain = plain_download(url + weights.name, weights.stat().st_size)
-        seconds, peak = convert(url, folder / "remote.ckpt")
-        convert(str(folder / "model"), folder / "local.ckpt")
-        same = filecmp.cmp(folder / "remote.ckpt", folder / "local.ckpt", shallow=False)
-    share = plain / seconds
-    print(f"plain download {plain:.1f} s, conversion {seconds:.1f} s: {share:.0%} of its rate")
-    print(f"peak memory {peak / (1 << 20):.0f} MiB; output {'equal to' if same else 'DIFFERENT from'} the local one")
-    return 0 if same and (options.no_goals or (peak <= MAX_BYTES and share >= MIN_SHARE)) else 1
+        for kind in options.sources.split(","):
+            url = f"http://127.0.0.1:{server.server_port}"
+            same, share, peak = compare(kind, folder, url, options.repeats)
+            failed |= not same or not (options.no_goals or (peak <= MAX_BYTES and share >= MIN_SHARE))
+    return int(failed)
 
 
 if __name__ == "__main__":

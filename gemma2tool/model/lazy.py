@@ -68,8 +68,10 @@ class LazyTensor(ABC):
         digests."""
         return self.load_rows(first, last)
 
-    def announce(self) -> None:  # noqa: B027  (most tensors have nothing to say)
-        """The values will be read soon; a source that is far away fetches them meanwhile."""
+    def announce(self, first: int = 0, last: int | None = None) -> None:  # noqa: B027  (most tensors have nothing to say)
+        """Rows ``first`` to ``last`` (default: all) will be read soon; a source that is far away fetches them
+        meanwhile. More rows may be fetched where those are not beside each other.
+        """
 
     @property
     def stored_dtype(self) -> DType:
@@ -139,8 +141,8 @@ class MappedRows(LazyTensor):
         self.source, self.function, self.exact = source, function, exact
         self.shape, self.dtype, self.stored, self.origin = source.shape, np.dtype(dtype), source.stored, source.origin
 
-    def announce(self) -> None:
-        self.source.announce()
+    def announce(self, first: int = 0, last: int | None = None) -> None:
+        self.source.announce(first, last)
 
     def load_rows(self, first: int, last: int) -> Array:
         return self.function(self.source.load_rows(first, last))
@@ -159,6 +161,9 @@ class RowRange(LazyTensor):
         self.shape = (last - first, *source.shape[1:])
         self.dtype, self.stored, self.origin = source.dtype, source.stored, source.origin
 
+    def announce(self, first: int = 0, last: int | None = None) -> None:
+        self.source.announce(self.first + first, self.first + (self.rows if last is None else last))
+
     def load_rows(self, first: int, last: int) -> Array:
         return self.source.load_rows(self.first + first, self.first + last)
 
@@ -174,18 +179,22 @@ class StackedRows(LazyTensor):
         self.shape = (sum(source.shape[0] for source in self.sources), *head.shape[1:])
         self.dtype, self.stored, self.origin = head.dtype, head.stored, head.origin
 
-    def announce(self) -> None:
-        for source in self.sources:
-            source.announce()
+    def announce(self, first: int = 0, last: int | None = None) -> None:
+        for source, begin, end in self._parts(first, self.rows if last is None else last):
+            source.announce(begin, end)
 
     def load_rows(self, first: int, last: int) -> Array:
-        pieces, start = [], 0
+        pieces = [source.load_rows(begin, end) for source, begin, end in self._parts(first, last)]
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+    def _parts(self, first: int, last: int) -> Iterator[tuple[LazyTensor, int, int]]:
+        """The sources that have some of these rows, with the range in each."""
+        start = 0
         for source in self.sources:
             begin, end = max(first - start, 0), min(last - start, source.shape[0])
             if begin < end:
-                pieces.append(source.load_rows(begin, end))
+                yield source, begin, end
             start += source.shape[0]
-        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
 
 class _LastRange(threading.local):
@@ -210,8 +219,8 @@ class SharedRows(LazyTensor):
     def stored_dtype(self) -> DType:
         return self.source.stored_dtype
 
-    def announce(self) -> None:
-        self.source.announce()
+    def announce(self, first: int = 0, last: int | None = None) -> None:
+        self.source.announce(first, last)
 
     def load_rows(self, first: int, last: int) -> Array:
         request = (self.source, first, last)

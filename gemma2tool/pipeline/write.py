@@ -11,7 +11,8 @@ from __future__ import annotations
 import math
 import threading
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -32,8 +33,8 @@ MAX_CHUNK_VALUES = 128 << 10
 of copying.
 """
 
-ANNOUNCED = 4
-"""Tensors after the one at hand that a source may fetch already."""
+ANNOUNCED = 64 << 20
+"""Bytes of the source after the tensor at hand that it may fetch already; at least one tensor."""
 
 Advance = Callable[[int, str], None]
 
@@ -112,10 +113,7 @@ def write_outputs(
     with ThreadPoolExecutor(threads, thread_name_prefix="gemma2tool") as pool:
         running: set[Future[None]] = set()
         try:
-            groups = list(_groups(files))
-            for number, group in enumerate(groups):
-                for later in groups[number + 1 : number + 1 + ANNOUNCED]:
-                    later[0].item.source.announce()
+            for group in _announced(_groups(files)):
                 ranges = list(_ranges([tensor.item for tensor in group], memory // threads))
                 for tensor in group:
                     tensor.left = len(ranges)
@@ -237,6 +235,21 @@ def _groups(files: Sequence[_Files]) -> Iterator[list[_Tensor]]:
         for item in output_files.left():
             groups.setdefault(item.canonical or (number, item.name), []).append(_Tensor(item, output_files))
     yield from groups.values()
+
+
+def _announced(groups: Iterable[list[_Tensor]]) -> Iterator[list[_Tensor]]:
+    """The groups; the source of each is announced some ``ANNOUNCED`` bytes before its turn."""
+    waiting: deque[list[_Tensor]] = deque()
+    ahead = 0
+    for group in groups:
+        source = group[0].item.source
+        source.announce()
+        waiting.append(group)
+        ahead += source.nbytes
+        while len(waiting) > 1 and ahead - waiting[0][0].item.source.nbytes >= ANNOUNCED:
+            ahead -= waiting[0][0].item.source.nbytes
+            yield waiting.popleft()
+    yield from waiting
 
 
 def _reap(running: set[Future[None]]) -> set[Future[None]]:

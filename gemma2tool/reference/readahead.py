@@ -17,8 +17,8 @@ import torch
 
 from gemma2tool.model.lazy import FLOAT32, Array, LazyTensor, row_ranges
 
-AHEAD_BYTES = 128 << 20
-"""The most that may have been read and not yet used."""
+AHEAD_BYTES = 32 << 20
+"""The most that may have been read and not yet used, or two blocks for each thread."""
 
 BLOCK_BYTES = 8 << 20
 """A block's size as float32, whatever its stored type, so that equal weights have equal blocks and give equal bits.
@@ -50,7 +50,7 @@ class ReadAhead:
         self._closed = False
         self._loaded: dict[int, Array | BaseException] = {}
         self._results: dict[int, object] = {}
-        self._held = 0
+        self._held, self._limit = 0, max(AHEAD_BYTES, 2 * threads * BLOCK_BYTES)
         self._next_load = self._next_use = self._last_use = self._taken = 0
         self._function: BlockFunction | None = None
         self._threads = [threading.Thread(target=self._work, name="read-ahead", daemon=True) for _ in range(threads)]
@@ -104,7 +104,7 @@ class ReadAhead:
         return near and self._next_use < self._last_use and self._next_use in self._loaded
 
     def _may_load(self) -> bool:
-        return self._next_load < len(self._blocks) and self._held < AHEAD_BYTES
+        return self._next_load < len(self._blocks) and self._held < self._limit
 
     def _work(self) -> None:
         while True:

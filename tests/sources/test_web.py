@@ -60,24 +60,6 @@ def test_every_byte_is_fetched_once() -> None:
     assert all(last - first < 100_000 for _, first, last, _ in server.requests)
 
 
-def test_what_is_announced_is_fetched_before_it_is_read() -> None:
-    """As far as the window has room: nothing that is still to be read is given up for it."""
-    with (
-        serving(FileServer({"/big.gguf": DATA})) as server,
-        locate(f"{server.url}/big.gguf") as located,
-        open_for_reading(located.path) as reader,
-    ):
-        first = len(server.requests)
-        reader.announce(0, len(DATA))
-        reader.announce(0, len(DATA))
-        for number in range(5):
-            assert reader.pread(number * 100_000, 100_000) == DATA[number * 100_000 : (number + 1) * 100_000]
-        assert len(server.requests) - first == readahead.WINDOW // readahead.SEGMENT
-        reader.announce(500_000, 300_000)
-        assert reader.pread(500_000, 300_000) == DATA[500_000:800_000]
-        assert len(server.requests) - first == 8
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "faults",

@@ -54,8 +54,9 @@ class GGUFTensor(LazyTensor):
             self.reader.pread_into(start, blocks.reshape(-1), ahead=ahead)
         return blocks
 
-    def announce(self) -> None:
-        self.reader.announce(self.offset, self.rows * self.bytes_per_row)
+    def announce(self, first: int = 0, last: int | None = None) -> None:
+        rows = (self.rows if last is None else last) - first
+        self.reader.announce(self.offset + first * self.bytes_per_row, rows * self.bytes_per_row)
 
     def load_rows(self, first: int, last: int) -> Array:
         blocks = self.load_blocks(first, last)

@@ -63,8 +63,10 @@ class FileTensor(LazyTensor):
         self.dtype, self.shape, self.origin = dtype, shape, origin
         self.stored = DTYPE_NAMES.get(dtype, dtype.name)
 
-    def announce(self) -> None:
-        self.reader.announce(self.offset, self.nbytes)
+    def announce(self, first: int = 0, last: int | None = None) -> None:
+        row_bytes = self.row_size * self.dtype.itemsize
+        rows = (self.rows if last is None else last) - first
+        self.reader.announce(self.offset + first * row_bytes, rows * row_bytes)
 
     def load_rows(self, first: int, last: int) -> Array:
         rows = np.empty((last - first, *self.shape[1:]), self.dtype)

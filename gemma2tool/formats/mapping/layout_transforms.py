@@ -68,7 +68,7 @@ class BlocksTransposed(BlockwiseTensor):
         self.dtype, self.stored, self.origin = source.dtype, source.stored, source.origin
         self.block_rows = columns
 
-    def announce(self) -> None:
+    def announce(self, first: int = 0, last: int | None = None) -> None:
         self.source.announce()
 
     def load_block(self, index: int) -> Array:
@@ -106,7 +106,7 @@ class PermutedRows(LazyTensor):
         self.source, self.order = source, order
         self.shape, self.dtype, self.stored, self.origin = source.shape, source.dtype, source.stored, source.origin
 
-    def announce(self) -> None:
+    def announce(self, first: int = 0, last: int | None = None) -> None:
         self.source.announce()
 
     def load_rows(self, first: int, last: int) -> Array:
