@@ -4,7 +4,6 @@ built-in forward pass computes?
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
@@ -17,9 +16,8 @@ from gemma2tool.errors import InputRefused, UsageError
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.lazy import Array
 from gemma2tool.model.progress import Progress, progress_or_null
-from gemma2tool.model.tokenizer_runner import TokenizerRunner
+from gemma2tool.pipeline.engine_gates import PROMPT, TEXTS, failed, tokens_gate
 from gemma2tool.pipeline.prompt import PromptTokenizer
-from gemma2tool.verify.compare.tokenizer import DIFFICULT
 from gemma2tool.verify.finding import Finding, GateResult
 from gemma2tool.verify.prompts import prompt_for
 from gemma2tool.verify.result import Side, Verification
@@ -32,13 +30,6 @@ MAX_LOGITS_BYTES = 64 << 20
 THOROUGH_PARAMETERS = 500_000_000
 """Up to this size, known mistakes are looked for behind every difference, which takes some forty forward passes; in
 larger models only if a limit is exceeded."""
-PROMPT = "Why is the sky blue?"
-TEXTS = (
-    *(text for text in DIFFICULT if text and not re.search("<bos>|<unk>|\u2581", text)),
-    "<start_of_turn>user\nWhy?<end_of_turn>\n<start_of_turn>model\n",
-)
-"""Texts that all engines cut alike: without the text of bos, which each treats in its way, and without that of the
-unknown token and U+2581, of which sentencepiece itself makes something else."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,10 +67,6 @@ def verify_with_engines(candidate: Checkpoint, checks: EngineChecks, progress: P
     return Verification(Side.of(candidate), side, "bf16", tuple(gates), causes=tuple(causes))
 
 
-def _failed(gate: str, message: str, metrics: Mapping[str, object], more: tuple[Finding, ...] = ()) -> GateResult:
-    return GateResult(gate, "failed", message, metrics, (Finding(gate, "error", None, message), *more))
-
-
 class _Comparison:
     """One engine on one checkpoint."""
 
@@ -108,7 +95,7 @@ class _Comparison:
     def results(self, answer: EngineAnswer, progress: Progress | None) -> tuple[list[GateResult], list[Cause]]:
         gates = [self._loading(answer)]
         if answer.tokens is not None and self.tokenizer is not None:
-            gates.append(self._tokens(answer.tokens))
+            gates.append(tokens_gate(self.candidate, dict(zip(TEXTS, answer.tokens, strict=False))))
         if answer.has_template and self.tokenizer is not None:
             gates.append(self._template(self.tokenizer, answer.template))
         if answer.stops is not None and self.tokenizer is not None:
@@ -122,10 +109,10 @@ class _Comparison:
         gate, metrics = "loading", {"version": answer.version, "arithmetic": self.engine.arithmetic}
         warnings = tuple(Finding(gate, "warning", None, message) for message in answer.unable)
         if answer.refused is not None:
-            failed = _failed(gate, f"{answer.version} does not run it: {answer.refused}", metrics, warnings)
-            return self._with_reasons(failed)
+            message = f"{answer.version} does not run it: {answer.refused}"
+            return self._with_reasons(failed(gate, message, metrics, warnings))
         if answer.problems:
-            return self._with_reasons(_failed(gate, "; ".join(answer.problems), metrics, warnings))
+            return self._with_reasons(failed(gate, "; ".join(answer.problems), metrics, warnings))
         if answer.logits is None and answer.unable:
             return GateResult(gate, "skipped", answer.unable[0], metrics)
         summary = f"{answer.version} loads it; it computes in {self.engine.arithmetic}"
@@ -147,31 +134,6 @@ class _Comparison:
         summary = f"{gate.summary}: {reasons[0].message}" if reasons else gate.summary
         return replace(gate, summary=summary, findings=(*gate.findings, *reasons))
 
-    def _tokens(self, actual: Sequence[Sequence[int]]) -> GateResult:
-        gate, tokenizer = "tokens", self.candidate.tokenizer
-        # A Gemma has no space before its texts, whatever the file says.
-        plain = replace(tokenizer, normalizer=replace(tokenizer.normalizer, add_dummy_prefix=False))
-        runner = TokenizerRunner(plain, f"{self.candidate.path.name}: tokenizer")
-        bos = self.candidate.config.bos_token_id
-        start = [] if bos is None else [bos]
-        expected = {text: [*start, *runner.encode(text)] for text in self.question.texts}
-        pairs = dict(zip(self.question.texts, map(list, actual), strict=False))
-        wrong = [text for text, ids in expected.items() if pairs.get(text) != ids]
-        metrics = {"texts": len(expected), "differing": len(wrong)}
-        if not wrong:
-            summary = f"{len(expected)} texts get the ids of the checkpoint's tokenizer"
-            return GateResult(gate, "passed", summary, metrics)
-        plain_text = TEXTS[0]  # in others, spaces join the space, and engines put another after special tokens
-        if plain_text in wrong and pairs[plain_text] == [*start, *runner.encode(f" {plain_text}")]:
-            fault = "a space is put before every text: add_space_prefix is not false"
-        elif all(pairs.get(text) == expected[text][len(start) :] for text in wrong):
-            fault = "no bos is put before a text"
-        elif all(pairs.get(text) == [*start, *expected[text]] for text in wrong):
-            fault = "bos is put before a text twice"
-        else:
-            fault = f"{wrong[0]!r} gets the ids {pairs.get(wrong[0], [])[:12]} instead of {expected[wrong[0]][:12]}"
-        return _failed(gate, f"{len(wrong)} of {len(expected)} texts get other ids: {fault}", metrics)
-
     def _template(self, tokenizer: PromptTokenizer, actual: str | None) -> GateResult:
         gate = "template"
         try:
@@ -185,12 +147,12 @@ class _Comparison:
             return GateResult(gate, "passed", "a conversation becomes the same text")
         if expected is None or actual is None:
             has, lacks = ("the checkpoint", "the engine") if actual is None else ("the engine", "the checkpoint")
-            return _failed(gate, f"{has} has a chat template, {lacks} has none", {})
+            return failed(gate, f"{has} has a chat template, {lacks} has none", {})
         message = f"a conversation becomes {actual[:200]!r}, by the checkpoint's template {expected[:200]!r}"
         if self.engine is ENGINES["llama.cpp"]:
             message = f"in programs that do not run Jinja, {message}"
             return GateResult(gate, "reported", message, {}, (Finding(gate, "warning", None, message),))
-        return _failed(gate, message, {})
+        return failed(gate, message, {})
 
     def _stops(self, tokenizer: PromptTokenizer, actual: frozenset[int]) -> GateResult:
         gate, expected = "stops", set(tokenizer.stop_ids())
@@ -198,7 +160,7 @@ class _Comparison:
         metrics = {"expected": sorted(expected), "engine": sorted(actual)}
         if missing := expected - actual:
             names = ", ".join(named[token] for token in sorted(missing))
-            return _failed(gate, f"an answer does not end at {names}", metrics)
+            return failed(gate, f"an answer does not end at {names}", metrics)
         more = [named[token] for token in sorted(actual - expected)]
         findings = (Finding(gate, "note", None, f"it also ends at {', '.join(more)}"),) if more else ()
         names = ", ".join(named[token] for token in sorted(expected))
