@@ -13,6 +13,7 @@ from gemma2tool.errors.table import (
     publishing,
     quantization,
     requests,
+    servers,
     sharding,
     sources,
 )
@@ -26,6 +27,7 @@ AREAS = {
     "Checkpoints and formats": checkpoints.ENTRIES,
     "Config, tokenizer, text and the forward pass": models.ENTRIES,
     "Quantization, calibration and importance matrices": quantization.ENTRIES,
+    "Running servers": servers.ENTRIES,
     "Recipes, releases and publishing": publishing.ENTRIES,
     "Sensitivity tables, budgets and quality at a size": budgets.ENTRIES,
     "Several machines": sharding.ENTRIES,
