@@ -36,6 +36,7 @@ from gemma2tool.pipeline.receipts import outputs_with_receipts
 from gemma2tool.pipeline.report_files import ReportFiles
 from gemma2tool.pipeline.requests import Checks, ConversionRequest, OutputRequest, RunOptions, default_threads
 from gemma2tool.pipeline.run import ConversionResult
+from gemma2tool.pipeline.serving.request import ServerRequest
 from gemma2tool.pipeline.verification import DiffRequest, VerifyRequest
 from gemma2tool.verify.gates import gate_names, parse_gates
 
@@ -83,12 +84,12 @@ __all__ = [
     "OutputRequest", "PackingOptions", "PlanSummary", "ProgressEvent", "PublishRequest", "QualityFiles",
     "QualityPoint", "QualityRequest", "QualityResult", "RecipeRun", "ReleasePlan", "ReleaseRequest",
     "ReleaseResult", "ReportFiles", "RunOptions", "ScanFinding", "ScanResult", "SensitivityOptions",
-    "SensitivityResult", "SensitivityTable", "Shard", "SignResult", "SplitOptions", "TensorSummary", "Verification",
-    "VerifyRequest", "WriteOptions", "candidates", "check", "clean", "convert", "convert_adapter",
+    "SensitivityResult", "SensitivityTable", "ServerRequest", "Shard", "SignResult", "SplitOptions", "TensorSummary",
+    "Verification", "VerifyRequest", "WriteOptions", "candidates", "check", "clean", "convert", "convert_adapter",
     "default_threads", "diff", "doctor", "formats", "gate_names", "generate", "hash", "imatrix", "inspect",
     "is_adapter_conversion", "log_warnings", "logits", "merge", "open", "outputs_with_receipts", "parse_candidates",
-    "parse_gates", "parse_shard", "plan", "plan_release", "publish", "quality", "quantize", "read_recipe",
-    "release", "run", "scan", "sensitivity", "shard_from_environment", "sign", "text_label", "verify",
+    "parse_gates", "parse_shard", "plan", "plan_release", "publish", "quality", "quantize", "read_recipe", "release",
+    "run", "scan", "sensitivity", "shard_from_environment", "sign", "text_label", "verify",
     "verify_request", "verify_several",
 ]  # fmt: skip
 

@@ -12,6 +12,7 @@ from gemma2tool.pipeline.candidates import CandidateResult
 from gemma2tool.pipeline.events import ProgressCallback, as_progress
 from gemma2tool.pipeline.report_files import ReportFiles
 from gemma2tool.pipeline.requests import Checks, default_threads
+from gemma2tool.pipeline.serving.request import ServerRequest
 from gemma2tool.pipeline.verification import DiffRequest, VerifyRequest
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ def verify(
     receipt: PathLike | None = None,
     logits: PathLike | None = None,
     engines: Sequence[str] = (),
+    server: str | ServerRequest | None = None,
     signed_by: PathLike | None = None,
     issuer: str | None = None,
     trust_config: PathLike | None = None,
@@ -41,15 +43,18 @@ def verify(
     reports: ReportFiles | None = None,
     progress: ProgressCallback | None = None,
 ) -> Verification:
-    """Compare a checkpoint with the one it was made from, with its receipt, or with what an engine computes from it.
+    """Compare a checkpoint with the one it was made from, its receipt, what an engine computes from it, or what a
+    server makes of it.
 
     ``reference``: the source. ``receipt``: default is the one beside the candidate. ``logits``: an engine's float
     logits (.npy) for ``tokens``. ``engines``: programs to run on it ("transformers", "llama.cpp", "mlx-lm",
-    "keras-hub"). ``signed_by``: also hold it, and its receipt, to signatures of this public key or certificate,
-    or of this identity, for which ``issuer`` vouches (``trust_config``: through another Sigstore than the public one);
-    ``signature``: default is beside it. ``config``: of a candidate that has none of its own, and of such a reference
-    unless ``reference_config`` is given. ``readers``: the libraries of its format read the candidate too. A difference
-    is a failed gate in the result (``result.passed``, ``result.causes``), not an exception.
+    "keras-hub"). ``server``: a running server that should serve it, such as "http://localhost:8080"; its token is read
+    from the environment variable GEMMA2TOOL_SERVER_TOKEN. ``signed_by``: also hold it, and its receipt, to signatures
+    of this public key or certificate, or of this identity, for which ``issuer`` vouches (``trust_config``: through
+    another Sigstore than the public one); ``signature``: default is beside it. ``config``: of a candidate that has none
+    of its own, and of such a reference unless ``reference_config`` is given. ``readers``: the libraries of its format
+    read the candidate too. A difference is a failed gate in the result (``result.passed``, ``result.causes``), not an
+    exception; a server that cannot be asked is one.
     """
     request = VerifyRequest(
         candidate=candidate,
@@ -57,6 +62,7 @@ def verify(
         receipt=as_path(receipt),
         logits=as_path(logits),
         engines=tuple(engines),
+        server=ServerRequest(url=server) if isinstance(server, str) else server,
         signed_by=signed_by,
         issuer=issuer,
         trust_config=as_path(trust_config),

@@ -15,11 +15,11 @@ from gemma2tool.cli.outcome import show_warnings
 from gemma2tool.cli.progress import ProgressDisplay
 from gemma2tool.cli.reports import Reports
 from gemma2tool.cli.terminal import Console
-from gemma2tool.errors import EXIT_VERIFICATION_FAILED
+from gemma2tool.errors import EXIT_VERIFICATION_FAILED, UsageError
 from gemma2tool.verify.reports.annotations import annotate
 
 if TYPE_CHECKING:
-    from gemma2tool.api import CandidateResult, Verification, VerifyRequest
+    from gemma2tool.api import CandidateResult, ServerRequest, Verification, VerifyRequest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +50,23 @@ class VerifyOptions:
             autocompletion=completion(("transformers", "llama.cpp", "mlx-lm", "keras-hub")),
         ),
     ] = None
+    server: Annotated[
+        str | None,
+        typer.Option(
+            "--server",
+            metavar="URL",
+            help="A running server that should serve CANDIDATE: llama-server, vLLM, SGLang, TGI, Ollama, LM Studio. A"
+            " token for it is read from GEMMA2TOOL_SERVER_TOKEN.",
+        ),
+    ] = None
+    server_model: Annotated[
+        str | None,
+        typer.Option("--server-model", metavar="NAME", help="Which of the server's models, if it has several."),
+    ] = None
+    server_timeout: Annotated[
+        float,
+        typer.Option("--server-timeout", metavar="SECONDS", min=1, help="For each request to the server."),
+    ] = 120
     signed_by: Annotated[
         str | None,
         typer.Option(
@@ -106,7 +123,8 @@ def verify(
 
     With --reference: tensors, config, tokenizer, logits. With a receipt: whether files, values, config, tokenizer and
     logits are those that were verified when it was written. With --engine or --logits: whether an engine runs it right,
-    and if not, its mistake. Of several, each is verified in the same way, and the exit code is the largest.
+    and if not, its mistake. With --server: whether a running server serves it as its files mean it. Of several, each is
+    verified in the same way, and the exit code is the largest.
     """
     from gemma2tool import api
 
@@ -135,6 +153,7 @@ def _request(candidate: str, options: VerifyOptions, reports: Reports) -> Verify
         receipt=options.against,
         logits=options.logits,
         engines=tuple(name.strip() for names in options.engine or () for name in names.split(",")),
+        server=_server(options),
         signed_by=options.signed_by,
         issuer=options.issuer,
         trust_config=options.trust_config,
@@ -147,6 +166,16 @@ def _request(candidate: str, options: VerifyOptions, reports: Reports) -> Verify
         device=options.device,
         reports=reports.files,
     )
+
+
+def _server(options: VerifyOptions) -> ServerRequest | None:
+    from gemma2tool import api
+
+    if options.server is None:
+        if options.server_model is not None:
+            raise UsageError("option.ignored", "--server-model has no effect without --server", hint="add --server URL")
+        return None
+    return api.ServerRequest(url=options.server, model=options.server_model, seconds=options.server_timeout)
 
 
 def _show(result: Verification, console: Console, options: VerifyOptions) -> None:

@@ -1,4 +1,4 @@
-"""Verifying: an output against its source, a file against its source or its receipt, an engine's logits, two
+"""Verifying: an output against its source, a file against its source, its receipt, an engine or a server, two
 checkpoints.
 """
 
@@ -23,6 +23,7 @@ from gemma2tool.pipeline.inputs import read_logits, read_prompts, read_tokens, r
 from gemma2tool.pipeline.opening import is_remote, log_warnings, open_source
 from gemma2tool.pipeline.report_files import ReportFiles
 from gemma2tool.pipeline.requests import Checks, default_threads
+from gemma2tool.pipeline.serving.request import ServerRequest
 from gemma2tool.pipeline.signatures import named_signer, signature_alone, signature_gate
 from gemma2tool.receipt.document import receipt_path
 
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, kw_only=True)
 class VerifyRequest:
     """What to hold a candidate to: its source (``reference``), a receipt (default: the one beside it), an engine's
-    ``logits``, or ``engines`` that are run on it, by the names of ``engines.run.ENGINES``.
+    ``logits``, ``engines`` that are run on it, by the names of ``engines.run.ENGINES``, or a running ``server``.
 
     ``signed_by``: also hold it to the signature of this public key or certificate (PEM), or of this identity, for which
     ``issuer`` vouches (``trust_config``: through another Sigstore than the public one); ``signature``: where that is,
@@ -50,6 +51,7 @@ class VerifyRequest:
     receipt: Path | None = None
     logits: Path | None = None
     engines: tuple[str, ...] = ()
+    server: ServerRequest | None = None
     signed_by: Path | str | None = None
     issuer: str | None = None
     trust_config: Path | None = None
@@ -88,13 +90,14 @@ def _verify(request: VerifyRequest, progress: Progress | None) -> Verification:
         "--against": request.receipt,
         "--logits": request.logits,
         "--engine": request.engines or None,
+        "--server": request.server,
     }
     chosen = [option for option, value in ways.items() if value is not None]
     if len(chosen) > 1:
         raise UsageError(
             "option.pair", f"{' and '.join(chosen)} are different ways to verify", hint="choose one of them"
         )
-    if request.reports.bom is not None and (request.reference or request.logits or request.engines):
+    if request.reports.bom is not None and (request.reference or request.logits or request.engines or request.server):
         raise UsageError("option.ignored", "--bom is made from a receipt", hint="leave out --reference and --logits")
     for option in ("signature", "issuer", "trust_config") if request.signed_by is None else ():
         if getattr(request, option) is not None:
@@ -110,6 +113,8 @@ def _verify(request: VerifyRequest, progress: Progress | None) -> Verification:
         result = _with_logits(request, request.logits, progress)
     elif request.engines:
         result = _with_engines(request, progress)
+    elif request.server is not None:
+        result = _with_server(request, request.server, progress)
     else:
         result = _with_receipt(request, progress)
     if signature is not None and signature not in result.gates:
@@ -125,7 +130,7 @@ def _signature(request: VerifyRequest, candidate: Path, signed_by: str) -> GateR
     signer = named_signer(signed_by, request.issuer, request.trust_config)
     request.reports.check((*([] if signer.kind == "identity" else [Path(signed_by)]), candidate))
     receipt = request.receipt or receipt_path(candidate)
-    uses_receipt = not (request.reference or request.logits or request.engines) and receipt.exists()
+    uses_receipt = not (request.reference or request.logits or request.engines or request.server) and receipt.exists()
     return signature_gate(candidate, signer, request.signature, receipt if uses_receipt else None)
 
 
@@ -242,6 +247,18 @@ def _with_engines(request: VerifyRequest, progress: Progress | None) -> Verifica
         ids = read_prompts(checks.tokens, checks.text, candidate)
         settings = EngineChecks(names=request.engines, ids=ids, gates=checks.gates, threads=request.threads)
         return verify_with_engines(candidate, settings, progress)
+
+
+def _with_server(request: VerifyRequest, server: ServerRequest, progress: Progress | None) -> Verification:
+    from gemma2tool.pipeline.serving.run import ServerChecks, verify_with_server
+
+    checks = request.checks
+    with _opened(request.candidate, resolve_config(request.config)) as candidate:
+        request.reports.check((*checks.files, *candidate.files))
+        log_warnings(candidate, candidate.path.name)
+        ids = read_prompts(checks.tokens, checks.text, candidate)
+        settings = ServerChecks(server=server, ids=ids, gates=checks.gates, threads=request.threads)
+        return verify_with_server(candidate, settings, progress)
 
 
 def _with_receipt(request: VerifyRequest, progress: Progress | None) -> Verification:

@@ -114,6 +114,10 @@ CATALOG: Mapping[str, str] = {
     # Logits of another program
     "logits.shifted-by-one": "the right logits, off by one position",
     "logits.vocabulary-permuted": "the right logits, with the vocabulary in another order",
+    # A server
+    "server.model": "a server serves another model",
+    "server.quantization": "a server serves another quantization of the model",
+    "server.weights": "a server serves a model of the same shape with other weights",
     # Tokenizer and use
     "tokenizer.wrong": "another tokenizer",
     "tokenizer.lost": "the tokenizer not copied",

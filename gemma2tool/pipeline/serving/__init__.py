@@ -1,0 +1,1 @@
+"""``verify --server``: is what a running server serves this model, as its files mean it?"""
