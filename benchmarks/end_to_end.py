@@ -64,7 +64,7 @@ def main() -> int:
     parser = argument_parser(__doc__, size="2b")
     parser.add_argument("folder", type=Path, help="a folder with enough free space")
     parser.add_argument("--sparse", action="store_true", help="memory only: the source is a sparse file")
-    parser.add_argument("--only", default="", help="run the lines whose name contains this")
+    parser.add_argument("--only", action="append", help="run the lines whose name contains this; repeatable")
     parser.add_argument("--tokens", type=int, default=64, help="token ids for the verification")
     arguments = parser.parse_args()
     arguments.folder.mkdir(parents=True, exist_ok=True)
@@ -81,7 +81,7 @@ def main() -> int:
     print(f"{'command':42} {'seconds':>8} {'x cp':>6} {'CPU s':>7} {'peak MiB':>9} {'exit':>5}")
     for line in lines(arguments.folder, source, tokens):
         is_copy = line.name.startswith("cp")
-        if arguments.only not in line.name and not is_copy:
+        if not is_copy and not any(part in line.name for part in arguments.only or [""]):
             continue
         cost = measure([*line.command, line.output])
         failed |= cost.exit_code != 0

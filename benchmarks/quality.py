@@ -11,7 +11,8 @@
 Prints a Markdown table. Every type is written by gemma2tool from fixtures/tiny-gemma2/model.ckpt, read back from its
 file and run, dequantized, by the built-in float32 forward pass over the held-out tokens. KL is KL(source || type) in
 nats, mean over positions; perplexity with its standard error. The calibration text is Python's language topics, without
-those of the held-out text. ``--windows`` and ``--samples`` use less of both texts, ``--every`` spreads the windows.
+those of the held-out text. ``--windows`` and ``--samples`` use less of both texts, ``--every`` spreads the windows,
+``--length`` shortens them.
 ``--model`` measures another model, such as second_model.py's, with the texts beside it.
 """
 
@@ -89,10 +90,11 @@ def main() -> int:
     parser.add_argument("--tokens", type=Path, help="held-out tokens; default: those of the model")
     parser.add_argument("--windows", type=int, help="use only the first windows of the held-out tokens")
     parser.add_argument("--every", type=int, default=1, help="use every N-th window only")
+    parser.add_argument("--length", type=int, help="use only the first tokens of each window")
     parser.add_argument("--samples", type=int, default=64, help="windows of calibration text")
     arguments = parser.parse_args()
     tokens = np.load(arguments.tokens or arguments.model / "heldout.npy")
-    ids = np.atleast_2d(tokens).astype(np.int64)[:: arguments.every][: arguments.windows]
+    ids = np.atleast_2d(tokens).astype(np.int64)[:: arguments.every, : arguments.length][: arguments.windows]
     print(f"{ids.shape[0] * (ids.shape[1] - 1):,} predicted tokens in {ids.shape[0]} windows of {ids.shape[1]}\n")
     text = arguments.model / "calibration.txt"
     with registry.open_checkpoint(arguments.model / "model.ckpt") as source, tempfile.TemporaryDirectory() as folder:

@@ -6,9 +6,10 @@
     python benchmarks/second_model.py FOLDER --text notes='/usr/share/doc/**/*.txt' --text code='src/**/*.c'
 
 The text is what Debian installs: manual pages, translated manual pages, and Perl's modules; ``--text`` names other
-files. The model has another shape than the fixture (4 layers, 8 heads of 32, intermediate size 768, 3.7 million
-parameters), and is trained by fixtures/train.py's code on one thread, in about five minutes of processor time. FOLDER
-keeps it, with held-out tokens and calibration text of each kind; one that is there is not trained again.
+files, and options of quality.py are passed on to it. The model has another shape than the fixture (4 layers, 8 heads of
+32, intermediate size 768, 3.7 million parameters), and is trained by fixtures/train.py's code on one thread, in about
+five minutes of processor time. FOLDER keeps it, with held-out tokens and calibration text of each kind; one that is
+there is not trained again.
 """
 
 from __future__ import annotations
@@ -63,11 +64,10 @@ def main() -> int:
     parser.add_argument("--types", default=",".join(MATRIX_TYPES), help="GGUF types; empty for none")
     parser.add_argument("--folder-types", default=",".join(NEAREST_TYPES), help="types of folders; empty for none")
     parser.add_argument("--cross", metavar="TYPES", help="one kind of text against the others, instead of the tables")
-    parser.add_argument("--samples", default="64", help="windows of calibration text")
-    arguments = parser.parse_args()
+    arguments, options = parser.parse_known_args()
     if not (arguments.folder / "model.ckpt").exists():
         train_model(arguments.folder, arguments.text or TEXTS, arguments.steps)
-    common = ("--model", arguments.folder, "--samples", arguments.samples)
+    common = ("--model", arguments.folder, *options)
     if arguments.cross:
         return quality(*common, "--cross", arguments.cross)
     codes = [quality(*common, "--calibrated-gguf", arguments.types) if arguments.types else 0]

@@ -16,24 +16,28 @@ BENCHMARKS = ROOT / "benchmarks"
 FOLDER = "FOLDER"
 TINY = (FOLDER, "--size", "tiny")
 KERNEL_TYPES = "Q8_0,Q4_K"
+SHORT = ("--windows", "1", "--samples", "1", "--length", "32")
 
 RUNS: dict[str, tuple[tuple[str, ...], str]] = {
     "budget.py": (
         ("--points", "1", "--windows", "2", "--samples", "2", "--candidates", "q4_k,q6_k"),
         "of 1 within 10 %",
     ),
-    "end_to_end.py": ((*TINY, "--only", "hf", "--tokens", "8"), "verify out-hf by its receipt"),
+    "end_to_end.py": (
+        (*TINY, "--only", "to hf, verified", "--only", "hf by its receipt", "--tokens", "8"),
+        "verify out-hf by its receipt",
+    ),
     "forward.py": ((*TINY, "--tokens", "8"), "within 5e-5 + 1e-5 of the value: True"),
     "gguf_rates.py": (("--end-to-end", *TINY, "--only-end-to-end", "--values", "5e3"), "times cp plus"),
     "int.py": (("--values", "5e3", "--repeats", "1", "--no-goals"), "int8 back"),
     "int_memory.py": ((*TINY, "--types", "nf4,nf4 --double-quant,gptq-4"), "nf4 --double-quant"),
     "kernels.py": (("--types", KERNEL_TYPES, "--values", "5e3", "--no-goals"), "K-quants and IQ4"),
-    "memory.py": (TINY, "flax"),
-    "quality.py": (("--types", "q4_0,nf4 double", "--windows", "1"), "| nf4 double |"),
+    "memory.py": ((*TINY, "--only", "flax"), "flax"),
+    "quality.py": (("--types", "q4_0,nf4 double", *SHORT), "| nf4 double |"),
     "second_model.py": (
         (
             FOLDER,
-            *("--text", f"docs={ROOT}/docs/*.md", "--steps", "1", "--samples", "1"),
+            *("--text", f"docs={ROOT}/docs/*.md", "--steps", "1", *SHORT),
             "--folder-types",
             "",
             "--types",
@@ -43,7 +47,7 @@ RUNS: dict[str, tuple[tuple[str, ...], str]] = {
     ),
     "remote.py": (("--size", "tiny", "--servers", "hub", "--operations", "convert"), "as from the local folder"),
     "sources.py": (("--megabytes", "4", "--rate", "200", "--no-goals"), "equal to the local one"),
-    "synthesize.py": (("tiny", f"{FOLDER}/tiny-hf", "--dtype", "bf16"), ""),
+    "synthesize.py": (("tiny", f"{FOLDER}/tiny.ckpt", "--sparse"), ""),
 }
 """Script: its arguments, and a part of what it prints."""
 NEEDS = {"gguf_rates.py": "xllamacpp", "kernels.py": "xllamacpp", "memory.py": "tensorstore",
@@ -87,14 +91,8 @@ def test_gguf_rates_runs_the_kernels(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_quality_of_calibrated_gguf_types(tmp_path: Path) -> None:
-    arguments = ("--calibrated-gguf", "q4_0", "--windows", "1", "--samples", "2")
-    assert "| q4_0 |" in run("quality.py", arguments, tmp_path)
-
-
-@pytest.mark.slow
 def test_quality_of_calibrated_types(tmp_path: Path) -> None:
-    assert "| fp4 |" in run("quality.py", ("--calibrated", "fp4", "--windows", "1", "--samples", "1"), tmp_path)
+    assert "| fp4 |" in run("quality.py", ("--calibrated", "fp4", *SHORT), tmp_path)
 
 
 @pytest.mark.slow

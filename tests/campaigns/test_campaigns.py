@@ -33,7 +33,7 @@ RUNS: dict[str, tuple[tuple[str, ...], str]] = {
         ("--pairs", "1", "--no-correct", "--only", "norm", "--sources", "small-f32", "--forms", "memory"),
         "named correctly 100.0%",
     ),
-    "publish.py": (("--kills", "1"), "1 kills, every file there once"),
+    "publish.py": (("--kills", "1", "--seed", "36"), "1 kills, every file there once"),
     "scanners.py": ((FOLDER,), "gemma2tool      0 reported"),
     "record_ggml_digests.py": (("--types", "Q8_0", "--output", f"{FOLDER}/digests.json"), ""),
 }
