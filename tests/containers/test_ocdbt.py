@@ -42,10 +42,13 @@ def test_finds_the_same_entries_as_tensorstore(
     generator = np.random.default_rng(0)
     store = _store(tmp_path, max_decoded_node_bytes=node_bytes, max_inline_value_bytes=inline, compression=compression)
     for version in range(3):
-        for number in generator.choice(120, 40 if version else 120, replace=False):
-            store.write(
-                f"layer_{number}/{'w' * int(number % 7)}/.zarray", generator.bytes(int(generator.integers(0, 60)))
-            ).result()
+        with tensorstore.Transaction() as transaction:  # a commit, with its new nodes and manifest
+            for number in generator.choice(120, 40 if version else 120, replace=False):
+                store.with_transaction(transaction)[f"layer_{number}/{'w' * int(number % 7)}/.zarray"] = (
+                    generator.bytes(int(generator.integers(0, 60)))
+                )
+    for version in range(20):  # more than a manifest lists itself
+        store.write("layer_0/version", b"%d" % version).result()
     store.delete_range(tensorstore.KvStore.KeyRange("layer_5", "layer_6")).result()
     entries = _read(tmp_path)
     assert entries == _expected(store) and 100 < len(entries) < 120

@@ -10,14 +10,16 @@ import pytest
 
 from gemma2tool.formats import registry
 from gemma2tool.model.checkpoint import Checkpoint
+from tests.support.checkpoints import first_layers
 
 LENGTH = 150  # the fixture's window is 64
 
 
 @pytest.fixture(scope="module")
-def source(fixture_dir: Path) -> Iterator[Checkpoint]:
+def source(request: pytest.FixtureRequest, fixture_dir: Path) -> Iterator[Checkpoint]:
+    """The fixture, or as many of its layers as the module's LAYERS says."""
     with registry.open_checkpoint(fixture_dir / "model.ckpt") as checkpoint:
-        yield checkpoint
+        yield first_layers(checkpoint, getattr(request.module, "LAYERS", checkpoint.config.num_hidden_layers))
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,8 @@ from tests.support.logits import mean_kl
 
 pytestmark = [pytest.mark.slow, pytest.mark.peer]
 
+LAYERS = 2  # one with a window, one without
+
 
 @pytest.fixture(scope="module")
 def calibration(fixture_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict:

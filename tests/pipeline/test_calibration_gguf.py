@@ -62,7 +62,7 @@ def true_logits(source: Checkpoint, heldout: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize(
     ("type", "hessian", "limit"),
-    [("q4_k_m", "model", 0.5), ("q2_k", "layer", 0.7), ("iq3_xxs", "layer", 0.85)],
+    [("q4_k_m", "model", 0.5), ("iq3_xxs", "layer", 0.85)],
 )
 def test_nearer_to_the_source_at_the_same_size(
     type: str,
@@ -101,21 +101,21 @@ def test_codes_that_wander_far_with_little_text_are_no_damage(
 
 
 @pytest.mark.peer
-def test_llama_cpp_finds_the_same_values(source: Checkpoint, folder: Path, tmp_path: Path) -> None:
+def test_llama_cpp_finds_the_same_values(tmp_path: Path) -> None:
     from tests.support.llama_peer import dequantize
 
     path = tmp_path / "model.gguf"
-    save(source, path, WriteOptions(type="q3_k_m", calibration=Calibration(text=folder / "ids.npy", samples=4)))
+    save(small(), path, WriteOptions(type="q3_k_m", calibration=Calibration(text=small_ids(tmp_path))))
     with registry.open_checkpoint(path) as candidate:
         tensors = [tensor for tensor in candidate.tensors.values() if tensor.stored in ("q3_k", "q4_k", "q5_k", "q6_k")]
-        assert len(tensors) > 40
-        for tensor in tensors[::5]:
+        assert len(tensors) == 15 and {"q3_k", "q4_k", "q5_k", "q6_k"} == {tensor.stored for tensor in tensors}
+        for tensor in tensors:
             blocks = StoredBlocks(tensor).load_rows(0, 8)
             assert np.array_equal(dequantize(tensor.type, blocks, tensor.row_size), tensor.load_rows_f32(0, 8))
 
 
 def small(layers: int = 2) -> Checkpoint:
-    sizes = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64, "query_pre_attn_scalar": 64}
+    sizes = {"hidden_size": 256, "intermediate_size": 256, "head_dim": 64, "query_pre_attn_scalar": 64}
     config = dataclasses.replace(SMALL, **sizes, num_hidden_layers=layers, layer_types=())
     return random_checkpoint(np.dtype(ml_dtypes.bfloat16), config)
 
@@ -142,7 +142,7 @@ def test_same_bytes_for_any_number_of_threads(tmp_path: Path, type: str, hessian
 
 def test_the_embedding_is_written_last_and_no_more_than_a_layer_is_held(tmp_path: Path) -> None:
     """It stands first in the file; waiting for it, every layer would be held."""
-    source, held = small(layers=6), []
+    source, held = small(layers=3), []
     output = registry.by_name("gguf").layout(source, WriteOptions(type="q4_k_m"))
     output, _ = calibrated(output, source, CalibrationSettings(np.load(small_ids(tmp_path))), threads=2)
     last = output.tensors[-1]

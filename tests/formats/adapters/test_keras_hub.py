@@ -6,13 +6,14 @@ import importlib.util
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from gemma2tool.formats.adapters.merging import merge
-from tests.support.checkpoints import random_checkpoint
+from tests.support.checkpoints import SMALL, random_checkpoint
 from tests.support.formats import write_as
 from tests.support.peft_peer import IDS, consumed
 
@@ -45,7 +46,7 @@ def test_adapters_of_keras_hub(tmp_path: Path) -> None:
     """Saved by save_lora_weights, in a process of its own because of its backend; the logits are keras-hub's."""
     if importlib.util.find_spec("keras_hub") is None:
         pytest.skip("keras-hub is not installed")
-    source = random_checkpoint(np.dtype(np.float32))
+    source = random_checkpoint(np.dtype(np.float32), replace(SMALL, num_hidden_layers=2, layer_types=()))
     write_as("keras", source, tmp_path / "base")
     np.save(tmp_path / "ids.npy", IDS)
     environment = os.environ | {"KERAS_BACKEND": "jax", "JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "3"}

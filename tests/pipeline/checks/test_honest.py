@@ -15,7 +15,7 @@ from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.pipeline.checks.finding import CheckResult
 from gemma2tool.pipeline.conversion import save
 from tests.support import false_alarms
-from tests.support.checkpoints import random_checkpoint
+from tests.support.checkpoints import first_layers, random_checkpoint
 from tests.support.formats import suffix_of
 from tests.support.options import write_options
 from tests.support.oracles import oracles_or_skip
@@ -74,7 +74,7 @@ def test_norms_with_means_far_from_zero() -> None:
 @pytest.mark.parametrize("weights", ["fixture", "as drawn", "Student's t"])
 def test_every_format_and_type(tmp_path: Path, weights: str) -> None:
     if weights == "fixture":
-        source = registry.open_checkpoint(TINY / "model.ckpt")
+        source = first_layers(registry.open_checkpoint(TINY / "model.ckpt"), 3)
     else:
         source = false_alarms.source(weights, "bf16")
     targets = [*false_alarms.targets(), *((name, {}) for name in registry.NAMES if name not in ("gguf", "hf"))]
