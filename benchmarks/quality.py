@@ -6,6 +6,7 @@
     python benchmarks/quality.py --calibrated           # folders' types, calibrated, beside rounded to nearest
     python benchmarks/quality.py --calibrated-gguf      # GGUF's types, calibrated, beside an importance matrix
     python benchmarks/quality.py --hessians             # GGUF's types, calibrated with both kinds of Hessian
+    python benchmarks/quality.py --norms iq2_xxs        # GGUF's types, calibrated, with and without tuned norms
     python benchmarks/quality.py --model FOLDER --cross q4_k_m   # calibrated on one kind of text, judged on each
 
 Prints a Markdown table. Every type is written by gemma2tool from fixtures/tiny-gemma2/model.ckpt, read back from its
@@ -85,6 +86,7 @@ def main() -> int:
     parser.add_argument("--calibrated", nargs="?", const="all", metavar="TYPES", help="all of them, or these")
     parser.add_argument("--calibrated-gguf", nargs="?", const=",".join(CALIBRATED_GGUF), metavar="TYPES")
     parser.add_argument("--hessians", nargs="?", const=",".join(CALIBRATED_GGUF), metavar="TYPES")
+    parser.add_argument("--norms", metavar="TYPES")
     parser.add_argument("--cross", metavar="TYPES", help="GGUF types, on the kinds of text of --model")
     parser.add_argument("--model", type=Path, default=FIXTURE, help="a folder with model.ckpt and heldout.npy")
     parser.add_argument("--tokens", type=Path, help="held-out tokens; default: those of the model")
@@ -101,6 +103,8 @@ def main() -> int:
         run = Run(source, Path(folder), ids, arguments.samples, text if text.exists() else None)
         if arguments.cross:
             compare_texts(run, arguments.model, arguments.cross.split(","))
+        elif arguments.norms:
+            compare_norms(run, arguments.norms.split(","))
         elif arguments.hessians:
             compare_hessians(run, arguments.hessians.split(","))
         elif arguments.calibrated_gguf:
@@ -163,11 +167,13 @@ class Run:
         save(self.source, path, WriteOptions(type=name, gguf=gguf, packing=packing))
         return path
 
-    def write_calibrated(self, type: str) -> Path:
+    def write_calibrated(self, type: str, **changes: bool) -> Path:
         """Write a GGUF of this type, calibrated."""
         path = self.folder / "calibrated.gguf"
-        text = Calibration(text=self.calibration_text, length=self.ids.shape[1], samples=self.samples)
-        save(self.source, path, WriteOptions(type=type, calibration=text), force=True, threads=2)
+        text = Calibration(text=self.calibration_text, length=self.ids.shape[1], samples=self.samples, **changes)
+        result = save(self.source, path, WriteOptions(type=type, calibration=text), force=True, threads=2)
+        if result.norm_tuning is not None:
+            print(f"{type}: norms {result.norm_tuning.sentence()}", file=sys.stderr)
         return path
 
     def window_kl(self, path: Path) -> NDArray[np.float64]:
@@ -253,6 +259,17 @@ def compare_with_matrix(run: Run, types: Sequence[str]) -> None:
             f" {second.mean():.5f} | {ratio(first, second)} |",
             flush=True,
         )
+
+
+def compare_norms(run: Run, types: Sequence[str]) -> None:
+    """The table of calibrated GGUF types with the source's norms and with tuned ones, with a 95 % interval of the ratio
+    of their KL.
+    """
+    print("| type | KL calibrated | norms tuned | ratio, 95 % interval |")
+    print("|---|---:|---:|---|")
+    for type in types:
+        first, second = (run.window_kl(run.write_calibrated(type, tune_norms=tunes)) for tunes in (False, True))
+        print(f"| {type} | {first.mean():.5f} | {second.mean():.5f} | {ratio(first, second)} |", flush=True)
 
 
 def compare_texts(run: Run, model: Path, types: Sequence[str]) -> None:

@@ -55,6 +55,8 @@ def _show(result: ConversionResult, console: Console, *, verbose: bool = False) 
         console.item(("output", "bold"), (f"{result.destination}: NOT written, the verification failed", ""))
         return
     console.item(("output", "bold"), (f"{result.destination}: {', '.join(_sizes(result))}", ""))
+    if result.norm_tuning is not None:
+        console.item(("norms", "bold"), (result.norm_tuning.sentence(), ""))
     console.item(("time", "bold"), (_times([result]), ""))
     _show_next(result, console)
 
@@ -76,6 +78,9 @@ def _show_table(results: Sequence[ConversionResult], console: Console) -> None:
         if not result.written:
             _show(result, console)
     written = [result for result in results if result.written]
+    for result in written:
+        if result.norm_tuning is not None:
+            console.item(("norms", "bold"), (f"{result.destination.name}: {result.norm_tuning.sentence()}", ""))
     if written:
         console.item(("time", "bold"), (_times(written), ""))
         _show_next(written[0], console)

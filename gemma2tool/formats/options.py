@@ -206,7 +206,9 @@ class Calibration:
     share of its mean that is added to the Hessian's diagonal (0.01). ``method``: "refit" (the default), scales fitted
     to the codes, or "textbook", GPTQ or AWQ as published. ``hessian_block``: columns of different blocks count as
     independent; None for the whole. ``hessian``: "model" (the default) keeps the KL divergence of the model's
-    predictions low, "layer" the error of each layer's outputs, which needs no gradients.
+    predictions low, "layer" the error of each layer's outputs, which needs no gradients. ``tune_norms``: afterwards the
+    norms are tuned for the same, on other sequences of the text; ``norm_checksums``: what the file says of them, see
+    ``model.norm_checksums``.
     """
 
     HEADING: ClassVar[str] = "Calibration"
@@ -277,6 +279,13 @@ class Calibration:
         types=GGUF_QUANTIZED,
         choices=HESSIANS,
     )
+    tune_norms: bool = option(
+        False,
+        "--tune-norms",
+        "then tune the norms on other parts of the text; kept only where a held-out part agrees.",
+        types=GGUF_QUANTIZED,
+    )
+    norm_checksums: str = ""
 
     def __post_init__(self) -> None:
         normalize(self)

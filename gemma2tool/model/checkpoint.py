@@ -114,6 +114,9 @@ class Checkpoint:
     rounding: Rounding = "nearest"
     """How the file says that its codes were chosen."""
 
+    tuned_norms: dict[str, str] = field(default_factory=dict)
+    """Checksums of the norms of a file that says that they were tuned, see ``norm_checksums``."""
+
     misread: dict[str, str] = field(default_factory=dict)
     """Tensors that the reader has right and the program that loads the files would not, each with a sentence."""
 

@@ -19,6 +19,9 @@ TypeFamily = Literal["folders", "gguf"]
 CALIBRATION_KEYS = "gemma2tool.calibration."
 """What the keys begin with by which a file says that its codes were chosen by a calibration."""
 
+NORMS_KEY = f"{CALIBRATION_KEYS}norms"
+"""The key by which a file says that its norms were tuned; its value: ``model.norm_checksums``."""
+
 Assumption = tuple[str, str]
 """A config field (or "quantization") and a sentence: what the consumer computes whatever the file says."""
 

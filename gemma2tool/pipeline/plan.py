@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Any
 from gemma2tool.errors import UsageError
 from gemma2tool.formats import registry
 from gemma2tool.formats.base import Output
-from gemma2tool.formats.options import WriteOptions
+from gemma2tool.formats.options import Calibration, WriteOptions
 from gemma2tool.formats.sentence_transformers import left_behind
 from gemma2tool.formats.text_settings import settings_remarks, text_settings
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.names import HEAD
+from gemma2tool.model.norm_checksums import unknown_checksums
 from gemma2tool.model.tied_head import with_tied_head
 from gemma2tool.pipeline.calibration.output import calibrated, settings_of
 from gemma2tool.pipeline.calibration.session import Session
@@ -183,7 +184,7 @@ def make_plan(
     format_name = registry.for_destination(destination, to, options.type)
     source = _with_one_matrix(source, format_name)
     options.check_target(format_name)
-    options = replace(options, calibration=options.calibration.for_type(options.type))
+    options = replace(options, calibration=_prepared(options.calibration.for_type(options.type), source))
     refuse_overwriting_input((source.path, *source.files), destination)
     if options.type not in (None, "copy") and source.is_quantized and not options.allow_requantize:
         stored = sorted({tensor.stored for tensor in source.tensors.values()} - _PLAIN_TYPES)
@@ -201,6 +202,13 @@ def make_plan(
         settings = settings_of(options.calibration, source)
         output, session = calibrated(output, source, settings, threads=threads)
     return Plan(source, destination, output, options, session)
+
+
+def _prepared(calibration: Calibration, source: Checkpoint) -> Calibration:
+    """With room for the checksums of norms that will be tuned."""
+    if not calibration.tune_norms:
+        return calibration
+    return replace(calibration, norm_checksums=unknown_checksums(source.config))
 
 
 def _with_one_matrix(source: Checkpoint, format_name: str) -> Checkpoint:

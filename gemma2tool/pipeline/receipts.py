@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from gemma2tool.errors import ToolError, UsageError
@@ -57,10 +58,12 @@ def make(
     clipped: Mapping[str, int],
     *,
     threads: int,
+    more: Mapping[str, Any] = MappingProxyType({}),
 ) -> bytes:
     """The receipt of a verified output that is still at ``staged``, as the bytes of its file.
 
-    ``clipped``: how many values of each tensor were clipped to the largest float16 before they were compared.
+    ``clipped``: how many values of each tensor were clipped to the largest float16 before they were compared. ``more``:
+    what else came of the plan.
     """
     files = digest_files(staged, file_names(staged), threads=threads)
     what = {
@@ -69,6 +72,7 @@ def make(
         "losses": [{"tensor": name, "max_abs": loss} for name, loss in plan.output.losses],
         "clipped": [{"tensor": name, "values": count} for name, count in clipped.items()],
         **({} if plan.recipe is None else {"recipe": plan.recipe}),
+        **more,
     }
     return receipt.encode_receipt(receipt.build_receipt(plan.source, candidate, files, what, verification))
 

@@ -9,8 +9,9 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from gemma2tool.formats import registry
 from gemma2tool.model.checkpoint import Checkpoint, unchanged
@@ -20,6 +21,7 @@ from gemma2tool.pipeline.calibration.boundaries import Boundaries
 from gemma2tool.pipeline.fingerprint import fingerprint
 from gemma2tool.pipeline.plan import Plan
 from gemma2tool.pipeline.requests import RunOptions
+from gemma2tool.pipeline.tuning.output import NormTuning, check_tuning, tune_norms
 from gemma2tool.pipeline.value_check import ValueCheck, clipped_tensor
 from gemma2tool.pipeline.verification import ResolvedChecks, verify_output
 from gemma2tool.pipeline.write import Target, write_outputs
@@ -44,7 +46,7 @@ class ConversionResult:
     clipped to the largest float16, by tensor. ``losses``: (canonical name, largest absolute loss) of tensors that the
     target's convention rounds. ``run_command``: a command line that runs its usual consumer on it, if there is one.
     ``budget``: the file beside the prediction of its budget, if there is one. ``pinned``: the address of exactly what
-    was read, if the source is not local.
+    was read, if the source is not local. ``norm_tuning``: what tuning the norms did, if it was asked for.
     """
 
     destination: Path
@@ -61,6 +63,7 @@ class ConversionResult:
     run_command: str = ""
     budget: BudgetOutcome | None = None
     pinned: str | None = None
+    norm_tuning: NormTuning | None = None
 
     @property
     def written(self) -> bool:
@@ -81,6 +84,7 @@ class ConversionResult:
             "clipped": [{"tensor": name, "values": count} for name, count in self.clipped.items()],
             "losses": [{"tensor": name, "max_abs": loss} for name, loss in self.losses],
             "verification": None if self.verification is None else self.verification.to_json(),
+            **({} if self.norm_tuning is None else {"norm_tuning": self.norm_tuning.to_json()}),
             **({} if self.budget is None else {"budget": self.budget.to_json()}),
         }
 
@@ -115,18 +119,21 @@ def run(
     with_receipts = options.receipt and checks is not None
     for plan in plans if with_receipts else ():
         receipts.check_place(plan.destination)
+    for plan in plans:
+        check_tuning(plan, options.threads)
     with ExitStack() as stack:
         outputs = [_stage(plan, options, stack) for plan in plans]
         with unchanged(*(plan.source for plan in plans)):
             _write(outputs, options, progress)
+            tunings = [_tuned(output, options, progress) for output in outputs]
         seconds = time.monotonic() - started
         results, commits = [], []
-        for output in outputs:
-            verification, receipt = _verify(output, checks, options, progress)
+        for output, tuning in zip(outputs, tunings, strict=True):
+            verification, receipt = _verify(output, checks, options, progress, tuning)
             staged_receipt = None
             if receipt is not None:
                 staged_receipt = stack.enter_context(receipts.stage(output.plan.destination, receipt))
-            result = _result(output, seconds, verification, staged_receipt)
+            result = replace(_result(output, seconds, verification, staged_receipt), norm_tuning=tuning)
             results.append(result)
             if result.written:
                 commits.append((output.staging, staged_receipt))
@@ -185,8 +192,21 @@ def _write(outputs: Sequence[_StagedOutput], options: RunOptions, progress: Prog
             output.staging.write_bytes(name, data)
 
 
+def _tuned(output: _StagedOutput, options: RunOptions, progress: Progress | None) -> NormTuning | None:
+    """Tune the norms of what is staged, if that was asked for."""
+    plan = output.plan
+    if not plan.options.calibration.tune_norms or output.staging.finished:
+        return None
+    opening = partial(registry.by_name(plan.output.format).open, output.staging.path)
+    return tune_norms(plan, opening, output.target.sinks, threads=options.threads, progress=progress)
+
+
 def _verify(
-    output: _StagedOutput, checks: ResolvedChecks | None, options: RunOptions, progress: Progress | None
+    output: _StagedOutput,
+    checks: ResolvedChecks | None,
+    options: RunOptions,
+    progress: Progress | None,
+    tuning: NormTuning | None,
 ) -> tuple[Verification | None, bytes | None]:
     """The verification of what is staged and, where it passed and one is asked for, its receipt."""
     plan, clipped = output.plan, output.target.clipped()
@@ -206,7 +226,10 @@ def _verify(
         )
         if not (options.receipt and verification.passed):
             return verification, None
-        receipt = receipts.make(plan, output.staging.path, candidate, verification, clipped, threads=options.threads)
+        more: dict[str, Any] = {} if tuning is None else {"norm_tuning": tuning.to_json()}
+        receipt = receipts.make(
+            plan, output.staging.path, candidate, verification, clipped, threads=options.threads, more=more
+        )
         return verification, receipt
 
 

@@ -61,6 +61,9 @@ def _tensor_findings(gate: str, comparison: TensorComparison) -> Iterator[Findin
     elif comparison.rule == "folded":
         message = "carries the scales of the weights it feeds; their product was compared"
         yield Finding(gate, "note", name, message)
+    elif comparison.rule == "tuned":
+        message = f"was tuned: differs from the source's by up to {comparison.max_abs_error:.3g}"
+        yield Finding(gate, "note", name, message)
     elif comparison.rule == "expected" and comparison.max_abs_error:
         message = f"the target's own convention loses up to {comparison.max_abs_error:.3g} of it; nothing else is lost"
         yield Finding(gate, "note", name, message)
@@ -74,6 +77,8 @@ def _tensors_summary(comparisons: Sequence[TensorComparison]) -> str:
         parts.append(f"{equal} bit for bit")
     if folded:
         parts.append(f"{folded} with scales of the weights they feed")
+    if tuned := sum(comparison.rule == "tuned" for comparison in comparisons):
+        parts.append(f"{tuned} norms tuned")
     for rule, words in (
         ("cast", "rounded to {}"),
         ("expected", "after the target's convention"),

@@ -30,6 +30,7 @@ from gemma2tool.verify.compare.tensors import compare_tensors, read_through
 from gemma2tool.verify.compare.token_ids import TokenIds, as_prompts
 from gemma2tool.verify.compare.tokenizer import compare_tokenizers, text_pieces
 from gemma2tool.verify.compare.tokenizer_use import implied_stops, put_first
+from gemma2tool.verify.compare.tuned_norms import tuned_norms
 from gemma2tool.verify.diagnosis.cause import Cause
 from gemma2tool.verify.finding import Finding, GateResult
 from gemma2tool.verify.gates import GATES, Gates
@@ -183,6 +184,7 @@ class _Run:
         rules = TensorRules(
             expected=settings.expected,
             folded=folded_source(self.source, candidate),
+            tuned=tuned_norms(self.common, candidate, settings.expected),
             rounding=self.rounding,
             max_relative_rmse=settings.gates.get("rmse"),
         )

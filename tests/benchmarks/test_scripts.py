@@ -28,6 +28,7 @@ RUNS: dict[str, tuple[tuple[str, ...], str]] = {
         "verify out-hf by its receipt",
     ),
     "forward.py": ((*TINY, "--tokens", "8"), "within 5e-5 + 1e-5 of the value: True"),
+    "freedoms.py": (("q4_0", "--changes", "channels", "--samples", "1", "--every", "75"), "| q4_0 | channels |"),
     "gguf_rates.py": (("--end-to-end", *TINY, "--only-end-to-end", "--values", "5e3"), "times cp plus"),
     "int.py": (("--values", "5e3", "--repeats", "1", "--no-goals"), "int8 back"),
     "int_memory.py": ((*TINY, "--types", "nf4,nf4 --double-quant,gptq-4"), "nf4 --double-quant"),

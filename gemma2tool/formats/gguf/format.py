@@ -40,9 +40,10 @@ from gemma2tool.formats.mapping.transforms import convention_losses, entries, ex
 from gemma2tool.formats.options import WriteOptions
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.config import Gemma2Config
-from gemma2tool.model.format_facts import CALIBRATION_KEYS, Rounding
+from gemma2tool.model.format_facts import CALIBRATION_KEYS, NORMS_KEY, Rounding
 from gemma2tool.model.lazy import DTYPE_NAMES, LazyTensor, MappedRows
 from gemma2tool.model.names import HEAD
+from gemma2tool.model.norm_checksums import parse_checksums
 from gemma2tool.quantizers.casts import cast
 from gemma2tool.quantizers.mixtures import COPY
 from gemma2tool.quantizers.mixtures import FILE_TYPES as MIXTURES
@@ -115,6 +116,7 @@ class GGUF(Format):
                 tokenizer_assets(keys),
                 metadata={self.name: Source(kv, tensors)},
                 rounding=_rounding(kv),
+                tuned_norms=parse_checksums(keys.text(NORMS_KEY, None), config),
                 files=tuple(header.path for header in headers),
                 closers=closers,
             )

@@ -10,12 +10,13 @@ from dataclasses import dataclass, field, replace
 from gemma2tool.errors import InputRefused, UsageError
 from gemma2tool.formats.gguf.convert import DiskTensor, first_names, plan_tensor
 from gemma2tool.formats.gguf.imatrix import ImportanceMatrix, read_imatrix
-from gemma2tool.formats.gguf.key_values import KeyValue, u32
+from gemma2tool.formats.gguf.key_values import KeyValue, string, u32
 from gemma2tool.formats.gguf.output import GGUFTensorPlan, Split, clipped_string, parse_override
 from gemma2tool.formats.gguf.table import kind_and_layer
 from gemma2tool.formats.gguf.tensors import FLOATS, GGUFTensor, StoredBlocks
 from gemma2tool.formats.options import Calibration, WriteOptions
 from gemma2tool.model.config import Gemma2Config
+from gemma2tool.model.format_facts import NORMS_KEY
 from gemma2tool.model.lazy import DTYPE_NAMES, Array, LazyTensor
 from gemma2tool.quantizers.gguf_encoders import Copied, block_elements
 from gemma2tool.quantizers.gguf_types import GGUF_TYPES
@@ -65,7 +66,9 @@ class QuantizationRequest:
     def origin_keys(self) -> list[KeyValue]:
         """The keys that say which importance matrix or calibration text was used."""
         if self.calibration.is_asked:
-            return [(key, clipped_string(value)) for key, value in self.calibration.metadata.items()]
+            said = [(key, clipped_string(value)) for key, value in self.calibration.metadata.items()]
+            checksums = self.calibration.norm_checksums
+            return [*said, (NORMS_KEY, string(checksums))] if checksums else said
         if self.imatrix is None:
             return []
         keys = [("quantize.imatrix.file", clipped_string(str(self.imatrix.path)))]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -14,6 +14,7 @@ from gemma2tool.model.devices import current_device
 from gemma2tool.pipeline.calibration.gradients import POSITIONS, STREAM, sequence_count
 from gemma2tool.pipeline.calibration.layer import SEQUENCES
 from gemma2tool.pipeline.calibration.output_side import layer_bytes
+from gemma2tool.pipeline.tuning.cost import tuning_bytes, tuning_operations
 from gemma2tool.quantizers.calibration.clipping import SHRINKS
 from gemma2tool.quantizers.calibration.rounding import ROWS
 from gemma2tool.quantizers.calibration.scales import POWERS
@@ -164,6 +165,15 @@ def estimate(
     at_once = product_rate(device) * (threads if device.type == "cpu" else 1)
     seconds += operations / (at_once * EFFICIENCY)
     return Cost(int(memory), seconds, threads, shape, "model" if work.by_model else "layer")
+
+
+def with_tuning(cost: Cost, config: Gemma2Config, shape: tuple[int, ...]) -> Cost:
+    """``cost``, with that of tuning the norms on ``shape`` (sequences, tokens) afterwards."""
+    device = current_device()
+    at_once = product_rate(device) * (cost.threads if device.type == "cpu" else 1)
+    seconds = tuning_operations(config, shape) / (at_once * EFFICIENCY)
+    memory = LIBRARIES + tuning_bytes(config, shape, cost.threads)
+    return replace(cost, seconds=cost.seconds + seconds, memory=max(cost.memory, memory))
 
 
 def _gradients(config: Gemma2Config, weights: int, shape: tuple[int, int], threads: int) -> tuple[float, int]:

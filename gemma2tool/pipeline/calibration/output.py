@@ -32,16 +32,18 @@ HEAD_ROWS = 1024
 
 def settings_of(options: Calibration, checkpoint: Checkpoint) -> CalibrationSettings:
     """The settings that a user asked for, with the sequences to run."""
-    from gemma2tool.pipeline.calibration.text import read_sequences
+    from gemma2tool.pipeline.calibration.text import read_sequences, unused_sequences
 
     assert options.text is not None
+    how = {"samples": options.samples, "length": options.length}
     return CalibrationSettings(
-        read_sequences(options.text, checkpoint, samples=options.samples, length=options.length),
+        read_sequences(options.text, checkpoint, **how),
         DAMPING if options.damping is None else options.damping,
         options.act_order,
         options.hessian_block,
         options.hessian == "model",
         options.method == "textbook",
+        unused_sequences(options.text, checkpoint, **how) if options.tune_norms else None,
     )
 
 

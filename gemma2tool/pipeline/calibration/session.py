@@ -47,7 +47,8 @@ class CalibrationSettings:
 
     ``hessian_block``: columns of a square of the block-diagonal Hessian, None for the whole. ``by_model``: an error is
     weighed by what it costs the model's predictions, else by what it changes of its layer's outputs. ``textbook``: GPTQ
-    and AWQ as published, where a type is named for them.
+    and AWQ as published, where a type is named for them. ``tuning``: token ids (n, T) that norms are tuned on; None:
+    they are not.
     """
 
     ids: NDArray[np.int64]
@@ -56,6 +57,7 @@ class CalibrationSettings:
     hessian_block: int | None = None
     by_model: bool = False
     textbook: bool = False
+    tuning: NDArray[np.int64] | None = None
 
 
 class Session:
@@ -89,7 +91,7 @@ class Session:
 
     def cost(self) -> Cost:
         """What all layers together will take."""
-        from gemma2tool.pipeline.calibration.cost import Work, estimate
+        from gemma2tool.pipeline.calibration.cost import Work, estimate, with_tuning
 
         config, specs = self.checkpoint.config, self.checkpoint.specs
         matrices = sum(spec.layer is not None and spec.quantizable for spec in specs.values())
@@ -105,6 +107,8 @@ class Session:
         )
         block, threads = self.calibration.hessian_block, self.threads
         cost = estimate(config, work, self.calibration.ids.shape, hessian_block=block, threads=threads)
+        if self.calibration.tuning is not None:
+            cost = with_tuning(cost, config, self.calibration.tuning.shape)
         return replace(cost, disk=self.kept_bytes)
 
     def stage(self, item: OutputTensor) -> int | None:

@@ -18,6 +18,9 @@ logger = logging.getLogger("gemma2tool")
 
 SAMPLES, LENGTH = 128, 512
 
+TUNING, LEAST_TUNING = 76, 12
+"""Sequences that norms are tuned on, with those that are held out of that: at most, and at least."""
+
 FOREIGN_PERPLEXITY = 500.0
 """A text with a larger perplexity under the source is unlike what the model was trained on."""
 
@@ -31,6 +34,31 @@ def read_sequences(path: Path, checkpoint: Checkpoint, *, samples: int | None, l
     ``UsageError`` if they do not fill one sequence, ``InputRefused`` for ids outside the vocabulary and for a file that
     is not text.
     """
+    return spread(_sequences(path, checkpoint, length), samples or SAMPLES)
+
+
+def unused_sequences(
+    path: Path, checkpoint: Checkpoint, *, samples: int | None, length: int | None
+) -> NDArray[np.int64]:
+    """Token ids int64 (n, T) of the sequences that ``read_sequences`` leaves: at most TUNING, evenly spread.
+
+    Raises ``UsageError`` if they are fewer than LEAST_TUNING.
+    """
+    ids = _sequences(path, checkpoint, length)
+    used = _spread_numbers(len(ids), samples or SAMPLES)
+    rest = np.delete(ids, used, axis=0)
+    if len(rest) < LEAST_TUNING:
+        raise UsageError(
+            "calibration.short",
+            f"{path}: {len(ids)} sequences of {ids.shape[1]} tokens, of which {len(used)} choose the codes:"
+            f" --tune-norms needs {LEAST_TUNING} others",
+            hint="give a longer text, fewer --calibration-samples or a smaller --calibration-length",
+        )
+    return spread(rest, TUNING)
+
+
+def _sequences(path: Path, checkpoint: Checkpoint, length: int | None) -> NDArray[np.int64]:
+    """All sequences (N, T) of the text."""
     config = checkpoint.config
     if path.suffix.lower() == ".npy":
         ids = read_ids(path, config.vocab_size)
@@ -42,7 +70,7 @@ def read_sequences(path: Path, checkpoint: Checkpoint, *, samples: int | None, l
                     hint="leave out --calibration-length, or give the ids as one long row",
                 )
             _check_length(ids.shape[1], config.max_position_embeddings)
-            return spread(ids, samples or SAMPLES)
+            return ids
         row = ids[0].tolist()
     else:
         row = PromptTokenizer(checkpoint).encode(read_text(path, what="calibration text"))
@@ -55,7 +83,7 @@ def read_sequences(path: Path, checkpoint: Checkpoint, *, samples: int | None, l
             f"{path}: {len(row)} tokens do not fill one sequence of {length}",
             hint="give a longer text, or a smaller --calibration-length",
         )
-    return spread(ids, samples or SAMPLES)
+    return ids
 
 
 def warn_of_foreign_text(perplexity: float, name: str = "the calibration text") -> None:
@@ -80,6 +108,9 @@ def _check_length(length: int, maximum: int) -> None:
 
 def spread(ids: NDArray[np.int64], samples: int) -> NDArray[np.int64]:
     """At most ``samples`` of the entries, evenly spread."""
-    if len(ids) <= samples:
-        return ids
-    return ids[np.linspace(0, len(ids) - 1, samples).astype(np.int64)]
+    return ids if len(ids) <= samples else ids[_spread_numbers(len(ids), samples)]
+
+
+def _spread_numbers(count: int, samples: int) -> NDArray[np.int64]:
+    """At most ``samples`` of the numbers below ``count``, evenly spread."""
+    return np.linspace(0, count - 1, min(samples, count)).astype(np.int64)

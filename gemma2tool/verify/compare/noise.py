@@ -41,13 +41,13 @@ class NoisyTensor(LazyTensor):
 
 
 def with_noise(source: Checkpoint, comparisons: Iterable[TensorComparison]) -> Checkpoint:
-    """The source with noise in every tensor that the candidate does not store exactly.
+    """The source with noise in every tensor that the candidate does not store exactly, but in none that was tuned.
 
     It reads the source's files: do not close it.
     """
     tensors = dict(source.tensors)
     for comparison in comparisons:
-        if comparison.rmse:
+        if comparison.rmse and comparison.rule != "tuned":
             name = comparison.name
             tensors[name] = NoisyTensor(tensors[name], comparison.rmse, name)
     return replace(source, tensors=tensors, closers=[])

@@ -24,7 +24,7 @@ from gemma2tool.verify.compare.bounds import BOUNDS, Bound
 from gemma2tool.verify.compare.comparison import TensorComparison
 from gemma2tool.verify.gates import loosest
 
-Rule = Literal["exact", "cast", "expected", "bound", "folded", "reported"]
+Rule = Literal["exact", "cast", "expected", "bound", "folded", "tuned", "reported"]
 """How a tensor is compared. The rule follows from how the candidate stores the tensor:
 
 - ``exact``: in a float type that holds every value of the source. The bits must be equal.
@@ -34,6 +34,8 @@ Rule = Literal["exact", "cast", "expected", "bound", "folded", "reported"]
 - ``bound``: in a quantized type. The error of every block must be within ``bounds.BOUNDS``; where scales were folded
   (see ``folding``), against the source with these scales.
 - ``folded``: a norm that carries the scales of folded weights. Its product with them is compared, in their place.
+- ``tuned``: a norm that the candidate says was tuned, within the limit of that (see ``tuned_norms``). Its difference
+  from the source is reported.
 - ``reported``: in a type without a known bound. The error is measured and has no limit.
 """
 
@@ -48,13 +50,14 @@ class TensorRules:
     """What a comparison of tensors depends on besides the tensors.
 
     ``expected``: the values that the candidate must have, bit for bit, where the target's convention changes them.
-    ``folded``: the source's tensors with the scales that the candidate folded (see ``folding``). ``rounding``: how the
-    candidate's codes were chosen. ``max_relative_rmse``: limit on RMSE / RMS in place of each type's
-    own.
+    ``folded``: the source's tensors with the scales that the candidate folded (see ``folding``). ``tuned``: the norms
+    that the candidate says were tuned, each with the verdict of ``tuned_norms``. ``rounding``: how the candidate's
+    codes were chosen. ``max_relative_rmse``: limit on RMSE / RMS in place of each type's own.
     """
 
     expected: Mapping[str, LazyTensor] = field(default_factory=dict)
     folded: Mapping[str, LazyTensor] = field(default_factory=dict)
+    tuned: Mapping[str, str] = field(default_factory=dict)
     rounding: Rounding = "nearest"
     max_relative_rmse: float | None = None
 

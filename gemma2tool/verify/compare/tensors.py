@@ -22,6 +22,7 @@ from gemma2tool.verify.compare.bounds import Bound
 from gemma2tool.verify.compare.comparison import TensorComparison
 from gemma2tool.verify.compare.measure import Errors, TensorErrors, measure_bits, measure_blocks
 from gemma2tool.verify.compare.rules import Rule, TensorRules, cast, rule_for
+from gemma2tool.verify.compare.tuned_norms import TUNED
 
 GATE = "tensors"
 
@@ -38,7 +39,9 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class _Job:
-    """The comparison of one tensor. ``required``: what the candidate's values are compared with."""
+    """The comparison of one tensor. ``required``: what the candidate's values are compared with. ``remark``: what else
+    is to say where they differ.
+    """
 
     name: str
     source: LazyTensor
@@ -46,6 +49,7 @@ class _Job:
     rule: Rule
     required: LazyTensor
     bound: Bound | None
+    remark: str = ""
 
     @property
     def block(self) -> int:
@@ -184,13 +188,15 @@ def _mapped(function: Callable[[Task], Result], tasks: Sequence[Task], threads: 
 
 
 def _job(name: str, source: LazyTensor, candidate: LazyTensor, rules: TensorRules) -> _Job:
-    expected, folded = rules.expected.get(name), rules.folded.get(name)
+    expected, folded, remark = rules.expected.get(name), rules.folded.get(name), rules.tuned.get(name)
+    if remark == TUNED:
+        return _Job(name, source, candidate, "tuned", candidate, None)
     rule = rule_for(source, candidate, is_expected=expected is not None)
     if folded is not None and rule != "bound":
         return _Job(name, source, candidate, "folded", folded, None)
     bound = rules.bound(candidate, is_folded=folded is not None) if rule == "bound" else None
     required = next((tensor for tensor in (expected, folded) if tensor is not None), source)
-    return _Job(name, source, candidate, rule, required, bound)
+    return _Job(name, source, candidate, rule, required, bound, remark or "")
 
 
 def _message(job: _Job, errors: TensorErrors, bad_blocks: int, rms: float, rmse: float) -> str:
@@ -223,13 +229,15 @@ _REQUIRED_BITS: Mapping[Rule, str] = {
     "cast": "the source's rounded to {stored}",
     "expected": "the source's after the target's convention",
     "folded": "the source's with the folded scales",
+    "tuned": "those that were tuned",
 }
 
 
 def _bits_message(job: _Job, total: Errors) -> str:
     required_bits = _REQUIRED_BITS[job.rule].format(stored=job.candidate.stored)
     verb = "is" if total.differing == 1 else "are"
-    message = f"{total.differing} of {total.values} values {verb} not {required_bits}"
+    remark = f"; {job.remark}" if job.remark else ""
+    message = f"{total.differing} of {total.values} values {verb} not {required_bits}{remark}"
     if total.first_difference is None:
         return message
     first = total.first_difference
