@@ -104,6 +104,7 @@ def _request(
             allow_unsafe_template=output.allow_unsafe_template,
             receipt=not output.no_receipt,
             readers=not output.no_readers,
+            modelfile=output.modelfile,
             threads=output.threads or api.default_threads(),
             memory=parse_size(output.memory),
             device=output.device,

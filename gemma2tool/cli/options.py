@@ -146,6 +146,12 @@ AllowUnsafeTemplate = Annotated[
         rich_help_panel="Output",
     ),
 ]
+Modelfile = Annotated[
+    bool,
+    typer.Option(
+        "--modelfile", help="Write NAME.Modelfile beside a GGUF, for ollama create.", rich_help_panel="Output"
+    ),
+]
 KeepDownload = Annotated[
     Path | None,
     typer.Option(
@@ -230,6 +236,7 @@ class OutputOptions:
     clip_f16: ClipFloat16 = False
     allow_mismatch: AllowMismatch = False
     allow_unsafe_template: AllowUnsafeTemplate = False
+    modelfile: Modelfile = False
     restart: Restart = False
     keep_download: KeepDownload = None
     threads: Threads = None

@@ -18,6 +18,7 @@ from gemma2tool.model.lazy import SharedRows
 from gemma2tool.model.progress import Progress
 from gemma2tool.pipeline.destinations import Destination, destinations, folder_of_several, input_files
 from gemma2tool.pipeline.inputs import read_prompts
+from gemma2tool.pipeline.modelfile import check_modelfile, modelfile, write_modelfile
 from gemma2tool.pipeline.opening import from_source, open_source
 from gemma2tool.pipeline.plan import Plan, PlanSummary, make_plan
 from gemma2tool.pipeline.remarks import plan_remarks
@@ -54,12 +55,23 @@ class Conversion:
         checks = None if request.checks is None else _resolved(request.checks, self.source)
         with folder_of_several(self.outputs):
             results = run(self.plans, checks, request.run, progress)
+        if request.run.modelfile:
+            self._write_modelfiles(results)
         if self.budget is not None and checks is not None and results[0].written:
             results = (self._beside_prediction(self.budget, results[0]),)
         request.reports.write([result.verification for result in results if result.verification is not None])
         if len(results) == 1 and results[0].written:
             request.reports.write_bom(results[0].receipt, self.source, self.source.path)
         return results
+
+    def _write_modelfiles(self, results: Sequence[ConversionResult]) -> None:
+        for result in results:
+            if result.written:
+                text, remark = modelfile(self.source, result.destination.name)
+                path = write_modelfile(text, result.destination, force=self.request.run.force)
+                logger.info("%s: for 'ollama create NAME -f %s'", path, path.name)
+                if remark is not None:
+                    logger.warning("%s: %s", path, remark)
 
     def _beside_prediction(self, budget: PlannedBudget, result: ConversionResult) -> ConversionResult:
         with registry.open_checkpoint(result.destination) as candidate:
@@ -87,6 +99,8 @@ def open_conversion(request: ConversionRequest, progress: Progress | None = None
         refuse_dangerous(source, allow_unsafe_template=request.run.allow_unsafe_template)
         read = source if len(outputs) == 1 else shared(source)
         plans, budget = _plans(read, outputs, request), None
+        for plan in plans if request.run.modelfile else ():
+            check_modelfile(plan.destination, plan.output, force=request.run.force)
         written = (path for plan in plans for path in _written(plan))
         request.reports.check((*source.files, *input_files(request)), written)
         if request.budget.is_asked:  # its table may take hours: what can be refused is refused by now

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gemma2tool.errors import UsageError
 from gemma2tool.model.checkpoint import Checkpoint
+from gemma2tool.model.tokenizer import Tokenizer
 from gemma2tool.model.tokenizer_runner import TokenizerRunner
 from gemma2tool.pipeline.template import render
 
@@ -53,22 +54,38 @@ class PromptTokenizer:
 
     def chat(self, prompt: str) -> str | None:
         """``prompt`` as a user's turn in the chat template, up to where the model answers; None without a template."""
-        template = self.tokenizer.chat_template
-        if template is None:
+        if self.tokenizer.chat_template is None:
             return None
-        values = {
-            "messages": [{"role": "user", "content": prompt}],
-            "add_generation_prompt": True,
-            "bos_token": self._special_text("bos"),
-            "eos_token": self._special_text("eos"),
-        }
-        return render(template, values, self.checkpoint.path.name)
+        return _rendered(self.checkpoint, [{"role": "user", "content": prompt}])
 
     def stop_ids(self) -> tuple[int, ...]:
         """Ids that end an answer: those that the tokenizer's files state, else the config's."""
         return self.tokenizer.stops(self.checkpoint.config)
 
     def _special_text(self, role: str) -> str:
-        token = self.tokenizer.roles.get(role)
-        added = None if token is None else self.tokenizer.added_tokens.get(token)
-        return f"<{role}>" if added is None else added.content
+        return _special_text(self.tokenizer, role)
+
+
+def render_chat(checkpoint: Checkpoint, messages: Sequence[Mapping[str, str]]) -> str:
+    """``messages`` in the checkpoint's chat template, up to where the model answers, without bos at the beginning.
+
+    Raises ``InputRefused`` (``template.*``) for messages that the template refuses.
+    """
+    return _rendered(checkpoint, messages).removeprefix(_special_text(checkpoint.tokenizer, "bos"))
+
+
+def _rendered(checkpoint: Checkpoint, messages: Sequence[Mapping[str, str]]) -> str:
+    tokenizer = checkpoint.tokenizer
+    values = {
+        "messages": [dict(message) for message in messages],
+        "add_generation_prompt": True,
+        "bos_token": _special_text(tokenizer, "bos"),
+        "eos_token": _special_text(tokenizer, "eos"),
+    }
+    return render(tokenizer.chat_template or "", values, checkpoint.path.name)
+
+
+def _special_text(tokenizer: Tokenizer, role: str) -> str:
+    token = tokenizer.roles.get(role)
+    added = None if token is None else tokenizer.added_tokens.get(token)
+    return f"<{role}>" if added is None else added.content

@@ -57,7 +57,8 @@ class RunOptions:
     an interrupted run left. ``allow_nonfinite``: accept NaN and infinities in the source. ``clip_f16``: store the
     largest float16 instead of refusing values beyond it. ``allow_unsafe_template``: carry a chat
     template that ``scan`` calls dangerous. ``receipt``: write one beside each verified output. ``readers``: let the
-    libraries that define the output's format read it too. ``memory``: bytes of data in flight. ``keep_download``:
+    libraries that define the output's format read it too. ``modelfile``: write one for ollama beside each GGUF.
+    ``memory``: bytes of data in flight. ``keep_download``:
     download a source that is not local to this folder first, and read it there. ``device``: where forward passes and
     calibration compute, "cpu" or "cuda".
     """
@@ -69,6 +70,7 @@ class RunOptions:
     allow_unsafe_template: bool = False
     receipt: bool = True
     readers: bool = True
+    modelfile: bool = False
     threads: int = field(default_factory=default_threads)
     memory: int = DEFAULT_MEMORY
     device: str = "cpu"

@@ -67,6 +67,7 @@ _OF_SOURCE = (
     Key(name="allow-nonfinite", group="run", field="allow_nonfinite", kind="flag"),
     Key(name="clip-f16", group="run", field="clip_f16", kind="flag"),
     Key(name="allow-unsafe-template", group="run", field="allow_unsafe_template", kind="flag"),
+    Key(name="modelfile", group="run", field="modelfile", kind="flag", decides=False),
     Key(name="threads", group="run", field="threads", kind="integer", minimum=1, maximum=256, decides=False),
     Key(name="memory", group="run", field="memory", parse=parse_size, decides=False),
     Key(name="junit", group="reports", field="junit", kind="file", decides=False),
