@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 
-import bitsandbytes.functional as F
 import ml_dtypes
 import numpy as np
 import pytest
@@ -18,8 +17,11 @@ from gemma2tool.model.lazy import ArrayTensor
 from gemma2tool.quantizers import bnb, kernels
 from gemma2tool.quantizers.bnb_tables import ASCENDING, CODES, MIDPOINTS, dynamic_map
 from tests.support.kernel_data import ROWS, rows
+from tests.support.peers import Peer
 
-pytestmark = pytest.mark.peer
+pytestmark = [pytest.mark.peer, pytest.mark.slow]  # the library imports all of torch's compilers
+
+F = Peer("bitsandbytes.functional")
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 DTYPES = [np.dtype(np.float32), np.dtype(np.float16), BF16]

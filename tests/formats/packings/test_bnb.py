@@ -7,7 +7,6 @@ import json
 import numpy as np
 import pytest
 import torch
-from bitsandbytes import functional
 
 from gemma2tool.errors import InputRefused, UsageError
 from gemma2tool.formats import packings
@@ -17,6 +16,9 @@ from gemma2tool.formats.packings import Settings
 from gemma2tool.formats.packings import bnb as packing
 from gemma2tool.model.lazy import ArrayTensor, LazyTensor
 from tests.support.packings import BF16, NAME, spec, stored_parts
+from tests.support.peers import Peer
+
+functional = Peer("bitsandbytes.functional")
 
 SAVED = [("bnb-nf4", "nf4", False), ("bnb-nf4dq", "nf4", True), ("bnb-fp4", "fp4", False), ("bnb-fp4dq", "fp4", True)]
 SAVED += [("bnb-int8", "int8", False)]
@@ -55,6 +57,7 @@ def test_tensors_and_config_equal_what_transformers_saved(oracles, folder, type_
     assert packings.quantization_config(settings(type_name, double_quant)) == config
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("folder", "type_name", "double_quant"), SAVED)
 def test_values_equal_those_the_library_computes_with(oracles, folder, type_name, double_quant):
     saved, _ = open_safetensors([oracles / "quantized" / folder / "model.safetensors"], [])

@@ -10,9 +10,10 @@ import torch
 from gemma2tool.model.lazy import ArrayTensor
 from gemma2tool.verify.compare.rules import TensorRules
 from gemma2tool.verify.compare.tensors import compare_tensors
+from tests.support.peers import Peer
 
-functional = pytest.importorskip("bitsandbytes.functional", reason="bitsandbytes is not installed")
-pytestmark = pytest.mark.peer
+functional = Peer("bitsandbytes.functional")
+pytestmark = [pytest.mark.peer, pytest.mark.slow]  # the library imports all of torch's compilers
 
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
