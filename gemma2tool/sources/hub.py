@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,7 @@ from gemma2tool.sources.fetching import attempt
 from gemma2tool.sources.http import TRANSIENT, HTTPFile, http_errors, make_client
 from gemma2tool.sources.readahead import ReadAhead
 from gemma2tool.sources.remote import Digest, Transient
-from gemma2tool.storage.attached import SourceFile
+from gemma2tool.storage.attached import SourceFile, check_names
 from gemma2tool.storage.ranges import LocalFile
 from gemma2tool.version import __version__
 
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger("gemma2tool")
 
 Result = TypeVar("Result")
+_COMMIT, _SHA256 = re.compile("[0-9a-f]{40}(?:[0-9a-f]{24})?"), re.compile("[0-9a-f]{64}")
+"""Git names commits and blobs by SHA-1 or SHA-256."""
+_MAX_SIZE = 1 << 63
 _LOG_IN = "log in with 'hf auth login', or set HF_TOKEN"
 
 
@@ -39,7 +43,7 @@ class Repository:
         self.client = client
         self.address, self.files, self.cached = address, dict[str, SourceFile](), None
         try:
-            info = attempt(str(address), lambda: self._asked(self._info), source.stop)
+            listed = attempt(str(address), lambda: self._asked(lambda: self._listed(source)), source.stop)
         except ResourceError as unreachable:
             self.cached = _cached_snapshot(address)
             if self.cached is None:
@@ -47,22 +51,25 @@ class Repository:
             self.commit = self.cached.name
             logger.warning("%s; read from the cache: commit %s", unreachable.message, self.commit)
             return
-        self.commit = str(info.sha)
-        for sibling in info.siblings or ():
-            self.files[sibling.rfilename] = self._file(sibling, source)
+        self.commit, self.files = listed
 
-    def _info(self) -> Any:
+    def _listed(self, source: ReadAhead) -> tuple[str, dict[str, SourceFile]]:
+        """The commit of the revision and its files."""
         from huggingface_hub import HfApi
 
         api = HfApi(library_name="gemma2tool", library_version=__version__)
-        return api.model_info(self.address.repository, revision=self.address.revision, files_metadata=True, timeout=30)
+        info = api.model_info(self.address.repository, revision=self.address.revision, files_metadata=True, timeout=30)
+        _check(info)
+        siblings = info.siblings or ()
+        check_names(str(self.address), [sibling.rfilename for sibling in siblings])
+        return info.sha, {sibling.rfilename: self._file(sibling, info.sha, source) for sibling in siblings}
 
-    def _file(self, sibling: Any, source: ReadAhead) -> SourceFile:
+    def _file(self, sibling: Any, commit: str, source: ReadAhead) -> SourceFile:
         from huggingface_hub import hf_hub_url, try_to_load_from_cache
         from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
         name, repository = sibling.rfilename, self.address.repository
-        cached = try_to_load_from_cache(repository, name, revision=self.commit)
+        cached = try_to_load_from_cache(repository, name, revision=commit)
         if isinstance(cached, str):
             return SourceFile(Path(cached).stat().st_size, partial(LocalFile, cached))
         digest = Digest("git", sibling.blob_id) if sibling.blob_id else None
@@ -70,10 +77,10 @@ class Repository:
             digest = Digest("sha256", sibling.lfs.sha256)
         file = HTTPFile(
             self.client,
-            hf_hub_url(repository, name, revision=self.commit),
+            hf_hub_url(repository, name, revision=commit),
             where=f"{self.address.at(self.address.revision)}/{name}",
-            size=int(sibling.size or 0),
-            version=digest.value if digest else self.commit,
+            size=sibling.size or 0,
+            version=digest.value if digest else commit,
             digest=digest,
             headers=build_hf_headers(library_name="gemma2tool", library_version=__version__),
             pinned=True,
@@ -116,7 +123,7 @@ class Repository:
             if status in (401, 403):
                 raise self._no_access() from error
             raise InputRefused("source.refused", f"{self.address}: the hub answered {status}") from error
-        except (TypeError, KeyError, ValueError) as error:
+        except (AttributeError, TypeError, LookupError, ValueError, OverflowError) as error:
             raise InputRefused("source.refused", f"{self.address}: the hub's answer cannot be read") from error
 
     def _gated(self) -> InputRefused:
@@ -137,6 +144,25 @@ class Repository:
             f"{self.address}: the hub has no such repository, or does not show it to you",
             hint=f"check the name; {then}",
         )
+
+
+def _check(info: Any) -> None:
+    """Raises ValueError for an answer whose fields are not what they must be; huggingface_hub takes them as they are.
+
+    The commit becomes a part of paths in the cache.
+    """
+    if not _matches(_COMMIT, info.sha):
+        raise ValueError("the commit is not one")
+    for file in info.siblings or ():
+        size, sha256 = file.size or 0, file.lfs.sha256 if file.lfs else None
+        if not isinstance(file.rfilename, str) or not isinstance(size, int) or not 0 <= size < _MAX_SIZE:
+            raise ValueError("a file without a name, or of an impossible size")
+        if (file.blob_id and not _matches(_COMMIT, file.blob_id)) or (file.lfs and not _matches(_SHA256, sha256)):
+            raise ValueError("a digest is not one")
+
+
+def _matches(pattern: re.Pattern[str], value: object) -> bool:
+    return isinstance(value, str) and pattern.fullmatch(value) is not None
 
 
 def hub_client(address: HubAddress) -> httpx2.Client:

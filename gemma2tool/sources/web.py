@@ -102,10 +102,13 @@ class Website:
 
     def _page(self, url: str) -> str:
         where = without_secrets(url)
-        with http_errors(where), self.client.stream("GET", url) as response:
+        headers = {"Accept-Encoding": "identity"}  # what is compressed may unpack to any size
+        with http_errors(where), self.client.stream("GET", url, headers=headers) as response:
             check_status(response, where)
+            if response.headers.get("content-encoding", "identity") != "identity":
+                raise InputRefused("source.listing", f"{where}: the server compresses its listing")
             page = bytearray()
-            for piece in response.iter_bytes():
+            for piece in response.iter_raw():
                 page += piece
                 if len(page) > _MAX_LISTING:
                     raise InputRefused("source.listing", f"{self.where}: its listing is too long")

@@ -115,10 +115,10 @@ def check_names(address: str, files: Collection[str]) -> None:
     for name in files:
         parts = name.split("/")
         if (
-            any(part in ("", ".", "..") or len(os.fsencode(part)) > _MAX_NAME_BYTES for part in parts)
+            not name.isprintable()
+            or any(part in ("", ".", "..") or len(os.fsencode(part)) > _MAX_NAME_BYTES for part in parts)
             or len(os.fsencode(name)) > _MAX_PATH_BYTES
             or len(parts) > _MAX_DEPTH
-            or not name.isprintable()
             or "\\" in name
         ):
             raise InputRefused("source.name", f"{address}: the file name {quoted(name)} is not a plain relative path")

@@ -15,7 +15,7 @@ from tests.support.paths import ROOT
 
 pytestmark = pytest.mark.slow
 
-NEEDS = {"zarr": "zstandard"}
+NEEDS = {"zarr": "zstandard", "hub-answer": "huggingface_hub", "http-answer": "httpx2"}
 EACH = 400
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tests.fuzz import containers as c
+from tests.fuzz import servers as v
 from tests.fuzz import settings as s
 from tests.fuzz import texts as t
 from tests.fuzz import trust as u
@@ -14,6 +15,7 @@ KINDS: tuple[type[Target], ...] = (
     s.HFConfig, s.HFIndex, s.KerasConfig, s.LoraConfig, s.Packing, s.Receipt, s.Journal,
     t.SentencePiece, t.SentencePieceLibrary, t.Tokenizer, t.ModelCard, t.GGUFModel, t.Imatrix,
     u.PickleScan, u.ArchiveScan, u.TemplateTree, u.YamlTags, u.Recipe, u.Bundle,
+    v.HubAnswer, v.HTTPAnswer,
 )  # fmt: skip
 
 

@@ -217,3 +217,30 @@ def test_a_damaged_small_file_is_noticed(hub: Hub, name: str) -> None:
     with pytest.raises(InputRefused) as caught, api.open(f"hf://{NAME}") as checkpoint:
         checkpoint.assets[name]
     assert caught.value.id == "source.digest" and name in caught.value.message
+
+
+ODD = {
+    "commit": {"sha": "../../.."},
+    "no commit": {"sha": None},
+    "date": {"lastModified": [1]},
+    "siblings": {"siblings": 1},
+    "name": {"siblings": [{"rfilename": 1}]},
+    "size": {"siblings": [{"rfilename": "a", "size": 1e30}]},
+    "negative": {"siblings": [{"rfilename": "a", "size": -1}]},
+    "blob": {"siblings": [{"rfilename": "a", "size": 1, "blobId": "../a"}]},
+    "digest": {"siblings": [{"rfilename": "a", "size": 1, "lfs": {"size": 1, "sha256": 5, "pointerSize": 1}}]},
+}
+
+
+@pytest.mark.parametrize("change", ODD.values(), ids=ODD)
+def test_an_answer_that_cannot_be_right_is_refused(hub: Hub, change: dict[str, object]) -> None:
+    hub.description = change
+    error = refused(f"hf://{NAME}")
+    assert error.id == "source.refused" and "answer cannot be read" in error.message
+
+
+@pytest.mark.parametrize("name", ["../config.json", "/etc/passwd", "a/../../b", "a\\b", "\ud800", "x\x1b[2J"])
+def test_a_name_that_leads_elsewhere_is_refused(hub: Hub, name: str) -> None:
+    hub.description = {"siblings": [{"rfilename": name, "size": 1}]}
+    error = refused(f"hf://{NAME}")
+    assert error.id == "source.name" and error.message.isprintable()

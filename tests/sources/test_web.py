@@ -169,7 +169,7 @@ HTML = {"Content-Type": "text/html"}
         (lambda: Odd(302, {"Location": "ftp://host/x"}), "source.refused"),
         (lambda: Odd(302, {"Location": "file:///etc/passwd"}), "source.refused"),
         (lambda: Odd(302, {"Location": "http://[::1"}), "source.unreachable"),
-        (lambda: Odd(200, HTML | {"Content-Encoding": "gzip"}, b"not gzip"), "source.refused"),
+        (lambda: Odd(200, HTML | {"Content-Encoding": "gzip"}, b"not gzip"), "source.listing"),
         (lambda: Odd(200, HTML, b"<a href='http://[x'>x</a><a href='//[y/'>y</a><![href=x]"), "source.listing"),
         (lambda: Odd(206, {"Content-Range": "bytes 0-0/\xb2"}), "source.no-ranges"),
         (lambda: Odd(206, {"Content-Range": "bytes 0-0/" + "9" * 5000}), "source.no-ranges"),

@@ -158,7 +158,8 @@ class FileServer:
 
 class Hub(FileServer):
     """A hub with one model repository. Large files are in a store, another server, to which it redirects. ``token``: is
-    needed if set. ``gated``: what the hub says about a token that is none.
+    needed if set. ``gated``: what the hub says about a token that is none. ``description``: fields of its answer about
+    the repository that are other than they should be.
     """
 
     def __init__(
@@ -166,6 +167,7 @@ class Hub(FileServer):
     ) -> None:
         super().__init__(files)
         self.name, self.token, self.large, self.gated, self.refuse_api = name, token, large, False, list[int]()
+        self.description: dict[str, object] = {}
         self.store = FileServer({f"/{name}": data for name, data in files.items()})
 
     def close(self) -> None:
@@ -196,7 +198,8 @@ class Hub(FileServer):
             status(handler, 404, {"X-Error-Code": "RevisionNotFound"})
         else:
             siblings = [self._sibling(name, data) for name, data in self.files.items()]
-            send(handler, json.dumps({"id": name, "sha": COMMIT, "siblings": siblings}).encode(), "application/json")
+            answer = {"id": name, "sha": COMMIT, "siblings": siblings, **self.description}
+            send(handler, json.dumps(answer).encode(), "application/json")
 
     def _sibling(self, name: str, data: bytes) -> dict[str, object]:
         blob = hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
