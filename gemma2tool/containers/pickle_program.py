@@ -10,6 +10,7 @@ Source: CPython's pickletools.py and pickle.py.
 
 from __future__ import annotations
 
+import base64
 import pickletools
 import re
 from collections.abc import Iterator
@@ -32,6 +33,9 @@ COMPUTED = "?"
 _MAX_SHOWN = 120
 _NAMES = re.compile(rb"[ci][\w.]+\n[\w.]+\n|\x93")
 """What a pickle without a first opcode of its own has if it names anything: GLOBAL, INST or STACK_GLOBAL."""
+_BASE64, _HEX = re.compile(rb"gA[I-X][A-Za-z0-9+/_-]*=?=?"), re.compile(rb"800[2-5][0-9A-Fa-f]*")
+"""A pickle of the protocols 2 to 5 in either, from its first bytes on."""
+_URL_SAFE = bytes.maketrans(b"-_", b"+/")
 _VALUES = ("STRING", "UNICODE", "UNICODE8", "BYTES", "BYTES8", "BYTEARRAY8")
 """Ends of the names of opcodes whose argument is a text or bytes."""
 
@@ -51,7 +55,8 @@ class PickleUse:
 class PickleProgram:
     """The names that a pickle uses, each once. ``end``: the byte after its last opcode. ``complete``: it ends as a
     pickle does. ``too_long``: it has more opcodes than were followed.
-    ``nested``: the names that pickles use which it holds as bytes or, as the protocols 0 to 2 store bytes, as texts.
+    ``nested``: the names that pickles use which it holds as bytes or, as the protocols 0 to 2 store bytes, as texts; as
+    they are, in base64 or in hexadecimal digits.
     """
 
     uses: tuple[PickleUse, ...]
@@ -112,12 +117,26 @@ def _nested_uses(value: str | bytes | bytearray, depth: int) -> Iterator[PickleU
         data = value.encode("latin-1") if isinstance(value, str) else bytes(value)
     except UnicodeEncodeError:
         return
+    data = _decoded(data)
     starts_as_pickle = data[:2] in MAGIC
     if depth > MAX_DEPTH or not (starts_as_pickle or _NAMES.search(data)):
         return
     program = read_program(data, depth=depth)
     if starts_as_pickle or program.complete:
         yield from (use for use in (*program.uses, *program.nested) if use.name != f"{COMPUTED}.{COMPUTED}")
+
+
+def _decoded(data: bytes) -> bytes:
+    """The pickle that a text in base64 or hexadecimal digits stands for; any other data as it is."""
+    text = b"".join(data.split()) if data.startswith((b"gA", b"80")) else b""
+    try:
+        if _BASE64.fullmatch(text):
+            return base64.b64decode(text.translate(_URL_SAFE) + b"=" * (-len(text) % 4))
+        if _HEX.fullmatch(text):
+            return bytes.fromhex(text.decode("ascii"))
+    except ValueError:
+        pass
+    return data
 
 
 class _Machine:

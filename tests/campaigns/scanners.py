@@ -1,10 +1,12 @@
 """Count what model scanners say of the same files: ``gemma2tool scan``, modelscan, picklescan, fickling, modelaudit.
 
     python tests/campaigns/scanners.py FOLDER... [--peers PYTHON] [--suffix .pkl,.bin]
+    python tests/campaigns/scanners.py --fetch FOLDER --peers PYTHON
 
 Prints, for each folder and scanner, how many files it reports, cannot read, or passes. ``--peers`` names the Python of
 an environment that has the other scanners (pip install modelscan picklescan fickling modelaudit); what it has not is
-left out. The files are not part of the repository: the projects' own test files and templates of public models.
+left out. ``--fetch`` clones the scanners' repositories into a folder first, or takes those that are there, and goes
+through their own test files (``scanner_sets.py``), which are not part of this repository.
 """
 
 from __future__ import annotations
@@ -18,6 +20,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
+
+from tests.campaigns.scanner_sets import fetch
 
 PEERS = r"""
 import contextlib, importlib, io, json, logging, sys
@@ -79,13 +83,15 @@ def own(path: Path) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folders", nargs="+", type=Path)
+    parser.add_argument("folders", nargs="*", type=Path)
+    parser.add_argument("--fetch", type=Path, metavar="FOLDER", help="clone the scanners' test files to this folder")
     parser.add_argument("--peers", default="", help="the Python of the environment with the other scanners")
     parser.add_argument("--suffix", default="", help="only files of these suffixes, with commas")
     parser.add_argument("--list", action="store_true", help="also print each file's verdicts")
     words = parser.parse_args()
     suffixes = tuple(words.suffix.split(",")) if words.suffix else ("",)
-    for folder in words.folders:
+    folders = [*words.folders, *([] if words.fetch is None else sorted(fetch(words.fetch).iterdir()))]
+    for folder in folders:
         files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name.endswith(suffixes))
         counts: dict[str, Counter[str]] = {"gemma2tool": Counter(own(path) for path in files)}
         if words.peers:
@@ -94,7 +100,7 @@ def main() -> None:
             for path, line in zip(files, done.stdout.splitlines(), strict=True):
                 verdicts = json.loads(line)
                 if words.list:
-                    print(path.name, {"gemma2tool": own(path)} | verdicts)
+                    print(path.relative_to(folder), {"gemma2tool": own(path)} | verdicts)
                 for name, verdict in verdicts.items():
                     counts.setdefault(name, Counter())[verdict] += 1
         print(f"{folder}: {len(files)} files")

@@ -51,8 +51,8 @@ _TAIL = """
 
 - **Pickles**: by what tensors need, not by a list of what is bad. A name that is not known to be harmless is a danger,
   whatever module it is in; classes of libraries that trainers save (`transformers.training_args.TrainingArguments`) are
-  odd. Protocols 0 to 5, several pickles in a file, pickles in pickles as bytes or text, damaged ones (what precedes the
-  damage is executed), arrays of objects in .npy and .npz.
+  odd. Protocols 0 to 5, several pickles in a file, pickles in pickles as bytes or text, as they are, in base64
+  or in hexadecimal digits, damaged ones (what precedes the damage is executed), arrays of objects in .npy and .npz.
 - **Archives**: zip, tar, and files compressed by gzip, bzip2, xz, lzma or zlib, whatever their names, up to five inside
   of each other; members with wrong flags, names, types or checksums; a zip archive at the end of another file. What is
   not looked into is a note: other archives, encrypted members, an archive of more than 64 MiB inside of another one.
@@ -71,7 +71,7 @@ _TAIL = """
 ## What is not looked for
 
 What the code of a `.py` file does; TensorFlow's SavedModel, ONNX and other formats that hold no Gemma 2; payloads that
-are texts in another encoding and that nothing decodes; behavior that was trained into the weights.
+are texts in other encodings and that nothing decodes; behavior that was trained into the weights.
 
 ## Beside other scanners
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import os
 import pickle
 import pickletools
 import zipfile
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +84,17 @@ def test_a_pickle_in_a_pickle(protocol: int) -> None:
             found = findings(pickle.dumps({"blob": value}, protocol))
             assert [finding.id for finding in found] == ["pickle.nested"]
             assert ".system('id')" in found[0].message
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+@pytest.mark.parametrize("encode", [base64.b64encode, base64.urlsafe_b64encode, base64.encodebytes, bytes.hex])
+def test_an_encoded_pickle_in_a_pickle(encode: Callable[[bytes], bytes | str], protocol: int) -> None:
+    for length in (1, 2, 3):  # of what follows, so that every padding occurs
+        value = encode(pickle.dumps(Runs(os.system, "i" * length), protocol))
+        for stored in (value, value.decode() if isinstance(value, bytes) else value.upper()):
+            assert [finding.id for finding in findings(pickle.dumps({"blob": stored}, 4))] == ["pickle.nested"]
+        harmless = encode(pickle.dumps([1, OrderedDict(a=2)], protocol))
+        assert findings(pickle.dumps([harmless, "gAS=", "80 04", "gAQ" + "x" * 99, "8004" + "00" * 40])) == []
 
 
 def test_texts_and_harmless_pickles_in_a_pickle_are_not_reported() -> None:
