@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from gemma2tool.errors import InputRefused
+from gemma2tool.errors import InputRefused, ToolError
+from gemma2tool.formats import registry
 from gemma2tool.pipeline import identities
 from gemma2tool.pipeline.key_files import Bundle, key_errors, signer_kind
 from gemma2tool.pipeline.signing import library, receipt_signature_path, signature_path, special_file
 from gemma2tool.storage.quoting import one_line
-from gemma2tool.verify.finding import Finding, GateResult
+from gemma2tool.verify.finding import Finding, GateResult, Severity
 from gemma2tool.verify.result import Side, Verification
 
 GATE = "signature"
@@ -61,7 +62,8 @@ def _file_verifier(library: ModuleType, kind: str, path: Path) -> Any:
 
 def signature_gate(candidate: Path, signer: Signer, signature: Path | None, receipt: Path | None) -> GateResult:
     """Whether a candidate, and the receipt that it is held to, are as ``signer`` signed them. What the signature
-    leaves out of a folder is a warning, or a note if it is Git's.
+    leaves out of a folder is a warning, or a note if it is Git's; so is what is read with a single file. Another shard
+    of it is an error: sign and verify the folder of all.
 
     ``signature``: default is the one beside the candidate. Raises ``InputRefused`` for a candidate that is not there.
     """
@@ -71,7 +73,7 @@ def signature_gate(candidate: Path, signer: Signer, signature: Path | None, rece
     if receipt is not None:
         pairs.append((receipt, receipt_signature_path(receipt)))
     verifier = signer.verifier(library())
-    findings, subjects = list[Finding](), list[str]()
+    findings, subjects = list(_unsigned_files(candidate)) if receipt is None else [], list[str]()
     for path, its_signature in pairs:
         try:
             bundle = _verified(path, its_signature, signer, verifier)
@@ -127,6 +129,19 @@ def _verified(path: Path, signature: Path, signer: Signer, verifier: Any) -> Bun
         whose = f"its signature {signature.name} is not one of the {signer.kind} {signer.name}"
         raise _Invalid(whose + (f" ({said})" if said else "")) from error
     return bundle
+
+
+def _unsigned_files(candidate: Path) -> Iterator[Finding]:
+    """What is read with a single file, which a signature of that file says nothing about: other shards, a config."""
+    try:
+        with registry.open_checkpoint(candidate) as checkpoint:
+            files = [] if candidate.is_dir() else [file for file in checkpoint.files if file.name != candidate.name]
+    except ToolError:
+        return
+    for file in files:
+        severity: Severity = "error" if file.suffix == candidate.suffix else "warning"
+        message = f"is read with {candidate.name}, and the signature is not of it"
+        yield Finding(GATE, severity, file.name, message)
 
 
 def _left_out(path: Path, bundle: Bundle) -> list[str]:

@@ -59,10 +59,9 @@ class Repository:
 
         api = HfApi(library_name="gemma2tool", library_version=__version__)
         info = api.model_info(self.address.repository, revision=self.address.revision, files_metadata=True, timeout=30)
-        _check(info)
-        siblings = info.siblings or ()
+        commit, siblings = _checked_commit(info), info.siblings or ()
         check_names(str(self.address), [sibling.rfilename for sibling in siblings])
-        return info.sha, {sibling.rfilename: self._file(sibling, info.sha, source) for sibling in siblings}
+        return commit, {sibling.rfilename: self._file(sibling, commit, source) for sibling in siblings}
 
     def _file(self, sibling: Any, commit: str, source: ReadAhead) -> SourceFile:
         from huggingface_hub import hf_hub_url, try_to_load_from_cache
@@ -146,8 +145,9 @@ class Repository:
         )
 
 
-def _check(info: Any) -> None:
-    """Raises ValueError for an answer whose fields are not what they must be; huggingface_hub takes them as they are.
+def _checked_commit(info: Any) -> str:
+    """The commit of an answer. Raises ValueError for one whose fields are not what they must be, which huggingface_hub
+    takes as they are.
 
     The commit becomes a part of paths in the cache.
     """
@@ -159,6 +159,7 @@ def _check(info: Any) -> None:
             raise ValueError("a file without a name, or of an impossible size")
         if (file.blob_id and not _matches(_COMMIT, file.blob_id)) or (file.lfs and not _matches(_SHA256, sha256)):
             raise ValueError("a digest is not one")
+    return str(info.sha)
 
 
 def _matches(pattern: re.Pattern[str], value: object) -> bool:

@@ -306,6 +306,21 @@ def test_what_a_signature_leaves_out_is_said(folder: Path, keys: Path) -> None:
     assert "adapter.bin: is not covered by" in run("verify", folder, "--signed-by", keys / "alice.pub").stdout
 
 
+def test_a_signature_of_one_file_of_several(keys: Path, tmp_path: Path) -> None:
+    """The config beside a checkpoint is a warning, another shard an error: the weights in it may be anybody's."""
+    for name in ("model.ckpt", "config.json"):
+        shutil.copyfile(TINY / name, tmp_path / name)
+    api.sign(tmp_path / "model.ckpt", key=keys / "alice.pem")
+    gate = api.verify(tmp_path / "model.ckpt", signed_by=keys / "alice.pub").gate("signature")
+    assert [(f.severity, f.subject) for f in gate.findings] == [("warning", "config.json")] and not gate.failed
+    split = api.SplitOptions(split_max_tensors=20)
+    api.convert(TINY / "model.ckpt", tmp_path / "m.gguf", verify=False, split=split)
+    first = sorted(tmp_path.glob("m/m-00001-of-*.gguf"))[0]
+    api.sign(first, key=keys / "alice.pem")
+    gate = api.verify(first, signed_by=keys / "alice.pub").gate("signature")
+    assert gate.failed and "m-00002-of-" in gate.summary
+
+
 DAMAGED = (b"\xff\xfe", b"[" * 100_000, b'{"a": 1, "a": 2}', b"{}", b"[]", b'{"mediaType": 1}')
 
 

@@ -105,9 +105,11 @@ class TokenizerFiles:
 
 
 def templates_of(template: object) -> dict[str, str]:
-    """``chat_template`` of tokenizer_config.json: a text, or a list of {name, template}."""
+    """``chat_template`` of tokenizer_config.json: a text, a list of {name, template}, or a mapping of names to them."""
     if isinstance(template, str):
         return {DEFAULT_TEMPLATE: template}
+    if isinstance(template, Mapping):
+        return {name: text for name, text in template.items() if isinstance(name, str) and isinstance(text, str)}
     templates: dict[str, str] = {}
     for choice in template if isinstance(template, list) else ():
         if not isinstance(choice, Mapping):

@@ -75,18 +75,21 @@ are texts in other encodings and that nothing decodes; behavior that was trained
 
 ## Beside other scanners
 
-Files that are reported, of those that should be (the first three rows) and of those that should not be (the last two),
-with modelscan 0.8.8, picklescan 1.0.5, fickling 0.1.12 and modelaudit 0.2.54 (issues of its severities warning and
-critical). In parentheses: files that a scanner could not read. `python tests/campaigns/scanners.py FOLDER... --peers
-PYTHON` repeats it; the files are the projects' own and are not part of this repository.
+Files that are reported, of those that should be (hostile) and of those that should not be (honest), with modelscan
+0.8.8, picklescan 1.0.5, fickling 0.1.12 and modelaudit 0.2.54 (issues of its severities warning and critical). In
+parentheses: files that a scanner could not read. `python tests/campaigns/scanners.py --fetch FOLDER --peers PYTHON`
+clones the projects' test files, which are not part of this repository, and repeats it. fickling makes its files while
+its tests run.
 
 | files | gemma2tool | modelscan | picklescan | fickling | modelaudit |
 |---|---:|---:|---:|---:|---:|
-| picklescan's hostile test files: 94 | 94 | 28 (5) | 94 | 85 (9) | 89 |
-| modelaudit's hostile pickles, archive, Keras and torch files: 20 | 20 | 18 (1) | 19 | 17 (3) | 19 |
+| picklescan's hostile files: 94 | 94 | 28 (5) | 94 | 85 (9) | 89 |
+| modelaudit's hostile pickles, archive, Keras and torch files: 26 | 26 | 18 (1) | 19 | 17 (3) | 25 |
+| modelscan's hostile file: 1 | 1 | 1 | 1 | 0 (1) | 1 |
 | GlyphHound's hostile chat templates, in tokenizer_config.json: 36 | 36 | 0 | 0 | 0 (36) | 18 |
-| honest: both projects' safe files, state dicts of torch, litgpt and torchtune: 34 | 0 | 0 (7) | 0 | 0 (25) | 19 |
-| honest: chat templates of public repositories: 120 | 1 | 0 | 0 | 0 (120) | 8 |
+| modelaudit's hostile chat templates: 23 | 23 | 0 | 0 | 0 (23) | 23 |
+| honest: picklescan's and modelaudit's safe files: 23 | 0 | 0 (7) | 0 | 0 (14) | 7 |
+| honest: chat templates, most of public repositories: 140 | 1 | 0 | 0 | 0 (140) | 8 |
 
 The one is a trigger: it adds a text to the prompt when the answer of a tool says "command not found" or the like.
 """

@@ -87,6 +87,8 @@ _ROWS: tuple[tuple[str, Severity, str, str, str], ...] = (
      "remove it"),
     ("files.loaded-too", "odd", "a loader acts on a file that the format's reader does not use", _SILENT,
      "move the file out of the folder, or merge it"),
+    ("files.ambiguous", "odd", "a file has a key or a name twice",
+     "programs that take the first and those that take the last see different values", "remove one of the two"),
     ("files.escape", "danger", "an index or a link leads out of the folder",
      "files of the person who loads it are read, or copied into an output", "do not load it"),
     ("files.pointer", "note", "a Git LFS pointer in place of the file", "", "run 'git lfs pull'"),

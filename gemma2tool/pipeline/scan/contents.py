@@ -148,7 +148,7 @@ def _gguf(path: Path, place: Place) -> Iterator[ScanFinding]:
     try:
         keys = gguf_keys.read_key_values(path)
     except InputRefused as error:
-        yield place.finding("files.unread", error.message)
+        yield _unread(place, error)
         return
     for key, value in keys.items():
         part = place.part(key)
@@ -165,14 +165,14 @@ def _gguf(path: Path, place: Place) -> Iterator[ScanFinding]:
     try:
         yield from _each(gguf.read_header(path, GGML_BLOCKS, UNREAD_TYPES).tensors, place.part("tensors"))
     except InputRefused as error:
-        yield place.finding("files.unread", error.message)
+        yield _unread(place, error)
 
 
 def _safetensors(path: Path, place: Place) -> Iterator[ScanFinding]:
     try:
         header = safetensors.read_header(path)
     except InputRefused as error:
-        yield place.finding("files.unread", error.message)
+        yield _unread(place, error)
         return
     yield from _each(header.tensors, place.part("tensors"))
     for key, value in header.metadata.items():
@@ -213,10 +213,22 @@ def _npy(data: bytes, place: Place, whole: bool) -> Iterator[ScanFinding]:
 
 def _json(name: str, data: bytes, place: Place) -> Iterator[ScanFinding]:
     try:
-        content = strict_json.load(data, what=name, max_bytes=MAX_JSON_BYTES)
+        contents = [strict_json.load(data, what=name, max_bytes=MAX_JSON_BYTES)]
     except InputRefused as error:
-        yield place.finding("files.unread", error.message)
-        return
+        yield _unread(place, error)
+        if error.id != "json.duplicate-key":
+            return
+        contents = [json.loads(data, object_pairs_hook=pairs) for pairs in (dict, lambda pairs: dict(pairs[::-1]))]
+    findings = (finding for content in contents for finding in _json_value(name, content, place))
+    yield from dict.fromkeys(findings)
+
+
+def _unread(place: Place, error: InputRefused) -> ScanFinding:
+    """The finding for a file that its reader refuses; other readers take one of what is there twice."""
+    return place.finding("files.ambiguous" if ".duplicate-" in error.id else "files.unread", error.message)
+
+
+def _json_value(name: str, content: Any, place: Place) -> Iterator[ScanFinding]:
     if name == "modules.json":
         yield from _modules(content, place)
     if not isinstance(content, dict):

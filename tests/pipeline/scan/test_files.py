@@ -113,6 +113,29 @@ def test_templates_wherever_they_are(model: Path) -> None:
     }
 
 
+def test_templates_by_name(model: Path) -> None:
+    """A mapping of names to templates, which transformers takes as it is."""
+    edit(model / "tokenizer_config.json", chat_template={"default": "a", "rag": "{{ ''.__class__ }}"})
+    assert [(f.id, f.where) for f in api.scan(model).findings] == [("template.internals", "chat_template 'rag'")]
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_what_is_there_twice(tmp_path: Path, order: int) -> None:
+    """Readers take the first or the last; both are looked at."""
+    templates = ['"chat_template": "{{ \'\'.__class__ }}"', '"chat_template": "a"'][::order]
+    (tmp_path / "tokenizer_config.json").write_text(f"{{{', '.join(templates)}}}")
+    header = (
+        b'{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},"a":{"dtype":"U8","shape":[1],"data_offsets":[1,2]}}'
+    )
+    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"xy")
+    findings = {(finding.file, finding.id) for finding in api.scan(tmp_path).findings}
+    assert findings == {
+        ("tokenizer_config.json", "files.ambiguous"),
+        ("tokenizer_config.json", "template.internals"),
+        ("model.safetensors", "files.ambiguous"),
+    }
+
+
 def test_a_gguf_whose_tensors_are_unknown(tmp_path: Path, hostile_gguf: Path) -> None:
     ids = found(hostile_gguf)
     assert set(ids) == {"template.internals", "text.bidirectional", "text.control"}
