@@ -100,6 +100,9 @@ def test_a_right_deployment(deployed: Deployments, monkeypatch: pytest.MonkeyPat
         model_server.ModelServer: {"context"},
     }
     assert set(result.skipped) == skipped.get(kind, set())
+    if kind is model_server.LMStudio:
+        asked = [body for path, _, body in deployed.server.requests if path == "/v1/completions"]
+        assert asked and all(body["repeat_penalty"] == 1 for body in asked)
     distribution = result.gate("distribution").metrics
     assert distribution["top1_agreement"] == 1
     if kind is not model_server.LMStudio:

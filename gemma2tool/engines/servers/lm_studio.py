@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from gemma2tool.engines.servers.answers import Facts
 from gemma2tool.engines.servers.base import Server
 
@@ -22,3 +24,6 @@ class LMStudio(Server):
                     context=entry["loaded_context_length"].optional_integer(),
                 )
         return Facts(self.name, model=self.model)
+
+    def more(self) -> dict[str, Any]:
+        return {"repeat_penalty": 1}  # the default, 1.1, makes it choose other tokens than the likeliest

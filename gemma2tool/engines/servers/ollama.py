@@ -51,7 +51,7 @@ class Ollama(Server):
             stream=False,
             logprobs=True,
             top_logprobs=self.top,
-            options={"temperature": 0, "num_predict": count},
+            options={"temperature": 0, "num_predict": count, "repeat_penalty": 1},
         )
         pairs = [_pair(entry) for entry in answer["logprobs"].items()] if answer["logprobs"] else []
         return Completion(
