@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from gemma2tool.cli import options as o
-from gemma2tool.cli.conversion import show_plans, step_count
+from gemma2tool.cli.conversion import expected_steps, show_plans
 from gemma2tool.cli.outcome import show_results
 from gemma2tool.cli.progress import ProgressDisplay
 from gemma2tool.cli.terminal import Console
@@ -36,7 +36,7 @@ def run(
         return
     contents, written = [], True
     for one in runs:
-        results = api.run(one, progress=ProgressDisplay(console, steps=step_count(one.request)))
+        results = api.run(one, progress=ProgressDisplay(console, steps=expected_steps(one.request)))
         contents += [result.to_json() for result in results]
         show_results(results, console, verbose=verbose)
         written &= all(result.written for result in results)

@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import IO, TYPE_CHECKING
 
@@ -32,7 +32,14 @@ _NARROW = 80
 _LABEL_WIDTH = 12
 """Width of the labels of items on a terminal, so that their texts are aligned."""
 _PLAIN_SECONDS = 5.0
-"""Time between two lines of progress where the output is not a terminal."""
+"""Time between two lines of progress where the output is not a terminal, at the beginning of a step."""
+_PLAIN_SHARE = 0.1
+"""The same as a part of the time since the beginning, so that a log of hours stays short."""
+_KNOWN_SHARE = 0.02
+"""The part of a step that must be done before it says how long the rest will take."""
+
+Later = Callable[[float], float]
+"""From the seconds that a step takes to those that the steps after it are expected to take."""
 
 
 class Console:
@@ -177,15 +184,19 @@ class Console:
     # -- progress ------------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def progress(self, total: int, label: str, /, unit: str = "bytes") -> Iterator[ProgressBar]:
-        """Show the progress of a step of ``total`` units: a bar on a terminal, a line every few seconds elsewhere."""
+    def progress(
+        self, total: int, label: str, /, unit: str = "bytes", later: Later | None = None
+    ) -> Iterator[ProgressBar]:
+        """Show the progress of a step of ``total`` units: a bar on a terminal, a line every few seconds elsewhere.
+        ``later``: with it, also when all steps will be done.
+        """
         if self.quiet:
             yield _NullBar()
         elif self._console(True).is_terminal:
-            with _rich_bar(self._console(True), total, label, unit) as bar:
+            with _rich_bar(self._console(True), total, label, unit, later) as bar:
                 yield bar
         else:
-            plain = _PlainBar(self, total, label, unit)
+            plain = _PlainBar(self, total, label, unit, later)
             yield plain
             plain.finish()
 
@@ -243,8 +254,8 @@ class _NullBar:
 class _PlainBar:
     """Progress as lines of text, for logs."""
 
-    def __init__(self, console: Console, total: int, label: str, unit: str) -> None:
-        self.console, self.total, self.label, self.unit = console, total, label, unit
+    def __init__(self, console: Console, total: int, label: str, unit: str, later: Later | None) -> None:
+        self.console, self.total, self.label, self.unit, self.later = console, total, label, unit, later
         self.done = 0
         self.started = self.last_line = time.monotonic()
         self.lock = threading.Lock()
@@ -256,14 +267,22 @@ class _PlainBar:
         with self.lock:
             self.done += count
             now = time.monotonic()
-            if now - self.last_line < _PLAIN_SECONDS:
+            elapsed = now - self.started
+            if now - self.last_line < max(_PLAIN_SECONDS, _PLAIN_SHARE * elapsed):
                 return
             self.last_line = now
-            rate = self.done / (now - self.started)
+            rate = self.done / elapsed
             share = f" of {self._amount(self.total)} ({min(self.done / self.total, 1):.0%})" if self.total else ""
-            left = f", {human_seconds(max(self.total - self.done, 0) / rate)} left" if rate else ""
+            known = rate and self.total and self.done >= _KNOWN_SHARE * self.total
+            left = f", {self._left(elapsed, max(self.total - self.done, 0) / rate)}" if known else ""
             at = f": {name}" if name else ""
             self.console.note(f"{self.label}: {self._amount(self.done)}{share}, {self._amount(rate)}/s{left}{at}")
+
+    def _left(self, elapsed: float, seconds: float) -> str:
+        left = f"{human_seconds(seconds)} left"
+        if self.later is None:
+            return left
+        return f"{left} (all steps: about {human_seconds(seconds + self.later(elapsed + seconds))})"
 
     def finish(self) -> None:
         seconds = time.monotonic() - self.started
@@ -273,7 +292,9 @@ class _PlainBar:
 
 
 @contextmanager
-def _rich_bar(console: rich.console.Console, total: int, label: str, unit: str) -> Iterator[ProgressBar]:
+def _rich_bar(
+    console: rich.console.Console, total: int, label: str, unit: str, later: Later | None
+) -> Iterator[ProgressBar]:
     from rich.progress import (
         BarColumn,
         DownloadColumn,
@@ -295,10 +316,21 @@ def _rich_bar(console: rich.console.Console, total: int, label: str, unit: str) 
         def render(self, task: Task) -> Text:
             return Text(task.fields[self.field], style=self.style, no_wrap=True, overflow="ellipsis")
 
+    class AllLeft(ProgressColumn):
+        """When all steps will be done."""
+
+        max_refresh = 0.5
+
+        def render(self, task: Task) -> Text:
+            if later is None or task.time_remaining is None or task.elapsed is None:
+                return Text("")
+            seconds = task.time_remaining + later(task.elapsed + task.time_remaining)
+            return Text(f"(all: about {human_seconds(seconds)})", style="cyan", no_wrap=True)
+
     amounts: tuple[ProgressColumn, ...] = (MofNCompleteColumn(),)
     if unit == "bytes":
         amounts = (DownloadColumn(), TransferSpeedColumn())
-    columns = (Name("label", "bold"), BarColumn(), *amounts, TimeRemainingColumn(), Name("at", "dim"))
+    columns = (Name("label", "bold"), BarColumn(), *amounts, TimeRemainingColumn(), AllLeft(), Name("at", "dim"))
     if console.width < _NARROW:
         columns = (Name("label", "bold"), BarColumn(10), amounts[0], TimeRemainingColumn(compact=True))
     with Progress(*columns, console=console, transient=True) as progress:

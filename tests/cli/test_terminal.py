@@ -17,7 +17,7 @@ import pytest
 
 from gemma2tool.api import Budget, ConversionRequest, ProgressEvent, RunOptions
 from gemma2tool.cli import terminal as subject
-from gemma2tool.cli.conversion import step_count
+from gemma2tool.cli.conversion import expected_steps
 from gemma2tool.cli.log import shown_on
 from gemma2tool.cli.outcome import show_warnings
 from gemma2tool.cli.progress import ProgressDisplay
@@ -273,6 +273,34 @@ def test_plain_progress_prints_a_line_now_and_then(monkeypatch: pytest.MonkeyPat
     assert lines[-1] == "tensors: 1 GB in 20 s (50 MB/s)"
 
 
+def test_progress_says_when_all_steps_will_be_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    terminal, _, err = console()
+    display = ProgressDisplay(terminal, steps=(1, 1, 2))
+    for step in ("writing", "tensors", "forward passes"):
+        display(ProgressEvent(step, 0, 100, "files"))
+        clock[0] += 10
+        display(ProgressEvent(step, 50, 100, "files"))
+        clock[0] += 10
+        display(ProgressEvent(step, 100, 100, "files", ended=True))
+    lines = err.getvalue().splitlines()
+    assert "10 s left (all steps: about 1 min 10 s)" in lines[0]
+    assert "tensors (2 of 3): 50 files" in lines[2] and "10 s left (all steps: about 50 s)" in lines[2]
+    assert lines[4].endswith("files/s, 10 s left")
+
+
+def test_a_log_of_hours_has_few_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    terminal, _, err = console()
+    with terminal.progress(7200, "tensors") as bar:
+        for _ in range(7200):
+            clock[0] += 1
+            bar.advance(1)
+    assert 30 < len(err.getvalue().splitlines()) < 80
+
+
 def test_short_steps_show_no_progress() -> None:
     terminal, _, err = console()
     with terminal.progress(0, "nothing") as bar:
@@ -326,7 +354,7 @@ def test_bars_of_a_narrow_terminal_keep_their_numbers_whole(monkeypatch: pytest.
     monkeypatch.setenv("COLUMNS", "60")
     monkeypatch.setenv("TERM", "xterm")
     out, err = io.StringIO(), Terminal()
-    display = ProgressDisplay(Console(stdout=out, stderr=err), steps=3)
+    display = ProgressDisplay(Console(stdout=out, stderr=err), steps=(1, 1, 1))
     display(ProgressEvent("forward passes", 0, 20_000_000_000, "bytes"))
     display(
         ProgressEvent("forward passes", 10_000_000_000, 20_000_000_000, "bytes", "model.layers.0.mlp.down_proj.weight")
@@ -348,7 +376,7 @@ def test_bars_of_a_narrow_terminal_keep_their_numbers_whole(monkeypatch: pytest.
     ],
 )
 def test_every_bar_counts_as_a_step(asked: ConversionRequest, steps: int) -> None:
-    assert step_count(asked) == steps
+    assert len(expected_steps(asked)) == steps
 
 
 def test_warnings_of_a_verification_that_passed_are_shown_once_when_quiet() -> None:
