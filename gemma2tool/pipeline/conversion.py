@@ -252,7 +252,7 @@ def _unshared(checkpoint: Checkpoint) -> Checkpoint:
 
 
 def _resolved(checks: Checks, source: Checkpoint) -> ResolvedChecks:
-    return ResolvedChecks(read_prompts(checks.tokens, checks.text, source), checks.gates)
+    return ResolvedChecks(read_prompts(checks.tokens, checks.text, source), checks.gates, asked=checks)
 
 
 def _written(plan: Plan) -> list[Path]:

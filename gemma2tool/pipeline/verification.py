@@ -4,6 +4,7 @@ checkpoints.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -68,11 +69,25 @@ class VerifyRequest:
 @dataclass(frozen=True)
 class ResolvedChecks:
     """How a candidate is compared with its source: token ids (B, T) or None for the built-in ones, limits that replace
-    default ones, and whether the libraries that define the candidate's format read it too."""
+    default ones, and whether the libraries that define the candidate's format read it too. ``asked``: what they were
+    made from."""
 
     ids: NDArray[np.int64] | None = None
     gates: Mapping[str, float] = field(default_factory=dict)
     readers: bool = True
+    asked: Checks = field(default_factory=Checks)
+
+
+def repeated(verification: Verification, checks: Checks) -> Verification:
+    """With the file of its prompt, and the command line that repeats it."""
+    words = ["gemma2tool", "verify", verification.candidate.path]
+    if not verification.against_receipt:
+        words += ["--reference", verification.source.path]
+    for option, path in (("--tokens", checks.tokens), ("--text", checks.text)):
+        words += [] if path is None else [option, str(path)]
+    for name, limit in checks.gates.items():
+        words += ["--gate", f"{name}={limit:g}"]
+    return replace(verification, prompt="".join(map(str, checks.files[:1])), command=shlex.join(words))
 
 
 def verify(request: VerifyRequest, progress: Progress | None = None) -> Verification:
@@ -166,7 +181,7 @@ def verify_output(
     )
     wanted = checks.readers and candidate.address is None  # libraries read local files
     with reading(candidate, wanted=wanted, own_names=options is not None) as gate:
-        return gate.added_to(compare(source, candidate, settings))
+        return repeated(gate.added_to(compare(source, candidate, settings)), checks.asked)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,7 +226,7 @@ def _with_source(request: VerifyRequest, reference: Path | str, progress: Progre
         log_warnings(source, source.path.name)
         log_warnings(candidate, candidate.path.name)
         ids = read_prompts(request.checks.tokens, request.checks.text, source)
-        checks = ResolvedChecks(ids, request.checks.gates, request.readers)
+        checks = ResolvedChecks(ids, request.checks.gates, request.readers, request.checks)
         return verify_output(source, candidate, checks, threads=request.threads, progress=progress)
 
 
@@ -275,6 +290,8 @@ def _with_receipt(request: VerifyRequest, progress: Progress | None) -> Verifica
         request.reports.check((receipt.path, *candidate.files))
         log_warnings(candidate, candidate.path.name)
         result = check_against_receipt(candidate, receipt, threads=request.threads, progress=progress)
+        if request.receipt is None:
+            result = repeated(result, request.checks)
         if result.passed:
             request.reports.write_bom(receipt.path, candidate)
         return result

@@ -64,7 +64,9 @@ class Verification:
     ``kind``: what the candidate is held to, a row of ``gates.GATES`` ("lossless", "bf16", "q4_0", ...). ``causes``:
     what explains the failures, likeliest first. ``seconds``: wall time per level; not part of ``to_json``.
     ``measurements``: the data of reports; ``to_json`` has only their drift. ``chosen``: what differs because an option
-    asked for it. ``beyond_chosen_limits``: it failed limits that were chosen, and meets the usual ones.
+    asked for it. ``beyond_chosen_limits``: it failed limits that were chosen, and meets the usual ones. ``prompt``: the
+    file of the text or tokens of the forward passes; ``command``: the command line that repeats it; both empty where
+    that is not known.
     """
 
     source: Side
@@ -76,6 +78,8 @@ class Verification:
     measurements: Measurements | None = field(default=None, compare=False, repr=False)
     chosen: tuple[str, ...] = ()
     beyond_chosen_limits: bool = False
+    prompt: str = field(default="", compare=False)
+    command: str = field(default="", compare=False)
 
     @property
     def passed(self) -> bool:

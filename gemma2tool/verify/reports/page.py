@@ -13,8 +13,9 @@ from gemma2tool.model.lazy import Array
 from gemma2tool.verify.compare.measurements import Drift, Measurements
 from gemma2tool.verify.finding import GateResult, count_by_severity
 from gemma2tool.verify.reports import plots, tensor_map, texts
+from gemma2tool.verify.reports.headline import headline, kl_scale
 from gemma2tool.verify.reports.markup import Markup, tag
-from gemma2tool.verify.result import Failure, Result, Side, Verification
+from gemma2tool.verify.result import Failure, Result, Verification
 from gemma2tool.version import __version__
 
 MARKS = {"passed": "✓", "failed": "✗", "skipped": "\u2013", "reported": "·"}
@@ -65,70 +66,17 @@ def _failure(failure: Failure) -> list[Markup]:
 
 
 def _part(verification: Verification) -> list[Markup]:
-    status = "passed" if verification.passed else "failed"
-    source, candidate = verification.source, verification.candidate
-    verdict = "Verified: " if verification.passed else "Failed: "
-    header = tag(
-        "header",
-        tag(
-            "div",
-            tag("h1", tag("b", verdict), verification.verdict),
-            tag(
-                "p",
-                tag("span", candidate.path, class_="path"),
-                " ",
-                tag("span", _describe_side(candidate), class_="soft"),
-            ),
-            tag(
-                "p",
-                tag("span", "against " if verification.against_receipt else "made from ", class_="soft"),
-                tag("span", source.path, class_="path"),
-                " ",
-                tag("span", _describe_side(source), class_="soft"),
-            ),
-            _tiles(verification),
-        ),
-        class_=status,
-    )
     sections = [
         *_causes(verification),
         tag("h2", "Gates"),
-        tag("ul", *(_gate(gate) for gate in verification.gates), class_="gates"),
+        tag("ul", *(_gate(gate, bool(verification.causes)) for gate in verification.gates), class_="gates"),
+        *kl_scale(verification),
         *_plots(verification),
         *_worst_tensors(verification),
         *_types(verification),
         *_texts(verification),
     ]
-    return [header, tag("main", *sections)]
-
-
-def _describe_side(side: Side) -> str:
-    stored = ", ".join(sorted(side.stored, key=lambda name: (-side.stored[name], name)))
-    return side.format + (f": {stored}" if stored else "") + (f"; {side.nbytes / 1e6:,.1f} MB" if side.nbytes else "")
-
-
-def _tiles(verification: Verification) -> Markup:
-    distribution = verification.metrics("distribution")
-    tensors = verification.metrics("tensors").get("tensors", {})
-    tiles = []
-    if tensors:
-        equal = sum(not row["rmse"] and not row["max_abs_error"] for row in tensors.values())
-        tiles.append((f"{equal} of {len(tensors)}", "tensors equal bit for bit"))
-    bits = verification.candidate.bits_per_weight
-    if bits is not None:
-        tiles.append((f"{bits:.2f}", "bits per weight"))
-    if "kl_mean" in distribution:
-        tiles.append((f"{distribution['kl_mean']:.3g}", "mean KL divergence, nats"))
-        positions = f"same likeliest token, {distribution['positions']:,} positions"
-        tiles.append((f"{distribution['top1_agreement']:.2%}", positions))
-    if "perplexity_ratio" in distribution:
-        error = f"perplexity ratio, ± {distribution['perplexity_ratio_se']:.2g}"
-        tiles.append((f"{distribution['perplexity_ratio']:.5g}", error))
-    return tag(
-        "div",
-        *(tag("div", tag("b", number), tag("span", caption), class_="tile") for number, caption in tiles),
-        class_="tiles",
-    )
+    return [headline(verification), tag("main", *sections)]
 
 
 def _causes(verification: Verification) -> list[Markup]:
@@ -154,7 +102,8 @@ def _causes(verification: Verification) -> list[Markup]:
     return [tag("h2", "What happened"), *cards]
 
 
-def _gate(gate: GateResult) -> Markup:
+def _gate(gate: GateResult, is_explained: bool) -> Markup:
+    """A gate with its findings, which are folded away where causes explain them."""
     findings = [finding for finding in gate.findings if finding.message != gate.summary]
     items = [tag("li", finding.sentence, class_=finding.severity) for finding in findings[:MAX_FINDINGS]]
     if len(findings) > MAX_FINDINGS:
@@ -162,7 +111,7 @@ def _gate(gate: GateResult) -> Markup:
     details = None
     if findings:
         summary = tag("summary", count_by_severity(findings))
-        details = tag("details", summary, tag("ul", *items), open="open" if gate.failed else None)
+        details = tag("details", summary, tag("ul", *items), open="open" if gate.failed and not is_explained else None)
     body = tag(
         "div",
         tag("p", tag("b", gate.name), tag("span", f" {gate.status}", class_="soft")),
@@ -194,10 +143,15 @@ def _plots(verification: Verification) -> list[Markup]:
 def _tensor_figures(measurements: Measurements) -> list[Markup]:
     if not measurements.tensors:
         return []
-    grid = measurements.grid()
+    grid = tensor_map.inexact_kinds(measurements.grid())
+    if not grid:
+        return []
     span = tensor_map.error_range(grid)
-    drawing = tensor_map.tensor_map(grid, span, title="error of every tensor, by layer and kind")
+    drawing = tensor_map.tensor_map(grid, span, title="error of the tensors that are not equal, by layer and kind")
     caption = "One cell per tensor, layers downwards; the color is the tensor's error relative to its size."
+    hidden = len(measurements.tensors) - len(grid)
+    if hidden:
+        caption += f" Kinds that are equal bit for bit in every layer are left out ({hidden} tensors)."
     return [_figure("Error per layer and kind", caption, drawing, tensor_map.scale_legend(span))]
 
 
@@ -249,25 +203,18 @@ def _worst_tensors(verification: Verification) -> list[Markup]:
         return []
     top = rows[worst[0]]["relative_rmse"]
     body = [
-        tag(
-            "tr",
-            tag("td", name, class_="path"),
-            tag(
-                "td",
-                tag("span", class_="gauge", style=f"width: {100 * rows[name]['relative_rmse'] / top:.1f}%"),
-                class_="wide",
-            ),
-            tag("td", f"{rows[name]['relative_rmse']:.3g}", class_="number"),
-            tag("td", _decibels(rows[name]["snr_db"]), class_="number"),
-            tag("td", f"{rows[name]['max_abs_error']:.3g}", class_="number"),
-            tag("td", rows[name]["candidate_type"]),
+        (
+            tag("span", name, class_="path"),
+            tag("span", class_="gauge", style=f"width: {100 * rows[name]['relative_rmse'] / top:.1f}%"),
+            f"{rows[name]['relative_rmse']:.3g}",
+            _decibels(rows[name]["snr_db"]),
+            f"{rows[name]['max_abs_error']:.3g}",
+            rows[name]["candidate_type"],
         )
         for name in worst
     ]
-    return [
-        tag("h2", "Worst tensors"),
-        _table(("tensor", "", "RMSE / RMS#", "SNR dB#", "largest error#", "stored as"), body),
-    ]
+    columns = ("tensor", "beside the worst|", "RMSE / RMS#", "SNR dB#", "largest error#", "stored as")
+    return [tag("h2", "Worst tensors"), _table(columns, body)]
 
 
 def _types(verification: Verification) -> list[Markup]:
@@ -275,30 +222,39 @@ def _types(verification: Verification) -> list[Markup]:
     if not rows:
         return []
     body = [
-        tag(
-            "tr",
-            tag("td", stored),
-            tag("td", row["tensors"], class_="number"),
-            tag("td", f"{row['values']:,}", class_="number"),
-            tag("td", f"{row['relative_rmse']:.3g}", class_="number"),
-            tag("td", _decibels(row["snr_db"]), class_="number"),
-            tag("td", f"{row['max_abs_error']:.3g}", class_="number"),
+        (
+            stored,
+            row["tensors"],
+            f"{row['values']:,}",
+            f"{row['relative_rmse']:.3g}",
+            _decibels(row["snr_db"]),
+            f"{row['max_abs_error']:.3g}",
         )
         for stored, row in rows.items()
     ]
-    return [
-        tag("h2", "By stored type"),
-        _table(("stored as", "tensors#", "values#", "RMSE / RMS#", "SNR dB#", "largest error#"), body),
-    ]
+    columns = ("stored as", "tensors#", "values#", "RMSE / RMS#", "SNR dB#", "largest error#")
+    return [tag("h2", "By stored type"), _table(columns, body)]
 
 
 def _decibels(value: float | None) -> str:
     return f"{value:.1f}" if value is not None and math.isfinite(value) else "exact"
 
 
-def _table(columns: Sequence[str], body: Sequence[Markup]) -> Markup:
-    """A column whose name ends in "#" contains numbers."""
-    heads = (tag("th", name.removesuffix("#"), class_="number" if name.endswith("#") else None) for name in columns)
+_COLUMN_CLASSES = {"#": "number", "|": "wide"}
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Markup:
+    """A table whose first column names the row. A column whose name ends in "#" contains numbers, one whose name ends
+    in "|" bars. On a phone every row is a block, whose cells show the names of their columns.
+    """
+    names = [column.rstrip("#|") for column in columns]
+    classes = [_COLUMN_CLASSES.get(column[-1]) for column in columns]
+    heads = (tag("th", name, scope="col", class_=style) for name, style in zip(names, classes, strict=True))
+    body = []
+    for first, *cells in rows:
+        others = zip(cells, names[1:], classes[1:], strict=True)
+        tds = (tag("td", cell, class_=style, data_label=name) for cell, name, style in others)
+        body.append(tag("tr", tag("th", first, scope="row"), *tds))
     return tag("div", tag("table", tag("thead", tag("tr", *heads)), tag("tbody", *body)), class_="table")
 
 

@@ -37,6 +37,17 @@ Grid = Mapping[tuple[int | None, str], TensorError]
 ErrorRange = tuple[float, float]
 
 
+def inexact_kinds(grid: Grid) -> Grid:
+    """The tensors of the kinds of which not every one is equal bit for bit."""
+    kinds = {kind for (_, kind), error in grid.items() if not _is_equal(error)}
+    return {place: error for place, error in grid.items() if place[1] in kinds}
+
+
+def _is_equal(error: TensorError) -> bool:
+    comparison = error.comparison
+    return comparison.ok and not comparison.rmse and not comparison.max_abs_error
+
+
 def error_range(grid: Grid) -> ErrorRange:
     """Round numbers around every positive RMSE / RMS."""
     scale = LogScale.around((error.comparison.relative_rmse for error in grid.values()), 0, 1)
@@ -110,7 +121,7 @@ class _Cells:
         tooltip = f"{comparison.name}: {comparison.candidate_type}, RMSE / RMS {comparison.relative_rmse:.3g}"
         if comparison.message:
             tooltip += f"; {comparison.message}"
-        equal = comparison.ok and not comparison.rmse and not comparison.max_abs_error
+        equal = _is_equal(error)
         heat = f"h{color_level(comparison.relative_rmse, *self.span)}" + ("" if comparison.ok else " refused")
         rectangle = tag(
             "rect",

@@ -19,6 +19,8 @@ from gemma2tool.verify.reports import junit, markdown, page, plots, svg, tensor_
 from gemma2tool.verify.reports.markup import Markup, tag
 from gemma2tool.verify.result import Side, Verification
 
+AXE = Path(__file__).parents[3] / "node_modules" / "axe-core" / "axe.min.js"
+
 HOSTILE = (
     "<script>alert(1)</script>",
     '"><img src=x onerror=alert(1)>',
@@ -158,6 +160,22 @@ def test_equal_verifications_give_equal_bytes() -> None:
     assert junit.junit([verification()]) == junit.junit([verification()])
 
 
+def test_the_page_says_what_was_measured_and_how_to_repeat_it() -> None:
+    text = page.html([replace(verification(), prompt="wiki.txt", command="gemma2tool verify a.gguf --reference b")])
+    assert "wiki.txt</span>: 60 tokens of a text" in text and ">gemma2tool verify a.gguf --reference b<" in text
+
+
+def test_the_map_shows_what_is_not_equal() -> None:
+    grid = verification().measurements.grid()
+    kinds = {kind for _, kind in tensor_map.inexact_kinds(grid)}
+    assert kinds == {"embed_tokens", *(kind for kind in tensor_map.KINDS if kind.endswith("proj"))}
+
+
+def test_findings_that_a_cause_explains_are_folded_away() -> None:
+    assert "<details open" not in page.html([verification()])
+    assert "<details open" in page.html([replace(verification(), causes=())])
+
+
 def test_the_card_has_the_measurements() -> None:
     table = markdown.card([verification()]).splitlines()
     assert table[2] == "| model | model | 4.00 | 0.2 | 0.9 | 50.00% | 2 ± 2 | 2 ± 2 |"
@@ -217,6 +235,31 @@ def test_plots_without_positive_values_are_left_out() -> None:
     assert plots.histogram(np.zeros(3), [], x_label="x", title="y") is None
 
 
+def against_receipt() -> Verification:
+    """A verification that compares nothing but what a receipt says."""
+    gates = (GateResult("files", "passed", "as in the receipt"), GateResult("values", "passed", "as in the receipt"))
+    return Verification(Side("a.receipt.json", "receipt"), Side("a.gguf", "gguf", {"q4_k": 9}, 5), "q4_k", gates)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_page_is_accessible(browser, tmp_path: Path, scheme: str) -> None:
+    """axe finds nothing on a phone, in either color scheme: a page that passed, one that failed, one of a receipt."""
+    if not AXE.is_file():
+        pytest.skip("axe-core is not installed: npm install --no-save axe-core")
+    context = browser.new_context(viewport={"width": 390, "height": 800}, color_scheme=scheme, bypass_csp=True)
+    view = context.new_page()
+    for result in (verification(passed=True), verification(), against_receipt()):
+        file = tmp_path / "report.html"
+        file.write_text(page.html([replace(result, prompt="a.txt", command="gemma2tool verify a")]), encoding="utf-8")
+        view.goto(file.as_uri())
+        view.add_script_tag(path=AXE)
+        found = view.evaluate("axe.run(document)")
+        assert len(found["passes"]) > 10
+        assert [(one["id"], [node["html"] for node in one["nodes"]]) for one in found["violations"]] == []
+    context.close()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("width", [1280, 390])
 @pytest.mark.parametrize("passed", [True, False])
@@ -238,6 +281,12 @@ def test_a_browser_shows_the_page(browser, tmp_path: Path, width: int, passed: b
         box = drawn.nth(number).bounding_box()
         assert box is not None and box["width"] > 200 and box["height"] > 15
         assert box["x"] >= 0 and box["x"] + box["width"] <= width
+    assert not view.locator("figure svg").filter(has_text="input norm").count(), "equal kinds are left out"
+    assert view.locator(".scale li[aria-current]").inner_text().endswith("0.2")
+    for table in ("Worst tensors", "By stored type"):
+        cells = view.locator(f"h2:has-text('{table}') + .table tbody td.number")
+        edges = [(box["x"], box["x"] + box["width"]) for box in (cells.nth(i).bounding_box() for i in range(4))]
+        assert all(left >= 0 and right <= width for left, right in edges), "numbers are inside the page"
     cells = view.locator("figure rect[class^=h]")
     assert cells.count() > 46 * 7
     assert view.locator("rect.refused").count() == (0 if passed else 1)
