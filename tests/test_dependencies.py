@@ -47,6 +47,7 @@ SEPARATE = {
     "gptqmodel": "tests/gptqmodel.txt",
     "litgpt": "fixtures/frameworks/litgpt_files.py",
     "torchtune": "fixtures/frameworks/torchtune_files.py",
+    "pyte": "scripts/sessions.py",
 }
 """Imported by tests or benchmarks, but not installed by the extra."""
 

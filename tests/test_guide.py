@@ -81,3 +81,14 @@ def test_every_page_is_in_the_navigation() -> None:
     assert not [
         path.name for path in GUIDE.parent.rglob("*.md") if path.relative_to(GUIDE.parent).as_posix() not in navigation
     ]
+
+
+@pytest.mark.parametrize(
+    "page",
+    ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "benchmarks/README.md", "fixtures/README.md"],
+)
+def test_relative_links_lead_to_files(page: str) -> None:
+    """Those of docs/ are checked by ``mkdocs build --strict``."""
+    path = GUIDE.parents[1] / page
+    links = re.findall(r"\]\(([^)\s#]+)[^)]*\)", path.read_text("utf-8"))
+    assert not [link for link in links if "://" not in link and not (path.parent / link).exists()]
