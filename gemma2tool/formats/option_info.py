@@ -21,9 +21,15 @@ QUANTIZED_FOLDERS = ("hf", "mlx")
 GGUF_QUANTIZED = (*(name for name in FILE_TYPES if name not in FLOATS), *ALIASES)
 """GGUF's quantized types, by the names of --type."""
 
-FOLDERS_QUANTIZED = (
-    *("nf4", "fp4", "int8", "w8a8-int8", "w8a16", "w4a16", "w4a16-asym", "fp8-dynamic", "fp8-block"),
+COMPRESSED = (
+    *("w8a8-int8", "w8a16", "w4a16", "w4a16-asym", "w4afp8", "fp8-dynamic", "fp8-block"),
     *("nvfp4a16", "mxfp4a16", "mxfp8a16"),
+)
+"""The types of compressed-tensors, several of which may stand in one folder."""
+
+FOLDERS_QUANTIZED = (
+    *("nf4", "fp4", "int8"),
+    *COMPRESSED,
     *("gptq-4", "gptq-8", "awq-4", "torchao-int8"),
     *(f"mlx-{bits}" for bits in (2, 3, 4, 5, 6, 8)),
     *(f"mlx-mixed-{bits}" for bits in ("2-6", "3-4", "3-6", "4-6")),

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 from gemma2tool.errors import UsageError
 from gemma2tool.formats.option_info import (
+    COMPRESSED,
     FOLDERS_QUANTIZED,
     GGUF_QUANTIZED,
     QUANTIZED_FOLDERS,
@@ -34,7 +35,9 @@ _COLUMNS = (32, 64, 128)
 
 GROUP_SIZES: Mapping[str, tuple[int, ...]] = MappingProxyType(
     {
-        **dict.fromkeys(("gptq-4", "gptq-8", "awq-4", "w4a16", "w4a16-asym", "w8a16"), (*_COLUMNS, WHOLE_ROW)),
+        **dict.fromkeys(
+            ("gptq-4", "gptq-8", "awq-4", "w4a16", "w4a16-asym", "w4afp8", "w8a16"), (*_COLUMNS, WHOLE_ROW)
+        ),
         **dict.fromkeys((f"mlx-{bits}" for bits in (2, 3, 4, 5, 6, 8)), _COLUMNS),
         **dict.fromkeys((f"mlx-mixed-{bits}" for bits in ("2-6", "3-4", "3-6", "4-6")), _COLUMNS),
     }
@@ -42,7 +45,7 @@ GROUP_SIZES: Mapping[str, tuple[int, ...]] = MappingProxyType(
 """Quantization type -> the group sizes (columns that share a scale) that its consumers have kernels for."""
 
 CALIBRATED_TYPES = (*FOLDERS_QUANTIZED, *GGUF_QUANTIZED)
-_TEXTBOOK_TYPES = ("gptq-4", "gptq-8", "w4a16", "w4a16-asym", "awq-4")
+_TEXTBOOK_TYPES = ("gptq-4", "gptq-8", "w4a16", "w4a16-asym", "w4afp8", "awq-4")
 _GPTQ_TYPES = ("gptq-4", "gptq-8")
 _GGUF = ("gguf",)
 HESSIANS = ("model", "layer")
@@ -133,7 +136,7 @@ class PackingOptions:
     ``group_size``: columns that share a scale, -1 for a whole row, None for the type's own. ``symmetric``: zero points
     in the middle (the default) or chosen by group. ``skip``, ``only``: regular expressions searched in tensor names;
     what ``skip`` matches, and what ``only`` does not, is left as it is. ``module_types``: pairs of a regular expression
-    and a type, for MLX; the first that matches a tensor's name counts.
+    and a type, for MLX and compressed-tensors; the first that matches a tensor's name counts.
     """
 
     HEADING: ClassVar[str] = "Quantized folders"
@@ -185,7 +188,7 @@ class PackingOptions:
         "type of the matrices that match; the first match wins. Repeatable.",
         metavar="REGEX=TYPE",
         formats=QUANTIZED_FOLDERS,
-        types=tuple(f"mlx-{bits}" for bits in (2, 3, 4, 5, 6, 8)),
+        types=(*(f"mlx-{bits}" for bits in (2, 3, 4, 5, 6, 8)), *COMPRESSED),
         parse=parse_module_type,
     )
     only: tuple[str, ...] = option(

@@ -60,6 +60,7 @@ SCHEMES = {
     "w8a8-int8": Scheme(8, "int", None),
     "w8a16": Scheme(8, "int", 128, packed=True),
     "w4a16": Scheme(4, "int", 128, packed=True),
+    "w4afp8": Scheme(4, "int", 128, packed=True),
     "w4a16-asym": Scheme(4, "int", 128, symmetric=False, packed=True),
     "fp8-dynamic": Scheme(8, "float", None),
     "fp8-block": Scheme(8, "float", 128, block_rows=128),

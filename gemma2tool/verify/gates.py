@@ -124,6 +124,7 @@ GATES: Mapping[str, Gates] = {
     "awq-4": Gates(kl=0.17, top1=0.80),
     "q4_0": Gates(kl=0.22, top1=0.76),
     "w4a16": Gates(kl=0.22, top1=0.76),
+    "w4afp8": Gates(kl=0.22, top1=0.76),
     "gptq-4": Gates(kl=0.22, top1=0.76),
     "mlx-4": Gates(kl=0.22, top1=0.76),
     "keras-int4": Gates(kl=0.4, top1=0.68),

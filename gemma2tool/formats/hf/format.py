@@ -63,12 +63,15 @@ class HuggingFace(Format):
         chosen = packings.Choice()
         if settings is not None:
             cast = {name: as_dtype(sources[name], dtypes[name]) for name in checkpoint.specs}
-            chosen = packings.choose_encoders(checkpoint.specs, cast, settings)
+            own = packings.own_types(checkpoint.specs, settings, packings.siblings(settings.type))
+            chosen = packings.choose_encoders(checkpoint.specs, cast, settings, own)
             if options.dtype is not None:  # otherwise only merged weights differ, which are quantized without a cast
                 sources |= {name: cast[name] for name in chosen.encoders}
             specs = {disk[name]: spec for name, spec in checkpoint.specs.items()}
             modules = packings.quantized_modules(specs, {disk[name] for name in chosen.encoders})
-            content |= packings.config_entries(settings, modules, dtype=str(content.get("dtype") or "bfloat16"))
+            types = {disk[name].removesuffix(".weight"): own.get(name, settings.type) for name in chosen.encoders}
+            model_dtype = str(content.get("dtype") or "bfloat16")
+            content |= packings.config_entries(settings, modules, dtype=model_dtype, types=types if own else {})
             more_files = packings.more_files(settings, modules)
             small_files |= {name: assets.dump_json(file) for name, file in more_files.items()}
         plans = [

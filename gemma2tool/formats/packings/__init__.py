@@ -26,6 +26,7 @@ from gemma2tool.formats.packings.selection import (
     fusion_remarks,
     is_named,
     linear_layers,
+    mixture_remarks,
     own_types,
     quantized_modules,
 )
@@ -52,6 +53,7 @@ __all__ = [
     "quantization_config",
     "quantized_modules",
     "settings_for",
+    "siblings",
     "unpack",
 ]
 
@@ -174,7 +176,7 @@ def choose_encoders(
     """
     packing = _packing(settings.type)
     excluded = excluded_tensors(specs, settings)
-    by_type = {type_name: replace(settings, type=type_name) for type_name in {settings.type, *own_types.values()}}
+    by_type = {name: replace(settings, type=name) for name in (settings.type, *own_types.values())}
     chosen = {}
     for name, spec in specs.items():
         own = by_type[own_types.get(name, settings.type)]
@@ -186,12 +188,13 @@ def choose_encoders(
             f"nothing would be quantized to {settings.type}",
             hint="change --skip and --only: they leave no weight that the type can hold",
         )
-    remarks = consumer_remarks(settings)
+    remarks = [remark for own in by_type.values() for remark in consumer_remarks(own)]
     for name, spec in specs.items():
         if spec.quantizable and name not in chosen and is_named(name, settings):
             remarks.append(f"{name} is left unquantized: consumers of {settings.type} cannot load it quantized")
     if packing.is_fused_by_engines:
         remarks += fusion_remarks(quantized_modules(specs, chosen))
+        remarks += mixture_remarks({name: own_types.get(name, settings.type) for name in chosen})
     return Choice(packing.together(chosen), remarks)
 
 
@@ -206,11 +209,24 @@ def quantization_config(
     return _packing(settings.type).quantization_config(settings, modules, dtype)
 
 
+def siblings(type_name: str) -> tuple[str, ...]:
+    """The types that may stand in one folder with a type: those of its library."""
+    return _packing(type_name).types
+
+
 def config_entries(
-    settings: Settings, modules: Mapping[str, bool] = _NO_MODULES, *, dtype: str = "bfloat16"
+    settings: Settings,
+    modules: Mapping[str, bool] = _NO_MODULES,
+    *,
+    dtype: str = "bfloat16",
+    types: Mapping[str, str] = _NO_TYPES,
 ) -> dict[str, object]:
-    """The entries of config.json that describe the quantization; arguments as of ``quantization_config``."""
+    """The entries of config.json that describe the quantization; arguments as of ``quantization_config``. ``types``:
+    of the quantized modules, where they have several.
+    """
     config = quantization_config(settings, modules, dtype=dtype)
+    if types:
+        config |= _packing(settings.type).mixed_entries(settings, types)
     return dict.fromkeys(_packing(settings.type).config_keys, config)
 
 

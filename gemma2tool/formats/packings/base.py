@@ -77,6 +77,12 @@ class Packing(ABC):
     def quantization_config(self, settings: Settings, modules: Mapping[str, bool], dtype: str) -> dict[str, object]:
         """The ``quantization_config`` that the library writes; see ``packings.quantization_config``."""
 
+    def mixed_entries(self, settings: Settings, types: Mapping[str, str]) -> dict[str, object]:
+        """What the ``quantization_config`` says instead where modules have several types: by module, without those that
+        are not quantized.
+        """
+        return {}
+
     def misread(
         self, modules: Collection[str], default: Collection[str], quantization_config: Mapping[str, object]
     ) -> Collection[str]:

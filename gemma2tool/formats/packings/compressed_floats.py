@@ -7,7 +7,7 @@ compressed-tensors 0.20 and llm-compressor 0.14.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -89,14 +89,8 @@ def read_scheme(weights: Mapping[str, object]) -> tuple[str, FloatScheme] | None
     return None
 
 
-def weights(raw: Mapping[str, LazyTensor], type_name: str, scheme: FloatScheme) -> Iterator[QuantizedWeight]:
-    """The weights of a checkpoint of this scheme. Raises ``InputRefused`` for parts that are missing or do not fit."""
-    for name in raw:
-        if name.endswith(_SCALE):
-            yield _weight(raw, name.removesuffix(_SCALE), type_name, scheme)
-
-
-def _weight(raw: Mapping[str, LazyTensor], module: str, type_name: str, scheme: FloatScheme) -> QuantizedWeight:
+def weight(raw: Mapping[str, LazyTensor], module: str, type_name: str, scheme: FloatScheme) -> QuantizedWeight:
+    """A module's weight of this scheme. Raises ``InputRefused`` for parts that are missing or do not fit."""
     suffix, dtypes = (_PACKED, (UINT8,)) if scheme.bits == 4 else (".weight", (FP8,))
     codes = required_matrix(raw, module + suffix, dtypes)
     shape = (codes.shape[0], codes.shape[1] * 8 // scheme.bits)

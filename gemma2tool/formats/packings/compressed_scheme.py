@@ -62,28 +62,10 @@ class WeightScheme:
         return scheme
 
 
-def weight_arguments(quantization_config: Mapping[str, object]) -> Mapping[str, object]:
-    """The ``weights`` entry that all ``config_groups`` share. Raises ``InputRefused`` for several."""
-    groups = quantization_config.get("config_groups")
-    entries = (
-        [group.get("weights") for group in groups.values() if isinstance(group, dict)]
-        if isinstance(groups, dict)
-        else []
-    )
-    weights = entries[0] if entries else None
-    if not isinstance(weights, dict) or any(entry != weights for entry in entries):
-        raise InputRefused(
-            "compressed.config",
-            "config.json: config_groups has no weights entry, or several that differ",
-            hint="one weight scheme for the whole model is supported",
-        )
-    return weights
-
-
-def read_weight_scheme(quantization_config: Mapping[str, object]) -> WeightScheme:
-    """The scheme of integers, or of float8 with scales in the model's dtype. Raises ``InputRefused`` for unsupported
-    types."""
-    weights = weight_arguments(quantization_config)
+def read_weight_scheme(weights: Mapping[str, object]) -> WeightScheme:
+    """The scheme of a group's ``weights`` entry: integers, or float8 with scales in the model's dtype. Raises
+    ``InputRefused`` for unsupported types.
+    """
     bits, kind = weights.get("num_bits"), weights.get("type")
     if type(bits) is not int or bits not in (4, 8) or not isinstance(kind, str) or kind not in ("int", "float"):
         raise InputRefused(

@@ -17,7 +17,8 @@ from gemma2tool.errors import InputRefused
 from gemma2tool.formats.options import WHOLE_ROW
 from gemma2tool.formats.packings import compressed_floats, listed
 from gemma2tool.formats.packings.base import Packing, QuantizedWeight
-from gemma2tool.formats.packings.compressed_scheme import WeightScheme, read_weight_scheme, weight_arguments
+from gemma2tool.formats.packings.compressed_groups import Groups, mixed_groups
+from gemma2tool.formats.packings.compressed_scheme import WeightScheme, read_weight_scheme
 from gemma2tool.formats.packings.parts import (
     FLOATS,
     HINT,
@@ -43,6 +44,8 @@ from gemma2tool.storage.quoting import quoted
 VERSION = "0.20.0"
 PRESETS = {"w8a8-int8": "INT8"}
 """llm-compressor's names for the types, if they are not the type's own in capitals."""
+FLOAT8_INPUTS = ("w4afp8",)
+"""Types of packed integers that are multiplied by activations in float8."""
 SCALE = ".weight_scale"
 
 
@@ -54,8 +57,7 @@ class CompressedTensorsPacking(Packing):
     def quantization_config(self, settings: Settings, modules: Mapping[str, bool], dtype: str) -> dict[str, object]:
         """As llm-compressor writes it. Activations of the 8-bit types are quantized while the model runs."""
         preset = PRESETS.get(settings.type, settings.type.upper().replace("-", "_"))
-        is_float = settings.type in FLOAT_SCHEMES
-        group = compressed_floats.config_group(settings.type) if is_float else _config_group(_scheme_for(settings))
+        group = _group(settings)
         unquantized = [name for name, is_quantized in modules.items() if not is_quantized]
         return {
             "config_groups": {preset: group},
@@ -69,6 +71,11 @@ class CompressedTensorsPacking(Packing):
             "transform_config": {},
             "version": VERSION,
         }
+
+    def mixed_entries(self, settings: Settings, types: Mapping[str, str]) -> dict[str, object]:
+        """A group for each type, with the modules that have it as its targets."""
+        own = {type_name: _group(replace(settings, type=type_name)) for type_name in dict.fromkeys(types.values())}
+        return mixed_groups(own, types)
 
     def misread(
         self, modules: Collection[str], default: Collection[str], quantization_config: Mapping[str, object]
@@ -92,20 +99,26 @@ class CompressedTensorsPacking(Packing):
     def weights(
         self, raw: Mapping[str, LazyTensor], quantization_config: Mapping[str, object]
     ) -> Iterator[QuantizedWeight]:
-        floats = compressed_floats.read_scheme(weight_arguments(quantization_config))
-        if floats is not None:
-            yield from compressed_floats.weights(raw, *floats)
-            return
-        scheme = read_weight_scheme(quantization_config)
+        groups = Groups(quantization_config)
         for name in raw:
             if name.endswith(SCALE):
-                yield _weight(_ModuleParts(raw, name.removesuffix(SCALE)), scheme)
+                module = name.removesuffix(SCALE)
+                arguments = groups.weights_of(module)
+                floats = compressed_floats.read_scheme(arguments)
+                if floats is not None:
+                    yield compressed_floats.weight(raw, module, *floats)
+                else:
+                    yield _weight(_ModuleParts(raw, module), read_weight_scheme(arguments))
 
 
-def _config_group(scheme: Scheme) -> dict[str, object]:
+def _group(settings: Settings) -> dict[str, object]:
+    """The entry of ``config_groups`` for the type, of all linear layers."""
+    if settings.type in FLOAT_SCHEMES:
+        return compressed_floats.config_group(settings.type)
+    scheme = _scheme_for(settings)
     return {
         "format": "pack-quantized" if scheme.packed else f"{scheme.kind}-quantized",
-        "input_activations": None if scheme.packed else _activation_arguments(scheme),
+        "input_activations": _activation_arguments(settings.type, scheme),
         "output_activations": None,
         "targets": ["Linear"],
         "weights": _weight_arguments(scheme),
@@ -131,14 +144,18 @@ def _weight_arguments(scheme: Scheme) -> dict[str, object]:
     return arguments | ({"block_structure": [scheme.block_rows, scheme.group_size]} if strategy == "block" else {})
 
 
-def _activation_arguments(scheme: Scheme) -> dict[str, object]:
+def _activation_arguments(type_name: str, scheme: Scheme) -> dict[str, object] | None:
+    """How activations are quantized while the model runs; None if they are not."""
+    if scheme.packed and type_name not in FLOAT8_INPUTS:
+        return None
+    is_block = scheme.block_rows > 1
     return {
         "dynamic": True,
-        "group_size": scheme.group_size,
+        "group_size": scheme.group_size if is_block else None,
         "num_bits": 8,
-        "strategy": "group" if scheme.group_size else "token",
+        "strategy": "group" if is_block else "token",
         "symmetric": True,
-        "type": scheme.kind,
+        "type": "float" if type_name in FLOAT8_INPUTS else scheme.kind,
     }
 
 
@@ -278,8 +295,10 @@ class CompressedTensor(LazyTensor):
 
 
 def _stored_name(scheme: Scheme) -> str:
-    """The type whose scheme this is, except for the group size; "compressed-tensors" for other schemes."""
-    for name, known in SCHEMES.items():
-        if replace(known, group_size=scheme.group_size) == scheme:
-            return name
-    return "compressed-tensors"
+    """The type whose scheme this is, except for the group size and for how its codes are packed; "compressed-tensors"
+    for other schemes.
+    """
+    alike = {name: replace(known, group_size=scheme.group_size) for name, known in SCHEMES.items()}
+    same = [name for name, known in alike.items() if known == scheme]
+    same += [name for name, known in alike.items() if replace(known, packed=scheme.packed) == scheme]
+    return next(iter(same), "compressed-tensors")

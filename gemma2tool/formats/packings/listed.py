@@ -9,17 +9,17 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 
-_SIMPLE = re.compile(r"[\w.^$\\|-]{0,200}(?:\.\*[\w.^$\\|-]{0,200}){0,3}")
-"""Regular expressions that cannot take long on a module's name. Others are assumed to match."""
-
-_LINEAR = "Linear"
+LINEAR = "Linear"
+"""The class of modules that groups and lists name."""
+_MAX_EXPRESSION = 1000
+_MOST_REPETITIONS = 3
 
 
 def skipped(modules: Iterable[str], patterns: object) -> set[str]:
     """The ``modules`` that transformers' ``should_convert_module`` leaves alone, for a list as of
     ``llm_int8_skip_modules``.
     """
-    names = _names(patterns)
+    names = names_in(patterns)
     return {module for module in modules if any(_is_skipped(module, pattern) for pattern in names)}
 
 
@@ -27,17 +27,30 @@ def compressed(modules: Iterable[str], config: Mapping[str, object]) -> list[str
     """The linear ``modules`` that compressed-tensors takes for quantized: targets of a group, and not ignored."""
     groups = config.get("config_groups")
     groups = groups.values() if isinstance(groups, Mapping) else ()
-    targets = [target for group in groups if isinstance(group, Mapping) for target in _names(group.get("targets"))]
-    ignored = _names(config.get("ignore"))
+    targets = [target for group in groups if isinstance(group, Mapping) for target in names_in(group.get("targets"))]
+    ignored = names_in(config.get("ignore"))
     return [
         module
         for module in modules
-        if any(target == _LINEAR or _matches(module, target) for target in targets)
-        and not any(target == _LINEAR or _matches(module, target) for target in ignored)
+        if any(target == LINEAR or _matches(module, target) for target in targets)
+        and not any(target == LINEAR or _matches(module, target) for target in ignored)
     ]
 
 
-def _names(value: object) -> list[str]:
+def is_bounded(expression: str) -> bool:
+    """Whether a regular expression cannot take long on a module's name: few repetitions, none of a group, and no
+    look-around or reference to a group.
+    """
+    plain = re.sub(r"\\[^\d]|\[[^\]]*\]", "x", expression)
+    return (
+        len(expression) <= _MAX_EXPRESSION
+        and re.search(r"\)[*+?{]|\(\?[^:]|\\\d", plain) is None
+        and len(re.findall(r"[*+{]", plain)) <= _MOST_REPETITIONS
+    )
+
+
+def names_in(value: object) -> list[str]:
+    """The texts of a list; empty for anything else."""
     return [name for name in value if isinstance(name, str)] if isinstance(value, list) else []
 
 
@@ -50,7 +63,8 @@ def _is_skipped(module: str, pattern: str) -> bool:
 
 
 def _pattern_matches(expression: str, module: str, untrusted: str | None = None) -> bool:
-    if _SIMPLE.fullmatch(expression if untrusted is None else untrusted) is None:
+    """Whether an expression matches; one that could take long is assumed to."""
+    if not is_bounded(expression if untrusted is None else untrusted):
         return True
     try:
         return re.match(expression, module) is not None

@@ -133,6 +133,19 @@ def fusion_remarks(modules: Mapping[str, bool]) -> list[str]:
     ]
 
 
+def mixture_remarks(types: Mapping[str, str]) -> list[str]:
+    """A remark if weights that serving engines run as one matrix have several types; ``types``: by canonical name."""
+    mixed = [names for names in fused_weights(types) if len({types[name] for name in names}) > 1]
+    if not mixed:
+        return []
+    shown = ", ".join(f"{name.removesuffix('.weight')}: {types[name]}" for name in mixed[0])
+    more = f" (and {len(mixed) - 1} more)" if len(mixed) > 1 else ""
+    return [
+        f"{shown}{more}: other types within q, k and v, or gate and up; transformers loads that, but vLLM, which fuses"
+        " them, does not"
+    ]
+
+
 def _compiled(patterns: Sequence[str]) -> list[re.Pattern[str]]:
     compiled = []
     for text in patterns:

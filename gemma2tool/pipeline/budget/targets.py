@@ -16,6 +16,7 @@ from gemma2tool.formats.base import Output
 from gemma2tool.formats.gguf.table import TABLE
 from gemma2tool.formats.mapping.float_dtypes import as_dtype, stored_dtypes
 from gemma2tool.formats.mapping.transforms import entries
+from gemma2tool.formats.option_info import COMPRESSED
 from gemma2tool.formats.options import WriteOptions
 from gemma2tool.formats.options_budget import PLACEHOLDER
 from gemma2tool.formats.packings.selection import fused_weights
@@ -123,8 +124,9 @@ class GGUFTarget:
 
 @dataclass(frozen=True)
 class FolderTarget:
-    """A quantized folder. Of MLX's types each matrix may have its own; otherwise a matrix has the folder's type or
-    none, and those that serving engines run as one go together. What is not quantized keeps its float type.
+    """A quantized folder. Of MLX's types and of compressed-tensors' each matrix may have its own; otherwise a matrix
+    has the folder's type or none. Those that serving engines run as one go together, except in MLX. What is not
+    quantized keeps its float type.
     """
 
     format_name: str
@@ -139,11 +141,11 @@ class FolderTarget:
         return type in registry.by_name(self.format_name).types and type not in QUANTIZED
 
     def check(self, types: Sequence[str]) -> None:
-        if not self.is_mixed and len(types) > 1:
+        if not self.is_mixed and len(types) > 1 and not set(types) <= set(COMPRESSED):
             raise UsageError(
                 "budget.candidates",
-                f"a Hugging Face folder has one type, and {' and '.join(types)} are candidates",
-                hint="name one with --candidates; matrices are quantized to it or left as they are",
+                f"{' and '.join(types)} cannot stand in one folder",
+                hint="name one of them, or types of compressed-tensors (w4a16,w8a16), with --candidates",
             )
 
     def unquantized(self, name: str) -> str | None:

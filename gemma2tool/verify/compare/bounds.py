@@ -202,6 +202,7 @@ BOUNDS: Mapping[str, Bound] = {
     "w8a8-int8": Bound(0, _EIGHT_BITS, 0.05, nearest=1.5 / 127.5, codes=128),
     "w8a16": Bound(0, _EIGHT_BITS, 0.05, nearest=1.5 / 127.5, codes=128),
     "w4a16": Bound(0, 2.0, 0.35, nearest=1 / 15 + 2.0**-8, codes=8),
+    "w4afp8": Bound(0, 2.0, 0.35, nearest=1 / 15 + 2.0**-8, codes=8),
     "w4a16-asym": Bound(0, 2.0, 0.35, nearest=1.2 / 15 + 2.0**-7, codes=15),
     # float8 e4m3 with a scale of absmax / 448: 3 bits of mantissa, a smallest step of 2^-9, and a scale of the model's
     # type, one for a row or for 128 by 128 values.

@@ -100,7 +100,8 @@ def test_round_trip(type_name):
             name: array.tobytes() for name, array in encodings[0].items()
         }
     tensor = packings.unpack(lazy(encodings[0] | {"model.norm.weight": np.zeros(256, BF16)}), config(type_name))[NAME]
-    assert tensor.stored == type_name and tensor.shape == (136, 256)
+    weights = "w4a16" if type_name == "w4afp8" else type_name  # which differ in what is done with activations only
+    assert tensor.stored == weights and tensor.shape == (136, 256)
     error = np.abs(tensor.load_rows_f32(0, 136) - source.astype(np.float32))
     # An error is at most about a step of the codes, as a fraction of the largest value.
     coarse = {"mlx-2": 2 / 3, "mlx-3": 2 / 7, "mlx-5": 2 / 31, "mlx-6": 2 / 63}
@@ -232,7 +233,7 @@ def test_invalid_configs_of_compressed_tensors_are_refused(weights):
 def test_several_schemes_are_refused():
     settings = config("w4a16")
     settings["config_groups"]["other"] = config("w8a16")["config_groups"]["W8A16"]
-    with pytest.raises(InputRefused, match="several"):
+    with pytest.raises(InputRefused, match="several of config_groups have the target 'Linear'"):
         packings.unpack(raw_weight("w4a16"), settings)
 
 
