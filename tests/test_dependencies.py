@@ -48,6 +48,7 @@ SEPARATE = {
     "litgpt": "fixtures/frameworks/litgpt_files.py",
     "torchtune": "fixtures/frameworks/torchtune_files.py",
     "pyte": "scripts/sessions.py",
+    "llmcompressor": "scripts/gpu",
 }
 """Imported by tests or benchmarks, but not installed by the extra."""
 
@@ -95,7 +96,8 @@ def extras() -> dict[str, set[str]]:
         for node in nodes(path):
             match node:
                 case ast.Call(ast.Name("require"), [ast.Constant(str(module)), ast.Constant(str(extra)), *_]):
-                    required.setdefault(extra, set()).add(DISTRIBUTIONS.get(module, module))
+                    top = module.partition(".")[0]
+                    required.setdefault(extra, set()).add(DISTRIBUTIONS.get(top, top))
     return required
 
 

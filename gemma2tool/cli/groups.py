@@ -39,13 +39,19 @@ def expanded(command: Command) -> Command:
     @functools.wraps(command)
     def run(**kwargs: Any) -> None:
         for name, group in groups.items():
-            given = {field.name: kwargs.pop(_name(name, field)) for field in dataclasses.fields(group)}
+            given = {field.name: kwargs.pop(_name(name, field)) for field in _fields(group)}
             kwargs[name] = group(**_parsed(group, given))
         command(**kwargs)
 
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # functions have no such field
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return run
+
+
+def _fields(group: type) -> typing.Sequence[dataclasses.Field[Any]]:
+    """The fields that are options; typed options have others, which the pipeline sets."""
+    fields = dataclasses.fields(group)
+    return [field for field in fields if "option" in field.metadata] or fields
 
 
 def _name(parameter: str, field: dataclasses.Field[Any]) -> str:
@@ -57,7 +63,7 @@ def _parameters(parameter: str, group: type) -> list[inspect.Parameter]:
     hints = get_type_hints(group, include_extras=True)
     infos = {field.name: info for field, info in option_fields(group)}
     parameters = []
-    for field in dataclasses.fields(group):
+    for field in _fields(group):
         annotation, default = hints[field.name], field.default
         if field.name in infos:
             annotation = _typer_option(annotation, infos[field.name], getattr(group, "HEADING", None))

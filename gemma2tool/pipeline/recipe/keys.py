@@ -70,6 +70,7 @@ _OF_SOURCE = (
     Key(name="modelfile", group="run", field="modelfile", kind="flag", decides=False),
     Key(name="threads", group="run", field="threads", kind="integer", minimum=1, maximum=256, decides=False),
     Key(name="memory", group="run", field="memory", parse=parse_size, decides=False),
+    Key(name="device", group="run", field="device"),
     Key(name="junit", group="reports", field="junit", kind="file", decides=False),
     Key(name="summary", group="reports", field="summary", kind="file", decides=False),
     Key(name="html", group="reports", field="html", kind="file", decides=False),
