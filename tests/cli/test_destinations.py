@@ -191,6 +191,7 @@ class TestFolderOfSeveral:
         assert_refused(run(*self.WORDS[:2], "no/many", *self.WORDS[3:]), 2, "output.no-parent", "mkdir -p")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["n" * 250 + ".gguf", "\u1234" * 83 + ".gguf"])
 def test_names_as_long_as_they_may_be(place: Path, name: str) -> None:
     assert run("quantize", "src", name, "--type", "q8_0", "--no-verify").exit_code == 0

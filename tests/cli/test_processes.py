@@ -53,6 +53,7 @@ def test_interrupt_leaves_nothing_at_the_destination(place: Path, number: int) -
         assert left == ["src"] or (left == [".out.gguf.gemma2tool-staging", "src"] and "gemma2tool clean" in errors)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_that_leaves_a_lock_held_ends_the_process(number: int) -> None:
     """As in a thread pool whose submit() was interrupted: its thread and its shutdown wait for each other."""

@@ -53,6 +53,7 @@ def refusal(folder: Path, *paths: Path) -> str:
     return " ".join(result.stderr.split())
 
 
+@pytest.mark.slow
 def test_wrong_merges(tmp_path: Path) -> None:
     first, second = part(tmp_path, 0, model="a", text="b"), part(tmp_path, 1, model="a", text="b")
     assert "no parts beside it" in refusal(tmp_path)

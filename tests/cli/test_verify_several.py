@@ -83,6 +83,7 @@ def test_files_against_one_source(folder: Path, source: Path) -> None:
     assert all({"tensors", "logits"} <= names for names in gates)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "option", [("--against", "r.json"), ("--logits", "l.npy"), ("--signature", "s.sig"), ("--bom", "b.json")]
 )

@@ -111,6 +111,7 @@ def test_the_files_have_every_field_of_the_released_ones(fixture_dir, oracles):
 # --- weights ---
 
 
+@pytest.mark.slow
 def test_the_checkpoint_is_gemma_pytorchs_layout_in_bfloat16(fixture_dir, state):
     c = transformers.AutoConfig.from_pretrained(fixture_dir)
     d, f, h = c.hidden_size, c.intermediate_size, c.head_dim
@@ -137,6 +138,7 @@ def test_the_checkpoint_is_gemma_pytorchs_layout_in_bfloat16(fixture_dir, state)
         assert tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size(), name
 
 
+@pytest.mark.slow
 def test_the_names_and_types_are_those_gemma_pytorch_saves(state, oracles):
     saved = torch.load(oracles / "checkpoints/gemma_pytorch/hd_bf16/model.ckpt", weights_only=True)["model_state_dict"]
     layers = [name for name in state if not name.startswith(("model.layers.4.", "model.layers.5."))]

@@ -107,6 +107,7 @@ def test_shards_of_a_gguf_that_are_missing_are_named(files: Path, tmp_path: Path
         assert shards[0].name in error.message and shards[2].name in error.message
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "words"),
     [

@@ -118,6 +118,7 @@ def test_a_chain_in_a_log_is_an_identity(tmp_path: Path) -> None:
     assert Bundle(tmp_path / "a.sig").material == "identity" and Bundle(tmp_path / "b.sig").material == "certificate"
 
 
+@pytest.mark.slow
 def test_options_that_do_not_fit(folder: Path, tmp_path: Path) -> None:
     write_key(tmp_path, "bob")
     public = tmp_path / "bob.pub"

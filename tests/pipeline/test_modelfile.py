@@ -86,6 +86,7 @@ def test_the_fixture() -> None:
     assert by_ollama(template, conversation(None, "Hi", "Hello.", "Why?")) == expected
 
 
+@pytest.mark.slow
 def test_beside_a_gguf_and_nothing_else(tmp_path: Path) -> None:
     refused = run("convert", TINY, tmp_path / "folder", "--modelfile", "--no-verify")
     assert refused.exit_code == 2 and "option.ignored" in refused.output and not any(tmp_path.iterdir())

@@ -88,6 +88,7 @@ def outcome(result: Verification) -> tuple[list[str], list[str]]:
     return [gate.name for gate in result.gates if gate.failed], [cause.id for cause in result.causes]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", EVERY, ids=lambda kind: kind.__name__)
 def test_a_right_deployment(deployed: Deployments, monkeypatch: pytest.MonkeyPatch, kind: type[ModelServer]) -> None:
     if hasattr(kind, "quantization"):
@@ -109,6 +110,7 @@ def test_a_right_deployment(deployed: Deployments, monkeypatch: pytest.MonkeyPat
         assert distribution["kl_at_least"] < 1e-6 and distribution["reverse_kl_at_most"] >= 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", EVERY, ids=lambda kind: kind.__name__)
 def test_a_doubled_bos(deployed: Deployments, monkeypatch: pytest.MonkeyPatch, kind: type[ModelServer]) -> None:
     if hasattr(kind, "quantization"):
@@ -120,6 +122,7 @@ def test_a_doubled_bos(deployed: Deployments, monkeypatch: pytest.MonkeyPatch, k
     assert "22 tokens" in result.gate("template").summary
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [model_server.ModelServer, model_server.LMStudio])
 def test_a_missing_stop(deployed: Deployments, monkeypatch: pytest.MonkeyPatch, kind: type[ModelServer]) -> None:
     if hasattr(kind, "quantization"):
@@ -129,6 +132,7 @@ def test_a_missing_stop(deployed: Deployments, monkeypatch: pytest.MonkeyPatch, 
     assert "<end_of_turn> (107)" in result.gate("stops").summary
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("wrong", "words"),
     [
@@ -144,10 +148,12 @@ def test_other_conversations(deployed: Deployments, wrong: Wrong, words: str) ->
     assert words in result.gate("template").summary
 
 
+@pytest.mark.slow
 def test_a_space_before_every_text(deployed: Deployments) -> None:
     assert "add_space_prefix" in deployed(model_server.SGLang, Wrong(space=True)).gate("tokens").summary
 
 
+@pytest.mark.slow
 def test_what_a_server_says_is_held_against_the_files(deployed: Deployments) -> None:
     result = deployed(model_server.Ollama)
     assert outcome(result) == (["serving"], ["server.quantization"])

@@ -260,6 +260,7 @@ def test_a_key_of_another_kind_is_named(outputs: Path, keys: Path, tmp_path: Pat
             assert_refused(refused, 3, "signature.key", kind, "P-256")
 
 
+@pytest.mark.slow
 def test_a_signature_of_the_other_kind_is_named(outputs: Path, keys: Path) -> None:
     api.sign(outputs / "m.gguf", key=keys / "alice.pem")
     result = run("verify", outputs / "m.gguf", "--signed-by", keys / "root.crt")
@@ -306,6 +307,7 @@ def test_what_a_signature_leaves_out_is_said(folder: Path, keys: Path) -> None:
     assert "adapter.bin: is not covered by" in run("verify", folder, "--signed-by", keys / "alice.pub").stdout
 
 
+@pytest.mark.slow
 def test_a_signature_of_one_file_of_several(keys: Path, tmp_path: Path) -> None:
     """The config beside a checkpoint is a warning, another shard an error: the weights in it may be anybody's."""
     for name in ("model.ckpt", "config.json"):

@@ -148,6 +148,7 @@ def refused(model: Path, text: Path, folder: Path, **options: object) -> ToolErr
     return caught.value
 
 
+@pytest.mark.slow
 def test_refusals_come_before_the_work(
     hub: WritableHub, model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -219,6 +219,7 @@ def test_a_streamed_model_generates_the_same():
     assert len(actual) == 12 and torch.equal(torch.stack(actual), torch.stack(expected))
 
 
+@pytest.mark.slow
 @pytest.mark.peer
 def test_sampling_restricts_as_transformers_does():
     from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper

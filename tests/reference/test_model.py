@@ -135,6 +135,7 @@ def test_losses_agree(config, kind, problem, floats, side, seed):
     assert_agree(actual.loss, expected.loss, "loss")
 
 
+@pytest.mark.slow
 @pytest.mark.peer
 @pytest.mark.parametrize("side", ["none", "left", "right"])
 def test_sequence_class_is_that_of_the_last_real_token(side):

@@ -83,6 +83,7 @@ LIES: list[tuple[str, Behavior, type[ToolError], str]] = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("behavior", "kind", "words"), [row[1:] for row in LIES], ids=[row[0] for row in LIES])
 def test_a_server_that_lies(behavior: Behavior, kind: type[ToolError], words: str) -> None:
     start = time.monotonic()

@@ -184,6 +184,7 @@ def test_odd_answers_are_one_line(server, id: str) -> None:
     assert f"[{id}]" in result.stderr and "Traceback" not in result.output
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "address",
     ["https://[", "https://[::1/x", "https://a b/x", "https://host:port/x", "https://host:99999999/x"],

@@ -250,7 +250,7 @@ class Session:
         block = self.calibration.hessian_block
         with one_thread_each(), ThreadPoolExecutor(self.threads, thread_name_prefix="calibrate") as pool:
             hessian = head_hessian(self.checkpoint, self._residual, block, pool.map)
-        self._head = inverse_factors(hessian, self.calibration.damping, act_order=False)
+            self._head = inverse_factors(hessian, self.calibration.damping, act_order=False)
 
     def _method(self, run: Map) -> Method:
         from gemma2tool.pipeline.calibration.methods import ByHessian, ByScale

@@ -48,6 +48,7 @@ def _assert_transformers_agrees(folder: Path) -> None:
     assert np.abs(logits(registry.open_checkpoint(folder), ids) - expected).max() < 2e-4
 
 
+@pytest.mark.slow
 @pytest.mark.peer
 def test_a_tied_head_stored_alone(tmp_path: Path) -> None:
     """safetensors' save_model keeps one name of a shared tensor (transformers 41038, lerobot 1529)."""

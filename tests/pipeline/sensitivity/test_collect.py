@@ -238,6 +238,7 @@ def test_values_that_are_not_finite_are_refused(source: Checkpoint, ids: Path, t
     assert refused.value.id == "sensitivity.nonfinite" and "layer 1" in refused.value.message
 
 
+@pytest.mark.slow
 def test_a_text_that_the_model_does_not_know_is_named(
     source: Checkpoint, ids: Path, tmp_path: Path, logged: StringIO
 ) -> None:

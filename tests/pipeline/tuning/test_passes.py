@@ -24,6 +24,7 @@ def pair(**changes: object) -> tuple[Checkpoint, Checkpoint]:
     return random_checkpoint(np.dtype(FLOAT32), config), random_checkpoint(np.dtype(FLOAT32), config, seed=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, {"final_logit_softcapping": None, "tie_word_embeddings": False}])
 def test_the_gradients_of_the_whole_model(changes: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(passes, "POSITIONS", 10)

@@ -72,6 +72,7 @@ BOS_AS_OTHER_ID = gemma_json()["post_processor"] | {
 MERGED = {"model": {"merges": [["a", "b"], ["<0x41>", "b"]]}}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "subject", "named"),
     [
