@@ -62,6 +62,7 @@ if TYPE_CHECKING:
     from gemma2tool.pipeline.quality.files import QualityFiles
     from gemma2tool.pipeline.quality.result import Estimate, QualityPoint, QualityResult
     from gemma2tool.pipeline.quality.run import QualityRequest
+    from gemma2tool.pipeline.ranks.together import rank_of_torchrun
     from gemma2tool.pipeline.recipe.run import RecipeRun
     from gemma2tool.pipeline.sensitivity.collect import SensitivityOptions
     from gemma2tool.pipeline.sensitivity.run import SensitivityResult
@@ -77,20 +78,19 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Adapter", "AdapterRequest", "AdapterResult", "Budget", "BudgetChoice", "BudgetOutcome", "Calibration",
-    "CandidateResult", "CardOptions", "Cause", "CheckFinding", "CheckRequest", "CheckResult", "Checkpoint",
-    "Checks", "ConversionRequest", "ConversionResult", "Diagnosis", "DiffRequest", "Difference", "Estimate", "Fact",
-    "Failure", "Finding", "FormatEntry", "GGUFOptions", "GateResult", "Gemma2Config", "Generation",
-    "GenerationOptions", "Hashes", "ImatrixOptions", "ImatrixResult", "Inspection", "Leftover", "MergeResult",
-    "OutputRequest", "PackingOptions", "PlanSummary", "ProgressEvent", "PublishRequest", "QualityFiles",
-    "QualityPoint", "QualityRequest", "QualityResult", "RecipeRun", "ReleasePlan", "ReleaseRequest",
-    "ReleaseResult", "ReportFiles", "RunOptions", "ScanFinding", "ScanResult", "SensitivityOptions",
-    "SensitivityResult", "SensitivityTable", "ServerRequest", "Shard", "SignResult", "SplitOptions", "TensorSummary",
-    "Verification", "VerifyRequest", "WriteOptions", "candidates", "check", "clean", "convert", "convert_adapter",
-    "default_threads", "diff", "doctor", "formats", "gate_names", "generate", "hash", "imatrix", "inspect",
-    "is_adapter_conversion", "log_warnings", "logits", "merge", "open", "outputs_with_receipts", "parse_candidates",
-    "parse_gates", "parse_shard", "plan", "plan_release", "publish", "quality", "quantize", "read_recipe", "release",
-    "run", "scan", "sensitivity", "shard_from_environment", "sign", "text_label", "verify",
-    "verify_request", "verify_several",
+    "CandidateResult", "CardOptions", "Cause", "CheckFinding", "CheckRequest", "CheckResult", "Checkpoint", "Checks",
+    "ConversionRequest", "ConversionResult", "Diagnosis", "DiffRequest", "Difference", "Estimate", "Fact", "Failure",
+    "Finding", "FormatEntry", "GGUFOptions", "GateResult", "Gemma2Config", "Generation", "GenerationOptions", "Hashes",
+    "ImatrixOptions", "ImatrixResult", "Inspection", "Leftover", "MergeResult", "OutputRequest", "PackingOptions",
+    "PlanSummary", "ProgressEvent", "PublishRequest", "QualityFiles", "QualityPoint", "QualityRequest", "QualityResult",
+    "RecipeRun", "ReleasePlan", "ReleaseRequest", "ReleaseResult", "ReportFiles", "RunOptions", "ScanFinding",
+    "ScanResult", "SensitivityOptions", "SensitivityResult", "SensitivityTable", "ServerRequest", "Shard", "SignResult",
+    "SplitOptions", "TensorSummary", "Verification", "VerifyRequest", "WriteOptions", "candidates", "check", "clean",
+    "convert", "convert_adapter", "default_threads", "diff", "doctor", "formats", "gate_names", "generate", "hash",
+    "imatrix", "inspect", "is_adapter_conversion", "log_warnings", "logits", "merge", "open", "outputs_with_receipts",
+    "parse_candidates", "parse_gates", "parse_shard", "plan", "plan_release", "publish", "quality", "quantize",
+    "rank_of_torchrun", "read_recipe", "release", "run", "scan", "sensitivity", "shard_from_environment", "sign",
+    "text_label", "verify", "verify_request", "verify_several",
 ]  # fmt: skip
 
 

@@ -13,6 +13,7 @@ from gemma2tool.cli import options as o
 from gemma2tool.cli.outcome import show_results
 from gemma2tool.cli.progress import ProgressDisplay
 from gemma2tool.cli.reports import Reports
+from gemma2tool.cli.sharding import rank_of_torchrun
 from gemma2tool.cli.terminal import Console
 from gemma2tool.errors import EXIT_VERIFICATION_FAILED, UsageError
 from gemma2tool.formats.option_info import parse_size
@@ -44,13 +45,17 @@ def carry_out(
     """Carry out one conversion or quantization from the command line."""
     from gemma2tool import api
 
-    console = Console(quiet=output.quiet, json=output.json_output)
+    rank = rank_of_torchrun()
+    console = Console(quiet=output.quiet or rank > 0, json=output.json_output)
     _refuse_unused(output, reports)
     request = replace(_request(src, dst, output, reports, options, types), budget=budget)
+    request = replace(request, run=replace(request.run, together=rank >= 0))
     if output.dry_run:
         show_plans(api.plan(request), console, tensors=output.tensors)
         return
     results = api.run(request, progress=ProgressDisplay(console, steps=expected_steps(request)))
+    if rank > 0:
+        return
     if output.json_output:
         contents = [result.to_json() for result in results]
         console.emit_json(contents[0] if len(contents) == 1 else {"outputs": contents})

@@ -11,6 +11,7 @@ from gemma2tool.cli import options as o
 from gemma2tool.cli.conversion import expected_steps, show_plans
 from gemma2tool.cli.outcome import show_results
 from gemma2tool.cli.progress import ProgressDisplay
+from gemma2tool.cli.sharding import rank_of_torchrun
 from gemma2tool.cli.terminal import Console
 from gemma2tool.errors import EXIT_VERIFICATION_FAILED
 
@@ -30,6 +31,8 @@ def run(
     from gemma2tool import api
 
     console = Console(quiet=quiet, json=json_output)
+    if rank_of_torchrun() > 0:
+        return  # rank 0 runs the recipe
     runs = api.read_recipe(recipe, force=force)
     if dry_run:
         show_plans([plan for one in runs for plan in api.plan(one)], console, tensors=tensors)

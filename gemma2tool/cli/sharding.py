@@ -1,4 +1,4 @@
-"""The option ``--shard`` of commands whose work several machines share."""
+"""Work that several machines share: the option ``--shard``, and the ranks of torchrun."""
 
 from __future__ import annotations
 
@@ -36,3 +36,10 @@ def shard_of(option: str | None) -> Shard | None:
     shard, variable = found
     logger.warning("shard %s, as %s says; --shard 0/1 does everything here", shard, variable)
     return shard
+
+
+def rank_of_torchrun() -> int:
+    """This process's rank among those that torchrun started; -1 if it did not."""
+    from gemma2tool import api
+
+    return api.rank_of_torchrun(os.environ)

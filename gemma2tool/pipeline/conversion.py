@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +21,7 @@ from gemma2tool.pipeline.inputs import read_prompts
 from gemma2tool.pipeline.modelfile import check_modelfile, modelfile, write_modelfile
 from gemma2tool.pipeline.opening import from_source, open_source
 from gemma2tool.pipeline.plan import Plan, PlanSummary, make_plan
+from gemma2tool.pipeline.ranks.together import joined
 from gemma2tool.pipeline.remarks import plan_remarks
 from gemma2tool.pipeline.requests import DEFAULT_MEMORY, Checks, ConversionRequest, OutputRequest, RunOptions
 from gemma2tool.pipeline.run import ConversionResult, run
@@ -47,14 +48,31 @@ class Conversion:
     budget: PlannedBudget | None = None
 
     def carry_out(self, progress: Progress | None = None) -> tuple[ConversionResult, ...]:
-        """Write, verify and put in place every output; write the reports."""
+        """Write, verify and put in place every output; write the reports. Of several processes together, the first one
+        does, and the others help it to calibrate.
+        """
+        if not self.request.run.together:
+            return self._carried_out(progress)
+        with joined() as ranks:
+            sessions = [plan.session for plan in self.plans if plan.session is not None]
+            for number, session in enumerate(sessions):
+                session.share_with(ranks, number)
+            if ranks.index == 0:
+                return self._carried_out(progress, ranks.stop)
+            ranks.follow(sessions)
+            return ()
+
+    def _carried_out(
+        self, progress: Progress | None, written: Callable[[], None] = lambda: None
+    ) -> tuple[ConversionResult, ...]:
+        """``written``: called when everything is written and not yet verified."""
         request = self.request
         for plan in self.plans:
             if plan.cost is not None:
                 logger.info("%s", plan.cost.sentence())
         checks = None if request.checks is None else _resolved(request.checks, self.source)
         with folder_of_several(self.outputs):
-            results = run(self.plans, checks, request.run, progress)
+            results = run(self.plans, checks, request.run, progress, written)
         if request.run.modelfile:
             self._write_modelfiles(results)
         if self.budget is not None and checks is not None and results[0].written:

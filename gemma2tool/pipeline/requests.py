@@ -60,7 +60,8 @@ class RunOptions:
     libraries that define the output's format read it too. ``modelfile``: write one for ollama beside each GGUF.
     ``memory``: bytes of data in flight. ``keep_download``:
     download a source that is not local to this folder first, and read it there. ``device``: where forward passes and
-    calibration compute, "cpu" or "cuda".
+    calibration compute, "cpu" or "cuda". ``together``: calibrate together with the other processes that torchrun
+    started, each of which makes this request; rank 0 writes, and the others get no results.
     """
 
     force: bool = False
@@ -75,6 +76,7 @@ class RunOptions:
     memory: int = DEFAULT_MEMORY
     device: str = "cpu"
     keep_download: Path | None = None
+    together: bool = False
 
     def with_force(self, force: bool) -> RunOptions:
         """These options, with ``force`` if either asks for it."""

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -105,7 +105,11 @@ class _StagedOutput:
 
 
 def run(
-    plans: Sequence[Plan], checks: ResolvedChecks | None, options: RunOptions, progress: Progress | None = None
+    plans: Sequence[Plan],
+    checks: ResolvedChecks | None,
+    options: RunOptions,
+    progress: Progress | None = None,
+    written: Callable[[], None] = lambda: None,
 ) -> tuple[ConversionResult, ...]:
     """Write the planned outputs of one source in one pass over it, verify each where it is staged, and only then rename
     it.
@@ -113,7 +117,8 @@ def run(
     An output whose verification fails is discarded, and its destination left as it was. If an input is refused, no
     output is written. If the process is killed or interrupted, or the machine fails, what is complete stays beside the
     destination: the next run of equal plans and options resumes it, unless ``options.restart``; a run of other plans
-    refuses. ``checks``: None leaves out the verification, and with it the receipts.
+    refuses. ``checks``: None leaves out the verification, and with it the receipts. ``written``: called before the
+    verification.
     """
     started = time.monotonic()
     with_receipts = options.receipt and checks is not None
@@ -125,6 +130,7 @@ def run(
         outputs = [_stage(plan, options, stack) for plan in plans]
         with unchanged(*(plan.source for plan in plans)):
             _write(outputs, options, progress)
+            written()  # ranks that helped to calibrate are free from here on
             tunings = [_tuned(output, options, progress) for output in outputs]
         seconds = time.monotonic() - started
         results, commits = [], []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gemma2tool.errors.entry import refused, usage
+from gemma2tool.errors.entry import refused, resource, usage
 
 ENTRIES = (
     refused("part.damaged", "the file is not a part that a shard wrote, or is damaged", "run that shard again"),
@@ -14,5 +14,10 @@ ENTRIES = (
     usage("part.missing", "the part of a shard is missing", "run that shard, or name its part too"),
     usage("part.none", "there are no parts to merge", "name the parts, or give OUT as the shards were given it"),
     usage("part.twice", "two parts are of one shard", "leave out one of the two"),
+    resource(
+        "ranks.lost",
+        "processes that calibrate together lost one another: one of them ended, or the network failed",
+        "look for the first error that a rank printed, and run the command again: it continues at the layer under way",
+    ),
     usage("shard.value", "the shard is not I/N with I from 0 to N - 1", "give one such as --shard 0/4"),
 )

@@ -27,6 +27,7 @@ from gemma2tool.pipeline.calibration.head import final_norm
 from gemma2tool.pipeline.calibration.layer import SEQUENCES, Projection, refuse_nonfinite
 from gemma2tool.pipeline.calibration.text import spread, warn_of_foreign_text
 from gemma2tool.pipeline.calibration.weights import Weights
+from gemma2tool.pipeline.ranks.together import ALONE, Ranks
 from gemma2tool.quantizers.calibration import Map
 from gemma2tool.quantizers.calibration.hessian import Hessian
 from gemma2tool.reference.layers import DecoderLayer, RMSNorm, soft_cap
@@ -62,21 +63,24 @@ def output_hessians(
     ids: NDArray[np.int64],
     blocks: Mapping[str, int | None],
     run: Map,
+    ranks: Ranks = ALONE,
 ) -> Iterator[tuple[int, dict[str, Hessian]]]:
     """Yield each layer, from the last to the first, with the Hessians (O, O) of its projections' outputs.
 
     ``tensors``: the unquantized ones, by canonical name. ``ids`` (n, T). ``blocks``: the projections (such as
-    "self_attn.q_proj") that are collected, with the size of the blocks of their Hessians.
+    "self_attn.q_proj") that are collected, with the size of the blocks of their Hessians. ``ranks``: the
+    processes that share the work.
     """
     config, weights = checkpoint.config, Weights(current_device())
     cos, sin = cos_sin(config, torch.arange(ids.shape[1], device=weights.device)[None], torch.float32)
     layers = [_Layer(checkpoint, index, tensors, weights, (cos, sin)) for index in range(config.num_hidden_layers)]
-    streams, gradients = _forward(checkpoint, layers, ids, run)
+    shared = ranks.map(run)
+    streams, gradients = _forward(checkpoint, layers, ids, run, ranks)
     head, loss = _HeadGradient(checkpoint, tensors, weights), 0.0
     weights.hold([head.weight], run)
     for batch in _batches(len(ids)):
         numbered = [(ids[number], number, gradients[number]) for number in batch]
-        passed = list(run(lambda item: head.gradient(*item), numbered))
+        passed = list(shared(lambda item: head.gradient(*item), numbered))
         for number, (gradient, loss_of_text) in zip(batch, passed, strict=True):
             gradients[number] = gradient
             loss += loss_of_text
@@ -85,34 +89,36 @@ def output_hessians(
         weights.hold(layer.matrices, run)
         hessians: dict[str, Hessian] = {}
         for batch in _batches(len(ids)):
-            returned = list(run(functools.partial(_backward, layer, streams, gradients), batch))
+            returned = list(shared(functools.partial(_backward, layer, streams, gradients), batch))
             for number, (collected, gradient) in zip(batch, returned, strict=True):
                 gradients[number] = gradient
                 for name, block in blocks.items():
                     output = collected[name]
                     if name not in hessians:
-                        hessians[name] = Hessian(output.shape[1], block, device=weights.device)
+                        hessians[name] = Hessian(output.shape[1], block, device=weights.device, share=ranks.share)
                     hessians[name].add(output, run)
         for name, hessian in hessians.items():
+            ranks.complete(hessian)
             refuse_nonfinite(hessian, f"gradients of model.layers.{layer.index}.{name}")
         yield layer.index, hessians
 
 
 def _forward(
-    checkpoint: Checkpoint, layers: Sequence[_Layer], ids: NDArray[np.int64], run: Map
+    checkpoint: Checkpoint, layers: Sequence[_Layer], ids: NDArray[np.int64], run: Map, ranks: Ranks
 ) -> tuple[list[list[Tensor]], list[Tensor]]:
     """The residual streams of each sequence before each layer, and after the last one. Each layer is read once for all
     sequences.
     """
     from gemma2tool.reference.streaming import StreamedForward
 
-    xs = list(run(lambda row: StreamedForward(checkpoint, row[None]).embeddings(), ids))
+    shared = ranks.map(run)
+    xs = list(shared(lambda row: StreamedForward(checkpoint, row[None]).embeddings(), ids))
     streams: list[list[Tensor]] = [[] for _ in xs]
     for layer in layers:
         layer.weights.hold(layer.matrices, run)
         through = layer.forward()
         for batch in _batches(len(xs)):
-            for number, x in zip(batch, list(run(through, [xs[number] for number in batch])), strict=True):
+            for number, x in zip(batch, list(shared(through, [xs[number] for number in batch])), strict=True):
                 streams[number].append(xs[number].to(STREAM))
                 xs[number] = x
                 if not torch.isfinite(x).all():

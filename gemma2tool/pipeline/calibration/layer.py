@@ -20,6 +20,7 @@ from gemma2tool.model.config import Gemma2Config
 from gemma2tool.model.devices import current_device
 from gemma2tool.model.lazy import Array, LazyTensor
 from gemma2tool.pipeline.calibration.weights import Weights, finite_rows
+from gemma2tool.pipeline.ranks.together import ALONE, Ranks
 from gemma2tool.quantizers.calibration import Map
 from gemma2tool.quantizers.calibration.grid import RoundedMatrix
 from gemma2tool.quantizers.calibration.hessian import Hessian
@@ -71,7 +72,8 @@ class CalibratedLayer:
     """A layer that is being quantized.
 
     ``tensors``: the checkpoint's, by canonical name; ``quantized``: canonical names of the weights to quantize.
-    ``hessian_block``: see ``Hessian``. ``run``: runs pieces of work, such as ``map`` or a thread pool's.
+    ``hessian_block``: see ``Hessian``. ``run``: runs pieces of work, such as ``map`` or a thread pool's. ``ranks``: the
+    processes that share them.
     """
 
     def __init__(
@@ -83,9 +85,11 @@ class CalibratedLayer:
         *,
         hessian_block: int | None,
         run: Map,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.config, self.prefix, self.tensors, self.quantized = config, f"model.layers.{index}.", tensors, quantized
-        self.hessian_block, self.run, self.device = hessian_block, run, current_device()
+        self.hessian_block, self.ranks, self.device = hessian_block, ranks, current_device()
+        self.run, self._here = ranks.map(run), run
         self._weights = Weights(self.device)
         self.rounded: dict[str, RoundedMatrix] = {}
         """Rounded weights, by canonical name."""
@@ -162,24 +166,31 @@ class CalibratedLayer:
         norm.weight = nn.Parameter(values, requires_grad=False)
 
     def _hold(self, *names: str) -> None:
-        self._weights.hold([self.projection(name).weight for name in names], self.run)
+        self._weights.hold([self.projection(name).weight for name in names], self._here)
 
     def _collect(self, name: str, inputs: Callable[[Tensor], Tensor], residual: list[Tensor]) -> Hessian:
         """The Hessian of the inputs of projection ``name``, and of those that share them."""
         hessian: Hessian | None = None
-        for first in range(0, len(residual), SEQUENCES):
-            batch = self.run(lambda x: inputs(x.to(self.device)), residual[first : first + SEQUENCES])
-            activations = torch.cat([sequence.flatten(0, 1) for sequence in batch])
-            if hessian is None:
-                hessian = Hessian(activations.shape[1], self.hessian_block, device=self.device)
-            hessian.add(activations, self.run)
+        step = SEQUENCES * self.ranks.count
+        run = self._here if isinstance(inputs, RMSNorm) else self.run  # a norm takes less time than sending its result
+        for first in range(0, len(residual), step):
+            sequences = list(run(lambda x: inputs(x.to(self.device)), residual[first : first + step]))
+            for start in range(0, len(sequences), SEQUENCES):
+                batch = sequences[start : start + SEQUENCES]
+                activations = torch.cat([sequence.to(self.device).flatten(0, 1) for sequence in batch])
+                if hessian is None:
+                    block, share = self.hessian_block, self.ranks.share
+                    hessian = Hessian(activations.shape[1], block, device=self.device, share=share)
+                hessian.add(activations, self._here)
         assert hessian is not None
+        self.ranks.complete(hessian)
         refuse_nonfinite(hessian, f"inputs of {self.prefix}{name}")
         return hessian
 
     def _replace(self, step: Callable[[Tensor], Tensor], residual: list[Tensor]) -> None:
-        for first in range(0, len(residual), SEQUENCES):
-            batch = slice(first, first + SEQUENCES)
+        size = SEQUENCES * self.ranks.count
+        for first in range(0, len(residual), size):
+            batch = slice(first, first + size)
             residual[batch] = list(self.run(lambda x: step(x.to(self.device)).to(x.device), residual[batch]))
 
 

@@ -19,6 +19,7 @@ from gemma2tool.model.lazy import LazyTensor
 from gemma2tool.pipeline.calibration.boundaries import Kept
 from gemma2tool.pipeline.calibration.gradients import output_hessians, sequence_count, some_sequences
 from gemma2tool.pipeline.calibration.layer import DOWN, GATE, KEY, OUTPUT, QUERY, UP, VALUE
+from gemma2tool.pipeline.ranks.together import ALONE, Ranks
 from gemma2tool.quantizers.calibration import Map
 from gemma2tool.quantizers.calibration.hessian import Factor, Hessian, inverse_factors
 from gemma2tool.storage.buffers import AnyBuffer
@@ -57,7 +58,7 @@ class OutputSide:
     """Hands out the factors of each layer.
 
     ``tensors``: the unquantized ones, by canonical name. ``ids``: of the calibration, (N, T). ``kept``: where they
-    wait for their layer; None for memory.
+    wait for their layer; None for memory. ``ranks``: the processes that share the work; the first keeps the results.
     """
 
     checkpoint: Checkpoint
@@ -65,6 +66,7 @@ class OutputSide:
     ids: NDArray[np.int64]
     quantized: Iterable[str]
     kept: Kept | None = None
+    ranks: Ranks = ALONE
     _waiting: dict[int, dict[str, Hessian]] = field(default_factory=dict)
 
     def factors(self, layer: int, run: Map) -> dict[str, list[Factor]]:
@@ -75,10 +77,13 @@ class OutputSide:
         if not names:
             return {}
         hessians = self._load(layer, names)
-        if hessians is None:
+        if self.ranks.agreed(hessians is None):
             self._compute(run)
             hessians = self._load(layer, names)
-        assert hessians is not None
+        if hessians is None:
+            assert self.ranks.index
+            hessians = self._empty(names)
+        self.ranks.copy_from_first([panel for hessian in hessians.values() for panel in hessian.panels()])
         prefix = f"model.layers.{layer}."
         tokens = sequence_count(self.ids.shape) * self.ids.shape[1]
         return {
@@ -99,7 +104,9 @@ class OutputSide:
         sizes = output_sizes(self.checkpoint.config)
         blocks = {name: block for name, (_, block) in sizes.items()}
         ids = some_sequences(self.ids)
-        for layer, hessians in output_hessians(self.checkpoint, self.tensors, ids, blocks, run):
+        for layer, hessians in output_hessians(self.checkpoint, self.tensors, ids, blocks, run, self.ranks):
+            if self.ranks.index:
+                continue
             wanted = {name: hessians[name].to("cpu") for name in self._names(layer)}
             if self.kept is None:
                 self._waiting[layer] = wanted
@@ -109,9 +116,12 @@ class OutputSide:
     def _load(self, layer: int, names: Iterable[str]) -> dict[str, Hessian] | None:
         if self.kept is None:
             return self._waiting.pop(layer, None)
-        sizes = output_sizes(self.checkpoint.config)
-        hessians = {name: Hessian(*sizes[name]) for name in names}
+        hessians = self._empty(names)
         return hessians if self.kept.read_into(_name(layer), _buffers(hessians)) else None
+
+    def _empty(self, names: Iterable[str]) -> dict[str, Hessian]:
+        sizes = output_sizes(self.checkpoint.config)
+        return {name: Hessian(*sizes[name]) for name in names}
 
 
 def _name(layer: int) -> str:

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from gemma2tool.formats.base import Output, OutputTensor
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.lazy import Array, DType
+from gemma2tool.pipeline.ranks.together import ALONE, Ranks
 from gemma2tool.quantizers.awq import Awq
 from gemma2tool.quantizers.calibration.grid import AffineGrid, Grid, RoundedMatrix
 from gemma2tool.quantizers.floats import Float
@@ -88,6 +89,18 @@ class Session:
         self._rounded: dict[str, RoundedMatrix] = {}
         self._norms: dict[str, Array] = {}
         self._head: Sequence[Factor] | None = None
+        self._ranks, self._number, self._started = ALONE, 0, False
+
+    def share_with(self, ranks: Ranks, number: int) -> None:
+        """Run the stages together with other processes, for whom this is calibration ``number``."""
+        self._ranks, self._number = ranks, number
+
+    def run_stage(self, stage: int) -> None:
+        """Run the stage that another process is at, for its results; they are kept nowhere here."""
+        with self._lock:
+            self._run_through(stage)
+            self._rounded.clear()
+            self._norms.clear()
 
     def cost(self) -> Cost:
         """What all layers together will take."""
@@ -145,11 +158,8 @@ class Session:
         """Keep what continuing takes in ``boundaries``, and start where an earlier run stopped: returns that stage, 0
         at the beginning.
         """
-        import torch
-
-        sequences, length = self.calibration.ids.shape
         self._boundaries = boundaries
-        residual = [torch.empty(1, length, self.checkpoint.config.hidden_size) for _ in range(sequences)]
+        residual = self._empty_streams()
         self._done = boundaries.load(residual)
         if self._done:
             self._residual = self._at_home(residual)
@@ -194,14 +204,34 @@ class Session:
             if self._failure is not None:  # other threads have been waiting for the layer that failed
                 raise self._failure
             try:
-                if self._done < self.checkpoint.config.num_hidden_layers:
-                    self._next_layer()
-                else:
-                    self._run_head()
+                with self._ranks.stage(self._number, self._done):
+                    self._start_together(stage)
+                    if self._done < self.checkpoint.config.num_hidden_layers:
+                        self._next_layer()
+                    else:
+                        self._run_head()
                 self._end_stage()
             except BaseException as failure:
                 self._failure = failure
                 raise
+
+    def _start_together(self, stage: int) -> None:
+        """Where the first process continues an earlier run, the others start there, too."""
+        ranks = self._ranks
+        if ranks.count == 1 or self._started:
+            return
+        self._started = True
+        if ranks.index:
+            self._done = stage
+        if self._done:
+            self._residual = self._residual or self._empty_streams()
+            ranks.copy_from_first(self._residual)
+
+    def _empty_streams(self) -> list[Tensor]:
+        import torch
+
+        sequences, length = self.calibration.ids.shape
+        return [torch.empty(1, length, self.checkpoint.config.hidden_size) for _ in range(sequences)]
 
     def _end_stage(self) -> None:
         self._done += 1
@@ -228,6 +258,7 @@ class Session:
                 self.grids.keys(),
                 hessian_block=self.calibration.hessian_block,
                 run=pool.map,
+                ranks=self._ranks,
             )
             positions = torch.arange(self.calibration.ids.shape[1], device=layer.device)[None]
             cos, sin = cos_sin(config, positions, self._residual[0].dtype)
@@ -249,7 +280,7 @@ class Session:
         assert self._residual is not None
         block = self.calibration.hessian_block
         with one_thread_each(), ThreadPoolExecutor(self.threads, thread_name_prefix="calibrate") as pool:
-            hessian = head_hessian(self.checkpoint, self._residual, block, pool.map)
+            hessian = head_hessian(self.checkpoint, self._residual, block, pool.map, self._ranks)
             self._head = inverse_factors(hessian, self.calibration.damping, act_order=False)
 
     def _method(self, run: Map) -> Method:
@@ -267,7 +298,9 @@ class Session:
 
         if self._outputs is None:
             kept = None if self._boundaries is None else self._boundaries.kept
-            self._outputs = OutputSide(self.checkpoint, self._sources, self.calibration.ids, self.grids.keys(), kept)
+            self._outputs = OutputSide(
+                self.checkpoint, self._sources, self.calibration.ids, self.grids.keys(), kept, self._ranks
+            )
         return self._outputs
 
     def _embeddings(self) -> list[Tensor]:

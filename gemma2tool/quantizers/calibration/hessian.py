@@ -23,7 +23,8 @@ class Hessian:
 
     ``block``: keep only blocks of this many columns on the diagonal, as if columns of different blocks were
     independent; memory and time are divided by their number. Only the lower triangle is summed. ``device``: where sums
-    and factors are computed.
+    and factors are computed. ``share``: (index, count): of every ``count`` panels, sum only the one at ``index``; the
+    others are summed elsewhere.
     """
 
     def __init__(
@@ -33,6 +34,7 @@ class Hessian:
         *,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        share: tuple[int, int] = (0, 1),
     ) -> None:
         width = min(block or columns, columns)
         self.columns = columns
@@ -41,6 +43,7 @@ class Hessian:
         self.squares = [torch.zeros(size, size, dtype=dtype, device=device) for size in sizes]
         self.magnitude = torch.zeros(columns, dtype=torch.float64, device=device)
         self.count = 0
+        self._share = share
 
     def to(self, device: torch.device | str) -> Hessian:
         """These sums, moved to ``device``."""
@@ -50,21 +53,28 @@ class Hessian:
 
     def add(self, x: Tensor, run: Map = map) -> None:
         """Add inputs (tokens, I)."""
-        pieces = [
-            (square, span, start)
-            for square, span in zip(self.squares, self.spans, strict=True)
-            for start in range(0, len(square), PANEL)
-        ]
+        first, step = self._share
 
         def panel(piece: tuple[Tensor, slice, int]) -> None:
             square, span, start = piece
             columns = x[:, span]
             square[start:, start : start + PANEL].addmm_(columns[:, start:].T, columns[:, start : start + PANEL])
 
-        for _ in run(panel, pieces):
+        for _ in run(panel, self._pieces()[first::step]):
             pass
         self.magnitude += x.abs().sum(0, dtype=torch.float64)
         self.count += len(x)
+
+    def panels(self) -> list[Tensor]:
+        """The panels of columns that are summed one by one, down from the diagonal."""
+        return [square[start:, start : start + PANEL] for square, _, start in self._pieces()]
+
+    def _pieces(self) -> list[tuple[Tensor, slice, int]]:
+        return [
+            (square, span, start)
+            for square, span in zip(self.squares, self.spans, strict=True)
+            for start in range(0, len(square), PANEL)
+        ]
 
     @property
     def mean_magnitude(self) -> Tensor:
