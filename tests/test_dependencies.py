@@ -46,6 +46,7 @@ SEPARATE = {
     "keras_hub": "scripts/setup.sh installs it without its dependencies",
     "gptqmodel": "tests/gptqmodel.txt",
     "litgpt": "fixtures/frameworks/litgpt_files.py",
+    "ray": "tests/pipeline/recipe/test_ray.py is skipped without it",
     "torchtune": "fixtures/frameworks/torchtune_files.py",
     "pyte": "scripts/sessions.py",
     "llmcompressor": "scripts/gpu",

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from gemma2tool.api.arguments import Config, PathLike, Source, as_path
 from gemma2tool.api.elsewhere import ELSEWHERE
 from gemma2tool.api.publishing import plan_release, publish, release
-from gemma2tool.api.recipes import read_recipe
+from gemma2tool.api.recipes import read_recipe, run_on_ray
 from gemma2tool.api.texts import imatrix, merge, quality, sensitivity, text_label
 from gemma2tool.formats.option_info import parse_size
 from gemma2tool.formats.options import Adapter, Calibration, GGUFOptions, PackingOptions, SplitOptions, WriteOptions
@@ -89,8 +89,8 @@ __all__ = [
     "convert", "convert_adapter", "default_threads", "diff", "doctor", "formats", "gate_names", "generate", "hash",
     "imatrix", "inspect", "is_adapter_conversion", "log_warnings", "logits", "merge", "open", "outputs_with_receipts",
     "parse_candidates", "parse_gates", "parse_shard", "plan", "plan_release", "publish", "quality", "quantize",
-    "rank_of_torchrun", "read_recipe", "release", "run", "scan", "sensitivity", "shard_from_environment", "sign",
-    "text_label", "verify", "verify_request", "verify_several",
+    "rank_of_torchrun", "read_recipe", "release", "run", "run_on_ray", "scan", "sensitivity", "shard_from_environment",
+    "sign", "text_label", "verify", "verify_request", "verify_several",
 ]  # fmt: skip
 
 

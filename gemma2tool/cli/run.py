@@ -13,13 +13,21 @@ from gemma2tool.cli.outcome import show_results
 from gemma2tool.cli.progress import ProgressDisplay
 from gemma2tool.cli.sharding import rank_of_torchrun
 from gemma2tool.cli.terminal import Console
-from gemma2tool.errors import EXIT_VERIFICATION_FAILED
+from gemma2tool.errors import EXIT_VERIFICATION_FAILED, UsageError
 
 
 def run(
     recipe: Annotated[
         Path, typer.Argument(metavar="RECIPE", help="A YAML file: sources, outputs and their options; docs/recipes.md.")
     ],
+    on: Annotated[
+        str | None,
+        typer.Option(
+            "--on",
+            metavar="WHERE",
+            help="'ray': on the Ray cluster of RAY_ADDRESS or of this machine, one task an output; the extra [ray].",
+        ),
+    ] = None,
     force: o.Force = False,
     dry_run: o.DryRun = False,
     tensors: o.Tensors = False,
@@ -33,13 +41,18 @@ def run(
     console = Console(quiet=quiet, json=json_output)
     if rank_of_torchrun() > 0:
         return  # rank 0 runs the recipe
-    runs = api.read_recipe(recipe, force=force)
+    runs = api.read_recipe(recipe, force=force, existing=on is not None)
     if dry_run:
         show_plans([plan for one in runs for plan in api.plan(one)], console, tensors=tensors)
         return
     contents, written = [], True
-    for one in runs:
-        results = api.run(one, progress=ProgressDisplay(console, steps=expected_steps(one.request)))
+    if on == "ray":
+        batches = iter([api.run_on_ray(runs, progress=ProgressDisplay(console))])
+    elif on is None:
+        batches = (api.run(one, progress=ProgressDisplay(console, steps=expected_steps(one.request))) for one in runs)
+    else:
+        raise UsageError("option.choice", f"--on {on!r} is not a choice", hint="write --on ray")
+    for results in batches:
         contents += [result.to_json() for result in results]
         show_results(results, console, verbose=verbose)
         written &= all(result.written for result in results)

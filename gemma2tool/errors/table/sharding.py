@@ -19,5 +19,8 @@ ENTRIES = (
         "processes that calibrate together lost one another: one of them ended, or the network failed",
         "look for the first error that a rank printed, and run the command again: it continues at the layer under way",
     ),
+    resource("ray.lost", "the workers of a task died again and again", "look into the nodes' memory and Ray's logs"),
+    usage("ray.no-cluster", "no Ray cluster answers", "start one with 'ray start --head', or name it with RAY_ADDRESS"),
+    usage("ray.reports", "a report is of one process", "leave it out"),
     usage("shard.value", "the shard is not I/N with I from 0 to N - 1", "give one such as --shard 0/4"),
 )

@@ -12,6 +12,7 @@ from pathlib import Path
 from gemma2tool.errors import UsageError
 from gemma2tool.model.progress import Progress
 from gemma2tool.pipeline import conversion
+from gemma2tool.pipeline.destinations import Destination
 from gemma2tool.pipeline.plan import PlanSummary
 from gemma2tool.pipeline.recipe.build import as_run, located, request_of
 from gemma2tool.pipeline.recipe.document import Run, Section, read_document
@@ -61,11 +62,56 @@ class RecipeRun:
                     self._save(result, section, type)
         return results
 
+    def single_outputs(self) -> list[RecipeRun]:
+        """This run as one for each of its outputs."""
+        return [
+            replace(
+                self,
+                request=replace(self.request, destination=part.destination, outputs=(part,)),
+                run=Run(self.run.shared, (section,), self.run.line),
+            )
+            for part, section in zip(self.request.outputs, self.run.outputs, strict=True)
+        ]
+
+    def destinations(self, *, existing: bool = True) -> list[Destination]:
+        """Its outputs; ``existing``: they may be there. Raises ``UsageError`` for a request that cannot work."""
+        request = self.request
+        with self._named():
+            request = replace(request, run=request.run.with_force(existing))
+            return conversion.check_request(request)[1]
+
+    def is_done(self) -> bool:
+        """Whether its outputs are there, made as the recipe says now, and are not to be replaced."""
+        if self.request.run.force:
+            return False
+        outputs = self.destinations()
+        types = [type for part in self.request.outputs for type in part.types or (None,)]
+        sections = [
+            section
+            for part, section in zip(self.request.outputs, self.run.outputs, strict=True)
+            for _ in part.types or (None,)
+        ]
+        return all(
+            self._is_saved(output.path, section, type)
+            for output, section, type in zip(outputs, sections, types, strict=True)
+        )
+
+    def _is_saved(self, output: Path, section: Section, type: str | None) -> bool:
+        if not output.exists():
+            return False
+        try:
+            return recipe_path(output).read_text() == self._saved(output, section, type, None)
+        except (OSError, UnicodeDecodeError):
+            return False
+
     def _save(self, result: ConversionResult, section: Section, type: str | None) -> None:
         """Write what was run beside an output: ``gemma2tool run`` makes the output again from there."""
-        import yaml
-
         output = result.destination
+        replace_report(recipe_path(output), self._saved(output, section, type, result.pinned))
+
+    def _saved(self, output: Path, section: Section, type: str | None, pinned: str | None) -> str:
+        """What is saved beside an output. ``pinned``: the address of the source that was read, if it is not local."""
+        import yaml
 
         def place(text: str) -> str:
             return os.path.relpath(located(text, self.path.parent), output.absolute().parent)
@@ -74,11 +120,11 @@ class RecipeRun:
         content["output"] = output.name
         if type is not None:
             content["type"] = type
-        if result.pinned is not None:
-            content["source"] = result.pinned
+        if pinned is not None:
+            content["source"] = pinned
         header = f"# gemma2tool {__version__}: what was run for {output.name}. Paths are relative to this file.\n"
-        text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=120)
-        replace_report(recipe_path(output), header + text)
+        text: str = yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=120)
+        return header + text
 
     @contextmanager
     def _named(self) -> Iterator[None]:
@@ -97,17 +143,15 @@ def recipe_path(output: Path) -> Path:
     return output.with_name(output.name + SUFFIX)
 
 
-def read_recipe(path: Path, *, force: bool = False) -> tuple[RecipeRun, ...]:
+def read_recipe(path: Path, *, force: bool = False, existing: bool = False) -> tuple[RecipeRun, ...]:
     """The runs of a recipe, with everything checked that can be checked before a source is opened.
 
-    ``force``: replace existing outputs, as the key does. Raises ``UsageError`` with file, line and key.
+    ``force``: replace existing outputs, as the key does. ``existing``: outputs may be there. Raises ``UsageError`` with
+    file, line and key.
     """
     runs = tuple(_recipe_run(path, run, force) for run in read_document(path))
     _refuse_conflicts(runs)
-    outputs = []
-    for run in runs:
-        with run._named():
-            outputs.append([output.path for output in conversion.check_request(run.request)[1]])
+    outputs = [[output.path for output in run.destinations(existing=existing)] for run in runs]
     return tuple(replace(run, made_in=_made_in(run, runs, outputs)) for run in runs)
 
 
