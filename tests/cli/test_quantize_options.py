@@ -23,7 +23,7 @@ from gemma2tool.formats.packings import Settings
 from gemma2tool.model.lazy import ArrayTensor
 from tests.support.checkpoints import SMALL, random_checkpoint, write_checkpoint
 from tests.support.commands import assert_refused, run
-from tests.support.packings import NAME, encoded, spec
+from tests.support.packings import NAME, encoded, spec, stored_as
 
 CONFIG = dataclasses.replace(
     SMALL, hidden_size=256, intermediate_size=384, num_attention_heads=4, head_dim=64, num_key_value_heads=2
@@ -55,7 +55,7 @@ def test_every_group_size(source: Path, tmp_path: Path, kind: str, size: int) ->
     assert result.exit_code == 0, result.output
     with registry.open_checkpoint(tmp_path / "out") as output:
         tensor = output.tensors["model.layers.0.mlp.down_proj.weight"]
-        assert tensor.stored == kind and (tensor.group_size or 384) == (384 if size == -1 else size)
+        assert tensor.stored == stored_as(kind) and (tensor.group_size or 384) == (384 if size == -1 else size)
         config = output.metadata["quantization_config"]
     if "config_groups" in config:
         weights = next(iter(config["config_groups"].values()))["weights"]
@@ -158,7 +158,7 @@ def test_what_is_refused(source: Path, tmp_path: Path, words: tuple, message: st
         (
             ("--group-size", 64),
             "awq-4, gptq-4, gptq-8, mlx-2, mlx-3, mlx-4, mlx-5, mlx-6, mlx-8, mlx-mixed-2-6, mlx-mixed-3-4,"
-            " mlx-mixed-3-6, mlx-mixed-4-6, w4a16, w4a16-asym and w8a16",
+            " mlx-mixed-3-6, mlx-mixed-4-6, w4a16, w4a16-asym, w4afp8 and w8a16",
         ),
         (("--asym",), "gptq-4 and gptq-8"),
         (("--sym",), "gptq-4 and gptq-8"),
@@ -259,7 +259,7 @@ def test_heads_and_embeddings_are_never_quantized_but_by_mlx(tmp_path: Path, kin
         == types["model.layers.0.mlp.up_proj.weight"]
         == "bf16"
     )
-    assert types["model.layers.0.mlp.down_proj.weight"] == kind
+    assert types["model.layers.0.mlp.down_proj.weight"] == stored_as(kind)
 
 
 @pytest.mark.slow

@@ -68,3 +68,8 @@ def bits(value: torch.Tensor | np.ndarray) -> bytes:
     if isinstance(value, torch.Tensor):
         return value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
     return np.ascontiguousarray(value).tobytes()
+
+
+def stored_as(kind: str) -> str:
+    """The name of how a type stores a weight: w4afp8 differs from w4a16 in what inputs are rounded to."""
+    return "w4a16" if kind == "w4afp8" else kind

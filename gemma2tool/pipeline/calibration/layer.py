@@ -90,7 +90,7 @@ class CalibratedLayer:
         self.config, self.prefix, self.tensors, self.quantized = config, f"model.layers.{index}.", tensors, quantized
         self.hessian_block, self.ranks, self.device = hessian_block, ranks, current_device()
         self.run, self._here = ranks.map(run), run
-        self._weights = Weights(self.device)
+        self._weights = Weights(self.device, lambda weight, first, last: weight.load_rows_f32(first, last))
         self.rounded: dict[str, RoundedMatrix] = {}
         """Rounded weights, by canonical name."""
         self.norms: dict[str, Array] = {}

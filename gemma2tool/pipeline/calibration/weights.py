@@ -4,7 +4,7 @@ held in the memory of a GPU while it is in use.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import torch
@@ -18,6 +18,10 @@ from gemma2tool.quantizers.calibration import Map
 
 BLOCK_BYTES = 8 << 20
 """Rows of a weight that are multiplied with at once, as float32."""
+
+
+Read = Callable[[LazyTensor, int, int], Array]
+"""Rows of a weight from one to another, float32."""
 
 
 def finite_rows(weight: LazyTensor, first: int, last: int) -> Array:
@@ -34,11 +38,11 @@ def finite_rows(weight: LazyTensor, first: int, last: int) -> Array:
 
 class Weights:
     """Multiplies with matrices (O, I), float32, on ``device``. What ``hold`` has put into a GPU's memory is multiplied
-    with at once; everything else is read at each use.
+    with at once; everything else is read at each use. ``read``: how rows are read.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, device: torch.device, read: Read = finite_rows) -> None:
+        self.device, self._read = device, read
         self._held: dict[LazyTensor, Tensor] = {}
 
     def hold(self, weights: Iterable[LazyTensor], run: Map) -> None:
@@ -75,7 +79,7 @@ class Weights:
         held = torch.empty(weight.rows, weight.row_size, device=self.device)
 
         def copy(block: tuple[int, int]) -> None:
-            held[block[0] : block[1]] = _tensor(finite_rows(weight, *block)).to(self.device)
+            held[block[0] : block[1]] = _tensor(self._read(weight, *block)).to(self.device)
 
         for _ in run(copy, _ranges(weight)):
             pass
@@ -83,7 +87,7 @@ class Weights:
 
     def _blocks(self, weight: LazyTensor) -> Iterator[tuple[int, int, Tensor]]:
         for first, last in _ranges(weight):
-            yield first, last, _tensor(finite_rows(weight, first, last)).to(self.device)
+            yield first, last, _tensor(self._read(weight, first, last)).to(self.device)
 
 
 def _ranges(weight: LazyTensor) -> list[tuple[int, int]]:
