@@ -63,6 +63,7 @@ def test_a_finding_is_one_line_after_the_verdict(copy: Path) -> None:
     assert lines[1].startswith("error: tokenizer: ") and lines[1].endswith("[tokenizer.damaged]")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [0, 100, 5000, 9_000_000])
 def test_a_truncated_file_cannot_be_read(copy: Path, size: int) -> None:
     weights = copy / "model.safetensors"

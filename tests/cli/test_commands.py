@@ -104,6 +104,7 @@ def test_dry_run_writes_nothing_and_predicts_the_size(place: Path) -> None:
     assert (place / "out.gguf").stat().st_size == predicted
 
 
+@pytest.mark.slow
 def test_inspect_and_formats(place: Path) -> None:
     result = run("inspect", place / "src", "--tensors", "--json")
     assert result.exit_code == 0, result.output

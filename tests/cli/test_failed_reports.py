@@ -127,6 +127,7 @@ def test_other_files_are_not_reports_of_other_options(tmp_path: Path, option: st
         assert not may_be_report(option, tmp_path / "other")
 
 
+@pytest.mark.slow
 def test_a_summary_is_appended_to_markdown_and_to_that_of_a_step(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(place)
     for name in ("notes.md", "step"):

@@ -71,6 +71,7 @@ def test_the_head_serves_the_tied_embedding(fixture_dir: Path, tmp_path: Path) -
     assert embeddings[0] != embeddings[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("content", "code", "message"),
     [

@@ -132,6 +132,7 @@ def test_several_types(source: Path, tmp_path: Path) -> None:
     assert result.exit_code == 0 and "out-q8_0.gguf" in result.stdout and "out-q4_0.gguf" in result.stdout
 
 
+@pytest.mark.slow
 def test_an_option_that_takes_one_value_is_not_given_two(source: Path, tmp_path: Path) -> None:
     for options in (("--dtype", "f16", "--dtype", "bf16"), ("--to", "mlx", "--to", "hf")):
         result = run("convert", source, tmp_path / "out", *options, "--dry-run")

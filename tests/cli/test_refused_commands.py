@@ -44,6 +44,7 @@ def test_destination_that_is_the_source(place: Path, link: bool) -> None:
     assert listing(place / "src") == before
 
 
+@pytest.mark.slow
 def test_hard_link_to_the_source(place: Path) -> None:
     assert run("convert", place / "src", place / "a.gguf", "--no-verify").exit_code == 0
     os.link(place / "a.gguf", place / "b.gguf")
@@ -52,6 +53,7 @@ def test_hard_link_to_the_source(place: Path) -> None:
     assert (place / "a.gguf").read_bytes() == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "code", "named"),
     [
@@ -122,6 +124,7 @@ def test_nonfinite_weights(place: Path) -> None:
     assert run("convert", place / "src", place / "out", "--allow-nonfinite", "--no-verify").exit_code == 0
 
 
+@pytest.mark.slow
 def test_f16_overflow_is_refused(place: Path) -> None:
     from safetensors.numpy import load_file, save_file
 

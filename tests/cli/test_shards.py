@@ -70,6 +70,7 @@ def test_wrong_merges(tmp_path: Path) -> None:
     assert run("merge", tmp_path / "out.gguf", first, second).exit_code == 0
 
 
+@pytest.mark.slow
 def test_other_files_are_not_parts(tmp_path: Path, fixture_dir: Path) -> None:
     good, strange = part(tmp_path, 0), tmp_path / "strange"
     for data in (b"", b"GGUF", good.read_bytes()[:-1], good.read_bytes() + b"\0"):

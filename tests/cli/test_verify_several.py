@@ -91,6 +91,7 @@ def test_what_can_be_of_one_file_only(folder: Path, option: tuple[str, str]) -> 
     assert_refused(run("verify", "release/a.gguf", "release/b.ckpt", *option), 2, "option.pair", option[0])
 
 
+@pytest.mark.slow
 def test_a_report_that_would_replace_a_candidate(folder: Path) -> None:
     before = (folder / "b.ckpt").read_bytes()
     assert_refused(run("verify", "release", "--html", "release/b.ckpt"), 2, "output.is-input")

@@ -198,6 +198,7 @@ TRICKY = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_tokenizer_json_gives_sentencepieces_ids(processor, tokenizer, fixture_dir):
     """Where they are known to differ (spaces beside a literal U+2581, more than 31 spaces) is in fixtures/README.md."""
     for text in [*TRICKY, (fixture_dir / "heldout.txt").read_text("utf-8")]:
@@ -213,6 +214,7 @@ CHATS = [
 ]
 
 
+@pytest.mark.slow
 def test_a_chat_is_rendered_in_gemmas_turns(tokenizer):
     assert tokenizer.apply_chat_template(CHATS[1], tokenize=False, add_generation_prompt=True) == (
         "<bos><start_of_turn>user\na<end_of_turn>\n<start_of_turn>model\nb<end_of_turn>\n"
@@ -223,6 +225,7 @@ def test_a_chat_is_rendered_in_gemmas_turns(tokenizer):
             tokenizer.apply_chat_template(refused, tokenize=False)
 
 
+@pytest.mark.slow
 def test_a_chat_is_rendered_as_by_the_released_template(tokenizer, oracles):
     released = json.loads((oracles / "wild/gemma-2-2b-it/tokenizer_config.json").read_text())["chat_template"]
     for chat in CHATS:

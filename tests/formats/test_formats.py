@@ -114,6 +114,7 @@ def test_hf_folder_is_byte_identical_to_save_pretrained(tmp_path: Path, limit: i
     assert actual == reference
 
 
+@pytest.mark.slow
 def test_hf_folder_loads_in_transformers(tmp_path: Path) -> None:
     import torch
     from transformers import Gemma2ForCausalLM

@@ -72,6 +72,7 @@ def test_same_files_as_mlx_lm(oracles: Path, tmp_path: Path) -> None:
     assert {key: config[key] for key in READ_BY_MLX} == {key: expected[key] for key in READ_BY_MLX}
 
 
+@pytest.mark.slow
 @pytest.mark.peer
 def test_mlx_lm_computes_the_same_within_its_window(tmp_path: Path) -> None:
     mlx_lm = pytest.importorskip("mlx_lm", reason="mlx-lm is not installed")

@@ -154,6 +154,7 @@ def test_mlx_quantizes_to_the_same_codes(source: Checkpoint, tmp_path: Path, bit
             assert np.array_equal(back.tensors[f"{name}.weight"].load().astype(np.float32), np.array(expected)), name
 
 
+@pytest.mark.slow
 @pytest.mark.peer
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_recipes_are_those_of_mlx_lm(recipe: str) -> None:

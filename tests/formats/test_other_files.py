@@ -127,6 +127,7 @@ def test_types_of_forks_are_named(files: Path, tmp_path: Path, number: int, word
     assert error.id == "gguf.tensor-type" and words in error.message and "download" not in error.hint
 
 
+@pytest.mark.slow
 def test_a_big_endian_file_says_how_to_turn_it(files: Path, tmp_path: Path) -> None:
     writer = gguf.GGUFWriter(tmp_path / "big.gguf", "gemma2", endianess=gguf.GGUFEndian.BIG)
     writer.write_header_to_file()

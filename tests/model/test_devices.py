@@ -48,6 +48,7 @@ def test_a_device_that_is_not_there(name: str) -> None:
     assert devices.current_device().type == "cpu"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_missing_device_is_told_before_anything_is_written(
     command: str, fixture_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

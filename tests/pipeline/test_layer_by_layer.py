@@ -34,6 +34,7 @@ def checkpoint() -> Checkpoint:
     return random_checkpoint(BFLOAT16)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(3, 20), (9, 40)])
 def test_the_same_bits_as_a_few_prompts_at_a_time(
     checkpoint: Checkpoint, tmp_path: Path, shape: tuple[int, int]
@@ -58,6 +59,7 @@ def test_the_same_bits_as_a_few_prompts_at_a_time(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_every_row_of_the_layers_is_read_once(
     checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

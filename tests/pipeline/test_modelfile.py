@@ -76,6 +76,7 @@ def test_other_turns_are_not_guessed(text: str) -> None:
     assert turns_of(odd_system) is None
 
 
+@pytest.mark.slow
 def test_the_fixture() -> None:
     with registry.open_checkpoint(TINY) as checkpoint:
         text, remark = modelfile(checkpoint, "tiny.gguf")

@@ -71,6 +71,7 @@ def test_what_is_changed_during_the_run_stays(
     assert (destination / "notes" / "thesis.txt").exists() == (change == "added")
 
 
+@pytest.mark.slow
 def test_an_output_that_fails_its_verification_says_so(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -210,6 +210,7 @@ def test_a_source_on_the_hub_is_the_base_model(
     assert receipt["plan"]["recipe"]["release"]["source"] == f"hf://org/small-it@{COMMIT}"
 
 
+@pytest.mark.slow
 def test_a_plan_writes_nothing(model: Path, text: Path, tmp_path: Path) -> None:
     folder = tmp_path / "none" / "out"
     options = ("--text", text, "--tokens", 256, "--dry-run", "--json")

@@ -138,6 +138,7 @@ def test_the_rows_that_are_given_stay_as_they_are(inputs: np.ndarray, rows: np.n
     assert np.array_equal(rows, before)
 
 
+@pytest.mark.slow
 def test_columns_without_input_and_rows_of_zeros_are_rounded(inputs: np.ndarray, rows: np.ndarray) -> None:
     x, w = inputs.copy(), rows.copy()
     x[:, 32:64], w[3] = 0, 0

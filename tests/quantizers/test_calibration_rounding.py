@@ -143,6 +143,7 @@ def test_more_damping_where_the_hessian_is_singular() -> None:
         inverse_factor(-torch.eye(8), 0.01)
 
 
+@pytest.mark.slow
 def test_triangular_inverse_by_halves() -> None:
     lower = torch.from_numpy(np.tril(np.random.default_rng(0).standard_normal((700, 700))) * 0.02) + torch.eye(700)
     inverse = lower.clone()

@@ -79,6 +79,7 @@ def test_codes_are_those_recorded_from_ggml(type, instruction_set):
         pytest.skip("this numpy makes other random numbers than those recorded")
 
 
+@pytest.mark.slow
 def test_a_better_split_may_score_lower(instruction_set):
     """A block in which rounding lowers the best score during the search, so that an earlier candidate would now be
     accepted."""

@@ -270,6 +270,7 @@ def test_rotary_scalings_agree(scaling, length):
         assert (actual - plain).abs().max() > 1e-2
 
 
+@pytest.mark.slow
 @pytest.mark.peer
 @pytest.mark.parametrize("length", [4, 5, 6, 11])
 def test_bidirectional_attention_agrees(length):
@@ -287,6 +288,7 @@ def test_bidirectional_attention_agrees(length):
         reference_model(config, "Gemma2Model", state)(ids, use_cache=True)
 
 
+@pytest.mark.slow
 @pytest.mark.peer
 def test_packed_sequences_are_refused_where_transformers_separates_them():
     """Positions that restart, without a mask and without a cache; with one of them, both ignore the restart."""

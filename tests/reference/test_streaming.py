@@ -130,6 +130,7 @@ def test_logits_by_vocabulary_and_by_position(monkeypatch):
     assert_agree(torch.from_numpy(np.concatenate([part for *_, part in chunks], axis=1)), torch.from_numpy(whole))
 
 
+@pytest.mark.slow
 @pytest.mark.peer
 def test_untied_head_and_biases_stream():
     config = dataclasses.replace(SMALL, tie_word_embeddings=False, attention_bias=True)

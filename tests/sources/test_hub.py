@@ -101,6 +101,7 @@ def test_a_name_is_announced_before_the_hub_is_asked(hub: Hub) -> None:
     assert len(hub.requests) == asked
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("source", "id", "words"),
     [
@@ -210,6 +211,7 @@ def test_the_hub_is_asked_again(hub: Hub) -> None:
     assert isinstance(error, ResourceError) and error.id == "source.unreachable" and "503" in error.message
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.model"])
 def test_a_damaged_small_file_is_noticed(hub: Hub, name: str) -> None:
     """By the digest that the hub states: a Git blob's, and the SHA-256 of a large file that is read whole."""

@@ -103,6 +103,7 @@ def test_a_server_that_states_another_size() -> None:
     assert caught.value.id == "file.changed" and f"had {len(DATA)} bytes, now {len(DATA) + 5}" in caught.value.message
 
 
+@pytest.mark.slow
 def test_a_server_that_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
     server = FileServer({"/big.gguf": DATA})
     server.close()
@@ -237,6 +238,7 @@ def test_a_folder_and_a_file_with_what_is_beside_it(model: Path, tmp_path: Path,
     assert set(seen.connections) == {server.server.server_port}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("address", ["/models/other/", "/models/tiny/other.gguf", "/models/tiny/other/"])
 def test_what_is_not_there(model: Path, address: str) -> None:
     with serving(FileServer(contents(model, "/models/tiny/"))) as server:

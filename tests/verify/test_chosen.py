@@ -62,6 +62,7 @@ def test_an_allowed_mismatch_is_reported(tmp_path: Path, changes: dict) -> None:
     assert not result.causes and result.to_json()["chosen"] == list(result.chosen)
 
 
+@pytest.mark.slow
 def test_without_the_option_the_same_file_fails(tmp_path: Path) -> None:
     checkpoint = random_checkpoint(BF16)
     checkpoint.config = dataclasses.replace(checkpoint.config, query_pre_attn_scalar=24)

@@ -135,6 +135,7 @@ def test_norms_mapped_to_each_other(model_folder: Path, folder: Path) -> None:
     assert not result.passed and result.causes[0].id == "norm.swapped"
 
 
+@pytest.mark.slow
 def test_leftovers_of_quanto(folder: Path) -> None:
     """llama.cpp 9252: a folder in which optimum-quanto had saved over the weights."""
     weights = load_file(folder / "model.safetensors")

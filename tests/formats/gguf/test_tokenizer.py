@@ -266,6 +266,7 @@ def test_tokens_that_are_not_pieces(trained: bytes) -> None:
     assert rebuilt.piece_to_id(tokens[480]) == 480
 
 
+@pytest.mark.slow
 def test_transformers_reads_the_rebuilt_files(trained: bytes, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     kv = dict(tokenizer_keys(assets_of(trained, *FILES), config_of()).kv)

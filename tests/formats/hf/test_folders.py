@@ -96,6 +96,7 @@ def test_biases_that_are_not_there_are_zero(tmp_path: Path) -> None:
     assert "attention_bias" in caught.value.hint
 
 
+@pytest.mark.slow
 @pytest.mark.peer
 @pytest.mark.parametrize("wide", [HEAD, EMBEDDING])
 def test_a_tied_head_of_another_type(tmp_path: Path, wide: str) -> None:
@@ -149,6 +150,7 @@ def test_scales_of_an_8_bit_cache_are_left_behind(tmp_path: Path, names: tuple[s
         assert _warned(checkpoint, "8-bit key-value cache")
 
 
+@pytest.mark.slow
 @pytest.mark.peer
 def test_a_value_head_is_left_behind(tmp_path: Path) -> None:
     """trl's AutoModelForCausalLMWithValueHead saves it beside the model; transformers loads the model without it."""
@@ -197,6 +199,7 @@ def test_zeros_after_a_gguf_and_missing_padding(tmp_path: Path) -> None:
         registry.open_checkpoint(path)
 
 
+@pytest.mark.slow
 @pytest.mark.peer
 def test_norms_in_float32_beside_bfloat16(tmp_path: Path) -> None:
     """Trainers keep norms in float32 (FSDP and DeepSpeed mixed precision): types are kept, transformers agrees."""

@@ -100,6 +100,7 @@ def test_transformers_loads_every_type_of_every_class(source: Path, tmp_path: Pa
     assert np.abs(_output(model.eval()) - expected).max() / np.abs(expected).max() < ERROR
 
 
+@pytest.mark.slow
 def test_the_base_class_is_written_as_transformers_writes_it(tmp_path: Path) -> None:
     """Without "model." in the names, byte for byte."""
     _model("Gemma2Model").save_pretrained(tmp_path / "source")
@@ -128,6 +129,7 @@ def test_a_head_that_transformers_quantized_is_no_fault(tmp_path: Path, bits: in
     assert compare_names(registry.open_checkpoint(tmp_path / "source"), candidate).status == "passed"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("type", ["nf4", "w4a16"])
 def test_an_unlisted_head_is_an_error(tmp_path: Path, type: str) -> None:
     """transformers (5.23) stops at it (bitsandbytes) or computes with scales from nowhere (compressed-tensors)."""
@@ -165,6 +167,7 @@ def test_a_quantization_config_that_a_merge_left_behind(tmp_path: Path) -> None:
     assert_same_tensors(source, back)
 
 
+@pytest.mark.slow
 def test_lists_as_transformers_matches_them() -> None:
     quantizers = pytest.importorskip("transformers.quantizers.quantizers_utils")
     modules = ["score", "lm_head", "model.layers.1.mlp.up_proj", "model.layers.11.mlp.up_proj"]

@@ -31,6 +31,7 @@ def written(folder: Path, type: str, *module_types: tuple[str, str]) -> Path:
     return write_as("hf", random_checkpoint(BFLOAT16, CONFIG), folder, type=type, module_types=module_types)
 
 
+@pytest.mark.slow
 def test_every_weight_is_what_its_type_makes_of_it_alone(tmp_path: Path) -> None:
     folder = written(tmp_path / "mixed", "w4a16", *TYPES)
     groups = config_of(folder)["config_groups"].values()
@@ -131,6 +132,7 @@ def groups(**targets: list[str]) -> dict:
     return {"config_groups": {name: {"targets": names, "weights": weights[name]} for name, names in targets.items()}}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "targets",
     [

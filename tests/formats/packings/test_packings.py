@@ -274,6 +274,7 @@ def test_config_entries_and_metadata_by_type():
 # -- layouts beyond what is written ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("columns", [64, 67, 12, 8])
 @pytest.mark.parametrize("type_name", ["w4a16", "w4a16-asym", "w8a16"])
 def test_whole_rows_of_any_length_are_packed_as_the_library_packs_them(type_name, columns):

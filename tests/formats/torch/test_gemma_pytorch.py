@@ -53,6 +53,7 @@ def test_a_ckpt_has_no_tokenizer_and_passes_its_verification(fixture_dir: Path, 
     assert (tmp_path / "folder" / "tokenizer.model").is_file()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(PEER is None, reason="no checkout of gemma_pytorch: set GEMMA2TOOL_GEMMA_PYTORCH")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_gemma_pytorch_loads_it_and_computes_the_same(oracles: Path, tmp_path: Path, dtype: str, monkeypatch) -> None:

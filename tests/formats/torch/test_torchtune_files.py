@@ -69,6 +69,7 @@ def test_both_namings_of_a_trained_model_are_read(trained: Path, tmp_path: Path)
     assert len(_warnings(released)) == 1
 
 
+@pytest.mark.slow
 def test_a_name_that_the_values_contradict_is_named(trained: Path, tmp_path: Path) -> None:
     shutil.copytree(trained, tmp_path / "x")
     (tmp_path / "x" / "tune_state_dict.pt").rename(tmp_path / "x" / "tune_state_dict-0.6.pt")

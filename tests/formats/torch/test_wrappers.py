@@ -146,6 +146,7 @@ def test_hugging_faces_names_are_read_from_a_torch_file_of_any_name(written, tmp
             assert not checkpoint.warnings
 
 
+@pytest.mark.slow
 def test_one_of_several_models_is_named(written, tmp_path: Path) -> None:
     """Where the loaders of the field would take one, that one, and the other is named; otherwise neither."""
 
@@ -232,6 +233,7 @@ def test_a_value_head_is_left_out_and_named(written, tmp_path: Path) -> None:
         assert any("value head" in text and "left out" in text for text in checkpoint.warnings)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FORMATS)
 def test_matrices_stored_by_columns_are_read(written, tmp_path: Path, name: str) -> None:
     """torch.save keeps the strides of a transposed matrix, and torch loads it; safetensors refuses to save one."""

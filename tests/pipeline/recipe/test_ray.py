@@ -41,6 +41,7 @@ def workers() -> set[int]:
     return found
 
 
+@pytest.mark.slow
 def test_without_a_cluster_or_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_checkpoint(random_checkpoint(BFLOAT16), tmp_path / "model")
     path = recipe(tmp_path, "r.yaml", "out")

@@ -113,12 +113,14 @@ def test_templates_wherever_they_are(model: Path) -> None:
     }
 
 
+@pytest.mark.slow
 def test_templates_by_name(model: Path) -> None:
     """A mapping of names to templates, which transformers takes as it is."""
     edit(model / "tokenizer_config.json", chat_template={"default": "a", "rag": "{{ ''.__class__ }}"})
     assert [(f.id, f.where) for f in api.scan(model).findings] == [("template.internals", "chat_template 'rag'")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", [1, -1])
 def test_what_is_there_twice(tmp_path: Path, order: int) -> None:
     """Readers take the first or the last; both are looked at."""
