@@ -134,6 +134,11 @@ class Gemma2Config:
         return float(self.hidden_size**0.5)
 
     @property
+    def head_name(self) -> str:
+        """The canonical name of the matrix that gives the logits."""
+        return EMBEDDING if self.tie_word_embeddings else HEAD
+
+    @property
     def num_key_value_groups(self) -> int:
         """How many query heads share a key-value head."""
         return self.num_attention_heads // self.num_key_value_heads

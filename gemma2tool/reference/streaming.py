@@ -23,7 +23,7 @@ from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.config import Gemma2Config
 from gemma2tool.model.devices import current_device
 from gemma2tool.model.lazy import Array, LazyTensor
-from gemma2tool.model.names import EMBEDDING, HEAD
+from gemma2tool.model.names import EMBEDDING
 from gemma2tool.model.tensors import tensor_specs
 from gemma2tool.reference.amplify import Amplifier
 from gemma2tool.reference.cache import KeyValueCache, choose_cache
@@ -158,7 +158,7 @@ class StreamedForward:
         """Logits of positions ``first`` to ``last``, a slice of the vocabulary at a time: its bounds and (B, positions,
         slice)."""
         hidden = self.last_hidden_state()[:, first:last]
-        name = EMBEDDING if self.config.tie_word_embeddings else HEAD
+        name = self.config.head_name
         if self.on_input is not None:
             self.on_input(name, hidden)
         cap = self.config.final_logit_softcapping

@@ -22,7 +22,6 @@ from gemma2tool.errors import InputRefused
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.devices import current_device
 from gemma2tool.model.lazy import LazyTensor
-from gemma2tool.model.names import EMBEDDING, HEAD
 from gemma2tool.pipeline.calibration.head import final_norm
 from gemma2tool.pipeline.calibration.layer import SEQUENCES, Projection, refuse_nonfinite
 from gemma2tool.pipeline.calibration.text import spread, warn_of_foreign_text
@@ -225,7 +224,7 @@ class _HeadGradient:
 
     def __init__(self, checkpoint: Checkpoint, tensors: Mapping[str, LazyTensor], weights: Weights) -> None:
         self.cap, self.weights = checkpoint.config.final_logit_softcapping, weights
-        self.weight = tensors[EMBEDDING if checkpoint.config.tie_word_embeddings else HEAD]
+        self.weight = tensors[checkpoint.config.head_name]
         self.norm = final_norm(checkpoint)
 
     def gradient(self, ids: NDArray[np.int64], seed: int, x: Tensor) -> tuple[Tensor, float]:

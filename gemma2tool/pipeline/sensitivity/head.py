@@ -13,7 +13,6 @@ from torch import Tensor
 
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.lazy import FLOAT32, row_ranges
-from gemma2tool.model.names import EMBEDDING, HEAD
 from gemma2tool.reference.layers import soft_cap
 from gemma2tool.reference.tensors import to_torch
 
@@ -39,7 +38,7 @@ class Head:
 
     def __init__(self, checkpoint: Checkpoint, hidden: Tensor, seed: int = 0) -> None:
         self.config, self.hidden = checkpoint.config, hidden
-        self.name = EMBEDDING if checkpoint.config.tie_word_embeddings else HEAD
+        self.name = checkpoint.config.head_name
         self.tensor = checkpoint.tensors[self.name]
         self.log_sum, self.drawn = self._draw(torch.Generator().manual_seed(seed))
 
@@ -101,7 +100,7 @@ def divergence(checkpoint: Checkpoint, source: Tensor, candidate: Tensor, head: 
     """KL(source || candidate) at each position of final normed states (tokens, D). ``head``: rows of the candidate's,
     if it differs."""
     cap, tensors = checkpoint.config.final_logit_softcapping, checkpoint.tensors
-    tensor = tensors[EMBEDDING if checkpoint.config.tie_word_embeddings else HEAD]
+    tensor = tensors[checkpoint.config.head_name]
     sums, cross = torch.full((2, len(source)), -torch.inf, dtype=torch.float64), torch.zeros(len(source)).double()
     for first, last in row_ranges(tensor.rows, tensor.row_size * FLOAT32.itemsize, BLOCK_BYTES):
         rows = to_torch(tensor.load_rows_f32(first, last))

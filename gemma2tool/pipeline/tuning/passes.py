@@ -19,22 +19,19 @@ from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.config import Gemma2Config
 from gemma2tool.model.devices import current_device
 from gemma2tool.model.lazy import LazyTensor
-from gemma2tool.model.names import EMBEDDING, HEAD
+from gemma2tool.pipeline.calibration.gradients import POSITIONS
 from gemma2tool.pipeline.calibration.weights import Weights
 from gemma2tool.quantizers.calibration import Map
 from gemma2tool.reference.layers import DecoderLayer, RMSNorm, soft_cap
 from gemma2tool.reference.rotary import cos_sin
 from gemma2tool.reference.tensors import load_tensor
 
-POSITIONS = 128
-"""Positions whose logits are held at once."""
-
 FINAL_NORM = "model.norm.weight"
 
 
 def head_of(checkpoint: Checkpoint) -> LazyTensor:
     """The weight (V, D) that gives the logits."""
-    return checkpoint.tensors[EMBEDDING if checkpoint.config.tie_word_embeddings else HEAD]
+    return checkpoint.tensors[checkpoint.config.head_name]
 
 
 @dataclass(frozen=True)
