@@ -28,15 +28,11 @@ def check_device(name: str) -> str:
     """
     if name == CPU:
         return name
-    if not re.fullmatch(r"cuda(:\d+)?|mps", name):
-        raise UsageError("option.device", f"--device {name} is not a device", hint="choose cpu, cuda, cuda:1 or mps")
+    if not re.fullmatch(r"cuda(:\d+)?", name):
+        raise UsageError("option.device", f"--device {name} is not a device", hint="choose cpu, cuda or cuda:1")
     import torch
 
-    if name == "mps":
-        there = torch.backends.mps.is_available()
-    else:
-        there = torch.cuda.is_available() and int(name.partition(":")[2] or 0) < torch.cuda.device_count()
-    if not there:
+    if not torch.cuda.is_available() or int(name.partition(":")[2] or 0) >= torch.cuda.device_count():
         raise ResourceError("device.missing", f"--device {name}: no GPU that torch can use", hint="use --device cpu")
     return name
 
@@ -61,7 +57,7 @@ def current_device() -> torch.device:
 
 def fits_on(device: torch.device, nbytes: int, share: float = 0.5) -> bool:
     """Whether ``nbytes`` take at most ``share`` of the device's free memory; True for the processor, whose memory is
-    checked elsewhere, and for a device that does not say.
+    checked elsewhere.
     """
     if device.type != "cuda":
         return True

@@ -33,7 +33,7 @@ def test_the_choice_ends_with_the_block(monkeypatch: pytest.MonkeyPatch) -> None
     assert devices.current_device().type == "cpu"
 
 
-@pytest.mark.parametrize("name", ["gpu", "cuda:", "cuda:x", "cpu:0", ""])
+@pytest.mark.parametrize("name", ["gpu", "cuda:", "cuda:x", "cpu:0", "", "mps"])
 def test_an_unknown_name_is_refused(name: str) -> None:
     with pytest.raises(UsageError) as caught:
         devices.check_device(name)

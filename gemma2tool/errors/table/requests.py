@@ -21,7 +21,7 @@ ENTRIES = (
     usage("gate.contradiction", "two gates contradict each other, or one cannot be met", "give one limit of each gate"),
     usage("gate.value", "a gate is not written as name=number", "write for example --gate kl=0.05"),
     usage("option.choice", "the option does not have this value", "choose one that --help lists"),
-    usage("option.device", "--device is not the name of a device", "choose cpu, cuda, cuda:1 or mps"),
+    usage("option.device", "--device is not the name of a device", "choose cpu, cuda or cuda:1"),
     usage("option.dtype", "the output format cannot hold the type that --dtype names", "choose another --dtype"),
     usage(
         "option.ignored",
