@@ -9,14 +9,14 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Any, ClassVar
 
 import numpy as np
 
 from gemma2tool.pipeline.prompt import PromptTokenizer
 from gemma2tool.pipeline.serving.vocabulary import Vocabulary
-from tests.support.servers import send, status
+from tests.support.servers import Loopback, send, status
 
 Compute = Callable[[tuple[int, ...]], np.ndarray]
 """Log-probabilities (T, V) after each token of a text."""
@@ -38,7 +38,7 @@ class Wrong:
 RIGHT = Wrong()
 
 
-class ModelServer:
+class ModelServer(Loopback):
     """Answers requests in one thread at a time. ``requests``: path, headers and body of each."""
 
     owner: ClassVar[str] = "someone"
@@ -61,14 +61,7 @@ class ModelServer:
 
             def log_message(self, *arguments: object) -> None: ...
 
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.server.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self.server.server_port}"
-        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
-
-    def close(self) -> None:
-        self.server.shutdown()
-        self.server.server_close()
+        self.start(Handler)
 
     def answer(self, handler: BaseHTTPRequestHandler, body: Any) -> None:
         self.requests.append((handler.path, dict(handler.headers), body))

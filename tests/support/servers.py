@@ -50,7 +50,21 @@ class _Server(ThreadingHTTPServer):
             super().handle_error(request, client_address)  # type: ignore[arg-type]
 
 
-class FileServer:
+class Loopback:
+    """A server on a free port of the loopback interface, at ``url``, from ``start`` to ``close``."""
+
+    def start(self, handler: type[BaseHTTPRequestHandler]) -> None:
+        self.server = _Server(("127.0.0.1", 0), handler)
+        self.server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
+
+    def close(self) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+
+
+class FileServer(Loopback):
     """Serves ``files`` by path. ``requests``: (path, first byte, last byte, headers) of each request for a file."""
 
     def __init__(self, files: dict[str, bytes], faults: Faults | None = None) -> None:
@@ -71,14 +85,7 @@ class FileServer:
 
             def log_message(self, *arguments: object) -> None: ...
 
-        self.server = _Server(("127.0.0.1", 0), Handler)
-        self.server.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self.server.server_port}"
-        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
-
-    def close(self) -> None:
-        self.server.shutdown()
-        self.server.server_close()
+        self.start(Handler)
 
     def answer(self, handler: BaseHTTPRequestHandler) -> None:
         path = unquote(urlsplit(handler.path).path)

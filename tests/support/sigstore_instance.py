@@ -11,9 +11,8 @@ import datetime
 import hashlib
 import json
 import struct
-import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID, ObjectIdentifier
 
-from tests.support.servers import send, status
+from tests.support.servers import Loopback, send, status
 
 SHA256 = ec.ECDSA(hashes.SHA256())
 _START = "2026-01-01T00:00:00Z"
@@ -56,7 +55,7 @@ class Key:
         return {"baseUrl": url, "hashAlgorithm": "SHA2_256", "publicKey": key, "logId": {"keyId": text(self.id)}}
 
 
-class SigstoreInstance:
+class SigstoreInstance(Loopback):
     """Certifies whatever identity a token claims. ``issuer`` is what tokens and certificates name."""
 
     def __init__(self) -> None:
@@ -80,16 +79,11 @@ class SigstoreInstance:
             def log_message(self, *arguments: object) -> None: ...
 
         self.refuses = False
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.issuer = f"http://127.0.0.1:{self.server.server_port}"
-        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
+        self.start(Handler)
+        self.issuer = self.url
         self.root = self._builder("root", self.authority.private.public_key(), ca=True).sign(
             self.authority.private, hashes.SHA256()
         )
-
-    def close(self) -> None:
-        self.server.shutdown()
-        self.server.server_close()
 
     def trust_config(self, path: Path) -> Path:
         """Writes the roots of trust and the addresses of the services."""
