@@ -39,6 +39,8 @@ def run(
     from gemma2tool import api
 
     console = Console(quiet=quiet, json=json_output)
+    if on not in (None, "ray"):
+        raise UsageError("option.choice", f"--on {on!r} is not a choice", hint="write --on ray")
     if rank_of_torchrun() > 0:
         return  # rank 0 runs the recipe
     runs = api.read_recipe(recipe, force=force, existing=on is not None)
@@ -46,12 +48,10 @@ def run(
         show_plans([plan for one in runs for plan in api.plan(one)], console, tensors=tensors)
         return
     contents, written = [], True
-    if on == "ray":
+    if on is not None:
         batches = iter([api.run_on_ray(runs, progress=ProgressDisplay(console))])
-    elif on is None:
-        batches = (api.run(one, progress=ProgressDisplay(console, steps=expected_steps(one.request))) for one in runs)
     else:
-        raise UsageError("option.choice", f"--on {on!r} is not a choice", hint="write --on ray")
+        batches = (api.run(one, progress=ProgressDisplay(console, steps=expected_steps(one.request))) for one in runs)
     for results in batches:
         contents += [result.to_json() for result in results]
         show_results(results, console, verbose=verbose)
