@@ -14,6 +14,7 @@ from gemma2tool.formats import registry
 from gemma2tool.formats.options import Adapter, WriteOptions
 from gemma2tool.formats.other_files import MODEL_SUFFIXES
 from gemma2tool.model.checkpoint import Checkpoint
+from gemma2tool.model.devices import use_device
 from gemma2tool.model.lazy import SharedRows
 from gemma2tool.model.progress import Progress
 from gemma2tool.pipeline.destinations import Destination, destinations, folder_of_several, input_files
@@ -105,8 +106,6 @@ def open_conversion(request: ConversionRequest, progress: Progress | None = None
 
     Raises ``UsageError`` for a request that cannot be carried out, ``InputRefused`` for a source that cannot be read.
     """
-    from gemma2tool.model.devices import use_device
-
     request, outputs = check_request(request)
     with ExitStack() as stack:
         stack.enter_context(use_device(request.run.device))

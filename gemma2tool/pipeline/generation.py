@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from gemma2tool.errors import UsageError, choices
 from gemma2tool.errors.memory import out_of_memory_as_error
 from gemma2tool.model.checkpoint import Checkpoint
+from gemma2tool.model.devices import check_device
 from gemma2tool.pipeline.memory import check_memory
 from gemma2tool.pipeline.prompt import PromptTokenizer
 from gemma2tool.pipeline.requests import default_threads
@@ -96,7 +97,6 @@ def _generate(
 
     import torch
 
-    from gemma2tool.model.devices import check_device
     from gemma2tool.reference.generate import Sampling
     from gemma2tool.reference.generate import generate as generate_tokens
     from gemma2tool.reference.model import Gemma2ForCausalLM

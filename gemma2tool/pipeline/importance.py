@@ -26,6 +26,7 @@ from gemma2tool.formats.gguf.table import TABLE
 from gemma2tool.formats.mapping.transforms import entries
 from gemma2tool.model.checkpoint import Checkpoint, unchanged
 from gemma2tool.model.config import Gemma2Config
+from gemma2tool.model.devices import current_device, use_device
 from gemma2tool.model.digest import hash_checkpoint
 from gemma2tool.model.names import HEAD
 from gemma2tool.model.progress import Progress, progress_or_null
@@ -90,9 +91,13 @@ def collect_imatrix(
     checkpoint: Checkpoint, text: Path, out: Path, options: ImatrixOptions, progress: Progress | None = None
 ) -> ImatrixResult:
     """Run the text through the model and write the importance matrix to ``out``, or the part of a shard beside it."""
-    from gemma2tool.model.devices import check_device, use_device
+    with use_device(options.device):
+        return _collect_imatrix(checkpoint, text, out, options, progress)
 
-    check_device(options.device)
+
+def _collect_imatrix(
+    checkpoint: Checkpoint, text: Path, out: Path, options: ImatrixOptions, progress: Progress | None
+) -> ImatrixResult:
     words, shard = read_text(text, what="text"), options.shard
     path = out if shard is None else shard.part_of(out)
     refuse_overwriting_input((*checkpoint.files, text), path)
@@ -102,8 +107,7 @@ def collect_imatrix(
     batches = range(-(-len(chunks) // BATCH))
     own = batches if shard is None else shard.span(len(batches))
     run = chunks[own.start * BATCH : own.stop * BATCH]
-    bar_of = progress_or_null(progress, run.size, "tokens", unit="tokens")
-    with unchanged(checkpoint), use_device(options.device), bar_of as bar:
+    with unchanged(checkpoint), progress_or_null(progress, run.size, "tokens", unit="tokens") as bar:
         sums = collect(
             checkpoint,
             run,
@@ -154,7 +158,6 @@ def collect(
     """
     import torch
 
-    from gemma2tool.model.devices import current_device
     from gemma2tool.pipeline.layer_by_layer import layer_bytes, run_layers
     from gemma2tool.reference.streaming import use_threads
 

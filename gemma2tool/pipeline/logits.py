@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from gemma2tool.errors.memory import out_of_memory_as_error
 from gemma2tool.model.checkpoint import Checkpoint
+from gemma2tool.model.devices import check_device
 from gemma2tool.pipeline.inputs import read_tokens
 from gemma2tool.pipeline.memory import check_memory, forward_bytes
 from gemma2tool.storage.paths import refuse_overwriting_input
@@ -28,7 +29,6 @@ def compute_logits(
     """Float32 logits (B, T, V) of ``tokens``, ids or a .npy file of them; a read-only map of ``out`` where one is
     given.
     """
-    from gemma2tool.model.devices import check_device
     from gemma2tool.reference import streaming
 
     if out is not None:

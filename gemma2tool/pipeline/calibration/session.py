@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from gemma2tool.formats.base import Output, OutputTensor
 from gemma2tool.model.checkpoint import Checkpoint
+from gemma2tool.model.devices import current_device, fits_on
 from gemma2tool.model.lazy import Array, DType
 from gemma2tool.pipeline.ranks.together import ALONE, Ranks
 from gemma2tool.quantizers.awq import Awq
@@ -311,8 +312,6 @@ class Session:
 
     def _at_home(self, residual: list[Tensor]) -> list[Tensor]:
         """The residual streams in a GPU's memory if they take a small part of it, else in main memory."""
-        from gemma2tool.model.devices import current_device, fits_on
-
         device = current_device()
         if not fits_on(device, sum(x.nbytes for x in residual), share=0.25):
             return residual

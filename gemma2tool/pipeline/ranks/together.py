@@ -62,9 +62,7 @@ class Ranks:
     def complete(self, hessian: Hessian) -> None:
         """Receive the panels of a Hessian that other ranks have summed, and send them one's own."""
         for number, panel in enumerate(hessian.panels() if self.count > 1 else ()):
-            values = panel.cpu().contiguous()
-            self._broadcast(values, number % self.count)
-            panel.copy_(values)
+            self._copy_from(number % self.count, panel)
 
     def agreed(self, value: int) -> int:
         """The value that rank 0 has."""
@@ -79,9 +77,7 @@ class Ranks:
     def copy_from_first(self, tensors: Sequence[Tensor]) -> None:
         """Replace the contents of ``tensors`` by those of rank 0."""
         for tensor in tensors if self.count > 1 else ():
-            values = tensor.cpu().contiguous()
-            self._broadcast(values, 0)
-            tensor.copy_(values)
+            self._copy_from(0, tensor)
 
     @contextmanager
     def stage(self, number: int, stage: int) -> Iterator[None]:
@@ -135,6 +131,12 @@ class Ranks:
             value if rank == self.index else unpacked(part[:size].numpy().tobytes())
             for rank, (part, size) in enumerate(zip(all_data, (int(size) for size in sizes), strict=True))
         ]
+
+    def _copy_from(self, source: int, tensor: Tensor) -> None:
+        """Replace the contents of ``tensor``, on any device and in any layout, by those that rank ``source`` has."""
+        values = tensor.cpu().contiguous()
+        self._broadcast(values, source)
+        tensor.copy_(values)
 
     def _broadcast(self, values: Tensor, source: int) -> None:
         from torch import distributed
