@@ -15,10 +15,11 @@ from gemma2tool.errors import InputRefused, UsageError
 from gemma2tool.formats import registry
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.lazy import ArrayTensor
+from gemma2tool.model.names import EMBEDDING
 from gemma2tool.pipeline.calibration.head import final_norm
 from gemma2tool.pipeline.sensitivity.candidates import Inputs, values
 from gemma2tool.pipeline.sensitivity.collect import Collection, SensitivityOptions
-from gemma2tool.pipeline.sensitivity.head import EMBEDDING, Head, divergence
+from gemma2tool.pipeline.sensitivity.head import Head, divergence
 from gemma2tool.pipeline.sensitivity.layer import LoadedLayer
 from gemma2tool.pipeline.sensitivity.measured import window_divergence
 from gemma2tool.pipeline.sensitivity.partial import Partial
