@@ -30,10 +30,10 @@ def shard_of(option: str | None) -> Shard | None:
 
     if option is not None:
         return api.parse_shard(option)
-    found = api.shard_from_environment(os.environ)
-    if found is None:
+    from_environment = api.shard_from_environment(os.environ)
+    if from_environment is None:
         return None
-    shard, variable = found
+    shard, variable = from_environment
     logger.warning("shard %s, as %s says; --shard 0/1 does everything here", shard, variable)
     return shard
 

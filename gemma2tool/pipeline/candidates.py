@@ -55,11 +55,11 @@ def candidates(paths: Iterable[PathLike]) -> list[PathLike]:
     These are the files and folders that a format detects, that end like a checkpoint or that have a receipt, also where
     only the receipt is there: what was to be verified and cannot be is a failure. A split checkpoint counts once.
     """
-    found: dict[PathLike, None] = {}
+    paths_inside: dict[PathLike, None] = {}
     for path in paths:
         inside: list[PathLike] = [*_inside(path)]
-        found.update(dict.fromkeys(inside or [path]))
-    return list(found)
+        paths_inside.update(dict.fromkeys(inside or [path]))
+    return list(paths_inside)
 
 
 def _inside(path: PathLike) -> list[Path]:

@@ -58,9 +58,9 @@ def verify_with_engines(candidate: Checkpoint, checks: EngineChecks, progress: P
         comparison = _Comparison(name, engine, candidate, checks)
         with progress_or_null(progress, 0, name):
             answer = ask(engine, candidate, comparison.question)
-        results, found = comparison.results(answer, progress)
+        results, explanations = comparison.results(answer, progress)
         gates += [replace(gate, name=f"{name} {gate.name}") for gate in results]
-        causes += found
+        causes += explanations
         versions.append(answer.version)
         values += 0 if answer.logits is None else answer.logits.size
     side = Side(", ".join(versions), "engine", {"logits": values})

@@ -116,14 +116,14 @@ def sigstore_errors(trust_config: Path | None) -> Iterator[None]:
         if isinstance(error, (MemoryError, ToolError)):
             raise
         chain = list(_chain(error))
-        said = " ".join(dict.fromkeys(filter(None, map(one_line, chain[:2])))) or type(error).__name__
+        reason = " ".join(dict.fromkeys(filter(None, map(one_line, chain[:2])))) or type(error).__name__
         if any(map(_is_of_network, chain)):
-            raise ResourceError("signature.unreachable", f"Sigstore's services could not be used: {said}") from error
+            raise ResourceError("signature.unreachable", f"Sigstore's services could not be used: {reason}") from error
         if type(error).__name__ in ("IdentityError", "ExpiredIdentity"):
-            raise InputRefused("signature.identity", f"the identity cannot be used: {said}") from error
+            raise InputRefused("signature.identity", f"the identity cannot be used: {reason}") from error
         if trust_config is not None:
-            raise InputRefused("signature.trust", f"{trust_config}: cannot be used: {said}") from error
-        raise InputRefused("signature.identity", f"Sigstore did not accept the identity: {said}") from error
+            raise InputRefused("signature.trust", f"{trust_config}: cannot be used: {reason}") from error
+        raise InputRefused("signature.identity", f"Sigstore did not accept the identity: {reason}") from error
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

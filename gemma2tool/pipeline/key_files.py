@@ -120,5 +120,5 @@ def key_errors(*files: Path) -> Iterator[None]:
         for file in files:
             if (kind := unusable_kind(file)) is not None:
                 raise InputRefused("signature.key", f"{file}: holds {kind}; signatures here are {CURVES}") from error
-        names, said = ", ".join(map(str, files)), one_line(error) or type(error).__name__
-        raise InputRefused("signature.key", f"{names}: cannot be used: {said}") from error
+        names, reason = ", ".join(map(str, files)), one_line(error) or type(error).__name__
+        raise InputRefused("signature.key", f"{names}: cannot be used: {reason}") from error

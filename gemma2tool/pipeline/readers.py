@@ -50,7 +50,9 @@ def reading(candidate: Checkpoint, *, wanted: bool, own_names: bool) -> Iterator
 def gate_result(reading: Reading) -> GateResult:
     """The outcome: failed for a disagreement; what a library could not do is a warning, and if it is everything, the
     gate is skipped."""
-    findings = [Finding(GATE, "error", found.subject, found.message) for found in reading.disagreements]
+    findings = [
+        Finding(GATE, "error", disagreement.subject, disagreement.message) for disagreement in reading.disagreements
+    ]
     findings += [Finding(GATE, "warning", None, message) for message in reading.unable]
     metrics = {
         "libraries": list(reading.libraries),

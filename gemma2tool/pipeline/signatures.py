@@ -121,13 +121,13 @@ def _verified(path: Path, signature: Path, signer: Signer, verifier: Any) -> Bun
     except Exception as error:
         if isinstance(error, (MemoryError, OSError)):
             raise
-        said = one_line(error)
-        if said.startswith("Signature mismatch: "):
-            raise _Invalid(f"differs from what was signed: {said.removeprefix('Signature mismatch: ')}") from error
+        reason = one_line(error)
+        if reason.startswith("Signature mismatch: "):
+            raise _Invalid(f"differs from what was signed: {reason.removeprefix('Signature mismatch: ')}") from error
         if (odd := special_file(path)) is not None and str(odd) in str(error):
             raise _Invalid(f"holds {odd.name}, which is not a plain file and was not signed") from error
         whose = f"its signature {signature.name} is not one of the {signer.kind} {signer.name}"
-        raise _Invalid(whose + (f" ({said})" if said else "")) from error
+        raise _Invalid(whose + (f" ({reason})" if reason else "")) from error
     return bundle
 
 

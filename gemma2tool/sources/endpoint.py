@@ -85,9 +85,9 @@ class Endpoint:
 
         def cut() -> None:
             over.set()
-            for each in sockets:
+            for opened in sockets:
                 with contextlib.suppress(OSError):
-                    each.shutdown(socket.SHUT_RDWR)
+                    opened.shutdown(socket.SHUT_RDWR)
 
         timer = threading.Timer(self.seconds, cut)
         timer.daemon = True

@@ -72,10 +72,10 @@ def objects(address: Address, source: ReadAhead) -> tuple[str, dict[str, SourceF
                 fs = _file_system(address, anonymous=True)  # for objects that everybody may read
                 return _look(fs, path)
 
-    name, found = attempt(str(address), look, source.stop)
+    name, objects = attempt(str(address), look, source.stop)
     folder = path.rpartition("/")[0] if name else path
     files: dict[str, SourceFile] = {}
-    for key, info in found.items():
+    for key, info in objects.items():
         inside = key.removeprefix(f"{folder}/")
         if info["type"] != "file" or not inside or inside.endswith("/"):
             continue

@@ -126,10 +126,10 @@ def _size(response: httpx2.Response) -> int | None:
 class _Links(HTMLParser):
     def __init__(self) -> None:
         super().__init__()
-        self.found: list[str] = []
+        self.targets: list[str] = []
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.found += [value for name, value in attrs if tag == "a" and name == "href" and value]
+        self.targets += [value for name, value in attrs if tag == "a" and name == "href" and value]
 
 
 def _joined(base: str, link: str) -> str:
@@ -146,7 +146,7 @@ def _links(page: str, url: str) -> Iterable[str]:
     with suppress(AssertionError):  # html.parser's, for a marked section that it does not know
         parser.feed(page)
     base = url.partition("?")[0]
-    joined = (_joined(base, link) for link in parser.found)
+    joined = (_joined(base, link) for link in parser.targets)
     below = (link for link in joined if "?" not in link and link.startswith(base))
     return dict.fromkeys(
         link for link in below if link != base and "/" not in link.removeprefix(base).removesuffix("/")

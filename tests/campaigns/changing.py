@@ -112,12 +112,12 @@ class Trials:
         at = self.random.randint(1, moments.count)
         what = self.source_trial if number % 3 else self.destination_trial
         try:
-            said = what(words, place, at)
+            outcome = what(words, place, at)
         except AssertionError as error:
-            said = f"FAULT: {error}"
+            outcome = f"FAULT: {error}"
             self.faults.append(f"trial {number} ({' '.join(words)}, call {at} of {moments.count}): {error}")
-        print(f"trial {number}: {' '.join(words)}, call {at} of {moments.count}: {said}", flush=True)
-        self.counts[said.partition(":")[0]] += 1
+        print(f"trial {number}: {' '.join(words)}, call {at} of {moments.count}: {outcome}", flush=True)
+        self.counts[outcome.partition(":")[0]] += 1
         shutil.rmtree(place)
         assert old
 

@@ -113,8 +113,8 @@ def plant(totals: Totals, case: Derived, source: Path, number: int, count: int, 
         totals.detected += outcome.detected
         totals.named += outcome.detected and (outcome.named or exact.named)
         if not (outcome.detected and (outcome.named or exact.named)):
-            found = ", ".join(outcome.ids) or "no cause"
-            print(f"NOT NAMED: {fault.name} in {case.name} as {form}: {found}", flush=True)
+            named = ", ".join(outcome.ids) or "no cause"
+            print(f"NOT NAMED: {fault.name} in {case.name} as {form}: {named}", flush=True)
 
 
 def is_no_mistake(fault: str, victim: Victim) -> bool:

@@ -224,7 +224,7 @@ def test_skip_and_only(source: Path, tmp_path: Path, kind: str) -> None:
     result = run("quantize", source, tmp_path / "out", *words, "--no-verify", "--quiet")
     assert result.exit_code == 0, result.output
     types = stored(tmp_path / "out")
-    quantized = {name for name, each in types.items() if each != "bf16"}
+    quantized = {name for name, type in types.items() if type != "bf16"}
     expected = {f"model.layers.{layer}.self_attn.q_proj.weight" for layer in range(3)}
     expected |= {f"model.layers.{layer}.mlp.{part}_proj.weight" for layer in (0, 2) for part in ("gate", "up", "down")}
     expected -= {"model.layers.2.mlp.down_proj.weight"}

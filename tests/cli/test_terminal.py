@@ -360,8 +360,8 @@ def test_bars_of_a_narrow_terminal_keep_their_numbers_whole(monkeypatch: pytest.
         ProgressEvent("forward passes", 10_000_000_000, 20_000_000_000, "bytes", "model.layers.0.mlp.down_proj.weight")
     )
     display(ProgressEvent("forward passes", 10_000_000_000, 20_000_000_000, "bytes", ended=True))
-    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", err.getvalue())
-    assert "forward passes (1 of 3)" in shown and "10.0/20.0 GB" in shown
+    screen = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", err.getvalue())
+    assert "forward passes (1 of 3)" in screen and "10.0/20.0 GB" in screen
 
 
 @pytest.mark.parametrize(

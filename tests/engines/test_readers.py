@@ -173,7 +173,7 @@ class TestFaultsThatReaderAndWriterShare:
         monkeypatch.setattr(gguf_convert, "TABLE", gguf_format.TABLE)
         path = write_checkpoint(source, tmp_path / "model.gguf")
         reading = read(path)
-        assert any(names in str(found.subject) for found in reading.disagreements)
+        assert any(names in str(disagreement.subject) for disagreement in reading.disagreements)
         assert gate.gate_result(reading).failed
 
     def test_one_added_to_norms_is_missing_in_both(self, source, tmp_path: Path, monkeypatch) -> None:
@@ -182,7 +182,7 @@ class TestFaultsThatReaderAndWriterShare:
         monkeypatch.setattr(gguf_convert, "TABLE", table)
         reading = read(write_checkpoint(source, tmp_path / "model.gguf"))
         assert len(reading.disagreements) == 13
-        assert all("norm" in str(found.subject) for found in reading.disagreements)
+        assert all("norm" in str(disagreement.subject) for disagreement in reading.disagreements)
 
     @pytest.mark.slow
     @pytest.mark.peer
@@ -200,7 +200,7 @@ class TestFaultsThatReaderAndWriterShare:
         monkeypatch.setattr(bnb, "quantize_4bit", quantize_swapped)
         monkeypatch.setattr(bnb, "dequantize_4bit", lambda packed, *rest: dequantize(swapped(packed), *rest))
         reading = read(write_checkpoint(source, tmp_path / "out", type="nf4"))
-        assert {str(found.subject) for found in reading.disagreements} == {
+        assert {str(disagreement.subject) for disagreement in reading.disagreements} == {
             name for name in source.tensors if name.endswith("_proj.weight")
         }
 
@@ -209,7 +209,7 @@ class TestFaultsThatReaderAndWriterShare:
         monkeypatch.setattr(gguf_format, "TABLE", fault(gguf_format.TABLE))
         monkeypatch.setattr(gguf_convert, "TABLE", gguf_format.TABLE)
         path = write_checkpoint(source, tmp_path / "model.gguf")
-        assert {found.message for found in read(path).disagreements} == {
+        assert {disagreement.message for disagreement in read(path).disagreements} == {
             f"the file has no blk.{layer}.attn_q.weight" for layer in range(3)
         }
 
@@ -252,5 +252,5 @@ class TestLibrariesThatFail:
             payload = bytearray(messages[index].payload)
             payload[3] ^= 0x40
             messages[index] = messages[index]._replace(payload=bytes(payload))
-            (found,) = question.reading(messages).disagreements
-        assert found.message.startswith("1 of ")
+            (disagreement,) = question.reading(messages).disagreements
+        assert disagreement.message.startswith("1 of ")

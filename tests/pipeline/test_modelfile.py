@@ -22,10 +22,10 @@ def by_ollama(template: str, messages: Sequence[Message]) -> str:
     """
 
     def execute(template: str, values: dict[str, str]) -> str:
-        shown = re.sub(
+        rendered = re.sub(
             r"\{\{ if \.(\w+) \}\}(.*?)\{\{ end \}\}", lambda m: m[2] if values[m[1]] else "", template, flags=re.S
         )
-        return re.sub(r"\{\{ \.(\w+) \}\}", lambda m: values[m[1]], shown)
+        return re.sub(r"\{\{ \.(\w+) \}\}", lambda m: values[m[1]], rendered)
 
     text, values = "", dict.fromkeys(("System", "Prompt", "Response"), "")
     for message in messages:

@@ -89,7 +89,7 @@ def peer_accepts(output: Path, signature: Path, *words: object) -> bool:
     return process.returncode == 0
 
 
-def ours(output: Path, signer: Path) -> bool:
+def accepted_here(output: Path, signer: Path) -> bool:
     result = api.verify(output, signed_by=signer)
     return result.passed
 
@@ -107,7 +107,7 @@ def test_a_key(outputs: Path, keys: Path) -> None:
         words = ("key", "--public_key", keys / "alice.pub")
         assert peer_accepts(path, path.with_name(path.name + ".sig"), *words)
         assert not peer_accepts(path, path.with_name(path.name + ".sig"), "key", "--public_key", keys / "mallory.pub")
-    assert not ours(outputs / "hf", keys / "mallory.pub")
+    assert not accepted_here(outputs / "hf", keys / "mallory.pub")
 
 
 def flip(folder: Path) -> None:
@@ -154,7 +154,7 @@ def test_a_file_and_a_certificate(outputs: Path, keys: Path) -> None:
     assert peer_accepts(outputs / "m.gguf", outputs / "m.gguf.sig", *words)
     other = write_key(keys, "other")
     write_certificate(keys, "other", other, "other")
-    assert not ours(outputs / "m.gguf", keys / "other.crt")
+    assert not accepted_here(outputs / "m.gguf", keys / "other.crt")
 
 
 @pytest.mark.slow
@@ -201,9 +201,9 @@ def test_refusals(outputs: Path, keys: Path, tmp_path: Path) -> None:
     with pytest.raises(InputRefused):
         api.sign(model, key=tmp_path / "locked.pem", force=True)
     api.sign(model, key=tmp_path / "locked.pem", password="secret", force=True)
-    assert ours(model, tmp_path / "locked.pub")
+    assert accepted_here(model, tmp_path / "locked.pub")
     (outputs / "m.gguf.sig").write_text("{}")
-    assert not ours(model, tmp_path / "locked.pub")
+    assert not accepted_here(model, tmp_path / "locked.pub")
 
 
 @pytest.mark.slow

@@ -194,16 +194,16 @@ class VLLM(ModelServer):
         if "prompt_logprobs" not in body:
             return super().post_v1_completions(body)
         ids, rows = body["prompt"], self.compute(tuple(body["prompt"]))
-        told: list[Any] = [None]
+        scores: list[Any] = [None]
         for row, token in zip(rows, ids[1:], strict=False):
             pairs = {**dict(self.tops(row, body["prompt_logprobs"])), token: float(row[token])}
-            told.append(
+            scores.append(
                 {
                     str(token): {"logprob": logprob, "rank": rank + 1, "decoded_token": self.piece(token)}
                     for rank, (token, logprob) in enumerate(pairs.items())
                 }
             )
-        choice = {"index": 0, "text": "", "finish_reason": "length", "logprobs": None, "prompt_logprobs": told}
+        choice = {"index": 0, "text": "", "finish_reason": "length", "logprobs": None, "prompt_logprobs": scores}
         return {"object": "text_completion", "choices": [choice], "usage": usage(ids, [0])}
 
 

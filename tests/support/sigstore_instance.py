@@ -172,7 +172,12 @@ class SigstoreInstance(Loopback):
         root = hashlib.sha256(b"\0" + entry).digest()
         note = f"here\n1\n{text(root)}\n"
         checkpoint = f"{note}\n\u2014 here {text(self.entries.id[:4] + self.entries.sign(note.encode()))}\n"
-        said = {"body": text(entry), "integratedTime": int(time.time()), "logID": self.entries.id.hex(), "logIndex": 0}
+        entry_body = {
+            "body": text(entry),
+            "integratedTime": int(time.time()),
+            "logID": self.entries.id.hex(),
+            "logIndex": 0,
+        }
         proof = {"logIndex": 0, "rootHash": root.hex(), "treeSize": 1, "hashes": [], "checkpoint": checkpoint}
-        promise = text(self.entries.sign(canonical(said)))
-        return {"0" * 64: {**said, "verification": {"inclusionProof": proof, "signedEntryTimestamp": promise}}}
+        promise = text(self.entries.sign(canonical(entry_body)))
+        return {"0" * 64: {**entry_body, "verification": {"inclusionProof": proof, "signedEntryTimestamp": promise}}}

@@ -162,10 +162,10 @@ class Question:
             yield Disagreement(name, sentence + transposed)
 
     def _wrong_entries(self, messages: Sequence[Message]) -> Iterator[Disagreement]:
-        theirs = {message.content["name"]: message.content for message in messages}
-        for name in sorted(self.entries.keys() - theirs.keys()):
+        entries = {message.content["name"]: message.content for message in messages}
+        for name in sorted(self.entries.keys() - entries.keys()):
             yield Disagreement(name, "the library does not list it")
-        for name, content in theirs.items():
+        for name, content in entries.items():
             entry = self.entries.get(name)
             if entry is None:
                 yield Disagreement(name, "the library lists it, gemma2tool does not")
@@ -186,11 +186,11 @@ class Question:
         if len(message.payload) != own.nbytes:
             yield Disagreement(name, f"rows {first} to {last - 1} have {len(message.payload)} bytes for the library")
             return
-        theirs = np.frombuffer(message.payload, np.float32).reshape(own.shape)
-        differing = _differing(tensor, own, theirs)
+        read = np.frombuffer(message.payload, np.float32).reshape(own.shape)
+        differing = _differing(tensor, own, read)
         if count := int(np.count_nonzero(differing)):
             with np.errstate(invalid="ignore", over="ignore"):
-                largest = float(np.nanmax(np.abs(own - theirs)[differing]))
+                largest = float(np.nanmax(np.abs(own - read)[differing]))
             rows = f"row {first}" if last == first + 1 else f"rows {first} to {last - 1}"
             yield Disagreement(
                 name,
@@ -207,14 +207,14 @@ class Question:
             yield Disagreement(name, f"rows {first} to {last - 1} have other bytes as the library reads them")
 
 
-def _differing(tensor: LazyTensor, own: Array, theirs: Array) -> Array:
+def _differing(tensor: LazyTensor, own: Array, read: Array) -> Array:
     """Where the values are not the same, to rounding where they are computed."""
     with np.errstate(invalid="ignore"):
-        same = (own == theirs) | (np.isnan(own) & np.isnan(theirs))
+        same = (own == read) | (np.isnan(own) & np.isnan(read))
         if tensor.stored not in DTYPE_NAMES.values():
             relative = _TOLERANCES.get(tensor.dtype, 0.0)
             largest = np.abs(own[np.isfinite(own)]).max(initial=0.0)
-            same |= np.abs(own - theirs) <= relative * np.abs(own) + _FLOAT32_TOLERANCE * largest
+            same |= np.abs(own - read) <= relative * np.abs(own) + _FLOAT32_TOLERANCE * largest
     return np.asarray(~same)
 
 

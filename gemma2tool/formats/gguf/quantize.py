@@ -66,9 +66,9 @@ class QuantizationRequest:
     def origin_keys(self) -> list[KeyValue]:
         """The keys that say which importance matrix or calibration text was used."""
         if self.calibration.is_asked:
-            said = [(key, clipped_string(value)) for key, value in self.calibration.metadata.items()]
+            entries = [(key, clipped_string(value)) for key, value in self.calibration.metadata.items()]
             checksums = self.calibration.norm_checksums
-            return [*said, (NORMS_KEY, string(checksums))] if checksums else said
+            return [*entries, (NORMS_KEY, string(checksums))] if checksums else entries
         if self.imatrix is None:
             return []
         keys = [("quantize.imatrix.file", clipped_string(str(self.imatrix.path)))]

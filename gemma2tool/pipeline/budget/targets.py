@@ -172,13 +172,13 @@ class FolderTarget:
 
     def rest(self, names: Sequence[str], types: Sequence[str]) -> tuple[int, int]:
         """Headers and config.json depend on the choice by a few bytes: what they take with all matrices in one type."""
-        found = []
+        sizes = []
         for type in types:
             output = self._layout(replace(self.base, type=type))
             data = {item.canonical[0]: sum(p.nbytes for p in item.parts.values()) for item in output.tensors}
             own = sum(data[name] for name in names)
-            found.append((output.nbytes - own, sum(data.values()) - own))
-        return max(file for file, _ in found), max(data for _, data in found)
+            sizes.append((output.nbytes - own, sum(data.values()) - own))
+        return max(file for file, _ in sizes), max(data for _, data in sizes)
 
     def options(self, types: Mapping[str, str]) -> WriteOptions:
         quantized = {name: type for name, type in types.items() if type != self.unquantized(name)}

@@ -257,8 +257,8 @@ def _draw(chances: Tensor, draws: NDArray[np.float64]) -> list[int]:
     """The column of each row of ``chances`` (n, V) that a number from 0 to 1 falls to."""
     if chances.device.type != "cpu":
         sums = chances.double().cumsum(-1)
-        found = torch.searchsorted(sums, torch.from_numpy(draws).to(sums.device)[:, None] * sums[:, -1:], right=True)
-        columns: list[int] = found[:, 0].clamp(max=chances.shape[1] - 1).tolist()
+        places = torch.searchsorted(sums, torch.from_numpy(draws).to(sums.device)[:, None] * sums[:, -1:], right=True)
+        columns: list[int] = places[:, 0].clamp(max=chances.shape[1] - 1).tolist()
         return columns
     columns = []
     for row, draw in zip(chances.numpy(), draws, strict=True):

@@ -190,15 +190,15 @@ class _Flow:
         if type(owner).__name__ == "Name" and (named := self.kinds.get(f"{self.scopes.variable(owner)}.{key}")):
             return named
         kinds = self.of(owner)
-        is_number, said = isinstance(key, int), key is None or key in _TEXT_KEYS
-        found = MESSAGE if kinds & MESSAGES and (is_number or key is None) else NOTHING
-        if kinds & MESSAGE and said:
-            found |= CONTENT
+        is_number, is_text = isinstance(key, int), key is None or key in _TEXT_KEYS
+        result = MESSAGE if kinds & MESSAGES and (is_number or key is None) else NOTHING
+        if kinds & MESSAGE and is_text:
+            result |= CONTENT
         if kinds & CONTENT and (is_number or key is None):
-            found |= PART
-        if kinds & (PART | TEXT) and (said or is_number):
-            found |= TEXT
-        return found
+            result |= PART
+        if kinds & (PART | TEXT) and (is_text or is_number):
+            result |= TEXT
+        return result
 
     def _of_call(self, node: Any) -> Kinds:
         called = node.node

@@ -49,9 +49,9 @@ def scan_template(template: str, place: Place, *, located: bool = False) -> Iter
     for finding in _merged(findings):
         message = finding.message if located else f"{finding.message}, in line {finding.line} of the template"
         yield place.finding(finding.id, message, line=finding.line if located else None)
-    found = {finding.id for finding in findings}
+    ids = {finding.id for finding in findings}
     for id, message in _rendered(template):
-        if id not in found:
+        if id not in ids:
             yield place.finding(id, message)
 
 

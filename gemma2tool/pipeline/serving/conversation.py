@@ -69,41 +69,41 @@ class Conversation:
         if text is None:
             return GateResult(_GATE, "skipped", "the checkpoint has no chat template"), []
         expected = self.tokenizer.encode(text)
-        told = self._told()
+        stated = self._stated()
         answer = self.server.chat(MESSAGES, 1)
-        if told is None and answer is None:
+        if stated is None and answer is None:
             return GateResult(_GATE, "skipped", "it has no conversations"), []
         metrics: dict[str, object] = {"expected_tokens": len(expected)}
         if answer is not None and answer.prompt_tokens is not None:
             metrics["prompt_tokens"] = answer.prompt_tokens
-        seen = self._seen(expected, told, answer)
+        seen = self._seen(expected, stated, answer)
         if seen.divergence is not None:
             metrics["first_token_kl"] = float(f"{seen.divergence:.4g}")
-        return self._judged(text, expected, told, answer, seen, metrics)
+        return self._judged(text, expected, stated, answer, seen, metrics)
 
-    def _told(self) -> ChatPrompt | None:
+    def _stated(self) -> ChatPrompt | None:
         """What the server tells of the prompt, with the ids that it makes of the text."""
-        told = self.server.chat_prompt(MESSAGES)
-        if told is None or told.text is None or told.ids is not None:
-            return told
-        return replace(told, ids=self.server.tokenize(told.text))
+        stated = self.server.chat_prompt(MESSAGES)
+        if stated is None or stated.text is None or stated.ids is not None:
+            return stated
+        return replace(stated, ids=self.server.tokenize(stated.text))
 
     def _judged(
         self,
         text: str,
         expected: list[int],
-        told: ChatPrompt | None,
+        stated: ChatPrompt | None,
         answer: Completion | None,
         seen: _Seen,
         metrics: Mapping[str, object],
     ) -> tuple[GateResult, list[Cause]]:
         count = None if answer is None else answer.prompt_tokens
-        name = self._by_ids(expected, told) or (seen.name if seen.name != _RIGHT else "")
+        name = self._by_ids(expected, stated) or (seen.name if seen.name != _RIGHT else "")
         own_text = self._without_bos(text)
-        if told is not None and told.text is not None and self._without_bos(told.text) != own_text:
-            is_bos = name in ("doubled", "missing") and told.text.replace(self.bos, "") == own_text
+        if stated is not None and stated.text is not None and self._without_bos(stated.text) != own_text:
+            is_bos = name in ("doubled", "missing") and stated.text.replace(self.bos, "") == own_text
             if not is_bos:
-                message = f"a conversation becomes {told.text[:160]!r}, by the checkpoint's template {text[:160]!r}"
+                message = f"a conversation becomes {stated.text[:160]!r}, by the checkpoint's template {text[:160]!r}"
                 return failed(_GATE, message, metrics), [Cause("tokenizer.chat-template", message)]
         if name:
             id, meaning = _MEANINGS[name]
@@ -112,12 +112,12 @@ class Conversation:
         if count is not None and count != len(expected):
             message = f"a conversation has {count} tokens, by the checkpoint's template {len(expected)}"
             return failed(_GATE, message, metrics), [Cause("tokenizer.chat-template", message)]
-        return GateResult(_GATE, "passed", self._summary(expected, told, count, seen), metrics), []
+        return GateResult(_GATE, "passed", self._summary(expected, stated, count, seen), metrics), []
 
-    def _summary(self, expected: list[int], told: ChatPrompt | None, count: int | None, seen: _Seen) -> str:
+    def _summary(self, expected: list[int], stated: ChatPrompt | None, count: int | None, seen: _Seen) -> str:
         proofs = []
-        if told is not None:
-            proofs += ["the same text"] * (told.text is not None) + ["the same ids"] * (told.ids is not None)
+        if stated is not None:
+            proofs += ["the same text"] * (stated.text is not None) + ["the same ids"] * (stated.ids is not None)
         if count is not None:
             proofs.append(f"{count} tokens")
         if seen.name == _RIGHT:
@@ -126,16 +126,16 @@ class Conversation:
             return "nothing shows what becomes of a conversation"
         return f"a conversation becomes what the checkpoint's template makes of it: {', '.join(proofs)}"
 
-    def _by_ids(self, expected: list[int], told: ChatPrompt | None) -> str:
+    def _by_ids(self, expected: list[int], stated: ChatPrompt | None) -> str:
         """What is wrong with the ids that the server tells."""
-        if told is None or told.ids is None or list(told.ids) == expected:
+        if stated is None or stated.ids is None or list(stated.ids) == expected:
             return ""
-        ids = list(told.ids)
+        ids = list(stated.ids)
         if ids == [expected[0], *expected]:
             return "doubled"
         return "missing" if ids == expected[1:] else "stated"
 
-    def _seen(self, expected: list[int], told: ChatPrompt | None, answer: Completion | None) -> _Seen:
+    def _seen(self, expected: list[int], stated: ChatPrompt | None, answer: Completion | None) -> _Seen:
         """By the probabilities of the first token of the answer."""
         known = [] if answer is None or not answer.positions else answer.positions[0]
         pairs = [(self.vocabulary.id_of(choice), choice.logprob) for choice in known]
@@ -144,7 +144,7 @@ class Conversation:
             return _Seen()
         ids, log_q = np.array([token for token, _ in pairs]), np.array([logprob for _, logprob in pairs])
         ids, order = np.unique(ids, return_index=True)
-        prompts = dict(self._prompts(expected, told))
+        prompts = dict(self._prompts(expected, stated))
         rows = log_probabilities(self.candidate, list(prompts.values()), [1] * len(prompts), self.threads)
         divergences = {name: kl_bounds(row[0], ids, log_q[order]).kl for name, row in zip(prompts, rows, strict=True)}
         right, count = divergences[_RIGHT], None if answer is None else answer.prompt_tokens
@@ -158,7 +158,7 @@ class Conversation:
         best = min(others, key=lambda name: divergences[name], default="")
         return _Seen(best if best and divergences[best] <= _COUNTED * right else "", right)
 
-    def _prompts(self, expected: list[int], told: ChatPrompt | None) -> Sequence[tuple[str, list[int]]]:
+    def _prompts(self, expected: list[int], stated: ChatPrompt | None) -> Sequence[tuple[str, list[int]]]:
         """The prompts that the model may have seen, each once."""
         bos = self.start
         opened = self.tokenizer.encode("<start_of_turn>model\n")[len(bos) :]
@@ -166,9 +166,9 @@ class Conversation:
         if expected[-len(opened) :] == opened:
             prompts.append(("open", expected[: -len(opened)]))
         prompts.append(("bare", self.tokenizer.encode(PROMPT)))
-        if told is not None:
-            stated = list(told.ids) if told.ids is not None else self.tokenizer.encode(told.text or "")
-            prompts.append(("stated", stated))
+        if stated is not None:
+            ids = list(stated.ids) if stated.ids is not None else self.tokenizer.encode(stated.text or "")
+            prompts.append(("stated", ids))
         limit, size = self.candidate.config.max_position_embeddings, self.candidate.config.vocab_size
         unique: dict[tuple[int, ...], str] = {}
         for name, ids in prompts:

@@ -61,23 +61,23 @@ def observe(
     """Ask the server about a text (token ids, with bos): about the tokens after each of its tokens if it tells these,
     else about those that it writes after several beginnings."""
     vocabulary = Vocabulary(candidate.tokenizer, candidate.config.vocab_size)
-    found = Observations()
+    observations = Observations()
     positions = server.score(Prompt(tuple(ids), ""))
     if positions is not None:
         rows = [_row(position, vocabulary) for position in positions[: len(ids) - 1]]
         text = list(ids[: len(rows)])
         most = max(_MAX_BYTES // (4 * candidate.config.vocab_size), 1)
-        found.observed.append(Observed(text, rows[-most:]))
-        return found
+        observations.observed.append(Observed(text, rows[-most:]))
+        return observations
     for prompt in _prompts(server, tokenizer, ids):
         answer = server.complete(prompt, TOKENS)
         if answer.prompt_tokens is not None:
-            found.counts.append((len(prompt.ids), answer.prompt_tokens))
+            observations.counts.append((len(prompt.ids), answer.prompt_tokens))
         observed = _continued(prompt, answer, vocabulary)
-        found.unread += len(answer.positions) - len(observed.rows)
+        observations.unread += len(answer.positions) - len(observed.rows)
         if observed.rows or observed.text:
-            found.observed.append(observed)
-    return found
+            observations.observed.append(observed)
+    return observations
 
 
 def _continued(prompt: Prompt, answer: Completion, vocabulary: Vocabulary) -> Observed:
@@ -140,15 +140,15 @@ class Comparison:
 
 def compare(candidate: Checkpoint, observed: Sequence[Observed], vocabulary: Vocabulary, threads: int) -> Comparison:
     """The built-in forward pass over what was observed."""
-    texts, counts = [each.ids for each in observed], [each.count for each in observed]
+    texts, counts = [passage.ids for passage in observed], [passage.count for passage in observed]
     bounds, same, known = [], [], []
-    for each, log_p in zip(observed, log_probabilities(candidate, texts, counts, threads), strict=True):
-        if not each.rows:
+    for passage, log_p in zip(observed, log_probabilities(candidate, texts, counts, threads), strict=True):
+        if not passage.rows:
             spelled = vocabulary.text(int(log_p[-1].argmax())).decode("utf-8", "replace").lstrip()
             if spelled:  # others may be trimmed, or have no text
-                same.append(each.text.lstrip().startswith(spelled))
+                same.append(passage.text.lstrip().startswith(spelled))
             continue
-        for row, own in zip(each.rows, log_p, strict=True):
+        for row, own in zip(passage.rows, log_p, strict=True):
             if row.ids.size:
                 bounds.append(kl_bounds(own, row.ids, row.log_q))
                 same += [] if row.top is None else [int(own.argmax()) == row.top]

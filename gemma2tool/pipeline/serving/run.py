@@ -144,7 +144,7 @@ class _Run:
         """What explains probabilities that differ."""
         gate = "mistakes"
         longest = max(
-            (each for each in self.observations.observed if each.rows), key=lambda each: len(each.ids), default=None
+            (text for text in self.observations.observed if text.rows), key=lambda text: len(text.ids), default=None
         )
         if longest is None:
             return GateResult(gate, "skipped", "it tells no probabilities")

@@ -59,8 +59,8 @@ def _as_told(facts: Facts, texts: list[str], metrics: dict[str, object]) -> tupl
     ignored = "it ignores logit_bias, by which the stop tokens are tried"
     if facts.stops is None:
         return GateResult(_GATE, "skipped", f"{ignored}, and tells none", metrics), []
-    told = [text for text in texts if text in facts.stops]
-    if not told:
+    stated = [text for text in texts if text in facts.stops]
+    if not stated:
         named = ", ".join(quoted(stop, 40) for stop in facts.stops[:6]) or "none"
         return GateResult(_GATE, "reported", f"{ignored}; its settings name {named}", metrics), []
-    return GateResult(_GATE, "passed", f"its settings name {', '.join(told)}", metrics), []
+    return GateResult(_GATE, "passed", f"its settings name {', '.join(stated)}", metrics), []

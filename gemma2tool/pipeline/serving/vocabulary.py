@@ -32,15 +32,15 @@ class Vocabulary:
 
     @cached_property
     def _by_text(self) -> Mapping[bytes, int]:
-        found: dict[bytes, int | None] = {}
+        by_text: dict[bytes, int | None] = {}
         types = self.tokenizer.pieces.types
         # Pieces win over bytes, which stand for what no piece has.
         ids = sorted(range(min(self.tokenizer.size, self.size)), key=lambda i: i < len(types) and types[i] != NORMAL)
         plain = {i for i in ids if i < len(types) and types[i] == NORMAL}
         for token in ids:
             text = self.text(token)
-            if text in found and not (found[text] in plain and token not in plain):
-                found[text] = None
-            elif text not in found:
-                found[text] = token
-        return {text: token for text, token in found.items() if token is not None and text}
+            if text in by_text and not (by_text[text] in plain and token not in plain):
+                by_text[text] = None
+            elif text not in by_text:
+                by_text[text] = token
+        return {text: token for text, token in by_text.items() if token is not None and text}

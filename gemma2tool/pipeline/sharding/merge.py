@@ -54,10 +54,10 @@ def merge_parts(out: Path, paths: Sequence[Path], *, force: bool) -> MergeResult
 def _beside(out: Path) -> tuple[Path, ...]:
     with translate_os_errors(out.parent, "looking for parts"):
         names = sorted(path.name for path in out.absolute().parent.iterdir())
-    found = [name for name in names if name.startswith(out.name) and _NAME.fullmatch(name, len(out.name))]
-    if not found:
+    parts = [name for name in names if name.startswith(out.name) and _NAME.fullmatch(name, len(out.name))]
+    if not parts:
         raise UsageError("part.none", f"{out}: no parts beside it")
-    return tuple(out.with_name(name) for name in found)
+    return tuple(out.with_name(name) for name in parts)
 
 
 def _write_imatrix(out: Path, parts: Sequence[Part], force: bool) -> None:

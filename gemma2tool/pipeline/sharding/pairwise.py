@@ -48,10 +48,10 @@ class PairwiseSum:
 
 def levels(first: int, last: int) -> list[int]:
     """The levels of the nodes that summands ``first`` to ``last`` are kept as, from left to right."""
-    found = []
+    levels_of_nodes = []
     while first < last:
         largest = (last - first).bit_length() - 1
         aligned = (first & -first).bit_length() - 1 if first else largest
-        found.append(min(largest, aligned))
-        first += 1 << found[-1]
-    return found
+        levels_of_nodes.append(min(largest, aligned))
+        first += 1 << levels_of_nodes[-1]
+    return levels_of_nodes

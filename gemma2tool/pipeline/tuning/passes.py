@@ -81,8 +81,8 @@ class Passes:
         values, slopes, first = zip(*self.run(last, list(zip(streams.pop(), references, strict=True))), strict=True)
         gradients = {FINAL_NORM: sum(weights[0] for weights in first)}
         for index in reversed(range(config.num_hidden_layers)):
-            slopes, found = self._back_through(index, streams.pop(), slopes)
-            gradients |= found
+            slopes, layer_gradients = self._back_through(index, streams.pop(), slopes)
+            gradients |= layer_gradients
         return float(np.mean(values)), gradients
 
     def _back_through(
@@ -97,11 +97,11 @@ class Passes:
             x, slope = item[0].requires_grad_(), item[1]
             with torch.enable_grad():
                 output = layer(x, cos, sin)[0]
-            stream, *found = torch.autograd.grad(output, (x, *weights), slope)
-            return stream, tuple(found)
+            stream, *gradients = torch.autograd.grad(output, (x, *weights), slope)
+            return stream, tuple(gradients)
 
-        streams, found = zip(*self.run(back, list(zip(xs, slopes, strict=True))), strict=True)
-        return streams, {name: sum(parts) for name, parts in zip(names, zip(*found, strict=True), strict=True)}
+        streams, gradients = zip(*self.run(back, list(zip(xs, slopes, strict=True))), strict=True)
+        return streams, {name: sum(parts) for name, parts in zip(names, zip(*gradients, strict=True), strict=True)}
 
     def _embedded(self, ids: NDArray[np.int64]) -> list[Tensor]:
         from gemma2tool.reference.streaming import StreamedForward

@@ -51,9 +51,9 @@ def kl_bounds(log_p: NDArray[np.float64], ids: NDArray[np.int64], log_q: NDArray
 
 def _farthest(log_p: NDArray[np.float64], largest: float, mass: float) -> float:
     """The largest sum of q log(q / p) with q <= exp(``largest``) and the sum ``mass``."""
-    each = math.exp(largest)
-    count = min(math.ceil(mass / each), log_p.size)
+    largest_share = math.exp(largest)
+    count = min(math.ceil(mass / largest_share), log_p.size)
     if not count:
         return 0.0
     smallest = np.partition(log_p, count - 1)[:count]
-    return float(mass * (math.log(min(each, mass)) - smallest.mean()))
+    return float(mass * (math.log(min(largest_share, mass)) - smallest.mean()))

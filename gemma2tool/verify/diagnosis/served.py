@@ -97,7 +97,9 @@ def _quantizations(source: Checkpoint, ids: Array) -> Iterator[Hypothesis]:
     for name in _GGUF_TYPES:
         yield _hypothesis(source, ids, name, _mixture(source, name))
     for name in _BITSANDBYTES:
-        yield _hypothesis(source, ids, name, {each: name for each in source.tensors if place(each).kind in MATRICES})
+        yield _hypothesis(
+            source, ids, name, {matrix: name for matrix in source.tensors if place(matrix).kind in MATRICES}
+        )
 
 
 def _mixture(source: Checkpoint, name: str) -> dict[str, str]:

@@ -145,8 +145,8 @@ def test_from_the_command_line(tmp_path: Path) -> None:
     assert_refused(run("convert", folder, file), 2, "lora.base", "'org/tiny' is not on this disk", "--config")
     assert_refused(run("convert", folder, file, "--config", "2b"), 3, "lora.shape", "the adapter is for (64, 96)")
     base = write_as("hf", random_checkpoint(np.dtype(np.float32)), tmp_path / "base")
-    shown = run("convert", folder, file, "--config", base, "--dry-run", "--tensors")
-    assert "blk.0.ffn_down.weight.lora_a" in shown.stdout and not file.exists()
+    plan = run("convert", folder, file, "--config", base, "--dry-run", "--tensors")
+    assert "blk.0.ffn_down.weight.lora_a" in plan.stdout and not file.exists()
     done = run("convert", folder, file, "--config", base / "config.json", "--json")
     content = json.loads(done.stdout)
     assert done.exit_code == 0 and content["verified"] and content["weights"] == 6 and content["rank"] == 4

@@ -18,7 +18,7 @@ from tests.support.gguf import options, write
 pytestmark = pytest.mark.slow
 
 
-def ours(checkpoint: Checkpoint, ids: np.ndarray) -> np.ndarray:
+def built_in_logits(checkpoint: Checkpoint, ids: np.ndarray) -> np.ndarray:
     from gemma2tool.reference.streaming import logits
 
     return logits(checkpoint, ids[None])[0]
@@ -39,21 +39,21 @@ def test_f32_logits(llama: ModuleType, oracles: Path, tmp_path: Path, theta: flo
     ids = np.load(oracles / "checkpoints" / "ids.npy")[0]
     with HuggingFace().open(oracles / "checkpoints" / "hf" / "hd") as source:
         source.config = dataclasses.replace(source.config, rope_theta=theta)
-        truth = ours(source, ids)
+        truth = built_in_logits(source, ids)
         (path,) = write(GGUF().layout(source, options(dtype="f32")), tmp_path)
     _, expected = llama.logits(path, ids.tolist())
     assert np.abs(expected - truth).max() < 1e-2
     with GGUF().open(path) as back:
-        assert np.abs(ours(back, ids) - truth).max() < 5e-5
+        assert np.abs(built_in_logits(back, ids) - truth).max() < 5e-5
 
 
 def test_bidirectional_logits(llama: ModuleType, fixture_dir: Path, tmp_path: Path) -> None:
     """llama.cpp attends both ways; beyond the window of 64 its mask is another, as the warning says."""
     ids = np.load(fixture_dir / "heldout.npy").reshape(-1)[:64]
     with registry.open_checkpoint(fixture_dir / "model.ckpt") as source:
-        causal = ours(source, ids)
+        causal = built_in_logits(source, ids)
         source.config = dataclasses.replace(source.config, use_bidirectional_attention=True)
-        truth = ours(source, ids)
+        truth = built_in_logits(source, ids)
         (path,) = write(GGUF().layout(source, options(dtype="f32")), tmp_path)
     _, expected = llama.logits(path, ids.tolist())
     assert np.abs(expected - truth).max() < 1e-2 and np.abs(expected - causal).max() > 1
@@ -68,7 +68,7 @@ def test_the_config_read_is_the_model_llama_cpp_runs(llama: ModuleType, oracles:
     for name in ("hd", "27b"):
         with GGUF().open(folder / "gguf" / f"{name}.gguf") as checkpoint:
             assert checkpoint.config.query_pre_attn_scalar == 16
-            mine = ours(checkpoint, ids[0])
+            mine = built_in_logits(checkpoint, ids[0])
         stored = np.load(folder / "gguf" / f"{name}.llama_cpp_logits.npy")
         _, expected = llama.logits(folder / "gguf" / f"{name}.gguf", ids[0].tolist())
         assert np.abs(mine - expected).max() < 1e-2
@@ -88,4 +88,4 @@ def test_quantized_files_compute_alike(llama: ModuleType, fixture_dir: Path, tmp
         (path,) = write(GGUF().layout(source, options(type=type)), tmp_path)
         _, expected = llama.logits(path, ids.tolist())
     with GGUF().open(path) as back:
-        assert mean_kl(ours(back, ids), expected) < 2e-3
+        assert mean_kl(built_in_logits(back, ids), expected) < 2e-3

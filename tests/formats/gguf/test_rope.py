@@ -18,7 +18,7 @@ from gemma2tool.formats.gguf.key_values import KeyReader, booleans, f32, string,
 from gemma2tool.formats.gguf.rope import read_layer_types, read_scaling
 from gemma2tool.model.config import Gemma2Config
 from gemma2tool.model.config_fields import FULL, SLIDING, comparable_value
-from tests.formats.gguf.test_llama_cpp import ours
+from tests.formats.gguf.test_llama_cpp import built_in_logits
 from tests.support.checkpoints import SMALL
 from tests.support.gguf import options, write
 
@@ -107,12 +107,12 @@ def test_llama_cpp_computes_it(llama: Any, fixture_dir: Path, tmp_path: Path, ch
     """Past a window of 32. llama.cpp's GELU is a float16 table: the largest difference without any change is 0.003."""
     ids = np.load(next(fixture_dir.glob("heldout*.npy"))).reshape(-1)[:140].astype(np.int64)
     with registry.open_checkpoint(fixture_dir) as source:
-        plain = ours(source, ids)
+        plain = built_in_logits(source, ids)
         source.config = dataclasses.replace(source.config, sliding_window=32, **change)
-        truth = ours(source, ids)
+        truth = built_in_logits(source, ids)
         (path,) = write(GGUF().layout(source, options(dtype="f32")), tmp_path)
     _, expected = llama.logits(path, ids.tolist())
     assert np.abs(plain - truth).max() > 1
     assert np.abs(expected - truth).max() < 0.02
     with GGUF().open(path) as back:
-        assert np.abs(ours(back, ids) - truth).max() < 5e-5
+        assert np.abs(built_in_logits(back, ids) - truth).max() < 5e-5

@@ -171,7 +171,7 @@ def test_fewer_files_give_the_same_vocabulary(trained: bytes, present: tuple[str
     warnings = tokenizer_keys(assets_of(trained, *present), config_of()).warnings
     assert ("tokenizer.chat_template" in less) == ("tokenizer_config.json" in present)
     assert any("chat template" in warning for warning in warnings) == ("tokenizer_config.json" not in present)
-    assert any("which tokens are special" in each for each in warnings) == (present == FILES[:1])
+    assert any("which tokens are special" in warning for warning in warnings) == (present == FILES[:1])
 
 
 def test_the_template_file_counts_without_tokenizer_config(trained: bytes) -> None:

@@ -75,8 +75,8 @@ def test_a_file_of_a_size(source: Path, table: Path, tmp_path: Path, llama: Modu
     with registry.open_checkpoint(out) as checkpoint:
         assert {checkpoint.tensors[name].stored for name in result.budget.choice.types} <= set(TYPES.split(","))
         ids, logits = llama.logits(out, [2, *range(300, 330)])
-        ours = StreamedForward(checkpoint, np.array(ids)[None]).logits()[0]
-        assert np.abs(ours - logits).max() < 0.5  # llama.cpp quantizes activations
+        built_in = StreamedForward(checkpoint, np.array(ids)[None]).logits()[0]
+        assert np.abs(built_in - logits).max() < 0.5  # llama.cpp quantizes activations
 
 
 def test_larger_limits_are_better_and_full(source: Path, table: Path) -> None:

@@ -31,14 +31,14 @@ def recipe(folder: Path, name: str, out: str) -> Path:
 
 def workers() -> set[int]:
     """The processes that have a task under way."""
-    found = set()
+    pids = set()
     for place in Path("/proc").glob("[0-9]*/cmdline"):
         try:
             if place.read_bytes().startswith(b"ray::gemma2tool"):
-                found.add(int(place.parent.name))
+                pids.add(int(place.parent.name))
         except OSError:
             continue
-    return found
+    return pids
 
 
 @pytest.mark.slow

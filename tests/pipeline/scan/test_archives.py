@@ -1,4 +1,4 @@
-"""Archives in every wrapping: what is in them is found, and what was not looked into is named."""
+"""Archives in every wrapping: what is in them is reported, and what was not looked into is named."""
 
 from __future__ import annotations
 
@@ -87,10 +87,10 @@ def test_a_pickle_is_found_in_any_wrapping(tmp_path: Path, name: str, file: str)
 
 def test_containers_in_archives(tmp_path: Path, hostile_gguf: Path) -> None:
     (tmp_path / "a.zip").write_bytes(zipped("m.gguf", hostile_gguf.read_bytes()))
-    found = scan(ScanRequest(path=tmp_path / "a.zip")).findings
-    assert {"template.internals", "text.bidirectional"} <= {finding.id for finding in found}
-    assert {finding.where.partition(":")[0] for finding in found} == {"m.gguf"}
-    assert not any("gemma2tool-" in finding.message for finding in found)
+    reported = scan(ScanRequest(path=tmp_path / "a.zip")).findings
+    assert {"template.internals", "text.bidirectional"} <= {finding.id for finding in reported}
+    assert {finding.where.partition(":")[0] for finding in reported} == {"m.gguf"}
+    assert not any("gemma2tool-" in finding.message for finding in reported)
 
 
 @pytest.mark.parametrize("head", [b"\x28\xb5\x2f\xfd", b"7z\xbc\xaf\x27\x1c", b"Rar!\x1a\x07\0", b"\x04\x22\x4d\x18"])

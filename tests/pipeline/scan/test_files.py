@@ -28,7 +28,7 @@ def model(tmp_path: Path, small_folder: Path) -> Path:
     return tmp_path / "model"
 
 
-def found(path: Path) -> dict[str, str]:
+def places(path: Path) -> dict[str, str]:
     """The ids and files of what is not a note."""
     return {finding.id: finding.file for finding in api.scan(path).findings if finding.severity != "note"}
 
@@ -54,7 +54,7 @@ def test_honest_checkpoints_are_clean(tmp_path: Path, name: str) -> None:
 def test_remote_code(model: Path) -> None:
     edit(model / "config.json", auto_map={"AutoModelForCausalLM": "modeling.Model"})
     (model / "modeling.py").write_text("import os\n")
-    assert found(model) == {"code.remote": "config.json"}
+    assert places(model) == {"code.remote": "config.json"}
     config = json.loads((model / "config.json").read_text())
     del config["auto_map"]
     (model / "config.json").write_text(json.dumps(config))
@@ -64,16 +64,16 @@ def test_remote_code(model: Path) -> None:
 def test_files_that_loaders_act_on(model: Path) -> None:
     edit(model / "adapter_config.json", peft_type="LORA", r=1)
     (model / "adapter_model.safetensors").write_bytes(b"\2\0\0\0\0\0\0\0{}")
-    assert "files.loaded-too" in found(model)
+    assert "files.loaded-too" in places(model)
     assert "applies the adapter" in " ".join(finding.message for finding in api.scan(model).findings)
 
 
 def test_what_leads_out_of_the_folder(model: Path) -> None:
     (model / "vocab.txt").symlink_to("/etc/hostname")
-    assert found(model) == {"files.escape": "vocab.txt"}
+    assert places(model) == {"files.escape": "vocab.txt"}
     (model / "vocab.txt").unlink()
     edit(model / "model.safetensors.index.json", weight_map={"a": "../../x.safetensors"})
-    assert found(model)["files.escape"] == "model.safetensors.index.json"
+    assert places(model)["files.escape"] == "model.safetensors.index.json"
 
 
 def test_a_pointer_is_a_note(model: Path) -> None:
@@ -86,7 +86,7 @@ def test_texts_of_configs_and_names(model: Path) -> None:
     edit(model / "tokenizer_config.json", eos_token="<eos>\u202e")
     edit(model / "config.json", _name_or_path="a\x1b]0;owned\7")
     (model / "a\u200b.txt").write_text("x")
-    assert found(model) == {
+    assert places(model) == {
         "text.bidirectional": "tokenizer_config.json",
         "text.control": "config.json",
         "text.invisible": "a\u200b.txt",
@@ -139,7 +139,7 @@ def test_what_is_there_twice(tmp_path: Path, order: int) -> None:
 
 
 def test_a_gguf_whose_tensors_are_unknown(tmp_path: Path, hostile_gguf: Path) -> None:
-    ids = found(hostile_gguf)
+    ids = places(hostile_gguf)
     assert set(ids) == {"template.internals", "text.bidirectional", "text.control"}
 
 
@@ -150,13 +150,13 @@ def test_keras(tmp_path: Path) -> None:
     for name, content in (("lambda", layer), ("foreign", custom), ("honest", dense)):
         (tmp_path / name).mkdir()
         edit(tmp_path / name / "config.json", module="keras", class_name="Model", config={"layers": [content]})
-    assert set(found(tmp_path / "lambda")) == {"keras.lambda"}
-    assert set(found(tmp_path / "foreign")) == {"keras.foreign"}
-    assert found(tmp_path / "honest") == {}
+    assert set(places(tmp_path / "lambda")) == {"keras.lambda"}
+    assert set(places(tmp_path / "foreign")) == {"keras.foreign"}
+    assert places(tmp_path / "honest") == {}
     with h5py.File(tmp_path / "m.h5", "w") as file:
         file.attrs["model_config"] = json.dumps({"config": {"layers": [layer]}})
         file["w"] = [1.0]
-    assert set(found(tmp_path / "m.h5")) == {"keras.lambda"}
+    assert set(places(tmp_path / "m.h5")) == {"keras.lambda"}
 
 
 @pytest.mark.parametrize("cut", [1, 15, 24])
@@ -199,7 +199,7 @@ def test_members_that_cannot_be_read(tmp_path: Path) -> None:
 def test_hdf5_that_reads_other_files(tmp_path: Path) -> None:
     with h5py.File(tmp_path / "m.h5", "w") as file:
         file["passwd"] = h5py.ExternalLink("/etc/passwd", "/")
-    assert set(found(tmp_path / "m.h5")) == {"hdf5.external"}
+    assert set(places(tmp_path / "m.h5")) == {"hdf5.external"}
 
 
 def test_tar_and_yaml_and_programs(tmp_path: Path) -> None:
@@ -257,24 +257,24 @@ def test_the_page_is_made_from_the_catalog() -> None:
 def test_python_tags_of_yaml(tmp_path: Path, text: str) -> None:
     for name, encoding in (("a.yaml", "utf-8"), ("b.yml", "utf-16")):
         (tmp_path / name).write_bytes(text.encode(encoding))
-        assert found(tmp_path / name) == {"yaml.python": name}
+        assert places(tmp_path / name) == {"yaml.python": name}
 
 
 def test_other_tags_of_yaml_are_not_reported(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text(
         "%TAG !e! tag:example.org,2026:\n---\na: !e!x 1\nb: !!str 2\nc: !local 3\nd: 'Hi!'"
     )
-    assert found(tmp_path / "a.yaml") == {}
+    assert places(tmp_path / "a.yaml") == {}
 
 
 def test_code_that_no_config_names(model: Path) -> None:
     """transformers generates with it; sentence-transformers imports the classes of its modules."""
     (model / "custom_generate").mkdir()
     (model / "custom_generate" / "generate.py").write_text("def generate(model, **kwargs): ...\n")
-    assert found(model) == {"code.remote": "custom_generate/generate.py"}
+    assert places(model) == {"code.remote": "custom_generate/generate.py"}
     shutil.rmtree(model / "custom_generate")
     modules = [{"type": "sentence_transformers.models.Pooling", "path": "1_Pooling"}]
     (model / "modules.json").write_text(json.dumps(modules))
-    assert "code.remote" not in found(model)
+    assert "code.remote" not in places(model)
     (model / "modules.json").write_text(json.dumps([*modules, {"type": "custom.Transformer"}]))
-    assert found(model)["code.remote"] == "modules.json"
+    assert places(model)["code.remote"] == "modules.json"

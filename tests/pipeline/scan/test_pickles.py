@@ -1,4 +1,4 @@
-"""Pickles: what is not needed for tensors is found in every protocol, place and disguise; tensors are not reported."""
+"""Pickles: what is not needed for tensors is reported in every protocol, place and disguise; tensors are not."""
 
 from __future__ import annotations
 
@@ -46,9 +46,9 @@ def scanned(path: Path) -> list[str]:
 @pytest.mark.parametrize("protocol", range(6))
 @pytest.mark.parametrize("function", [os.system, eval, os.getcwd, pickle.loads, __import__])
 def test_a_call_is_found_in_every_protocol(protocol: int, function: Any) -> None:
-    found = findings(pickle.dumps({"weight": Runs(function, "id")}, protocol))
-    assert [finding.id for finding in found] == ["pickle.code"]
-    assert f".{function.__name__}('id')" in found[0].message
+    reported = findings(pickle.dumps({"weight": Runs(function, "id")}, protocol))
+    assert [finding.id for finding in reported] == ["pickle.code"]
+    assert f".{function.__name__}('id')" in reported[0].message
 
 
 HAND_WRITTEN = {
@@ -81,9 +81,9 @@ def test_a_pickle_in_a_pickle(protocol: int) -> None:
     """As bytes, which protocols 0 to 2 store as a text, as a text, and one deeper; of any protocol."""
     for inner in (pickle.dumps(Runs(os.system, "id"), number) for number in range(6)):
         for value in (inner, bytearray(inner), inner.decode("latin-1"), pickle.dumps([inner], protocol)):
-            found = findings(pickle.dumps({"blob": value}, protocol))
-            assert [finding.id for finding in found] == ["pickle.nested"]
-            assert ".system('id')" in found[0].message
+            reported = findings(pickle.dumps({"blob": value}, protocol))
+            assert [finding.id for finding in reported] == ["pickle.nested"]
+            assert ".system('id')" in reported[0].message
 
 
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])

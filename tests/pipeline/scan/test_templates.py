@@ -43,9 +43,9 @@ def test_a_hostile_template_is_a_danger(name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("id", ODD)
 def test_an_odd_template_is_named(id: str) -> None:
-    found = findings(ODD[id])
-    assert [finding.id for finding in found] == [id]
-    assert found[0].severity == "odd"
+    reported = findings(ODD[id])
+    assert [finding.id for finding in reported] == [id]
+    assert reported[0].severity == "odd"
 
 
 @pytest.mark.parametrize("name", TRIGGERS)
@@ -93,8 +93,8 @@ def test_a_template_that_cannot_be_compiled_is_not_called_endless(template: str)
 
 @pytest.mark.slow
 def test_what_a_long_sum_hides_is_found() -> None:
-    found = findings("{{ " + " + ".join(["''.__class__", *["bos_token"] * 3000]) + " }}")
-    assert [finding.id for finding in found] == ["template.internals", "template.syntax"]
+    reported = findings("{{ " + " + ".join(["''.__class__", *["bos_token"] * 3000]) + " }}")
+    assert [finding.id for finding in reported] == ["template.internals", "template.syntax"]
 
 
 def test_internals_in_a_branch_that_no_conversation_takes() -> None:

@@ -42,8 +42,8 @@ def test_option() -> None:
     ],
 )
 def test_environment(environment: dict[str, str], shard: Shard | None) -> None:
-    found = shard_from_environment(environment)
-    assert (found and found[0]) == shard
+    shard_and_variable = shard_from_environment(environment)
+    assert (shard_and_variable and shard_and_variable[0]) == shard
 
 
 @pytest.mark.parametrize(

@@ -254,9 +254,9 @@ def test_the_page_is_accessible(browser, tmp_path: Path, scheme: str) -> None:
         file.write_text(page.html([replace(result, prompt="a.txt", command="gemma2tool verify a")]), encoding="utf-8")
         view.goto(file.as_uri())
         view.add_script_tag(path=AXE)
-        found = view.evaluate("axe.run(document)")
-        assert len(found["passes"]) > 10
-        assert [(one["id"], [node["html"] for node in one["nodes"]]) for one in found["violations"]] == []
+        audit = view.evaluate("axe.run(document)")
+        assert len(audit["passes"]) > 10
+        assert [(one["id"], [node["html"] for node in one["nodes"]]) for one in audit["violations"]] == []
     context.close()
 
 
