@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import logging
 import os
@@ -14,12 +15,18 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 import pytest
+import typer.testing
+from typer.main import get_command
 
 from tests.support.oracles import oracles_or_skip
 from tests.support.paths import TINY
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
+
+
+# Typer's runner builds all commands of an application again for each command line, which takes 35 ms here.
+typer.testing._get_command = functools.cache(get_command)
 
 
 @pytest.fixture(autouse=True)

@@ -18,12 +18,14 @@ from gemma2tool.formats.options import Calibration, PackingOptions, WriteOptions
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.lazy import ArrayTensor
 from gemma2tool.pipeline.calibration.session import Session
+from gemma2tool.pipeline.conversion import save
 from gemma2tool.pipeline.plan import make_plan
 from gemma2tool.pipeline.ranks.messages import packed, unpacked
 from gemma2tool.pipeline.ranks.together import ALONE, Ranks, rank_of_torchrun
 from gemma2tool.pipeline.requests import RunOptions
 from gemma2tool.pipeline.run import run
 from tests.support.checkpoints import SMALL, random_checkpoint
+from tests.support.commands import run as run_command
 from tests.support.ranks import run_ranks
 
 KINDS = {
@@ -149,12 +151,13 @@ def test_rank_of_torchrun() -> None:
 
 
 @pytest.mark.slow
-def test_torchrun(fixture_dir: Path, tmp_path: Path) -> None:
-    words = ["quantize", str(fixture_dir), "--type", "q4_0", "--calibration", str(fixture_dir / "heldout.npy")]
-    words += ["--calibration-samples", "5", "--hessian", "layer", "--threads", "1", "--no-verify", "--quiet"]
-    torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
-    for out, launcher in (("one.gguf", []), ("many.gguf", torchrun)):
-        command = [sys.executable, "-m", *launcher, "gemma2tool", *words[:2], str(tmp_path / out), *words[2:]]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0 and done.stdout.count("not verified") == 1, done.stderr
+def test_torchrun(ids: Path, tmp_path: Path) -> None:
+    save(model(), tmp_path / "model")
+    words = ["quantize", str(tmp_path / "model"), "--type", "q4_0", "--calibration", str(ids), "--hessian", "layer"]
+    words += ["--calibration-length", "16", "--threads", "1", "--no-verify", "--quiet"]
+    run_command(*words[:2], tmp_path / "one.gguf", *words[2:])
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    command = [*torchrun, "gemma2tool", *words[:2], str(tmp_path / "many.gguf"), *words[2:]]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and done.stdout.count("not verified") == 1, done.stderr
     assert (tmp_path / "one.gguf").read_bytes() == (tmp_path / "many.gguf").read_bytes()
