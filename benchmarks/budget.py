@@ -56,6 +56,7 @@ class Campaign:
 
 def main() -> int:
     parser = argument_parser(__doc__)
+    parser.add_argument("--model", type=Path, default=FIXTURE, help="a folder with model.ckpt and heldout.npy")
     parser.add_argument("--types", default=",".join(MIXTURES))
     parser.add_argument("--points", type=int, help="so many sizes instead, with an importance matrix")
     parser.add_argument("--candidates", default="", help="types to choose from; default: those of the command")
@@ -64,9 +65,9 @@ def main() -> int:
     parser.add_argument("--windows", type=int, default=25, help="held-out windows")
     parser.add_argument("--samples", type=int, default=64, help="windows of calibration text")
     arguments = parser.parse_args()
-    ids = np.load(FIXTURE / "heldout.npy")[::3][: arguments.windows].astype(np.int64)
+    ids = np.load(arguments.model / "heldout.npy")[::3][: arguments.windows].astype(np.int64)
     rounding: Rounding = "imatrix" if arguments.points else "calibration"
-    with registry.open_checkpoint(FIXTURE / "model.ckpt") as source, tempfile.TemporaryDirectory() as folder:
+    with registry.open_checkpoint(arguments.model / "model.ckpt") as source, tempfile.TemporaryDirectory() as folder:
         run = Run(source, Path(folder), ids, arguments.samples)
         table = arguments.table or Path(folder) / "table.json"
         if not table.exists():

@@ -70,12 +70,13 @@ def main() -> int:
     parser = argument_parser(__doc__)
     parser.add_argument("types", help="GGUF types, with commas")
     parser.add_argument("--changes", default=",".join(CHANGES))
+    parser.add_argument("--model", type=Path, default=FIXTURE, help="a folder with model.ckpt and heldout.npy")
     parser.add_argument("--samples", type=int, default=32, help="windows of calibration text")
     parser.add_argument("--every", type=int, default=3, help="use every N-th held-out window")
     arguments = parser.parse_args()
-    ids = np.load(FIXTURE / "heldout.npy").astype(np.int64)[:: arguments.every]
+    ids = np.load(arguments.model / "heldout.npy").astype(np.int64)[:: arguments.every]
     print("| type | change | KL | ratio, 95 % interval |\n|---|---|---:|---|")
-    with registry.open_checkpoint(FIXTURE / "model.ckpt") as source, tempfile.TemporaryDirectory() as folder:
+    with registry.open_checkpoint(arguments.model / "model.ckpt") as source, tempfile.TemporaryDirectory() as folder:
         run = Run(source, Path(folder), ids, arguments.samples)
         for type in arguments.types.split(","):
             first = run.window_kl(run.write_calibrated(type))

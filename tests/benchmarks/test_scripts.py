@@ -4,41 +4,49 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from gemma2tool.formats import registry
+from tests.support.checkpoints import first_layers, write_checkpoint
 from tests.support.paths import ROOT
+from tests.support.paths import TINY as FIXTURE
 
 BENCHMARKS = ROOT / "benchmarks"
-FOLDER = "FOLDER"
+FOLDER, MODEL = "FOLDER", "MODEL"
 TINY = (FOLDER, "--size", "tiny")
 KERNEL_TYPES = "Q8_0,Q4_K"
+OF_MODEL = ("--model", MODEL)
 SHORT = ("--windows", "1", "--samples", "1", "--length", "32")
 
 RUNS: dict[str, tuple[tuple[str, ...], str]] = {
     "budget.py": (
-        ("--points", "1", "--windows", "2", "--samples", "2", "--candidates", "q4_k,q6_k"),
+        (*OF_MODEL, "--points", "1", "--windows", "2", "--samples", "2", "--candidates", "q4_k,q6_k"),
         "of 1 within 10 %",
     ),
     "end_to_end.py": (
-        (*TINY, "--only", "to hf, verified", "--only", "hf by its receipt", "--tokens", "8"),
-        "verify out-hf by its receipt",
+        (*TINY, "--only", "to hf, verified", "--tokens", "8"),
+        "to hf, verified",
     ),
     "forward.py": ((*TINY, "--tokens", "8"), "within 5e-5 + 1e-5 of the value: True"),
-    "freedoms.py": (("q4_0", "--changes", "channels", "--samples", "1", "--every", "75"), "| q4_0 | channels |"),
+    "freedoms.py": (
+        ("q4_0", *OF_MODEL, "--changes", "channels", "--samples", "1", "--every", "75"),
+        "| q4_0 | channels |",
+    ),
     "gguf_rates.py": (("--end-to-end", *TINY, "--only-end-to-end", "--values", "5e3"), "times cp plus"),
     "int.py": (("--values", "5e3", "--repeats", "1", "--no-goals"), "int8 back"),
     "int_memory.py": ((*TINY, "--types", "nf4,nf4 --double-quant,gptq-4"), "nf4 --double-quant"),
     "kernels.py": (("--types", KERNEL_TYPES, "--values", "5e3", "--no-goals"), "K-quants and IQ4"),
     "memory.py": ((*TINY, "--only", "flax"), "flax"),
-    "quality.py": (("--types", "q4_0,nf4 double", *SHORT), "| nf4 double |"),
+    "quality.py": (("--types", "q4_0,nf4 double", *OF_MODEL, *SHORT), "| nf4 double |"),
     "second_model.py": (
         (
             FOLDER,
-            *("--text", f"docs={ROOT}/docs/*.md", "--steps", "1", *SHORT),
+            *("--text", f"docs={ROOT}/docs/c*.md", "--steps", "1", *SHORT),
             "--folder-types",
             "",
             "--types",
@@ -47,7 +55,7 @@ RUNS: dict[str, tuple[tuple[str, ...], str]] = {
         "| q4_0 |",
     ),
     "remote.py": (("--size", "tiny", "--servers", "hub", "--operations", "convert"), "as from the local folder"),
-    "sources.py": (("--megabytes", "4", "--rate", "200", "--no-goals"), "equal to the local one"),
+    "sources.py": (("--megabytes", "4", "--rate", "200", "--repeats", "1", "--no-goals"), "equal to the local one"),
     "synthesize.py": (("tiny", f"{FOLDER}/tiny.ckpt", "--sparse"), ""),
 }
 """Script: its arguments, and a part of what it prints."""
@@ -55,9 +63,20 @@ NEEDS = {"gguf_rates.py": "xllamacpp", "kernels.py": "xllamacpp", "memory.py": "
          "second_model.py": "transformers"}  # fmt: skip
 
 
-def run(script: str, arguments: tuple[str, ...], folder: Path) -> str:
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The fixture's first layer, with its tokenizer and held-out tokens."""
+    folder = tmp_path_factory.mktemp("model")
+    with registry.open_checkpoint(FIXTURE / "model.ckpt") as source:
+        write_checkpoint(first_layers(source, 1), folder / "model.ckpt")
+    for name in ("tokenizer.model", "heldout.npy"):
+        shutil.copy(FIXTURE / name, folder)
+    return folder
+
+
+def run(script: str, arguments: tuple[str, ...], folder: Path, model: Path = FIXTURE) -> str:
     """Run a script; returns what it printed."""
-    words = [argument.replace(FOLDER, str(folder)) for argument in arguments]
+    words = [argument.replace(FOLDER, str(folder)).replace(MODEL, str(model)) for argument in arguments]
     result = subprocess.run(
         [sys.executable, BENCHMARKS / script, *words],
         check=False,
@@ -77,11 +96,11 @@ def test_every_script_has_a_run() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("script", RUNS)
-def test_script_runs(script: str, tmp_path: Path) -> None:
+def test_script_runs(script: str, tmp_path: Path, model: Path) -> None:
     if script in NEEDS and importlib.util.find_spec(NEEDS[script]) is None:
         pytest.skip(f"{NEEDS[script]} is not installed")
     arguments, expected = RUNS[script]
-    assert expected in run(script, arguments, tmp_path)
+    assert expected in run(script, arguments, tmp_path, model)
 
 
 @pytest.mark.slow
@@ -92,8 +111,8 @@ def test_gguf_rates_runs_the_kernels(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_quality_of_calibrated_types(tmp_path: Path) -> None:
-    assert "| fp4 |" in run("quality.py", ("--calibrated", "fp4", *SHORT), tmp_path)
+def test_quality_of_calibrated_types(tmp_path: Path, model: Path) -> None:
+    assert "| fp4 |" in run("quality.py", ("--calibrated", "fp4", *OF_MODEL, *SHORT), tmp_path, model)
 
 
 @pytest.mark.slow

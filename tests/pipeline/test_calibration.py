@@ -37,7 +37,7 @@ WINDOWS, SEQUENCES, LENGTH = 12, 16, 160
 @pytest.fixture(scope="module")
 def source(fixture_dir: Path):
     with registry.open_checkpoint(fixture_dir / "model.ckpt") as checkpoint:
-        yield checkpoint
+        yield first_layers(checkpoint, 2)
 
 
 @pytest.fixture(scope="module")

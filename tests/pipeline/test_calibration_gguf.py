@@ -25,7 +25,7 @@ from gemma2tool.quantizers.gguf_types import GGML_BLOCKS
 from gemma2tool.reference.streaming import StreamedForward
 from gemma2tool.verify.run import VerifySettings, verify
 from tests.support.calibration import calibration_ids, calibration_text, divergence
-from tests.support.checkpoints import SMALL, random_checkpoint
+from tests.support.checkpoints import SMALL, first_layers, random_checkpoint
 from tests.support.commands import run
 
 pytestmark = pytest.mark.slow
@@ -36,7 +36,7 @@ SEQUENCES, LENGTH, WINDOWS = 24, 256, 8
 @pytest.fixture(scope="module")
 def source(fixture_dir: Path):
     with registry.open_checkpoint(fixture_dir / "model.ckpt") as checkpoint:
-        yield checkpoint
+        yield first_layers(checkpoint, 2)
 
 
 @pytest.fixture(scope="module")
