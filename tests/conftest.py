@@ -29,6 +29,15 @@ if TYPE_CHECKING:
 typer.testing._get_command = functools.cache(get_command)
 
 
+def _synced(fd: int) -> None:
+    """Nothing here loses power, and thousands of outputs would wait for the disk; faults of these calls are planted."""
+    os.fstat(fd)
+
+
+for name in {"fsync", "fdatasync"} & set(dir(os)):
+    setattr(os, name, _synced)
+
+
 @pytest.fixture(autouse=True)
 def _no_second_readers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """A verification starts no process for the formats' libraries, unless a test is marked ``readers``."""
