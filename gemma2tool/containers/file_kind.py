@@ -42,6 +42,7 @@ _CONTAINERS = {
     b"\x89HDF\r\n\x1a\n": ("hdf5", "an HDF5 file", ".h5"),
     b"SBS\n": ("sbs", "a gemma.cpp file", ".sbs"),
 }
+_PART = rb'{"__metadata__":{"part":"{\"schema\":\"gemma2tool.part/'
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,10 @@ def _container(head: bytes) -> FileKind | None:
     if head.startswith(b"GGUF"[::-1]):
         return FileKind(
             "gguf-big-endian", "a big-endian GGUF file", "use a little-endian file: llama.cpp's gguf_convert_endian.py"
+        )
+    if head[8:].startswith(_PART):
+        return FileKind(
+            "part", "a part that --shard wrote", "merge the parts of all shards first: gemma2tool merge OUT"
         )
     if head[8:10] in (b'{"', b"{ ", b"{\n", b"{}") and 2 <= int.from_bytes(head[:8], "little") < 1 << 32:
         remedy = "rename it: its name should end in .safetensors"

@@ -39,6 +39,17 @@ def test_imatrix(fixture_dir: Path, tmp_path: Path) -> None:
     assert (tmp_path / "named.gguf").read_bytes() == one.read_bytes()
 
 
+def test_a_part_is_named_where_it_is_no_use(fixture_dir: Path, tmp_path: Path) -> None:
+    alone = part(tmp_path, 0)
+    for words in (
+        ("inspect", alone),
+        ("quantize", fixture_dir, tmp_path / "q.gguf", "--type", "q4_0", "--imatrix", alone),
+    ):
+        result = run(*words)
+        assert result.exit_code == 3 and "is a part that --shard wrote" in result.stderr, result.stderr
+    assert "gemma2tool merge OUT" in result.stderr
+
+
 def part(folder: Path, index: int, count: int = 2, kind: str = "imatrix", name: str = "", **settings: str) -> Path:
     path = folder / f"{name}{kind}-{index}-of-{count}"
     content = {"dataset": "t.txt", "shape": [8, 16], "batches": [index, index + 1]}

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from gemma2tool.containers import gguf
+from gemma2tool.containers import file_kind, gguf
 from gemma2tool.errors import InputRefused, UsageError
 from gemma2tool.formats.gguf.key_values import KeyReader
 from gemma2tool.quantizers.gguf_types import GGML_BLOCKS
@@ -104,6 +104,8 @@ def read_imatrix(path: Path) -> ImportanceMatrix:
     """
     with open_for_reading(path) as reader:
         magic = bytes(reader.pread(0, min(4, reader.size)))
+        if magic != gguf.MAGIC:
+            file_kind.refuse_foreign(reader, "")
     matrix = _read_gguf(path) if magic == gguf.MAGIC else _read_dat(path)
     if not matrix.weights:
         raise InputRefused("imatrix.empty", f"{path.name}: it has no entries")
