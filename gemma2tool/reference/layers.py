@@ -208,3 +208,11 @@ class DecoderLayer(nn.Module):
         x = x + self.post_attention_layernorm(attended)
         x = x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
         return x, weights
+
+
+def layer_with(config: Gemma2Config, index: int, weight: Callable[[str], Tensor]) -> DecoderLayer:
+    """Layer ``index`` with the weights that ``weight`` gives by canonical name, none of which has a gradient."""
+    with torch.device("meta"):
+        layer = DecoderLayer(config, index)
+    layer.load_state_dict({name: weight(f"model.layers.{index}.{name}") for name in layer.state_dict()}, assign=True)
+    return layer.requires_grad_(False).eval()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.quantizers.calibration import Map
-from gemma2tool.reference.layers import DecoderLayer, Linear
+from gemma2tool.reference.layers import Linear, layer_with
 from gemma2tool.reference.readahead import one_thread_each
 from gemma2tool.reference.rotary import cos_sin
 from gemma2tool.reference.tensors import load_tensor
@@ -41,25 +41,16 @@ class LoadedLayer:
 
     def __init__(self, checkpoint: Checkpoint, index: int, run: Map) -> None:
         self.config, self.index, self.prefix, self._run = checkpoint.config, index, f"model.layers.{index}.", run
-        self.module = self._empty()
-        names = {key: f"{self.prefix}{key}" for key in self.module.state_dict()}
-        self._fill({key: load_tensor(checkpoint.tensors[name], torch.float32, "cpu") for key, name in names.items()})
+        self.module = layer_with(
+            self.config, index, lambda name: load_tensor(checkpoint.tensors[name], torch.float32, "cpu")
+        )
 
     def with_weights(self, weights: Mapping[str, Tensor]) -> LoadedLayer:
         """The layer with other weights, by canonical name; the rest is shared."""
         other = copy.copy(self)
-        other.module = self._empty()
-        replaced = {name.removeprefix(self.prefix): weight for name, weight in weights.items()}
-        other._fill({**self.module.state_dict(), **replaced})
+        kept = self.module.state_dict(prefix=self.prefix)
+        other.module = layer_with(self.config, self.index, {**kept, **weights}.__getitem__)
         return other
-
-    def _empty(self) -> DecoderLayer:
-        with torch.device("meta"):
-            return DecoderLayer(self.config, self.index)
-
-    def _fill(self, state: Mapping[str, Tensor]) -> None:
-        self.module.load_state_dict(state, assign=True)
-        self.module.requires_grad_(False).eval()
 
     def weight(self, name: str) -> Tensor:
         """A projection's weight, by canonical name."""

@@ -22,7 +22,7 @@ from gemma2tool.model.lazy import LazyTensor
 from gemma2tool.pipeline.calibration.gradients import POSITIONS
 from gemma2tool.pipeline.calibration.weights import Weights
 from gemma2tool.quantizers.calibration import Map
-from gemma2tool.reference.layers import DecoderLayer, RMSNorm, soft_cap
+from gemma2tool.reference.layers import DecoderLayer, RMSNorm, layer_with, soft_cap
 from gemma2tool.reference.rotary import cos_sin
 from gemma2tool.reference.tensors import load_tensor
 
@@ -120,12 +120,7 @@ class Passes:
 
     def _layer(self, index: int) -> DecoderLayer:
         """The layer in memory; only its norms have gradients."""
-        prefix = f"model.layers.{index}."
-        with torch.device("meta"):
-            layer = DecoderLayer(self.checkpoint.config, index).eval()
-        weights = {name: self._weight(f"{prefix}{name}") for name in layer.state_dict()}
-        layer.load_state_dict(weights, assign=True)
-        layer.requires_grad_(False)
+        layer = layer_with(self.checkpoint.config, index, self._weight)
         for weight in _norms(layer, index).values():
             weight.requires_grad_(True)
         return layer
