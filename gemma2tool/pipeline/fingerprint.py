@@ -19,6 +19,7 @@ import numpy as np
 
 from gemma2tool.formats.options import Adapter
 from gemma2tool.model.checkpoint import Checkpoint
+from gemma2tool.model.devices import CPU, current_device
 from gemma2tool.pipeline.plan import Plan
 from gemma2tool.quantizers.kernels import _native
 from gemma2tool.storage import attached
@@ -51,8 +52,9 @@ def _calibration(session: Session) -> str:
     """The calibration's token ids and settings, and what the last bits of its products depend on."""
     import torch
 
-    capability = torch.backends.cpu.get_cpu_capability()
-    return f"{_digest(session.calibration)} by torch {torch.__version__} with {capability}"
+    device = current_device()
+    unit = torch.backends.cpu.get_cpu_capability() if device.type == CPU else torch.cuda.get_device_name(device)
+    return f"{_digest(session.calibration)} by torch {torch.__version__} with {unit}"
 
 
 @cache

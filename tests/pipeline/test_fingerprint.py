@@ -9,9 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from gemma2tool.formats import registry
 from gemma2tool.formats.options import Adapter, WriteOptions
+from gemma2tool.model import devices
 from gemma2tool.model.lazy import BFLOAT16
 from gemma2tool.pipeline.calibration.output import calibrated
 from gemma2tool.pipeline.calibration.session import CalibrationSettings
@@ -153,3 +155,12 @@ def test_different_settings_have_different_fingerprints() -> None:
         _feed(hashlib.sha256(), object())
     with pytest.raises(TypeError):
         _feed(hashlib.sha256(), One(lambda: 1))
+
+    def test_another_device(self, plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+        calibrated = self.plan(plan)
+        before = fingerprint(calibrated, {})
+        monkeypatch.setattr(devices, "check_device", lambda name: name)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+        with devices.use_device("cuda"):
+            after = fingerprint(calibrated, {})
+        assert {name for name in before if before[name] != after[name]} == {"calibration-run"}
