@@ -56,11 +56,15 @@ RUNS: dict[str, tuple[tuple[str, ...], str]] = {
     ),
     "remote.py": (("--size", "tiny", "--servers", "hub", "--operations", "convert"), "as from the local folder"),
     "sources.py": (("--megabytes", "4", "--rate", "200", "--repeats", "1", "--no-goals"), "equal to the local one"),
+    "summary.py": (
+        (*TINY, "--only", "commands", "--repeats", "1", "--plots", FOLDER),
+        "| logits of 64 tokens | transformers |",
+    ),
     "synthesize.py": (("tiny", f"{FOLDER}/tiny.ckpt", "--sparse"), ""),
 }
 """Script: its arguments, and a part of what it prints."""
 NEEDS = {"gguf_rates.py": "xllamacpp", "kernels.py": "xllamacpp", "memory.py": "tensorstore",
-         "second_model.py": "transformers"}  # fmt: skip
+         "second_model.py": "transformers", "summary.py": "bitsandbytes"}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
