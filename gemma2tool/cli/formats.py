@@ -27,5 +27,5 @@ def formats(quiet: o.Quiet = False, json_output: o.Json = False) -> None:
             floats = [type for type in entry.types if type not in entry.calibrated]
             lines.append(f"takes --calibration: all but {' '.join(floats)}")
         for line in lines:
-            for part in textwrap.wrap(line, 76):
+            for part in textwrap.wrap(line, 76, break_on_hyphens=False):
                 console.print(f"    {part}")

@@ -102,7 +102,7 @@ def open_folder(path: Path, folder_format: FolderFormat, config: Gemma2Config | 
         plain, remarks = plain_names(stored, HUGGING_FACE, path.name)
         checkpoint.warnings += remarks
         _take_zeros_for_biases(plain, checkpoint)
-        tensors = _unpacked(plain, checkpoint, folder_format.quantization_keys)
+        tensors = _unpacked(plain, checkpoint, folder_format.quantization_keys, metadata)
         checkpoint.tensors, remarks = widened(_table_tensors(tensors, checkpoint), path.name)
         checkpoint.warnings += remarks
         checkpoint.check()
@@ -146,9 +146,11 @@ def _read_config(config_path: Path, path: Path) -> Gemma2Config:
     return assets.read_config(path_within_folder(config_path))
 
 
-def _unpacked(tensors: dict[str, LazyTensor], checkpoint: Checkpoint, keys: Sequence[str]) -> dict[str, LazyTensor]:
-    """The weights, dequantized where config.json says so; moves that entry from the checkpoint's config to its
-    metadata.
+def _unpacked(
+    tensors: dict[str, LazyTensor], checkpoint: Checkpoint, keys: Sequence[str], metadata: Mapping[str, str]
+) -> dict[str, LazyTensor]:
+    """The weights, dequantized where config.json says so, and as the files' ``metadata`` say; moves that entry from the
+    checkpoint's config to its metadata.
     """
     tensors = gemma2_tensors(tensors, checkpoint)
     extra = checkpoint.config.extra
@@ -156,7 +158,7 @@ def _unpacked(tensors: dict[str, LazyTensor], checkpoint: Checkpoint, keys: Sequ
     if quantization is None:
         refuse_unlabelled(tensors, checkpoint.path.name)
         return tensors
-    weights = packings.unpack(tensors, quantization)
+    weights = packings.unpack(tensors, quantization, metadata)
     checkpoint.metadata["quantization_config"] = quantization
     checkpoint.config = replace(
         checkpoint.config, extra={key: value for key, value in extra.items() if key not in keys}

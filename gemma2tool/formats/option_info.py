@@ -30,7 +30,8 @@ COMPRESSED = (
 FOLDERS_QUANTIZED = (
     *("nf4", "fp4", "int8"),
     *COMPRESSED,
-    *("gptq-4", "gptq-8", "awq-4", "torchao-int8"),
+    *("gptq-4", "gptq-8", "awq-4"),
+    *(f"torchao-{name}" for name in ("int8", "int8-dynamic", "fp8", "fp8-dynamic", "int4", "int8-int4")),
     *(f"mlx-{bits}" for bits in (2, 3, 4, 5, 6, 8)),
     *(f"mlx-mixed-{bits}" for bits in ("2-6", "3-4", "3-6", "4-6")),
     *(f"mlx-{mode}" for mode in ("mxfp4", "mxfp8", "nvfp4")),

@@ -38,6 +38,7 @@ GROUP_SIZES: Mapping[str, tuple[int, ...]] = MappingProxyType(
         **dict.fromkeys(
             ("gptq-4", "gptq-8", "awq-4", "w4a16", "w4a16-asym", "w4afp8", "w8a16"), (*_COLUMNS, WHOLE_ROW)
         ),
+        **dict.fromkeys(("torchao-int4", "torchao-int8-int4"), _COLUMNS),
         **dict.fromkeys((f"mlx-{bits}" for bits in (2, 3, 4, 5, 6, 8)), _COLUMNS),
         **dict.fromkeys((f"mlx-mixed-{bits}" for bits in ("2-6", "3-4", "3-6", "4-6")), _COLUMNS),
     }
@@ -152,7 +153,7 @@ class PackingOptions:
     group_size: int | None = option(
         None,
         "--group-size",
-        "columns that share a scale: 32, 64 or 128; for all but MLX also -1, a whole row.",
+        "columns that share a scale: 32, 64 or 128; for all but MLX and torchao also -1, a whole row.",
         metavar="N",
         formats=QUANTIZED_FOLDERS,
         types=tuple(sorted(GROUP_SIZES)),

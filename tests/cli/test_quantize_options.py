@@ -60,6 +60,9 @@ def test_every_group_size(source: Path, tmp_path: Path, kind: str, size: int) ->
     if "config_groups" in config:
         weights = next(iter(config["config_groups"].values()))["weights"]
         assert (weights["strategy"], weights["group_size"]) == (("channel", None) if size == -1 else ("group", size))
+    elif "quant_type" in config:
+        data = config["quant_type"]["default"]["_data"]
+        assert data.get("weight_granularity", {"_data": data})["_data"]["group_size"] == size
     else:
         assert config["group_size"] == size
 
@@ -158,7 +161,7 @@ def test_what_is_refused(source: Path, tmp_path: Path, words: tuple, message: st
         (
             ("--group-size", 64),
             "awq-4, gptq-4, gptq-8, mlx-2, mlx-3, mlx-4, mlx-5, mlx-6, mlx-8, mlx-mixed-2-6, mlx-mixed-3-4,"
-            " mlx-mixed-3-6, mlx-mixed-4-6, w4a16, w4a16-asym, w4afp8 and w8a16",
+            " mlx-mixed-3-6, mlx-mixed-4-6, torchao-int4, torchao-int8-int4, w4a16, w4a16-asym, w4afp8 and w8a16",
         ),
         (("--asym",), "gptq-4 and gptq-8"),
         (("--sym",), "gptq-4 and gptq-8"),
@@ -199,8 +202,8 @@ def test_help_names_the_types_that_take_an_option() -> None:
             assert help_text == info.help_below(group.HEADING)
             assert all(re.search(rf"(?<![\w-]){kind}(?![\w-])", help_text) for kind in type_names(info.types))
     whole = {kind for kind, sizes in GROUP_SIZES.items() if -1 in sizes}
-    assert "all but MLX also -1" in help_texts["--group-size"]
-    assert whole == {kind for kind in GROUP_SIZES if not kind.startswith("mlx-")}
+    assert "all but MLX and torchao also -1" in help_texts["--group-size"]
+    assert whole == {kind for kind in GROUP_SIZES if not kind.startswith(("mlx-", "torchao-"))}
 
 
 @pytest.mark.slow

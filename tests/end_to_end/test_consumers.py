@@ -8,6 +8,7 @@ itself (tests/gptqmodel.txt); test_quantized_sources.py tests their values witho
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 
@@ -49,7 +50,14 @@ COMPRESSED = [
     *(("fp8-dynamic", options, ACTIVATIONS) for options in ({}, {"skip": SKIP})),
     ("fp8-block", {}, ACTIVATIONS),
 ]
-TORCHAO = [("torchao-int8", options, FLOAT32) for options in ({}, {"skip": SKIP})]
+TORCHAO = [
+    *(("torchao-int8", options, FLOAT32) for options in ({}, {"skip": SKIP})),
+    ("torchao-int8-dynamic", {}, ACTIVATIONS),
+    ("torchao-fp8", {}, BFLOAT16),
+    ("torchao-fp8-dynamic", {}, ACTIVATIONS),
+    ("torchao-int4", {"group_size": 32}, FLOAT32),
+    ("torchao-int8-int4", {}, ACTIVATIONS),
+]
 MLX = [f"mlx-{bits}" for bits in (2, 3, 4, 5, 6, 8)]
 MLX_FLOATS = ["mlx-nvfp4", "mlx-mxfp4", "mlx-mxfp8"]
 IN_BFLOAT16 = ["nvfp4a16", "mxfp4a16", "mxfp8a16"]
@@ -154,17 +162,35 @@ def test_compressed_tensors_decompresses_to_the_same_values(source, ids, tmp_pat
 @pytest.mark.parametrize(("type_name", "options", "limit"), TORCHAO, ids=str)
 def test_torchao(source, ids, tmp_path: Path, type_name: str, options: dict, limit: float) -> None:
     pytest.importorskip("torchao", reason="torchao is not installed")
-    model = check(source, ids, tmp_path / "out", type_name, options, limit)
+    int4_on_a_processor()
+    in_own_dtype = type_name in ("torchao-fp8", "torchao-fp8-dynamic", "torchao-int8-int4")
+    load = {"dtype": torch.bfloat16} if in_own_dtype else {}
+    model = check(source, ids, tmp_path / "out", type_name, options, limit, **load)
     with registry.open_checkpoint(tmp_path / "out") as checkpoint:
         for name in ("model.layers.0.mlp.up_proj.weight", "model.layers.1.self_attn.k_proj.weight"):
             weight = model.get_parameter(name)
-            quantized = type(weight.data).__name__ == "Int8Tensor"
+            quantized = type(weight.data).__name__.endswith("Tensor") and type(weight.data) is not torch.Tensor
             assert quantized is not ("skip" in options and name.startswith("model.layers.0.mlp"))
-            values = weight.dequantize() if quantized else weight
-            assert torch.equal(
-                values.to(torch.bfloat16).float(),
-                torch.from_numpy(checkpoint.tensors[name].load_rows_f32(0, weight.shape[0])),
-            )
+            if type_name != "torchao-int4":
+                values = weight.dequantize() if quantized else weight
+                assert torch.equal(
+                    values.to(torch.bfloat16).float(),
+                    torch.from_numpy(checkpoint.tensors[name].load_rows_f32(0, weight.shape[0])),
+                )
+
+
+@functools.cache
+def int4_on_a_processor() -> torch.library.Library:
+    """mslk's product of activations and packed int4, which it has for GPUs only, with the same arguments."""
+
+    def product(x, codes, scales, zero_points):
+        weight = torch.stack([codes << 4 >> 4, codes >> 4], -1).flatten(1).unflatten(1, (len(scales), -1)).float()
+        return x.float() @ (weight * scales.T[..., None].float() + zero_points.T[..., None].float()).flatten(1).T
+
+    library = torch.library.Library("mslk", "FRAGMENT")
+    library.define("bf16i4bf16_rowwise(Tensor x, Tensor codes, Tensor scales, Tensor zero_points) -> Tensor")
+    library.impl("bf16i4bf16_rowwise", product, "CPU")
+    return library
 
 
 @pytest.mark.parametrize(("type_name", "options", "limit"), GPTQ, ids=str)

@@ -51,6 +51,7 @@ PACKED = (
     "gptq-4",
     "awq-4",
     "torchao-int8",
+    "torchao-int4",
     "mlx-4",
 )
 

@@ -22,7 +22,7 @@ from gemma2tool.quantizers.compressed import Compressed
 from gemma2tool.quantizers.compressed_floats import CompressedFloats
 from gemma2tool.quantizers.gptq import Gptq
 from gemma2tool.quantizers.mlx import Affine, Floats
-from gemma2tool.quantizers.torchao import Int8WeightOnly
+from gemma2tool.quantizers.torchao import Float8, Int4, Int8WeightOnly, UnpackedInt4
 from tests.support.calibration import COLUMNS, ROWS, factors_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -44,6 +44,9 @@ ENCODERS: dict[str, Encoder] = {
     "fp8-dynamic": Compressed("fp8-dynamic"),
     "fp8-block": Compressed("fp8-block"),
     "torchao-int8": Int8WeightOnly(),
+    "torchao-fp8": Float8(),
+    "torchao-int4": Int4(),
+    "torchao-int8-int4": UnpackedInt4(),
 }
 
 

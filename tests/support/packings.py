@@ -71,5 +71,5 @@ def bits(value: torch.Tensor | np.ndarray) -> bytes:
 
 
 def stored_as(kind: str) -> str:
-    """The name of how a type stores a weight: w4afp8 differs from w4a16 in what inputs are rounded to."""
-    return "w4a16" if kind == "w4afp8" else kind
+    """The name of how a type stores a weight: some types differ from another in what inputs are rounded to."""
+    return "w4a16" if kind == "w4afp8" else kind.removesuffix("-dynamic") if kind.startswith("torchao") else kind

@@ -68,6 +68,7 @@ _PACKINGS: tuple[Packing, ...] = (
 _BY_TYPE = {type_name: packing for packing in _PACKINGS for type_name in packing.types}
 _NO_MODULES: Mapping[str, bool] = MappingProxyType({})
 _NO_TYPES: Mapping[str, str] = MappingProxyType({})
+_NO_METADATA: Mapping[str, str] = MappingProxyType({})
 
 TYPES = tuple(_BY_TYPE)
 """Names of the quantization types that a folder of safetensors can be written in."""
@@ -78,15 +79,18 @@ def methods(types: Collection[str]) -> tuple[str, ...]:
     return tuple(packing.method for packing in _PACKINGS if not set(packing.types).isdisjoint(types))
 
 
-def unpack(raw: Mapping[str, LazyTensor], quantization_config: object) -> dict[str, LazyTensor]:
+def unpack(
+    raw: Mapping[str, LazyTensor], quantization_config: object, metadata: Mapping[str, str] = _NO_METADATA
+) -> dict[str, LazyTensor]:
     """The canonical tensors of a quantized checkpoint; rows are dequantized when they are read.
 
     ``raw``: the tensors as the files name them. Unquantized ones are passed through. ``quantization_config``: parsed
-    from config.json. Raises ``InputRefused`` if no packing knows the config, or if the parts of a tensor are missing,
+    from config.json. ``metadata``: of the files, which for torchao say how each weight is stored. Raises
+    ``InputRefused`` if no packing knows the config, or if the parts of a tensor are missing,
     contradict one another, or have a known fault.
     """
     config = quantization_config if isinstance(quantization_config, Mapping) else {}
-    return _recognized(config).unpack(raw, config)
+    return _recognized(config).unpack(raw, config, metadata)
 
 
 def misread(quantization_config: object, specs: Mapping[str, TensorSpec], stored: Collection[str]) -> dict[str, str]:
@@ -189,6 +193,7 @@ def choose_encoders(
             hint="change --skip and --only: they leave no weight that the type can hold",
         )
     remarks = [remark for own in by_type.values() for remark in consumer_remarks(own)]
+    remarks += packing.remarks(chosen)
     for name, spec in specs.items():
         if spec.quantizable and name not in chosen and is_named(name, settings):
             remarks.append(f"{name} is left unquantized: consumers of {settings.type} cannot load it quantized")

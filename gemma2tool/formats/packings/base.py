@@ -48,11 +48,19 @@ class Packing(ABC):
         """Whether a ``quantization_config`` is of this packing."""
         return quantization_config.get("quant_method") == self.method
 
-    def unpack(self, raw: Mapping[str, LazyTensor], quantization_config: Mapping[str, object]) -> dict[str, LazyTensor]:
+    def unpack(
+        self, raw: Mapping[str, LazyTensor], quantization_config: Mapping[str, object], metadata: Mapping[str, str]
+    ) -> dict[str, LazyTensor]:
         """The canonical tensors of a checkpoint, from the tensors as its files name them; see ``packings.unpack``."""
+        return self.with_unquantized(raw, self.weights(raw, quantization_config))
+
+    def with_unquantized(
+        self, raw: Mapping[str, LazyTensor], quantized: Iterable[QuantizedWeight]
+    ) -> dict[str, LazyTensor]:
+        """The weights that were found in ``raw``, and its other tensors."""
         weights: dict[str, LazyTensor] = {}
         parts: set[str] = set()
-        for weight in self.weights(raw, quantization_config):
+        for weight in quantized:
             weights[weight.name] = weight.tensor
             parts |= weight.parts
         return {**unquantized_tensors(raw, parts, self.title), **weights}
@@ -72,6 +80,10 @@ class Packing(ABC):
     def together(self, encoders: Mapping[str, Encoder]) -> Mapping[str, Encoder]:
         """The encoders of all tensors that are quantized, by name, where those of several depend on one another."""
         return encoders
+
+    def remarks(self, encoders: Mapping[str, Encoder]) -> list[str]:
+        """What the library cannot do with weights that these encoders, by tensor name, store."""
+        return []
 
     @abstractmethod
     def quantization_config(self, settings: Settings, modules: Mapping[str, bool], dtype: str) -> dict[str, object]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from gemma2tool.model.lazy import FLOAT16, FLOAT32, Array, DType, to_float32
-from gemma2tool.quantizers import awq, compressed, gptq, mlx
+from gemma2tool.quantizers import awq, compressed, gptq, mlx, torchao
 from gemma2tool.quantizers.awq import Awq
 from gemma2tool.quantizers.base import Encoder
 from gemma2tool.quantizers.bnb import FourBit, Int8, NestedScales
@@ -21,10 +21,9 @@ from gemma2tool.quantizers.bnb_tables import ASCENDING, BLOCKSIZE, CODES
 from gemma2tool.quantizers.casts import cast
 from gemma2tool.quantizers.compressed import Compressed
 from gemma2tool.quantizers.compressed_floats import CompressedFloats, group_scales
-from gemma2tool.quantizers.float_codes import FLOAT4, FP8
+from gemma2tool.quantizers.float_codes import FLOAT4, FP8, FP8_MAX
 from gemma2tool.quantizers.gptq import Gptq
 from gemma2tool.quantizers.groups import group_ranges
-from gemma2tool.quantizers.torchao import Int8WeightOnly
 
 Start = Callable[[Array, Array], tuple[Array, Array | None]]
 """Scales and offsets (None if the type has none) by the type's own rule, from the smallest and largest values."""
@@ -124,8 +123,8 @@ def group_layout(encoder: Encoder, columns: int) -> GroupLayout | None:
             group_scales, scheme=encoder.scheme, dtype=encoder.dtype, global_scale=encoder.global_scale
         )
         return _float_layout(encoder.scheme.bits, encoder.scheme.group_size, _of_ranges(own), encoder.nearest_scales)
-    if isinstance(encoder, Int8WeightOnly):
-        return GroupLayout(_range(-128, 127), columns, _of_absmax(127.5), dtype=encoder.dtype, first_code=-128)
+    if isinstance(encoder, torchao.RowScales | torchao.UnpackedInt4 | torchao.Int4):
+        return _torchao(encoder, columns)
     if isinstance(encoder, Int8):
         return GroupLayout(_range(-127, 127), columns, _of_absmax(127), first_code=-127)
     if isinstance(encoder, FourBit) and columns % BLOCKSIZE == 0:
@@ -133,6 +132,17 @@ def group_layout(encoder: Encoder, columns: int) -> GroupLayout | None:
         levels = np.ascontiguousarray(CODES[encoder.quant_type][order])
         return GroupLayout(levels, BLOCKSIZE, _of_absmax(1), dtype=encoder.dtype, codes=order, nested_offset=offset)
     return None
+
+
+def _torchao(encoder: torchao.RowScales | torchao.UnpackedInt4 | torchao.Int4, columns: int) -> GroupLayout:
+    dtype = encoder.dtype
+    if isinstance(encoder, torchao.Int4):
+        return GroupLayout(_range(-8, 7), encoder.group_size, torchao.int4_grid, dtype, dtype, first_code=-8)
+    if isinstance(encoder, torchao.UnpackedInt4):
+        return GroupLayout(_range(-8, 7), encoder.group_size, _of_absmax(7.5), dtype, dtype, first_code=-8)
+    if isinstance(encoder, torchao.Float8):
+        return GroupLayout(_FP8_LEVELS, columns, _of_absmax(FP8_MAX), dtype=dtype, codes=_FP8_CODES)
+    return GroupLayout(_range(-128, 127), columns, _of_absmax(127.5), dtype=dtype, first_code=-128)
 
 
 def _with_zeros(encoder: Gptq | Awq, columns: int) -> GroupLayout:

@@ -223,7 +223,11 @@ BOUNDS: Mapping[str, Bound] = {
     "nvfp4a16": Bound(16, 17 / 96 + 2.0**-7, 0.30, floor=1e-6, calibrated=2.0, calibrated_rmse=0.40),
     "mxfp4a16": Bound(32, 1 / 5 + 1e-5, 0.30, floor=_SMALLEST, calibrated=2.0, calibrated_rmse=0.40),
     "mxfp8a16": Bound(32, 2.0**-4 + 1e-5, 0.05, floor=_SMALLEST, calibrated=0.5, calibrated_rmse=0.1),
-    "torchao-fp8": Bound(0, 2.0**-4 + 2.0**-8, 0.05, codes=448),
+    "torchao-fp8": Bound(0, 2.0**-4 + 2.0**-8, 0.05, calibrated=0.45, calibrated_rmse=0.1, codes=448),
+    # Half a step of range / 15 (int4), of which the scale and the zero point are rounded to the model's type, or of
+    # absmax / 7.5, in the model's type (int8-int4). Smallest: a range of 1e-6, a scale of float16's normal range.
+    "torchao-int4": Bound(0, 2.0, 0.35, floor=1e-6, nearest=1 / 15 + 2.0**-7, codes=16),
+    "torchao-int8-int4": Bound(0, 2.0, 0.35, floor=2.0**-15, nearest=1 / 15 + 2.0**-7, codes=8),
     # torchao's scales are at least float32's epsilon, 2^-23.
     "torchao-int8": Bound(
         0, 1.5 / 127.5, 0.05, floor=2.0**-24, calibrated=_EIGHT_BITS, calibrated_rmse=0.05, codes=128

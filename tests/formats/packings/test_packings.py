@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 
-import ml_dtypes
 import numpy as np
 import pytest
 
@@ -17,7 +16,7 @@ from gemma2tool.formats.packings import Settings
 from gemma2tool.model.lazy import ArrayTensor
 from gemma2tool.quantizers import compressed, gptq
 from tests.support.kernel_data import rows
-from tests.support.packings import BF16, NAME, bits, encoded, lazy, spec, stored_parts, to_torch
+from tests.support.packings import BF16, NAME, bits, encoded, lazy, spec, stored_as, stored_parts, to_torch
 
 WRITTEN = {
     "ctmf-INT8": "w8a8-int8",
@@ -99,9 +98,11 @@ def test_round_trip(type_name):
         assert {name: array.tobytes() for name, array in other.items()} == {
             name: array.tobytes() for name, array in encodings[0].items()
         }
-    tensor = packings.unpack(lazy(encodings[0] | {"model.norm.weight": np.zeros(256, BF16)}), config(type_name))[NAME]
-    weights = "w4a16" if type_name == "w4afp8" else type_name  # which differ in what is done with activations only
-    assert tensor.stored == weights and tensor.shape == (136, 256)
+    raw = lazy(encodings[0] | {"model.norm.weight": np.zeros(256, BF16)})
+    encoder = packings.encoder_for(spec(NAME, source.shape), Settings(type_name), ArrayTensor(source))
+    metadata = packings.metadata(type_name, [(NAME, source.shape, encoder)])
+    tensor = packings.unpack(raw, config(type_name), metadata)[NAME]
+    assert tensor.stored == stored_as(type_name) and tensor.shape == (136, 256)
     error = np.abs(tensor.load_rows_f32(0, 136) - source.astype(np.float32))
     # An error is at most about a step of the codes, as a fraction of the largest value.
     coarse = {"mlx-2": 2 / 3, "mlx-3": 2 / 7, "mlx-5": 2 / 31, "mlx-6": 2 / 63}
@@ -289,39 +290,3 @@ def test_whole_rows_of_any_length_are_packed_as_the_library_packs_them(type_name
     back = packings.unpack(lazy(stored_parts(NAME, source, settings)), packings.quantization_config(settings))[NAME]
     assert back.shape == rows.shape
     assert np.abs(back.load() - rows).max() <= np.abs(rows).max() / (7 if scheme.bits == 4 else 127)
-
-
-def torchao_parts(codes: np.ndarray, scales: np.ndarray) -> dict[str, np.ndarray]:
-    module = NAME.removesuffix(".weight")
-    parts = {f"{module}._weight_qdata": codes, f"{module}._weight_scale": scales}
-    if codes.dtype == np.int8:
-        parts[f"{module}._weight_zero_point"] = np.ones(scales.shape, np.int8)
-    return parts | {"model.norm.weight": np.ones(64, BF16), "model.embed_tokens.weight": np.ones((3, 64), BF16)}
-
-
-@pytest.mark.parametrize("groups", [(6, 1), (6, 4), (1, 1)])
-@pytest.mark.parametrize("scale_dtype", [np.float32, BF16])
-@pytest.mark.parametrize("code_dtype", [np.int8, ml_dtypes.float8_e4m3fn])
-def test_torchao_layouts(groups, scale_dtype, code_dtype):
-    """Int8WeightOnly, Float8WeightOnly and IntxWeightOnly with a scale for the tensor, a row or a group: as the
-    library's ``dequantize``."""
-    generator = np.random.default_rng(3)
-    codes = generator.integers(-100, 100, (6, 64)).astype(code_dtype)
-    scales = generator.uniform(0.01, 0.02, groups).astype(scale_dtype)
-    weight = packings.unpack(lazy(torchao_parts(codes, scales)), {"quant_method": "torchao"})[NAME]
-    offset = np.float32(1 if code_dtype == np.int8 else 0)
-    wide = np.broadcast_to(np.repeat(scales.astype(np.float32), 64 // groups[1], axis=1), codes.shape)
-    expected = ((codes.astype(np.float32) - offset) * wide).astype(BF16)
-    assert weight.dtype == BF16 and bits(weight.load_rows(2, 5)) == bits(expected[2:5])
-
-
-@pytest.mark.parametrize(
-    ("codes", "scales"), [((6, 32), (6, 5)), ((6, 8, 8), (6, 1)), ((6, 64), (3, 1)), ((6, 64), (6, 1, 1))]
-)
-def test_other_torchao_layouts_are_named(codes, scales):
-    """They are not called damaged: the library has layouts for single kernels."""
-    dtype = np.int8 if codes == (6, 64) else np.uint8
-    parts = torchao_parts(np.zeros(codes, dtype), np.ones(scales, np.float32))
-    with pytest.raises(InputRefused, match="codes of shape") as caught:
-        packings.unpack(lazy(parts), {"quant_method": "torchao"})
-    assert caught.value.id == "torchao.layout" and "dequantize" in caught.value.hint
