@@ -127,6 +127,7 @@ def convert(
     tokens: PathLike | None = None,
     text: PathLike | None = None,
     gates: Mapping[str, float] | None = None,
+    sample: int = 0,
     allow_mismatch: bool = False,
     run: RunOptions | None = None,
     force: bool = False,
@@ -138,7 +139,8 @@ def convert(
     ``to``: the target format; default: by the destination's name (.gguf, .ckpt, .sbs, otherwise a Hugging Face folder).
     ``dtype``: "f32", "f16", "bf16"; default: the source's. ``adapters``: LoRA adapters to merge, in order. ``tokens``,
     ``text``: what the forward passes of the verification run; ``gates``: limits that replace the defaults, such as
-    ``{"kl": 0.02}``. ``force``: replace an existing destination. ``run``: threads, memory and other settings.
+    ``{"kl": 0.02}``; ``sample``: also let source and output continue the prompt by so many tokens, for people to
+    compare. ``force``: replace an existing destination. ``run``: threads, memory and other settings.
 
     If the verification fails, nothing is written at the destination: ``result.written`` and ``result.verification``
     show it. Raises ``UsageError``, ``InputRefused`` or ``ResourceError``; then the destination is as it
@@ -156,7 +158,7 @@ def convert(
             adapters=tuple(map(Adapter.of, adapters)),
         ),
         config=config,
-        checks=Checks.of(tokens, text, gates) if verify else None,
+        checks=Checks.of(tokens, text, gates, sample) if verify else None,
         run=(run or RunOptions()).with_force(force),
         reports=reports or ReportFiles(),
     )
@@ -181,6 +183,7 @@ def quantize(
     tokens: PathLike | None = None,
     text: PathLike | None = None,
     gates: Mapping[str, float] | None = None,
+    sample: int = 0,
     allow_mismatch: bool = False,
     allow_requantize: bool = False,
     run: RunOptions | None = None,
@@ -213,7 +216,7 @@ def quantize(
             adapters=tuple(map(Adapter.of, adapters)),
         ),
         config=config,
-        checks=Checks.of(tokens, text, gates) if verify else None,
+        checks=Checks.of(tokens, text, gates, sample) if verify else None,
         run=(run or RunOptions()).with_force(force),
         reports=reports or ReportFiles(),
     )

@@ -35,6 +35,7 @@ def verify(
     tokens: PathLike | None = None,
     text: PathLike | None = None,
     gates: Mapping[str, float] | None = None,
+    sample: int = 0,
     config: Config | None = None,
     reference_config: Config | None = None,
     readers: bool = True,
@@ -53,8 +54,9 @@ def verify(
     of this public key or certificate, or of this identity, for which ``issuer`` vouches (``trust_config``: through
     another Sigstore than the public one); ``signature``: default is beside it. ``config``: of a candidate that has none
     of its own, and of such a reference unless ``reference_config`` is given. ``readers``: the libraries of its format
-    read the candidate too. A difference is a failed gate in the result (``result.passed``, ``result.causes``), not an
-    exception; a server that cannot be asked is one.
+    read the candidate too. ``sample``: also let ``reference`` and candidate continue the prompt by so many tokens, for
+    people to compare (``result.measurements.sample``). A difference is a failed gate in the result (``result.passed``,
+    ``result.causes``), not an exception; a server that cannot be asked is one.
     """
     request = VerifyRequest(
         candidate=candidate,
@@ -67,7 +69,7 @@ def verify(
         issuer=issuer,
         trust_config=as_path(trust_config),
         signature=as_path(signature),
-        checks=Checks.of(tokens, text, gates),
+        checks=Checks.of(tokens, text, gates, sample),
         config=config,
         reference_config=reference_config,
         readers=readers,

@@ -85,7 +85,11 @@ def expected_steps(request: ConversionRequest) -> tuple[float, ...]:
     collects = (_SENSITIVITY,) if request.budget.is_asked and request.budget.sensitivity is None else ()
     calibrates = any(part.options.calibration.is_asked for part in request.parts)
     outputs = sum(max(len(part.types), 1) for part in request.parts)
-    verified = () if request.checks is None else (1.0, 1.0 + _tokens(request.checks) / _TOKENS_PER_WRITE) * outputs
+    checks = request.checks
+    if checks is None:
+        return (*downloads, *collects, _CALIBRATION if calibrates else 1.0)
+    sample = (float(checks.sample),) if checks.sample else ()  # a pass over both sides for each token
+    verified = (1.0, 1.0 + _tokens(checks) / _TOKENS_PER_WRITE, *sample) * outputs
     return (*downloads, *collects, _CALIBRATION if calibrates else 1.0, *verified)
 
 
@@ -107,7 +111,12 @@ def _request(
 
     checks = None
     if not output.no_verify:
-        checks = api.Checks(tokens=output.tokens, text=output.text, gates=api.parse_gates(output.gate or ()))
+        checks = api.Checks(
+            tokens=output.tokens,
+            text=output.text,
+            gates=api.parse_gates(output.gate or ()),
+            sample=output.sample or 0,
+        )
     return api.ConversionRequest(
         source=src,
         destination=dst,
@@ -143,7 +152,8 @@ def _refuse_unused(output: o.OutputOptions, reports: Reports) -> None:
     """Refuse options that ``--no-verify`` would ignore: they were given by mistake."""
     if not output.no_verify:
         return
-    given = {"--gate": output.gate, "--tokens": output.tokens, "--text": output.text, **reports.given}
+    checks = {"--gate": output.gate, "--tokens": output.tokens, "--text": output.text, "--sample": output.sample}
+    given = {**checks, **reports.given}
     for option, value in given.items():
         if value:
             raise UsageError(

@@ -202,7 +202,7 @@ def _resources(error: Exception) -> ToolError | None:
             "memory.exhausted", "not enough memory", hint="close other programs, or lower --memory and --threads"
         )
     if isinstance(error, RuntimeError) and "start new thread" in str(error):
-        return ResourceError("threads.exhausted", "the system gives no more threads", hint="lower --threads")
+        return ResourceError("threads.exhausted", "the system refused to start more threads", hint="lower --threads")
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EIO, errno.EDQUOT):
         place = error.filename or "standard output"
         return ResourceError(

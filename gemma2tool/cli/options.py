@@ -101,7 +101,7 @@ NoReaders = Annotated[
     bool,
     typer.Option(
         "--no-readers",
-        help="Don't let safetensors, gguf or bitsandbytes read the candidate too.",
+        help="Skip the second reading by safetensors, gguf or bitsandbytes.",
         rich_help_panel="Verification",
     ),
 ]
@@ -197,6 +197,16 @@ Gate = Annotated[
         rich_help_panel="Verification",
     ),
 ]
+Sample = Annotated[
+    int | None,
+    typer.Option(
+        "--sample",
+        metavar="N",
+        min=1,
+        help="Let source and output continue the prompt by N tokens; each token takes a pass over both.",
+        rich_help_panel="Verification",
+    ),
+]
 Lora = Annotated[
     list[str] | None,
     typer.Option(
@@ -231,6 +241,7 @@ class OutputOptions:
     tokens: Tokens = None
     text: Text = None
     gate: Gate = None
+    sample: Sample = None
     max_shard_size: MaxShardSize = "50GB"
     allow_nonfinite: AllowNonfinite = False
     clip_f16: ClipFloat16 = False

@@ -60,5 +60,5 @@ def _types(text: str) -> list[str]:
     """The types that "a,b" names, each once."""
     names = list(dict.fromkeys(name.strip() for name in text.lower().split(",") if name.strip()))
     if not names:
-        raise UsageError("type.missing", "--type names no type", hint="'gemma2tool formats' lists them")
+        raise UsageError("type.missing", "--type is empty", hint="'gemma2tool formats' lists them")
     return names

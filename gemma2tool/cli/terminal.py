@@ -261,7 +261,10 @@ class _PlainBar:
         self.lock = threading.Lock()
 
     def _amount(self, count: float) -> str:
-        return human_bytes(count) if self.unit == "bytes" else f"{count:,.0f} {self.unit}"
+        if self.unit == "bytes":
+            return human_bytes(count)
+        slow = 0 < count < 10 and count != int(count)
+        return f"{count:.2g} {self.unit}" if slow else f"{count:,.0f} {self.unit}"
 
     def advance(self, count: int, name: str = "", /) -> None:
         with self.lock:

@@ -81,7 +81,9 @@ class VerifyOptions:
     ] = None
     trust_config: Annotated[
         Path | None,
-        typer.Option("--trust-config", metavar="FILE", help="Roots of trust of another Sigstore than the public one."),
+        typer.Option(
+            "--trust-config", metavar="FILE", help="Roots of trust of a Sigstore instance other than the public one."
+        ),
     ] = None
     signature: Annotated[
         Path | None,
@@ -90,6 +92,7 @@ class VerifyOptions:
     tokens: o.Tokens = None
     text: o.Text = None
     gate: o.Gate = None
+    sample: o.Sample = None
     config: Annotated[
         Path | None,
         typer.Option(
@@ -158,7 +161,12 @@ def _request(candidate: str, options: VerifyOptions, reports: Reports) -> Verify
         issuer=options.issuer,
         trust_config=options.trust_config,
         signature=options.signature,
-        checks=api.Checks(tokens=options.tokens, text=options.text, gates=api.parse_gates(options.gate or ())),
+        checks=api.Checks(
+            tokens=options.tokens,
+            text=options.text,
+            gates=api.parse_gates(options.gate or ()),
+            sample=options.sample or 0,
+        ),
         config=options.config,
         reference_config=options.reference_config,
         readers=not options.no_readers,

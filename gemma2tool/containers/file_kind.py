@@ -28,7 +28,7 @@ _XML = re.compile(rb"\s*<(?:\?xml|Error>)")
 _XML_MESSAGE = re.compile(rb"<Message>([^<]*)</Message>")
 _MESSAGE_KEYS = ("error", "message", "detail", "msg", "error_description")
 _DOWNLOAD = "download the file itself; if it needs an account or a licence, log in first"
-_UNPACK = "unpack it, then give the folder or the file that was in it"
+_UNPACK = "unpack it, then pass the folder or the file that was in it"
 _ARCHIVES = {
     b"\x1f\x8b": "gzip",
     b"BZh": "bzip2",

@@ -293,7 +293,7 @@ def _tensor_infos(
         type_id, offset = cursor.integer(_U32), cursor.integer(_U64)
         if type_id not in blocks:
             known = f", {other_types[type_id]}" if type_id in other_types else ""
-            raise cursor.refusal("tensor-type", f"{where} has the type {type_id}{known}, which is not read")
+            raise cursor.refusal("tensor-type", f"{where} has the type {type_id}{known}, which is not supported")
         elements, size = blocks[type_id]
         # Without the zeros, so that a dimension of 0 does not hide an overflow of the others.
         if prod(dim for dim in dims if dim) * size >= 1 << 63:

@@ -51,9 +51,9 @@ def _parsed(parse: Callable[..., Any], text: str, what: str, max_chars: int) -> 
         def compose_node(self, parent: Any, index: Any) -> Any:
             event = self.peek_event()  # type: ignore[no-untyped-call]  # types-PyYAML does not annotate it
             if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None) is not None:
-                raise InputRefused("yaml.alias", f"{what}: has an anchor or alias, which is not read")
+                raise InputRefused("yaml.alias", f"{what}: has an anchor or alias, which is not supported")
             if getattr(event, "tag", None) is not None:
-                raise InputRefused("yaml.tag", f"{what}: has the tag {quoted(event.tag)}, which is not read")
+                raise InputRefused("yaml.tag", f"{what}: has the tag {quoted(event.tag)}, which is not supported")
             self.depth += 1
             if self.depth > MAX_DEPTH:
                 raise InputRefused("yaml.depth", f"{what}: nested more than {MAX_DEPTH} deep")

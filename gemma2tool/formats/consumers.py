@@ -79,6 +79,6 @@ def refuse_mismatches(
     mismatches = sentences(item for item in assumptions if item[0] not in representable)
     if mismatches and not options.allow_mismatch:
         raise InputRefused(
-            "format.mismatch", mismatches[0], hint="choose another format, or write it anyway with --allow-mismatch"
+            "format.mismatch", mismatches[0], hint="choose a different format, or write it anyway with --allow-mismatch"
         )
     return sentences(assumptions)

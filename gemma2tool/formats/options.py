@@ -383,7 +383,7 @@ class WriteOptions:
                     raise UsageError(
                         "option.ignored",
                         f"{info.flag} has no effect without --calibration",
-                        hint="give a text with --calibration",
+                        hint="pass a text with --calibration",
                     )
         for group in self._groups:
             refuse_ignored(group, format_name, self.type)

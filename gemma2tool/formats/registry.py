@@ -72,7 +72,7 @@ def detect(path: Path) -> Format:
         raise other_files.missing(path)
     path = model_folder(path)
     if not path.is_file() and not path.is_dir():
-        raise InputRefused("input.kind", f"{path}: neither a file nor a folder", hint="give the path of a checkpoint")
+        raise InputRefused("input.kind", f"{path}: neither a file nor a folder", hint="pass the path of a checkpoint")
     if path.is_file() and path.stat().st_size == 0:
         raise InputRefused("input.empty", f"{path}: the file is empty", hint="download the file again")
     if path.is_file() and (adapter := other_files.adapter(path)) is not None:

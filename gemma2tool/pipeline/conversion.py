@@ -34,6 +34,7 @@ from gemma2tool.storage.watching import Watch, watching
 
 if TYPE_CHECKING:
     from gemma2tool.pipeline.budget.plan import PlannedBudget
+    from gemma2tool.verify.reports.markup import Markup
 
 logger = logging.getLogger("gemma2tool")
 
@@ -78,10 +79,20 @@ class Conversion:
             self._write_modelfiles(results)
         if self.budget is not None and checks is not None and results[0].written:
             results = (self._beside_prediction(self.budget, results[0]),)
-        request.reports.write([result.verification for result in results if result.verification is not None])
+        verifications = [result.verification for result in results if result.verification is not None]
+        request.reports.write(verifications, self._sections(results))
         if len(results) == 1 and results[0].written:
             request.reports.write_bom(results[0].receipt, self.source, self.source.path)
         return results
+
+    def _sections(self, results: Sequence[ConversionResult]) -> Sequence[Markup]:
+        """What the page shows besides the verifications: a budget."""
+        outcome = results[0].budget
+        if self.budget is None or outcome is None or self.request.reports.html is None:
+            return ()
+        from gemma2tool.pipeline.budget.figures import budget_sections
+
+        return budget_sections(self.budget, outcome)
 
     def _write_modelfiles(self, results: Sequence[ConversionResult]) -> None:
         for result in results:
@@ -219,7 +230,7 @@ def _with_placeholder(request: ConversionRequest) -> ConversionRequest:
     if any(part.types for part in request.parts):
         raise UsageError("budget.options", f"--type and {target} both decide", hint="leave out --type")
     if len(request.parts) > 1:
-        raise UsageError("budget.options", f"{target} is of one output, and {len(request.parts)} are asked for")
+        raise UsageError("budget.options", f"{target} applies to one output, but {len(request.parts)} are requested")
     return _with_parts(request, [replace(part, types=(request.budget.placeholder(part.to),)) for part in request.parts])
 
 
@@ -228,10 +239,10 @@ def _check_bom(request: ConversionRequest) -> None:
     if request.reports.bom is None:
         return
     if request.checks is None or not request.run.receipt:
-        raise UsageError("option.ignored", "--bom is made from the receipt, and none is written", hint="write one")
+        raise UsageError("option.ignored", "--bom is made from the receipt, but none is written", hint="write one")
     if len(request.parts) > 1 or len(request.parts[0].types) > 1:
         hint = "write each with 'gemma2tool verify OUTPUT --bom FILE'"
-        raise UsageError("option.ignored", "--bom is of one output, and several are written", hint=hint)
+        raise UsageError("option.ignored", "--bom covers one output, but several are written", hint=hint)
 
 
 def _split_into_folders(request: ConversionRequest) -> ConversionRequest:

@@ -134,7 +134,7 @@ def _refuse_foreign_folder(destination: Path) -> None:
         raise UsageError(
             "output.not-a-checkpoint",
             f"{destination}: not replaced, even with --force: the folder contains no checkpoint",
-            hint="choose another name, or remove the folder yourself",
+            hint="choose a different name, or remove the folder yourself",
         ) from None
 
 

@@ -88,7 +88,7 @@ class _Comparison:
         given = self.checks.ids
         ids = prompt_for(self.candidate, self.candidate)[0] if given is None else np.atleast_2d(given)
         if len(ids) != 1:
-            raise UsageError("engine.prompt", f"token ids of shape {ids.shape}", hint="give one prompt, of shape (T,)")
+            raise UsageError("engine.prompt", f"token ids of shape {ids.shape}", hint="pass one prompt of shape (T,)")
         window = self.candidate.config.sliding_window
         return ids[0] if self.engine.has_window or window is None else ids[0, :window]
 

@@ -50,7 +50,7 @@ def checked_identity(name: str, issuer: str | None, trust_config: Path | None) -
         example = _WORKFLOWS if workflow else " or ".join(_ISSUERS)
         raise UsageError(
             "option.pair",
-            f"{name}: nothing says who must vouch for this identity",
+            f"{name}: no issuer is given for this identity",
             hint=f"add --issuer, as in {example}",
         )
     return Identity(name, issuer, trust_config)
@@ -60,7 +60,7 @@ def refuse_of_identities(issuer: str | None, trust_config: Path | None) -> None:
     """Raise ``UsageError`` for options that have no effect for a signer that is a file."""
     for option, value in (("--issuer", issuer), ("--trust-config", trust_config)):
         if value is not None:
-            raise UsageError("option.ignored", f"{option} is of identities, and --signed-by names a file")
+            raise UsageError("option.ignored", f"{option} applies to identities, but --signed-by names a file")
 
 
 def verifier(library: ModuleType, identity: Identity) -> Any:
@@ -87,7 +87,7 @@ def signer(library: ModuleType, token: str | None, trust_config: Path | None, *,
     with sigstore_errors(trust_config):
         token = token or oidc.detect_credential()
         if token is None and not interactive:
-            raise InputRefused("signature.identity", "there is no identity to sign with: no token, no CI service")
+            raise InputRefused("signature.identity", "no identity to sign with: no token and no CI service")
         if token is None:
             models = require("sigstore.models", "trust", "signing with an identity").ClientTrustConfig
             settings = (models.from_json(trust) if trust else models.production()).signing_config
@@ -123,7 +123,7 @@ def sigstore_errors(trust_config: Path | None) -> Iterator[None]:
             raise InputRefused("signature.identity", f"the identity cannot be used: {reason}") from error
         if trust_config is not None:
             raise InputRefused("signature.trust", f"{trust_config}: cannot be used: {reason}") from error
-        raise InputRefused("signature.identity", f"Sigstore did not accept the identity: {reason}") from error
+        raise InputRefused("signature.identity", f"Sigstore rejected the identity: {reason}") from error
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

@@ -138,7 +138,7 @@ def chunks_of(ids: list[int], size: int, bos: int | None, limit: int | None) -> 
         raise UsageError(
             "imatrix.short",
             f"the text has {len(ids)} tokens, a chunk {size}",
-            hint="give a longer text, or a smaller --chunk",
+            hint="pass a longer text, or a smaller --chunk",
         )
     return chunks
 

@@ -46,7 +46,7 @@ def read_tokens(path: Path, config: Gemma2Config) -> NDArray[np.int64]:
         raise InputRefused(
             "tokens.length",
             f"{path}: {ids.shape[1]} positions; the model has {config.max_position_embeddings}",
-            hint="cut the prompt, or give it as several rows (B, T)",
+            hint="shorten the prompt, or pass it as several rows (B, T)",
         )
     return ids
 
@@ -63,7 +63,7 @@ def read_ids(path: Path, vocab_size: int) -> NDArray[np.int64]:
         raise InputRefused(
             "tokens.npy",
             f"{path}: not a whole .npy file of numbers",
-            hint="make it with numpy.save('ids.npy', integer_array)",
+            hint="create it with numpy.save('ids.npy', integer_array)",
         ) from None
     if (
         not isinstance(ids, np.ndarray)
@@ -83,7 +83,7 @@ def read_ids(path: Path, vocab_size: int) -> NDArray[np.int64]:
         raise InputRefused(
             "tokens.range",
             f"{path}: id {low if low < 0 else high} is outside the vocabulary of {vocab_size}",
-            hint="the ids were made with another tokenizer",
+            hint="pass token ids of this model's tokenizer",
         )
     return ids.astype(np.int64)
 

@@ -24,7 +24,7 @@ def check_memory(nbytes: int, what: str, hint: str) -> None:
     if there is not None and nbytes > there:
         raise ResourceError(
             "memory.exhausted",
-            f"{what} take {human_bytes(nbytes)} of memory, {human_bytes(there)} can be had",
+            f"{what} need {human_bytes(nbytes)} of memory, and {human_bytes(there)} are available",
             hint=hint,
         )
 

@@ -46,7 +46,7 @@ def check_place(destination: Path) -> None:
         raise UsageError(
             "receipt.exists",
             f"{place}: is in the way of the receipt, and is not a receipt",
-            hint="move it, choose another name for the output, or write no receipt with --no-receipt",
+            hint="move it, choose a different name for the output, or pass --no-receipt",
         )
 
 

@@ -14,12 +14,12 @@ from gemma2tool.storage.paths import refuse_overwriting_input
 
 if TYPE_CHECKING:
     from gemma2tool.model.checkpoint import Checkpoint
+    from gemma2tool.verify.reports.markup import Markup
     from gemma2tool.verify.result import Failure, Result
 
 _KINDS = {
     "--junit": r"<\?xml\b[^>]*>\s*<testsuites?\b",
-    "--html": r'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-    r"(<meta [^>]*Content-Security-Policy|<title>Quality at a size: )",
+    "--html": r'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta [^>]*Content-Security-Policy',
     "--svg": r'<svg viewBox="[\d. ]+" role="img" xmlns=',
     "--png": "\ufffdPNG\r\n",
     "--markdown": r"\| [^\n]*\n\| -{3}",
@@ -64,10 +64,10 @@ class ReportFiles:
                 raise UsageError("report.same", message, hint="name another file")
         check_reports(self.by_option, (*others, *outputs.values()))
 
-    def write(self, results: Sequence[Result]) -> None:
-        """Write the requested reports; none if nothing was verified."""
+    def write(self, results: Sequence[Result], sections: Sequence[Markup] = ()) -> None:
+        """Write the requested reports; none if nothing was verified. ``sections``: what the page shows besides."""
         if results:
-            _write(self.by_option, results)
+            _write(self.by_option, results, sections)
 
     def write_failure(self, failure: Failure) -> None:
         """Write the requested reports of a run that has no result, in place of those of an earlier run.
@@ -90,7 +90,7 @@ class ReportFiles:
             replace_report(self.bom, bill(read_receipt(receipt), Origin(license_of(model), revision)))
 
 
-def _write(named: Mapping[str, Path], results: Sequence[Result]) -> None:
+def _write(named: Mapping[str, Path], results: Sequence[Result], sections: Sequence[Markup] = ()) -> None:
     """Write reports of results, by option."""
     if not named:
         return
@@ -99,7 +99,7 @@ def _write(named: Mapping[str, Path], results: Sequence[Result]) -> None:
     if "--junit" in named:
         replace_report(named["--junit"], junit.junit(results))
     if "--html" in named:
-        replace_report(named["--html"], page.html(results))
+        replace_report(named["--html"], page.html(results, sections))
     if "--summary" in named:
         _append(named["--summary"], markdown.summary(results))
 
@@ -122,9 +122,9 @@ def check_reports(named: Mapping[str, Path], others: Iterable[Path]) -> None:
         refuse_overwriting_input(others, path)
         appended = option == "--summary" and path.exists()
         if not os.access(path if appended else path.absolute().parent, os.W_OK):
-            raise ResourceError("report.unwritable", f"{option} {path}: may not be written")
+            raise ResourceError("report.unwritable", f"{option} {path}: is not writable")
         if not may_be_report(option, path):
-            raise UsageError("report.other-file", f"{option} {path}: exists and is not such a report")
+            raise UsageError("report.other-file", f"{option} {path}: exists and is not a report of this kind")
 
 
 def may_be_report(option: str, path: Path) -> bool:

@@ -28,20 +28,25 @@ class Checks:
     """How a candidate is verified.
 
     ``tokens``: token ids (.npy) for the forward passes, or ``text``, a file of UTF-8 text; neither: the built-in sample
-    text. ``gates``: limits that replace the defaults, by name ("kl").
+    text. ``gates``: limits that replace the defaults, by name ("kl"). ``sample``: tokens by which source and candidate
+    continue the prompt, for people to read; each takes a pass over both models.
     """
 
     tokens: Path | None = None
     text: Path | None = None
     gates: Mapping[str, float] = field(default_factory=dict)
+    sample: int = 0
 
     @classmethod
-    def of(cls, tokens: Path | str | None, text: Path | str | None, gates: Mapping[str, float] | None) -> Checks:
+    def of(
+        cls, tokens: Path | str | None, text: Path | str | None, gates: Mapping[str, float] | None, sample: int = 0
+    ) -> Checks:
         """From paths as strings or ``Path``."""
         return cls(
             tokens=None if tokens is None else Path(tokens),
             text=None if text is None else Path(text),
             gates=dict(gates or {}),
+            sample=sample,
         )
 
     @property

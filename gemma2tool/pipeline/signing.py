@@ -67,7 +67,7 @@ class SignRequest:
         if (self.certificate or self.chain) and self.key is None:
             raise UsageError("option.pair", "--certificate and --chain need the private key", hint="add --key key.pem")
         if self.trust_config and not self.keyless:
-            raise UsageError("option.ignored", "--trust-config is of signatures by identity", hint="add --keyless")
+            raise UsageError("option.ignored", "--trust-config applies to signatures by identity", hint="add --keyless")
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,7 @@ def render(template: str, values: Mapping[str, Any], where: str) -> str:
 
     def refused(kind: str, what: str) -> InputRefused:
         return InputRefused(
-            f"template.{kind}", f"{where}: the chat template {what}", hint="use --raw to give the prompt as it is"
+            f"template.{kind}", f"{where}: the chat template {what}", hint="use --raw to pass the prompt unchanged"
         )
 
     if len(template) > MAX_TEMPLATE_CHARS:
@@ -70,7 +70,7 @@ def render(template: str, values: Mapping[str, Any], where: str) -> str:
                 answer = _outcome(template, values)
     except (limited_process.LimitExceeded, _TooLong):
         limits = f"{SECONDS} seconds, {MEMORY >> 20} MiB of memory and {MAX_TEXT_CHARS} characters"
-        raise refused("limits", f"is not done within {limits}") from None
+        raise refused("limits", f"does not finish within {limits}") from None
     problem, _, text = answer.partition("\n")
     if problem:
         raise refused("broken", f"cannot be rendered ({problem})")

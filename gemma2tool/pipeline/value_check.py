@@ -96,9 +96,9 @@ class ValueCheck:
     def raise_refusal(self) -> None:
         """Raises ``InputRefused`` that names the tensors, if any value was refused."""
         if self._nonfinite:
-            hint = "use another copy of the checkpoint, or store the values as they are with --allow-nonfinite"
+            hint = "use a different copy of the checkpoint, or store the values as they are with --allow-nonfinite"
             if self._quantized:
-                hint = "use another copy of the checkpoint: no quantized type can hold them"
+                hint = "use a different copy of the checkpoint: no quantized type can hold them"
             raise InputRefused(
                 "weights.nonfinite", _counts_sentence("NaN or infinite values", self._nonfinite.values()), hint=hint
             )

@@ -114,10 +114,14 @@ def _verify(request: VerifyRequest, progress: Progress | None) -> Verification:
         )
     if request.reports.bom is not None and (request.reference or request.logits or request.engines or request.server):
         raise UsageError("option.ignored", "--bom is made from a receipt", hint="leave out --reference and --logits")
+    if request.checks.sample and request.reference is None:
+        raise UsageError(
+            "option.ignored", "--sample lets the source and the candidate continue a text", hint="add --reference SRC"
+        )
     for option in ("signature", "issuer", "trust_config") if request.signed_by is None else ():
         if getattr(request, option) is not None:
             typed = f"--{option.replace('_', '-')}"
-            raise UsageError("option.pair", f"{typed} says nothing without a signer", hint="add --signed-by")
+            raise UsageError("option.pair", f"{typed} has no effect without --signed-by", hint="add --signed-by")
     local = Path(request.candidate)
     signature = None if request.signed_by is None else _signature(request, local, str(request.signed_by))
     if signature is not None and not chosen and not receipt_path(local).exists():
@@ -141,7 +145,7 @@ def _verify(request: VerifyRequest, progress: Progress | None) -> Verification:
 def _signature(request: VerifyRequest, candidate: Path, signed_by: str) -> GateResult:
     """The gate of the candidate's signature, and of its receipt's where that is what it is held to."""
     if is_remote(str(request.candidate)):
-        raise UsageError("option.ignored", "--signed-by is of files on this disk", hint="download the model first")
+        raise UsageError("option.ignored", "--signed-by works for local files only", hint="download the model first")
     signer = named_signer(signed_by, request.issuer, request.trust_config)
     request.reports.check((*([] if signer.kind == "identity" else [Path(signed_by)]), candidate))
     receipt = request.receipt or receipt_path(candidate)
@@ -178,6 +182,7 @@ def verify_output(
         threads=threads,
         progress=progress,
         chosen=Chosen() if options is None else chosen_differences(options, source, candidate),
+        sample=checks.asked.sample,
     )
     wanted = checks.readers and candidate.address is None  # libraries read local files
     with reading(candidate, wanted=wanted, own_names=options is not None) as gate:
@@ -256,7 +261,7 @@ def _with_engines(request: VerifyRequest, progress: Progress | None) -> Verifica
     checks = request.checks
     with _opened(request.candidate, resolve_config(request.config)) as candidate:
         if candidate.address is not None:  # an engine would read the stand-ins of its files
-            raise UsageError("option.ignored", "--engine is of files on this disk", hint="download the model first")
+            raise UsageError("option.ignored", "--engine works for local files only", hint="download the model first")
         request.reports.check((*checks.files, *candidate.files))
         log_warnings(candidate, candidate.path.name)
         ids = read_prompts(checks.tokens, checks.text, candidate)

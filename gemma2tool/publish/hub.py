@@ -87,7 +87,7 @@ class Target:
         for name, file in files.items():
             operation = CommitOperationAdd(path_in_repo=name, path_or_fileobj=str(file.path))
             if operation.upload_info.sha256.hex() != file.sha256:
-                raise InputRefused("publish.changed", f"{file.path}: is not what was verified")
+                raise InputRefused("publish.changed", f"{file.path}: has changed since it was verified")
             operations.append(operation)
         self.api.create_commit(self.name, operations, commit_message=message)
 

@@ -84,9 +84,9 @@ class Output:
     def _checked(self, threads: int) -> Receipt:
         receipt = self.own_receipt()
         if receipt is None:
-            raise UsageError("release.other", f"{self.path}: is there, with no receipt of this release")
+            raise UsageError("release.other", f"{self.path}: exists, but has no receipt of this release")
         if list(receipt.files) != digest_files(self.path, file_names(self.path), threads=threads):
-            raise UsageError("release.other", f"{self.path}: is there, and is not what its receipt describes")
+            raise UsageError("release.other", f"{self.path}: exists, but does not match its receipt")
         return receipt
 
     def own_receipt(self) -> Receipt | None:
@@ -201,7 +201,7 @@ class Release:
 def check_request(request: ReleaseRequest) -> None:
     """Raises ``UsageError`` for what can be refused before the source is opened."""
     if not request.types:
-        raise UsageError("type.missing", "--types names no type", hint="'gemma2tool formats' lists them")
+        raise UsageError("type.missing", "--types is empty", hint="'gemma2tool formats' lists them")
     check_types(request.types)
     check_template(request.template, request.types)
     if request.model is not None:
@@ -253,7 +253,7 @@ def open_release(
         raise UsageError(
             "release.text",
             f"{path}: has {ids.size:,} tokens in whole windows, and {request.tokens:,} are asked for",
-            hint="give a longer text with --text, or fewer --tokens",
+            hint="pass a longer text with --text, or fewer --tokens",
         )
     imatrix = request.imatrix
     if request.imatrix_text is not None:

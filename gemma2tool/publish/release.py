@@ -163,7 +163,7 @@ def card(opened: Release, entries: Sequence[CardEntry], repository: str | None) 
     asked = request.card
     base = repository_name(asked.base_model, "--base-model") if asked.base_model else _repository(source)
     if base is None:
-        logger.warning("the card names no base model: give it with --base-model ORG/NAME")
+        logger.warning("the card names no base model: pass it with --base-model ORG/NAME")
     by = asked.quantized_by or (repository.partition("/")[0] if repository else None)
     return Card(
         model=opened.model,
@@ -216,7 +216,7 @@ def collect_imatrix(opened: Release, progress: Progress | None) -> bool:
             if read_imatrix(place).dataset == dataset:
                 return False
         if not request.run.force:
-            raise UsageError("release.other", f"{place}: is there, and is of another text or source")
+            raise UsageError("release.other", f"{place}: exists, but comes from a different text or source")
     with progress_or_null(progress, chunks.size, "importance matrix", unit="tokens") as bar:
         sums = importance.collect(
             source, chunks, threads=request.run.threads, folder=opened.folder, advance=bar.advance

@@ -50,7 +50,7 @@ def built_in(use: Use) -> str:
 
         code = "\n".join(_source(name) for name in _MODULES[use])
     except (ImportError, OSError, ModuleNotFoundError):
-        raise UsageError("release.text", "this Python has no documentation to take as text") from None
+        raise UsageError("release.text", "this Python installation has no documentation to use as text") from None
     first = ("calibration", "measurement").index(use)
     prose = _by_turns([text for _, text in sorted(topics.items())])[first]
     pieces = [code[start : start + _PIECE] for start in range(0, len(code), _PIECE)]

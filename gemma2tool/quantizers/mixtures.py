@@ -325,7 +325,7 @@ def _refuse_undivided(matrix: Matrix, type: str, blocks: Mapping[str, int]) -> N
             "quantize.block",
             f"{matrix.name} has rows of {matrix.cols} values, which do not divide into {type}'s blocks of"
             f" {blocks[type]}",
-            hint="choose another type for the embedding",
+            hint="choose a different type for the embedding",
         )
 
 

@@ -38,7 +38,7 @@ def chat_entry(checkpoint: Checkpoint) -> dict[str, Any]:
 def chat_gate(candidate: Checkpoint, recorded: Mapping[str, Any] | None) -> GateResult:
     """Whether chat templates and stop tokens are those of the receipt."""
     if recorded is None:
-        return GateResult(GATE, "skipped", "the receipt says nothing of chat templates and stop tokens")
+        return GateResult(GATE, "skipped", "the receipt does not cover chat templates and stop tokens")
     actual = chat_entry(candidate)
     holds_any = actual["templates"] or actual["stops"] or candidate.facts.holds_tokenizer
     if (recorded["templates"] or recorded["stops"]) and not holds_any:

@@ -172,13 +172,13 @@ def read_receipt(path: Path) -> Receipt:
     content = _content(path)
     if not isinstance(content, dict) or content.get("schema") != "gemma2tool.receipt":
         raise InputRefused(
-            "receipt.schema", f"{path}: not a receipt", hint="give the file that gemma2tool wrote beside the output"
+            "receipt.schema", f"{path}: not a receipt", hint="pass the file that gemma2tool wrote beside the output"
         )
     if content.get("schema_version") != SCHEMA_VERSION:
         raise InputRefused(
             "receipt.version",
             f"{path}: a receipt of a version other than {SCHEMA_VERSION}, which this gemma2tool supports",
-            hint="use the gemma2tool that wrote it, or a newer one",
+            hint="use the version of gemma2tool that wrote it, or a newer one",
         )
     if wrong := violation(content, schema()):
         raise InputRefused(
@@ -206,7 +206,7 @@ def _content(path: Path) -> Any:
     try:
         return strict_json.load(path, what="receipt", max_bytes=MAX_BYTES, max_depth=MAX_DEPTH, max_values=MAX_VALUES)
     except InputRefused as refused:
-        hint = refused.hint or "give the file that gemma2tool wrote beside the output, complete and unchanged"
+        hint = refused.hint or "pass the file that gemma2tool wrote beside the output, complete and unchanged"
         raise InputRefused(refused.id, refused.message, hint=hint) from refused
 
 

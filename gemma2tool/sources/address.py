@@ -67,7 +67,7 @@ def parse(text: str) -> Address | HubAddress | None:
     if scheme in STORES:
         scheme = "gs" if scheme == "gcs" else scheme
     elif scheme not in WEB:
-        raise UsageError("source.address", f"{text}: addresses of the kind {scheme}:// are not read")
+        raise UsageError("source.address", f"{text}: {scheme}:// addresses are not supported")
     if not rest.strip("/"):
         raise UsageError("source.address", f"{text}: names no file or folder")
     return Address(scheme, rest)
@@ -91,5 +91,5 @@ def _hub(text: str, rest: str) -> HubAddress:
         rest = "/".join(parts[1:])
     match = _HUB.fullmatch(rest)
     if match is None:
-        raise UsageError("source.address", f"{text}: names no repository of models")
+        raise UsageError("source.address", f"{text}: does not name a model repository")
     return HubAddress(match[1], unquote(match[2]) if match[2] else None, (match[3] or "").strip("/"))

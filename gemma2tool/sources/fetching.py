@@ -36,9 +36,7 @@ def fetch_into(file: RemoteFile, offset: int, view: memoryview, stop: threading.
             with file.stream(offset + done, len(view) - done) as pieces:
                 for piece in pieces:
                     if done + len(piece) > len(view):
-                        raise InputRefused(
-                            "source.length", f"{file.where}: the server sent more bytes than it was asked for"
-                        )
+                        raise InputRefused("source.length", f"{file.where}: the server sent more bytes than requested")
                     if stop.is_set():
                         raise Stopped
                     view[done : done + len(piece)] = piece

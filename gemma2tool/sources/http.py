@@ -81,7 +81,7 @@ class HTTPFile:
         elif (stated := response.headers.get("content-length")) is not None and number(stated) != self.size:
             raise changed(self.where, f"it had {self.size} bytes, now {stated}")
         if response.headers.get("content-encoding", "identity") != "identity":
-            raise InputRefused("source.no-ranges", f"{self.where}: the server compresses what it sends")
+            raise InputRefused("source.no-ranges", f"{self.where}: the server compresses its responses")
         self._check_validator(response.headers)
         if location is None and urlsplit(str(response.url)).netloc != urlsplit(self.url).netloc:
             self._location = str(response.url)
@@ -149,10 +149,10 @@ def http_errors(where: str) -> Iterator[None]:
     try:
         yield
     except httpx2.TooManyRedirects as error:
-        raise InputRefused("source.refused", f"{where}: the server redirects without end") from error
+        raise InputRefused("source.refused", f"{where}: too many redirects") from error
     except (httpx2.InvalidURL, httpx2.UnsupportedProtocol) as error:
         raise InputRefused(
-            "source.refused", f"{where}: leads to an address that is not of a web server: {words(error)}"
+            "source.refused", f"{where}: redirects to an address that is not a web server's: {words(error)}"
         ) from error
     except httpx2.DecodingError as error:
         raise InputRefused("source.refused", f"{where}: the answer cannot be decompressed: {words(error)}") from error

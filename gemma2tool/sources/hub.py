@@ -140,7 +140,7 @@ class Repository:
         then = "check that your token may read it" if _token_is_known() else f"if it is private, {_LOG_IN}"
         return InputRefused(
             "source.missing",
-            f"{self.address}: the hub has no such repository, or does not show it to you",
+            f"{self.address}: no such repository on the hub, or you have no access to it",
             hint=f"check the name; {then}",
         )
 

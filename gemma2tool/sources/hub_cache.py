@@ -28,5 +28,5 @@ def snapshot(path: Path) -> Path:
     raise InputRefused(
         "source.snapshots",
         f"{path}: holds {len(snapshots)} snapshots{': ' if listed else ''}{listed}, and none is that of main",
-        hint="give the folder of one of them" if snapshots else "download the repository again",
+        hint="pass the folder of one of them" if snapshots else "download the repository again",
     )

@@ -43,7 +43,7 @@ def download(path: Path, folder: Path, advance: Advance = lambda nbytes, name: N
                 advance(reader.size, name)
                 continue
             if target.exists() and name not in record:
-                raise InputRefused("source.kept", f"{target}: is in the way of a download, and is not from one")
+                raise InputRefused("source.kept", f"{target}: is in the way of a download that did not create it")
             resumes = record.get(name) == version
             record[name] = version
             _write_record(folder, record)

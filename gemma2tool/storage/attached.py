@@ -140,5 +140,5 @@ def _disk_errors(address: str) -> Iterator[None]:
     except OSError as error:
         where = f": {error.filename}" if error.filename else ""
         raise ResourceError(
-            "source.place", f"{address}: no place for stand-ins of its files{where}: {error.strerror}"
+            "source.place", f"{address}: cannot create placeholders of its files{where}: {error.strerror}"
         ) from error

@@ -120,7 +120,7 @@ def refuse_overwriting_input(sources: Iterable[str | os.PathLike[str]], destinat
             raise UsageError(
                 "output.is-input",
                 f"{destination}: is the input {source}, or contains it",
-                hint="choose another destination",
+                hint="choose a different destination",
             )
 
 
@@ -140,7 +140,7 @@ def refuse_existing(destination: str | os.PathLike[str], *, force: bool, folder:
             return
     if not force:
         raise UsageError(
-            "output.exists", f"{path}: already exists", hint="choose another name, or replace it with --force"
+            "output.exists", f"{path}: already exists", hint="choose a different name, or replace it with --force"
         )
     if stat.S_ISLNK(mode):
         raise UsageError("output.link", f"{path}: is a symbolic link", hint="remove it, or name the file it points to")
@@ -148,16 +148,16 @@ def refuse_existing(destination: str | os.PathLike[str], *, force: bool, folder:
         existing = "folder" if stat.S_ISDIR(mode) else "file" if stat.S_ISREG(mode) else "device or pipe"
         output = "folder" if folder else "file"
         raise UsageError(
-            "output.kind", f"{path}: is a {existing}, but the output is a {output}", hint="choose another name"
+            "output.kind", f"{path}: is a {existing}, but the output is a {output}", hint="choose a different name"
         )
     protected = (Path.cwd(), *Path.cwd().parents, Path(os.path.expanduser("~")))
     if folder and any(same_file(protected_folder, path) for protected_folder in protected):
         raise UsageError(
             "output.kind",
             f"{path}: is or contains the current folder, or is your home folder",
-            hint="choose another name",
+            hint="choose a different name",
         )
     if folder and os.path.lexists(path / ".git"):
         raise UsageError(
-            "output.kind", f"{path}: is a git repository", hint="choose another name, then move the files there"
+            "output.kind", f"{path}: is a git repository", hint="choose a different name, then move the files there"
         )

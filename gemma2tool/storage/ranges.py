@@ -62,7 +62,7 @@ class LocalFile:
             if not stat.S_ISREG(status.st_mode):
                 kind = "folder" if stat.S_ISDIR(status.st_mode) else "pipe, socket or device"
                 raise InputRefused(
-                    "file.not-regular", f"{self.path}: is a {kind}, not a regular file", hint="give the path of a file"
+                    "file.not-regular", f"{self.path}: is a {kind}, not a regular file", hint="pass the path of a file"
                 )
             self.size = status.st_size
             self.version = f"changed at {status.st_mtime_ns} ns"

@@ -28,5 +28,5 @@ def read_text(path: str | os.PathLike[str], *, what: str) -> str:
     except UnicodeDecodeError as error:
         raise InputRefused("text.encoding", f"{path}: not UTF-8 text (byte {error.start})", hint=hint) from None
     if not text:
-        raise UsageError("text.empty", f"{path}: is empty", hint="give a file that contains text")
+        raise UsageError("text.empty", f"{path}: is empty", hint="pass a file that contains text")
     return text

@@ -68,7 +68,9 @@ def parse_gates(pairs: Iterable[str]) -> dict[str, float]:
     Gates().overridden(limits)
     if limits.get("top1", 0.0) > 1:  # perhaps meant as a percentage
         raise UsageError(
-            "gate.contradiction", f"top1={limits['top1']:g} is more than all positions", hint="top1=1 is all"
+            "gate.contradiction",
+            f"top1={limits['top1']:g} is more than all positions",
+            hint="top1=1 means all positions",
         )
     return limits
 

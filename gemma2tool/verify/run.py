@@ -22,7 +22,7 @@ from gemma2tool.verify.compare.completeness import compare_names, is_comparable
 from gemma2tool.verify.compare.config import compare_configs
 from gemma2tool.verify.compare.consumers import assumptions
 from gemma2tool.verify.compare.folding import folded_source
-from gemma2tool.verify.compare.measurements import Drift, Measurements, Tokens, tensor_errors
+from gemma2tool.verify.compare.measurements import Drift, Measurements, Sample, Tokens, tensor_errors
 from gemma2tool.verify.compare.metrics import LogitMetrics
 from gemma2tool.verify.compare.reference_logits import ReferencePair
 from gemma2tool.verify.compare.rules import TensorRules, kind_of
@@ -52,7 +52,7 @@ class VerifySettings:
     reported, not an error. ``rounding``: how the candidate's codes were chosen, on which depends how far single values
     may be off (default: as the candidate says). ``threads``: for
     reading, comparing and the forward passes; the results of comparing tensors do not depend on it. ``chosen``: what
-    an option asked to be otherwise than in the source.
+    an option asked to be otherwise than in the source. ``sample``: how many tokens both sides continue the prompt by.
     """
 
     ids: ArrayLike | None = None
@@ -64,6 +64,7 @@ class VerifySettings:
     threads: int = 1
     progress: Progress | None = None
     chosen: Chosen = field(default_factory=Chosen)
+    sample: int = 0
 
 
 def verify(source: Checkpoint, candidate: Checkpoint, settings: VerifySettings | None = None) -> Verification:
@@ -109,6 +110,7 @@ class _Run:
         self.seconds: dict[str, float] = {}
         self.comparisons: list[TensorComparison] | None = None
         self.logits: _LogitsResult | None = None
+        self.sample: Sample | None = None
 
     def run(self) -> Verification:
         levels = self.settings.levels
@@ -131,6 +133,9 @@ class _Run:
         if "logits" in levels:
             with self._timed("logits"):
                 self._compare_logits(kind, limits)
+        if self.logits is not None and self.settings.sample and not self.source.config.use_bidirectional_attention:
+            with self._timed("sample"):
+                self.sample = self._continue_prompt(self.logits.tokens)
         self._check_unchanged()
         causes: tuple[Cause, ...] = ()
         own_limits = only_beyond_chosen_limits(self.gates, self.usual, self.comparisons or (), self.settings.gates)
@@ -234,6 +239,15 @@ class _Run:
         options = LogitOptions(text=text, probe=False)
         return compare_logits(self.source, noisy, ids, options, threads=self.settings.threads).metrics
 
+    def _continue_prompt(self, tokens: Tokens) -> Sample:
+        from gemma2tool.verify.compare.sample import continue_prompt
+
+        count, settings = self.settings.sample, self.settings
+        with progress_or_null(settings.progress, 2 * count, "sample", unit="tokens") as bar:
+            return continue_prompt(
+                self.source, self.candidate, tokens.ids, count, threads=settings.threads, advance=bar.advance
+            )
+
     def _diagnose(self, kind: str) -> tuple[Cause, ...]:
         """The known mistakes that explain the failures.
 
@@ -278,4 +292,4 @@ class _Run:
         tensors = None if self.comparisons is None else tensor_errors(self.comparisons)
         if self.logits is None:
             return Measurements(tensors)
-        return Measurements(tensors, self.logits.drift, self.logits.tokens, self.logits.reference)
+        return Measurements(tensors, self.logits.drift, self.logits.tokens, self.logits.reference, self.sample)

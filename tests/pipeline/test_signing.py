@@ -224,7 +224,7 @@ def test_a_receipt_as_a_statement(outputs: Path, tmp_path: Path) -> None:
 )
 def test_signatures_are_of_local_files(keys: Path, address: str) -> None:
     result = run("verify", address, "--signed-by", keys / "alice.pub")
-    assert_refused(result, 2, "option.ignored", "--signed-by is of files on this disk")
+    assert_refused(result, 2, "option.ignored", "--signed-by works for local files only")
 
 
 @pytest.mark.slow

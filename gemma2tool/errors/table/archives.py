@@ -16,7 +16,7 @@ ENTRIES = (
     refused("hdf5.cycle", "groups are nested too deep or contain themselves", _KERAS),
     refused(
         "hdf5.dense",
-        "a group keeps its links in a fractal heap, which is not read",
+        "a group stores its links in a fractal heap, which is not supported",
         "save it again with a current Keras",
     ),
     refused("hdf5.dtype", "an array does not hold floating-point values", "check that the file is a Gemma 2 model"),
@@ -30,17 +30,17 @@ ENTRIES = (
     refused("hdf5.object", "an object is neither a group nor an array", _KERAS),
     refused("hdf5.overflow", "the shape of an array overflows", _KERAS),
     refused("hdf5.overlap", "two arrays overlap", _KERAS),
-    refused("hdf5.superblock", "the superblock is of a kind that is not read", _KERAS),
+    refused("hdf5.superblock", "the superblock version is not supported", _KERAS),
     refused("hdf5.too-many-objects", "the file has more objects than are accepted", _KERAS),
     refused("hdf5.truncated", "the file is shorter than its superblock says", _KERAS),
     refused("ocdbt.checksum", "a checksum does not match", _OCDBT),
     refused("ocdbt.compression", "a node cannot be decompressed", _OCDBT),
     refused("ocdbt.extent", "a reference lies outside its file", _OCDBT),
     refused("ocdbt.key", "the keys of a node are not in order", _OCDBT),
-    refused("ocdbt.length", "a node has another length than its header says", _OCDBT),
-    refused("ocdbt.link", "the database contains a symbolic link", "replace the link by a copy"),
+    refused("ocdbt.length", "a node's length differs from its header", _OCDBT),
+    refused("ocdbt.link", "the database contains a symbolic link", "replace the link with a copy"),
     refused("ocdbt.magic", "a file of the database is not OCDBT", _OCDBT),
-    refused("ocdbt.manifest", "the manifest is of a kind that is not read", _OCDBT),
+    refused("ocdbt.manifest", "the kind of manifest is not supported", _OCDBT),
     refused("ocdbt.path", "the database refers to a file outside its folder, or its table of files is broken", _OCDBT),
     refused("ocdbt.too-large", "the tree is larger than is accepted", _OCDBT),
     refused("ocdbt.too-many-entries", "the database has more keys than are accepted", _OCDBT),
@@ -68,7 +68,9 @@ ENTRIES = (
     refused("pickle.truncated", "the pickle ends early", _PICKLE),
     refused("pickle.type", "the pickle uses an object of the wrong type", _PICKLE),
     refused("pickle.utf8", "a text of the pickle is not UTF-8", _PICKLE),
-    refused("sbs.config", "the file does not describe a Gemma 2", "use a Gemma 2 file: no other can be read"),
+    refused(
+        "sbs.config", "the file does not describe a Gemma 2", "use a Gemma 2 file: no other architecture is supported"
+    ),
     refused("sbs.contents", "the table of contents is incomplete or names a blob that is missing", _DOWNLOAD),
     refused("sbs.duplicate-key", "a blob appears twice", _DOWNLOAD),
     refused("sbs.extent", "a blob does not begin where the one before it ends", _DOWNLOAD),
@@ -80,7 +82,7 @@ ENTRIES = (
     refused("sbs.too-many-blobs", "the file claims more blobs than are accepted", _DOWNLOAD),
     refused("sbs.truncated", "the file has no directory at its end, or ends within it", _DOWNLOAD),
     refused(
-        "sbs.type", "a tensor has a type of gemma.cpp that is not read", "use a file of type sfp, bf16, f32 or nuq"
+        "sbs.type", "a tensor has a gemma.cpp type that is not supported", "use a file of type sfp, bf16, f32 or nuq"
     ),
     refused("torch.archive", "the archive is not laid out as torch.save does", _TORCH),
     refused("torch.bounds", "a tensor reaches beyond its storage", _TORCH),
@@ -101,7 +103,7 @@ ENTRIES = (
     ),
     refused("torch.overflow", "the shape of a tensor overflows", _TORCH),
     refused("torch.storage-missing", "the storage of a tensor is not in the file", _TORCH),
-    refused("torch.storage-size", "a storage has another size than the pickle says", _TORCH),
+    refused("torch.storage-size", "a storage's size differs from what the pickle says", _TORCH),
     refused("torch.stride", "a tensor repeats elements (stride 0)", "save contiguous tensors with torch.save"),
     refused(
         "torch.strides", "a tensor is not stored row after row", "save the state dict again with contiguous tensors"
@@ -115,18 +117,18 @@ ENTRIES = (
     refused("zip.directory", "the central directory contradicts the archive", _TORCH),
     refused("zip.duplicate-member", "a member appears twice", _TORCH),
     refused("zip.encrypted", "a member is encrypted", _TORCH),
-    refused("zip.end", "the archive does not end with its end record: it is cut, or bytes were appended", _TORCH),
+    refused("zip.end", "the archive does not end with its end record: it is truncated, or bytes were appended", _TORCH),
     refused("zip.extra", "a member has broken extra fields", _TORCH),
     refused("zip.gap", "bytes between two members belong to no member", _TORCH),
     refused("zip.local-header", "a local header is missing or contradicts the directory", _TORCH),
-    refused("zip.member-name", "a member has a name that is not plain text", _TORCH),
+    refused("zip.member-name", "a member's name is not plain text", _TORCH),
     refused(
         "zip.multi-disk", "the file is one part of an archive in several parts", "join the parts, or save it again"
     ),
     refused("zip.overlap", "two members overlap", _TORCH),
-    refused("zip.past-end", "a member reaches beyond the members' part of the file", _TORCH),
+    refused("zip.past-end", "a member extends past the members' part of the file", _TORCH),
     refused("zip.size", "a member has an impossible size", _TORCH),
-    refused("zip.too-many-members", "the archive claims more members than are accepted", _TORCH),
+    refused("zip.too-many-members", "the archive claims more members than the limit allows", _TORCH),
     refused("zip.truncated", "the file is too short for a zip archive", _TORCH),
     refused("zip.zip64", "the zip64 records are missing or contradict the archive", _TORCH),
 )

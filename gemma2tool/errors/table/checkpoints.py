@@ -10,7 +10,7 @@ _DOWNLOAD = "the checkpoint is damaged or incomplete: download it again"
 ENTRIES = (
     refused(
         "checkpoint.dtype",
-        "a tensor has a type that plain weights do not have",
+        "a tensor has a dtype that unquantized weights never have",
         "save the weights as float32, float16 or bfloat16; codes of a quantization need their scales and the"
         " quantization_config of the library that wrote them",
     ),
@@ -27,7 +27,7 @@ ENTRIES = (
     ),
     refused(
         "checkpoint.other-model",
-        "the checkpoint has no tensor of two kinds that a Gemma 2 has in every layer: it is another model",
+        "the checkpoint lacks two kinds of tensors that a Gemma 2 has in every layer: it is a different model",
         "only Gemma 2 (2B, 9B, 27B and models of their architecture) can be read",
     ),
     refused(
@@ -42,28 +42,28 @@ ENTRIES = (
     ),
     refused(
         "checkpoint.shape",
-        "a tensor has another shape than the config requires",
+        "a tensor's shape differs from what the config requires",
         "the config contradicts the weights: pass the right one with --config",
     ),
     refused(
         "checkpoint.unexpected-tensor",
-        "the checkpoint holds tensors that a Gemma 2 with its config does not have",
+        "the checkpoint contains tensors that a Gemma 2 with this config does not have",
         "pass the config of these weights with --config; only plain Gemma 2 models can be read",
     ),
     refused(
         "checkpoint.unmerged-adapter",
-        "an adapter lies in the state dict beside the weights, not merged into them",
+        "the state dict contains an adapter that is not merged into the weights",
         "load it with peft and save what merge_and_unload() returns",
     ),
     refused(
         "checkpoint.untied-head",
-        "the output matrix differs from the embedding, but the config says that they are one",
-        "set tie_word_embeddings to false in the config if the head was trained on its own, else remove it",
+        "the output matrix differs from the embedding, but the config ties them",
+        "set tie_word_embeddings to false in the config if the head was trained separately, otherwise remove it",
     ),
     refused(
         "format.mismatch",
         "programs that read the format would compute something other than this model",
-        "choose another format, or write it anyway with --allow-mismatch",
+        "choose a different format, or write it anyway with --allow-mismatch",
     ),
     refused(
         "format.no-place", "the format cannot hold one of the tensors", "write a Hugging Face folder instead: --to hf"
@@ -78,7 +78,7 @@ ENTRIES = (
         "the format cannot hold one of the tensors",
         "write a Hugging Face folder instead: --to hf",
     ),
-    refused("gemma-pytorch.scaler", "int8 codes and their scales do not fit together", _DOWNLOAD),
+    refused("gemma-pytorch.scaler", "int8 codes and their scales do not match", _DOWNLOAD),
     refused("gemma-pytorch.state-dict", "the file holds no model_state_dict", "give a Gemma 2 .ckpt"),
     usage(
         "gemma-pytorch.type",
@@ -89,7 +89,7 @@ ENTRIES = (
     refused(
         "keras.archive",
         "a .keras archive, not a preset",
-        "unzip it into a folder of its own and give the folder, or save a preset: model.save_to_preset(...)",
+        "unzip it into a folder of its own and pass the folder, or save a preset: model.save_to_preset(...)",
     ),
     refused(
         "keras.backbones",
@@ -99,29 +99,29 @@ ENTRIES = (
     refused(
         "keras.config",
         "the preset is not a Gemma 2 backbone",
-        "use a preset of a Gemma 2 backbone: no other can be read",
+        "use a preset with a Gemma 2 backbone: no other is supported",
     ),
     refused(
         "keras.quantized",
-        "the weights are quantized in a way that is not read",
-        "give the preset that was quantized, or quantize it to int8 or int4",
+        "the weights use an unsupported quantization",
+        "pass the unquantized preset, or one quantized to int8 or int4",
     ),
     refused(
         "keras.scales",
-        "the scales of an int8 or int4 weight do not fit it",
+        "the scales of an int8 or int4 weight do not match it",
         "the file is damaged or was not saved by Keras: download it again",
     ),
     usage(
         "lora.base",
-        "the config of the model that an adapter was trained on is not known",
-        "give it with --config FILE, or --config 2b for a release",
+        "the config of the adapter's base model is not known",
+        "pass it with --config FILE, or --config 2b for a released model",
     ),
-    refused("lora.config", "adapter_config.json has an unknown form or a setting that cannot be merged", _ADAPTER),
+    refused("lora.config", "adapter_config.json has an unknown structure or a setting that cannot be merged", _ADAPTER),
     refused("lora.dora", "the adapter's weights contradict its use_dora", _ADAPTER),
     refused("lora.empty", "the folder holds no adapter weights", "download the adapter again"),
     refused(
         "lora.gguf",
-        "the adapter holds more than a LoRA adapter of llama.cpp can, or than llama.cpp applies",
+        "the adapter contains more than a llama.cpp LoRA adapter can hold, or more than llama.cpp applies",
         "merge it: gemma2tool convert MODEL OUT.gguf --lora ADAPTER",
     ),
     refused(
@@ -132,23 +132,23 @@ ENTRIES = (
     refused(
         "lora.missing",
         "the adapter's folder, or its weights, do not exist",
-        "give the folder that holds adapter_config.json",
+        "pass the folder that contains adapter_config.json",
     ),
-    refused("lora.name", "a tensor of the adapter does not have peft's name", _ADAPTER),
+    refused("lora.name", "a tensor of the adapter is not named as peft names it", _ADAPTER),
     refused(
         "lora.option",
-        "adapter_config.json sets an option that cannot be merged or is not known",
+        "adapter_config.json sets an option that is unknown or cannot be merged",
         "merge the adapter with the library that trained it, then convert the merged model",
     ),
     refused("lora.part", "a pair of LoRA matrices is incomplete", _ADAPTER),
     refused(
         "lora.pattern",
-        "target_modules is a pattern that is not read, or could match forever",
+        "target_modules is a pattern that is not supported, or whose matching might not end",
         "list the modules by name",
     ),
-    refused("lora.rank", "the rank of the matrices is not the config's", _ADAPTER),
-    usage("lora.scale", "the adapter's scale is not a finite number", "give a finite number, such as --lora DIR=0.5"),
-    refused("lora.shape", "the adapter has other shapes than the model", _ADAPTER),
+    refused("lora.rank", "the rank of the matrices differs from the config's", _ADAPTER),
+    usage("lora.scale", "the adapter's scale is not a finite number", "pass a finite number, such as --lora DIR=0.5"),
+    refused("lora.shape", "the adapter's shapes do not fit the model", _ADAPTER),
     refused("lora.target", "the adapter changes weights that the model does not have", _ADAPTER),
     refused(
         "maxtext.converter",
@@ -158,48 +158,48 @@ ENTRIES = (
     refused(
         "maxtext.layers",
         "MaxText stores layers in pairs, and the model has an odd number",
-        "choose another format with --to",
+        "choose a different format with --to",
     ),
     refused(
         "mlx.config",
-        "MLX's quantization is of a kind that is not read",
+        "the kind of MLX quantization is not supported",
         "use affine quantization, mxfp4, mxfp8 or nvfp4",
     ),
     refused(
         "orbax.adapter",
-        "a saved state holds a LoRA adapter, alone or beside the model",
+        "a saved state contains a LoRA adapter, alone or beside the model",
         "merge it into the model (peft.fuse_params, MaxText's to_huggingface.py), and save the result",
     ),
     refused("orbax.broken", "a part of an array is damaged", _DOWNLOAD),
     refused(
         "orbax.compressor",
-        "an array is compressed in a way that is not read",
+        "an array uses an unsupported compressor",
         "save it again with Orbax's default settings",
     ),
     refused("orbax.dtype", "an array does not hold floating-point values", "check that it is a Gemma 2 checkpoint"),
-    refused("orbax.expands", "a small file would expand to far more bytes than weights do", _DOWNLOAD),
-    refused("orbax.link", "the checkpoint contains a symbolic link", "replace the link by a copy"),
+    refused("orbax.expands", "a small file would expand to far more bytes than weights ever do", _DOWNLOAD),
+    refused("orbax.link", "the checkpoint contains a symbolic link", "replace the link with a copy"),
     refused(
         "orbax.metadata",
-        "the metadata of an array is damaged or of a kind that is not read",
+        "the metadata of an array is damaged or of an unsupported kind",
         "download the checkpoint again, or save it with Orbax's default settings",
     ),
-    refused("orbax.missing", "the folder holds no Orbax checkpoint", "give the checkpoint's folder"),
+    refused("orbax.missing", "the folder contains no Orbax checkpoint", "pass the checkpoint's folder"),
     refused(
         "orbax.models",
-        "a saved state holds several models",
-        "save the parameters of one of them in a checkpoint of their own",
+        "a saved state contains several models",
+        "save the parameters of one of them as a checkpoint",
     ),
     refused("orbax.missing-chunk", "a part of an array is missing", _DOWNLOAD),
-    refused("orbax.quantized", "a saved state holds quantized weights", "give the checkpoint that was quantized"),
+    refused("orbax.quantized", "a saved state contains quantized weights", "pass the unquantized checkpoint"),
     refused("orbax.shape", "the shape or the chunks of an array are impossible", _DOWNLOAD),
-    refused("orbax.steps", "the folder holds several checkpoints", "give the folder of one of them"),
-    refused("orbax.too-many-arrays", "the checkpoint has more arrays than are accepted", _DOWNLOAD),
-    refused("orbax.too-many-chunks", "the arrays have more chunks than are accepted", _DOWNLOAD),
-    refused("orbax.too-many-files", "the checkpoint has more files than are accepted", _DOWNLOAD),
+    refused("orbax.steps", "the folder holds several checkpoints", "pass the folder of one of them"),
+    refused("orbax.too-many-arrays", "the checkpoint has more arrays than the limit allows", _DOWNLOAD),
+    refused("orbax.too-many-chunks", "the arrays have more chunks than the limit allows", _DOWNLOAD),
+    refused("orbax.too-many-files", "the checkpoint has more files than the limit allows", _DOWNLOAD),
     refused(
         "orbax.unfinished",
-        "the folder is of a checkpoint whose saving was not completed",
-        "give the folder of an earlier step, or save the checkpoint again",
+        "the folder is a checkpoint that was not saved completely",
+        "pass the folder of an earlier step, or save the checkpoint again",
     ),
 )

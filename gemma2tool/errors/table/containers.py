@@ -12,8 +12,12 @@ _KIND = "check that the file is a Gemma 2 model"
 
 ENTRIES = (
     refused("gguf.alignment", "general.alignment is not a power of two within the limit", _DOWNLOAD),
-    refused("gguf.architecture", "general.architecture is not gemma2", "use a Gemma 2 model: no other can be read"),
-    refused("gguf.array-length", "an array claims more elements than the file can hold", _DOWNLOAD),
+    refused(
+        "gguf.architecture",
+        "general.architecture is not gemma2",
+        "use a Gemma 2 model: no other architecture is supported",
+    ),
+    refused("gguf.array-length", "an array claims more elements than fit in the file", _DOWNLOAD),
     refused("gguf.array-type", "an array has elements of an unknown type, or arrays", _DOWNLOAD),
     refused(
         "gguf.big-endian",
@@ -25,21 +29,23 @@ ENTRIES = (
     refused(
         "gguf.cannot-say",
         "GGUF cannot represent the model's config",
-        "write a Hugging Face folder instead, or pass --allow-mismatch to get a GGUF that computes something else",
+        "write a Hugging Face folder instead, or pass --allow-mismatch to write a GGUF that computes something else",
     ),
     refused("gguf.dims", "a tensor has too many dimensions", _DOWNLOAD),
     usage("gguf.dtype", "a GGUF cannot be converted to the type that --dtype names", "choose f32, f16 or bf16"),
     usage("gguf.dtype-and-type", "both --dtype and --type are given for a GGUF source", "leave out --dtype"),
     refused("gguf.duplicate-key", "a key appears twice", _DOWNLOAD),
     refused("gguf.duplicate-tensor", "a tensor appears twice", _DOWNLOAD),
-    refused("gguf.embedding", "the file has no token embedding", "give a file with weights, not a vocabulary alone"),
+    refused(
+        "gguf.embedding", "the file has no token embedding", "pass a file with weights, not a vocabulary-only file"
+    ),
     refused("gguf.gap", "bytes between two tensors belong to no tensor", _DOWNLOAD),
-    refused("gguf.header-too-large", "the header is larger than is accepted", _DOWNLOAD),
+    refused("gguf.header-too-large", "the header is larger than the limit", _DOWNLOAD),
     refused("gguf.key", "a key is missing, has the wrong type or an impossible value", _DOWNLOAD),
     refused("gguf.magic", "the file does not begin with GGUF", _DOWNLOAD),
-    refused("gguf.name-length", "a name is longer than is accepted", _DOWNLOAD),
+    refused("gguf.name-length", "a name is longer than the limit", _DOWNLOAD),
     refused("gguf.name-utf8", "a name is not UTF-8", _DOWNLOAD),
-    usage("gguf.no-type", "options of a quantization are given without --type", "choose a type, such as --type q4_k_m"),
+    usage("gguf.no-type", "quantization options are given without --type", "choose a type, such as --type q4_k_m"),
     refused("gguf.overflow", "the dimensions of a tensor overflow", _DOWNLOAD),
     refused("gguf.overlap", "two tensors overlap", _DOWNLOAD),
     usage(
@@ -47,9 +53,11 @@ ENTRIES = (
         "--override-kv is not KEY=TYPE:VALUE",
         "write for example --override-kv gemma2.context_length=int:2048",
     ),
-    refused("gguf.past-end", "the tensors end after the end of the file", "the file is incomplete: download it again"),
-    refused("gguf.range", "a value of the config does not fit into its GGUF key", "correct config.json"),
-    refused("gguf.rope-scaling", "the file asks for a rotary scaling that no Gemma 2 has", _KIND),
+    refused(
+        "gguf.past-end", "the tensor data extends past the end of the file", "the file is incomplete: download it again"
+    ),
+    refused("gguf.range", "a config value does not fit its GGUF key", "correct config.json"),
+    refused("gguf.rope-scaling", "the file requests a RoPE scaling that no Gemma 2 has", _KIND),
     refused("gguf.several", "the folder holds no GGUF, or several", "name the file"),
     refused("gguf.split", "the shards do not belong together, or one is missing", "download the shards again"),
     refused("gguf.split-name", "a shard does not have a shard's file name", "give the shards their original names"),
@@ -61,7 +69,7 @@ ENTRIES = (
     refused("gguf.tensor-shape", "a tensor that is not a matrix is quantized", _KIND),
     refused(
         "gguf.tensor-type",
-        "a tensor has a type that is not read",
+        "a tensor has an unsupported type",
         "use a file of one of the types that 'gemma2tool formats' lists, or the model that it was made from",
     ),
     refused("gguf.tokenizer", "the tokenizer is not of Gemma's kind, or its lists differ in length", _KIND),
@@ -86,7 +94,7 @@ ENTRIES = (
     refused("safetensors.dtype", "a tensor has an unknown dtype", _SAFETENSORS),
     refused("safetensors.duplicate-key", "the header has a key twice", _SAFETENSORS),
     refused("safetensors.gap", "bytes between two tensors belong to no tensor", _SAFETENSORS),
-    refused("safetensors.header-too-large", "the header is larger than is accepted", _SAFETENSORS),
+    refused("safetensors.header-too-large", "the header is larger than the limit", _SAFETENSORS),
     refused("safetensors.header-too-small", "the file is too short for a header", _SAFETENSORS),
     refused("safetensors.invalid-header", "the header is not UTF-8", _SAFETENSORS),
     refused("safetensors.invalid-header-json", "the header is not a JSON object", _SAFETENSORS),
@@ -108,13 +116,13 @@ ENTRIES = (
     refused("safetensors.trailing-bytes", "bytes follow the last tensor", _SAFETENSORS),
     refused(
         "safetensors.truncated",
-        "the tensors end after the end of the file",
+        "the tensor data extends past the end of the file",
         "the file is incomplete: download it again",
     ),
     refused("safetensors.validation-overflow", "the shape of a tensor overflows", _SAFETENSORS),
     refused("yaml.alias", "the YAML has an anchor or an alias, which are not read", _YAML),
     refused("yaml.depth", "the YAML is nested too deep", _YAML),
     refused("yaml.syntax", "the file is not valid YAML", _YAML),
-    refused("yaml.tag", "the YAML has a tag, which is not read", _YAML),
+    refused("yaml.tag", "the YAML contains a tag, which is not supported", _YAML),
     refused("yaml.too-large", "the YAML is larger than is accepted", _YAML),
 )

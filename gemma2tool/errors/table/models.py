@@ -12,7 +12,9 @@ ENTRIES = (
     refused("config.labels", "the labels of a classifier are impossible or contradict each other", _CONFIG),
     refused("config.missing", "the folder has no config.json", "pass one with --config"),
     refused(
-        "config.model-type", "the config is not of a Gemma 2", "use a Gemma 2 of any size: no other model can be read"
+        "config.model-type",
+        "the config is not that of a Gemma 2",
+        "use a Gemma 2 of any size: no other architecture is supported",
     ),
     usage(
         "config.needed",
@@ -21,16 +23,18 @@ ENTRIES = (
     ),
     refused("config.not-an-object", "the config is not a JSON object", _CONFIG),
     refused(
-        "config.not-gemma2", "the config is not of a Gemma 2", "use a Gemma 2 of any size: no other model can be read"
+        "config.not-gemma2",
+        "the config is not that of a Gemma 2",
+        "use a Gemma 2 of any size: no other architecture is supported",
     ),
-    refused("config.rope", "the rotary settings of the config are not one flat object", _CONFIG),
+    refused("config.rope", "the config's RoPE settings are not one flat object", _CONFIG),
     refused(
         "config.shape",
-        "a tensor that determines the model's size is missing or not a matrix",
+        "a tensor that determines the model's size is missing or is not a matrix",
         "pass the config with --config",
     ),
     refused(
-        "config.size-missing", "a field whose default changed between versions is missing", "add it to config.json"
+        "config.size-missing", "a field is missing whose default changed between versions", "add it to config.json"
     ),
     refused("config.type", "the file given as config is not a JSON object", "pass the right file with --config"),
     refused("config.value", "a field of the config has an impossible value", _CONFIG),
@@ -113,14 +117,16 @@ ENTRIES = (
     usage(
         "tokenizer.missing", "the checkpoint has no tokenizer.model", "put the model's tokenizer.model into its folder"
     ),
-    refused("tokenizer.too-many-added", "a file of the tokenizer adds more tokens than are accepted", _TOKENIZER),
+    refused("tokenizer.too-many-added", "a tokenizer file adds more tokens than the limit allows", _TOKENIZER),
     refused(
         "tokens.length",
-        "a row of token ids is longer than the model's positions",
+        "a row of token ids is longer than the model's context",
         "shorten it, or pass several rows (B, T)",
     ),
     refused(
-        "tokens.npy", "the file does not hold one array of numbers", "make it with numpy.save('ids.npy', integer_array)"
+        "tokens.npy",
+        "the file does not contain a single array of numbers",
+        "create it with numpy.save('ids.npy', integer_array)",
     ),
     refused(
         "tokens.range", "a token id is outside the vocabulary", "use the tokenizer that belongs to this checkpoint"
@@ -133,5 +139,5 @@ ENTRIES = (
         "values are too large for float16",
         "use --dtype bf16 or f32, another type, or --clip-f16",
     ),
-    refused("weights.nonfinite", "weights are NaN or infinite", "use another copy of the checkpoint"),
+    refused("weights.nonfinite", "weights are NaN or infinite", "use a different copy of the checkpoint"),
 )

@@ -12,16 +12,12 @@ ENTRIES = (
     ),
     refused(
         "server.answer",
-        "a server sends something that is not an answer to what it was asked, or too much",
-        "check that the address is that of a server for language models",
+        "a server's response is malformed or too large",
+        "check that a language-model server listens at this address",
     ),
-    usage(
-        "server.model", "the server has several models, or not the one that was named", "name one with --server-model"
-    ),
-    refused(
-        "server.refused", "a server refuses a request that it should be able to answer", "look into the server's log"
-    ),
-    resource("server.timeout", "a server does not answer in time", "give it more with --server-timeout SECONDS"),
+    usage("server.model", "the server serves several models, or not the one requested", "name one with --server-model"),
+    refused("server.refused", "a server rejected a valid request", "check the server's log"),
+    resource("server.timeout", "a server did not answer in time", "allow more time with --server-timeout SECONDS"),
     usage(
         "server.token",
         "the token in the environment cannot be sent",
@@ -30,7 +26,7 @@ ENTRIES = (
     refused(
         "server.unauthorized",
         "a server refuses access",
-        "set the environment variable GEMMA2TOOL_SERVER_TOKEN to a token that may use it",
+        "set the environment variable GEMMA2TOOL_SERVER_TOKEN to a token with access",
     ),
-    resource("server.unreachable", "a server cannot be reached", "check that it runs, and its address"),
+    resource("server.unreachable", "a server cannot be reached", "check that it is running, and its address"),
 )

@@ -70,7 +70,7 @@ def _check_kind(keys: KeyReader, path: Path) -> None:
     kind = keys.text("general.type", None)
     if kind != ADAPTER:
         what = "a model" if kind in (None, "model") else f"of the type {quoted(kind)}"
-        raise refused("kind", path, f"is {what}, not an adapter", hint="give the GGUF of the adapter")
+        raise refused("kind", path, f"is {what}, not an adapter", hint="pass the adapter's GGUF file")
     if (lora := keys.text("adapter.type", None)) != LORA:
         raise refused("kind", path, f"adapter.type is {quoted(lora)}, not {LORA!r}", hint=MERGE_ELSEWHERE)
     if (architecture := keys.text("general.architecture", None)) != ARCHITECTURE:

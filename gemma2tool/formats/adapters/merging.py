@@ -33,7 +33,7 @@ def merge(checkpoint: Checkpoint, adapter: Path, scale: float = 1.0) -> Checkpoi
     merged, for tensors that the model does not have, and for shapes that differ.
     """
     if not math.isfinite(scale):
-        raise UsageError("lora.scale", f"the adapter's scale is {scale}", hint="give a finite number")
+        raise UsageError("lora.scale", f"the adapter's scale is {scale}", hint="pass a finite number")
     return _Merge(read_adapter(Path(adapter), checkpoint), checkpoint, scale).result()
 
 
@@ -79,7 +79,7 @@ class _Merge:
                     "target",
                     self.adapter.path,
                     "contains a head and an embedding that differ, and the model has one matrix for both",
-                    hint="set tie_word_embeddings to false in the base's config if they were trained apart",
+                    hint="set tie_word_embeddings to false in the base's config if they were trained separately",
                 )
         for name, tensor in weights.items():
             self._check_tensor(name, tensor)
@@ -184,7 +184,7 @@ class _Merge:
             raise refused(
                 "shape",
                 self.adapter.path,
-                f"the adapter was trained with another number of tokens, and has only a part of their rows: {counts}",
+                f"the adapter has a different number of tokens and contains only some of their rows: {counts}",
                 hint="resize the base model's embedding as the training did, then merge",
             )
         self.config = replace(self.config, vocab_size=rows[EMBEDDING])

@@ -24,7 +24,7 @@ def read_adapter(path: Path, checkpoint: Checkpoint) -> Adapter:
     if path.is_dir():
         return _read_folder(path, checkpoint)
     if not path.is_file():
-        raise InputRefused("lora.missing", f"{path}: no such folder", hint=f"give the folder that holds {CONFIG}")
+        raise InputRefused("lora.missing", f"{path}: no such folder", hint=f"pass the folder that contains {CONFIG}")
     if path.name.endswith(keras.SUFFIX):
         return keras.read(path, checkpoint)
     if path.name.endswith(litgpt.SUFFIX):
@@ -35,7 +35,9 @@ def read_adapter(path: Path, checkpoint: Checkpoint) -> Adapter:
         return torchtune.read(path, checkpoint)
     if starts_with(path, MAGIC):
         return gguf.read(path, checkpoint)
-    raise refused("kind", path, "is not an adapter that is read", hint=f"give the folder that holds {CONFIG}")
+    raise refused(
+        "kind", path, "is not an adapter in a supported format", hint=f"pass the folder that contains {CONFIG}"
+    )
 
 
 def _read_folder(folder: Path, checkpoint: Checkpoint) -> Adapter:
@@ -66,7 +68,7 @@ def _refuse_without_config(folder: Path) -> None:
         shown = ", ".join(inside[:_SHOWN]) + (f" and {len(inside) - _SHOWN} more" if len(inside) > _SHOWN else "")
         raise InputRefused(
             "lora.missing", f"{folder}: contains no {CONFIG}; adapters are in its folders {shown}",
-            hint=f"give one of them: --lora {folder / inside[-1]}",
+            hint=f"pass one of them: --lora {folder / inside[-1]}",
         )  # fmt: skip
     files = sorted(path.name for path in folder.iterdir() if path.name.endswith((keras.SUFFIX, ".npz")))
     if files:
@@ -74,4 +76,6 @@ def _refuse_without_config(folder: Path) -> None:
             "lora.missing", f"{folder}: contains no {CONFIG}, but {files[0]}",
             hint=f"give the file: --lora {folder / files[0]}" if files[0].endswith(keras.SUFFIX) else MERGE_ELSEWHERE,
         )  # fmt: skip
-    raise InputRefused("lora.missing", f"{folder}: contains no {CONFIG}", hint=f"give the folder that holds {CONFIG}")
+    raise InputRefused(
+        "lora.missing", f"{folder}: contains no {CONFIG}", hint=f"pass the folder that contains {CONFIG}"
+    )

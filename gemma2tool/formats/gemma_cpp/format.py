@@ -274,7 +274,7 @@ def _tensor(reader: FileReader, name: str, stored: Stored, has_contents: bool) -
     if not 0 < size < 1 << 40 or not np.isfinite(stored.scale) or stored.scale <= 0:
         raise refusal("tensor", path, f"{name} has the shape {stored.shape} and the scale {stored.scale}")
     if stored.type not in (*_BITS, NUQ):
-        raise refusal("type", path, f"{name} has gemma.cpp's type {stored.type}, which is not read")
+        raise refusal("type", path, f"{name} has gemma.cpp's type {stored.type}, which is not supported")
     expected = nuq_bytes(size) if stored.type == NUQ else size * _BITS[stored.type] // 8
     if stored.blob.nbytes != expected:
         raise refusal(

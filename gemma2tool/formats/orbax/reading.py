@@ -43,7 +43,7 @@ def read_model(path: Path, embedding: Keys) -> SavedModel:
         raise InputRefused(
             "orbax.missing",
             f"{tree}: holds no parameters of a Gemma 2, only {_described(listing.files)}",
-            hint="give a checkpoint that holds the whole model",
+            hint="pass a checkpoint that contains the whole model",
         )
     arrays = listing.read(names)
     config_path = find_config(path, tree)

@@ -53,7 +53,7 @@ def model_arrays(names: Iterable[str], embedding: Keys, origin: str) -> dict[str
         raise InputRefused(
             "orbax.models",
             f"{origin}: the state holds {len(roots)} models: {', '.join('.'.join(root) or '(top)' for root in roots)}",
-            hint="save the parameters of one of them in a checkpoint of their own",
+            hint="save the parameters of one of them as a checkpoint",
         )
     return {
         name: keys[len(root) :]

@@ -144,7 +144,7 @@ def check_group_size(spec: TensorSpec, group_size: int) -> None:
         raise UsageError(
             "quantize.group-size",
             f"{spec.name}: {spec.shape[1]} columns are not a multiple of the group size {group_size}",
-            hint="choose another --group-size, or a type without groups",
+            hint="choose a different --group-size, or a type without groups",
         )
 
 

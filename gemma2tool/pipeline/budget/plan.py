@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -17,7 +17,7 @@ from gemma2tool.model.names import EMBEDDING
 from gemma2tool.model.progress import Progress
 from gemma2tool.model.tied_head import with_tied_head
 from gemma2tool.pipeline.budget.choice import BudgetChoice, BudgetOutcome
-from gemma2tool.pipeline.budget.solve import Group, Solution, solve
+from gemma2tool.pipeline.budget.solve import Group, Solution, near_optimum, solve
 from gemma2tool.pipeline.budget.targets import Target, target_for
 from gemma2tool.pipeline.sensitivity.candidates import check_types, fitting, fitting_head, usable
 from gemma2tool.pipeline.sensitivity.predict import Predictor
@@ -31,11 +31,14 @@ MLX_TYPES = ("mlx-3", "mlx-4", "mlx-5", "mlx-6", "mlx-8")
 
 @dataclass(frozen=True)
 class PlannedBudget:
-    """A solved budget: what it chose, the options that write it, and the table that it is from."""
+    """A solved budget: what it chose, the options that write it, the table that it is from, and the problem that was
+    solved.
+    """
 
     choice: BudgetChoice
     options: WriteOptions
     table: SensitivityTable
+    problem: Problem = field(repr=False)
 
     def outcome(self, source: Checkpoint, candidate: Checkpoint, *, threads: int | None = None) -> BudgetOutcome:
         """The finished file beside its prediction."""
@@ -59,14 +62,15 @@ def plan_budget(
     """
     whole = with_tied_head(source)
     target = target_for(format_name, whole, options)
-    choice = _Problem(whole, table, budget, options, target).choose()
+    problem = Problem(whole, table, budget, options, target)
+    choice = problem.choose()
     options = target.options(choice.types)
     calibration = options.calibration
     if calibration.hessian == "model":
         logger.warning("the table predicts codes chosen with --hessian layer: model gives about a quarter less KL")
     elif calibration.is_asked and format_name == "gguf":
         options = replace(options, calibration=replace(calibration, hessian="layer"))
-    return PlannedBudget(choice, options, table)
+    return PlannedBudget(choice, options, table, problem)
 
 
 def budget_table(
@@ -112,8 +116,8 @@ def budget_table(
 
 
 @dataclass(frozen=True)
-class _Problem:
-    """A budget with its numbers."""
+class Problem:
+    """A budget with its numbers: the types that each matrix may have, what they take and what they cost."""
 
     source: Checkpoint
     table: SensitivityTable
@@ -185,12 +189,34 @@ class _Problem:
         """By unit and option."""
         return [[sum(values[name, type] for name in unit) for type in self.allowed[unit[0]]] for unit in self.units]
 
-    def choose(self) -> BudgetChoice:
+    @cached_property
+    def sizes(self) -> Mapping[tuple[str, str], int]:
+        """Bytes of each matrix in each type it may have."""
         pairs = [(name, type) for name, types in self.allowed.items() for type in types]
-        costs = self._summed({pair: self._cost(*pair) for pair in pairs})
-        sizes = {pair: self.target.nbytes(*pair) for pair in pairs}
+        return {pair: self.target.nbytes(*pair) for pair in pairs}
+
+    @cached_property
+    def _costs(self) -> list[list[float]]:
+        return self._summed({pair: self._cost(*pair) for pair in self.sizes})
+
+    @cached_property
+    def _placed(self) -> list[list[float]]:
+        return self._summed({pair: self.target.placed(size) for pair, size in self.sizes.items()})
+
+    def curve(self, points: int) -> list[tuple[float, float]]:
+        """(bytes of the output, predicted KL) of choices close to the best ones of ``points`` sizes, smallest first."""
+        groups = _groups(self._costs, self._placed)
+        least, most = (sum(pick(group.weight) for group in groups) for pick in (np.min, np.max))
+        curve = {}
+        for limit in np.linspace(least, most, points):
+            chosen = list(zip(groups, near_optimum(groups, float(limit)), strict=True))
+            nbytes = self._rest[0] + sum(float(group.weight[option]) for group, option in chosen)
+            curve[nbytes] = self.predictor.total(sum(float(group.objective[option]) for group, option in chosen))
+        return sorted(curve.items())
+
+    def choose(self) -> BudgetChoice:
+        costs, sizes, placed = self._costs, self.sizes, self._placed
         nbytes = self._summed(sizes)
-        placed = self._summed({pair: self.target.placed(size) for pair, size in sizes.items()})
         budget, parameters, limit = self.budget, self.source.parameters, self.budget.target_size
         if budget.target_kl is not None:
             self._check_kl(sum(map(min, costs)), budget.target_kl)

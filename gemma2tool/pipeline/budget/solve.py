@@ -70,6 +70,11 @@ def solve(groups: Sequence[Group], limit: float) -> Solution:
     return Solution(tuple(best), _total(groups, best), bound, proven)
 
 
+def near_optimum(groups: Sequence[Group], limit: float) -> list[int]:
+    """A choice within ``limit`` that is close to the best one, in the time of the linear relaxation alone."""
+    return _greedy(groups, _multiplier(groups, limit), limit)
+
+
 def _total(groups: Sequence[Group], choices: Sequence[int]) -> float:
     return float(sum(group.objective[choice] for group, choice in zip(groups, choices, strict=True)))
 

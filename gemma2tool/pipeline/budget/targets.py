@@ -144,7 +144,7 @@ class FolderTarget:
         if not self.is_mixed and len(types) > 1 and not set(types) <= set(COMPRESSED):
             raise UsageError(
                 "budget.candidates",
-                f"{' and '.join(types)} cannot stand in one folder",
+                f"{' and '.join(types)} cannot be mixed in one folder",
                 hint="name one of them, or types of compressed-tensors (w4a16,w8a16), with --candidates",
             )
 

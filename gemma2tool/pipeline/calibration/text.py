@@ -52,7 +52,7 @@ def unused_sequences(
             "calibration.short",
             f"{path}: {len(ids)} sequences of {ids.shape[1]} tokens, of which {len(used)} choose the codes:"
             f" --tune-norms needs {LEAST_TUNING} others",
-            hint="give a longer text, fewer --calibration-samples or a smaller --calibration-length",
+            hint="pass a longer text, fewer --calibration-samples or a smaller --calibration-length",
         )
     return spread(rest, TUNING)
 
@@ -81,7 +81,7 @@ def _sequences(path: Path, checkpoint: Checkpoint, length: int | None) -> NDArra
         raise UsageError(
             "calibration.short",
             f"{path}: {len(row)} tokens do not fill one sequence of {length}",
-            hint="give a longer text, or a smaller --calibration-length",
+            hint="pass a longer text, or a smaller --calibration-length",
         )
     return ids
 

@@ -138,7 +138,7 @@ def _unfit(tables: list[dict[str, float]], medians: Mapping[str, float]) -> Iter
                 "fit.arrangement",
                 f"{pair} of all layers",
                 f"their channels do not correlate ({medians[pair]:.2f}), while those of other tensors do"
-                f" ({others:.2f}): one of them is transposed, split or ordered otherwise",
+                f" ({others:.2f}): one of them is transposed, split or ordered differently",
             )
 
 

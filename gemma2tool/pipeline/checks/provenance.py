@@ -42,7 +42,7 @@ def check_config(checkpoint: Checkpoint) -> Iterator[CheckFinding]:
     named = next((name for name in checkpoint.config.architectures or () if name.endswith("Classification")), None)
     if named and checkpoint.format in _WITH_HEADS and not any(head in checkpoint.tensors for head in HEADS):
         yield finding(
-            "config.no-head", "config", f"{named} has a score, the file has none: transformers starts a random one"
+            "config.no-head", "config", f"{named} has a score, the file has none: transformers initializes a random one"
         )
 
 

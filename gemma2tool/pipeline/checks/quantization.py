@@ -25,7 +25,7 @@ QUANTIZATION_VERSION = 2
 def check_quantization(checkpoint: Checkpoint) -> Iterator[CheckFinding]:
     """From headers alone."""
     if "quantization_config" in checkpoint.metadata and not checkpoint.is_quantized:
-        yield finding("quantization.stale", "config.json", "quantization_config is there, and no tensor is quantized")
+        yield finding("quantization.stale", "config.json", "quantization_config is present, but no tensor is quantized")
     source = checkpoint.metadata.get("gguf")
     if isinstance(source, Source):
         yield from _gguf(checkpoint, source)

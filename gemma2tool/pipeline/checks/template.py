@@ -81,7 +81,7 @@ def _two_templates(checkpoint: Checkpoint, tokenizer: Tokenizer) -> Iterator[Che
         return
     other, own = _template_of_config(checkpoint), tokenizer.chat_template
     if other is not None and own is not None and other.strip() != own.strip():
-        yield finding("template.two", "chat_template.jinja", "tokenizer_config.json has another chat template")
+        yield finding("template.two", "chat_template.jinja", "tokenizer_config.json has a different chat template")
 
 
 def _template_of_config(checkpoint: Checkpoint) -> str | None:
@@ -116,7 +116,7 @@ def _system(template: _Template) -> Iterator[CheckFinding]:
     except InputRefused:
         return
     if SYSTEM not in rendered:
-        yield finding("template.system-lost", template.where, "it leaves a system message out without a word")
+        yield finding("template.system-lost", template.where, "it silently drops a system message")
 
 
 def _turn_marks(template: _Template, rendered: str) -> Iterator[CheckFinding]:

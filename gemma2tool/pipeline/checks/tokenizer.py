@@ -35,7 +35,7 @@ def check_tokenizer(checkpoint: Checkpoint) -> Iterator[CheckFinding]:
         return
     if not tokenizer.has_vocabulary:
         if _has_place_for_tokenizer(checkpoint):
-            yield finding("tokenizer.missing", "tokenizer", "there is none beside the weights")
+            yield finding("tokenizer.missing", "tokenizer", "none beside the weights")
         return
     for setting in text_settings(checkpoint):
         yield finding(_SETTINGS[setting.kind], setting.file, f"{setting.name}: {setting.effect}")
@@ -68,15 +68,15 @@ def _special(checkpoint: Checkpoint, tokenizer: Tokenizer) -> Iterator[CheckFind
     if bos is not None and role is not None and bos != role:
         yield finding("tokenizer.bos", "bos", f"bos_token_id is {bos}, the tokenizer's <bos> is {role}")
     if tokenizer.adds.get("bos") is False:
-        yield finding("tokenizer.bos", "bos", "the tokenizer does not put bos before a text, which Gemma needs")
+        yield finding("tokenizer.bos", "bos", "the tokenizer does not prepend bos to a text, which Gemma needs")
     if tokenizer.adds.get("eos"):
-        yield finding("tokenizer.eos-appended", "eos", "the tokenizer puts eos after every text")
+        yield finding("tokenizer.eos-appended", "eos", "the tokenizer appends eos to every text")
     if tokenizer.normalizer.add_dummy_prefix:
         key = "tokenizer.ggml.add_space_prefix is missing or true" if checkpoint.format == GGUF.name else "add_prefix"
         yield finding(
             "tokenizer.space-prefix",
             "tokenizer",
-            f"{key}: a space is put before every text, and texts get other ids than in Gemma",
+            f"{key}: a space is prepended to every text, so texts get different ids than in Gemma",
             remedy="" if checkpoint.format == GGUF.name else "use Gemma's tokenizer.model",
         )
 

@@ -8,9 +8,12 @@ from pathlib import Path
 
 from gemma2tool.pipeline.quality.result import VARIANTS, QualityResult
 from gemma2tool.pipeline.report_files import check_reports, replace_report
+from gemma2tool.verify.reports.document import document
 from gemma2tool.verify.reports.markup import Markup, tag
 from gemma2tool.verify.reports.picture import check_png, png
-from gemma2tool.verify.reports.quality_chart import Dot, Series, chart, sentence
+from gemma2tool.verify.reports.quality_chart import IN_PAGE, STANDALONE, Dot, Frame, Series, chart, sentence
+from gemma2tool.verify.reports.tables import figure, table
+from gemma2tool.version import __version__
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,18 +38,18 @@ class QualityFiles:
             check_png()
 
     def write(self, result: QualityResult) -> None:
-        plots = [plot(result, label) for label in result.texts]
+        first = plot(result, next(iter(result.texts)))
         if self.markdown is not None:
             replace_report(self.markdown, result.markdown())
         if self.svg is not None:
-            replace_report(self.svg, f"{plots[0]}\n")
+            replace_report(self.svg, f"{first}\n")
         if self.png is not None:
-            replace_report(self.png, png(plots[0]))
+            replace_report(self.png, png(first))
         if self.html is not None:
-            replace_report(self.html, page(result, plots))
+            replace_report(self.html, page(result))
 
 
-def plot(result: QualityResult, label: str) -> Markup:
+def plot(result: QualityResult, label: str, frame: Frame = STANDALONE) -> Markup:
     """KL on a text against size."""
     series = []
     for variant, called in VARIANTS.items():
@@ -58,20 +61,25 @@ def plot(result: QualityResult, label: str) -> Markup:
         if dots:
             series.append(Series(called, dots))
     title = f"{result.source.name}: {label}"
-    return chart(series, title=title) or sentence(title, "every file computes what the source does")
+    return chart(series, title=title, frame=frame) or sentence(title, "every file computes what the source does", frame)
 
 
-def page(result: QualityResult, plots: Iterable[Markup]) -> str:
-    """A self-contained page of HTML without scripts."""
-    header, rows = result.header(), result.rows()
-    table = tag(
-        "table",
-        tag("tr", *(tag("th", column.removesuffix("#")) for column in header)),
-        *(tag("tr", *(tag("td", cell) for cell in row)) for row in rows),
-    )
-    style = "body{font:15px system-ui,sans-serif;margin:2rem;max-width:70rem} td,th{padding:.2rem .8rem}"
-    note = result.markdown().rstrip().rsplit("\n", 1)[-1]
+def page(result: QualityResult) -> str:
+    """A self-contained page of HTML without scripts: a plot for each text, and the table."""
     title = f"Quality at a size: {result.source.name}"
-    body = tag("body", tag("h1", title), *plots, table, tag("p", note))
-    head = tag("head", tag("meta", charset="utf-8"), tag("title", title), tag("style", Markup(style)))
-    return f'<!doctype html>\n<html lang="en">{head}{body}</html>\n'
+    note = result.markdown().rstrip().rsplit("\n", 1)[-1]
+    figures = []
+    for label, text in result.texts.items():
+        caption = f"{text.windows} windows of {text.length} tokens of {text.name}; bars are 95 % intervals."
+        figures.append(figure(label, caption, plot(result, label, IN_PAGE)))
+    header = tag("header", tag("div", tag("h1", title), tag("p", note, class_="soft")))
+    plots = tag("div", *figures, class_="plots")
+    part = tag(
+        "div",
+        tag("h2", "KL divergence against size"),
+        plots,
+        tag("h2", "Files"),
+        table(result.header(), result.rows()),
+        class_="part",
+    )
+    return document(title, tag("main", header, part), tag("footer", f"gemma2tool {__version__}."))

@@ -91,9 +91,9 @@ def measure_quality(source: Checkpoint, request: QualityRequest, progress: Progr
 
 def _check(request: QualityRequest) -> None:
     if not request.texts:
-        raise UsageError("quality.nothing", "no --text is given to measure on", hint="give one with --text FILE")
+        raise UsageError("quality.nothing", "no --text is given to measure on", hint="pass one with --text FILE")
     if not (request.types or request.files):
-        raise UsageError("quality.nothing", "no --types and no --file is given", hint="give what to measure")
+        raise UsageError("quality.nothing", "no --types and no --file is given", hint="pass --types or --file")
     labels = [label for label, _ in request.texts]
     for label in labels:
         if labels.count(label) > 1:
@@ -111,7 +111,7 @@ def _windows(source: Checkpoint, path: Path, request: QualityRequest) -> NDArray
     except UsageError as error:
         if error.id != "calibration.short":
             raise
-        hint = "give a longer text, or a smaller --length"
+        hint = "pass a longer text, or a smaller --length"
         raise UsageError("quality.short", error.message, hint=hint) from None
 
 

@@ -60,6 +60,7 @@ _OF_SOURCE = (
     Key(name="tokens", group="checks", field="tokens", kind="file"),
     Key(name="text", group="checks", field="text", kind="file"),
     Key(name="gate", group="checks", field="gates", repeated=True),
+    Key(name="sample", group="checks", field="sample", kind="integer", minimum=1, decides=False),
     Key(name="force", group="run", field="force", kind="flag", decides=False),
     Key(name="restart", group="run", field="restart", kind="flag", decides=False),
     Key(name="no-receipt", group="run", field="receipt", kind="flag", inverted=True, decides=False),

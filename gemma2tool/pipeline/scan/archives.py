@@ -332,7 +332,7 @@ def _names(names: list[str], place: Place, *, unique: bool) -> Iterator[ScanFind
         yield place.finding("archive.escape", f"it has a member {quoted(escaping[0])}{more}")
     repeated = len(names) - len(set(names))
     if repeated and unique:
-        yield place.finding("archive.damaged", f"{repeated} of its members have the name of another one")
+        yield place.finding("archive.damaged", f"{repeated} of its members share their name with another one")
 
 
 def _escapes(name: str) -> bool:

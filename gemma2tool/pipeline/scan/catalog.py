@@ -21,7 +21,7 @@ class ScanEntry:
 _CODE = "code of the author's choice runs when the file is loaded"
 _TENSORS = "use the safetensors of the model, or convert the tensors with gemma2tool, which does not unpickle"
 _MISLEAD = "text looks otherwise than programs read it, or controls the terminal that shows it"
-_SILENT = "the model that runs is another one than the files that were checked"
+_SILENT = "the model that runs is not the one in the files that were checked"
 
 _ROWS: tuple[tuple[str, Severity, str, str, str], ...] = (
     # -- pickles

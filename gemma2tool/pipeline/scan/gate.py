@@ -30,7 +30,7 @@ def refuse_dangerous(source: Checkpoint, *, allow_unsafe_template: bool) -> None
             raise InputRefused(
                 "template.unsafe",
                 f"{source.path}: {finding.where}: {finding.message}: {finding.gain}",
-                hint="remove or replace the template; to carry it all the same: --allow-unsafe-template",
+                hint="remove or replace the template; to carry it anyway: --allow-unsafe-template",
             )
         if finding.severity != "note":
             logger.warning("%s", f"{source.path.name}: {finding.where}: {finding.message} [{finding.id}]")

@@ -49,7 +49,7 @@ def _scanned(path: Path) -> ScanResult:
     if not path.exists():
         raise other_files.missing(path)
     if not path.is_file() and not path.is_dir():
-        raise InputRefused("input.kind", f"{path}: neither a file nor a folder", hint="give the path of a checkpoint")
+        raise InputRefused("input.kind", f"{path}: neither a file nor a folder", hint="pass the path of a checkpoint")
     skipped: dict[str, str] = {}
     findings: list[ScanFinding] = []
     files = 0

@@ -75,8 +75,7 @@ class Partial:
         if different := differences(before, settings):
             raise UsageError(
                 "resume.mismatch",
-                f"{self.out}: an unfinished collection beside it cannot be continued by this one:"
-                f" {'; '.join(different)}",
+                f"{self.out}: an unfinished collection beside it does not match this one: {'; '.join(different)}",
                 hint="repeat the earlier command, or start over with --restart",
             )
         return Earlier(table, layers, whole)

@@ -48,8 +48,8 @@ def read_windows(
     if len(rows) < 2 * windows:
         raise UsageError(
             "sensitivity.short",
-            f"{calibration}: fills {len(rows)} windows of {rows.shape[1]} tokens, and {2 * windows} are needed",
-            hint="give a longer text, a smaller --calibration-length, or fewer --windows",
+            f"{calibration}: fills {len(rows)} windows of {rows.shape[1]} tokens, but {2 * windows} are needed",
+            hint="pass a longer text, a smaller --calibration-length, or fewer --windows",
         )
     chosen = spread(np.arange(len(rows)), min(samples or SAMPLES, len(rows) - windows))
     others = spread(np.setdiff1d(np.arange(len(rows)), chosen), windows)

@@ -109,7 +109,7 @@ class _Run:
         given = self.checks.ids
         ids = prompt_for(self.candidate, self.candidate)[0] if given is None else np.atleast_2d(given)
         if len(ids) != 1:
-            raise UsageError("engine.prompt", f"token ids of shape {ids.shape}", hint="give one prompt, of shape (T,)")
+            raise UsageError("engine.prompt", f"token ids of shape {ids.shape}", hint="pass one prompt of shape (T,)")
         room = min(
             self.facts.context or ids.shape[1] + probabilities.TOKENS + 1, self.candidate.config.max_position_embeddings
         )

@@ -127,7 +127,7 @@ class StagingPlace:
             self._foreign = True
             raise ResourceError(
                 "output.staging",
-                f"{self.path}: exists and is not a folder of yours",
+                f"{self.path}: exists and is not a folder that you own",
                 hint="remove it, then run the command again",
             )
         self.fd = os.open(self.folder_name, _FOLDER | os.O_NOFOLLOW, dir_fd=self.parent_fd)
@@ -156,7 +156,7 @@ class StagingPlace:
             raise ResourceError(
                 "output.staging",
                 f"{self.path}: left as it is, because gemma2tool did not create {entry!r} in it",
-                hint="move the folder away, or choose another name for the output",
+                hint="move the folder away, or choose a different name for the output",
             )
 
     def _sign(self) -> None:

@@ -69,6 +69,6 @@ def refusal(run: EarlierRun, fingerprint: Fingerprint, destination: Path) -> Usa
     phrases = "; ".join(differences[:_SHOWN_DIFFERENCES]) + (f"; and {more} more" if more > 0 else "")
     return UsageError(
         "resume.mismatch",
-        f"{destination}: an unfinished run beside it cannot be continued by this one: {phrases}",
+        f"{destination}: an unfinished run beside it does not match this one: {phrases}",
         hint=f"repeat the earlier command, start over with --restart, or run 'gemma2tool clean {destination}'",
     )

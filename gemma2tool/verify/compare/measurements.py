@@ -96,6 +96,31 @@ class Tokens:
 
 
 @dataclass(frozen=True)
+class Sample:
+    """Greedy continuations of one prompt. ``prompt``, ``source``, ``candidate``: the text of each token, or its id in
+    angle brackets where the source has no vocabulary.
+    """
+
+    prompt: tuple[str, ...]
+    source: tuple[str, ...]
+    candidate: tuple[str, ...]
+
+    @property
+    def common(self) -> int:
+        """How many tokens the continuations have in common before they differ."""
+        pairs = zip(self.source, self.candidate, strict=False)
+        return next((place for place, (a, b) in enumerate(pairs) if a != b), min(len(self.source), len(self.candidate)))
+
+    def sentence(self) -> str:
+        """One line for people."""
+        if self.source == self.candidate:
+            return f"both continue the prompt with the same {len(self.source)} tokens"
+        if not self.common:
+            return "the continuations differ from the first token on"
+        return f"the continuations differ from token {self.common + 1} on"
+
+
+@dataclass(frozen=True)
 class TensorError:
     """One tensor's error with its place in the model.
 
@@ -110,12 +135,15 @@ class TensorError:
 
 @dataclass(frozen=True)
 class Measurements:
-    """All measurements. ``tensors``: None if tensors were not compared; the rest: None if no forward pass ran."""
+    """All measurements. ``tensors``: None if tensors were not compared; the rest: None if no forward pass ran.
+    ``sample``: None if none was asked for.
+    """
 
     tensors: tuple[TensorError, ...] | None = None
     drift: Drift | None = None
     tokens: Tokens | None = None
     reference: ReferencePair | None = None
+    sample: Sample | None = None
 
     def grid(self) -> dict[tuple[int | None, str], TensorError]:
         """The tensors by (layer, kind)."""

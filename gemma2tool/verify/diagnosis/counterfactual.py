@@ -98,7 +98,7 @@ def _checked(source: Checkpoint, ids: Array, logits: Array) -> tuple[Array, Arra
             "logits.shape",
             f"logits of shape {np.shape(logits)} for ids of shape {ids.shape}; expected (T, "
             f"{source.config.vocab_size})",
-            hint="give one prompt, and the float logits of its positions",
+            hint="pass one prompt, and the float logits of its positions",
         )
     return ids, given
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 
@@ -13,19 +12,22 @@ from gemma2tool.model.lazy import Array
 from gemma2tool.verify.compare.measurements import Drift, Measurements
 from gemma2tool.verify.finding import GateResult, count_by_severity
 from gemma2tool.verify.reports import plots, tensor_map, texts
+from gemma2tool.verify.reports.document import document
 from gemma2tool.verify.reports.headline import headline, kl_scale
 from gemma2tool.verify.reports.markup import Markup, tag
+from gemma2tool.verify.reports.tables import figure, table
 from gemma2tool.verify.result import Failure, Result, Verification
 from gemma2tool.version import __version__
 
 MARKS = {"passed": "✓", "failed": "✗", "skipped": "\u2013", "reported": "·"}
 MAX_FINDINGS = 200
 WORST_TENSORS = 10
-POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 
-def html(results: Sequence[Result]) -> str:
-    """The page, with a part per verification, or for what has none; equal results give equal bytes."""
+def html(results: Sequence[Result], sections: Sequence[Markup] = ()) -> str:
+    """The page, with a part per verification, or for what has none; equal results give equal bytes. ``sections``: more
+    about the last one.
+    """
     names, parts = [], list[Markup]()
     for result in results:
         if isinstance(result, Failure):
@@ -34,6 +36,8 @@ def html(results: Sequence[Result]) -> str:
         else:
             names.append(_name(result.candidate.path))
             parts += _part(result)
+    if sections:
+        parts.append(tag("div", *sections, class_="part"))
     footer = f"gemma2tool {__version__}."
     if measured := [result for result in results if isinstance(result, Verification)]:
         footer += (
@@ -41,18 +45,7 @@ def html(results: Sequence[Result]) -> str:
         )
     passed = all(result.passed for result in results)
     verdict = "verified" if passed else "FAILED" if measured else "NO RESULT"
-    style = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
-    head = tag(
-        "head",
-        tag("meta", charset="utf-8"),
-        tag("meta", http_equiv="Content-Security-Policy", content=POLICY),
-        tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        tag("meta", name="referrer", content="no-referrer"),
-        tag("link", rel="icon", href="data:,"),
-        tag("title", f"{verdict}: {', '.join(names)}"),
-        tag("style", Markup(style)),
-    )
-    return f'<!doctype html>\n<html lang="en">{head}{tag("body", *parts, tag("footer", footer))}</html>\n'
+    return document(f"{verdict}: {', '.join(names)}", tag("main", *parts), tag("footer", footer))
 
 
 def _failure(failure: Failure) -> list[Markup]:
@@ -71,12 +64,13 @@ def _part(verification: Verification) -> list[Markup]:
         tag("h2", "Gates"),
         tag("ul", *(_gate(gate, bool(verification.causes)) for gate in verification.gates), class_="gates"),
         *kl_scale(verification),
+        *_sample(verification),
         *_plots(verification),
         *_worst_tensors(verification),
         *_types(verification),
         *_texts(verification),
     ]
-    return [headline(verification), tag("main", *sections)]
+    return [headline(verification), tag("div", *sections, class_="part")]
 
 
 def _causes(verification: Verification) -> list[Markup]:
@@ -124,10 +118,6 @@ def _gate(gate: GateResult, is_explained: bool) -> Markup:
 # -- plots -------------------------------------------------------------------------------------------------------------
 
 
-def _figure(title: str, caption: str, *content: object) -> Markup:
-    return tag("figure", tag("figcaption", title, tag("span", caption)), *content)
-
-
 def _plots(verification: Verification) -> list[Markup]:
     measurements = verification.measurements
     if measurements is None:
@@ -152,7 +142,7 @@ def _tensor_figures(measurements: Measurements) -> list[Markup]:
     hidden = len(measurements.tensors) - len(grid)
     if hidden:
         caption += f" Kinds that are equal bit for bit in every layer are left out ({hidden} tensors)."
-    return [_figure("Error per layer and kind", caption, drawing, tensor_map.scale_legend(span))]
+    return [figure("Error per layer and kind", caption, drawing, tensor_map.scale_legend(span))]
 
 
 def _drift_figures(drift: Drift) -> list[Markup]:
@@ -164,7 +154,7 @@ def _drift_figures(drift: Drift) -> list[Markup]:
     )
     caption = "RMS of the difference over RMS of the source's hidden state, after each layer."
     nothing = tag("p", "No difference at any depth.", class_="soft")
-    figures.append(_figure("Drift of the hidden state", caption, nothing if difference is None else difference))
+    figures.append(figure("Drift of the hidden state", caption, nothing if difference is None else difference))
     sizes = plots.lines(
         [
             plots.Line("source", "source", drift.source_rms),
@@ -175,7 +165,7 @@ def _drift_figures(drift: Drift) -> list[Markup]:
     )
     if sizes is not None:
         caption = "RMS after each layer; the two lines should coincide."
-        figures.append(_figure("Size of the hidden state", caption, sizes))
+        figures.append(figure("Size of the hidden state", caption, sizes))
     return figures
 
 
@@ -188,7 +178,7 @@ def _kl_figures(kl: Array) -> list[Markup]:
     )
     nothing = tag("p", f"0 at all {kl.size:,} positions.", class_="soft")
     caption = f"Positions by KL(source, candidate), {kl.size:,} in all."
-    return [_figure("KL divergence", caption, nothing if drawing is None else drawing)]
+    return [figure("KL divergence", caption, nothing if drawing is None else drawing)]
 
 
 # -- tables and texts --------------------------------------------------------------------------------------------------
@@ -214,7 +204,7 @@ def _worst_tensors(verification: Verification) -> list[Markup]:
         for name in worst
     ]
     columns = ("tensor", "beside the worst|", "RMSE / RMS#", "SNR dB#", "largest error#", "stored as")
-    return [tag("h2", "Worst tensors"), _table(columns, body)]
+    return [tag("h2", "Worst tensors"), table(columns, body)]
 
 
 def _types(verification: Verification) -> list[Markup]:
@@ -233,29 +223,25 @@ def _types(verification: Verification) -> list[Markup]:
         for stored, row in rows.items()
     ]
     columns = ("stored as", "tensors#", "values#", "RMSE / RMS#", "SNR dB#", "largest error#")
-    return [tag("h2", "By stored type"), _table(columns, body)]
+    return [tag("h2", "By stored type"), table(columns, body)]
 
 
 def _decibels(value: float | None) -> str:
     return f"{value:.1f}" if value is not None and math.isfinite(value) else "exact"
 
 
-_COLUMN_CLASSES = {"#": "number", "|": "wide"}
-
-
-def _table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Markup:
-    """A table whose first column names the row. A column whose name ends in "#" contains numbers, one whose name ends
-    in "|" bars. On a phone every row is a block, whose cells show the names of their columns.
-    """
-    names = [column.rstrip("#|") for column in columns]
-    classes = [_COLUMN_CLASSES.get(column[-1]) for column in columns]
-    heads = (tag("th", name, scope="col", class_=style) for name, style in zip(names, classes, strict=True))
-    body = []
-    for first, *cells in rows:
-        others = zip(cells, names[1:], classes[1:], strict=True)
-        tds = (tag("td", cell, class_=style, data_label=name) for cell, name, style in others)
-        body.append(tag("tr", tag("th", first, scope="row"), *tds))
-    return tag("div", tag("table", tag("thead", tag("tr", *heads)), tag("tbody", *body)), class_="table")
+def _sample(verification: Verification) -> list[Markup]:
+    measurements = verification.measurements
+    if measurements is None or measurements.sample is None:
+        return []
+    caption = f"Greedy, from the beginning of the prompt: {measurements.sample.sentence()}."
+    if measurements.tokens is not None and not measurements.tokens.text:
+        caption += " The prompt consists of pseudo-random tokens, not text."
+    return [
+        tag("h2", "What the two write"),
+        tag("p", caption, class_="soft"),
+        texts.continuations(measurements.sample),
+    ]
 
 
 def _texts(verification: Verification) -> list[Markup]:

@@ -21,6 +21,8 @@ _MAX_FINDINGS = 12
 _MAX_EXPLAINED = 3
 """The same where causes explain the failure."""
 _MAX_WORST = 5
+_PROMPT_END = 8
+"""Tokens of a prompt that are shown before its continuation."""
 _MAX_FARTHEST = 8
 
 
@@ -87,10 +89,12 @@ def render_verification(result: Verification, out: Out, *, verbose: bool = False
         for gate in result.gates:
             _render_gate(gate, style, out)
         _render_measurements(result, out)
+        _render_sample(result, out)
         return
     line = quality_line(result)
     if line and result.passed:
         out.item(("quality", "bold"), (line, ""))
+    _render_sample(result, out)
     for gate in sorted(result.gates, key=lambda gate: not gate.failed):
         if gate.failed:
             _render_gate(gate, style, out)
@@ -197,6 +201,20 @@ def _render_measurements(result: Verification, out: Out) -> None:
         _render_tensor_errors(tensors, out)
     if distribution.get("kl_mean"):
         _render_distribution(distribution, out)
+
+
+def _render_sample(result: Verification, out: Out) -> None:
+    """Show how both sides continue the prompt, once where they write the same."""
+    sample = None if result.measurements is None else result.measurements.sample
+    if sample is None:
+        return
+    out.item(("sample", "bold"), (sample.sentence(), ""))
+    sides = {"source": sample.source, "candidate": sample.candidate}
+    if sample.source == sample.candidate:
+        sides = {"both": sample.source}
+    end = "".join(sample.prompt[-_PROMPT_END:])
+    for side, pieces in sides.items():
+        out.item((f"  {side}", "dim"), (f"...{end}", "dim"), ("".join(pieces), ""))
 
 
 def _render_tensor_errors(metrics: Mapping[str, Any], out: Out) -> None:

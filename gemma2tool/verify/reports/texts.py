@@ -7,7 +7,7 @@ import math
 import numpy as np
 
 from gemma2tool.model.lazy import Array
-from gemma2tool.verify.compare.measurements import Tokens
+from gemma2tool.verify.compare.measurements import Sample, Tokens
 from gemma2tool.verify.reports.markup import Markup, join, tag
 from gemma2tool.verify.reports.svg import color_level
 
@@ -40,6 +40,23 @@ def colored_prompt(tokens: Tokens) -> Markup:
         spans.append(tag("span", _piece(tokens, row, position), class_=f"k{level}" if level else None, title=title))
     rest = tokens.ids.shape[1] - MAX_TOKENS
     return tag("p", *spans, f" … and {rest:,} more tokens" if rest > 0 else None, class_="text")
+
+
+def continuations(sample: Sample) -> Markup:
+    """What source and candidate write after the prompt, side by side; what differs is marked from the first token that
+    does.
+    """
+    sides = []
+    for name, pieces in (("source", sample.source), ("candidate", sample.candidate)):
+        same, rest = _joined(pieces[: sample.common]), _joined(pieces[sample.common :])
+        prompt = tag("span", _joined(sample.prompt), class_="soft")
+        text = tag("p", prompt, same, tag("mark", rest) if rest else None, class_="text")
+        sides.append(tag("div", tag("p", name, class_="soft"), text, class_="token"))
+    return tag("div", *sides, class_="sides")
+
+
+def _joined(pieces: tuple[str, ...]) -> str:
+    return "".join(map(_readable, pieces))
 
 
 def _finite_kl(tokens: Tokens) -> Array:

@@ -99,7 +99,7 @@ def test_a_budgets_choice() -> None:
     source = random_checkpoint(BFLOAT16, CONFIG)
     target = target_for("hf", source, write_options())
     target.check(("w4a16", "w8a16", "fp8-dynamic"))
-    with pytest.raises(UsageError, match="nf4 and w4a16 cannot stand in one folder"):
+    with pytest.raises(UsageError, match="nf4 and w4a16 cannot be mixed in one folder"):
         target.check(("nf4", "w4a16"))
     names = [name for name in source.tensors if name.endswith("_proj.weight")]
     units = target.units(names)

@@ -66,7 +66,10 @@ def planned(source: Path, table: Path, **target: object) -> api.BudgetChoice:
 
 def test_a_file_of_a_size(source: Path, table: Path, tmp_path: Path, llama: ModuleType) -> None:
     out, size = tmp_path / "x.gguf", 3_600_000
-    result = api.quantize(source, out, budget=api.Budget(target_size=size, sensitivity=table))
+    reports = api.ReportFiles(html=tmp_path / "x.html")
+    result = api.quantize(source, out, budget=api.Budget(target_size=size, sensitivity=table), reports=reports)
+    page = (tmp_path / "x.html").read_text()
+    assert "best choices, predicted" in page and page.count('<th scope="row">') > 6 and "proven optimum" in page
     assert result.written and 0.999 * size <= out.stat().st_size <= size
     assert result.budget is not None and result.budget.choice.nbytes == out.stat().st_size
     assert result.budget.choice.proven and result.budget.holds

@@ -131,7 +131,7 @@ def test_a_folder_has_one_type(source: Path, tmp_path: Path) -> None:
     result = run(
         "quantize", source, tmp_path / "x", "--to", "hf", "--target-bpw", 9, "--sensitivity", tmp_path / "t.json"
     )
-    assert_refused(result, 2, "cannot stand in one folder", "int8")
+    assert_refused(result, 2, "cannot be mixed in one folder", "int8")
     result = run(
         "quantize",
         source,

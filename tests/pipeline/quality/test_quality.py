@@ -62,7 +62,8 @@ def test_types_and_files_on_two_texts(fixture_dir: Path, ids: Path, tmp_path: Pa
     assert document["files"][0]["nbytes"] == out.stat().st_size
     assert "| q2_k | rounded to nearest |" in files["markdown"].read_text()
     ElementTree.fromstring(files["svg"].read_text())
-    assert files["html"].read_text().count("<svg") == 2
+    page = files["html"].read_text()
+    assert page.count("<svg") == 2 and "<h2>Files</h2>" in page and may_be_report("--html", files["html"])
 
 
 @pytest.mark.slow

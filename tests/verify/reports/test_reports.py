@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from gemma2tool.verify.compare.comparison import TensorComparison
-from gemma2tool.verify.compare.measurements import Drift, Measurements, TensorError, Tokens
+from gemma2tool.verify.compare.measurements import Drift, Measurements, Sample, TensorError, Tokens
 from gemma2tool.verify.diagnosis.cause import Cause
 from gemma2tool.verify.finding import Finding, GateResult
 from gemma2tool.verify.reports import junit, markdown, page, plots, svg, tensor_map
@@ -96,7 +96,9 @@ def verification(text: str = "model", *, passed: bool = False, layers: int = 26)
     )
     side = Side(text, text, {text: 100}, 50)
     causes = () if passed else (Cause("norm.plus-one", text, (text, "b"), (text,)),)
-    return Verification(side, side, text, gates, causes=causes, measurements=Measurements(tuple(errors), drift, tokens))
+    sample = Sample((text, "a"), ("b", text), ("b", "c"))
+    measurements = Measurements(tuple(errors), drift, tokens, sample=sample)
+    return Verification(side, side, text, gates, causes=causes, measurements=measurements)
 
 
 class ParsedPage(HTMLParser):
@@ -163,6 +165,17 @@ def test_equal_verifications_give_equal_bytes() -> None:
 def test_the_page_says_what_was_measured_and_how_to_repeat_it() -> None:
     text = page.html([replace(verification(), prompt="wiki.txt", command="gemma2tool verify a.gguf --reference b")])
     assert "wiki.txt</span>: 60 tokens of a text" in text and ">gemma2tool verify a.gguf --reference b<" in text
+
+
+def test_the_page_shows_what_both_sides_write() -> None:
+    text = page.html([verification("<i>")])
+    assert "the continuations differ from token 2 on" in text
+    assert "b<mark>&lt;i&gt;</mark>" in text and "b<mark>c</mark>" in text
+
+
+def test_a_page_of_several_results_has_one_main_part() -> None:
+    text = page.html([verification(), verification(passed=True)], [tag("h2", "The budget")])
+    assert text.count("<main>") == 1 and text.count("<h1>") == 2 and text.index("The budget") < text.index("<footer>")
 
 
 def test_the_map_shows_what_is_not_equal() -> None:

@@ -88,5 +88,5 @@ class PeftTensors:
 
     def _put(self, into: dict[str, LazyTensor], name: str, tensor: LazyTensor, stored_name: str) -> None:
         if name in into:
-            raise refused("name", self.path, f"{quoted(stored_name)} is there twice under different prefixes")
+            raise refused("name", self.path, f"{quoted(stored_name)} appears twice under different prefixes")
         into[name] = tensor

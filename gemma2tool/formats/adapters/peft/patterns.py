@@ -34,7 +34,7 @@ def first_suffix_pattern(patterns: Sequence[str], names: Sequence[str], field: s
     for pattern in patterns:
         if re.search(r"\)[*+{]", pattern) or _choices(pattern) > _MOST_CHOICES:
             raise refused(
-                "pattern", path, f"{field} has the pattern {quoted(pattern)}, which could match forever", hint=_LIST
+                "pattern", path, f"{field} has the pattern {quoted(pattern)}, whose matching might not end", hint=_LIST
             )
     return _first(re.match, [rf"(.*\.)?({pattern})$" for pattern in patterns], names, field, path)
 
@@ -64,7 +64,7 @@ def _first(match: Matcher, patterns: Sequence[str], names: Sequence[str], field:
     if all(_is_bounded(pattern) for pattern in patterns):
         text = answer()
     elif not limited_process.is_available():
-        raise refused("pattern", path, f"{field} is {shown}, which could match forever", hint=_LIST)
+        raise refused("pattern", path, f"{field} is {shown}, whose matching might not end", hint=_LIST)
     else:
         try:
             text = limited_process.call(
@@ -74,7 +74,7 @@ def _first(match: Matcher, patterns: Sequence[str], names: Sequence[str], field:
                 answer_bytes=8 * (len(names) + 1),
             )
         except limited_process.LimitExceeded:
-            raise refused("pattern", path, f"{field} is {shown}, which could match forever", hint=_LIST) from None
+            raise refused("pattern", path, f"{field} is {shown}, whose matching might not end", hint=_LIST) from None
     if text == "invalid":
         raise refused("pattern", path, f"{field} is {shown}, which is not a regular expression", hint=_LIST)
     return [None if index == "-1" else int(index) for index in text.split()]
