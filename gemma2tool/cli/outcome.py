@@ -158,4 +158,4 @@ def _times(results: Sequence[ConversionResult]) -> str:
 def _show_next(result: ConversionResult, console: Console) -> None:
     """What people usually type next."""
     if result.run_command:
-        console.item(("next", "bold"), (result.run_command, "cyan"))
+        console.command("next", result.run_command)

@@ -29,8 +29,11 @@ _PLAIN_WIDTH = 160
 """Width of tables, in characters, where the output is not a terminal."""
 _NARROW = 80
 """Columns of a terminal below which a bar shows neither rate nor name, so that its numbers stay whole."""
-_LABEL_WIDTH = 12
+_LABEL_WIDTH = 13
 """Width of the labels of items on a terminal, so that their texts are aligned."""
+_INDENT = 4
+"""Columns by which the lines after the first one of a paragraph are indented."""
+_LEAST_WIDTH = 20
 _PLAIN_SECONDS = 5.0
 """Time between two lines of progress where the output is not a terminal, at the beginning of a step."""
 _PLAIN_SHARE = 0.1
@@ -72,6 +75,26 @@ class Console:
         """Print one line of styled spans (text, rich style) to stdout. The texts are escaped."""
         if not self.json:
             self._line(False, *((one_line(text), style) for text, style in spans))
+
+    def paragraph(self, *spans: tuple[str, str]) -> None:
+        """Print styled spans to stdout. On a terminal they wrap between words, and what follows the first line is
+        indented; elsewhere they are one line.
+        """
+        console = self._console(False)
+        if not console.is_terminal:
+            self.line(*spans)
+        elif not self.json:
+            text = self._text(False, *((one_line(text), style) for text, style in spans))
+            indent = " " * (len(text.plain) - len(text.plain.lstrip()) + _INDENT)
+            first, *rest = text.wrap(console, max(console.width - len(indent), _LEAST_WIDTH), overflow="fold")
+            for line in (first, *(self._text(False, (indent, "")).append_text(line) for line in rest)):
+                console.print(line, soft_wrap=True, markup=False, highlight=False)
+
+    def command(self, label: str, command: str) -> None:
+        """Print a command line that is to be copied, after its label: it is not broken into lines."""
+        is_terminal = self._console(False).is_terminal
+        shown = f"{label:<{_LABEL_WIDTH}}  " if is_terminal else f"{label}: "
+        self.line((shown, "bold"), (command, "cyan"))
 
     def item(self, label: tuple[str, str], *spans: tuple[str, str]) -> None:
         """Print a labeled item of a list to stdout. On a terminal its text wraps behind the label; elsewhere it is one

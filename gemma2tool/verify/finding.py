@@ -18,6 +18,11 @@ Sides = tuple[str, str]
 SIDES: Sides = ("source", "candidate")
 
 
+def the(side: str) -> str:
+    """A side in a sentence: "the source", but "A"."""
+    return side if len(side) == 1 else f"the {side}"
+
+
 @dataclass(frozen=True)
 class Finding:
     """One observation, in a sentence.

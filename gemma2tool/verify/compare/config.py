@@ -19,7 +19,7 @@ from gemma2tool.model.config_fields import (
     comparable_value,
 )
 from gemma2tool.model.format_facts import Assumption
-from gemma2tool.verify.finding import SIDES, Finding, GateResult, Severity, Sides
+from gemma2tool.verify.finding import SIDES, Finding, GateResult, Severity, Sides, the
 
 GATE = "config"
 
@@ -145,7 +145,7 @@ def _absent(source: Gemma2Config, candidate: Gemma2Config, sides: Sides) -> Iter
         if _is_arithmetic(name) and note not in source.notes:
             value = _text(getattr(candidate, name))
             message = (
-                f"{name} is absent from the {sides[1]}'s config: transformers assumes {value}, other programs none"
+                f"{name} is absent from {the(sides[1])}'s config: transformers assumes {value}, other programs none"
             )
             yield Finding(GATE, "warning", name, message)
 

@@ -19,7 +19,7 @@ from gemma2tool.verify.compare.consumers import holds_tokenizer, is_weights_alon
 from gemma2tool.verify.compare.tokenizer_files import compare_files
 from gemma2tool.verify.compare.tokenizer_json import GATE, SPECIAL
 from gemma2tool.verify.compare.tokenizer_use import compare_use
-from gemma2tool.verify.finding import SIDES, Finding, GateResult, Sides
+from gemma2tool.verify.finding import SIDES, Finding, GateResult, Sides, the
 
 __all__ = ["DIFFICULT", "GATE", "compare_tokenizers", "text_pieces"]
 
@@ -68,7 +68,7 @@ def compare_tokenizers(source: Checkpoint, candidate: Checkpoint, *, sides: Side
         try:
             tokenizers.append(checkpoint.tokenizer.within(checkpoint.config.vocab_size))
         except InputRefused as error:
-            message = f"the {side}'s tokenizer cannot be read: {error.message}"
+            message = f"{the(side)}'s tokenizer cannot be read: {error.message}"
             if error.id == "tokenizer.kind" and _same_tokenizer_json(source, candidate):
                 kind = Finding(GATE, "warning", "tokenizer", message)
                 return _result([kind], f"{message}; vocabularies not compared", {}, compared=False)
@@ -78,15 +78,15 @@ def compare_tokenizers(source: Checkpoint, candidate: Checkpoint, *, sides: Side
     findings += compare_files(source, candidate, sides)
     if left.has_vocabulary and not right.has_vocabulary:
         if is_weights_alone(candidate):
-            reason = f"the {sides[1]} is weights alone: vocabularies not compared"
+            reason = f"{the(sides[1])} is weights alone: vocabularies not compared"
             return _result(findings, reason, {}, compared=False)
         if "tokenizer.model" not in source.assets:  # the only file that some formats have a place for
-            reason = f"the {sides[1]} has no vocabulary: vocabularies not compared"
+            reason = f"{the(sides[1])} has no vocabulary: vocabularies not compared"
             return _result(findings, reason, {}, compared=False)
-        lost = Finding(GATE, "error", "tokenizer.model", f"the {sides[0]}'s tokenizer is not in the {sides[1]}")
+        lost = Finding(GATE, "error", "tokenizer.model", f"{the(sides[0])}'s tokenizer is not in {the(sides[1])}")
         return _result([*findings, lost], "", {}, compared=False)
     if not left.has_vocabulary:
-        reason = f"the {sides[0]} has no vocabulary" if right.has_vocabulary else "neither side has a vocabulary"
+        reason = f"{the(sides[0])} has no vocabulary" if right.has_vocabulary else "neither side has a vocabulary"
         return _result(findings, f"{reason}: vocabularies not compared", {}, compared=False)
     findings += _padding(candidate, right, sides)
     if _same_files(source, candidate):
@@ -139,7 +139,7 @@ def _padding(candidate: Checkpoint, tokenizer: Tokenizer, sides: Sides) -> Itera
     missing = candidate.config.vocab_size - tokenizer.size
     if missing > _MAX_PADDING:
         message = (
-            f"the {sides[1]} has {tokenizer.size} tokens and {candidate.config.vocab_size} embedding rows:"
+            f"{the(sides[1])} has {tokenizer.size} tokens and {candidate.config.vocab_size} embedding rows:"
             " the tokenizer may be another model's"
         )
         yield Finding(GATE, "warning", "pieces", message)
@@ -154,7 +154,7 @@ def _compare_vocabularies(left: Tokenizer, right: Tokenizer, sides: Sides) -> tu
     runners = []
     for side, tokenizer in zip(sides, (left, right), strict=True):
         try:
-            runners.append(TokenizerRunner(tokenizer, f"the {side}'s tokenizer"))
+            runners.append(TokenizerRunner(tokenizer, f"{the(side)}'s tokenizer"))
         except InputRefused as error:
             return [*findings, Finding(GATE, "error", "tokenizer.model", error.message)], metrics
     return [*findings, *_encodings(runners[0], runners[1], texts)], metrics
@@ -193,7 +193,7 @@ def _pieces(left: Pieces, right: Pieces, sides: Sides) -> Iterator[Finding]:
             "error",
             "pieces",
             f"{len(differing)} {'pieces differ' if len(differing) > 1 else 'piece differs'}, the first is {first}:"
-            f" {_named(texts[0][first])}, in the {sides[1]} {_named(texts[1][first])}",
+            f" {_named(texts[0][first])}, in {the(sides[1])} {_named(texts[1][first])}",
         )
     retyped = [token for token in np.flatnonzero(types[0] != types[1]).tolist() if token not in set(differing)]
     if retyped:
@@ -203,7 +203,7 @@ def _pieces(left: Pieces, right: Pieces, sides: Sides) -> Iterator[Finding]:
             "error",
             "types",
             f"{len(retyped)} types differ, the first is that of {first}, {texts[0][first]!r}:"
-            f" {_TYPES[types[0][first]]}, in the {sides[1]} {_TYPES[types[1][first]]}",
+            f" {_TYPES[types[0][first]]}, in {the(sides[1])} {_TYPES[types[1][first]]}",
         )
     yield from _scores(left, right, sides)
 
@@ -229,7 +229,7 @@ def _scores(left: Pieces, right: Pieces, sides: Sides) -> Iterator[Finding]:
     first = int(differing[0])
     message = (
         f"{len(differing)} {'scores differ' if len(differing) > 1 else 'score differs'}, the first is that of"
-        f" {normal[first]}: {scores[0][first]:g}, in the {sides[1]} {scores[1][first]:g}"
+        f" {normal[first]}: {scores[0][first]:g}, in {the(sides[1])} {scores[1][first]:g}"
     )
     order = ", in the same order" if same_order else ""
     yield Finding(GATE, "warning" if same_order else "error", "scores", message + order)
@@ -258,7 +258,7 @@ def _added_flags(left: Tokenizer, right: Tokenizer, sides: Sides) -> Iterator[Fi
             more = f" (and {len(differing) - 1} more)" if len(differing) > 1 else ""
             message = (
                 f"the added token {left.added_tokens[first].content!r} ({first}) has {flag}"
-                f" {getattr(left.added_tokens[first], flag)}, in the {sides[1]}"
+                f" {getattr(left.added_tokens[first], flag)}, in {the(sides[1])}"
                 f" {getattr(right.added_tokens[first], flag)}{more}"
             )
             yield Finding(GATE, "error", SPECIAL if flag == "special" else "added_tokens", message)

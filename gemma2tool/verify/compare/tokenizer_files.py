@@ -11,7 +11,7 @@ from gemma2tool.errors import InputRefused
 from gemma2tool.model.checkpoint import Assets, Checkpoint
 from gemma2tool.verify.compare.consumers import holds_tokenizer
 from gemma2tool.verify.compare.tokenizer_json import GATE, NAME, compare_json
-from gemma2tool.verify.finding import Finding, Severity, Sides
+from gemma2tool.verify.finding import Finding, Severity, Sides, the
 
 MODEL = "tokenizer.model"
 
@@ -35,13 +35,13 @@ def _special_ids(source: Assets, candidate: Assets, sides: Sides) -> Iterator[Fi
         try:
             ids.append(tokenizer_model.parse(assets[MODEL]).special_ids())
         except InputRefused as refused:
-            yield Finding(GATE, "error", MODEL, f"the {side}'s {MODEL} cannot be read: {refused.message}")
+            yield Finding(GATE, "error", MODEL, f"{the(side)}'s {MODEL} cannot be read: {refused.message}")
             return
     expected, actual = ids
     for role, token in expected.items():
         if actual[role] != token:
             severity: Severity = "warning" if -1 in (token, actual[role]) else "error"
-            message = f"{role} of {MODEL} is {token}, in the {sides[1]} {actual[role]}"
+            message = f"{role} of {MODEL} is {token}, in {the(sides[1])} {actual[role]}"
             yield Finding(GATE, severity, f"{role}_id", message)
 
 
@@ -54,7 +54,7 @@ def _compare_json(source: Checkpoint, candidate: Checkpoint, sides: Sides) -> li
         return []
     for side, content in zip(sides, contents, strict=True):
         if not content:
-            return [Finding(GATE, "error", NAME, f"the {side}'s {NAME} is not a JSON object")]
+            return [Finding(GATE, "error", NAME, f"{the(side)}'s {NAME} is not a JSON object")]
     return compare_json(contents[0], contents[1], sides, adds_bos=source.tokenizer.adds.get("bos") is True)
 
 
@@ -68,12 +68,12 @@ def _lost(source: Checkpoint, candidate: Checkpoint, sides: Sides) -> Iterator[F
         return
     if "tokenizer.model" in candidate.assets:
         message = (
-            f"the {sides[0]}'s {NAME} is not in the {sides[1]}: transformers must make it from tokenizer.model,"
+            f"{the(sides[0])}'s {NAME} is not in {the(sides[1])}: transformers must make it from tokenizer.model,"
             " for which it needs protobuf"
         )
         yield Finding(GATE, "warning", NAME, message)
     elif "tokenizer.model" not in source.assets:
-        yield Finding(GATE, "warning", NAME, f"the {sides[0]}'s {NAME}, its only tokenizer, is not in the {sides[1]}")
+        yield Finding(GATE, "warning", NAME, f"{the(sides[0])}'s {NAME}, its only tokenizer, is not in {the(sides[1])}")
 
 
 def _conflicts(source: Checkpoint, candidate: Checkpoint, sides: Sides) -> Iterator[Finding]:
@@ -85,7 +85,7 @@ def _conflicts(source: Checkpoint, candidate: Checkpoint, sides: Sides) -> Itera
     for side, checkpoint in zip(sides, (source, candidate), strict=True):
         for conflict in checkpoint.tokenizer.conflicts:
             severity: Severity = "error" if conflict.serious and derived else "warning"
-            yield Finding(GATE, severity, NAME, f"in the {side}, {conflict.message}")
+            yield Finding(GATE, severity, NAME, f"in {the(side)}, {conflict.message}")
 
 
 def _object(data: bytes) -> dict[str, Any]:

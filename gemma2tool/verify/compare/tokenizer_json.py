@@ -26,7 +26,7 @@ from gemma2tool.containers.tokenizer_json import (
 )
 from gemma2tool.containers.tokenizer_model import SPACE
 from gemma2tool.model.tokenizer import looks_special
-from gemma2tool.verify.finding import Finding, Severity, Sides
+from gemma2tool.verify.finding import Finding, Severity, Sides, the
 
 GATE = "tokenizer"
 NAME = "tokenizer.json"
@@ -72,7 +72,7 @@ def _models(left: Object, right: Object, sides: Sides) -> Iterator[Finding]:
         if name == "unk_token" and None in values and all(map(spells_every_byte, models)):
             continue  # no text produces it
         if values[0] != values[1]:
-            yield _error(f"{name} of {NAME}'s model is {_short(values[0])}, in the {sides[1]} {_short(values[1])}")
+            yield _error(f"{name} of {NAME}'s model is {_short(values[0])}, in {the(sides[1])} {_short(values[1])}")
 
 
 def _vocabulary(content: Object) -> set[tuple[str, Any]]:
@@ -101,15 +101,15 @@ def _added_tokens(left: Object, right: Object, sides: Sides) -> Iterator[Finding
     spaces_alone = steps(left)["normalizer"] == steps(right)["normalizer"] == [_NORMALIZER]
     renamed = [token for token in common if source[token].content != candidate[token].content]
     if lost:
-        message = f"the {sides[1]}'s {NAME} lacks the added token {_token(source, lost[0])}{_others(lost)}"
+        message = f"{the(sides[1])}'s {NAME} lacks the added token {_token(source, lost[0])}{_others(lost)}"
         yield _error(message, "added_tokens")
     if more:
-        message = f"the {sides[1]}'s {NAME} has an additional added token, {_token(candidate, more[0])}{_others(more)}"
+        message = f"{the(sides[1])}'s {NAME} has an additional added token, {_token(candidate, more[0])}{_others(more)}"
         yield _error(message, "added_tokens")
     if renamed:
         first = renamed[0]
         message = (
-            f"the added tokens of {NAME} differ: {_token(source, first)}, in the {sides[1]}"
+            f"the added tokens of {NAME} differ: {_token(source, first)}, in {the(sides[1])}"
             f" {candidate[first].content!r}{_others(renamed)}"
         )
         yield _error(message, "added_tokens")
@@ -144,7 +144,7 @@ def _steps(left: Object, right: Object, sides: Sides) -> Iterator[Finding]:
             names = [
                 " then ".join(str(step.get("type")) for step in flat[part]) or "none" for flat in (source, candidate)
             ]
-            difference = f"{names[0]}, in the {sides[1]} {names[1]}"
+            difference = f"{names[0]}, in {the(sides[1])} {names[1]}"
             if names[0] == names[1]:
                 difference = f"{names[0]}, with other settings"
             yield _error(f"the {part} of {NAME} differs: {difference}", part)
@@ -159,7 +159,7 @@ def _around(left: Object, right: Object, sides: Sides, adds_bos: bool) -> Iterat
             continue
         text = "a text" if kind == "single" else "a pair of texts"
         names = [{name for name, _ in _special(template)} for template in templates]
-        message = f"{NAME} puts {_put(templates[0])} around {text}, in the {sides[1]} {_put(templates[1])}"
+        message = f"{NAME} puts {_put(templates[0])} around {text}, in {the(sides[1])} {_put(templates[1])}"
         lost = bool(names[0]) and not names[0] & names[1]
         supplied = adds_bos and not _special(templates[0])
         subject = "add_bos_token" if lost else "post_processor"

@@ -11,7 +11,7 @@ from gemma2tool.errors import InputRefused
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.tokenizer import DEFAULT_TEMPLATE, Tokenizer
 from gemma2tool.verify.compare.tokenizer_json import GATE
-from gemma2tool.verify.finding import Finding, Severity, Sides
+from gemma2tool.verify.finding import Finding, Severity, Sides, the
 
 
 def implied_stops(checkpoint: Checkpoint) -> frozenset[int]:
@@ -52,7 +52,7 @@ def _templates(left: Tokenizer, right: Tokenizer, sides: Sides, keeps_template: 
         what = label_of_template(name)
         if name not in candidate:
             severity: Severity = "error" if keeps_template and name == DEFAULT_TEMPLATE else "warning"
-            yield Finding(GATE, severity, "chat_template", f"the {sides[0]}'s {what} is not in the {sides[1]}")
+            yield Finding(GATE, severity, "chat_template", f"{the(sides[0])}'s {what} is not in {the(sides[1])}")
         elif candidate[name] != template:
             differ = "the chat templates differ" if name == DEFAULT_TEMPLATE else f"the {what} differs"
             yield Finding(GATE, "error", "chat_template", differ)
@@ -80,7 +80,7 @@ def _adds(left: Tokenizer, right: Tokenizer, sides: Sides) -> Iterator[Finding]:
         adds = left.adds.get(role), right.adds.get(role)
         if None not in adds and adds[0] != adds[1]:
             name = f"add_{role}_token"
-            yield Finding(GATE, "error", name, f"{name} is {adds[0]}, in the {sides[1]} {adds[1]}")
+            yield Finding(GATE, "error", name, f"{name} is {adds[0]}, in {the(sides[1])} {adds[1]}")
 
 
 def _roles(left: Tokenizer, right: Tokenizer, sides: Sides) -> Iterator[Finding]:
@@ -88,7 +88,9 @@ def _roles(left: Tokenizer, right: Tokenizer, sides: Sides) -> Iterator[Finding]
         ids = left.roles.get(role), right.roles.get(role)
         if ids[0] is not None and ids[1] is not None and ids[0] != ids[1]:
             severity: Severity = "error" if role in ("bos", "eos") else "warning"
-            message = f"{role} is {left.text(ids[0])!r} ({ids[0]}), in the {sides[1]} {right.text(ids[1])!r} ({ids[1]})"
+            message = (
+                f"{role} is {left.text(ids[0])!r} ({ids[0]}), in {the(sides[1])} {right.text(ids[1])!r} ({ids[1]})"
+            )
             yield Finding(GATE, severity, f"{role}_id", message)
 
 
@@ -97,13 +99,13 @@ def _space_prefix(left: Tokenizer, right: Tokenizer, sides: Sides) -> Iterator[F
     name = "add_space_prefix"
     if right.has_vocabulary and right.normalizer.add_dummy_prefix:
         message = (
-            f"{name} is true or missing in the {sides[1]}: a space is put before every text,"
+            f"{name} is true or missing in {the(sides[1])}: a space is prepended to every text,"
             " which Gemma's tokenizer does not do; a GGUF needs tokenizer.ggml.add_space_prefix=bool:false"
         )
         yield Finding(GATE, "error", name, message)
     elif left.has_vocabulary and left.normalizer.add_dummy_prefix and right.has_vocabulary:
         yield Finding(
-            GATE, "warning", name, f"{name} is true or missing in the {sides[0]}, in the {sides[1]} it is false"
+            GATE, "warning", name, f"{name} is true or missing in {the(sides[0])}, in {the(sides[1])} it is false"
         )
 
 
@@ -114,7 +116,7 @@ def _split_special(left: Tokenizer, right: Tokenizer, sides: Sides) -> Iterator[
         severity: Severity = "error" if right.splits_special else "warning"
         side, other = sides if left.splits_special else reversed(sides)
         message = (
-            f"{name} is true in the {side}: transformers cuts turn marks into pieces, in the {other} they are whole"
+            f"{name} is true in {the(side)}: transformers splits turn marks into pieces, in {the(other)} they are whole"
         )
         yield Finding(GATE, severity, name, message)
 
@@ -125,8 +127,8 @@ def _stops(left: Tokenizer, right: Tokenizer, sides: Sides) -> Iterator[Finding]
     source, candidate = set(left.stop_ids), set(right.stop_ids)
     if source != candidate:
         severity = severity_of_stops(source, candidate, left.implied_stops)
-        message = f"generation stops at {sorted(source)}, in the {sides[1]} at {sorted(candidate)}"
+        message = f"generation stops at {sorted(source)}, in {the(sides[1])} at {sorted(candidate)}"
         if source < candidate:
             more = ", ".join(f"{right.text(token)!r} ({token})" for token in sorted(candidate - source))
-            message = f"generation stops at {sorted(source)}, in the {sides[1]} also at {more}"
+            message = f"generation stops at {sorted(source)}, in {the(sides[1])} also at {more}"
         yield Finding(GATE, severity, "eos_token_id", message)

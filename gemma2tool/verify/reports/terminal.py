@@ -31,6 +31,8 @@ class Out(Protocol):
 
     def line(self, *spans: tuple[str, str]) -> None: ...
 
+    def paragraph(self, *spans: tuple[str, str]) -> None: ...
+
     def item(self, label: tuple[str, str], *spans: tuple[str, str]) -> None: ...
 
     def table(self, columns: Sequence[str], rows: Iterable[Sequence[object]], *, title: str = "") -> None: ...
@@ -115,7 +117,7 @@ def render_verdict(result: Verification, out: Out) -> None:
     failures = len(result.failures)
     says_all = result.passed or result.beyond_chosen_limits
     verdict = result.verdict if says_all else f"{result.verdict}, {failures} finding{'s' * (failures != 1)}"
-    out.line(("PASSED", "bold green") if result.passed else ("FAILED", "bold red"), (f": {verdict}{skipped}", ""))
+    out.paragraph(("PASSED", "bold green") if result.passed else ("FAILED", "bold red"), (f": {verdict}{skipped}", ""))
 
 
 def _render_sides(result: Verification, out: Out) -> None:
@@ -133,9 +135,10 @@ def _render_warnings(gate: GateResult, out: Out) -> None:
 
 
 def render_difference(result: Difference, out: Out, *, findings: int = 4) -> None:
-    """Show two checkpoints side by side: a line per part, the tensors that differ most, the causes and the verdict."""
+    """Show two checkpoints side by side: the verdict, a line per part, the causes, the tensors that differ most."""
+    out.paragraph(("SAME", "bold green") if result.same else ("DIFFERENT", "bold yellow"), (f": {result.verdict}", ""))
     for name, side in (("A  ", result.a), ("B  ", result.b)):
-        out.line((name, "bold"), (f"{side.path} ({side.format}: {', '.join(sorted(side.stored))})", ""))
+        out.paragraph((name, "bold"), (f"{side.path} ({side.format}: {', '.join(sorted(side.stored))})", ""))
     width = max(len(part.name) for part in result.parts)
     style = _GateStyle(width, findings, _DIFFERENCE_MARKS, {"error": "differs"})
     for part in result.parts:
@@ -161,14 +164,13 @@ def render_difference(result: Difference, out: Out, *, findings: int = 4) -> Non
                 for tensor in farthest
             ],
         )
-    out.line(("SAME", "bold green") if result.same else ("DIFFERENT", "bold yellow"), (f": {result.verdict}", ""))
 
 
 def _render_gate(gate: GateResult, style: _GateStyle, out: Out) -> None:
     mark, ascii_mark, mark_style = style.marks[gate.status]
     mark = mark if out.can_show(mark) else ascii_mark
     timing = (f" ({gate.timing})", "dim") if gate.timing else ("", "")
-    out.line((f"{mark} ", mark_style), (f"{gate.name:<{style.width}}  ", "bold"), (gate.summary, ""), timing)
+    out.paragraph((f"{mark} ", mark_style), (f"{gate.name:<{style.width}}  ", "bold"), (gate.summary, ""), timing)
     findings = [
         finding
         for finding in gate.findings
@@ -180,7 +182,7 @@ def _render_gate(gate: GateResult, style: _GateStyle, out: Out) -> None:
     shown = [finding for finding in findings if finding.severity != "note" or finding in notes][: style.findings]
     for finding in shown:
         word = style.words.get(finding.severity, finding.severity)
-        out.line((f"    {word}: ", _SEVERITY_STYLES[finding.severity]), (finding.sentence, ""))
+        out.paragraph((f"    {word}: ", _SEVERITY_STYLES[finding.severity]), (finding.sentence, ""))
     hidden = len(findings) - len(shown)
     if hidden:
         out.line((f"    and {hidden} more (--json lists them all)", "dim"))
@@ -188,11 +190,11 @@ def _render_gate(gate: GateResult, style: _GateStyle, out: Out) -> None:
 
 def _render_cause(cause: Cause, out: Out) -> None:
     """Show what went wrong, and the tensors or fields that it explains."""
-    out.line(("cause: ", "bold red"), (cause.message, "bold"), (f" [{cause.id}]", "dim"))
+    out.paragraph(("cause: ", "bold red"), (cause.message, "bold"), (f" [{cause.id}]", "dim"))
     names = (*cause.fields, *cause.tensors)
     if names:
         more = f" and {len(names) - _MAX_NAMES} more" if len(names) > _MAX_NAMES else ""
-        out.line((f"    {', '.join(names[:_MAX_NAMES])}{more}", "dim"))
+        out.paragraph((f"    {', '.join(names[:_MAX_NAMES])}{more}", "dim"))
 
 
 def _render_measurements(result: Verification, out: Out) -> None:
