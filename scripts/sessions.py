@@ -42,7 +42,7 @@ SESSIONS: dict[str, tuple[str, ...]] = {
     ),
     "budget": (f"gemma2tool quantize model.ckpt fits.gguf --target-size 4MB {BUDGET}",),
     "broken": (
-        "!gemma2tool -q convert model.ckpt original",
+        "!gemma2tool convert -q model.ckpt original",
         "!cp -r original from-a-stranger",
         f"!{sys.executable} -c {shlex.quote(BREAK)}",
         "gemma2tool check from-a-stranger",
