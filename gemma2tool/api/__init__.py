@@ -277,7 +277,7 @@ def hash(
     threads: int | None = None,
     progress: ProgressCallback | None = None,
 ) -> Hashes:
-    """Digests of a checkpoint's values: equal for the same model in any format, type, layout, number of files."""
+    """Print digests of a checkpoint's values: equal for the same model in any format, type, layout, number of files."""
     from gemma2tool.model.digest import hash_checkpoint
 
     with opened(source, config) as checkpoint:

@@ -34,7 +34,7 @@ def convert(
 ) -> None:
     """Convert a checkpoint to another format, and verify the result.
 
-    An adapter as SRC and a DST.gguf make a LoRA adapter for llama.cpp; --config names its base model.
+    If SRC is an adapter and DST ends in .gguf, a LoRA adapter for llama.cpp is written; --config names its base model.
 
     The target format is chosen by --to or by the name of DST (.gguf: GGUF; .ckpt: gemma_pytorch; else a Hugging Face
     folder).

@@ -15,7 +15,7 @@ def diff(
     b: Annotated[str, typer.Argument(metavar="B", help="Another checkpoint, in any format.")],
     tokens: o.Tokens = None,
     text: o.Text = None,
-    no_logits: Annotated[bool, typer.Option("--no-logits", help="Leave out the forward passes.")] = False,
+    no_logits: Annotated[bool, typer.Option("--no-logits", help="Skip the forward passes.")] = False,
     config: o.ConfigFile = None,
     threads: o.Threads = None,
     quiet: o.Quiet = False,

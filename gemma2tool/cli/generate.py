@@ -15,7 +15,7 @@ from gemma2tool.cli.groups import completion
 class GenerateOptions:
     """What ``generate`` takes; the fields are the options, see ``groups``."""
 
-    raw: Annotated[bool, typer.Option("--raw", help="Pass the prompt as it is, without the chat template.")] = False
+    raw: Annotated[bool, typer.Option("--raw", help="Pass the prompt unchanged, without the chat template.")] = False
     max_new_tokens: Annotated[
         int, typer.Option("--max-new-tokens", "-n", min=1, help="Stop after this many tokens.")
     ] = 128

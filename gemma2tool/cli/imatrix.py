@@ -25,7 +25,7 @@ def imatrix(
     output_weights: Annotated[
         bool,
         typer.Option(
-            "--output-weights", help="Collect the output head, too; a tied embedding is then quantized by it."
+            "--output-weights", help="Also collect the output head; a tied embedding is then quantized with it."
         ),
     ] = False,
     shard: ShardOption = None,

@@ -17,7 +17,7 @@ def logits(
     ],
     out: Annotated[
         Path,
-        typer.Option("--out", metavar="FILE", help="Where the float32 logits (B, T, V) of all positions go (.npy)."),
+        typer.Option("--out", metavar="FILE", help="File for the float32 logits (B, T, V) of all positions (.npy)."),
     ],
     config: o.ConfigFile = None,
     device: o.Device = "cpu",

@@ -11,7 +11,7 @@ from gemma2tool.cli import options as o
 
 
 def merge(
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="What to write, as the shards were given it.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The file to write: the OUT of the shards' runs.")],
     parts: Annotated[
         list[Path] | None,
         typer.Argument(metavar="[PART]...", help="The parts of all shards. Default: OUT.shard-*-of-* beside OUT."),
@@ -20,7 +20,7 @@ def merge(
     quiet: o.Quiet = False,
     json_output: o.Json = False,
 ) -> None:
-    """Merge the parts that 'imatrix --shard' wrote on several machines: the bytes are those that one machine writes."""
+    """Merge the parts that 'imatrix --shard' wrote on several machines into what one machine would have written."""
     from gemma2tool import api
     from gemma2tool.cli.terminal import Console
 

@@ -70,7 +70,7 @@ Dtype = Annotated[
     typer.Option(
         "--dtype",
         metavar="TYPE",
-        help="Stored type of what is not quantized: f32, bf16, f16; default: the source's.",
+        help="Stored type of tensors that are not quantized: f32, bf16, f16; default: the source's.",
         autocompletion=completion(STORED_DTYPES),
     ),
 ]
@@ -88,7 +88,9 @@ NoVerify = Annotated[
 ]
 NoReceipt = Annotated[
     bool,
-    typer.Option("--no-receipt", help="Write no DST.receipt.json beside the output.", rich_help_panel="Verification"),
+    typer.Option(
+        "--no-receipt", help="Don't write DST.receipt.json beside the output.", rich_help_panel="Verification"
+    ),
 ]
 Threads = Annotated[
     int | None,
@@ -154,16 +156,14 @@ Modelfile = Annotated[
 ]
 KeepDownload = Annotated[
     Path | None,
-    typer.Option(
-        "--keep-download", metavar="FOLDER", help="Download a SRC that is not local to FOLDER first, and keep it there."
-    ),
+    typer.Option("--keep-download", metavar="FOLDER", help="Download a remote SRC to FOLDER first, and keep it there."),
 ]
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Show what would be written, and write nothing.", rich_help_panel="Output")
 ]
 Tensors = Annotated[bool, typer.Option("--tensors", help="With --dry-run: list every tensor too.")]
 Quiet = Annotated[
-    bool, typer.Option("--quiet", "-q", help="One line a result; no progress, no notes.", rich_help_panel="Screen")
+    bool, typer.Option("--quiet", "-q", help="One line per result; no progress, no notes.", rich_help_panel="Screen")
 ]
 Verbose = Annotated[
     bool, typer.Option("--verbose", "-v", help="Show every gate and every measurement.", rich_help_panel="Screen")

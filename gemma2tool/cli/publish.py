@@ -17,17 +17,17 @@ def publish(
     src: o.Source,
     to: Annotated[
         str,
-        typer.Option("--to", metavar="ORG/REPO", help="Repository of models on the Hugging Face hub; made if missing."),
+        typer.Option("--to", metavar="ORG/REPO", help="Model repository on the Hugging Face hub; created if missing."),
     ],
     folder: Annotated[
-        Path | None, typer.Option("--folder", metavar="FOLDER", help="Where the files are made. Default: ./REPO.")
+        Path | None, typer.Option("--folder", metavar="FOLDER", help="Folder for the files. Default: ./REPO.")
     ] = None,
-    private: Annotated[bool, typer.Option("--private", help="A repository that is made is private.")] = False,
+    private: Annotated[bool, typer.Option("--private", help="Create the repository as private.")] = False,
     discard: Annotated[
         bool,
         typer.Option(
             "--discard-uploaded",
-            help="Remove each output when it is uploaded; each is then written in a pass of its own.",
+            help="Remove each output once it is uploaded; every output then takes a pass of its own.",
         ),
     ] = False,
     *,

@@ -24,7 +24,7 @@ def quantize(
             "--type",
             metavar="TYPE",
             help="For GGUF: q8_0, q4_0, q4_k_m, ... For a folder: nf4, fp4, int8, ... 'gemma2tool formats' lists all. "
-            "Several, with commas or repeated, go into the folder DST in one pass over SRC.",
+            "Several, separated by commas, are written into the folder DST in one pass over SRC.",
             autocompletion=completion(o.type_names),
         ),
     ] = None,

@@ -40,10 +40,11 @@ class ReleaseOptions:
     ] = None
     name: Annotated[
         str | None,
-        typer.Option("--name", metavar="NAME", help="What file names begin with. Default: the source's name."),
+        typer.Option("--name", metavar="NAME", help="Start of the file names. Default: the source's name."),
     ] = None
     template: Annotated[
-        str, typer.Option("--name-template", metavar="TEMPLATE", help="Names of the files, from {model} and {type}.")
+        str,
+        typer.Option("--name-template", metavar="TEMPLATE", help="Pattern of the file names, with {model} and {type}."),
     ] = TEMPLATE
     config: o.ConfigFile = None
     lora: o.Lora = None
@@ -58,7 +59,7 @@ class ReleaseOptions:
         typer.Option(
             "--imatrix-text",
             metavar="FILE",
-            help="Collect an importance matrix from this text, or from built-in; it becomes part of the release.",
+            help="Collect an importance matrix from this text, or from 'built-in'; it is added to the release.",
             rich_help_panel=_QUALITY,
         ),
     ] = None
@@ -67,7 +68,7 @@ class ReleaseOptions:
         typer.Option(
             "--calibration",
             metavar="FILE",
-            help="Choose the codes of all types by what the model does with this text, or with built-in.",
+            help="Choose the codes of all types by what the model does with this text, or with 'built-in'.",
             rich_help_panel=_QUALITY,
         ),
     ] = None
@@ -79,18 +80,25 @@ class ReleaseOptions:
     ] = BUILT_IN
     tokens: Annotated[
         int,
-        typer.Option("--tokens", metavar="N", min=1, help="How many tokens of it, at least.", rich_help_panel=_QUALITY),
+        typer.Option(
+            "--tokens", metavar="N", min=1, help="Minimum number of tokens to measure on.", rich_help_panel=_QUALITY
+        ),
     ] = TOKENS
     license: Annotated[
         str | None,
-        typer.Option("--license", metavar="ID", help="Default: as the source's card, or gemma.", rich_help_panel=_CARD),
+        typer.Option(
+            "--license",
+            metavar="ID",
+            help="License for the card. Default: that of the source's card, or gemma.",
+            rich_help_panel=_CARD,
+        ),
     ] = None
     base_model: Annotated[
         str | None,
         typer.Option(
             "--base-model",
             metavar="ORG/NAME",
-            help="Default: a source from the hub.",
+            help="Base model for the card. Default: the source, if it is from the hub.",
             rich_help_panel=_CARD,
         ),
     ] = None
@@ -137,7 +145,7 @@ class ReleaseOptions:
 
 def release(
     src: o.Source,
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where the files go; made if it is not there.")],
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder for the files; created if missing.")],
     *,
     options: ReleaseOptions,
 ) -> None:

@@ -25,7 +25,7 @@ def run(
         typer.Option(
             "--on",
             metavar="WHERE",
-            help="'ray': on the Ray cluster of RAY_ADDRESS or of this machine, one task an output; the extra [ray].",
+            help="'ray': on the Ray cluster at RAY_ADDRESS or on this machine, one task per output; extra [ray].",
         ),
     ] = None,
     force: o.Force = False,

@@ -31,11 +31,15 @@ def sensitivity(
     ] = None,
     text: Annotated[
         Path | None,
-        typer.Option("--text", metavar="FILE", help="Text that KL is summed over. Default: other parts of the same."),
+        typer.Option(
+            "--text", metavar="FILE", help="Text that KL is summed over. Default: other parts of the calibration text."
+        ),
     ] = None,
     candidates: Annotated[
         str | None,
-        typer.Option("--candidates", metavar="TYPES", help="Tensor types of GGUF, or of folders, with commas."),
+        typer.Option(
+            "--candidates", metavar="TYPES", help="GGUF tensor types, or types of folders, separated by commas."
+        ),
     ] = None,
     rounding: Annotated[
         str,
@@ -64,12 +68,12 @@ def sensitivity(
         typer.Option("--calibration-length", min=16, help="Tokens of a window. Default: 512."),
     ] = None,
     hessian_block: Annotated[
-        int | None, typer.Option("--hessian-block", min=32, help="As of 'quantize --calibration'.")
+        int | None, typer.Option("--hessian-block", min=32, help="As for 'quantize --calibration'.")
     ] = None,
     merge: Annotated[
         list[Path] | None,
         typer.Option(
-            "--merge", metavar="TABLE", help="Collect nothing: add up tables of SRC and other texts. Repeatable."
+            "--merge", metavar="TABLE", help="Merge tables for SRC from several texts; collects nothing. Repeatable."
         ),
     ] = None,
     config: o.ConfigFile = None,

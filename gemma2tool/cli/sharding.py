@@ -18,8 +18,8 @@ ShardOption = Annotated[
     typer.Option(
         "--shard",
         metavar="I/N",
-        help="Do shard I (from 0) of N and write its part beside OUT, for 'gemma2tool merge OUT'. Default: as torchrun,"
-        " a Slurm array or an indexed Kubernetes job says; 0/1 is everything.",
+        help="Run shard I (from 0) of N and write its part beside OUT, for 'gemma2tool merge OUT'. Default: the shard"
+        " that torchrun, a Slurm array or an indexed Kubernetes job assigns; 0/1 runs everything.",
     ),
 ]
 

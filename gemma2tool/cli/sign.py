@@ -30,7 +30,9 @@ def sign(
     ] = False,
     trust_config: Annotated[
         Path | None,
-        typer.Option("--trust-config", metavar="FILE", help="With --keyless: another Sigstore than the public one."),
+        typer.Option(
+            "--trust-config", metavar="FILE", help="With --keyless: a Sigstore instance other than the public one."
+        ),
     ] = None,
     statement: Annotated[
         Path | None,

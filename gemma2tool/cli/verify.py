@@ -65,7 +65,7 @@ class VerifyOptions:
     ] = None
     server_timeout: Annotated[
         float,
-        typer.Option("--server-timeout", metavar="SECONDS", min=1, help="For each request to the server."),
+        typer.Option("--server-timeout", metavar="SECONDS", min=1, help="Time limit for each request to the server."),
     ] = 120
     signed_by: Annotated[
         str | None,
@@ -103,7 +103,7 @@ class VerifyOptions:
     ] = None
     reference_config: Annotated[
         Path | None,
-        typer.Option("--reference-config", metavar="FILE", help="The same for SRC, where it differs from --config."),
+        typer.Option("--reference-config", metavar="FILE", help="The same for SRC, if it differs from --config."),
     ] = None
     no_readers: o.NoReaders = False
     threads: o.Threads = None
@@ -125,9 +125,9 @@ def verify(
     fails.
 
     With --reference: tensors, config, tokenizer, logits. With a receipt: whether files, values, config, tokenizer and
-    logits are those that were verified when it was written. With --engine or --logits: whether an engine runs it right,
-    and if not, its mistake. With --server: whether a running server serves it as its files mean it. Of several, each is
-    verified in the same way, and the exit code is the largest.
+    logits are those that were verified when it was written. With --engine or --logits: whether an engine runs it
+    correctly, and if not, what its mistake is. With --server: whether a running server serves it as its files mean it.
+    Several candidates are verified one by one; the exit code is the largest.
     """
     from gemma2tool import api
 

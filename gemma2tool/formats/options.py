@@ -123,7 +123,7 @@ class GGUFOptions:
         formats=_GGUF,
     )
     override_kv: tuple[str, ...] = option(
-        (), "--override-kv", "set a key-value. Repeatable.", metavar="KEY=TYPE:VALUE", formats=_GGUF
+        (), "--override-kv", "set a metadata key. Repeatable.", metavar="KEY=TYPE:VALUE", formats=_GGUF
     )
 
     def __post_init__(self) -> None:
@@ -163,7 +163,7 @@ class PackingOptions:
     symmetric: bool | None = option(
         None,
         "--sym/--asym",
-        "zero points in the middle, or chosen by group. Default: --sym.",
+        "zero points in the middle, or chosen for each group. Default: --sym.",
         formats=QUANTIZED_FOLDERS,
         types=_GPTQ_TYPES,
     )
@@ -179,7 +179,7 @@ class PackingOptions:
     skip: tuple[str, ...] = option(
         (),
         "--skip",
-        "leave the tensors whose names match as they are. Repeatable.",
+        "don't quantize the tensors that match. Repeatable.",
         metavar="REGEX",
         formats=QUANTIZED_FOLDERS,
     )

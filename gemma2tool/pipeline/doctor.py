@@ -21,8 +21,8 @@ from gemma2tool.version import __version__
 Status = Literal["ok", "warning", "error"]
 
 _KNOWN_FAULTS = {
-    "keras-hub": (r"0\.17\..*", "its from_preset(dtype=...) fails on presets that have a task.json"),
-    "transformers": (r"5\.23\..*", "it loads w4a16-asym folders with dequantize=True only"),
+    "keras-hub": (r"0\.17\..*", "from_preset(dtype=...) fails on presets that have a task.json"),
+    "transformers": (r"5\.23\..*", "loads w4a16-asym folders with dequantize=True only"),
 }
 """Distribution -> versions (a pattern) that were seen to fail on right files, and how. They are the consumers', and do
 not affect what gemma2tool writes."""
@@ -92,7 +92,7 @@ def _consumers() -> Iterator[Fact]:
     for name, (pattern, fault) in _KNOWN_FAULTS.items():
         version = _installed(name)
         if version is not None and re.fullmatch(pattern, version):
-            yield Fact(name, f"{version}: {fault}", "warning", "use another version of it for such files")
+            yield Fact(name, f"{version}: {fault}", "warning", "use a different version for such files")
 
 
 def _machine(path: Path) -> Iterator[Fact]:

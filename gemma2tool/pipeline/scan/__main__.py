@@ -12,7 +12,7 @@ _HEAD = """\
 
 <!-- Made by `python -m gemma2tool.pipeline.scan > docs/scan.md`. Edit gemma2tool/pipeline/scan/ instead. -->
 
-`gemma2tool scan PATH` says what the files at PATH would do to whoever uses them. It loads, unpacks and runs nothing:
+`gemma2tool scan PATH` shows what the files at PATH would do to whoever uses them. It loads, unpacks and runs nothing:
 pickles are followed opcode by opcode, chat templates are read as syntax trees and rendered in a sandbox in a process
 with limits of time and memory. PATH is a file or a folder, of any model.
 
@@ -33,15 +33,15 @@ scanning; its paths are relative to the workspace.
 | 1 | something is dangerous or odd |
 | 3 | there is nothing at PATH |
 
-A *danger* harms whoever loads or uses the file. What is *odd* no honest file needs, or it changes what is loaded. A
-*note* should be known. Ids and severities are stable, messages are not.
+A *danger* harms whoever loads or uses the file. *Odd* is what no honest file needs, or what changes what is loaded. A
+*note* is good to know. Ids and severities are stable, messages are not.
 
 ## What a conversion does
 
-Every conversion asks the same of what it carries: chat templates, tokens, metadata. A dangerous chat template is
-refused (exit code 3, `template.unsafe`); `--allow-unsafe-template` carries it all the same, with a warning. What is odd
-is a warning. Nothing is left out or changed without a word. Pickles are never loaded: the built-in reader knows only
-what stores tensors, and refuses the rest.
+Every conversion checks what it carries in the same way: chat templates, tokens, metadata. A dangerous chat template is
+refused (exit code 3, `template.unsafe`); `--allow-unsafe-template` carries it anyway, with a warning. What is odd gives
+a warning. Nothing is silently dropped or changed. Pickles are never loaded: the built-in reader knows only what stores
+tensors, and refuses the rest.
 
 ## What is looked for
 """
@@ -49,13 +49,13 @@ what stores tensors, and refuses the rest.
 _TAIL = """
 ## How it decides
 
-- **Pickles**: by what tensors need, not by a list of what is bad. A name that is not known to be harmless is a danger,
+- **Pickles**: by what tensors need, not by a list of threats. A name that is not known to be harmless is a danger,
   whatever module it is in; classes of libraries that trainers save (`transformers.training_args.TrainingArguments`) are
   odd. Protocols 0 to 5, several pickles in a file, pickles in pickles as bytes or text, as they are, in base64
   or in hexadecimal digits, damaged ones (what precedes the damage is executed), arrays of objects in .npy and .npz.
-- **Archives**: zip, tar, and files compressed by gzip, bzip2, xz, lzma or zlib, whatever their names, up to five inside
-  of each other; members with wrong flags, names, types or checksums; a zip archive at the end of another file. What is
-  not looked into is a note: other archives, encrypted members, an archive of more than 64 MiB inside of another one.
+- **Archives**: zip, tar, and files compressed by gzip, bzip2, xz, lzma or zlib, whatever their names, up to five
+  levels deep; members with wrong flags, names, types or checksums; a zip archive at the end of another file. What is
+  not examined gives a note: other archives, encrypted members, an archive of more than 64 MiB inside another one.
 - **Chat templates**: every branch of the syntax tree, after names that are put together (concatenated, reversed,
   formatted, joined, from variables) are evaluated; then rendered for conversations with and without a system message,
   tools, parts, an answer; then once more with all branches taken. Jinja has no endless loop, so what counts is time,
@@ -63,19 +63,19 @@ _TAIL = """
 - **Triggers**: what messages say is followed through the syntax tree (variables, loops, macros, blocks, filters), and
   wherever it meets a text of the template, in a comparison, a search, a replacement or a table, the template looks for
   that text. Markup of conversations such as `</think>` or `/no_think`, and markup that the template itself writes, is
-  no trigger. Conditions on how long a message is are not looked at.
+  not a trigger. Conditions on the length of a message are not examined.
 - **Text**: control characters, the bidirectional controls of UAX 9, characters of zero width and tags; joiners where
-  scripts and emoji need them are not reported. SentencePiece's vocabulary is not looked at, because it holds such
-  characters rightly.
+  scripts and emoji need them are not reported. SentencePiece's vocabulary is not examined, because it contains such
+  characters legitimately.
 
 ## What is not looked for
 
-What the code of a `.py` file does; TensorFlow's SavedModel, ONNX and other formats that hold no Gemma 2; payloads that
-are texts in other encodings and that nothing decodes; behavior that was trained into the weights.
+What the code of a `.py` file does; TensorFlow's SavedModel, ONNX and other formats that do not hold a Gemma 2; payloads
+that are text in other encodings and that nothing decodes; behavior that was trained into the weights.
 
 ## Beside other scanners
 
-Files that are reported, of those that should be (hostile) and of those that should not be (honest), with modelscan
+How many files are reported, of those that should be (hostile) and of those that should not be (honest), by modelscan
 0.8.8, picklescan 1.0.5, fickling 0.1.12 and modelaudit 0.2.54 (issues of its severities warning and critical). In
 parentheses: files that a scanner could not read. `python tests/campaigns/scanners.py --fetch FOLDER --peers PYTHON`
 clones the projects' test files, which are not part of this repository, and repeats it. fickling makes its files while
@@ -91,7 +91,7 @@ its tests run.
 | honest: picklescan's and modelaudit's safe files: 23 | 0 | 0 (7) | 0 | 0 (14) | 7 |
 | honest: chat templates, most of public repositories: 140 | 1 | 0 | 0 | 0 (140) | 8 |
 
-The one is a trigger: it adds a text to the prompt when the answer of a tool says "command not found" or the like.
+The one is a trigger: it adds text to the prompt when the answer of a tool says "command not found" or the like.
 """
 
 
