@@ -74,8 +74,6 @@ def test_mlx_has_a_type_for_each_matrix(source: Path, table: Path, tmp_path: Pat
 @pytest.mark.peer
 def test_bitsandbytes_skips_what_is_not_quantized(source: Path, table: Path, tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
-    from transformers import AutoModelForCausalLM
-
     out = tmp_path / "bnb"
     outcome = quantize(source, out, table, target_size=8_000_000, candidates=("nf4",))
     types = outcome.choice.types
@@ -84,13 +82,39 @@ def test_bitsandbytes_skips_what_is_not_quantized(source: Path, table: Path, tmp
     assert {f"{name}.weight" for name in skipped} - {"lm_head.weight"} == {n for n, t in types.items() if t == "bf16"}
     for unit in fused_weights(list(types)):
         assert len({types[name] for name in unit}) == 1
+    assert_transformers_computes_the_same(source, out, 2e-3)
+
+
+@pytest.mark.peer
+def test_compressed_tensors_has_a_group_for_each_type(source: Path, fixture_dir: Path, tmp_path: Path) -> None:
+    pytest.importorskip("compressed_tensors")
+    how = api.SensitivityOptions(
+        rounding="nearest", types=("w4a16", "w8a16"), windows=4, length=64, measure="none", threads=1
+    )
+    table, out = tmp_path / "table.json", tmp_path / "compressed"
+    api.sensitivity(source, table, calibration=fixture_dir / "heldout.txt", options=how)
+    outcome = quantize(source, out, table, target_bpw=7)
+    types = outcome.choice.types
+    assert set(types.values()) == {"w4a16", "w8a16"} and outcome.choice.proven and outcome.holds
+    for unit in fused_weights(list(types)):
+        assert len({types[name] for name in unit}) == 1
+    groups = json.loads((out / "config.json").read_text())["quantization_config"]["config_groups"].values()
+    assert sorted(group["weights"]["num_bits"] for group in groups) == [4, 8]
+    assert run("verify", out, "--reference", source, "--no-readers").exit_code == 0
+    assert_transformers_computes_the_same(source, out, 1e-5)
+
+
+def assert_transformers_computes_the_same(source: Path, folder: Path, limit: float) -> None:
+    """transformers loads all of a folder; its KL to the built-in forward pass is below ``limit``."""
+    from transformers import AutoModelForCausalLM
+
     model, info = AutoModelForCausalLM.from_pretrained(
-        out, dtype=torch.float32, attn_implementation="eager", device_map="cpu", output_loading_info=True
+        folder, dtype=torch.float32, attn_implementation="eager", device_map="cpu", output_loading_info=True
     )
     assert not info["missing_keys"] and not info["unexpected_keys"]
     ids = np.load(source.parent / "heldout.npy")[:1, :96].astype(np.int64)
-    with torch.no_grad(), registry.open_checkpoint(out) as checkpoint:
-        assert mean_kl(logits(checkpoint, ids), model(torch.from_numpy(ids)).logits.float().numpy()) < 2e-3
+    with torch.no_grad(), registry.open_checkpoint(folder) as checkpoint:
+        assert mean_kl(logits(checkpoint, ids), model(torch.from_numpy(ids)).logits.float().numpy()) < limit
 
 
 def test_what_runs_as_one_matrix_is_one_unit() -> None:
