@@ -1,13 +1,18 @@
-"""What the freedoms of Gemma 2 that cost nothing gain: a source that computes the same with other values, calibrated as
-the same GGUF type, and its KL beside that of the source as it is.
+"""What was tried and is not in gemma2tool: calibrated GGUF types with one thing changed, their KL beside the default's.
 
     python benchmarks/freedoms.py q3_k_s
     python benchmarks/freedoms.py q4_k_m --changes channels,rotation --samples 64
+
+A source that computes the same with other values (the freedoms of Gemma 2 that cost nothing):
 
 - channels: intermediate channels sorted by the mean square of down_proj's inputs, the largest first
 - importance: down_proj's columns times the mean square to the power 0.25, up_proj's rows divided by it
 - flat: down_proj's columns scaled to one RMS, up_proj's rows divided
 - rotation: v_proj's rows and o_proj's columns rotated per key-value head, by a Hadamard matrix with random signs
+
+And, with the processor time of the run and the part of it that a file of Hessians would save:
+
+- collected: Hessians of the unquantized model's inputs, which are the same for every type
 """
 
 from __future__ import annotations
@@ -21,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 from processes import argument_parser
 from quality import FIXTURE, Run, ratio
+from saved_hessians import write_with_collected
 
 from gemma2tool.formats import registry
 from gemma2tool.formats.gguf.imatrix import read_imatrix
@@ -64,12 +70,13 @@ CHANGES: dict[str, Callable[[Layer, Floats, int], Layer]] = {
     "flat": flat,
     "rotation": rotation,
 }
+COLLECTED = "collected"
 
 
 def main() -> int:
     parser = argument_parser(__doc__)
     parser.add_argument("types", help="GGUF types, with commas")
-    parser.add_argument("--changes", default=",".join(CHANGES))
+    parser.add_argument("--changes", default=",".join((*CHANGES, COLLECTED)))
     parser.add_argument("--model", type=Path, default=FIXTURE, help="a folder with model.ckpt and heldout.npy")
     parser.add_argument("--samples", type=int, default=32, help="windows of calibration text")
     parser.add_argument("--every", type=int, default=3, help="use every N-th held-out window")
@@ -82,8 +89,12 @@ def main() -> int:
             first = run.window_kl(run.write_calibrated(type))
             print(f"| {type} | none | {first.mean():.5f} | |", flush=True)
             for name in arguments.changes.split(","):
-                changed = replace(run, source=changed_source(run, CHANGES[name]))
-                kl = run.window_kl(changed.write_calibrated(type))
+                if name == COLLECTED:
+                    path, seconds, saved = write_with_collected(run, type)
+                    name = f"{name}: {seconds:.0f} s, {saved:.0f} s of them saved"
+                else:
+                    path = replace(run, source=changed_source(run, CHANGES[name])).write_calibrated(type)
+                kl = run.window_kl(path)
                 print(f"| {type} | {name} | {kl.mean():.5f} | {ratio(first, kl)} |", flush=True)
     return 0
 

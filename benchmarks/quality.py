@@ -5,6 +5,7 @@
     python benchmarks/quality.py --types q4_k_m,iq4_xs
     python benchmarks/quality.py --calibrated           # folders' types, calibrated, beside rounded to nearest
     python benchmarks/quality.py --calibrated-gguf      # GGUF's types, calibrated, beside an importance matrix
+    python benchmarks/quality.py --calibrated-gguf --witness llama.cpp   # measured by llama.cpp, too
     python benchmarks/quality.py --hessians             # GGUF's types, calibrated with both kinds of Hessian
     python benchmarks/quality.py --norms iq2_xxs        # GGUF's types, calibrated, with and without tuned norms
     python benchmarks/quality.py --model FOLDER --cross q4_k_m   # calibrated on one kind of text, judged on each
@@ -28,6 +29,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from llama_cpp_logits import llama_cpp_logits
 from numpy.typing import NDArray
 from processes import argument_parser
 
@@ -73,8 +75,8 @@ CALIBRATED: tuple[tuple[str, str, PackingOptions, Calibration], ...] = (
     ("awq-4", "groups of 128, textbook (AWQ)", PackingOptions(), TEXTBOOK),
 )
 """Type, description, and the options of the packing and of the calibration."""
-CALIBRATED_GGUF = ("q4_k_m", "q4_k_s", "q5_k_m", "q3_k_m", "q3_k_s", "q2_k", "q4_0", "iq4_xs", "iq4_nl", "iq3_s",
-                   "iq3_xxs", "iq2_m", "iq2_xs", "iq2_xxs")  # fmt: skip
+CALIBRATED_GGUF = ("q5_k_m", "q5_k_s", "q4_k_m", "q4_k_s", "iq4_nl", "q4_0", "iq4_xs", "q3_k_m", "q3_k_s", "iq3_m",
+                   "iq3_s", "iq3_xs", "iq3_xxs", "q2_k", "q2_k_s", "iq2_m", "iq2_s", "iq2_xs", "iq2_xxs")  # fmt: skip
 BOOTSTRAP_DRAWS = 4000
 JUDGING_WINDOWS = 12
 """Of each kind of text, for ``--cross``."""
@@ -85,6 +87,7 @@ def main() -> int:
     parser.add_argument("--types", default=",".join(QUOTED))
     parser.add_argument("--calibrated", nargs="?", const="all", metavar="TYPES", help="all of them, or these")
     parser.add_argument("--calibrated-gguf", nargs="?", const=",".join(CALIBRATED_GGUF), metavar="TYPES")
+    parser.add_argument("--witness", choices=["llama.cpp"], help="for --calibrated-gguf: also measured by this engine")
     parser.add_argument("--hessians", nargs="?", const=",".join(CALIBRATED_GGUF), metavar="TYPES")
     parser.add_argument("--norms", metavar="TYPES")
     parser.add_argument("--cross", metavar="TYPES", help="GGUF types, on the kinds of text of --model")
@@ -108,7 +111,7 @@ def main() -> int:
         elif arguments.hessians:
             compare_hessians(run, arguments.hessians.split(","))
         elif arguments.calibrated_gguf:
-            compare_with_matrix(run, arguments.calibrated_gguf.split(","))
+            compare_with_matrix(run, arguments.calibrated_gguf.split(","), has_witness=arguments.witness is not None)
         elif arguments.calibrated:
             all_types = [type for type, *_ in CALIBRATED]
             compare_with_nearest(run, all_types if arguments.calibrated == "all" else arguments.calibrated.split(","))
@@ -176,15 +179,19 @@ class Run:
             print(f"{type}: norms {result.norm_tuning.sentence()}", file=sys.stderr)
         return path
 
-    def window_kl(self, path: Path) -> NDArray[np.float64]:
-        """The mean KL of each window of a file, (windows,)."""
-        kl: NDArray[np.float64] = self.text_metrics(path).kl.reshape(self.ids.shape).mean(1)
+    def window_kl(self, path: Path, *, by_llama_cpp: bool = False) -> NDArray[np.float64]:
+        """The mean KL of each window of a file, (windows,): run by the built-in forward pass, or by llama.cpp."""
+        metrics = self._metrics(llama_cpp_logits(path, self.ids)) if by_llama_cpp else self.text_metrics(path)
+        kl: NDArray[np.float64] = metrics.kl.reshape(self.ids.shape).mean(1)
         return kl
 
     def text_metrics(self, path: Path) -> LogitMetrics:
         """The metrics of a file's logits against the source's, each model with its own attention windows."""
         with registry.open_checkpoint(path) as candidate:
-            logits = StreamedForward(candidate, self.ids).logits().reshape(self.ids.size, -1)
+            return self._metrics(StreamedForward(candidate, self.ids).logits().reshape(self.ids.size, -1))
+
+    def _metrics(self, logits: NDArray[np.float32]) -> LogitMetrics:
+        """The metrics of logits (windows * T, V) against the source's."""
         following = np.append(self.ids[:, 1:], np.full((len(self.ids), 1), -1), 1).reshape(-1)
         comparison = LogitComparison(self.ids.size, following)
         comparison.add(0, self.source_logits, logits)
@@ -244,21 +251,21 @@ def compare_with_nearest(run: Run, types: Sequence[str]) -> None:
         )
 
 
-def compare_with_matrix(run: Run, types: Sequence[str]) -> None:
+def compare_with_matrix(run: Run, types: Sequence[str], *, has_witness: bool = False) -> None:
     """The table of GGUF types: with an importance matrix beside calibrated, from the same text, with a 95 % interval of
-    the ratio of their KL.
+    the ratio of their KL. ``has_witness``: the same by llama.cpp in another three columns.
     """
-    print("| type | bytes | KL importance matrix | calibrated | ratio, 95 % interval |")
-    print("|---|---:|---:|---:|---|")
+    columns = "KL importance matrix | calibrated | ratio, 95 % interval |"
+    print(f"| type | bytes | {columns}{f' by llama.cpp: {columns}' if has_witness else ''}")
+    print(f"|---|---:|{'---:|---:|---|' * (1 + has_witness)}")
     for type in types:
-        with_matrix, calibrated = run.write(f"{type} im"), run.write_calibrated(type)
-        sizes = {path.stat().st_size for path in (with_matrix, calibrated)}
-        first, second = run.window_kl(with_matrix), run.window_kl(calibrated)
-        print(
-            f"| {type} | {' and '.join(f'{size:,}' for size in sorted(sizes))} | {first.mean():.5f} |"
-            f" {second.mean():.5f} | {ratio(first, second)} |",
-            flush=True,
-        )
+        files = run.write(f"{type} im"), run.write_calibrated(type)
+        sizes = sorted({path.stat().st_size for path in files})
+        cells = [" and ".join(f"{size:,}" for size in sizes)]
+        for by_llama_cpp in (False, True)[: 1 + has_witness]:
+            first, second = (run.window_kl(path, by_llama_cpp=by_llama_cpp) for path in files)
+            cells += [f"{first.mean():.5f}", f"{second.mean():.5f}", ratio(first, second)]
+        print(f"| {type} | {' | '.join(cells)} |", flush=True)
 
 
 def compare_norms(run: Run, types: Sequence[str]) -> None:

@@ -28,6 +28,10 @@ RUNS: dict[str, tuple[tuple[str, ...], str]] = {
         (*OF_MODEL, "--points", "1", "--windows", "2", "--samples", "2", "--candidates", "q4_k,q6_k"),
         "of 1 within 10 %",
     ),
+    "calibration_cost.py": (
+        (*TINY, "--layers", "1", "--samples", "1", "--length", "32", "--runs", ""),
+        "1 layer of the tiny shape",
+    ),
     "end_to_end.py": (
         (*TINY, "--only", "to hf, verified", "--tokens", "8"),
         "to hf, verified",
@@ -46,7 +50,7 @@ RUNS: dict[str, tuple[tuple[str, ...], str]] = {
     "second_model.py": (
         (
             FOLDER,
-            *("--text", f"docs={ROOT}/docs/c*.md", "--steps", "1", *SHORT),
+            *("--text", f"docs={ROOT}/docs/c*.md", "--steps", "1", *SHORT, "--witness", "llama.cpp"),
             "--folder-types",
             "",
             "--types",
@@ -63,8 +67,10 @@ RUNS: dict[str, tuple[tuple[str, ...], str]] = {
     "synthesize.py": (("tiny", f"{FOLDER}/tiny.ckpt", "--sparse"), ""),
 }
 """Script: its arguments, and a part of what it prints."""
+PARTS = {"calibration_peer.py", "llama_cpp_logits.py"}
+"""Run by other scripts: the first in an environment of its own."""
 NEEDS = {"gguf_rates.py": "xllamacpp", "kernels.py": "xllamacpp", "memory.py": "tensorstore",
-         "second_model.py": "transformers", "summary.py": "bitsandbytes"}  # fmt: skip
+         "second_model.py": "xllamacpp", "summary.py": "bitsandbytes"}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +101,7 @@ def run(script: str, arguments: tuple[str, ...], folder: Path, model: Path = FIX
 
 def test_every_script_has_a_run() -> None:
     scripts = {path.name for path in BENCHMARKS.glob("*.py") if "__main__" in path.read_text()}
-    assert scripts == set(RUNS)
+    assert scripts == set(RUNS) | PARTS
 
 
 @pytest.mark.slow
