@@ -35,8 +35,8 @@ def run_here(path: str, ids: NDArray[np.int64]) -> Logits:
 
     windows = []
     for window in ids:
-        request = {"path": path, "ids": window.tolist(), "positions": len(window), "texts": [], "messages": []}
-        *_, last = answer({**request, "threads": 1})
+        prompt = {"ids": window.tolist(), "positions": len(window)}
+        *_, last = answer({"path": path, **prompt, "texts": [], "messages": [], "threads": 1})
         if last.content["kind"] != "logits":
             raise RuntimeError(f"{path}: llama.cpp: {last.content}")
         windows.append(np.frombuffer(last.payload, np.float32).reshape(last.content["shape"]))
