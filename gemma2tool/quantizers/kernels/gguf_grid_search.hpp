@@ -1,100 +1,19 @@
-// Searches on the grids of the IQ1, IQ2 and IQ3 types.
+// Searches for the scale and the grid points of a group, for the IQ2 and IQ3 types.
 //
-// These kernels work on a group of one block; lanes are the trial scales, or the neighbors of a point. The distance to
-// a point is a sum over its coordinates, and a coordinate has only 3 or 8 values, so the terms are tabulated once. A
-// neighbor then takes a few lookups and additions, in the order of the coordinates, as in ggml.
+// These kernels work on a group of one block; lanes are the trial scales.
 #pragma once
 
-#include "gguf_grids.hpp"
-#include "lanes.hpp"
+#include "gguf_grid_lists.hpp"
 
 namespace KERNELS_ISA {
-
-// table[i] for i in 0..7.
-INLINE F look_up(const float* table, I i) {
-#if defined(__AVX512F__)
-    return (F)_mm512_permutexvar_ps((__m512i)i, _mm512_castps256_ps512(_mm256_loadu_ps(table)));
-#elif defined(__AVX2__)
-    return (F)_mm256_permutevar8x32_ps(_mm256_loadu_ps(table), (__m256i)i);
-#else
-    F y;
-    for (int l = 0; l < LANES; ++l) y[l] = table[i[l]];
-    return y;
-#endif
-}
-
-// The smallest position among the lanes with the smallest value.
-INLINE int position_of_least(F value, I position) {
-#if defined(__AVX512F__)
-    const float least = _mm512_reduce_min_ps((__m512)value);
-    const __mmask16 at = _mm512_cmp_ps_mask((__m512)value, _mm512_set1_ps(least), _CMP_EQ_OQ);
-    return _mm512_mask_reduce_min_epi32(at, (__m512i)position);
-#else
-    float least = value[0];
-    int at = position[0];
-    for (int l = 1; l < LANES; ++l)
-        if (value[l] < least || (value[l] == least && position[l] < at)) least = value[l], at = position[l];
-    return at;
-#endif
-}
 
 // The code of DIMS coordinates.
 template <int DIMS>
 INLINE int code_of_point(const uint8_t* coordinates) {
     int u = 0;
-    for (int i = 0; i < DIMS; ++i) u |= coordinates[i] << ((DIMS == 8 ? 2 : 3) * i);
+    for (int i = 0; i < DIMS; ++i) u |= coordinates[i] << (bits_of(DIMS) * i);
     return u;
 }
-
-// The neighbor of the code `u`, which is not on the grid, with the smallest sum of w (scale value - x)^2; `values`:
-// those of the coordinates.
-template <int DIMS, int LEVELS>
-INLINE int nearest_neighbour(const Grid& grid, int u, const float* x, const float* w, float scale,
-                             const float* values) {
-    const int list = -1 - grid.index[u], start = grid.list_start[list], count = grid.list_start[list + 1] - start;
-    const uint8_t* coordinates = grid.list_coordinates + (size_t)start * DIMS;
-
-    float terms[DIMS][8];
-    for (int i = 0; i < DIMS; ++i)
-        for (int v = 0; v < 8; ++v) {
-            const float diff = scale * values[v] - x[i];
-            terms[i][v] = w[i] * diff * diff;
-        }
-    F least = splat(3.40282347e+38f);
-    I best = {}, position = iota();
-    for (int j = 0; j < count; j += LANES, position += LANES) {
-        F distance = look_up(terms[0], load_bytes(coordinates + j));
-        for (int i = 1; i < DIMS; ++i) distance += look_up(terms[i], load_bytes(coordinates + i * count + j));
-        const I better = distance < least;
-        least = better ? distance : least;
-        best = better ? position : best;
-    }
-    return grid.list_points[start + position_of_least(least, best)];
-}
-
-// The same for 4-dimensional grids, whose lists are short: lane t is trial t, with its scale and its code, which is not
-// on the grid where `off`. Returns the coordinates, one in each byte, the first lowest.
-INLINE I nearest_neighbours(const Grid& grid, I entry, I off, const float* x, const float* w, F scale) {
-    const I list = off ? -1 - entry : I{};
-    const I start = gather(grid.list_start, list), last = gather(grid.list_sizes, list) - 1;
-    F least = splat(3.40282347e+38f);
-    I best = {};
-    for (int j = 0;; ++j) {
-        const I packed = gather(grid.list_packed, start + (last < j ? last : splat(j)));
-        F distance = {};
-        for (int i = 0; i < 4; ++i) {
-            const F diff = scale * to_float(((packed >> (8 * i)) & 7) * 2 + 1) - x[i];
-            distance += w[i] * diff * diff;
-        }
-        const I better = distance < least;
-        least = better ? distance : least;
-        best = better ? packed : best;
-        if (!any(off & (last > j))) return best;
-    }
-}
-
-// Twice the coordinate plus one: the values of the IQ2 and IQ3 grids while they are searched.
-constexpr float ODD[8] = {1, 3, 5, 7, 9, 11, 13, 15};
 
 // Which final codes of a group are recomputed with its final scale.
 enum class Refit {
@@ -123,41 +42,26 @@ struct GridFit {
             inverses[t] = ((float)(2 * LEVELS - 1) + (float)k * step) / range;
             scales[t] = 1.f / inverses[t];
         }
-        I codes[N][VECTORS];
-        uint32_t off[POINTS] = {};  // bit t: not on the grid in trial t
+        int32_t codes[POINTS][VECTORS * LANES];
+        uint32_t off[POINTS];  // bit t: not on the grid in trial t
+        const bool wraps = !(least(x) * inverses[TRIES - 1] > -4e6f);
+        const bool is_usual = scales[0] < 1e9f && scales[TRIES - 1] > 1e-9f;
         for (int p = 0; p < POINTS; ++p) {
-            int32_t packed[VECTORS * LANES];
-            for (int v = 0; v < VECTORS; ++v) {
-                const F inverse = load(inverses + v * LANES);
-                I u = {}, l[DIMS];
-                for (int i = 0; i < DIMS; ++i) {
-                    l[i] = clip(nearest_int(0.5f * (inverse * x[DIMS * p + i] - 1.f)), 0, LEVELS - 1);
-                    u |= l[i] << (BITS * i);
-                }
-                const I entry = gather(grid.index, u), is_off = entry < 0;
-                off[p] |= lane_bits(is_off) << (v * LANES);
-                if (DIMS == 4 && any(is_off)) {
-                    const I near = nearest_neighbours(grid, entry, is_off, x + DIMS * p, root + DIMS * p,
-                                                      load(scales + v * LANES));
-                    for (int i = 0; i < DIMS; ++i) l[i] = is_off ? (near >> (8 * i)) & 7 : l[i];
-                }
-                for (int i = 0; i < DIMS; ++i) codes[DIMS * p + i][v] = l[i];
-                store(packed + v * LANES, u);
-            }
-            for (int t = 0; DIMS != 4 && t < TRIES; ++t) {
-                if (!((off[p] >> t) & 1)) continue;
-                const int n =
-                    nearest_neighbour<DIMS, LEVELS>(grid, packed[t], x + DIMS * p, root + DIMS * p, scales[t], ODD);
-                for (int i = 0; i < DIMS; ++i) codes[DIMS * p + i][t / LANES][t % LANES] = grid.points[n][i];
-            }
+            const uint32_t inside = wraps ? round_point<true>(x + DIMS * p, inverses, codes[p])
+                                          : round_point<false>(x + DIMS * p, inverses, codes[p]);
+            off[p] = to_grid(grid, x + DIMS * p, root + DIMS * p, scales, inverses, is_usual ? inside : 0, codes[p]);
         }
         float sums_qx[VECTORS * LANES], sums_q2[VECTORS * LANES];
         for (int v = 0; v < VECTORS; ++v) {
             F sum_qx = {}, sum_q2 = {};
-            for (int i = 0; i < N; ++i) {
-                const F q = to_float(2 * codes[i][v] + 1);
-                sum_qx += (w[i] * x[i]) * q;
-                sum_q2 += w[i] * q * q;
+            for (int p = 0; p < POINTS; ++p) {
+                const I code = load(codes[p] + v * LANES);
+                for (int i = 0; i < DIMS; ++i) {
+                    const int at = DIMS * p + i;
+                    const F q = odd_of(code >> (BITS * i));
+                    sum_qx += (w[at] * x[at]) * q;
+                    sum_q2 += w[at] * q * q;
+                }
             }
             store(sums_qx + v * LANES, sum_qx);
             store(sums_q2 + v * LANES, sum_q2);
@@ -172,31 +76,96 @@ struct GridFit {
             }
 
         bool any_off = false;
-        uint8_t levels[N];
         for (int p = 0; p < POINTS; ++p) any_off |= chosen < 0 ? !on_grid_at_first : (off[p] >> chosen) & 1;
-        for (int i = 0; i < N; ++i) levels[i] = chosen < 0 ? 0 : (uint8_t)codes[i][chosen / LANES][chosen % LANES];
+        for (int p = 0; p < POINTS; ++p) out.points[p] = chosen < 0 ? 0 : codes[p][chosen];  // codes until the end
         if (out.scale > 0 && (refit == Refit::ALL || any_off)) {
             const float inverse = 1.f / out.scale;
+            float sum_qx = 0, sum_q2 = 0;
             for (int p = 0; p < POINTS; ++p) {
                 const bool was_off = chosen < 0 ? !on_grid_at_first : (off[p] >> chosen) & 1;
-                if (refit == Refit::OFF_GRID && !was_off) continue;
-                int u = 0;
-                for (int i = 0; i < DIMS; ++i)
-                    u |= clip(nearest_int(0.5f * (inverse * x[DIMS * p + i] - 1.f)), 0, LEVELS - 1) << (BITS * i);
-                const int n = grid.index[u] >= 0 ? grid.index[u]
-                                                 : nearest_neighbour<DIMS, LEVELS>(grid, u, x + DIMS * p,
-                                                                                   root + DIMS * p, out.scale, ODD);
-                for (int i = 0; i < DIMS; ++i) levels[DIMS * p + i] = grid.points[n][i];
-            }
-            float sum_qx = 0, sum_q2 = 0;
-            for (int i = 0; i < N; ++i) {
-                const float q = (float)(2 * levels[i] + 1);
-                sum_qx += (w[i] * x[i]) * q;
-                sum_q2 += w[i] * q * q;
+                if (refit != Refit::OFF_GRID || was_off)
+                    out.points[p] = code_at(grid, x + DIMS * p, root + DIMS * p, out.scale, inverse);
+                for (int i = 0; i < DIMS; ++i) {
+                    const int at = DIMS * p + i;
+                    const float q = (float)(2 * ((out.points[p] >> (BITS * i)) & ((1 << BITS) - 1)) + 1);
+                    sum_qx += (w[at] * x[at]) * q;
+                    sum_q2 += w[at] * q * q;
+                }
             }
             if (sum_q2 > 0) out.scale = sum_qx / sum_q2;
         }
-        for (int p = 0; p < POINTS; ++p) out.points[p] = grid.index[code_of_point<DIMS>(levels + DIMS * p)];
+        for (int p = 0; p < POINTS; ++p) out.points[p] = grid.index[out.points[p]];
+    }
+
+   private:
+    static INLINE_MEMBER float least(const float* x) {
+        F least = load(x);
+        for (int i = LANES; i < N; i += LANES) least = min(least, load(x + i));
+        return least_lane(least);
+    }
+
+    // The value of the lowest digit.
+    static INLINE_MEMBER F odd_of(I code) {
+#if defined(__AVX2__)
+        return Table<BITS>{load(ODD<DIMS>.lowest)}[code];
+#else
+        return to_float(2 * (code & ((1 << BITS) - 1)) + 1);
+#endif
+    }
+
+    // The codes of a point in all trials: inverse x rounded to 1, 3, 5... WRAPS: also where it is so far below 0 that
+    // ggml's rounding wraps around. Bit t of the result is set where x is clearly inside the cell of the code of trial
+    // t; then of two neighbors, one that is nearer to the code wherever they differ has no larger a sum.
+    template <bool WRAPS>
+    static INLINE_MEMBER uint32_t round_point(const float* x, const float* inverses, int32_t* codes) {
+        uint32_t inside = 0;
+        for (int v = 0; v < VECTORS; ++v) {
+            const F inverse = load(inverses + v * LANES);
+            I code = {};
+            F margin = splat(1.f);  // to the nearest boundary
+            for (int i = 0; i < DIMS; ++i) {
+                const F scaled = inverse * x[i];
+                if (WRAPS) {
+                    code |= clip(nearest_int(0.5f * (scaled - 1.f)), 0, LEVELS - 1) << (BITS * i);
+                } else if (LEVELS == 3) {  // half an odd number rounds to even: down at 2, up at 4
+                    code = scaled > 2.f ? code + (1 << (BITS * i)) : code;
+                    code = scaled >= 4.f ? code + (1 << (BITS * i)) : code;
+                    margin = min(margin, abs(abs(scaled - 3.f) - 1.f));
+                } else {
+                    const F level = max(min(0.5f * (scaled - 1.f), splat(LEVELS - 1.f)), F{}), sum = level + ROUNDER;
+                    code |= (bits(sum) & (LEVELS - 1)) << (BITS * i);
+                    margin = min(margin, 0.5f - abs(level - (sum - ROUNDER)));
+                }
+            }
+            store(codes + v * LANES, code);
+            inside |= WRAPS ? 0 : lane_bits(margin > 5e-5f) << (v * LANES);
+        }
+        return inside;
+    }
+
+    // Replaces codes that are not on the grid; bit t of the result is set where that of trial t was not.
+    static INLINE_MEMBER uint32_t to_grid(const Grid& grid, const float* x, const float* root, const float* scales,
+                                          const float* inverses, uint32_t inside, int32_t* codes) {
+        uint32_t off = 0;
+        for (int v = 0; v < VECTORS; ++v)
+            off |= lane_bits(gather(grid.index, load(codes + v * LANES)) < 0) << (v * LANES);
+        if (!off) return 0;
+        const PointSearch<DIMS> point(grid, x, root, ODD<DIMS>);
+        for (uint32_t rest = off; rest;)
+            rest &= ~point.template replace<VECTORS>(codes[__builtin_ctz(rest)], scales, inverses, inside, codes);
+        return off;
+    }
+
+    // The code of a point for one scale.
+    static INLINE_MEMBER int code_at(const Grid& grid, const float* x, const float* root, float scale, float inverse) {
+        int code = 0;
+        for (int i = 0; i < DIMS; ++i)
+            code |= clip(nearest_int(0.5f * (inverse * x[i] - 1.f)), 0, LEVELS - 1) << (BITS * i);
+        const int entry = grid.index[code];
+        if (entry >= 0) return code;
+        const NeighbourLists& lists =
+            is_inside_cell<DIMS>(x, scale, inverse, 0) ? grid.undominated : grid.neighbours;
+        return grid.codes[search_exactly<DIMS>(lists, -1 - entry, x, root, scale, ODD<DIMS>)];
     }
 };
 

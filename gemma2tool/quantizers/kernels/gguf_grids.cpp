@@ -1,6 +1,7 @@
 #include "gguf_grids.hpp"
 
 #include <algorithm>
+#include <cstdlib>
 #include <cstring>
 #include <utility>
 #include <vector>
@@ -45,6 +46,40 @@ std::vector<int> neighbours(const Grid& grid, const int* from, int distances) {
     return found;
 }
 
+// The lists while they are built.
+struct Lists {
+    std::vector<NeighbourLists::List> lists;
+    std::vector<uint16_t> codes, points;
+
+    void add(const Grid& grid, const std::vector<int>& list) {
+        lists.push_back({(int32_t)points.size(), (int32_t)list.size()});
+        for (size_t i = 0; i < (list.size() + 15) / 16 * 16; ++i) {
+            const int point = list[i < list.size() ? i : 0];
+            points.push_back((uint16_t)point);
+            codes.push_back(grid.codes[point]);
+        }
+    }
+    NeighbourLists kept() const { return {keep(lists), keep(codes), keep(points)}; }
+};
+
+// Whether `a` is nearer to `from` than `b` in every coordinate in which they differ.
+bool dominates(const uint8_t* a, const uint8_t* b, const int* from, int dims) {
+    for (int i = 0; i < dims; ++i)
+        if (a[i] != b[i] && std::abs(a[i] - from[i]) >= std::abs(b[i] - from[i])) return false;
+    return true;
+}
+
+std::vector<int> without_dominated(const Grid& grid, const std::vector<int>& list, const int* from) {
+    std::vector<int> kept;
+    for (int point : list) {
+        const auto is_dominating = [&](int other) {
+            return dominates(grid.points[other], grid.points[point], from, grid.dims);
+        };
+        if (std::none_of(kept.begin(), kept.end(), is_dominating)) kept.push_back(point);
+    }
+    return kept;
+}
+
 }  // namespace
 
 void set_gguf_grid(GridName name, const uint8_t* points, int size) {
@@ -66,16 +101,16 @@ void set_gguf_grid(GridName name, const uint8_t* points, int size) {
     }
 
     std::vector<int32_t> index(1 << (g.bits * g.dims), 0);
-    std::vector<int32_t> starts{0}, sizes, packed;
-    std::vector<uint16_t> list_points;
-    std::vector<uint8_t> list_coordinates;
     std::vector<bool> on(index.size(), false);
+    g.codes = new uint16_t[size];
     for (int j = 0; j < size; ++j) {
         int u = 0;
         for (int i = 0; i < g.dims; ++i) u |= g.points[j][i] << (g.bits * i);
+        g.codes[j] = (uint16_t)u;
         index[u] = j;
         on[u] = true;
     }
+    Lists all, undominated;
     int total = 1;
     for (int i = 0; i < g.dims; ++i) total *= levels;
     for (int n = 0; n < total; ++n) {
@@ -85,24 +120,13 @@ void set_gguf_grid(GridName name, const uint8_t* points, int size) {
             u |= from[i] << (g.bits * i);
         }
         if (on[u]) continue;
-        std::vector<int> near = neighbours(g, from, distances);
-        sizes.push_back((int32_t)near.size());
-        near.resize((near.size() + 15) / 16 * 16, near[0]);
-        index[u] = -(int32_t)starts.size();
-        for (int i = 0; i < g.dims; ++i)
-            for (int j : near) list_coordinates.push_back(g.points[j][i]);
-        for (int j : near) {
-            const uint8_t* c = g.points[j];
-            list_points.push_back((uint16_t)j);
-            packed.push_back(c[0] | (c[1] << 8) | (c[2] << 16) | (c[3] << 24));
-        }
-        starts.push_back((int32_t)list_points.size());
+        index[u] = -1 - (int32_t)all.lists.size();
+        const std::vector<int> near = neighbours(g, from, distances);
+        all.add(g, near);
+        undominated.add(g, without_dominated(g, near, from));
     }
     g.index = keep(index);
-    g.list_start = keep(starts);
-    g.list_sizes = keep(sizes);
-    g.list_packed = keep(packed);
-    g.list_points = keep(list_points);
-    g.list_coordinates = keep(list_coordinates);
+    g.neighbours = all.kept();
+    g.undominated = undominated.kept();
     grid = g;
 }

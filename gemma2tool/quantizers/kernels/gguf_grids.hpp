@@ -6,18 +6,28 @@
 
 #include <stdint.h>
 
+// Lists of points, by number.
+struct NeighbourLists {
+    struct List {
+        int32_t start, size;
+    };
+    List* lists;
+    // of entry i of a list, at start + i; up to a multiple of 16 the first entry repeats
+    uint16_t* codes;
+    uint16_t* points;
+};
+
 struct Grid {
     int size, dims, bits;  // points, coordinates per point, bits per coordinate in a code
     uint8_t (*points)[8];  // the coordinates, 0..2 or 0..7
     int8_t (*values)[8];   // their values in a file
     int32_t* index;  // by code (the coordinates in `bits` each, the first lowest): its point, or -1 - the number of
-                     // its list
-    int32_t* list_start;    // list n is entries list_start[n] .. list_start[n + 1], a multiple of 16; the padding
-                            // repeats the first
-    int32_t* list_sizes;    // entries of list n without the padding
-    uint16_t* list_points;  // the point of an entry
-    int32_t* list_packed;   // its first four coordinates, one in each byte, the first lowest
-    uint8_t* list_coordinates;  // of entries s..e: coordinate i of entry j at s * dims + i * (e - s) + (j - s)
+                     // its lists
+    uint16_t* codes;  // of the points
+    NeighbourLists neighbours;
+    // The same without the neighbors that an earlier one dominates: it is nearer to the code in every coordinate in
+    // which they differ.
+    NeighbourLists undominated;
 };
 
 enum GridName { GRID_IQ2_XXS, GRID_IQ2_XS, GRID_IQ2_S, GRID_IQ1, GRID_IQ3_XXS, GRID_IQ3_S, GRIDS };

@@ -43,7 +43,7 @@ INLINE void starting_scales(const float* magnitudes, const float* w, float* scal
 
 void quantize_iq2_xxs(const float* x, const float* importance, uint8_t* out) {
     const Grid& grid = gguf_grids[GRID_IQ2_XXS];
-    float w[256], root[256], magnitudes[256], starts[8], scales[8], top = 0;
+    float w[256], root[256 + LANES], magnitudes[256 + LANES], starts[8], scales[8], top = 0;
     int signs[32];
     importance_weights(x, importance, ordered_sum_of_squares(x, 256) / 256, w, root);
     for (int k = 0; k < 32; ++k) signs[k] = take_signs<true>(x + 8 * k, w + 8 * k, magnitudes + 8 * k);
@@ -82,7 +82,7 @@ template <bool S>
 void quantize_iq2(const float* x, const float* importance, uint8_t* out) {
     constexpr int BYTES = S ? 82 : 74;
     const Grid& grid = gguf_grids[S ? GRID_IQ2_S : GRID_IQ2_XS];
-    float w[256], root[256], magnitudes[256], scales[16], top = 0;
+    float w[256], root[256 + LANES], magnitudes[256 + LANES], scales[16], top = 0;
     const float squares = ordered_sum_of_squares(x, 256), variance = S ? 2 * squares / 256 : squares / 256;
     if (importance) {
         importance_weights(x, importance, variance, w, root);

@@ -14,7 +14,7 @@ INLINE void quantize_iq3(const float* x, const float* importance, uint8_t* out) 
     const Grid& grid = gguf_grids[S ? GRID_IQ3_S : GRID_IQ3_XXS];
     __builtin_memset(out, 0, BYTES);
     const float variance = 2 * ordered_sum_of_squares(x, 256) / 256;
-    float w[256], root[256], magnitudes[256], scales[8], top = 0;
+    float w[256], root[256 + LANES], magnitudes[256 + LANES], scales[8], top = 0;
     uint32_t signs_and_scale[8] = {};
     for (int i = 0; i < 256; ++i)
         w[i] = importance ? importance[i] * __builtin_sqrtf(variance + x[i] * x[i]) : x[i] * x[i];

@@ -216,24 +216,31 @@ INLINE void descend_scales(const F* x, F* scales, F* codes) {
             sum_l2[g] += w * l * l;
         }
     }
+    int quiet[GROUPS] = {};  // elements since the last change; after N nothing changes any more
     for (int sweep = 0; sweep < 5; ++sweep) {
-        I changed = {};
+        bool done = true;
         for (int i = 0; i < N; ++i)
             for (int g = 0; g < GROUPS; ++g) {
+                if (quiet[g] >= N) continue;
+                ++quiet[g];
                 const F xi = x[g * N + i], l = codes[g * N + i], w = xi * xi, wx = w * xi;
                 F lx = sum_lx[g] - wx * l, l2 = sum_l2[g] - w * l * l;
+                // division is slow, and most codes are clearly the nearest
+                constexpr float CLEARLY = 0.5f - 1.5f * RECIPROCAL_ERROR * (MAX + 1);
+                if (all_below(abs(xi * l2 * estimated_reciprocal(lx) - l), splat(CLEARLY))) continue;
                 const F next = to_float(clip(nearest_int(xi * l2 / lx), -MAX, MAX - 1));
                 const I possible = (lx > 0.f) & (next != l);
-                if (!any(possible)) continue;  // true for most after the first sweep
                 lx += wx * next;
                 l2 += w * next * next;
                 const I better = possible & (l2 > 0.f) & (lx * lx * sum_l2[g] > sum_lx[g] * sum_lx[g] * l2);
+                if (!any(better)) continue;
+                quiet[g] = 0;
                 codes[g * N + i] = better ? next : l;
                 sum_lx[g] = better ? lx : sum_lx[g];
                 sum_l2[g] = better ? l2 : sum_l2[g];
-                changed |= better;
             }
-        if (!any(changed)) break;  // the next sweep would change nothing
+        for (int g = 0; g < GROUPS; ++g) done &= quiet[g] >= N;
+        if (done) break;
     }
     for (int g = 0; g < GROUPS; ++g) {
         scales[g] = dead[g] | ~(sum_l2[g] > 0.f) ? F{} : sum_lx[g] / sum_l2[g];

@@ -11,6 +11,7 @@
 #endif
 
 #define INLINE static inline __attribute__((always_inline))
+#define INLINE_MEMBER inline __attribute__((always_inline))
 
 namespace KERNELS_ISA {
 
@@ -86,6 +87,26 @@ INLINE F sqrt(F x) {
 #endif
 }
 
+// 1 / x but for a relative error of RECIPROCAL_ERROR, which differs between processors: not for results.
+#if defined(__AVX512F__)
+constexpr float RECIPROCAL_ERROR = 0x1p-14f;
+#elif defined(__SSE2__)
+constexpr float RECIPROCAL_ERROR = 1.5f * 0x1p-12f;
+#else
+constexpr float RECIPROCAL_ERROR = 0x1p-24f;
+#endif
+INLINE F estimated_reciprocal(F x) {
+#if defined(__AVX512F__)
+    return (F)_mm512_rcp14_ps((__m512)x);
+#elif defined(__AVX2__)
+    return (F)_mm256_rcp_ps((__m256)x);
+#elif defined(__SSE2__)
+    return (F)_mm_rcp_ps((__m128)x);
+#else
+    return 1.f / x;
+#endif
+}
+
 // Bit l is set where lane l of a comparison is.
 INLINE uint32_t lane_bits(I mask) {
 #if defined(__AVX512F__)
@@ -101,6 +122,15 @@ INLINE uint32_t lane_bits(I mask) {
 #endif
 }
 INLINE bool any(I mask) { return lane_bits(mask) != 0; }
+// lane_bits(a < b), and whether that is so in all lanes; with AVX-512 masks need not become vectors.
+INLINE uint32_t lanes_below(F a, F b) {
+#if defined(__AVX512F__)
+    return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_LT_OQ);
+#else
+    return lane_bits(a < b);
+#endif
+}
+INLINE bool all_below(F a, F b) { return lanes_below(a, b) == (1u << LANES) - 1; }
 
 // table[i] for the i of each lane.
 INLINE I gather(const int32_t* table, I i) {
@@ -128,6 +158,19 @@ INLINE I load_bytes(const uint8_t* p) {
     return (I)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));
 #elif defined(__AVX2__)
     return (I)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p));
+#else
+    I y;
+    for (int l = 0; l < LANES; ++l) y[l] = p[l];
+    return y;
+#endif
+}
+
+// LANES unsigned shorts as ints.
+INLINE I load_shorts(const uint16_t* p) {
+#if defined(__AVX512F__)
+    return (I)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
+#elif defined(__AVX2__)
+    return (I)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p));
 #else
     I y;
     for (int l = 0; l < LANES; ++l) y[l] = p[l];
