@@ -43,15 +43,17 @@ def _curve(curve: Sequence[tuple[float, float]], outcome: BudgetOutcome) -> Mark
     megabytes = choice.nbytes / 1e6
     drawing = chart(
         [
-            Series("this file, measured", [Dot("", megabytes, outcome.measured_kl, low, high)]),
             Series("best choices, predicted", [Dot("", size / 1e6, kl, kl, kl) for size, kl in curve]),
+            Series("this file, measured", [Dot("this file", megabytes, outcome.measured_kl, low, high)]),
         ],
         title="KL against size",
         frame=IN_PAGE,
     )
     if drawing is None:
         return None
-    caption = "What other sizes would give, from the table of sensitivities. The bar is the 95 % interval."
+    caption = (
+        "What other sizes would give, from the sensitivity table. The bar is the 95 % interval of the measurement."
+    )
     return figure("This file among all sizes", caption, drawing)
 
 
@@ -65,4 +67,5 @@ def _types(rows: Sequence[Sequence[str]], bits: Mapping[str, float]) -> Markup:
         width = 100 * bits[type] / most
         return join(type, tag("span", class_="gauge", style=f"width: {width:.0f}%", title=f"{bits[type]:.2f} bits"))
 
-    return table(header, [(name, *map(cell, types)) for name, *types in layers])
+    names = [f"layer {name}" if name.isdigit() else name for name, *_ in layers]
+    return table(header, [(name, *map(cell, types)) for name, (_, *types) in zip(names, layers, strict=True)])

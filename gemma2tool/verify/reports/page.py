@@ -26,7 +26,7 @@ WORST_TENSORS = 10
 
 def html(results: Sequence[Result], sections: Sequence[Markup] = ()) -> str:
     """The page, with a part per verification, or for what has none; equal results give equal bytes. ``sections``: more
-    about the last one.
+    about the last one, before its measurements.
     """
     names, parts = [], list[Markup]()
     for result in results:
@@ -35,9 +35,7 @@ def html(results: Sequence[Result], sections: Sequence[Markup] = ()) -> str:
             parts += _failure(result)
         else:
             names.append(_name(result.candidate.path))
-            parts += _part(result)
-    if sections:
-        parts.append(tag("div", *sections, class_="part"))
+            parts += _part(result, sections if result is results[-1] else ())
     footer = f"gemma2tool {__version__}."
     if measured := [result for result in results if isinstance(result, Verification)]:
         footer += (
@@ -58,13 +56,14 @@ def _failure(failure: Failure) -> list[Markup]:
     return [tag("header", tag("div", *lines), class_="failed")]
 
 
-def _part(verification: Verification) -> list[Markup]:
+def _part(verification: Verification, more: Sequence[Markup]) -> list[Markup]:
     sections = [
         *_causes(verification),
         tag("h2", "Gates"),
         tag("ul", *(_gate(gate, bool(verification.causes)) for gate in verification.gates), class_="gates"),
         *kl_scale(verification),
         *_sample(verification),
+        *more,
         *_plots(verification),
         *_worst_tensors(verification),
         *_types(verification),
