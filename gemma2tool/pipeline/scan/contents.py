@@ -17,9 +17,9 @@ from gemma2tool.containers.pickle_program import MAGIC
 from gemma2tool.containers.tokenizer_json import added_entries
 from gemma2tool.errors import InputRefused
 from gemma2tool.formats.tokenizers.files import MAX_JSON_BYTES, templates_of
-from gemma2tool.model.loaders import CODE_KEYS
 from gemma2tool.model.tokenizer import DEFAULT_TEMPLATE
-from gemma2tool.pipeline.scan import archives, keras, pickles, yaml_tags
+from gemma2tool.pipeline.scan import archives, imports, keras, pickles, yaml_tags
+from gemma2tool.pipeline.scan.acted_on import scan_acted_on
 from gemma2tool.pipeline.scan.archives import Content, Unpacked
 from gemma2tool.pipeline.scan.catalog import Place
 from gemma2tool.pipeline.scan.finding import ScanFinding
@@ -32,8 +32,6 @@ from gemma2tool.storage.reading import open_for_reading
 MAX_TEXT_BYTES = 4 << 20
 MAX_YAML_CHARS = 1 << 18
 
-_REMOTE_KEYS = (*CODE_KEYS, "custom_pipelines")
-"""The last one is for transformers' pipelines."""
 _EXTERNAL = ("hdf5.external", "hdf5.link")
 """Where an HDF5 file leads to others: values, links."""
 _TEMPLATE_KEY = re.compile(r"tokenizer\.chat_template(?:\.(.+))?")
@@ -57,6 +55,7 @@ def scan_file(path: Path, place: Place) -> Iterator[ScanFinding]:
 
 def scan_content(content: Content, place: Place) -> Iterator[ScanFinding]:
     """The findings of a file or of a member of an archive."""
+    yield from scan_acted_on(content, place)
     head = content.head(file_kind.HEAD_BYTES)
     kind = file_kind.identify(head, content.nbytes)
     if kind is not None and kind.name == "lfs-pointer":
@@ -229,13 +228,9 @@ def _unread(place: Place, error: InputRefused) -> ScanFinding:
 
 
 def _json_value(name: str, content: Any, place: Place) -> Iterator[ScanFinding]:
-    if name == "modules.json":
-        yield from _modules(content, place)
+    yield from imports.scan_imports(name, content, place)
     if not isinstance(content, dict):
         return
-    for key in _REMOTE_KEYS:
-        if content.get(key):
-            yield place.finding("code.remote", f"{key} names {quoted(json.dumps(content[key]), 200)}")
     if name == "tokenizer.json":
         for entry in added_entries(content).values():
             yield from _token(entry.content, place.part("added_tokens"))
@@ -244,14 +239,6 @@ def _json_value(name: str, content: Any, place: Place) -> Iterator[ScanFinding]:
     yield from _index(content.get("weight_map"), place)
     yield from keras.scan_architecture(content, place)
     yield from _texts({key: value for key, value in content.items() if key != "chat_template"}, place)
-
-
-def _modules(modules: Any, place: Place) -> Iterator[ScanFinding]:
-    """Classes that sentence-transformers imports from the folder, or from anywhere."""
-    entries = modules if isinstance(modules, list) else []
-    types = [str(entry.get("type")) for entry in entries if isinstance(entry, dict)]
-    if foreign := [name for name in types if not name.startswith("sentence_transformers.")]:
-        yield place.finding("code.remote", f"it names the class {quoted(foreign[0])}")
 
 
 def _index(weight_map: Any, place: Place) -> Iterator[ScanFinding]:

@@ -11,6 +11,7 @@ from gemma2tool.errors import InputRefused, ToolError
 from gemma2tool.formats import other_files, registry
 from gemma2tool.model.loaders import CUSTOM_GENERATE, changes_weights
 from gemma2tool.pipeline.report_files import check_reports, replace_report
+from gemma2tool.pipeline.scan import git
 from gemma2tool.pipeline.scan.catalog import Place
 from gemma2tool.pipeline.scan.contents import scan_file
 from gemma2tool.pipeline.scan.finding import SEVERITIES, ScanFinding, ScanResult, Severity
@@ -19,7 +20,7 @@ from gemma2tool.pipeline.scan.text import scan_text
 from gemma2tool.storage.paths import path_within_folder, workspace_path
 
 MAX_FILES = 20_000
-_SKIPPED_FOLDERS = (".git", "__pycache__")
+_SKIPPED_FOLDERS = ("__pycache__",)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +56,10 @@ def _scanned(path: Path) -> ScanResult:
     files = 0
     for file in [path] if path.is_file() else _files(path, skipped):
         files += 1
-        findings += _scan_file(file, path, skipped)
+        if file.is_dir() and not file.is_symlink():
+            findings += git.scan_repository(file, Place(file.relative_to(path).as_posix()))
+        else:
+            findings += _scan_file(file, path, skipped)
     if path.is_dir():
         findings += _code(path, findings)
         findings += _loaded_too(path, skipped)
@@ -64,10 +68,16 @@ def _scanned(path: Path) -> ScanResult:
 
 
 def _files(folder: Path, skipped: dict[str, str]) -> Iterator[Path]:
+    """The files in a folder; in place of the folder of a git repository's own files, the folder; links to folders."""
     count = 0
     for root, folders, names in os.walk(folder):
+        if git.is_repository(Path(root).name, folders, names):
+            yield Path(root)
+            folders.clear()
+            continue
+        links = [name for name in folders if Path(root, name).is_symlink()]
         folders[:] = sorted(name for name in folders if name not in _SKIPPED_FOLDERS)
-        for name in sorted(names):
+        for name in sorted(names + links):
             count += 1
             if count > MAX_FILES:
                 skipped["more files"] = f"more than {MAX_FILES} files"
@@ -86,7 +96,8 @@ def _scan_file(file: Path, root: Path, skipped: dict[str, str]) -> Iterator[Scan
         yield place.finding("files.escape", error.message)
         return
     if not file.is_file():
-        skipped[name] = "not a regular file"
+        if not file.is_dir():  # a link to a folder of what is scanned
+            skipped[name] = "not a regular file"
         return
     try:
         yield from scan_file(file, place)
