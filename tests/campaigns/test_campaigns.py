@@ -24,6 +24,7 @@ RUNS: dict[str, tuple[tuple[str, ...], str]] = {
         ("--only", "as bf16", "--targets", "gguf", "--quantized", "0", "--faults", "2"),
         "3 files, 0 refused as they must be, 0 alarms",
     ),
+    "differential.py": (("--files", "5", "--pairs", "safetensors"), "safetensors: 5 files"),
     "faults.py": (("--kinds", "EIO", "--commands", "1", "--every", "100", "--only", "fsync"), "calls failed with EIO"),
     "flipped_bits.py": (("--flips", "2", "hf"), "    2 of     2"),
     "fuzz.py": (("--state", FOLDER, "--turn", "50", "--readers", "json"), "| all | 50 |"),

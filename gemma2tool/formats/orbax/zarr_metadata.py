@@ -34,6 +34,10 @@ _DTYPES = {
     "|i1": np.dtype(np.int8),
     "int4": np.dtype(ml_dtypes.int4),  # a byte for each value
 }
+_ZARR3_FIELDS = frozenset(
+    ("zarr_format", "node_type", "shape", "data_type", "chunk_grid", "chunk_key_encoding", "fill_value", "codecs",
+     "attributes", "storage_transformers", "dimension_names")
+)  # fmt: skip
 _ZARR3_DTYPES = {"float32": "<f4", "float16": "<f2", "float64": "<f8", "int8": "|i1"}
 """The names that differ."""
 
@@ -85,6 +89,8 @@ def parse_zarr3(content: object, origin: str, *, stores_zeros: bool) -> ArrayMet
     """
     if not isinstance(content, dict) or content.get("zarr_format") != 3 or content.get("node_type") != "array":
         raise refused("metadata", f"{origin} is not a zarr array")
+    if unknown := [name for name, value in content.items() if name not in _ZARR3_FIELDS and not _is_optional(value)]:
+        raise refused("metadata", f"{origin} has the field {quoted(unknown[0])}, which a reader must understand")
     grid, grid_options = _named(content.get("chunk_grid"), origin)
     keys, key_options = _named(content.get("chunk_key_encoding"), origin)
     if (grid, keys, key_options.get("separator", "/")) != ("regular", "default", "/"):
@@ -108,6 +114,11 @@ def parse_zarr3(content: object, origin: str, *, stores_zeros: bool) -> ArrayMet
         )
     dtype = _dtype(_ZARR3_DTYPES.get(str(content.get("data_type")), content.get("data_type")), origin)
     return ArrayMetadata(shape, chunks, dtype, True, "zstd" in codecs, not stores_zeros)
+
+
+def _is_optional(field: object) -> bool:
+    """Whether a field that zarr 3 does not define says that readers may ignore it."""
+    return isinstance(field, dict) and field.get("must_understand") is False
 
 
 def chunk_in_shard(index: bytes, shard_bytes: int, origin: str) -> tuple[int, int]:

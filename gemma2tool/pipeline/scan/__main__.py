@@ -64,6 +64,10 @@ _TAIL = """
   wherever it meets a text of the template, in a comparison, a search, a replacement or a table, the template looks for
   that text. Markup of conversations such as `</think>` or `/no_think`, and markup that the template itself writes, is
   not a trigger. Conditions on the length of a message are not examined.
+- **Files that programs act on**: hooks and settings of a git repository, also below another name, in a submodule or in
+  an archive; what clones contain (git-lfs's filters and hooks, the hub's transfer agents) is not reported, and hooks
+  that are not executable are notes. In a Modelfile: files outside of the folder that is scanned, other registries,
+  network paths; the names of models are notes. Package indexes other than PyPI's, PyTorch's, NVIDIA's, GitHub's and such.
 - **Text**: control characters, the bidirectional controls of UAX 9, characters of zero width and tags; joiners where
   scripts and emoji need them are not reported. SentencePiece's vocabulary is not examined, because it contains such
   characters legitimately.

@@ -1,0 +1,54 @@
+"""A short run of the comparison of mutated files with the libraries that define the containers."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+
+import pytest
+
+from tests.fuzz.base import remove_folders
+from tests.fuzz.differential import compare
+from tests.fuzz.peers import PAIRS, Pair, Tensors
+
+FILES = {"safetensors": 200, "gguf": 60, "torch": 40, "hdf5": 60, "zarr": 60, "ocdbt": 60}
+
+
+@pytest.fixture(autouse=True)
+def _no_folders_left() -> Iterator[None]:
+    yield
+    remove_folders()
+
+
+@pytest.mark.slow
+@pytest.mark.peer
+@pytest.mark.parametrize("name", PAIRS)
+def test_both_readers_find_the_same_or_refuse(name: str) -> None:
+    pair = PAIRS[name]()
+    if importlib.util.find_spec(pair.library) is None:
+        pytest.skip(f"{pair.library} is not installed")
+    tally = compare(pair, 0, FILES[name])
+    assert tally.disagreements == []
+    assert tally.files == FILES[name] and tally.same >= 3 and tally.refused >= 3, tally.line(name)
+
+
+class _Wrong(PAIRS["safetensors"]):  # type: ignore[misc]
+    """A reader that finds other bytes, or fails."""
+
+    def __init__(self, mistake: str) -> None:
+        self.mistake = mistake
+
+    def ours(self, path: object) -> Tensors:
+        tensors = dict(super().ours(path))
+        if self.mistake == "bytes":
+            return {name: (dtype, shape, content[::-1]) for name, (dtype, shape, content) in tensors.items()}
+        raise ZeroDivisionError
+
+
+@pytest.mark.slow
+@pytest.mark.peer
+@pytest.mark.parametrize(("mistake", "expected"), [("bytes", "bytes of "), ("fault", "FAULT ZeroDivisionError")])
+def test_what_a_wrong_reader_does_is_noticed(mistake: str, expected: str) -> None:
+    pair: Pair = _Wrong(mistake)
+    tally = compare(pair, 0, 40)
+    assert tally.disagreements and all(expected in line for line in tally.disagreements)
