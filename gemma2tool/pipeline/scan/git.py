@@ -78,6 +78,9 @@ def scan_repository(folder: Path, place: Place) -> Iterator[ScanFinding]:
         if inside.parts[0] in ("objects", "refs", "logs", "lfs") or not path.is_file():
             continue
         part = Place(f"{place.file}/{inside.as_posix()}")
+        if path.is_symlink() and not path.resolve().is_relative_to(folder.resolve().parent):
+            yield part.finding("files.escape", f"it is a link to {quoted(str(path.readlink()), 200)}")
+            continue
         with path.open("rb") as file:
             data = file.read(MAX_BYTES)
         if path.name in ("config", "config.worktree"):
@@ -136,10 +139,10 @@ def scan_lfs(text: str, place: Place) -> Iterator[ScanFinding]:
 def scan_attributes(text: str, place: Place) -> Iterator[ScanFinding]:
     """Filters in .gitattributes other than git-lfs's."""
     for number, line in enumerate(text.splitlines(), start=1):
-        for name in re.findall(r"\sfilter=(\S+)", line.partition("#")[0] if line.startswith("#") else line):
-            if name != "lfs":
-                yield place.finding("git.attributes", f"it names the filter {quoted(name)}", line=number)
-                return
+        names = [] if line.startswith("#") else re.findall(r"\sfilter=(\S+)", line)
+        if others := [name for name in names if name != "lfs"]:
+            yield place.finding("git.attributes", f"it names the filter {quoted(others[0])}", line=number)
+            return
 
 
 def settings(text: str) -> Iterator[tuple[str, str, int]]:
@@ -147,6 +150,7 @@ def settings(text: str) -> Iterator[tuple[str, str, int]]:
     it.
     """
     section, at = "", 1 if text.startswith("\ufeff") else 0
+    line, counted = 1, 0
     while at < len(text):
         if skipped := _SKIPPED.match(text, at):
             at = skipped.end()
@@ -155,7 +159,8 @@ def settings(text: str) -> Iterator[tuple[str, str, int]]:
             section, at = f"{name}.{_ESCAPES.sub(_unescaped, sub)}" if sub is not None else name, header.end()
         elif key := _KEY.match(text, at):
             value = "true" if key[2] is None else _ESCAPES.sub(_unescaped, key[2].strip()).strip()
-            yield f"{section}.{key[1].lower()}", value, text.count("\n", 0, at) + 1
+            line, counted = line + text.count("\n", counted, at), at
+            yield f"{section}.{key[1].lower()}", value, line
             at = key.end()
         else:
             at = text.find("\n", at) + 1 or len(text)  # git stops here

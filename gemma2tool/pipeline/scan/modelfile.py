@@ -62,18 +62,20 @@ def _climbs(value: str, depth: int) -> bool:
 
 def instructions(text: str) -> Iterator[tuple[str, str, int]]:
     """The instructions in lower case, their values and their lines."""
-    name, value, first = "", "", 0
+    name, quote, first, value = "", "", 0, list[str]()
     for number, line in enumerate(re.split(r"\r\n|\r|\n", text.removeprefix("\ufeff")), start=1):
-        if name:
-            value += f"\n{line}"
-        else:
+        if not name:
             words = line.strip(" \t").split(None, 1)
             if len(words) < 2 or words[0].startswith("#"):
                 continue
-            name, value, first = words[0].lower(), words[1], number
-        printable = "".join(character for character in value if character.isprintable() or character == "\n").strip()
-        quote = next((mark for mark in ('"""', '"') if printable.startswith(mark)), "")
-        if quote and (len(printable) < 2 * len(quote) or not printable.endswith(quote)):
-            continue  # the value goes on
-        yield name, printable[len(quote) : len(printable) - len(quote)], first
-        name = ""
+            name, first, line = words[0].lower(), number, words[1]
+            quote = next((mark for mark in ('"""', '"') if _printable(line).startswith(mark)), "")
+            line = _printable(line).removeprefix(quote)
+        value.append(_printable(line))
+        if value[-1].endswith(quote):
+            yield name, "\n".join(value).removesuffix(quote), first
+            name, value = "", []
+
+
+def _printable(text: str) -> str:
+    return "".join(character for character in text if character.isprintable()).strip()

@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import tarfile
+import time
 import zipfile
 from io import BytesIO
 from pathlib import Path
@@ -130,6 +131,23 @@ def test_hooks_and_settings_of_a_folder(tmp_path: Path, name: str) -> None:
     }
     finding = next(finding for finding in api.scan(tmp_path).findings if finding.file.endswith(f"{name}/config"))
     assert finding.line == CLONE.count("\n") + 2 and finding.severity == "danger"
+
+
+def test_links_of_a_repository(tmp_path: Path) -> None:
+    own = repository(tmp_path / "model")
+    (tmp_path / "outside").write_text("[core]\npager = id\n")
+    (own / "config").unlink()
+    (own / "config").symlink_to(tmp_path / "outside")
+    assert found(tmp_path / "model") == {("files.escape", ".git/config")}
+
+
+@pytest.mark.slow
+def test_long_files_take_no_time(tmp_path: Path) -> None:
+    text = "[a]\n" + "b=1\n" * 250_000
+    started = time.process_time()
+    assert len(list(settings(text))) == 250_000
+    assert list(instructions('FROM """' + "x\n" * 500_000)) == []
+    assert time.process_time() - started < 5
 
 
 def test_a_repository_in_an_archive(tmp_path: Path) -> None:
