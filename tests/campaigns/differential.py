@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from tests.fuzz.base import remove_folders
 from tests.fuzz.differential import compare, mutants
-from tests.fuzz.peers import PAIRS
+from tests.fuzz.peers_tensorstore import PAIRS
 
 
 def main() -> int:

@@ -9,7 +9,8 @@ import pytest
 
 from tests.fuzz.base import remove_folders
 from tests.fuzz.differential import compare
-from tests.fuzz.peers import PAIRS, Pair, Tensors
+from tests.fuzz.peers import Pair, Tensors
+from tests.fuzz.peers_tensorstore import PAIRS
 
 FILES = {"safetensors": 200, "gguf": 60, "torch": 40, "hdf5": 60, "zarr": 60, "ocdbt": 60}
 

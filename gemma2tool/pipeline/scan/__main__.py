@@ -67,7 +67,7 @@ _TAIL = """
 - **Files that programs act on**: hooks and settings of a git repository, also below another name, in a submodule or in
   an archive; what clones contain (git-lfs's filters and hooks, the hub's transfer agents) is not reported, and hooks
   that are not executable are notes. In a Modelfile: files outside of the folder that is scanned, other registries,
-  network paths; the names of models are notes. Package indexes other than PyPI's, PyTorch's, NVIDIA's, GitHub's and such.
+  network paths; the names of models are notes. Package indexes other than PyPI's, PyTorch's, NVIDIA's and such.
 - **Text**: control characters, the bidirectional controls of UAX 9, characters of zero width and tags; joiners where
   scripts and emoji need them are not reported. SentencePiece's vocabulary is not examined, because it contains such
   characters legitimately.
