@@ -93,7 +93,8 @@ class EngineAnswer:
 
     ``version``: "transformers 5.23.0". ``problems``: remarks on loading. ``refused``: why it does not run the model.
     ``tokens``: ids of each text. ``has_template``, ``template``: the conversation as it writes it. ``stops``: ids that
-    end an answer. ``logits``: float32 (positions, V). ``unable``: what it cannot do here.
+    end an answer. ``logits``: float32 (positions, V). ``continuation``: ids that it generates greedily after the
+    prompt. ``unable``: what it cannot do here.
     """
 
     version: str
@@ -104,18 +105,21 @@ class EngineAnswer:
     template: str | None = None
     stops: frozenset[int] | None = None
     logits: Array | None = None
+    continuation: tuple[int, ...] | None = None
     unable: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class EngineQuestion:
     """What an engine is asked. ``ids``: a prompt; ``positions``: of how many of its last positions logits are returned.
-    ``texts``: to be tokenized. ``messages``: a conversation."""
+    ``texts``: to be tokenized. ``messages``: a conversation. ``new_tokens``: how many tokens to generate after the
+    prompt, greedily and whatever they are."""
 
     ids: Sequence[int]
     positions: int
     texts: Sequence[str]
     messages: Conversation
+    new_tokens: int = 0
     threads: int = 1
 
 
@@ -151,6 +155,7 @@ def ask(engine: Engine, checkpoint: Checkpoint, question: EngineQuestion) -> Eng
         "positions": question.positions,
         "texts": list(question.texts),
         "messages": [dict(message) for message in question.messages],
+        "new_tokens": question.new_tokens,
         "quantized": checkpoint.is_quantized,
         "threads": question.threads,
     }
@@ -182,5 +187,6 @@ def _answer(messages: Iterable[Message], problem: str | None) -> EngineAnswer:
         template=content.get("template", {}).get("text"),
         stops=frozenset(content["stops"]["ids"]) if "stops" in content else None,
         logits=logits,
+        continuation=tuple(content["continuation"]["ids"]) if "continuation" in content else None,
         unable=tuple(unable),
     )

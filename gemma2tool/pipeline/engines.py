@@ -16,6 +16,7 @@ from gemma2tool.errors import InputRefused, UsageError
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.lazy import Array
 from gemma2tool.model.progress import Progress, progress_or_null
+from gemma2tool.pipeline.engine_continuation import NEW_TOKENS, continuation_gate
 from gemma2tool.pipeline.engine_gates import PROMPT, TEXTS, failed, tokens_gate
 from gemma2tool.pipeline.prompt import PromptTokenizer
 from gemma2tool.verify.finding import Finding, GateResult
@@ -46,8 +47,8 @@ class EngineChecks:
 def verify_with_engines(candidate: Checkpoint, checks: EngineChecks, progress: Progress | None = None) -> Verification:
     """Run every engine on the candidate and compare.
 
-    Each has gates for loading, tokens, template, stops and logits, whose names begin with the engine's. Raises
-    ``UsageError`` for an engine that is unknown, not installed, or does not load the candidate's format.
+    Each has gates for loading, tokens, template, stops, logits and continuation, whose names begin with the engine's.
+    Raises ``UsageError`` for an engine that is unknown, not installed, or does not load the candidate's format.
     """
     engines = {name: engine_for(name, candidate.format) for name in dict.fromkeys(checks.names)}
     gates: list[GateResult] = []
@@ -80,17 +81,24 @@ class _Comparison:
             positions=max(min(len(self.ids), MAX_LOGITS_BYTES // (4 * vocabulary)), 1),
             texts=TEXTS if self.tokenizer else (),
             messages=({"role": "user", "content": PROMPT},),
+            new_tokens=max(min(NEW_TOKENS, self._length() - len(self.ids)), 0),
             threads=checks.threads,
         )
 
     def _prompt(self) -> NDArray[np.int64]:
-        """(T,), within the window of an engine that has none."""
+        """(T,), with room for the tokens that are generated within the window of an engine that has none."""
         given = self.checks.ids
         ids = prompt_for(self.candidate, self.candidate)[0] if given is None else np.atleast_2d(given)
         if len(ids) != 1:
             raise UsageError("engine.prompt", f"token ids of shape {ids.shape}", hint="pass one prompt of shape (T,)")
-        window = self.candidate.config.sliding_window
-        return ids[0] if self.engine.has_window or window is None else ids[0, :window]
+        prompt: NDArray[np.int64] = ids[0]
+        return prompt if self.engine.has_window else prompt[: max(self._length() - NEW_TOKENS, 1)]
+
+    def _length(self) -> int:
+        """How many tokens the engine computes right."""
+        config = self.candidate.config
+        window = None if self.engine.has_window else config.sliding_window
+        return min(window or config.max_position_embeddings, config.max_position_embeddings)
 
     def results(self, answer: EngineAnswer, progress: Progress | None) -> tuple[list[GateResult], list[Cause]]:
         gates = [self._loading(answer)]
@@ -103,7 +111,10 @@ class _Comparison:
         if answer.logits is None:
             return [*gates, GateResult("logits", "skipped", "the engine computed none")], []
         verification = self._logits(answer.version, answer.logits, progress)
-        return [*gates, *map(self._with_reasons, verification.gates)], list(verification.causes)
+        gates += map(self._with_reasons, verification.gates)
+        if answer.continuation:
+            gates.append(self._continuation(answer.continuation, verification))
+        return gates, list(verification.causes)
 
     def _loading(self, answer: EngineAnswer) -> GateResult:
         gate, metrics = "loading", {"version": answer.version, "arithmetic": self.engine.arithmetic}
@@ -165,6 +176,12 @@ class _Comparison:
         findings = (Finding(gate, "note", None, f"it also ends at {', '.join(more)}"),) if more else ()
         names = ", ".join(named[token] for token in sorted(expected))
         return GateResult(gate, "passed", f"an answer ends at {names}", metrics, findings)
+
+    def _continuation(self, actual: Sequence[int], verification: Verification) -> GateResult:
+        if not verification.passed:
+            return GateResult("continuation", "skipped", "the logits of the prompt differ already")
+        largest = verification.gate("logits").metrics["max_abs_difference"]
+        return continuation_gate(self.candidate, self.ids, actual, largest, self.checks.threads)
 
     def _logits(self, name: str, logits: Array, progress: Progress | None) -> Verification:
         from gemma2tool.verify.engine import LogitsSettings, verify_logits

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from tests.support.paths import TINY
 
 pytestmark = pytest.mark.peer
 
+EMBEDDING = "token_embd.weight"
 LENGTH = 12
 """Tokens that are run; scripts/engine_table.py runs prompts past the sliding window."""
 EVERY = pytest.mark.skipif(
@@ -52,6 +54,27 @@ def verified(path: Path, engine: str, ids: Path) -> Verification:
         return verify_with_engines(candidate, EngineChecks(names=(engine,), ids=np.load(ids)))
 
 
+def with_tensors(source: Path, path: Path, more: Callable[[dict[str, Any]], dict[str, np.ndarray]]) -> Path:
+    """A copy of a GGUF with the tensors that ``more`` makes of those that it has."""
+    gguf = pytest.importorskip("gguf")
+    reader = gguf.GGUFReader(source)
+    writer = gguf.GGUFWriter(path, "gemma2")
+    for field in reader.fields.values():
+        if not field.name.startswith("GGUF.") and field.name != "general.architecture":
+            kind = field.types[0]
+            inner = field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None
+            writer.add_key_value(field.name, field.contents(), kind, inner)
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+    for name, array in more({tensor.name: tensor.data for tensor in reader.tensors}).items():
+        writer.add_tensor(name, array)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
 def messages(result: Verification) -> str:
     return "\n".join(finding.sentence for finding in result.findings)
 
@@ -62,8 +85,9 @@ def test_llama_cpp_runs_what_is_written(place: Path) -> None:
     result = verified(written(place, "q8_0.gguf", "--type", "q8_0"), "llama.cpp", place / "ids.npy")
     assert result.passed, messages(result)
     assert [gate.name.removeprefix("llama.cpp ") for gate in result.gates] == [
-        *("loading", "tokens", "template", "stops", "logits", "distribution", "mistakes")
+        *("loading", "tokens", "template", "stops", "logits", "distribution", "mistakes", "continuation")
     ]
+    assert result.gate("llama.cpp continuation").metrics["tokens"] == 16
 
 
 @EVERY
@@ -117,27 +141,23 @@ class TestPlantedFaults:
     @pytest.mark.slow
     def test_an_untied_head(self, place: Path) -> None:
         """llama.cpp has no place for an output matrix in a Gemma 2."""
-        gguf = pytest.importorskip("gguf")
         pytest.importorskip("xllamacpp")
-        reader = gguf.GGUFReader(written(place, "f32.gguf", "--dtype", "f32"))
-        path = place / "untied.gguf"
-        writer = gguf.GGUFWriter(path, "gemma2")
-        for field in reader.fields.values():
-            if not field.name.startswith("GGUF.") and field.name != "general.architecture":
-                kind = field.types[0]
-                inner = field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None
-                writer.add_key_value(field.name, field.contents(), kind, inner)
-        for tensor in reader.tensors:
-            writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
-            if tensor.name == "token_embd.weight":
-                writer.add_tensor("output.weight", tensor.data * 2, raw_dtype=tensor.tensor_type)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
+        source = written(place, "f32.gguf", "--dtype", "f32")
+        path = with_tensors(source, place / "untied.gguf", lambda tensors: {"output.weight": tensors[EMBEDDING] * 2})
         result = verified(path, "llama.cpp", place / "ids.npy")
         assert result.gate("llama.cpp loading").failed
         assert "output.weight: llama.cpp does not load a Gemma 2 with it" in messages(result)
+
+    @pytest.mark.slow
+    def test_a_scale_of_a_whole_nvfp4_tensor(self, place: Path) -> None:
+        """llama.cpp loads it, and leaves the scale out of a Gemma 2's feed-forward layers. No engine need run to see
+        it."""
+        pytest.importorskip("xllamacpp")
+        source = written(place, "nvfp4.gguf", "--type", "nvfp4")
+        name = "blk.0.ffn_gate.scale"
+        path = with_tensors(source, place / "scaled.gguf", lambda _: {name: np.ones(1, np.float32)})
+        words = f"'{name}' is the scale of a whole tensor"
+        assert_refused(run("verify", path, "--engine", "llama.cpp"), 3, words, "llama.cpp")
 
     @EVERY
     @pytest.mark.slow
@@ -179,13 +199,17 @@ def truth(place: Path) -> tuple[Path, EngineAnswer]:
     ids = np.load(place / "ids.npy")
     with registry.open_checkpoint(folder) as checkpoint:
         tokenizer = engines.PromptTokenizer(checkpoint)
+        outputs = logits(checkpoint, ids[None])[0]
+        first = int(outputs[-1].argmax())
+        second = int(logits(checkpoint, np.append(ids, first)[None])[0, -1].argmax())
         answer = EngineAnswer(
             version="engine 1",
             tokens=tuple(tuple(tokenizer.encode(text)) for text in TEXTS),
             has_template=True,
             template=tokenizer.chat(engines.PROMPT),
             stops=frozenset(tokenizer.stop_ids()),
-            logits=logits(checkpoint, ids[None])[0],
+            logits=outputs,
+            continuation=(first, second),
         )
     return folder, answer
 
@@ -210,6 +234,7 @@ MISTAKES: list[tuple[Callable[[EngineAnswer], EngineAnswer], str, str]] = [
     (lambda a: replace(a, stops=frozenset({1})), "stops", "an answer does not end at <end_of_turn> (107)"),
     (lambda a: replace(a, logits=a.logits * np.nan), "logits", "NaN or infinite"),
     (lambda a: replace(a, logits=np.roll(a.logits, 1, 0)), "mistakes", "one position too late"),
+    (lambda a: replace(a, continuation=(a.continuation[0], 300)), "continuation", "token 2 after the prompt is"),
 ]
 
 

@@ -10,5 +10,7 @@ work:
 - ``template``: ``text``, the conversation of the request as the engine writes it; null if it has no template;
 - ``stops``: ``ids`` that end its answers;
 - ``logits``: float32 (positions, vocabulary), of the last positions of the request's ``ids``;
+- ``continuation``: ``ids`` of the ``new_tokens`` tokens that it generates after the prompt, each the likeliest, from
+  its cache; it does not stop at one that ends an answer;
 - ``unable``: something of this that it cannot do here, with the reason.
 """

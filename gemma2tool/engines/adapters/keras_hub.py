@@ -39,12 +39,19 @@ def answer(request: Mapping[str, Any]) -> Iterator[Message]:
         yield Message({"kind": "stops", "ids": sorted(stops)})
     except Exception as error:
         yield Message({"kind": "unable", "message": f"loads no tokenizer: {sentence(error)}"})
-    ids = np.array([request["ids"]])
+    model = keras_hub.models.GemmaCausalLM(backbone=backbone, preprocessor=None)
+    prompt, new_tokens = request["ids"], request["new_tokens"]
+    ids = np.array([prompt])
     with torch.no_grad():
         hidden = backbone({"token_ids": ids, "padding_mask": np.ones_like(ids)})[:, -request["positions"] :]
         outputs = backbone.token_embedding(hidden, reverse=True)  # with the soft cap
     logits = np.ascontiguousarray(outputs[0].float().cpu().numpy())
     yield Message({"kind": "logits", "shape": list(logits.shape)}, logits.tobytes())
+    model.compile(sampler="greedy")
+    padded = np.pad(ids, ((0, 0), (0, new_tokens)))
+    mask = np.arange(padded.shape[1])[None] < len(prompt)
+    generated = model.generate({"token_ids": padded, "padding_mask": mask}, stop_token_ids=None)["token_ids"]
+    yield Message({"kind": "continuation", "ids": [int(token) for token in np.asarray(generated)[0, len(prompt) :]]})
 
 
 if __name__ == "__main__":

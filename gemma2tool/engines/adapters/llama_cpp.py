@@ -47,11 +47,13 @@ def answer(request: Mapping[str, Any]) -> Iterator[Message]:
     yield Message({"kind": "tokens", "ids": [_tokens(api, vocabulary, text) for text in request["texts"]]})
     yield _template(api, model, request["messages"])
     yield Message({"kind": "stops", "ids": [i for i in range(size) if api.llama_vocab_is_eog(vocabulary, i)]})
-    logits = _logits(api, model, request, size)
+    context = _context(api, model, request)
+    logits = _decode(api, context, request["ids"], 0, request["positions"], size) if context else None
     if logits is None:
         yield Message({"kind": "refused", "message": _reason(errors)})
         return
     yield Message({"kind": "logits", "shape": list(logits.shape)}, logits.tobytes())
+    yield Message({"kind": "continuation", "ids": _continuation(api, context, logits[-1], request)})
 
 
 def _api() -> tuple[Any, Message]:
@@ -89,26 +91,42 @@ def _template(api: Any, model: Any, messages: list[Mapping[str, str]]) -> Messag
     return Message({"kind": "template", "text": buffer.raw[:count].decode("utf-8", "replace")})
 
 
-def _logits(api: Any, model: Any, request: Mapping[str, Any], size: int) -> np.ndarray[Any, Any] | None:
-    """Float32 (positions, V); None if there is no context or a pass fails."""
-    ids, positions = request["ids"], request["positions"]
+def _context(api: Any, model: Any, request: Mapping[str, Any]) -> Any:
+    """A context for the prompt and what is generated after it; a null pointer if there is none."""
+    length = len(request["ids"]) + request["new_tokens"]
     params = api.llama_context_default_params()
-    params.n_ctx = params.n_batch = params.n_ubatch = max(256, -(-len(ids) // 256) * 256)
+    params.n_ctx = params.n_batch = params.n_ubatch = max(256, -(-length // 256) * 256)
     params.n_threads = params.n_threads_batch = request["threads"]
     params.type_k = params.type_v = _F32
     params.flash_attn_type = 0
-    context = api.llama_init_from_model(model, params)
-    if not context:
-        return None
+    return api.llama_init_from_model(model, params)
+
+
+def _decode(
+    api: Any, context: Any, ids: list[int], first: int, positions: int, size: int
+) -> np.ndarray[Any, Any] | None:
+    """Float32 (positions, V) of the last of ``ids``, which follow ``first`` others; None if the pass fails."""
     batch = api.llama_batch_init(len(ids), 0, 1)
     batch.n_tokens = len(ids)
     for i, token in enumerate(ids):
-        batch.token[i], batch.pos[i], batch.n_seq_id[i] = token, i, 1
+        batch.token[i], batch.pos[i], batch.n_seq_id[i] = token, first + i, 1
         batch.logits[i] = i >= len(ids) - positions
         batch.seq_id[i][0] = 0
     if api.llama_decode(context, batch):
         return None
     return np.ctypeslib.as_array(api.llama_get_logits(context), (positions, size)).copy()
+
+
+def _continuation(api: Any, context: Any, last: np.ndarray[Any, Any], request: Mapping[str, Any]) -> list[int]:
+    """The likeliest tokens after the prompt, whose last logits are ``last`` (V,), one by one from the cache."""
+    ids: list[int] = []
+    while len(ids) < request["new_tokens"]:
+        ids.append(int(last.argmax()))
+        logits = _decode(api, context, ids[-1:], len(request["ids"]) + len(ids) - 1, 1, len(last))
+        if logits is None:
+            break
+        last = logits[0]
+    return ids
 
 
 if __name__ == "__main__":

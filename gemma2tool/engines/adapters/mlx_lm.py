@@ -26,9 +26,15 @@ def answer(request: Mapping[str, Any]) -> Iterator[Message]:
         return
     yield from tokenizer_messages(tokenizer, request)
     yield Message({"kind": "stops", "ids": sorted(int(token) for token in tokenizer.eos_token_ids)})
-    outputs = model(mx.array([request["ids"]]))[0, -request["positions"] :].astype(mx.float32)
-    logits = np.ascontiguousarray(np.array(outputs))
+    cache = import_module("mlx_lm.models.cache").make_prompt_cache(model)
+    outputs = model(mx.array([request["ids"]]), cache=cache)
+    logits = np.ascontiguousarray(np.array(outputs[0, -request["positions"] :].astype(mx.float32)))
     yield Message({"kind": "logits", "shape": list(logits.shape)}, logits.tobytes())
+    ids: list[int] = []
+    while len(ids) < request["new_tokens"]:
+        ids.append(int(mx.argmax(outputs[0, -1])))
+        outputs = model(mx.array([ids[-1:]]), cache=cache)
+    yield Message({"kind": "continuation", "ids": ids})
 
 
 if __name__ == "__main__":

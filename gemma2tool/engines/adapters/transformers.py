@@ -45,6 +45,7 @@ def answer(request: Mapping[str, Any]) -> Iterator[Message]:
         outputs = _run(model, request)
     logits = np.ascontiguousarray(outputs.logits[0].float().numpy())
     yield Message({"kind": "logits", "shape": list(logits.shape)}, logits.tobytes())
+    yield Message({"kind": "continuation", "ids": _continuation(model, outputs, request["new_tokens"])})
 
 
 def _load(transformers: ModuleType, request: Mapping[str, Any], dtype: Any) -> tuple[Any, Mapping[str, Any]]:
@@ -64,7 +65,20 @@ def _run(model: Any, request: Mapping[str, Any]) -> Any:
     import torch
 
     with torch.no_grad():
-        return model(torch.tensor([request["ids"]]), logits_to_keep=request["positions"])
+        return model(torch.tensor([request["ids"]]), logits_to_keep=request["positions"], use_cache=True)
+
+
+def _continuation(model: Any, outputs: Any, count: int) -> list[int]:
+    """The likeliest tokens after the prompt of ``outputs``, one by one from its cache."""
+    import torch
+
+    ids: list[int] = []
+    while len(ids) < count:
+        ids.append(int(outputs.logits[0, -1].argmax()))
+        if len(ids) < count:
+            with torch.no_grad():
+                outputs = model(torch.tensor([ids[-1:]]), past_key_values=outputs.past_key_values, use_cache=True)
+    return ids
 
 
 def _problems(info: Mapping[str, Any]) -> Iterator[str]:
