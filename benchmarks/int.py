@@ -1,18 +1,19 @@
 """Quantization rates of gemma2tool over the libraries', for the types of Hugging Face checkpoints, on one core.
 
-    python benchmarks/int.py [--values 2e6] [--repeats 9] [--instruction-set avx2] [--json FILE]
+    python benchmarks/int.py [--values 2e6] [--repeats 9] [--instruction-set avx2] [--libraries LIST] [--json FILE]
 
 Both take the same bfloat16 matrix from memory and leave codes and scales in memory, alternating, on one thread. Each
-call runs once to warm up and once timed; rates are of the least processor time. bitsandbytes is always measured;
-compressed-tensors, GPTQModel (tests/gptqmodel.txt), torchao and mlx are if they can be imported. Of GPTQModel only its
-packing is measured, with the scales given to both. Exits with 1 if codes differ or a goal is missed: nf4 and fp4 10
-times bitsandbytes, int8 3 times, compressed-tensors and GPTQ 5 times. ``--no-goals`` checks the codes alone, for runs
-too short to time.
+call runs once to warm up and once timed; rates are of the median processor time. compressed-tensors, GPTQModel
+(tests/gptqmodel.txt), torchao and mlx are measured if they can be imported. Of GPTQModel only its packing is, with the
+scales given to both. Exits with 1 if codes differ or a goal is missed: nf4 and fp4 10 times bitsandbytes, int8 3
+times, compressed-tensors, GPTQ, nvfp4 and mxfp4 5 times. ``--no-goals`` checks the codes alone, for runs too short to
+time. ggml's side of NVFP4 and MXFP4 is in kernels.py.
 """
 
 from __future__ import annotations
 
 import json
+import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -24,8 +25,8 @@ import numpy as np
 import torch
 from processes import argument_parser
 
-from gemma2tool.model.lazy import Array
-from gemma2tool.quantizers import bnb, compressed, gptq, groups, kernels, mlx, torchao
+from gemma2tool.model.lazy import Array, ArrayTensor
+from gemma2tool.quantizers import bnb, compressed, compressed_floats, gptq, groups, kernels, mlx, torchao
 
 COLUMNS = 2304  # a row of the 2B model
 
@@ -70,7 +71,7 @@ def alternating_rates(
             started = time.process_time()
             function()
             seconds.append(time.process_time() - started)
-    return Rates(*(values / min(seconds) / 1e6 for seconds in times))
+    return Rates(*(values / statistics.median(seconds) / 1e6 for seconds in times))
 
 
 def is_identical(array: Array, tensor: torch.Tensor) -> bool:
@@ -162,6 +163,37 @@ def compressed_tensors_lines(x: Array, weight: torch.Tensor, repeats: int) -> li
     return [line(name) for name, scheme in compressed.SCHEMES.items() if scheme.block_rows == 1]
 
 
+def compressed_floats_lines(x: Array, weight: torch.Tensor, repeats: int) -> list[Line]:
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import preset_name_to_scheme
+    from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
+
+    from gemma2tool.formats.packings.compressed_floats import config_group
+
+    def line(name: str) -> Line:
+        scheme = preset_name_to_scheme(name.upper(), ["Linear"])
+        compressor = BaseCompressor.get_value_from_registry(str(config_group(name)["format"]))
+
+        def gemma2tool() -> Array:
+            parts = compressed_floats.CompressedFloats(name, x.dtype).surveyed(ArrayTensor(x)).encode(x)
+            return parts.get("weight_packed", parts.get(""))
+
+        def library() -> torch.Tensor:
+            grouped = weight.unflatten(-1, (-1, scheme.weights.group_size))
+            low, high = grouped.amin(-1), grouped.amax(-1)
+            state = {"weight": weight}
+            if compressed_floats.FLOAT_SCHEMES[name].has_tensor_scale:
+                state["weight_global_scale"] = generate_gparam(low.amin(), high.amax())
+            state["weight_scale"], _ = calculate_qparams(low, high, scheme.weights, state.get("weight_global_scale"))
+            parts = compressor.compress(state, scheme)
+            return parts["weight_packed"] if "weight_packed" in parts else parts["weight"]
+
+        rates = alternating_rates(gemma2tool, library, x.size, repeats)
+        return Line(name, rates, is_identical(gemma2tool(), library()), 5)
+
+    return [line(name) for name in compressed_floats.FLOAT_SCHEMES]
+
+
 def gptqmodel_lines(x: Array, weight: torch.Tensor, repeats: int) -> list[Line]:
     from gptqmodel.nn_modules.qlinear.torch import TorchLinear
 
@@ -204,21 +236,30 @@ def mlx_lines(x: Array, weight: torch.Tensor, repeats: int) -> list[Line]:
     import mlx.core as mx
 
     array = mx.view(mx.array(x.view(np.uint16)), mx.bfloat16)
-    lines = []
-    for bits in (4, 8):
 
-        def gemma2tool(bits: int = bits) -> Array:
-            codes = mlx.quantize(x, bits)[0]
-            return mlx.pack_words(codes, bits)
-
-        def library(bits: int = bits) -> Array:
-            parts = mx.quantize(array, group_size=mlx.GROUP_SIZE, bits=bits)
+    def line(name: str, encoder: mlx.Affine | mlx.Floats, goal: float | None, **options: object) -> Line:
+        def library() -> Array:
+            parts = mx.quantize(array, **options)
             mx.eval(parts)
             return np.array(parts[0])
 
-        same = gemma2tool().tobytes() == library().tobytes()
-        lines.append(Line(f"mlx-{bits}", alternating_rates(gemma2tool, library, x.size, repeats), same, None))
-    return lines
+        same = encoder.encode(x)[""].tobytes() == library().tobytes()
+        return Line(name, alternating_rates(lambda: encoder.encode(x), library, x.size, repeats), same, goal)
+
+    with mx.stream(mx.cpu):
+        affine = [line(f"mlx-{bits}", mlx.Affine(bits), None, group_size=mlx.GROUP_SIZE, bits=bits) for bits in (4, 8)]
+        goals = {"mxfp4": 5, "nvfp4": 5}
+        return affine + [line(f"mlx-{mode}", mlx.Floats(mode), goals.get(mode), mode=mode) for mode in mlx.FLOAT_MODES]
+
+
+LIBRARIES = {
+    "bitsandbytes": bitsandbytes_lines,
+    "compressed-tensors": compressed_tensors_lines,
+    "compressed-tensors-floats": compressed_floats_lines,
+    "gptqmodel": gptqmodel_lines,
+    "torchao": torchao_lines,
+    "mlx": mlx_lines,
+}
 
 
 def main() -> int:
@@ -226,6 +267,7 @@ def main() -> int:
     parser.add_argument("--values", type=float, default=2e6, help="weights per measurement")
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--instruction-set", choices=kernels.available_instruction_sets())
+    parser.add_argument("--libraries", default=",".join(LIBRARIES), help="which ones, with commas")
     parser.add_argument("--json", type=Path, help="also write the lines here")
     parser.add_argument("--no-goals", action="store_true", help="do not fail on a missed goal")
     arguments = parser.parse_args()
@@ -238,11 +280,11 @@ def main() -> int:
     weight = torch.from_numpy(x.view(np.int16)).view(torch.bfloat16)
 
     lines: list[Line] = []
-    for measure_library in (bitsandbytes_lines, compressed_tensors_lines, gptqmodel_lines, torchao_lines, mlx_lines):
+    for library in arguments.libraries.split(","):
         try:
-            lines += measure_library(x, weight, arguments.repeats)
+            lines += LIBRARIES[library](x, weight, arguments.repeats)
         except ImportError as error:
-            print(f"{measure_library.__name__.removesuffix('_lines')}: left out ({error})", file=sys.stderr)
+            print(f"{library}: left out ({error})", file=sys.stderr)
     header = f"{'type':14}{'gemma2tool':>11}{'library':>9}{'ratio':>8}"
     print(f"{header}   M weights/s, one core, {kernels.current_instruction_set()}")
     for line in lines:
