@@ -41,6 +41,8 @@ INDIRECT = {
 """Needed by the tests, but imported by other libraries only."""
 
 SEPARATE = {
+    "auto_round": "fixtures/frameworks/auto_round_files.py",
+    "hqq": "fixtures/frameworks/hqq_files.py",
     "atheris": "tests/campaigns/coverage.py",
     "gemma": "scripts/setup.sh installs it without its dependencies",
     "keras_hub": "scripts/setup.sh installs it without its dependencies",

@@ -154,7 +154,7 @@ def _unpacked(
     """
     tensors = gemma2_tensors(tensors, checkpoint)
     extra = checkpoint.config.extra
-    quantization = next((extra[key] for key in keys if extra.get(key) is not None), None)
+    quantization = next((extra[key] for key in keys if extra.get(key) is not None), packings.implied_config(tensors))
     if quantization is None:
         refuse_unlabelled(tensors, checkpoint.path.name)
         return tensors

@@ -15,6 +15,11 @@ ENTRIES = (
         "the weights are quantized, but config.json does not say how",
         "use the config.json that came with the quantized weights, or the weights that they were made from",
     ),
+    refused(
+        "auto-round.format",
+        "AutoRound's packing_format is not supported",
+        "export with --format auto_gptq, auto_awq or llm_compressor",
+    ),
     refused("awq.config", "the AWQ layout or number of bits is not supported", 'use 4 bits in the layout "gemm"'),
     refused("bnb.quant-map", "the values of a quant_map are not those of its type", _DOWNLOAD),
     refused(
@@ -77,6 +82,11 @@ ENTRIES = (
     ),
     usage(
         "imatrix.calibration", "both an importance matrix and a calibration text are given", "leave out one of the two"
+    ),
+    refused(
+        "hqq.layout",
+        "the HQQ layout is not supported",
+        "load the model with hqq, dequantize it and save it again",
     ),
     refused("imatrix.damaged", "the file is not an importance matrix", _IMATRIX),
     refused("imatrix.empty", "the importance matrix has no entries", _IMATRIX),

@@ -13,11 +13,13 @@ from types import MappingProxyType
 
 from gemma2tool.errors import InputRefused, UsageError, choices
 from gemma2tool.formats.options import WriteOptions
+from gemma2tool.formats.packings.auto_round import AutoRoundPacking
 from gemma2tool.formats.packings.awq import AwqPacking
 from gemma2tool.formats.packings.base import Packing
 from gemma2tool.formats.packings.bnb import BitsAndBytesPacking
 from gemma2tool.formats.packings.compressed_tensors import CompressedTensorsPacking
 from gemma2tool.formats.packings.gptq import GptqPacking
+from gemma2tool.formats.packings.hqq import DESCRIBED, HqqPacking
 from gemma2tool.formats.packings.mlx import MLXPacking
 from gemma2tool.formats.packings.parts import part_name
 from gemma2tool.formats.packings.selection import (
@@ -44,6 +46,7 @@ __all__ = [
     "choose_encoders",
     "config_entries",
     "encoder_for",
+    "implied_config",
     "metadata",
     "methods",
     "misread",
@@ -62,6 +65,8 @@ _PACKINGS: tuple[Packing, ...] = (
     CompressedTensorsPacking(),
     GptqPacking(),
     AwqPacking(),
+    AutoRoundPacking(),
+    HqqPacking(),
     TorchaoPacking(),
     MLXPacking(),
 )
@@ -91,6 +96,11 @@ def unpack(
     """
     config = quantization_config if isinstance(quantization_config, Mapping) else {}
     return _recognized(config).unpack(raw, config, metadata)
+
+
+def implied_config(names: Iterable[str]) -> dict[str, object] | None:
+    """The ``quantization_config`` of tensors that describe themselves, as HQQ's do; None for others."""
+    return {"quant_method": HqqPacking.method} if any(name.endswith(DESCRIBED) for name in names) else None
 
 
 def misread(quantization_config: object, specs: Mapping[str, TensorSpec], stored: Collection[str]) -> dict[str, str]:

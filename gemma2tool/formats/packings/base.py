@@ -112,3 +112,15 @@ class Packing(ABC):
     def metadata(self, tensors: Iterable[tuple[str, tuple[int, ...], Encoder]]) -> dict[str, str]:
         """The metadata of the safetensors files, from the name, shape and encoder of every tensor."""
         return {"format": self.safetensors_format}
+
+
+class ReadPacking(Packing):
+    """A packing that is read and not written."""
+
+    types = ()
+
+    def encoder_for(self, spec: TensorSpec, settings: Settings, source: LazyTensor) -> Encoder | None:
+        raise NotImplementedError(self.title)
+
+    def quantization_config(self, settings: Settings, modules: Mapping[str, bool], dtype: str) -> dict[str, object]:
+        raise NotImplementedError(self.title)

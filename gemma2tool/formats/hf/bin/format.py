@@ -3,7 +3,8 @@ index.
 
 A file is what torch.save writes for a flat state dict; names and layout are the canonical ones. transformers saved it
 with ``safe_serialization=False`` up to release 4, and still loads it. What training code saves beside a config
-(``pytorch_model_fsdp.bin``, a ``.ckpt`` of Lightning, ``{"module": state dict}`` of DeepSpeed) is read, too.
+(``pytorch_model_fsdp.bin``, a ``.ckpt`` of Lightning, ``{"module": state dict}`` of DeepSpeed) is read, too, and so is
+hqq's ``qmodel.pt``.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from gemma2tool.formats.base import Closers, Format, Output, OutputFile, OutputT
 from gemma2tool.formats.config_folder import CONFIG, FolderFormat, WeightFiles, open_folder
 from gemma2tool.formats.consumers import sentences
 from gemma2tool.formats.hf.bin import FACTS
+from gemma2tool.formats.hf.bin.hqq_model import descriptions, is_hqq_model, stored_tensors
 from gemma2tool.formats.hf.tokenizer import transformers_tokenizer_files
 from gemma2tool.formats.mapping import container_tensors
 from gemma2tool.formats.mapping.float_dtypes import stored_dtypes
@@ -116,7 +118,12 @@ def _lone_file(folder: Path) -> Path | None:
 def _read(remarks: list[str], files: Sequence[Path], closers: Closers) -> tuple[dict[str, LazyTensor], dict[str, str]]:
     tensors: dict[str, LazyTensor] = {}
     for file in files:
-        state, more = find_state(torch_zip.read_index(file), HUGGING_FACE, file.name)
+        tree = torch_zip.read_index(file)
+        if is_hqq_model(tree):
+            state, more = stored_tensors(tree), list[str]()
+            container_tensors.merge(tensors, descriptions(tree, file.name), file)
+        else:
+            state, more = find_state(tree, HUGGING_FACE, file.name)
         remarks += more
         container_tensors.merge(tensors, container_tensors.open_torch(state, file, closers), file)
     return tensors, {}
@@ -124,7 +131,8 @@ def _read(remarks: list[str], files: Sequence[Path], closers: Closers) -> tuple[
 
 def _has_own_names(file: Path) -> bool:
     try:
-        return has_state(torch_zip.read_index(file), HUGGING_FACE)
+        tree = torch_zip.read_index(file)
+        return has_state(tree, HUGGING_FACE) or is_hqq_model(tree)
     except (InputRefused, OSError):
         return False
 
