@@ -1,4 +1,4 @@
-"""Errors per block of values that share a scale, and the blocks whose errors are beyond the bound of their type."""
+"""The blocks of values that share a scale whose errors are beyond the bound of their type."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gemma2tool.quantizers.bnb_tables import NESTED_BLOCKSIZE
+from gemma2tool.quantizers.comparison import BlockErrors, Floats
 from gemma2tool.verify.compare.bounds import DYNAMIC_MAP_GAP, Bound
-
-Floats = NDArray[np.float32]
 
 _SLACK = 1.0 + 1e-5
 """Decoding and comparing round in float32; no bound is meant to be sharper than that."""
@@ -28,55 +27,12 @@ MEAN_SHARE = 0.75
 """Share of half a step that the mean error of rounding to nearest stays below."""
 
 
-@dataclass(frozen=True)
-class BlockErrors:
-    """Per block: ``absmax``, the largest magnitude in the source; ``worst``, the largest error; ``anchor``, the error
-    of the value of largest magnitude (None if the type has no limit on it)."""
-
-    absmax: Floats
-    worst: Floats
-    anchor: Floats | None
-
-    @classmethod
-    def of(cls, magnitudes: Floats, errors: Floats, block: int, *, with_anchor: bool) -> BlockErrors:
-        """``magnitudes`` of the source and absolute ``errors``, both flat, in blocks of ``block`` values."""
-        magnitude_blocks, error_blocks = _blocks(magnitudes, block), _blocks(errors, block)
-        absmax, anchor = _row_max(magnitude_blocks), None
-        if with_anchor:
-            # The first of equal magnitudes: numpy finds the first True of a row several times faster than its largest
-            # float.
-            at = (magnitude_blocks == absmax[:, None]).argmax(axis=1)
-            anchor = error_blocks[np.arange(at.size), at]
-        return cls(absmax, _row_max(error_blocks), anchor)
-
-    @classmethod
-    def concatenated(cls, parts: list[BlockErrors]) -> BlockErrors:
-        anchors = [part.anchor for part in parts if part.anchor is not None]
-        return cls(
-            np.concatenate([part.absmax for part in parts]),
-            np.concatenate([part.worst for part in parts]),
-            np.concatenate(anchors) if anchors else None,
-        )
-
-
 def _blocks(values: Floats, block: int) -> Floats:
     """(n, block); the last block of a tensor of another size is padded with zeros."""
     missing = -values.size % block
     if missing:
         values = np.concatenate([values, np.zeros(missing, values.dtype)])
     return values.reshape(-1, block)
-
-
-def _row_max(blocks: Floats) -> Floats:
-    """The maximum of each row (n, block). Halving all rows at once is ten times as fast as numpy over short rows."""
-    width = blocks.shape[1]
-    if width > 256 or width & (width - 1):
-        maximum: Floats = np.max(blocks, axis=1)
-        return maximum
-    values = blocks.reshape(-1)
-    while width > 1:
-        values, width = np.maximum(values[0::2], values[1::2]), width // 2
-    return values
 
 
 @dataclass(frozen=True)

@@ -1,22 +1,17 @@
 """The arithmetic of the tensor comparison: errors of one range of rows, and their sum over a tensor.
 
-Nothing here knows names or messages. Arrays are never larger than the range; sums are in double precision.
+Nothing here knows names or messages. The passes over the values are ``quantizers.comparison``'s.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
-import numpy as np
-from numpy.typing import NDArray
-
-from gemma2tool.model.lazy import Array, to_float32
-from gemma2tool.verify.compare.block_limits import BlockErrors, BlockLimits
+from gemma2tool.model.lazy import Array
+from gemma2tool.quantizers.comparison import BlockErrors, ErrorSums, compare_blocks, count_differing, sum_errors
+from gemma2tool.verify.compare.block_limits import BlockLimits
 from gemma2tool.verify.compare.bounds import Bound
-
-_UNSIGNED = {2: np.uint16, 4: np.uint32, 8: np.uint64}
 
 
 @dataclass(frozen=True)
@@ -49,69 +44,43 @@ class Errors:
     blocks: BlockErrors | None = None
 
 
-def measure_bits(required: Array, actual: Array, source: Callable[[], NDArray[np.float32]] | None) -> Errors:
+def measure_bits(required: Array, actual: Array, source: Array | None) -> Errors:
     """Compare two arrays of one dtype bit for bit.
 
-    ``source``: returns the float32 values that errors are measured against; None if they are ``required``, in which
-    case errors are not measured while the bits agree.
+    ``source``: the values that errors are measured against; None if they are ``required``.
     """
-    result = Errors(actual.size)
-    unsigned = _UNSIGNED[actual.dtype.itemsize]
-    required_bits = np.ascontiguousarray(required).reshape(-1).view(unsigned)
-    actual_bits = np.ascontiguousarray(actual).reshape(-1).view(unsigned)
-    is_equal = np.array_equal(required_bits, actual_bits)
-    if not is_equal:
-        unequal = required_bits != actual_bits
-        at = int(unequal.argmax())
-        result.differing = int(np.count_nonzero(unequal))
-        result.first_difference = Difference(at, float(required.reshape(-1)[at]), float(actual.reshape(-1)[at]))
-    values = to_float32(actual).reshape(-1)
-    if is_equal and source is None:
-        result.signal = _square_sum(values)
-        if not np.isfinite(result.signal):
-            _count_nonfinite(result, values, values)
-        return result
-    _measure_errors(result, (to_float32(required) if source is None else source()).reshape(-1), values)
+    differing, first = count_differing(required, actual)
+    result = _errors(sum_errors(required if source is None else source, actual), actual.size)
+    result.differing = differing
+    if differing:
+        result.first_difference = Difference(
+            first, float(required.reshape(-1)[first]), float(actual.reshape(-1)[first])
+        )
     return result
 
 
-def measure_blocks(source: NDArray[np.float32], actual: NDArray[np.float32], block: int, bound: Bound | None) -> Errors:
+def measure_blocks(source: Array, actual: Array, block: int, bound: Bound | None) -> Errors:
     """Errors of ``actual`` against ``source``, and, if there is a bound, per block of ``block`` values."""
-    source, actual = source.reshape(-1), actual.reshape(-1)
-    result = Errors(actual.size)
-    errors = _measure_errors(result, source, actual)
-    if bound is not None:
-        result.blocks = BlockErrors.of(np.abs(source), errors, block, with_anchor=math.isfinite(bound.anchor))
+    if bound is None:
+        return _errors(sum_errors(source, actual), actual.size)
+    sums, blocks = compare_blocks(source, actual, block, with_anchor=math.isfinite(bound.anchor))
+    result = _errors(sums, actual.size)
+    result.blocks = blocks
     return result
 
 
-def _measure_errors(result: Errors, source: NDArray[np.float32], actual: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Fill in the sums; returns the absolute errors, 0 where a side is not finite."""
-    with np.errstate(invalid="ignore", over="ignore"):
-        errors = actual - source
-        result.bias = float(errors.sum())
-        np.abs(errors, out=errors)
-        result.signal, result.noise = _square_sum(source), _square_sum(errors)
-        if not (np.isfinite(result.signal) and np.isfinite(result.noise)):
-            _count_nonfinite(result, source, actual)
-            nonfinite = ~np.isfinite(errors)
-            errors[nonfinite] = 0.0
-            finite = np.where(nonfinite, np.float32(0), source).astype(np.float64)
-            result.signal, result.noise = _square_sum(finite), _square_sum(errors.astype(np.float64))
-    result.max_abs_error = float(errors.max(initial=0.0))
-    return errors
-
-
-def _square_sum(values: Array) -> float:
-    return float(np.dot(values, values))
-
-
-def _count_nonfinite(result: Errors, source: Array, actual: Array) -> None:
-    nonfinite = ~np.isfinite(actual)
-    result.nonfinite = int(np.count_nonzero(nonfinite))
-    result.source_nonfinite = int(np.count_nonzero(~np.isfinite(source)))
-    if result.nonfinite:
-        result.first_nonfinite = int(nonfinite.argmax())
+def _errors(sums: ErrorSums, values: int) -> Errors:
+    has_nonfinite = sums.nonfinite or sums.source_nonfinite
+    return Errors(
+        values=values,
+        signal=sums.signal,
+        noise=sums.noise,
+        bias=math.nan if has_nonfinite else sums.bias,
+        max_abs_error=sums.largest,
+        nonfinite=sums.nonfinite,
+        source_nonfinite=sums.source_nonfinite,
+        first_nonfinite=sums.first_nonfinite,
+    )
 
 
 @dataclass

@@ -15,7 +15,7 @@ from typing import TypeVar
 import numpy as np
 
 from gemma2tool.model.digest import chunk_digests, chunk_rows, tensor_digest
-from gemma2tool.model.lazy import LazyTensor, row_ranges, to_float32
+from gemma2tool.model.lazy import LazyTensor, row_ranges
 from gemma2tool.model.progress import Advance
 from gemma2tool.verify.compare.block_limits import BlockLimits
 from gemma2tool.verify.compare.bounds import Bound
@@ -69,9 +69,9 @@ class _Job:
         actual, source = self.candidate.load_rows_exact(first, last), self.source.load_rows_exact(first, last)
         required = source if self.required is self.source else self.required.load_rows_exact(first, last)
         if self.rule in ("bound", "reported"):
-            errors = measure_blocks(to_float32(required), to_float32(actual), self.block, self.bound)
+            errors = measure_blocks(required, actual, self.block, self.bound)
         else:
-            measured_against = None if self.rule in ("exact", "folded") else (lambda: to_float32(source))
+            measured_against = None if self.rule in ("exact", "folded") else source
             errors = measure_bits(cast(required, self.candidate.stored, actual.dtype), actual, measured_against)
         candidate_digests = chunk_digests(actual)
         is_same = self.rule == "exact" and not errors.differing and source.dtype != np.float64
