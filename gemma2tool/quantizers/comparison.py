@@ -1,6 +1,4 @@
-"""Decoded values beside the values that they were made from, in one pass: sums of their errors, and the largest error of
-each block of values that share a scale.
-"""
+"""Errors of decoded values against those that they were made from, in one pass: sums, and the largest of each block."""
 
 from __future__ import annotations
 

@@ -31,7 +31,9 @@ def finite_pairs(source: np.ndarray, actual: np.ndarray) -> tuple[np.ndarray, np
         return source, actual, np.clip(actual - source, -FLOAT_MAX, FLOAT_MAX)
 
 
-def reference_blocks(source: np.ndarray, actual: np.ndarray, block: int) -> tuple[list[float], list[float], list[float]]:
+def reference_blocks(
+    source: np.ndarray, actual: np.ndarray, block: int
+) -> tuple[list[float], list[float], list[float]]:
     source, _, errors = finite_pairs(source, actual)
     absmax, worst, anchor = [], [], []
     for first in range(0, source.size, block):

@@ -18,7 +18,7 @@ from gemma2tool.verify.json_values import significant
 Floats = NDArray[np.float64]
 
 _AT_ONCE = 1 << 14
-"""Logits that are processed at once: the ten arrays that this needs, of 128 KiB each in double precision, stay in cache."""
+"""Logits that are processed at once. The ten arrays that this needs, of 128 KiB each, stay in the caches."""
 
 
 class LogitComparison:
