@@ -12,7 +12,7 @@ import math
 import threading
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -22,6 +22,7 @@ import numpy as np
 from gemma2tool.formats.base import Output, OutputTensor, as_bytes
 from gemma2tool.model.lazy import Array, row_ranges
 from gemma2tool.pipeline.value_check import ValueCheck
+from gemma2tool.quantizers.base import Encoder, codes_key
 from gemma2tool.storage.buffers import AnyBuffer
 from gemma2tool.storage.crc import crc32_combine
 
@@ -102,11 +103,12 @@ def write_outputs(
     files = [_Files(target) for target in targets]
 
     def one_range(group: Sequence[_Tensor], first: int, last: int) -> None:
+        codes = _Codes()
         for number, tensor in enumerate(group):
             rows = tensor.item.source.load_rows(first, last)
             accepted, clipped = check.admit(tensor.item, rows, first)
             if accepted is not None:
-                tensor.write(accepted, first, clipped)
+                tensor.write(codes.of(accepted, tensor.item.encoder), first, clipped)
             if number == 0:
                 advance(rows.nbytes, tensor.item.name)
 
@@ -176,11 +178,11 @@ class _Tensor:
         self.crcs: dict[str, list[tuple[int, int, int]]] = {suffix: [] for suffix in item.parts}
         self.collected: dict[str, list[tuple[int, Array]]] = {name: [] for name in item.encoder.collects}
 
-    def write(self, rows: Array, first: int, clipped: int) -> None:
-        """Encode a range that starts at row ``first`` and put it in its places; after the last one, what depends on
+    def write(self, codes: Mapping[str, Array], first: int, clipped: int) -> None:
+        """Put the codes of a range that starts at row ``first`` in their places; after the last one, what depends on
         all.
         """
-        for suffix, array in self.item.encoder.encode(rows).items():
+        for suffix, array in codes.items():
             if suffix in self.collected:
                 with self.lock:
                     self.collected[suffix].append((first, array))
@@ -216,6 +218,22 @@ class _Tensor:
         }:
             record["crcs"] = crcs
         self.files.complete(self.item, record)
+
+
+class _Codes:
+    """The codes of one range of rows; outputs that store a tensor in one type share them."""
+
+    def __init__(self) -> None:
+        self._made: dict[tuple[int, Hashable], tuple[Array, Mapping[str, Array]]] = {}
+
+    def of(self, rows: Array, encoder: Encoder) -> Mapping[str, Array]:
+        key = codes_key(encoder)
+        if key is None:
+            return encoder.encode(rows)
+        # The rows are kept, too: no other array can then be at their address.
+        if (id(rows), key) not in self._made:
+            self._made[id(rows), key] = rows, encoder.encode(rows)
+        return self._made[id(rows), key][1]
 
 
 def _combined(pieces: Sequence[tuple[int, int, int]]) -> int:

@@ -8,7 +8,7 @@ consecutive ranges of rows are concatenated. A part whose bytes depend on the wh
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -69,6 +69,15 @@ def limit_of(encoder: Encoder) -> float:
     It is the encoder's attribute ``limit``; infinity for an encoder without one, which can store every finite value.
     """
     return float(getattr(encoder, "limit", math.inf))
+
+
+def codes_key(encoder: Encoder) -> Hashable | None:
+    """Equal for two encoders that make equal codes of equal rows.
+
+    It is the encoder's attribute ``codes_key``; None for an encoder without one, whose codes are its own.
+    """
+    key: Hashable | None = getattr(encoder, "codes_key", None)
+    return key
 
 
 FLOAT16_LIMIT = 65520.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
@@ -39,6 +40,12 @@ class Blocks:
     @property
     def lossless(self) -> bool:
         return False
+
+    @functools.cached_property
+    def codes_key(self) -> tuple[str, bytes | None]:
+        """See ``base.codes_key``."""
+        is_weighted = self.importance is not None and GGUF_TYPES[self.type].takes_importance
+        return self.type, self.importance.tobytes() if is_weighted and self.importance is not None else None
 
     def parts(self, shape: tuple[int, ...]) -> tuple[Part, ...]:
         return (_part(self.type, shape),)
