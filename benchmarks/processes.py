@@ -18,8 +18,8 @@ from typing import NamedTuple
 
 HERE = Path(__file__).resolve().parent
 TOOL = (sys.executable, "-m", "gemma2tool")
-SIZES = ("tiny", "2b", "9b", "27b")
-"""What synthesize.py makes: the released shapes, and one for a run of seconds."""
+SIZES = ("tiny", "small", "2b", "9b", "27b")
+"""What synthesize.py makes: the released shapes, one for a run of seconds and one for a run of minutes."""
 
 
 class Measurement(NamedTuple):

@@ -9,12 +9,13 @@
 The weights are dense: slices of one pool of normal bfloat16 values with the spread of a real model, from offsets that
 depend on the tensor. They are good for measuring rates and memory, and say nothing about quality. ``--sparse`` writes
 the same files with holes instead of data. They read as zeros and take no disk space: good for measuring memory, useless
-for rates. ``tiny`` is a shape for runs of seconds. ``--token-ids`` writes that many random token ids of the model's
-vocabulary instead of a checkpoint.
+for rates. ``tiny`` and ``small`` are shapes for runs of seconds and of minutes. ``--token-ids`` writes that many random
+token ids of the model's vocabulary instead of a checkpoint.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 import zlib
 from pathlib import Path
@@ -47,7 +48,9 @@ TINY = Gemma2Config(
     architectures=("Gemma2ForCausalLM",),
 )
 """Its rows are whole blocks of every quantized type."""
-CONFIGS = {"tiny": TINY, **config.SIZES}
+SMALL = dataclasses.replace(TINY, vocab_size=4096, hidden_size=1024, intermediate_size=2048)
+"""19 million weights."""
+CONFIGS = {"tiny": TINY, "small": SMALL, **config.SIZES}
 POOL = 1 << 24
 
 

@@ -45,6 +45,10 @@ RUNS: dict[str, tuple[tuple[str, ...], str]] = {
     "int.py": (("--values", "5e3", "--repeats", "1", "--no-goals"), "int8 back"),
     "int_memory.py": ((*TINY, "--types", "nf4,nf4 --double-quant,gptq-4"), "nf4 --double-quant"),
     "kernels.py": (("--types", KERNEL_TYPES, "--values", "5e3", "--no-goals"), "K-quants and IQ4"),
+    "many_outputs.py": (
+        (*TINY, "--types", "q4_0,q4_k_s,q4_k_m", "--repeats", "1", "--no-goals"),
+        "3 types of 3 MB",
+    ),
     "memory.py": ((*TINY, "--only", "flax"), "flax"),
     "quality.py": (("--types", "q4_0,nf4 double", *OF_MODEL, *SHORT), "| nf4 double |"),
     "second_model.py": (
@@ -63,6 +67,10 @@ RUNS: dict[str, tuple[tuple[str, ...], str]] = {
     "summary.py": (
         (*TINY, "--only", "commands", "--repeats", "1", "--plots", FOLDER),
         "| logits of 64 tokens | transformers |",
+    ),
+    "verification.py": (
+        (*TINY, "--tokens", "8", "--repeats", "1", "--only", "quantize,verify"),
+        "verify / quantize --no-verify, seconds",
     ),
     "synthesize.py": (("tiny", f"{FOLDER}/tiny.ckpt", "--sparse"), ""),
 }
