@@ -3,8 +3,8 @@
     python benchmarks/verification.py /tmp/bench             # 2B shape to q4_k_m; needs about 9 GB of disk
     python benchmarks/verification.py /tmp/bench --type q3_k_s --repeats 3
 
-Each round runs every command once, in a process of its own: ``hash`` of the source and of the quantized file, both
-forward passes over the same token ids, ``quantize --no-verify``, and ``verify`` with all gates. Printed are the medians
+Each round runs every command once, in a process of its own: ``quantize --no-verify``, ``hash`` of the source and of the
+quantized file, both forward passes over the same token ids, and ``verify`` with all gates. Printed are the medians
 over the rounds, and the medians of each round's ratios with their range. Files are in the page cache if they fit there.
 The goals are 1.5 times hashing and forward passes together, and twice the quantization. On a shared machine compare
 ratios; those of processor time suffer less from other work than those of seconds. Exits with 1 if a command failed.
@@ -45,21 +45,12 @@ def run_forward_passes(paths: list[Path], ids: Path, threads: int) -> None:
 def commands(arguments: argparse.Namespace, source: Path, candidate: Path, ids: Path) -> dict[str, list[str | Path]]:
     threads = ["--threads", str(arguments.threads)]
     forward = [sys.executable, __file__, arguments.folder, *threads, "--forward", source, "--forward", candidate]
+    quantize = [*TOOL, "quantize", source, candidate, "--type", arguments.type, "--no-verify", "--force"]
     return {
+        "quantize": [*quantize, *threads],
         "hash source": [*TOOL, "hash", "--quiet", source, *threads],
         "hash candidate": [*TOOL, "hash", "--quiet", candidate, *threads],
         "forward passes": forward,
-        "quantize": [
-            *TOOL,
-            "quantize",
-            source,
-            candidate,
-            "--type",
-            arguments.type,
-            "--no-verify",
-            "--force",
-            *threads,
-        ],
         "verify": [*TOOL, "verify", "--quiet", "--reference", source, "--tokens", ids, candidate, *threads],
     }
 
@@ -70,6 +61,8 @@ def print_results(rounds: list[dict[str, Measurement]]) -> None:
         peak = max(costs[name].peak_bytes for costs in rounds) / 2**20
         print(f"{name:16}{seconds:8.1f} s{processor:8.1f} s of processor time{peak:7.0f} MiB")
     for goal, (names, limit) in GOALS.items():
+        if not {"verify", *names} <= rounds[0].keys():
+            continue
         for clock_name, clock in CLOCKS.items():
             ratios = [clock(costs["verify"]) / sum(clock(costs[name]) for name in names) for costs in rounds]
             spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
@@ -83,6 +76,7 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--only", help="run these commands, with commas")
     parser.add_argument("--forward", action="append", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     ids = arguments.folder / "ids.npy"
@@ -95,11 +89,11 @@ def main() -> int:
     make_ids = [sys.executable, HERE / "synthesize.py", arguments.size, ids, "--token-ids", str(arguments.tokens)]
     subprocess.run(make_ids, check=True)
     lines = commands(arguments, source, candidate, ids)
-    measure(lines["quantize"])
+    chosen = arguments.only.split(",") if arguments.only else list(lines)
     fill_page_cache(source)
     rounds = []
     for _ in range(arguments.repeats):
-        costs = {name: measure(line) for name, line in lines.items()}
+        costs = {name: measure(line) for name, line in lines.items() if name in chosen}
         failed = [name for name, cost in costs.items() if cost.exit_code]
         if failed:
             sys.exit(f"failed: {', '.join(failed)}")
