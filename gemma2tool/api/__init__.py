@@ -59,6 +59,7 @@ if TYPE_CHECKING:
     from gemma2tool.pipeline.importance import ImatrixOptions, ImatrixResult
     from gemma2tool.pipeline.inspection import Inspection
     from gemma2tool.pipeline.leftovers import Leftover
+    from gemma2tool.pipeline.needs.needs import Needs
     from gemma2tool.pipeline.quality.files import QualityFiles
     from gemma2tool.pipeline.quality.result import Estimate, QualityPoint, QualityResult
     from gemma2tool.pipeline.quality.run import QualityRequest
@@ -81,16 +82,17 @@ __all__ = [
     "CandidateResult", "CardOptions", "Cause", "CheckFinding", "CheckRequest", "CheckResult", "Checkpoint", "Checks",
     "ConversionRequest", "ConversionResult", "Diagnosis", "DiffRequest", "Difference", "Estimate", "Fact", "Failure",
     "Finding", "FormatEntry", "GGUFOptions", "GateResult", "Gemma2Config", "Generation", "GenerationOptions", "Hashes",
-    "ImatrixOptions", "ImatrixResult", "Inspection", "Leftover", "MergeResult", "OutputRequest", "PackingOptions",
-    "PlanSummary", "ProgressEvent", "PublishRequest", "QualityFiles", "QualityPoint", "QualityRequest", "QualityResult",
-    "RecipeRun", "ReleasePlan", "ReleaseRequest", "ReleaseResult", "ReportFiles", "RunOptions", "ScanFinding",
-    "ScanResult", "SensitivityOptions", "SensitivityResult", "SensitivityTable", "ServerRequest", "Shard", "SignResult",
-    "SplitOptions", "TensorSummary", "Verification", "VerifyRequest", "WriteOptions", "candidates", "check", "clean",
-    "convert", "convert_adapter", "default_threads", "diff", "doctor", "formats", "gate_names", "generate", "hash",
-    "imatrix", "inspect", "is_adapter_conversion", "log_warnings", "logits", "merge", "open", "outputs_with_receipts",
-    "parse_candidates", "parse_gates", "parse_shard", "plan", "plan_release", "publish", "quality", "quantize",
-    "rank_of_torchrun", "read_recipe", "release", "run", "run_on_ray", "scan", "sensitivity", "shard_from_environment",
-    "sign", "text_label", "verify", "verify_request", "verify_several",
+    "ImatrixOptions", "ImatrixResult", "Inspection", "Leftover", "MergeResult", "Needs", "OutputRequest",
+    "PackingOptions", "PlanSummary", "ProgressEvent", "PublishRequest", "QualityFiles", "QualityPoint",
+    "QualityRequest", "QualityResult", "RecipeRun", "ReleasePlan", "ReleaseRequest", "ReleaseResult", "ReportFiles",
+    "RunOptions", "ScanFinding", "ScanResult", "SensitivityOptions", "SensitivityResult", "SensitivityTable",
+    "ServerRequest", "Shard", "SignResult", "SplitOptions", "TensorSummary", "Verification", "VerifyRequest",
+    "WriteOptions", "candidates", "check", "clean", "convert", "convert_adapter", "default_threads", "diff", "doctor",
+    "formats", "gate_names", "generate", "hash", "imatrix", "inspect", "is_adapter_conversion", "log_warnings",
+    "logits", "merge", "open", "outputs_with_receipts", "parse_candidates", "parse_gates", "parse_shard", "plan",
+    "plan_release", "publish", "quality", "quantize", "rank_of_torchrun", "read_recipe", "release", "run",
+    "run_on_ray", "scan", "sensitivity", "shard_from_environment", "sign", "text_label", "verify", "verify_request",
+    "verify_several",
 ]  # fmt: skip
 
 

@@ -19,7 +19,6 @@ from gemma2tool.errors import EXIT_VERIFICATION_FAILED, UsageError
 from gemma2tool.formats.option_info import parse_size
 from gemma2tool.formats.options import WriteOptions
 from gemma2tool.formats.options_budget import Budget
-from gemma2tool.storage.units import human_bytes
 
 if TYPE_CHECKING:
     from gemma2tool.api import Checks, ConversionRequest, PlanSummary
@@ -161,24 +160,16 @@ def _refuse_unused(output: o.OutputOptions, reports: Reports) -> None:
             )
 
 
-def _needs(plan: PlanSummary) -> str:
-    """What is written, what is free, what is read."""
-    room = ""
-    if plan.free_bytes is not None:
-        room = f" of {human_bytes(plan.free_bytes)} free"
-        if plan.free_bytes < plan.nbytes:
-            room += ": NOT ENOUGH"
-    return f"writes {human_bytes(plan.nbytes)}{room}, reads {human_bytes(plan.source_bytes)} of {plan.source}"
-
-
 def show_plans(plans: Sequence[PlanSummary], console: Console, *, tensors: bool) -> None:
     """Show what would be written."""
     contents = [plan.to_json() for plan in plans]
     if console.json:
         console.emit_json(contents[0] if len(contents) == 1 else {"outputs": contents})
-    for plan in plans:
+    for number, plan in enumerate(plans):
+        if plan.needs is not None and (number == 0 or plan.needs is not plans[number - 1].needs):
+            for line in plan.needs.lines():
+                console.print(line)
         console.print(f"{plan.destination} ({plan.format}), {plan.nbytes:,} bytes")
-        console.print(_needs(plan))
         if tensors:
             rows = [(item.name, "x".join(map(str, item.shape)), item.source_type, item.type) for item in plan.tensors]
             console.table(("tensor", "shape", "from", "to"), rows)

@@ -173,9 +173,9 @@ def show_plan(plan: ReleasePlan, console: Console) -> None:
         )
         for file in plan.files
     ]
-    console.table(("output", "type", "size#", ""), rows)
     for line in plan.lines():
         console.print(line)
+    console.table(("output", "type", "size#", ""), rows)
 
 
 def show_release(result: ReleaseResult, console: Console, *, verbose: bool) -> None:

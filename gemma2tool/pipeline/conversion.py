@@ -14,12 +14,14 @@ from gemma2tool.formats import registry
 from gemma2tool.formats.options import Adapter, WriteOptions
 from gemma2tool.formats.other_files import MODEL_SUFFIXES
 from gemma2tool.model.checkpoint import Checkpoint
-from gemma2tool.model.devices import use_device
+from gemma2tool.model.devices import CPU, use_device
 from gemma2tool.model.lazy import SharedRows
 from gemma2tool.model.progress import Progress
 from gemma2tool.pipeline.destinations import Destination, destinations, folder_of_several, input_files
 from gemma2tool.pipeline.inputs import read_prompts
 from gemma2tool.pipeline.modelfile import check_modelfile, modelfile, write_modelfile
+from gemma2tool.pipeline.needs.conversion import Verified, conversion_needs
+from gemma2tool.pipeline.needs.needs import Needs
 from gemma2tool.pipeline.opening import from_source, open_source
 from gemma2tool.pipeline.plan import Plan, PlanSummary, make_plan
 from gemma2tool.pipeline.ranks.together import joined
@@ -49,6 +51,20 @@ class Conversion:
     plans: Sequence[Plan]
     budget: PlannedBudget | None = None
 
+    def needs(self, checks: ResolvedChecks | None) -> Needs:
+        """What carrying it out takes."""
+        verified = None
+        if checks is not None:
+            verified = Verified(readers=checks.readers and self.request.run.readers)
+            if checks.ids is not None:
+                verified = replace(verified, shape=(checks.ids.shape[0], checks.ids.shape[1]))
+        threads, destination = self.request.run.threads, self.plans[0].destination
+        return conversion_needs(self.source, self.plans, destination, verified, threads=threads)
+
+    def checks(self) -> ResolvedChecks | None:
+        """How its outputs are verified; None: not at all."""
+        return None if self.request.checks is None else _resolved(self.request.checks, self.source)
+
     def carry_out(self, progress: Progress | None = None) -> tuple[ConversionResult, ...]:
         """Write, verify and put in place every output; write the reports. Of several processes together, the first one
         does, and the others help it to calibrate.
@@ -72,7 +88,11 @@ class Conversion:
         for plan in self.plans:
             if plan.cost is not None:
                 logger.info("%s", plan.cost.sentence())
-        checks = None if request.checks is None else _resolved(request.checks, self.source)
+        checks = self.checks()
+        needs = self.needs(checks)
+        if request.run.device == CPU:
+            needs.check()
+        needs.announce()
         with folder_of_several(self.outputs):
             results = run(self.plans, checks, request.run, progress, written)
         if request.run.modelfile:
@@ -167,7 +187,8 @@ def summarize(request: ConversionRequest) -> tuple[PlanSummary, ...]:
     """What a request would write; nothing is written, and no source is downloaded."""
     request = replace(request, run=replace(request.run, keep_download=None))
     with open_conversion(request) as conversion:
-        return tuple(plan.summary() for plan in conversion.plans)
+        needs = conversion.needs(conversion.checks())
+        return tuple(replace(plan.summary(), needs=needs) for plan in conversion.plans)
 
 
 def save(

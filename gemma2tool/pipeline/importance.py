@@ -98,6 +98,8 @@ def collect_imatrix(
 def _collect_imatrix(
     checkpoint: Checkpoint, text: Path, out: Path, options: ImatrixOptions, progress: Progress | None
 ) -> ImatrixResult:
+    from gemma2tool.pipeline.needs.texts import imatrix_needs
+
     words, shard = read_text(text, what="text"), options.shard
     path = out if shard is None else shard.part_of(out)
     refuse_overwriting_input((*checkpoint.files, text), path)
@@ -107,6 +109,9 @@ def _collect_imatrix(
     batches = range(-(-len(chunks) // BATCH))
     own = batches if shard is None else shard.span(len(batches))
     run = chunks[own.start * BATCH : own.stop * BATCH]
+    if len(run):
+        shape = (run.shape[0], run.shape[1])
+        imatrix_needs(checkpoint, shape, path.absolute().parent, threads=options.threads).announce()
     with unchanged(checkpoint), progress_or_null(progress, run.size, "tokens", unit="tokens") as bar:
         sums = collect(
             checkpoint,

@@ -25,12 +25,13 @@ from gemma2tool.model.norm_checksums import unknown_checksums
 from gemma2tool.model.tied_head import with_tied_head
 from gemma2tool.pipeline.calibration.output import calibrated, settings_of
 from gemma2tool.pipeline.calibration.session import Session
-from gemma2tool.storage.paths import refuse_overwriting_input
+from gemma2tool.storage.paths import existing_folder, refuse_overwriting_input
 from gemma2tool.storage.syscalls import free_bytes
 
 if TYPE_CHECKING:
     from gemma2tool.pipeline.budget.choice import BudgetChoice
     from gemma2tool.pipeline.calibration.cost import Cost
+    from gemma2tool.pipeline.needs.needs import Needs
 
 _PLAIN_TYPES = frozenset({"f32", "f16", "bf16", "f64"})
 
@@ -102,7 +103,7 @@ class Plan:
             format=self.output.format,
             nbytes=self.output.nbytes,
             source_bytes=sum(item.source.nbytes for item in self.output.tensors),
-            free_bytes=_free_bytes(self.destination),
+            free_bytes=free_bytes(existing_folder(self.destination)),
             files=tuple((file.name, file.size) for file in self.output.files),
             assets=tuple((name, len(data)) for name, data in sorted(self.output.assets.items())),
             tensors=tuple(self.tensors),
@@ -119,9 +120,9 @@ class PlanSummary:
     """What would be written, for people and for scripts.
 
     ``nbytes``: exact size of all files. ``source_bytes``: of the tensors that are read. ``free_bytes``: on the disk of
-    the destination, None if it cannot be seen. ``files``, ``assets``: (name, bytes). ``types``: (stored type, tensors,
+    the destination, None if it does not say. ``files``, ``assets``: (name, bytes). ``types``: (stored type, tensors,
     bytes), largest first. ``losses``: (canonical name, largest absolute loss) of tensors that the target's convention
-    rounds.
+    rounds. ``needs``: of the run that writes it, with the other outputs of that run.
     """
 
     source: Path | str
@@ -139,6 +140,7 @@ class PlanSummary:
     warnings: tuple[str, ...]
     cost: Cost | None
     budget: BudgetChoice | None = None
+    needs: Needs | None = None
 
     def to_json(self) -> dict[str, object]:
         """The plan as ``--dry-run --json`` prints it."""
@@ -147,6 +149,7 @@ class PlanSummary:
             "destination": {"path": str(self.destination), "format": self.format},
             "bytes": self.nbytes,
             "free_bytes": self.free_bytes,
+            **({} if self.needs is None else {"needs": self.needs.to_json()}),
             "files": [{"name": name, "bytes": size} for name, size in self.files],
             "assets": dict(self.assets),
             "tensors": [
@@ -164,13 +167,6 @@ class PlanSummary:
             **({} if self.cost is None else {"calibration": self.cost.to_json()}),
             **({} if self.budget is None else {"budget": self.budget.to_json()}),
         }
-
-
-def _free_bytes(destination: Path) -> int | None:
-    try:
-        return free_bytes(destination.absolute().parent)
-    except OSError:  # the folder of several outputs is made later
-        return None
 
 
 def make_plan(

@@ -18,7 +18,7 @@ from gemma2tool.formats import registry
 from gemma2tool.formats.options import WriteOptions
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.config import Gemma2Config
-from gemma2tool.model.devices import use_device
+from gemma2tool.model.devices import CPU, use_device
 from gemma2tool.model.progress import Progress
 from gemma2tool.pipeline.inputs import read_logits, read_prompts, read_tokens, resolve_config
 from gemma2tool.pipeline.opening import is_remote, log_warnings, open_source
@@ -209,10 +209,12 @@ def diff(request: DiffRequest, progress: Progress | None = None) -> Difference:
     with _opened(request.a, config) as a, _opened(request.b, config) as b:
         log_warnings(a, "A")
         log_warnings(b, "B")
+        ids = read_prompts(request.checks.tokens, request.checks.text, a)
+        _check_needs(a, b, ids, request.threads, logits=request.with_logits)
         return compare(
             a,
             b,
-            ids=read_prompts(request.checks.tokens, request.checks.text, a),
+            ids=ids,
             expected=(
                 registry.by_name(b.format).expected_after_roundtrip(a, b),
                 registry.by_name(a.format).expected_after_roundtrip(b, a),
@@ -221,6 +223,27 @@ def diff(request: DiffRequest, progress: Progress | None = None) -> Difference:
             threads=request.threads,
             progress=progress,
         )
+
+
+def _check_needs(
+    source: Checkpoint,
+    candidate: Checkpoint,
+    ids: NDArray[np.int64] | None,
+    threads: int,
+    *,
+    readers: bool = False,
+    logits: bool = True,
+    device: str = CPU,
+) -> None:
+    """Say what a long comparison will take; raises ``ResourceError`` if its memory is not there."""
+    from gemma2tool.pipeline.needs.comparison import comparison_needs
+    from gemma2tool.verify.prompts import BUILT_IN_TOKENS
+
+    shape = (1, BUILT_IN_TOKENS) if ids is None else (ids.shape[0], ids.shape[1])
+    needs = comparison_needs(source, candidate, shape if logits else None, threads=threads, readers=readers)
+    if device == CPU:
+        needs.check()
+    needs.announce()
 
 
 def _with_source(request: VerifyRequest, reference: Path | str, progress: Progress | None) -> Verification:
@@ -232,6 +255,7 @@ def _with_source(request: VerifyRequest, reference: Path | str, progress: Progre
         log_warnings(candidate, candidate.path.name)
         ids = read_prompts(request.checks.tokens, request.checks.text, source)
         checks = ResolvedChecks(ids, request.checks.gates, request.readers, request.checks)
+        _check_needs(source, candidate, ids, request.threads, readers=request.readers, device=request.device)
         return verify_output(source, candidate, checks, threads=request.threads, progress=progress)
 
 

@@ -2,30 +2,19 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from gemma2tool.errors import UsageError
-from gemma2tool.pipeline.calibration.cost import product_rate
 from gemma2tool.pipeline.calibration.text import LENGTH, SAMPLES
-from gemma2tool.pipeline.layer_by_layer import pass_count
+from gemma2tool.pipeline.needs.conversion import Verified, conversion_needs
+from gemma2tool.pipeline.needs.needs import Needs, together
+from gemma2tool.pipeline.needs.texts import imatrix_needs
 from gemma2tool.pipeline.plan import Plan, make_plan
 from gemma2tool.publish.names import format_of
 from gemma2tool.publish.plan import Output, Release
-from gemma2tool.storage.units import human_bytes, human_seconds
-
-EFFICIENCY = 0.5
-"""Fraction of the speed of one large matrix product that a forward pass reaches."""
-LOGIT_OPERATIONS = 200.0
-"""Operations of a matrix product that take as long as comparing one logit of two models, in double precision."""
-VALUE_OPERATIONS = 4000.0
-"""As many as take as long as encoding a value, reading it back and comparing it."""
-_CALIBRATION_PASSES = {"layer": 1, "model": 3}
-"""Over the layers, by what errors are weighed by: the gradients take one forward and one backward."""
-READER_SECONDS = 4.0
-"""For the library that reads an output in a process of its own, to start."""
+from gemma2tool.storage.units import human_bytes
 
 
 @dataclass(frozen=True)
@@ -40,39 +29,26 @@ class PlannedFile:
 
 @dataclass(frozen=True)
 class ReleasePlan:
-    """``passes``: how often the source is read, and ``bytes_read`` by them. ``bytes_written``: of what is missing;
-    ``peak_bytes``: on the disk at one time. ``seconds``: roughly, of its arithmetic. ``text``: what quality is measured
-    on. ``upload_to``: a repository.
+    """``needs``: of what is missing. ``bytes_written``: of it, all together; with ``--discard-uploaded`` the disk holds
+    less at one time. ``text``: what quality is measured on. ``upload_to``: a repository.
     """
 
     folder: Path
     files: tuple[PlannedFile, ...]
-    remote: bool
-    passes: int
-    bytes_read: int
+    needs: Needs
     bytes_written: int
-    peak_bytes: int
-    free_bytes: int
-    seconds: float
     text: str
     upload_to: str | None = None
 
     def lines(self) -> list[str]:
-        """For people, after the table of files."""
-        missing = [file for file in self.files if not file.finished]
-        if not missing:
+        """For people, before the table of files."""
+        if all(file.finished for file in self.files):
             return ["everything is there; the card and the checksums are written again"]
-        room = "" if self.peak_bytes <= self.free_bytes else ": NOT ENOUGH"
-        lines = [
-            f"writes {human_bytes(self.bytes_written)}, needs {human_bytes(self.peak_bytes)} of"
-            f" {human_bytes(self.free_bytes)} free{room}",
-            f"reads the source {self.passes} times ({human_bytes(self.bytes_read)}"
-            + (" to download; --keep-download FOLDER downloads it once)" if self.remote else ")"),
-            f"measures on {self.text}",
-            f"takes about {human_seconds(max(self.seconds, 1))} of computing, and the time to read and write",
-        ]
+        lines = [*self.needs.lines(), f"measures on {self.text}"]
         if self.upload_to is not None:
-            lines.append(f"uploads to hf://{self.upload_to}: the files above, their receipts, checksums, README.md")
+            size = human_bytes(self.bytes_written)
+            others = "receipts, checksums and README.md"
+            lines.append(f"uploads {size} to hf://{self.upload_to}: what is missing of the outputs, {others}")
         return lines
 
     def to_json(self) -> dict[str, object]:
@@ -83,12 +59,8 @@ class ReleasePlan:
                 {"name": file.name, "type": file.type, "bytes": file.nbytes, "finished": file.finished}
                 for file in self.files
             ],
-            "passes": self.passes,
-            "bytes_read": self.bytes_read,
             "bytes_written": self.bytes_written,
-            "peak_bytes": self.peak_bytes,
-            "free_bytes": self.free_bytes,
-            "estimated_seconds": round(self.seconds, 1),
+            "needs": self.needs.to_json(),
             "upload_to": self.upload_to,
         }
 
@@ -100,55 +72,38 @@ def estimate(
     each is removed after it.
     """
     request, outputs = opened.request, opened.outputs()
-    threads, folder = request.run.threads, request.folder
     unfinished = {output.path for output in missing}
     plans = {output.path: _plan(opened, output) for output in outputs}
     files = tuple(
         PlannedFile(output.path.name, output.type, _nbytes(plans[output.path]), output.path not in unfinished)
         for output in outputs
     )
-    sizes = [_nbytes(plans[output.path]) or 0 for output in missing]
-    source_bytes = sum(tensor.nbytes for tensor in opened.source.tensors.values())
-    passes = (len(missing) if discard else bool(missing)) + len(missing) * _verification_passes(opened)
-    operations = _verification_operations(opened) * len(missing)
-    if (matrix := opened.release_imatrix) is not None and not matrix.exists():
-        passes += pass_count(opened.source.config, SAMPLES, LENGTH)
-        operations += 2.0 * opened.source.parameters * SAMPLES * LENGTH / EFFICIENCY
-    seconds = operations / (product_rate() * threads) + READER_SECONDS * len(missing)
-    for output in missing:
-        plan = plans[output.path]
-        if plan is not None and plan.cost is not None:
-            passes += _CALIBRATION_PASSES[plan.cost.hessian]
-            seconds += plan.cost.seconds
+    known = [plan for output in missing if (plan := plans[output.path]) is not None]
+    written = sum(plan.output.nbytes for plan in known)
     return ReleasePlan(
-        folder=folder,
+        folder=request.folder,
         files=files,
-        remote=opened.source.pinned is not None,
-        passes=passes,
-        bytes_read=passes * source_bytes,
-        bytes_written=sum(sizes),
-        peak_bytes=max(sizes, default=0) if discard else sum(sizes),
-        free_bytes=shutil.disk_usage(_existing(folder)).free,
-        seconds=seconds,
+        needs=_needs(opened, known, len(missing), discard=discard),
+        bytes_written=written,
         text=opened.sentence(),
         upload_to=upload_to,
     )
 
 
-def _verification_passes(opened: Release) -> int:
-    """How often the source is read to verify an output: for the values, and for the forward passes."""
-    from gemma2tool.verify.compare.logits import passes
-
-    return 1 + passes(opened.ids, opened.source.config)
-
-
-def _verification_operations(opened: Release) -> float:
-    """Operations of a matrix product that take as long as encoding and verifying an output: the forward passes of both
-    models over the text and the probe, and what is done with each logit and value.
-    """
-    source, tokens = opened.source, int(opened.ids.size + opened.ids.shape[1])
-    forward = 2 * 2.0 * source.parameters * tokens / EFFICIENCY
-    return forward + LOGIT_OPERATIONS * tokens * source.config.vocab_size + VALUE_OPERATIONS * source.parameters
+def _needs(opened: Release, plans: Sequence[Plan], count: int, *, discard: bool) -> Needs:
+    """Of ``count`` outputs, of which ``plans`` are known already. ``discard``: see ``estimate``."""
+    source, folder, threads = opened.source, opened.request.folder, opened.request.run.threads
+    verified = Verified((opened.ids.shape[0], opened.ids.shape[1]), count - len(plans))
+    if discard and plans:
+        alone = [
+            conversion_needs(source, [plan], folder, replace(verified, others=0), threads=threads) for plan in plans
+        ]
+        needs = replace(together(alone), disk=max(part.disk for part in alone))
+    else:
+        needs = conversion_needs(source, plans, folder, verified, threads=threads)
+    if count and (matrix := opened.release_imatrix) is not None and not matrix.exists():
+        needs = together([imatrix_needs(source, (SAMPLES, LENGTH), folder, threads=threads), needs])
+    return needs
 
 
 def _plan(opened: Release, output: Output) -> Plan | None:
@@ -170,11 +125,3 @@ def _plan(opened: Release, output: Output) -> Plan | None:
 
 def _nbytes(plan: Plan | None) -> int | None:
     return None if plan is None else plan.output.nbytes
-
-
-def _existing(folder: Path) -> Path:
-    """The folder, or the nearest one above it that exists."""
-    place = folder.absolute()
-    while not place.exists():
-        place = place.parent
-    return place

@@ -53,6 +53,11 @@ def path_within_folder(path: Path) -> Path:
     return path
 
 
+def existing_folder(path: str | os.PathLike[str]) -> Path:
+    """The nearest folder above ``path`` that exists: on its disk ``path`` will be."""
+    return next(folder for folder in Path(path).absolute().parents if folder.is_dir())
+
+
 def leads_to_blob(path: Path) -> bool:
     """Whether a link leads to a file of the Hugging Face hub cache (``models--*/blobs/HASH``)."""
     target = _target(path)

@@ -21,6 +21,7 @@ from gemma2tool.model.progress import Progress, progress_or_null
 from gemma2tool.verify.compare.completeness import compare_names, is_comparable
 from gemma2tool.verify.compare.config import compare_configs
 from gemma2tool.verify.compare.measurements import Drift, depth_name, layer_and_kind
+from gemma2tool.verify.compare.passes import pass_count
 from gemma2tool.verify.compare.tensor_diff import TensorDifference, compare_values
 from gemma2tool.verify.compare.token_ids import as_prompts
 from gemma2tool.verify.compare.tokenizer import compare_tokenizers
@@ -230,12 +231,12 @@ def _convention_findings(gate: str, tensors: Sequence[TensorDifference]) -> Iter
 def _compare_logits(
     a: Checkpoint, b: Checkpoint, ids: ArrayLike | None, threads: int, progress: Progress | None
 ) -> tuple[GateResult, Drift]:
-    from gemma2tool.verify.compare.logits import LogitOptions, compare_logits, passes
+    from gemma2tool.verify.compare.logits import LogitOptions, compare_logits
     from gemma2tool.verify.prompts import prompt_for
 
     prompts, text = prompt_for(a, b) if ids is None else (as_prompts(ids), True)
     nbytes = sum(tensor.nbytes for side in (a, b) for tensor in side.tensors.values())
-    with progress_or_null(progress, nbytes * passes(prompts, a.config), "forward passes") as bar:
+    with progress_or_null(progress, nbytes * pass_count(prompts.shape, a.config), "forward passes") as bar:
         run = compare_logits(a, b, prompts, LogitOptions(text=text), threads=threads, advance=bar.advance)
     metrics = run.metrics
     if any(metrics.nonfinite):

@@ -24,6 +24,7 @@ from gemma2tool.verify.compare.consumers import assumptions
 from gemma2tool.verify.compare.folding import folded_source
 from gemma2tool.verify.compare.measurements import Drift, Measurements, Sample, Tokens, tensor_errors
 from gemma2tool.verify.compare.metrics import LogitMetrics
+from gemma2tool.verify.compare.passes import pass_count
 from gemma2tool.verify.compare.reference_logits import ReferencePair
 from gemma2tool.verify.compare.rules import TensorRules, kind_of
 from gemma2tool.verify.compare.tensors import compare_tensors, read_through
@@ -202,7 +203,7 @@ class _Run:
         return comparisons
 
     def _compare_logits(self, kind: str, limits: Gates) -> None:
-        from gemma2tool.verify.compare.logits import LogitOptions, compare_logits, passes
+        from gemma2tool.verify.compare.logits import LogitOptions, compare_logits
 
         source, candidate, settings = self.source, self.candidate, self.settings
         if not is_comparable(source, candidate):
@@ -212,7 +213,9 @@ class _Run:
         ids, text = self._prompts()
         options = LogitOptions(text=text, atol=limits.logits or 0.0, rtol=limits.logits_rtol or 0.0)
         nbytes = sum(tensor.nbytes for side in (source, candidate) for tensor in side.tensors.values())
-        with progress_or_null(settings.progress, nbytes * passes(ids, source.config), "forward passes") as bar:
+        with progress_or_null(
+            settings.progress, nbytes * pass_count(ids.shape, source.config), "forward passes"
+        ) as bar:
             result = compare_logits(source, candidate, ids, options, threads=settings.threads, advance=bar.advance)
         envelope = None
         comparisons = self.comparisons

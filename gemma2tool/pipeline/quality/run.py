@@ -16,9 +16,10 @@ from gemma2tool.formats import registry
 from gemma2tool.formats.options import Calibration, GGUFOptions, WriteOptions
 from gemma2tool.formats.options_budget import PLACEHOLDER, Budget
 from gemma2tool.model.checkpoint import Checkpoint
-from gemma2tool.model.devices import use_device
+from gemma2tool.model.devices import CPU, use_device
 from gemma2tool.model.progress import Progress, progress_or_null
 from gemma2tool.pipeline.calibration.text import LENGTH, SAMPLES, read_sequences
+from gemma2tool.pipeline.memory import check_memory
 from gemma2tool.pipeline.output_names import check_type
 from gemma2tool.pipeline.plan import make_plan
 from gemma2tool.pipeline.quality.result import Estimate, QualityPoint, QualityResult
@@ -76,6 +77,7 @@ def measure_quality(source: Checkpoint, request: QualityRequest, progress: Progr
     for path in request.files:
         with registry.open_checkpoint(path) as candidate:
             check_comparable(source, candidate)
+    _check_memory(source, ids, request)
     measured = _Measurement(source, ids, request.threads)
     points: list[QualityPoint] = []
     with ExitStack() as stack:
@@ -87,6 +89,15 @@ def measure_quality(source: Checkpoint, request: QualityRequest, progress: Progr
             points.append(measured.point(job, folder))
             bar.advance(1, f"{job.name} {job.variant}")
     return QualityResult(source.path, texts, tuple(points), request.calibration.text)
+
+
+def _check_memory(source: Checkpoint, ids: dict[str, NDArray[np.int64]], request: QualityRequest) -> None:
+    from gemma2tool.pipeline.needs.work import least_of_forward
+
+    hint = "use a smaller --length or fewer --windows, or close other programs"
+    for rows in ids.values() if request.device == CPU else ():
+        least = least_of_forward(source.config, (rows.shape[0], rows.shape[1]), hint, models=2)
+        check_memory(least.memory, least.what, least.hint)
 
 
 def _check(request: QualityRequest) -> None:

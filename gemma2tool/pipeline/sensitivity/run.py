@@ -130,12 +130,17 @@ def collect_table(
 
     Raises ``UsageError`` (``resume.mismatch``) if what is there is of another collection.
     """
+    from gemma2tool.pipeline.needs.texts import sensitivity_needs
     from gemma2tool.reference.streaming import use_threads
 
     types = check_types(options.types, options.rounding) or default_types(options.rounding)
     windows = read_windows(
         checkpoint, calibration, text, samples=options.samples, length=options.length, windows=options.windows
     )
+    shapes = [(ids.shape[0], ids.shape[1]) for ids in (windows.evaluation, windows.calibration)]
+    needs = sensitivity_needs(checkpoint, shapes[0], shapes[1], threads=options.threads)
+    needs.check()
+    needs.announce()
     digest = hash_checkpoint(checkpoint, threads=options.threads).model
     checkpoint = with_tied_head(checkpoint)
     table = SensitivityTable(

@@ -9,7 +9,6 @@ scores amplified up to the cap. The candidate's reduced window differs from the 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -28,18 +27,11 @@ from gemma2tool.reference.streaming import (
     compare_hidden_states,
     use_threads,
 )
+from gemma2tool.verify.compare import passes
 from gemma2tool.verify.compare.measurements import Drift
 from gemma2tool.verify.compare.metrics import LogitComparison, LogitMetrics
 from gemma2tool.verify.compare.reference_logits import ReferenceCollector, ReferencePair
 from gemma2tool.verify.compare.token_ids import DEFAULT_TOKENS, TokenIds, as_prompts
-
-PASS_BYTES = 64 << 20
-"""Prompts share a pass over the weights as long as their feed-forward activations, (B, T, F) in float32, fit in this.
-"""
-
-PROBE_SHARED_TOKENS = 256
-"""A first prompt of up to this length is the probe, in the same pass. The probe of a longer one is its first
-``DEFAULT_TOKENS`` tokens, in a pass of its own."""
 
 _DEFAULT_CAP = 50.0
 """The size that scores are amplified to if neither side has a cap: Gemma 2's."""
@@ -102,7 +94,7 @@ def compare_logits(
 ) -> LogitRun:
     """Run both checkpoints on ``ids``, int (T,) or (B, T), in float32, and compare the logits of all positions.
 
-    Peak memory: both sides' activations (see ``PASS_BYTES``) and a slice of the vocabulary projection, for models of
+    Peak memory: both sides' activations (see ``passes``) and a slice of the vocabulary projection, for models of
     any size. Raises ``UsageError`` for ids outside the vocabulary or beyond max_position_embeddings.
     """
     ids = as_prompts(ids)
@@ -112,8 +104,8 @@ def compare_logits(
     if options.text:
         windows = _own_windows(source.config, candidate.config)
     collector = ReferenceCollector(ids, (source.config, candidate.config), windows)
-    probe_shares_pass = options.probe and tokens <= PROBE_SHARED_TOKENS
-    step = prompts_per_pass(source.config, tokens)
+    probe_shares_pass = options.probe and tokens <= passes.PROBE_SHARED_TOKENS
+    step = passes.prompts_per_pass(source.config, tokens)
     metrics: list[LogitMetrics] = []
     differences: list[tuple[int, list[HiddenDifference]]] = []
     probe = None
@@ -132,17 +124,6 @@ def compare_logits(
     reduced = windows is not None and windows[0] != source.config.sliding_window
     drift = _drift(differences)
     return LogitRun(LogitMetrics.concatenated(metrics), ids, windows, reduced, drift, probe, collector.finish())
-
-
-def prompts_per_pass(config: Gemma2Config, tokens: int) -> int:
-    """How many prompts of ``tokens`` tokens share a pass over the weights."""
-    return max(PASS_BYTES // (4 * config.intermediate_size * tokens), 1)
-
-
-def passes(ids: TokenIds, config: Gemma2Config, probe: bool = True) -> int:
-    """How often ``compare_logits`` reads all weights of both sides for ``ids`` (B, T)."""
-    tokens = ids.shape[1]
-    return math.ceil(len(ids) / prompts_per_pass(config, tokens)) + int(probe and tokens > PROBE_SHARED_TOKENS)
 
 
 def _own_windows(source: Gemma2Config, candidate: Gemma2Config) -> Windows | None:
@@ -294,12 +275,12 @@ def _spread_positions(source: Gemma2Config, candidate: Gemma2Config, tokens: int
     return torch.from_numpy(np.linspace(0, last, tokens).round().astype(np.int64))[None]
 
 
-def _drift(passes: Sequence[tuple[int, list[HiddenDifference]]]) -> Drift:
+def _drift(parts: Sequence[tuple[int, list[HiddenDifference]]]) -> Drift:
     """Root mean squares over the tokens of all passes; a pass is its number of tokens and its differences."""
-    total = sum(tokens for tokens, _ in passes)
-    counts = [tokens for tokens, _ in passes]
+    total = sum(tokens for tokens, _ in parts)
+    counts = [tokens for tokens, _ in parts]
     columns: list[list[float]] = [[], [], [], []]
-    for differences in zip(*(of_pass for _, of_pass in passes), strict=True):
+    for differences in zip(*(of_pass for _, of_pass in parts), strict=True):
         rms, source_rms, candidate_rms = (
             (
                 sum(

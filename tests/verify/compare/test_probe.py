@@ -12,8 +12,9 @@ from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.lazy import ArrayTensor
 from gemma2tool.reference.amplify import Amplifier
 from gemma2tool.reference.streaming import StreamedForward
-from gemma2tool.verify.compare import logits as logits_module
-from gemma2tool.verify.compare.logits import LogitOptions, compare_logits, passes
+from gemma2tool.verify.compare import passes
+from gemma2tool.verify.compare.logits import LogitOptions, compare_logits
+from gemma2tool.verify.compare.passes import pass_count
 from gemma2tool.verify.compare.token_ids import default_ids
 from gemma2tool.verify.run import VerifySettings, verify
 from tests.support.checkpoints import SMALL
@@ -127,8 +128,8 @@ def test_many_prompts_take_several_passes_with_the_same_result(
     ids = rng.integers(0, SMALL.vocab_size, (5, 20))
     other = candidate(block_quantized(arrays(source), 32, 8), stored="q4_0")
     whole = compare_logits(source, other, ids)
-    monkeypatch.setattr(logits_module, "PASS_BYTES", 4 * SMALL.intermediate_size * 40)
-    assert passes(ids, SMALL) == 3
+    monkeypatch.setattr(passes, "PASS_BYTES", 4 * SMALL.intermediate_size * 40)
+    assert pass_count(ids.shape, SMALL) == 3
     parts = compare_logits(source, other, ids)
     assert np.allclose(whole.metrics.kl, parts.metrics.kl, atol=1e-6) and parts.metrics.positions == 100
     assert whole.metrics.log_p.shape == parts.metrics.log_p.shape == (2, 95)
@@ -140,8 +141,8 @@ def test_many_prompts_take_several_passes_with_the_same_result(
 
 @pytest.mark.slow
 def test_the_probe_of_a_long_prompt_is_short(source: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(logits_module, "PROBE_SHARED_TOKENS", 16)
-    assert passes(IDS, SMALL) == 2 and passes(IDS, SMALL, probe=False) == 1
+    monkeypatch.setattr(passes, "PROBE_SHARED_TOKENS", 16)
+    assert pass_count(IDS.shape, SMALL) == 2 and pass_count(IDS.shape, SMALL, probe=False) == 1
     run = compare_logits(source, source, IDS)
     assert run.probe.metrics.positions == 24 and run.metrics.positions == 24
     result = verify(

@@ -1,0 +1,1 @@
+"""What work takes in memory, disk and time, known before it begins."""

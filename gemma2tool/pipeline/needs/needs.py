@@ -1,0 +1,137 @@
+"""What some work takes, as every ``--dry-run`` and the start of every long run say it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from gemma2tool.pipeline.memory import check_memory, reported_memory
+from gemma2tool.storage.units import human_bytes, human_seconds
+
+logger = logging.getLogger("gemma2tool")
+
+LONG_SECONDS = 20.0
+"""Work that takes less begins without its estimate."""
+
+
+@dataclass(frozen=True)
+class Least:
+    """``memory`` that ``what`` takes, a plural, in any case; ``hint``: how it would take less."""
+
+    memory: int
+    what: str
+    hint: str
+
+
+@dataclass(frozen=True)
+class Needs:
+    """``steps``: seconds by what they are spent on, roughly, with ``threads`` of this machine, without downloads;
+    empty: not estimated. ``memory``: bytes at the peak, about. ``disk``: bytes that are written and kept meanwhile, at
+    most at one time; ``free``: on that disk, None if nothing is written or the disk does not say. ``passes``: how often
+    the ``source_bytes`` of ``source`` are read. ``remote``: they are downloaded each time. ``least``: what must be
+    there at least for the work to begin.
+    """
+
+    steps: Mapping[str, float]
+    memory: int
+    threads: int
+    disk: int = 0
+    free: int | None = None
+    source: str = ""
+    source_bytes: int = 0
+    passes: int = 0
+    remote: bool = False
+    least: Least | None = None
+
+    @property
+    def seconds(self) -> float:
+        return sum(self.steps.values())
+
+    @property
+    def reads(self) -> int:
+        """Bytes of the source that all passes over it read."""
+        return self.passes * self.source_bytes
+
+    def lines(self) -> list[str]:
+        """For people, what is most likely to be missing first."""
+        return [line for line in (self._disk(), self._memory(), self._time(), self._download()) if line]
+
+    def check(self) -> None:
+        """Raises ``ResourceError`` (``memory.exhausted``) if the system cannot give the least memory."""
+        if self.least is not None:
+            check_memory(self.least.memory, self.least.what, self.least.hint)
+
+    def announce(self) -> None:
+        """Say in the log what a long run will take."""
+        if self.seconds >= LONG_SECONDS or not self.steps:
+            for line in self.lines():
+                logger.info("%s", line)
+
+    def to_json(self) -> dict[str, object]:
+        """The same for scripts."""
+        return {
+            "disk_bytes": self.disk,
+            "free_bytes": self.free,
+            "memory_bytes": self.memory,
+            "available_memory_bytes": reported_memory(),
+            "seconds": round(self.seconds, 1),
+            "steps": {name: round(seconds, 1) for name, seconds in self.steps.items()},
+            "threads": self.threads,
+            "passes": self.passes,
+            "bytes_read": self.reads,
+            "downloaded": self.remote,
+        }
+
+    def _disk(self) -> str:
+        if not self.disk:
+            return ""
+        room = "" if self.free is None else f" of {human_bytes(self.free)} free"
+        return f"disk: {human_bytes(self.disk)}{room}" + _lack(self.disk, self.free)
+
+    def _memory(self) -> str:
+        there = reported_memory()
+        room = "" if there is None else f", {human_bytes(there)} can be had"
+        return f"memory: about {human_bytes(self.memory)} at its peak{room}" + _lack(self.memory, there)
+
+    def _time(self) -> str:
+        if not self.steps:
+            return ""
+        threads = f"{self.threads} thread{'s' if self.threads > 1 else ''}"
+        parts = [f"{name} {human_seconds(seconds)}" for name, seconds in self.steps.items() if seconds >= 1]
+        listed = f" ({', '.join(parts)})" if len(parts) > 1 else ""
+        more = ", and the time to download" if self.remote else ""
+        return f"time: about {human_seconds(max(self.seconds, 1))} with {threads}{listed}{more}"
+
+    def _download(self) -> str:
+        if not self.passes:
+            return ""
+        times = "once" if self.passes == 1 else f"{self.passes} times"
+        if not self.remote:
+            return f"reads {self.source} {times} ({human_bytes(self.reads)})"
+        once = "" if self.passes == 1 else "; --keep-download FOLDER downloads it once"
+        return f"downloads {self.source} {times} ({human_bytes(self.reads)}){once}"
+
+
+def _lack(needed: int, there: int | None) -> str:
+    return "" if there is None or needed <= there else ": NOT ENOUGH"
+
+
+def together(parts: Sequence[Needs]) -> Needs:
+    """Of works that are done one after another, and whose outputs are all kept."""
+    steps: dict[str, float] = {}
+    for part in parts:
+        for name, seconds in part.steps.items():
+            steps[name] = steps.get(name, 0.0) + seconds
+    sources = list(dict.fromkeys(part.source for part in parts))
+    return Needs(
+        steps=steps,
+        memory=max(part.memory for part in parts),
+        threads=parts[0].threads,
+        disk=sum(part.disk for part in parts),
+        free=min((part.free for part in parts if part.free is not None), default=None),
+        source=", ".join(sources),
+        source_bytes=sum(part.reads for part in parts) if len(sources) > 1 else parts[0].source_bytes,
+        passes=1 if len(sources) > 1 else sum(part.passes for part in parts),
+        remote=any(part.remote for part in parts),
+    )

@@ -1,0 +1,52 @@
+"""What running a text through a model takes: importance matrices, tables of sensitivity."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from gemma2tool.model.checkpoint import Checkpoint
+from gemma2tool.pipeline.layer_by_layer import group_size, layer_bytes, pass_count
+from gemma2tool.pipeline.needs import work
+from gemma2tool.pipeline.needs.needs import Least, Needs
+from gemma2tool.storage.paths import existing_folder
+from gemma2tool.storage.syscalls import free_bytes
+
+_FLOAT = 4
+
+
+def imatrix_needs(source: Checkpoint, shape: tuple[int, int], folder: Path, *, threads: int) -> Needs:
+    """Of an importance matrix from ``shape`` (N, T) tokens; ``folder``: where the residual streams are kept."""
+    config, (chunks, length) = source.config, shape
+    passes = pass_count(config, chunks, length)
+    seconds = work.forward_seconds(config, source.parameters, shape, threads, passes=passes)
+    streams = min(chunks, group_size(config, length)) * length * config.hidden_size * _FLOAT
+    memory = work.forward_memory(config, (min(chunks, 4), length)) + layer_bytes(source)
+    return Needs(
+        steps={"importance matrix": seconds + work.IMPORT_SECONDS},
+        memory=memory + work.fetching_bytes(source),
+        threads=threads,
+        disk=streams,
+        free=free_bytes(existing_folder(folder / "streams")),
+        passes=passes,
+        **work.read_from(source),
+    )
+
+
+def sensitivity_needs(
+    source: Checkpoint, evaluation: tuple[int, int], calibration: tuple[int, int], *, threads: int
+) -> Needs:
+    """Of a table of sensitivity: the streams and gradients of the ``evaluation`` windows (N, T) at every layer, the
+    streams of the ``calibration`` windows, and a layer. No time is estimated.
+    """
+    config = source.config
+    tokens = evaluation[0] * evaluation[1]
+    streams = (config.num_hidden_layers + 1) * tokens + calibration[0] * calibration[1]
+    least = streams * config.hidden_size * _FLOAT + layer_bytes(source)
+    hint = "use fewer --windows, a smaller --calibration-length, or fewer --calibration-samples"
+    return Needs(
+        steps={},
+        memory=work.TORCH_BYTES + least + 4 * layer_bytes(source) + work.fetching_bytes(source),
+        threads=threads,
+        least=Least(least + work.LEAST_TORCH_BYTES, "a layer, and the streams of all windows at each", hint),
+        **work.read_from(source),
+    )

@@ -1,0 +1,92 @@
+"""What work takes: said before it begins, and refused where the memory is not there."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gemma2tool.errors import ResourceError
+from gemma2tool.pipeline import memory
+from gemma2tool.pipeline.needs import work
+from gemma2tool.pipeline.needs.needs import Needs, together
+from gemma2tool.pipeline.needs.texts import sensitivity_needs
+from gemma2tool.pipeline.sensitivity.collect import SensitivityOptions
+from gemma2tool.pipeline.sensitivity.run import collect_table
+from tests.support.checkpoints import SMALL, random_checkpoint, write_checkpoint
+from tests.support.commands import run
+
+SMALL_NEEDS = Needs({"writing": 3.0, "forward passes": 70.0}, 500_000_000, 2, 4_000_000, 9_000_000, "a.ckpt", 1000, 3)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(random_checkpoint(np.dtype(np.float32)), tmp_path_factory.mktemp("source") / "model")
+
+
+def test_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gemma2tool.pipeline.needs.needs.reported_memory", lambda: 400_000_000)
+    assert SMALL_NEEDS.lines() == [
+        "disk: 4 MB of 9 MB free",
+        "memory: about 500 MB at its peak, 400 MB can be had: NOT ENOUGH",
+        "time: about 1 min 13 s with 2 threads (writing 3 s, forward passes 1 min 10 s)",
+        "reads a.ckpt 3 times (3 kB)",
+    ]
+    remote = dataclasses.replace(SMALL_NEEDS, remote=True, disk=10_000_000)
+    assert remote.lines()[0] == "disk: 10 MB of 9 MB free: NOT ENOUGH"
+    assert remote.lines()[2].endswith(", and the time to download")
+    assert remote.lines()[3] == "downloads a.ckpt 3 times (3 kB); --keep-download FOLDER downloads it once"
+
+
+def test_works_one_after_another() -> None:
+    both = together([SMALL_NEEDS, dataclasses.replace(SMALL_NEEDS, memory=1, steps={"writing": 1.0})])
+    assert both.steps == {"writing": 4.0, "forward passes": 70.0}
+    assert (both.memory, both.disk, both.passes, both.reads) == (500_000_000, 8_000_000, 6, 6000)
+
+
+def test_every_plan_of_an_output_begins_with_them(source: Path, tmp_path: Path) -> None:
+    for command in (
+        ("convert", source, tmp_path / "out.gguf"),
+        ("quantize", source, tmp_path / "out", "--type", "q8_0,nf4"),
+    ):
+        result = run(*command, "--dry-run", "--quiet")
+        assert result.exit_code == 0, result.stderr
+        words = [line.partition(" ")[0] for line in result.stdout.splitlines()]
+        assert words[:4] == ["disk:", "memory:", "time:", "reads"], command
+        assert result.stdout.count("memory:") == 1
+    plan = json.loads(run("convert", source, tmp_path / "out.gguf", "--dry-run", "--json").stdout)
+    assert plan["needs"]["disk_bytes"] == plan["bytes"] and plan["needs"]["passes"] == 3
+    unverified = run("convert", source, tmp_path / "out.gguf", "--dry-run", "--json", "--no-verify")
+    assert json.loads(unverified.stdout)["needs"]["passes"] == 1
+
+
+@pytest.mark.parametrize("command", ["convert", "verify", "diff"])
+def test_memory_for_the_verification_is_there_before_anything_is_written(
+    source: Path, tmp_path: Path, command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    np.save(tmp_path / "ids.npy", np.full((2, 40), 3))
+    others = {"verify": (source, "--reference", source), "diff": (source, source)}
+    words = (command, *others.get(command, (source, tmp_path / "out.gguf")), "--tokens", tmp_path / "ids.npy")
+    least = work.least_of_forward(SMALL, (2, 40), "", models=2).memory
+    monkeypatch.setattr(memory, "reported_memory", lambda: least - 1)
+    result = run(*words)
+    assert result.exit_code == 4 and "memory.exhausted" in result.stderr, result.stderr
+    assert "forward passes over 2 rows of 40 tokens take" in result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["ids.npy"]
+    monkeypatch.setattr(memory, "reported_memory", lambda: least)
+    assert run(*words).exit_code == 0
+
+
+def test_memory_for_a_table_of_sensitivity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = random_checkpoint(np.dtype(np.float32))
+    np.save(tmp_path / "ids.npy", np.full((8, 32), 3))
+    needs = sensitivity_needs(checkpoint, (2, 32), (2, 32), threads=1)
+    assert needs.least is not None and needs.least.memory < needs.memory
+    least = needs.least.memory
+    monkeypatch.setattr(memory, "reported_memory", lambda: least - 1)
+    options = SensitivityOptions(windows=2, samples=2, length=32, types=("q8_0",), measure="none")
+    with pytest.raises(ResourceError, match="the streams of all windows"):
+        collect_table(checkpoint, tmp_path / "ids.npy", options)
