@@ -30,14 +30,14 @@ def test_blocks_equal_the_whole(positions: int) -> None:
             assert buffer.load_rows(first, last).tobytes() == whole[first:last].tobytes()
 
 
-@pytest.mark.parametrize(("head_dim", "frequencies"), [(64, 0), (128, 0), (256, 1)])
-def test_the_numbers_are_those_of_the_class(head_dim: int, frequencies: int) -> None:
-    """As gemma_pytorch's model class computes them, but for the frequencies that torch does not round correctly."""
+@pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() == "DEFAULT", reason="torch rounds otherwise here")
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_the_numbers_are_those_of_the_class(head_dim: int) -> None:
     config = dataclasses.replace(SMALL, max_position_embeddings=2048, head_dim=head_dim, rope_theta=10000.0)
     powers = 10000.0 ** (torch.arange(0, head_dim, 2)[: head_dim // 2].float() / head_dim)
     angles = torch.outer(torch.arange(4096), 1.0 / powers).float()
-    differing = FreqsCis(config, "freqs_cis").load() != torch.polar(torch.ones_like(angles), angles).numpy()
-    assert np.count_nonzero(differing.any(axis=0)) <= frequencies
+    expected = torch.polar(torch.ones_like(angles), angles).numpy()
+    assert FreqsCis(config, "freqs_cis").load().tobytes() == expected.tobytes()
 
 
 def test_planning_2_to_the_27_positions_takes_no_memory() -> None:
