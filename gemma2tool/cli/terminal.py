@@ -165,6 +165,7 @@ class Console:
                 self._text(False, (one_line(column.removesuffix("#")), "bold")),
                 justify="right" if column.endswith("#") else "left",
                 overflow="fold",
+                no_wrap=column.endswith("#"),  # numbers stay whole
             )
         for row in rows:
             table.add_row(*(self._text(False, (one_line(cell), "")) for cell in row))

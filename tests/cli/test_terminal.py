@@ -387,3 +387,19 @@ def test_warnings_of_a_verification_that_passed_are_shown_once_when_quiet() -> N
         show_warnings(SimpleNamespace(findings=findings))
         show_warnings(None)
     assert errors.getvalue() == "warning: it is lost\n"
+
+
+def test_tables_and_paragraphs_of_a_narrow_terminal_keep_numbers_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.setenv("TERM", "xterm")
+    out = Terminal()
+    console = Console(stdout=out)
+    name = "model.layers.2.self_attn.v_proj.weight"
+    console.table(("tensor", "values#", "RMSE / RMS#", "largest error#"), [(name, "6,428,928", "0.0738", "0.0209")])
+    console.paragraph(("    error: ", "red"), (f"{name}: 6,428,928 of 6,428,928 values are not the source's", ""))
+    console.command("next", "llama-cli -m " + "x" * 60)
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", out.getvalue())
+    assert "6,428,928   " in text and "0.0738" in text
+    lines = [line for line in text.splitlines() if "values are" in line or "source's" in line]
+    assert all(line.startswith("        ") and len(line) <= 60 for line in lines) and lines
+    assert f"next           llama-cli -m {'x' * 60}" in text
