@@ -51,6 +51,7 @@ SEPARATE = {
     "ray": "tests/pipeline/recipe/test_ray.py is skipped without it",
     "torchtune": "fixtures/frameworks/torchtune_files.py",
     "pyte": "scripts/sessions.py",
+    "datasets": "benchmarks/calibration_peer.py",
     "llmcompressor": "scripts/gpu",
 }
 """Imported by tests or benchmarks, but not installed by the extra."""
