@@ -91,7 +91,7 @@ class Needs:
 
     def _memory(self) -> str:
         there = reported_memory()
-        room = "" if there is None else f", {human_bytes(there)} can be had"
+        room = "" if there is None else f", {human_bytes(there)} available"
         return f"memory: about {human_bytes(self.memory)} at its peak{room}" + _lack(self.memory, there)
 
     def _time(self) -> str:

@@ -31,7 +31,7 @@ def test_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gemma2tool.pipeline.needs.needs.reported_memory", lambda: 400_000_000)
     assert SMALL_NEEDS.lines() == [
         "disk: 4 MB of 9 MB free",
-        "memory: about 500 MB at its peak, 400 MB can be had: NOT ENOUGH",
+        "memory: about 500 MB at its peak, 400 MB available: NOT ENOUGH",
         "time: about 1 min 13 s with 2 threads (writing 3 s, forward passes 1 min 10 s)",
         "reads a.ckpt 3 times (3 kB)",
     ]
@@ -74,7 +74,7 @@ def test_memory_for_the_verification_is_there_before_anything_is_written(
     monkeypatch.setattr(memory, "reported_memory", lambda: least - 1)
     result = run(*words)
     assert result.exit_code == 4 and "memory.exhausted" in result.stderr, result.stderr
-    assert "forward passes over 2 rows of 40 tokens take" in result.stderr
+    assert "forward passes over 2 rows of 40 tokens" in result.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["ids.npy"]
     monkeypatch.setattr(memory, "reported_memory", lambda: least)
     assert run(*words).exit_code == 0
