@@ -19,11 +19,11 @@ from gemma2tool.verify.compare.passes import pass_count, prompts_per_pass
 
 BYTE_OPERATIONS = 250.0
 """Of reading, checking or writing a byte."""
-EXACT_OPERATIONS, BLOCK_OPERATIONS = 700.0, 3200.0
+EXACT_OPERATIONS, BLOCK_OPERATIONS = 600.0, 1700.0
 """Of comparing a value that must be equal, and one of a block that is dequantized and held to limits."""
 WEIGHT_OPERATIONS = 800.0
 """Of reading a weight for a forward pass, as float32."""
-LOGIT_OPERATIONS = 5000.0
+LOGIT_OPERATIONS = 4000.0
 """Of comparing a logit of two models, in double precision."""
 EFFICIENCY = 0.5
 """Fraction of the speed that a forward pass reaches."""
