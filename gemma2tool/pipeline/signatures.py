@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +22,7 @@ from gemma2tool.verify.result import Side, Verification
 GATE = "signature"
 _OF_GIT = (".git", ".gitattributes", ".github", ".gitignore")
 """What model-signing leaves out unless it is told otherwise."""
+_HASHES = re.compile(r"Hash mismatch for ('.*'): Expected '.*', Actual '.*'", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -121,14 +124,25 @@ def _verified(path: Path, signature: Path, signer: Signer, verifier: Any) -> Bun
     except Exception as error:
         if isinstance(error, (MemoryError, OSError)):
             raise
+        if differences := _differences(str(error)):
+            raise _Invalid(f"differs from what was signed: {differences}") from error
         reason = one_line(error)
-        if reason.startswith("Signature mismatch: "):
-            raise _Invalid(f"differs from what was signed: {reason.removeprefix('Signature mismatch: ')}") from error
         if (odd := special_file(path)) is not None and str(odd) in str(error):
             raise _Invalid(f"holds {odd.name}, which is not a plain file and was not signed") from error
         whose = f"its signature {signature.name} is not one of the {signer.kind} {signer.name}"
         raise _Invalid(whose + (f" ({reason})" if reason else "")) from error
     return bundle
+
+
+def _differences(message: str) -> str:
+    """The library's list of what differs, as a sentence; empty for its other messages."""
+    _, mismatch, listed = message.partition("Signature mismatch: ")
+    try:
+        parts = [str(part) for part in ast.literal_eval(listed)] if mismatch else []
+    except (ValueError, SyntaxError, TypeError):
+        parts = [listed]
+    listed = "; ".join(_HASHES.sub(r"\1 has other bytes", part) for part in parts)
+    return one_line(listed.replace("'.' has", "it has"))
 
 
 def _unsigned_files(candidate: Path) -> Iterator[Finding]:

@@ -141,6 +141,8 @@ def test_what_both_refuse(outputs: Path, keys: Path, tmp_path: Path) -> None:
         change(copy)
         result = api.verify(copy, signed_by=keys / "alice.pub", signature=outputs / "hf.sig")
         assert not result.passed and "not as alice.pub signed it" in result.verdict, change
+        assert "Digest" not in result.gate("signature").summary
+        assert change is not flip or "has other bytes" in result.gate("signature").summary
         assert not peer_accepts(copy, outputs / "hf.sig", "key", "--public_key", keys / "alice.pub"), change
 
 

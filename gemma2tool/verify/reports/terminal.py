@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from gemma2tool.verify.diagnosis.cause import Cause
 from gemma2tool.verify.finding import GateResult
 from gemma2tool.verify.reports.quality import quality_line
-from gemma2tool.verify.result import Verification
+from gemma2tool.verify.result import Side, Verification
 
 if TYPE_CHECKING:
     from gemma2tool.verify.difference import Difference
@@ -121,9 +121,13 @@ def render_verdict(result: Verification, out: Out) -> None:
 
 
 def _render_sides(result: Verification, out: Out) -> None:
-    stored = ", ".join(sorted(result.candidate.stored))
     out.item(("source", "dim"), (f"{result.source.path} ({result.source.format})", ""))
-    out.item(("candidate", "dim"), (f"{result.candidate.path} ({result.candidate.format}: {stored})", ""))
+    out.item(("candidate", "dim"), (_with_types(result.candidate), ""))
+
+
+def _with_types(side: Side) -> str:
+    """Path, format and stored types of a checkpoint."""
+    return f"{side.path} ({': '.join(filter(None, (side.format, ', '.join(sorted(side.stored)))))})"
 
 
 def _render_warnings(gate: GateResult, out: Out) -> None:
@@ -138,7 +142,7 @@ def render_difference(result: Difference, out: Out, *, findings: int = 4) -> Non
     """Show two checkpoints side by side: the verdict, a line per part, the causes, the tensors that differ most."""
     out.paragraph(("SAME", "bold green") if result.same else ("DIFFERENT", "bold yellow"), (f": {result.verdict}", ""))
     for name, side in (("A  ", result.a), ("B  ", result.b)):
-        out.paragraph((name, "bold"), (f"{side.path} ({side.format}: {', '.join(sorted(side.stored))})", ""))
+        out.paragraph((name, "bold"), (_with_types(side), ""))
     width = max(len(part.name) for part in result.parts)
     style = _GateStyle(width, findings, _DIFFERENCE_MARKS, {"error": "differs"})
     for part in result.parts:
@@ -174,7 +178,7 @@ def _render_gate(gate: GateResult, style: _GateStyle, out: Out) -> None:
     findings = [
         finding
         for finding in gate.findings
-        if finding.message != gate.summary and (style.notes or finding.severity != "note")
+        if gate.summary not in (finding.message, finding.sentence) and (style.notes or finding.severity != "note")
     ]
     notes = [finding for finding in findings if finding.severity == "note"]
     if len(notes) > 3:
