@@ -35,11 +35,12 @@ def run_here(path: str, ids: NDArray[np.int64]) -> Logits:
 
     windows = []
     for window in ids:
-        prompt = {"ids": window.tolist(), "positions": len(window)}
-        *_, last = answer({"path": path, **prompt, "texts": [], "messages": [], "threads": 1})
-        if last.content["kind"] != "logits":
-            raise RuntimeError(f"{path}: llama.cpp: {last.content}")
-        windows.append(np.frombuffer(last.payload, np.float32).reshape(last.content["shape"]))
+        prompt = {"ids": window.tolist(), "positions": len(window), "new_tokens": 0}
+        messages = list(answer({"path": path, **prompt, "texts": [], "messages": [], "threads": 1}))
+        logits = next((message for message in messages if message.content["kind"] == "logits"), None)
+        if logits is None:
+            raise RuntimeError(f"{path}: llama.cpp: {messages[-1].content}")
+        windows.append(np.frombuffer(logits.payload, np.float32).reshape(logits.content["shape"]))
     return np.concatenate(windows)
 
 

@@ -125,7 +125,7 @@ def test_options_that_do_not_fit(folder: Path, tmp_path: Path) -> None:
     assert_refused(run("verify", folder, "--signed-by", ALICE), 2, "option.pair", "add --issuer")
     workflow = "https://github.com/org/model/.github/workflows/release.yml@refs/tags/v1"
     refused = run("verify", folder, "--signed-by", workflow)
-    assert_refused(refused, 2, "option.pair", f"{workflow}: nothing says", "token.actions.githubusercontent.com")
+    assert_refused(refused, 2, "option.pair", f"{workflow}: no issuer is given", "token.actions.githubusercontent.com")
     assert_refused(run("verify", folder, "--signed-by", public, "--issuer", "https://x.org"), 2, "option.ignored")
     for option in ("--issuer", "--signature", "--trust-config"):
         assert_refused(run("verify", folder, option, "x"), 2, "option.pair", option, "add --signed-by")

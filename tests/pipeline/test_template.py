@@ -76,7 +76,7 @@ def test_without_fork(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr("os.fork")
     monkeypatch.setattr("gemma2tool.pipeline.template.SECONDS", 0.2)
     assert render("{{ bos_token }}", VALUES, "here") == "<bos>"
-    with pytest.raises(InputRefused, match=r"is not done"):
+    with pytest.raises(InputRefused, match=r"does not finish"):
         render("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", VALUES, "here")
 
 

@@ -106,7 +106,7 @@ def test_files_in_the_way_are_refused(model: Path, text: Path, tmp_path: Path) -
     output, receipt = folder / "Small-it-Q4_0.gguf", folder / "Small-it-Q4_0.gguf.receipt.json"
     content = output.read_bytes()
     output.write_bytes(content[:-1] + b"x")
-    assert "is not what its receipt describes" in release(model, text, folder, types="q4_0", code=2)
+    assert "does not match its receipt" in release(model, text, folder, types="q4_0", code=2)
     output.write_bytes(content)
     receipt.rename(tmp_path / "kept")
     assert "no receipt of this release" in release(model, text, folder, types="q4_0", code=2)
@@ -159,7 +159,7 @@ def test_an_importance_matrix_is_collected_once_and_released(text: Path, tmp_pat
     release(model, text, folder, *options, types="q4_0")
     assert matrix.stat().st_ino == inode
     words.write_text("another text " * 400)
-    assert "is of another text or source" in release(model, text, folder, *options, types="q4_0", code=2)
+    assert "comes from a different text or source" in release(model, text, folder, *options, types="q4_0", code=2)
 
 
 @pytest.mark.slow

@@ -61,7 +61,7 @@ def test_what_is_not_known_is_said(folder: Path, tmp_path: Path) -> None:
     del old["output"]["chat"]
     (tmp_path / "old.json").write_text(json.dumps(old))
     status, summary = chat(folder / "hf", tmp_path / "old.json")
-    assert status == "skipped" and "says nothing" in summary
+    assert status == "skipped" and "does not cover" in summary
 
 
 @pytest.mark.slow

@@ -82,7 +82,7 @@ def test_what_a_second_attempt_overcomes(faults: Faults) -> None:
     ("faults", "id", "words"),
     [
         (Faults(change_after=4), "file.changed", "its ETag was"),
-        (Faults(more=10), "source.length", "more bytes than it was asked for"),
+        (Faults(more=10), "source.length", "more bytes than requested"),
         (Faults(no_ranges=True), "source.no-ranges", "does not send parts"),
         (Faults(compressed=True), "source.no-ranges", "compresses"),
     ],

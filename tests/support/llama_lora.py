@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from gemma2tool.engines.adapters import xllamacpp_api
-from gemma2tool.engines.adapters.llama_cpp import _logits
+from gemma2tool.engines.adapters.llama_cpp import _context, _decode
 
 IDS = [2, 17, 99, 4, 158, 31, 5, 6, 120, 77]
 _POINTER = C.c_void_p
@@ -46,7 +46,8 @@ def main(path: str, adapter: str, out: str) -> None:
     model = library.llama_model_load_from_file(path.encode(), params)
     size = library.llama_vocab_n_tokens(library.llama_model_get_vocab(model))
     api = _WithAdapter(library, model, adapter) if adapter else library
-    logits = _logits(api, model, {"ids": IDS, "positions": len(IDS), "threads": 1}, size)
+    context = _context(api, model, {"ids": IDS, "new_tokens": 0, "threads": 1})
+    logits = _decode(api, context, IDS, 0, len(IDS), size)
     assert logits is not None
     np.save(out, logits)
 

@@ -84,7 +84,7 @@ def test_two_adapters_in_one_file(base: Path, trained: Trained) -> None:
     tensors = load_file(trained.folder / WEIGHTS)
     both = {name.replace(".weight", f".{adapter}.weight"): t for name, t in tensors.items() for adapter in ("a", "b")}
     save_file(both, trained.folder / WEIGHTS)
-    with refused("is there twice|contains 2 adapters: a, b"):
+    with refused("appears twice|contains 2 adapters: a, b"):
         merge(registry.open_checkpoint(base), trained.folder)
 
 
@@ -204,7 +204,9 @@ def test_added_tokens_whose_head_is_not_in_the_adapter(base: Path, tmp_path: Pat
     """LLaMA-Factory 6749: the embedding is saved, the rows that the head got are not."""
     config, save = _config(modules_to_save=["embed_tokens"]), {"save_embedding_layers": False}
     trained = train(base, tmp_path / "adapter", config, prepare=_resized(163), save=save)
-    with refused("has only a part of their rows: model.embed_tokens.weight has 163 rows, lm_head.weight has 160 rows"):
+    with refused(
+        "contains only some of their rows: model.embed_tokens.weight has 163 rows, lm_head.weight has 160 rows"
+    ):
         merge(registry.open_checkpoint(base), trained.folder)
 
 

@@ -285,7 +285,7 @@ def test_adapters_that_do_not_fit_are_refused(tmp_path: Path, tensors: dict, set
 def test_a_pattern_that_could_match_forever(tmp_path: Path, pattern: str) -> None:
     adapter = _handmade(tmp_path / "a", PAIR, target_modules=pattern)
     before = time.perf_counter()
-    with refused("does not target|could match forever"):
+    with refused("does not target|might not end"):
         merge(random_checkpoint(np.dtype(np.float32)), adapter)
     assert time.perf_counter() - before < 15
 

@@ -241,7 +241,7 @@ def test_int8_parts_are_checked():
     assert np.array_equal(unpacked(without)[NAME].load(), unpacked(good)[NAME].load())
 
 
-@pytest.mark.parametrize("config", [{}, {"quant_method": "hqq"}, {"quant_method": ["bitsandbytes"]}, [], None, "nf4"])
+@pytest.mark.parametrize("config", [{}, {"quant_method": "vptq"}, {"quant_method": ["bitsandbytes"]}, [], None, "nf4"])
 def test_unknown_packings_are_refused(config):
     with pytest.raises(InputRefused, match="quant_method"):
         packings.unpack({}, config)
