@@ -154,9 +154,9 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
             report(error)
             raise typer.Exit(error.exit_code) from None
         except (KeyboardInterrupt, interrupts.Terminated) as stop:
-            console.warn(
-                "interrupted; nothing was written at the destination" if not _notes(stop, console) else "interrupted"
-            )
+            has_destination = not kwargs.keys().isdisjoint(("dst", "out", "folder"))
+            says_all = _notes(stop, console) or not has_destination
+            console.warn("interrupted" if says_all else "interrupted; nothing was written at the destination")
             error_of_stop = ("interrupted", "the run was interrupted", "run it again", EXIT_INTERRUPTED)
             report_failure(command.__name__, kwargs, error_of_stop)
             console.emit_failure("interrupted", "the run was interrupted", "", EXIT_INTERRUPTED)

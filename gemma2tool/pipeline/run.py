@@ -70,6 +70,11 @@ class ConversionResult:
         """Whether the output is in place; an output that fails its verification is discarded."""
         return self.verification is None or self.verification.passed
 
+    @property
+    def passed(self) -> bool:
+        """Whether the output is verified: False too where no verification was requested."""
+        return self.verification is not None and self.verification.passed
+
     def to_json(self) -> dict[str, object]:
         """The result as ``--json`` prints it."""
         return {

@@ -115,14 +115,16 @@ class Card:
         return f"Files of {base}, made and verified by [gemma2tool]({_HOMEPAGE}) {__version__}.{terms}\n"
 
     def _table(self) -> str:
+        has_interval = any(entry.metrics.get("kl_interval") is not None for entry in self.entries)
+        interval = ", with its 95 % interval by bootstrap over windows" if has_interval else ""
         lines = [
-            "| file | type | size | bits per weight | KL, 95 % interval | same top-1 | good for |",
+            f"| file | type | size | bits per weight | KL{', 95 % interval' * has_interval} | same top-1 | good for |",
             "|---|---|---:|---:|---:|---:|---|",
             *(_row(entry) for entry in self.entries),
         ]
         note = (
             "KL: divergence of the next token's distribution from that of the source in float32, in nats; the mean over"
-            f" {escaped(self.text)}, with its 95 % interval by bootstrap over windows. Same top-1: the share of"
+            f" {escaped(self.text)}{interval}. Same top-1: the share of"
             " positions with the source's likeliest token. Both were computed from the files themselves."
         )
         return "\n".join([*lines, "", note, ""])

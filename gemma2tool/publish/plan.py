@@ -195,7 +195,8 @@ class Release:
     def sentence(self) -> str:
         """What quality is measured on."""
         text = described(self.request.text)
-        return f"{self.ids.size:,} tokens ({len(self.ids)} windows of {self.ids.shape[1]}) of {text}"
+        count, length = self.ids.shape
+        return f"{self.ids.size:,} tokens ({count} window{'s' * (count != 1)} of {length}) of {text}"
 
 
 def check_request(request: ReleaseRequest) -> None:

@@ -12,8 +12,11 @@ _BLOCK_BYTES = 16 << 20  # read at once while a tensor is converted
 
 
 def to_torch(array: Array) -> Tensor:
-    """A torch tensor that shares the array's memory if it is contiguous; numpy's bfloat16 becomes torch's."""
+    """A torch tensor that shares the array's memory if that is contiguous and writable; numpy's bfloat16 becomes
+    torch's."""
     array = np.ascontiguousarray(array)
+    if not array.flags.writeable:  # torch warns of memory that it must not write to
+        array = array.copy()
     if array.dtype == BFLOAT16:
         return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
     return torch.from_numpy(array)

@@ -63,9 +63,9 @@ def assert_complete(hub: WritableHub) -> None:
 @pytest.mark.slow
 def test_what_arrives(hub: WritableHub, model: Path, text: Path, tmp_path: Path) -> None:
     folder = tmp_path / "small-GGUF"
-    plan = gemma2tool.plan_release(request(model, text, folder))
-    assert plan.upload_to == NAME and not hub.created and not folder.exists()
     with watched() as seen:
+        plan = gemma2tool.plan_release(request(model, text, folder))
+        assert plan.upload_to == NAME and not hub.created and not folder.exists()
         result = gemma2tool.publish(request(model, text, folder, private=True))
     assert set(seen.connections) == {hub.server.server_port} and seen.hosts <= {"127.0.0.1"}
     assert hub.private and set(result.uploaded) == set(hub.content)

@@ -70,5 +70,6 @@ def refusal(run: EarlierRun, fingerprint: Fingerprint, destination: Path) -> Usa
     return UsageError(
         "resume.mismatch",
         f"{destination}: an unfinished run beside it does not match this one: {phrases}",
-        hint=f"repeat the earlier command, start over with --restart, or run 'gemma2tool clean {destination}'",
+        hint=f"repeat the earlier command, or start over: run 'gemma2tool clean {destination}' first, or add --restart "
+        "if the command takes it",
     )

@@ -60,7 +60,7 @@ def fill(template: str, names: Collection[str], config: Gemma2Config, *, exact: 
     ``template``: has ``{what}`` for the tensors, ``{are}`` and ``{have}`` for the verbs in their number, and
     ``{exactly}`` for "exactly ", which is left out unless ``exact``.
     """
-    several = len(names) > 1
+    several = len({place(name).kind for name in names}) > 1
     return template.format(
         what=describe(names, config),
         are="are" if several else "is",

@@ -178,7 +178,8 @@ def _render_gate(gate: GateResult, style: _GateStyle, out: Out) -> None:
     findings = [
         finding
         for finding in gate.findings
-        if gate.summary not in (finding.message, finding.sentence) and (style.notes or finding.severity != "note")
+        if not gate.summary.startswith((finding.message, finding.sentence))
+        and (style.notes or finding.severity != "note")
     ]
     notes = [finding for finding in findings if finding.severity == "note"]
     if len(notes) > 3:
