@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from gemma2tool.cli.terminal import Console
 
 
+_BEYOND = "rotary dimensions, layers or tokens in another order; only the source shows them: verify --reference SOURCE"
+
+
 def check(
     path: Annotated[str, typer.Argument(metavar="PATH", help="A checkpoint, in any format.")],
     perplexity: Annotated[
@@ -72,3 +75,5 @@ def _show(result: CheckResult, console: Console) -> None:
     if result.sample is not None:
         console.item(("sample", "dim"), (result.sample, ""))
     show_skipped(result.skipped, console)
+    if result.sane and not console.quiet:
+        console.item(("beyond it", "dim"), (_BEYOND, "dim"))

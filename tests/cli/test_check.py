@@ -48,10 +48,13 @@ def findings(path: Path) -> list[tuple[str, str]]:
 
 
 @pytest.mark.slow
-def test_a_sane_file_is_one_line() -> None:
+def test_a_sane_file_is_one_line_and_what_the_source_alone_shows() -> None:
     code, lines = check(TINY / "model.ckpt")
     assert code == 0
-    assert lines == [f"SANE: nothing found in {TINY / 'model.ckpt'} (gemma-pytorch: bf16; 6,428,928 parameters)"]
+    assert lines[0] == f"SANE: nothing found in {TINY / 'model.ckpt'} (gemma-pytorch: bf16; 6,428,928 parameters)"
+    assert len(lines) == 1
+    result = CliRunner().invoke(app, ["check", str(TINY / "model.ckpt")])
+    assert result.stdout.splitlines()[0] == lines[0] and "--reference" in result.stdout.splitlines()[1]
 
 
 @pytest.mark.slow

@@ -17,9 +17,9 @@ every tensor once, in ranges of rows, and never runs what it reads; a chat templ
 limits of time and memory. `--perplexity` (or `--text FILE`) also runs the float32 forward pass over a text,
 `--sample` lets the model answer a question.
 
-The first line is the verdict: `SANE`, `DOUBTFUL`, or `BROKEN` where there is an error. Every finding follows on a line:
-its severity, where, what was seen and what it means, what to do, and its id. With `--json` they are objects with these
-fields.
+The first line is the verdict: `SANE`, `DOUBTFUL`, or `BROKEN` where there is an error. A sane file may still be wrong
+in ways that only its source shows; the last line says so. Every finding follows on a line: its severity, where, what
+was seen and what it means, what to do, and its id. With `--json` they are objects with these fields.
 
 | exit code | meaning |
 |---:|---|
