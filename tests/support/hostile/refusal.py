@@ -103,6 +103,7 @@ def assert_refused_somehow(call: Callable[[], object]) -> InputRefused:
     error = caught.value
     assert error.message.isprintable()
     assert len(error.message) < 1000
-    assert cpu_seconds < MAX_SECONDS
+    # Other threads' work and garbage collection of a worker's many objects count too.
+    assert cpu_seconds < 4 * MAX_SECONDS
     assert seconds < 10 * MAX_SECONDS  # the machine may be busy, but nothing may wait
     return error
