@@ -279,7 +279,7 @@ def hash(
     threads: int | None = None,
     progress: ProgressCallback | None = None,
 ) -> Hashes:
-    """Print digests of a checkpoint's values: equal for the same model in any format, type, layout, number of files."""
+    """Compute digests of a checkpoint's values: equal for the same model in any format, type, layout, or file count."""
     from gemma2tool.model.digest import hash_checkpoint
 
     with opened(source, config) as checkpoint:
