@@ -105,7 +105,9 @@ class ReleaseOptions:
     quantized_by: Annotated[
         str | None, typer.Option("--quantized-by", metavar="NAME", help="Who made the files.", rich_help_panel=_CARD)
     ] = None
+    modelfile: o.Modelfile = False
     force: o.Force = False
+    restart: o.Restart = False
     allow_unsafe_template: o.AllowUnsafeTemplate = False
     keep_download: o.KeepDownload = None
     threads: o.Threads = None
@@ -135,6 +137,8 @@ class ReleaseOptions:
             card=api.CardOptions(license=self.license, base_model=self.base_model, quantized_by=self.quantized_by),
             run=api.RunOptions(
                 force=self.force,
+                restart=self.restart,
+                modelfile=self.modelfile,
                 allow_unsafe_template=self.allow_unsafe_template,
                 keep_download=self.keep_download,
                 threads=self.threads or api.default_threads(),

@@ -19,6 +19,7 @@ from gemma2tool.model.lazy import SharedRows
 from gemma2tool.model.progress import Progress
 from gemma2tool.pipeline.destinations import Destination, destinations, folder_of_several, input_files
 from gemma2tool.pipeline.inputs import read_prompts
+from gemma2tool.pipeline.leftovers import refuse_other_leftovers
 from gemma2tool.pipeline.modelfile import check_modelfile, modelfile, write_modelfile
 from gemma2tool.pipeline.needs.conversion import Verified, conversion_needs
 from gemma2tool.pipeline.needs.needs import Needs
@@ -185,8 +186,8 @@ def convert(request: ConversionRequest, progress: Progress | None = None) -> tup
 
 def summarize(request: ConversionRequest) -> tuple[PlanSummary, ...]:
     """What a request would write; nothing is written, and no source is downloaded."""
-    request = replace(request, run=replace(request.run, keep_download=None))
-    with open_conversion(request) as conversion:
+    with open_conversion(replace(request, run=replace(request.run, keep_download=None))) as conversion:
+        refuse_other_leftovers(conversion.plans, request.run)
         needs = conversion.needs(conversion.checks())
         return tuple(replace(plan.summary(), needs=needs) for plan in conversion.plans)
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from gemma2tool.formats.options import Adapter
+from gemma2tool.formats.options import Adapter, WriteOptions
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.devices import CPU, current_device
 from gemma2tool.pipeline.plan import Plan
@@ -33,19 +33,26 @@ if TYPE_CHECKING:
 _ENDS = 1 << 16
 _DIGITS = 16
 
+PLAN = "plan"
+"""The name of what is known only when there is a plan."""
+
 
 def fingerprint(plan: Plan, options: Mapping[str, object]) -> Fingerprint:
     """The fingerprint of a plan carried out with ``options`` (those of the run that change bytes, by name)."""
-    allowed = {"allow_mismatch": plan.options.allow_mismatch, "allow_requantize": plan.options.allow_requantize}
-    options_given = {**plan.options.given(), **allowed, **options}
-    settings = {
+    run = {} if plan.session is None else {"calibration-run": _calibration(plan.session)}
+    return {**run, **settings(plan.source, plan.output.format, plan.options, options), PLAN: _plan(plan)}
+
+
+def settings(source: Checkpoint, format_name: str, options: WriteOptions, run: Mapping[str, object]) -> dict[str, str]:
+    """What of a fingerprint is known before there is a plan. ``run``: as the ``options`` of ``fingerprint``."""
+    allowed = {"allow_mismatch": options.allow_mismatch, "allow_requantize": options.allow_requantize}
+    given = {**options.given(), **allowed, **run}
+    return {
         "tool": f"gemma2tool {__version__}, numpy {np.__version__}, kernels {_kernels()}",
-        **({} if plan.session is None else {"calibration-run": _calibration(plan.session)}),
-        "format": plan.output.format,
-        **{name.replace("_", "-"): _shown(value) for name, value in sorted(options_given.items()) if value},
-        **{f"source {name}": state for name, state in _files(plan).items()},
+        "format": format_name,
+        **{name.replace("_", "-"): _shown(value) for name, value in sorted(given.items()) if value},
+        **{f"source {name}": state for name, state in _files(source).items()},
     }
-    return {**settings, "plan": _plan(plan)}
 
 
 def _calibration(session: Session) -> str:
@@ -63,9 +70,9 @@ def _kernels() -> str:
     return hashlib.sha256(Path(_native.__file__).read_bytes()).hexdigest()[:_DIGITS]
 
 
-def _files(plan: Plan) -> dict[str, str]:
+def _files(source: Checkpoint) -> dict[str, str]:
     """Every file of the source: by its address, or for local ones by the path below their common folder."""
-    files = sorted(set(plan.source.files))
+    files = sorted(set(source.files))
     addresses = {path: attached.address_of(path) for path in files}
     local = [path.absolute() for path in files if addresses[path] is None]
     folder = Path(os.path.commonpath([path.parent for path in local])) if local else Path()
@@ -107,7 +114,9 @@ def _shown(value: object) -> str:
         return ",".join(f"{key}={_shown(part)}" for key, part in value.items())
     if isinstance(value, (list, tuple, set, frozenset)):
         return ",".join(map(_shown, sorted(value) if isinstance(value, (set, frozenset)) else value))
-    if isinstance(value, (str, int, float, bool, Path)):
+    if isinstance(value, Path):
+        return value.name  # what is in the file decides; that is in the plan, or in the calibration's digest
+    if isinstance(value, (str, int, float, bool)):
         return str(value)
     return _digest(value)
 

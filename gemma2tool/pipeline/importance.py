@@ -26,7 +26,7 @@ from gemma2tool.formats.gguf.table import TABLE
 from gemma2tool.formats.mapping.transforms import entries
 from gemma2tool.model.checkpoint import Checkpoint, unchanged
 from gemma2tool.model.config import Gemma2Config
-from gemma2tool.model.devices import current_device, use_device
+from gemma2tool.model.devices import CPU, current_device, use_device
 from gemma2tool.model.digest import hash_checkpoint
 from gemma2tool.model.names import HEAD
 from gemma2tool.model.progress import Progress, progress_or_null
@@ -111,7 +111,10 @@ def _collect_imatrix(
     run = chunks[own.start * BATCH : own.stop * BATCH]
     if len(run):
         shape = (run.shape[0], run.shape[1])
-        imatrix_needs(checkpoint, shape, path.absolute().parent, threads=options.threads).announce()
+        needs = imatrix_needs(checkpoint, shape, path.absolute().parent, batch=BATCH, threads=options.threads)
+        if options.device == CPU:
+            needs.check()
+        needs.announce()
     with unchanged(checkpoint), progress_or_null(progress, run.size, "tokens", unit="tokens") as bar:
         sums = collect(
             checkpoint,

@@ -18,7 +18,7 @@ from gemma2tool.model.checkpoint import Checkpoint, unchanged
 from gemma2tool.model.progress import Progress, progress_or_null
 from gemma2tool.pipeline import receipts
 from gemma2tool.pipeline.calibration.boundaries import Boundaries
-from gemma2tool.pipeline.fingerprint import fingerprint
+from gemma2tool.pipeline.leftovers import fingerprint_of
 from gemma2tool.pipeline.plan import Plan
 from gemma2tool.pipeline.requests import RunOptions
 from gemma2tool.pipeline.tuning.output import NormTuning, check_tuning, tune_norms
@@ -163,7 +163,7 @@ def _stage(plan: Plan, options: RunOptions, stack: ExitStack) -> _StagedOutput:
             force=options.force,
             expected_bytes=output.nbytes + (0 if session is None else session.kept_bytes),
             folder=not output.single_file,
-            fingerprint=fingerprint(plan, {"allow_nonfinite": options.allow_nonfinite, "clip_f16": options.clip_f16}),
+            fingerprint=fingerprint_of(plan, options),
             restart=options.restart,
         )
     )

@@ -55,7 +55,7 @@ class CardEntry:
 class Card:
     """What a card says besides its entries. ``repository``: on the hub, if the release goes there. ``made``: a sentence
     on how codes were chosen. ``text``: what quality was measured on. ``imatrix``: the file of the importance matrix.
-    ``adapters``: merged into the base model, with their scales.
+    ``adapters``: merged into the base model, with their scales. ``modelfiles``: names of files for ollama.
     """
 
     model: str
@@ -68,6 +68,7 @@ class Card:
     text: str
     imatrix: str | None = None
     adapters: tuple[str, ...] = ()
+    modelfiles: tuple[str, ...] = ()
 
     def markdown(self) -> str:
         """The whole file."""
@@ -130,7 +131,9 @@ class Card:
         return "\n".join([*lines, "", note, ""])
 
     def _usages(self) -> Sequence[Any]:
-        return usages([(entry.name, entry.format, entry.type) for entry in self.entries], self.repository)
+        return usages(
+            [(entry.name, entry.format, entry.type) for entry in self.entries], self.repository, self.modelfiles
+        )
 
     def _making(self) -> str:
         imatrix = f" The matrix is `{self.imatrix}`." if self.imatrix else ""

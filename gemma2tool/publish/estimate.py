@@ -7,13 +7,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from gemma2tool.errors import UsageError
-from gemma2tool.pipeline.calibration.text import LENGTH, SAMPLES
+from gemma2tool.pipeline.fingerprint import PLAN, settings
+from gemma2tool.pipeline.importance import BATCH
+from gemma2tool.pipeline.leftovers import changing_bytes, is_to_download, refuse_other_leftovers
 from gemma2tool.pipeline.needs.conversion import Verified, conversion_needs
 from gemma2tool.pipeline.needs.needs import Needs, together
 from gemma2tool.pipeline.needs.texts import imatrix_needs
 from gemma2tool.pipeline.plan import Plan, make_plan
+from gemma2tool.publish.modelfiles import check_modelfiles
 from gemma2tool.publish.names import format_of
 from gemma2tool.publish.plan import Output, Release
+from gemma2tool.storage.staging.resume import check_leftovers
 from gemma2tool.storage.units import human_bytes
 
 
@@ -70,10 +74,15 @@ def estimate(
 ) -> ReleasePlan:
     """What a release will take whose outputs ``missing`` are to be written. ``discard``: in passes of their own, and
     each is removed after it.
+
+    Raises ``UsageError`` for what cannot be continued or replaced, ``ResourceError`` for what another process writes.
     """
     request, outputs = opened.request, opened.outputs()
     unfinished = {output.path for output in missing}
     plans = {output.path: _plan(opened, output) for output in outputs}
+    for output in missing:
+        _check_leftovers(opened, output, plans[output.path])
+    check_modelfiles(opened)
     files = tuple(
         PlannedFile(output.path.name, output.type, _nbytes(plans[output.path]), output.path not in unfinished)
         for output in outputs
@@ -90,6 +99,16 @@ def estimate(
     )
 
 
+def _check_leftovers(opened: Release, output: Output, plan: Plan | None) -> None:
+    """``plan``: None, or without the importance matrix, where that is yet to be collected."""
+    run = opened.request.run
+    if plan is not None and not _waits(opened, output):
+        refuse_other_leftovers([plan], run)
+    elif not is_to_download(opened.source, run):
+        known = settings(opened.source, "gguf", output.written, changing_bytes(run))
+        check_leftovers(output.path, known, unknown=(PLAN,), restart=run.restart)
+
+
 def _needs(opened: Release, plans: Sequence[Plan], count: int, *, discard: bool) -> Needs:
     """Of ``count`` outputs, of which ``plans`` are known already. ``discard``: see ``estimate``."""
     source, folder, threads = opened.source, opened.request.folder, opened.request.run.threads
@@ -101,26 +120,32 @@ def _needs(opened: Release, plans: Sequence[Plan], count: int, *, discard: bool)
         needs = replace(together(alone), disk=max(part.disk for part in alone))
     else:
         needs = conversion_needs(source, plans, folder, verified, threads=threads)
-    if count and (matrix := opened.release_imatrix) is not None and not matrix.exists():
-        needs = together([imatrix_needs(source, (SAMPLES, LENGTH), folder, threads=threads), needs])
+    if count and (collected := opened.imatrix_to_collect()) is not None:
+        chunks, _ = collected
+        shape = chunks.shape[0], chunks.shape[1]
+        needs = together([imatrix_needs(source, shape, folder, batch=BATCH, threads=threads), needs])
     return needs
 
 
 def _plan(opened: Release, output: Output) -> Plan | None:
     """The layout of an output, as far as it can be told without an importance matrix that is yet to be collected."""
-    options, matrix = output.options, output.options.gguf.imatrix
-    is_missing = matrix is not None and matrix == opened.release_imatrix and not matrix.exists()
-    if is_missing:
+    waits, is_file = _waits(opened, output), output.path.suffix == ".gguf"
+    options = replace(output.written, name=output.path.name, single_file=is_file)
+    if waits:
         options = replace(options, gguf=replace(options.gguf, imatrix=None))
-    is_file = output.path.suffix == ".gguf"
-    options = replace(options, type=output.type, name=output.path.name, single_file=is_file)
     threads = opened.request.run.threads
     try:
         return make_plan(opened.source, output.path, to=format_of(output.type), options=options, threads=threads)
     except UsageError:
-        if is_missing:
+        if waits:
             return None
         raise
+
+
+def _waits(opened: Release, output: Output) -> bool:
+    """Whether its importance matrix is yet to be collected."""
+    matrix = output.options.gguf.imatrix
+    return matrix is not None and matrix == opened.release_imatrix and not matrix.exists()
 
 
 def _nbytes(plan: Plan | None) -> int | None:

@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Collection, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from gemma2tool.errors import InputRefused, UsageError
 from gemma2tool.formats import packings
+from gemma2tool.formats.gguf.imatrix import read_imatrix
 from gemma2tool.formats.options import Adapter, Calibration, GGUFOptions, WriteOptions
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.pipeline import receipts
@@ -96,12 +97,13 @@ class Output:
             if place.is_file():
                 receipt = read_receipt(place)
                 plan = receipt.content["plan"]
-                same = (plan.get("recipe"), plan["options"]) == (self.record, receipts.options(self._written))
+                same = (plan.get("recipe"), plan["options"]) == (self.record, receipts.options(self.written))
                 return receipt if same else None
         return None
 
     @property
-    def _written(self) -> WriteOptions:
+    def written(self) -> WriteOptions:
+        """The options that its conversion gets."""
         return WriteOptions(
             type=self.type,
             gguf=self.options.gguf,
@@ -180,11 +182,28 @@ class Release:
             outputs=tuple(output.request for output in outputs),
             options=WriteOptions(adapters=self.adapters),
             checks=Checks(tokens=tokens),
-            run=self.request.run,
+            run=replace(self.request.run, modelfile=False),  # the release writes its own
         )
 
-    def imatrix_chunks(self) -> tuple[NDArray[np.int64], str]:
-        """What the importance matrix of the release is collected from: token ids (N, T), and their name in its file."""
+    def imatrix_to_collect(self) -> tuple[NDArray[np.int64], str] | None:
+        """What the importance matrix of the release is to be collected from: token ids (N, T), and their name in its
+        file; None if it has none, or if it is there from an earlier run.
+
+        Raises ``UsageError`` (``release.other``) for one of another text that may not be replaced.
+        """
+        place = self.release_imatrix
+        if place is None:
+            return None
+        chunks, dataset = self._imatrix_chunks()
+        if place.exists():
+            with suppress(InputRefused):
+                if read_imatrix(place).dataset == dataset:
+                    return None
+            if not self.request.run.force:
+                raise UsageError("release.other", f"{place}: exists, but comes from a different text or source")
+        return chunks, dataset
+
+    def _imatrix_chunks(self) -> tuple[NDArray[np.int64], str]:
         assert self.request.imatrix_text is not None
         text = text_file(self.request.imatrix_text, "calibration", self.folder)
         ids = PromptTokenizer(self.source).encode(read_text(text, what="text"))

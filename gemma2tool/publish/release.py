@@ -10,16 +10,18 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
-from gemma2tool.errors import InputRefused, UsageError
-from gemma2tool.formats.gguf.imatrix import read_imatrix
+from gemma2tool.errors import InputRefused
 from gemma2tool.model.checkpoint import Checkpoint
+from gemma2tool.model.devices import CPU
 from gemma2tool.model.progress import Progress, progress_or_null
 from gemma2tool.pipeline import conversion, importance
+from gemma2tool.pipeline.leftovers import remove_leftovers
 from gemma2tool.pipeline.opening import open_source
 from gemma2tool.pipeline.report_files import replace_report
 from gemma2tool.pipeline.run import ConversionResult
 from gemma2tool.publish.card import Card, CardEntry
 from gemma2tool.publish.estimate import ReleasePlan, estimate
+from gemma2tool.publish.modelfiles import write_modelfiles
 from gemma2tool.publish.names import CARD, CHECKSUMS, repository_name
 from gemma2tool.publish.plan import RECORD, Output, Release, check_request, open_release
 from gemma2tool.publish.request import ReleaseRequest, ReleaseResult
@@ -43,7 +45,7 @@ def release(request: ReleaseRequest, progress: Progress | None = None) -> Releas
     """
     with opened_release(request, progress) as opened:
         missing = opened.missing()
-        announce(estimate(opened, missing))
+        announce(opened, estimate(opened, missing))
         if collect_imatrix(opened, progress):
             missing = opened.missing()
         results = write_outputs(opened, missing, progress)
@@ -90,11 +92,16 @@ def _opened(request: ReleaseRequest, folder: Path, progress: Progress | None = N
         yield open_release(request, source, folder, merged)
 
 
-def announce(plan: ReleasePlan) -> None:
-    """Say in the log what a run will take."""
-    if any(not file.finished for file in plan.files):
-        for line in plan.lines():
-            logger.info("%s", line)
+def announce(opened: Release, plan: ReleasePlan) -> None:
+    """Say in the log what a run will take; raises ``ResourceError`` if its memory or its disk is not there."""
+    if all(file.finished for file in plan.files):
+        return
+    if opened.request.run.device == CPU:
+        plan.needs.check()
+    staged = (remove_leftovers(output.path, dry_run=True) for output in opened.outputs())
+    plan.needs.check_disk(opened.request.folder, there=sum(left.nbytes for one in staged for left in one))
+    for line in plan.lines():
+        logger.info("%s", line)
 
 
 def write_outputs(
@@ -115,8 +122,9 @@ def finish(opened: Release, *, repository: str | None, elsewhere: Sequence[Path]
     entries = finished_entries(opened, elsewhere)
     if not entries:
         return ()
-    sums = dict(_digests(opened, entries))
-    replace_report(folder / CARD, card(opened, entries, repository).markdown())
+    modelfiles = write_modelfiles(opened, [entry.name for entry in entries])
+    sums = dict(_digests(opened, entries, modelfiles))
+    replace_report(folder / CARD, card(opened, entries, repository, modelfiles).markdown())
     replace_report(folder / CHECKSUMS, "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items())))
     return (*sorted(sums), CARD, CHECKSUMS)
 
@@ -145,19 +153,23 @@ def _record(place: Path) -> tuple[Receipt, dict[str, object]] | None:
     return None
 
 
-def _digests(opened: Release, entries: Sequence[CardEntry]) -> Iterator[tuple[str, str]]:
+def _digests(opened: Release, entries: Sequence[CardEntry], modelfiles: Sequence[Path]) -> Iterator[tuple[str, str]]:
     """The files of a release below its folder, and their SHA-256: of outputs as their receipts have them."""
     folder = opened.request.folder
     for entry in entries:
         yield from entry.digests()
         place = receipt_path(folder / entry.name)
         yield place.name, digest_file(place, place.name).sha256
+    for place in modelfiles:
+        yield place.name, digest_file(place, place.name).sha256
     matrix = opened.release_imatrix
     if matrix is not None and matrix.exists():
         yield matrix.name, digest_file(matrix, matrix.name).sha256
 
 
-def card(opened: Release, entries: Sequence[CardEntry], repository: str | None) -> Card:
+def card(
+    opened: Release, entries: Sequence[CardEntry], repository: str | None, modelfiles: Sequence[Path] = ()
+) -> Card:
     """The card of what is finished."""
     request, source = opened.request, opened.source
     asked = request.card
@@ -176,6 +188,7 @@ def card(opened: Release, entries: Sequence[CardEntry], repository: str | None) 
         made=_made(opened),
         text=opened.sentence(),
         imatrix=opened.release_imatrix.name if opened.release_imatrix is not None else None,
+        modelfiles=tuple(path.name for path in modelfiles),
     )
 
 
@@ -208,15 +221,10 @@ def collect_imatrix(opened: Release, progress: Progress | None) -> bool:
     done.
     """
     place, request, source = opened.release_imatrix, opened.request, opened.source
-    if place is None or request.imatrix_text is None:
+    needed = opened.imatrix_to_collect()
+    if place is None or needed is None:
         return False
-    chunks, dataset = opened.imatrix_chunks()
-    if place.exists():
-        with suppress(InputRefused):
-            if read_imatrix(place).dataset == dataset:
-                return False
-        if not request.run.force:
-            raise UsageError("release.other", f"{place}: exists, but comes from a different text or source")
+    chunks, dataset = needed
     with progress_or_null(progress, chunks.size, "importance matrix", unit="tokens") as bar:
         sums = importance.collect(
             source, chunks, threads=request.run.threads, folder=opened.folder, advance=bar.advance

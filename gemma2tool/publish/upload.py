@@ -17,6 +17,7 @@ from pathlib import Path
 from gemma2tool.containers import strict_json
 from gemma2tool.errors import InputRefused, UsageError
 from gemma2tool.model.progress import Progress
+from gemma2tool.pipeline.modelfile import SUFFIX as MODELFILE
 from gemma2tool.pipeline.report_files import replace_report
 from gemma2tool.pipeline.run import ConversionResult
 from gemma2tool.publish.card import CardEntry
@@ -60,13 +61,13 @@ def publish(request: PublishRequest, progress: Progress | None = None) -> Releas
         upload = _Upload(request, opened, target, remote)
         gone = upload.elsewhere()
         missing = opened.missing(gone)
-        announce(estimate(opened, missing, upload_to=target.name, discard=request.discard))
+        announce(opened, estimate(opened, missing, upload_to=target.name, discard=request.discard))
         if collect_imatrix(opened, progress):
             missing = opened.missing(gone)
         results = upload.outputs(missing, gone, progress)
         files = finish(opened, repository=target.name, elsewhere=upload.elsewhere())
         if files:
-            upload.send_rest()
+            upload.send_rest(files)
     return ReleaseResult(request.release.folder, files, results, tuple(upload.uploaded), target.name)
 
 
@@ -108,11 +109,12 @@ class _Upload:
             self._send_finished(missing[len(results) :])
         return tuple(results)
 
-    def send_rest(self) -> None:
-        """Upload what is of no single output."""
+    def send_rest(self, files: Sequence[str]) -> None:
+        """Upload what is of no single output, of the ``files`` of the release."""
         names = [CARD, CHECKSUMS]
         if self.opened.release_imatrix is not None:
             names.insert(0, self.opened.release_imatrix.name)
+        names += [name for name in files if name.endswith(MODELFILE) and "/" not in name]
         self._send({name: local_file(self.folder / name) for name in names}, "Add the card and the checksums")
 
     def elsewhere(self) -> tuple[Path, ...]:

@@ -9,6 +9,7 @@ import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -163,7 +164,61 @@ def test_an_importance_matrix_is_collected_once_and_released(text: Path, tmp_pat
 
 
 @pytest.mark.slow
-def test_adapters_are_merged_into_another_model(model: Path, text: Path, tmp_path: Path) -> None:
+def test_what_cannot_be_continued_is_refused_before_any_work(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with gemma2tool.open(TINY / "model.ckpt") as tiny:
+        config = replace(SMALL, vocab_size=tiny.config.vocab_size)
+    model, words, folder = tmp_path / "model", tmp_path / "words.txt", tmp_path / "out"
+    write_checkpoint(random_checkpoint(BFLOAT16, config), model)
+    shutil.copy(TINY / "tokenizer.model", model)
+    words.write_text("some words to collect from " * 40, "utf-8")
+    with monkeypatch.context() as patch:
+        patch.setattr("gemma2tool.pipeline.run._verify", _interrupt)
+        release(model, text, folder, types="q4_0", code=130)
+    assert "missing" in release(model, text, folder, "--dry-run", types="q4_0")
+    left = listing(folder)
+    with monkeypatch.context() as patch:
+        patch.setattr("gemma2tool.pipeline.importance.collect", None)
+        for options in (("--dry-run",), ()):
+            refused = release(model, text, folder, "--imatrix-text", words, *options, types="q4_0", code=2)
+            assert "resume.mismatch" in refused and "imatrix was absent" in refused and "--restart" in refused
+    assert listing(folder) == left
+    assert "missing" in release(model, text, folder, "--imatrix-text", words, "--restart", "--dry-run", types="q4_0")
+    assert listing(folder) == left
+    release(model, text, folder, "--imatrix-text", words, "--restart", types="q4_0")
+    assert not [name for name in listing(folder) if "staging" in name]
+
+
+def _interrupt(output: Any, *arguments: object) -> None:
+    """Ctrl-C when everything is written, and recorded."""
+    output.staging._recorder.close()
+    raise KeyboardInterrupt
+
+
+@pytest.mark.slow
+def test_modelfiles_beside_the_gguf_files(model: Path, text: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    assert "no type of the release is GGUF's" in release(model, text, folder, "--modelfile", types="nf4", code=2)
+    release(model, text, folder, "--modelfile", types="q4_0,nf4")
+    place = folder / "Small-it-Q4_0.Modelfile"
+    content = place.read_bytes()
+    assert content.startswith(b"FROM ./Small-it-Q4_0.gguf\n")
+    assert f"{hashlib.sha256(content).hexdigest()}  {place.name}" in (folder / "SHA256SUMS").read_text()
+    assert f"ollama create my-gemma -f {place.name}" in (folder / "README.md").read_text()
+    place.write_text("mine")
+    for options in (("--dry-run",), ()):
+        assert "output.exists" in release(model, text, folder, "--modelfile", *options, types="q4_0", code=2)
+    release(model, text, folder, types="q4_0")
+    assert place.read_text() == "mine"
+    release(model, text, folder, "--modelfile", "--force", types="q4_0")
+    assert place.read_bytes() == content
+
+
+@pytest.mark.slow
+def test_adapters_are_merged_into_another_model(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     safetensors = pytest.importorskip("safetensors.numpy")
     adapter = tmp_path / "style"
     adapter.mkdir()
@@ -176,6 +231,10 @@ def test_adapters_are_merged_into_another_model(model: Path, text: Path, tmp_pat
     tensors = {f"{name}.lora_{part}.weight": random.standard_normal(shape, "f4") for part, shape in parts.items()}
     safetensors.save_file(tensors, adapter / "adapter_model.safetensors")
     folder, options = tmp_path / "out", ("--lora", f"{adapter}=0.5", "--base-model", "org/small-it")
+    with monkeypatch.context() as patch:
+        patch.setattr("gemma2tool.pipeline.run._verify", _interrupt)
+        release(model, text, folder, *options, "--name", "Styled", types="q4_0", code=130)
+    assert "missing" in release(model, text, folder, *options, "--name", "Styled", "--dry-run", types="q4_0")
     release(model, text, folder, *options, "--name", "Styled", types="q4_0")
     gemma2tool.quantize(
         model, tmp_path / "direct.gguf", type="q4_0", adapters=[gemma2tool.Adapter(adapter, 0.5)], verify=False

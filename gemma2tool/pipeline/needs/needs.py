@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+from gemma2tool.errors import ResourceError
 from gemma2tool.pipeline.memory import check_memory, reported_memory
 from gemma2tool.storage.units import human_bytes, human_seconds
 
@@ -61,6 +63,17 @@ class Needs:
         """Raises ``ResourceError`` (``memory.exhausted``) if the system cannot give the least memory."""
         if self.least is not None:
             check_memory(self.least.memory, self.least.what, self.least.hint)
+
+    def check_disk(self, place: Path, *, there: int = 0) -> None:
+        """Raises ``ResourceError`` (``disk.full``) if the disk of ``place`` lacks the room. ``there``: bytes that an
+        earlier run has left of the same output.
+        """
+        if self.free is not None and (lack := self.disk - there - self.free) > 0:
+            raise ResourceError(
+                "disk.full",
+                f"{place}: needs {self.disk - there} bytes, {self.free} are free on its disk",
+                hint=f"free another {lack} bytes, or write to another disk",
+            )
 
     def announce(self) -> None:
         """Say in the log what a long run will take."""
@@ -134,4 +147,5 @@ def together(parts: Sequence[Needs]) -> Needs:
         source_bytes=sum(part.reads for part in parts) if len(sources) > 1 else parts[0].source_bytes,
         passes=1 if len(sources) > 1 else sum(part.passes for part in parts),
         remote=any(part.remote for part in parts),
+        least=max((part.least for part in parts if part.least), key=lambda least: least.memory, default=None),
     )

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.pipeline.layer_by_layer import group_size, layer_bytes, pass_count
+from gemma2tool.pipeline.memory import forward_bytes
 from gemma2tool.pipeline.needs import work
 from gemma2tool.pipeline.needs.needs import Least, Needs
 from gemma2tool.storage.paths import existing_folder
@@ -14,13 +15,17 @@ from gemma2tool.storage.syscalls import free_bytes
 _FLOAT = 4
 
 
-def imatrix_needs(source: Checkpoint, shape: tuple[int, int], folder: Path, *, threads: int) -> Needs:
-    """Of an importance matrix from ``shape`` (N, T) tokens; ``folder``: where the residual streams are kept."""
+def imatrix_needs(source: Checkpoint, shape: tuple[int, int], folder: Path, *, batch: int, threads: int) -> Needs:
+    """Of an importance matrix from ``shape`` (N, T) tokens, ``batch`` rows at a time; ``folder``: where the residual
+    streams are kept.
+    """
     config, (chunks, length) = source.config, shape
     passes = pass_count(config, chunks, length)
     seconds = work.forward_seconds(config, source.parameters, shape, threads, passes=passes)
     streams = min(chunks, group_size(config, length)) * length * config.hidden_size * _FLOAT
-    memory = work.forward_memory(config, (min(chunks, 4), length)) + layer_bytes(source)
+    shape = min(chunks, batch), length
+    memory = work.forward_memory(config, shape) + layer_bytes(source)
+    least = work.LEAST_TORCH_BYTES + layer_bytes(source) + forward_bytes(config, *shape)
     return Needs(
         steps={"importance matrix": seconds + work.IMPORT_SECONDS},
         memory=memory + work.fetching_bytes(source),
@@ -28,6 +33,7 @@ def imatrix_needs(source: Checkpoint, shape: tuple[int, int], folder: Path, *, t
         disk=streams,
         free=free_bytes(existing_folder(folder / "streams")),
         passes=passes,
+        least=Least(least, "a layer and its activations", "use a smaller --chunk, or close other programs"),
         **work.read_from(source),
     )
 

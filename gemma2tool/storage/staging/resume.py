@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import enum
 import os
+import shlex
 import stat
+from collections.abc import Collection
 from pathlib import Path
 
-from gemma2tool.errors import UsageError
+from gemma2tool.errors import ResourceError, UsageError
+from gemma2tool.storage.staging import journal
+from gemma2tool.storage.staging import place as staging_place
 from gemma2tool.storage.staging.journal import EarlierRun, Fingerprint
 from gemma2tool.storage.staging.kept import KeptFiles
 from gemma2tool.storage.staging.lock import NEW
@@ -28,6 +32,34 @@ class LeftoverState(enum.Enum):
     USEFUL = enum.auto()
     FOREIGN = enum.auto()
     USELESS = enum.auto()
+
+
+def check_leftovers(
+    destination: Path, fingerprint: Fingerprint, *, unknown: Collection[str] = (), restart: bool = False
+) -> None:
+    """Raises what staging ``destination`` would raise for what an earlier run left, before any work; changes nothing.
+    ``unknown``: names of the fingerprint that are not known yet. ``restart``: as of ``Staging``.
+
+    Raises ``UsageError`` (``resume.mismatch``) for other work, ``ResourceError`` for a process that works there.
+    """
+    if not staging_place.exists(destination):
+        return
+    try:
+        place = StagingPlace(destination, create=False)
+    except ResourceError as error:
+        if isinstance(error.__cause__, FileNotFoundError):  # its owner has just finished
+            return
+        raise
+    try:
+        earlier = journal.read(place.fd)
+        if earlier is None or restart:
+            return
+        known = {name: value for name, value in fingerprint.items() if name not in unknown}
+        known |= {name: earlier.fingerprint[name] for name in unknown if name in earlier.fingerprint}
+        if classify_leftovers(earlier, place, known) is LeftoverState.FOREIGN:
+            raise refusal(earlier, known, destination)
+    finally:
+        place.close()
 
 
 def classify_leftovers(run: EarlierRun, place: StagingPlace, fingerprint: Fingerprint) -> LeftoverState:
@@ -70,6 +102,6 @@ def refusal(run: EarlierRun, fingerprint: Fingerprint, destination: Path) -> Usa
     return UsageError(
         "resume.mismatch",
         f"{destination}: an unfinished run beside it does not match this one: {phrases}",
-        hint=f"repeat the earlier command, or start over: run 'gemma2tool clean {destination}' first, or add --restart "
-        "if the command takes it",
+        hint="repeat the earlier command, or start over with --restart, or remove what it left: "
+        f"gemma2tool clean {shlex.quote(str(destination))}",
     )
