@@ -107,7 +107,7 @@ class Output:
         return WriteOptions(
             type=self.type,
             gguf=self.options.gguf,
-            calibration=self.options.calibration,
+            calibration=self.options.calibration.for_type(self.type),
             packing=self.options.packing,
             adapters=self.adapters,
         )

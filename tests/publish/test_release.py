@@ -190,6 +190,13 @@ def test_what_cannot_be_continued_is_refused_before_any_work(
     assert not [name for name in listing(folder) if "staging" in name]
 
 
+@pytest.mark.slow
+def test_a_calibrated_output_is_recognized(model: Path, text: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    release(model, text, folder, "--calibration", text, types="q4_0")
+    assert "everything is there" in release(model, text, folder, "--calibration", text, "--dry-run", types="q4_0")
+
+
 def _interrupt(output: Any, *arguments: object) -> None:
     """Ctrl-C when everything is written, and recorded."""
     output.staging._recorder.close()
