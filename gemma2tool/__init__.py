@@ -1,19 +1,21 @@
-"""gemma2tool: convert, quantize and verify Gemma 2 checkpoints.
+"""Convert, quantize and verify Gemma 2 checkpoints.
 
     import gemma2tool
 
-    gemma2tool.convert("model.ckpt", "out-hf/")
-    result = gemma2tool.quantize("model.ckpt", "model.gguf", type="q4_k_m")
-    result.verification.passed
+    result = gemma2tool.quantize("model.ckpt", "model-q4_k_m.gguf", type="q4_k_m")
+    assert result.passed
 
-    with gemma2tool.open("model.gguf") as checkpoint:
-        checkpoint.tensors["model.norm.weight"].load()
+    with gemma2tool.open("model-q4_k_m.gguf") as checkpoint:
+        weight = checkpoint.tensors["model.norm.weight"].load()  # a NumPy array
 
-Functions: ``open``, ``convert``, ``quantize``, ``run``, ``plan``, ``verify``, ``check``, ``diff``, ``hash``,
-``logits``, ``imatrix``, ``sensitivity``, ``generate``, ``inspect``, ``formats``, ``clean``,
-``release``, ``publish``; see
-``help(gemma2tool.api)`` for these and for the classes of requests and results. Errors are the
-exceptions of ``gemma2tool.errors``.
+Write:    convert, quantize, run, release, publish; plan returns what they would write
+Compare:  verify, diff, check, scan, hash
+Compute:  logits, generate, imatrix, sensitivity, quality, merge
+Look:     open, inspect, formats, doctor
+Other:    sign, clean
+
+``help(gemma2tool.quantize)`` describes one function, ``help(gemma2tool.api)`` all of them, with the classes of
+requests and results. Errors are the exceptions of ``gemma2tool.errors``.
 """
 
 from __future__ import annotations
@@ -28,14 +30,19 @@ from gemma2tool.version import __version__ as __version__
 if TYPE_CHECKING:
     from gemma2tool.api import *  # noqa: F403  (type checkers see what __getattr__ gives)
 
+_FIRST = ("check", "convert", "inspect", "open", "quantize", "verify")
+"""What ``help(gemma2tool)`` describes besides the docstring. All names of ``gemma2tool.api`` are attributes."""
+
 
 def __getattr__(name: str) -> Any:
     """Load ``gemma2tool.api`` when one of its names is first used, so that importing the package costs nothing."""
-    if name == "__all__" or not name.startswith("_"):
+    if name == "__all__":
+        return list(_FIRST)
+    if not name.startswith("_"):
         api = import_module("gemma2tool.api")
         if name == "api":
             return api
-        if name == "__all__" or name in api.__all__:
+        if name in api.__all__:
             return getattr(api, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

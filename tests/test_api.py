@@ -5,6 +5,8 @@ commands.
 from __future__ import annotations
 
 import ast
+import pydoc
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -108,6 +110,15 @@ def test_names_are_listed_and_unknown_ones_are_not() -> None:
     assert gemma2tool.convert is api.convert
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = gemma2tool.nothing
+
+
+def test_help_is_short_and_names_functions() -> None:
+    """``help(gemma2tool)`` is read in a terminal; everything else is in ``help(gemma2tool.api)``."""
+    lines = pydoc.plain(pydoc.render_doc(gemma2tool)).splitlines()
+    assert len(lines) < 150
+    named = re.findall(r"^(?:Write|Compare|Compute|Look|Other): +(.*)", gemma2tool.__doc__ or "", re.M)
+    functions = set(re.findall(r"\w+", " ".join(named).replace("returns what they would write", "")))
+    assert functions <= set(api.__all__) and len(functions) > 20
 
 
 @pytest.mark.parametrize("name", api.__all__)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from gemma2tool.cli import options as o
-from gemma2tool.cli.outcome import show_results
+from gemma2tool.cli.outcome import MORE, show_results
 from gemma2tool.cli.progress import ProgressDisplay
 from gemma2tool.cli.reports import Reports
 from gemma2tool.cli.sharding import rank_of_torchrun
@@ -59,8 +59,8 @@ def carry_out(
         contents = [result.to_json() for result in results]
         console.emit_json(contents[0] if len(contents) == 1 else {"outputs": contents})
     show_results(results, console, verbose=output.verbose)
-    if not output.verbose and any(result.written and result.verification is not None for result in results):
-        console.note("every gate and measurement: -v, or --html report.html")
+    if not output.verbose and any(result.verification is not None for result in results):
+        console.note(MORE)
     for result in results:
         if result.budget is not None:
             for line in (*result.budget.choice.lines(), result.budget.sentence()):
@@ -174,10 +174,11 @@ def show_plans(plans: Sequence[PlanSummary], console: Console, *, tensors: bool)
             rows = [(item.name, "x".join(map(str, item.shape)), item.source_type, item.type) for item in plan.tensors]
             console.table(("tensor", "shape", "from", "to"), rows)
         console.table(
-            ("type", "tensors", "bytes"), [(name, str(count), f"{size:,}") for name, count, size in plan.types]
+            ("type", "tensors#", "bytes#"), [(name, str(count), f"{size:,}") for name, count, size in plan.types]
         )
         files = [(name, f"{size:,}") for name, size in (*plan.files, *plan.assets)]
-        console.table(("file", "bytes"), files)
+        if len(files) > 1:
+            console.table(("file", "bytes#"), files)
         if plan.budget is not None:
             header, *types = plan.budget.rows()
             console.table(header, types)

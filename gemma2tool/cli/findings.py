@@ -35,7 +35,7 @@ def show_verdict(
     grave = next((index for index, severity in enumerate(severities[:-1]) if counts[severity]), len(words) - 1)
     style = _STYLES[grave] if grave < len(words) - 1 else "bold green"
     counted = [_counted(count, severity) for severity, count in counts.items() if count]
-    console.line((words[grave], style), (f": {', '.join(counted) or 'nothing found'} in {subject}", ""))
+    console.paragraph((words[grave], style), (f": {', '.join(counted) or 'nothing found'} in {subject}", ""))
     for finding in findings:
         console.item(
             (finding.severity, styles[finding.severity]),

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-import textwrap
-
 from gemma2tool.cli import options as o
+
+_CHOICE = (
+    "docs/guide/types.md has the size and the memory of each type; quantize --target-size 5GiB finds the best GGUF of a"
+    " size, and --dry-run shows the size of any output"
+)
 
 
 def formats(quiet: o.Quiet = False, json_output: o.Json = False) -> None:
@@ -18,14 +21,14 @@ def formats(quiet: o.Quiet = False, json_output: o.Json = False) -> None:
         console.emit_json([entry.to_json() for entry in entries])
         return
     for entry in entries:
-        console.print(f"{entry.format}: {entry.files}")
-        console.print(f"    {entry.remarks}")
+        console.paragraph((f"{entry.format}: ", "bold"), (entry.files, ""))
+        console.paragraph((f"    {entry.remarks}", ""))
         if entry.install:
-            console.print(f"    to {entry.install_to} it: {entry.install}")
+            console.paragraph((f"    to {entry.install_to} it: {entry.install}", ""))
         lines = ["writes: " + " ".join(entry.types)]
         if entry.calibrated:
             floats = [type for type in entry.types if type not in entry.calibrated]
             lines.append(f"takes --calibration: all but {' '.join(floats)}")
         for line in lines:
-            for part in textwrap.wrap(line, 76, break_on_hyphens=False):
-                console.print(f"    {part}")
+            console.paragraph((f"    {line}", ""))
+    console.item(("which type", "bold"), (_CHOICE, ""))

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from gemma2tool.api import ConversionResult, Verification
 
 _logger = logging.getLogger("gemma2tool")
+MORE = "every gate and measurement: -v, or --html report.html"
+"""What is not on the screen."""
 _RATE_BYTES = 100 << 20
 """Size of a source from which on a rate says something."""
 

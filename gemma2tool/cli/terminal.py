@@ -34,6 +34,9 @@ _LABEL_WIDTH = 13
 _INDENT = 4
 """Columns by which the lines after the first one of a paragraph are indented."""
 _LEAST_WIDTH = 20
+"""Columns in which a text is not broken further."""
+_GAP = 3
+"""Columns between those of a table."""
 _PLAIN_SECONDS = 5.0
 """Time between two lines of progress where the output is not a terminal, at the beginning of a step."""
 _PLAIN_SHARE = 0.1
@@ -148,8 +151,14 @@ class Console:
         stream.flush()
 
     def table(self, columns: Sequence[str], rows: Iterable[Sequence[object]], *, title: str = "") -> None:
-        """Print a table to stdout. A column whose name ends in "#" is aligned right; the mark is not shown."""
+        """Print a table to stdout. A column whose name ends in "#" is aligned right; the mark is not shown. Where the
+        terminal is too narrow for it, every row is printed as a paragraph.
+        """
         if self.json:
+            return
+        cells = [[one_line(cell) for cell in row] for row in rows]
+        if not _fits(columns, cells, self._console(False).width):
+            self._records([column.removesuffix("#") for column in columns], cells, title)
             return
         from rich.box import SIMPLE_HEAD
         from rich.table import Table
@@ -159,6 +168,7 @@ class Console:
             title=self._text(False, (one_line(title), "bold")) if title else None,
             title_justify="left",
             pad_edge=False,
+            show_edge=False,  # no blank lines around it
         )
         for column in columns:
             table.add_column(
@@ -167,9 +177,19 @@ class Console:
                 overflow="fold",
                 no_wrap=column.endswith("#"),  # numbers stay whole
             )
-        for row in rows:
-            table.add_row(*(self._text(False, (one_line(cell), "")) for cell in row))
+        for row in cells:
+            table.add_row(*(self._text(False, (cell, "")) for cell in row))
         self._console(False).print(table, markup=False, highlight=False)
+
+    def _records(self, columns: Sequence[str], rows: Iterable[Sequence[str]], title: str) -> None:
+        """Rows as paragraphs: what stands up to the first named column, then names and values."""
+        if title:
+            self.line((title, "bold"))
+        first = next((index for index, column in enumerate(columns) if column), 0) + 1
+        for row in rows:
+            self.paragraph(("  ".join(filter(None, row[:first])), "bold"))
+            pairs = zip(columns[first:], row[first:], strict=True)
+            self.paragraph(("    " + ", ".join(f"{column} {cell}".strip() for column, cell in pairs if cell), ""))
 
     # -- messages ------------------------------------------------------------------------------------------------------
 
@@ -268,6 +288,14 @@ class Console:
         """In JSON mode, print the object of a failure to stdout."""
         if self.json:
             self.emit_json({"error": {"id": id, "message": message, "hint": hint, "exit_code": exit_code}})
+
+
+def _fits(columns: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> bool:
+    """Whether a table leaves its texts enough room beside its numbers, which stay whole."""
+    widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
+    texts = [width for column, width in zip(columns, widths, strict=True) if not column.endswith("#")]
+    room = width - (sum(widths) - sum(texts)) - _GAP * (len(widths) - 1)
+    return room >= sum(min(text, _LEAST_WIDTH) for text in texts)
 
 
 class _NullBar:

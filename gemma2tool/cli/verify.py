@@ -11,7 +11,7 @@ import typer
 
 from gemma2tool.cli import options as o
 from gemma2tool.cli.groups import completion
-from gemma2tool.cli.outcome import show_warnings
+from gemma2tool.cli.outcome import MORE, show_warnings
 from gemma2tool.cli.progress import ProgressDisplay
 from gemma2tool.cli.reports import Reports
 from gemma2tool.cli.terminal import Console
@@ -143,6 +143,8 @@ def verify(
     _show(result, console, options)
     reports.print_card([result], console)
     if not result.passed:
+        if not options.verbose:
+            console.note(MORE)
         annotate(candidates[0], "verification failed", result.verdict)
         raise typer.Exit(EXIT_VERIFICATION_FAILED)
 

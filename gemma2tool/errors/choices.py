@@ -1,4 +1,6 @@
-"""Hints for a value that is not one of those that exist: the one that was probably meant, then all of them."""
+"""Hints for a value that is not one of those that exist: the one that was probably meant, then all of them, or the
+command that lists them.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +48,10 @@ _OTHER_NAMES = {
     "top1": ("accuracy", "agreement"),
     "ppl-ratio": ("ppl", "perplexity"),
 }
-_CLOSE = 0.7
+_CLOSE = 0.66
+"""Similarity from which on a name is taken for a misspelt one: two of three characters agree."""
+_MOST_LISTED = 20
+"""Names that a hint lists."""
 
 
 def meant(text: str, names: Sequence[str]) -> list[str]:
@@ -60,10 +65,14 @@ def meant(text: str, names: Sequence[str]) -> list[str]:
 
 
 def hint(text: str, names: Iterable[str], *, more: str = "") -> str:
-    """The hint for ``text`` that is not one of ``names``: "did you mean nf4? Or choose ..."; ``more`` is appended."""
+    """The hint for ``text`` that is not one of ``names``: "did you mean nf4? If not, choose one of ..."; ``more`` is
+    appended. Only types are so many that the hint names the command that lists them instead.
+    """
     listed = list(names)
     likely = meant(text, listed)
     choice = f"choose one of {', '.join(listed)}{more}"
+    if len(listed) > _MOST_LISTED:
+        choice = f"'gemma2tool formats' lists the types{more}"
     return f"did you mean {' or '.join(likely)}? If not, {choice}" if likely else choice
 
 

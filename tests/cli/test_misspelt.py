@@ -90,7 +90,16 @@ def test_nonsense_is_not_guessed_at() -> None:
     for text in ("", "banana", "-", "zzz"):
         for names in (registry.NAMES, registry.by_name("gguf").types):
             assert choices.meant(text, names) == [], text
-            assert choices.hint(text, names).startswith("choose one of ")
+            long = len(names) > 20
+            assert choices.hint(text, names).startswith("'gemma2tool formats' lists" if long else "choose one of ")
+
+
+@pytest.mark.parametrize("text", ["q8_9", "q4km", "Q9", "int3"])
+def test_a_hint_is_short(text: str) -> None:
+    """The 37 types of GGUF are a command's output, not a hint."""
+    hint = choices.hint(text, registry.by_name("gguf").types)
+    assert len(hint) < 100 and "gemma2tool formats" in hint
+    assert ("q8_0" in hint) == (text == "q8_9")
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import time
@@ -211,6 +212,7 @@ class TestInterrupted:
         stopped = interrupted_after(4, monkeypatch, *WORDS["gguf"], "--no-verify")
         assert stopped.exit_code == 130
         assert "the same command continues" in stopped.stderr and "gemma2tool clean" in stopped.stderr
+        assert re.search(r"kept beside it \([\d.]+ [kM]B\)", stopped.stderr), "what clean would free"
         assert names(place) == [".out.gguf.gemma2tool-staging"]
         again = run(*WORDS["gguf"], "--no-verify")
         assert again.exit_code == 0 and "resumed: " in again.stderr

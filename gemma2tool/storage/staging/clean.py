@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 import stat
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from gemma2tool.errors import ResourceError, ToolError, UsageError
 from gemma2tool.storage.staging import lock as staging_lock
 from gemma2tool.storage.staging.lock import LOCK
-from gemma2tool.storage.staging.place import PREFIX, SUFFIX, StagingPlace, folder_name
+from gemma2tool.storage.staging.place import PREFIX, SUFFIX, StagingPlace, allocated_bytes, folder_name
 from gemma2tool.storage.syscalls import translate_os_errors
 
 
@@ -83,7 +82,7 @@ def _clean_one(destination: Path, dry_run: bool) -> Leftover | None:
         return None
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
         return None
-    nbytes = _size(staged)
+    nbytes = allocated_bytes(staged)
     try:
         place = StagingPlace(destination, create=False)
     except ToolError as error:
@@ -104,14 +103,3 @@ def _clean_one(destination: Path, dry_run: bool) -> Leftover | None:
         place.close()
     removed = not os.path.lexists(staged)
     return Leftover(staged, destination, nbytes, in_use=False, restored=restored, removed=removed, problem=problem)
-
-
-def _size(staged: Path) -> int:
-    """Bytes that the staged files take on the disk."""
-    total = 0
-    with suppress(RecursionError):  # folders nested too deeply: what has been counted so far
-        for folder, _, names in os.walk(staged):
-            for name in set(names) - {LOCK}:
-                with suppress(OSError):  # its owner has just removed it
-                    total += os.lstat(os.path.join(folder, name)).st_blocks * 512
-    return total

@@ -54,6 +54,17 @@ def exists(destination: str | os.PathLike[str]) -> bool:
     return destination.name not in ("", "..") and os.path.lexists(destination.with_name(folder_name(destination.name)))
 
 
+def allocated_bytes(folder: Path) -> int:
+    """Bytes that the files in a staging place take on the disk."""
+    total = 0
+    with suppress(RecursionError):  # folders nested too deeply: what has been counted so far
+        for parent, _, names in os.walk(folder):
+            for name in set(names) - {LOCK}:
+                with suppress(OSError):  # its owner has just removed it
+                    total += os.lstat(os.path.join(parent, name)).st_blocks * 512
+    return total
+
+
 class StagingPlace:
     """The locked staging place of one destination.
 

@@ -9,6 +9,7 @@ continues it.
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
@@ -24,11 +25,12 @@ from gemma2tool.storage.staging import resume as staging_resume
 from gemma2tool.storage.staging.journal import EarlierRun, Fingerprint, Journal
 from gemma2tool.storage.staging.kept import KeptFiles
 from gemma2tool.storage.staging.lock import NEW, OLD
-from gemma2tool.storage.staging.place import StagingPlace, remove_tree
+from gemma2tool.storage.staging.place import StagingPlace, allocated_bytes, remove_tree
 from gemma2tool.storage.staging.recorder import Recorder
 from gemma2tool.storage.staging.resume import LeftoverState
 from gemma2tool.storage.staging.staged_file import StagedFile
 from gemma2tool.storage.syscalls import free_bytes, sync_folder, translate_os_errors
+from gemma2tool.storage.units import human_bytes
 
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
@@ -331,9 +333,10 @@ class Staging:
         elif self._has_progress and error is not None and _may_succeed_later(error):
             self._keep = True
             if not self.finished:
+                nbytes = human_bytes(allocated_bytes(self._staging.path))
                 error.add_note(
-                    f"{self.destination}: what is complete is kept beside it; the same command continues, "
-                    f"'gemma2tool clean {self.destination}' removes it"
+                    f"{self.destination}: what is complete is kept beside it ({nbytes}): the same command continues, "
+                    f"'gemma2tool clean {shlex.quote(str(self.destination))}' removes it"
                 )
         for file in self._files:
             file.abandon()

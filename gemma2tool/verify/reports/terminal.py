@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
@@ -14,12 +15,13 @@ from gemma2tool.verify.result import Side, Verification
 if TYPE_CHECKING:
     from gemma2tool.verify.difference import Difference
 
+_IN_LAYER = re.compile(r"(.*\.layers\.)(\d+)(\..*)")
 _MAX_NAMES = 6
 """Names shown of the tensors and fields that a cause explains."""
 _MAX_FINDINGS = 12
 """Findings of one gate that are shown; JSON has all of them."""
-_MAX_EXPLAINED = 3
-"""The same where causes explain the failure."""
+_MAX_WARNINGS = 3
+"""Warnings shown of a gate that passed."""
 _MAX_WORST = 5
 _PROMPT_END = 8
 """Tokens of a prompt that are shown before its continuation."""
@@ -62,8 +64,8 @@ _KL_STATISTICS = (
 
 @dataclass(frozen=True)
 class _GateStyle:
-    """How gates are shown: the width of their names, the number of findings, the marks, the words for severities, and
-    whether ``notes`` are among the findings.
+    """How gates are shown: the width of their names, the number of findings besides the first one (0: the summary says
+    enough), the marks, the words for severities, and whether ``notes`` are among the findings.
     """
 
     width: int
@@ -77,16 +79,16 @@ def render_verification(result: Verification, out: Out, *, verbose: bool = False
     """Show a verification, the verdict first.
 
     One that passed: its quality in a line, and the gates that have something to say. One that failed: the causes, then
-    every gate that did not pass with its findings, then the measurements. ``verbose``: every gate with all findings,
-    and the measurements.
+    every gate that did not pass with its findings. ``verbose``: both sides, every gate with all findings, and the
+    measurements.
     """
     render_verdict(result, out)
     for cause in result.causes:
         _render_cause(cause, out)
-    if verbose or not result.passed:
+    if verbose:
         _render_sides(result, out)
     width = max((len(gate.name) for gate in result.gates), default=0)
-    style = _GateStyle(width, _MAX_EXPLAINED if result.causes else _MAX_FINDINGS, notes=verbose)
+    style = _GateStyle(width, 0 if result.causes and not verbose else _MAX_FINDINGS, notes=verbose)
     if verbose:
         for gate in result.gates:
             _render_gate(gate, style, out)
@@ -108,7 +110,6 @@ def render_verification(result: Verification, out: Out, *, verbose: bool = False
         passed = [gate.name for gate in result.gates if gate.status == "passed"]
         if passed:
             out.item(("passed", "bold"), (", ".join(passed), ""))
-        _render_measurements(result, out)
 
 
 def render_verdict(result: Verification, out: Out) -> None:
@@ -132,7 +133,7 @@ def _with_types(side: Side) -> str:
 
 def _render_warnings(gate: GateResult, out: Out) -> None:
     """The findings of a gate that passed, without the notes."""
-    for finding in [finding for finding in gate.findings if finding.severity != "note"][:_MAX_EXPLAINED]:
+    for finding in [finding for finding in gate.findings if finding.severity != "note"][:_MAX_WARNINGS]:
         out.item(
             (gate.name, "bold"), (f"{finding.severity}: ", _SEVERITY_STYLES[finding.severity]), (finding.sentence, "")
         )
@@ -189,17 +190,37 @@ def _render_gate(gate: GateResult, style: _GateStyle, out: Out) -> None:
         word = style.words.get(finding.severity, finding.severity)
         out.paragraph((f"    {word}: ", _SEVERITY_STYLES[finding.severity]), (finding.sentence, ""))
     hidden = len(findings) - len(shown)
-    if hidden:
+    if hidden and style.findings:
         out.line((f"    and {hidden} more (--json lists them all)", "dim"))
 
 
 def _render_cause(cause: Cause, out: Out) -> None:
     """Show what went wrong, and the tensors or fields that it explains."""
     out.paragraph(("cause: ", "bold red"), (cause.message, "bold"), (f" [{cause.id}]", "dim"))
-    names = (*cause.fields, *cause.tensors)
+    names = (*cause.fields, *by_layers(cause.tensors))
     if names:
         more = f" and {len(names) - _MAX_NAMES} more" if len(names) > _MAX_NAMES else ""
         out.paragraph((f"    {', '.join(names[:_MAX_NAMES])}{more}", "dim"))
+
+
+def by_layers(tensors: Sequence[str]) -> list[str]:
+    """The names of tensors; one name for a weight in several layers: "model.layers.{0-5}.mlp.up_proj.weight"."""
+    layers: dict[tuple[str, str], list[int]] = {}
+    for name in tensors:
+        match = _IN_LAYER.fullmatch(name)
+        layers.setdefault((match[1], match[3]) if match else (name, ""), []).append(int(match[2]) if match else 0)
+    return [f"{start}{_ranges(numbers)}{end}" if end else start for (start, end), numbers in layers.items()]
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """ "3" for one number, "{0-2,5}" for several."""
+    ordered = sorted(set(numbers))
+    if len(ordered) == 1:
+        return str(ordered[0])
+    firsts = [n for n in ordered if n - 1 not in ordered]
+    lasts = [n for n in ordered if n + 1 not in ordered]
+    runs = (str(a) if a == b else f"{a}-{b}" for a, b in zip(firsts, lasts, strict=True))
+    return f"{{{','.join(runs)}}}"
 
 
 def _render_measurements(result: Verification, out: Out) -> None:
