@@ -43,7 +43,9 @@ def prepare(folder: Path, fixture_dir: Path) -> None:
     write_checkpoint(random_checkpoint(BFLOAT16, config), model)
     for name in TOKENIZER:
         shutil.copy(fixture_dir / name, model)
-    shutil.copy(fixture_dir / "heldout.txt", folder / "text.txt")
+    text = (fixture_dir / "heldout.txt").read_text("utf-8")
+    (folder / "text.txt").write_text(text[: len(text) // 2], "utf-8")
+    (folder / "another-text.txt").write_text(text[len(text) // 2 :][:6000], "utf-8")
     adapter = folder / "adapter"
     adapter.mkdir()
     settings = {
@@ -73,7 +75,8 @@ def test_every_command_works(fixture_dir: Path, tmp_path: Path, monkeypatch: pyt
 
 @pytest.mark.slow
 def test_sizes_are_those_of_the_layouts() -> None:
-    assert type_sizes.table() in (GUIDE / "types.md").read_text("utf-8")
+    page = (GUIDE / "types.md").read_text("utf-8")
+    assert type_sizes.table() in page and type_sizes.fits() in page
 
 
 def test_every_page_is_in_the_navigation() -> None:

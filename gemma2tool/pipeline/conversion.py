@@ -18,6 +18,7 @@ from gemma2tool.model.devices import CPU, use_device
 from gemma2tool.model.lazy import SharedRows
 from gemma2tool.model.progress import Progress
 from gemma2tool.pipeline.destinations import Destination, destinations, folder_of_several, input_files
+from gemma2tool.pipeline.held_out import warn_of_chosen_text
 from gemma2tool.pipeline.inputs import read_prompts
 from gemma2tool.pipeline.leftovers import refuse_other_leftovers
 from gemma2tool.pipeline.modelfile import check_modelfile, modelfile, write_modelfile
@@ -164,6 +165,8 @@ def open_conversion(request: ConversionRequest, progress: Progress | None = None
             plans = [replace(plan, budget=budget.choice) for plan in _plans(read, outputs, request)]
         for remark in plan_remarks(plans):
             logger.warning("%s", remark)
+        for output in outputs if request.checks is not None else ():
+            warn_of_chosen_text(request.checks.files, output.options)
         yield Conversion(request, source, outputs, plans, budget)
 
 

@@ -20,6 +20,7 @@ from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.config import Gemma2Config
 from gemma2tool.model.devices import CPU, use_device
 from gemma2tool.model.progress import Progress
+from gemma2tool.pipeline.held_out import warn_of_text_in_receipt
 from gemma2tool.pipeline.inputs import read_logits, read_prompts, read_tokens, resolve_config
 from gemma2tool.pipeline.opening import is_remote, log_warnings, open_source
 from gemma2tool.pipeline.report_files import ReportFiles
@@ -253,6 +254,7 @@ def _with_source(request: VerifyRequest, reference: Path | str, progress: Progre
         request.reports.check((*source.files, *candidate.files))
         log_warnings(source, source.path.name)
         log_warnings(candidate, candidate.path.name)
+        warn_of_text_in_receipt(request.checks.files, candidate.path)
         ids = read_prompts(request.checks.tokens, request.checks.text, source)
         checks = ResolvedChecks(ids, request.checks.gates, request.readers, request.checks)
         _check_needs(source, candidate, ids, request.threads, readers=request.readers, device=request.device)

@@ -22,12 +22,14 @@ from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.pipeline import receipts
 from gemma2tool.pipeline.calibration.text import LENGTH, SAMPLES, read_sequences
 from gemma2tool.pipeline.fingerprint import source_identity
+from gemma2tool.pipeline.held_out import overlap, warn_of
 from gemma2tool.pipeline.importance import chunks_of
 from gemma2tool.pipeline.output_names import FLOAT_DTYPES
 from gemma2tool.pipeline.prompt import PromptTokenizer
 from gemma2tool.pipeline.requests import Checks, ConversionRequest, OutputRequest
 from gemma2tool.pipeline.sensitivity.table import Text
 from gemma2tool.pipeline.sensitivity.windows import ALL, describe
+from gemma2tool.publish.defaults import BUILT_IN
 from gemma2tool.publish.names import (
     IMATRIX,
     check_model_name,
@@ -266,6 +268,9 @@ def open_release(
     model = request.model or model_name(source)
     check_names((output_name(request.template, model, type) for type in request.types), request.template, model)
     path = text_file(request.text, "measurement", folder)
+    for chosen in (request.imatrix_text, request.calibration):
+        if chosen is not None and str(chosen) != BUILT_IN and overlap(path, Path(chosen)):
+            warn_of(path, "the codes are chosen by it")
     ids = read_sequences(path, source, samples=ALL, length=None)
     count = min(math.ceil(request.tokens / ids.shape[1]), len(ids))
     ids = ids[np.linspace(0, len(ids) - 1, count).astype(np.int64)]

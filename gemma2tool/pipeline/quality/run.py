@@ -19,6 +19,7 @@ from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.devices import CPU, use_device
 from gemma2tool.model.progress import Progress, progress_or_null
 from gemma2tool.pipeline.calibration.text import LENGTH, SAMPLES, read_sequences
+from gemma2tool.pipeline.held_out import warn_of_chosen_text, warn_of_text_in_receipt
 from gemma2tool.pipeline.memory import check_memory
 from gemma2tool.pipeline.output_names import check_type
 from gemma2tool.pipeline.plan import make_plan
@@ -72,6 +73,7 @@ def measure_quality(source: Checkpoint, request: QualityRequest, progress: Progr
     that no choice of types meets; ``InputRefused`` for a file or a table of another model.
     """
     _check(request)
+    _warn_of_chosen_text(request)
     ids = {label: _windows(source, path, request) for label, path in request.texts}
     texts = {label: describe(path, ids[label]) for label, path in request.texts}
     for path in request.files:
@@ -114,6 +116,15 @@ def _check(request: QualityRequest) -> None:
     if request.sensitivity is not None and not request.calibration.is_asked:
         hint = "give the text with --calibration"
         raise UsageError("option.ignored", "--sensitivity has no effect without --calibration", hint=hint)
+
+
+def _warn_of_chosen_text(request: QualityRequest) -> None:
+    """Files on texts that their receipts name; and this run's own calibration and importance matrix."""
+    measured = [path for _, path in request.texts]
+    options = WriteOptions(calibration=request.calibration, gguf=GGUFOptions(imatrix=request.imatrix))
+    warn_of_chosen_text(measured, options)
+    for file in request.files:
+        warn_of_text_in_receipt(measured, file)
 
 
 def _windows(source: Checkpoint, path: Path, request: QualityRequest) -> NDArray[np.int64]:
