@@ -165,6 +165,45 @@ INLINE I load_bytes(const uint8_t* p) {
 #endif
 }
 
+typedef int8_t Bytes __attribute__((vector_size(16)));
+
+// The low bytes of 16 ints.
+INLINE Bytes low_bytes(const I* x) {
+#if defined(__AVX512F__)
+    return (Bytes)_mm512_cvtepi32_epi8((__m512i)x[0]);
+#elif defined(__AVX2__)
+    const __m256i mixed = _mm256_packus_epi32((__m256i)(x[0] & 255), (__m256i)(x[1] & 255));
+    const __m256i shorts = _mm256_permute4x64_epi64(mixed, 0xd8);
+    return (Bytes)_mm_packus_epi16(_mm256_castsi256_si128(shorts), _mm256_extracti128_si256(shorts, 1));
+#elif defined(__SSE2__)
+    const __m128i low = _mm_packs_epi32((__m128i)(x[0] & 255), (__m128i)(x[1] & 255));
+    const __m128i high = _mm_packs_epi32((__m128i)(x[2] & 255), (__m128i)(x[3] & 255));
+    return (Bytes)_mm_packus_epi16(low, high);
+#else
+    Bytes y;
+    for (int i = 0; i < 16; ++i) y[i] = (int8_t)x[i / LANES][i % LANES];
+    return y;
+#endif
+}
+
+// The bits that leave a byte enter the next one; processors have no shifts of bytes.
+template <int BITS>
+INLINE Bytes shifted_left(Bytes x) {
+    typedef uint16_t Shorts __attribute__((vector_size(16)));
+    return (Bytes)((Shorts)x << BITS);
+}
+
+// Bit i is set where byte i is negative.
+INLINE uint32_t sign_bits(Bytes x) {
+#if defined(__SSE2__)
+    return (uint32_t)_mm_movemask_epi8((__m128i)x);
+#else
+    uint32_t b = 0;
+    for (int i = 0; i < 16; ++i) b |= (uint32_t)(x[i] < 0) << i;
+    return b;
+#endif
+}
+
 // LANES unsigned shorts as ints.
 INLINE I load_shorts(const uint16_t* p) {
 #if defined(__AVX512F__)
