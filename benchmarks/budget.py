@@ -2,6 +2,7 @@
 
     python benchmarks/budget.py                                 # at the size of each K and IQ mixture, calibrated
     python benchmarks/budget.py --types q4_k_m,iq3_xxs
+    python benchmarks/budget.py --types iq2_s --hessian model   # the same choice of types, rounded better
     python benchmarks/budget.py --points 30 --svg points.svg    # 30 sizes, with an importance matrix
 
 The first prints, for each mixture, the KL of the file with an importance matrix and of the best choice of types at its
@@ -61,6 +62,7 @@ def main() -> int:
     parser.add_argument("--points", type=int, help="so many sizes instead, with an importance matrix")
     parser.add_argument("--candidates", default="", help="types to choose from; default: those of the command")
     parser.add_argument("--table", type=Path, help="the sensitivity table; collected if it does not exist")
+    parser.add_argument("--hessian", choices=("layer", "model"), default="layer", help="of the files, not of the table")
     parser.add_argument("--svg", type=Path, help="write the points as a plot")
     parser.add_argument("--windows", type=int, default=25, help="held-out windows")
     parser.add_argument("--samples", type=int, default=64, help="windows of calibration text")
@@ -85,7 +87,12 @@ def main() -> int:
             how = WriteOptions(type="q8_0", gguf=GGUFOptions(imatrix=run.importance_matrix))
             print_points(Campaign(run, read_table(table), how), arguments.points, arguments.svg)
         else:
-            text = Calibration(text=run.calibration_text, samples=arguments.samples, length=ids.shape[1])
+            text = Calibration(
+                text=run.calibration_text,
+                samples=arguments.samples,
+                length=ids.shape[1],
+                hessian=arguments.hessian,
+            )
             print_mixtures(
                 Campaign(run, read_table(table), WriteOptions(type="q8_0", calibration=text)),
                 arguments.types.split(","),
