@@ -78,6 +78,7 @@ arguments=(${lines[@]+"${lines[@]}"})
 if [ -n "${GITHUB_STEP_SUMMARY:-}" ]; then arguments+=(--summary "$GITHUB_STEP_SUMMARY"); fi
 if [ -n "${G2T_HTML:-}" ]; then arguments+=(--html "$G2T_HTML"); fi
 if [ -n "${G2T_JUNIT:-}" ]; then arguments+=(--junit "$G2T_JUNIT"); fi
+if [ -n "${G2T_JSON:-}" ]; then arguments+=(--json); fi
 
 # The runner takes commands from anything that is printed, also in the middle of a line (##[...]), and a file's name or
 # a token can hold them. It is told to stop until it reads a word that nobody can guess; annotations follow after that.
@@ -86,7 +87,11 @@ GEMMA2TOOL_ANNOTATIONS="$(mktemp)"
 fence="$(od -An -N32 -tx1 /dev/urandom | tr -d ' \n')"
 code=0
 echo "::stop-commands::$fence"
-gemma2tool "$G2T_COMMAND" "${arguments[@]}" 2>&1 || code=$?
+if [ -n "${G2T_JSON:-}" ]; then # messages to the log, the document to the file
+  gemma2tool "$G2T_COMMAND" "${arguments[@]}" 2>&1 >"$G2T_JSON" || code=$?
+else
+  gemma2tool "$G2T_COMMAND" "${arguments[@]}" 2>&1 || code=$?
+fi
 echo
 echo "::$fence::"
 cat "$GEMMA2TOOL_ANNOTATIONS"

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from typer.main import get_command
 
 from gemma2tool import api
 from gemma2tool.cli import precommit
@@ -131,10 +132,29 @@ def test_inputs_reach_the_script_in_the_environment_only() -> None:
     assert all(any(f"inputs.{name} " in text for text in used) for name in ACTION["inputs"])
 
 
-def test_the_example_names_inputs_that_exist() -> None:
-    workflow = yaml.safe_load((ROOT / "examples" / "workflow.yml").read_text())
-    uses = [step for step in workflow["jobs"]["verify"]["steps"] if step.get("uses", "").startswith("gemma2tool/")]
-    assert uses and all(set(step["with"]) <= set(ACTION["inputs"]) for step in uses)
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.yml")), ids=lambda path: path.stem)
+def test_examples_name_inputs_and_options_that_exist(path: Path) -> None:
+    steps = [step for job in yaml.safe_load(path.read_text())["jobs"].values() for step in job["steps"]]
+    uses = [step["with"] for step in steps if step.get("uses", "").startswith("gemma2tool/")]
+    assert uses and all(set(inputs) <= set(ACTION["inputs"]) for inputs in uses)
+    program = get_command(app)
+    context = program.context_class(program, info_name="gemma2tool")
+    for inputs in uses:
+        name, command, arguments = program.resolve_command(context, [inputs["command"], *inputs["arguments"].split()])
+        command.make_context(name, arguments, parent=context)
+
+
+def test_the_document_goes_to_a_file_and_messages_to_the_log(tmp_path: Path) -> None:
+    fake = tmp_path / "bin" / "gemma2tool"
+    fake.parent.mkdir()
+    fake.write_text("#!/bin/sh\necho '{}'\necho \"$*\" >&2\n")
+    fake.chmod(0o755)
+    environment = {"PATH": f"{fake.parent}:{os.environ['PATH']}", "G2T_COMMAND": "verify", "G2T_ARGUMENTS": "m.gguf"}
+    environment |= {"G2T_HOME": str(ROOT), "G2T_INSTALL": "no", "G2T_JSON": "re port.json"}
+    script = ["bash", str(ROOT / "scripts" / "action.sh"), "run"]
+    process = subprocess.run(script, env=environment, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert (tmp_path / "re port.json").read_text() == "{}\n"
+    assert "verify m.gguf --json" in process.stdout and "{}" not in process.stdout
 
 
 @pytest.mark.slow
