@@ -33,7 +33,7 @@ def check(
     quiet: o.Quiet = False,
     json_output: o.Json = False,
 ) -> None:
-    """Check whether a checkpoint is sane, without its source; reads every tensor once.
+    """Check whether a checkpoint is sane. Its source is not needed; every tensor is read once.
 
     Values, norms, config, tokenizer, chat template, quantization, known faults of the program that wrote it. Exit code
     0: sane, 1: doubts, 3: cannot be read. docs/check.md lists what is checked.

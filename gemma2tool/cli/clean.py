@@ -22,7 +22,7 @@ def clean(
     quiet: o.Quiet = False,
     json_output: o.Json = False,
 ) -> None:
-    """Remove what interrupted runs staged beside PATH and, if it is a folder, directly inside it.
+    """Remove what interrupted runs left. It is staged beside PATH and, if PATH is a folder, directly inside it.
 
     Finished outputs are not touched. What a running process is working on, and files that gemma2tool did not create,
     are left alone (exit code 4).

@@ -32,7 +32,7 @@ def convert(
     output: o.OutputOptions,
     reports: Reports,
 ) -> None:
-    """Convert a checkpoint to another format, and verify the result.
+    """Convert a checkpoint to another format. The output is verified before it gets its name.
 
     If SRC is an adapter and DST ends in .gguf, a LoRA adapter for llama.cpp is written; --config names its base model.
 

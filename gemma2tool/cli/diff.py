@@ -21,7 +21,7 @@ def diff(
     quiet: o.Quiet = False,
     json_output: o.Json = False,
 ) -> None:
-    """Compare two checkpoints, neither of which is the reference: tensors as values, config, tokenizer, logits.
+    """Compare any two checkpoints. Tensors as values, config, tokenizer, logits; neither side is the reference.
 
     Exit code 0 if they are the same model, 1 if not.
     """

@@ -19,8 +19,8 @@ def doctor(
     quiet: o.Quiet = False,
     json_output: o.Json = False,
 ) -> None:
-    """Show versions, kernels, processors, memory, disk, extras and GPU, as a bug report needs them. Exit code 4 if
-    something is missing that every command needs.
+    """Show what a bug report needs. Versions, kernels, processors, memory, disk, extras, GPU. Exit code 4 if something
+    is missing that every command needs.
     """
     from gemma2tool import api
 

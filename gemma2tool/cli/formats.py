@@ -11,7 +11,7 @@ _CHOICE = (
 
 
 def formats(quiet: o.Quiet = False, json_output: o.Json = False) -> None:
-    """List the formats and the types that can be read and written."""
+    """List the formats and types. The types are those that can be written."""
     from gemma2tool import api
     from gemma2tool.cli.terminal import Console
 

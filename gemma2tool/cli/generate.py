@@ -46,7 +46,7 @@ def generate(
     prompt: Annotated[str, typer.Option("--prompt", "-p", metavar="TEXT", help="The prompt.")],
     options: GenerateOptions,
 ) -> None:
-    """Generate text from a prompt, token by token, in the chat template if the checkpoint has one."""
+    """Generate text from a prompt. The chat template is applied if the checkpoint has one."""
     from gemma2tool import api
     from gemma2tool.cli.terminal import Console
 

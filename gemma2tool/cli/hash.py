@@ -17,8 +17,8 @@ def hash(
     quiet: o.Quiet = False,
     json_output: o.Json = False,
 ) -> None:
-    """Print digests of a checkpoint's values: equal for the same model in any format, stored type, layout or number of
-    files.
+    """Print digests of a checkpoint's values. They are equal for the same model in any format, stored type, layout or
+    number of files.
 
     Two checkpoints with the same "model" digest give the same logits for the same token ids.
     """

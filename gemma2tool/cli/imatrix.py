@@ -36,7 +36,9 @@ def imatrix(
     quiet: o.Quiet = False,
     json_output: o.Json = False,
 ) -> None:
-    """Collect an importance matrix with the built-in forward pass, layer by layer, from a checkpoint of any format."""
+    """Collect an importance matrix from a text. The built-in forward pass runs layer by layer, on a checkpoint of any
+    format.
+    """
     from gemma2tool import api
     from gemma2tool.cli.progress import ProgressDisplay
     from gemma2tool.cli.terminal import Console

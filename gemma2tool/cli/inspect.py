@@ -33,7 +33,7 @@ def inspect(
     quiet: o.Quiet = False,
     json_output: o.Json = False,
 ) -> None:
-    """Show what a checkpoint is: size, type, context, stops, and what runs it. Reads no weights."""
+    """Show what a checkpoint is. Size, type, context, stops, and what runs it; no weights are read."""
     from gemma2tool import api
 
     console = Console(quiet=quiet, json=json_output)

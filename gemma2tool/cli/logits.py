@@ -26,7 +26,7 @@ def logits(
     quiet: o.Quiet = False,
     json_output: o.Json = False,
 ) -> None:
-    """Write the float32 logits of every position, computed one layer at a time by the built-in forward pass."""
+    """Write the float32 logits of token ids. The built-in forward pass computes them one layer at a time."""
     from gemma2tool import api
     from gemma2tool.cli.terminal import Console
 

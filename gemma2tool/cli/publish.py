@@ -33,7 +33,7 @@ def publish(
     *,
     options: ReleaseOptions,
 ) -> None:
-    """Make the files of a release, and upload what is finished and verified."""
+    """Make and upload the files of a release. A file is uploaded once it is finished and verified."""
     from gemma2tool import api
 
     console = Console(quiet=options.quiet, json=options.json_output)

@@ -62,7 +62,7 @@ def quality(
     *,
     calibration: Calibration,
 ) -> None:
-    """Measure what each type costs in quality: KL divergence from the source against the size of the file.
+    """Measure what each type costs in quality. The result is the KL divergence from the source against the size.
 
     Files are written to a temporary folder, measured and removed. With --calibration, each type is measured with an
     importance matrix and calibrated.

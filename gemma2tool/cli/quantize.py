@@ -41,7 +41,7 @@ def quantize(
     output: o.OutputOptions,
     reports: Reports,
 ) -> None:
-    """Quantize a checkpoint, straight from its original format, and verify the result."""
+    """Quantize a checkpoint of any format. The output is verified before it gets its name."""
     options = WriteOptions(
         dtype=dtype,
         allow_requantize=allow_requantize,

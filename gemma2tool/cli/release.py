@@ -153,7 +153,9 @@ def release(
     *,
     options: ReleaseOptions,
 ) -> None:
-    """Make the files of a release: quantized, verified, measured, with receipts, checksums and a card."""
+    """Make the files of a release. They are quantized, verified and measured, and come with receipts, checksums and a
+    card.
+    """
     from gemma2tool import api
 
     console = Console(quiet=options.quiet, json=options.json_output)

@@ -24,7 +24,7 @@ def scan(
     quiet: o.Quiet = False,
     json_output: o.Json = False,
 ) -> None:
-    """Look for dangers in a model's files, without loading, unpacking or running anything.
+    """Look for dangers in a model's files. Nothing is loaded, unpacked or run.
 
     Pickles, archives, Keras layers, chat templates, hidden characters, remote code, files that loaders act on. Exit
     code 0: clean, 1: something is dangerous or odd, 3: nothing there. docs/scan.md lists what is looked for.

@@ -83,7 +83,7 @@ def sensitivity(
     quiet: o.Quiet = False,
     json_output: o.Json = False,
 ) -> None:
-    """Collect what each matrix, stored in each type, costs in KL divergence at the output.
+    """Measure what each matrix costs in KL. The table has the KL divergence at the output for each matrix and type.
 
     The table serves every size of 'quantize --target-size', '--target-bpw' and '--target-kl'.
     """

@@ -42,7 +42,7 @@ def sign(
     quiet: o.Quiet = False,
     json_output: o.Json = False,
 ) -> None:
-    """Sign an output and its receipt; 'gemma2tool verify --signed-by' and 'model_signing verify' check it.
+    """Sign an output and its receipt. 'gemma2tool verify --signed-by' and 'model_signing verify' check the signature.
 
     Writes OUTPUT.sig and OUTPUT.receipt.json.sig, Sigstore bundles of the OpenSSF's model signing. The password of the
     key, if it has one, is taken from GEMMA2TOOL_KEY_PASSWORD. With --keyless, the identity is that of the token in

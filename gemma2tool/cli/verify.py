@@ -121,7 +121,7 @@ def verify(
     options: VerifyOptions,
     reports: Reports,
 ) -> None:
-    """Compare a checkpoint with the one it was made from, or, without that one, with its receipt. Exit code 1 if a gate
+    """Compare a checkpoint with its source. Without the source, it is compared with its receipt. Exit code 1 if a gate
     fails.
 
     With --reference: tensors, config, tokenizer, logits. With a receipt: whether files, values, config, tokenizer and
