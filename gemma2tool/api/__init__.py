@@ -22,7 +22,16 @@ from gemma2tool.api.arguments import Config, PathLike, Source, as_path
 from gemma2tool.api.elsewhere import ELSEWHERE
 from gemma2tool.api.publishing import plan_release, publish, release
 from gemma2tool.api.recipes import read_recipe, run_on_ray
-from gemma2tool.api.texts import imatrix, merge, quality, sensitivity, text_label
+from gemma2tool.api.texts import (
+    imatrix,
+    merge,
+    plan_imatrix,
+    plan_quality,
+    plan_sensitivity,
+    quality,
+    sensitivity,
+    text_label,
+)
 from gemma2tool.formats.option_info import parse_size
 from gemma2tool.formats.options import Adapter, Calibration, GGUFOptions, PackingOptions, SplitOptions, WriteOptions
 from gemma2tool.formats.options_budget import Budget, parse_candidates
@@ -61,8 +70,8 @@ if TYPE_CHECKING:
     from gemma2tool.pipeline.leftovers import Leftover
     from gemma2tool.pipeline.needs.needs import Needs
     from gemma2tool.pipeline.quality.files import QualityFiles
+    from gemma2tool.pipeline.quality.request import QualityRequest
     from gemma2tool.pipeline.quality.result import Estimate, QualityPoint, QualityResult
-    from gemma2tool.pipeline.quality.run import QualityRequest
     from gemma2tool.pipeline.ranks.together import rank_of_torchrun
     from gemma2tool.pipeline.recipe.run import RecipeRun
     from gemma2tool.pipeline.sensitivity.collect import SensitivityOptions
@@ -90,9 +99,9 @@ __all__ = [
     "WriteOptions", "candidates", "check", "clean", "convert", "convert_adapter", "default_threads", "diff", "doctor",
     "formats", "gate_names", "generate", "hash", "imatrix", "inspect", "is_adapter_conversion", "log_warnings",
     "logits", "merge", "open", "outputs_with_receipts", "parse_candidates", "parse_gates", "parse_shard", "plan",
-    "plan_release", "publish", "quality", "quantize", "rank_of_torchrun", "read_recipe", "release", "run",
-    "run_on_ray", "scan", "sensitivity", "shard_from_environment", "sign", "text_label", "verify", "verify_request",
-    "verify_several",
+    "plan_imatrix", "plan_quality", "plan_release", "plan_sensitivity", "publish", "quality", "quantize",
+    "rank_of_torchrun", "read_recipe", "release", "run", "run_on_ray", "scan", "sensitivity",
+    "shard_from_environment", "sign", "text_label", "verify", "verify_request", "verify_several",
 ]  # fmt: skip
 
 

@@ -15,7 +15,7 @@ ELSEWHERE = {
     "ImatrixOptions": "pipeline.importance", "ImatrixResult": "pipeline.importance",
     "Inspection": "pipeline.inspection", "Leftover": "pipeline.leftovers", "Needs": "pipeline.needs.needs",
     "QualityFiles": "pipeline.quality.files",
-    "QualityPoint": "pipeline.quality.result", "QualityRequest": "pipeline.quality.run",
+    "QualityPoint": "pipeline.quality.result", "QualityRequest": "pipeline.quality.request",
     "QualityResult": "pipeline.quality.result", "ScanFinding": "api.trust", "ScanResult": "api.trust",
     "SensitivityOptions": "pipeline.sensitivity.collect", "SensitivityResult": "pipeline.sensitivity.run",
     "SensitivityTable": "pipeline.sensitivity.table", "Verification": "verify.result", "doctor": "pipeline.doctor",

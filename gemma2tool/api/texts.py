@@ -13,9 +13,10 @@ from gemma2tool.pipeline.requests import default_threads
 
 if TYPE_CHECKING:
     from gemma2tool.pipeline.importance import ImatrixOptions, ImatrixResult
+    from gemma2tool.pipeline.needs.needs import Needs
     from gemma2tool.pipeline.quality.files import QualityFiles
+    from gemma2tool.pipeline.quality.request import QualityRequest
     from gemma2tool.pipeline.quality.result import QualityResult
-    from gemma2tool.pipeline.quality.run import QualityRequest
     from gemma2tool.pipeline.sensitivity.collect import SensitivityOptions
     from gemma2tool.pipeline.sensitivity.run import SensitivityResult
     from gemma2tool.pipeline.sharding.merge import MergeResult
@@ -40,6 +41,22 @@ def imatrix(
     options = options or importance.ImatrixOptions(threads=default_threads())
     with opened(source, config) as checkpoint:
         return importance.collect_imatrix(checkpoint, Path(text), Path(out), options, as_progress(progress))
+
+
+def plan_imatrix(
+    source: Source,
+    out: PathLike,
+    *,
+    text: PathLike,
+    config: Config | None = None,
+    options: ImatrixOptions | None = None,
+) -> Needs | None:
+    """What ``imatrix`` would take; nothing is written. None where a shard has nothing to run."""
+    from gemma2tool.pipeline import importance
+
+    options = options or importance.ImatrixOptions(threads=default_threads())
+    with opened(source, config) as checkpoint:
+        return importance.plan_imatrix(checkpoint, Path(text), Path(out), options)
 
 
 def sensitivity(
@@ -67,6 +84,25 @@ def sensitivity(
         return run.collect_sensitivity(checkpoint, paths, options, as_progress(progress))
 
 
+def plan_sensitivity(
+    source: Source,
+    out: PathLike,
+    *,
+    calibration: PathLike | None = None,
+    text: PathLike | None = None,
+    merge: Sequence[PathLike] = (),
+    config: Config | None = None,
+    options: SensitivityOptions | None = None,
+) -> Needs:
+    """What ``sensitivity`` would take, without the time, which is not estimated; nothing is written."""
+    from gemma2tool.pipeline.sensitivity import collect, run
+
+    options = options or collect.SensitivityOptions(threads=default_threads())
+    paths = run.SensitivityPaths(Path(out), as_path(calibration), as_path(text), tuple(map(Path, merge)))
+    with opened(source, config) as checkpoint:
+        return run.plan_sensitivity(checkpoint, paths, options)
+
+
 def quality(
     source: Source,
     request: QualityRequest,
@@ -87,6 +123,18 @@ def quality(
         if files is not None:
             files.write(result)
         return result
+
+
+def plan_quality(
+    source: Source, request: QualityRequest, *, config: Config | None = None, files: QualityFiles | None = None
+) -> Needs:
+    """What ``quality`` would take; nothing is written."""
+    from gemma2tool.pipeline.quality.run import plan_quality as plan
+
+    with opened(source, config) as checkpoint:
+        if files is not None:
+            files.check((*checkpoint.files, *request.inputs))
+        return plan(checkpoint, request)
 
 
 def merge(out: PathLike, parts: Sequence[PathLike] = (), *, force: bool = False) -> MergeResult:

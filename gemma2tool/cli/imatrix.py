@@ -33,6 +33,7 @@ def imatrix(
     force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
     threads: o.Threads = None,
     device: o.Device = "cpu",
+    dry_run: o.DryRun = False,
     quiet: o.Quiet = False,
     json_output: o.Json = False,
 ) -> None:
@@ -40,6 +41,7 @@ def imatrix(
     format.
     """
     from gemma2tool import api
+    from gemma2tool.cli.needs import show_needs
     from gemma2tool.cli.progress import ProgressDisplay
     from gemma2tool.cli.terminal import Console
 
@@ -53,6 +55,9 @@ def imatrix(
         threads=threads or api.default_threads(),
         device=device,
     )
+    if dry_run:
+        show_needs(api.plan_imatrix(src, out, text=text, config=config, options=options), console, str(out))
+        return
     result = api.imatrix(src, out, text=text, config=config, options=options, progress=ProgressDisplay(console))
     if json_output:
         console.emit_json(result.to_json())

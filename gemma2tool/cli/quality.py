@@ -57,6 +57,7 @@ def quality(
     config: o.ConfigFile = None,
     threads: o.Threads = None,
     device: o.Device = "cpu",
+    dry_run: o.DryRun = False,
     quiet: o.Quiet = False,
     json_output: o.Json = False,
     *,
@@ -68,6 +69,7 @@ def quality(
     importance matrix and calibrated.
     """
     from gemma2tool import api
+    from gemma2tool.cli.needs import show_needs
     from gemma2tool.cli.progress import ProgressDisplay
     from gemma2tool.cli.terminal import Console
 
@@ -85,6 +87,10 @@ def quality(
         device=device,
     )
     files = api.QualityFiles(markdown=markdown, svg=svg, png=png, html=html)
+    if dry_run:
+        needs = api.plan_quality(src, request, config=config, files=files)
+        show_needs(needs, console, ", ".join(map(str, files.by_option.values())))
+        return
     result = api.quality(src, request, config=config, files=files, progress=ProgressDisplay(console))
     if json_output:
         console.emit_json(result.to_json())

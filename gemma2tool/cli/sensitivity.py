@@ -80,6 +80,7 @@ def sensitivity(
     force: OverwriteFile = False,
     restart: o.Restart = False,
     threads: o.Threads = None,
+    dry_run: o.DryRun = False,
     quiet: o.Quiet = False,
     json_output: o.Json = False,
 ) -> None:
@@ -88,6 +89,7 @@ def sensitivity(
     The table serves every size of 'quantize --target-size', '--target-bpw' and '--target-kl'.
     """
     from gemma2tool import api
+    from gemma2tool.cli.needs import show_needs
     from gemma2tool.cli.progress import ProgressDisplay
     from gemma2tool.cli.terminal import Console
 
@@ -106,6 +108,12 @@ def sensitivity(
         restart=restart,
         threads=threads or api.default_threads(),
     )
+    if dry_run:
+        needs = api.plan_sensitivity(
+            src, out, calibration=calibration, text=text, merge=merge or (), config=config, options=options
+        )
+        show_needs(needs, console, str(out))
+        return
     result = api.sensitivity(
         src,
         out,

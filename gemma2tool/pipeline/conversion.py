@@ -14,7 +14,7 @@ from gemma2tool.formats import registry
 from gemma2tool.formats.options import Adapter, WriteOptions
 from gemma2tool.formats.other_files import MODEL_SUFFIXES
 from gemma2tool.model.checkpoint import Checkpoint
-from gemma2tool.model.devices import CPU, use_device
+from gemma2tool.model.devices import use_device
 from gemma2tool.model.lazy import SharedRows
 from gemma2tool.model.progress import Progress
 from gemma2tool.pipeline.destinations import Destination, destinations, folder_of_several, input_files
@@ -92,8 +92,7 @@ class Conversion:
                 logger.info("%s", plan.cost.sentence())
         checks = self.checks()
         needs = self.needs(checks)
-        if request.run.device == CPU:
-            needs.check()
+        needs.check(request.run.device)
         needs.announce()
         with folder_of_several(self.outputs):
             results = run(self.plans, checks, request.run, progress, written)

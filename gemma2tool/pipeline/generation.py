@@ -8,8 +8,10 @@ from dataclasses import dataclass, field
 from gemma2tool.errors import UsageError, choices
 from gemma2tool.errors.memory import out_of_memory_as_error
 from gemma2tool.model.checkpoint import Checkpoint
-from gemma2tool.model.devices import check_device
+from gemma2tool.model.devices import CPU, check_device
 from gemma2tool.pipeline.memory import check_memory
+from gemma2tool.pipeline.needs.needs import Least
+from gemma2tool.pipeline.needs.work import LEAST_TORCH_BYTES, least_of_forward
 from gemma2tool.pipeline.prompt import PromptTokenizer
 from gemma2tool.pipeline.requests import default_threads
 
@@ -78,10 +80,15 @@ def generate(
         hint += ", or use --dtype bf16"
     if options.stream_weights:
         hint = "close other programs, or generate fewer tokens"
-    elif options.device == "cpu":
-        check_memory(_weight_bytes(checkpoint, options.dtype), "the model's weights", hint)
+    tokenizer = PromptTokenizer(checkpoint)
+    ids = tokenizer.encode(prompt if options.raw else tokenizer.chat(prompt) or prompt)
+    if options.device == CPU:
+        least = least_of_forward(checkpoint.config, (1, len(ids)), hint)
+        if not options.stream_weights:
+            least = Least(LEAST_TORCH_BYTES + _weight_bytes(checkpoint, options.dtype), "the model's weights", hint)
+        check_memory(least.memory, least.what, least.hint)
     with out_of_memory_as_error("the model's weights and its cache", hint):
-        return _generate(checkpoint, prompt, options, on_text)
+        return _generate(checkpoint, tokenizer, ids, options, on_text)
 
 
 def _weight_bytes(checkpoint: Checkpoint, dtype: str) -> int:
@@ -90,11 +97,12 @@ def _weight_bytes(checkpoint: Checkpoint, dtype: str) -> int:
 
 
 def _generate(
-    checkpoint: Checkpoint, prompt: str, options: GenerationOptions, on_text: Callable[[str], None] | None
+    checkpoint: Checkpoint,
+    tokenizer: PromptTokenizer,
+    ids: list[int],
+    options: GenerationOptions,
+    on_text: Callable[[str], None] | None,
 ) -> Generation:
-    tokenizer = PromptTokenizer(checkpoint)
-    ids = tokenizer.encode(prompt if options.raw else tokenizer.chat(prompt) or prompt)
-
     import torch
 
     from gemma2tool.reference.generate import Sampling

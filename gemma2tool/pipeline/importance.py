@@ -26,11 +26,10 @@ from gemma2tool.formats.gguf.table import TABLE
 from gemma2tool.formats.mapping.transforms import entries
 from gemma2tool.model.checkpoint import Checkpoint, unchanged
 from gemma2tool.model.config import Gemma2Config
-from gemma2tool.model.devices import CPU, current_device, use_device
+from gemma2tool.model.devices import current_device, use_device
 from gemma2tool.model.digest import hash_checkpoint
 from gemma2tool.model.names import HEAD
 from gemma2tool.model.progress import Progress, progress_or_null
-from gemma2tool.pipeline.memory import check_memory, forward_bytes
 from gemma2tool.pipeline.prompt import PromptTokenizer, rows_of
 from gemma2tool.pipeline.sharding.pairwise import PairwiseSum, levels
 from gemma2tool.pipeline.sharding.part import Part, settings_of, write_part
@@ -41,6 +40,8 @@ from gemma2tool.storage.text_file import read_text
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from gemma2tool.pipeline.needs.needs import Needs
 
 BATCH = 4
 GPU_TOKENS = 1 << 15
@@ -95,9 +96,26 @@ def collect_imatrix(
         return _collect_imatrix(checkpoint, text, out, options, progress)
 
 
-def _collect_imatrix(
-    checkpoint: Checkpoint, text: Path, out: Path, options: ImatrixOptions, progress: Progress | None
-) -> ImatrixResult:
+@dataclass(frozen=True)
+class _Job:
+    """What a request runs: of the whole ``chunks`` (N, T) of its text those ``run``, the first of which is in the batch
+    number ``first``; ``path``: what it writes. ``needs``: None where a shard has nothing to run.
+    """
+
+    path: Path
+    chunks: NDArray[np.int64]
+    run: NDArray[np.int64]
+    first: int
+    needs: Needs | None
+
+
+def plan_imatrix(checkpoint: Checkpoint, text: Path, out: Path, options: ImatrixOptions) -> Needs | None:
+    """What ``collect_imatrix`` takes; nothing is written. None where a shard has nothing to run."""
+    return _job(checkpoint, text, out, options).needs
+
+
+def _job(checkpoint: Checkpoint, text: Path, out: Path, options: ImatrixOptions) -> _Job:
+    """Raises ``UsageError`` for an output that cannot be written, and for a text that is too short."""
     from gemma2tool.pipeline.needs.texts import imatrix_needs
 
     words, shard = read_text(text, what="text"), options.shard
@@ -108,18 +126,26 @@ def _collect_imatrix(
     chunks = chunks_of(ids, options.chunk_size, checkpoint.config.bos_token_id, options.max_chunks)
     batches = range(-(-len(chunks) // BATCH))
     own = batches if shard is None else shard.span(len(batches))
-    run = chunks[own.start * BATCH : own.stop * BATCH]
+    run, needs = chunks[own.start * BATCH : own.stop * BATCH], None
     if len(run):
         shape = (run.shape[0], run.shape[1])
         needs = imatrix_needs(checkpoint, shape, path.absolute().parent, batch=BATCH, threads=options.threads)
-        if options.device == CPU:
-            needs.check()
-        needs.announce()
+    return _Job(path, chunks, run, own.start, needs)
+
+
+def _collect_imatrix(
+    checkpoint: Checkpoint, text: Path, out: Path, options: ImatrixOptions, progress: Progress | None
+) -> ImatrixResult:
+    job, shard = _job(checkpoint, text, out, options), options.shard
+    path, chunks, run = job.path, job.chunks, job.run
+    if job.needs is not None:
+        job.needs.check(options.device)
+        job.needs.announce()
     with unchanged(checkpoint), progress_or_null(progress, run.size, "tokens", unit="tokens") as bar:
         sums = collect(
             checkpoint,
             run,
-            first=own.start,
+            first=job.first,
             output_weights=options.output_weights,
             threads=options.threads,
             folder=out.absolute().parent,
@@ -166,7 +192,7 @@ def collect(
     """
     import torch
 
-    from gemma2tool.pipeline.layer_by_layer import layer_bytes, run_layers
+    from gemma2tool.pipeline.layer_by_layer import run_layers
     from gemma2tool.reference.streaming import use_threads
 
     if not len(chunks):
@@ -180,8 +206,6 @@ def collect(
             sums.setdefault(name, PairwiseSum(first)).add(squares)
 
     hint = "use a smaller --chunk, or close other programs"
-    activations = forward_bytes(checkpoint.config, min(batch, len(chunks)), chunks.shape[1])
-    check_memory(layer_bytes(checkpoint) + activations, "one layer and its activations", hint)
     with use_threads(threads), out_of_memory_as_error(f"chunks of {chunks.shape[1]} tokens", hint):
         for hidden in run_layers(checkpoint, chunks, batch=batch, folder=folder, on_input=add_squares, advance=advance):
             if output_weights:

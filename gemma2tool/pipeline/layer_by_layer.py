@@ -22,7 +22,7 @@ from gemma2tool.model.config import Gemma2Config
 from gemma2tool.model.devices import on_device
 from gemma2tool.model.lazy import ArrayTensor, LazyTensor
 from gemma2tool.model.names import EMBEDDING
-from gemma2tool.model.tensors import tensor_specs
+from gemma2tool.pipeline.layer_sizes import FLOAT, group_size, layer_tensors
 from gemma2tool.reference.model import scale_embeddings
 from gemma2tool.reference.readahead import ReadAhead, one_thread_each
 from gemma2tool.reference.streaming import FEW_TOKENS, OnInput, StreamedForward
@@ -30,36 +30,7 @@ from gemma2tool.reference.tensors import to_torch
 from gemma2tool.storage.buffers import byte_view
 from gemma2tool.storage.syscalls import preallocate, translate_os_errors, write_at
 
-FLOAT = 4
-MAX_STREAM_BYTES = 4 << 30
-"""Of the file of residual streams: more prompts than fit are run in groups, each of which reads the layers again."""
-
 Advance = Callable[[int, str], None]
-
-
-def group_size(config: Gemma2Config, length: int) -> int:
-    """How many prompts of ``length`` tokens run with one pass over the layers."""
-    return max(MAX_STREAM_BYTES // (length * config.hidden_size * FLOAT), 1)
-
-
-def pass_count(config: Gemma2Config, prompts: int, length: int) -> int:
-    """How often the layers are read."""
-    return -(-prompts // group_size(config, length))
-
-
-def layer_bytes(checkpoint: Checkpoint) -> int:
-    """Bytes of the largest layer in memory."""
-    layers = range(checkpoint.config.num_hidden_layers)
-    return max(
-        sum(tensor.size * tensor.dtype.itemsize for tensor in _layer_tensors(checkpoint, index).values())
-        for index in layers
-    )
-
-
-def _layer_tensors(checkpoint: Checkpoint, index: int) -> dict[str, LazyTensor]:
-    """The tensors of a layer, by canonical name, in the order of their use."""
-    specs = tensor_specs(checkpoint.config).values()
-    return {spec.name: checkpoint.tensors[spec.name] for spec in specs if spec.layer == index}
 
 
 def run_layers(
@@ -129,7 +100,7 @@ class _Group:
     def run(self) -> Iterator[Tensor]:
         config, ids = self.checkpoint.config, self.streams.ids
         self._embed()
-        layers = [_layer_tensors(self.checkpoint, index) for index in range(config.num_hidden_layers)]
+        layers = [layer_tensors(self.checkpoint, index) for index in range(config.num_hidden_layers)]
         tensors = {name: tensor for layer in layers for name, tensor in layer.items()}
         done = 0
         with ReadAhead(tensors, torch.get_num_threads()) as weights:

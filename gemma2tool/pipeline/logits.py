@@ -10,11 +10,14 @@ from numpy.typing import NDArray
 
 from gemma2tool.errors.memory import out_of_memory_as_error
 from gemma2tool.model.checkpoint import Checkpoint
-from gemma2tool.model.devices import check_device
+from gemma2tool.model.devices import CPU, check_device
 from gemma2tool.pipeline.inputs import read_tokens
-from gemma2tool.pipeline.memory import check_memory, forward_bytes
+from gemma2tool.pipeline.memory import check_memory
+from gemma2tool.pipeline.needs.work import least_of_forward
 from gemma2tool.storage.paths import refuse_overwriting_input
 from gemma2tool.storage.staging.staged_output import Staging
+
+HINT = "give fewer or shorter rows of tokens, or close other programs"
 
 
 def compute_logits(
@@ -29,8 +32,6 @@ def compute_logits(
     """Float32 logits (B, T, V) of ``tokens``, ids or a .npy file of them; a read-only map of ``out`` where one is
     given.
     """
-    from gemma2tool.reference import streaming
-
     if out is not None:
         inputs = [Path(tokens)] if isinstance(tokens, (str, Path)) else []
         refuse_overwriting_input((*checkpoint.files, *inputs), out)
@@ -38,6 +39,11 @@ def compute_logits(
         ids = read_tokens(Path(tokens), checkpoint.config)
     else:
         ids = np.atleast_2d(np.asarray(tokens, np.int64))
+    if device == CPU:
+        least = least_of_forward(checkpoint.config, (ids.shape[0], ids.shape[1]), HINT, at_once=True)
+        check_memory(least.memory, least.what, least.hint)
+    from gemma2tool.reference import streaming
+
     if out is None:
         return streaming.logits(checkpoint, ids, threads=threads, device=check_device(device))
     write_logits(checkpoint, ids, out, force=force, threads=threads, device=check_device(device))
@@ -60,11 +66,8 @@ def write_logits(
     np.lib.format.write_array_header_1_0(header, {"descr": "<f4", "fortran_order": False, "shape": shape})
     start, row = len(header.getvalue()), 4 * shape[2]
     size = start + batch * length * row
-    hint = "give fewer or shorter rows of tokens, or close other programs"
-    if device == "cpu":
-        check_memory(forward_bytes(checkpoint.config, batch, length), "activations of a layer", hint)
     with (
-        out_of_memory_as_error(f"a forward pass over {batch} rows of {length} tokens", hint),
+        out_of_memory_as_error(f"a forward pass over {batch} rows of {length} tokens", HINT),
         Staging(out, force=force, expected_bytes=size, folder=False) as staging,
         use_threads(threads),
     ):

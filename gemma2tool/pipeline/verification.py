@@ -242,8 +242,7 @@ def _check_needs(
 
     shape = (1, BUILT_IN_TOKENS) if ids is None else (ids.shape[0], ids.shape[1])
     needs = comparison_needs(source, candidate, shape if logits else None, threads=threads, readers=readers)
-    if device == CPU:
-        needs.check()
+    needs.check(device)
     needs.announce()
 
 

@@ -12,7 +12,6 @@ from pathlib import Path
 
 from gemma2tool.errors import InputRefused
 from gemma2tool.model.checkpoint import Checkpoint
-from gemma2tool.model.devices import CPU
 from gemma2tool.model.progress import Progress, progress_or_null
 from gemma2tool.pipeline import conversion, importance
 from gemma2tool.pipeline.leftovers import remove_leftovers
@@ -96,8 +95,7 @@ def announce(opened: Release, plan: ReleasePlan) -> None:
     """Say in the log what a run will take; raises ``ResourceError`` if its memory or its disk is not there."""
     if all(file.finished for file in plan.files):
         return
-    if opened.request.run.device == CPU:
-        plan.needs.check()
+    plan.needs.check(opened.request.run.device)
     staged = (remove_leftovers(output.path, dry_run=True) for output in opened.outputs())
     plan.needs.check_disk(opened.request.folder, there=sum(left.nbytes for one in staged for left in one))
     for line in plan.lines():

@@ -18,7 +18,6 @@ from gemma2tool.verify.prompts import BUILT_IN_TOKENS
 if TYPE_CHECKING:
     from gemma2tool.pipeline.plan import Plan
 
-CALIBRATION_HINT = "--hessian layer, --hessian-block 1024 and fewer or shorter samples need less"
 VERIFICATION_HINT = "give a shorter text or shorter rows of --tokens, or close other programs"
 
 
@@ -49,7 +48,7 @@ def conversion_needs(
             memory = max(memory, plan.cost.memory)
             passes += 3 if plan.cost.hessian == "model" else 1
             disk += plan.session.kept_bytes
-            leasts.append(Least(int(plan.cost.memory * work.CERTAIN), "layers and their Hessians", CALIBRATION_HINT))
+            leasts.append(work.least_of_calibration(plan.cost.memory))
     if verified is not None and (outputs := len(plans) + verified.others):
         steps |= _verification_steps(source, plans, verified, threads)
         memory = max(memory, work.forward_memory(source.config, verified.shape, models=2))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gemma2tool.errors import ResourceError
+from gemma2tool.model.devices import CPU
 from gemma2tool.pipeline.memory import check_memory, reported_memory
 from gemma2tool.storage.units import human_bytes, human_seconds
 
@@ -59,9 +60,11 @@ class Needs:
         """For people, what is most likely to be missing first."""
         return [line for line in (self._disk(), self._memory(), self._time(), self._download()) if line]
 
-    def check(self) -> None:
-        """Raises ``ResourceError`` (``memory.exhausted``) if the system cannot give the least memory."""
-        if self.least is not None:
+    def check(self, device: str = CPU) -> None:
+        """Raises ``ResourceError`` (``memory.exhausted``) if the system cannot give the least memory. On another
+        ``device`` the work takes its memory there.
+        """
+        if self.least is not None and device == CPU:
             check_memory(self.least.memory, self.least.what, self.least.hint)
 
     def check_disk(self, place: Path, *, there: int = 0) -> None:
@@ -109,12 +112,12 @@ class Needs:
 
     def _time(self) -> str:
         if not self.steps:
-            return ""
+            return "time: not estimated"
         threads = f"{self.threads} thread{'s' if self.threads > 1 else ''}"
         parts = [f"{name} {human_seconds(seconds)}" for name, seconds in self.steps.items() if seconds >= 1]
         listed = f" ({', '.join(parts)})" if len(parts) > 1 else ""
         more = ", and the time to download" if self.remote else ""
-        return f"time: about {human_seconds(max(self.seconds, 1))} with {threads}{listed}{more}"
+        return f"time: about {human_seconds(max(self.seconds, 1))} with {threads} that nothing else uses{listed}{more}"
 
     def _download(self) -> str:
         if not self.passes:

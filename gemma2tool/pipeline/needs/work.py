@@ -6,12 +6,14 @@ processor time of one thread.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TypedDict
 
 from gemma2tool.formats.base import OutputTensor
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.config import Gemma2Config
+from gemma2tool.model.tensors import tensor_specs
 from gemma2tool.pipeline.memory import forward_bytes
 from gemma2tool.pipeline.needs.needs import Least
 from gemma2tool.pipeline.needs.speed import encoding_seconds, speed
@@ -40,6 +42,7 @@ REMOTE_BYTES = 96 << 20
 FLOAT_TYPES = frozenset(("f32", "bf16", "f16", "f64"))
 CERTAIN = 0.7
 """Of an estimate of memory: the share below which work cannot run."""
+CALIBRATION_HINT = "--hessian layer, --hessian-block 1024 and fewer or shorter samples need less"
 
 
 class _ReadFrom(TypedDict):
@@ -106,11 +109,26 @@ def logits_seconds(source: Checkpoint, shape: tuple[int, int], threads: int) -> 
 def forward_memory(config: Gemma2Config, shape: tuple[int, int], models: int = 1) -> int:
     """Bytes of a streamed forward pass of ``models`` over ids of ``shape``, with torch and what is read ahead."""
     rows = min(shape[0], prompts_per_pass(config, shape[1])) + (models - 1)
-    return TORCH_BYTES + models * (MODEL_BYTES + forward_bytes(config, rows, shape[1]))
+    return TORCH_BYTES + models * (_ahead_bytes(config) + forward_bytes(config, rows, shape[1]))
 
 
-def least_of_forward(config: Gemma2Config, shape: tuple[int, int], hint: str, models: int = 1) -> Least:
-    """What such a pass takes at least: torch, and the activations of a layer."""
-    rows = min(shape[0], prompts_per_pass(config, shape[1]))
+def least_of_forward(
+    config: Gemma2Config, shape: tuple[int, int], hint: str, models: int = 1, *, at_once: bool = False
+) -> Least:
+    """What such a pass takes at least: torch, the activations of a layer, and most of what is read ahead.
+    ``at_once``: all rows share it.
+    """
+    rows = shape[0] if at_once else min(shape[0], prompts_per_pass(config, shape[1]))
     what = f"forward passes over {rows} row{'s' if rows > 1 else ''} of {shape[1]} tokens"
-    return Least(LEAST_TORCH_BYTES + models * forward_bytes(config, rows, shape[1]), what, hint)
+    ahead = int(CERTAIN * _ahead_bytes(config))
+    return Least(LEAST_TORCH_BYTES + models * (ahead + forward_bytes(config, rows, shape[1])), what, hint)
+
+
+def least_of_calibration(memory: int) -> Least:
+    """What a calibration that takes about ``memory`` takes at least."""
+    return Least(int(memory * CERTAIN), "layers and their Hessians", CALIBRATION_HINT)
+
+
+def _ahead_bytes(config: Gemma2Config) -> int:
+    """``MODEL_BYTES``, or what the whole of a small model takes as float32."""
+    return min(MODEL_BYTES, 4 * sum(math.prod(spec.shape) for spec in tensor_specs(config).values()))

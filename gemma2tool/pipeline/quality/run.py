@@ -5,55 +5,33 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gemma2tool.errors import UsageError
 from gemma2tool.formats import registry
-from gemma2tool.formats.options import Calibration, GGUFOptions, WriteOptions
+from gemma2tool.formats.options import GGUFOptions, WriteOptions
 from gemma2tool.formats.options_budget import PLACEHOLDER, Budget
 from gemma2tool.model.checkpoint import Checkpoint
-from gemma2tool.model.devices import CPU, use_device
+from gemma2tool.model.devices import use_device
 from gemma2tool.model.progress import Progress, progress_or_null
-from gemma2tool.pipeline.calibration.text import LENGTH, SAMPLES, read_sequences
+from gemma2tool.pipeline.calibration.text import read_sequences
 from gemma2tool.pipeline.held_out import warn_of_chosen_text, warn_of_text_in_receipt
-from gemma2tool.pipeline.memory import check_memory
 from gemma2tool.pipeline.output_names import check_type
 from gemma2tool.pipeline.plan import make_plan
+from gemma2tool.pipeline.quality.needs import imatrix_options, quality_needs
+from gemma2tool.pipeline.quality.request import QualityRequest
 from gemma2tool.pipeline.quality.result import Estimate, QualityPoint, QualityResult
-from gemma2tool.pipeline.requests import default_threads
 from gemma2tool.pipeline.sensitivity.measured import check_comparable, window_divergence
 from gemma2tool.pipeline.sensitivity.windows import describe
 from gemma2tool.verify.compare.interval import bootstrap_interval
 
-
-@dataclass(frozen=True, kw_only=True)
-class QualityRequest:
-    """``types``: of GGUF files to write and measure. ``files``: checkpoints of any format to measure. ``texts``: label
-    and file of what they are measured on, in ``windows`` of ``length`` tokens. ``calibration``: also calibrate each
-    type, beside an importance matrix from the same text. ``imatrix``: that importance matrix. ``sensitivity``: with a
-    calibration, also the best choice of types at the size of each type's file. ``device``: where to compute.
-    """
-
-    types: tuple[str, ...] = ()
-    files: tuple[Path, ...] = ()
-    texts: tuple[tuple[str, Path], ...] = ()
-    windows: int = 32
-    length: int | None = None
-    calibration: Calibration = field(default_factory=Calibration)
-    imatrix: Path | None = None
-    sensitivity: Path | None = None
-    threads: int = field(default_factory=default_threads)
-    device: str = "cpu"
-
-    @property
-    def inputs(self) -> tuple[Path, ...]:
-        """The files that are read besides the source."""
-        others = (self.calibration.text, self.imatrix, self.sensitivity)
-        return (*(path for _, path in self.texts), *self.files, *(path for path in others if path is not None))
+if TYPE_CHECKING:
+    from gemma2tool.pipeline.needs.needs import Needs
 
 
 @dataclass(frozen=True)
@@ -76,10 +54,9 @@ def measure_quality(source: Checkpoint, request: QualityRequest, progress: Progr
     _warn_of_chosen_text(request)
     ids = {label: _windows(source, path, request) for label, path in request.texts}
     texts = {label: describe(path, ids[label]) for label, path in request.texts}
-    for path in request.files:
-        with registry.open_checkpoint(path) as candidate:
-            check_comparable(source, candidate)
-    _check_memory(source, ids, request)
+    needs = quality_needs(source, request, ids)
+    needs.check(request.device)
+    needs.announce()
     measured = _Measurement(source, ids, request.threads)
     points: list[QualityPoint] = []
     with ExitStack() as stack:
@@ -93,13 +70,19 @@ def measure_quality(source: Checkpoint, request: QualityRequest, progress: Progr
     return QualityResult(source.path, texts, tuple(points), request.calibration.text)
 
 
-def _check_memory(source: Checkpoint, ids: dict[str, NDArray[np.int64]], request: QualityRequest) -> None:
-    from gemma2tool.pipeline.needs.work import least_of_forward
+def plan_quality(source: Checkpoint, request: QualityRequest) -> Needs:
+    """What ``measure_quality`` takes; nothing is written. Raises what that would raise before its work."""
+    return quality_needs(source, request, _checked(source, request))
 
-    hint = "use a smaller --length or fewer --windows, or close other programs"
-    for rows in ids.values() if request.device == CPU else ():
-        least = least_of_forward(source.config, (rows.shape[0], rows.shape[1]), hint, models=2)
-        check_memory(least.memory, least.what, least.hint)
+
+def _checked(source: Checkpoint, request: QualityRequest) -> dict[str, NDArray[np.int64]]:
+    """Token ids (N, T) of each text, by its label."""
+    _check(request)
+    ids = {label: _windows(source, path, request) for label, path in request.texts}
+    for path in request.files:
+        with registry.open_checkpoint(path) as candidate:
+            check_comparable(source, candidate)
+    return ids
 
 
 def _check(request: QualityRequest) -> None:
@@ -170,18 +153,12 @@ def _chosen(source: Checkpoint, request: QualityRequest) -> dict[str, WriteOptio
 
 def _collected(source: Checkpoint, request: QualityRequest, folder: Path) -> Path | None:
     """An importance matrix from the calibration text, if there is one."""
-    from gemma2tool.pipeline.importance import ImatrixOptions, collect_imatrix
+    from gemma2tool.pipeline.importance import collect_imatrix
 
-    calibration = request.calibration
-    if calibration.text is None or calibration.text.suffix == ".npy" or not request.types:
+    options, text = imatrix_options(source, request), request.calibration.text
+    if options is None or text is None:
         return None
-    options = ImatrixOptions(
-        chunk_size=calibration.length or min(LENGTH, source.config.max_position_embeddings),
-        max_chunks=calibration.samples or SAMPLES,
-        threads=request.threads,
-        device=request.device,
-    )
-    return collect_imatrix(source, calibration.text, folder / "importance.gguf", options).out
+    return collect_imatrix(source, text, folder / "importance.gguf", options).out
 
 
 @dataclass(frozen=True)

@@ -25,13 +25,15 @@ from gemma2tool.pipeline.sensitivity.collect import Collection, SensitivityOptio
 from gemma2tool.pipeline.sensitivity.partial import Earlier, Partial
 from gemma2tool.pipeline.sensitivity.predict import Agreement, agreements
 from gemma2tool.pipeline.sensitivity.table import SensitivityTable, Text, merge_tables, read_table, write_table
-from gemma2tool.pipeline.sensitivity.windows import read_windows
+from gemma2tool.pipeline.sensitivity.windows import Windows, read_windows
 from gemma2tool.storage.paths import refuse_existing, refuse_overwriting_input
 from gemma2tool.storage.staging.journal import Fingerprint
 from gemma2tool.version import __version__
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from gemma2tool.pipeline.needs.needs import Needs
 
 logger = logging.getLogger("gemma2tool")
 
@@ -79,24 +81,54 @@ def collect_sensitivity(
     Raises ``UsageError`` for a text that is too short, candidates that cannot be used and tables that do not add up,
     ``InputRefused`` for tables of another model, and where the model computes values that are not finite.
     """
-    inputs = (*checkpoint.files, *(path for path in (paths.calibration, paths.text) if path), *paths.merge)
-    refuse_overwriting_input(inputs, paths.out)
-    refuse_existing(paths.out, force=options.force, folder=False)
+    _check_paths(checkpoint, paths, options)
     partial = Partial(paths.out, options.restart)
     if paths.merge:
-        if paths.calibration or paths.text:
-            hint = "leave out one of the two"
-            raise UsageError("sensitivity.merge", "--merge collects nothing, so no text is run", hint=hint)
         table = merge_tables([(path, read_table_of(path, checkpoint, options.threads)) for path in paths.merge])
-    elif paths.calibration is None:
-        raise UsageError("sensitivity.no-text", "no --calibration text is given")
     else:
         table = collect_table(
-            checkpoint, paths.calibration, options, text=paths.text, partial=partial, progress=progress
+            checkpoint, _calibration(paths), options, text=paths.text, partial=partial, progress=progress
         )
     write_table(table, paths.out, force=options.force)
     partial.remove()
     return SensitivityResult(paths.out, table, agreements(table))
+
+
+def plan_sensitivity(checkpoint: Checkpoint, paths: SensitivityPaths, options: SensitivityOptions) -> Needs:
+    """What ``collect_sensitivity`` takes; nothing is written. Raises what that would raise before its work."""
+    _check_paths(checkpoint, paths, options)
+    if paths.merge:
+        raise UsageError("option.ignored", "--dry-run has no effect with --merge, which collects nothing")
+    windows = _read_windows(checkpoint, _calibration(paths), paths.text, options)
+    return _needs(checkpoint, windows, options)
+
+
+def _check_paths(checkpoint: Checkpoint, paths: SensitivityPaths, options: SensitivityOptions) -> None:
+    inputs = (*checkpoint.files, *(path for path in (paths.calibration, paths.text) if path), *paths.merge)
+    refuse_overwriting_input(inputs, paths.out)
+    refuse_existing(paths.out, force=options.force, folder=False)
+    if paths.merge and (paths.calibration or paths.text):
+        hint = "leave out one of the two"
+        raise UsageError("sensitivity.merge", "--merge collects nothing, so no text is run", hint=hint)
+
+
+def _calibration(paths: SensitivityPaths) -> Path:
+    if paths.calibration is None:
+        raise UsageError("sensitivity.no-text", "no --calibration text is given")
+    return paths.calibration
+
+
+def _read_windows(checkpoint: Checkpoint, calibration: Path, text: Path | None, options: SensitivityOptions) -> Windows:
+    return read_windows(
+        checkpoint, calibration, text, samples=options.samples, length=options.length, windows=options.windows
+    )
+
+
+def _needs(checkpoint: Checkpoint, windows: Windows, options: SensitivityOptions) -> Needs:
+    from gemma2tool.pipeline.needs.texts import sensitivity_needs
+
+    shapes = [(ids.shape[0], ids.shape[1]) for ids in (windows.evaluation, windows.calibration)]
+    return sensitivity_needs(checkpoint, shapes[0], shapes[1], threads=options.threads)
 
 
 def read_table_of(path: Path, checkpoint: Checkpoint, threads: int) -> SensitivityTable:
@@ -130,15 +162,11 @@ def collect_table(
 
     Raises ``UsageError`` (``resume.mismatch``) if what is there is of another collection.
     """
-    from gemma2tool.pipeline.needs.texts import sensitivity_needs
     from gemma2tool.reference.streaming import use_threads
 
     types = check_types(options.types, options.rounding) or default_types(options.rounding)
-    windows = read_windows(
-        checkpoint, calibration, text, samples=options.samples, length=options.length, windows=options.windows
-    )
-    shapes = [(ids.shape[0], ids.shape[1]) for ids in (windows.evaluation, windows.calibration)]
-    needs = sensitivity_needs(checkpoint, shapes[0], shapes[1], threads=options.threads)
+    windows = _read_windows(checkpoint, calibration, text, options)
+    needs = _needs(checkpoint, windows, options)
     needs.check()
     needs.announce()
     digest = hash_checkpoint(checkpoint, threads=options.threads).model

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from gemma2tool.pipeline.sensitivity.collect import SensitivityOptions
 from gemma2tool.pipeline.sensitivity.run import collect_table
 from tests.support.checkpoints import SMALL, random_checkpoint, write_checkpoint
 from tests.support.commands import run
+from tests.support.paths import TINY
 
 SMALL_NEEDS = Needs({"writing": 3.0, "forward passes": 70.0}, 500_000_000, 2, 4_000_000, 9_000_000, "a.ckpt", 1000, 3)
 
@@ -32,7 +34,7 @@ def test_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     assert SMALL_NEEDS.lines() == [
         "disk: 4 MB of 9 MB free",
         "memory: about 500 MB at its peak, 400 MB available: NOT ENOUGH",
-        "time: about 1 min 13 s with 2 threads (writing 3 s, forward passes 1 min 10 s)",
+        "time: about 1 min 13 s with 2 threads that nothing else uses (writing 3 s, forward passes 1 min 10 s)",
         "reads a.ckpt 3 times (3 kB)",
     ]
     remote = dataclasses.replace(SMALL_NEEDS, remote=True, disk=10_000_000)
@@ -61,6 +63,28 @@ def test_every_plan_of_an_output_begins_with_them(source: Path, tmp_path: Path) 
     assert plan["needs"]["disk_bytes"] == plan["bytes"] and plan["needs"]["passes"] == 3
     unverified = run("convert", source, tmp_path / "out.gguf", "--dry-run", "--json", "--no-verify")
     assert json.loads(unverified.stdout)["needs"]["passes"] == 1
+
+
+def test_plans_of_what_texts_tell(tmp_path: Path) -> None:
+    model, out = write_checkpoint(random_checkpoint(np.dtype(np.float32)), tmp_path / "model"), tmp_path / "out"
+    shutil.copy(TINY / "tokenizer.model", model)
+    ids = tmp_path / "ids.npy"
+    np.save(ids, np.full((8, 32), 3))
+    (tmp_path / "text.txt").write_text("a word and a word " * 40)
+    commands = {
+        "imatrix": (model, out, "--text", tmp_path / "text.txt", "--chunk", 16),
+        "sensitivity": (model, out, "--calibration", ids, "--windows", 2, "--calibration-samples", 2),
+        "quality": (model, "--text", ids, "--windows", 2, "--types", "q4_0,q8_0", "--markdown", out),
+    }
+    before = sorted(path.name for path in tmp_path.iterdir())
+    for command, words in commands.items():
+        result = run(command, *words, "--dry-run")
+        assert result.exit_code == 0, result.output
+        assert "memory: about" in result.stdout and f"writes {out}" in result.stdout
+        assert ("time: not estimated" in result.stdout) == ("reads" not in result.stdout) == (command == "sensitivity")
+        needs = json.loads(run(command, *words, "--dry-run", "--json").stdout)["needs"]
+        assert needs["memory_bytes"] > 0 and needs["passes"] == {"imatrix": 1, "sensitivity": 0, "quality": 4}[command]
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
 @pytest.mark.parametrize("command", ["convert", "verify", "diff"])
