@@ -16,7 +16,7 @@ from gemma2tool.cli.terminal import Console
 from gemma2tool.errors import EXIT_VERIFICATION_FAILED
 from gemma2tool.formats.option_info import parse_size
 from gemma2tool.formats.options_budget import parse_candidates
-from gemma2tool.publish.defaults import BUILT_IN, TEMPLATE, TOKENS
+from gemma2tool.publish.defaults import BUILT_IN, RELATIONS, TEMPLATE, TOKENS
 from gemma2tool.storage.units import human_bytes
 
 if TYPE_CHECKING:
@@ -102,6 +102,16 @@ class ReleaseOptions:
             rich_help_panel=_CARD,
         ),
     ] = None
+    relation: Annotated[
+        str | None,
+        typer.Option(
+            "--base-model-relation",
+            metavar="RELATION",
+            help="What SRC is to the base model: quantized (the same model; default), finetune or merge.",
+            autocompletion=completion(RELATIONS),
+            rich_help_panel=_CARD,
+        ),
+    ] = None
     quantized_by: Annotated[
         str | None, typer.Option("--quantized-by", metavar="NAME", help="Who made the files.", rich_help_panel=_CARD)
     ] = None
@@ -134,7 +144,12 @@ class ReleaseOptions:
             text=self.text,
             tokens=self.tokens,
             config=self.config,
-            card=api.CardOptions(license=self.license, base_model=self.base_model, quantized_by=self.quantized_by),
+            card=api.CardOptions(
+                license=self.license,
+                base_model=self.base_model,
+                relation=self.relation,
+                quantized_by=self.quantized_by,
+            ),
             run=api.RunOptions(
                 force=self.force,
                 restart=self.restart,

@@ -17,6 +17,7 @@ from gemma2tool.version import __version__
 
 _HOMEPAGE = "https://github.com/gemma2tool/gemma2tool"
 _TERMS = "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms."
+_MADE_FROM = {"finetune": "a fine-tune of", "merge": "a merge with"}
 
 
 @dataclass(frozen=True)
@@ -46,22 +47,23 @@ class CardEntry:
 
     @property
     def bits_per_weight(self) -> float:
-        """Of its tensors, as llama.cpp counts them: without tokenizer and config."""
-        nbytes = sum(row["bytes"] for row in self.receipt.content["plan"]["types"])
-        return float(8 * nbytes / sum(math.prod(shape) for shape in self.receipt.shapes.values()))
+        """Bits of its files for each of its values, as every command counts them."""
+        return 8 * self.receipt.nbytes / sum(math.prod(shape) for shape in self.receipt.shapes.values())
 
 
 @dataclass(frozen=True, kw_only=True)
 class Card:
-    """What a card says besides its entries. ``repository``: on the hub, if the release goes there. ``made``: a sentence
-    on how codes were chosen. ``text``: what quality was measured on. ``imatrix``: the file of the importance matrix.
-    ``adapters``: merged into the base model, with their scales. ``modelfiles``: names of files for ollama.
+    """What a card says besides its entries. ``relation``: of the source to ``base_model``. ``repository``: on the hub,
+    if the release goes there. ``made``: a sentence on how codes were chosen. ``text``: what quality was measured on.
+    ``imatrix``: the file of the importance matrix. ``adapters``: merged into the base model, with their scales.
+    ``modelfiles``: names of files for ollama.
     """
 
     model: str
     entries: Sequence[CardEntry]
     license: str
     base_model: str | None
+    relation: str
     quantized_by: str | None
     repository: str | None
     made: str
@@ -98,7 +100,7 @@ class Card:
         fields = {
             "license": self.license,
             "base_model": self.base_model,
-            "base_model_relation": ("finetune" if self.adapters else "quantized") if self.base_model else None,
+            "base_model_relation": self.relation if self.base_model else None,
             "quantized_by": self.quantized_by,
             "library_name": library,
             "pipeline_tag": "text-generation",
@@ -107,12 +109,14 @@ class Card:
         return {name: value for name, value in fields.items() if value is not None}
 
     def _introduction(self) -> str:
-        base = escaped(self.model)
+        base = model = escaped(self.model)
         if self.base_model:
             base = f"[{escaped(self.base_model)}](https://huggingface.co/{self.base_model})"
         terms = f" {_TERMS}" if self.license == "gemma" else ""
         if self.adapters:
             base += f" with the merged LoRA adapter {escaped(', '.join(self.adapters))}"
+        elif self.base_model and self.relation in _MADE_FROM:
+            base = f"{model}, {_MADE_FROM[self.relation]} {base}"
         return f"Files of {base}, made and verified by [gemma2tool]({_HOMEPAGE}) {__version__}.{terms}\n"
 
     def _table(self) -> str:

@@ -10,3 +10,6 @@ TEMPLATE = "{model}-{type}"
 
 TOKENS = 10_000
 """That quality is measured on, at least."""
+
+RELATIONS = ("quantized", "finetune", "merge")
+"""What the source of a release can be to its base model: the same model, or one made from it."""

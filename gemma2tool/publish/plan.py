@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gemma2tool.errors import InputRefused, UsageError
+from gemma2tool.errors import InputRefused, UsageError, choices
 from gemma2tool.formats import packings
 from gemma2tool.formats.gguf.imatrix import read_imatrix
 from gemma2tool.formats.options import Adapter, Calibration, GGUFOptions, WriteOptions
@@ -29,7 +29,7 @@ from gemma2tool.pipeline.prompt import PromptTokenizer
 from gemma2tool.pipeline.requests import Checks, ConversionRequest, OutputRequest
 from gemma2tool.pipeline.sensitivity.table import Text
 from gemma2tool.pipeline.sensitivity.windows import ALL, describe
-from gemma2tool.publish.defaults import BUILT_IN
+from gemma2tool.publish.defaults import BUILT_IN, RELATIONS
 from gemma2tool.publish.names import (
     IMATRIX,
     check_model_name,
@@ -233,6 +233,9 @@ def check_request(request: ReleaseRequest) -> None:
         raise UsageError("release.options", message, hint="name it with --name")
     if request.card.base_model is not None:
         repository_name(request.card.base_model, "--base-model")
+    if request.card.relation is not None and request.card.relation not in RELATIONS:
+        hint = choices.hint(request.card.relation, RELATIONS)
+        raise UsageError("option.choice", f"--base-model-relation {request.card.relation!r} is not a choice", hint=hint)
     _check_folder(request.folder)
     given = {
         "--imatrix": request.imatrix,

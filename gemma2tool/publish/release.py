@@ -171,7 +171,9 @@ def card(
     """The card of what is finished."""
     request, source = opened.request, opened.source
     asked = request.card
-    base = repository_name(asked.base_model, "--base-model") if asked.base_model else _repository(source)
+    own = _repository(source)
+    base = repository_name(asked.base_model, "--base-model") if asked.base_model else own
+    other = bool(request.adapters) or own not in (None, base)
     if base is None:
         logger.warning("the card names no base model: pass it with --base-model ORG/NAME")
     by = asked.quantized_by or (repository.partition("/")[0] if repository else None)
@@ -181,6 +183,7 @@ def card(
         adapters=tuple(f"{adapter.path.name} ({adapter.scale:g})" for adapter in request.adapters),
         license=asked.license or license_of(source) or "gemma",
         base_model=base,
+        relation=asked.relation or ("finetune" if other else "quantized"),
         quantized_by=by,
         repository=repository,
         made=_made(opened),

@@ -18,11 +18,14 @@ class CardOptions:
     """What the card says that a checkpoint may not know.
 
     ``license``: None: what the source's card says, otherwise "gemma". ``base_model``: a repository on the hub; None:
-    the source's own, if it is from there. ``quantized_by``: a name.
+    the source's own, if it is from there. ``relation``: of the source to ``base_model``, one of ``RELATIONS``; None:
+    "quantized", or "finetune" if adapters are merged or the source is from another repository. ``quantized_by``: a
+    name.
     """
 
     license: str | None = None
     base_model: str | None = None
+    relation: str | None = None
     quantized_by: str | None = None
 
 

@@ -161,7 +161,11 @@ def http_errors(where: str) -> Iterator[None]:
 
 
 def words(error: Exception) -> str:
-    """A failure in a few words."""
+    """A failure in a few words. Where an answer is not HTTP, its bytes are left out: they may be those of the model,
+    beyond the length that the server stated.
+    """
+    if str(error).startswith("illegal "):  # h11's words, with the bytes after them
+        return "the server sent bytes that are not an answer"
     return " ".join((str(error) or type(error).__name__).split())[:200]
 
 

@@ -76,6 +76,8 @@ def test_the_card_is_one_that_the_hub_reads(released: Path) -> None:
         assert divergence == f"{metrics['kl_mean']:.2g} ({low:.2g} to {high:.2g})"
         assert top1 == f"{metrics['top1_agreement']:.1%}" and 4 < float(bits) < 16
         assert ("transformers" in good_for) == name.endswith("nf4")
+        with gemma2tool.open(released / name) as output:
+            assert bits == f"{8 * output.file_bytes / output.parameters:.2f}", "as inspect and verify say"
     assert "8 windows of 32" in card.text and "Gemma Terms of Use" in card.text
     headings = re.findall(r"^### (.*)$", card.text, re.M)
     assert headings == ["llama.cpp", "Ollama", "LM Studio", "transformers"]
@@ -192,8 +194,12 @@ def test_what_cannot_be_continued_is_refused_before_any_work(
 
 @pytest.mark.slow
 def test_a_calibrated_output_is_recognized(model: Path, text: Path, tmp_path: Path) -> None:
+    """And its card says what it was made from."""
     folder = tmp_path / "out"
-    release(model, text, folder, "--calibration", text, types="q4_0")
+    card = ("--base-model", "org/base", "--base-model-relation", "finetune")
+    release(model, text, folder, "--calibration", text, *card, types="q4_0")
+    written = (folder / "README.md").read_text("utf-8")
+    assert "base_model_relation: finetune" in written and "Small-it, a fine-tune of [org/base]" in written
     assert "everything is there" in release(model, text, folder, "--calibration", text, "--dry-run", types="q4_0")
 
 

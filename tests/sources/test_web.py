@@ -15,6 +15,7 @@ from gemma2tool.formats import registry
 from gemma2tool.formats.options import WriteOptions
 from gemma2tool.pipeline.conversion import save
 from gemma2tool.sources import fetching, readahead
+from gemma2tool.sources.http import words
 from gemma2tool.sources.locate import locate
 from gemma2tool.storage.reading import open_for_reading
 from gemma2tool.storage.staging import recorder
@@ -77,9 +78,15 @@ def test_what_a_second_attempt_overcomes(faults: Faults) -> None:
         assert read(server) == DATA
 
 
+def test_bytes_beyond_a_stated_length_are_not_shown() -> None:
+    """They come where the next answer should begin."""
+    assert "bytearray" not in words(Exception("illegal status line: bytearray(b'\\xbd=')"))
+    assert words(Exception("no route\nto host")) == "no route to host"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("faults", "id", "words"),
+    ("faults", "id", "phrase"),
     [
         (Faults(change_after=4), "file.changed", "its ETag was"),
         (Faults(more=10), "source.length", "more bytes than requested"),
@@ -88,10 +95,10 @@ def test_what_a_second_attempt_overcomes(faults: Faults) -> None:
     ],
     ids=["changed", "too long", "no ranges", "compressed"],
 )
-def test_what_is_refused(faults: Faults, id: str, words: str) -> None:
+def test_what_is_refused(faults: Faults, id: str, phrase: str) -> None:
     with serving(FileServer({"/big.gguf": DATA}, faults)) as server, pytest.raises(InputRefused) as caught:
         read(server)
-    assert caught.value.id == id and words in caught.value.message
+    assert caught.value.id == id and phrase in caught.value.message
     assert caught.value.message.startswith(f"{server.url}/big.gguf: ")
 
 

@@ -50,9 +50,8 @@ def measure_quality(source: Checkpoint, request: QualityRequest, progress: Progr
     Raises ``UsageError`` for nothing to measure, types that GGUF does not have, texts that are too short, and a size
     that no choice of types meets; ``InputRefused`` for a file or a table of another model.
     """
-    _check(request)
+    ids = _checked(source, request)
     _warn_of_chosen_text(request)
-    ids = {label: _windows(source, path, request) for label, path in request.texts}
     texts = {label: describe(path, ids[label]) for label, path in request.texts}
     needs = quality_needs(source, request, ids)
     needs.check(request.device)
