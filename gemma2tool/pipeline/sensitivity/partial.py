@@ -7,7 +7,8 @@ import json
 import logging
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from gemma2tool.errors import InputRefused, UsageError
 from gemma2tool.pipeline.sensitivity.table import MAX_BYTES, SensitivityTable, parse_table
 from gemma2tool.storage.staging.journal import Fingerprint, differences
 from gemma2tool.storage.staging.staged_output import Staging
+from gemma2tool.storage.units import human_bytes
 
 logger = logging.getLogger("gemma2tool")
 
@@ -79,6 +81,17 @@ class Partial:
                 hint="repeat the earlier command, or start over with --restart",
             )
         return Earlier(table, layers, whole)
+
+    @contextmanager
+    def noted(self) -> Iterator[None]:
+        """An exception that leaves the file behind says so."""
+        try:
+            yield
+        except BaseException as error:
+            if self.path.is_file() and not isinstance(error, (UsageError, InputRefused)):
+                size = human_bytes(self.path.stat().st_size)
+                error.add_note(f"{self.path}: complete layers are kept here ({size}): the same command continues")
+            raise
 
     def remove(self) -> None:
         self.path.unlink(missing_ok=True)

@@ -86,9 +86,10 @@ def collect_sensitivity(
     if paths.merge:
         table = merge_tables([(path, read_table_of(path, checkpoint, options.threads)) for path in paths.merge])
     else:
-        table = collect_table(
-            checkpoint, _calibration(paths), options, text=paths.text, partial=partial, progress=progress
-        )
+        with partial.noted():
+            table = collect_table(
+                checkpoint, _calibration(paths), options, text=paths.text, partial=partial, progress=progress
+            )
     write_table(table, paths.out, force=options.force)
     partial.remove()
     return SensitivityResult(paths.out, table, agreements(table))

@@ -162,8 +162,9 @@ def test_an_interrupted_collection_is_continued(
 
     monkeypatch.setattr(Collection, "layer", stopped)
     paths = SensitivityPaths(tmp_path / "t.json", ids)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt) as stop:
         collect_sensitivity(source, paths, options)
+    assert "the same command continues" in stop.value.__notes__[0]
     assert not paths.out.exists() and (tmp_path / "t.json.partial").exists()
     table = collect_sensitivity(source, paths, options).table
     assert layers == [0, 1, 1, 2]
