@@ -1,14 +1,14 @@
-"""gemma2tool from Python. Import it as ``gemma2tool``: this module is loaded when one of its names is first used.
+"""The Python interface. Import it as ``gemma2tool``: this module is loaded when one of its names is first used.
 
     import gemma2tool
 
     result = gemma2tool.quantize("model.ckpt", "model.gguf", type="q4_k_m")
-    result.verification.passed
+    assert result.passed
 
-Paths are strings or ``pathlib.Path``. A checkpoint may be given by its path, by an address ("hf://ORG/NAME", see
-docs/sources.md), or as one that ``open`` returned. Errors
-are the exceptions of ``gemma2tool.errors``. Warnings and notes go to the logger "gemma2tool". ``progress`` is called
-with a ``ProgressEvent`` from time to time, from any thread.
+Paths are strings or ``pathlib.Path``. A checkpoint is given by its path, by an address ("hf://ORG/NAME", see
+docs/sources.md), or as an object that ``open`` returned. Sizes are in bytes, times in seconds, KL divergences in nats
+per token. Errors are the exceptions of ``gemma2tool.errors``. Warnings and notes go to the logger "gemma2tool".
+``progress`` is called with a ``ProgressEvent`` from time to time, from any thread.
 """
 
 from __future__ import annotations
@@ -114,10 +114,12 @@ def __getattr__(name: str) -> Any:
 def open(path: PathLike, *, config: Config | None = None, format: str | None = None) -> Checkpoint:
     """Open a checkpoint of any format. Headers are read now, tensors when they are requested.
 
-    ``config``: for weights that come without one: a ``Gemma2Config``, the path of a config.json, or "2b", "9b", "27b",
-    with "-it" for the instruction-tuned ones.
-    ``format``: skip the detection. The result is a context manager: ``checkpoint.tensors[name].load()`` is an array of
-    shape (out, in), names are Hugging Face's.
+    ``config``: for weights that come without a config: a ``Gemma2Config``, the path of a config.json, or "2b", "9b" or
+    "27b", with "-it" for the instruction-tuned models. ``format``: read the files as this format instead of detecting
+    it.
+
+    The result is a context manager. ``checkpoint.tensors[name].load()`` returns an array of shape (out, in);
+    ``load_rows(first, last)`` returns only these rows. Names are Hugging Face's; quantized tensors are dequantized.
 
     Raises ``InputRefused`` for files that are damaged, incomplete, hostile or not Gemma 2.
     """
@@ -149,13 +151,13 @@ def convert(
 
     ``to``: the target format; default: by the destination's name (.gguf, .ckpt, .sbs, otherwise a Hugging Face folder).
     ``dtype``: "f32", "f16", "bf16"; default: the source's. ``adapters``: LoRA adapters to merge, in order. ``tokens``,
-    ``text``: what the forward passes of the verification run; ``gates``: limits that replace the defaults, such as
-    ``{"kl": 0.02}``; ``sample``: also let source and output continue the prompt by so many tokens, for people to
-    compare. ``force``: replace an existing destination. ``run``: threads, memory and other settings.
+    ``text``: what the forward passes of the verification run on. ``gates``: limits that replace the defaults, such as
+    ``{"kl": 0.02}``. ``sample``: the number of tokens by which source and output also continue the prompt, for people
+    to compare. ``force``: replace an existing destination. ``run``: threads, memory and other settings.
 
-    If the verification fails, nothing is written at the destination: ``result.written`` and ``result.verification``
-    show it. Raises ``UsageError``, ``InputRefused`` or ``ResourceError``; then the destination is as it
-    was.
+    If the verification fails, nothing is written at the destination; ``result.written`` is false and
+    ``result.verification`` says why. Raises ``UsageError``, ``InputRefused`` or ``ResourceError``; in each case the
+    destination stays as it was.
     """
     request = ConversionRequest(
         source=source,
@@ -202,11 +204,11 @@ def quantize(
     reports: ReportFiles | None = None,
     progress: ProgressCallback | None = None,
 ) -> ConversionResult:
-    """Quantize a checkpoint, straight from its original format, verify the output, and put it in place.
+    """Quantize a checkpoint of any format, verify the output, and put it in place.
 
-    ``type``: "q4_k_m", "nf4", "w4a16", ...; ``formats()`` lists them. ``budget``: instead of a type, the best mixture
-    for a size, bits per weight or a KL divergence. ``gguf``, ``packing``: options of llama.cpp's types and of quantized
-    folders. ``calibration``: choose codes by what the model does with a text.
+    ``type``: "q4_k_m", "nf4", "w4a16", ...; ``formats()`` lists them. ``budget``: used instead of a type, for the best
+    mixture of types for a size, for bits per weight or for a KL divergence. ``gguf``, ``packing``: options for
+    llama.cpp's types and for quantized folders. ``calibration``: choose codes by what the model does with a text.
     ``allow_requantize``: accept a source that is already quantized. The other arguments, the result and the errors are
     those of ``convert``.
     """
@@ -237,8 +239,8 @@ def quantize(
 def run(
     request: ConversionRequest | RecipeRun | PathLike, *, progress: ProgressCallback | None = None
 ) -> tuple[ConversionResult, ...]:
-    """Carry out a whole request, one output for each type, in one pass over the source; or a recipe (docs/recipes.md),
-    by its path or one of the runs that ``read_recipe`` returned.
+    """Carry out a request, with one output for each type, in one pass over the source. Instead of a request, it may be
+    the path of a recipe (docs/recipes.md) or one of the runs that ``read_recipe`` returned.
     """
     if isinstance(request, ConversionRequest):
         return conversion.convert(request, as_progress(progress))
@@ -247,8 +249,8 @@ def run(
 
 
 def plan(request: ConversionRequest | RecipeRun | PathLike) -> tuple[PlanSummary, ...]:
-    """What a request or a recipe would write, from headers alone: files with their exact sizes, types, warnings,
-    costs.
+    """Return what a request or a recipe would write: files with their exact sizes, types, warnings and costs. Only
+    headers are read.
     """
     if isinstance(request, ConversionRequest):
         return conversion.summarize(request)
@@ -266,10 +268,10 @@ def check(
     threads: int | None = None,
     progress: ProgressCallback | None = None,
 ) -> CheckResult:
-    """Whether a checkpoint is sane, without its source: ``result.sane``, ``result.findings``. docs/check.md lists
-    what is checked. Raises ``InputRefused`` for a file that cannot be read.
+    """Check whether a checkpoint is sane, without its source: ``result.sane`` is the verdict, ``result.findings`` has
+    the reasons. docs/check.md lists what is checked. Raises ``InputRefused`` for a file that cannot be read.
 
-    ``perplexity``, ``text``: also run the forward pass over the built-in text, or over this file. ``sample``: let the
+    ``perplexity``: also run the forward pass over the built-in text; ``text``: over this file. ``sample``: also let the
     model answer a question.
     """
     from gemma2tool.pipeline.checks import run as checks
@@ -288,7 +290,9 @@ def hash(
     threads: int | None = None,
     progress: ProgressCallback | None = None,
 ) -> Hashes:
-    """Compute digests of a checkpoint's values: equal for the same model in any format, type, layout, or file count."""
+    """Return digests of a checkpoint's values. They are equal for the same model in any format, type, layout or number
+    of files.
+    """
     from gemma2tool.model.digest import hash_checkpoint
 
     with opened(source, config) as checkpoint:
@@ -305,10 +309,10 @@ def logits(
     threads: int | None = None,
     force: bool = False,
 ) -> NDArray[np.float32]:
-    """Float32 logits (B, T, V) of every position of ``tokens``, ids of shape (T,) or (B, T), one layer in memory at a
-    time.
+    """Return float32 logits (B, T, V) of every position of ``tokens``, ids of shape (T,) or (B, T). One layer is in
+    memory at a time.
 
-    ``out``: also write them to this .npy file; the result is then a read-only map of it.
+    ``out``: also write them to this .npy file; the result is then a read-only memory map of the file.
     """
     from gemma2tool.pipeline.logits import compute_logits
 
@@ -333,7 +337,7 @@ def generate(
 
 
 def inspect(source: Source, *, config: Config | None = None) -> Inspection:
-    """Format, config, tensors and types of a checkpoint, from its headers alone."""
+    """Return format, config, tensors and types of a checkpoint. Only headers are read."""
     from gemma2tool.pipeline import inspection
 
     with opened(source, config, warn=False) as checkpoint:
@@ -341,7 +345,7 @@ def inspect(source: Source, *, config: Config | None = None) -> Inspection:
 
 
 def formats() -> tuple[FormatEntry, ...]:
-    """The formats that can be read and written, with their types."""
+    """Return the formats that can be read and written, with their types."""
     from gemma2tool.formats import catalog
 
     return catalog.format_entries()

@@ -70,11 +70,12 @@ def sensitivity(
     options: SensitivityOptions | None = None,
     progress: ProgressCallback | None = None,
 ) -> SensitivityResult:
-    """Collect what each matrix, stored in each type, costs in KL divergence at the output, and write it to ``out``, for
-    ``Budget(sensitivity=)``. An interrupted collection is continued.
+    """Measure what each matrix, stored in each type, costs in KL divergence at the output, and write the table to
+    ``out``, for ``Budget(sensitivity=)``. An interrupted collection is continued.
 
-    ``calibration``: the text whose activations choose the codes. ``text``: the one that KL is summed over; default:
-    other windows of the same. ``merge``: collect nothing, add up these tables of the same model and different texts.
+    ``calibration``: the text whose activations choose the codes. ``text``: the text that KL is summed over; default:
+    other windows of the calibration text. ``merge``: collect nothing, but add up these tables, which are of the same
+    model and different texts.
     """
     from gemma2tool.pipeline.sensitivity import collect, run
 
@@ -111,8 +112,8 @@ def quality(
     files: QualityFiles | None = None,
     progress: ProgressCallback | None = None,
 ) -> QualityResult:
-    """Measure KL divergence from the source against size: files of several GGUF types, which are written to a temporary
-    folder, and checkpoints that exist. ``files``: a table, a plot and a page to write.
+    """Measure the KL divergence from the source, and the size, of several GGUF types, whose files are written to a
+    temporary folder, and of existing checkpoints. ``files``: a table, a plot and a page to write.
     """
     from gemma2tool.pipeline.quality.run import measure_quality
 
@@ -138,8 +139,8 @@ def plan_quality(
 
 
 def merge(out: PathLike, parts: Sequence[PathLike] = (), *, force: bool = False) -> MergeResult:
-    """Put the parts that the shards of ``imatrix`` wrote together, and write to ``out`` what one machine would have
-    written. ``parts``: by default, those beside ``out``.
+    """Merge the parts that the shards of ``imatrix`` wrote; ``out`` has the bytes that one machine would have written.
+    ``parts``: by default, those beside ``out``.
 
     Raises ``UsageError`` for parts that do not make up one result.
     """
@@ -149,7 +150,7 @@ def merge(out: PathLike, parts: Sequence[PathLike] = (), *, force: bool = False)
 
 
 def text_label(text: str) -> tuple[str, Path]:
-    """A label and a file from "LABEL=FILE", or from "FILE", whose label is its name without suffix."""
+    """Return label and file of "LABEL=FILE". The label of a plain "FILE" is its name without suffix."""
     label, equals, path = text.partition("=")
     if equals and label and path and not Path(text).exists():
         return label, Path(path)

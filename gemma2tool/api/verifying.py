@@ -44,19 +44,23 @@ def verify(
     reports: ReportFiles | None = None,
     progress: ProgressCallback | None = None,
 ) -> Verification:
-    """Compare a checkpoint with the one it was made from, its receipt, what an engine computes from it, or what a
-    server makes of it.
+    """Compare a checkpoint with its source, with its receipt, with what an engine computes from it, or with what a
+    server serves. These are given by one of:
 
-    ``reference``: the source. ``receipt``: default is the one beside the candidate. ``logits``: an engine's float
-    logits (.npy) for ``tokens``. ``engines``: programs to run on it ("transformers", "llama.cpp", "mlx-lm",
-    "keras-hub"). ``server``: a running server that should serve it, such as "http://localhost:8080"; its token is read
-    from the environment variable GEMMA2TOOL_SERVER_TOKEN. ``signed_by``: also hold it, and its receipt, to signatures
-    of this public key or certificate, or of this identity, for which ``issuer`` vouches (``trust_config``: through
-    another Sigstore than the public one); ``signature``: default is beside it. ``config``: of a candidate that has none
-    of its own, and of such a reference unless ``reference_config`` is given. ``readers``: the libraries of its format
-    read the candidate too. ``sample``: also let ``reference`` and candidate continue the prompt by so many tokens, for
-    people to compare (``result.measurements.sample``). A difference is a failed gate in the result (``result.passed``,
-    ``result.causes``), not an exception; a server that cannot be asked is one.
+    ``reference``: the source. ``receipt``: the receipt; this is the default, with the one beside the candidate.
+    ``logits``: an engine's float logits (.npy) for ``tokens``. ``engines``: programs to run on the candidate
+    ("transformers", "llama.cpp", "mlx-lm", "keras-hub"). ``server``: a running server that should serve it, such as
+    "http://localhost:8080"; its token is read from the environment variable GEMMA2TOOL_SERVER_TOKEN.
+
+    ``signed_by``: also check the signatures of the candidate and its receipt against this public key, certificate or
+    identity; ``issuer`` vouches for the identity, ``trust_config`` names a Sigstore other than the public one, and
+    ``signature`` is by default the file beside the candidate. ``config``: for a candidate without a config, and for
+    such a reference unless ``reference_config`` is given. ``readers``: let the libraries of its format read the
+    candidate, too. ``sample``: the number of tokens by which reference and candidate continue the prompt, for people to
+    compare (``result.measurements.sample``).
+
+    A difference is not an exception but a failed gate in the result (``result.passed``, ``result.causes``). Raises
+    ``InputRefused`` for a file that cannot be read, ``ResourceError`` for a server that does not answer.
     """
     request = VerifyRequest(
         candidate=candidate,
@@ -81,7 +85,9 @@ def verify(
 
 
 def candidates(paths: Iterable[PathLike]) -> list[PathLike]:
-    """The checkpoints that paths name, each once: a folder that is not one itself stands for those directly in it."""
+    """Return the checkpoints that ``paths`` name, each once. A folder that is not a checkpoint stands for the
+    checkpoints directly in it.
+    """
     return several.candidates(paths)
 
 
@@ -93,11 +99,11 @@ def verify_request(request: VerifyRequest, *, progress: ProgressCallback | None 
 def verify_several(
     request: VerifyRequest, candidates: Sequence[PathLike], *, progress: ProgressCallback | None = None
 ) -> tuple[CandidateResult, ...]:
-    """Verify each of ``candidates`` as ``request`` says of its own, against its receipt or against the request's
-    reference, and write one report of all.
+    """Verify each of ``candidates`` with the settings of ``request``, against its own receipt or against the request's
+    reference, and write one report for all of them.
 
-    A candidate that is refused has the error in its result and does not stop the others. Raises ``UsageError`` for a
-    request that can be of one candidate only.
+    The result of a candidate that is refused contains the error; the others are still verified. Raises ``UsageError``
+    for a request that works for one candidate only.
     """
     return several.verify_several(request, candidates, as_progress(progress))
 
@@ -113,7 +119,7 @@ def diff(
     threads: int | None = None,
     progress: ProgressCallback | None = None,
 ) -> Difference:
-    """Compare two checkpoints of any formats, neither of which is the reference; ``result.same`` is the verdict."""
+    """Compare two checkpoints of any formats. Neither is the reference; ``result.same`` is the verdict."""
     request = DiffRequest(
         a=a,
         b=b,
