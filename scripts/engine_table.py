@@ -106,6 +106,8 @@ def pairs() -> Iterator[tuple[str, str, str]]:
     yield from (("mlx-lm", "hf", type_name) for type_name in (*folders, MIXED))
     for dtype in ("f32", "bf16"):
         yield "keras-hub", "keras", dtype
+    for dtype in ("f32", "bf16"):
+        yield "gemma", "flax", dtype
 
 
 def write(folder: Path, format_name: str, type_name: str) -> Path:

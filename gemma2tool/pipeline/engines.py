@@ -187,7 +187,7 @@ class _Comparison:
         from gemma2tool.verify.engine import LogitsSettings, verify_logits
 
         parameters = self.candidate.parameters
-        own = self.engine.quantized_limits if self.candidate.is_quantized else self.engine.limits
+        own = {} if self.candidate.is_quantized else self.engine.limits
         settings = LogitsSettings(
             gates={**own, **self.checks.gates},
             threads=self.checks.threads,

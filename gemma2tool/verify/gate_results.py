@@ -25,6 +25,9 @@ ENVELOPE = 3.0
 Rounding errors that share a scale are correlated, so they have somewhat more effect than independent ones.
 """
 
+TIE_DEVIATIONS = 3.0
+"""Standard deviations by which noise may make the other of two tokens likelier."""
+
 INTERVAL_PROMPTS = 8
 """Prompts of text from which on their mean KL gets an interval."""
 
@@ -154,10 +157,24 @@ def usual_gates(run: LogitRun, kind: str, text: bool) -> list[GateResult]:
 
 
 def engine_gates(metrics: LogitMetrics, kind: str, limits: Gates) -> list[GateResult]:
-    """The logits gate and the distribution gate for one prompt that another program ran."""
+    """The logits gate and the distribution gate for one prompt that another program ran.
+
+    A prompt is short, so that a few positions where two tokens are nearly as likely would decide the agreement. They
+    count as agreeing.
+    """
     report: dict[str, Any] = {"shape": [1, metrics.positions]}
     logits = _agreement("logits", metrics, limits, report, f"{metrics.positions} positions")
-    return [logits, _distribution(metrics, kind, limits, False, None)]
+    return [logits, _distribution(metrics, kind, limits, False, None, tie=_tie(metrics, limits))]
+
+
+def _tie(metrics: LogitMetrics, limits: Gates) -> float:
+    """By how much two logits may differ to change places by noise of the measured KL, up to the limit of KL.
+
+    Noise of variance v in the logits has a KL of v / 2. The difference of two logits then has the standard deviation
+    sqrt(2 v), which is 2 sqrt(KL).
+    """
+    kl = metrics.mean_kl if limits.kl is None else min(metrics.mean_kl, limits.kl)
+    return TIE_DEVIATIONS * 2 * math.sqrt(kl)
 
 
 def _logits(run: LogitRun, limits: Gates) -> GateResult:
@@ -234,8 +251,16 @@ def _windows(windows: tuple[int, int]) -> str:
 
 
 def _distribution(
-    metrics: LogitMetrics, kind: str, limits: Gates, text: bool, envelope: LogitMetrics | None, prompts: int = 0
+    metrics: LogitMetrics,
+    kind: str,
+    limits: Gates,
+    text: bool,
+    envelope: LogitMetrics | None,
+    *,
+    prompts: int = 0,
+    tie: float | None = None,
 ) -> GateResult:
+    """``tie``: logits that differ by no more are a tie; it counts as agreement."""
     gate = "distribution"
     if any(metrics.nonfinite):
         return GateResult(gate, "skipped", "logits are not finite")
@@ -246,7 +271,11 @@ def _distribution(
     summary = f"KL mean {metrics.mean_kl:.3g}, 99 % {metrics.kl_percentile(99):.3g}; top-1 agreement {metrics.top1:.1%}"
     if "perplexity_ratio" in report:
         summary += f"; perplexity {report['perplexity_source']:.4g} -> {report['perplexity_candidate']:.4g}"
-    exceeded = [message for _, message in _exceeded(metrics, limits, text)]
+    near_ties = 0 if tie is None else metrics.near_ties(tie)
+    if tie is not None:
+        report |= {"near_ties": near_ties, "tie": significant(tie)}
+        summary += f", {near_ties} of {metrics.positions} positions near-ties" if near_ties else ""
+    exceeded = [message for _, message in _exceeded(metrics, limits, text, near_ties)]
     if envelope is not None:
         report["noise_envelope"] = envelope.distribution()
     if text and prompts >= INTERVAL_PROMPTS:
@@ -266,8 +295,9 @@ def _distribution(
     return GateResult(gate, "passed" if has_limit else "reported", summary, report)
 
 
-def _exceeded(metrics: LogitMetrics, limits: Gates, text: bool) -> list[tuple[str, str]]:
-    """The limits on the distribution that are exceeded: name and sentence."""
+def _exceeded(metrics: LogitMetrics, limits: Gates, text: bool, near_ties: int = 0) -> list[tuple[str, str]]:
+    """The limits on the distribution that are exceeded: name and sentence. ``near_ties``: positions that count as
+    agreeing."""
     measured = {"kl": metrics.mean_kl, "kl_p99": metrics.kl_percentile(99), "kl_max": float(metrics.kl.max())}
     words = {
         "kl": "mean KL",
@@ -282,8 +312,10 @@ def _exceeded(metrics: LogitMetrics, limits: Gates, text: bool) -> list[tuple[st
         limit = getattr(limits, name)
         if limit is not None and not value <= limit:
             exceeded.append((name, f"{words[name]} {value:.4g} exceeds {limit:g}"))
-    if limits.top1 is not None and not metrics.top1 >= limits.top1:
-        exceeded.append(("top1", f"top-1 agreement {metrics.top1:.1%} is below {limits.top1:.1%}"))
+    agreement = (int(metrics.same_top.sum()) + near_ties) / metrics.positions
+    if limits.top1 is not None and not agreement >= limits.top1:
+        ties = ", near-ties included" if near_ties else ""
+        exceeded.append(("top1", f"top-1 agreement {agreement:.1%}{ties} is below {limits.top1:.1%}"))
     return exceeded
 
 

@@ -98,12 +98,27 @@ def test_llama_cpp_runs_what_is_written(place: Path) -> None:
         ("transformers", "transformers", "hf", ()),
         ("mlx-lm", "mlx_lm", "mlx", ("--to", "mlx")),
         ("keras-hub", "keras_hub", "keras", ("--to", "keras")),
+        ("gemma", "gemma.transformer", "flax", ("--to", "flax")),
     ],
 )
 def test_engines_run_what_is_written(place: Path, engine: str, module: str, name: str, words: tuple[str, ...]) -> None:
     pytest.importorskip(module)
     result = verified(written(place, name, *words), engine, place / "ids.npy")
     assert result.passed, messages(result)
+
+
+@pytest.mark.slow
+def test_google_gemma_finds_a_faulty_config(place: Path) -> None:
+    """Google's code reads no config. It takes rope_theta to be 10,000, as in every released Gemma 2."""
+    pytest.importorskip("gemma.transformer")
+    folder = place / "theta"
+    shutil.copytree(written(place, "flax", "--to", "flax"), folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["rope_theta"] = 500_000.0
+    config.pop("rope_parameters", None)
+    (folder / "config.json").write_text(json.dumps(config))
+    result = verified(folder, "gemma", place / "ids.npy")
+    assert not result.gate("gemma tokens").failed and result.gate("gemma distribution").failed
 
 
 class TestPlantedFaults:

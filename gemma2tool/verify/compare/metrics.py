@@ -34,6 +34,7 @@ class LogitComparison:
         self._cross = np.zeros(positions)  # sum of exp(source - max source) * (source - candidate)
         self._reverse_cross = np.zeros(positions)  # the same with the sides exchanged
         self._following_logits = np.full((2, positions), -np.inf)
+        self._at_candidate_top = np.full(positions, -np.inf)  # the source's logit of the candidate's likeliest token
         self._count = 0
         self._abs_sum = 0.0
         self._max_abs = 0.0
@@ -69,6 +70,9 @@ class LogitComparison:
         self._cross[rows] = self._cross[rows] * rescale + (weights * difference).sum(axis=1)
         weights, rescale = of_candidate.add(first, rows, candidate)
         self._reverse_cross[rows] = self._reverse_cross[rows] * rescale - (weights * difference).sum(axis=1)
+        top = of_candidate.top[rows] - first
+        changed = np.flatnonzero(top >= 0)
+        self._at_candidate_top[rows.start + changed] = source[changed, top[changed]]
         following = self.following[rows] - first
         in_slice = np.flatnonzero((following >= 0) & (following < source.shape[1]))
         for side, logits in enumerate((source, candidate)):
@@ -94,6 +98,7 @@ class LogitComparison:
             same_top=source.top == candidate.top,
             source_top=source.top,
             candidate_top=candidate.top,
+            top_gap=source.max - self._at_candidate_top,
             log_p=log_p[:, has_following],
         )
 
@@ -131,10 +136,11 @@ class LogitMetrics:
     """How two models' logits compare.
 
     Arrays are per position: ``kl`` (N,) = KL(source || candidate) in nats; ``reverse_kl`` = KL(candidate || source);
-    ``source_top`` and ``candidate_top``, the likeliest tokens, and ``same_top``, whether they are equal; ``log_p``
-    (2, M): both sides' log-probabilities of the token that follows, for the M positions that have one. ``max_at``:
-    position and token of the largest difference. ``beyond_limit``: number of logits beyond the limit. ``nonfinite``:
-    number of NaN or infinite logits of source and candidate; if there are any, nothing else is measured.
+    ``source_top`` and ``candidate_top``, the likeliest tokens, and ``same_top``, whether they are equal; ``top_gap``,
+    by how much the source's logit of its own is larger than that of the candidate's; ``log_p`` (2, M): both sides'
+    log-probabilities of the token that follows, for the M positions that have one. ``max_at``: position and token of
+    the largest difference. ``beyond_limit``: number of logits beyond the limit. ``nonfinite``: number of NaN or
+    infinite logits of source and candidate; if there are any, nothing else is measured.
     """
 
     positions: int
@@ -148,6 +154,7 @@ class LogitMetrics:
     same_top: NDArray[np.bool_]
     source_top: NDArray[np.int64]
     candidate_top: NDArray[np.int64]
+    top_gap: Floats
     log_p: Floats
     nonfinite: tuple[int, int] = (0, 0)
 
@@ -166,6 +173,7 @@ class LogitMetrics:
             same_top=np.zeros(positions, bool),
             source_top=np.full(positions, -1),
             candidate_top=np.full(positions, -1),
+            top_gap=np.full(positions, np.nan),
             log_p=np.empty((2, 0)),
             nonfinite=(source, candidate),
         )
@@ -195,6 +203,7 @@ class LogitMetrics:
             same_top=np.concatenate([part.same_top for part in parts]),
             source_top=np.concatenate([part.source_top for part in parts]),
             candidate_top=np.concatenate([part.candidate_top for part in parts]),
+            top_gap=np.concatenate([part.top_gap for part in parts]),
             log_p=np.concatenate([part.log_p for part in parts], axis=1),
         )
 
@@ -210,6 +219,11 @@ class LogitMetrics:
     def top1(self) -> float:
         """Share of positions at which both have the same likeliest token."""
         return float(self.same_top.mean())
+
+    def near_ties(self, gap: float) -> int:
+        """Positions whose likeliest tokens differ although the source finds the candidate's less likely by at most
+        ``gap``, a difference of logits."""
+        return int(np.count_nonzero(~self.same_top & (self.top_gap <= gap)))
 
     def kl_percentile(self, percent: float) -> float:
         return float(np.percentile(self.kl, percent))

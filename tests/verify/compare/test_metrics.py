@@ -56,6 +56,8 @@ def test_metrics_do_not_depend_on_how_the_vocabulary_is_cut(
     np.testing.assert_allclose(metrics.kl, (np.exp(p) * (p - q)).sum(1), rtol=1e-9, atol=1e-13)
     np.testing.assert_array_equal(metrics.same_top, source.argmax(1) == candidate.argmax(1))
     np.testing.assert_array_equal(metrics.source_top, source.argmax(1))
+    gaps = source.max(1).astype(np.float64) - source[np.arange(positions), candidate.argmax(1)]
+    np.testing.assert_array_equal(metrics.top_gap, gaps)
     difference = np.abs(source.astype(np.float64) - candidate)
     assert metrics.max_abs_difference == difference.max()
     if distance:
@@ -110,3 +112,11 @@ def test_the_extreme_percentile_needs_many_positions() -> None:
     assert "kl_p99_9" not in metrics.distribution()
     source, candidate, following = pair(10_000, 4, 0.5, 4)
     assert "kl_p99_9" in run(source, candidate, following, []).distribution()
+
+
+def test_positions_where_two_tokens_are_nearly_as_likely() -> None:
+    source = np.array([[5.0, 4.9, 0.0], [5.0, 4.0, 0.0], [5.0, 0.0, 0.0]], np.float32)
+    candidate = source[:, [1, 0, 2]]  # the first two tokens exchanged
+    metrics = run(source, candidate, np.full(3, -1), [1])
+    assert [metrics.near_ties(gap) for gap in (0.0, 0.2, 1.0, 9.0)] == [0, 1, 2, 3]
+    assert run(source, source, np.full(3, -1), []).near_ties(9.0) == 0
