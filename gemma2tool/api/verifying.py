@@ -47,11 +47,10 @@ def verify(
     """Compare a checkpoint with its source, with its receipt, with what an engine computes from it, or with what a
     server serves. These are given by one of:
 
-<<<<<<< HEAD
     ``reference``: the source. ``receipt``: the receipt; this is the default, with the one beside the candidate.
     ``logits``: an engine's float logits (.npy) for ``tokens``. ``engines``: programs to run on the candidate
-    ("transformers", "llama.cpp", "mlx-lm", "keras-hub"). ``server``: a running server that should serve it, such as
-    "http://localhost:8080"; its token is read from the environment variable GEMMA2TOOL_SERVER_TOKEN.
+    ("transformers", "llama.cpp", "mlx-lm", "keras-hub", "gemma"). ``server``: a running server that should serve it,
+    such as "http://localhost:8080"; its token is read from the environment variable GEMMA2TOOL_SERVER_TOKEN.
 
     ``signed_by``: also check the signatures of the candidate and its receipt against this public key, certificate or
     identity; ``issuer`` vouches for the identity, ``trust_config`` names a Sigstore other than the public one, and
@@ -62,18 +61,6 @@ def verify(
 
     A difference is not an exception but a failed gate in the result (``result.passed``, ``result.causes``). Raises
     ``InputRefused`` for a file that cannot be read, ``ResourceError`` for a server that does not answer.
-=======
-    ``reference``: the source. ``receipt``: default is the one beside the candidate. ``logits``: an engine's float
-    logits (.npy) for ``tokens``. ``engines``: programs to run on it ("transformers", "llama.cpp", "mlx-lm",
-    "keras-hub", "gemma"). ``server``: a running server that should serve it, such as "http://localhost:8080"; its token
-    is read from the environment variable GEMMA2TOOL_SERVER_TOKEN. ``signed_by``: also hold it, and its receipt, to
-    signatures of this public key or certificate, or of this identity, for which ``issuer`` vouches (``trust_config``:
-    through another Sigstore than the public one); ``signature``: default is beside it. ``config``: of a candidate that
-    has none of its own, and of such a reference unless ``reference_config`` is given. ``readers``: the libraries of its
-    format read the candidate too. ``sample``: also let ``reference`` and candidate continue the prompt by so many
-    tokens, for people to compare (``result.measurements.sample``). A difference is a failed gate in the result
-    (``result.passed``, ``result.causes``), not an exception; a server that cannot be asked is one.
->>>>>>> 868ae89 (verify --engine: near-ties count as agreeing, and Google's gemma is an engine)
     """
     request = VerifyRequest(
         candidate=candidate,
