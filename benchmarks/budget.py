@@ -23,8 +23,9 @@ from processes import argument_parser
 from quality import BOOTSTRAP_DRAWS, FIXTURE, Run
 
 from gemma2tool.formats import registry
-from gemma2tool.formats.options import Calibration, GGUFOptions, WriteOptions
+from gemma2tool.formats.options import GGUFOptions, WriteOptions
 from gemma2tool.formats.options_budget import Budget
+from gemma2tool.formats.options_calibration import Calibration
 from gemma2tool.model.format_facts import Rounding
 from gemma2tool.pipeline.budget.plan import PlannedBudget, plan_budget
 from gemma2tool.pipeline.conversion import save

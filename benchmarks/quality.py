@@ -34,7 +34,8 @@ from numpy.typing import NDArray
 from processes import argument_parser
 
 from gemma2tool.formats import registry
-from gemma2tool.formats.options import HESSIANS, Calibration, GGUFOptions, PackingOptions, WriteOptions
+from gemma2tool.formats.options import GGUFOptions, PackingOptions, WriteOptions
+from gemma2tool.formats.options_calibration import HESSIANS, Calibration
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.pipeline.conversion import save
 from gemma2tool.pipeline.importance import ImatrixOptions, collect_imatrix

@@ -23,6 +23,7 @@ from gemma2tool.api.elsewhere import ELSEWHERE
 from gemma2tool.api.publishing import plan_release, publish, release
 from gemma2tool.api.recipes import read_recipe, run_on_ray
 from gemma2tool.api.texts import (
+    calibrate,
     imatrix,
     merge,
     plan_imatrix,
@@ -33,8 +34,9 @@ from gemma2tool.api.texts import (
     text_label,
 )
 from gemma2tool.formats.option_info import parse_size
-from gemma2tool.formats.options import Adapter, Calibration, GGUFOptions, PackingOptions, SplitOptions, WriteOptions
+from gemma2tool.formats.options import Adapter, GGUFOptions, PackingOptions, SplitOptions, WriteOptions
 from gemma2tool.formats.options_budget import Budget, parse_candidates
+from gemma2tool.formats.options_calibration import Calibration
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.config import Gemma2Config
 from gemma2tool.pipeline import conversion
@@ -65,6 +67,7 @@ if TYPE_CHECKING:
     from gemma2tool.pipeline.checks.run import CheckRequest
     from gemma2tool.pipeline.doctor import Diagnosis, Fact, doctor
     from gemma2tool.pipeline.generation import Generation, GenerationOptions
+    from gemma2tool.pipeline.hessians.run import HessiansOptions, HessiansResult
     from gemma2tool.pipeline.importance import ImatrixOptions, ImatrixResult
     from gemma2tool.pipeline.inspection import Inspection
     from gemma2tool.pipeline.leftovers import Leftover
@@ -91,16 +94,16 @@ __all__ = [
     "CandidateResult", "CardOptions", "Cause", "CheckFinding", "CheckRequest", "CheckResult", "Checkpoint", "Checks",
     "ConversionRequest", "ConversionResult", "Diagnosis", "DiffRequest", "Difference", "Estimate", "Fact", "Failure",
     "Finding", "FormatEntry", "GGUFOptions", "GateResult", "Gemma2Config", "Generation", "GenerationOptions", "Hashes",
-    "ImatrixOptions", "ImatrixResult", "Inspection", "Leftover", "MergeResult", "Needs", "OutputRequest",
-    "PackingOptions", "PlanSummary", "ProgressEvent", "PublishRequest", "QualityFiles", "QualityPoint",
-    "QualityRequest", "QualityResult", "RecipeRun", "ReleasePlan", "ReleaseRequest", "ReleaseResult", "ReportFiles",
-    "RunOptions", "ScanFinding", "ScanResult", "SensitivityOptions", "SensitivityResult", "SensitivityTable",
-    "ServerRequest", "Shard", "SignResult", "SplitOptions", "TensorSummary", "Verification", "VerifyRequest",
-    "WriteOptions", "candidates", "check", "clean", "convert", "convert_adapter", "default_threads", "diff", "doctor",
-    "formats", "gate_names", "generate", "hash", "imatrix", "inspect", "is_adapter_conversion", "log_warnings",
-    "logits", "merge", "open", "outputs_with_receipts", "parse_candidates", "parse_gates", "parse_shard", "plan",
-    "plan_imatrix", "plan_quality", "plan_release", "plan_sensitivity", "publish", "quality", "quantize",
-    "rank_of_torchrun", "read_recipe", "release", "run", "run_on_ray", "scan", "sensitivity",
+    "HessiansOptions", "HessiansResult", "ImatrixOptions", "ImatrixResult", "Inspection", "Leftover", "MergeResult",
+    "Needs", "OutputRequest", "PackingOptions", "PlanSummary", "ProgressEvent", "PublishRequest", "QualityFiles",
+    "QualityPoint", "QualityRequest", "QualityResult", "RecipeRun", "ReleasePlan", "ReleaseRequest", "ReleaseResult",
+    "ReportFiles", "RunOptions", "ScanFinding", "ScanResult", "SensitivityOptions", "SensitivityResult",
+    "SensitivityTable", "ServerRequest", "Shard", "SignResult", "SplitOptions", "TensorSummary", "Verification",
+    "VerifyRequest", "WriteOptions", "calibrate", "candidates", "check", "clean", "convert", "convert_adapter",
+    "default_threads", "diff", "doctor", "formats", "gate_names", "generate", "hash", "imatrix", "inspect",
+    "is_adapter_conversion", "log_warnings", "logits", "merge", "open", "outputs_with_receipts", "parse_candidates",
+    "parse_gates", "parse_shard", "plan", "plan_imatrix", "plan_quality", "plan_release", "plan_sensitivity", "publish",
+    "quality", "quantize", "rank_of_torchrun", "read_recipe", "release", "run", "run_on_ray", "scan", "sensitivity",
     "shard_from_environment", "sign", "text_label", "verify", "verify_request", "verify_several",
 ]  # fmt: skip
 

@@ -12,6 +12,7 @@ ELSEWHERE = {
     "Estimate": "pipeline.quality.result", "Fact": "pipeline.doctor", "Failure": "verify.result",
     "Finding": "verify.finding", "FormatEntry": "formats.catalog", "GateResult": "verify.finding",
     "Generation": "pipeline.generation", "GenerationOptions": "pipeline.generation", "Hashes": "model.digest",
+    "HessiansOptions": "pipeline.hessians.run", "HessiansResult": "pipeline.hessians.run",
     "ImatrixOptions": "pipeline.importance", "ImatrixResult": "pipeline.importance",
     "Inspection": "pipeline.inspection", "Leftover": "pipeline.leftovers", "Needs": "pipeline.needs.needs",
     "QualityFiles": "pipeline.quality.files",

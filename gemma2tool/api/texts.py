@@ -12,6 +12,7 @@ from gemma2tool.pipeline.opening import opened
 from gemma2tool.pipeline.requests import default_threads
 
 if TYPE_CHECKING:
+    from gemma2tool.pipeline.hessians.run import HessiansOptions, HessiansResult
     from gemma2tool.pipeline.importance import ImatrixOptions, ImatrixResult
     from gemma2tool.pipeline.needs.needs import Needs
     from gemma2tool.pipeline.quality.files import QualityFiles
@@ -57,6 +58,28 @@ def plan_imatrix(
     options = options or importance.ImatrixOptions(threads=default_threads())
     with opened(source, config) as checkpoint:
         return importance.plan_imatrix(checkpoint, Path(text), Path(out), options)
+
+
+def calibrate(
+    source: Source,
+    out: PathLike,
+    *,
+    text: PathLike,
+    config: Config | None = None,
+    options: HessiansOptions | None = None,
+    progress: ProgressCallback | None = None,
+) -> HessiansResult:
+    """Collect the Hessians of every matrix on a text, for ``Calibration(hessians=...)`` of any type, and write them to
+    ``out``. An interrupted collection is continued.
+
+    ``options.shard``: write the part of this shard beside ``out`` instead, for ``merge``. ``options.dry_run``: write
+    nothing; the result says what would be written, and what it takes.
+    """
+    from gemma2tool.pipeline.hessians import run
+
+    options = options or run.HessiansOptions(threads=default_threads())
+    with opened(source, config) as checkpoint:
+        return run.collect_hessians(checkpoint, Path(text), Path(out), options, as_progress(progress))
 
 
 def sensitivity(
@@ -139,8 +162,8 @@ def plan_quality(
 
 
 def merge(out: PathLike, parts: Sequence[PathLike] = (), *, force: bool = False) -> MergeResult:
-    """Merge the parts that the shards of ``imatrix`` wrote; ``out`` has the bytes that one machine would have written.
-    ``parts``: by default, those beside ``out``.
+    """Merge the parts that the shards of ``imatrix`` or ``calibrate`` wrote; ``out`` has the bytes that one machine would
+    have written. ``parts``: by default, those beside ``out``.
 
     Raises ``UsageError`` for parts that do not make up one result.
     """

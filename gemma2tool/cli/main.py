@@ -213,6 +213,7 @@ def _resources(error: Exception) -> ToolError | None:
 
 def _register() -> None:
     from gemma2tool.cli import (
+        calibrate,
         check,
         clean,
         convert,
@@ -250,6 +251,7 @@ def _register() -> None:
         logits.logits,
         generate.generate,
         imatrix.imatrix,
+        calibrate.calibrate,
         sensitivity.sensitivity,
         quality.quality,
         merge.merge,

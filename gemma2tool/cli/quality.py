@@ -9,7 +9,7 @@ import typer
 
 from gemma2tool.cli import options as o
 from gemma2tool.cli.groups import completion
-from gemma2tool.formats.options import Calibration
+from gemma2tool.formats.options_calibration import Calibration
 
 
 def quality(

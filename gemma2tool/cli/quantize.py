@@ -11,8 +11,9 @@ from gemma2tool.cli.conversion import carry_out
 from gemma2tool.cli.groups import completion
 from gemma2tool.cli.reports import Reports
 from gemma2tool.errors import UsageError
-from gemma2tool.formats.options import Calibration, GGUFOptions, PackingOptions, SplitOptions, WriteOptions
+from gemma2tool.formats.options import GGUFOptions, PackingOptions, SplitOptions, WriteOptions
 from gemma2tool.formats.options_budget import Budget
+from gemma2tool.formats.options_calibration import Calibration
 
 
 def quantize(

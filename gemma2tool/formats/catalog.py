@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from gemma2tool.errors.extras import install_command
 from gemma2tool.formats import registry
-from gemma2tool.formats.options import CALIBRATED_TYPES
+from gemma2tool.formats.options_calibration import CALIBRATED_TYPES
 from gemma2tool.model.format_facts import FormatFacts
 
 

@@ -7,16 +7,13 @@ target would ignore; a receipt records what was given. Nothing heavy is imported
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar
 
-from gemma2tool.errors import UsageError
 from gemma2tool.formats.option_info import (
     COMPRESSED,
-    FOLDERS_QUANTIZED,
-    GGUF_QUANTIZED,
     QUANTIZED_FOLDERS,
     normalize,
     option,
@@ -27,7 +24,8 @@ from gemma2tool.formats.option_info import (
     refuse_ignored,
     refuse_unknown,
 )
-from gemma2tool.model.format_facts import CALIBRATION_KEYS, Rounding
+from gemma2tool.formats.options_calibration import GPTQ_TYPES, Calibration
+from gemma2tool.model.format_facts import Rounding
 
 WHOLE_ROW = -1
 """The group size that stands for a whole row."""
@@ -45,12 +43,7 @@ GROUP_SIZES: Mapping[str, tuple[int, ...]] = MappingProxyType(
 )
 """Quantization type -> the group sizes (columns that share a scale) that its consumers have kernels for."""
 
-CALIBRATED_TYPES = (*FOLDERS_QUANTIZED, *GGUF_QUANTIZED)
-_TEXTBOOK_TYPES = ("gptq-4", "gptq-8", "w4a16", "w4a16-asym", "w4afp8", "awq-4")
-_GPTQ_TYPES = ("gptq-4", "gptq-8")
 _GGUF = ("gguf",)
-HESSIANS = ("model", "layer")
-"""What an error is weighed by; the first is the default."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,7 +158,7 @@ class PackingOptions:
         "--sym/--asym",
         "zero points in the middle, or chosen for each group. Default: --sym.",
         formats=QUANTIZED_FOLDERS,
-        types=_GPTQ_TYPES,
+        types=GPTQ_TYPES,
     )
     gptq_format: str | None = option(
         None,
@@ -173,7 +166,7 @@ class PackingOptions:
         "how zero points are stored: gptq (default) or gptq_v2.",
         metavar="FORMAT",
         formats=QUANTIZED_FOLDERS,
-        types=_GPTQ_TYPES,
+        types=GPTQ_TYPES,
         choices=("gptq", "gptq_v2"),
     )
     skip: tuple[str, ...] = option(
@@ -198,119 +191,6 @@ class PackingOptions:
 
     def __post_init__(self) -> None:
         normalize(self)
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """Codes and scales are chosen by what the model does with a text. An embedding that the type quantizes is
-    calibrated too, as the output head that it also is.
-
-    ``text``: a file of UTF-8 text, or of token ids (.npy); None: no calibration. ``samples``: sequences to run (128),
-    ``length``: tokens of a sequence (512). ``act_order``: columns with large inputs are rounded first. ``damping``:
-    share of its mean that is added to the Hessian's diagonal (0.01). ``method``: "refit" (the default), scales fitted
-    to the codes, or "textbook", GPTQ or AWQ as published. ``hessian_block``: columns of different blocks count as
-    independent; None for the whole. ``hessian``: "model" (the default) keeps the KL divergence of the model's
-    predictions low, "layer" the error of each layer's outputs, which needs no gradients. ``tune_norms``: afterwards the
-    norms are tuned for the same, on other sequences of the text; ``norm_checksums``: what the file says of them, see
-    ``model.norm_checksums``.
-    """
-
-    HEADING: ClassVar[str] = "Calibration"
-
-    text: Path | None = option(
-        None,
-        "--calibration",
-        "choose codes by what the model does with this text (UTF-8), or with token ids (.npy).",
-        key="calibration",
-        metavar="FILE",
-        types=CALIBRATED_TYPES,
-        id="calibration.type",
-    )
-    samples: int | None = option(
-        None,
-        "--calibration-samples",
-        "sequences to run. Default: 128.",
-        key="calibration_samples",
-        metavar="N",
-        types=CALIBRATED_TYPES,
-        minimum=1,
-    )
-    length: int | None = option(
-        None,
-        "--calibration-length",
-        "tokens of a sequence. Default: 512.",
-        key="calibration_length",
-        metavar="T",
-        types=CALIBRATED_TYPES,
-        minimum=16,
-    )
-    act_order: bool = option(
-        False,
-        "--act-order",
-        "round columns with large inputs first; some kernels run such files more slowly.",
-        types=_GPTQ_TYPES,
-    )
-    damping: float | None = option(
-        None,
-        "--damping",
-        "share of its mean added to the Hessian's diagonal. Default: 0.01.",
-        types=CALIBRATED_TYPES,
-        minimum=0.0,
-        maximum=1.0,
-    )
-    method: str | None = option(
-        None,
-        "--calibration-method",
-        "refit (default): scales fitted to the codes; textbook: as GPTQ, or for awq-4 AWQ, is published.",
-        key="calibration_method",
-        metavar="METHOD",
-        types=_TEXTBOOK_TYPES,
-        choices=("refit", "textbook"),
-    )
-    hessian_block: int | None = option(
-        None,
-        "--hessian-block",
-        "treat columns of different blocks of N as independent: less memory and time, slightly worse.",
-        metavar="N",
-        types=CALIBRATED_TYPES,
-        minimum=32,
-    )
-    hessian: str | None = option(
-        None,
-        "--hessian",
-        "model (default): the codes keep the model's predictions; layer: each layer's outputs, in less time.",
-        metavar="WHOSE",
-        types=GGUF_QUANTIZED,
-        choices=HESSIANS,
-    )
-    tune_norms: bool = option(
-        False,
-        "--tune-norms",
-        "then tune the norms on other parts of the text; kept only where a held-out part agrees.",
-        types=GGUF_QUANTIZED,
-    )
-    norm_checksums: str = ""
-
-    def __post_init__(self) -> None:
-        normalize(self)
-
-    @property
-    def is_asked(self) -> bool:
-        return self.text is not None
-
-    def for_type(self, type: str | None) -> Calibration:
-        """With the Hessian that a type has by default, if it has a choice: so plans and receipts name it."""
-        if not self.is_asked or self.hessian is not None or type not in GGUF_QUANTIZED:
-            return self
-        return replace(self, hessian=HESSIANS[0])
-
-    @property
-    def metadata(self) -> dict[str, str]:
-        """What an output says of its calibration; nothing without one."""
-        if self.text is None:
-            return {}
-        hessian = {} if self.hessian is None else {f"{CALIBRATION_KEYS}hessian": self.hessian}
-        return {f"{CALIBRATION_KEYS}file": self.text.name, **hessian}
 
 
 @dataclass(frozen=True)
@@ -377,14 +257,7 @@ class WriteOptions:
 
     def check_target(self, format_name: str) -> None:
         """Raises ``UsageError`` for an option that an output of this format and type would ignore."""
-        if not self.calibration.is_asked:
-            for option_field, info in option_fields(Calibration):
-                if getattr(self.calibration, option_field.name) != option_field.default:
-                    raise UsageError(
-                        "option.ignored",
-                        f"{info.flag} has no effect without --calibration",
-                        hint="pass a text with --calibration",
-                    )
+        self.calibration.check()
         for group in self._groups:
             refuse_ignored(group, format_name, self.type)
             refuse_unknown(group)

@@ -108,7 +108,7 @@ class Budget:
         for name, value in taken.items():
             if value:
                 raise UsageError("budget.options", f"{name} and {chosen} both decide", hint=f"leave out {name}")
-        if self.sensitivity is None and not options.calibration.is_asked:
+        if self.sensitivity is None and options.calibration.text is None:
             raise UsageError("budget.no-table", f"{chosen} needs --sensitivity FILE or --calibration TEXT")
         if self.sensitivity is None and format_name == "hf" and not self.candidates:
             hint = "write --candidates nf4: matrices are quantized to it or left as they are"

@@ -120,7 +120,8 @@ def input_files(request: ConversionRequest) -> list[Path]:
     paths += [path for path in (*(request.checks.files if request.checks else ()), request.budget.sensitivity) if path]
     for options in (part.options for part in request.parts):
         paths += [adapter.path for adapter in options.adapters]
-        paths += [path for path in (options.gguf.imatrix, options.calibration.text) if path]
+        calibration = options.calibration
+        paths += [path for path in (options.gguf.imatrix, calibration.text, calibration.hessians) if path]
     return [path for path in paths if path.exists()]
 
 

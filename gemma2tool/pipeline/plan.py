@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 from gemma2tool.errors import UsageError
 from gemma2tool.formats import registry
 from gemma2tool.formats.base import Output
-from gemma2tool.formats.options import Calibration, WriteOptions
+from gemma2tool.formats.options import WriteOptions
+from gemma2tool.formats.options_calibration import Calibration
 from gemma2tool.formats.sentence_transformers import left_behind
 from gemma2tool.formats.text_settings import settings_remarks, text_settings
 from gemma2tool.model.checkpoint import Checkpoint
@@ -195,7 +196,7 @@ def make_plan(
     if remarks:
         output = replace(output, warnings=[*output.warnings, *remarks])
     if options.calibration.is_asked:
-        settings = settings_of(options.calibration, source)
+        settings = settings_of(options.calibration, source, threads=threads)
         output, session = calibrated(output, source, settings, threads=threads)
     return Plan(source, destination, output, options, session)
 

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from gemma2tool.errors import InputRefused, UsageError, choices
 from gemma2tool.formats import packings
 from gemma2tool.formats.gguf.imatrix import read_imatrix
-from gemma2tool.formats.options import Adapter, Calibration, GGUFOptions, WriteOptions
+from gemma2tool.formats.options import Adapter, GGUFOptions, WriteOptions
+from gemma2tool.formats.options_calibration import Calibration
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.pipeline import receipts
 from gemma2tool.pipeline.calibration.text import LENGTH, SAMPLES, read_sequences

@@ -18,7 +18,8 @@ from gemma2tool.cli.main import app
 from gemma2tool.errors import UsageError
 from gemma2tool.formats import packings, registry
 from gemma2tool.formats.option_info import option_fields, type_names
-from gemma2tool.formats.options import GROUP_SIZES, Calibration, GGUFOptions, PackingOptions, SplitOptions
+from gemma2tool.formats.options import GROUP_SIZES, GGUFOptions, PackingOptions, SplitOptions
+from gemma2tool.formats.options_calibration import Calibration
 from gemma2tool.formats.packings import Settings
 from gemma2tool.model.lazy import ArrayTensor
 from tests.support.checkpoints import SMALL, random_checkpoint, write_checkpoint

@@ -14,7 +14,8 @@ from gemma2tool.containers import gguf
 from gemma2tool.errors import InputRefused, UsageError
 from gemma2tool.formats import registry
 from gemma2tool.formats.gguf.tensors import StoredBlocks
-from gemma2tool.formats.options import Calibration, GGUFOptions, WriteOptions
+from gemma2tool.formats.options import GGUFOptions, WriteOptions
+from gemma2tool.formats.options_calibration import Calibration
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.lazy import ArrayTensor
 from gemma2tool.pipeline.calibration.output import CalibratedHead, CalibrationSettings, calibrated

@@ -14,7 +14,8 @@ from gemma2tool.formats import packings, registry
 from gemma2tool.formats.mapping.container_tensors import open_safetensors
 from gemma2tool.formats.mlx import format as mlx
 from gemma2tool.formats.option_info import FOLDERS_QUANTIZED
-from gemma2tool.formats.options import CALIBRATED_TYPES, GROUP_SIZES
+from gemma2tool.formats.options import GROUP_SIZES
+from gemma2tool.formats.options_calibration import CALIBRATED_TYPES
 from gemma2tool.pipeline.calibration import session
 from gemma2tool.pipeline.conversion import save
 from gemma2tool.quantizers.calibration.grid import RoundedMatrix

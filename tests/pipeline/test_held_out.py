@@ -9,7 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from gemma2tool.formats.options import Calibration, GGUFOptions, WriteOptions
+from gemma2tool.formats.options import GGUFOptions, WriteOptions
+from gemma2tool.formats.options_calibration import Calibration
 from gemma2tool.pipeline import held_out
 
 WORDS = "a text of a few words\n"

@@ -6,7 +6,8 @@ from dataclasses import fields
 from typing import Any
 
 from gemma2tool.formats.option_info import option_fields
-from gemma2tool.formats.options import Calibration, GGUFOptions, PackingOptions, SplitOptions, WriteOptions
+from gemma2tool.formats.options import GGUFOptions, PackingOptions, SplitOptions, WriteOptions
+from gemma2tool.formats.options_calibration import Calibration
 
 _PLAIN = {field.name for field in fields(WriteOptions)} - {"split", "gguf", "packing", "calibration"}
 

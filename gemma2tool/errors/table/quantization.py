@@ -54,6 +54,26 @@ ENTRIES = (
         "this type cannot be calibrated",
         "choose a type that can be calibrated, or remove --calibration",
     ),
+    usage(
+        "hessians.calibration",
+        "both a calibration text and a file of Hessians are given",
+        "leave out one of the two",
+    ),
+    refused(
+        "hessians.damaged",
+        "the file is damaged, or is not a file of Hessians",
+        "collect it with gemma2tool calibrate --hessians",
+    ),
+    usage(
+        "hessians.folding",
+        "the method changes the inputs of matrices, which a file of Hessians cannot follow",
+        "leave out --calibration-method, or pass the text with --calibration instead of --hessians",
+    ),
+    refused(
+        "hessians.other-model",
+        "the Hessians were collected from a different model",
+        "collect them for this model with gemma2tool calibrate --hessians",
+    ),
     refused(
         "compressed.config", "the compressed-tensors scheme is not supported", "use one scheme for the whole model"
     ),

@@ -14,7 +14,8 @@ from gemma2tool.formats.gguf.key_values import KeyValue, string, u32
 from gemma2tool.formats.gguf.output import GGUFTensorPlan, Split, clipped_string, parse_override
 from gemma2tool.formats.gguf.table import kind_and_layer
 from gemma2tool.formats.gguf.tensors import FLOATS, GGUFTensor, StoredBlocks
-from gemma2tool.formats.options import Calibration, WriteOptions
+from gemma2tool.formats.options import WriteOptions
+from gemma2tool.formats.options_calibration import Calibration
 from gemma2tool.model.config import Gemma2Config
 from gemma2tool.model.format_facts import NORMS_KEY
 from gemma2tool.model.lazy import DTYPE_NAMES, Array, LazyTensor

@@ -49,8 +49,9 @@ class Cost:
         """One line for people."""
         sequences, length = self.shape
         threads = f"{self.threads} thread{'s' if self.threads > 1 else ''}"
+        of = f"on {sequences} sequences of {length} tokens" if sequences else "by collected Hessians"
         return (
-            f"calibration on {sequences} sequences of {length} tokens, errors weighed by the {self.hessian}: about"
+            f"calibration {of}, errors weighed by the {self.hessian}: about"
             f" {_duration(self.seconds)} with {threads}, {_size(self.memory)} of memory at its peak,"
             f" {_size(self.disk)} of disk"
         )
@@ -103,7 +104,8 @@ class Work:
 
     ``layers``: how many, a fraction if not all projections are quantized. ``scales``: AWQ, else GPTQ. ``steps``:
     operations of a large matrix product that take as long as rounding one value of the layers; ``head_steps``: of the
-    head, 0 if it is not calibrated. ``by_model``: whether gradients weigh the errors, too.
+    head, 0 if it is not calibrated. ``by_model``: whether gradients weigh the errors, too. ``collects``: the Hessians
+    are what is wanted, nothing is rounded.
     """
 
     layers: float
@@ -111,6 +113,7 @@ class Work:
     steps: float
     head_steps: float
     by_model: bool = False
+    collects: bool = False
 
 
 def estimate(
@@ -130,14 +133,17 @@ def estimate(
     weights = sum(columns * rows for columns, rows in stages)
     # Each projection runs twice, but down once; scores and what they mix run twice.
     operations = 2.0 * tokens * (2 * weights - inner * width) + 8.0 * tokens * length * heads
+    at_once = min(SEQUENCES, sequences)
     rounding = 0.0  # on the processor, wherever the rest is computed
     peaks = []
     for columns, rows in stages:
         square = min(hessian_block or columns, columns)
-        hessian, activations = columns * square * FLOAT, SEQUENCES * length * columns * FLOAT
-        running = min(threads, SEQUENCES) * (3 * length * inner * FLOAT + SCORE_BYTES)
+        hessian, activations = columns * square * FLOAT, at_once * length * columns * FLOAT
+        running = min(threads, at_once) * (3 * length * inner * FLOAT + SCORE_BYTES)
         operations += tokens * columns * square
-        if work.scales:
+        if work.collects:
+            deciding = hessian / 2 * (sequences // (2 * SEQUENCES)).bit_length()  # sums of 1, 2, 4, ... slices
+        elif work.scales:
             rounding += (
                 (len(POWERS) * min(rows, 2 * ROWS) * square + len(SHRINKS) * rows * 128 + steps * rows) * 2 * columns
             )
@@ -152,12 +158,14 @@ def estimate(
         peaks.append(hessian + max(2 * activations + running, deciding))
     operations, rounding = operations * work.layers, rounding * work.layers
     before = held = 0
-    if work.by_model:
+    if work.by_model and sequences:
         more, before = _gradients(config, weights, shape, threads)
         operations += more
+    if work.by_model and not work.collects:
         held = layer_bytes(config)
     if work.head_steps:
         operations += tokens * width**2 + width**3
+    if work.head_steps and not work.collects:
         rounding += (work.head_steps + width) * width * config.vocab_size
     memory = LIBRARIES + 2 * weights + max(tokens * width * FLOAT + max(peaks) + held, before)
     seconds = rounding / (product_rate() * threads * EFFICIENCY)

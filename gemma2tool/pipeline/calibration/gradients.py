@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -28,7 +29,7 @@ from gemma2tool.pipeline.calibration.text import spread, warn_of_foreign_text
 from gemma2tool.pipeline.calibration.weights import Weights
 from gemma2tool.pipeline.ranks.together import ALONE, Ranks
 from gemma2tool.quantizers.calibration import Map
-from gemma2tool.quantizers.calibration.hessian import Hessian
+from gemma2tool.quantizers.calibration.hessian import Hessian, NewHessian
 from gemma2tool.reference.layers import DecoderLayer, RMSNorm, soft_cap
 from gemma2tool.reference.rotary import cos_sin
 from gemma2tool.reference.tensors import load_tensor
@@ -56,6 +57,19 @@ def sequence_count(shape: tuple[int, ...]) -> int:
     return min(max(TOKENS // shape[1], 1), shape[0])
 
 
+@dataclass(frozen=True)
+class Summation:
+    """How the Hessians are summed. ``first``: the number, in the whole text, of the first sequence that is
+    differentiated here, which decides the tokens that are drawn for it.
+    """
+
+    new_hessian: NewHessian = Hessian
+    first: int = 0
+
+
+IN_ORDER = Summation()
+
+
 def output_hessians(
     checkpoint: Checkpoint,
     tensors: Mapping[str, LazyTensor],
@@ -63,6 +77,7 @@ def output_hessians(
     blocks: Mapping[str, int | None],
     run: Map,
     ranks: Ranks = ALONE,
+    summation: Summation = IN_ORDER,
 ) -> Iterator[tuple[int, dict[str, Hessian]]]:
     """Yield each layer, from the last to the first, with the Hessians (O, O) of its projections' outputs.
 
@@ -78,7 +93,7 @@ def output_hessians(
     head, loss = _HeadGradient(checkpoint, tensors, weights), 0.0
     weights.hold([head.weight], run)
     for batch in _batches(len(ids)):
-        numbered = [(ids[number], number, gradients[number]) for number in batch]
+        numbered = [(ids[number], summation.first + number, gradients[number]) for number in batch]
         passed = list(shared(lambda item: head.gradient(*item), numbered))
         for number, (gradient, loss_of_text) in zip(batch, passed, strict=True):
             gradients[number] = gradient
@@ -94,7 +109,8 @@ def output_hessians(
                 for name, block in blocks.items():
                     output = collected[name]
                     if name not in hessians:
-                        hessians[name] = Hessian(output.shape[1], block, device=weights.device, share=ranks.share)
+                        sizes = output.shape[1], block
+                        hessians[name] = summation.new_hessian(*sizes, device=weights.device, share=ranks.share)
                     hessians[name].add(output, run)
         for name, hessian in hessians.items():
             ranks.complete(hessian)

@@ -10,7 +10,7 @@ from gemma2tool.model.devices import current_device, on_device
 from gemma2tool.pipeline.calibration.layer import SEQUENCES, refuse_nonfinite
 from gemma2tool.pipeline.ranks.together import ALONE, Ranks
 from gemma2tool.quantizers.calibration import Map
-from gemma2tool.quantizers.calibration.hessian import Hessian
+from gemma2tool.quantizers.calibration.hessian import Hessian, NewHessian
 from gemma2tool.reference.layers import RMSNorm
 from gemma2tool.reference.tensors import load_tensor
 
@@ -25,13 +25,18 @@ def final_norm(checkpoint: Checkpoint) -> RMSNorm:
 
 
 def head_hessian(
-    checkpoint: Checkpoint, residual: list[Tensor], block: int | None, run: Map, ranks: Ranks = ALONE
+    checkpoint: Checkpoint,
+    residual: list[Tensor],
+    block: int | None,
+    run: Map,
+    ranks: Ranks = ALONE,
+    new_hessian: NewHessian = Hessian,
 ) -> Hessian:
     """The Hessian (D, D) of the final normed hidden states; ``residual``: (1, T, D) after the last layer, for each
     sequence.
     """
     norm = final_norm(checkpoint)
-    hessian = Hessian(checkpoint.config.hidden_size, block, device=current_device(), share=ranks.share)
+    hessian = new_hessian(checkpoint.config.hidden_size, block, device=current_device(), share=ranks.share)
     for first in range(0, len(residual), SEQUENCES):
         batch = run(lambda x: norm(on_device(x)), residual[first : first + SEQUENCES])
         hessian.add(torch.cat([sequence.flatten(0, 1) for sequence in batch]), run)

@@ -23,7 +23,7 @@ from gemma2tool.pipeline.calibration.weights import Weights, finite_rows
 from gemma2tool.pipeline.ranks.together import ALONE, Ranks
 from gemma2tool.quantizers.calibration import Map
 from gemma2tool.quantizers.calibration.grid import RoundedMatrix
-from gemma2tool.quantizers.calibration.hessian import Hessian
+from gemma2tool.quantizers.calibration.hessian import Hessian, NewHessian
 from gemma2tool.reference.layers import DecoderLayer, RMSNorm
 from gemma2tool.reference.tensors import load_tensor
 
@@ -50,7 +50,7 @@ def refuse_nonfinite(hessian: Hessian, where: str) -> None:
     """Raises ``InputRefused`` (``calibration.nonfinite``) if the sums of squares are not finite. ``where``: what they
     are of.
     """
-    if not all(bool(torch.isfinite(square.diagonal()).all()) for square in hessian.squares):
+    if not hessian.is_finite:
         message = f"{where}: the calibration text gives NaN, infinities or values too large for float32"
         raise InputRefused("calibration.nonfinite", message)
 
@@ -91,6 +91,7 @@ class CalibratedLayer:
         self.hessian_block, self.ranks, self.device = hessian_block, ranks, current_device()
         self.run, self._here = ranks.map(run), run
         self._weights = Weights(self.device, lambda weight, first, last: weight.load_rows_f32(first, last))
+        self.new_hessian: NewHessian = Hessian
         self.rounded: dict[str, RoundedMatrix] = {}
         """Rounded weights, by canonical name."""
         self.norms: dict[str, Array] = {}
@@ -180,7 +181,7 @@ class CalibratedLayer:
                 activations = torch.cat([sequence.to(self.device).flatten(0, 1) for sequence in batch])
                 if hessian is None:
                     block, share = self.hessian_block, self.ranks.share
-                    hessian = Hessian(activations.shape[1], block, device=self.device, share=share)
+                    hessian = self.new_hessian(activations.shape[1], block, device=self.device, share=share)
                 hessian.add(activations, self._here)
         assert hessian is not None
         self.ranks.complete(hessian)

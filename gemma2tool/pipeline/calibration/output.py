@@ -12,13 +12,14 @@ import math
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import numpy as np
 
 from gemma2tool.errors import UsageError
 from gemma2tool.formats.base import Output, OutputTensor
 from gemma2tool.formats.option_info import type_names
-from gemma2tool.formats.options import CALIBRATED_TYPES, Calibration
+from gemma2tool.formats.options_calibration import CALIBRATED_TYPES, Calibration
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.lazy import Array, LazyTensor
 from gemma2tool.model.names import EMBEDDING
@@ -30,10 +31,15 @@ HEAD_ROWS = 1024
 """Rows of the head that are rounded at once: a fixed number, because the products' last bits depend on it."""
 
 
-def settings_of(options: Calibration, checkpoint: Checkpoint) -> CalibrationSettings:
-    """The settings that a user asked for, with the sequences to run."""
+def settings_of(options: Calibration, checkpoint: Checkpoint, *, threads: int) -> CalibrationSettings:
+    """The settings that a user asked for, with the sequences to run, or the Hessians of a file.
+
+    Raises ``InputRefused`` for Hessians of another model.
+    """
     from gemma2tool.pipeline.calibration.text import read_sequences, unused_sequences
 
+    if options.hessians is not None:
+        return _with_collected(options, options.hessians, checkpoint, threads)
     assert options.text is not None
     how = {"samples": options.samples, "length": options.length}
     return CalibrationSettings(
@@ -44,6 +50,21 @@ def settings_of(options: Calibration, checkpoint: Checkpoint) -> CalibrationSett
         options.hessian == "model",
         options.method == "textbook",
         unused_sequences(options.text, checkpoint, **how) if options.tune_norms else None,
+    )
+
+
+def _with_collected(options: Calibration, path: Path, checkpoint: Checkpoint, threads: int) -> CalibrationSettings:
+    from gemma2tool.pipeline.calibration.collected import read_collected
+
+    collected = read_collected(path, checkpoint, threads=threads)
+    return CalibrationSettings(
+        np.empty((0, collected.about.length), np.int64),
+        DAMPING if options.damping is None else options.damping,
+        options.act_order,
+        collected.block,
+        options.hessian == "model",
+        options.method == "textbook",
+        collected=collected,
     )
 
 
@@ -71,6 +92,10 @@ def calibrated(
                 hint="use a multiple of the group size",
             )
     session = Session(checkpoint, items, grids, calibration, threads)
+    if session.folds_scales and calibration.collected is not None:
+        raise UsageError(
+            "hessians.folding", "--calibration-method textbook for awq-4 changes the inputs that --hessians is of"
+        )
     tensors = [_output_tensor(session, item) for item in output.tensors]
     # A tensor that is read before its turn would make all layers before it wait in memory: the embedding, which stands
     # first in most files and is rounded last, and layer 10 where names are sorted as text.

@@ -53,6 +53,13 @@ def layer_bytes(config: Gemma2Config) -> int:
     return sum(outputs * min(block or outputs, outputs) for outputs, block in output_sizes(config).values()) * 4
 
 
+def output_factors(hessian: Hessian, tokens: int) -> list[Factor]:
+    """The factors of the inverse of a Hessian of outputs over so many ``tokens``: rows are rounded from the largest
+    diagonal element to the smallest. Empties ``hessian``.
+    """
+    return inverse_factors(hessian, DAMPING + len(hessian.squares[0]) / tokens, act_order=True)
+
+
 @dataclass
 class OutputSide:
     """Hands out the factors of each layer.
@@ -70,9 +77,7 @@ class OutputSide:
     _waiting: dict[int, dict[str, Hessian]] = field(default_factory=dict)
 
     def factors(self, layer: int, run: Map) -> dict[str, list[Factor]]:
-        """The factors of the inverse Hessian of each quantized projection's outputs, by canonical name: rows are
-        rounded from the largest diagonal element to the smallest.
-        """
+        """``output_factors`` of each quantized projection, by canonical name."""
         names = self._names(layer)
         if not names:
             return {}
@@ -87,9 +92,7 @@ class OutputSide:
         prefix = f"model.layers.{layer}."
         tokens = sequence_count(self.ids.shape) * self.ids.shape[1]
         return {
-            f"{prefix}{name}.weight": inverse_factors(
-                hessian.to(current_device()), DAMPING + len(hessian.squares[0]) / tokens, act_order=True
-            )
+            f"{prefix}{name}.weight": output_factors(hessian.to(current_device()), tokens)
             for name, hessian in hessians.items()
         }
 

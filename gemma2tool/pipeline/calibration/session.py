@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from gemma2tool.pipeline.calibration.boundaries import Boundaries
+    from gemma2tool.pipeline.calibration.collected import CollectedHessians
     from gemma2tool.pipeline.calibration.cost import Cost
     from gemma2tool.pipeline.calibration.layer import Method
     from gemma2tool.pipeline.calibration.output_side import OutputSide
@@ -50,7 +51,7 @@ class CalibrationSettings:
     ``hessian_block``: columns of a square of the block-diagonal Hessian, None for the whole. ``by_model``: an error is
     weighed by what it costs the model's predictions, else by what it changes of its layer's outputs. ``textbook``: GPTQ
     and AWQ as published, where a type is named for them. ``tuning``: token ids (n, T) that norms are tuned on; None:
-    they are not.
+    they are not. ``collected``: Hessians that are there already; then there are no ids.
     """
 
     ids: NDArray[np.int64]
@@ -60,6 +61,7 @@ class CalibrationSettings:
     by_model: bool = False
     textbook: bool = False
     tuning: NDArray[np.int64] | None = None
+    collected: CollectedHessians | None = None
 
 
 class Session:
@@ -147,6 +149,8 @@ class Session:
         """
         from gemma2tool.pipeline.calibration.output_side import layer_bytes
 
+        if self.calibration.collected is not None:
+            return 0
         config = self.checkpoint.config
         streams = 2 * self.calibration.ids.size * config.hidden_size * np.dtype(np.float32).itemsize
         return streams + (config.num_hidden_layers * layer_bytes(config) if self._uses_outputs else 0)
@@ -160,6 +164,9 @@ class Session:
         at the beginning.
         """
         self._boundaries = boundaries
+        if self.calibration.collected is not None:  # a layer does not depend on those before it
+            self._done = boundaries.first_missing() or 0
+            return self._done
         residual = self._empty_streams()
         self._done = boundaries.load(residual)
         if self._done:
@@ -224,7 +231,7 @@ class Session:
         self._started = True
         if ranks.index:
             self._done = stage
-        if self._done:
+        if self._done and self.calibration.collected is None:
             self._residual = self._residual or self._empty_streams()
             ranks.copy_from_first(self._residual)
 
@@ -248,10 +255,8 @@ class Session:
         from gemma2tool.reference.readahead import one_thread_each
         from gemma2tool.reference.rotary import cos_sin
 
-        config = self.checkpoint.config
+        config, collected = self.checkpoint.config, self.calibration.collected
         with one_thread_each(), ThreadPoolExecutor(self.threads, thread_name_prefix="calibrate") as pool:
-            if self._residual is None:
-                self._residual = self._embeddings()
             layer = CalibratedLayer(
                 config,
                 self._done,
@@ -261,9 +266,14 @@ class Session:
                 run=pool.map,
                 ranks=self._ranks,
             )
-            positions = torch.arange(self.calibration.ids.shape[1], device=layer.device)[None]
-            cos, sin = cos_sin(config, positions, self._residual[0].dtype)
-            layer.calibrate(self._method(pool.map), self._residual, cos, sin)
+            if collected is not None:
+                collected.calibrate(layer, self._done, self._method(pool.map))
+            else:
+                if self._residual is None:
+                    self._residual = self._embeddings()
+                positions = torch.arange(self.calibration.ids.shape[1], device=layer.device)[None]
+                cos, sin = cos_sin(config, positions, self._residual[0].dtype)
+                layer.calibrate(self._method(pool.map), self._residual, cos, sin)
         self._rounded |= layer.rounded
         self._norms |= layer.norms
 
@@ -278,10 +288,13 @@ class Session:
         from gemma2tool.quantizers.calibration.hessian import inverse_factors
         from gemma2tool.reference.readahead import one_thread_each
 
-        assert self._residual is not None
-        block = self.calibration.hessian_block
+        block, collected = self.calibration.hessian_block, self.calibration.collected
         with one_thread_each(), ThreadPoolExecutor(self.threads, thread_name_prefix="calibrate") as pool:
-            hessian = head_hessian(self.checkpoint, self._residual, block, pool.map, self._ranks)
+            if collected is not None:
+                hessian = collected.head()
+            else:
+                assert self._residual is not None
+                hessian = head_hessian(self.checkpoint, self._residual, block, pool.map, self._ranks)
             self._head = inverse_factors(hessian, self.calibration.damping, act_order=False)
 
     def _method(self, run: Map) -> Method:
@@ -291,7 +304,12 @@ class Session:
             norms = {name: dtype_of(item) for name, item in self.items.items() if name.endswith("norm.weight")}
             return ByScale({name: grid for name, grid in self.grids.items() if isinstance(grid, AffineGrid)}, norms)
         settings = self.calibration
-        outputs = self._output_side().factors(self._done, run) if self._uses_outputs else {}
+        if not self._uses_outputs:
+            outputs: Mapping[str, Sequence[Factor]] = {}
+        elif settings.collected is not None:
+            outputs = settings.collected.output_factors(self.checkpoint.config, self._done, self.grids.keys())
+        else:
+            outputs = self._output_side().factors(self._done, run)
         return ByHessian(self.grids, damping=settings.damping, act_order=settings.act_order, outputs=outputs)
 
     def _output_side(self) -> OutputSide:

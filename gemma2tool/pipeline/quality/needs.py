@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gemma2tool.errors import UsageError
-from gemma2tool.formats.options import Calibration, GGUFOptions, WriteOptions
+from gemma2tool.formats.options import GGUFOptions, WriteOptions
+from gemma2tool.formats.options_calibration import Calibration
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.pipeline.calibration.text import LENGTH, SAMPLES
 from gemma2tool.pipeline.importance import BATCH, ImatrixOptions

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from gemma2tool.formats.options import Calibration
+from gemma2tool.formats.options_calibration import Calibration
 from gemma2tool.pipeline.requests import default_threads
 
 

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from gemma2tool.formats.option_info import OptionInfo, option_fields, parse_size
-from gemma2tool.formats.options import Calibration, GGUFOptions, PackingOptions, SplitOptions
+from gemma2tool.formats.options import GGUFOptions, PackingOptions, SplitOptions
 from gemma2tool.formats.options_budget import Budget
+from gemma2tool.formats.options_calibration import Calibration
 
 Kind = Literal["text", "file", "model", "flag", "integer", "number"]
 """What a value is: ``file``: a path, ``model``: a path or an address."""

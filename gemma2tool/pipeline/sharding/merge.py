@@ -66,5 +66,11 @@ def _write_imatrix(out: Path, parts: Sequence[Part], force: bool) -> None:
     CollectedMatrix.merged(parts).write(out, force=force)
 
 
-_WRITERS: Mapping[str, Write] = {"imatrix": _write_imatrix}
+def _write_hessians(out: Path, parts: Sequence[Part], force: bool) -> None:
+    from gemma2tool.pipeline.hessians.merge import write_merged
+
+    write_merged(out, parts, force=force)
+
+
+_WRITERS: Mapping[str, Write] = {"imatrix": _write_imatrix, "hessians": _write_hessians}
 """By the kind of the parts, which is the command that wrote them."""

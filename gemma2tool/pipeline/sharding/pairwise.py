@@ -8,10 +8,11 @@ left one first; at the end those that are left over, from left to right.
 
 from __future__ import annotations
 
-import numpy as np
+from typing import Any
+
 from numpy.typing import NDArray
 
-Values = NDArray[np.float64]
+Values = NDArray[Any]
 
 
 class PairwiseSum:

@@ -7,7 +7,7 @@ shards, each shard is there once, and their settings are equal.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,8 @@ from gemma2tool.version import __version__
 
 SCHEMA = "gemma2tool.part/1"
 _KEY = "part"
+_DTYPES = {"F64": "<f8", "F32": "<f4"}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -32,14 +34,26 @@ class Part:
     """The part of a result that ``shard`` computed.
 
     ``kind``: the command. ``settings``: what decides the result, by the name in messages. ``content``: a JSON value.
-    ``arrays``: float64, by name.
+    ``arrays``: float64 or float32, by name; those of a file are read when they are asked for.
     """
 
     kind: str
     shard: Shard
     settings: Fingerprint
     content: Any
-    arrays: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
+    arrays: Mapping[str, NDArray[Any]] = field(default_factory=dict)
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """As the file's metadata have it."""
+        document = {
+            "schema": SCHEMA,
+            "kind": self.kind,
+            "shard": [self.shard.index, self.shard.count],
+            "settings": dict(self.settings),
+            "content": self.content,
+        }
+        return {_KEY: json.dumps(document, separators=(",", ":"))}
 
 
 def settings_of(settings: Fingerprint) -> Fingerprint:
@@ -49,22 +63,14 @@ def settings_of(settings: Fingerprint) -> Fingerprint:
 
 def write_part(part: Part, path: Path, *, force: bool) -> None:
     """Write the part; the file is complete or not there."""
-    document = {
-        "schema": SCHEMA,
-        "kind": part.kind,
-        "shard": [part.shard.index, part.shard.count],
-        "settings": dict(part.settings),
-        "content": part.content,
-    }
-    text = json.dumps(document, separators=(",", ":"))
-    arrays = [(name, "F64", values.shape) for name, values in part.arrays.items()]
-    header, offsets, size = safetensors.layout(arrays, {_KEY: text})
+    arrays = [(name, _NAMES[values.dtype.str], values.shape) for name, values in part.arrays.items()]
+    header, offsets, size = safetensors.layout(arrays, part.metadata)
     with Staging(path, force=force, expected_bytes=size) as staging:
         file = staging.file(path.name, size)
         file.pwrite(0, header)
         for name, values in part.arrays.items():
             if values.size:
-                file.pwrite(offsets[name], np.ascontiguousarray(values, "<f8"))
+                file.pwrite(offsets[name], np.ascontiguousarray(values))
         staging.commit()
 
 
@@ -79,7 +85,7 @@ def read_part(path: Path) -> Part:
         if not 0 <= index < count <= MAX_COUNT:
             raise ValueError(f"shard {index} of {count}")
         settings = {str(name): str(value) for name, value in document["settings"].items()}
-        part = Part(str(document["kind"]), Shard(index, count), settings, document["content"], _arrays(path, header))
+        part = Part(str(document["kind"]), Shard(index, count), settings, document["content"], _Stored(path, header))
     except InputRefused as error:
         if not error.id.startswith(("safetensors.", "json.", "file.other-container")):
             raise
@@ -89,16 +95,28 @@ def read_part(path: Path) -> Part:
     return part
 
 
-def _arrays(path: Path, header: safetensors.SafetensorsHeader) -> dict[str, NDArray[np.float64]]:
-    arrays = {}
-    with open_for_reading(path) as reader:
-        for name, entry in header.tensors.items():
-            if entry.dtype != "F64":
+class _Stored(Mapping[str, NDArray[Any]]):
+    """The arrays of a file, of which there may be more than fit into memory."""
+
+    def __init__(self, path: Path, header: safetensors.SafetensorsHeader) -> None:
+        self.path, self.tensors = path, header.tensors
+        for name, entry in self.tensors.items():
+            if entry.dtype not in _DTYPES:
                 raise ValueError(f"{name[:40]!r} is {entry.dtype}")
-            arrays[name] = np.empty(entry.shape, "<f8")
-            if entry.nbytes:
-                reader.pread_into(entry.offset, arrays[name])
-    return arrays
+
+    def __getitem__(self, name: str) -> NDArray[Any]:
+        entry = self.tensors[name]
+        values = np.empty(entry.shape, _DTYPES[entry.dtype])
+        if entry.nbytes:
+            with open_for_reading(self.path) as reader:
+                reader.pread_into(entry.offset, values)
+        return values
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
 
 
 def _integer(value: Any) -> int:

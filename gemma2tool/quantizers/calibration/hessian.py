@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import functools
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from gemma2tool.quantizers.calibration import Map
@@ -69,6 +72,22 @@ class Hessian:
         """The panels of columns that are summed one by one, down from the diagonal."""
         return [square[start:, start : start + PANEL] for square, _, start in self._pieces()]
 
+    @property
+    def is_finite(self) -> bool:
+        """Whether the sums of squares are finite, from which the others follow."""
+        return all(bool(torch.isfinite(square.diagonal()).all()) for square in self.squares)
+
+    def packed(self) -> NDArray[np.float32]:
+        """The panels, one after the other, in main memory: the lower triangles and little else."""
+        return torch.cat([panel.flatten() for panel in self.panels()]).cpu().numpy()
+
+    def unpack(self, packed: NDArray[np.float32]) -> None:
+        """Take over the values that ``packed`` returned."""
+        values = torch.from_numpy(packed)
+        for panel in self.panels():
+            own, values = values[: panel.numel()], values[panel.numel() :]
+            panel.copy_(own.view(panel.shape))
+
     def _pieces(self) -> list[tuple[Tensor, slice, int]]:
         return [
             (square, span, start)
@@ -89,6 +108,17 @@ class Hessian:
                 diagonal = square[start:end, start:end]
                 diagonal.copy_(diagonal.tril() + diagonal.tril(-1).T)
                 square[start:end, end:] = square[end:, start:end].T
+
+
+NewHessian = Callable[..., Hessian]
+"""Makes an empty Hessian, with the parameters of ``Hessian``."""
+
+
+def packed_size(columns: int, block: int | None) -> int:
+    """Values that ``Hessian.packed`` returns."""
+    width = min(block or columns, columns)
+    sizes = (min(width, columns - start) for start in range(0, columns, width))
+    return sum((size - start) * min(PANEL, size - start) for size in sizes for start in range(0, size, PANEL))
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from gemma2tool.errors import InputRefused
-from gemma2tool.formats.options import Calibration, PackingOptions, WriteOptions
+from gemma2tool.formats.options import PackingOptions, WriteOptions
+from gemma2tool.formats.options_calibration import Calibration
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.lazy import ArrayTensor
 from gemma2tool.pipeline.calibration.session import Session

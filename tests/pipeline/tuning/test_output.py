@@ -11,7 +11,8 @@ import pytest
 
 from gemma2tool.errors import ResourceError, UsageError
 from gemma2tool.formats import registry
-from gemma2tool.formats.options import Calibration, WriteOptions
+from gemma2tool.formats.options import WriteOptions
+from gemma2tool.formats.options_calibration import Calibration
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.lazy import FLOAT32, ArrayTensor
 from gemma2tool.model.names import EMBEDDING
