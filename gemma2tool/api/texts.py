@@ -162,8 +162,8 @@ def plan_quality(
 
 
 def merge(out: PathLike, parts: Sequence[PathLike] = (), *, force: bool = False) -> MergeResult:
-    """Merge the parts that the shards of ``imatrix`` or ``calibrate`` wrote; ``out`` has the bytes that one machine would
-    have written. ``parts``: by default, those beside ``out``.
+    """Merge the parts that the shards of ``imatrix`` or ``calibrate`` wrote; ``out`` has the bytes that one machine
+    would have written. ``parts``: by default, those beside ``out``.
 
     Raises ``UsageError`` for parts that do not make up one result.
     """

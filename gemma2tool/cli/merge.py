@@ -20,7 +20,7 @@ def merge(
     quiet: o.Quiet = False,
     json_output: o.Json = False,
 ) -> None:
-    """Merge the parts of several machines. 'imatrix' and 'calibrate' write them with --shard; the result is what one machine writes."""
+    """Merge the parts that 'imatrix' or 'calibrate' wrote with --shard; the result is what one machine writes."""
     from gemma2tool import api
     from gemma2tool.cli.terminal import Console
 

@@ -133,6 +133,9 @@ def run(
         check_tuning(plan, options.threads)
     with ExitStack() as stack:
         outputs = [_stage(plan, options, stack) for plan in plans]
+        sessions = [plan.session for plan in plans if plan.session is not None]
+        for session in sessions:
+            session.share_gradients(sessions)
         with unchanged(*(plan.source for plan in plans)):
             _write(outputs, options, progress)
             written()  # ranks that helped to calibrate are free from here on

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from io import StringIO
 from pathlib import Path
 
 import ml_dtypes
@@ -19,6 +20,7 @@ from gemma2tool.errors import UsageError
 from gemma2tool.formats import registry
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.lazy import ArrayTensor, to_float32
+from gemma2tool.pipeline.calibration.gradients import output_hessians
 from gemma2tool.pipeline.calibration.output import CalibratedMatrix, CalibrationSettings, calibrated
 from gemma2tool.pipeline.calibration.text import read_sequences
 from gemma2tool.pipeline.conversion import save
@@ -295,6 +297,29 @@ def test_calibration_files_without_text_are_refused(
     status, message = command(*words)
     assert status == (2 if code == "text.empty" else 3) and code in message and "hint" in message
     assert not (tmp_path / "out").exists()
+
+
+FINNISH = """Ohjelman teksti jaetaan ensin peräkkäisiin merkkijonoihin. Jokainen rivi päättyy rivinvaihtoon, ja
+huomautus alkaa ristikkomerkillä ja jatkuu rivin loppuun. Sisennys määrää, mitkä lauseet kuuluvat yhteen: saman lohkon
+lauseilla on oltava sama sisennys. Tunnisteet koostuvat kirjaimista, numeroista ja alaviivoista, mutta eivät saa alkaa
+numerolla."""
+
+
+@pytest.mark.parametrize("is_foreign", [True, False])
+def test_a_text_in_a_language_that_the_model_does_not_know_is_named(
+    is_foreign: bool, fixture_dir: Path, tmp_path: Path, logged: StringIO
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(FINNISH if is_foreign else calibration_text()[:2000])
+    message = "the calibration text: perplexity"
+    with registry.open_checkpoint(fixture_dir / "model.ckpt") as trained:
+        ids = read_sequences(text, trained, samples=1, length=64)
+        next(output_hessians(trained, trained.tensors, ids, {}, map))  # as for GGUF's types, before anything is rounded
+        assert (message in logged.getvalue()) == is_foreign
+        logged.truncate(0)
+        chosen = {"calibration": text, "calibration_samples": 1, "calibration_length": 64, "only": ("5.self_attn.q",)}
+        written(trained, tmp_path / "out", "nf4", **chosen)
+    assert (message in logged.getvalue()) == is_foreign
 
 
 def test_the_length_of_sequences_that_are_given_whole(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from gemma2tool.formats.options import GGUFOptions, WriteOptions
 from gemma2tool.formats.options_calibration import Calibration
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.lazy import ArrayTensor
+from gemma2tool.pipeline.calibration import output_side
 from gemma2tool.pipeline.calibration.output import CalibratedHead, CalibrationSettings, calibrated
 from gemma2tool.pipeline.conversion import save
 from gemma2tool.pipeline.importance import ImatrixOptions, collect, collect_imatrix
@@ -139,6 +140,27 @@ def test_same_bytes_for_any_number_of_threads(tmp_path: Path, type: str, hessian
         save(source, path, WriteOptions(type=type, calibration=calibration), threads=threads)
         files.append(path.read_bytes())
     assert len(set(files)) == 1
+
+
+def test_outputs_of_one_run_share_the_gradients(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each has the bytes that it has alone."""
+    model, ids, passes = tmp_path / "model", small_ids(tmp_path), []
+    collect_gradients = output_side.output_hessians
+
+    def counted(*arguments: object, **named: object) -> object:
+        passes.append(arguments)
+        return collect_gradients(*arguments, **named)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(output_side, "output_hessians", counted)
+    save(small(), model, WriteOptions())
+    more = ("--calibration", ids, "--no-verify", "--threads", 3)
+    together = run("quantize", model, tmp_path / "files", "--to", "gguf", "--type", "q4_0", "--type", "q5_0", *more)
+    assert together.exit_code == 0 and len(passes) == 1, together.output
+    for path in sorted((tmp_path / "files").iterdir()):
+        type = "q4_0" if "q4_0" in path.name.lower() else "q5_0"
+        assert run("quantize", model, tmp_path / path.name, "--type", type, *more).exit_code == 0
+        assert (tmp_path / path.name).read_bytes() == path.read_bytes()
+    assert len(passes) == 3
 
 
 def test_the_embedding_is_written_last_and_no_more_than_a_layer_is_held(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from gemma2tool.errors import InputRefused
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.devices import current_device
 from gemma2tool.model.lazy import LazyTensor
-from gemma2tool.pipeline.calibration.head import final_norm
+from gemma2tool.pipeline.calibration.head import MAX_LOSS, POSITIONS, final_norm
 from gemma2tool.pipeline.calibration.layer import SEQUENCES, Projection, refuse_nonfinite
 from gemma2tool.pipeline.calibration.text import spread, warn_of_foreign_text
 from gemma2tool.pipeline.calibration.weights import Weights
@@ -36,12 +36,6 @@ from gemma2tool.reference.tensors import load_tensor
 
 TOKENS = 8192
 """At most so many tokens of the calibration text, in whole sequences, evenly spread."""
-
-POSITIONS = 128
-"""Positions whose logits are held at once."""
-
-MAX_LOSS = 100.0
-"""Of a token, in nats: more is the same, and would overflow."""
 
 STREAM = torch.bfloat16
 """The dtype in which the residual streams are kept."""

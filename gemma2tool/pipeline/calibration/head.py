@@ -1,18 +1,32 @@
-"""The inputs of the output head: what the embedding, where it is tied, is multiplied with at the end."""
+"""The inputs of the output head: what the embedding, where it is tied, is multiplied with at the end; and what it makes
+of them.
+"""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.devices import current_device, on_device
 from gemma2tool.pipeline.calibration.layer import SEQUENCES, refuse_nonfinite
+from gemma2tool.pipeline.calibration.weights import Weights
 from gemma2tool.pipeline.ranks.together import ALONE, Ranks
 from gemma2tool.quantizers.calibration import Map
 from gemma2tool.quantizers.calibration.hessian import Hessian, NewHessian
-from gemma2tool.reference.layers import RMSNorm
+from gemma2tool.reference.layers import RMSNorm, soft_cap
 from gemma2tool.reference.tensors import load_tensor
+
+POSITIONS = 128
+"""Positions whose logits are held at once."""
+
+MAX_LOSS = 100.0
+"""Of a token, in nats: more is the same, and would overflow."""
 
 
 def final_norm(checkpoint: Checkpoint) -> RMSNorm:
@@ -43,3 +57,16 @@ def head_hessian(
     ranks.complete(hessian)
     refuse_nonfinite(hessian, "inputs of the head")
     return hessian
+
+
+def perplexity(checkpoint: Checkpoint, residual: Sequence[Tensor], ids: NDArray[np.int64]) -> float:
+    """Of sequences ``ids`` (n, T); ``residual``: (1, T, D) after the last layer, for each."""
+    norm, weights, loss = final_norm(checkpoint), Weights(current_device()), 0.0
+    head, cap = checkpoint.tensors[checkpoint.config.head_name], checkpoint.config.final_logit_softcapping
+    for x, row in zip(residual, ids, strict=True):
+        following = torch.from_numpy(row[1:])[:, None]
+        hidden = norm(on_device(x))[0, :-1]
+        for rows, tokens in zip(hidden.split(POSITIONS), following.split(POSITIONS), strict=True):
+            logits = soft_cap(weights.times(rows, head), cap)
+            loss -= float(logits.log_softmax(-1).gather(1, tokens.to(logits.device)).sum())
+    return math.exp(min(loss / max(ids[:, 1:].size, 1), MAX_LOSS))

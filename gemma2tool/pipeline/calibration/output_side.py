@@ -6,7 +6,7 @@ Meanwhile they are kept beside the output, which also serves a run that continue
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -66,6 +66,7 @@ class OutputSide:
 
     ``tensors``: the unquantized ones, by canonical name. ``ids``: of the calibration, (N, T). ``kept``: where they
     wait for their layer; None for memory. ``ranks``: the processes that share the work; the first keeps the results.
+    ``elsewhere``: where other outputs of this run keep the same.
     """
 
     checkpoint: Checkpoint
@@ -74,6 +75,7 @@ class OutputSide:
     quantized: Iterable[str]
     kept: Kept | None = None
     ranks: Ranks = ALONE
+    elsewhere: Sequence[Kept] = ()
     _waiting: dict[int, dict[str, Hessian]] = field(default_factory=dict)
 
     def factors(self, layer: int, run: Map) -> dict[str, list[Factor]]:
@@ -120,7 +122,8 @@ class OutputSide:
         if self.kept is None:
             return self._waiting.pop(layer, None)
         hessians = self._empty(names)
-        return hessians if self.kept.read_into(_name(layer), _buffers(hessians)) else None
+        places, buffers = (self.kept, *self.elsewhere), _buffers(hessians)
+        return hessians if any(place.read_into(_name(layer), buffers) for place in places) else None
 
     def _empty(self, names: Iterable[str]) -> dict[str, Hessian]:
         sizes = output_sizes(self.checkpoint.config)

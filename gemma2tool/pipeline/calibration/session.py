@@ -39,6 +39,9 @@ if TYPE_CHECKING:
 
 DAMPING = 0.01
 
+JUDGED = 4
+"""Sequences whose perplexity tells whether the model knows the text."""
+
 FOLDING_NORMS = ("input_layernorm.weight", "pre_feedforward_layernorm.weight")
 """Norms that may take over the scales of the projections that they feed."""
 
@@ -93,10 +96,27 @@ class Session:
         self._norms: dict[str, Array] = {}
         self._head: Sequence[Factor] | None = None
         self._ranks, self._number, self._started = ALONE, 0, False
+        self._sisters: Sequence[Session] = ()
 
     def share_with(self, ranks: Ranks, number: int) -> None:
         """Run the stages together with other processes, for whom this is calibration ``number``."""
         self._ranks, self._number = ranks, number
+
+    def share_gradients(self, sessions: Sequence[Session]) -> None:
+        """Take the output sides of the Hessians from those of these sessions that keep the same, instead of computing
+        them again.
+        """
+        self._sisters = [session for session in sessions if session is not self and self._has_gradients_of(session)]
+
+    def _has_gradients_of(self, other: Session) -> bool:
+        """Whether both have the same: those of one source's unquantized matrices, over the same text."""
+        return (
+            self._uses_outputs
+            and other._uses_outputs
+            and self.calibration.collected is None
+            and np.array_equal(self.calibration.ids, other.calibration.ids)
+            and all(other._sources.get(name) is tensor for name, tensor in self._sources.items())
+        )
 
     def run_stage(self, stage: int) -> None:
         """Run the stage that another process is at, for its results; they are kept nowhere here."""
@@ -243,10 +263,21 @@ class Session:
 
     def _end_stage(self) -> None:
         self._done += 1
+        if self._done == self.checkpoint.config.num_hidden_layers and not self._uses_outputs:
+            self._judge_text()
         if self._done > self._last_stage:
             self._residual = []
         elif self._boundaries is not None and self._residual is not None:
             self._boundaries.save(self._done, self._residual)
+
+    def _judge_text(self) -> None:
+        """Warn of a text that the model does not know, by some of its sequences, where no gradients told before."""
+        from gemma2tool.pipeline.calibration.head import perplexity
+        from gemma2tool.pipeline.calibration.text import warn_of_foreign_text
+
+        if self._residual and not self._ranks.index:
+            count = min(JUDGED, len(self._residual))
+            warn_of_foreign_text(perplexity(self.checkpoint, self._residual[:count], self.calibration.ids[:count]))
 
     def _next_layer(self) -> None:
         import torch
@@ -317,8 +348,9 @@ class Session:
 
         if self._outputs is None:
             kept = None if self._boundaries is None else self._boundaries.kept
+            elsewhere = [sister._boundaries.kept for sister in self._sisters if sister._boundaries is not None]
             self._outputs = OutputSide(
-                self.checkpoint, self._sources, self.calibration.ids, self.grids.keys(), kept, self._ranks
+                self.checkpoint, self._sources, self.calibration.ids, self.grids.keys(), kept, self._ranks, elsewhere
             )
         return self._outputs
 

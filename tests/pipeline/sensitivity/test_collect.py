@@ -168,7 +168,7 @@ def test_an_interrupted_collection_is_continued(
     assert not paths.out.exists() and (tmp_path / "t.json.partial").exists()
     table = collect_sensitivity(source, paths, options).table
     assert layers == [0, 1, 1, 2]
-    assert table == whole
+    assert table == whole and paths.out.read_bytes() == (tmp_path / "whole.json").read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ids.npy", "t.json", "whole.json"]
 
 
