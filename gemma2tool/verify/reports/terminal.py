@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from gemma2tool.verify.diagnosis.cause import Cause
@@ -146,13 +146,13 @@ def render_difference(result: Difference, out: Out, *, findings: int = 4) -> Non
         out.paragraph((name, "bold"), (_with_types(side), ""))
     width = max(len(part.name) for part in result.parts)
     style = _GateStyle(width, findings, _DIFFERENCE_MARKS, {"error": "differs"})
-    for part in result.parts:
-        _render_gate(part, style, out)
+    differing = [tensor for tensor in result.tensors if tensor.differing]
+    for part in result.parts:  # the table below has the tensors
+        _render_gate(part, replace(style, findings=0) if differing and part.name == "tensors" else style, out)
     if result.causes:
         out.line(("if B was made from A:", "bold"))
     for cause in result.causes:
         _render_cause(cause, out)
-    differing = [tensor for tensor in result.tensors if tensor.differing]
     if differing:
         farthest = sorted(differing, key=lambda tensor: -tensor.relative_rmse)[:_MAX_FARTHEST]
         out.table(
