@@ -22,18 +22,25 @@ class Shown:
 
 
 def show_verdict(
-    words: Sequence[str], severities: Sequence[str], findings: Iterable[Shown], subject: str, console: Console
+    words: Sequence[str],
+    severities: Sequence[str],
+    findings: Iterable[Shown],
+    subject: str,
+    console: Console,
+    *,
+    best_style: str = "bold green",
 ) -> None:
     """The verdict with the number of findings of each severity, then a line for each finding.
 
     ``words``: the verdict where a finding of the gravest severity is there, where one of the second is, and where there
     is neither. ``severities``: their names, the gravest first; the last is for notes. ``subject``: what was looked at.
+    ``best_style``: of the last word.
     """
     findings = list(findings)
     counts = {severity: sum(finding.severity == severity for finding in findings) for severity in severities}
     styles = dict(zip(severities, _STYLES, strict=True))
     grave = next((index for index, severity in enumerate(severities[:-1]) if counts[severity]), len(words) - 1)
-    style = _STYLES[grave] if grave < len(words) - 1 else "bold green"
+    style = _STYLES[grave] if grave < len(words) - 1 else best_style
     counted = [_counted(count, severity) for severity, count in counts.items() if count]
     console.paragraph((words[grave], style), (f": {', '.join(counted) or 'nothing found'} in {subject}", ""))
     for finding in findings:

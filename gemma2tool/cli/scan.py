@@ -27,7 +27,8 @@ def scan(
     """Look for dangers in a model's files. Nothing is loaded, unpacked or run.
 
     Pickles, archives, Keras layers, chat templates, hidden characters, remote code, files that loaders act on. Exit
-    code 0: clean, 1: something is dangerous or odd, 3: nothing there. docs/scan.md lists what is looked for.
+    code 0: nothing found in what was read, 1: something is dangerous or odd, 3: nothing there. The verdict is
+    INCOMPLETE instead of CLEAN where something could not be read. docs/scan.md lists what is looked for.
     """
     from gemma2tool import api
     from gemma2tool.cli.terminal import Console
@@ -55,5 +56,9 @@ def _show(result: ScanResult, console: Console) -> None:
         for finding in result.findings
     )
     subject = f"{result.files} file{'s' * (result.files != 1)} of {result.path}"
-    show_verdict(("DANGEROUS", "ODD", "CLEAN"), ("danger", "odd", "note"), findings, subject, console)
+    best, style = ("CLEAN", "bold green") if result.complete else ("INCOMPLETE", "bold yellow")
+    if not result.complete:
+        subject += ", not all of which could be read"
+    words = ("DANGEROUS", "ODD", best)
+    show_verdict(words, ("danger", "odd", "note"), findings, subject, console, best_style=style)
     show_skipped(result.skipped, console)

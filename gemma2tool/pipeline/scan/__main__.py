@@ -23,18 +23,23 @@ danger: pytorch_model.bin (archive/data.pkl): it calls "os.system('id')", which 
 odd: tokenizer_config.json (eos_token): U+202E (RIGHT-TO-LEFT OVERRIDE) at character 5: ...
 ```
 
-`--json` prints one object with these fields: `path`, `files`, `clean`, `skipped`, and for each of the `findings` its
-`id`, `severity`, `file`, `where`, `line`, `message`, `gain` and `remedy`. `--sarif FILE` writes SARIF 2.1.0 for code
-scanning; its paths are relative to the workspace.
+`--json` prints one object with these fields: `path`, `files`, `clean`, `complete`, `skipped`, and for each of the
+`findings` its `id`, `severity`, `file`, `where`, `line`, `message`, `gain` and `remedy`. `--sarif FILE` writes SARIF
+2.1.0 for code scanning; its paths are relative to the workspace.
 
 | exit code | meaning |
 |---:|---|
-| 0 | clean: notes at most |
+| 0 | nothing dangerous or odd in what was read: notes at most |
 | 1 | something is dangerous or odd |
 | 3 | there is nothing at PATH |
 
 A *danger* harms whoever loads or uses the file. *Odd* is what no honest file needs, or what changes what is loaded. A
 *note* is good to know. Ids and severities are stable, messages are not.
+
+The verdict is CLEAN if everything was read and nothing is dangerous or odd. It is INCOMPLETE, with exit code 0, if
+nothing is but something could not be read: a damaged file, an archive of another kind, a pointer, an empty folder. What
+was not read may be anything; `complete` in `--json` is false then. Neither verdict is an approval: see *What is not
+looked for*.
 
 ## What a conversion does
 
@@ -55,7 +60,12 @@ _TAIL = """
   or in hexadecimal digits, damaged ones (what precedes the damage is executed), arrays of objects in .npy and .npz.
 - **Archives**: zip, tar, and files compressed by gzip, bzip2, xz, lzma or zlib, whatever their names, up to five
   levels deep; members with wrong flags, names, types or checksums; a zip archive at the end of another file. What is
-  not examined gives a note: other archives, encrypted members, an archive of more than 64 MiB inside another one.
+  not examined gives a note: other archives, encrypted members, an archive of more than 64 MiB inside another one, what
+  a compressed file unpacks to beyond 64 MiB. More than five levels are odd, and so is an archive before another one.
+- **Files that are not what they seem**: a file whose name is that of weights and that is none gives a note, with what
+  its reader says. Pickles are recognized by their content, whatever their names. JSON that gemma2tool's own reader
+  refuses (NaN, deep nesting, a byte order mark, keys that occur twice) is read again as loaders read it, so that
+  nothing hides behind it; a file that is too long for that is odd.
 - **Chat templates**: every branch of the syntax tree, after names that are put together (concatenated, reversed,
   formatted, joined, from variables) are evaluated; then rendered for conversations with and without a system message,
   tools, parts, an answer; then once more with all branches taken. Jinja has no endless loop, so what counts is time,
@@ -63,7 +73,8 @@ _TAIL = """
 - **Triggers**: what messages say is followed through the syntax tree (variables, loops, macros, blocks, filters), and
   wherever it meets a text of the template, in a comparison, a search, a replacement or a table, the template looks for
   that text. Markup of conversations such as `</think>` or `/no_think`, and markup that the template itself writes, is
-  not a trigger. Conditions on the length of a message are not examined.
+  not a trigger. Conditions on the length of a message, the number of messages, roles, the names of tools or the date
+  are not examined, and neither is recursion that a condition stops.
 - **Files that programs act on**: hooks and settings of a git repository, also below another name, in a submodule or in
   an archive; what clones contain (git-lfs's filters and hooks, the hub's transfer agents) is not reported, and hooks
   that are not executable are notes. In a Modelfile: files outside of the folder that is scanned, other registries,
@@ -74,8 +85,9 @@ _TAIL = """
 
 ## What is not looked for
 
-What the code of a `.py` file does; TensorFlow's SavedModel, ONNX and other formats that do not hold a Gemma 2; payloads
-that are text in other encodings and that nothing decodes; behavior that was trained into the weights.
+What the code of a `.py` file does; TensorFlow's SavedModel, ONNX, MessagePack and other formats that are not among
+those that gemma2tool reads, which give a note; what SentencePiece's, gemma.cpp's and Orbax's own files hold beside
+numbers; payloads that are text in other encodings and that nothing decodes; behavior that was trained into the weights.
 
 ## Beside other scanners
 

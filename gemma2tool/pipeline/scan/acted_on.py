@@ -70,6 +70,9 @@ def scan_acted_on(content: Content, place: Place) -> Iterator[ScanFinding]:
     location = content.name if content.depth else place.file
     if scan := _scan_of(location.replace("\\", "/")):
         text = content.head(MAX_BYTES)
+        if content.nbytes > MAX_BYTES:
+            message = f"of its {content.nbytes:,} bytes only {MAX_BYTES:,} were looked at"
+            yield place.finding("files.unread", message, severity="odd")
         yield from scan(text.decode("utf-16" if text[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8", "replace"), place)
     if content.depth and git.is_member(content.name):
         yield from git.scan_member(content.name, content.head(git.MAX_BYTES), place)

@@ -177,7 +177,7 @@ def scan_archive(content: Content, kind: str, place: Place, scan: Scan) -> Itera
     if kind in _UNREAD.values():
         yield place.finding("archive.unread", f"it is {kind}")
     elif content.depth >= MAX_DEPTH:
-        yield place.finding("archive.unread", f"it is in {content.depth} other archives")
+        yield place.finding("archive.unread", f"it is in {content.depth} other archives", severity="odd")
     elif not content.whole:
         yield place.finding("archive.unread", f"an archive in an archive, of more than {MAX_MEMBER_BYTES >> 20} MiB")
     else:
@@ -210,6 +210,9 @@ def _zip(content: Content, place: Place, scan: Scan) -> Iterator[ScanFinding]:
         if total > _most_bytes(content.nbytes):
             yield place.finding("archive.bomb", f"its members have {total:,} bytes")
             return
+        first = min((member.header_offset for member in members), default=content.nbytes)
+        if first and content.head(4) == b"PK\3\4":
+            yield place.finding("archive.damaged", f"another archive, of {first:,} bytes, is before its first member")
         names = {member.filename for member in members}
         if is_program := any(name.endswith("/constants.pkl") for name in names):
             yield place.finding("torch.program", "it has constants.pkl and code")
@@ -280,9 +283,26 @@ def _compressed(content: Content, place: Place, scan: Scan) -> Iterator[ScanFind
             return
         data = content.unpacked.read(stream)
         more = len(data) >= MAX_MEMBER_BYTES
+        is_bomb = more and _goes_on(stream, content, len(data))
+    if is_bomb:
+        yield place.finding("archive.bomb", f"its {content.nbytes:,} bytes unpack to more than {len(data):,}")
+    elif more:
+        yield place.finding("archive.unread", f"only the first {len(data):,} bytes that it unpacks to were looked at")
     name = PurePosixPath(content.name)
     inner = content.member(name.stem if name.suffix.lower() in _COMPRESSIONS else content.name, data, len(data) + more)
     yield from scan(inner, place.part("unpacked"))
+
+
+def _goes_on(stream: IO[bytes], content: Content, nbytes: int) -> bool:
+    """Whether a file, of whose content ``nbytes`` bytes were read, unpacks to more than it may: counted if all of it
+    was needed for these, else estimated by what was needed.
+    """
+    needed, limit = content.stream.tell(), _most_bytes(content.nbytes)
+    if needed < content.nbytes:
+        return nbytes * content.nbytes > limit * max(needed, 1)
+    while nbytes <= limit and (data := stream.read(1 << 20)):
+        nbytes += len(data)
+    return nbytes > limit
 
 
 def _beginning(decompressor: Any, stream: IO[bytes]) -> BytesIO:

@@ -3,26 +3,23 @@
 from __future__ import annotations
 
 import codecs
-import json
 import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
-from gemma2tool.containers import file_kind, gguf, gguf_keys, safetensors, strict_json, strict_yaml
+from gemma2tool.containers import file_kind, gguf, gguf_keys, safetensors, strict_yaml
 from gemma2tool.containers.hdf5 import reader as hdf5
 from gemma2tool.containers.pickle_program import MAGIC
-from gemma2tool.containers.tokenizer_json import added_entries
 from gemma2tool.errors import InputRefused
-from gemma2tool.formats.tokenizers.files import MAX_JSON_BYTES, templates_of
-from gemma2tool.model.tokenizer import DEFAULT_TEMPLATE
-from gemma2tool.pipeline.scan import archives, imports, keras, pickles, yaml_tags
+from gemma2tool.pipeline.scan import archives, keras, pickles, yaml_tags
 from gemma2tool.pipeline.scan.acted_on import scan_acted_on
 from gemma2tool.pipeline.scan.archives import Content, Unpacked
 from gemma2tool.pipeline.scan.catalog import Place
 from gemma2tool.pipeline.scan.finding import ScanFinding
+from gemma2tool.pipeline.scan.json_files import scan_json, scan_templates, unread
 from gemma2tool.pipeline.scan.template import scan_template
 from gemma2tool.pipeline.scan.text import scan_text
 from gemma2tool.quantizers.gguf_types import GGML_BLOCKS, UNREAD_TYPES
@@ -35,12 +32,30 @@ MAX_YAML_CHARS = 1 << 18
 _EXTERNAL = ("hdf5.external", "hdf5.link")
 """Where an HDF5 file leads to others: values, links."""
 _TEMPLATE_KEY = re.compile(r"tokenizer\.chat_template(?:\.(.+))?")
+_VOCABULARY_KEY = re.compile(r"tokenizer\.ggml\.(?:tokens|merges)$")
 _TEMPLATES = (".jinja", ".jinja2", ".j2", ".template")
 _PLAIN_TEXT = (*_TEMPLATES, ".md", ".txt", ".yaml", ".yml", ".py")
 _MAX_SPARSE = 1 << 40
 """Of the file in which a member stands for reading."""
 _ScanPath = Callable[[Path, Place], Iterator[ScanFinding]]
 _MAGIC_NPY = b"\x93NUMPY"
+_WEIGHTS = (
+    ".pt",
+    ".pth",
+    ".bin",
+    ".ckpt",
+    ".pkl",
+    ".pickle",
+    ".joblib",
+    ".dill",
+    ".npz",
+    ".zip",
+    ".tar",
+    ".keras",
+    ".sbs",
+)
+"""What names of pickles, archives and containers end in."""
+_OTHER_FORMATS = (".onnx", ".pb", ".tflite", ".msgpack", ".mlmodel", ".ot", ".engine")
 _PROGRAMS = (b"\x7fELF", b"MZ\x90", b"\xcf\xfa\xed\xfe", b"\xca\xfe\xba\xbe")
 
 
@@ -64,9 +79,19 @@ def scan_content(content: Content, place: Place) -> Iterator[ScanFinding]:
     if archive := archives.kind_of(head):
         yield from archives.scan_archive(content, archive, place, scan_content)
         return
+    suffix = PurePosixPath(content.name.lower()).suffix
     if kind is not None and kind.name in _CONTAINERS:
         yield from _container(content, _CONTAINERS[kind.name], place)
     else:
+        if suffix in _CONTAINER_SUFFIXES:  # its reader says why it is none
+            yield from _container(content, _CONTAINERS[_CONTAINER_SUFFIXES[suffix]], place)
+        elif kind is not None and kind.name == suffix[1:]:
+            pass  # a container whose texts are not looked at
+        elif suffix in _WEIGHTS and not pickles.is_pickle(content.head(archives.MAX_MEMBER_BYTES)):
+            what = f"it is {kind.text}" if kind is not None else "what it is could not be seen"
+            yield place.finding("files.unread", f"its name is that of weights; {what}")
+        elif suffix in _OTHER_FORMATS:
+            yield place.finding("files.unread", "scan does not know its format")
         yield from _scan_data(content, place)
     yield from archives.scan_appended(content, place, scan_content)
 
@@ -102,11 +127,14 @@ def _scan_data(content: Content, place: Place) -> Iterator[ScanFinding]:
     elif data.startswith(_MAGIC_NPY):
         yield from _npy(data, place, whole)
     elif lower.endswith(".json"):
-        yield from _json(content.name.rsplit("/", 1)[-1], data, place)
+        yield from scan_json(content.name.rsplit("/", 1)[-1], data, content.nbytes, place)
     elif lower.endswith(_PLAIN_TEXT):
         text = _decoded(data[:MAX_TEXT_BYTES])
+        if content.nbytes > MAX_TEXT_BYTES:
+            message = f"of its {content.nbytes:,} bytes only {MAX_TEXT_BYTES:,} were looked at"
+            yield place.finding("files.unread", message)
         if lower.endswith((".yaml", ".yml")):
-            yield from yaml_tags.scan_yaml(text, place)
+            yield from yaml_tags.scan_yaml(_decoded(data), place)
             yield from _yaml_templates(text, place)
         if lower.endswith(_TEMPLATES):
             yield from scan_template(text, place, located=not place.where)
@@ -114,6 +142,8 @@ def _scan_data(content: Content, place: Place) -> Iterator[ScanFinding]:
             yield from scan_text(text, place, located=not place.where)
     elif pickles.looks_like_pickle(data, content.name):
         yield from pickles.scan_pickle(data, place, whole=whole)
+    if data[:2] not in MAGIC and not pickles.looks_like_pickle(data, content.name):
+        yield from pickles.scan_unmarked(data, place)
 
 
 def _yaml_templates(text: str, place: Place) -> Iterator[ScanFinding]:
@@ -122,16 +152,11 @@ def _yaml_templates(text: str, place: Place) -> Iterator[ScanFinding]:
         return
     try:
         content = strict_yaml.load(text, what=place.file, max_chars=MAX_YAML_CHARS)
-    except InputRefused:
+    except InputRefused as error:
+        yield unread(place, error)
         return
     if isinstance(content, dict):
-        yield from _templates(content, place)
-
-
-def _templates(content: Mapping[str, Any], place: Place) -> Iterator[ScanFinding]:
-    for label, template in templates_of(content.get("chat_template")).items():
-        part = place.part("chat_template" if label == DEFAULT_TEMPLATE else f"chat_template {quoted(label)}")
-        yield from scan_template(template, part)
+        yield from scan_templates(content, place)
 
 
 def _decoded(data: bytes) -> str:
@@ -147,31 +172,32 @@ def _gguf(path: Path, place: Place) -> Iterator[ScanFinding]:
     try:
         keys = gguf_keys.read_key_values(path)
     except InputRefused as error:
-        yield _unread(place, error)
+        yield unread(place, error)
         return
     for key, value in keys.items():
         part = place.part(key)
         yield from scan_text(key, part, one_line=True)
-        if not isinstance(value.value, str):
-            continue
+        values = value.value if isinstance(value.value, list) else [value.value]
+        texts = [] if _VOCABULARY_KEY.match(key) else [text for text in values if isinstance(text, str)]
         if _TEMPLATE_KEY.fullmatch(key):
-            yield from scan_template(value.value, part)
+            for text in texts:
+                yield from scan_template(text, part)
+        elif isinstance(value.value, list):
+            yield from _each(texts, part)
         else:
-            yield from scan_text(value.value, part, one_line=key in ("general.name", "general.license"))
-    for key in ("general.tags", "general.languages", "general.datasets"):
-        if isinstance(listed := getattr(keys.get(key), "value", None), list):
-            yield from _each(map(str, listed), place.part(key))
+            for text in texts:
+                yield from scan_text(text, part, one_line=key in ("general.name", "general.license"))
     try:
         yield from _each(gguf.read_header(path, GGML_BLOCKS, UNREAD_TYPES).tensors, place.part("tensors"))
     except InputRefused as error:
-        yield _unread(place, error)
+        yield unread(place, error)
 
 
 def _safetensors(path: Path, place: Place) -> Iterator[ScanFinding]:
     try:
         header = safetensors.read_header(path)
     except InputRefused as error:
-        yield _unread(place, error)
+        yield unread(place, error)
         return
     yield from _each(header.tensors, place.part("tensors"))
     for key, value in header.metadata.items():
@@ -192,6 +218,7 @@ def _hdf5(path: Path, place: Place) -> Iterator[ScanFinding]:
 
 _CONTAINERS: Mapping[str, _ScanPath] = {"gguf": _gguf, "safetensors": _safetensors, "hdf5": _hdf5}
 """By the names of ``file_kind``."""
+_CONTAINER_SUFFIXES = {".gguf": "gguf", ".safetensors": "safetensors", ".h5": "hdf5", ".hdf5": "hdf5"}
 
 
 def _each(names: Any, place: Place) -> Iterator[ScanFinding]:
@@ -208,59 +235,3 @@ def _npy(data: bytes, place: Place, whole: bool) -> Iterator[ScanFinding]:
     start = (12 if wide else 10) + length
     if b"'|O'" in data[:start] or b"'O'" in data[:start]:
         yield from pickles.scan_pickle(data[start:], place, whole=whole)
-
-
-def _json(name: str, data: bytes, place: Place) -> Iterator[ScanFinding]:
-    try:
-        contents = [strict_json.load(data, what=name, max_bytes=MAX_JSON_BYTES)]
-    except InputRefused as error:
-        yield _unread(place, error)
-        if error.id != "json.duplicate-key":
-            return
-        contents = [json.loads(data, object_pairs_hook=pairs) for pairs in (dict, lambda pairs: dict(pairs[::-1]))]
-    findings = (finding for content in contents for finding in _json_value(name, content, place))
-    yield from dict.fromkeys(findings)
-
-
-def _unread(place: Place, error: InputRefused) -> ScanFinding:
-    """The finding for a file that its reader refuses; other readers take one of what is there twice."""
-    return place.finding("files.ambiguous" if ".duplicate-" in error.id else "files.unread", error.message)
-
-
-def _json_value(name: str, content: Any, place: Place) -> Iterator[ScanFinding]:
-    yield from imports.scan_imports(name, content, place)
-    if not isinstance(content, dict):
-        return
-    if name == "tokenizer.json":
-        for entry in added_entries(content).values():
-            yield from _token(entry.content, place.part("added_tokens"))
-        return
-    yield from _templates(content, place)
-    yield from _index(content.get("weight_map"), place)
-    yield from keras.scan_architecture(content, place)
-    yield from _texts({key: value for key, value in content.items() if key != "chat_template"}, place)
-
-
-def _index(weight_map: Any, place: Place) -> Iterator[ScanFinding]:
-    files = weight_map.values() if isinstance(weight_map, dict) else ()
-    escaping = [file for file in files if not isinstance(file, str) or "/" in file or "\\" in file or ".." in file]
-    if escaping:
-        yield place.finding("files.escape", f"it names the file {quoted(escaping[0])}")
-
-
-def _texts(content: Mapping[str, Any], place: Place) -> Iterator[ScanFinding]:
-    """The texts of a config: tokens, names, descriptions."""
-    queue: list[tuple[str, Any]] = list(content.items())
-    for key, value in queue:
-        if isinstance(value, str):
-            yield from scan_text(value, place.part(key))
-        elif isinstance(value, dict) and len(queue) < 100_000:
-            queue += value.items()
-        elif isinstance(value, list) and len(queue) < 100_000:
-            queue += [(key, item) for item in value]
-
-
-def _token(text: object, place: Place) -> Iterator[ScanFinding]:
-    if isinstance(text, str):
-        for finding in scan_text(text, place):
-            yield place.finding(finding.id, f"{quoted(text)}: {finding.message}")

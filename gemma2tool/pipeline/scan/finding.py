@@ -10,6 +10,10 @@ from typing import Any, Literal
 Severity = Literal["danger", "odd", "note"]
 SEVERITIES: tuple[Severity, ...] = ("danger", "odd", "note")
 """Gravest first."""
+AS_CHECKPOINT = "the folder as a checkpoint"
+"""What is skipped where no reader of a format takes the folder; its files are looked at all the same."""
+_NOT_LOOKED_AT = frozenset({"files.unread", "files.pointer", "archive.unread", "archive.too-many", "pickle.too-long"})
+"""Findings for what was not looked at."""
 
 
 @dataclass(frozen=True)
@@ -64,8 +68,14 @@ class ScanResult:
 
     @property
     def clean(self) -> bool:
-        """Whether nothing is dangerous and nothing odd."""
+        """Whether nothing that was looked at is dangerous or odd."""
         return not any(finding.severity != "note" for finding in self.findings)
+
+    @property
+    def complete(self) -> bool:
+        """Whether everything was looked at, and there was something."""
+        unread = any(finding.id in _NOT_LOOKED_AT for finding in self.findings)
+        return self.files > 0 and not unread and not self.skipped.keys() - {AS_CHECKPOINT}
 
     def count(self, severity: Severity) -> int:
         """The number of findings of a severity."""
@@ -77,6 +87,7 @@ class ScanResult:
             "path": str(self.path),
             "files": self.files,
             "clean": self.clean,
+            "complete": self.complete,
             "findings": [finding.to_json() for finding in self.findings],
             "skipped": dict(self.skipped),
         }

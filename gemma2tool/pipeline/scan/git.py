@@ -83,6 +83,8 @@ def scan_repository(folder: Path, place: Place) -> Iterator[ScanFinding]:
             continue
         with path.open("rb") as file:
             data = file.read(MAX_BYTES)
+            if file.read(1):
+                yield part.finding("files.unread", f"only its first {MAX_BYTES:,} bytes were looked at", severity="odd")
         if path.name in ("config", "config.worktree"):
             yield from scan_settings(data.decode("utf-8", "replace"), part)
         elif path.parent.name == "hooks":

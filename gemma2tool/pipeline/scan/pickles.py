@@ -79,6 +79,20 @@ def looks_like_pickle(data: bytes, name: str) -> bool:
     return name.lower().endswith((".pkl", ".pickle", ".p", ".joblib", ".dill", ".pt", ".pth", ".bin", ".ckpt", ".dat"))
 
 
+def is_pickle(data: bytes) -> bool:
+    """Whether data begins with a pickle of any protocol, even a damaged one if it says its protocol."""
+    return data[:2] in MAGIC or next(read_programs(data)).complete
+
+
+def scan_unmarked(data: bytes, place: Place) -> Iterator[ScanFinding]:
+    """The findings of a file that only its content shows to be a pickle of protocol 0 or 1: one that calls something.
+    torch.load and pickle.load do not ask for a name.
+    """
+    program = next(read_programs(data))
+    if any(use.arguments is not None for use in program.uses):
+        yield from _judged(program, place)
+
+
 def scan_pickle(data: bytes, place: Place, *, whole: bool = True) -> Iterator[ScanFinding]:
     """The findings of the pickles at the beginning of ``data``. ``whole``: these are all bytes of the file."""
     starts_as_pickle = data[:2] in MAGIC
@@ -88,7 +102,9 @@ def scan_pickle(data: bytes, place: Place, *, whole: bool = True) -> Iterator[Sc
         yield from _judged(program, place)
         if program.too_long:
             yield place.finding("pickle.too-long", "its opcodes were followed to the limit")
-        elif not program.complete and starts_as_pickle and (number == 0 or program.uses) and whole:
+        elif not whole and not program.complete and (number == 0 or program.uses) and starts_as_pickle:
+            yield place.finding("pickle.too-long", f"it was followed for {len(data):,} bytes")
+        elif not program.complete and starts_as_pickle and (number == 0 or program.uses):
             yield place.finding("pickle.damaged", f"it cannot be read after byte {program.end}")
 
 

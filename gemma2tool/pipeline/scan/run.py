@@ -14,13 +14,12 @@ from gemma2tool.pipeline.report_files import check_reports, replace_report
 from gemma2tool.pipeline.scan import git
 from gemma2tool.pipeline.scan.catalog import Place
 from gemma2tool.pipeline.scan.contents import scan_file
-from gemma2tool.pipeline.scan.finding import SEVERITIES, ScanFinding, ScanResult, Severity
+from gemma2tool.pipeline.scan.finding import AS_CHECKPOINT, SEVERITIES, ScanFinding, ScanResult, Severity
 from gemma2tool.pipeline.scan.sarif import sarif
 from gemma2tool.pipeline.scan.text import scan_text
 from gemma2tool.storage.paths import path_within_folder, workspace_path
 
 MAX_FILES = 20_000
-_SKIPPED_FOLDERS = ("__pycache__",)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,30 +52,33 @@ def _scanned(path: Path) -> ScanResult:
         raise InputRefused("input.kind", f"{path}: neither a file nor a folder", hint="pass the path of a checkpoint")
     skipped: dict[str, str] = {}
     findings: list[ScanFinding] = []
-    files = 0
-    for file in [path] if path.is_file() else _files(path, skipped):
-        files += 1
+    files = [path] if path.is_file() else list(_files(path, skipped))
+    for file in files:
         if file.is_dir() and not file.is_symlink():
             findings += git.scan_repository(file, Place(file.relative_to(path).as_posix()))
         else:
             findings += _scan_file(file, path, skipped)
     if path.is_dir():
-        findings += _code(path, findings)
+        findings += _code(path, files, findings)
         findings += _loaded_too(path, skipped)
     merged = sorted(_merged(findings), key=lambda finding: SEVERITIES.index(finding.severity))
-    return ScanResult(path, files, tuple(merged), skipped)
+    return ScanResult(path, len(files), tuple(merged), skipped)
 
 
 def _files(folder: Path, skipped: dict[str, str]) -> Iterator[Path]:
     """The files in a folder; in place of the folder of a git repository's own files, the folder; links to folders."""
     count = 0
-    for root, folders, names in os.walk(folder):
+
+    def unread(error: OSError) -> None:
+        skipped[os.path.relpath(error.filename, folder)] = f"cannot be listed: {error.strerror}"
+
+    for root, folders, names in os.walk(folder, onerror=unread):
         if git.is_repository(Path(root).name, folders, names):
             yield Path(root)
             folders.clear()
             continue
-        links = [name for name in folders if Path(root, name).is_symlink()]
-        folders[:] = sorted(name for name in folders if name not in _SKIPPED_FOLDERS)
+        links = [name for name in folders if os.path.islink(os.path.join(root, name))]
+        folders.sort()
         for name in sorted(names + links):
             count += 1
             if count > MAX_FILES:
@@ -95,6 +97,9 @@ def _scan_file(file: Path, root: Path, skipped: dict[str, str]) -> Iterator[Scan
     except InputRefused as error:
         yield place.finding("files.escape", error.message)
         return
+    except OSError as error:
+        skipped[name] = f"cannot be read: {error.strerror}"
+        return
     if not file.is_file():
         if not file.is_dir():  # a link to a folder of what is scanned
             skipped[name] = "not a regular file"
@@ -103,9 +108,11 @@ def _scan_file(file: Path, root: Path, skipped: dict[str, str]) -> Iterator[Scan
         yield from scan_file(file, place)
     except ToolError as error:
         skipped[name] = error.message
+    except OSError as error:
+        skipped[name] = f"cannot be read: {error.strerror}"
 
 
-def _code(folder: Path, findings: list[ScanFinding]) -> Iterator[ScanFinding]:
+def _code(folder: Path, files: list[Path], findings: list[ScanFinding]) -> Iterator[ScanFinding]:
     """Python files: what transformers generates with, whatever the config says; the others are notes where no config
     names any.
     """
@@ -113,8 +120,8 @@ def _code(folder: Path, findings: list[ScanFinding]) -> Iterator[ScanFinding]:
         yield Place(CUSTOM_GENERATE).finding("code.remote", "transformers generates with it if it trusts remote code")
     if any(finding.id == "code.remote" for finding in findings):
         return
-    for name in sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.py")):
-        if name != CUSTOM_GENERATE:
+    for name in sorted(path.relative_to(folder).as_posix() for path in files):
+        if name.endswith(".py") and name != CUSTOM_GENERATE:
             yield Place(name).finding("code.python", "no config names it")
 
 
@@ -124,7 +131,7 @@ def _loaded_too(folder: Path, skipped: dict[str, str]) -> Iterator[ScanFinding]:
         with registry.open_checkpoint(folder) as checkpoint:
             loader_files = checkpoint.loader_files
     except ToolError as error:
-        skipped["the folder as a checkpoint"] = error.message
+        skipped[AS_CHECKPOINT] = error.message
         return
     for files in loader_files:
         severity: Severity = "odd" if changes_weights(files) else "note"

@@ -37,6 +37,15 @@ def sarif(result: ScanResult, base: str = "") -> str:
                 },
                 "originalUriBaseIds": {"SRCROOT": {"description": {"text": "The root of the workspace."}}},
                 "columnKind": "unicodeCodePoints",
+                "invocations": [
+                    {
+                        "executionSuccessful": True,
+                        "toolExecutionNotifications": [
+                            {"level": "note", "message": {"text": escaped(f"{name} was not looked at: {reason}")}}
+                            for name, reason in result.skipped.items()
+                        ],
+                    }
+                ],
                 "results": [_result(finding, rules.index(finding.id), base) for finding in result.findings],
             }
         ],

@@ -124,15 +124,21 @@ def _outcome(template: str) -> list[tuple[str, str]]:
         return [_invalid(error)]
     with suppress(TemplateError, *PYTHON_ERRORS):
         programs += _every_branch(template, attempts.setdefault)
+    calls_itself = False
     for program in programs:
         for values in conversations({}):
-            _render(program, values)
+            calls_itself |= _render(program, values) and program is programs[0]
+    endless = [("template.endless", "it calls itself without end")] if calls_itself else []
     if not attempts:
-        return []
-    return [("template.internals", f"rendered, it reaches for {', '.join(map(repr, list(attempts)[:_MAX_ATTEMPTS]))}")]
+        return endless
+    return [
+        *endless,
+        ("template.internals", f"rendered, it reaches for {', '.join(map(repr, list(attempts)[:_MAX_ATTEMPTS]))}"),
+    ]
 
 
-def _render(program: Any, values: Mapping[str, Any]) -> None:
+def _render(program: Any, values: Mapping[str, Any]) -> bool:
+    """Whether rendering ends in recursion without end."""
     from jinja2.exceptions import TemplateError
 
     size = 0
@@ -141,8 +147,11 @@ def _render(program: Any, values: Mapping[str, Any]) -> None:
             size += len(piece)
             if size > MAX_TEXT_CHARS:
                 raise limited_process.LimitExceeded
+    except RecursionError:
+        return True
     except (TemplateError, *PYTHON_ERRORS):
-        return
+        pass
+    return False
 
 
 def _every_branch(template: str, watch: Callable[[str], None]) -> list[Any]:

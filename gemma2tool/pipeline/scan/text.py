@@ -17,13 +17,15 @@ _CONTROL = "\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f"
 _TURNS = "\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"
 _INVISIBLE = "\u00ad\u034f\u115f\u1160\u17b4\u17b5\u180e\u200b\u2060-\u2064\u206a-\u206f\u3164\ufeff\ufff9-\ufffb"
 _INVISIBLE += "\U0001d173-\U0001d17a\U000e0000-\U000e007f\U000e0100-\U000e01ef"
+_HALVES = "\ud800-\udfff"
+"""Of surrogate pairs: no text has one alone; tokenizers and encoders stop at it."""
 _JOINERS = "\u200c\u200d"
 
-_ODD = re.compile(f"[{_CONTROL}{_TURNS}{_INVISIBLE}{_JOINERS}]")
+_ODD = re.compile(f"[{_CONTROL}{_TURNS}{_INVISIBLE}{_JOINERS}{_HALVES}]")
 _KINDS = (
     ("text.control", re.compile(f"[{_CONTROL}]")),
     ("text.bidirectional", re.compile(f"[{_TURNS}]")),
-    ("text.invisible", re.compile(f"[{_INVISIBLE}{_JOINERS}]")),
+    ("text.invisible", re.compile(f"[{_INVISIBLE}{_JOINERS}{_HALVES}]")),
 )
 _COMMAND = re.compile(r"##\[[a-zA-Z-]+\b|(?:^|\n)\s*::[a-z][a-z-]*\b")
 _FLAG = "\U0001f3f4"

@@ -82,7 +82,8 @@ def wrappings() -> dict[str, bytes]:
 @pytest.mark.parametrize("file", ["model.bin", "data"])
 def test_a_pickle_is_found_in_any_wrapping(tmp_path: Path, name: str, file: str) -> None:
     (tmp_path / file).write_bytes(wrappings()[name])
-    assert scanned(tmp_path / file) == ["pickle.code"]
+    ids = scanned(tmp_path / file)
+    assert [id for id in ids if id != "files.unread"] == ["pickle.code"]
 
 
 def test_containers_in_archives(tmp_path: Path, hostile_gguf: Path) -> None:
@@ -118,4 +119,4 @@ def test_archives_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize("data", [b"x^2 + y^2 = z^2\n" * 9, b"x\x9c" + bytes(range(256)), b"BZhang", b"\x1f\x8b\x07"])
 def test_what_only_begins_as_compressed_files_do_is_not_reported(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "a.bin").write_bytes(data)
-    assert scanned(tmp_path / "a.bin") == []
+    assert set(scanned(tmp_path / "a.bin")) <= {"files.unread"}
