@@ -17,7 +17,7 @@ from typer.core import TyperCommand, TyperGroup
 from gemma2tool.cli import interrupts
 from gemma2tool.cli.failures import options_of, report_failure
 from gemma2tool.cli.groups import expanded
-from gemma2tool.errors import EXIT_BUG, EXIT_INTERRUPTED, EXIT_USAGE, ResourceError, ToolError
+from gemma2tool.errors import EXIT_BUG, EXIT_INTERRUPTED, EXIT_USAGE, InputRefused, ResourceError, ToolError
 from gemma2tool.errors.memory import is_out_of_memory
 from gemma2tool.version import __version__
 
@@ -196,13 +196,16 @@ def _silence_stdout() -> None:
 
 
 def _resources(error: Exception) -> ToolError | None:
-    """The resource that ran out, if the exception shows one."""
+    """The resource that ran out, or the path that no file can have, if the exception shows one."""
     if is_out_of_memory(error):
         return ResourceError(
             "memory.exhausted", "not enough memory", hint="close other programs, or lower --memory and --threads"
         )
     if isinstance(error, RuntimeError) and "start new thread" in str(error):
         return ResourceError("threads.exhausted", "the system refused to start more threads", hint="lower --threads")
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+        hint = "check the path; a text was perhaps given where a path is expected"
+        return InputRefused("file.missing", f"{error.filename}: the name is too long for a file's", hint=hint)
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EIO, errno.EDQUOT):
         place = error.filename or "standard output"
         return ResourceError(

@@ -153,6 +153,11 @@ def test_usage_errors_exit_with_2() -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no FIFOs")
+@pytest.mark.parametrize("command", ["inspect", "scan", "verify", "check"])
+def test_a_path_that_no_file_can_have(command: str) -> None:
+    assert_refused(run(command, "x" * 300), 3, "file.missing", "too long")
+
+
 def test_a_pipe_is_not_a_checkpoint(place: Path) -> None:
     os.mkfifo(place / "pipe")
     assert_refused(run("inspect", place / "pipe"), 3, "pipe", "input.kind")

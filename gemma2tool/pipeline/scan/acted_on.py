@@ -70,7 +70,7 @@ def scan_acted_on(content: Content, place: Place) -> Iterator[ScanFinding]:
     location = content.name if content.depth else place.file
     if scan := _scan_of(location.replace("\\", "/")):
         text = content.head(MAX_BYTES)
-        if content.nbytes > MAX_BYTES:
+        if content.nbytes > MAX_BYTES and b"\0" not in text:  # not weights, as torch.save's .pth is
             message = f"of its {content.nbytes:,} bytes only {MAX_BYTES:,} were looked at"
             yield place.finding("files.unread", message, severity="odd")
         yield from scan(text.decode("utf-16" if text[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8", "replace"), place)
