@@ -163,7 +163,7 @@ def test_keras(tmp_path: Path) -> None:
 def test_a_lambda_at_the_border_of_two_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cut: int) -> None:
     text = b'"class_name": "Lambda"'
     monkeypatch.setattr("gemma2tool.pipeline.scan.keras._CHUNK", 64)
-    (tmp_path / "m.h5").write_bytes(bytes(64 - cut) + text + bytes(64))
+    (tmp_path / "m.h5").write_bytes(b"\x89HDF\r\n\x1a\n" + bytes(56 - cut) + text + bytes(64))
     assert [finding.id for finding in scan_hdf5(tmp_path / "m.h5", Place("m.h5"))] == ["keras.lambda"]
 
 
