@@ -17,7 +17,7 @@ from typing import IO, TYPE_CHECKING
 
 from gemma2tool.errors import EXIT_BUG, ToolError
 from gemma2tool.model.progress import ProgressBar
-from gemma2tool.storage.quoting import one_line
+from gemma2tool.storage.quoting import inert, one_line
 from gemma2tool.storage.units import human_bytes, human_seconds
 
 if TYPE_CHECKING:
@@ -146,6 +146,7 @@ class Console:
         terminal.
         """
         text = json_module.dumps(content, indent=2, sort_keys=True, allow_nan=False).replace("\x7f", "\\u007f")
+        text = text.replace("##[", "##\\u005b")  # a command for GitHub's runner
         stream = self._stdout or sys.stdout
         stream.write(text + "\n")
         stream.flush()
@@ -269,7 +270,7 @@ class Console:
 
         encoding = self._encoding(err)
         return Text.assemble(
-            *((text.encode(encoding, "backslashreplace").decode(encoding), style) for text, style in spans)
+            *((inert(text.encode(encoding, "backslashreplace").decode(encoding)), style) for text, style in spans)
         )
 
     def _line(self, err: bool, *spans: tuple[str, str]) -> None:

@@ -74,7 +74,7 @@ class ReportFiles:
 
         The run may have failed before it checked its reports, so files that are not reports are left as they are.
         """
-        _write({option: path for option, path in self.by_option.items() if may_be_report(option, path)}, [failure])
+        _write({option: path for option, path in self.by_option.items() if _may_take(option, path)}, [failure])
 
     def write_bom(self, receipt: Path | None, model: Checkpoint, source: Path | None = None) -> None:
         """Write the bill of materials of the output of ``receipt``, if one is requested.
@@ -120,11 +120,25 @@ def check_reports(named: Mapping[str, Path], others: Iterable[Path]) -> None:
         if (other := seen.setdefault(path.absolute(), option)) != option:
             raise UsageError("report.same", f"{other} and {option} both name {path}", hint="name two files")
         refuse_overwriting_input(others, path)
+        _refuse_special(option, path)
         appended = option == "--summary" and path.exists()
         if not os.access(path if appended else path.absolute().parent, os.W_OK):
             raise ResourceError("report.unwritable", f"{option} {path}: is not writable")
         if not may_be_report(option, path):
             raise UsageError("report.other-file", f"{option} {path}: exists and is not a report of this kind")
+
+
+def _refuse_special(option: str, path: Path) -> None:
+    """Raises ``UsageError`` for what a report can neither replace nor be appended to. A summary may go to a device,
+    such as /dev/stdout, and to a file by a link; a pipe that nobody reads would make it wait forever.
+    """
+    if path.is_symlink() and (option != "--summary" or not path.exists()):
+        hint = "remove it, or name the file it points to"
+        raise UsageError("output.link", f"{option} {path}: is a symbolic link", hint=hint)
+    is_plain = not path.exists() or path.is_file() or (option == "--summary" and path.is_char_device())
+    if not is_plain:
+        message = f"{option} {path}: is a device or pipe, but a report is a file"
+        raise UsageError("output.kind", message, hint="choose a different name")
 
 
 def may_be_report(option: str, path: Path) -> bool:
@@ -146,6 +160,15 @@ def may_be_report(option: str, path: Path) -> bool:
         return True
     kind = _KINDS.get(option)
     return kind is None or re.match(kind, head.decode("utf-8", "replace"), re.DOTALL) is not None
+
+
+def _may_take(option: str, path: Path) -> bool:
+    """Whether a report may be written to ``path``."""
+    try:
+        _refuse_special(option, path)
+    except UsageError:
+        return False
+    return may_be_report(option, path)
 
 
 def _is_step_summary(path: Path) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import AnyStr
 
 from gemma2tool.errors import escaped
@@ -28,3 +29,14 @@ def _ends(text: AnyStr, limit: int) -> AnyStr:
 def one_line(text: object) -> str:
     """Returns ``str(text)`` on one line, escaped by ``errors.escaped``."""
     return escaped(str(text))
+
+
+def inert(text: str) -> str:
+    """A line of text in which GitHub's runner, where it runs this, finds no command: it reads those that begin with
+    "::" at the beginning of a line, and those that begin with "##[" anywhere.
+    """
+    if os.environ.get("GITHUB_ACTIONS") != "true":
+        return text
+    start = len(text) - len(text.lstrip())
+    text = f"{text[:start]}\\x3a{text[start + 1 :]}" if text.startswith("::", start) else text
+    return text.replace("##[", "##\\x5b")

@@ -15,7 +15,7 @@ from gemma2tool.cli.failures import options_of
 from gemma2tool.pipeline.report_files import may_be_report
 from gemma2tool.verify.reports import page
 from gemma2tool.verify.result import Failure
-from tests.support.commands import run
+from tests.support.commands import assert_refused, run
 
 
 @pytest.fixture
@@ -167,6 +167,23 @@ def test_a_report_that_cannot_be_written_is_found_before_the_work(place: Path, m
     result = run("convert", "src", "out.gguf", "--summary", "s.md", "--json")
     assert result.exit_code == 4 and json.loads(result.stdout)["error"]["id"] == "report.unwritable"
     assert not (place / "out.gguf").exists()
+
+
+@pytest.mark.parametrize("option", ["--html", "--junit", "--summary"])
+@pytest.mark.parametrize("kind", ["pipe", "dangling", "loop"])
+def test_a_report_to_a_pipe_or_a_link_is_found_before_the_work(
+    place: Path, monkeypatch: pytest.MonkeyPatch, option: str, kind: str
+) -> None:
+    """Nobody reads the pipe: opening it would wait forever."""
+    monkeypatch.chdir(place)
+    if kind == "pipe":
+        os.mkfifo("there")
+    else:
+        os.symlink("there" if kind == "loop" else "elsewhere", "there")
+    for source in ("src", "none"):  # the second fails before reports are checked
+        result = run("verify", "src", "--reference", source, option, "there")
+        assert_refused(result, *((2, "output.kind" if kind == "pipe" else "output.link") if source == "src" else (3,)))
+    assert not (place / "elsewhere").exists()
 
 
 def test_annotations(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

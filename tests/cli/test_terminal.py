@@ -144,6 +144,24 @@ def test_json_cannot_steer_a_terminal_either() -> None:
     assert json.loads(out.getvalue())["names"] == HOSTILE
 
 
+def test_a_line_is_no_command_for_githubs_runner(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where scripts/action.sh does not fence what is printed: names of files reach the log of the step."""
+    texts = ("::set-output name=a::b", "  ::error::x", "a ##[add-mask]b", "a::b")
+    for value, expected in (("", texts), ("true", (r"\x3a:set-output name=a::b", r"  \x3a:error::x", None, "a::b"))):
+        monkeypatch.setenv("GITHUB_ACTIONS", value)
+        stdout, stderr = io.StringIO(), io.StringIO()
+        console = Console(stdout=stdout, stderr=stderr)
+        for text in texts:
+            console.print(text)
+            console.note(text)
+        for stream in (stdout, stderr):
+            lines = stream.getvalue().splitlines()
+            assert [line for line, text in zip(lines, expected, strict=True) if line != text and text] == []
+            assert value == "" or "##[" not in stream.getvalue()
+    Console(json=True, stdout=stdout).emit_json({"a": "##[error]"})
+    assert r"##\u005berror]" in stdout.getvalue()
+
+
 def test_a_terminal_without_the_letters_gets_escapes() -> None:
     raw = io.BytesIO()
     latin = io.TextIOWrapper(raw, encoding="ascii", errors="strict")

@@ -193,7 +193,7 @@ def test_members_that_cannot_be_read(tmp_path: Path) -> None:
     cut[entry + 42 : entry + 46] = (len(cut) - 8).to_bytes(4, "little")
     (tmp_path / "header.zip").write_bytes(cut)
     damaged_files = [finding.file for finding in api.scan(tmp_path).findings if finding.id == "archive.damaged"]
-    assert sorted(damaged_files) == ["header.zip", "lzma.zip"]
+    assert sorted(set(damaged_files)) == ["header.zip", "lzma.zip"]
 
 
 def test_hdf5_that_reads_other_files(tmp_path: Path) -> None:
