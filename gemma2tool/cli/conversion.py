@@ -21,15 +21,7 @@ from gemma2tool.formats.options import WriteOptions
 from gemma2tool.formats.options_budget import Budget
 
 if TYPE_CHECKING:
-    from gemma2tool.api import Checks, ConversionRequest, PlanSummary
-
-
-_DOWNLOAD, _SENSITIVITY, _CALIBRATION = 5.0, 200.0, 100.0
-"""Time of these steps, where writing takes 1."""
-_TOKENS_PER_WRITE = 190
-"""Tokens whose forward passes take as long as writing."""
-_PROMPT_TOKENS, _BYTES_PER_TOKEN = 128, 4
-"""Tokens of the built-in prompt, and bytes of a token of a text, both about."""
+    from gemma2tool.api import ConversionRequest, PlanSummary
 
 
 def carry_out(
@@ -52,7 +44,7 @@ def carry_out(
     if output.dry_run:
         show_plans(api.plan(request), console, tensors=output.tensors)
         return
-    results = api.run(request, progress=ProgressDisplay(console, steps=expected_steps(request)))
+    results = api.run(request, progress=ProgressDisplay(console))
     if rank > 0:
         return
     if output.json_output:
@@ -71,36 +63,6 @@ def carry_out(
 
         annotate(str(dst), "verification failed", "the output was not written")
         raise typer.Exit(EXIT_VERIFICATION_FAILED)
-
-
-def expected_steps(request: ConversionRequest) -> tuple[float, ...]:
-    """How long each bar of the work is expected to take, as a multiple of the time of writing without calibration: a
-    download, a table of sensitivities, the writing, and for each output the comparison of tensors and the forward
-    passes.
-
-    The ratios are those of a 2B from and to a local disk.
-    """
-    downloads = (_DOWNLOAD,) if request.run.keep_download is not None else ()
-    collects = (_SENSITIVITY,) if request.budget.is_asked and request.budget.sensitivity is None else ()
-    calibrates = any(part.options.calibration.is_asked for part in request.parts)
-    outputs = sum(max(len(part.types), 1) for part in request.parts)
-    checks = request.checks
-    if checks is None:
-        return (*downloads, *collects, _CALIBRATION if calibrates else 1.0)
-    sample = (float(checks.sample),) if checks.sample else ()  # a pass over both sides for each token
-    verified = (1.0, 1.0 + _tokens(checks) / _TOKENS_PER_WRITE, *sample) * outputs
-    return (*downloads, *collects, _CALIBRATION if calibrates else 1.0, *verified)
-
-
-def _tokens(checks: Checks) -> float:
-    """About how many tokens the forward passes will run."""
-    path, nbytes = (checks.text, _BYTES_PER_TOKEN) if checks.tokens is None else (checks.tokens, 8)
-    if path is None:
-        return _PROMPT_TOKENS
-    try:
-        return path.stat().st_size / nbytes
-    except OSError:
-        return _PROMPT_TOKENS  # the command will say what is wrong with the file
 
 
 def _request(

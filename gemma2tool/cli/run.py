@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from gemma2tool.cli import options as o
-from gemma2tool.cli.conversion import expected_steps, show_plans
+from gemma2tool.cli.conversion import show_plans
 from gemma2tool.cli.outcome import show_results
 from gemma2tool.cli.progress import ProgressDisplay
 from gemma2tool.cli.sharding import rank_of_torchrun
@@ -51,7 +51,7 @@ def run(
     if on is not None:
         batches = iter([api.run_on_ray(runs, progress=ProgressDisplay(console))])
     else:
-        batches = (api.run(one, progress=ProgressDisplay(console, steps=expected_steps(one.request))) for one in runs)
+        batches = (api.run(one, progress=ProgressDisplay(console)) for one in runs)
     for results in batches:
         contents += [result.to_json() for result in results]
         show_results(results, console, verbose=verbose)

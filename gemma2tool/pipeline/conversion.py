@@ -16,7 +16,7 @@ from gemma2tool.formats.other_files import MODEL_SUFFIXES
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.devices import use_device
 from gemma2tool.model.lazy import SharedRows
-from gemma2tool.model.progress import Progress
+from gemma2tool.model.progress import Progress, expecting
 from gemma2tool.pipeline.destinations import Destination, destinations, folder_of_several, input_files
 from gemma2tool.pipeline.held_out import warn_of_chosen_text
 from gemma2tool.pipeline.inputs import read_prompts
@@ -57,7 +57,7 @@ class Conversion:
         """What carrying it out takes."""
         verified = None
         if checks is not None:
-            verified = Verified(readers=checks.readers and self.request.run.readers)
+            verified = Verified(readers=checks.readers and self.request.run.readers, sample=checks.asked.sample)
             if checks.ids is not None:
                 verified = replace(verified, shape=(checks.ids.shape[0], checks.ids.shape[1]))
         threads, destination = self.request.run.threads, self.plans[0].destination
@@ -95,7 +95,7 @@ class Conversion:
         needs.check(request.run.device)
         needs.announce()
         with folder_of_several(self.outputs):
-            results = run(self.plans, checks, request.run, progress, written)
+            results = run(self.plans, checks, request.run, expecting(progress, needs.bars), written)
         if request.run.modelfile:
             self._write_modelfiles(results)
         if self.budget is not None and checks is not None and results[0].written:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -16,7 +16,8 @@ class ProgressEvent:
 
     ``step``: what is being done. ``done`` of ``total`` ``unit``s ("bytes", "tokens", "values" or "files") are finished;
     a ``total`` of 0 is not known. ``name`` is the tensor, chunk or file at hand. ``ended``: the step is over, also
-    where an error ended it early. Events of one step come in order, from any thread.
+    where an error ended it early. ``expected``: in the first event of a step, the seconds that it and each step after
+    it are expected to take, where that is known. Events of one step come in order, from any thread.
     """
 
     step: str
@@ -25,6 +26,7 @@ class ProgressEvent:
     unit: str
     name: str = ""
     ended: bool = False
+    expected: tuple[float, ...] = ()
 
 
 ProgressCallback = Callable[[ProgressEvent], None]
@@ -36,8 +38,8 @@ def as_progress(callback: ProgressCallback | None) -> Progress | None:
         return None
 
     @contextmanager
-    def progress(total: int, label: str, /, unit: str = "bytes") -> Iterator[_Bar]:
-        bar = _Bar(callback, ProgressEvent(label, 0, total, unit))
+    def progress(total: int, label: str, /, unit: str = "bytes", expected: Sequence[float] = ()) -> Iterator[_Bar]:
+        bar = _Bar(callback, ProgressEvent(label, 0, total, unit, expected=tuple(expected)))
         callback(bar.last)
         try:
             yield bar

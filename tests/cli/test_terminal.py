@@ -10,14 +10,12 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from gemma2tool.api import Budget, ConversionRequest, ProgressEvent, RunOptions
+from gemma2tool.api import ProgressEvent
 from gemma2tool.cli import terminal as subject
-from gemma2tool.cli.conversion import expected_steps
 from gemma2tool.cli.log import shown_on
 from gemma2tool.cli.outcome import show_warnings
 from gemma2tool.cli.progress import ProgressDisplay
@@ -295,9 +293,10 @@ def test_progress_says_when_all_steps_will_be_done(monkeypatch: pytest.MonkeyPat
     clock = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     terminal, _, err = console()
-    display = ProgressDisplay(terminal, steps=(1, 1, 2))
-    for step in ("writing", "tensors", "forward passes"):
-        display(ProgressEvent(step, 0, 100, "files"))
+    display = ProgressDisplay(terminal)
+    expected = (1.0, 1.0, 2.0)
+    for number, step in enumerate(("writing", "tensors", "forward passes")):
+        display(ProgressEvent(step, 0, 100, "files", expected=expected[number:]))
         clock[0] += 10
         display(ProgressEvent(step, 50, 100, "files"))
         clock[0] += 10
@@ -372,29 +371,14 @@ def test_bars_of_a_narrow_terminal_keep_their_numbers_whole(monkeypatch: pytest.
     monkeypatch.setenv("COLUMNS", "60")
     monkeypatch.setenv("TERM", "xterm")
     out, err = io.StringIO(), Terminal()
-    display = ProgressDisplay(Console(stdout=out, stderr=err), steps=(1, 1, 1))
-    display(ProgressEvent("forward passes", 0, 20_000_000_000, "bytes"))
+    display = ProgressDisplay(Console(stdout=out, stderr=err))
+    display(ProgressEvent("forward passes", 0, 20_000_000_000, "bytes", expected=(1.0, 1.0, 1.0)))
     display(
         ProgressEvent("forward passes", 10_000_000_000, 20_000_000_000, "bytes", "model.layers.0.mlp.down_proj.weight")
     )
     display(ProgressEvent("forward passes", 10_000_000_000, 20_000_000_000, "bytes", ended=True))
     screen = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", err.getvalue())
     assert "forward passes (1 of 3)" in screen and "10.0/20.0 GB" in screen
-
-
-@pytest.mark.parametrize(
-    ("asked", "steps"),
-    [
-        (ConversionRequest(source="a", destination=Path("b")), 3),
-        (ConversionRequest(source="a", destination=Path("b"), checks=None), 1),
-        (ConversionRequest(source="a", destination=Path("b"), types=("q8_0", "q4_0")), 5),
-        (ConversionRequest(source="hf://a/b", destination=Path("b"), run=RunOptions(keep_download=Path("k"))), 4),
-        (ConversionRequest(source="a", destination=Path("b"), budget=Budget(target_size=1 << 20)), 4),
-        (ConversionRequest(source="a", destination=Path("b"), budget=Budget(target_size=1, sensitivity=Path("t"))), 3),
-    ],
-)
-def test_every_bar_counts_as_a_step(asked: ConversionRequest, steps: int) -> None:
-    assert len(expected_steps(asked)) == steps
 
 
 def test_warnings_of_a_verification_that_passed_are_shown_once_when_quiet() -> None:

@@ -24,12 +24,13 @@ VERIFICATION_HINT = "give a shorter text or shorter rows of --tokens, or close o
 @dataclass(frozen=True)
 class Verified:
     """How outputs are verified: on token ids of ``shape`` (B, T). ``readers``: by other libraries, too. ``others``:
-    outputs whose layout is not known yet.
+    outputs whose layout is not known yet. ``sample``: tokens by which both models continue a text.
     """
 
     shape: tuple[int, int] = (1, BUILT_IN_TOKENS)
     others: int = 0
     readers: bool = True
+    sample: int = 0
 
 
 def conversion_needs(
@@ -49,8 +50,14 @@ def conversion_needs(
             passes += 3 if plan.cost.hessian == "model" else 1
             disk += plan.session.kept_bytes
             leasts.append(work.least_of_calibration(plan.cost.memory))
+    bars = [sum(steps.values()), *(0.0 for plan in plans if plan.options.calibration.tune_norms)]
     if verified is not None and (outputs := len(plans) + verified.others):
-        steps |= _verification_steps(source, plans, verified, threads)
+        verification = _verification_steps(source, plans, verified, threads)
+        steps |= verification
+        for plan in plans:
+            forward = verification["forward passes"] / outputs
+            sample = [verification["sample"] / outputs] if verified.sample else []
+            bars += [_comparing_seconds(source, plan, threads), forward, *sample]
         memory = max(memory, work.forward_memory(source.config, verified.shape, models=2))
         leasts.append(work.least_of_forward(source.config, verified.shape, VERIFICATION_HINT, models=2))
         passes += outputs * (1 + pass_count(verified.shape, source.config))
@@ -62,8 +69,14 @@ def conversion_needs(
         free=free_bytes(existing_folder(destination)),
         least=max(leasts, key=lambda least: least.memory, default=None),
         passes=passes,
+        bars=tuple(bars),
         **work.read_from(source),
     )
+
+
+def _comparing_seconds(source: Checkpoint, plan: Plan, threads: int) -> float:
+    types = {name: item.encoder.name for item in plan.output.tensors for name in item.canonical}
+    return work.comparing_seconds(source, types, threads)
 
 
 def _verification_steps(
@@ -71,10 +84,13 @@ def _verification_steps(
 ) -> dict[str, float]:
     """Seconds of verifying outputs one after another."""
     outputs = len(plans) + verified.others
-    known = [{name: item.encoder.name for item in plan.output.tensors for name in item.canonical} for plan in plans]
     steps = {
-        "comparing tensors": sum(work.comparing_seconds(source, types, threads) for types in known)
+        "comparing tensors": sum(_comparing_seconds(source, plan, threads) for plan in plans)
         + verified.others * work.comparing_seconds(source, {}, threads),
         "forward passes": outputs * work.logits_seconds(source, verified.shape, threads) + work.IMPORT_SECONDS,
     }
+    if verified.sample:  # both models are read for each token
+        shape = (1, verified.sample)
+        seconds = work.forward_seconds(source.config, source.parameters, shape, threads, models=2, passes=shape[1])
+        steps["sample"] = outputs * seconds
     return steps | ({"other readers": work.READER_SECONDS * outputs} if verified.readers else {})

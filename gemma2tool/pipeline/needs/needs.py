@@ -33,7 +33,7 @@ class Needs:
     empty: not estimated. ``memory``: bytes at the peak, about. ``disk``: bytes that are written and kept meanwhile, at
     most at one time; ``free``: on that disk, None if nothing is written or the disk does not say. ``passes``: how often
     the ``source_bytes`` of ``source`` are read. ``remote``: they are downloaded each time. ``least``: what must be
-    there at least for the work to begin.
+    there at least for the work to begin. ``bars``: the same seconds for each bar of progress, in their order.
     """
 
     steps: Mapping[str, float]
@@ -46,6 +46,7 @@ class Needs:
     passes: int = 0
     remote: bool = False
     least: Least | None = None
+    bars: tuple[float, ...] = ()
 
     @property
     def seconds(self) -> float:

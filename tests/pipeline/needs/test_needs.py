@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import gemma2tool
 from gemma2tool.errors import ResourceError
 from gemma2tool.pipeline import memory
 from gemma2tool.pipeline.needs import work
@@ -63,6 +64,24 @@ def test_every_plan_of_an_output_begins_with_them(source: Path, tmp_path: Path) 
     assert plan["needs"]["disk_bytes"] == plan["bytes"] and plan["needs"]["passes"] == 3
     unverified = run("convert", source, tmp_path / "out.gguf", "--dry-run", "--json", "--no-verify")
     assert json.loads(unverified.stdout)["needs"]["passes"] == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("types", "options", "bars"), [("q8_0", {}, 3), ("q8_0,q4_0", {"sample": 2}, 7)])
+def test_every_bar_is_expected(source: Path, tmp_path: Path, types: str, options: dict[str, int], bars: int) -> None:
+    """The first event of each step says how long it and those after it take, about; the last step has one number."""
+    request = gemma2tool.ConversionRequest(
+        source=source,
+        destination=tmp_path / ("out" if "," in types else "out.gguf"),
+        types=tuple(types.split(",")),
+        checks=gemma2tool.Checks(**options),
+        run=gemma2tool.RunOptions(readers=False),
+    )
+    events: list[gemma2tool.ProgressEvent] = []
+    gemma2tool.run(request, progress=events.append)
+    first = [event for event in events if not event.done and not event.ended]
+    assert [len(event.expected) for event in first] == list(range(bars, 0, -1))
+    assert all(all(seconds > 0 for seconds in event.expected) for event in first)
 
 
 def test_plans_of_what_texts_tell(tmp_path: Path) -> None:
