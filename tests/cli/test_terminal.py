@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -23,6 +24,7 @@ from gemma2tool.cli.terminal import Console
 from gemma2tool.errors import InputRefused
 from gemma2tool.storage.quoting import one_line
 from gemma2tool.storage.units import human_bytes, human_seconds
+from gemma2tool.verify.diagnosis.cause import Cause
 from gemma2tool.verify.finding import Finding, GateResult
 from gemma2tool.verify.reports.terminal import render_verification
 from gemma2tool.verify.result import Side, Verification
@@ -255,6 +257,21 @@ def test_verification_begins_with_the_verdict_and_names_every_gate() -> None:
     terminal, out, _ = console()
     render_verification(verification(status="passed"), terminal)
     assert out.getvalue().splitlines()[0].startswith("PASSED: the same model, within q8_0 tolerance")
+
+
+def test_a_failure_is_short_and_begins_with_its_cause() -> None:
+    """Its findings and measurements come with ``verbose``; the same tensor of several layers is named once."""
+    names = tuple(f"model.layers.{layer}.mlp.up_proj.weight" for layer in (0, 1, 2, 5))
+    failed = replace(verification(), causes=(Cause("norm.plus-one", "all norms are larger by 1", names),))
+    terminal, out, _ = console()
+    render_verification(failed, terminal)
+    lines = out.getvalue().splitlines()
+    assert len(lines) <= 12 and lines[1].startswith("cause: all norms are larger by 1")
+    assert lines[2].strip() == "model.layers.{0-2,5}.mlp.up_proj.weight"
+    assert "KL divergence, nats" not in out.getvalue() and "1 of 9 values" not in out.getvalue()
+    terminal, out, _ = console()
+    render_verification(failed, terminal, verbose=True)
+    assert "KL divergence, nats" in out.getvalue() and "1 of 9 values" in out.getvalue()
 
 
 def test_a_receipts_verdict_is_not_that_of_a_comparison() -> None:
