@@ -11,7 +11,8 @@ import torch
 
 from gemma2tool.model.config import Gemma2Config
 from gemma2tool.model.devices import current_device
-from gemma2tool.pipeline.calibration.gradients import POSITIONS, STREAM, sequence_count
+from gemma2tool.pipeline.calibration.gradients import STREAM, sequence_count
+from gemma2tool.pipeline.calibration.head import POSITIONS
 from gemma2tool.pipeline.calibration.layer import SEQUENCES
 from gemma2tool.pipeline.calibration.output_side import layer_bytes
 from gemma2tool.pipeline.tuning.cost import tuning_bytes, tuning_operations
@@ -133,13 +134,13 @@ def estimate(
     weights = sum(columns * rows for columns, rows in stages)
     # Each projection runs twice, but down once; scores and what they mix run twice.
     operations = 2.0 * tokens * (2 * weights - inner * width) + 8.0 * tokens * length * heads
-    at_once = min(SEQUENCES, sequences)
+    batch = min(SEQUENCES, sequences)
     rounding = 0.0  # on the processor, wherever the rest is computed
     peaks = []
     for columns, rows in stages:
         square = min(hessian_block or columns, columns)
-        hessian, activations = columns * square * FLOAT, at_once * length * columns * FLOAT
-        running = min(threads, at_once) * (3 * length * inner * FLOAT + SCORE_BYTES)
+        hessian, activations = columns * square * FLOAT, batch * length * columns * FLOAT
+        running = min(threads, batch) * (3 * length * inner * FLOAT + SCORE_BYTES)
         operations += tokens * columns * square
         if work.collects:
             deciding = hessian / 2 * (sequences // (2 * SEQUENCES)).bit_length()  # sums of 1, 2, 4, ... slices

@@ -66,7 +66,8 @@ def perplexity(checkpoint: Checkpoint, residual: Sequence[Tensor], ids: NDArray[
     for x, row in zip(residual, ids, strict=True):
         following = torch.from_numpy(row[1:])[:, None]
         hidden = norm(on_device(x))[0, :-1]
-        for rows, tokens in zip(hidden.split(POSITIONS), following.split(POSITIONS), strict=True):
-            logits = soft_cap(weights.times(rows, head), cap)
-            loss -= float(logits.log_softmax(-1).gather(1, tokens.to(logits.device)).sum())
+        for first in range(0, len(hidden), POSITIONS):
+            logits = soft_cap(weights.times(hidden[first : first + POSITIONS], head), cap)
+            tokens = following[first : first + POSITIONS].to(logits.device)
+            loss -= float(logits.log_softmax(-1).gather(1, tokens).sum())
     return math.exp(min(loss / max(ids[:, 1:].size, 1), MAX_LOSS))

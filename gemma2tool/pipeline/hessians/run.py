@@ -149,9 +149,9 @@ class _Work:
         from gemma2tool.pipeline.hessians.needs import hessians_needs
 
         sequences, length = self.own("inputs").shape
-        options, disk = self.options, self.nbytes + self.kept_bytes
-        how = {"hessian_block": options.hessian_block, "threads": options.threads}
-        return hessians_needs(self.checkpoint, (sequences, length), path, disk=disk, **how)
+        disk, block, threads = self.nbytes + self.kept_bytes, self.options.hessian_block, self.options.threads
+        shape = (sequences, length)
+        return hessians_needs(self.checkpoint, shape, path, disk=disk, hessian_block=block, threads=threads)
 
     def run(self, path: Path, progress: Progress | None) -> None:
         """Write what is missing of the file."""

@@ -19,7 +19,7 @@ from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.config import Gemma2Config
 from gemma2tool.model.devices import current_device
 from gemma2tool.model.lazy import LazyTensor
-from gemma2tool.pipeline.calibration.gradients import POSITIONS
+from gemma2tool.pipeline.calibration.head import POSITIONS
 from gemma2tool.pipeline.calibration.weights import Weights
 from gemma2tool.quantizers.calibration import Map
 from gemma2tool.reference.layers import DecoderLayer, RMSNorm, layer_with, soft_cap
