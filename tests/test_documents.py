@@ -32,6 +32,7 @@ METRICS = LogitMetrics(
     same_top=np.ones(2, bool),
     source_top=np.zeros(2, np.int64),
     candidate_top=np.zeros(2, np.int64),
+    top_gap=np.zeros(2),
     log_p=np.full((2, 2), -1.0),
 )
 
