@@ -44,8 +44,7 @@ def verify(
     reports: ReportFiles | None = None,
     progress: ProgressCallback | None = None,
 ) -> Verification:
-    """Compare a checkpoint with its source, with its receipt, with what an engine computes from it, or with what a
-    server serves. These are given by one of:
+    """Compare a checkpoint with its source, its receipt, an engine's results or what a server serves.
 
     ``reference``: the source. ``receipt``: the receipt; this is the default, with the one beside the candidate.
     ``logits``: an engine's float logits (.npy) for ``tokens``. ``engines``: programs to run on the candidate
@@ -56,8 +55,7 @@ def verify(
     identity; ``issuer`` vouches for the identity, ``trust_config`` names a Sigstore other than the public one, and
     ``signature`` is by default the file beside the candidate. ``config``: for a candidate without a config, and for
     such a reference unless ``reference_config`` is given. ``readers``: let the libraries of its format read the
-    candidate, too. ``sample``: the number of tokens by which reference and candidate continue the prompt, for people to
-    compare (``result.measurements.sample``).
+    candidate, too. ``sample``: the number of tokens by which both continue the prompt, for people to compare.
 
     A difference is not an exception but a failed gate in the result (``result.passed``, ``result.causes``). Raises
     ``InputRefused`` for a file that cannot be read, ``ResourceError`` for a server that does not answer.
