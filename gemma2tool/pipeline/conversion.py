@@ -164,8 +164,9 @@ def open_conversion(request: ConversionRequest, progress: Progress | None = None
             plans = [replace(plan, budget=budget.choice) for plan in _plans(read, outputs, request)]
         for remark in plan_remarks(plans):
             logger.warning("%s", remark)
-        for output in outputs if request.checks is not None else ():
-            warn_of_chosen_text(request.checks.files, output.options)
+        if request.checks is not None:
+            for output in outputs:
+                warn_of_chosen_text(request.checks.files, output.options)
         yield Conversion(request, source, outputs, plans, budget)
 
 

@@ -21,7 +21,7 @@ from gemma2tool.pipeline.engine_gates import PROMPT, TEXTS, failed, tokens_gate
 from gemma2tool.pipeline.prompt import PromptTokenizer
 from gemma2tool.verify.finding import Finding, GateResult
 from gemma2tool.verify.prompts import prompt_for
-from gemma2tool.verify.result import Side, Verification
+from gemma2tool.verify.result import ENGINE, Side, Verification
 
 if TYPE_CHECKING:
     from gemma2tool.verify.diagnosis.cause import Cause
@@ -64,7 +64,7 @@ def verify_with_engines(candidate: Checkpoint, checks: EngineChecks, progress: P
         causes += explanations
         versions.append(answer.version)
         values += 0 if answer.logits is None else answer.logits.size
-    side = Side(", ".join(versions), "engine", {"logits": values})
+    side = Side(", ".join(versions), ENGINE, {"logits": values})
     return Verification(Side.of(candidate), side, "bf16", tuple(gates), causes=tuple(causes))
 
 

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from gemma2tool.verify.compare.measurements import Measurements
 
 SCHEMA_VERSION = 1
-SERVER = "server"
-"""The format of a side that is a running server."""
+ENGINE, SERVER = "engine", "server"
+"""The format of a side that is what a program computes, or a running server."""
 _TOLERANCES = {"lossless": "bit for bit", "convention": "but for the rounding of the format's own convention"}
 """What the kinds that are no types promise."""
 
@@ -108,6 +108,8 @@ class Verification:
                 signed = "unsigned" if signer is None else f"signed by {signer}"
                 return f"matches its receipt ({signed}: it says that it was verified as {self.kind})"
             return "does not match its receipt"
+        if self.candidate.format == ENGINE:
+            return "run as the file means it" if self.passed else "not run as the file means it"
         if self.candidate.format == SERVER:
             return "served as the files mean it" if self.passed else "not served as the files mean it"
         if self.beyond_chosen_limits:

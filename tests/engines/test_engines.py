@@ -84,6 +84,7 @@ def test_llama_cpp_runs_what_is_written(place: Path) -> None:
     pytest.importorskip("xllamacpp")
     result = verified(written(place, "q8_0.gguf", "--type", "q8_0"), "llama.cpp", place / "ids.npy")
     assert result.passed, messages(result)
+    assert result.verdict == "run as the file means it"
     assert [gate.name.removeprefix("llama.cpp ") for gate in result.gates] == [
         *("loading", "tokens", "template", "stops", "logits", "distribution", "mistakes", "continuation")
     ]

@@ -28,8 +28,7 @@ def answer(request: Mapping[str, Any]) -> Iterator[Message]:
     """The messages, see ``adapters``."""
     _, library = imported("gemma", lambda: import_module("gemma.transformer"))
     yield library
-    import jax
-
+    jax: Any = import_module("jax")
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_default_matmul_precision", "highest")
     yield _tokens(request)

@@ -99,7 +99,7 @@ def converter_types(tensors: Iterable[DiskTensor], outtype: str, warnings: list[
         types[tensor.name] = type
     if undivided:
         warnings.append(
-            f"{len(undivided)} tensors have rows that do not divide into {outtype}'s blocks and stay f16:"
+            f"rows of {len(undivided)} of the tensors do not divide into {outtype}'s blocks and stay f16:"
             f" {first_names(undivided)}"
         )
     return types

@@ -134,7 +134,7 @@ def _mixture_types(
         replaced.setdefault((preferred, choice.types[name]), []).append(name)
     for (preferred, fallback), names in replaced.items():
         warnings.append(
-            f"{len(names)} tensors have rows that do not divide into {preferred}'s blocks and become {fallback}:"
+            f"rows of {len(names)} of the tensors do not divide into {preferred}'s blocks and become {fallback}:"
             f" {first_names(names)}"
         )
     needing = [matrix.name for matrix in matrices if needs_imatrix(ftype, matrix, choice.types[matrix.name])]
