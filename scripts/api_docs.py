@@ -58,11 +58,15 @@ def _members(kind: type) -> list[str]:
         fields = [f"{field.name}: {field.type}{_default(field)}" for field in dataclasses.fields(kind)]
         lines += ["", "```python", *map(_tidy, fields), "```"]
     methods = [
-        f"- `{name}()`: {(inspect.getdoc(member) or '').splitlines()[0]}"
+        f"- `{name}()`: {_first_paragraph(member)}"
         for name, member in vars(kind).items()
         if inspect.isfunction(member) and not name.startswith("_") and inspect.getdoc(member)
     ]
     return lines + (["", *methods] if methods else [])
+
+
+def _first_paragraph(member: object) -> str:
+    return " ".join(_paragraphs((inspect.getdoc(member) or "").partition("\n\n")[0]))
 
 
 def _default(field: dataclasses.Field[object]) -> str:

@@ -122,7 +122,7 @@ def open(path: PathLike, *, config: Config | None = None, format: str | None = N
     it.
 
     The result is a context manager. ``checkpoint.tensors[name].load()`` returns an array of shape (out, in);
-    ``load_rows(first, last)`` returns only these rows. Names are Hugging Face's; quantized tensors are dequantized.
+    ``load_rows(first, last)`` returns only those rows. Names are Hugging Face's; quantized tensors are dequantized.
 
     Raises ``InputRefused`` for files that are damaged, incomplete, hostile or not Gemma 2.
     """
@@ -150,17 +150,17 @@ def convert(
     reports: ReportFiles | None = None,
     progress: ProgressCallback | None = None,
 ) -> ConversionResult:
-    """Write the same values in another format, verify the output, and put it in place.
+    """Write the same values in another format, verify the output, and move it to the destination.
 
-    ``to``: the target format; default: by the destination's name (.gguf, .ckpt, .sbs, otherwise a Hugging Face folder).
-    ``dtype``: "f32", "f16", "bf16"; default: the source's. ``adapters``: LoRA adapters to merge, in order. ``tokens``,
-    ``text``: what the forward passes of the verification run on. ``gates``: limits that replace the defaults, such as
-    ``{"kl": 0.02}``. ``sample``: the number of tokens by which source and output also continue the prompt, for people
-    to compare. ``force``: replace an existing destination. ``run``: threads, memory and other settings.
+    ``to``: the target format; default: determined by the destination's name (.gguf, .ckpt, .sbs, otherwise a Hugging
+    Face folder). ``dtype``: "f32", "f16" or "bf16"; default: the source's. ``adapters``: LoRA adapters to merge, in
+    order. ``tokens``, ``text``: the input of the verification's forward passes. ``gates``: limits that replace the
+    defaults, such as ``{"kl": 0.02}``. ``sample``: how many tokens the source and the output each add to the prompt,
+    for people to compare. ``force``: replace an existing destination. ``run``: threads, memory and other settings.
 
-    If the verification fails, nothing is written at the destination; ``result.written`` is false and
-    ``result.verification`` says why. Raises ``UsageError``, ``InputRefused`` or ``ResourceError``; in each case the
-    destination stays as it was.
+    If the verification fails, nothing is written at the destination: ``result.written`` is False and
+    ``result.verification`` gives the reason. Raises ``UsageError``, ``InputRefused`` or ``ResourceError``; in each case
+    the destination is left unchanged.
     """
     request = ConversionRequest(
         source=source,
@@ -207,11 +207,11 @@ def quantize(
     reports: ReportFiles | None = None,
     progress: ProgressCallback | None = None,
 ) -> ConversionResult:
-    """Quantize a checkpoint of any format, verify the output, and put it in place.
+    """Quantize a checkpoint of any format, verify the output, and move it to the destination.
 
     ``type``: "q4_k_m", "nf4", "w4a16", ...; ``formats()`` lists them. ``budget``: used instead of a type, for the best
-    mixture of types for a size, for bits per weight or for a KL divergence. ``gguf``, ``packing``: options for
-    llama.cpp's types and for quantized folders. ``calibration``: choose codes by what the model does with a text.
+    mixture of types for a size, a number of bits per weight or a KL divergence. ``gguf``, ``packing``: options for
+    llama.cpp's types and for quantized folders. ``calibration``: choose codes by what the model computes on a text.
     ``allow_requantize``: accept a source that is already quantized. The other arguments, the result and the errors are
     those of ``convert``.
     """
@@ -242,8 +242,8 @@ def quantize(
 def run(
     request: ConversionRequest | RecipeRun | PathLike, *, progress: ProgressCallback | None = None
 ) -> tuple[ConversionResult, ...]:
-    """Carry out a request, with one output for each type, in one pass over the source. Instead of a request, it may be
-    the path of a recipe (docs/recipes.md) or one of the runs that ``read_recipe`` returned.
+    """Carry out a request, with one output for each type, in one pass over the source. ``request`` may also be the path
+    of a recipe (docs/recipes.md) or one of the runs that ``read_recipe`` returned.
     """
     if isinstance(request, ConversionRequest):
         return conversion.convert(request, as_progress(progress))
@@ -271,11 +271,11 @@ def check(
     threads: int | None = None,
     progress: ProgressCallback | None = None,
 ) -> CheckResult:
-    """Check whether a checkpoint is sane, without its source: ``result.sane`` is the verdict, ``result.findings`` has
-    the reasons. docs/check.md lists what is checked. Raises ``InputRefused`` for a file that cannot be read.
+    """Check whether a checkpoint is sane, without its source. ``result.sane`` is the verdict; ``result.findings`` gives
+    the reasons. docs/check.md lists the checks. Raises ``InputRefused`` for a file that cannot be read.
 
-    ``perplexity``: also run the forward pass over the built-in text; ``text``: over this file. ``sample``: also let the
-    model answer a question.
+    ``perplexity``: also run the forward pass over the built-in text. ``text``: run it over this file instead.
+    ``sample``: also let the model answer a question.
     """
     from gemma2tool.pipeline.checks import run as checks
 
@@ -312,10 +312,10 @@ def logits(
     threads: int | None = None,
     force: bool = False,
 ) -> NDArray[np.float32]:
-    """Return float32 logits (B, T, V) of every position of ``tokens``, ids of shape (T,) or (B, T). One layer is in
-    memory at a time.
+    """Return float32 logits (B, T, V) for every position of ``tokens``, ids of shape (T,) or (B, T). Only one layer is
+    in memory at a time.
 
-    ``out``: also write them to this .npy file; the result is then a read-only memory map of the file.
+    ``out``: also write the logits to this .npy file; the result is then a read-only memory map of the file.
     """
     from gemma2tool.pipeline.logits import compute_logits
 
@@ -332,7 +332,7 @@ def generate(
     options: GenerationOptions | None = None,
     on_text: Callable[[str], None] | None = None,
 ) -> Generation:
-    """Generate text, in the chat template if the checkpoint has one. ``on_text`` receives each piece of text."""
+    """Generate text, with the chat template if the checkpoint has one. ``on_text`` receives each piece of text."""
     from gemma2tool.pipeline import generation
 
     with opened(source, config) as checkpoint:
@@ -340,7 +340,7 @@ def generate(
 
 
 def inspect(source: Source, *, config: Config | None = None) -> Inspection:
-    """Return format, config, tensors and types of a checkpoint. Only headers are read."""
+    """Return a checkpoint's format, config, tensors and types. Only headers are read."""
     from gemma2tool.pipeline import inspection
 
     with opened(source, config, warn=False) as checkpoint:
@@ -348,14 +348,14 @@ def inspect(source: Source, *, config: Config | None = None) -> Inspection:
 
 
 def formats() -> tuple[FormatEntry, ...]:
-    """Return the formats that can be read and written, with their types."""
+    """Return the formats that can be read or written, with their types."""
     from gemma2tool.formats import catalog
 
     return catalog.format_entries()
 
 
 def clean(path: PathLike, *, dry_run: bool = False) -> list[Leftover]:
-    """Remove what interrupted runs left beside ``path`` and, if it is a folder, directly inside it."""
+    """Remove what interrupted runs left beside ``path`` and, if ``path`` is a folder, directly inside it."""
     from gemma2tool.pipeline import leftovers
 
     return leftovers.remove_leftovers(Path(path), dry_run=dry_run)

@@ -12,15 +12,18 @@ if TYPE_CHECKING:
 
 
 def is_adapter_conversion(source: Source, destination: Path, to: str | None = None) -> bool:
-    """Whether a conversion is of an adapter on this disk alone, to GGUF: one for ``convert_adapter``."""
+    """Return whether a conversion writes only a local adapter, as GGUF; ``convert_adapter`` carries out such a
+    conversion.
+    """
     from gemma2tool.pipeline import adapters
 
     return adapters.is_adapter_conversion(source, destination, to)
 
 
 def convert_adapter(request: AdapterRequest, *, dry_run: bool = False) -> AdapterResult:
-    """Write a LoRA adapter of any framework as llama.cpp's GGUF, with the keys and tensors of convert_lora_to_gguf.py;
-    ``dry_run``: say what would be written. Raises ``UsageError``, ``InputRefused`` or ``ResourceError``.
+    """Write a LoRA adapter of any framework as a GGUF for llama.cpp, with the keys and tensors of
+    convert_lora_to_gguf.py. ``dry_run``: only say what would be written. Raises ``UsageError``, ``InputRefused`` or
+    ``ResourceError``.
     """
     from gemma2tool.pipeline import adapters
 

@@ -12,10 +12,10 @@ if TYPE_CHECKING:
 
 
 def release(request: ReleaseRequest, *, progress: ProgressCallback | None = None) -> ReleaseResult:
-    """Write what is missing of a release: quantized files as publishers name them, verified and measured, with
-    receipts, checksums and a card (docs/publish.md). Nothing is uploaded.
+    """Write the missing files of a release: quantized files as publishers name them, verified and measured, with
+    receipts, checksums and a model card (docs/publish.md). Nothing is uploaded.
 
-    An output that fails its verification is in ``result.failed``, and not in the folder.
+    An output that fails its verification is listed in ``result.failed`` and is not written to the folder.
     """
     from gemma2tool.publish import release
 
@@ -23,8 +23,8 @@ def release(request: ReleaseRequest, *, progress: ProgressCallback | None = None
 
 
 def plan_release(request: ReleaseRequest | PublishRequest) -> ReleasePlan:
-    """What a release would write, read and take; nothing is written. For a ``PublishRequest`` the hub is asked what is
-    there.
+    """Return what a release would write, read and need, without writing anything. For a ``PublishRequest``, the hub is
+    asked which files it already has.
     """
     from gemma2tool.publish.estimate import estimate
     from gemma2tool.publish.release import planned_release
@@ -39,7 +39,7 @@ def plan_release(request: ReleaseRequest | PublishRequest) -> ReleasePlan:
 
 
 def publish(request: PublishRequest, *, progress: ProgressCallback | None = None) -> ReleaseResult:
-    """Write what is missing of a release, and upload what is finished and verified to a repository on the hub."""
+    """Write the missing files of a release, and upload what is finished and verified to a repository on the hub."""
     from gemma2tool.publish import upload
 
     return upload.publish(request, as_progress(progress))

@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 
 
 def read_recipe(path: PathLike, *, force: bool = False, existing: bool = False) -> tuple[RecipeRun, ...]:
-    """The runs of a recipe, one for each source, for ``plan`` and ``run``; checked as far as that goes before a source
-    is opened. ``force``: replace existing outputs. ``existing``: outputs may be there, for ``run_on_ray``,
-    which makes the others.
+    """Return the runs of a recipe, one for each source, for ``plan`` and ``run``. Everything is checked that can be
+    checked before a source is opened. ``force``: replace existing outputs. ``existing``: allow existing outputs, for
+    ``run_on_ray``, which makes the missing ones.
 
-    Raises ``UsageError`` with file, line and key.
+    Raises ``UsageError`` with the file, the line and the key.
     """
     from gemma2tool.pipeline.recipe import run
 
@@ -27,10 +27,10 @@ def read_recipe(path: PathLike, *, force: bool = False, existing: bool = False) 
 
 
 def run_on_ray(runs: Sequence[RecipeRun], *, progress: ProgressCallback | None = None) -> tuple[ConversionResult, ...]:
-    """Carry out the runs of a recipe on a Ray cluster, one task an output; a result for each output that is not there
-    yet. Needs the extra [ray].
+    """Carry out the runs of a recipe on a Ray cluster, with one task for each output. Returns a result for each output
+    that did not exist yet. Needs the extra [ray].
 
-    Raises ``UsageError`` (``ray.*``) without a cluster.
+    Raises ``UsageError`` (``ray.*``) if there is no cluster.
     """
     from gemma2tool.pipeline.events import as_progress
     from gemma2tool.pipeline.recipe import ray_cluster

@@ -32,10 +32,10 @@ def imatrix(
     options: ImatrixOptions | None = None,
     progress: ProgressCallback | None = None,
 ) -> ImatrixResult:
-    """Collect an importance matrix from a text, for ``GGUFOptions(imatrix=...)`` and llama-quantize, and write it to
-    ``out``.
+    """Collect an importance matrix from a text and write it to ``out``, for ``GGUFOptions(imatrix=...)`` and
+    llama-quantize.
 
-    ``options.shard``: write the part of this shard beside ``out`` instead, for ``merge``.
+    ``options.shard``: instead, write this shard's part beside ``out``, for ``merge``.
     """
     from gemma2tool.pipeline import importance
 
@@ -52,7 +52,7 @@ def plan_imatrix(
     config: Config | None = None,
     options: ImatrixOptions | None = None,
 ) -> Needs | None:
-    """What ``imatrix`` would take; nothing is written. None where a shard has nothing to run."""
+    """Return what ``imatrix`` would need, without writing anything, or None if the shard has nothing to run."""
     from gemma2tool.pipeline import importance
 
     options = options or importance.ImatrixOptions(threads=default_threads())
@@ -69,11 +69,11 @@ def calibrate(
     options: HessiansOptions | None = None,
     progress: ProgressCallback | None = None,
 ) -> HessiansResult:
-    """Collect the Hessians of every matrix on a text, for ``Calibration(hessians=...)`` of any type, and write them to
-    ``out``. An interrupted collection is continued.
+    """Collect the Hessians of every matrix from a text and write them to ``out``, for ``Calibration(hessians=...)``
+    with any type. If an earlier collection was interrupted, resume it.
 
-    ``options.shard``: write the part of this shard beside ``out`` instead, for ``merge``. ``options.dry_run``: write
-    nothing; the result says what would be written, and what it takes.
+    ``options.shard``: instead, write this shard's part beside ``out``, for ``merge``. ``options.dry_run``: write
+    nothing; the result says what would be written and what the run would need.
     """
     from gemma2tool.pipeline.hessians import run
 
@@ -93,12 +93,12 @@ def sensitivity(
     options: SensitivityOptions | None = None,
     progress: ProgressCallback | None = None,
 ) -> SensitivityResult:
-    """Measure what each matrix, stored in each type, costs in KL divergence at the output, and write the table to
-    ``out``, for ``Budget(sensitivity=)``. An interrupted collection is continued.
+    """Measure what storing each matrix in each type costs in KL divergence at the output, and write the table to
+    ``out``, for ``Budget(sensitivity=)``. If an earlier collection was interrupted, resume it.
 
-    ``calibration``: the text whose activations choose the codes. ``text``: the text that KL is summed over; default:
-    other windows of the calibration text. ``merge``: collect nothing, but add up these tables, which are of the same
-    model and different texts.
+    ``calibration``: the text whose activations choose the codes. ``text``: the text over which KL is summed; default:
+    other windows of the calibration text. ``merge``: instead of collecting, add up these tables, which must come from
+    the same model and different texts.
     """
     from gemma2tool.pipeline.sensitivity import collect, run
 
@@ -118,7 +118,7 @@ def plan_sensitivity(
     config: Config | None = None,
     options: SensitivityOptions | None = None,
 ) -> Needs:
-    """What ``sensitivity`` would take, without the time, which is not estimated; nothing is written."""
+    """Return what ``sensitivity`` would need, without writing anything. Time is not estimated."""
     from gemma2tool.pipeline.sensitivity import collect, run
 
     options = options or collect.SensitivityOptions(threads=default_threads())
@@ -135,7 +135,7 @@ def quality(
     files: QualityFiles | None = None,
     progress: ProgressCallback | None = None,
 ) -> QualityResult:
-    """Measure the KL divergence from the source, and the size, of several GGUF types, whose files are written to a
+    """Measure the size and the KL divergence from the source of several GGUF types, whose files are written to a
     temporary folder, and of existing checkpoints. ``files``: a table, a plot and a page to write.
     """
     from gemma2tool.pipeline.quality.run import measure_quality
@@ -152,7 +152,7 @@ def quality(
 def plan_quality(
     source: Source, request: QualityRequest, *, config: Config | None = None, files: QualityFiles | None = None
 ) -> Needs:
-    """What ``quality`` would take; nothing is written."""
+    """Return what ``quality`` would need, without writing anything."""
     from gemma2tool.pipeline.quality.run import plan_quality as plan
 
     with opened(source, config) as checkpoint:
@@ -162,8 +162,8 @@ def plan_quality(
 
 
 def merge(out: PathLike, parts: Sequence[PathLike] = (), *, force: bool = False) -> MergeResult:
-    """Merge the parts that the shards of ``imatrix`` or ``calibrate`` wrote; ``out`` has the bytes that one machine
-    would have written. ``parts``: by default, those beside ``out``.
+    """Merge the parts that the shards of ``imatrix`` or ``calibrate`` wrote. ``out`` is byte-identical to the output of
+    a single machine. ``parts``: by default, the parts beside ``out``.
 
     Raises ``UsageError`` for parts that do not make up one result.
     """
@@ -173,7 +173,7 @@ def merge(out: PathLike, parts: Sequence[PathLike] = (), *, force: bool = False)
 
 
 def text_label(text: str) -> tuple[str, Path]:
-    """Return label and file of "LABEL=FILE". The label of a plain "FILE" is its name without suffix."""
+    """Return the label and the file of "LABEL=FILE". The label of a plain "FILE" is its name without the suffix."""
     label, equals, path = text.partition("=")
     if equals and label and path and not Path(text).exists():
         return label, Path(path)

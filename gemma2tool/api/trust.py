@@ -15,10 +15,10 @@ __all__ = ["ScanFinding", "ScanResult", "SignResult", "scan", "sign"]
 
 
 def scan(path: PathLike, *, sarif: PathLike | None = None) -> ScanResult:
-    """What the files at ``path`` would do to those who use them: pickles that run code, Keras's Lambda layers, hostile
-    chat templates, hidden characters, remote code. Nothing is loaded or run. docs/scan.md lists what is looked for.
+    """Report what the files at ``path`` would do to those who use them: pickles that run code, Keras's Lambda layers,
+    hostile chat templates, hidden characters, remote code. Nothing is loaded or run. docs/scan.md lists the checks.
 
-    ``sarif``: also write the result to this file, as SARIF 2.1.0. Raises ``InputRefused`` if there is nothing there.
+    ``sarif``: also write the result to this file, as SARIF 2.1.0. Raises ``InputRefused`` if ``path`` does not exist.
     """
     return run.scan(run.ScanRequest(path=Path(path), sarif=as_path(sarif)))
 
@@ -37,13 +37,14 @@ def sign(
     statement: PathLike | None = None,
     force: bool = False,
 ) -> SignResult:
-    """Sign an output and the receipt beside it, as ``model_signing verify`` accepts it: ``model.gguf.sig``.
+    """Sign an output and the receipt beside it, in the format that ``model_signing verify`` accepts
+    (``model.gguf.sig``).
 
-    ``key``: a private key (PEM, elliptic curve), ``password`` its password. ``certificate``, ``chain``: of the key, and
-    what leads to a root. ``keyless``: sign with the identity of ``identity_token``, of the CI job, or, if
-    ``interactive``, of who logs in with a browser; ``trust_config``: of another Sigstore than the public one, which
-    shows the identity in its log. ``statement``: also write the receipt as an in-toto statement. ``force``: replace
-    signatures.
+    ``key``, ``password``: a private key (PEM, elliptic curve) and its password. ``certificate``, ``chain``: the key's
+    certificate and the certificates that lead to a root. ``keyless``: sign with the identity of ``identity_token``, of
+    the CI job or, if ``interactive``, of the person who logs in with a browser; the public Sigstore shows the identity
+    in its log. ``trust_config``: use a Sigstore other than the public one. ``statement``: also write the receipt as an
+    in-toto statement. ``force``: replace existing signatures.
     """
     request = signing.SignRequest(
         output=Path(output),

@@ -46,19 +46,19 @@ def verify(
 ) -> Verification:
     """Compare a checkpoint with its source, its receipt, an engine's results or what a server serves.
 
-    ``reference``: the source. ``receipt``: the receipt; this is the default, with the one beside the candidate.
-    ``logits``: an engine's float logits (.npy) for ``tokens``. ``engines``: programs to run on the candidate
-    ("transformers", "llama.cpp", "mlx-lm", "keras-hub", "gemma"). ``server``: a running server that should serve it,
-    such as "http://localhost:8080"; its token is read from the environment variable GEMMA2TOOL_SERVER_TOKEN.
+    ``reference``: the source. ``receipt``: the receipt; default: the one beside the candidate. ``logits``: an engine's
+    float logits (.npy) for ``tokens``. ``engines``: programs to run on the candidate ("transformers", "llama.cpp",
+    "mlx-lm", "keras-hub", "gemma"). ``server``: a running server that should serve it, such as "http://localhost:8080";
+    its token is read from the environment variable GEMMA2TOOL_SERVER_TOKEN.
 
     ``signed_by``: also check the signatures of the candidate and its receipt against this public key, certificate or
-    identity; ``issuer`` vouches for the identity, ``trust_config`` names a Sigstore other than the public one, and
-    ``signature`` is by default the file beside the candidate. ``config``: for a candidate without a config, and for
-    such a reference unless ``reference_config`` is given. ``readers``: let the libraries of its format read the
-    candidate, too. ``sample``: the number of tokens by which both continue the prompt, for people to compare.
+    identity. ``issuer`` vouches for the identity; ``trust_config`` names a Sigstore other than the public one;
+    ``signature`` defaults to the file beside the candidate. ``config``: for a candidate without a config, and for such
+    a reference unless ``reference_config`` is given. ``readers``: also read the candidate with its format's libraries.
+    ``sample``: how many tokens both models add to the prompt, for people to compare.
 
     A difference is not an exception but a failed gate in the result (``result.passed``, ``result.causes``). Raises
-    ``InputRefused`` for a file that cannot be read, ``ResourceError`` for a server that does not answer.
+    ``InputRefused`` for a file that cannot be read and ``ResourceError`` for a server that does not answer.
     """
     request = VerifyRequest(
         candidate=candidate,
@@ -83,25 +83,25 @@ def verify(
 
 
 def candidates(paths: Iterable[PathLike]) -> list[PathLike]:
-    """Return the checkpoints that ``paths`` name, each once. A folder that is not a checkpoint stands for the
+    """Return the checkpoints that ``paths`` name, without duplicates. A folder that is not a checkpoint stands for the
     checkpoints directly in it.
     """
     return several.candidates(paths)
 
 
 def verify_request(request: VerifyRequest, *, progress: ProgressCallback | None = None) -> Verification:
-    """Carry out a whole request; ``verify`` makes one from its arguments."""
+    """Carry out a ``VerifyRequest``; ``verify`` builds one from its arguments."""
     return verification.verify(request, as_progress(progress))
 
 
 def verify_several(
     request: VerifyRequest, candidates: Sequence[PathLike], *, progress: ProgressCallback | None = None
 ) -> tuple[CandidateResult, ...]:
-    """Verify each of ``candidates`` with the settings of ``request``, against its own receipt or against the request's
+    """Verify each of ``candidates`` with the settings of ``request``, against its own receipt or the request's
     reference, and write one report for all of them.
 
-    The result of a candidate that is refused contains the error; the others are still verified. Raises ``UsageError``
-    for a request that works for one candidate only.
+    If a candidate is refused, its result contains the error; the others are still verified. Raises ``UsageError`` for a
+    request that applies to a single candidate only.
     """
     return several.verify_several(request, candidates, as_progress(progress))
 

@@ -12,9 +12,12 @@ from gemma2tool.model.format_facts import FormatFacts
 
 @dataclass(frozen=True)
 class FormatEntry:
-    """``files``: what it looks like on disk. ``install``: the command that installs a library needed to ``install_to``
-    ("read", "write") it, or None. ``types``: that it can be written in; ``calibrated``: those of them that take a
-    calibration.
+    """A format, and the types it can be written in.
+
+    - ``files``: what the format looks like on disk.
+    - ``install``: the command that installs a library needed to read or write the format, or None. ``install_to``:
+      which of the two, "read" or "write".
+    - ``types``: the types in which the format can be written. ``calibrated``: those of them that can be calibrated.
     """
 
     format: str
@@ -26,7 +29,7 @@ class FormatEntry:
     calibrated: tuple[str, ...]
 
     def to_json(self) -> dict[str, object]:
-        """The entry as ``--json`` prints it."""
+        """Return the entry as ``--json`` prints it."""
         return {
             "format": self.format,
             "files": self.files,

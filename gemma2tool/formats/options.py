@@ -48,7 +48,7 @@ _GGUF = ("gguf",)
 
 @dataclass(frozen=True, kw_only=True)
 class SplitOptions:
-    """How a GGUF is cut into several files."""
+    """How a GGUF is split into several files: by bytes or by number of tensors per file."""
 
     HEADING: ClassVar[str] = "GGUF"
 
@@ -71,10 +71,13 @@ class SplitOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class GGUFOptions:
-    """Options of llama.cpp's types: importance matrix, types of single tensors, metadata.
+    """Options of llama.cpp's types: importance matrix, types of individual tensors, metadata.
 
-    ``tensor_types``: pairs of a regular expression and a type; the first that matches a tensor's GGUF name counts.
-    ``override_kv``: texts KEY=TYPE:VALUE.
+    - ``pure``: store every tensor in the default type.
+    - ``tensor_types``: pairs of a regular expression and a type; the first that matches a tensor's GGUF name applies.
+    - ``include_weights``: use the importance matrix for these tensors only. ``exclude_weights``: do not use it for
+      these.
+    - ``override_kv``: metadata to set, as KEY=TYPE:VALUE.
     """
 
     HEADING: ClassVar[str] = "GGUF"
@@ -127,10 +130,14 @@ class GGUFOptions:
 class PackingOptions:
     """Options of quantized folders (Hugging Face and MLX).
 
-    ``group_size``: columns that share a scale, -1 for a whole row, None for the type's own. ``symmetric``: zero points
-    in the middle (the default) or chosen by group. ``skip``, ``only``: regular expressions searched in tensor names;
-    what ``skip`` matches, and what ``only`` does not, is left as it is. ``module_types``: pairs of a regular expression
-    and a type, for MLX and compressed-tensors; the first that matches a tensor's name counts.
+    - ``double_quant``: quantize the scales too.
+    - ``group_size``: columns that share a scale; -1: a whole row; None: the type's default.
+    - ``symmetric``: True (the default): zero points in the middle; False: zero points chosen for each group.
+    - ``gptq_format``: how zero points are stored, "gptq" (the default) or "gptq_v2".
+    - ``skip``, ``only``: regular expressions searched in tensor names. Tensors that ``skip`` matches, or that ``only``
+      does not match, are not quantized.
+    - ``module_types``: pairs of a regular expression and a type, for MLX and compressed-tensors; the first that matches
+      a tensor's name applies.
     """
 
     HEADING: ClassVar[str] = "Quantized folders"
@@ -195,26 +202,29 @@ class PackingOptions:
 
 @dataclass(frozen=True)
 class Adapter:
-    """A LoRA adapter to merge, and what its strength is multiplied by."""
+    """A LoRA adapter to merge, and the factor by which its strength is multiplied."""
 
     path: Path
     scale: float = 1.0
 
     @classmethod
     def of(cls, adapter: Adapter | Path | str) -> Adapter:
-        """An adapter as it is, or the one at a path with its own strength."""
+        """Return ``adapter`` unchanged, or the adapter at that path with a scale of 1."""
         return adapter if isinstance(adapter, Adapter) else cls(Path(adapter))
 
 
 @dataclass(frozen=True)
 class WriteOptions:
-    """What a user asked of one output.
+    """The options of one output.
 
-    ``dtype``: stored float type ("f32", "f16", "bf16", "auto") or None for the source's. ``type``: quantization type or
-    None. ``max_shard_size``: bytes. ``name``: the destination's name (GGUF's general.name may need it).
-    ``single_file``: whether the destination is a file rather than a folder. ``allow_mismatch``: write even what the
-    target's consumer computes differently. ``allow_requantize``: take a source that is quantized already. ``adapters``:
-    what was merged into the source; recorded only.
+    - ``dtype``: the stored float type ("f32", "f16", "bf16", "auto"); None: the source's.
+    - ``type``: the quantization type, or None.
+    - ``max_shard_size``: in bytes.
+    - ``name``: the destination's name, which GGUF's general.name may need.
+    - ``single_file``: whether the destination is a file rather than a folder.
+    - ``allow_mismatch``: also write what the program that loads the target computes differently.
+    - ``allow_requantize``: accept a source that is already quantized.
+    - ``adapters``: the adapters that were merged into the source; only recorded.
     """
 
     dtype: str | None = None
@@ -243,7 +253,7 @@ class WriteOptions:
         return "nearest" if self.gguf.imatrix is None else "imatrix"
 
     def given(self) -> dict[str, Any]:
-        """The options that differ from their defaults, by their names in receipts."""
+        """Return the options that differ from their defaults, by their names in receipts."""
         chosen = {
             info.key or option_field.name: getattr(group, option_field.name)
             for group in self._groups
@@ -256,7 +266,7 @@ class WriteOptions:
         return chosen | {name: value for name, value in plain.items() if value}
 
     def check_target(self, format_name: str) -> None:
-        """Raises ``UsageError`` for an option that an output of this format and type would ignore."""
+        """Raise ``UsageError`` for an option that an output of this format and type would ignore."""
         self.calibration.check()
         for group in self._groups:
             refuse_ignored(group, format_name, self.type)

@@ -19,18 +19,20 @@ TARGETS = ("--target-size", "--target-bpw", "--target-kl")
 
 
 def parse_candidates(text: str) -> tuple[str, ...]:
-    """The types that "a,b" names, each once, in lower case."""
+    """Return the types that "a,b" names, without duplicates, in lower case."""
     return tuple(dict.fromkeys(name.strip() for name in text.lower().split(",") if name.strip()))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """A type for each matrix, chosen for a target: the best file of a size, or the smallest of a KL divergence.
+    """A target by which the type of each matrix is chosen: the best output of a given size, or the smallest output with
+    a given KL divergence.
 
-    ``target_size``: bytes of the whole file, or of all files of a folder. ``target_bpw``: bits per weight as llama.cpp
-    counts them, of all tensors. ``target_kl``: mean KL(source || file) in nats, as predicted. ``candidates``: types;
-    empty: all of the sensitivity table that the format has. ``sensitivity``: a table; None: collected from the
-    calibration text.
+    - ``target_size``: bytes of the whole file, or of all files of a folder.
+    - ``target_bpw``: bits per weight over all tensors, counted as llama.cpp counts them.
+    - ``target_kl``: predicted mean KL(source || file), in nats per token.
+    - ``candidates``: the types to choose from; empty: every type of the sensitivity table that the format supports.
+    - ``sensitivity``: a sensitivity table; None: collect one from the calibration text.
     """
 
     HEADING: ClassVar[str] = "Budget"
@@ -71,12 +73,12 @@ class Budget:
         return bool(self.targets)
 
     def placeholder(self, to: str | None) -> str:
-        """The type of an output until the budget has chosen; ``to``: the format that was asked for."""
+        """Return the type of an output until the budget has chosen; ``to``: the requested format."""
         of_folders = [name for name in self.candidates or () if name in FOLDERS_QUANTIZED]
         return of_folders[0] if of_folders else _FOLDER_PLACEHOLDERS.get(to or "", PLACEHOLDER)
 
     def check(self, options: WriteOptions, format_name: str) -> None:
-        """Raises ``UsageError`` for targets that contradict each other or the options of the output."""
+        """Raise ``UsageError`` for targets that contradict each other or the options of the output."""
         if not self.is_asked:
             for name, given in (("--candidates", self.candidates), ("--sensitivity", self.sensitivity)):
                 if given is not None:

@@ -19,17 +19,20 @@ HESSIANS = ("model", "layer")
 
 @dataclass(frozen=True)
 class Calibration:
-    """Codes and scales are chosen by what the model does with a text. An embedding that the type quantizes is
-    calibrated too, as the output head that it also is.
+    """Choose codes and scales by what the model computes on a text. If the type quantizes the embedding, the embedding
+    is calibrated too, as the output head that it also is.
 
-    ``text``: a file of UTF-8 text, or of token ids (.npy). ``hessians``: a file that ``calibrate`` wrote, in place of
-    ``text``; neither: no calibration. ``samples``: sequences to run (128), ``length``: tokens of a sequence (512).
-    ``act_order``: columns with large inputs are rounded first. ``damping``: share of its mean that is added to the
-    Hessian's diagonal (0.01). ``method``: "refit" (the default), scales fitted to the codes, or "textbook", GPTQ or AWQ
-    as published. ``hessian_block``: columns of different blocks count as independent; None for the whole.
-    ``hessian``: "model" (the default) keeps the KL divergence of the model's predictions low, "layer" the error of each
-    layer's outputs, which needs no gradients. ``tune_norms``: afterwards the norms are tuned for the same, on other
-    sequences of the text; ``norm_checksums``: what the file says of them, see ``model.norm_checksums``.
+    - ``text``: a file of UTF-8 text or of token ids (.npy). ``hessians``: a file that ``calibrate`` wrote, instead of a
+      text. If neither is given, nothing is calibrated.
+    - ``samples``: the number of sequences to run (default: 128). ``length``: tokens per sequence (default: 512).
+    - ``act_order``: round columns with large inputs first.
+    - ``damping``: the share of its mean that is added to the Hessian's diagonal (default: 0.01).
+    - ``method``: "refit" (the default) fits scales to the codes; "textbook" is GPTQ or AWQ as published.
+    - ``hessian_block``: treat columns of different blocks of this size as independent; None: one block for all columns.
+    - ``hessian``: "model" (the default) minimizes the KL divergence of the model's predictions; "layer" minimizes the
+      error of each layer's outputs and needs no gradients.
+    - ``tune_norms``: afterwards, tune the norms for the same goal, on other sequences of the text.
+    - ``norm_checksums``: the checksums that the file records for its tuned norms; see ``model.norm_checksums``.
     """
 
     HEADING: ClassVar[str] = "Calibration"
@@ -125,7 +128,7 @@ class Calibration:
         return self.text is not None or self.hessians is not None
 
     def check(self) -> None:
-        """Raises ``UsageError`` for options that do not go together, or have no effect."""
+        """Raise ``UsageError`` for options that do not go together or have no effect."""
         if not self.is_asked:
             for option_field, info in option_fields(Calibration):
                 if getattr(self, option_field.name) != option_field.default:
@@ -150,7 +153,9 @@ class Calibration:
                 raise UsageError("option.ignored", f"{flag} has no effect with --hessians", hint=hint)
 
     def for_type(self, type: str | None) -> Calibration:
-        """With the Hessian that a type has by default, if it has a choice: so plans and receipts name it."""
+        """Return the calibration with the type's default Hessian filled in, if it has a choice, so that plans and
+        receipts name it.
+        """
         if not self.is_asked or self.hessian is not None or type not in GGUF_QUANTIZED:
             return self
         return replace(self, hessian=HESSIANS[0])

@@ -86,12 +86,13 @@ class Assets(Mapping[str, bytes]):
 
 @dataclass
 class Checkpoint:
-    """What a reader returns.
+    """An opened checkpoint, as a reader returns it.
 
-    ``tensors``: tensors in canonical layout, by canonical name. ``facts``: what its format declares about itself.
-    ``assets``: the tokenizer and other files of the model. ``warnings``: one-line remarks of the reader that the user
-    must see. ``metadata``: what the format records about the model besides the config (a GGUF's general.* keys, a model
-    card).
+    - ``tensors``: the tensors in canonical layout, (out, in), by canonical name.
+    - ``facts``: what the format declares about itself.
+    - ``assets``: the tokenizer and other files of the model.
+    - ``warnings``: one-line warnings from the reader that the user must see.
+    - ``metadata``: what the format records about the model besides the config (a GGUF's general.* keys, a model card).
     """
 
     path: Path
@@ -160,17 +161,17 @@ class Checkpoint:
         self.close()
 
     def close(self) -> None:
-        """Close the files behind the tensors."""
+        """Close the files that the tensors are read from."""
         while self.closers:
             self.closers.pop()()
 
     def check_unchanged(self) -> None:
-        """Raises ``InputRefused`` (``file.changed``) if one of its files is not what it was when it was opened."""
+        """Raise ``InputRefused`` (``file.changed``) if one of the files has changed since it was opened."""
         if self.watch is not None:
             self.watch.check()
 
     def check(self) -> None:
-        """Compare the tensors with the table, see ``check_tensors``, and refuse values that are not floats."""
+        """Compare the tensors with the table (see ``check_tensors``), and refuse values that are not floats."""
         check_tensors(self.config, {name: tensor.shape for name, tensor in self.tensors.items()}, self.path.name)
         for name, tensor in self.tensors.items():
             if tensor.dtype not in (*FLOAT_DTYPES.values(), FLOAT64):

@@ -118,7 +118,7 @@ class Gemma2Config:
         return cls(**config_hf.read(source))
 
     def to_hf(self) -> dict[str, Any]:
-        """The config.json object with every field, as transformers 5 spells it."""
+        """Return the config.json object with every field, as transformers 5 spells it."""
         return config_hf.write(vars(self))
 
     # -- derived from the fields -------------------------------------------------------------------------------------
@@ -164,7 +164,7 @@ class Gemma2Config:
         return self.layer_types[layer] == SLIDING
 
     def layer_window(self, layer: int) -> int | None:
-        """How many keys one query of this layer sees, its own included; None where it sees all."""
+        """Return how many keys a query of this layer sees, including its own; None if it sees all of them."""
         return self.sliding_window if self.layer_is_sliding(layer) else None
 
     @property

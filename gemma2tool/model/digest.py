@@ -53,7 +53,7 @@ _FLOAT64 = np.dtype(np.float64)
 class Hashes:
     """The digests of one checkpoint, in hexadecimal.
 
-    ``tokenizer``: None where it has none. ``each``: the tensors' digests by canonical name.
+    ``tokenizer``: None if the checkpoint has none. ``each``: the digest of each tensor, by canonical name.
     """
 
     model: str
@@ -69,7 +69,7 @@ class Hashes:
         return cls(model_digest(tensors, config), tensors, config, tokenizer_digest(checkpoint), dict(digests))
 
     def to_json(self) -> dict[str, str | None]:
-        """All but ``each``."""
+        """Return all digests but ``each``."""
         return {
             "algorithm": ALGORITHM,
             "model": self.model,

@@ -36,11 +36,13 @@ _ROUNDING = {"f32": 2.0**-22, "f16": 2.0**-10, "bf16": 2.0**-8, "q8_0": 2.0**-6}
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterRequest:
-    """An adapter to write as llama.cpp's GGUF.
+    """An adapter to write as a GGUF for llama.cpp.
 
-    ``config``: of the model that it was trained on; None: what adapter_config.json names, if it is a folder on this
-    disk or a released model. ``dtype``: "f32" (default), "f16", "bf16", "q8_0". ``allow_mismatch``: write even what
-    llama.cpp does not apply. ``verify``: read the file back before it is put in place.
+    - ``config``: the config of the model that the adapter was trained on; None: the model that adapter_config.json
+      names, if that is a local folder or a released model.
+    - ``dtype``: "f32" (the default), "f16", "bf16" or "q8_0".
+    - ``allow_mismatch``: also write what llama.cpp does not apply.
+    - ``verify``: read the file back before it is moved to the destination.
     """
 
     source: Path
@@ -54,9 +56,13 @@ class AdapterRequest:
 
 @dataclass(frozen=True)
 class AdapterResult:
-    """What was written: how many ``weights`` the adapter changes, the largest ``rank``, ``warnings``. ``tensors``: of
-    the file, as (name, shape, type). ``verified``: it was read back and holds the source's values within the rounding
-    of its types; ``differing``: the weights for which it does not, and then nothing is written.
+    """The adapter that was written.
+
+    - ``weights``: how many weights the adapter changes.
+    - ``rank``: the largest rank of its matrices.
+    - ``tensors``: the file's tensors as (name, shape, type).
+    - ``verified``: whether the file was read back and matches the source within the rounding of its types.
+    - ``differing``: the weights that do not match; if there are any, nothing is written.
     """
 
     destination: Path

@@ -21,14 +21,14 @@ PathLike = Path | str
 
 @dataclass(frozen=True)
 class CandidateResult:
-    """What became of a candidate: its verification, or why it has none."""
+    """What became of a candidate: its verification, or the reason why there is none."""
 
     candidate: PathLike
     result: Result
 
     @property
     def verification(self) -> Verification | None:
-        """None where the candidate was refused, or could not be read to its end."""
+        """The verification; None if the candidate was refused or could not be read completely."""
         return self.result if isinstance(self.result, Verification) else None
 
     @property
@@ -37,13 +37,13 @@ class CandidateResult:
 
     @property
     def exit_code(self) -> int:
-        """The one that a verification of this candidate alone ends with."""
+        """The exit code with which a verification of this candidate alone would end."""
         if isinstance(self.result, Failure):
             return self.result.exit_code
         return 0 if self.result.passed else EXIT_VERIFICATION_FAILED
 
     def to_json(self) -> dict[str, Any]:
-        """The entry of the list that ``--json`` prints."""
+        """Return the candidate's entry in the list that ``--json`` prints."""
         content: dict[str, Any] = {"verification": None, "error": None}
         content["error" if isinstance(self.result, Failure) else "verification"] = self.result.to_json()
         return {"candidate": str(self.candidate), "exit_code": self.exit_code, **content}

@@ -33,7 +33,7 @@ _FOR_DEVELOPERS = ("test", "dev", "all")
 
 @dataclass(frozen=True)
 class Fact:
-    """One thing about the machine. ``remedy``: what to do about a warning or an error."""
+    """One fact about the machine. ``remedy``: what to do about a warning or an error."""
 
     name: str
     value: str
@@ -49,16 +49,16 @@ class Diagnosis:
 
     @property
     def ok(self) -> bool:
-        """Whether nothing is missing that every command needs."""
+        """Whether everything that all commands need is present."""
         return all(fact.status != "error" for fact in self.facts)
 
     def to_json(self) -> dict[str, object]:
-        """The diagnosis as ``--json`` prints it."""
+        """Return the diagnosis as ``--json`` prints it."""
         return {"ok": self.ok, "facts": [vars(fact) for fact in self.facts]}
 
 
 def doctor(path: str | Path = ".") -> Diagnosis:
-    """Describe the machine, as bug reports need it. ``path``: whose file system's free space is of interest."""
+    """Describe the machine, as bug reports need it. ``path``: a path on the file system whose free space to report."""
     return Diagnosis((*_versions(), *_required(), *_consumers(), *_machine(Path(path)), *_extras(), _gpu()))
 
 

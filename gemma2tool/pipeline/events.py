@@ -12,12 +12,14 @@ from gemma2tool.model.progress import Progress
 
 @dataclass(frozen=True)
 class ProgressEvent:
-    """How far a step has come.
+    """The progress of a step. Events of one step arrive in order, from any thread.
 
-    ``step``: what is being done. ``done`` of ``total`` ``unit``s ("bytes", "tokens", "values" or "files") are finished;
-    a ``total`` of 0 is not known. ``name`` is the tensor, chunk or file at hand. ``ended``: the step is over, also
-    where an error ended it early. ``expected``: in the first event of a step, the seconds that it and each step after
-    it are expected to take, where that is known. Events of one step come in order, from any thread.
+    - ``step``: what is being done.
+    - ``done``, ``total``, ``unit``: how many "bytes", "tokens", "values" or "files" are finished, and of how many; a
+      ``total`` of 0 means that it is unknown.
+    - ``name``: the current tensor, chunk or file.
+    - ``ended``: the step is over, even if an error ended it early.
+    - ``expected``: in the first event of a step, the expected seconds of this step and of each step after it, if known.
     """
 
     step: str

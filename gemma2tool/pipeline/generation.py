@@ -22,10 +22,13 @@ COMPUTE_DTYPES = ("f32", "bf16", "f16")
 class GenerationOptions:
     """How text is generated.
 
-    ``raw``: the prompt as it is, without the chat template. ``temperature``: 0 takes the likeliest token. ``top_k``,
-    ``top_p``: draw from the K likeliest tokens, from the smallest set with this probability. ``stream_weights``: read
-    the weights again for every token instead of holding them in memory. ``dtype``: of the computation, see
-    ``COMPUTE_DTYPES``.
+    - ``raw``: use the prompt as it is, without the chat template.
+    - ``temperature``: 0 takes the likeliest token.
+    - ``top_k``: draw from the K likeliest tokens. ``top_p``: draw from the smallest set of tokens with this
+      probability.
+    - ``stream_weights``: read the weights again for every token instead of holding them in memory.
+    - ``dtype``: the type of the computation, one of ``COMPUTE_DTYPES``.
+    - ``device``: where to compute.
     """
 
     raw: bool = False
@@ -50,7 +53,13 @@ class GenerationOptions:
 
 @dataclass(frozen=True)
 class Generation:
-    """``prompt_tokens``: ids that the model was given. ``tokens``: ids that it produced, a stop token included."""
+    """Generated text.
+
+    - ``prompt_tokens``: the token ids that the model was given.
+    - ``tokens``: the token ids that it generated, including a stop token.
+    - ``text``: the generated text.
+    - ``stopped``: whether generation ended at a stop token.
+    """
 
     prompt_tokens: list[int]
     tokens: list[int]
@@ -58,7 +67,7 @@ class Generation:
     stopped: bool
 
     def to_json(self) -> dict[str, object]:
-        """The generation as ``--json`` prints it."""
+        """Return the generation as ``--json`` prints it."""
         return {
             "prompt_tokens": self.prompt_tokens,
             "tokens": self.tokens,

@@ -55,8 +55,10 @@ Sums = dict[str, PairwiseSum]
 
 @dataclass(frozen=True)
 class ImatrixResult:
-    """What was collected: ``matrices`` of the model, over ``chunks`` of ``chunk_size`` tokens. ``out``: the file that
-    was written. ``shard``: the one whose part that is; None for an importance matrix.
+    """What was collected: statistics of ``matrices`` matrices, over ``chunks`` chunks of ``chunk_size`` tokens.
+
+    ``out``: the file that was written. ``shard``: the shard whose part the file is; None for a complete importance
+    matrix.
     """
 
     out: Path
@@ -66,7 +68,7 @@ class ImatrixResult:
     shard: Shard | None = None
 
     def to_json(self) -> dict[str, object]:
-        """The result as ``--json`` prints it."""
+        """Return the result as ``--json`` prints it."""
         tokens = self.chunks * self.chunk_size
         shard = {} if self.shard is None else {"shard": str(self.shard)}
         return {"out": str(self.out), "matrices": self.matrices, "chunks": self.chunks, "tokens": tokens, **shard}
@@ -74,9 +76,12 @@ class ImatrixResult:
 
 @dataclass(frozen=True, kw_only=True)
 class ImatrixOptions:
-    """How a text is run: whole chunks of ``chunk_size`` tokens, at most ``max_chunks`` of them. ``output_weights``:
-    collect the inputs of the output head, too. ``shard``: run this shard of the text and write its part, for ``merge``.
-    ``device``: where to compute.
+    """How the text is run: in whole chunks of ``chunk_size`` tokens, at most ``max_chunks`` of them.
+
+    - ``output_weights``: also collect the inputs of the output head.
+    - ``shard``: run this shard of the text and write its part, for ``merge``.
+    - ``force``: replace an existing file.
+    - ``device``: where to compute.
     """
 
     chunk_size: int = 512

@@ -14,11 +14,19 @@ from gemma2tool.model.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Inspection:
-    """``stored``: (stored type, tensors, values). ``tensors``: (name, shape, stored type), in the model's order.
-    ``size``: of a release ("2b"), or None. ``config``: as Hugging Face's config.json spells it. ``nbytes``: size of its
-    files. ``vocabulary``: pieces of its tokenizer, 0 if it has none. ``stops``: (id, text) of the tokens at which its
-    consumer ends a text; the text is None where no tokenizer has it. ``templates``: names of its chat templates.
-    ``run_command``: a command line that runs its usual consumer on it; empty if there is none.
+    """What a checkpoint is, according to its headers.
+
+    - ``size``: "2b", "9b" or "27b" if the shapes are those of a release, else None.
+    - ``parameters``: the number of values of all tensors. ``stored``: (stored type, tensors, values).
+    - ``tensors``: (name, shape, stored type), in the model's order.
+    - ``config``: the config, as Hugging Face's config.json spells it.
+    - ``nbytes``: the size of the checkpoint's files.
+    - ``vocabulary``: the number of pieces in the tokenizer; 0 if there is none.
+    - ``stops``: (id, text) of the tokens at which the program that runs the checkpoint ends a text; the text is None if
+      no tokenizer has it.
+    - ``templates``: the names of the chat templates.
+    - ``run_command``: a command line that runs the checkpoint in the program it is usually used with; empty if there is
+      none.
     """
 
     path: Path | str
@@ -42,7 +50,7 @@ class Inspection:
         return 8 * self.nbytes / max(self.parameters, 1)
 
     def to_json(self, *, tensors: bool = False) -> dict[str, object]:
-        """The inspection as ``--json`` prints it, with every tensor if asked for."""
+        """Return the inspection as ``--json`` prints it, including every tensor if requested."""
         content: dict[str, object] = {
             "path": str(self.path),
             "format": self.format,

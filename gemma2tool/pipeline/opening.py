@@ -103,6 +103,6 @@ def from_source(located: Located) -> Iterator[None]:
 
 
 def log_warnings(checkpoint: Checkpoint, label: str = "") -> None:
-    """What reading the checkpoint noticed, to the log, behind ``label`` where several are read."""
+    """Log the warnings of reading ``checkpoint``, preceded by ``label`` where several checkpoints are read."""
     for warning in checkpoint.all_warnings:
         logger.warning("%s", f"{label}: {warning}" if label else warning)

@@ -39,9 +39,7 @@ _PLAIN_TYPES = frozenset({"f32", "f16", "bf16", "f64"})
 
 @dataclass(frozen=True)
 class TensorSummary:
-    """One tensor of an output: its name there, its shape and stored type at the source, its type and size in the
-    output.
-    """
+    """One tensor of an output: its name, type and size in the output, and its shape and stored type in the source."""
 
     name: str
     shape: tuple[int, ...]
@@ -120,10 +118,14 @@ class Plan:
 class PlanSummary:
     """What would be written, for people and for scripts.
 
-    ``nbytes``: exact size of all files. ``source_bytes``: of the tensors that are read. ``free_bytes``: on the disk of
-    the destination, None if it does not say. ``files``, ``assets``: (name, bytes). ``types``: (stored type, tensors,
-    bytes), largest first. ``losses``: (canonical name, largest absolute loss) of tensors that the target's convention
-    rounds. ``needs``: of the run that writes it, with the other outputs of that run.
+    - ``nbytes``: the exact size of all files.
+    - ``source_bytes``: the size of the tensors that are read.
+    - ``free_bytes``: free bytes on the destination's disk; None if this is unknown.
+    - ``files``, ``assets``: (name, bytes).
+    - ``types``: (stored type, tensors, bytes), largest first.
+    - ``losses``: (canonical name, largest absolute loss) of the tensors that the target's convention rounds.
+    - ``cost``: the cost of the calibration, if there is one. ``budget``: what the budget chose, if there is one.
+    - ``needs``: what the run needs that writes this output and the others of the same request.
     """
 
     source: Path | str
@@ -144,7 +146,7 @@ class PlanSummary:
     needs: Needs | None = None
 
     def to_json(self) -> dict[str, object]:
-        """The plan as ``--dry-run --json`` prints it."""
+        """Return the plan as ``--dry-run --json`` prints it."""
         return {
             "source": {"path": str(self.source), "format": self.source_format, "bytes": self.source_bytes},
             "destination": {"path": str(self.destination), "format": self.format},

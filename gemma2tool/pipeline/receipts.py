@@ -103,7 +103,9 @@ def _adapter(adapter: Adapter) -> dict[str, Any]:
 
 
 def outputs_with_receipts(files: Iterable[Path]) -> list[Path]:
-    """The checkpoints that ``files`` are, belong to, or are receipts of; each once, only those that have a receipt."""
+    """Return the checkpoints that ``files`` are, belong to or are receipts of: those with a receipt, without
+    duplicates.
+    """
     outputs: dict[Path, None] = {}
     for path in files:
         if path.name.endswith(receipt.SUFFIX):

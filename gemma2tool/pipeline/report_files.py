@@ -38,8 +38,11 @@ _HEAD_BYTES = 4096
 
 @dataclass(frozen=True, kw_only=True)
 class ReportFiles:
-    """Where reports go: ``junit``, ``html`` and ``bom`` are replaced, to ``summary`` is appended. ``bom``: a bill of
-    materials (CycloneDX), made from the receipt.
+    """Where reports are written.
+
+    - ``junit``, ``html``: existing reports are replaced.
+    - ``summary``: a file to append to.
+    - ``bom``: a bill of materials (CycloneDX), made from the receipt; an existing one is replaced.
     """
 
     junit: Path | None = None
@@ -54,8 +57,8 @@ class ReportFiles:
         return {option: path for option, path in named.items() if path is not None}
 
     def check(self, others: Iterable[Path], written: Iterable[Path] = ()) -> None:
-        """Raises ``UsageError``, before any work, for a report that cannot be written, would overwrite one of
-        ``others``, or has the place of one of the files that will be ``written``.
+        """Raise ``UsageError``, before any work, for a report that cannot be written, that would overwrite one of
+        ``others``, or whose path is that of one of the files that will be ``written``.
         """
         outputs = {path.absolute(): path for path in written}
         for option, path in self.by_option.items():
@@ -65,22 +68,22 @@ class ReportFiles:
         check_reports(self.by_option, (*others, *outputs.values()))
 
     def write(self, results: Sequence[Result], sections: Sequence[Markup] = ()) -> None:
-        """Write the requested reports; none if nothing was verified. ``sections``: what the page shows besides."""
+        """Write the requested reports, or none if nothing was verified. ``sections``: sections to add to the page."""
         if results:
             _write(self.by_option, results, sections)
 
     def write_failure(self, failure: Failure) -> None:
-        """Write the requested reports of a run that has no result, in place of those of an earlier run.
+        """Write the requested reports of a run that has no result, replacing those of an earlier run.
 
         The run may have failed before it checked its reports, so files that are not reports are left as they are.
         """
         _write({option: path for option, path in self.by_option.items() if _may_take(option, path)}, [failure])
 
     def write_bom(self, receipt: Path | None, model: Checkpoint, source: Path | None = None) -> None:
-        """Write the bill of materials of the output of ``receipt``, if one is requested.
+        """Write the bill of materials of ``receipt``'s output, if one is requested.
 
-        ``model``: the output or its source, which states the licence. ``source``: where the source is, if that is known
-        besides what the receipt says.
+        ``model``: the output or its source, which states the license. ``source``: where the source is, if that is known
+        from elsewhere than the receipt.
         """
         if self.bom is not None and receipt is not None:
             from gemma2tool.receipt.bom import Origin, Revision, bill, license_of

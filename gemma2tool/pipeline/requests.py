@@ -19,7 +19,7 @@ DEFAULT_MEMORY = 256 << 20
 
 
 def default_threads() -> int:
-    """The processors this process may use."""
+    """Return the number of processors that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -27,9 +27,11 @@ def default_threads() -> int:
 class Checks:
     """How a candidate is verified.
 
-    ``tokens``: token ids (.npy) for the forward passes, or ``text``, a file of UTF-8 text; neither: the built-in sample
-    text. ``gates``: limits that replace the defaults, by name ("kl"). ``sample``: tokens by which source and candidate
-    continue the prompt, for people to read; each takes a pass over both models.
+    - ``tokens``: token ids (.npy) for the forward passes. ``text``: a file of UTF-8 text, instead. If neither is given,
+      the built-in sample text is used.
+    - ``gates``: limits that replace the defaults, by name ("kl").
+    - ``sample``: how many tokens the source and the candidate each add to the prompt, for people to compare; each token
+      takes a pass over both models.
     """
 
     tokens: Path | None = None
@@ -58,15 +60,19 @@ class Checks:
 class RunOptions:
     """How a plan is carried out.
 
-    ``force``: replace an existing destination once its replacement is complete and verified. ``restart``: discard what
-    an interrupted run left. ``allow_nonfinite``: accept NaN and infinities in the source. ``clip_f16``: store the
-    largest float16 instead of refusing values beyond it. ``allow_unsafe_template``: carry a chat
-    template that ``scan`` calls dangerous. ``receipt``: write one beside each verified output. ``readers``: let the
-    libraries that define the output's format read it too. ``modelfile``: write one for ollama beside each GGUF.
-    ``memory``: bytes of data in flight. ``keep_download``:
-    download a source that is not local to this folder first, and read it there. ``device``: where forward passes and
-    calibration compute, "cpu" or "cuda". ``together``: calibrate together with the other processes that torchrun
-    started, each of which makes this request; rank 0 writes, and the others get no results.
+    - ``force``: replace an existing destination once its replacement is complete and verified.
+    - ``restart``: discard what an interrupted run left.
+    - ``allow_nonfinite``: accept NaN and infinities in the source.
+    - ``clip_f16``: clip values beyond the largest float16 to it instead of refusing them.
+    - ``allow_unsafe_template``: keep a chat template that ``scan`` calls dangerous.
+    - ``receipt``: write a receipt beside each verified output.
+    - ``readers``: also read the output with the libraries that define its format.
+    - ``modelfile``: write a Modelfile for Ollama beside each GGUF.
+    - ``memory``: the bytes of data that may be in flight.
+    - ``keep_download``: first download a source that is not local to this folder, and read it there.
+    - ``device``: where forward passes and calibration compute, "cpu" or "cuda".
+    - ``together``: calibrate together with the other processes that torchrun started, each of which makes this request;
+      rank 0 writes the output, and the others get no results.
     """
 
     force: bool = False
@@ -84,15 +90,16 @@ class RunOptions:
     together: bool = False
 
     def with_force(self, force: bool) -> RunOptions:
-        """These options, with ``force`` if either asks for it."""
+        """Return these options with ``force`` set if it already is, or if the argument is true."""
         return replace(self, force=self.force or force)
 
 
 @dataclass(frozen=True, kw_only=True)
 class OutputRequest:
-    """One output, or one of each of several ``types`` in the folder ``destination``.
+    """One output, or one for each of several ``types`` in the folder ``destination``.
 
-    ``types``, ``to``, ``options``: as in ``ConversionRequest``. ``recipe``: what a recipe says of it, for its receipt.
+    ``types``, ``to``, ``options``: as in ``ConversionRequest``. ``recipe``: the recipe's entry for the output, for the
+    receipt.
     """
 
     destination: Path
@@ -104,15 +111,18 @@ class OutputRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class ConversionRequest:
-    """One source, one or several outputs.
+    """One source, and one or several outputs.
 
-    ``source``: a path, an address (docs/sources.md), or a checkpoint that is open already. ``types``: quantization
-    types; none converts, several put one output each into the folder ``destination``. ``to``: the target format; None:
-    by the destination's name. ``budget``: the types are chosen for a target; then ``types`` is empty.
-    ``options``: of the outputs; their ``type``, ``name`` and ``single_file`` are set for each output. ``checks``: None
-    leaves out the verification. ``outputs``: outputs with places and options of their own, in place of the one that
-    ``destination``, ``types``, ``to`` and ``options`` describe; then ``destination`` is beside what is unpacked, and
-    ``options`` has the adapters.
+    - ``source``: a path, an address (docs/sources.md), or a checkpoint that is already open.
+    - ``types``: quantization types. With none, the source is converted; with several, one output for each is written to
+      the folder ``destination``.
+    - ``to``: the target format; None: determined by the destination's name.
+    - ``budget``: choose the types for a target; ``types`` is then empty.
+    - ``options``: the options of the outputs; ``type``, ``name`` and ``single_file`` are set for each output.
+    - ``checks``: how the outputs are verified; None: they are not verified.
+    - ``outputs``: outputs with their own destinations and options, instead of the one that ``destination``, ``types``,
+      ``to`` and ``options`` describe. Archives are then unpacked beside ``destination``, and ``options`` has the
+      adapters.
     """
 
     source: Path | str | Checkpoint

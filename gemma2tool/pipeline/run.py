@@ -38,15 +38,19 @@ _MAX_CLIPPED_NAMES = 5
 
 @dataclass(frozen=True)
 class ConversionResult:
-    """What was written, and what its verification says.
+    """What was written, and the result of its verification.
 
-    ``nbytes``: size of the output. ``seconds``: to write it. ``source_bytes``: read from the source by this run.
-    ``verification``: None if it was not requested; then nothing is claimed. ``receipt``: where it was written, if it
-    was. ``tensors``: in the output; ``resumed_tensors``: of these, completed by an earlier run. ``clipped``: values
-    clipped to the largest float16, by tensor. ``losses``: (canonical name, largest absolute loss) of tensors that the
-    target's convention rounds. ``run_command``: a command line that runs its usual consumer on it, if there is one.
-    ``budget``: the file beside the prediction of its budget, if there is one. ``pinned``: the address of exactly what
-    was read, if the source is not local. ``norm_tuning``: what tuning the norms did, if it was asked for.
+    - ``nbytes``: the size of the output. ``source_bytes``: bytes that this run read from the source.
+    - ``seconds``: the time it took to write the output.
+    - ``verification``: None if it was not requested; nothing is then claimed about the output.
+    - ``receipt``: the path of the receipt, if one was written.
+    - ``tensors``: the number of tensors in the output. ``resumed_tensors``: how many of them an earlier run completed.
+    - ``clipped``: the number of values clipped to the largest float16, by tensor.
+    - ``losses``: (canonical name, largest absolute loss) of the tensors that the target's convention rounds.
+    - ``run_command``: a command line that runs the output in the program it is usually used with, if there is one.
+    - ``budget``: the finished file compared with its budget's prediction, if there is a budget.
+    - ``pinned``: the address of the exact revision that was read, if the source is not local.
+    - ``norm_tuning``: the result of tuning the norms, if it was requested.
     """
 
     destination: Path
@@ -67,16 +71,16 @@ class ConversionResult:
 
     @property
     def written(self) -> bool:
-        """Whether the output is in place; an output that fails its verification is discarded."""
+        """Whether the output is at the destination; an output that fails its verification is discarded."""
         return self.verification is None or self.verification.passed
 
     @property
     def passed(self) -> bool:
-        """Whether the output is verified: False too where no verification was requested."""
+        """Whether the output was verified and passed; False if no verification was requested."""
         return self.verification is not None and self.verification.passed
 
     def to_json(self) -> dict[str, object]:
-        """The result as ``--json`` prints it."""
+        """Return the result as ``--json`` prints it."""
         return {
             "destination": str(self.destination),
             "receipt": None if self.receipt is None else str(self.receipt),

@@ -72,14 +72,16 @@ class SignRequest:
 
 @dataclass(frozen=True)
 class SignResult:
-    """What was written: the signatures of the output and, where it has one, of its receipt; the receipt's statement."""
+    """What was written: the signatures of the output and of its receipt, if it has one, and the receipt's in-toto
+    statement.
+    """
 
     output: Path
     signatures: tuple[Path, ...]
     statement: Path | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """The result as ``--json`` prints it."""
+        """Return the result as ``--json`` prints it."""
         return {
             "output": str(self.output),
             "signatures": [str(path) for path in self.signatures],

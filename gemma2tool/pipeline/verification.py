@@ -38,14 +38,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class VerifyRequest:
-    """What to hold a candidate to: its source (``reference``), a receipt (default: the one beside it), an engine's
-    ``logits``, ``engines`` that are run on it, by the names of ``engines.run.ENGINES``, or a running ``server``.
+    """What to compare a candidate with: its source (``reference``), a receipt (default: the one beside the candidate),
+    an engine's ``logits``, the ``engines`` to run on it (names in ``engines.run.ENGINES``), or a running ``server``.
 
-    ``signed_by``: also hold it to the signature of this public key or certificate (PEM), or of this identity, for which
-    ``issuer`` vouches (``trust_config``: through another Sigstore than the public one); ``signature``: where that is,
-    default beside the candidate. With these alone nothing else is compared. ``config``: of a candidate that has none of
-    its own, and of such a reference unless ``reference_config`` is given. ``readers``: with ``reference``, let the
-    libraries that define the candidate's format read it too. ``device``: where the forward passes compute.
+    - ``signed_by``: also check the signature against this public key or certificate (PEM), or against this identity. If
+      this is the only comparison requested, nothing else is compared.
+    - ``issuer``: who vouches for the identity. ``trust_config``: a Sigstore other than the public one.
+    - ``signature``: the path of the signature; default: the one beside the candidate.
+    - ``config``: the config of a candidate that has none, and of a reference that has none unless ``reference_config``
+      is given.
+    - ``readers``: with ``reference``, also read the candidate with the libraries that define its format.
+    - ``device``: where the forward passes compute.
     """
 
     candidate: Path | str
@@ -192,7 +195,7 @@ def verify_output(
 
 @dataclass(frozen=True, kw_only=True)
 class DiffRequest:
-    """Two checkpoints to compare, neither of which is the reference. ``with_logits``: run both forward passes too."""
+    """Two checkpoints to compare, neither of which is the reference. ``with_logits``: also run both forward passes."""
 
     a: Path | str
     b: Path | str

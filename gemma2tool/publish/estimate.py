@@ -33,8 +33,13 @@ class PlannedFile:
 
 @dataclass(frozen=True)
 class ReleasePlan:
-    """``needs``: of what is missing. ``bytes_written``: of it, all together; with ``--discard-uploaded`` the disk holds
-    less at one time. ``text``: what quality is measured on. ``upload_to``: a repository.
+    """What a release would write.
+
+    - ``needs``: what writing the missing files needs.
+    - ``bytes_written``: the size of all missing files together; with ``--discard-uploaded``, the disk holds less at one
+      time.
+    - ``text``: the text that quality is measured on.
+    - ``upload_to``: the repository to upload to, if any.
     """
 
     folder: Path
@@ -45,7 +50,7 @@ class ReleasePlan:
     upload_to: str | None = None
 
     def lines(self) -> list[str]:
-        """For people, before the table of files."""
+        """Return lines for people, to print before the table of files."""
         if all(file.finished for file in self.files):
             return ["everything is there; the card and the checksums are written again"]
         lines = [*self.needs.lines(), f"measures on {self.text}"]
@@ -56,7 +61,7 @@ class ReleasePlan:
         return lines
 
     def to_json(self) -> dict[str, object]:
-        """The plan as ``--dry-run --json`` prints it."""
+        """Return the plan as ``--dry-run --json`` prints it."""
         return {
             "folder": str(self.folder),
             "files": [

@@ -15,12 +15,13 @@ from gemma2tool.publish.defaults import BUILT_IN, TEMPLATE, TOKENS
 
 @dataclass(frozen=True, kw_only=True)
 class CardOptions:
-    """What the card says that a checkpoint may not know.
+    """Facts for the model card that a checkpoint may not contain.
 
-    ``license``: None: what the source's card says, otherwise "gemma". ``base_model``: a repository on the hub; None:
-    the source's own, if it is from there. ``relation``: of the source to ``base_model``, one of ``RELATIONS``; None:
-    "quantized", or "finetune" if adapters are merged or the source is from another repository. ``quantized_by``: a
-    name.
+    - ``license``: None: the license that the source's card names, otherwise "gemma".
+    - ``base_model``: a repository on the hub; None: the source's repository, if the source is from the hub.
+    - ``relation``: the relation of the source to ``base_model``, one of ``RELATIONS``; None: "quantized", or "finetune"
+      if adapters are merged or the source is from another repository.
+    - ``quantized_by``: the name of the person or organization that quantized the model.
     """
 
     license: str | None = None
@@ -31,13 +32,15 @@ class CardOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class ReleaseRequest:
-    """One source and a folder for its files.
+    """One source, and a folder for its files. Each text is a file or "built-in".
 
-    ``types``: of GGUF and of quantized folders. ``model``: the name that files begin with; None: the source's.
-    ``adapters``: LoRA adapters to merge; then ``model`` is needed, as it is another model. ``template``: of the files'
-    names, with {model} and {type}. ``imatrix``: an importance matrix for the GGUF types, or ``imatrix_text``: the text
-    to collect one from. ``calibration``: the text that codes are chosen by. ``text``: what quality is measured on, at
-    least ``tokens`` tokens of it. Texts are files, or "built-in".
+    - ``types``: types of GGUF files and of quantized folders.
+    - ``model``: the name with which files begin; None: the source's.
+    - ``adapters``: LoRA adapters to merge; ``model`` is then required, because the result is a different model.
+    - ``template``: the pattern of the file names, with {model} and {type}.
+    - ``imatrix``: an importance matrix for the GGUF types. ``imatrix_text``: a text to collect one from, instead.
+    - ``calibration``: the text by which codes are chosen.
+    - ``text``: the text that quality is measured on, using at least ``tokens`` tokens of it.
     """
 
     source: Path | str | Checkpoint
@@ -58,9 +61,11 @@ class ReleaseRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class PublishRequest:
-    """A release whose finished files are uploaded to the repository ``to`` (ORG/NAME) on the hub. ``private``: of a
-    repository that is created. ``discard``: remove a file from the disk when it is uploaded; then each output is
-    written in a pass of its own, so that the disk holds one at a time.
+    """A release whose finished files are uploaded to the repository ``to`` (ORG/NAME) on the hub.
+
+    - ``private``: if the repository does not exist, create it as a private one.
+    - ``discard``: remove each file from the disk after its upload. Each output is then written in a pass of its own, so
+      that the disk holds one at a time.
     """
 
     release: ReleaseRequest
@@ -71,8 +76,11 @@ class PublishRequest:
 
 @dataclass(frozen=True)
 class ReleaseResult:
-    """``files``: what the folder holds, by path below it. ``results``: of the outputs that were written by this run.
-    ``failed``: those whose verification failed. ``uploaded``: files that this run sent to ``repository``.
+    """What a release wrote.
+
+    - ``files``: the files in the folder, by their paths relative to it.
+    - ``results``: the outputs that this run wrote. ``failed``: those whose verification failed.
+    - ``uploaded``: the files that this run uploaded to ``repository``.
     """
 
     folder: Path
@@ -86,7 +94,7 @@ class ReleaseResult:
         return tuple(result for result in self.results if not result.written)
 
     def to_json(self) -> dict[str, object]:
-        """The result as ``--json`` prints it."""
+        """Return the result as ``--json`` prints it."""
         return {
             "folder": str(self.folder),
             "files": list(self.files),

@@ -47,11 +47,13 @@ class _Compare(Protocol[Compared]):
 
 @dataclass(frozen=True)
 class Difference:
-    """What two checkpoints have in common and what differs.
+    """What two checkpoints have in common, and where they differ.
 
-    ``parts``: status "passed" means that the part found no difference, "failed" that it did; "reported" parts measure
-    the differences' effect on the logits. ``tensors``: those that both have in one shape. ``causes``: known mistakes
-    that would have made B from A. ``seconds``: not part of ``to_json``.
+    - ``parts``: the result of each comparison. "passed" means that no difference was found, "failed" that one was;
+      "reported" parts measure how the differences affect the logits.
+    - ``tensors``: the tensors that both checkpoints have in the same shape.
+    - ``causes``: known mistakes that would turn A into B.
+    - ``seconds``: wall time; not part of ``to_json``.
     """
 
     a: Side

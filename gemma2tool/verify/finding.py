@@ -27,9 +27,9 @@ def the(side: str) -> str:
 class Finding:
     """One observation, in a sentence.
 
-    ``severity``: "error" (the models differ where they must not), "warning" (they differ where it may matter), "note"
-    (a difference that the conversion itself requires). ``subject``: the canonical tensor name or the config field that
-    the finding is about; None if it is about the whole model.
+    - ``severity``: "error" (the models differ where they must not), "warning" (they differ where it may matter) or
+      "note" (the conversion itself requires the difference).
+    - ``subject``: the canonical tensor name or the config field that the finding concerns; None for the whole model.
     """
 
     gate: str
@@ -61,9 +61,10 @@ def count_by_severity(findings: Iterable[Finding]) -> str:
 class GateResult:
     """The outcome of one gate.
 
-    ``status``: "reported" means that the gate measured and has no limit; "skipped" means that it did not run, and
-    ``summary`` says why. ``metrics``: measurements by name: numbers, strings, or nested mappings of these. ``timing``:
-    what it cost, in words, where that is worth a remark; not part of ``to_json``.
+    - ``status``: "passed", "failed", "reported" (the gate measures but has no limit) or "skipped" (it did not run;
+      ``summary`` says why).
+    - ``metrics``: measurements by name: numbers, strings or nested mappings of these.
+    - ``timing``: a remark on the time the gate took, if it is worth one; not part of ``to_json``.
     """
 
     name: str

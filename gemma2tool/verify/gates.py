@@ -48,12 +48,12 @@ class Gates:
 
 
 def gate_names() -> list[str]:
-    """The names of the limits, as the command line spells them."""
+    """Return the names of the limits, as the command line spells them."""
     return sorted(field.name.replace("_", "-") for field in dataclasses.fields(Gates))
 
 
 def parse_gates(pairs: Iterable[str]) -> dict[str, float]:
-    """Limits from the command line's ``name=value`` pairs. Raises ``UsageError`` that names the pair."""
+    """Return limits from the command line's ``name=value`` pairs. Raises ``UsageError``, naming the invalid pair."""
     limits: dict[str, float] = {}
     for pair in pairs:
         name, equals, text = pair.partition("=")

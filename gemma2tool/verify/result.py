@@ -59,14 +59,16 @@ class Side:
 
 @dataclass(frozen=True)
 class Verification:
-    """The results of all gates for a candidate against its source.
+    """The results of all gates for a candidate compared with its source.
 
-    ``kind``: what the candidate is held to, a row of ``gates.GATES`` ("lossless", "bf16", "q4_0", ...). ``causes``:
-    what explains the failures, likeliest first. ``seconds``: wall time per level; not part of ``to_json``.
-    ``measurements``: the data of reports; ``to_json`` has only their drift. ``chosen``: what differs because an option
-    asked for it. ``beyond_chosen_limits``: it failed limits that were chosen, and meets the usual ones. ``prompt``: the
-    file of the text or tokens of the forward passes; ``command``: the command line that repeats it; both empty where
-    that is not known.
+    - ``kind``: what the candidate is held to, a row of ``gates.GATES`` ("lossless", "bf16", "q4_0", ...).
+    - ``causes``: what explains the failures, likeliest first.
+    - ``seconds``: wall time per level; not part of ``to_json``.
+    - ``measurements``: the data for reports; ``to_json`` includes only their drift.
+    - ``chosen``: differences that an option explicitly requested.
+    - ``beyond_chosen_limits``: the candidate is beyond a limit that the user set, but within the default limits.
+    - ``prompt``: the file of the text or tokens for the forward passes; empty if unknown.
+    - ``command``: the command line that repeats the verification; empty if unknown.
     """
 
     source: Side
@@ -134,14 +136,14 @@ class Verification:
         return tuple(gate.name for gate in self.gates if gate.status == "skipped")
 
     def gate(self, name: str) -> GateResult:
-        """The result of the gate ``name``. Raises ``KeyError`` if it was not requested."""
+        """Return the result of the gate ``name``. Raises ``KeyError`` if it was not requested."""
         for gate in self.gates:
             if gate.name == name:
                 return gate
         raise KeyError(name)
 
     def metrics(self, gate: str) -> Mapping[str, Any]:
-        """What a gate measured; nothing where it was not requested."""
+        """Return what a gate measured; empty if it was not requested."""
         return next((result.metrics for result in self.gates if result.name == gate), {})
 
     def to_json(self) -> dict[str, Any]:
@@ -162,9 +164,10 @@ class Verification:
 
 @dataclass(frozen=True)
 class Failure:
-    """Why there is no verification: the run was refused, lacked something, or was interrupted.
+    """Why there is no verification: the run was refused, lacked something that it needs, or was interrupted.
 
-    ``command``: what was run; ``subject``: the file that it was about, or empty. The others are those of the error.
+    ``command``: the command that was run. ``subject``: the file it concerns, or empty. The other fields are those of
+    the error.
     """
 
     command: str
@@ -181,7 +184,7 @@ class Failure:
         return workspace_path(self.subject) if self.subject else ""
 
     def to_json(self) -> dict[str, Any]:
-        """The error as ``--json`` prints it."""
+        """Return the error as ``--json`` prints it."""
         return {"id": self.id, "message": self.message, "hint": self.hint, "exit_code": self.exit_code}
 
 

@@ -17,10 +17,16 @@ FULL = 0.999
 
 @dataclass(frozen=True)
 class BudgetChoice:
-    """``types``: by canonical name. ``file_type``: the mixture whose number the file gets. ``nbytes``: of the whole
-    file; ``limit``: what a size target allows, else None. ``bits_per_weight``: of all tensors. ``predicted_kl``: on
-    the texts of the table. ``gap``: of the sum of costs to the linear bound. ``proven``: whether no choice is better.
-    ``rounding``: of the table.
+    """The types that were chosen for a budget.
+
+    - ``types``: the type of each matrix, by canonical name.
+    - ``file_type``: the mixture whose number is stored as the file's type.
+    - ``nbytes``: the size of the whole file. ``limit``: the size that the target allows; None unless it is a size.
+    - ``bits_per_weight``: over all tensors.
+    - ``predicted_kl``: mean KL on the texts of the table, in nats per token.
+    - ``gap``: how far the sum of costs is above the linear bound, as a fraction of it.
+    - ``proven``: whether it is proven that no choice is better.
+    - ``rounding``: how the codes of the sensitivity table were chosen.
     """
 
     target: str
@@ -35,7 +41,7 @@ class BudgetChoice:
     rounding: str
 
     def lines(self) -> list[str]:
-        """For people."""
+        """Return the choice as lines for people."""
         proof = "proven optimum" if self.proven else "not proven to be the optimum"
         text = (
             f"{self.target}: {self.nbytes:,} bytes, {self.bits_per_weight:.3f} bits per weight, predicted KL"
@@ -48,7 +54,7 @@ class BudgetChoice:
         return result
 
     def rows(self) -> list[tuple[str, ...]]:
-        """The types by layer: the header of the kinds of matrices, then a row for each layer."""
+        """Return the types by layer: a header with the kinds of matrices, then a row for each layer."""
         kinds: dict[str, None] = {}
         layers: dict[int, dict[str, str]] = {}
         others = []
@@ -64,7 +70,7 @@ class BudgetChoice:
         return [*table, *((name, type, *[""] * (len(kinds) - 1)) for name, type in others)]
 
     def to_json(self) -> dict[str, object]:
-        """The choice as ``--json`` prints it."""
+        """Return the choice as ``--json`` prints it."""
         return {
             "target": self.target,
             "types": dict(self.types),
@@ -80,8 +86,8 @@ class BudgetChoice:
 
 @dataclass(frozen=True)
 class BudgetOutcome:
-    """A finished file beside its prediction: mean KL on the windows of the table, with a 95 % interval (bootstrap over
-    windows).
+    """A finished file compared with its prediction: the mean KL on the table's windows, in nats per token, with its 95
+    % interval (bootstrap over windows).
     """
 
     choice: BudgetChoice
@@ -99,7 +105,7 @@ class BudgetOutcome:
         return abs(self.ratio - 1) <= TOLERANCE
 
     def sentence(self) -> str:
-        """One line for people."""
+        """Return the comparison as one line for people."""
         low, high = self.interval
         return (
             f"KL on the table's text: {self.measured_kl:.4g} ({low:.4g} to {high:.4g}) measured,"
@@ -107,7 +113,7 @@ class BudgetOutcome:
         )
 
     def to_json(self) -> dict[str, object]:
-        """The outcome as ``--json`` prints it."""
+        """Return the outcome as ``--json`` prints it."""
         return {
             **self.choice.to_json(),
             "measured_kl": self.measured_kl,

@@ -16,9 +16,11 @@ SEVERITIES: tuple[Severity, ...] = ("error", "doubt", "note")
 class CheckFinding:
     """One observation.
 
-    ``severity``: "error" (the file cannot be right), "doubt" (it is unlikely to be right), "note" (it can be right, but
-    the user should know). ``where``: the tensors, the file or the part of the config. ``message``: what was seen and
-    what it means. ``remedy``: what to do next.
+    - ``severity``: "error" (the file cannot be right), "doubt" (it is unlikely to be right) or "note" (it can be right,
+      but the user should know).
+    - ``where``: the tensors, the file or the part of the config.
+    - ``message``: what was seen and what it means.
+    - ``remedy``: what to do next.
     """
 
     id: str
@@ -41,9 +43,10 @@ class CheckFinding:
 class CheckResult:
     """What ``check`` found in a checkpoint.
 
-    ``stored``: (stored type, number of tensors). ``areas``: what was checked. ``skipped``: area or part of one, and why
-    it was not checked. ``perplexity``: of the text, where it was asked for. ``sample``: what the model answered, where
-    it was asked for.
+    - ``parameters``: the number of values of all tensors. ``stored``: (stored type, number of tensors).
+    - ``areas``: what was checked. ``skipped``: an area, or a part of one, and why it was not checked.
+    - ``perplexity``: the perplexity of the text, if it was requested.
+    - ``sample``: the model's answer, if it was requested.
     """
 
     path: Path | str
@@ -62,11 +65,11 @@ class CheckResult:
         return not any(finding.severity != "note" for finding in self.findings)
 
     def count(self, severity: Severity) -> int:
-        """The number of findings of a severity."""
+        """Return the number of findings of a severity."""
         return sum(finding.severity == severity for finding in self.findings)
 
     def to_json(self) -> dict[str, Any]:
-        """The result as ``--json`` prints it."""
+        """Return the result as ``--json`` prints it."""
         return {
             "path": str(self.path),
             "format": self.format,

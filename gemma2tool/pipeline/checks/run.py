@@ -42,9 +42,10 @@ _HEADERS: dict[str, Callable[[Checkpoint], Iterable[CheckFinding]]] = {
 class CheckRequest:
     """What to check.
 
-    ``source``: a path, or a checkpoint that is open already. ``perplexity``: run the forward pass over ``text``, a file
-    of UTF-8 text, or over the built-in one. ``sample``: let the model answer a question. ``config``: of weights that
-    come without one.
+    - ``source``: a path, or a checkpoint that is already open.
+    - ``perplexity``: run the forward pass over ``text``, a file of UTF-8 text; None: the built-in text.
+    - ``sample``: let the model answer a question.
+    - ``config``: the config of weights that come without one.
     """
 
     source: Path | str | Checkpoint

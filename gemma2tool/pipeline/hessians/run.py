@@ -34,9 +34,12 @@ if TYPE_CHECKING:
 class HessiansOptions:
     """How Hessians are collected.
 
-    ``samples``, ``length``, ``hessian_block``: as of ``Calibration``. ``shard``: run this shard of the text and write
-    its part, for ``merge``. ``restart``: discard what an interrupted run left. ``dry_run``: write nothing.
-    ``device``: where to compute.
+    - ``samples``, ``length``, ``hessian_block``: as in ``Calibration``.
+    - ``shard``: run this shard of the text and write its part, for ``merge``.
+    - ``force``: replace an existing file.
+    - ``restart``: discard what an interrupted run left.
+    - ``dry_run``: write nothing.
+    - ``device``: where to compute.
     """
 
     samples: int | None = None
@@ -52,8 +55,13 @@ class HessiansOptions:
 
 @dataclass(frozen=True)
 class HessiansResult:
-    """A file ``out`` of ``nbytes``, with ``hessians`` over ``sequences`` of ``length`` tokens; what it takes; whether
-    it was ``written``. ``shard``: the one whose part it is; None for a whole file.
+    """A file of Hessians that was written, or that would be.
+
+    - ``out``, ``nbytes``: the file and its size.
+    - ``hessians``: the number of Hessians, collected over ``sequences`` sequences of ``length`` tokens.
+    - ``needs``: what the run needs.
+    - ``written``: whether the file was written.
+    - ``shard``: the shard whose part the file is; None for a whole file.
     """
 
     out: Path
@@ -66,7 +74,7 @@ class HessiansResult:
     shard: Shard | None = None
 
     def to_json(self) -> dict[str, object]:
-        """The result as ``--json`` prints it."""
+        """Return the result as ``--json`` prints it."""
         return {
             "out": str(self.out),
             "bytes": self.nbytes,

@@ -29,11 +29,17 @@ class Least:
 
 @dataclass(frozen=True)
 class Needs:
-    """``steps``: seconds by what they are spent on, roughly, with ``threads`` of this machine, without downloads;
-    empty: not estimated. ``memory``: bytes at the peak, about. ``disk``: bytes that are written and kept meanwhile, at
-    most at one time; ``free``: on that disk, None if nothing is written or the disk does not say. ``passes``: how often
-    the ``source_bytes`` of ``source`` are read. ``remote``: they are downloaded each time. ``least``: what must be
-    there at least for the work to begin. ``bars``: the same seconds for each bar of progress, in their order.
+    """What a run needs.
+
+    - ``steps``: estimated seconds of each step with ``threads`` threads of this machine, without downloads; empty: not
+      estimated.
+    - ``memory``: approximate peak memory in bytes.
+    - ``disk``: the most bytes that are on the disk at one time, both those kept and those needed meanwhile. ``free``:
+      free bytes on that disk; None if nothing is written or if this is unknown.
+    - ``passes``: how often the ``source_bytes`` bytes of ``source`` are read. ``remote``: they are downloaded each
+      time.
+    - ``least``: the memory without which the work cannot begin.
+    - ``bars``: the same seconds for each progress bar, in order.
     """
 
     steps: Mapping[str, float]
@@ -58,19 +64,19 @@ class Needs:
         return self.passes * self.source_bytes
 
     def lines(self) -> list[str]:
-        """For people, what is most likely to be missing first."""
+        """Return lines for people, beginning with what is most likely to run out."""
         return [line for line in (self._disk(), self._memory(), self._time(), self._download()) if line]
 
     def check(self, device: str = CPU) -> None:
-        """Raises ``ResourceError`` (``memory.exhausted``) if the system cannot give the least memory. On another
-        ``device`` the work takes its memory there.
+        """Raise ``ResourceError`` (``memory.exhausted``) if the system cannot provide the least memory. On a ``device``
+        other than the CPU, the work takes its memory there.
         """
         if self.least is not None and device == CPU:
             check_memory(self.least.memory, self.least.what, self.least.hint)
 
     def check_disk(self, place: Path, *, there: int = 0) -> None:
-        """Raises ``ResourceError`` (``disk.full``) if the disk of ``place`` lacks the room. ``there``: bytes that an
-        earlier run has left of the same output.
+        """Raise ``ResourceError`` (``disk.full``) if the disk of ``place`` lacks the space. ``there``: bytes of the
+        same output that an earlier run left.
         """
         if self.free is not None and (lack := self.disk - there - self.free) > 0:
             raise ResourceError(
@@ -80,13 +86,13 @@ class Needs:
             )
 
     def announce(self) -> None:
-        """Say in the log what a long run will take."""
+        """Log what a long run will need."""
         if self.seconds >= LONG_SECONDS or not self.steps:
             for line in self.lines():
                 logger.info("%s", line)
 
     def to_json(self) -> dict[str, object]:
-        """The same for scripts."""
+        """Return the needs as JSON types."""
         return {
             "disk_bytes": self.disk,
             "free_bytes": self.free,

@@ -18,8 +18,12 @@ from gemma2tool.version import __version__
 
 @dataclass(frozen=True, kw_only=True)
 class QualityFiles:
-    """``markdown``: the table. ``svg``, ``png``: the plot of the first text. ``html``: the table and the plots of all
-    texts. Existing files are replaced."""
+    """The files to write. Existing files are replaced.
+
+    - ``markdown``: the table.
+    - ``svg``, ``png``: the plot for the first text.
+    - ``html``: the table, and the plots for all texts.
+    """
 
     markdown: Path | None = None
     svg: Path | None = None
@@ -32,7 +36,7 @@ class QualityFiles:
         return {option: path for option, path in named.items() if path is not None}
 
     def check(self, others: Iterable[Path]) -> None:
-        """Raises ``UsageError`` for a file that cannot be written, before any work."""
+        """Raise ``UsageError``, before any work, for a file that cannot be written."""
         check_reports(self.by_option, others)
         if self.png is not None:
             check_png()

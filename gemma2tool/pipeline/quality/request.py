@@ -11,10 +11,15 @@ from gemma2tool.pipeline.requests import default_threads
 
 @dataclass(frozen=True, kw_only=True)
 class QualityRequest:
-    """``types``: of GGUF files to write and measure. ``files``: checkpoints of any format to measure. ``texts``: label
-    and file of what they are measured on, in ``windows`` of ``length`` tokens. ``calibration``: also calibrate each
-    type, beside an importance matrix from the same text. ``imatrix``: that importance matrix. ``sensitivity``: with a
-    calibration, also the best choice of types at the size of each type's file. ``device``: where to compute.
+    """What to measure.
+
+    - ``types``: GGUF types to write and measure.
+    - ``files``: existing checkpoints of any format to measure.
+    - ``texts``: labels and files of the texts to measure on, in ``windows`` windows of ``length`` tokens.
+    - ``calibration``: also write and measure each type calibrated; the uncalibrated files then use an importance matrix
+      from the same text. ``imatrix``: the importance matrix to use instead.
+    - ``sensitivity``: with a calibration, also measure the best choice of types at the size of each type's file.
+    - ``device``: where to compute.
     """
 
     types: tuple[str, ...] = ()

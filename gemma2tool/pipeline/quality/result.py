@@ -22,7 +22,7 @@ VARIANTS: Mapping[str, str] = {
 
 @dataclass(frozen=True)
 class Estimate:
-    """Mean KL(source || file) in nats, with a 95 % interval (bootstrap over windows)."""
+    """Mean KL(source || file) in nats per token, with its 95 % interval (bootstrap over windows)."""
 
     mean: float
     low: float
@@ -31,8 +31,12 @@ class Estimate:
 
 @dataclass(frozen=True)
 class QualityPoint:
-    """A file. ``name``: its type, or the name of a given file. ``variant``: see ``VARIANTS``. ``bits_per_weight``: of
-    the file. ``kl``: by text.
+    """One measured file.
+
+    - ``name``: the type, or the name of a given file.
+    - ``variant``: how the file was made, one of ``VARIANTS``.
+    - ``bits_per_weight``: bits of the file per weight.
+    - ``kl``: the estimate for each text, by label.
     """
 
     name: str
@@ -44,8 +48,9 @@ class QualityPoint:
 
 @dataclass(frozen=True)
 class QualityResult:
-    """The points, in the order of variants and types. ``texts``: by label. ``calibration``: the text whose activations
-    chose the codes, if any.
+    """The measured points, in the order of variants and types.
+
+    ``texts``: the texts by label. ``calibration``: the text whose activations chose the codes, if any.
     """
 
     source: Path
@@ -54,7 +59,7 @@ class QualityResult:
     calibration: Path | None = None
 
     def to_json(self) -> dict[str, object]:
-        """The result as ``--json`` prints it."""
+        """Return the result as ``--json`` prints it."""
         return {
             "source": str(self.source),
             "calibration": None if self.calibration is None else str(self.calibration),
@@ -63,11 +68,11 @@ class QualityResult:
         }
 
     def header(self) -> tuple[str, ...]:
-        """The columns of ``rows``; "#" marks those that are aligned right."""
+        """Return the columns of ``rows``; "#" marks columns that are aligned right."""
         return ("type", "codes", "bytes#", "bits/weight#", *(f"KL {label}, 95 %#" for label in self.texts))
 
     def rows(self) -> list[tuple[str, ...]]:
-        """A row for each file."""
+        """Return a row for each file."""
         return [
             (
                 point.name,
@@ -80,7 +85,7 @@ class QualityResult:
         ]
 
     def markdown(self) -> str:
-        """The table for a model card."""
+        """Return the table for a model card."""
         header = [column.removesuffix("#") for column in self.header()]
         marks = ["---:" if column.endswith("#") else "---" for column in self.header()]
         texts = [

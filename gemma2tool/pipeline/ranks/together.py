@@ -155,8 +155,8 @@ ALONE = Ranks()
 
 
 def rank_of_torchrun(environment: Mapping[str, str]) -> int:
-    """The rank of this process among several that torchrun, or a launcher with its conventions, started; -1 if it is
-    not one of them.
+    """Return the rank of this process among those started by torchrun, or by a launcher with its conventions; -1 if it
+    was not started by one.
     """
     names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     if not all(environment.get(name) for name in names):

@@ -28,8 +28,10 @@ SUFFIX = ".recipe.yaml"
 
 @dataclass(frozen=True)
 class RecipeRun:
-    """One source of a recipe with its outputs: ``request``. ``path``, ``line``: where it is written. ``made_in``: the
-    line of the run before it that makes its source.
+    """One source of a recipe, with its outputs in ``request``.
+
+    ``path``, ``line``: where the recipe defines the run. ``made_in``: the line of the earlier run that makes its
+    source, if one does.
     """
 
     path: Path
@@ -42,7 +44,7 @@ class RecipeRun:
         return self.run.line
 
     def summarize(self) -> tuple[PlanSummary, ...]:
-        """What it would write, from headers alone; nothing if its source is yet to be made by a run before it."""
+        """Return what it would write, from headers alone; empty if an earlier run has yet to make its source."""
         if self.made_in is not None and not Path(str(self.request.source)).exists():
             made = f"the run in line {self.made_in} makes its source, {self.request.source}"
             logger.warning("%s:%d: cannot be planned yet: %s", self.path, self.line, made)
@@ -51,7 +53,7 @@ class RecipeRun:
             return conversion.summarize(self.request)
 
     def carry_out(self, progress: Progress | None = None) -> tuple[ConversionResult, ...]:
-        """Write and verify the outputs in one pass; what was run is saved beside each that was written."""
+        """Write and verify the outputs in one pass, and save the recipe as run beside each output that was written."""
         with self._named():
             results = conversion.convert(self.request, progress)
         remaining = iter(results)
@@ -63,7 +65,7 @@ class RecipeRun:
         return results
 
     def single_outputs(self) -> list[RecipeRun]:
-        """This run as one for each of its outputs."""
+        """Return one run for each output."""
         return [
             replace(
                 self,
@@ -74,14 +76,16 @@ class RecipeRun:
         ]
 
     def destinations(self, *, existing: bool = True) -> list[Destination]:
-        """Its outputs; ``existing``: they may be there. Raises ``UsageError`` for a request that cannot work."""
+        """Return the outputs' paths; ``existing``: allow existing outputs. Raises ``UsageError`` for a request that
+        cannot work.
+        """
         request = self.request
         with self._named():
             request = replace(request, run=request.run.with_force(existing))
             return conversion.check_request(request)[1]
 
     def is_done(self) -> bool:
-        """Whether its outputs are there, made as the recipe says now, and are not to be replaced."""
+        """Return whether the outputs exist, were made as the recipe says now, and are not to be replaced."""
         if self.request.run.force:
             return False
         outputs = self.destinations()

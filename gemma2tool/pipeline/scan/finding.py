@@ -20,10 +20,14 @@ _NOT_LOOKED_AT = frozenset({"files.unread", "files.pointer", "archive.unread", "
 class ScanFinding:
     """One observation.
 
-    ``severity``: "danger" (harms whoever loads or uses the file), "odd" (no honest file needs it, or it changes what
-    is loaded), "note" (should be known). ``file``: relative to what was scanned, with "/". ``where``: the part of the
-    file: a member of an archive, a key, a template; empty for the whole file. ``line``: of the file, where it is a
-    text; None otherwise. ``message``: what was seen. ``gain``: what an attacker gains by it. ``remedy``: what to do.
+    - ``severity``: "danger" (harms whoever loads or uses the file), "odd" (no honest file needs it, or it changes what
+      is loaded) or "note" (worth knowing).
+    - ``file``: the path relative to what was scanned, with "/".
+    - ``where``: the part of the file: a member of an archive, a key, a template; empty for the whole file.
+    - ``line``: the line of a text file; None otherwise.
+    - ``message``: what was seen.
+    - ``gain``: what an attacker gains by it.
+    - ``remedy``: what to do.
     """
 
     id: str
@@ -58,7 +62,7 @@ class ScanFinding:
 class ScanResult:
     """What ``scan`` found in a file or folder.
 
-    ``files``: how many were looked at. ``skipped``: files that were not, and why.
+    ``files``: the number of files that were scanned. ``skipped``: the files that were not, and why.
     """
 
     path: Path
@@ -68,21 +72,21 @@ class ScanResult:
 
     @property
     def clean(self) -> bool:
-        """Whether nothing that was looked at is dangerous or odd."""
+        """Whether nothing dangerous or odd was found in what was scanned."""
         return not any(finding.severity != "note" for finding in self.findings)
 
     @property
     def complete(self) -> bool:
-        """Whether everything was looked at, and there was something."""
+        """Whether there was something to scan, and all of it was scanned."""
         unread = any(finding.id in _NOT_LOOKED_AT for finding in self.findings)
         return self.files > 0 and not unread and not self.skipped.keys() - {AS_CHECKPOINT}
 
     def count(self, severity: Severity) -> int:
-        """The number of findings of a severity."""
+        """Return the number of findings of a severity."""
         return sum(finding.severity == severity for finding in self.findings)
 
     def to_json(self) -> dict[str, Any]:
-        """The result as ``--json`` prints it."""
+        """Return the result as ``--json`` prints it."""
         return {
             "path": str(self.path),
             "files": self.files,

@@ -46,12 +46,16 @@ layer and of the embedding in one type; or all."""
 
 @dataclass(frozen=True, kw_only=True)
 class SensitivityOptions:
-    """How a table is collected.
+    """How a sensitivity table is collected.
 
-    ``rounding``: how the codes are chosen. ``types``: the candidates; empty: those that ``candidates`` lists.
-    ``samples``, ``length``: windows of calibration text and their tokens, as of ``Calibration``. ``windows``: of
-    evaluation text. ``measure``: see ``Measure``. ``damping``, ``hessian_block``: as of ``Calibration``. ``restart``:
-    discard what an interrupted run left.
+    - ``rounding``: how the codes are chosen.
+    - ``types``: the candidates; empty: those that ``candidates`` lists.
+    - ``samples``, ``length``: windows of calibration text and tokens per window, as in ``Calibration``.
+    - ``windows``: the number of windows of evaluation text.
+    - ``measure``: which entries are also measured, one of ``Measure``.
+    - ``damping``, ``hessian_block``: as in ``Calibration``.
+    - ``force``: replace an existing table.
+    - ``restart``: discard what an interrupted run left.
     """
 
     rounding: Rounding = "calibration"

@@ -43,14 +43,14 @@ Keep = Callable[[SensitivityTable, Mapping[str, "Tensor"]], None]
 
 @dataclass(frozen=True)
 class SensitivityResult:
-    """What was written to ``out``: the ``table``, and how far second order and measurement agree, by type."""
+    """The ``table`` that was written to ``out``, and how well second-order costs agree with measurements, by type."""
 
     out: Path
     table: SensitivityTable
     agreement: tuple[Agreement, ...]
 
     def to_json(self) -> dict[str, object]:
-        """The result as ``--json`` prints it."""
+        """Return the result as ``--json`` prints it."""
         return {
             "out": str(self.out),
             "rounding": self.table.rounding,

@@ -63,12 +63,15 @@ class Text:
 
 @dataclass(frozen=True)
 class SensitivityTable:
-    """What was collected from one or more texts.
+    """What storing each matrix in each type costs, collected from one or more texts.
 
-    ``model``: the digest of the model (``gemma2tool hash``). ``rounding``: how the codes were chosen. ``texts``: whose
-    KL was summed. ``calibration``: whose activations chose the codes. ``windows``: the token ids, (N, T) of each text,
-    on which a finished file is compared with its prediction. ``entries``: by canonical name and type. ``whole``: all
-    matrices of the layers in one type, measured. ``complete``: False while the collection is under way.
+    - ``model``: the model's digest (``gemma2tool hash``).
+    - ``rounding``: how the codes were chosen.
+    - ``texts``: the texts over which KL was summed. ``calibration``: the texts whose activations chose the codes.
+    - ``windows``: the token ids of each text, (N, T), on which a finished file is compared with its prediction.
+    - ``entries``: the costs by canonical name and type.
+    - ``whole``: by type, the measured cost with all matrices of the layers in that type.
+    - ``complete``: False while the collection is under way.
     """
 
     model: str
@@ -86,7 +89,7 @@ class SensitivityTable:
         return tuple(dict.fromkeys(type for entries in self.entries.values() for type in entries))
 
     def to_json(self) -> dict[str, Any]:
-        """The document, see docs/quality.md."""
+        """Return the JSON document described in docs/quality.md."""
         return {
             "schema": SCHEMA,
             "model": self.model,

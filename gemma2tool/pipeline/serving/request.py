@@ -10,8 +10,11 @@ DEFAULT_SECONDS = 120.0
 
 @dataclass(frozen=True, kw_only=True)
 class ServerRequest:
-    """A running server. ``url``: its address. ``model``: which of its models, if it has several. ``seconds``: that each
-    request may take."""
+    """A running server.
+
+    ``url``: its address. ``model``: which of its models to ask, if it has several. ``seconds``: the timeout of each
+    request.
+    """
 
     url: str
     model: str | None = None

@@ -20,14 +20,14 @@ Write = Callable[[Path, Sequence[Part], bool], None]
 
 @dataclass(frozen=True)
 class MergeResult:
-    """What was written to ``out``: the result of the command ``kind`` from ``parts``."""
+    """The merged result in ``out``; ``kind`` is the command that wrote ``parts``."""
 
     out: Path
     kind: str
     parts: tuple[Path, ...]
 
     def to_json(self) -> dict[str, object]:
-        """The result as ``--json`` prints it."""
+        """Return the result as ``--json`` prints it."""
         return {"out": str(self.out), "kind": self.kind, "parts": [str(path) for path in self.parts]}
 
 

@@ -22,7 +22,7 @@ _VARIABLES = (
 
 @dataclass(frozen=True)
 class Shard:
-    """Shard ``index``, from 0, of ``count``."""
+    """One of ``count`` shards of the work; ``index`` counts from 0."""
 
     index: int
     count: int
@@ -31,16 +31,16 @@ class Shard:
         return f"{self.index}/{self.count}"
 
     def span(self, items: int) -> range:
-        """Which of ``items`` in a row are this shard's; empty if there are fewer than shards."""
+        """Return which of ``items`` consecutive items belong to this shard; empty if it has none."""
         return range(self.index * items // self.count, (self.index + 1) * items // self.count)
 
     def part_of(self, out: Path) -> Path:
-        """The part of ``out`` that this shard writes."""
+        """Return the path of the part of ``out`` that this shard writes."""
         return out.with_name(f"{out.name}.shard-{self.index}-of-{self.count}")
 
 
 def parse_shard(text: str) -> Shard | None:
-    """The shard "I/N"; None for "0/1", which is all of the work. Raises ``UsageError`` (``shard.value``)."""
+    """Return the shard "I/N", or None for "0/1", which is all of the work. Raises ``UsageError`` (``shard.value``)."""
     index, slash, count = text.partition("/")
     if slash and _NUMBER.fullmatch(index) and _NUMBER.fullmatch(count):
         return _checked(int(index), int(count), f"--shard {text}")
@@ -48,10 +48,10 @@ def parse_shard(text: str) -> Shard | None:
 
 
 def shard_from_environment(environment: Mapping[str, str]) -> tuple[Shard, str] | None:
-    """The shard that torchrun, a Slurm array or an indexed Kubernetes job gave this process, and the variable that says
-    so; None outside of them and where there is only one.
+    """Return the shard that torchrun, a Slurm array or an indexed Kubernetes job assigned to this process, and the name
+    of the variable that says so; None outside these, or if there is only one shard.
 
-    Raises ``UsageError`` (``shard.value``) if the variables contradict each other.
+    Raises ``UsageError`` (``shard.value``) if the variables are invalid or contradict each other.
     """
     for index_name, count_name in _VARIABLES:
         index, count = environment.get(index_name), environment.get(count_name)

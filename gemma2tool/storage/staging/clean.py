@@ -16,11 +16,14 @@ from gemma2tool.storage.syscalls import translate_os_errors
 
 @dataclass(frozen=True, slots=True)
 class Leftover:
-    """What an unfinished run left: its staging place and the destination it was for.
+    """What an unfinished run left: its staging folder, and the destination it was for.
 
-    ``nbytes`` is the space it takes on the disk. ``in_use``: another process is working in it, so it was left alone.
-    ``restored``: the old destination was put back. ``removed``: the staging place no longer exists. ``problem`` is why
-    it was not removed: it is in use, it contains files that gemma2tool did not write, or the disk failed.
+    - ``nbytes``: the space it takes on the disk.
+    - ``in_use``: another process is working in it, so it was left alone.
+    - ``restored``: the old destination was put back.
+    - ``removed``: the staging folder no longer exists.
+    - ``problem``: why it was not removed: it is in use, it contains files that gemma2tool did not write, or the disk
+      failed.
     """
 
     path: Path

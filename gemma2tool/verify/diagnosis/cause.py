@@ -13,9 +13,11 @@ Json: TypeAlias = "str | float | Sequence[Json] | Mapping[str, Json] | None"
 class Cause:
     """One mistake, and what it explains.
 
-    ``id``: the catalog's name for the mistake, such as "norm.plus-one". ``message``: what happened, in a sentence.
-    ``tensors``: canonical names of the tensors that it explains. ``fields``: names of the config fields. ``evidence``:
-    the numbers behind the sentence, in JSON's types.
+    - ``id``: the catalog's name for the mistake, such as "norm.plus-one".
+    - ``message``: what happened, in a sentence.
+    - ``tensors``: the canonical names of the tensors that the mistake explains.
+    - ``fields``: the names of the config fields that it explains.
+    - ``evidence``: the numbers behind the message, as JSON types.
     """
 
     id: str
