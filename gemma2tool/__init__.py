@@ -10,11 +10,11 @@
 
 Write:    convert, quantize, run, release, publish; plan returns what they would write
 Compare:  verify, diff, check, scan, hash
-Compute:  logits, generate, imatrix, sensitivity, quality, merge
+Compute:  logits, generate, imatrix, calibrate, sensitivity, quality, merge
 Look:     open, inspect, formats, doctor
 Other:    sign, clean
 
-``help(gemma2tool.quantize)`` describes one function, ``help(gemma2tool.api)`` all of them, with the classes of
+``help(gemma2tool.quantize)`` describes one function, ``help(gemma2tool.api)`` all of them and the classes of
 requests and results. Errors are the exceptions of ``gemma2tool.errors``.
 """
 
