@@ -287,11 +287,12 @@ def compare_texts(run: Run, model: Path, types: Sequence[str]) -> None:
     kinds = {path.stem.partition("-")[2]: path for path in sorted(model.glob("calibration-*.txt"))}
     print(f"| type | calibrated on | judged on: {' | '.join(kinds)} |")
     print(f"|---|---|{'---|' * len(kinds)}")
+    sides = {kind: replace(run, text=text, folder=run.folder / kind) for kind, text in kinds.items()}
+    for side in sides.values():
+        side.folder.mkdir()
     for type in types:
-        for kind, text in kinds.items():
+        for kind, side in sides.items():
             ratios = []
-            side = replace(run, text=text, folder=run.folder / kind)
-            side.folder.mkdir(exist_ok=True)
             files = side.write(f"{type} im"), side.write_calibrated(type)
             for judge in kinds:
                 ids = np.load(model / f"heldout-{judge}.npy").astype(np.int64)

@@ -137,3 +137,13 @@ def test_quality_of_calibrated_types(tmp_path: Path, model: Path) -> None:
 def test_sparse_sources(tmp_path: Path) -> None:
     output = run("forward.py", (*TINY, "--sparse", "--only", "gemma2tool", "--tokens", "8"), tmp_path)
     assert "GiB" in output
+
+
+@pytest.mark.slow
+def test_types_are_judged_on_each_kind_of_text(tmp_path: Path, model: Path) -> None:
+    for path in model.iterdir():
+        shutil.copy(path, tmp_path)
+    shutil.copy(FIXTURE / "heldout.npy", tmp_path / "heldout-code.npy")
+    (tmp_path / "calibration-code.txt").write_text((FIXTURE / "heldout.txt").read_text()[:20_000])
+    output = run("quality.py", ("--model", str(tmp_path), "--cross", "q4_0,q5_0", *SHORT), tmp_path)
+    assert "| q4_0 | code |" in output and "| q5_0 | code |" in output
