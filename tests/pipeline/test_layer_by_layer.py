@@ -12,7 +12,7 @@ import pytest
 from gemma2tool.errors import ResourceError
 from gemma2tool.model.checkpoint import Checkpoint
 from gemma2tool.model.lazy import BFLOAT16, Array, LazyTensor
-from gemma2tool.pipeline import importance, layer_by_layer
+from gemma2tool.pipeline import importance, layer_by_layer, layer_sizes
 from gemma2tool.reference.streaming import StreamedForward
 from tests.support.checkpoints import SMALL, random_checkpoint
 
@@ -71,8 +71,8 @@ def test_every_row_of_the_layers_is_read_once(
     layers = {name: count for name, count in rows.items() if ".layers." in name}
     assert layers == {name: counted[name].rows for name in layers} and sum(done) == ids.size
     assert rows["model.embed_tokens.weight"] == len(np.unique(ids))
-    monkeypatch.setattr(layer_by_layer, "MAX_STREAM_BYTES", 4 * 16 * SMALL.hidden_size * 4)
-    assert layer_by_layer.pass_count(SMALL, 10, 16) == 3
+    monkeypatch.setattr(layer_sizes, "MAX_STREAM_BYTES", 4 * 16 * SMALL.hidden_size * 4)
+    assert layer_sizes.pass_count(SMALL, 10, 16) == 3
     again = importance.collect(replace(checkpoint, tensors=counted), ids, **options)
     assert all((again[name].total() == total.total()).all() for name, total in sums.items())
     assert all(rows[name] == 4 * count for name, count in layers.items())

@@ -4,29 +4,52 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from gemma2tool.errors import ResourceError
-from gemma2tool.pipeline import importance, layer_by_layer, logits, memory
+from gemma2tool.formats import registry
+from gemma2tool.model.checkpoint import Checkpoint
+from gemma2tool.pipeline import memory
 from gemma2tool.pipeline.generation import GenerationOptions, generate
-from tests.support.checkpoints import SMALL, random_checkpoint
+from gemma2tool.pipeline.importance import ImatrixOptions, collect_imatrix, plan_imatrix
+from gemma2tool.pipeline.logits import compute_logits
+from gemma2tool.pipeline.needs import work
+from tests.support.checkpoints import first_layers
+from tests.support.paths import TINY
 
 
-def test_weights_that_do_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
-    checkpoint = random_checkpoint(np.dtype(np.float32))
-    needed = 4 * sum(tensor.size for tensor in checkpoint.tensors.values())
+@pytest.fixture(scope="module")
+def checkpoint() -> Iterator[Checkpoint]:
+    """The fixture's first layer, with its tokenizer."""
+    with registry.open_checkpoint(TINY / "model.ckpt") as source:
+        yield first_layers(source, 1)
+
+
+def test_weights_that_do_not_fit(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    needed = work.LEAST_TORCH_BYTES + 4 * checkpoint.parameters
     monkeypatch.setattr(memory, "reported_memory", lambda: needed - 1)
     monkeypatch.setattr("gemma2tool.pipeline.generation._generate", lambda *arguments: "ran")
     with pytest.raises(ResourceError) as caught:
         generate(checkpoint, "text", GenerationOptions())
     assert caught.value.id == "memory.exhausted" and "--stream-weights" in caught.value.hint
-    for options in (GenerationOptions(dtype="bf16"), GenerationOptions(stream_weights=True)):
-        assert generate(checkpoint, "text", options) == "ran"
+    assert generate(checkpoint, "text", GenerationOptions(dtype="bf16")) == "ran"
     monkeypatch.setattr(memory, "reported_memory", lambda: needed)
     assert generate(checkpoint, "text", GenerationOptions()) == "ran"
+
+
+def test_generation_that_streams_needs_less_than_the_weights(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gemma2tool.pipeline.generation._generate", lambda *arguments: "ran")
+    monkeypatch.setattr("gemma2tool.pipeline.generation._weight_bytes", lambda *arguments: 1 << 40)
+    monkeypatch.setattr(memory, "reported_memory", lambda: 1 << 40)
+    with pytest.raises(ResourceError):
+        generate(checkpoint, "text", GenerationOptions())
+    assert generate(checkpoint, "text", GenerationOptions(stream_weights=True)) == "ran"
 
 
 def test_a_system_that_does_not_say_is_believed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -35,25 +58,31 @@ def test_a_system_that_does_not_say_is_believed(monkeypatch: pytest.MonkeyPatch)
     assert memory.reported_memory() is None
 
 
-@pytest.mark.parametrize("work", ["logits", "imatrix"])
-def test_activations_that_do_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, work: str) -> None:
+@pytest.mark.parametrize("command", ["logits", "imatrix"])
+def test_activations_that_do_not_fit(
+    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
     """Refused before anything is read or written."""
-    checkpoint = random_checkpoint(np.dtype(np.float32))
-    ids = np.full((2, 40), 3)
-    needed = 2 * 40 * 2 * (SMALL.hidden_size + SMALL.intermediate_size) * 4
-    if work == "imatrix":
-        needed += layer_by_layer.layer_bytes(checkpoint)
+    ids, text, out = np.full((2, 40), 3), tmp_path / "text.txt", tmp_path / "out"
+    text.write_text("a word and a word " * 40)
+    options = ImatrixOptions(chunk_size=16, max_chunks=2)
+    if command == "logits":
+        needed = work.least_of_forward(checkpoint.config, (2, 40), "", at_once=True).memory
+    else:
+        needs = plan_imatrix(checkpoint, text, out, options)
+        assert needs is not None and needs.least is not None
+        needed = needs.least.memory
 
     def carry_out() -> object:
-        if work == "logits":
-            return logits.write_logits(checkpoint, ids, tmp_path / "out.npy", force=False, threads=1)
-        return importance.collect(checkpoint, ids, threads=1, folder=tmp_path)
+        if command == "logits":
+            return compute_logits(checkpoint, ids, out.with_suffix(".npy"), force=False, threads=1, device="cpu")
+        return collect_imatrix(checkpoint, text, out, options)
 
     monkeypatch.setattr(memory, "reported_memory", lambda: needed - 1)
     with pytest.raises(ResourceError) as caught:
         carry_out()
     assert caught.value.id == "memory.exhausted" and caught.value.exit_code == 4
-    assert not list(tmp_path.iterdir())
+    assert list(tmp_path.iterdir()) == [text]
     monkeypatch.setattr(memory, "reported_memory", lambda: needed)
     carry_out()
 

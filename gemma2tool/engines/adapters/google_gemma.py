@@ -105,14 +105,12 @@ def _config(parameters: Mapping[str, Any], config: Mapping[str, Any]) -> Any:
 
 
 def _run(config: Any, parameters: Mapping[str, Any], request: Mapping[str, Any]) -> Iterator[Message]:
-    import jax
-    import jax.numpy as jnp
-
+    jax: Any = import_module("jax")
     model = import_module("gemma.transformer").Transformer(config)
     prompt, new_tokens, vocabulary = request["ids"], request["new_tokens"], request["config"]["vocab_size"]
     length = len(prompt) + new_tokens
     causal = np.tril(np.ones((length, length), bool))
-    cache = config.init_cache(1, jnp.float32, cache_length=length)
+    cache = config.init_cache(1, jax.numpy.float32, cache_length=length)
 
     @jax.jit
     def step(ids: Any, positions: Any, cache: Any, mask: Any) -> Any:
