@@ -112,14 +112,15 @@ def _run(config: Any, parameters: Mapping[str, Any], request: Mapping[str, Any])
     causal = np.tril(np.ones((length, length), bool))
     cache = config.init_cache(1, jax.numpy.float32, cache_length=length)
 
-    @jax.jit
     def step(ids: Any, positions: Any, cache: Any, mask: Any) -> Any:
         logits, cache = model.apply({"params": parameters}, ids, positions, cache, mask)
         return logits[0, -request["positions"] :, :vocabulary], cache
 
+    compiled = jax.jit(step)
+
     def forward(ids: list[int], first: int, cache: Any) -> Any:
         rows = slice(first, first + len(ids))
-        return step(np.array([ids]), np.arange(length)[None, rows], cache, causal[None, rows])
+        return compiled(np.array([ids]), np.arange(length)[None, rows], cache, causal[None, rows])
 
     outputs, cache = forward(prompt, 0, cache)
     logits = np.ascontiguousarray(outputs, np.float32)
