@@ -71,8 +71,9 @@ def main() -> int:
         print_row(name, arguments.layers, arguments.size, commands, plan=planned(commands[-1]))
     if arguments.peer:
         script = HERE / "calibration_peer.py"
+        # -P: transformers imports a library named kernels, which must not be the script beside this one
         commands = [
-            (arguments.peer, script, folder / f"layers-{count}", folder / "ids.npy", folder / "out-peer")
+            (arguments.peer, "-P", script, folder / f"layers-{count}", folder / "ids.npy", folder / "out-peer")
             for count in counts
         ]
         print_row(PEER, arguments.layers, arguments.size, commands)
